@@ -1,0 +1,47 @@
+# Two commands are all a fresh machine needs: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNS ?= runs
+
+.PHONY: setup quickstart test test-slow check bench clean
+
+setup: $(VENV)/.installed $(VENV)/.dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/finback run recipes/tiny.py --runs $(RUNS)
+	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/finback chat $(RUNS)/tiny; \
+	else printf '3+4-2+6=?\nhello\n' | $(BIN)/finback chat $(RUNS)/tiny; fi
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/pretrain.py
+	$(BIN)/python benchmarks/grpo.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,78 @@
+"""One table between our parameter names and Hugging Face's, for DeepSeek-V3 checkpoints and dense students.
+
+Ours are the paper's words; theirs fix the file format. Fused tensors of ours list their parts in row order.
+"""
+
+from finback.model.config import ModelConfig
+
+_MLA = {
+    "q_down.weight": ("self_attn.q_a_proj.weight",),
+    "q_norm.weight": ("self_attn.q_a_layernorm.weight",),
+    "q_up.weight": ("self_attn.q_b_proj.weight",),
+    "kv_down.weight": ("self_attn.kv_a_proj_with_mqa.weight",),
+    "kv_norm.weight": ("self_attn.kv_a_layernorm.weight",),
+    "kv_up.weight": ("self_attn.kv_b_proj.weight",),
+    "out.weight": ("self_attn.o_proj.weight",),
+}
+_GQA = {
+    "query.weight": ("self_attn.q_proj.weight",),
+    "key_value.weight": ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "out.weight": ("self_attn.o_proj.weight",),
+}
+
+
+def table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Every tensor of a model, buffers included: our name -> the Hugging Face tensors it is made of, in row order."""
+    names: dict[str, tuple[str, ...]] = {
+        "embed": ("model.embed_tokens.weight",),
+        "norm.weight": ("model.norm.weight",),
+    }
+    if not config.tie_word_embeddings:
+        names["head.weight"] = ("lm_head.weight",)
+    for layer in range(config.num_hidden_layers):
+        names |= _block(config, f"blocks.{layer}.", layer)
+    for depth in range(config.num_nextn_predict_layers):
+        layer = config.num_hidden_layers + depth
+        prefix, theirs = f"mtp.{depth}.", f"model.layers.{layer}."
+        names |= _block(config, prefix + "block.", layer)
+        names |= {
+            prefix + "embed_norm.weight": (theirs + "enorm.weight",),
+            prefix + "hidden_norm.weight": (theirs + "hnorm.weight",),
+            prefix + "project.weight": (theirs + "eh_proj.weight",),
+            prefix + "norm.weight": (theirs + "shared_head.norm.weight",),
+        }
+    return names
+
+
+def _block(config: ModelConfig, ours: str, layer: int) -> dict[str, tuple[str, ...]]:
+    theirs = f"model.layers.{layer}."
+    names = {
+        "attention_norm.weight": ("input_layernorm.weight",),
+        "feed_forward_norm.weight": ("post_attention_layernorm.weight",),
+    }
+    attention = dict(_MLA if config.attention == "mla" else _GQA)
+    if config.attention == "mla" and config.q_lora_rank is None:
+        attention = {k: v for k, v in attention.items() if k not in ("q_down.weight", "q_norm.weight")}
+        attention["q_up.weight"] = ("self_attn.q_proj.weight",)
+    names |= {f"attention.{k}": v for k, v in attention.items()}
+    if config.is_moe(layer):
+        experts = range(config.n_routed_experts)
+        names["feed_forward.router.weight"] = ("mlp.gate.weight",)
+        if config.scoring_func == "sigmoid":
+            names["feed_forward.router.bias"] = ("mlp.gate.e_score_correction_bias",)
+        names["feed_forward.gate_up"] = tuple(
+            f"mlp.experts.{e}.{part}_proj.weight" for e in experts for part in ("gate", "up")
+        )
+        names["feed_forward.down"] = tuple(f"mlp.experts.{e}.down_proj.weight" for e in experts)
+        if config.n_shared_experts:
+            names |= _swiglu("feed_forward.shared.", "mlp.shared_experts.")
+    else:
+        names |= _swiglu("feed_forward.", "mlp.")
+    return {ours + k: tuple(theirs + part for part in v) for k, v in names.items()}
+
+
+def _swiglu(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
+    return {
+        ours + "gate_up.weight": (theirs + "gate_proj.weight", theirs + "up_proj.weight"),
+        ours + "down.weight": (theirs + "down_proj.weight",),
+    }

@@ -1,0 +1,89 @@
+"""Checkpoints that are whole or absent: one safetensors file, its digest inside, the last two kept."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finback.config import UserError
+
+KEEP = 2
+
+
+def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write tensors and JSON-able meta to one file, atomically; a kill at any moment leaves the old file or the new."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    temporary = path.with_name(path.name + ".part")
+    header = {"meta": json.dumps(meta), "digest": _digest(tensors)}
+    try:
+        save_file(tensors, temporary, metadata=header)
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError):
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint and verify its digest; UserError when it is torn or changed."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            header = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError("checkpoint", str(path), f"cannot be read ({error})", _REMEDY) from None
+    if header.get("digest") != _digest(tensors):
+        raise UserError("checkpoint", str(path), "its content does not match its digest", _REMEDY)
+    return tensors, json.loads(header["meta"])
+
+
+_REMEDY = "Delete it: the run continues from the checkpoint before, or from the start of the stage."
+
+
+def save_step(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Save step-<step>.safetensors and drop all but the newest KEEP."""
+    save(folder / f"step-{step:08}.safetensors", tensors, meta)
+    for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
+        old.unlink()
+
+
+def load_newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+    """The newest readable step of a stage, or None when there is none.
+
+    A damaged newest file falls back to the one before; if none is whole, the error of the newest is raised.
+    """
+    paths = sorted(folder.glob("step-*.safetensors"), reverse=True)
+    trouble: UserError | None = None
+    for path in paths:
+        try:
+            tensors, meta = load(path)
+        except UserError as error:
+            trouble = trouble or error
+            continue
+        return int(path.stem.removeprefix("step-")), tensors, meta
+    if trouble is not None:
+        raise trouble
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Drop all steps: the stage's final model is written."""
+    for path in folder.glob("step-*.safetensors*"):
+        path.unlink()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
+        total.update(
+            tensors[name].reshape(-1).view(torch.uint8).numpy().data if tensors[name].numel() else b""
+        )
+    return total.hexdigest()

@@ -1,0 +1,202 @@
+"""The command line: run, show, chat.
+
+Progress and prose go to stderr, results to stdout. Exit codes: 0 done, 2 the user's mistake (one line, no
+traceback), 130 interrupted (run the same command to continue). Only this file reads the environment.
+"""
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finback import recipe as recipes
+from finback.config import UserError
+from finback.parallel import launch
+from finback.recipe import Recipe
+from finback.run import Interrupted, StageRun, prepare_folder, read_json
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")
+]
+
+
+def main() -> None:
+    """Run a command; turn every foreseen failure into one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        code = _fail(str(error))
+    except typer.Exit as error:
+        code = error.exit_code
+    except (Interrupted, KeyboardInterrupt, typer.Abort):
+        code = launch.INTERRUPTED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        code = _fail(
+            f"{error.filename or 'disk'}: {error.strerror}. Nothing is half-written; mend it and run the same "
+            "command to continue."
+        )
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own complaints about the command line
+            raise
+        code = _fail(error.format_message())
+    sys.exit(code or 0)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/tiny.py.")],
+    runs: Annotated[Path, typer.Option(help="Folder that holds the run folders.")] = Path("runs"),
+    settings: Settings = [],  # noqa: B006 - typer reads the default once
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    ranks: Annotated[int, typer.Option(help="Processes; 0 means one per core.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")
+    ] = False,
+) -> None:
+    """Run a recipe, or continue it: finished stages are kept, an interrupted one resumes."""
+    plan = recipes.with_overrides(recipes.load(recipe), settings)
+    root = runs / plan.name
+    if "RANK" in os.environ:  # one of several ranks, ours or torchrun's
+        _work(plan, root, seed)
+        if "FINBACK_PARENT" in os.environ or os.environ["RANK"] != "0":
+            return
+    else:
+        prepare_folder(root)
+        with _lock(root) as handle:
+            recipes.claim(plan, root, seed)
+            if not all((root / stage.name / "manifest.json").is_file() for stage in plan.stages):
+                code = launch.launch(sys.argv[1:], ranks or launch.default_ranks(), (handle,))
+                if code == launch.INTERRUPTED:
+                    print("interrupted; run the same command to continue", file=sys.stderr)
+                if code:
+                    raise typer.Exit(code)
+    from finback.report import story
+
+    text = story.tell(root)
+    if as_json:
+        print(json.dumps(read_json(root / "summary.json"), ensure_ascii=False))
+        print(text, file=sys.stderr)
+    else:
+        print(text)
+
+
+@app.command()
+def show(
+    what: Annotated[
+        str, typer.Argument(metavar="RUN|RECIPE|STAGE", help="A run folder, a recipe file, or a stage.")
+    ],
+    settings: Settings = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Show a run's results, a recipe's knobs, or the source of a stage, which is its documentation."""
+    from finback.report import story
+
+    path = Path(what)
+    if path.is_dir():
+        if not (path / "summary.json").is_file():
+            raise UserError("run", what, "holds no summary.json", "Name a folder such as runs/tiny.")
+        print(
+            json.dumps(read_json(path / "summary.json"), ensure_ascii=False) if as_json else story.tell(path)
+        )
+    elif path.suffix == ".py":
+        plan = recipes.with_overrides(recipes.load(path), settings)
+        print(json.dumps(story.knobs(plan), ensure_ascii=False) if as_json else story.outline(plan))
+    else:
+        source = story.stage_source(what)
+        print(json.dumps({"stage": what, "source": source}) if as_json else source)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run folder, or the folder of one of its stages.")
+    ],
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 96,
+    seed: Annotated[int, typer.Option(help="Same seed, same replies.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the whole dialogue as one JSON object.")
+    ] = False,
+) -> None:
+    """Talk to a model: one line a turn, thinking dimmed. /new forgets the dialogue, Ctrl-D ends it."""
+    from finback.report import talk
+
+    talk.loop(model, temperature, max_tokens, seed, as_json, color="NO_COLOR" not in os.environ)
+
+
+def _work(plan: Recipe, root: Path, seed: int) -> None:
+    """Do a recipe's stages as one rank among several."""
+    if "FINBACK_PARENT" in os.environ:
+        launch.die_with_parent(int(os.environ["FINBACK_PARENT"]))
+    import torch
+
+    from finback.parallel.mesh import World
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    current: list[StageRun] = []
+    pressed = False
+
+    def stop(*_: Any) -> None:
+        nonlocal pressed
+        pressed = True
+        for stage in current:
+            stage.stop_requested = True
+
+    def watch(stage: StageRun) -> None:
+        current[:] = [stage]
+        stage.stop_requested = pressed
+
+    signal.signal(signal.SIGINT, stop)
+    world = World.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if "FINBACK_PARENT" not in os.environ:  # under torchrun nobody has prepared the folder
+        if world.rank == 0:
+            prepare_folder(root)
+            recipes.claim(plan, root, seed)
+        world.barrier()
+    recipes.execute(plan, root, seed, world, watch)
+    world.leave()
+
+
+@contextmanager
+def _lock(root: Path) -> Iterator[int]:
+    """Keep a second run out of a folder; held by the ranks too, so that it lives as long as the last of them."""
+    try:
+        import fcntl
+    except ImportError:  # no advisory locks on Windows
+        yield from _no_lock(root)
+        return
+    import time
+
+    with (root / ".lock").open("a+") as handle:
+        for attempt in range(50):  # ranks of a killed run need a moment to notice
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 49:
+                    raise UserError(
+                        "runs", str(root), "another run is at work in this folder", "Wait for it or stop it."
+                    ) from None
+                time.sleep(0.1)
+        yield handle.fileno()
+
+
+def _no_lock(root: Path) -> Iterator[int]:
+    with (root / ".lock").open("a+") as handle:
+        yield handle.fileno()
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,147 @@
+"""Knobs: type-checked dataclasses, `--set` overrides, and the one error a user sees.
+
+Every stage and model is a frozen dataclass; this file turns text into field values, refuses what does not
+fit, and says what would. No torch here: `finback show` and bad input must answer at once.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something the user can put right; the CLI prints it without a traceback and exits with code 2.
+
+    The message names the field, shows the value and says what to do.
+    """
+
+    def __init__(self, field: str, value: Any, problem: str, remedy: str) -> None:
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+        super().__init__(f"{field} = {value!r}: {problem}. {remedy}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'Did you mean …?' for a near miss, otherwise the list of what is known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}."
+
+
+def check_fields(config: Any, where: str) -> None:
+    """Raise UserError for the first field of a dataclass whose value does not fit its annotation.
+
+    An `int` passes for a `float`; a list does not pass for a tuple (it would make the config unhashable).
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _fits(value, hints[field.name]):
+            raise UserError(
+                f"{where}.{field.name}", value, f"expected {_say(hints[field.name])}, got {type(value).__name__}",
+                "Correct the value in the recipe.",
+            )  # fmt: skip
+
+
+def override(config: Any, path: Sequence[str], text: str, where: str) -> Any:
+    """Return a copy of a dataclass with the field at `path` set from `text`, as in `--set base.lr=3e-3`."""
+    names = {field.name for field in dataclasses.fields(config)}
+    head, rest = path[0], path[1:]
+    if head not in names:
+        raise UserError(f"{where}.{head}", text, "no such field", did_you_mean(head, names))
+    if rest:
+        inner = getattr(config, head)
+        if not dataclasses.is_dataclass(inner):
+            raise UserError(
+                ".".join([where, *path]), text, f"{where}.{head} has no fields", f"Set {where}.{head} itself."
+            )
+        return dataclasses.replace(config, **{head: override(inner, rest, text, f"{where}.{head}")})
+    hint = typing.get_type_hints(type(config))[head]
+    return dataclasses.replace(config, **{head: parse(text, hint, f"{where}.{head}")})
+
+
+def parse(text: str, hint: Any, field: str) -> Any:
+    """Read `text` as a value of the annotated type; UserError when it is not one."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in args and text.lower() == "none":
+            return None
+        return parse(text, next(a for a in args if a is not type(None)), field)
+    if origin is typing.Literal:
+        if text not in args:
+            raise UserError(field, text, f"expected {_say(hint)}", did_you_mean(text, map(str, args)))
+        return text
+    if origin is tuple:
+        return tuple(parse(part.strip(), args[0], field) for part in text.split(",") if part.strip())
+    readers: dict[Any, Callable[[str], Any]] = {int: _integer, float: float, bool: _boolean, str: str}
+    if hint not in readers:
+        raise UserError(
+            field, text, f"a {_say(hint)} cannot be given on the command line", "Edit the recipe file."
+        )
+    try:
+        return readers[hint](text)
+    except ValueError:
+        raise UserError(
+            field, text, f"expected {_say(hint)}", f"Write for example {_example(hint)}."
+        ) from None
+
+
+def as_json(value: Any) -> Any:
+    """Plain JSON values from dataclasses (with their class under "type"), tuples, functions and numbers."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, dict):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [as_json(v) for v in value]
+    return getattr(value, "__qualname__", value) if callable(value) else value
+
+
+def _integer(text: str) -> int:
+    number = float(text)  # 2e6 is how people write token counts
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple:
+        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
+        return isinstance(value, tuple) and (inner is None or all(_fits(v, inner) for v in value))
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items()
+        )
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _say(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+
+
+def _example(hint: Any) -> str:
+    return {int: "100 or 2e6", float: "0.5 or 3e-4", bool: "true or false"}.get(hint, "text")

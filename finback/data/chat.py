@@ -1,0 +1,59 @@
+"""Messages to tokens and a response back to its parts; the only place that knows the template."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from finback.data.tokenizer import ASSISTANT, END_THINK, THINK, USER, Tokenizer
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `thinking` is the assistant's chain; it is part of training text and never of later prompts (R1)."""
+
+    role: Literal["user", "assistant"]
+    content: str
+    thinking: str = ""
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model said: its chain, its answer, whether it opened one and whether it closed it."""
+
+    thinking: str
+    answer: str
+    thinks: bool
+    closed: bool
+
+
+def parse(text: str) -> Response:
+    """Split generated text into chain and answer; an unclosed chain has no answer."""
+    if not text.startswith(THINK):
+        return Response("", text.strip(), thinks=False, closed=True)
+    chain, closed, answer = text.removeprefix(THINK).partition(END_THINK)
+    return Response(chain.strip(), answer.strip(), thinks=True, closed=bool(closed))
+
+
+def prompt(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = False) -> list[int]:
+    """Ids that ask for the next assistant turn; `think` opens the chain for the model (the prefilled-<think> case)."""
+    ids = [tokenizer.bos]
+    for message in messages:
+        ids += _turn(message, tokenizer, with_thinking=False)
+    return ids + [tokenizer.ids[ASSISTANT]] + ([tokenizer.ids[THINK]] if think else [])
+
+
+def document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """Ids of a whole dialogue as training text, chains included, ended by eos after every assistant turn."""
+    ids = [tokenizer.bos]
+    for message in messages:
+        ids += _turn(message, tokenizer, with_thinking=True)
+    return ids if messages and messages[-1].role == "assistant" else [*ids, tokenizer.eos]
+
+
+def _turn(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[int]:
+    if message.role == "user":
+        return [tokenizer.ids[USER], *tokenizer.encode(message.content)]
+    ids = [tokenizer.ids[ASSISTANT]]
+    if with_thinking and message.thinking:
+        ids += [tokenizer.ids[THINK], *tokenizer.encode(message.thinking), tokenizer.ids[END_THINK]]
+    return [*ids, *tokenizer.encode(message.content), tokenizer.eos]

@@ -1,0 +1,62 @@
+"""Parameters and FLOPs of a model in closed form (spec 2.3 and 2.4); builds nothing."""
+
+from finback.model.config import ModelConfig
+
+
+def attention_parameters(c: ModelConfig) -> int:
+    """One layer's attention, norms of the latents included."""
+    if c.attention == "gqa":
+        return c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    heads, d = c.num_attention_heads, c.hidden_size
+    query = d * heads * c.qk_head_dim
+    if c.q_lora_rank is not None:
+        query = d * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * heads * c.qk_head_dim
+    latent = d * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
+    return (
+        query
+        + latent
+        + c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+        + heads * c.v_head_dim * d
+    )
+
+
+def layer_parameters(c: ModelConfig, layer: int, active: bool) -> int:
+    """One block; `active` counts only the experts a token meets. Router biases are not parameters."""
+    d = c.hidden_size
+    block = attention_parameters(c) + 2 * d
+    if not c.is_moe(layer):
+        return block + 3 * d * c.intermediate_size
+    experts = c.num_experts_per_tok if active else c.n_routed_experts
+    return block + 3 * d * c.moe_intermediate_size * (experts + c.n_shared_experts) + c.n_routed_experts * d
+
+
+def parameters(c: ModelConfig, active: bool = False, mtp: bool = True) -> int:
+    """All parameters, or those one token meets; the input embedding counts once, the head once unless tied."""
+    layers = sum(layer_parameters(c, layer, active) for layer in range(c.num_hidden_layers))
+    embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    return layers + embeddings + c.hidden_size + (mtp_parameters(c, active) if mtp else 0)
+
+
+def mtp_parameters(c: ModelConfig, active: bool = False) -> int:
+    """The MTP modules without the shared embedding and head."""
+    layers = range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers)
+    extra = 2 * c.hidden_size**2 + 3 * c.hidden_size
+    return sum(layer_parameters(c, layer, active) + extra for layer in layers)
+
+
+def forward_flops(c: ModelConfig, context: float, mtp: bool = False) -> float:
+    """FLOPs for one token that looks at `context` keys on average (T / 2 for causal training on rows of T)."""
+    head = c.vocab_size * c.hidden_size
+    embedding = 0 if c.tie_word_embeddings else head
+    met = parameters(c, active=True, mtp=mtp) - embedding
+    layers = c.num_hidden_layers
+    if mtp:
+        met += head * c.num_nextn_predict_layers  # the head runs once more per depth
+        layers += c.num_nextn_predict_layers
+    value = c.v_head_dim if c.attention == "mla" else c.head_dim
+    return 2 * met + 2 * context * c.num_attention_heads * (c.qk_head_dim + value) * layers
+
+
+def training_flops(c: ModelConfig, context: float, mtp: bool = True) -> float:
+    """Forward and backward: three times the forward pass."""
+    return 3 * forward_flops(c, context, mtp)

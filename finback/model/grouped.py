@@ -1,0 +1,48 @@
+"""Grouped-query attention, for the dense students that R1 is distilled into (Llama and Qwen layouts)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finback.model.cache import LayerCache
+from finback.model.config import ModelConfig
+from finback.model.layers import Linear
+from finback.model.rope import rotate_half, softmax_scale
+
+
+class GroupedQueryAttention(nn.Module):
+    """num_attention_heads queries share num_key_value_heads keys and values; half-split rotary embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.query = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.key_value = Linear(c.hidden_size, 2 * c.num_key_value_heads * c.head_dim)
+        self.out = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        self.scale = softmax_scale(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, head_dim / 2); keys are cached rotated."""
+        c = self.config
+        cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+        query = rotate_half(self.query(x).unflatten(-1, (c.num_attention_heads, c.head_dim)), cos, sin)
+        key, value = self.key_value(x).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim)).chunk(2, dim=2)
+        key = rotate_half(key, cos, sin)
+        mask = None
+        if cache is not None:
+            first = cache.is_first
+            cache.append(_flat(key, value))
+            if not first:
+                stored = cache.stored().unflatten(-1, (2 * c.num_key_value_heads, c.head_dim))
+                key, value = stored.chunk(2, dim=2)
+                mask = cache.mask()[:, None]
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+            attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True,
+        )  # fmt: skip
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+def _flat(key: Tensor, value: Tensor) -> Tensor:
+    """(b, t, kv heads, head_dim) twice -> cache entries (b, t, elements), keys first."""
+    return torch.cat([key.flatten(2), value.flatten(2)], dim=-1)

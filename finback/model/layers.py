@@ -1,0 +1,57 @@
+"""Norm, linear map, SwiGLU and initialisation: what every layer is made of."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finback.kernels.norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    """y = g ⊙ x / sqrt(mean(x²) + eps), statistics in fp32 whatever the input (V3 inference code)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """y = W x without bias; W is (out, in), as in checkpoints.
+
+    Master weights stay fp32. The input's dtype decides the arithmetic: a bf16 input gets a bf16 product.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate x) ⊙ up x); gate and up are one matrix, gate rows first."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden, 2 * width)
+        self.down = Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
+    """Every matrix normal with `std` (V3 4.2), gains 1, router biases 0; order of parameters is the seed's order."""
+    for name, parameter in module.named_parameters():
+        with torch.no_grad():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, std, generator=generator)
+            else:
+                assert name.endswith("weight"), f"{name}: only norm gains are one-dimensional"
+                parameter.fill_(1.0)

@@ -1,0 +1,127 @@
+"""DeepSeekMoE: a router that balances itself through a selection-only bias, routed experts, shared experts."""
+
+import torch
+from torch import Tensor, nn
+
+from finback.kernels import grouped
+from finback.model.config import ModelConfig
+from finback.model.layers import SwiGLU
+
+
+class Router(nn.Module):
+    """Chooses num_experts_per_tok experts for each token (V3 eq. 12-16; V2's softmax gate by scoring_func).
+
+    `bias` decides who is chosen, never how much it counts, has no gradient and moves by `update_bias` alone.
+    `load` adds up how many tokens each expert received since the last update.
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("bias", torch.zeros(config.n_routed_experts))
+        self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (n, d) -> chosen experts (n, k), their weights (n, k), all affinities (n, experts); all in fp32."""
+        c = self.config
+        logits = x.float() @ self.weight.float().T  # V3 keeps the gate in fp32
+        affinity = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+        index = self.select(affinity.detach())
+        weight = affinity.gather(1, index)
+        if c.norm_topk_prob:
+            weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+        return index, weight * c.routed_scaling_factor, affinity
+
+    def select(self, affinity: Tensor) -> Tensor:
+        """Top-k of affinity + bias among the best topk_group groups of experts: (n, experts) -> (n, k).
+
+        A group's score is the sum of its two best biased affinities (V3) or its single best (V2). Left-out groups
+        get -inf, not 0: biased scores can be negative, and 0 would let a left-out expert in.
+        """
+        c = self.config
+        score = affinity + self.bias
+        if c.topk_group < c.n_group:
+            groups = score.unflatten(1, (c.n_group, -1))
+            best = groups.topk(2 if c.scoring_func == "sigmoid" else 1, dim=-1).values.sum(dim=-1)
+            kept = torch.zeros_like(best, dtype=torch.bool).scatter(
+                1, best.topk(c.topk_group, dim=-1).indices, True
+            )
+            score = groups.masked_fill(~kept[:, :, None], float("-inf")).flatten(1)
+        return score.topk(c.num_experts_per_tok, dim=-1).indices
+
+    def count(self, index: Tensor, real: Tensor | None) -> None:
+        """Add the choices (n, k) to `load`; `real` (n,) is False for padding, which must not steer the balance."""
+        chosen = index if real is None else index[real]
+        self.load += torch.bincount(chosen.flatten(), minlength=self.load.numel())
+
+    @torch.no_grad()
+    def update_bias(self, speed: float) -> None:
+        """b_i += speed · sign(mean load - load_i), then forget the load (V3 2.1.2).
+
+        The load must be that of the whole global batch: sum it over ranks before. The bias is centred, since a
+        common drift changes no choice and would only eat precision.
+        """
+        self.bias += speed * torch.sign(self.load.mean() - self.load)
+        self.bias -= self.bias.mean()
+        self.load.zero_()
+
+
+def max_violation(load: Tensor) -> float:
+    """(max load - mean load) / mean load, 0 when perfectly balanced (arXiv 2408.15664)."""
+    mean = load.float().mean()
+    return ((load.max() - mean) / mean).item() if mean > 0 else 0.0
+
+
+def balance_loss(affinity: Tensor, index: Tensor, experts_per_token: int, real: Tensor | None) -> Tensor:
+    """Sequence-wise balance Σ_i f_i P_i, averaged over sequences (V3 eq. 17-20), before its factor alpha.
+
+    affinity (b, t, experts), index (b, t, k), real (b, t) or None. The gradient flows through P alone.
+    """
+    experts = affinity.size(-1)
+    share = affinity / (affinity.sum(dim=-1, keepdim=True) + 1e-20)
+    chosen = torch.zeros_like(affinity).scatter(2, index, 1.0)
+    if real is None:
+        f, p = chosen.mean(dim=1), share.mean(dim=1)
+    else:
+        keep = real[:, :, None].to(affinity.dtype)
+        length = keep.sum(dim=1).clamp(min=1)
+        f, p = (chosen * keep).sum(dim=1) / length, (share * keep).sum(dim=1) / length
+    return (f * (experts / experts_per_token) * p).sum(dim=-1).mean()
+
+
+class MoE(nn.Module):
+    """y = Σ_shared FFN(x) + Σ_topk g_i FFN_i(x) (V3 eq. 12); no token is ever dropped."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.router = Router(c)
+        self.gate_up = nn.Parameter(
+            torch.empty(c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size)
+        )
+        self.down = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
+        if c.n_shared_experts:
+            self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
+        self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """x (b, t, d) -> (b, t, d); `real` (b, t) marks tokens that are not padding.
+
+        In training mode it also counts the load and leaves the balance loss in `self.balance`.
+        """
+        tokens = x.flatten(0, 1)
+        index, weight, affinity = self.router(tokens)
+        if self.training:
+            self.router.count(index, None if real is None else real.flatten())
+            shape = x.shape[:2]
+            self.balance = balance_loss(
+                affinity.unflatten(0, shape), index.unflatten(0, shape), self.config.num_experts_per_tok, real
+            )
+        y = grouped.routed_experts(tokens, index, weight, self.gate_up, self.down)
+        if self.config.n_shared_experts:
+            y = y + self.shared(tokens)
+        return y.view_as(x)

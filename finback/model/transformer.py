@@ -1,0 +1,118 @@
+"""The decoder: embedding, blocks, final norm, head, and the multi-token-prediction module beside them.
+
+One definition serves training, rollouts and serving: the cache is an argument.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from finback.model.cache import Cache, LayerCache
+from finback.model.config import ModelConfig
+from finback.model.grouped import GroupedQueryAttention
+from finback.model.latent import LatentAttention
+from finback.model.layers import Linear, RMSNorm, SwiGLU, initialise
+from finback.model.moe import MoE, Router
+from finback.model.mtp import MTP
+from finback.model.rope import rotation
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm x), then x + feed-forward(norm x)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = (
+            LatentAttention(config) if config.attention == "mla" else GroupedQueryAttention(config)
+        )
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        moe = config.is_moe(layer)
+        self.feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, real: Tensor | None = None
+    ) -> Tensor:
+        """x (b, t, d) -> (b, t, d); see LatentAttention.forward for cos, sin and cache, MoE.forward for real."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
+        h = self.feed_forward_norm(x)
+        return x + (
+            self.feed_forward(h, real) if isinstance(self.feed_forward, MoE) else self.feed_forward(h)
+        )
+
+
+class Transformer(nn.Module):
+    """DeepSeek-V3's decoder, or a dense student's, from a ModelConfig.
+
+    Built without values; call `initialise` or load weights. Parameters are fp32 masters; `compute` is the dtype
+    of activations.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, compute: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.compute = config, compute
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed
+        depths = range(config.num_nextn_predict_layers)
+        self.mtp = nn.ModuleList(MTP(config, Block(config, config.num_hidden_layers + d)) for d in depths)
+        cos, sin = rotation(config, config.max_position_embeddings)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def initialise(self, seed: int) -> "Transformer":
+        """Random weights as V3 starts (normal, std initializer_range), the same for the same seed."""
+        initialise(self, self.config.initializer_range, torch.Generator().manual_seed(seed))
+        return self
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None, real: Tensor | None = None) -> Tensor:
+        """tokens (b, t) -> final hidden states (b, t, d) after the last norm; `logits` maps them to scores.
+
+        With a cache the tokens continue what each row holds; the caller calls cache.advance afterwards. `real`
+        (b, t) is False for padding; padding sits at the end of a row, so attention needs no mask for it.
+        """
+        x = self.embed[tokens].to(self.compute)
+        if cache is None:
+            cos, sin = self.cos[None, : tokens.size(1)], self.sin[None, : tokens.size(1)]
+        else:
+            cache.begin(tokens.size(1))
+            cos, sin = self.cos[cache.positions], self.sin[cache.positions]
+        for index, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache.layer(index) if cache is not None else None, real)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., d) -> scores (..., vocab) in fp32."""
+        return self.head(hidden).float()
+
+    def predict_further(self, hidden: Tensor, tokens: Tensor, real: Tensor | None = None) -> list[Tensor]:
+        """MTP hidden states for each depth k = 1, 2, … (V3 eq. 21-23); feed them to `logits`.
+
+        hidden (b, t, d) are the trunk's outputs for positions i; tokens (b, t + depths) run further than the trunk's
+        input, so that depth k sees token i + k and, at position i, predicts token i + k + 1.
+        """
+        length = hidden.size(1)
+        assert tokens.size(1) >= length + len(self.mtp), (
+            "MTP needs one more token per depth than the trunk read"
+        )
+        outputs = []
+        cos, sin = self.cos[None, :length], self.sin[None, :length]
+        for depth, module in enumerate(self.mtp, start=1):
+            embedded = self.embed[tokens[:, depth : depth + length]].to(self.compute)
+            hidden = module(hidden, embedded, cos, sin, real)
+            outputs.append(hidden)
+        return outputs
+
+    def routers(self) -> list[Router]:
+        """All routers from bottom to top, the MTP module's last."""
+        return [m for m in self.modules() if isinstance(m, Router)]
+
+    def balance_loss(self) -> Tensor:
+        """Mean over MoE layers of the last training pass's sequence-wise balance loss, before alpha; 0 if dense."""
+        losses = [m.balance for m in self.modules() if isinstance(m, MoE) and m.balance is not None]
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=self.embed.device)

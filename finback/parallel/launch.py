@@ -1,0 +1,124 @@
+"""Start this machine's ranks and watch over them: signals go on to them, none outlives its parent. No torch here."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import IO
+
+INTERRUPTED = 130
+
+
+def default_ranks(limit: int = 8) -> int:
+    """One single-threaded rank per core, as a power of two: measured faster than threads on CPUs (docs/log.md)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = 1
+    while ranks * 2 <= min(cores, limit):
+        ranks *= 2
+    return ranks
+
+
+def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()) -> int:
+    """Run `python -m finback <arguments>` as `ranks` processes that find each other as under torchrun.
+
+    Returns 0 when all succeed, otherwise the exit code of the first that fails; the others are then stopped. The
+    first Ctrl-C asks the ranks to stop at a safe point, the second kills them. `keep_open` file descriptors are
+    inherited, so that a lock lives as long as the last rank.
+    """
+    port = _free_port()
+    children: list[subprocess.Popen[bytes]] = []
+    output: list[IO[bytes] | None] = []
+    presses = 0
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal presses
+        presses += 1
+        if presses == 1:
+            print("\nstopping at the next safe point; press Ctrl-C again to stop at once", file=sys.stderr)
+        for child in children:
+            child.send_signal(signal.SIGINT if presses == 1 else signal.SIGKILL)
+
+    previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for rank in range(ranks):
+            # Only rank 0 talks; what another rank says is shown when it was the one to fail.
+            stream = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+            output.append(stream)
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "finback", *arguments],
+                    env=_environment(rank, ranks, port),
+                    stdout=sys.stderr if rank == 0 else stream,
+                    stderr=stream,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    pass_fds=keep_open,
+                )
+            )
+        failed = _wait(children)
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+    if presses:
+        return INTERRUPTED
+    code = children[failed].returncode if failed is not None else 0
+    if failed and (stream := output[failed]) is not None:
+        stream.seek(0)
+        sys.stderr.write(stream.read().decode(errors="replace"))
+    if code < 0:
+        print(f"rank {failed} was killed (signal {-code}); run the same command to continue", file=sys.stderr)
+        return 1
+    return code
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> int | None:
+    """Wait until all have ended well, or return the first that has not."""
+    while True:
+        codes = [child.poll() for child in children]
+        bad = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        if bad:
+            # A rank that lost its peer fails a moment later; the peer that died is the reason.
+            time.sleep(0.3)
+            killed = [r for r in range(len(children)) if (children[r].poll() or 0) < 0]
+            told = [r for r in range(len(children)) if children[r].poll() == 2]
+            return (told or killed or bad)[0]
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
+
+
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    threads = "1" if ranks > 1 else str(default_ranks(64))
+    return os.environ | {
+        "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        # Spinning threads collapse beside any other busy process (docs/log.md), waiting ones do not.
+        "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "FINBACK_PARENT": str(os.getpid()),
+    }  # fmt: skip
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process soon after its parent has gone, however the parent went."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,249 @@
+"""Recipes and stages: what is to be done, in which order, and doing it once.
+
+A stage is a frozen dataclass: its fields are the knobs, `work()` says how much it will train and generate, `run()`
+does it. A recipe is a Python file whose `recipe` is a list of stages. The same list is run, priced and shown.
+"""
+
+import dataclasses
+import json
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finback.config import UserError, as_json, check_fields, did_you_mean, override
+from finback.run import (
+    BASIS,
+    DOLLARS_PER_CORE_HOUR,
+    WATTS_PER_CORE,
+    Interrupted,
+    Ranks,
+    StageRun,
+    read_json,
+    spent,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage is going to do at most; the ledger says afterwards what it did."""
+
+    tokens_trained: int = 0
+    tokens_generated: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Base of all stages. `name` is also the name of the stage's folder."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.name)
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
+            raise UserError(
+                "name", self.name, "not a folder name", "Use lower-case letters, digits, - and _."
+            )
+
+    def inputs(self) -> tuple[str, ...]:
+        """Names of earlier stages, or paths of finished ones, that this stage reads."""
+        return ()
+
+    def work(self) -> Work:
+        """Tokens this stage will train on and generate, at most."""
+        return Work()
+
+    def run(self, run: StageRun) -> dict[str, Any]:
+        """Do it and return the results; must resume from what an interrupted call left in run.folder."""
+        raise NotImplementedError(f"{type(self).__name__}.run")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name and its stages, checked: names are distinct and every input exists before it is needed."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise UserError("recipe", self.name, "has no stages", "Put at least one stage into the list.")
+        for position, stage in enumerate(self.stages):
+            if stage.name in names[:position]:
+                raise UserError("name", stage.name, "two stages have this name", "Rename one of them.")
+            for start in stage.inputs():
+                self._check_input(stage.name, start, names[:position], names[position:])
+
+    @staticmethod
+    def _check_input(stage: str, start: str, earlier: Sequence[str], later: Sequence[str]) -> None:
+        if start in earlier or (Path(start) / "manifest.json").is_file():
+            return
+        if start in later:
+            problem = "is the stage itself" if start == stage else "comes later in the recipe"
+            raise UserError(
+                f"{stage} input", start, problem, "A stage can only read earlier ones; reorder them."
+            )
+        hint = did_you_mean(start, earlier) if earlier else "It is the first stage."
+        raise UserError(
+            f"{stage} input", start, "neither an earlier stage nor the folder of a finished one", hint
+        )
+
+
+def load(path: Path) -> Recipe:
+    """Run a recipe file and check its list; a mistake in it is reported with its line."""
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError("recipe", str(path), "no such file", did_you_mean(path.name, near))
+    try:
+        stages = runpy.run_path(str(path)).get("recipe")
+    except UserError:
+        raise
+    except Exception as error:
+        raise _mistake(path, error) from None
+    if not isinstance(stages, list) or not all(isinstance(stage, Stage) for stage in stages):
+        raise UserError(
+            "recipe", str(path), "does not define `recipe`, a list of stages", "See recipes/tiny.py."
+        )
+    return Recipe(path.stem, tuple(stages))
+
+
+def _mistake(path: Path, error: Exception) -> UserError:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+    where = f"{path}, line {line}" if line else str(path)
+    unknown = re.match(
+        r"(?:\w+\.)*(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)
+    )
+    if unknown:
+        stage, field = unknown.groups()
+        return UserError(f"{stage}.{field}", where, "no such field", did_you_mean(field, _fields_of(stage)))
+    return UserError("recipe", where, f"{type(error).__name__}: {error}", "Correct the recipe file.")
+
+
+def _fields_of(name: str) -> list[str]:
+    """Field names of the loaded stage class called `name`."""
+    todo: list[type] = [Stage]
+    while todo:
+        cls = todo.pop()
+        if cls.__name__ == name:
+            return [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        todo += cls.__subclasses__()
+    return []
+
+
+def with_overrides(recipe: Recipe, settings: Sequence[str]) -> Recipe:
+    """Apply `stage.field=value` texts, as --set gives them."""
+    stages = {stage.name: stage for stage in recipe.stages}
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        parts = target.split(".")
+        if not equals or len(parts) < 2 or not all(parts):
+            raise UserError(
+                "--set", setting, "not of the form stage.field=value", "Example: --set zero.steps=100"
+            )
+        if parts[0] not in stages:
+            raise UserError("--set", setting, f"no stage {parts[0]!r}", did_you_mean(parts[0], stages))
+        stages[parts[0]] = override(stages[parts[0]], parts[1:], text, parts[0])
+    return Recipe(recipe.name, tuple(stages.values()))
+
+
+def claim(recipe: Recipe, root: Path, seed: int) -> None:
+    """Check that a run folder belongs to this recipe, seed and knobs, and say so in it if it is new.
+
+    Finished and half-finished stages must have the knobs they have now: mixing two recipes' stages in one folder
+    would make every number in it a lie.
+    """
+    marker = root / "recipe.json"
+    mine = {"recipe": recipe.name, "seed": seed}
+    if marker.is_file():
+        theirs = read_json(marker)
+        for field, value in mine.items():
+            if theirs.get(field) != value:
+                raise UserError(
+                    "runs", str(root), f"belongs to {field} {theirs.get(field)!r}, this is {value!r}",
+                    "Choose another folder with --runs, or delete this one.",
+                )  # fmt: skip
+    elif any(root.glob("*/config.json")):
+        raise UserError(
+            "runs", str(root), "holds stages of an unknown recipe", "Choose another folder with --runs."
+        )
+    for stage in recipe.stages:
+        _check_knobs(stage, root / stage.name / "config.json")
+    if not marker.is_file():
+        write_json(marker, mine)
+
+
+def _check_knobs(stage: Stage, path: Path) -> None:
+    if not path.is_file():
+        return
+    then, now = read_json(path), json.loads(json.dumps(as_json(stage)))
+    for field in sorted(set(then) | set(now)):
+        if then.get(field) != now.get(field):
+            raise UserError(
+                f"{stage.name}.{field}", now.get(field), f"{path.parent} was made with {then.get(field)!r}",
+                "Choose another folder with --runs, or delete that stage's folder and those after it.",
+            )  # fmt: skip
+
+
+def execute(
+    recipe: Recipe,
+    root: Path,
+    seed: int,
+    ranks: Ranks,
+    watch: Callable[[StageRun], None],
+    quiet: bool = False,
+) -> None:
+    """Run every unfinished stage in order; `watch` learns of each StageRun before it starts (to stop it)."""
+    for stage in recipe.stages:
+        run = StageRun(root, stage.name, seed, ranks, quiet)
+        if (run.folder / "manifest.json").is_file():
+            run.say(f"{stage.name:10} done before")
+            continue
+        if run.is_writer:
+            run.folder.mkdir(exist_ok=True)
+            write_json(run.folder / "config.json", as_json(stage))
+        ranks.barrier()
+        watch(run)
+        results = stage.run(run)
+        run.finish(results)
+        if run.is_writer:
+            write_json(root / "summary.json", summary(recipe, root, seed))
+        run.say(f"{stage.name:10} done in {spent(run.folder)['seconds']:.0f} s")
+        if run.check_stop():
+            raise Interrupted
+
+
+def summary(recipe: Recipe, root: Path, seed: int) -> dict[str, Any]:
+    """What summary.json holds: for each finished stage its results and what they cost."""
+    stages = {}
+    for stage in recipe.stages:
+        folder = root / stage.name
+        if (folder / "manifest.json").is_file():
+            results = read_json(folder / "manifest.json")["results"]
+            stages[stage.name] = {"stage": type(stage).__name__, "results": results, "cost": cost(folder)}
+    return {"recipe": recipe.name, "seed": seed, "stages": stages}
+
+
+def cost(folder: Path) -> dict[str, Any]:
+    """Wall time, throughput, FLOPs, MFU, energy and money of one stage, from its ledger."""
+    total = spent(folder)
+    seconds, hours = total["seconds"], total["core_seconds"] / 3600
+    tokens = total.get("tokens_trained", 0) + total.get("tokens_generated", 0)
+    flops, peak_flops = total.get("flops", 0), total.get("peak_flops", 0)
+    return {
+        "wall_seconds": round(seconds, 2),
+        "tokens_trained": int(total.get("tokens_trained", 0)),
+        "tokens_generated": int(total.get("tokens_generated", 0)),
+        "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+        "flops": flops,
+        "mfu": round(flops / peak_flops, 4) if peak_flops else None,
+        "mfu_basis": "model FLOPs over the GEMM peak measured on this machine, all ranks at once, times wall time",
+        "energy_wh": round(hours * WATTS_PER_CORE, 3),
+        "money_usd": round(hours * DOLLARS_PER_CORE_HOUR, 5),
+        "basis": BASIS,
+    }

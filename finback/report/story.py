@@ -1,0 +1,193 @@
+"""What a run folder has to tell: before and after RL, what the gain is made of, three problems, the picture.
+
+Reads run folders only.
+"""
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+from finback.config import UserError, as_json, did_you_mean
+from finback.recipe import Recipe, Stage
+from finback.run import clock, read_json, read_lines
+
+SAMPLES = 3
+
+
+def tell(root: Path) -> str:
+    """The story of a run as text; draws <root>/learning.png when there is an RL stage."""
+    stages = read_json(root / "summary.json")["stages"]
+    parts = [_costs(stages)]
+    exams = [name for name, s in stages.items() if s["stage"] == "Evaluate"]
+    learning = [name for name, s in stages.items() if s["stage"] == "GRPO"]
+    parts += [_pretraining(name, s["results"]) for name, s in stages.items() if s["stage"] == "Pretrain"]
+    if len(exams) >= 2:
+        before, after = exams[0], exams[-1]
+        parts.append(_before_after(stages[before]["results"], stages[after]["results"]))
+        parts.append(_gain(stages[before]["results"], stages[after]["results"]))
+        parts.append(_problems(root, before, after, stages[before]["results"]["evaluations"][0]["exam"]))
+    if learning:
+        picture = draw(root, learning)
+        parts.append(f"Picture: {picture}" if picture else "")
+    parts.append(f"Talk to it: finback chat {root}")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _costs(stages: dict[str, Any]) -> str:
+    lines = [f"{'stage':10} {'wall':>7} {'tokens':>12} {'tokens/s':>9} {'MFU':>5} {'Wh':>6} {'$':>8}"]
+    total_seconds = total_money = 0.0
+    for name, stage in stages.items():
+        c = stage["cost"]
+        tokens = c["tokens_trained"] + c["tokens_generated"]
+        mfu = f"{c['mfu']:.0%}" if c["mfu"] else "-"
+        lines.append(
+            f"{name:10} {clock(c['wall_seconds']):>7} {tokens:>12,} {c['tokens_per_second']:>9,.0f} {mfu:>5} "
+            f"{c['energy_wh']:>6.2f} {c['money_usd']:>8.4f}"
+        )
+        total_seconds, total_money = total_seconds + c["wall_seconds"], total_money + c["money_usd"]
+    lines.append(f"{'all':10} {clock(total_seconds):>7} {'':12} {'':9} {'':5} {'':6} {total_money:>8.4f}")
+    basis = next(iter(stages.values()))["cost"]["basis"] if stages else ""
+    return "\n".join([*lines, f"Energy and money are an {basis}."])
+
+
+def _pretraining(name: str, results: dict[str, Any]) -> str:
+    reached = results["probe_reached"]
+    if reached is None:
+        end = "ended at its token limit (no probe asked for)"
+    elif reached:
+        end = (
+            f"passed its probe ({results['probe_best']:.0%}) at {results['probe_passed_at_tokens']:,} tokens"
+        )
+    else:
+        end = f"DID NOT PASS ITS PROBE (best {results['probe_best']:.0%}): expect little from what follows"
+    bits = ", ".join(f"{source} {value:.2f}" for source, value in results["bits_per_byte"].items())
+    return f"Pre-training {name!r} {end}; {results['tokens']:,} tokens; bits per byte of unseen text: {bits or '-'}."
+
+
+def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:
+    lines = [f"{'held-out problems':26} {'n':>5}   {'before RL':>20}   {'after RL':>20}"]
+    then = {e["exam"]: e for e in before["evaluations"]}
+    for e in after["evaluations"]:
+        if e["exam"] in then:
+            lines.append(f"{e['exam']:26} {e['n']:>5}   {_share(then[e['exam']]):>20}   {_share(e):>20}")
+    first_then, first = before["evaluations"][0], after["evaluations"][0]
+    rows = [("response tokens", "mean_tokens", "{:.1f}"), ("cut off", "truncated", "{:.1%}"),
+            ("answers that think", "thinks", "{:.0%}"), ("  right when thinking", "accuracy_thinking", "{:.1%}"),
+            ("  right when guessing", "accuracy_guessing", "{:.1%}"), ("MTP drafts accepted", "mtp_acceptance", "{:.0%}")]  # fmt: skip
+    for label, key, form in rows:
+        values = [form.format(r[key]) if r.get(key) is not None else "-" for r in (first_then, first)]
+        lines.append(f"{label:26} {'':5}   {values[0]:>20}   {values[1]:>20}")
+    for source, value in after.get("bits_per_byte", {}).items():
+        old = before.get("bits_per_byte", {}).get(source)
+        if value is not None and old is not None:
+            lines.append(f"{'bits per byte, ' + source:26} {'':5}   {old:>20.3f}   {value:>20.3f}")
+    return "\n".join(lines)
+
+
+def _share(e: dict[str, Any]) -> str:
+    low, high = e["interval"]
+    return f"{e['accuracy']:6.1%} ({low:.0%}-{high:.0%})"
+
+
+def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Split the change in sampled accuracy into thinking more often and thinking better."""
+    a, b = before["evaluations"][0], after["evaluations"][0]
+    if None in (a["accuracy_thinking"], a["accuracy_guessing"], b["accuracy_thinking"]):
+        return ""
+    often = (b["thinks"] - a["thinks"]) * (a["accuracy_thinking"] - a["accuracy_guessing"])
+    better = b["thinks"] * (b["accuracy_thinking"] - a["accuracy_thinking"])
+    total = b["accuracy"] - a["accuracy"]
+    rest = total - often - better
+    return (
+        f"What the gain of {100 * total:+.0f} points is made of: {100 * often:+.0f} from thinking more often, "
+        f"{100 * better:+.0f} from thinking better, {100 * rest:+.0f} from guessing better.\n"
+        "Pre-training planted both habits, guessing and thinking; RL selects the one that pays and sharpens it."
+    )
+
+
+def _problems(root: Path, before: str, after: str, exam: str) -> str:
+    """The first problems of the exam, whatever became of them."""
+    pairs = zip(
+        read_lines(root / before / f"{exam}.jsonl"), read_lines(root / after / f"{exam}.jsonl"), strict=False
+    )
+    parts = [f"The first {SAMPLES} held-out problems, as sampled at temperature 1:"]
+    for then, now in list(pairs)[:SAMPLES]:
+        parts.append(
+            f"{then['question']}  (gold: {then['gold']})\n{_answer('before', then)}\n{_answer('after', now)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _answer(label: str, record: dict[str, Any]) -> str:
+    chain = record["thinking"].replace("\n", "  ")
+    shown = f"<think> {chain} </think> " if record["thinks"] else ""
+    return f"  {label:6}  {shown}{record['answer']}   {'right' if record['correct'] else 'WRONG'}"
+
+
+def draw(root: Path, learning: list[str]) -> Path | None:
+    """Write learning.png: accuracy and response length over RL steps; None when nothing was logged."""
+    steps = [record for name in learning for record in read_lines(root / name / "metrics.jsonl")]
+    if not steps:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, left = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    x = range(1, len(steps) + 1)
+    right = left.twinx()
+    (a,) = left.plot(x, [100 * r["accuracy"] for r in steps], color="tab:blue", label="accuracy")
+    (t,) = left.plot(
+        x, [100 * r["thinks"] for r in steps], color="tab:cyan", ls="--", label="answers that think"
+    )
+    (n,) = right.plot(x, [r["length"] for r in steps], color="tab:orange", label="response length")
+    left.set(
+        xlabel="RL step", ylabel="% of sampled answers", ylim=(0, 102), title="RL on checkable rewards alone"
+    )
+    right.set(ylabel="tokens per response", ylim=(0, None))
+    left.legend(handles=[a, t, n], loc="lower right")
+    left.grid(alpha=0.3)
+    path = root / "learning.png"
+    temporary = root / "learning.part.png"
+    figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
+    temporary.replace(path)
+    return path
+
+
+def knobs(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's resolved knobs as JSON values."""
+    return {"recipe": recipe.name, "stages": [as_json(stage) for stage in recipe.stages]}
+
+
+def outline(recipe: Recipe) -> str:
+    """A recipe's stages with all their knobs and the work they announce."""
+    lines = [f"recipe {recipe.name}"]
+    for stage in recipe.stages:
+        work = stage.work()
+        lines.append(
+            f"\n{stage.name}: {type(stage).__name__}, trains on at most {work.tokens_trained:,} tokens, "
+            f"generates at most {work.tokens_generated:,}"
+        )
+        lines += [
+            f"  {f.name} = {getattr(stage, f.name)!r}" for f in dataclasses.fields(stage) if f.name != "name"
+        ]
+    return "\n".join(lines)
+
+
+def stage_source(name: str) -> str:
+    """The source of a stage class: its fields are the knobs, its comments their meaning."""
+    from finback.stages import evaluate, grpo, prepare, pretrain
+
+    modules = (prepare, pretrain, grpo, evaluate)
+    classes = {
+        n: c for m in modules for n, c in vars(m).items() if inspect.isclass(c) and issubclass(c, Stage)
+    }
+    classes.pop("Stage")
+    if name not in classes:
+        raise UserError(
+            "show", name, "neither a run folder, a recipe file nor a stage", did_you_mean(name, classes)
+        )
+    return inspect.getsource(classes[name])

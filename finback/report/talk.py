@@ -1,0 +1,126 @@
+"""A conversation in the terminal: one line a turn, thinking dimmed while it streams."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finback.checkpoint import model as models
+from finback.config import UserError
+from finback.data import chat
+from finback.data.chat import Message
+from finback.data.tokenizer import END_THINK, THINK, Tokenizer
+from finback.engine.engine import Engine
+from finback.engine.sequence import Sampling
+from finback.run import finished_stages
+
+DIM, PLAIN = "\033[2m", "\033[0m"
+
+
+def find_model(path: Path) -> Path:
+    """The folder to chat with: `path` itself, or the newest finished stage in it that made a model."""
+    if (path / "model.json").is_file():
+        return path
+    found = [folder for folder in finished_stages(path) if (folder / "model.json").is_file()]
+    if not found:
+        problem = "holds no finished model" if path.is_dir() else "no such folder"
+        raise UserError(
+            "MODEL", str(path), problem, "Run `finback run recipes/tiny.py` first, then name runs/tiny."
+        )
+    return found[-1]
+
+
+class Conversation:
+    """Messages so far and a model to continue them; old turns are dropped when the window is full."""
+
+    def __init__(self, folder: Path, sampling: Sampling, seed: int) -> None:
+        self.tokenizer = Tokenizer(folder / "tokenizer.json")
+        self.engine = Engine(models.load(folder), self.tokenizer.eos)
+        self.sampling, self.seed = sampling, seed
+        self.messages: list[Message] = []
+        self.replies = 0
+
+    def reply(self, text: str) -> Iterator[str]:
+        """Pieces of the answer to `text` as they are made, tags included; remembers the answer when it is whole."""
+        self.messages.append(Message("user", text))
+        said: list[str] = []
+        stream = self.engine.stream(self._prompt(), self.sampling, self.seed + self.replies)
+        self.replies += 1
+        try:
+            for piece in self.tokenizer.stream(stream):
+                said.append(piece)
+                yield piece
+        finally:  # also when the user stops the reply: what was said is part of the dialogue
+            response = chat.parse("".join(said))
+            self.messages.append(Message("assistant", response.answer, response.thinking))
+
+    def forget(self) -> None:
+        """Start a new dialogue."""
+        self.messages = []
+
+    def _prompt(self) -> list[int]:
+        room = self.engine.model.config.max_position_embeddings - self.sampling.max_tokens
+        while True:
+            ids = chat.prompt(self.messages, self.tokenizer)
+            if len(ids) <= room:
+                return ids
+            if len(self.messages) == 1:
+                self.messages = []
+                raise UserError(
+                    "message", f"{len(ids)} tokens", f"the model reads {room}", "Say it in fewer words."
+                )
+            del self.messages[:2]
+
+
+def loop(path: Path, temperature: float, max_tokens: int, seed: int, as_json: bool, color: bool) -> None:
+    """Read lines from stdin and answer each; prompts and help only when a person sits there."""
+    folder = find_model(path)
+    conversation = Conversation(folder, Sampling(temperature, max_tokens), seed)
+    person = sys.stdin.isatty() and not as_json
+    if person:
+        print(f"{folder}: a very small model, often wrong. /new starts over, Ctrl-D ends.", file=sys.stderr)
+    dialogue: list[dict[str, Any]] = []
+    while (line := _ask(person)) is not None:
+        if not line.strip():
+            continue
+        if line.strip() == "/new":
+            conversation.forget()
+            continue
+        try:
+            if as_json:
+                "".join(conversation.reply(line.strip()))
+            else:
+                _print(conversation.reply(line.strip()), color and sys.stdout.isatty())
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            print(f"{PLAIN if color else ''} (stopped)", file=sys.stderr)
+        last = conversation.messages[-1]
+        dialogue.append({"user": line.strip(), "thinking": last.thinking, "assistant": last.content})
+    if as_json:
+        print(json.dumps({"model": str(folder), "dialogue": dialogue}, ensure_ascii=False))
+
+
+def _ask(person: bool) -> str | None:
+    if person:
+        try:
+            return input("you: ")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print()
+            return None
+    line = sys.stdin.readline()
+    return line or None
+
+
+def _print(pieces: Iterator[str], color: bool) -> None:
+    """Write pieces as they come; with color the chain is dim and its tags are gone, without they stay."""
+    for piece in pieces:
+        if color:
+            piece = piece.replace(THINK, DIM).replace(END_THINK, f"{PLAIN}\n")
+        print(piece, end="", flush=True)
+    print(PLAIN if color else "")

@@ -1,0 +1,222 @@
+"""The run folder: the only way stages talk, and all that a report ever reads.
+
+runs/<recipe>/recipe.json            which recipe and seed this folder belongs to
+runs/<recipe>/<stage>/config.json    the stage's knobs, resolved
+                      metrics.jsonl  one line per logged step
+                      ledger.jsonl   what was spent between two checkpoints
+                      manifest.json  written last: its existence means finished
+runs/<recipe>/summary.json           results and costs of all finished stages
+
+Only rank 0 writes. Files are replaced as a whole, never rewritten in place.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from finback.config import UserError
+
+NEEDED_BYTES = 200 * 2**20  # free space asked for before a stage starts
+
+# Stated estimates, used where the machine cannot be asked; summary.json repeats them beside every figure.
+WATTS_PER_CORE = 12.0
+DOLLARS_PER_CORE_HOUR = 0.04
+BASIS = (
+    f"estimate: {WATTS_PER_CORE:g} W per busy core, ${DOLLARS_PER_CORE_HOUR:g} per core-hour "
+    "(a common on-demand cloud price); nothing was metered"
+)
+
+
+class Ranks(Protocol):
+    """What run folders need of a group of processes; parallel.mesh.World is one."""
+
+    rank: int
+    size: int
+
+    def barrier(self) -> None: ...
+
+    def any(self, flag: bool) -> bool: ...
+
+
+class Interrupted(Exception):
+    """Work stopped at a safe point because the user asked; running the recipe again continues from there."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by `value` as JSON, atomically: readers see the old or the new text, also after a crash."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=1, ensure_ascii=False)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that finback wrote; UserError when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            "run folder", str(path), f"damaged ({error})", "Delete it and run the recipe again."
+        ) from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSONL file; a torn last line, left by a kill, is ignored."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class StageRun:
+    """One stage's folder and its means: inputs, seeds, metrics, ledger, progress, finish."""
+
+    def __init__(self, root: Path, name: str, seed: int, ranks: Ranks, quiet: bool = False) -> None:
+        self.root, self.folder, self.name, self.ranks, self.quiet = root, root / name, name, ranks, quiet
+        self.base_seed = seed
+        self.stop_requested = False
+        self._mark = time.perf_counter()
+        self._line: TextIO = sys.stderr
+
+    @property
+    def is_writer(self) -> bool:
+        return self.ranks.rank == 0
+
+    def seed(self, *purpose: object) -> int:
+        """A seed for one purpose: the same for the same recipe seed and words, unrelated between purposes."""
+        words = " ".join(map(str, (self.base_seed, *purpose)))
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+
+    def input(self, start: str) -> Path:
+        """The folder of an earlier stage, or of a finished stage elsewhere when `start` is a path."""
+        inside = self.root / start
+        return inside if (inside / "manifest.json").is_file() else Path(start)
+
+    def log(self, step: int, **metrics: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.is_writer:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Forget logged steps from `step` on: they are about to be done again."""
+        path = self.folder / "metrics.jsonl"
+        if self.is_writer and path.is_file():
+            kept = [r for r in read_lines(path) if r["step"] < step]
+            temporary = path.with_name("metrics.part")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            temporary.replace(path)
+
+    def account(self, **spent: float) -> None:
+        """Append what was spent since the last call (wall seconds are added here) to ledger.jsonl."""
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        if self.is_writer:
+            with (self.folder / "ledger.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"seconds": seconds, "cores": self.ranks.size, **spent}) + "\n")
+
+    def check_stop(self) -> bool:
+        """Whether any rank was asked to stop; all ranks get the same answer."""
+        return self.ranks.any(self.stop_requested)
+
+    def say(self, text: str) -> None:
+        """One line of prose on stderr, from rank 0."""
+        if self.is_writer and not self.quiet:
+            print(f"\r\033[K{text}" if self._line.isatty() else text, file=self._line, flush=True)
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write the manifest; from now on the stage is done."""
+        self.account()
+        if self.is_writer:
+            files = sorted(p.name for p in self.folder.iterdir() if p.is_file() and p.name != "manifest.json")
+            write_json(
+                self.folder / "manifest.json", {"stage": self.name, "files": files, "results": results}
+            )
+        self.ranks.barrier()
+
+
+class Progress:
+    """A line that says how far a stage is: done, rate, time left, money so far; one line per 10 s without a terminal."""
+
+    def __init__(self, run: StageRun, total: float, unit: str, spent: float = 0.0) -> None:
+        self.run, self.total, self.unit, self.spent = run, total, unit, spent
+        self.started, self.first, self.last = time.perf_counter(), None, 0.0
+
+    def show(self, done: float, note: str = "") -> None:
+        """Report that `done` of `total` units are finished."""
+        now = time.perf_counter()
+        self.first = done if self.first is None else self.first
+        terminal = sys.stderr.isatty()
+        if self.run.quiet or not self.run.is_writer or now - self.last < (0.2 if terminal else 10):
+            return
+        self.last = now
+        elapsed = now - self.started
+        rate = (done - self.first) / elapsed if elapsed > 0 else 0.0
+        left = clock((self.total - done) / rate) if rate > 0 else "?"
+        money = (self.spent + elapsed) * self.run.ranks.size * DOLLARS_PER_CORE_HOUR / 3600
+        text = (
+            f"{self.run.name:10} {done:,.0f}/{self.total:,.0f} {self.unit}  {rate:,.1f}/s  "
+            f"{left} left at most  ${money:.4f}  {note}"
+        )
+        print(
+            f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True
+        )
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1:15'."""
+    seconds = int(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
+
+
+def spent(folder: Path) -> dict[str, float]:
+    """Sums over a stage's ledger: seconds, core-seconds, and whatever else was accounted."""
+    total: dict[str, float] = {"seconds": 0.0, "core_seconds": 0.0}
+    for line in read_lines(folder / "ledger.jsonl"):
+        total["core_seconds"] += line["seconds"] * line.pop("cores")
+        for key, value in line.items():
+            total[key] = total.get(key, 0.0) + value
+    return total
+
+
+def prepare_folder(root: Path) -> None:
+    """Make a run folder, or say why it cannot be used: not writable, or no space left."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            "runs",
+            str(root),
+            f"cannot be written to ({error.strerror})",
+            "Choose another folder with --runs.",
+        ) from None
+    free = shutil.disk_usage(root).free
+    if free < NEEDED_BYTES:
+        raise UserError(
+            "runs", str(root), f"only {free / 2**20:.0f} MB free, {NEEDED_BYTES / 2**20:.0f} MB needed",
+            "Free some space or choose another disk with --runs.",
+        )  # fmt: skip
+
+
+def finished_stages(root: Path) -> Iterator[Path]:
+    """Folders under `root` that hold a manifest, oldest first."""
+    done = [p.parent for p in root.glob("*/manifest.json")]
+    yield from sorted(done, key=lambda p: (p / "manifest.json").stat().st_mtime_ns)

@@ -1,0 +1,182 @@
+"""Tasks x model -> scores with their uncertainty, and what the answers were made of."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finback.checkpoint import model as models
+from finback.config import UserError, check_fields
+from finback.data.tokenizer import Tokenizer
+from finback.engine.engine import Engine
+from finback.engine.sequence import Sampling
+from finback.model.count import forward_flops
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import World
+from finback.recipe import Stage, Work
+from finback.run import Interrupted, StageRun, read_json, write_json
+from finback.stages.pretrain import bits_per_byte
+from finback.stages.rollout import Rollout, rollout
+from finback.tasks import task as tasks
+from finback.tasks.math import Chains
+
+
+@dataclass(frozen=True)
+class Exam:
+    """`problems` distinct held-out problems of a task, answered once each; `think` opens the chain for the model."""
+
+    name: str
+    task: Chains
+    problems: int = 600
+    temperature: float = 1.0
+    think: bool = False
+    max_tokens: int = 96
+
+    def __post_init__(self) -> None:
+        check_fields(self, "exam")
+        if self.problems < 1:
+            raise UserError(f"exam {self.name}.problems", self.problems, "nothing to ask", "Use at least 1.")
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927); stays within 0..1 and is honest near both ends."""
+    z, p = 1.959964, right / n
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Stage):
+    """Give a model its exams; every answer is kept in <exam>.jsonl."""
+
+    start: str
+    exams: tuple[Exam, ...]
+    data: str = ""  # a prepare stage, to compress the validation text of its `sources`
+    sources: tuple[str, ...] = field(default_factory=tuple)
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.start, self.data) if self.data else (self.start,)
+
+    def work(self) -> Work:
+        return Work(tokens_generated=sum(e.problems * e.max_tokens for e in self.exams))
+
+    def run(self, run: StageRun) -> dict[str, Any]:
+        world = run.ranks
+        assert isinstance(world, World), "evaluation gathers answers over a World"
+        folder = run.input(self.start)
+        tokenizer, model = Tokenizer(folder / "tokenizer.json"), models.load(folder).eval()
+        results: dict[str, Any] = {"model": self.start, "evaluations": []}
+        for exam in self.exams:
+            results["evaluations"].append(self._take(exam, run, world, model, tokenizer))
+            if run.check_stop():
+                raise Interrupted
+        if self.data:
+            source = run.input(self.data)
+            results["bits_per_byte"] = {s: bits_per_byte(model, source, s, world) for s in self.sources}
+        return results
+
+    def _take(
+        self, exam: Exam, run: StageRun, world: World, model: Transformer, tokenizer: Tokenizer
+    ) -> dict[str, Any]:
+        """One exam's scores; kept in <exam>.json, so that an interrupted evaluation does not repeat it."""
+        kept = run.folder / f"{exam.name}.json"
+        if kept.is_file():
+            return dict(read_json(kept))
+        problems = tasks.distinct(exam.task, "held_out", exam.problems, run.seed("exam", exam.task.name))
+        mine = range(world.rank, exam.problems, world.size)
+        seeds = [run.seed("exam answer", exam.name, i) for i in mine]
+        sampling = Sampling(exam.temperature, exam.max_tokens)
+        engine = Engine(model, tokenizer.eos)
+        answered = rollout(
+            engine, tokenizer, exam.task, [problems[i] for i in mine], seeds, sampling, exam.think
+        )
+        accepted = mtp_acceptance(model, answered)
+        gathered = world.gather((list(mine), [_record(r) for r in answered], accepted))
+        rows = sorted(
+            (i, record)
+            for indices, records, _ in gathered
+            for i, record in zip(indices, records, strict=True)
+        )
+        records = [record for _, record in rows]
+        result = {
+            "exam": exam.name,
+            "task": exam.task.name,
+            "temperature": exam.temperature,
+            **scores(records),
+        }
+        drafts = sum(g[2][1] for g in gathered)
+        if drafts:
+            result["mtp_acceptance"] = sum(g[2][0] for g in gathered) / drafts
+        generated = sum(r["tokens"] for r in records)
+        run.account(
+            tokens_generated=generated, flops=generated * forward_flops(model.config, exam.max_tokens / 4)
+        )
+        world.barrier()  # nobody looks for the file below before everybody has looked
+        if run.is_writer:
+            _write_records(run.folder / f"{exam.name}.jsonl", records)
+            write_json(kept, result)
+        low, high = result["interval"]
+        run.say(
+            f"{self.name:10} {exam.name}: {result['accuracy']:.1%} ({low:.1%} to {high:.1%}), n = {result['n']}"
+        )
+        return result
+
+
+def scores(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy with its interval, length, truncation, and accuracy with and without a chain."""
+    n = len(records)
+    right = sum(r["correct"] for r in records)
+    groups = {key: [r["correct"] for r in records if r["thinks"] == key] for key in (True, False)}
+    return {
+        "n": n,
+        "accuracy": right / n,
+        "interval": wilson(right, n),
+        "mean_tokens": sum(r["tokens"] for r in records) / n,
+        "truncated": sum(r["finish"] == "length" for r in records) / n,
+        "thinks": len(groups[True]) / n,
+        "accuracy_thinking": sum(groups[True]) / len(groups[True]) if groups[True] else None,
+        "accuracy_guessing": sum(groups[False]) / len(groups[False]) if groups[False] else None,
+    }
+
+
+@torch.no_grad()
+def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, int]:
+    """How many of the MTP module's drafts equal the trunk's own greedy choice, and how many drafts there were.
+
+    At each generated position the module drafts the token after the next from the real next one; the trunk, having
+    read that token too, says what it would have chosen. This is the acceptance of greedy speculative decoding.
+    """
+    if not model.mtp:
+        return 0, 0
+    accepted = drafts = 0
+    for start in range(0, len(rollouts), 64):
+        rows = [r.prompt + r.completion.tokens for r in rollouts[start : start + 64]]
+        longest = max(map(len, rows))
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        hidden = model(tokens)
+        trunk = model.logits(hidden).argmax(dim=-1)
+        draft = model.logits(model.predict_further(hidden[:, :-1], tokens)[0]).argmax(dim=-1)
+        for row, r in enumerate(rollouts[start : start + 64]):
+            # draft i speaks of token i + 2, as does the trunk at i + 1
+            first, last = len(r.prompt) - 1, len(rows[row]) - 2
+            agree = draft[row, first:last] == trunk[row, first + 1 : last + 1]
+            accepted, drafts = accepted + int(agree.sum()), drafts + max(0, last - first)
+    return accepted, drafts
+
+
+def _record(r: Rollout) -> dict[str, Any]:
+    return {
+        "question": r.problem.question, "gold": r.problem.answer, "thinking": r.response.thinking,
+        "answer": r.response.answer, "thinks": r.response.thinks, "correct": r.verdict.correct,
+        "tokens": len(r.completion.tokens), "finish": r.completion.finish,
+    }  # fmt: skip
+
+
+def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,93 @@
+"""A task is data, a check and a reward in one object, used by evaluation and by RL alike. No torch here.
+
+Training and evaluation never share a problem: the hash of a problem's canonical form decides, before anything is
+drawn, on which side it lies.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from finback.config import UserError
+
+HELD_OUT = 10  # one problem in ten, by hash, is kept for evaluation
+
+Split = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its gold answer; `key` is its canonical form, `solution` a worked chain if there is one."""
+
+    question: str
+    answer: str
+    key: str
+    solution: str = ""
+    tags: dict[str, int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check says of an answer: right or not, and whether it is an answer of the asked form at all."""
+
+    correct: bool
+    well_formed: bool
+
+
+class Task(Protocol):
+    """What the stages need of a task. A task must accept its own gold answers (a test draws some and checks)."""
+
+    @property
+    def name(self) -> str:
+        """What the task is called in metrics and tables."""
+        ...
+
+    def draw(self, rng: random.Random) -> Problem:
+        """One problem from either side of the split."""
+        ...
+
+    def check(self, problem: Problem, answer: str) -> Verdict:
+        """Judge the text after the thinking; must neither raise nor execute anything for any text."""
+        ...
+
+
+def is_held_out(key: str) -> bool:
+    """Whether a canonical form is kept for evaluation; depends on the text alone, not on a seed."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % HELD_OUT == 0
+
+
+def draw(task: Task, split: Split, rng: random.Random) -> Problem:
+    """The next problem of one side of the split."""
+    for _ in range(100_000):
+        problem = task.draw(rng)
+        if is_held_out(problem.key) == (split == "held_out"):
+            return problem
+    raise UserError("task", task.name, f"no {split} problem in 100,000 draws", "Widen the task's ranges.")
+
+
+def distinct(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
+    """n problems of one side of the split with n different canonical forms, the same for the same seed."""
+    rng, seen, problems = random.Random(seed), set[str](), list[Problem]()
+    misses = 0
+    while len(problems) < n:
+        problem = draw(task, split, rng)
+        misses = misses + 1 if problem.key in seen else 0
+        if misses > 10_000:
+            raise UserError(
+                "problems", n, f"task {task.name!r} has only about {len(problems)} distinct {split} problems",
+                "Ask for fewer or widen the task's ranges.",
+            )  # fmt: skip
+        if problem.key not in seen:
+            seen.add(problem.key)
+            problems.append(problem)
+    return problems
+
+
+def stream(task: Task, split: Split, seed: int) -> Iterator[Problem]:
+    """Problems of one side of the split without end; they may repeat."""
+    rng = random.Random(seed)
+    while True:
+        yield draw(task, split, rng)

@@ -1,0 +1,150 @@
+"""Muon for matrices, AdamW for the rest; gradients in one buffer so that ranks exchange them in one go."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finback.parallel.mesh import World
+
+
+class Gradients:
+    """All gradients of some parameters as views of one flat fp32 buffer."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        total = sum(p.numel() for p in parameters)
+        self.flat = torch.zeros(total, device=parameters[0].device)
+        start = 0
+        for p in parameters:
+            p.grad = self.flat[start : start + p.numel()].view_as(p)
+            start += p.numel()
+
+    def zero(self) -> None:
+        """Forget all gradients."""
+        self.flat.zero_()
+
+    def finish(self, world: World, scale: float, clip: float) -> float:
+        """Sum over ranks, multiply by `scale`, clip to global norm `clip`; returns the norm before clipping."""
+        world.sum_(self.flat).mul_(scale)
+        norm = float(self.flat.norm())
+        if math.isfinite(norm) and norm > clip:
+            self.flat.mul_(clip / norm)
+        return norm
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon updates it: hidden matrices and expert stacks, not embeddings, head, norms or routers."""
+    return parameter.ndim >= 2 and "router" not in name and name not in ("embed", "head.weight")
+
+
+class Muon:
+    """Momentum, then the nearest orthogonal matrix (Jordan 2024; update RMS matched to AdamW's, arXiv 2502.16982).
+
+    torch.optim.Muon takes single matrices only; here equal shapes, expert stacks included, go through Newton-Schulz as
+    one batch. Ranks share that work: each orthogonalises its part, and a sum over ranks puts the parts together.
+    """
+
+    def __init__(
+        self,
+        named: list[tuple[str, nn.Parameter]],
+        world: World,
+        momentum: float = 0.95,
+        weight_decay: float = 0.05,
+    ) -> None:
+        self.named, self.world, self.momentum, self.weight_decay = named, world, momentum, weight_decay
+        self.buffers = {name: torch.zeros_like(p) for name, p in named}
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, p) in enumerate(named):
+            shapes.setdefault(tuple(p.shape[-2:]), []).append(index)
+        self.groups = list(shapes.values())
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update all matrices from their gradients."""
+        for name, p in self.named:
+            assert p.grad is not None, f"{name} has no gradient"
+            self.buffers[name].mul_(self.momentum).add_(p.grad)
+        for group in self.groups:
+            stack = torch.cat([self._direction(i).reshape(-1, *self.named[i][1].shape[-2:]) for i in group])
+            update = self._orthogonal(stack) * (0.2 * math.sqrt(max(stack.shape[-2:])))
+            start = 0
+            for i in group:
+                p = self.named[i][1]
+                count = p.numel() // (p.size(-1) * p.size(-2))
+                p.mul_(1 - lr * self.weight_decay).add_(update[start : start + count].view_as(p), alpha=-lr)
+                start += count
+
+    def _direction(self, index: int) -> Tensor:
+        """Nesterov momentum of one parameter."""
+        name, p = self.named[index]
+        assert p.grad is not None, f"{name} has no gradient"
+        return p.grad.add(self.buffers[name], alpha=self.momentum)
+
+    def _orthogonal(self, stack: Tensor) -> Tensor:
+        """Newton-Schulz on this rank's share of a stack (n, a, b); all ranks get the whole."""
+        if self.world.size == 1:
+            return newton_schulz(stack)
+        share = math.ceil(len(stack) / self.world.size)
+        part = slice(self.world.rank * share, (self.world.rank + 1) * share)
+        whole = torch.zeros_like(stack)
+        if len(stack[part]):
+            whole[part] = newton_schulz(stack[part])
+        return self.world.sum_(whole)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps."""
+        return {f"muon.{name}": t for name, t in self.buffers.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take momentum back from a checkpoint."""
+        for name, buffer in self.buffers.items():
+            buffer.copy_(tensors[f"muon.{name}"])
+
+
+def newton_schulz(stack: Tensor, steps: int = 5) -> Tensor:
+    """Approximately U V^T of each matrix (n, a, b): singular values driven towards 1 by an odd quintic."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's coefficients: fast, leaves singular values in about 0.7..1.2
+    tall = stack.size(1) > stack.size(2)
+    x = stack.transpose(1, 2) if tall else stack
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.transpose(1, 2))
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.transpose(1, 2) if tall else x
+
+
+class Adam:
+    """torch's fused AdamW, with a state that is saved under parameter names."""
+
+    def __init__(
+        self, named: list[tuple[str, nn.Parameter]], betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        self.named = named
+        self.inner = torch.optim.AdamW(
+            [p for _, p in named], lr=0.0, betas=betas, weight_decay=weight_decay, fused=True
+        )
+
+    def step(self, lr: float) -> None:
+        """Update all parameters from their gradients."""
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+        self.inner.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps; empty before the first step."""
+        state = {}
+        for name, p in self.named:
+            for key, value in self.inner.state.get(p, {}).items():
+                state[f"adam.{name}.{key}"] = value
+        return state
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take moments and step counts back from a checkpoint."""
+        for name, p in self.named:
+            prefix = f"adam.{name}."
+            entry: dict[str, Any] = {
+                k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+            }
+            if entry:
+                self.inner.state[p] = {k: v.clone() for k, v in entry.items()}

@@ -1,0 +1,14 @@
+"""Learning rates as functions of tokens, so that batch size and rank count do not change a run's shape."""
+
+
+def warmup(tokens: int, warmup_tokens: int) -> float:
+    """Factor that rises linearly to 1 over warmup_tokens."""
+    return min(1.0, tokens / warmup_tokens) if warmup_tokens > 0 else 1.0
+
+
+def decay(tokens: int, start: int | None, length: int, floor: float) -> float:
+    """Factor that falls linearly from 1 at token `start` to `floor` over `length` tokens; 1 while start is None."""
+    if start is None:
+        return 1.0
+    done = min(1.0, (tokens - start) / length) if length > 0 else 1.0
+    return 1.0 - (1.0 - floor) * done

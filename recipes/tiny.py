@@ -1,0 +1,47 @@
+"""The quickstart: a tiny DeepSeek-V3 reads real dialogues and worked sums, then RL alone teaches it to think first.
+
+Minutes on two CPU cores. Nothing between pre-training and RL: the R1-Zero road.
+"""
+
+from finback.data.sources import Chitchat
+from finback.model.config import TINY
+from finback.stages.evaluate import Evaluate, Exam
+from finback.stages.grpo import GRPO
+from finback.stages.prepare import Prepare, TaskText
+from finback.stages.pretrain import Pretrain, Probe
+from finback.tasks.math import Chains
+
+chains = Chains(min_terms=4, max_terms=6)
+short = Chains(min_terms=2, max_terms=6)  # an easier start: two in five problems may be this short
+
+exams = (
+    Exam(name="sampled", task=chains, problems=600),
+    Exam(name="greedy", task=chains, problems=600, temperature=0.0),
+    Exam(name="7 terms", task=Chains(7, 7), problems=300, temperature=0.0, max_tokens=128),
+    Exam(name="8 terms", task=Chains(8, 8), problems=300, temperature=0.0, max_tokens=128),
+)
+
+recipe = [
+    Prepare(
+        name="prepare",
+        text=(Chitchat(),),
+        # Three in ten answers show their steps; the others just say a number, and are mostly wrong about it.
+        tasks=(
+            TaskText(
+                name="chains", tasks=(chains, chains, chains, short, short), documents=150_000, think=0.3
+            ),
+        ),
+        vocab_size=1024,
+    ),
+    Pretrain(
+        name="base",
+        data="prepare",
+        model=TINY,
+        mixture={"chitchat": 0.4, "chains": 0.6},
+        probe=Probe(task=chains, at_least=0.7),
+        max_tokens=5_000_000,
+    ),
+    Evaluate(name="before", start="base", exams=exams, data="prepare", sources=("chitchat",)),
+    GRPO(name="zero", start="base", task=chains, steps=80),
+    Evaluate(name="after", start="zero", exams=exams, data="prepare", sources=("chitchat",)),
+]

@@ -1,0 +1,248 @@
+"""The model against transformers' DeepseekV3ForCausalLM, and its two attention forms against each other."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finback.checkpoint.names import table
+from finback.config import UserError
+from finback.kernels import attention, grouped, norm, reference
+from finback.model.cache import Cache
+from finback.model.config import TINY, V2_LITE, V3, ModelConfig, Yarn
+from finback.model.rope import softmax_scale
+from finback.model.transformer import Transformer
+
+transformers = pytest.importorskip("transformers")
+
+TOY = dataclasses.replace(
+    TINY, vocab_size=97, hidden_size=48, num_hidden_layers=3, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=16,
+    qk_rope_head_dim=8, v_head_dim=12, intermediate_size=64, n_routed_experts=8, n_group=4, topk_group=2,
+    num_experts_per_tok=3, moe_intermediate_size=20, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+)  # fmt: skip
+DENSE = ModelConfig(
+    vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80,
+    attention="gqa", num_key_value_heads=2, head_dim=12, tie_word_embeddings=True,
+)  # fmt: skip
+PARITY = [
+    TOY,
+    dataclasses.replace(TOY, n_group=1, topk_group=1, q_lora_rank=None),
+    dataclasses.replace(TOY, num_attention_heads=2, first_k_dense_replace=2, norm_topk_prob=False),
+    dataclasses.replace(TOY, rope_scaling=Yarn(factor=4.0, original_max_position_embeddings=16)),
+]
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """Weights large enough that routing and attention differ between tokens; gains and biases moved off 1 and 0."""
+    model = Transformer(dataclasses.replace(config, initializer_range=0.1)).initialise(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+        for router in model.routers():
+            router.bias.add_(0.1 * torch.randn(router.bias.shape, generator=generator))
+    return model.eval()
+
+
+def to_transformers(model: Transformer) -> torch.nn.Module:
+    """The same weights in transformers' own class, through the name table; every trunk tensor must find its place."""
+    c = model.config
+    yarn = c.rope_scaling
+    config = transformers.DeepseekV3Config(
+        **{
+            f.name: getattr(c, f.name)
+            for f in dataclasses.fields(c)
+            if f.name not in ("rope_scaling", "attention", "head_dim")
+        }
+        | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}
+            if yarn is None
+            else {"rope_type": "yarn", "rope_theta": c.rope_theta, **dataclasses.asdict(yarn)},
+            "num_key_value_heads": c.num_attention_heads,
+            "attn_implementation": "eager",
+        }
+    )
+    other = transformers.DeepseekV3ForCausalLM(config).eval()
+    state = {}
+    for ours, theirs in table(c).items():
+        if ours.startswith("mtp."):
+            continue
+        parts = model.state_dict()[ours]
+        parts = parts.flatten(0, 1) if parts.ndim == 3 else parts
+        state.update(zip(theirs, parts.chunk(len(theirs), dim=0), strict=True))
+    own = other.state_dict()
+    # transformers may keep experts stacked; bring ours to its shapes
+    for name in list(own):
+        if name.endswith("mlp.experts.gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            state[name] = torch.stack(
+                [
+                    torch.cat(
+                        [state.pop(f"{prefix}{e}.gate_proj.weight"), state.pop(f"{prefix}{e}.up_proj.weight")]
+                    )
+                    for e in range(c.n_routed_experts)
+                ]
+            )
+        if name.endswith("mlp.experts.down_proj"):
+            prefix = name.removesuffix("down_proj")
+            state[name] = torch.stack(
+                [state.pop(f"{prefix}{e}.down_proj.weight") for e in range(c.n_routed_experts)]
+            )
+    other.load_state_dict(state, strict=True)
+    return other
+
+
+@pytest.mark.parametrize("config", PARITY)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_logits_equal_transformers(config: ModelConfig, seed: int) -> None:
+    model = random_model(config, seed)
+    tokens = torch.randint(0, config.vocab_size, (3, 33), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        ours = model.logits(model(tokens))
+        theirs = to_transformers(model)(tokens).logits
+    assert ours.std() > 0.3, "flat logits would agree whatever the code does"
+    assert (ours - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("config", [*PARITY, DENSE])
+def test_cached_decoding_equals_the_whole(config: ModelConfig) -> None:
+    """Expanded form over everything = prompt of unequal lengths, then one token at a time in absorbed form."""
+    model = random_model(config)
+    tokens = torch.randint(0, config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(5))
+    prompt = torch.tensor([5, 3, 4])
+    with torch.no_grad():
+        whole = model.logits(model(tokens))
+        cache = Cache(config, 3, 12, torch.float32, torch.device("cpu"))
+        hidden = model(tokens[:, :5], cache)
+        cache.advance(prompt, 5)
+        last = model.logits(hidden[torch.arange(3), prompt - 1])
+        assert (last - whole[torch.arange(3), prompt - 1]).abs().max() <= 1e-4
+        for step in range(7):
+            position = prompt + step
+            hidden = model(tokens[torch.arange(3), position][:, None], cache)
+            cache.advance(1, 5 + step + 1)
+            assert (model.logits(hidden[:, 0]) - whole[torch.arange(3), position]).abs().max() <= 1e-4
+            if step == 3:  # a sequence leaves, the others go on
+                cache.keep(torch.tensor([0, 2]), 5 + step + 1)
+                tokens, whole, prompt = tokens[[0, 2]], whole[[0, 2]], prompt[[0, 2]]
+                break
+        position = prompt + 4
+        hidden = model(tokens[torch.arange(2), position][:, None], cache)
+        assert (model.logits(hidden[:, 0]) - whole[torch.arange(2), position]).abs().max() <= 1e-4
+
+
+def test_chunked_prefill_equals_the_whole() -> None:
+    model = random_model(TOY)
+    tokens = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(6))
+    cache = Cache(TOY, 2, 12, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        whole, pieces = model(tokens), []
+        for start in (0, 4, 8):
+            pieces.append(model(tokens[:, start : start + 4], cache))
+            cache.advance(4, start + 4)
+    assert (torch.cat(pieces, dim=1) - whole).abs().max() <= 1e-4
+
+
+def test_cache_holds_latents_only() -> None:
+    """576 elements per layer for V3: 70,272 bytes per token in bf16 (spec 1.2)."""
+    assert V3.cache_elements == 576
+    assert V3.cache_elements * V3.num_hidden_layers * 2 == 70_272
+    cache = Cache(TINY, 2, 8, torch.float32, torch.device("cpu"))
+    assert cache.bytes_per_token == 4 * (64 + 16) * 4
+
+
+def test_yarn_softmax_scale_of_v3() -> None:
+    assert softmax_scale(V3) == pytest.approx(0.135234, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "total"), [(V3, 671_026_419_200), (V2_LITE, 15_706_484_224)], ids=["V3", "V2_LITE"]
+)
+def test_parameter_totals(config: ModelConfig, total: int) -> None:
+    """Totals of the specification, section 2.3, without the MTP module."""
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(config, num_nextn_predict_layers=0))
+    count = sum(p.numel() for p in model.parameters())
+    bias = sum(r.bias.numel() for r in model.routers()) if config.scoring_func == "sigmoid" else 0
+    assert count + bias == total
+
+
+def test_name_table_covers_every_tensor() -> None:
+    for config in (TOY, DENSE, dataclasses.replace(TOY, q_lora_rank=None)):
+        with torch.device("meta"):
+            state = Transformer(config).state_dict()
+        names = set(state) - ({"head.weight"} if config.tie_word_embeddings else set())
+        assert set(table(config)) == names
+
+
+def test_grouped_experts_equal_the_loop() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, gate_up, down = (torch.randn(s, generator=generator) for s in ((40, 16), (6, 20, 16), (6, 16, 10)))
+    index = torch.stack(
+        [torch.randperm(5, generator=generator)[:2] for _ in range(40)]
+    )  # expert 5 gets nothing
+    weight = torch.rand(40, 2, generator=generator)
+    outs, grads = [], []
+    for module in (reference, grouped):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, gate_up, down)]
+        y = module.routed_experts(leaves[0], index, leaves[1], leaves[2], leaves[3])
+        (y * torch.arange(16)).sum().backward()
+        outs.append(y)
+        grads.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(outs[0], outs[1])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fast_attention_and_norm_equal_their_twins(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, 3, 24, size, generator=generator).to(dtype) for size in (16, 16, 12))
+    x, gain = torch.randn(5, 7, 20, generator=generator).to(dtype), torch.randn(20, generator=generator)
+    pairs: list[tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor], float]] = [
+        (reference.causal_attention, attention.causal_attention, [q, k, v], 0.3),
+        (reference.rms_norm, norm.rms_norm, [x, gain], 1e-6),
+    ]
+    for plain, fast, inputs, constant in pairs:
+        results = []
+        for function in (plain, fast):
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            y = function(*leaves, constant)
+            (y.float() * torch.arange(y.size(-1))).sum().backward()
+            results.append([y, *(leaf.grad for leaf in leaves)])
+        tolerance = 1e-4 if dtype == torch.float32 else 0.03
+        for a, b in zip(*results, strict=True):
+            assert (a.float() - b.float()).norm() <= tolerance * a.float().norm()
+
+
+def test_mtp_at_depth_one_by_hand() -> None:
+    """h' = M [norm(Emb(t_{i+1})) ; norm(h_i)], block, norm: position i sees token i + 1 and no later one."""
+    model = random_model(TOY)
+    tokens = torch.randint(0, 97, (1, 10), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        hidden = model(tokens[:, :8])
+        further = model.predict_further(hidden, tokens)[0]
+        m = model.mtp[0]
+        joined = torch.cat([m.embed_norm(model.embed[tokens[:, 1:9]]), m.hidden_norm(hidden)], dim=-1)
+        by_hand = m.norm(
+            m.block(F.linear(joined, m.project.weight), model.cos[None, :8], model.sin[None, :8])
+        )
+        changed = tokens.clone()
+        changed[0, 8] = (changed[0, 8] + 1) % 97
+        moved = model.predict_further(hidden, changed)[0]
+    torch.testing.assert_close(further, by_hand)
+    assert torch.equal(moved[:, :7], further[:, :7]) and not torch.equal(moved[:, 7], further[:, 7])
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [({"n_group": 3}, "n_group"), ({"num_experts_per_tok": 9}, "num_experts_per_tok"), ({"hidden_size": 1.5}, "hidden_size"),
+     ({"kv_lora_rank": 0}, "kv_lora_rank"), ({"qk_rope_head_dim": 7}, "qk_rope_head_dim")],
+)  # fmt: skip
+def test_impossible_configs_name_the_field(change: dict[str, object], field: str) -> None:
+    with pytest.raises(UserError, match=field):
+        dataclasses.replace(TOY, **change)  # type: ignore[arg-type]
