@@ -154,7 +154,8 @@ class Progress:
 
     def __init__(self, run: StageRun, total: float, unit: str, spent: float = 0.0) -> None:
         self.run, self.total, self.unit, self.spent = run, total, unit, spent
-        self.started, self.first, self.last = time.perf_counter(), None, 0.0
+        self.started, self.last = time.perf_counter(), 0.0
+        self.first: float | None = None
 
     def show(self, done: float, note: str = "") -> None:
         """Report that `done` of `total` units are finished."""

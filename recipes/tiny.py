@@ -11,21 +11,21 @@ from finback.stages.prepare import Prepare, TaskText
 from finback.stages.pretrain import Pretrain, Probe
 from finback.tasks.math import Chains
 
-chains = Chains(min_terms=4, max_terms=6)
-short = Chains(min_terms=2, max_terms=6)  # an easier start: two in five problems may be this short
+chains = Chains(min_terms=5, max_terms=7)
+short = Chains(min_terms=2, max_terms=7)  # an easier start: two in five problems may be this short
 
 exams = (
     Exam(name="sampled", task=chains, problems=600),
     Exam(name="greedy", task=chains, problems=600, temperature=0.0),
-    Exam(name="7 terms", task=Chains(7, 7), problems=300, temperature=0.0, max_tokens=128),
     Exam(name="8 terms", task=Chains(8, 8), problems=300, temperature=0.0, max_tokens=128),
+    Exam(name="9 terms", task=Chains(9, 9), problems=300, temperature=0.0, max_tokens=128),
 )
 
 recipe = [
     Prepare(
         name="prepare",
         text=(Chitchat(),),
-        # Three in ten answers show their steps; the others just say a number, and are mostly wrong about it.
+        # Some answers show their steps; the others just say a number, and are mostly wrong about it.
         tasks=(
             TaskText(
                 name="chains", tasks=(chains, chains, chains, short, short), documents=150_000, think=0.3

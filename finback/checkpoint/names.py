@@ -5,7 +5,9 @@ Ours are the paper's words; theirs fix the file format. Fused tensors of ours li
 
 from finback.model.config import ModelConfig
 
-_MLA = {
+_Names = dict[str, tuple[str, ...]]
+
+_MLA: _Names = {
     "q_down.weight": ("self_attn.q_a_proj.weight",),
     "q_norm.weight": ("self_attn.q_a_layernorm.weight",),
     "q_up.weight": ("self_attn.q_b_proj.weight",),
@@ -14,7 +16,7 @@ _MLA = {
     "kv_up.weight": ("self_attn.kv_b_proj.weight",),
     "out.weight": ("self_attn.o_proj.weight",),
 }
-_GQA = {
+_GQA: _Names = {
     "query.weight": ("self_attn.q_proj.weight",),
     "key_value.weight": ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "out.weight": ("self_attn.o_proj.weight",),
@@ -46,11 +48,11 @@ def table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 def _block(config: ModelConfig, ours: str, layer: int) -> dict[str, tuple[str, ...]]:
     theirs = f"model.layers.{layer}."
-    names = {
+    names: _Names = {
         "attention_norm.weight": ("input_layernorm.weight",),
         "feed_forward_norm.weight": ("post_attention_layernorm.weight",),
     }
-    attention = dict(_MLA if config.attention == "mla" else _GQA)
+    attention: _Names = dict(_MLA if config.attention == "mla" else _GQA)
     if config.attention == "mla" and config.q_lora_rank is None:
         attention = {k: v for k, v in attention.items() if k not in ("q_down.weight", "q_norm.weight")}
         attention["q_up.weight"] = ("self_attn.q_proj.weight",)

@@ -40,14 +40,14 @@ class Tokenizer:
         bare = json.loads(text)
         bare["added_tokens"] = []
         self._bare = tokenizers.Tokenizer.from_str(json.dumps(bare))
-        ids = {token: self._full.token_to_id(token) for token in (BOS, EOS, PAD, *ADDED)}
-        missing = [token for token, number in ids.items() if number is None]
+        found = {token: self._full.token_to_id(token) for token in (BOS, EOS, PAD, *ADDED)}
+        missing = [token for token, number in found.items() if number is None]
         if missing:
             raise UserError(
                 "tokenizer", str(path), f"lacks the tokens {missing}", "Use a DeepSeek-style tokenizer."
             )
-        self.ids: dict[str, int] = ids
-        self.bos, self.eos, self.pad = ids[BOS], ids[EOS], ids[PAD]
+        self.ids = {token: number for token, number in found.items() if number is not None}
+        self.bos, self.eos, self.pad = self.ids[BOS], self.ids[EOS], self.ids[PAD]
         self.vocab_size = self._full.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:

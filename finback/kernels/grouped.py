@@ -15,14 +15,16 @@ Blocks = list[tuple[int, int, int]]  # (expert, first row, last row + 1)
 
 def routed_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As reference.routed_experts: x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)."""
-    return _RoutedExperts.apply(x, index, weight, gate_up, down)
+    return _RoutedExperts.apply(x, index, weight, gate_up, down, _block_multiple(x))
 
 
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, multiple: int
+    ) -> Tensor:
         n, k = index.shape
-        slots, blocks = _layout(index, gate_up.size(0), _block_multiple(x))
+        slots, blocks = _layout(index, gate_up.size(0), multiple)
         w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
         rows = x.new_zeros(blocks[-1][2], x.size(1)).index_copy_(0, slots, x.repeat_interleave(k, dim=0))
         hidden = _per_expert(rows, w_in.transpose(1, 2), blocks)
@@ -31,7 +33,8 @@ class _RoutedExperts(torch.autograd.Function):
         ctx.save_for_backward(rows, slots, hidden, y, weight, w_in, w_out)
         ctx.blocks = blocks
         ctx.dtypes = gate_up.dtype, weight.dtype
-        return torch.bmm(weight.to(x.dtype)[:, None], y).squeeze(1)
+        # not bmm: a product of one row per token costs ten times these two passes
+        return (y * weight.to(x.dtype)[:, :, None]).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -39,7 +42,7 @@ class _RoutedExperts(torch.autograd.Function):
         grad, blocks = grads[0], ctx.blocks
         n, k, d = y.shape
         parameter_dtype, weight_dtype = ctx.dtypes
-        d_weight = torch.bmm(y, grad[:, :, None]).squeeze(2).to(weight_dtype)
+        d_weight = (y * grad[:, None]).sum(2, dtype=weight_dtype)
         d_y = (weight.to(grad.dtype)[:, :, None] * grad[:, None]).view(n * k, d)
         d_y = d_y.new_zeros(len(rows), d).index_copy_(0, slots, d_y)
         gate, up = hidden.chunk(2, dim=-1)
@@ -54,7 +57,7 @@ class _RoutedExperts(torch.autograd.Function):
         torch.mul(d_act.mul_(up), sigmoid.addcmul_(silu, 1 - sigmoid), out=d_gate)
         d_gate_up = _outer_per_expert(d_hidden, rows, blocks, w_in).to(parameter_dtype)
         d_x = _per_expert(d_hidden, w_in, blocks)[slots].view(n, k, d).sum(1)
-        return d_x, None, d_weight, d_gate_up, d_down
+        return d_x, None, d_weight, d_gate_up, d_down, None
 
 
 def _block_multiple(x: Tensor) -> int:

@@ -48,7 +48,7 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
     try:
         for rank in range(ranks):
             # Only rank 0 talks; what another rank says is shown when it was the one to fail.
-            stream = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+            stream: IO[bytes] | None = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 - closed below
             output.append(stream)
             children.append(
                 subprocess.Popen(

@@ -68,9 +68,11 @@ def _pretraining(name: str, results: dict[str, Any]) -> str:
 def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:
     lines = [f"{'held-out problems':26} {'n':>5}   {'before RL':>20}   {'after RL':>20}"]
     then = {e["exam"]: e for e in before["evaluations"]}
-    for e in after["evaluations"]:
-        if e["exam"] in then:
-            lines.append(f"{e['exam']:26} {e['n']:>5}   {_share(then[e['exam']]):>20}   {_share(e):>20}")
+    lines += [
+        f"{e['exam']:26} {e['n']:>5}   {_share(then[e['exam']]):>20}   {_share(e):>20}"
+        for e in after["evaluations"]
+        if e["exam"] in then
+    ]
     first_then, first = before["evaluations"][0], after["evaluations"][0]
     rows = [("response tokens", "mean_tokens", "{:.1f}"), ("cut off", "truncated", "{:.1%}"),
             ("answers that think", "thinks", "{:.0%}"), ("  right when thinking", "accuracy_thinking", "{:.1%}"),

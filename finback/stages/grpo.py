@@ -130,6 +130,7 @@ class _Reinforcement:
         self.sampling = Sampling(stage.temperature, stage.max_tokens)
         self.step = 0
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
+        self.accounted, self.mark = dict(self.totals), time.perf_counter()
 
     def run(self) -> dict[str, Any]:
         stage, run = self.stage, self.stage_run
@@ -242,7 +243,6 @@ class _Reinforcement:
         n = self.stage.prompts * self.stage.group
         self.totals["tokens_generated"] += int(length)
         self.totals["tokens_trained"] += int(trained_all * groups / self.stage.prompts)
-        self.generated, self.trained = length, trained_all * groups / self.stage.prompts
         return {
             "reward": reward / n, "accuracy": right / n, "well_formed": formed / n, "thinks": thinks / n,
             "length": length / n, "truncated": cut / n, "groups_with_gradient": groups / self.stage.prompts,
@@ -274,7 +274,6 @@ class _Reinforcement:
         )
 
     def _resume(self) -> None:
-        self.mark = time.perf_counter()
         found = store.load_newest(self.stage_run.folder)
         if found is not None:
             self.step, tensors, meta = found

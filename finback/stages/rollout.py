@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from finback.data import chat
 from finback.data.chat import Message, Response
-from finback.data.tokenizer import Tokenizer
+from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Completion, Sampling
 from finback.tasks.task import Problem, Task, Verdict
@@ -32,7 +32,7 @@ def rollout(
     rollouts = []
     for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
         text = tokenizer.decode(completion.tokens)
-        response = chat.parse(chat.THINK + text if think else text)
+        response = chat.parse(THINK + text if think else text)
         judged = completion.finish == "stop" and response.closed
         verdict = (
             task.check(problem, response.answer) if judged else Verdict(correct=False, well_formed=False)

@@ -43,6 +43,7 @@ class Muon:
 
     torch.optim.Muon takes single matrices only; here equal shapes, expert stacks included, go through Newton-Schulz as
     one batch. Ranks share that work: each orthogonalises its part, and a sum over ranks puts the parts together.
+    `compute` is the dtype of Newton-Schulz, whose result need only be roughly orthogonal: bf16 where that is fast.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Muon:
         world: World,
         momentum: float = 0.95,
         weight_decay: float = 0.05,
+        compute: torch.dtype = torch.float32,
     ) -> None:
+        self.compute = compute
         self.named, self.world, self.momentum, self.weight_decay = named, world, momentum, weight_decay
         self.buffers = {name: torch.zeros_like(p) for name, p in named}
         shapes: dict[tuple[int, ...], list[int]] = {}
@@ -84,12 +87,12 @@ class Muon:
     def _orthogonal(self, stack: Tensor) -> Tensor:
         """Newton-Schulz on this rank's share of a stack (n, a, b); all ranks get the whole."""
         if self.world.size == 1:
-            return newton_schulz(stack)
+            return newton_schulz(stack.to(self.compute)).float()
         share = math.ceil(len(stack) / self.world.size)
         part = slice(self.world.rank * share, (self.world.rank + 1) * share)
         whole = torch.zeros_like(stack)
         if len(stack[part]):
-            whole[part] = newton_schulz(stack[part])
+            whole[part] = newton_schulz(stack[part].to(self.compute)).float()
         return self.world.sum_(whole)
 
     def state(self) -> dict[str, Tensor]:

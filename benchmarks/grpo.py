@@ -1,0 +1,175 @@
+"""Seconds per GRPO step: finback against TRL's GRPOTrainer, same shapes, questions, group, lengths and reward.
+
+Every answer has the full length: on both sides the end of a text is an id that the model cannot produce. The reward is
+a hash of the answer, so that every group carries a gradient whatever an untrained model says.
+"""
+
+import argparse
+import dataclasses
+import os
+import random
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import driver
+import gemm
+import qualify
+import record
+from driver import CORES, Contestant, Settings
+from grpo_contestants import CHAINS, MODEL, finback_contestants, prompts, save_base, trl_alone, trl_ranked
+from text import prepare
+
+from finback.model.count import forward_flops, training_flops
+
+RANKS, SINGLE = f"{CORES}x1", f"1x{CORES}"
+
+
+def race(contestants: Sequence[Contestant], probes: Sequence[Contestant], rounds: int, steps: int) -> None:
+    """The alternating rounds; a turn is `steps` steps, its split is that of the slowest rank."""
+
+    def take(contestant: Contestant, seconds: float, replies: list[Any]) -> None:
+        into = contestant.record
+        into.setdefault("seconds", []).append(seconds / steps)
+        rollout = max(reply["rollout_seconds"] for reply in replies) / steps
+        into.setdefault("rollout_seconds", []).append(rollout)
+        into.setdefault("update_seconds", []).append(seconds / steps - rollout)
+        into |= {k: v for k, v in replies[0].items() if k != "rollout_seconds"}
+
+    for number in range(rounds):
+        driver.turns(probes, 1, None, gemm.take)
+        driver.turns(contestants if number % 2 == 0 else list(reversed(contestants)), 1, steps, take)
+        driver.say(f"round {number + 1} of {rounds}")
+
+
+def summarise(contestants: Sequence[Contestant], peaks: dict[str, Any], flops: float) -> dict[str, Any]:
+    """Per contestant: settings, raw seconds, medians, the split, share of the GEMM peak of its layout."""
+    out = {}
+    for c in contestants:
+        kept = {k: v for k, v in c.settings.items() if k not in ("folder", "prompts", "group", "tokens")}
+        entry = {"ranks": c.ranks, "threads": c.threads, **kept, **c.record}
+        if c.record.get("seconds"):
+            for part in ("seconds", "rollout_seconds", "update_seconds"):
+                entry[f"{part}_per_step"] = record.spread(c.record[part])
+            rate = flops / entry["seconds_per_step"]["median"]
+            entry["share_of_gemm_peak"] = rate / peaks[c.layout][c.settings["precision"]]["median"]
+        out[c.name] = entry
+    return out
+
+
+def step_flops(options: argparse.Namespace, prompt_tokens: float) -> float:
+    """What a step has to compute: each sequence once forward to write it and once in training."""
+    length = prompt_tokens + options.tokens
+    per_token = forward_flops(MODEL, length / 2) + training_flops(MODEL, length / 2, mtp=False)
+    return options.prompts * options.group * length * per_token
+
+
+def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
+    """The comparisons worth making, each formed round by round."""
+    raced = {c.name: c for c in contestants if c.record.get("seconds") and c.alive}
+    median = {name: statistics.median(c.record["seconds"]) for name, c in raced.items()}
+
+    def best(*patterns: str) -> str:
+        names = [n for n in raced if all(re.search(p, n) for p in patterns)]
+        return min(names, key=median.__getitem__, default="")
+
+    ours = f"finback fp32 {RANKS}"
+    default, single, any_layout = f"trl fp32 {SINGLE}", best("^trl", f" {SINGLE}$"), best("^trl")
+    pairs = [
+        ("finback / TRL, default generation, fp32", ours, default, "seconds"),
+        ("finback / best TRL in one process", ours, single, "seconds"),
+        ("finback / best TRL in any layout", ours, any_layout, "seconds"),
+        ("rollout alone: finback / best TRL in any layout", ours, any_layout, "rollout_seconds"),
+        ("update alone: finback / best TRL in any layout", ours, any_layout, "update_seconds"),
+        ("one process each: finback / best TRL", f"finback fp32 {SINGLE}", single, "seconds"),
+        ("finback: ranks / threads", ours, f"finback fp32 {SINGLE}", "seconds"),
+    ]
+    return [
+        record.versus(label, over, under, raced[over].record[part], raced[under].record[part])
+        for label, over, under, part in pairs
+        if over in raced and under in raced and over != under
+    ]
+
+
+def check_lengths(contestants: Sequence[Contestant], tokens: int) -> None:
+    """All answers were as long as asked for, on both sides."""
+    for c in contestants:
+        length = c.record.get("mean_length", tokens)
+        assert abs(length - tokens) < 1e-6, f"{c.name} wrote {length} tokens per answer"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="steps per turn")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=32, help="length of every answer")
+    parser.add_argument("--only", default="", help="take only contestants whose name matches this pattern")
+    parser.add_argument("--smoke", action="store_true", help="four questions, eight tokens, one round")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.steps, options.prompts, options.group, options.tokens = 1, 1, 4, 4, 8
+    return options
+
+
+def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Prepare, let TRL's settings qualify, race."""
+    sizes = {name: getattr(options, name) for name in ("prompts", "group", "tokens")}
+    results = record.header("grpo", {
+        **sizes, "rounds": options.rounds, "steps_per_turn": options.steps, "model": dataclasses.asdict(MODEL),
+        "task": CHAINS.name, "temperature": 1.0, "beta": 0.0, "updates_per_batch": 1, "only": options.only,
+    })  # fmt: skip
+    save_base(folder / "base", prepare(folder, CHAINS) / "tokenizer.json")
+    common = {"folder": str(folder), **sizes}
+    everybody: list[Contestant] = []
+    probes = gemm.contestants()
+
+    def enter(contestants: Sequence[Contestant], at_once: int = CORES) -> list[Contestant]:
+        chosen = [c for c in contestants if re.search(options.only, c.name)]
+        everybody.extend(chosen)
+        driver.start(chosen, at_once)
+        return chosen
+
+    try:
+        driver.start(probes)
+        enter(finback_contestants(common), at_once=1)
+        alone = enter(trl_alone(common))
+        qualify.trial(alone, turns=1, command=1)
+        qualify.retire(alone, [c for c in alone if c.name == f"trl fp32 {SINGLE}"])
+        enter(trl_ranked(common, alone), at_once=1)
+        race(everybody, probes, options.rounds, options.steps)
+        check_lengths(everybody, options.tokens)
+        drawn = prompts(common, random.Random(0).randrange(100))
+        prompt_tokens = statistics.mean(len(ids) for ids, _ in drawn)
+        results["mean_prompt_tokens"] = prompt_tokens
+        results["gemm_peak_flops"] = gemm.results(probes)
+        flops = step_flops(options, prompt_tokens)
+        results["contestants"] = summarise(everybody, results["gemm_peak_flops"], flops)
+        results["ratios"] = ratios(everybody)
+    finally:
+        for contestant in (*everybody, *probes):
+            contestant.stop()
+    return results
+
+
+def main() -> None:
+    """Run and write benchmarks/results/grpo-<cpu>.json."""
+    options = _options()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_HOME"] = folder  # nothing is loaded from a hub, and nothing is left behind
+        results = run(options, Path(folder))
+    results["run_seconds"] = time.perf_counter() - begin
+    record.write(results, options.out)
+    for ratio in results["ratios"]:
+        driver.say(f"{ratio['median']:6.2f}  {ratio['ratio']}: {ratio['over']} / {ratio['under']}")
+
+
+if __name__ == "__main__":
+    main()

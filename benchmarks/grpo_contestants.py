@@ -1,0 +1,234 @@
+"""Who takes part in the GRPO benchmark, and what each does in its processes."""
+
+import dataclasses
+import random
+import time
+import zlib
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import qualify
+import torch
+from driver import CORES, Contestant, Settings
+from torch import Tensor
+
+from finback.checkpoint import model as models
+from finback.data import chat
+from finback.data.chat import Message
+from finback.data.tokenizer import BOS, PAD, Tokenizer
+from finback.engine.engine import Engine
+from finback.model.config import TINY
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import World
+from finback.run import StageRun
+from finback.stages.grpo import GRPO, _Reinforcement
+from finback.stages.rollout import Rollout
+from finback.tasks import task as tasks
+from finback.tasks.math import Chains
+
+CHAINS = Chains(min_terms=4, max_terms=6)
+MODEL = dataclasses.replace(TINY, num_nextn_predict_layers=0)
+LR = 3e-4
+STEPS = 64  # questions drawn for TRL's data set; it starts anew after so many steps
+
+
+def reward(answer: Sequence[int]) -> float:
+    """0 to 1, by the ids of an answer: costs nothing, and differs within every group."""
+    return zlib.crc32(str(list(answer)).encode()) % 1000 / 1000
+
+
+def save_base(folder: Path, tokenizer: Path) -> None:
+    """A model to start from, with random weights."""
+    folder.mkdir()
+    model = Transformer(dataclasses.replace(MODEL, vocab_size=Tokenizer(tokenizer).vocab_size))
+    models.save(folder, model.initialise(0), tokenizer)
+
+
+def prompts(settings: Settings, step: int) -> list[tuple[list[int], str]]:
+    """The questions of one step as ids and as the text that encodes to them; those that the stage draws."""
+    tokenizer = Tokenizer(Path(settings["folder"]) / "base" / "tokenizer.json")
+    rng = random.Random(_stage_run(settings, World()).seed("questions", step))
+    drawn = [tasks.draw(CHAINS, "train", rng) for _ in range(settings["prompts"])]
+    ids = [chat.prompt([Message("user", p.question)], tokenizer) for p in drawn]
+    return [(i, tokenizer.decode(i, skip_special=False)) for i in ids]
+
+
+def _stage_run(settings: Settings, world: World) -> StageRun:
+    return StageRun(Path(settings["folder"]), "zero", 0, world, quiet=True)
+
+
+class _FixedLength(_Reinforcement):
+    """The stage's own step, with answers of one length and the benchmark's reward."""
+
+    rollout_seconds = 0.0
+
+    def _sample(self) -> tuple[list[Rollout], Tensor]:
+        begin = time.perf_counter()
+        rollouts, rewards = super()._sample()
+        paid = torch.tensor([reward(r.completion.tokens) for r in rollouts]).view_as(rewards)
+        self.rollout_seconds += time.perf_counter() - begin
+        return rollouts, paid
+
+
+def finback_worker(pipe: Connection, settings: Settings) -> None:
+    """The GRPO stage's own step."""
+    world = World.join(settings["rank"], settings["ranks"])
+    stage = GRPO(
+        name="zero", start=f"{settings['folder']}/base", task=CHAINS, prompts=settings["prompts"],
+        group=settings["group"], lr=LR, max_tokens=settings["tokens"],
+    )  # fmt: skip
+    trainer = _FixedLength(stage, _stage_run(settings, world))
+    trainer.engine = Engine(trainer.model, eos=-1)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+
+    def step() -> dict[str, float]:
+        metrics = trainer._train_step()
+        trainer._check_gap(metrics)
+        return metrics
+
+    begin = time.perf_counter()
+    step()
+    pipe.send({"parameters": parameters, "warm_step_seconds": time.perf_counter() - begin})
+    while True:
+        trainer.rollout_seconds = 0.0
+        metrics = [step() for _ in range(pipe.recv())][-1]
+        pipe.send({
+            "rollout_seconds": trainer.rollout_seconds, "mean_length": metrics["length"],
+            "groups_with_gradient": metrics["groups_with_gradient"], "grad_norm": metrics["grad_norm"],
+            "trainer_engine_gap": metrics["gap_mean"],
+        })  # fmt: skip
+
+
+def trl_worker(pipe: Connection, settings: Settings) -> None:
+    """GRPOTrainer, its loop held up between turns."""
+    import datasets  # here, so that finback's processes need not load them
+    import transformers
+    from trl import GRPOTrainer
+
+    class Timed(GRPOTrainer):
+        rollout_seconds = 0.0
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            begin = time.perf_counter()
+            outputs = super()._generate_and_score_completions(inputs)
+            self.rollout_seconds += time.perf_counter() - begin
+            return outputs
+
+    class Turns(transformers.TrainerCallback):
+        """Waits for the driver before a step and answers after the last one asked for; the first step warms up."""
+
+        left, begun = 1, time.perf_counter()
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if self.left == 0:
+                self.left = pipe.recv()
+                trainer.rollout_seconds = 0.0
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            self.left -= 1
+            if self.left == 0:
+                pipe.send(self.first() if state.global_step == 1 else self.later())
+
+        def first(self) -> dict[str, float]:
+            parameters = sum(p.numel() for p in trainer.model.parameters())
+            return {"parameters": parameters, "warm_step_seconds": time.perf_counter() - self.begun}
+
+        def later(self) -> dict[str, float]:
+            seen = trainer._metrics["train"]
+            return {
+                "rollout_seconds": trainer.rollout_seconds,
+                "mean_length": seen["completions/mean_length"][-1],
+                "groups_with_gradient": 1 - seen["frac_reward_zero_std"][-1],
+            }
+
+    tokenizer, model = _trl_model(settings)
+    steps = [prompts(settings, step) for step in range(1, STEPS + 1)]
+    for ids, text in steps[0]:
+        assert tokenizer(text)["input_ids"] == ids, f"{text!r} is not read as finback reads it"
+    trainer = Timed(
+        model=model, reward_funcs=_trl_reward, args=_trl_arguments(settings), processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict({"prompt": [text for step in steps for _, text in step]}),
+    )  # fmt: skip
+    turns = Turns()
+    trainer.add_callback(turns)
+    trainer.train()
+
+
+def _trl_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [reward(ids) for ids in completion_ids]
+
+
+def _trl_model(settings: Settings) -> tuple[Any, Any]:
+    """Tokenizer and model; the end-of-text token is one more than the model knows, so that nothing ends early."""
+    import transformers
+
+    file = Path(settings["folder"]) / "base" / "tokenizer.json"
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(file), bos_token=BOS, pad_token=PAD, eos_token="<never>", padding_side="left"
+    )
+    shapes = dataclasses.asdict(dataclasses.replace(MODEL, vocab_size=Tokenizer(file).vocab_size))
+    for name in ("rope_scaling", "attention", "head_dim"):
+        del shapes[name]
+    config = transformers.DeepseekV3Config(
+        **shapes | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": MODEL.rope_theta},
+            "num_key_value_heads": MODEL.num_attention_heads, "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        }
+    )  # fmt: skip
+    assert tokenizer.eos_token_id >= config.vocab_size, "the model could end an answer"
+    torch.manual_seed(0)
+    return tokenizer, transformers.DeepseekV3ForCausalLM(config)
+
+
+def _trl_arguments(settings: Settings) -> Any:
+    from trl import GRPOConfig
+
+    answers = settings["prompts"] * settings["group"] // settings["ranks"]
+    parts = settings["parts"]
+    return GRPOConfig(
+        output_dir=f"{settings['folder']}/trl", use_cpu=True, report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, max_steps=1_000_000, shuffle_dataset=False,
+        per_device_train_batch_size=answers // parts, gradient_accumulation_steps=parts,
+        num_generations=settings["group"], max_completion_length=settings["tokens"], temperature=1.0, beta=0.0,
+        num_iterations=1, epsilon=0.2, loss_type="dapo", scale_rewards="group", learning_rate=LR, adam_beta2=0.95,
+        lr_scheduler_type="constant", max_grad_norm=1.0, optim="adamw_torch_fused",
+        bf16=settings["precision"] == "bf16",
+        gradient_checkpointing=False,  # TRL's default trades time for memory, which is not short here
+        use_transformers_continuous_batching=settings["generation"] == "continuous batching",
+        cache_implementation="static" if settings["generation"] == "static cache" else None,
+    )  # fmt: skip
+
+
+def finback_contestants(common: Settings) -> list[Contestant]:
+    """The default, one-thread ranks, and one process with all threads."""
+    layouts = dict.fromkeys([(CORES, 1), (1, CORES)])
+    settings = common | {"precision": "fp32"}
+    return [Contestant(f"finback fp32 {r}x{t}", finback_worker, settings, r, t) for r, t in layouts]
+
+
+def trl_alone(common: Settings) -> list[Contestant]:
+    """TRL in one process: as it comes, with smaller backward passes, in bf16, with its other ways to generate."""
+    default = {"precision": "fp32", "generation": "default", "parts": 1}
+    changes: dict[str, Settings] = {
+        "fp32": {}, "fp32 in 4 parts": {"parts": 4}, "bf16": {"precision": "bf16"},
+        "fp32 static cache": {"generation": "static cache"},
+        "fp32 continuous batching": {"generation": "continuous batching"},
+    }  # fmt: skip
+    return [
+        Contestant(f"trl {name} 1x{CORES}", trl_worker, common | default | change, 1, CORES)
+        for name, change in changes.items()
+    ]
+
+
+def trl_ranked(common: Settings, alone: Sequence[Contestant]) -> list[Contestant]:
+    """The best setting once more as one-thread ranks, in fp32 and in whatever precision was best."""
+    found: dict[str, Contestant] = {}
+    for group in (alone, [c for c in alone if c.settings["precision"] == "fp32"]):
+        champion = qualify.best(group)
+        if champion and CORES > 1:
+            name = f"{champion.name.rsplit(' ', 1)[0]} {CORES}x1"
+            found[name] = Contestant(name, trl_worker, champion.settings, CORES, 1)
+    return list(found.values())

@@ -1,0 +1,230 @@
+"""Pre-training tokens per second: finback against transformers' DeepseekV3ForCausalLM, same shapes, same rows.
+
+A step is everything training does: read rows, forward, backward, exchange between ranks, clip, optimiser.
+"""
+
+import argparse
+import dataclasses
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import driver
+import gemm
+import qualify
+import record
+from driver import CORES, Contestant, Settings
+from gemm import DTYPES
+from pretrain_contestants import (
+    LENGTH,
+    compiled_peers,
+    config_of,
+    dtype_of,
+    eager_peers,
+    finback_contestants,
+    ranked_peers,
+)
+from text import prepare
+
+from finback.model.config import TINY
+from finback.model.count import training_flops
+from finback.tasks.math import Chains
+
+TRIAL_STEPS = 2
+SINGLE, RANKS = f"1x{CORES}", f"{CORES}x1"
+
+
+def race(contestants: Sequence[Contestant], probes: Sequence[Contestant], rounds: int, steps: int) -> None:
+    """The alternating rounds; the GEMM probe runs at the head of each."""
+
+    def take(contestant: Contestant, seconds: float, replies: list[Any]) -> None:
+        contestant.record.setdefault("seconds", []).append(seconds)
+        contestant.record["last_loss"] = replies[0]
+
+    for number in range(rounds):
+        driver.turns(probes, 1, None, gemm.take)
+        order = contestants if number % 2 == 0 else list(reversed(contestants))
+        driver.turns(order, 1, steps, take)
+        driver.say(f"round {number + 1} of {rounds}")
+
+
+def beside_busy(quiet: Sequence[Contestant], tokens: int, rounds: int) -> dict[str, Any]:
+    """finback's layouts alone and beside one process that spins, one step each, in turns.
+
+    All wait passively, as finback's launcher has it; the threaded layout also as OpenMP would by itself and actively.
+    """
+    base = next((c for c in quiet if c.layout == SINGLE), None)
+    if base is None or CORES == 1:
+        return {}
+    extra = [
+        dataclasses.replace(
+            base, name=f"{base.name}, OMP_WAIT_POLICY {policy or 'unset'}", wait_policy=policy,
+            spins=policy == "active", record={}, processes=[], pipes=[],
+        )
+        for policy in (None, "active")
+    ]  # fmt: skip
+    driver.start(extra, at_once=1)
+    everybody = [*quiet, *extra]
+    seconds: dict[str, dict[str, list[float]]] = {c.name: {"alone": [], "busy": []} for c in everybody}
+    for _ in range(rounds):
+        for state in ("alone", "busy"):
+            with _spinning() if state == "busy" else nullcontext():
+                driver.turns(everybody, 1, 1, lambda c, spent, _, s=state: seconds[c.name][s].append(spent))
+    for contestant in extra:
+        contestant.stop()
+    return {
+        c.name: {"wait_policy": c.wait_policy or "unset", "seconds": seconds[c.name]}
+        | {s: record.spread([tokens / t for t in times]) for s, times in seconds[c.name].items() if times}
+        for c in everybody
+    }
+
+
+@contextmanager
+def _spinning() -> Iterator[None]:
+    """Another program that wants a core, for as long as it and this one live."""
+    code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    with subprocess.Popen([sys.executable, "-c", code]) as other:
+        time.sleep(0.2)
+        yield
+        other.kill()
+
+
+def summarise(contestants: Sequence[Contestant], peaks: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Per contestant: settings, raw seconds, tokens per second, share of the GEMM peak of its layout."""
+    out = {}
+    for c in contestants:
+        kept = {k: v for k, v in c.settings.items() if k not in ("folder", "rows", "layers")}
+        entry = {"ranks": c.ranks, "threads": c.threads, **kept, **c.record}
+        if "trial_seconds" in entry:
+            entry["trial_tokens_per_second"] = c.settings["rows"] * LENGTH * TRIAL_STEPS / qualify.seconds(c)
+        if seconds := entry.get("seconds"):
+            rates = record.spread([tokens / s for s in seconds])
+            flops = training_flops(config_of(c.settings), LENGTH / 2)
+            entry["tokens_per_second"] = rates
+            entry["share_of_gemm_peak"] = rates["median"] * flops / peaks[c.layout][dtype_of(c)]["median"]
+        out[c.name] = entry
+    return out
+
+
+def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
+    """The comparisons worth making, each formed round by round."""
+    raced = {c.name: c for c in contestants if c.record.get("seconds") and c.alive}
+    median = {name: statistics.median(c.record["seconds"]) for name, c in raced.items()}
+
+    def best(*patterns: str) -> str:
+        names = [n for n in raced if all(re.search(p, n) for p in patterns)]
+        return min(names, key=median.__getitem__, default="")
+
+    p = default_precision(median)
+    single, any_layout = best("^transformers", f" {SINGLE}$"), best("^transformers")
+    pairs = [
+        ("as it trains / best single process of the peer", f"finback muon {p} {RANKS}", single),
+        ("as it trains / best of the peer in any layout", f"finback muon {p} {RANKS}", any_layout),
+        ("same optimiser / best single process of the peer", f"finback adamw {p} {RANKS}", single),
+        ("same optimiser / best of the peer in any layout", f"finback adamw {p} {RANKS}", any_layout),
+        ("same optimiser, one process / best single process of the peer", f"finback adamw {p} {SINGLE}", single),
+        ("same optimiser, fp32 / best fp32 of the peer, one process each", f"finback adamw fp32 {SINGLE}",
+         best("^transformers fp32", f" {SINGLE}$")),
+        ("same optimiser, fp32 / best fp32 of the peer, one-thread ranks each", f"finback adamw fp32 {RANKS}",
+         best("^transformers fp32", f" {RANKS}$")),
+        ("same optimiser, ranks / best of the peer as ranks", f"finback adamw {p} {RANKS}",
+         best("^transformers", f" {RANKS}$")),
+        ("finback: ranks with exchange / threads", f"finback muon {p} {RANKS}", f"finback muon {p} {SINGLE}"),
+        ("finback: all cores as ranks / one core", f"finback muon {p} {RANKS}", f"finback muon {p} 1x1"),
+        ("finback: bf16 / fp32", f"finback muon bf16 {RANKS}", f"finback muon fp32 {RANKS}"),
+        ("finback: Muon / AdamW", f"finback muon {p} {RANKS}", f"finback adamw {p} {RANKS}"),
+        ("finback: with MTP / without", f"finback muon + MTP {p} {RANKS}", f"finback muon {p} {RANKS}"),
+    ]  # fmt: skip
+    return [
+        record.versus(label, over, under, raced[over].record["seconds"], raced[under].record["seconds"])
+        for label, over, under in pairs
+        if over in raced and under in raced and over != under
+    ]
+
+
+def default_precision(seconds: dict[str, float]) -> str:
+    """finback's `compute="auto"` rule, bf16 where it wins by 15 %, applied to the seconds of this run."""
+    bf16, fp32 = (seconds.get(f"finback muon {p} {RANKS}", float("inf")) for p in ("bf16", "fp32"))
+    return "bf16" if 1.15 * bf16 < fp32 else "fp32"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2, help="steps per turn")
+    parser.add_argument("--rows", type=int, default=32, help="rows per step over all ranks")
+    parser.add_argument("--only", default="", help="take only contestants whose name matches this pattern")
+    parser.add_argument("--smoke", action="store_true", help="two layers, four rows, one round: does it run?")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.smoke:
+        options.rounds, options.steps, options.rows = 1, 1, 4
+    return options
+
+
+def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Prepare, let the peer's settings qualify, race, then the section beside a busy process."""
+    layers = 2 if options.smoke else TINY.num_hidden_layers
+    common = {"folder": str(folder), "rows": options.rows, "layers": layers}
+    results = record.header("pretrain", {
+        "model": dataclasses.asdict(config_of(common)), "rows": options.rows, "length": LENGTH,
+        "steps_per_turn": options.steps, "rounds": options.rounds, "text": "chitchat, tokenised", "only": options.only,
+    })  # fmt: skip
+    prepare(folder, Chains())
+    everybody: list[Contestant] = []
+    probes = gemm.contestants()
+
+    def enter(contestants: Sequence[Contestant], at_once: int = CORES) -> list[Contestant]:
+        chosen = [c for c in contestants if re.search(options.only, c.name)]
+        everybody.extend(chosen)
+        driver.start(chosen, at_once)
+        return chosen
+
+    try:
+        driver.start(probes)
+        enter(finback_contestants(common))
+        single = enter(eager_peers(common))
+        single += enter(compiled_peers(common))
+        qualify.trial(single, turns=2, command=TRIAL_STEPS)
+        qualify.retire(single, [qualify.best([c for c in single if dtype_of(c) == p]) for p in DTYPES])
+        enter(ranked_peers(common, single), at_once=1)  # each has a process on every core
+        race(everybody, probes, options.rounds, options.steps)
+        raced = [c for c in everybody if c.alive]
+        p = default_precision({c.name: statistics.median(c.record["seconds"]) for c in raced})
+        quiet = [c for c in raced if re.fullmatch(rf"finback muon {p} \S+", c.name)]
+        results["gemm_peak_flops"] = gemm.results(probes)
+        tokens = options.rows * LENGTH * options.steps
+        results["contestants"] = summarise(everybody, results["gemm_peak_flops"], tokens)
+        results["finback_default"] = f"finback muon {p} {RANKS}"
+        results["ratios"] = ratios(everybody)
+        results["beside_a_busy_process"] = beside_busy(quiet, options.rows * LENGTH, min(3, options.rounds))
+    finally:
+        for contestant in (*everybody, *probes):
+            contestant.stop()
+    return results
+
+
+def main() -> None:
+    """Run and write benchmarks/results/pretrain-<cpu>.json."""
+    options = _options()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        # compile from nothing, as a first run does
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/compiled"
+        results = run(options, Path(folder))
+    results["run_seconds"] = time.perf_counter() - begin
+    record.write(results, options.out)
+    for ratio in results["ratios"]:
+        driver.say(f"{ratio['median']:6.2f}  {ratio['ratio']}: {ratio['over']} / {ratio['under']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Who takes part in the pre-training benchmark, and what each does in its processes.
+
+A step is everything training does: read rows, forward, backward, exchange between ranks, clip, optimiser.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import qualify
+import torch
+from driver import CORES, Contestant, Settings
+from gemm import DTYPES, LAYOUTS
+from torch import Tensor, nn
+
+from finback.data.loader import Loader
+from finback.model.config import TINY, ModelConfig
+from finback.parallel.mesh import World
+from finback.run import StageRun
+from finback.stages.pretrain import Pretrain, _Pretraining
+from finback.train.optim import Adam, Muon
+
+LENGTH = 128
+WARMUP = 3
+
+
+def config_of(settings: Settings) -> ModelConfig:
+    """TINY with or without its MTP module; a smoke test takes fewer layers."""
+    return dataclasses.replace(
+        TINY, num_hidden_layers=settings["layers"], num_nextn_predict_layers=int(settings.get("mtp", False))
+    )
+
+
+# finback's side
+
+
+def finback_worker(pipe: Connection, settings: Settings) -> None:
+    """The pre-training stage's own step."""
+    world = World.join(settings["rank"], settings["ranks"])
+    trainer = _trainer(settings, world)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    _serve(pipe, parameters, lambda: trainer._train_step()["loss"])
+
+
+def _trainer(settings: Settings, world: World) -> _Pretraining:
+    stage = Pretrain(
+        name="base", data="prepare", model=config_of(settings), mixture={"chitchat": 1.0},
+        rows=settings["rows"], length=LENGTH, compute=settings["precision"],
+    )  # fmt: skip
+    trainer = _Pretraining(stage, StageRun(Path(settings["folder"]), "base", 0, world, quiet=True))
+    trainer.model.train()
+    if settings["optimiser"] == "adamw":  # for all parameters, as the peer
+        trainer.stage = dataclasses.replace(stage, adam_lr=1e-3)
+        trainer.muon = Muon([], world)
+        trainer.adam = Adam(list(trainer.model.named_parameters()), betas=(0.9, 0.95), weight_decay=0.05)
+    return trainer
+
+
+# transformers' side
+
+
+def transformers_worker(pipe: Connection, settings: Settings) -> None:
+    """DeepseekV3ForCausalLM with fused AdamW; among several ranks under DistributedDataParallel."""
+    World.join(settings["rank"], settings["ranks"])
+    model = _peer(settings)
+    parameters = sum(p.numel() for p in model.parameters())
+    step = _peer_step(model, settings)
+    _serve(pipe, parameters, step)
+
+
+def _peer(settings: Settings) -> nn.Module:
+    import transformers  # here, so that finback's processes need not load it
+
+    c = config_of(settings)
+    shapes = dataclasses.asdict(c)
+    for name in ("rope_scaling", "attention", "head_dim"):
+        del shapes[name]
+    config = transformers.DeepseekV3Config(
+        **shapes | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+            "num_key_value_heads": c.num_attention_heads, "use_cache": False,
+            "attn_implementation": settings["attention"], "experts_implementation": settings["experts"],
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.DeepseekV3ForCausalLM(config).train()
+    taken = model.config._attn_implementation, model.config._experts_implementation
+    assert taken == (settings["attention"], settings["experts"]), taken
+    return model.to(torch.bfloat16) if settings["precision"] == "bf16 weights" else model
+
+
+def _peer_step(model: nn.Module, settings: Settings) -> Callable[[], float]:
+    rank, ranks = settings["rank"], settings["ranks"]
+    order = StageRun(Path(settings["folder"]), "base", 0, World()).seed("order")
+    loader = Loader(Path(settings["folder"]) / "prepare", {"chitchat": 1.0}, LENGTH, 1, order)
+    parameters = list(model.parameters())
+    optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    forward: nn.Module = torch.compile(model) if settings["compile"] else model  # type: ignore[assignment]
+    if ranks > 1:
+        forward = nn.parallel.DistributedDataParallel(
+            forward, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    autocast = settings["precision"] == "bf16 autocast"
+
+    def step() -> float:
+        tokens: Tensor = loader.batch(settings["rows"], rank, ranks)
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            loss = forward(input_ids=inputs, labels=targets, shift_labels=targets).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def _serve(pipe: Connection, parameters: int, step: Callable[[], float]) -> None:
+    """Warm up, introduce yourself, then do steps on demand."""
+    seconds, losses = [], []
+    for _ in range(WARMUP):
+        begin = time.perf_counter()
+        losses.append(step())
+        seconds.append(time.perf_counter() - begin)
+    pipe.send({"parameters": parameters, "first_loss": losses[0],
+        "first_step_seconds": seconds[0], "warm_step_seconds": seconds[-1]})  # fmt: skip
+    while True:
+        pipe.send([step() for _ in range(pipe.recv())][-1])
+
+
+# who takes part
+
+
+def finback_contestants(common: Settings) -> list[Contestant]:
+    """Every layout as it trains; the others in the layouts that use all cores."""
+
+    def entry(optimiser: str, precision: str, layout: tuple[int, int], mtp: bool = False) -> Contestant:
+        ranks, threads = layout
+        name = f"finback {optimiser}{' + MTP' if mtp else ''} {precision} {ranks}x{threads}"
+        settings = common | {"optimiser": optimiser, "precision": precision, "mtp": mtp}
+        return Contestant(name, finback_worker, settings, ranks, threads)
+
+    found = []
+    for precision in DTYPES:
+        found += [entry("muon", precision, layout) for layout in LAYOUTS]
+        found += [entry("adamw", precision, layout) for layout in LAYOUTS if layout != (1, 1) or CORES == 1]
+        found.append(entry("muon", precision, (CORES, 1), mtp=True))
+    return found
+
+
+def peer(
+    common: Settings, precision: str, attention: str, experts: str, compiled: bool = False, ranks: int = 1
+) -> Contestant:
+    """One setting of transformers: all threads, or as many one-thread ranks as there are cores."""
+    threads = CORES if ranks == 1 else 1
+    words = [precision, attention, experts, *(["compile"] if compiled else []), f"{ranks}x{threads}"]
+    settings = common | {
+        "precision": precision, "attention": attention, "experts": experts, "compile": compiled,
+    }  # fmt: skip
+    return Contestant(f"transformers {' '.join(words)}", transformers_worker, settings, ranks, threads)
+
+
+def eager_peers(common: Settings) -> list[Contestant]:
+    """Attention by sdpa or eager, experts in each implementation that runs on a CPU, three precisions."""
+    choices = [
+        ("fp32", "sdpa", "grouped_mm"), ("fp32", "eager", "grouped_mm"), ("fp32", "sdpa", "eager"),
+        ("fp32", "sdpa", "batched_mm"), ("bf16 autocast", "sdpa", "grouped_mm"),
+        ("bf16 autocast", "eager", "grouped_mm"), ("bf16 autocast", "sdpa", "eager"),
+        ("bf16 weights", "sdpa", "grouped_mm"), ("bf16 weights", "eager", "grouped_mm"),
+        ("bf16 weights", "sdpa", "eager"),
+    ]  # fmt: skip
+    return [peer(common, *choice) for choice in choices]
+
+
+def compiled_peers(common: Settings) -> list[Contestant]:
+    """torch.compile with the attention it can fuse, and with sdpa where that may pay."""
+    choices = [
+        ("fp32", "eager", "grouped_mm"), ("bf16 autocast", "eager", "grouped_mm"),
+        ("bf16 weights", "eager", "grouped_mm"), ("bf16 weights", "sdpa", "grouped_mm"),
+    ]  # fmt: skip
+    return [peer(common, *choice, compiled=True) for choice in choices]
+
+
+def ranked_peers(common: Settings, single: Sequence[Contestant]) -> list[Contestant]:
+    """The best settings of one process once more as one-thread ranks: fp32, bf16, and compiled."""
+    kinds: list[Callable[[Contestant], bool]] = [
+        lambda c: dtype_of(c) == "fp32" and not c.settings["compile"],
+        lambda c: dtype_of(c) == "bf16" and not c.settings["compile"],
+        lambda c: bool(c.settings["compile"]),
+    ]
+    found = []
+    for belongs in kinds:
+        champion = qualify.best([c for c in single if belongs(c)])
+        if champion:
+            s = champion.settings
+            found.append(peer(common, s["precision"], s["attention"], s["experts"], s["compile"], CORES))
+    return found if CORES > 1 else []
+
+
+def dtype_of(contestant: Contestant) -> str:
+    """fp32 or bf16."""
+    return str(contestant.settings["precision"]).split()[0]

@@ -1,0 +1,48 @@
+"""A short trial for the many settings of a peer, so that the race has time for those that could be its best."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import driver
+from driver import Contestant
+
+KEPT = 0.8  # share of the best trial's speed that a setting must reach to race
+HOPELESS = 3.0  # times the fastest warm step: not even tried
+
+
+def trial(contestants: Sequence[Contestant], turns: int, command: Any) -> None:
+    """Time some turns of everybody who is not hopeless; raw seconds stay in the record, also of those that do not race."""
+
+    def take(contestant: Contestant, seconds: float, replies: list[Any]) -> None:
+        contestant.record.setdefault("trial_seconds", []).append(seconds)
+
+    limit = HOPELESS * min((c.record["warm_step_seconds"] for c in contestants if c.alive), default=0.0)
+    for contestant in contestants:
+        if contestant.alive and contestant.record["warm_step_seconds"] > limit:
+            _send_home(contestant, f"{HOPELESS:g} times slower than the fastest when warming up")
+    driver.turns(contestants, turns, command, take)
+
+
+def best(contestants: Sequence[Contestant]) -> Contestant | None:
+    """The fastest in the trial."""
+    return min((c for c in contestants if c.record.get("trial_seconds")), key=seconds, default=None)
+
+
+def seconds(contestant: Contestant) -> float:
+    """A contestant's better turn."""
+    return float(min(contestant.record["trial_seconds"]))
+
+
+def retire(contestants: Sequence[Contestant], kept: Collection[Contestant | None] = ()) -> None:
+    """Send home who was clearly slow, except those in `kept`."""
+    ran = [c for c in contestants if c.alive and c.record.get("trial_seconds")]
+    for contestant in ran:
+        slow = seconds(contestant) > min(map(seconds, ran)) / KEPT
+        if slow and not any(contestant is other for other in kept):
+            _send_home(contestant, f"slower than {KEPT:g} of the best in the trial")
+
+
+def _send_home(contestant: Contestant, reason: str) -> None:
+    contestant.stop()
+    contestant.record["not_raced"] = reason
+    driver.say(f"{contestant.name}: does not race, {reason}")

@@ -1,0 +1,71 @@
+"""What goes into a results file besides the contestants: the machine, statistics, the file itself."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from driver import CORES, Settings, say
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def versus(label: str, over: str, under: str, ours: Sequence[float], theirs: Sequence[float]) -> Settings:
+    """How many times faster `over` is than `under`, from their seconds in the same rounds."""
+    rounds = [their / our for our, their in zip(ours, theirs, strict=True)]
+    return {"ratio": label, "over": over, "under": under, **spread(rounds), "per_round": rounds}
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate")
+    }
+    return {
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu_family_model": f"{fields.get('cpu family', '?')}/{fields.get('model', '?')}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores_used": CORES, "system": platform.system(), "python": platform.python_version(), **versions,
+    }  # fmt: skip
+
+
+def header(benchmark: str, settings: Settings) -> dict[str, Any]:
+    """The first fields of a results file."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "load_average_at_start": list(os.getloadavg()),
+        "machine": machine(),
+        "settings": settings,
+    }
+
+
+def write(results: dict[str, Any], out: Path | None) -> None:
+    """Write the results file, by default under the CPU's name; figures keep five digits."""
+    slug = re.sub(r"[^a-z0-9]+", "-", results["machine"]["cpu"].lower()).strip("-")
+    path = out or RESULTS / f"{results['benchmark']}-{slug}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_rounded(results), indent=1) + "\n", encoding="utf-8")
+    say(f"wrote {path}")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value

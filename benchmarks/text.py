@@ -1,0 +1,22 @@
+"""Real text for the benchmarks, made as a recipe makes it."""
+
+from pathlib import Path
+
+from finback import recipe
+from finback.data.sources import Chitchat
+from finback.parallel.mesh import World
+from finback.run import StageRun
+from finback.stages.prepare import Prepare, TaskText
+from finback.tasks.math import Chains
+
+
+def prepare(folder: Path, chains: Chains) -> Path:
+    """Real text, tokenised: the folder of a finished prepare stage. Problems are there to shape the tokenizer."""
+    sources = TaskText(name="chains", tasks=(chains,), documents=5_000)
+    stage = Prepare(name="prepare", text=(Chitchat(),), tasks=(sources,), vocab_size=1024)
+    recipe.execute(recipe.Recipe("benchmark", (stage,)), folder, 0, World(), _no_watch, quiet=True)
+    return folder / "prepare"
+
+
+def _no_watch(run: StageRun) -> None:
+    pass

@@ -1,0 +1,101 @@
+"""Bad input at the command line: exit code 2, one line with field, value and remedy, no traceback, nothing written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.toy import RECIPE, finback, write_recipe
+
+BAD = [
+    (["--set", "zero.stpes=9"], ["zero.stpes", "steps"]),
+    (["--set", "zreo.steps=9"], ["zreo", "zero"]),
+    (["--set", "zero.steps=many"], ["zero.steps", "many"]),
+    (["--set", "zero.steps"], ["zero.steps", "stage.field=value"]),
+    (["--set", "base.model.hidden_sizes=9"], ["hidden_sizes", "hidden_size"]),
+    (["--set", "base.data=before"], ["before", "comes later"]),
+    (["--runs", "/proc/nowhere"], ["/proc/nowhere", "--runs"]),
+    (["--sets", "x"], ["--sets"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_bad_options(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    done = finback("run", recipe, "--runs", tmp_path / "runs", *arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "Traceback" not in done.stderr and all(word in done.stderr for word in words), done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_recipes(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    changes = [
+        ("steps=8", "stpes=8", ["stpes", "steps", "line"]),
+        (" steps=8", " steps='8'", ["zero.steps", "'8'", "int"]),
+        ('start="base", exams', 'start="zero", exams', ["before input", "zero", "later"]),
+        ('name="after"', 'name="before"', ["before", "two stages"]),
+        ("recipe = [", "recipe = [[", ["line"]),
+        ("words.txt", "words.bin", ["words.bin", "no such file"]),
+    ]
+    for old, new, words in changes:
+        path = tmp_path / "bad.py"
+        path.write_text(RECIPE.replace(old, new, 1))
+        done = finback("run", path, "--runs", tmp_path / "runs", "--ranks", 1)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, (new, done.stderr)
+        assert all(word in done.stderr for word in words), (new, done.stderr)
+        assert not list((tmp_path / "runs").rglob("manifest.json"))
+    done = finback("run", tmp_path / "toys.py")
+    assert done.returncode == 2 and "Did you mean 'toy.py'?" in done.stderr
+
+
+@pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b"\x00\xff\xfe\x80" * 50, "UTF-8"), (b"a\0b", "NUL")])
+def test_a_bad_text_file(content: bytes, word: str, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "words.txt").write_bytes(content)
+    done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 2)
+    assert done.returncode == 2 and word in done.stderr and "words.txt" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "runs").rglob("*.bin")) and not list((tmp_path / "runs").rglob("manifest.json"))
+
+
+def test_a_run_folder_of_another_recipe_or_seed_is_left_alone(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    root = tmp_path / "runs/toy"
+    root.mkdir(parents=True)
+    marker = root / "recipe.json"
+    marker.write_text(json.dumps({"recipe": "other", "seed": 0}))
+    done = finback("run", recipe, "--runs", tmp_path / "runs")
+    assert done.returncode == 2 and "other" in done.stderr and "--runs" in done.stderr
+    marker.write_text(json.dumps({"recipe": "toy", "seed": 5}))
+    done = finback("run", recipe, "--runs", tmp_path / "runs", "--seed", 6)
+    assert done.returncode == 2 and "seed 5" in done.stderr
+    assert [p.name for p in root.iterdir() if p.name != ".lock"] == ["recipe.json"]
+
+
+def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finback import run
+    from finback.config import UserError
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage._replace(free=5 * 2**20))
+    with pytest.raises(UserError, match=r"only 5 MB free, 200 MB needed"):
+        run.prepare_folder(tmp_path / "runs/toy")
+
+
+def test_show() -> None:
+    recipe = finback("show", "recipes/tiny.py", "--set", "zero.steps=7")
+    assert recipe.returncode == 0 and "steps = 7" in recipe.stdout
+    parsed = json.loads(finback("show", "recipes/tiny.py", "--json").stdout)
+    assert [stage["type"] for stage in parsed["stages"]] == ["Prepare", "Pretrain", "Evaluate", "GRPO", "Evaluate"]
+    stage = finback("show", "GRPO")
+    assert stage.returncode == 0 and "steps: int" in stage.stdout
+    typo = finback("show", "GPRO")
+    assert typo.returncode == 2 and "'GRPO'" in typo.stderr
+
+
+def test_chat_without_a_model(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nothing"):
+        done = finback("chat", path)
+        assert done.returncode == 2 and str(path) in done.stderr and "finback run" in done.stderr

@@ -1,0 +1,470 @@
+"""Recipes and run folders: mistakes are refused before anything starts, and nothing is done twice or mixed up."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import finback
+from finback import cli
+from finback.config import UserError, as_json
+from finback.model.config import Yarn
+from finback.parallel.mesh import World
+from finback.recipe import Recipe, Stage, claim, cost, execute, load, summary, with_overrides
+from finback.run import Interrupted, StageRun, prepare_folder, read_json, read_lines, spent, write_json
+from finback.stages.evaluate import Evaluate, Exam
+from finback.stages.prepare import TaskText
+from finback.stages.pretrain import Probe
+from finback.tasks.math import Chains
+from finback.tasks.rewards import Reward
+
+TINY_RECIPE = Path(finback.__path__[0]).parent / "recipes" / "tiny.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note(Stage):
+    """Logs `steps` lines, and writes its name into <root>/calls whenever it is run."""
+
+    start: str = ""
+    steps: int = 2
+    words: tuple[str, ...] = ("a",)
+    stop: bool = False
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.start,) if self.start else ()
+
+    def run(self, run: StageRun) -> dict[str, Any]:
+        with (run.root / "calls").open("a") as handle:
+            handle.write(self.name)
+        run.rewind(1)
+        for step in range(1, self.steps + 1):
+            run.log(step, loss=1 / step)
+        run.account(tokens_trained=100)
+        if self.stop:
+            raise Interrupted
+        return {"steps": self.steps}
+
+
+def recipe(*stages: Stage) -> Recipe:
+    return Recipe("notes", stages)
+
+
+def run_all(plan: Recipe, root: Path, seed: int = 0) -> None:
+    """What `finback run` does in one process."""
+    prepare_folder(root)
+    claim(plan, root, seed)
+    execute(plan, root, seed, World(), watch=lambda run: None, quiet=True)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "mine.py"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(text: str) -> Any:
+    """pytest.raises for a UserError that says exactly `text`."""
+    return pytest.raises(UserError, match=f"^{re.escape(text)}$")
+
+
+def test_the_quickstart_loads() -> None:
+    plan = load(TINY_RECIPE)
+    assert plan.name == "tiny" and [s.name for s in plan.stages] == [
+        "prepare",
+        "base",
+        "before",
+        "zero",
+        "after",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("Pretrain(name='base', data='p', model=TINY, mixture={}, max_token=5)", "Pretrain.max_token = {line}: no such field. Did you mean 'max_tokens'?"),
+        ("Evaluate(name='exam', start='p', exams=(), source=())", "Evaluate.source = {line}: no such field. Did you mean 'sources'?"),
+        ("Exam(name='greedy', task=Chains(), problem=5)", "Exam.problem = {line}: no such field. Did you mean 'problems'?"),
+        ("Chains(min_term=3)", "Chains.min_term = {line}: no such field. Did you mean 'min_terms'?"),
+        ("dataclasses.replace(TINY, hiden_size=64)", "ModelConfig.hiden_size = {line}: no such field. Did you mean 'hidden_size'?"),
+    ],
+)  # fmt: skip
+def test_an_unknown_field_is_named_with_its_line_and_its_neighbour(
+    line: str, message: str, tmp_path: Path
+) -> None:
+    imports = (
+        "import dataclasses\n"
+        "from finback.model.config import TINY\n"
+        "from finback.stages.evaluate import Evaluate, Exam\n"
+        "from finback.stages.pretrain import Pretrain\n"
+        "from finback.tasks.math import Chains\n"
+    )
+    path = written(tmp_path, f"{imports}\nrecipe = [\n    {line},\n]\n")
+    with refusal(message.format(line=repr(f"{path}, line 8"))):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("name='prepare', vocab_size='1024'", "prepare.vocab_size = '1024': expected int, got str. Correct the value in the recipe."),
+        ("name='prepare', text=[]", "prepare.text = []: expected tuple[finback.data.sources.Chitchat | finback.data.sources.Files, ...], got list. Correct the value in the recipe."),
+        ("name='prepare'", "prepare.text = []: sources need distinct names, and one at least. Name them."),
+        ("name='Prepare me', text=(Chitchat(),)", "name = 'Prepare me': not a folder name. Use lower-case letters, digits, - and _."),
+    ],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type_is_refused(fields: str, message: str, tmp_path: Path) -> None:
+    lines = "from finback.data.sources import Chitchat\nfrom finback.stages.prepare import Prepare\n"
+    with refusal(message):
+        load(written(tmp_path, f"{lines}recipe = [Prepare({fields})]\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("x = 1\nrecipe = [\n", ", line 2': SyntaxError: '[' was never closed (mine.py, line 2)"),
+        ("\n\nrecipe = [1 / 0]\n", ", line 3': ZeroDivisionError: division by zero"),
+        ("\nimport finback.stage\n", ", line 2': ModuleNotFoundError: No module named 'finback.stage'"),
+        ("def make():\n    return [steps]\nrecipe = make()\n", ", line 2': NameError: name 'steps' is not defined"),
+        ("\n\nimport json\njson.loads('[')\n", ", line 4': JSONDecodeError: "),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_fails_names_its_line(text: str, problem: str, tmp_path: Path) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(
+        UserError, match=rf"^recipe = '{re.escape(f'{path}{problem}')}.*\. Correct the recipe"
+    ):
+        load(path)
+
+
+@pytest.mark.parametrize("text", ["", "recipe = ()", "recipe = None", "recipe = ['prepare']", "recipes = []"])
+def test_a_recipe_is_a_list_of_stages(text: str, tmp_path: Path) -> None:
+    path = written(tmp_path, text)
+    with refusal(f"recipe = '{path}': does not define `recipe`, a list of stages. See recipes/tiny.py."):
+        load(path)
+
+
+def test_an_empty_recipe_is_refused(tmp_path: Path) -> None:
+    with refusal("recipe = 'mine': has no stages. Put at least one stage into the list."):
+        load(written(tmp_path, "recipe = []"))
+
+
+def test_a_missing_recipe_file_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, "recipe = []")
+    with refusal(f"recipe = '{tmp_path / 'mime.py'}': no such file. Did you mean 'mine.py'?"):
+        load(tmp_path / "mime.py")
+    with refusal(f"recipe = '{tmp_path / 'no' / 'mine.py'}': no such file. Known: none."):
+        load(tmp_path / "no" / "mine.py")
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        ({"a": "b", "b": ""}, "a input = 'b': comes later in the recipe. A stage can only read earlier ones; reorder them."),
+        ({"a": "", "b": "b"}, "b input = 'b': is the stage itself. A stage can only read earlier ones; reorder them."),
+        ({"base": "", "b": "bass"}, "b input = 'bass': neither an earlier stage nor the folder of a finished one. Did you mean 'base'?"),
+        ({"base": "", "b": "zzz"}, "b input = 'zzz': neither an earlier stage nor the folder of a finished one. Known: base."),
+        ({"a": "base"}, "a input = 'base': neither an earlier stage nor the folder of a finished one. It is the first stage."),
+    ],
+)  # fmt: skip
+def test_a_stage_reads_only_earlier_ones(starts: dict[str, str], message: str) -> None:
+    with refusal(message):
+        recipe(*(Note(name=name, start=start) for name, start in starts.items()))
+
+
+def test_a_stage_may_read_a_finished_stage_elsewhere(tmp_path: Path) -> None:
+    run_all(recipe(Note(name="a")), tmp_path)
+    run_all(recipe(Note(name="b", start=str(tmp_path / "a"))), tmp_path / "other")
+    assert (tmp_path / "other" / "calls").read_text() == "b"
+
+
+def test_two_stages_of_one_name_are_refused() -> None:
+    with refusal("name = 'a': two stages have this name. Rename one of them."):
+        recipe(Note(name="a"), Note(name="b"), Note(name="a"))
+
+
+@pytest.mark.parametrize("name", ["", "Base", "a/b", "../a", ".a", "-a", "a b", "ä", "a\n", "a.b"])
+def test_a_stage_name_must_be_a_folder_name(name: str) -> None:
+    with refusal(f"name = {name!r}: not a folder name. Use lower-case letters, digits, - and _."):
+        Note(name=name)
+
+
+def test_settings_change_knobs() -> None:
+    plan = recipe(Note(name="a"), Note(name="b", start="a"))
+    changed = with_overrides(plan, ["b.steps=2e1", "a.words=x,y", "b.stop=true", "b.steps=30"])
+    assert changed.stages == (
+        Note(name="a", words=("x", "y")),
+        Note(name="b", start="a", steps=30, stop=True),
+    )
+    assert plan.stages[1] == Note(name="b", start="a")
+    base = with_overrides(load(TINY_RECIPE), ["base.model.hidden_size=64", "zero.reward.form=0"]).stages
+    assert base[1].model.hidden_size == 64 and base[3].reward.form == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("zero.steps", "--set = 'zero.steps': not of the form stage.field=value. Example: --set zero.steps=100"),
+        ("steps=5", "--set = 'steps=5': not of the form stage.field=value. Example: --set zero.steps=100"),
+        ("zero.=5", "--set = 'zero.=5': not of the form stage.field=value. Example: --set zero.steps=100"),
+        (".steps=5", "--set = '.steps=5': not of the form stage.field=value. Example: --set zero.steps=100"),
+        ("", "--set = '': not of the form stage.field=value. Example: --set zero.steps=100"),
+        ("zeros.steps=5", "--set = 'zeros.steps=5': no stage 'zeros'. Did you mean 'zero'?"),
+        ("x.steps=5", "--set = 'x.steps=5': no stage 'x'. Known: after, base, before, prepare, zero."),
+        ("zero.step=5", "zero.step = '5': no such field. Did you mean 'steps'?"),
+        ("zero.steps=five", "zero.steps = 'five': expected int. Write for example 100 or 2e6."),
+        ("zero.steps=", "zero.steps = '': expected int. Write for example 100 or 2e6."),
+        ("zero.reward.accurracy=1", "zero.reward.accurracy = '1': no such field. Did you mean 'accuracy'?"),
+        ("base.compute=fp64", "base.compute = 'fp64': expected one of auto, fp32, bf16. Known: auto, bf16, fp32."),
+        ("base.model.n_group=3", "model.n_group = 3: does not divide 8 experts. Use a divisor."),
+        ("base.data=bass", "base input = 'bass': neither an earlier stage nor the folder of a finished one. Known: prepare."),
+        ("base.data=zero", "base input = 'zero': comes later in the recipe. A stage can only read earlier ones; reorder them."),
+        ("before.name=zero", "name = 'zero': two stages have this name. Rename one of them."),
+        ("prepare.tasks=chains", "prepare.tasks = 'chains': a TaskText cannot be given on the command line. Edit the recipe file."),
+    ],
+)  # fmt: skip
+def test_mistakes_in_settings_are_named(setting: str, message: str) -> None:
+    with refusal(message):
+        with_overrides(load(TINY_RECIPE), [setting])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["base.rows=0", "base.length=0", "base.checkpoint_steps=0", "base.probe.every_tokens=0", "base.probe.problems=0",
+     "zero.prompts=0", "zero.group=0", "zero.checkpoint_steps=0", "zero.max_tokens=0"],
+)  # fmt: skip
+def test_numbers_that_no_run_survives_are_refused_before_it_starts(setting: str) -> None:
+    """Each of these divides by zero or has nothing to do, some of them minutes into the run."""
+    with pytest.raises(UserError, match=rf"^\S*{setting.split('=')[0].split('.')[-1]} = 0: .+\. .+\.$"):
+        with_overrides(load(TINY_RECIPE), [setting])
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        (Probe, "at_least", "0.7"),
+        (Exam, "problems", "600"),
+        (TaskText, "documents", "2000"),
+        (Reward, "form", "0.1"),
+        (Yarn, "factor", "40"),
+    ],
+)
+def test_parts_of_stages_check_their_types_too(part: type, field: str, value: str) -> None:
+    given: dict[str, Any] = {
+        "task": Chains(),
+        "tasks": (Chains(),),
+        "name": "x",
+        "at_least": 0.5,
+        "documents": 5,
+    }
+    fields = {f.name: given[f.name] for f in dataclasses.fields(part) if f.name in given} | {field: value}
+    with pytest.raises(
+        UserError, match=rf"\S+\.{field} = '{value}': expected (int|float), got str\. Correct"
+    ):
+        part(**fields)
+
+
+@pytest.mark.parametrize("names", [(), ("greedy", "greedy"), ("a/b",)])
+def test_exams_need_names_that_make_distinct_files(names: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="exam"):
+        Evaluate(name="after", start="zero", exams=tuple(Exam(name=name, task=Chains()) for name in names))
+
+
+def test_finished_stages_are_not_run_again(tmp_path: Path) -> None:
+    plan = recipe(Note(name="a"), Note(name="b", start="a"))
+    run_all(plan, tmp_path)
+    run_all(plan, tmp_path)
+    assert (tmp_path / "calls").read_text() == "ab"
+    run_all(recipe(*plan.stages, Note(name="c", start="b")), tmp_path)
+    assert (tmp_path / "calls").read_text() == "abc"
+    assert list(read_json(tmp_path / "summary.json")["stages"]) == ["a", "b", "c"]
+    manifest = read_json(tmp_path / "b" / "manifest.json")
+    assert manifest["results"] == {"steps": 2} and "config.json" in manifest["files"]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_an_interrupted_stage_is_done_again_and_those_before_it_are_not(tmp_path: Path) -> None:
+    plan = recipe(Note(name="a"), Note(name="b", stop=True), Note(name="c"))
+    with pytest.raises(Interrupted):
+        run_all(plan, tmp_path)
+    assert not (tmp_path / "b" / "manifest.json").exists()
+    with pytest.raises(Interrupted):
+        run_all(plan, tmp_path)
+    assert (tmp_path / "calls").read_text() == "abb"
+
+
+def test_a_request_to_stop_waits_for_the_end_of_the_stage(tmp_path: Path) -> None:
+    def press(run: StageRun) -> None:
+        run.stop_requested = True
+
+    plan = recipe(Note(name="a"), Note(name="b"))
+    with pytest.raises(Interrupted):
+        execute(plan, tmp_path, 0, World(), press, quiet=True)
+    assert (tmp_path / "a" / "manifest.json").is_file() and not (tmp_path / "b").exists()
+
+
+def test_a_folder_of_another_recipe_or_seed_is_refused(tmp_path: Path) -> None:
+    stage = Note(name="a")
+    run_all(recipe(stage), tmp_path)
+    remedy = "Choose another folder with --runs, or delete this one."
+    with refusal(f"runs = '{tmp_path}': belongs to recipe 'notes', this is 'others'. {remedy}"):
+        claim(Recipe("others", (stage,)), tmp_path, 0)
+    with refusal(f"runs = '{tmp_path}': belongs to seed 0, this is 1. {remedy}"):
+        claim(recipe(stage), tmp_path, 1)
+    (tmp_path / "recipe.json").unlink()
+    with refusal(
+        f"runs = '{tmp_path}': holds stages of an unknown recipe. Choose another folder with --runs."
+    ):
+        claim(recipe(stage), tmp_path, 0)
+
+
+def test_a_stage_made_with_other_knobs_is_refused(tmp_path: Path) -> None:
+    a, b = Note(name="a"), Note(name="b", words=("x", "y"))
+    run_all(recipe(a, b), tmp_path)
+    for changes, message in [
+        ({"steps": 3}, "b.steps = 3: {} was made with 2. "),
+        ({"words": ("x",)}, "b.words = ['x']: {} was made with ['x', 'y']. "),
+        ({"start": "a"}, "b.start = 'a': {} was made with ''. "),
+    ]:
+        remedy = "Choose another folder with --runs, or delete that stage's folder and those after it."
+        with refusal(message.format(tmp_path / "b") + remedy):
+            claim(recipe(a, dataclasses.replace(b, **changes)), tmp_path, 0)  # type: ignore[arg-type]
+    claim(recipe(a, b, Note(name="c", steps=9)), tmp_path, 0)  # not begun, so its knobs are free
+
+
+def test_knobs_of_the_quickstart_survive_their_file(tmp_path: Path) -> None:
+    plan = load(TINY_RECIPE)
+    claim(plan, tmp_path, 0)
+    for stage in plan.stages:
+        (tmp_path / stage.name).mkdir()
+        write_json(tmp_path / stage.name / "config.json", as_json(stage))
+    claim(load(TINY_RECIPE), tmp_path, 0)
+
+
+LEDGER = """\
+{"seconds": 10, "cores": 2, "tokens_trained": 1000, "flops": 1e9, "peak_flops": 4e9}
+{"seconds": 5, "cores": 4, "tokens_generated": 500}
+{"seconds": 7, "cor"""
+
+
+def test_costs_add_up_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text(LEDGER)
+    total = cost(tmp_path)
+    assert total["wall_seconds"] == 15 and total["tokens_per_second"] == 1500 / 15
+    assert total["tokens_trained"] == 1000 and total["tokens_generated"] == 500
+    assert total["flops"] == 1e9 and total["mfu"] == 0.25
+    # 10 · 2 + 5 · 4 = 40 core-seconds at 12 W and 4 cents an hour
+    assert total["energy_wh"] == 0.133 and total["money_usd"] == 0.00044
+    assert total["basis"].startswith("estimate: 12 W per busy core, $0.04 per core-hour")
+    empty = cost(tmp_path / "nothing")
+    assert (
+        empty["wall_seconds"] == empty["money_usd"] == empty["tokens_per_second"] == 0
+        and empty["mfu"] is None
+    )
+
+
+def test_a_summary_holds_what_is_finished(tmp_path: Path) -> None:
+    plan = recipe(Note(name="a"), Note(name="b"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "ledger.jsonl").write_text(LEDGER)
+    write_json(tmp_path / "a" / "manifest.json", {"stage": "a", "files": [], "results": {"x": 1}})
+    told = summary(plan, tmp_path, seed=3)
+    assert told == {
+        "recipe": "notes",
+        "seed": 3,
+        "stages": {"a": {"stage": "Note", "results": {"x": 1}, "cost": cost(tmp_path / "a")}},
+    }
+
+
+STAGE = """
+from dataclasses import dataclass
+from finback.recipe import Stage
+
+@dataclass(frozen=True, kw_only=True)
+class Nothing(Stage):
+    def run(self, run):
+        return {}
+
+recipe = [Nothing(name="a"), Nothing(name="b")]
+"""
+
+
+@pytest.mark.parametrize("left", [None, ["a"]])
+def test_a_run_killed_before_its_summary_was_written_gets_one(
+    left: list[str] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The last manifest is written before summary.json; a kill in between must leave nothing behind."""
+    monkeypatch.delenv("RANK", raising=False)
+    path = written(tmp_path, STAGE)
+    root = tmp_path / "runs" / "mine"
+    run_all(load(path), root)
+    old = read_json(root / "summary.json")
+    (root / "summary.json").unlink()
+    if left is not None:
+        write_json(root / "summary.json", old | {"stages": {name: old["stages"][name] for name in left}})
+    cli.run(path, tmp_path / "runs", [], 0, 1, True)
+    assert list(json.loads(capsys.readouterr().out)["stages"]) == ["a", "b"]
+
+
+def test_a_torn_line_of_metrics_is_forgotten(tmp_path: Path) -> None:
+    run = StageRun(tmp_path, "a", 0, World(), quiet=True)
+    run.folder.mkdir()
+    (run.folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert [r["step"] for r in read_lines(run.folder / "metrics.jsonl")] == [1, 2, 3]
+    run.rewind(3)
+    run.log(3, loss=0.5)
+    assert read_lines(run.folder / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5}]
+
+
+def test_what_is_spent_after_a_torn_line_of_the_ledger_counts(tmp_path: Path) -> None:
+    run = StageRun(tmp_path, "a", 0, World(), quiet=True)
+    run.folder.mkdir()
+    (run.folder / "ledger.jsonl").write_text(LEDGER)
+    run.account(tokens_trained=50)
+    assert spent(run.folder)["tokens_trained"] == 1050
+
+
+def test_a_line_ends_only_at_a_newline(tmp_path: Path) -> None:
+    records = [{"answer": f"a{odd}b"} for odd in "\u2028\u2029\x85\x0b\x0c\x1c"]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]  # as exams are kept
+    (tmp_path / "exam.jsonl").write_text("".join(lines), encoding="utf-8")
+    assert read_lines(tmp_path / "exam.jsonl") == records
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"recipe": "no')
+    with pytest.raises(
+        UserError, match=rf"^run folder = '{tmp_path}/recipe.json': damaged \(.*\)\. Delete it and run"
+    ):
+        claim(recipe(Note(name="a")), tmp_path, 0)
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with refusal(
+        f"runs = '{tmp_path / 'file'}': cannot be written to (File exists). Choose another folder with --runs."
+    ):
+        prepare_folder(tmp_path / "file")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5 * 2**20}))
+    with refusal(
+        f"runs = '{tmp_path}': only 5 MB free, 200 MB needed. Free some space or choose another disk with --runs."
+    ):
+        prepare_folder(tmp_path)
+
+
+def test_seeds_depend_on_the_purpose_and_on_nothing_else(tmp_path: Path) -> None:
+    one, two = StageRun(tmp_path, "a", 7, World()), StageRun(tmp_path / "b", "b", 7, World(1, 2))
+    assert one.seed("exam", "chains", 1) == two.seed("exam", "chains", 1)
+    others = [
+        one.seed("exam", "chains", 2),
+        one.seed("exam"),
+        StageRun(tmp_path, "a", 8, World()).seed("exam", "chains", 1),
+    ]
+    assert len({one.seed("exam", "chains", 1), *others}) == 4 and all(0 <= seed < 2**56 for seed in others)

@@ -1,0 +1,179 @@
+"""The whole line at toy size: killed anywhere it finishes with the same results, and it never asks the network."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finback.run import read_lines
+from tests.toy import environment, finback, write_recipe
+
+
+def results(root: Path) -> dict[str, Any]:
+    """summary.json without the costs, which are times."""
+    summary = json.loads((root / "summary.json").read_text())
+    for stage in summary["stages"].values():
+        stage.pop("cost")
+    return summary
+
+
+def start(recipe: Path, runs: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "finback", "run", str(recipe), "--runs", str(runs), "--ranks", "2"]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, env=environment(), stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+def wait_for(runs: Path, stage: str, child: subprocess.Popen[bytes], delay: float) -> None:
+    """Until a stage is at work (its folder exists, its manifest does not), and then a moment longer."""
+    folder = runs / "toy" / stage
+    while child.poll() is None and not folder.is_dir():
+        time.sleep(0.01)
+    time.sleep(delay)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on two ranks."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    recipe = write_recipe(folder)
+    done = finback("run", recipe, "--runs", folder / "runs", "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def kill_and_finish(finished: Path, tmp_path: Path, moments: list[tuple[str, float]]) -> int:
+    """kill -9 the whole run at each moment, start it again each time, and compare; returns how often it was hit."""
+    shutil.copy(finished / "words.txt", tmp_path), shutil.copy(finished / "toy.py", tmp_path)
+    hits = 0
+    for stage, delay in moments:
+        child = start(tmp_path / "toy.py", tmp_path / "runs")
+        wait_for(tmp_path / "runs", stage, child, delay)
+        hits += child.poll() is None
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    done = finback("run", tmp_path / "toy.py", "--runs", tmp_path / "runs", "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
+    for stage in ("base", "zero"):
+        ours, theirs = (read_lines(f / f"runs/toy/{stage}/metrics.jsonl") for f in (tmp_path, finished))
+        assert [(r["step"], r.get("loss")) for r in ours] == [(r["step"], r.get("loss")) for r in theirs]
+        one, two = (f / f"runs/toy/{stage}/model.safetensors" for f in (finished, tmp_path))
+        assert one.read_bytes() == two.read_bytes()
+    return hits
+
+
+def test_killed_in_training_and_in_rl_it_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    assert kill_and_finish(finished, tmp_path, [("base", 0.6), ("zero", 0.3)]) == 2
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    stages = ["prepare", "prepare", "base", "base", "base", "before", "before", "zero", "zero", "after"]
+    moments = [(stage, rng.uniform(0, 1.2) if stage in ("base", "zero") else rng.uniform(0, 0.1)) for stage in stages]
+    assert kill_and_finish(finished, tmp_path, moments) == 10
+
+
+def test_ctrl_c_stops_at_a_safe_point_and_twice_at_once(finished: Path, tmp_path: Path) -> None:
+    shutil.copy(finished / "words.txt", tmp_path), shutil.copy(finished / "toy.py", tmp_path)
+    for presses in (1, 2):
+        child = start(tmp_path / "toy.py", tmp_path / "runs")
+        wait_for(tmp_path / "runs", "base", child, 0.5)
+        for _ in range(presses):
+            child.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        assert child.wait(30) == 130
+    done = finback("run", tmp_path / "toy.py", "--runs", tmp_path / "runs", "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
+
+
+def test_a_second_run_only_notices_what_is_done(finished: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (finished / "runs").rglob("*.safetensors")}
+    begin = time.perf_counter()
+    done = finback("run", finished / "toy.py", "--runs", finished / "runs", "--json")
+    assert done.returncode == 0 and time.perf_counter() - begin < 20
+    assert json.loads(done.stdout)["recipe"] == "toy"
+    assert {p: p.stat().st_mtime_ns for p in (finished / "runs").rglob("*.safetensors")} == before
+
+
+def test_summary_holds_what_is_promised(finished: Path) -> None:
+    stages = json.loads((finished / "runs/toy/summary.json").read_text())["stages"]
+    assert list(stages) == ["prepare", "base", "before", "zero", "after"]
+    cost = stages["base"]["cost"]
+    assert cost["tokens_trained"] == stages["base"]["results"]["tokens"] > 0
+    assert cost["wall_seconds"] > 0 and cost["flops"] > 0 and 0 < cost["mfu"] < 1
+    assert cost["energy_wh"] > 0 and cost["money_usd"] > 0 and "estimate" in cost["basis"]
+    exam = stages["after"]["results"]["evaluations"][0]
+    assert exam["n"] == 24 and exam["interval"][0] <= exam["accuracy"] <= exam["interval"][1]
+    assert exam["mean_tokens"] > 0 and 0 <= exam["truncated"] <= 1
+    assert len((finished / "runs/toy/after/sampled.jsonl").read_text().splitlines()) == 24
+    assert (finished / "runs/toy/learning.png").stat().st_size > 5_000
+    gaps = [r["gap_max"] for r in read_lines(finished / "runs/toy/zero/metrics.jsonl")]
+    assert len(gaps) == 8 and max(gaps) <= 1e-4
+    assert stages["base"]["results"]["probe_reached"] is False  # a toy cannot pass it, and says so
+    assert "DID NOT PASS ITS PROBE" in finback("show", finished / "runs/toy").stdout
+
+
+def test_no_socket_is_opened_at_run_time(tmp_path: Path) -> None:
+    """One rank, in a process where opening any socket raises."""
+    recipe = write_recipe(tmp_path)
+    code = f"""
+import socket, sys
+def refuse(*a, **k): raise AssertionError("a socket was opened")
+socket.socket.__init__ = refuse
+socket.create_connection = socket.getaddrinfo = refuse
+from pathlib import Path
+from finback import recipe as recipes
+from finback.parallel.mesh import World
+from finback.run import prepare_folder
+import torch
+torch.set_num_threads(1)
+plan = recipes.load(Path({str(recipe)!r}))
+root = Path({str(tmp_path / "runs")!r}) / "toy"
+prepare_folder(root); recipes.claim(plan, root, 0)
+recipes.execute(plan, root, 0, World(), lambda run: None)
+from finback.report import story, talk
+story.tell(root)
+talk.loop(root, 0.7, 16, 0, True, False)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), input="1+2=?\nhello\n", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [turn["user"] for turn in json.loads(done.stdout)["dialogue"]] == ["1+2=?", "hello"]
+
+
+def test_two_ranks_need_only_loopback(finished: Path, tmp_path: Path) -> None:
+    """In a network namespace that has nothing but lo, where the system lets us make one."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("this system does not let us make a network namespace")
+    shutil.copy(finished / "words.txt", tmp_path), shutil.copy(finished / "toy.py", tmp_path)
+    command = f"ip link set lo up && {sys.executable} -m finback run {tmp_path}/toy.py --runs {tmp_path}/runs --ranks 2"
+    done = subprocess.run(["unshare", "-rn", "sh", "-c", command], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
+
+
+def test_chat_answers_on_stdout(finished: Path) -> None:
+    done = finback("chat", finished / "runs/toy", "--max-tokens", 8, input="1+2=?\n/new\nhi\n")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) >= 2, done.stderr
+    again = finback("chat", finished / "runs/toy", "--max-tokens", 8, input="1+2=?\n/new\nhi\n")
+    assert again.stdout == done.stdout
+
+
+def test_a_damaged_model_is_named(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    weights = tmp_path / "runs/toy/base/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    shutil.rmtree(tmp_path / "runs/toy/before")
+    done = finback("run", finished / "toy.py", "--runs", tmp_path / "runs", "--ranks", 2)
+    assert done.returncode == 2 and "model.safetensors" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,78 @@
+"""What several tests share: a model of a few thousand parameters and a recipe that runs in seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from finback.model.config import TINY, ModelConfig
+from finback.model.transformer import Transformer
+
+ROOT = Path(__file__).parent.parent
+
+CONFIG = ModelConfig(
+    **{
+        **{f: getattr(TINY, f) for f in TINY.__dataclass_fields__},
+        "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 48, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "n_routed_experts": 4, "moe_intermediate_size": 16, "max_position_embeddings": 256,
+    }
+)  # fmt: skip
+
+RECIPE = '''
+from pathlib import Path
+from finback.data.sources import Files
+from finback.stages.evaluate import Evaluate, Exam
+from finback.stages.grpo import GRPO
+from finback.stages.prepare import Prepare, TaskText
+from finback.stages.pretrain import Pretrain, Probe
+from finback.tasks.math import Chains
+from tests.toy import CONFIG
+
+chains = Chains(2, 3)
+exams = (Exam(name="sampled", task=chains, problems=24, max_tokens=12),
+         Exam(name="greedy", task=Chains(3, 4), problems=24, temperature=0.0, max_tokens=12))
+recipe = [
+    Prepare(name="prepare", text=(Files((str(Path(__file__).parent / "words.txt"),), name="words"),),
+            tasks=(TaskText(name="chains", tasks=(chains,), documents=2000, think=0.5),), vocab_size=320),
+    Pretrain(name="base", data="prepare", model=CONFIG, mixture={"words": 0.4, "chains": 0.6}, rows=8, length=32,
+             max_tokens=16384, decay_tokens=4096, warmup_tokens=2048, compute="fp32", checkpoint_steps=8,
+             probe=Probe(task=chains, at_least=0.9, problems=8, every_tokens=4096, max_tokens=8)),
+    Evaluate(name="before", start="base", exams=exams, data="prepare", sources=("words",)),
+    GRPO(name="zero", start="base", task=chains, steps=8, prompts=4, group=4, max_tokens=12, checkpoint_steps=2),
+    Evaluate(name="after", start="zero", exams=exams, data="prepare", sources=("words",)),
+]
+'''
+
+WORDS = "\n\n".join(
+    f"The {a} {b} near the {c} and the {c} did not mind, for it was {d}."
+    for a in ("cat", "dog", "old man", "whale")
+    for b in ("sat", "slept", "sang", "waited")
+    for c in ("door", "river", "harbour", "tall tree", "fire")
+    for d in ("late", "warm", "raining", "Sunday")
+)
+
+
+def write_recipe(folder: Path) -> Path:
+    """Put the toy recipe and its text into a folder; returns the recipe file."""
+    (folder / "words.txt").write_text(WORDS, encoding="utf-8")
+    (folder / "toy.py").write_text(RECIPE, encoding="utf-8")
+    return folder / "toy.py"
+
+
+def environment() -> dict[str, str]:
+    """For child processes that must find finback and tests.toy."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT)}
+
+
+def finback(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    command = [sys.executable, "-m", "finback", *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def toy_model(seed: int = 0) -> Transformer:
+    """Random weights with some spread, so that tokens, experts and heads differ."""
+    import dataclasses
+
+    return Transformer(dataclasses.replace(CONFIG, initializer_range=0.15)).initialise(seed).eval()
