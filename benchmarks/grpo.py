@@ -1,13 +1,13 @@
-"""Seconds per GRPO step: finback against TRL's GRPOTrainer, same shapes, questions, group, lengths and reward.
+"""Seconds per GRPO step: finback against TRL's GRPOTrainer, same weights, questions, group, lengths and reward.
 
-Every answer has the full length: on both sides the end of a text is an id that the model cannot produce. The reward is
-a hash of the answer, so that every group carries a gradient whatever an untrained model says.
+By default the weights are random and every answer has the full length: on both sides the end of a text is an id that
+the model cannot produce. With --base, a finished stage's folder, answers end where that model ends them. The reward is
+a hash of the answer, so that every group carries a gradient whatever a model says.
 """
 
 import argparse
 import dataclasses
 import os
-import random
 import re
 import statistics
 import tempfile
@@ -21,9 +21,11 @@ import gemm
 import qualify
 import record
 from driver import CORES, Contestant, Settings
-from grpo_contestants import CHAINS, MODEL, finback_contestants, prompts, save_base, trl_alone, trl_ranked
+from grpo_contestants import CHAINS, finback_contestants, prompts, save_base, trl_alone, trl_ranked
 from text import prepare
 
+from finback.checkpoint import model as models
+from finback.model.config import ModelConfig
 from finback.model.count import forward_flops, training_flops
 
 RANKS, SINGLE = f"{CORES}x1", f"1x{CORES}"
@@ -38,7 +40,8 @@ def race(contestants: Sequence[Contestant], probes: Sequence[Contestant], rounds
         rollout = max(reply["rollout_seconds"] for reply in replies) / steps
         into.setdefault("rollout_seconds", []).append(rollout)
         into.setdefault("update_seconds", []).append(seconds / steps - rollout)
-        into |= {k: v for k, v in replies[0].items() if k != "rollout_seconds"}
+        for name in replies[0].keys() - {"rollout_seconds"}:
+            into.setdefault(name, []).append(replies[0][name])
 
     for number in range(rounds):
         driver.turns(probes, 1, None, gemm.take)
@@ -46,26 +49,30 @@ def race(contestants: Sequence[Contestant], probes: Sequence[Contestant], rounds
         driver.say(f"round {number + 1} of {rounds}")
 
 
-def summarise(contestants: Sequence[Contestant], peaks: dict[str, Any], flops: float) -> dict[str, Any]:
+def summarise(
+    contestants: Sequence[Contestant], peaks: dict[str, Any], config: ModelConfig, prompt_tokens: float
+) -> dict[str, Any]:
     """Per contestant: settings, raw seconds, medians, the split, share of the GEMM peak of its layout."""
     out = {}
     for c in contestants:
-        kept = {k: v for k, v in c.settings.items() if k not in ("folder", "prompts", "group", "tokens")}
+        kept = {
+            k: v for k, v in c.settings.items() if k not in ("folder", "base", "prompts", "group", "tokens")
+        }
         entry = {"ranks": c.ranks, "threads": c.threads, **kept, **c.record}
         if c.record.get("seconds"):
             for part in ("seconds", "rollout_seconds", "update_seconds"):
                 entry[f"{part}_per_step"] = record.spread(c.record[part])
+            answers = c.settings["prompts"] * c.settings["group"]
+            flops = answers * sequence_flops(config, prompt_tokens + statistics.mean(c.record["mean_length"]))
             rate = flops / entry["seconds_per_step"]["median"]
             entry["share_of_gemm_peak"] = rate / peaks[c.layout][c.settings["precision"]]["median"]
         out[c.name] = entry
     return out
 
 
-def step_flops(options: argparse.Namespace, prompt_tokens: float) -> float:
-    """What a step has to compute: each sequence once forward to write it and once in training."""
-    length = prompt_tokens + options.tokens
-    per_token = forward_flops(MODEL, length / 2) + training_flops(MODEL, length / 2, mtp=False)
-    return options.prompts * options.group * length * per_token
+def sequence_flops(config: ModelConfig, length: float) -> float:
+    """What a question with its answer has to cost: once forward to write it, once in training."""
+    return length * (forward_flops(config, length / 2) + training_flops(config, length / 2, mtp=False))
 
 
 def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
@@ -78,9 +85,10 @@ def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
         return min(names, key=median.__getitem__, default="")
 
     ours = f"finback fp32 {RANKS}"
-    default, single, any_layout = f"trl fp32 {SINGLE}", best("^trl", f" {SINGLE}$"), best("^trl")
+    single, any_layout = best("^trl", f" {SINGLE}$"), best("^trl")
     pairs = [
-        ("finback / TRL, default generation, fp32", ours, default, "seconds"),
+        ("finback / TRL with its defaults", ours, f"trl defaults {SINGLE}", "seconds"),
+        ("finback / TRL in fp32 without checkpointing", ours, f"trl fp32 {SINGLE}", "seconds"),
         ("finback / best TRL in one process", ours, single, "seconds"),
         ("finback / best TRL in any layout", ours, any_layout, "seconds"),
         ("rollout alone: finback / best TRL in any layout", ours, any_layout, "rollout_seconds"),
@@ -95,11 +103,14 @@ def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
     ]
 
 
-def check_lengths(contestants: Sequence[Contestant], tokens: int) -> None:
-    """All answers were as long as asked for, on both sides."""
-    for c in contestants:
-        length = c.record.get("mean_length", tokens)
-        assert abs(length - tokens) < 1e-6, f"{c.name} wrote {length} tokens per answer"
+def check(contestants: Sequence[Contestant], tokens: int) -> None:
+    """The same model on both sides, and in the default run the same length of every answer."""
+    raced = [c for c in contestants if c.record.get("seconds")]
+    assert len({c.record["parameters"] for c in raced}) <= 1, "different models"
+    for c in raced:
+        assert not c.settings["fixed"] or set(c.record["mean_length"]) == {tokens}, (
+            f"{c.name}: lengths differ"
+        )
 
 
 def _options() -> argparse.Namespace:
@@ -108,11 +119,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1, help="steps per turn")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32, help="length of every answer")
+    parser.add_argument("--tokens", type=int, help="longest answer; 32, or 96 with --base")
+    parser.add_argument("--base", type=Path, help="folder of a finished stage: its weights, its tokenizer")
     parser.add_argument("--only", default="", help="take only contestants whose name matches this pattern")
     parser.add_argument("--smoke", action="store_true", help="four questions, eight tokens, one round")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    options.tokens = options.tokens or (96 if options.base else 32)
     if options.smoke:
         options.rounds, options.steps, options.prompts, options.group, options.tokens = 1, 1, 4, 4, 8
     return options
@@ -120,13 +133,17 @@ def _options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prepare, let TRL's settings qualify, race."""
+    base = options.base or folder / "base"
+    if not options.base:
+        save_base(base, prepare(folder, CHAINS) / "tokenizer.json")
+    config = dataclasses.replace(models.load(base).config, num_nextn_predict_layers=0)
     sizes = {name: getattr(options, name) for name in ("prompts", "group", "tokens")}
-    results = record.header("grpo", {
-        **sizes, "rounds": options.rounds, "steps_per_turn": options.steps, "model": dataclasses.asdict(MODEL),
+    results = record.header("grpo-trained" if options.base else "grpo", {
+        **sizes, "rounds": options.rounds, "steps_per_turn": options.steps, "model": dataclasses.asdict(config),
+        "weights": "trained, answers end by themselves" if options.base else "random, answers of full length",
         "task": CHAINS.name, "temperature": 1.0, "beta": 0.0, "updates_per_batch": 1, "only": options.only,
     })  # fmt: skip
-    save_base(folder / "base", prepare(folder, CHAINS) / "tokenizer.json")
-    common = {"folder": str(folder), **sizes}
+    common = {"folder": str(folder), "base": str(base.resolve()), "fixed": not options.base, **sizes}
     everybody: list[Contestant] = []
     probes = gemm.contestants()
 
@@ -141,16 +158,16 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         enter(finback_contestants(common), at_once=1)
         alone = enter(trl_alone(common))
         qualify.trial(alone, turns=1, command=1)
-        qualify.retire(alone, [c for c in alone if c.name == f"trl fp32 {SINGLE}"])
+        qualify.retire(
+            alone, [c for c in alone if c.name in (f"trl fp32 {SINGLE}", f"trl defaults {SINGLE}")]
+        )
         enter(trl_ranked(common, alone), at_once=1)
         race(everybody, probes, options.rounds, options.steps)
-        check_lengths(everybody, options.tokens)
-        drawn = prompts(common, random.Random(0).randrange(100))
-        prompt_tokens = statistics.mean(len(ids) for ids, _ in drawn)
+        check(everybody, options.tokens)
+        prompt_tokens = statistics.mean(len(ids) for step in range(1, 11) for ids, _ in prompts(common, step))
         results["mean_prompt_tokens"] = prompt_tokens
         results["gemm_peak_flops"] = gemm.results(probes)
-        flops = step_flops(options, prompt_tokens)
-        results["contestants"] = summarise(everybody, results["gemm_peak_flops"], flops)
+        results["contestants"] = summarise(everybody, results["gemm_peak_flops"], config, prompt_tokens)
         results["ratios"] = ratios(everybody)
     finally:
         for contestant in (*everybody, *probes):

@@ -13,11 +13,12 @@ import qualify
 import torch
 from driver import CORES, Contestant, Settings
 from torch import Tensor
+from twin import count, twin
 
 from finback.checkpoint import model as models
 from finback.data import chat
 from finback.data.chat import Message
-from finback.data.tokenizer import BOS, PAD, Tokenizer
+from finback.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from finback.engine.engine import Engine
 from finback.model.config import TINY
 from finback.model.transformer import Transformer
@@ -29,8 +30,7 @@ from finback.tasks import task as tasks
 from finback.tasks.math import Chains
 
 CHAINS = Chains(min_terms=4, max_terms=6)
-MODEL = dataclasses.replace(TINY, num_nextn_predict_layers=0)
-LR = 3e-4
+LR = 1e-6  # TRL's default: small enough for answers to keep their lengths
 STEPS = 64  # questions drawn for TRL's data set; it starts anew after so many steps
 
 
@@ -42,13 +42,13 @@ def reward(answer: Sequence[int]) -> float:
 def save_base(folder: Path, tokenizer: Path) -> None:
     """A model to start from, with random weights."""
     folder.mkdir()
-    model = Transformer(dataclasses.replace(MODEL, vocab_size=Tokenizer(tokenizer).vocab_size))
-    models.save(folder, model.initialise(0), tokenizer)
+    config = dataclasses.replace(TINY, num_nextn_predict_layers=0, vocab_size=Tokenizer(tokenizer).vocab_size)
+    models.save(folder, Transformer(config).initialise(0), tokenizer)
 
 
 def prompts(settings: Settings, step: int) -> list[tuple[list[int], str]]:
-    """The questions of one step as ids and as the text that encodes to them; those that the stage draws."""
-    tokenizer = Tokenizer(Path(settings["folder"]) / "base" / "tokenizer.json")
+    """The questions of one step, those that the stage draws: as ids, and as the text that encodes to them."""
+    tokenizer = Tokenizer(Path(settings["base"]) / "tokenizer.json")
     rng = random.Random(_stage_run(settings, World()).seed("questions", step))
     drawn = [tasks.draw(CHAINS, "train", rng) for _ in range(settings["prompts"])]
     ids = [chat.prompt([Message("user", p.question)], tokenizer) for p in drawn]
@@ -59,8 +59,8 @@ def _stage_run(settings: Settings, world: World) -> StageRun:
     return StageRun(Path(settings["folder"]), "zero", 0, world, quiet=True)
 
 
-class _FixedLength(_Reinforcement):
-    """The stage's own step, with answers of one length and the benchmark's reward."""
+class _HashRewarded(_Reinforcement):
+    """The stage's own step with the benchmark's reward."""
 
     rollout_seconds = 0.0
 
@@ -76,12 +76,12 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
     """The GRPO stage's own step."""
     world = World.join(settings["rank"], settings["ranks"])
     stage = GRPO(
-        name="zero", start=f"{settings['folder']}/base", task=CHAINS, prompts=settings["prompts"],
+        name="zero", start=settings["base"], task=CHAINS, prompts=settings["prompts"],
         group=settings["group"], lr=LR, max_tokens=settings["tokens"],
     )  # fmt: skip
-    trainer = _FixedLength(stage, _stage_run(settings, world))
-    trainer.engine = Engine(trainer.model, eos=-1)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    trainer = _HashRewarded(stage, _stage_run(settings, world))
+    if settings["fixed"]:
+        trainer.engine = Engine(trainer.model, eos=-1)
 
     def step() -> dict[str, float]:
         metrics = trainer._train_step()
@@ -90,7 +90,12 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
 
     begin = time.perf_counter()
     step()
-    pipe.send({"parameters": parameters, "warm_step_seconds": time.perf_counter() - begin})
+    pipe.send(
+        {
+            "parameters": sum(p.numel() for _, p in trainer.named),
+            "warm_step_seconds": time.perf_counter() - begin,
+        }
+    )
     while True:
         trainer.rollout_seconds = 0.0
         metrics = [step() for _ in range(pipe.recv())][-1]
@@ -132,8 +137,7 @@ def trl_worker(pipe: Connection, settings: Settings) -> None:
                 pipe.send(self.first() if state.global_step == 1 else self.later())
 
         def first(self) -> dict[str, float]:
-            parameters = sum(p.numel() for p in trainer.model.parameters())
-            return {"parameters": parameters, "warm_step_seconds": time.perf_counter() - self.begun}
+            return {"parameters": count(trainer.model), "warm_step_seconds": time.perf_counter() - self.begun}
 
         def later(self) -> dict[str, float]:
             seen = trainer._metrics["train"]
@@ -161,26 +165,18 @@ def _trl_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 
 def _trl_model(settings: Settings) -> tuple[Any, Any]:
-    """Tokenizer and model; the end-of-text token is one more than the model knows, so that nothing ends early."""
+    """Tokenizer and model. For answers of full length the end of a text is one id more than the model knows."""
     import transformers
 
-    file = Path(settings["folder"]) / "base" / "tokenizer.json"
+    base = Path(settings["base"])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(file), bos_token=BOS, pad_token=PAD, eos_token="<never>", padding_side="left"
-    )
-    shapes = dataclasses.asdict(dataclasses.replace(MODEL, vocab_size=Tokenizer(file).vocab_size))
-    for name in ("rope_scaling", "attention", "head_dim"):
-        del shapes[name]
-    config = transformers.DeepseekV3Config(
-        **shapes | {
-            "rope_parameters": {"rope_type": "default", "rope_theta": MODEL.rope_theta},
-            "num_key_value_heads": MODEL.num_attention_heads, "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
-        }
+        tokenizer_file=str(base / "tokenizer.json"), bos_token=BOS, pad_token=PAD, padding_side="left",
+        eos_token="<never>" if settings["fixed"] else EOS,
     )  # fmt: skip
-    assert tokenizer.eos_token_id >= config.vocab_size, "the model could end an answer"
-    torch.manual_seed(0)
-    return tokenizer, transformers.DeepseekV3ForCausalLM(config)
+    ours = models.load(base)
+    assert (tokenizer.eos_token_id >= ours.config.vocab_size) == settings["fixed"], "who can end an answer"
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return tokenizer, twin(ours, **special)
 
 
 def _trl_arguments(settings: Settings) -> Any:
@@ -195,8 +191,7 @@ def _trl_arguments(settings: Settings) -> Any:
         num_generations=settings["group"], max_completion_length=settings["tokens"], temperature=1.0, beta=0.0,
         num_iterations=1, epsilon=0.2, loss_type="dapo", scale_rewards="group", learning_rate=LR, adam_beta2=0.95,
         lr_scheduler_type="constant", max_grad_norm=1.0, optim="adamw_torch_fused",
-        bf16=settings["precision"] == "bf16",
-        gradient_checkpointing=False,  # TRL's default trades time for memory, which is not short here
+        bf16=settings["precision"] == "bf16", gradient_checkpointing=settings["checkpointing"],
         use_transformers_continuous_batching=settings["generation"] == "continuous batching",
         cache_implementation="static" if settings["generation"] == "static cache" else None,
     )  # fmt: skip
@@ -210,15 +205,15 @@ def finback_contestants(common: Settings) -> list[Contestant]:
 
 
 def trl_alone(common: Settings) -> list[Contestant]:
-    """TRL in one process: as it comes, with smaller backward passes, in bf16, with its other ways to generate."""
-    default = {"precision": "fp32", "generation": "default", "parts": 1}
+    """TRL in one process. Its defaults spare memory, which is not short here; the others go for speed."""
+    plain = {"precision": "fp32", "generation": "default", "parts": 1, "checkpointing": False}
     changes: dict[str, Settings] = {
-        "fp32": {}, "fp32 in 4 parts": {"parts": 4}, "bf16": {"precision": "bf16"},
-        "fp32 static cache": {"generation": "static cache"},
+        "defaults": {"precision": "bf16", "checkpointing": True}, "fp32": {}, "fp32 in 4 parts": {"parts": 4},
+        "bf16": {"precision": "bf16"}, "fp32 static cache": {"generation": "static cache"},
         "fp32 continuous batching": {"generation": "continuous batching"},
     }  # fmt: skip
     return [
-        Contestant(f"trl {name} 1x{CORES}", trl_worker, common | default | change, 1, CORES)
+        Contestant(f"trl {name} 1x{CORES}", trl_worker, common | plain | change, 1, CORES)
         for name, change in changes.items()
     ]
 

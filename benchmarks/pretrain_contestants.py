@@ -15,9 +15,11 @@ import torch
 from driver import CORES, Contestant, Settings
 from gemm import DTYPES, LAYOUTS
 from torch import Tensor, nn
+from twin import count, twin
 
 from finback.data.loader import Loader
 from finback.model.config import TINY, ModelConfig
+from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.run import StageRun
 from finback.stages.pretrain import Pretrain, _Pretraining
@@ -41,8 +43,11 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
     """The pre-training stage's own step."""
     world = World.join(settings["rank"], settings["ranks"])
     trainer = _trainer(settings, world)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    _serve(pipe, parameters, lambda: trainer._train_step()["loss"])
+    _serve(pipe, count(trainer.model), lambda: trainer._train_step()["loss"])
+
+
+def _stage_run(settings: Settings, world: World) -> StageRun:
+    return StageRun(Path(settings["folder"]), "base", 0, world, quiet=True)
 
 
 def _trainer(settings: Settings, world: World) -> _Pretraining:
@@ -50,7 +55,7 @@ def _trainer(settings: Settings, world: World) -> _Pretraining:
         name="base", data="prepare", model=config_of(settings), mixture={"chitchat": 1.0},
         rows=settings["rows"], length=LENGTH, compute=settings["precision"],
     )  # fmt: skip
-    trainer = _Pretraining(stage, StageRun(Path(settings["folder"]), "base", 0, world, quiet=True))
+    trainer = _Pretraining(stage, _stage_run(settings, world))
     trainer.model.train()
     if settings["optimiser"] == "adamw":  # for all parameters, as the peer
         trainer.stage = dataclasses.replace(stage, adam_lr=1e-3)
@@ -66,36 +71,25 @@ def transformers_worker(pipe: Connection, settings: Settings) -> None:
     """DeepseekV3ForCausalLM with fused AdamW; among several ranks under DistributedDataParallel."""
     World.join(settings["rank"], settings["ranks"])
     model = _peer(settings)
-    parameters = sum(p.numel() for p in model.parameters())
-    step = _peer_step(model, settings)
-    _serve(pipe, parameters, step)
+    _serve(pipe, count(model), _peer_step(model, settings))
 
 
 def _peer(settings: Settings) -> nn.Module:
-    import transformers  # here, so that finback's processes need not load it
-
-    c = config_of(settings)
-    shapes = dataclasses.asdict(c)
-    for name in ("rope_scaling", "attention", "head_dim"):
-        del shapes[name]
-    config = transformers.DeepseekV3Config(
-        **shapes | {
-            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-            "num_key_value_heads": c.num_attention_heads, "use_cache": False,
-            "attn_implementation": settings["attention"], "experts_implementation": settings["experts"],
-        }
-    )  # fmt: skip
+    chosen = settings["attention"], settings["experts"]
     torch.manual_seed(0)
-    model = transformers.DeepseekV3ForCausalLM(config).train()
+    model = twin(
+        Transformer(config_of(settings)).initialise(_stage_run(settings, World()).seed("weights")),
+        attn_implementation=chosen[0], experts_implementation=chosen[1], use_cache=False,
+    ).train()  # fmt: skip
     taken = model.config._attn_implementation, model.config._experts_implementation
-    assert taken == (settings["attention"], settings["experts"]), taken
+    assert taken == chosen, f"transformers took {taken} instead of {chosen}"
     return model.to(torch.bfloat16) if settings["precision"] == "bf16 weights" else model
 
 
 def _peer_step(model: nn.Module, settings: Settings) -> Callable[[], float]:
     rank, ranks = settings["rank"], settings["ranks"]
-    order = StageRun(Path(settings["folder"]), "base", 0, World()).seed("order")
-    loader = Loader(Path(settings["folder"]) / "prepare", {"chitchat": 1.0}, LENGTH, 1, order)
+    run = _stage_run(settings, World())
+    loader = Loader(run.root / "prepare", {"chitchat": 1.0}, LENGTH, 1, run.seed("order"))
     parameters = list(model.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     forward: nn.Module = torch.compile(model) if settings["compile"] else model  # type: ignore[assignment]
@@ -126,8 +120,10 @@ def _serve(pipe: Connection, parameters: int, step: Callable[[], float]) -> None
         begin = time.perf_counter()
         losses.append(step())
         seconds.append(time.perf_counter() - begin)
-    pipe.send({"parameters": parameters, "first_loss": losses[0],
-        "first_step_seconds": seconds[0], "warm_step_seconds": seconds[-1]})  # fmt: skip
+    pipe.send({
+        "parameters": parameters, "first_loss": losses[0], "first_step_seconds": seconds[0],
+        "warm_step_seconds": seconds[-1],
+    })  # fmt: skip
     while True:
         pipe.send([step() for _ in range(pipe.recv())][-1])
 

@@ -20,7 +20,7 @@ from finback import recipe as recipes
 from finback.config import UserError
 from finback.parallel import launch
 from finback.recipe import Recipe
-from finback.run import Interrupted, StageRun, prepare_folder, read_json
+from finback.run import Interrupted, StageRun, prepare_folder, read_json, write_json
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
@@ -83,6 +83,7 @@ def run(
                     raise typer.Exit(code)
     from finback.report import story
 
+    write_json(root / "summary.json", recipes.summary(plan, root, seed))  # a kill may have come before it
     text = story.tell(root)
     if as_json:
         print(json.dumps(read_json(root / "summary.json"), ensure_ascii=False))

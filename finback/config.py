@@ -6,6 +6,7 @@ fit, and says what would. No torch here: `finback show` and bad input must answe
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -45,6 +46,13 @@ def check_fields(config: Any, where: str) -> None:
             )  # fmt: skip
 
 
+def check_positive(config: Any, where: str, *names: str) -> None:
+    """Raise UserError for the first of the named fields that is not above 0."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise UserError(f"{where}.{name}", getattr(config, name), "not above 0", "Use 1 or more.")
+
+
 def override(config: Any, path: Sequence[str], text: str, where: str) -> Any:
     """Return a copy of a dataclass with the field at `path` set from `text`, as in `--set base.lr=3e-3`."""
     names = {field.name for field in dataclasses.fields(config)}
@@ -75,7 +83,7 @@ def parse(text: str, hint: Any, field: str) -> Any:
         return text
     if origin is tuple:
         return tuple(parse(part.strip(), args[0], field) for part in text.split(",") if part.strip())
-    readers: dict[Any, Callable[[str], Any]] = {int: _integer, float: float, bool: _boolean, str: str}
+    readers: dict[Any, Callable[[str], Any]] = {int: _integer, float: _number, bool: _boolean, str: str}
     if hint not in readers:
         raise UserError(
             field, text, f"a {_say(hint)} cannot be given on the command line", "Edit the recipe file."
@@ -101,10 +109,20 @@ def as_json(value: Any) -> Any:
 
 
 def _integer(text: str) -> int:
-    number = float(text)  # 2e6 is how people write token counts
-    if number != int(number):
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)  # 2e6 is how people write token counts
+    if not number.is_integer():  # nor are inf and nan
         raise ValueError(text)
     return int(number)
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # nan is not even equal to itself, and no knob means anything at infinity
+        raise ValueError(text)
+    return number
 
 
 def _boolean(text: str) -> bool:

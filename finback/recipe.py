@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import runpy
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,8 +115,9 @@ def load(path: Path) -> Recipe:
 
 def _mistake(path: Path, error: Exception) -> UserError:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
-    line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
-    where = f"{path}, line {line}" if line else str(path)
+    if isinstance(error, SyntaxError) and error.filename == str(path) and error.lineno:
+        lines.append(error.lineno)
+    where = f"{path}, line {lines[-1]}" if lines else str(path)
     unknown = re.match(
         r"(?:\w+\.)*(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)
     )
@@ -126,14 +128,13 @@ def _mistake(path: Path, error: Exception) -> UserError:
 
 
 def _fields_of(name: str) -> list[str]:
-    """Field names of the loaded stage class called `name`."""
-    todo: list[type] = [Stage]
-    while todo:
-        cls = todo.pop()
-        if cls.__name__ == name:
-            return [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        todo += cls.__subclasses__()
-    return []
+    """Field names of the dataclass called `name`: a stage, perhaps the recipe's own, or a part of finback."""
+    classes: list[Any] = [Stage]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    classes += [getattr(m, name, None) for n, m in list(sys.modules.items()) if n.startswith("finback.")]
+    found = (c for c in classes if dataclasses.is_dataclass(c) and getattr(c, "__name__", "") == name)
+    return [f.name for cls in found for f in dataclasses.fields(cls)]
 
 
 def with_overrides(recipe: Recipe, settings: Sequence[str]) -> Recipe:

@@ -74,7 +74,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -108,9 +108,7 @@ class StageRun:
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append one line to metrics.jsonl."""
-        if self.is_writer:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._append("metrics.jsonl", {"step": step, **metrics})
 
     def rewind(self, step: int) -> None:
         """Forget logged steps from `step` on: they are about to be done again."""
@@ -125,9 +123,17 @@ class StageRun:
         """Append what was spent since the last call (wall seconds are added here) to ledger.jsonl."""
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
-        if self.is_writer:
-            with (self.folder / "ledger.jsonl").open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps({"seconds": seconds, "cores": self.ranks.size, **spent}) + "\n")
+        self._append("ledger.jsonl", {"seconds": seconds, "cores": self.ranks.size, **spent})
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if not self.is_writer:
+            return
+        with (self.folder / name).open("a+b") as handle:
+            torn = b""
+            if handle.tell():
+                handle.seek(-1, os.SEEK_END)
+                torn = b"" if handle.read(1) == b"\n" else b"\n"  # a kill left half a line: keep it apart
+            handle.write(torn + json.dumps(record).encode() + b"\n")
 
     def check_stop(self) -> bool:
         """Whether any rank was asked to stop; all ranks get the same answer."""

@@ -50,14 +50,18 @@ def test_bad_recipes(tmp_path: Path) -> None:
     assert done.returncode == 2 and "Did you mean 'toy.py'?" in done.stderr
 
 
-@pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b"\x00\xff\xfe\x80" * 50, "UTF-8"), (b"a\0b", "NUL")])
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"", "empty"), (b"\x00\xff\xfe\x80" * 50, "UTF-8"), (b"a\0b", "NUL")]
+)
 def test_a_bad_text_file(content: bytes, word: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     (tmp_path / "words.txt").write_bytes(content)
     done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 2)
     assert done.returncode == 2 and word in done.stderr and "words.txt" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "runs").rglob("*.bin")) and not list((tmp_path / "runs").rglob("manifest.json"))
+    assert not list((tmp_path / "runs").rglob("*.bin")) and not list(
+        (tmp_path / "runs").rglob("manifest.json")
+    )
 
 
 def test_a_run_folder_of_another_recipe_or_seed_is_left_alone(tmp_path: Path) -> None:
@@ -88,7 +92,13 @@ def test_show() -> None:
     recipe = finback("show", "recipes/tiny.py", "--set", "zero.steps=7")
     assert recipe.returncode == 0 and "steps = 7" in recipe.stdout
     parsed = json.loads(finback("show", "recipes/tiny.py", "--json").stdout)
-    assert [stage["type"] for stage in parsed["stages"]] == ["Prepare", "Pretrain", "Evaluate", "GRPO", "Evaluate"]
+    assert [stage["type"] for stage in parsed["stages"]] == [
+        "Prepare",
+        "Pretrain",
+        "Evaluate",
+        "GRPO",
+        "Evaluate",
+    ]
     stage = finback("show", "GRPO")
     assert stage.returncode == 0 and "steps: int" in stage.stdout
     typo = finback("show", "GPRO")

@@ -157,7 +157,7 @@ def test_integers_survive_the_command_line(number: int) -> None:
 
 
 @QUICK
-@given(st.floats(allow_nan=False))
+@given(st.floats(allow_nan=False, allow_infinity=False))
 def test_floats_survive_the_command_line(number: float) -> None:
     assert changed("rate", repr(number)) == number
 

@@ -24,7 +24,9 @@ def test_advantages_by_hand() -> None:
     assert (a[1] == 0).all(), "a group without differences says nothing"
     std = math.sqrt(0.75 * 0.25)
     torch.testing.assert_close(a[2], torch.tensor([0.75 / std] + [-0.25 / std] * 3))
-    torch.testing.assert_close(advantages(rewards, normalise=False)[2], torch.tensor([0.75, -0.25, -0.25, -0.25]))
+    torch.testing.assert_close(
+        advantages(rewards, normalise=False)[2], torch.tensor([0.75, -0.25, -0.25, -0.25])
+    )
 
 
 def test_policy_loss_by_hand() -> None:
@@ -38,7 +40,9 @@ def test_policy_loss_by_hand() -> None:
     assert clipped.item() == 2
     loss.backward()
     torch.testing.assert_close(new.grad, torch.tensor([[0.0, -1.0], [1.5, 0.0]]))
-    masked, _ = policy_loss(new.detach(), old, torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 0.2)
+    masked, _ = policy_loss(
+        new.detach(), old, torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 0.2
+    )
     assert masked.item() == pytest.approx(-2.4)
 
 
@@ -118,7 +122,7 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere(tmp_path: Path) -> None
 
 def test_a_gap_above_the_limit_stops_the_run(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, max_gap=1e-3)
-    with pytest.raises(UserError, match="max_gap = 0.001"):
+    with pytest.raises(UserError, match=r"max_gap = 0\.001"):
         r._check_gap({"gap_mean": 0.5})
 
 

@@ -78,7 +78,9 @@ def test_killed_in_training_and_in_rl_it_ends_with_the_same_bits(finished: Path,
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     stages = ["prepare", "prepare", "base", "base", "base", "before", "before", "zero", "zero", "after"]
-    moments = [(stage, rng.uniform(0, 1.2) if stage in ("base", "zero") else rng.uniform(0, 0.1)) for stage in stages]
+    moments = [
+        (stage, rng.uniform(0, 1.2) if stage in ("base", "zero") else rng.uniform(0, 0.1)) for stage in stages
+    ]
     assert kill_and_finish(finished, tmp_path, moments) == 10
 
 
@@ -146,7 +148,11 @@ story.tell(root)
 talk.loop(root, 0.7, 16, 0, True, False)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), input="1+2=?\nhello\n", capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=environment(),
+        input="1+2=?\nhello\n",
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert [turn["user"] for turn in json.loads(done.stdout)["dialogue"]] == ["1+2=?", "hello"]
@@ -154,11 +160,16 @@ talk.loop(root, 0.7, 16, 0, True, False)
 
 def test_two_ranks_need_only_loopback(finished: Path, tmp_path: Path) -> None:
     """In a network namespace that has nothing but lo, where the system lets us make one."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode
+    ):
         pytest.skip("this system does not let us make a network namespace")
     shutil.copy(finished / "words.txt", tmp_path), shutil.copy(finished / "toy.py", tmp_path)
     command = f"ip link set lo up && {sys.executable} -m finback run {tmp_path}/toy.py --runs {tmp_path}/runs --ranks 2"
-    done = subprocess.run(["unshare", "-rn", "sh", "-c", command], env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        ["unshare", "-rn", "sh", "-c", command], env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finback.model.count import forward_flops, parameters, training_flops
 from finback.model.config import TINY, V2_LITE, V3
+from finback.model.count import forward_flops, parameters, training_flops
 from finback.model.moe import balance_loss, max_violation
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
@@ -90,7 +90,7 @@ def test_bias_chooses_but_never_weighs_and_padding_is_not_counted() -> None:
     model = toy_model().train()
     router = model.routers()[0]
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
-    index, weight, affinity = router(x)
+    index, _, affinity = router(x)
     router.bias[3] = 10.0
     index2, weight2, affinity2 = router(x)
     assert (index2 == 3).any(dim=1).all() and torch.equal(affinity, affinity2)

@@ -19,7 +19,7 @@ CONFIG = ModelConfig(
     }
 )  # fmt: skip
 
-RECIPE = '''
+RECIPE = """
 from pathlib import Path
 from finback.data.sources import Files
 from finback.stages.evaluate import Evaluate, Exam
@@ -42,7 +42,7 @@ recipe = [
     GRPO(name="zero", start="base", task=chains, steps=8, prompts=4, group=4, max_tokens=12, checkpoint_steps=2),
     Evaluate(name="after", start="zero", exams=exams, data="prepare", sources=("words",)),
 ]
-'''
+"""
 
 WORDS = "\n\n".join(
     f"The {a} {b} near the {c} and the {c} did not mind, for it was {d}."
@@ -62,7 +62,9 @@ def write_recipe(folder: Path) -> Path:
 
 def environment() -> dict[str, str]:
     """For child processes that must find finback and tests.toy."""
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT)}
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
+        "PYTHONPATH": str(ROOT)
+    }
 
 
 def finback(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,20 @@ KEEP = 2
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and JSON-able meta to one file, atomically; a kill at any moment leaves the old file or the new."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    tensors = _apart(tensors)
     temporary = path.with_name(path.name + ".part")
-    header = {"meta": json.dumps(meta), "digest": _digest(tensors)}
+    text = json.dumps(meta)
+    header = {"meta": text, "digest": _digest(tensors, text)}
     try:
         save_file(tensors, temporary, metadata=header)
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
+        reason = re.search(r"os error (\d+)", str(error))
+        if reason:  # safetensors tells of a full disk in words only
+            raise OSError(int(reason[1]), os.strerror(int(reason[1])), str(path)) from None
         raise
 
 
@@ -39,9 +44,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise UserError("checkpoint", str(path), f"cannot be read ({error})", _REMEDY) from None
-    if header.get("digest") != _digest(tensors):
+    text = header.get("meta", "")
+    if header.get("digest") != _digest(tensors, text):
         raise UserError("checkpoint", str(path), "its content does not match its digest", _REMEDY)
-    return tensors, json.loads(header["meta"])
+    return tensors, json.loads(text)
 
 
 _REMEDY = "Delete it: the run continues from the checkpoint before, or from the start of the stage."
@@ -79,8 +85,19 @@ def clear(folder: Path) -> None:
         path.unlink()
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    total = hashlib.sha256()
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values on the CPU, contiguous, and none in another's memory as tied weights are."""
+    apart, taken = {}, set[int]()
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        place = t.untyped_storage().data_ptr()
+        apart[name] = t.clone() if place in taken else t
+        taken.add(place)
+    return apart
+
+
+def _digest(tensors: dict[str, Tensor], meta: str) -> str:
+    total = hashlib.sha256(meta.encode())
     for name in sorted(tensors):
         total.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
         total.update(

@@ -36,4 +36,6 @@ def read(path: Path) -> np.ndarray:
     """Memory-map a shard as a flat array of ids."""
     if not path.is_file():
         raise UserError("data", str(path), "no such shard", "Run the prepare stage, or correct `mixture`.")
+    if not path.stat().st_size:
+        return np.empty(0, dtype="<u2")  # there is nothing to map
     return np.memmap(path, dtype="<u2", mode="r")

@@ -1,5 +1,6 @@
 """Where training text comes from: each source names its licence and yields documents in a fixed order."""
 
+import glob
 import hashlib
 import importlib.util
 import json
@@ -68,22 +69,27 @@ class Files:
     def files(self) -> list[Path]:
         found: list[Path] = []
         for pattern in self.paths:
-            path = Path(pattern)
-            matches = [path] if path.is_file() else sorted(Path(path.anchor or ".").glob(_relative(path)))
+            here = Path(pattern).is_file()  # a name may look like a glob
+            names = [pattern] if here else glob.glob(pattern, recursive=True)  # noqa: PTH207 - never raises
+            matches = sorted(path for path in map(Path, names) if path.is_file())
             if not matches:
                 raise UserError(f"{self.name}.paths", pattern, "no such file", "Correct the path or glob.")
-            found += [m for m in matches if m.is_file()]
+            found += matches
         return found
 
     def documents(self) -> Iterator[Document]:
         for path in self.files():
             text = _read_text(path, f"{self.name}.paths")
             if path.suffix == ".jsonl":
-                for number, line in enumerate(text.splitlines(), start=1):
+                for number, line in enumerate(text.split("\n"), start=1):
                     if line.strip():
                         yield _from_json(line, f"{path}:{number}")
             else:
-                yield from (Document(text=part.strip()) for part in text.split("\n\n") if part.strip())
+                yield from (
+                    Document(text=part.strip())
+                    for part in text.replace("\r\n", "\n").split("\n\n")
+                    if part.strip()
+                )
 
 
 def digest(files: list[Path]) -> str:
@@ -96,16 +102,12 @@ def digest(files: list[Path]) -> str:
     return total.hexdigest()
 
 
-def _relative(path: Path) -> str:
-    return str(path.relative_to(path.anchor)) if path.anchor else str(path)
-
-
 def _read_text(path: Path, where: str) -> str:
     raw = path.read_bytes()
     if not raw.strip():
         raise UserError(where, str(path), "the file is empty", "Remove it from the list or fill it.")
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             where, str(path), f"not UTF-8 text (byte {error.start})", "Convert it to UTF-8 or leave it out."
@@ -118,10 +120,9 @@ def _read_text(path: Path, where: str) -> str:
 def _from_json(line: str, where: str) -> Document:
     try:
         record: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            where, line[:60], f"not JSON ({error.msg})", "Write one JSON object per line."
-        ) from None
+    except (ValueError, RecursionError) as error:  # also too deep, or a number of too many digits
+        problem = f"not JSON ({getattr(error, 'msg', error)})"
+        raise UserError(where, line[:60], problem, "Write one JSON object per line.") from None
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
             return Document(text=record["text"])

@@ -36,7 +36,10 @@ class Tokenizer:
                 "tokenizer", str(path), "no such file", "Run the prepare stage or name another folder."
             )
         text = path.read_text(encoding="utf-8")
-        self._full = tokenizers.Tokenizer.from_str(text)
+        try:
+            self._full = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing more precise
+            raise UserError("tokenizer", str(path), f"damaged ({error})", "Restore tokenizer.json.") from None
         bare = json.loads(text)
         bare["added_tokens"] = []
         self._bare = tokenizers.Tokenizer.from_str(json.dumps(bare))
@@ -69,14 +72,16 @@ class Tokenizer:
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Text pieces as ids arrive; a character split over several tokens is held back until it is whole."""
         held: list[int] = []
+        said = 0
         for number in ids:
             held.append(number)
             text = self.decode(held)
-            if not text.endswith("\ufffd") or len(held) > 8:
-                yield text
-                held = []
+            whole = text.removesuffix("\ufffd")  # only the last character can still change
+            if whole[said:]:
+                yield whole[said:]
+            held, said = ([], 0) if whole == text else (held, len(whole))
         if held:
-            yield self.decode(held)
+            yield self.decode(held)[said:]
 
 
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:

@@ -20,6 +20,9 @@ class Yarn:
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling")
+
 
 @dataclass(frozen=True)
 class ModelConfig:

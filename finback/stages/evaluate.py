@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from finback.checkpoint import model as models
-from finback.config import UserError, check_fields
+from finback.config import UserError, check_fields, did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
@@ -37,6 +38,10 @@ class Exam:
 
     def __post_init__(self) -> None:
         check_fields(self, "exam")
+        if not re.fullmatch(r"[\w .-]+", self.name):  # it names a file
+            raise UserError(
+                "exam.name", self.name, "not a file name", "Use letters, digits, spaces, . and -."
+            )
         if self.problems < 1:
             raise UserError(f"exam {self.name}.problems", self.problems, "nothing to ask", "Use at least 1.")
 
@@ -58,6 +63,14 @@ class Evaluate(Stage):
     data: str = ""  # a prepare stage, to compress the validation text of its `sources`
     sources: tuple[str, ...] = field(default_factory=tuple)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [exam.name for exam in self.exams]
+        if not names or len(set(names)) < len(names):
+            raise UserError(
+                f"{self.name}.exams", names, "exams need distinct names, and one at least", "Name them."
+            )
+
     def inputs(self) -> tuple[str, ...]:
         return (self.start, self.data) if self.data else (self.start,)
 
@@ -69,6 +82,7 @@ class Evaluate(Stage):
         assert isinstance(world, World), "evaluation gathers answers over a World"
         folder = run.input(self.start)
         tokenizer, model = Tokenizer(folder / "tokenizer.json"), models.load(folder).eval()
+        self._check_sources(run)
         results: dict[str, Any] = {"model": self.start, "evaluations": []}
         for exam in self.exams:
             results["evaluations"].append(self._take(exam, run, world, model, tokenizer))
@@ -78,6 +92,14 @@ class Evaluate(Stage):
             source = run.input(self.data)
             results["bits_per_byte"] = {s: bits_per_byte(model, source, s, world) for s in self.sources}
         return results
+
+    def _check_sources(self, run: StageRun) -> None:
+        for source in self.sources:
+            if not (run.input(self.data) / f"{source}.valid.bin").is_file():
+                made = [p.name.removesuffix(".valid.bin") for p in run.input(self.data).glob("*.valid.bin")]
+                raise UserError(
+                    f"{self.name}.sources", source, "not among the prepared", did_you_mean(source, made)
+                )
 
     def _take(
         self, exam: Exam, run: StageRun, world: World, model: Transformer, tokenizer: Tokenizer

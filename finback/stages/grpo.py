@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finback.checkpoint import model as models
 from finback.checkpoint import store
-from finback.config import UserError
+from finback.config import UserError, check_positive
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
@@ -82,6 +82,10 @@ class GRPO(Stage):
     max_gap: float = 1e-2  # stop when trainer and engine disagree by more, in nats per token on average
     micro_tokens: int = 4096  # padded tokens per backward pass
     checkpoint_steps: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, self.name, "prompts", "group", "max_tokens", "checkpoint_steps")
 
     def inputs(self) -> tuple[str, ...]:
         return (self.start,)

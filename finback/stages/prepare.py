@@ -1,11 +1,12 @@
 """Raw text and task problems -> cleaned documents -> tokenizer -> token shards with their provenance."""
 
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from finback.config import UserError, check_fields
+from finback.config import UserError, check_fields, check_positive
 from finback.data import chat, pack, tokenizer
 from finback.data.chat import Message
 from finback.data.clean import Counts, clean
@@ -33,6 +34,9 @@ class TaskText:
         check_fields(self, self.name)
         if not 0 <= self.think <= 1:
             raise UserError(f"{self.name}.think", self.think, "a share is between 0 and 1", "Correct it.")
+        if not self.tasks:
+            raise UserError(f"{self.name}.tasks", self.tasks, "no tasks to write out", "Name at least one.")
+        check_positive(self, self.name, "documents")
 
     def generate(self, seed: int) -> Iterator[Document]:
         """`documents` dialogues of one question and one answer."""
@@ -54,6 +58,11 @@ class Prepare(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         names = [s.name for s in (*self.text, *self.tasks)]
+        bad = [name for name in names if not re.fullmatch(r"[\w-]+", name)]
+        if bad:
+            raise UserError(
+                f"{self.name}.text", bad[0], "not a file name", "Name sources with letters, digits, - and _."
+            )
         if not names or len(set(names)) < len(names):
             raise UserError(
                 f"{self.name}.text", names, "sources need distinct names, and one at least", "Name them."

@@ -16,7 +16,7 @@ import torch
 
 from finback.checkpoint import model as models
 from finback.checkpoint import store
-from finback.config import UserError
+from finback.config import UserError, check_fields, check_positive
 from finback.data import pack
 from finback.data.loader import Loader
 from finback.data.tokenizer import Tokenizer
@@ -50,6 +50,10 @@ class Probe:
     every_tokens: int = 200_000
     max_tokens: int = 96
 
+    def __post_init__(self) -> None:
+        check_fields(self, "probe")
+        check_positive(self, "probe", "problems", "every_tokens", "max_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Stage):
@@ -74,6 +78,10 @@ class Pretrain(Stage):
     bias_speed: float = 0.003
     compute: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where a timed step says it pays
     checkpoint_steps: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, self.name, "max_tokens", "rows", "length", "checkpoint_steps")
 
     def inputs(self) -> tuple[str, ...]:
         return (self.data,)

@@ -5,6 +5,7 @@ Thinking itself earns nothing. If answers grow longer, it is because thinking ma
 
 from dataclasses import dataclass
 
+from finback.config import check_fields
 from finback.tasks.task import Verdict
 
 
@@ -14,6 +15,9 @@ class Reward:
 
     accuracy: float = 1.0
     form: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields(self, "reward")
 
     def __call__(self, verdict: Verdict) -> float:
         if verdict.correct:

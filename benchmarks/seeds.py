@@ -1,0 +1,102 @@
+"""Run recipes/tiny.py and its shuffled-reward control for several seeds; write one table, failures included.
+
+    python benchmarks/seeds.py --seeds 0 1 2 3 4 --runs runs/seeds
+
+Continues where it was interrupted, as every run does.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+LIMITS = {"before": 0.50, "after": 0.85, "greedy": 0.92, "growth": 1.5, "gap": 1e-4}
+
+
+def finback(*arguments: str) -> dict[str, Any]:
+    """Run a recipe and return its summary; its progress goes to the terminal."""
+    command = [sys.executable, "-m", "finback", "run", *arguments, "--json"]
+    return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
+
+
+def measure(seed: int, runs: Path) -> dict[str, Any]:
+    """One seed's figures, from the run's own summary and logs."""
+    folder = runs / f"seed-{seed}"
+    summary = finback("recipes/tiny.py", "--runs", str(folder), "--seed", str(seed))
+    stages = summary["stages"]
+    before, after = (exams(stages[name]) for name in ("before", "after"))
+    log = [json.loads(line) for line in (folder / "tiny/zero/metrics.jsonl").read_text().splitlines()]
+    pretraining = [json.loads(line) for line in (folder / "tiny/base/metrics.jsonl").read_text().splitlines()]
+    late = [r for r in pretraining if "loss" in r][-100:]
+    base = f"zero.start={folder / 'tiny/base'}"
+    control = finback("recipes/control.py", "--runs", str(folder), "--seed", str(seed), "--set", base)
+    controlled = exams(control["stages"]["after"])
+    growth = after["sampled"]["mean_tokens"] / before["sampled"]["mean_tokens"]
+    gap = max(r["gap_max"] for r in log)
+    return {
+        "seed": seed,
+        "probe_reached": stages["base"]["results"]["probe_reached"],
+        "pretraining_tokens": stages["base"]["results"]["tokens"],
+        "precision": stages["base"]["results"]["precision"],
+        "seconds": {name: stage["cost"]["wall_seconds"] for name, stage in stages.items()},
+        "before": before, "after": after, "control": controlled,
+        "length_growth": growth, "gap_max": gap,
+        "bits_per_byte": [stages[name]["results"]["bits_per_byte"]["chitchat"] for name in ("before", "after")],
+        "max_violation_last_100": max(r["max_violation"] for r in late),
+        "idle_experts_last_100": max(r["idle_experts"] for r in late),
+        "holds": {
+            "before <= 50 %": before["sampled"]["accuracy"] <= LIMITS["before"],
+            "after >= 85 %": after["sampled"]["accuracy"] >= LIMITS["after"],
+            "greedy >= 92 %": after["greedy"]["accuracy"] >= LIMITS["greedy"],
+            "length x 1.5": growth >= LIMITS["growth"],
+            "gap <= 1e-4": gap <= LIMITS["gap"],
+            "control gains nothing": controlled["sampled"]["interval"][0] <= before["sampled"]["interval"][1],
+        },
+    }  # fmt: skip
+
+
+def exams(stage: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A stage's evaluations by name."""
+    return {e["exam"]: e for e in stage["results"]["evaluations"]}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| seed | sampled before | sampled after | greedy after | tokens | thinks | control | gap | all hold |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        b, a = r["before"]["sampled"], r["after"]["sampled"]
+        lines.append(
+            f"| {r['seed']} | {b['accuracy']:.1%} | {a['accuracy']:.1%} | {r['after']['greedy']['accuracy']:.1%} "
+            f"| {b['mean_tokens']:.1f} -> {a['mean_tokens']:.1f} | {b['thinks']:.0%} -> {a['thinks']:.0%} "
+            f"| {r['control']['sampled']['accuracy']:.1%} | {r['gap_max']:.0e} "
+            f"| {'yes' if all(r['holds'].values()) else 'NO'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure the asked-for seeds and write the result file after each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/seeds.json"))
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for seed in arguments.seeds:
+        rows.append(measure(seed, arguments.runs))
+        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        arguments.out.write_text(
+            json.dumps({"machine": machine, "limits": LIMITS, "seeds": rows}, indent=1) + "\n"
+        )
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
