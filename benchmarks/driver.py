@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -153,25 +153,29 @@ class Contestant:
 
 def _child(pipe: Connection, work: Work, settings: Settings) -> None:
     die_with_parent(os.getppid())
-    with tempfile.TemporaryFile() as log:  # libraries chatter; the results must not depend on a terminal
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with tempfile.TemporaryFile() as log:  # libraries chatter; nothing measured may depend on a terminal
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    try:
-        work(pipe, settings)
-    except (EOFError, BrokenPipeError):
-        return  # the parent has hung up
-    except Exception as error:
-        pipe.send(FailedError(_describe(error)))
+        try:
+            work(pipe, settings)
+        except (EOFError, BrokenPipeError):
+            return  # the parent has hung up
+        except Exception as error:
+            pipe.send(FailedError(_describe(error, log)))
 
 
-def _describe(error: Exception) -> str:
-    """Type and first lines of an error, without the directories of this machine."""
-    text = re.sub(r"(/[\w.+-]+)+/", "", f"{type(error).__name__}: {error}".strip())
-    return re.sub(r"\s+", " ", text)[:400]
+def _describe(error: Exception, log: IO[bytes]) -> str:
+    """An error, and the last one that a library only logged, without the directories of this machine."""
+    text = f"{type(error).__name__}: {error}"
+    log.seek(0)
+    logged = re.findall(rb"^\w+Error: .*", log.read(), re.MULTILINE)
+    if logged:
+        text += f"; logged before: {logged[-1].decode(errors='replace')}"
+    return re.sub(r"\s+", " ", re.sub(r"(/[\w.+-]+)+/", "", text))[:600]
 
 
-def start(contestants: Sequence[Contestant], at_once: int = CORES, patience: float = 400) -> None:
+def start(contestants: Sequence[Contestant], at_once: int = CORES, patience: float = 600) -> None:
     """Start contestants, a few at once, and wait until each has warmed up; one that cannot is out."""
     for first in range(0, len(contestants), at_once):
         group = contestants[first : first + at_once]

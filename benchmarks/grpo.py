@@ -40,8 +40,9 @@ def race(contestants: Sequence[Contestant], probes: Sequence[Contestant], rounds
         rollout = max(reply["rollout_seconds"] for reply in replies) / steps
         into.setdefault("rollout_seconds", []).append(rollout)
         into.setdefault("update_seconds", []).append(seconds / steps - rollout)
-        for name in replies[0].keys() - {"rollout_seconds"}:
-            into.setdefault(name, []).append(replies[0][name])
+        for name, value in replies[0].items():
+            if name != "rollout_seconds":
+                into.setdefault(name, []).append(value)
 
     for number in range(rounds):
         driver.turns(probes, 1, None, gemm.take)
@@ -123,7 +124,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, help="folder of a finished stage: its weights, its tokenizer")
     parser.add_argument("--only", default="", help="take only contestants whose name matches this pattern")
     parser.add_argument("--smoke", action="store_true", help="four questions, eight tokens, one round")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args()
     options.tokens = options.tokens or (96 if options.base else 32)
     if options.smoke:

@@ -124,12 +124,13 @@ def trl_worker(pipe: Connection, settings: Settings) -> None:
     class Turns(transformers.TrainerCallback):
         """Waits for the driver before a step and answers after the last one asked for; the first step warms up."""
 
-        left, begun = 1, time.perf_counter()
+        left, begun = 1, 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if self.left == 0:
                 self.left = pipe.recv()
                 trainer.rollout_seconds = 0.0
+            self.begun = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
             self.left -= 1
@@ -155,8 +156,7 @@ def trl_worker(pipe: Connection, settings: Settings) -> None:
         model=model, reward_funcs=_trl_reward, args=_trl_arguments(settings), processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_dict({"prompt": [text for step in steps for _, text in step]}),
     )  # fmt: skip
-    turns = Turns()
-    trainer.add_callback(turns)
+    trainer.add_callback(Turns())
     trainer.train()
 
 

@@ -71,20 +71,31 @@ def beside_busy(quiet: Sequence[Contestant], tokens: int, rounds: int) -> dict[s
         )
         for policy in (None, "active")
     ]  # fmt: skip
-    driver.start(extra, at_once=1)
     everybody = [*quiet, *extra]
-    seconds: dict[str, dict[str, list[float]]] = {c.name: {"alone": [], "busy": []} for c in everybody}
-    for _ in range(rounds):
-        for state in ("alone", "busy"):
-            with _spinning() if state == "busy" else nullcontext():
-                driver.turns(everybody, 1, 1, lambda c, spent, _, s=state: seconds[c.name][s].append(spent))
-    for contestant in extra:
-        contestant.stop()
+    try:
+        driver.start(extra, at_once=1)
+        seconds = _alone_and_busy(everybody, rounds)
+    finally:
+        for contestant in extra:
+            contestant.stop()
     return {
         c.name: {"wait_policy": c.wait_policy or "unset", "seconds": seconds[c.name]}
         | {s: record.spread([tokens / t for t in times]) for s, times in seconds[c.name].items() if times}
         for c in everybody
     }
+
+
+def _alone_and_busy(contestants: Sequence[Contestant], rounds: int) -> dict[str, dict[str, list[float]]]:
+    seconds: dict[str, dict[str, list[float]]] = {c.name: {"alone": [], "busy": []} for c in contestants}
+    for _ in range(rounds):
+        for state in ("alone", "busy"):
+
+            def take(c: Contestant, spent: float, replies: list[Any], state: str = state) -> None:
+                seconds[c.name][state].append(spent)
+
+            with _spinning() if state == "busy" else nullcontext():
+                driver.turns(contestants, 1, 1, take)
+    return seconds
 
 
 @contextmanager
@@ -93,8 +104,10 @@ def _spinning() -> Iterator[None]:
     code = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
     with subprocess.Popen([sys.executable, "-c", code]) as other:
         time.sleep(0.2)
-        yield
-        other.kill()
+        try:
+            yield
+        finally:
+            other.kill()
 
 
 def summarise(contestants: Sequence[Contestant], peaks: dict[str, Any], tokens: int) -> dict[str, Any]:
@@ -162,8 +175,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="steps per turn")
     parser.add_argument("--rows", type=int, default=32, help="rows per step over all ranks")
     parser.add_argument("--only", default="", help="take only contestants whose name matches this pattern")
+    parser.add_argument(
+        "--thorough", action="store_true", help="more settings of the peer; some minutes more"
+    )
     parser.add_argument("--smoke", action="store_true", help="two layers, four rows, one round: does it run?")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args()
     if options.smoke:
         options.rounds, options.steps, options.rows = 1, 1, 4
@@ -191,8 +207,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     try:
         driver.start(probes)
         enter(finback_contestants(common))
-        single = enter(eager_peers(common))
-        single += enter(compiled_peers(common))
+        single = enter(eager_peers(common, options.thorough))
+        single += enter(compiled_peers(common, options.thorough))
         qualify.trial(single, turns=2, command=TRIAL_STEPS)
         qualify.retire(single, [qualify.best([c for c in single if dtype_of(c) == p]) for p in DTYPES])
         enter(ranked_peers(common, single), at_once=1)  # each has a process on every core

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import qualify
 import torch
@@ -77,13 +78,16 @@ def transformers_worker(pipe: Connection, settings: Settings) -> None:
 def _peer(settings: Settings) -> nn.Module:
     chosen = settings["attention"], settings["experts"]
     torch.manual_seed(0)
-    model = twin(
+    model: Any = twin(
         Transformer(config_of(settings)).initialise(_stage_run(settings, World()).seed("weights")),
         attn_implementation=chosen[0], experts_implementation=chosen[1], use_cache=False,
     ).train()  # fmt: skip
     taken = model.config._attn_implementation, model.config._experts_implementation
     assert taken == chosen, f"transformers took {taken} instead of {chosen}"
-    return model.to(torch.bfloat16) if settings["precision"] == "bf16 weights" else model
+    if settings["precision"] == "bf16 weights":
+        model = model.to(torch.bfloat16)
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def _peer_step(model: nn.Module, settings: Settings) -> Callable[[], float]:
@@ -160,25 +164,27 @@ def peer(
     return Contestant(f"transformers {' '.join(words)}", transformers_worker, settings, ranks, threads)
 
 
-def eager_peers(common: Settings) -> list[Contestant]:
+def eager_peers(common: Settings, thorough: bool) -> list[Contestant]:
     """Attention by sdpa or eager, experts in each implementation that runs on a CPU, three precisions."""
     choices = [
         ("fp32", "sdpa", "grouped_mm"), ("fp32", "eager", "grouped_mm"), ("fp32", "sdpa", "eager"),
         ("fp32", "sdpa", "batched_mm"), ("bf16 autocast", "sdpa", "grouped_mm"),
-        ("bf16 autocast", "eager", "grouped_mm"), ("bf16 autocast", "sdpa", "eager"),
-        ("bf16 weights", "sdpa", "grouped_mm"), ("bf16 weights", "eager", "grouped_mm"),
-        ("bf16 weights", "sdpa", "eager"),
+        ("bf16 autocast", "eager", "grouped_mm"), ("bf16 weights", "sdpa", "grouped_mm"),
+        ("bf16 weights", "eager", "grouped_mm"),
     ]  # fmt: skip
+    if thorough:
+        choices += [("bf16 autocast", "sdpa", "eager"), ("bf16 weights", "sdpa", "eager")]
     return [peer(common, *choice) for choice in choices]
 
 
-def compiled_peers(common: Settings) -> list[Contestant]:
-    """torch.compile with the attention it can fuse, and with sdpa where that may pay."""
-    choices = [
-        ("fp32", "eager", "grouped_mm"), ("bf16 autocast", "eager", "grouped_mm"),
-        ("bf16 weights", "eager", "grouped_mm"), ("bf16 weights", "sdpa", "grouped_mm"),
-    ]  # fmt: skip
-    return [peer(common, *choice, compiled=True) for choice in choices]
+def compiled_peers(common: Settings, thorough: bool) -> list[Contestant]:
+    """torch.compile with the attention that it can fuse; when thorough, with sdpa as well."""
+    attentions = ("eager", "sdpa") if thorough else ("eager",)
+    return [
+        peer(common, precision, attention, "grouped_mm", compiled=True)
+        for attention in attentions
+        for precision in ("fp32", "bf16 autocast", "bf16 weights")
+    ]
 
 
 def ranked_peers(common: Settings, single: Sequence[Contestant]) -> list[Contestant]:

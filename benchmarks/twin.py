@@ -16,7 +16,7 @@ def twin(model: Transformer, **settings: Any) -> Any:
 
     c = dataclasses.replace(model.config, num_nextn_predict_layers=0)
     shapes = dataclasses.asdict(c)
-    for name in ("rope_scaling", "attention", "head_dim"):
+    for name in ("rope_scaling", "attention", "head_dim", "num_key_value_heads"):
         del shapes[name]
     assert c.attention == "mla" and c.rope_scaling is None, "the benchmarks' models are plain MLA"
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}

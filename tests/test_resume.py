@@ -49,8 +49,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def kill_and_finish(finished: Path, tmp_path: Path, moments: list[tuple[str, float]]) -> int:
-    """kill -9 the whole run at each moment, start it again each time, and compare; returns how often it was hit."""
+def kill_and_finish(
+    finished: Path, tmp_path: Path, moments: list[tuple[str, float]], tear: bool = False
+) -> int:
+    """kill -9 the whole run at each moment, start it again each time, and compare; returns how often it was hit.
+
+    `tear` also cuts the newest checkpoint short after each kill, as a disk that lost power might.
+    """
     shutil.copy(finished / "words.txt", tmp_path), shutil.copy(finished / "toy.py", tmp_path)
     hits = 0
     for stage, delay in moments:
@@ -59,6 +64,10 @@ def kill_and_finish(finished: Path, tmp_path: Path, moments: list[tuple[str, flo
         hits += child.poll() is None
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+        newest = sorted((tmp_path / "runs/toy" / stage).glob("step-*.safetensors"))[-1:]
+        if tear and newest:
+            time.sleep(1)  # the ranks need a moment to notice
+            newest[0].write_bytes(newest[0].read_bytes()[:-1000])
     done = finback("run", tmp_path / "toy.py", "--runs", tmp_path / "runs", "--ranks", 2)
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
@@ -72,6 +81,11 @@ def kill_and_finish(finished: Path, tmp_path: Path, moments: list[tuple[str, flo
 
 def test_killed_in_training_and_in_rl_it_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
     assert kill_and_finish(finished, tmp_path, [("base", 0.6), ("zero", 0.3)]) == 2
+
+
+@pytest.mark.slow
+def test_torn_checkpoints_are_passed_over(finished: Path, tmp_path: Path) -> None:
+    assert kill_and_finish(finished, tmp_path, [("base", 1.5), ("zero", 1.0)], tear=True) == 2
 
 
 @pytest.mark.slow

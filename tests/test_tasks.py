@@ -11,9 +11,11 @@ import pytest
 
 import finback
 from finback.config import UserError
+from finback.data.clean import Counts, clean
 from finback.parallel.mesh import World
 from finback.recipe import load
 from finback.run import StageRun
+from finback.stages.prepare import _interleave
 from finback.tasks.math import Chains, integer
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Problem, Split, Verdict, distinct, draw, is_held_out, stream
@@ -264,7 +266,15 @@ def test_the_quickstart_never_trains_on_a_problem_that_it_is_examined_on() -> No
     seen = []
     for made in prepare.tasks:  # type: ignore[attr-defined]
         documents = dataclasses.replace(made, documents=20_000).generate(run.seed("tasks", made.name))
-        seen += [document.messages[0].content for document in documents]
+        seen += [m.content for document in documents for m in document.messages if m.role == "user"]
+    rng = random.Random(run.seed("interleave"))
+    for source in prepare.text:  # type: ignore[attr-defined]
+        dialogues = list(clean(source.documents(), Counts()))
+        mixed = [_interleave(d, prepare.tasks[0], prepare.interleave, rng) for d in dialogues]  # type: ignore[attr-defined]
+        new = [m.content for a, b in zip(dialogues, mixed, strict=True) if a != b for m in b.messages]
+        sums = [text for text in new if re.fullmatch(r"[0-9+-]+=\?", text)]
+        assert len(sums) > 0.4 * prepare.interleave * len(dialogues)  # type: ignore[attr-defined]
+        seen += sums
     for step in range(1, zero.steps + 1):  # type: ignore[attr-defined]
         rng = random.Random(run.seed("questions", step))
         seen += [draw(zero.task, "train", rng).question for _ in range(zero.prompts)]  # type: ignore[attr-defined]
@@ -281,8 +291,10 @@ def test_the_quickstart_never_trains_on_a_problem_that_it_is_examined_on() -> No
 def test_task_text_shows_its_work_as_often_as_asked() -> None:
     (made,) = load(TINY_RECIPE).stages[0].tasks  # type: ignore[attr-defined]
     documents = list(dataclasses.replace(made, documents=5000).generate(seed=1))
-    assert abs(sum(bool(d.messages[1].thinking) for d in documents) / 5000 - made.think) < 0.03
-    for question, answer in (d.messages for d in documents):
+    assert abs(sum(bool(d.messages[-1].thinking) for d in documents) / 5000 - made.think) < 0.03
+    assert abs(sum(len(d.messages) > 2 for d in documents) / 5000 - made.follow_up) < 0.03
+    assert not any(m.thinking for d in documents for m in d.messages[:-1]), "prompts show no earlier chain"
+    for question, answer in (d.messages[i : i + 2] for d in documents for i in range(0, len(d.messages), 2)):
         assert question.role == "user" and answer.role == "assistant"
         assert int(answer.content) == sum(terms_of(question.content))
         assert not answer.thinking or answer.thinking.endswith(f"={answer.content}")

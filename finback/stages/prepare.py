@@ -22,29 +22,40 @@ class TaskText:
     """Problems of a task written out, some answered at once and some with the worked chain before the answer.
 
     `think` is the share with a chain. `tasks` take turns, so a curriculum is a list. No held-out problem is used.
+    A share of `follow_up` goes on with a second problem and as many of those with a third, as dialogues do; like in
+    a real prompt, only the last answer then shows its chain.
     """
 
     tasks: tuple[Chains, ...]
     documents: int
     think: float = 0.5
+    follow_up: float = 0.0
     name: str = "tasks"
     licence: str = "MIT (generated here)"
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
-        if not 0 <= self.think <= 1:
-            raise UserError(f"{self.name}.think", self.think, "a share is between 0 and 1", "Correct it.")
+        for share in ("think", "follow_up"):
+            if not 0 <= getattr(self, share) <= 1:
+                raise UserError(
+                    f"{self.name}.{share}", getattr(self, share), "a share is between 0 and 1", "Correct it."
+                )
         if not self.tasks:
             raise UserError(f"{self.name}.tasks", self.tasks, "no tasks to write out", "Name at least one.")
         check_positive(self, self.name, "documents")
 
     def generate(self, seed: int) -> Iterator[Document]:
-        """`documents` dialogues of one question and one answer."""
+        """`documents` dialogues of a question and its answer, some with one or two more."""
         rng = random.Random(seed)
         for index in range(self.documents):
-            problem = tasks.draw(self.tasks[index % len(self.tasks)], "train", rng)
-            chain = problem.solution if rng.random() < self.think else ""
-            yield Document((Message("user", problem.question), Message("assistant", problem.answer, chain)))
+            messages: list[Message] = []
+            more = True
+            while more:
+                problem = tasks.draw(self.tasks[index % len(self.tasks)], "train", rng)
+                more = len(messages) < 4 and rng.random() < self.follow_up
+                chain = problem.solution if not more and rng.random() < self.think else ""
+                messages += [Message("user", problem.question), Message("assistant", problem.answer, chain)]
+            yield Document(tuple(messages))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +65,9 @@ class Prepare(Stage):
     text: tuple[Chitchat | Files, ...] = field(default_factory=tuple)  # real text
     tasks: tuple[TaskText, ...] = field(default_factory=tuple)  # generated text
     vocab_size: int = 1024
+    interleave: float = (
+        0.0  # share of real dialogues in which somebody asks a problem of the first of `tasks`
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +110,13 @@ class Prepare(Stage):
         for made in self.tasks:
             collected[made.name] = list(made.generate(run.seed("tasks", made.name)))
             record[made.name] = {"licence": made.licence, "documents": {"kept": len(collected[made.name])}}
+        if self.tasks and self.interleave > 0:
+            rng = random.Random(run.seed("interleave"))
+            for source in self.text:
+                documents = collected[source.name]
+                collected[source.name] = [
+                    _interleave(d, self.tasks[0], self.interleave, rng) for d in documents
+                ]
         run.say(f"{self.name:10} training a tokenizer of {self.vocab_size} entries")
         vocabulary = tokenizer.train(
             _sample(collected.values()), self.vocab_size, run.folder / "tokenizer.json"
@@ -109,6 +130,23 @@ class Prepare(Stage):
             )
         write_json(run.folder / "sources.json", record)
         return {"sources": record}
+
+
+def _interleave(document: Document, made: TaskText, share: float, rng: random.Random) -> Document:
+    """With chance `share`, a problem and its answer between two turns of a dialogue; half the time it ends there.
+
+    So a model learns to change from talk to sums and back. Documents kept for validation stay as they are.
+    """
+    chosen = rng.random() < share
+    if not chosen or not document.messages or pack.is_validation(document.plain):
+        return document
+    problem = tasks.draw(rng.choice(made.tasks), "train", rng)
+    place, ends = 2 * rng.randint(0, len(document.messages) // 2), rng.random() < 0.5
+    chain = problem.solution if ends and rng.random() < made.think else ""
+    asked = (Message("user", problem.question), Message("assistant", problem.answer, chain))
+    rest = () if ends else document.messages[place:]
+    mixed = Document((*document.messages[:place], *asked, *rest))
+    return document if pack.is_validation(mixed.plain) else mixed
 
 
 def _never(text: str) -> bool:
