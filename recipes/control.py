@@ -7,7 +7,7 @@ from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.grpo import GRPO
 from finback.tasks.math import Chains
 
-chains = Chains(min_terms=5, max_terms=7)
+chains = Chains(min_terms=6, max_terms=8)
 exams = (Exam(name="sampled", task=chains), Exam(name="greedy", task=chains, temperature=0.0))
 
 recipe = [
