@@ -7,10 +7,10 @@ from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.grpo import GRPO
 from finback.tasks.math import Chains
 
-chains = Chains(min_terms=6, max_terms=8)
+chains = Chains(min_terms=5, max_terms=7)
 exams = (Exam(name="sampled", task=chains), Exam(name="greedy", task=chains, temperature=0.0))
 
 recipe = [
-    GRPO(name="zero", start="runs/tiny/base", task=chains, steps=80, shuffle_rewards=True),
+    GRPO(name="zero", start="runs/tiny/base", task=chains, steps=120, shuffle_rewards=True),
     Evaluate(name="after", start="zero", exams=exams),
 ]

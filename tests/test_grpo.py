@@ -13,6 +13,7 @@ from finback.parallel.mesh import World
 from finback.run import StageRun
 from finback.stages.grpo import GRPO, _Reinforcement, advantages, policy_loss
 from finback.stages.rollout import Rollout
+from finback.tasks.gym import Gym
 from finback.tasks.math import Chains
 from tests.toy import WORDS, toy_model
 
@@ -56,8 +57,8 @@ def reinforcement(folder: Path, **knobs: object) -> _Reinforcement:
         (base / "manifest.json").write_text("{}")
     run = StageRun(folder, "zero", 0, World(), quiet=True)
     run.folder.mkdir(exist_ok=True)
-    settings = {"steps": 3, "prompts": 4, "group": 4, "max_tokens": 10} | knobs
-    return _Reinforcement(GRPO(name="zero", start="base", task=Chains(2, 3), **settings), run)
+    settings = {"steps": 3, "prompts": 4, "group": 4, "max_tokens": 10, "task": Chains(2, 3)} | knobs
+    return _Reinforcement(GRPO(name="zero", start="base", **settings), run)
 
 
 class Parity:
@@ -118,6 +119,14 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere(tmp_path: Path) -> None
     plain = advantages(rewards, True).flatten()
     r.step = 1
     assert not torch.equal(r._credit(rewards), plain)
+
+
+def test_rl_runs_on_a_reasoning_gym_task(tmp_path: Path) -> None:
+    r = reinforcement(tmp_path, task=Gym("basic_arithmetic"), max_tokens=6)
+    metrics = r._train_step()
+    assert metrics["accuracy"] == 0 and metrics["length"] > 0
+    with pytest.raises(UserError, match=r"zero\.task"):
+        reinforcement(tmp_path, task="chain_sum")
 
 
 def test_a_gap_above_the_limit_stops_the_run(tmp_path: Path) -> None:

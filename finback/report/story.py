@@ -62,7 +62,12 @@ def _pretraining(name: str, results: dict[str, Any]) -> str:
     else:
         end = f"DID NOT PASS ITS PROBE (best {results['probe_best']:.0%}): expect little from what follows"
     bits = ", ".join(f"{source} {value:.2f}" for source, value in results["bits_per_byte"].items())
-    return f"Pre-training {name!r} {end}; {results['tokens']:,} tokens; bits per byte of unseen text: {bits or '-'}."
+    router = results["router_last_100_steps"]
+    return (
+        f"Pre-training {name!r} {end}; {results['tokens']:,} tokens; bits per byte of unseen text: {bits or '-'}.\n"
+        f"Router, worst of the last 100 steps: max violation {router['max_violation']:.2f}, "
+        f"{router['idle_experts']} experts without a token."
+    )
 
 
 def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:

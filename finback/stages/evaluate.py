@@ -22,7 +22,7 @@ from finback.run import Interrupted, StageRun, read_json, write_json
 from finback.stages.pretrain import bits_per_byte
 from finback.stages.rollout import Rollout, rollout
 from finback.tasks import task as tasks
-from finback.tasks.math import Chains
+from finback.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Exam:
     """`problems` distinct held-out problems of a task, answered once each; `think` opens the chain for the model."""
 
     name: str
-    task: Chains
+    task: Task
     problems: int = 600
     temperature: float = 1.0
     think: bool = False

@@ -28,8 +28,9 @@ from finback.recipe import Stage, Work
 from finback.run import Interrupted, Progress, StageRun, spent
 from finback.stages.rollout import Rollout, rollout
 from finback.tasks import task as tasks
-from finback.tasks.math import Chains
 from finback.tasks.rewards import Reward
+from finback.tasks.task import Task
+from finback.train import schedule
 from finback.train.loss import token_logprobs
 from finback.train.optim import Adam, Gradients
 
@@ -67,12 +68,13 @@ class GRPO(Stage):
     """Reinforcement learning with checkable rewards."""
 
     start: str
-    task: Chains
+    task: Task
     steps: int = 60
     prompts: int = 32  # questions per step, over all ranks
     group: int = 8  # answers per question
     reward: Reward = field(default_factory=Reward)
-    lr: float = 3e-4
+    lr: float = 3e-4  # for two thirds of the steps, then linearly down to final_lr times it
+    final_lr: float = 0.1
     temperature: float = 1.0
     max_tokens: int = 96  # per answer
     clip: float = 0.2
@@ -178,7 +180,8 @@ class _Reinforcement:
             worst = max(worst, gap)
         norm = self.gradients.finish(world, 1.0, stage.grad_clip)
         if count and norm > 0:
-            self.adam.step(stage.lr)
+            third = stage.steps // 3
+            self.adam.step(stage.lr * schedule.decay(self.step, stage.steps - third, third, stage.final_lr))
         loads = [world.sum_(r.load.clone()) for r in self.model.routers()]
         for router in self.model.routers():
             router.load.zero_()  # the bias stays as pre-training left it

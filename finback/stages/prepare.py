@@ -14,7 +14,7 @@ from finback.data.sources import Chitchat, Document, Files, digest
 from finback.recipe import Stage, Work
 from finback.run import StageRun, write_json
 from finback.tasks import task as tasks
-from finback.tasks.math import Chains
+from finback.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TaskText:
     a real prompt, only the last answer then shows its chain.
     """
 
-    tasks: tuple[Chains, ...]
+    tasks: tuple[Task, ...]
     documents: int
     think: float = 0.5
     follow_up: float = 0.0

@@ -29,10 +29,10 @@ from finback.model.moe import max_violation
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
-from finback.run import Interrupted, Progress, StageRun, read_json, spent, write_json
+from finback.run import Interrupted, Progress, StageRun, read_json, read_lines, spent, write_json
 from finback.stages.rollout import rollout
 from finback.tasks import task as tasks
-from finback.tasks.math import Chains
+from finback.tasks.task import Task
 from finback.train import schedule
 from finback.train.optim import Adam, Gradients, Muon, is_matrix
 from finback.train.step import backward
@@ -44,7 +44,7 @@ COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Probe:
     """What pre-training must reach: greedy accuracy on training-side problems with the chain opened for it."""
 
-    task: Chains
+    task: Task
     at_least: float
     problems: int = 128
     every_tokens: int = 200_000
@@ -260,11 +260,13 @@ class _Pretraining:
             models.save(run.folder, self.model, self.folder / "tokenizer.json")
             store.clear(run.folder)
         drawn = self.loader.tokens_by_source()
+        late = [r for r in read_lines(run.folder / "metrics.jsonl") if "max_violation" in r][-100:]
         return {
             "tokens": self.tokens, "steps": self.step, "precision": self.precision,
             "probe_reached": self.passed_at is not None if stage.probe else None,
             "probe_best": self.best_probe, "probe_passed_at_tokens": self.passed_at,
-            "tokens_by_source": drawn, "bits_per_byte": {k: v for k, v in bits.items() if v is not None},
+            "tokens_by_source": drawn,
+            "router_last_100_steps": {k: max((r[k] for r in late), default=0) for k in ("max_violation", "idle_experts")}, "bits_per_byte": {k: v for k, v in bits.items() if v is not None},
         }  # fmt: skip
 
 

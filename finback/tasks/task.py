@@ -8,7 +8,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from finback.config import UserError
 
@@ -36,6 +36,7 @@ class Verdict:
     well_formed: bool
 
 
+@runtime_checkable
 class Task(Protocol):
     """What the stages need of a task. A task must accept its own gold answers (a test draws some and checks)."""
 
