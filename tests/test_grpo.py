@@ -137,7 +137,7 @@ def test_a_gap_above_the_limit_stops_the_run(tmp_path: Path) -> None:
 
 def test_training_on_a_reward_raises_it(tmp_path: Path) -> None:
     """The sign is right: paying for the lower half of the vocabulary makes it more frequent."""
-    r = reinforcement(tmp_path, lr=3e-3, prompts=8, group=8, max_tokens=4)
+    r = reinforcement(tmp_path, lr=3e-3, prompts=8, group=8, max_tokens=4, steps=90)
     sample = r._sample
 
     def share(rollouts: list[Rollout]) -> list[float]:

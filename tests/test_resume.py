@@ -32,9 +32,9 @@ def start(recipe: Path, runs: Path) -> subprocess.Popen[bytes]:
 
 
 def wait_for(runs: Path, stage: str, child: subprocess.Popen[bytes], delay: float) -> None:
-    """Until a stage is at work (its folder exists, its manifest does not), and then a moment longer."""
-    folder = runs / "toy" / stage
-    while child.poll() is None and not folder.is_dir():
+    """Until this very process has begun a stage (it then writes the stage's knobs), and a moment longer."""
+    knobs, began = runs / "toy" / stage / "config.json", time.time()
+    while child.poll() is None and not (knobs.is_file() and knobs.stat().st_mtime >= began):
         time.sleep(0.01)
     time.sleep(delay)
 
@@ -85,16 +85,15 @@ def test_killed_in_training_and_in_rl_it_ends_with_the_same_bits(finished: Path,
 
 @pytest.mark.slow
 def test_torn_checkpoints_are_passed_over(finished: Path, tmp_path: Path) -> None:
-    assert kill_and_finish(finished, tmp_path, [("base", 1.5), ("zero", 1.0)], tear=True) == 2
+    assert kill_and_finish(finished, tmp_path, [("base", 0.9), ("zero", 0.5)], tear=True) == 2
 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     stages = ["prepare", "prepare", "base", "base", "base", "before", "before", "zero", "zero", "after"]
-    moments = [
-        (stage, rng.uniform(0, 1.2) if stage in ("base", "zero") else rng.uniform(0, 0.1)) for stage in stages
-    ]
+    longest = {"base": 0.8, "zero": 0.4}  # seconds into a stage; the others are over in less than one
+    moments = [(stage, rng.uniform(0, longest.get(stage, 0.1))) for stage in stages]
     assert kill_and_finish(finished, tmp_path, moments) == 10
 
 

@@ -19,7 +19,7 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
 from finback.run import Interrupted, StageRun, read_json, write_json
-from finback.stages.pretrain import bits_per_byte
+from finback.stages.compress import bits_per_byte
 from finback.stages.rollout import Rollout, rollout
 from finback.tasks import task as tasks
 from finback.tasks.task import Task

@@ -26,7 +26,7 @@ from finback.model.moe import max_violation
 from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
 from finback.run import Interrupted, Progress, StageRun, spent
-from finback.stages.rollout import Rollout, rollout
+from finback.stages.rollout import Batch, Rollout, batches, rollout
 from finback.tasks import task as tasks
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Task
@@ -100,17 +100,6 @@ class GRPO(Stage):
         return _Reinforcement(self, run).run()
 
 
-@dataclass
-class Batch:
-    """Answers that carry a gradient, padded: tokens (rows, length), the rest aligned with predicted tokens."""
-
-    tokens: Tensor
-    real: Tensor  # (rows, length) False for padding
-    old: Tensor  # (rows, length - 1) the engine's log-probabilities
-    mask: Tensor  # (rows, length - 1) 1 where a generated token is predicted
-    advantage: Tensor  # (rows,)
-
-
 class _Reinforcement:
     """The state of one RL run between its steps."""
 
@@ -168,15 +157,15 @@ class _Reinforcement:
         rollouts, rewards = self._sample()
         credit = self._credit(rewards)
         begin = time.perf_counter()
-        batches = _batches(rollouts, credit, stage.micro_tokens)
-        count = world.sum_(torch.tensor(float(sum(b.mask.sum().item() for b in batches)))).item()
+        parts = batches(rollouts, credit, stage.micro_tokens)
+        count = world.sum_(torch.tensor(float(sum(b.mask.sum().item() for b in parts)))).item()
         self.gradients.zero()
         self.model.train()
         seen = torch.zeros(6)  # loss, clipped, entropy, |gap|, signed gap, tokens
         worst = 0.0
-        for batch in batches:
-            part, gap = self._backward(batch, max(count, 1.0))
-            seen += part
+        for batch in parts:
+            sums, gap = self._backward(batch, max(count, 1.0))
+            seen += sums
             worst = max(worst, gap)
         norm = self.gradients.finish(world, 1.0, stage.grad_clip)
         if count and norm > 0:
@@ -185,9 +174,9 @@ class _Reinforcement:
         loads = [world.sum_(r.load.clone()) for r in self.model.routers()]
         for router in self.model.routers():
             router.load.zero_()  # the bias stays as pre-training left it
-        sums = world.sum_(seen)
+        totals = world.sum_(seen)
         worst = max(world.gather(worst))
-        loss, clipped, entropy, gap, _, tokens = (sums / max(count, 1.0)).tolist()
+        loss, clipped, entropy, gap, _, tokens = (totals / max(count, 1.0)).tolist()
         assert count == 0 or abs(tokens - 1) < 1e-3, "every counted token was trained on"
         metrics = self._describe(rollouts, rewards)
         return metrics | {
@@ -292,29 +281,3 @@ class _Reinforcement:
             self.stage_run.say(f"{self.stage.name:10} resumed at step {self.step}")
         self.accounted = dict(self.totals)
         self.stage_run.rewind(self.step + 1)
-
-
-def _batches(rollouts: list[Rollout], credit: Tensor, micro_tokens: int) -> list[Batch]:
-    """Answers with a gradient, longest first, cut into batches of at most micro_tokens padded tokens."""
-    rows = [(r, float(a)) for r, a in zip(rollouts, credit, strict=True) if a != 0]
-    rows.sort(key=lambda pair: -len(pair[0].prompt) - len(pair[0].completion.tokens))
-    batches, start = [], 0
-    while start < len(rows):
-        length = len(rows[start][0].prompt) + len(rows[start][0].completion.tokens)
-        stop = min(len(rows), start + max(1, micro_tokens // length))
-        batches.append(_pad(rows[start:stop], length))
-        start = stop
-    return batches
-
-
-def _pad(rows: list[tuple[Rollout, float]], length: int) -> Batch:
-    tokens = torch.zeros(len(rows), length, dtype=torch.long)
-    real = torch.zeros(len(rows), length, dtype=torch.bool)
-    old, mask = torch.zeros(len(rows), length - 1), torch.zeros(len(rows), length - 1)
-    for row, (r, _) in enumerate(rows):
-        prompt, made = len(r.prompt), len(r.completion.tokens)
-        tokens[row, : prompt + made] = torch.tensor(r.prompt + r.completion.tokens)
-        real[row, : prompt + made] = True
-        old[row, prompt - 1 : prompt + made - 1] = torch.tensor(r.completion.logprobs)
-        mask[row, prompt - 1 : prompt + made - 1] = 1.0
-    return Batch(tokens, real, old, mask, torch.tensor([a for _, a in rows]))

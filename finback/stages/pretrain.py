@@ -8,16 +8,13 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from finback.checkpoint import model as models
 from finback.checkpoint import store
 from finback.config import UserError, check_fields, check_positive
-from finback.data import pack
 from finback.data.loader import Loader
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
@@ -30,14 +27,14 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
 from finback.run import Interrupted, Progress, StageRun, read_json, read_lines, spent, write_json
+from finback.stages.compress import bits_per_byte
 from finback.stages.rollout import rollout
 from finback.tasks import task as tasks
 from finback.tasks.task import Task
 from finback.train import schedule
 from finback.train.optim import Adam, Gradients, Muon, is_matrix
+from finback.train.precision import COMPUTE, rates
 from finback.train.step import backward
-
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class _Pretraining:
         self.folder = run.input(stage.data)
         self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
         config = dataclasses.replace(stage.model, vocab_size=self.tokenizer.vocab_size)
-        self.precision = _choose_precision(stage, config, run)
+        self.precision = _choose_precision(stage, config, run, self.world)
         self.model = Transformer(config, COMPUTE[self.precision]).initialise(run.seed("weights"))
         named = list(self.model.named_parameters())
         matrices = [(n, p) for n, p in named if is_matrix(n, p)]
@@ -270,58 +267,19 @@ class _Pretraining:
         }  # fmt: skip
 
 
-@torch.no_grad()
-def bits_per_byte(model: Transformer, data: Path, source: str, world: World, rows: int = 128) -> float | None:
-    """Compression of a source's validation text, in bits per byte of text; None where the source kept none apart.
-
-    Up to `rows` windows of 128 tokens; every rank gets the same number.
-    """
-    shard = pack.read(data / f"{source}.valid.bin") if (data / f"{source}.valid.bin").stat().st_size else None
-    length = 128
-    if shard is None or len(shard) <= length:
-        return None
-    record = read_json(data / "sources.json")[source]
-    starts = np.linspace(0, len(shard) - length - 1, min(rows, len(shard) // length)).astype(int)
-    mine = [int(s) for s in starts[world.rank :: world.size]]
-    was_training = model.training
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    for begin in range(0, len(mine), 16):
-        windows = np.stack([shard[s : s + length + 1] for s in mine[begin : begin + 16]]).astype(np.int64)
-        tokens = torch.from_numpy(windows)
-        logp = model.logits(model(tokens[:, :-1])).log_softmax(dim=-1)
-        total -= logp.gather(2, tokens[:, 1:, None]).double().sum()
-    model.train(was_training)
-    nats = world.sum_(total).item() / (len(starts) * length)
-    return nats / math.log(2) * record["valid_tokens"] / record["valid_bytes"]
-
-
-def _choose_precision(stage: Pretrain, config: ModelConfig, run: StageRun) -> str:
-    """fp32 or bf16, decided once per stage by timing real steps and written down, so that resuming cannot differ."""
+def _choose_precision(stage: Pretrain, config: ModelConfig, run: StageRun, world: World) -> str:
+    """fp32 or bf16, decided once per stage and written down, so that resuming cannot differ."""
     path = run.folder / "precision.json"
     if stage.compute != "auto":
         return stage.compute
     if path.is_file():
         return str(read_json(path)["chosen"])
-    shape = stage.rows // run.ranks.size, stage.length + 1 + config.num_nextn_predict_layers
-    tokens = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    contestants = {name: Transformer(config, dtype).initialise(0).train() for name, dtype in COMPUTE.items()}
-    best = dict.fromkeys(COMPUTE, math.inf)
-    for _ in range(6):  # in turns, so that another program's burst hits both; the fastest of each counts
-        for name, model in contestants.items():
-            begin = time.perf_counter()
-            backward(model, tokens, stage.mtp_weight, stage.balance_alpha)
-            best[name] = min(best[name], time.perf_counter() - begin)
-    rates = {name: shape[0] * stage.length / seconds for name, seconds in best.items()}
-    # bf16 must win clearly: it costs digits
-    world = run.ranks
-    assert isinstance(world, World)
-    votes = world.gather(rates["bf16"] > 1.15 * rates["fp32"])
-    chosen = "bf16" if all(votes) else "fp32"
+    measured = rates(config, stage.rows // world.size, stage.length)
+    # bf16 must win clearly, and on every rank: it costs digits
+    chosen = "bf16" if all(world.gather(measured["bf16"] > 1.15 * measured["fp32"])) else "fp32"
     if run.is_writer:
-        write_json(path, {"chosen": chosen, "tokens_per_second_per_rank": rates})
+        write_json(path, {"chosen": chosen, "tokens_per_second_per_rank": measured})
     run.ranks.barrier()
-    run.say(
-        f"{stage.name:10} {chosen}: fp32 {rates['fp32']:,.0f}, bf16 {rates['bf16']:,.0f} tokens/s per rank"
-    )
+    text = ", ".join(f"{name} {rate:,.0f}" for name, rate in measured.items())
+    run.say(f"{stage.name:10} computes in {chosen}: {text} tokens/s per rank")
     return chosen

@@ -1,7 +1,10 @@
-"""Prompts -> samples -> verdicts, spread over ranks; what evaluation, probes and RL all do."""
+"""Prompts -> samples -> verdicts, what evaluation, probes and RL all do; and samples -> padded training batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from finback.data import chat
 from finback.data.chat import Message, Response
@@ -39,3 +42,40 @@ def rollout(
         )
         rollouts.append(Rollout(problem, prompt, completion, response, verdict))
     return rollouts
+
+
+@dataclass
+class Batch:
+    """Answers that carry a gradient, padded: tokens (rows, length), the rest aligned with predicted tokens."""
+
+    tokens: Tensor
+    real: Tensor  # (rows, length) False for padding
+    old: Tensor  # (rows, length - 1) the engine's log-probabilities
+    mask: Tensor  # (rows, length - 1) 1 where a generated token is predicted
+    advantage: Tensor  # (rows,)
+
+
+def batches(rollouts: list[Rollout], credit: Tensor, micro_tokens: int) -> list[Batch]:
+    """Answers with a gradient, longest first, cut into batches of at most micro_tokens padded tokens."""
+    rows = [(r, float(a)) for r, a in zip(rollouts, credit, strict=True) if a != 0]
+    rows.sort(key=lambda pair: -len(pair[0].prompt) - len(pair[0].completion.tokens))
+    made, start = [], 0
+    while start < len(rows):
+        length = len(rows[start][0].prompt) + len(rows[start][0].completion.tokens)
+        stop = min(len(rows), start + max(1, micro_tokens // length))
+        made.append(_pad(rows[start:stop], length))
+        start = stop
+    return made
+
+
+def _pad(rows: list[tuple[Rollout, float]], length: int) -> Batch:
+    tokens = torch.zeros(len(rows), length, dtype=torch.long)
+    real = torch.zeros(len(rows), length, dtype=torch.bool)
+    old, mask = torch.zeros(len(rows), length - 1), torch.zeros(len(rows), length - 1)
+    for row, (r, _) in enumerate(rows):
+        prompt, made = len(r.prompt), len(r.completion.tokens)
+        tokens[row, : prompt + made] = torch.tensor(r.prompt + r.completion.tokens)
+        real[row, : prompt + made] = True
+        old[row, prompt - 1 : prompt + made - 1] = torch.tensor(r.completion.logprobs)
+        mask[row, prompt - 1 : prompt + made - 1] = 1.0
+    return Batch(tokens, real, old, mask, torch.tensor([a for _, a in rows]))
