@@ -102,6 +102,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for seed in arguments.seeds:
         rows.append(measure(seed, arguments.runs, len(rows) < arguments.controls))
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         arguments.out.write_text(
             json.dumps({"machine": machine, "limits": LIMITS, "seeds": rows}, indent=1) + "\n"

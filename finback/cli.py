@@ -16,13 +16,14 @@ from typing import Annotated, Any
 
 import typer
 
+from finback import __version__
 from finback import recipe as recipes
 from finback.config import UserError
 from finback.parallel import launch
 from finback.recipe import Recipe
 from finback.run import Interrupted, StageRun, prepare_folder, read_json, write_json
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")
@@ -39,6 +40,9 @@ def main() -> None:
         code = error.exit_code
     except (Interrupted, KeyboardInterrupt, typer.Abort):
         code = launch.INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -51,6 +55,19 @@ def main() -> None:
             raise
         code = _fail(error.format_message())
     sys.exit(code or 0)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """finback builds, teaches, checks and serves DeepSeek-class language models."""
+    if show_version:
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()

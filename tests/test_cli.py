@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.toy import RECIPE, finback, write_recipe
+from finback import __version__
+from tests.toy import RECIPE, ROOT, environment, finback, write_recipe
 
 BAD = [
     (["--set", "zero.stpes=9"], ["zero.stpes", "steps"]),
@@ -103,6 +106,14 @@ def test_show() -> None:
     assert stage.returncode == 0 and "steps: int" in stage.stdout
     typo = finback("show", "GPRO")
     assert typo.returncode == 2 and "'GRPO'" in typo.stderr
+
+
+def test_help_version_and_a_reader_that_leaves() -> None:
+    assert "run" in finback().stdout and "chat" in finback("--help").stdout
+    assert finback("--version").stdout.strip() == __version__
+    command = f"{sys.executable} -m finback show recipes/tiny.py | head -c 1"
+    piped = subprocess.run(command, shell=True, env=environment(), capture_output=True, text=True, cwd=ROOT)
+    assert piped.stderr == ""
 
 
 def test_chat_without_a_model(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ recipe = [
     Prepare(name="prepare", text=(Files((str(Path(__file__).parent / "words.txt"),), name="words"),),
             tasks=(TaskText(name="chains", tasks=(chains,), documents=2000, think=0.5),), vocab_size=320),
     Pretrain(name="base", data="prepare", model=CONFIG, mixture={"words": 0.4, "chains": 0.6}, rows=8, length=32,
-             max_tokens=16384, decay_tokens=4096, warmup_tokens=2048, compute="fp32", checkpoint_steps=8,
+             max_tokens=16384, decay_tokens=4096, warmup_tokens=2048, compute="bf16", checkpoint_steps=8,
              probe=Probe(task=chains, at_least=0.9, problems=8, every_tokens=4096, max_tokens=8)),
     Evaluate(name="before", start="base", exams=exams, data="prepare", sources=("words",)),
     GRPO(name="zero", start="base", task=chains, steps=8, prompts=4, group=4, max_tokens=12, checkpoint_steps=2),
