@@ -289,7 +289,7 @@ def test_the_quickstart_never_trains_on_a_problem_that_it_is_examined_on() -> No
 
 
 def test_task_text_shows_its_work_as_often_as_asked() -> None:
-    (made,) = load(TINY_RECIPE).stages[0].tasks  # type: ignore[attr-defined]
+    made = load(TINY_RECIPE).stages[0].tasks[0]  # type: ignore[attr-defined]
     documents = list(dataclasses.replace(made, documents=5000).generate(seed=1))
     assert abs(sum(bool(d.messages[-1].thinking) for d in documents) / 5000 - made.think) < 0.03
     assert abs(sum(len(d.messages) > 2 for d in documents) / 5000 - made.follow_up) < 0.03
