@@ -37,8 +37,8 @@ recipe = [
         data="prepare",
         model=TINY,
         mixture={"chitchat": 0.4, "chains": 0.45, "short": 0.15},
-        probe=Probe(task=chains, at_least=0.7),
-        decay_tokens=600_000,  # longer, and it learns to do the sums in its head
+        probe=Probe(task=chains, at_least=0.6),
+        decay_tokens=500_000,  # longer, and it learns to do the sums in its head
         max_tokens=6_000_000,
     ),
     Evaluate(name="before", start="base", exams=exams, data="prepare", sources=("chitchat",)),
