@@ -26,7 +26,7 @@ $(VENV)/.bench: $(VENV)/.dev
 quickstart: $(VENV)/.installed
 	$(BIN)/finback run recipes/tiny.py --runs $(RUNS)
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/finback chat $(RUNS)/tiny; \
-	else printf '3+4-2+6=?\nhello\n' | $(BIN)/finback chat $(RUNS)/tiny; fi
+	else printf 'hello\nhow are you today?\n/new\n8-3+5+4-6=?\n' | $(BIN)/finback chat $(RUNS)/tiny; fi
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
