@@ -23,7 +23,7 @@ def imported(node: ast.AST) -> list[str]:
         case ast.Import(names=names):
             modules = [alias.name for alias in names]
         case ast.ImportFrom(module="finback", names=names):
-            modules = [f"finback.{alias.name}" for alias in names]
+            modules = [f"finback.{alias.name}" for alias in names if not alias.name.startswith("__")]
         case ast.ImportFrom(module=module, level=level):
             assert level == 0, f"line {node.lineno}: a relative import hides what it names"
             modules = [module or ""]
