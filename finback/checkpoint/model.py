@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from finback.checkpoint import store
 from finback.config import UserError
@@ -19,6 +20,17 @@ def save(folder: Path, model: Transformer, tokenizer: Path) -> None:
     if tokenizer.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     store.save(folder / "model.safetensors", dict(model.state_dict()), {})
+
+
+def tensors_of(model: Transformer) -> dict[str, Tensor]:
+    """A model's part of a step checkpoint, apart from the optimisers' by prefix; `restore` takes it back."""
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def restore(model: Transformer, tensors: dict[str, Tensor]) -> None:
+    """Load what `tensors_of` put into a step checkpoint; other tensors in it are ignored."""
+    mine = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    model.load_state_dict(mine)
 
 
 def load(folder: Path, compute: torch.dtype = torch.float32) -> Transformer:

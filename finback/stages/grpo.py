@@ -259,7 +259,7 @@ class _Reinforcement:
         trained = done["tokens_trained"] - before["tokens_trained"]
         self.accounted = dict(done)
         if self.stage_run.is_writer:
-            tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()} | self.adam.state()
+            tensors = models.tensors_of(self.model) | self.adam.state()
             store.save_step(self.stage_run.folder, self.step, tensors, {"totals": done})
         c, context = self.model.config, self.stage.max_tokens / 4
         flops = generated * forward_flops(c, context) + trained * training_flops(c, context, mtp=False)
@@ -273,9 +273,7 @@ class _Reinforcement:
         found = store.load_newest(self.stage_run.folder)
         if found is not None:
             self.step, tensors, meta = found
-            self.model.load_state_dict(
-                {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-            )
+            models.restore(self.model, tensors)
             self.adam.load_state(tensors)
             self.totals = {k: int(v) for k, v in meta["totals"].items()}
             self.stage_run.say(f"{self.stage.name:10} resumed at step {self.step}")

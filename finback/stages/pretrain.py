@@ -228,7 +228,7 @@ class _Pretraining:
             "best_probe": self.best_probe,
         }  # fmt: skip
         if self.stage_run.is_writer and done:
-            tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
+            tensors = models.tensors_of(self.model)
             tensors |= self.muon.state() | self.adam.state()
             store.save_step(self.stage_run.folder, self.step, tensors, meta)
         tokens = done * self.stage.rows * self.stage.length
@@ -239,9 +239,7 @@ class _Pretraining:
         if found is not None:
             self.step, tensors, meta = found
             self.saved_step = self.step
-            self.model.load_state_dict(
-                {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-            )
+            models.restore(self.model, tensors)
             self.muon.load_state(tensors)
             self.adam.load_state(tensors)
             self.loader.load_state(meta["loader"])
