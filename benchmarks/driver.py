@@ -189,6 +189,21 @@ def start(contestants: Sequence[Contestant], at_once: int = CORES, patience: flo
                 contestant.fail(error)
 
 
+@dataclass
+class Field:
+    """Everybody who entered; `only` is a pattern that the names of those admitted match."""
+
+    only: str = ""
+    contestants: list[Contestant] = field(default_factory=list)
+
+    def enter(self, contestants: Sequence[Contestant], at_once: int = CORES) -> list[Contestant]:
+        """Start those admitted, a few at once; they are returned."""
+        chosen = [c for c in contestants if re.search(self.only, c.name)]
+        self.contestants.extend(chosen)
+        start(chosen, at_once)
+        return chosen
+
+
 def turns(
     contestants: Sequence[Contestant], rounds: int, command: Any, take: Callable[[Contestant, float, list[Any]], None]
 ) -> None:  # fmt: skip

@@ -145,33 +145,29 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "task": CHAINS.name, "temperature": 1.0, "beta": 0.0, "updates_per_batch": 1, "only": options.only,
     })  # fmt: skip
     common = {"folder": str(folder), "base": str(base.resolve()), "fixed": not options.base, **sizes}
-    everybody: list[Contestant] = []
+    field = driver.Field(options.only)
     probes = gemm.contestants()
-
-    def enter(contestants: Sequence[Contestant], at_once: int = CORES) -> list[Contestant]:
-        chosen = [c for c in contestants if re.search(options.only, c.name)]
-        everybody.extend(chosen)
-        driver.start(chosen, at_once)
-        return chosen
 
     try:
         driver.start(probes)
-        enter(finback_contestants(common), at_once=1)
-        alone = enter(trl_alone(common))
+        field.enter(finback_contestants(common), at_once=1)
+        alone = field.enter(trl_alone(common))
         qualify.trial(alone, turns=1, command=1)
         qualify.retire(
             alone, [c for c in alone if c.name in (f"trl fp32 {SINGLE}", f"trl defaults {SINGLE}")]
         )
-        enter(trl_ranked(common, alone), at_once=1)
-        race(everybody, probes, options.rounds, options.steps)
-        check(everybody, options.tokens)
+        field.enter(trl_ranked(common, alone), at_once=1)
+        race(field.contestants, probes, options.rounds, options.steps)
+        check(field.contestants, options.tokens)
         prompt_tokens = statistics.mean(len(ids) for step in range(1, 11) for ids, _ in prompts(common, step))
         results["mean_prompt_tokens"] = prompt_tokens
         results["gemm_peak_flops"] = gemm.results(probes)
-        results["contestants"] = summarise(everybody, results["gemm_peak_flops"], config, prompt_tokens)
-        results["ratios"] = ratios(everybody)
+        results["contestants"] = summarise(
+            field.contestants, results["gemm_peak_flops"], config, prompt_tokens
+        )
+        results["ratios"] = ratios(field.contestants)
     finally:
-        for contestant in (*everybody, *probes):
+        for contestant in (*field.contestants, *probes):
             contestant.stop()
     return results
 

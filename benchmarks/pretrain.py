@@ -195,35 +195,29 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "steps_per_turn": options.steps, "rounds": options.rounds, "text": "chitchat, tokenised", "only": options.only,
     })  # fmt: skip
     prepare(folder, Chains())
-    everybody: list[Contestant] = []
+    field = driver.Field(options.only)
     probes = gemm.contestants()
-
-    def enter(contestants: Sequence[Contestant], at_once: int = CORES) -> list[Contestant]:
-        chosen = [c for c in contestants if re.search(options.only, c.name)]
-        everybody.extend(chosen)
-        driver.start(chosen, at_once)
-        return chosen
 
     try:
         driver.start(probes)
-        enter(finback_contestants(common))
-        single = enter(eager_peers(common, options.thorough))
-        single += enter(compiled_peers(common, options.thorough))
+        field.enter(finback_contestants(common))
+        single = field.enter(eager_peers(common, options.thorough))
+        single += field.enter(compiled_peers(common, options.thorough))
         qualify.trial(single, turns=2, command=TRIAL_STEPS)
         qualify.retire(single, [qualify.best([c for c in single if dtype_of(c) == p]) for p in DTYPES])
-        enter(ranked_peers(common, single), at_once=1)  # each has a process on every core
-        race(everybody, probes, options.rounds, options.steps)
-        raced = [c for c in everybody if c.alive]
+        field.enter(ranked_peers(common, single), at_once=1)  # each has a process on every core
+        race(field.contestants, probes, options.rounds, options.steps)
+        raced = [c for c in field.contestants if c.alive]
         p = default_precision({c.name: statistics.median(c.record["seconds"]) for c in raced})
         quiet = [c for c in raced if re.fullmatch(rf"finback muon {p} \S+", c.name)]
         results["gemm_peak_flops"] = gemm.results(probes)
         tokens = options.rows * LENGTH * options.steps
-        results["contestants"] = summarise(everybody, results["gemm_peak_flops"], tokens)
+        results["contestants"] = summarise(field.contestants, results["gemm_peak_flops"], tokens)
         results["finback_default"] = f"finback muon {p} {RANKS}"
-        results["ratios"] = ratios(everybody)
+        results["ratios"] = ratios(field.contestants)
         results["beside_a_busy_process"] = beside_busy(quiet, options.rows * LENGTH, min(3, options.rounds))
     finally:
-        for contestant in (*everybody, *probes):
+        for contestant in (*field.contestants, *probes):
             contestant.stop()
     return results
 

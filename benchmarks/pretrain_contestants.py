@@ -27,7 +27,7 @@ from finback.stages.pretrain import Pretrain, _Pretraining
 from finback.train.optim import Adam, Muon
 
 LENGTH = 128
-WARMUP = 3
+WARMUP = 20  # oneDNN compiles bf16 products for block sizes as it meets them
 
 
 def config_of(settings: Settings) -> ModelConfig:

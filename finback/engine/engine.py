@@ -1,7 +1,7 @@
 """Generation in batches, on the model that is being trained: the engine holds a reference, never a copy.
 
 Prompts are read in expanded form, then one token per step in absorbed form on the latent cache. Finished rows leave
-the batch, so a step costs what is still alive.
+the batch, so a step costs about what is still alive.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,8 @@ from finback.engine.sampler import sample, uniforms
 from finback.engine.sequence import Completion, Sampling
 from finback.model.cache import Cache
 from finback.model.transformer import Transformer
+
+LEAN = 0.9  # rows leave when this share or less is alive: leaving copies the cache, staying costs a dead row's step
 
 
 class Engine:
@@ -50,20 +52,21 @@ class Engine:
         # Every row writes into its own line; finished rows simply stop writing.
         tokens = torch.full((n, sampling.max_tokens), -1, dtype=torch.long, device=device)
         logprobs = torch.zeros(n, sampling.max_tokens, device=device)
-        alive = torch.arange(n, device=device)
-        longest = cache.longest
+        rows = torch.arange(n, device=device)  # the sequence that each row of the cache belongs to
+        running = torch.ones(n, dtype=torch.bool, device=device)
         for step in range(sampling.max_tokens):
-            chosen, logp = sample(scores, sampling.temperature, random[alive, step])
-            tokens[alive, step], logprobs[alive, step] = chosen, logp
-            running = (chosen != self.eos).nonzero().squeeze(1)
-            if len(running) == 0 or step == sampling.max_tokens - 1:
+            chosen, logp = sample(scores, sampling.temperature, random[rows, step])
+            tokens[rows, step], logprobs[rows, step] = torch.where(running, chosen, -1), logp
+            running = running & (chosen != self.eos)
+            left = int(running.sum())
+            if left == 0 or step == sampling.max_tokens - 1:
                 break
-            if len(running) < len(alive):
-                alive, chosen = alive[running], chosen[running]
-                cache.keep(running, cache.longest)
+            if left <= LEAN * len(rows):
+                kept = running.nonzero().squeeze(1)
+                rows, chosen, running = rows[kept], chosen[kept], running[kept]
+                cache.keep(kept, cache.longest)
             hidden = self.model(chosen[:, None], cache)
-            longest += 1
-            cache.advance(1, longest)
+            cache.advance(1, cache.longest + 1)
             scores = self.model.logits(hidden[:, 0])
         return _completions(tokens, logprobs, self.eos)
 

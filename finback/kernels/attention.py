@@ -1,7 +1,8 @@
-"""Causal attention over short rows in bf16 on a CPU: four batched products by hand, forward and backward.
+"""Causal attention over short rows on a CPU: batched products by hand, forward and backward.
 
-Measured at 128-token rows, one core: 3.2 ms where scaled_dot_product_attention takes 17 ms (docs/log.md). The score
-matrix is held, so this is for rows of at most LONGEST tokens. Twin: reference.causal_attention.
+Measured at 128-token rows, one core, against scaled_dot_product_attention: bf16 2 to 5 times faster, fp32 1.2 times
+(docs/log.md). The score matrix is held, so this is for rows of at most LONGEST tokens. Twin:
+reference.causal_attention.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ LONGEST = 512
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale · q k^T, causal) v with query and key (b, h, t, d), value (b, h, t, v) -> (b, h, t, v)."""
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and query.size(2) <= LONGEST:
+    if query.device.type == "cpu" and query.size(2) <= LONGEST:
         return _CausalAttention.apply(query, key, value, scale)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 

@@ -49,8 +49,7 @@ class LatentAttention(nn.Module):
         cache.append(torch.cat([latent, k_rope], dim=-1))
         if cache.is_first:  # a whole prompt: nothing stored before it, so the cheaper form serves
             return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope))
-        latent, k_rope = cache.stored().split([latent.size(-1), k_rope.size(-1)], dim=-1)
-        return self.out(self.attend_absorbed(q_nope, q_rope, latent, k_rope, cache.mask()))
+        return self.out(self.attend_absorbed(q_nope, q_rope, cache.stored(), cache.mask()))
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """x -> q_nope (b, t, h, n) and rotated q_rope (b, t, h, r)."""
@@ -78,17 +77,19 @@ class LatentAttention(nn.Module):
         out = causal_attention(query, key, value.transpose(1, 2), self.scale)
         return out.transpose(1, 2).flatten(2)
 
-    def attend_absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Attention over s cached tokens on their latents -> (b, t, h·v); mask (b, t, s) is True where visible."""
-        w_uk, w_uv = self.absorbed_weights(latent.dtype)
+    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor) -> Tensor:
+        """Attention over s cached entries [latent | rotary key] (b, s, c + r) -> (b, t, h·v).
+
+        mask (b, t, s) is True where visible. An entry is the key of all heads, its latent part their value.
+        """
+        w_uk, w_uv = self.absorbed_weights(entries.dtype)
         query = torch.cat([torch.einsum("bthn,hnc->bhtc", q_nope, w_uk), q_rope.transpose(1, 2)], dim=-1)
-        key = torch.cat([latent, k_rope], dim=-1)
         b, h, t, _ = query.shape
         # One shared key head: fold heads into rows, so the cache is read by a single product per sequence.
-        scores = torch.bmm(query.reshape(b, h * t, -1), key.transpose(1, 2)).view(b, h, t, -1) * self.scale
-        weights = scores.float().masked_fill(~mask[:, None], float("-inf")).softmax(dim=-1).to(latent.dtype)
+        scores = torch.bmm(query.reshape(b, h * t, -1), entries.transpose(1, 2)) * self.scale
+        scores = scores.view(b, h, t, -1)
+        weights = scores.float().masked_fill(~mask[:, None], float("-inf")).softmax(dim=-1).to(entries.dtype)
+        latent = entries[:, :, : self.config.kv_lora_rank]
         read = torch.bmm(weights.view(b, h * t, -1), latent).view(b, h, t, -1)
         return torch.einsum("bhtc,hvc->bthv", read, w_uv).flatten(2)
 

@@ -68,9 +68,12 @@ class Muon:
         for name, p in self.named:
             assert p.grad is not None, f"{name} has no gradient"
             self.buffers[name].mul_(self.momentum).add_(p.grad)
-        for group in self.groups:
-            stack = torch.cat([self._direction(i).reshape(-1, *self.named[i][1].shape[-2:]) for i in group])
-            update = self._orthogonal(stack) * (0.2 * math.sqrt(max(stack.shape[-2:])))
+        directions = [
+            torch.cat([self._direction(i).reshape(-1, *self.named[i][1].shape[-2:]) for i in group])
+            for group in self.groups
+        ]
+        for group, update in zip(self.groups, self._orthogonal(directions), strict=True):
+            update.mul_(0.2 * math.sqrt(max(update.shape[-2:])))
             start = 0
             for i in group:
                 p = self.named[i][1]
@@ -84,16 +87,19 @@ class Muon:
         assert p.grad is not None, f"{name} has no gradient"
         return p.grad.add(self.buffers[name], alpha=self.momentum)
 
-    def _orthogonal(self, stack: Tensor) -> Tensor:
-        """Newton-Schulz on this rank's share of a stack (n, a, b); all ranks get the whole."""
-        if self.world.size == 1:
-            return newton_schulz(stack.to(self.compute)).float()
-        share = math.ceil(len(stack) / self.world.size)
-        part = slice(self.world.rank * share, (self.world.rank + 1) * share)
-        whole = torch.zeros_like(stack)
-        if len(stack[part]):
-            whole[part] = newton_schulz(stack[part].to(self.compute)).float()
-        return self.world.sum_(whole)
+    def _orthogonal(self, stacks: list[Tensor]) -> list[Tensor]:
+        """Newton-Schulz on this rank's share of each stack (n, a, b); one exchange hands all ranks the whole."""
+        sizes = [stack.numel() for stack in stacks]
+        flat = torch.zeros(sum(sizes), device=stacks[0].device if stacks else None)
+        parts = flat.split(sizes)
+        wholes = [part.view_as(stack) for part, stack in zip(parts, stacks, strict=True)]
+        for stack, whole in zip(stacks, wholes, strict=True):
+            share = math.ceil(len(stack) / self.world.size)
+            mine = slice(self.world.rank * share, (self.world.rank + 1) * share)
+            if len(stack[mine]):
+                whole[mine] = newton_schulz(stack[mine].to(self.compute)).float()
+        self.world.sum_(flat)
+        return wholes
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
