@@ -65,6 +65,8 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update all matrices from their gradients."""
+        if not self.named:
+            return
         for name, p in self.named:
             assert p.grad is not None, f"{name} has no gradient"
             self.buffers[name].mul_(self.momentum).add_(p.grad)
@@ -90,7 +92,7 @@ class Muon:
     def _orthogonal(self, stacks: list[Tensor]) -> list[Tensor]:
         """Newton-Schulz on this rank's share of each stack (n, a, b); one exchange hands all ranks the whole."""
         sizes = [stack.numel() for stack in stacks]
-        flat = torch.zeros(sum(sizes), device=stacks[0].device if stacks else None)
+        flat = torch.zeros(sum(sizes), device=stacks[0].device)
         parts = flat.split(sizes)
         wholes = [part.view_as(stack) for part, stack in zip(parts, stacks, strict=True)]
         for stack, whole in zip(stacks, wholes, strict=True):
