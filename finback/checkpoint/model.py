@@ -1,6 +1,5 @@
 """A finished model in a stage's folder: model.safetensors, model.json, tokenizer.json."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,14 +8,14 @@ from torch import Tensor
 
 from finback.checkpoint import store
 from finback.config import UserError
-from finback.model.config import ModelConfig, Yarn
+from finback.model.config import from_json, to_json
 from finback.model.transformer import Transformer
 from finback.run import read_json, write_json
 
 
 def save(folder: Path, model: Transformer, tokenizer: Path) -> None:
     """Write a model with its config and tokenizer into a folder."""
-    write_json(folder / "model.json", dataclasses.asdict(model.config))
+    write_json(folder / "model.json", to_json(model.config))
     if tokenizer.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     store.save(folder / "model.safetensors", dict(model.state_dict()), {})
@@ -37,9 +36,7 @@ def load(folder: Path, compute: torch.dtype = torch.float32) -> Transformer:
     """Read a model that `save` wrote; UserError when the folder holds none."""
     if not (folder / "model.json").is_file():
         raise UserError("model", str(folder), "holds no model", "Name the folder of a stage that trains one.")
-    fields = read_json(folder / "model.json")
-    fields["rope_scaling"] = Yarn(**fields["rope_scaling"]) if fields["rope_scaling"] else None
-    model = Transformer(ModelConfig(**fields), compute)
+    model = Transformer(from_json(read_json(folder / "model.json")), compute)
     tensors, _ = store.load(folder / "model.safetensors")
     model.load_state_dict(tensors)
     return model

@@ -1,6 +1,7 @@
-"""One table between our parameter names and Hugging Face's, for DeepSeek-V3 checkpoints and dense students.
+"""One table between our parameter names and Hugging Face's: DeepSeek-V2, V3 and the dense students; both directions.
 
-Ours are the paper's words; theirs fix the file format. Fused tensors of ours list their parts in row order.
+Ours are the paper's words; theirs fix the file format. Fused tensors of ours list their parts in row order, all parts
+of a tensor being equally high.
 """
 
 from finback.model.config import ModelConfig
@@ -46,13 +47,41 @@ def table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
+def copies(config: ModelConfig) -> dict[str, str]:
+    """Hugging Face names of tensors that only repeat another one -> the name of that other one.
+
+    DeepSeek's MTP layers carry the trunk's embedding and head once more; some tied models carry their head.
+    """
+    found = {}
+    for depth in range(config.num_nextn_predict_layers):
+        layer = f"model.layers.{config.num_hidden_layers + depth}."
+        found[layer + "embed_tokens.weight"] = "model.embed_tokens.weight"
+        found[layer + "shared_head.head.weight"] = "lm_head.weight"
+    if config.tie_word_embeddings:
+        found["lm_head.weight"] = "model.embed_tokens.weight"
+    return found
+
+
+def _gqa(config: ModelConfig) -> _Names:
+    names = dict(_GQA)
+    if config.attention_bias != "none":
+        names["query.bias"] = ("self_attn.q_proj.bias",)
+        names["key_value.bias"] = ("self_attn.k_proj.bias", "self_attn.v_proj.bias")
+    if config.attention_bias == "all":
+        names["out.bias"] = ("self_attn.o_proj.bias",)
+    if config.qk_norm:
+        names["query_norm.weight"] = ("self_attn.q_norm.weight",)
+        names["key_norm.weight"] = ("self_attn.k_norm.weight",)
+    return names
+
+
 def _block(config: ModelConfig, ours: str, layer: int) -> dict[str, tuple[str, ...]]:
     theirs = f"model.layers.{layer}."
     names: _Names = {
         "attention_norm.weight": ("input_layernorm.weight",),
         "feed_forward_norm.weight": ("post_attention_layernorm.weight",),
     }
-    attention: _Names = dict(_MLA if config.attention == "mla" else _GQA)
+    attention: _Names = dict(_MLA if config.attention == "mla" else _gqa(config))
     if config.attention == "mla" and config.q_lora_rank is None:
         attention = {k: v for k, v in attention.items() if k not in ("q_down.weight", "q_norm.weight")}
         attention["q_up.weight"] = ("self_attn.q_proj.weight",)

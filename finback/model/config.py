@@ -3,8 +3,10 @@
 Field names are those of Hugging Face `config.json` files, which all implementations share. No torch here.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from finback.config import UserError, check_fields
 
@@ -18,10 +20,50 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
-    mscale_all_dim: float = 1.0
+    mscale_all_dim: float = (
+        1.0  # 0 where the softmax scale stays (Qwen): cos and sin then carry the whole factor
+    )
+    attention_factor: float | None = None  # what cos and sin are multiplied with; None: from the two above
 
     def __post_init__(self) -> None:
         check_fields(self, "rope_scaling")
+
+    @property
+    def gain(self) -> float:
+        """What cos and sin are multiplied with."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return self.stretch(self.mscale) / self.stretch(self.mscale_all_dim)
+
+    def stretch(self, m: float) -> float:
+        """0.1 m ln(factor) + 1, YaRN's correction of attention's temperature (1 without extension)."""
+        return 0.1 * m * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1's frequency scaling: long waves divided by `factor`, short ones kept, a ramp in between."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling")
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    """Position interpolation (arXiv 2306.15595): every frequency divided by `factor`."""
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling")
+
+
+RopeScaling = Yarn | Llama3Rope | LinearRope
 
 
 @dataclass(frozen=True)
@@ -43,6 +85,8 @@ class ModelConfig:
     # GQA, for dense students
     num_key_value_heads: int = 0
     head_dim: int = 0
+    attention_bias: Literal["none", "qkv", "all"] = "none"  # qkv: Qwen2; all: the output projection too
+    qk_norm: bool = False  # RMSNorm over each head's query and key (Qwen3)
     # DeepSeekMoE; n_routed_experts = 0 makes every layer dense
     n_routed_experts: int = 0
     n_shared_experts: int = 0
@@ -56,7 +100,8 @@ class ModelConfig:
     routed_scaling_factor: float = 1.0
     num_nextn_predict_layers: int = 0  # MTP depth
     rope_theta: float = 10000.0
-    rope_scaling: Yarn | None = None
+    rope_scaling: RopeScaling | None = None
+    rope_interleaved: bool = True  # MLA: pairs (0,1), (2,3), …; GQA is half-split as Llama and Qwen are
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -78,6 +123,10 @@ class ModelConfig:
             for name in ("num_key_value_heads", "head_dim"):
                 _require(getattr(self, name) > 0, name, getattr(self, name), "GQA needs it", "Set it > 0.")
             _even(self.head_dim, "head_dim")
+            _require(
+                self.num_nextn_predict_layers == 0 and self.n_routed_experts == 0, "attention", "gqa",
+                "experts and MTP come with latent attention only", 'Use attention="mla", or leave them out.',
+            )  # fmt: skip
             _require(
                 self.num_attention_heads % self.num_key_value_heads == 0, "num_key_value_heads",
                 self.num_key_value_heads, f"does not divide {self.num_attention_heads} heads", "Use a divisor.",
@@ -127,6 +176,27 @@ class ModelConfig:
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (0-based; the MTP module counts on from the last) has routed experts."""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+
+_SCALINGS: dict[str, type[RopeScaling]] = {"yarn": Yarn, "llama3": Llama3Rope, "linear": LinearRope}
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """Plain values of a config, the kind of rope scaling under `rope_type`; `from_json` takes them back."""
+    fields = dataclasses.asdict(config)
+    if config.rope_scaling is not None:
+        kind = next(name for name, cls in _SCALINGS.items() if type(config.rope_scaling) is cls)
+        fields["rope_scaling"]["rope_type"] = kind
+    return fields
+
+
+def from_json(fields: dict[str, Any]) -> ModelConfig:
+    """A config from what `to_json` made."""
+    scaling = fields["rope_scaling"]
+    if scaling is not None:
+        scaling = dict(scaling)
+        scaling = _SCALINGS[scaling.pop("rope_type", "yarn")](**scaling)
+    return ModelConfig(**fields | {"rope_scaling": scaling})
 
 
 def _require(ok: bool, name: str, value: object, problem: str, remedy: str) -> None:

@@ -6,7 +6,14 @@ from finback.model.config import ModelConfig
 def attention_parameters(c: ModelConfig) -> int:
     """One layer's attention, norms of the latents included."""
     if c.attention == "gqa":
-        return c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+        kv = 2 * c.num_key_value_heads
+        matrices = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + kv)
+        biases = {
+            "none": 0,
+            "qkv": c.head_dim * (c.num_attention_heads + kv),
+            "all": c.head_dim * (c.num_attention_heads + kv) + c.hidden_size,
+        }
+        return matrices + biases[c.attention_bias] + (2 * c.head_dim if c.qk_norm else 0)
     heads, d = c.num_attention_heads, c.hidden_size
     query = d * heads * c.qk_head_dim
     if c.q_lora_rank is not None:

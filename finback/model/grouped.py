@@ -1,4 +1,4 @@
-"""Grouped-query attention, for the dense students that R1 is distilled into (Llama and Qwen layouts)."""
+"""Grouped-query attention, for the dense students that R1 is distilled into: Llama, Qwen2 and Qwen3 layouts."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
-from finback.model.layers import Linear
+from finback.model.layers import Linear, RMSNorm
 from finback.model.rope import rotate_half, softmax_scale
 
 
@@ -16,18 +16,24 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.query = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.key_value = Linear(c.hidden_size, 2 * c.num_key_value_heads * c.head_dim)
-        self.out = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        bias = c.attention_bias != "none"
+        self.query = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
+        self.key_value = Linear(c.hidden_size, 2 * c.num_key_value_heads * c.head_dim, bias)
+        self.out = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias == "all")
+        if c.qk_norm:
+            self.query_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.key_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
         self.scale = softmax_scale(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, head_dim / 2); keys are cached rotated."""
         c = self.config
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-        query = rotate_half(self.query(x).unflatten(-1, (c.num_attention_heads, c.head_dim)), cos, sin)
+        query = self.query(x).unflatten(-1, (c.num_attention_heads, c.head_dim))
         key, value = self.key_value(x).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim)).chunk(2, dim=2)
-        key = rotate_half(key, cos, sin)
+        if c.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
         mask = None
         if cache is not None:
             first = cache.is_first

@@ -17,7 +17,9 @@ from finback.kernels.attention import causal_attention
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
-from finback.model.rope import rotate_interleaved, softmax_scale
+from finback.model.rope import rotate_half, rotate_interleaved, softmax_scale
+
+LATENT_EPS = 1e-6  # a constant in every implementation, whatever rms_norm_eps says for the other norms
 
 
 class LatentAttention(nn.Module):
@@ -27,12 +29,13 @@ class LatentAttention(nn.Module):
         super().__init__()
         c = self.config = config
         heads = c.num_attention_heads
+        self.rotate = rotate_interleaved if c.rope_interleaved else rotate_half
         if c.q_lora_rank is not None:
             self.q_down = Linear(c.hidden_size, c.q_lora_rank)
-            self.q_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
+            self.q_norm = RMSNorm(c.q_lora_rank, LATENT_EPS)
         self.q_up = Linear(c.q_lora_rank or c.hidden_size, heads * c.qk_head_dim)
         self.kv_down = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
-        self.kv_norm = RMSNorm(c.kv_lora_rank, c.rms_norm_eps)
+        self.kv_norm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
         self.kv_up = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.out = Linear(heads * c.v_head_dim, c.hidden_size)
         self.scale = softmax_scale(config)
@@ -58,13 +61,13 @@ class LatentAttention(nn.Module):
             x = self.q_norm(self.q_down(x))
         q = self.q_up(x).unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        return q_nope, rotate_interleaved(q_rope, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
+        return q_nope, self.rotate(q_rope, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
 
     def latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """x -> normed latent (b, t, c) and rotated shared key (b, t, r): what a token leaves in the cache."""
         c = self.config
         latent, k_rope = self.kv_down(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        return self.kv_norm(latent), rotate_interleaved(k_rope, cos.to(x.dtype), sin.to(x.dtype))
+        return self.kv_norm(latent), self.rotate(k_rope, cos.to(x.dtype), sin.to(x.dtype))
 
     def attend_expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
         """Causal attention of t tokens over themselves with per-head keys and values -> (b, t, h·v)."""
@@ -96,5 +99,5 @@ class LatentAttention(nn.Module):
     def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W_UK (h, n, c) and W_UV (h, v, c), the two blocks of each head's rows in kv_up."""
         c = self.config
-        weight = self.kv_up.weight.to(dtype).view(c.num_attention_heads, -1, c.kv_lora_rank)
+        weight = self.kv_up.matrix(dtype).view(c.num_attention_heads, -1, c.kv_lora_rank)
         return weight[:, : c.qk_nope_head_dim], weight[:, c.qk_nope_head_dim :]

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finback.kernels import fp8
 from finback.kernels.norm import rms_norm
 
 
@@ -20,17 +21,28 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = W x without bias; W is (out, in), as in checkpoints.
+    """y = W x (+ b); W is (out, in), as in checkpoints. DeepSeek's models have no biases, Qwen2's attention has.
 
-    Master weights stay fp32. The input's dtype decides the arithmetic: a bf16 input gets a bf16 product.
+    The input's dtype decides the arithmetic: a bf16 input gets a bf16 product, whatever the weights are kept in. In
+    training they are fp32 masters; a model that only answers may keep them in bf16, or in FP8 with `weight_scale`.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    weight_scale: Tensor | None
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.register_buffer("weight_scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) in the dtype of the arithmetic."""
+        if self.weight_scale is not None:
+            return fp8.dequantise(self.weight, self.weight_scale, dtype)
+        return self.weight.to(dtype)
 
 
 class SwiGLU(nn.Module):
@@ -47,11 +59,10 @@ class SwiGLU(nn.Module):
 
 
 def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
-    """Every matrix normal with `std` (V3 4.2), gains 1, router biases 0; order of parameters is the seed's order."""
+    """Every matrix normal with `std` (V3 4.2), gains 1, biases 0; order of parameters is the seed's order."""
     for name, parameter in module.named_parameters():
         with torch.no_grad():
             if parameter.ndim >= 2:
                 parameter.normal_(0.0, std, generator=generator)
             else:
-                assert name.endswith("weight"), f"{name}: only norm gains are one-dimensional"
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from finback.kernels import grouped
+from finback.kernels import fp8, grouped
 from finback.model.config import ModelConfig
 from finback.model.layers import SwiGLU
 
@@ -22,8 +22,9 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("bias", torch.zeros(config.n_routed_experts))
-        self.register_buffer("load", torch.zeros(config.n_routed_experts), persistent=False)
+        fp32 = torch.float32  # whatever the weights are kept in
+        self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=fp32))
+        self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=fp32), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (n, d) -> chosen experts (n, k), their weights (n, k), all affinities (n, experts); all in fp32."""
@@ -96,6 +97,9 @@ def balance_loss(affinity: Tensor, index: Tensor, experts_per_token: int, real: 
 class MoE(nn.Module):
     """y = Σ_shared FFN(x) + Σ_topk g_i FFN_i(x) (V3 eq. 12); no token is ever dropped."""
 
+    gate_up_scale: Tensor | None
+    down_scale: Tensor | None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.config = config
@@ -104,6 +108,8 @@ class MoE(nn.Module):
             torch.empty(c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size)
         )
         self.down = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
+        self.register_buffer("gate_up_scale", None)  # set when the experts are kept in FP8
+        self.register_buffer("down_scale", None)
         if c.n_shared_experts:
             self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
         self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
@@ -121,7 +127,17 @@ class MoE(nn.Module):
             self.balance = balance_loss(
                 affinity.unflatten(0, shape), index.unflatten(0, shape), self.config.num_experts_per_tok, real
             )
-        y = grouped.routed_experts(tokens, index, weight, self.gate_up, self.down)
+        y = self._routed(tokens, index, weight)
         if self.config.n_shared_experts:
             y = y + self.shared(tokens)
         return y.view_as(x)
+
+    def _routed(self, tokens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        if self.gate_up_scale is None or self.down_scale is None:
+            return grouped.routed_experts(tokens, index, weight, self.gate_up, self.down)
+        met, index = index.unique(
+            return_inverse=True
+        )  # of FP8 experts only those that are asked are spread out
+        gate_up = fp8.dequantise(self.gate_up[met], self.gate_up_scale[met], tokens.dtype)
+        down = fp8.dequantise(self.down[met], self.down_scale[met], tokens.dtype)
+        return grouped.routed_experts(tokens, index, weight, gate_up, down)

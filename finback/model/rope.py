@@ -1,28 +1,48 @@
-"""Rotary position embedding, interleaved as in DeepSeek's weights or half-split as in Llama's, with YaRN."""
+"""Rotary position embedding, interleaved as in DeepSeek's weights or half-split as in Llama's, and its scalings."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from finback.model.config import ModelConfig, Yarn
+from finback.model.config import LinearRope, Llama3Rope, ModelConfig, Yarn
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position for each rotary pair, (rope_dim / 2,), YaRN-corrected when configured.
+    """Radians per position for each rotary pair, (rope_dim / 2,), scaled as configured."""
+    dim, scaling = config.rope_dim, config.rope_scaling
+    freq = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+    if isinstance(scaling, Yarn):
+        freq = _yarn(freq, scaling, config.rope_theta)
+    elif isinstance(scaling, Llama3Rope):
+        freq = _llama3(freq, scaling)
+    elif isinstance(scaling, LinearRope):
+        freq = freq / scaling.factor
+    return freq.float()
 
-    YaRN (arXiv 2309.00071, constants of V3 4.3): pairs that turn fewer than `beta_slow` times within the
-    original window are interpolated by `factor`, those above `beta_fast` are kept, a linear ramp in between.
+
+def _yarn(freq: Tensor, yarn: Yarn, theta: float) -> Tensor:
+    """YaRN (arXiv 2309.00071, constants of V3 4.3).
+
+    Pairs that turn fewer than `beta_slow` times within the original window are interpolated by `factor`, those
+    above `beta_fast` are kept, a linear ramp in between.
     """
-    dim = config.rope_dim
-    freq = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    yarn = config.rope_scaling
-    if yarn is None or yarn.factor <= 1:
-        return freq.float()
-    low = max(math.floor(_pair_turning(yarn.beta_fast, yarn, dim, config.rope_theta)), 0)
-    high = min(math.ceil(_pair_turning(yarn.beta_slow, yarn, dim, config.rope_theta)), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 0.001)).clamp(0, 1)
-    return (freq / yarn.factor * ramp + freq * (1 - ramp)).float()
+    if yarn.factor <= 1:
+        return freq
+    dim = 2 * len(freq)
+    low = max(math.floor(_pair_turning(yarn.beta_fast, yarn, dim, theta)), 0)
+    high = min(math.ceil(_pair_turning(yarn.beta_slow, yarn, dim, theta)), dim - 1)
+    ramp = (
+        (torch.arange(len(freq), dtype=torch.float64, device="cpu") - low) / max(high - low, 0.001)
+    ).clamp(0, 1)
+    return freq / yarn.factor * ramp + freq * (1 - ramp)
+
+
+def _llama3(freq: Tensor, s: Llama3Rope) -> Tensor:
+    """Llama 3.1: how often a pair turns within the original window decides how much of `factor` it gets."""
+    turns = s.original_max_position_embeddings * freq / (2 * math.pi)
+    kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return freq / s.factor * (1 - kept) + freq * kept
 
 
 def _pair_turning(turns: float, yarn: Yarn, dim: int, theta: float) -> float:
@@ -33,21 +53,17 @@ def _pair_turning(turns: float, yarn: Yarn, dim: int, theta: float) -> float:
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """Scale on attention scores: d^-1/2, times mscale(mscale_all_dim)^2 under YaRN (0.135234 for V3)."""
-    scale = config.qk_head_dim**-0.5
-    yarn = config.rope_scaling
-    return scale * _mscale(yarn.factor, yarn.mscale_all_dim) ** 2 if yarn else scale
-
-
-def _mscale(factor: float, m: float) -> float:
-    return 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+    """Scale on attention scores: d^-1/2, in MLA times mscale(mscale_all_dim)^2 under YaRN (0.135234 for V3)."""
+    scale, yarn = config.qk_head_dim**-0.5, config.rope_scaling
+    if config.attention == "mla" and isinstance(yarn, Yarn):
+        return scale * yarn.stretch(yarn.mscale_all_dim) ** 2
+    return scale
 
 
 def rotation(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
     """cos and sin tables, (length, rope_dim / 2) each, in fp32."""
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse_frequencies(config))
-    yarn = config.rope_scaling
-    gain = _mscale(yarn.factor, yarn.mscale) / _mscale(yarn.factor, yarn.mscale_all_dim) if yarn else 1.0
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), inverse_frequencies(config))
+    gain = config.rope_scaling.gain if isinstance(config.rope_scaling, Yarn) else 1.0
     return angles.cos() * gain, angles.sin() * gain
 
 

@@ -43,16 +43,26 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """DeepSeek-V3's decoder, or a dense student's, from a ModelConfig.
 
-    Built without values; call `initialise` or load weights. Parameters are fp32 masters; `compute` is the dtype
-    of activations.
+    Built without values; call `initialise` or load weights. `compute` is the dtype of activations, `kept` that of the
+    parameters: fp32 masters for training, bf16 halves the memory of a model that only answers.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig, compute: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, compute: torch.dtype = torch.float32, kept: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.config, self.compute = config, compute
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(kept)
+        try:
+            self._build(config)
+        finally:
+            torch.set_default_dtype(default)
+
+    def _build(self, config: ModelConfig) -> None:
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -1,0 +1,112 @@
+"""What becomes of every tensor of a Hugging Face checkpoint, decided from names and shapes before anything is read."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from finback.checkpoint import names
+from finback.checkpoint.shards import SCALE, Shards, element_type
+from finback.config import UserError
+from finback.kernels import fp8
+from finback.model.config import ModelConfig
+from finback.model.transformer import Transformer
+
+
+@dataclass
+class Audit:
+    """Every tensor is in exactly one of loaded, skipped and unexpected; `missing` and `wrong` are what should be there."""
+
+    config: ModelConfig  # as the weights have it: without MTP where the files lack the declared layers
+    loaded: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # name -> why
+    unexpected: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    wrong: dict[str, str] = field(default_factory=dict)  # name -> what is wrong with its shape or dtype
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the weights are those of the config, nothing more and nothing less."""
+        return not (self.missing or self.unexpected or self.wrong)
+
+    def demand(self, where: str) -> None:
+        """UserError naming the first tensor that is wrong, missing or unexpected."""
+        for name, problem in self.wrong.items():
+            raise UserError(name, where, problem, "config.json and weights belong to different models.")
+        for kind, found in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if found:
+                raise UserError(
+                    found[0], where, f"{kind}, with {len(found) - 1} more: the weights are not those of config.json",
+                    "`finback verify` lists every tensor.",
+                )  # fmt: skip
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors that a model consists of, and their shapes; builds no weights."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    found = {}
+    state = model.state_dict()
+    for ours, theirs in names.table(config).items():
+        shape = state[ours].shape
+        if len(theirs) == 1:
+            found[theirs[0]] = tuple(shape)
+        else:
+            rows = shape[:-1].numel() if len(shape) > 1 else shape[0]
+            found |= dict.fromkeys(theirs, (rows // len(theirs), *(shape[-1:] if len(shape) > 1 else ())))
+    return found
+
+
+def audit(config: ModelConfig, shards: Shards, quantised: bool) -> Audit:
+    """Compare a folder's tensors with what the config calls for."""
+    wanted = shapes(config)
+    mtp = [n for n in wanted if _layer(n) >= config.num_hidden_layers]
+    result = Audit(config)
+    if mtp and not any(n in shards.specs for n in mtp):
+        result.notes.append(
+            f"config.json declares {config.num_nextn_predict_layers} MTP layer(s) that the files lack; "
+            "the model runs without (transformers drops them when it saves)"
+        )
+        result.config = config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        wanted = shapes(config)
+    copies = names.copies(config)
+    for name, spec in shards.specs.items():
+        if name in wanted:
+            problem = _problem(name, wanted[name], shards, quantised)
+            result.loaded.append(name)
+            if problem:
+                result.wrong[name] = problem
+        elif name.endswith(SCALE) and name.removesuffix(SCALE) in shards.specs:
+            result.skipped[name] = "factors of an FP8 tensor, used with it"
+        elif name in copies:
+            result.skipped[name] = f"a copy of {copies[name]}"
+        elif name.endswith("rotary_emb.inv_freq"):
+            result.skipped[name] = "computed from the config"
+        else:
+            result.unexpected.append(name)
+        del spec
+    result.missing = [name for name in wanted if name not in shards.specs]
+    return result
+
+
+def _layer(name: str) -> int:
+    """The layer number in a Hugging Face name; -1 for what belongs to none."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+
+
+def _problem(name: str, shape: tuple[int, ...], shards: Shards, quantised: bool) -> str:
+    """What is wrong with a tensor's shape, dtype or factors; empty when nothing is."""
+    spec = shards.specs[name]
+    if spec.shape != shape:
+        return f"shape {list(spec.shape)} where config.json calls for {list(shape)}"
+    if element_type(spec.dtype) is None:
+        return f"dtype {spec.dtype}, which no weight of these families has"
+    factors: Any = shards.specs.get(name + SCALE)
+    if spec.dtype != "F8_E4M3":
+        return "" if factors is None else f"has FP8 factors but is {spec.dtype}"
+    if factors is None or not quantised:
+        return "FP8 without factors, or without quantization_config in config.json"
+    expected = tuple(fp8.blocks(n) for n in shape)
+    return "" if factors.shape == expected else f"FP8 factors {list(factors.shape)}, not {list(expected)}"

@@ -1,0 +1,163 @@
+"""A Transformer out to a Hugging Face folder: what transformers, vLLM and SGLang load, in fp32, bf16 or DeepSeek's FP8."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finback.checkpoint import hf, names
+from finback.checkpoint.audit import shapes
+from finback.checkpoint.shards import BESIDE, INDEX, SCALE, SINGLE
+from finback.config import UserError
+from finback.kernels import fp8
+from finback.model.config import ModelConfig
+from finback.model.transformer import Transformer
+
+Format = Literal["bf16", "fp32", "fp8"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+# transformers ignores the MTP layer of the released models by its number, and calls any other unexpected
+RELEASED_MTP_LAYER = 61
+
+
+def export(
+    model: Transformer, folder: Path, fmt: Format = "bf16", extras: Callable[[Path], None] | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> list[Path]:  # fmt: skip
+    """Write weights and config.json; `extras` adds tokenizer, card and the like. The folder appears when complete.
+
+    Returns the files. UserError when the folder exists with something in it or the disk is too small.
+    """
+    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise UserError("folder", str(folder), "exists and is not empty", "Name a new folder.")
+    raw = hf.raw_config(model.config, "float32" if fmt == "fp32" else "bfloat16")
+    if fmt == "fp8":
+        raw["quantization_config"] = {
+            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        }  # fmt: skip
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(size for _, size in _sizes(model.config, fmt))
+    free = shutil.disk_usage(folder.parent).free
+    if free < 1.05 * needed:
+        raise UserError(
+            "folder", str(folder), f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Use another disk."
+        )  # fmt: skip
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        _write_weights(model, part, fmt, shard_bytes)
+        (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        if extras:
+            extras(part)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return sorted(folder.iterdir())
+
+
+def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and tensors, one at a time, FP8 factors after their tensors and MTP's copies at the end."""
+    config, state = model.config, model.state_dict()
+    for ours, theirs in names.table(config).items():
+        whole = state[ours]
+        if whole.dtype == torch.float8_e4m3fn:
+            whole = fp8.dequantise(whole, state[ours + "_scale"], torch.bfloat16)
+        flat = whole.flatten(0, -2) if whole.ndim > 2 else whole
+        for name, piece in zip(theirs, flat.chunk(len(theirs)), strict=True):
+            yield from _cast(name, piece, fmt)
+    for copy, original in _copies(config).items():
+        tensor = state["embed" if original == "model.embed_tokens.weight" else "head.weight"]
+        yield from _cast(copy, tensor, fmt)
+
+
+def _copies(config: ModelConfig) -> dict[str, str]:
+    """The copies that go into a file: MTP's, which other engines read; a tied head does not."""
+    return {copy: original for copy, original in names.copies(config).items() if copy != "lm_head.weight"}
+
+
+def _cast(name: str, tensor: Tensor, fmt: Format) -> Iterator[tuple[str, Tensor]]:
+    if name.endswith("e_score_correction_bias"):
+        yield name, tensor.float().contiguous()
+    elif fmt == "fp8" and is_quantised(name):
+        values, scale = fp8.quantise(tensor)
+        yield name, values
+        yield name + SCALE, scale
+    else:
+        yield name, tensor.to(_DTYPES[fmt]).contiguous()
+
+
+def is_quantised(name: str) -> bool:
+    """Whether DeepSeek keeps this tensor in FP8: projections, not norms, router, embeddings, head or eh_proj."""
+    return (
+        name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
+        if "eh_proj" not in name
+        else False
+    )
+
+
+def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
+    """Bytes of each tensor of an export, in the order of `tensors`."""
+    found = shapes(config)
+    found |= {copy: found[original] for copy, original in _copies(config).items() if original in found}
+    for name, shape in found.items():
+        count = 1
+        for n in shape:
+            count *= n
+        if fmt == "fp8" and is_quantised(name):
+            yield name, count + 4 * fp8.blocks(shape[0]) * fp8.blocks(shape[1])
+        else:
+            yield name, count * (4 if fmt == "fp32" or name.endswith("correction_bias") else 2)
+
+
+def _write_weights(model: Transformer, folder: Path, fmt: Format, shard_bytes: int) -> None:
+    """One file, or numbered shards with an index; MTP layers beside them where transformers would trip over them."""
+    layers = model.config.num_hidden_layers
+    apart = tuple(
+        f"model.layers.{layers + depth}." for depth in range(model.config.num_nextn_predict_layers)
+        if layers + depth != RELEASED_MTP_LAYER
+    )  # fmt: skip
+    plan: list[set[str]] = [set()]
+    filled = 0
+    for name, size in _sizes(model.config, fmt):
+        if apart and name.startswith(apart):
+            continue
+        if filled and filled + size > shard_bytes:
+            plan.append(set())
+            filled = 0
+        plan[-1].add(name)
+        filled += size
+    where = {
+        name: SINGLE if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
+        for number, group in enumerate(plan, start=1)
+        for name in group
+    }
+    held: dict[str, Tensor] = {}
+    beside: dict[str, Tensor] = {}
+    weight_map: dict[str, str] = {}
+    current = ""
+    for name, tensor in tensors(model, fmt):
+        if apart and name.startswith(apart):
+            beside[name] = tensor
+            continue
+        file = where[name.removesuffix(SCALE)]
+        if file != current and held:
+            save_file(held, folder / current, metadata={"format": "pt"})
+            held = {}
+        current = file
+        held[name] = tensor
+        weight_map[name] = file
+    save_file(held, folder / current, metadata={"format": "pt"})
+    if beside:
+        save_file(beside, folder / BESIDE, metadata={"format": "pt"})
+    if len(plan) > 1:
+        total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
+        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

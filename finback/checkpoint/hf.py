@@ -1,0 +1,289 @@
+"""Hugging Face `config.json` to ModelConfig and back, for the families finback runs. No torch here.
+
+Both spellings of rotary settings are read: `rope_theta` + `rope_scaling` of the releases and `rope_parameters` of
+transformers 5. What finback would have to guess or could not run is refused with the field's name.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from finback.config import UserError, did_you_mean
+from finback.model.config import LinearRope, Llama3Rope, ModelConfig, RopeScaling, Yarn
+
+FAMILIES = ("deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The raw config.json of a folder."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            "model", str(folder), "has no config.json", "Name the folder that holds config.json."
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError("config.json", str(path), f"not JSON ({error})", "Download the file again.") from None
+    if not isinstance(raw, dict):
+        raise UserError("config.json", str(path), "not a JSON object", "Download the file again.")
+    return raw
+
+
+def model_config(raw: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig that a raw config.json describes; UserError for what finback does not run."""
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        own_code = " and brings its own code, which finback never runs" if "auto_map" in raw else ""
+        raise UserError(
+            "config.json model_type", family, f"not a family that finback knows{own_code}",
+            did_you_mean(str(family), FAMILIES),
+        )  # fmt: skip
+    fields = _Fields(raw)
+    fields.demand("hidden_act", "silu", default="silu")
+    fields.demand("mlp_bias", False, default=False)
+    common: dict[str, Any] = {
+        "vocab_size": fields.integer("vocab_size"), "hidden_size": fields.integer("hidden_size"),
+        "num_hidden_layers": fields.integer("num_hidden_layers"),
+        "num_attention_heads": fields.integer("num_attention_heads"),
+        "intermediate_size": fields.integer("intermediate_size"),
+        "max_position_embeddings": fields.integer("max_position_embeddings", 4096),
+        "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
+        "initializer_range": fields.number("initializer_range", 0.02),
+    }  # fmt: skip
+    theta, scaling = _rope(fields)
+    common |= {"rope_theta": theta, "rope_scaling": scaling}
+    family_fields = _latent(fields, family) if family.startswith("deepseek") else _grouped(fields, family)
+    return ModelConfig(**common | family_fields)
+
+
+class _Fields:
+    """A raw config whose values are checked as they are taken."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        self.raw = raw
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self._value(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            self.refuse(name, "not a whole number", "Correct config.json.")
+        return int(value)
+
+    def number(self, name: str, default: float) -> float:
+        value = self._value(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            self.refuse(name, "not a number", "Correct config.json.")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._value(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, "neither true nor false", "Correct config.json.")
+        return bool(value)
+
+    def demand(self, name: str, wanted: Any, default: Any) -> None:
+        """Refuse any value but the one that finback implements."""
+        if self._value(name, default) != wanted:
+            self.refuse(name, f"finback runs {wanted!r} only", "Use another checkpoint.")
+
+    def refuse(self, name: str, problem: str, remedy: str) -> None:
+        raise UserError(f"config.json {name}", self.raw.get(name), problem, remedy)
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self.raw.get(name)
+        if value is None and default is None:
+            self.refuse(name, "missing", "Restore it; it cannot be guessed.")
+        return default if value is None else value
+
+
+def _latent(fields: _Fields, family: str) -> dict[str, Any]:
+    """What DeepSeek's configs say beyond the common fields."""
+    fields.demand("attention_bias", False, default=False)
+    fields.demand("moe_layer_freq", 1, default=1)
+    names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    rank = fields.raw.get("q_lora_rank")
+    found: dict[str, Any] = {name: fields.integer(name) for name in names} | {
+        "attention": "mla", "q_lora_rank": None if rank is None else fields.integer("q_lora_rank"),
+        "rope_interleaved": fields.flag("rope_interleave", True),
+    }  # fmt: skip
+    layers = fields.integer("num_hidden_layers")
+    dense = fields.integer("first_k_dense_replace", 0)
+    if not fields.raw.get("n_routed_experts") or dense >= layers:
+        return found
+    found |= {
+        "n_routed_experts": fields.integer("n_routed_experts"), "first_k_dense_replace": dense,
+        "n_shared_experts": fields.integer("n_shared_experts", 0),
+        "num_experts_per_tok": fields.integer("num_experts_per_tok"),
+        "moe_intermediate_size": fields.integer("moe_intermediate_size"),
+        "routed_scaling_factor": fields.number("routed_scaling_factor", 1.0),
+        "n_group": fields.integer("n_group", 1), "topk_group": fields.integer("topk_group", 1),
+    }  # fmt: skip
+    return found | (_v2_gate(fields) if family == "deepseek_v2" else _v3_gate(fields))
+
+
+def _v2_gate(fields: _Fields) -> dict[str, Any]:
+    """Softmax affinities, chosen greedily or within the best groups; weights are not normalised."""
+    fields.demand("scoring_func", "softmax", default="softmax")
+    fields.demand("norm_topk_prob", False, default=False)
+    method = fields.raw.get("topk_method", "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        fields.refuse("topk_method", "V2 has greedy and group_limited_greedy", "Correct config.json.")
+    found: dict[str, Any] = {"scoring_func": "softmax", "norm_topk_prob": False}
+    return found | ({"n_group": 1, "topk_group": 1} if method == "greedy" else {})
+
+
+def _v3_gate(fields: _Fields) -> dict[str, Any]:
+    """Sigmoid affinities with a selection bias."""
+    fields.demand("scoring_func", "sigmoid", default="sigmoid")
+    fields.demand("topk_method", "noaux_tc", default="noaux_tc")
+    return {
+        "scoring_func": "sigmoid", "norm_topk_prob": fields.flag("norm_topk_prob", True),
+        "num_nextn_predict_layers": fields.integer("num_nextn_predict_layers", fields.raw.get("num_mtp_layers", 0)),
+    }  # fmt: skip
+
+
+def _grouped(fields: _Fields, family: str) -> dict[str, Any]:
+    """What the dense families say beyond the common fields."""
+    heads = fields.integer("num_attention_heads")
+    windows = fields.raw.get("layer_types") or []
+    if fields.raw.get("use_sliding_window") or "sliding_attention" in windows:
+        fields.refuse("use_sliding_window", "finback attends to the whole context only", "Set it to false.")
+    bias: Literal["none", "qkv", "all"] = "all" if fields.flag("attention_bias", False) else "none"
+    return {
+        "attention": "gqa", "num_key_value_heads": fields.integer("num_key_value_heads", heads),
+        "head_dim": fields.integer("head_dim", fields.integer("hidden_size") // max(heads, 1)),
+        "attention_bias": "qkv" if family == "qwen2" else bias, "qk_norm": family == "qwen3",
+        "rope_interleaved": False,
+    }  # fmt: skip
+
+
+def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from either spelling."""
+    raw = fields.raw
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        fields.refuse("rope_scaling", "not an object", "Correct config.json.")
+    theta = float(given.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    if float(given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        fields.refuse("partial_rotary_factor", "finback rotates whole heads", "Use another checkpoint.")
+    kind = given.get("rope_type") or given.get("type") or "default"
+    window = given.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 4096)
+    if kind == "default":
+        return theta, None
+    try:
+        if kind == "linear":
+            return theta, LinearRope(float(given["factor"]))
+        if kind == "llama3":
+            return theta, Llama3Rope(
+                float(given["factor"]), float(given["low_freq_factor"]), float(given["high_freq_factor"]), int(window)
+            )  # fmt: skip
+        if kind == "yarn" and given.get("truncate", True):
+            return theta, _yarn(given, int(window))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError("config.json rope_scaling", given, f"bad or missing {error}", "Correct it.") from None
+    raise UserError(
+        "config.json rope_scaling", given, "not a scaling that finback knows", "It knows yarn, llama3 and linear."
+    )  # fmt: skip
+
+
+def _yarn(given: dict[str, Any], window: int) -> Yarn:
+    """mscale and mscale_all_dim count for cos and sin only when both are there (transformers' rule)."""
+    both = given.get("mscale") and given.get("mscale_all_dim")
+    factor = given.get("attention_factor")
+    all_dim = float(given.get("mscale_all_dim") or 0.0)
+    if factor is None and not both and all_dim:
+        factor = Yarn(factor=float(given["factor"]), mscale_all_dim=0.0).gain
+    return Yarn(
+        factor=float(given["factor"]), original_max_position_embeddings=window,
+        beta_fast=float(given.get("beta_fast") or 32), beta_slow=float(given.get("beta_slow") or 1),
+        mscale=float(given["mscale"]) if both else 1.0, mscale_all_dim=all_dim,
+        attention_factor=None if factor is None else float(factor),
+    )  # fmt: skip
+
+
+def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a model, in the releases' spelling; `model_config` reads it back to the same ModelConfig."""
+    family = family_of(config)
+    raw: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[family]], "model_type": family, "torch_dtype": dtype, "hidden_act": "silu",
+        "attention_dropout": 0.0, "use_cache": True, "rope_theta": config.rope_theta,
+    }  # fmt: skip
+    raw |= {name: getattr(config, name) for name in _SAME}
+    if config.rope_scaling is not None:
+        raw["rope_scaling"] = _raw_rope(config.rope_scaling)
+    if config.attention == "gqa":
+        raw |= {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        return raw | ({} if family == "qwen2" else {"attention_bias": config.attention_bias == "all"})
+    raw |= {name: getattr(config, name) for name in _LATENT}
+    raw |= {
+        "num_key_value_heads": config.num_attention_heads, "attention_bias": False, "moe_layer_freq": 1,
+        "rope_interleave": config.rope_interleaved,
+        "topk_method": "noaux_tc" if family == "deepseek_v3" else "group_limited_greedy",
+    }  # fmt: skip
+    if (
+        not config.n_routed_experts
+    ):  # the format has no dense models: every layer is among the dense first ones
+        raw |= {
+            "first_k_dense_replace": config.num_hidden_layers,
+            "n_routed_experts": 1,
+            "num_experts_per_tok": 1,
+        }
+        raw |= {"moe_intermediate_size": config.intermediate_size, "n_shared_experts": 1}
+    return raw
+
+
+_ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM", "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
+_SAME = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
+)  # fmt: skip
+_LATENT = (
+    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
+    "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace", "n_group", "topk_group",
+    "scoring_func", "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers",
+)  # fmt: skip
+
+
+def family_of(config: ModelConfig) -> str:
+    """The model_type under which transformers knows such a model; UserError when it knows none."""
+    if config.attention == "mla":
+        softmax = config.n_routed_experts and config.scoring_func == "softmax"
+        if softmax and (config.norm_topk_prob or config.num_nextn_predict_layers):
+            raise UserError(
+                "model.scoring_func", "softmax", "DeepSeek-V2 has neither normalised weights nor MTP",
+                "Train with sigmoid affinities.",
+            )  # fmt: skip
+        if softmax and not config.rope_interleaved:
+            raise UserError(
+                "model.rope_interleaved", False, "DeepSeek-V2 is interleaved", "Use sigmoid affinities."
+            )
+        return "deepseek_v2" if softmax else "deepseek_v3"
+    if config.qk_norm:
+        if config.attention_bias == "qkv":
+            raise UserError(
+                "model.attention_bias", "qkv", "no family has it with qk_norm", "Use none or all."
+            )
+        return "qwen3"
+    return "qwen2" if config.attention_bias == "qkv" else "llama"
+
+
+def _raw_rope(scaling: RopeScaling) -> dict[str, Any]:
+    if isinstance(scaling, LinearRope):
+        return {"type": "linear", "rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, Llama3Rope):
+        return {
+            "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }  # fmt: skip
+    raw = {
+        "type": "yarn", "rope_type": "yarn", "factor": scaling.factor, "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow, "mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }  # fmt: skip
+    says_more = scaling.attention_factor is not None or (not scaling.mscale_all_dim and scaling.mscale != 1.0)
+    return raw | ({"attention_factor": scaling.gain} if says_more else {})

@@ -1,0 +1,123 @@
+"""A Hugging Face folder into a Transformer, shard by shard: peak memory is the model plus one shard."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from finback.checkpoint import hf, names
+from finback.checkpoint.audit import Audit, audit
+from finback.checkpoint.shards import Shards
+from finback.config import UserError
+from finback.kernels import fp8
+from finback.model.layers import Linear
+from finback.model.moe import MoE
+from finback.model.transformer import Transformer
+
+SLICE = 8 * fp8.BLOCK  # rows of an FP8 matrix that are spread out at once
+Kept = Literal["fp32", "bf16", "fp8"]  # fp8: FP8 matrices stay as they are, the rest is bf16
+
+
+def load(
+    folder: Path, compute: torch.dtype = torch.float32, kept: Kept = "fp32"
+) -> tuple[Transformer, Audit]:
+    """Read a folder; UserError unless its weights are exactly those of its config.json."""
+    raw = hf.read_config(folder)
+    config, quantised = hf.model_config(raw), is_fp8(raw)
+    shards = Shards(folder)
+    result = audit(config, shards, quantised)
+    result.demand(str(folder))
+    model = Transformer(result.config, compute, torch.float32 if kept == "fp32" else torch.bfloat16)
+    if kept == "fp8":
+        _make_room_for_fp8(model, shards)
+    fill(model, shards)
+    return model, result
+
+
+def is_fp8(raw: dict[str, Any]) -> bool:
+    """Whether the weights are in DeepSeek's FP8 format; UserError for any other quantisation."""
+    q = raw.get("quantization_config")
+    if q is None:
+        return False
+    if not isinstance(q, dict) or q.get("quant_method") != "fp8" or q.get("weight_block_size") != [128, 128]:
+        raise UserError(
+            "config.json quantization_config", q, "finback reads fp8 with weight_block_size [128, 128]",
+            "Use the bf16 or DeepSeek-FP8 weights of this model.",
+        )  # fmt: skip
+    return True
+
+
+def fill(model: Transformer, shards: Shards) -> None:
+    """Copy every tensor of the name table into the model, in the order in which the files hold them."""
+    targets: dict[str, tuple[str, int, int]] = {}
+    for ours, theirs in names.table(model.config).items():
+        for index, name in enumerate(theirs):
+            targets[name] = ours, index, len(theirs)
+    state = model.state_dict(keep_vars=True)
+    for name in shards.by_file():
+        if name in targets:
+            ours, index, parts = targets[name]
+            _copy(state, ours, index, parts, shards.read(name), shards.scale(name))
+    shards.close()
+
+
+@torch.no_grad()
+def _copy(
+    state: dict[str, Tensor], ours: str, index: int, parts: int, source: Tensor, scale: Tensor | None
+) -> None:
+    """Put part `index` of `parts` into our tensor; FP8 is spread out a few rows at a time."""
+    into = _part(state[ours], index, parts)
+    if scale is None:
+        into.copy_(source)
+    elif into.dtype == torch.float8_e4m3fn:
+        into.copy_(source)
+        _part(state[_scale_name(ours)], index, parts).copy_(scale)
+    else:
+        for start in range(0, len(source), SLICE):
+            rows = slice(start, start + SLICE)
+            factors = scale[start // fp8.BLOCK : (start + SLICE) // fp8.BLOCK]
+            into[rows] = fp8.dequantise(source[rows], factors, into.dtype)
+
+
+def _part(whole: Tensor, index: int, parts: int) -> Tensor:
+    """The view of equal part `index` of a tensor's rows; experts' matrices count as stacked rows."""
+    flat = whole.flatten(0, -2) if whole.ndim > 2 else whole
+    height = len(flat) // parts
+    return flat[index * height : (index + 1) * height]
+
+
+def _scale_name(ours: str) -> str:
+    return ours + "_scale"  # Linear's `weight` has weight_scale, MoE's `down` has down_scale
+
+
+def _make_room_for_fp8(model: Transformer, shards: Shards) -> None:
+    """Turn matrices whose parts are FP8 in the files into FP8 parameters with a buffer for their factors."""
+    stored = {
+        ours: [shards.specs[n] for n in theirs]
+        for ours, theirs in names.table(model.config).items()
+        if all(shards.specs[n].dtype == "F8_E4M3" for n in theirs)
+    }
+    for prefix, module in model.named_modules():
+        kinds = (
+            ("weight",)
+            if isinstance(module, Linear)
+            else ("gate_up", "down")
+            if isinstance(module, MoE)
+            else ()
+        )
+        found = [k for k in kinds if f"{prefix}.{k}" in stored]
+        # blocks of fused parts line up only when each part is a whole number of blocks high
+        aligned = all(
+            len(stored[f"{prefix}.{k}"]) == 1 or stored[f"{prefix}.{k}"][0].shape[0] % fp8.BLOCK == 0
+            for k in found
+        )
+        if not found or len(found) != len(kinds) or not aligned:
+            continue
+        for kind in found:
+            shape = getattr(module, kind).shape
+            setattr(
+                module, kind, nn.Parameter(torch.empty(shape, dtype=torch.float8_e4m3fn), requires_grad=False)
+            )
+            factors = (*shape[:-2], fp8.blocks(shape[-2]), fp8.blocks(shape[-1]))
+            setattr(module, f"{kind}_scale", torch.empty(factors))
