@@ -42,8 +42,10 @@ def reward(answer: Sequence[int]) -> float:
 def save_base(folder: Path, tokenizer: Path) -> None:
     """A model to start from, with random weights."""
     folder.mkdir()
-    config = dataclasses.replace(TINY, num_nextn_predict_layers=0, vocab_size=Tokenizer(tokenizer).vocab_size)
-    models.save(folder, Transformer(config).initialise(0), tokenizer)
+    words = Tokenizer(tokenizer)
+    config = dataclasses.replace(TINY, num_nextn_predict_layers=0, vocab_size=words.vocab_size)
+    models.save(folder, Transformer(config).initialise(0))
+    words.save(folder)
 
 
 def prompts(settings: Settings, step: int) -> list[tuple[list[int], str]]:
@@ -81,7 +83,7 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
     )  # fmt: skip
     trainer = _HashRewarded(stage, _stage_run(settings, world))
     if settings["fixed"]:
-        trainer.engine = Engine(trainer.model, eos=-1)
+        trainer.engine = Engine(trainer.model, stops=())
 
     def step() -> dict[str, float]:
         metrics = trainer._train_step()

@@ -1,4 +1,4 @@
-"""The command line: run, show, chat.
+"""The command line: run, show, chat, verify, export.
 
 Progress and prose go to stderr, results to stdout. Exit codes: 0 done, 2 the user's mistake (one line, no
 traceback), 130 interrupted (run the same command to continue). Only this file reads the environment.
@@ -82,7 +82,7 @@ def run(
     ] = False,
 ) -> None:
     """Run a recipe, or continue it: finished stages are kept, an interrupted one resumes."""
-    plan = recipes.with_overrides(recipes.load(recipe), settings)
+    plan = recipes.load(recipe, settings)
     root = runs / plan.name
     if "RANK" in os.environ:  # one of several ranks, ours or torchrun's
         _work(plan, root, seed)
@@ -128,7 +128,7 @@ def show(
             json.dumps(read_json(path / "summary.json"), ensure_ascii=False) if as_json else story.tell(path)
         )
     elif path.suffix == ".py":
-        plan = recipes.with_overrides(recipes.load(path), settings)
+        plan = recipes.load(path, settings)
         print(json.dumps(story.knobs(plan), ensure_ascii=False) if as_json else story.outline(plan))
     else:
         source = story.stage_source(what)
@@ -151,6 +151,63 @@ def chat(
     from finback.report import talk
 
     talk.loop(model, temperature, max_tokens, seed, as_json, color="NO_COLOR" not in os.environ)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder or a .gguf file.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="FOLDER2", help="Compare logits with this checkpoint too.")
+    ] = None,
+    max_kl: Annotated[
+        float, typer.Option(help="Mean KL divergence of logits that still counts as equal.")
+    ] = 1e-4,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the card goes; default FOLDER/VERIFICATION.md.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the card as one JSON object.")] = False,
+) -> None:
+    """Check a checkpoint against its config, its closed form and transformers; exit code 1 unless all holds."""
+    from finback.report import verify as report
+
+    card = report.verify(folder, against, max_kl)
+    print(json.dumps(card.as_json()) if as_json else card.as_text(), end="\n" if as_json else "")
+    target = out or (folder / "VERIFICATION.md" if folder.is_dir() else Path(f"{folder}.VERIFICATION.md"))
+    try:
+        report.write(card, target)
+    except OSError as error:
+        if out is not None:
+            raise
+        print(
+            f"the card was not written to {target}: {error.strerror}; name a place with --out",
+            file=sys.stderr,
+        )
+    if not card.holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    dtype: Annotated[str, typer.Option(help="bf16, fp32, or fp8 (DeepSeek's 128 x 128 blocks).")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Write a model as a Hugging Face folder for transformers, vLLM and others; the folder appears when complete."""
+    if dtype not in ("bf16", "fp32", "fp8"):
+        raise UserError("--dtype", dtype, "not a format", "Use bf16, fp32 or fp8.")
+    from finback.report import outgoing
+
+    files = outgoing.export(model, folder, dtype)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps({"folder": str(folder), "files": {f.name: f.stat().st_size for f in files}}))
+    else:
+        size = sum(f.stat().st_size for f in files)
+        print(
+            f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB. Check them with `finback verify {folder}`."
+        )
 
 
 def _work(plan: Recipe, root: Path, seed: int) -> None:

@@ -23,6 +23,7 @@ from finback.run import (
     Interrupted,
     Ranks,
     StageRun,
+    is_checkpoint,
     read_json,
     spent,
     write_json,
@@ -82,7 +83,8 @@ class Recipe:
 
     @staticmethod
     def _check_input(stage: str, start: str, earlier: Sequence[str], later: Sequence[str]) -> None:
-        if start in earlier or (Path(start) / "manifest.json").is_file():
+        path = Path(start)
+        if start in earlier or (path / "manifest.json").is_file() or (path.exists() and is_checkpoint(path)):
             return
         if start in later:
             problem = "is the stage itself" if start == stage else "comes later in the recipe"
@@ -91,12 +93,15 @@ class Recipe:
             )
         hint = did_you_mean(start, earlier) if earlier else "It is the first stage."
         raise UserError(
-            f"{stage} input", start, "neither an earlier stage nor the folder of a finished one", hint
+            f"{stage} input",
+            start,
+            "neither an earlier stage, the folder of a finished one nor a checkpoint",
+            hint,
         )
 
 
-def load(path: Path) -> Recipe:
-    """Run a recipe file and check its list; a mistake in it is reported with its line."""
+def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Run a recipe file, apply `stage.field=value` texts and check the list; a mistake is reported with its line."""
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError("recipe", str(path), "no such file", did_you_mean(path.name, near))
@@ -110,7 +115,9 @@ def load(path: Path) -> Recipe:
         raise UserError(
             "recipe", str(path), "does not define `recipe`, a list of stages", "See recipes/tiny.py."
         )
-    return Recipe(path.stem, tuple(stages))
+    return Recipe(
+        path.stem, _overridden(stages, settings)
+    )  # checked as changed: --set may name another start
 
 
 def _mistake(path: Path, error: Exception) -> UserError:
@@ -139,7 +146,12 @@ def _fields_of(name: str) -> list[str]:
 
 def with_overrides(recipe: Recipe, settings: Sequence[str]) -> Recipe:
     """Apply `stage.field=value` texts, as --set gives them."""
-    stages = {stage.name: stage for stage in recipe.stages}
+    return Recipe(recipe.name, _overridden(recipe.stages, settings))
+
+
+def _overridden(given: Sequence[Stage], settings: Sequence[str]) -> tuple[Stage, ...]:
+    stages = list(given)
+    where = {stage.name: index for index, stage in enumerate(stages)}
     for setting in settings:
         target, equals, text = setting.partition("=")
         parts = target.split(".")
@@ -147,10 +159,11 @@ def with_overrides(recipe: Recipe, settings: Sequence[str]) -> Recipe:
             raise UserError(
                 "--set", setting, "not of the form stage.field=value", "Example: --set zero.steps=100"
             )
-        if parts[0] not in stages:
-            raise UserError("--set", setting, f"no stage {parts[0]!r}", did_you_mean(parts[0], stages))
-        stages[parts[0]] = override(stages[parts[0]], parts[1:], text, parts[0])
-    return Recipe(recipe.name, tuple(stages.values()))
+        if parts[0] not in where:
+            raise UserError("--set", setting, f"no stage {parts[0]!r}", did_you_mean(parts[0], where))
+        index = where[parts[0]]
+        stages[index] = override(stages[index], parts[1:], text, parts[0])
+    return tuple(stages)
 
 
 def claim(recipe: Recipe, root: Path, seed: int) -> None:

@@ -82,6 +82,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a model from elsewhere: a GGUF file, or a folder whose config.json names a model's type."""
+    if path.suffix == ".gguf":
+        return True
+    try:
+        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 class StageRun:
     """One stage's folder and its means: inputs, seeds, metrics, ledger, progress, finish."""
 
@@ -102,7 +112,7 @@ class StageRun:
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
 
     def input(self, start: str) -> Path:
-        """The folder of an earlier stage, or of a finished stage elsewhere when `start` is a path."""
+        """The folder of an earlier stage, or what `start` names: a finished stage elsewhere, or a checkpoint."""
         inside = self.root / start
         return inside if (inside / "manifest.json").is_file() else Path(start)
 

@@ -44,7 +44,9 @@ def deepseek(draw: st.DrawFn, version: int) -> Any:
     }  # fmt: skip
     if version == 2:
         method = draw(st.sampled_from(["greedy", "group_limited_greedy"]))
-        return transformers.DeepseekV2Config(**fields, topk_method=method, head_dim=fields["qk_rope_head_dim"])
+        return transformers.DeepseekV2Config(
+            **fields, topk_method=method, head_dim=fields["qk_rope_head_dim"]
+        )
     return transformers.DeepseekV3Config(
         **fields, norm_topk_prob=draw(st.booleans()), num_nextn_predict_layers=0,
         rope_interleave=draw(st.sampled_from([True, True, False])),

@@ -63,7 +63,7 @@ def same_greedy_text(ours: Any, theirs: Any, tokens: torch.Tensor) -> None:
             padded, attention_mask=(padded != 2).long(), max_new_tokens=32, do_sample=False, eos_token_id=None,
             pad_token_id=2,
         )[:, longest:]  # fmt: skip
-    mine = Engine(ours, eos=-1).generate(prompts, Sampling(temperature=0.0, max_tokens=32), [0, 0, 0])
+    mine = Engine(ours, stops=()).generate(prompts, Sampling(temperature=0.0, max_tokens=32), [0, 0, 0])
     assert [c.tokens for c in mine] == made.tolist()
 
 

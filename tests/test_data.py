@@ -117,8 +117,9 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(words: Tokenizer, tmp_path: 
     state = json.loads(words._full.to_str())
     state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] != THINK]
     path.write_text(json.dumps(state))
-    with pytest.raises(UserError, match=f"^tokenizer = '{path}': lacks the tokens .*<think>.*Use a DeepSeek"):
-        Tokenizer(path)
+    unmarked = Tokenizer(path)
+    with pytest.raises(UserError, match=f"^tokenizer = '{path}': has no chat template and lacks .*<think>"):
+        chat.prompt(DIALOGUE, unmarked)
 
 
 DIALOGUE = [Message("user", "4+5?"), Message("assistant", "9", "4+5=9"), Message("user", "ok")]

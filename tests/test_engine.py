@@ -17,7 +17,7 @@ PROMPTS = [[1, 20, 30], [1, 50, 60, 70, 80, 90], [1, 44], [1, 99, 98, 97, 96]]
 
 def test_greedy_equals_the_naive_loop() -> None:
     model = toy_model()
-    engine = Engine(model, EOS, rows=3)  # two waves
+    engine = Engine(model, [EOS], rows=3)  # two waves
     results = engine.generate(PROMPTS, Sampling(temperature=0.0, max_tokens=20), [0] * 4)
     for prompt, result in zip(PROMPTS, results, strict=True):
         tokens = list(prompt)
@@ -30,7 +30,7 @@ def test_greedy_equals_the_naive_loop() -> None:
 
 def test_logprobs_equal_the_whole_forward_pass() -> None:
     model = toy_model()
-    results = Engine(model, EOS).generate(PROMPTS, Sampling(temperature=0.8, max_tokens=24), [3, 4, 5, 6])
+    results = Engine(model, [EOS]).generate(PROMPTS, Sampling(temperature=0.8, max_tokens=24), [3, 4, 5, 6])
     assert len({len(r.tokens) for r in results}) > 1 or all(r.finish == "length" for r in results)
     for prompt, result in zip(PROMPTS, results, strict=True):
         ids = torch.tensor([prompt + result.tokens])
@@ -41,7 +41,7 @@ def test_logprobs_equal_the_whole_forward_pass() -> None:
 
 
 def test_a_seed_fixes_a_sequence_whatever_else_is_in_the_batch() -> None:
-    engine = Engine(toy_model(), EOS)
+    engine = Engine(toy_model(), [EOS])
     sampling = Sampling(temperature=1.0, max_tokens=24)
     together = engine.generate(PROMPTS, sampling, [10, 11, 12, 13])
     alone = [engine.generate([p], sampling, [s])[0] for p, s in zip(PROMPTS, [10, 11, 12, 13], strict=True)]
@@ -53,9 +53,9 @@ def test_a_seed_fixes_a_sequence_whatever_else_is_in_the_batch() -> None:
 def test_rows_that_end_leave_and_the_others_go_on_unchanged() -> None:
     model = toy_model()
     sampling = Sampling(temperature=1.0, max_tokens=40)
-    free = Engine(model, -1).generate(PROMPTS, sampling, [1, 2, 3, 4])
+    free = Engine(model, ()).generate(PROMPTS, sampling, [1, 2, 3, 4])
     eos = free[0].tokens[4]  # a token that some rows meet early
-    ended = Engine(model, eos).generate(PROMPTS, sampling, [1, 2, 3, 4])
+    ended = Engine(model, [eos]).generate(PROMPTS, sampling, [1, 2, 3, 4])
     for a, b in zip(free, ended, strict=True):
         stop = a.tokens.index(eos) + 1 if eos in a.tokens else len(a.tokens)
         assert b.tokens == a.tokens[:stop]
@@ -63,7 +63,7 @@ def test_rows_that_end_leave_and_the_others_go_on_unchanged() -> None:
 
 
 def test_streaming_equals_generating() -> None:
-    engine = Engine(toy_model(), EOS)
+    engine = Engine(toy_model(), [EOS])
     sampling = Sampling(temperature=1.0, max_tokens=24)
     whole = engine.generate([PROMPTS[1]], sampling, [42])[0].tokens
     assert list(engine.stream(PROMPTS[1], sampling, 42)) == [t for t in whole if t != EOS]
@@ -88,5 +88,5 @@ def test_samples_follow_the_distribution() -> None:
 
 def test_too_long_a_request_is_refused() -> None:
     with pytest.raises(UserError, match="max_tokens = 300"):
-        Engine(toy_model(), EOS).generate([[1] * 10], Sampling(max_tokens=300), [0])
+        Engine(toy_model(), [EOS]).generate([[1] * 10], Sampling(max_tokens=300), [0])
     assert CONFIG.max_position_embeddings == 256

@@ -53,7 +53,7 @@ def reinforcement(folder: Path, **knobs: object) -> _Reinforcement:
     if not base.exists():
         base.mkdir()
         tokenizer.train([WORDS], 320, base / "tokenizer.json")
-        models.save(base, toy_model(1), base / "tokenizer.json")
+        models.save(base, toy_model(1))
         (base / "manifest.json").write_text("{}")
     run = StageRun(folder, "zero", 0, World(), quiet=True)
     run.folder.mkdir(exist_ok=True)

@@ -165,9 +165,9 @@ def test_a_missing_recipe_file_is_refused(tmp_path: Path) -> None:
     [
         ({"a": "b", "b": ""}, "a input = 'b': comes later in the recipe. A stage can only read earlier ones; reorder them."),
         ({"a": "", "b": "b"}, "b input = 'b': is the stage itself. A stage can only read earlier ones; reorder them."),
-        ({"base": "", "b": "bass"}, "b input = 'bass': neither an earlier stage nor the folder of a finished one. Did you mean 'base'?"),
-        ({"base": "", "b": "zzz"}, "b input = 'zzz': neither an earlier stage nor the folder of a finished one. Known: base."),
-        ({"a": "base"}, "a input = 'base': neither an earlier stage nor the folder of a finished one. It is the first stage."),
+        ({"base": "", "b": "bass"}, "b input = 'bass': neither an earlier stage, the folder of a finished one nor a checkpoint. Did you mean 'base'?"),
+        ({"base": "", "b": "zzz"}, "b input = 'zzz': neither an earlier stage, the folder of a finished one nor a checkpoint. Known: base."),
+        ({"a": "base"}, "a input = 'base': neither an earlier stage, the folder of a finished one nor a checkpoint. It is the first stage."),
     ],
 )  # fmt: skip
 def test_a_stage_reads_only_earlier_ones(starts: dict[str, str], message: str) -> None:
@@ -220,7 +220,7 @@ def test_settings_change_knobs() -> None:
         ("zero.reward.accurracy=1", "zero.reward.accurracy = '1': no such field. Did you mean 'accuracy'?"),
         ("base.compute=fp64", "base.compute = 'fp64': expected one of auto, fp32, bf16. Known: auto, bf16, fp32."),
         ("base.model.n_group=3", "model.n_group = 3: does not divide 8 experts. Use a divisor."),
-        ("base.data=bass", "base input = 'bass': neither an earlier stage nor the folder of a finished one. Known: prepare."),
+        ("base.data=bass", "base input = 'bass': neither an earlier stage, the folder of a finished one nor a checkpoint. Known: prepare."),
         ("base.data=zero", "base input = 'zero': comes later in the recipe. A stage can only read earlier ones; reorder them."),
         ("before.name=zero", "name = 'zero': two stages have this name. Rename one of them."),
         ("prepare.tasks=chains", "prepare.tasks = 'chains': a TaskText cannot be given on the command line. Edit the recipe file."),
@@ -468,3 +468,11 @@ def test_seeds_depend_on_the_purpose_and_on_nothing_else(tmp_path: Path) -> None
         StageRun(tmp_path, "a", 8, World()).seed("exam", "chains", 1),
     ]
     assert len({one.seed("exam", "chains", 1), *others}) == 4 and all(0 <= seed < 2**56 for seed in others)
+
+
+def test_a_setting_may_name_a_start_that_the_file_does_not(tmp_path: Path) -> None:
+    control = TINY_RECIPE.with_name("control.py")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="neither an earlier stage"):
+        load(control, ["zero.start=nowhere"])
+    assert load(control, [f"zero.start={tmp_path}"]).stages[0].start == str(tmp_path)  # type: ignore[attr-defined]

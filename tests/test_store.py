@@ -80,12 +80,11 @@ def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_is_read_back_with_its_config(tied: bool, tmp_path: Path) -> None:
     model = Transformer(dataclasses.replace(SMALL, tie_word_embeddings=tied)).initialise(0)
-    (tmp_path / "words.json").write_text("{}")
-    models.save(tmp_path, model, tmp_path / "words.json")
+    models.save(tmp_path, model)
     loaded = models.load(tmp_path)
     assert loaded.config == model.config and same(dict(loaded.state_dict()), dict(model.state_dict()))
     assert (loaded.head.weight is loaded.embed) == tied
-    text = f"model = '{tmp_path / 'none'}': holds no model. Name the folder of a stage that trains one."
+    text = f"model = '{tmp_path / 'none'}': no such file or folder. Name a stage that trains one, a Hugging Face folder, or a .gguf file."
     with pytest.raises(UserError, match=f"^{re.escape(text)}$"):
         models.load(tmp_path / "none")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from finback.checkpoint import names
-from finback.checkpoint.shards import SCALE, Shards, element_type
+from finback.checkpoint.shards import SCALE, Weights, element_type
 from finback.config import UserError
 from finback.kernels import fp8
 from finback.model.config import ModelConfig
@@ -59,7 +59,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def audit(config: ModelConfig, shards: Shards, quantised: bool) -> Audit:
+def audit(config: ModelConfig, shards: Weights, quantised: bool) -> Audit:
     """Compare a folder's tensors with what the config calls for."""
     wanted = shapes(config)
     mtp = [n for n in wanted if _layer(n) >= config.num_hidden_layers]
@@ -72,7 +72,7 @@ def audit(config: ModelConfig, shards: Shards, quantised: bool) -> Audit:
         result.config = config = dataclasses.replace(config, num_nextn_predict_layers=0)
         wanted = shapes(config)
     copies = names.copies(config)
-    for name, spec in shards.specs.items():
+    for name in shards.specs:
         if name in wanted:
             problem = _problem(name, wanted[name], shards, quantised)
             result.loaded.append(name)
@@ -86,7 +86,6 @@ def audit(config: ModelConfig, shards: Shards, quantised: bool) -> Audit:
             result.skipped[name] = "computed from the config"
         else:
             result.unexpected.append(name)
-        del spec
     result.missing = [name for name in wanted if name not in shards.specs]
     return result
 
@@ -96,7 +95,7 @@ def _layer(name: str) -> int:
     return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
 
 
-def _problem(name: str, shape: tuple[int, ...], shards: Shards, quantised: bool) -> str:
+def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantised: bool) -> str:
     """What is wrong with a tensor's shape, dtype or factors; empty when nothing is."""
     spec = shards.specs[name]
     if spec.shape != shape:

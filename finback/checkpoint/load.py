@@ -1,4 +1,4 @@
-"""A Hugging Face folder into a Transformer, shard by shard: peak memory is the model plus one shard."""
+"""A Hugging Face folder or a GGUF file into a Transformer, tensor by tensor: the model plus one shard in memory."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from finback.checkpoint import hf, names
 from finback.checkpoint.audit import Audit, audit
-from finback.checkpoint.shards import Shards
+from finback.checkpoint.gguf import GGUF
+from finback.checkpoint.shards import Shards, Weights
 from finback.config import UserError
 from finback.kernels import fp8
 from finback.model.layers import Linear
@@ -19,20 +20,28 @@ SLICE = 8 * fp8.BLOCK  # rows of an FP8 matrix that are spread out at once
 Kept = Literal["fp32", "bf16", "fp8"]  # fp8: FP8 matrices stay as they are, the rest is bf16
 
 
-def load(
-    folder: Path, compute: torch.dtype = torch.float32, kept: Kept = "fp32"
-) -> tuple[Transformer, Audit]:
-    """Read a folder; UserError unless its weights are exactly those of its config.json."""
-    raw = hf.read_config(folder)
-    config, quantised = hf.model_config(raw), is_fp8(raw)
-    shards = Shards(folder)
-    result = audit(config, shards, quantised)
-    result.demand(str(folder))
+def load(path: Path, compute: torch.dtype = torch.float32, kept: Kept = "fp32") -> tuple[Transformer, Audit]:
+    """Read a folder or a .gguf file; UserError unless its weights are exactly those of its config."""
+    shards, result = examine(path)
+    result.demand(str(path))
     model = Transformer(result.config, compute, torch.float32 if kept == "fp32" else torch.bfloat16)
     if kept == "fp8":
         _make_room_for_fp8(model, shards)
     fill(model, shards)
     return model, result
+
+
+def examine(path: Path) -> tuple[Weights, Audit]:
+    """The weights at a path and what would become of each of their tensors; reads no values."""
+    if path.suffix == ".gguf":
+        file = GGUF(path)
+        result = audit(hf.model_config(file.raw), file, quantised=False)
+        result.notes.append(f"GGUF, spread out from {', '.join(file.kinds)}")
+        return file, result
+    raw = hf.read_config(path)
+    config, quantised = hf.model_config(raw), is_fp8(raw)
+    shards = Shards(path)
+    return shards, audit(config, shards, quantised)
 
 
 def is_fp8(raw: dict[str, Any]) -> bool:
@@ -48,7 +57,7 @@ def is_fp8(raw: dict[str, Any]) -> bool:
     return True
 
 
-def fill(model: Transformer, shards: Shards) -> None:
+def fill(model: Transformer, shards: Weights) -> None:
     """Copy every tensor of the name table into the model, in the order in which the files hold them."""
     targets: dict[str, tuple[str, int, int]] = {}
     for ours, theirs in names.table(model.config).items():
@@ -91,7 +100,7 @@ def _scale_name(ours: str) -> str:
     return ours + "_scale"  # Linear's `weight` has weight_scale, MoE's `down` has down_scale
 
 
-def _make_room_for_fp8(model: Transformer, shards: Shards) -> None:
+def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
     """Turn matrices whose parts are FP8 in the files into FP8 parameters with a buffer for their factors."""
     stored = {
         ours: [shards.specs[n] for n in theirs]

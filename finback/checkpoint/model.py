@@ -1,23 +1,22 @@
-"""A finished model in a stage's folder: model.safetensors, model.json, tokenizer.json."""
+"""Models in folders: a finished stage's (model.json, model.safetensors), a Hugging Face folder, or a GGUF file."""
 
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from finback.checkpoint import load as foreign
 from finback.checkpoint import store
+from finback.checkpoint.load import Kept
 from finback.config import UserError
 from finback.model.config import from_json, to_json
 from finback.model.transformer import Transformer
-from finback.run import read_json, write_json
+from finback.run import is_checkpoint, read_json, write_json
 
 
-def save(folder: Path, model: Transformer, tokenizer: Path) -> None:
-    """Write a model with its config and tokenizer into a folder."""
+def save(folder: Path, model: Transformer) -> None:
+    """Write a model with its config into a stage's folder; the tokenizer is the stage's to add."""
     write_json(folder / "model.json", to_json(model.config))
-    if tokenizer.resolve() != (folder / "tokenizer.json").resolve():
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
     store.save(folder / "model.safetensors", dict(model.state_dict()), {})
 
 
@@ -32,11 +31,20 @@ def restore(model: Transformer, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict(mine)
 
 
-def load(folder: Path, compute: torch.dtype = torch.float32) -> Transformer:
-    """Read a model that `save` wrote; UserError when the folder holds none."""
-    if not (folder / "model.json").is_file():
-        raise UserError("model", str(folder), "holds no model", "Name the folder of a stage that trains one.")
-    model = Transformer(from_json(read_json(folder / "model.json")), compute)
-    tensors, _ = store.load(folder / "model.safetensors")
-    model.load_state_dict(tensors)
-    return model
+def load(path: Path, compute: torch.dtype = torch.float32, kept: Kept = "fp32") -> Transformer:
+    """Read the model at a path, whatever wrote it; UserError when there is none.
+
+    `compute` is the dtype of activations, `kept` that of parameters; training wants fp32 for both.
+    """
+    if (path / "model.json").is_file():
+        dtype = torch.float32 if kept == "fp32" else torch.bfloat16
+        model = Transformer(from_json(read_json(path / "model.json")), compute, dtype)
+        tensors, _ = store.load(path / "model.safetensors")
+        model.load_state_dict(tensors)
+        return model
+    if is_checkpoint(path):
+        return foreign.load(path, compute, kept)[0]
+    problem = "holds no model" if path.exists() else "no such file or folder"
+    raise UserError(
+        "model", str(path), problem, "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
+    )

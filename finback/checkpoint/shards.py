@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +37,21 @@ class Spec:
 
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+
+
+class Weights(Protocol):
+    """Tensors under Hugging Face's names, wherever they come from: Shards, or a GGUF file."""
+
+    @property
+    def specs(self) -> dict[str, Spec]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def scale(self, name: str) -> Tensor | None: ...
+
+    def by_file(self) -> Iterator[str]: ...
+
+    def close(self) -> None: ...
 
 
 class Shards:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finback.config import UserError
 from finback.data.tokenizer import ASSISTANT, END_THINK, THINK, USER, Tokenizer
 
 
@@ -35,7 +36,16 @@ def parse(text: str) -> Response:
 
 
 def prompt(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = False) -> list[int]:
-    """Ids that ask for the next assistant turn; `think` opens the chain for the model (the prefilled-<think> case)."""
+    """Ids that ask for the next assistant turn; `think` opens the chain for the model (the prefilled-<think> case).
+
+    A tokenizer with a chat template writes the dialogue by it, as transformers would; special tokens in a user's
+    words then count, as they do there. Without one the form is DeepSeek's.
+    """
+    if tokenizer.template is not None:
+        said = [{"role": m.role, "content": m.content} for m in messages]
+        text = tokenizer.template.render(said, add_generation_prompt=True)
+        return tokenizer.encode_marked(text + (THINK if think else ""))
+    _demand_marks(tokenizer)
     ids = [tokenizer.bos]
     for message in messages:
         ids += _turn(message, tokenizer, with_thinking=False)
@@ -44,10 +54,19 @@ def prompt(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = Fals
 
 def document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Ids of a whole dialogue as training text, chains included, ended by eos after every assistant turn."""
+    _demand_marks(tokenizer)
     ids = [tokenizer.bos]
     for message in messages:
         ids += _turn(message, tokenizer, with_thinking=True)
     return ids if messages and messages[-1].role == "assistant" else [*ids, tokenizer.eos]
+
+
+def _demand_marks(tokenizer: Tokenizer) -> None:
+    if tokenizer.lacks:
+        raise UserError(
+            "tokenizer", str(tokenizer.path), f"has no chat template and lacks the tokens {tokenizer.lacks}",
+            "Use a model that was taught to chat, or put a chat_template.jinja beside it.",
+        )  # fmt: skip
 
 
 def _turn(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[int]:

@@ -4,11 +4,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from finback.config import UserError
+from finback.data import gguf_tokenizer
+from finback.data.template import OWN, Template
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -28,14 +31,16 @@ SMALLEST = 3 + 256 + len(ADDED)  # specials, bytes, added tokens
 
 
 class Tokenizer:
-    """Text to ids and back. `encode` treats special tokens in the text as plain characters: a user cannot forge them."""
+    """Text to ids and back, from a tokenizer.json, a folder that holds one, or a GGUF file.
+
+    `encode` treats special tokens in the text as plain characters: a user cannot forge them. A folder's
+    tokenizer_config.json, chat_template.jinja and generation_config.json say what ends a text and how a dialogue
+    is written; without a template, a vocabulary with DeepSeek's marks is written in DeepSeek's form (chat.py).
+    """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(
-                "tokenizer", str(path), "no such file", "Run the prepare stage or name another folder."
-            )
-        text = path.read_text(encoding="utf-8")
+        self.path = path
+        text, self.settings, self.generation = _read(path)
         try:
             self._full = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing more precise
@@ -44,14 +49,63 @@ class Tokenizer:
         bare["added_tokens"] = []
         self._bare = tokenizers.Tokenizer.from_str(json.dumps(bare))
         found = {token: self._full.token_to_id(token) for token in (BOS, EOS, PAD, *ADDED)}
-        missing = [token for token, number in found.items() if number is None]
-        if missing:
-            raise UserError(
-                "tokenizer", str(path), f"lacks the tokens {missing}", "Use a DeepSeek-style tokenizer."
-            )
         self.ids = {token: number for token, number in found.items() if number is not None}
-        self.bos, self.eos, self.pad = self.ids[BOS], self.ids[EOS], self.ids[PAD]
         self.vocab_size = self._full.get_vocab_size()
+        self.bos, self.pad = self._special("bos", BOS), self._special("pad", PAD)
+        self.eos = self._special("eos", EOS)
+        self.stops = self._stops()
+        source = self.settings.get("chat_template")
+        # our own template is written from ids, which a user's words cannot forge
+        self.template = None if source in (None, OWN) else Template(source, self.specials)
+        marks = (BOS, EOS, *ADDED) if self.template is None else ()
+        self.lacks = [token for token in marks if token not in self.ids]  # why it cannot write a dialogue
+
+    @property
+    def specials(self) -> dict[str, str]:
+        """bos_token, eos_token, pad_token and unk_token as far as they are named."""
+        named = {
+            n: _content(self.settings.get(n)) for n in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
+        ours = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+        return {
+            n: t
+            for n, t in (ours | {n: t for n, t in named.items() if t}).items()
+            if self._full.token_to_id(t) is not None
+        }
+
+    def _special(self, name: str, default: str) -> int:
+        """The id of bos, eos or pad; -1 where the vocabulary has none."""
+        number = self._full.token_to_id(_content(self.settings.get(f"{name}_token")) or default)
+        return -1 if number is None else number
+
+    def _stops(self) -> tuple[int, ...]:
+        """Ids that end an answer: eos, and what generation_config.json adds to it (Llama 3 has three)."""
+        given = self.generation.get("eos_token_id", [])
+        given = given if isinstance(given, list) else [given]
+        return tuple(sorted({n for n in (self.eos, *given) if isinstance(n, int) and n >= 0}))
+
+    def export(self, folder: Path) -> None:
+        """As `save`, with all that other programs need to know of a tokenizer that was trained here."""
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.specials,
+        }  # fmt: skip
+        if not self.lacks and self.template is None:
+            settings["chat_template"] = OWN
+        self.settings = settings | self.settings
+        generation = {"bos_token_id": self.bos, "eos_token_id": list(self.stops)} | self.generation
+        self.generation = {k: v for k, v in generation.items() if v not in (-1, [])}
+        self.save(folder)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and what stood beside it, in Hugging Face's form."""
+        (folder / "tokenizer.json").write_text(self._full.to_str(pretty=True), encoding="utf-8")
+        for name, content in (
+            ("tokenizer_config.json", self.settings),
+            ("generation_config.json", self.generation),
+        ):
+            if content:
+                text = json.dumps(content, indent=2, ensure_ascii=False)
+                (folder / name).write_text(text + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text."""
@@ -82,6 +136,49 @@ class Tokenizer:
             held, said = ([], 0) if whole == text else (held, len(whole))
         if held:
             yield self.decode(held)[said:]
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """tokenizer.json's text, tokenizer_config.json with the template in it, generation_config.json."""
+    if path.suffix == ".gguf":
+        text, settings = gguf_tokenizer.convert(path)
+        return text, settings, {}
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            "tokenizer", str(file), "no such file", "Run the prepare stage or name another folder."
+        )
+    folder = file.parent
+    settings = _json(folder / "tokenizer_config.json")
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
+    elif isinstance(
+        several := settings.get("chat_template"), list
+    ):  # named ones: the plain one is for dialogues
+        named = {t["name"]: t["template"] for t in several}
+        settings["chat_template"] = named.get("default")
+    generation = _json(folder / "generation_config.json")
+    if "eos_token_id" not in generation and "eos_token_id" in (config := _json(folder / "config.json")):
+        generation["eos_token_id"] = config["eos_token_id"]
+    return file.read_text(encoding="utf-8"), settings, generation
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            path.name, str(path), f"not JSON ({error})", "Download it again, or delete it."
+        ) from None
+    return found if isinstance(found, dict) else {}
+
+
+def _content(token: Any) -> str | None:
+    """A special token as configs write it: its text, or an object that holds it."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:

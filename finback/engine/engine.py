@@ -20,10 +20,10 @@ LEAN = 0.9  # rows leave when this share or less is alive: leaving copies the ca
 
 
 class Engine:
-    """Generates from a Transformer; `eos` ends a sequence, `rows` bounds how many run at once."""
+    """Generates from a Transformer; any of the ids in `stops` ends a sequence, `rows` bounds how many run at once."""
 
-    def __init__(self, model: Transformer, eos: int, rows: int = 256) -> None:
-        self.model, self.eos, self.rows = model, eos, rows
+    def __init__(self, model: Transformer, stops: Sequence[int], rows: int = 256) -> None:
+        self.model, self.stops, self.rows = model, tuple(stops), rows
 
     @torch.inference_mode()
     def generate(
@@ -54,10 +54,11 @@ class Engine:
         logprobs = torch.zeros(n, sampling.max_tokens, device=device)
         rows = torch.arange(n, device=device)  # the sequence that each row of the cache belongs to
         running = torch.ones(n, dtype=torch.bool, device=device)
+        stops = torch.tensor(self.stops, dtype=torch.long, device=device)
         for step in range(sampling.max_tokens):
             chosen, logp = sample(scores, sampling.temperature, random[rows, step])
             tokens[rows, step], logprobs[rows, step] = torch.where(running, chosen, -1), logp
-            running = running & (chosen != self.eos)
+            running = running & ~torch.isin(chosen, stops)
             left = int(running.sum())
             if left == 0 or step == sampling.max_tokens - 1:
                 break
@@ -68,7 +69,7 @@ class Engine:
             hidden = self.model(chosen[:, None], cache)
             cache.advance(1, cache.longest + 1)
             scores = self.model.logits(hidden[:, 0])
-        return _completions(tokens, logprobs, self.eos)
+        return _completions(tokens, logprobs, self.stops)
 
     def _prefill(self, prompts: list[Sequence[int]], more: int) -> tuple[Cache, Tensor]:
         """Read prompts (padded on the right) into a fresh cache; scores for each one's next token."""
@@ -92,13 +93,13 @@ class Engine:
 
     @torch.inference_mode()
     def stream(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Iterator[int]:
-        """Token ids of one completion as they are made, without the final eos."""
+        """Token ids of one completion as they are made, without the one that ends it."""
         self.model.eval()
         cache, scores = self._prefill([prompt], sampling.max_tokens)
         random = torch.from_numpy(uniforms(seed, sampling.max_tokens)).to(scores.device)
         for step in range(sampling.max_tokens):
             chosen, _ = sample(scores, sampling.temperature, random[step : step + 1])
-            if chosen.item() == self.eos:
+            if int(chosen.item()) in self.stops:
                 return
             yield int(chosen.item())
             if step < sampling.max_tokens - 1:
@@ -107,7 +108,7 @@ class Engine:
                 scores = self.model.logits(hidden[:, 0])
 
 
-def _completions(tokens: Tensor, logprobs: Tensor, eos: int) -> list[Completion]:
+def _completions(tokens: Tensor, logprobs: Tensor, stops: Sequence[int]) -> list[Completion]:
     lengths = (tokens >= 0).sum(dim=1).tolist()
     rows = zip(tokens.tolist(), logprobs.tolist(), lengths, strict=True)
-    return [Completion(t[:n], p[:n], "stop" if t[n - 1] == eos else "length") for t, p, n in rows]
+    return [Completion(t[:n], p[:n], "stop" if t[n - 1] in stops else "length") for t, p, n in rows]

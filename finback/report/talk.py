@@ -13,20 +13,23 @@ from finback.data.chat import Message
 from finback.data.tokenizer import END_THINK, THINK, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
-from finback.run import finished_stages
+from finback.run import finished_stages, is_checkpoint
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 def find_model(path: Path) -> Path:
-    """The folder to chat with: `path` itself, or the newest finished stage in it that made a model."""
-    if (path / "model.json").is_file():
+    """What to chat with: `path` itself, or the newest finished stage in it that made a model."""
+    if (path / "model.json").is_file() or (path.exists() and is_checkpoint(path)):
         return path
     found = [folder for folder in finished_stages(path) if (folder / "model.json").is_file()]
     if not found:
-        problem = "holds no finished model" if path.is_dir() else "no such folder"
+        problem = "holds no finished model" if path.exists() else "no such file or folder"
         raise UserError(
-            "MODEL", str(path), problem, "Run `finback run recipes/tiny.py` first, then name runs/tiny."
+            "MODEL",
+            str(path),
+            problem,
+            "Name a run such as runs/tiny, a Hugging Face folder, or a .gguf file.",
         )
     return found[-1]
 
@@ -35,8 +38,8 @@ class Conversation:
     """Messages so far and a model to continue them; old turns are dropped when the window is full."""
 
     def __init__(self, folder: Path, sampling: Sampling, seed: int) -> None:
-        self.tokenizer = Tokenizer(folder / "tokenizer.json")
-        self.engine = Engine(models.load(folder), self.tokenizer.eos)
+        self.tokenizer = Tokenizer(folder)
+        self.engine = Engine(models.load(folder), self.tokenizer.stops)
         self.sampling, self.seed = sampling, seed
         self.messages: list[Message] = []
         self.replies = 0
@@ -79,7 +82,7 @@ def loop(path: Path, temperature: float, max_tokens: int, seed: int, as_json: bo
     conversation = Conversation(folder, Sampling(temperature, max_tokens), seed)
     person = sys.stdin.isatty() and not as_json
     if person:
-        print(f"{folder}: a very small model, often wrong. /new starts over, Ctrl-D ends.", file=sys.stderr)
+        print(f"{folder}: what it says may be wrong. /new starts over, Ctrl-D ends.", file=sys.stderr)
     dialogue: list[dict[str, Any]] = []
     while (line := _ask(person)) is not None:
         if not line.strip():

@@ -81,7 +81,7 @@ class Evaluate(Stage):
         world = run.ranks
         assert isinstance(world, World), "evaluation gathers answers over a World"
         folder = run.input(self.start)
-        tokenizer, model = Tokenizer(folder / "tokenizer.json"), models.load(folder).eval()
+        tokenizer, model = Tokenizer(folder), models.load(folder).eval()
         self._check_sources(run)
         results: dict[str, Any] = {"model": self.start, "evaluations": []}
         for exam in self.exams:
@@ -112,7 +112,7 @@ class Evaluate(Stage):
         mine = range(world.rank, exam.problems, world.size)
         seeds = [run.seed("exam answer", exam.name, i) for i in mine]
         sampling = Sampling(exam.temperature, exam.max_tokens)
-        engine = Engine(model, tokenizer.eos)
+        engine = Engine(model, tokenizer.stops)
         answered = rollout(
             engine, tokenizer, exam.task, [problems[i] for i in mine], seeds, sampling, exam.think
         )

@@ -115,13 +115,13 @@ class _Reinforcement:
                 "Use --ranks.",
             )
         self.folder = run.input(stage.start)
-        self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
+        self.tokenizer = Tokenizer(self.folder)
         self.model = models.load(self.folder)
         # The MTP module is kept as it is: RL does not touch it, nor does its loss touch the trunk.
         self.named = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
         self.gradients = Gradients([p for _, p in self.named])
         self.adam = Adam(self.named, betas=(0.9, 0.95), weight_decay=0.0)
-        self.engine = Engine(self.model, self.tokenizer.eos)
+        self.engine = Engine(self.model, self.tokenizer.stops)
         self.sampling = Sampling(stage.temperature, stage.max_tokens)
         self.step = 0
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
@@ -147,7 +147,8 @@ class _Reinforcement:
             if stop:
                 raise Interrupted
         if run.is_writer:
-            models.save(run.folder, self.model, self.folder / "tokenizer.json")
+            models.save(run.folder, self.model)
+            self.tokenizer.save(run.folder)
             store.clear(run.folder)
         return {"steps": self.step, **self.totals}
 

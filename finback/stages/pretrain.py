@@ -105,7 +105,7 @@ class _Pretraining:
                 "Use --ranks.",
             )
         self.folder = run.input(stage.data)
-        self.tokenizer = Tokenizer(self.folder / "tokenizer.json")
+        self.tokenizer = Tokenizer(self.folder)
         config = dataclasses.replace(stage.model, vocab_size=self.tokenizer.vocab_size)
         self.precision = _choose_precision(stage, config, run, self.world)
         self.model = Transformer(config, COMPUTE[self.precision]).initialise(run.seed("weights"))
@@ -212,7 +212,7 @@ class _Pretraining:
     def _probe(self, probe: Probe) -> float:
         problems = tasks.distinct(probe.task, "train", probe.problems, self.stage_run.seed("probe"))
         mine = problems[self.world.rank :: self.world.size]
-        engine = Engine(self.model, self.tokenizer.eos)
+        engine = Engine(self.model, self.tokenizer.stops)
         sampling = Sampling(temperature=0.0, max_tokens=probe.max_tokens)
         judged = rollout(engine, self.tokenizer, probe.task, mine, [0] * len(mine), sampling, think=True)
         right = self.world.sum_(torch.tensor(float(sum(r.verdict.correct for r in judged))))
@@ -252,7 +252,8 @@ class _Pretraining:
         stage, run = self.stage, self.stage_run
         bits = {name: bits_per_byte(self.model, self.folder, name, self.world) for name in self.loader.shares}
         if run.is_writer:
-            models.save(run.folder, self.model, self.folder / "tokenizer.json")
+            models.save(run.folder, self.model)
+            self.tokenizer.save(run.folder)
             store.clear(run.folder)
         drawn = self.loader.tokens_by_source()
         late = [r for r in read_lines(run.folder / "metrics.jsonl") if "max_violation" in r][-100:]

@@ -1,0 +1,70 @@
+"""The tokenizer that a GGUF file carries: vocabulary, merges, special tokens and chat template, as a tokenizer.json.
+
+A GGUF file names its split rules instead of spelling them; those of the families that finback runs are written here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from finback.checkpoint.gguf import field, open_gguf
+from finback.config import UserError
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_RULES = {
+    "gpt-2": (_GPT2,), "default": (_GPT2,), "smollm": (r"\p{N}", _GPT2), "llama-bpe": (_LLAMA3,), "llama3": (_LLAMA3,),
+    "qwen2": (_QWEN2,), "deepseek-r1-qwen": (_QWEN2,),
+}  # fmt: skip
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # gguf.TokenType
+
+
+def convert(path: Path) -> tuple[str, dict[str, Any]]:
+    """tokenizer.json and tokenizer_config.json of a GGUF file; UserError for kinds that finback does not know."""
+    reader = open_gguf(path)
+    model, rules = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "default")
+    if model != "gpt2" or (rules not in _RULES and rules != "deepseek-v3"):
+        raise UserError(
+            "tokenizer", f"{path}: {model}/{rules}", "not a kind that finback converts",
+            f"It knows byte-level BPE with the rules {', '.join(_RULES)} and deepseek-v3.",
+        )  # fmt: skip
+    tokens: list[str] = field(reader, "tokenizer.ggml.tokens")
+    kinds: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
+    merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
+    bpe = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    if rules.startswith(("qwen", "deepseek-r1-qwen")):
+        bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _patterns(rules)]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in (_CONTROL, _USER_DEFINED)]
+    bpe.add_tokens([AddedToken(t, normalized=False, special=k == _CONTROL) for t, k in added])
+    return bpe.to_str(pretty=True), _settings(reader, tokens)
+
+
+def _patterns(rules: str) -> tuple[str, ...]:
+    from finback.data.tokenizer import SPLITS  # DeepSeek's; here, so that tokenizer.py may import this file
+
+    return SPLITS if rules == "deepseek-v3" else _RULES[rules]
+
+
+def _settings(reader: Any, tokens: list[str]) -> dict[str, Any]:
+    """What tokenizer_config.json says of it."""
+    found: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        number = field(reader, f"tokenizer.ggml.{key}_token_id", None)
+        if number is not None and number < len(tokens):
+            found[f"{name}_token"] = tokens[number]
+    template = field(reader, "tokenizer.chat_template", None)
+    return found | ({"chat_template": template} if template else {})

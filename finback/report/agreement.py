@@ -1,0 +1,106 @@
+"""How far two models' logits are apart on the same tokens, and in which layer they part."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from finback.model.count import parameters
+from finback.model.transformer import Transformer
+
+ROWS, LENGTH = 2, 48
+Finding = tuple[bool | None, str, list[str]]
+States = tuple[Tensor, list[Tensor]]  # logits, and the residual stream before each block and after the last
+
+
+def against_transformers(model: Transformer, path: Path, max_kl: float) -> Finding:
+    """Compare with what transformers makes of the same files, in fp32."""
+    if path.suffix == ".gguf":
+        return None, "not compared: export it first, then verify the export", []
+    if importlib.util.find_spec("transformers") is None:
+        return None, "not compared: transformers is not installed", []
+    needed, free = 4 * parameters(model.config), psutil.virtual_memory().available
+    if needed > 0.8 * free:
+        return None, f"not compared: needs {needed / 1e9:.0f} GB more, {free / 1e9:.0f} GB are free", []
+    import transformers
+
+    try:
+        options = {}
+        if model_is_fp8(path):
+            options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **options
+        ).eval()
+    except Exception as error:  # whatever it says is a finding about this folder, not a failure of ours
+        return (
+            None,
+            f"not compared: transformers does not load it ({type(error).__name__}: {str(error)[:200]})",
+            [],
+        )
+
+    def states(tokens: Tensor) -> States:
+        out = theirs(tokens, output_hidden_states=True)
+        return out.logits.float(), list(out.hidden_states)
+
+    return compare(model, states, max_kl)
+
+
+def model_is_fp8(path: Path) -> bool:
+    """Whether config.json declares FP8 weights."""
+    return '"quant_method": "fp8"' in (path / "config.json").read_text(encoding="utf-8")
+
+
+def against_finback(model: Transformer, other: Transformer, max_kl: float) -> Finding:
+    """Compare with another checkpoint of the same vocabulary."""
+    if other.config.vocab_size != model.config.vocab_size:
+        return False, f"vocabularies of {model.config.vocab_size:,} and {other.config.vocab_size:,}", []
+    return compare(model, lambda tokens: finback_states(other, tokens), max_kl)
+
+
+@torch.no_grad()
+def compare(model: Transformer, other: Callable[[Tensor], States], max_kl: float) -> Finding:
+    """Largest difference, mean KL divergence and agreement of the first choice on seeded tokens.
+
+    It holds when the mean KL is at most `max_kl`. When not, the first layer whose output differs is named.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(LENGTH, model.config.max_position_embeddings)
+    tokens = torch.randint(model.config.vocab_size, (ROWS, length), generator=generator)
+    ours, our_states = finback_states(model, tokens)
+    theirs, their_states = other(tokens)
+    logp, logq = ours.log_softmax(-1), theirs.log_softmax(-1)
+    kl = float((logq.exp() * (logq - logp)).sum(-1).mean())
+    furthest = float((ours - theirs).abs().max())
+    same = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
+    text = f"max difference {furthest:.2g}, mean KL {kl:.2g}, same first choice {same:.1%} of {tokens.numel()} tokens"
+    holds = kl <= max_kl
+    return holds, text, [] if holds else [_first_difference(our_states, their_states)]
+
+
+def finback_states(model: Transformer, tokens: Tensor) -> States:
+    """Logits and the residual stream of one of ours."""
+    seen: list[Tensor] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        for block in model.blocks
+    ]
+    hooks.append(model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach())))
+    try:
+        logits = model.logits(model(tokens))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, seen
+
+
+def _first_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
+    """Which of embedding and blocks is the first to differ; transformers gives its last state normed, ours is not."""
+    for index, (a, b) in enumerate(zip(ours[:-1], theirs, strict=False)):
+        if a.shape != b.shape or not torch.allclose(
+            a.float(), b.float(), rtol=1e-3, atol=1e-3 * float(b.abs().max())
+        ):
+            return f"first difference: {'the embedding' if index == 0 else f'layer {index - 1}'}"
+    return f"first difference: layer {len(ours) - 2}, the last, or the final norm and head"

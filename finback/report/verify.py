@@ -1,0 +1,206 @@
+"""The verification card: whether a checkpoint is what its config says, and whether its logits are its makers'.
+
+Nothing is taken on trust: names and shapes against the config, counts against the closed form, copies against their
+originals, text through the tokenizer and back, logits against transformers where that is installed.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint import model as models
+from finback.checkpoint import names
+from finback.checkpoint.audit import Audit
+from finback.checkpoint.load import examine
+from finback.checkpoint.shards import Weights
+from finback.config import UserError
+from finback.data.tokenizer import Tokenizer
+from finback.model.count import parameters
+from finback.model.transformer import Transformer
+from finback.report.agreement import against_finback, against_transformers
+from finback.run import is_checkpoint
+
+SAMPLE = "In 2024, 3.14 × 2 = 6.28;\n\tdef f(x): return x**2  # naïve café 北京 🐋\r\n  <b>end</b>"
+
+
+@dataclass
+class Check:
+    """One line of the card. `holds` is None for what could not be checked or is only told."""
+
+    name: str
+    holds: bool | None
+    text: str
+    details: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Card:
+    """All checks of one checkpoint."""
+
+    model: str
+    family: str
+    checks: list[Check]
+
+    @property
+    def holds(self) -> bool:
+        """Whether no check failed."""
+        return all(c.holds is not False for c in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json and for programs."""
+        return {
+            "model": self.model, "family": self.family, "holds": self.holds,
+            "checks": [{"name": c.name, "holds": c.holds, "text": c.text, "details": c.details} for c in self.checks],
+        }  # fmt: skip
+
+    def as_text(self) -> str:
+        """For people; also valid Markdown."""
+        marks = {True: "ok  ", False: "FAIL", None: "-   "}
+        lines = [f"# Verification of {self.model} ({self.family})", ""]
+        for c in self.checks:
+            lines.append(f"    {marks[c.holds]} {c.name:16} {c.text}")
+            lines += [f"         {'':16} {detail}" for detail in c.details[:20]]
+            if len(c.details) > 20:
+                lines.append(f"         {'':16} and {len(c.details) - 20:,} more")
+        verdict = "Everything that was checked holds." if self.holds else "It does NOT hold."
+        return "\n".join([*lines, "", verdict, ""])
+
+
+def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Card:
+    """Check a Hugging Face folder or a GGUF file, with another checkpoint beside it when `against` is given."""
+    if not path.exists() or not is_checkpoint(path):
+        problem = (
+            "neither a Hugging Face folder nor a .gguf file" if path.exists() else "no such file or folder"
+        )
+        raise UserError("FOLDER", str(path), problem, "Stages' models go out with `finback export`.")
+    weights, audit = examine(path)
+    config = audit.config
+    checks = [_tensors(audit, weights), _parameters(audit, weights), *_routers(audit, weights), _mtp(audit)]
+    checks += [_copies(audit, weights), _tokenizer(path, config.vocab_size)]
+    weights.close()
+    if audit.holds:
+        model = models.load(path).eval()
+        checks.append(_values(model))
+        checks.append(_agrees("transformers", against_transformers(model, path, max_kl)))
+        if against is not None:
+            checks.append(_agrees(str(against), against_finback(model, models.load(against).eval(), max_kl)))
+    else:
+        checks.append(Check("logits", None, "not compared: the tensors do not hold"))
+    return Card(str(path), _family(path), checks)
+
+
+def write(card: Card, path: Path) -> None:
+    """Leave the card as a file; JSON when the name ends so, Markdown otherwise."""
+    text = json.dumps(card.as_json(), indent=2) + "\n" if path.suffix == ".json" else card.as_text()
+    path.write_text(text, encoding="utf-8")
+
+
+def _family(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return "GGUF"
+    return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
+
+
+def _tensors(audit: Audit, weights: Weights) -> Check:
+    """Every tensor of the files is loaded, skipped for a reason, or the check fails."""
+    dtypes = Counter(weights.specs[n].dtype for n in audit.loaded)
+    text = f"{len(weights.specs):,} in the files: {len(audit.loaded):,} loaded ({_counts(dtypes)})"
+    reasons = Counter(audit.skipped.values())
+    details = [f"skipped {n:,}: {reason}" for reason, n in reasons.items()] + audit.notes
+    details += [f"MISSING {n}" for n in audit.missing] + [f"UNEXPECTED {n}" for n in audit.unexpected]
+    details += [f"WRONG {n}: {problem}" for n, problem in audit.wrong.items()]
+    bad = len(audit.missing) + len(audit.unexpected) + len(audit.wrong)
+    return Check(
+        "tensors", audit.holds, text + (f", {bad:,} NOT as config.json has it" if bad else ""), details
+    )
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{n:,} {kind}" for kind, n in sorted(counter.items()))
+
+
+def _parameters(audit: Audit, weights: Weights) -> Check:
+    """The elements in the files against the closed form."""
+    config = audit.config
+    found = 0
+    for name in audit.loaded:
+        if not name.endswith("e_score_correction_bias"):
+            found += torch.Size(weights.specs[name].shape).numel()
+    expected = parameters(config)
+    active = parameters(config, active=True, mtp=False)
+    text = f"{found:,} counted, {expected:,} by the closed form, {active:,} active per token"
+    return Check("parameters", found == expected, text)
+
+
+def _routers(audit: Audit, weights: Weights) -> list[Check]:
+    """The selection biases: present in every MoE layer, and not all zero."""
+    biases = [n for n in audit.loaded if n.endswith("e_score_correction_bias")]
+    layers = range(audit.config.num_hidden_layers + audit.config.num_nextn_predict_layers)
+    wanted = (
+        sum(audit.config.is_moe(layer) for layer in layers) if audit.config.scoring_func == "sigmoid" else 0
+    )
+    if not wanted:
+        return []
+    largest = max((float(weights.read(n).float().abs().max()) for n in biases), default=0.0)
+    text = f"{len(biases)} of {wanted} selection biases, largest {largest:.3g}"
+    note = [] if largest else ["all zero: a model that was never balanced, or a conversion that lost them"]
+    return [Check("router bias", len(biases) == wanted, text, note)]
+
+
+def _mtp(audit: Audit) -> Check:
+    depth = audit.config.num_nextn_predict_layers
+    told = [n for n in audit.notes if "MTP" in n]
+    return Check("MTP", None, f"{depth} layer(s) loaded" if depth else "none", told)
+
+
+def _copies(audit: Audit, weights: Weights) -> Check:
+    """Tensors that are skipped as copies really are copies."""
+    originals = names.copies(audit.config)
+    copies = [n for n in audit.skipped if n in originals]
+    different = []
+    for name in copies:
+        source = originals[name] if originals[name] in weights.specs else "model.embed_tokens.weight"
+        original = weights.read(source).clone()
+        if not torch.equal(weights.read(name), original):
+            different.append(f"{name} differs from {source}")
+    return Check("copies", not different if copies else None, f"{len(copies)} repeated tensors", different)
+
+
+def _values(model: Transformer) -> Check:
+    """No weight is infinite or not a number."""
+    bad = [n for n, t in model.state_dict().items() if not _finite(t)]
+    return Check("values", not bad, "all finite" if not bad else "not finite:", bad)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor.float()).all())
+
+
+def _tokenizer(path: Path, rows: int) -> Check:
+    """A text through the tokenizer and back; its ids fit the embedding."""
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        return Check("tokenizer", None, "none in the folder")
+    tokenizer = Tokenizer(path)
+    same = tokenizer.decode(tokenizer.encode(SAMPLE), skip_special=False) == SAMPLE
+    fits = tokenizer.vocab_size <= rows
+    written = (
+        "its own template"
+        if tokenizer.template
+        else "DeepSeek's form"
+        if not tokenizer.lacks
+        else "no template"
+    )
+    text = f"{tokenizer.vocab_size:,} entries for {rows:,} rows, dialogues in {written}, ends at {list(tokenizer.stops)}"
+    details = [] if same else ["a text does not come back as it went in"]
+    details += [] if fits else ["more entries than the model has rows"]
+    return Check("tokenizer", same and fits, text, details)
+
+
+def _agrees(other: str, found: tuple[bool | None, str, list[str]]) -> Check:
+    holds, text, details = found
+    return Check("logits", holds, f"against {other}: {text}", details)
