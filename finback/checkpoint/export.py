@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,15 +67,26 @@ def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and tensors, one at a time, FP8 factors after their tensors and MTP's copies at the end."""
     config, state = model.config, model.state_dict()
     for ours, theirs in names.table(config).items():
-        whole = state[ours]
-        if whole.dtype == torch.float8_e4m3fn:
-            whole = fp8.dequantise(whole, state[ours + "_scale"], torch.bfloat16)
-        flat = whole.flatten(0, -2) if whole.ndim > 2 else whole
-        for name, piece in zip(theirs, flat.chunk(len(theirs)), strict=True):
-            yield from _cast(name, piece, fmt)
+        pieces = _pieces(state[ours], len(theirs))
+        factors: Sequence[Tensor | None] = [None] * len(theirs)
+        if ours + "_scale" in state:
+            factors = _pieces(state[ours + "_scale"], len(theirs))
+        for name, piece, scale in zip(theirs, pieces, factors, strict=True):
+            if scale is None:
+                yield from _cast(name, piece, fmt)
+            elif fmt == "fp8":  # kept in FP8: the same values go out again
+                yield name, piece.contiguous()
+                yield name + SCALE, scale.contiguous()
+            else:
+                yield name, fp8.dequantise(piece, scale, _DTYPES[fmt])
     for copy, original in _copies(config).items():
         tensor = state["embed" if original == "model.embed_tokens.weight" else "head.weight"]
         yield from _cast(copy, tensor, fmt)
+
+
+def _pieces(whole: Tensor, parts: int) -> Sequence[Tensor]:
+    """A tensor in equal parts by rows; experts' matrices count as stacked rows."""
+    return (whole.flatten(0, -2) if whole.ndim > 2 else whole).chunk(parts)
 
 
 def _copies(config: ModelConfig) -> dict[str, str]:

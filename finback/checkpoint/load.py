@@ -116,9 +116,10 @@ def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
             else ()
         )
         found = [k for k in kinds if f"{prefix}.{k}" in stored]
-        # blocks of fused parts line up only when each part is a whole number of blocks high
+        # blocks of parts that share a matrix line up only when each part is a whole number of blocks high
+        matrices = len(module.gate_up) if isinstance(module, MoE) else 1
         aligned = all(
-            len(stored[f"{prefix}.{k}"]) == 1 or stored[f"{prefix}.{k}"][0].shape[0] % fp8.BLOCK == 0
+            len(stored[f"{prefix}.{k}"]) == matrices or stored[f"{prefix}.{k}"][0].shape[0] % fp8.BLOCK == 0
             for k in found
         )
         if not found or len(found) != len(kinds) or not aligned:

@@ -33,7 +33,8 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **options
-        ).eval()
+        )
+        theirs = theirs.float().eval()  # spread-out FP8 comes as bf16
     except Exception as error:  # whatever it says is a finding about this folder, not a failure of ours
         return (
             None,
@@ -71,7 +72,7 @@ def compare(model: Transformer, other: Callable[[Tensor], States], max_kl: float
     tokens = torch.randint(model.config.vocab_size, (ROWS, length), generator=generator)
     ours, our_states = finback_states(model, tokens)
     theirs, their_states = other(tokens)
-    logp, logq = ours.log_softmax(-1), theirs.log_softmax(-1)
+    logp, logq = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
     kl = float((logq.exp() * (logq - logp)).sum(-1).mean())
     furthest = float((ours - theirs).abs().max())
     same = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())

@@ -20,6 +20,7 @@ from finback.checkpoint.load import examine
 from finback.checkpoint.shards import Weights
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
+from finback.kernels import fp8
 from finback.model.count import parameters
 from finback.model.transformer import Transformer
 from finback.report.agreement import against_finback, against_transformers
@@ -84,9 +85,15 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
     checks += [_copies(audit, weights), _tokenizer(path, config.vocab_size)]
     weights.close()
     if audit.holds:
-        model = models.load(path).eval()
+        quantised = [spec.shape for spec in weights.specs.values() if spec.dtype == "F8_E4M3"]
+        # transformers spreads FP8 out to bf16; so do we where the two are compared
+        model = models.load(path, kept="bf16" if quantised else "fp32").eval()
         checks.append(_values(model))
-        checks.append(_agrees("transformers", against_transformers(model, path, max_kl)))
+        if any(side % fp8.BLOCK for shape in quantised for side in shape):
+            text = "transformers not asked: it spreads cut-off FP8 blocks wrongly (seen in 5.23)"
+            checks.append(Check("logits", None, text))
+        else:
+            checks.append(_agrees("transformers", against_transformers(model, path, max_kl)))
         if against is not None:
             checks.append(_agrees(str(against), against_finback(model, models.load(against).eval(), max_kl)))
     else:
