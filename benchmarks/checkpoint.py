@@ -32,16 +32,17 @@ for path in sys.argv[1:]:
 print(json.dumps({"seconds": time.perf_counter() - begin, "bytes": size}))
 """
 IMPORT = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from finback.checkpoint.load import load
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # ru_maxrss is inherited over fork and exec, VmHWM is not
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+before = peak()
 begin = time.perf_counter()
 model, audit = load(Path(sys.argv[1]), kept=sys.argv[2])
 seconds = time.perf_counter() - begin
 size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"seconds": seconds, "model_bytes": size, "peak_rss": peak, "rss_before": before, "holds": audit.holds}))
+print(json.dumps({"seconds": seconds, "model_bytes": size, "peak_rss": peak(), "rss_before": before, "holds": audit.holds}))
 """
 
 

@@ -85,6 +85,10 @@ class GGUF:
             return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
         return values
 
+    def read_into(self, name: str, into: Tensor) -> None:
+        """One tensor's values into a tensor of its shape."""
+        into.copy_(self.read(name))
+
     def scale(self, name: str) -> Tensor | None:
         """None: `read` has spread everything out."""
         return None

@@ -66,27 +66,26 @@ def fill(model: Transformer, shards: Weights) -> None:
     state = model.state_dict(keep_vars=True)
     for name in shards.by_file():
         if name in targets:
-            ours, index, parts = targets[name]
-            _copy(state, ours, index, parts, shards.read(name), shards.scale(name))
+            _copy(state, targets[name], name, shards)
     shards.close()
 
 
 @torch.no_grad()
-def _copy(
-    state: dict[str, Tensor], ours: str, index: int, parts: int, source: Tensor, scale: Tensor | None
-) -> None:
-    """Put part `index` of `parts` into our tensor; FP8 is spread out a few rows at a time."""
-    into = _part(state[ours], index, parts)
+def _copy(state: dict[str, Tensor], target: tuple[str, int, int], name: str, weights: Weights) -> None:
+    """Put a stored tensor into its part of ours; FP8 is spread out a few rows at a time unless ours is FP8 too."""
+    ours, index, parts = target
+    into, scale = _part(state[ours], index, parts), weights.scale(name)
     if scale is None:
-        into.copy_(source)
+        weights.read_into(name, into)
     elif into.dtype == torch.float8_e4m3fn:
-        into.copy_(source)
+        weights.read_into(name, into)
         _part(state[_scale_name(ours)], index, parts).copy_(scale)
     else:
+        source = weights.read(name)
         for start in range(0, len(source), SLICE):
             rows = slice(start, start + SLICE)
             factors = scale[start // fp8.BLOCK : (start + SLICE) // fp8.BLOCK]
-            into[rows] = fp8.dequantise(source[rows], factors, into.dtype)
+            fp8.dequantise(source[rows], factors, into.dtype, out=into[rows])
 
 
 def _part(whole: Tensor, index: int, parts: int) -> Tensor:

@@ -1,13 +1,15 @@
 """The tensors of a Hugging Face folder: found through its index or in its one file, read one at a time.
 
-A shard is mapped only while it is read, so memory holds the model and at most a shard beside it.
+Values are read straight into the model where dtypes agree. Mapped files would be copied through page faults, which
+took several times as long (docs/log.md), and would count as memory.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,21 +24,12 @@ SCALE = "_scale_inv"  # an FP8 tensor's factors carry its name and this ending
 
 @dataclass(frozen=True)
 class Spec:
-    """What a file says of a tensor: safetensors' word for its dtype, its shape, its file."""
+    """What a file says of a tensor: safetensors' word for its dtype, its shape, its file and where it starts there."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
-
-    @property
-    def bytes(self) -> int:
-        size = _BYTES.get(self.dtype, 1)
-        for n in self.shape:
-            size *= n
-        return size
-
-
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+    start: int = 0
 
 
 class Weights(Protocol):
@@ -46,6 +39,8 @@ class Weights(Protocol):
     def specs(self) -> dict[str, Spec]: ...
 
     def read(self, name: str) -> Tensor: ...
+
+    def read_into(self, name: str, into: Tensor) -> None: ...
 
     def scale(self, name: str) -> Tensor | None: ...
 
@@ -58,72 +53,94 @@ class Shards:
     """All tensors of a folder by name. Opening it reads every header, so a torn file is found before anything loads."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.specs: dict[str, Spec] = {}
-        indexed: dict[str, str] | None = None
-        if (folder / INDEX).is_file():
-            indexed = _read_index(folder / INDEX)
-            files = [folder / name for name in sorted(set(indexed.values()))]
+        indexed = _read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
+        if indexed:
+            self.files = [folder / name for name in sorted(set(indexed.values()))]
+        elif (folder / SINGLE).is_file():
+            self.files = [folder / SINGLE]
         else:
-            files = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
-        if not files:
+            self.files = sorted(folder.glob("*.safetensors"))
+        if not self.files:
             raise _nothing(folder)
-        if (folder / BESIDE).is_file() and folder / BESIDE not in files:
-            files.append(folder / BESIDE)
-        self.files = files
-        for file in files:
+        if (folder / BESIDE).is_file() and folder / BESIDE not in self.files:
+            self.files.append(folder / BESIDE)
+        for file in self.files:
             self._read_header(file)
-        lost = sorted(set(indexed or ()) - set(self.specs))
+        lost = sorted(set(indexed) - set(self.specs))
         if lost:
             raise UserError(
                 INDEX, str(folder), f"names {len(lost)} tensors that its files lack, {lost[0]} first",
                 "Download the folder again.",
             )  # fmt: skip
-        self._open: tuple[Path, Any] | None = None
+        self._open: io.FileIO | None = None
 
     def _read_header(self, file: Path) -> None:
-        with _opened(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a dict
-                if name in self.specs:
-                    raise UserError(
-                        "weights", str(file), f"{name} is in {self.specs[name].file.name} too", "Keep one of them."
-                    )  # fmt: skip
-                part = handle.get_slice(name)
-                self.specs[name] = Spec(part.get_dtype(), tuple(part.get_shape()), file)
+        _check(file)
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if name in self.specs:
+                raise UserError(
+                    "weights", str(file), f"{name} is in {self.specs[name].file.name} too", "Keep one of them."
+                )  # fmt: skip
+            start = 8 + length + entry["data_offsets"][0]
+            self.specs[name] = Spec(entry["dtype"], tuple(entry["shape"]), file, start)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, mapped from its file."""
-        file = self.specs[name].file
-        if self._open is None or self._open[0] != file:
-            self.close()
-            self._open = file, _opened(file).__enter__()
-        return self._open[1].get_tensor(name)
+        """One tensor as it is stored."""
+        spec = self.specs[name]
+        dtype = element_type(spec.dtype)
+        assert dtype is not None, f"{name}: the audit lets no {spec.dtype} pass"
+        tensor = torch.empty(spec.shape, dtype=dtype)
+        self._read_bytes(spec, tensor)
+        return tensor
 
-    def by_file(self) -> Iterator[str]:
-        """All names, file after file, so that each file is opened once."""
-        for file in self.files:
-            yield from (name for name, spec in self.specs.items() if spec.file == file)
+    def read_into(self, name: str, into: Tensor) -> None:
+        """One tensor's values into a contiguous tensor of its shape: straight from the file where the dtypes agree."""
+        spec = self.specs[name]
+        if element_type(spec.dtype) == into.dtype:
+            self._read_bytes(spec, into)
+        else:
+            into.copy_(self.read(name))
+
+    def _read_bytes(self, spec: Spec, into: Tensor) -> None:
+        if self._open is None or self._open.name != str(spec.file):
+            self.close()
+            self._open = io.FileIO(str(spec.file))
+        view = memoryview(into.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        self._open.seek(spec.start)
+        done = 0
+        while done < len(view):
+            count = self._open.readinto(view[done:])
+            if not count:
+                raise UserError("weights", str(spec.file), "the file ends early", "Download it again.")
+            done += count
 
     def scale(self, name: str) -> Tensor | None:
         """The factors of an FP8 tensor, which may lie in another file; None for a plain tensor."""
-        if name + SCALE not in self.specs:
-            return None
-        spec = self.specs[name + SCALE]
-        if self._open is not None and self._open[0] == spec.file:
-            return self.read(name + SCALE).float()
-        with _opened(spec.file) as handle:
-            return handle.get_tensor(name + SCALE).float()
+        return self.read(name + SCALE).float() if name + SCALE in self.specs else None
+
+    def by_file(self) -> Iterator[str]:
+        """All names, file after file and from front to back, so that each file is read in one go."""
+        order = {file: number for number, file in enumerate(self.files)}
+        yield from sorted(self.specs, key=lambda n: (order[self.specs[n].file], self.specs[n].start))
 
     def close(self) -> None:
-        """Let go of the file that is mapped."""
+        """Let go of the file that is open."""
         if self._open is not None:
-            self._open[1].__exit__(None, None, None)
+            self._open.close()
             self._open = None
 
 
-def _opened(file: Path) -> Any:
+def _check(file: Path) -> None:
+    """Let the safetensors library judge a file: its header, its length, and that the tensors cover it exactly."""
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt"):
+            pass
     except FileNotFoundError:
         raise UserError("weights", str(file), "the file is missing", "Download it again.") from None
     except (SafetensorError, OSError) as error:
@@ -135,7 +152,7 @@ def _opened(file: Path) -> Any:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        assert all(isinstance(v, str) and Path(v).name == v for v in found.values())
+        assert found and all(isinstance(v, str) and Path(v).name == v for v in found.values())
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise UserError(
             INDEX, str(path), "not an index: it must map tensor names to file names in this folder",

@@ -23,15 +23,24 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape[-2:]
     wide = weight.float()
     padded = torch.nn.functional.pad(wide, (0, -columns % BLOCK, 0, -rows % BLOCK))
-    tiles = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # (..., R, 128, C, 128)
-    scale = tiles.abs().amax(dim=(-3, -1)).clamp(min=1e-12) / LARGEST
+    scale = _tiles(padded).abs().amax(dim=(-3, -1)).clamp(min=1e-12) / LARGEST
     return (wide / spread(scale, rows, columns)).to(torch.float8_e4m3fn), scale
 
 
-def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """values ⊙ factors in `dtype`; shapes as `quantise` returns them. The product is taken in fp32."""
+def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """values ⊙ factors in `dtype`, into `out` if given; shapes as `quantise` returns them. The product is fp32's."""
     rows, columns = values.shape[-2:]
-    return (values.float() * spread(scale, rows, columns)).to(dtype)
+    out = torch.empty(values.shape, dtype=dtype, device=values.device) if out is None else out
+    if rows % BLOCK or columns % BLOCK:
+        return torch.mul(values.float(), spread(scale, rows, columns), out=out)
+    # whole blocks: no factor need be repeated
+    torch.mul(_tiles(values.float()), scale[..., :, None, :, None], out=_tiles(out))
+    return out
+
+
+def _tiles(matrix: Tensor) -> Tensor:
+    """A view (..., rows, columns) -> (..., rows / 128, 128, columns / 128, 128)."""
+    return matrix.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
 
 
 def spread(scale: Tensor, rows: int, columns: int) -> Tensor:
