@@ -246,30 +246,25 @@ def _work(plan: Recipe, root: Path, seed: int) -> None:
 @contextmanager
 def _lock(root: Path) -> Iterator[int]:
     """Keep a second run out of a folder; held by the ranks too, so that it lives as long as the last of them."""
+    with (root / ".lock").open("a+") as handle:
+        _wait_for_lock(handle.fileno(), root)
+        yield handle.fileno()
+
+
+def _wait_for_lock(descriptor: int, root: Path) -> None:
     try:
         import fcntl
     except ImportError:  # no advisory locks on Windows
-        yield from _no_lock(root)
         return
     import time
 
-    with (root / ".lock").open("a+") as handle:
-        for attempt in range(50):  # ranks of a killed run need a moment to notice
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if attempt == 49:
-                    raise UserError(
-                        "runs", str(root), "another run is at work in this folder", "Wait for it or stop it."
-                    ) from None
-                time.sleep(0.1)
-        yield handle.fileno()
-
-
-def _no_lock(root: Path) -> Iterator[int]:
-    with (root / ".lock").open("a+") as handle:
-        yield handle.fileno()
+    for _ in range(50):  # ranks of a killed run need a moment to notice
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.1)
+    raise UserError("runs", str(root), "another run is at work in this folder", "Wait for it or stop it.")
 
 
 def _fail(message: str) -> int:

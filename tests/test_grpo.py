@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from finback.checkpoint import model as models
+from finback.checkpoint.export import export
 from finback.config import UserError
 from finback.data import tokenizer
 from finback.parallel.mesh import World
+from finback.report import outgoing
 from finback.run import StageRun
 from finback.stages.grpo import GRPO, _Reinforcement, advantages, policy_loss
 from finback.stages.rollout import Rollout
@@ -57,8 +59,8 @@ def reinforcement(folder: Path, **knobs: object) -> _Reinforcement:
         (base / "manifest.json").write_text("{}")
     run = StageRun(folder, "zero", 0, World(), quiet=True)
     run.folder.mkdir(exist_ok=True)
-    settings = {"steps": 3, "prompts": 4, "group": 4, "max_tokens": 10, "task": Chains(2, 3)} | knobs
-    return _Reinforcement(GRPO(name="zero", start="base", **settings), run)
+    settings = {"start": "base", "steps": 3, "prompts": 4, "group": 4, "max_tokens": 10, "task": Chains(2, 3)}
+    return _Reinforcement(GRPO(name="zero", **settings | knobs), run)
 
 
 class Parity:
@@ -150,3 +152,24 @@ def test_training_on_a_reward_raises_it(tmp_path: Path) -> None:
     r._sample = paid  # type: ignore[method-assign]
     rewards = [r._train_step()["reward"] for _ in range(30)]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 1
+
+
+def test_rl_starts_from_a_hugging_face_folder_and_goes_out_as_one(tmp_path: Path) -> None:
+    words = tokenizer.train([WORDS], 320, tmp_path / "tokenizer.json")
+    export(toy_model(1), tmp_path / "open", "fp32", extras=words.export)
+    r = reinforcement(tmp_path, start=str(tmp_path / "open"), steps=1)
+    r.run()
+    trained = tmp_path / "zero"
+    assert models.load(trained).config == r.model.config
+    files = outgoing.export(trained, tmp_path / "out", "bf16")
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "README.md",
+    } <= {f.name for f in files}
+    back = models.load(tmp_path / "out").state_dict()
+    kept = {n: t for n, t in r.model.state_dict().items() if n.endswith("router.bias")}
+    assert kept and all(torch.equal(back[n], t) for n, t in kept.items())
+    assert all((back[n] - t).abs().max() <= t.abs().max() / 128 for n, t in r.model.state_dict().items())

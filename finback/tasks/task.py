@@ -6,7 +6,6 @@ drawn, on which side it lies.
 
 import hashlib
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -85,10 +84,3 @@ def distinct(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
             seen.add(problem.key)
             problems.append(problem)
     return problems
-
-
-def stream(task: Task, split: Split, seed: int) -> Iterator[Problem]:
-    """Problems of one side of the split without end; they may repeat."""
-    rng = random.Random(seed)
-    while True:
-        yield draw(task, split, rng)
