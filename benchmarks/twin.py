@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finback.checkpoint.hf import raw_config
 from finback.checkpoint.names import table
 from finback.model.transformer import Transformer
 
@@ -15,14 +16,7 @@ def twin(model: Transformer, **settings: Any) -> Any:
     import transformers  # here, so that finback's processes need not load it
 
     c = dataclasses.replace(model.config, num_nextn_predict_layers=0)
-    shapes = dataclasses.asdict(c)
-    for name in ("rope_scaling", "attention", "head_dim", "num_key_value_heads"):
-        del shapes[name]
-    assert c.attention == "mla" and c.rope_scaling is None, "the benchmarks' models are plain MLA"
-    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
-    config = transformers.DeepseekV3Config(
-        **shapes, num_key_value_heads=c.num_attention_heads, rope_parameters=rope, **settings
-    )
+    config = transformers.DeepseekV3Config.from_dict(raw_config(c, "float32") | settings)
     other = transformers.DeepseekV3ForCausalLM(config)
     state: dict[str, Tensor] = {}
     for ours, theirs in table(c).items():

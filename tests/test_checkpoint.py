@@ -135,7 +135,6 @@ def test_mtp_is_what_the_paper_says(tmp_path: Path) -> None:
     export(model, tmp_path / "out", "fp32")
     shards = Shards(tmp_path / "out")
     w = {n.removeprefix("model.layers.2."): shards.read(n) for n in shards.by_file() if "layers.2." in n}
-    shards.close()
     tokens = torch.randint(60, (2, 12))
     with torch.no_grad():
         hidden = model(tokens[:, :-1])

@@ -119,4 +119,4 @@ def test_help_version_and_a_reader_that_leaves() -> None:
 def test_chat_without_a_model(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
         done = finback("chat", path)
-        assert done.returncode == 2 and str(path) in done.stderr and "finback run" in done.stderr
+        assert done.returncode == 2 and str(path) in done.stderr and "runs/tiny" in done.stderr

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finback.checkpoint.hf import raw_config
 from finback.checkpoint.names import table
 from finback.config import UserError
 from finback.kernels import attention, grouped, norm, reference
@@ -51,21 +52,7 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
 def to_transformers(model: Transformer) -> torch.nn.Module:
     """The same weights in transformers' own class, through the name table; every trunk tensor must find its place."""
     c = model.config
-    yarn = c.rope_scaling
-    config = transformers.DeepseekV3Config(
-        **{
-            f.name: getattr(c, f.name)
-            for f in dataclasses.fields(c)
-            if f.name not in ("rope_scaling", "attention", "head_dim")
-        }
-        | {
-            "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}
-            if yarn is None
-            else {"rope_type": "yarn", "rope_theta": c.rope_theta, **dataclasses.asdict(yarn)},
-            "num_key_value_heads": c.num_attention_heads,
-            "attn_implementation": "eager",
-        }
-    )
+    config = transformers.DeepseekV3Config.from_dict(raw_config(c, "float32"), attn_implementation="eager")
     other = transformers.DeepseekV3ForCausalLM(config).eval()
     state = {}
     for ours, theirs in table(c).items():

@@ -97,9 +97,6 @@ class GGUF:
         """All names."""
         yield from self.specs
 
-    def close(self) -> None:
-        """Nothing to let go of."""
-
 
 def _name(theirs: str) -> str:
     """GGUF's name -> Hugging Face's; unknown ones stay as they are and are then reported as unexpected."""

@@ -1,5 +1,8 @@
 """A Hugging Face folder or a GGUF file into a Transformer, tensor by tensor: the model plus one shard in memory."""
 
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +19,7 @@ from finback.model.layers import Linear
 from finback.model.moe import MoE
 from finback.model.transformer import Transformer
 
+READERS = min(4, os.cpu_count() or 1)
 SLICE = 8 * fp8.BLOCK  # rows of an FP8 matrix that are spread out at once
 Kept = Literal["fp32", "bf16", "fp8"]  # fp8: FP8 matrices stay as they are, the rest is bf16
 
@@ -64,10 +68,10 @@ def fill(model: Transformer, shards: Weights) -> None:
         for index, name in enumerate(theirs):
             targets[name] = ours, index, len(theirs)
     state = model.state_dict(keep_vars=True)
-    for name in shards.by_file():
-        if name in targets:
-            _copy(state, targets[name], name, shards)
-    shards.close()
+    # Half the time goes into first touches of the model's pages, which several threads make at once.
+    with ThreadPoolExecutor(READERS) as pool:
+        jobs = (n for n in shards.by_file() if n in targets)
+        deque(pool.map(lambda name: _copy(state, targets[name], name, shards), jobs), maxlen=0)
 
 
 @torch.no_grad()

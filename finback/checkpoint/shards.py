@@ -46,8 +46,6 @@ class Weights(Protocol):
 
     def by_file(self) -> Iterator[str]: ...
 
-    def close(self) -> None: ...
-
 
 class Shards:
     """All tensors of a folder by name. Opening it reads every header, so a torn file is found before anything loads."""
@@ -73,7 +71,6 @@ class Shards:
                 INDEX, str(folder), f"names {len(lost)} tensors that its files lack, {lost[0]} first",
                 "Download the folder again.",
             )  # fmt: skip
-        self._open: io.FileIO | None = None
 
     def _read_header(self, file: Path) -> None:
         _check(file)
@@ -107,18 +104,17 @@ class Shards:
         else:
             into.copy_(self.read(name))
 
-    def _read_bytes(self, spec: Spec, into: Tensor) -> None:
-        if self._open is None or self._open.name != str(spec.file):
-            self.close()
-            self._open = io.FileIO(str(spec.file))
+    @staticmethod
+    def _read_bytes(spec: Spec, into: Tensor) -> None:
         view = memoryview(into.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        self._open.seek(spec.start)
-        done = 0
-        while done < len(view):
-            count = self._open.readinto(view[done:])
-            if not count:
-                raise UserError("weights", str(spec.file), "the file ends early", "Download it again.")
-            done += count
+        with io.FileIO(str(spec.file)) as file:  # one of its own, so that several threads may read
+            file.seek(spec.start)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise UserError("weights", str(spec.file), "the file ends early", "Download it again.")
+                done += count
 
     def scale(self, name: str) -> Tensor | None:
         """The factors of an FP8 tensor, which may lie in another file; None for a plain tensor."""
@@ -128,12 +124,6 @@ class Shards:
         """All names, file after file and from front to back, so that each file is read in one go."""
         order = {file: number for number, file in enumerate(self.files)}
         yield from sorted(self.specs, key=lambda n: (order[self.specs[n].file], self.specs[n].start))
-
-    def close(self) -> None:
-        """Let go of the file that is open."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
 
 
 def _check(file: Path) -> None:

@@ -83,7 +83,6 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
     config = audit.config
     checks = [_tensors(audit, weights), _parameters(audit, weights), *_routers(audit, weights), _mtp(audit)]
     checks += [_copies(audit, weights), _tokenizer(path, config.vocab_size)]
-    weights.close()
     if audit.holds:
         quantised = [spec.shape for spec in weights.specs.values() if spec.dtype == "F8_E4M3"]
         # transformers spreads FP8 out to bf16; so do we where the two are compared
