@@ -170,6 +170,8 @@ def verify(
     """Check a checkpoint against its config, its closed form and transformers; exit code 1 unless all holds."""
     from finback.report import verify as report
 
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError("--out", str(out), "not a file in a folder that exists", "Name a file.")
     card = report.verify(folder, against, max_kl)
     print(json.dumps(card.as_json()) if as_json else card.as_text(), end="\n" if as_json else "")
     target = out or (folder / "VERIFICATION.md" if folder.is_dir() else Path(f"{folder}.VERIFICATION.md"))

@@ -83,13 +83,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a model from elsewhere: a GGUF file, or a folder whose config.json names a model's type."""
+    """Whether a path is a model from elsewhere: a GGUF file, or a folder whose config.json is not a stage's.
+
+    A damaged config.json counts too, so that what is wrong with it gets said.
+    """
     if path.suffix == ".gguf":
         return True
     try:
-        return "model_type" in json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except OSError:
         return False
+    except ValueError:
+        return True
+    return not isinstance(raw, dict) or any(k in raw for k in ("model_type", "architectures", "auto_map"))
 
 
 class StageRun:

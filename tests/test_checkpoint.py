@@ -12,6 +12,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finback.checkpoint import hf
@@ -209,6 +210,47 @@ def test_a_config_that_declares_mtp_which_the_files_lack_is_told(tmp_path: Path)
     assert audit.notes[0].startswith("config.json declares 1 MTP layer(s) that the files lack")
 
 
+@pytest.mark.parametrize("fmt", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": True}, {"first_k_dense_replace": 2}, {"n_routed_experts": 0},
+        {"num_hidden_layers": 61, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8},
+        {"num_hidden_layers": 61, "hidden_size": 16, "n_routed_experts": 0, "tie_word_embeddings": True},
+        {"num_nextn_predict_layers": 2},
+    ],
+)  # fmt: skip
+def test_rare_shapes_go_out_and_come_back(changes: dict[str, Any], fmt: Any, tmp_path: Path) -> None:
+    model = small(**changes)
+    export(model, tmp_path / "out", fmt)
+    back, audit = load(tmp_path / "out")
+    assert audit.holds and back.config.num_nextn_predict_layers == model.config.num_nextn_predict_layers
+    assert (tmp_path / "out" / BESIDE).is_file() == (model.config.num_hidden_layers != 61)
+    if fmt == "fp32":
+        assert same(model, back)
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32, **_spread(fmt)
+    )
+    assert not any(info.values()), info
+
+
+def _spread(fmt: str) -> dict[str, Any]:
+    return {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True)} if fmt == "fp8" else {}
+
+
+def test_a_head_that_is_said_to_be_tied_and_is_not(tmp_path: Path) -> None:
+    config = transformers.Qwen2Config(
+        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    build(config, 0).save_pretrained(tmp_path)
+    edit(tie_word_embeddings=True)(tmp_path)
+    with pytest.raises(
+        UserError, match=r"lm_head.weight = .*has it as a copy of model.embed_tokens.weight, but its"
+    ):
+        load(tmp_path)
+
+
 def test_fp8_blocks_by_hand() -> None:
     weight = torch.randn(2, 130, 260) * torch.logspace(-3, 3, 130)[:, None]
     values, scale = fp8.quantise(weight)
@@ -345,6 +387,18 @@ def tensors_edit(change: Any) -> Any:
             "model.layers.2.eh_proj.weight = .*unexpected, with 5 more: the weights are not those of config",
         ),
         (edit(moe_intermediate_size=64), "shape .* where config.json calls for"),
+        (edit(routed_scaling_factor=...), "config.json routed_scaling_factor = None: missing"),
+        (edit(n_group=...), "config.json n_group = None: missing"),
+        (edit(n_group=0), "n_group = 0: not above 0"),
+        (edit(rope_theta="big"), "config.json rope_theta = 'big': not a number"),
+        (edit(rope_theta=0.5), "config.json rope_theta = 0.5: not above 1"),
+        (edit(partial_rotary_factor="x"), "config.json partial_rotary_factor = 'x': not a number"),
+        (edit(vocab_size=10**20), "config.json vocab_size = .*: not a whole number up to"),
+        (edit(rope_scaling={"type": "linear", "factor": 0}), "rope_scaling.factor = 0.0: not above 0"),
+        (
+            edit(rope_scaling={"type": "yarn", "factor": 2, "original_max_position_embeddings": -5}),
+            "not above 0",
+        ),
         (edit(rope_scaling={"type": "ntk"}), "config.json rope_scaling = .*not a scaling that finback knows"),
         (edit(rope_scaling={"type": "yarn"}), "config.json rope_scaling = .*bad or missing 'factor'"),
         (edit(quantization_config={"quant_method": "gptq"}), "quantization_config = .*finback reads fp8"),
@@ -368,12 +422,13 @@ def test_what_is_wrong_is_named(damage: Any, message: str, tmp_path: Path) -> No
 
 
 def test_an_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(part: Path) -> None:
-        raise OSError(28, "No space left on device", str(part))
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")  # its own words for it
 
-    with pytest.raises(OSError, match="No space"):
-        export(small(), tmp_path / "out", "fp32", extras=broken)
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
+        patch.setattr("finback.checkpoint.export.save_file", full)
+        export(small(), tmp_path / "out", "fp32")
+    assert caught.value.errno == 28 and list(tmp_path.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"folder = .*needs 0.0 GB, 0.0 GB are free"):
         export(small(), tmp_path / "out", "fp32")

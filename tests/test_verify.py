@@ -23,7 +23,9 @@ from finback.config import UserError
 from finback.data import chat, tokenizer
 from finback.data.chat import Message
 from finback.data.tokenizer import Tokenizer
+from finback.engine.sequence import Sampling
 from finback.kernels import fp8
+from finback.report.talk import Conversation
 from finback.report.verify import Card, verify
 from tests.families import LLAMA3, build, dense
 from tests.test_checkpoint import EXAMPLES, small
@@ -66,8 +68,10 @@ def change(folder: Path, name: str, tensor: torch.Tensor | None, file: str = "mo
 
 
 def test_faults_are_found_each_by_its_own_check(folder: Path) -> None:
+    whole = load_file(folder / "model-mtp.safetensors")
     change(folder, "model.layers.2.embed_tokens.weight", torch.ones(290, 160), "model-mtp.safetensors")
     assert [c.name for c in verify(folder).checks if c.holds is False] == ["copies"]
+    save_file(whole, folder / "model-mtp.safetensors")
     change(folder, "model.norm.weight", torch.full((160,), torch.nan))
     assert check(verify(folder), "values").details == ["norm.weight"]
     change(folder, "model.layers.1.mlp.gate.e_score_correction_bias", None)
@@ -142,6 +146,54 @@ def test_an_exported_dialogue_is_written_as_we_write_it(folder: Path) -> None:
     assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == [ours.eos]
 
 
+R1_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+
+
+def test_a_template_that_opens_the_chain_itself(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(R1_TEMPLATE)
+    words = Tokenizer(folder)
+    asked = [Message("user", "hello")]
+    assert chat.opens_chain(words) and not chat.opens_chain(Tokenizer(folder.parent))
+    assert chat.prompt(asked, words) == chat.prompt(asked, words, think=True)  # opened once, not twice
+    talk = Conversation(folder, Sampling(max_tokens=4), 0)
+    pieces = list(talk.reply("hello"))
+    assert (
+        pieces[0] == "<think>" and talk.messages[-1].content == ""
+    )  # four tokens of an open chain are no answer
+    with pytest.raises(UserError, match="writes dialogues by a template of its own"):
+        chat.document(asked, words)
+
+
+def test_what_stands_in_a_tokenizers_files_is_taken_with_care(folder: Path) -> None:
+    text = json.loads((folder / "tokenizer.json").read_text())
+    text["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    text["padding"] = {
+        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2, "pad_type_id": 0,
+        "pad_token": "x",
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    words = Tokenizer(folder)
+    assert words.decode(words.encode(SHARED_TEXT[0])) == SHARED_TEXT[0] and len(words.encode("a")) == 1
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for template, message in ((5, "neither a text nor a list"), ("{% if %}", "chat_template = 'line 1'")):
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+        with pytest.raises(UserError, match=message):
+            Tokenizer(folder)
+    several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ 1 // 0 }}"}]
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"chat_template": several, "eos_token": 7})
+    )
+    words = Tokenizer(folder)
+    with pytest.raises(UserError, match="the model's chat template refuses them"):
+        chat.prompt([Message("user", "x")], words)
+    assert words.settings["chat_template"] == several
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    assert check(verify(folder), "tokenizer").holds is False
+
+
 def finback(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "finback", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -162,6 +214,9 @@ def test_the_command_line(folder: Path, tmp_path: Path) -> None:
         (("export", folder, tmp_path / "bad"), "error: lm_head.weight = "),
         (("export", folder, tmp_path / "bad", "--dtype", "int4"), "error: --dtype = 'int4': not a format"),
         (("chat", folder), "error: lm_head.weight = "),
+        (("export", folder, tmp_path), "error: folder = "),
+        (("export", folder, folder / "config.json/x"), "error: folder = "),
+        (("verify", folder, "--out", tmp_path / "none/card"), "error: --out = "),
     ]:
         refused = finback(*arguments)
         assert refused.returncode == 2 and refused.stderr.startswith(message), refused.stderr
@@ -193,7 +248,7 @@ def write_gguf(path: Path, config: Any, theirs: Any, kind: Any = None) -> None:
     for name, tensor in theirs.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
             rows = heads if "q_proj" in name else kv
             tensor = tensor.unflatten(0, (rows, 2, -1)).transpose(1, 2).reshape(tensor.shape)
         stem, _, ending = name.rpartition(".")
@@ -218,12 +273,8 @@ def write_gguf(path: Path, config: Any, theirs: Any, kind: Any = None) -> None:
 @given(data=st.data())
 def test_gguf_files_have_transformers_logits(family: str, data: st.DataObject, tmp_path_factory: Any) -> None:
     config = data.draw(dense(family))
-    if family == "llama":
-        config.attention_bias = False  # no GGUF of Llama has biases
-        if config.rope_parameters["rope_type"] == "llama3":
-            config.rope_parameters |= LLAMA3 | {"original_max_position_embeddings": 8192}  # as the releases
-    if family == "qwen3":
-        config.attention_bias = False
+    if family == "llama" and config.rope_parameters["rope_type"] == "llama3":
+        config.rope_parameters |= LLAMA3 | {"original_max_position_embeddings": 8192}  # as the releases
     theirs = build(config, 0)
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     write_gguf(path, config, theirs)

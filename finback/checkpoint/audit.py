@@ -107,5 +107,7 @@ def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantised: bool
         return "" if factors is None else f"has FP8 factors but is {spec.dtype}"
     if factors is None or not quantised:
         return "FP8 without factors, or without quantization_config in config.json"
+    if element_type(factors.dtype) is None:
+        return f"FP8 factors of dtype {factors.dtype}; finback reads F32 and BF16"
     expected = tuple(fp8.blocks(n) for n in shape)
     return "" if factors.shape == expected else f"FP8 factors {list(factors.shape)}, not {list(expected)}"

@@ -2,17 +2,20 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from finback.checkpoint import hf, names
 from finback.checkpoint.audit import shapes
 from finback.checkpoint.shards import BESIDE, INDEX, SCALE, SINGLE
+from finback.checkpoint.store import as_os_error
 from finback.config import UserError
 from finback.kernels import fp8
 from finback.model.config import ModelConfig
@@ -26,41 +29,55 @@ RELEASED_MTP_LAYER = 61
 
 def export(
     model: Transformer, folder: Path, fmt: Format = "bf16", extras: Callable[[Path], None] | None = None,
-    shard_bytes: int = 5_000_000_000,
+    settings: dict[str, Any] | None = None, shard_bytes: int = 5_000_000_000,
 ) -> list[Path]:  # fmt: skip
     """Write weights and config.json; `extras` adds tokenizer, card and the like. The folder appears when complete.
 
-    Returns the files. UserError when the folder exists with something in it or the disk is too small.
+    `settings` go into config.json beside what follows from the model. Returns the files. UserError when the folder
+    exists with something in it or the disk is too small.
     """
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise UserError("folder", str(folder), "exists and is not empty", "Name a new folder.")
-    raw = hf.raw_config(model.config, "float32" if fmt == "fp32" else "bfloat16")
+    folder = check_target(folder)
+    raw = hf.raw_config(model.config, "float32" if fmt == "fp32" else "bfloat16") | (settings or {})
     if fmt == "fp8":
         raw["quantization_config"] = {
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-        }  # fmt: skip
-    folder.parent.mkdir(parents=True, exist_ok=True)
+        } | raw.get("quantization_config", {})  # fmt: skip
     needed = sum(size for _, size in _sizes(model.config, fmt))
     free = shutil.disk_usage(folder.parent).free
     if free < 1.05 * needed:
         raise UserError(
             "folder", str(folder), f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Use another disk."
         )  # fmt: skip
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         _write_weights(model, part, fmt, shard_bytes)
         (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         if extras:
             extras(part)
+        part.chmod(0o755)  # mkdtemp's own is for its owner alone
         if folder.exists():
             folder.rmdir()
         part.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise as_os_error(error, folder) from None
         raise
     return sorted(folder.iterdir())
+
+
+def check_target(folder: Path) -> Path:
+    """The absolute form of a folder that an export may create; UserError when it may not."""
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("folder", str(folder), "exists and is not empty", "Name a new folder.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            "folder", str(folder), "lies within something that is no folder", "Name another."
+        ) from None
+    return folder
 
 
 def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
@@ -81,7 +98,7 @@ def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
                 yield name, fp8.dequantise(piece, scale, _DTYPES[fmt])
     for copy, original in _copies(config).items():
         tensor = state["embed" if original == "model.embed_tokens.weight" else "head.weight"]
-        yield from _cast(copy, tensor, fmt)
+        yield from _cast(copy, tensor.clone(), fmt)  # safetensors refuses two names for one memory
 
 
 def _pieces(whole: Tensor, parts: int) -> Sequence[Tensor]:
@@ -107,17 +124,15 @@ def _cast(name: str, tensor: Tensor, fmt: Format) -> Iterator[tuple[str, Tensor]
 
 def is_quantised(name: str) -> bool:
     """Whether DeepSeek keeps this tensor in FP8: projections, not norms, router, embeddings, head or eh_proj."""
-    return (
-        name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
-        if "eh_proj" not in name
-        else False
+    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and not name.endswith(
+        "eh_proj.weight"
     )
 
 
 def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
     """Bytes of each tensor of an export, in the order of `tensors`."""
     found = shapes(config)
-    found |= {copy: found[original] for copy, original in _copies(config).items() if original in found}
+    found |= {copy: found[original] for copy, original in _copies(config).items()}
     for name, shape in found.items():
         count = 1
         for n in shape:

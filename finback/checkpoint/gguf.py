@@ -79,7 +79,7 @@ class GGUF:
 
         tensor = self.tensors[name]
         values = torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy())
-        if self.raw["model_type"] == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if self.raw["model_type"] == "llama" and ("q_proj." in name or "k_proj." in name):
             heads = self.raw["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             # rows were taken from [first halves | second halves] to pairs; take them back
             return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)

@@ -5,12 +5,14 @@ transformers 5. What finback would have to guess or could not run is refused wit
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, did_you_mean
 from finback.model.config import LinearRope, Llama3Rope, ModelConfig, RopeScaling, Yarn
 
+LARGEST = 1_000_000_000  # of any whole number in a config; beyond it is damage
 FAMILIES = ("deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")
 
 
@@ -66,13 +68,13 @@ class _Fields:
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._value(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            self.refuse(name, "not a whole number", "Correct config.json.")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+            self.refuse(name, f"not a whole number up to {LARGEST:,}", "Correct config.json.")
         return int(value)
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             self.refuse(name, "not a number", "Correct config.json.")
         return float(value)
 
@@ -107,17 +109,19 @@ def _latent(fields: _Fields, family: str) -> dict[str, Any]:
         "attention": "mla", "q_lora_rank": None if rank is None else fields.integer("q_lora_rank"),
         "rope_interleaved": fields.flag("rope_interleave", True),
     }  # fmt: skip
-    layers = fields.integer("num_hidden_layers")
-    dense = fields.integer("first_k_dense_replace", 0)
-    if not fields.raw.get("n_routed_experts") or dense >= layers:
+    layers, dense = fields.integer("num_hidden_layers"), fields.integer("first_k_dense_replace")
+    mtp = 0
+    if family == "deepseek_v3":
+        mtp = fields.integer("num_nextn_predict_layers", fields.raw.get("num_mtp_layers") or 0)
+    found["num_nextn_predict_layers"] = mtp
+    if not fields.raw.get("n_routed_experts") or dense >= layers + mtp:
         return found
     found |= {
         "n_routed_experts": fields.integer("n_routed_experts"), "first_k_dense_replace": dense,
-        "n_shared_experts": fields.integer("n_shared_experts", 0),
+        "n_shared_experts": fields.integer("n_shared_experts"),
         "num_experts_per_tok": fields.integer("num_experts_per_tok"),
         "moe_intermediate_size": fields.integer("moe_intermediate_size"),
-        "routed_scaling_factor": fields.number("routed_scaling_factor", 1.0),
-        "n_group": fields.integer("n_group", 1), "topk_group": fields.integer("topk_group", 1),
+        "routed_scaling_factor": fields.number("routed_scaling_factor"),
     }  # fmt: skip
     return found | (_v2_gate(fields) if family == "deepseek_v2" else _v3_gate(fields))
 
@@ -130,17 +134,19 @@ def _v2_gate(fields: _Fields) -> dict[str, Any]:
     if method not in ("greedy", "group_limited_greedy"):
         fields.refuse("topk_method", "V2 has greedy and group_limited_greedy", "Correct config.json.")
     found: dict[str, Any] = {"scoring_func": "softmax", "norm_topk_prob": False}
-    return found | ({"n_group": 1, "topk_group": 1} if method == "greedy" else {})
+    return found | ({"n_group": 1, "topk_group": 1} if method == "greedy" else _groups(fields))
 
 
 def _v3_gate(fields: _Fields) -> dict[str, Any]:
     """Sigmoid affinities with a selection bias."""
     fields.demand("scoring_func", "sigmoid", default="sigmoid")
     fields.demand("topk_method", "noaux_tc", default="noaux_tc")
-    return {
-        "scoring_func": "sigmoid", "norm_topk_prob": fields.flag("norm_topk_prob", True),
-        "num_nextn_predict_layers": fields.integer("num_nextn_predict_layers", fields.raw.get("num_mtp_layers", 0)),
-    }  # fmt: skip
+    normalised = fields.flag("norm_topk_prob", True)
+    return {"scoring_func": "sigmoid", "norm_topk_prob": normalised} | _groups(fields)
+
+
+def _groups(fields: _Fields) -> dict[str, Any]:
+    return {"n_group": fields.integer("n_group"), "topk_group": fields.integer("topk_group")}
 
 
 def _grouped(fields: _Fields, family: str) -> dict[str, Any]:
@@ -164,9 +170,15 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(given, dict):
         fields.refuse("rope_scaling", "not an object", "Correct config.json.")
-    theta = float(given.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    if float(given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
-        fields.refuse("partial_rotary_factor", "finback rotates whole heads", "Use another checkpoint.")
+    rope = _Fields(
+        {"rope_theta": raw.get("rope_theta"), "partial_rotary_factor": raw.get("partial_rotary_factor")}
+        | given
+    )
+    theta = rope.number("rope_theta", 10000.0)
+    if theta <= 1:
+        rope.refuse("rope_theta", "not above 1", "Correct config.json.")
+    if rope.number("partial_rotary_factor", 1.0) != 1.0:
+        rope.refuse("partial_rotary_factor", "finback rotates whole heads", "Use another checkpoint.")
     kind = given.get("rope_type") or given.get("type") or "default"
     window = given.get("original_max_position_embeddings") or raw.get("max_position_embeddings", 4096)
     if kind == "default":
@@ -225,7 +237,7 @@ def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         not config.n_routed_experts
     ):  # the format has no dense models: every layer is among the dense first ones
         raw |= {
-            "first_k_dense_replace": config.num_hidden_layers,
+            "first_k_dense_replace": config.num_hidden_layers + config.num_nextn_predict_layers,
             "n_routed_experts": 1,
             "num_experts_per_tok": 1,
         }

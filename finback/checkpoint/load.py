@@ -2,6 +2,7 @@
 
 import os
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,11 @@ def load(path: Path, compute: torch.dtype = torch.float32, kept: Kept = "fp32") 
     """Read a folder or a .gguf file; UserError unless its weights are exactly those of its config."""
     shards, result = examine(path)
     result.demand(str(path))
+    for name, original in differing_copies(shards, result):
+        raise UserError(
+            name, str(path), f"config.json has it as a copy of {original}, but its values differ",
+            "Set tie_word_embeddings to false if the head is its own; otherwise download the file again.",
+        )  # fmt: skip
     model = Transformer(result.config, compute, torch.float32 if kept == "fp32" else torch.bfloat16)
     if kept == "fp8":
         _make_room_for_fp8(model, shards)
@@ -46,6 +52,16 @@ def examine(path: Path) -> tuple[Weights, Audit]:
     config, quantised = hf.model_config(raw), is_fp8(raw)
     shards = Shards(path)
     return shards, audit(config, shards, quantised)
+
+
+def differing_copies(weights: Weights, result: Audit) -> Iterator[tuple[str, str]]:
+    """Tensors that were skipped as copies and are not, with what they should repeat."""
+    originals = names.copies(result.config)
+    for name in result.skipped:
+        if name in originals and originals[name] in result.loaded and originals[name] not in result.wrong:
+            same = weights.specs[name].shape == weights.specs[originals[name]].shape
+            if not same or not torch.equal(weights.read(name).float(), weights.read(originals[name]).float()):
+                yield name, originals[name]
 
 
 def is_fp8(raw: dict[str, Any]) -> bool:

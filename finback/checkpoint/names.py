@@ -56,7 +56,8 @@ def copies(config: ModelConfig) -> dict[str, str]:
     for depth in range(config.num_nextn_predict_layers):
         layer = f"model.layers.{config.num_hidden_layers + depth}."
         found[layer + "embed_tokens.weight"] = "model.embed_tokens.weight"
-        found[layer + "shared_head.head.weight"] = "lm_head.weight"
+        head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        found[layer + "shared_head.head.weight"] = head
     if config.tie_word_embeddings:
         found["lm_head.weight"] = "model.embed_tokens.weight"
     return found

@@ -30,10 +30,13 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        reason = re.search(r"os error (\d+)", str(error))
-        if reason:  # safetensors tells of a full disk in words only
-            raise OSError(int(reason[1]), os.strerror(int(reason[1])), str(path)) from None
-        raise
+        raise as_os_error(error, path) from None
+
+
+def as_os_error(error: Exception, path: Path) -> Exception:
+    """The OSError that safetensors only tells of in words, a full disk for one; any other error as it is."""
+    reason = re.search(r"os error (\d+)", str(error))
+    return OSError(int(reason[1]), os.strerror(int(reason[1])), str(path)) if reason else error
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -43,8 +43,10 @@ def prompt(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = Fals
     """
     if tokenizer.template is not None:
         said = [{"role": m.role, "content": m.content} for m in messages]
-        text = tokenizer.template.render(said, add_generation_prompt=True)
-        return tokenizer.encode_marked(text + (THINK if think else ""))
+        text = tokenizer.template.render(
+            said, add_generation_prompt=True, **({"thinking": True} if think else {})
+        )
+        return tokenizer.encode_marked(text + (THINK if think and not _is_open(text) else ""))
     _demand_marks(tokenizer)
     ids = [tokenizer.bos]
     for message in messages:
@@ -52,8 +54,24 @@ def prompt(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = Fals
     return ids + [tokenizer.ids[ASSISTANT]] + ([tokenizer.ids[THINK]] if think else [])
 
 
+def opens_chain(tokenizer: Tokenizer) -> bool:
+    """Whether the template itself opens the chain at the end of a prompt, as R1's does since February 2025."""
+    if tokenizer.template is None:
+        return False
+    return _is_open(tokenizer.template.render([{"role": "user", "content": "?"}], add_generation_prompt=True))
+
+
+def _is_open(text: str) -> bool:
+    return text.rstrip().endswith(THINK)
+
+
 def document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Ids of a whole dialogue as training text, chains included, ended by eos after every assistant turn."""
+    if tokenizer.template is not None:
+        raise UserError(
+            "tokenizer", str(tokenizer.path), "writes dialogues by a template of its own",
+            "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made.",
+        )  # fmt: skip
     _demand_marks(tokenizer)
     ids = [tokenizer.bos]
     for message in messages:

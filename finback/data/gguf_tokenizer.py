@@ -22,7 +22,7 @@ _RULES = {
     "gpt-2": (_GPT2,), "default": (_GPT2,), "smollm": (r"\p{N}", _GPT2), "llama-bpe": (_LLAMA3,), "llama3": (_LLAMA3,),
     "qwen2": (_QWEN2,), "deepseek-r1-qwen": (_QWEN2,),
 }  # fmt: skip
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # gguf.TokenType
+_CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
 
 
 def convert(path: Path) -> tuple[str, dict[str, Any]]:
@@ -37,7 +37,9 @@ def convert(path: Path) -> tuple[str, dict[str, Any]]:
     tokens: list[str] = field(reader, "tokenizer.ggml.tokens")
     kinds: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
-    bpe = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    whole_words = rules in ("llama-bpe", "llama3")  # an entry of the vocabulary is taken before any merge
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_words))
     if rules.startswith(("qwen", "deepseek-r1-qwen")):
         bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

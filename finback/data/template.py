@@ -58,10 +58,11 @@ class Template:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+        except Exception as error:
+            where = f"line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else "as a whole"
             raise UserError(
-                "chat_template", f"line {error.lineno}", str(error), "Correct the template in the model's folder."
-            ) from None  # fmt: skip
+                "chat_template", where, str(error), "Correct the template in the model's folder."
+            ) from None
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any
@@ -69,9 +70,10 @@ class Template:
         """The text of a dialogue; `variables` are whatever a template asks for beside messages (tools, …)."""
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.specials, **variables
-            )
-        except (jinja2.TemplateError, TypeError) as error:
+                messages=messages, add_generation_prompt=add_generation_prompt,
+                **{"tools": None, "documents": None} | self.specials | variables,
+            )  # fmt: skip
+        except Exception as error:  # a stranger's program may fail in any way
             raise UserError(
                 "messages", f"{len(messages)} of them", f"the model's chat template refuses them ({error})",
                 "Say it as the template allows; most want user and assistant in turns.",

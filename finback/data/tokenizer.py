@@ -48,13 +48,16 @@ class Tokenizer:
         bare = json.loads(text)
         bare["added_tokens"] = []
         self._bare = tokenizers.Tokenizer.from_str(json.dumps(bare))
+        for each in (self._full, self._bare):  # a file may carry both; texts are neither cut nor padded here
+            each.no_truncation()
+            each.no_padding()
         found = {token: self._full.token_to_id(token) for token in (BOS, EOS, PAD, *ADDED)}
         self.ids = {token: number for token, number in found.items() if number is not None}
         self.vocab_size = self._full.get_vocab_size()
         self.bos, self.pad = self._special("bos", BOS), self._special("pad", PAD)
         self.eos = self._special("eos", EOS)
         self.stops = self._stops()
-        source = self.settings.get("chat_template")
+        source = _plain_template(self.settings.get("chat_template"), path)
         # our own template is written from ids, which a user's words cannot forge
         self.template = None if source in (None, OWN) else Template(source, self.specials)
         marks = (BOS, EOS, *ADDED) if self.template is None else ()
@@ -152,33 +155,49 @@ def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     settings = _json(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"
     if template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
-    elif isinstance(
-        several := settings.get("chat_template"), list
-    ):  # named ones: the plain one is for dialogues
-        named = {t["name"]: t["template"] for t in several}
-        settings["chat_template"] = named.get("default")
+        settings["chat_template"] = _text(template)
     generation = _json(folder / "generation_config.json")
     if "eos_token_id" not in generation and "eos_token_id" in (config := _json(folder / "config.json")):
         generation["eos_token_id"] = config["eos_token_id"]
-    return file.read_text(encoding="utf-8"), settings, generation
+    return _text(file), settings, generation
+
+
+def _plain_template(given: Any, path: Path) -> str | None:
+    """The template for dialogues: the only one, or of several named ones the default."""
+    if isinstance(given, list):
+        given = next(
+            (t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), None
+        )
+    if not isinstance(given, str | None):
+        raise UserError(
+            "chat_template", str(path), "neither a text nor a list of named texts", "Correct tokenizer_config.json."
+        )  # fmt: skip
+    return given
 
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        found = json.loads(_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(
             path.name, str(path), f"not JSON ({error})", "Download it again, or delete it."
         ) from None
     return found if isinstance(found, dict) else {}
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(path.name, str(path), f"not UTF-8 ({error})", "Download it again.") from None
+
+
 def _content(token: Any) -> str | None:
-    """A special token as configs write it: its text, or an object that holds it."""
-    return token.get("content") if isinstance(token, dict) else token
+    """A special token as configs write it: its text, or an object that holds it; anything else is none."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
 
 
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finback.config import UserError, check_fields
+from finback.config import UserError, check_fields, check_positive
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Yarn:
 
     def __post_init__(self) -> None:
         check_fields(self, "rope_scaling")
+        names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+        check_positive(self, "rope_scaling", *names)
 
     @property
     def gain(self) -> float:
@@ -51,6 +53,11 @@ class Llama3Rope:
 
     def __post_init__(self) -> None:
         check_fields(self, "rope_scaling")
+        check_positive(self, "rope_scaling", "factor", "low_freq_factor", "original_max_position_embeddings")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                "rope_scaling.high_freq_factor", self.high_freq_factor, "not above low_freq_factor", "Raise it."
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class LinearRope:
 
     def __post_init__(self) -> None:
         check_fields(self, "rope_scaling")
+        check_positive(self, "rope_scaling", "factor")
 
 
 RopeScaling = Yarn | Llama3Rope | LinearRope
@@ -136,6 +144,7 @@ class ModelConfig:
 
     def _check_experts(self) -> None:
         experts, groups, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok
+        _require(groups > 0, "n_group", groups, "not above 0", "Use 1 or more.")
         _require(
             experts % groups == 0, "n_group", groups, f"does not divide {experts} experts", "Use a divisor."
         )

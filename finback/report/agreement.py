@@ -3,11 +3,14 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
+from finback.checkpoint.hf import read_config
+from finback.checkpoint.load import is_fp8
 from finback.model.count import parameters
 from finback.model.transformer import Transformer
 
@@ -29,17 +32,21 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
 
     try:
         options = {}
-        if model_is_fp8(path):
+        if is_fp8(read_config(path)):
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, **options
-        )
-        theirs = theirs.float().eval()  # spread-out FP8 comes as bf16
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True,
+            **options,
+        )  # fmt: skip
+        theirs, info = loaded[0].float().eval(), loaded[1]  # spread-out FP8 comes as bf16
     except Exception as error:  # whatever it says is a finding about this folder, not a failure of ours
+        return False, f"transformers does not load it ({type(error).__name__}: {str(error)[:200]})", []
+    left = [f"{kind}: {name}" for kind in ("missing_keys", "mismatched_keys") for name in info[kind]]
+    if left:
         return (
-            None,
-            f"not compared: transformers does not load it ({type(error).__name__}: {str(error)[:200]})",
-            [],
+            False,
+            f"transformers finds {len(left)} keys missing or mismatched",
+            [str(item) for item in left],
         )
 
     def states(tokens: Tensor) -> States:
@@ -47,11 +54,6 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
         return out.logits.float(), list(out.hidden_states)
 
     return compare(model, states, max_kl)
-
-
-def model_is_fp8(path: Path) -> bool:
-    """Whether config.json declares FP8 weights."""
-    return '"quant_method": "fp8"' in (path / "config.json").read_text(encoding="utf-8")
 
 
 def against_finback(model: Transformer, other: Transformer, max_kl: float) -> Finding:
@@ -100,8 +102,7 @@ def finback_states(model: Transformer, tokens: Tensor) -> States:
 def _first_difference(ours: list[Tensor], theirs: list[Tensor]) -> str:
     """Which of embedding and blocks is the first to differ; transformers gives its last state normed, ours is not."""
     for index, (a, b) in enumerate(zip(ours[:-1], theirs, strict=False)):
-        if a.shape != b.shape or not torch.allclose(
-            a.float(), b.float(), rtol=1e-3, atol=1e-3 * float(b.abs().max())
-        ):
+        # by token, and half of the tokens decide: a few carry activations thousands of times the others'
+        if a.shape != b.shape or ((a - b).norm(dim=-1) / b.norm(dim=-1)).median() > 1e-3:
             return f"first difference: {'the embedding' if index == 0 else f'layer {index - 1}'}"
     return f"first difference: layer {len(ours) - 2}, the last, or the final norm and head"

@@ -1,24 +1,50 @@
 """A model out of finback: weights, config, tokenizer, generation settings and card in one new folder."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 from finback.checkpoint import export as weights
+from finback.checkpoint import hf
 from finback.checkpoint import model as models
 from finback.checkpoint.export import Format
+from finback.checkpoint.load import Kept
 from finback.data.tokenizer import Tokenizer
 from finback.report.card import write_card
 from finback.report.talk import find_model
+
+# no more memory than the result needs; FP8 that came in goes out as it is
+_KEPT: dict[Format, Kept] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
 
 
 def export(path: Path, folder: Path, fmt: Format) -> list[Path]:
     """Export the model at `path` (a run: its newest); the files written. A model without tokenizer goes without."""
     source = find_model(path)
-    model = models.load(source)
+    weights.check_target(folder)
+    own = (source / "model.json").is_file()
+    model = models.load(source, kept="fp32" if own else _KEPT[fmt])
+    talks = source.suffix == ".gguf" or (source / "tokenizer.json").is_file()
+    tokenizer = Tokenizer(source) if talks else None
 
     def extras(part: Path) -> None:
-        if source.suffix == ".gguf" or (source / "tokenizer.json").is_file():
-            Tokenizer(source).export(part)
+        if tokenizer is not None:
+            tokenizer.export(part)
+        elif (source / "generation_config.json").is_file():
+            shutil.copyfile(source / "generation_config.json", part / "generation_config.json")
         card = write_card(model.config, folder.name, str(source), fmt)
         (part / "README.md").write_text(card, encoding="utf-8")
 
-    return weights.export(model, folder, fmt, extras)
+    return weights.export(model, folder, fmt, extras, _settings(source, tokenizer, fmt))
+
+
+def _settings(source: Path, tokenizer: Tokenizer | None, fmt: Format) -> dict[str, Any]:
+    """What config.json says beside the model: special ids, and how the factors of FP8 that is passed on are kept."""
+    raw = hf.read_config(source) if source.is_dir() and not (source / "model.json").is_file() else {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found: dict[str, Any] = {n: raw[n] for n in names if raw.get(n) is not None}
+    if tokenizer is not None:
+        ids = dict(zip(names, (tokenizer.bos, tokenizer.eos, tokenizer.pad), strict=True))
+        found = {n: i for n, i in ids.items() if i >= 0} | found
+    if fmt == "fp8" and "quantization_config" in raw:
+        found["quantization_config"] = raw["quantization_config"]
+    return found

@@ -47,7 +47,8 @@ class Conversation:
     def reply(self, text: str) -> Iterator[str]:
         """Pieces of the answer to `text` as they are made, tags included; remembers the answer when it is whole."""
         self.messages.append(Message("user", text))
-        said: list[str] = []
+        said = [THINK] if chat.opens_chain(self.tokenizer) else []
+        yield from said
         stream = self.engine.stream(self._prompt(), self.sampling, self.seed + self.replies)
         self.replies += 1
         try:

@@ -32,6 +32,7 @@ def rollout(
     """Answer each problem once; `think` opens the chain for the model. An answer cut off in its chain is wrong."""
     prompts = [chat.prompt([Message("user", p.question)], tokenizer, think) for p in problems]
     completions = engine.generate(prompts, sampling, seeds)
+    think = think or chat.opens_chain(tokenizer)
     rollouts = []
     for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
         text = tokenizer.decode(completion.tokens)
