@@ -39,6 +39,8 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
             **options,
         )  # fmt: skip
         theirs, info = loaded[0].float().eval(), loaded[1]  # spread-out FP8 comes as bf16
+    except ImportError as error:  # FP8 needs accelerate
+        return None, f"not compared: {error}", []
     except Exception as error:  # whatever it says is a finding about this folder, not a failure of ours
         return False, f"transformers does not load it ({type(error).__name__}: {str(error)[:200]})", []
     left = [f"{kind}: {name}" for kind in ("missing_keys", "mismatched_keys") for name in info[kind]]

@@ -10,7 +10,7 @@ from finback.checkpoint import model as models
 from finback.config import UserError
 from finback.data import chat
 from finback.data.chat import Message
-from finback.data.tokenizer import END_THINK, THINK, Tokenizer
+from finback.data.tokenizer import ASSISTANT, END_THINK, THINK, USER, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
 from finback.run import finished_stages, is_checkpoint
@@ -39,7 +39,9 @@ class Conversation:
 
     def __init__(self, folder: Path, sampling: Sampling, seed: int) -> None:
         self.tokenizer = Tokenizer(folder)
-        self.engine = Engine(models.load(folder), self.tokenizer.stops)
+        # a mark of a new turn ends this one; a small model sometimes goes on with the next
+        turns = [] if self.tokenizer.template else [self.tokenizer.ids.get(t, -1) for t in (USER, ASSISTANT)]
+        self.engine = Engine(models.load(folder), (*self.tokenizer.stops, *turns))
         self.sampling, self.seed = sampling, seed
         self.messages: list[Message] = []
         self.replies = 0
