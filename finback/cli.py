@@ -138,10 +138,22 @@ def show(
 @app.command()
 def chat(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run folder, or the folder of one of its stages.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A run, a stage's folder, a Hugging Face folder or a .gguf file."
+        ),
     ],
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    max_tokens: Annotated[int, typer.Option(help="Longest reply.")] = 96,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; default the model's own setting, else 0.7.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Likeliest tokens up to this probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Only tokens this likely against the likeliest.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Longest reply; default an eighth of the window, 1024 at most.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same replies.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole dialogue as one JSON object.")
@@ -150,7 +162,10 @@ def chat(
     """Talk to a model: one line a turn, thinking dimmed. /new forgets the dialogue, Ctrl-D ends it."""
     from finback.report import talk
 
-    talk.loop(model, temperature, max_tokens, seed, as_json, color="NO_COLOR" not in os.environ)
+    talk.loop(
+        model, seed, as_json, "NO_COLOR" not in os.environ,
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens,
+    )  # fmt: skip
 
 
 @app.command()

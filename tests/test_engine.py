@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from finback.config import UserError
 from finback.engine.engine import Engine
-from finback.engine.sampler import sample, uniforms
+from finback.engine.sampler import narrow, sample, uniforms
 from finback.engine.sequence import Sampling
 from tests.toy import CONFIG, toy_model
 
@@ -74,7 +75,7 @@ def test_samples_follow_the_distribution() -> None:
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, float("-inf"), 1.5, -2.0])
     n = 40_000
     uniform = torch.from_numpy(uniforms(1, n))
-    tokens, logp = sample(scores.expand(n, -1), 0.7, uniform)
+    tokens, logp = sample(scores.expand(n, -1), Sampling(0.7), uniform)
     p = (scores / 0.7).softmax(dim=0)
     counts = torch.bincount(tokens, minlength=8)
     assert counts[5] == 0
@@ -82,8 +83,39 @@ def test_samples_follow_the_distribution() -> None:
     chi2 = ((counts[keep] - n * p[keep]) ** 2 / (n * p[keep])).sum()
     assert chi2 < 22.46
     assert torch.allclose(logp, p.log()[tokens])
-    edge, _ = sample(scores[None], 1.0, torch.tensor([math.nextafter(1.0, 0.0)]))
+    edge, _ = sample(scores[None], Sampling(1.0), torch.tensor([math.nextafter(1.0, 0.0)]))
     assert edge.item() != 5
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.3])
+@pytest.mark.parametrize(
+    ("k", "p", "m"), [(5, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (12, 0.7, 0.05), (1, 0.01, 1.0)]
+)
+def test_narrowing_is_that_of_transformers(k: int, p: float, m: float, temperature: float) -> None:
+    scores = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 2
+    warped = scores / temperature
+    for name, value, off in (("TopK", k, 0), ("TopP", p, 1.0), ("MinP", m, 0.0)):
+        if value != off:
+            warped = getattr(transformers, f"{name}LogitsWarper")(value)(None, warped)
+    ours = narrow((scores / temperature).softmax(-1), Sampling(temperature, 8, k, p, m))
+    torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), warped.softmax(-1))
+    tokens, logp = sample(scores, Sampling(temperature, 8, k, p, m), torch.from_numpy(uniforms(3, 50)))
+    assert (warped.gather(1, tokens[:, None]) > -torch.inf).all()
+    whole = (scores / temperature).log_softmax(-1)
+    torch.testing.assert_close(logp, whole.gather(1, tokens[:, None]).squeeze(1))  # of the whole distribution
+
+
+@pytest.mark.parametrize(
+    ("knob", "message"),
+    [
+        ({"top_p": 0.0}, "top_p = 0.0: not above 0"),
+        ({"top_k": -1}, "top_k = -1"),
+        ({"min_p": 2.0}, "min_p = 2.0"),
+    ],
+)
+def test_impossible_narrowing_is_refused(knob: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sampling(**knob)  # type: ignore[arg-type]
 
 
 def test_too_long_a_request_is_refused() -> None:

@@ -135,7 +135,12 @@ def test_the_newer_tokenizer_round_trips_too() -> None:
         assert newer.decode(newer.encode(text), skip_special=False) == text
         assert newer.decode(newer.encode_marked(text), skip_special=False) == text
     assert (newer.bos, newer.eos, newer.vocab_size) == (0, 1, 129_280)
-    assert [newer.ids[t] for t in ("<think>", "</think>", USER, ASSISTANT)] == [128821, 128822, 128803, 128804]
+    assert [newer.ids[t] for t in ("<think>", "</think>", USER, ASSISTANT)] == [
+        128821,
+        128822,
+        128803,
+        128804,
+    ]
 
 
 DIALOGUES: list[list[dict[str, Any]]] = [

@@ -163,7 +163,7 @@ prepare_folder(root); recipes.claim(plan, root, 0)
 recipes.execute(plan, root, 0, World(), lambda run: None)
 from finback.report import story, talk
 story.tell(root)
-talk.loop(root, 0.7, 16, 0, True, False)
+talk.loop(root, 0, True, False, max_tokens=16)
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

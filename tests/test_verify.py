@@ -23,7 +23,6 @@ from finback.config import UserError
 from finback.data import chat, tokenizer
 from finback.data.chat import Message
 from finback.data.tokenizer import Tokenizer
-from finback.engine.sequence import Sampling
 from finback.kernels import fp8
 from finback.report.talk import Conversation
 from finback.report.verify import Card, verify
@@ -158,7 +157,7 @@ def test_a_template_that_opens_the_chain_itself(folder: Path) -> None:
     asked = [Message("user", "hello")]
     assert chat.opens_chain(words) and not chat.opens_chain(Tokenizer(folder.parent))
     assert chat.prompt(asked, words) == chat.prompt(asked, words, think=True)  # opened once, not twice
-    talk = Conversation(folder, Sampling(max_tokens=4), 0)
+    talk = Conversation(folder, 0, max_tokens=4)
     pieces = list(talk.reply("hello"))
     assert (
         pieces[0] == "<think>" and talk.messages[-1].content == ""

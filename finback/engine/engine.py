@@ -56,7 +56,7 @@ class Engine:
         running = torch.ones(n, dtype=torch.bool, device=device)
         stops = torch.tensor(self.stops, dtype=torch.long, device=device)
         for step in range(sampling.max_tokens):
-            chosen, logp = sample(scores, sampling.temperature, random[rows, step])
+            chosen, logp = sample(scores, sampling, random[rows, step])
             tokens[rows, step], logprobs[rows, step] = torch.where(running, chosen, -1), logp
             running = running & ~torch.isin(chosen, stops)
             left = int(running.sum())
@@ -98,7 +98,7 @@ class Engine:
         cache, scores = self._prefill([prompt], sampling.max_tokens)
         random = torch.from_numpy(uniforms(seed, sampling.max_tokens)).to(scores.device)
         for step in range(sampling.max_tokens):
-            chosen, _ = sample(scores, sampling.temperature, random[step : step + 1])
+            chosen, _ = sample(scores, sampling, random[step : step + 1])
             if int(chosen.item()) in self.stops:
                 return
             yield int(chosen.item())

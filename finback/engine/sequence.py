@@ -12,12 +12,21 @@ class Sampling:
 
     temperature: float = 1.0
     max_tokens: int = 128
+    top_k: int = 0  # only the k likeliest tokens; 0: all
+    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise UserError(
                 "temperature", self.temperature, "negative", "Use 0 for greedy or a positive number."
             )
+        if self.top_k < 0:
+            raise UserError("top_k", self.top_k, "negative", "Use 0 for all tokens.")
+        if not 0 < self.top_p <= 1:
+            raise UserError("top_p", self.top_p, "not above 0 and up to 1", "Use 1 for all tokens.")
+        if not 0 <= self.min_p <= 1:
+            raise UserError("min_p", self.min_p, "not in 0..1", "Use 0 for all tokens.")
         if self.max_tokens < 1:
             raise UserError("max_tokens", self.max_tokens, "nothing to generate", "Use at least 1.")
 

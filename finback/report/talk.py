@@ -37,14 +37,24 @@ def find_model(path: Path) -> Path:
 class Conversation:
     """Messages so far and a model to continue them; old turns are dropped when the window is full."""
 
-    def __init__(self, folder: Path, sampling: Sampling, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, **chosen: float | None) -> None:
         self.tokenizer = Tokenizer(folder)
         # a mark of a new turn ends this one; a small model sometimes goes on with the next
         turns = [] if self.tokenizer.template else [self.tokenizer.ids.get(t, -1) for t in (USER, ASSISTANT)]
         self.engine = Engine(models.load(folder), (*self.tokenizer.stops, *turns))
-        self.sampling, self.seed = sampling, seed
+        self.sampling, self.seed = self._sampling(chosen), seed
         self.messages: list[Message] = []
         self.replies = 0
+
+    def _sampling(self, chosen: dict[str, float | None]) -> Sampling:
+        """What the user chose, else what the model's makers recommend in generation_config.json, else 0.7."""
+        window = self.engine.model.config.max_position_embeddings
+        settings: dict[str, Any] = {"temperature": 0.7, "max_tokens": min(1024, window // 8)}
+        known = self.tokenizer.generation
+        settings |= {
+            n: known[n] for n in ("temperature", "top_p", "top_k", "min_p") if known.get(n) is not None
+        }
+        return Sampling(**settings | {n: v for n, v in chosen.items() if v is not None})
 
     def reply(self, text: str) -> Iterator[str]:
         """Pieces of the answer to `text` as they are made, tags included; remembers the answer when it is whole."""
@@ -79,10 +89,13 @@ class Conversation:
             del self.messages[:2]
 
 
-def loop(path: Path, temperature: float, max_tokens: int, seed: int, as_json: bool, color: bool) -> None:
-    """Read lines from stdin and answer each; prompts and help only when a person sits there."""
+def loop(path: Path, seed: int, as_json: bool, color: bool, **chosen: float | None) -> None:
+    """Read lines from stdin and answer each; prompts and help only when a person sits there.
+
+    `chosen` are fields of Sampling; None leaves one to the model's own settings.
+    """
     folder = find_model(path)
-    conversation = Conversation(folder, Sampling(temperature, max_tokens), seed)
+    conversation = Conversation(folder, seed, **chosen)
     person = sys.stdin.isatty() and not as_json
     if person:
         print(f"{folder}: what it says may be wrong. /new starts over, Ctrl-D ends.", file=sys.stderr)
