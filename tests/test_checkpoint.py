@@ -268,6 +268,12 @@ def test_fp8_blocks_by_hand() -> None:
     assert torch.equal(fp8.dequantise(again, factors, torch.float32), back)  # what is in FP8 stays
 
 
+def test_every_e4m3_number_is_widened_exactly() -> None:
+    patterns = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    for values in (patterns, patterns[:127], patterns.view(16, 16).T.contiguous()):
+        assert torch.equal(fp8.widen(values).nan_to_num(nan=1e9), values.float().nan_to_num(nan=1e9))
+
+
 @pytest.mark.parametrize("kept", ["fp32", "bf16", "fp8"])
 def test_fp8_weights_go_out_and_come_back_within_their_rounding(kept: Any, tmp_path: Path) -> None:
     model = small()

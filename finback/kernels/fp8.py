@@ -30,12 +30,27 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """values ⊙ factors in `dtype`, into `out` if given; shapes as `quantise` returns them. The product is fp32's."""
     rows, columns = values.shape[-2:]
-    out = torch.empty(values.shape, dtype=dtype, device=values.device) if out is None else out
+    wide = widen(values)
     if rows % BLOCK or columns % BLOCK:
-        return torch.mul(values.float(), spread(scale, rows, columns), out=out)
-    # whole blocks: no factor need be repeated
-    torch.mul(_tiles(values.float()), scale[..., :, None, :, None], out=_tiles(out))
-    return out
+        wide.mul_(spread(scale, rows, columns))
+    else:  # whole blocks: no factor need be repeated
+        _tiles(wide).mul_(scale[..., :, None, :, None])
+    return wide.to(dtype) if out is None else out.copy_(wide)
+
+
+def widen(values: Tensor) -> Tensor:
+    """E4M3 -> a new fp32 tensor, exactly; on a CPU by shifting bits, some 15 times faster than torch's conversion.
+
+    Sign, exponent and mantissa are moved to where bf16 has them, which makes each number 2^-120 of its value. The two
+    patterns that are not numbers would become ±480, so they are looked for. Twin: values.float().
+    """
+    if values.device.type != "cpu":
+        return values.float()
+    bits = values.view(torch.int8)
+    moved = bits.to(torch.int16).bitwise_left_shift_(4).bitwise_and_(0x87F0 - 0x10000)
+    wide = moved.view(torch.bfloat16).float().mul_(2.0**120)
+    broken = bits.bitwise_and(0x7F) == 0x7F
+    return wide.masked_fill_(broken, torch.nan) if broken.any() else wide
 
 
 def _tiles(matrix: Tensor) -> Tensor:
