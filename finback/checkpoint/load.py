@@ -59,8 +59,8 @@ def differing_copies(weights: Weights, result: Audit) -> Iterator[tuple[str, str
     originals = names.copies(result.config)
     for name in result.skipped:
         if name in originals and originals[name] in result.loaded and originals[name] not in result.wrong:
-            same = weights.specs[name].shape == weights.specs[originals[name]].shape
-            if not same or not torch.equal(weights.read(name).float(), weights.read(originals[name]).float()):
+            copy, original = weights.read(name), weights.read(originals[name])
+            if copy.shape != original.shape or not torch.equal(copy, original.to(copy.dtype)):
                 yield name, originals[name]
 
 
@@ -84,10 +84,15 @@ def fill(model: Transformer, shards: Weights) -> None:
         for index, name in enumerate(theirs):
             targets[name] = ours, index, len(theirs)
     state = model.state_dict(keep_vars=True)
-    # Half the time goes into first touches of the model's pages, which several threads make at once.
-    with ThreadPoolExecutor(READERS) as pool:
-        jobs = (n for n in shards.by_file() if n in targets)
-        deque(pool.map(lambda name: _copy(state, targets[name], name, shards), jobs), maxlen=0)
+    # Half the time goes into first touches of the model's pages: several threads make them, each computing alone.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(READERS) as pool:
+            jobs = (n for n in shards.by_file() if n in targets)
+            deque(pool.map(lambda name: _copy(state, targets[name], name, shards), jobs), maxlen=0)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

@@ -49,8 +49,10 @@ def widen(values: Tensor) -> Tensor:
     bits = values.view(torch.int8)
     moved = bits.to(torch.int16).bitwise_left_shift_(4).bitwise_and_(0x87F0 - 0x10000)
     wide = moved.view(torch.bfloat16).float().mul_(2.0**120)
-    broken = bits.bitwise_and(0x7F) == 0x7F
-    return wide.masked_fill_(broken, torch.nan) if broken.any() else wide
+    magnitude = bits.bitwise_and(0x7F)
+    if magnitude.numel() and magnitude.max() == 0x7F:
+        wide.masked_fill_(magnitude == 0x7F, torch.nan)
+    return wide
 
 
 def _tiles(matrix: Tensor) -> Tensor:
