@@ -118,7 +118,7 @@ def _problems(root: Path, before: str, after: str, exam: str) -> str:
     pairs = zip(
         read_lines(root / before / f"{exam}.jsonl"), read_lines(root / after / f"{exam}.jsonl"), strict=False
     )
-    parts = [f"The first {SAMPLES} held-out problems, as sampled at temperature 1:"]
+    parts = [f"The first {SAMPLES} held-out problems of the exam '{exam}':"]
     for then, now in list(pairs)[:SAMPLES]:
         parts.append(
             f"{then['question']}  (gold: {then['gold']})\n{_answer('before', then)}\n{_answer('after', now)}"
