@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +82,7 @@ def check_target(folder: Path) -> Path:
 
 
 def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and tensors, one at a time, FP8 factors after their tensors and MTP's copies at the end."""
+    """Hugging Face names and tensors, one at a time, FP8 factors before their tensors and MTP's copies at the end."""
     config, state = model.config, model.state_dict()
     for ours, theirs in names.table(config).items():
         pieces = _pieces(state[ours], len(theirs))
@@ -92,8 +93,8 @@ def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
             if scale is None:
                 yield from _cast(name, piece, fmt)
             elif fmt == "fp8":  # kept in FP8: the same values go out again
-                yield name, piece.contiguous()
                 yield name + SCALE, scale.contiguous()
+                yield name, piece.contiguous()
             else:
                 yield name, fp8.dequantise(piece, scale, _DTYPES[fmt])
     for copy, original in _copies(config).items():
@@ -116,8 +117,8 @@ def _cast(name: str, tensor: Tensor, fmt: Format) -> Iterator[tuple[str, Tensor]
         yield name, tensor.float().contiguous()
     elif fmt == "fp8" and is_quantised(name):
         values, scale = fp8.quantise(tensor)
-        yield name, values
         yield name + SCALE, scale
+        yield name, values
     else:
         yield name, tensor.to(_DTYPES[fmt]).contiguous()
 
@@ -143,47 +144,42 @@ def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
             yield name, count * (4 if fmt == "fp32" or name.endswith("correction_bias") else 2)
 
 
-def _write_weights(model: Transformer, folder: Path, fmt: Format, shard_bytes: int) -> None:
-    """One file, or numbered shards with an index; MTP layers beside them where transformers would trip over them."""
-    layers = model.config.num_hidden_layers
-    apart = tuple(
-        f"model.layers.{layers + depth}." for depth in range(model.config.num_nextn_predict_layers)
-        if layers + depth != RELEASED_MTP_LAYER
-    )  # fmt: skip
-    plan: list[set[str]] = [set()]
-    filled = 0
-    for name, size in _sizes(model.config, fmt):
-        if apart and name.startswith(apart):
+def _plan(config: ModelConfig, fmt: Format, shard_bytes: int) -> dict[str, str]:
+    """Which file each tensor goes into: one, or numbered shards; MTP layers beside them unless transformers lets them be."""
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    apart = tuple(f"model.layers.{layer}." for layer in layers if layer != RELEASED_MTP_LAYER)
+    groups: list[list[str]] = [[]]
+    beside, filled = [], 0
+    for name, size in _sizes(config, fmt):
+        if name.startswith(apart):  # never, when there are none
+            beside.append(name)
             continue
         if filled and filled + size > shard_bytes:
-            plan.append(set())
+            groups.append([])
             filled = 0
-        plan[-1].add(name)
+        groups[-1].append(name)
         filled += size
-    where = {
-        name: SINGLE if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
-        for number, group in enumerate(plan, start=1)
-        for name in group
-    }
-    held: dict[str, Tensor] = {}
-    beside: dict[str, Tensor] = {}
+    n = len(groups)
+    files = [SINGLE] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    plan = {name: file for file, group in zip(files, groups, strict=True) for name in group}
+    return plan | dict.fromkeys(beside, BESIDE)
+
+
+def _write_weights(model: Transformer, folder: Path, fmt: Format, shard_bytes: int) -> None:
+    """Write each file of the plan as soon as its tensors are there, and an index when there are shards."""
+    plan = _plan(model.config, fmt, shard_bytes)
+    left = Counter(plan.values())
+    held: dict[str, dict[str, Tensor]] = {file: {} for file in left}
     weight_map: dict[str, str] = {}
-    current = ""
     for name, tensor in tensors(model, fmt):
-        if apart and name.startswith(apart):
-            beside[name] = tensor
-            continue
-        file = where[name.removesuffix(SCALE)]
-        if file != current and held:
-            save_file(held, folder / current, metadata={"format": "pt"})
-            held = {}
-        current = file
-        held[name] = tensor
+        file = plan[name.removesuffix(SCALE)]
+        held[file][name] = tensor
         weight_map[name] = file
-    save_file(held, folder / current, metadata={"format": "pt"})
-    if beside:
-        save_file(beside, folder / BESIDE, metadata={"format": "pt"})
-    if len(plan) > 1:
-        total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
-        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        left[file] -= not name.endswith(SCALE)
+        if left[file] == 0:
+            save_file(held.pop(file), folder / file, metadata={"format": "pt"})
+    indexed = {name: file for name, file in weight_map.items() if file != BESIDE}
+    if SINGLE not in indexed.values():
+        total = sum((folder / file).stat().st_size for file in set(indexed.values()))
+        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": indexed}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

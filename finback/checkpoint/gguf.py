@@ -78,7 +78,13 @@ class GGUF:
         from gguf import quants
 
         tensor = self.tensors[name]
-        values = torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        try:
+            values = torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise UserError(
+                name, str(self.path), f"{kind}, which the gguf library does not spread out", "Use another quantisation."
+            ) from None  # fmt: skip
         if self.raw["model_type"] == "llama" and ("q_proj." in name or "k_proj." in name):
             heads = self.raw["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             # rows were taken from [first halves | second halves] to pairs; take them back

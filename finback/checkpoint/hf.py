@@ -233,14 +233,10 @@ def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "rope_interleave": config.rope_interleaved,
         "topk_method": "noaux_tc" if family == "deepseek_v3" else "group_limited_greedy",
     }  # fmt: skip
-    if (
-        not config.n_routed_experts
-    ):  # the format has no dense models: every layer is among the dense first ones
-        raw |= {
-            "first_k_dense_replace": config.num_hidden_layers + config.num_nextn_predict_layers,
-            "n_routed_experts": 1,
-            "num_experts_per_tok": 1,
-        }
+    if not config.n_routed_experts:
+        # the format has no dense models: every layer is among the dense first ones
+        every = config.num_hidden_layers + config.num_nextn_predict_layers
+        raw |= {"first_k_dense_replace": every, "n_routed_experts": 1, "num_experts_per_tok": 1}
         raw |= {"moe_intermediate_size": config.intermediate_size, "n_shared_experts": 1}
     return raw
 
