@@ -16,6 +16,7 @@ def twin(model: Transformer, **settings: Any) -> Any:
     import transformers  # here, so that finback's processes need not load it
 
     c = dataclasses.replace(model.config, num_nextn_predict_layers=0)
+    assert c.attention == "mla" and c.rope_scaling is None, "the benchmarks' models are plain MLA"
     config = transformers.DeepseekV3Config.from_dict(raw_config(c, "float32") | settings)
     other = transformers.DeepseekV3ForCausalLM(config)
     state: dict[str, Tensor] = {}

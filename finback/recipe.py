@@ -115,9 +115,8 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
         raise UserError(
             "recipe", str(path), "does not define `recipe`, a list of stages", "See recipes/tiny.py."
         )
-    return Recipe(
-        path.stem, _overridden(stages, settings)
-    )  # checked as changed: --set may name another start
+    # checked as changed: --set may name another start
+    return Recipe(path.stem, overridden(stages, settings))
 
 
 def _mistake(path: Path, error: Exception) -> UserError:
@@ -144,12 +143,8 @@ def _fields_of(name: str) -> list[str]:
     return [f.name for cls in found for f in dataclasses.fields(cls)]
 
 
-def with_overrides(recipe: Recipe, settings: Sequence[str]) -> Recipe:
-    """Apply `stage.field=value` texts, as --set gives them."""
-    return Recipe(recipe.name, _overridden(recipe.stages, settings))
-
-
-def _overridden(given: Sequence[Stage], settings: Sequence[str]) -> tuple[Stage, ...]:
+def overridden(given: Sequence[Stage], settings: Sequence[str]) -> tuple[Stage, ...]:
+    """Stages with `stage.field=value` texts applied, as --set gives them."""
     stages = list(given)
     where = {stage.name: index for index, stage in enumerate(stages)}
     for setting in settings:

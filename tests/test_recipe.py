@@ -14,7 +14,7 @@ from finback import cli
 from finback.config import UserError, as_json
 from finback.model.config import Yarn
 from finback.parallel.mesh import World
-from finback.recipe import Recipe, Stage, claim, cost, execute, load, summary, with_overrides
+from finback.recipe import Recipe, Stage, claim, cost, execute, load, overridden, summary
 from finback.run import Interrupted, StageRun, prepare_folder, read_json, read_lines, spent, write_json
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.prepare import TaskText
@@ -194,13 +194,15 @@ def test_a_stage_name_must_be_a_folder_name(name: str) -> None:
 
 def test_settings_change_knobs() -> None:
     plan = recipe(Note(name="a"), Note(name="b", start="a"))
-    changed = with_overrides(plan, ["b.steps=2e1", "a.words=x,y", "b.stop=true", "b.steps=30"])
+    changed = Recipe(
+        plan.name, overridden(plan.stages, ["b.steps=2e1", "a.words=x,y", "b.stop=true", "b.steps=30"])
+    )
     assert changed.stages == (
         Note(name="a", words=("x", "y")),
         Note(name="b", start="a", steps=30, stop=True),
     )
     assert plan.stages[1] == Note(name="b", start="a")
-    base = with_overrides(load(TINY_RECIPE), ["base.model.hidden_size=64", "zero.reward.form=0"]).stages
+    base = load(TINY_RECIPE, ["base.model.hidden_size=64", "zero.reward.form=0"]).stages
     assert base[1].model.hidden_size == 64 and base[3].reward.form == 0  # type: ignore[attr-defined]
 
 
@@ -228,7 +230,7 @@ def test_settings_change_knobs() -> None:
 )  # fmt: skip
 def test_mistakes_in_settings_are_named(setting: str, message: str) -> None:
     with refusal(message):
-        with_overrides(load(TINY_RECIPE), [setting])
+        load(TINY_RECIPE, [setting])
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_mistakes_in_settings_are_named(setting: str, message: str) -> None:
 def test_numbers_that_no_run_survives_are_refused_before_it_starts(setting: str) -> None:
     """Each of these divides by zero or has nothing to do, some of them minutes into the run."""
     with pytest.raises(UserError, match=rf"^\S*{setting.split('=')[0].split('.')[-1]} = 0: .+\. .+\.$"):
-        with_overrides(load(TINY_RECIPE), [setting])
+        load(TINY_RECIPE, [setting])
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,11 @@ def test_gguf_files_have_transformers_logits(family: str, data: st.DataObject, t
     assert audit.holds and audit.notes == ["GGUF, spread out from F32"]
 
 
-def test_quantised_gguf_and_what_it_refuses(tmp_path: Path) -> None:
+def unable(*_: object) -> None:
+    raise NotImplementedError
+
+
+def test_quantised_gguf_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, max_position_embeddings=64,
@@ -295,6 +299,12 @@ def test_quantised_gguf_and_what_it_refuses(tmp_path: Path) -> None:
     assert audit.notes == ["GGUF, spread out from F32, Q8_0"]
     gap = (ours.embed - theirs.model.embed_tokens.weight).abs().max()
     assert 0 < gap <= theirs.model.embed_tokens.weight.abs().max() / 200
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="Q8_0, which the gguf library does not"),
+    ):
+        patch.setattr(gguf.quants, "dequantize", unable)
+        load(tmp_path / "q.gguf")
     whole = (tmp_path / "q.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.gguf").write_text("hello")

@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finback.checkpoint import hf, names
 from finback.checkpoint.audit import shapes
+from finback.checkpoint.load import part, scale_name
 from finback.checkpoint.shards import BESIDE, INDEX, SCALE, SINGLE
 from finback.checkpoint.store import as_os_error
 from finback.config import UserError
@@ -49,18 +50,18 @@ def export(
         raise UserError(
             "folder", str(folder), f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Use another disk."
         )  # fmt: skip
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        _write_weights(model, part, fmt, shard_bytes)
-        (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        _write_weights(model, unfinished, fmt, shard_bytes)
+        (unfinished / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         if extras:
-            extras(part)
-        part.chmod(0o755)  # mkdtemp's own is for its owner alone
+            extras(unfinished)
+        unfinished.chmod(0o755)  # mkdtemp's own is for its owner alone
         if folder.exists():
             folder.rmdir()
-        part.rename(folder)
+        unfinished.rename(folder)
     except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, SafetensorError):
             raise as_os_error(error, folder) from None
         raise
@@ -85,14 +86,14 @@ def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and tensors, one at a time, FP8 factors before their tensors and MTP's copies at the end."""
     config, state = model.config, model.state_dict()
     for ours, theirs in names.table(config).items():
-        pieces = _pieces(state[ours], len(theirs))
-        factors: Sequence[Tensor | None] = [None] * len(theirs)
-        if ours + "_scale" in state:
-            factors = _pieces(state[ours + "_scale"], len(theirs))
-        for name, piece, scale in zip(theirs, pieces, factors, strict=True):
-            if scale is None:
+        factors = state.get(scale_name(ours))
+        for index, name in enumerate(theirs):
+            piece = part(state[ours], index, len(theirs))
+            if factors is None:
                 yield from _cast(name, piece, fmt)
-            elif fmt == "fp8":  # kept in FP8: the same values go out again
+                continue
+            scale = part(factors, index, len(theirs))
+            if fmt == "fp8":  # kept in FP8: the same values go out again
                 yield name + SCALE, scale.contiguous()
                 yield name, piece.contiguous()
             else:
@@ -100,11 +101,6 @@ def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
     for copy, original in _copies(config).items():
         tensor = state["embed" if original == "model.embed_tokens.weight" else "head.weight"]
         yield from _cast(copy, tensor.clone(), fmt)  # safetensors refuses two names for one memory
-
-
-def _pieces(whole: Tensor, parts: int) -> Sequence[Tensor]:
-    """A tensor in equal parts by rows; experts' matrices count as stacked rows."""
-    return (whole.flatten(0, -2) if whole.ndim > 2 else whole).chunk(parts)
 
 
 def _copies(config: ModelConfig) -> dict[str, str]:

@@ -105,12 +105,12 @@ def fill(model: Transformer, shards: Weights) -> None:
 def _copy(state: dict[str, Tensor], target: tuple[str, int, int], name: str, weights: Weights) -> None:
     """Put a stored tensor into its part of ours; FP8 is spread out a few rows at a time unless ours is FP8 too."""
     ours, index, parts = target
-    into, scale = _part(state[ours], index, parts), weights.scale(name)
+    into, scale = part(state[ours], index, parts), weights.scale(name)
     if scale is None:
         weights.read_into(name, into)
     elif into.dtype == torch.float8_e4m3fn:
         weights.read_into(name, into)
-        _part(state[_scale_name(ours)], index, parts).copy_(scale)
+        part(state[scale_name(ours)], index, parts).copy_(scale)
     else:
         source = weights.read(name)
         for start in range(0, len(source), SLICE):
@@ -119,14 +119,15 @@ def _copy(state: dict[str, Tensor], target: tuple[str, int, int], name: str, wei
             fp8.dequantise(source[rows], factors, into.dtype, out=into[rows])
 
 
-def _part(whole: Tensor, index: int, parts: int) -> Tensor:
+def part(whole: Tensor, index: int, parts: int) -> Tensor:
     """The view of equal part `index` of a tensor's rows; experts' matrices count as stacked rows."""
     flat = whole.flatten(0, -2) if whole.ndim > 2 else whole
     height = len(flat) // parts
     return flat[index * height : (index + 1) * height]
 
 
-def _scale_name(ours: str) -> str:
+def scale_name(ours: str) -> str:
+    """Our name of the factors of an FP8 tensor."""
     return ours + "_scale"  # Linear's `weight` has weight_scale, MoE's `down` has down_scale
 
 

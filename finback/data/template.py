@@ -49,7 +49,7 @@ class Template:
     """A chat template; `specials` are bos_token and the like, which templates write out."""
 
     def __init__(self, source: str, specials: Mapping[str, str]) -> None:
-        self.source, self.specials = source, dict(specials)
+        self.specials = dict(specials)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )

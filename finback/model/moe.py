@@ -135,9 +135,8 @@ class MoE(nn.Module):
     def _routed(self, tokens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         if self.gate_up_scale is None or self.down_scale is None:
             return grouped.routed_experts(tokens, index, weight, self.gate_up, self.down)
-        met, index = index.unique(
-            return_inverse=True
-        )  # of FP8 experts only those that are asked are spread out
+        # of FP8 experts only those that are asked are spread out
+        met, index = index.unique(return_inverse=True)
         gate_up = fp8.dequantise(self.gate_up[met], self.gate_up_scale[met], tokens.dtype)
         down = fp8.dequantise(self.down[met], self.down_scale[met], tokens.dtype)
         return grouped.routed_experts(tokens, index, weight, gate_up, down)

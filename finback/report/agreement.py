@@ -11,6 +11,7 @@ from torch import Tensor
 
 from finback.checkpoint.hf import read_config
 from finback.checkpoint.load import is_fp8
+from finback.model.config import ModelConfig
 from finback.model.count import parameters
 from finback.model.transformer import Transformer
 
@@ -25,9 +26,8 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
         return None, "not compared: export it first, then verify the export", []
     if importlib.util.find_spec("transformers") is None:
         return None, "not compared: transformers is not installed", []
-    needed, free = 4 * parameters(model.config), psutil.virtual_memory().available
-    if needed > 0.8 * free:
-        return None, f"not compared: needs {needed / 1e9:.0f} GB more, {free / 1e9:.0f} GB are free", []
+    if short := shortage(model.config):
+        return None, f"not compared: {short}", []
     import transformers
 
     try:
@@ -56,6 +56,12 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
         return out.logits.float(), list(out.hidden_states)
 
     return compare(model, states, max_kl)
+
+
+def shortage(config: ModelConfig) -> str:
+    """Why a model cannot be built in fp32 beside what is in memory now; empty when it can."""
+    needed, free = 4 * parameters(config), psutil.virtual_memory().available
+    return f"needs {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free" if needed > 0.8 * free else ""
 
 
 def against_finback(model: Transformer, other: Transformer, max_kl: float) -> Finding:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.kernels import fp8
 from finback.model.count import parameters
-from finback.report.agreement import against_finback, against_transformers
+from finback.report.agreement import against_finback, against_transformers, shortage
 from finback.run import is_checkpoint
 
 SAMPLE = "In 2024, 3.14 × 2 = 6.28;\n\tdef f(x): return x**2  # naïve café 北京 🐋\r\n  <b>end</b>"
@@ -86,8 +85,8 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
     copies = _copies(audit, weights)
     checks += [copies, _tokenizer(path, config.vocab_size)]
     whole = audit.holds and copies.holds is not False
-    if whole and (short := _too_large(audit)):
-        checks += [_values(_stored(audit, weights)), Check("logits", None, short)]
+    if whole and (short := shortage(config)):
+        checks += [_values(_stored(audit, weights)), Check("logits", None, f"not compared: {short}")]
     elif whole:
         quantised = [spec.shape for spec in weights.specs.values() if spec.dtype == "F8_E4M3"]
         # transformers spreads FP8 out to bf16; so do we where the two are compared
@@ -174,13 +173,6 @@ def _copies(audit: Audit, weights: Weights) -> Check:
     copies = [n for n in audit.skipped if n in originals]
     different = [f"{name} differs from {source}" for name, source in differing_copies(weights, audit)]
     return Check("copies", not different if copies else None, f"{len(copies)} repeated tensors", different)
-
-
-def _too_large(audit: Audit) -> str:
-    """Why the model is not built for comparing logits; empty when it fits."""
-    needed, free = 4 * parameters(audit.config), psutil.virtual_memory().available
-    text = f"not compared: the model needs {needed / 1e9:.0f} GB in fp32, {free / 1e9:.0f} GB are free"
-    return text if needed > 0.8 * free else ""
 
 
 def _stored(audit: Audit, weights: Weights) -> Iterator[tuple[str, Tensor]]:
