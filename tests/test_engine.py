@@ -8,11 +8,17 @@ import transformers
 
 from finback.config import UserError
 from finback.engine.engine import Engine
-from finback.engine.sampler import narrow, sample, uniforms
-from finback.engine.sequence import Sampling
+from finback.engine.sampler import Knobs, narrow, sample
+from finback.engine.sequence import Sampling, uniforms
 from tests.toy import CONFIG, toy_model
 
 EOS = 7
+
+
+def knobs(sampling: Sampling, rows: int, vocab: int) -> Knobs:
+    return Knobs.of([sampling] * rows, vocab, torch.device("cpu"))
+
+
 PROMPTS = [[1, 20, 30], [1, 50, 60, 70, 80, 90], [1, 44], [1, 99, 98, 97, 96]]
 
 
@@ -75,7 +81,7 @@ def test_samples_follow_the_distribution() -> None:
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, float("-inf"), 1.5, -2.0])
     n = 40_000
     uniform = torch.from_numpy(uniforms(1, n))
-    tokens, logp = sample(scores.expand(n, -1), Sampling(0.7), uniform)
+    tokens, logp = sample(scores.expand(n, -1), knobs(Sampling(0.7), n, 8), uniform)
     p = (scores / 0.7).softmax(dim=0)
     counts = torch.bincount(tokens, minlength=8)
     assert counts[5] == 0
@@ -83,7 +89,7 @@ def test_samples_follow_the_distribution() -> None:
     chi2 = ((counts[keep] - n * p[keep]) ** 2 / (n * p[keep])).sum()
     assert chi2 < 22.46
     assert torch.allclose(logp, p.log()[tokens])
-    edge, _ = sample(scores[None], Sampling(1.0), torch.tensor([math.nextafter(1.0, 0.0)]))
+    edge, _ = sample(scores[None], knobs(Sampling(1.0), 1, 8), torch.tensor([math.nextafter(1.0, 0.0)]))
     assert edge.item() != 5
 
 
@@ -97,9 +103,11 @@ def test_narrowing_is_that_of_transformers(k: int, p: float, m: float, temperatu
     for name, value, off in (("TopK", k, 0), ("TopP", p, 1.0), ("MinP", m, 0.0)):
         if value != off:
             warped = getattr(transformers, f"{name}LogitsWarper")(value)(None, warped)
-    ours = narrow((scores / temperature).softmax(-1), Sampling(temperature, 8, k, p, m))
+    ours = narrow((scores / temperature).softmax(-1), knobs(Sampling(temperature, 8, k, p, m), 50, 40))
     torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), warped.softmax(-1))
-    tokens, logp = sample(scores, Sampling(temperature, 8, k, p, m), torch.from_numpy(uniforms(3, 50)))
+    tokens, logp = sample(
+        scores, knobs(Sampling(temperature, 8, k, p, m), 50, 40), torch.from_numpy(uniforms(3, 50))
+    )
     assert (warped.gather(1, tokens[:, None]) > -torch.inf).all()
     whole = (scores / temperature).log_softmax(-1)
     torch.testing.assert_close(logp, whole.gather(1, tokens[:, None]).squeeze(1))  # of the whole distribution

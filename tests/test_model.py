@@ -11,9 +11,10 @@ from torch import Tensor
 from finback.checkpoint.hf import raw_config
 from finback.checkpoint.names import table
 from finback.config import UserError
-from finback.kernels import attention, grouped, norm, reference
-from finback.model.cache import Cache
+from finback.kernels import attention, grouped, native, norm, paged, reference
+from finback.model.cache import PAGE, Cache, Pool
 from finback.model.config import TINY, V2_LITE, V3, ModelConfig, Yarn
+from finback.model.latent import LatentAttention
 from finback.model.rope import softmax_scale
 from finback.model.transformer import Transformer
 
@@ -95,51 +96,90 @@ def test_logits_equal_transformers(config: ModelConfig, seed: int) -> None:
     assert (ours - theirs).abs().max() <= 1e-4
 
 
+def pool_for(config: ModelConfig, rows: int, tokens: int) -> tuple[Pool, torch.Tensor]:
+    """A pool and a page table in which the pages of every row lie scattered."""
+    each = -(-tokens // PAGE)
+    order = torch.randperm(rows * each, generator=torch.Generator().manual_seed(3)) + 1
+    return Pool(config, rows * each + 1, torch.float32, torch.device("cpu")), order.view(rows, each)
+
+
+@pytest.mark.parametrize("native_kernels", [True, False])
 @pytest.mark.parametrize("config", [*PARITY, DENSE])
-def test_cached_decoding_equals_the_whole(config: ModelConfig) -> None:
-    """Expanded form over everything = prompt of unequal lengths, then one token at a time in absorbed form."""
+def test_cached_decoding_equals_the_whole(
+    config: ModelConfig, native_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expanded form over everything = prompts of unequal lengths, then one or two tokens at a time in absorbed form."""
+    if not native_kernels:
+        monkeypatch.setattr(native, "library", lambda: None)
     model = random_model(config)
-    tokens = torch.randint(0, config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(5))
-    prompt = torch.tensor([5, 3, 4])
+    tokens = torch.randint(0, config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(5))
+    lengths, rows = [25, 3, 14], torch.arange(3)
+    pool, table = pool_for(config, 3, 40)
     with torch.no_grad():
         whole = model.logits(model(tokens))
-        cache = Cache(config, 3, 12, torch.float32, torch.device("cpu"))
-        hidden = model(tokens[:, :5], cache)
-        cache.advance(prompt, 5)
-        last = model.logits(hidden[torch.arange(3), prompt - 1])
-        assert (last - whole[torch.arange(3), prompt - 1]).abs().max() <= 1e-4
-        for step in range(7):
-            position = prompt + step
-            hidden = model(tokens[torch.arange(3), position][:, None], cache)
-            cache.advance(1, 5 + step + 1)
-            assert (model.logits(hidden[:, 0]) - whole[torch.arange(3), position]).abs().max() <= 1e-4
-            if step == 3:  # a sequence leaves, the others go on
-                cache.keep(torch.tensor([0, 2]), 5 + step + 1)
-                tokens, whole, prompt = tokens[[0, 2]], whole[[0, 2]], prompt[[0, 2]]
-                break
-        position = prompt + 4
-        hidden = model(tokens[torch.arange(2), position][:, None], cache)
-        assert (model.logits(hidden[:, 0]) - whole[torch.arange(2), position]).abs().max() <= 1e-4
+        hidden = model(tokens[:, :25], Cache(pool, table, [0, 0, 0], 25, lengths))
+        last = torch.tensor(lengths) - 1
+        assert (model.logits(hidden[rows, last]) - whole[rows, last]).abs().max() <= 1e-4
+        for new in (1, 1, 2, 1, 2, 1):
+            at = torch.tensor(lengths)[:, None] + torch.arange(new)
+            hidden = model(tokens[rows[:, None], at], Cache(pool, table, lengths, new))
+            assert (model.logits(hidden) - whole[rows[:, None], at]).abs().max() <= 1e-4
+            lengths = [n + new for n in lengths]
+        left = torch.tensor([0, 2])  # a sequence leaves, the others go on
+        at = torch.tensor(lengths)[left]
+        hidden = model(tokens[left, at][:, None], Cache(pool, table[left], at.tolist(), 1))
+        assert (model.logits(hidden[:, 0]) - whole[left, at]).abs().max() <= 1e-4
 
 
-def test_chunked_prefill_equals_the_whole() -> None:
-    model = random_model(TOY)
-    tokens = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(6))
-    cache = Cache(TOY, 2, 12, torch.float32, torch.device("cpu"))
+@pytest.mark.parametrize("config", [TOY, DENSE, dataclasses.replace(TOY, kv_lora_rank=8)])
+@pytest.mark.parametrize("piece", [4, 15, 20])
+def test_chunked_prefill_equals_the_whole(config: ModelConfig, piece: int) -> None:
+    model = random_model(config)
+    tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(6))
+    pool, table = pool_for(config, 2, 60)
     with torch.no_grad():
-        whole, pieces = model(tokens), []
-        for start in (0, 4, 8):
-            pieces.append(model(tokens[:, start : start + 4], cache))
-            cache.advance(4, start + 4)
+        whole = model(tokens)
+        pieces = [
+            model(tokens[:, at : at + piece], Cache(pool, table, [at, at], piece))
+            for at in range(0, 60, piece)
+        ]
     assert (torch.cat(pieces, dim=1) - whole).abs().max() <= 1e-4
 
 
+def test_the_short_form_of_attention_is_taken_where_it_saves_products() -> None:
+    """170 new tokens for V3: beyond, expanding the stored latents first costs less."""
+    attention = LatentAttention(dataclasses.replace(V3, hidden_size=8, q_lora_rank=8, num_attention_heads=1))
+    assert attention.longest_absorbed == 170
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("new", [1, 3])
+def test_paged_attention_equals_its_plain_form(dtype: torch.dtype, groups: int, new: int) -> None:
+    if native.library() is None:
+        pytest.skip("no C++ compiler on this machine: the plain form is what runs")
+    generator = torch.Generator().manual_seed(new + 10 * groups)
+    rows, heads, key, value = 5, 6, 80, 24
+    entries = torch.randn(40 * PAGE, 200, generator=generator).to(dtype)
+    query = torch.randn(rows, new, heads, key, generator=generator)
+    table = torch.randint(0, 40, (rows, 6), generator=generator)
+    lengths = torch.tensor([0, 1, 15, 40, 6 * PAGE - new])
+    for starts in (None, torch.tensor([0, 0, 3, 33, 17])):
+        arguments = (query, entries, table, lengths, starts, PAGE, groups, value, 0 if groups == 1 else 152)
+        fast = paged.paged_attention(*arguments, scale=0.3)
+        plain = reference.paged_attention(*arguments, scale=0.3)
+        assert (fast - plain).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-5)
+
+
 def test_cache_holds_latents_only() -> None:
-    """576 elements per layer for V3: 70,272 bytes per token in bf16 (spec 1.2)."""
+    """576 elements per layer for V3: 70,272 bytes per token in bf16 (spec 1.2), measured at one head's cost."""
     assert V3.cache_elements == 576
-    assert V3.cache_elements * V3.num_hidden_layers * 2 == 70_272
-    cache = Cache(TINY, 2, 8, torch.float32, torch.device("cpu"))
-    assert cache.bytes_per_token == 4 * (64 + 16) * 4
+    narrow = dataclasses.replace(V3, vocab_size=8, hidden_size=8)
+    pool = Pool(narrow, 4, torch.bfloat16, torch.device("cpu"))
+    assert pool.data.untyped_storage().nbytes() == pool.bytes_per_token * 4 * PAGE
+    assert pool.bytes_per_token == 70_272
+    assert Pool(TINY, 3, torch.float32, torch.device("cpu")).bytes_per_token == 4 * (64 + 16) * 4
+    assert Pool(TINY, 3, torch.float32, torch.device("cpu"), drafts=True).bytes_per_token == 5 * (64 + 16) * 4
 
 
 def test_yarn_softmax_scale_of_v3() -> None:

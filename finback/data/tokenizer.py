@@ -110,6 +110,10 @@ class Tokenizer:
                 text = json.dumps(content, indent=2, ensure_ascii=False)
                 (folder / name).write_text(text + "\n", encoding="utf-8")
 
+    def as_json(self) -> str:
+        """The text of tokenizer.json."""
+        return self._full.to_str()
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text."""
         return self._bare.encode(text, add_special_tokens=False).ids

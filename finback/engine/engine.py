@@ -1,114 +1,214 @@
-"""Generation in batches, on the model that is being trained: the engine holds a reference, never a copy.
+"""Generation in one continuous batch, on the model that is being trained or served: a reference, never a copy.
 
-Prompts are read in expanded form, then one token per step in absorbed form on the latent cache. Finished rows leave
-the batch, so a step costs about what is still alive.
+A step reads some of the newcomers' prompts in pieces, then one more token for everybody else. Prompts are read in
+expanded form, single tokens in absorbed form on the paged latent cache. A sequence comes out the same alone and in any
+company, read at once or in pieces, with a prefix found in the cache, preempted, and with or without drafts.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as List
 
-import numpy as np
+import psutil
 import torch
-from torch import Tensor
 
 from finback.config import UserError
-from finback.engine.sampler import sample, uniforms
-from finback.engine.sequence import Completion, Sampling
-from finback.model.cache import Cache
+from finback.data.tokenizer import Tokenizer
+from finback.engine.choose import Chooser
+from finback.engine.constrain import Grammars
+from finback.engine.pages import Pages
+from finback.engine.runner import Runner
+from finback.engine.scheduler import Scheduler
+from finback.engine.sequence import Completion, Sampling, Sequence
+from finback.engine.speculate import Speculation
+from finback.engine.text import Text
+from finback.model.cache import PAGE, Pool
 from finback.model.transformer import Transformer
-
-LEAN = 0.9  # rows leave when this share or less is alive: leaving copies the cache, staying costs a dead row's step
 
 
 class Engine:
-    """Generates from a Transformer; any of the ids in `stops` ends a sequence, `rows` bounds how many run at once."""
+    """Generates from a Transformer; any of the ids in `stops` ends a sequence, `rows` bounds how many run at once.
 
-    def __init__(self, model: Transformer, stops: Sequence[int], rows: int = 256) -> None:
-        self.model, self.stops, self.rows = model, tuple(stops), rows
+    `tokens` is the capacity of the cache; None lets `generate` size it by what it is asked, up to half of the free
+    memory. `chunk` is how many prompt tokens a step reads at most. `reuse` lets prompts share what they begin with;
+    `speculate` drafts with the MTP module. With a tokenizer, sequences carry their text, stop texts and schemas work, and
+    the chain of thought is counted.
+    """
 
-    @torch.inference_mode()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
-    ) -> list[Completion]:
-        """One completion per prompt, in order. Sequence i uses random numbers of seeds[i] alone."""
-        assert len(prompts) == len(seeds), "one seed per prompt"
-        was_training = self.model.training
-        self.model.eval()
-        # Similar lengths together: padding costs as much as tokens do.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        done: dict[int, Completion] = {}
-        for start in range(0, len(order), self.rows):
-            wave = order[start : start + self.rows]
-            results = self._wave([prompts[i] for i in wave], sampling, [seeds[i] for i in wave])
-            done.update(zip(wave, results, strict=True))
-        self.model.train(was_training)
-        return [done[i] for i in range(len(prompts))]
+    def __init__(
+        self, model: Transformer, stops: List[int], rows: int = 256, *, tokenizer: Tokenizer | None = None,
+        tokens: int | None = None, chunk: int = 8192, reuse: bool = False, speculate: bool = False,
+        patience: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.stops, self.rows, self.tokenizer = model, frozenset(stops), rows, tokenizer
+        self.chunk, self.reuse = chunk, reuse
+        self.speculation = Speculation() if speculate and len(model.mtp) else None
+        self.grammars = Grammars(tokenizer, model.config.vocab_size) if tokenizer else None
+        self.chooser = Chooser(stops, tokenizer)
+        # serving wants newcomers in at once, a large batch of prompts wants them read together
+        self._patience = patience or (max(1, rows // 8) if tokens is None else 1)
+        self._weights = self._version()
+        self._growing = tokens is None
+        self._set_up(tokens or 0)
 
-    def _wave(self, prompts: list[Sequence[int]], sampling: Sampling, seeds: list[int]) -> list[Completion]:
-        cache, scores = self._prefill(prompts, sampling.max_tokens)
-        device, n = scores.device, len(prompts)
-        random = torch.from_numpy(np.stack([uniforms(seed, sampling.max_tokens) for seed in seeds])).to(
-            device
-        )
-        # Every row writes into its own line; finished rows simply stop writing.
-        tokens = torch.full((n, sampling.max_tokens), -1, dtype=torch.long, device=device)
-        logprobs = torch.zeros(n, sampling.max_tokens, device=device)
-        rows = torch.arange(n, device=device)  # the sequence that each row of the cache belongs to
-        running = torch.ones(n, dtype=torch.bool, device=device)
-        stops = torch.tensor(self.stops, dtype=torch.long, device=device)
-        for step in range(sampling.max_tokens):
-            chosen, logp = sample(scores, sampling, random[rows, step])
-            tokens[rows, step], logprobs[rows, step] = torch.where(running, chosen, -1), logp
-            running = running & ~torch.isin(chosen, stops)
-            left = int(running.sum())
-            if left == 0 or step == sampling.max_tokens - 1:
-                break
-            if left <= LEAN * len(rows):
-                kept = running.nonzero().squeeze(1)
-                rows, chosen, running = rows[kept], chosen[kept], running[kept]
-                cache.keep(kept, cache.longest)
-            hidden = self.model(chosen[:, None], cache)
-            cache.advance(1, cache.longest + 1)
-            scores = self.model.logits(hidden[:, 0])
-        return _completions(tokens, logprobs, self.stops)
+    def _set_up(self, tokens: int) -> None:
+        """Make a pool for this many tokens; nothing may be running."""
+        model, device = self.model, self.model.embed.device
+        self.pages = Pages(-(-tokens // PAGE), PAGE)
+        drafts = self.speculation is not None
+        pool = Pool(model.config, self.pages.count + 1, model.compute, device, drafts=drafts)
+        longest = min(model.config.max_position_embeddings, self.pages.count * PAGE) + PAGE
+        self.scheduler = Scheduler(self.pages, self.rows, longest, self.reuse, self._patience)
+        self.runner = Runner(model, self.scheduler, pool, self.chooser, self.chunk, self.speculation)
 
-    def _prefill(self, prompts: list[Sequence[int]], more: int) -> tuple[Cache, Tensor]:
-        """Read prompts (padded on the right) into a fresh cache; scores for each one's next token."""
-        lengths = [len(prompt) for prompt in prompts]
-        longest, config = max(lengths), self.model.config
-        if longest + more > config.max_position_embeddings:
+    # ---- one sequence at a time ------------------------------------------------------------------------------------
+
+    def submit(
+        self, prompt: List[int], sampling: Sampling, seed: int, *, salt: bytes = b"", leader: Sequence | None = None,
+        thinking: bool = False,
+    ) -> Sequence:  # fmt: skip
+        """Queue a prompt; `step` makes its tokens. UserError when it could never be served.
+
+        `salt` (64 bytes at most) keeps its cached pages from sequences with another one; it waits until `leader` has
+        read its prompt, so that both read it once; `thinking` says that the prompt has opened the chain of thought.
+        """
+        window = self.model.config.max_position_embeddings
+        if not prompt:
+            raise UserError("prompt", "", "empty", "Give at least one token.")
+        if len(prompt) + sampling.max_tokens > window:
             raise UserError(
-                "max_tokens", more, f"the prompt has {longest} tokens and the model reads {config.max_position_embeddings}",
+                "max_tokens", sampling.max_tokens, f"the prompt has {len(prompt)} tokens and the model reads {window}",
                 "Shorten the prompt or ask for fewer tokens.",
             )  # fmt: skip
-        device = self.model.embed.device
-        padded = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = torch.tensor(prompt)
-        cache = Cache(config, len(prompts), longest + more, self.model.compute, device)
-        hidden = self.model(padded.to(device), cache)
-        counts = torch.tensor(lengths, device=device)
-        cache.advance(counts, longest)
-        last = hidden[torch.arange(len(prompts), device=device), counts - 1]
-        return cache, self.model.logits(last)
+        if len(prompt) + sampling.max_tokens > self.pages.count * PAGE:
+            raise UserError(
+                "max_tokens", sampling.max_tokens,
+                f"with a prompt of {len(prompt)} more than the cache of {self.pages.count * PAGE} tokens holds",
+                "Shorten the prompt, ask for fewer tokens, or give the engine a larger cache.",
+            )  # fmt: skip
+        self._check_ids(prompt, "prompt")
+        self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
+        if self.grammars is None and (sampling.stop or sampling.schema is not None):
+            raise UserError("sampling", "stop or schema", "needs text", "Give the engine a tokenizer.")
+        sequence = Sequence(list(prompt), sampling, seed, salt, leader, thinking=thinking)
+        if self.tokenizer is not None and self.grammars is not None:
+            sequence.text = Text(self.tokenizer, sampling.stop)
+            if sampling.schema is not None:
+                sequence.constraint = self.grammars.constraint(sampling.schema)
+        self.chooser.mind_the_budget(sequence)
+        self.scheduler.waiting.append(sequence)
+        return sequence
+
+    def _check_ids(self, ids: Iterable[int], field: str) -> None:
+        vocab = self.model.config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab:
+                raise UserError(field, token, f"not a token id in 0..{vocab - 1}", "Use this model's ids.")
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence; its pages are free at once. Nothing happens to one that has finished."""
+        if sequence.finish is None:
+            self.scheduler.finish(sequence, "cancelled")
+            if sequence.text is not None:
+                sequence.text.end()
+
+    def close_thinking(self, sequence: Sequence) -> None:
+        """Have a sequence close its chain of thought with the next token, if it is in one."""
+        self.chooser.close_thinking(sequence)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have not entered the batch."""
+        return len(self.scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        return len(self.scheduler.running)
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
 
     @torch.inference_mode()
-    def stream(self, prompt: Sequence[int], sampling: Sampling, seed: int) -> Iterator[int]:
+    def step(self) -> list[Sequence]:
+        """Read some prompt tokens and make one more token for everybody else; the sequences with something new."""
+        if not self.busy:
+            return []
+        self.scheduler.admit()
+        now = time.perf_counter()
+        for sequence in self.scheduler.running:
+            sequence.started = sequence.started or now
+        changed = self.runner.read_prompts()
+        fresh = set(changed)
+        rows = [s for s in self.scheduler.running if not s.reads and s not in fresh]
+        # a page may be missing; whoever steps back for it is not in `running` any more
+        rows = [s for s in rows if s.slot >= 0 and self.scheduler.make_room(s, min(s.length + 1, s.end))]
+        rows = [s for s in rows if s.slot >= 0]
+        if rows:
+            self.runner.decode(rows)
+        return changed + rows
+
+    # ---- many at once ----------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: List[List[int]], sampling: Sampling, seeds: List[int]) -> list[Completion]:
+        """One completion per prompt, in order. Sequence i uses random numbers of seeds[i] alone."""
+        assert len(prompts) == len(seeds), "one seed per prompt"
+        if not prompts:
+            return []
+        was_training = self.model.training
+        self.model.eval()
+        self._prepare([len(prompt) + sampling.max_tokens for prompt in prompts])
+        # similar lengths together: padding costs as much as tokens do
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        sequences: dict[int, Sequence] = {}
+        try:
+            for i in order:
+                sequences[i] = self.submit(prompts[i], sampling, seeds[i])
+            while self.busy:
+                self.step()
+        finally:  # interrupted: nothing of it may be left in the batch
+            for sequence in sequences.values():
+                self.cancel(sequence)
+            self.model.train(was_training)
+        return [sequences[i].completion() for i in range(len(prompts))]
+
+    def stream(self, prompt: List[int], sampling: Sampling, seed: int) -> Iterator[int]:
         """Token ids of one completion as they are made, without the one that ends it."""
         self.model.eval()
-        cache, scores = self._prefill([prompt], sampling.max_tokens)
-        random = torch.from_numpy(uniforms(seed, sampling.max_tokens)).to(scores.device)
-        for step in range(sampling.max_tokens):
-            chosen, _ = sample(scores, sampling, random[step : step + 1])
-            if int(chosen.item()) in self.stops:
-                return
-            yield int(chosen.item())
-            if step < sampling.max_tokens - 1:
-                hidden = self.model(chosen[:, None], cache)
-                cache.advance(1, cache.longest + 1)
-                scores = self.model.logits(hidden[:, 0])
+        self._prepare([len(prompt) + sampling.max_tokens])
+        sequence = self.submit(prompt, sampling, seed)
+        said = 0
+        try:
+            while sequence.finish is None:
+                self.step()
+                made = sequence.tokens[said:]
+                said += len(made)
+                yield from (token for token in made if token not in self.stops)
+        finally:
+            self.cancel(sequence)
 
+    def _prepare(self, lengths: list[int]) -> None:
+        """Make sure of a pool for the longest `rows` of these lengths, and that no page is older than the weights."""
+        version = self._version()
+        if self._weights != version:
+            self.pages.forget()
+        self._weights = version
+        if self._growing and not self.busy:
+            wanted = sum(-(-(n + 1) // PAGE) + 1 for n in sorted(lengths)[-self.rows :]) * PAGE
+            if wanted > self.pages.count * PAGE:
+                self._set_up(max(min(wanted, self._affordable()), max(lengths) + PAGE))
 
-def _completions(tokens: Tensor, logprobs: Tensor, stops: Sequence[int]) -> list[Completion]:
-    lengths = (tokens >= 0).sum(dim=1).tolist()
-    rows = zip(tokens.tolist(), logprobs.tolist(), lengths, strict=True)
-    return [Completion(t[:n], p[:n], "stop" if t[n - 1] in stops else "length") for t, p, n in rows]
+    def _affordable(self) -> int:
+        """Tokens that half of the free memory could hold."""
+        config, device = self.model.config, self.model.embed.device
+        each = config.num_hidden_layers * config.cache_elements * self.model.compute.itemsize
+        free = (
+            torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        )
+        return int(free / 2 / each)
+
+    def _version(self) -> int:
+        """Changes whenever a weight does."""
+        return sum(parameter._version for parameter in self.model.parameters())

@@ -12,8 +12,8 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """gain ⊙ x / sqrt(mean(x²) + eps) over the last dimension, in fp32 inside; x (..., d), gain (d,)."""
-    if not torch.is_grad_enabled() and x.dtype == torch.float32:  # decoding: few rows, nothing to record
-        return F.rms_norm(x, gain.shape, gain.float(), eps)
+    if not torch.is_grad_enabled():  # decoding: few rows, nothing to record
+        return F.rms_norm(x, gain.shape, gain.to(x.dtype), eps)
     return _RMSNorm.apply(x, gain, eps)
 
 

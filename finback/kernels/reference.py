@@ -31,3 +31,33 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """gain ⊙ x / sqrt(mean(x²) + eps) over the last dimension; statistics in fp32."""
     wide = x.float()
     return (wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * gain.float()).to(x.dtype)
+
+
+def paged_attention(
+    query: Tensor, entries: Tensor, table: Tensor, lengths: Tensor, starts: Tensor | None, size: int,
+    groups: int, value_dim: int, value_at: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Attention of the newest tokens of each row over all that its pages hold -> (rows, new, heads, value_dim).
+
+    query (rows, new, heads, key_dim); entries (slots, elements), page p being slots p·size … p·size + size - 1; table
+    (rows, pages); lengths (rows,) counts the entries before the first new one, whose own are stored already; what lies
+    before starts (rows,) is not seen. The heads fall into `groups`; group g has its key at g·key_dim of an entry and its
+    value at value_at + g·value_dim.
+    """
+    new, heads, key_dim = query.shape[1:]
+    stored = gather_pages(entries, table, size).to(query.dtype)
+    slot = torch.arange(stored.size(1), device=query.device)
+    seen = slot <= lengths[:, None, None] + torch.arange(new, device=query.device)[:, None]
+    if starts is not None:
+        seen = seen & (slot >= starts[:, None, None])
+    keys = stored[:, :, : groups * key_dim].unflatten(2, (groups, key_dim))
+    values = stored[:, :, value_at : value_at + groups * value_dim].unflatten(2, (groups, value_dim))
+    grouped = query.unflatten(2, (groups, heads // groups))
+    scores = torch.einsum("btghk,bsgk->bghts", grouped, keys).float() * scale
+    weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(dim=-1).to(query.dtype)
+    return torch.einsum("bghts,bsgv->btghv", weights, values).flatten(2, 3)
+
+
+def gather_pages(entries: Tensor, table: Tensor, size: int) -> Tensor:
+    """The rows' entries in order, (rows, pages · size, elements), from entries (slots, elements) and table (rows, pages)."""
+    return entries.unflatten(0, (-1, size))[table].flatten(1, 2)

@@ -1,84 +1,99 @@
-"""What decoding keeps of past tokens, as plain storage that attention layers read and extend.
+"""What decoding keeps of past tokens: pages of a pool, and what one forward pass sees of them.
 
-One row per sequence, one slot per position. Rows have their own lengths: a row of length n sees slots 0..n.
+A page holds the entries of `size` consecutive tokens, for every layer at the same place. Which pages belong to which
+sequence is the engine's business; here they are storage that attention layers read and extend.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from finback.kernels import reference
+from finback.kernels.paged import paged_attention
 from finback.model.config import ModelConfig
 
+PAGE = 16  # tokens; what sequences share is shared in such units
 
-class Cache:
-    """Storage for all layers: (layers, rows, slots, elements); see ModelConfig.cache_elements for the last.
 
-    `lengths` (rows,) says how many tokens each row holds. A forward pass appends to every row, after which
-    `advance` moves the lengths on. Prompts of unequal length are padded on the right: their `advance` counts
-    only real tokens, so padding slots are overwritten by the next token and never seen.
+class Pool:
+    """Storage for all layers, (layers, pages · size, elements); see ModelConfig.cache_elements for the last.
+
+    Page 0 is nobody's: the entries of padding go there. `drafts` adds a layer for the first MTP module.
     """
 
     def __init__(
-        self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        layers = config.num_hidden_layers
-        self.data = torch.zeros(layers, rows, slots, config.cache_elements, dtype=dtype, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.longest = 0  # a Python number, so that no step waits for the device
-        self.new = 0
-
-    def begin(self, new: int) -> None:
-        """Announce a forward pass of `new` tokens per row."""
-        assert self.longest + new <= self.data.size(2), (
-            f"cache of {self.data.size(2)} slots cannot hold {new} more"
-        )
-        self.new = new
-        slots = torch.arange(self.longest + new, device=self.lengths.device)
-        queries = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
-        self.positions = queries  # (rows, new)
-        self.visible = slots <= queries[:, :, None]  # (rows, new, slots in use)
-
-    def layer(self, index: int) -> "LayerCache":
-        """The view of one layer for the forward pass announced by `begin`."""
-        return LayerCache(self, index)
-
-    def advance(self, counts: Tensor | int, longest: int) -> None:
-        """Add real tokens per row after a forward pass; `longest` is the new maximum of lengths."""
-        self.lengths = self.lengths + counts
-        self.longest = longest
-
-    def keep(self, rows: Tensor, longest: int) -> None:
-        """Keep only these rows, in this order: finished sequences leave, their storage with them."""
-        self.data = self.data[:, rows]
-        self.lengths = self.lengths[rows]
-        self.longest = longest
+        self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device,
+        size: int = PAGE, drafts: bool = False,
+    ) -> None:  # fmt: skip
+        layers = config.num_hidden_layers + drafts
+        self.size = size
+        # the system hands out the memory as it is touched, so a large pool costs nothing until it is used
+        self.data = torch.zeros(layers, pages * size, config.cache_elements, dtype=dtype, device=device)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes one token occupies over all layers (70,272 for V3 in bf16)."""
-        return self.data.size(0) * self.data.size(3) * self.data.element_size()
+        """Bytes one token occupies over all layers (70,272 for V3 in bf16 without drafts)."""
+        return self.data.size(0) * self.data.size(2) * self.data.element_size()
+
+
+class Cache:
+    """The rows of one forward pass: `new` tokens each, behind the `lengths` that their pages hold already.
+
+    table (rows, pages) names each row's pages in order. Rows may bring fewer real tokens than `new`: `counts` says how
+    many, the others are padding at the end and are not kept. Entries before starts (rows,) are not seen.
+    """
+
+    def __init__(
+        self, pool: Pool, table: Tensor, lengths: Sequence[int], new: int, counts: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        self.pool, self.table = pool, table
+        device = table.device
+        self.fresh = not any(lengths)  # nothing was stored before this pass
+        self.lengths = torch.tensor(lengths, device=device)
+        self.starts = None if starts is None else torch.tensor(starts, device=device)
+        self.positions = self.lengths[:, None] + torch.arange(new, device=device)  # (rows, new)
+        pages = (self.positions // pool.size).clamp(max=table.size(1) - 1)
+        slots = table.gather(1, pages) * pool.size + self.positions % pool.size
+        if counts is not None and min(counts) < new:
+            padding = torch.arange(new, device=device) >= torch.tensor(counts, device=device)[:, None]
+            slots = slots.masked_fill(padding, 0)
+            # padding may stand behind the last position there is; it is rotated by any angle
+            self.positions = self.positions.masked_fill(padding, 0)
+        self.slots = slots.flatten()
+
+    def layer(self, index: int) -> "LayerCache":
+        """The view of one layer."""
+        return LayerCache(self, index)
 
 
 class LayerCache:
-    """One layer of a Cache during one forward pass."""
+    """One layer of a Cache."""
 
     def __init__(self, cache: Cache, index: int) -> None:
-        self.cache, self.index = cache, index
-
-    @property
-    def is_first(self) -> bool:
-        """True when nothing was stored before this pass."""
-        return self.cache.longest == 0
+        self.cache, self.data = cache, cache.pool.data[index]
+        self.fresh = cache.fresh
 
     def append(self, entries: Tensor) -> None:
-        """Store entries (rows, new, elements) behind what each row holds."""
-        cache = self.cache
-        rows = torch.arange(entries.size(0), device=entries.device)[:, None]
-        cache.data[self.index, rows, cache.positions] = entries.to(cache.data.dtype)
+        """Store the new tokens' entries (rows, new, elements)."""
+        self.data.index_copy_(0, self.cache.slots, entries.flatten(0, 1).to(self.data.dtype))
+
+    def attend(self, query: Tensor, groups: int, value_dim: int, value_at: int, scale: float) -> Tensor:
+        """Attention of the new tokens over all that is stored, them included; see reference.paged_attention."""
+        c = self.cache
+        return paged_attention(
+            query, self.data, c.table, c.lengths, c.starts, c.pool.size, groups, value_dim, value_at, scale
+        )
 
     def stored(self) -> Tensor:
-        """Everything in use, new tokens included: (rows, slots, elements)."""
-        return self.cache.data[self.index, :, : self.cache.longest + self.cache.new]
+        """Everything the rows hold, new tokens included: (rows, slots, elements)."""
+        return reference.gather_pages(self.data, self.cache.table, self.cache.pool.size)
 
     def mask(self) -> Tensor:
         """(rows, new, slots): True where a new token may look."""
-        return self.cache.visible
+        c = self.cache
+        slot = torch.arange(c.table.size(1) * c.pool.size, device=c.table.device)
+        reach = c.lengths[:, None] + torch.arange(c.slots.numel() // len(c.lengths), device=c.table.device)
+        seen = slot <= reach[:, :, None]
+        return seen if c.starts is None else seen & (slot >= c.starts[:, None, None])

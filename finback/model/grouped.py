@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finback.kernels.paged import FEW
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
@@ -23,23 +24,26 @@ class GroupedQueryAttention(nn.Module):
         if c.qk_norm:
             self.query_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.key_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.fused: nn.Module | None = None  # query and key_value as one product, in a packed model
         self.scale = softmax_scale(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, head_dim / 2); keys are cached rotated."""
         c = self.config
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-        query = self.query(x).unflatten(-1, (c.num_attention_heads, c.head_dim))
-        key, value = self.key_value(x).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim)).chunk(2, dim=2)
+        query, key, value = self.project(x)
         if c.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
         mask = None
         if cache is not None:
-            first = cache.is_first
             cache.append(_flat(key, value))
-            if not first:
-                stored = cache.stored().unflatten(-1, (2 * c.num_key_value_heads, c.head_dim))
+            if x.size(1) <= FEW and not cache.fresh:
+                values_at = c.num_key_value_heads * c.head_dim
+                read = cache.attend(query, c.num_key_value_heads, c.head_dim, values_at, self.scale)
+                return self.out(read.flatten(2))
+            if not cache.fresh:
+                stored = cache.stored().to(x.dtype).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim))
                 key, value = stored.chunk(2, dim=2)
                 mask = cache.mask()[:, None]
         out = F.scaled_dot_product_attention(
@@ -47,6 +51,17 @@ class GroupedQueryAttention(nn.Module):
             attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True,
         )  # fmt: skip
         return self.out(out.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, t, hidden) -> query (b, t, heads, head_dim), key and value (b, t, kv heads, head_dim)."""
+        c = self.config
+        if self.fused is not None:
+            heads = self.fused(x).unflatten(-1, (-1, c.head_dim))
+            query, key, value = heads.split([c.num_attention_heads] + 2 * [c.num_key_value_heads], dim=2)
+            return query, key, value
+        query = self.query(x).unflatten(-1, (c.num_attention_heads, c.head_dim))
+        key, value = self.key_value(x).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim)).chunk(2, dim=2)
+        return query, key, value
 
 
 def _flat(key: Tensor, value: Tensor) -> Tensor:

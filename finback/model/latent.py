@@ -11,6 +11,7 @@ Letters: b batch, t query, s key, h head, n qk_nope_head_dim, r qk_rope_head_dim
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finback.kernels.attention import causal_attention
@@ -38,6 +39,7 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
         self.kv_up = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.out = Linear(heads * c.v_head_dim, c.hidden_size)
+        self.fused: nn.Module | None = None  # what both sides take from x as one product, in a packed model
         self.scale = softmax_scale(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
@@ -45,56 +47,82 @@ class LatentAttention(nn.Module):
 
         With a cache the new latents are stored, and attention covers everything stored before as well.
         """
-        q_nope, q_rope = self.queries(x, cos, sin)
-        latent, k_rope = self.latents(x, cos, sin)
+        for_queries, for_latents = self.down(x)
+        q_nope, q_rope = self.queries(for_queries, cos, sin)
+        latent, k_rope = self.latents(for_latents, cos, sin)
         if cache is None:
             return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope))
         cache.append(torch.cat([latent, k_rope], dim=-1))
-        if cache.is_first:  # a whole prompt: nothing stored before it, so the cheaper form serves
+        if cache.fresh:  # whole prompts: nothing stored before them
             return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope))
-        return self.out(self.attend_absorbed(q_nope, q_rope, cache.stored(), cache.mask()))
+        if x.size(1) <= self.longest_absorbed:
+            return self.out(self.attend_absorbed(q_nope, q_rope, cache))
+        latent, k_rope = cache.stored().to(x.dtype).split([self.config.kv_lora_rank, q_rope.size(-1)], dim=-1)
+        return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, cache.mask()))
+
+    def down(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (b, t, hidden) -> what queries are made of (q_lora_rank or all heads) and [latent | rotary key]."""
+        if self.fused is not None:
+            both = self.fused(x)
+            c = self.config
+            kept = c.kv_lora_rank + c.qk_rope_head_dim
+            return both[..., :-kept], both[..., -kept:]
+        return (self.q_up if self.config.q_lora_rank is None else self.q_down)(x), self.kv_down(x)
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> q_nope (b, t, h, n) and rotated q_rope (b, t, h, r)."""
+        """From `down`'s first part: q_nope (b, t, h, n) and rotated q_rope (b, t, h, r)."""
         c = self.config
-        if c.q_lora_rank is not None:
-            x = self.q_norm(self.q_down(x))
-        q = self.q_up(x).unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
-        q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        q = x if c.q_lora_rank is None else self.q_up(self.q_norm(x))
+        q_nope, q_rope = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).split(
+            [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1
+        )
         return q_nope, self.rotate(q_rope, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
 
     def latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x -> normed latent (b, t, c) and rotated shared key (b, t, r): what a token leaves in the cache."""
+        """From `down`'s second part: normed latent (b, t, c) and rotated key (b, t, r), what a token leaves in the cache."""
         c = self.config
-        latent, k_rope = self.kv_down(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        latent, k_rope = x.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
         return self.kv_norm(latent), self.rotate(k_rope, cos.to(x.dtype), sin.to(x.dtype))
 
-    def attend_expanded(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
-        """Causal attention of t tokens over themselves with per-head keys and values -> (b, t, h·v)."""
+    def attend_expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention of t tokens over s with per-head keys and values -> (b, t, h·v).
+
+        mask (b, t, s) is True where visible; without one t = s and attention is causal.
+        """
         c = self.config
         kv = self.kv_up(latent).unflatten(-1, (c.num_attention_heads, -1))
         k_nope, value = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
         shared = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
-        key = torch.cat([k_nope, shared], dim=-1).transpose(1, 2)
-        out = causal_attention(query, key, value.transpose(1, 2), self.scale)
+        key, value = torch.cat([k_nope, shared], dim=-1).transpose(1, 2), value.transpose(1, 2)
+        if mask is None:
+            out = causal_attention(query, key, value, self.scale)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=self.scale)
         return out.transpose(1, 2).flatten(2)
 
-    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, mask: Tensor) -> Tensor:
-        """Attention over s cached entries [latent | rotary key] (b, s, c + r) -> (b, t, h·v).
+    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache) -> Tensor:
+        """Attention of t tokens over what is cached, [latent | rotary key] per token -> (b, t, h·v).
 
-        mask (b, t, s) is True where visible. An entry is the key of all heads, its latent part their value.
+        An entry is the key of all heads, its latent part their value.
         """
-        w_uk, w_uv = self.absorbed_weights(entries.dtype)
-        query = torch.cat([torch.einsum("bthn,hnc->bhtc", q_nope, w_uk), q_rope.transpose(1, 2)], dim=-1)
-        b, h, t, _ = query.shape
-        # One shared key head: fold heads into rows, so the cache is read by a single product per sequence.
-        scores = torch.bmm(query.reshape(b, h * t, -1), entries.transpose(1, 2)) * self.scale
-        scores = scores.view(b, h, t, -1)
-        weights = scores.float().masked_fill(~mask[:, None], float("-inf")).softmax(dim=-1).to(entries.dtype)
-        latent = entries[:, :, : self.config.kv_lora_rank]
-        read = torch.bmm(weights.view(b, h * t, -1), latent).view(b, h, t, -1)
-        return torch.einsum("bhtc,hvc->bthv", read, w_uv).flatten(2)
+        w_uk, w_uv = self.absorbed_weights(q_nope.dtype)
+        query = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], dim=-1)
+        read = cache.attend(query, 1, self.config.kv_lora_rank, 0, self.scale)
+        return torch.einsum("bthc,hvc->bthv", read, w_uv).flatten(2)
+
+    @property
+    def longest_absorbed(self) -> int:
+        """New tokens up to which reading latents costs fewer products than expanding the stored ones first.
+
+        Per stored token and head, absorbed: t (2c + r); expanded: t (n + r + v) and once c (n + v). 170 for V3.
+        """
+        c = self.config
+        expand = c.qk_nope_head_dim + c.v_head_dim
+        saved = 2 * c.kv_lora_rank - expand
+        return c.kv_lora_rank * expand // saved if saved > 0 else c.max_position_embeddings
 
     def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W_UK (h, n, c) and W_UV (h, v, c), the two blocks of each head's rows in kv_up."""

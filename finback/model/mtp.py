@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
 
@@ -23,8 +24,9 @@ class MTP(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, real: Tensor | None
-    ) -> Tensor:
-        """hidden and embedded (b, t, d) -> (b, t, d); positions stay those of `hidden`."""
+        self, hidden: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, real: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """hidden and embedded (b, t, d) -> (b, t, d); positions stay those of `hidden`. See Block for the rest."""
         joined = torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], dim=-1)
-        return self.norm(self.block(self.project(joined), cos, sin, None, real))
+        return self.norm(self.block(self.project(joined), cos, sin, cache, real))

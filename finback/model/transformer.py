@@ -83,14 +83,13 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, cache: Cache | None = None, real: Tensor | None = None) -> Tensor:
         """tokens (b, t) -> final hidden states (b, t, d) after the last norm; `logits` maps them to scores.
 
-        With a cache the tokens continue what each row holds; the caller calls cache.advance afterwards. `real`
-        (b, t) is False for padding; padding sits at the end of a row, so attention needs no mask for it.
+        With a cache the tokens continue what each row holds. `real` (b, t) is False for padding; padding sits at the
+        end of a row, so attention needs no mask for it.
         """
         x = self.embed[tokens].to(self.compute)
         if cache is None:
             cos, sin = self.cos[None, : tokens.size(1)], self.sin[None, : tokens.size(1)]
         else:
-            cache.begin(tokens.size(1))
             cos, sin = self.cos[cache.positions], self.sin[cache.positions]
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache.layer(index) if cache is not None else None, real)
@@ -117,6 +116,17 @@ class Transformer(nn.Module):
             hidden = module(hidden, embedded, cos, sin, real)
             outputs.append(hidden)
         return outputs
+
+    def draft(self, hidden: Tensor, tokens: Tensor, cache: Cache) -> Tensor:
+        """The first MTP module's hidden states, continuing its own entries in the cache's last layer.
+
+        hidden (b, t, d) are the trunk's outputs of the cache's positions, tokens (b, t) the ones that follow each; the
+        result (b, t, d) predicts the token after those.
+        """
+        embedded = self.embed[tokens].to(self.compute)
+        cos, sin = self.cos[cache.positions], self.sin[cache.positions]
+        drafted: Tensor = self.mtp[0](hidden, embedded, cos, sin, None, cache.layer(-1))
+        return drafted
 
     def routers(self) -> list[Router]:
         """All routers from bottom to top, the MTP module's last."""

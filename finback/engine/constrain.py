@@ -1,0 +1,74 @@
+"""Answers that follow a JSON schema: which tokens may come next is worked out by llguidance."""
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finback.config import UserError
+from finback.data.tokenizer import Tokenizer
+
+
+class Grammars:
+    """Makes constraints for one tokenizer; `vocab` is the model's, which may have more entries than the tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
+        self.tokenizer, self.vocab = tokenizer, vocab
+
+    @functools.cached_property
+    def _library(self) -> Any:
+        try:
+            import llguidance
+        except ImportError:
+            raise UserError(
+                "response_format", "json", "needs the package llguidance", "pip install llguidance."
+            ) from None
+        return llguidance
+
+    @functools.cached_property
+    def _vocabulary(self) -> Any:
+        stops = list(self.tokenizer.stops) or None
+        return self._library.LLTokenizer(self.tokenizer.as_json(), n_vocab=self.vocab, eos_token=stops)
+
+    def constraint(self, schema: str) -> "Constraint":
+        """A constraint for one answer; UserError when the schema is none."""
+        try:
+            parsed = json.loads(schema)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(
+                "response_format", schema[:80], f"not JSON ({error})", "Send a JSON schema."
+            ) from None
+        if not isinstance(parsed, dict | bool):
+            raise UserError("response_format", schema[:80], "not a JSON schema", "Send an object.")
+        matcher_type = self._library.LLMatcher
+        try:
+            grammar = matcher_type.grammar_from_json_schema(schema)
+            matcher = matcher_type(self._vocabulary, grammar, log_level=0)
+        except ValueError as error:
+            raise UserError("response_format", schema[:80], str(error), "Simplify the schema.") from None
+        if matcher.is_error():
+            problem = matcher.get_error().splitlines()[0]
+            raise UserError(
+                "response_format", schema[:80], f"cannot be followed ({problem})", "Simplify the schema."
+            )
+        return Constraint(matcher)
+
+
+class Constraint:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> Tensor:
+        """(vocab,) True for the tokens that may come next."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
+
+    def accept(self, token: int) -> bool:
+        """Take a token that was said; True when the answer is complete and can only end."""
+        self._matcher.consume_token(token)
+        return self._matcher.is_stopped()

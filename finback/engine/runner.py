@@ -1,0 +1,173 @@
+"""Forward passes: pieces of prompts, single tokens, and MTP's guesses at the tokens after them."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from finback.engine.choose import Chooser
+from finback.engine.sampler import alternatives, sample
+from finback.engine.scheduler import Scheduler
+from finback.engine.sequence import Finish, Sequence
+from finback.engine.speculate import Speculation
+from finback.model.cache import PAGE, Cache, Pool
+from finback.model.transformer import Transformer
+
+
+class Runner:
+    """Runs a scheduler's sequences through the model; `chunk` is how many prompt tokens one pass reads at most."""
+
+    def __init__(
+        self, model: Transformer, scheduler: Scheduler, pool: Pool, chooser: Chooser, chunk: int,
+        speculation: Speculation | None,
+    ) -> None:  # fmt: skip
+        self.model, self.scheduler, self.pool, self.chooser = model, scheduler, pool, chooser
+        self.chunk, self.speculation = chunk, speculation
+
+    def read_prompts(self) -> list[Sequence]:
+        """One piece of the prompts that are not read yet; the sequences that got their first token by it."""
+        rows, counts = self._pieces()
+        if not rows:
+            return []
+        starts = [s.computed for s in rows]
+        tokens = torch.zeros(len(rows), max(counts), dtype=torch.long)
+        for line, (s, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+            tokens[line, :count] = torch.tensor(s.slice(start, start + count))
+        hidden = self._forward(rows, tokens, counts)
+        for line, (s, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+            s.computed = start + count
+            if s.sampling.prompt_logprobs is not None and start < len(s.prompt) - 1:
+                self._score_prompt(s, hidden[line], start, count)
+        whole = [line for line, s in enumerate(rows) if s.computed == s.length]
+        done = [rows[line] for line in whole if rows[line].sampling.max_tokens > 0]
+        if done:
+            last = torch.tensor(
+                [line for line in whole if rows[line].sampling.max_tokens > 0], device=hidden.device
+            )
+            ends = torch.tensor([counts[line] - 1 for line in last.tolist()], device=hidden.device)
+            self._say(done, self.model.logits(hidden[last, ends]))
+        for line in whole:
+            if rows[line].sampling.max_tokens == 0:
+                self._end_with(rows[line], "length")
+        self._draft(rows, hidden, starts, counts)
+        for s in rows:
+            if s.finish is None:
+                self.scheduler.publish(s)
+        return [rows[line] for line in whole]
+
+    def _pieces(self) -> tuple[list[Sequence], list[int]]:
+        """The sequences whose prompts are read next, and how much of each: the oldest first, `chunk` tokens in all."""
+        rows: list[Sequence] = []
+        counts: list[int] = []
+        for s in self.scheduler.running:
+            left = s.length - s.computed
+            if not s.reads or (rows and (rows[0].computed == 0) != (s.computed == 0)):
+                continue  # prompts from their start are read in a cheaper way than others
+            count = min(left, self.chunk)
+            if rows and (len(rows) + 1) * max(*counts, count) > self.chunk:
+                break
+            rows.append(s)
+            counts.append(count)
+        return rows, counts
+
+    def _score_prompt(self, s: Sequence, hidden: Tensor, start: int, count: int) -> None:
+        following = s.prompt[start + 1 : start + count + 1]
+        scores = self.model.logits(hidden[: len(following)])
+        s.prompt_top += alternatives(scores, following, [s.sampling.prompt_logprobs or 0] * len(following))
+
+    def decode(self, rows: list[Sequence]) -> None:
+        """One more token for each row; where a draft was right, two."""
+        kind = self.speculation.choose(len(rows)) if self.speculation else "plain"
+        began = time.perf_counter()
+        drafting = kind == "draft" and any(s.draft >= 0 for s in rows)
+        starts = [s.computed for s in rows]
+        # a draft that would not be said anyway is not read
+        counts = [2 if drafting and s.draft >= 0 and s.length + 1 < s.end else 1 for s in rows]
+        tokens = torch.tensor([[s.tokens[-1] if s.tokens else s.prompt[-1]] for s in rows])
+        if drafting:
+            guesses = torch.tensor([[s.draft if n == 2 else 0] for s, n in zip(rows, counts, strict=True)])
+            tokens = torch.cat([tokens, guesses], dim=1)
+        hidden = self._forward(rows, tokens, counts)
+        scores = self.model.logits(hidden)
+        for s in rows:
+            s.computed += 1
+        self._say(rows, scores[:, 0])
+        right = [
+            line for line, (s, n) in enumerate(zip(rows, counts, strict=True))
+            if n == 2 and s.finish is None and s.tokens[-1] == s.draft
+        ]  # fmt: skip
+        for s, n in zip(rows, counts, strict=True):
+            s.drafted += n - 1
+        if right:
+            for line in right:
+                rows[line].computed += 1
+                rows[line].accepted += 1
+            self._say([rows[line] for line in right], scores[torch.tensor(right, device=scores.device), 1])
+        after = time.perf_counter()
+        if kind != "plain":
+            read = [2 if line in right else 1 for line in range(len(rows))]
+            self._draft(rows, hidden, starts, read)
+        if self.speculation is not None:
+            took = (time.perf_counter() if kind == "draft" else after) - began
+            if kind != "draft" or drafting:
+                self.speculation.saw(len(rows), kind, took, sum(counts) - len(counts), len(right))
+        for s in rows:
+            if s.finish is None:
+                if kind == "plain":
+                    s.draft, s.drafts_from = -1, s.computed
+                self.scheduler.publish(s)
+
+    def _forward(self, rows: list[Sequence], tokens: Tensor, counts: list[int]) -> Tensor:
+        """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) behind what each row has computed."""
+        cache = self._cache(rows, [s.computed for s in rows], tokens.size(1), counts)
+        return self.model(tokens.to(self.model.embed.device), cache)
+
+    def _cache(
+        self, rows: list[Sequence], lengths: list[int], new: int, counts: list[int], starts: list[int] | None = None
+    ) -> Cache:  # fmt: skip
+        used = -(-(max(lengths) + new) // PAGE)
+        table = self.scheduler.table[[s.slot for s in rows], :used].to(self.model.embed.device)
+        return Cache(self.pool, table, lengths, new, counts, starts)
+
+    def _draft(self, rows: list[Sequence], hidden: Tensor, starts: list[int], counts: list[int]) -> None:
+        """Bring MTP's entries up to date and guess the token after the last one of each row.
+
+        hidden (rows, new, d) are the trunk's outputs from positions `starts` on, of which `counts` are real.
+        """
+        if self.speculation is None:
+            return
+        alive = [i for i, s in enumerate(rows) if s.finish is None and s.slot >= 0]
+        if not alive:
+            return
+        rows, starts, counts = ([group[i] for i in alive] for group in (rows, starts, counts))  # type: ignore[assignment]
+        new = max(counts)
+        following = torch.zeros(len(rows), new, dtype=torch.long)
+        for line, (s, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+            known = s.slice(start + 1, min(start + 1 + count, s.length))
+            following[line, : len(known)] = torch.tensor(known)
+        froms = [min(s.drafts_from, start) for s, start in zip(rows, starts, strict=True)]
+        cache = self._cache(rows, starts, new, counts, froms if any(froms) else None)
+        device = hidden.device
+        lines = torch.tensor(alive, device=device)
+        states = self.model.draft(hidden[lines, :new], following.to(device), cache)
+        ready = [i for i, s in enumerate(rows) if s.computed == s.length - 1]
+        if ready:
+            at = torch.tensor(ready, device=device)
+            ends = torch.tensor([counts[i] - 1 for i in ready], device=device)
+            guessers = [rows[i] for i in ready]
+            scores = self.model.logits(states[at, ends])
+            # with the very number that the token itself will be drawn with: alike distributions, alike choices
+            uniform = torch.tensor([s.uniform() for s in guessers], device=device)
+            guesses, _ = sample(scores, self.chooser.columns(guessers, scores), uniform)
+            for s, guess in zip(guessers, guesses.tolist(), strict=True):
+                s.draft = guess
+
+    def _say(self, rows: list[Sequence], scores: Tensor) -> None:
+        for s, reason in self.chooser.say(rows, scores):
+            self._end_with(s, reason)
+
+    def _end_with(self, s: Sequence, reason: Finish) -> None:
+        self.scheduler.publish(s)
+        self.scheduler.finish(s, reason)
+        if s.text is not None:
+            s.text.end()

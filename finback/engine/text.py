@@ -1,0 +1,74 @@
+"""Tokens to text as they come: no half characters, and texts that end an answer are caught before anyone sees them."""
+
+from collections.abc import Sequence
+
+from finback.data.tokenizer import Tokenizer
+
+UNFINISHED = "\ufffd"  # what a decoder writes for a character of which bytes are missing
+
+
+class Text:
+    """What a sequence has said: `pieces` hold what can no longer change, in order; `stop` the text that ended it."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, tuple(stops)
+        self.pieces: list[str] = []
+        self.stop: str | None = None
+        self._ids: list[
+            int
+        ] = []  # since the last place where text and tokens ended together, and a little before
+        self._whole = 0  # of these, tokens whose text is out
+        self._held = ""  # text that may be the beginning of a stop
+
+    @property
+    def said(self) -> str:
+        """All text so far."""
+        return "".join(self.pieces)
+
+    def push(self, tokens: Sequence[int]) -> int | None:
+        """Add tokens, one by one; the number of those used up when a stop text is met, which ends it, else None."""
+        for used, token in enumerate(tokens, start=1):
+            self._ids.append(token)
+            # decoded behind what was there before: some decoders treat the first token of a text in another way
+            before = self.tokenizer.decode(self._ids[: self._whole])
+            now = self.tokenizer.decode(self._ids)
+            if now.endswith(UNFINISHED) and len(self._ids) - self._whole < 8:
+                continue
+            self._ids = self._ids[self._whole :]
+            self._whole = len(self._ids)
+            if self._release(now[len(before) :]):
+                return used
+        return None
+
+    def end(self) -> None:
+        """Let out what was held back: nothing more comes."""
+        if self.stop is None:
+            before = self.tokenizer.decode(self._ids[: self._whole])
+            rest = self.tokenizer.decode(self._ids)[len(before) :]
+            self._ids, self._whole = [], 0
+            if not self._release(rest):
+                self._let_out(self._held)
+                self._held = ""
+
+    def _release(self, new: str) -> bool:
+        """Let out what cannot become a stop text; True when one is met."""
+        text = self._held + new
+        met = [(place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
+        if met:
+            place, self.stop = min(met)
+            self._let_out(text[:place])
+            self._held = ""
+            return True
+        kept = max((_overlap(text, stop) for stop in self.stops), default=0)
+        self._held = text[len(text) - kept :]
+        self._let_out(text[: len(text) - kept])
+        return False
+
+    def _let_out(self, text: str) -> None:
+        if text:
+            self.pieces.append(text)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` begin `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,73 @@
+"""The C++ kernels of cpu.cpp, compiled once with the machine's own compiler and kept in the user's cache.
+
+A second or two on first use. Without a compiler, or with FINBACK_NATIVE=0 in the environment, `library` is None and
+callers take the plain form.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+# not -ffast-math: linked into a library it would change how the whole process rounds
+FLAGS = (
+    "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros",
+    "-std=c++17", "-fPIC",
+)  # fmt: skip
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None where they cannot be had."""
+    if os.environ.get("FINBACK_NATIVE") == "0" or sys.platform != "linux":
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"finback: no native kernels ({error}); the plain ones are slower", file=sys.stderr)
+        return None
+
+
+def _built(compiler: str) -> Path:
+    """The compiled library for this source, these flags and this processor."""
+    key = hashlib.sha256(
+        b"\0".join((SOURCE.read_bytes(), " ".join((compiler, *FLAGS)).encode(), _processor().encode()))
+    )
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finback"
+    target = folder / f"kernels-{key.hexdigest()[:16]}.so"
+    if target.is_file():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / target.name
+        # OpenMP's symbols stay open: torch has loaded its own runtime, and two of them fight for the cores
+        subprocess.run(
+            [compiler, *FLAGS, str(SOURCE), "-c", "-o", f"{made}.o"],
+            check=True, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        subprocess.run(
+            [compiler, "-shared", f"{made}.o", "-o", str(made)],
+            check=True, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        made.replace(target)  # whole or not at all: several ranks may build at once
+    return target
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache folder may be shared by machines that differ."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    lines = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
+    return "\n".join(lines[:2])

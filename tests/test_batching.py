@@ -1,0 +1,561 @@
+"""A sequence comes out the same however it is run: alone, in company, in pieces, from the cache, preempted, drafted."""
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from finback.config import UserError
+from finback.data.tokenizer import END_THINK, THINK, Tokenizer, train
+from finback.engine.engine import Engine
+from finback.engine.pages import Pages, digest
+from finback.engine.sequence import Sampling, Sequence, uniforms
+from finback.engine.speculate import Speculation
+from finback.engine.text import Text
+from finback.model.cache import PAGE
+from finback.model.config import ModelConfig
+from finback.model.transformer import Transformer
+from tests.toy import CONFIG, toy_model
+
+DENSE = ModelConfig(
+    vocab_size=320, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80, attention="gqa",
+    num_key_value_heads=2, head_dim=12, tie_word_embeddings=True, max_position_embeddings=256, initializer_range=0.15,
+)  # fmt: skip
+MODELS = {"mla": toy_model(), "gqa": Transformer(DENSE).initialise(0).eval()}
+PROMPT = [1, *range(40, 90)]  # four pages
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    text = "the quick brown fox jumps over the lazy dog while seven wizards judge vexing matters "
+    return train([text * 20], 320, tmp_path_factory.mktemp("words") / "tokenizer.json")
+
+
+def naive(
+    model: Transformer, prompt: list[int], sampling: Sampling, seed: int
+) -> tuple[list[int], list[float]]:
+    """The whole sequence through the model for every token."""
+    tokens, logprobs, numbers = list(prompt), [], uniforms(seed, sampling.max_tokens)
+    for i in range(sampling.max_tokens):
+        with torch.no_grad():
+            scores = model.logits(model(torch.tensor([tokens]))[0, -1])
+        logp = (scores / (sampling.temperature or 1.0)).log_softmax(-1)
+        cumulative = logp.exp().cumsum(-1)
+        sampled = int(torch.searchsorted(cumulative, numbers[i] * cumulative[-1], right=True))
+        tokens.append(int(scores.argmax()) if sampling.temperature == 0 else sampled)
+        logprobs.append(float(logp[tokens[-1]]))
+    return tokens[len(prompt) :], logprobs
+
+
+def finish(engine: Engine) -> int:
+    """Step until nothing is left to do; the number of steps."""
+    for count in itertools.count():
+        if not engine.busy:
+            return count
+        engine.step()
+        assert count < 10_000, "the engine makes no progress"
+    raise AssertionError
+
+
+def others(engine: Engine, count: int = 31) -> Iterator[Sequence]:
+    rng = random.Random(1)
+    for seed in range(count):
+        prompt = [rng.randrange(320) for _ in range(rng.randrange(1, 60))]
+        sampling = Sampling(
+            rng.choice([0.0, 0.5, 1.0]), rng.randrange(1, 50), top_k=rng.choice([0, 5]), top_p=0.9
+        )
+        yield engine.submit(prompt, sampling, seed)
+
+
+def alone(model: Transformer) -> Engine:
+    return Engine(model, (), tokens=512)
+
+
+def in_company(model: Transformer) -> Engine:
+    engine = Engine(model, (), rows=32, tokens=8192)
+    list(others(engine))
+    return engine
+
+
+def in_pieces(model: Transformer) -> Engine:
+    return Engine(model, (), tokens=512, chunk=7)
+
+
+def after_the_same_prompt(model: Transformer) -> Engine:
+    engine = Engine(model, (), tokens=512, reuse=True)
+    engine.submit(PROMPT, Sampling(0.0, 5), 0)
+    finish(engine)
+    return engine
+
+
+def short_of_memory(model: Transformer) -> Engine:
+    engine = Engine(model, (), rows=32, tokens=14 * PAGE, chunk=64)
+    for seed in range(3):
+        engine.submit([5, 6, 7 + seed], Sampling(0.0, 100), seed)
+    for _ in range(20):
+        engine.step()
+    return engine
+
+
+def drafting(model: Transformer) -> Engine:
+    return Engine(model, (), tokens=512, speculate=True)
+
+
+def drafting_in_company(model: Transformer) -> Engine:
+    engine = Engine(model, (), rows=32, tokens=8192, chunk=50, reuse=True, speculate=True)
+    list(others(engine))
+    return engine
+
+
+WAYS = [alone, in_company, in_pieces, after_the_same_prompt, short_of_memory, drafting, drafting_in_company]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_every_way_gives_the_same(
+    way: Callable[[Transformer], Engine], kind: str, temperature: float
+) -> None:
+    model, sampling = MODELS[kind], Sampling(temperature, 40)
+    tokens, logprobs = naive(model, PROMPT, sampling, 77)
+    engine = way(model)
+    sequence = engine.submit(PROMPT, sampling, 77)
+    finish(engine)
+    assert sequence.tokens == tokens
+    assert np.abs(np.array(sequence.logprobs) - logprobs).max() <= 1e-4
+    assert engine.pages.free == engine.pages.count
+    if way is after_the_same_prompt:
+        assert sequence.cached == 48
+    if way is short_of_memory:
+        assert sequence.preempted > 0
+    if way is drafting and kind == "mla":
+        assert sequence.drafted > 0
+
+
+def test_the_oldest_is_never_preempted_and_nobody_starves() -> None:
+    engine = Engine(MODELS["mla"], (), rows=8, tokens=16 * PAGE, chunk=32)
+    sequences = [engine.submit([1, 2, 3 + i], Sampling(0.0, 100), i) for i in range(8)]
+    finish(engine)
+    assert sequences[0].preempted == 0 and sum(s.preempted for s in sequences) > 0
+    assert all(len(s.tokens) == 100 for s in sequences)
+    ends = [s.last for s in sequences]
+    assert ends == sorted(ends)
+
+
+def test_cached_pages_are_shared_only_under_the_same_salt() -> None:
+    engine = Engine(MODELS["mla"], (), tokens=1024, reuse=True)
+    seen = []
+    for salt in (b"", b"", b"another", b"another"):
+        sequence = engine.submit(PROMPT, Sampling(0.0, 4), 0, salt=salt)
+        finish(engine)
+        seen.append((sequence.cached, sequence.tokens))
+    assert [cached for cached, _ in seen] == [0, 48, 0, 48]
+    assert all(tokens == seen[0][1] for _, tokens in seen)
+
+
+def test_an_answer_is_found_again_as_the_beginning_of_the_next_prompt() -> None:
+    engine = Engine(MODELS["mla"], (), tokens=1024, reuse=True)
+    first = engine.submit(PROMPT, Sampling(0.0, 40), 0)
+    finish(engine)
+    second = engine.submit(PROMPT + first.tokens + [9, 9], Sampling(0.0, 4), 0)
+    finish(engine)
+    assert second.cached == (len(PROMPT) + 39) // PAGE * PAGE  # the last token was never read
+
+
+def test_a_follower_waits_and_reads_nothing_twice() -> None:
+    engine = Engine(MODELS["mla"], (), tokens=1024, reuse=True)
+    leader = engine.submit(PROMPT, Sampling(1.0, 4), 0)
+    followers = [engine.submit(PROMPT, Sampling(1.0, 4), i, leader=leader) for i in range(1, 4)]
+    finish(engine)
+    assert leader.cached == 0 and all(f.cached == 48 for f in followers)
+
+
+def test_new_weights_make_old_pages_unfindable() -> None:
+    model = toy_model()
+    engine = Engine(model, (), reuse=True)
+    before = engine.generate([PROMPT], Sampling(0.0, 8), [0])
+    assert engine.generate([PROMPT], Sampling(0.0, 8), [0])[0].tokens == before[0].tokens
+    assert engine.pages.shared > 0
+    with torch.no_grad():
+        model.blocks[0].attention.kv_up.weight.mul_(-1.5)
+    after = engine.generate([PROMPT], Sampling(0.0, 8), [0])[0]
+    assert after.tokens == naive(model, PROMPT, Sampling(0.0, 8), 0)[0]
+
+
+def test_cancelling_frees_pages_at_once() -> None:
+    engine = Engine(MODELS["mla"], (), rows=2, tokens=1024)
+    sequences = [engine.submit(PROMPT, Sampling(1.0, 100), i) for i in range(4)]
+    for _ in range(3):
+        engine.step()
+    assert (engine.running, engine.waiting) == (2, 2)
+    for s in sequences:
+        engine.cancel(s)
+    assert engine.pages.free == engine.pages.count and not engine.busy
+    assert {s.finish for s in sequences} == {"cancelled"} and len(sequences[0].tokens) > 0
+    engine.cancel(sequences[0])  # again: nothing happens
+
+
+def test_what_can_never_be_served_is_refused() -> None:
+    engine = Engine(MODELS["mla"], (), tokens=64)
+    with pytest.raises(UserError, match="more than the cache of 64 tokens"):
+        engine.submit([1] * 30, Sampling(max_tokens=60), 0)
+    with pytest.raises(UserError, match=r"prompt = 320: not a token id in 0\.\.319"):
+        engine.submit([320], Sampling(max_tokens=6), 0)
+    with pytest.raises(UserError, match="empty"):
+        engine.submit([], Sampling(max_tokens=6), 0)
+    with pytest.raises(UserError, match="needs text"):
+        engine.submit([1], Sampling(max_tokens=6, stop=("x",)), 0)
+    assert not engine.busy
+
+
+def test_prompt_logprobs_are_those_of_the_whole_pass() -> None:
+    model = MODELS["mla"]
+    for chunk in (5, 8192):
+        engine = Engine(model, (), tokens=512, chunk=chunk, reuse=True)
+        finish_me = engine.submit(PROMPT, Sampling(0.0, 1), 0)
+        finish(engine)
+        assert finish_me.finish == "length"
+        s = engine.submit(PROMPT, Sampling(0.0, 0, prompt_logprobs=3), 0)
+        finish(engine)
+        assert s.tokens == [] and s.finish == "length" and len(s.prompt_top) == len(PROMPT) - 1
+        with torch.no_grad():
+            logp = model.logits(model(torch.tensor([PROMPT]))[0]).log_softmax(-1)
+        for i, line in enumerate(s.prompt_top):
+            assert line[0][0] == PROMPT[i + 1] and abs(line[0][1] - float(logp[i, PROMPT[i + 1]])) <= 1e-4
+            assert [t for t, _ in line[1:]] == logp[i].topk(3).indices.tolist()
+
+
+def test_alternatives_are_reported_at_temperature_one() -> None:
+    engine = Engine(MODELS["mla"], (), tokens=512)
+    s = engine.submit(PROMPT, Sampling(0.5, 6, top_logprobs=2), 3)
+    finish(engine)
+    with torch.no_grad():
+        logp = MODELS["mla"].logits(MODELS["mla"](torch.tensor([PROMPT + s.tokens]))[0]).log_softmax(-1)
+    for i, line in enumerate(s.top):
+        at = logp[len(PROMPT) - 1 + i]
+        assert line[0][0] == s.tokens[i] and abs(line[0][1] - float(at[s.tokens[i]])) <= 1e-4
+        assert [t for t, _ in line[1:]] == at.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("penalty", [1.7, 0.6])
+def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    model = MODELS["gqa"]
+    processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    expected = _greedy_with(model, lambda ids, scores: processor(torch.tensor([ids]), scores[None])[0])
+    assert _greedy(model, Sampling(0.0, 20, repetition_penalty=penalty)) == expected
+
+
+def test_frequency_and_presence_penalties_count_the_answer_alone() -> None:
+    def penalise(ids: list[int], scores: Tensor) -> Tensor:
+        times = torch.bincount(torch.tensor(ids[len(PROMPT) :], dtype=torch.long), minlength=320)
+        return scores - 0.4 * times - 0.3 * (times > 0)
+
+    expected = _greedy_with(MODELS["gqa"], penalise)
+    assert _greedy(MODELS["gqa"], Sampling(0.0, 20, frequency_penalty=0.4, presence_penalty=0.3)) == expected
+    assert expected != _greedy(MODELS["gqa"], Sampling(0.0, 20))
+
+
+def test_logit_bias_and_stop_tokens() -> None:
+    biased = _greedy(MODELS["gqa"], Sampling(0.0, 20, logit_bias=((11, 100.0),)))
+    assert biased == [11] * 20
+    plain = _greedy(MODELS["gqa"], Sampling(0.0, 20))
+    stop = plain[3]
+    assert _greedy(MODELS["gqa"], Sampling(0.0, 20, stop_tokens=(stop,))) == plain[: plain.index(stop) + 1]
+
+
+def test_eos_can_be_ignored() -> None:
+    plain = _greedy(MODELS["gqa"], Sampling(0.0, 20))
+    engine = Engine(MODELS["gqa"], [plain[2]], tokens=512)
+    sequences = [engine.submit(PROMPT, Sampling(0.0, 20, ignore_eos=ignore), 0) for ignore in (False, True)]
+    finish(engine)
+    assert sequences[0].finish == "stop" and len(sequences[0].tokens) <= 3
+    assert sequences[1].tokens == plain
+
+
+def _greedy(model: Transformer, sampling: Sampling) -> list[int]:
+    engine = Engine(model, (), tokens=512)
+    sequence = engine.submit(PROMPT, sampling, 0)
+    company = engine.submit(PROMPT, Sampling(1.0, 30), 1)  # whose scores must stay untouched
+    finish(engine)
+    assert company.tokens == naive(model, PROMPT, Sampling(1.0, 30), 1)[0]
+    return sequence.tokens
+
+
+def _greedy_with(model: Transformer, change: Callable[[list[int], Tensor], Tensor]) -> list[int]:
+    ids = list(PROMPT)
+    for _ in range(20):
+        with torch.no_grad():
+            ids.append(int(change(ids, model.logits(model(torch.tensor([ids]))[0, -1])).argmax()))
+    return ids[len(PROMPT) :]
+
+
+# ---- drafts --------------------------------------------------------------------------------------------------------
+
+
+def sure_model() -> Transformer:
+    """A model whose MTP module says what the trunk will say: both continue n with n + 1, whatever the context."""
+    model = toy_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.embed.copy_(torch.randn(model.embed.shape, generator=torch.Generator().manual_seed(0)))
+        model.head.weight.copy_(model.embed.roll(1, 0))
+        model.norm.weight.fill_(1.0)
+        mtp = model.mtp[0]
+        mtp.embed_norm.weight.fill_(1.0)
+        mtp.norm.weight.fill_(1.0)
+        mtp.project.weight[:, : CONFIG.hidden_size] = torch.eye(CONFIG.hidden_size)
+    return model
+
+
+def test_right_drafts_halve_the_steps() -> None:
+    engine = Engine(sure_model(), (), tokens=512, speculate=True)
+    engine.speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]
+    sequence = engine.submit([5], Sampling(0.0, 41), 0)
+    steps = finish(engine)
+    assert sequence.tokens == list(range(6, 47))
+    assert sequence.accepted == sequence.drafted == 20 and steps <= 22
+
+
+@pytest.mark.parametrize(
+    "kinds", ["draft", "plain", "probe", "draft plain", "plain draft draft", "probe draft"]
+)
+def test_switching_drafts_on_and_off_changes_nothing(kinds: str) -> None:
+    model = MODELS["mla"]
+    engine = Engine(model, (), tokens=4096, speculate=True, reuse=True)
+    turn = itertools.cycle(kinds.split())
+    engine.speculation.choose = lambda rows: next(turn)  # type: ignore[union-attr, method-assign]
+    sequences = [engine.submit(PROMPT[: 10 + i], Sampling(0.8, 30), i) for i in range(5)]
+    finish(engine)
+    for i, s in enumerate(sequences):
+        assert s.tokens == naive(model, PROMPT[: 10 + i], Sampling(0.8, 30), i)[0]
+
+
+def test_drafted_samples_follow_the_distribution() -> None:
+    """Chi-square over the second and third token of 6,000 drafted samples against the exact joint distribution."""
+    model = toy_model()
+    with torch.no_grad():
+        model.head.weight[8:] = 0
+        model.head.weight[:8] *= 0.5
+    sampling = Sampling(1.0, 3, logit_bias=tuple((t, float("-inf")) for t in range(8, 320)))
+    engine = Engine(model, (), rows=256, speculate=True)
+    engine.speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]
+    n = 6000
+    results = engine.generate([[3, 4]] * n, sampling, list(range(n)))
+    counts = np.zeros((8, 8, 8))
+    for r in results:
+        counts[tuple(r.tokens)] += 1
+    rows = torch.tensor([[3, 4, a, b] for a in range(8) for b in range(8)])
+    with torch.no_grad():
+        p = model.logits(model(rows))[:, 1:, :8].softmax(-1)
+    p = p.view(8, 8, 3, 8)
+    joint = p[0, 0, 0][:, None, None] * p[:, 0, 1][:, :, None] * p[:, :, 2]
+    expected = n * joint.numpy().reshape(-1)
+    kept = expected >= 5
+    seen = np.append(counts.reshape(-1)[kept], counts.reshape(-1)[~kept].sum())
+    wanted = np.append(expected[kept], expected[~kept].sum())
+    chi2, freedom = ((seen - wanted) ** 2 / wanted).sum(), len(seen) - 1
+    assert chi2 < freedom + 3.3 * (2 * freedom) ** 0.5  # the 99.9 % point, to a good approximation
+
+
+def test_drafts_are_switched_off_where_they_cost_more_than_they_bring() -> None:
+    speculation = Speculation()
+    kinds: list[str] = []
+    for step in range(2400):
+        rows, drafting = ((1, 1.3), (64, 1.9))[step % 2]
+        kinds.append(kind := speculation.choose(rows))
+        speculation.saw(
+            rows, kind, drafting if kind == "draft" else 1.0, 4 * (kind == "draft"), 3 * (kind == "draft")
+        )
+    assert speculation.worth(1) and not speculation.worth(64)
+    alone, many = kinds[0::2], kinds[1::2]
+    assert alone.count("draft") > 1100 and many.count("plain") > 1100
+    assert "probe" in alone[100:] and "draft" in many[100:]  # looked at again now and then
+    assert abs(speculation.acceptance - 0.75) < 0.01
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def test_text_is_whole_however_it_comes(words: Tokenizer) -> None:
+    said = "the fox — 狐狸 🦊 jumps é"
+    text = Text(words)
+    seen = ""
+    for token in words.encode(said):
+        text.push([token])
+        assert said.startswith(text.said) and text.said.startswith(seen) and "\ufffd" not in text.said
+        seen = text.said
+    text.end()
+    assert text.said == said
+
+
+@given(
+    st.text(alphabet="ab\n狐", max_size=30), st.lists(st.text("ab\n狐", min_size=1, max_size=4), max_size=3)
+)
+@settings(max_examples=300, deadline=None)
+def test_stop_texts_end_the_answer_where_they_first_appear(said: str, stops: list[str]) -> None:
+    text = Text(_BYTES, stops)
+    ids = [i for character in said for i in _BYTES.encode(character)]
+    used = next((n for n, i in enumerate(ids, 1) if text.push([i]) is not None), None)
+    text.end()
+    ends = [place for place in (said.find(s) for s in stops) if place >= 0]
+    assert (used is not None) == bool(ends) == (text.stop is not None)
+    # the stop text that is complete first ends it, though another may have begun before
+    if ends:
+        first = min(said.find(s) + len(s) for s in stops if s in said)
+        assert (
+            text.said
+            == said[
+                : min(said.find(s) for s in stops if said.find(s) >= 0 and said.find(s) + len(s) <= first)
+            ]
+        )
+    else:
+        assert text.said == said
+
+
+class _Bytes:
+    """A tokenizer of single bytes."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+_BYTES: Tokenizer = _Bytes()  # type: ignore[assignment]
+
+
+def test_stop_texts_in_the_engine(words: Tokenizer) -> None:
+    model = toy_model()
+    engine = Engine(model, (), tokens=512, tokenizer=words)
+    free = engine.submit(PROMPT, Sampling(1.0, 40), 5)
+    finish(engine)
+    assert free.text is not None
+    stop = free.text.said[10:13]
+    ended = engine.submit(PROMPT, Sampling(1.0, 40, stop=(stop,)), 5)
+    finish(engine)
+    assert ended.finish == "stop" and ended.text is not None and ended.text.stop == stop
+    assert ended.text.said == free.text.said[: free.text.said.index(stop)]
+    assert ended.tokens == free.tokens[: len(ended.tokens)]
+
+
+def test_a_chain_is_closed_when_its_budget_is_used_up(words: Tokenizer) -> None:
+    model = toy_model()
+    engine = Engine(model, [words.eos], tokens=1024, tokenizer=words)
+    close, banned = words.ids[END_THINK], ((words.ids[END_THINK], float("-inf")), (words.eos, float("-inf")))
+    asked = {
+        "free": engine.submit(PROMPT, Sampling(1.0, 40, logit_bias=banned), 5, thinking=True),
+        "ten": engine.submit(PROMPT, Sampling(1.0, 40, logit_bias=banned, think_tokens=10), 5, thinking=True),
+        "none": engine.submit(PROMPT, Sampling(1.0, 40, think_tokens=0), 5, thinking=True),
+        "told": engine.submit(PROMPT, Sampling(1.0, 40, logit_bias=banned), 5, thinking=True),
+        "not": engine.submit(PROMPT, Sampling(1.0, 40, logit_bias=banned, think_tokens=3), 5),
+    }
+    for _ in range(6):
+        engine.step()
+    engine.close_thinking(asked["told"])
+    finish(engine)
+    assert close not in asked["free"].tokens and asked["free"].thought == 40
+    assert asked["ten"].tokens.index(close) == 10 and asked["ten"].thought == 11
+    assert asked["ten"].tokens[:10] == asked["free"].tokens[:10]
+    assert asked["none"].tokens[0] == close
+    assert asked["told"].tokens.index(close) == 6 and not asked["told"].thinking
+    assert close not in asked["not"].tokens and asked["not"].thought == 0
+
+
+SCHEMA = {
+    "type": "object", "properties": {"name": {"enum": ["fox", "dog"]}, "legs": {"type": "integer", "maximum": 99}},
+    "required": ["name", "legs"], "additionalProperties": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_answers_follow_a_schema_once_the_chain_is_closed(words: Tokenizer, speculate: bool) -> None:
+    pytest.importorskip("llguidance")
+    engine = Engine(toy_model(), [words.eos], tokens=4096, tokenizer=words, speculate=speculate)
+    schema = json.dumps(SCHEMA)
+    plain = [engine.submit(PROMPT, Sampling(1.0, 200, schema=schema, think_tokens=10), i) for i in range(4)]
+    chained = [
+        engine.submit(PROMPT, Sampling(1.0, 200, schema=schema, think_tokens=10), i, thinking=True)
+        for i in range(4)
+    ]
+    free = engine.submit(PROMPT, Sampling(1.0, 30), 9)
+    finish(engine)
+    for s in plain + chained:
+        assert s.text is not None and s.finish == "stop"
+        said = s.text.said
+        if s in chained or said.startswith(THINK):
+            _, _, said = said.partition(END_THINK)
+        parsed = json.loads(said)
+        assert parsed["name"] in ("fox", "dog") and parsed["legs"] <= 99 and set(parsed) == {"name", "legs"}
+    assert free.tokens == naive(toy_model(), PROMPT, Sampling(1.0, 30), 9)[0][: len(free.tokens)]
+
+
+@pytest.mark.parametrize(
+    "schema", ["{", "[1]", '{"type": "nothing"}', '{"$ref": "#/nowhere"}', '{"type": 5}']
+)
+def test_a_schema_that_is_none_is_refused(words: Tokenizer, schema: str) -> None:
+    pytest.importorskip("llguidance")
+    engine = Engine(toy_model(), [words.eos], tokens=512, tokenizer=words)
+    with pytest.raises(UserError, match="response_format"):
+        engine.submit(PROMPT, Sampling(1.0, 40, schema=schema), 0)
+    assert not engine.busy
+
+
+# ---- pages ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["take", "release", "publish", "find"]), st.integers(0, 7)), max_size=60
+    )
+)
+@settings(max_examples=200, deadline=None)
+def test_pages_are_never_lost_and_never_given_twice(actions: list[tuple[str, int]]) -> None:
+    pages = Pages(4, PAGE)
+    held: list[int] = []
+    named: dict[bytes, int] = {}
+    for action, n in actions:
+        name = digest(b"", [n])
+        if action == "take" and pages.free:
+            page = pages.take()
+            assert page not in held and 1 <= page <= 4
+            named = {k: p for k, p in named.items() if p != page}
+            held.append(page)
+        elif action == "release" and held:
+            pages.release([held.pop(n % len(held))])
+        elif action == "publish" and held:
+            page = held[n % len(held)]
+            if name not in named and page not in named.values():
+                named[name] = page
+            pages.publish(page, name)
+        elif action == "find":
+            found = pages.find(name)
+            assert found == named.get(name)
+            held += [found] if found is not None else []
+        assert pages.free == 4 - len(set(held))
+    pages.release(held)
+    pages.forget()
+    assert pages.free == 4 and pages.shared == 0
+
+
+def test_digests_depend_on_all_that_came_before() -> None:
+    first, second = digest(b"", [1, 2]), digest(b"", [1, 3])
+    assert len({first, second, digest(first, [5]), digest(second, [5]), digest(b"salt", [1, 2])}) == 5
+
+
+def test_uniforms_are_the_same_however_many_are_asked() -> None:
+    sequence = Sequence([1], Sampling(), seed=12)
+    numbers = []
+    for _ in range(300):
+        numbers.append(sequence.uniform())
+        sequence.tokens.append(0)
+    assert numbers == uniforms(12, 300).tolist()
