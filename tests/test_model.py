@@ -11,7 +11,7 @@ from torch import Tensor
 from finback.checkpoint.hf import raw_config
 from finback.checkpoint.names import table
 from finback.config import UserError
-from finback.kernels import attention, grouped, native, norm, paged, reference
+from finback.kernels import attention, decode, grouped, native, norm, reference
 from finback.model.cache import PAGE, Cache, Pool
 from finback.model.config import TINY, V2_LITE, V3, ModelConfig, Yarn
 from finback.model.latent import LatentAttention
@@ -166,7 +166,7 @@ def test_paged_attention_equals_its_plain_form(dtype: torch.dtype, groups: int, 
     lengths = torch.tensor([0, 1, 15, 40, 6 * PAGE - new])
     for starts in (None, torch.tensor([0, 0, 3, 33, 17])):
         arguments = (query, entries, table, lengths, starts, PAGE, groups, value, 0 if groups == 1 else 152)
-        fast = paged.paged_attention(*arguments, scale=0.3)
+        fast = decode.paged_attention(*arguments, scale=0.3)
         plain = reference.paged_attention(*arguments, scale=0.3)
         assert (fast - plain).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-5)
 

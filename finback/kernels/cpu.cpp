@@ -1,5 +1,6 @@
-// Attention over a paged cache, and routed experts, for few tokens at a time on a CPU. The plain twins are in
-// reference.py. Compiled by native.py with the machine's own compiler, loaded without any of torch's headers; the
+// What surrounds the matrix products when a CPU reads few tokens at a time: norms, rotation, the cache and attention over
+// it, SwiGLU, routed experts. Each is one pass where the plain form takes a dozen small ones. The plain twins are in
+// reference.py and in the model itself. Compiled by native.py with the machine's own compiler, loaded without any of torch's headers; the
 // OpenMP symbols are resolved to the runtime that torch has loaded, so that there is one pool of threads.
 
 #include <algorithm>
@@ -20,6 +21,13 @@ inline float wide(bf16 x) {
   float y;
   std::memcpy(&y, &bits, 4);
   return y;
+}
+
+inline void narrow(float x, float* y) { *y = x; }
+inline void narrow(float x, bf16* y) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  y->bits = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // exp for x <= 0 to about 1e-7 relative (Cephes' polynomial); inline, so that loops over it vectorise.
@@ -62,6 +70,28 @@ template <typename T>
 inline void add_scaled(float* out, float factor, const T* x, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] += factor * wide(x[i]);
+}
+
+// out = gain * x / sqrt(mean(x^2) + eps)
+template <typename T, typename U>
+inline void norm(const T* x, const float* gain, float eps, U* out, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += wide(x[i]) * wide(x[i]);
+  const float inverse = 1.0f / std::sqrt(sum / float(n) + eps);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) narrow(wide(x[i]) * inverse * gain[i], out + i);
+}
+
+// Rotates pairs (2i, 2i + 1) or (i, i + n / 2); the result is [first of each pair | second of each pair].
+template <typename T, typename U>
+inline void rotate(const T* x, const float* cosine, const float* sine, bool interleaved, U* out, int64_t n) {
+  const int64_t half = n / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = wide(interleaved ? x[2 * i] : x[i]), b = wide(interleaved ? x[2 * i + 1] : x[i + half]);
+    narrow(a * cosine[i] - b * sine[i], out + i);
+    narrow(a * sine[i] + b * cosine[i], out + half + i);
+  }
 }
 
 struct Attention {
@@ -147,6 +177,116 @@ void attend(const Attention& a, const T* data) {
   }
 }
 
+// What a row of the batch brings along for attention: its place in the cache and its angles.
+struct Place {
+  const int64_t* slots;  // (rows * new)
+  const float *cosine, *sine;  // (rows * new, rotated / 2)
+  bool interleaved;
+};
+
+// Grouped-query attention from the projections on: rotate, store, attend. qkv (tokens, heads + 2 groups, size).
+template <typename T>
+void grouped_query(Attention a, const Place& at, const T* qkv, const float* query_gain, const float* key_gain, float eps,
+                   T* data, T* out) {
+  const int64_t tokens = a.rows * a.news, size = a.key, line = (a.heads + 2 * a.groups) * size;
+  static thread_local std::vector<float> scratch;
+  scratch.resize(2 * tokens * a.heads * size + size);
+  float *query = scratch.data(), *read = query + tokens * a.heads * size;
+  a.query = query;
+  a.out = read;
+  std::vector<float> normed(size);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const T* x = qkv + t * line;
+    const float *c = at.cosine + t * size / 2, *s = at.sine + t * size / 2;
+    T* entry = data + at.slots[t] * a.elements;
+    for (int64_t h = 0; h < a.heads + a.groups; ++h) {
+      const bool is_query = h < a.heads;
+      const float* gain = is_query ? query_gain : key_gain;
+      float* to = query + (t * a.heads + h) * size;
+      if (gain) {
+        norm(x + h * size, gain, eps, normed.data(), size);
+        if (is_query)
+          rotate(normed.data(), c, s, at.interleaved, to, size);
+        else
+          rotate(normed.data(), c, s, at.interleaved, entry + (h - a.heads) * size, size);
+      } else if (is_query) {
+        rotate(x + h * size, c, s, at.interleaved, to, size);
+      } else {
+        rotate(x + h * size, c, s, at.interleaved, entry + (h - a.heads) * size, size);
+      }
+    }
+    std::memcpy(entry + a.groups * size, x + (a.heads + a.groups) * size, a.groups * size * sizeof(T));
+  }
+  attend(a, data);
+  for (int64_t i = 0; i < tokens * a.heads * size; ++i) narrow(read[i], out + i);
+}
+
+// Latent attention in absorbed form, from the projections on. q (tokens, heads, nope + rope), kv (tokens, latent + rope),
+// up (heads, nope + value, latent).
+template <typename T>
+void latent(Attention a, const Place& at, const T* q, const T* kv, const float* gain, float eps, const T* up, T* data,
+            T* out, int64_t nope, int64_t rope, int64_t value) {
+  const int64_t tokens = a.rows * a.news, size = a.value, pairs = tokens * a.heads;  // size: of the latent
+  static thread_local std::vector<float> scratch;
+  scratch.resize(pairs * (a.key + size));
+  float *query = scratch.data(), *read = query + pairs * a.key;
+  a.query = query;
+  a.out = read;
+#pragma omp parallel if (pairs > 1)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t t = 0; t < tokens; ++t) {
+      const T* x = kv + t * (size + rope);
+      T* entry = data + at.slots[t] * a.elements;
+      norm(x, gain, eps, entry, size);
+      rotate(x + size, at.cosine + t * rope / 2, at.sine + t * rope / 2, at.interleaved, entry + size, rope);
+    }
+#pragma omp for schedule(static)
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t t = pair / a.heads, h = pair % a.heads;
+      const T *x = q + pair * (nope + rope), *w = up + h * (nope + value) * size;
+      float* to = query + pair * a.key;
+      std::fill(to, to + size, 0.0f);
+      for (int64_t n = 0; n < nope; ++n) add_scaled(to, wide(x[n]), w + n * size, size);
+      rotate(x + nope, at.cosine + t * rope / 2, at.sine + t * rope / 2, at.interleaved, to + size, rope);
+    }
+  }
+  attend(a, data);
+#pragma omp parallel for schedule(static) if (pairs > 1)
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const T* w = up + (pair % a.heads * (nope + value) + nope) * size;
+    for (int64_t v = 0; v < value; ++v) narrow(dot(read + pair * size, w + v * size, size), out + pair * value + v);
+  }
+}
+
+// x += y, where there is a y; out = norm(x)
+template <typename T>
+void add_norm(T* x, const T* y, const float* gain, float eps, T* out, int64_t tokens, int64_t size) {
+#pragma omp parallel for schedule(static) if (tokens > 8)
+  for (int64_t t = 0; t < tokens; ++t) {
+    T* row = x + t * size;
+    if (y) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) narrow(wide(row[i]) + wide(y[t * size + i]), row + i);
+    }
+    norm(row, gain, eps, out + t * size, size);
+  }
+}
+
+// out = silu(gate) * up for x (tokens, [gate | up])
+template <typename T>
+void swiglu(const T* x, T* out, int64_t tokens, int64_t width) {
+#pragma omp parallel for schedule(static) if (tokens > 8)
+  for (int64_t t = 0; t < tokens; ++t) {
+    const T *gate = x + 2 * t * width, *up = gate + width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const float g = wide(gate[i]), e = exp_(-std::fabs(g));  // sigmoid without overflow
+      narrow(g * (g < 0 ? e : 1.0f) / (1.0f + e) * wide(up[i]), out + t * width + i);
+    }
+  }
+}
+
 template <typename T>
 void experts(const float* x, const int64_t* index, const float* weight, const T* gate_up, const T* down, float* out,
              float* hidden, int64_t tokens, int64_t choices, int64_t size, int64_t width) {
@@ -188,28 +328,67 @@ void experts(const float* x, const int64_t* index, const float* weight, const T*
 
 }  // namespace
 
+#define BOTH(is_bf16, T, ...)  \
+  if (is_bf16) {               \
+    using T = bf16;            \
+    __VA_ARGS__;               \
+  } else {                     \
+    using T = float;           \
+    __VA_ARGS__;               \
+  }
+
 extern "C" {
 
-void finback_attend(int is_bf16, const float* query, const void* data, float* out, const int64_t* table,
+void finback_attend(int64_t is_bf16, const float* query, const void* data, float* out, const int64_t* table,
                     const int64_t* lengths, const int64_t* starts, int64_t rows, int64_t news, int64_t heads,
                     int64_t groups, int64_t key, int64_t value, int64_t elements, int64_t value_at, int64_t page,
-                    int64_t pages, float scale) {
-  const Attention a{query, out,   table,    lengths,  starts, rows,  news, heads,
-                    groups, key, value, elements, value_at, page, pages, scale};
-  if (is_bf16)
-    attend(a, static_cast<const bf16*>(data));
-  else
-    attend(a, static_cast<const float*>(data));
+                    int64_t pages, double scale) {
+  const Attention a{query,  out, table, lengths,  starts,   rows, news,  heads,
+                    groups, key, value, elements, value_at, page, pages, float(scale)};
+  BOTH(is_bf16, T, attend(a, static_cast<const T*>(data)))
 }
 
-void finback_experts(int is_bf16, const float* x, const int64_t* index, const float* weight, const void* gate_up,
+void finback_grouped_query(int64_t is_bf16, const void* qkv, void* data, void* out, const int64_t* slots,
+                           const int64_t* table, const int64_t* lengths, const int64_t* starts, const float* cosine,
+                           const float* sine, const float* query_gain, const float* key_gain, int64_t rows, int64_t news,
+                           int64_t heads, int64_t groups, int64_t size, int64_t page, int64_t pages, double eps,
+                           double scale) {
+  const Attention a{nullptr, nullptr, table,         lengths,       starts, rows,  news, heads,
+                    groups,  size,    size,          2 * groups * size, groups * size, page,  pages, float(scale)};
+  const Place at{slots, cosine, sine, false};
+  BOTH(is_bf16, T,
+       grouped_query(a, at, static_cast<const T*>(qkv), query_gain, key_gain, float(eps), static_cast<T*>(data),
+                     static_cast<T*>(out)))
+}
+
+void finback_latent(int64_t is_bf16, const void* q, const void* kv, const void* up, void* data, void* out,
+                    const int64_t* slots, const int64_t* table, const int64_t* lengths, const int64_t* starts,
+                    const float* cosine, const float* sine, const float* gain, int64_t interleaved, int64_t rows,
+                    int64_t news, int64_t heads, int64_t nope, int64_t rope, int64_t value, int64_t size, int64_t page,
+                    int64_t pages, double eps, double scale) {
+  const Attention a{nullptr, nullptr, table, lengths,     starts, rows, news,  heads,
+                    1,       size + rope, size,  size + rope, 0,      page, pages, float(scale)};
+  const Place at{slots, cosine, sine, interleaved != 0};
+  BOTH(is_bf16, T,
+       latent(a, at, static_cast<const T*>(q), static_cast<const T*>(kv), gain, float(eps), static_cast<const T*>(up),
+              static_cast<T*>(data), static_cast<T*>(out), nope, rope, value))
+}
+
+void finback_add_norm(int64_t is_bf16, void* x, const void* y, const float* gain, void* out, int64_t tokens, int64_t size,
+                      double eps) {
+  BOTH(is_bf16, T,
+       add_norm(static_cast<T*>(x), static_cast<const T*>(y), gain, float(eps), static_cast<T*>(out), tokens, size))
+}
+
+void finback_swiglu(int64_t is_bf16, const void* x, void* out, int64_t tokens, int64_t width) {
+  BOTH(is_bf16, T, swiglu(static_cast<const T*>(x), static_cast<T*>(out), tokens, width))
+}
+
+void finback_experts(int64_t is_bf16, const float* x, const int64_t* index, const float* weight, const void* gate_up,
                      const void* down, float* out, float* hidden, int64_t tokens, int64_t choices, int64_t size,
                      int64_t width) {
-  if (is_bf16)
-    experts(x, index, weight, static_cast<const bf16*>(gate_up), static_cast<const bf16*>(down), out, hidden, tokens,
-            choices, size, width);
-  else
-    experts(x, index, weight, static_cast<const float*>(gate_up), static_cast<const float*>(down), out, hidden,
-            tokens, choices, size, width);
+  BOTH(is_bf16, T,
+       experts(x, index, weight, static_cast<const T*>(gate_up), static_cast<const T*>(down), out, hidden, tokens, choices,
+               size, width))
 }
 }

@@ -14,6 +14,9 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # not -ffast-math: linked into a library it would change how the whole process rounds
@@ -21,6 +24,36 @@ FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros",
     "-std=c++17", "-fPIC",
 )  # fmt: skip
+
+
+# what each kernel takes: p pointer, i whole number, f fraction
+SIGNATURES = {
+    "attend": "i" + 6 * "p" + 10 * "i" + "f",
+    "grouped_query": "i" + 11 * "p" + 7 * "i" + "ff",
+    "latent": "i" + 12 * "p" + 10 * "i" + "ff",
+    "add_norm": "ippppiif",
+    "swiglu": "ippii",
+    "experts": "i" + 7 * "p" + 4 * "i",
+}
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
+
+
+def call(name: str, *arguments: Tensor | float | None) -> None:
+    """Run a kernel; tensors are passed as their addresses, and have the dtypes and layouts its wrapper made sure of."""
+    function = _functions()[name]
+    function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+
+
+@cache
+def _functions() -> dict[str, Any]:
+    loaded = library()
+    assert loaded is not None, "callers ask library() first"
+    found = {}
+    for name, kinds in SIGNATURES.items():
+        function = getattr(loaded, f"finback_{name}")
+        function.argtypes, function.restype = [KINDS[kind] for kind in kinds], None
+        found[name] = function
+    return found
 
 
 @cache

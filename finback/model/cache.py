@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finback.kernels import reference
-from finback.kernels.paged import paged_attention
+from finback.kernels import decode, reference
 from finback.model.config import ModelConfig
 
 PAGE = 16  # tokens; what sequences share is shared in such units
+FEW = 8  # new tokens per row up to which pages are read in place rather than gathered for one large product
 
 
 class Pool:
@@ -48,7 +48,7 @@ class Cache:
         self, pool: Pool, table: Tensor, lengths: Sequence[int], new: int, counts: Sequence[int] | None = None,
         starts: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
-        self.pool, self.table = pool, table
+        self.pool, self.table = pool, table.contiguous()
         device = table.device
         self.fresh = not any(lengths)  # nothing was stored before this pass
         self.lengths = torch.tensor(lengths, device=device)
@@ -62,6 +62,8 @@ class Cache:
             # padding may stand behind the last position there is; it is rotated by any angle
             self.positions = self.positions.masked_fill(padding, 0)
         self.slots = slots.flatten()
+        self.few = new <= FEW
+        self.native = self.few and decode.ready(pool.data)  # whether the C++ kernels serve this pass
 
     def layer(self, index: int) -> "LayerCache":
         """The view of one layer."""
@@ -73,7 +75,14 @@ class LayerCache:
 
     def __init__(self, cache: Cache, index: int) -> None:
         self.cache, self.data = cache, cache.pool.data[index]
-        self.fresh = cache.fresh
+        self.fresh, self.few, self.native = cache.fresh, cache.few, cache.native
+        self.slots = cache.slots
+
+    @property
+    def where(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Page table, lengths, starts and page size, as attention takes them."""
+        c = self.cache
+        return c.table, c.lengths, c.starts, c.pool.size
 
     def append(self, entries: Tensor) -> None:
         """Store the new tokens' entries (rows, new, elements)."""
@@ -82,9 +91,8 @@ class LayerCache:
     def attend(self, query: Tensor, groups: int, value_dim: int, value_at: int, scale: float) -> Tensor:
         """Attention of the new tokens over all that is stored, them included; see reference.paged_attention."""
         c = self.cache
-        return paged_attention(
-            query, self.data, c.table, c.lengths, c.starts, c.pool.size, groups, value_dim, value_at, scale
-        )
+        form = decode.paged_attention if c.native else reference.paged_attention
+        return form(query, self.data, *self.where, groups, value_dim, value_at, scale)
 
     def stored(self) -> Tensor:
         """Everything the rows hold, new tokens included: (rows, slots, elements)."""

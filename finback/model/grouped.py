@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finback.kernels.paged import FEW
+from finback.kernels import decode
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
@@ -30,6 +30,13 @@ class GroupedQueryAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, head_dim / 2); keys are cached rotated."""
         c = self.config
+        if cache is not None and cache.native and self.fused is not None:
+            gains = (self.query_norm.weight, self.key_norm.weight) if c.qk_norm else None
+            read = decode.grouped_query(
+                self.fused(x), cache.data, cache.slots, *cache.where, cos, sin, gains, c.num_key_value_heads, c.head_dim,
+                c.rms_norm_eps, self.scale,
+            )  # fmt: skip
+            return self.out(read)
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
         query, key, value = self.project(x)
         if c.qk_norm:
@@ -38,7 +45,7 @@ class GroupedQueryAttention(nn.Module):
         mask = None
         if cache is not None:
             cache.append(_flat(key, value))
-            if x.size(1) <= FEW and not cache.fresh:
+            if cache.few and not cache.fresh:
                 values_at = c.num_key_value_heads * c.head_dim
                 read = cache.attend(query, c.num_key_value_heads, c.head_dim, values_at, self.scale)
                 return self.out(read.flatten(2))

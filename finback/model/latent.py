@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finback.kernels import decode
 from finback.kernels.attention import causal_attention
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
@@ -48,6 +49,8 @@ class LatentAttention(nn.Module):
         With a cache the new latents are stored, and attention covers everything stored before as well.
         """
         for_queries, for_latents = self.down(x)
+        if cache is not None and cache.native and self.kv_up.weight.dtype == x.dtype:
+            return self.out(self.attend_natively(for_queries, for_latents, cos, sin, cache))
         q_nope, q_rope = self.queries(for_queries, cos, sin)
         latent, k_rope = self.latents(for_latents, cos, sin)
         if cache is None:
@@ -112,6 +115,17 @@ class LatentAttention(nn.Module):
         query = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], dim=-1)
         read = cache.attend(query, 1, self.config.kv_lora_rank, 0, self.scale)
         return torch.einsum("bthc,hvc->bthv", read, w_uv).flatten(2)
+
+    def attend_natively(
+        self, for_queries: Tensor, for_latents: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache
+    ) -> Tensor:
+        """The absorbed form for a few tokens as one C++ kernel, storing included."""
+        c = self.config
+        q = for_queries if c.q_lora_rank is None else self.q_up(self.q_norm(for_queries))
+        return decode.latent(
+            q, for_latents, self.kv_up.weight, cache.data, cache.slots, *cache.where, cos, sin, self.kv_norm.weight,
+            c.rope_interleaved, (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim), LATENT_EPS, self.scale,
+        )  # fmt: skip
 
     @property
     def longest_absorbed(self) -> int:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finback.kernels import fp8
+from finback.kernels import decode, fp8
 from finback.kernels.norm import rms_norm
 
 
@@ -18,6 +18,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, and its norm; outside of training x itself may be overwritten."""
+        if decode.ready(x):
+            return x, decode.add_norm(x, y, self.weight, self.eps)
+        x = x + y
+        return x, self(x)
 
 
 class Linear(nn.Module):
@@ -54,7 +61,10 @@ class SwiGLU(nn.Module):
         self.down = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        hidden = self.gate_up(x)
+        if decode.ready(hidden):
+            return self.down(decode.swiglu(hidden))
+        gate, up = hidden.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from finback.kernels.packed import Form, PackedLinear
 from finback.model.grouped import GroupedQueryAttention
 from finback.model.latent import LatentAttention
-from finback.model.layers import Linear
+from finback.model.layers import Linear, RMSNorm
 from finback.model.transformer import Transformer
 
 
@@ -24,6 +24,8 @@ def pack(model: Transformer, form: Form) -> Transformer:
             module.fused = _stack([getattr(module, first), module.kv_down], form)
             setattr(module, first, nn.Identity())
             module.kv_down = nn.Identity()
+        elif isinstance(module, RMSNorm):
+            module.float()  # as its kernel reads it
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, Linear) and name != "kv_up":
@@ -32,4 +34,6 @@ def pack(model: Transformer, form: Form) -> Transformer:
 
 
 def _stack(layers: list[Linear], form: Form) -> PackedLinear:
-    return PackedLinear([layer.matrix(layer.weight.dtype) for layer in layers], [layer.bias for layer in layers], form)
+    return PackedLinear(
+        [layer.matrix(layer.weight.dtype) for layer in layers], [layer.bias for layer in layers], form
+    )

@@ -33,8 +33,7 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, real: Tensor | None = None
     ) -> Tensor:
         """x (b, t, d) -> (b, t, d); see LatentAttention.forward for cos, sin and cache, MoE.forward for real."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache)
-        h = self.feed_forward_norm(x)
+        x, h = self.feed_forward_norm.after(x, self.attention(self.attention_norm(x), cos, sin, cache))
         return x + (
             self.feed_forward(h, real) if isinstance(self.feed_forward, MoE) else self.feed_forward(h)
         )
