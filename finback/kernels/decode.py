@@ -93,3 +93,16 @@ def latent(
         interleaved, rows, new, heads, nope, rope, value, up.size(1), size, table.size(1), eps, scale,
     )  # fmt: skip
     return out
+
+
+def experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As reference.routed_experts, for few tokens: every expert's weights are read once, and no token is moved."""
+    tokens, choices = index.shape
+    width, size = down.size(2), x.size(1)
+    wide, weight, index = x.float().contiguous(), weight.float().contiguous(), index.contiguous()
+    out, hidden = torch.empty_like(wide), wide.new_empty(tokens * choices, width)
+    native.call(
+        "experts", gate_up.dtype == torch.bfloat16, wide, index, weight, gate_up, down, out, hidden, tokens, choices, size,
+        width,
+    )  # fmt: skip
+    return out.to(x.dtype)

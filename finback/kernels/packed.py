@@ -42,8 +42,9 @@ class PackedLinear(nn.Module):
             packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return packed
         rows = x.reshape(-1, x.size(-1))
-        if rows.size(0) <= FEW:
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        # torch's kernel reads past the end of sizes that do not fill its vectors
+        if rows.size(0) <= FEW and rows.size(1) % 32 == 0 and self.weight.size(0) % 32 == 0:
+            y = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
         else:
             y = F.linear(rows, self.weight.to(x.dtype)).mul_(self.scale)
         y = y if self.bias is None else y + self.bias
