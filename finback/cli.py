@@ -1,7 +1,8 @@
-"""The command line: run, show, chat, verify, export.
+"""The command line: run, show, chat, serve, verify, export.
 
 Progress and prose go to stderr, results to stdout. Exit codes: 0 done, 2 the user's mistake (one line, no
-traceback), 130 interrupted (run the same command to continue). Only this file reads the environment.
+traceback), 130 interrupted (run the same command to continue). Only this file reads the environment, and
+kernels/native.py, which looks for a compiler.
 """
 
 import errno
@@ -28,6 +29,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")
 ]
+
+
+Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16, or int8 (weights alone, rounded).")]
 
 
 def main() -> None:
@@ -155,16 +159,79 @@ def chat(
         int | None, typer.Option(help="Longest reply; default an eighth of the window, 1024 at most.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same replies.")] = 0,
+    dtype: Dtype = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the whole dialogue as one JSON object.")
     ] = False,
 ) -> None:
-    """Talk to a model: one line a turn, thinking dimmed. /new forgets the dialogue, Ctrl-D ends it."""
+    """Talk to a model: one line a turn, thinking dimmed. /new forgets the dialogue, /help names more, Ctrl-D ends it."""
     from finback.report import talk
 
+    _check_dtype(dtype)
     talk.loop(
-        model, seed, as_json, "NO_COLOR" not in os.environ,
+        model, seed, as_json, "NO_COLOR" not in os.environ, dtype,  # type: ignore[arg-type]
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens,
+    )  # fmt: skip
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; other than loopback needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Which port.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model; default its folder.")
+    ] = None,
+    alias: Annotated[list[str], typer.Option(help="Another name for it; repeatable.")] = [],  # noqa: B006
+    dtype: Dtype = "auto",
+    rows: Annotated[int, typer.Option(help="Answers made at a time.")] = 32,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens the cache holds; default what a quarter of the free memory does."),
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Prompt tokens read between two steps of the others.")] = 256,
+    queue: Annotated[int, typer.Option(help="Answers that may wait; beyond, requests get 503.")] = 64,
+    reuse: Annotated[bool, typer.Option(help="Read the beginnings that prompts share once.")] = True,
+    speculate: Annotated[bool, typer.Option(help="Draft with the model's MTP module, if it has one.")] = True,
+    key_file: Annotated[
+        Path | None, typer.Option(help="API keys, one a line, or their SHA-256; also FINBACK_API_KEY.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond loopback without a key.")
+    ] = False,
+    allow_host: Annotated[list[str], typer.Option(help="A name the server is reached by; repeatable.")] = [],  # noqa: B006
+    allow_origin: Annotated[list[str], typer.Option(help="A site whose pages may ask; repeatable.")] = [],  # noqa: B006
+    reasoning: Annotated[
+        str, typer.Option(help="Where chains go: both, deepseek, openrouter, inline or none.")
+    ] = "both",
+    rate: Annotated[int, typer.Option(help="Requests per key and minute; 0 is any number.")] = 0,
+    concurrent: Annotated[int, typer.Option(help="Requests per key at a time; 0 is any number.")] = 0,
+    drain: Annotated[float, typer.Option(help="Seconds that running answers get after SIGTERM.")] = 30.0,
+) -> None:
+    """Serve a model with OpenAI's and DeepSeek's API, on this machine alone unless told otherwise."""
+    _check_dtype(dtype)
+    for option, value in (
+        ("--rows", rows),
+        ("--chunk", chunk),
+        ("--tokens", 1 if tokens is None else tokens),
+    ):
+        if value < 1:
+            raise UserError(option, value, "not above 0", "Use 1 or more.")
+    if queue < 0:
+        raise UserError("--queue", queue, "negative", "Use 0 to let nobody wait.")
+    from finback.report.talk import find_model
+    from finback.serve import server
+
+    found = find_model(model)
+    server.run(
+        found, host=host, port=port, name=name or model.resolve().name, aliases=alias, dtype=dtype, rows=rows,  # type: ignore[arg-type]
+        tokens=tokens, chunk=chunk, queue=queue, reuse=reuse, speculate=speculate, key_file=key_file, insecure=insecure,
+        keys=[key for key in (os.environ.get("FINBACK_API_KEY"),) if key], hosts=allow_host, origins=allow_origin,
+        reasoning_field=reasoning, rate=rate, concurrent=concurrent, drain=drain,
     )  # fmt: skip
 
 
@@ -225,6 +292,11 @@ def export(
         print(
             f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB. Check them with `finback verify {folder}`."
         )
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("auto", "fp32", "bf16", "int8"):
+        raise UserError("--dtype", dtype, "not a format", "Use auto, fp32, bf16 or int8.")
 
 
 def _work(plan: Recipe, root: Path, seed: int) -> None:

@@ -1,6 +1,7 @@
 """Models in folders: a finished stage's (model.json, model.safetensors), a Hugging Face folder, or a GGUF file."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,7 +10,9 @@ from finback.checkpoint import load as foreign
 from finback.checkpoint import store
 from finback.checkpoint.load import Kept
 from finback.config import UserError
+from finback.kernels import packed
 from finback.model.config import from_json, to_json
+from finback.model.pack import pack
 from finback.model.transformer import Transformer
 from finback.run import is_checkpoint, read_json, write_json
 
@@ -29,6 +32,36 @@ def restore(model: Transformer, tensors: dict[str, Tensor]) -> None:
     """Load what `tensors_of` put into a step checkpoint; other tensors in it are ignored."""
     mine = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     model.load_state_dict(mine)
+
+
+Answering = Literal["auto", "fp32", "bf16", "int8"]
+LARGE = 100_000_000  # bytes of weights below which fp32 costs little, and is exact
+
+
+def load_to_answer(path: Path, dtype: Answering = "auto") -> Transformer:
+    """Read the model at a path for answering alone, laid out as this machine reads it fastest.
+
+    bf16 and int8 (weights only, for CPUs) are packed: such a model cannot be trained or saved. "auto" is bf16 where the
+    machine computes in it, and fp32 elsewhere and for small models.
+    """
+    cuda = torch.cuda.is_available()
+    if dtype == "auto":
+        fast = cuda or packed.available("bf16")
+        dtype = "bf16" if fast and _size(path) >= LARGE else "fp32"
+    if dtype == "fp32":
+        model = load(path)
+        return (model.to("cuda") if cuda else model).eval()
+    if not cuda and not packed.available(dtype):
+        raise UserError("--dtype", dtype, "this processor has no fast products for it", "Use fp32.")
+    if cuda and dtype == "int8":
+        raise UserError("--dtype", dtype, "for CPUs only", "Use bf16.")
+    model = load(path, torch.bfloat16, "bf16").eval()
+    return model.to("cuda") if cuda else pack(model, dtype)
+
+
+def _size(path: Path) -> int:
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def load(path: Path, compute: torch.dtype = torch.float32, kept: Kept = "fp32") -> Transformer:

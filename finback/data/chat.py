@@ -1,11 +1,15 @@
-"""Messages to tokens and a response back to its parts; the only place that knows the template."""
+"""Messages to tokens and a response back to its parts, for training and the conversation in a terminal.
 
-from collections.abc import Sequence
+Here a turn is a `Message` and a response is whole. What a server is sent, with system messages, tools and past chains,
+becomes tokens in dialogue.py, in the same form; for a dialogue that both can say they agree.
+"""
+
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from finback.config import UserError
-from finback.data.tokenizer import ASSISTANT, END_THINK, THINK, USER, Tokenizer
+from finback.data.tokenizer import ADDED, ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ def prompt(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = Fals
         text = tokenizer.template.render(
             said, add_generation_prompt=True, **({"thinking": True} if think else {})
         )
-        return tokenizer.encode_marked(text + (THINK if think and not _is_open(text) else ""))
-    _demand_marks(tokenizer)
+        return tokenizer.encode_marked(text + (THINK if think and not is_open(text) else ""))
+    demand_marks(tokenizer)
     ids = [tokenizer.bos]
     for message in messages:
         ids += _turn(message, tokenizer, with_thinking=False)
@@ -58,10 +62,11 @@ def opens_chain(tokenizer: Tokenizer) -> bool:
     """Whether the template itself opens the chain at the end of a prompt, as R1's does since February 2025."""
     if tokenizer.template is None:
         return False
-    return _is_open(tokenizer.template.render([{"role": "user", "content": "?"}], add_generation_prompt=True))
+    return is_open(tokenizer.template.render([{"role": "user", "content": "?"}], add_generation_prompt=True))
 
 
-def _is_open(text: str) -> bool:
+def is_open(text: str) -> bool:
+    """Whether a prompt's text ends inside a chain that nothing stands in yet."""
     return text.rstrip().endswith(THINK)
 
 
@@ -72,17 +77,18 @@ def document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
             "tokenizer", str(tokenizer.path), "writes dialogues by a template of its own",
             "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made.",
         )  # fmt: skip
-    _demand_marks(tokenizer)
+    demand_marks(tokenizer)
     ids = [tokenizer.bos]
     for message in messages:
         ids += _turn(message, tokenizer, with_thinking=True)
     return ids if messages and messages[-1].role == "assistant" else [*ids, tokenizer.eos]
 
 
-def _demand_marks(tokenizer: Tokenizer) -> None:
-    if tokenizer.lacks:
+def demand_marks(tokenizer: Tokenizer, marks: Collection[str] = (BOS, EOS, *ADDED)) -> None:
+    """UserError if a tokenizer without a template lacks one of these tokens."""
+    if lacks := [token for token in tokenizer.lacks if token in marks]:
         raise UserError(
-            "tokenizer", str(tokenizer.path), f"has no chat template and lacks the tokens {tokenizer.lacks}",
+            "tokenizer", str(tokenizer.path), f"has no chat template and lacks the tokens {lacks}",
             "Use a model that was taught to chat, or put a chat_template.jinja beside it.",
         )  # fmt: skip
 

@@ -72,6 +72,77 @@ inline void add_scaled(float* out, float factor, const T* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] += factor * wide(x[i]);
 }
 
+// Sixteen numbers at once; the compiler splits them where registers are narrower.
+typedef float vector __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(64)));
+constexpr int64_t width = 16;
+
+inline vector load(const float* x) {
+  vector y;
+  std::memcpy(&y, x, sizeof y);
+  return y;
+}
+inline vector load(const bf16* x) {
+  halves bits;
+  std::memcpy(&bits, x, sizeof bits);
+  const words wider = __builtin_convertvector(bits, words) << 16;
+  vector y;
+  std::memcpy(&y, &wider, sizeof y);
+  return y;
+}
+inline float total(vector x) {
+  float sum = 0;
+  for (int64_t i = 0; i < width; ++i) sum += x[i];
+  return sum;
+}
+
+// s[q][i] = x[q] . key i, for Q queries and `count` keys: every key is read once for all queries.
+template <int Q, typename T>
+void products(const float* const* x, const T* keys, int64_t stride, int64_t n, int64_t count, float* s, int64_t line) {
+  constexpr int64_t K = 4;
+  const int64_t even = n / width * width;
+  int64_t i = 0;
+  for (; i + K <= count; i += K) {
+    vector sums[Q][K] = {};
+    for (int64_t d = 0; d < even; d += width)
+      for (int64_t k = 0; k < K; ++k) {
+        const vector key = load(keys + (i + k) * stride + d);
+        for (int q = 0; q < Q; ++q) sums[q][k] += load(x[q] + d) * key;
+      }
+    for (int q = 0; q < Q; ++q)
+      for (int64_t k = 0; k < K; ++k) {
+        float sum = total(sums[q][k]);
+        for (int64_t d = even; d < n; ++d) sum += x[q][d] * wide(keys[(i + k) * stride + d]);
+        s[q * line + i + k] = sum;
+      }
+  }
+  for (; i < count; ++i)
+    for (int q = 0; q < Q; ++q) s[q * line + i] = dot(x[q], keys + i * stride, n);
+}
+
+// y[q] = fade[q] * y[q] + sum over i of s[q][i] * value i
+template <int Q, typename T>
+void mix(float* const* y, const float* fade, const T* values, int64_t stride, int64_t n, int64_t count, const float* s,
+         int64_t line) {
+  const int64_t even = n / width * width;
+  for (int64_t v = 0; v < even; v += width) {
+    vector sums[Q];
+    for (int q = 0; q < Q; ++q) sums[q] = load(y[q] + v) * fade[q];
+    for (int64_t i = 0; i < count; ++i) {
+      const vector value = load(values + i * stride + v);
+      for (int q = 0; q < Q; ++q) sums[q] += s[q * line + i] * value;
+    }
+    for (int q = 0; q < Q; ++q) std::memcpy(y[q] + v, &sums[q], sizeof(vector));
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int64_t v = even; v < n; ++v) {
+      float sum = y[q][v] * fade[q];
+      for (int64_t i = 0; i < count; ++i) sum += s[q * line + i] * wide(values[i * stride + v]);
+      y[q][v] = sum;
+    }
+}
+
 // out = gain * x / sqrt(mean(x^2) + eps)
 template <typename T, typename U>
 inline void norm(const T* x, const float* gain, float eps, U* out, int64_t n) {
@@ -104,57 +175,60 @@ struct Attention {
   float scale;
 };
 
-// One row, one group of heads that share keys and values: pages one after the other, softmax in the running form.
+// Q queries of one row that share keys and values: pages one after the other, softmax in the running form. Queries are
+// numbered over new tokens and, within each, over heads first .. last.
+template <int Q, typename T>
+void attend_queries(const Attention& a, const T* data, int64_t row, int64_t group, int64_t first, int64_t share,
+                    int64_t query, std::vector<float>& buffer) {
+  const float* x[Q];
+  float* y[Q];
+  int64_t reach[Q], end = 0;
+  float top[Q], sum[Q], fade[Q];
+  for (int q = 0; q < Q; ++q) {
+    const int64_t token = (query + q) / share, head = first + (query + q) % share;
+    x[q] = a.query + ((row * a.news + token) * a.heads + head) * a.key;
+    y[q] = a.out + ((row * a.news + token) * a.heads + head) * a.value;
+    std::fill(y[q], y[q] + a.value, 0.0f);
+    reach[q] = a.lengths[row] + token + 1;  // a new token sees what was there, itself, and the new ones before it
+    end = std::max(end, reach[q]);
+    top[q] = -INFINITY, sum[q] = 0;
+  }
+  buffer.resize(Q * a.page);
+  float* s = buffer.data();
+  const int64_t start = a.starts ? a.starts[row] : 0;
+  for (int64_t p = start / a.page; p * a.page < end; ++p) {
+    const int64_t from = std::max<int64_t>(start - p * a.page, 0), count = std::min(a.page, end - p * a.page) - from;
+    const T* base = data + (a.table[row * a.pages + p] * a.page + from) * a.elements;
+    products<Q>(x, base + group * a.key, a.elements, a.key, count, s, a.page);
+    for (int q = 0; q < Q; ++q) {
+      float* mine = s + q * a.page;
+      const int64_t seen = std::max<int64_t>(std::min(count, reach[q] - p * a.page - from), 0);
+      float high = top[q];
+      for (int64_t i = 0; i < seen; ++i) high = std::max(high, mine[i] *= a.scale);
+      fade[q] = seen || top[q] > -INFINITY ? exp_(top[q] - high) : 0.0f;
+      float more = 0;
+#pragma omp simd reduction(+ : more)
+      for (int64_t i = 0; i < seen; ++i) more += mine[i] = exp_(mine[i] - high);
+      std::fill(mine + seen, mine + count, 0.0f);
+      top[q] = high;
+      sum[q] = sum[q] * fade[q] + more;
+    }
+    mix<Q>(y, fade, base + a.value_at + group * a.value, a.elements, a.value, count, s, a.page);
+  }
+  for (int q = 0; q < Q; ++q)
+    for (int64_t v = 0; v < a.value; ++v) y[q][v] /= sum[q];
+}
+
 template <typename T>
 void attend_group(const Attention& a, const T* data, int64_t row, int64_t group, int64_t first, int64_t last,
                   std::vector<float>& buffer) {
   const int64_t share = last - first, queries = a.news * share;
-  buffer.assign(queries * (2 + a.page), 0.0f);
-  float* top = buffer.data();
-  float* sum = top + queries;
-  float* score = sum + queries;  // (queries, page)
-  std::fill(top, top + queries, -INFINITY);
-  const int64_t start = a.starts ? a.starts[row] : 0, end = a.lengths[row] + a.news;
-  auto query = [&](int64_t q) {
-    return a.query + ((row * a.news + q / share) * a.heads + first + q % share) * a.key;
-  };
-  auto out = [&](int64_t q) {
-    return a.out + ((row * a.news + q / share) * a.heads + first + q % share) * a.value;
-  };
-  for (int64_t q = 0; q < queries; ++q) std::fill(out(q), out(q) + a.value, 0.0f);
-  for (int64_t p = start / a.page; p * a.page < end; ++p) {
-    const T* base = data + a.table[row * a.pages + p] * a.page * a.elements;
-    const int64_t from = std::max<int64_t>(start - p * a.page, 0), to = std::min(a.page, end - p * a.page);
-    for (int64_t q = 0; q < queries; ++q) {
-      // query number q / share sees what was there, itself, and the new ones before it
-      const int64_t seen = std::min(to, a.lengths[row] + q / share + 1 - p * a.page);
-      if (seen <= from) continue;
-      float* s = score + q * a.page;
-      const float* x = query(q);
-      float high = top[q];
-      for (int64_t i = from; i < seen; ++i) {
-        s[i] = a.scale * dot(x, base + i * a.elements + group * a.key, a.key);
-        high = std::max(high, s[i]);
-      }
-      const float fade = exp_(top[q] - high);
-      float total = 0;
-#pragma omp simd reduction(+ : total)
-      for (int64_t i = from; i < seen; ++i) {
-        s[i] = exp_(s[i] - high);
-        total += s[i];
-      }
-      float* y = out(q);
-      if (fade != 1.0f)
-        for (int64_t v = 0; v < a.value; ++v) y[v] *= fade;
-      for (int64_t i = from; i < seen; ++i)
-        add_scaled(y, s[i], base + i * a.elements + a.value_at + group * a.value, a.value);
-      top[q] = high;
-      sum[q] = sum[q] * fade + total;
-    }
-  }
-  for (int64_t q = 0; q < queries; ++q) {
-    float* y = out(q);
-    for (int64_t v = 0; v < a.value; ++v) y[v] /= sum[q];
+  int64_t q = 0;
+  for (; q + 4 <= queries; q += 4) attend_queries<4>(a, data, row, group, first, share, q, buffer);
+  switch (queries - q) {
+    case 3: attend_queries<3>(a, data, row, group, first, share, q, buffer); break;
+    case 2: attend_queries<2>(a, data, row, group, first, share, q, buffer); break;
+    case 1: attend_queries<1>(a, data, row, group, first, share, q, buffer);
   }
 }
 
@@ -190,12 +264,13 @@ void grouped_query(Attention a, const Place& at, const T* qkv, const float* quer
                    T* data, T* out) {
   const int64_t tokens = a.rows * a.news, size = a.key, line = (a.heads + 2 * a.groups) * size;
   static thread_local std::vector<float> scratch;
-  scratch.resize(2 * tokens * a.heads * size + size);
+  scratch.resize(2 * tokens * a.heads * size + tokens * size);
   float *query = scratch.data(), *read = query + tokens * a.heads * size;
   a.query = query;
   a.out = read;
-  std::vector<float> normed(size);
+#pragma omp parallel for schedule(static) if (tokens > 4)
   for (int64_t t = 0; t < tokens; ++t) {
+    float* normed = query + 2 * tokens * a.heads * size + t * size;
     const T* x = qkv + t * line;
     const float *c = at.cosine + t * size / 2, *s = at.sine + t * size / 2;
     T* entry = data + at.slots[t] * a.elements;
@@ -204,11 +279,11 @@ void grouped_query(Attention a, const Place& at, const T* qkv, const float* quer
       const float* gain = is_query ? query_gain : key_gain;
       float* to = query + (t * a.heads + h) * size;
       if (gain) {
-        norm(x + h * size, gain, eps, normed.data(), size);
+        norm(x + h * size, gain, eps, normed, size);
         if (is_query)
-          rotate(normed.data(), c, s, at.interleaved, to, size);
+          rotate(normed, c, s, at.interleaved, to, size);
         else
-          rotate(normed.data(), c, s, at.interleaved, entry + (h - a.heads) * size, size);
+          rotate(normed, c, s, at.interleaved, entry + (h - a.heads) * size, size);
       } else if (is_query) {
         rotate(x + h * size, c, s, at.interleaved, to, size);
       } else {
@@ -218,6 +293,7 @@ void grouped_query(Attention a, const Place& at, const T* qkv, const float* quer
     std::memcpy(entry + a.groups * size, x + (a.heads + a.groups) * size, a.groups * size * sizeof(T));
   }
   attend(a, data);
+#pragma omp parallel for simd schedule(static) if (tokens > 4)
   for (int64_t i = 0; i < tokens * a.heads * size; ++i) narrow(read[i], out + i);
 }
 
@@ -259,15 +335,16 @@ void latent(Attention a, const Place& at, const T* q, const T* kv, const float* 
   }
 }
 
-// x += y, where there is a y; out = norm(x)
+// sum = x + y, where there is a y; out = norm(sum)
 template <typename T>
-void add_norm(T* x, const T* y, const float* gain, float eps, T* out, int64_t tokens, int64_t size) {
+void add_norm(const T* x, const T* y, const float* gain, float eps, T* sum, T* out, int64_t tokens, int64_t size) {
 #pragma omp parallel for schedule(static) if (tokens > 8)
   for (int64_t t = 0; t < tokens; ++t) {
-    T* row = x + t * size;
+    const T* row = x + t * size;
     if (y) {
 #pragma omp simd
-      for (int64_t i = 0; i < size; ++i) narrow(wide(row[i]) + wide(y[t * size + i]), row + i);
+      for (int64_t i = 0; i < size; ++i) narrow(wide(row[i]) + wide(y[t * size + i]), sum + t * size + i);
+      row = sum + t * size;
     }
     norm(row, gain, eps, out + t * size, size);
   }
@@ -374,10 +451,11 @@ void finback_latent(int64_t is_bf16, const void* q, const void* kv, const void* 
               static_cast<T*>(data), static_cast<T*>(out), nope, rope, value))
 }
 
-void finback_add_norm(int64_t is_bf16, void* x, const void* y, const float* gain, void* out, int64_t tokens, int64_t size,
-                      double eps) {
+void finback_add_norm(int64_t is_bf16, const void* x, const void* y, const float* gain, void* sum, void* out,
+                      int64_t tokens, int64_t size, double eps) {
   BOTH(is_bf16, T,
-       add_norm(static_cast<T*>(x), static_cast<const T*>(y), gain, float(eps), static_cast<T*>(out), tokens, size))
+       add_norm(static_cast<const T*>(x), static_cast<const T*>(y), gain, float(eps), static_cast<T*>(sum),
+                static_cast<T*>(out), tokens, size))
 }
 
 void finback_swiglu(int64_t is_bf16, const void* x, void* out, int64_t tokens, int64_t width) {

@@ -19,14 +19,13 @@ def ready(x: Tensor) -> bool:
     )  # fmt: skip
 
 
-def add_norm(x: Tensor, y: Tensor | None, gain: Tensor, eps: float) -> Tensor:
-    """Add y to x in place, if there is one; the RMSNorm of the sum. x and y (..., d), gain (d,)."""
-    out = torch.empty_like(x)
-    gain = gain.float()
-    size = x.size(-1)
-    assert x.is_contiguous() and (y is None or (y.is_contiguous() and y.dtype == x.dtype))
-    native.call("add_norm", x.dtype == torch.bfloat16, x, y, gain, out, x.numel() // size, size, eps)
-    return out
+def add_norm(x: Tensor, y: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y (x itself without a y), and its RMSNorm. x and y (..., d), gain (d,)."""
+    x, gain, size = x.contiguous(), gain.float(), x.size(-1)
+    total, out = x if y is None else torch.empty_like(x), torch.empty_like(x)
+    y = None if y is None else y.to(x.dtype).contiguous()
+    native.call("add_norm", x.dtype == torch.bfloat16, x, y, gain, total, out, x.numel() // size, size, eps)
+    return total, out
 
 
 def swiglu(x: Tensor) -> Tensor:

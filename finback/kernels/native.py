@@ -31,7 +31,7 @@ SIGNATURES = {
     "attend": "i" + 6 * "p" + 10 * "i" + "f",
     "grouped_query": "i" + 11 * "p" + 7 * "i" + "ff",
     "latent": "i" + 12 * "p" + 10 * "i" + "ff",
-    "add_norm": "ippppiif",
+    "add_norm": "ipppppiif",
     "swiglu": "ippii",
     "experts": "i" + 7 * "p" + 4 * "i",
 }

@@ -20,9 +20,9 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
     def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x + y, and its norm; outside of training x itself may be overwritten."""
+        """x + y, and its norm."""
         if decode.ready(x):
-            return x, decode.add_norm(x, y, self.weight, self.eps)
+            return decode.add_norm(x, y, self.weight, self.eps)
         x = x + y
         return x, self(x)
 

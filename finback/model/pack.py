@@ -18,12 +18,12 @@ def pack(model: Transformer, form: Form) -> Transformer:
     for module in list(model.modules()):
         if isinstance(module, GroupedQueryAttention):
             module.fused = _stack([module.query, module.key_value], form)
-            module.query = module.key_value = nn.Identity()
+            module.query = module.key_value = nn.Identity()  # type: ignore[assignment]
         elif isinstance(module, LatentAttention):
             first = "q_up" if module.config.q_lora_rank is None else "q_down"
             module.fused = _stack([getattr(module, first), module.kv_down], form)
             setattr(module, first, nn.Identity())
-            module.kv_down = nn.Identity()
+            module.kv_down = nn.Identity()  # type: ignore[assignment]
         elif isinstance(module, RMSNorm):
             module.float()  # as its kernel reads it
     for module in list(model.modules()):

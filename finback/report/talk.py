@@ -1,5 +1,7 @@
 """A conversation in the terminal: one line a turn, thinking dimmed while it streams."""
 
+import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -7,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from finback.checkpoint import model as models
+from finback.checkpoint.model import Answering
 from finback.config import UserError
 from finback.data import chat
 from finback.data.chat import Message
+from finback.data.dialogue import dialogue
 from finback.data.tokenizer import ASSISTANT, END_THINK, THINK, USER, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
 from finback.run import finished_stages, is_checkpoint
 
+THINKING = {"on": True, "off": False, "auto": None}
+HELP = "/new forgets the dialogue, /think on|off|auto, /seed N, /save FILE (JSON lines), Ctrl-C stops a reply, Ctrl-D ends."
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
@@ -35,16 +41,23 @@ def find_model(path: Path) -> Path:
 
 
 class Conversation:
-    """Messages so far and a model to continue them; old turns are dropped when the window is full."""
+    """Messages so far and a model to continue them; old turns are dropped when the window is full.
 
-    def __init__(self, folder: Path, seed: int, **chosen: float | None) -> None:
+    `think` True opens the chain of thought for the model, False keeps it from thinking, None leaves it to the model.
+    """
+
+    def __init__(self, folder: Path, seed: int, dtype: Answering = "auto", **chosen: float | None) -> None:
         self.tokenizer = Tokenizer(folder)
         # a mark of a new turn ends this one; a small model sometimes goes on with the next
         turns = [] if self.tokenizer.template else [self.tokenizer.ids.get(t, -1) for t in (USER, ASSISTANT)]
-        self.engine = Engine(models.load(folder), (*self.tokenizer.stops, *turns))
+        self.engine = Engine(
+            models.load_to_answer(folder, dtype), (*self.tokenizer.stops, *turns), rows=1, tokenizer=self.tokenizer,
+            chunk=512, reuse=True, speculate=True,
+        )  # fmt: skip
         self.sampling, self.seed = self._sampling(chosen), seed
         self.messages: list[Message] = []
         self.replies = 0
+        self.think: bool | None = None
 
     def _sampling(self, chosen: dict[str, float | None]) -> Sampling:
         """What the user chose, else what the model's makers recommend in generation_config.json, else 0.7."""
@@ -59,9 +72,13 @@ class Conversation:
     def reply(self, text: str) -> Iterator[str]:
         """Pieces of the answer to `text` as they are made, tags included; remembers the answer when it is whole."""
         self.messages.append(Message("user", text))
-        said = [THINK] if chat.opens_chain(self.tokenizer) else []
+        prompt, opened = self._prompt()
+        said = [THINK] if opened else []
         yield from said
-        stream = self.engine.stream(self._prompt(), self.sampling, self.seed + self.replies)
+        mark = self.tokenizer.ids.get(THINK)
+        banned = ((mark, float("-inf")),) if self.think is False and mark is not None else ()
+        sampling = dataclasses.replace(self.sampling, logit_bias=banned)
+        stream = self.engine.stream(prompt, sampling, self.seed + self.replies)
         self.replies += 1
         try:
             for piece in self.tokenizer.stream(stream):
@@ -75,12 +92,42 @@ class Conversation:
         """Start a new dialogue."""
         self.messages = []
 
-    def _prompt(self) -> list[int]:
+    def command(self, line: str) -> str:
+        """Obey a line that begins with a slash; what there is to say about it. UserError when it is unknown."""
+        word, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if word == "/new" and not rest:
+            self.forget()
+            return "a new dialogue"
+        if word == "/think" and rest in THINKING:
+            self.think = THINKING[rest]
+            return f"thinking: {rest}"
+        if word == "/seed" and rest.isdigit():
+            self.seed, self.replies = int(rest), 0
+            return f"seed {rest}"
+        if word == "/save" and rest:
+            return self._save(Path(rest))
+        if word == "/help":
+            return HELP
+        raise UserError("command", line, "not understood", HELP)
+
+    def _save(self, path: Path) -> str:
+        turns = [{"role": m.role, "content": m.content} | ({"reasoning_content": m.thinking} if m.thinking else {})
+                 for m in self.messages]  # fmt: skip
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.writelines(json.dumps(turn, ensure_ascii=False) + "\n" for turn in turns)
+        except OSError as error:
+            raise UserError("/save", str(path), error.strerror or str(error), "Name a new file.") from None
+        return f"{len(turns)} messages in {path}"
+
+    def _prompt(self) -> tuple[list[int], bool]:
         room = self.engine.model.config.max_position_embeddings - self.sampling.max_tokens
         while True:
-            ids = chat.prompt(self.messages, self.tokenizer)
+            said = [{"role": m.role, "content": m.content} for m in self.messages]
+            ids, opened = dialogue(said, self.tokenizer, think=self.think)
             if len(ids) <= room:
-                return ids
+                return ids, opened
             if len(self.messages) == 1:
                 self.messages = []
                 raise UserError(
@@ -89,24 +136,29 @@ class Conversation:
             del self.messages[:2]
 
 
-def loop(path: Path, seed: int, as_json: bool, color: bool, **chosen: float | None) -> None:
+def loop(
+    path: Path, seed: int, as_json: bool, color: bool, dtype: Answering = "auto", **chosen: float | None
+) -> None:
     """Read lines from stdin and answer each; prompts and help only when a person sits there.
 
     `chosen` are fields of Sampling; None leaves one to the model's own settings.
     """
     folder = find_model(path)
-    conversation = Conversation(folder, seed, **chosen)
+    conversation = Conversation(folder, seed, dtype, **chosen)
     person = sys.stdin.isatty() and not as_json
     if person:
-        print(f"{folder}: what it says may be wrong. /new starts over, Ctrl-D ends.", file=sys.stderr)
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - lines can be edited and called back with the arrow keys
+        print(f"{folder}: what it says may be wrong. /help says what else it understands.", file=sys.stderr)
     dialogue: list[dict[str, Any]] = []
     while (line := _ask(person)) is not None:
         if not line.strip():
             continue
-        if line.strip() == "/new":
-            conversation.forget()
-            continue
         try:
+            if line.startswith("/"):
+                answer = conversation.command(line.strip())
+                print(answer, file=sys.stderr)
+                continue
             if as_json:
                 "".join(conversation.reply(line.strip()))
             else:

@@ -1,0 +1,90 @@
+"""Failures in OpenAI's shape, whoever raised them: {"error": {message, type, param, code}}. No torch here."""
+
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from finback.config import UserError
+
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+CODES = {
+    400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
+    413: "request_too_large", 429: "rate_limit_exceeded", 431: "headers_too_large", 500: "server_error",
+    503: "overloaded",
+}  # fmt: skip
+RETRYABLE = (408, 429, 503)  # clients try again after these, so each says when
+
+
+class ApiError(Exception):
+    """A request that fails with a status; `param` is the field that is to blame."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int = 1
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code, self.retry_after = code or CODES.get(status, "error"), retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON object that says it."""
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> Response:
+        """The reply that says it."""
+        headers = (
+            {"retry-after": str(self.retry_after)}
+            if self.status in RETRYABLE
+            else {"x-should-retry": "false"}
+        )
+        if self.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status, headers)
+
+
+def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that its sender must change."""
+    return ApiError(400, message, param, code)
+
+
+def from_user(error: UserError) -> ApiError:
+    """What the engine, the tokenizer or a template found wrong."""
+    return bad(str(error), error.field)
+
+
+def from_pydantic(error: ValidationError) -> ApiError:
+    """The first field that does not fit; its value is not repeated, it may be of any length."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    # names in brackets are the kinds that a value might have been, not fields
+    parts = [part for part in first["loc"] if not str(part).endswith("]")]
+    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".") or None
+    message = first["msg"].removeprefix("Value error, ")
+    return bad(f"{param}: {message}" if param else message, param)
+
+
+async def on_api_error(request: Request, error: Exception) -> Response:
+    """Handler for ApiError."""
+    assert isinstance(error, ApiError)
+    return error.response
+
+
+async def on_user_error(request: Request, error: Exception) -> Response:
+    """Handler for UserError."""
+    assert isinstance(error, UserError)
+    return from_user(error).response
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Handler for the framework's own refusals: no such path, wrong method."""
+    assert isinstance(error, HTTPException)
+    response = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response
+    response.headers.update(error.headers or {})
+    return response
+
+
+HANDLERS: Any = {ApiError: on_api_error, UserError: on_user_error, HTTPException: on_http_error}

@@ -1,0 +1,209 @@
+"""From what a request says to what the engine shall do: prompts in tokens, and how to choose the next ones."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from finback.config import UserError
+from finback.data.dialogue import dialogue
+from finback.data.tokenizer import FIM, THINK, Tokenizer
+from finback.engine.sequence import Sampling
+from finback.serve.errors import ApiError, bad
+from finback.serve.protocol import ChatRequest, CompletionRequest, Request
+from finback.serve.worker import Order
+
+# DeepSeek's and OpenAI's efforts as the share of max_tokens that the chain may take; None: all of it
+EFFORT = {
+    "minimal": 1 / 8, "low": 1 / 8, "medium": 1 / 4, "high": 1 / 2, "xhigh": 1 / 2, "max": None, "ultra": None,
+}  # fmt: skip
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
+CHOSEN = (*DEFAULTS, "frequency_penalty", "presence_penalty")
+SEEDS = 1 << 63
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request, ready for the engine: an order for each choice, and what the reply has to show."""
+
+    orders: list[Order]
+    opened: bool = False  # the prompt ends inside a chain of thought
+    tools: bool = False  # what the model says may be a call
+    logprobs: bool = False
+    echo: list[str] = field(
+        default_factory=list
+    )  # for each choice, the prompt's text that its answer begins with
+
+
+class Jobs:
+    """Makes jobs for one model; `window` is how many tokens prompt and answer may have together."""
+
+    def __init__(self, tokenizer: Tokenizer, window: int, longest_token: int) -> None:
+        self.tokenizer, self.window, self.longest_token = tokenizer, window, longest_token
+        known = tokenizer.generation
+        self.defaults = {n: known[n] for n in DEFAULTS if isinstance(known.get(n), int | float)}
+        Sampling(**self.defaults)  # a bad file is better found now than by every request
+
+    def chat(self, request: ChatRequest, seed: int) -> Job:
+        """The job of a chat request."""
+        if request.top_logprobs is not None and not request.logprobs:
+            raise bad("top_logprobs needs logprobs: true", "top_logprobs")
+        tools = self._tools(request)
+        schema = schema_of(request)
+        if tools and schema is not None:
+            raise bad("a JSON answer and tools cannot be combined; send one of them", "response_format")
+        messages = [message.plain() for message in request.messages]
+        self._refuse_endless(sum(len(m["content"]) for m in messages), "messages")
+        think = thinks(request)
+        if think and request.thinking is None and THINK not in self.tokenizer.ids:
+            think = None  # an effort is a wish; a model that knows no chains answers without one
+        ids, opened = dialogue(
+            messages, self.tokenizer, tools=tools or None, think=think,
+            continue_last=request.messages[-1].role == "assistant" and bool(request.messages[-1].prefix),
+        )  # fmt: skip
+        limit = self._limit(len(ids), request.max_completion_tokens or request.max_tokens, "messages")
+        banned = self.tokenizer.ids.get(THINK) if think is False else None
+        sampling = self._sampling(
+            request, limit, banned, schema=schema, think_tokens=budget(request, limit),
+            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        )  # fmt: skip
+        orders = self._choices(ids, sampling, seed, request.n or 1, 0, opened)
+        return Job(orders, opened, bool(tools), bool(request.logprobs))
+
+    def completion(self, request: CompletionRequest, seed: int) -> Job:
+        """The job of a text completion; the choices of the first prompt come first."""
+        n = request.n or 1
+        if request.best_of not in (None, n):
+            raise bad("best_of other than n is not supported", "best_of")
+        if request.echo and request.suffix:
+            raise bad("echo and suffix cannot be combined", "echo")
+        orders: list[Order] = []
+        echo: list[str] = []
+        for prompt in request.prompts:
+            ids, text = self._prompt(prompt, request)
+            limit = self._limit(len(ids), request.max_tokens, "prompt")
+            # a prompt that is only read counts as scored, whether anybody wants to see the scores or not
+            scored = (
+                (request.logprobs or 0)
+                if (request.echo and request.logprobs is not None) or not limit
+                else None
+            )
+            sampling = self._sampling(
+                request, limit, None, top_logprobs=request.logprobs, prompt_logprobs=scored
+            )
+            orders += self._choices(ids, sampling, seed, n, len(orders), False)
+            echo += [text] * n if request.echo else []
+        return Job(orders, logprobs=request.logprobs is not None, echo=echo)
+
+    def _prompt(self, prompt: str | list[int], request: CompletionRequest) -> tuple[list[int], str]:
+        """Ids of one prompt, and its text as it was sent."""
+        if isinstance(prompt, str):
+            self._refuse_endless(len(prompt) + len(request.suffix or ""), "prompt")
+            ids, text = self.tokenizer.encode(prompt), prompt
+            # as training texts and dialogues begin; ids are taken as they come
+            start = [self.tokenizer.bos] if self.tokenizer.bos >= 0 and self._wants_bos else []
+        else:
+            self._refuse_unknown(prompt)
+            ids, text, start = prompt, self.tokenizer.decode(prompt) if request.echo else "", []
+        if request.suffix:
+            lacking = [mark for mark in FIM if mark not in self.tokenizer.ids]
+            if lacking:
+                raise bad(f"this model cannot fill in: its vocabulary lacks {lacking}", "suffix")
+            hole, begin, end = (self.tokenizer.ids[mark] for mark in FIM)
+            ids = [begin, *ids, hole, *self.tokenizer.encode(request.suffix), end]
+        if not start + ids:
+            raise bad("the prompt is empty", "prompt")
+        return start + ids, text
+
+    @property
+    def _wants_bos(self) -> bool:
+        return bool(self.tokenizer.settings.get("add_bos_token", True))
+
+    def _refuse_unknown(self, ids: list[int]) -> None:
+        """The decoder takes ids of its own vocabulary only; the engine checks against the model's."""
+        if max(ids) >= 1 << 31 or min(ids) < 0:
+            raise bad("not token ids of this model", "prompt")
+
+    def _refuse_endless(self, characters: int, param: str) -> None:
+        """A text that cannot fit is refused before it is cut into tokens, which takes seconds for megabytes."""
+        least = characters // self.longest_token
+        if least > self.window:
+            raise self._too_long(f"at least {least}", param)
+
+    def _limit(self, prompt: int, wanted: int | None, param: str) -> int:
+        """How many tokens the answer may have."""
+        room = self.window - prompt
+        least = 1 if wanted is None else wanted
+        if room < least:
+            fits = room >= min(least, 1)  # then it is the answer that asks too much
+            raise self._too_long(
+                f"{prompt} in the prompt and {least} in the answer", "max_tokens" if fits else param
+            )
+        return room if wanted is None else wanted
+
+    def _too_long(self, requested: str, param: str) -> ApiError:
+        return bad(
+            f"This model's maximum context length is {self.window} tokens, and the request is for {requested}. "
+            "Shorten the prompt or ask for fewer tokens.",
+            param, "context_length_exceeded",
+        )  # fmt: skip
+
+    def _tools(self, request: ChatRequest) -> list[dict[str, Any]]:
+        choice = request.tool_choice
+        if choice == "required" or isinstance(choice, dict):
+            raise bad("tool_choice may be none or auto: a call cannot be forced", "tool_choice")
+        if choice == "none" or not request.tools:
+            return []
+        return [tool.model_dump(exclude_none=True) for tool in request.tools]
+
+    def _sampling(self, request: Request, limit: int, banned: int | None, **more: Any) -> Sampling:
+        said = {n: getattr(request, n) for n in CHOSEN if getattr(request, n) is not None}
+        values: Mapping[str, Any] = self.defaults | said
+        bias = tuple((int(token), value) for token, value in (request.logit_bias or {}).items())
+        if banned is not None:
+            bias = (*((t, v) for t, v in bias if t != banned), (banned, -inf))
+        try:
+            return Sampling(
+                **{**values, "top_k": max(0, int(values.get("top_k", 0)))}, max_tokens=limit, logit_bias=bias,
+                stop=request.stops, stop_tokens=tuple(request.stop_token_ids or ()),
+                ignore_eos=bool(request.ignore_eos), **more,
+            )  # fmt: skip
+        except UserError as error:
+            raise bad(f"{error.field}: {error.problem}. {error.remedy}", error.field) from None
+
+    def _choices(
+        self, ids: list[int], sampling: Sampling, seed: int, n: int, place: int, opened: bool
+    ) -> list[Order]:  # fmt: skip
+        """n orders for one prompt; all but the first, which is number `place`, wait until that has read it."""
+        return [
+            Order(ids, sampling, (seed + i) % SEEDS, opened, leader=None if i == 0 else place)
+            for i in range(n)
+        ]
+
+
+def schema_of(request: Request) -> str | None:
+    """The JSON schema that the answer has to follow."""
+    form = request.response_format if isinstance(request, ChatRequest) else None
+    return form.text if form else None
+
+
+def thinks(request: ChatRequest) -> bool | None:
+    """Whether the request wants a chain of thought; None leaves it to the model."""
+    if request.thinking is not None:
+        return request.thinking.type == "enabled"
+    switches = request.chat_template_kwargs
+    if switches is not None:
+        for value in (switches.enable_thinking, switches.thinking):
+            if value is not None:
+                return value
+    return None if request.reasoning_effort is None else request.reasoning_effort != "none"
+
+
+def budget(request: ChatRequest, limit: int) -> int | None:
+    """The longest chain of thought in tokens, of an answer of `limit`; None: no bound but that."""
+    if request.thinking_budget is not None:
+        return request.thinking_budget
+    if request.thinking is not None and request.thinking.budget_tokens is not None:
+        return request.thinking.budget_tokens
+    share = EFFORT.get(request.reasoning_effort or "max")
+    return None if share is None else max(1, int(limit * share))

@@ -1,0 +1,234 @@
+"""What requests may hold, as OpenAI and DeepSeek define it: types, ranges, limits. No torch here.
+
+Fields that are not named here are ignored, as both services do. Types are strict: "1" is no number, 1 no truth value.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from finback.serve import body
+
+SCHEMA_BYTES, SCHEMA_DEPTH = 64 << 10, 32
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Name = Annotated[str, Field(max_length=256)]
+
+
+class Part(BaseModel):
+    """Anything with fields of known types."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(Part):
+    """How a stream ends."""
+
+    include_usage: bool | None = None
+
+
+class Request(Part):
+    """What both kinds of completion share."""
+
+    model: Name | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = Field(None, description="0 or -1: all tokens")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=1024)] | None
+    ) = None
+    seed: int | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Field(ge=1, le=8)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    user_id: Annotated[str, Field(max_length=512)] | None = Field(
+        None, description="keeps the prompt cache of one end user from the others'"
+    )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class Function(Part):
+    """A function that the model may call."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Part):
+    """OpenAI's wrapping of a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Called(Part):
+    """A function and what it was called with."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    arguments: str
+
+
+class Call(Part):
+    """A call that the assistant has made."""
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: Called
+
+
+class TextPart(Part):
+    """A piece of a message; there are no others than texts."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Part):
+    """One turn of a dialogue."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="the same as reasoning_content")
+    tool_calls: Annotated[list[Call], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
+    prefix: bool | None = Field(None, description="in the last message, the assistant's: go on from its end")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Message":
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.prefix)):
+            raise ValueError("content is missing")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates want it: content one text, the chain under DeepSeek's name."""
+        content = self.content
+        text = "".join(p.text for p in content) if isinstance(content, list) else content or ""
+        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        optional = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content or self.reasoning,
+            "tool_calls": [c.model_dump(exclude_none=True) for c in self.tool_calls or ()] or None,
+            "tool_call_id": self.tool_call_id,
+        }
+        return said | {k: v for k, v in optional.items() if v is not None}
+
+
+class Thinking(Part):
+    """DeepSeek's switch."""
+
+    type: Literal["enabled", "disabled"]
+    budget_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+
+
+class TemplateSwitches(Part):
+    """vLLM's and SGLang's names for the same switch."""
+
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
+
+
+class JsonSchema(Part):
+    """OpenAI's wrapping of a schema."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+    name: Annotated[str, Field(max_length=64)] | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+    @field_validator("schema_")
+    @classmethod
+    def _is_small(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if body.depth(value) > SCHEMA_DEPTH:
+            raise ValueError(f"nests deeper than {SCHEMA_DEPTH}")
+        if len(json.dumps(value, ensure_ascii=False).encode()) > SCHEMA_BYTES:
+            raise ValueError(f"longer than {SCHEMA_BYTES} bytes")
+        return value
+
+
+class ResponseFormat(Part):
+    """What form the answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing")
+        return self
+
+    @property
+    def text(self) -> str | None:
+        """The schema to follow."""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return json.dumps(self.json_schema.schema_, ensure_ascii=False)
+        return '{"type":"object"}' if self.type == "json_object" else None
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
+
+
+class ChatRequest(Request):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
+        None, description="required, or one function by name, is refused"
+    )
+    response_format: ResponseFormat | None = None
+    thinking: Thinking | None = None
+    chat_template_kwargs: TemplateSwitches | None = None
+    reasoning_effort: Effort | None = None
+    thinking_budget: Annotated[int, Field(ge=0, lt=1 << 31)] | None = Field(
+        None, description="tokens of the chain of thought; then it is closed"
+    )
+
+
+Ids = Annotated[list[Token], Field(min_length=1)]
+
+
+class CompletionRequest(Request):
+    """POST /v1/completions."""
+
+    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    suffix: str | None = Field(None, description="what follows: the model fills in between")
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="n, or nothing")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One text or list of ids for each prompt."""
+        given: Any = self.prompt
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+class ControlRequest(Part):
+    """POST /v1/chat/completions/{id}/control."""
+
+    action: Literal["answer_now"]

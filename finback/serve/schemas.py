@@ -1,0 +1,73 @@
+"""JSON schemas are tried in another process before the engine meets them, which a hard one would stop for everybody."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import sys
+from collections import OrderedDict
+
+from finback.serve.errors import ApiError, bad
+
+PATIENCE = 1.0  # seconds; schemas that people write take a hundredth
+KNOWN = 256  # schemas that need no second trial
+
+
+class Schemas:
+    """Tries schemas, one at a time; belongs to the event loop."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+        self._sound: OrderedDict[bytes, None] = OrderedDict()  # digests, the longest unused first
+
+    async def check(self, schema: str) -> None:
+        """ApiError 400 for a schema that the engine could not follow, or not in reasonable time."""
+        digest = hashlib.sha256(schema.encode()).digest()
+        if digest not in self._sound:
+            async with self._turn:
+                await self._try(schema)
+        self._sound[digest] = None
+        self._sound.move_to_end(digest)
+        if len(self._sound) > KNOWN:
+            self._sound.popitem(last=False)
+
+    async def _try(self, schema: str) -> None:
+        try:
+            process = self._process = self._process or await self._start()
+            assert process.stdin is not None and process.stdout is not None, "started with pipes"
+            process.stdin.write(json.dumps(schema).encode() + b"\n")
+            async with asyncio.timeout(PATIENCE):
+                await process.stdin.drain()
+                answer = await process.stdout.readline()
+            problem = json.loads(answer)
+        except TimeoutError:
+            await self.close()
+            raise bad("the schema is too complex; simplify it", "response_format") from None
+        except (OSError, ValueError):  # the process has died, perhaps of this very schema
+            await self.close()
+            raise ApiError(503, "schemas cannot be tried at the moment", "response_format") from None
+        except asyncio.CancelledError:  # its answer would be taken for the next one's
+            await self.close()
+            raise
+        if problem:
+            line = problem.splitlines()[0][:500]
+            raise bad(f"the schema cannot be followed: {line}", "response_format")
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "finback.serve.trial", stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL,
+            limit=1 << 20,
+        )  # fmt: skip
+        assert process.stdout is not None, "started with pipes"
+        await process.stdout.readline()  # it is there
+        return process
+
+    async def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.communicate()

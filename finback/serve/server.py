@@ -1,0 +1,170 @@
+"""Putting the server together, running it, and letting it end well."""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from finback.checkpoint import model as models
+from finback.checkpoint.model import Answering
+from finback.config import UserError
+from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
+from finback.engine.engine import Engine
+from finback.model.transformer import Transformer
+from finback.serve import auth
+from finback.serve.errors import HANDLERS, bad
+from finback.serve.gate import Gate
+from finback.serve.options import Options
+from finback.serve.routes import routes
+from finback.serve.service import Service
+
+GRACE = 5.0  # seconds for the last bytes, once every answer has ended
+
+
+def build(engine: Engine, tokenizer: Tokenizer, options: Options) -> Starlette:
+    """The ASGI application; the engine runs between its startup and its shutdown."""
+    service = Service(engine, tokenizer, options)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await service.schemas.close()
+        service.worker.close()
+
+    gate = Middleware(Gate, options=options, metrics=service.metrics)
+    app = Starlette(routes=routes(), middleware=[gate], exception_handlers=HANDLERS, lifespan=lifespan)
+    app.router.redirect_slashes = False  # a redirect would lose the body
+    app.state.service = service
+    return app
+
+
+def run(
+    model: Path, *, host: str = "127.0.0.1", port: int = 8000, name: str | None = None, aliases: Iterable[str] = (),
+    keys: Iterable[str] = (), key_file: Path | None = None, insecure: bool = False, hosts: Iterable[str] = (),
+    origins: Iterable[str] = (), reasoning_field: str = "both", rows: int = 32, tokens: int | None = None,
+    chunk: int = 256, dtype: Answering = "auto", reuse: bool = True, speculate: bool = True, queue: int = 64, rate: int = 0, concurrent: int = 0,
+    drain: float = 30.0, keep_alive: float = 15.0,
+) -> None:  # fmt: skip
+    """Serve the model in a folder until a signal ends it.
+
+    `rows` answers are made at a time, on a cache of `tokens` (None: what memory allows), and `queue` more may wait.
+    """
+    options = Options(
+        name=name or model.resolve().name, aliases=tuple(aliases), host=host, port=port,
+        keys=auth.digests(keys, key_file), hosts=tuple(hosts), origins=tuple(origins), reasoning_field=reasoning_field,
+        queue=queue, rate=rate, concurrent=concurrent, drain=drain, keep_alive=keep_alive,
+    )  # fmt: skip
+    auth.demand_safety(options, insecure)
+    listener = _listen(host, port)  # before the model is read: a port that is taken shows at once
+    engine, tokenizer = load(model, rows, tokens, chunk, reuse, speculate, dtype)
+    serve(build(engine, tokenizer, options), listener)
+
+
+def load(
+    model: Path, rows: int, tokens: int | None, chunk: int, reuse: bool, speculate: bool, dtype: Answering = "auto"
+) -> tuple[Engine, Tokenizer]:  # fmt: skip
+    """The engine and the tokenizer of the model in a folder."""
+    tokenizer = Tokenizer(model)
+    # a mark of a new turn ends this one; a small model sometimes goes on with the next
+    turns = (
+        []
+        if tokenizer.template
+        else [n for t in (USER, ASSISTANT) if (n := tokenizer.ids.get(t)) is not None]
+    )
+    transformer = models.load_to_answer(model, dtype)
+    room = tokens or _affordable(transformer, rows)
+    engine = Engine(
+        transformer, (*tokenizer.stops, *turns), rows, tokenizer=tokenizer, tokens=room, chunk=chunk, reuse=reuse,
+        speculate=speculate,
+    )  # fmt: skip
+    return engine, tokenizer
+
+
+def serve(app: Starlette, listener: socket.socket) -> None:
+    """Answer on a socket until a signal comes; returns when running requests have ended or had their time."""
+    service: Service = app.state.service
+    _log_to_stderr()
+    where = listener.getsockname()
+    shown = f"[{where[0]}]" if ":" in where[0] else where[0]
+    print(f"serving {service.options.name} at http://{shown}:{where[1]}/v1", file=sys.stderr, flush=True)
+    Server(service, configuration(app)).run(sockets=[listener])
+
+
+def configuration(app: Starlette) -> uvicorn.Config:
+    """How uvicorn runs the application; ours is the only log."""
+    return uvicorn.Config(
+        app, http=Protocol, ws="none", lifespan="on", log_config=None, log_level="warning", access_log=False,
+        server_header=False, timeout_graceful_shutdown=int(GRACE), backlog=1024,
+    )  # fmt: skip
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but it goes on answering (with 503) while running requests end."""
+
+    def __init__(self, service: Service, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends the process on the spot."""
+        if self.service.draining is not None:
+            os._exit(128 + sig)
+        self.service.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: leave once drained."""
+        self.should_exit = self.should_exit or self.service.drained()
+        return await super().on_tick(counter)
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, with its one reply of its own in the shape of all others."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP."""
+        content = bad(msg, code="invalid_http").response.body
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nx-should-retry: false\r\n"
+            f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
+        )
+        self.transport.write(head.encode() + bytes(content))
+        self.transport.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)  # type: ignore[arg-type]
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            "host:port", f"{host}:{port}", str(error), "Name another, or end what uses it."
+        ) from None
+
+
+def _affordable(model: Transformer, rows: int) -> int:
+    """Tokens of cache for `rows` full windows, or what a quarter of the free memory holds."""
+    config, device = model.config, model.embed.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    each = config.num_hidden_layers * config.cache_elements * model.compute.itemsize
+    return max(1024, min(rows * config.max_position_embeddings, int(free / 4 / each)))
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name, level in (("finback.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers, logger.propagate = [handler], False

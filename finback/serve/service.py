@@ -1,0 +1,130 @@
+"""What the routes share: the model behind its worker, who is being served, and whether more can be."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from finback.config import UserError, did_you_mean
+from finback.data.tokenizer import Tokenizer
+from finback.engine.engine import Engine
+from finback.serve.auth import Quota
+from finback.serve.errors import ApiError, bad
+from finback.serve.job import Jobs
+from finback.serve.metrics import Metrics
+from finback.serve.options import Options
+from finback.serve.reply import FIELDS
+from finback.serve.schemas import Schemas
+from finback.serve.spelling import Spelling
+from finback.serve.worker import Ticket, Worker
+
+
+@dataclass(frozen=True)
+class Running:
+    """A request that can still be controlled, by whoever sent it."""
+
+    owner: bytes
+    ticket: Ticket
+
+
+class Service:
+    """One model, served. All of it belongs to the event loop but the engine, which the worker's thread owns."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, options: Options) -> None:
+        if options.reasoning_field not in FIELDS:
+            raise UserError(
+                "reasoning_field", options.reasoning_field, "no such form", did_you_mean(options.reasoning_field, FIELDS)
+            )  # fmt: skip
+        self.engine, self.tokenizer, self.options = engine, tokenizer, options
+        self.created = int(time.time())
+        self.window = min(engine.model.config.max_position_embeddings, engine.pages.count * engine.pages.size)
+        self.metrics = Metrics()
+        self.worker = Worker(engine, self.metrics)
+        self.spelling = Spelling(tokenizer)
+        self.jobs = Jobs(tokenizer, self.window, self.spelling.longest)
+        self.schemas = Schemas()
+        self.quota = Quota(options.rate, options.concurrent)
+        self.running: dict[str, Running] = {}
+        self.open = 0  # choices of admitted requests
+        self.requests = 0  # admitted requests
+        self.draining: float | None = None  # since when, in monotonic time
+        # more than can run and may wait would only wait
+        self.most_choices = min(options.choices, engine.rows + options.queue)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the model may be called."""
+        return (self.options.name, *self.options.aliases)
+
+    @property
+    def queued(self) -> int:
+        """Choices that wait."""
+        return max(0, self.open - self.engine.running)
+
+    def check_model(self, name: str | None) -> None:
+        """ApiError 404 for another model than the one that is served."""
+        if name is not None and name not in self.names:
+            raise ApiError(
+                404, f"no model {name!r} here. {did_you_mean(name, self.names)}", "model", "model_not_found"
+            )
+
+    def refuse_if_busy(self, choices: int = 1) -> None:
+        """ApiError 503 when nothing more can be taken; costs nothing, so that overload is refused at once."""
+        if self.draining is not None:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+        if self.open + choices > self.engine.rows + self.options.queue:
+            raise ApiError(503, f"{self.queued} answers are waiting already", retry_after=2)
+
+    @contextmanager
+    def admitted(self, owner: bytes, choices: int) -> Iterator[None]:
+        """Hold room for a request's choices; ApiError 429 or 503 when there is none."""
+        if choices > self.most_choices:
+            raise bad(f"{choices} choices (prompts x n), and {self.most_choices} is the most", "n")
+        self.refuse_if_busy(choices)
+        with self.quota.use(owner):
+            self.open += choices
+            self.requests += 1
+            try:
+                yield
+            finally:
+                self.open -= choices
+                self.requests -= 1
+
+    def why_not_ready(self) -> str | None:
+        """What keeps the server from answering, if anything does."""
+        if self.draining is not None:
+            return "shutting down"
+        if not self.worker.alive:
+            return "the engine has stopped"
+        if self.worker.failure is not None:
+            return f"the last step failed ({self.worker.failure})"
+        if self.worker.stalled(self.options.stalled):
+            return f"no step has ended for {self.options.stalled:g} s"
+        return None
+
+    def drain(self) -> None:
+        """Take no more requests; those that run have `options.drain` seconds."""
+        self.draining = self.draining or time.monotonic()
+
+    def drained(self) -> bool:
+        """Whether a draining server may go: nobody is left, or their time is over and they have been told."""
+        if self.draining is None:
+            return False
+        if self.requests and time.monotonic() - self.draining < self.options.drain:
+            return False
+        for running in self.running.values():
+            running.ticket.fail(
+                ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+            )
+        return True
+
+    def gauges(self) -> dict[str, tuple[str, float]]:
+        """What /metrics shows beside the counters."""
+        pages = self.engine.pages
+        return {
+            "running": ("Choices that are being made.", self.engine.running),
+            "queued": ("Choices that wait.", self.queued),
+            "pages": ("Pages of the cache.", pages.count),
+            "pages_used": ("Pages that running choices hold.", pages.count - pages.free),
+            "ready": ("1 if requests are being answered.", float(self.why_not_ready() is None)),
+        }

@@ -1,0 +1,70 @@
+"""How single tokens are written in log-probabilities: their text, their bytes."""
+
+import functools
+import json
+import re
+from typing import Any
+
+from finback.data.tokenizer import Tokenizer
+
+LEAST = -9999.0  # JSON has no minus infinity; OpenAI writes this
+
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Spelling:
+    """Text and bytes of each token of one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        content = json.loads(tokenizer.as_json())
+        vocabulary = content["model"].get("vocab", {})
+        entries = (
+            vocabulary.items()
+            if isinstance(vocabulary, dict)
+            else ((v[0], i) for i, v in enumerate(vocabulary))
+        )
+        self._pieces: dict[int, str] = {number: piece for piece, number in entries}
+        self._added = {t["id"]: t["content"] for t in content.get("added_tokens", [])}
+        self._byte_level = "ByteLevel" in json.dumps(content.get("decoder"))
+        self.longest = max(map(len, (*self._pieces.values(), *self._added.values())), default=1)
+
+    def text(self, token: int) -> str:
+        """A token decoded alone, special ones by their names."""
+        return self.tokenizer.decode([token], skip_special=False)
+
+    def bytes(self, token: int) -> list[int]:
+        """The bytes that a token stands for, also where they are only a part of a character."""
+        piece = self._pieces.get(token)
+        if token in self._added or piece is None:
+            return list(self.text(token).encode())
+        if self._byte_level and all(c in _characters() for c in piece):
+            return [_characters()[c] for c in piece]
+        if met := _BYTE.fullmatch(piece):
+            return [int(met[1], 16)]
+        return list(self.text(token).encode())
+
+    def label(self, token: int) -> str:
+        """A name for a token in a table: its text, or its bytes where they are no text, as OpenAI writes them."""
+        text = self.text(token)
+        return "bytes:" + "".join(f"\\x{b:02x}" for b in self.bytes(token)) if "\ufffd" in text else text
+
+    def entry(self, alternatives: list[tuple[int, float]]) -> dict[str, Any]:
+        """One token in chat's shape: its own log-probability first in `alternatives`, then the likeliest."""
+        own, *others = (
+            {"token": self.text(t), "logprob": finite(p), "bytes": self.bytes(t)} for t, p in alternatives
+        )
+        return own | {"top_logprobs": others}
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, LEAST)
+
+
+@functools.cache
+def _characters() -> dict[str, int]:
+    """The characters by which byte-level vocabularies write bytes (GPT-2's table): printable ones stand for themselves."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

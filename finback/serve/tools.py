@@ -1,0 +1,246 @@
+"""Tool calls as models write them: DeepSeek V3 and R1, DeepSeek V3.1, Qwen (Hermes).
+
+The arguments of a call come out as they arrive. Markup that turns out to hold no call is given back as text, to the
+character; a call that breaks off keeps what it had. A stretch of text is never both.
+"""
+
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Protocol
+
+from finback.data.dialogue import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
+from finback.serve.feed import Feed, Wait
+
+QWEN_BEGIN, QWEN_END = "<tool_call>", "</tool_call>"
+OPENERS = (CALLS_BEGIN, QWEN_BEGIN)
+_ENDS = (CALL_END, CALL_BEGIN, CALLS_END)  # of which each ends a call in DeepSeek's forms
+_BETWEEN, _CLOSERS = ", \t\r\n", "}] \t\r\n"
+_NOTHING = "{}"  # the arguments of a whole call that names none: clients read them as JSON
+
+
+class ToolForm(StrEnum):
+    """How calls are written; V3 and V3.1 begin alike and are told apart by each call's head."""
+
+    V3 = "v3"
+    V31 = "v3.1"
+    QWEN = "qwen"
+
+    @property
+    def opener(self) -> str:
+        """What the first call begins with."""
+        return QWEN_BEGIN if self is ToolForm.QWEN else CALLS_BEGIN
+
+
+class Sink(Protocol):
+    """Where what was read goes."""
+
+    def call(self, name: str) -> None:
+        """A call begins."""
+
+    def arguments(self, text: str) -> None:
+        """The next piece of the arguments of the call that began last."""
+
+    def text(self, text: str) -> None:
+        """No markup after all."""
+
+
+def read(feed: Feed, opener: str, form: ToolForm | None, sink: Sink) -> Wait[None]:
+    """Read the calls that begin with `opener`, which has just been read; in Qwen's form one, else all of them."""
+    if opener == QWEN_BEGIN:
+        yield from _qwen(feed, sink)
+    else:
+        yield from _deepseek(feed, form, sink)
+
+
+def _deepseek(feed: Feed, form: ToolForm | None, sink: Sink) -> Wait[None]:
+    """<calls begin> calls <calls end>; where the last mark is missing, what follows is text."""
+    held: str = CALLS_BEGIN  # given back with what follows unless that is a call
+    called = False
+    while True:
+        blank = yield from feed.blank()
+        tag = yield from feed.match((CALL_BEGIN, CALLS_END))
+        if tag != CALL_BEGIN:
+            break
+        feed.keep(len(tag))
+        is_call = yield from _deepseek_call(feed, form, sink)
+        raw = feed.release()
+        if not is_call:
+            sink.text(held + blank + raw)
+        held, called = "", called or is_call
+    if not (called and tag):
+        sink.text(held + blank + tag)
+
+
+def _deepseek_call(feed: Feed, form: ToolForm | None, sink: Sink) -> Wait[bool]:
+    """What follows <call begin>, its end included; False if it is no call."""
+    name = yield from _deepseek_name(feed, form)
+    if name:
+        sink.call(name)
+        yield from _deepseek_arguments(feed, sink)
+    else:
+        yield from feed.before(_ENDS)
+    yield from feed.match((CALL_END,))
+    return bool(name)
+
+
+def _deepseek_name(feed: Feed, form: ToolForm | None) -> Wait[str]:
+    """The name, up to where the arguments begin; "" if it is missing or broken off."""
+    name = yield from feed.before((SEPARATOR, *_ENDS))
+    if not (yield from feed.match((SEPARATOR,))):
+        return ""
+    is_v3 = form is ToolForm.V3
+    if form is None and name.strip() == "function":
+        yield from feed.blank()
+        is_v3 = (yield from feed.peek()) != "{"  # a V3.1 tool may be called "function"
+    if is_v3:
+        name = yield from feed.before(("\n", "`", "{", SEPARATOR, *_ENDS))
+        if not (yield from feed.peek()):
+            return ""
+    return name.strip()
+
+
+def _deepseek_arguments(feed: Feed, sink: Sink) -> Wait[None]:
+    """JSON up to the call's end, without the code fence and the blanks around it."""
+    yield from feed.blank()
+    if (yield from feed.match(("```",))):
+        yield from feed.before(("\n", "{", "[", *_ENDS))  # the fence's language
+        yield from feed.blank()
+    held, said = "", False
+    while True:
+        text, tag = yield from feed.until(_ENDS, torn=False)
+        if not text:
+            break
+        held += text
+        sure = held.rstrip()
+        sure = sure[: max(len(sure.rstrip("`")), len(sure) - 3)].rstrip()
+        if sure:
+            sink.arguments(sure)
+        held, said = held[len(sure) :], said or bool(sure)
+    feed.back(len(tag))
+    if tag and not said:
+        sink.arguments(_NOTHING)
+
+
+def _qwen(feed: Feed, sink: Sink) -> Wait[None]:
+    """One call, <tool_call> read already: a JSON object with "name" and "arguments" in any order."""
+    feed.keep(len(QWEN_BEGIN))
+    yield from feed.blank()
+    if not (yield from feed.match(("{",))):
+        sink.text(feed.release())  # the words of one who talks about calls
+        return
+    named, argued, is_whole = yield from _qwen_members(feed, sink)
+    junk = yield from (feed.blank(_CLOSERS) if is_whole else feed.before((QWEN_END,)))
+    end = yield from feed.match((QWEN_END,))
+    raw = feed.release()
+    if not named:
+        sink.text(raw)
+        return
+    if is_whole and not argued:
+        sink.arguments(_NOTHING)
+    if is_whole:
+        junk = "" if end else junk.replace("}", "").replace("]", "")  # a brace too many is a common slip
+    sink.text(junk)
+
+
+def _qwen_members(feed: Feed, sink: Sink) -> Wait[tuple[bool, bool, bool]]:
+    """The members of the object: whether they hold a name, hold arguments, and end with the object's brace."""
+    early: list[str] = []  # arguments before the name
+    named = argued = False
+    while True:
+        yield from feed.blank(_BETWEEN)
+        if (yield from feed.match(("}",))):
+            return named, argued, True
+        if (yield from feed.peek()) != '"':
+            return named, argued, False
+        key: list[str] = []
+        is_whole = yield from _value(feed, key.append)
+        yield from feed.blank()
+        if not is_whole or not (yield from feed.match((":",))):
+            return named, argued, False
+        yield from feed.blank()
+        said: list[str] = []
+        member, takes = _string(key), said.append
+        if member == "arguments" and not argued:
+            takes, argued = (sink.arguments if named else early.append), True
+        is_whole = yield from _value(feed, takes)
+        if is_whole and member == "name" and not named and (name := _string(said)):
+            named = True
+            sink.call(name)
+            for piece in early:
+                sink.arguments(piece)
+        if not is_whole:
+            return named, argued, False
+
+
+def _value(feed: Feed, take: Callable[[str], None]) -> Wait[bool]:
+    """Hand on one JSON value, character by character as it stands; False if it breaks off.
+
+    </tool_call> ends a value except within a string, where it is text as long as the string is sound.
+    """
+    json_text = _Json()
+    while not json_text.is_whole:
+        text, tag = yield from feed.until((QWEN_END,), torn=False)
+        if tag and not json_text.is_quoting:
+            feed.back(len(tag))
+            return False
+        if not (piece := text or tag):
+            return False
+        used = json_text.push(piece)
+        feed.back(len(piece) - used)
+        if used:
+            take(piece[:used])
+    return True
+
+
+class _Json:
+    """Where a JSON value ends, from its brackets and quotation marks."""
+
+    def __init__(self) -> None:
+        self.is_whole = False
+        self.is_quoting = False  # within a string without a raw newline, which JSON does not allow
+        self._depth = 0
+        self._in_string = self._escaped = False
+
+    def push(self, text: str) -> int:
+        """How many of these characters still belong to the value."""
+        for place, character in enumerate(text):
+            if self._in_string:
+                self._quoted(character)
+            elif character == '"':
+                self._in_string = self.is_quoting = True
+                continue
+            elif character in "{[":
+                self._depth += 1
+                continue
+            elif self._depth == 0 and (character in ",}]" or character.isspace()):
+                self.is_whole = True  # a number or a word, which only what follows can end
+                return place
+            elif character in "}]":
+                self._depth -= 1
+            else:
+                continue
+            if self._depth == 0 and not self._in_string:
+                self.is_whole = True
+                return place + 1
+        return len(text)
+
+    def _quoted(self, character: str) -> None:
+        if self._escaped:
+            self._escaped = False
+        elif character == "\\":
+            self._escaped = True
+        elif character == '"':
+            self._in_string = self.is_quoting = False
+        elif character == "\n":
+            self.is_quoting = False
+
+
+def _string(pieces: list[str]) -> str:
+    """The text that a JSON string stands for; "" if it is none."""
+    raw = "".join(pieces)
+    try:
+        found = json.loads(raw, strict=False) if raw.startswith('"') else ""
+    except ValueError:
+        return ""
+    return str(found).encode("utf-8", "replace").decode()  # half a surrogate pair could not be sent on

@@ -1,0 +1,35 @@
+"""A process of its own that tries schemas: `python -m finback.serve.trial`. No torch here.
+
+A line in is a JSON string that holds a schema; a line out says what is wrong with it, or nothing. A schema of two kilobytes
+can keep the library busy for hours, and only a process can be ended in the middle of that.
+"""
+
+import json
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Answer line by line until the input ends."""
+    matcher = _matcher()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        problem = ""
+        if matcher is not None:
+            try:
+                problem = matcher.validate_grammar(matcher.grammar_from_json_schema(json.loads(line)))
+            except Exception as error:
+                problem = str(error) or type(error).__name__
+        print(json.dumps(problem), flush=True)
+
+
+def _matcher() -> Any:
+    try:
+        import llguidance
+    except ImportError:  # the engine will say so
+        return None
+    return llguidance.LLMatcher
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""What the tests of the server share: a small model that says what a test wants, and a server around it."""
+
+import dataclasses
+import functools
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from finback.data import tokenizer as tokenizers
+from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
+from finback.engine import sequence
+from finback.engine.engine import Engine
+from finback.engine.sequence import Sampling
+from finback.model.transformer import Transformer
+from finback.serve import server
+from finback.serve.options import Options
+from finback.serve.server import Server, build
+from tests.toy import CONFIG
+
+KEY, OTHER = "key-of-the-tests-0001", "key-of-somebody-else-2"
+CHAT = "/v1/chat/completions"
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "seed": 1, "max_tokens": 8}
+
+
+@functools.cache
+def small_tokenizer() -> Tokenizer:
+    """With all of DeepSeek's marks."""
+    with tempfile.TemporaryDirectory() as folder:
+        return tokenizers.train(["The whale sang. 4+5=9"] * 20, 300, Path(folder) / "tokenizer.json")
+
+
+@functools.cache
+def small_model(window: int) -> Transformer:
+    """Random weights."""
+    config = dataclasses.replace(CONFIG, max_position_embeddings=window, initializer_range=0.15)
+    return Transformer(config).initialise(0).eval()
+
+
+class Scripted(Engine):
+    """An engine whose sequences say `script`, if there is one, and whose steps take `pace` seconds or fail."""
+
+    def __init__(
+        self, script: str | None = None, pace: float = 0.0, rows: int = 8, tokens: int = 16384, window: int = 2048
+    ) -> None:  # fmt: skip
+        words = small_tokenizer()
+        stops = (*words.stops, words.ids[USER], words.ids[ASSISTANT])
+        super().__init__(
+            small_model(window),
+            stops,
+            rows,
+            tokenizer=words,
+            tokens=tokens,
+            chunk=64,
+            reuse=True,
+            speculate=True,
+        )
+        self.script, self.pace = script, pace
+        self.failing: Exception | None = None
+        self.seen: list[sequence.Sequence] = []
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling, seed: int, **more: Any) -> sequence.Sequence:
+        """As it is, with the script before anything the model would say."""
+        found = super().submit(list(prompt), sampling, seed, **more)
+        self.seen.append(found)
+        if self.script is not None:
+            words = small_tokenizer()
+            found.forced.extend([*words.encode_marked(self.script), words.eos])
+        return found
+
+    def step(self) -> list[sequence.Sequence]:
+        """As it is, or slower, or not at all."""
+        if self.busy:
+            time.sleep(self.pace)
+            if self.failing is not None:
+                raise self.failing
+        return super().step()
+
+    @property
+    def leaked(self) -> int:
+        """Pages that nobody should hold any more."""
+        return self.pages.count - self.pages.free
+
+
+@contextmanager
+def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
+    """A real server on a real socket, and a client for it."""
+    app = build(engine, small_tokenizer(), Options(**{"name": "toy", "keep_alive": 15.0} | options))
+    listener = server._listen("127.0.0.1", 0)
+    runner = Server(app.state.service, server.configuration(app))
+    thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    base = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    headers = {"authorization": f"Bearer {KEY}"} if options.get("keys") else {}
+    try:
+        wait_for(lambda: runner.started)
+        with httpx.Client(base_url=base, headers=headers, timeout=60, trust_env=False) as client:
+            client.app = app  # type: ignore[attr-defined]
+            yield client
+    finally:
+        runner.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive(), "the server does not end"
+
+
+def wait_for(condition: Any, seconds: float = 20) -> float:
+    """Wait until a condition holds; how long that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it does not happen"
+        time.sleep(0.005)
+    return time.monotonic() - began
+
+
+def events(lines: Iterator[str]) -> list[Any]:
+    """The chunks of a stream; comments as they are, "[DONE]" at the end."""
+    found: list[Any] = []
+    for line in lines:
+        if line.startswith(":"):
+            found.append(line)
+        elif line:
+            assert line.startswith("data: "), line
+            content = line.removeprefix("data: ")
+            found.append(content if content == "[DONE]" else json.loads(content))
+    return found
+
+
+def streamed(client: httpx.Client, path: str = CHAT, **request: Any) -> list[Any]:
+    """All chunks of a streamed request."""
+    with client.stream("POST", path, json=request | {"stream": True}) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return events(response.iter_lines())
+
+
+def summed(chunks: list[Any], index: int = 0) -> dict[str, Any]:
+    """The message that a stream's deltas add up to, with its finish_reason."""
+    message: dict[str, Any] = {"finish_reason": None}
+    calls: dict[int, dict[str, str]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"] if isinstance(chunk, dict) else ():
+            if choice["index"] != index:
+                continue
+            message["finish_reason"] = choice["finish_reason"] or message["finish_reason"]
+            for name, value in choice["delta"].items():
+                if name != "tool_calls":
+                    message[name] = message.get(name, "") + value
+                    continue
+                for call in value:
+                    known = calls.setdefault(
+                        call["index"], {"id": call.get("id", ""), "name": "", "arguments": ""}
+                    )
+                    known["name"] += call["function"].get("name", "")
+                    known["arguments"] += call["function"].get("arguments", "")
+    return message | ({"tool_calls": [calls[i] for i in sorted(calls)]} if calls else {})

@@ -1,0 +1,79 @@
+"""Signals, to a server in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from tests.serving import CHAT, HELLO, events, summed, wait_for
+from tests.toy import ROOT, environment
+
+LONG = HELLO | {"max_tokens": 800, "ignore_eos": True}
+
+PROGRAM = """
+import sys
+from finback.serve import server
+from finback.serve.options import Options
+from tests.serving import Scripted, small_tokenizer
+app = server.build(Scripted(pace=0.02), small_tokenizer(), Options(name="toy", drain=float(sys.argv[1])))
+listener = server._listen("127.0.0.1", 0)
+server.serve(app, listener)
+"""
+
+
+@contextmanager
+def process(drain: float) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    """A server in a process, and a client for it."""
+    command = [sys.executable, "-c", PROGRAM, str(drain)]
+    child = subprocess.Popen(command, env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stderr is not None
+        line = child.stderr.readline()
+        assert line.startswith("serving toy at http://127.0.0.1:"), line + child.stderr.read()
+        with httpx.Client(
+            base_url=line.split()[-1].removesuffix("/v1"), timeout=60, trust_env=False
+        ) as client:
+            wait_for(lambda: client.get("/health").is_success)
+            yield child, client
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_sigterm_drains_and_a_second_signal_ends_it() -> None:
+    with process(drain=20) as (child, client):
+        request = HELLO | {"max_tokens": 40, "ignore_eos": True, "stream": True}
+        with client.stream("POST", CHAT, json=request) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            child.send_signal(signal.SIGTERM)
+            wait_for(lambda: client.get("/ready").status_code == 503, 2)
+            assert client.post(CHAT, json=HELLO).status_code == 503
+            chunks = events(iter([first, *lines]))
+        assert chunks[-1] == "[DONE]" and summed(chunks)["finish_reason"] == "length"
+        assert child.wait(timeout=5) == 0
+
+    with process(drain=0.5) as (child, client):
+        with client.stream("POST", CHAT, json=LONG | {"stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            child.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            *_, last = events(lines)
+        assert last["error"]["code"] == "shutting_down"
+        assert child.wait(timeout=5) == 0 and time.monotonic() - began < 3
+
+    with (
+        process(drain=60) as (child, client),
+        client.stream("POST", CHAT, json=LONG | {"stream": True}) as response,
+    ):
+        next(response.iter_lines())
+        child.send_signal(signal.SIGTERM)
+        wait_for(lambda: client.get("/ready").status_code == 503, 2)
+        os.kill(child.pid, signal.SIGTERM)
+        assert child.wait(timeout=1) == 128 + signal.SIGTERM

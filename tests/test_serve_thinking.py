@@ -1,0 +1,209 @@
+"""Chains of thought, calls and answers in JSON on the wire."""
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from finback.data.tokenizer import THINK
+from finback.serve.auth import digests
+from tests.serving import (
+    CHAT,
+    HELLO,
+    KEY,
+    OTHER,
+    Scripted,
+    events,
+    served,
+    small_tokenizer,
+    streamed,
+    summed,
+    wait_for,
+)
+
+CHAIN = "<think>4+5=9</think>It is 9."
+
+
+@pytest.fixture(scope="module")
+def engine() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture(scope="module")
+def client(engine: Scripted) -> Iterator[httpx.Client]:
+    with served(engine, aliases=("toy-chat",)) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(engine: Scripted) -> Iterator[None]:
+    engine.script, engine.pace = None, 0.0
+    engine.seen.clear()
+    yield
+    wait_for(lambda: not engine.busy)
+    assert engine.leaked == 0
+
+
+def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:
+    response = client.post(CHAT, json=HELLO | request)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize(
+    ("field", "names", "content"),
+    [
+        ("both", ("reasoning_content", "reasoning"), "It is 9."),
+        ("deepseek", ("reasoning_content",), "It is 9."),
+        ("openrouter", ("reasoning",), "It is 9."),
+        ("inline", (), CHAIN),
+        ("none", (), "It is 9."),
+    ],
+)
+def test_the_chain_is_shown_as_configured(field: str, names: tuple[str, ...], content: str) -> None:
+    with served(Scripted(CHAIN), reasoning_field=field) as client:
+        message = ask(client, max_tokens=64)["choices"][0]["message"]
+        assert message == {"role": "assistant", "content": content} | dict.fromkeys(names, "4+5=9")
+        assert summed(streamed(client, **HELLO | {"max_tokens": 64})) == message | {"finish_reason": "stop"}
+
+
+def test_tokens_of_the_chain_are_counted(client: httpx.Client, engine: Scripted) -> None:
+    engine.script = CHAIN
+    usage = ask(client, max_tokens=64)["usage"]
+    chain = len(small_tokenizer().encode_marked("<think>4+5=9</think>"))
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == chain
+
+
+@pytest.mark.parametrize(
+    ("request_", "share"),
+    [
+        ({"reasoning_effort": "low"}, 8), ({"reasoning_effort": "medium"}, 16), ({"reasoning_effort": "high"}, 32),
+        ({"reasoning_effort": "max"}, None), ({"reasoning_effort": "low", "thinking_budget": 3}, 3),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, 5), ({}, None),
+    ],
+)  # fmt: skip
+def test_effort_bounds_the_chain(
+    client: httpx.Client, engine: Scripted, request_: dict[str, Any], share: int | None
+) -> None:
+    ask(client, max_tokens=64, ignore_eos=True, **request_)
+    (sequence,) = engine.seen
+    assert sequence.sampling.think_tokens == share
+    if share and sequence.thought:
+        assert sequence.thought <= share + 1
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_kwargs": {"thinking": False}},
+        {"thinking": {"type": "disabled"}, "reasoning_effort": "high"},
+    ],
+)  # fmt: skip
+def test_thinking_can_be_switched_off(
+    client: httpx.Client, engine: Scripted, request_: dict[str, Any]
+) -> None:
+    think = small_tokenizer().ids[THINK]
+    message = ask(client, logit_bias={str(think): 100}, **request_)["choices"][0]["message"]
+    assert "reasoning_content" not in message and THINK not in message["content"]
+    assert (think, -math.inf) in engine.seen[0].sampling.logit_bias
+
+
+def test_a_chain_can_be_closed_while_it_runs(engine: Scripted) -> None:
+    slow = Scripted(pace=0.01)
+    with served(slow, keys=digests([KEY, OTHER])) as client:
+        request = HELLO | {
+            "stream": True,
+            "max_tokens": 400,
+            "ignore_eos": True,
+            "thinking": {"type": "enabled"},
+        }
+        with client.stream("POST", CHAT, json=request) as response:
+            lines = response.iter_lines()
+            ident = events(iter([next(lines)]))[0]["id"]
+            path = f"{CHAT}/{ident}/control"
+            wait_for(lambda: slow.seen and slow.seen[0].thinking and slow.seen[0].tokens)
+            other = client.post(
+                path, json={"action": "answer_now"}, headers={"authorization": f"Bearer {OTHER}"}
+            )
+            assert other.status_code == 404
+            assert client.post(path, json={"action": "sing"}).status_code == 400
+            assert slow.seen[0].thinking
+            assert client.post(path, json={"action": "answer_now"}).json()["id"] == ident
+            wait_for(lambda: not slow.seen[0].thinking, 2)
+        wait_for(lambda: not slow.busy)
+        assert client.post(path, json={"action": "answer_now"}).status_code == 404
+
+
+CALLS = (
+    "<think>add</think>I ask.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>"
+    '{"a": 4, "b": 5}<｜tool▁call▁end｜><｜tool▁call▁begin｜>sing<｜tool▁sep｜>{"song": "鲸"}<｜tool▁call▁end｜>'
+    "<｜tool▁calls▁end｜>"
+)
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},
+    {"type": "function", "function": {"name": "sing", "description": "Sing."}},
+]
+
+
+def test_calls_are_told_apart_and_streamed(client: httpx.Client, engine: Scripted) -> None:
+    engine.script = CALLS
+    choice = ask(client, tools=TOOLS, max_tokens=600)["choices"][0]
+    message = choice["message"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert (message["content"], message["reasoning_content"]) == ("I ask.", "add")
+    called = [c["function"] for c in message["tool_calls"]]
+    assert called == [
+        {"name": "add", "arguments": '{"a": 4, "b": 5}'}, {"name": "sing", "arguments": '{"song": "鲸"}'},
+    ]  # fmt: skip
+    assert len({c["id"] for c in message["tool_calls"]}) == 2
+    chunks = streamed(client, **HELLO | {"tools": TOOLS, "max_tokens": 600})
+    summary = summed(chunks)
+    assert summary["finish_reason"] == "tool_calls" and summary["content"] == "I ask."
+    assert [{"name": c["name"], "arguments": c["arguments"]} for c in summary["tool_calls"]] == called
+    calls = [c for k in chunks[:-1] for c in k["choices"][0]["delta"].get("tool_calls", [])]
+    assert [c["index"] for c in calls if "id" in c] == [0, 1]  # id and name once each
+    assert len(calls) > 4 and all(set(c["function"]) == {"arguments"} for c in calls if "id" not in c)
+    results = [
+        {"role": "user", "content": "?"}, {"role": "assistant", **{k: v for k, v in message.items() if k != "role"}},
+        *({"role": "tool", "tool_call_id": c["id"], "content": "9"} for c in message["tool_calls"]),
+    ]  # fmt: skip
+    engine.script = "It is 9."
+    assert ask(client, messages=results, tools=TOOLS)["choices"][0]["finish_reason"] in ("stop", "length")
+    prompt = small_tokenizer().decode(engine.seen[-1].prompt)
+    assert "<think>add</think>" in prompt  # the chain goes back to a model that has called
+
+
+def test_without_tools_marks_are_text(client: httpx.Client, engine: Scripted) -> None:
+    engine.script = CALLS
+    for request in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        message = ask(client, max_tokens=600, **request)["choices"][0]["message"]
+        assert "tool_calls" not in message and "sing" in message["content"]
+
+
+@pytest.mark.parametrize("effort", [None, "none", "max"])
+def test_an_answer_follows_its_schema(client: httpx.Client, effort: str | None) -> None:
+    schema = {
+        "type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}, "required": ["answer"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    formats = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+    more = {"reasoning_effort": effort, "thinking_budget": 10} if effort else {}
+    choice = ask(client, response_format=formats, max_tokens=400, temperature=0.2, **more)["choices"][0]
+    if choice["finish_reason"] == "stop":
+        assert json.loads(choice["message"]["content"])["answer"] in ("yes", "no")
+    else:  # white space without end is allowed too
+        assert choice["message"]["content"].split()[:1] in (["{"], [])
+    text = ask(client, response_format={"type": "json_object"}, max_tokens=9)["choices"][0]["message"][
+        "content"
+    ]
+    assert text.lstrip().startswith("{") or not text.strip()
+
+
+def test_a_hidden_chain_is_kept_alive_too() -> None:
+    slow = Scripted("<think>4+5=9 4+5=9</think>9", pace=0.05)
+    with served(slow, keep_alive=0.12, reasoning_field="none") as client:
+        assert ": keep-alive" in streamed(client, **HELLO | {"max_tokens": 64})
