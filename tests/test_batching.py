@@ -233,6 +233,38 @@ def test_prompt_logprobs_are_those_of_the_whole_pass() -> None:
             assert [t for t, _ in line[1:]] == logp[i].topk(3).indices.tolist()
 
 
+def test_prompt_logprobs_are_made_once_though_preempted() -> None:
+    engine = Engine(MODELS["mla"], (), rows=4, tokens=96, chunk=16)
+    first = engine.submit(PROMPT[:30], Sampling(0.0, 40, prompt_logprobs=0), 0)
+    second = engine.submit(PROMPT[1:31], Sampling(0.0, 40, prompt_logprobs=0), 0)
+    finish(engine)
+    assert second.preempted > 0 and len(first.prompt_top) == len(second.prompt_top) == 29
+
+
+def test_a_prompt_that_fills_the_cache_is_read_and_blocks_nobody() -> None:
+    engine = Engine(MODELS["mla"], (), rows=2, tokens=64)
+    full = engine.submit(list(range(1, 65)), Sampling(max_tokens=0, prompt_logprobs=0), 0)
+    behind = engine.submit([5, 6, 7], Sampling(0.0, 4), 0)
+    finish(engine)
+    assert full.finish == behind.finish == "length" and len(full.prompt_top) == 63
+
+
+@pytest.mark.parametrize("knob", [{"temperature": 1e-40}, {"top_p": 1e-46}, {"min_p": 1.0}, {"top_k": 1}])
+def test_extreme_knobs_are_greedy(knob: dict[str, float]) -> None:
+    engine = Engine(MODELS["gqa"], (), tokens=512)
+    asked = [engine.submit(PROMPT, s, 3) for s in (Sampling(0.0, 9), Sampling(**{"max_tokens": 9} | knob))]  # type: ignore[arg-type]
+    finish(engine)
+    assert asked[0].tokens == asked[1].tokens
+
+
+def test_a_conversation_reads_only_what_is_new(words: Tokenizer) -> None:
+    engine = Engine(MODELS["mla"], (), rows=1, tokens=256, tokenizer=words, reuse=True)
+    said = "".join(engine.talk(PROMPT, Sampling(1.0, 20), 5))
+    again = engine.submit(PROMPT, Sampling(1.0, 20), 5)
+    finish(engine)
+    assert again.cached == 48 and again.text is not None and again.text.said == said
+
+
 def test_alternatives_are_reported_at_temperature_one() -> None:
     engine = Engine(MODELS["mla"], (), tokens=512)
     s = engine.submit(PROMPT, Sampling(0.5, 6, top_logprobs=2), 3)

@@ -122,6 +122,10 @@ def test_two_hundred_streams_at_once() -> None:
             thread.join()
         assert sorted(found) == list(range(200))
         assert engine.leaked == 0
+        asked = sorted(engine.seen, key=lambda s: s.submitted)
+        assert [s.started for s in asked] == sorted(s.started for s in asked)  # nobody overtook anybody
+        waits = [s.first - s.submitted for s in asked]
+        assert waits[0] <= 2 * sum(waits) / len(waits)
 
 
 def test_a_step_that_fails_ends_its_requests_and_not_the_server() -> None:

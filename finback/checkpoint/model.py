@@ -35,7 +35,7 @@ def restore(model: Transformer, tensors: dict[str, Tensor]) -> None:
 
 
 Answering = Literal["auto", "fp32", "bf16", "int8"]
-LARGE = 100_000_000  # bytes of weights below which fp32 costs little, and is exact
+LARGE = 50_000_000  # bytes of weights below which fp32 costs little, and is exact
 
 
 def load_to_answer(path: Path, dtype: Answering = "auto") -> Transformer:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finback.data.tokenizer import END_THINK, THINK, Tokenizer
 from finback.engine.sampler import Knobs, alternatives, sample
-from finback.engine.sequence import Finish, Sampling, Sequence
+from finback.engine.sequence import COLD, Finish, Sampling, Sequence
 
 
 class Chooser:
@@ -52,7 +52,11 @@ class Chooser:
         for i, s in enumerate(rows):
             if forced[i]:
                 tokens[i] = s.forced.popleft()
-                logps[i] = float((altered[i] / (s.sampling.temperature or 1)).log_softmax(-1)[tokens[i]])
+                logps[i] = float(
+                    (
+                        altered[i] / (s.sampling.temperature if s.sampling.temperature >= COLD else 1)
+                    ).log_softmax(-1)[tokens[i]]
+                )
         if reported:
             counts = [rows[i].sampling.top_logprobs or 0 for i in reported]
             lines = torch.tensor(reported, device=scores.device)
@@ -62,6 +66,10 @@ class Chooser:
         now, ended = time.perf_counter(), []
         for s, token, value, free in zip(rows, tokens, logps, map(operator.not_, forced), strict=True):
             s.tokens.append(token)
+            if s.said is not None:
+                s.said[token] += 1
+            if s.met is not None:
+                s.met[token] = True
             s.logprobs.append(value)
             s.first, s.last = s.first or now, now
             if reason := self._after(s, token, free):
@@ -79,12 +87,11 @@ class Chooser:
         """Apply penalties, bias and schema to one row of scores (vocab,), in place."""
         k = s.sampling
         if k.repetition_penalty != 1:
-            met = torch.tensor(sorted({*s.prompt, *s.tokens}), device=scores.device)
-            old = scores[met]
-            scores[met] = torch.where(old > 0, old / k.repetition_penalty, old * k.repetition_penalty)
-        if s.tokens and (k.frequency_penalty or k.presence_penalty):
-            said, times = torch.tensor(s.tokens, device=scores.device).unique(return_counts=True)
-            scores[said] -= k.frequency_penalty * times + k.presence_penalty
+            penalised = torch.where(scores > 0, scores / k.repetition_penalty, scores * k.repetition_penalty)
+            scores.copy_(torch.where(_met(s, scores), penalised, scores))
+        if k.frequency_penalty or k.presence_penalty:
+            said = _said(s, scores)
+            scores -= k.frequency_penalty * said + k.presence_penalty * (said > 0)
         if s.constraint is not None and s.thinking:
             scores[list(self.stops)] = float("-inf")  # an answer was promised, so the chain cannot be all
         elif s.constraint is not None:
@@ -118,3 +125,18 @@ class Chooser:
             return "length"
         self.mind_the_budget(s)
         return None
+
+
+def _said(s: Sequence, like: Tensor) -> Tensor:
+    """How often the answer has said each token, (vocab,); made once and kept up to date."""
+    if s.said is None:
+        s.said = torch.bincount(torch.tensor(s.tokens, dtype=torch.long), minlength=len(like)).to(like)
+    return s.said
+
+
+def _met(s: Sequence, like: Tensor) -> Tensor:
+    """Which tokens prompt or answer have, (vocab,)."""
+    if s.met is None:
+        s.met = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+        s.met[torch.tensor(s.prompt + s.tokens, device=like.device)] = True
+    return s.met

@@ -40,11 +40,12 @@ class Engine:
         tokens: int | None = None, chunk: int = 8192, reuse: bool = False, speculate: bool = False,
         patience: int | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.stops, self.rows, self.tokenizer = model, frozenset(stops), rows, tokenizer
+        self.model, self.rows, self.tokenizer = model, rows, tokenizer
+        self.stops = frozenset(token for token in stops if 0 <= token < model.config.vocab_size)
         self.chunk, self.reuse = chunk, reuse
         self.speculation = Speculation() if speculate and len(model.mtp) else None
         self.grammars = Grammars(tokenizer, model.config.vocab_size) if tokenizer else None
-        self.chooser = Chooser(stops, tokenizer)
+        self.chooser = Chooser(self.stops, tokenizer)
         # serving wants newcomers in at once, a large batch of prompts wants them read together
         self._patience = patience or (max(1, rows // 8) if tokens is None else 1)
         self._weights = self._version()
@@ -186,6 +187,22 @@ class Engine:
                 made = sequence.tokens[said:]
                 said += len(made)
                 yield from (token for token in made if token not in self.stops)
+        finally:
+            self.cancel(sequence)
+
+    def talk(self, prompt: List[int], sampling: Sampling, seed: int, thinking: bool = False) -> Iterator[str]:
+        """The text of one completion as it is made; the engine has a tokenizer. `thinking` as for `submit`."""
+        self.model.eval()
+        self._prepare([len(prompt) + sampling.max_tokens])
+        sequence = self.submit(prompt, sampling, seed, thinking=thinking)
+        assert sequence.text is not None, "an engine without a tokenizer has no text"
+        said = 0
+        try:
+            while sequence.finish is None:
+                self.step()
+                new = sequence.text.pieces[said:]
+                said += len(new)
+                yield from new
         finally:
             self.cancel(sequence)
 

@@ -71,9 +71,13 @@ class Runner:
         return rows, counts
 
     def _score_prompt(self, s: Sequence, hidden: Tensor, start: int, count: int) -> None:
-        following = s.prompt[start + 1 : start + count + 1]
-        scores = self.model.logits(hidden[: len(following)])
-        s.prompt_top += alternatives(scores, following, [s.sampling.prompt_logprobs or 0] * len(following))
+        known = max(0, len(s.prompt_top) - start)  # from before it was preempted
+        following = s.prompt[start + 1 + known : start + count + 1]
+        if following:
+            scores = self.model.logits(hidden[known : known + len(following)])
+            s.prompt_top += alternatives(
+                scores, following, [s.sampling.prompt_logprobs or 0] * len(following)
+            )
 
     def decode(self, rows: list[Sequence]) -> None:
         """One more token for each row; where a draft was right, two."""

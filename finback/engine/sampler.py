@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finback.engine.sequence import Alternatives, Sampling, uniforms
+from finback.engine.sequence import COLD, Alternatives, Sampling, uniforms
 
 __all__ = ["Knobs", "alternatives", "narrow", "sample", "uniforms"]
 
+LEAST = 1e-6  # of top-p; less is lost in fp32, and nothing would be left
 LIKELIEST = 512  # tokens looked at before the whole vocabulary is sorted for top-p
 
 
@@ -23,6 +24,7 @@ class Knobs:
     greedy: Tensor | None  # bool; None: no row is
     all_greedy: bool
     temperature: Tensor  # 1 for greedy rows
+    tempered: bool  # whether any row's is another than 1
     top_k: Tensor | None
     most: int  # the largest top_k
     top_p: Tensor | None
@@ -35,16 +37,18 @@ class Knobs:
         def column(values: list[float], off: float) -> Tensor | None:
             return None if all(v == off for v in values) else torch.tensor(values, device=device)[:, None]
 
-        greedy = [s.temperature == 0 for s in rows]
+        greedy = [s.temperature < COLD for s in rows]
+        warmth = [1.0 if g else s.temperature for s, g in zip(rows, greedy, strict=True)]
         # a greedy row needs no narrowing
         k = [vocab if g or not 0 < s.top_k < vocab else s.top_k for s, g in zip(rows, greedy, strict=True)]
         return cls(
             greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
             all_greedy=all(greedy),
-            temperature=torch.tensor([s.temperature or 1.0 for s in rows], device=device)[:, None],
+            temperature=torch.tensor(warmth, device=device)[:, None],
+            tempered=any(t != 1 for t in warmth),
             top_k=None if min(k) == vocab else torch.tensor(k, device=device)[:, None],
             most=max((n for n in k if n < vocab), default=0),
-            top_p=column([1.0 if g else s.top_p for s, g in zip(rows, greedy, strict=True)], 1.0),
+            top_p=column([1.0 if g else max(s.top_p, LEAST) for s, g in zip(rows, greedy, strict=True)], 1.0),
             min_p=column([0.0 if g else s.min_p for s, g in zip(rows, greedy, strict=True)], 0.0),
         )
 
@@ -55,7 +59,7 @@ def sample(scores: Tensor, knobs: Knobs, uniform: Tensor) -> tuple[Tensor, Tenso
     Inverse of the cumulative distribution; greedy at temperature 0. The log-probabilities are those of the whole
     distribution at this temperature (at 1 when greedy): top-k, top-p and min-p only narrow the choice.
     """
-    logp = (scores / knobs.temperature).log_softmax(dim=-1)
+    logp = (scores / knobs.temperature if knobs.tempered else scores).log_softmax(dim=-1)
     if knobs.all_greedy:
         tokens = scores.argmax(dim=-1)
     else:

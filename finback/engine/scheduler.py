@@ -24,6 +24,7 @@ class Scheduler:
         self.table: Tensor = torch.zeros(rows, -(-longest // pages.size), dtype=torch.long)
         self._lines = self.table.numpy()
         self._slots = list(range(rows - 1, -1, -1))
+        self._refused: tuple[Sequence, int, int] | None = None  # who lacked pages, when so many were free
 
     def admit(self) -> None:
         """Let waiting sequences in while rows and pages last; nobody overtakes one that lacks pages."""
@@ -36,14 +37,17 @@ class Scheduler:
             if leader is not None and leader.finish is None and leader.computed < len(leader.prompt):
                 held_back.append(sequence)
                 continue
-            if not self._enter(sequence):
+            # looking for its prefix again is work; it can have changed only if others have let go of pages
+            state = (sequence, self.pages.free, len(self.running))
+            if state == self._refused or not self._enter(sequence):
+                self._refused = state
                 self.waiting.appendleft(sequence)
                 break
         self.waiting.extendleft(reversed(held_back))
 
     def _enter(self, sequence: Sequence) -> bool:
         found = self._find(sequence) if self.reuse and sequence.sampling.prompt_logprobs is None else []
-        needed = self._pages_for(sequence.length + 1) - len(found)
+        needed = self._pages_for(min(sequence.length + 1, sequence.end)) - len(found)
         # every running sequence will soon want a page; taking the last ones would only preempt somebody
         if needed > self.pages.free - len(self.running):
             self.pages.release(found)
@@ -121,4 +125,4 @@ class Scheduler:
         self.running.remove(sequence)
         sequence.slot, sequence.pages = -1, []
         sequence.computed = sequence.published = 0
-        sequence.draft, sequence.digest = -1, b""
+        sequence.draft, sequence.drafts_from, sequence.digest = -1, 0, b""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from torch import Tensor
 
 from finback.config import UserError
 
@@ -17,11 +18,14 @@ Finish = Literal["stop", "length", "cancelled"]
 Alternatives = list[tuple[int, float]]  # (token, log-probability), likeliest first
 
 
+COLD = 1e-5  # scores divided by less would overflow
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. temperature 0 is greedy; a sequence's seed fixes it whatever else is in its batch."""
 
-    temperature: float = 1.0
+    temperature: float = 1.0  # below COLD it is greedy too
     max_tokens: int = 128  # 0 only with prompt_logprobs: read the prompt, say nothing
     top_k: int = 0  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
@@ -47,7 +51,7 @@ class Sampling:
             ("top_k", self.top_k >= 0, "negative", "Use 0 for all tokens."),
             ("top_p", 0 < self.top_p <= 1, "not above 0 and up to 1", "Use 1 for all tokens."),
             ("min_p", 0 <= self.min_p <= 1, "not in 0..1", "Use 0 for all tokens."),
-            ("repetition_penalty", self.repetition_penalty > 0, "not above 0", "Use 1 for none."),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "not in 0.01..100", "Use 1 for none."),
             ("max_tokens", self.max_tokens >= least, "nothing to generate", f"Use at least {least}."),
             ("top_logprobs", (self.top_logprobs or 0) >= 0, "negative", "Use 0 for the token's own."),
             ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "negative", "Use 0 for the token's own."),
@@ -111,6 +115,8 @@ class Sequence:
     first: float = 0.0  # when its first token was made
     last: float = 0.0
     _random: np.ndarray | None = None
+    said: Tensor | None = None  # (vocab,) how often the answer has said each token, for penalties
+    met: Tensor | None = None  # (vocab,) whether prompt or answer has it
 
     @property
     def length(self) -> int:

@@ -34,7 +34,10 @@ class Text:
             now = self.tokenizer.decode(self._ids)
             if now.endswith(UNFINISHED) and len(self._ids) - self._whole < 8:
                 continue
-            self._ids = self._ids[self._whole :]
+            if now[
+                len(before) :
+            ]:  # a token without text, such as a special one, is no place to start again from
+                self._ids = self._ids[self._whole :]
             self._whole = len(self._ids)
             if self._release(now[len(before) :]):
                 return used

@@ -19,6 +19,7 @@ from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
 from finback.run import finished_stages, is_checkpoint
 
+LONGEST = 32768  # tokens of a conversation that are kept
 THINKING = {"on": True, "off": False, "auto": None}
 HELP = "/new forgets the dialogue, /think on|off|auto, /seed N, /save FILE (JSON lines), Ctrl-C stops a reply, Ctrl-D ends."
 DIM, PLAIN = "\033[2m", "\033[0m"
@@ -50,9 +51,10 @@ class Conversation:
         self.tokenizer = Tokenizer(folder)
         # a mark of a new turn ends this one; a small model sometimes goes on with the next
         turns = [] if self.tokenizer.template else [self.tokenizer.ids.get(t, -1) for t in (USER, ASSISTANT)]
+        model = models.load_to_answer(folder, dtype)
         self.engine = Engine(
-            models.load_to_answer(folder, dtype), (*self.tokenizer.stops, *turns), rows=1, tokenizer=self.tokenizer,
-            chunk=512, reuse=True, speculate=True,
+            model, (*self.tokenizer.stops, *turns), rows=1, tokenizer=self.tokenizer,
+            tokens=min(model.config.max_position_embeddings, LONGEST), chunk=512, reuse=True, speculate=True,
         )  # fmt: skip
         self.sampling, self.seed = self._sampling(chosen), seed
         self.messages: list[Message] = []
@@ -61,7 +63,7 @@ class Conversation:
 
     def _sampling(self, chosen: dict[str, float | None]) -> Sampling:
         """What the user chose, else what the model's makers recommend in generation_config.json, else 0.7."""
-        window = self.engine.model.config.max_position_embeddings
+        window = self._window
         settings: dict[str, Any] = {"temperature": 0.7, "max_tokens": min(1024, window // 8)}
         known = self.tokenizer.generation
         settings |= {
@@ -78,15 +80,19 @@ class Conversation:
         mark = self.tokenizer.ids.get(THINK)
         banned = ((mark, float("-inf")),) if self.think is False and mark is not None else ()
         sampling = dataclasses.replace(self.sampling, logit_bias=banned)
-        stream = self.engine.stream(prompt, sampling, self.seed + self.replies)
+        stream = self.engine.talk(prompt, sampling, self.seed + self.replies, opened)
         self.replies += 1
         try:
-            for piece in self.tokenizer.stream(stream):
+            for piece in stream:
                 said.append(piece)
                 yield piece
         finally:  # also when the user stops the reply: what was said is part of the dialogue
             response = chat.parse("".join(said))
             self.messages.append(Message("assistant", response.answer, response.thinking))
+
+    @property
+    def _window(self) -> int:
+        return min(self.engine.model.config.max_position_embeddings, LONGEST)
 
     def forget(self) -> None:
         """Start a new dialogue."""
@@ -122,7 +128,7 @@ class Conversation:
         return f"{len(turns)} messages in {path}"
 
     def _prompt(self) -> tuple[list[int], bool]:
-        room = self.engine.model.config.max_position_embeddings - self.sampling.max_tokens
+        room = self._window - self.sampling.max_tokens
         while True:
             said = [{"role": m.role, "content": m.content} for m in self.messages]
             ids, opened = dialogue(said, self.tokenizer, think=self.think)

@@ -52,6 +52,8 @@ class Jobs:
         schema = schema_of(request)
         if tools and schema is not None:
             raise bad("a JSON answer and tools cannot be combined; send one of them", "response_format")
+        if schema is not None and request.messages[-1].prefix:
+            raise bad("a begun answer cannot be held to a schema; leave out prefix", "response_format")
         messages = [message.plain() for message in request.messages]
         self._refuse_endless(sum(len(m["content"]) for m in messages), "messages")
         think = thinks(request)

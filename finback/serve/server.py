@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -68,7 +69,10 @@ def run(
     )  # fmt: skip
     auth.demand_safety(options, insecure)
     listener = _listen(host, port)  # before the model is read: a port that is taken shows at once
-    engine, tokenizer = load(model, rows, tokens, chunk, reuse, speculate, dtype)
+    # Not in this thread: torch would keep threads for it as long as it lives, and OpenMP, which then counts more threads
+    # than cores, lets the engine's sleep after every product. Measured: 45 instead of 29 ms a step.
+    with ThreadPoolExecutor(1) as reader:
+        engine, tokenizer = reader.submit(load, model, rows, tokens, chunk, reuse, speculate, dtype).result()
     serve(build(engine, tokenizer, options), listener)
 
 
