@@ -120,3 +120,13 @@ def test_chat_without_a_model(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
         done = finback("chat", path)
         assert done.returncode == 2 and str(path) in done.stderr and "runs/tiny" in done.stderr
+
+
+def test_a_rank_ends_without_taking_the_interpreter_down() -> None:
+    """What would end a process by a signal on its way out, as threads that still hold tensors may, does not."""
+    code = "import atexit, os; atexit.register(os.abort); from finback.cli import main; main()"
+    for rank, expected in (({"RANK": "1"}, 0), ({}, -6)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--version"], env=environment() | rank, capture_output=True
+        )
+        assert (done.returncode, done.stdout.decode().strip()) == (expected, __version__)
