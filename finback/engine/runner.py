@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from finback.engine.choose import Chooser
-from finback.engine.sampler import alternatives, sample
+from finback.engine.sampler import alternatives, guess
 from finback.engine.scheduler import Scheduler
 from finback.engine.sequence import Finish, Sequence
 from finback.engine.speculate import Speculation
@@ -145,26 +145,27 @@ class Runner:
             return
         rows, starts, counts = ([group[i] for i in alive] for group in (rows, starts, counts))  # type: ignore[assignment]
         new = max(counts)
-        following = torch.zeros(len(rows), new, dtype=torch.long)
-        for line, (s, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
-            known = s.slice(start + 1, min(start + 1 + count, s.length))
-            following[line, : len(known)] = torch.tensor(known)
+        known = [
+            s.slice(start + 1, min(start + 1 + n, s.length))
+            for s, start, n in zip(rows, starts, counts, strict=True)
+        ]
+        following = torch.tensor([line + [0] * (new - len(line)) for line in known])
         froms = [min(s.drafts_from, start) for s, start in zip(rows, starts, strict=True)]
         cache = self._cache(rows, starts, new, counts, froms if any(froms) else None)
         device = hidden.device
-        lines = torch.tensor(alive, device=device)
-        states = self.model.draft(hidden[lines, :new], following.to(device), cache)
+        if len(alive) < len(hidden):
+            hidden = hidden[torch.tensor(alive, device=device)]
+        states = self.model.draft(hidden[:, :new], following.to(device), cache)
         ready = [i for i, s in enumerate(rows) if s.computed == s.length - 1]
         if ready:
-            at = torch.tensor(ready, device=device)
-            ends = torch.tensor([counts[i] - 1 for i in ready], device=device)
+            at = torch.tensor([i * new + counts[i] - 1 for i in ready], device=device)
             guessers = [rows[i] for i in ready]
-            scores = self.model.logits(states[at, ends])
+            scores = self.model.logits(states.flatten(0, 1)[at])
             # with the very number that the token itself will be drawn with: alike distributions, alike choices
             uniform = torch.tensor([s.uniform() for s in guessers], device=device)
-            guesses, _ = sample(scores, self.chooser.columns(guessers, scores), uniform)
-            for s, guess in zip(guessers, guesses.tolist(), strict=True):
-                s.draft = guess
+            guesses = guess(scores, self.chooser.columns(guessers, scores), uniform)
+            for s, token in zip(guessers, guesses.tolist(), strict=True):
+                s.draft = token
 
     def _say(self, rows: list[Sequence], scores: Tensor) -> None:
         for s, reason in self.chooser.say(rows, scores):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finback.engine.sequence import COLD, Alternatives, Sampling, uniforms
 
-__all__ = ["Knobs", "alternatives", "narrow", "sample", "uniforms"]
+__all__ = ["Knobs", "alternatives", "guess", "narrow", "sample", "uniforms"]
 
 LEAST = 1e-6  # of top-p; less is lost in fp32, and nothing would be left
 LIKELIEST = 512  # tokens looked at before the whole vocabulary is sorted for top-p
@@ -70,6 +70,11 @@ def sample(scores: Tensor, knobs: Knobs, uniform: Tensor) -> tuple[Tensor, Tenso
         if knobs.greedy is not None:
             tokens = torch.where(knobs.greedy, scores.argmax(dim=-1), tokens)
     return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
+
+
+def guess(scores: Tensor, knobs: Knobs, uniform: Tensor) -> Tensor:
+    """The tokens that `sample` would choose, without their log-probabilities."""
+    return scores.argmax(dim=-1) if knobs.all_greedy else sample(scores, knobs, uniform)[0]
 
 
 def narrow(p: Tensor, knobs: Knobs) -> Tensor:

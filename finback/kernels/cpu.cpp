@@ -78,6 +78,9 @@ typedef uint16_t halves __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(64)));
 constexpr int64_t width = 16;
 
+// Multiplications below which one thread is done before a second one has woken up.
+constexpr int64_t little = 1 << 17;
+
 inline vector load(const float* x) {
   vector y;
   std::memcpy(&y, x, sizeof y);
@@ -238,7 +241,9 @@ void attend(const Attention& a, const T* data) {
   // few rows: heads that share keys are split over the threads, at the price of reading the keys more than once
   const int64_t parts = a.rows * a.groups >= 8 ? 1 : std::min<int64_t>(share, 4);
   const int64_t tasks = a.rows * a.groups * parts;
-#pragma omp parallel if (tasks > 1)
+  int64_t entries = 0;
+  for (int64_t row = 0; row < a.rows; ++row) entries += a.lengths[row] + a.news;
+#pragma omp parallel if (tasks > 1 && entries * a.news * a.heads * (a.key + a.value) > little)
   {
     std::vector<float> buffer;
 #pragma omp for schedule(dynamic)
@@ -308,7 +313,7 @@ void latent(Attention a, const Place& at, const T* q, const T* kv, const float* 
   float *query = scratch.data(), *read = query + pairs * a.key;
   a.query = query;
   a.out = read;
-#pragma omp parallel if (pairs > 1)
+#pragma omp parallel if (pairs * nope * size > little)
   {
 #pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < tokens; ++t) {
@@ -328,7 +333,7 @@ void latent(Attention a, const Place& at, const T* q, const T* kv, const float* 
     }
   }
   attend(a, data);
-#pragma omp parallel for schedule(static) if (pairs > 1)
+#pragma omp parallel for schedule(static) if (pairs * value * size > little)
   for (int64_t pair = 0; pair < pairs; ++pair) {
     const T* w = up + (pair % a.heads * (nope + value) + nope) * size;
     for (int64_t v = 0; v < value; ++v) narrow(dot(read + pair * size, w + v * size, size), out + pair * value + v);
@@ -377,7 +382,7 @@ void experts(const float* x, const int64_t* index, const float* weight, const T*
     if (i == 0 || index[order[i]] != index[order[i - 1]]) starts.push_back(i);
   starts.push_back(pairs);
   const int64_t runs = int64_t(starts.size()) - 1;
-#pragma omp parallel
+#pragma omp parallel if (pairs * 3 * width * size > little)
   {
 #pragma omp for schedule(static)
     for (int64_t job = 0; job < runs * width; ++job) {
