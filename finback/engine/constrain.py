@@ -1,4 +1,4 @@
-"""Answers that follow a JSON schema: which tokens may come next is worked out by llguidance."""
+"""Answers that follow a JSON schema or a grammar: which tokens may come next is worked out by llguidance."""
 
 import functools
 import json
@@ -31,7 +31,12 @@ class Grammars:
     @functools.cached_property
     def _vocabulary(self) -> Any:
         stops = list(self.tokenizer.stops) or None
-        return self._library.LLTokenizer(self.tokenizer.as_json(), n_vocab=self.vocab, eos_token=stops)
+        state = json.loads(self.tokenizer.as_json())
+        for token in state["added_tokens"]:
+            # where only one text can follow, llguidance takes a mark that stands in it for the token, and then fails
+            if token["content"].startswith("<") and token["content"] not in state["model"]["vocab"]:
+                token["content"] = f"<{token['id']}\0>"
+        return self._library.LLTokenizer(json.dumps(state), n_vocab=self.vocab, eos_token=stops)
 
     def constraint(self, schema: str) -> "Constraint":
         """A constraint for one answer; UserError when the schema is none."""
@@ -43,17 +48,22 @@ class Grammars:
             ) from None
         if not isinstance(parsed, dict | bool):
             raise UserError("response_format", schema[:80], "not a JSON schema", "Send an object.")
+        return self._constraint("response_format", "json_schema", schema)
+
+    def lark(self, grammar: str) -> "Constraint":
+        """A constraint by a grammar, which says what calls an answer makes; UserError when it is none."""
+        return self._constraint("tools", "lark", grammar)
+
+    def _constraint(self, field: str, kind: str, text: str) -> "Constraint":
         matcher_type = self._library.LLMatcher
         try:
-            grammar = matcher_type.grammar_from_json_schema(schema)
+            grammar = getattr(matcher_type, f"grammar_from_{kind}")(text)
             matcher = matcher_type(self._vocabulary, grammar, log_level=0)
         except ValueError as error:
-            raise UserError("response_format", schema[:80], str(error), "Simplify the schema.") from None
+            raise UserError(field, text[:80], str(error), "Simplify the schema.") from None
         if matcher.is_error():
             problem = matcher.get_error().splitlines()[0]
-            raise UserError(
-                "response_format", schema[:80], f"cannot be followed ({problem})", "Simplify the schema."
-            )
+            raise UserError(field, text[:80], f"cannot be followed ({problem})", "Simplify the schema.")
         return Constraint(matcher)
 
 

@@ -89,13 +89,17 @@ class Engine:
             )  # fmt: skip
         self._check_ids(prompt, "prompt")
         self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
-        if self.grammars is None and (sampling.stop or sampling.schema is not None):
-            raise UserError("sampling", "stop or schema", "needs text", "Give the engine a tokenizer.")
+        if self.grammars is None and (sampling.stop or (sampling.schema, sampling.grammar) != (None, None)):
+            raise UserError(
+                "sampling", "stop, schema or grammar", "needs text", "Give the engine a tokenizer."
+            )
         sequence = Sequence(list(prompt), sampling, seed, salt, leader, thinking=thinking)
         if self.tokenizer is not None and self.grammars is not None:
             sequence.text = Text(self.tokenizer, sampling.stop)
             if sampling.schema is not None:
                 sequence.constraint = self.grammars.constraint(sampling.schema)
+            elif sampling.grammar is not None:
+                sequence.constraint = self.grammars.lark(sampling.grammar)
         self.chooser.mind_the_budget(sequence)
         self.scheduler.waiting.append(sequence)
         return sequence

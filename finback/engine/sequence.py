@@ -43,6 +43,7 @@ class Sampling:
     prompt_logprobs: int | None = None  # the same for every prompt token behind the first
     think_tokens: int | None = None  # the longest chain of thought; then it is closed for the model
     schema: str | None = None  # a JSON schema (as text) that the answer follows once the chain is closed
+    grammar: str | None = None  # the same in llguidance's Lark, for what no schema can say; one of the two
 
     def __post_init__(self) -> None:
         least = 0 if self.prompt_logprobs is not None else 1
