@@ -47,9 +47,10 @@ class Scripted(Engine):
     """An engine whose sequences say `script`, if there is one, and whose steps take `pace` seconds or fail."""
 
     def __init__(
-        self, script: str | None = None, pace: float = 0.0, rows: int = 8, tokens: int = 16384, window: int = 2048
+        self, script: str | None = None, pace: float = 0.0, rows: int = 8, tokens: int = 16384, window: int = 2048,
+        words: Tokenizer | None = None,
     ) -> None:  # fmt: skip
-        words = small_tokenizer()
+        words = words or small_tokenizer()
         stops = (*words.stops, words.ids[USER], words.ids[ASSISTANT])
         super().__init__(
             small_model(window),
@@ -91,7 +92,11 @@ class Scripted(Engine):
 @contextmanager
 def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
     """A real server on a real socket, and a client for it."""
-    app = build(engine, small_tokenizer(), Options(**{"name": "toy", "keep_alive": 15.0} | options))
+    app = build(
+        engine,
+        engine.tokenizer or small_tokenizer(),
+        Options(**{"name": "toy", "keep_alive": 15.0} | options),
+    )
     listener = server._listen("127.0.0.1", 0)
     runner = Server(app.state.service, server.configuration(app))
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)

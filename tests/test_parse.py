@@ -37,10 +37,10 @@ def qwen(*calls: tuple[str, str]) -> str:
     )
 
 
-def parser(opened: bool = False, tools: bool = True, form: ToolForm | None = None) -> Parser:
+def parser(opened: bool = False, tools: bool = True, form: ToolForm | None = None, **more: bool) -> Parser:
     """A parser whose calls are called 0, 1, …"""
     numbers = count()
-    return Parser(opened, tools, form, new_id=lambda: str(next(numbers)))
+    return Parser(opened, tools, form, new_id=lambda: str(next(numbers)), **more)
 
 
 def whole(parsed: Parser) -> Said:
@@ -256,6 +256,27 @@ def test_odd_markup_by_hand(text: str, said: Said) -> None:
 def test_a_forced_form_takes_a_tool_called_function() -> None:
     assert parse(v31(("function", "[1]")), form=ToolForm.V31) == ("", "", [("function", "[1]")])
     assert parse(v3(("function", "[1]")), form=ToolForm.V3) == parse(v3(("function", "[1]")))
+
+
+def test_an_answer_that_a_grammar_holds_is_read_as_such() -> None:
+    """The engine ends a chain with the first closing tag, and knows what is a string."""
+    marks = f'{{"a": "{END_CALL}{END_CALLS}</tool_call>"}}'
+    for form, write in FORMS.items():
+        said = f'Say "</think>{write(("f", marks), SEA)}'
+        assert parse(said, opened=True, form=form, held=True) == ('Say "', "", [("f", marks), SEA])
+        for length in range(len(write(("f", marks)))):
+            parsed = parser(form=form, held=True)
+            parsed.push(write(("f", marks))[:length])
+            parsed.end()
+            assert all(marks.startswith(call.arguments) for call in parsed.calls)
+            assert parsed.called == (marks in [call.arguments for call in parsed.calls])
+    assert parse(f'{F}\n"</think>{{"a": "x"}}', opened=True, held=True) == (f'{F}\n"', '{"a": "x"}', [])
+
+
+@pytest.mark.parametrize("write", FORMS.values())
+def test_calls_behind_the_first_can_be_left_out(write: Any) -> None:
+    said = f"See {write(SUN, SEA, SUN)} it."
+    assert parse(said, single=True) == ("", "See it.", [SUN])
 
 
 PARTS = st.sampled_from(

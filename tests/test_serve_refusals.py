@@ -37,6 +37,15 @@ def tool(**function: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f"} | function}
 
 
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def call(schema: dict[str, Any]) -> dict[str, Any]:
+    """A demand for calls, with a second tool that takes this."""
+    return {"tools": [tool(), tool(name="g", parameters=schema)], "tool_choice": "required"}
+
+
 MESSAGE = {"role": "user", "content": "x"}
 
 WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
@@ -84,11 +93,25 @@ WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "an unknown effort": ({"reasoning_effort": "heroic"}, "reasoning_effort"),
     "thinking is a word": ({"thinking": "enabled"}, "thinking"),
     "a negative budget": ({"thinking_budget": -1}, "thinking_budget"),
-    "a forced call": ({"tools": [tool()], "tool_choice": "required"}, "tool_choice"),
-    "a named call": (
-        {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+    "an unknown tool_choice": ({"tools": [tool()], "tool_choice": "any"}, "tool_choice"),
+    "a call of nothing": ({"tools": [tool()], "tool_choice": {"type": "function"}}, "tool_choice"),
+    "a call of another kind": (
+        {"tools": [tool()], "tool_choice": named("f") | {"type": "custom"}},
         "tool_choice",
     ),
+    "a call of no function": ({"tools": [tool()], "tool_choice": named("g")}, "tool_choice.function.name"),
+    "a call without tools": ({"tool_choice": "required"}, "tool_choice"),
+    "a named call without tools": ({"tools": [], "tool_choice": named("f")}, "tool_choice"),
+    "a number for parallel_tool_calls": ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
+    "arguments that are no object": (call({"type": "string"}), "tools[1].function.parameters"),
+    "arguments of no type": (call({"type": {}}), "tools[1].function.parameters"),
+    "arguments that are none": (
+        call({"properties": {"a": {"type": "whale"}}}),
+        "tools[1].function.parameters",
+    ),
+    "arguments that refer to nothing": (call({"$ref": "#/$defs/none"}), "tools[1].function.parameters"),
+    "arguments too deep": (call(nested(33, {})), "tools[1].function.parameters"),
+    "arguments too long": (call({"description": "x" * 65_536}), "tools[1].function.parameters"),
     "129 tools": ({"tools": [tool()] * 129}, "tools"),
     "a tool with a bad name": ({"tools": [tool(name="a b")]}, "tools[0].function.name"),
     "tools and JSON": ({"tools": [tool()], "response_format": {"type": "json_object"}}, "response_format"),
@@ -146,6 +169,10 @@ def test_a_schema_that_takes_hours_stops_nobody(client: httpx.Client) -> None:
         response = client.post(CHAT, json=HELLO | form(schema))
         assert response.status_code == 400 and "too complex" in response.json()["error"]["message"]
         assert response.elapsed.total_seconds() < 5
+    hard = {"type": "object", "properties": {"a": {"allOf": every}}}
+    response = client.post(CHAT, json=HELLO | call(hard))
+    assert response.status_code == 400 and response.json()["error"]["param"].startswith("tools")
+    assert client.post(CHAT, json=HELLO | call({}) | {"tool_choice": "auto"}).status_code == 200
     assert client.post(CHAT, json=HELLO | form({"type": "object"})).status_code == 200
     assert client.post(CHAT, json=HELLO).status_code == 200
 

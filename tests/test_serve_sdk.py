@@ -1,5 +1,6 @@
 """The openai package against a real server, as its users write it."""
 
+import json
 from collections.abc import Iterator
 
 import openai
@@ -66,6 +67,38 @@ def test_tools(client: openai.OpenAI, engine: Scripted) -> None:
     engine.script = "It is 9."
     reply = client.chat.completions.create(model="toy", messages=again, max_tokens=64, tools=TOOLS)
     assert reply.choices[0].message.content == "It is 9."
+
+
+def test_calls_that_must_be_made(client: openai.OpenAI, engine: Scripted) -> None:
+    engine.script = None
+    schema = {
+        "type": "object",
+        "properties": {"unit": {"enum": ["C", "F"]}},
+        "required": ["unit"],
+        "additionalProperties": False,
+    }
+    tools = [*TOOLS, {"type": "function", "function": {"name": "now", "parameters": schema, "strict": True}}]
+    request = {
+        "model": "toy", "messages": HELLO, "max_tokens": 400, "seed": 1, "tools": tools,
+        "tool_choice": {"type": "function", "function": {"name": "now"}}, "extra_body": {"thinking_budget": 9},
+    }  # fmt: skip
+    choice = client.chat.completions.create(**request).choices[0]
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls" and call.function.name == "now"
+    assert json.loads(call.function.arguments)["unit"] in ("C", "F")
+    with client.chat.completions.stream(**request) as events:
+        kinds = {event.type for event in events}
+        same = events.get_final_completion().choices[0]
+    assert "tool_calls.function.arguments.delta" in kinds and same.finish_reason == "tool_calls"
+    assert same.message.tool_calls[0].function.arguments == call.function.arguments
+    assert same.message.tool_calls[0].function.parsed_arguments == json.loads(call.function.arguments)
+    tools[:2] = []
+    choice = client.chat.completions.create(**request | {"tool_choice": "required"}).choices[0]
+    assert {call.function.name for call in choice.message.tool_calls} == {"now"}
+    with pytest.raises(openai.BadRequestError) as bad:
+        wrong = {"type": "function", "function": {"name": "later"}}
+        client.chat.completions.create(**request | {"tool_choice": wrong})
+    assert bad.value.param == "tool_choice.function.name"
 
 
 def test_json_schema(client: openai.OpenAI, engine: Scripted) -> None:

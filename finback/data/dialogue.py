@@ -61,6 +61,16 @@ def dialogue(
     return _ids(pieces, tokenizer), opened
 
 
+def written_call(tokenizer: Tokenizer) -> str:
+    """A call by the assistant, of the function f, as the model's dialogues show it; "" where its template fails at one."""
+    if tokenizer.template is None:
+        return "".join(_calls(_PROBE[-1]))
+    try:
+        return _render(tokenizer.template, _PROBE)
+    except UserError:
+        return ""
+
+
 def _check_begun(begun: Turn, place: int) -> None:
     if begun.role != "assistant":
         raise UserError(

@@ -34,7 +34,10 @@ class Answer:
         self.replies: list[ChatReply | TextReply] = []
         for i, sequence in enumerate(ticket.sequences):
             if chat:
-                parser = Parser(job.opened, job.tools)
+                parser = Parser(
+                    job.opened, job.tools, job.forced.form if job.forced else None,
+                    held=job.forced is not None or job.schema is not None, single=job.single,
+                )  # fmt: skip
                 self.replies.append(ChatReply(i, sequence, parser, service.options.reasoning_field, spelling))
             else:
                 self.replies.append(TextReply(i, sequence, job.echo[i] if job.echo else None, spelling))

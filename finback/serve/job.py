@@ -10,6 +10,7 @@ from finback.data.dialogue import dialogue
 from finback.data.tokenizer import FIM, THINK, Tokenizer
 from finback.engine.sequence import Sampling
 from finback.serve.errors import ApiError, bad
+from finback.serve.forced import Forced, forced
 from finback.serve.protocol import ChatRequest, CompletionRequest, Request
 from finback.serve.worker import Order
 
@@ -29,10 +30,17 @@ class Job:
     orders: list[Order]
     opened: bool = False  # the prompt ends inside a chain of thought
     tools: bool = False  # what the model says may be a call
+    single: bool = False  # and no more than one
+    forced: Forced | None = None  # it must be
     logprobs: bool = False
     echo: list[str] = field(
         default_factory=list
     )  # for each choice, the prompt's text that its answer begins with
+
+    @property
+    def schema(self) -> str | None:
+        """The JSON schema that the answers are held to."""
+        return self.orders[0].sampling.schema
 
 
 class Jobs:
@@ -49,7 +57,9 @@ class Jobs:
         if request.top_logprobs is not None and not request.logprobs:
             raise bad("top_logprobs needs logprobs: true", "top_logprobs")
         tools = self._tools(request)
-        schema = schema_of(request)
+        calls = forced(request, self.tokenizer)
+        # where there is no answer but calls, nothing is left for a schema to say
+        schema = schema_of(request) if calls is None else None
         if tools and schema is not None:
             raise bad("a JSON answer and tools cannot be combined; send one of them", "response_format")
         if schema is not None and request.messages[-1].prefix:
@@ -66,11 +76,13 @@ class Jobs:
         limit = self._limit(len(ids), request.max_completion_tokens or request.max_tokens, "messages")
         banned = self.tokenizer.ids.get(THINK) if think is False else None
         sampling = self._sampling(
-            request, limit, banned, schema=schema, think_tokens=budget(request, limit),
+            request, limit, banned, schema=schema, grammar=calls.grammar if calls else None,
+            think_tokens=budget(request, limit),
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )  # fmt: skip
         orders = self._choices(ids, sampling, seed, request.n or 1, 0, opened)
-        return Job(orders, opened, bool(tools), bool(request.logprobs))
+        single = request.parallel_tool_calls is False
+        return Job(orders, opened, bool(tools), single, calls, bool(request.logprobs))
 
     def completion(self, request: CompletionRequest, seed: int) -> Job:
         """The job of a text completion; the choices of the first prompt come first."""
@@ -151,10 +163,7 @@ class Jobs:
         )  # fmt: skip
 
     def _tools(self, request: ChatRequest) -> list[dict[str, Any]]:
-        choice = request.tool_choice
-        if choice == "required" or isinstance(choice, dict):
-            raise bad("tool_choice may be none or auto: a call cannot be forced", "tool_choice")
-        if choice == "none" or not request.tools:
+        if request.tool_choice == "none" or not request.tools:
             return []
         return [tool.model_dump(exclude_none=True) for tool in request.tools]
 

@@ -52,14 +52,17 @@ class Parser:
     """Takes the text piece by piece and returns what each adds; any text is taken without an error.
 
     `opened`: the prompt ends inside a chain of thought. `tools`: the request has tools, so that calls are looked for.
-    `form`: the only form of calls to look for, None for all. `new_id` makes the calls' ids.
+    `form`: the only form of calls to look for, None for all. `new_id` makes the calls' ids. `held`: a grammar holds the
+    answer, so that the first `</think>` ends the chain and marks in a call's strings are text. `single`: calls behind the
+    first are left out.
     """
 
     def __init__(
-        self, opened: bool, tools: bool, form: ToolForm | None = None, new_id: Callable[[], str] = fresh_id
-    ) -> None:
-        self._feed = Feed()
-        self._said = _Said(tools, new_id)
+        self, opened: bool, tools: bool, form: ToolForm | None = None, new_id: Callable[[], str] = fresh_id, *,
+        held: bool = False, single: bool = False,
+    ) -> None:  # fmt: skip
+        self._feed, self._held = Feed(), held
+        self._said = _Said(tools, new_id, single)
         self._reader = self._read(opened, tools, form)
 
     @property
@@ -76,6 +79,12 @@ class Parser:
     def calls(self) -> list[Call]:
         """The calls so far, or all of them after `end`."""
         return [Call(call_id, name, "".join(pieces)) for call_id, name, pieces in self._said.calls]
+
+    @property
+    def called(self) -> bool:
+        """Whether there is a call to answer; one that a grammar should have completed must have been."""
+        calls = self.calls
+        return bool(calls) and not (self._held and not markup.is_whole(calls[-1].arguments))
 
     def push(self, piece: str) -> list[Delta]:
         """Add text; what it makes certain, neighbours of one kind as one delta."""
@@ -116,6 +125,8 @@ class Parser:
         yield from self._feed.match(("\n", "\r\n"))
         while True:
             text, tag = yield from self._feed.until((END_THINK,))
+            if tag and self._held:
+                break
             if tag:
                 quote = fence.quote() if fence.is_open else ""
                 if not quote or not (yield from self._feed.comes_first(quote, "\n")):
@@ -131,7 +142,7 @@ class Parser:
         while True:
             text, tag = yield from self._feed.until(openers)
             if tag and not self._said.fence.is_open:
-                yield from markup.read(self._feed, tag, form, self._said)
+                yield from markup.read(self._feed, tag, form, self._said, self._held)
                 openers = (tag,) if self._said.calls else openers
             elif text or tag:
                 self._said.text(text or tag)
@@ -142,12 +153,13 @@ class Parser:
 class _Said:
     """What has been said so far, and what of it is still to be handed out; whitespace waits for what follows it."""
 
-    def __init__(self, tools: bool, new_id: Callable[[], str]) -> None:
+    def __init__(self, tools: bool, new_id: Callable[[], str], single: bool) -> None:
         self.reasoning: list[str] = []
         self.content: list[str] = []
         self.calls: list[tuple[str, str, list[str]]] = []
         self.fence = Fence()  # of the content since the last call
-        self._new_id = new_id
+        self._new_id, self._single = new_id, single
+        self._left_out = False  # the call that is being read
         self._waits = tools  # whether content's whitespace may yet belong to a call
         self._blank = ""  # the whitespace that waits
         self._called = False  # no content since the last call
@@ -181,11 +193,16 @@ class _Said:
     def call(self, name: str) -> None:
         """A call begins."""
         self._blank, self._called, self.fence = "", True, Fence()
+        self._left_out = self._single and bool(self.calls)
+        if self._left_out:
+            return
         self.calls.append((self._new_id(), name, []))
         self._news.append(Delta("tool", "", len(self.calls) - 1, name, self.calls[-1][0]))
 
     def arguments(self, text: str) -> None:
         """More of the last call's arguments."""
+        if self._left_out:
+            return
         self.calls[-1][2].append(text)
         self._add(Delta("tool", text, len(self.calls) - 1))
 

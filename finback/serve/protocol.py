@@ -147,6 +147,15 @@ class TemplateSwitches(Part):
     thinking: bool | None = None
 
 
+def small(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema; ValueError where it is larger than what answers are held to."""
+    if body.depth(schema) > SCHEMA_DEPTH:
+        raise ValueError(f"nests deeper than {SCHEMA_DEPTH}")
+    if len(json.dumps(schema, ensure_ascii=False).encode()) > SCHEMA_BYTES:
+        raise ValueError(f"longer than {SCHEMA_BYTES} bytes")
+    return schema
+
+
 class JsonSchema(Part):
     """OpenAI's wrapping of a schema."""
 
@@ -158,11 +167,20 @@ class JsonSchema(Part):
     @field_validator("schema_")
     @classmethod
     def _is_small(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if body.depth(value) > SCHEMA_DEPTH:
-            raise ValueError(f"nests deeper than {SCHEMA_DEPTH}")
-        if len(json.dumps(value, ensure_ascii=False).encode()) > SCHEMA_BYTES:
-            raise ValueError(f"longer than {SCHEMA_BYTES} bytes")
-        return value
+        return small(value)
+
+
+class NamedFunction(Part):
+    """Which function."""
+
+    name: Annotated[str, Field(max_length=64)]
+
+
+class NamedTool(Part):
+    """OpenAI's wrapping of the name of the one function that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ResponseFormat(Part):
@@ -197,9 +215,10 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
-        None, description="required, or one function by name, is refused"
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="required: one call or more; a function by name: one call of it"
     )
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
     response_format: ResponseFormat | None = None
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateSwitches | None = None

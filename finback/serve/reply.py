@@ -50,7 +50,7 @@ class ChatReply:
         logprobs = self._logprobs(news) if self.spelling and (deltas or news.finish) else None
         if news.finish is None:
             return [self._choice(d, logprobs if i == 0 else None) for i, d in enumerate(deltas)]
-        called = bool(self.parser.calls) and news.finish == "stop"
+        called = self.parser.called and news.finish == "stop"
         self.finish = "tool_calls" if called else news.finish
         return [*(self._choice(d, None) for d in deltas), self._choice({}, logprobs, self.finish)]
 

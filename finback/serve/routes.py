@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from finback.serve import auth, body, metrics, openapi
 from finback.serve.answer import Answer
 from finback.serve.errors import ApiError, from_pydantic
-from finback.serve.job import SEEDS, schema_of
+from finback.serve.job import SEEDS
 from finback.serve.protocol import ChatRequest, CompletionRequest, ControlRequest
 from finback.serve.service import Running, Service
 
@@ -65,14 +65,12 @@ class Generate:
         self, service: Service, owner: bytes, asked: ChatRequest | CompletionRequest, send: Send
     ) -> None:  # fmt: skip
         seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed % SEEDS
-        schema = schema_of(asked)
-        if schema is not None:
-            await service.schemas.check(schema)
         # templates and long texts take their time; others should not wait for it
         if isinstance(asked, ChatRequest):
             job = await asyncio.to_thread(service.jobs.chat, asked, seed)
         else:
             job = await asyncio.to_thread(service.jobs.completion, asked, seed)
+        await service.schemas.check(job)
         ticket = await service.worker.submit(job.orders, auth.salt(owner, asked.user_id))
         answer = Answer(service, job, ticket, isinstance(asked, ChatRequest))
         service.running[answer.id] = Running(owner, ticket)

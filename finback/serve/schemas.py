@@ -6,8 +6,10 @@ import hashlib
 import json
 import sys
 from collections import OrderedDict
+from typing import Literal
 
 from finback.serve.errors import ApiError, bad
+from finback.serve.job import Job
 
 PATIENCE = 1.0  # seconds; schemas that people write take a hundredth
 KNOWN = 256  # schemas that need no second trial
@@ -21,38 +23,53 @@ class Schemas:
         self._turn = asyncio.Lock()
         self._sound: OrderedDict[bytes, None] = OrderedDict()  # digests, the longest unused first
 
-    async def check(self, schema: str) -> None:
-        """ApiError 400 for a schema that the engine could not follow, or not in reasonable time."""
-        digest = hashlib.sha256(schema.encode()).digest()
+    async def check(self, job: Job) -> None:
+        """ApiError 400 for a schema or a grammar that the engine could not follow, or not in reasonable time."""
+        if job.schema is not None:
+            await self._check("json_schema", job.schema, "response_format")
+        if job.forced is None:
+            return
+        try:
+            await self._check("lark", job.forced.grammar, "tools")
+        except ApiError:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE):
+                    for param, schema in job.forced.schemas.items():  # which of them is to blame?
+                        await self._check("json_schema", schema, param)
+            raise
+
+    async def _check(self, kind: Literal["json_schema", "lark"], text: str, param: str) -> None:
+        line = json.dumps([kind, text]).encode() + b"\n"
+        digest = hashlib.sha256(line).digest()
         if digest not in self._sound:
             async with self._turn:
-                await self._try(schema)
+                await self._try(line, param)
         self._sound[digest] = None
         self._sound.move_to_end(digest)
         if len(self._sound) > KNOWN:
             self._sound.popitem(last=False)
 
-    async def _try(self, schema: str) -> None:
+    async def _try(self, line: bytes, param: str) -> None:
         try:
             process = self._process = self._process or await self._start()
             assert process.stdin is not None and process.stdout is not None, "started with pipes"
-            process.stdin.write(json.dumps(schema).encode() + b"\n")
+            process.stdin.write(line)
             async with asyncio.timeout(PATIENCE):
                 await process.stdin.drain()
                 answer = await process.stdout.readline()
             problem = json.loads(answer)
         except TimeoutError:
             await self.close()
-            raise bad("the schema is too complex; simplify it", "response_format") from None
+            raise bad("the schema is too complex; simplify it", param) from None
         except (OSError, ValueError):  # the process has died, perhaps of this very schema
             await self.close()
-            raise ApiError(503, "schemas cannot be tried at the moment", "response_format") from None
+            raise ApiError(503, "schemas cannot be tried at the moment", param) from None
         except asyncio.CancelledError:  # its answer would be taken for the next one's
             await self.close()
             raise
         if problem:
-            line = problem.splitlines()[0][:500]
-            raise bad(f"the schema cannot be followed: {line}", "response_format")
+            first = problem.splitlines()[0][:500]
+            raise bad(f"the schema cannot be followed: {first}", param)
 
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE

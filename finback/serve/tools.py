@@ -5,7 +5,7 @@ character; a call that breaks off keeps what it had. A stretch of text is never 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -45,15 +45,25 @@ class Sink(Protocol):
         """No markup after all."""
 
 
-def read(feed: Feed, opener: str, form: ToolForm | None, sink: Sink) -> Wait[None]:
-    """Read the calls that begin with `opener`, which has just been read; in Qwen's form one, else all of them."""
+def read(feed: Feed, opener: str, form: ToolForm | None, sink: Sink, sound: bool = False) -> Wait[None]:
+    """Read the calls that begin with `opener`, which has just been read; in Qwen's form one, else all of them.
+
+    `sound`: a grammar makes JSON of all arguments, so that marks in their strings are text.
+    """
     if opener == QWEN_BEGIN:
         yield from _qwen(feed, sink)
     else:
-        yield from _deepseek(feed, form, sink)
+        yield from _deepseek(feed, form, sink, sound)
 
 
-def _deepseek(feed: Feed, form: ToolForm | None, sink: Sink) -> Wait[None]:
+def is_whole(arguments: str) -> bool:
+    """Whether the JSON of a call that was held to a grammar has been said to its end."""
+    json_text = _Json()
+    json_text.push(arguments)
+    return json_text.is_whole
+
+
+def _deepseek(feed: Feed, form: ToolForm | None, sink: Sink, sound: bool) -> Wait[None]:
     """<calls begin> calls <calls end>; where the last mark is missing, what follows is text."""
     held: str = CALLS_BEGIN  # given back with what follows unless that is a call
     called = False
@@ -63,7 +73,7 @@ def _deepseek(feed: Feed, form: ToolForm | None, sink: Sink) -> Wait[None]:
         if tag != CALL_BEGIN:
             break
         feed.keep(len(tag))
-        is_call = yield from _deepseek_call(feed, form, sink)
+        is_call = yield from _deepseek_call(feed, form, sink, sound)
         raw = feed.release()
         if not is_call:
             sink.text(held + blank + raw)
@@ -72,12 +82,12 @@ def _deepseek(feed: Feed, form: ToolForm | None, sink: Sink) -> Wait[None]:
         sink.text(held + blank + tag)
 
 
-def _deepseek_call(feed: Feed, form: ToolForm | None, sink: Sink) -> Wait[bool]:
+def _deepseek_call(feed: Feed, form: ToolForm | None, sink: Sink, sound: bool) -> Wait[bool]:
     """What follows <call begin>, its end included; False if it is no call."""
     name = yield from _deepseek_name(feed, form)
     if name:
         sink.call(name)
-        yield from _deepseek_arguments(feed, sink)
+        yield from _deepseek_arguments(feed, sink, sound)
     else:
         yield from feed.before(_ENDS)
     yield from feed.match((CALL_END,))
@@ -100,12 +110,17 @@ def _deepseek_name(feed: Feed, form: ToolForm | None) -> Wait[str]:
     return name.strip()
 
 
-def _deepseek_arguments(feed: Feed, sink: Sink) -> Wait[None]:
+def _deepseek_arguments(feed: Feed, sink: Sink, sound: bool) -> Wait[None]:
     """JSON up to the call's end, without the code fence and the blanks around it."""
     yield from feed.blank()
     if (yield from feed.match(("```",))):
         yield from feed.before(("\n", "{", "[", *_ENDS))  # the fence's language
         yield from feed.blank()
+    if sound:
+        if (yield from feed.peek()) == "{":  # else the fence has broken off
+            yield from _value(feed, sink.arguments, _ENDS)
+        yield from feed.before(_ENDS)
+        return
     held, said = "", False
     while True:
         text, tag = yield from feed.until(_ENDS, torn=False)
@@ -173,14 +188,14 @@ def _qwen_members(feed: Feed, sink: Sink) -> Wait[tuple[bool, bool, bool]]:
             return named, argued, False
 
 
-def _value(feed: Feed, take: Callable[[str], None]) -> Wait[bool]:
+def _value(feed: Feed, take: Callable[[str], None], ends: Sequence[str] = (QWEN_END,)) -> Wait[bool]:
     """Hand on one JSON value, character by character as it stands; False if it breaks off.
 
-    </tool_call> ends a value except within a string, where it is text as long as the string is sound.
+    One of `ends` ends a value except within a string, where it is text as long as the string is sound.
     """
     json_text = _Json()
     while not json_text.is_whole:
-        text, tag = yield from feed.until((QWEN_END,), torn=False)
+        text, tag = yield from feed.until(ends, torn=False)
         if tag and not json_text.is_quoting:
             feed.back(len(tag))
             return False

@@ -1,7 +1,8 @@
 """A process of its own that tries schemas: `python -m finback.serve.trial`. No torch here.
 
-A line in is a JSON string that holds a schema; a line out says what is wrong with it, or nothing. A schema of two kilobytes
-can keep the library busy for hours, and only a process can be ended in the middle of that.
+A line in is a JSON list, ["json_schema", schema] or ["lark", grammar], both as texts; a line out says what is wrong with
+it, or nothing. A schema of two kilobytes can keep the library busy for hours, and only a process can be ended in the
+middle of that.
 """
 
 import json
@@ -17,7 +18,8 @@ def main() -> None:
         problem = ""
         if matcher is not None:
             try:
-                problem = matcher.validate_grammar(matcher.grammar_from_json_schema(json.loads(line)))
+                kind, text = json.loads(line)
+                problem = matcher.validate_grammar(getattr(matcher, f"grammar_from_{kind}")(text))
             except Exception as error:
                 problem = str(error) or type(error).__name__
         print(json.dumps(problem), flush=True)
