@@ -1,0 +1,214 @@
+"""Runs Python that a model wrote, in a process of its own that can do as little as possible. No torch here.
+
+Two forms, the first that works is taken: bubblewrap (own namespaces, no network, nothing of the host in sight but
+what Python needs) and a subprocess under resource limits, which is not a security boundary. A third, monty, is an
+interpreter of a part of Python, for functions only and only when asked for. docs/concepts/sandbox.md says what each
+of them guarantees.
+"""
+
+import contextlib
+import importlib.util
+import json
+import marshal
+import secrets
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from finback.config import UserError, check_fields, check_positive
+from finback.tasks import inside
+from finback.tasks.place import Place, bubble, bubblewrap, folder, pipe
+from finback.tasks.watch import Watched, file_of, watch
+
+Isolation = Literal["bubblewrap", "rlimits", "monty"]
+Reason = Literal["ok", "error", "timeout", "memory", "output", "killed"]
+
+_THREADS = 64  # beside the processes that are allowed; the kernel counts both alike
+_NOT_A_BOUNDARY = (
+    "finback: bubblewrap does not work here, so code that a model wrote runs in a subprocess under resource limits. "
+    "That is not a security boundary: it can read and change what its user can. pip install 'finback[sandbox]'."
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one run may use. Memory is per process; with one process, the default, that is all of it."""
+
+    wall: float = 5.0  # seconds
+    cpu: float = 5.0  # seconds, rounded up to whole ones
+    memory: int = 512 << 20  # bytes of address space
+    processes: int = 1  # at a time, itself included; more need bubblewrap
+    output: int = 1 << 20  # bytes on stdout, as many on stderr, as many of results
+    files: int = 16 << 20  # bytes: of the whole working folder under bubblewrap, else of each file
+
+    def __post_init__(self) -> None:
+        check_fields(self, "limits")
+        check_positive(self, "limits", "wall", "cpu", "memory", "processes", "output", "files")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left. Except for `compiled`, nothing here is beyond the program's power to forge."""
+
+    stdout: str
+    stderr: str
+    exit_code: int  # 128 + n for signal n
+    reason: Reason
+    compiled: bool = False  # and, for a function, its name occurs
+    values: tuple[Any, ...] = ()  # what the function returned, as JSON values, call by call
+    seconds: float = 0.0
+
+
+class Sandbox:
+    """Runs programs, from any thread. `isolation` names the form in use."""
+
+    isolation: Isolation
+
+    def __init__(self, isolation: Literal["auto", "bubblewrap", "rlimits", "monty"] = "auto") -> None:
+        if isolation == "auto":
+            isolation = "bubblewrap" if _failure("bubblewrap") is None else "rlimits"
+            if isolation == "rlimits":
+                _warn()
+        elif isolation not in ("bubblewrap", "rlimits", "monty"):
+            raise UserError(
+                "sandbox.isolation", isolation, "no such form", "Known: bubblewrap, monty, rlimits."
+            )
+        if isolation != "monty" and (failure := _failure(isolation)) is not None:
+            remedy = (
+                "pip install 'finback[sandbox]' and allow user namespaces, or run as a user that is not root."
+            )
+            raise UserError("sandbox.isolation", isolation, failure, remedy)
+        if isolation == "monty" and importlib.util.find_spec("pydantic_monty") is None:
+            raise UserError(
+                "sandbox.isolation", isolation, "not installed", "pip install 'finback[sandbox]'."
+            )
+        self.isolation = isolation
+
+    def run(self, source: str, stdin: str = "", limits: Limits | None = None) -> Outcome:
+        """Runs a program from its first line to its end."""
+        if self.isolation == "monty":
+            raise UserError("sandbox.isolation", "monty", "runs functions, no programs", "Use another form.")
+        return _run(self.isolation, source, stdin, None, [], limits or Limits())
+
+    def call(
+        self, source: str, entry: str, arguments: list[list[Any]], limits: Limits | None = None
+    ) -> Outcome:
+        """Runs a program, then its function `entry` for each list of arguments (JSON values), in one process."""
+        if self.isolation == "monty":
+            from finback.tasks.monty import call
+
+            return Outcome(**call(source, entry, arguments, limits or Limits()))
+        return _run(self.isolation, source, "", entry, arguments, limits or Limits())
+
+
+@lru_cache
+def _warn() -> None:
+    print(_NOT_A_BOUNDARY, file=sys.stderr)
+
+
+@lru_cache
+def _failure(isolation: Isolation) -> str | None:
+    """Why a form does not work on this machine, found by running something in it; None if it works."""
+    if isolation == "bubblewrap" and bubblewrap() is None:
+        return "there is no bwrap"
+    try:
+        seen = _run(isolation, "import json, random, socket; print('works')", "", None, [], Limits())
+    except (RuntimeError, OSError) as error:
+        return f"it does not work here ({error})"
+    return None if seen.stdout == "works\n" else f"it does not work here ({seen.stderr.strip()[-200:]})"
+
+
+@lru_cache
+def _inside() -> str:
+    return Path(inside.__file__).read_text(encoding="utf-8")
+
+
+def _run(
+    isolation: Isolation, source: str, stdin: str, entry: str | None, arguments: list[Any], limits: Limits
+) -> Outcome:
+    """One fresh process. RuntimeError if it fails before the program has its turn: then the fault is ours."""
+    if isolation == "rlimits" and limits.processes > 1:
+        raise UserError("limits.processes", limits.processes, "only bubblewrap contains several", "Use 1.")
+    nonce = secrets.token_hex(16)
+    order: dict[str, Any] = {"source": source, "entry": entry, "arguments": arguments, "nonce": nonce}
+    order |= {"rlimits": _rlimits(limits), "user": -1, "stdlib": -1, "filter": b""}
+    for _ in range(3):  # what can fail is the machine at its limits, as in a fork that finds no memory
+        with contextlib.ExitStack() as stack:
+            place = bubble(limits.files, limits.processes > 1) if isolation == "bubblewrap" else folder(order)
+            seen = _start(order, stdin.encode(errors="replace"), limits, stack, stack.enter_context(place))
+        frames = _frames(bytes(seen.streams["reports"]), nonce)
+        if frames or seen.stopped:
+            return _outcome(seen, frames, limits)
+    raise RuntimeError(seen.streams["stderr"].decode(errors="replace").strip()[-300:] or "no start")
+
+
+def _rlimits(limits: Limits) -> dict[str, int]:
+    values = {"RLIMIT_AS": limits.memory, "RLIMIT_CPU": -int(-limits.cpu // 1), "RLIMIT_CORE": 0}
+    # NPROC counts all processes of a user in its namespace: it is set where the user is the program's own.
+    return values | {
+        "RLIMIT_FSIZE": limits.files,
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_NPROC": limits.processes + _THREADS,
+    }
+
+
+def _start(
+    order: dict[str, Any], stdin: bytes, limits: Limits, stack: contextlib.ExitStack, place: Place
+) -> Watched:
+    reports, reports_end = stack.enter_context(pipe())
+    given = stack.enter_context(file_of(stdin))
+    ordered = stack.enter_context(file_of(marshal.dumps(order)))
+    # -I would also drop PYTHONHASHSEED: with it a program that prints a set does so alike in every run.
+    python = [str(Path(sys.executable).resolve()), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _inside()]
+    setting = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
+    before = list(place.before)
+    if before:
+        at = before.index("--clearenv") + 1
+        before[at:at] = [word for item in setting.items() for word in ("--setenv", *item)]
+    process = stack.enter_context(
+        subprocess.Popen(
+            [*before, *python, str(ordered), str(reports_end)],
+            stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=setting, cwd=place.folder,
+            pass_fds=(ordered, reports_end, *place.passed), start_new_session=True,
+        )
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None, "both were asked for"
+    streams = {process.stdout.fileno(): "stdout", process.stderr.fileno(): "stderr", reports: "reports"}
+    return watch(process, streams, limits.wall, limits.output, place.info)
+
+
+def _frames(content: bytes, nonce: str) -> list[tuple[str, str]]:
+    """The reports that carry the run's nonce: (kind, text)."""
+    lines = [line.split(" ", 2) for line in content.decode(errors="replace").split("\n")]
+    return [(line[1], line[2]) for line in lines if len(line) == 3 and line[0] == nonce]
+
+
+def _outcome(seen: Watched, frames: list[tuple[str, str]], limits: Limits) -> Outcome:
+    reason: Reason = "ok" if seen.exit_code == 0 else "error" if seen.exit_code < 128 else "killed"
+    if seen.stopped in ("timeout", "output"):
+        reason = "timeout" if seen.stopped == "timeout" else "output"
+    elif ("memory", "") in frames:
+        reason = "memory"
+    elif seen.exit_code == 128 + signal.SIGKILL and seen.seconds >= limits.cpu:
+        reason = "timeout"  # so the kernel says it; process 1 of a namespace would not hear SIGXCPU
+    return Outcome(
+        stdout=seen.streams["stdout"].decode(errors="replace"),
+        stderr=seen.streams["stderr"].decode(errors="replace"),
+        exit_code=seen.exit_code,
+        reason=reason,
+        compiled=next((not text for kind, text in frames if kind == "compiled"), False),  # before it ran
+        values=tuple(read_json(text) for kind, text in frames if kind == "value"),
+        seconds=seen.seconds,
+    )
+
+
+def read_json(text: str) -> Any:
+    """A JSON value; where it is none that can be read, something that equals no value, not even itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError, MemoryError):
+        return float("nan")
