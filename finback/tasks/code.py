@@ -1,0 +1,187 @@
+"""Programs, judged by what they do: text in, text out, or a function's values. No torch here.
+
+The program runs in the sandbox and the verdict is made outside. What would be right never goes in, so that a program
+which owns the whole sandbox can still do no more than answer.
+"""
+
+import json
+import keyword
+import random
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from finback.config import UserError, check_fields, did_you_mean
+from finback.tasks.sandbox import Limits, Outcome, Sandbox
+from finback.tasks.task import Problem, Verdict
+
+_LONGEST = 100_000  # characters of an answer; no honest program comes near
+_FENCE = re.compile(r"[ \t]{0,3}```[ \t]*([^\n`]*)")
+_LINE, _STDIN, _CALL = {"question", "tests", "entry", "solution"}, {"stdin", "stdout"}, {"args", "expected"}
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One line of the data: a problem and its tests, which are all of one kind."""
+
+    problem: Problem
+    entry: str | None
+    tests: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Problems of a JSONL file: `question`, `tests`, and where given `entry` (a function's name) and `solution`.
+
+    A test is {"stdin": text, "stdout": text} for a program or {"args": [...], "expected": value} for the function.
+    The canonical form of a problem is its question. The limits hold for each program that is run, and for all calls
+    of a function together.
+    """
+
+    path: str
+    label: str = ""  # the name in tables, else the file's
+    isolation: Literal["auto", "bubblewrap", "rlimits", "monty"] = "auto"
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "code")
+
+    @property
+    def name(self) -> str:
+        return self.label or f"code-{Path(self.path).stem}"
+
+    def draw(self, rng: random.Random) -> Problem:
+        return rng.choice(tuple(_load(self.path).values())).problem
+
+    def check(self, problem: Problem, answer: str) -> Verdict:
+        if len(answer) > _LONGEST:
+            return Verdict(correct=False, well_formed=False)
+        item, source, sandbox = _load(self.path)[problem.key], program(answer), _sandbox(self.isolation)
+        if not source.strip():
+            return Verdict(correct=False, well_formed=False)
+        if item.entry is not None:
+            seen = sandbox.call(source, item.entry, [test["args"] for test in item.tests], self.limits)
+            return Verdict(seen.compiled and _are_right(seen, item.tests), seen.compiled)
+        well_formed = False
+        for test in item.tests:  # each in a fresh process, until the first that fails
+            seen = sandbox.run(source, test["stdin"], self.limits)
+            well_formed = well_formed or seen.compiled
+            if seen.reason != "ok" or _lines(seen.stdout) != _lines(test["stdout"]):
+                return Verdict(correct=False, well_formed=well_formed)
+        return Verdict(correct=True, well_formed=True)
+
+
+def program(answer: str) -> str:
+    """The last fenced block of an answer, even if its end is missing; all of the answer if it has none."""
+    blocks = list[list[str]]()
+    block: list[str] | None = None
+    for line in answer.split("\n"):
+        fence = _FENCE.fullmatch(line.rstrip("\r"))
+        if block is None and fence:
+            blocks.append(block := [])
+        elif block is not None and fence and not fence[1].strip():
+            block = None
+        elif block is not None:
+            block.append(line)
+    return "\n".join(blocks[-1]) if blocks else answer
+
+
+def same(value: Any, expected: Any) -> bool:
+    """Equality of JSON values: 2 and 2.0 are one number, true is none, and NaN equals nothing."""
+    if isinstance(value, bool) or isinstance(expected, bool):
+        return value is expected
+    if isinstance(expected, list):
+        is_list = isinstance(value, list) and len(value) == len(expected)
+        return is_list and all(map(same, value, expected))
+    if isinstance(expected, dict):
+        is_dict = isinstance(value, dict) and value.keys() == expected.keys()
+        return is_dict and all(same(value[key], expected[key]) for key in expected)
+    return bool(value == expected)
+
+
+def _are_right(seen: Outcome, tests: tuple[dict[str, Any], ...]) -> bool:
+    is_complete = seen.reason == "ok" and len(seen.values) == len(tests)
+    return is_complete and all(same(v, test["expected"]) for v, test in zip(seen.values, tests, strict=True))
+
+
+def _lines(text: str) -> list[str]:
+    """Lines without the white space at their ends and the blank lines at the text's end."""
+    return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+@lru_cache
+def _sandbox(isolation: Literal["auto", "bubblewrap", "rlimits", "monty"]) -> Sandbox:
+    return Sandbox(isolation)
+
+
+@lru_cache
+def _load(path: str) -> dict[str, _Item]:
+    """The file's problems by their canonical form; read once."""
+    items = dict[str, _Item]()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("code.path", path, str(error), "Name a JSONL file in UTF-8.") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            item = _item(line, f"{path}:{number}")
+            if item.problem.key in items:
+                _refuse(f"{path}:{number}: question", item.problem.question, "the question occurs twice")
+            items[item.problem.key] = item
+    if not items:
+        _refuse("code.path", path, "no problem in it")
+    return items
+
+
+def _item(line: str, where: str) -> _Item:
+    try:
+        data = json.loads(line, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        _refuse(where, line, f"no JSON ({error})")
+    if not isinstance(data, dict):
+        _refuse(where, data, "no JSON object")
+    for key in data.keys() - _LINE:
+        raise UserError(f"{where}: {key}", _short(data[key]), "no such field", did_you_mean(key, _LINE))
+    question, entry, solution = data.get("question"), data.get("entry"), data.get("solution", "")
+    if not isinstance(question, str) or not question.strip():
+        _refuse(f"{where}: question", question, "expected a text")
+    if entry is not None and not (
+        isinstance(entry, str) and entry.isidentifier() and not keyword.iskeyword(entry)
+    ):
+        _refuse(f"{where}: entry", entry, "expected the name of a function")
+    if not isinstance(solution, str):
+        _refuse(f"{where}: solution", solution, "expected a text")
+    tests = _tests(data.get("tests"), _CALL if entry is not None else _STDIN, where)
+    key = "code: " + " ".join(question.split())
+    return _Item(
+        Problem(question, solution, key, tags={"source": Path(where).name.rsplit(":", 1)[0]}), entry, tests
+    )
+
+
+def _tests(tests: Any, keys: set[str], where: str) -> tuple[dict[str, Any], ...]:
+    if not isinstance(tests, list) or not tests:
+        _refuse(f"{where}: tests", tests, "expected a list of tests")
+    for number, test in enumerate(tests):
+        at = f"{where}: tests[{number}]"
+        if not isinstance(test, dict) or test.keys() != keys:
+            kind = "with 'entry', args and expected" if keys == _CALL else "without 'entry', stdin and stdout"
+            _refuse(at, test, f"a test has, {kind}")
+        for key in keys - {"expected"}:
+            wanted, name = (list, "list") if key == "args" else (str, "text")
+            if not isinstance(test[key], wanted):
+                _refuse(f"{at}.{key}", test[key], f"expected a {name}")
+    return tuple(tests)
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _short(value: Any) -> Any:
+    return value if len(repr(value)) <= 80 else repr(value)[:80] + "…"
+
+
+def _refuse(where: str, value: Any, problem: str) -> NoReturn:
+    raise UserError(where, _short(value), problem, "Correct the data file.")
