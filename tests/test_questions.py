@@ -1,0 +1,239 @@
+"""Questions from files: golds pass, two answers earn nothing, hostile text does nothing, bad files are named."""
+
+import contextlib
+import dataclasses
+import json
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finback.config import UserError, as_json
+from finback.tasks import final
+from finback.tasks.questions import Questions
+from finback.tasks.task import Problem, Task, Verdict, distinct, is_held_out
+from tests.test_aside import HOSTILE
+
+RIGHT, WRONG, JUNK = Verdict(True, True), Verdict(False, True), Verdict(False, False)
+GSM8K = {
+    "question": "Natalia sold 48 clips in April and half as many in May. How many altogether?",
+    "answer": "In May she sold 48/2=<<48/2=24>>24 clips.\nAltogether <<48+24=72>>72.\n#### 72",
+}
+MATH = {
+    "question": "What is $\\frac{1}{4}+\\frac{1}{4}$?",
+    "answer": "The sum is $\\frac{2}{4}$, in lowest terms $\\boxed{\\frac{1}{2}}$.",
+    "level": 3,
+    "subject": "Algebra",
+}
+CAPITAL = {"question": "Which city is the capital of France?", "answer": "Paris"}
+
+
+def write(path: Path, *records: Any) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def judge(gold: str, answer: str, question: str = "?") -> Verdict:
+    return Questions("none.jsonl").check(Problem(question=question, answer=gold, key="?"), answer)
+
+
+def problems(task: Questions) -> dict[str, Problem]:
+    return {p.question: p for p in (task.draw(random.Random(seed)) for seed in range(50))}
+
+
+def test_a_file_needs_no_function(tmp_path: Path) -> None:
+    task = Questions(write(tmp_path / "mine.jsonl", GSM8K, MATH, CAPITAL, CAPITAL))
+    drawn = problems(task)
+    assert isinstance(task, Task) and task.name == "mine" and hash(task) == hash(dataclasses.replace(task))
+    assert {p.answer for p in drawn.values()} == {"72", "\\frac{1}{2}", "Paris"}
+    assert all(task.check(p, p.answer) == RIGHT for p in drawn.values())
+    assert all(task.check(p, f"So \\boxed{{{p.answer}}}.") == RIGHT for p in drawn.values())
+    assert not any(task.check(p, p.question).correct for p in drawn.values())
+    clips, sums = drawn[GSM8K["question"]], drawn[str(MATH["question"])]
+    assert clips.solution == "In May she sold 48/2=24 clips.\nAltogether 72." and not clips.tags
+    assert sums.tags == {"difficulty": 3, "subject": "Algebra"}
+    assert drawn[CAPITAL["question"]].solution == ""
+    assert clips.key == GSM8K["question"].lower()
+
+
+def test_other_fields_an_instruction_and_a_label(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": " Two  and two? ", "result": 4})
+    task = Questions(
+        path, question_field="problem", answer_field="result", instruction="Box it.", label="sums"
+    )
+    problem = task.draw(random.Random(0))
+    assert task.name == "sums" and problem.question == "Two  and two?\nBox it." and problem.answer == "4"
+    assert (
+        problem.key == "two and two?"
+    )  # the instruction may change without moving a problem across the split
+
+
+def test_every_kind_of_file_gives_the_same(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    lines = write(tmp_path / "a.jsonl", GSM8K, CAPITAL)
+    (tmp_path / "a.json").write_text(json.dumps([GSM8K, CAPITAL]))
+    table = sys.modules["pyarrow"].Table.from_pylist([GSM8K, CAPITAL])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    expected = {p.key: p for p in problems(Questions(lines)).values()}
+    for name in ("a.json", "a.parquet"):
+        assert {p.key: p for p in problems(Questions(str(tmp_path / name))).values()} == expected
+
+
+def test_sides_never_share_a_question(tmp_path: Path) -> None:
+    records = [{"question": f"How much is {i} and {i}?", "answer": str(2 * i)} for i in range(300)]
+    task = Questions(write(tmp_path / "a.jsonl", *records, *records))
+    held_out = distinct(task, "held_out", 20, seed=0)
+    assert all(is_held_out(p.key) for p in held_out)
+    assert not {p.question for p in held_out} & {p.question for p in distinct(task, "train", 200, seed=0)}
+    with pytest.raises(UserError, match="distinct held_out problems"):
+        distinct(task, "held_out", 200, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        ("1234", "1,234", RIGHT),
+        ("1,234", "1234.0", RIGHT),
+        ("1234", "12,34", JUNK),
+        ("12", "$12", RIGHT),
+        ("12", "\\$12.00", RIGHT),
+        ("12", "12 dollars", RIGHT),
+        ("12", "**12**", RIGHT),
+        ("12", "12.", RIGHT),
+        ("12", "x = 12", RIGHT),
+        ("12", "12\\text{ cm}", RIGHT),
+        ("12", "12 thousand", JUNK),
+        ("12", "12 thirteen", JUNK),
+        ("12", "12 or 13", JUNK),
+        ("12", "12\\text{ or thirteen}", JUNK),
+        ("12", "12 13", JUNK),
+        ("12", "24/2", JUNK),
+        ("12", "12 = 13", JUNK),
+        ("12", "The answer is 12", JUNK),
+        ("12", "12.000000000000000000001", WRONG),
+        ("12", "-12", WRONG),
+        ("12", "It is \\boxed{12}", RIGHT),
+        ("12", "\\boxed{12}, or rather \\boxed{12}", RIGHT),
+        ("12", "\\boxed{12}, or rather \\boxed{13}", JUNK),
+        ("12", "\\boxed{13} \\boxed{12}", JUNK),
+        ("12", "\\boxed{\\boxed{12}}", RIGHT),
+        ("12", "\\boxed{12", JUNK),
+        ("12", "\\boxed{}", JUNK),
+        ("12", "so\n#### 12", RIGHT),
+        ("12", "#### 12\n#### 13", JUNK),
+        ("12", "\u0661\u0662", JUNK),
+        ("12", "\u221212", JUNK),
+        ("12 hours", "12", RIGHT),
+        ("12 hours", "12 hour", RIGHT),
+        ("12 hours", "12 minutes", WRONG),
+        ("50%", "50 percent", RIGHT),
+        ("0.5", "1/2", RIGHT),
+        ("0.5", "50", WRONG),
+        ("Paris", "paris", RIGHT),
+        ("Paris", " Paris. ", RIGHT),
+        ("Paris", "\\boxed{\\text{Paris}}", RIGHT),
+        ("Paris", "London", WRONG),
+        ("Paris", "Paris London", WRONG),
+        ("Paris", "Paris, London", JUNK),
+        ("Paris", "\\boxed{Paris} \\boxed{London}", JUNK),
+        ("Kerr", "\u212aerr", WRONG),  # a Kelvin sign
+        ("\\text{(B)}", "B", RIGHT),
+        ("\\frac{1}{2}", "0.5", RIGHT),
+        ("\\frac{1}{2}", "$\\dfrac{1}{2}$", RIGHT),
+        ("\\frac{1}{2}", "\\frac{1}{2} \\text{ or } \\frac{1}{3}", WRONG),
+        ("\\frac{1}{2}", "\\frac{1}{2} \\text{maybe 3}", JUNK),
+        ("\\frac{1}{2}", "$\\frac12$ $\\frac13$", JUNK),
+        ("\\frac{1}{2}", "", JUNK),
+    ],
+)
+def test_answers_by_hand(gold: str, answer: str, verdict: Verdict) -> None:
+    assert judge(gold, answer) == verdict
+
+
+def test_repeating_the_question_earns_nothing() -> None:
+    question = "Factor $x^2 + 2x$."
+    assert judge("x(x+2)", "x^2+2x", question) == JUNK
+    assert judge("x(x+2)", "(x+2)x", question) == RIGHT
+    assert judge("\\frac{3}{4}", "3/4", "Which is larger, 3/4 or 2/3?") == RIGHT
+
+
+def test_numbers_and_words_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finback.tasks.aside.compare", lambda *_: pytest.fail("a worker was asked"))
+    assert judge("12", "2**9") == JUNK and judge("12", "13") == WRONG and judge("Paris", "\\frac12") == JUNK
+    assert judge("x^2", "$x^2$") == RIGHT
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+@pytest.mark.parametrize("gold", ["12", "Paris", "x^2"])
+def test_hostile_answers(gold: str, attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if attack in ("tower in LaTeX", "factorials"):  # five seconds each: test_aside.py has them
+        monkeypatch.setattr("finback.tasks.aside._LONGEST", 0)
+    start = time.monotonic()
+    for text in (HOSTILE[attack], f"\\boxed{{{HOSTILE[attack]}}}", "\\boxed{" * 30_000, "#### \n" * 10_000):
+        assert not judge(gold, text).correct
+    assert time.monotonic() - start < 3 and not list(tmp_path.iterdir())
+
+
+def count(record: dict[str, Any], answer: str) -> float:
+    """A function of a user: as many letters as were asked for; half of them earn half."""
+    return len(answer) / record["letters"]
+
+
+def test_an_own_function(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"question": "Write three letters.", "letters": 3})
+    task = Questions(path, checker=count)
+    problem = task.draw(random.Random(0))
+    assert problem.answer == "" and task.check(problem, "abc") == RIGHT
+    assert task.check(problem, "ab") == JUNK  # no partial credit
+    assert as_json(task)["checker"] == "count"
+    assert task.check(Problem("?", "?", "of another file"), "abc") == JUNK
+
+
+def test_a_function_that_fails_hangs_or_scribbles_is_wrong(tmp_path: Path) -> None:
+    def scribble(record: dict[str, Any], answer: str) -> bool:
+        if answer == "hang":
+            while True:
+                with contextlib.suppress(Exception):
+                    time.sleep(0.01)
+        right: bool = record.pop("answer") == answer
+        return right or 1 / 0 > 0
+
+    task = Questions(write(tmp_path / "a.jsonl", CAPITAL), checker=scribble, seconds=0.2)
+    problem = task.draw(random.Random(0))
+    for _ in range(2):
+        assert task.check(problem, "Paris") == RIGHT and task.check(problem, "London") == JUNK
+    assert task.check(problem, "hang") == JUNK
+    verdicts: list[Verdict] = []
+    thread = threading.Thread(target=lambda: verdicts.append(task.check(problem, "Paris")))
+    thread.start()
+    thread.join()
+    assert verdicts == [RIGHT]
+
+
+def test_a_function_that_refuses_the_golds_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", CAPITAL)
+    with pytest.raises(UserError, match=r"1 of 1 records .*a\.jsonl:1: the checker raised KeyError: 'gold'"):
+        Questions(path, checker=lambda record, answer: record["gold"] == answer).draw(random.Random(0))
+
+
+def test_few_bad_golds_are_left_out_and_many_refused(tmp_path: Path) -> None:
+    good = [{"question": f"How much is {i}?", "answer": str(i)} for i in range(100)]
+    bad = {"question": "Tell me of whales.", "answer": "They are large. " * 20}
+    task = Questions(write(tmp_path / "a.jsonl", *good, bad))
+    assert "Tell me of whales." not in problems(task)
+    with pytest.raises(UserError, match=r"2 of 102 records .*:101: the gold answer has more than 200.*####"):
+        Questions(write(tmp_path / "b.jsonl", *good, bad, bad)).draw(random.Random(0))
+
+
+def test_golds_are_found_where_they_are_marked() -> None:
+    assert final.gold("a\n#### b\n#### $5$") == ("5", "a\n#### b")
+    assert final.gold("x \\boxed{1} y \\boxed{\\frac{1}{2}}.") == (
+        "\\frac{1}{2}",
+        "x \\boxed{1} y \\boxed{\\frac{1}{2}}.",
+    )
+    assert final.gold("\\boxed{3}") == ("3", "") and final.gold(" 7 ") == ("7", "")

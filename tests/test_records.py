@@ -1,0 +1,91 @@
+"""Records of files and of the hub: read once, and every bad one named with what to do."""
+
+import random
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finback.config import UserError
+from finback.tasks.questions import Questions
+from finback.tasks.records import read
+from tests.test_questions import CAPITAL, GSM8K, write
+
+
+def test_a_file_is_read_once_and_again_when_it_changed(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", CAPITAL)
+    assert read(path, "", "train") is read(path, "", "train")
+    write(tmp_path / "a.jsonl", CAPITAL, GSM8K)
+    assert len(read(path, "", "train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"the file has no records. Fill it"),
+        ('{"question": "a", "answer": "b"}\nx\n', r"a\.jsonl:2 = 'x': not JSON .*one JSON object per line"),
+        ("[1]\n", r"a\.jsonl:1 = \[1\]: not a JSON object"),
+        ('{"question": "a"}\n', r"a\.jsonl:1 = 'answer': the record has no such field. Known: question"),
+        ('{"questoin": "a", "answer": "b"}\n', r"Did you mean 'questoin'"),
+        ('{"question": "a", "answer": ["b"]}\n', r"a\.jsonl:1 answer = \['b'\]: expected text"),
+        ('{"question": "a", "answer": "  "}\n', r"a\.jsonl:1 answer = '  ': expected text"),
+        ("[" * 100_000, r"not JSON"),
+        ("\udcff", r"not UTF-8 text \(byte 0\)"),
+    ],
+)
+def test_bad_files_are_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=message):
+        Questions(str(tmp_path / "a.jsonl")).draw(random.Random(0))
+
+
+def test_bad_sources_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "mine.jsonl", CAPITAL)
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "a.parquet").write_text("no")
+    for name, message in {
+        "mime.jsonl": "no such file. Did you mean 'mine.jsonl'",
+        "no/a.jsonl": "no such file",
+        "a.csv": "not a kind of file that can be read. Use .jsonl",
+        "a.json": "not a list",
+        "a.parquet": "not parquet",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            Questions(str(tmp_path / name)).draw(random.Random(0))
+    with pytest.raises(UserError, match=r"questions\.checker = 3: expected .*Callable"):
+        Questions("a.jsonl", checker=3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"questions\.seconds = 0: not above 0"):
+        Questions("a.jsonl", seconds=0)
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, subset: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((name, subset, split))
+        if subset is None:
+            raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+        return [GSM8K]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    task = Questions("hub:openai/gsm8k", subset="main", split="test")
+    assert task.draw(random.Random(0)).answer == "72" and task.name == "gsm8k"
+    with pytest.raises(
+        UserError, match=r"the hub did not give subset '', split 'train': Couldn't reach .*file"
+    ):
+        Questions("hub:openai/gsm8k").draw(random.Random(0))
+    assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", None, "train")]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"not installed. pip install finback\[hub\]"):
+        Questions("hub:openai/other").draw(random.Random(0))
+
+
+def test_the_real_package_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the hub did not give"):
+        Questions("hub:nobody/nothing").draw(random.Random(0))
