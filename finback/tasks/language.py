@@ -1,0 +1,140 @@
+"""Language consistency: the share of a chain's words that are in the target language (R1 2.3.2). No torch here.
+
+A single short word belongs to many languages ("die", "no", "on"), so words are told apart by their script first, and
+within the target's script by five words at a time. Formulas, code, numbers and single letters are not words; Chinese,
+Japanese and Thai have no spaces, there every two characters are one.
+"""
+
+import re
+import unicodedata
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from finback.config import UserError, did_you_mean
+
+EUROPEAN = ("de", "fr", "es", "it", "pt")
+
+_WINDOW = 5  # words; fewer are often mistaken, more blur where one language ends
+_CLEAR = 2.0  # how much likelier another language must be: names and rare words are not held against a chain
+_SCRIPTS = {
+    "CJK": "zh ja", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CYRILLIC": "ru uk bg be mk sr kk mn",
+    "GREEK": "el", "ARABIC": "ar fa ur", "HEBREW": "he", "DEVANAGARI": "hi mr", "THAI": "th", "GEORGIAN": "ka",
+    "ARMENIAN": "hy", "BENGALI": "bn", "GUJARATI": "gu", "GURMUKHI": "pa", "TAMIL": "ta", "TELUGU": "te",
+}  # fmt: skip
+_UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"})
+_NO_PROSE = re.compile(
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.{0,2000}?\$\$|\$[^$\n]{1,300}\$|\\\(.{0,2000}?\\\)|\\\[.{0,2000}?\\\]|"
+    r"\\[a-zA-Z]+|https?://\S+",
+    re.DOTALL,
+)
+_SAID = re.compile(r"\\(?:text|mbox|textbf)\s*\{([^{}]*)\}")
+_SENTENCE = re.compile(r"[.!?;:。！？；：\n]")
+
+
+class Word(NamedTuple):
+    """A run of letters of one script; `size` is how many words it counts as."""
+
+    script: str
+    size: int
+    start: int
+    end: int
+
+
+def consistency(chain: str, target: str = "en", others: tuple[str, ...] = EUROPEAN) -> float | None:
+    """The share of words in the target language, or None where there is no word, which should earn nothing.
+
+    `others` are the languages of the target's script to tell it from (ISO 639-1 codes); any other script is foreign
+    without being named. In a code block only foreign scripts are seen, so a filter should limit code (readable.py).
+    """
+    scripts = _scripts(target)
+    text = unicodedata.normalize("NFKC", chain)
+    prose = _NO_PROSE.sub(lambda match: f" {' '.join(_SAID.findall(match[0]))} ", text)
+    said = words(prose)
+    own = [word for word in said if word.script in scripts]
+    # Programs and formulas are written in Latin letters in every language; other letters cannot hide in them.
+    foreign = sum(w.size for w in words(text) if w.script not in {"LATIN", *scripts})
+    foreign += sum(w.size for w in said if w.script == "LATIN" and "LATIN" not in scripts)
+    right = sum(
+        word.size
+        for word, is_right in zip(own, _in_target(prose, own, target, others), strict=True)
+        if is_right
+    )
+    total = foreign + sum(word.size for word in own)
+    return right / total if total else None
+
+
+def words(text: str) -> list[Word]:
+    """The words of a text in order; a single letter of a script with spaces is a symbol."""
+    found = []
+    for script, places in groupby(range(len(text)), key=lambda place: _script(text[place])):
+        run = list(places)
+        size = -(-len(run) // 2) if script in _UNSPACED else int(len(run) > 1)
+        if script and size:
+            found.append(Word(script, size, run[0], run[-1] + 1))
+    return found
+
+
+def _in_target(text: str, own: list[Word], target: str, others: tuple[str, ...]) -> list[bool]:
+    """For each word of the target's scripts whether it is in the target language, by the words around it."""
+    rivals = tuple(sorted({o for o in others if o != target and _scripts(o) & _scripts(target)}))
+    if not rivals:
+        return [True] * len(own)
+    detector, codes = _detector((target, *rivals))
+    verdicts = []
+    for start, end in _sentences(text, own):
+        # A sentence of few words is judged together with its neighbours.
+        low, high = (start, end) if end - start >= _WINDOW - 1 else (0, len(own))
+        for place in range(start, end):
+            first = max(low, min(place - _WINDOW // 2, high - _WINDOW))
+            last = min(high, first + _WINDOW) - 1
+            window = text[own[first].start : own[last].end]
+            verdicts.append(_is_target(detector, codes, window))
+    return verdicts
+
+
+def _sentences(text: str, own: list[Word]) -> list[tuple[int, int]]:
+    """Ranges of words without the end of a sentence between them."""
+    breaks = [0]
+    breaks += [i for i in range(1, len(own)) if _SENTENCE.search(text, own[i - 1].end, own[i].start)]
+    return list(zip(breaks, [*breaks[1:], len(own)], strict=True)) if own else []
+
+
+def _is_target(detector: Any, codes: dict[str, Any], window: str) -> bool:
+    values = {v.language: v.value for v in detector.compute_language_confidence_values(window)}
+    target, *rivals = (values[language] for language in codes.values())
+    return max(rivals) <= _CLEAR * target
+
+
+@lru_cache(maxsize=8)
+def _detector(names: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    """lingua for these languages alone: each has models to load, which takes a second or two at the first text."""
+    from lingua import LanguageDetectorBuilder
+
+    codes = {name: _language(name) for name in names}
+    return LanguageDetectorBuilder.from_languages(*codes.values()).build(), codes
+
+
+def _language(name: str) -> Any:
+    from lingua import Language
+
+    known = {language.iso_code_639_1.name.lower(): language for language in Language.all()}
+    if name not in known:
+        raise UserError("language", name, "no such language", did_you_mean(name, known))
+    return known[name]
+
+
+@lru_cache(maxsize=128)
+def _scripts(name: str) -> frozenset[str]:
+    _language(name)
+    return frozenset(script for script, names in _SCRIPTS.items() if name in names.split()) or frozenset(
+        {"LATIN"}
+    )
+
+
+@lru_cache(maxsize=50_000)
+def _script(char: str) -> str:
+    """The script of a letter (or of a mark on one), "" for anything else."""
+    if unicodedata.category(char)[0] not in "LM":
+        return ""
+    return re.split("[ -]", unicodedata.name(char, "UNKNOWN"))[0]
