@@ -273,3 +273,32 @@ def test_mtp_at_depth_one_by_hand() -> None:
 def test_impossible_configs_name_the_field(change: dict[str, object], field: str) -> None:
     with pytest.raises(UserError, match=field):
         dataclasses.replace(TOY, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", [TOY, DENSE], ids=["mla", "gqa"])
+def test_documents_in_one_row_are_read_as_if_alone(config: ModelConfig) -> None:
+    """Hidden states, MTP's too, and gradients of two packed documents are those of the two on their own."""
+    model = random_model(config).train()
+    rng = torch.Generator().manual_seed(3)
+    one, two = (torch.randint(97, (1, n), generator=rng) for n in (9, 14))
+    row = torch.cat([one, two], dim=1)
+    documents = torch.tensor([[0] * 9 + [1] * 14])
+    alone = torch.cat([model(one), model(two)], dim=1)
+    packed = model(row, documents=documents)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(model(row), alone, atol=1e-3), (
+        "without the numbers the second would see the first"
+    )
+    gradients = []
+    for hidden in (packed, alone):
+        model.zero_grad()
+        hidden.square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.blocks.parameters() if p.grad is not None])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    if config.num_nextn_predict_layers:
+        behind = torch.zeros(1, 1, dtype=torch.long)
+        apart = [model.predict_further(model(t), torch.cat([t, behind], dim=1))[0] for t in (one, two)]
+        together = model.predict_further(packed, torch.cat([row, behind], dim=1), documents=documents)[0]
+        torch.testing.assert_close(together[:, 9:], apart[1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(together[:, :8], apart[0][:, :8], atol=1e-5, rtol=1e-4)

@@ -27,8 +27,13 @@ class GroupedQueryAttention(nn.Module):
         self.fused: nn.Module | None = None  # query and key_value as one product, in a packed model
         self.scale = softmax_scale(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, head_dim / 2); keys are cached rotated."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, head_dim / 2); keys are cached rotated.
+
+        Without a cache, visible (b, t, t) may say which tokens see which; by default all that stand before them.
+        """
         c = self.config
         if cache is not None and cache.native and self.fused is not None:
             gains = (self.query_norm.weight, self.key_norm.weight) if c.qk_norm else None
@@ -42,7 +47,7 @@ class GroupedQueryAttention(nn.Module):
         if c.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
-        mask = None
+        mask = None if visible is None else visible[:, None]
         if cache is not None:
             cache.append(_flat(key, value))
             if cache.few and not cache.fresh:

@@ -43,10 +43,13 @@ class LatentAttention(nn.Module):
         self.fused: nn.Module | None = None  # what both sides take from x as one product, in a packed model
         self.scale = softmax_scale(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, r / 2) of the new tokens' positions.
 
-        With a cache the new latents are stored, and attention covers everything stored before as well.
+        With a cache the new latents are stored, and attention covers everything stored before as well. Without one,
+        visible (b, t, t) may say which tokens see which; by default all that stand before them.
         """
         for_queries, for_latents = self.down(x)
         if cache is not None and cache.native and self.kv_up.weight.dtype == x.dtype:
@@ -54,7 +57,7 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = self.queries(for_queries, cos, sin)
         latent, k_rope = self.latents(for_latents, cos, sin)
         if cache is None:
-            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope))
+            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, visible))
         cache.append(torch.cat([latent, k_rope], dim=-1))
         if cache.fresh:  # whole prompts: nothing stored before them
             return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope))
@@ -100,8 +103,8 @@ class LatentAttention(nn.Module):
         query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
         shared = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
         key, value = torch.cat([k_nope, shared], dim=-1).transpose(1, 2), value.transpose(1, 2)
-        if mask is None:
-            out = causal_attention(query, key, value, self.scale)
+        if mask is None or mask.size(1) == mask.size(2):
+            out = causal_attention(query, key, value, self.scale, mask)
         else:
             out = F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=self.scale)
         return out.transpose(1, 2).flatten(2)

@@ -30,10 +30,13 @@ class Block(nn.Module):
         self.feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, real: Tensor | None = None
-    ) -> Tensor:
-        """x (b, t, d) -> (b, t, d); see LatentAttention.forward for cos, sin and cache, MoE.forward for real."""
-        x, h = self.feed_forward_norm.after(x, self.attention(self.attention_norm(x), cos, sin, cache))
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, real: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x (b, t, d) -> (b, t, d); see LatentAttention.forward for cos, sin, cache, visible, MoE.forward for real."""
+        x, h = self.feed_forward_norm.after(
+            x, self.attention(self.attention_norm(x), cos, sin, cache, visible)
+        )
         return x + (
             self.feed_forward(h, real) if isinstance(self.feed_forward, MoE) else self.feed_forward(h)
         )
@@ -79,40 +82,60 @@ class Transformer(nn.Module):
         initialise(self, self.config.initializer_range, torch.Generator().manual_seed(seed))
         return self
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, real: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cache: Cache | None = None, real: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """tokens (b, t) -> final hidden states (b, t, d) after the last norm; `logits` maps them to scores.
 
         With a cache the tokens continue what each row holds. `real` (b, t) is False for padding; padding sits at the
-        end of a row, so attention needs no mask for it.
+        end of a row, so attention needs no mask for it. `documents` (b, t) numbers the documents that share a row,
+        each in one piece: none sees another, and each counts its positions from 0.
         """
         x = self.embed[tokens].to(self.compute)
-        if cache is None:
-            cos, sin = self.cos[None, : tokens.size(1)], self.sin[None, : tokens.size(1)]
-        else:
+        visible = None
+        if cache is not None:
             cos, sin = self.cos[cache.positions], self.sin[cache.positions]
+        elif documents is not None:
+            cos, sin, visible = self._apart(documents)
+        else:
+            cos, sin = self.cos[None, : tokens.size(1)], self.sin[None, : tokens.size(1)]
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache.layer(index) if cache is not None else None, real)
+            x = block(x, cos, sin, cache.layer(index) if cache is not None else None, real, visible)
         return self.norm(x)
+
+    def _apart(self, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For documents (b, t): cos and sin (b, t, r / 2) of positions within each, and who sees whom (b, t, t)."""
+        index = torch.arange(documents.size(1), device=documents.device)
+        begins = torch.ones_like(documents, dtype=torch.bool)
+        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        positions = index - torch.where(begins, index, 0).cummax(dim=1).values
+        visible = (documents[:, :, None] == documents[:, None, :]) & (index[:, None] >= index)
+        return self.cos[positions], self.sin[positions], visible
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., d) -> scores (..., vocab) in fp32."""
         return self.head(hidden).float()
 
-    def predict_further(self, hidden: Tensor, tokens: Tensor, real: Tensor | None = None) -> list[Tensor]:
+    def predict_further(
+        self, hidden: Tensor, tokens: Tensor, real: Tensor | None = None, documents: Tensor | None = None
+    ) -> list[Tensor]:
         """MTP hidden states for each depth k = 1, 2, … (V3 eq. 21-23); feed them to `logits`.
 
         hidden (b, t, d) are the trunk's outputs for positions i; tokens (b, t + depths) run further than the trunk's
-        input, so that depth k sees token i + k and, at position i, predicts token i + k + 1.
+        input, so that depth k sees token i + k and, at position i, predicts token i + k + 1. real and documents (b, t)
+        as for `forward`; near a document's end a prediction is of the next one, and must not be learnt from.
         """
         length = hidden.size(1)
         assert tokens.size(1) >= length + len(self.mtp), (
             "MTP needs one more token per depth than the trunk read"
         )
         outputs = []
-        cos, sin = self.cos[None, :length], self.sin[None, :length]
+        cos, sin, visible = self.cos[None, :length], self.sin[None, :length], None
+        if documents is not None:
+            cos, sin, visible = self._apart(documents)
         for depth, module in enumerate(self.mtp, start=1):
             embedded = self.embed[tokens[:, depth : depth + length]].to(self.compute)
-            hidden = module(hidden, embedded, cos, sin, real)
+            hidden = module(hidden, embedded, cos, sin, real, None, visible)
             outputs.append(hidden)
         return outputs
 
