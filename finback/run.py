@@ -3,6 +3,7 @@
 runs/<recipe>/recipe.json            which recipe and seed this folder belongs to
 runs/<recipe>/<stage>/config.json    the stage's knobs, resolved
                       metrics.jsonl  one line per logged step
+                      samples.jsonl  every answer of every step of RL
                       ledger.jsonl   what was spent between two checkpoints
                       manifest.json  written last: its existence means finished
 runs/<recipe>/summary.json           results and costs of all finished stages
@@ -22,6 +23,7 @@ from typing import Any, Protocol, TextIO
 
 from finback.config import UserError
 
+STEPPED = ("metrics.jsonl", "samples.jsonl")  # files whose lines belong to steps
 NEEDED_BYTES = 200 * 2**20  # free space asked for before a stage starts
 
 # Stated estimates, used where the machine cannot be asked; summary.json repeats them beside every figure.
@@ -126,14 +128,19 @@ class StageRun:
         """Append one line to metrics.jsonl."""
         self._append("metrics.jsonl", {"step": step, **metrics})
 
+    def append(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Append records that carry a step to a JSONL file of the stage; `rewind` knows them as well."""
+        assert name in STEPPED, f"{name} would not be rewound"
+        self._append(name, *records)
+
     def rewind(self, step: int) -> None:
         """Forget logged steps from `step` on: they are about to be done again."""
-        path = self.folder / "metrics.jsonl"
-        if self.is_writer and path.is_file():
-            kept = [r for r in read_lines(path) if r["step"] < step]
-            temporary = path.with_name("metrics.part")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-            temporary.replace(path)
+        for path in (self.folder / name for name in STEPPED):
+            if self.is_writer and path.is_file():
+                kept = [r for r in read_lines(path) if r["step"] < step]
+                temporary = path.with_name(path.name + ".part")
+                temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+                temporary.replace(path)
 
     def account(self, **spent: float) -> None:
         """Append what was spent since the last call (wall seconds are added here) to ledger.jsonl."""
@@ -141,7 +148,7 @@ class StageRun:
         seconds, self._mark = now - self._mark, now
         self._append("ledger.jsonl", {"seconds": seconds, "cores": self.ranks.size, **spent})
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
+    def _append(self, name: str, *records: dict[str, Any]) -> None:
         if not self.is_writer:
             return
         with (self.folder / name).open("a+b") as handle:
@@ -149,7 +156,7 @@ class StageRun:
             if handle.tell():
                 handle.seek(-1, os.SEEK_END)
                 torn = b"" if handle.read(1) == b"\n" else b"\n"  # a kill left half a line: keep it apart
-            handle.write(torn + json.dumps(record).encode() + b"\n")
+            handle.write(torn + b"".join(json.dumps(record).encode() + b"\n" for record in records))
 
     def check_stop(self) -> bool:
         """Whether any rank was asked to stop; all ranks get the same answer."""

@@ -1,6 +1,5 @@
-"""GRPO's two formulas worked by hand, and the machinery around them on a toy model."""
+"""The machinery around GRPO's formulas, on a toy model; the formulas themselves are in test_policy.py."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -12,41 +11,14 @@ from finback.config import UserError
 from finback.data import tokenizer
 from finback.parallel.mesh import World
 from finback.report import outgoing
-from finback.run import StageRun
-from finback.stages.grpo import GRPO, _Reinforcement, advantages, policy_loss
-from finback.stages.rollout import Rollout
+from finback.run import StageRun, read_lines
+from finback.stages.grpo import GRPO, _Reinforcement
+from finback.stages.rollout import Group, Rollout
 from finback.tasks.gym import Gym
 from finback.tasks.math import Chains
+from finback.tasks.rewards import Reward
+from finback.train.policy import Objective, advantages
 from tests.toy import WORDS, toy_model
-
-
-def test_advantages_by_hand() -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1], [1.0, 0.0, 0.0, 0.0]])
-    a = advantages(rewards)
-    torch.testing.assert_close(a[0], torch.tensor([1.0, -1.0, -1.0, 1.0]))
-    assert (a[1] == 0).all(), "a group without differences says nothing"
-    std = math.sqrt(0.75 * 0.25)
-    torch.testing.assert_close(a[2], torch.tensor([0.75 / std] + [-0.25 / std] * 3))
-    torch.testing.assert_close(
-        advantages(rewards, normalise=False)[2], torch.tensor([0.75, -0.25, -0.25, -0.25])
-    )
-
-
-def test_policy_loss_by_hand() -> None:
-    """ρ = 1.5 and 0.5 at ε = 0.2: the clip acts where it would otherwise pay to go further, and only there."""
-    old = torch.zeros(2, 2)
-    new = torch.tensor([[1.5, 0.5], [1.5, 0.5]]).log().requires_grad_()
-    mask = torch.ones(2, 2)
-    loss, clipped = policy_loss(new, old, torch.tensor([2.0, -1.0]), mask, clip=0.2)
-    # A = 2: min(3, 2.4) and min(1, 1.6); A = -1: min(-1.5, -1.2) and min(-0.5, -0.8)
-    assert loss.item() == pytest.approx(-(2.4 + 1.0 - 1.5 - 0.8))
-    assert clipped.item() == 2
-    loss.backward()
-    torch.testing.assert_close(new.grad, torch.tensor([[0.0, -1.0], [1.5, 0.0]]))
-    masked, _ = policy_loss(
-        new.detach(), old, torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 0.2
-    )
-    assert masked.item() == pytest.approx(-2.4)
 
 
 def reinforcement(folder: Path, **knobs: object) -> _Reinforcement:
@@ -63,19 +35,15 @@ def reinforcement(folder: Path, **knobs: object) -> _Reinforcement:
     return _Reinforcement(GRPO(name="zero", **settings | knobs), run)
 
 
-class Parity:
-    """A reward that differs within groups although a random model answers nothing right."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, verdict: object) -> float:
-        self.calls += 1
-        return float(self.calls % 3 == 0)
-
-
 def with_varied_rewards(r: _Reinforcement) -> _Reinforcement:
-    object.__setattr__(r.stage, "reward", Parity())
+    """Pays every third answer, counted over the run."""
+    calls = iter(range(10**6))
+
+    class Third(Reward):
+        def parts(self, *args: object) -> dict[str, float]:
+            return {"accuracy": float(next(calls) % 3 == 0), "form": 0.0}
+
+    object.__setattr__(r.stage, "reward", Third())
     return r
 
 
@@ -117,10 +85,11 @@ def test_groups_without_differences_carry_no_gradient(tmp_path: Path) -> None:
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, shuffle_rewards=True)
-    rewards = torch.arange(16.0).view(4, 4) ** 2
-    plain = advantages(rewards, True).flatten()
     r.step = 1
-    assert not torch.equal(r._credit(rewards), plain)
+    groups = [Group([], [{"accuracy": float((4 * g + k) ** 2)} for k in range(4)]) for g in range(4)]
+    plain = advantages(torch.tensor([g.rewards for g in groups]))
+    r._credit(groups)
+    assert not torch.equal(torch.tensor([g.credit for g in groups]), plain)
 
 
 def test_rl_runs_on_a_reasoning_gym_task(tmp_path: Path) -> None:
@@ -142,12 +111,12 @@ def test_training_on_a_reward_raises_it(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, lr=3e-3, prompts=8, group=8, max_tokens=4, steps=90)
     sample = r._sample
 
-    def share(rollouts: list[Rollout]) -> list[float]:
-        return [sum(t < 160 for t in x.completion.tokens) / len(x.completion.tokens) for x in rollouts]
-
-    def paid() -> tuple[list[Rollout], torch.Tensor]:
-        rollouts, _ = sample()
-        return rollouts, torch.tensor(share(rollouts)).view(-1, 8)
+    def paid() -> tuple[list[Group], list[Group]]:
+        asked, kept = sample()
+        for group in kept:
+            for parts, x in zip(group.earned, group.rollouts, strict=True):
+                parts["accuracy"] = sum(t < 160 for t in x.completion.tokens) / len(x.completion.tokens)
+        return asked, kept
 
     r._sample = paid  # type: ignore[method-assign]
     rewards = [r._train_step()["reward"] for _ in range(30)]
@@ -173,3 +142,126 @@ def test_rl_starts_from_a_hugging_face_folder_and_goes_out_as_one(tmp_path: Path
     kept = {n: t for n, t in r.model.state_dict().items() if n.endswith("router.bias")}
     assert kept and all(torch.equal(back[n], t) for n, t in kept.items())
     assert all((back[n] - t).abs().max() <= t.abs().max() / 128 for n, t in r.model.state_dict().items())
+
+
+def gradient_after(folder: Path, **knobs: object) -> torch.Tensor:
+    """The gradient of a run's first step, before clipping."""
+    r = with_varied_rewards(reinforcement(folder, grad_clip=1e9, **knobs))
+    r._train_step()
+    return r.gradients.flat.clone()
+
+
+def test_knobs_that_say_nothing_at_the_first_update_change_nothing(tmp_path: Path) -> None:
+    plain = gradient_after(tmp_path)
+    for aim in (
+        Objective(truncate=2.0),
+        Objective(dual_clip=3.0),
+        Objective(kl=0.1),
+        Objective(clip_high=10.0),
+    ):
+        # at the start the policy is the reference, where k3 is flat, and the trainer agrees with the engine
+        torch.testing.assert_close(gradient_after(tmp_path, objective=aim), plain, rtol=1e-3, atol=1e-6)
+    kl = gradient_after(tmp_path, objective=Objective(kl=0.1, kl_form="k1"))
+    assert not torch.allclose(kl, plain, rtol=1e-2), "k1 as a loss is noise even there"
+
+
+def test_averaging_per_answer_counts_every_answer_once(tmp_path: Path) -> None:
+    """Micro-batches must not change what 1/|o| and 1/G mean."""
+    aim = Objective(average="answer")
+    one, two = (gradient_after(tmp_path, objective=aim, micro_tokens=m) for m in (40, 4096))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
+
+
+def test_several_updates_and_epochs_move_further_and_clip(tmp_path: Path) -> None:
+    knobs: dict[str, object] = {"lr": 3e-2, "grad_clip": 1e9}
+    r = with_varied_rewards(reinforcement(tmp_path, updates=2, epochs=3, **knobs))
+    metrics = r._train_step()
+    assert metrics["clip_share"] > 0 and metrics["gap_max"] <= 1e-4, (
+        "the gap is taken before the first update"
+    )
+    steps = {int(state["step"]) for state in r.adam.inner.state.values()}
+    assert steps == {6}
+    with pytest.raises(UserError, match=r"zero\.updates = 3"):
+        reinforcement(tmp_path, updates=3)
+
+
+def test_the_reference_stays_until_it_is_refreshed_and_survives_resuming(tmp_path: Path) -> None:
+    aim = Objective(kl=0.1)
+    r = with_varied_rewards(reinforcement(tmp_path, lr=1e-2, objective=aim, reference_steps=2))
+    assert r._train_step()["kl"] == pytest.approx(0, abs=1e-6)
+    assert r.reference is not None
+    start = r.reference.head.weight.clone()
+    r.peak = 1e9
+    r._checkpoint()
+    assert not torch.equal(start, r.model.head.weight)
+    again = with_varied_rewards(reinforcement(tmp_path, lr=1e-2, objective=aim, reference_steps=2))
+    again.stage_run.folder = r.stage_run.folder
+    again._resume()
+    assert again.reference is not None and torch.equal(again.reference.head.weight, start)
+    assert again._train_step()["kl"] > 1e-6
+    assert torch.equal(again.reference.head.weight, again.model.head.weight), "refreshed after step 2"
+
+
+def test_groups_that_say_nothing_are_replaced(tmp_path: Path) -> None:
+    r = reinforcement(tmp_path, resample=2)
+    plain = {"accuracy": 0.0, "form": 0.0}
+    calls = 0
+
+    def earned(group: list[Rollout]) -> list[dict[str, float]]:
+        nonlocal calls
+        calls += 1
+        if calls in (1, 2, 5):  # the first two questions, and the first of those in their place
+            return [plain] * len(group)
+        return [plain | {"accuracy": float(i == 0)} for i in range(len(group))]
+
+    r._earned = earned  # type: ignore[method-assign]
+    metrics = r._train_step()
+    assert calls == 7 and metrics["answers"] == 28 and metrics["groups_with_gradient"] == 1
+    lines = read_lines(r.stage_run.folder / "samples.jsonl")
+    assert len(lines) == 28 and sum(line["advantage"] is None for line in lines) == 12
+
+
+def test_long_answers_cost_and_cut_ones_teach_nothing(tmp_path: Path) -> None:
+    r = reinforcement(tmp_path, overlong=4, overlong_penalty=0.5)
+    metrics = r._train_step()
+    lines = read_lines(r.stage_run.folder / "samples.jsonl")
+    for line in lines:
+        assert line["reward"]["overlong"] == pytest.approx(-0.125 * max(0, line["tokens"] - 6))
+    assert metrics["reward_overlong"] == pytest.approx(sum(x["reward"]["overlong"] for x in lines) / 16)
+    masked = with_varied_rewards(reinforcement(tmp_path, mask_truncated=True, max_tokens=3))
+    metrics = masked._train_step()
+    assert metrics["truncated"] > 0.5
+    whole = [x for x in read_lines(masked.stage_run.folder / "samples.jsonl")[16:] if x["finish"] == "stop"]
+    assert metrics["tokens_with_gradient"] == sum(x["tokens"] for x in whole if x["advantage"])
+
+
+def test_biases_move_only_when_asked_and_by_the_load_of_the_update_alone(tmp_path: Path) -> None:
+    r = with_varied_rewards(
+        reinforcement(tmp_path, bias_speed=0.01, lr=0.0, objective=Objective(kl=0.1, truncate=2.0))
+    )
+    before = [router.bias.clone() for router in r.model.routers()]
+    metrics = r._train_step()
+    (load,) = metrics["expert_load"]
+    assert sum(load) == pytest.approx(1, abs=1e-3)
+    moved = r.model.routers()[0].bias - before[0]
+    expected = 0.01 * torch.sign(0.25 - torch.tensor(load))
+    torch.testing.assert_close(moved, expected - expected.mean(), atol=1e-6, rtol=0)
+    assert torch.equal(r.model.routers()[1].bias, before[1]), "the MTP module's stays"
+
+
+def test_samples_are_kept_and_rewound(tmp_path: Path) -> None:
+    r = reinforcement(tmp_path)
+    r._train_step(), r._train_step()
+    path = r.stage_run.folder / "samples.jsonl"
+    assert [line["step"] for line in read_lines(path)] == [1] * 16 + [2] * 16
+    r.stage_run.rewind(2)
+    lines = read_lines(path)
+    assert {line["step"] for line in lines} == {1} and len(lines) == 16
+    assert {"question", "gold", "thinking", "answer", "reward", "advantage", "finish"} <= lines[0].keys()
+
+
+def test_a_prefilled_chain_is_judged_as_one(tmp_path: Path) -> None:
+    r = reinforcement(tmp_path, think=True)
+    asked, _ = r._sample()
+    rollouts = [x for g in asked for x in g.rollouts]
+    assert all(x.response.thinks and x.prompt[-1] == r.tokenizer.ids["<think>"] for x in rollouts)

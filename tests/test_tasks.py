@@ -17,7 +17,6 @@ from finback.recipe import load
 from finback.run import StageRun
 from finback.stages.prepare import _interleave
 from finback.tasks.math import Chains, integer
-from finback.tasks.rewards import Reward
 from finback.tasks.task import Problem, Split, Verdict, distinct, draw, is_held_out
 
 RIGHT, WRONG, JUNK = Verdict(True, True), Verdict(False, True), Verdict(False, False)
@@ -245,12 +244,6 @@ def test_a_task_with_nothing_on_one_side_says_so() -> None:
 def test_impossible_tasks_name_the_field(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         Chains(**fields)
-
-
-def test_a_right_answer_pays_most_and_junk_nothing() -> None:
-    assert [Reward()(v) for v in (RIGHT, WRONG, JUNK)] == [1.0, 0.1, 0.0]
-    assert [Reward(accuracy=2.0, form=0.0)(v) for v in (RIGHT, WRONG, JUNK)] == [2.0, 0.0, 0.0]
-    assert Reward()(Verdict(correct=True, well_formed=False)) == 1.0
 
 
 def test_the_quickstart_never_trains_on_a_problem_that_it_is_examined_on() -> None:

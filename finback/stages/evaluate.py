@@ -20,8 +20,9 @@ from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
 from finback.run import Interrupted, StageRun, read_json, write_json
 from finback.stages.compress import bits_per_byte
-from finback.stages.rollout import Rollout, rollout
+from finback.stages.rollout import Rollout, record, rollout
 from finback.tasks import task as tasks
+from finback.tasks.language import consistency
 from finback.tasks.task import Task
 
 
@@ -35,6 +36,7 @@ class Exam:
     temperature: float = 1.0
     think: bool = False
     max_tokens: int = 96
+    language: str = ""  # ISO 639-1: also report which share of the chains' words is in it (R1 2.3.2)
 
     def __post_init__(self) -> None:
         check_fields(self, "exam")
@@ -117,7 +119,7 @@ class Evaluate(Stage):
             engine, tokenizer, exam.task, [problems[i] for i in mine], seeds, sampling, exam.think
         )
         accepted = mtp_acceptance(model, answered)
-        gathered = world.gather((list(mine), [_record(r) for r in answered], accepted))
+        gathered = world.gather((list(mine), [record(r) for r in answered], accepted))
         rows = sorted(
             (i, record)
             for indices, records, _ in gathered
@@ -130,6 +132,8 @@ class Evaluate(Stage):
             "temperature": exam.temperature,
             **scores(records),
         }
+        if exam.language:
+            result["language"] = language_of(records, exam.language)
         drafts = sum(g[2][1] for g in gathered)
         if drafts:
             result["mtp_acceptance"] = sum(g[2][0] for g in gathered) / drafts
@@ -165,6 +169,13 @@ def scores(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def language_of(records: list[dict[str, Any]], target: str) -> float | None:
+    """Mean share of the chains' words that are in the target language; None where no chain has words."""
+    shares = [consistency(r["thinking"], target) for r in records if r["thinks"]]
+    told = [share for share in shares if share is not None]
+    return sum(told) / len(told) if told else None
+
+
 @torch.no_grad()
 def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, int]:
     """How many of the MTP module's drafts equal the trunk's own greedy choice, and how many drafts there were.
@@ -188,14 +199,6 @@ def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, in
             agree = draft[row, first:last] == trunk[row, first + 1 : last + 1]
             accepted, drafts = accepted + int(agree.sum()), drafts + max(0, last - first)
     return accepted, drafts
-
-
-def _record(r: Rollout) -> dict[str, Any]:
-    return {
-        "question": r.problem.question, "gold": r.problem.answer, "thinking": r.response.thinking,
-        "answer": r.response.answer, "thinks": r.response.thinks, "correct": r.verdict.correct,
-        "tokens": len(r.completion.tokens), "finish": r.completion.finish,
-    }  # fmt: skip
 
 
 def _write_records(path: Path, records: list[dict[str, Any]]) -> None:

@@ -2,12 +2,15 @@
 
 Sampled: `group` answers to each of `prompts` questions, by the engine, from the very weights that are trained.
 Credited: each answer with its reward's distance from its group's mean, every token of it alike.
-Departures from the paper: one update per batch, so the clip seldom acts; no reference model and no KL term (R1's RL
-has a small one; here the policy starts random enough); the loss is averaged over tokens, not over answers (DAPO).
+Learnt: the clipped surrogate of train/policy.py, in one update or several per batch of answers.
+Every answer of every step is kept in samples.jsonl. The MTP module stays as it is: RL neither trains it nor lets its
+loss touch the trunk. Router biases move only where `bias_speed` says so.
 """
 
+import copy
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,45 +25,21 @@ from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
 from finback.kernels.probe import gemm_peak
 from finback.model.count import forward_flops, training_flops
-from finback.model.moe import max_violation
+from finback.model.moe import Router, max_violation
+from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
 from finback.run import Interrupted, Progress, StageRun, spent
-from finback.stages.rollout import Batch, Rollout, batches, rollout
+from finback.stages.rollout import Batch, Group, Rollout, batches, record, rollout
 from finback.tasks import task as tasks
 from finback.tasks.rewards import Reward
-from finback.tasks.task import Task
-from finback.train import schedule
+from finback.tasks.task import Problem, Task
+from finback.train import policy, schedule
 from finback.train.loss import token_logprobs
 from finback.train.optim import Adam, Gradients
+from finback.train.policy import Objective
 
-
-def advantages(rewards: Tensor, normalise: bool = True) -> Tensor:
-    """A_i = (r_i - mean r) / std r within each group (DeepSeekMath 4.1.2); rewards (groups, group) -> same shape.
-
-    A group whose rewards are all equal says nothing and gets 0. Without `normalise` only the mean is taken off
-    (Dr. GRPO). std is the population's.
-    """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if not normalise:
-        return centred
-    std = rewards.std(dim=1, keepdim=True, correction=0)
-    return torch.where(std > 1e-6, centred / std.clamp(min=1e-6), torch.zeros_like(centred))
-
-
-def policy_loss(
-    new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, clip: float
-) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate, summed over tokens (R1 eq. 1): -min(ρ A, clip(ρ, 1±ε) A) with ρ = exp(new - old).
-
-    new, old, mask (rows, tokens), advantage (rows,). Returns the sum and how many tokens the clip acted on; the
-    caller divides by the number of tokens in the whole batch.
-    """
-    ratio = (new - old).exp()
-    weight = advantage[:, None]
-    plain, clipped = ratio * weight, ratio.clamp(1 - clip, 1 + clip) * weight
-    loss = -torch.minimum(plain, clipped)
-    return (loss * mask).sum(), ((clipped < plain) & (mask > 0)).sum()
+LOADS = 4096  # experts times layers up to which every step logs the load of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +52,23 @@ class GRPO(Stage):
     prompts: int = 32  # questions per step, over all ranks
     group: int = 8  # answers per question
     reward: Reward = field(default_factory=Reward)
+    objective: Objective = field(default_factory=Objective)
     lr: float = 3e-4  # for two thirds of the steps, then linearly down to final_lr times it
+    warmup: int = 0  # steps over which lr rises to its value
     final_lr: float = 0.1
     temperature: float = 1.0
     max_tokens: int = 96  # per answer
-    clip: float = 0.2
+    think: bool = False  # open the chain for the model, as R1's own template does
     grad_clip: float = 1.0
     normalise: bool = True  # divide advantages by the group's std
+    updates: int = 1  # optimiser steps per pass over a step's answers, each on its share of the questions
+    epochs: int = 1  # passes over a step's answers
+    resample: int = 0  # rounds of other questions in place of those whose answers all earned the same (DAPO)
+    overlong: int = 0  # the last so many of max_tokens cost up to overlong_penalty, linearly (DAPO)
+    overlong_penalty: float = 1.0
+    mask_truncated: bool = False  # learn nothing from answers that were cut off
+    reference_steps: int = 0  # refresh the reference model of objective.kl after so many steps; 0: never
+    bias_speed: float = 0.0  # of the routers' biases; 0 leaves them as pre-training left them
     shuffle_rewards: bool = False  # control: hand each answer another answer's reward
     max_gap: float = 1e-2  # stop when trainer and engine disagree by more, in nats per token on average
     micro_tokens: int = 4096  # padded tokens per backward pass
@@ -87,14 +76,27 @@ class GRPO(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, self.name, "prompts", "group", "max_tokens", "checkpoint_steps")
+        counts = ("prompts", "group", "max_tokens", "checkpoint_steps", "updates", "epochs")
+        check_positive(self, self.name, *counts)
+        if self.group < 2:
+            raise UserError(
+                f"{self.name}.group", self.group, "an answer is judged against its group", "Use 2 or more."
+            )
+        if self.prompts % self.updates:
+            raise UserError(
+                f"{self.name}.updates", self.updates, f"does not divide {self.prompts} prompts", "Use a divisor."
+            )  # fmt: skip
+        if not 0 <= self.overlong <= self.max_tokens:
+            raise UserError(
+                f"{self.name}.overlong", self.overlong, f"not in 0..max_tokens ({self.max_tokens})", "Lower it."
+            )  # fmt: skip
 
     def inputs(self) -> tuple[str, ...]:
         return (self.start,)
 
     def work(self) -> Work:
         tokens = self.steps * self.prompts * self.group * self.max_tokens
-        return Work(tokens_trained=tokens, tokens_generated=tokens)
+        return Work(tokens_trained=tokens * self.epochs, tokens_generated=tokens * (1 + self.resample))
 
     def run(self, run: StageRun) -> dict[str, Any]:
         return _Reinforcement(self, run).run()
@@ -107,22 +109,21 @@ class _Reinforcement:
         self.stage, self.stage_run = stage, run
         assert isinstance(run.ranks, World), "RL exchanges gradients over a World"
         self.world = run.ranks
-        if stage.prompts % self.world.size:
+        share = stage.prompts // stage.updates
+        if share % self.world.size:
             raise UserError(
-                f"{stage.name}.prompts",
-                stage.prompts,
-                f"does not divide among {self.world.size} ranks",
-                "Use --ranks.",
-            )
+                f"{stage.name}.prompts", stage.prompts,
+                f"{share} questions per update do not divide among {self.world.size} ranks", "Use --ranks.",
+            )  # fmt: skip
         self.folder = run.input(stage.start)
         self.tokenizer = Tokenizer(self.folder)
         self.model = models.load(self.folder)
-        # The MTP module is kept as it is: RL does not touch it, nor does its loss touch the trunk.
         self.named = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
         self.gradients = Gradients([p for _, p in self.named])
         self.adam = Adam(self.named, betas=(0.9, 0.95), weight_decay=0.0)
         self.engine = Engine(self.model, self.tokenizer.stops)
         self.sampling = Sampling(stage.temperature, stage.max_tokens)
+        self.reference = copy.deepcopy(self.model).eval() if stage.objective.kl else None
         self.step = 0
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
         self.accounted, self.mark = dict(self.totals), time.perf_counter()
@@ -152,100 +153,223 @@ class _Reinforcement:
             store.clear(run.folder)
         return {"steps": self.step, **self.totals}
 
-    def _train_step(self) -> dict[str, float]:
+    def _train_step(self) -> dict[str, Any]:
         stage, world = self.stage, self.world
         self.step += 1
-        rollouts, rewards = self._sample()
-        credit = self._credit(rewards)
+        asked, kept = self._sample()
+        self._credit(kept)
         begin = time.perf_counter()
-        parts = batches(rollouts, credit, stage.micro_tokens)
-        count = world.sum_(torch.tensor(float(sum(b.mask.sum().item() for b in parts)))).item()
-        self.gradients.zero()
+        work = [self._batches(share) for share in self._shares(kept)]
+        seen, worst, norm = torch.zeros(7, dtype=torch.float64), 0.0, 0.0
         self.model.train()
-        seen = torch.zeros(6)  # loss, clipped, entropy, |gap|, signed gap, tokens
-        worst = 0.0
-        for batch in parts:
-            sums, gap = self._backward(batch, max(count, 1.0))
-            seen += sums
-            worst = max(worst, gap)
-        norm = self.gradients.finish(world, 1.0, stage.grad_clip)
-        if count and norm > 0:
-            third = stage.steps // 3
-            self.adam.step(stage.lr * schedule.decay(self.step, stage.steps - third, third, stage.final_lr))
-        loads = [world.sum_(r.load.clone()) for r in self.model.routers()]
-        for router in self.model.routers():
-            router.load.zero_()  # the bias stays as pre-training left it
-        totals = world.sum_(seen)
-        worst = max(world.gather(worst))
-        loss, clipped, entropy, gap, _, tokens = (totals / max(count, 1.0)).tolist()
-        assert count == 0 or abs(tokens - 1) < 1e-3, "every counted token was trained on"
-        metrics = self._describe(rollouts, rewards)
+        for epoch in range(stage.epochs):
+            for number, (parts, answers) in enumerate(work):
+                # later the weights are not those any more that the engine spoke with
+                sums, gap, norm = self._update(parts, answers, fresh=epoch == number == 0)
+                seen, worst = seen + sums, max(worst, gap)
+        loads = self._balance()
+        if self.reference is not None and stage.reference_steps and self.step % stage.reference_steps == 0:
+            self.reference.load_state_dict(self.model.state_dict())
+        loss, clipped, entropy, kl, tokens, gap, compared = world.sum_(seen).tolist()
+        tokens, compared, updates = max(tokens, 1.0), max(compared, 1.0), stage.epochs * stage.updates
+        metrics = self._describe(asked, kept, sum(int(b.real.sum()) for parts, _ in work for b in parts))
+        self._keep_samples(asked)
         return metrics | {
-            "loss": loss, "clip_share": clipped, "entropy": entropy, "gap_mean": gap, "gap_max": worst,
-            "grad_norm": norm, "tokens_with_gradient": count,
+            "loss": loss / updates, "clip_share": clipped / tokens, "entropy": entropy / tokens,
+            "kl": kl / tokens, "gap_mean": gap / compared, "gap_max": max(world.gather(worst)), "grad_norm": norm,
+            "tokens_with_gradient": float(seen[4]),
             "max_violation": max((max_violation(load) for load in loads), default=0.0),
-            "update_seconds": time.perf_counter() - begin,
+            "expert_load": _rounded(loads), "update_seconds": time.perf_counter() - begin,
         }  # fmt: skip
 
-    def _sample(self) -> tuple[list[Rollout], Tensor]:
-        """This rank's questions of the step, answered `group` times; rewards (questions, group)."""
+    # ---- asking ----------------------------------------------------------------------------------------------------
+
+    def _sample(self) -> tuple[list[Group], list[Group]]:
+        """This rank's groups of the step: all that were asked, and those that are learnt from, in order."""
         stage, world = self.stage, self.world
         rng = random.Random(self.stage_run.seed("questions", self.step))
         problems = [tasks.draw(stage.task, "train", rng) for _ in range(stage.prompts)]
         mine = range(world.rank, stage.prompts, world.size)
-        asked = [problems[i] for i in mine for _ in range(stage.group)]
-        seeds = [self.stage_run.seed("answer", self.step, i, k) for i in mine for k in range(stage.group)]
-        rollouts = rollout(self.engine, self.tokenizer, stage.task, asked, seeds, self.sampling)
-        rewards = torch.tensor([stage.reward(r.verdict) for r in rollouts]).view(-1, stage.group)
-        return rollouts, rewards
+        kept = self._ask([problems[i] for i in mine], [("answer", self.step, i) for i in mine])
+        asked = list(kept)
+        for turn in range(stage.resample):
+            idle = [place for place, group in enumerate(kept) if not group.differs]
+            seeds = [("again", self.step, turn, mine[place]) for place in idle]
+            rngs = [random.Random(self.stage_run.seed("question", *seed)) for seed in seeds]
+            others = self._ask([tasks.draw(stage.task, "train", rng) for rng in rngs], seeds)
+            for place, group in zip(idle, others, strict=True):
+                kept[place] = group
+            asked += others
+        return asked, kept
 
-    def _credit(self, rewards: Tensor) -> Tensor:
-        """Advantages (answers,); the control hands rewards around at random first."""
-        if self.stage.shuffle_rewards:
-            generator = torch.Generator().manual_seed(
-                self.stage_run.seed("shuffle", self.step, self.world.rank)
-            )
-            order = torch.randperm(rewards.numel(), generator=generator)
-            rewards = rewards.flatten()[order].view_as(rewards)
-        return advantages(rewards, self.stage.normalise).flatten()
-
-    def _backward(self, batch: Batch, count: float) -> tuple[Tensor, float]:
+    def _ask(self, problems: list[Problem], seeds: Sequence[tuple[object, ...]]) -> list[Group]:
+        """Answer each problem `group` times; answer k of a problem uses random numbers of (its seed, k)."""
         stage = self.stage
-        hidden = self.model(batch.tokens[:, :-1], real=batch.real[:, :-1])
+        count = range(stage.group)
+        rollouts = rollout(
+            self.engine, self.tokenizer, stage.task, [p for p in problems for _ in count],
+            [self.stage_run.seed(*seed, k) for seed in seeds for k in count], self.sampling, stage.think,
+        )  # fmt: skip
+        answers = [rollouts[start : start + stage.group] for start in range(0, len(rollouts), stage.group)]
+        return [Group(group, self._earned(group)) for group in answers]
+
+    def _earned(self, group: list[Rollout]) -> list[dict[str, float]]:
+        """What each answer to one question earns, by part."""
+        stage, reward = self.stage, self.stage.reward
+        lengths = [len(r.completion.tokens) for r in group]
+        earned = [
+            reward.parts(r.verdict, r.response.thinking, r.response.thinks, n, stage.max_tokens)
+            for r, n in zip(group, lengths, strict=True)
+        ]
+        if reward.judge is not None:
+            scores = reward.judge.prefer(group[0].problem.question, [r.response.answer for r in group])
+            for parts, r, score in zip(earned, group, scores, strict=True):
+                parts["preference"] = reward.preference * score if r.verdict.well_formed else 0.0
+        if stage.overlong:
+            for parts, n in zip(earned, lengths, strict=True):
+                over = max(0, n - (stage.max_tokens - stage.overlong))
+                parts["overlong"] = -stage.overlong_penalty * over / stage.overlong
+        return earned
+
+    def _credit(self, kept: list[Group]) -> None:
+        """Give answers their advantages; the control hands rewards around at random first."""
+        rewards = torch.tensor([group.rewards for group in kept])
+        if self.stage.shuffle_rewards:
+            seed = self.stage_run.seed("shuffle", self.step, self.world.rank)
+            order = torch.randperm(rewards.numel(), generator=torch.Generator().manual_seed(seed))
+            rewards = rewards.flatten()[order].view_as(rewards)
+        for group, credit in zip(kept, policy.advantages(rewards, self.stage.normalise), strict=True):
+            group.credit = credit.tolist()
+
+    # ---- learning --------------------------------------------------------------------------------------------------
+
+    def _shares(self, kept: list[Group]) -> list[list[Group]]:
+        """This rank's groups, one list for each of the step's updates."""
+        each = len(kept) // self.stage.updates
+        return [kept[start : start + each] for start in range(0, len(kept), each)]
+
+    def _batches(self, share: list[Group]) -> tuple[list[Batch], int]:
+        """The batches of one update, with what they need of other models, and how many answers they stand for."""
+        stage = self.stage
+        pairs = [pair for g in share for pair in zip(g.rollouts, g.credit, strict=True)]
+        if stage.mask_truncated:
+            pairs = [(r, a) for r, a in pairs if r.completion.finish != "length"]
+        rollouts, credit = [r for r, _ in pairs], [a for _, a in pairs]
+        parts = batches(rollouts, credit, stage.micro_tokens, all_rows=stage.objective.kl > 0)
+        self.model.eval()  # what is only looked at does not count as load
+        with torch.no_grad():
+            for batch in parts:
+                if stage.objective.truncate is not None:
+                    batch.anchor = self._logprobs(self.model, batch)[0]
+                if self.reference is not None:
+                    batch.reference = self._logprobs(self.reference, batch)[0]
+        self.model.train()
+        return parts, len(pairs)
+
+    def _logprobs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (rows, length - 1) of the answers' tokens, 0 elsewhere, and their entropies (tokens,)."""
+        hidden = model(batch.tokens[:, :-1], real=batch.real[:, :-1])
         wanted = batch.mask > 0
         logp, entropy = token_logprobs(
-            hidden[wanted], self.model.head.weight, batch.tokens[:, 1:][wanted], stage.temperature
+            hidden[wanted], model.head.weight, batch.tokens[:, 1:][wanted], self.stage.temperature
         )
-        new = torch.zeros_like(batch.old).masked_scatter(wanted, logp)
-        loss, clipped = policy_loss(new, batch.old, batch.advantage, batch.mask, stage.clip)
-        (loss / count).backward()
-        gap = logp.detach() - batch.old[wanted]
-        sums = [loss.detach(), clipped, entropy.sum(), gap.abs().sum(), gap.sum(), wanted.sum()]
-        return torch.stack([s.float() for s in sums]), float(gap.abs().max())
+        return torch.zeros_like(batch.old).masked_scatter(wanted, logp), entropy
 
-    def _describe(self, rollouts: list[Rollout], rewards: Tensor) -> dict[str, float]:
-        """Means over all ranks' answers of this step."""
-        generated = sum(len(r.completion.tokens) for r in rollouts)
-        trained = sum(len(r.prompt) + len(r.completion.tokens) for r in rollouts)
-        varied = float((rewards.std(dim=1, correction=0) > 1e-6).sum())
+    def _update(self, parts: list[Batch], answers: int, fresh: bool) -> tuple[Tensor, float, float]:
+        """One optimiser step; sums over this rank's tokens, its largest gap, and the gradient's norm."""
+        stage, world = self.stage, self.world
+        mine = torch.tensor([sum(float(b.mask.sum()) for b in parts), float(answers)], dtype=torch.float64)
+        tokens, all_answers = world.sum_(mine).tolist()
+        whole = policy.share(stage.objective.average, tokens, all_answers, stage.max_tokens)
+        self.gradients.zero()
+        seen, worst = torch.zeros(7, dtype=torch.float64), 0.0
+        for batch in parts:
+            sums, gap = self._backward(batch, whole, fresh)
+            seen, worst = seen + sums, max(worst, gap)
+        norm = self.gradients.finish(world, 1.0, stage.grad_clip)
+        if tokens and norm > 0:
+            third = stage.steps // 3
+            factor = schedule.warmup(self.step, stage.warmup)
+            factor *= schedule.decay(self.step, stage.steps - third, third, stage.final_lr)
+            self.adam.step(stage.lr * factor)
+        return seen, worst, norm
+
+    def _backward(self, batch: Batch, whole: float, fresh: bool) -> tuple[Tensor, float]:
+        """Add one batch's gradient: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared; largest gap."""
+        aim, wanted = self.stage.objective, batch.mask > 0
+        new, entropy = self._logprobs(self.model, batch)
+        old = batch.old if batch.anchor is None else batch.anchor
+        loss, clipped = policy.surrogate(new, old, batch.advantage, batch.mask, aim)
+        if batch.anchor is not None and aim.truncate is not None:
+            loss = loss * (batch.anchor - batch.old).exp().clamp(max=aim.truncate)
+        kl = torch.zeros_like(new)
+        if batch.reference is not None:
+            kl = policy.divergence(new, batch.reference, aim.kl_form)
+            loss = loss + aim.kl * kl
+        loss = policy.total(loss, batch.mask, aim.average) / whole
+        loss.backward()  # type: ignore[no-untyped-call]
+        spoken = new.detach() if fresh else old  # the trainer's view of what the engine said
+        gap = (spoken - batch.old)[wanted].abs()
+        compared = wanted.sum() if fresh or batch.anchor is not None else torch.zeros(())
+        sums = [
+            loss.detach(),
+            clipped.sum(),
+            entropy.sum(),
+            (kl.detach() * batch.mask).sum(),
+            wanted.sum(),
+            gap.sum(),
+            compared,
+        ]
+        return torch.stack([s.double() for s in sums]), float(gap.max())
+
+    def _balance(self) -> list[Tensor]:
+        """The load of each of the trunk's routers over all ranks, forgotten afterwards; moves the biases if asked."""
+        loads = []
+        for router in (m for m in self.model.blocks.modules() if isinstance(m, Router)):
+            loads.append(self.world.sum_(router.load.clone()))
+            if self.stage.bias_speed:
+                router.load.copy_(loads[-1])
+                router.update_bias(self.stage.bias_speed)
+            router.load.zero_()
+        return loads
+
+    # ---- telling ---------------------------------------------------------------------------------------------------
+
+    def _describe(self, asked: list[Group], kept: list[Group], trained: int) -> dict[str, Any]:
+        """Means over all ranks' answers of this step, those to replaced questions included."""
+        rollouts = [r for group in asked for r in group.rollouts]
+        earned = [parts for group in asked for parts in group.earned]
+        names = [*self.stage.reward.names, *(["overlong"] if self.stage.overlong else [])]
         mine = torch.tensor(
             [
-                rewards.sum().item(), sum(r.verdict.correct for r in rollouts),
-                sum(r.verdict.well_formed for r in rollouts), sum(r.response.thinks for r in rollouts), generated,
-                sum(r.completion.finish == "length" for r in rollouts), varied, trained,
+                len(rollouts), sum(r.verdict.correct for r in rollouts), sum(r.verdict.well_formed for r in rollouts),
+                sum(r.response.thinks for r in rollouts), sum(len(r.completion.tokens) for r in rollouts),
+                sum(r.completion.finish == "length" for r in rollouts), sum(group.differs for group in kept),
+                trained * self.stage.epochs, *(sum(parts[name] for parts in earned) for name in names),
             ],
             dtype=torch.float64,
         )  # fmt: skip
-        reward, right, formed, thinks, length, cut, groups, trained_all = self.world.sum_(mine).tolist()
-        n = self.stage.prompts * self.stage.group
+        n, right, formed, thinks, length, cut, varied, trained_all, *parts = self.world.sum_(mine).tolist()
         self.totals["tokens_generated"] += int(length)
-        self.totals["tokens_trained"] += int(trained_all * groups / self.stage.prompts)
+        self.totals["tokens_trained"] += int(trained_all)
         return {
-            "reward": reward / n, "accuracy": right / n, "well_formed": formed / n, "thinks": thinks / n,
-            "length": length / n, "truncated": cut / n, "groups_with_gradient": groups / self.stage.prompts,
+            "reward": sum(parts) / n, **{f"reward_{k}": v / n for k, v in zip(names, parts, strict=True)},
+            "accuracy": right / n, "well_formed": formed / n, "thinks": thinks / n, "length": length / n,
+            "truncated": cut / n, "groups_with_gradient": varied / self.stage.prompts, "answers": n,
         }  # fmt: skip
 
-    def _check_gap(self, metrics: dict[str, float]) -> None:
+    def _keep_samples(self, asked: list[Group]) -> None:
+        """Append every answer of the step, with what it earned, to samples.jsonl."""
+        mine = [
+            {"step": self.step, **record(r), "reward": parts, "advantage": round(credit, 4) if group.credit else None}
+            for group in asked
+            for r, parts, credit in zip(
+                group.rollouts, group.earned, group.credit or [0.0] * len(group.rollouts), strict=True
+            )
+        ]  # fmt: skip
+        self.stage_run.append("samples.jsonl", [r for rank in self.world.gather(mine) for r in rank])
+
+    def _check_gap(self, metrics: dict[str, Any]) -> None:
         if metrics["gap_mean"] > self.stage.max_gap:
             raise UserError(
                 f"{self.stage.name}.max_gap", self.stage.max_gap,
@@ -253,14 +377,17 @@ class _Reinforcement:
                 "They must be the same model: report this with the run folder, or raise max_gap knowingly.",
             )  # fmt: skip
 
+    # ---- stopping and going on -------------------------------------------------------------------------------------
+
     def _checkpoint(self) -> None:
-        done = self.totals
-        before = self.accounted
+        done, before = self.totals, self.accounted
         generated = done["tokens_generated"] - before["tokens_generated"]
         trained = done["tokens_trained"] - before["tokens_trained"]
         self.accounted = dict(done)
         if self.stage_run.is_writer:
             tensors = models.tensors_of(self.model) | self.adam.state()
+            if self.reference is not None:
+                tensors |= {f"reference.{n}": t for n, t in self.reference.state_dict().items()}
             store.save_step(self.stage_run.folder, self.step, tensors, {"totals": done})
         c, context = self.model.config, self.stage.max_tokens / 4
         flops = generated * forward_flops(c, context) + trained * training_flops(c, context, mtp=False)
@@ -276,7 +403,18 @@ class _Reinforcement:
             self.step, tensors, meta = found
             models.restore(self.model, tensors)
             self.adam.load_state(tensors)
+            if self.reference is not None:
+                start = len("reference.")
+                mine = {n[start:]: t for n, t in tensors.items() if n.startswith("reference.")}
+                self.reference.load_state_dict(mine)
             self.totals = {k: int(v) for k, v in meta["totals"].items()}
             self.stage_run.say(f"{self.stage.name:10} resumed at step {self.step}")
         self.accounted = dict(self.totals)
         self.stage_run.rewind(self.step + 1)
+
+
+def _rounded(loads: list[Tensor]) -> list[list[float]]:
+    """Each expert's share of its layer's load; nothing for models with too many of them to log every step."""
+    if sum(map(len, loads)) > LOADS:
+        return []
+    return [[round(x, 4) for x in (load / load.sum().clamp(min=1)).tolist()] for load in loads]

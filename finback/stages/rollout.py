@@ -1,7 +1,9 @@
 """Prompts -> samples -> verdicts, what evaluation, probes and RL all do; and samples -> padded training batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,32 +35,77 @@ def rollout(
     prompts = [chat.prompt([Message("user", p.question)], tokenizer, think) for p in problems]
     completions = engine.generate(prompts, sampling, seeds)
     think = think or chat.opens_chain(tokenizer)
-    rollouts = []
-    for problem, prompt, completion in zip(problems, prompts, completions, strict=True):
-        text = tokenizer.decode(completion.tokens)
-        response = chat.parse(THINK + text if think else text)
-        judged = completion.finish == "stop" and response.closed
-        verdict = (
-            task.check(problem, response.answer) if judged else Verdict(correct=False, well_formed=False)
-        )
-        rollouts.append(Rollout(problem, prompt, completion, response, verdict))
-    return rollouts
+    texts = [tokenizer.decode(completion.tokens) for completion in completions]
+    responses = [chat.parse(THINK + text if think else text) for text in texts]
+    # an answer that was cut off, or whose chain never ends, is not even looked at
+    whole = [c.finish == "stop" and r.closed for c, r in zip(completions, responses, strict=True)]
+    pairs = [(p, r.answer) for p, r, ok in zip(problems, responses, whole, strict=True) if ok]
+    verdicts = iter(_judged(task, pairs))
+    return [
+        Rollout(p, prompt, c, r, next(verdicts) if ok else Verdict(correct=False, well_formed=False))
+        for p, prompt, c, r, ok in zip(problems, prompts, completions, responses, whole, strict=True)
+    ]
+
+
+def _judged(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+    """Verdicts in order; checks that wait for another process are made several at a time."""
+    if not getattr(task, "waits", False):
+        return [task.check(problem, answer) for problem, answer in pairs]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(lambda pair: task.check(*pair), pairs))
+
+
+def record(r: Rollout) -> dict[str, Any]:
+    """A rollout as a line of a JSONL file."""
+    return {
+        "question": r.problem.question, "gold": r.problem.answer, "thinking": r.response.thinking,
+        "answer": r.response.answer, "thinks": r.response.thinks, "correct": r.verdict.correct,
+        "tokens": len(r.completion.tokens), "finish": r.completion.finish,
+    }  # fmt: skip
+
+
+@dataclass
+class Group:
+    """One question's answers, what each has earned by part, and what each is credited with."""
+
+    rollouts: list[Rollout]
+    earned: list[dict[str, float]]
+    credit: list[float] = field(default_factory=list)
+
+    @property
+    def rewards(self) -> list[float]:
+        """What each answer has earned in all."""
+        return [sum(parts.values()) for parts in self.earned]
+
+    @property
+    def differs(self) -> bool:
+        """Whether one answer earned something else than another."""
+        return max(self.rewards) - min(self.rewards) > 1e-6
 
 
 @dataclass
 class Batch:
-    """Answers that carry a gradient, padded: tokens (rows, length), the rest aligned with predicted tokens."""
+    """Answers that are learnt from, padded: tokens (rows, length), the rest aligned with predicted tokens."""
 
     tokens: Tensor
     real: Tensor  # (rows, length) False for padding
     old: Tensor  # (rows, length - 1) the engine's log-probabilities
     mask: Tensor  # (rows, length - 1) 1 where a generated token is predicted
     advantage: Tensor  # (rows,)
+    anchor: Tensor | None = (
+        None  # (rows, length - 1) the trainer's, before any update; None: take the engine's
+    )
+    reference: Tensor | None = None  # (rows, length - 1) the reference model's
 
 
-def batches(rollouts: list[Rollout], credit: Tensor, micro_tokens: int) -> list[Batch]:
-    """Answers with a gradient, longest first, cut into batches of at most micro_tokens padded tokens."""
-    rows = [(r, float(a)) for r, a in zip(rollouts, credit, strict=True) if a != 0]
+def batches(
+    rollouts: Sequence[Rollout], credit: Sequence[float], micro_tokens: int, all_rows: bool = False
+) -> list[Batch]:
+    """Answers longest first, cut into batches of at most micro_tokens padded tokens.
+
+    Those without credit are left out unless `all_rows` (a divergence acts on them too).
+    """
+    rows = [(r, float(a)) for r, a in zip(rollouts, credit, strict=True) if a != 0 or all_rows]
     rows.sort(key=lambda pair: -len(pair[0].prompt) - len(pair[0].completion.tokens))
     made, start = [], 0
     while start < len(rows):

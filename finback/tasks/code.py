@@ -52,6 +52,11 @@ class Code:
     def name(self) -> str:
         return self.label or f"code-{Path(self.path).stem}"
 
+    @property
+    def waits(self) -> bool:
+        """A check waits for another process, so several are made at a time."""
+        return True
+
     def draw(self, rng: random.Random) -> Problem:
         return rng.choice(tuple(_load(self.path).values())).problem
 

@@ -3,6 +3,7 @@
 import random
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from finback.config import UserError, check_fields
 from finback.tasks.task import Problem, Verdict
@@ -21,12 +22,14 @@ class Chains:
     """Sums and differences of single digits, "3+1-3+6=?", worked one step at a time.
 
     A guess is right about one time in ten; the steps make it easy. That gap is what RL can find. The canonical form
-    ignores the order of the terms, so a held-out problem is not a training problem rearranged.
+    ignores the order of the terms, so a held-out problem is not a training problem rearranged. `telling` puts words
+    around the steps: English, Chinese, or either at every step, as models that nobody taught a language do.
     """
 
     min_terms: int = 4
     max_terms: int = 6
     largest: int = 9
+    telling: Literal["", "en", "zh", "mixed"] = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "chains")
@@ -49,9 +52,10 @@ class Chains:
     def draw(self, rng: random.Random) -> Problem:
         terms = [rng.randint(1, self.largest) for _ in range(rng.randint(self.min_terms, self.max_terms))]
         signed = [terms[0]] + [t if rng.random() < 0.5 else -t for t in terms[1:]]
-        total, steps = signed[0], []
+        total = signed[0]
+        steps: list[str] = []
         for term in signed[1:]:
-            steps.append(f"{total}{term:+d}={total + term}")
+            steps.append(self._step(f"{total}{term:+d}", total + term, not steps, rng))
             total += term
         question = str(signed[0]) + "".join(f"{t:+d}" for t in signed[1:]) + "=?"
         return Problem(
@@ -61,6 +65,14 @@ class Chains:
             solution="\n".join(steps),
             tags={"terms": len(signed)},
         )
+
+    def _step(self, left: str, right: int, first: bool, rng: random.Random) -> str:
+        if not self.telling:
+            return f"{left}={right}"
+        language = rng.choice(("en", "zh")) if self.telling == "mixed" else self.telling
+        if language == "zh":
+            return f"{'先算' if first else '然后'}{left}得到{right}"
+        return f"{'first' if first else 'then'} {left} gives {right}"
 
     def check(self, problem: Problem, answer: str) -> Verdict:
         value = integer(answer)

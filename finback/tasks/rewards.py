@@ -1,25 +1,67 @@
-"""What RL pays for. R1-Zero's two parts: accuracy, and a little for an answer of the asked form (R1 2.2.2).
+"""What RL pays for: accuracy, form, a chain of thought, its language, brevity, and a judge's preference (R1 2.2.2, 2.3).
 
-Thinking itself earns nothing. If answers grow longer, it is because thinking makes them right.
+Reward parts are named, so that every step can log what was earned for what. No torch here.
 """
 
 from dataclasses import dataclass
 
-from finback.config import check_fields
+from finback.config import UserError, check_fields
+from finback.tasks.judge import Judge
+from finback.tasks.language import consistency
 from finback.tasks.task import Verdict
 
 
 @dataclass(frozen=True)
 class Reward:
-    """accuracy for a right answer, else form for a well-formed one, else 0; a right answer never earns less."""
+    """Weights of what is paid. The default is R1-Zero's: accuracy, and a little for an answer of the asked form.
+
+    Thinking itself then earns nothing: if answers grow longer, it is because thinking makes them right. Whatever the
+    weights, a wrong answer cannot earn as much as a right one, and an opened chain with nothing in it earns nothing
+    at all. `language` is R1's language consistency: the share of the chain's words that are in `target`.
+    """
 
     accuracy: float = 1.0
-    form: float = 0.1
+    form: float = 0.1  # for a well-formed answer that is wrong; a right one has no need of it
+    think: float = 0.0  # for a chain that was opened, closed and has something in it
+    language: float = 0.0
+    target: str = "en"  # ISO 639-1
+    brevity: float = 0.0  # falls linearly from this at no tokens to 0 at the limit; for right answers alone
+    preference: float = 0.0  # times the judge's score among the answers of a group
+    judge: Judge | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "reward")
+        extra = self.form + self.think + self.language
+        if self.accuracy > 0 and extra >= self.accuracy:
+            raise UserError(
+                "reward.accuracy", self.accuracy, f"form, think and language add up to {extra:g}: a wrong answer could earn as much as a right one",
+                "Weigh accuracy higher or the others lower; only their proportions matter.",
+            )  # fmt: skip
+        if (self.preference > 0) != (self.judge is not None):
+            raise UserError(
+                "reward.preference", self.preference, "a preference and a judge go together", "Give both or none."
+            )  # fmt: skip
 
-    def __call__(self, verdict: Verdict) -> float:
-        if verdict.correct:
-            return self.accuracy
-        return self.form if verdict.well_formed else 0.0
+    def parts(self, verdict: Verdict, chain: str, thinks: bool, tokens: int, limit: int) -> dict[str, float]:
+        """What one answer earns, by name; `chain` is its thinking, `tokens` of at most `limit` its length.
+
+        An answer that is no answer (cut off, not of the asked form) earns nothing for its language either.
+        """
+        earned = dict.fromkeys(self.names, 0.0)
+        if not (verdict.correct or verdict.well_formed) or (thinks and not chain.strip()):
+            return earned
+        earned["accuracy"] = self.accuracy if verdict.correct else 0.0
+        earned["form"] = 0.0 if verdict.correct else self.form
+        if self.think and thinks:
+            earned["think"] = self.think
+        if self.language and thinks:
+            earned["language"] = self.language * (consistency(chain, self.target) or 0.0)
+        if self.brevity and verdict.correct:
+            earned["brevity"] = self.brevity * (1 - tokens / limit)
+        return earned
+
+    @property
+    def names(self) -> list[str]:
+        """The parts that can be earned, accuracy and form first."""
+        optional = ("think", "language", "brevity", "preference")
+        return ["accuracy", "form", *(name for name in optional if getattr(self, name))]

@@ -6,10 +6,10 @@ drawn, on which side it lies.
 
 import hashlib
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
-from finback.config import UserError
+from finback.config import UserError, check_fields
 
 HELD_OUT = 10  # one problem in ten, by hash, is kept for evaluation
 
@@ -51,6 +51,41 @@ class Task(Protocol):
     def check(self, problem: Problem, answer: str) -> Verdict:
         """Judge the text after the thinking; must neither raise nor execute anything for any text."""
         ...
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several tasks as one: each problem comes from one of them, by `weights` (equal ones if none are given)."""
+
+    tasks: tuple[Task, ...]
+    weights: tuple[float, ...] = ()
+    label: str = "mixture"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "mixture")
+        if not self.tasks:
+            raise UserError("mixture.tasks", self.tasks, "nothing to mix", "Name at least one task.")
+        if self.weights and (len(self.weights) != len(self.tasks) or min(self.weights) <= 0):
+            raise UserError(
+                "mixture.weights", self.weights, f"not one positive weight for each of {len(self.tasks)} tasks", "Correct it."
+            )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    @property
+    def waits(self) -> bool:
+        """Whether a check may wait for another process."""
+        return any(getattr(task, "waits", False) for task in self.tasks)
+
+    def draw(self, rng: random.Random) -> Problem:
+        (place,) = rng.choices(range(len(self.tasks)), self.weights or None)
+        problem = self.tasks[place].draw(rng)
+        return replace(problem, tags={**problem.tags, "part": place})
+
+    def check(self, problem: Problem, answer: str) -> Verdict:
+        return self.tasks[int(problem.tags["part"])].check(problem, answer)
 
 
 def is_held_out(key: str) -> bool:

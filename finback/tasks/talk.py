@@ -1,0 +1,73 @@
+"""Small talk with a check for what can be checked: is the reply a sentence of words that people use, not a sum.
+
+The prompts are how the dialogues of the packaged Chit Chat corpus begin. No torch here.
+"""
+
+import importlib.util
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from finback.config import UserError, check_fields, check_positive
+from finback.tasks.task import Problem, Verdict
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_COMMON = 3  # times that a word must occur in the corpus to count as one that people use
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A reply is right if it has between `least` and `most` words, nearly all of them known, no digits, and few repeats.
+
+    Nothing here says that a reply is apt: that is for people, or for a judge.
+    """
+
+    least: int = 3
+    most: int = 40
+    known: float = 0.9  # share of the words that must occur in the corpus
+    different: float = 0.6  # share of the words that must differ from each other
+
+    def __post_init__(self) -> None:
+        check_fields(self, "talk")
+        check_positive(self, "talk", "least", "most")
+
+    @property
+    def name(self) -> str:
+        return "talk"
+
+    def draw(self, rng: random.Random) -> Problem:
+        text = rng.choice(_corpus()[0])
+        return Problem(question=text, answer="", key="talk: " + " ".join(text.lower().split()))
+
+    def check(self, problem: Problem, answer: str) -> Verdict:
+        words = [w.lower().replace("’", "'") for w in _WORD.findall(answer[:2000])]
+        count = len(words)
+        fits = self.least <= count <= self.most and not re.search(r"\d", answer)
+        if not fits or " ".join(answer.lower().split()) == problem.key.removeprefix("talk: "):
+            return Verdict(correct=False, well_formed=False)
+        known = sum(w in _corpus()[1] for w in words) / count
+        good = known >= self.known and len(set(words)) / count >= self.different
+        return Verdict(correct=good, well_formed=good)
+
+
+@lru_cache(maxsize=1)
+def _corpus() -> tuple[list[str], frozenset[str]]:
+    """How dialogues begin, and the words that occur a few times."""
+    spec = importlib.util.find_spec("chitchat_dataset")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "talk", "chitchat_dataset", "the package is not installed", "pip install chitchat-dataset"
+        )
+    text = (Path(spec.origin).parent / "dataset.json").read_text(encoding="utf-8")
+    begins: set[str] = set()
+    counts: Counter[str] = Counter()
+    for dialogue in json.loads(text).values():
+        turns = [" ".join(line["text"] for line in turn) for turn in dialogue["messages"]]
+        counts.update(w.lower().replace("’", "'") for turn in turns for w in _WORD.findall(turn))
+        if turns and not re.search(r"\d", turns[0]) and 0 < len(turns[0]) <= 120:
+            begins.add(" ".join(turns[0].split()))
+    return sorted(begins), frozenset(w for w, n in counts.items() if n >= _COMMON)
