@@ -16,7 +16,7 @@ from finback.data.tokenizer import ADDED, ASSISTANT, BOS, END_THINK, EOS, THINK,
 class Message:
     """One turn. `thinking` is the assistant's chain; it is part of training text and never of later prompts (R1)."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["system", "user", "assistant"]
     content: str
     thinking: str = ""
 
@@ -46,16 +46,22 @@ def prompt(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = Fals
     words then count, as they do there. Without one the form is DeepSeek's.
     """
     if tokenizer.template is not None:
-        said = [{"role": m.role, "content": m.content} for m in messages]
-        text = tokenizer.template.render(
-            said, add_generation_prompt=True, **({"thinking": True} if think else {})
-        )
-        return tokenizer.encode_marked(text + (THINK if think and not is_open(text) else ""))
+        return tokenizer.encode_marked(prompt_text(messages, tokenizer, think))
     demand_marks(tokenizer)
     ids = [tokenizer.bos]
     for message in messages:
-        ids += _turn(message, tokenizer, with_thinking=False)
+        ids += turn(message, tokenizer, with_thinking=False)
     return ids + [tokenizer.ids[ASSISTANT]] + ([tokenizer.ids[THINK]] if think else [])
+
+
+def prompt_text(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = False) -> str:
+    """The text of a prompt by the tokenizer's own template."""
+    assert tokenizer.template is not None, "without a template a prompt is ids, not text"
+    said = [{"role": m.role, "content": m.content} for m in messages]
+    text = tokenizer.template.render(
+        said, add_generation_prompt=True, **({"thinking": True} if think else {})
+    )
+    return text + (THINK if think and not is_open(text) else "")
 
 
 def opens_chain(tokenizer: Tokenizer) -> bool:
@@ -80,7 +86,7 @@ def document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     demand_marks(tokenizer)
     ids = [tokenizer.bos]
     for message in messages:
-        ids += _turn(message, tokenizer, with_thinking=True)
+        ids += turn(message, tokenizer, with_thinking=True)
     return ids if messages and messages[-1].role == "assistant" else [*ids, tokenizer.eos]
 
 
@@ -93,7 +99,10 @@ def demand_marks(tokenizer: Tokenizer, marks: Collection[str] = (BOS, EOS, *ADDE
         )  # fmt: skip
 
 
-def _turn(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[int]:
+def turn(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[int]:
+    """Ids of one turn in DeepSeek's form, the mark that opens it included."""
+    if message.role == "system":
+        return tokenizer.encode(message.content)
     if message.role == "user":
         return [tokenizer.ids[USER], *tokenizer.encode(message.content)]
     ids = [tokenizer.ids[ASSISTANT]]

@@ -54,7 +54,7 @@ class Chitchat:
 class Files:
     """A user's own text: .txt or any text file (one document each, split at blank lines), or .jsonl.
 
-    A JSONL line has "text", or "messages" (role, content), or "question" and "answer".
+    A JSONL line has "text", or "messages" (role, content, reasoning_content), or "question" and "answer".
     """
 
     paths: tuple[str, ...] = field(default_factory=tuple)
@@ -92,6 +92,42 @@ class Files:
                 )
 
 
+@dataclass(frozen=True)
+class Hub:
+    """A data set of the Hugging Face hub, or of a folder that `datasets` reads; records as in Files' JSONL."""
+
+    path: str  # owner/name
+    split: str = "train"
+    subset: str | None = None
+    name: str = "hub"
+    licence: str = "unstated"
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.name)
+
+    def files(self) -> list[Path]:
+        return []  # the hub's own cache, known by fingerprint only
+
+    def documents(self) -> Iterator[Document]:
+        for number, row in enumerate(self._load()):
+            yield _from_record(dict(row), f"{self.path}[{number}]", str(row))
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            raise UserError(
+                f"{self.name}.path", self.path, "the package `datasets` is not installed", "pip install 'finback[hub]'"
+            ) from None  # fmt: skip
+        try:
+            return datasets.load_dataset(self.path, self.subset, split=self.split)
+        except Exception as error:  # the library and the network raise many kinds
+            raise UserError(
+                f"{self.name}.path", self.path, f"cannot be loaded ({str(error).splitlines()[0][:200]})",
+                "Check the name, the split and the network; a gated set wants `hf auth login`.",
+            ) from None  # fmt: skip
+
+
 def digest(files: list[Path]) -> str:
     """SHA-256 over the contents of files in order."""
     total = hashlib.sha256()
@@ -123,6 +159,10 @@ def _from_json(line: str, where: str) -> Document:
     except (ValueError, RecursionError) as error:  # also too deep, or a number of too many digits
         problem = f"not JSON ({getattr(error, 'msg', error)})"
         raise UserError(where, line[:60], problem, "Write one JSON object per line.") from None
+    return _from_record(record, where, line)
+
+
+def _from_record(record: Any, where: str, shown: str) -> Document:
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
             return Document(text=record["text"])
@@ -130,10 +170,10 @@ def _from_json(line: str, where: str) -> Document:
             return Document((Message("user", record["question"]), Message("assistant", record["answer"])))
         messages = record.get("messages")
         if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
-            return Document(tuple(Message(m["role"], m["content"]) for m in messages))
+            return Document(tuple(_message(m) for m in messages))
     raise UserError(
         where,
-        line[:60],
+        shown[:60],
         "no field that can be learnt from",
         'Give "text", "question" and "answer", or "messages".',
     )
@@ -142,6 +182,12 @@ def _from_json(line: str, where: str) -> Document:
 def _is_message(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.get("role") in ("user", "assistant")
+        and value.get("role") in ("system", "user", "assistant")
         and isinstance(value.get("content"), str)
     )
+
+
+def _message(value: dict[str, Any]) -> Message:
+    """A message in OpenAI's form; a chain stands beside the answer, as DeepSeek's API gives it."""
+    chain = value.get("reasoning_content") if value["role"] == "assistant" else None
+    return Message(value["role"], value["content"], chain if isinstance(chain, str) else "")

@@ -1,6 +1,6 @@
 """Losses over a large vocabulary without holding its scores: next-token cross-entropy and token log-probabilities."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,3 +59,26 @@ def token_logprobs(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: fl
     with torch.no_grad():
         entropy = -(logp.exp() * logp).sum(dim=-1)
     return logp.gather(1, tokens[:, None]).squeeze(1), entropy
+
+
+def distillation(
+    student: Tensor, teacher: Tensor, form: Literal["forward", "reverse"], top_k: int = 0
+) -> Tensor:
+    """KL divergence per row between two models' scores (n, vocab) -> (n,); the gradient is the student's alone.
+
+    forward is KL(teacher || student): cover all that the teacher would say; reverse is KL(student || teacher): say only
+    what it would (MiniLLM, 2306.08543). With `top_k` the teacher's k likeliest tokens are told apart and all others
+    count as one outcome, which bounds the divergence from below.
+    """
+    ours, theirs = student.float().log_softmax(dim=-1), teacher.detach().float().log_softmax(dim=-1)
+    if 0 < top_k < theirs.size(-1):
+        kept = theirs.topk(top_k, dim=-1).indices
+        ours, theirs = _with_rest(ours.gather(-1, kept)), _with_rest(theirs.gather(-1, kept))
+    p, difference = (theirs.exp(), theirs - ours) if form == "forward" else (ours.exp(), ours - theirs)
+    return (p * difference).sum(dim=-1)
+
+
+def _with_rest(logp: Tensor) -> Tensor:
+    """Log-probabilities (n, k) of some outcomes -> (n, k + 1) with that of all others."""
+    rest = (1 - logp.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-7)
+    return torch.cat([logp, rest.log()], dim=-1)

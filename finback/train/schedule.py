@@ -1,5 +1,7 @@
 """Learning rates as functions of tokens, so that batch size and rank count do not change a run's shape."""
 
+import math
+
 
 def warmup(tokens: int, warmup_tokens: int) -> float:
     """Factor that rises linearly to 1 over warmup_tokens."""
@@ -12,3 +14,11 @@ def decay(tokens: int, start: int | None, length: int, floor: float) -> float:
         return 1.0
     done = min(1.0, (tokens - start) / length) if length > 0 else 1.0
     return 1.0 - (1.0 - floor) * done
+
+
+def cosine(done: float, warmup: float, floor: float) -> float:
+    """Factor after a share `done` of a run: up to 1 over the first `warmup` of it, then along a cosine to `floor`."""
+    if done < warmup:
+        return done / warmup
+    along = (done - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, along))) / 2

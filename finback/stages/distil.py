@@ -1,0 +1,130 @@
+"""Distillation on a teacher's probabilities: over the traces of a reject stage, or over the student's own answers.
+
+R1 distilled by SFT on traces alone, which is the SFT stage. Where teacher and student share a tokenizer there is more to
+learn from: what else the teacher might have said at every token. On-policy (GKD, 2306.13649) the student answers the
+questions of a task and the teacher corrects it where it actually goes.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint import model as models
+from finback.config import UserError, check_positive
+from finback.data.tokenizer import Tokenizer
+from finback.data.tuning import Lesson, Packed, packed
+from finback.engine.engine import Engine
+from finback.engine.sequence import Sampling
+from finback.recipe import Work
+from finback.run import StageRun
+from finback.stages.rollout import rollout
+from finback.stages.sft import SFT, Tuning, summed_cross_entropy
+from finback.tasks import task as tasks
+from finback.tasks.task import Task
+from finback.train.loss import distillation
+
+CHUNK = 512  # tokens whose scores, the student's and the teacher's, are held at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil(SFT):
+    """SFT's knobs, with the teacher's probabilities as targets; with `task` the student's own answers are the lessons."""
+
+    teacher: str
+    divergence: Literal["forward", "reverse"] = "forward"
+    top_k: int = 0  # told apart; 0: the whole vocabulary
+    hard: float = 0.0  # share of the loss that stays SFT's
+    task: Task | None = None  # on-policy
+    steps: int = 100  # on-policy: as many, with `prompts` questions each
+    prompts: int = 32
+    temperature: float = 1.0
+    max_tokens: int = 96
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, self.name, "steps", "prompts", "max_tokens")
+        if not 0 <= self.hard <= 1:
+            raise UserError(f"{self.name}.hard", self.hard, "a share is between 0 and 1", "Correct it.")
+        if self.task is not None and (self.kept or self.text):
+            raise UserError(
+                f"{self.name}.task", self.task.name, "the lessons are the student's answers or given ones, not both",
+                "Leave out task, or kept and text.",
+            )  # fmt: skip
+
+    def inputs(self) -> tuple[str, ...]:
+        return (*super().inputs(), self.teacher)
+
+    def work(self) -> Work:
+        tokens = self.steps * self.prompts * self.max_tokens if self.task else 0
+        return Work(tokens_trained=tokens, tokens_generated=tokens)
+
+    def run(self, run: StageRun) -> dict[str, Any]:
+        return _Distillation(self, run).run()
+
+
+class _Distillation(Tuning):
+    stage: Distil
+
+    def __init__(self, stage: Distil, run: StageRun) -> None:
+        folder = run.input(stage.teacher)
+        self.teacher = models.load(folder).eval()
+        self.teacher_tokenizer = Tokenizer(folder)
+        super().__init__(stage, run)
+
+    def set_up(self) -> None:
+        """Lessons as SFT's, or an engine to make them."""
+        if self.tokenizer.as_json() != self.teacher_tokenizer.as_json():
+            raise UserError(
+                f"{self.stage.name}.teacher", self.stage.teacher, "has another tokenizer than the student",
+                "Their probabilities cannot be compared: sample traces with a reject stage and use SFT.",
+            )  # fmt: skip
+        if self.stage.task is None:
+            super().set_up()
+            return
+        self.steps = self.stage.steps
+        self.engine = Engine(self.model, self.tokenizer.stops)
+
+    def rows(self) -> Packed | None:
+        """SFT's rows, or the student's answers to this step's questions."""
+        stage, run = self.stage, self.stage_run
+        if stage.task is None:
+            return super().rows()
+        rng = random.Random(run.seed("questions", self.step))
+        problems = [tasks.draw(stage.task, "train", rng) for _ in range(stage.prompts)]
+        mine = range(self.world.rank, stage.prompts, self.world.size)
+        seeds = [run.seed("answer", self.step, i) for i in mine]
+        sampling = Sampling(stage.temperature, stage.max_tokens)
+        answers = rollout(
+            self.engine, self.tokenizer, stage.task, [problems[i] for i in mine], seeds, sampling
+        )
+        made = [
+            Lesson(
+                [*r.prompt, *r.completion.tokens], [False] * len(r.prompt) + [True] * len(r.completion.tokens)
+            )
+            for r in answers
+        ]
+        self.model.train()
+        return packed([[lesson] for lesson in made], self.depths)
+
+    def main_loss(self, hidden: Tensor, batch: Packed) -> Tensor:
+        """The divergence summed over tokens to be learnt, SFT's loss mixed in as asked."""
+        stage, wanted = self.stage, batch.targets >= 0
+        with torch.no_grad():
+            told = self.teacher(batch.tokens[:, : batch.real.size(1)], documents=batch.documents)[wanted]
+        ours = hidden[wanted]
+        parts = [
+            distillation(
+                self.model.logits(ours[i : i + CHUNK]), self.teacher.logits(told[i : i + CHUNK]),
+                stage.divergence, stage.top_k,
+            ).sum()
+            for i in range(0, len(ours), CHUNK)
+        ]  # fmt: skip
+        soft = torch.stack(parts).sum() if parts else hidden.sum() * 0
+        if not stage.hard:
+            return soft
+        return (1 - stage.hard) * soft + stage.hard * summed_cross_entropy(
+            hidden, self.model.head.weight, batch.targets
+        )

@@ -1,0 +1,215 @@
+"""Rejection sampling: several answers to each question, and of those the right, readable and different ones (R1 2.3.3).
+
+What is kept becomes lessons for SFT: kept.jsonl has dialogues in OpenAI's form, chains as `reasoning_content`.
+"""
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finback.checkpoint import model as models
+from finback.config import UserError, check_positive
+from finback.data.tokenizer import Tokenizer
+from finback.engine.engine import Engine
+from finback.engine.sequence import Sampling
+from finback.model.count import forward_flops
+from finback.parallel.mesh import World
+from finback.recipe import Stage, Work
+from finback.run import Interrupted, Progress, StageRun, read_json, spent, write_json
+from finback.stages.rollout import Rollout, rollout
+from finback.tasks import task as tasks
+from finback.tasks.language import consistency
+from finback.tasks.readable import Readable
+from finback.tasks.task import Task
+
+CHUNK = 128  # questions answered between two files, over all ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reject(Stage):
+    """Sample `samples` answers to each of `prompts` training questions and keep the good ones in kept.jsonl."""
+
+    start: str
+    task: Task
+    prompts: int = 1000
+    samples: int = 4  # per question
+    temperature: float = 1.0
+    max_tokens: int = 96
+    think: bool = False  # open the chain for the model
+    need_chain: bool = True  # drop answers without one
+    language: str = ""  # of the chain, ISO 639-1; "" for any
+    pure: float = 0.99  # least share of its words in that language
+    readable: bool = True  # drop repetitions, endless paragraphs and chaos of code
+    keep: int = (
+        2  # at most so many per question: all of them where few answers were right, one where all were
+    )
+    easy: float = 1.0  # largest share of what is kept that may come from questions which were always solved
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, self.name, "prompts", "samples", "max_tokens", "keep")
+        for name in ("pure", "easy"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(
+                    f"{self.name}.{name}", getattr(self, name), "a share is between 0 and 1", "Correct it."
+                )
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.start,)
+
+    def work(self) -> Work:
+        return Work(tokens_generated=self.prompts * self.samples * self.max_tokens)
+
+    def run(self, run: StageRun) -> dict[str, Any]:
+        world = run.ranks
+        assert isinstance(world, World), "rejection sampling gathers answers over a World"
+        folder = run.input(self.start)
+        tokenizer, model = Tokenizer(folder), models.load(folder).eval()
+        engine = Engine(model, tokenizer.stops)
+        problems = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))
+        progress = Progress(run, self.prompts, "questions", spent(run.folder)["seconds"])
+        for start in range(0, self.prompts, CHUNK):
+            path = run.folder / f"part-{start:08}.json"
+            if not path.is_file():
+                mine = range(start + world.rank, min(start + CHUNK, self.prompts), world.size)
+                answers = self._answer(run, engine, tokenizer, [problems[i] for i in mine], mine)
+                made = sum(len(r.completion.tokens) for r in answers)
+                judged = dict(zip(mine, self._judge(answers), strict=True))
+                gathered = world.gather((judged, made))
+                if run.is_writer:
+                    whole = {i: found for part, _ in gathered for i, found in part.items()}
+                    write_json(path, [whole[i] for i in sorted(whole)])
+                total = sum(tokens for _, tokens in gathered)
+                run.account(
+                    tokens_generated=total, flops=total * forward_flops(model.config, self.max_tokens / 4)
+                )
+            world.barrier()  # nobody looks for the next file before everybody has looked for this one
+            progress.show(min(start + CHUNK, self.prompts))
+            if run.check_stop():
+                raise Interrupted
+        return self._collect(run) if run.is_writer else {}
+
+    def _answer(
+        self, run: StageRun, engine: Engine, tokenizer: Tokenizer, problems: Sequence[tasks.Problem], mine: range
+    ) -> list[Rollout]:  # fmt: skip
+        count = range(self.samples)
+        seeds = [run.seed("answer", i, k) for i in mine for k in count]
+        sampling = Sampling(self.temperature, self.max_tokens)
+        return rollout(
+            engine, tokenizer, self.task, [p for p in problems for _ in count], seeds, sampling, self.think
+        )
+
+    def _judge(self, answers: list[Rollout]) -> list[dict[str, Any]]:
+        """For each question: how many answers were right, which of them are good, and why others are not."""
+        found = []
+        for start in range(0, len(answers), self.samples):
+            group = answers[start : start + self.samples]
+            reasons: Counter[str] = Counter()
+            good: list[dict[str, str]] = []
+            for r in group:
+                reason = self._reason(r)
+                trace = {"reasoning_content": r.response.thinking, "content": r.response.answer}
+                if not reason and trace in good:
+                    reason = "said before"
+                reasons[reason or "good"] += 1
+                if not reason:
+                    good.append(trace)
+            right = sum(r.verdict.correct for r in group)
+            problem = group[0].problem
+            found.append(
+                {"question": problem.question, "key": problem.key, "right": right, "good": good, "reasons": dict(reasons)}
+            )  # fmt: skip
+        return found
+
+    def _reason(self, r: Rollout) -> str:
+        """Why an answer is not kept; empty for a good one."""
+        chain = r.response.thinking
+        if not r.verdict.correct:
+            return "wrong"
+        if self.need_chain and not chain:
+            return "no chain"
+        if self.language and (consistency(chain, self.language) or 0.0) < self.pure:
+            return "other language"
+        if self.readable and chain:
+            # the language is judged above, where one is asked for
+            return next(iter(Readable(self.language or "en", consistency=0.0).faults(chain)), "")
+        return ""
+
+    def _collect(self, run: StageRun) -> dict[str, Any]:
+        """Choose by difficulty, write kept.jsonl, drop the parts."""
+        parts = sorted(run.folder.glob("part-*.json"))
+        found = [question for path in parts for question in read_json(path)]
+        reasons: Counter[str] = Counter()
+        for question in found:
+            reasons.update(question["reasons"])
+        kept = choose(found, self.samples, self.keep, self.easy, random.Random(run.seed("choice")))
+        if not kept:
+            raise UserError(
+                f"{self.name}.start", self.start, f"nothing to keep of {self.prompts * self.samples} answers ({dict(reasons)})",
+                "Use a better model, easier questions, or keep more.",
+            )  # fmt: skip
+        path = run.folder / "kept.jsonl"
+        temporary = path.with_name("kept.part")
+        text = "".join(json.dumps(_line(q, t, self.samples), ensure_ascii=False) + "\n" for q, t in kept)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+        for part in parts:
+            part.unlink()
+        solved = Counter(_difficulty(q["right"], self.samples) for q in found)
+        run.say(
+            f"{self.name:10} kept {len(kept):,} of {self.prompts * self.samples:,} answers; "
+            + ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+        )
+        return {
+            "kept": len(kept), "sampled": self.prompts * self.samples, "reasons": dict(reasons),
+            "questions_by_difficulty": dict(solved),
+            "kept_by_difficulty": dict(Counter(_difficulty(q["right"], self.samples) for q, _ in kept)),
+        }  # fmt: skip
+
+
+def choose(
+    found: Sequence[dict[str, Any]], samples: int, keep: int, easy: float, rng: random.Random
+) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Traces in random order: of each question more the rarer it was solved, and no more than a share of easy ones.
+
+    A question solved in a share p of its samples gives up to 1 + (keep - 1)(1 - p) traces, rounded up. A chain that
+    occurs with another question as well, word for word, is kept once.
+    """
+    seen: set[str] = set()
+    hard: list[tuple[dict[str, Any], dict[str, str]]] = []
+    always: list[tuple[dict[str, Any], dict[str, str]]] = []
+    for question in found:
+        traces = list(question["good"])
+        rng.shuffle(traces)
+        most = math.ceil(1 + (keep - 1) * (1 - question["right"] / samples))
+        fresh = [t for t in traces if t["reasoning_content"] not in seen or not t["reasoning_content"]]
+        taken = fresh[:most]
+        seen |= {t["reasoning_content"] for t in taken}
+        (always if question["right"] == samples else hard).extend((question, t) for t in taken)
+    if easy < 1 and hard:
+        rng.shuffle(always)
+        always = always[: int(len(hard) * easy / (1 - easy))]
+    chosen = hard + always
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _difficulty(right: int, samples: int) -> str:
+    share = right / samples
+    names = (
+        (0.0, "never solved"),
+        (1 / 3, "hard"),
+        (2 / 3, "middling"),
+        (0.999, "easy"),
+        (1.0, "always solved"),
+    )
+    return next(name for most, name in names if share <= most)
+
+
+def _line(question: dict[str, Any], trace: dict[str, str], samples: int) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question["question"]}, {"role": "assistant", **trace}]
+    return {"messages": messages, "solved": question["right"] / samples, "key": question["key"]}

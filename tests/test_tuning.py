@@ -1,0 +1,351 @@
+"""Lessons, their packing, fine-tuning, distillation and rejection sampling, on a toy model."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from finback.checkpoint import model as models
+from finback.config import UserError
+from finback.data import chat, tokenizer, tuning
+from finback.data.chat import Message
+from finback.data.sources import Files
+from finback.data.template import Template
+from finback.data.tokenizer import Tokenizer
+from finback.parallel.mesh import World
+from finback.run import Interrupted, StageRun, read_lines
+from finback.stages.distil import Distil, _Distillation
+from finback.stages.reject import Reject, choose
+from finback.stages.sft import SFT, Tuning, summed_cross_entropy
+from finback.tasks.math import Chains
+from finback.train.loss import distillation
+from tests.toy import WORDS, toy_model
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer.train([WORDS], 320, tmp_path_factory.mktemp("words") / "tokenizer.json")
+
+
+def taught(lesson: tuning.Lesson, words: Tokenizer) -> str:
+    return words.decode([i for i, t in zip(lesson.ids, lesson.taught, strict=True) if t], skip_special=False)
+
+
+TALK = (
+    Message("user", "hi"), Message("assistant", "well"), Message("user", "1+1?"), Message("assistant", "2", "one and one"),
+)  # fmt: skip
+
+
+def test_a_lesson_is_what_the_assistant_said(words: Tokenizer) -> None:
+    (lesson,) = tuning.lessons(TALK, words)
+    assert lesson.ids == chat.document(TALK, words)
+    eos = "<｜end▁of▁sentence｜>"
+    assert taught(lesson, words) == f"well{eos}<think>one and one</think>2{eos}"
+
+
+def test_chains_of_earlier_turns_are_taught_apart_and_never_read(words: Tokenizer) -> None:
+    talk = (Message("user", "a"), Message("assistant", "b", "why"), *TALK[2:])
+    whole, first = tuning.lessons(talk, words)
+    assert taught(whole, words) == taught(tuning.lessons(TALK, words)[0], words).split("｜>", 1)[1]
+    assert "why" not in words.decode(whole.ids) and taught(first, words).startswith("<think>why</think>b")
+    # what stands before a taught answer is the very prompt that the model will see
+    prompt = chat.prompt([*map(tuning._bare, talk[:3])], words)
+    assert whole.ids[: len(prompt)] == prompt
+
+
+def test_a_system_message_stands_first_and_is_not_taught(words: Tokenizer) -> None:
+    (lesson,) = tuning.lessons((Message("system", "be kind"), *TALK[:2]), words)
+    assert words.decode(lesson.ids, skip_special=True).startswith("be kind") and "kind" not in taught(
+        lesson, words
+    )
+
+
+@pytest.mark.parametrize("opens", ["", "<think>\n"])
+def test_a_template_writes_the_prompt(words: Tokenizer, opens: str) -> None:
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[A]"
+        + opens
+    )
+    own = Tokenizer(words.path)
+    own.template = Template(source + "{% endif %}", {})
+    first, second = tuning.lessons(TALK, own)
+    assert (
+        taught(second, own)
+        == ("" if opens else "<think>\n") + "one and one\n</think>\n\n2<｜end▁of▁sentence｜>"
+    )
+    assert own.decode(second.ids, skip_special=False).startswith(
+        "[user]hi[assistant]well[user]1+1?[A]" + opens
+    )
+    assert taught(first, own).endswith("well<｜end▁of▁sentence｜>")
+
+
+def test_nothing_to_learn_is_refused(words: Tokenizer) -> None:
+    with pytest.raises(UserError, match="nothing that an assistant says"):
+        tuning.lessons((Message("user", "hi"),), words)
+
+
+def test_rows_are_filled_and_nothing_is_lost() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(3, 60) for _ in range(3000)]
+    rows = tuning.arrange(lengths, 64, rng)
+    assert sorted(i for row in rows for i in row) == list(range(3000))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert max(filled) <= 64 and sum(filled) / (64 * len(rows)) > 0.97
+    assert tuning.arrange(lengths, 64, random.Random(1)) != rows
+
+
+def test_packed_targets_stop_at_the_end_of_a_lesson() -> None:
+    one = tuning.Lesson([5, 6, 7, 8], [False, True, True, True])
+    two = tuning.Lesson([9, 10, 11], [False, False, True])
+    batch = tuning.packed([[one, two], [two]], depths=1)
+    assert batch.targets.tolist() == [[6, 7, 8, -1, -1, 11, -1], [-1, 11, -1, -1, -1, -1, -1]]
+    assert batch.further(1).tolist() == [[7, 8, -1, -1, 11, -1, -1], [11, -1, -1, -1, -1, -1, -1]]
+    assert batch.documents.tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+    assert batch.real.sum() == 10 and batch.tokens.size(1) == 8
+
+
+def stage_folder(root: Path, seed: int, name: str) -> None:
+    folder = root / name
+    if not folder.exists():
+        folder.mkdir()
+        tokenizer.train([WORDS], 320, folder / "tokenizer.json")
+        models.save(folder, toy_model(seed))
+        (folder / "manifest.json").write_text("{}")
+
+
+def write_traces(root: Path, count: int = 60) -> None:
+    (root / "kept").mkdir(exist_ok=True)
+    (root / "kept" / "manifest.json").write_text("{}")
+    lines = []
+    for i in range(count):
+        chain = "" if i % 3 else f"{i} is {i}"
+        said = {"role": "assistant", "content": str(i), "reasoning_content": chain}
+        lines.append(json.dumps({"messages": [{"role": "user", "content": f"{i}?"}, said]}))
+    (root / "kept" / "kept.jsonl").write_text("\n".join(lines))
+
+
+def tune(root: Path, kind: type[SFT] = SFT, name: str = "tuned", **knobs: Any) -> Tuning:
+    stage_folder(root, 1, "base"), stage_folder(root, 2, "other"), write_traces(root)
+    run = StageRun(root, name, 0, World(), quiet=True)
+    run.folder.mkdir(exist_ok=True)
+    settings = {"start": "base", "kept": ("kept",), "rows": 2, "length": 48, "epochs": 2} | knobs
+    stage = kind(name=name, **settings)
+    return _Distillation(stage, run) if isinstance(stage, Distil) else Tuning(stage, run)
+
+
+def test_the_packed_gradient_is_that_of_lessons_alone(tmp_path: Path) -> None:
+    t = tune(tmp_path, mtp_weight=0.0, balance_alpha=0.0)
+    rows = [[t.taught[i] for i in row] for row in t.order[0]]
+    batch = tuning.packed(rows)
+    count = int((batch.targets >= 0).sum())
+    t.model.train(), t.gradients.zero()
+    t.backward(batch, count)
+    together = t.gradients.flat.clone()
+    t.gradients.zero()
+    for lesson in (lesson for row in rows for lesson in row):
+        ids = torch.tensor([lesson.ids])
+        targets = torch.tensor(lesson.taught[1:])
+        scores = t.model.logits(t.model(ids[:, :-1])[0])[targets]
+        (F.cross_entropy(scores, ids[0, 1:][targets], reduction="sum") / count).backward()
+    torch.testing.assert_close(together, t.gradients.flat, rtol=1e-3, atol=1e-6)
+
+
+def test_sft_learns_its_lessons_and_says_what_it_read(tmp_path: Path) -> None:
+    t = tune(tmp_path, lr=1e-2, epochs=12)
+    results = t.run()
+    losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
+    assert losses[-1] < 0.5 * losses[0]
+    assert (
+        results["lessons_by_source"] == {"kept": 60} and results["filled"] > 0.8 and results["too_long"] == 0
+    )
+    assert models.load(tmp_path / "tuned").config == t.model.config
+
+
+def test_bare_answers_leave_the_chains_out(tmp_path: Path) -> None:
+    with_chains, bare = tune(tmp_path), tune(tmp_path, chains=False)
+    mark = with_chains.tokenizer.ids["<think>"]
+    assert sum(mark in lesson.ids for lesson in with_chains.taught) == 20
+    assert not any(mark in lesson.ids for lesson in bare.taught)
+
+
+def test_an_interrupted_tuning_ends_with_the_same_bits(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    one = tune(tmp_path / "a")
+    one.run()
+    two = tune(tmp_path / "b")
+    two.peak = 1e9
+    two.model.train()
+    for _ in range(3):
+        two._train_step()
+    two._checkpoint()
+    two._train_step()  # lost
+    again = tune(tmp_path / "b")
+    again.run()
+    for a, b in zip(one.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sources_are_limited_and_named_apart(tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"question": "a", "answer": "b"}\n' * 30)
+    t = tune(tmp_path, text=(Files((str(more),), name="more"),), limits={"more": 7})
+    assert t.results["lessons_by_source"] == {"kept": 60, "more": 7}
+    with pytest.raises(UserError, match=r"tuned\.limits = 'mroe'"):
+        tune(tmp_path, limits={"mroe": 7})
+    with pytest.raises(UserError, match="one name"):
+        tune(tmp_path, text=(Files((str(more),), name="kept"),))
+    (tmp_path / "plain.txt").write_text("no turns here")
+    with pytest.raises(UserError, match=r"tuned\.kept"):
+        tune(tmp_path, kept=(), text=(Files((str(tmp_path / "plain.txt"),)),))
+    with pytest.raises(UserError, match=r"tuned\.length = 1000"):
+        tune(tmp_path, length=1000)
+
+
+# ---- distillation ------------------------------------------------------------------------------------------------------
+
+
+def test_divergences_by_hand() -> None:
+    student, teacher = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.5, 0.25]]).log()
+    half = 0.25 * torch.tensor(2.0).log()
+    torch.testing.assert_close(distillation(student, teacher, "forward"), half[None])  # 1/2 ln 2 - 1/4 ln 2
+    torch.testing.assert_close(distillation(student, teacher, "reverse"), half[None])
+    p, q = torch.randn(5, 40), torch.randn(5, 40)
+    exact = F.kl_div(p.log_softmax(-1), q.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(distillation(p, q, "forward"), exact)
+    torch.testing.assert_close(distillation(q, p, "reverse"), exact)
+    few = distillation(p, q, "forward", top_k=5)
+    assert (few <= exact + 1e-6).all() and (few > 0).all()
+    torch.testing.assert_close(distillation(p, p, "forward", top_k=5), torch.zeros(5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(distillation(p, q, "reverse", top_k=40), distillation(p, q, "reverse"))
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
+    t = tune(tmp_path, Distil, teacher="base", mtp_weight=0.0, balance_alpha=0.0)
+    t.model.train()
+    metrics = t._train_step()
+    assert metrics["loss"] == pytest.approx(0, abs=1e-5) and metrics["grad_norm"] < 1e-3
+
+
+@pytest.mark.parametrize("form", ["forward", "reverse"])
+def test_a_student_comes_closer_to_its_teacher(tmp_path: Path, form: str) -> None:
+    t = tune(tmp_path, Distil, teacher="other", divergence=form, lr=1e-2, epochs=8, mtp_weight=0.0)
+    t.run()
+    losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_on_policy_the_student_is_corrected_where_it_goes(tmp_path: Path) -> None:
+    knobs = {
+        "teacher": "other",
+        "kept": (),
+        "task": Chains(2, 3),
+        "prompts": 8,
+        "max_tokens": 8,
+        "mtp_weight": 0.0,
+    }
+    t = tune(tmp_path, Distil, steps=30, lr=1e-2, divergence="reverse", **knobs)
+    t.run()
+    losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
+    assert len(losses) == 30 and sum(losses[-3:]) < 0.6 * sum(losses[:3])
+    with pytest.raises(UserError, match=r"tuned\.task"):
+        tune(tmp_path, Distil, **knobs | {"kept": ("kept",)})
+
+
+def test_hard_targets_alone_are_sft(tmp_path: Path) -> None:
+    t = tune(tmp_path, Distil, teacher="other", hard=1.0)
+    t.step = 1
+    batch = t.rows()
+    assert batch is not None
+    hidden = t.model(batch.tokens[:, :-1], documents=batch.documents)
+    expected = summed_cross_entropy(hidden, t.model.head.weight, batch.targets)
+    torch.testing.assert_close(t.main_loss(hidden, batch), expected)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    stage_folder(tmp_path, 2, "foreign")
+    tokenizer.train(["zzyy yyzz xxyy zyxw" * 50], 320, tmp_path / "foreign/tokenizer.json")
+    with pytest.raises(UserError, match="another tokenizer"):
+        tune(tmp_path, Distil, teacher="foreign")
+
+
+# ---- rejection sampling ------------------------------------------------------------------------------------------------
+
+
+def question(number: int, right: int, chains: Sequence[str]) -> dict[str, Any]:
+    good = [{"reasoning_content": chain, "content": "1"} for chain in chains]
+    return {"question": str(number), "key": str(number), "right": right, "good": good, "reasons": {}}
+
+
+def test_rarely_solved_questions_give_more_traces() -> None:
+    found = [
+        question(0, 1, ["a"]),
+        question(1, 4, ["b", "c", "d", "e"]),
+        question(2, 2, ["f", "g"]),
+        question(3, 0, []),
+    ]
+    chosen = choose(found, 4, 4, 1.0, random.Random(0))
+    counts = {n: sum(q["question"] == str(n) for q, _ in chosen) for n in range(4)}
+    assert counts == {0: 1, 1: 1, 2: 2, 3: 0}
+
+
+def test_a_chain_is_kept_once_and_easy_questions_are_limited() -> None:
+    found = [
+        question(0, 1, ["same"]),
+        question(1, 1, ["same"]),
+        *(question(n, 4, [f"c{n}"]) for n in range(2, 12)),
+    ]
+    chosen = choose(found, 4, 1, 0.5, random.Random(0))
+    assert sorted(q["right"] for q, _ in chosen) == [1, 4]
+    assert len(choose(found, 4, 1, 1.0, random.Random(0))) == 11
+
+
+class Echo(Chains):
+    """Right is what has a digit in it: a random model manages that now and then."""
+
+    def check(self, problem: Any, answer: str) -> Any:
+        from finback.tasks.task import Verdict
+
+        return Verdict(correct="e" in answer, well_formed=True)
+
+
+def test_reject_keeps_good_answers_resumes_and_feeds_sft(tmp_path: Path) -> None:
+    stage_folder(tmp_path, 1, "base")
+    stage = Reject(
+        name="kept", start="base", task=Echo(2, 4), prompts=150, samples=3, max_tokens=12, need_chain=False, readable=False
+    )  # fmt: skip
+    run = StageRun(tmp_path, "kept", 0, World(), quiet=True)
+    run.folder.mkdir()
+    results = stage.run(run)
+    lines = read_lines(run.folder / "kept.jsonl")
+    assert results["kept"] == len(lines) > 0 and results["sampled"] == 450
+    assert sum(results["reasons"].values()) == 450 and not list(run.folder.glob("part-*"))
+    assert all("e" in line["messages"][1]["content"] and 0 < line["solved"] <= 1 for line in lines)
+    whole = (run.folder / "kept.jsonl").read_bytes()
+    (run.folder / "kept.jsonl").unlink()
+    again = StageRun(tmp_path, "kept", 0, World(), quiet=True)
+    again.stop_requested = True
+    with pytest.raises(Interrupted):
+        stage.run(again)
+    assert list(run.folder.glob("part-*")), "the first part survives"
+    again.stop_requested = False
+    stage.run(again)
+    assert (run.folder / "kept.jsonl").read_bytes() == whole
+    (run.folder / "manifest.json").write_text("{}")
+    sft = SFT(name="sft", start="base", kept=("kept",), epochs=1, length=64)
+    tuned = StageRun(tmp_path, "sft", 0, World(), quiet=True)
+    tuned.folder.mkdir()
+    assert sft.run(tuned)["lessons"] == len(lines)
+
+
+def test_reject_says_when_nothing_is_left(tmp_path: Path) -> None:
+    stage_folder(tmp_path, 1, "base")
+    stage = Reject(name="kept", start="base", task=Chains(2, 3), prompts=4, samples=2, max_tokens=4)
+    run = StageRun(tmp_path, "kept", 0, World(), quiet=True)
+    run.folder.mkdir()
+    with pytest.raises(UserError, match=r"kept\.start = 'base': nothing to keep of 8 answers"):
+        stage.run(run)
