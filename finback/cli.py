@@ -132,13 +132,27 @@ def show(
         str, typer.Argument(metavar="RUN|RECIPE|STAGE", help="A run folder, a recipe file, or a stage.")
     ],
     settings: Settings = [],  # noqa: B006
+    samples: Annotated[
+        bool, typer.Option("--samples", help="Show what the model said in RL, and what it earned.")
+    ] = False,
+    stage: Annotated[str, typer.Option(help="With --samples: of this stage alone.")] = "",
+    step: Annotated[int, typer.Option(help="With --samples: of this step; else first, middle, last.")] = 0,
+    count: Annotated[int, typer.Option(help="With --samples: questions per step.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Show a run's results, a recipe's knobs, or the source of a stage, which is its documentation."""
+    """Show a run's results or samples, a recipe's knobs, or the source of a stage, which is its documentation."""
+    from finback.report import samples as said
     from finback.report import story
 
     path = Path(what)
-    if path.is_dir():
+    if samples:
+        if not path.is_dir():
+            raise UserError("show", what, "not a run folder", "Name a folder such as runs/tiny.")
+        if as_json:
+            print(json.dumps(said.find(path, stage, step), ensure_ascii=False))
+        else:
+            print(said.tell(path, stage, step, count))
+    elif path.is_dir():
         if not (path / "summary.json").is_file():
             raise UserError("run", what, "holds no summary.json", "Name a folder such as runs/tiny.")
         print(

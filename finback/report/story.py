@@ -10,6 +10,7 @@ from typing import Any
 
 from finback.config import UserError, as_json, did_you_mean
 from finback.recipe import Recipe, Stage
+from finback.report import road
 from finback.run import clock, read_json, read_lines
 
 SAMPLES = 3
@@ -22,7 +23,9 @@ def tell(root: Path) -> str:
     exams = [name for name, s in stages.items() if s["stage"] == "Evaluate"]
     learning = [name for name, s in stages.items() if s["stage"] == "GRPO"]
     parts += [_pretraining(name, s["results"]) for name, s in stages.items() if s["stage"] == "Pretrain"]
-    if len(exams) >= 2:
+    if len(exams) >= road.ROWS:
+        parts += [road.kept(stages), road.table(stages), road.one_problem(root, stages)]
+    elif len(exams) >= 2:
         before, after = exams[0], exams[-1]
         parts.append(_before_after(stages[before]["results"], stages[after]["results"]))
         parts.append(_gain(stages[before]["results"], stages[after]["results"]))
@@ -121,15 +124,9 @@ def _problems(root: Path, before: str, after: str, exam: str) -> str:
     parts = [f"The first {SAMPLES} held-out problems of the exam '{exam}':"]
     for then, now in list(pairs)[:SAMPLES]:
         parts.append(
-            f"{then['question']}  (gold: {then['gold']})\n{_answer('before', then)}\n{_answer('after', now)}"
+            f"{then['question']}  (gold: {then['gold']})\n{road.said('before', then, 6)}\n{road.said('after', now, 6)}"
         )
     return "\n\n".join(parts)
-
-
-def _answer(label: str, record: dict[str, Any]) -> str:
-    chain = record["thinking"].replace("\n", "  ")
-    shown = f"<think> {chain} </think> " if record["thinks"] else ""
-    return f"  {label:6}  {shown}{record['answer']}   {'right' if record['correct'] else 'WRONG'}"
 
 
 def draw(root: Path, learning: list[str]) -> Path | None:
@@ -150,6 +147,12 @@ def draw(root: Path, learning: list[str]) -> Path | None:
         x, [100 * r["thinks"] for r in steps], color="tab:cyan", ls="--", label="answers that think"
     )
     (n,) = right.plot(x, [r["length"] for r in steps], color="tab:orange", label="response length")
+    if len(learning) > 1:  # several RL stages follow each other
+        begin = 0
+        for name in learning:
+            left.axvline(begin + 0.5, color="tab:gray", lw=0.8)
+            left.text(begin + 1, 3, name, fontsize=8, color="tab:gray")
+            begin += len(read_lines(root / name / "metrics.jsonl"))
     left.set(
         xlabel="RL step", ylabel="% of sampled answers", ylim=(0, 102), title="RL on checkable rewards alone"
     )
@@ -186,9 +189,9 @@ def outline(recipe: Recipe) -> str:
 
 def stage_source(name: str) -> str:
     """The source of a stage class: its fields are the knobs, its comments their meaning."""
-    from finback.stages import evaluate, grpo, prepare, pretrain
+    from finback.stages import distil, evaluate, grpo, prepare, pretrain, reject, sft
 
-    modules = (prepare, pretrain, grpo, evaluate)
+    modules = (prepare, pretrain, sft, grpo, reject, distil, evaluate)
     classes = {
         n: c for m in modules for n, c in vars(m).items() if inspect.isclass(c) and issubclass(c, Stage)
     }

@@ -1,0 +1,75 @@
+"""A run with several models in a row: what each of them scores, and what each says to the same problem.
+
+Reads run folders only.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from finback.run import read_lines
+
+ROWS = 3  # exams from which on a run is told as a road
+
+
+def table(stages: dict[str, Any]) -> str:
+    """One line per examined model: every exam's accuracy with its interval, then length, thinking and language."""
+    taken = [s["results"] for s in stages.values() if s["stage"] == "Evaluate"]
+    names = list(dict.fromkeys(e["exam"] for results in taken for e in results["evaluations"]))
+    tells = any("language" in e for results in taken for e in results["evaluations"])
+    width = max(5, *(len(results["model"]) for results in taken))
+    head = f"{'model':{width}}" + "".join(f"  {name:>17}" for name in names)
+    head += f"  {'tokens':>6}  {'thinks':>6}" + (f"  {'language':>8}" if tells else "")
+    return "\n".join(["held-out problems", head, *(_row(results, names, width, tells) for results in taken)])
+
+
+def _row(results: dict[str, Any], names: list[str], width: int, tells: bool) -> str:
+    found = {e["exam"]: e for e in results["evaluations"]}
+    first = results["evaluations"][0]
+    cells = "".join(f"  {_share(found.get(name)):>17}" for name in names)
+    line = f"{results['model']:{width}}{cells}  {first['mean_tokens']:>6.1f}  {first['thinks']:>6.0%}"
+    if not tells:
+        return line
+    language = first.get("language")
+    return f"{line}  {'-' if language is None else f'{language:.1%}':>8}"
+
+
+def _share(exam: dict[str, Any] | None) -> str:
+    if exam is None:
+        return "-"
+    low, high = exam["interval"]
+    return f"{exam['accuracy']:.1%} ({low:.0%}-{high:.0%})"
+
+
+def one_problem(root: Path, stages: dict[str, Any]) -> str:
+    """The first problem of the first exam, and what every model said to it, right or not."""
+    taken = [(name, s["results"]) for name, s in stages.items() if s["stage"] == "Evaluate"]
+    exam = taken[0][1]["evaluations"][0]["exam"]
+    lines: list[str] = []
+    for name, results in taken:
+        records = read_lines(root / name / f"{exam}.jsonl")
+        if records:
+            lines = lines or [
+                f"The first problem of the exam '{exam}': {records[0]['question']}  (gold: {records[0]['gold']})"
+            ]
+            lines.append(said(results["model"], records[0]))
+    return "\n".join(lines)
+
+
+def said(label: str, record: dict[str, Any], width: int = 14) -> str:
+    """One answer on one line, its chain before it."""
+    chain = record["thinking"].replace("\n", "  ")
+    shown = f"<think> {chain} </think> " if record["thinks"] else ""
+    return f"  {label:{width}}  {shown}{record['answer']}   {'right' if record['correct'] else 'WRONG'}"
+
+
+def kept(stages: dict[str, Any]) -> str:
+    """What the reject stages kept and why they dropped the rest."""
+    lines = []
+    for name, stage in stages.items():
+        if stage["stage"] == "Reject":
+            r = stage["results"]
+            reasons = ", ".join(f"{n:,} {why}" for why, n in r["reasons"].items())
+            lines.append(
+                f"Rejection sampling '{name}' kept {r['kept']:,} of {r['sampled']:,} answers: {reasons}."
+            )
+    return "\n".join(lines)
