@@ -32,9 +32,8 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    versions = {
-        name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "accelerate")
-    }
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    versions = {n: installed[n] for n in ("torch", "transformers", "trl", "accelerate") if n in installed}
     return {
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
         "cpu_family_model": f"{fields.get('cpu family', '?')}/{fields.get('model', '?')}",

@@ -1,0 +1,31 @@
+"""Teach a model a task of yours: a file of questions, and a function that says whether an answer is right.
+
+questions.jsonl holds one JSON object a line, here {"question": "cat dog", "answer": "god tac"} and whatever else the check
+needs. With answers that are numbers, formulas or single words leave `checker` out: finback compares them itself.
+
+    finback run recipes/your_task.py --set rl.start=PATH/TO/MODEL --set before.start=PATH/TO/MODEL
+"""
+
+from pathlib import Path
+from typing import Any
+
+from finback.stages.evaluate import Evaluate, Exam
+from finback.stages.grpo import GRPO
+from finback.tasks.questions import Questions
+
+MODEL = "runs/tiny/base"  # a stage of a run, a Hugging Face folder, or a .gguf file
+
+
+def check(record: dict[str, Any], answer: str) -> bool:
+    """Right is the same words in the same order, whatever the case. The answer is text: never run it."""
+    return answer.lower().split() == str(record["answer"]).lower().split()
+
+
+task = Questions(str(Path(__file__).parent / "questions.jsonl"), checker=check, label="mirrors")
+exams = (Exam(name="held out", task=task, problems=20, max_tokens=48),)
+
+recipe = [
+    Evaluate(name="before", start=MODEL, exams=exams),
+    GRPO(name="rl", start=MODEL, task=task, steps=50, prompts=16, group=8, max_tokens=48),
+    Evaluate(name="after", start="rl", exams=exams),
+]
