@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from finback.run import read_lines
+from tests.road import TRAINED, write_road
 from tests.toy import environment, finback, write_recipe
 
 
@@ -57,19 +59,23 @@ def steps_in(folder: Path) -> list[Path]:
 
 
 def kill_and_finish(
-    finished: Path, tmp_path: Path, moments: list[tuple[str, float]], tear: bool = False
-) -> int:
+    finished: Path, tmp_path: Path, moments: list[tuple[str, float]], tear: bool = False,
+    order: Sequence[str] = ("prepare", "base", "before", "zero", "after"), trained: Sequence[str] = ("base", "zero"),
+) -> int:  # fmt: skip
     """kill -9 the whole run at each moment, start it again each time, and compare; returns how often it was hit.
 
     `tear` waits for two checkpoints, cuts the newer one short after the kill, as a disk that lost power might, and
     returns how often it did.
     """
     shutil.copy(finished / "words.txt", tmp_path), shutil.copy(finished / "toy.py", tmp_path)
-    hits, order = 0, ["prepare", "base", "before", "zero", "after"]
+    hits = 0
     for wanted, delay in moments:
         # a stage may have ended just before the last kill; then it is the next one's turn
         later = order[order.index(wanted) :]
-        stage = next(s for s in later if not (tmp_path / "runs/toy" / s / "manifest.json").is_file())
+        left = [s for s in later if not (tmp_path / "runs/toy" / s / "manifest.json").is_file()]
+        if not left:
+            break
+        stage = left[0]
         child = start(tmp_path / "toy.py", tmp_path / "runs")
         wait_for(tmp_path / "runs", stage, child, delay)
         folder = tmp_path / "runs/toy" / stage
@@ -87,7 +93,7 @@ def kill_and_finish(
     done = finback("run", tmp_path / "toy.py", "--runs", tmp_path / "runs", "--ranks", 2)
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
-    for stage in ("base", "zero"):
+    for stage in trained:
         ours, theirs = (read_lines(f / f"runs/toy/{stage}/metrics.jsonl") for f in (tmp_path, finished))
         assert [(r["step"], r.get("loss")) for r in ours] == [(r["step"], r.get("loss")) for r in theirs]
         one, two = (load_file(f / f"runs/toy/{stage}/model.safetensors") for f in (finished, tmp_path))
@@ -112,6 +118,27 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bits(finished: Path,
     longest = {"base": 0.8, "zero": 0.4}  # seconds into a stage; the others are over in less than one
     moments = [(stage, rng.uniform(0, longest.get(stage, 0.1))) for stage in stages]
     assert kill_and_finish(finished, tmp_path, moments) == 10
+
+
+@pytest.mark.slow
+def test_a_whole_road_killed_at_twenty_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Every kind of stage: RL with a reference, rejection sampling, SFT, distillation on traces and on policy."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    write_road(whole)
+    done = finback("run", whole / "toy.py", "--runs", whole / "runs", "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    order = list(json.loads((whole / "runs/toy/summary.json").read_text())["stages"])
+    rng = random.Random(0)
+    moments = sorted((rng.randrange(len(order)), rng.uniform(0, 0.8)) for _ in range(20))
+    asked = [(order[place], delay) for place, delay in moments]
+    # a stage that ends before its moment has come leaves the kill to the next, or to nobody at the very end
+    assert kill_and_finish(whole, killed, asked, order=order, trained=TRAINED) >= 15
+    for name in ("zero", "dev2"):
+        ours, theirs = (read_lines(f / f"runs/toy/{name}/samples.jsonl") for f in (killed, whole))
+        assert ours == theirs and len({r["step"] for r in ours}) == (6 if name == "zero" else 4)
+    kept = [(f / "runs/toy/cold/kept.jsonl").read_bytes() for f in (killed, whole)]
+    assert kept[0] == kept[1]
 
 
 def test_ctrl_c_stops_at_a_safe_point_and_twice_at_once(finished: Path, tmp_path: Path) -> None:

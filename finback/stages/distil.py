@@ -74,6 +74,10 @@ class _Distillation(Tuning):
         self.teacher_tokenizer = Tokenizer(folder)
         super().__init__(stage, run)
 
+    def _check_length(self) -> None:
+        if self.stage.task is None:  # on-policy every answer has a row of its own
+            super()._check_length()
+
     def set_up(self) -> None:
         """Lessons as SFT's, or an engine to make them."""
         if self.tokenizer.as_json() != self.teacher_tokenizer.as_json():

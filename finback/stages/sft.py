@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the next token of what an assistant said, in packed rows, over some epochs (R1 B.4.2).
 
-Lessons come from traces that a reject stage kept, from JSONL dialogues, from the hub and from the packaged dialogues.
+Lessons come from traces that a reject stage kept, from JSONL dialogues, from the hub, from the packaged dialogues, and
+from the gold answers of tasks.
 Rows hold several lessons that do not see each other; the loss is the mean over all tokens to be learnt of a step,
 whatever the number of ranks.
 """
@@ -26,6 +27,7 @@ from finback.model.count import training_flops
 from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
 from finback.run import Interrupted, Progress, StageRun, spent
+from finback.stages.prepare import TaskText
 from finback.train import schedule
 from finback.train.loss import cross_entropy
 from finback.train.optim import Adam, Gradients
@@ -38,7 +40,7 @@ class SFT(Stage):
 
     start: str
     kept: tuple[str, ...] = ()  # reject stages whose traces are lessons
-    text: tuple[Chitchat | Files | Hub, ...] = field(default_factory=tuple)
+    text: tuple[Chitchat | Files | Hub | TaskText, ...] = field(default_factory=tuple)
     limits: dict[str, int] = field(
         default_factory=dict, hash=False
     )  # source -> dialogues of it, drawn at random
@@ -151,7 +153,9 @@ class Tuning:
     def _sources(self) -> Iterator[tuple[str, list[Document]]]:
         kept = [Files((str(self.stage_run.input(s) / "kept.jsonl"),), name=s) for s in self.stage.kept]
         for source in (*kept, *self.stage.text):
-            documents = [d for d in source.documents() if any(m.role == "assistant" for m in d.messages)]
+            seed = self.stage_run.seed("tasks", source.name)
+            given = source.generate(seed) if isinstance(source, TaskText) else source.documents()
+            documents = [d for d in given if any(m.role == "assistant" for m in d.messages)]
             limit = self.stage.limits.get(source.name)
             if limit is not None:
                 random.Random(self.stage_run.seed("limit", source.name)).shuffle(documents)
