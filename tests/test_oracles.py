@@ -1,0 +1,127 @@
+"""GRPO's advantages, losses and gradients against TRL's GRPOTrainer and verl's core_algos on the same tensors."""
+
+import json
+import math
+import subprocess
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finback.train.policy import Objective, advantages, divergence, share, surrogate, total
+from tests.toy import ROOT
+
+pytestmark = pytest.mark.slow
+PYTHON = ROOT / ".venv/oracles/bin/python"
+LONGEST = 16
+
+
+def tensors(seed: int) -> dict[str, Tensor]:
+    """Six answers of 3 to 16 tokens whose probabilities have moved far enough for every clip to act."""
+    rng = torch.Generator().manual_seed(seed)
+    new = -torch.rand(6, LONGEST, generator=rng, dtype=torch.float64) * 3
+    old = new + torch.randn(new.shape, generator=rng, dtype=torch.float64) * 0.7
+    lengths = torch.tensor([16, 3, 9, 12, 5, 7])
+    return {
+        "new": new, "old": old, "reference": new + torch.randn(new.shape, generator=rng, dtype=torch.float64) * 0.5,
+        "mask": (torch.arange(LONGEST) < lengths[:, None]).double(),
+        "advantage": torch.tensor([1.2, -0.8, 2.0, -2.5, 0.4, -0.1], dtype=torch.float64),
+    }  # fmt: skip
+
+
+def ours(t: dict[str, Tensor], aim: Objective) -> tuple[float, Tensor]:
+    """The loss as the GRPO stage puts it together, and its gradient."""
+    new = t["new"].clone().requires_grad_()
+    loss, _ = surrogate(new, t["old"], t["advantage"], t["mask"], aim)
+    if "importance" in t:
+        loss = loss * t["importance"]
+    if aim.kl:
+        loss = loss + aim.kl * divergence(new, t["reference"], aim.kl_form)
+    whole = share(aim.average, float(t["mask"].sum()), len(new), LONGEST)
+    value = total(loss, t["mask"], aim.average) / whole
+    value.backward()
+    assert new.grad is not None
+    return value.item(), new.grad
+
+
+def asked(cases: list[dict[str, Any]]) -> list[Any]:
+    if not PYTHON.exists():
+        pytest.skip("TRL and verl are not installed; `make test-slow` does it")
+    given = json.dumps([c | {"tensors": {k: v.tolist() for k, v in c["tensors"].items()}} for c in cases])
+    done = subprocess.run([PYTHON, ROOT / "tests/oracles.py"], input=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+def agree(found: list[Any], expected: list[tuple[float, Tensor]]) -> None:
+    for (value, gradient), (our_value, our_gradient) in zip(found, expected, strict=True):
+        assert our_value == pytest.approx(value, abs=1e-5)
+        torch.testing.assert_close(
+            our_gradient, torch.tensor(gradient, dtype=torch.float64), atol=1e-5, rtol=0
+        )
+
+
+TRL = [
+    ({"loss_type": "grpo"}, Objective(average="answer")),
+    ({"loss_type": "dapo", "high": 0.28}, Objective(clip_high=0.28)),
+    ({"loss_type": "bnpo", "beta": 0.04}, Objective(kl=0.04)),
+    ({"loss_type": "dr_grpo"}, Objective(average="constant")),
+    ({"loss_type": "grpo", "beta": 0.04}, Objective(average="answer", kl=0.04)),
+    ({"loss_type": "grpo", "level": "sequence", "low": 0.1, "high": 0.1},
+     Objective(average="answer", ratio="sequence", clip_low=0.1, clip_high=0.1)),
+    ({"loss_type": "dapo", "importance": 2.0}, Objective(truncate=2.0)),
+]  # fmt: skip
+
+
+def test_losses_and_gradients_are_trls() -> None:
+    cases, expected = [], []
+    for seed, (knobs, aim) in enumerate(TRL):
+        t = tensors(seed)
+        if cap := knobs.pop("importance", None):
+            t["importance"] = (t["old"] - t["reference"]).exp().clamp(max=cap)
+        defaults = {"level": "token", "beta": 0.0, "low": 0.2, "high": 0.2, "longest": LONGEST}
+        cases.append({"oracle": "trl_loss", "tensors": t, "knobs": defaults | knobs})
+        expected.append(ours(t, aim))
+    agree(asked(cases), expected)
+
+
+VERL = [
+    ({}, Objective(dual_clip=3.0)),
+    ({"low": 0.1, "high": 0.3, "dual": 1.5}, Objective(clip_low=0.1, clip_high=0.3, dual_clip=1.5)),
+    ({"mode": "seq-mean-token-mean"}, Objective(dual_clip=3.0, average="answer")),
+    ({"mode": "seq-mean-token-sum-norm"}, Objective(dual_clip=3.0, average="constant")),
+    ({"beta": 0.1, "kl_form": "low_var_kl"}, Objective(dual_clip=3.0, kl=0.1)),
+    ({"beta": 0.1, "kl_form": "kl"}, Objective(dual_clip=3.0, kl=0.1, kl_form="k1")),
+]  # fmt: skip
+
+
+def test_losses_and_gradients_are_verls() -> None:
+    cases, expected = [], []
+    for seed, (knobs, aim) in enumerate(VERL):
+        t = tensors(seed + 50)
+        defaults = {
+            "mode": "token-mean",
+            "beta": 0.0,
+            "low": 0.2,
+            "high": 0.2,
+            "dual": 3.0,
+            "kl_form": "low_var_kl",
+        }
+        cases.append({"oracle": "verl_loss", "tensors": t, "knobs": defaults | knobs})
+        expected.append(ours(t, aim))
+    agree(asked(cases), expected)
+
+
+def test_advantages_are_verls_but_for_the_kind_of_std() -> None:
+    """verl divides by the sample's std and adds 1e-6; ours is the population's."""
+    rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cases = [
+        {"oracle": "verl_advantages", "tensors": {"rewards": rewards}, "knobs": {"normalise": normalise}}
+        for normalise in (True, False)
+    ]
+    normal, plain = (torch.tensor(found, dtype=torch.float64) for found in asked(cases))
+    std = rewards.std(dim=1, keepdim=True)
+    expected = advantages(rewards) * math.sqrt(7 / 8) * std / (std + 1e-6)
+    torch.testing.assert_close(expected, normal, atol=1e-5, rtol=0)
+    torch.testing.assert_close(advantages(rewards, normalise=False), plain, atol=1e-5, rtol=0)
