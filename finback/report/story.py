@@ -33,23 +33,28 @@ def tell(root: Path) -> str:
     if learning:
         picture = draw(root, learning)
         parts.append(f"Picture: {picture}" if picture else "")
-    parts.append(f"Talk to it: finback chat {root}")
+    models = [name for name, s in stages.items() if s["stage"] in ("Pretrain", "SFT", "GRPO", "Distil")]
+    if len(exams) >= road.ROWS:
+        parts.append(f"Talk to one of them: finback chat {root}/STAGE, with STAGE one of {', '.join(models)}")
+    else:
+        parts.append(f"Talk to it: finback chat {root}")
     return "\n\n".join(part for part in parts if part)
 
 
 def _costs(stages: dict[str, Any]) -> str:
-    lines = [f"{'stage':10} {'wall':>7} {'tokens':>12} {'tokens/s':>9} {'MFU':>5} {'Wh':>6} {'$':>8}"]
+    wide = max(10, *map(len, stages))
+    lines = [f"{'stage':{wide}} {'wall':>7} {'tokens':>12} {'tokens/s':>9} {'MFU':>5} {'Wh':>6} {'$':>8}"]
     total_seconds = total_money = 0.0
     for name, stage in stages.items():
         c = stage["cost"]
         tokens = c["tokens_trained"] + c["tokens_generated"]
         mfu = f"{c['mfu']:.0%}" if c["mfu"] else "-"
         lines.append(
-            f"{name:10} {clock(c['wall_seconds']):>7} {tokens:>12,} {c['tokens_per_second']:>9,.0f} {mfu:>5} "
+            f"{name:{wide}} {clock(c['wall_seconds']):>7} {tokens:>12,} {c['tokens_per_second']:>9,.0f} {mfu:>5} "
             f"{c['energy_wh']:>6.2f} {c['money_usd']:>8.4f}"
         )
         total_seconds, total_money = total_seconds + c["wall_seconds"], total_money + c["money_usd"]
-    lines.append(f"{'all':10} {clock(total_seconds):>7} {'':12} {'':9} {'':5} {'':6} {total_money:>8.4f}")
+    lines.append(f"{'all':{wide}} {clock(total_seconds):>7} {'':12} {'':9} {'':5} {'':6} {total_money:>8.4f}")
     basis = next(iter(stages.values()))["cost"]["basis"] if stages else ""
     return "\n".join([*lines, f"Energy and money are an {basis}."])
 
@@ -66,9 +71,11 @@ def _pretraining(name: str, results: dict[str, Any]) -> str:
         end = f"DID NOT PASS ITS PROBE (best {results['probe_best']:.0%}): expect little from what follows"
     bits = ", ".join(f"{source} {value:.2f}" for source, value in results["bits_per_byte"].items())
     router = results["router_last_100_steps"]
+    line = f"Pre-training {name!r} {end}; {results['tokens']:,} tokens; bits per byte of unseen text: {bits or '-'}."
+    if not router["max_violation"]:  # a dense model
+        return line
     return (
-        f"Pre-training {name!r} {end}; {results['tokens']:,} tokens; bits per byte of unseen text: {bits or '-'}.\n"
-        f"Router, worst of the last 100 steps: max violation {router['max_violation']:.2f}, "
+        f"{line}\nRouter, worst of the last 100 steps: max violation {router['max_violation']:.2f}, "
         f"{router['idle_experts']} experts without a token."
     )
 

@@ -1,0 +1,29 @@
+"""Three ways to distil one teacher into one student, from what recipes/r1.py has made: run that first.
+
+Traces alone, as R1 did it; the teacher's probabilities on the same traces; and its probabilities on what the student says
+itself. All three see about as many tokens.
+"""
+
+from finback.stages.distil import Distil
+from finback.stages.evaluate import Evaluate, Exam
+from finback.stages.sft import SFT
+from finback.tasks.math import Chains
+
+sums = Chains(min_terms=4, max_terms=6)
+exams = (Exam(name="sums", task=sums, problems=600, max_tokens=128, language="en"),)
+student, teacher, traces = "runs/r1/student-base", "runs/r1/dev2", ("runs/r1/kept",)
+
+
+def exam(name: str) -> Evaluate:
+    """What every student has to answer."""
+    return Evaluate(name=f"of-{name}", start=name, exams=exams)
+
+
+recipe = [
+    SFT(name="traces", start=student, kept=traces, epochs=3),
+    exam("traces"),
+    Distil(name="probabilities", start=student, teacher=teacher, kept=traces, epochs=3),
+    exam("probabilities"),
+    Distil(name="on-policy", start=student, teacher=teacher, divergence="reverse", task=sums, steps=120, prompts=64, max_tokens=128),
+    exam("on-policy"),
+]  # fmt: skip

@@ -1,0 +1,128 @@
+"""The whole road at toy size, what is told of it, and the samples that RL leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finback.config import UserError
+from finback.report import samples
+from finback.run import read_lines
+from tests.road import write_road
+from tests.toy import ROOT, finback
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished toy road, its story in story.txt."""
+    folder = tmp_path_factory.mktemp("road")
+    done = finback("run", write_road(folder), "--runs", folder / "runs", "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    (folder / "story.txt").write_text(done.stdout)
+    return folder
+
+
+def test_the_story_has_a_line_for_every_model(walked: Path) -> None:
+    story = (walked / "story.txt").read_text()
+    lines = story.splitlines()
+    head = next(line for line in lines if line.startswith("model"))
+    assert "language" in head and "tokens" in head
+    for name in ("zero", "dev2", "on-policy"):
+        row = next(line for line in lines if line.startswith(f"{name} ") and "(" in line)
+        assert "%" in row
+    assert "Rejection sampling 'cold' kept" in story and "finback chat" in story
+    assert story.count("max violation") == 1, "the dense student has no router to speak of"
+    assert "The first problem of the exam 'sums'" in story
+
+
+def test_results_say_what_was_learnt_from(walked: Path) -> None:
+    stages = json.loads((walked / "runs/toy/summary.json").read_text())["stages"]
+    kept = stages["cold"]["results"]
+    assert kept["sampled"] == 400 and sum(kept["reasons"].values()) == 400
+    assert stages["dev1"]["results"]["lessons_by_source"] == {"cold": kept["kept"]}
+    for name in ("dev1", "distilled", "on-policy"):
+        assert stages[name]["cost"]["tokens_trained"] == stages[name]["results"]["tokens"] > 0
+    metrics = read_lines(walked / "runs/toy/dev2/metrics.jsonl")
+    assert {
+        "reward_accuracy",
+        "reward_language",
+        "entropy",
+        "kl",
+        "clip_share",
+        "expert_load",
+        "gap_max",
+    } <= metrics[0].keys()
+    assert all(m["gap_max"] <= 1e-4 for m in metrics) and all(m["answers"] >= 16 for m in metrics)
+
+
+def test_samples_are_shown_with_what_they_earned(walked: Path) -> None:
+    run = walked / "runs/toy"
+    shown = finback("show", run, "--samples", "--count", 1)
+    assert shown.returncode == 0, shown.stderr
+    for words in (
+        "zero, step 1:",
+        "zero, step 6:",
+        "dev2, step 4:",
+        "advantage",
+        "earned",
+        "before and after",
+    ):
+        assert words in shown.stdout
+    one = finback("show", run, "--samples", "--stage", "dev2", "--step", 2, "--json")
+    records = json.loads(one.stdout)
+    assert {r["stage"] for r in records} == {"dev2"} and {r["step"] for r in records} == {2}
+    assert len(records) >= 16
+
+
+def test_samples_that_are_not_there_are_named(walked: Path, tmp_path: Path) -> None:
+    run = walked / "runs/toy"
+    with pytest.raises(UserError, match=r"--stage = 'zeor'.*Did you mean 'zero'"):
+        samples.find(run, "zeor")
+    with pytest.raises(UserError, match=r"--step = 99.*The last is 4"):
+        samples.find(run, "dev2", 99)
+    with pytest.raises(UserError, match="no RL stage has kept any"):
+        samples.find(tmp_path)
+    refused = finback("show", tmp_path / "nowhere", "--samples")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+
+
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n in ("r1.py", "tiny.py")])
+def test_recipes_that_start_from_nothing_are_whole(name: str) -> None:
+    shown = finback("show", ROOT / "recipes" / name, "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["recipe"] == name.removesuffix(".py")
+
+
+def test_every_recipe_says_what_it_lacks(tmp_path: Path) -> None:
+    """Recipes that start from a model or a file of the user's name it in one line when it is not there."""
+    for name in RECIPES:
+        done = subprocess.run(
+            [sys.executable, "-m", "finback", "show", str(ROOT / "recipes" / name)], cwd=tmp_path,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode in (0, 2) and "Traceback" not in done.stderr, (name, done.stderr)
+        assert done.returncode == 0 or "input" in done.stderr
+
+
+def test_a_task_of_ones_own_is_forty_lines_and_runs(walked: Path, tmp_path: Path) -> None:
+    source = (ROOT / "recipes/your_task.py").read_text()
+    assert len(source.splitlines()) <= 40
+    words = ("cat", "dog", "tree", "sun", "rain")
+    lines = [
+        json.dumps({"question": f"{a} {b}", "answer": f"{a[::-1]} {b[::-1]}"}) for a in words for b in words
+    ] + [json.dumps({"question": f"{a} {b} {c}", "answer": "x"}) for a in words for b in words for c in words]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    recipe = tmp_path / "your_task.py"
+    recipe.write_text(
+        source.replace("problems=20", "problems=8").replace("steps=50, prompts=16", "steps=2, prompts=4")
+    )
+    base = walked / "runs/toy/base"
+    settings = [x for stage in ("rl", "before") for x in ("--set", f"{stage}.start={base}")]
+    done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 1, *settings)
+    assert done.returncode == 0, done.stderr
+    assert "held out" in done.stdout
