@@ -1,5 +1,7 @@
 """The machinery around GRPO's formulas, on a toy model; the formulas themselves are in test_policy.py."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from finback.run import StageRun, read_lines
 from finback.stages.grpo import GRPO, _Reinforcement
 from finback.stages.rollout import Group, Rollout
 from finback.tasks.gym import Gym
+from finback.tasks.judge import Judge
 from finback.tasks.math import Chains
 from finback.tasks.rewards import Reward
+from finback.tasks.task import Problem, Verdict
 from finback.train.policy import Objective, advantages
 from tests.toy import WORDS, toy_model
 
@@ -265,3 +269,31 @@ def test_a_prefilled_chain_is_judged_as_one(tmp_path: Path) -> None:
     asked, _ = r._sample()
     rollouts = [x for g in asked for x in g.rollouts]
     assert all(x.response.thinks and x.prompt[-1] == r.tokenizer.ids["<think>"] for x in rollouts)
+
+
+@dataclass(frozen=True)
+class Longest(Judge):
+    """Prefers the longest answer of a group."""
+
+    def prefer(self, question: str, answers: Sequence[str]) -> list[float]:
+        return [float(len(a) == max(map(len, answers))) for a in answers]
+
+
+class Anything(Chains):
+    """Right is no answer, well-formed is any: where only a judge can decide."""
+
+    def check(self, problem: Problem, answer: str) -> Verdict:
+        return Verdict(correct=False, well_formed=bool(answer))
+
+
+def test_a_judge_decides_where_no_check_can(tmp_path: Path) -> None:
+    reward = Reward(accuracy=0.0, form=0.0, preference=1.0, judge=Longest("http://127.0.0.1:1/v1", "any"))
+    r = reinforcement(tmp_path, reward=reward, task=Anything(2, 3), max_tokens=24, prompts=8, group=8)
+    metrics = r._train_step()
+    lines = read_lines(r.stage_run.folder / "samples.jsonl")
+    whole = [x for x in lines if x["finish"] == "stop" and x["answer"]]
+    assert whole and metrics["reward_preference"] == pytest.approx(
+        sum(x["reward"]["preference"] for x in lines) / 64
+    )
+    assert all(x["reward"]["preference"] == 0 for x in lines if x["finish"] != "stop")
+    assert any(x["advantage"] > 0 for x in whole)

@@ -221,10 +221,13 @@ class _Reinforcement:
             reward.parts(r.verdict, r.response.thinking, r.response.thinks, n, stage.max_tokens)
             for r, n in zip(group, lengths, strict=True)
         ]
-        if reward.judge is not None:
-            scores = reward.judge.prefer(group[0].problem.question, [r.response.answer for r in group])
-            for parts, r, score in zip(earned, group, scores, strict=True):
-                parts["preference"] = reward.preference * score if r.verdict.well_formed else 0.0
+        good = [i for i, r in enumerate(group) if r.verdict.well_formed]
+        if reward.judge is not None and good:
+            said = [group[i].response.answer for i in good]
+            # one alone has nothing to be compared with
+            scores = reward.judge.prefer(group[0].problem.question, said) if len(good) > 1 else [0.5]
+            for i, score in zip(good, scores, strict=True):
+                earned[i]["preference"] = reward.preference * score
         if stage.overlong:
             for parts, n in zip(earned, lengths, strict=True):
                 over = max(0, n - (stage.max_tokens - stage.overlong))
