@@ -239,6 +239,13 @@ def test_long_answers_cost_and_cut_ones_teach_nothing(tmp_path: Path) -> None:
     assert metrics["tokens_with_gradient"] == sum(x["tokens"] for x in whole if x["advantage"])
 
 
+def test_rl_in_bf16_keeps_fp32_masters_and_a_gap_that_bf16_explains(tmp_path: Path) -> None:
+    r = with_varied_rewards(reinforcement(tmp_path, compute="bf16", lr=1e-3, max_tokens=16))
+    metrics = [r._train_step() for _ in range(2)]
+    assert all(p.dtype == torch.float32 for p in r.model.parameters())
+    assert all(1e-5 < m["gap_mean"] < 3e-2 for m in metrics)
+
+
 def test_biases_move_only_when_asked_and_by_the_load_of_the_update_alone(tmp_path: Path) -> None:
     r = with_varied_rewards(
         reinforcement(tmp_path, bias_speed=0.01, lr=0.0, objective=Objective(kl=0.1, truncate=2.0))

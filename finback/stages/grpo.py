@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from finback.train import policy, schedule
 from finback.train.loss import token_logprobs
 from finback.train.optim import Adam, Gradients
 from finback.train.policy import Objective
+from finback.train.precision import COMPUTE
 
 LOADS = 4096  # experts times layers up to which every step logs the load of each
 
@@ -71,6 +72,9 @@ class GRPO(Stage):
     bias_speed: float = 0.0  # of the routers' biases; 0 leaves them as pre-training left them
     shuffle_rewards: bool = False  # control: hand each answer another answer's reward
     max_gap: float = 1e-2  # stop when trainer and engine disagree by more, in nats per token on average
+    compute: Literal["fp32", "bf16"] = (
+        "fp32"  # of trainer and engine alike; bf16 widens the gap a thousandfold
+    )
     micro_tokens: int = 4096  # padded tokens per backward pass
     checkpoint_steps: int = 5
 
@@ -117,7 +121,7 @@ class _Reinforcement:
             )  # fmt: skip
         self.folder = run.input(stage.start)
         self.tokenizer = Tokenizer(self.folder)
-        self.model = models.load(self.folder)
+        self.model = models.load(self.folder, COMPUTE[stage.compute])
         self.named = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
         self.gradients = Gradients([p for _, p in self.named])
         self.adam = Adam(self.named, betas=(0.9, 0.95), weight_decay=0.0)
@@ -131,7 +135,7 @@ class _Reinforcement:
     def run(self) -> dict[str, Any]:
         stage, run = self.stage, self.stage_run
         self._resume()
-        self.peak = gemm_peak(torch.float32, torch.device("cpu"))
+        self.peak = gemm_peak(COMPUTE[stage.compute], torch.device("cpu"))
         progress = Progress(run, stage.steps, "steps", spent(run.folder)["seconds"])
         while self.step < stage.steps:
             begin = time.perf_counter()
