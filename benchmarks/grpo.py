@@ -92,6 +92,12 @@ def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
         ("finback / TRL in fp32 without checkpointing", ours, f"trl fp32 {SINGLE}", "seconds"),
         ("finback / best TRL in one process", ours, single, "seconds"),
         ("finback / best TRL in any layout", ours, any_layout, "seconds"),
+        (
+            "best finback / best TRL, both in any precision and layout",
+            best("^finback"),
+            any_layout,
+            "seconds",
+        ),
         ("rollout alone: finback / best TRL in any layout", ours, any_layout, "rollout_seconds"),
         ("update alone: finback / best TRL in any layout", ours, any_layout, "update_seconds"),
         ("one process each: finback / best TRL", f"finback fp32 {SINGLE}", single, "seconds"),

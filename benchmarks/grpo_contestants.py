@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import qualify
-import torch
 from driver import CORES, Contestant, Settings
-from torch import Tensor
 from twin import count, twin
 
 from finback.checkpoint import model as models
@@ -25,7 +23,7 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.run import StageRun
 from finback.stages.grpo import GRPO, _Reinforcement
-from finback.stages.rollout import Rollout
+from finback.stages.rollout import Group, Rollout
 from finback.tasks import task as tasks
 from finback.tasks.math import Chains
 
@@ -58,7 +56,9 @@ def prompts(settings: Settings, step: int) -> list[tuple[list[int], str]]:
 
 
 def _stage_run(settings: Settings, world: World) -> StageRun:
-    return StageRun(Path(settings["folder"]), "zero", 0, world, quiet=True)
+    run = StageRun(Path(settings["folder"]), "zero", 0, world, quiet=True)
+    run.folder.mkdir(exist_ok=True)  # every answer is kept there
+    return run
 
 
 class _HashRewarded(_Reinforcement):
@@ -66,12 +66,14 @@ class _HashRewarded(_Reinforcement):
 
     rollout_seconds = 0.0
 
-    def _sample(self) -> tuple[list[Rollout], Tensor]:
+    def _sample(self) -> tuple[list[Group], list[Group]]:
         begin = time.perf_counter()
-        rollouts, rewards = super()._sample()
-        paid = torch.tensor([reward(r.completion.tokens) for r in rollouts]).view_as(rewards)
+        asked, kept = super()._sample()
         self.rollout_seconds += time.perf_counter() - begin
-        return rollouts, paid
+        return asked, kept
+
+    def _earned(self, group: list[Rollout]) -> list[dict[str, float]]:
+        return [{"accuracy": reward(r.completion.tokens), "form": 0.0} for r in group]
 
 
 def finback_worker(pipe: Connection, settings: Settings) -> None:
@@ -79,7 +81,7 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
     world = World.join(settings["rank"], settings["ranks"])
     stage = GRPO(
         name="zero", start=settings["base"], task=CHAINS, prompts=settings["prompts"],
-        group=settings["group"], lr=LR, max_tokens=settings["tokens"],
+        group=settings["group"], lr=LR, max_tokens=settings["tokens"], compute=settings["precision"], max_gap=1.0,
     )  # fmt: skip
     trainer = _HashRewarded(stage, _stage_run(settings, world))
     if settings["fixed"]:
@@ -200,10 +202,13 @@ def _trl_arguments(settings: Settings) -> Any:
 
 
 def finback_contestants(common: Settings) -> list[Contestant]:
-    """The default, one-thread ranks, and one process with all threads."""
+    """One-thread ranks and one process with all threads, in either precision; fp32 ranks are the default."""
     layouts = dict.fromkeys([(CORES, 1), (1, CORES)])
-    settings = common | {"precision": "fp32"}
-    return [Contestant(f"finback fp32 {r}x{t}", finback_worker, settings, r, t) for r, t in layouts]
+    return [
+        Contestant(f"finback {p} {r}x{t}", finback_worker, common | {"precision": p}, r, t)
+        for p in ("fp32", "bf16")
+        for r, t in layouts
+    ]
 
 
 def trl_alone(common: Settings) -> list[Contestant]:
