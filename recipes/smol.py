@@ -24,6 +24,9 @@ recipe = [
         text=(TaskText(name="examples", tasks=(sums,), documents=144, think=0.0),),
     ),
     Evaluate(name="before", start="cold", exams=exams),
-    GRPO(name="rl", start="cold", task=sums, steps=40, prompts=16, group=8, max_tokens=12, lr=1e-5, warmup=3, compute="bf16", max_gap=0.05),
+    GRPO(
+        name="rl", start="cold", task=sums, steps=30, prompts=16, group=8, max_tokens=12, lr=1e-5, warmup=3,
+        compute="bf16", max_gap=0.2,  # bf16 differs by 0.03 to 0.06 between trainer and engine
+    ),
     Evaluate(name="after", start="rl", exams=exams),
 ]  # fmt: skip
