@@ -304,3 +304,23 @@ def test_a_judge_decides_where_no_check_can(tmp_path: Path) -> None:
     )
     assert all(x["reward"]["preference"] == 0 for x in lines if x["finish"] != "stop")
     assert any(x["advantage"] > 0 for x in whole)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"temperature": 0.0}, "zero.temperature = 0.0"), ({"group": 1}, "zero.group = 1"), ({"updates": 3}, "zero.updates = 3"),
+        ({"overlong": 11}, "zero.overlong = 11"), ({"epochs": 0}, "zero.epochs = 0"),
+    ],
+)  # fmt: skip
+def test_impossible_knobs_are_named(knobs: dict[str, object], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        reinforcement(tmp_path, **knobs)
+
+
+def test_a_step_without_anything_to_learn_changes_nothing(tmp_path: Path) -> None:
+    r = reinforcement(tmp_path, mask_truncated=True, max_tokens=1)
+    before = {n: t.clone() for n, t in r.model.state_dict().items()}
+    metrics = r._train_step()
+    assert metrics["tokens_with_gradient"] == 0 and metrics["loss"] == 0
+    assert all(torch.equal(t, before[n]) for n, t in r.model.state_dict().items())

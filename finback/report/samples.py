@@ -21,7 +21,7 @@ def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
     for folder in kept:
         if stage in ("", folder.name):
             records = read_lines(folder / "samples.jsonl")
-            there = sorted({r["step"] for r in records})
+            there = sorted({r["step"] for r in records}) or [0]  # 0: killed in its first step
             wanted = {step} if step else {there[0], there[len(there) // 2], there[-1]}
             found += [{"stage": folder.name, **r} for r in records if r["step"] in wanted]
     if not found:

@@ -111,7 +111,7 @@ class _Distillation(Tuning):
             for r in answers
         ]
         self.model.train()
-        return packed([[lesson] for lesson in made], self.depths)
+        return packed([[lesson] for lesson in made], self.depths) if made else None
 
     def main_loss(self, hidden: Tensor, batch: Packed) -> Tensor:
         """The divergence summed over tokens to be learnt, SFT's loss mixed in as asked."""

@@ -86,6 +86,10 @@ class GRPO(Stage):
             raise UserError(
                 f"{self.name}.group", self.group, "an answer is judged against its group", "Use 2 or more."
             )
+        if self.temperature <= 0:
+            raise UserError(
+                f"{self.name}.temperature", self.temperature, "greedy answers do not differ within a group", "Use 1.0."
+            )  # fmt: skip
         if self.prompts % self.updates:
             raise UserError(
                 f"{self.name}.updates", self.updates, f"does not divide {self.prompts} prompts", "Use a divisor."
