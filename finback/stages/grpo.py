@@ -54,7 +54,7 @@ class GRPO(Stage):
     group: int = 8  # answers per question
     reward: Reward = field(default_factory=Reward)
     objective: Objective = field(default_factory=Objective)
-    lr: float = 3e-4  # for two thirds of the steps, then linearly down to final_lr times it
+    lr: float = 3e-4  # reached at two thirds of the steps, on one line from about 2.8 to final_lr times it (docs/log.md)
     warmup: int = 0  # steps over which lr rises to its value
     final_lr: float = 0.1
     temperature: float = 1.0
