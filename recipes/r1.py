@@ -1,8 +1,8 @@
 """The whole road of DeepSeek-R1 at the size of a laptop: R1-Zero, cold start, RL, rejection sampling, SFT, RL, distillation.
 
 The base has read sums told in English, in Chinese and in both at once, so pure RL (`zero`) learns to reason in whatever
-comes: R1-Zero's mixed languages. The road to R1 mends that, and gives small talk back. At the end a dense student half as
-large learns from the kept traces, beside the same student with RL alone and with gold answers alone.
+comes: R1-Zero's mixed languages. The road to R1 mends that, and gives small talk back. At the end a dense student a third
+as large learns from the kept traces, beside the same student with RL alone and with gold answers alone.
 """
 
 from finback.data.sources import Chitchat

@@ -324,3 +324,21 @@ def test_a_step_without_anything_to_learn_changes_nothing(tmp_path: Path) -> Non
     metrics = r._train_step()
     assert metrics["tokens_with_gradient"] == 0 and metrics["loss"] == 0
     assert all(torch.equal(t, before[n]) for n, t in r.model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_stops_the_run(value: float, tmp_path: Path) -> None:
+    r = with_varied_rewards(reinforcement(tmp_path))
+    finish = r.gradients.finish
+
+    def broken(world: World, scale: float, clip: float) -> float:
+        r.gradients.flat[0] = value
+        return finish(world, scale, clip)
+
+    r.gradients.finish = broken  # type: ignore[method-assign]
+    before = {n: t.clone() for n, t in r.model.state_dict().items()}
+    with pytest.raises(UserError, match=r"zero\.lr = .*not finite at step 1"):
+        r._train_step()
+    assert all(torch.equal(t, before[n]) for n, t in r.model.state_dict().items())
+    with pytest.raises(UserError, match=r"max_gap"):
+        r._check_gap({"gap_mean": float("nan")})

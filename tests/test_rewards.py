@@ -7,6 +7,7 @@ import pytest
 
 from finback.config import UserError
 from finback.data import chat
+from finback.tasks.judge import Judge
 from finback.tasks.language import consistency
 from finback.tasks.math import Chains
 from finback.tasks.questions import Questions
@@ -64,6 +65,17 @@ def test_a_wrong_answer_can_never_earn_as_much_as_a_right_one(weights: dict[str,
     worst_right = FULL.parts(RIGHT, CHINESE, True, 100, 100)
     best_wrong = FULL.parts(WRONG, ENGLISH, True, 1, 100)
     assert sum(worst_right.values()) > sum(best_wrong.values())
+
+
+@pytest.mark.parametrize("weights", [{"brevity": -2.0}, {"accuracy": float("nan")}, {"form": float("inf")}])
+def test_weights_are_numbers_of_zero_or_more(weights: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="not a weight of 0 or more"):
+        Reward(**weights)
+
+
+def test_a_preference_cannot_outweigh_accuracy() -> None:
+    with pytest.raises(UserError, match=r"reward\.accuracy"):
+        Reward(preference=2.0, judge=Judge("http://127.0.0.1:1/v1", "any"))
 
 
 def test_a_judge_and_its_weight_go_together() -> None:
@@ -125,6 +137,8 @@ def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
         Mixture((Chains(),), (1.0, 2.0))
     with pytest.raises(UserError, match=r"mixture\.tasks"):
         Mixture(())
+    with pytest.raises(UserError, match="holds another mixture"):
+        Mixture((mixture, Talk()))
 
 
 @pytest.mark.parametrize(

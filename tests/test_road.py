@@ -3,15 +3,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from finback.config import UserError
+from finback.data.chat import Response
+from finback.engine.sequence import Completion
+from finback.model.transformer import Transformer
 from finback.report import samples
 from finback.run import read_lines
+from finback.stages.evaluate import Exam, mtp_acceptance
+from finback.stages.rollout import Rollout
+from finback.tasks.math import Chains
+from finback.tasks.task import Problem, Verdict
 from tests.road import write_road
-from tests.toy import ROOT, finback
+from tests.toy import CONFIG, ROOT, finback
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +134,17 @@ def test_a_task_of_ones_own_is_forty_lines_and_runs(walked: Path, tmp_path: Path
     done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 1, *settings)
     assert done.returncode == 0, done.stderr
     assert "held out" in done.stdout
+
+
+def test_exams_cannot_take_the_names_of_the_stages_own_files() -> None:
+    for name in ("config", "manifest", "ledger", "metrics", "samples", "..", " "):
+        with pytest.raises(UserError, match=r"exam\.name"):
+            Exam(name=name, task=Chains())
+
+
+def test_drafts_of_a_model_with_two_mtp_depths_are_counted() -> None:
+    model = Transformer(replace(CONFIG, num_nextn_predict_layers=2)).initialise(0).eval()
+    completion = Completion([5, 6, 7], [0.0] * 3, "stop")
+    problem = Problem("?", "1", "?")
+    one = Rollout(problem, [1, 2, 3], completion, Response("", "", False, True), Verdict(False, False))
+    assert mtp_acceptance(model, [one])[1] == 2

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def test_sources_are_limited_and_named_apart(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one name"):
         tune(tmp_path, text=(Files((str(more),), name="kept"),))
     (tmp_path / "plain.txt").write_text("no turns here")
-    with pytest.raises(UserError, match=r"tuned\.kept"):
+    with pytest.raises(UserError, match=r"tuned\.text = 'no turns here'"):
         tune(tmp_path, kept=(), text=(Files((str(tmp_path / "plain.txt"),)),))
     with pytest.raises(UserError, match=r"tuned\.length = 1000"):
         tune(tmp_path, length=1000)
@@ -302,6 +303,7 @@ def test_a_chain_is_kept_once_and_easy_questions_are_limited() -> None:
     chosen = choose(found, 4, 1, 0.5, random.Random(0))
     assert sorted(q["right"] for q, _ in chosen) == [1, 4]
     assert len(choose(found, 4, 1, 1.0, random.Random(0))) == 11
+    assert choose(found[2:], 4, 1, 0.0, random.Random(0)) == []
 
 
 class Echo(Chains):
@@ -349,3 +351,40 @@ def test_reject_says_when_nothing_is_left(tmp_path: Path) -> None:
     run.folder.mkdir()
     with pytest.raises(UserError, match=r"kept\.start = 'base': nothing to keep of 8 answers"):
         stage.run(run)
+
+
+def test_chains_are_found_where_others_write_them(tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
+    asked = {"role": "user", "content": "2+2?"}
+    records = [
+        {"messages": [asked, said], "text": "rendered", "question": "2+2?", "answer": "4"},
+        {"messages": [asked, {"role": "assistant", "content": "<think>2+2</think>4"}]},
+        {"question": "2+2?", "answer": "4", "reasoning_content": "2+2"},
+        {"question": "2+2?", "answer": "<think>2+2</think>4"},
+        {
+            "messages": [
+                asked,
+                {"role": "assistant", "content": "<think> never closed", "reasoning_content": None},
+            ]
+        },
+    ]
+    path = tmp_path / "chains.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    found = [d.messages[1] for d in Files((str(path),)).documents()]
+    assert [(m.content, m.thinking) for m in found[:4]] == [("4", "2+2")] * 4
+    assert (found[4].content, found[4].thinking) == ("<think> never closed", "")
+
+
+def test_teachers_that_do_not_fit_are_named_and_padded_heads_are_cut(tmp_path: Path) -> None:
+    stage_folder(tmp_path, 3, "short")
+    small = toy_model(3)
+    models.save(
+        tmp_path / "short", type(small)(replace(small.config, max_position_embeddings=32)).initialise(0)
+    )
+    with pytest.raises(UserError, match=r"tuned\.teacher = 'short': reads 32 tokens"):
+        tune(tmp_path, Distil, teacher="short")
+    stage_folder(tmp_path, 3, "wide")
+    models.save(tmp_path / "wide", type(small)(replace(small.config, vocab_size=352)).initialise(0))
+    t = tune(tmp_path, Distil, teacher="wide", top_k=5)
+    t.model.train()
+    assert t._train_step()["loss"] > 0

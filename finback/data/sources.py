@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError, check_fields
-from finback.data.chat import Message
+from finback.data.chat import Message, parse
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,14 @@ def _from_json(line: str, where: str) -> Document:
 
 def _from_record(record: Any, where: str, shown: str) -> Document:
     if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return Document(text=record["text"])
-        if isinstance(record.get("question"), str) and isinstance(record.get("answer"), str):
-            return Document((Message("user", record["question"]), Message("assistant", record["answer"])))
-        messages = record.get("messages")
+        messages = record.get("messages")  # the richest form first: many sets carry the same as text too
         if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
             return Document(tuple(_message(m) for m in messages))
+        if isinstance(record.get("question"), str) and isinstance(record.get("answer"), str):
+            answer = record | {"role": "assistant", "content": record["answer"]}
+            return Document((Message("user", record["question"]), _message(answer)))
+        if isinstance(record.get("text"), str):
+            return Document(text=record["text"])
     raise UserError(
         where,
         shown[:60],
@@ -189,5 +190,12 @@ def _is_message(value: Any) -> bool:
 
 def _message(value: dict[str, Any]) -> Message:
     """A message in OpenAI's form; a chain stands beside the answer, as DeepSeek's API gives it."""
-    chain = value.get("reasoning_content") if value["role"] == "assistant" else None
-    return Message(value["role"], value["content"], chain if isinstance(chain, str) else "")
+    if value["role"] != "assistant":
+        return Message(value["role"], value["content"])
+    chain = value.get("reasoning_content")
+    if isinstance(chain, str) and chain:
+        return Message("assistant", value["content"], chain)
+    said = parse(value["content"].lstrip())  # others write it into the answer
+    if said.thinks and said.closed:
+        return Message("assistant", said.answer, said.thinking)
+    return Message("assistant", value["content"])

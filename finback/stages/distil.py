@@ -77,6 +77,13 @@ class _Distillation(Tuning):
     def _check_length(self) -> None:
         if self.stage.task is None:  # on-policy every answer has a row of its own
             super()._check_length()
+        longest = self.stage.length if self.stage.task is None else self.stage.max_tokens
+        window = self.teacher.config.max_position_embeddings
+        if longest > window:
+            raise UserError(
+                f"{self.stage.name}.teacher", self.stage.teacher, f"reads {window} tokens, lessons may have {longest}",
+                "Shorten length or max_tokens, or take another teacher.",
+            )  # fmt: skip
 
     def set_up(self) -> None:
         """Lessons as SFT's, or an engine to make them."""
@@ -119,9 +126,10 @@ class _Distillation(Tuning):
         with torch.no_grad():
             told = self.teacher(batch.tokens[:, : batch.real.size(1)], documents=batch.documents)[wanted]
         ours = hidden[wanted]
+        vocab = self.tokenizer.vocab_size  # heads may be padded, and differently
         parts = [
             distillation(
-                self.model.logits(ours[i : i + CHUNK]), self.teacher.logits(told[i : i + CHUNK]),
+                self.model.logits(ours[i : i + CHUNK])[:, :vocab], self.teacher.logits(told[i : i + CHUNK])[:, :vocab],
                 stage.divergence, stage.top_k,
             ).sum()
             for i in range(0, len(ours), CHUNK)

@@ -40,9 +40,15 @@ class Exam:
 
     def __post_init__(self) -> None:
         check_fields(self, "exam")
-        if not re.fullmatch(r"[\w .-]+", self.name):  # it names a file
+        if not re.fullmatch(r"\w[\w .-]*", self.name) or self.name in (
+            "config",
+            "manifest",
+            "metrics",
+            "ledger",
+            "samples",
+        ):  # it names a file
             raise UserError(
-                "exam.name", self.name, "not a file name", "Use letters, digits, spaces, . and -."
+                "exam.name", self.name, "not a free file name", "Use letters, digits, spaces, . and -."
             )
         if self.problems < 1:
             raise UserError(f"exam {self.name}.problems", self.problems, "nothing to ask", "Use at least 1.")
@@ -192,7 +198,11 @@ def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, in
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         hidden = model(tokens)
         trunk = model.logits(hidden).argmax(dim=-1)
-        draft = model.logits(model.predict_further(hidden[:, :-1], tokens)[0]).argmax(dim=-1)
+        behind = tokens.new_zeros(
+            len(rows), len(model.mtp) - 1
+        )  # only the first depth's drafts are looked at
+        further = model.predict_further(hidden[:, :-1], torch.cat([tokens, behind], dim=1))
+        draft = model.logits(further[0]).argmax(dim=-1)
         for row, r in enumerate(rollouts[start : start + 64]):
             # draft i speaks of token i + 2, as does the trunk at i + 1
             first, last = len(r.prompt) - 1, len(rows[row]) - 2

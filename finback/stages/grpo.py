@@ -8,6 +8,7 @@ loss touch the trunk. Router biases move only where `bias_speed` says so.
 """
 
 import copy
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -229,7 +230,8 @@ class _Reinforcement:
             reward.parts(r.verdict, r.response.thinking, r.response.thinks, n, stage.max_tokens)
             for r, n in zip(group, lengths, strict=True)
         ]
-        good = [i for i, r in enumerate(group) if r.verdict.well_formed]
+        empty = [r.response.thinks and not r.response.thinking for r in group]
+        good = [i for i, r in enumerate(group) if r.verdict.well_formed and not empty[i]]
         if reward.judge is not None and good:
             said = [group[i].response.answer for i in good]
             # one alone has nothing to be compared with
@@ -298,6 +300,10 @@ class _Reinforcement:
             sums, gap = self._backward(batch, whole, fresh)
             seen, worst = seen + sums, max(worst, gap)
         norm = self.gradients.finish(world, 1.0, stage.grad_clip)
+        if not math.isfinite(norm):
+            raise UserError(
+                f"{stage.name}.lr", stage.lr, f"the gradient is not finite at step {self.step}", "Lower it."
+            )
         if tokens and norm > 0:
             third = stage.steps // 3
             factor = schedule.warmup(self.step, stage.warmup)
@@ -381,7 +387,7 @@ class _Reinforcement:
         self.stage_run.append("samples.jsonl", [r for rank in self.world.gather(mine) for r in rank])
 
     def _check_gap(self, metrics: dict[str, Any]) -> None:
-        if metrics["gap_mean"] > self.stage.max_gap:
+        if not metrics["gap_mean"] <= self.stage.max_gap:  # also when it is no number
             raise UserError(
                 f"{self.stage.name}.max_gap", self.stage.max_gap,
                 f"trainer and engine differ by {metrics['gap_mean']:.2g} nats per token at step {self.step}",

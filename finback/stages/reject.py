@@ -132,7 +132,7 @@ class Reject(Stage):
             return "wrong"
         if self.need_chain and not chain:
             return "no chain"
-        if self.language and (consistency(chain, self.language) or 0.0) < self.pure:
+        if self.language and chain and (consistency(chain, self.language) or 0.0) < self.pure:
             return "other language"
         if self.readable and chain:
             # the language is judged above, where one is asked for
@@ -190,7 +190,7 @@ def choose(
         taken = fresh[:most]
         seen |= {t["reasoning_content"] for t in taken}
         (always if question["right"] == samples else hard).extend((question, t) for t in taken)
-    if easy < 1 and hard:
+    if easy < 1:
         rng.shuffle(always)
         always = always[: int(len(hard) * easy / (1 - easy))]
     chosen = hard + always

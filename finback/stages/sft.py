@@ -155,7 +155,7 @@ class Tuning:
         for source in (*kept, *self.stage.text):
             seed = self.stage_run.seed("tasks", source.name)
             given = source.generate(seed) if isinstance(source, TaskText) else source.documents()
-            documents = [d for d in given if any(m.role == "assistant" for m in d.messages)]
+            documents = [d for d in given if not d.messages or any(m.role == "assistant" for m in d.messages)]
             limit = self.stage.limits.get(source.name)
             if limit is not None:
                 random.Random(self.stage_run.seed("limit", source.name)).shuffle(documents)

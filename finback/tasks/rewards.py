@@ -3,6 +3,7 @@
 Reward parts are named, so that every step can log what was earned for what. No torch here.
 """
 
+import math
 from dataclasses import dataclass
 
 from finback.config import UserError, check_fields
@@ -31,10 +32,15 @@ class Reward:
 
     def __post_init__(self) -> None:
         check_fields(self, "reward")
-        extra = self.form + self.think + self.language
+        for name in ("accuracy", "form", "think", "language", "brevity", "preference"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"reward.{name}", getattr(self, name), "not a weight of 0 or more", "Correct it."
+                )
+        extra = self.form + self.think + self.language + self.preference
         if self.accuracy > 0 and extra >= self.accuracy:
             raise UserError(
-                "reward.accuracy", self.accuracy, f"form, think and language add up to {extra:g}: a wrong answer could earn as much as a right one",
+                "reward.accuracy", self.accuracy, f"form, think, language and preference add up to {extra:g}: a wrong answer could earn as much as a right one",
                 "Weigh accuracy higher or the others lower; only their proportions matter.",
             )  # fmt: skip
         if (self.preference > 0) != (self.judge is not None):

@@ -65,6 +65,13 @@ class Mixture:
         check_fields(self, "mixture")
         if not self.tasks:
             raise UserError("mixture.tasks", self.tasks, "nothing to mix", "Name at least one task.")
+        if any(isinstance(task, Mixture) for task in self.tasks):
+            raise UserError(
+                "mixture.tasks",
+                self.name,
+                "holds another mixture",
+                "Name its tasks here, with their weights.",
+            )
         if self.weights and (len(self.weights) != len(self.tasks) or min(self.weights) <= 0):
             raise UserError(
                 "mixture.weights", self.weights, f"not one positive weight for each of {len(self.tasks)} tasks", "Correct it."
