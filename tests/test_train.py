@@ -140,6 +140,7 @@ def test_gradients_are_clipped_to_the_global_norm() -> None:
 def test_schedules() -> None:
     assert schedule.warmup(50, 100) == 0.5 and schedule.warmup(200, 100) == 1.0
     assert schedule.decay(10**9, None, 100, 0.1) == 1.0
+    assert schedule.decay(50, 100, 100, 0.1) == 1.0, "not above 1 before it begins"
     assert schedule.decay(150, 100, 100, 0.1) == pytest.approx(0.55)
     assert schedule.decay(500, 100, 100, 0.1) == pytest.approx(0.1)
 

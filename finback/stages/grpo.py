@@ -55,7 +55,7 @@ class GRPO(Stage):
     group: int = 8  # answers per question
     reward: Reward = field(default_factory=Reward)
     objective: Objective = field(default_factory=Objective)
-    lr: float = 3e-4  # reached at two thirds of the steps, on one line from about 2.8 to final_lr times it (docs/log.md)
+    lr: float = 3e-4  # for two thirds of the steps, then linearly down to final_lr times it
     warmup: int = 0  # steps over which lr rises to its value
     final_lr: float = 0.1
     temperature: float = 1.0
@@ -185,7 +185,7 @@ class _Reinforcement:
         self._keep_samples(asked)
         return metrics | {
             "loss": loss / updates, "clip_share": clipped / tokens, "entropy": entropy / tokens,
-            "kl": kl / tokens, "gap_mean": gap / compared, "gap_max": max(world.gather(worst)), "grad_norm": norm,
+            "kl": kl / tokens, "gap_mean": gap / compared, "gap_max": max(world.gather(worst)), "grad_norm": norm, "lr": self._rate(),
             "tokens_with_gradient": float(seen[4]),
             "max_violation": max((max_violation(load) for load in loads), default=0.0),
             "expert_load": _rounded(loads), "update_seconds": time.perf_counter() - begin,
@@ -305,11 +305,15 @@ class _Reinforcement:
                 f"{stage.name}.lr", stage.lr, f"the gradient is not finite at step {self.step}", "Lower it."
             )
         if tokens and norm > 0:
-            third = stage.steps // 3
-            factor = schedule.warmup(self.step, stage.warmup)
-            factor *= schedule.decay(self.step, stage.steps - third, third, stage.final_lr)
-            self.adam.step(stage.lr * factor)
+            self.adam.step(self._rate())
         return seen, worst, norm
+
+    def _rate(self) -> float:
+        """This step's learning rate: up over the warm-up, level, and down over the last third."""
+        stage = self.stage
+        third = stage.steps // 3
+        factor = schedule.warmup(self.step, stage.warmup)
+        return stage.lr * factor * schedule.decay(self.step, stage.steps - third, third, stage.final_lr)
 
     def _backward(self, batch: Batch, whole: float, fresh: bool) -> tuple[Tensor, float]:
         """Add one batch's gradient: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared; largest gap."""

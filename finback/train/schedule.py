@@ -9,8 +9,8 @@ def warmup(tokens: int, warmup_tokens: int) -> float:
 
 
 def decay(tokens: int, start: int | None, length: int, floor: float) -> float:
-    """Factor that falls linearly from 1 at token `start` to `floor` over `length` tokens; 1 while start is None."""
-    if start is None:
+    """Factor that falls linearly from 1 at token `start` to `floor` over `length` tokens; 1 before, and while start is None."""
+    if start is None or tokens <= start:
         return 1.0
     done = min(1.0, (tokens - start) / length) if length > 0 else 1.0
     return 1.0 - (1.0 - floor) * done
