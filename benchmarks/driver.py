@@ -22,11 +22,11 @@ from typing import IO, Any
 
 import torch
 
-from finback.parallel.launch import default_ranks, die_with_parent
+from finback.parallel.launch import core_ranks, die_with_parent
 
 Settings = dict[str, Any]
 Work = Callable[[Connection, Settings], None]
-CORES = default_ranks(64)
+CORES = core_ranks(64)
 
 
 class FailedError(Exception):

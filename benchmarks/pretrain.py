@@ -32,9 +32,9 @@ from pretrain_contestants import (
     finback_contestants,
     ranked_peers,
 )
+from sizes import SIZES
 from text import prepare
 
-from finback.model.config import TINY
 from finback.model.count import training_flops
 from finback.tasks.math import Chains
 
@@ -171,6 +171,7 @@ def default_precision(seconds: dict[str, float]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="1.5, 10 or 100 M parameters")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="steps per turn")
     parser.add_argument("--rows", type=int, default=32, help="rows per step over all ranks")
@@ -188,13 +189,13 @@ def _options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prepare, let the peer's settings qualify, race, then the section beside a busy process."""
-    layers = 2 if options.smoke else TINY.num_hidden_layers
-    common = {"folder": str(folder), "rows": options.rows, "layers": layers}
-    results = record.header("pretrain", {
+    layers = 2 if options.smoke else SIZES[options.size].num_hidden_layers
+    common = {"folder": str(folder), "rows": options.rows, "layers": layers, "size": options.size}
+    results = record.header("pretrain" if options.size == "tiny" else f"pretrain-{options.size}", {
         "model": dataclasses.asdict(config_of(common)), "rows": options.rows, "length": LENGTH,
         "steps_per_turn": options.steps, "rounds": options.rounds, "text": "chitchat, tokenised", "only": options.only,
     })  # fmt: skip
-    prepare(folder, Chains())
+    prepare(folder, Chains(), SIZES[options.size].vocab_size)
     field = driver.Field(options.only)
     probes = gemm.contestants()
 

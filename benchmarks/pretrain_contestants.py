@@ -15,26 +15,29 @@ import qualify
 import torch
 from driver import CORES, Contestant, Settings
 from gemm import DTYPES, LAYOUTS
+from sizes import SIZES
 from torch import Tensor, nn
 from twin import count, twin
 
 from finback.data.loader import Loader
-from finback.model.config import TINY, ModelConfig
+from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.run import StageRun
-from finback.stages.pretrain import Pretrain, _Pretraining
-from finback.train.optim import Adam, Muon
+from finback.stages.pretrain import Pretrain
+from finback.stages.pretraining import Pretraining
 
 LENGTH = 128
-WARMUP = 20  # oneDNN compiles bf16 products for block sizes as it meets them
+# steps: oneDNN compiles bf16 products for block sizes as it meets them
+WARMUP = {"tiny": 20, "10m": 12, "100m": 3}
 
 
 def config_of(settings: Settings) -> ModelConfig:
-    """TINY with or without its MTP module; a smoke test takes fewer layers."""
+    """A size with or without an MTP module; a smoke test takes fewer layers."""
     return dataclasses.replace(
-        TINY, num_hidden_layers=settings["layers"], num_nextn_predict_layers=int(settings.get("mtp", False))
-    )
+        SIZES[settings["size"]], num_hidden_layers=settings["layers"],
+        num_nextn_predict_layers=int(settings.get("mtp", False)),
+    )  # fmt: skip
 
 
 # finback's side
@@ -44,24 +47,24 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
     """The pre-training stage's own step."""
     world = World.join(settings["rank"], settings["ranks"])
     trainer = _trainer(settings, world)
-    _serve(pipe, count(trainer.model), lambda: trainer._train_step()["loss"])
+    _serve(pipe, count(trainer.model), lambda: trainer._train_step()["loss"], WARMUP[settings["size"]])
 
 
 def _stage_run(settings: Settings, world: World) -> StageRun:
-    return StageRun(Path(settings["folder"]), "base", 0, world, quiet=True)
+    run = StageRun(Path(settings["folder"]), "base", 0, world, quiet=True)
+    run.folder.mkdir(exist_ok=True)  # steps log what the routers do
+    return run
 
 
-def _trainer(settings: Settings, world: World) -> _Pretraining:
+def _trainer(settings: Settings, world: World) -> Pretraining:
     stage = Pretrain(
         name="base", data="prepare", model=config_of(settings), mixture={"chitchat": 1.0},
-        rows=settings["rows"], length=LENGTH, compute=settings["precision"],
+        rows=settings["rows"], length=LENGTH, compute=settings["precision"], optimizer=settings["optimiser"],
     )  # fmt: skip
-    trainer = _Pretraining(stage, _stage_run(settings, world))
+    if settings["optimiser"] == "adamw":  # at the peer's rate, for all parameters
+        stage = dataclasses.replace(stage, adam_lr=1e-3)
+    trainer = Pretraining(stage, _stage_run(settings, world))
     trainer.model.train()
-    if settings["optimiser"] == "adamw":  # for all parameters, as the peer
-        trainer.stage = dataclasses.replace(stage, adam_lr=1e-3)
-        trainer.muon = Muon([], world)
-        trainer.adam = Adam(list(trainer.model.named_parameters()), betas=(0.9, 0.95), weight_decay=0.05)
     return trainer
 
 
@@ -72,7 +75,7 @@ def transformers_worker(pipe: Connection, settings: Settings) -> None:
     """DeepseekV3ForCausalLM with fused AdamW; among several ranks under DistributedDataParallel."""
     World.join(settings["rank"], settings["ranks"])
     model = _peer(settings)
-    _serve(pipe, count(model), _peer_step(model, settings))
+    _serve(pipe, count(model), _peer_step(model, settings), WARMUP[settings["size"]])
 
 
 def _peer(settings: Settings) -> nn.Module:
@@ -117,10 +120,10 @@ def _peer_step(model: nn.Module, settings: Settings) -> Callable[[], float]:
     return step
 
 
-def _serve(pipe: Connection, parameters: int, step: Callable[[], float]) -> None:
+def _serve(pipe: Connection, parameters: int, step: Callable[[], float], warmup: int) -> None:
     """Warm up, introduce yourself, then do steps on demand."""
     seconds, losses = [], []
-    for _ in range(WARMUP):
+    for _ in range(warmup):
         begin = time.perf_counter()
         losses.append(step())
         seconds.append(time.perf_counter() - begin)

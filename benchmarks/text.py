@@ -10,10 +10,10 @@ from finback.stages.prepare import Prepare, TaskText
 from finback.tasks.math import Chains
 
 
-def prepare(folder: Path, chains: Chains) -> Path:
+def prepare(folder: Path, chains: Chains, vocab_size: int = 1024) -> Path:
     """Real text, tokenised: the folder of a finished prepare stage. Problems are there to shape the tokenizer."""
     sources = TaskText(name="chains", tasks=(chains,), documents=5_000)
-    stage = Prepare(name="prepare", text=(Chitchat(),), tasks=(sources,), vocab_size=1024)
+    stage = Prepare(name="prepare", text=(Chitchat(),), tasks=(sources,), vocab_size=vocab_size)
     recipe.execute(recipe.Recipe("benchmark", (stage,)), folder, 0, World(), _no_watch, quiet=True)
     return folder / "prepare"
 

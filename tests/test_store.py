@@ -146,9 +146,14 @@ def test_the_last_two_steps_are_kept(tmp_path: Path) -> None:
     found = store.load_newest(tmp_path)
     assert found is not None and found[0] == 2000 and found[2] == {"step": 2000}
     assert same(found[1], tensors(2000))
-    (tmp_path / "step-00002001.safetensors.part").touch()
-    store.clear(tmp_path)
-    assert names(tmp_path) == ["model.safetensors"]
+
+
+def test_what_a_killed_writer_left_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / ".tmpQ3hH4x").write_bytes(
+        b"half a checkpoint"
+    )  # safetensors' own name for a file in the making
+    store.save_step(tmp_path, 1, tensors(), META)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
 
 
 def test_a_torn_step_falls_back_to_the_one_before(tmp_path: Path) -> None:

@@ -325,10 +325,11 @@ def test_reject_keeps_good_answers_resumes_and_feeds_sft(tmp_path: Path) -> None
     results = stage.run(run)
     lines = read_lines(run.folder / "kept.jsonl")
     assert results["kept"] == len(lines) > 0 and results["sampled"] == 450
-    assert sum(results["reasons"].values()) == 450 and not list(run.folder.glob("part-*"))
+    assert sum(results["reasons"].values()) == 450
     assert all("e" in line["messages"][1]["content"] and 0 < line["solved"] <= 1 for line in lines)
     whole = (run.folder / "kept.jsonl").read_bytes()
-    (run.folder / "kept.jsonl").unlink()
+    for path in (*run.folder.glob("part-*"), run.folder / "kept.jsonl"):
+        path.unlink()
     again = StageRun(tmp_path, "kept", 0, World(), quiet=True)
     again.stop_requested = True
     with pytest.raises(Interrupted):
@@ -337,7 +338,8 @@ def test_reject_keeps_good_answers_resumes_and_feeds_sft(tmp_path: Path) -> None
     again.stop_requested = False
     stage.run(again)
     assert (run.folder / "kept.jsonl").read_bytes() == whole
-    (run.folder / "manifest.json").write_text("{}")
+    again.finish({})
+    assert not list(run.folder.glob("part-*")), "once the stage is finished nobody needs them"
     sft = SFT(name="sft", start="base", kept=("kept",), epochs=1, length=64)
     tuned = StageRun(tmp_path, "sft", 0, World(), quiet=True)
     tuned.folder.mkdir()
@@ -388,3 +390,48 @@ def test_teachers_that_do_not_fit_are_named_and_padded_heads_are_cut(tmp_path: P
     t = tune(tmp_path, Distil, teacher="wide", top_k=5)
     t.model.train()
     assert t._train_step()["loss"] > 0
+
+
+V31 = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[A]{{ '<think>' if thinking else '</think>' }}{% endif %}"
+)
+
+
+def test_a_template_that_asks_whether_to_think_is_told(words: Tokenizer) -> None:
+    """DeepSeek-V3.1's: a lesson with a chain opens it in the prompt, one without closes it there."""
+    own = Tokenizer(words.path)
+    own.template = Template(V31, {})
+    bare, chained = tuning.lessons(TALK, own)
+    assert taught(chained, own) == "one and one</think>2<｜end▁of▁sentence｜>"
+    assert own.decode(chained.ids, skip_special=False).count("<think>") == 1
+    assert taught(bare, own) == "well<｜end▁of▁sentence｜>"
+    assert "[A]</think>well" in own.decode(bare.ids, skip_special=False)
+
+
+def test_a_lesson_ends_with_what_the_model_stops_at(words: Tokenizer) -> None:
+    own = Tokenizer(words.path)
+    own.template = Template("{% for m in messages %}{{ m.content }}{% endfor %}", {})
+    own.eos, own.stops = -1, (7,)
+    assert tuning.lessons(TALK, own)[0].ids[-1] == 7
+    own.stops = ()
+    with pytest.raises(UserError, match="names no token that ends an answer"):
+        tuning.lessons(TALK, own)
+
+
+def test_fewer_rows_than_ranks_want_leave_the_gradient_whole(tmp_path: Path) -> None:
+    """The last step of an epoch: three rows over two ranks weigh as three rows on one, the balance loss included."""
+    run = tune(tmp_path, rows=4, balance_alpha=1.0)
+    rows = [[run.taught[i] for i in row] for row in run.order[0][:3]]
+
+    def gradient(*shares: list[list[tuning.Lesson]]) -> torch.Tensor:
+        run.model.zero_grad()
+        run.gradients.zero()
+        for share in shares:
+            batch = tuning.packed(share, run.depths)
+            batch.rows = 3
+            run.backward(batch, 100.0)
+        return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
+
+    run.model.train()
+    torch.testing.assert_close(gradient(rows[:2], rows[2:]), gradient(rows), rtol=1e-4, atol=1e-6)

@@ -14,7 +14,7 @@ from finback.kernels import packed
 from finback.model.config import from_json, to_json
 from finback.model.pack import pack
 from finback.model.transformer import Transformer
-from finback.run import is_checkpoint, read_json, write_json
+from finback.run import finished_stages, is_checkpoint, read_json, write_json
 
 
 def save(folder: Path, model: Transformer) -> None:
@@ -81,3 +81,19 @@ def load(path: Path, compute: torch.dtype = torch.float32, kept: Kept = "fp32") 
     raise UserError(
         "model", str(path), problem, "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
     )
+
+
+def find_model(path: Path) -> Path:
+    """The model that a path means: `path` itself, or the newest finished stage in it that made a model."""
+    if (path / "model.json").is_file() or (path.exists() and is_checkpoint(path)):
+        return path
+    found = [folder for folder in finished_stages(path) if (folder / "model.json").is_file()]
+    if not found:
+        problem = "holds no finished model" if path.exists() else "no such file or folder"
+        raise UserError(
+            "MODEL",
+            str(path),
+            problem,
+            "Name a run such as runs/tiny, a Hugging Face folder, or a .gguf file.",
+        )
+    return found[-1]

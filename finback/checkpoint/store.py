@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,27 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 _REMEDY = "Delete it: the run continues from the checkpoint before, or from the start of the stage."
 
 
-def save_step(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Save step-<step>.safetensors and drop all but the newest KEEP."""
+def save_step(
+    folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int = KEEP
+) -> None:
+    """Save step-<step>.safetensors and drop all but the newest `keep`.
+
+    The folder has one writer: what safetensors had not finished when that was killed is dropped first, to make room.
+    """
+    for torn in folder.glob(".tmp*"):
+        torn.unlink()
     save(folder / f"step-{step:08}.safetensors", tensors, meta)
-    for old in sorted(folder.glob("step-*.safetensors"))[:-KEEP]:
+    for old in sorted(folder.glob("step-*.safetensors"))[:-keep]:
         old.unlink()
 
 
-def load_newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+def load_newest(
+    folder: Path, say: Callable[[str], None] = lambda _: None
+) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
     """The newest readable step of a stage, or None when there is none.
 
-    A damaged newest file falls back to the one before; if none is whole, the error of the newest is raised.
+    A damaged newest file falls back to the one before, and `say` is told; if none is whole, the error of the newest
+    is raised.
     """
     paths = sorted(folder.glob("step-*.safetensors"), reverse=True)
     trouble: UserError | None = None
@@ -75,17 +86,12 @@ def load_newest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] |
             tensors, meta = load(path)
         except UserError as error:
             trouble = trouble or error
+            say(f"{path} {error.problem}: the checkpoint before it is used")
             continue
         return int(path.stem.removeprefix("step-")), tensors, meta
     if trouble is not None:
         raise trouble
     return None
-
-
-def clear(folder: Path) -> None:
-    """Drop all steps: the stage's final model is written."""
-    for path in folder.glob("step-*.safetensors*"):
-        path.unlink()
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ class Response:
 
 def parse(text: str) -> Response:
     """Split generated text into chain and answer; an unclosed chain has no answer."""
+    text = text.lstrip()  # some models begin with a line break
     if not text.startswith(THINK):
         return Response("", text.strip(), thinks=False, closed=True)
     chain, closed, answer = text.removeprefix(THINK).partition(END_THINK)
@@ -55,13 +56,18 @@ def prompt(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = Fals
 
 
 def prompt_text(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = False) -> str:
-    """The text of a prompt by the tokenizer's own template."""
+    """The text of a prompt by the tokenizer's own template; `think` opens the chain where the template does not."""
+    text = rendered(messages, tokenizer, think)
+    return text + (THINK if think and not is_open(text) else "")
+
+
+def rendered(messages: Sequence[Message], tokenizer: Tokenizer, think: bool) -> str:
+    """What the template itself writes; V3.1's opens the chain, or closes it at once, by the variable `thinking`."""
     assert tokenizer.template is not None, "without a template a prompt is ids, not text"
     said = [{"role": m.role, "content": m.content} for m in messages]
-    text = tokenizer.template.render(
+    return tokenizer.template.render(
         said, add_generation_prompt=True, **({"thinking": True} if think else {})
     )
-    return text + (THINK if think and not is_open(text) else "")
 
 
 def opens_chain(tokenizer: Tokenizer) -> bool:
@@ -76,18 +82,26 @@ def is_open(text: str) -> bool:
     return text.rstrip().endswith(THINK)
 
 
+Piece = int | str  # a token, or text that is still to be encoded
+
+
 def document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Ids of a whole dialogue as training text, chains included, ended by eos after every assistant turn."""
+    return _encoded(document_pieces(messages, tokenizer), tokenizer)
+
+
+def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
+    """A dialogue as training text before its texts are encoded, so that many can be encoded together."""
     if tokenizer.template is not None:
         raise UserError(
             "tokenizer", str(tokenizer.path), "writes dialogues by a template of its own",
             "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made.",
         )  # fmt: skip
     demand_marks(tokenizer)
-    ids = [tokenizer.bos]
+    pieces: list[Piece] = [tokenizer.bos]
     for message in messages:
-        ids += turn(message, tokenizer, with_thinking=True)
-    return ids if messages and messages[-1].role == "assistant" else [*ids, tokenizer.eos]
+        pieces += _pieces(message, tokenizer, with_thinking=True)
+    return pieces if messages and messages[-1].role == "assistant" else [*pieces, tokenizer.eos]
 
 
 def demand_marks(tokenizer: Tokenizer, marks: Collection[str] = (BOS, EOS, *ADDED)) -> None:
@@ -101,11 +115,19 @@ def demand_marks(tokenizer: Tokenizer, marks: Collection[str] = (BOS, EOS, *ADDE
 
 def turn(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[int]:
     """Ids of one turn in DeepSeek's form, the mark that opens it included."""
+    return _encoded(_pieces(message, tokenizer, with_thinking), tokenizer)
+
+
+def _pieces(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[Piece]:
     if message.role == "system":
-        return tokenizer.encode(message.content)
+        return [message.content]
     if message.role == "user":
-        return [tokenizer.ids[USER], *tokenizer.encode(message.content)]
-    ids = [tokenizer.ids[ASSISTANT]]
+        return [tokenizer.ids[USER], message.content]
+    pieces: list[Piece] = [tokenizer.ids[ASSISTANT]]
     if with_thinking and message.thinking:
-        ids += [tokenizer.ids[THINK], *tokenizer.encode(message.thinking), tokenizer.ids[END_THINK]]
-    return [*ids, *tokenizer.encode(message.content), tokenizer.eos]
+        pieces += [tokenizer.ids[THINK], message.thinking, tokenizer.ids[END_THINK]]
+    return [*pieces, message.content, tokenizer.eos]
+
+
+def _encoded(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[int]:
+    return [i for piece in pieces for i in ([piece] if isinstance(piece, int) else tokenizer.encode(piece))]

@@ -3,46 +3,147 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
+
+from finback.config import check_fields, check_share
 from finback.data.chat import Message
+from finback.data.near import Index, Signer
+from finback.data.overlap import Overlap
 from finback.data.sources import Document
 
+# categories Cc, without newline and tab, and Cs; those that are spaces (a form feed) separate words
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w[\w.]*")
 _PHONE = re.compile(r"(?<!\d)(?:\+?\d{1,2}[ .-])?\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}(?!\d)")
 
 
 @dataclass
 class Counts:
-    """How many documents came in, and why the missing ones were dropped."""
+    """How many documents came in, and why the missing ones were dropped; the first reason that holds counts."""
 
     read: int = 0
     empty: int = 0
     one_turn: int = 0  # dialogues nobody answered
+    short: int = 0
+    repetitive: int = 0
+    few_letters: int = 0
+    contaminated: int = 0
     duplicate: int = 0
+    near_duplicate: int = 0
     redacted: int = 0
     kept: int = 0
 
 
+@dataclass(frozen=True)
+class Quality:
+    """Rules for text from the web, after Gopher's (Rae et al. 2021, A.1.1), each off at the value named."""
+
+    min_words: int = 5  # 0: off
+    max_repeated_lines: float = 0.3  # share of lines that say what an earlier one said; 1: off
+    min_letters: float = 0.6  # share of letters among the characters that are not spaces; 0: off
+
+    def __post_init__(self) -> None:
+        check_fields(self, "quality")
+        check_share(self, "quality", "max_repeated_lines", "min_letters")
+
+    def fault(self, text: str) -> str:
+        """Why a text is dropped: the name of a count, or nothing."""
+        if len(text.split()) < self.min_words:
+            return "short"
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        if len(lines) - len(set(lines)) > self.max_repeated_lines * len(lines):
+            return "repetitive"
+        signs = "".join(text.split())
+        return "few_letters" if sum(map(str.isalpha, signs)) < self.min_letters * len(signs) else ""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a document is checked for beside emptiness and exact repeats; None: not at all."""
+
+    quality: Quality | None = None
+    overlap: Overlap | None = None
+    signer: Signer | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A normalised document and what can be said of it without knowing the others."""
+
+    document: Document
+    fault: str  # why it is dropped, if it is
+    redacted: int
+    key: bytes = b""  # equal for repeats
+    signature: np.ndarray | None = field(default=None, compare=False)
+    task: str = ""  # whose question it holds
+
+
+def check(raw: Document, rules: Rules) -> Checked:
+    """Normalise a document, redact addresses, and apply the rules that need no other document."""
+    counts = Counts()
+    document = _normalise(raw, counts)
+    plain = document.plain
+    key = " ".join(plain.casefold().split())
+    fault, task = "", None
+    if not key:
+        fault = "one_turn" if len(raw.messages) == 1 else "empty"
+    elif rules.quality and (fault := rules.quality.fault(plain)):
+        pass
+    elif rules.overlap and (task := rules.overlap.find(document)):
+        fault = "contaminated"
+    if fault:
+        return Checked(document, fault, counts.redacted, task=task or "")
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return Checked(document, "", counts.redacted, digest, rules.signer.sign(plain) if rules.signer else None)
+
+
+class Sieve:
+    """What only a look at all documents tells: repeats, exact and near. Counts everything."""
+
+    def __init__(self, source: str, index: Index | None = None) -> None:
+        self.source, self.index = source, index
+        self.counts = Counts()
+        self.seen: set[bytes] = set()
+
+    def sift(
+        self, given: Iterable[Checked], note: Callable[[dict[str, Any]], None] | None = None
+    ) -> Iterator[tuple[int, Checked]]:
+        """Kept documents with their numbers in the source; `note` is told of each that others would want to see."""
+        for number, checked in enumerate(given):
+            fault, like = self._fault(checked)
+            self.counts.read += 1
+            self.counts.redacted += checked.redacted
+            setattr(self.counts, fault or "kept", getattr(self.counts, fault or "kept") + 1)
+            if not fault:
+                if self.index is not None and checked.signature is not None:
+                    self.index.add(f"{self.source}:{number}", checked.signature)
+                yield number, checked
+            elif note and like:
+                note({"id": f"{self.source}:{number}", "reason": fault, "like": like})
+
+    def _fault(self, checked: Checked) -> tuple[str, str]:
+        """Why it is dropped, and what it is like."""
+        if checked.fault:
+            return checked.fault, checked.task
+        if checked.key in self.seen:
+            return "duplicate", ""
+        self.seen.add(checked.key)
+        if self.index is None or checked.signature is None:
+            return "", ""
+        like = self.index.closest(checked.signature)
+        return ("near_duplicate", like) if like else ("", "")
+
+
 def clean(documents: Iterable[Document], counts: Counts) -> Iterator[Document]:
     """Normalise, redact addresses, drop empty documents and exact repeats (case and spacing ignored)."""
-    seen: set[bytes] = set()
-    for raw in documents:
-        counts.read += 1
-        document = _normalise(raw, counts)
-        key = " ".join(document.plain.casefold().split())
-        if not key:
-            counts.one_turn += len(raw.messages) == 1
-            counts.empty += len(raw.messages) != 1
-            continue
-        digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if digest in seen:
-            counts.duplicate += 1
-            continue
-        seen.add(digest)
-        counts.kept += 1
-        yield document
+    sieve = Sieve("")
+    sieve.counts = counts
+    for _, checked in sieve.sift(check(document, Rules()) for document in documents):
+        yield checked.document
 
 
 def _normalise(document: Document, counts: Counts) -> Document:
@@ -57,14 +158,8 @@ def _normalise(document: Document, counts: Counts) -> Document:
     return Document(tuple(messages), _text(document.text, counts, one_line=False))
 
 
-def _plain(c: str) -> str:
-    if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"):
-        return c
-    return " " if c.isspace() else ""  # a form feed separates words
-
-
 def _text(text: str, counts: Counts, one_line: bool) -> str:
-    text = "".join(_plain(c) for c in text.replace("\r\n", "\n"))
+    text = _CONTROL.sub(lambda c: " " if c[0].isspace() else "", text.replace("\r\n", "\n"))
     text = unicodedata.normalize("NFC", text)
     clean, n = _EMAIL.subn("[email]", text)
     clean, m = _PHONE.subn("[phone]", clean)

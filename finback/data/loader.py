@@ -1,7 +1,7 @@
 """Batches from weighted sources: seeded, resumable, the same rows whatever the number of ranks."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,63 +9,85 @@ from torch import Tensor
 
 from finback.config import UserError
 from finback.data import pack
+from finback.data.rows import Fitted, Order, Row, Rows, Windows, stack
 
 
 class Loader:
     """Rows of `length` + `extra` tokens from several shards, mixed by weight.
 
-    A row is a window of a source's token stream; windows of one epoch are a seeded permutation. Each row goes to
-    the source that lags furthest behind its share, so the mixture is exact and needs no random state.
+    With packing "stream" a row is a window of a source's token stream; with "best_fit" it holds whole documents. Each
+    row goes to the source that lags furthest behind its share of the tokens, so the mixture is exact to a row and needs
+    no random state.
     """
 
-    def __init__(self, folder: Path, mixture: dict[str, float], length: int, extra: int, seed: int) -> None:
+    def __init__(
+        self, folder: Path, mixture: dict[str, float], length: int, extra: int, seed: int,
+        packing: Literal["stream", "best_fit"] = "stream",
+    ) -> None:  # fmt: skip
         if not mixture or min(mixture.values()) < 0 or sum(mixture.values()) <= 0:
             raise UserError(
                 "mixture", mixture, "weights must be >= 0 and not all 0", "Give each source a share."
             )
-        self.length, self.extra, self.seed = length, extra, seed
+        self.length, self.extra, self.seed, self.packing = length, extra, seed, packing
         total = sum(mixture.values())
         self.shares = {name: weight / total for name, weight in mixture.items() if weight > 0}
         self.shards = {name: pack.read(folder / f"{name}.train.bin") for name in self.shares}
-        self.windows = {name: (len(shard) - extra) // length for name, shard in self.shards.items()}
-        for name, windows in self.windows.items():
-            if windows < 1:
+        kind = Windows if packing == "stream" else Fitted
+        self.orders: dict[str, Order] = {
+            name: kind(name, shard, length, extra, seed) for name, shard in self.shards.items()
+        }
+        for name, order in self.orders.items():
+            if order.count < 1:
                 raise UserError(
                     f"mixture.{name}", self.shares[name], f"the source has only {len(self.shards[name])} tokens",
                     f"Give it at least {length + extra} or shorten the rows.",
                 )  # fmt: skip
-        self.drawn = dict.fromkeys(self.shares, 0)
-        self._order: dict[str, tuple[int, np.ndarray]] = {}
+        self.drawn = dict.fromkeys(self.shares, 0)  # tokens that the trunk reads, padding left out
 
     def batch(self, rows: int, rank: int = 0, ranks: int = 1) -> Tensor:
-        """This rank's share of the next `rows` rows: (rows / ranks, length + extra) ids."""
-        assert rows % ranks == 0, f"{rows} rows do not divide among {ranks} ranks"
-        picked = []
-        for row in range(rows):
-            total = sum(self.drawn.values()) + 1
-            name = max(self.shares, key=lambda n: self.shares[n] * total - self.drawn[n])
-            if row % ranks == rank:
-                picked.append(self._row(name, self.drawn[name]))
-            self.drawn[name] += 1
-        return torch.from_numpy(np.stack(picked).astype(np.int64))
+        """This rank's share of the next `rows` rows: (rows / ranks, length + extra) ids, all of them to be learnt."""
+        assert self.packing == "stream", "rows of whole documents hold padding: use draw"
+        picked = self._picked(rows, rank, ranks, documents=False)
+        return torch.from_numpy(np.stack([row.tokens for row in picked]).astype(np.int64))
+
+    def draw(self, rows: int, rank: int = 0, ranks: int = 1, documents: bool = True) -> Rows:
+        """As `batch`, with what masks need: padding, and with `documents` which document each token belongs to."""
+        return stack(self._picked(rows, rank, ranks, documents), self.length)
 
     def tokens_by_source(self) -> dict[str, int]:
         """Tokens drawn from each source so far."""
-        return {name: count * self.length for name, count in self.drawn.items()}
+        return dict(self.drawn)
 
     def state(self) -> dict[str, Any]:
         """What resuming needs."""
-        return {"drawn": dict(self.drawn)}
+        return {
+            "tokens": dict(self.drawn),
+            "at": {name: order.state() for name, order in self.orders.items()},
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue after the row that `state` was taken at."""
-        assert set(state["drawn"]) == set(self.drawn), "the checkpoint drew from other sources"
-        self.drawn = {name: int(count) for name, count in state["drawn"].items()}
+        if "drawn" in state:  # of before there was best-fit packing: rows
+            state = {"tokens": {n: c * self.length for n, c in state["drawn"].items()}, "at": state["drawn"]}
+        assert set(state["at"]) == set(self.orders), "the checkpoint drew from other sources"
+        for name, place in state["at"].items():
+            assert isinstance(place, int) == (self.packing == "stream"), "the checkpoint packed otherwise"
+            self.orders[name].load_state(place)
+        self.drawn = {name: int(count) for name, count in state["tokens"].items()}
 
-    def _row(self, name: str, draw: int) -> np.ndarray:
-        epoch, index = divmod(draw, self.windows[name])
-        if self._order.get(name, (-1, None))[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch, *name.encode()])
-            self._order[name] = epoch, rng.permutation(self.windows[name])
-        start = int(self._order[name][1][index]) * self.length
-        return np.asarray(self.shards[name][start : start + self.length + self.extra])
+    def _picked(self, rows: int, rank: int, ranks: int, documents: bool) -> list[Row]:
+        """The next rows; every rank walks past all of them and reads its own."""
+        assert rows % ranks == 0, f"{rows} rows do not divide among {ranks} ranks"
+        picked = []
+        for row in range(rows):
+            name = self._lagging()
+            place, tokens = self.orders[name].next()
+            self.drawn[name] += tokens
+            if row % ranks == rank:
+                picked.append(self.orders[name].row(place, documents))
+        return picked
+
+    def _lagging(self) -> str:
+        """The source furthest behind its share once another row is drawn, counted in rows."""
+        total = sum(self.drawn.values()) / self.length + 1
+        return max(self.shares, key=lambda n: self.shares[n] * total - self.drawn[n] / self.length)

@@ -7,10 +7,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from finback.config import UserError, check_fields
+from finback.data import read
 from finback.data.chat import Message, parse
+from finback.data.read import Meter
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,28 @@ class Document:
         if not self.messages:
             return self.text
         return "\n".join(f"{m.thinking}\n{m.content}" if m.thinking else m.content for m in self.messages)
+
+
+class Source(Protocol):
+    """Real text: what the prepare stage needs of it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def licence(self) -> str: ...
+
+    def files(self) -> list[Path]:
+        """The files it is read from, in order; none for a source that only a library can reach."""
+        ...
+
+    def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
+        """The documents of one of its files; all files, one after the other, are the source."""
+        ...
+
+    def documents(self) -> Iterator[Document]:
+        """All documents, in the same order every time."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +68,10 @@ class Chitchat:
         return [Path(spec.origin).parent / "dataset.json"]
 
     def documents(self) -> Iterator[Document]:
-        for dialogue in json.loads(self.files()[0].read_text(encoding="utf-8")).values():
+        return self.read(self.files()[0])
+
+    def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
+        for dialogue in json.loads(path.read_text(encoding="utf-8")).values():
             turns = [" ".join(line["text"] for line in turn) for turn in dialogue["messages"]]
             roles = ("user", "assistant")
             yield Document(tuple(Message(roles[i % 2], text) for i, text in enumerate(turns)))  # type: ignore[arg-type]
@@ -52,12 +79,14 @@ class Chitchat:
 
 @dataclass(frozen=True)
 class Files:
-    """A user's own text: .txt or any text file (one document each, split at blank lines), or .jsonl.
+    """A user's own text: .jsonl, .parquet, or anything else as plain text; also with .gz or .zst behind it.
 
-    A JSONL line has "text", or "messages" (role, content, reasoning_content), or "question" and "answer".
+    A record has "text", or "messages" (role, content, reasoning_content), or "question" and "answer". Plain text is
+    split into documents at blank lines, or kept whole.
     """
 
     paths: tuple[str, ...] = field(default_factory=tuple)
+    split: Literal["paragraphs", "files"] = "paragraphs"  # what a document is in a file of plain text
     name: str = "files"
     licence: str = "unstated"
 
@@ -79,17 +108,27 @@ class Files:
 
     def documents(self) -> Iterator[Document]:
         for path in self.files():
-            text = _read_text(path, f"{self.name}.paths")
-            if path.suffix == ".jsonl":
-                for number, line in enumerate(text.split("\n"), start=1):
-                    if line.strip():
-                        yield _from_json(line, f"{path}:{number}")
-            else:
-                yield from (
-                    Document(text=part.strip())
-                    for part in text.replace("\r\n", "\n").split("\n\n")
-                    if part.strip()
-                )
+            yield from self.read(path)
+
+    def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
+        where = f"{self.name}.paths"
+        if read.kind(path) == ".parquet":
+            for number, record in enumerate(read.parquet(path, where, meter)):
+                yield _from_record(record, f"{path}[{number}]", str(record))
+            return
+        lines = read.lines(path, where, meter)
+        if read.kind(path) == ".jsonl":
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _from_json(line, f"{path}:{number}")
+            return
+        whole = self.split == "files"
+        texts = (
+            ["\n".join(line.removesuffix("\r") for line in lines).strip()]
+            if whole
+            else read.paragraphs(lines)
+        )
+        yield from (Document(text=text) for text in texts if text)
 
 
 @dataclass(frozen=True)
@@ -107,6 +146,9 @@ class Hub:
 
     def files(self) -> list[Path]:
         return []  # the hub's own cache, known by fingerprint only
+
+    def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
+        return iter(())
 
     def documents(self) -> Iterator[Document]:
         for number, row in enumerate(self._load()):
@@ -136,21 +178,6 @@ def digest(files: list[Path]) -> str:
             while block := handle.read(1 << 20):
                 total.update(block)
     return total.hexdigest()
-
-
-def _read_text(path: Path, where: str) -> str:
-    raw = path.read_bytes()
-    if not raw.strip():
-        raise UserError(where, str(path), "the file is empty", "Remove it from the list or fill it.")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            where, str(path), f"not UTF-8 text (byte {error.start})", "Convert it to UTF-8 or leave it out."
-        ) from None
-    if "\0" in text:
-        raise UserError(where, str(path), "holds NUL bytes, so it looks binary", "Give text or JSONL files.")
-    return text
 
 
 def _from_json(line: str, where: str) -> Document:

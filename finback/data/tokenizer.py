@@ -10,7 +10,6 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from finback.config import UserError
-from finback.data import gguf_tokenizer
 from finback.data.template import OWN, Template
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -28,6 +27,7 @@ SPLITS = (
 )
 
 SMALLEST = 3 + 256 + len(ADDED)  # specials, bytes, added tokens
+LARGEST = 2**20  # several times what any published model has
 
 
 class Tokenizer:
@@ -148,6 +148,8 @@ class Tokenizer:
 def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """tokenizer.json's text, tokenizer_config.json with the template in it, generation_config.json."""
     if path.suffix == ".gguf":
+        from finback.data import gguf_tokenizer  # brings torch, which workers that encode text need not load
+
         text, settings = gguf_tokenizer.convert(path)
         return text, settings, {}
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -210,9 +212,9 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     Digits are kept apart while merges are learnt, so numbers stay sequences of single digits (arithmetic is then
     learnt in fewer tokens; docs/log.md); the split rules themselves stay DeepSeek's.
     """
-    if not SMALLEST < vocab_size < 65536:
+    if not SMALLEST < vocab_size <= LARGEST:
         raise UserError(
-            "vocab_size", vocab_size, f"not in {SMALLEST + 1}..65535", "Use a value in that range."
+            "vocab_size", vocab_size, f"not in {SMALLEST + 1}..{LARGEST}", "Use a value in that range."
         )
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(

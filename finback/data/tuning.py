@@ -64,15 +64,26 @@ def _marked(messages: Sequence[Message], taught: set[int], tokenizer: Tokenizer)
 def _by_template(messages: Sequence[Message], tokenizer: Tokenizer) -> Lesson:
     """The template's prompt for all but the last message, then that message as the model should say it."""
     *said, answer = messages
-    text = chat.prompt_text(said, tokenizer)
+    text = chat.rendered(said, tokenizer, think=bool(answer.thinking))
     opened, spaced = chat.is_open(text), text.endswith("\n")
     reply = answer.content
     if answer.thinking or opened:
         gap = "\n" if spaced or not opened else ""
         reply = f"{'' if opened else THINK + gap}{answer.thinking}{gap}{END_THINK}{gap * 2}{answer.content}"
     prompt = tokenizer.encode_marked(text)
-    made = [*tokenizer.encode_marked(reply), tokenizer.eos]
+    made = [*tokenizer.encode_marked(reply), _end(tokenizer)]
     return Lesson(prompt + made, [False] * len(prompt) + [True] * len(made))
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    """The token that ends an answer: eos, or what generation_config.json stops at."""
+    ends = [token for token in (tokenizer.eos, *tokenizer.stops) if token >= 0]
+    if not ends:
+        raise UserError(
+            "tokenizer", str(tokenizer.path), "names no token that ends an answer",
+            "Put eos_token into its tokenizer_config.json.",
+        )  # fmt: skip
+    return ends[0]
 
 
 @dataclass
@@ -83,6 +94,14 @@ class Packed:
     targets: Tensor  # the next token where it is to be learnt, else -1
     documents: Tensor  # which lesson of its row a token belongs to; padding is the last
     real: Tensor  # False for padding
+    rows: int  # of the step, over all ranks
+
+    def to(self, device: torch.device) -> "Packed":
+        """The same rows where a model computes."""
+        return replace(
+            self, tokens=self.tokens.to(device), targets=self.targets.to(device), documents=self.documents.to(device),
+            real=self.real.to(device),
+        )  # fmt: skip
 
     def further(self, depth: int) -> Tensor:
         """Targets of MTP's depth k (rows, length): those of k places further on, as far as the lesson goes."""
@@ -137,4 +156,4 @@ def packed(rows: Sequence[Sequence[Lesson]], depths: int = 0) -> Packed:
             documents[line, start:end], real[line, start:end] = number, True
             start = end
         documents[line, start:] = len(row)
-    return Packed(tokens, targets, documents, real)
+    return Packed(tokens, targets, documents, real, len(rows))

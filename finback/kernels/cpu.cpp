@@ -1,5 +1,5 @@
 // What surrounds the matrix products when a CPU reads few tokens at a time: norms, rotation, the cache and attention over
-// it, SwiGLU, routed experts. Each is one pass where the plain form takes a dozen small ones. The plain twins are in
+// it, SwiGLU, routed experts; and the rounding of FP8 training. Each is one pass where the plain form takes a dozen small ones. The plain twins are in
 // reference.py and in the model itself. Compiled by native.py with the machine's own compiler, loaded without any of torch's headers; the
 // OpenMP symbols are resolved to the runtime that torch has loaded, so that there is one pool of threads.
 
@@ -408,6 +408,82 @@ void experts(const float* x, const int64_t* index, const float* weight, const T*
   }
 }
 
+// FP8 training's tiles: 128 numbers share a factor. See fp8_products.round_tiles.
+constexpr int64_t tile = 128;
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// The bits of magnitudes order as they do, infinity and then NaN at the top.
+inline uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffff; }
+
+// What brings a tile with this largest magnitude to at most 448, if asked as a power of two, rounded up.
+inline float factor(uint32_t largest, bool power_of_two) {
+  float scale = float_of(largest);
+  if (scale < 1e-30f) scale = 1e-30f;
+  scale /= 448.0f;
+  const uint32_t bits = bits_of(scale);
+  return power_of_two && bits < 0x7f800000 ? float_of((bits + 0x7fffff) & 0x7f800000) : scale;
+}
+
+// To the nearest E4M3 number, ties to even; |x| <= 448. Below 2^-6 they lie 2^-9 apart.
+inline float e4m3(float x) {
+  const uint32_t bits = bits_of(x);
+  const float normal = float_of((bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000);
+  const float small = std::nearbyint(x * 512.0f) * (1.0f / 512.0f);
+  return std::fabs(x) < 0.015625f ? small : normal;
+}
+
+// Tiles along the columns of x (rows, columns).
+template <typename T>
+void round_tiles(const T* x, float* out, int64_t rows, int64_t columns, bool power_of_two) {
+#pragma omp parallel for schedule(static) if (rows * columns > little)
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t begin = row * columns; begin < (row + 1) * columns; begin += tile) {
+      const int64_t end = std::min(begin + tile, (row + 1) * columns);
+      uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+      for (int64_t i = begin; i < end; ++i) largest = std::max(largest, magnitude(wide(x[i])));
+      const float scale = factor(largest, power_of_two);
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) out[i] = e4m3(wide(x[i]) / scale) * scale;
+    }
+}
+
+// Tiles along the rows; taken in strips of columns that stay in the cache for the second pass.
+template <typename T>
+void round_columns(const T* x, float* out, int64_t rows, int64_t columns, bool power_of_two) {
+  const int64_t bands = (rows + tile - 1) / tile, strips = (columns + tile - 1) / tile;
+#pragma omp parallel for collapse(2) schedule(static) if (rows * columns > little)
+  for (int64_t band = 0; band < bands; ++band)
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      const int64_t first = strip * tile, size = std::min(tile, columns - first);
+      const int64_t begin = band * tile, end = std::min(begin + tile, rows);
+      uint32_t largest[tile] = {};
+      float scale[tile];
+      for (int64_t row = begin; row < end; ++row)
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i)
+          largest[i] = std::max(largest[i], magnitude(wide(x[row * columns + first + i])));
+      for (int64_t i = 0; i < size; ++i) scale[i] = factor(largest[i], power_of_two);
+      for (int64_t row = begin; row < end; ++row)
+#pragma omp simd
+        for (int64_t i = 0; i < size; ++i) {
+          const int64_t at = row * columns + first + i;
+          out[at] = e4m3(wide(x[at]) / scale[i]) * scale[i];
+        }
+    }
+}
+
 }  // namespace
 
 #define BOTH(is_bf16, T, ...)  \
@@ -473,5 +549,14 @@ void finback_experts(int64_t is_bf16, const float* x, const int64_t* index, cons
   BOTH(is_bf16, T,
        experts(x, index, weight, static_cast<const T*>(gate_up), static_cast<const T*>(down), out, hidden, tokens, choices,
                size, width))
+}
+
+void finback_round_tiles(int64_t is_bf16, const void* x, float* out, int64_t rows, int64_t columns, int64_t down,
+                         int64_t power_of_two) {
+  if (down) {
+    BOTH(is_bf16, T, round_columns(static_cast<const T*>(x), out, rows, columns, power_of_two != 0))
+  } else {
+    BOTH(is_bf16, T, round_tiles(static_cast<const T*>(x), out, rows, columns, power_of_two != 0))
+  }
 }
 }

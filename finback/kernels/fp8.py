@@ -1,13 +1,20 @@
-"""DeepSeek's FP8 weights: E4M3 values with one fp32 factor per 128 x 128 block (V3 3.3, weight file README).
+"""DeepSeek's FP8 numbers: E4M3 values with one fp32 factor per block (V3 3.3, weight file README).
 
-Blocks at the lower and right edges are cut off, not padded. Works on stacks of matrices as well.
+Weights have blocks of 128 x 128, activations and gradients tiles of 1 x 128. Blocks at the edges are cut off, not
+padded: a short one has its factor from the numbers that it holds. Works on stacks of matrices as well.
+
+A number that is not finite spoils its block, all of it: training must see it, not a saturated 448.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128
 LARGEST = 448.0  # of float8_e4m3fn
+# A tile's largest magnitude counts as at least this. DeepSeek's inference code has 1e-4 here, which a gradient of a mean
+# over thousands of tokens does not reach.
+SMALLEST = 1e-30
 
 
 def blocks(size: int) -> int:
@@ -22,9 +29,48 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, columns = weight.shape[-2:]
     wide = weight.float()
-    padded = torch.nn.functional.pad(wide, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    padded = F.pad(wide, (0, -columns % BLOCK, 0, -rows % BLOCK))
     scale = _tiles(padded).abs().amax(dim=(-3, -1)).clamp(min=1e-12) / LARGEST
     return (wide / spread(scale, rows, columns)).to(torch.float8_e4m3fn), scale
+
+
+def quantise_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """x (..., n) -> E4M3 values of that shape and factors (..., ⌈n/128⌉), fp32: tiles of 1 x 128 along the last dimension.
+
+    With `power_of_two` the factors are rounded up to powers of two, so that they cost no digits however often a tensor
+    is quantised (V3 3.3.3; scale_fmt "ue8m0").
+    """
+    n = x.size(-1)
+    wide = x.float()
+    largest = F.pad(wide, (0, -n % BLOCK)).unflatten(-1, (-1, BLOCK)).abs().amax(dim=-1)
+    scale = factors(largest, LARGEST, power_of_two)
+    return e4m3(wide / spread_tiles(scale, n)), scale
+
+
+def dequantise_tiles(values: Tensor, scale: Tensor) -> Tensor:
+    """Values (..., n) ⊙ factors (..., ⌈n/128⌉) in fp32."""
+    return widen(values).mul_(spread_tiles(scale, values.size(-1)))
+
+
+def spread_tiles(scale: Tensor, n: int) -> Tensor:
+    """A factor per tile -> the same factor at each of its elements, (..., n)."""
+    return scale.repeat_interleave(BLOCK, dim=-1)[..., :n]
+
+
+def factors(largest: Tensor, top: float, power_of_two: bool) -> Tensor:
+    """What brings tiles with these largest magnitudes to at most `top`."""
+    scale = largest.clamp(min=SMALLEST) / top
+    if not power_of_two:
+        return scale
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa · 2^exponent, 1/2 <= mantissa < 1
+    power = exponent - (mantissa == 0.5).int()
+    rounded = (power + 127 << 23).view(torch.float32)  # by its bits: a device's pow need not be exact
+    return torch.where(scale.isfinite(), rounded, scale)
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """To the nearest E4M3 number, ties to even; what is too large becomes ±448. NaN stays NaN."""
+    return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
 def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -29,7 +29,7 @@ class _RoutedExperts(torch.autograd.Function):
         ctx: Any, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, multiple: int
     ) -> Tensor:
         n, k = index.shape
-        slots, blocks = _layout(index, gate_up.size(0), multiple)
+        slots, blocks = layout(index, gate_up.size(0), multiple)
         w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
         rows = x.new_zeros(blocks[-1][2], x.size(1)).index_copy_(0, slots, x.repeat_interleave(k, dim=0))
         hidden = _per_expert(rows, w_in.transpose(1, 2), blocks)
@@ -70,7 +70,7 @@ def _block_multiple(x: Tensor) -> int:
     return 32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled() else 1
 
 
-def _layout(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks]:
+def layout(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks]:
     """Where each (token, choice) goes when rows are grouped by expert, (n·k,), and each expert's block of rows.
 
     Needs one look at the counts, hence one wait for the device.

@@ -34,6 +34,7 @@ SIGNATURES = {
     "add_norm": "ipppppiif",
     "swiglu": "ippii",
     "experts": "i" + 7 * "p" + 4 * "i",
+    "round_tiles": "ipp" + 4 * "i",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
 

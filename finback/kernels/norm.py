@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         x, gain, inverse = ctx.saved_tensors
         d, grad = x.size(-1), grads[0].float()
         unit = x * inverse
-        product = (grad * unit).view(-1, d)
+        product = (grad * unit).reshape(-1, d)  # attention may hand back a gradient that is not in one piece
         d_gain = product.sum(0)
         along = (product @ gain.float()).div_(-d).view(inverse.shape)
         # dx = inverse ⊙ (g ⊙ grad - unit · mean(g ⊙ grad ⊙ unit))

@@ -1,8 +1,12 @@
 """Plain twins: the readable form of every fast kernel, used as its test's oracle."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from finback.kernels import fp8
 
 
 def routed_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -61,3 +65,54 @@ def paged_attention(
 def gather_pages(entries: Tensor, table: Tensor, size: int) -> Tensor:
     """The rows' entries in order, (rows, pages · size, elements), from entries (slots, elements) and table (rows, pages)."""
     return entries.unflatten(0, (-1, size))[table].flatten(1, 2)
+
+
+def exact_sum(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) · b (n, k)^T as fp32 units would: E4M3 products are exact, their sum is fp32's."""
+    return a @ b.T
+
+
+def tensor_core_sum(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) · b (n, k)^T of E4M3 numbers as Hopper's tensor cores add up, from its description (V3 3.3.2 and ISCA).
+
+    An instruction takes 32 products. They and the running sum are shifted to the exponent of the largest of them, and
+    bits below 13 of its fraction are cut off; so is the new sum, kept in 1 + 8 + 13 bits. Needs (m, n, 32) numbers.
+    """
+    total = a.new_zeros(a.size(0), b.size(0), 1)
+    for start in range(0, a.size(1), 32):
+        part = slice(start, start + 32)
+        terms = torch.cat([total, a[:, None, part] * b[None, :, part]], dim=-1)
+        unit = _last_bit(terms.abs().amax(dim=-1, keepdim=True))
+        total = (terms / unit).trunc().sum(dim=-1, keepdim=True) * unit
+        unit = _last_bit(total.abs())
+        total = (total / unit).trunc() * unit
+    return total.squeeze(-1)
+
+
+def _last_bit(x: Tensor) -> Tensor:
+    """The weight of the 13th fraction bit of numbers as large as x."""
+    exponent = torch.frexp(x).exponent - 1
+    return torch.ldexp(torch.ones_like(x), exponent - 13)
+
+
+def fp8_product(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor,
+    accumulate: Callable[[Tensor, Tensor], Tensor] = exact_sum,
+) -> Tensor:  # fmt: skip
+    """a (m, k) · b (n, k)^T of E4M3 values in fp32, promoted every 128 of k (V3 3.3.2, figure 7b) -> (m, n).
+
+    A factor belongs to 128 of k, and to one row, (m, ⌈k/128⌉), or to 128 rows, (⌈m/128⌉, ⌈k/128⌉). Each partial sum over
+    128 of k is added up by `accumulate`, multiplied by both factors, and added to the total in fp32.
+    """
+    left, right = _per_row(a_scale, a.size(0)), _per_row(b_scale, b.size(0))
+    out = torch.zeros(a.size(0), b.size(0), device=a.device)
+    for tile in range(fp8.blocks(a.size(1))):
+        part = slice(tile * fp8.BLOCK, (tile + 1) * fp8.BLOCK)
+        partial = accumulate(a[:, part].float(), b[:, part].float())
+        out += partial * left[:, tile, None] * right[:, tile]
+    return out
+
+
+def _per_row(scale: Tensor, rows: int) -> Tensor:
+    """Factors of rows, given as such or per 128 rows."""
+    return scale if scale.size(0) == rows else scale.repeat_interleave(fp8.BLOCK, dim=0)[:rows]

@@ -242,6 +242,14 @@ V2_LITE = ModelConfig(
     rope_scaling=Yarn(mscale=0.707, mscale_all_dim=0.707), max_position_embeddings=163840,
 )  # fmt: skip
 
+V2 = ModelConfig(
+    vocab_size=102400, hidden_size=5120, num_hidden_layers=60, num_attention_heads=128, intermediate_size=12288,
+    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    n_routed_experts=160, n_shared_experts=2, num_experts_per_tok=6, moe_intermediate_size=1536,
+    first_k_dense_replace=1, n_group=8, topk_group=3, scoring_func="softmax", norm_topk_prob=False,
+    routed_scaling_factor=16.0, rope_scaling=Yarn(mscale=0.707, mscale_all_dim=0.707), max_position_embeddings=163840,
+)  # fmt: skip
+
 V3 = ModelConfig(
     vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, intermediate_size=18432,
     q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,

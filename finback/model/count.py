@@ -1,4 +1,7 @@
-"""Parameters and FLOPs of a model in closed form (spec 2.3 and 2.4); builds nothing."""
+"""Parameters and FLOPs of a model in closed form (spec 2.3 and 2.4); builds nothing. No torch here."""
+
+import dataclasses
+from dataclasses import dataclass
 
 from finback.model.config import ModelConfig
 
@@ -51,6 +54,12 @@ def mtp_parameters(c: ModelConfig, active: bool = False) -> int:
     return sum(layer_parameters(c, layer, active) + extra for layer in layers)
 
 
+def router_biases(c: ModelConfig) -> int:
+    """Numbers in the trunk's selection biases: no parameters, but V3's files and its 671,026,419,200 include them."""
+    moe = sum(c.is_moe(layer) for layer in range(c.num_hidden_layers))
+    return moe * c.n_routed_experts if c.scoring_func == "sigmoid" else 0
+
+
 def forward_flops(c: ModelConfig, context: float, mtp: bool = False) -> float:
     """FLOPs for one token that looks at `context` keys on average (T / 2 for causal training on rows of T)."""
     head = c.vocab_size * c.hidden_size
@@ -67,3 +76,65 @@ def forward_flops(c: ModelConfig, context: float, mtp: bool = False) -> float:
 def training_flops(c: ModelConfig, context: float, mtp: bool = True) -> float:
     """Forward and backward: three times the forward pass."""
     return 3 * forward_flops(c, context, mtp)
+
+
+def recomputed_flops(c: ModelConfig, context: float, policy: str, mtp: bool = True) -> float:
+    """What a policy of model/recompute.py makes again for one token in the backward pass: attention, or whole blocks."""
+    p = products(c, context, mtp)
+    attention = p.attention_linear + p.attention_scores
+    again = {"none": 0.0, "attention": attention, "block": p.total - p.head - p.join}
+    return again[policy]
+
+
+@dataclass(frozen=True)
+class Products:
+    """FLOPs of the matrix products one token needs, forward, as a profiler counts them; norms and sums are left out."""
+
+    attention_linear: float  # projections into and out of attention
+    attention_scores: float  # queries with keys, weights with values
+    dense: float  # feed-forward of the dense layers
+    experts: float  # routed experts a token meets
+    shared: float  # shared experts
+    router: float
+    head: float  # scores over the vocabulary, once more per MTP depth
+    join: float  # MTP's projection of [embedding; hidden]
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def products(c: ModelConfig, context: float, mtp: bool = False) -> Products:
+    """The terms of one token's forward pass that looks at `context` keys: equal to torch's FlopCounterMode.
+
+    A backward pass costs twice as much. With an attention that also multiplies what the causal mask hides, `context`
+    is the row's length T; what is needed is (T + 1) / 2, and papers count T / 2.
+    """
+    depths = c.num_nextn_predict_layers if mtp else 0
+    layers = c.num_hidden_layers + depths
+    moe = sum(c.is_moe(layer) for layer in range(layers))
+    value = c.v_head_dim if c.attention == "mla" else c.head_dim
+    expert = 3 * c.hidden_size * c.moe_intermediate_size
+    return Products(
+        attention_linear=2 * layers * _attention_matrices(c),
+        attention_scores=2 * layers * context * c.num_attention_heads * (c.qk_head_dim + value),
+        dense=2 * (layers - moe) * 3 * c.hidden_size * c.intermediate_size,
+        experts=2 * moe * c.num_experts_per_tok * expert,
+        shared=2 * moe * c.n_shared_experts * expert,
+        router=2 * moe * c.n_routed_experts * c.hidden_size,
+        head=2 * (1 + depths) * c.vocab_size * c.hidden_size,
+        join=2 * depths * 2 * c.hidden_size**2,
+    )
+
+
+def _attention_matrices(c: ModelConfig) -> int:
+    """One layer's attention without the gains of its norms and without biases."""
+    if c.attention == "gqa":
+        return c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    return attention_parameters(c) - c.kv_lora_rank - (c.q_lora_rank or 0)
+
+
+def cache_bytes(c: ModelConfig, bytes_per_element: float = 2) -> float:
+    """Bytes one token leaves in the cache of all trunk layers: 70,272 for V3 in bf16."""
+    return c.num_hidden_layers * c.cache_elements * bytes_per_element

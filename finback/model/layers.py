@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finback.kernels import decode, fp8
+from finback.kernels import decode, fp8, fp8_train
+from finback.kernels.fp8_train import Numerics
 from finback.kernels.norm import rms_norm
 
 
@@ -31,7 +32,8 @@ class Linear(nn.Module):
     """y = W x (+ b); W is (out, in), as in checkpoints. DeepSeek's models have no biases, Qwen2's attention has.
 
     The input's dtype decides the arithmetic: a bf16 input gets a bf16 product, whatever the weights are kept in. In
-    training they are fp32 masters; a model that only answers may keep them in bf16, or in FP8 with `weight_scale`.
+    training they are fp32 masters; a model that only answers may keep them in bf16, or in FP8 with `weight_scale`. With
+    `numerics` the product itself runs in FP8.
     """
 
     weight_scale: Tensor | None
@@ -41,8 +43,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
         self.register_buffer("weight_scale", None)
+        self.numerics: Numerics | None = None  # set by train.precision.use_fp8
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.numerics is not None:
+            y = fp8_train.linear(x, self.weight, self.numerics)
+            return y if self.bias is None else y + self.bias.to(x.dtype)
         return F.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
@@ -59,8 +65,11 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up = Linear(hidden, 2 * width)
         self.down = Linear(width, hidden)
+        self.numerics: Numerics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.numerics is not None:
+            return fp8_train.swiglu(x, self.gate_up.weight, self.down.weight, self.numerics)
         hidden = self.gate_up(x)
         if decode.ready(hidden):
             return self.down(decode.swiglu(hidden))

@@ -1,9 +1,11 @@
 """DeepSeekMoE: a router that balances itself through a selection-only bias, routed experts, shared experts."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from finback.kernels import fp8, grouped
+from finback.kernels import fp8, fp8_train, grouped
 from finback.model.config import ModelConfig
 from finback.model.layers import SwiGLU
 
@@ -21,6 +23,7 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.counting = True  # off while activations are made again (recompute.py)
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         fp32 = torch.float32  # whatever the weights are kept in
         self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=fp32))
@@ -56,18 +59,21 @@ class Router(nn.Module):
 
     def count(self, index: Tensor, real: Tensor | None) -> None:
         """Add the choices (n, k) to `load`; `real` (n,) is False for padding, which must not steer the balance."""
+        if not self.counting:
+            return
         chosen = index if real is None else index[real]
         self.load += torch.bincount(chosen.flatten(), minlength=self.load.numel())
 
     @torch.no_grad()
     def update_bias(self, speed: float) -> None:
-        """b_i += speed · sign(mean load - load_i), then forget the load (V3 2.1.2).
+        """b_i += speed · sign(mean load - load_i), then forget the load (V3 2.1.2); at speed 0 no bias moves.
 
         The load must be that of the whole global batch: sum it over ranks before. The bias is centred, since a
         common drift changes no choice and would only eat precision.
         """
-        self.bias += speed * torch.sign(self.load.mean() - self.load)
-        self.bias -= self.bias.mean()
+        if speed:
+            self.bias += speed * torch.sign(self.load.mean() - self.load)
+            self.bias -= self.bias.mean()
         self.load.zero_()
 
 
@@ -94,6 +100,10 @@ def balance_loss(affinity: Tensor, index: Tensor, experts_per_token: int, real: 
     return (f * (experts / experts_per_token) * p).sum(dim=-1).mean()
 
 
+# x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
 class MoE(nn.Module):
     """y = Σ_shared FFN(x) + Σ_topk g_i FFN_i(x) (V3 eq. 12); no token is ever dropped."""
 
@@ -110,9 +120,11 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
         self.register_buffer("gate_up_scale", None)  # set when the experts are kept in FP8
         self.register_buffer("down_scale", None)
+        self.numerics: fp8_train.Numerics | None = None  # set by train.precision.use_fp8
         if c.n_shared_experts:
             self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
         self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
+        self.experts: Experts = grouped.routed_experts  # replaced where they lie on several ranks
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """x (b, t, d) -> (b, t, d); `real` (b, t) marks tokens that are not padding.
@@ -124,17 +136,21 @@ class MoE(nn.Module):
         if self.training:
             self.router.count(index, None if real is None else real.flatten())
             shape = x.shape[:2]
-            self.balance = balance_loss(
+            balance = balance_loss(
                 affinity.unflatten(0, shape), index.unflatten(0, shape), self.config.num_experts_per_tok, real
             )
-        y = self._routed(tokens, index, weight)
-        if self.config.n_shared_experts:
-            y = y + self.shared(tokens)
-        return y.view_as(x)
+            if self.router.counting:
+                self.balance = balance
+        y = self._routed(tokens, index, weight).view_as(x)
+        # the sum, not a view of it: what is returned may get hooks
+        return y + self.shared(tokens).view_as(x) if self.config.n_shared_experts else y
 
     def _routed(self, tokens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        if self.numerics is not None:
+            assert self.experts is grouped.routed_experts, "experts on several ranks do not train in FP8"
+            return fp8_train.routed_experts(tokens, index, weight, self.gate_up, self.down, self.numerics)
         if self.gate_up_scale is None or self.down_scale is None:
-            return grouped.routed_experts(tokens, index, weight, self.gate_up, self.down)
+            return self.experts(tokens, index, weight, self.gate_up, self.down)
         # of FP8 experts only those that are asked are spread out
         met, index = index.unique(return_inverse=True)
         gate_up = fp8.dequantise(self.gate_up[met], self.gate_up_scale[met], tokens.dtype)

@@ -13,6 +13,7 @@ from finback.model.latent import LatentAttention
 from finback.model.layers import Linear, RMSNorm, SwiGLU, initialise
 from finback.model.moe import MoE, Router
 from finback.model.mtp import MTP
+from finback.model.recompute import Policy, again
 from finback.model.rope import rotation
 
 
@@ -28,18 +29,33 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         moe = config.is_moe(layer)
         self.feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
+        self.recompute: Policy = "none"
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, real: Tensor | None = None,
         visible: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x (b, t, d) -> (b, t, d); see LatentAttention.forward for cos, sin, cache, visible, MoE.forward for real."""
-        x, h = self.feed_forward_norm.after(
-            x, self.attention(self.attention_norm(x), cos, sin, cache, visible)
-        )
+        if cache is None and self.recompute == "block":
+            return again(self, self._forward, x, cos, sin, None, real, visible)
+        return self._forward(x, cos, sin, cache, real, visible)
+
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, real: Tensor | None, visible: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        attended = self._attend(self.attention_norm(x), cos, sin, cache, visible)
+        x, h = self.feed_forward_norm.after(x, attended)
         return x + (
             self.feed_forward(h, real) if isinstance(self.feed_forward, MoE) else self.feed_forward(h)
         )
+
+    def _attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, visible: Tensor | None
+    ) -> Tensor:
+        if cache is None and self.recompute == "attention":
+            return again(self.attention, self.attention, x, cos, sin, None, visible)
+        attended: Tensor = self.attention(x, cos, sin, cache, visible)
+        return attended
 
 
 class Transformer(nn.Module):
@@ -150,11 +166,31 @@ class Transformer(nn.Module):
         drafted: Tensor = self.mtp[0](hidden, embedded, cos, sin, None, cache.layer(-1))
         return drafted
 
+    def under(self, config: ModelConfig, compute: torch.dtype) -> "Transformer":
+        """The same weights, shared, read by a config that differs in its window and rope scaling alone."""
+        other = Transformer(config, compute)
+        other.load_state_dict(self.state_dict(), assign=True)
+        return other
+
+    def recompute(self, policy: Policy) -> "Transformer":
+        """Make activations again in the backward pass, by policy (recompute.py), in all blocks."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.recompute = policy
+        return self
+
     def routers(self) -> list[Router]:
         """All routers from bottom to top, the MTP module's last."""
         return [m for m in self.modules() if isinstance(m, Router)]
 
     def balance_loss(self) -> Tensor:
-        """Mean over MoE layers of the last training pass's sequence-wise balance loss, before alpha; 0 if dense."""
-        losses = [m.balance for m in self.modules() if isinstance(m, MoE) and m.balance is not None]
+        """Mean over MoE layers of this training pass's sequence-wise balance loss, before alpha; 0 if dense.
+
+        It is taken from the layers: one that the next pass leaves out (MTP's at weight 0) must not hand in an old one.
+        """
+        losses = []
+        for module in self.modules():
+            if isinstance(module, MoE) and module.balance is not None:
+                losses.append(module.balance)
+                module.balance = None
         return torch.stack(losses).mean() if losses else torch.zeros((), device=self.embed.device)

@@ -9,14 +9,27 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
 INTERRUPTED = 130
 
 
-def default_ranks(limit: int = 8) -> int:
-    """One single-threaded rank per core, as a power of two: measured faster than threads on CPUs (docs/log.md)."""
+def default_ranks() -> int:
+    """One rank for each GPU; without any, one single-threaded rank per core (`core_ranks`)."""
+    return gpus() or core_ranks()
+
+
+def gpus() -> int:
+    """How many NVIDIA GPUs this process may use, by the driver's device files and CUDA_VISIBLE_DEVICES."""
+    there = len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if asked is None else min(there, len([name for name in asked.split(",") if name.strip()]))
+
+
+def core_ranks(limit: int = 8) -> int:
+    """Ranks on a CPU, as a power of two: one of one thread per core is measured faster than threads (docs/log.md)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ranks = 1
     while ranks * 2 <= min(cores, limit):
@@ -71,7 +84,7 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
             signal.signal(s, handler)
     if presses:
         return INTERRUPTED
-    code = children[failed].returncode if failed is not None else 0
+    code = children[failed].returncode if failed is not None else max(child.returncode for child in children)
     if failed and (stream := output[failed]) is not None:
         stream.seek(0)
         sys.stderr.write(stream.read().decode(errors="replace"))
@@ -82,23 +95,26 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all have ended well, or return the first that has not."""
+    """Wait until all have ended well or at a safe point, or return the first that has not.
+
+    One that stopped at a safe point is no failure: another may still be writing the checkpoint of that point.
+    """
     while True:
         codes = [child.poll() for child in children]
-        bad = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        bad = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
         if bad:
             # A rank that lost its peer fails a moment later; the peer that died is the reason.
             time.sleep(0.3)
             killed = [r for r in range(len(children)) if (children[r].poll() or 0) < 0]
             told = [r for r in range(len(children)) if children[r].poll() == 2]
             return (told or killed or bad)[0]
-        if all(code == 0 for code in codes):
+        if None not in codes:
             return None
         time.sleep(0.05)
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    threads = "1" if ranks > 1 else str(default_ranks(64))
+    threads = str(max(1, core_ranks(64) // ranks) if gpus() or ranks == 1 else 1)
     return os.environ | {
         "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",

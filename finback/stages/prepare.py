@@ -2,19 +2,26 @@
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from finback.config import UserError, check_fields, check_positive
-from finback.data import chat, pack, tokenizer
+from finback.config import UserError, check_fields, check_positive, check_share
+from finback.data import pack, tokenizer
 from finback.data.chat import Message
-from finback.data.clean import Counts, clean
-from finback.data.sources import Chitchat, Document, Files, digest
+from finback.data.clean import Quality, Rules
+from finback.data.corpus import Corpus, Engine, provenance
+from finback.data.near import Index, NearDuplicates, Signer
+from finback.data.overlap import Overlap
+from finback.data.packaged import Packaged
+from finback.data.sources import Chitchat, Document, Files, Hub, Source
+from finback.data.tokenizer import Tokenizer
 from finback.recipe import Stage, Work
 from finback.run import StageRun, write_json
 from finback.tasks import task as tasks
-from finback.tasks.task import Task
+from finback.tasks.task import Split, Task
+
+SAMPLE = 20_000  # documents of each source that the tokenizer learns from
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,7 @@ class TaskText:
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
-        for share in ("think", "follow_up"):
-            if not 0 <= getattr(self, share) <= 1:
-                raise UserError(
-                    f"{self.name}.{share}", getattr(self, share), "a share is between 0 and 1", "Correct it."
-                )
+        check_share(self, self.name, "think", "follow_up")
         if not self.tasks:
             raise UserError(f"{self.name}.tasks", self.tasks, "no tasks to write out", "Name at least one.")
         check_positive(self, self.name, "documents")
@@ -58,16 +61,49 @@ class TaskText:
             yield Document(tuple(messages))
 
 
+@dataclass(frozen=True)
+class Decontaminate:
+    """Keep the held-out problems of tasks out of real text, by `ngram` words in a row or as a whole question.
+
+    The problems are those that an evaluation of the same run draws, its first `problems` of each task; of a task that has
+    fewer, all. Questions of the training side say which words are the task's and not a problem's.
+    """
+
+    tasks: tuple[Task, ...]
+    problems: int = 1000
+    ngram: int = 13
+
+    def __post_init__(self) -> None:
+        check_fields(self, "decontaminate")
+        check_positive(self, "decontaminate", "problems", "ngram")
+
+    def overlap(self, run: StageRun) -> Overlap:
+        """What finds the problems in a document."""
+        held, trained = dict[str, list[str]](), dict[str, list[str]]()
+        for task in self.tasks:  # two may have one name
+            seed = run.seed("exam", task.name)
+            held.setdefault(task.name, []).extend(_questions(task, "held_out", self.problems, seed))
+            trained.setdefault(task.name, []).extend(_questions(task, "train", self.problems, seed))
+        return Overlap(held, trained, self.ngram)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepare(Stage):
     """Write tokenizer.json, <source>.train.bin, <source>.valid.bin and sources.json."""
 
-    text: tuple[Chitchat | Files, ...] = field(default_factory=tuple)  # real text
+    text: tuple[Chitchat | Files | Hub | Packaged, ...] = field(default_factory=tuple)  # real text
     tasks: tuple[TaskText, ...] = field(default_factory=tuple)  # generated text
     vocab_size: int = 1024
+    vocabulary: str = ""  # take the tokenizer of this model, to go on training it, instead of making one
     interleave: float = (
         0.0  # share of real dialogues in which somebody asks a problem of the first of `tasks`
     )
+    quality: Quality | None = None  # rules that drop poor text
+    near: NearDuplicates | None = None  # drop near duplicates, also of earlier sources
+    decontaminate: Decontaminate | None = None
+    fim: float = 0.0  # share of plain texts that ask for their middle; V3: 0.1
+    workers: int = 0  # processes of datatrove's executor; 0: this process alone, with the same outputs
+    shard_tokens: int = pack.LARGE  # tokens of one file of a shard
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +117,13 @@ class Prepare(Stage):
             raise UserError(
                 f"{self.name}.text", names, "sources need distinct names, and one at least", "Name them."
             )
+        check_share(self, self.name, "fim")
+        if self.workers < 0:
+            raise UserError(f"{self.name}.workers", self.workers, "below 0", "Use 0 for this process alone.")
+        check_positive(self, self.name, "shard_tokens")
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.vocabulary,) if self.vocabulary else ()
 
     def work(self) -> Work:
         return Work()
@@ -93,43 +136,75 @@ class Prepare(Stage):
         return results
 
     def _prepare(self, run: StageRun) -> dict[str, Any]:
-        collected: dict[str, list[Document]] = {}
-        record: dict[str, dict[str, Any]] = {}
-        for source in self.text:
-            counts, files = Counts(), source.files()
-            collected[source.name] = list(clean(source.documents(), counts))
-            if not collected[source.name]:
-                raise UserError(
-                    f"{self.name}.text", source.name, "nothing left after cleaning", "Give more text."
-                )
-            record[source.name] = {
-                "licence": source.licence,
-                "sha256": digest(files),
-                "documents": asdict(counts),
-            }
-        for made in self.tasks:
-            collected[made.name] = list(made.generate(run.seed("tasks", made.name)))
-            record[made.name] = {"licence": made.licence, "documents": {"kept": len(collected[made.name])}}
-        if self.tasks and self.interleave > 0:
-            rng = random.Random(run.seed("interleave"))
-            for source in self.text:
-                documents = collected[source.name]
-                collected[source.name] = [
-                    _interleave(d, self.tasks[0], self.interleave, rng) for d in documents
-                ]
-        run.say(f"{self.name:10} training a tokenizer of {self.vocab_size} entries")
-        vocabulary = tokenizer.train(
-            _sample(collected.values()), self.vocab_size, run.folder / "tokenizer.json"
-        )
-        for name, documents in collected.items():
+        """Sources one after the other, then the tokenizer, then shards; what an interrupted call finished stays."""
+        overlap = self.decontaminate.overlap(run) if self.decontaminate else None
+        signer = Signer(self.near, run.seed("near")) if self.near else None
+        corpus = Corpus(
+            run, Rules(self.quality, overlap, signer), Index(self.near) if self.near else None,
+            Engine(self.workers, large=self.shard_tokens),
+        )  # fmt: skip
+        if not corpus.claim(self.text):
+            (run.folder / "tokenizer.json").unlink(missing_ok=True)
+        record = self._collect(run, corpus)
+        vocabulary = self._tokenizer(run, corpus)
+        for name, about in record.items():
             # task text is split by problem, not by document, so none of it is set aside here
-            held = pack.is_validation if name not in {t.name for t in self.tasks} else _never
-            record[name] |= _write_shards(run, name, documents, vocabulary, held)
-            run.say(
-                f"{self.name:10} {name}: {record[name]['train_tokens']:,} tokens, {record[name]['licence']}"
-            )
+            held = name not in {made.name for made in self.tasks}
+            about |= corpus.write(name, vocabulary, held, self.fim, run.seed("fim"))
+            run.say(f"{self.name:10} {name}: {about['train_tokens']:,} tokens, {about['licence']}")
         write_json(run.folder / "sources.json", record)
+        corpus.finish()
         return {"sources": record}
+
+    def _collect(self, run: StageRun, corpus: Corpus) -> dict[str, dict[str, Any]]:
+        """The documents of all sources onto the disk; what is known of each."""
+        rng = random.Random(run.seed("interleave"))
+        mixes = bool(self.tasks) and self.interleave > 0
+
+        def mix(document: Document) -> Document:
+            return _interleave(document, self.tasks[0], self.interleave, rng) if mixes else document
+
+        record = {source.name: corpus.gather(source, mix, rng) for source in self.text}
+        for made in self.tasks:
+            documents = made.generate(run.seed("tasks", made.name))
+            record[made.name] = corpus.generate(made.name, made.licence, documents, made.documents)
+        return record
+
+    def _tokenizer(self, run: StageRun, corpus: Corpus) -> Tokenizer:
+        """A tokenizer of no more than 20,000 documents of each source, the first ones."""
+        path = run.folder / "tokenizer.json"
+        if self.vocabulary:
+            given = Tokenizer(run.input(self.vocabulary))
+            if given.eos < 0:
+                raise UserError(
+                    f"{self.name}.vocabulary", self.vocabulary, "its tokenizer names no token that ends a text",
+                    "Put eos_token into its tokenizer_config.json.",
+                )  # fmt: skip
+            given.save(run.folder)
+            return Tokenizer(run.folder)
+        if not path.is_file():
+            run.say(f"{self.name:10} training a tokenizer of {self.vocab_size} entries")
+            made = tokenizer.train(corpus.sample(SAMPLE), self.vocab_size, corpus.folder / path.name)
+            made.path.replace(path)
+        return Tokenizer(path)
+
+
+def origin(source: Source | TaskText, documents: int) -> dict[str, Any]:
+    """Where documents come from, for the record."""
+    if isinstance(source, TaskText):
+        return {"licence": source.licence, "documents": {"kept": documents}}
+    return provenance(source, source.files()) | {"documents": {"kept": documents}}
+
+
+def _questions(task: Task, side: Split, most: int, seed: int) -> list[str]:
+    """All that is drawn until there are `most` distinct problems, with and without what a task writes around them."""
+    rng, keys, found, misses = random.Random(seed), set[str](), list[str](), 0
+    while len(keys) < most and misses < 1000:
+        problem = tasks.draw(task, side, rng)
+        misses = misses + 1 if problem.key in keys else 0
+        keys.add(problem.key)
+        found += problem.key, problem.question
+    return found
 
 
 def _interleave(document: Document, made: TaskText, share: float, rng: random.Random) -> Document:
@@ -147,36 +222,3 @@ def _interleave(document: Document, made: TaskText, share: float, rng: random.Ra
     rest = () if ends else document.messages[place:]
     mixed = Document((*document.messages[:place], *asked, *rest))
     return document if pack.is_validation(mixed.plain) else mixed
-
-
-def _never(text: str) -> bool:
-    return False
-
-
-def _sample(collections: Iterable[list[Document]]) -> Iterator[str]:
-    """What the tokenizer learns from: all real text, and no more than 20,000 documents of each source of problems."""
-    for documents in collections:
-        yield from (d.plain for d in documents[:20_000])
-
-
-def _write_shards(
-    run: StageRun,
-    name: str,
-    documents: list[Document],
-    vocabulary: tokenizer.Tokenizer,
-    held: Callable[[str], bool],
-) -> dict[str, Any]:
-    sides: dict[str, list[list[int]]] = {"train": [], "valid": []}
-    valid_bytes = 0
-    for document in documents:
-        plain = document.plain
-        side = "valid" if held(plain) else "train"
-        if document.messages:
-            ids = chat.document(document.messages, vocabulary)
-        else:
-            ids = [vocabulary.bos, *vocabulary.encode(plain), vocabulary.eos]
-        sides[side].append(ids)
-        if side == "valid":
-            valid_bytes += len(plain.encode("utf-8", "surrogatepass"))
-    written = {side: pack.write(run.folder / f"{name}.{side}.bin", ids) for side, ids in sides.items()}
-    return {"train_tokens": written["train"], "valid_tokens": written["valid"], "valid_bytes": valid_bytes}

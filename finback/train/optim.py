@@ -132,9 +132,12 @@ class Adam:
         self, named: list[tuple[str, nn.Parameter]], betas: tuple[float, float], weight_decay: float
     ) -> None:
         self.named = named
-        self.inner = torch.optim.AdamW(
-            [p for _, p in named], lr=0.0, betas=betas, weight_decay=weight_decay, fused=True
-        )
+        self.mine = [self.share(p) for _, p in named]
+        self.inner = torch.optim.AdamW(self.mine, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+
+    def share(self, parameter: nn.Parameter) -> Tensor:
+        """What of a parameter is updated here."""
+        return parameter
 
     def step(self, lr: float) -> None:
         """Update all parameters from their gradients."""
@@ -145,8 +148,8 @@ class Adam:
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps; empty before the first step."""
         state = {}
-        for name, p in self.named:
-            for key, value in self.inner.state.get(p, {}).items():
+        for (name, _), mine in zip(self.named, self.mine, strict=True):
+            for key, value in self.inner.state.get(mine, {}).items():
                 state[f"adam.{name}.{key}"] = value
         return state
 
@@ -158,4 +161,4 @@ class Adam:
                 k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
             }
             if entry:
-                self.inner.state[p] = {k: v.clone() for k, v in entry.items()}
+                self.inner.state[p] = {k: v.to(p.device, copy=True) for k, v in entry.items()}

@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from finback.config import UserError, check_fields
+from finback.config import UserError, check_fields, check_not_negative, check_positive
 
 
 @dataclass(frozen=True)
 class Objective:
     """What an update minimises. The defaults are GRPO with DAPO's average over tokens; every other form is a knob.
 
-    DeepSeekMath (2402.03300): average="answer", kl=0.04. R1 (Nature 2025): clip_high=10, clip_low=1, kl=0.001,
+    DeepSeekMath (2402.03300): average="answer", kl=0.04. R1 (Nature 2025): clip_low=10, clip_high=10, kl=0.001,
     average="answer". Dr. GRPO (2503.20783): average="constant" and GRPO(normalise=False). DAPO (2503.14476):
     clip_high=0.28. GSPO (2507.18071): ratio="sequence", average="answer", clip_low=3e-4, clip_high=4e-4.
     """
@@ -38,9 +38,9 @@ class Objective:
         check_fields(self, "objective")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError("objective.dual_clip", self.dual_clip, "not above 1", "The usual value is 3.")
-        for name in ("clip_low", "clip_high", "kl"):
-            if getattr(self, name) < 0:
-                raise UserError(f"objective.{name}", getattr(self, name), "negative", "Use 0 or more.")
+        check_not_negative(self, "objective", "clip_low", "clip_high", "kl")
+        if self.truncate is not None:
+            check_positive(self, "objective", "truncate")
 
 
 def advantages(rewards: Tensor, normalise: bool = True) -> Tensor:

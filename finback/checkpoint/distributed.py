@@ -1,0 +1,190 @@
+"""Checkpoints that many ranks write together (torch's DCP) and any other number of ranks can read.
+
+Each rank writes one safetensors file with its shares and where they lie in the whole; nothing is pickled. A checkpoint
+is a folder step-<n> that gets its name when it is whole: until then it is called step-<n>.part, and `manifest.json`, with
+the digest of every file, is written last. All ranks must see the same file system.
+"""
+
+import os
+import shutil
+import warnings
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from finback.checkpoint.store import KEEP
+from finback.config import UserError
+from finback.meter import sha256
+from finback.model.config import ModelConfig
+from finback.run import read_json, write_json
+
+MANIFEST = "manifest.json"
+
+
+class Steps:
+    """The checkpoints of one run; every method is for all ranks at once, and takes what each of them holds.
+
+    Tensors are DTensors, or plain where all ranks that name them hold the same.
+    """
+
+    def __init__(self, folder: Path, keep: int = KEEP) -> None:
+        self.folder, self.keep = folder, keep
+        # its own group: a checkpoint is written while the ranks talk of other things
+        self.group = dist.new_group(backend="gloo")
+        self.pending: tuple[int, dict[str, Any], Future[Any]] | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Write a checkpoint; whole on the disk when this returns."""
+        self.begin(step, tensors, meta)
+        self.finish()
+
+    def begin(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Start writing: tensors are copied before this returns, and may change afterwards. `finish` makes it whole."""
+        self.finish()
+        part = _part(self.folder, step)
+        if dist.get_rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        dist.barrier(self.group)
+        writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+        apart = {name: _apart(t.detach()) for name, t in tensors.items()}
+        written = state_dict_saver.async_save(apart, storage_writer=writer, process_group=self.group)
+        assert isinstance(written, Future), "DCP answers with a future unless it is told to stage apart"
+        self.pending = step, meta, written
+
+    def finish(self) -> None:
+        """Wait for what `begin` started, if anything, and give it its name; all but the newest `keep` are dropped."""
+        if self.pending is None:
+            return
+        step, meta, written = self.pending
+        self.pending = None
+        written.result()
+        part, whole = _part(self.folder, step), _whole(self.folder, step)
+        digests = self._digests(part, sorted(path.name for path in part.glob("*.safetensors")))
+        if dist.get_rank() == 0:
+            write_json(part / MANIFEST, {"meta": meta, "sha256": digests})
+            shutil.rmtree(whole, ignore_errors=True)
+            part.replace(whole)
+            _sync(self.folder)
+            for old in _found(self.folder)[self.keep :]:
+                shutil.rmtree(old)
+        dist.barrier(self.group)
+
+    def load_newest(self, *tensors: dict[str, Tensor]) -> tuple[int, dict[str, Any]] | None:
+        """Read the newest whole checkpoint into tensors, in place; its step and meta, or None where there is none.
+
+        Several sets of tensors may name the same. A damaged checkpoint is passed over; UserError when all are damaged, or
+        when it is of another model.
+        """
+        found: list[Path] = self._agree(_found(self.folder))
+        for path in found:
+            if self._is_intact(path):
+                metas = [self.load(path, each) for each in tensors]
+                return _step(path), metas[0]
+        if found:
+            remedy = "Delete it to start the stage again."
+            raise UserError("checkpoint", str(found[0]), "its files do not match their digests", remedy)
+        return None
+
+    def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Read some or all tensors of a checkpoint, in place, however they were shared when it was written."""
+        reader = HuggingFaceStorageReader(str(path))
+        known = _tensors(reader)
+        for name, tensor in tensors.items():
+            size = known[name].size if name in known else None
+            if size != tensor.shape:
+                problem = f"{name} is {'missing' if size is None else tuple(size)}, not {tuple(tensor.shape)}"
+                raise UserError("checkpoint", str(path), problem, "Continue it with the model that it is of.")
+        state_dict_loader.load(dict(tensors), storage_reader=reader, process_group=self.group)
+        return dict(read_json(path / MANIFEST)["meta"])
+
+    def _is_intact(self, path: Path) -> bool:
+        told = read_json(path / MANIFEST)["sha256"]
+        there = sorted(file.name for file in path.glob("*.safetensors"))
+        return bool(there == sorted(told) and self._digests(path, there) == told)
+
+    def _digests(self, folder: Path, names: list[str]) -> dict[str, str]:
+        """SHA-256 of each file, the work shared among ranks."""
+        rank, size = dist.get_rank(), dist.get_world_size()
+        mine = {name: sha256(folder / name) for name in names[rank::size]}
+        all_of_them: list[dict[str, str]] = [{} for _ in range(size)]
+        dist.all_gather_object(all_of_them, mine, group=self.group)
+        return {name: digest for some in all_of_them for name, digest in some.items()}
+
+    def _agree(self, found: list[Path]) -> list[Path]:
+        """What rank 0 has found."""
+        box = [found]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
+def newest(folder: Path) -> Path:
+    """The newest whole checkpoint of a run."""
+    return _found(folder)[0]
+
+
+def whole_model(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The model of a checkpoint as one rank has it, ready for Transformer.load_state_dict; needs no process group.
+
+    Only the model is read. Whoever writes a checkpoint puts "model." before its names.
+    """
+    reader = HuggingFaceStorageReader(str(path))
+    tensors = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in _tensors(reader).items()
+        if name.startswith("model.")
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
+        state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
+    model = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return model | {"head.weight": model["embed"]} if config.tie_word_embeddings else model
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """A tensor that begins its memory and fills it in order: DCP can copy no others."""
+    mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if mine.storage_offset() == 0 and mine.is_contiguous():
+        return tensor
+    mine = mine.contiguous().clone()
+    if not isinstance(tensor, DTensor):
+        return mine
+    where, shape, stride = (tensor.device_mesh, tensor.placements), tensor.shape, tensor.stride()
+    return DTensor.from_local(mine, *where, run_check=False, shape=shape, stride=stride)
+
+
+def _tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+    about = reader.read_metadata().state_dict_metadata.items()
+    return {name: entry for name, entry in about if isinstance(entry, TensorStorageMetadata)}
+
+
+def _whole(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08}"
+
+
+def _part(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08}.part"
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _found(folder: Path) -> list[Path]:
+    """Whole checkpoints, newest first."""
+    return sorted((p.parent for p in folder.glob(f"step-*/{MANIFEST}") if not p.parent.suffix), reverse=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make renames in a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,219 @@
+"""A corpus on its way to shards: read and clean, spill, encode, write; each source's steps are done once.
+
+work/stamps.json          which files the rest was made from: if they change, it is thrown away
+work/<source>.read.json   written when a source is read and cleaned
+work/<source>.pack.json   written when its shards are
+"""
+
+import importlib.metadata
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finback.config import UserError
+from finback.data import near, pack, spill, trove
+from finback.data.clean import Checked, Rules, Sieve, check
+from finback.data.near import Index
+from finback.data.packaged import Packaged
+from finback.data.read import Meter
+from finback.data.segments import Encoding, Reading, encoded, read_checked, read_encoded
+from finback.data.sources import Document, Hub, Source, digest
+from finback.data.spill import Spill
+from finback.data.tokenizer import Tokenizer
+from finback.run import Interrupted, Progress, StageRun, read_json, write_json
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Who does the work: this process, or `workers` of datatrove's."""
+
+    workers: int = 0  # 0: this process
+    segment: int = spill.SEGMENT  # documents of a piece of work
+    large: int = pack.LARGE  # tokens of a shard file
+
+
+class Corpus:
+    """What a prepare stage has on the disk between its passes."""
+
+    def __init__(self, run: StageRun, rules: Rules, index: Index | None, engine: Engine) -> None:
+        self.stage_run, self.rules, self.index, self.engine = run, rules, index, engine
+        self.folder = run.folder / "work"
+        self.documents: dict[str, int] = {}  # how many of each source were kept
+
+    def claim(self, sources: Sequence[Source]) -> bool:
+        """Whether what an interrupted call left can be used: if it was made from the files that are there now."""
+        stamps = {
+            s.name: [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in s.files()] for s in sources
+        }
+        path = self.folder / "stamps.json"
+        if path.is_file() and read_json(path) == stamps:
+            return True
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        write_json(path, stamps)
+        return False
+
+    def gather(self, source: Source, mix: Callable[[Document], Document], rng: random.Random) -> Record:
+        """Read and clean a source; `mix` may change what is kept, and draws from `rng` alone."""
+        done = self._marker(source.name, "read")
+        if done.is_file():
+            return self._known(source.name, read_json(done), rng)
+        files, meter = source.files(), Meter()
+        sieve = Sieve(source.name, self.index)
+        progress = Progress(self.stage_run, sum(p.stat().st_size for p in files), "bytes")
+        with self._removed(source.name) as note, self._signatures(source.name) as sign:
+            kept = sieve.sift(self._checked(source, files, meter), note)
+            self._spill(source.name, (mix(sign(*each)) for each in kept), progress, lambda: meter.done)
+        if not sieve.counts.kept:
+            raise UserError(
+                f"{self.stage_run.name}.text", source.name, "nothing left after cleaning", "Give more text."
+            )
+        record = provenance(source, files) | {"documents": asdict(sieve.counts)}
+        write_json(done, {"record": record, "kept": sieve.counts.kept, "rng": rng.getstate()})
+        return record
+
+    def generate(self, name: str, licence: str, documents: Iterable[Document], total: int) -> Record:
+        """Keep documents that a program writes as they are."""
+        done = self._marker(name, "read")
+        if done.is_file():
+            return self._known(name, read_json(done), None)
+        self._spill(name, documents, Progress(self.stage_run, total, "documents"), None)
+        record: Record = {"licence": licence, "documents": {"kept": self.documents[name]}}
+        write_json(done, {"record": record, "kept": self.documents[name]})
+        return record
+
+    def sample(self, most: int) -> Iterator[str]:
+        """The words of the first `most` documents of each source."""
+        for name in self.documents:
+            yield from (document.plain for document in islice(self.read(name), most))
+
+    def read(self, name: str) -> Iterator[Document]:
+        """The kept documents of a source."""
+        return chain.from_iterable(map(spill.read, self._segments(name)))
+
+    def write(self, name: str, tokenizer: Tokenizer, held: bool, fim: float, seed: int) -> Record:
+        """A source's shards; with `held`, one document in twenty goes to the validation side."""
+        done = self._marker(name, "pack")
+        if done.is_file():
+            return dict(read_json(done))
+        paths = [self.stage_run.folder / f"{name}.{side}.bin" for side in ("train", "valid")]
+        size, large, valid_bytes = tokenizer.vocab_size, self.engine.large, 0
+        progress = Progress(self.stage_run, self.documents[name], "documents")
+        with pack.Writer(paths[0], size, large) as train, pack.Writer(paths[1], size, large) as valid:
+            found = self._encoded(name, tokenizer, held, fim, seed)
+            for number, (ids, counted) in enumerate(found):
+                (train if counted < 0 else valid).add(ids)
+                valid_bytes += max(counted, 0)
+                self._show(progress, number, f"{name} to tokens")
+        record = {"train_tokens": train.tokens, "valid_tokens": valid.tokens, "valid_bytes": valid_bytes}
+        write_json(done, record)
+        return record
+
+    def finish(self) -> None:
+        """Remove what only the passes needed, and what a killed one left half written."""
+        shutil.rmtree(self.folder)
+        for part in self.stage_run.folder.glob("*.part"):
+            part.unlink()
+
+    def _marker(self, name: str, step: str) -> Path:
+        return self.folder / f"{name}.{step}.json"
+
+    def _known(self, name: str, found: Record, rng: random.Random | None) -> Record:
+        """Take over what an interrupted call found out about a source."""
+        self.documents[name] = found["kept"]
+        if rng:
+            version, state, gauss = found["rng"]
+            rng.setstate((version, tuple(state), gauss))
+        if self.index is not None and rng:
+            self.index.load(self.folder / f"{name}.signatures", name)
+        return dict(found["record"])
+
+    def _checked(self, source: Source, files: list[Path], meter: Meter) -> Iterator[Checked]:
+        if self.engine.workers and files:
+            folder = self.folder / f"{source.name}.reading"
+            job = Reading(source, tuple(files), self.rules, folder)
+            self._each(job, len(files), folder, f"files of {source.name}")
+            return chain.from_iterable(read_checked(job.part(i)) for i in range(len(files)))
+        documents = (source.read(path, meter) for path in files) if files else [source.documents()]
+        return (check(document, self.rules) for document in chain.from_iterable(documents))
+
+    def _encoded(
+        self, name: str, tokenizer: Tokenizer, held: bool, fim: float, seed: int
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        if not self.engine.workers:
+            return encoded(self.read(name), tokenizer, held, fim, seed)
+        segments, folder = self._segments(name), self.folder / f"{name}.encoding"
+        job = Encoding(tuple(segments), tokenizer.path, held, fim, seed, folder)
+        self._each(job, len(segments), folder, f"segments of {name}")
+        return chain.from_iterable(read_encoded(job.part(i)) for i in range(len(segments)))
+
+    def _each(self, job: trove.Job, pieces: int, folder: Path, what: str) -> None:
+        progress = Progress(self.stage_run, pieces, what)
+        trove.each(job, pieces, self.engine.workers, folder, lambda done: self._show(progress, done, ""))
+
+    def _segments(self, name: str) -> list[Path]:
+        return Spill(self.folder, name, self.engine.segment).paths(self.documents[name])
+
+    def _spill(
+        self, name: str, documents: Iterable[Document], progress: Progress, done: Callable[[], float] | None
+    ) -> None:
+        with Spill(self.folder, name, self.engine.segment) as spilled:
+            for document in documents:
+                spilled.add(document)
+                self._show(
+                    progress, done() if done else spilled.documents, f"{name}: {spilled.documents:,} kept"
+                )
+        self.documents[name] = spilled.documents
+
+    def _show(self, progress: Progress, done: float, note: str) -> None:
+        run = self.stage_run
+        progress.show(done, note)
+        if run.stop_requested and run.ranks.size == 1:  # others wait at a barrier and cannot be told
+            raise Interrupted
+
+    @contextmanager
+    def _removed(self, name: str) -> Iterator[Callable[[Record], None] | None]:
+        """Writes down what was removed for a reason that names something; None where no rule does."""
+        if self.rules.overlap is None and self.index is None:
+            yield None
+            return
+        path = self.stage_run.folder / f"{name}.removed.jsonl"
+        with path.open("w", encoding="utf-8") as handle:
+            yield lambda record: print(json.dumps(record), file=handle)
+
+    @contextmanager
+    def _signatures(self, name: str) -> Iterator[Callable[[int, Checked], Document]]:
+        """Keeps the signatures of kept documents, which later sources are compared with, also after a restart."""
+        with (self.folder / f"{name}.signatures").open("wb") as handle:
+
+            def sign(number: int, checked: Checked) -> Document:
+                if checked.signature is not None:
+                    handle.write(near.store(number, checked.signature))
+                return checked.document
+
+            yield sign
+
+
+def provenance(source: Source, files: list[Path]) -> Record:
+    """Where a source comes from, for the record."""
+    record: Record = {
+        "licence": source.licence, "files": [str(path) for path in files],
+        "bytes": sum(path.stat().st_size for path in files), "sha256": digest(files) if files else None,
+    }  # fmt: skip
+    if isinstance(source, Hub):
+        record |= {"hub": source.path, "split": source.split}
+    if isinstance(source, Packaged):
+        record["package"] = source.package
+        if source.module:
+            record["version"] = importlib.metadata.version(source.package)
+    return record

@@ -1,0 +1,169 @@
+"""Real text that installed packages carry, so that a corpus of some size needs no more than pip or apt."""
+
+import gzip
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Literal
+
+from finback.config import UserError, check_fields
+from finback.data.read import Meter
+from finback.data.sources import Document
+
+BLOCKS = re.compile("p|div|li|d[tdl]|br|t[rd]|h[1-6]|pre|[uo]l|table|section|blockquote")
+SKIPPED = ("script", "style", "nav", "head")
+NAVIGATION = frozenset(("navheader", "navfooter", "sphinxsidebar", "related", "footer", "headerlink"))
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """Text of an installed package: a Python module's files, or those that a Debian package puts under `root`."""
+
+    name: str
+    licence: str
+    package: str  # what carries it
+    install: str  # the command that brings it
+    form: Literal["aws", "google", "wordnet", "html"]
+    pattern: str  # its files, below the module or the root
+    module: str = ""  # of Python; empty for a Debian package
+    root: str = "/"  # another folder where a .deb was unpacked by dpkg-deb -x
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.name)
+
+    def files(self) -> list[Path]:
+        folder = Path(self.root)
+        if self.module:
+            spec = importlib.util.find_spec(self.module)
+            folder = Path(spec.origin).parent if spec and spec.origin else Path(self.module)
+        found = sorted(path for path in folder.glob(self.pattern) if path.is_file())
+        if not found:
+            raise UserError("source", self.name, f"the package {self.package} is not installed", self.install)
+        return found
+
+    def documents(self) -> Iterator[Document]:
+        for path in self.files():
+            yield from self.read(path)
+
+    def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
+        reader = {"aws": _aws, "google": _google, "wordnet": _wordnet, "html": _page}[self.form]
+        for text in reader(path):
+            if text:
+                yield Document(text=text)
+        if meter:
+            meter.done += path.stat().st_size
+
+    def at(self, root: str) -> "Packaged":
+        """The same text of a Debian package that was unpacked elsewhere."""
+        return replace(self, root=root)
+
+
+AWS = Packaged(
+    "aws", "Apache-2.0", "botocore", "pip install botocore", "aws", "data/*/*/service-2.json*", "botocore"
+)
+GOOGLE = Packaged(
+    "google", "Apache-2.0", "google-api-python-client", "pip install google-api-python-client", "google",
+    "discovery_cache/documents/*.json", "googleapiclient",
+)  # fmt: skip
+WORDNET = Packaged(
+    "wordnet",
+    "WordNet 3.0",
+    "wordnet-base",
+    "apt install wordnet-base",
+    "wordnet",
+    "usr/share/wordnet/data.*",
+)
+PYTHON = Packaged(
+    "python",
+    "PSF-2.0",
+    "python3-doc",
+    "apt install python3-doc",
+    "html",
+    "usr/share/doc/python3.*[0-9]/html/**/*.html",
+)
+POSTGRES = Packaged(
+    "postgres", "PostgreSQL", "postgresql-doc", "apt install postgresql-doc", "html",
+    "usr/share/doc/postgresql-doc-*/html/*.html",
+)  # fmt: skip
+
+
+def _aws(path: Path) -> Iterator[str]:
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return (plain(text) for text in _strings(json.loads(raw), "documentation"))
+
+
+def _google(path: Path) -> Iterator[str]:
+    return (plain(text) for text in _strings(json.loads(path.read_bytes()), "description"))
+
+
+def _strings(value: Any, key: str) -> Iterator[str]:
+    """All texts under a key, however deep, in the order of the file."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name == key and isinstance(inner, str):
+                yield inner
+            else:
+                yield from _strings(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, key)
+
+
+def _wordnet(path: Path) -> Iterator[str]:
+    """ "word, word: definition; "an example" of each synset; wndb(5) has the format."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        data, bar, gloss = line.partition(" | ")
+        if bar and not line.startswith(" "):
+            fields = data.split()
+            words = [re.sub(r"\(\w+\)$", "", word) for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
+            yield f"{', '.join(words).replace('_', ' ')}: {gloss.strip()}"
+
+
+def _page(path: Path) -> Iterator[str]:
+    if not path.name.startswith(("genindex", "contents")):  # lists of links
+        yield plain(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def plain(html: str) -> str:
+    """The words of a page or of a piece of HTML, a line for each block, spacing as in print."""
+    parser = _Words()
+    parser.feed(html)
+    parser.close()
+    lines = (" ".join(line.split()) for line in "".join(parser.found).split("\n"))
+    return re.sub(r"\n{2,}", "\n", "\n".join(lines)).strip()
+
+
+class _Words(HTMLParser):
+    """Collects text outside of what only helps to find one's way."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[str] = []
+        self.hidden: list[str] = []  # the open elements since one that is skipped
+        self.verbatim = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        classes = " ".join(value or "" for name, value in attrs if name == "class").split()
+        if tag in ("br", "img", "meta", "link", "input", "hr", "col"):
+            self.found.append("\n" if tag == "br" and not self.hidden else "")
+        elif self.hidden or tag in SKIPPED or NAVIGATION & set(classes):
+            self.hidden.append(tag)
+        elif BLOCKS.fullmatch(tag):
+            self.found.append("\n")
+            self.verbatim += tag == "pre"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.hidden:
+            while self.hidden and self.hidden.pop() != tag:
+                pass  # elements that nobody closed
+        elif not self.hidden and BLOCKS.fullmatch(tag):
+            self.found.append("\n")
+            self.verbatim -= tag == "pre" and self.verbatim > 0
+
+    def handle_data(self, data: str) -> None:
+        if not self.hidden:
+            self.found.append(data if self.verbatim else re.sub(r"\s+", " ", data))

@@ -1,0 +1,201 @@
+"""Rows of a source: windows of its stream of tokens, or whole documents fitted together."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finback.config import UserError
+from finback.data.pack import Shard
+from finback.data.tuning import WINDOW, arrange
+
+PADDING = -1  # as a document's number
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to train on; `length` is what the trunk reads, the tokens behind it are targets only."""
+
+    tokens: Tensor  # (rows, length + extra)
+    documents: (
+        Tensor | None
+    )  # (rows, length + extra), which of its row's documents a token belongs to, or PADDING
+    real: Tensor  # (rows, length + extra), False for padding
+    length: int
+
+    def to(self, device: torch.device) -> "Rows":
+        """The same rows where a model computes."""
+        documents = None if self.documents is None else self.documents.to(device)
+        return Rows(self.tokens.to(device), documents, self.real.to(device), self.length)
+
+    @property
+    def targets(self) -> Tensor:
+        """The next token (rows, length), -1 where it is padding or, with `documents`, begins another document."""
+        return self.further(0)
+
+    def further(self, depth: int) -> Tensor:
+        """Targets of MTP's depth k (rows, length), those k places further on; depth 0 is the trunk."""
+        there = slice(1 + depth, 1 + depth + self.length)
+        counts = self.real[:, there] & self.real[:, : self.length]
+        if self.documents is not None:
+            counts = counts & (self.documents[:, there] == self.documents[:, : self.length])
+        return self.tokens[:, there].masked_fill(~counts, -1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as arrays of length + extra: ids, and the document of each; `size` is how many of the first are real."""
+
+    tokens: np.ndarray
+    documents: np.ndarray | None
+    size: int
+
+
+def stack(rows: Sequence[Row], length: int) -> Rows:
+    """Rows as one batch of tensors."""
+    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64))
+    numbers = [row.documents for row in rows if row.documents is not None]
+    documents = torch.from_numpy(np.stack(numbers).astype(np.int64)) if numbers else None
+    sizes = torch.tensor([row.size for row in rows])
+    return Rows(tokens, documents, torch.arange(tokens.size(1)) < sizes[:, None], length)
+
+
+class Order(Protocol):
+    """The endless sequence of a source's rows, epoch after epoch; a small state says how far it is."""
+
+    count: int  # what an epoch permutes
+
+    def next(self) -> tuple[Any, int]:
+        """Where the next row lies, and how many of its tokens the trunk reads."""
+        ...
+
+    def row(self, place: Any, documents: bool) -> Row:
+        """The row that lies there."""
+        ...
+
+    def state(self) -> Any: ...
+
+    def load_state(self, state: Any) -> None: ...
+
+
+class Windows:
+    """Windows of `length` tokens, `extra` further ones behind; those of an epoch are a seeded permutation."""
+
+    def __init__(self, name: str, shard: Shard, length: int, extra: int, seed: int) -> None:
+        self.name, self.shard, self.length, self.extra, self.seed = name, shard, length, extra, seed
+        self.count = (len(shard) - extra) // length
+        self.drawn = 0
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def next(self) -> tuple[int, int]:
+        self.drawn += 1
+        return self.drawn - 1, self.length
+
+    def row(self, place: int, documents: bool) -> Row:
+        epoch, index = divmod(place, self.count)
+        if self._order[0] != epoch:
+            self._order = epoch, _permutation(self.seed, epoch, self.name, self.count)
+        start = int(self._order[1][index]) * self.length
+        stop = start + self.length + self.extra
+        numbers = _numbers(_ends(self.name, self.shard), start, stop) if documents else None
+        return Row(self.shard[start:stop], numbers, stop - start)
+
+    def state(self) -> int:
+        return self.drawn
+
+    def load_state(self, state: int) -> None:
+        self.drawn = state
+
+
+class Fitted:
+    """Whole documents in rows of `length` + 1 tokens, as many as fit best (V3 4.1: packing for integrity).
+
+    A longer document is cut at every `length` tokens into pieces that overlap by one, so that each of its tokens is
+    predicted once; only its last piece shares a row. Where a piece fills its row and the document goes on, the `extra`
+    tokens are the document's, for MTP. Pieces are permuted every epoch and fitted 1,024 at a time: a state is an epoch,
+    a window of pieces and a row of it.
+    """
+
+    def __init__(self, name: str, shard: Shard, length: int, extra: int, seed: int) -> None:
+        self.name, self.shard, self.length, self.extra, self.seed = name, shard, length, extra, seed
+        self.ends = _ends(name, shard)
+        self.starts, self.sizes = _pieces(self.ends, length)
+        self.count = len(self.starts)
+        self.epoch, self.window, self.place = 0, 0, 0
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._arranged: tuple[tuple[int, int], list[list[int]]] = ((-1, -1), [])
+
+    def next(self) -> tuple[list[int], int]:
+        rows = self._rows()
+        if self.place == len(rows):
+            self.window, self.place = self.window + 1, 0
+            if self.window * WINDOW >= self.count:
+                self.epoch, self.window = self.epoch + 1, 0
+            rows = self._rows()
+        self.place += 1
+        pieces = rows[self.place - 1]
+        return pieces, min(self.length, int(self.sizes[pieces].sum()))
+
+    def row(self, place: list[int], documents: bool) -> Row:
+        tokens = np.zeros(self.length + self.extra, dtype=np.int64)
+        numbers = np.full(self.length + self.extra, PADDING)
+        begin = 0
+        for number, piece in enumerate(place):
+            start, size = int(self.starts[piece]), int(self.sizes[piece])
+            if size > self.length:  # it fills the row, and what follows is wanted for MTP
+                whole = self.ends[np.searchsorted(self.ends, start, side="right")]
+                size = min(int(whole) - start, self.length + self.extra)
+            tokens[begin : begin + size] = self.shard[start : start + size]
+            numbers[begin : begin + size] = number
+            begin += size
+        return Row(tokens, numbers if documents else None, begin)
+
+    def state(self) -> list[int]:
+        return [self.epoch, self.window, self.place]
+
+    def load_state(self, state: list[int]) -> None:
+        self.epoch, self.window, self.place = state
+
+    def _rows(self) -> list[list[int]]:
+        """The rows of the window at hand, as lists of pieces."""
+        if self._order[0] != self.epoch:
+            self._order = self.epoch, _permutation(self.seed, self.epoch, self.name, self.count)
+        if self._arranged[0] != (self.epoch, self.window):
+            pieces = self._order[1][self.window * WINDOW : (self.window + 1) * WINDOW]
+            rng = random.Random(f"{self.seed} {self.name} {self.epoch} {self.window}")
+            found = arrange(self.sizes[pieces].tolist(), self.length + 1, rng)
+            self._arranged = (self.epoch, self.window), [pieces[row].tolist() for row in found]
+        return self._arranged[1]
+
+
+def _permutation(seed: int, epoch: int, name: str, n: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch, *name.encode()]).permutation(n)
+
+
+def _ends(name: str, shard: Shard) -> np.ndarray:
+    if shard.ends is None:
+        raise UserError(
+            "data", name, "its shards do not say where documents end", "Run the prepare stage of this version again."
+        )  # fmt: skip
+    return shard.ends
+
+
+def _numbers(ends: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Which document each token from start to stop belongs to, counted from 0."""
+    first, last = np.searchsorted(ends, (start, stop - 1), side="right")
+    return np.asarray(np.searchsorted(ends[first:last], np.arange(start, stop), side="right"))
+
+
+def _pieces(ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and sizes of the pieces of documents, each of 2 to length + 1 tokens."""
+    ends = np.asarray(ends, dtype=np.int64)
+    begins = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+    counts = np.maximum(0, -((ends - begins - 1) // -length))
+    document = np.repeat(np.arange(len(ends)), counts)
+    within = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = begins[document] + within * length
+    return starts, np.minimum(ends[document] - starts, length + 1)

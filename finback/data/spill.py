@@ -1,0 +1,64 @@
+"""Documents on the disk between two passes, so that no stage holds a corpus in memory."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from finback.data.chat import Message
+from finback.data.sources import Document
+
+SEGMENT = 20_000  # documents of one file, which one worker encodes
+
+
+class Spill:
+    """Files of JSON lines, `segment` documents each, written in order and read in order."""
+
+    def __init__(self, folder: Path, name: str, segment: int = SEGMENT) -> None:
+        self.folder, self.name, self.segment = folder, name, segment
+        self.documents = 0
+        self._handle: TextIO | None = None
+
+    def add(self, document: Document) -> None:
+        """Append a document."""
+        if self.documents % self.segment == 0:
+            self.close()
+            self._handle = self._path(self.documents // self.segment).open("w", encoding="ascii")
+        assert self._handle is not None, "a spill that was closed takes no more"
+        self._handle.write(dumped(document) + "\n")
+        self.documents += 1
+
+    def close(self) -> None:
+        """Finish the file at hand."""
+        if self._handle is not None:
+            self._handle.close()
+
+    def __enter__(self) -> "Spill":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def paths(self, documents: int) -> list[Path]:
+        """The files of a spill of so many documents."""
+        return [self._path(i) for i in range(-(-documents // self.segment))]
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self.name}.{number:05}.jsonl"
+
+
+def read(path: Path) -> Iterator[Document]:
+    """Documents of one file."""
+    with path.open(encoding="ascii") as handle:
+        yield from map(loaded, handle)
+
+
+def dumped(document: Document) -> str:
+    """One line that holds a document; lone surrogates survive as JSON's escapes."""
+    return json.dumps([document.text, *([m.role, m.content, m.thinking] for m in document.messages)])
+
+
+def loaded(line: str) -> Document:
+    """The document of a line."""
+    text, *messages = json.loads(line)
+    return Document(tuple(Message(*message) for message in messages), text)

@@ -1,0 +1,191 @@
+"""Linear maps, SwiGLU and routed experts whose three products run in FP8, as DeepSeek-V3 trains (V3 3.3).
+
+              left                       right                     tiles along
+  Fprop       activation  1 x 128        weight      128 x 128     inputs
+  Dgrad       gradient    1 x 128        weight      128 x 128     outputs
+  Wgrad       gradient  128 x 1          activation  128 x 1       tokens
+
+Master weights and their gradients are fp32; what goes from one operator to the next keeps the input's dtype. The
+activation that Wgrad reads is the one that was kept for the backward pass, hence quantised before: in FP8 for most.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finback.kernels import fp8_hopper
+from finback.kernels.fp8_products import Emulated, Operand, Products, Scaled
+from finback.kernels.grouped import Blocks, layout
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What the place of a linear map in the model asks of its numbers (V3 3.3.3)."""
+
+    input_power_of_two: bool = False
+    gradient_power_of_two: bool = False  # of a feed-forward's output
+    keep_e5m6: bool = False  # the input, for Wgrad
+    products: Products | None = None  # None: as the device has them
+
+
+LINEAR = Numerics()
+# Kept in E5M6, since the attention's own backward needs it as well; its factors cost no digits when tiles turn.
+AFTER_ATTENTION = Numerics(input_power_of_two=True, keep_e5m6=True)
+# Inputs travel to their experts in FP8, and so do the gradients of their outputs on the way back.
+ROUTED = Numerics(input_power_of_two=True, gradient_power_of_two=True)
+
+
+def linear(x: Tensor, weight: Tensor, numerics: Numerics) -> Tensor:
+    """x (..., in), weight (out, in) -> (..., out), in x's dtype."""
+    return _Linear.apply(x, weight, numerics)
+
+
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, numerics: Numerics) -> Tensor:
+    """down(SiLU(gate x) ⊙ up x): x (..., d), gate_up (2m, d), gate rows first, down (d, m) -> (..., d)."""
+    return _SwiGLU.apply(x, gate_up, down, numerics)
+
+
+def routed_experts(
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, numerics: Numerics
+) -> Tensor:
+    """As reference.routed_experts. Tiles along tokens begin anew with each expert."""
+    return _RoutedExperts.apply(x, index, weight, gate_up, down, numerics)
+
+
+def products_for(x: Tensor, numerics: Numerics) -> Products:
+    """The arithmetic for a tensor: what is asked for, else Hopper's where there is one, else the emulator."""
+    if numerics.products is not None:
+        return numerics.products
+    return Scaled(fp8_hopper.product) if fp8_hopper.missing(x.device) is None else Emulated()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, numerics: Numerics) -> Tensor:
+        p = products_for(x, numerics)
+        rows = x.flatten(0, -2)
+        tiles, blocks = p.tiles(rows, numerics.input_power_of_two), p.blocks(weight)
+        kept = (p.keep(rows),) if numerics.keep_e5m6 else tiles
+        ctx.save_for_backward(*kept, *blocks)
+        ctx.numerics, ctx.split = numerics, len(kept)
+        return p.multiply(tiles, blocks).to(x.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, numerics = grads[0], ctx.numerics
+        p = products_for(grad, numerics)
+        kept, blocks = ctx.saved_tensors[: ctx.split], ctx.saved_tensors[ctx.split :]
+        rows = grad.flatten(0, -2)
+        d_x = p.multiply(p.tiles(rows), _transposed(blocks)).to(grad.dtype)
+        seen = kept[0] if numerics.keep_e5m6 else p.widen(kept)
+        d_weight = p.multiply(p.columns(rows), p.columns(seen, numerics.input_power_of_two))
+        return d_x.unflatten(0, grad.shape[:-1]), d_weight.float(), None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """A feed-forward with a single expert that gets every row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, numerics: Numerics) -> Tensor:
+        p, rows = products_for(x, numerics), x.flatten(0, -2)
+        tiles = p.tiles(rows, numerics.input_power_of_two)
+        ctx.numerics, ctx.blocks = numerics, [(0, 0, len(rows))]
+        y, kept = _feed_forward(p, tiles, gate_up[None], down[None], ctx.blocks, x.dtype)
+        ctx.save_for_backward(*kept)
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        p, rows = products_for(grads[0], ctx.numerics), grads[0].flatten(0, -2)
+        d_x, d_gate_up, d_down = _feed_back(p, rows, ctx.saved_tensors, ctx.blocks, ctx.numerics)
+        return d_x.unflatten(0, grads[0].shape[:-1]), d_gate_up[0], d_down[0], None
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, numerics: Numerics
+    ) -> Tensor:
+        p, (n, k) = products_for(x, numerics), index.shape
+        slots, ctx.blocks = layout(index, gate_up.size(0), 1)
+        order = torch.empty_like(slots).index_copy_(0, slots, torch.arange(n * k, device=x.device))
+        # quantised before they are sent, once for all experts
+        tiles = tuple(t[order // k] for t in p.tiles(x, numerics.input_power_of_two))
+        sorted_y, kept = _feed_forward(p, tiles, gate_up, down, ctx.blocks, x.dtype)
+        y = sorted_y[slots].view(n, k, -1)
+        ctx.save_for_backward(slots, order, y, weight, *kept)
+        ctx.numerics = numerics
+        return (y * weight.to(x.dtype)[:, :, None]).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slots, order, y, weight, *kept = ctx.saved_tensors
+        grad, (n, k, d) = grads[0], y.shape
+        p = products_for(grad, ctx.numerics)
+        d_weight = (y * grad[:, None]).sum(2, dtype=weight.dtype)
+        d_y = (weight.to(grad.dtype)[:, :, None] * grad[:, None]).view(n * k, d)[order]
+        d_rows, d_gate_up, d_down = _feed_back(p, d_y, kept, ctx.blocks, ctx.numerics)
+        return d_rows[slots].view(n, k, d).sum(1), None, d_weight, d_gate_up, d_down, None
+
+
+def _feed_forward(
+    p: Products, tiles: Operand, gate_up: Tensor, down: Tensor, blocks: Blocks, dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Rows, grouped by expert, through gate_up (e, 2m, d) and down (e, d, m) -> (rows, d), and what backward needs.
+
+    SwiGLU's input is kept in FP8 and its output not at all (V3 3.3.3); the forward pass uses it as it was.
+    """
+    w_in, w_out = p.blocks(gate_up), p.blocks(down)
+    hidden = _per_expert(p, tiles, w_in, blocks, dtype)
+    gate, up = hidden.chunk(2, dim=-1)
+    y = _per_expert(p, p.tiles(F.silu(gate) * up), w_out, blocks, dtype)
+    return y, (*tiles, *p.tiles(hidden), *w_in, *w_out)
+
+
+def _feed_back(
+    p: Products, grad: Tensor, kept: tuple[Tensor, ...] | list[Tensor], blocks: Blocks, numerics: Numerics
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient of the rows' outputs to those of the rows, gate_up and down."""
+    each = len(kept) // 4
+    tiles, hidden, w_in, w_out = (tuple(kept[i : i + each]) for i in range(0, len(kept), each))
+    gate, up = p.widen(hidden).to(grad.dtype).chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    sent = p.tiles(grad, numerics.gradient_power_of_two)
+    # what travelled in FP8 is all that the expert has of it
+    seen = p.widen(sent) if numerics.gradient_power_of_two else grad
+    d_act = _per_expert(p, sent, _transposed(w_out), blocks, grad.dtype)
+    d_down = _outer(p, seen, silu * up, blocks, len(w_out[0]), (numerics.gradient_power_of_two, False))
+    # silu'(g) = s + silu·(1 - s)
+    d_hidden = torch.cat([d_act * up * torch.addcmul(sigmoid, silu, 1 - sigmoid), d_act * silu], dim=-1)
+    d_rows = _per_expert(p, p.tiles(d_hidden), _transposed(w_in), blocks, grad.dtype)
+    rows = p.widen(tiles)
+    d_gate_up = _outer(p, d_hidden, rows, blocks, len(w_in[0]), (False, numerics.input_power_of_two))
+    return d_rows, d_gate_up, d_down
+
+
+def _transposed(operand: Operand) -> Operand:
+    """128 x 128 blocks are the same read the other way."""
+    return tuple(t.transpose(-1, -2) for t in operand)
+
+
+def _per_expert(p: Products, rows: Operand, weights: Operand, blocks: Blocks, dtype: torch.dtype) -> Tensor:
+    """Each block of rows (m, k) times its expert's weight (n, k)^T -> (m, n)."""
+    out = rows[0].new_empty(len(rows[0]), weights[0].size(-2), dtype=dtype)
+    for expert, start, stop in blocks:
+        out[start:stop] = p.multiply(tuple(t[start:stop] for t in rows), tuple(t[expert] for t in weights))
+    return out
+
+
+def _outer(
+    p: Products, left: Tensor, right: Tensor, blocks: Blocks, experts: int, power_of_two: tuple[bool, bool]
+) -> Tensor:
+    """Σ over each expert's rows of left ⊗ right -> (experts, a, b), fp32."""
+    out = torch.zeros(experts, left.size(1), right.size(1), device=left.device)
+    for expert, start, stop in blocks:
+        one, other = left[start:stop], right[start:stop]
+        out[expert] = p.multiply(p.columns(one, power_of_two[0]), p.columns(other, power_of_two[1]))
+    return out

@@ -1,0 +1,105 @@
+"""Expert parallelism: each rank of a group holds some of the experts, and tokens travel to those that they chose.
+
+A token goes to a group of ranks once, however many experts it chose there, and comes back as one weighted sum. With
+several nodes it does so twice: once to each node (V3 3.2.2: at most topk_group of them where expert groups lie on nodes),
+to the rank with its own local number, and from there once to each rank of that node. Twin: grouped.routed_experts with
+all experts on one rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from finback.kernels import grouped
+from finback.model.moe import MoE
+from finback.parallel.mesh import Mesh
+
+
+def spread_experts(model: nn.Module, mesh: Mesh) -> None:
+    """Let every MoE of a model, whose experts are already this rank's, exchange tokens with the others of its ep axis."""
+    axes = [axis for axis in (mesh.node, mesh.local) if axis.size() > 1]
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.experts = Exchange([axis.get_group() for axis in axes], module.config.n_routed_experts)
+
+
+class Exchange:
+    """Routed experts that lie on several ranks; called like grouped.routed_experts, with the local experts' weights."""
+
+    def __init__(self, axes: list[dist.ProcessGroup], experts: int) -> None:
+        self.axes, self.experts = axes, experts  # the widest axis first
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """x (n, d), index and weight (n, k) over all experts, gate_up and down of the local ones -> (n, d)."""
+        local = [w.to_local() if isinstance(w, DTensor) else w for w in (gate_up, down)]
+        return self._along(0, self.experts, x, index, weight, local[0], local[1])
+
+    def _along(
+        self, level: int, span: int, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
+        """Experts 0..span, spread over the axes from `level` on; -1 in `index` is a choice that lies elsewhere."""
+        if level == len(self.axes):
+            return _chosen_here(x, index, weight, gate_up, down)
+        group = self.axes[level]
+        per_member = span // group.size()
+        member, token = copies(index, group.size(), per_member)
+        there = index[token] - member[:, None] * per_member
+        there = there.where((there >= 0) & (there < per_member) & (index[token] >= 0), -1)
+        sent = torch.bincount(member, minlength=group.size())
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)
+        splits = sent.tolist(), received.tolist()
+        rows, weights = _Swap.apply(group, *splits, x[token], weight[token])
+        chosen = _swap(there, *splits, group)
+        y = self._along(level + 1, per_member, rows, chosen, weights, gate_up, down)
+        (back,) = _Swap.apply(group, *reversed(splits), y)
+        return torch.zeros_like(x).index_add(0, token, back)
+
+
+def copies(index: Tensor, members: int, per_member: int) -> tuple[Tensor, Tensor]:
+    """Which tokens go to which member of a group, (member, token) pairs by member: each at most once.
+
+    index (n, k) names experts, -1 none; member m holds experts m · per_member and on.
+    """
+    wanted = index.new_zeros(len(index), members + 1, dtype=torch.bool)
+    wanted.scatter_(1, torch.where(index < 0, members, index // per_member), True)
+    member, token = wanted[:, :members].T.nonzero(as_tuple=True)
+    return member, token
+
+
+def _chosen_here(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Routed experts on one rank for those choices that are not -1."""
+    row, slot = (index >= 0).nonzero(as_tuple=True)
+    if not len(row):  # nobody came: the weights still get a gradient, and the exchange its way back
+        return x + 0 * (gate_up[0, 0, 0] + down[0, 0, 0]).to(x.dtype)
+    y = grouped.routed_experts(x[row], index[row, slot][:, None], weight[row, slot][:, None], gate_up, down)
+    return torch.zeros_like(x).index_add(0, row, y)
+
+
+class _Swap(torch.autograd.Function):
+    """Rows of several tensors to other ranks; their gradients back.
+
+    One function for all of them, so that every rank's backward pass makes the same exchanges in the same order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, sent: list[int], received: list[int], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.way = sent, received, group
+        return tuple(_swap(t, sent, received, group) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        sent, received, group = ctx.way
+        return None, None, None, *(_swap(g, received, sent, group) for g in grads)
+
+
+def _swap(t: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send rows, sent[m] of them to member m in order; returns received[m] from each."""
+    out = t.new_empty(sum(received), *t.shape[1:])
+    dist.all_to_all_single(out, t.contiguous(), received, sent, group=group)
+    return out

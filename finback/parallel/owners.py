@@ -1,0 +1,70 @@
+"""Matrices whose rows lie on several ranks, each put together on one of them, and handed back.
+
+Newton-Schulz needs whole matrices. Every matrix has one owner, so that its work is done once and its rows travel twice
+(as in Moonshot's distributed Muon, arXiv 2502.16982); who owns what is chosen so that the work is even.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Owners:
+    """For matrices of the given shapes (rows, columns), each cut by rows among the ranks of a group."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], group: dist.ProcessGroup) -> None:
+        self.shapes, self.group = shapes, group
+        self.rank, self.size = group.rank(), group.size()
+        owner = assign([rows * columns * min(rows, columns) for rows, columns in shapes], self.size)
+        self.owned = [[i for i, o in enumerate(owner) if o == member] for member in range(self.size)]
+
+    def apply(self, function: Callable[[list[Tensor]], list[Tensor]], parts: list[Tensor]) -> list[Tensor]:
+        """This rank's rows of all matrices -> its rows of what `function` makes of the whole ones, shapes kept."""
+        mine, members = self.owned[self.rank], range(self.size)
+        to_owners = [sum(self._numels(owned, self.rank)) for owned in self.owned]
+        to_me = [sum(self._numels(mine, member)) for member in members]
+        flat = torch.cat([parts[i].flatten() for owned in self.owned for i in owned])
+        blocks = self._swap(flat, to_owners, to_me)
+        rows = [block.split(self._numels(mine, member)) for member, block in enumerate(blocks)]
+        wholes = [torch.cat([r[at] for r in rows]).view(self.shapes[i]) for at, i in enumerate(mine)]
+        made = [
+            whole.flatten().split([self._numel(i, member) for member in members])
+            for i, whole in zip(mine, function(wholes), strict=True)
+        ]
+        back = torch.cat([flat.new_empty(0), *(whole[member] for member in members for whole in made)])
+        blocks = self._swap(back, to_me, to_owners)
+        result = {}
+        for owned, block in zip(self.owned, blocks, strict=True):
+            for i, part in zip(owned, block.split(self._numels(owned, self.rank)), strict=True):
+                result[i] = part.view_as(parts[i])
+        return [result[i] for i in range(len(parts))]
+
+    def _numel(self, index: int, member: int) -> int:
+        rows, columns = self.shapes[index]
+        start, stop = share(rows, self.size, member)
+        return (stop - start) * columns
+
+    def _numels(self, indices: list[int], member: int) -> list[int]:
+        return [self._numel(i, member) for i in indices]
+
+    def _swap(self, flat: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, ...]:
+        out = flat.new_empty(sum(received))
+        dist.all_to_all_single(out, flat, received, sent, group=self.group)
+        return out.split(received)
+
+
+def share(length: int, members: int, member: int) -> tuple[int, int]:
+    """Where a member's part of `length` begins and ends: equal parts rounded up, the last ones short or empty."""
+    part = -(-length // members)
+    return min(member * part, length), min((member + 1) * part, length)
+
+
+def assign(costs: list[int], members: int) -> list[int]:
+    """A member for each cost, the dearest first, each to the one with least so far."""
+    total, owner = [0] * members, [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owner[index] = min(range(members), key=lambda m: total[m])
+        total[owner[index]] += costs[index]
+    return owner

@@ -1,0 +1,206 @@
+"""Pipeline stages of a finished model, run by torch.distributed.pipelining.
+
+Its runtime does what the tables of parallel/schedule.py say, the same that the planner simulates. The interleaved and
+the ZBV schedule are torch's own.
+
+The first stage has the embedding, the last the final norm, the head and the MTP modules. What both ends need, the
+embedding for MTP or for a tied head, each has a copy of, with one gradient, their sum; V3's DualPipe shares the memory
+instead. Besides the hidden states, stages hand on the sum of balance losses so far, so that one loss at the end has all
+its parts and one backward pass all gradients.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import (
+    PipelineStage,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
+
+from finback.model.config import ModelConfig
+from finback.model.moe import MoE
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import STAGES_PER_RANK, Layout, Mesh
+from finback.parallel.schedule import SCHEDULES, Op, Slot, find
+from finback.parallel.shard import Part, local
+
+# The last stage's model, final hidden states (b, t, d) and tokens (b, t + 1 + depths) -> next-token and MTP losses
+Loss = Callable[[Transformer, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def stages_of(rank: int, layout: Layout) -> list[int]:
+    """The stages of a pipeline rank: in a circle, or folded in the middle (zbv, dualpipev)."""
+    if STAGES_PER_RANK[layout.schedule] == 1 or layout.pp == 1:
+        return [rank]
+    if layout.schedule == "interleaved":
+        return [rank, rank + layout.pp]
+    return [rank, layout.stages - 1 - rank]
+
+
+def layers_of(stage: int, stages: int, layers: int) -> range:
+    """The layers of a stage: equally many, one more at the front, since the end has the head and MTP besides."""
+    each, more = divmod(layers, stages)
+    start = stage * each + min(stage, more)
+    return range(start, start + each + (stage < more))
+
+
+def cut(model: Transformer, stage: int, stages: int) -> Transformer:
+    """Drop, in place, all that another stage has; what stays keeps its name. `model` is whole and may be blank."""
+    first, last, config = stage == 0, stage == stages - 1, model.config
+    layers = layers_of(stage, stages, config.num_hidden_layers)
+    model.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in layers})  # type: ignore[assignment]
+    if not last:
+        model.mtp = nn.ModuleList()
+        del model.norm, model.head
+    if not first and not (last and is_twice(config)):
+        del model.embed
+    return model
+
+
+def is_twice(config: ModelConfig) -> bool:
+    """Whether the last stage needs the embedding as well."""
+    return config.tie_word_embeddings or config.num_nextn_predict_layers > 0
+
+
+class Stage(nn.Module):
+    """A cut model with one call: what the stage before made and the step's tokens -> what the stage after takes."""
+
+    def __init__(
+        self, model: Transformer, stage: int, stages: int, loss: Loss, weights: tuple[float, float]
+    ) -> None:
+        """`weights` are those of the MTP loss, 0 to leave it out, and of the mean balance loss."""
+        super().__init__()
+        self.model, self.loss, self.weights = model, loss, weights
+        self.is_first, self.is_last = stage == 0, stage == stages - 1
+        self.losses: list[Tensor] = []  # (main, MTP, balance) of each micro-batch since they were last taken
+
+    def forward(self, *carried: Tensor, tokens: Tensor) -> Any:
+        """carried: hidden states (b, t, d) and the sum of balance losses (1,), but nothing of use at the first stage.
+
+        tokens (b, t + 1 + depths). The last stage gives the loss, a scalar.
+        """
+        model = self.model
+        length = tokens.size(1) - 1 - model.config.num_nextn_predict_layers
+        if self.is_first:
+            x = model.embed[tokens[:, :length]].to(model.compute)
+            balance = torch.zeros(1, device=x.device)
+        else:
+            x, balance = carried
+        cos, sin = model.cos[None, :length], model.sin[None, :length]
+        for block in model.blocks.values():  # type: ignore[operator]
+            x = block(x, cos, sin)
+        if not self.is_last:
+            return x, balance + self._balance()
+        main, mtp = self.loss(model, model.norm(x), tokens)
+        mean = (balance + self._balance()).squeeze(0) / max(1, _moe_layers(model.config, self.weights[0] > 0))
+        self.losses.append(torch.stack([main.detach(), mtp.detach(), mean.detach()]))
+        return main + self.weights[0] * mtp + self.weights[1] * mean
+
+    def _balance(self) -> Tensor | float:
+        """The sum over this stage's MoE layers that the pass has met."""
+        losses = [m.balance for m in self.model.modules() if isinstance(m, MoE) and m.balance is not None]
+        return torch.stack(losses).sum() if losses else 0.0
+
+
+def _moe_layers(config: ModelConfig, with_mtp: bool) -> int:
+    layers = config.num_hidden_layers + (config.num_nextn_predict_layers if with_mtp else 0)
+    return sum(config.is_moe(layer) for layer in range(layers))
+
+
+class Pipeline:
+    """This rank's stages and the schedule that runs them."""
+
+    def __init__(self, stages: list[Stage], layout: Layout, mesh: Mesh, rows: int, length: int) -> None:
+        """rows and length of what the trunk reads on this rank; rows are cut into layout.micro_batches."""
+        self.stages = stages
+        model = stages[0].model
+        config, device = model.config, mesh.device
+        micro = rows // layout.micro_batches
+        hidden = torch.empty(micro, length, config.hidden_size, dtype=model.compute, device=device)
+        carried = hidden.requires_grad_(), torch.empty(1, device=device, requires_grad=True)
+        width = length + 1 + config.num_nextn_predict_layers
+        tokens = torch.empty(micro, width, dtype=torch.long, device=device)
+        loss = torch.empty((), device=device, requires_grad=True)
+        pieces = [
+            PipelineStage(
+                stage, index, layout.stages, device, tokens if stage.is_first else carried,
+                loss if stage.is_last else carried, group=mesh.pp.get_group(),
+            )
+            for stage, index in zip(stages, stages_of(mesh.pp.get_local_rank(), layout), strict=True)
+        ]  # fmt: skip
+        self.schedule = _schedule(pieces, layout)
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """Add the gradients of the sum over micro-batches of their mean losses; (main, MTP, balance) summed likewise.
+
+        tokens (rows, length + 1 + depths) are the same on all ranks of the pipeline. Zeros but on the last stage's rank.
+        """
+        start = (tokens,) if self.stages[0].is_first else ()
+        for stage in self.stages:
+            stage.losses.clear()
+        target = tokens if self.stages[-1].is_last else None  # unused: the last stage's output is the loss
+        self.schedule.step(*start, target=target, tokens=tokens, return_outputs=False)
+        found = self.stages[-1].losses
+        return torch.stack(found).sum(0) if found else torch.zeros(3, device=tokens.device)
+
+
+def _schedule(stages: list[Any], layout: Layout) -> Any:
+    # gradients are scaled once, by the step, for all its ranks
+    options: dict[str, Any] = {"loss_fn": _as_it_is, "scale_grads": False}
+    if layout.schedule in SCHEDULES:
+        return _Tabled(stages, layout, **options)
+    torchs = {"interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble}
+    return torchs[layout.schedule](stages, layout.micro_batches, **options)
+
+
+class _Tabled(_PipelineScheduleRuntime):  # type: ignore[misc]  # torch leaves it untyped
+    """torch's runtime with a table of ours; it adds what is sent and received."""
+
+    def __init__(self, stages: list[Any], layout: Layout, **options: Any) -> None:
+        super().__init__(stages, layout.micro_batches, **options)
+        table = find(layout.schedule).table(layout.pp, layout.micro_batches)
+        self.pipeline_order = {rank: [_action(slot) for slot in slots] for rank, slots in enumerate(table)}
+        self._prepare_schedule_with_comms(self.pipeline_order)
+
+
+def _action(slot: Slot) -> _Action:
+    """A slot in torch's terms."""
+
+    def single(op: Op) -> _Action:
+        return _Action(op.stage, _ComputationType(op.kind), op.micro_batch)
+
+    if len(slot) == 1:
+        return single(slot[0])
+    return _Action(slot[0].stage, _ComputationType.OVERLAP_F_B, None, tuple(single(op) for op in slot))
+
+
+def _as_it_is(output: Tensor, target: Tensor) -> Tensor:
+    return output
+
+
+@torch.no_grad()
+def sum_copies(parts: list[Part], mesh: Mesh, layout: Layout) -> None:
+    """Give both copies of the embedding the sum of their gradients; for a model that has two (`is_twice`)."""
+    mine = {p.is_copy: local(p.value.grad) for p in parts if p.name == "embed" and p.value.grad is not None}
+    if not mine:
+        return
+    [one, *another] = mine.values()
+    total = one + (another[0] if another else _other(one, mesh, layout))
+    for gradient in mine.values():
+        gradient.copy_(total)
+
+
+def _other(mine: Tensor, mesh: Mesh, layout: Layout) -> Tensor:
+    """What the other end of the pipeline has in this one's place."""
+    rank, group = mesh.pp.get_local_rank(), mesh.pp.get_group()
+    peer = dist.get_global_rank(group, layout.pp - 1 if rank == 0 else 0)
+    theirs = torch.empty_like(mine)
+    ops = [dist.P2POp(dist.isend, mine, peer, group), dist.P2POp(dist.irecv, theirs, peer, group)]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+    return theirs

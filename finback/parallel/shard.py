@@ -1,0 +1,278 @@
+"""Share a model's parameters among ranks: FSDP2, or ZeRO-1, where only the optimiser's state is shared out.
+
+Either way each parameter has a `Part` on this rank, a DTensor that says which share of the whole it is. Optimisers and
+checkpoints work on parts alone and know nothing of the two.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+from finback.model.config import ModelConfig
+from finback.model.layers import initialise
+from finback.model.moe import MoE
+from finback.model.mtp import MTP
+from finback.model.rope import rotation
+from finback.model.transformer import Block, Transformer
+from finback.parallel.mesh import Layout, Mesh
+from finback.parallel.owners import share
+
+
+@dataclass
+class Part:
+    """This rank's share of a parameter, with its share of the gradient as `value.grad`."""
+
+    name: str  # as Transformer.state_dict has it
+    value: nn.Parameter  # a DTensor
+    is_copy: bool = False  # an earlier stage has the same parameter, and counts it
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this rank, the same memory; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, part: Tensor) -> Tensor:
+    """A local tensor of the shape of local(part) as the same share of a whole; as it is where `part` is plain."""
+    if not isinstance(part, DTensor):
+        return tensor
+    return DTensor.from_local(
+        tensor, part.device_mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
+    )
+
+
+def blank(config: ModelConfig, compute: torch.dtype) -> Transformer:
+    """A model without memory behind its parameters."""
+    with torch.device("meta"):
+        return Transformer(config, compute)
+
+
+def initial_values(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The values that Transformer.initialise(seed) gives, one parameter at a time, so that no rank holds them all."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in blank(config, torch.float32).named_parameters():
+        holder = nn.Module()
+        holder.register_parameter(name.rpartition(".")[2], nn.Parameter(torch.empty(parameter.shape)))
+        initialise(holder, config.initializer_range, generator)
+        yield name, next(holder.parameters()).detach()
+
+
+def fill(models: list[Transformer], values: Iterable[tuple[str, Tensor]], mesh: Mesh, fsdp: bool) -> None:
+    """Give blank models, or what pipeline stages keep of them, their values; of experts this rank's alone."""
+    missing = [{n for n, _ in model.named_parameters()} for model in models]
+    for name, value in values:
+        for model, names in zip(models, missing, strict=True):
+            if name in names:
+                names.remove(name)
+                _set(model, name, _own(value, mesh, fsdp))
+    assert not any(missing), f"no values for {missing}"
+    for model in models:
+        _fill_buffers(model, mesh.device)
+
+
+def _own(value: Tensor, mesh: Mesh, fsdp: bool) -> nn.Parameter:
+    if value.ndim == 3 and mesh.ep.size() > 1:  # a stack of experts
+        start, stop = share(len(value), mesh.ep.size(), mesh.ep.get_local_rank())
+        mine = value[start:stop].to(mesh.device, copy=True)
+        # FSDP learns from a DTensor that it is given a part; ZeRO-1 leaves parameters as they are
+        return nn.Parameter(DTensor.from_local(mine, mesh.ep, [Shard(0)], run_check=False) if fsdp else mine)
+    return nn.Parameter(value.to(mesh.device, copy=True))
+
+
+def _set(model: Transformer, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)
+    if name == "embed" and model.config.tie_word_embeddings and "head" in dict(model.named_children()):
+        model.head.weight = parameter
+
+
+def _fill_buffers(model: Transformer, device: torch.device) -> None:
+    model.cos, model.sin = (
+        t.to(device) for t in rotation(model.config, model.config.max_position_embeddings)
+    )
+    for router in model.routers():
+        router.bias, router.load = (torch.zeros_like(b, device=device) for b in (router.bias, router.load))
+
+
+class Sharding(Protocol):
+    """How the parameters of this rank's stages are shared."""
+
+    parts: list[list[Part]]  # of each stage
+
+    def zero(self) -> None:
+        """Forget all gradients."""
+
+    def reduce(self) -> None:
+        """After the last backward pass of a step: each part's gradient is the sum over the ranks that hold the whole."""
+
+    def publish(self) -> None:
+        """After parts have changed: let forward passes see it."""
+
+
+class FullyShard:
+    """FSDP2: block by block, a parameter is whole only while it is used. Experts are cut among the dp ranks alone."""
+
+    def __init__(self, roots: list[nn.Module], models: list[Transformer], layout: Layout, mesh: Mesh) -> None:
+        """roots hold the models and are what is called."""
+        for root, model in zip(roots, models, strict=True):
+            _fully_shard(root, model, layout, mesh)
+        self.parts = [[Part(n, p) for n, p in model.named_parameters()] for model in models]
+
+    def _all(self) -> Iterator[Part]:
+        return (part for stage in self.parts for part in stage)
+
+    def zero(self) -> None:
+        for part in self._all():
+            part.value.grad = None
+
+    def reduce(self) -> None:
+        for part in self._all():
+            if part.value.grad is None:  # a module that the step did not need
+                part.value.grad = torch.zeros_like(part.value)
+
+    def publish(self) -> None:
+        pass
+
+
+def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh) -> None:
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    policy = rounded if layout.gather == "bf16" else exact
+    # passes of a pipeline interleave: what one needs, the next needs too
+    reshard_after = False if layout.pp > 1 else None
+
+    def shard(module: nn.Module, policy: MixedPrecisionPolicy, over: str = "data") -> None:
+        axis = mesh.data if over == "data" else mesh.dp
+        fully_shard(
+            module, mesh=axis, reshard_after_forward=reshard_after, mp_policy=policy,
+            shard_placement_fn=lambda p: Shard(_cut(p, axis.size())),
+        )  # fmt: skip
+
+    modules = list(model.modules())
+    for moe in [m for m in modules if isinstance(m, MoE)]:  # the inner modules first
+        shard(moe.router, exact)  # the gate is fp32, whatever travels otherwise
+        if moe.config.n_shared_experts:
+            shard(moe.shared, policy)
+        else:
+            moe.register_forward_hook(_apart)
+        shard(moe, policy, over="dp")
+    for kind in (Block, MTP):
+        for outer in [m for m in modules if isinstance(m, kind)]:
+            shard(outer, policy)
+    shard(root, exact)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            # sums, not means: how many tokens there are is the step's business
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _apart(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """FSDP2 hangs its hooks on what a module returns, and a view could lose them."""
+    return output.clone()
+
+
+def _cut(parameter: Tensor, members: int) -> int:
+    """The dimension along which a parameter is cut: the first, or an expert's rows where experts are too few."""
+    return 1 if parameter.ndim == 3 and len(local(parameter)) % members else 0
+
+
+class ZeroOne:
+    """ZeRO-1: parameters and gradients are whole on every rank that uses them, an optimiser sees its part of each."""
+
+    def __init__(self, models: list[Transformer], mesh: Mesh) -> None:
+        parameters = [p for model in models for p in model.parameters()]
+        experts = [p for p in parameters if p.ndim == 3]
+        others = [p for p in parameters if p.ndim != 3]
+        self.shared = [
+            (axis, ps, _flat_gradients(ps)) for axis, ps in ((mesh.data, others), (mesh.dp, experts)) if ps
+        ]
+        self.parts = [[Part(n, _view(p, mesh)) for n, p in model.named_parameters()] for model in models]
+
+    def zero(self) -> None:
+        for _, _, gradients in self.shared:
+            gradients.zero_()
+
+    def reduce(self) -> None:
+        for axis, _, gradients in self.shared:
+            dist.all_reduce(gradients, group=axis.get_group())
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        for axis, parameters, _ in self.shared:
+            me, members = axis.get_local_rank(), range(axis.size())
+            theirs = [[_narrow(p.data, axis.size(), member) for p in parameters] for member in members]
+            sizes = [sum(t.numel() for t in part) for part in theirs]
+            mine = parameters[0].new_zeros(max(sizes))
+            mine[: sizes[me]] = torch.cat([t.flatten() for t in theirs[me]])
+            everyone = mine.new_empty(len(members), max(sizes))
+            dist.all_gather(list(everyone), mine, group=axis.get_group())
+            for row, size, part in zip(everyone, sizes, theirs, strict=True):
+                for t, values in zip(part, row[:size].split([t.numel() for t in part]), strict=True):
+                    t.copy_(values.view_as(t))
+
+
+def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """One buffer for the gradients of all, so that they travel in one go."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = gradient.view_as(p)
+    return flat
+
+
+def _narrow(whole: Tensor, members: int, member: int) -> Tensor:
+    dim = _cut(whole, members)
+    start, stop = share(whole.size(dim), members, member)
+    return whole.narrow(dim, start, stop - start)
+
+
+def _view(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
+    """A part that is a view of a whole parameter, and of its gradient, placed as FSDP2 would place it."""
+    axis, where, shape = mesh.data, mesh.data, list(parameter.shape)
+    placements: list[Placement] = [Shard(0)]
+    if parameter.ndim == 3:
+        axis = where = mesh.dp
+        dim = _cut(parameter, axis.size())
+        placements = [Shard(dim)]
+        if mesh.ep.size() > 1:
+            where = DeviceMesh._concatenate([mesh.dp, mesh.ep])
+            placements = [_StridedShard(0, split_factor=mesh.ep.size()) if dim == 0 else Shard(dim), Shard(0)]
+            shape[0] *= mesh.ep.size()
+    stride = torch.empty(shape, device="meta").stride()
+    assert parameter.grad is not None, "gradients come first"
+    value, gradient = (
+        DTensor.from_local(
+            _narrow(t, axis.size(), axis.get_local_rank()), where, placements, run_check=False,
+            shape=torch.Size(shape), stride=stride,
+        )
+        for t in (parameter.detach(), parameter.grad)
+    )  # fmt: skip
+    part = nn.Parameter(value)
+    part.grad = gradient
+    return part
+
+
+@torch.no_grad()
+def finish(parts: list[Part], scale: float, clip: float) -> float:
+    """Multiply gradients by `scale` and clip them to global norm `clip` over all ranks; the norm before clipping."""
+    gradients = [local(part.value.grad) for part in parts if part.value.grad is not None]
+    square = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    for part, gradient in zip(parts, gradients, strict=True):
+        gradient.mul_(scale)
+        if not part.is_copy:
+            square += gradient.double().square().sum()
+    dist.all_reduce(square)
+    norm = math.sqrt(square.item())
+    if math.isfinite(norm) and norm > clip:
+        for gradient in gradients:
+            gradient.mul_(clip / norm)
+    return norm

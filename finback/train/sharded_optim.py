@@ -1,0 +1,121 @@
+"""Muon and AdamW for parameters of which a rank holds a share. Apart from optim.py: DTensor takes half a second to import."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from finback.parallel.owners import Owners
+from finback.parallel.shard import like, local
+from finback.train.optim import Adam, newton_schulz
+
+
+class ShardedMuon:
+    """Muon for parameters of which this rank holds a share (DTensors); momentum is held for that share alone.
+
+    Matrices that are whole on this rank, experts as a rule, need no exchange. The others are put together on one rank
+    each, orthogonalised there and handed back. A state can be loaded on ranks that share parameters otherwise.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        momentum: float = 0.95,
+        weight_decay: float = 0.05,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
+        self.named, self.momentum, self.weight_decay, self.compute = named, momentum, weight_decay, compute
+        self.buffers = [torch.zeros_like(local(p.detach())) for _, p in named]
+        groups: dict[dist.ProcessGroup, list[int]] = {}
+        for index, (_, p) in enumerate(named):
+            group = _cut_among(p)
+            if group is not None:
+                groups.setdefault(group, []).append(index)
+        self.cut = [(indices, Owners(self._shapes(indices), group)) for group, indices in groups.items()]
+        apart = {i for indices in groups.values() for i in indices}
+        self.whole = [i for i in range(len(named)) if i not in apart]
+
+    def _shapes(self, indices: list[int]) -> list[tuple[int, int]]:
+        """Those of all matrices of these parameters, of which this rank has some rows."""
+        shapes: list[tuple[int, int]] = []
+        for i in indices:
+            p = self.named[i][1]
+            shapes += [(p.size(-2), p.size(-1))] * (len(self.buffers[i]) if p.ndim == 3 else 1)
+        return shapes
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update this rank's share of all matrices from its share of their gradients."""
+        directions = []
+        for (name, p), buffer in zip(self.named, self.buffers, strict=True):
+            assert p.grad is not None, f"{name} has no gradient"
+            gradient = local(p.grad)
+            buffer.mul_(self.momentum).add_(gradient)
+            directions.append(gradient.add(buffer, alpha=self.momentum))
+        for indices, owners in (*self.cut, (self.whole, None)):
+            stacks = [directions[i].reshape(-1, *directions[i].shape[-2:]) for i in indices]
+            matrices = [matrix for stack in stacks for matrix in stack]
+            updates = iter(
+                self._updates(matrices) if owners is None else owners.apply(self._updates, matrices)
+            )
+            for i, stack in zip(indices, stacks, strict=True):
+                mine = local(self.named[i][1].detach())
+                update = torch.stack([next(updates) for _ in stack]) if len(stack) else stack
+                mine.mul_(1 - lr * self.weight_decay).add_(update.view_as(mine), alpha=-lr)
+
+    def _updates(self, matrices: list[Tensor]) -> list[Tensor]:
+        """Orthogonalised and scaled, equal shapes as one batch."""
+        shapes: dict[torch.Size, list[int]] = {}
+        for index, matrix in enumerate(matrices):
+            shapes.setdefault(matrix.shape, []).append(index)
+        updates: dict[int, Tensor] = {}
+        for shape, indices in shapes.items():
+            stack = torch.stack([matrices[i] for i in indices]).to(self.compute)
+            made = newton_schulz(stack).float().mul_(0.2 * math.sqrt(max(shape)))
+            updates.update(zip(indices, made, strict=True))
+        return [updates[i] for i in range(len(matrices))]
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: shares of the whole, as the parameters are."""
+        return {f"muon.{n}": like(b, p) for (n, p), b in zip(self.named, self.buffers, strict=True)}
+
+
+def _cut_among(parameter: Tensor) -> dist.ProcessGroup | None:
+    """The ranks that hold rows of the same matrices of a parameter; None where matrices are whole."""
+    if isinstance(parameter, DTensor):
+        for axis, placement in enumerate(parameter.placements):
+            if placement.is_shard(parameter.ndim - 2) and parameter.device_mesh.size(axis) > 1:
+                return parameter.device_mesh.get_group(axis)
+    return None
+
+
+class ShardedAdam(Adam):
+    """AdamW works number by number: of a shared parameter it is given this rank's share."""
+
+    def share(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's share, the parameter's own memory."""
+        return local(parameter.detach()) if isinstance(parameter, DTensor) else parameter
+
+    def step(self, lr: float) -> None:
+        """Update this rank's shares from their gradients."""
+        for (_, p), mine in zip(self.named, self.mine, strict=True):
+            if mine is not p and p.grad is not None:
+                mine.grad = local(p.grad)
+        super().step(lr)
+
+    def begin(self) -> None:
+        """Make the state that the first step would make, so that a checkpoint can be loaded into it."""
+        for p in self.mine:
+            entry = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.inner.state[p] = {"step": torch.zeros((), device=p.device), **entry}
+
+    def state(self) -> dict[str, Tensor]:
+        """Shares of the whole, as the parameters are."""
+        shared = dict(self.named)
+        return {
+            key: like(value, shared[key.removeprefix("adam.").rpartition(".")[0]]) if value.ndim else value
+            for key, value in super().state().items()
+        }

@@ -1,0 +1,107 @@
+"""Checkpoints of many ranks: on another mesh, while training goes on, damaged, of another model."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from finback.checkpoint.distributed import Steps, whole_model
+from finback.config import UserError
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import Layout
+from finback.train.many import ManyRanks
+from tests.many import KNOBS, MANY, check, continued, on_one, on_ranks, pipeline
+
+
+def _read(layout: Layout, folder: str, out: str) -> None:
+    many, steps = ManyRanks(MANY, layout, KNOBS, 99), Steps(Path(folder))
+    assert many.resume(steps) == (4, {"loader": [7]})
+    numbers = continued(many, 4, 20)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(numbers))
+
+
+def _write(layout: Layout, folder: str) -> None:
+    """Two checkpoints, the second while training goes on, and what is left of a third that was killed."""
+    many, steps = ManyRanks(MANY, layout, KNOBS, 5), Steps(Path(folder))
+    assert many.resume(steps) is None
+    continued(many, 0, 3)
+    steps.save(3, many.state(), {"loader": [5]})
+    continued_from_3 = continued(many, 3, 4)
+    steps.begin(4, many.state(), {"loader": [7]})
+    assert continued(many, 4, 5) != continued_from_3
+    steps.finish()
+    steps.finish()
+    if dist.get_rank() == 0:
+        (Path(folder) / "step-00000009.part").mkdir()
+
+
+def resumes(tmp_path: Path, before: Layout, *after: Layout) -> None:
+    folder = tmp_path / "steps"
+    on_ranks(before.ranks, _write, before, str(folder))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "step-00000003",
+        "step-00000004",
+        "step-00000009.part",
+    ]
+    files = {p.suffix for p in folder.rglob("*") if p.is_file()}
+    assert files == {".safetensors", ".json"}, "nothing is pickled"
+    numbers, _ = on_one(MANY)
+    for layout in after:
+        on_ranks(layout.ranks, _read, layout, str(folder), str(tmp_path / "out.json"))
+        check(json.loads((tmp_path / "out.json").read_text()), numbers[4:])
+
+
+def test_a_checkpoint_continues_on_another_mesh(tmp_path: Path) -> None:
+    resumes(tmp_path, Layout(ep=2, sharding="zero1"), pipeline("zbv", sharding="zero1"))
+    model = Transformer(MANY)
+    model.load_state_dict(whole_model(tmp_path / "steps" / "step-00000004", MANY))
+    _, after_four = on_one(MANY, 4)
+    for name, tensor in model.state_dict().items():
+        assert (tensor - after_four[name]).abs().max() <= 2e-4, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            Layout(dp=2, ep=2),
+            [Layout(), Layout(ep=2, sharding="zero1"), pipeline("1f1b"), pipeline("dualpipev")],
+        ),
+        (Layout(dp=2, sharding="zero1"), [Layout(dp=2, ep=2, sharding="zero1"), pipeline("zbv", ep=2)]),
+        (pipeline("1f1b", dp=2, sharding="zero1"), [Layout(dp=4), pipeline("interleaved", dp=2)]),
+    ],
+    ids=["fsdp and ep", "zero1", "pipeline"],
+)
+def test_checkpoints_continue_on_any_mesh(tmp_path: Path, before: Layout, after: Any) -> None:
+    resumes(tmp_path, before, *after)
+
+
+def _damaged(folder: str) -> None:
+    many, steps = ManyRanks(MANY, Layout(dp=2), KNOBS, 5), Steps(Path(folder))
+    for step in (1, 2):
+        steps.save(step, many.state(), {"step": step})
+    victim = sorted((Path(folder) / "step-00000002").glob("*.safetensors"))[1]
+    if dist.get_rank() == 0:
+        content = bytearray(victim.read_bytes())
+        content[-100] ^= 1
+        victim.write_bytes(content)
+    dist.barrier()
+    assert steps.load_newest(many.state()) == (1, {"step": 1}), "a flipped bit: the one before is taken"
+    dist.barrier()
+    if dist.get_rank() == 0:
+        next((Path(folder) / "step-00000001").glob("*.safetensors")).unlink()
+    dist.barrier()
+    with pytest.raises(UserError, match="its files do not match their digests"):
+        steps.load_newest(many.state())
+    smaller = ManyRanks(dataclasses.replace(MANY, vocab_size=300), Layout(dp=2), KNOBS, 5)
+    with pytest.raises(UserError, match=r"model\.embed is \(320, 32\), not \(300, 32\)"):
+        steps.load(Path(folder) / "step-00000002", smaller.state())
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    on_ranks(2, _damaged, str(tmp_path / "steps"))

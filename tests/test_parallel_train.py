@@ -1,0 +1,187 @@
+"""One rank = many: losses of 20 steps, router biases and checkpoints under every way to share a model."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finback.model.config import ModelConfig
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import Layout
+from finback.parallel.owners import Owners, assign, share
+from finback.parallel.pipeline import cut, layers_of, stages_of
+from finback.parallel.shard import blank, initial_values, local
+from finback.train.many import ManyRanks
+from tests.many import KNOBS, LR, MANY, Numbers, batches, check, continued, on_one, on_ranks, pipeline
+
+TIED = dataclasses.replace(MANY, tie_word_embeddings=True)
+TIED_PLAIN = dataclasses.replace(TIED, num_nextn_predict_layers=0)
+PLAIN = dataclasses.replace(MANY, num_nextn_predict_layers=0, n_shared_experts=0)
+FEW = dataclasses.replace(MANY, n_routed_experts=5, n_group=1)  # not equally many for each of two ranks
+
+
+def _train(layout: Layout, config: ModelConfig, out: str) -> None:
+    many = ManyRanks(config, layout, KNOBS, 5)
+    numbers = continued(many, 0, 20)
+    biases = {n: t.tolist() for n, t in many.state().items() if n.endswith("router.bias")}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, biases)
+    if dist.get_rank() == 0:
+        assert all(some[name] == biases[name] for some in everyone for name in some if name in biases)
+        merged = {name: bias for some in everyone for name, bias in some.items()}
+        Path(out).write_text(json.dumps([numbers, merged]))
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[ModelConfig, tuple[Numbers, dict[str, Tensor]]]:
+    """What one rank makes of a model in 20 steps, once it was asked for."""
+    return {}
+
+
+def agrees(one: dict[Any, Any], layout: Layout, tmp_path: Path, config: ModelConfig = MANY) -> None:
+    if config not in one:
+        one[config] = on_one(config)
+    numbers, state = one[config]
+    on_ranks(layout.ranks, _train, layout, config, str(tmp_path / "out.json"))
+    found, biases = json.loads((tmp_path / "out.json").read_text())
+    check(found, numbers)
+    assert biases.keys() == {f"model.{n}" for n in state if n.endswith("router.bias")}
+    for name, bias in biases.items():
+        torch.testing.assert_close(torch.tensor(bias), state[name.removeprefix("model.")], atol=1e-6, rtol=0)
+
+
+def name_of(layout: Layout) -> str:
+    changed = {k: v for k, v in dataclasses.asdict(layout).items() if v != getattr(Layout(), k)}
+    return ",".join(f"{name}={value}" for name, value in changed.items())
+
+
+FAST = [
+    Layout(dp=2),
+    Layout(ep=2, sharding="zero1"),
+    pipeline("1f1b", sharding="zero1"),
+    pipeline("dualpipev"),
+]
+TWO = [
+    Layout(ep=2), Layout(dp=2, sharding="zero1", micro_batches=2), Layout(dp=2, micro_batches=4),
+    *(pipeline(s) for s in ("1f1b", "zb1p", "interleaved", "zbv")),
+    *(pipeline(s, sharding="zero1") for s in ("zb1p", "interleaved", "zbv", "dualpipev")),
+]  # fmt: skip
+FOUR = [
+    Layout(dp=4), Layout(ep=4), Layout(ep=4, nodes=2), Layout(dp=2, ep=2), Layout(dp=2, ep=2, sharding="zero1"),
+    *(pipeline(s, dp=2) for s in ("interleaved", "zbv", "dualpipev")), pipeline("1f1b", dp=2, micro_batches=2),
+    *(pipeline(s, ep=2) for s in ("interleaved", "zbv", "dualpipev")), pipeline("1f1b", ep=2, micro_batches=2),
+    pipeline("dualpipev", ep=2, sharding="zero1"), *(pipeline(s, pp=4, micro_batches=8) for s in ("1f1b", "zb1p")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", FAST, ids=name_of)
+def test_two_ranks_train_like_one(one: dict[Any, Any], layout: Layout, tmp_path: Path) -> None:
+    agrees(one, layout, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", TWO + FOUR, ids=name_of)
+def test_every_layout_trains_like_one_rank(one: dict[Any, Any], layout: Layout, tmp_path: Path) -> None:
+    agrees(one, layout, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        (TIED, pipeline("interleaved")), (TIED, pipeline("1f1b", sharding="zero1")), (TIED, Layout(dp=2)),
+        (TIED_PLAIN, pipeline("zbv")),
+        (PLAIN, pipeline("1f1b")), (PLAIN, pipeline("dualpipev", sharding="zero1")), (PLAIN, Layout(ep=2)),
+        (FEW, Layout(dp=2)), (FEW, Layout(dp=2, sharding="zero1")),
+    ],
+)  # fmt: skip
+def test_other_models_do_too(
+    one: dict[Any, Any], config: ModelConfig, layout: Layout, tmp_path: Path
+) -> None:
+    """A head that is the embedding, no MTP and no shared expert, fewer experts than can be dealt out evenly."""
+    agrees(one, layout, tmp_path, config)
+
+
+def _owners() -> None:
+    """Seven matrices of uneven heights: every rank gets its rows of what the owner made of the whole."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    shapes = [(5, 3), (1, 3), (4, 2), (8, 8), (3, 7), (2, 2), (7, 1)]
+    generator = torch.Generator().manual_seed(0)
+    wholes = [torch.randn(shape, generator=generator) for shape in shapes]
+    seen: list[torch.Size] = []
+
+    def reverse(matrices: list[Tensor]) -> list[Tensor]:
+        seen.extend(m.shape for m in matrices)
+        return [m.flip(0) for m in matrices]
+
+    owners = Owners(shapes, dist.group.WORLD)
+    mine = [slice(*share(len(w), size, rank)) for w in wholes]
+    made = owners.apply(reverse, [w[rows] for w, rows in zip(wholes, mine, strict=True)])
+    for part, whole, rows in zip(made, wholes, mine, strict=True):
+        assert torch.equal(part, whole.flip(0)[rows])
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, [tuple(s) for s in seen])
+    assert sorted(s for some in everyone for s in some) == sorted(shapes), "each has one owner"
+
+
+def test_matrices_are_put_together_and_handed_back() -> None:
+    on_ranks(2, _owners)
+    assert assign([4, 9, 5, 1], 2) == [1, 0, 1, 0]
+    assert [share(5, 3, m) for m in range(3)] == [(0, 2), (2, 4), (4, 5)]
+    assert share(2, 4, 3) == (2, 2)
+
+
+def test_values_are_those_of_one_rank_and_stages_have_every_parameter_once() -> None:
+    whole = Transformer(TIED).initialise(5)
+    for name, value in initial_values(TIED, 5):
+        assert torch.equal(value, whole.get_parameter(name)), name
+    names = {n for n, _ in Transformer(MANY).named_parameters()}
+    held = [{n for n, _ in cut(blank(MANY, torch.float32), s, 4).named_parameters()} for s in range(4)]
+    assert set.union(*held) == names
+    assert sum(map(len, held)) == len(names) + 1 and "embed" in held[0] & held[3], (
+        "the embedding is at both ends"
+    )
+    assert [list(layers_of(s, 3, 7)) for s in range(3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [stages_of(r, pipeline("zbv", pp=3)) for r in range(3)] == [[0, 5], [1, 4], [2, 3]]
+    assert [stages_of(r, pipeline("interleaved", pp=3)) for r in range(3)] == [[0, 3], [1, 4], [2, 5]]
+
+
+def _not_finite() -> None:
+    many = ManyRanks(MANY, Layout(ep=2, sharding="zero1"), KNOBS, 5)
+    many.models[0].norm.weight.data[3] = float("nan")
+    before = {name: local(t).clone() for name, t in many.state().items()}
+    told = many.step(next(batches(MANY, 1))[many.data_rank :: 2], LR, LR)
+    assert math.isnan(told["grad_norm"])
+    for name, tensor in many.state().items():
+        assert torch.equal(local(tensor).nan_to_num(9.0), before[name].nan_to_num(9.0)), name
+    assert not any(router.load.any() for router in many.routers())
+
+
+def test_a_gradient_that_is_no_number_changes_nothing() -> None:
+    on_ranks(2, _not_finite)
+
+
+def _rounded(out: str) -> None:
+    numbers = []
+    for gather in ("fp32", "bf16"):
+        knobs = dataclasses.replace(KNOBS, compute=torch.bfloat16)
+        many = ManyRanks(MANY, Layout(dp=2, gather=gather), knobs, 5)  # type: ignore[arg-type]
+        numbers.append(continued(many, 0, 5))
+        router = many.routers()[0].weight
+        assert router.dtype == torch.float32 and all(p.value.dtype == torch.float32 for p in many.parts)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(numbers))
+
+
+@pytest.mark.slow
+def test_weights_that_travel_in_bf16_train_like_those_in_fp32(tmp_path: Path) -> None:
+    """In a bf16 model a matrix is rounded before its product either way; only the gains of norms are rounded as well."""
+    on_ranks(2, _rounded, str(tmp_path / "out.json"))
+    exact, rounded = (torch.tensor(n) for n in json.loads((tmp_path / "out.json").read_text()))
+    assert 0 < (exact - rounded).abs().max() < 0.02
