@@ -1,0 +1,103 @@
+"""All documents of a run into one folder, which appears when it is complete. No torch here."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from finback.config import UserError
+from finback.meter import sha256
+from finback.report.docs import bom, check, croissant, eu, hub, spdx, technical
+from finback.report.docs.answers import QUESTIONS, Answers
+from finback.report.docs.check import Check
+from finback.report.docs.facts import RunFacts
+from finback.report.docs.page import Block, Curve, as_json, markdown, page
+
+INDEX = "documents.json"  # its existence means that a folder is ours to replace
+FORMAT = "finback-documents-1"
+
+
+def drafts(run: RunFacts, answers: Answers, date: str) -> dict[str, Sequence[Block]]:
+    """What people read, as blocks, by the name of its file."""
+    return {
+        "report.md": technical.report(run, answers),
+        "MODEL_CARD.md": hub.blocks(run, answers),
+        "eu/model_documentation_form.md": eu.form(run, answers, date),
+        "eu/training_content_summary.md": eu.summary(run, answers, date),
+        "eu/copyright_policy.md": eu.policy(answers, date),
+    }
+
+
+def documents(run: RunFacts, answers: Answers, now: datetime) -> dict[str, str]:
+    """Every file's text by its name."""
+    date, moment = now.date().isoformat(), now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    made = drafts(run, answers, date)
+    texts = {name: markdown(blocks) for name, blocks in made.items()}
+    texts["MODEL_CARD.md"] = hub.model_card(run, answers)
+    texts["report.html"] = page(f"Technical report: {run.chosen.name}", made["report.md"])
+    texts |= {f"curves/{b.name}.svg": b.svg + "\n" for b in made["report.md"] if isinstance(b, Curve)}
+    texts["bom.cdx.json"] = as_json(bom.cyclonedx(run, answers, moment))
+    texts["model.spdx3.json"] = as_json(spdx.document(run, answers, moment))
+    sets = croissant.documents(run, answers, date)
+    return texts | {f"croissant/{name}": as_json(value) for name, value in sets.items()}
+
+
+def examine(run: RunFacts, answers: Answers, now: datetime) -> Check:
+    """What the documents would lack. Holes that an answer would fill are named by their question alone."""
+    date = now.date().isoformat()
+    stand_in = {"text": "-", "list": ["-"], "yes or no": True, "number": 1.0}
+    filled = Answers({**{q.key: stand_in[q.kind] for q in QUESTIONS}, **answers.given})
+    found = check.check(run, answers, drafts(run, filled, date).values())
+    return dataclasses.replace(found, contradictions=check.contradictions(run, answers))
+
+
+def write(run: RunFacts, answers: Answers, out: Path, now: datetime) -> list[Path]:
+    """Write all of them; a folder of older documents is replaced as a whole, any other is refused."""
+    if out.exists() and not _is_ours(out):
+        raise UserError(
+            "--out", str(out), "exists and holds something else", "Name a folder that does not exist."
+        )
+    texts = documents(run, answers, now)
+    part, old = (out.with_name(f"{out.name}.{word}") for word in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        _fill(part, texts, run, now)
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return [out / name for name in sorted([*texts, INDEX])]
+
+
+def _fill(folder: Path, texts: dict[str, str], run: RunFacts, now: datetime) -> None:
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    index = {
+        "format": FORMAT, "recipe": str(run.recipe), "model": run.chosen.name, "made": now.isoformat(timespec="seconds"),
+        "files": {name: sha256(folder / name) for name in sorted(texts)},
+    }  # fmt: skip
+    (folder / INDEX).write_text(as_json(index), encoding="utf-8")
+
+
+def told(files: Sequence[Path], examined: Check) -> str:
+    """What was written, and what it lacks."""
+    lacks = len(examined.unanswered) + len(examined.unrecorded) + len(examined.contradictions)
+    end = (
+        "Complete."
+        if examined.holds
+        else f"{lacks} things are missing or contradict each other; --check lists them."
+    )
+    return "\n".join([*map(str, files), end])
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / INDEX).read_text(encoding="utf-8"))["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

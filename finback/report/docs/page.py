@@ -1,0 +1,195 @@
+"""A document as a list of blocks, written as Markdown or as one HTML page that asks for nothing else. No torch here."""
+
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finback.report.docs.facts import MISSING, NOT_PROVIDED
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list of points."""
+
+    points: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text as it is: what a model said, for one."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A picture: a file beside the Markdown, inlined in the page."""
+
+    name: str
+    title: str
+    svg: str
+
+
+Block = Heading | Text | Items | Code | Table | Curve
+
+
+def said(value: Any) -> str:
+    """A value as people read it; what is missing is NOT PROVIDED, and an empty one is there."""
+    if value is MISSING:
+        return NOT_PROVIDED
+    if value is None or value == "":
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
+    if isinstance(value, dict):
+        return "; ".join(f"{k}: {said(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(said, value)) or "none"
+    return str(value)
+
+
+def facts(rows: Iterable[tuple[str, Any]], head: tuple[str, str] = ("fact", "value")) -> Table:
+    """A table of names and values."""
+    return Table(head, tuple((name, said(value)) for name, value in rows))
+
+
+def records(keys: Sequence[str], named: Iterable[tuple[str, dict[str, Any]]], first: str) -> Table:
+    """A table with one row for each record and one column for each key."""
+    rows = tuple((name, *(said(record.get(key, MISSING)) for key in keys)) for name, record in named)
+    return Table((first, *(key.replace("_", " ") for key in keys)), rows)
+
+
+def missing(blocks: Iterable[Block]) -> list[str]:
+    """What a document says NOT PROVIDED of."""
+    found = []
+    for block in blocks:
+        if isinstance(block, Table):
+            for row in block.rows:
+                holes = [head for head, cell in zip(block.head, row, strict=True) if NOT_PROVIDED in cell]
+                found += [row[0] if len(row) == 2 else f"{row[0]}: {head}" for head in holes]
+        elif isinstance(block, Text) and NOT_PROVIDED in block.text:
+            found.append(block.text)
+    return found
+
+
+# ---- Markdown ------------------------------------------------------------------------------------------------------
+
+
+def markdown(blocks: Iterable[Block]) -> str:
+    """CommonMark with tables; pictures are looked for in curves/."""
+    return "\n\n".join(map(_markdown, blocks)) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {_plain(text)}"
+        case Text(text):
+            return _plain(text)
+        case Items(points):
+            return "\n".join(f"- {_plain(point)}" for point in points)
+        case Code(text):
+            longest = max((len(run) for run in re.findall("`+", text)), default=0)
+            fence = "`" * max(3, longest + 1)
+            return f"{fence}text\n{text}\n{fence}"
+        case Curve(name, title, _):
+            return f"![{_plain(title)}](curves/{name}.svg)"
+        case Table(head, rows):
+            lines = [head, tuple("---" for _ in head), *rows]
+            return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown must not read as its own."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", text).replace("\n", " ")
+
+
+# ---- HTML ----------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  background: light-dark(#ffffff, #15171c); color: light-dark(#1a1e26, #e9ebef) }
+h1, h2, h3 { line-height: 1.25 } h2 { margin-top: 2.5rem; border-bottom: 1px solid light-dark(#dde1e8, #323742) }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 0.9rem }
+th, td { text-align: left; vertical-align: top; padding: 0.25rem 0.6rem; overflow-wrap: anywhere;
+  border-bottom: 1px solid light-dark(#dde1e8, #323742) } td { min-width: 3.5rem }
+td:first-child { overflow-wrap: normal } .wide { margin: 0.8rem 0 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: 0.7rem; border-radius: 8px; font-size: 0.85rem;
+  background: light-dark(#f6f7f9, #1c1f26) }
+figure { margin: 1.2rem 0 } svg { width: 100%; height: auto } mark { background: light-dark(#fdf4e0, #352c18);
+  color: light-dark(#7d5200, #e7b95a) } nav a { margin-right: 1rem } a { color: light-dark(#2a55cc, #93b2ff) }
+"""
+# a page that can reach nothing, whatever a model or a data set has written into it
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def page(title: str, blocks: Sequence[Block]) -> str:
+    """One file without any address in it, for light and dark screens."""
+    heads = [b for b in blocks if isinstance(b, Heading) and b.level == 2]
+    links = "".join(f'<a href="#{_anchor(h.text)}">{html.escape(h.text)}</a>' for h in heads)
+    body = "\n".join(_html(block) for block in blocks)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<nav>{links}</nav>\n"
+        f"<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _html(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f'<h{level} id="{_anchor(text)}">{html.escape(text)}</h{level}>'
+        case Text(text):
+            return f"<p>{_marked(text)}</p>"
+        case Items(points):
+            return "<ul>" + "".join(f"<li>{_marked(point)}</li>" for point in points) + "</ul>"
+        case Code(text):
+            return f"<pre>{html.escape(text)}</pre>"
+        case Curve(_, title, svg):
+            return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
+        case Table(head, rows):
+            top = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
+            lines = "".join(f"<tr>{''.join(f'<td>{_marked(c)}</td>' for c in row)}</tr>" for row in rows)
+            return (
+                f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+            )
+
+
+def _anchor(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _marked(text: str) -> str:
+    return html.escape(text).replace(NOT_PROVIDED, f"<mark>{NOT_PROVIDED}</mark>")
+
+
+def as_json(value: Any) -> str:
+    """A JSON document."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,524 @@
+"""Documents of a run: every fact is a record's or an answer's, the forms are valid, and nothing is half-written."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finback import cli
+from finback.config import UserError
+from finback.parallel.mesh import World
+from finback.recipe import claim, execute, load, summary
+from finback.report.docs import answers as asked
+from finback.report.docs import build, check, compute, curves, facts, page
+from finback.report.docs.answers import QUESTIONS, Answers
+from finback.report.docs.facts import MISSING, NOT_PROVIDED
+from finback.run import read_json, read_lines, write_json, write_lines
+from tests.toy import write_recipe
+
+NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
+MORE = """
+from finback.stages.distil import Distil
+from finback.stages.sft import SFT
+text = (TaskText(name="lessons", tasks=(chains,), documents=40),)
+recipe[0] = Prepare(name="prepare", text=(Files((str(Path(__file__).parent / "words.txt"),), name="words", licence="MIT"),),
+                    tasks=(TaskText(name="chains", tasks=(chains,), documents=300, think=0.5),), vocab_size=320)
+recipe[2:2] = [SFT(name="taught", start="base", text=text, rows=4, length=64, epochs=1)]
+recipe[4] = GRPO(name="zero", start="taught", task=chains, steps=3, prompts=2, group=4, max_tokens=8)
+recipe.append(Distil(name="small", start="base", teacher="zero", text=text, rows=4, length=64, epochs=1))
+"""
+SHORT = ("base.max_tokens=1024", "base.decay_tokens=512", "base.warmup_tokens=256", "base.compute=fp32")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a few steps."""
+    folder = tmp_path_factory.mktemp("docs")
+    path = write_recipe(folder)
+    path.write_text(path.read_text() + MORE)
+    recipe, root = load(path, SHORT), folder / "runs" / "toy"
+    root.mkdir(parents=True)
+    claim(recipe, root, 0)
+    execute(recipe, root, 0, World(), watch=lambda run: None, quiet=True)
+    write_json(root / "summary.json", summary(recipe, root, 0))
+    return root
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(made, tmp_path / "toy"))
+
+
+def filled(**changed: Any) -> Answers:
+    """An answer to every question; names with __ for the dot."""
+    given: dict[str, Any] = {
+        "text": "words of the provider",
+        "list": ["en"],
+        "yes or no": False,
+        "number": 1e20,
+    }
+    answers = {q.key: given[q.kind] for q in QUESTIONS if q.key != "model.use_limits"}
+    answers |= {
+        "model.licence": "MIT",
+        "model.released": "2026-02-01",
+        "model.download": "https://example.org/m",
+    }
+    return Answers(answers | {k.replace("__", "."): v for k, v in changed.items()})
+
+
+def texts(root: Path, answers: Answers, model: str = "zero") -> dict[str, str]:
+    return build.documents(facts.read(root, model), answers, NOW)
+
+
+def holes(run: facts.RunFacts, answers: Answers) -> int:
+    """How often what people read says NOT PROVIDED."""
+    drafts = build.drafts(run, answers, "2026-03-01").values()
+    return sum(page.markdown(blocks).count(NOT_PROVIDED) for blocks in drafts)
+
+
+def test_a_run_that_was_told_everything_lacks_nothing(made: Path) -> None:
+    found = texts(made, filled(model__use_limits="none"))
+    # CycloneDX wants a supplier of energy, whom nobody is asked for
+    assert {name for name, text in found.items() if NOT_PROVIDED in text} == {"bom.cdx.json"}
+    examined = build.examine(facts.read(made, "zero"), filled(), NOW)
+    assert examined.holds and examined.as_text().endswith("Complete.")
+    distilled = build.examine(facts.read(made), filled(), NOW)
+    assert any("evaluation" in hole for hole in distilled.unrecorded), "the last model was given no exam"
+
+
+def test_a_question_without_an_answer_prints_not_provided(made: Path) -> None:
+    run = facts.read(made, "zero")
+    whole = holes(run, filled(model__use_limits="none"))
+    for question in QUESTIONS:
+        given = {k: v for k, v in filled(model__use_limits="none").given.items() if k != question.key}
+        shown = holes(run, Answers(given))
+        unused = question.key.startswith("base.") or question.key in (
+            "provider.commercial", "model.monetised", "data.synthetic_public",
+        )  # fmt: skip
+        assert shown > whole or unused, question.key
+        missed = build.examine(run, Answers(given), NOW).unanswered
+        assert len(missed) == (question.needed), question.key
+
+
+def entries(root: Path) -> Iterator[tuple[Path, tuple[Any, ...]]]:
+    """Every entry of every manifest and every key of every ledger, as a file and a path into it."""
+    yield root / "recipe.json", ("recipe",)
+    yield root / "recipe.json", ("seed",)
+    for path in sorted(root.glob("*/manifest.json")):
+        value = read_json(path)
+        yield from ((path, (key,)) for key in value)
+        results = value["results"]
+        yield from ((path, ("results", key)) for key in results)
+        for name, record in results.get("sources", {}).items():
+            yield from ((path, ("results", "sources", name, key)) for key in record if key != "files")
+        for i, exam in enumerate(results.get("evaluations", ())):
+            yield from ((path, ("results", "evaluations", i, key)) for key in exam)
+    for path in sorted(root.glob("*/ledger.jsonl")):
+        yield from ((path, (key,)) for key in {k: None for line in read_lines(path) for k in line})
+
+
+def removed(path: Path, where: tuple[Any, ...]) -> None:
+    values = read_lines(path) if path.suffix == ".jsonl" else [read_json(path)]
+    for value in values:
+        inner = value
+        for step in where[:-1]:
+            inner = inner[step]
+        inner.pop(where[-1], None)
+    write_lines(path, values) if path.suffix == ".jsonl" else write_json(path, values[0])
+
+
+def test_each_entry_that_is_taken_away_is_seen_to_be_missing(run: Path) -> None:
+    answers = filled(model__use_limits="none")
+    models = {"small": "small"}  # another model's own stage is told of in that model's documents
+    whole = {model: holes(facts.read(run, model), answers) for model in ("zero", "small")}
+    there = list(entries(run))
+    for path, where in there:
+        before, model = path.read_bytes(), models.get(path.parent.name, "zero")
+        removed(path, where)
+        assert holes(facts.read(run, model), answers) > whole[model], (
+            f"{path.parent.name}/{path.name}: {where}"
+        )
+        path.write_bytes(before)
+    assert len(there) > 120 and whole["zero"] == 0
+
+
+def test_the_page_needs_nothing_else_and_has_the_curves(made: Path) -> None:
+    found = texts(made, filled())
+    html = found["report.html"]
+    assert set(re.findall(r"https?://[^\"' <)]*", html)) <= {
+        "http://www.w3.org/2000/svg", "https://example.org/m"
+    }  # fmt: skip
+    assert not re.search(r"<(script|link|img|iframe)|@import|url\(", html)
+    assert "default-src 'none'" in html and "color-scheme: light dark" in html
+    assert html.count("<svg") == html.count("<polyline") - html.count("mtp loss</text>") - 3 * html.count("thinks</text>")  # fmt: skip
+    for name in (
+        "base: loss",
+        "base: router health: max violation",
+        "zero: tokens per answer",
+        "taught: loss",
+    ):
+        assert name in html
+    for picture in re.findall(r"\]\((curves/[^)]*)\)", found["report.md"]):
+        assert found[picture].startswith("<svg")
+
+
+def test_what_a_model_or_a_provider_says_stays_text(run: Path) -> None:
+    bad = "<script>alert(1)</script> | `x` [a](javascript:b) ```"
+    path = run / "after" / "sampled.jsonl"
+    write_lines(path, [r | {"answer": f"{bad}\n````\n# heading"} for r in read_lines(path)])
+    found = texts(run, filled(provider__name=bad))
+    assert "<script" not in found["report.html"] and "&lt;script&gt;" in found["report.html"]
+    assert "`````text" in found["report.md"], "the fence is longer than the answer's own"
+    row = next(line for line in found["MODEL_CARD.md"].splitlines() if line.startswith("| provider"))
+    assert r"\<script\>" in row and re.sub(r"\\.", "", row).count("|") == 3
+
+
+def test_the_card_has_yaml_that_the_hub_reads(made: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = texts(made, filled(model__languages=["en", "de"]))["MODEL_CARD.md"]
+    header = yaml.safe_load(card.split("---")[1])
+    assert (
+        header["license"] == "mit"
+        and header["language"] == ["en", "de"]
+        and header["metrics"] == ["accuracy"]
+    )
+    data = ModelCard(card).data
+    assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+    assert data.base_model is None, "it began with random weights"
+    bare = yaml.safe_load(texts(made, Answers({}))["MODEL_CARD.md"].split("---")[1])
+    assert "license" not in bare and "language" not in bare
+
+
+def test_the_bill_of_materials_is_valid_cyclonedx(made: Path) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    validator = JsonStrictValidator(SchemaVersion.V1_7)
+    bare, text = (texts(made, answers)["bom.cdx.json"] for answers in (Answers({}), filled()))
+    assert validator.validate_str(bare) is None and validator.validate_str(text) is None
+    assert validator.validate_str(text.replace('"machine-learning-model"', '"machine"')) is not None
+    bom = json.loads(text)
+    model = bom["metadata"]["component"]
+    (metric, _) = model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert set(metric["confidenceInterval"]) == {"lowerBound", "upperBound"}
+    (words,) = [c for c in bom["components"] if c["name"] == "words"]
+    sources = read_json(made / "prepare" / "sources.json")
+    assert words["hashes"][0]["content"] == sources["words"]["sha256"]
+    assert {"torch", "finback"} <= {c["name"] for c in bom["components"]}
+
+
+@pytest.mark.parametrize("answers", [Answers({}), filled()])
+def test_the_spdx_document_is_valid(made: Path, answers: Answers, tmp_path: Path) -> None:
+    from spdx_python_model.bindings import v3_0_1 as spdx
+
+    path = tmp_path / "model.json"
+    path.write_text(texts(made, answers)["model.spdx3.json"])
+    objects = spdx.SHACLObjectSet()
+    with path.open("rb") as handle:
+        spdx.JSONLDDeserializer().read(handle, objects)
+    objects.link()
+    with (tmp_path / "again.json").open("wb") as handle:  # writing checks that nothing demanded is missing
+        spdx.JSONLDSerializer().write(objects, handle)
+    (model,) = objects.foreach_type(spdx.ai_AIPackage)
+    (document,) = objects.foreach_type(spdx.SpdxDocument)
+    told = bool(answers.given)
+    assert (model.suppliedBy is not None) == (model.releaseTime is not None) == told
+    assert (model.comment is None) == told, "what the profile demands and nobody told is named"
+    profile = spdx.ProfileIdentifierType.ai
+    assert (profile in list(document.profileConformance)) == told
+    assert {d.name for d in objects.foreach_type(spdx.dataset_DatasetPackage)} == {
+        "words",
+        "chains",
+        "lessons",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("answers", [Answers({}), filled()])
+def test_croissant_reads_the_data_sets(made: Path, answers: Answers, tmp_path: Path) -> None:
+    import mlcroissant
+
+    found = {n: t for n, t in texts(made, answers).items() if n.startswith("croissant/")}
+    assert set(found) == {"croissant/prepare-words.json", "croissant/prepare-chains.json"}
+    for number, text in enumerate(found.values()):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text)
+        read = mlcroissant.Dataset(jsonld=str(path))
+        assert not read.metadata.ctx.issues.errors and read.metadata.distribution
+
+
+def test_curves_keep_spikes_and_have_round_ticks() -> None:
+    points = [(float(i), 1.0) for i in range(10_000)]
+    points[7_777] = (7_777.0, 99.0)
+    kept = curves.thinned(points)
+    assert len(kept) <= curves.POINTS and (7_777.0, 99.0) in kept and kept == sorted(kept)
+    assert curves.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert curves.ticks(0.13, 0.41) == pytest.approx([0.2, 0.3, 0.4])
+    assert curves.ticks(3, 3) == [3]
+    assert curves.of_stage("a", "SFT", [{"step": 1, "loss": float("nan")}, {"step": None, "loss": 1}]) == []
+
+
+def test_compute_is_counted_as_the_guidelines_say(run: Path) -> None:
+    def ledger(stage: str, **flops: float) -> None:
+        write_lines(run / stage / "ledger.jsonl", [{"seconds": 1, "cores": 1, **flops}])
+
+    ledger("base", flops_training=8e22, flops_recomputed=5e22, flops_evaluation=9e24)
+    ledger("taught", flops_training=1e22)
+    ledger("zero", flops_training=2e22, flops_generation=9.9e24, flops_auxiliary=4e24)
+    ledger("small", flops_training=7e30)  # another model's
+    found = facts.read(run, "zero")
+    c = compute.of(found, Answers({}))
+    assert c.training == pytest.approx(1.1e23) and c.cumulative == pytest.approx(1.001e25)
+    general, systemic, third = (verdict for _, verdict in compute.verdicts(found, Answers({})))
+    assert general.startswith("YES: 1.1e+23") and systemic.startswith("YES: 1e+25")
+    assert third == "does not apply: the model began with random weights"
+    public = compute.verdicts(found, Answers({"data.synthetic_public": True}))
+    assert public[1][1].startswith("no: 1.1e+23"), "published answers are left out"
+    teacher = compute.of(facts.read(run, "small"), Answers({}))
+    assert teacher.generation == 0, "a teacher's own answers are not the student's"
+    ledger("base", tokens_trained=5)
+    assert compute.verdicts(facts.read(run, "zero"), Answers({}))[0][1] == "UNKNOWN: compute NOT PROVIDED"
+
+
+@pytest.mark.parametrize(
+    ("flop", "base", "verdict"),
+    [
+        (1e22, {"base.flop": 2e22}, "YES: 1e+22 FLOP are 0.5 of the original's"),
+        (1e22, {"base.flop": 4e22}, "no: 1e+22 FLOP are 0.25 of the original's"),
+        (4e22, {}, "YES: 4e+22 FLOP are 0.4 of 1e+23, since the original's is NOT PROVIDED"),
+        (4e22, {"base.systemic": True}, "no: 4e+22 FLOP are 0.004 of 1e+25, since the original's is NOT PROVIDED"),
+    ],
+)  # fmt: skip
+def test_a_modifier_is_measured_by_a_third(
+    flop: float, base: dict[str, Any], verdict: str, run: Path
+) -> None:
+    config = read_json(run / "base" / "config.json")
+    write_json(run / "base" / "config.json", config | {"start": "models/another"})
+    for stage, spent in (("base", flop), ("taught", 0), ("zero", 0)):
+        write_lines(
+            run / stage / "ledger.jsonl", [{"seconds": 1, "cores": 1, "flops_training": spent, "flops_generation": 0}]
+        )  # fmt: skip
+    found = facts.read(run, "zero")
+    assert found.base == "models/another"
+    assert compute.verdicts(found, Answers(base))[2][1] == verdict
+    assert (
+        "base.name" in "".join(build.examine(found, filled(), NOW).unanswered)
+        or "base.name" in filled().given
+    )
+
+
+def test_licences_contradict_limits_money_and_sources(run: Path) -> None:
+    found = facts.read(run, "zero")
+    assert check.contradictions(found, filled()) == []
+    limited = check.contradictions(found, filled(model__use_limits="no weapons", model__monetised=True))
+    assert len(limited) == 2 and all("the exemption for open models is lost" in c for c in limited)
+    for theirs, ours, why in (
+        ("CC-BY-NC-4.0", "MIT", "forbids commercial use"), ("CC-BY-ND-4.0", "MIT", "forbids derivatives"),
+        ("CC-BY-SA-4.0", "Apache-2.0", "asks for the same licence"), ("GPL-3.0-or-later", "MIT", "asks for the same licence"),
+        ("CC-BY-NC-4.0", "CC-BY-NC-4.0", ""), ("GPL-3.0-only", "GPL-3.0-or-later", ""), ("CC-BY-4.0", "MIT", ""),
+        ("MIT (generated here)", "MIT", ""),
+    ):  # fmt: skip
+        assert check.forbids(theirs, ours) == why
+    path = run / "prepare" / "manifest.json"
+    value = read_json(path)
+    value["results"]["sources"]["words"]["licence"] = "CC-BY-NC-4.0"
+    write_json(path, value)
+    (said,) = check.contradictions(facts.read(run, "zero"), filled())
+    assert (
+        said
+        == "data set words is under CC-BY-NC-4.0, which forbids commercial use; the model is to be under MIT"
+    )
+    value["results"]["sources"]["words"]["licence"] = "unstated"
+    write_json(path, value)
+    (unsaid,) = check.contradictions(facts.read(run, "zero"), filled())
+    assert unsaid.startswith("data set words has no licence on record")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("recipe.json", None, "not a run folder: it has no recipe.json"),
+        ("recipe.json", "[", "damaged"),
+        ("base/manifest.json", None, "not finished: base"),
+        ("base/manifest.json", "{", "damaged"),
+        ("base/manifest.json", "[]", "not an object"),
+        ("base/manifest.json", '{"results": 3}', "its results are no object"),
+        ("base/config.json", "{}", "missing, or not the knobs of a stage"),
+        ("zero/model.json", '{"vocab_size": 3}', "no model's shapes"),
+    ],
+)  # fmt: skip
+def test_a_torn_or_foreign_folder_is_refused(file: str, text: str | None, problem: str, run: Path) -> None:
+    (run / file).unlink() if text is None else (run / file).write_text(text)
+    with pytest.raises(UserError, match=problem):
+        facts.read(run, "zero")
+
+
+def test_a_folder_that_is_not_there_or_a_stage_without_a_model_is_refused(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        facts.read(tmp_path / "no")
+    with pytest.raises(UserError, match="no stage of this run made such a model"):
+        facts.read(made, "before")
+
+
+def test_a_run_of_an_older_version_still_has_documents(run: Path) -> None:
+    for path in run.glob("*/ledger.jsonl"):
+        old = ("seconds", "cores", "tokens_trained", "tokens_generated", "flops", "peak_flops")
+        write_lines(path, [{k: line[k] for k in old if k in line} for line in read_lines(path)])
+    found = texts(run, filled())
+    assert "UNKNOWN: compute NOT PROVIDED" in found["report.md"]
+    assert "base: software" in build.examine(facts.read(run, "zero"), filled(), NOW).unrecorded
+
+
+def test_documents_appear_when_all_are_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, out = facts.read(run, "zero"), tmp_path / "out"
+    files = build.write(found, filled(), out, NOW)
+    assert {p for p in out.rglob("*") if p.is_file()} == set(files)
+    index = read_json(out / build.INDEX)
+    assert all(facts.sha256(out / name) == digest for name, digest in index["files"].items())
+    before = (out / "report.md").read_bytes()
+    real, calls = Path.write_text, []
+
+    def full(self: Path, *arguments: Any, **options: Any) -> int:
+        calls.append(self)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        build.write(found, Answers({}), out, NOW)
+    assert (out / "report.md").read_bytes() == before, "the older ones are still whole"
+    assert [p.name for p in tmp_path.glob("out*")] == ["out"], "and nothing is left beside them"
+    monkeypatch.undo()
+    build.write(found, Answers({}), out, NOW)
+    assert NOT_PROVIDED in (out / "eu" / "copyright_policy.md").read_text()
+    with pytest.raises(UserError, match="exists and holds something else"):
+        build.write(found, filled(), run, NOW)
+
+
+def test_the_same_records_give_the_same_documents(made: Path) -> None:
+    assert texts(made, filled()) == texts(made, filled())
+
+
+def test_the_template_is_an_answers_file_without_answers(tmp_path: Path) -> None:
+    path = tmp_path / "answers.toml"
+    path.write_text(asked.template())
+    assert asked.read(path).given == {}
+    commented = re.sub(r"^# (\w+ = )true or false$", r"\1true", asked.template(), flags=re.M)
+    commented = re.sub(r"^# (\w+ = )0.0$", r"\g<1>2.5", commented, flags=re.M)
+    path.write_text(re.sub(r'= ""$', '= "x"', commented.replace("[]", '["en"]'), flags=re.M))
+    assert set(asked.read(path).given) == {q.key for q in QUESTIONS}, "every question has its line"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[provider]\nnam = 'x'", "provider.nam.*nobody asks for this.*Did you mean 'provider.name'"),
+        ("name = 'x'", "nobody asks for this"),
+        ("[model]\nlanguages = 'en'", "expected list"),
+        ("[model]\nlanguages = [1]", "expected list"),
+        ("[model]\nmonetised = 'no'", "expected yes or no"),
+        ("[base]\nflop = true", "expected number"),
+        ("[provider\n", "not TOML"),
+    ],
+)  # fmt: skip
+def test_an_answers_file_that_does_not_fit_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "answers.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        asked.read(path)
+
+
+def test_toml_dates_are_dates(tmp_path: Path) -> None:
+    path = tmp_path / "answers.toml"
+    path.write_text("[model]\nreleased = 2026-02-01\n")
+    assert asked.read(path)("model.released") == "2026-02-01"
+
+
+def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def docs(**options: Any) -> int:
+        plain: dict[str, Any] = {"run": run, "out": None, "answers": None, "model": "zero", "check": False,
+                                 "questions": False, "as_json": False}  # fmt: skip
+        try:
+            cli.docs(**plain | options)
+        except cli.typer.Exit as error:
+            return int(error.exit_code)
+        return 0
+
+    assert docs(check=True) == 1 and capsys.readouterr().out.endswith("NOT COMPLETE.\n")
+    assert docs(as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert str(run / "documents" / "report.html") in told["files"] and told["complete"] is False
+    assert docs(questions=True) == 0 and capsys.readouterr().out == asked.template()
+    (tmp_path / "other.toml").write_text("[x]\ny = 1")
+    with pytest.raises(UserError, match="nobody asks"):
+        docs(answers=tmp_path / "other.toml")
+    complete: dict[str, dict[str, Any]] = {}
+    for key, value in filled().given.items():
+        section, _, name = key.partition(".")
+        complete.setdefault(section, {})[name] = value
+    toml = "\n".join(
+        f"[{section}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in table.items())
+        for section, table in complete.items()
+    )
+    (run / "answers.toml").write_text(toml)
+    assert docs(check=True) == 0 and capsys.readouterr().out.endswith("Complete.\n")
+    with pytest.raises(UserError, match="nothing to document"):
+        docs(run=None)
+
+
+def test_values_are_said_as_people_read_them() -> None:
+    shown = [
+        page.said(v) for v in (MISSING, None, "", True, 12345, 0.123456, 2.0, 1.5e23, [1, "a"], {"a": None})
+    ]
+    assert shown == [
+        NOT_PROVIDED,
+        "none",
+        "none",
+        "yes",
+        "12,345",
+        "0.1235",
+        "2",
+        "1.5e+23",
+        "1, a",
+        "a: none",
+    ]
+
+
+CHROMIUM = os.environ.get("FINBACK_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
+@pytest.mark.parametrize(("scheme", "paper"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(21, 23, 28)")])
+def test_the_page_opens_in_a_browser(scheme: Any, paper: str, made: Path, tmp_path: Path) -> None:
+    from playwright import sync_api as playwright
+
+    (tmp_path / "report.html").write_text(texts(made, filled())["report.html"])
+    said: list[str] = []
+    asked_for: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 844})
+        opened.on("console", lambda message: said.append(message.text))
+        opened.on("request", lambda request: asked_for.append(request.url))
+        opened.goto(f"file://{tmp_path}/report.html")
+        assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == paper
+        assert opened.evaluate("document.documentElement.scrollWidth") <= 390, (
+            "a phone need not scroll sideways"
+        )
+        assert opened.locator("svg").count() == opened.locator("figure").count() > 5
+        browser.close()
+    assert said == [] and asked_for == [f"file://{tmp_path}/report.html"]

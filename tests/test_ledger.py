@@ -1,0 +1,219 @@
+"""The ledger: what was spent by purpose, on what, with what, and energy where the machine can be asked."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from finback import meter
+from finback.config import as_json
+from finback.model.count import forward_flops, products, recomputed_flops, training_flops
+from finback.parallel.mesh import World
+from finback.plan import kept, runs
+from finback.plan.options import Options
+from finback.recipe import cost, load
+from finback.run import StageRun, read_lines, spent, write_json
+from tests.toy import CONFIG, ROOT
+
+TURN = 262_143_328_850  # µJ of a real package counter
+
+
+def powercap(root: Path, **counters: int) -> Path:
+    """A folder as the kernel lays it out; names of parts to their µJ."""
+    for number, (name, value) in enumerate(counters.items()):
+        folder = root / f"intel-rapl:{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "name").write_text(f"{name.replace('_', '-')}\n")
+        (folder / "max_energy_range_uj").write_text(f"{TURN}\n")
+        (folder / "energy_uj").write_text(f"{value}\n")
+    return root
+
+
+def test_joules_are_those_of_packages_and_memory(tmp_path: Path) -> None:
+    energy = meter.Energy(powercap(tmp_path, package_0=5_000_000, core=1, dram=1_000_000, psys=7))
+    powercap(tmp_path, package_0=8_000_000, core=900_000_000, dram=1_500_000, psys=900_000_000)
+    assert energy.take() == 3.5 and energy.take() == 0
+    assert energy.method == "RAPL of processor packages and memory"
+
+
+def test_a_counter_that_turns_over_counts_on(tmp_path: Path) -> None:
+    energy = meter.Energy(powercap(tmp_path, package_0=TURN - 2_000_000))
+    powercap(tmp_path, package_0=1_000_000)
+    assert energy.take() == 3
+
+
+def test_a_counter_that_nobody_looked_at_for_too_long_is_not_believed(tmp_path: Path) -> None:
+    energy = meter.Energy(powercap(tmp_path, package_0=0))
+    energy.look(energy.at + 200)  # 262 kJ at 1,000 W are 262 s
+    assert energy.certain
+    energy.look(energy.at + 300)
+    assert energy.take() is None
+    assert energy.take() == 0, "from the next look on it is believed again"
+
+
+@pytest.mark.parametrize("broken", ["energy_uj", "name", "max_energy_range_uj"])
+def test_a_machine_that_cannot_be_asked_meters_nothing(broken: str, tmp_path: Path) -> None:
+    root = powercap(tmp_path, package_0=1)
+    (root / "intel-rapl:0" / broken).unlink()
+    assert meter.Energy(root).take() is None and meter.Energy(tmp_path / "none").take() is None
+
+
+class Gpus:
+    """Stands in for torch with two GPUs, and for pynvml, whose counters count millijoules."""
+
+    cuda: Any
+
+    def __init__(self) -> None:
+        self.cuda, self.millijoules = self, {"GPU-a": 1000, "GPU-b": 5000}
+
+    def is_available(self) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 2
+
+    def get_device_name(self, number: int) -> str:
+        return f"H{number}00"
+
+    def get_device_properties(self, number: int) -> SimpleNamespace:
+        return SimpleNamespace(uuid="ab"[number])
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        return uuid
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        return self.millijoules[handle]
+
+
+def test_joules_of_gpus_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus()
+    monkeypatch.setattr(meter, "_cuda", lambda: gpus)
+    monkeypatch.setitem(sys.modules, "pynvml", gpus)
+    energy = meter.Energy(powercap(tmp_path, package_0=0))
+    powercap(tmp_path, package_0=2_000_000)
+    gpus.millijoules = {"GPU-a": 1500, "GPU-b": 8000}
+    assert energy.take() == 2 + 0.5 + 3
+    assert energy.method == "RAPL of processor packages and memory and NVML of 2 GPUs"
+    assert meter.machine()["gpus"] == ["H000", "H100"]
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert meter.Energy(tmp_path / "none").take() is None
+
+
+def test_the_commit_of_a_recipe_and_whether_it_was_changed(tmp_path: Path) -> None:
+    assert meter.commit(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("recipe = []")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    assert meter.commit(recipe) == {"commit": head.strip(), "dirty": False}
+    recipe.write_text("recipe = [1]")
+    assert meter.commit(recipe) == {"commit": head.strip(), "dirty": True}
+
+
+def stage_run(root: Path) -> StageRun:
+    run = StageRun(root, "a", 0, World(), quiet=True)
+    run.folder.mkdir()
+    return run
+
+
+def test_a_stage_writes_what_it_is_made_with_and_from(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    write_json(tmp_path / "base" / "manifest.json", {"stage": "base"})
+    run = stage_run(tmp_path)
+    run.begin(None, ("base", "nowhere"))
+    (line,) = read_lines(run.folder / "ledger.jsonl")
+    assert line["software"]["torch"] and line["software"]["finback"] and line["machine"]["cpu"]
+    assert len(line["inputs"]["base"]) == 64 and line["inputs"]["nowhere"] is None
+    assert line["commit"] is None and line["dirty"] is None, "no recipe file, no checkout"
+    assert spent(run.folder) == {"seconds": 0.0, "core_seconds": 0.0}, "words are not added up"
+
+
+def test_flops_are_told_apart_by_purpose(tmp_path: Path) -> None:
+    run = stage_run(tmp_path)
+    run.account(flops=3.0, flops_training=2.0, flops_generation=1.0)
+    run.account(flops_training=2.0)
+    assert cost(run.folder)["flops_by"] == {"training": 4.0, "generation": 1.0}
+    assert cost(run.folder)["flops"] == 3.0
+    with pytest.raises(AssertionError, match="unknown purpose"):
+        run.account(flops_of_something=1.0)
+
+
+def test_metered_energy_takes_the_place_of_the_estimate(tmp_path: Path) -> None:
+    ledger = (
+        '{"seconds": 0, "cores": 2, "metered": "RAPL"}\n{"seconds": 10, "cores": 2, "joules": 500, "metered_core_seconds": 20}\n'
+        '{"seconds": 30, "cores": 2}\n'
+    )
+    (tmp_path / "ledger.jsonl").write_text(ledger)
+    told = cost(tmp_path)
+    # 500 J metered, and 60 core-seconds at 12 W that were not
+    assert told["energy_wh"] == round((500 + 60 * 12) / 3600, 3)
+    assert "energy of 25% of the time metered by RAPL" in told["basis"]
+    assert told["device_hours"] == 80 / 3600
+
+
+def test_a_run_meters_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = powercap(tmp_path / "powercap", package_0=0)
+    real = meter.Energy
+    monkeypatch.setattr(meter, "Energy", lambda: real(root))
+    run = stage_run(tmp_path)
+    run.begin(None, ())
+    powercap(root, package_0=7_000_000)
+    run.account(tokens_trained=5)
+    total: dict[str, Any] = spent(run.folder)
+    assert total["joules"] == 7 and total["metered_core_seconds"] == total["core_seconds"] > 0
+
+
+def test_what_is_made_again_is_the_attention_or_the_blocks() -> None:
+    again = {policy: recomputed_flops(CONFIG, 16, policy) for policy in ("none", "attention", "block")}
+    p = products(CONFIG, 16, mtp=True)
+    assert again["none"] == 0
+    assert again["attention"] == p.attention_linear + p.attention_scores
+    assert again["block"] == p.total - p.head - p.join < forward_flops(CONFIG, 16, mtp=True)
+    assert 3 * again["block"] < training_flops(CONFIG, 16)
+
+
+@pytest.mark.parametrize("name", ["tiny", "r1"])
+def test_stages_out_of_their_config_are_planned_as_the_recipe_is(name: str, tmp_path: Path) -> None:
+    recipe = load(ROOT / "recipes" / f"{name}.py")
+    for stage in recipe.stages:
+        (tmp_path / stage.name).mkdir()
+        write_json(tmp_path / stage.name / "config.json", as_json(stage))
+        (tmp_path / stage.name / "ledger.jsonl").write_text(
+            '{"seconds": 2, "cores": 2, "tokens_trained": 7}\n'
+        )
+    write_json(tmp_path / "summary.json", {"recipe": name, "stages": {s.name: {} for s in recipe.stages}})
+    found = kept.beside(tmp_path, tmp_path / "no-calibration.json")["stages"]
+    wanted = runs.plan(recipe, Options(), None, 2)["stages"]
+    assert any(stage["flops"] for stage in wanted.values())
+    at_once = kept.planned(
+        tmp_path, tmp_path / "no-calibration.json"
+    )  # what the page shows, of a run that goes on
+    assert at_once == {
+        name: {k: plan[k] for k in kept.SPENT if plan.get(k) is not None} for name, plan in wanted.items()
+    }
+    for stage_name, planned in wanted.items():
+        assert found[stage_name]["plan"] == {k: planned.get(k) for k in kept.SPENT}
+        assert found[stage_name]["ledger"] == {
+            "tokens_trained": 7, "tokens_generated": 0, "flops": 0, "seconds": 2, "dollars": 0.00004
+        }  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_planned_still_shows_its_ledger(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    other = {"type": "ModelConfig", "of": "another version"}
+    write_json(tmp_path / "a" / "config.json", {"type": "Pretrain", "name": "a", "model": other})
+    write_json(tmp_path / "summary.json", {"recipe": "old", "stages": {"a": {}}})
+    (tmp_path / "torn.json").write_text("{")
+    found = kept.beside(tmp_path, tmp_path / "torn.json")
+    assert found["stages"]["a"]["plan"] is None and found["stages"]["a"]["ledger"]["seconds"] == 0
+    damaged, unplanned = found["notes"]
+    assert "damaged" in damaged and unplanned.startswith("no plan: ")
+    assert "note: no plan: " in kept.tell(found)

@@ -1,0 +1,258 @@
+"""Layouts, memory, cost and traffic of models on named hardware: DeepSeek's published figures, and numbers by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from finback.config import UserError
+from finback.model.config import TINY, V2_LITE, V3
+from finback.model.count import parameters
+from finback.model.moe import Router
+from finback.plan import cluster, cost, experts, hardware, memory, published, recommend, traffic
+from finback.plan.hardware import ASSUMPTIONS, MACHINES
+from finback.plan.layout import Layout, check, parse_mesh
+from finback.plan.options import Options
+
+H800, _ = hardware.find("h800:2048")
+KNOWN = dict(ASSUMPTIONS)
+
+
+def worst(layout: Layout) -> float:
+    return max(rank.total for rank in memory.ranks(V3, layout, KNOWN))
+
+
+def test_what_deepseek_published_comes_out() -> None:
+    claims = {claim.what: claim for claim in published.claims(KNOWN)}
+    assert claims["V3 parameters"].ours == 671_026_419_200
+    assert claims["V3 cache bytes per token"].ours == 70_272
+    assert all(abs(claims[name].off) < 1e-3 for name in ("V3 GFLOPs per token", "V2 GFLOPs per token"))
+    for name in ("V3 H800-hours per trillion tokens", "V3 dollars in all", "R1 dollars"):
+        assert abs(claims[name].off) < 0.1, claims[name]
+    assert all(claim.rule and claim.source for claim in claims.values())
+    # first principles by hand: 250.456 GFLOPs over 38.94 % of 987.9 TFLOPS
+    by_hand = 250.455926784e9 * 1e12 / (0.3894 * 432e12 / 0.4373) / 3600
+    assert claims["V3 H800-hours per trillion tokens"].ours == pytest.approx(by_hand, rel=2e-3)
+    assert claims["R1 dollars"].ours == (512 * 198 + 512 * 80 + 5000) * 2
+
+
+def test_v3s_layout_fits_and_1f1b_without_recomputation_does_not() -> None:
+    choice = recommend.judge(V3, cost.V3_LAYOUT, H800, KNOWN)
+    assert choice.fits and 1 - choice.worst.total / 80e9 >= 0.1
+    plain = dataclasses.replace(cost.V3_LAYOUT, schedule="1f1b", recompute="none")
+    for precision in ("fp8", "bf16"):
+        assert not recommend.judge(V3, dataclasses.replace(plain, precision=precision), H800, KNOWN).fits
+
+
+def test_the_published_step_comes_out() -> None:
+    share = cost.efficiency(V3, cost.V3_LAYOUT, H800, KNOWN)
+    step = cost.step(V3, cost.V3_LAYOUT, H800, share.value, KNOWN)
+    assert step.mfu == pytest.approx(0.3894, rel=1e-3)  # by construction
+    assert step.seconds == pytest.approx(19.926, rel=0.01)  # arXiv 2505.09343, table 4
+    assert sum(step.shares().values()) == pytest.approx(1)
+    assert all(share >= 0 for share in step.shares().values())
+
+
+def test_memory_by_hand() -> None:
+    # one dense layer of width 4 with 2 heads of 3, one token, bf16, kept whole
+    c = dataclasses.replace(
+        TINY, hidden_size=4, num_attention_heads=2, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=3, q_lora_rank=5,
+        kv_lora_rank=6, intermediate_size=7,
+    )  # fmt: skip
+    attention = 2 * (4 + 4) + 2 * (5 + 5 + 6 + 6 + 2) + 2 * 2 * (4 + 4 + 3) + 2 * 2 * 3 + 4 * 2
+    assert memory.attention_activation(c, "bf16", "none") == attention
+    assert memory.feed_forward_activation(c, False, "bf16", "none", 0.0) == 2 * (4 + 4) + 2 * 3 * 7
+    # V3's way keeps x, both latents, the rotary key and the output; and x, gate and up
+    assert memory.attention_activation(c, "bf16", "selective") == 2 * (4 + 5 + 6 + 2) + 2 * 2 * 3 + 4 * 2
+    assert memory.feed_forward_activation(c, False, "bf16", "selective", 0.0) == 2 * 4 + 2 * 2 * 7
+    assert memory.layer_activation(c, False, "bf16", "full", 0.0) == 2 * 4
+
+
+def test_states_by_hand() -> None:
+    # V3.3.3: AdamW moments in bf16, gradients and masters in fp32
+    assert memory.parameter_bytes("bf16", "adamw") == (2, 4, 8)
+    assert memory.parameter_bytes("fp8", "muon") == (2, 4, 6)
+    assert memory.parameter_bytes("fp32", "adamw") == (4, 4, 8)
+    one = memory.ranks(TINY, Layout(rows=1, length=64), KNOWN)[0]
+    p = parameters(TINY)
+    assert (one.weights, one.gradients, one.optimizer) == (2 * p, 4 * p, 8 * p)
+    shared = memory.ranks(TINY, Layout(dp=4, rows=4, length=64), KNOWN)[0]
+    assert (shared.weights, shared.optimizer) == (2 * p, 2 * p)
+    sharded = memory.ranks(TINY, Layout(dp=4, zero=3, rows=4, length=64), KNOWN)[0]
+    assert (sharded.weights, sharded.gradients) == (p / 2, p)
+
+
+def test_more_recomputation_needs_less_and_takes_longer() -> None:
+    layouts = [dataclasses.replace(cost.V3_LAYOUT, recompute=r) for r in ("none", "selective", "full")]
+    needs = [worst(layout) for layout in layouts]
+    assert needs == sorted(needs, reverse=True)
+    steps = [cost.step(V3, layout, H800, 0.5, KNOWN).seconds for layout in layouts]
+    assert steps == sorted(steps)
+
+
+def test_dualpipe_is_faster_than_1f1b_and_holds_twice_the_weights() -> None:
+    plain = dataclasses.replace(cost.V3_LAYOUT, schedule="1f1b")
+    steps = [cost.step(V3, layout, H800, 0.5, KNOWN) for layout in (plain, cost.V3_LAYOUT)]
+    assert steps[1].seconds < 0.7 * steps[0].seconds and steps[1].exposed < steps[0].exposed
+    held = [sum(r.weights for r in memory.ranks(V3, layout, KNOWN)) for layout in (plain, cost.V3_LAYOUT)]
+    # but for the second copy of the embedding that 1F1B needs for MTP
+    assert held[1] == pytest.approx(2 * (held[0] - 2 * V3.vocab_size * V3.hidden_size))
+
+
+def test_nothing_is_sent_by_one_device_alone() -> None:
+    sent = traffic.of(TINY, Layout(rows=4, length=64), H800)
+    assert sent == traffic.Traffic()
+
+
+def test_traffic_by_hand() -> None:
+    # two devices of one node, experts halved: forward and backward, out and back in bf16, 3 MoE layers and MTP's
+    layout = Layout(dp=2, ep=2, rows=8, length=64)
+    sent = traffic.of(TINY, layout, H800)
+    assert sent.load is not None and sent.dispatch_network == 0
+    each_way = 4 * 64 * 4 * TINY.hidden_size * 2 * 2
+    assert sent.dispatch_link == pytest.approx(2 * each_way * sent.load.forwarded)
+    # plain parameters: a half of gradients in fp32 and weights in bf16 goes to the other; each expert has one home
+    routed = 4 * 8 * 3 * 128 * 64
+    assert sent.exchange == pytest.approx((parameters(TINY) - routed) * (4 + 2) / 2)
+    assert sent.exchange_seconds == pytest.approx(sent.exchange / 160e9)
+
+
+def test_routing_is_the_models_own() -> None:
+    c = dataclasses.replace(V3, hidden_size=32)
+    scores = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    chosen = Router(c).select(torch.tensor(scores))
+    ours = experts.route(c, scores)
+    assert [set(row) for row in ours.tolist()] == [set(row) for row in chosen.tolist()]
+
+
+def test_expert_load() -> None:
+    even = experts.simulate(V3, 64, 8, tokens=4096)
+    assert sum(even.per_rank) == pytest.approx(1) and even.max_over_mean < 1.2
+    assert 3.9 < even.nodes <= 4  # V3 2.1.2: at most four
+    assert even.remote_nodes == pytest.approx(even.nodes * 7 / 8, rel=0.02)  # its own is one of eight
+    skewed = experts.simulate(V3, 64, 8, experts.popularity(256, 0.8, seed=1), tokens=4096)
+    assert skewed.max_over_mean > 1.5 * even.max_over_mean
+    free = experts.simulate(dataclasses.replace(V3, n_group=1, topk_group=1), 64, 8, tokens=4096)
+    assert free.nodes > even.nodes + 1  # what the limit saves between nodes
+    # eight different experts of 256 meet so many of 64 ranks; some copies land there at their first stop
+    met = 64 * (1 - math.comb(256 - 4, 8) / math.comb(256, 8))
+    assert 0.8 * met < free.forwarded < met
+    one = experts.simulate(TINY, 1, 1, tokens=128)
+    assert (one.nodes, one.remote_nodes, one.forwarded, one.max_over_mean) == (1, 0, 0, 1)
+
+
+def test_given_popularity_that_is_none() -> None:
+    for bad in ([1.0], [0.0] * 8, [math.nan] * 8):
+        with pytest.raises(UserError, match="8 numbers above 0"):
+            experts.simulate(TINY, 2, 8, bad)
+
+
+def test_skew_makes_a_step_longer() -> None:
+    plans = [
+        cluster.plan("x", V3, 15360, 4096, 1e12, Options("h800:2048", mesh="pp=16,ep=64", schedule="dualpipe", recompute="selective", skew=s))
+        for s in (0.0, 0.8)
+    ]  # fmt: skip
+    assert plans[1].step.seconds > plans[0].step.seconds
+
+
+@pytest.mark.parametrize(
+    ("on", "model", "rows"), [("h800:2048", V3, 15360), ("h100:8", V2_LITE, 512), ("4090", TINY, 64)]
+)
+def test_a_recommended_layout_fits_and_no_other_of_its_kind_is_faster(
+    on: str, model: object, rows: int
+) -> None:
+    length = 128 if model is TINY else 4096
+    found = cluster.plan("x", model, rows, length, 1e9, Options(on))  # type: ignore[arg-type]
+    assert found.values["memory"]["fits"] and found.layout.devices == found.values["machine"]["devices"]
+    for name, other in found.values["schedules"].items():
+        if other.get("fits"):
+            assert found.step.seconds <= 1.05 * other["step_seconds"], name
+
+
+def test_what_fits_nowhere_says_so() -> None:
+    found = cluster.plan("x", V3, 64, 4096, 1e9, Options("h800:8")).values
+    assert not found["memory"]["fits"] and found["memory"]["free_share"] < 0
+
+
+def test_every_number_of_the_hardware_table_has_its_source() -> None:
+    for machine in MACHINES:
+        facts = {k: v for k, v in vars(machine).items() if v is not None and k != "name"}
+        assert {"memory", "bf16"} <= set(facts)
+        assert all(fact.value > 0 and len(fact.source) > 8 for fact in facts.values()), machine.name
+    assert all(fact.source for fact in ASSUMPTIONS.values())
+
+
+def test_a_given_mfu_is_the_plans() -> None:
+    found = cluster.plan("x", V2_LITE, 512, 4096, 1e12, Options("h100:8", assume=("mfu=0.25",))).values
+    assert found["step"]["mfu"] == pytest.approx(0.25, rel=2e-3)
+    hours = found["model"]["training_flops_per_token"] * 1e12 / (0.25 * 989.4e12) / 3600
+    assert found["run"]["device_hours"] == pytest.approx(hours, rel=2e-3)
+    assert found["run"]["dollars"] is None  # nobody has said a price
+    assert found["run"]["kwh"] == pytest.approx(hours * 0.7 * 1.58, rel=2e-3)
+
+
+def test_bills_by_hand() -> None:
+    bill = cost.bill(TINY, Layout(dp=4, rows=8, length=100), H800, 9.0, 8e5, KNOWN, 2.5)
+    assert (bill.steps, bill.seconds, bill.device_hours, bill.dollars) == (1000, 9000, 10, 25)
+    assert bill.kwh == pytest.approx(10 * 0.7 * 1.58) and bill.co2_kg == pytest.approx(
+        10 * 0.7 * 1.58 * 0.436
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "word"),
+    [
+        ("pp=15", "not 2048 devices"), ("pp=16,dp=64", "not 2048 devices"), ("pp=16,tp=8", "tensor parallelism"),
+        ("pq=16", "Known: dp, ep"), ("pp=x", "whole number"), ("pp=0", "whole number"), ("pp", "whole number"),
+        ("pp=2,pp=4", "whole number"), ("fsdp=8,dp=8", "zero=3"), ("zero=2", "not supported"), ("pp=-4", "whole number"),
+    ],
+)  # fmt: skip
+def test_impossible_meshes(mesh: str, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        parse_mesh(mesh, 2048)
+
+
+def test_possible_meshes() -> None:
+    assert parse_mesh("pp=16,ep=64", 2048) == {"pp": 16, "dp": 128, "ep": 64}
+    assert parse_mesh("fsdp=8", 8) == {"dp": 8, "pp": 1, "zero": 3}
+    assert parse_mesh("dp=4", 8) == {"dp": 4, "pp": 2}
+    assert parse_mesh("tp=1", 8) == {"pp": 1, "dp": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"ep": 48}, "256 experts"), ({"ep": 256}, "divide dp"), ({"pp": 64, "dp": 32, "ep": 32}, "64 stages of 62"),
+        ({"rows": 15361}, "does not divide"), ({"rows": 128 * 9}, "even number"), ({"rows": 128 * 8}, "at least 32"),
+    ],
+)  # fmt: skip
+def test_layouts_that_cannot_be(change: dict[str, int], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        check(V3, dataclasses.replace(cost.V3_LAYOUT, **change))
+
+
+@pytest.mark.parametrize(
+    ("assume", "word"),
+    [
+        ("pu=1", "Did you mean 'pue'"), ("pue", "above 0"), ("pue=x", "above 0"), ("pue=-1", "above 0"), ("mfu=1.5", "whole"),
+        ("pue=nan", "above 0"), ("network=0", "above 0"),
+    ],
+)  # fmt: skip
+def test_assumptions_that_are_none(assume: str, word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        hardware.assumptions([assume], H800)
+
+
+def test_assumptions_change_what_they_say() -> None:
+    known, machine = hardware.assumptions(["network=25e9", "pue=1.1", "mfu=0.3"], H800)
+    assert (
+        machine.network is not None
+        and machine.network.value == 25e9
+        and machine.network.source.startswith("given")
+    )
+    assert known["pue"].value == 1.1 and known["mfu"].value == 0.3 and "network" not in known
+    a100, devices = hardware.find("a100:16")
+    with pytest.raises(UserError, match="--assume network"):
+        traffic.of(TINY, Layout(dp=devices, rows=16, length=64), a100)
