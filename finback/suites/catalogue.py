@@ -1,0 +1,163 @@
+"""Suites by name. No torch here.
+
+A spec is NAME, NAME?OPTION=VALUE&…, NAME@PATH (the same set from a copy of the hub's folder or from a file), or the path
+of a file of one's own:
+
+gsm8k · math500 · aime24 · aime25 · gpqa · mmlu · mmlu-pro · ceval?subset=… · humaneval · mbpp · livecodebench?since=…
+gym:chain_sum?level=hard · chains?min_terms=8&max_terms=8 · needle?lengths=1000,4000&depths=0,50 · language:zh · safety · bits-per-byte · evals-logiqa
+mine.jsonl (question and answer; with choices; or with tests, as finback.tasks.code has them). Questions are put as they stand;
+mine.jsonl?prompt=boxed asks for steps and \\boxed{} as R1 was asked
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from finback.config import UserError, did_you_mean
+from finback.suites import (
+    choice,
+    code,
+    compression,
+    contest,
+    gym,
+    languages,
+    maths,
+    needle,
+    packaged,
+    safety,
+    sums,
+)
+from finback.suites.listed import Listed, distinct, pick
+from finback.suites.origin import Origin, digest
+from finback.suites.suite import Source, Suite
+from finback.tasks.code import Code
+from finback.tasks.gym import Gym
+from finback.tasks.records import Record, read
+
+_FILES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
+_PLAIN = (*maths.SETS, *choice.SETS, *code.ORIGINS, *packaged.SETS)
+_OTHERS = ("livecodebench", "chains", "needle", "safety", "bits-per-byte")
+
+
+def names() -> list[str]:
+    """Every name that `load` knows."""
+    generated = [f"gym:{name}" for name in gym.names()]
+    return sorted((*_PLAIN, *_OTHERS, *generated, *(f"language:{name}" for name in languages.names())))
+
+
+def check(spec: str) -> None:
+    """UserError if no suite has this name; nothing is read for it."""
+    name = spec.partition("?")[0].partition("@")[0]
+    if not name.endswith(_FILES) and name not in names() and not name.startswith("gym:"):
+        raise UserError("suite", spec, "no such suite", _near(name))
+    if name.startswith("gym:"):
+        Gym(name.removeprefix("gym:"))  # says why one that cannot be judged is refused
+
+
+def load(spec: str, problems: int | None, seed: int) -> Suite:
+    """The suite of a spec: at most `problems` of its questions, drawn or made by the seed. All, or a default, for None.
+
+    Sets with fewer questions give all they have. UserError for what cannot be found or read.
+    """
+    if problems is not None and problems < 1:
+        raise UserError("problems", problems, "not above 0", "Use 1 or more.")
+    check(spec)
+    head, _, query = spec.partition("?")
+    name, _, at = head.partition("@")
+    options = _options(spec, query)
+    if name.endswith(_FILES):
+        return _own(head, options, problems, seed)
+    family, _, part = name.partition(":")
+    if family == "gym" and part:
+        _only(spec, at)
+        return gym.load(part, options, problems, seed)
+    if family == "language" and part:
+        _only(spec, at)
+        _known(spec, options)
+        return languages.load(part, problems, seed)
+    if name in _OTHERS:
+        return _other(name, spec, at, options, problems, seed)
+    if name in choice.SETS:
+        _known(spec, options, "subset")
+        return choice.load(name, at, problems, seed, options.get("subset", ""))
+    _known(spec, options)
+    if name in maths.SETS:
+        return maths.load(name, at, problems, seed)
+    return (code if name in code.ORIGINS else packaged).load(name, at, problems, seed)
+
+
+def _other(
+    name: str, spec: str, at: str, options: dict[str, str], problems: int | None, seed: int
+) -> Suite:  # fmt: skip
+    if name == "livecodebench":
+        _known(spec, options, "since", "until")
+        return contest.load(at, problems, seed, options.get("since", ""), options.get("until", ""))
+    if name == "bits-per-byte":
+        _known(spec, options)
+        return compression.load(at, problems, seed)
+    _only(spec, at)
+    makers = {"needle": needle, "safety": safety, "chains": sums}
+    return makers[name].load(options, problems, seed)
+
+
+def _own(path: str, options: dict[str, str], problems: int | None, seed: int) -> Suite:
+    """A user's file; what its first record holds says what it is."""
+    _known(path, options, "question", "answer", "prompt")
+    prompt = options.get("prompt", "")
+    if prompt not in ("", "boxed"):
+        raise UserError("suite", path, f"has no prompt {prompt!r}", "Use prompt=boxed, or leave it out.")
+    records, name = read(path, "", ""), Path(path).name.split(".")[0]
+    if "tests" in records[0].fields:
+        return _programs(name, path, records, problems, seed)
+    if "choices" in records[0].fields:
+        paper = choice.Paper(Origin(path), choice.own)
+        return choice.of_records(name, paper, records, problems, seed, path)
+    fields = options.get("question", "question"), options.get("answer", "answer")
+    contest = maths.Contest(Origin(path), *fields)
+    asked = distinct(maths.problem(record, contest) for record in records)
+    suite = maths.made(name, pick(asked, problems, seed), contest, path)
+    return suite if prompt else replace(suite, prompt="{question}")
+
+
+def _programs(name: str, path: str, records: tuple[Record, ...], problems: int | None, seed: int) -> Suite:
+    task = Code(path)
+    chosen = pick(task.problems, problems, seed)
+    held = {" ".join(str(r.fields["question"]).split()): r.fields["tests"] for r in records}
+    rows = ([p.question, held[p.key.removeprefix("code: ")]] for p in chosen)
+    return Suite(
+        name=name,
+        problems=chosen,
+        task=Listed(name, chosen, task.check, waits=True),
+        source=Source(path, "unknown", digest(rows)),
+        prompt="{question}\n\nReply with the whole program in one ```python block.",
+        extraction=code.EXTRACTION,
+        metric="pass@1",
+        chance=0.0,
+    )
+
+
+def _options(spec: str, query: str) -> dict[str, str]:
+    try:
+        return dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if query else {}
+    except ValueError:
+        raise UserError("suite", spec, "what follows ? is no list of options", "Write NAME?OPTION=VALUE&OPTION=VALUE.") from None  # fmt: skip
+
+
+def _known(spec: str, options: dict[str, str], *known: str) -> None:
+    for name in options.keys() - set(known):
+        raise UserError("suite", spec, f"has no option {name!r}", did_you_mean(name, known))
+
+
+def _only(spec: str, at: str) -> None:
+    """A suite that is made here has no path."""
+    if at:
+        raise UserError("suite", spec, "is made from a seed, not read from a path", "Leave out @ and what follows.")  # fmt: skip
+
+
+def _near(name: str) -> str:
+    """The closest name; all families if there is none."""
+    near = did_you_mean(name, names())
+    if near.startswith("Did"):
+        return near
+    families = (*_PLAIN, *_OTHERS, "gym:NAME", "language:CODE")
+    return f"Known: {', '.join(sorted(families))}; or the path of a file ({', '.join(_FILES[:4])})."

@@ -1,0 +1,183 @@
+"""MMLU, MMLU-Pro, GPQA Diamond, C-Eval: multiple choice, without examples, thought through before a letter. No torch here.
+
+What is counted is the letter that the answer names; choices stand in the question as the data set orders them. Only
+GPQA, where the right one always comes first, is put in the order of a hash: the same for everyone.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from finback.config import UserError
+from finback.suites.listed import Listed, distinct, key, pick
+from finback.suites.origin import Origin, digest, listed, text
+from finback.suites.suite import Source, Suite
+from finback.tasks import final
+from finback.tasks.choice import named
+from finback.tasks.records import Record
+from finback.tasks.task import Problem, Verdict
+
+LETTERS = "ABCDEFGHIJ"
+PROMPT = (
+    "Answer the multiple-choice question below. Think step by step first. "
+    'End with a line of the form "Answer: X", where X is the letter of the right choice.\n\n{question}'
+)
+CHINESE = "请回答下面的单项选择题。请先逐步思考，最后一行写“答案：X”，其中 X 是正确选项的字母。\n\n{question}"
+EXTRACTION = (
+    r'the letter in \boxed{} or in the last line "Answer: X", else "The answer is X", or all of the answer; '
+    "two different ones are none"
+)
+_LONGEST = 100_000  # characters of an answer that are looked at
+_LINE = re.compile(r"(?:the |my )?(?:final |correct )?(?:answer|答案)(?: is|是|为)?[ \t]*[:：][ \t]*(.{1,300})", re.IGNORECASE)  # fmt: skip
+_SAID = re.compile(r"(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:final |correct )?answer is[ \t]+(.{1,300})", re.IGNORECASE)  # fmt: skip
+
+Asked = tuple[str, list[str], int]  # the question, its choices, the place of the right one
+
+
+def mmlu(record: Record) -> Asked:
+    """cais/mmlu: question, choices, answer (a place)."""
+    return text(record, "question"), listed(record, "choices"), _place(record, "answer")
+
+
+def mmlu_pro(record: Record) -> Asked:
+    """TIGER-Lab/MMLU-Pro: question, options (three to ten), answer (a letter)."""
+    return text(record, "question"), listed(record, "options"), _place(record, "answer")
+
+
+def gpqa(record: Record) -> Asked:
+    """Idavidrein/gpqa: the right answer and three wrong ones, each in a column."""
+    names = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
+    question, choices = text(record, "Question"), [text(record, name) for name in names]
+    order = sorted(range(4), key=lambda i: hashlib.sha256(f"{question}\n{choices[i]}".encode()).digest())
+    return question, [choices[i] for i in order], order.index(0)
+
+
+def columns(record: Record) -> Asked:
+    """ceval/ceval-exam: question, A, B, C, D, answer (a letter); so are CMMLU's, with capitals."""
+    question = text(record, "question", "Question")
+    place = _place(record, "answer" if "answer" in record.fields else "Answer")
+    return question, [text(record, letter) for letter in "ABCD"], place
+
+
+def own(record: Record) -> Asked:
+    """A user's record: question, choices, answer (a letter, a place from 0, or the text of a choice)."""
+    choices, answer = listed(record, "choices"), record.fields.get("answer")
+    place = choices.index(answer) if answer in choices else _place(record, "answer")
+    return text(record, "question"), choices, place
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A published set of questions with choices, and how a record of it is read."""
+
+    origin: Origin
+    read: Callable[[Record], Asked]
+    prompt: str = PROMPT
+    language: str = ""
+
+
+SETS = {
+    "mmlu": Paper(Origin("cais/mmlu", "all", "test", "c30699e8356da336a370243923dbaf21066bb9fe", "MIT"), mmlu),
+    "mmlu-pro": Paper(
+        Origin("TIGER-Lab/MMLU-Pro", "", "test", "527feea0afed1de15a8c115abf7be4c912123315", "MIT"), mmlu_pro
+    ),
+    "gpqa": Paper(
+        Origin("Idavidrein/gpqa", "gpqa_diamond", "train", "633f5ee89ab8ad4522a9f850766b73f62147ffdd", "CC-BY-4.0"),
+        gpqa,
+    ),
+    # The answers of its test split are not published, so the validation split is what others report too.
+    "ceval": Paper(Origin("ceval/ceval-exam", "", "val", "", "CC-BY-NC-SA-4.0"), columns, CHINESE, "zh"),
+}  # fmt: skip
+
+
+def load(name: str, at: str, problems: int | None, seed: int, subset: str = "") -> Suite:
+    """The set called `name`; `subset` is one of the hub's configurations, such as C-Eval's "computer_network"."""
+    paper = SETS[name]
+    if subset:
+        paper = replace(paper, origin=replace(paper.origin, subset=subset))
+    if not at and name == "ceval" and not subset:
+        raise UserError(
+            "suite", name, "C-Eval has one data set for each of its 52 subjects",
+            "Name one, such as ceval?subset=computer_network, or a file of your own with ceval@FILE.",
+        )  # fmt: skip
+    return of_records(name, paper, paper.origin.records(at), problems, seed, paper.origin.name(at))
+
+
+def of_records(
+    name: str, paper: Paper, records: Sequence[Record], problems: int | None, seed: int, source: str
+) -> Suite:
+    """The suite of a paper's records."""
+    asked = [_problem(record, paper.read) for record in records]
+    return made(name, paper, asked, problems, seed, source)
+
+
+def made(
+    name: str, paper: Paper, asked: Sequence[tuple[Problem, list[str]]], problems: int | None, seed: int, source: str
+) -> Suite:  # fmt: skip
+    """The suite of these problems; each comes with its choices."""
+    choices = {problem.key: shown for problem, shown in reversed(asked)}  # of copies the first counts
+    chosen = pick(distinct(problem for problem, _ in asked), problems, seed)
+    return Suite(
+        name=name,
+        problems=chosen,
+        task=Listed(name, chosen, partial(judge, choices)),
+        source=Source(source, paper.origin.licence, digest([p.question, p.answer] for p in chosen)),
+        prompt=paper.prompt,
+        extraction=EXTRACTION,
+        chance=sum(1 / len(choices[p.key]) for p in chosen) / len(chosen),
+        language=paper.language,
+    )
+
+
+def judge(choices: Mapping[str, list[str]], problem: Problem, answer: str) -> Verdict:
+    """Right if the one letter that the answer names is the gold one."""
+    letter = letter_of(answer, choices.get(problem.key, []))
+    return Verdict(correct=letter == problem.answer, well_formed=letter is not None)
+
+
+def letter_of(answer: str, choices: list[str]) -> str | None:
+    r"""The letter in \boxed{}, else in the lines "Answer: X" (all the same), else what the whole answer names."""
+    if len(answer) > _LONGEST or not choices:
+        return None
+    if final.boxed(answer):
+        return named(answer, choices)
+    lines = _matches(_LINE, answer) or _matches(_SAID, answer)
+    letters = [named(line.strip(" \t*_`"), choices) for line in lines]
+    if not letters:
+        return named(answer, choices)
+    said = {letter for letter in letters if letter}
+    return letters[-1] if len(said) == 1 else None  # a last line that says nothing clear is no answer
+
+
+def _matches(form: re.Pattern[str], answer: str) -> list[str]:
+    lines = (line.strip(" \t*_#>`") for line in answer.splitlines())
+    return [match[1] for line in lines if (match := form.fullmatch(line))]
+
+
+def _problem(record: Record, read: Callable[[Record], Asked]) -> tuple[Problem, list[str]]:
+    question, raw, place = read(record)
+    choices = [" ".join(choice.split()) for choice in raw]
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise UserError(record.where, choices, "not 2 to 10 choices", "Correct the record.")
+    if place >= len(choices):
+        raise UserError(record.where, place, f"there are {len(choices)} choices", "Correct the answer.")
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    shown = "\n".join((question, *lines))
+    subject = record.fields.get("subject", record.fields.get("category"))
+    tags: dict[str, int | str] = {"subject": subject} if isinstance(subject, str) else {}
+    return Problem(shown, LETTERS[place], key(shown), tags=tags), choices
+
+
+def _place(record: Record, name: str) -> int:
+    """A place from 0, given as that or as a letter."""
+    value: Any = record.fields.get(name)
+    if isinstance(value, str) and value.strip().upper() in tuple(LETTERS):
+        return LETTERS.index(value.strip().upper())
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(LETTERS):
+        return value
+    record.text(name)  # says which fields there are
+    problem = "neither a letter from A to J nor a place from 0"
+    raise UserError(f"{record.where} {name}", value, problem, "Correct the record.")

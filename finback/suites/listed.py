@@ -1,0 +1,72 @@
+"""A task whose problems are a fixed list, and how a suite is made of one. No torch here."""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from finback.config import UserError
+from finback.suites.origin import digest
+from finback.tasks.task import Problem, Verdict
+
+_UNSOUND = (
+    0.01  # share of the gold answers that may fail their own check; such questions are left out, and counted
+)
+
+Judge = Callable[[Problem, str], Verdict]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """Problems as they are published; `judge` decides from the problem and the text alone."""
+
+    name: str
+    problems: tuple[Problem, ...]
+    judge: Judge
+    waits: bool = False  # whether the judge waits for another process
+
+    def draw(self, rng: random.Random) -> Problem:
+        return rng.choice(self.problems)
+
+    def check(self, problem: Problem, answer: str) -> Verdict:
+        return self.judge(problem, answer)
+
+
+def key(question: str) -> str:
+    """The canonical form of a question: its words, whatever lies between them."""
+    return " ".join(question.split()).lower()
+
+
+def distinct(problems: Iterable[Problem]) -> list[Problem]:
+    """Of questions with one canonical form the first."""
+    known: dict[str, Problem] = {}
+    for problem in problems:
+        known.setdefault(problem.key, problem)
+    return list(known.values())
+
+
+def pick(problems: Sequence[Problem], n: int | None, seed: int) -> tuple[Problem, ...]:
+    """n of them drawn by the seed, in their own order; all if that is not fewer."""
+    if n is not None and n < 1:
+        raise UserError("problems", n, "not above 0", "Use 1 or more.")
+    if n is None or n >= len(problems):
+        return tuple(problems)
+    return tuple(problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), n)))
+
+
+def sound(name: str, problems: Sequence[Problem], judge: Judge) -> tuple[list[Problem], dict[str, str]]:
+    """The problems whose own gold answer is accepted, and a note of how many are not."""
+    good = [problem for problem in problems if judge(problem, problem.answer).correct]
+    bad = len(problems) - len(good)
+    if bad > max(1, _UNSOUND * len(problems)) or not good:
+        kept = {problem.key for problem in good}
+        first = next(problem for problem in problems if problem.key not in kept)
+        raise UserError(
+            f"suite {name}", first.answer, f"{bad} of {len(problems)} gold answers fail their own check, first this",
+            "Correct the file, or name one of the right form.",
+        )  # fmt: skip
+    return good, {"left out": f"{bad}, whose own gold answer fails the check"} if bad else {}
+
+
+def fingerprint(problems: Iterable[Problem]) -> str:
+    """The digest of questions and gold answers."""
+    return digest([problem.question, problem.answer] for problem in problems)

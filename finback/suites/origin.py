@@ -1,0 +1,80 @@
+"""Where the records of a published data set come from: the hub at one revision, a copy of it, or a file. No torch here."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finback.config import UserError, check_fields
+from finback.tasks.records import Record, read
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A data set of the Hugging Face hub as it was at one commit.
+
+    A folder that stands for it is a copy of the repository (`hf download --repo-type dataset`); a file holds its
+    records, one split of one subset.
+    """
+
+    repo: str
+    subset: str = ""
+    split: str = "test"
+    revision: str = ""  # of 40 hex digits; "" where we know of none that others use
+    licence: str = "unknown"  # SPDX, as the data set's card says; "unknown" where we have not seen one
+    files: str = ""  # read these, for repositories that are a script and data
+
+    def __post_init__(self) -> None:
+        check_fields(self, "origin")
+
+    def records(self, at: str = "") -> tuple[Record, ...]:
+        """All records, from the hub or from `at`; UserError names the file, the line and the field that is wrong."""
+        if not at:
+            return self._downloaded()
+        if not Path(at).is_dir():
+            return read(at, "", "")
+        if self.files:
+            return read(str(Path(at) / self.files), "", "")
+        return read(f"hub:{at}", self.subset, self.split)
+
+    def name(self, at: str = "") -> str:
+        """What a table says about the source."""
+        place = at or f"hub:{self.repo}"
+        parts = (self.files or self.subset, self.split) if not at or Path(at).is_dir() else ()
+        return " ".join(part for part in (place, *parts, "" if at else self._commit()) if part)
+
+    def _commit(self) -> str:
+        return f"@{self.revision}" if self.revision else "(its newest revision)"
+
+    def _downloaded(self) -> tuple[Record, ...]:
+        if self.files:
+            address = f"hf://datasets/{self.repo}@{self.revision}/{self.files}"
+            return read("hub:json", "", "train", files=address)
+        return read(f"hub:{self.repo}", self.subset, self.split, self.revision)
+
+
+def text(record: Record, *names: str) -> str:
+    """The first of these fields that the record has; UserError names the first if it has none."""
+    name = next((name for name in names if name in record.fields), names[0])
+    return record.text(name).strip()
+
+
+def listed(record: Record, name: str) -> list[str]:
+    """A field that is a list of texts."""
+    value: Any = record.fields.get(name)
+    if name not in record.fields:
+        record.text(name)  # says which fields there are
+    if not isinstance(value, list) or not value or not all(isinstance(part, str) for part in value):
+        raise UserError(f"{record.where} {name}", value, "expected a list of texts", "Correct the record.")
+    return value
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """SHA-256 of JSON values in order, whatever file they came from."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps(row, ensure_ascii=True, sort_keys=True).encode())
+        total.update(b"\n")
+    return total.hexdigest()

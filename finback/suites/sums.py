@@ -1,0 +1,34 @@
+"""The quickstart's own task as a suite: sums of single digits, held-out ones only. No torch here.
+
+chains                        5 to 7 terms, as recipes/tiny.py has them
+chains?min_terms=8&max_terms=8  any field of finback.tasks.math.Chains
+"""
+
+from typing import get_type_hints
+
+from finback.config import UserError, did_you_mean, parse
+from finback.suites.listed import Listed, fingerprint
+from finback.suites.suite import Source, Suite
+from finback.tasks.math import Chains
+from finback.tasks.task import distinct
+
+DEFAULT = 200  # problems
+TERMS = {"min_terms": "5", "max_terms": "7"}
+
+
+def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
+    """Distinct held-out sums; the question is put as it stands, as training put it."""
+    hints = get_type_hints(Chains)
+    if unknown := [name for name in options if name not in hints]:
+        raise UserError("chains", unknown[0], "no such option", did_you_mean(unknown[0], hints))
+    task = Chains(
+        **{name: parse(text, hints[name], f"chains.{name}") for name, text in (TERMS | options).items()}
+    )
+    made = tuple(distinct(task, "held_out", problems or DEFAULT, seed))
+    return Suite(
+        name=task.name,
+        problems=made,
+        task=Listed(task.name, made, task.check),
+        source=Source(f"finback.tasks.math.Chains seed {seed}", "MIT", fingerprint(made)),
+        extraction="all of the answer",
+    )

@@ -1,0 +1,519 @@
+"""The report: scores worked by hand, what is flagged and what is not ranked, and a cache that survives kill -9."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from finback import cli
+from finback.compare import command, picture, table
+from finback.compare.answers import Answer, Cache, Failure, answer
+from finback.compare.compare import compare
+from finback.compare.contestant import Price, distinct, prices
+from finback.compare.options import spread
+from finback.compare.protocol import Ask, Protocol, asks
+from finback.config import UserError
+from finback.suites.suite import Suite
+from tests.comparing import Reply, faking, right, sums
+from tests.toy import ROOT, environment
+
+Says = Callable[[Ask], str | Answer | Failure]
+
+
+@dataclasses.dataclass
+class Actor:
+    """A contestant that says what a test wants."""
+
+    name: str
+    says: Says
+    price: Price = dataclasses.field(default_factory=Price)
+    asked: list[Ask] = dataclasses.field(default_factory=list)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"actor": self.name}
+
+    def answers(self, wanted: Sequence[Ask], rules: Protocol) -> Iterator[Answer | Failure]:
+        for ask in wanted:
+            self.asked.append(ask)
+            said = self.says(ask)
+            if isinstance(said, str):
+                said = answer(
+                    ask, said, finish="stop", prompt_tokens=10, tokens=len(said), seconds=0.5, busy=0.25
+                )
+            yield said
+
+
+def gold(ask: Ask) -> str:
+    return ask.suite.problems[ask.place].answer
+
+
+def choices(n: int = 40, name: str = "choices") -> Suite:
+    """Four answers, each as often right."""
+    suite = sums(n, name, chance=0.25)
+    problems = tuple(dataclasses.replace(p, answer=str(i % 4 + 1)) for i, p in enumerate(suite.problems))
+    return dataclasses.replace(suite, problems=problems)
+
+
+def scores_of(says: Says, suite: Suite, out: Path, samples: int = 1, **more: Any) -> dict[str, Any]:
+    report = compare([Actor("a", says, **more)], [suite], Protocol(samples=samples), out, quiet=True)
+    return dict(report["scores"][0])
+
+
+def test_scores_by_hand(tmp_path: Path) -> None:
+    """Two questions, four samples each. The first: 1, 1, 7, 8. The second: 2 cut off, 3, 3, nothing."""
+    said = {
+        (0, 0): "<think>so</think>1", (0, 1): "1", (0, 2): "7", (0, 3): "8",
+        (1, 1): "3", (1, 2): "3", (1, 3): "",
+    }  # fmt: skip
+
+    def says(ask: Ask) -> str | Answer:
+        if (ask.place, ask.sample) == (1, 0):
+            return answer(ask, "2", finish="length", prompt_tokens=10, tokens=100, seconds=1.5, busy=2.25)
+        return said[ask.place, ask.sample]
+
+    s = scores_of(says, sums(2), tmp_path, 4, price=Price(per_hour=3600.0))
+    assert (s["n"], s["answers"], s["failed"]) == (2, 8, 0)
+    assert s["accuracy"] == 0.25  # (2/4 + 0/4) / 2: what is cut off is wrong, whatever stands there
+    assert s["majority"] == 0.5  # 1 wins the first, 3 the second
+    assert s["pass_at"] == {1: 0.25, 2: pytest.approx((1 - 1 / 6) / 2), 4: 0.5}
+    assert (s["cut"], s["unparseable"], s["empty"]) == (1 / 8, 2 / 8, 1 / 8)
+    assert s["dollars"] == pytest.approx(7 * 0.25 + 2.25) and s["dollars_per_answer"] == pytest.approx(0.5)
+    assert s["dollars_per_solved"] == pytest.approx(2.0)
+    assert s["tokens"] == pytest.approx((18 + 1 + 1 + 1 + 100 + 1 + 1 + 0) / 8) and s["prompt_tokens"] == 10
+    assert s["seconds"] == pytest.approx((7 * 0.5 + 1.5) / 8)
+
+
+def test_a_sum_with_an_unknown_part_is_unknown(tmp_path: Path) -> None:
+    def says(ask: Ask) -> Answer:
+        tokens = None if ask.place == 1 else 5
+        return answer(ask, gold(ask), finish="stop", prompt_tokens=10, tokens=tokens, seconds=1.0)
+
+    s = scores_of(says, sums(3), tmp_path, price=Price(None, 1.0, 1.0))
+    assert (s["dollars"], s["dollars_per_answer"], s["dollars_per_solved"], s["tokens"]) == (
+        None,
+        None,
+        None,
+        5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("says", "accuracy", "flags"),
+    [
+        (lambda ask: "", 0, ["answers nothing", "not above chance (25%)"]),
+        (lambda ask: "3", 0.25, ["always says '3'", "not above chance (25%)"]),
+        (lambda ask: f"<think>{ask.place}</think> 3", 0.25, ["always says '3'", "not above chance (25%)"]),
+        (lambda ask: str(ask.place * 7 % 4 + 1), 0.5, []),
+        (gold, 1, []),
+        (
+            lambda ask: "I cannot help with that. " * 20,
+            0,
+            [f"always says {('I cannot help with that. ' * 2)[:30]!r}", "not above chance (25%)"],
+        ),
+        (lambda ask: f"{ask.place} it is, I think. " * 40, 0, ["not above chance (25%)"]),
+    ],
+)
+def test_who_says_nothing_or_always_the_same_is_flagged(
+    says: Says, accuracy: float, flags: list[str], tmp_path: Path
+) -> None:
+    s = scores_of(says, choices(), tmp_path)
+    assert (s["accuracy"], s["flags"]) == (accuracy, flags)
+
+
+def test_always_the_same_is_no_fault_where_it_is_right(tmp_path: Path) -> None:
+    suite = choices()
+    suite = dataclasses.replace(
+        suite, problems=tuple(dataclasses.replace(p, answer="3") for p in suite.problems)
+    )
+    assert scores_of(lambda ask: "3", suite, tmp_path)["flags"] == []
+
+
+def test_a_failure_is_no_mistake(tmp_path: Path) -> None:
+    def says(ask: Ask) -> str | Failure:
+        return Failure(ask, "HTTP 500") if ask.place % 2 else gold(ask)
+
+    actors = [Actor("fails", says), Actor("knows half", lambda ask: "0" if ask.place % 2 else gold(ask))]
+    report = compare(actors, [sums(20)], Protocol(samples=1), tmp_path, quiet=True)
+    fails, half = report["scores"]
+    assert (fails["accuracy"], fails["n"], fails["failed"]) == (1.0, 10, 10) and half["accuracy"] == 0.5
+    (pair,) = report["pairs"]  # on the questions that both have answered they are alike
+    assert (pair["n"], pair["difference"], pair["better"]) == (10, 0, None)
+    assert len(report["failures"]) == 10
+    text = table.tell(report)
+    assert "fails: 10 x HTTP 500" in text and "10 answers failed" in text
+    lost = scores_of(lambda ask: Failure(ask, "HTTP 500"), sums(3), tmp_path / "lost")
+    assert (lost["accuracy"], lost["interval"], lost["dollars"], lost["n"]) == (None, None, None, 0)
+
+
+def test_no_ranking_where_the_questions_do_not_tell(tmp_path: Path) -> None:
+    def knows(n: int) -> Says:
+        return lambda ask: gold(ask) if ask.place < n else "0"
+
+    actors = [Actor("A", knows(30)), Actor("B", knows(28)), Actor("C", knows(5))]
+    report = compare(actors, [sums(40)], Protocol(samples=1), tmp_path, quiet=True)
+    better = {(p["one"], p["other"]): p["better"] for p in report["pairs"]}
+    assert better == {("A", "B"): None, ("A", "C"): "A", ("B", "C"): "B"}
+    text = table.tell(report)
+    assert (
+        "A against B: cannot be told apart; +5.0 points" in text and "A against C: A is better; +62.5" in text
+    )
+    for pair in report["pairs"]:
+        low, high = pair["interval"]
+        assert low <= pair["difference"] <= high and pair["p_holm"] >= pair["p"]
+        assert (low <= 0 <= high) == (pair["better"] is None)
+
+
+def test_language(tmp_path: Path) -> None:
+    russian = "<think>Прибавим один к числу и прочтём сумму</think>"
+    english = "<think>We add one to the number and read it</think>"
+    said = [russian, english, russian, ""]  # without a chain the answer counts, and a number has no words
+    s = scores_of(lambda ask: said[ask.place] + gold(ask), sums(4, language="ru"), tmp_path)
+    assert s["language"] == pytest.approx(2 / 3)
+    assert "67% of words in the asked language" in table.tell(
+        compare([Actor("a", gold)], [sums(4, language="ru")], Protocol(samples=1), tmp_path, quiet=True)
+    )
+    assert scores_of(gold, sums(4), tmp_path / "none")["language"] is None
+
+
+def test_prices() -> None:
+    one = answer(
+        asks([sums(1)], Protocol(), {})[0],
+        "x",
+        finish="stop",
+        prompt_tokens=1000,
+        tokens=2000,
+        seconds=1,
+        busy=9,
+    )
+    assert Price(None, 0.5, 2.0).of(one) == pytest.approx(0.0045)
+    assert Price().of(one) is None and Price(per_hour=0.4).of(one) == pytest.approx(0.001)
+    assert Price(None, 0.5, 2.0).of(dataclasses.replace(one, tokens=None)) is None  # unknown is not free
+    assert prices(["b=3", "1"], "--price-in", ["a", "b"]) == {"a": 1, "b": 3}
+    for bad in ("c=1", "a=", "a=-1", "nan", "a=b=1"):
+        with pytest.raises(UserError, match="--price-in"):
+            prices([bad], "--price-in", ["a", "b"])
+    assert distinct(["m", "m", "n"]) == ["m", "m (2)", "n"]
+    assert (
+        table.money(None) == "NOT PROVIDED"
+        and table.money(0.00123) == "$0.0012"
+        and table.money(3.456) == "$3.46"
+    )
+
+
+def test_bits_per_byte_are_measured_and_kept(tmp_path: Path) -> None:
+    texts = sums(3, "text", metric="bits per byte")
+    measured = []
+
+    def compress(suites: Sequence[Suite]) -> list[float]:
+        measured.extend(suites)
+        return [1.25 for _ in suites]
+
+    local, far = Actor("local", gold), Actor("far", gold)
+    local.compress = compress  # type: ignore[attr-defined]
+    for _ in range(2):
+        report = compare([local, far], [sums(3), texts], Protocol(samples=1), tmp_path, quiet=True)
+        assert [c["bits_per_byte"] for c in report["compression"]] == [1.25, None]
+        assert {s["suite"] for s in report["scores"]} == {"sums"} and len(measured) == 1
+    assert "local | 1.2500 " in table.tell(report) and "far   | –" in table.tell(report)
+    assert compare([far], [texts], Protocol(samples=1), tmp_path, quiet=True)["scores"] == []
+
+
+# what is kept
+
+
+def test_a_key_changes_with_all_that_matters() -> None:
+    base = (sums(3), Protocol(), {"sha256": "a"})
+    plain = asks([base[0]], *base[1:])
+    assert len({a.key for a in plain}) == len(plain) == 12
+    assert [a.key for a in asks([sums(3)], *base[1:])] == [a.key for a in plain]
+    changed = [
+        (dataclasses.replace(base[0], prompt="{question}!"), *base[1:]),
+        (dataclasses.replace(base[0], system="Be brief."), *base[1:]),
+        (dataclasses.replace(base[0], stop=("x",)), *base[1:]),
+        (dataclasses.replace(base[0], source=dataclasses.replace(base[0].source, digest="1" * 64)), *base[1:]),
+        *((base[0], dataclasses.replace(base[1], **more), base[2])
+          for more in ({"temperature": 0.7}, {"top_p": 0.9}, {"max_tokens": 9}, {"seed": 1}, {"think": True})),
+        (*base[:2], {"sha256": "b"}),
+    ]  # fmt: skip
+    others = [{a.key for a in asks([suite], *rest)} for suite, *rest in changed]
+    assert all(not keys & {a.key for a in plain} for keys in others)
+    assert len(set().union(*others)) == sum(map(len, others))
+    # more samples or questions are asked in addition
+    assert {a.key for a in plain} < {a.key for a in asks([sums(3)], Protocol(samples=8), base[2])}
+
+
+def test_the_same_seed_for_all_contestants() -> None:
+    one, other = (asks([sums(3)], Protocol(), {"who": who}) for who in "ab")
+    assert [a.seed for a in one] == [a.seed for a in other] and len({a.seed for a in one}) == 12
+    assert not {a.key for a in one} & {a.key for a in other}
+
+
+def test_answers_are_kept_and_only_missing_ones_asked(tmp_path: Path) -> None:
+    first = Actor("a", gold)
+    compare([first], [sums(3)], Protocol(samples=2), tmp_path, quiet=True)
+    again = Actor("a", gold)
+    report = compare([again], [sums(3), sums(2, "more")], Protocol(samples=3), tmp_path, quiet=True)
+    asked = [(a.suite.name, a.place, a.sample) for a in again.asked]
+    assert asked == [("sums", i, 2) for i in range(3)] + [("more", i, s) for i in range(2) for s in range(3)]
+    assert [s["answers"] for s in report["scores"]] == [9, 6]
+
+
+def test_verdicts_are_made_anew(tmp_path: Path) -> None:
+    suite = sums(3)
+    assert scores_of(gold, suite, tmp_path)["accuracy"] == 1
+    stricter = dataclasses.replace(
+        suite, problems=tuple(dataclasses.replace(p, answer="x") for p in suite.problems)
+    )
+    assert scores_of(lambda ask: pytest.fail("asked again"), stricter, tmp_path)["accuracy"] == 0
+
+
+def test_a_damaged_file_loses_its_damaged_lines_alone(tmp_path: Path) -> None:
+    wanted = asks([sums(4)], Protocol(samples=1), {})
+    cache = Cache(tmp_path, "a/b", {})
+    list(cache.keep(Actor("a", gold).answers(wanted, Protocol())))
+    lines = cache.path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4 and cache.path.parent == tmp_path
+    cache.path.write_bytes(lines[0] + b'{"key": 1}\n[]\n' + lines[1] + b"\xff\xfe nonsense\n" + lines[2][:30])
+    back = Cache(tmp_path, "a/b", {})
+    assert set(back.answers) == {a.key for a in wanted[:2]}
+    list(back.keep(Actor("a", gold).answers(wanted[2:], Protocol())))
+    assert Cache(tmp_path, "a/b", {}).answers == cache.answers
+    assert set(Cache(tmp_path, "a/b", {"other": 1}).answers) == set()
+
+
+def test_ctrl_c_keeps_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def says(ask: Ask) -> str:
+        if ask.place == 2:
+            raise KeyboardInterrupt
+        return gold(ask)
+
+    with pytest.raises(KeyboardInterrupt):
+        scores_of(says, sums(5), tmp_path)
+    assert "2 of 5 answers of a are kept" in capsys.readouterr().err
+    again = Actor("a", gold)
+    compare([again], [sums(5)], Protocol(samples=1), tmp_path, quiet=True)
+    assert [a.place for a in again.asked] == [2, 3, 4]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from finback.compare.compare import compare
+from finback.compare.endpoint import Endpoint
+from finback.compare.protocol import Protocol
+from tests.comparing import sums
+report = compare([Endpoint(sys.argv[1], "m", concurrency=3)], [sums(24)], Protocol(samples=1), Path(sys.argv[2]))
+print(report["scores"][0]["n"], report["scores"][0]["accuracy"])
+"""
+
+
+def test_kill_minus_9_and_start_again(tmp_path: Path) -> None:
+    running: list[subprocess.Popen[bytes]] = []
+
+    def behave(n: int, body: dict[str, Any]) -> Reply:
+        if n == 13:  # it has some answers, and is waiting for others
+            os.kill(running[0].pid, signal.SIGKILL)
+        return Reply(right(body), delay=0.02)
+
+    with faking(behave) as fake:
+        drive = [sys.executable, "-c", DRIVER, fake.url, str(tmp_path)]
+        running.append(subprocess.Popen(drive, env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL))
+        assert running[0].wait(60) == -signal.SIGKILL
+        (file,) = (tmp_path / "answers").glob("*.jsonl")
+        kept = {json.loads(line)["question"] for line in file.read_bytes().splitlines()}
+        assert 9 <= len(kept) <= 13
+        with file.open("ab") as handle:
+            handle.write(b'{"key": "abc", "sui')  # the kill may come in the middle of a line
+        before = len(fake.bodies)
+        done = subprocess.run(drive, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout.split() == ["24", "1.0"], done.stderr
+        missing = {f"{i}+1=" for i in range(24)} - {f"{q.partition(':')[2]}+1=" for q in kept}
+        assert (
+            set(fake.asked[before:]) == missing
+        )  # what was on its way at the kill may arrive late, and twice
+        assert f"{len(kept)} kept from before" in done.stderr and "price NOT PROVIDED" in done.stderr
+
+
+# the command
+
+
+def test_words_behind_tasks() -> None:
+    assert spread(["A", "B", "--tasks", "x", "y", "--seed", "3"]) == [
+        "A",
+        "B",
+        "--tasks",
+        "x",
+        "--tasks",
+        "y",
+        "--seed",
+        "3",
+    ]
+    assert spread(["A", "--harness", "lm-eval", "x", "y"]) == [
+        "A",
+        "--harness",
+        "lm-eval",
+        "--tasks",
+        "x",
+        "--tasks",
+        "y",
+    ]
+    assert spread(["--think", "A", "--tasks", "x", "--json"]) == ["--think", "A", "--tasks", "x", "--json"]
+
+
+@pytest.fixture
+def catalogue(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None, int]]:
+    """Suites by name, without the sources of real ones; what was loaded."""
+    loaded = []
+
+    def load(spec: str, problems: int | None, seed: int) -> Suite:
+        loaded.append((spec, problems, seed))
+        return sums(problems or 30, spec)
+
+    @dataclasses.dataclass
+    class Row:
+        model: str = "DeepSeek-R1"
+        benchmark: str = "Sums"
+        score: float = 97.3
+        conditions: str = "zero-shot"
+        source: str = "2501.12948 table 4"
+        suite: str = "sums"
+
+    printed = (Row(), Row(benchmark="MMLU", score=90.8, suite="mmlu"))
+
+    def rows(suite: str = "") -> tuple[Row, ...]:
+        return tuple(row for row in printed if suite in ("", row.suite))
+
+    def check(suite: Suite, data: Path) -> Any:
+        found = {
+            "suite": suite.name,
+            "data": str(data),
+            "overlapping": 2,
+            "questions": 9,
+            "ngram": 13,
+            "exact": 1,
+        }
+        return types.SimpleNamespace(as_json=lambda: {**found, "without_ngram": 3})
+
+    monkeypatch.setattr("finback.suites.catalogue.load", load)
+    monkeypatch.setattr("finback.suites.published.rows", rows)
+    monkeypatch.setattr("finback.suites.contamination.check", check)
+    return loaded
+
+
+def invoke(*words: object) -> Any:
+    result = CliRunner().invoke(cli.app, ["compare", *map(str, words)])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_command(catalogue: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", "top-secret")
+    with faking(lambda n, body: Reply(right(body) if body["model"] == "good" else "1")) as fake:
+        words = [
+            "--endpoint", f"{fake.url}#good", "--endpoint", f"{fake.url}#bad", "--tasks", "sums", "more", "--problems", 9,
+            "--samples", 2, "--price-in", 1, "--price-out", "good=2", "--price-out", "bad=0.2", "--out", tmp_path, "--seed", 3,
+            "--key-env", "good=THE_KEY", "--published", "--contamination", "runs/x/prepare",
+        ]  # fmt: skip
+        result = invoke(*words)
+        assert result.exit_code == 0 and catalogue == [("sums", 9, 3), ("more", 9, 3)]
+        asked, keys = len(fake.bodies), {h.get("Authorization") for h in fake.headers}
+        assert asked == 2 * 2 * 9 * 2 and keys == {"Bearer top-secret", None}
+        again = json.loads(invoke(*words, "--json").stdout)
+        assert len(fake.bodies) == asked
+    report = json.loads((tmp_path / "compare.json").read_text())
+    assert report == again
+    assert [(s["contestant"], s["suite"], s["accuracy"]) for s in report["scores"]] == [
+        ("good", "sums", 1), ("good", "more", 1), ("bad", "sums", 1 / 9), ("bad", "more", 1 / 9),
+    ]  # fmt: skip
+    assert {p["better"] for p in report["pairs"]} == {"good"}
+    good = report["scores"][0]
+    assert good["dollars_per_answer"] == pytest.approx((7 + 10) / 1e6)
+    text = (tmp_path / "compare.md").read_text()
+    assert "good is better" in text and "always says '1'" in text and "97.3" in text and "MMLU" not in text
+    assert "sums in runs/x/prepare: 2 of 9 questions share 13 words" in text
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    everything = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()) + result.output.encode()
+    assert b"top-secret" not in everything
+
+
+def test_failures_end_with_code_1(catalogue: list[Any], tmp_path: Path) -> None:
+    with faking(lambda n, body: Reply(status=400, stream=False)) as fake:
+        result = invoke(
+            "--endpoint",
+            f"{fake.url}#m",
+            "--tasks",
+            "sums",
+            "--problems",
+            3,
+            "--samples",
+            1,
+            "--out",
+            tmp_path,
+        )
+    assert result.exit_code == 1 and "3 answers failed" in result.stdout
+    assert "asks them again" in result.output
+
+
+def test_published_alone_needs_no_model(catalogue: list[Any], tmp_path: Path) -> None:
+    result = invoke("--published", "--out", tmp_path / "new")
+    assert result.exit_code == 0 and "MMLU" in result.stdout and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--tasks"),
+        (["--tasks", "sums"], "nobody to ask"),
+        (["--endpoint", "http://a/v1", "--tasks", "sums"], "names no model"),
+        (["--endpoint", "http://a/v1#m", "--tasks", "sums", "sums"], "named twice: sums"),
+        (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--temperature", 0, "--samples", 4], "greedy"),
+        (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--problems", 0], "--problems"),
+        (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--extra", "[1]"], "--extra"),
+        (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--key-env", "NOT_SET_AT_ALL"], "NOT_SET_AT_ALL"),
+        (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--price-in", "n=1"], "no such endpoint"),
+        (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--top-p", 0], "top_p"),
+        (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--rate", "nan"], "--rate"),
+        (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--harness", "other"], "lm-eval"),
+        (["no/such/model", "--tasks", "sums"], "no/such/model"),
+    ],
+)
+def test_bad_options(words: list[object], said: str, catalogue: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        invoke(*words, "--out", tmp_path)
+
+
+def test_samples_by_default() -> None:
+    assert command.protocol(None, 0.6).samples == 4 and command.protocol(None, 0.0).samples == 1
+    assert command.protocol(16, 0.6).samples == 16
+
+
+def test_a_table_is_markdown() -> None:
+    made = table.table(("a", "b"), [["x|y", "1"], ["", "22"]])
+    assert made == "| a    | b  |\n| ---- | -- |\n| x\\|y | 1  |\n|      | 22 |"
+
+
+def test_a_picture_of_anything(tmp_path: Path) -> None:
+    """No price, no cost, no answer, one suite or many: warnings are errors here."""
+    actors = [
+        Actor("cheap", gold, Price(per_hour=0.01)), Actor("dear", gold, Price(per_hour=100.0)),
+        Actor("free", lambda ask: "1", Price(per_hour=0.0)), Actor("secret", lambda ask: "2"),
+        Actor("gone", lambda ask: Failure(ask, "HTTP 500")),
+    ]  # fmt: skip
+    suites = [choices(8, f"suite {i}") for i in range(2)]
+    report = compare(actors, suites, Protocol(samples=1), tmp_path, quiet=True)
+    picture.draw(report, tmp_path / "many.png")
+    picture.draw(report | {"suites": report["suites"][:1]}, tmp_path / "one.png")
+    assert (tmp_path / "many.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 5000
+    assert math.isfinite(report["scores"][0]["dollars_per_answer"])

@@ -1,0 +1,125 @@
+"""lm-evaluation-harness as the one who asks: how it is called and read, and the real one where it is installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finback.compare import harness, table
+from finback.compare.command import Options
+from finback.compare.endpoint import Endpoint
+from finback.compare.local import Local
+from finback.compare.protocol import Protocol
+from finback.config import UserError
+from tests.serving import small_tokenizer
+from tests.test_serve_clients import CHOOSE, GENERATE
+from tests.toy import CONFIG, ROOT, environment
+
+CLIENTS = Path(sys.prefix) / "clients" / "bin" / "python"
+
+# what the harness writes, and nothing else of it
+STAND_IN = """
+import json, os, sys
+from pathlib import Path
+words = sys.argv[1:]
+if words[:1] == ["-c"]:
+    sys.exit(0)
+assert words[:3] == ["-m", "lm_eval", "run"], words
+out = Path(words[words.index("--output_path") + 1]) / "model"
+out.mkdir(parents=True, exist_ok=True)
+(out / "asked.json").write_text(json.dumps({"words": words, "key": os.environ.get("OPENAI_API_KEY")}))
+if "broken" in words[words.index("--tasks") + 1]:
+    sys.exit(3)
+results = {"sums": {"alias": "sums", "exact_match,none": 0.25, "exact_match_stderr,none": 0.05, "f1,strict": 0.5, "f1_stderr,strict": "N/A"}}
+(out / "results_2026-01-01.json").write_text(json.dumps(
+    {"results": results, "n-samples": {"sums": {"original": 90, "effective": 75}}, "n-shot": {"sums": 5}, "lm_eval_version": "0.4.13"}))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    path = tmp_path / "python"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {tmp_path / "stand_in.py"} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_an_endpoint(stand_in: Path, tmp_path: Path) -> None:
+    endpoint = Endpoint("http://127.0.0.1:1/v1", "m", key="top-secret", concurrency=5)
+    options = Options(out=tmp_path / "out", harness="lm-eval", harness_python=stand_in, problems=75)
+    report = harness.measure([endpoint], ["sums", "more"], Protocol(), options, dict(os.environ))
+    one, two = report["harness"]
+    assert (one["contestant"], one["task"], one["metric"], one["value"]) == ("m", "sums", "exact_match", 0.25)
+    assert one["interval"] == pytest.approx((0.25 - 1.96 * 0.05, 0.25 + 1.96 * 0.05), abs=1e-5)
+    assert (one["n"], one["shots"], one["by"]) == (75, 5, "lm-eval 0.4.13")
+    assert (two["metric"], two["interval"]) == ("f1,strict", None)
+    (file,) = (tmp_path / "out").rglob("asked.json")
+    asked = json.loads(file.read_text())
+    assert asked["key"] == "top-secret" and "top-secret" not in " ".join(asked["words"])
+    assert {"local-chat-completions", "--apply_chat_template", "sums,more", "num_concurrent=5"} <= set(
+        asked["words"]
+    )
+    assert "base_url=http://127.0.0.1:1/v1/chat/completions" in asked["words"]
+    text = table.tell(report)
+    assert "exact_match" in text and "0.25 (0.152 to 0.348)" in text and "lm-eval 0.4.13" in text
+
+
+def test_a_harness_that_fails(stand_in: Path, tmp_path: Path) -> None:
+    options = Options(out=tmp_path / "out", harness="lm-eval", harness_python=stand_in)
+    with pytest.raises(UserError, match="it ended with code 3"):
+        harness.measure(
+            [Endpoint("http://127.0.0.1:1/v1", "m")], ["broken"], Protocol(), options, dict(os.environ)
+        )
+
+
+def test_no_harness() -> None:
+    with pytest.raises(UserError, match=r"not installed here\. Run pip install 'lm_eval\[api\]'"):
+        harness.find_python(None)
+    with pytest.raises(UserError, match="has no lm_eval"):
+        harness.find_python(Path(sys.executable))
+    with pytest.raises(UserError, match="has no lm_eval"):
+        harness.find_python(Path("/no/such/python"))
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start(tmp_path: Path) -> None:
+    contestant = Local(tmp_path / "nothing", "nothing", "fp32")
+    with (
+        pytest.raises(UserError, match="did not start"),
+        harness.serving(contestant, tmp_path / "log", environment()),
+    ):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CLIENTS.is_file(), reason="no clients installed; `make test-slow` does it")
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_real_one_through_the_command(chat: bool, tmp_path: Path) -> None:
+    import dataclasses
+
+    from finback.checkpoint.export import export
+    from finback.model.transformer import Transformer
+
+    lines = [json.dumps({"question": f"{i}+{i}=", "answer": str(2 * i)}) for i in range(6)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for name, text in (("sums", GENERATE), ("choices", CHOOSE)):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("FOLDER", str(tmp_path)), encoding="utf-8")
+    config = dataclasses.replace(CONFIG, vocab_size=small_tokenizer().vocab_size, num_nextn_predict_layers=0)
+    export(Transformer(config).initialise(0).eval(), tmp_path / "toy", "fp32", small_tokenizer().export)
+    tasks = [tmp_path / "sums.yaml"] if chat else [tmp_path / "sums.yaml", tmp_path / "choices.yaml"]
+    more: dict[str, Any] = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "finback", "compare", str(tmp_path / "toy"), "--harness", "lm-eval", *map(str, tasks),
+         "--harness-python", str(CLIENTS), "--out", str(tmp_path / "out"), "--rows", "2", "--json",
+         *(["--harness-chat"] if chat else [])],
+        cwd=ROOT, env=environment() | more, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = {row["task"]: row for row in json.loads(done.stdout)["harness"]}
+    assert rows["sums"]["metric"] == "exact_match" and rows["sums"]["n"] == 6
+    assert chat or 0 <= rows["choices"]["value"] <= 1
