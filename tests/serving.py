@@ -44,11 +44,14 @@ def small_model(window: int) -> Transformer:
 
 
 class Scripted(Engine):
-    """An engine whose sequences say `script`, if there is one, and whose steps take `pace` seconds or fail."""
+    """An engine whose sequences say `script`, if there is one, and whose steps take `pace` seconds or fail.
+
+    A chain that is closed early is followed by `after`, or by whatever the model says, which may be short.
+    """
 
     def __init__(
         self, script: str | None = None, pace: float = 0.0, rows: int = 8, tokens: int = 16384, window: int = 2048,
-        words: Tokenizer | None = None,
+        words: Tokenizer | None = None, after: str = "",
     ) -> None:  # fmt: skip
         words = words or small_tokenizer()
         stops = (*words.stops, words.ids[USER], words.ids[ASSISTANT])
@@ -62,7 +65,7 @@ class Scripted(Engine):
             reuse=True,
             speculate=True,
         )
-        self.script, self.pace = script, pace
+        self.script, self.pace, self.after = script, pace, after
         self.failing: Exception | None = None
         self.seen: list[sequence.Sequence] = []
 
@@ -74,6 +77,13 @@ class Scripted(Engine):
             words = small_tokenizer()
             found.forced.extend([*words.encode_marked(self.script), words.eos])
         return found
+
+    def close_thinking(self, sequence: sequence.Sequence) -> None:
+        """As it is: what was left of the script is not said."""
+        if self.script is not None:
+            sequence.forced.clear()
+        super().close_thinking(sequence)
+        sequence.forced.extend(small_tokenizer().encode_marked(self.after))
 
     def step(self) -> list[sequence.Sequence]:
         """As it is, or slower, or not at all."""

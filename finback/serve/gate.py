@@ -10,14 +10,14 @@ from urllib.parse import urlsplit
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finback.serve import auth
+from finback.serve import auth, page
 from finback.serve.errors import ApiError
 from finback.serve.metrics import Metrics
 from finback.serve.options import LOOPBACK, Options
 
 log = logging.getLogger("finback.serve")
 
-OPEN = frozenset({"/health"})  # the only paths that need no key
+OPEN = frozenset({"/health"})  # the only paths that need no key; beside the page's, where it is on
 GONE = 499  # nginx's number for a client that left before the answer
 
 
@@ -94,12 +94,15 @@ class Gate:
         if origin is not None:
             self._check_origin(origin.decode("latin-1"), by_name.get(b"host", b"").decode("latin-1"))
         owner = auth.owner_of(headers, self.options.keys)
-        if owner is None and scope["path"] not in OPEN and not self._is_preflight(scope):
+        if owner is None and not self._is_open(scope["path"]) and not self._is_preflight(scope):
             raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
         scope.setdefault("state", {})["owner"] = owner or b""
         length = by_name.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self.options.body:
             raise self._too_large()
+
+    def _is_open(self, path: str) -> bool:
+        return path in OPEN or (self.options.page and page.is_public(path))
 
     def _check_host(self, host: str) -> None:
         """Another name that leads here would let a stranger's page talk to the server as if it were its own."""

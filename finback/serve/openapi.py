@@ -85,6 +85,11 @@ def document() -> dict[str, Any]:
     )
     ident = {"name": "id", "in": "path", "required": True, "schema": TEXT}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    after = {
+        "name": "after",
+        "in": "query",
+        "schema": {"type": "integer", "minimum": 0, "maximum": 10**15 - 1},
+    }
     plain = {"text/plain": {"schema": TEXT}}
     return {
         "openapi": "3.1.0",
@@ -98,6 +103,9 @@ def document() -> dict[str, Any]:
             "/v1/chat/completions": {"post": _generate("chat", "ChatRequest", "Chat")},
             "/v1/chat/completions/{id}/control": {
                 "post": _operation("control", _json("Control"), "ControlRequest", [ident])
+            },
+            "/v1/chat/completions/{id}/stream": {
+                "get": _operation("resume", {"text/event-stream": {}}, parameters=[ident, after])
             },
             "/v1/completions": {"post": _generate("complete", "CompletionRequest", "Completion")},
             "/v1/models": {"get": _operation("models", _json("Models"))},

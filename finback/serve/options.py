@@ -1,6 +1,7 @@
 """The server's knobs and limits, in one place. No torch here."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -26,5 +27,9 @@ class Options:
     rate: int = 0  # requests per key and minute; 0: any number
     concurrent: int = 0  # requests per key at a time; 0: any number
     keep_alive: float = 15.0  # silence in a stream after which a comment is sent
+    held: float = 20.0  # how long a resumable answer waits for its reader to come back
+    held_bytes: int = 8 << 20  # most that is kept of it
     stalled: float = 30.0  # work without a step for this long: not ready
     drain: float = 30.0  # after SIGTERM, time for running requests to end
+    page: bool = False  # the web page at /, and its files, which need no key; everything that it asks does
+    runs: Path = Path("runs")  # where the run folders are that the page shows; it need not be there

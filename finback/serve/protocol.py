@@ -28,6 +28,10 @@ class StreamOptions(Part):
     """How a stream ends."""
 
     include_usage: bool | None = None
+    resumable: bool | None = Field(
+        None,
+        description="go on for a while when the connection is lost; read on at /chat/completions/{id}/stream",
+    )
 
 
 class Request(Part):
@@ -227,6 +231,11 @@ class ChatRequest(Request):
         None, description="tokens of the chain of thought; then it is closed"
     )
 
+    @property
+    def is_resumable(self) -> bool:
+        """Whether it goes on for a while when its client is gone."""
+        return bool(self.stream and self.stream_options and self.stream_options.resumable)
+
 
 Ids = Annotated[list[Token], Field(min_length=1)]
 
@@ -250,4 +259,4 @@ class CompletionRequest(Request):
 class ControlRequest(Part):
     """POST /v1/chat/completions/{id}/control."""
 
-    action: Literal["answer_now"]
+    action: Literal["answer_now", "stop"]

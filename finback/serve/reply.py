@@ -1,5 +1,6 @@
 """What a sequence says, as one choice of a reply: the same parts whether they are streamed or sent as a whole."""
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
 
@@ -84,12 +85,15 @@ class ChatReply:
         return {"tool_calls": [{"index": part.index, **first}]} | ({"content": mark} if mark else {})
 
     def _logprobs(self, news: News) -> dict[str, Any]:
-        """Those of the tokens made since the last time, the chain's apart from the answer's."""
+        """Those of the tokens made since the last time, the chain's apart from the answer's; `drafted` marks MTP's."""
         assert self.spelling is not None
         new: dict[str, list[Any]] = {"content": [], "reasoning_content": []}
+        guessed = self.sequence.guessed
+        drafted = set(guessed[bisect_left(guessed, self._told) :])
         for place in range(self._told, news.made):
             name = "reasoning_content" if place < news.thought else "content"
-            new[name].append(self.spelling.entry(self.sequence.top[place]))
+            entry = self.spelling.entry(self.sequence.top[place])
+            new[name].append(entry | {"drafted": True} if place in drafted else entry)
         self._told = news.made
         for name, entries in new.items():
             self._spelt[name] += entries

@@ -13,17 +13,13 @@ from starlette.types import Receive, Scope, Send
 
 from finback.serve import auth, body, metrics, openapi
 from finback.serve.answer import Answer
-from finback.serve.errors import ApiError, from_pydantic
+from finback.serve.errors import ApiError, bad, from_pydantic
+from finback.serve.held import SSE, Held
 from finback.serve.job import SEEDS
 from finback.serve.protocol import ChatRequest, CompletionRequest, ControlRequest
 from finback.serve.service import Running, Service
 
 PREFIXES = ("/v1", "", "/beta")  # OpenAI's, and DeepSeek's two
-SSE = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
-]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -40,6 +36,7 @@ def routes() -> list[Route]:
             Route(f"{prefix}/models/{{name:path}}", model),
             Route(f"{prefix}/chat/completions", Generate(ChatRequest), methods=["POST"]),
             Route(f"{prefix}/chat/completions/{{id}}/control", control, methods=["POST"]),
+            Route(f"{prefix}/chat/completions/{{id}}/stream", Resume(), methods=["GET"]),
             Route(f"{prefix}/completions", Generate(CompletionRequest), methods=["POST"]),
         ]
     return found
@@ -54,15 +51,33 @@ class Generate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; whatever way it ends, nothing of it stays in the engine."""
         service, owner = _service(scope), scope["state"]["owner"]
-        service.refuse_if_busy()
+        if all(each.is_full() for each in service.all) or service.draining is not None:
+            service.refuse_if_busy()
         asked = await _read(Request(scope, receive), self.form)
-        service.check_model(asked.model)
+        service = service.named(asked.model)
         prompts = len(asked.prompts) if isinstance(asked, CompletionRequest) else 1
-        with service.admitted(owner, prompts * (asked.n or 1)):
+        choices = prompts * (asked.n or 1)
+        if isinstance(asked, ChatRequest) and asked.is_resumable:
+            await self._hold(service, owner, asked, choices, receive, send)
+            return
+        with service.admitted(owner, choices):
             await _unless_gone(receive, self._answer(service, owner, asked, send))
 
+    async def _hold(
+        self, service: Service, owner: bytes, asked: ChatRequest, choices: int, receive: Receive, send: Send
+    ) -> None:  # fmt: skip
+        """Answer in a task of its own, which outlives this connection."""
+        held = Held(owner, service.options)
+
+        async def work() -> None:
+            with service.admitted(owner, choices):
+                await self._answer(service, owner, asked, held)
+
+        held.run(work())
+        await _unless_gone(receive, held.serve(0, send))
+
     async def _answer(
-        self, service: Service, owner: bytes, asked: ChatRequest | CompletionRequest, send: Send
+        self, service: Service, owner: bytes, asked: ChatRequest | CompletionRequest, to: Send | Held
     ) -> None:  # fmt: skip
         seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed % SEEDS
         # templates and long texts take their time; others should not wait for it
@@ -74,39 +89,63 @@ class Generate:
         ticket = await service.worker.submit(job.orders, auth.salt(owner, asked.user_id))
         answer = Answer(service, job, ticket, isinstance(asked, ChatRequest))
         service.running[answer.id] = Running(owner, ticket)
+        include = bool(asked.stream_options and asked.stream_options.include_usage)
         try:
-            if asked.stream:
-                include = bool(asked.stream_options and asked.stream_options.include_usage)
-                await _stream(answer, include, send)
+            if isinstance(to, Held):
+                service.hold(answer.id, to, ticket)
+                async for event in answer.events(include):
+                    to.put(event)
+            elif asked.stream:
+                await _stream(answer, include, to)
             else:
-                await JSONResponse(await answer.whole())({"type": "http"}, _nothing, send)
+                await JSONResponse(await answer.whole())({"type": "http"}, _nothing, to)
         finally:
             del service.running[answer.id]
             service.worker.cancel(ticket)
 
 
+class Resume:
+    """The endpoint at which a resumable answer is read on, behind the event that its reader had last."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the rest, for the key that has asked; ApiError 404 where it is no longer kept."""
+        request = Request(scope, receive)
+        ident = request.path_params["id"]
+        held = _service(scope).held.get(ident)
+        if held is None or held.owner != scope["state"]["owner"]:
+            raise ApiError(404, f"no answer {ident!r} is kept", "id")
+        text = request.query_params.get("after") or request.headers.get("last-event-id") or "0"
+        if not (text.isascii() and text.isdigit() and len(text) < 16):
+            raise bad("not the number of an event", "after")
+        await _unless_gone(receive, held.serve(int(text), send))
+
+
 async def control(request: Request) -> Response:
-    """Close the chains of thought of a running request, for the key that has sent it."""
+    """Close the chains of thought of a running request, or end it, for the key that has sent it."""
     service, asked = _service(request.scope), await _read(request, ControlRequest)
     ident = request.path_params["id"]
-    running = service.running.get(ident)
+    holder = next((each for each in service.all if ident in each.running), service)
+    running = holder.running.get(ident)
     if running is None or running.owner != request.state.owner:
         raise ApiError(404, f"no running request {ident!r}", "id")
-    service.worker.answer_now(running.ticket)
+    if asked.action == "answer_now":
+        holder.worker.answer_now(running.ticket)
+    else:
+        running.ticket.fail(ApiError(409, "it was stopped", code="stopped"))
     return JSONResponse({"id": ident, "object": "chat.completion.control", "action": asked.action})
 
 
 async def models(request: Request) -> Response:
-    """The model, under each of its names."""
-    service = _service(request.scope)
-    return JSONResponse({"object": "list", "data": [_model(service, name) for name in service.names]})
+    """The models, each under each of its names."""
+    served = _service(request.scope).all
+    listed = [_model(service, name) for service in served for name in service.names]
+    return JSONResponse({"object": "list", "data": listed})
 
 
 async def model(request: Request) -> Response:
     """The model under one name."""
-    service, name = _service(request.scope), request.path_params["name"]
-    service.check_model(name)
-    return JSONResponse(_model(service, name))
+    name = request.path_params["name"]
+    return JSONResponse(_model(_service(request.scope).named(name), name))
 
 
 async def health(request: Request) -> Response:

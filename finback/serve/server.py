@@ -1,17 +1,16 @@
 """Putting the server together, running it, and letting it end well."""
 
+import dataclasses
 import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
 
-import psutil
-import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -21,31 +20,51 @@ from finback.checkpoint import model as models
 from finback.checkpoint.model import Answering
 from finback.config import UserError
 from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
-from finback.engine.engine import Engine
+from finback.engine.engine import Engine, affordable
 from finback.model.transformer import Transformer
 from finback.serve import auth
 from finback.serve.errors import HANDLERS, bad
 from finback.serve.gate import Gate
 from finback.serve.options import Options
+from finback.serve.page import Page
 from finback.serve.routes import routes
 from finback.serve.service import Service
+from finback.serve.watch import Planned, Watch
 
 GRACE = 5.0  # seconds for the last bytes, once every answer has ended
 
 
-def build(engine: Engine, tokenizer: Tokenizer, options: Options) -> Starlette:
-    """The ASGI application; the engine runs between its startup and its shutdown."""
+def build(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    options: Options,
+    beside: Mapping[str, tuple[Engine, Tokenizer]] | None = None,
+    planned: Planned | None = None,
+) -> Starlette:
+    """The ASGI application; the engines run between its startup and its shutdown. `beside` are more models by name.
+
+    `planned` says what a run of the page was planned to take.
+    """
     service = Service(engine, tokenizer, options)
+    for name, (other, words) in (beside or {}).items():
+        Service(other, words, dataclasses.replace(options, name=name, aliases=()), first=service)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.worker.start()
+        for each in service.all:
+            each.worker.start()
         yield
-        await service.schemas.close()
-        service.worker.close()
+        for held in service.held.values():
+            held.stop()
+        for each in service.all:
+            await each.schemas.close()
+            each.worker.close()
 
     gate = Middleware(Gate, options=options, metrics=service.metrics)
-    app = Starlette(routes=routes(), middleware=[gate], exception_handlers=HANDLERS, lifespan=lifespan)
+    shown = [*Page().routes(chat=True), *Watch(options.runs, planned).routes()] if options.page else []
+    app = Starlette(
+        routes=[*routes(), *shown], middleware=[gate], exception_handlers=HANDLERS, lifespan=lifespan
+    )
     app.router.redirect_slashes = False  # a redirect would lose the body
     app.state.service = service
     return app
@@ -56,16 +75,17 @@ def run(
     keys: Iterable[str] = (), key_file: Path | None = None, insecure: bool = False, hosts: Iterable[str] = (),
     origins: Iterable[str] = (), reasoning_field: str = "both", rows: int = 32, tokens: int | None = None,
     chunk: int = 256, dtype: Answering = "auto", reuse: bool = True, speculate: bool = True, queue: int = 64, rate: int = 0, concurrent: int = 0,
-    drain: float = 30.0, keep_alive: float = 15.0,
+    drain: float = 30.0, keep_alive: float = 15.0, also: Mapping[str, Path] | None = None, page: bool = True,
+    runs: Path = Path("runs"), planned: Planned | None = None,
 ) -> None:  # fmt: skip
-    """Serve the model in a folder until a signal ends it.
+    """Serve the model in a folder until a signal ends it, and those in `also` under the names they have there.
 
     `rows` answers are made at a time, on a cache of `tokens` (None: what memory allows), and `queue` more may wait.
     """
     options = Options(
         name=name or model.resolve().name, aliases=tuple(aliases), host=host, port=port,
         keys=auth.digests(keys, key_file), hosts=tuple(hosts), origins=tuple(origins), reasoning_field=reasoning_field,
-        queue=queue, rate=rate, concurrent=concurrent, drain=drain, keep_alive=keep_alive,
+        queue=queue, rate=rate, concurrent=concurrent, drain=drain, keep_alive=keep_alive, page=page, runs=runs,
     )  # fmt: skip
     auth.demand_safety(options, insecure)
     listener = _listen(host, port)  # before the model is read: a port that is taken shows at once
@@ -73,7 +93,11 @@ def run(
     # than cores, lets the engine's sleep after every product. Measured: 45 instead of 29 ms a step.
     with ThreadPoolExecutor(1) as reader:
         engine, tokenizer = reader.submit(load, model, rows, tokens, chunk, reuse, speculate, dtype).result()
-    serve(build(engine, tokenizer, options), listener)
+        beside = {
+            other: reader.submit(load, path, rows, tokens, chunk, reuse, speculate, dtype).result()
+            for other, path in (also or {}).items()
+        }
+    serve(build(engine, tokenizer, options, beside, planned), listener)
 
 
 def load(
@@ -102,7 +126,10 @@ def serve(app: Starlette, listener: socket.socket) -> None:
     _log_to_stderr()
     where = listener.getsockname()
     shown = f"[{where[0]}]" if ":" in where[0] else where[0]
-    print(f"serving {service.options.name} at http://{shown}:{where[1]}/v1", file=sys.stderr, flush=True)
+    names = ", ".join(each.options.name for each in service.all)
+    print(f"serving {names} at http://{shown}:{where[1]}/v1", file=sys.stderr, flush=True)
+    if service.options.page:
+        print(f"the page is at http://{shown}:{where[1]}/", file=sys.stderr, flush=True)
     Server(service, configuration(app)).run(sockets=[listener])
 
 
@@ -159,10 +186,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _affordable(model: Transformer, rows: int) -> int:
     """Tokens of cache for `rows` full windows, or what a quarter of the free memory holds."""
-    config, device = model.config, model.embed.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    each = config.num_hidden_layers * config.cache_elements * model.compute.itemsize
-    return max(1024, min(rows * config.max_position_embeddings, int(free / 4 / each)))
+    return max(1024, min(rows * model.config.max_position_embeddings, affordable(model, 4)))
 
 
 def _log_to_stderr() -> None:

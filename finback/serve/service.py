@@ -10,6 +10,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.serve.auth import Quota
 from finback.serve.errors import ApiError, bad
+from finback.serve.held import Held
 from finback.serve.job import Jobs
 from finback.serve.metrics import Metrics
 from finback.serve.options import Options
@@ -28,9 +29,14 @@ class Running:
 
 
 class Service:
-    """One model, served. All of it belongs to the event loop but the engine, which the worker's thread owns."""
+    """One model, served. All of it belongs to the event loop but the engine, which the worker's thread owns.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, options: Options) -> None:
+    With `first`, it stands beside that one, in the same server: both count into the same metrics and quotas.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, options: Options, first: "Service | None" = None
+    ) -> None:  # fmt: skip
         if options.reasoning_field not in FIELDS:
             raise UserError(
                 "reasoning_field", options.reasoning_field, "no such form", did_you_mean(options.reasoning_field, FIELDS)
@@ -38,13 +44,18 @@ class Service:
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.created = int(time.time())
         self.window = min(engine.model.config.max_position_embeddings, engine.pages.count * engine.pages.size)
-        self.metrics = Metrics()
+        self.all: list[Service] = first.all if first else []  # the models of this server
+        self.all.append(self)
+        self.metrics: Metrics = first.metrics if first else Metrics()
         self.worker = Worker(engine, self.metrics)
         self.spelling = Spelling(tokenizer)
         self.jobs = Jobs(tokenizer, self.window, self.spelling.longest)
         self.schemas = Schemas()
-        self.quota = Quota(options.rate, options.concurrent)
+        self.quota: Quota = first.quota if first else Quota(options.rate, options.concurrent)
         self.running: dict[str, Running] = {}
+        self.held: dict[str, Held] = (
+            first.held if first else {}
+        )  # by id; an answer that has ended stays for a while
         self.open = 0  # choices of admitted requests
         self.requests = 0  # admitted requests
         self.draining: float | None = None  # since when, in monotonic time
@@ -61,19 +72,45 @@ class Service:
         """Choices that wait."""
         return max(0, self.open - self.engine.running)
 
-    def check_model(self, name: str | None) -> None:
-        """ApiError 404 for another model than the one that is served."""
-        if name is not None and name not in self.names:
-            raise ApiError(
-                404, f"no model {name!r} here. {did_you_mean(name, self.names)}", "model", "model_not_found"
-            )
+    def place(self, ticket: Ticket) -> int:
+        """Where a request stands among those that have not begun to be answered, from 1; 0 once it has."""
+        waiting = [r.ticket for r in self.running.values() if not r.ticket.started]
+        return waiting.index(ticket) + 1 if ticket in waiting else 0
+
+    def hold(self, ident: str, held: Held, ticket: Ticket) -> None:
+        """Let an answer be found by its id, until it is forgotten; the oldest that have ended make room."""
+        held.place = lambda: self.place(ticket)
+        held.forget = lambda: self._forget(ident)
+        self.held[ident] = held
+        ended = [each for each in self.held.values() if each.over]
+        for each in ended[: max(0, len(self.held) - self.most_choices)]:
+            each.forget()
+
+    def _forget(self, ident: str) -> None:
+        self.held.pop(ident, None)
+
+    def named(self, name: str | None) -> "Service":
+        """The model of this name among those that are served, this one where none is named; ApiError 404."""
+        if name is None:
+            return self
+        for service in self.all:
+            if name in service.names:
+                return service
+        known = [n for service in self.all for n in service.names]
+        raise ApiError(
+            404, f"no model {name!r} here. {did_you_mean(name, known)}", "model", "model_not_found"
+        )
 
     def refuse_if_busy(self, choices: int = 1) -> None:
         """ApiError 503 when nothing more can be taken; costs nothing, so that overload is refused at once."""
         if self.draining is not None:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
-        if self.open + choices > self.engine.rows + self.options.queue:
+        if self.is_full(choices):
             raise ApiError(503, f"{self.queued} answers are waiting already", retry_after=2)
+
+    def is_full(self, choices: int = 1) -> bool:
+        """Whether so many choices more are too many."""
+        return self.open + choices > self.engine.rows + self.options.queue
 
     @contextmanager
     def admitted(self, owner: bytes, choices: int) -> Iterator[None]:
@@ -92,6 +129,10 @@ class Service:
 
     def why_not_ready(self) -> str | None:
         """What keeps the server from answering, if anything does."""
+        return next((problem for service in self.all if (problem := service.problem())), None)
+
+    def problem(self) -> str | None:
+        """What keeps this model from answering, if anything does."""
         if self.draining is not None:
             return "shutting down"
         if not self.worker.alive:
@@ -104,15 +145,19 @@ class Service:
 
     def drain(self) -> None:
         """Take no more requests; those that run have `options.drain` seconds."""
-        self.draining = self.draining or time.monotonic()
+        for service in self.all:
+            service.draining = service.draining or time.monotonic()
 
     def drained(self) -> bool:
         """Whether a draining server may go: nobody is left, or their time is over and they have been told."""
         if self.draining is None:
             return False
-        if self.requests and time.monotonic() - self.draining < self.options.drain:
+        if (
+            any(service.requests for service in self.all)
+            and time.monotonic() - self.draining < self.options.drain
+        ):
             return False
-        for running in self.running.values():
+        for running in (r for service in self.all for r in service.running.values()):
             running.ticket.fail(
                 ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
             )
@@ -120,11 +165,11 @@ class Service:
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """What /metrics shows beside the counters."""
-        pages = self.engine.pages
+        pages = [service.engine.pages for service in self.all]
         return {
-            "running": ("Choices that are being made.", self.engine.running),
-            "queued": ("Choices that wait.", self.queued),
-            "pages": ("Pages of the cache.", pages.count),
-            "pages_used": ("Pages that running choices hold.", pages.count - pages.free),
+            "running": ("Choices that are being made.", sum(s.engine.running for s in self.all)),
+            "queued": ("Choices that wait.", sum(s.queued for s in self.all)),
+            "pages": ("Pages of the cache.", sum(p.count for p in pages)),
+            "pages_used": ("Pages that running choices hold.", sum(p.count - p.free for p in pages)),
             "ready": ("1 if requests are being answered.", float(self.why_not_ready() is None)),
         }

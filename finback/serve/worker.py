@@ -54,6 +54,11 @@ class Ticket:
     inbox: deque[tuple[int, News]] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def started(self) -> bool:
+        """Whether any of it has entered the batch."""
+        return any(s.started for s in self.sequences)
+
     async def next(self) -> list[tuple[int, News]]:
         """All that has come since the last call, at least one; ApiError when the engine has failed."""
         await self._arrived.wait()

@@ -1,0 +1,204 @@
+"""A stage's metrics for a page: axes, curves, heat maps, time left, and what looks wrong. No torch here."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from finback.run import DOLLARS_PER_CORE_HOUR
+from finback.serve.runs import StageFolder
+from finback.serve.table import Table
+from finback.serve.thin import Line, smooth, thin
+
+AXES = ("step", "tokens", "time", "cost")
+QUIET = (
+    120.0  # seconds without a line after which a running stage has stalled, and no less than 20 steps' time
+)
+BLOCK = 50  # steps whose spread says what a spike is
+SPIKE = 12.0  # robust standard deviations above the stretch before
+LISTED = 5  # spikes that are told
+
+
+def axis(table: Table, name: str, cores: float) -> Line:
+    """For each row where it stands: its step, the tokens, seconds or dollars of all rows up to it; never falling."""
+    if name == "step":
+        return np.maximum.accumulate(table.carried("step")) if table.rows else np.zeros(0)
+    if name == "tokens":
+        return _tokens(table)
+    seconds = _seconds(table)
+    return seconds if name == "time" else seconds * cores * DOLLARS_PER_CORE_HOUR / 3600
+
+
+def _tokens(table: Table) -> Line:
+    if "tokens" in table.columns:
+        return np.maximum.accumulate(table.carried("tokens"))
+    for name in ("tokens_taught", "tokens_with_gradient"):
+        if name in table.columns:
+            return np.cumsum(np.nan_to_num(table.filled(name)))
+    return np.zeros(table.rows)
+
+
+def _seconds(table: Table) -> Line:
+    if "seconds" in table.columns:
+        each = table.filled("seconds")
+    elif "tokens_per_second" in table.columns:
+        rate, made = table.filled("tokens_per_second"), np.diff(_tokens(table), prepend=0.0)
+        each = np.divide(made, rate, out=np.zeros(table.rows), where=rate > 0)
+    else:
+        each = np.zeros(table.rows)
+    return np.cumsum(np.maximum(np.nan_to_num(each), 0.0))
+
+
+def curve(
+    table: Table, name: str, places: Line, weight: float, begin: float | None, end: float | None, points: int
+) -> dict[str, Any]:  # fmt: skip
+    """A curve between two places of the axis, and the same smoothed: [x, y] thinned, None for what is no number."""
+    rows, y = table.column(name)
+    x = places[rows.astype(np.int64)]
+    smoothed = smooth(y, weight)  # before it is cut, so that zooming in does not change it
+    first = max(0, int(np.searchsorted(x, begin, "left")) - 1) if begin is not None else 0
+    last = min(len(x), int(np.searchsorted(x, end, "right")) + 1) if end is not None else len(x)
+    x, y, smoothed = x[first:last], y[first:last], smoothed[first:last]
+    kept = thin(x, y, points)
+    found: dict[str, Any] = {"name": name, "n": len(rows), "x": _plain(x[kept]), "y": _plain(y[kept])}
+    if weight:
+        found["smooth"] = _plain(smoothed[kept])
+    return found
+
+
+def heat(table: Table, name: str, most: int) -> dict[str, Any]:
+    """Nested values such as the share of tokens of each layer's experts, at up to `most` steps spread over the run."""
+    rows, values = table.nested.get(name, ([], []))
+    steps = axis(table, "step", 1.0)
+    spread = np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))
+    chosen: list[int] = spread.tolist() if rows else []
+    matrices = [(int(steps[rows[i]]), _matrix(values[i])) for i in chosen]
+    shaped = [(step, m) for step, m in matrices if m]
+    return {"name": name, "steps": [s for s, _ in shaped], "values": [m for _, m in shaped]}
+
+
+def _matrix(value: Any) -> list[list[float | None]]:
+    """A list of equal rows of numbers; [] for anything else."""
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        return []
+    if len({len(row) for row in value}) != 1:
+        return []
+    return [[v if isinstance(v, int | float) and math.isfinite(v) else None for v in row] for row in value]
+
+
+def progress(stage: StageFolder, table: Table) -> dict[str, Any]:
+    """How far a stage is: its step, what its knobs say will be the last, and seconds left at the pace of late."""
+    steps, tokens = axis(table, "step", 1.0), axis(table, "tokens", 1.0)
+    seconds = _seconds(table)
+    done: dict[str, Any] = {
+        "step": int(steps[-1]) if len(steps) else 0,
+        "of": None,
+        "unit": "steps",
+        "left": None,
+    }
+    for knob, line, unit in (("steps", steps, "steps"), ("max_tokens", tokens, "tokens")):
+        total = stage.config.get(knob)
+        if (
+            isinstance(total, int | float)
+            and total > 0
+            and not (knob == "max_tokens" and "group" in stage.config)
+        ):
+            at = float(line[-1]) if len(line) else 0.0
+            done |= {"at": at, "of": total, "unit": unit}
+            done["left"] = _left(line, seconds, float(total))
+            break
+    return done
+
+
+def _left(line: Line, seconds: Line, total: float) -> float | None:
+    """Seconds until a line that grows reaches a total, at the pace of its last 50 rows."""
+    recent = line[-50:], seconds[-50:]
+    grown, took = (float(part[-1] - part[0]) if len(part) > 1 else 0.0 for part in recent)
+    return max(0.0, total - float(line[-1])) / grown * took if grown > 0 and took > 0 else None
+
+
+def alerts(stage: StageFolder, table: Table, running: bool) -> list[dict[str, Any]]:
+    """What a person should look at: values that are no numbers, spikes, a gap between trainer and engine, a stall."""
+    found = [*_not_numbers(table), *_gaps(stage, table)]
+    for name in () if "reward" in table.columns else ("loss", "grad_norm"):
+        found += _spikes(table, name)
+    if running:
+        found += _stall(stage, table)
+    return found
+
+
+def _not_numbers(table: Table) -> list[dict[str, Any]]:
+    found, steps = [], axis(table, "step", 1.0)
+    for name, (rows, numbers) in table.columns.items():
+        bad = np.flatnonzero(~np.isfinite(np.array(numbers)))
+        if len(bad):
+            step = int(steps[int(rows[bad[0]])])
+            found.append(
+                {"kind": "nan", "name": name, "step": step, "text": f"{name} is not a number at step {step}"}
+            )
+    return found
+
+
+def _spikes(table: Table, name: str) -> list[dict[str, Any]]:
+    """The highest values that stand far above the stretch before theirs, by its median and median deviation."""
+    rows, y = table.column(name)
+    whole = np.append(y, np.full(-len(y) % BLOCK, np.nan)).reshape(-1, BLOCK)
+    known = np.isfinite(whole[:-1]).any(axis=1)  # stretches that say what is usual
+    if not known.any():
+        return []
+    before, after = whole[:-1][known], whole[1:][known]
+    before = np.where(np.isfinite(before), before, np.nan)
+    middle = np.nanmedian(before, axis=1)
+    spread = np.nanmedian(np.abs(before - middle[:, None]), axis=1) * 1.4826
+    limit = middle + SPIKE * np.maximum(spread, 1e-3 * np.abs(middle))
+    highest = np.where(np.isfinite(after), after, -np.inf)
+    top = np.argmax(highest, axis=1)
+    value = highest[np.arange(len(top)), top]
+    over = np.flatnonzero(value > limit)
+    size = value[over] / np.maximum(np.abs(middle[over]), 1e-12)
+    first = (np.flatnonzero(known) + 1) * BLOCK  # where each later stretch begins
+    steps, found = axis(table, "step", 1.0), []
+    for i in over[np.argsort(-size)][:LISTED]:
+        step = int(steps[int(rows[first[i] + top[i]])])
+        text = f"{name} rose to {value[i]:.3g} at step {step}, from about {middle[i]:.3g}"
+        found.append({"kind": "spike", "name": name, "step": step, "text": text})
+    return found
+
+
+def _gaps(stage: StageFolder, table: Table) -> list[dict[str, Any]]:
+    allowed = stage.config.get("max_gap")
+    rows, values = table.column("gap_max")
+    if not isinstance(allowed, int | float) or not len(values):
+        return []
+    over = np.flatnonzero(values > allowed)
+    if not len(over):
+        return []
+    step = int(axis(table, "step", 1.0)[int(rows[over[0]])])
+    text = (
+        f"trainer and engine disagree by {values[over[0]]:.2g} at step {step}, more than max_gap {allowed:g}"
+    )
+    return [{"kind": "gap", "name": "gap_max", "step": step, "text": text}]
+
+
+def _stall(stage: StageFolder, table: Table) -> list[dict[str, Any]]:
+    seconds = _seconds(table)
+    usual = float(np.median(np.diff(seconds[-50:]))) if len(seconds) > 2 else 0.0
+    try:
+        silent = time.time() - table.tail.path.stat().st_mtime
+    except OSError:
+        return []
+    if silent < max(QUIET, 20 * usual):
+        return []
+    return [
+        {
+            "kind": "stall",
+            "name": "step",
+            "step": None,
+            "text": f"nothing logged for {silent / 60:.0f} minutes",
+        }
+    ]
+
+
+def _plain(values: Line) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in values.tolist()]

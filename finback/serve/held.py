@@ -1,0 +1,140 @@
+"""A stream that outlives its connection: its events are kept for a while, so that whoever asked can come back and read on.
+
+Only for requests that ask for it (`stream_options.resumable`); for all others a lost connection ends the work at once.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+from starlette.types import Send
+
+from finback.serve.errors import ApiError
+from finback.serve.options import Options
+
+SSE = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
+]
+KEEP_ALIVE = b": keep-alive\n\n"
+A_LOOK = 0.25  # seconds between two looks at the queue
+
+
+class Held:
+    """The events of one answer, numbered from 1, and the task that makes them. All of it belongs to the event loop."""
+
+    def __init__(self, owner: bytes, options: Options) -> None:
+        self.owner, self.options = owner, options
+        self.place: Callable[[], int] = lambda: 0  # where it stands in the queue, 0 once it is being answered
+        self.first = 1  # the number of the first event that is still kept
+        self.over = False
+        self.forget: Callable[[], None] = lambda: None  # set once others know of it
+        self._events: deque[bytes] = deque()
+        self._size = 0
+        self._readers = 0
+        self._grown = asyncio.Event()
+        self._error: BaseException | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._leaving: asyncio.TimerHandle | None = None
+
+    @property
+    def last(self) -> int:
+        """The number of the newest event, 0 before the first."""
+        return self.first + len(self._events) - 1
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let the work go on, which puts events."""
+        self._task = asyncio.create_task(work)
+        self._task.add_done_callback(self._ended)
+
+    def put(self, events: bytes) -> None:
+        """Keep events, and the oldest no longer where they become too many."""
+        if events.startswith(b":"):  # a comment; readers make their own
+            return
+        for event in events.removesuffix(b"\n\n").split(b"\n\n"):
+            numbered = b"id: %d\n%b\n\n" % (self.last + 1, event)
+            self._events.append(numbered)
+            self._size += len(numbered)
+        while self._size > self.options.held_bytes and len(self._events) > 1:
+            self._size -= len(self._events.popleft())
+            self.first += 1
+        self._wake()
+
+    def stop(self) -> None:
+        """End the work."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def serve(self, after: int, send: Send) -> None:
+        """Send what came behind the event `after`, and go on until the end or until the reader leaves."""
+        if not self.first - 1 <= after <= self.last:
+            raise ApiError(404, f"event {after} is not kept: there are {self.first} to {self.last}", "after")
+        self._readers += 1
+        if self._leaving is not None:
+            self._leaving.cancel()
+        at = after
+        try:
+            while not self.last and not self.over:
+                await self._more(None)
+            if self._error is not None and not self.last:
+                raise self._error
+            await send({"type": "http.response.start", "status": 200, "headers": list(SSE)})
+            async for reached, content in self._follow(after):
+                await send({"type": "http.response.body", "body": content, "more_body": True})
+                at = reached
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            self._left(at)
+
+    async def _follow(self, at: int) -> AsyncIterator[tuple[int, bytes]]:
+        """What is to be sent, with the number of its last event."""
+        told = 0
+        while True:
+            if at < self.last:
+                new = [self._events[i] for i in range(max(0, at + 1 - self.first), len(self._events))]
+                at = self.last
+                yield at, b"".join(new)
+            elif self.over:
+                return
+            elif (place := self.place()) != told:
+                told = place
+                yield at, b": queue %d\n\n" % place
+            elif not await self._more(A_LOOK if told else self.options.keep_alive) and not told:
+                yield at, KEEP_ALIVE
+
+    async def _more(self, seconds: float | None) -> bool:
+        """Wait for news; False when there was none for so long."""
+        grown = self._grown
+        try:
+            async with asyncio.timeout(seconds):
+                await grown.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _wake(self) -> None:
+        self._grown.set()
+        self._grown = asyncio.Event()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._error = ApiError(503, "it was ended") if task.cancelled() else task.exception()
+        self.over = True
+        self._wake()
+
+    def _left(self, at: int) -> None:
+        """A reader has gone who has everything up to event `at`."""
+        self._readers -= 1
+        if self._readers:
+            return
+        if self.over and at == self.last:
+            self.forget()
+        elif not at:  # nobody knows what to come back for
+            self.stop()
+        else:
+            self._leaving = asyncio.get_running_loop().call_later(self.options.held, self._abandon)
+
+    def _abandon(self) -> None:
+        self.stop()
+        self.forget()

@@ -1,0 +1,116 @@
+"""What a model said: lines of samples.jsonl and of exams, found by step or by question. No torch here."""
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from finback.serve.table import Tail, records
+
+MOST = 512  # records in one reply
+NEWEST = 4 << 20  # bytes at the end of a file in which its last step is looked for
+
+
+class Samples:
+    """An index of a JSONL file of answers; the answers themselves stay on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.tail = path, Tail(path)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.complete = False  # whether all of the file is in the index
+        self.by_step: defaultdict[int, list[int]] = defaultdict(list)  # places in the file
+        self.by_question: defaultdict[str, list[int]] = defaultdict(list)
+
+    def update(self, seconds: float) -> None:
+        """Read what is new, for about this long."""
+        if self.tail.restarted():
+            self._clear()
+        end, self.complete = time.monotonic() + seconds, False
+        while lines := self.tail.piece():
+            self._take(lines.split(b"\n")[:-1], self.tail.offset - len(lines))
+            if time.monotonic() > end:
+                return
+        self.complete = True
+
+    def newest(self) -> list[dict[str, Any]]:
+        """Answers of the last step in the file, which may not be in the index yet."""
+        if self.path.is_symlink() or not self.path.is_file():
+            return []
+        with self.path.open("rb") as handle:
+            handle.seek(max(0, self.path.stat().st_size - NEWEST))
+            found = records(b"\n".join(handle.read().split(b"\n")[1:-1]))
+        return [r for r in found if _step(r) == _step(found[-1])]
+
+    def at_step(self, step: int) -> list[dict[str, Any]]:
+        """Answers of a step."""
+        return self._read(self.by_step.get(step, []))
+
+    def of_question(self, question: str) -> list[dict[str, Any]]:
+        """Answers to one question, in the order of training."""
+        return self._read(self.by_question.get(question, []))
+
+    def questions(self, text: str, most: int) -> list[str]:
+        """Questions that hold a text, first those that were asked most often."""
+        low = text.lower()
+        found = [q for q in self.by_question if low in q.lower()]
+        return sorted(found, key=lambda q: -len(self.by_question[q]))[:most]
+
+    def _take(self, lines: list[bytes], place: int) -> None:
+        """Put lines that begin at a place of the file into the index."""
+        heads = records(b"\n".join(map(_head, lines)))
+        are_whole = len(heads) == len(lines)
+        found = [[head] for head in heads] if are_whole else [records(line) for line in lines]
+        for line, read in zip(lines, found, strict=True):
+            for record in read:
+                self.by_step[_step(record)].append(place)
+                self.by_question[str(record.get("question", ""))].append(place)
+            place += len(line) + 1
+
+    def _read(self, places: list[int]) -> list[dict[str, Any]]:
+        if not places or self.path.is_symlink():
+            return []
+        lines = []
+        try:
+            with self.path.open("rb") as handle:
+                for place in places[:MOST]:
+                    handle.seek(place)
+                    lines.append(handle.readline())
+        except OSError:
+            return []
+        return records(b"".join(lines))
+
+
+def _head(line: bytes) -> bytes:
+    """The fields of a line that the index needs, which stand before the gold answer; inside a text, `"` is written `\\"`."""
+    end = line.find(b', "gold": ')
+    return line if end < 0 else line[:end] + b"}"
+
+
+def _step(record: dict[str, Any]) -> int:
+    step = record.get("step", 0)
+    return step if isinstance(step, int) else 0
+
+
+def shown(record: dict[str, Any]) -> dict[str, Any]:
+    """What a page shows of a record: texts as texts, whatever stands in the file."""
+    found = {name: _text(record.get(name)) for name in ("question", "gold", "thinking", "answer", "finish")}
+    reward = record.get("reward")
+    return found | {
+        "step": _step(record), "tokens": _number(record.get("tokens")), "correct": record.get("correct") is True,
+        "thinks": record.get("thinks") is True, "advantage": _number(record.get("advantage")),
+        "reward": {str(k): _number(v) for k, v in reward.items()} if isinstance(reward, dict) else {},
+    }  # fmt: skip
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and value == value and abs(value) != float("inf")
+    return value if is_number else None

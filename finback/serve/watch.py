@@ -1,0 +1,268 @@
+"""The JSON interface to run folders, read-only, and `finback watch`, which serves it with its page alone. No torch here."""
+
+import asyncio
+import math
+import socket
+import sys
+import threading
+import time
+import webbrowser
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvicorn
+from pydantic_core import to_json
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from finback.config import UserError
+from finback.serve import auth, curves
+from finback.serve.errors import HANDLERS, ApiError, bad
+from finback.serve.gate import Gate
+from finback.serve.metrics import Metrics
+from finback.serve.options import Options
+from finback.serve.page import Page
+from finback.serve.rollouts import MOST, Samples, shown
+from finback.serve.runs import Runs, StageFolder, cores, overview, plain_file, stages
+from finback.serve.table import Table, glance
+
+AT_ONCE = 0.5  # seconds that one request reads new lines for; the page asks again for the rest
+A_LOOK = 0.1  # the same, where curves or answers are not what is asked for, or wanted soon
+OUTLINE = 600  # lines that stand for a file which is still being read
+KEPT = 32  # files whose columns or index stay in memory
+POINTS = 4000  # most points of one curve in one reply
+
+Read = TypeVar("Read", Table, Samples)
+Planned = Callable[
+    [Path], dict[str, dict[str, float]]
+]  # of a run folder: by stage its seconds, dollars and flops
+
+
+class Watch:
+    """Run folders, with what has been read of them so far; `planned` says what a run was planned to take."""
+
+    def __init__(self, root: Path, planned: Planned | None = None) -> None:
+        self.runs, self.planned = Runs(root), planned
+        self._plans: dict[tuple[Path, int], dict[str, dict[str, float]]] = {}
+        self._read: OrderedDict[tuple[Path, str], Table | Samples] = OrderedDict()
+        self._lock = threading.Lock()  # requests are answered by several threads
+
+    def routes(self) -> list[Route]:
+        """Paths that only read."""
+        return [
+            Route("/api/runs", self._reply(self.all_runs)), Route("/api/run", self._reply(self.one_run)),
+            Route("/api/series", self._reply(self.series)), Route("/api/heat", self._reply(self.heat)),
+            Route("/api/rollouts", self._reply(self.rollouts)), Route("/api/follow", self._reply(self.follow)),
+        ]  # fmt: skip
+
+    def all_runs(self, asked: "Asked") -> dict[str, Any]:
+        """Every run, with its stages."""
+        found = [overview(name, folder) for name, folder in self.runs.folders().items()]
+        until = time.monotonic() + A_LOOK
+        for run in found:
+            for stage in run["stages"]:
+                if stage["state"] == "running" and stage["has_metrics"]:
+                    opened = self.runs.stage(run["name"], stage["name"])
+                    stage["progress"] = curves.progress(opened, self._table(opened, until - time.monotonic()))
+        return {"root": str(self.runs.root), "runs": found}
+
+    def one_run(self, asked: "Asked") -> dict[str, Any]:
+        """One run: its stages with knobs, results, what was logged, and alerts."""
+        root = self.runs.find(asked.text("run"))
+        found = overview(asked.text("run"), root)
+        until, plans = time.monotonic() + A_LOOK, self._plan(root, len(found["stages"]))
+        for entry, stage in zip(found["stages"], stages(root), strict=False):
+            entry |= {
+                "config": stage.config,
+                "results": stage.results,
+                "keys": [],
+                "nested": [],
+                "alerts": [],
+                "plan": plans.get(stage.name),
+            }
+            if entry["has_metrics"]:
+                table = self._table(stage, until - time.monotonic())
+                entry |= {
+                    "keys": [n for n in table.columns if n != "step"], "nested": list(table.nested), "share": table.share,
+                    "rows": table.rows, "alerts": curves.alerts(stage, table, entry["state"] == "running"),
+                    "progress": curves.progress(stage, table),
+                }  # fmt: skip
+        return found
+
+    def series(self, asked: "Asked") -> dict[str, Any]:
+        """Curves of one stage: the names in `keys` or all, axis `x`, `smooth` in [0, 1), from `from` to `to`, `points` each."""
+        stage, name = self._stage(asked), asked.text("x", "step")
+        if name not in curves.AXES:
+            raise bad(f"no such axis; there are {', '.join(curves.AXES)}", "x")
+        read = self._table(stage, 0 if asked.text("soon", "") else AT_ONCE)
+        table, weight = read, asked.number("smooth", 0.0, 0.0, 0.9999)
+        if name == "step" and not read.complete:  # all of the curve in outline rather than its beginning
+            table = glance(read.tail.path, OUTLINE)
+            weight **= max(1.0, read.rows / max(1e-9, read.share) / OUTLINE)
+        places = curves.axis(table, name, cores(stage))
+        begin, end = asked.bound("from"), asked.bound("to")
+        points = int(asked.number("points", 1000, 10, POINTS))
+        wanted = asked.text("keys", "").split(",")
+        keys = [k for k in table.columns if k in wanted or (wanted == [""] and k != "step")]
+        lines = [curves.curve(table, key, places, weight, begin, end, points) for key in keys[:64]]
+        return {"x": name, "rows": read.rows, "share": read.share, "lines": lines}
+
+    def heat(self, asked: "Asked") -> dict[str, Any]:
+        """Nested values of one stage over its steps, such as expert_load."""
+        return curves.heat(self._table(self._stage(asked)), asked.text("key", "expert_load"), 120)
+
+    def rollouts(self, asked: "Asked") -> dict[str, Any]:
+        """What was said at a step of RL, or in an exam; `find` looks for questions that hold a text."""
+        stage = self._stage(asked)
+        samples = self._samples(stage, asked.text("exam", ""), A_LOOK if asked.text("soon", "") else AT_ONCE)
+        newest = [] if samples.complete else [shown(r) for r in samples.newest()]
+        steps = sorted({*samples.by_step, *(r["step"] for r in newest)})
+        step = int(asked.number("step", steps[-1] if steps else 0, -1e15, 1e15))
+        found: dict[str, Any] = {"steps": steps, "step": step, "complete": samples.complete}
+        if asked.text("find", ""):
+            return found | {"questions": samples.questions(asked.text("find"), 50)}
+        if newest and step == newest[0]["step"]:
+            return found | {"records": newest[:MOST]}
+        return found | {"records": [shown(r) for r in samples.at_step(step)]}
+
+    def follow(self, asked: "Asked") -> dict[str, Any]:
+        """Every answer to one question in a run, stage after stage: in RL's steps and in exams."""
+        question, found = asked.text("question"), []
+        for stage in stages(self.runs.find(asked.text("run"))):
+            for exam in [*([""] if plain_file(stage.folder, "samples.jsonl") else []), *stage.exams]:
+                said = self._samples(stage, exam).of_question(question)
+                if said:
+                    model = str(stage.config.get("start", "")) if exam else stage.name
+                    found.append(
+                        {
+                            "stage": stage.name,
+                            "exam": exam,
+                            "model": model,
+                            "records": [shown(r) for r in said],
+                        }
+                    )
+        return {"question": question, "said": found}
+
+    def _plan(self, root: Path, begun: int) -> dict[str, dict[str, float]]:
+        """What the stages were planned to take; worked out anew when another has begun."""
+        if self.planned is None:
+            return {}
+        if (root, begun) not in self._plans:
+            self._plans = {(root, begun): {}}
+            with suppress(UserError):  # a recipe that is gone: the run can be shown without
+                self._plans[root, begun] = self.planned(root)
+        return self._plans[root, begun]
+
+    def _stage(self, asked: "Asked") -> StageFolder:
+        return self.runs.stage(asked.text("run"), asked.text("stage"))
+
+    def _table(self, stage: StageFolder, seconds: float = AT_ONCE) -> Table:
+        return self._opened(stage.folder, "metrics.jsonl", Table, seconds)
+
+    def _samples(self, stage: StageFolder, exam: str, seconds: float = AT_ONCE) -> Samples:
+        if exam and exam not in stage.exams:
+            raise ApiError(404, "no such exam", "exam")
+        return self._opened(stage.folder, f"{exam}.jsonl" if exam else "samples.jsonl", Samples, seconds)
+
+    def _opened(self, folder: Path, name: str, kind: type[Read], seconds: float) -> Read:
+        found = self._read.pop((folder, name), None)
+        if not isinstance(found, kind):
+            found = kind(folder / name)
+        found.update(seconds)
+        self._read[folder, name] = found
+        while len(self._read) > KEPT:
+            self._read.popitem(last=False)
+        return found
+
+    def _reply(self, answer: Callable[["Asked"], dict[str, Any]]) -> Callable[[Request], Any]:
+        def locked(asked: Asked) -> dict[str, Any]:
+            with self._lock:
+                return answer(asked)
+
+        async def endpoint(request: Request) -> Response:
+            found = await asyncio.to_thread(locked, Asked(request))
+            content = to_json(found, inf_nan_mode="null")  # ten times as fast as json's for long curves
+            return Response(content, media_type="application/json", headers={"cache-control": "no-store"})
+
+        return endpoint
+
+
+class Asked:
+    """A request's query, checked as it is read."""
+
+    def __init__(self, request: Request) -> None:
+        self.query = request.query_params
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A text; ApiError 400 where one is needed."""
+        found = self.query.get(name, default)
+        if found is None:
+            raise bad(f"{name} is missing", name)
+        return found
+
+    def number(self, name: str, default: float, least: float, most: float) -> float:
+        """A number, no less and no more than is allowed."""
+        found = self.bound(name)
+        return default if found is None else min(max(found, least), most)
+
+    def bound(self, name: str) -> float | None:
+        """A number, if there is one; ApiError 400 for anything else."""
+        text = self.query.get(name)
+        if not text:
+            return None
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not math.isfinite(found):
+            raise bad(f"{name} is not a number", name)
+        return found
+
+
+def build(root: Path, options: Options, planned: Planned | None = None) -> Starlette:
+    """The ASGI application of `finback watch`: the page of the runs, their JSON, and /health."""
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    routes = [Route("/health", health), *Page().routes(chat=False), *Watch(root, planned).routes()]
+    gate = Middleware(Gate, options=options, metrics=Metrics())
+    app = Starlette(routes=routes, middleware=[gate], exception_handlers=HANDLERS)
+    app.router.redirect_slashes = False
+    return app
+
+
+def run(
+    root: Path, *, host: str = "127.0.0.1", port: int = 8001, keys: Iterable[str] = (), key_file: Path | None = None,
+    insecure: bool = False, hosts: Iterable[str] = (), show: bool = False, planned: Planned | None = None,
+) -> None:  # fmt: skip
+    """Serve the page of the runs under `root` until a signal ends it; `show` opens a browser at it."""
+    if not root.is_dir():
+        raise UserError("runs", str(root), "no such folder", "Name a runs folder, or a run in it.")
+    options = Options(
+        name="runs", host=host, port=port, keys=auth.digests(keys, key_file), hosts=tuple(hosts), page=True
+    )  # fmt: skip
+    auth.demand_safety(options, insecure)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family)  # type: ignore[arg-type]
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            "host:port", f"{host}:{port}", str(error), "Name another, or end what uses it."
+        ) from None
+    where = listener.getsockname()
+    address_shown = f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}/"
+    print(f"watching {root} at {address_shown}", file=sys.stderr, flush=True)
+    if show:
+        webbrowser.open(address_shown)
+    config = uvicorn.Config(
+        build(root, options, planned), ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False,
+        server_header=False, timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    uvicorn.Server(config).run(sockets=[listener])

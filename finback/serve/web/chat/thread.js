@@ -1,0 +1,69 @@
+// The messages of a chat, one under the other. It stays at the end unless the person has scrolled up.
+import { Glyph } from "../controls.js";
+import { html, useLayoutEffect, useRef, useState } from "../lib.js";
+import { Message } from "./message.js";
+import { Pair } from "./pair.js";
+import { path } from "./tree.js";
+
+const NEAR = 60; // pixels from the end that still count as the end
+const EXAMPLES = ["8-3+5+4-6=?", "Explain in one paragraph why the sky is blue.", "Write a haiku about whales."];
+
+export function Thread({ store }) {
+  const { chat } = store;
+  const box = useRef();
+  const inner = useRef();
+  const follows = useRef(true);
+  const [away, setAway] = useState(false);
+  const toEnd = () => {
+    if (box.current) box.current.scrollTop = box.current.scrollHeight;
+  };
+  const scrolled = () => {
+    if (!box.current) return; // a scroll of a moment ago, and the chat is gone
+    const { scrollTop, scrollHeight, clientHeight } = box.current;
+    follows.current = scrollHeight - scrollTop - clientHeight < NEAR;
+    setAway(!follows.current);
+  };
+  useLayoutEffect(() => {
+    const seen = new ResizeObserver(() => follows.current && toEnd());
+    seen.observe(inner.current);
+    return () => seen.disconnect();
+  }, []);
+  const shown = path(chat);
+  const count = shown.length;
+  useLayoutEffect(() => {
+    follows.current = true;
+    toEnd();
+  }, [count]);
+  return html`
+    <main class="thread" ref=${box} onScroll=${scrolled} tabindex="0" aria-label="Messages">
+      <div class="column" ref=${inner}>
+        ${!count && html`<${Welcome} store=${store} />`}
+        ${shown.map(({ node, place, count: of, branches }, i) => {
+          const key = node.pair ?? node.id;
+          const last = i === count - 1;
+          if (node.pair && last)
+            return html`<${Pair} key=${key} store=${store} chat=${chat} node=${node} branches=${branches} />`;
+          return html`<${Message} key=${key} store=${store} chatId=${chat.id} node=${node} answer=${store.answers.get(node.id)} place=${place} of=${of} branches=${of > 1 ? branches.map((b) => b.id).join() : ""} last=${last} busy=${store.busy} ready=${store.server === "ready"} />`;
+        })}
+        <${State} store=${store} />
+      </div>
+      ${away && html`<button type="button" class="button latest" onClick=${() => ((follows.current = true), toEnd())}><${Glyph} name="down" />Latest</button>`}
+    </main>`;
+}
+
+function Welcome({ store }) {
+  const name = store.chat.settings.model || store.models[0]?.id;
+  return html`
+    <div class="empty welcome">
+      <h1>${name ? `Talk to ${name}` : store.server === "loading" ? "Connecting…" : "No model yet"}</h1>
+      <p>It runs on your own machine or server. What you say goes there and nowhere else.</p>
+      <div class="examples">
+        ${EXAMPLES.map((text) => html`<button type="button" class="button" key=${text} disabled=${store.server !== "ready"} onClick=${() => store.say(text)}>${text}</button>`)}
+      </div>
+    </div>`;
+}
+
+function State({ store }) {
+  if (store.server !== "gone") return null;
+  return html`<p class="notice bad" role="alert"><span>The server is gone. This page tries again every few seconds; nothing you wrote is lost.</span></p>`;
+}

@@ -1,0 +1,232 @@
+// Growing markdown in the document: a group is drawn again only when its text has changed.
+import DOMPurify from "../vendor/purify.js";
+import temml from "../vendor/temml.js";
+import { coloured } from "./code.js";
+import { Growing, htmlOf } from "./parser.js";
+
+const ALLOWED = {
+  ALLOWED_TAGS: [
+    "a",
+    "b",
+    "blockquote",
+    "br",
+    "code",
+    "del",
+    "em",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "hr",
+    "li",
+    "ol",
+    "p",
+    "pre",
+    "span",
+    "strong",
+    "table",
+    "tbody",
+    "td",
+    "th",
+    "thead",
+    "tr",
+    "ul",
+  ],
+  ALLOWED_ATTR: ["href", "start", "class", "data-tex", "data-language", "title", "align"],
+  ADD_URI_SAFE_ATTR: ["data-tex", "data-language", "start", "title", "align"],
+  ALLOW_DATA_ATTR: false,
+  ALLOWED_URI_REGEXP: /^(?:https?:|mailto:|#)/i,
+  RETURN_DOM_FRAGMENT: true,
+};
+const CLOSED = /^ {0,3}(`{3,}|~{3,})[^\n]*\n(?:[\s\S]*\n)? {0,3}\1[`~]*[ \t]*\n*$/;
+const BUDGET = 7; // milliseconds of drawing in one frame; the rest waits for the next
+const SLOW = 20; // milliseconds of one step, which cannot be cut, after which the next waits,
+const REST = 8; // so many times as long as it took,
+const LONGEST_REST = 1500; // but no longer
+
+/** Nodes for HTML that nobody vouches for. */
+const clean = (text) => DOMPurify.sanitize(text, ALLOWED);
+
+function element(name, className, ...children) {
+  const found = document.createElement(name);
+  if (className) found.className = className;
+  found.append(...children);
+  return found;
+}
+
+function drawMath(span) {
+  try {
+    const display = span.classList.contains("display");
+    temml.render(span.dataset.tex, span, {
+      displayMode: display,
+      trust: false,
+      throwOnError: true,
+      maxExpand: 500,
+      annotate: true,
+    });
+    if (display) makeReachable(span, "Formula");
+  } catch {
+    span.className += " wrong";
+    span.textContent = span.dataset.tex; // the source stays readable
+  }
+}
+
+/** What scrolls by itself can be reached by the keyboard. */
+function makeReachable(box, label) {
+  box.tabIndex = 0;
+  box.setAttribute("role", "region");
+  box.setAttribute("aria-label", label);
+}
+
+function frameCode(pre) {
+  const code = pre.querySelector("code");
+  const language = code.dataset.language ?? "";
+  const copy = element("button", "button small", "Copy");
+  copy.type = "button";
+  copy.addEventListener("click", async () => {
+    await copyText(code.textContent);
+    copy.textContent = "Copied";
+    setTimeout(() => (copy.textContent = "Copy"), 1600);
+  });
+  const box = element("div", "code", element("div", "bar", element("span", "", language || "text"), copy));
+  pre.replaceWith(box);
+  makeReachable(pre, language ? `Code, ${language}` : "Code");
+  box.append(pre);
+}
+
+function frameTable(table) {
+  const box = element("div", "scroll");
+  table.replaceWith(box);
+  makeReachable(box, "Table");
+  box.append(table);
+}
+
+/** Put a text on the clipboard, on plain http too. */
+export async function copyText(text) {
+  if (navigator.clipboard) {
+    try {
+      return await navigator.clipboard.writeText(text);
+    } catch {
+      // refused: the old way may work
+    }
+  }
+  const field = element("textarea", "sr");
+  field.value = text;
+  document.body.append(field);
+  field.select();
+  document.execCommand("copy");
+  field.remove();
+}
+
+function colour(pre) {
+  const code = pre.querySelector("code");
+  const text = coloured(code.textContent, code.dataset.language?.toLowerCase());
+  if (text !== undefined) code.replaceChildren(clean(text));
+}
+
+/** Draws one text into an element, a few milliseconds at a time. */
+export class MarkdownView {
+  #shown = ""; // the text that has been parsed
+  #wanted = { text: "", done: false };
+  #growing = new Growing();
+  #drawn = []; // for each group { raw, box, isColoured }
+  #sure = 0; // groups at the beginning that are drawn for good
+  #timer = 0;
+  #rest = 0; // when drawing may go on
+
+  constructor(root) {
+    this.root = root;
+  }
+
+  /** Show a text; `done` when no more will come. Draws at once as far as time allows, the rest in the next frames. */
+  show(text, done) {
+    this.#wanted = { text, done };
+    clearTimeout(this.#timer);
+    const wait = done ? 0 : this.#rest - performance.now();
+    if (wait > 0) this.#later(wait);
+    else this.#draw();
+  }
+
+  /** Forget what is still to be drawn. */
+  close() {
+    clearTimeout(this.#timer);
+  }
+
+  #later(wait) {
+    clearTimeout(this.#timer);
+    // not by a frame: those stand still while nobody looks
+    this.#timer = setTimeout(() => this.#draw(), wait);
+  }
+
+  #draw() {
+    const { text, done } = this.#wanted;
+    const began = performance.now();
+    if (!text.startsWith(this.#shown)) this.#forget();
+    if (text.length > this.#shown.length) {
+      this.#sure = Math.min(this.#sure, this.#growing.settled); // an answer that was done may go on
+      this.#growing.push(text.slice(this.#shown.length));
+    }
+    this.#shown = text;
+    const { groups, settled } = this.#growing;
+    for (const old of this.#drawn.splice(groups.length)) old.box.remove();
+    let longest = performance.now() - began;
+    for (let i = this.#sure; i < groups.length; i++) {
+      const now = performance.now();
+      if (now - began > BUDGET && i > this.#sure) return this.#later(8);
+      this.#drawGroup(groups[i], i, done || i < groups.length - 1);
+      if (done || i < settled) this.#sure = i + 1;
+      longest = Math.max(longest, performance.now() - now);
+    }
+    this.#rest = longest > SLOW ? performance.now() + Math.min(LONGEST_REST, longest * REST) : 0;
+  }
+
+  #forget() {
+    this.#growing = new Growing();
+    this.#drawn = [];
+    this.#sure = 0;
+    this.root.replaceChildren();
+    this.#shown = "";
+  }
+
+  #drawGroup(group, i, final) {
+    const before = this.#drawn[i];
+    if (before?.raw === group.raw) {
+      if (final) this.#colour(before, group, final);
+      return;
+    }
+    if (before && this.#append(before, group)) return this.#colour(before, group, final);
+    const box = element("div", "", clean(htmlOf(group.tokens)));
+    for (const span of box.querySelectorAll("span[data-tex]")) drawMath(span);
+    for (const pre of box.querySelectorAll("pre")) frameCode(pre);
+    for (const table of box.querySelectorAll("table")) frameTable(table);
+    for (const link of box.querySelectorAll("a[href]"))
+      Object.assign(link, { target: "_blank", rel: "noopener noreferrer nofollow" });
+    if (before) before.box.replaceWith(box);
+    else this.root.append(box);
+    this.#drawn[i] = { raw: group.raw, box, isColoured: false };
+    this.#colour(this.#drawn[i], group, final);
+  }
+
+  /** Code that is still being written gets the new characters only. */
+  #append(drawn, { raw, tokens }) {
+    const [token] = tokens;
+    if (tokens.length !== 1 || token.type !== "code" || drawn.isColoured || !raw.startsWith(drawn.raw)) return false;
+    const code = drawn.box.querySelector(":scope > .code code");
+    const said = code?.textContent;
+    if (said === undefined || !token.text.startsWith(said) || code.dataset.language !== (token.lang ?? "").trim())
+      return false;
+    if (code.firstChild) code.firstChild.appendData(token.text.slice(said.length));
+    else code.append(token.text);
+    drawn.raw = raw;
+    return true;
+  }
+
+  #colour(drawn, group, final) {
+    if (drawn.isColoured || (!final && !CLOSED.test(group.raw))) return;
+    if (!final && group.raw.length > 4000) return; // once, at the end
+    drawn.isColoured = true;
+    for (const pre of drawn.box.querySelectorAll("pre")) colour(pre);
+  }
+}

@@ -1,0 +1,181 @@
+// One metric as curves. Dragging zooms in, Shift and dragging moves, a double click shows all again.
+import { html, useEffect, useLayoutEffect, useRef } from "../lib.js";
+import uPlot from "../vendor/uplot.js";
+import { colour, faint, series } from "./colours.js";
+import { clock, money, short, value } from "./format.js";
+
+const HEIGHT = 200;
+const TICKS = { step: short, tokens: short, time: clock, cost: money };
+
+/** Curves with axes of their own as one table, which is what uPlot draws: [x, y, y, ...]. */
+export function joined(lines) {
+  const tables = lines.flatMap((line) =>
+    line.smooth
+      ? [
+          [line.x, line.y],
+          [line.x, line.smooth],
+        ]
+      : [[line.x, line.y]],
+  );
+  return tables.length
+    ? uPlot.join(
+        tables.map(([x, y]) => distinct(x, y)),
+        tables.map(() => []),
+      )
+    : [[]];
+}
+
+/** An axis on which no place stands twice: of several values at one place the last. */
+function distinct(x, y) {
+  const places = [];
+  const values = [];
+  for (let i = 0; i < x.length; i++) {
+    if (x[i] === null) continue;
+    if (places.at(-1) === x[i]) values[values.length - 1] = y[i];
+    else (places.push(x[i]), values.push(y[i]));
+  }
+  return [places, values];
+}
+
+function options({ lines, axis, log, width, onZoom, onMove }) {
+  const grid = { stroke: colour("line"), width: 1 };
+  const ink = { stroke: colour("ink-3"), font: "12px system-ui, sans-serif", grid, ticks: { show: false } };
+  const shown = lines.flatMap((line) => {
+    const css = colour(series(line.place));
+    const base = { label: line.label, spanGaps: true, points: { show: line.x.length < 3 } };
+    const raw = {
+      ...base,
+      stroke: line.smooth ? faint(css, 0.28) : css,
+      width: line.smooth ? 1 : 1.6,
+      isRaw: Boolean(line.smooth),
+    };
+    return line.smooth ? [raw, { ...base, stroke: css, width: 1.8 }] : [raw];
+  });
+  return {
+    width,
+    height: HEIGHT,
+    legend: { show: false },
+    padding: [8, 12, 0, 0],
+    scales: { x: { time: false }, y: log ? { distr: 3 } : { range: padded } },
+    axes: [
+      { ...ink, values: (_, ticks) => ticks.map(TICKS[axis]), space: 70, size: 32 },
+      { ...ink, values: (_, ticks) => ticks.map((t) => (t === null ? "" : value(t))), size: 62 },
+    ],
+    series: [{}, ...shown],
+    cursor: {
+      sync: { key: `finback-${axis}`, setSeries: false },
+      drag: { x: true, y: false, setScale: false },
+      points: { size: 6 },
+      bind: { dblclick: () => () => (onZoom(null, null), null) },
+    },
+    hooks: {
+      setSelect: [
+        (plot) => {
+          const { left, width: wide } = plot.select;
+          if (wide > 4) onZoom(plot.posToVal(left, "x"), plot.posToVal(left + wide, "x"));
+          plot.setSelect({ left: 0, width: 0, top: 0, height: 0 }, false);
+        },
+      ],
+      setCursor: [
+        (plot) => onMove(plot.cursor.idx === null ? null : plot.data.map((column) => column[plot.cursor.idx])),
+      ],
+    },
+  };
+}
+
+function padded(_, low, high) {
+  if (low === null) return [0, 1];
+  const size = Math.max(Math.abs(low), Math.abs(high));
+  const isFlat = high - low <= size * 1e-9; // what rounding leaves of a constant would get ticks without end
+  const room = ((isFlat ? size : high - low) || 1) * 0.06;
+  return [low - room, high + room];
+}
+
+/** Shift and dragging moves what is seen; the rest is fetched when the pointer is let go. */
+function pan(plot, onZoom) {
+  plot.over.addEventListener(
+    "mousedown",
+    (event) => {
+      if (!event.shiftKey) return;
+      event.stopImmediatePropagation();
+      const { min, max } = plot.scales.x;
+      const each = ((max - min) / plot.bbox.width) * devicePixelRatio;
+      let by = 0;
+      const move = (e) => {
+        by = (event.clientX - e.clientX) * each;
+        plot.setScale("x", { min: min + by, max: max + by });
+      };
+      const end = () => {
+        removeEventListener("mousemove", move);
+        if (by) onZoom(min + by, max + by);
+      };
+      addEventListener("mousemove", move);
+      addEventListener("mouseup", end, { once: true });
+    },
+    true,
+  );
+}
+
+export function Chart({ title, lines, axis, log, range, onZoom }) {
+  const box = useRef();
+  const values = useRef();
+  const plot = useRef();
+  const usable = log ? lines.map(positive) : lines;
+  const shape = `${axis} ${log} ${lines.map((l) => `${l.id}${Boolean(l.smooth)}${l.x.length < 3}`).join()}`;
+  const move = (row) => {
+    const live = plot.current?.series ?? [];
+    const text =
+      row === null
+        ? ""
+        : live
+            .map((s, i) => [s, row[i], i])
+            .filter(([s, v, i]) => i && !s.isRaw && v !== null && v !== undefined)
+            .map(([s, v]) => `${lines.length > 1 ? `${s.label} ` : ""}${value(v)}`)
+            .join("   ");
+    values.current.textContent = row === null ? "" : `${axis} ${TICKS[axis](row[0])}   ${text}`;
+  };
+  useLayoutEffect(() => {
+    const draw = () => {
+      plot.current?.destroy();
+      plot.current = new uPlot(
+        options({ lines: usable, axis, log, width: box.current.clientWidth, onZoom, onMove: move }),
+        joined(usable),
+        box.current,
+      );
+      pan(plot.current, onZoom);
+      if (range[0] !== null) plot.current.setScale("x", { min: range[0], max: range[1] });
+    };
+    draw();
+    const sized = new ResizeObserver(() => plot.current.setSize({ width: box.current.clientWidth, height: HEIGHT }));
+    sized.observe(box.current);
+    addEventListener("themechange", draw);
+    return () => (
+      sized.disconnect(),
+      removeEventListener("themechange", draw),
+      plot.current.destroy(),
+      (plot.current = undefined)
+    );
+  }, [shape]);
+  useEffect(() => {
+    plot.current.setData(joined(usable), range[0] === null);
+    if (range[0] !== null) plot.current.setScale("x", { min: range[0], max: range[1] });
+  }, [lines, range[0], range[1]]);
+  return html`
+    <section class="chart" aria-label=${title}>
+      <header><h3>${title}</h3><span class="values" ref=${values}></span></header>
+      <div ref=${box} role="img" aria-label=${summary(title, lines)}></div>
+    </section>`;
+}
+
+/** A log scale has no place for what is not above 0. */
+function positive(line) {
+  const cut = (ys) => ys?.map((y) => (y > 0 ? y : null));
+  return { ...line, y: cut(line.y), smooth: cut(line.smooth) };
+}
+
+function summary(title, lines) {
+  const ends = lines
+    .filter((l) => l.y.length)
+    .map((l) => `${l.label} from ${value(l.y[0])} to ${value((l.smooth ?? l.y).at(-1))}`);
+  return `${title}: ${ends.join("; ") || "nothing logged"}`;
+}

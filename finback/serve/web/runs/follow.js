@@ -1,0 +1,49 @@
+// One prompt across training: what each model said to it, stage after stage, so that one sees the reasoning change.
+import { askJson, query } from "../api.js";
+import { html, useEffect, useState } from "../lib.js";
+import { linkTo } from "./place.js";
+import { Record } from "./record.js";
+
+const SHOWN = 2; // answers of one step that are shown at first
+
+export function Follow({ run, place }) {
+  const [data, setData] = useState(null);
+  const [error, setError] = useState("");
+  const { question } = place;
+  useEffect(
+    () =>
+      void askJson(query("/api/follow", { run: run.name, question })).then(
+        (d) => (setData(d), setError("")),
+        (e) => setError(e.message),
+      ),
+    [question, run],
+  );
+  const back = { ...place, question: undefined };
+  return html`
+    <p class="crumbs"><a href=${linkTo(back)}>Back to the answers</a></p>
+    <section class="follow" aria-label="One prompt across training">
+      <h2>${question}</h2>
+      ${error && html`<p class="notice bad" role="alert">${error}</p>`}
+      ${data && !data.said.length && html`<p class="notice">Nobody was asked this.</p>`}
+      ${data && html`<ol>${data.said.flatMap((said) => bySteps(said).map(([step, records]) => html`<${Stop} key=${`${said.stage} ${said.exam} ${step}`} said=${said} step=${step} records=${records} />`))}</ol>`}
+    </section>`;
+}
+
+function bySteps({ records }) {
+  const steps = new Map();
+  for (const record of records) steps.set(record.step, [...(steps.get(record.step) ?? []), record]);
+  return [...steps].sort(([a], [b]) => a - b);
+}
+
+function Stop({ said, step, records }) {
+  const [all, setAll] = useState(false);
+  const right = records.filter((r) => r.correct).length;
+  const shown = all ? records : records.slice(0, SHOWN);
+  return html`
+    <li class="stop">
+      <header><h3>${said.exam ? said.model : said.stage}</h3>
+        <span class="small">${said.exam ? `exam “${said.exam}”` : `step ${step}`}${records.length > 1 ? `, ${right} of ${records.length} right` : ""}</span></header>
+      ${shown.map((record, i) => html`<${Record} key=${i} record=${record} />`)}
+      ${records.length > SHOWN && html`<button type="button" class="button small" onClick=${() => setAll(!all)}>${all ? "Fewer" : `All ${records.length} answers`}</button>`}
+    </li>`;
+}

@@ -1,0 +1,7 @@
+// Before anything is painted: the theme that was chosen last, so that a dark page never flashes white.
+try {
+  const chosen = localStorage.getItem("finback.theme");
+  if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
+} catch {
+  // storage is off: the system decides
+}

@@ -1,0 +1,139 @@
+"""Pictures of the page for the documentation: docs/screens/*.png, from a model and runs that are on this machine.
+
+    python scripts/screenshots.py MODEL RUNS [--run NAME] [--out docs/screens] [--chromium PATH]
+
+MODEL is a stage of a run that has learned to think, such as runs/r1/r1; RUNS holds the run folders.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+from playwright.sync_api import Page, sync_playwright
+
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
+PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+QUESTIONS = ("8-3+5+4-6=?", "5+9-4+7=?")
+STAGES = "zero,dev2,r1"  # shown in the curves where the run has them
+
+
+@contextmanager
+def served(model: Path, runs: Path, port: int) -> Iterator[str]:
+    """The address of `finback serve`, for as long as it is needed."""
+    command = [
+        sys.executable,
+        "-m",
+        "finback",
+        "serve",
+        str(model),
+        "--runs",
+        str(runs),
+        "--port",
+        str(port),
+        "--tokens",
+        "8192",
+        "--rows",
+        "4",
+    ]
+    process = subprocess.Popen(
+        [*command, "--drain", "1"], stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                urlopen(f"{address}/health").close()
+                break
+            except URLError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def chat(page: Page, address: str, name: str, out: Path) -> None:
+    """A chat with its chain folded, then open."""
+    page.goto(address)
+    page.locator("h1:has-text('Talk to')").wait_for()
+    page.click("[aria-label=Settings]")
+    page.click("text=Precise")
+    page.click("[aria-label=Close]")
+    for i, question in enumerate(QUESTIONS):
+        page.fill("#say", question)
+        page.press("#say", "Enter")
+        page.locator(".assistant .timings").nth(i).wait_for()
+    page.wait_for_timeout(400)
+    page.screenshot(path=out / f"chat-folded-{name}.png")
+    page.locator(".summary").last.click()
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(400)
+    page.screenshot(path=out / f"chat-open-{name}.png")
+
+
+def runs_page(page: Page, address: str, run: str, name: str, out: Path) -> None:
+    """The list, one run's stages and curves, the rollouts, one prompt across training."""
+    page.goto(f"{address}/runs")
+    page.locator(".card").first.wait_for()
+    if not run:
+        run = page.locator(".card h2").first.inner_text()
+    views = (
+        ("runs", {}, ".card"), ("run", {"run": run, "view": "stages"}, ".stages"),
+        ("curves", {"run": run, "view": "curves", "stages": STAGES}, ".chart canvas"), ("rollouts", {"run": run, "view": "rollouts"}, ".record"),
+    )  # fmt: skip
+    for view, place, wanted in views:
+        page.goto(f"{address}/runs#{urlencode(place)}")
+        page.locator(wanted).first.wait_for()
+        page.wait_for_timeout(700)
+        page.screenshot(path=out / f"{view}-{name}.png")
+    exams = page.locator(".source option:has-text('exam')")
+    if exams.count():
+        page.select_option(".source select", exams.first.get_attribute("value"))
+        changed = page.locator(".prompts button:has-text('0/1')").first
+        changed.click()
+    page.click("text=Follow this prompt")
+    page.locator(".stop").first.wait_for()
+    page.wait_for_timeout(300)
+    page.screenshot(path=out / f"follow-{name}.png")
+
+
+def main() -> None:
+    """Take them all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--run", default="", help="the run that is shown; the latest if none is named")
+    parser.add_argument("--out", type=Path, default=Path("docs/screens"))
+    parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--chromium", default=os.environ.get("FINBACK_CHROMIUM") or shutil.which("chromium"))
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    with served(given.model, given.runs, given.port) as address, sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=given.chromium, args=["--no-sandbox"])
+        for device, options in (("desktop", DESKTOP), ("phone", PHONE)):
+            for scheme in ("light", "dark"):
+                context = browser.new_context(
+                    color_scheme=scheme, device_scale_factor=2 if device == "phone" else 1, **options
+                )
+                page = context.new_page()
+                chat(page, address, f"{device}-{scheme}", given.out)
+                if scheme == "light" or device == "desktop":
+                    runs_page(page, address, given.run, f"{device}-{scheme}", given.out)
+                context.close()
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Markdown in the browser: growing equals whole, money is no mathematics, and nothing that a model writes is obeyed."""
+
+import random
+from typing import Any
+
+import pytest
+
+from finback.serve.page import Page
+from tests.test_page_browser import (
+    CHROMIUM,
+    Opened,
+    answered,
+    bring,
+    chromium,
+    expect,
+    history,
+    opened,
+    say,
+    talking,
+)
+
+__all__ = ["chromium", "opened"]  # fixtures
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: see tests/test_page_browser.py")
+
+FRAGMENTS = [
+    "# Title\n", "## Two\n\n", "plain words ", "**bold**", "*it*", "`code`", "\n", "\n\n", "\n\n\n", "- item\n", "- [ ] task\n", "  more of it\n", "    indented\n",
+    "1. one\n", "2. two\n", "10) ten\n", "* star\n", "> quote\n", "> > deeper\n", "lazy\n", "```python\n", "```\n", "~~~\n", "````\n", "$$\n", "$a$", "$$x = 1$$", "\\(b\\)",
+    "\\[\nc\n\\]\n", "$5 and $6", "| a | b |\n", "|---|:-:|\n", "| 1 | 2 |\n", "---\n", "===\n", "***\n", "<div>\n", "</div>\n", "<!-- x -->\n", "<script>", "[link](http://a.b)",
+    "[ref]", "[ref]: http://c.d\n", "![pic](http://e.f/g.png)", "https://h.i/j", "a\\\nb", "  \n", "\t", "\r\n", "\r", "&amp; &lt;", "\\*", "~~gone~~", "_under_", "+ b\n", "- b\n- c\n\n- d\n", "    \n",
+]  # fmt: skip
+WHOLE = [
+    "para\n\n- a\n\n  still a\n- b\n\nafter\n\n1. x\n\n   y\n2. z\n\nend", "```js\nlet a = 1;\n\n\nlet b;\n```\n\ntext\n\n    code\n\n    more\n\ntext",
+    "> a\n> b\n\n> c\nlazy\n\n- > q\n\n  r\n\ndone", "a | b\n-|-\n1 | 2\n\nx\n\n| c |\n|-|\n", "$$\na\n+ b\n- c\n$$\n\n\\[\nx\n\\]\n\n$$\nopen\n\nnever closed", "Title\n===\n\nSub\n---\n\ntext\n***\n",
+    "1. a\n   ```\n   b\n\n   c\n   ```\n2. d\n\n\n\n3. e\n\npara\n\n[x]: http://y\n\n[x]\n\n[x]", "- a\n\n\n- b\n\n      deep\n\n  c\n\n\nd\n\n\ne\n\n\nf\n",
+]  # fmt: skip
+
+COMPARE = """async ({ parser, texts }) => {
+  const { Growing, htmlOfAll } = await import(parser);
+  const wrong = [];
+  let settled = 0;
+  for (const { text, cuts } of texts) {
+    const growing = new Growing();
+    let at = 0;
+    for (const cut of cuts) {
+      growing.push(text.slice(at, cut));
+      at = cut;
+      const whole = htmlOfAll(text.slice(0, cut));
+      if (growing.html !== whole) { wrong.push({ text: text.slice(0, cut), growing: growing.html, whole }); break; }
+    }
+    settled += growing.settled;
+  }
+  return { wrong, settled };
+}"""
+
+
+def compared(page: Any, texts: list[str], most: int) -> dict[str, Any]:
+    """The first prefix of each text at which growing and whole differ, fed in pieces of up to `most` characters."""
+    rng, given = random.Random(most), []
+    for text in texts:
+        cuts = [0]
+        while cuts[-1] < len(text):
+            cuts.append(min(len(text), cuts[-1] + rng.randint(1, most)))
+        given.append({"text": text, "cuts": cuts[1:]})
+    found: dict[str, Any] = page.evaluate(
+        COMPARE, {"parser": f"/web/{Page().digest}/markdown/parser.js", "texts": given}
+    )
+    return found
+
+
+def test_growing_equals_the_whole_for_every_prefix(opened: Opened) -> None:
+    with talking() as client:
+        page = opened(client)
+        for most in (1, 12):
+            rng = random.Random(most)
+            texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(5, 60))) for _ in range(40 + 10 * most)]
+            found = compared(page, [*WHOLE, *texts, "\n\n".join(WHOLE)], most)
+            assert found["wrong"] == []
+            assert found["settled"] > 30  # and it does leave most of a text alone
+
+
+def drawn(opened: Opened, client: Any, texts: list[str]) -> Any:
+    """A page with answers that say the texts."""
+    page = opened(client)
+    content = history(len(texts))
+    for i, text in enumerate(texts):
+        content["chats"][0]["nodes"][f"assistant{i}"]["content"] = text
+    bring(page, content)
+    expect(page.locator(".assistant")).to_have_count(len(texts))
+    return page
+
+
+FORMULAS = [
+        ("It costs $5 and $6.", 0), ("From $1,000 to $2,000, or $3-$4.", 0), ("a $x$ b", 1), ("$$x^2$$", 1), ("\\(y\\) and \\[z\\]", 2), ("`$x$`", 0),
+        ("```\n$x$\n```", 0), ("$\\frac{1}{2}$, $a_1$ and $5", 2), ("\\$x\\$", 0), ("$ x $", 0), ("$$\n\\begin{aligned}\na &= b \\\\\n- c &= d\n\\end{aligned}\n$$", 1),
+]  # fmt: skip
+# these cannot be drawn, and stay readable
+BROKEN = ["$\\frac{1$ and $\\undefined{x}$", "$" + "{" * 500 + "x" + "}" * 500 + "$", "$\\def\\a{\\a\\a}\\a$"]
+
+
+def test_mathematics_and_money(opened: Opened) -> None:
+    with talking() as client:
+        page = drawn(opened, client, [*(text for text, _ in FORMULAS), *BROKEN])
+        answers = page.locator(".assistant")
+        for i, (text, count) in enumerate(FORMULAS):
+            assert answers.nth(i).locator("math").count() == count, text
+            assert answers.nth(i).locator(".math.wrong").count() == 0, text
+        assert "\\frac{1" in answers.nth(len(FORMULAS)).inner_text()
+
+
+PAYLOADS = [
+    "<script>window.hit = 1</script>", "<img src=x onerror='window.hit=2'>", "<svg onload=window.hit=3>", "[click](javascript:window.hit=4)", "[a](JaVaScRiPt:window.hit=5)",
+    "[b](data:text/html,<script>window.hit=6</script>)", "![x](https://evil.example/pixel.png)", "<iframe src=https://evil.example></iframe>", "<a href='javascript:window.hit=7'>x</a>",
+    "$\\href{javascript:window.hit=8}{x}$", "$\\includegraphics{https://evil.example/a.png}$", "```<img src=x onerror=window.hit=9>\n<img src=x onerror=window.hit=10>\n```",
+    "```html\n<img src=x onerror=window.hit=11>\n```", "| <img src=x onerror=window.hit=12> |\n|---|\n| <b onclick=window.hit=13>x</b> |", "<math><mtext><table><mglyph><style><img src=x onerror=window.hit=14>",
+    "<style>* { display: none }</style>", "<link rel=stylesheet href=https://evil.example/x.css>", "[x](<java\nscript:window.hit=15>)", "<form action=https://evil.example><button>x</button></form>",
+    "$<img src=x onerror=window.hit=16>$", "\\[<script>window.hit=17</script>\\]", "&lt;img src=x onerror=window.hit=18&gt;", "<<img src=x onerror=window.hit=19>", "<vbscript:x> [y](vbscript:z)",
+    "![\"onerror=\"window.hit=20](x)", "[\" onmouseover=\"window.hit=21](http://x)", "<details open ontoggle=window.hit=22>", "<span data-tex='\\href{javascript:1}{x}' class=math>x</span>", "<base href=https://evil.example>",
+]  # fmt: skip
+
+
+# two frames and a turn of the event loop: whatever was going to happen has begun
+SETTLED = (
+    "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
+)
+
+
+def test_what_a_model_says_does_nothing(opened: Opened) -> None:
+    title = "<img src=x onerror=window.hit=23>"
+    with talking(
+        "<think><img src=x onerror=window.hit=24></think><script>window.hit=25</script>![x](https://evil.example/y.png)"
+    ) as client:
+        page = drawn(opened, client, PAYLOADS)
+        bring(page, history(1, text=PAYLOADS[1], title=title))
+        expect(page.locator(".sidebar .name")).to_have_text(title)
+        page.click(f'[aria-label="More for {title}"]')
+        page.keyboard.press("Escape")
+        say(page, PAYLOADS[0])
+        answered(page)
+        page.click(".summary")
+        page.evaluate(SETTLED)
+        assert page.evaluate("window.hit") is None
+        found = page.evaluate(
+            """() => ({
+              tags: document.querySelectorAll('.message :is(script, img, iframe, style, link, form, base, object, embed, input, details)').length,
+              handlers: [...document.querySelectorAll('.message *')].filter(e => [...e.attributes].some(a => a.name.startsWith('on') || a.name === 'style' && !e.closest('math'))).length,
+              links: [...document.querySelectorAll('.message a')].map(a => a.protocol).filter(p => !['http:', 'https:', 'mailto:'].includes(p) && p !== ':'),
+            })"""
+        )
+        assert found == {"tags": 0, "handlers": 0, "links": []}
+
+
+def test_all_payloads_as_streams(opened: Opened) -> None:
+    """Each prefix of a payload is drawn too while it streams."""
+    with talking() as client:
+        page = opened(client)
+        found = page.evaluate(
+            """async ({ view, texts }) => {
+              const { MarkdownView } = await import(view);
+              const root = document.createElement('div');
+              document.body.append(root);
+              for (const text of texts) {
+                const drawn = new MarkdownView(root);
+                root.replaceChildren();
+                for (let i = 1; i <= text.length; i++) { drawn.show(text.slice(0, i), true); }
+              }
+              await new Promise((done) => setTimeout(done, 50));
+              return [window.hit ?? null, root.querySelectorAll('script, img, iframe, style').length];
+            }""",
+            {"view": f"/web/{Page().digest}/markdown/view.js", "texts": PAYLOADS},
+        )
+        assert found == [None, 0]

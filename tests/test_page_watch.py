@@ -1,0 +1,271 @@
+"""The page of the runs in Chromium, and what both pages owe to everybody: accessibility, in both themes."""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from finback.serve import server, watch
+from finback.serve.options import Options
+from tests.serving import wait_for
+from tests.test_page import HOSTILE, make_run, write
+from tests.test_page_browser import (
+    CHROMIUM,
+    PHONE,
+    Opened,
+    answered,
+    bring,
+    chromium,
+    expect,
+    history,
+    opened,
+    say,
+    talking,
+)  # fmt: skip
+
+__all__ = ["chromium", "opened"]  # fixtures
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: see tests/test_page_browser.py")
+AXE = (Path(__file__).parent / "data/axe.min.js").read_text(encoding="utf-8")
+
+
+LOOK = "() => document.dispatchEvent(new Event('visibilitychange'))"  # somebody comes back to the page
+
+
+@contextmanager
+def watching(root: Path) -> Iterator[Any]:
+    """`finback watch` on a real socket."""
+    listener = server._listen("127.0.0.1", 0)
+    app = watch.build(root, Options(page=True))
+    runner = uvicorn.Server(uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False))
+    thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    wait_for(lambda: runner.started)
+    with httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", trust_env=False) as client:
+        yield client
+    runner.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    run = make_run(tmp_path)
+    make_run(tmp_path, "second")
+    write(tmp_path / HOSTILE / "recipe.json", {"recipe": HOSTILE, "seed": HOSTILE})
+    write(tmp_path / HOSTILE / HOSTILE / "config.json", {"type": HOSTILE, "name": HOSTILE, HOSTILE: HOSTILE})
+    write(tmp_path / HOSTILE / HOSTILE / "metrics.jsonl", *({"step": i, HOSTILE: 1.0} for i in range(5)))
+    write(
+        tmp_path / HOSTILE / HOSTILE / "samples.jsonl",
+        {"step": 1, "question": HOSTILE, "answer": HOSTILE, "thinking": HOSTILE, "reward": {HOSTILE: 1}},
+    )
+    assert run.is_dir()
+    return tmp_path
+
+
+def test_from_the_list_to_one_prompt_across_training(opened: Opened, root: Path) -> None:
+    with watching(root) as client:
+        page = opened(client)
+        expect(page.locator(".card")).to_have_count(3)
+        assert page.locator("text=Chat").count() == 0  # there is no model here
+        page.locator(".card", has=page.locator("h2", has_text=re.compile("^toy$"))).click()
+        expect(page.locator(".stages tbody > tr")).to_have_count(3)
+        expect(page.locator(".stages")).to_contain_text("4 of 10 steps")
+        page.click(".fold >> text=base")
+        expect(page.locator(".details")).to_contain_text('"max_tokens": 4000')
+        page.click(".tabs >> text=Curves")
+        expect(page.locator(".chart h3").first).to_have_text("Reward")
+        expect(page.locator(".heat canvas")).to_have_count(2)
+        page.click(".chip >> text=base")
+        expect(page.locator(".chart h3")).to_contain_text(["Reward", "Loss", "Tokens per second"])
+        page.select_option(".others", label="second · base")
+        expect(page.locator(".chip[aria-pressed=true]")).to_have_count(3)
+        page.reload()
+        expect(page.locator(".chip[aria-pressed=true]")).to_have_count(3)
+        page.click(".tabs >> text=Rollouts")
+        expect(page.locator(".record")).to_have_count(2)
+        expect(page.locator(".record").first).to_contain_text("step 4")
+        expect(page.locator(".parts").first).to_contain_text("accuracy 1")
+        page.click("[aria-label='Step before']")
+        expect(page.locator(".record").first).to_contain_text("step 3")
+        page.click("text=Follow this prompt")
+        expect(page.locator(".stop h3")).to_have_text(["base", *["zero"] * 4])
+        page.go_back()
+        page.fill("[aria-label='Find a prompt']", "1+1")
+        page.click(".found a")
+        expect(page.locator(".follow h2")).to_have_text("1+1=?")
+
+
+def test_curves_zoom_move_and_change_their_axis(opened: Opened, root: Path) -> None:
+    with watching(root) as client:
+        page = opened(client, "/#run=toy&view=curves&stages=base")
+        asked: list[str] = []
+        page.on("request", lambda r: asked.append(r.url) if "/api/series" in r.url else None)
+        box = page.locator(".chart .u-over").first
+        box.wait_for()
+        place = box.bounding_box()
+        x, y = place["x"], place["y"] + 40
+
+        def drag(begin: float, end: float) -> None:
+            page.mouse.move(x + begin * place["width"], y)
+            page.mouse.down()
+            page.mouse.move(x + end * place["width"], y, steps=4)
+            page.mouse.up()
+
+        drag(0.25, 0.5)
+        expect(page.locator("text=Show all")).to_be_visible()
+        wait_for_query(page, asked, "from=")
+        first = float(re.findall(r"from=([\d.]+)", asked[-1])[0])
+        assert 20 < first < 32
+        before = asked[-1]
+        page.keyboard.down("Shift")
+        drag(0.2, 0.7)
+        page.keyboard.up("Shift")
+        wait_for_query(page, asked, "from=", other=before)
+        assert float(re.findall(r"from=(-?[\d.]+)", asked[-1])[0]) < first - 5
+        page.click("text=Show all")
+        page.click(".segments >> text=Cost")
+        wait_for_query(page, asked, "x=cost")
+        page.check("text=Log scale")
+        page.mouse.move(x + 100, y)
+        expect(page.locator(".chart .values").first).to_contain_text("cost $")
+
+
+def wait_for_query(page: Any, asked: list[str], text: str, other: str = "") -> None:
+    began = time.monotonic()
+    while not asked or text not in asked[-1] or asked[-1] == other:
+        assert time.monotonic() - began < 60, asked
+        page.wait_for_timeout(30)
+
+
+def test_a_run_that_goes_on_is_followed(opened: Opened, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    run = make_run(tmp_path)
+    with (run / ".lock").open("w") as lock, watching(tmp_path) as client:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        page = opened(client, "/#run=toy")
+        expect(page.locator(".stages")).to_contain_text("4 of 10 steps, 0:12 left at most")
+        with (run / "zero/metrics.jsonl").open("a") as handle:
+            handle.write(json.dumps({"step": 5, "reward": float("nan"), "seconds": 2.0}) + "\n")
+        page.evaluate(LOOK)
+        expect(page.locator(".stages")).to_contain_text("5 of 10 steps")
+        expect(page.locator(".alerts")).to_contain_text("reward is not a number at step 5")
+
+
+def test_names_of_runs_and_files_do_nothing(opened: Opened, root: Path) -> None:
+    with watching(root) as client:
+        page = opened(client)
+        page.locator(".card", has_text=HOSTILE).first.click()
+        expect(page.locator("h1")).to_have_text(HOSTILE)
+        page.click(".fold")
+        for view in ("Curves", "Rollouts"):
+            page.click(f".tabs >> text={view}")
+            expect(page.locator(".chart, .record").first).to_contain_text("onerror")
+        page.click("text=Follow this prompt")
+        expect(page.locator(".stop .record")).to_contain_text(HOSTILE)
+        assert page.locator("main img").count() == 0
+
+
+def test_empty_and_error_states(opened: Opened, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with watching(tmp_path) as client:
+        page = opened(client, allowed="Failed to load resource|ERR_CONNECTION_REFUSED")
+        address = str(client.base_url).rstrip("/")
+        expect(page.locator(".empty h1")).to_have_text("No runs yet")
+        page.goto(f"{address}/#run=gone")
+        expect(page.locator(".empty h1")).to_have_text("No run of this name")
+        write(tmp_path / "bare/recipe.json", {"recipe": "bare", "seed": 0})
+        page.goto(f"{address}/#run=bare&view=curves")
+        expect(page.locator("main .notice")).to_contain_text("No stage of this run has logged anything")
+        page.goto(f"{address}/#run=bare&view=rollouts")
+        expect(page.locator("main .notice")).to_contain_text("kept answers")
+        lock = (tmp_path / "bare/.lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # what is at work is looked at every three seconds
+        page.goto(f"{address}/#")
+        expect(page.locator(".card .running")).to_have_count(1)
+    lock.close()
+    page.evaluate(LOOK)
+    expect(page.locator(".notice.bad")).to_contain_text("The server is gone")
+
+
+def test_runs_at_phone_width(opened: Opened, root: Path) -> None:
+    with watching(root) as client:
+        page = opened(client, **PHONE)
+        for place in (
+            "",
+            "run=toy",
+            "run=toy&view=curves",
+            "run=toy&view=rollouts",
+            "run=toy&view=rollouts&question=1%2B1%3D%3F",
+        ):
+            page.goto(str(client.base_url).rstrip("/") + f"/#{place}")
+            page.locator(".card, .stages, .chart canvas, .record").first.wait_for()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, place
+
+
+def violations(page: Any) -> list[str]:
+    """What axe finds that is serious or critical, in light and, where only contrast can differ, in dark."""
+    if not page.evaluate("() => 'axe' in window"):
+        page.evaluate(f"() => {{ {AXE} }}")
+    found = []
+    for scheme, options in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
+        page.emulate_media(color_scheme=scheme)
+        found += page.evaluate(
+            "(options) => axe.run(document, { resultTypes: ['violations'], ...options })", options
+        )["violations"]
+    return [
+        f"{v['id']}: {v['nodes'][0]['html'][:160]}" for v in found if v["impact"] in ("serious", "critical")
+    ]
+
+
+EVERYTHING = "# Head\n\n- [x] done\n- item\n\n> quote\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\n# remark\ndef f(x): return 'text' + str(1)\n```\n$$x^2$$ [link](http://a.b) `code`"
+
+
+def test_axe_finds_nothing_serious_in_the_chat(opened: Opened) -> None:
+    with talking(f"<think>Let me see.</think>{EVERYTHING}") as client:
+        page = opened(client, reduced_motion="reduce")
+        expect(page.locator("h1")).to_have_text("Talk to toy")
+        assert violations(page) == []
+        say(page)
+        answered(page)
+        page.click(".summary")
+        page.click("[aria-label='Answer again']")
+        expect(page.locator(".branches")).to_have_text("2/2")
+        answered(page)
+        assert violations(page) == []
+        page.click("[aria-label='More for 2+2=?']")
+        assert violations(page) == []
+        page.keyboard.press("Escape")
+        page.click("[aria-label=Settings]")
+        page.click("text=Custom")
+        page.check("dialog input[type=checkbox]")
+        assert violations(page) == []
+        page.click("[aria-label=Close]")
+        page.keyboard.press("Control+Shift+O")
+        say(page, "with odds")
+        expect(page.locator(".tokens")).to_be_visible()
+        page.hover(".tokens [data-i='0']")
+        assert violations(page) == []
+        bring(page, history(3))
+        page.click("[aria-label=Keyboard]")
+        assert violations(page) == []
+
+
+def test_axe_finds_nothing_serious_in_the_runs(opened: Opened, root: Path) -> None:
+    with watching(root) as client:
+        page = opened(client, reduced_motion="reduce")
+        for place, wanted in (
+            ("", ".card"), ("run=toy", ".stages"), ("run=toy&view=curves", ".chart canvas"), ("run=toy&view=rollouts", ".record"),
+            ("run=toy&view=rollouts&question=1%2B1%3D%3F", ".stop"),
+        ):  # fmt: skip
+            page.goto(str(client.base_url).rstrip("/") + f"/#{place}")
+            page.locator(wanted).first.wait_for()
+            if place == "run=toy":
+                page.click(".fold >> nth=0")
+            assert violations(page) == [], place
