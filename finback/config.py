@@ -23,6 +23,14 @@ class UserError(ValueError):
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
         super().__init__(f"{field} = {value!r}: {problem}. {remedy}")
 
+    def __reduce__(self) -> tuple[type["UserError"], tuple[Any, ...]]:
+        return type(self), (
+            self.field,
+            self.value,
+            self.problem,
+            self.remedy,
+        )  # so that other processes can raise it
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """'Did you mean …?' for a near miss, otherwise the list of what is known."""
@@ -34,14 +42,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def check_fields(config: Any, where: str) -> None:
     """Raise UserError for the first field of a dataclass whose value does not fit its annotation.
 
-    An `int` passes for a `float`; a list does not pass for a tuple (it would make the config unhashable).
+    An `int` passes for a `float`, infinity and nan do not; a list does not pass for a tuple (it would make the config
+    unhashable).
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
             raise UserError(
-                f"{where}.{field.name}", value, f"expected {_say(hints[field.name])}, got {type(value).__name__}",
+                f"{where}.{field.name}", value, f"expected {_say(hints[field.name])}, got {_kind(value)}",
                 "Correct the value in the recipe.",
             )  # fmt: skip
 
@@ -49,8 +58,25 @@ def check_fields(config: Any, where: str) -> None:
 def check_positive(config: Any, where: str, *names: str) -> None:
     """Raise UserError for the first of the named fields that is not above 0."""
     for name in names:
-        if getattr(config, name) <= 0:
-            raise UserError(f"{where}.{name}", getattr(config, name), "not above 0", "Use 1 or more.")
+        value = getattr(config, name)
+        if value <= 0:
+            remedy = "Use 1 or more." if isinstance(value, int) else "Use a positive number."
+            raise UserError(f"{where}.{name}", value, "not above 0", remedy)
+
+
+def check_not_negative(config: Any, where: str, *names: str) -> None:
+    """Raise UserError for the first of the named fields that is below 0."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise UserError(f"{where}.{name}", getattr(config, name), "negative", "Use 0 or more.")
+
+
+def check_share(config: Any, where: str, *names: str) -> None:
+    """Raise UserError for the first of the named fields that is not in 0..1."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            problem = "a share is between 0 and 1"
+            raise UserError(f"{where}.{name}", getattr(config, name), problem, "Correct it.")
 
 
 def override(config: Any, path: Sequence[str], text: str, where: str) -> Any:
@@ -140,8 +166,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is typing.Literal:
         return value in args
     if origin is tuple:
-        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
-        return isinstance(value, tuple) and (inner is None or all(_fits(v, inner) for v in value))
+        if not isinstance(value, tuple) or not args:
+            return isinstance(value, tuple)
+        if args[-1] is not Ellipsis:
+            return len(value) == len(args) and all(map(_fits, value, args))
+        return all(_fits(v, args[0]) for v in value)
     if origin is dict:
         return isinstance(value, dict) and all(
             _fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items()
@@ -149,10 +178,16 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin or hint)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "no finite number"
+    return type(value).__name__
 
 
 def _say(hint: Any) -> str:

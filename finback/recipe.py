@@ -11,10 +11,11 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from finback import meter
 from finback.config import UserError, as_json, check_fields, did_you_mean, override
 from finback.run import (
     BASIS,
@@ -25,6 +26,7 @@ from finback.run import (
     StageRun,
     is_checkpoint,
     read_json,
+    read_lines,
     spent,
     write_json,
 )
@@ -43,6 +45,9 @@ class Stage:
     """Base of all stages. `name` is also the name of the stage's folder."""
 
     name: str
+
+    # limits of the running and not of the result: these may change in a half-finished stage
+    free: ClassVar[frozenset[str]] = frozenset({"checkpoint_steps", "max_gap", "workers"})
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
@@ -70,6 +75,7 @@ class Recipe:
 
     name: str
     stages: tuple[Stage, ...]
+    file: Path | None = None  # where it was read from
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
@@ -84,7 +90,11 @@ class Recipe:
     @staticmethod
     def _check_input(stage: str, start: str, earlier: Sequence[str], later: Sequence[str]) -> None:
         path = Path(start)
-        if start in earlier or (path / "manifest.json").is_file() or (path.exists() and is_checkpoint(path)):
+        if (
+            start.partition("/")[0] in earlier
+            or (path / "manifest.json").is_file()
+            or (path.exists() and is_checkpoint(path))
+        ):
             return
         if start in later:
             problem = "is the stage itself" if start == stage else "comes later in the recipe"
@@ -116,7 +126,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
             "recipe", str(path), "does not define `recipe`, a list of stages", "See recipes/tiny.py."
         )
     # checked as changed: --set may name another start
-    return Recipe(path.stem, overridden(stages, settings))
+    return Recipe(path.stem, overridden(stages, settings), path)
 
 
 def _mistake(path: Path, error: Exception) -> UserError:
@@ -191,10 +201,13 @@ def _check_knobs(stage: Stage, path: Path) -> None:
     if not path.is_file():
         return
     then, now = read_json(path), json.loads(json.dumps(as_json(stage)))
-    for field in sorted(set(then) | set(now)):
-        if then.get(field) != now.get(field):
+    defaults = {f.name: as_json(f.default) for f in dataclasses.fields(stage) if f.default is not MISSING}
+    for field in sorted((set(then) | set(now)) - stage.free):
+        # a knob that came with a later version had its default before there was one
+        was = then.get(field, defaults.get(field))
+        if was != now.get(field):
             raise UserError(
-                f"{stage.name}.{field}", now.get(field), f"{path.parent} was made with {then.get(field)!r}",
+                f"{stage.name}.{field}", now.get(field), f"{path.parent} was made with {was!r}",
                 "Choose another folder with --runs, or delete that stage's folder and those after it.",
             )  # fmt: skip
 
@@ -212,12 +225,14 @@ def execute(
         run = StageRun(root, stage.name, seed, ranks, quiet)
         if (run.folder / "manifest.json").is_file():
             run.say(f"{stage.name:10} done before")
+            run.tidy()
             continue
         if run.is_writer:
             run.folder.mkdir(exist_ok=True)
             write_json(run.folder / "config.json", as_json(stage))
         ranks.barrier()
         watch(run)
+        run.begin(recipe.file, stage.inputs())
         results = stage.run(run)
         run.finish(results)
         if run.is_writer:
@@ -244,6 +259,7 @@ def cost(folder: Path) -> dict[str, Any]:
     seconds, hours = total["seconds"], total["core_seconds"] / 3600
     tokens = total.get("tokens_trained", 0) + total.get("tokens_generated", 0)
     flops, peak_flops = total.get("flops", 0), total.get("peak_flops", 0)
+    energy, basis = _energy(folder, total)
     return {
         "wall_seconds": round(seconds, 2),
         "tokens_trained": int(total.get("tokens_trained", 0)),
@@ -252,7 +268,24 @@ def cost(folder: Path) -> dict[str, Any]:
         "flops": flops,
         "mfu": round(flops / peak_flops, 4) if peak_flops else None,
         "mfu_basis": "model FLOPs over the GEMM peak measured on this machine, all ranks at once, times wall time",
-        "energy_wh": round(hours * WATTS_PER_CORE, 3),
+        "energy_wh": round(energy, 3),
         "money_usd": round(hours * DOLLARS_PER_CORE_HOUR, 5),
-        "basis": BASIS,
+        "basis": basis,
+        "device_hours": hours,
+        "flops_by": {name: total[f"flops_{name}"] for name in meter.FLOPS if f"flops_{name}" in total},
     }
+
+
+def _energy(folder: Path, total: dict[str, float]) -> tuple[float, str]:
+    """Watt-hours, metered as far as they were and estimated for the rest; and how one knows, money's price included."""
+    metered = total.get("metered_core_seconds", 0.0)
+    estimated = max(0.0, total["core_seconds"] - metered)
+    energy = (total.get("joules", 0.0) + estimated * WATTS_PER_CORE) / 3600
+    if not metered:
+        return energy, BASIS
+    methods = sorted({m for line in read_lines(folder / "ledger.jsonl") if (m := line.get("metered"))})
+    share = metered / total["core_seconds"]
+    return energy, (
+        f"estimate: ${DOLLARS_PER_CORE_HOUR:g} per core-hour (a common on-demand cloud price); energy of {share:.0%} of "
+        f"the time metered by {', '.join(methods)}, of the whole machine, the rest at {WATTS_PER_CORE:g} W per busy core"
+    )

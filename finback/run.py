@@ -4,7 +4,8 @@ runs/<recipe>/recipe.json            which recipe and seed this folder belongs t
 runs/<recipe>/<stage>/config.json    the stage's knobs, resolved
                       metrics.jsonl  one line per logged step
                       samples.jsonl  every answer of every step of RL
-                      ledger.jsonl   what was spent between two checkpoints
+                      router.jsonl   loads and biases of the routers, every few steps of pre-training
+                      ledger.jsonl   what it was made with, then what was spent between two checkpoints
                       manifest.json  written last: its existence means finished
 runs/<recipe>/summary.json           results and costs of all finished stages
 
@@ -17,13 +18,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from finback import meter
 from finback.config import UserError
 
-STEPPED = ("metrics.jsonl", "samples.jsonl")  # files whose lines belong to steps
+STEPPED = ("metrics.jsonl", "samples.jsonl", "router.jsonl")  # files whose lines belong to steps
+# what resuming needs, and nobody once a stage is finished
+SCRATCH = ("step-*.safetensors*", ".tmp*", "part-*.json*", "sharded")
 NEEDED_BYTES = 200 * 2**20  # free space asked for before a stage starts
 
 # Stated estimates, used where the machine cannot be asked; summary.json repeats them beside every figure.
@@ -56,6 +60,18 @@ def write_json(path: Path, value: Any) -> None:
     with temporary.open("w", encoding="utf-8") as handle:
         json.dump(value, handle, indent=1, ensure_ascii=False)
         handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    """Replace a file by records as JSONL, one to a line, as atomically as `write_json`."""
+    temporary = path.with_name(path.name + ".part")
+    # half a surrogate pair, which a model's or a stranger's JSON may hold, becomes JSON's escape for it
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as handle:
+        for record in records:
+            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)
@@ -108,6 +124,7 @@ class StageRun:
         self.base_seed = seed
         self.stop_requested = False
         self._mark = time.perf_counter()
+        self._energy: meter.Energy | None = None
         self._line: TextIO = sys.stderr
 
     @property
@@ -120,12 +137,31 @@ class StageRun:
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
 
     def input(self, start: str) -> Path:
-        """The folder of an earlier stage, or what `start` names: a finished stage elsewhere, or a checkpoint."""
+        """The folder of an earlier stage, or what `start` names: a finished stage elsewhere, or a checkpoint.
+
+        `base/average` is what lies within an earlier stage: another form of its model.
+        """
+        stage, _, within = start.partition("/")
         inside = self.root / start
-        return inside if (inside / "manifest.json").is_file() else Path(start)
+        if (self.root / stage / "manifest.json").is_file() and (not within or inside.is_dir()):
+            return inside
+        return Path(start)
+
+    def begin(self, recipe: Path | None, inputs: Iterable[str]) -> None:
+        """Write down what works from now on, on what and from what; start reading the counters of energy."""
+        if not self.is_writer:
+            return
+        self._energy = meter.Energy()
+        began = {
+            "seconds": 0.0, "cores": self.ranks.size, **meter.made_with(recipe), "metered": self._energy.method,
+            "inputs": {start: meter.digest(self.input(start)) for start in inputs},
+        }  # fmt: skip
+        self._append("ledger.jsonl", began)
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append one line to metrics.jsonl."""
+        if self._energy is not None:
+            self._energy.glance()
         self._append("metrics.jsonl", {"step": step, **metrics})
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
@@ -138,14 +174,21 @@ class StageRun:
         for path in (self.folder / name for name in STEPPED):
             if self.is_writer and path.is_file():
                 kept = [r for r in read_lines(path) if r["step"] < step]
-                temporary = path.with_name(path.name + ".part")
-                temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-                temporary.replace(path)
+                write_lines(path, kept)
 
     def account(self, **spent: float) -> None:
-        """Append what was spent since the last call (wall seconds are added here) to ledger.jsonl."""
+        """Append what was spent since the last call to ledger.jsonl; wall seconds and metered joules are added here.
+
+        FLOPs by purpose are named flops_<one of FLOPS>; `flops` are those that MFU is of.
+        """
+        assert all(k[6:] in meter.FLOPS for k in spent if k.startswith("flops_")), (
+            f"unknown purpose in {set(spent)}"
+        )
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
+        joules = self._energy.take() if self._energy is not None else None
+        if joules is not None:
+            spent |= {"joules": joules, "metered_core_seconds": seconds * self.ranks.size}
         self._append("ledger.jsonl", {"seconds": seconds, "cores": self.ranks.size, **spent})
 
     def _append(self, name: str, *records: dict[str, Any]) -> None:
@@ -168,14 +211,25 @@ class StageRun:
             print(f"\r\033[K{text}" if self._line.isatty() else text, file=self._line, flush=True)
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write the manifest; from now on the stage is done."""
+        """Write the manifest, from now on the stage is done; only then is what resuming needs dropped."""
         self.account()
         if self.is_writer:
-            files = sorted(p.name for p in self.folder.iterdir() if p.is_file() and p.name != "manifest.json")
+            scratch = {p.name for p in self._scratch()}
+            names = {p.name for p in self.folder.iterdir() if p.is_file()} - scratch - {"manifest.json"}
             write_json(
-                self.folder / "manifest.json", {"stage": self.name, "files": files, "results": results}
+                self.folder / "manifest.json",
+                {"stage": self.name, "files": sorted(names), "results": results},
             )
+        self.tidy()
         self.ranks.barrier()
+
+    def tidy(self) -> None:
+        """Drop what only resuming needed; a kill may have come between the manifest and this."""
+        for path in self._scratch() if self.is_writer else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _scratch(self) -> list[Path]:
+        return [path for pattern in SCRATCH for path in self.folder.glob(pattern)]
 
 
 class Progress:
@@ -196,7 +250,7 @@ class Progress:
         self.last = now
         elapsed = now - self.started
         rate = (done - self.first) / elapsed if elapsed > 0 else 0.0
-        left = clock((self.total - done) / rate) if rate > 0 else "?"
+        left = clock(max(0.0, self.total - done) / rate) if rate > 0 else "?"
         money = (self.spent + elapsed) * self.run.ranks.size * DOLLARS_PER_CORE_HOUR / 3600
         text = (
             f"{self.run.name:10} {done:,.0f}/{self.total:,.0f} {self.unit}  {rate:,.1f}/s  "
@@ -215,12 +269,13 @@ def clock(seconds: float) -> str:
 
 
 def spent(folder: Path) -> dict[str, float]:
-    """Sums over a stage's ledger: seconds, core-seconds, and whatever else was accounted."""
+    """Sums over a stage's ledger: seconds, core-seconds, and whatever else was accounted, as far as it is numbers."""
     total: dict[str, float] = {"seconds": 0.0, "core_seconds": 0.0}
     for line in read_lines(folder / "ledger.jsonl"):
-        total["core_seconds"] += line["seconds"] * line.pop("cores")
+        total["core_seconds"] += line.get("seconds", 0.0) * line.pop("cores", 0)
         for key, value in line.items():
-            total[key] = total.get(key, 0.0) + value
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                total[key] = total.get(key, 0.0) + value
     return total
 
 

@@ -54,7 +54,12 @@ def test_bad_recipes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "word"), [(b"", "empty"), (b"\x00\xff\xfe\x80" * 50, "UTF-8"), (b"a\0b", "NUL")]
+    ("content", "word"),
+    [
+        (b"", "empty"),
+        pytest.param(b"\x00\xff\xfe\x80" * 50, "UTF-8", marks=pytest.mark.slow),
+        pytest.param(b"a\0b", "NUL", marks=pytest.mark.slow),
+    ],
 )
 def test_a_bad_text_file(content: bytes, word: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)

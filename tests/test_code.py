@@ -117,7 +117,7 @@ def test_problems_lie_on_one_side_of_the_split(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_data_name_file_line_and_field(line: Any, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "bad.jsonl"
+    path = tmp_path / ("x" * 99 + ".jsonl")  # however long, a path is shown whole
     path.write_text(line if isinstance(line, str) else json.dumps(ITEMS[1] | line))
     with pytest.raises(UserError) as caught:
         Code(str(path)).draw(random.Random(0))

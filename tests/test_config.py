@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -64,6 +65,7 @@ def test_values_that_fit_pass(knobs: dict[str, Any]) -> None:
         ("steps", None, "expected int, got NoneType"),
         ("rate", "0.5", "expected float, got str"),
         ("rate", True, "expected float, got bool"),
+        ("rate", float("inf"), "expected float, got no finite number"),
         ("shuffle", 1, "expected bool, got int"),
         ("compute", "fp16", "expected one of auto, fp32, bf16, got str"),
         ("sources", ["chitchat"], "expected tuple[str, ...], got list"),
@@ -187,3 +189,8 @@ def test_knobs_become_json_that_names_their_class() -> None:
     assert knobs["type"] == "Knobs" and knobs["sources"] == ["a", "b"]
     assert knobs["model"]["type"] == "ModelConfig" and knobs["model"]["hidden_size"] == TINY.hidden_size
     assert knobs["extra"] == "test_knobs_become_json_that_names_their_class"
+
+
+def test_an_error_crosses_processes() -> None:
+    error = pickle.loads(pickle.dumps(UserError("rows", -1, "below 0", "Raise it.")))
+    assert str(error) == "rows = -1: below 0. Raise it." and error.remedy == "Raise it."

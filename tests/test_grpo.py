@@ -311,6 +311,10 @@ def test_a_judge_decides_where_no_check_can(tmp_path: Path) -> None:
     [
         ({"temperature": 0.0}, "zero.temperature = 0.0"), ({"group": 1}, "zero.group = 1"), ({"updates": 3}, "zero.updates = 3"),
         ({"overlong": 11}, "zero.overlong = 11"), ({"epochs": 0}, "zero.epochs = 0"),
+        ({"lr": -1e-4}, r"zero\.lr = .*negative"), ({"grad_clip": 0.0}, r"zero\.grad_clip"),
+        ({"final_lr": -0.1}, r"zero\.final_lr"), ({"steps": -1}, r"zero\.steps"), ({"micro_tokens": 0}, r"zero\.micro_tokens"),
+        ({"bias_speed": -0.1}, r"zero\.bias_speed"), ({"lr": float("inf")}, r"zero\.lr = inf: .*no finite number"),
+        ({"overlong": 4, "overlong_penalty": 0.95}, "a right answer could earn less than a wrong one"),
     ],
 )  # fmt: skip
 def test_impossible_knobs_are_named(knobs: dict[str, object], words: str, tmp_path: Path) -> None:
@@ -357,3 +361,14 @@ def test_the_learning_rate_is_what_its_knob_says(tmp_path: Path) -> None:
     assert [reinforcement(tmp_path, steps=1, lr=1e-3)._rate()] == [1e-3]
     r.step = 0
     assert r._train_step()["lr"] == pytest.approx(2.5e-4)
+
+
+def test_a_question_too_long_for_the_window_is_named(tmp_path: Path) -> None:
+    """Not the engine's request, which the user never made."""
+    r = reinforcement(tmp_path, max_tokens=10)
+    window = r.model.config.max_position_embeddings
+    problem = Problem("1+1 " * window, "2", key="long")
+    with pytest.raises(
+        UserError, match=r"question = '1\+1 .*…': its \d+ tokens and max_tokens = 10 are more"
+    ):
+        r._ask([problem], [("answer", 1, 0)])

@@ -11,8 +11,8 @@ import finback
 
 PACKAGE = Path(finback.__path__[0])
 LAYERS = (  # lowest first; names on one line do not know each other
-    "__init__", "config", "run", "recipe", "kernels", "model", "checkpoint", "data tasks parallel", "train engine", "stages",
-    "plan serve report", "cli", "__main__",
+    "__init__", "config meter", "run", "recipe", "kernels", "model", "checkpoint", "data tasks parallel",
+    "train engine suites", "stages", "plan serve report compare", "cli", "__main__",
 )  # fmt: skip
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 

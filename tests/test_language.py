@@ -150,5 +150,5 @@ def test_readable_chains_and_others() -> None:
         f"{ENGLISH} {CHINESE}": ("mixed languages",),
     }
     assert {chain: readable.faults(chain) for chain in faulty} == faulty
-    with pytest.raises(UserError, match=r"readable\.code = 2: not in 0\.\.1"):
+    with pytest.raises(UserError, match=r"readable\.code = 2: a share is between 0 and 1"):
         Readable(code=2)

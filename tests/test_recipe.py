@@ -15,7 +15,16 @@ from finback.config import UserError, as_json
 from finback.model.config import Yarn
 from finback.parallel.mesh import World
 from finback.recipe import Recipe, Stage, claim, cost, execute, load, overridden, summary
-from finback.run import Interrupted, StageRun, prepare_folder, read_json, read_lines, spent, write_json
+from finback.run import (
+    Interrupted,
+    StageRun,
+    prepare_folder,
+    read_json,
+    read_lines,
+    spent,
+    write_json,
+    write_lines,
+)
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.prepare import TaskText
 from finback.stages.pretrain import Probe
@@ -111,7 +120,7 @@ def test_an_unknown_field_is_named_with_its_line_and_its_neighbour(
     ("fields", "message"),
     [
         ("name='prepare', vocab_size='1024'", "prepare.vocab_size = '1024': expected int, got str. Correct the value in the recipe."),
-        ("name='prepare', text=[]", "prepare.text = []: expected tuple[finback.data.sources.Chitchat | finback.data.sources.Files, ...], got list. Correct the value in the recipe."),
+        ("name='prepare', text=[]", "prepare.text = []: expected tuple[finback.data.sources.Chitchat | finback.data.sources.Files | finback.data.sources.Hub | finback.data.packaged.Packaged, ...], got list. Correct the value in the recipe."),
         ("name='prepare'", "prepare.text = []: sources need distinct names, and one at least. Name them."),
         ("name='Prepare me', text=(Chitchat(),)", "name = 'Prepare me': not a folder name. Use lower-case letters, digits, - and _."),
     ],
@@ -220,7 +229,7 @@ def test_settings_change_knobs() -> None:
         ("zero.steps=five", "zero.steps = 'five': expected int. Write for example 100 or 2e6."),
         ("zero.steps=", "zero.steps = '': expected int. Write for example 100 or 2e6."),
         ("zero.reward.accurracy=1", "zero.reward.accurracy = '1': no such field. Did you mean 'accuracy'?"),
-        ("base.compute=fp64", "base.compute = 'fp64': expected one of auto, fp32, bf16. Known: auto, bf16, fp32."),
+        ("base.compute=fp64", "base.compute = 'fp64': expected one of auto, fp32, bf16, fp8. Known: auto, bf16, fp32, fp8."),
         ("base.model.n_group=3", "model.n_group = 3: does not divide 8 experts. Use a divisor."),
         ("base.data=bass", "base input = 'bass': neither an earlier stage, the folder of a finished one nor a checkpoint. Known: prepare."),
         ("base.data=zero", "base input = 'zero': comes later in the recipe. A stage can only read earlier ones; reorder them."),
@@ -335,6 +344,12 @@ def test_a_stage_made_with_other_knobs_is_refused(tmp_path: Path) -> None:
         with refusal(message.format(tmp_path / "b") + remedy):
             claim(recipe(a, dataclasses.replace(b, **changes)), tmp_path, 0)  # type: ignore[arg-type]
     claim(recipe(a, b, Note(name="c", steps=9)), tmp_path, 0)  # not begun, so its knobs are free
+    old = read_json(tmp_path / "b" / "config.json")
+    del old["stop"]  # made by a version that had no such knob
+    write_json(tmp_path / "b" / "config.json", old)
+    claim(recipe(a, b), tmp_path, 0)
+    with refusal(f"b.stop = True: {tmp_path / 'b'} was made with False. {remedy}"):
+        claim(recipe(a, dataclasses.replace(b, stop=True)), tmp_path, 0)
 
 
 def test_knobs_of_the_quickstart_survive_their_file(tmp_path: Path) -> None:
@@ -478,3 +493,53 @@ def test_a_setting_may_name_a_start_that_the_file_does_not(tmp_path: Path) -> No
     with pytest.raises(UserError, match="neither an earlier stage"):
         load(control, ["zero.start=nowhere"])
     assert load(control, [f"zero.start={tmp_path}"]).stages[0].start == str(tmp_path)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving(Note):
+    """A stage that leaves a checkpoint and a part behind, as those do that can be resumed."""
+
+    checkpoint_steps: int = 5
+
+    def run(self, run: StageRun) -> dict[str, Any]:
+        for name in ("step-00000002.safetensors", "step-00000003.safetensors.part", "part-00000000.json"):
+            (run.folder / name).touch()
+        return super().run(run)
+
+
+def test_what_resuming_needs_is_kept_until_the_stage_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    plan = recipe(Saving(name="a"))
+    with monkeypatch.context() as broken:
+        broken.setattr("finback.run.write_json", torn)
+        with pytest.raises(OSError, match="No space left"):
+            run_all(plan, tmp_path)
+    scratch = {"step-00000002.safetensors", "step-00000003.safetensors.part", "part-00000000.json"}
+    assert scratch <= {p.name for p in (tmp_path / "a").iterdir()}
+    run_all(plan, tmp_path)
+    left = {p.name for p in (tmp_path / "a").iterdir()}
+    assert not scratch & left and "manifest.json" in left
+    assert not scratch & set(read_json(tmp_path / "a" / "manifest.json")["files"])
+    (tmp_path / "a" / "step-00000002.safetensors").touch()  # killed between the manifest and the clearing
+    run_all(plan, tmp_path)
+    assert not list((tmp_path / "a").glob("step-*"))
+
+
+def test_limits_of_the_running_may_change_in_a_half_finished_stage(tmp_path: Path) -> None:
+    stage = Saving(name="a", stop=True)
+    with pytest.raises(Interrupted):
+        run_all(recipe(stage), tmp_path)
+    claim(recipe(dataclasses.replace(stage, checkpoint_steps=1)), tmp_path, 0)
+    with pytest.raises(UserError, match=r"a\.steps = 9"):
+        claim(recipe(dataclasses.replace(stage, steps=9)), tmp_path, 0)
+
+
+def test_half_a_surrogate_pair_survives_its_file(tmp_path: Path) -> None:
+    """JSON from elsewhere may hold one, and UTF-8 cannot."""
+    write_lines(tmp_path / "kept.jsonl", [{"question": "鯨 \ud83d?"}])
+    assert read_lines(tmp_path / "kept.jsonl") == [{"question": "鯨 \ud83d?"}]
+    assert "鯨" in (tmp_path / "kept.jsonl").read_text(encoding="utf-8")

@@ -1,5 +1,8 @@
 """Records of files and of the hub: read once, and every bad one named with what to do."""
 
+import csv
+import gzip
+import json
 import random
 import sys
 import types
@@ -43,13 +46,13 @@ def test_bad_files_are_named(text: str, message: str, tmp_path: Path) -> None:
 
 def test_bad_sources_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "mine.jsonl", CAPITAL)
-    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.txt").touch()
     (tmp_path / "a.json").write_text("{}")
     (tmp_path / "a.parquet").write_text("no")
     for name, message in {
         "mime.jsonl": "no such file. Did you mean 'mine.jsonl'",
         "no/a.jsonl": "no such file",
-        "a.csv": "not a kind of file that can be read. Use .jsonl",
+        "a.txt": "not a kind of file that can be read. Use .jsonl",
         "a.json": "not a list",
         "a.parquet": "not parquet",
     }.items():
@@ -61,11 +64,41 @@ def test_bad_sources_are_refused(tmp_path: Path) -> None:
         Questions("a.jsonl", seconds=0)
 
 
+def test_a_table_and_a_packed_file_hold_the_same_records(tmp_path: Path) -> None:
+    rows = [{"question": 'He said "no",\nthen?', "answer": "1"}, {"question": "Größe", "answer": "2"}]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    for name in ("a.csv", "a.jsonl.gz"):
+        assert [record.fields for record in read(str(tmp_path / name), "", "")] == rows
+    assert read(str(tmp_path / "a.csv"), "", "")[1].where == f"{tmp_path}/a.csv:4"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"question,answer\nx\n", r"a\.csv:2 = .*not one value for each of the 2 columns"),
+        ("a.csv", b'question,answer\n"x,y\n', r"a\.csv:1 = .*not CSV"),
+        ("a.jsonl.gz", b"{}", "not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 999, mtime=0)[:20], "not a whole gzip file"),
+        ("a.parquet.gz", b"", "not a kind of file"),
+    ],
+)
+def test_bad_tables_and_packed_files_are_named(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(str(tmp_path / name), "", "")
+
+
 def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name: str, subset: str | None, split: str) -> list[dict[str, Any]]:
-        asked.append((name, subset, split))
+    def load_dataset(name: str, subset: str | None, **given: str | None) -> list[dict[str, Any]]:
+        asked.append((name, subset, *given.values()))
         if subset is None:
             raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
         return [GSM8K]
@@ -77,7 +110,12 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"the hub did not give subset '', split 'train': Couldn't reach .*file"
     ):
         Questions("hub:openai/gsm8k").draw(random.Random(0))
-    assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", None, "train")]
+    assert asked == [
+        ("openai/gsm8k", "main", "test", None, None),
+        ("openai/gsm8k", None, "train", None, None),
+    ]
+    read("hub:openai/gsm8k", "main", "test", revision="abc", files="test.jsonl")
+    assert asked[-1] == ("openai/gsm8k", "main", "test", "abc", "test.jsonl")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"not installed. pip install finback\[hub\]"):
         Questions("hub:openai/other").draw(random.Random(0))

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,6 +27,8 @@ def results(root: Path) -> dict[str, Any]:
     summary = json.loads((root / "summary.json").read_text())
     for stage in summary["stages"].values():
         stage.pop("cost")
+        for source in stage["results"].get("sources", {}).values():
+            source.pop("files", None)  # their places
     return summary
 
 
@@ -152,6 +155,27 @@ def test_ctrl_c_stops_at_a_safe_point_and_twice_at_once(finished: Path, tmp_path
         assert child.wait(30) == 130
     done = finback("run", tmp_path / "toy.py", "--runs", tmp_path / "runs", "--ranks", 2)
     assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_again_when_one_is_killed(finished: Path, tmp_path: Path) -> None:
+    shutil.copy(finished / "words.txt", tmp_path), shutil.copy(finished / "toy.py", tmp_path)
+    options = ["--nproc-per-node", "2", "--max-restarts", "2", "--standalone", "-m"]
+    arguments = ["finback", "run", str(tmp_path / "toy.py"), "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *arguments]
+    output = tmp_path / "output.txt"
+    with output.open("w") as log:
+        agent = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+    wait_for(tmp_path / "runs", "base", agent, 0.0)
+    while not steps_in(tmp_path / "runs/toy/base"):
+        assert agent.poll() is None, output.read_text()
+        time.sleep(0.01)
+    ranks = [p for p in psutil.Process(agent.pid).children(recursive=True) if "finback" in p.cmdline()]
+    victim = next(p for p in ranks if p.environ().get("RANK") == "1")
+    victim.kill()
+    assert agent.wait(200) == 0, output.read_text()
+    assert "resumed at" in output.read_text()
     assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
 
 

@@ -162,7 +162,7 @@ def test_a_sandbox_that_does_not_start_is_our_fault_not_the_programs(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Limits(wall=0.0), "limits.wall = 0.0: not above 0. Use 1 or more."),
+        (lambda: Limits(wall=0.0), "limits.wall = 0.0: not above 0. Use a positive number."),
         (lambda: Limits(memory="1"), "limits.memory = '1': expected int, got str. Correct the value in the recipe."),
         (lambda: Sandbox("jail"), "sandbox.isolation = 'jail': no such form. Known: bubblewrap, monty, rlimits."),  # type: ignore[arg-type]
     ],

@@ -219,17 +219,16 @@ class Engine:
         if self._growing and not self.busy:
             wanted = sum(-(-(n + 1) // PAGE) + 1 for n in sorted(lengths)[-self.rows :]) * PAGE
             if wanted > self.pages.count * PAGE:
-                self._set_up(max(min(wanted, self._affordable()), max(lengths) + PAGE))
-
-    def _affordable(self) -> int:
-        """Tokens that half of the free memory could hold."""
-        config, device = self.model.config, self.model.embed.device
-        each = config.num_hidden_layers * config.cache_elements * self.model.compute.itemsize
-        free = (
-            torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        )
-        return int(free / 2 / each)
+                self._set_up(max(min(wanted, affordable(self.model, 2)), max(lengths) + PAGE))
 
     def _version(self) -> int:
         """Changes whenever a weight does."""
         return sum(parameter._version for parameter in self.model.parameters())
+
+
+def affordable(model: Transformer, parts: int) -> int:
+    """Tokens of cache that one of so many equal parts of the free memory could hold."""
+    config, device = model.config, model.embed.device
+    each = config.num_hidden_layers * config.cache_elements * model.compute.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(free / parts / each)

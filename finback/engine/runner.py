@@ -106,6 +106,7 @@ class Runner:
             for line in right:
                 rows[line].computed += 1
                 rows[line].accepted += 1
+                rows[line].guessed.append(len(rows[line].tokens) - 1)
             self._say([rows[line] for line in right], scores[torch.tensor(right, device=scores.device), 1])
         after = time.perf_counter()
         if kind != "plain":

@@ -110,6 +110,7 @@ class Sequence:
     # what it cost
     drafted: int = 0
     accepted: int = 0
+    guessed: list[int] = field(default_factory=list)  # places of the tokens that MTP had drafted rightly
     preempted: int = 0
     submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0  # when it first entered the batch

@@ -8,6 +8,30 @@ from finback.model.count import parameters
 def write_card(config: ModelConfig, name: str, origin: str, fmt: str) -> str:
     """Markdown with Hugging Face's header. It claims nothing that was not counted; quality is for evaluations to say."""
     family = family_of(config)
+    rows = [f"| {name} | {value} |" for name, value in (*architecture(config), ("weights", fmt))]
+    lines = [
+        "---", *front_matter(family), "---",
+        "", f"# {name}", "", f"Exported by finback from `{origin}`.", "",
+        "| | |", "|---|---|", *rows, "",
+        "The licence of the data and of the model it started from applies; this card does not know it.",
+        "Its answers may be wrong.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def front_matter(family: str) -> list[str]:
+    """The lines of YAML that every card begins with, as far as the files vouch for them."""
+    return [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- finback",
+        f"- {family}",
+    ]
+
+
+def architecture(config: ModelConfig) -> list[tuple[str, str]]:
+    """Names and values of what a model is made of."""
     total, active = parameters(config, mtp=False), parameters(config, active=True, mtp=False)
     experts = (
         f"{config.n_routed_experts} routed experts, {config.num_experts_per_tok} per token, "
@@ -15,14 +39,10 @@ def write_card(config: ModelConfig, name: str, origin: str, fmt: str) -> str:
         if config.n_routed_experts
         else "dense"
     )
-    lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- finback", f"- {family}", "---",
-        "", f"# {name}", "", f"Exported by finback from `{origin}`.", "",
-        "| | |", "|---|---|", f"| family | {family} |", f"| parameters | {total:,}, {active:,} active per token |",
-        f"| layers | {config.num_hidden_layers}, width {config.hidden_size}, {experts} |",
-        f"| MTP layers | {config.num_nextn_predict_layers} |", f"| context | {config.max_position_embeddings:,} tokens |",
-        f"| weights | {fmt} |", "",
-        "The licence of the data and of the model it started from applies; this card does not know it.",
-        "Its answers may be wrong.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    return [
+        ("family", family_of(config)),
+        ("parameters", f"{total:,}, {active:,} active per token"),
+        ("layers", f"{config.num_hidden_layers}, width {config.hidden_size}, {experts}"),
+        ("MTP layers", str(config.num_nextn_predict_layers)),
+        ("context", f"{config.max_position_embeddings:,} tokens"),
+    ]

@@ -9,9 +9,9 @@ from finback.checkpoint import hf
 from finback.checkpoint import model as models
 from finback.checkpoint.export import Format
 from finback.checkpoint.load import Kept
+from finback.checkpoint.model import find_model
 from finback.data.tokenizer import Tokenizer
 from finback.report.card import write_card
-from finback.report.talk import find_model
 
 # no more memory than the result needs; FP8 that came in goes out as it is
 _KEPT: dict[Format, Kept] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}

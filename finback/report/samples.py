@@ -11,23 +11,24 @@ from finback.run import read_json, read_lines
 def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
     """Records of samples.jsonl, with their stage; of all RL stages and the first, middle and last step of each,
     or of one stage or one step. UserError names the stages or steps that there are."""  # fmt: skip
+    if (root / "samples.jsonl").is_file():
+        root, stage = root.parent, stage or root.name  # the folder of a stage
     kept = sorted((p.parent for p in root.glob("*/samples.jsonl")), key=lambda p: p.stat().st_mtime_ns)
     names = [p.name for p in kept]
     if not names:
         raise UserError("samples", str(root), "no RL stage has kept any", "Run a recipe with a GRPO stage.")
     if stage and stage not in names:
         raise UserError("--stage", stage, "has no samples", did_you_mean(stage, names))
-    found = []
+    found, last = [], []
     for folder in kept:
         if stage in ("", folder.name):
             records = read_lines(folder / "samples.jsonl")
             there = sorted({r["step"] for r in records}) or [0]  # 0: killed in its first step
+            last.append(f"{folder.name} has 1 to {there[-1]}")
             wanted = {step} if step else {there[0], there[len(there) // 2], there[-1]}
             found += [{"stage": folder.name, **r} for r in records if r["step"] in wanted]
     if not found:
-        raise UserError(
-            "--step", step, f"no samples of it in {', '.join(names)}", f"The last is {there[-1]}."
-        )
+        raise UserError("--step", step, "no samples of it", f"{', '.join(last)}.")
     return found
 
 

@@ -14,6 +14,9 @@ from finback.report import road
 from finback.run import clock, read_json, read_lines
 
 SAMPLES = 3
+PLANTED = (
+    "Pre-training planted both habits, guessing and thinking; RL selects the one that pays and sharpens it."
+)
 
 
 def tell(root: Path) -> str:
@@ -29,6 +32,8 @@ def tell(root: Path) -> str:
         before, after = exams[0], exams[-1]
         parts.append(_before_after(stages[before]["results"], stages[after]["results"]))
         parts.append(_gain(stages[before]["results"], stages[after]["results"]))
+        if parts[-1] and learning and any(s["stage"] == "Pretrain" for s in stages.values()):
+            parts[-1] += f"\n{PLANTED}"
         parts.append(_problems(root, before, after, stages[before]["results"]["evaluations"][0]["exam"]))
     if learning:
         picture = draw(root, learning)
@@ -81,7 +86,8 @@ def _pretraining(name: str, results: dict[str, Any]) -> str:
 
 
 def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:
-    lines = [f"{'held-out problems':26} {'n':>5}   {'before RL':>20}   {'after RL':>20}"]
+    heads = [f"{word}: {Path(r['model']).name}"[:20] for word, r in (("before", before), ("after", after))]
+    lines = [f"{'held-out problems':26} {'n':>5}   {heads[0]:>20}   {heads[1]:>20}"]
     then = {e["exam"]: e for e in before["evaluations"]}
     lines += [
         f"{e['exam']:26} {e['n']:>5}   {_share(then[e['exam']]):>20}   {_share(e):>20}"
@@ -118,8 +124,7 @@ def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
     rest = total - often - better
     return (
         f"What the gain of {100 * total:+.0f} points is made of: {100 * often:+.0f} from thinking more often, "
-        f"{100 * better:+.0f} from thinking better, {100 * rest:+.0f} from guessing better.\n"
-        "Pre-training planted both habits, guessing and thinking; RL selects the one that pays and sharpens it."
+        f"{100 * better:+.0f} from thinking better, {100 * rest:+.0f} from guessing better."
     )
 
 
@@ -138,6 +143,9 @@ def _problems(root: Path, before: str, after: str, exam: str) -> str:
 
 def draw(root: Path, learning: list[str]) -> Path | None:
     """Write learning.png: accuracy and response length over RL steps; None when nothing was logged."""
+    path = root / "learning.png"
+    if path.is_file() and _newer(path, [root / name / "metrics.jsonl" for name in learning]):
+        return path
     steps = [record for name in learning for record in read_lines(root / name / "metrics.jsonl")]
     if not steps:
         return None
@@ -166,12 +174,17 @@ def draw(root: Path, learning: list[str]) -> Path | None:
     right.set(ylabel="tokens per response", ylim=(0, None))
     left.legend(handles=[a, t, n], loc="lower right")
     left.grid(alpha=0.3)
-    path = root / "learning.png"
     temporary = root / "learning.part.png"
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     temporary.replace(path)
     return path
+
+
+def _newer(picture: Path, logs: list[Path]) -> bool:
+    """Whether nothing was logged since a picture was drawn."""
+    drawn = picture.stat().st_mtime_ns
+    return all(log.is_file() and log.stat().st_mtime_ns <= drawn for log in logs)
 
 
 def knobs(recipe: Recipe) -> dict[str, Any]:
@@ -196,9 +209,9 @@ def outline(recipe: Recipe) -> str:
 
 def stage_source(name: str) -> str:
     """The source of a stage class: its fields are the knobs, its comments their meaning."""
-    from finback.stages import distil, evaluate, grpo, prepare, pretrain, reject, sft
+    from finback.stages import distil, evaluate, extend, grpo, prepare, pretrain, reject, sft
 
-    modules = (prepare, pretrain, sft, grpo, reject, distil, evaluate)
+    modules = (prepare, pretrain, extend, sft, grpo, reject, distil, evaluate)
     classes = {
         n: c for m in modules for n, c in vars(m).items() if inspect.isclass(c) and issubclass(c, Stage)
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.checkpoint import model as models
-from finback.checkpoint.model import Answering
+from finback.checkpoint.model import Answering, find_model
 from finback.config import UserError
 from finback.data import chat
 from finback.data.chat import Message
@@ -17,28 +17,11 @@ from finback.data.dialogue import dialogue
 from finback.data.tokenizer import ASSISTANT, END_THINK, THINK, USER, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
-from finback.run import finished_stages, is_checkpoint
 
 LONGEST = 32768  # tokens of a conversation that are kept
 THINKING = {"on": True, "off": False, "auto": None}
 HELP = "/new forgets the dialogue, /think on|off|auto, /seed N, /save FILE (JSON lines), Ctrl-C stops a reply, Ctrl-D ends."
 DIM, PLAIN = "\033[2m", "\033[0m"
-
-
-def find_model(path: Path) -> Path:
-    """What to chat with: `path` itself, or the newest finished stage in it that made a model."""
-    if (path / "model.json").is_file() or (path.exists() and is_checkpoint(path)):
-        return path
-    found = [folder for folder in finished_stages(path) if (folder / "model.json").is_file()]
-    if not found:
-        problem = "holds no finished model" if path.exists() else "no such file or folder"
-        raise UserError(
-            "MODEL",
-            str(path),
-            problem,
-            "Name a run such as runs/tiny, a Hugging Face folder, or a .gguf file.",
-        )
-    return found[-1]
 
 
 class Conversation:

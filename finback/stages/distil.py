@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from finback.checkpoint import model as models
-from finback.config import UserError, check_positive
+from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.data.tokenizer import Tokenizer
 from finback.data.tuning import Lesson, Packed, packed
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
+from finback.model.count import forward_flops
+from finback.parallel.mesh import World
 from finback.recipe import Work
 from finback.run import StageRun
 from finback.stages.rollout import rollout
@@ -46,8 +48,8 @@ class Distil(SFT):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, self.name, "steps", "prompts", "max_tokens")
-        if not 0 <= self.hard <= 1:
-            raise UserError(f"{self.name}.hard", self.hard, "a share is between 0 and 1", "Correct it.")
+        check_share(self, self.name, "hard")
+        check_not_negative(self, self.name, "top_k", "temperature")
         if self.task is not None and (self.kept or self.text):
             raise UserError(
                 f"{self.name}.task", self.task.name, "the lessons are the student's answers or given ones, not both",
@@ -71,6 +73,8 @@ class _Distillation(Tuning):
     def __init__(self, stage: Distil, run: StageRun) -> None:
         folder = run.input(stage.teacher)
         self.teacher = models.load(folder).eval()
+        assert isinstance(run.ranks, World), "training exchanges gradients over a World"
+        self.teacher.to(run.ranks.device)
         self.teacher_tokenizer = Tokenizer(folder)
         super().__init__(stage, run)
 
@@ -118,7 +122,21 @@ class _Distillation(Tuning):
             for r in answers
         ]
         self.model.train()
-        return packed([[lesson] for lesson in made], self.depths) if made else None
+        if not made:
+            return None
+        batch = packed([[lesson] for lesson in made], self.depths)
+        batch.rows = stage.prompts
+        return batch
+
+    def beside(self, read: int, taught: int) -> dict[str, float]:
+        """The teacher's passes, and on-policy the student's own answers."""
+        stage = self.stage
+        context = (stage.length if stage.task is None else stage.max_tokens) / 4
+        spent = {"flops_auxiliary": read * forward_flops(self.teacher.config, context)}
+        if stage.task is not None:
+            made = read * forward_flops(self.model.config, context)
+            spent |= {"tokens_generated": taught, "flops_generation": made}
+        return spent
 
     def main_loss(self, hidden: Tensor, batch: Packed) -> Tensor:
         """The divergence summed over tokens to be learnt, SFT's loss mixed in as asked."""

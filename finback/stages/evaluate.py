@@ -1,16 +1,13 @@
 """Tasks x model -> scores with their uncertainty, and what the answers were made of."""
 
-import json
-import math
 import re
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from finback.checkpoint import model as models
-from finback.config import UserError, check_fields, did_you_mean
+from finback.config import UserError, check_fields, check_not_negative, check_positive, did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
@@ -18,27 +15,53 @@ from finback.model.count import forward_flops
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
-from finback.run import Interrupted, StageRun, read_json, write_json
-from finback.stages.compress import bits_per_byte
+from finback.run import Interrupted, StageRun, read_json, write_json, write_lines
+from finback.stages.compress import bits_per_byte, tokens_compressed
 from finback.stages.rollout import Rollout, record, rollout
+from finback.suites import catalogue, compression
+from finback.suites.statistics import wilson
+from finback.suites.suite import Suite
 from finback.tasks import task as tasks
-from finback.tasks.language import consistency
-from finback.tasks.task import Task
+from finback.tasks.language import consistency, known
+from finback.tasks.task import Problem, Task
+
+
+@dataclass(frozen=True)
+class OfSuite:
+    """Questions of a suite, put and judged as `finback compare` does; a spec is what its --tasks take."""
+
+    spec: str
+
+    def __post_init__(self) -> None:
+        check_fields(self, "suite")
+        catalogue.check(self.spec)
+
+    @property
+    def name(self) -> str:
+        return self.spec
 
 
 @dataclass(frozen=True)
 class Exam:
-    """`problems` distinct held-out problems of a task, answered once each; `think` opens the chain for the model."""
+    """`problems` distinct held-out problems of a task, answered once each; `think` opens the chain for the model.
+
+    `suite` takes the place of a task: at most `problems` of its questions, such as suite="gym:chain_sum".
+    """
 
     name: str
-    task: Task
+    task: Task | OfSuite | None = None
     problems: int = 600
     temperature: float = 1.0
     think: bool = False
     max_tokens: int = 96
     language: str = ""  # ISO 639-1: also report which share of the chains' words is in it (R1 2.3.2)
+    suite: InitVar[str] = ""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, suite: str) -> None:
+        if (self.task is None) == (not suite):
+            raise UserError(f"exam {self.name}", suite, "names not one of task and suite", "Give one of them.")  # fmt: skip
+        if suite:
+            object.__setattr__(self, "task", OfSuite(suite))
         check_fields(self, "exam")
         if not re.fullmatch(r"\w[\w .-]*", self.name) or self.name in (
             "config",
@@ -50,16 +73,10 @@ class Exam:
             raise UserError(
                 "exam.name", self.name, "not a free file name", "Use letters, digits, spaces, . and -."
             )
-        if self.problems < 1:
-            raise UserError(f"exam {self.name}.problems", self.problems, "nothing to ask", "Use at least 1.")
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); stays within 0..1 and is honest near both ends."""
-    z, p = 1.959964, right / n
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
-    return max(0.0, low), min(1.0, high)
+        check_positive(self, f"exam {self.name}", "problems", "max_tokens")
+        check_not_negative(self, f"exam {self.name}", "temperature")
+        if self.language:
+            known(self.language, f"exam {self.name}.language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +106,7 @@ class Evaluate(Stage):
         world = run.ranks
         assert isinstance(world, World), "evaluation gathers answers over a World"
         folder = run.input(self.start)
-        tokenizer, model = Tokenizer(folder), models.load(folder).eval()
+        tokenizer, model = Tokenizer(folder), models.load(folder).eval().to(world.device)
         self._check_sources(run)
         results: dict[str, Any] = {"model": self.start, "evaluations": []}
         for exam in self.exams:
@@ -99,6 +116,8 @@ class Evaluate(Stage):
         if self.data:
             source = run.input(self.data)
             results["bits_per_byte"] = {s: bits_per_byte(model, source, s, world) for s in self.sources}
+            read = sum(tokens_compressed(source, s) for s in self.sources)
+            run.account(flops_evaluation=read * forward_flops(model.config, 64))
         return results
 
     def _check_sources(self, run: StageRun) -> None:
@@ -116,19 +135,19 @@ class Evaluate(Stage):
         kept = run.folder / f"{exam.name}.json"
         if kept.is_file():
             return dict(read_json(kept))
-        problems = tasks.distinct(exam.task, "held_out", exam.problems, run.seed("exam", exam.task.name))
-        mine = range(world.rank, exam.problems, world.size)
+        assert exam.task is not None, "an exam has a task or a suite"
+        task, problems, suite = questions(exam, run.seed("exam", exam.task.name))
+        mine = range(world.rank, len(problems), world.size)
         seeds = [run.seed("exam answer", exam.name, i) for i in mine]
         sampling = Sampling(exam.temperature, exam.max_tokens)
         engine = Engine(model, tokenizer.stops)
-        answered = rollout(
-            engine, tokenizer, exam.task, [problems[i] for i in mine], seeds, sampling, exam.think
-        )
+        answered = rollout(engine, tokenizer, task, [problems[i] for i in mine], seeds, sampling, exam.think)
         accepted = mtp_acceptance(model, answered)
-        gathered = world.gather((list(mine), [record(r) for r in answered], accepted))
+        asked = sum(len(r.prompt) for r in answered)
+        gathered = world.gather((list(mine), [record(r) for r in answered], accepted, asked))
         rows = sorted(
             (i, record)
-            for indices, records, _ in gathered
+            for indices, records, *_ in gathered
             for i, record in zip(indices, records, strict=True)
         )
         records = [record for _, record in rows]
@@ -138,24 +157,48 @@ class Evaluate(Stage):
             "temperature": exam.temperature,
             **scores(records),
         }
-        if exam.language:
-            result["language"] = language_of(records, exam.language)
+        if suite:
+            result["suite"] = {
+                "source": suite.source.name,
+                "digest": suite.source.digest,
+                "chance": suite.chance,
+            }
+        if language := exam.language or (suite.language if suite else ""):
+            result["language"] = language_of(records, language)
         drafts = sum(g[2][1] for g in gathered)
         if drafts:
             result["mtp_acceptance"] = sum(g[2][0] for g in gathered) / drafts
         generated = sum(r["tokens"] for r in records)
-        run.account(
-            tokens_generated=generated, flops=generated * forward_flops(model.config, exam.max_tokens / 4)
-        )
+        each = forward_flops(model.config, exam.max_tokens / 4)
+        read = generated + sum(g[3] for g in gathered)
+        # drafts are looked at by reading everything once more
+        looked = read * (each + (forward_flops(model.config, exam.max_tokens / 4, mtp=True) if drafts else 0))
+        run.account(tokens_generated=generated, flops=generated * each, flops_evaluation=looked)
         world.barrier()  # nobody looks for the file below before everybody has looked
         if run.is_writer:
-            _write_records(run.folder / f"{exam.name}.jsonl", records)
+            write_lines(run.folder / f"{exam.name}.jsonl", records)
             write_json(kept, result)
         low, high = result["interval"]
         run.say(
             f"{self.name:10} {exam.name}: {result['accuracy']:.1%} ({low:.1%} to {high:.1%}), n = {result['n']}"
         )
         return result
+
+
+def questions(exam: Exam, seed: int) -> tuple[Task, list[Problem], Suite | None]:
+    """What judges, and the problems as the user's turn puts them."""
+    if not isinstance(exam.task, OfSuite):
+        assert exam.task is not None, "an exam has a task or a suite"
+        return exam.task, tasks.distinct(exam.task, "held_out", exam.problems, seed), None
+    suite = catalogue.load(exam.task.spec, exam.problems, seed)
+    if suite.metric == compression.METRIC:
+        raise UserError(
+            f"exam {exam.name}.suite", exam.task.spec, "asks nothing",
+            "Name `data` and `sources` of the stage, for bits per byte.",
+        )  # fmt: skip
+    assert not suite.system, "an exam has no system prompt"
+    put = [replace(problem, question=suite.ask(problem)[-1]["content"]) for problem in suite.problems]
+    return suite.task, put, suite
 
 
 def scores(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -166,7 +209,7 @@ def scores(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "n": n,
         "accuracy": right / n,
-        "interval": wilson(right, n),
+        "interval": wilson(right / n, n),
         "mean_tokens": sum(r["tokens"] for r in records) / n,
         "truncated": sum(r["finish"] == "length" for r in records) / n,
         "thinks": len(groups[True]) / n,
@@ -195,7 +238,7 @@ def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, in
     for start in range(0, len(rollouts), 64):
         rows = [r.prompt + r.completion.tokens for r in rollouts[start : start + 64]]
         longest = max(map(len, rows))
-        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows]).to(model.embed.device)
         hidden = model(tokens)
         trunk = model.logits(hidden).argmax(dim=-1)
         behind = tokens.new_zeros(
@@ -209,9 +252,3 @@ def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, in
             agree = draft[row, first:last] == trunk[row, first + 1 : last + 1]
             accepted, drafts = accepted + int(agree.sum()), drafts + max(0, last - first)
     return accepted, drafts
-
-
-def _write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    temporary.replace(path)

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from finback.checkpoint import model as models
 from finback.checkpoint import store
-from finback.config import UserError, check_positive
+from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
 from finback.kernels.probe import gemm_peak
 from finback.model.count import forward_flops, training_flops
-from finback.model.moe import Router, max_violation
+from finback.model.moe import Router
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
@@ -35,13 +35,11 @@ from finback.stages.rollout import Batch, Group, Rollout, batches, record, rollo
 from finback.tasks import task as tasks
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Problem, Task
-from finback.train import policy, schedule
+from finback.train import health, policy, schedule
 from finback.train.loss import token_logprobs
 from finback.train.optim import Adam, Gradients
 from finback.train.policy import Objective
 from finback.train.precision import COMPUTE
-
-LOADS = 4096  # experts times layers up to which every step logs the load of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,7 @@ class GRPO(Stage):
     epochs: int = 1  # passes over a step's answers
     resample: int = 0  # rounds of other questions in place of those whose answers all earned the same (DAPO)
     overlong: int = 0  # the last so many of max_tokens cost up to overlong_penalty, linearly (DAPO)
-    overlong_penalty: float = 1.0
+    overlong_penalty: float = 0.5  # of DAPO's rewards -1 and 1 it is half the distance too
     mask_truncated: bool = False  # learn nothing from answers that were cut off
     reference_steps: int = 0  # refresh the reference model of objective.kl after so many steps; 0: never
     bias_speed: float = 0.0  # of the routers' biases; 0 leaves them as pre-training left them
@@ -81,8 +79,22 @@ class GRPO(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = ("prompts", "group", "max_tokens", "checkpoint_steps", "updates", "epochs")
-        check_positive(self, self.name, *counts)
+        counts = (
+            "steps",
+            "prompts",
+            "group",
+            "max_tokens",
+            "checkpoint_steps",
+            "updates",
+            "epochs",
+            "micro_tokens",
+        )
+        check_positive(self, self.name, *counts, "grad_clip", "max_gap")
+        # lr = 0 only watches: the gap between trainer and engine must then stay flat
+        check_not_negative(
+            self, self.name, "lr", "warmup", "resample", "reference_steps", "bias_speed", "overlong_penalty"
+        )
+        check_share(self, self.name, "final_lr")
         if self.group < 2:
             raise UserError(
                 f"{self.name}.group", self.group, "an answer is judged against its group", "Use 2 or more."
@@ -98,6 +110,12 @@ class GRPO(Stage):
         if not 0 <= self.overlong <= self.max_tokens:
             raise UserError(
                 f"{self.name}.overlong", self.overlong, f"not in 0..max_tokens ({self.max_tokens})", "Lower it."
+            )  # fmt: skip
+        if self.overlong and self.overlong_penalty + self.reward.extra >= self.reward.accuracy > 0:
+            raise UserError(
+                f"{self.name}.overlong_penalty", self.overlong_penalty,
+                f"with what a wrong answer can earn ({self.reward.extra:g}) no less than accuracy ({self.reward.accuracy:g}): "
+                "a right answer could earn less than a wrong one", "Lower it.",
             )  # fmt: skip
 
     def inputs(self) -> tuple[str, ...]:
@@ -126,7 +144,7 @@ class _Reinforcement:
             )  # fmt: skip
         self.folder = run.input(stage.start)
         self.tokenizer = Tokenizer(self.folder)
-        self.model = models.load(self.folder, COMPUTE[stage.compute])
+        self.model = models.load(self.folder, COMPUTE[stage.compute]).to(self.world.device)
         self.named = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
         self.gradients = Gradients([p for _, p in self.named])
         self.adam = Adam(self.named, betas=(0.9, 0.95), weight_decay=0.0)
@@ -136,11 +154,12 @@ class _Reinforcement:
         self.step = 0
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
         self.accounted, self.mark = dict(self.totals), time.perf_counter()
+        self.read = 0  # tokens of questions since the last line of the ledger, once for each answer
 
     def run(self) -> dict[str, Any]:
         stage, run = self.stage, self.stage_run
         self._resume()
-        self.peak = gemm_peak(COMPUTE[stage.compute], torch.device("cpu"))
+        self.peak = gemm_peak(COMPUTE[stage.compute], self.world.device)
         progress = Progress(run, stage.steps, "steps", spent(run.folder)["seconds"])
         while self.step < stage.steps:
             begin = time.perf_counter()
@@ -159,7 +178,6 @@ class _Reinforcement:
         if run.is_writer:
             models.save(run.folder, self.model)
             self.tokenizer.save(run.folder)
-            store.clear(run.folder)
         return {"steps": self.step, **self.totals}
 
     def _train_step(self) -> dict[str, Any]:
@@ -176,7 +194,9 @@ class _Reinforcement:
                 # later the weights are not those any more that the engine spoke with
                 sums, gap, norm = self._update(parts, answers, fresh=epoch == number == 0)
                 seen, worst = seen + sums, max(worst, gap)
-        loads = self._balance()
+        # the trunk's alone: MTP's module stays as it is
+        routers = [m for m in self.model.blocks.modules() if isinstance(m, Router)]
+        counted = health.balance(routers, world, stage.bias_speed)
         if self.reference is not None and stage.reference_steps and self.step % stage.reference_steps == 0:
             self.reference.load_state_dict(self.model.state_dict())
         loss, clipped, entropy, kl, tokens, gap, compared = world.sum_(seen).tolist()
@@ -187,8 +207,8 @@ class _Reinforcement:
             "loss": loss / updates, "clip_share": clipped / tokens, "entropy": entropy / tokens,
             "kl": kl / tokens, "gap_mean": gap / compared, "gap_max": max(world.gather(worst)), "grad_norm": norm, "lr": self._rate(),
             "tokens_with_gradient": float(seen[4]),
-            "max_violation": max((max_violation(load) for load in loads), default=0.0),
-            "expert_load": _rounded(loads), "update_seconds": time.perf_counter() - begin,
+            "max_violation": counted.violation,
+            "expert_load": counted.shares, "update_seconds": time.perf_counter() - begin,
         }  # fmt: skip
 
     # ---- asking ----------------------------------------------------------------------------------------------------
@@ -268,7 +288,8 @@ class _Reinforcement:
         if stage.mask_truncated:
             pairs = [(r, a) for r, a in pairs if r.completion.finish != "length"]
         rollouts, credit = [r for r, _ in pairs], [a for _, a in pairs]
-        parts = batches(rollouts, credit, stage.micro_tokens, all_rows=stage.objective.kl > 0)
+        made = batches(rollouts, credit, stage.micro_tokens, all_rows=stage.objective.kl > 0)
+        parts = [batch.to(self.world.device) for batch in made]
         self.model.eval()  # what is only looked at does not count as load
         with torch.no_grad():
             for batch in parts:
@@ -331,7 +352,7 @@ class _Reinforcement:
         loss.backward()  # type: ignore[no-untyped-call]
         spoken = new.detach() if fresh else old  # the trainer's view of what the engine said
         gap = (spoken - batch.old)[wanted].abs()
-        compared = wanted.sum() if fresh or batch.anchor is not None else torch.zeros(())
+        compared = wanted.sum() if fresh or batch.anchor is not None else wanted.sum() * 0
         sums = [
             loss.detach(),
             clipped.sum(),
@@ -341,18 +362,7 @@ class _Reinforcement:
             gap.sum(),
             compared,
         ]
-        return torch.stack([s.double() for s in sums]), float(gap.max())
-
-    def _balance(self) -> list[Tensor]:
-        """The load of each of the trunk's routers over all ranks, forgotten afterwards; moves the biases if asked."""
-        loads = []
-        for router in (m for m in self.model.blocks.modules() if isinstance(m, Router)):
-            loads.append(self.world.sum_(router.load.clone()))
-            if self.stage.bias_speed:
-                router.load.copy_(loads[-1])
-                router.update_bias(self.stage.bias_speed)
-            router.load.zero_()
-        return loads
+        return torch.stack([s.double() for s in sums]).cpu(), float(gap.max())
 
     # ---- telling ---------------------------------------------------------------------------------------------------
 
@@ -366,13 +376,16 @@ class _Reinforcement:
                 len(rollouts), sum(r.verdict.correct for r in rollouts), sum(r.verdict.well_formed for r in rollouts),
                 sum(r.response.thinks for r in rollouts), sum(len(r.completion.tokens) for r in rollouts),
                 sum(r.completion.finish == "length" for r in rollouts), sum(group.differs for group in kept),
-                trained * self.stage.epochs, *(sum(parts[name] for parts in earned) for name in names),
+                trained * self.stage.epochs, sum(len(r.prompt) for r in rollouts), *(sum(parts[name] for parts in earned) for name in names),
             ],
             dtype=torch.float64,
         )  # fmt: skip
-        n, right, formed, thinks, length, cut, varied, trained_all, *parts = self.world.sum_(mine).tolist()
+        n, right, formed, thinks, length, cut, varied, trained_all, read, *parts = self.world.sum_(
+            mine
+        ).tolist()
         self.totals["tokens_generated"] += int(length)
         self.totals["tokens_trained"] += int(trained_all)
+        self.read += int(read)
         return {
             "reward": sum(parts) / n, **{f"reward_{k}": v / n for k, v in zip(names, parts, strict=True)},
             "accuracy": right / n, "well_formed": formed / n, "thinks": thinks / n, "length": length / n,
@@ -411,15 +424,21 @@ class _Reinforcement:
                 tensors |= {f"reference.{n}": t for n, t in self.reference.state_dict().items()}
             store.save_step(self.stage_run.folder, self.step, tensors, {"totals": done})
         c, context = self.model.config, self.stage.max_tokens / 4
-        flops = generated * forward_flops(c, context) + trained * training_flops(c, context, mtp=False)
+        learnt = trained * training_flops(c, context, mtp=False)
+        forward = forward_flops(c, context)
+        flops = generated * forward + learnt
+        # what the reference, and the policy before its updates, say of the same answers
+        passes = (self.reference is not None) + (self.stage.objective.truncate is not None)
+        read, self.read = self.read, 0
         now = time.perf_counter()
         peak, self.mark = (now - self.mark) * self.peak * self.world.size, now
         self.stage_run.account(
-            tokens_trained=trained, tokens_generated=generated, flops=flops, peak_flops=peak
-        )
+            tokens_trained=trained, tokens_generated=generated, flops=flops, peak_flops=peak, flops_training=learnt,
+            flops_generation=(generated + read) * forward, flops_auxiliary=passes * trained / self.stage.epochs * forward,
+        )  # fmt: skip
 
     def _resume(self) -> None:
-        found = store.load_newest(self.stage_run.folder)
+        found = store.load_newest(self.stage_run.folder, self.stage_run.say)
         if found is not None:
             self.step, tensors, meta = found
             models.restore(self.model, tensors)
@@ -432,10 +451,3 @@ class _Reinforcement:
             self.stage_run.say(f"{self.stage.name:10} resumed at step {self.step}")
         self.accounted = dict(self.totals)
         self.stage_run.rewind(self.step + 1)
-
-
-def _rounded(loads: list[Tensor]) -> list[list[float]]:
-    """Each expert's share of its layer's load; nothing for models with too many of them to log every step."""
-    if sum(map(len, loads)) > LOADS:
-        return []
-    return [[round(x, 4) for x in (load / load.sum().clamp(min=1)).tolist()] for load in loads]

@@ -3,7 +3,6 @@
 What is kept becomes lessons for SFT: kept.jsonl has dialogues in OpenAI's form, chains as `reasoning_content`.
 """
 
-import json
 import math
 import random
 from collections import Counter
@@ -12,17 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from finback.checkpoint import model as models
-from finback.config import UserError, check_positive
+from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Sampling
 from finback.model.count import forward_flops
 from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
-from finback.run import Interrupted, Progress, StageRun, read_json, spent, write_json
+from finback.run import Interrupted, Progress, StageRun, read_json, spent, write_json, write_lines
 from finback.stages.rollout import Rollout, rollout
 from finback.tasks import task as tasks
-from finback.tasks.language import consistency
+from finback.tasks.language import consistency, known
 from finback.tasks.readable import Readable
 from finback.tasks.task import Task
 
@@ -52,11 +51,10 @@ class Reject(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, self.name, "prompts", "samples", "max_tokens", "keep")
-        for name in ("pure", "easy"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"{self.name}.{name}", getattr(self, name), "a share is between 0 and 1", "Correct it."
-                )
+        check_share(self, self.name, "pure", "easy")
+        check_not_negative(self, self.name, "temperature")
+        if self.language:
+            known(self.language, f"{self.name}.language")
 
     def inputs(self) -> tuple[str, ...]:
         return (self.start,)
@@ -68,7 +66,7 @@ class Reject(Stage):
         world = run.ranks
         assert isinstance(world, World), "rejection sampling gathers answers over a World"
         folder = run.input(self.start)
-        tokenizer, model = Tokenizer(folder), models.load(folder).eval()
+        tokenizer, model = Tokenizer(folder), models.load(folder).eval().to(world.device)
         engine = Engine(model, tokenizer.stops)
         problems = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))
         progress = Progress(run, self.prompts, "questions", spent(run.folder)["seconds"])
@@ -78,14 +76,16 @@ class Reject(Stage):
                 mine = range(start + world.rank, min(start + CHUNK, self.prompts), world.size)
                 answers = self._answer(run, engine, tokenizer, [problems[i] for i in mine], mine)
                 made = sum(len(r.completion.tokens) for r in answers)
+                read = sum(len(r.prompt) for r in answers)
                 judged = dict(zip(mine, self._judge(answers), strict=True))
-                gathered = world.gather((judged, made))
+                gathered = world.gather((judged, made, read))
                 if run.is_writer:
-                    whole = {i: found for part, _ in gathered for i, found in part.items()}
+                    whole = {i: found for part, _, _ in gathered for i, found in part.items()}
                     write_json(path, [whole[i] for i in sorted(whole)])
-                total = sum(tokens for _, tokens in gathered)
+                total, asked = (sum(tokens) for tokens in zip(*(g[1:] for g in gathered), strict=True))
+                each = forward_flops(model.config, self.max_tokens / 4)
                 run.account(
-                    tokens_generated=total, flops=total * forward_flops(model.config, self.max_tokens / 4)
+                    tokens_generated=total, flops=total * each, flops_generation=(total + asked) * each
                 )
             world.barrier()  # nobody looks for the next file before everybody has looked for this one
             progress.show(min(start + CHUNK, self.prompts))
@@ -140,7 +140,7 @@ class Reject(Stage):
         return ""
 
     def _collect(self, run: StageRun) -> dict[str, Any]:
-        """Choose by difficulty, write kept.jsonl, drop the parts."""
+        """Choose by difficulty and write kept.jsonl."""
         parts = sorted(run.folder.glob("part-*.json"))
         found = [question for path in parts for question in read_json(path)]
         reasons: Counter[str] = Counter()
@@ -152,13 +152,7 @@ class Reject(Stage):
                 f"{self.name}.start", self.start, f"nothing to keep of {self.prompts * self.samples} answers ({dict(reasons)})",
                 "Use a better model, easier questions, or keep more.",
             )  # fmt: skip
-        path = run.folder / "kept.jsonl"
-        temporary = path.with_name("kept.part")
-        text = "".join(json.dumps(_line(q, t, self.samples), ensure_ascii=False) + "\n" for q, t in kept)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-        for part in parts:
-            part.unlink()
+        write_lines(run.folder / "kept.jsonl", [_line(q, t, self.samples) for q, t in kept])
         solved = Counter(_difficulty(q["right"], self.samples) for q in found)
         run.say(
             f"{self.name:10} kept {len(kept):,} of {self.prompts * self.samples:,} answers; "

@@ -1,19 +1,19 @@
 """Prompts -> samples -> verdicts, what evaluation, probes and RL all do; and samples -> padded training batches."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finback.config import UserError
 from finback.data import chat
 from finback.data.chat import Message, Response
 from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.sequence import Completion, Sampling
-from finback.tasks.task import Problem, Task, Verdict
+from finback.tasks.task import Problem, Task, Verdict, judged
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def rollout(
 ) -> list[Rollout]:  # fmt: skip
     """Answer each problem once; `think` opens the chain for the model. An answer cut off in its chain is wrong."""
     prompts = [chat.prompt([Message("user", p.question)], tokenizer, think) for p in problems]
+    _check_window(engine.model.config.max_position_embeddings, prompts, problems, sampling.max_tokens)
     completions = engine.generate(prompts, sampling, seeds)
     think = think or chat.opens_chain(tokenizer)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
@@ -40,19 +41,24 @@ def rollout(
     # an answer that was cut off, or whose chain never ends, is not even looked at
     whole = [c.finish == "stop" and r.closed for c, r in zip(completions, responses, strict=True)]
     pairs = [(p, r.answer) for p, r, ok in zip(problems, responses, whole, strict=True) if ok]
-    verdicts = iter(_judged(task, pairs))
+    verdicts = iter(judged(task, pairs))
     return [
         Rollout(p, prompt, c, r, next(verdicts) if ok else Verdict(correct=False, well_formed=False))
         for p, prompt, c, r, ok in zip(problems, prompts, completions, responses, whole, strict=True)
     ]
 
 
-def _judged(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
-    """Verdicts in order; checks that wait for another process are made several at a time."""
-    if not getattr(task, "waits", False):
-        return [task.check(problem, answer) for problem, answer in pairs]
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return list(pool.map(lambda pair: task.check(*pair), pairs))
+def _check_window(
+    window: int, prompts: Sequence[list[int]], problems: Sequence[Problem], answer: int
+) -> None:
+    """Before anything is answered: a question too long is the task's fault, not that of an engine's request."""
+    for prompt, problem in zip(prompts, problems, strict=True):
+        if len(prompt) + answer > window:
+            shown = problem.question if len(problem.question) <= 60 else f"{problem.question[:60]}…"
+            raise UserError(
+                "question", shown, f"its {len(prompt)} tokens and max_tokens = {answer} are more than the {window} that the model reads",
+                "Leave out such questions, lower max_tokens, or take a model with a longer window.",
+            )  # fmt: skip
 
 
 def record(r: Rollout) -> dict[str, Any]:
@@ -96,6 +102,10 @@ class Batch:
         None  # (rows, length - 1) the trainer's, before any update; None: take the engine's
     )
     reference: Tensor | None = None  # (rows, length - 1) the reference model's
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same answers where a model computes."""
+        return replace(self, **{name: t.to(device) for name, t in vars(self).items() if t is not None})
 
 
 def batches(

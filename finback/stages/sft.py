@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finback.checkpoint import model as models
 from finback.checkpoint import store
-from finback.config import UserError, check_positive
+from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.data.sources import Chitchat, Document, Files, Hub
 from finback.data.tokenizer import Tokenizer
 from finback.data.tuning import Lesson, Packed, arrange, lessons, packed
@@ -27,8 +27,8 @@ from finback.model.count import training_flops
 from finback.parallel.mesh import World
 from finback.recipe import Stage, Work
 from finback.run import Interrupted, Progress, StageRun, spent
-from finback.stages.prepare import TaskText
-from finback.train import schedule
+from finback.stages.prepare import TaskText, origin
+from finback.train import health, schedule
 from finback.train.loss import cross_entropy
 from finback.train.optim import Adam, Gradients
 from finback.train.precision import COMPUTE
@@ -61,7 +61,9 @@ class SFT(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, self.name, "epochs", "rows", "length", "checkpoint_steps")
+        check_positive(self, self.name, "epochs", "rows", "length", "checkpoint_steps", "lr", "grad_clip")
+        check_share(self, self.name, "warmup", "final_lr")
+        check_not_negative(self, self.name, "weight_decay", "mtp_weight", "balance_alpha", "bias_speed")
         known = [*self.kept, *(source.name for source in self.text)]
         if len(set(known)) < len(known):
             raise UserError(f"{self.name}.text", known, "two sources have one name", "Rename one of them.")
@@ -88,7 +90,7 @@ class Tuning:
         self.world = run.ranks
         folder = run.input(stage.start)
         self.tokenizer = Tokenizer(folder)
-        self.model = models.load(folder, COMPUTE[stage.compute])
+        self.model = models.load(folder, COMPUTE[stage.compute]).to(self.world.device)
         self._check_length()
         named = list(self.model.named_parameters())
         self.gradients = Gradients([p for _, p in named])
@@ -96,6 +98,7 @@ class Tuning:
         self.depths = len(self.model.mtp) if stage.mtp_weight else 0
         self.step, self.tokens = 0, 0
         self.saved_tokens, self.mark = 0, time.perf_counter()
+        self.spoken = 0  # tokens to be learnt since the last line of the ledger
         self.results: dict[str, Any] = {}
         self.set_up()
 
@@ -156,6 +159,8 @@ class Tuning:
             seed = self.stage_run.seed("tasks", source.name)
             given = source.generate(seed) if isinstance(source, TaskText) else source.documents()
             documents = [d for d in given if not d.messages or any(m.role == "assistant" for m in d.messages)]
+            if source.name not in self.stage.kept:
+                self.results.setdefault("sources", {})[source.name] = origin(source, len(documents))
             limit = self.stage.limits.get(source.name)
             if limit is not None:
                 random.Random(self.stage_run.seed("limit", source.name)).shuffle(documents)
@@ -165,13 +170,17 @@ class Tuning:
     def rows(self) -> Packed | None:
         """This rank's rows of the current step (numbered from 1), None when there are fewer rows than ranks."""
         mine = self.order[self.step - 1][self.world.rank :: self.world.size]
-        return packed([[self.taught[i] for i in row] for row in mine], self.depths) if mine else None
+        if not mine:
+            return None
+        batch = packed([[self.taught[i] for i in row] for row in mine], self.depths)
+        batch.rows = len(self.order[self.step - 1])
+        return batch
 
     def run(self) -> dict[str, Any]:
         """Train to the end, from wherever an interrupted call left off."""
         stage, run = self.stage, self.stage_run
         self._resume()
-        self.peak = gemm_peak(COMPUTE[stage.compute], torch.device("cpu"))
+        self.peak = gemm_peak(COMPUTE[stage.compute], self.world.device)
         progress = Progress(run, self.steps, "steps", spent(run.folder)["seconds"])
         self.model.train()
         while self.step < self.steps:
@@ -188,7 +197,6 @@ class Tuning:
         if run.is_writer:
             models.save(run.folder, self.model)
             self.tokenizer.save(run.folder)
-            store.clear(run.folder)
         return {"steps": self.step, "tokens": self.tokens, **self.results}
 
     def _train_step(self) -> dict[str, Any]:
@@ -200,7 +208,10 @@ class Tuning:
             counts += torch.tensor([int((batch.targets >= 0).sum()), int(batch.real.sum())])
         taught, read = world.sum_(counts).tolist()
         self.gradients.zero()
-        sums = self.backward(batch, max(taught, 1.0)) if batch is not None else torch.zeros(2)
+        device = world.device
+        sums = (
+            self.backward(batch.to(device), max(taught, 1.0)).cpu() if batch is not None else torch.zeros(2)
+        )
         norm = self.gradients.finish(world, 1.0, stage.grad_clip)
         if not math.isfinite(norm):
             raise UserError(
@@ -208,9 +219,14 @@ class Tuning:
             )
         factor = schedule.cosine(self.step / self.steps, stage.warmup, stage.final_lr)
         self.adam.step(stage.lr * factor)
-        self._balance()
+        routers = self.model.routers()
+        if stage.bias_speed:
+            health.balance(routers, world, stage.bias_speed)
+        else:  # nobody asks for the loads, so ranks need not add them up
+            health.forget(routers)
         loss, further = world.sum_(sums).tolist()
         self.tokens += int(read)
+        self.spoken += int(taught)
         return {
             "loss": loss,
             "mtp_loss": further,
@@ -223,8 +239,9 @@ class Tuning:
         """Add the gradients of this rank's rows; its parts of the mean losses: main and MTP's."""
         hidden = self.model(batch.tokens[:, : batch.real.size(1)], real=batch.real, documents=batch.documents)
         main = self.main_loss(hidden, batch) / taught
-        further = self.further_loss(hidden, batch) / taught if self.depths else torch.zeros(())
-        balance = self.model.balance_loss() / self.world.size
+        further = self.further_loss(hidden, batch) / taught if self.depths else torch.zeros_like(main)
+        # a mean over rows, of which the last step of an epoch has fewer than ranks want
+        balance = self.model.balance_loss() * (len(batch.tokens) / batch.rows)
         (main + self.stage.mtp_weight * further + self.stage.balance_alpha * balance).backward()  # type: ignore[no-untyped-call]
         return torch.stack([main.detach(), further.detach()]).float()
 
@@ -241,13 +258,6 @@ class Tuning:
         ]
         return torch.stack(losses).mean()
 
-    def _balance(self) -> None:
-        for router in self.model.routers():
-            if self.stage.bias_speed:
-                router.load.copy_(self.world.sum_(router.load))
-                router.update_bias(self.stage.bias_speed)
-            router.load.zero_()
-
     def _checkpoint(self) -> None:
         new = self.tokens - self.saved_tokens
         self.saved_tokens = self.tokens
@@ -258,7 +268,14 @@ class Tuning:
             )
         flops = new * training_flops(self.model.config, self.stage.length / 4, mtp=self.depths > 0)
         peak, self.mark = (time.perf_counter() - self.mark) * self.peak * self.world.size, time.perf_counter()
-        self.stage_run.account(tokens_trained=new, flops=flops, peak_flops=peak)
+        spoken, self.spoken = self.spoken, 0
+        self.stage_run.account(
+            tokens_trained=new, flops=flops, peak_flops=peak, flops_training=flops, **self.beside(new, spoken)
+        )
+
+    def beside(self, read: int, taught: int) -> dict[str, float]:
+        """What else was spent on so many tokens read, of which so many were learnt from, for the ledger."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What else a checkpoint keeps."""
@@ -268,7 +285,7 @@ class Tuning:
         """Take back what `state` gave."""
 
     def _resume(self) -> None:
-        found = store.load_newest(self.stage_run.folder)
+        found = store.load_newest(self.stage_run.folder, self.stage_run.say)
         if found is not None:
             self.step, tensors, meta = found
             self.tokens = self.saved_tokens = int(meta["tokens"])

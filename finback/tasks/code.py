@@ -57,8 +57,13 @@ class Code:
         """A check waits for another process, so several are made at a time."""
         return True
 
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """All problems of the file, in its order."""
+        return tuple(item.problem for item in _load(self.path).values())
+
     def draw(self, rng: random.Random) -> Problem:
-        return rng.choice(tuple(_load(self.path).values())).problem
+        return rng.choice(self.problems)
 
     def check(self, problem: Problem, answer: str) -> Verdict:
         if len(answer) > _LONGEST:
@@ -136,7 +141,7 @@ def _load(path: str) -> dict[str, _Item]:
                 _refuse(f"{path}:{number}: question", item.problem.question, "the question occurs twice")
             items[item.problem.key] = item
     if not items:
-        _refuse("code.path", path, "no problem in it")
+        raise UserError("code.path", path, "no problem in it", "Correct the data file.")
     return items
 
 

@@ -8,6 +8,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 _LONGEST = 100_000  # characters of an answer that are looked at
+_LONGEST_BOX = 2000  # characters of a box that count as an answer
+_BRACES = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{|[{}]")
 _NUMBER = re.compile(
     r"(?:[a-zA-Z]\s*=\s*)?(?P<sign>[+-]?)\s*(?:\\?\$|[€£¥])?\s*"
     r"(?P<digits>[0-9]{1,3}(?:(?:,|\{,\}|\\,)[0-9]{3}){1,30}|[0-9]{1,100})?(?P<rest>\.[0-9]{1,100})?"
@@ -58,21 +60,18 @@ def gold(text: str) -> tuple[str, str]:
 
 def boxed(text: str) -> list[str]:
     r"""The contents of every \boxed{} and \fbox{} whose braces close, the innermost where they are nested."""
-    found = []
-    for match in re.finditer(r"\\f?boxed\s*\{|\\fbox\s*\{", text):
-        content = _braced(text, match.end())
-        if content is not None and "boxed" not in content and "\\fbox" not in content:
-            found.append(content.strip())
+    found, opened = (
+        list[str](),
+        list[int](),
+    )  # opened: where the content of each open brace starts, -1 if no box's
+    for match in _BRACES.finditer(text):
+        if match[0] != "}":
+            opened.append(match.end() if len(match[0]) > 1 else -1)
+        elif opened and (start := opened.pop()) >= 0:
+            content = text[start : match.start()] if match.start() - start < _LONGEST_BOX else "boxed"
+            if "boxed" not in content and "\\fbox" not in content:
+                found.append(content.strip())
     return found
-
-
-def _braced(text: str, start: int) -> str | None:
-    depth = 1
-    for at in range(start, min(len(text), start + 2000)):
-        depth += (text[at] == "{") - (text[at] == "}")
-        if depth == 0:
-            return text[start:at]
-    return None
 
 
 def compact(text: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finback.config import UserError, check_fields, check_positive
-from finback.tasks.post import address, post
+from finback.tasks.post import judge_address, post
 
 HELPFUL = "Prefer the answer that is correct, complete, clear and helpful. Length alone is no merit."
 
@@ -60,7 +60,7 @@ class Judge:
     def __post_init__(self) -> None:
         check_fields(self, "judge")
         check_positive(self, "judge", "seconds", "tries", "concurrent", "tokens", "characters")
-        address(self.url)
+        judge_address(self.url)
 
     def prefer(self, question: str, answers: Sequence[str]) -> list[float]:
         """For each answer the share of its comparisons that it wins, 0..1; 0.5 for an answer without others."""

@@ -111,22 +111,23 @@ def _detector(names: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
     """lingua for these languages alone: each has models to load, which takes a second or two at the first text."""
     from lingua import LanguageDetectorBuilder
 
-    codes = {name: _language(name) for name in names}
+    codes = {name: known(name) for name in names}
     return LanguageDetectorBuilder.from_languages(*codes.values()).build(), codes
 
 
-def _language(name: str) -> Any:
+def known(name: str, field: str = "language") -> Any:
+    """lingua's language of an ISO 639-1 code; UserError for a code that it does not know."""
     from lingua import Language
 
-    known = {language.iso_code_639_1.name.lower(): language for language in Language.all()}
-    if name not in known:
-        raise UserError("language", name, "no such language", did_you_mean(name, known))
-    return known[name]
+    codes = {language.iso_code_639_1.name.lower(): language for language in Language.all()}
+    if name not in codes:
+        raise UserError(field, name, "no such language", did_you_mean(name, codes))
+    return codes[name]
 
 
 @lru_cache(maxsize=128)
 def _scripts(name: str) -> frozenset[str]:
-    _language(name)
+    known(name)
     return frozenset(script for script, names in _SCRIPTS.items() if name in names.split()) or frozenset(
         {"LATIN"}
     )

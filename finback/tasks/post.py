@@ -4,6 +4,8 @@ import http.client
 import json
 import threading
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from finback.config import UserError
@@ -16,22 +18,48 @@ _AGAIN = (408, 409, 425, 429)  # and 500 or more
 class _Refused(Exception):
     """A reply that is no answer; `wait` is what the server asked for."""
 
-    def __init__(self, problem: str, is_final: bool = False, wait: float | None = None) -> None:
+    def __init__(self, problem: str, final: bool = False, wait: float | None = None) -> None:
         super().__init__(problem)
-        self.is_final, self.wait = is_final, wait
+        self.final, self.wait = final, wait
 
 
-def address(url: str) -> urllib.parse.SplitResult:
-    """The parts of a server's url; UserError if it is none."""
+def address(url: str, field: str, example: str, query: bool = False) -> urllib.parse.SplitResult:
+    """The parts of a server's url; UserError if it is none, or has a query where there should be none."""
     try:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.query:
+        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if fine and (query or not parts.query):
             return parts
     except ValueError:  # a port that is no number
         pass
-    raise UserError(
-        "judge.url", url, "not the url of a server", "Write for example http://127.0.0.1:8000/v1."
-    )
+    raise UserError(field, url, "not the url of a server", f"Write for example {example}.")
+
+
+def judge_address(url: str) -> urllib.parse.SplitResult:
+    """The parts of a judge's url."""
+    return address(url, "judge.url", "http://127.0.0.1:8000/v1")
+
+
+@contextmanager
+def asked(
+    parts: urllib.parse.SplitResult, body: dict[str, Any], key: str, seconds: float
+) -> Iterator[http.client.HTTPResponse]:
+    """The response to a request for a chat completion, whose connection ends with the block."""
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    assert parts.hostname
+    connection = kind(parts.hostname, parts.port, timeout=seconds)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    path = parts.path.rstrip("/") + "/chat/completions" + (f"?{parts.query}" if parts.query else "")
+    try:
+        connection.request("POST", path, json.dumps(body), headers)
+        yield connection.getresponse()
+    finally:
+        connection.close()
+
+
+def is_final(status: int) -> bool:
+    """Whether the same request would be refused with this status again."""
+    return status < 500 and status not in _AGAIN
 
 
 def post(url: str, body: dict[str, Any], key: str, seconds: float, tries: int, stop: threading.Event) -> str:
@@ -44,7 +72,7 @@ def post(url: str, body: dict[str, Any], key: str, seconds: float, tries: int, s
             return _once(url, body, key, seconds)
         except _Refused as error:
             problem, wait = str(error), error.wait
-            if error.is_final:
+            if error.final:
                 break
         except (OSError, http.client.HTTPException) as error:
             problem, wait = f"{type(error).__name__}: {error}", None
@@ -57,25 +85,17 @@ def post(url: str, body: dict[str, Any], key: str, seconds: float, tries: int, s
 
 
 def _once(url: str, body: dict[str, Any], key: str, seconds: float) -> str:
-    parts = address(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    assert parts.hostname
-    connection = kind(parts.hostname, parts.port, timeout=seconds)
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    try:
-        connection.request("POST", parts.path.rstrip("/") + "/chat/completions", json.dumps(body), headers)
-        response = connection.getresponse()
+    with asked(judge_address(url), body, key, seconds) as response:
         return _content(response, response.read(_LONGEST_REPLY))
-    finally:
-        connection.close()
 
 
 def _content(response: http.client.HTTPResponse, raw: bytes) -> str:
     if response.status != 200:
-        is_final = response.status < 500 and response.status not in _AGAIN
         said = " ".join(raw[:300].decode("utf-8", "replace").split())
         raise _Refused(
-            f"HTTP {response.status} {said}", is_final, _seconds(response.getheader("Retry-After"))
+            f"HTTP {response.status} {said}",
+            is_final(response.status),
+            _seconds(response.getheader("Retry-After")),
         )
     try:
         content = json.loads(raw)["choices"][0]["message"]["content"]

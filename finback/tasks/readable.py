@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from finback.config import UserError, check_fields
+from finback.config import check_fields, check_share
 from finback.tasks.language import EUROPEAN, words
 from finback.tasks.language import consistency as measured
 
@@ -55,9 +55,7 @@ class Readable:
 
     def __post_init__(self) -> None:
         check_fields(self, "readable")
-        for name in ("consistency", "lines", "ngrams", "code"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"readable.{name}", getattr(self, name), "not in 0..1", "It is a share.")
+        check_share(self, "readable", "consistency", "lines", "ngrams", "code")
 
     def __call__(self, chain: str) -> bool:
         return not self.faults(chain)

@@ -1,6 +1,10 @@
 """The records of a user's data: JSON objects from a file or from the Hugging Face hub, read once. No torch here."""
 
+import csv
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -31,10 +35,13 @@ class Record(NamedTuple):
         )
 
 
-def read(source: str, subset: str, split: str) -> tuple[Record, ...]:
-    """Every record of a .jsonl, .json or .parquet file or of `hub:owner/name`; UserError if there is none."""
+def read(source: str, subset: str, split: str, revision: str = "", files: str = "") -> tuple[Record, ...]:
+    """Every record of a file, of `hub:owner/name` or of a folder that is a copy of one; UserError if there is none.
+
+    `revision` is a commit of the data set; `files` are read instead of what it says of itself (where that is a script).
+    """
     if source.startswith(_HUB):
-        return _from_hub(source, subset, split)
+        return _from_hub(source, subset, split, revision, files)
     path = Path(source)
     if not path.is_file():
         names = [p.name for p in path.parent.glob("*.json*")] if path.parent.is_dir() else []
@@ -48,11 +55,12 @@ def read(source: str, subset: str, split: str) -> tuple[Record, ...]:
 @lru_cache(maxsize=16)
 def _from_file(source: str, changed: int, size: int) -> tuple[Record, ...]:
     path = Path(source)
-    readers = {".jsonl": _lines, ".json": _list, ".parquet": _parquet}
-    if path.suffix not in readers:
-        remedy = "Use .jsonl (one JSON object per line), .json (a list of them) or .parquet."
+    readers = {".jsonl": _lines, ".json": _list, ".parquet": _parquet, ".csv": _table}
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind not in readers or (path.suffix == ".gz" and kind == ".parquet"):
+        remedy = "Use .jsonl (one JSON object per line), .json (a list of them), .csv or .parquet."
         raise UserError("source", source, "not a kind of file that can be read", remedy)
-    records = tuple(readers[path.suffix](path))
+    records = tuple(readers[kind](path))
     if not records:
         raise UserError("source", source, "the file has no records", "Fill it or name another.")
     return records
@@ -74,6 +82,20 @@ def _list(path: Path) -> Iterator[Record]:
         yield _record(value, f"{path}: record {number}")
 
 
+def _table(path: Path) -> Iterator[Record]:
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                problem = f"not one value for each of the {len(reader.fieldnames or ())} columns"
+                raise UserError(f"{path}:{reader.line_num}", row, problem, "Correct the line.")
+            yield Record(f"{path}:{reader.line_num}", row)
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{reader.line_num}", str(path), f"not CSV ({error})", "Correct the line."
+        ) from None
+
+
 def _parquet(path: Path) -> Iterator[Record]:
     try:
         import pyarrow
@@ -89,13 +111,16 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 @lru_cache(maxsize=16)
-def _from_hub(source: str, subset: str, split: str) -> tuple[Record, ...]:
+def _from_hub(source: str, subset: str, split: str, revision: str, files: str) -> tuple[Record, ...]:
     try:
         import datasets
     except ImportError:
         raise UserError("source", source, "the package datasets is not installed", _INSTALL) from None
     try:
-        rows = datasets.load_dataset(source.removeprefix(_HUB), subset or None, split=split)
+        rows = datasets.load_dataset(
+            source.removeprefix(_HUB), subset or None, split=split, revision=revision or None,
+            data_files=files or None,
+        )  # fmt: skip
     except Exception as error:  # the package raises its own, those of the hub, of HTTP and of the file system
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -123,7 +148,11 @@ def _json(text: str, where: str, remedy: str) -> Any:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        problem = f"not a whole gzip file ({error})"
+        raise UserError("source", str(path), problem, "Name another file.") from None
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 text (byte {error.start})"
         raise UserError("source", str(path), problem, "Convert it to UTF-8.") from None

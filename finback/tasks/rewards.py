@@ -3,12 +3,11 @@
 Reward parts are named, so that every step can log what was earned for what. No torch here.
 """
 
-import math
 from dataclasses import dataclass
 
-from finback.config import UserError, check_fields
+from finback.config import UserError, check_fields, check_not_negative
 from finback.tasks.judge import Judge
-from finback.tasks.language import consistency
+from finback.tasks.language import consistency, known
 from finback.tasks.task import Verdict
 
 
@@ -32,21 +31,23 @@ class Reward:
 
     def __post_init__(self) -> None:
         check_fields(self, "reward")
-        for name in ("accuracy", "form", "think", "language", "brevity", "preference"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(
-                    f"reward.{name}", getattr(self, name), "not a weight of 0 or more", "Correct it."
-                )
-        extra = self.form + self.think + self.language + self.preference
-        if self.accuracy > 0 and extra >= self.accuracy:
+        check_not_negative(self, "reward", "accuracy", "form", "think", "language", "brevity", "preference")
+        if self.accuracy > 0 and self.extra >= self.accuracy:
             raise UserError(
-                "reward.accuracy", self.accuracy, f"form, think, language and preference add up to {extra:g}: a wrong answer could earn as much as a right one",
+                "reward.accuracy", self.accuracy, f"form, think, language and preference add up to {self.extra:g}: a wrong answer could earn as much as a right one",
                 "Weigh accuracy higher or the others lower; only their proportions matter.",
             )  # fmt: skip
+        if self.language:
+            known(self.target, "reward.target")
         if (self.preference > 0) != (self.judge is not None):
             raise UserError(
                 "reward.preference", self.preference, "a preference and a judge go together", "Give both or none."
             )  # fmt: skip
+
+    @property
+    def extra(self) -> float:
+        """The most that a wrong answer can earn."""
+        return self.form + self.think + self.language + self.preference
 
     def parts(self, verdict: Verdict, chain: str, thinks: bool, tokens: int, limit: int) -> dict[str, float]:
         """What one answer earns, by name; `chain` is its thinking, `tokens` of at most `limit` its length.

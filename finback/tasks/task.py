@@ -6,6 +6,8 @@ drawn, on which side it lies.
 
 import hashlib
 import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -108,6 +110,14 @@ def draw(task: Task, split: Split, rng: random.Random) -> Problem:
         if is_held_out(problem.key) == (split == "held_out"):
             return problem
     raise UserError("task", task.name, f"no {split} problem in 100,000 draws", "Widen the task's ranges.")
+
+
+def judged(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+    """Verdicts in order; checks that wait for another process are made several at a time."""
+    if not getattr(task, "waits", False):
+        return [task.check(problem, answer) for problem, answer in pairs]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(lambda pair: task.check(*pair), pairs))
 
 
 def distinct(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
