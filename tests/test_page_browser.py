@@ -54,8 +54,14 @@ def opened(chromium: Any) -> Iterator[Opened]:
     """Opens pages; at the end none of them has asked another origin for anything, or complained on the console."""
     contexts, said, asked = [], [], set()
 
-    def hear(page: Any, origin: str) -> None:
-        page.on("console", lambda m: said.append(m.text) if m.type in ("error", "warning") else None)
+    def complain(client: Any, message: Any) -> None:
+        # a page outlives the server of its test for a moment, and may ask it for something then
+        is_late = client.is_closed and "net::ERR_" in message.text
+        if message.type in ("error", "warning") and not is_late:
+            said.append(message.text)
+
+    def hear(page: Any, client: Any, origin: str) -> None:
+        page.on("console", lambda message: complain(client, message))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on(
             "request", lambda r: None if r.url.startswith((origin, "blob:", "data:")) else asked.add(r.url)
@@ -71,7 +77,7 @@ def opened(chromium: Any) -> Iterator[Opened]:
             contexts.append(context)
         origin = str(client.base_url).rstrip("/")
         page = context.new_page()
-        hear(page, origin)
+        hear(page, client, origin)
         if allowed:
             patterns.append(allowed)
         page.goto(origin + path)
@@ -90,7 +96,9 @@ def talking(
     script: str | None = f"{THOUGHT}It is **4**.", pace: float = 0.0, after: str = "", **options: Any
 ) -> Iterator[Any]:
     """A server with the page, whose model says the script."""
-    with served(Scripted(script, pace, window=4096, tokens=32768, after=after), page=True, **options) as client:
+    with served(
+        Scripted(script, pace, window=4096, tokens=32768, after=after), page=True, **options
+    ) as client:
         yield client
 
 
