@@ -31,7 +31,7 @@ from finback.run import StageRun, read_json, read_lines
 from finback.stages.pretrain import Pretrain
 from finback.tasks.math import Chains
 
-RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (2e-3, 4e-3, 8e-3)}
+RATES = {"muon": (1e-3, 2e-3, 4e-3, 8e-3), "adamw": (5e-4, 1e-3, 2e-3, 4e-3)}
 TRIAL_SEED = 100
 
 Plan = tuple[str, float, bool, int]  # optimiser, its rate, with MTP, seed

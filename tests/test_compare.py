@@ -21,6 +21,7 @@ from finback.compare.answers import Answer, Cache, Failure, answer
 from finback.compare.compare import compare
 from finback.compare.contestant import Price, distinct, prices
 from finback.compare.options import spread
+from finback.compare.progress import Progress
 from finback.compare.protocol import Ask, Protocol, asks
 from finback.config import UserError
 from finback.suites.suite import Suite
@@ -517,3 +518,13 @@ def test_a_picture_of_anything(tmp_path: Path) -> None:
     picture.draw(report | {"suites": report["suites"][:1]}, tmp_path / "one.png")
     assert (tmp_path / "many.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 5000
     assert math.isfinite(report["scores"][0]["dollars_per_answer"])
+
+
+def test_time_left_is_told_when_it_is_known() -> None:
+    progress = Progress("toy", 100, 0)
+    for done in range(1, 12):
+        progress.count(failed=False, dollars=None)
+        assert (" left " in progress.text()) == (done >= 10)
+    one = Progress("toy", 1, 0)
+    one.count(failed=False, dollars=0.5)
+    assert "0:00 left  $0.5000" in one.text()

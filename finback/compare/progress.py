@@ -6,6 +6,9 @@ import time
 from finback.run import clock
 
 
+MOST_ANSWERS = 20  # after a tenth of all answers, or so many, the time left is told
+
+
 class Progress:
     """A line on stderr, rewritten on a terminal, else repeated every ten seconds."""
 
@@ -32,5 +35,9 @@ class Progress:
         money = f"${self.dollars:.4f}" if self.priced else "price NOT PROVIDED"
         failed = f"  {self.failed} failed" if self.failed else ""
         kept = f"  {self.kept:,} kept from before" if self.kept else ""
-        left = clock((self.total - self.done) / rate)
-        return f"{self.name}  {self.done:,}/{self.total:,} answers  {rate:,.2f}/s  {left} left  {money}{failed}{kept}"
+        # the first answers wait for the model to load, or come many at once
+        known = self.done >= min(MOST_ANSWERS, self.total / 10)
+        left = f"{clock((self.total - self.done) / rate)} left  " if known else ""
+        return (
+            f"{self.name}  {self.done:,}/{self.total:,} answers  {rate:,.2f}/s  {left}{money}{failed}{kept}"
+        )
