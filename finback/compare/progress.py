@@ -5,7 +5,6 @@ import time
 
 from finback.run import clock
 
-
 MOST_ANSWERS = 20  # after a tenth of all answers, or so many, the time left is told
 
 
