@@ -138,18 +138,21 @@ def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
 
     p = default_precision(median)
     single, any_layout = best("^transformers", f" {SINGLE}$"), best("^transformers")
+    # as fast as its knobs make it, like the peer: compiled or not
+    ranks, one = (best("^finback adamw", layout) for layout in (f" {RANKS}$", f" {SINGLE}$"))
     pairs = [
         ("as it trains / best single process of the peer", f"finback muon {p} {RANKS}", single),
         ("as it trains / best of the peer in any layout", f"finback muon {p} {RANKS}", any_layout),
-        ("same optimiser / best single process of the peer", f"finback adamw {p} {RANKS}", single),
-        ("same optimiser / best of the peer in any layout", f"finback adamw {p} {RANKS}", any_layout),
-        ("same optimiser, one process / best single process of the peer", f"finback adamw {p} {SINGLE}", single),
-        ("same optimiser, fp32 / best fp32 of the peer, one process each", f"finback adamw fp32 {SINGLE}",
+        ("as it trains, compiled / best of the peer in any layout", f"finback muon {p} compile {RANKS}", any_layout),
+        ("same optimiser / best single process of the peer", ranks, single),
+        ("same optimiser / best of the peer in any layout", ranks, any_layout),
+        ("same optimiser, one process / best single process of the peer", one, single),
+        ("same optimiser, fp32 / best fp32 of the peer, one process each", best("^finback adamw fp32", f" {SINGLE}$"),
          best("^transformers fp32", f" {SINGLE}$")),
-        ("same optimiser, fp32 / best fp32 of the peer, one-thread ranks each", f"finback adamw fp32 {RANKS}",
+        ("same optimiser, fp32 / best fp32 of the peer, one-thread ranks each", best("^finback adamw fp32", f" {RANKS}$"),
          best("^transformers fp32", f" {RANKS}$")),
-        ("same optimiser, ranks / best of the peer as ranks", f"finback adamw {p} {RANKS}",
-         best("^transformers", f" {RANKS}$")),
+        ("same optimiser, ranks / best of the peer as ranks", ranks, best("^transformers", f" {RANKS}$")),
+        ("finback: compiled / not", f"finback adamw {p} compile {RANKS}", f"finback adamw {p} {RANKS}"),
         ("finback: ranks with exchange / threads", f"finback muon {p} {RANKS}", f"finback muon {p} {SINGLE}"),
         ("finback: all cores as ranks / one core", f"finback muon {p} {RANKS}", f"finback muon {p} 1x1"),
         ("finback: bf16 / fp32", f"finback muon bf16 {RANKS}", f"finback muon fp32 {RANKS}"),

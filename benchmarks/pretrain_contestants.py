@@ -60,6 +60,7 @@ def _trainer(settings: Settings, world: World) -> Pretraining:
     stage = Pretrain(
         name="base", data="prepare", model=config_of(settings), mixture={"chitchat": 1.0},
         rows=settings["rows"], length=LENGTH, compute=settings["precision"], optimizer=settings["optimiser"],
+        compile=settings["compile"],
     )  # fmt: skip
     if settings["optimiser"] == "adamw":  # at the peer's rate, for all parameters
         stage = dataclasses.replace(stage, adam_lr=1e-3)
@@ -141,10 +142,13 @@ def _serve(pipe: Connection, parameters: int, step: Callable[[], float], warmup:
 def finback_contestants(common: Settings) -> list[Contestant]:
     """Every layout as it trains; the others in the layouts that use all cores."""
 
-    def entry(optimiser: str, precision: str, layout: tuple[int, int], mtp: bool = False) -> Contestant:
+    def entry(
+        optimiser: str, precision: str, layout: tuple[int, int], mtp: bool = False, compiled: bool = False
+    ) -> Contestant:
         ranks, threads = layout
-        name = f"finback {optimiser}{' + MTP' if mtp else ''} {precision} {ranks}x{threads}"
-        settings = common | {"optimiser": optimiser, "precision": precision, "mtp": mtp}
+        words = [optimiser, *(["+ MTP"] if mtp else []), precision, *(["compile"] if compiled else [])]
+        name = f"finback {' '.join(words)} {ranks}x{threads}"
+        settings = common | {"optimiser": optimiser, "precision": precision, "mtp": mtp, "compile": compiled}
         return Contestant(name, finback_worker, settings, ranks, threads)
 
     found = []
@@ -152,6 +156,12 @@ def finback_contestants(common: Settings) -> list[Contestant]:
         found += [entry("muon", precision, layout) for layout in LAYOUTS]
         found += [entry("adamw", precision, layout) for layout in LAYOUTS if layout != (1, 1) or CORES == 1]
         found.append(entry("muon", precision, (CORES, 1), mtp=True))
+        found += [
+            entry("adamw", precision, layout, compiled=True)
+            for layout in LAYOUTS
+            if layout != (1, 1) or CORES == 1
+        ]
+        found.append(entry("muon", precision, (CORES, 1), compiled=True))
     return found
 
 

@@ -1,5 +1,7 @@
 """Norm, linear map, SwiGLU and initialisation: what every layer is made of."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,10 +68,18 @@ class SwiGLU(nn.Module):
         self.gate_up = Linear(hidden, 2 * width)
         self.down = Linear(width, hidden)
         self.numerics: Numerics | None = None
+        self.compiled: Callable[..., Tensor] | None = None  # `plain`, set by train.compiling
 
     def forward(self, x: Tensor) -> Tensor:
         if self.numerics is not None:
             return fp8_train.swiglu(x, self.gate_up.weight, self.down.weight, self.numerics)
+        if self.compiled is not None and torch.is_grad_enabled():
+            y: Tensor = self.compiled(self, x)
+            return y
+        return self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Products in the dtype of x (..., hidden)."""
         hidden = self.gate_up(x)
         if decode.ready(hidden):
             return self.down(decode.swiglu(hidden))

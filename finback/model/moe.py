@@ -124,6 +124,9 @@ class MoE(nn.Module):
         if c.n_shared_experts:
             self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
         self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
+        self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = (
+            None  # `gate`, set by train.compiling
+        )
         self.experts: Experts = grouped.routed_experts  # replaced where they lie on several ranks
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
@@ -132,18 +135,26 @@ class MoE(nn.Module):
         In training mode it also counts the load and leaves the balance loss in `self.balance`.
         """
         tokens = x.flatten(0, 1)
-        index, weight, affinity = self.router(tokens)
-        if self.training:
+        if not self.training:
+            index, weight, _ = self.router(tokens)
+        else:
+            gate = self.compiled if self.compiled is not None and torch.is_grad_enabled() else MoE.gate
+            index, weight, balance = gate(self, x, real)
             self.router.count(index, None if real is None else real.flatten())
-            shape = x.shape[:2]
-            balance = balance_loss(
-                affinity.unflatten(0, shape), index.unflatten(0, shape), self.config.num_experts_per_tok, real
-            )
             if self.router.counting:
                 self.balance = balance
         y = self._routed(tokens, index, weight).view_as(x)
         # the sum, not a view of it: what is returned may get hooks
         return y + self.shared(tokens).view_as(x) if self.config.n_shared_experts else y
+
+    def gate(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, t, d) -> chosen experts (b·t, k), their weights (b·t, k), the balance loss."""
+        index, weight, affinity = self.router(x.flatten(0, 1))
+        shape = x.shape[:2]
+        balance = balance_loss(
+            affinity.unflatten(0, shape), index.unflatten(0, shape), self.config.num_experts_per_tok, real
+        )
+        return index, weight, balance
 
     def _routed(self, tokens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         if self.numerics is not None:

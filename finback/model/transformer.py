@@ -3,6 +3,8 @@
 One definition serves training, rollouts and serving: the cache is an argument.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ class Block(nn.Module):
         moe = config.is_moe(layer)
         self.feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
         self.recompute: Policy = "none"
+        self.compiled: Callable[..., tuple[Tensor, Tensor]] | None = None  # `attend`, set by train.compiling
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, real: Tensor | None = None,
@@ -43,11 +46,20 @@ class Block(nn.Module):
     def _forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, real: Tensor | None, visible: Tensor | None
     ) -> Tensor:  # fmt: skip
-        attended = self._attend(self.attention_norm(x), cos, sin, cache, visible)
-        x, h = self.feed_forward_norm.after(x, attended)
+        if self.compiled is not None and cache is None and torch.is_grad_enabled():
+            x, h = self.compiled(self, x, cos, sin, None, visible)
+        else:
+            x, h = self.attend(x, cos, sin, cache, visible)
         return x + (
             self.feed_forward(h, real) if isinstance(self.feed_forward, MoE) else self.feed_forward(h)
         )
+
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, visible: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x + attention(norm x), and its norm, which the feed-forward reads."""
+        attended = self._attend(self.attention_norm(x), cos, sin, cache, visible)
+        return self.feed_forward_norm.after(x, attended)
 
     def _attend(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, visible: Tensor | None

@@ -78,6 +78,7 @@ class Pretrain(Stage):
     recompute: Policy = "none"  # activations made again in the backward pass
     # auto: bf16 where a timed step says it pays; fp8: DeepSeek's, on Hopper, and emulated elsewhere to see what it does
     compute: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    compile: bool = False  # fuse what lies between products: quicker steps, after up to a minute at the first
     valid_tokens: int = 0  # compress validation text after so many tokens each; 0: at the end only
     keep_best: bool = False  # of these times keep the best model in <stage>/best
     router_steps: int = 10  # a line of router.jsonl after so many steps
@@ -101,6 +102,8 @@ class Pretrain(Stage):
                 f"{self.name}.keep_best", True, "nothing says which is best", "Set valid_tokens as well."
             )
 
+        if self.compile:
+            _check_compile(self)
         if self.layout is not None:
             _check_layout(self)
 
@@ -154,6 +157,18 @@ WHOLE = {
     "probe": None, "average": 0.0, "rows_start": 0, "packing": "stream", "document_mask": False, "valid_tokens": 0,
     "optimizer": "muon",
 }  # fmt: skip
+
+
+def _check_compile(stage: "Pretrain") -> None:
+    """UserError for the first knob that does not go with compiled blocks."""
+    for name, wrong in (("compute", "fp8"), ("recompute", "attention")):
+        if getattr(stage, name) == wrong:
+            raise UserError(
+                f"{stage.name}.{name}", wrong, "cannot be compiled", "Change it, or leave out compile."
+            )
+    if stage.layout is not None:
+        problem = "is for ranks that hold the whole model"
+        raise UserError(f"{stage.name}.compile", True, problem, "Leave it out, or the layout.")
 
 
 def _check_layout(stage: "Pretrain") -> None:

@@ -65,6 +65,8 @@ class Pretraining:
         """The model and what trains it."""
         stage = self.stage
         self.model = self._build().to(self.world.device).recompute(stage.recompute).train()
+        if stage.compile:
+            self._compile()
         self.config = self.model.config
         self.routers = self.model.routers()
         named = list(self.model.named_parameters())
@@ -74,6 +76,20 @@ class Pretraining:
             [(n, p) for n, p in named if not is_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0
         )
         self.average = Average(self.model, stage.average) if stage.average else None
+
+    def _compile(self) -> None:
+        from finback.train import compiling  # seconds of imports that only it needs
+
+        problem = compiling.why_not()
+        if problem:
+            raise UserError(
+                f"{self.stage.name}.compile", True, f"does not work here: {problem}",
+                "Install g++ and Python's headers (Debian: apt-get install g++ python3-dev), or leave it out.",
+            )  # fmt: skip
+        compiling.compile_blocks(self.model)
+        self.stage_run.say(
+            f"{self.stage.name:10} blocks are compiled in the first step, which may take a minute"
+        )
 
     def _check_rows(self) -> None:
         for name in ("rows", "rows_start"):

@@ -1,0 +1,159 @@
+"""Compiled blocks: the same numbers as without, one compilation for all of them, and nothing compiled but training."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finback.config import UserError
+from finback.data.rows import Rows
+from finback.model.recompute import Policy
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import Layout
+from finback.run import Interrupted
+from finback.train import compiling
+from finback.train.step import Losses, backward, backward_rows
+from tests.test_pretrain import begin, prepared, pretrain, trained
+from tests.toy import CONFIG, toy_model
+
+__all__ = ["prepared"]  # a fixture
+
+pytestmark = [
+    pytest.mark.skipif(bool(compiling.why_not()), reason="torch.compile does not work here"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor:UserWarning"
+    ),  # torch's own, while it traces
+]
+
+TOKENS = torch.randint(CONFIG.vocab_size, (4, 16 + 2), generator=torch.Generator().manual_seed(1))
+
+
+def two(compute: torch.dtype = torch.float32) -> tuple[Transformer, Transformer]:
+    """A model that is compiled, and the same one that is not."""
+    plain = Transformer(CONFIG, compute).initialise(3).train()
+    return compiling.compile_blocks(copy.deepcopy(plain)), plain
+
+
+def gradients(model: Transformer) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def rows() -> Rows:
+    """Rows of two documents, the last of which has padding behind it."""
+    documents = torch.zeros_like(TOKENS)
+    documents[:, 7:] = 1
+    real = torch.ones_like(TOKENS, dtype=torch.bool)
+    real[-1, 12:] = False
+    return Rows(TOKENS, documents, real, 16)
+
+
+def test_the_same_loss_gradient_and_load(policy: Policy = "none") -> None:
+    compiled, plain = two()
+    for model in (compiled, plain):
+        model.recompute(policy)
+    losses = [backward(model, TOKENS, 0.3, 1e-2) for model in (compiled, plain)]
+    assert_near(*losses)
+    a, b = (gradients(model) for model in (compiled, plain))
+    assert ((a - b).norm() / b.norm()).item() < 1e-5
+    for ours, theirs in zip(compiled.routers(), plain.routers(), strict=True):
+        assert torch.equal(ours.load, theirs.load) and ours.load.sum() > 0
+
+
+def test_the_same_where_blocks_are_recomputed() -> None:
+    test_the_same_loss_gradient_and_load("block")
+
+
+def test_the_same_with_documents_and_padding() -> None:
+    compiled, plain = two()
+    losses = [backward_rows(model, rows(), 0.3, 1e-2, (1.0, 1.0)) for model in (compiled, plain)]
+    assert_near(*losses)
+    a, b = (gradients(model) for model in (compiled, plain))
+    assert ((a - b).norm() / b.norm()).item() < 1e-5
+
+
+def assert_near(ours: Losses, theirs: Losses) -> None:
+    for name in ("main", "mtp", "balance"):
+        assert getattr(ours, name).item() == pytest.approx(getattr(theirs, name).item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_bf16_rounds_no_worse() -> None:
+    truth = Transformer(CONFIG).initialise(3).train()
+    compiled, plain = two(torch.bfloat16)
+    for model in (truth, compiled, plain):
+        backward(model, TOKENS, 0.3, 1e-2)
+    exact = gradients(truth)
+    off = [((gradients(model) - exact).norm() / exact.norm()).item() for model in (compiled, plain)]
+    assert off[0] < 1.25 * off[1] < 0.25
+
+
+@pytest.mark.slow
+def test_one_compilation_for_all_blocks_steps_and_models() -> None:
+    compiled, _ = two()
+    backward(compiled, TOKENS, 0.3, 1e-2)
+    known = compiling.count()
+    for _ in range(3):
+        backward(compiled, TOKENS, 0.3, 1e-2)
+    backward(two()[0], TOKENS, 0.3, 1e-2)
+    assert compiling.count() == known
+    for count in (3, 2, 1):  # rows that come up by a ramp: once more for any other size, not for each
+        backward(compiled, TOKENS[:count], 0.3, 1e-2)
+    assert compiling.count() - known <= 10
+    known = compiling.count()
+    backward(compiled, TOKENS.repeat(2, 1)[:7], 0.3, 1e-2)
+    assert compiling.count() == known
+
+
+def test_only_training_is_compiled() -> None:
+    compiled, plain = two()
+    known = compiling.count()
+    with torch.no_grad():
+        for length in (5, 9, 13):
+            assert torch.equal(compiled(TOKENS[:, :length]), plain(TOKENS[:, :length]))
+    assert compiling.count() == known
+
+
+def test_a_compiled_run_goes_on_with_the_same_bits(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, whole, folder = trained(prepared, "compiled", compile=True)
+    loop = begin(prepared, pretrain(name="compiled_twice", compile=True))
+    monkeypatch.setattr(loop.stage_run, "check_stop", lambda: loop.step == 8)
+    with pytest.raises(Interrupted):
+        loop.run()
+    again, _, other = trained(prepared, "compiled_twice", compile=True)
+    assert (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert again["tokens"] == 1280
+    _, plain, _ = trained(prepared, "not_compiled")
+    assert [r["loss"] for r in whole] == pytest.approx([r["loss"] for r in plain], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"compute": "fp8"}, "base.compute"),
+        ({"recompute": "attention"}, "base.recompute"),
+        ({"layout": Layout(dp=2)}, "base.compile"),
+    ],
+)
+def test_what_cannot_be_compiled_is_named(knobs: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        pretrain(compile=True, **knobs)
+
+
+def test_without_a_compiler_it_says_so(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "why_not", lambda: "no g++ here")
+    with pytest.raises(UserError, match=r"base\.compile .*no g\+\+ here.*\n?.*Install g\+\+"):
+        begin(prepared, pretrain(compile=True))
+    assert toy_model().blocks[0].compiled is None
+
+
+def test_why_not_names_what_is_missing() -> None:
+    """In a process of its own, since torch remembers a compiler that it has found."""
+    code = "from finback.train.compiling import why_not; print(why_not())"
+    lacking = os.environ | {"CXX": "/nowhere/g++", "PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": "/nowhere"}
+    found = subprocess.run([sys.executable, "-c", code], env=lacking, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.strip()
