@@ -81,8 +81,11 @@ class Contestant:
         if self.spins:
             self._signal(signal.SIGCONT)
         begin = time.perf_counter()
-        for pipe in self.pipes:
-            pipe.send(command)
+        try:
+            for pipe in self.pipes:
+                pipe.send(command)
+        except OSError:
+            raise FailedError("the process died") from None
         replies = self._replies(patience)
         seconds = time.perf_counter() - begin
         self._rest()

@@ -156,12 +156,9 @@ def finback_contestants(common: Settings) -> list[Contestant]:
         found += [entry("muon", precision, layout) for layout in LAYOUTS]
         found += [entry("adamw", precision, layout) for layout in LAYOUTS if layout != (1, 1) or CORES == 1]
         found.append(entry("muon", precision, (CORES, 1), mtp=True))
-        found += [
-            entry("adamw", precision, layout, compiled=True)
-            for layout in LAYOUTS
-            if layout != (1, 1) or CORES == 1
-        ]
-        found.append(entry("muon", precision, (CORES, 1), compiled=True))
+        found.append(entry("adamw", precision, (CORES, 1), compiled=True))
+        if precision == "bf16":
+            found.append(entry("muon", precision, (CORES, 1), compiled=True))
     return found
 
 

@@ -6,6 +6,7 @@ is fitted to the steps of some small models, with no cost below zero, so that re
 
 import dataclasses
 import datetime
+import itertools
 import math
 import os
 import platform
@@ -131,7 +132,8 @@ def _steps(world: World, begin: float, say: Callable[[str], None]) -> list[dict[
 def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.inf) -> dict[str, float]:
     """Seconds of forward and backward, and of the update, of a real step on this rank; no exchange.
 
-    The first round is not counted, it sets up libraries; after `enough` seconds one that is suffices.
+    The first round is not counted: it sets up libraries, and oneDNN compiles a product of bf16 for every shape it meets. All
+    rounds are the same, at rate 0, as a long run's steps are once these shapes are known. After `enough` seconds one suffices.
     """
     alone = _Share(world.rank, world.size)
     model = Transformer(shape.model, COMPUTE[shape.compute]).initialise(0).train()
@@ -140,20 +142,20 @@ def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.
     muon = Muon([(n, p) for n, p in named if is_matrix(n, p)], alone, compute=COMPUTE[shape.compute])
     adam = Adam([(n, p) for n, p in named if not is_matrix(n, p)], (0.9, 0.95), 0.0)
     width = shape.length + 1 + shape.model.num_nextn_predict_layers
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(shape.model.vocab_size, (shape.rows, width), generator=generator)
     passes: list[float] = []
     update: list[float] = []
     started = time.perf_counter()
     for round_ in range(rounds + 1):
-        generator = torch.Generator().manual_seed(round_)
-        tokens = torch.randint(shape.model.vocab_size, (shape.rows, width), generator=generator)
         world.barrier()
         begin = time.perf_counter()
         gradients.zero()
         backward(model, tokens, 0.3, 1e-4)
         middle = time.perf_counter()
         gradients.finish(alone, 1.0, 1.0)
-        muon.step(1e-3)
-        adam.step(1e-3)
+        muon.step(0.0)
+        adam.step(0.0)
         if round_:
             passes.append(middle - begin)
             update.append(time.perf_counter() - middle)
@@ -198,13 +200,16 @@ def fit(work: Sequence[dict[str, float]], seconds: Sequence[float]) -> dict[str,
     names = list(work[0]) if work else []
     matrix = np.array([[row[name] / t for name in names] for row, t in zip(work, seconds, strict=True)])
     active = [i for i, name in enumerate(names) if matrix[:, i].any()]
-    while active:
-        scale = np.linalg.norm(matrix[:, active], axis=0)
-        solution = np.linalg.lstsq(matrix[:, active] / scale, np.ones(len(matrix)), rcond=None)[0] / scale
-        if (solution >= 0).all():
-            return {names[i]: float(value) for i, value in zip(active, solution, strict=True)}
-        active.pop(int(np.argmin(solution * scale)))
-    return {}
+    best, found = math.inf, dict[str, float]()
+    # the best solution without negative costs is the plain one of some choice of kinds, and there are few choices
+    for size in range(1, len(active) + 1):
+        for chosen in itertools.combinations(active, size):
+            scale = np.linalg.norm(matrix[:, chosen], axis=0)
+            solution = np.linalg.lstsq(matrix[:, chosen] / scale, np.ones(len(matrix)), rcond=None)[0] / scale
+            error = float(np.square(matrix[:, chosen] @ solution - 1).sum())
+            if error < best and (solution >= 0).all():
+                best, found = error, {names[i]: float(c) for i, c in zip(chosen, solution, strict=True)}
+    return found
 
 
 def _worst(work: Sequence[dict[str, float]], seconds: Sequence[float], costs: dict[str, float]) -> float:
@@ -219,8 +224,7 @@ def _training_rates(world: World, steps: Sequence[dict[str, Any]]) -> dict[str, 
     for name in COMPUTE:
         chosen = [s for s in steps if s["shape"].compute == name]
         flops = [
-            sum(v for k, v in here.passes(s["shape"]).items() if k in ("products", "experts", "scores"))
-            for s in chosen
+            sum(v for k, v in here.passes(s["shape"]).items() if k in ("products", "scores")) for s in chosen
         ]
         taken = [s["passes"] + s["update"] for s in chosen]
         rates[name] = world.size * statistics.median(f / t for f, t in zip(flops, taken, strict=True))

@@ -190,12 +190,13 @@ def passes(shape: Shape) -> dict[str, float]:
     chunks = (1 + c.num_nextn_predict_layers) * (math.ceil(shape.tokens / CHUNK) + 2)
     blocks = moe * min(c.n_routed_experts, shape.tokens * c.num_experts_per_tok)
     return {
-        "products": 3 * shape.tokens * (terms.total - terms.attention_scores - terms.experts),
-        "experts": 3 * shape.tokens * terms.experts,
+        "products": 3 * shape.tokens * (terms.total - terms.attention_scores),
+        "experts": 3 * shape.tokens * terms.experts,  # what they cost above other products
         "scores": 3 * shape.tokens * terms.attention_scores,
         "head": chunks * c.vocab_size * c.hidden_size,  # its gradient is added to chunk by chunk
         "kept": saved_bytes(shape),
         "blocks": blocks,
+        "parameters": parameters(c),  # gradients set to zero and added to, masters cast to bf16
         "layers": len(layers),
     }
 

@@ -12,7 +12,7 @@ from finback.config import UserError
 from finback.plan.hardware import Fact, Machine
 from finback.run import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
 
-FORMAT = "finback-calibration-1"
+FORMAT = "finback-calibration-2"
 _NUMBERS = ("ranks", "memory_bytes", "memory_bytes_per_second", "process_bytes")
 
 
