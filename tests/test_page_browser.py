@@ -423,21 +423,29 @@ def test_files_out_and_in_are_the_same(opened: Opened, tmp_path: Path) -> None:
             expect(page.locator(".foot .notice.bad")).to_contain_text(words)
 
 
+def rename(page: Any, old: str, new: str) -> None:
+    page.click(f"[aria-label='More for {old}']")
+    page.click(".menu >> text=Rename")
+    page.fill("#title", new)
+    page.keyboard.press("Enter")
+
+
+def delete(page: Any, name: str) -> None:
+    page.click(f"[aria-label='More for {name}']")
+    page.click(".menu >> text=Delete")
+    page.click("dialog button.danger")
+
+
 def test_rename_and_delete(opened: Opened) -> None:
     with talking() as client:
         page = opened(client)
         say(page, "old name")
         answered(page)
-        page.click("[aria-label='More for old name']")
-        page.click(".menu >> text=Rename")
-        page.fill("#title", "new name")
-        page.keyboard.press("Enter")
+        rename(page, "old name", "new name")
         expect(page.locator(".sidebar .name")).to_have_text("new name")
         page.reload()
         expect(page.locator(".sidebar .name")).to_have_text("new name")
-        page.click("[aria-label='More for new name']")
-        page.click(".menu >> text=Delete")
-        page.click("dialog button.danger")
+        delete(page, "new name")
         expect(page.locator(".sidebar .name")).to_have_count(0)
         expect(page.locator("h1")).to_have_text("Talk to toy")
 
@@ -455,13 +463,8 @@ def test_what_is_not_yet_on_the_disk_outlives_a_reload(opened: Opened) -> None:
             answered(page)
             expect(page.locator(".sidebar .name")).to_have_count(count + 1)
         page.evaluate(NO_DISK)
-        page.click("[aria-label='More for two']")
-        page.click(".menu >> text=Rename")
-        page.fill("#title", "second")
-        page.keyboard.press("Enter")
-        page.click("[aria-label='More for one']")
-        page.click(".menu >> text=Delete")
-        page.click("dialog button.danger")
+        rename(page, "two", "second")
+        delete(page, "one")
         expect(page.locator(".sidebar .name")).to_have_text(["three", "second"])
         say(page, "and then?")
         answered(page, 2)
@@ -483,10 +486,7 @@ def test_a_long_chat_leaves_its_end_behind(opened: Opened) -> None:
         bring(page, history(6, "word " * 100_000, title="long"))
         expect(page.locator(".bubble")).to_have_count(6)
         page.evaluate(NO_DISK)
-        page.click("[aria-label='More for long']")
-        page.click(".menu >> text=Rename")
-        page.fill("#title", "six megabytes")
-        page.keyboard.press("Enter")
+        rename(page, "long", "six megabytes")
         expect(page.locator(".sidebar .name")).to_have_text("six megabytes")
         page.reload()
         expect(page.locator(".sidebar .name")).to_have_text("six megabytes")

@@ -38,7 +38,7 @@ def compile_blocks(model: Transformer) -> Transformer:
 def why_not() -> str:
     """What stands in the way of compiling on this machine, in one line; "" if nothing does."""
     try:
-        _compile(_sum)(torch.ones(8))
+        compiled(_sum)(torch.ones(8))
     except Exception as error:  # torch's compiler fails in as many ways as there are machines
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return (lines or [type(error).__name__])[0][:200]
@@ -52,10 +52,6 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
 @cache
 def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
     """One compiled form of a part for all modules and models: weights are what it is called with."""
-    return _compile(part)
-
-
-def _compile(part: Callable[..., Any]) -> Callable[..., Any]:
     import torch._inductor.config as inductor
 
     inductor.compile_threads = 1  # in this process: helpers would outlive a rank that is killed

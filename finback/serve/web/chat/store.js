@@ -223,19 +223,18 @@ export class Store extends Signal {
 
   #keep(chat) {
     if (this.chat.id === chat.id) this.chat = chat;
-    return this.#replace(chat);
+    this.#replace(chat);
   }
 
   #replace(chat) {
     if (this.chat.id === chat.id) this.chat = { ...this.chat, ...chat };
     this.chats = [chat, ...this.chats.filter((c) => c.id !== chat.id)].sort((a, b) => b.updated - a.updated);
-    const saved = this.#save(chat);
+    this.#save(chat);
     this.tell();
-    return saved;
   }
 
   #save(chat) {
-    return this.storage.put(chat).catch(() => {
+    this.storage.put(chat).catch(() => {
       this.storageFailed = true;
       this.tell();
     });
