@@ -22,12 +22,13 @@ import torch
 from driver import CORES, say
 from text import prepare
 
-from finback import recipe as recipes
 from finback.model.config import TINY
 from finback.model.count import parameters
 from finback.parallel.launch import die_with_parent
 from finback.parallel.mesh import World
-from finback.run import StageRun, read_json, read_lines
+from finback.runs import recipe as recipes
+from finback.runs.files import read_json, read_lines
+from finback.runs.folder import StageRun
 from finback.stages.pretrain import Pretrain
 from finback.tasks.math import Chains
 
@@ -42,11 +43,19 @@ def stage(plan: Plan, options: argparse.Namespace) -> Pretrain:
     optimizer, rate, mtp, seed = plan
     tokens = options.tokens
     return Pretrain(
-        name=f"{optimizer}-{rate * 1e4:g}e-4-{'mtp' if mtp else 'plain'}-{seed}", data=str(options.runs / "prepare"),
-        model=replace(TINY, num_nextn_predict_layers=int(mtp)), mixture={"chitchat": 1.0}, max_tokens=tokens,
-        decay_tokens=tokens // 4, warmup_tokens=tokens // 25, optimizer=optimizer,  # type: ignore[arg-type]
-        muon_lr=rate, adam_lr=rate if optimizer == "adamw" else 8e-3, compute="bf16", checkpoint_steps=100,
-    )  # fmt: skip
+        name=f"{optimizer}-{rate * 1e4:g}e-4-{'mtp' if mtp else 'plain'}-{seed}",
+        data=str(options.runs / "prepare"),
+        model=replace(TINY, num_nextn_predict_layers=int(mtp)),
+        mixture={"chitchat": 1.0},
+        max_tokens=tokens,
+        decay_tokens=tokens // 4,
+        warmup_tokens=tokens // 25,
+        optimizer=optimizer,  # type: ignore[arg-type]
+        muon_lr=rate,
+        adam_lr=rate if optimizer == "adamw" else 8e-3,
+        compute="bf16",
+        checkpoint_steps=100,
+    )
 
 
 def train(plan: Plan, options: argparse.Namespace, parent: int) -> None:
@@ -55,9 +64,7 @@ def train(plan: Plan, options: argparse.Namespace, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     pretrain = stage(plan, options)
-    recipes.execute(
-        recipes.Recipe("ablate", (pretrain,)), options.runs, plan[3], World(), _nothing, quiet=True
-    )
+    recipes.execute(recipes.Recipe("ablate", (pretrain,)), options.runs, plan[3], World(), _nothing, quiet=True)
 
 
 def _nothing(run: StageRun) -> None:
@@ -88,12 +95,17 @@ def outcome(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
     late = lines[-max(1, len(lines) // 10) :]
     optimizer, rate, mtp, seed = plan
     return {
-        "optimizer": optimizer, "rate": rate, "mtp": mtp, "seed": seed, "tokens": said["tokens"],
+        "optimizer": optimizer,
+        "rate": rate,
+        "mtp": mtp,
+        "seed": seed,
+        "tokens": said["tokens"],
         "bits_per_byte": said["bits_per_byte"]["chitchat"],
         "loss": statistics.fmean(r["loss"] for r in late),
         "max_violation": statistics.fmean(r["max_violation"] for r in late),
-        "idle_experts": max(r["idle_experts"] for r in late), "skipped": said["skipped_steps"],
-    }  # fmt: skip
+        "idle_experts": max(r["idle_experts"] for r in late),
+        "skipped": said["skipped_steps"],
+    }
 
 
 def told(rows: Sequence[dict[str, Any]], optimizer: str, mtp: bool) -> str:
@@ -108,9 +120,7 @@ def told(rows: Sequence[dict[str, Any]], optimizer: str, mtp: bool) -> str:
 
 def main() -> None:
     """Write benchmarks/results/ablate-<cpu>.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/ablate"))
@@ -120,17 +130,14 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     prepare(options.runs, Chains())
     trials = train_all([(o, rate, True, TRIAL_SEED) for o, rates in RATES.items() for rate in rates], options)
-    best = {
-        o: min((r for r in trials if r["optimizer"] == o), key=lambda r: r["bits_per_byte"])["rate"]
-        for o in RATES
-    }
+    best = {o: min((r for r in trials if r["optimizer"] == o), key=lambda r: r["bits_per_byte"])["rate"] for o in RATES}
     say(f"learning rates taken: {best}")
     rows = train_all(
         [(o, best[o], mtp, seed) for o in RATES for mtp in (True, False) for seed in options.seeds], options
     )
-    results = record.header("ablate", {
-        "tokens": options.tokens, "seeds": options.seeds, "parameters": parameters(TINY), "text": "chitchat",
-    })  # fmt: skip
+    results = record.header(
+        "ablate", {"tokens": options.tokens, "seeds": options.seeds, "parameters": parameters(TINY), "text": "chitchat"}
+    )
     results |= {"trials": trials, "rates": best, "runs": rows}
     record.write(results, options.out)
     for optimizer in RATES:

@@ -66,8 +66,12 @@ def measure(folder: Path, kept: str, rounds: int) -> dict[str, Any]:
     target, shard = imports[0]["model_bytes"], max(f.stat().st_size for f in files)
     peak = max(i["peak_rss"] - i["rss_before"] for i in imports)
     return {
-        "target": kept, "target_bytes": target, "largest_shard_bytes": shard, "peak_rss_above_start": peak,
-        "limit_bytes": int(1.3 * target) + shard, "peak_over_target": peak / target,
+        "target": kept,
+        "target_bytes": target,
+        "largest_shard_bytes": shard,
+        "peak_rss_above_start": peak,
+        "limit_bytes": int(1.3 * target) + shard,
+        "peak_over_target": peak / target,
         "memory_holds": peak <= 1.3 * target + shard,
         "import_seconds": record.spread([i["seconds"] for i in imports]),
         "read_seconds": {how: record.spread([r[how] for r in reads]) for how in ("kept", "passed")},
@@ -75,7 +79,7 @@ def measure(folder: Path, kept: str, rounds: int) -> dict[str, Any]:
             how: record.spread([i["seconds"] / r[how] for i, r in zip(imports, reads, strict=True)])
             for how in ("kept", "passed")
         },
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

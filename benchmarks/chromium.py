@@ -62,8 +62,5 @@ def told(spent: dict[str, list[float]], prefix: str) -> dict[str, float]:
     """The figures of frames that are kept."""
     found = {f"{prefix}_ms_median": statistics.median(spent["wall"])}
     for kind, values in spent.items():
-        found |= {
-            f"{prefix}_{kind}_ms_p95": float(np.percentile(values, 95)),
-            f"{prefix}_{kind}_ms_max": max(values),
-        }
+        found |= {f"{prefix}_{kind}_ms_p95": float(np.percentile(values, 95)), f"{prefix}_{kind}_ms_max": max(values)}
     return found

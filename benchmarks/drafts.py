@@ -21,19 +21,17 @@ from finback.data import chat
 from finback.data.chat import Message
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling, Sequence
+from finback.engine.request import SamplingParams, Sequence
 from finback.tasks import task as tasks
 from finback.tasks.math import Chains
 
 
-def answer(
-    engine: Engine, prompts: list[list[int]], rows: int, temperature: float
-) -> tuple[float, list[Sequence]]:
+def answer(engine: Engine, prompts: list[list[int]], rows: int, temperature: float) -> tuple[float, list[Sequence]]:
     """Seconds for all prompts, `rows` at a time, and what came of them."""
     began, done = time.perf_counter(), []
     for start in range(0, len(prompts), rows):
         sequences = [
-            engine.submit(p, Sampling(temperature, 96), start + i)
+            engine.submit(p, SamplingParams(temperature, 96), start + i)
             for i, p in enumerate(prompts[start : start + rows])
         ]
         while engine.busy:
@@ -53,9 +51,7 @@ def main() -> None:
     model, tokenizer = models.load_to_answer(options.model, "fp32"), Tokenizer(options.model)
     problems = tasks.distinct(Chains(6, 8), "held_out", options.prompts, 1)
     prompts = [chat.prompt([Message("user", p.question)], tokenizer) for p in problems]
-    results = header(
-        "drafts", {"model": str(options.model), "rounds": options.rounds, "prompts": options.prompts}
-    )
+    results = header("drafts", {"model": str(options.model), "rounds": options.rounds, "prompts": options.prompts})
     results["rows"] = {}
     for rows in (1, 4, 16):
         for temperature in (0.0, 1.0):
@@ -72,7 +68,7 @@ def race(
     engines = {
         kind: Engine(model, tokenizer.stops, rows, tokens=rows * 512, speculate=kind != "plain")
         for kind in ("plain", "always", "decides")
-    }  # fmt: skip
+    }
     engines["always"].speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]
     seconds: dict[str, list[float]] = {kind: [] for kind in engines}
     said: dict[str, list[Sequence]] = {}
@@ -84,11 +80,13 @@ def race(
     drafted, accepted = sum(s.drafted for s in said["always"]), sum(s.accepted for s in said["always"])
     made = sum(len(s.tokens) for s in said["plain"])
     return {
-        "acceptance": accepted / drafted, "tokens": made, "answers_alike": alike / len(prompts),
+        "acceptance": accepted / drafted,
+        "tokens": made,
+        "answers_alike": alike / len(prompts),
         "tokens_per_second": {kind: made / statistics.median(times) for kind, times in seconds.items()},
         "always_over_plain": spread([a / b for a, b in zip(seconds["plain"], seconds["always"], strict=True)]),
         "decides_over_plain": spread([a / b for a, b in zip(seconds["plain"], seconds["decides"], strict=True)]),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -121,15 +121,20 @@ class Contestant:
     def _variables(self, rank: int, port: int) -> dict[str, str | None]:
         """The environment of finback's own launcher; a single process must not look like one of several."""
         several = {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-        }  # fmt: skip
+        }
         return {
-            "OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": self.wait_policy,
-            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(self.threads),
+            "OMP_WAIT_POLICY": self.wait_policy,
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
             **(several if self.ranks > 1 else dict.fromkeys(several)),
-        }  # fmt: skip
+        }
 
     def _replies(self, patience: float) -> list[Any]:
         """One answer from each rank, in rank order; the first failure of any rank ends the wait."""
@@ -209,7 +214,7 @@ class Field:
 
 def turns(
     contestants: Sequence[Contestant], rounds: int, command: Any, take: Callable[[Contestant, float, list[Any]], None]
-) -> None:  # fmt: skip
+) -> None:
     """`rounds` times the same command to everybody, every other round in reverse order; `take` gets the answers."""
     for number in range(rounds):
         for contestant in contestants if number % 2 == 0 else list(reversed(contestants)):

@@ -24,13 +24,15 @@ from driver import say
 from sizes import SIZES
 from text import prepare
 
-from finback import recipe as recipes
 from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.model.count import parameters
 from finback.parallel.launch import die_with_parent
 from finback.parallel.mesh import World
-from finback.run import Interrupted, StageRun, prepare_folder, read_json, read_lines, spent
+from finback.runs import recipe as recipes
+from finback.runs.files import read_json, read_lines
+from finback.runs.folder import Interrupted, StageRun, prepare_folder
+from finback.runs.ledger import spent
 from finback.stages.pretrain import Pretrain
 from finback.tasks.math import Chains
 
@@ -41,11 +43,19 @@ def stage(precision: str, options: argparse.Namespace) -> Pretrain:
     """What one precision trains; everything but the precision is the same."""
     step = options.rows * options.length
     return Pretrain(
-        name=precision, data=str(options.runs / "prepare"), model=SIZES[options.size], mixture={"chitchat": 1.0},
-        max_tokens=options.steps * step, decay_tokens=options.steps // 5 * step,
-        warmup_tokens=options.steps // 50 * step, rows=options.rows, length=options.length, muon_lr=options.lr,
-        adam_lr=options.lr, compute=precision,
-    )  # fmt: skip
+        name=precision,
+        data=str(options.runs / "prepare"),
+        model=SIZES[options.size],
+        mixture={"chitchat": 1.0},
+        max_tokens=options.steps * step,
+        decay_tokens=options.steps // 5 * step,
+        warmup_tokens=options.steps // 50 * step,
+        rows=options.rows,
+        length=options.length,
+        muon_lr=options.lr,
+        adam_lr=options.lr,
+        compute=precision,
+    )
 
 
 def train(precision: str, options: argparse.Namespace, parent: int) -> None:
@@ -76,8 +86,7 @@ def train_all(options: argparse.Namespace) -> bool:
     """All precisions side by side; whether all reached their end."""
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=train, args=(precision, options, os.getpid()))
-        for precision in options.precisions
+        context.Process(target=train, args=(precision, options, os.getpid())) for precision in options.precisions
     ]
     for process in processes:
         process.start()
@@ -110,9 +119,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     counts = {"parameters": parameters(config), "active_parameters": parameters(config, active=True)}
     results = record.header("fp8", kept | counts | {"model": dataclasses.asdict(config)})
     folders = {p: options.runs / p / p for p in options.precisions}
-    losses = {
-        p: [r["loss"] for r in read_lines(f / "metrics.jsonl") if "loss" in r] for p, f in folders.items()
-    }
+    losses = {p: [r["loss"] for r in read_lines(f / "metrics.jsonl") if "loss" in r] for p, f in folders.items()}
     window = min(options.window, min(map(len, losses.values())))
     if window < 1:
         raise UserError("--runs", str(options.runs), "nothing has been logged yet", "Train first.")
@@ -125,11 +132,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 
 def figures(folder: Path, losses: Sequence[float], window: int) -> dict[str, Any]:
     """One run: steps, its last loss smoothed, seconds, and what a finished stage says of itself."""
-    found = {
-        "steps": len(losses),
-        "loss_at_end": smooth(losses, window)[-1],
-        "seconds": spent(folder)["seconds"],
-    }
+    found = {"steps": len(losses), "loss_at_end": smooth(losses, window)[-1], "seconds": spent(folder)["seconds"]}
     if (folder / "manifest.json").is_file():
         said = read_json(folder / "manifest.json")["results"]
         found |= {k: said[k] for k in ("tokens", "bits_per_byte", "router_last_100_steps")}
@@ -137,9 +140,7 @@ def figures(folder: Path, losses: Sequence[float], window: int) -> dict[str, Any
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("tiny", "10m"), default="10m")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=32, help="rows per step")

@@ -56,9 +56,7 @@ def summarise(
     """Per contestant: settings, raw seconds, medians, the split, share of the GEMM peak of its layout."""
     out = {}
     for c in contestants:
-        kept = {
-            k: v for k, v in c.settings.items() if k not in ("folder", "base", "prompts", "group", "tokens")
-        }
+        kept = {k: v for k, v in c.settings.items() if k not in ("folder", "base", "prompts", "group", "tokens")}
         entry = {"ranks": c.ranks, "threads": c.threads, **kept, **c.record}
         if c.record.get("seconds"):
             for part in ("seconds", "rollout_seconds", "update_seconds"):
@@ -92,12 +90,7 @@ def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
         ("finback / TRL in fp32 without checkpointing", ours, f"trl fp32 {SINGLE}", "seconds"),
         ("finback / best TRL in one process", ours, single, "seconds"),
         ("finback / best TRL in any layout", ours, any_layout, "seconds"),
-        (
-            "best finback / best TRL, both in any precision and layout",
-            best("^finback"),
-            any_layout,
-            "seconds",
-        ),
+        ("best finback / best TRL, both in any precision and layout", best("^finback"), any_layout, "seconds"),
         ("rollout alone: finback / best TRL in any layout", ours, any_layout, "rollout_seconds"),
         ("update alone: finback / best TRL in any layout", ours, any_layout, "update_seconds"),
         ("one process each: finback / best TRL", f"finback fp32 {SINGLE}", single, "seconds"),
@@ -115,9 +108,7 @@ def check(contestants: Sequence[Contestant], tokens: int) -> None:
     raced = [c for c in contestants if c.record.get("seconds")]
     assert len({c.record["parameters"] for c in raced}) <= 1, "different models"
     for c in raced:
-        assert not c.settings["fixed"] or set(c.record["mean_length"]) == {tokens}, (
-            f"{c.name}: lengths differ"
-        )
+        assert not c.settings["fixed"] or set(c.record["mean_length"]) == {tokens}, f"{c.name}: lengths differ"
 
 
 def _options() -> argparse.Namespace:
@@ -145,11 +136,21 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         save_base(base, prepare(folder, CHAINS) / "tokenizer.json")
     config = dataclasses.replace(models.load(base).config, num_nextn_predict_layers=0)
     sizes = {name: getattr(options, name) for name in ("prompts", "group", "tokens")}
-    results = record.header("grpo-trained" if options.base else "grpo", {
-        **sizes, "rounds": options.rounds, "steps_per_turn": options.steps, "model": dataclasses.asdict(config),
-        "weights": "trained, answers end by themselves" if options.base else "random, answers of full length",
-        "task": CHAINS.name, "temperature": 1.0, "beta": 0.0, "updates_per_batch": 1, "only": options.only,
-    })  # fmt: skip
+    results = record.header(
+        "grpo-trained" if options.base else "grpo",
+        {
+            **sizes,
+            "rounds": options.rounds,
+            "steps_per_turn": options.steps,
+            "model": dataclasses.asdict(config),
+            "weights": "trained, answers end by themselves" if options.base else "random, answers of full length",
+            "task": CHAINS.name,
+            "temperature": 1.0,
+            "beta": 0.0,
+            "updates_per_batch": 1,
+            "only": options.only,
+        },
+    )
     common = {"folder": str(folder), "base": str(base.resolve()), "fixed": not options.base, **sizes}
     field = driver.Field(options.only)
     probes = gemm.contestants()
@@ -159,18 +160,14 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         field.enter(finback_contestants(common), at_once=1)
         alone = field.enter(trl_alone(common))
         qualify.trial(alone, turns=1, command=1)
-        qualify.retire(
-            alone, [c for c in alone if c.name in (f"trl fp32 {SINGLE}", f"trl defaults {SINGLE}")]
-        )
+        qualify.retire(alone, [c for c in alone if c.name in (f"trl fp32 {SINGLE}", f"trl defaults {SINGLE}")])
         field.enter(trl_ranked(common, alone), at_once=1)
         race(field.contestants, probes, options.rounds, options.steps)
         check(field.contestants, options.tokens)
         prompt_tokens = statistics.mean(len(ids) for step in range(1, 11) for ids, _ in prompts(common, step))
         results["mean_prompt_tokens"] = prompt_tokens
         results["gemm_peak_flops"] = gemm.results(probes)
-        results["contestants"] = summarise(
-            field.contestants, results["gemm_peak_flops"], config, prompt_tokens
-        )
+        results["contestants"] = summarise(field.contestants, results["gemm_peak_flops"], config, prompt_tokens)
         results["ratios"] = ratios(field.contestants)
     finally:
         for contestant in (*field.contestants, *probes):

@@ -21,7 +21,7 @@ from finback.engine.engine import Engine
 from finback.model.config import TINY
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.run import StageRun
+from finback.runs.folder import StageRun
 from finback.stages.grpo import GRPO, _Reinforcement
 from finback.stages.rollout import Group, Rollout
 from finback.tasks import task as tasks
@@ -80,9 +80,16 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
     """The GRPO stage's own step."""
     world = World.join(settings["rank"], settings["ranks"])
     stage = GRPO(
-        name="zero", start=settings["base"], task=CHAINS, prompts=settings["prompts"],
-        group=settings["group"], lr=LR, max_tokens=settings["tokens"], compute=settings["precision"], max_gap=1.0,
-    )  # fmt: skip
+        name="zero",
+        start=settings["base"],
+        task=CHAINS,
+        prompts=settings["prompts"],
+        group=settings["group"],
+        lr=LR,
+        max_tokens=settings["tokens"],
+        compute=settings["precision"],
+        max_gap=1.0,
+    )
     trainer = _HashRewarded(stage, _stage_run(settings, world))
     if settings["fixed"]:
         trainer.engine = Engine(trainer.model, stops=())
@@ -95,19 +102,20 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
     begin = time.perf_counter()
     step()
     pipe.send(
-        {
-            "parameters": sum(p.numel() for _, p in trainer.named),
-            "warm_step_seconds": time.perf_counter() - begin,
-        }
+        {"parameters": sum(p.numel() for _, p in trainer.named), "warm_step_seconds": time.perf_counter() - begin}
     )
     while True:
         trainer.rollout_seconds = 0.0
         metrics = [step() for _ in range(pipe.recv())][-1]
-        pipe.send({
-            "rollout_seconds": trainer.rollout_seconds, "mean_length": metrics["length"],
-            "groups_with_gradient": metrics["groups_with_gradient"], "grad_norm": metrics["grad_norm"],
-            "trainer_engine_gap": metrics["gap_mean"],
-        })  # fmt: skip
+        pipe.send(
+            {
+                "rollout_seconds": trainer.rollout_seconds,
+                "mean_length": metrics["length"],
+                "groups_with_gradient": metrics["groups_with_gradient"],
+                "grad_norm": metrics["grad_norm"],
+                "trainer_engine_gap": metrics["gap_mean"],
+            }
+        )
 
 
 def trl_worker(pipe: Connection, settings: Settings) -> None:
@@ -157,9 +165,12 @@ def trl_worker(pipe: Connection, settings: Settings) -> None:
     for ids, text in steps[0]:
         assert tokenizer(text)["input_ids"] == ids, f"{text!r} is not read as finback reads it"
     trainer = Timed(
-        model=model, reward_funcs=_trl_reward, args=_trl_arguments(settings), processing_class=tokenizer,
+        model=model,
+        reward_funcs=_trl_reward,
+        args=_trl_arguments(settings),
+        processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_dict({"prompt": [text for step in steps for _, text in step]}),
-    )  # fmt: skip
+    )
     trainer.add_callback(Turns())
     trainer.train()
 
@@ -174,9 +185,12 @@ def _trl_model(settings: Settings) -> tuple[Any, Any]:
 
     base = Path(settings["base"])
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(base / "tokenizer.json"), bos_token=BOS, pad_token=PAD, padding_side="left",
+        tokenizer_file=str(base / "tokenizer.json"),
+        bos_token=BOS,
+        pad_token=PAD,
+        padding_side="left",
         eos_token="<never>" if settings["fixed"] else EOS,
-    )  # fmt: skip
+    )
     ours = models.load(base)
     assert (tokenizer.eos_token_id >= ours.config.vocab_size) == settings["fixed"], "who can end an answer"
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -189,16 +203,34 @@ def _trl_arguments(settings: Settings) -> Any:
     answers = settings["prompts"] * settings["group"] // settings["ranks"]
     parts = settings["parts"]
     return GRPOConfig(
-        output_dir=f"{settings['folder']}/trl", use_cpu=True, report_to="none", save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, max_steps=1_000_000, shuffle_dataset=False,
-        per_device_train_batch_size=answers // parts, gradient_accumulation_steps=parts,
-        num_generations=settings["group"], max_completion_length=settings["tokens"], temperature=1.0, beta=0.0,
-        num_iterations=1, epsilon=0.2, loss_type="dapo", scale_rewards="group", learning_rate=LR, adam_beta2=0.95,
-        lr_scheduler_type="constant", max_grad_norm=1.0, optim="adamw_torch_fused",
-        bf16=settings["precision"] == "bf16", gradient_checkpointing=settings["checkpointing"],
+        output_dir=f"{settings['folder']}/trl",
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        max_steps=1_000_000,
+        shuffle_dataset=False,
+        per_device_train_batch_size=answers // parts,
+        gradient_accumulation_steps=parts,
+        num_generations=settings["group"],
+        max_completion_length=settings["tokens"],
+        temperature=1.0,
+        beta=0.0,
+        num_iterations=1,
+        epsilon=0.2,
+        loss_type="dapo",
+        scale_rewards="group",
+        learning_rate=LR,
+        adam_beta2=0.95,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=settings["precision"] == "bf16",
+        gradient_checkpointing=settings["checkpointing"],
         use_transformers_continuous_batching=settings["generation"] == "continuous batching",
         cache_implementation="static" if settings["generation"] == "static cache" else None,
-    )  # fmt: skip
+    )
 
 
 def finback_contestants(common: Settings) -> list[Contestant]:
@@ -215,10 +247,13 @@ def trl_alone(common: Settings) -> list[Contestant]:
     """TRL in one process. Its defaults spare memory, which is not short here; the others go for speed."""
     plain = {"precision": "fp32", "generation": "default", "parts": 1, "checkpointing": False}
     changes: dict[str, Settings] = {
-        "defaults": {"precision": "bf16", "checkpointing": True}, "fp32": {}, "fp32 in 4 parts": {"parts": 4},
-        "bf16": {"precision": "bf16"}, "fp32 static cache": {"generation": "static cache"},
+        "defaults": {"precision": "bf16", "checkpointing": True},
+        "fp32": {},
+        "fp32 in 4 parts": {"parts": 4},
+        "bf16": {"precision": "bf16"},
+        "fp32 static cache": {"generation": "static cache"},
         "fp32 continuous batching": {"generation": "continuous batching"},
-    }  # fmt: skip
+    }
     return [
         Contestant(f"trl {name} 1x{CORES}", trl_worker, common | plain | change, 1, CORES)
         for name, change in changes.items()

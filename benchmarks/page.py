@@ -40,8 +40,10 @@ PARAGRAPH = (
 BLOCKS = (
     "- first, the case of even $n$\n- then the odd one, where $\\frac{n(n+1)}{2}$ holds\n  - and its corner\n\n",
     "```python\ndef total(n: int) -> int:\n    return sum(3 * i + 1 for i in range(n))  # step {n}\n```\n\n",
-    "| n | sum |\n|---|-----|\n| {n} | 12 |\n| 2 | 15 |\n\n", "## Part {n}\n\n", "$$\\sum_{i=1}^{n} i^2 = \\frac{n(n+1)(2n+1)}{6}$$\n\n",
-)  # fmt: skip
+    "| n | sum |\n|---|-----|\n| {n} | 12 |\n| 2 | 15 |\n\n",
+    "## Part {n}\n\n",
+    "$$\\sum_{i=1}^{n} i^2 = \\frac{n(n+1)(2n+1)}{6}$$\n\n",
+)
 
 
 def text_of(tokens: int) -> str:
@@ -130,9 +132,14 @@ def stream(browser: Browser, tokens: int, rate: int) -> dict[str, Any]:
         page.close()
     assert shown > 2 * tokens, f"only {shown} characters were drawn"
     return {
-        "tokens": tokens, "tokens_per_second": rate, "seconds": took, "frames": len(spent["wall"]),
-        **told(spent, "scripting"), "whole_parse_ms": whole, "whole_parse_over_p95": whole / float(np.percentile(spent["wall"], 95)),
-    }  # fmt: skip
+        "tokens": tokens,
+        "tokens_per_second": rate,
+        "seconds": took,
+        "frames": len(spent["wall"]),
+        **told(spent, "scripting"),
+        "whole_parse_ms": whole,
+        "whole_parse_over_p95": whole / float(np.percentile(spent["wall"], 95)),
+    }
 
 
 def summed(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -157,9 +164,10 @@ def main() -> None:
         browser = driver.chromium.launch(executable_path=given.chromium, args=["--no-sandbox"])
         results["chromium"] = browser.version
         parts = {
-            "stream": lambda: stream(browser, given.tokens, given.rate), "run": lambda: run_page(browser, given.points),
+            "stream": lambda: stream(browser, given.tokens, given.rate),
+            "run": lambda: run_page(browser, given.points),
             "rollouts": lambda: rollouts_page(browser, given.rollouts),
-        }  # fmt: skip
+        }
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in given.parts}
         for i in range(given.rounds):
             for name, found in rounds.items():

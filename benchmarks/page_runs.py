@@ -39,9 +39,7 @@ def make_run(root: Path, points: int) -> None:
         for step in range(points // len(names)):
             values = rng.random(len(names) - 1) * 0.1 + 3 / (1 + step) ** 0.1
             handle.write(
-                json.dumps(
-                    {"step": step, "tokens": 4096 * step} | dict(zip(names[1:], values.tolist(), strict=True))
-                )
+                json.dumps({"step": step, "tokens": 4096 * step} | dict(zip(names[1:], values.tolist(), strict=True)))
                 + "\n"
             )
 
@@ -85,9 +83,14 @@ def run_page(browser: Browser, points: int) -> dict[str, Any]:
             page.mouse.up()
             spent = frames(json.loads(browser.stop_tracing()))
     return {
-        "points": points, "bytes": size, "seconds_to_first_curves": first, "seconds_to_whole_curves": whole, "seconds_when_read_before": second, "server_cpu_seconds": busy,
+        "points": points,
+        "bytes": size,
+        "seconds_to_first_curves": first,
+        "seconds_to_whole_curves": whole,
+        "seconds_when_read_before": second,
+        "server_cpu_seconds": busy,
         **told(spent, "pan_scripting"),
-    }  # fmt: skip
+    }
 
 
 def make_rollouts(root: Path, count: int) -> None:
@@ -100,10 +103,18 @@ def make_rollouts(root: Path, count: int) -> None:
     with (stage / "samples.jsonl").open("w") as handle:
         for i in range(count):
             said = {
-                "step": i // 200 + 1, "question": f"{i // 8 % 5000}+17=?", "gold": "3", "thinking": " ".join(map(str, rng.integers(0, 999, 100))),
-                "answer": "The answer is 3.", "thinks": True, "correct": i % 3 == 0, "tokens": 120, "finish": "stop",
-                "reward": {"accuracy": 1.0, "form": 0.1}, "advantage": 0.5,
-            }  # fmt: skip
+                "step": i // 200 + 1,
+                "question": f"{i // 8 % 5000}+17=?",
+                "gold": "3",
+                "thinking": " ".join(map(str, rng.integers(0, 999, 100))),
+                "answer": "The answer is 3.",
+                "thinks": True,
+                "correct": i % 3 == 0,
+                "tokens": 120,
+                "finish": "stop",
+                "reward": {"accuracy": 1.0, "form": 0.1},
+                "advantage": 0.5,
+            }
             handle.write(json.dumps(said) + "\n")
 
 
@@ -120,5 +131,9 @@ def rollouts_page(browser: Browser, count: int) -> dict[str, Any]:
             last = page.locator(".steps output").inner_text()
     assert last == f"Step {(count - 1) // 200 + 1} of {(count - 1) // 200 + 1}", last
     return {
-        "rollouts": count, "bytes": size, "seconds_to_last_step": first, "seconds_to_all_steps": whole, "server_cpu_seconds": busy,
-    }  # fmt: skip
+        "rollouts": count,
+        "bytes": size,
+        "seconds_to_last_step": first,
+        "seconds_to_all_steps": whole,
+        "server_cpu_seconds": busy,
+    }

@@ -25,17 +25,31 @@ import psutil
 from record import header, write
 
 from finback.model.config import TINY, ModelConfig
-from finback.plan import runs, stored
+from finback.planner import runs, stored
 from finback.stages.pretrain import Pretrain
 
 DENSE = ModelConfig(
-    vocab_size=1024, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=704,
-    attention="gqa", num_key_value_heads=4, head_dim=32, max_position_embeddings=1024, initializer_range=0.02,
-)  # fmt: skip
+    vocab_size=1024,
+    hidden_size=256,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    intermediate_size=704,
+    attention="gqa",
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=1024,
+    initializer_range=0.02,
+)
 WIDE = dataclasses.replace(
-    TINY, hidden_size=384, num_attention_heads=8, intermediate_size=1024, q_lora_rank=256, kv_lora_rank=128,
-    n_routed_experts=16, moe_intermediate_size=192,
-)  # fmt: skip
+    TINY,
+    hidden_size=384,
+    num_attention_heads=8,
+    intermediate_size=1024,
+    q_lora_rank=256,
+    kv_lora_rank=128,
+    n_routed_experts=16,
+    moe_intermediate_size=192,
+)
 DEEP = dataclasses.replace(TINY, num_hidden_layers=10, first_k_dense_replace=2)
 
 # model, rows over all ranks, tokens per row, arithmetic; none of them is among those that calibration times
@@ -50,7 +64,7 @@ CONFIGS: tuple[tuple[str, ModelConfig, int, int, str], ...] = (
     ("dense", DENSE, 32, 128, "fp32"),
     ("dense, bf16", DENSE, 16, 256, "bf16"),
     ("no MTP", dataclasses.replace(WIDE, num_nextn_predict_layers=0, hidden_size=256), 24, 160, "fp32"),
-)  # fmt: skip
+)
 
 RECIPE = """
 import json
@@ -87,9 +101,16 @@ def knobs_of(config: tuple[str, ModelConfig, int, int, str], steps: int, data: P
     _, model, rows, length, compute = config
     tokens = steps * rows * length
     return {
-        "data": str(data), "model": to_json(model), "rows": rows, "length": length, "compute": compute, "max_tokens": tokens,
-        "decay_tokens": rows * length, "warmup_tokens": rows * length, "checkpoint_steps": 10_000,
-    }  # fmt: skip
+        "data": str(data),
+        "model": to_json(model),
+        "rows": rows,
+        "length": length,
+        "compute": compute,
+        "max_tokens": tokens,
+        "decay_tokens": rows * length,
+        "warmup_tokens": rows * length,
+        "checkpoint_steps": 10_000,
+    }
 
 
 def run(config: tuple[str, ModelConfig, int, int, str], steps: int, ranks: int, data: Path) -> dict[str, Any]:
@@ -97,34 +118,22 @@ def run(config: tuple[str, ModelConfig, int, int, str], steps: int, ranks: int, 
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "measured.py"
         recipe.write_text(RECIPE.format(knobs=json.dumps(knobs_of(config, steps, data))), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "finback",
-            "run",
-            str(recipe),
-            "--runs",
-            folder,
-            "--ranks",
-            str(ranks),
-        ]
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        ) as process:
+        command = [sys.executable, "-m", "finback", "run", str(recipe), "--runs", folder, "--ranks", str(ranks)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             peaks = watch(process)
             assert process.stderr is not None, "stderr was asked for"
             said = process.stderr.read()
         if process.returncode:
             raise SystemExit(f"{config[0]}: the run failed\n{said}")
-        lines = (
-            (Path(folder) / "measured" / "base" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        )
+        lines = (Path(folder) / "measured" / "base" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     taken = [config[2] * config[3] / json.loads(line)["tokens_per_second"] for line in lines]
     late = taken[-max(1, len(taken) // 3) :]
     return {
-        "step_seconds": statistics.median(late), "fastest_step": min(late), "mean_of_all": statistics.fmean(taken),
+        "step_seconds": statistics.median(late),
+        "fastest_step": min(late),
+        "mean_of_all": statistics.fmean(taken),
         "rank_peak_bytes": max(peaks),
-    }  # fmt: skip
+    }
 
 
 def watch(process: subprocess.Popen[str]) -> list[int]:
@@ -146,26 +155,38 @@ def watch(process: subprocess.Popen[str]) -> list[int]:
 
 
 def compare(
-    config: tuple[str, ModelConfig, int, int, str],
-    calibration: dict[str, Any],
-    steps: int,
-    ranks: int,
-    data: Path,
+    config: tuple[str, ModelConfig, int, int, str], calibration: dict[str, Any], steps: int, ranks: int, data: Path
 ) -> dict[str, Any]:
     """One configuration, predicted and measured."""
     name, model, rows, length, compute = config
     stage = Pretrain(
-        name="base", data="prepare", model=model, mixture={"chitchat": 1.0}, rows=rows, length=length,
-        compute=compute, max_tokens=steps * rows * length,  # type: ignore[arg-type]
-    )  # fmt: skip
+        name="base",
+        data="prepare",
+        model=model,
+        mixture={"chitchat": 1.0},
+        rows=rows,
+        length=length,
+        compute=compute,
+        max_tokens=steps * rows * length,  # type: ignore[arg-type]
+    )
     said = runs.pretraining(stage, model, calibration, ranks)
     found = run(config, steps, ranks, data)
     row = {
-        "name": name, "rows": rows, "length": length, "compute": compute, "ranks": ranks, "measured": found,
-        "predicted": {"step_seconds": said["step_seconds"], "rank_peak_bytes": said["memory"]["total"], "parts": said["parts"], "memory": said["memory"]},
+        "name": name,
+        "rows": rows,
+        "length": length,
+        "compute": compute,
+        "ranks": ranks,
+        "measured": found,
+        "predicted": {
+            "step_seconds": said["step_seconds"],
+            "rank_peak_bytes": said["memory"]["total"],
+            "parts": said["parts"],
+            "memory": said["memory"],
+        },
         "time_off": said["step_seconds"] / found["step_seconds"] - 1,
         "memory_off": said["memory"]["total"] / found["rank_peak_bytes"] - 1,
-    }  # fmt: skip
+    }
     print(
         f"{name:20} step {found['step_seconds']:.3f} s, predicted {row['time_off']:+.1%}; "
         f"peak {found['rank_peak_bytes'] / 1e6:,.0f} MB, predicted {row['memory_off']:+.1%}",
@@ -175,9 +196,7 @@ def compare(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of configurations, from 0")
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--ranks", type=int, default=len(os.sched_getaffinity(0)))

@@ -66,11 +66,16 @@ def beside_busy(quiet: Sequence[Contestant], tokens: int, rounds: int) -> dict[s
         return {}
     extra = [
         dataclasses.replace(
-            base, name=f"{base.name}, OMP_WAIT_POLICY {policy or 'unset'}", wait_policy=policy,
-            spins=policy == "active", record={}, processes=[], pipes=[],
+            base,
+            name=f"{base.name}, OMP_WAIT_POLICY {policy or 'unset'}",
+            wait_policy=policy,
+            spins=policy == "active",
+            record={},
+            processes=[],
+            pipes=[],
         )
         for policy in (None, "active")
-    ]  # fmt: skip
+    ]
     everybody = [*quiet, *extra]
     try:
         driver.start(extra, at_once=1)
@@ -147,10 +152,16 @@ def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
         ("same optimiser / best single process of the peer", ranks, single),
         ("same optimiser / best of the peer in any layout", ranks, any_layout),
         ("same optimiser, one process / best single process of the peer", one, single),
-        ("same optimiser, fp32 / best fp32 of the peer, one process each", best("^finback adamw fp32", f" {SINGLE}$"),
-         best("^transformers fp32", f" {SINGLE}$")),
-        ("same optimiser, fp32 / best fp32 of the peer, one-thread ranks each", best("^finback adamw fp32", f" {RANKS}$"),
-         best("^transformers fp32", f" {RANKS}$")),
+        (
+            "same optimiser, fp32 / best fp32 of the peer, one process each",
+            best("^finback adamw fp32", f" {SINGLE}$"),
+            best("^transformers fp32", f" {SINGLE}$"),
+        ),
+        (
+            "same optimiser, fp32 / best fp32 of the peer, one-thread ranks each",
+            best("^finback adamw fp32", f" {RANKS}$"),
+            best("^transformers fp32", f" {RANKS}$"),
+        ),
         ("same optimiser, ranks / best of the peer as ranks", ranks, best("^transformers", f" {RANKS}$")),
         ("finback: compiled / not", f"finback adamw {p} compile {RANKS}", f"finback adamw {p} {RANKS}"),
         ("finback: ranks with exchange / threads", f"finback muon {p} {RANKS}", f"finback muon {p} {SINGLE}"),
@@ -158,7 +169,7 @@ def ratios(contestants: Sequence[Contestant]) -> list[Settings]:
         ("finback: bf16 / fp32", f"finback muon bf16 {RANKS}", f"finback muon fp32 {RANKS}"),
         ("finback: Muon / AdamW", f"finback muon {p} {RANKS}", f"finback adamw {p} {RANKS}"),
         ("finback: with MTP / without", f"finback muon + MTP {p} {RANKS}", f"finback muon {p} {RANKS}"),
-    ]  # fmt: skip
+    ]
     return [
         record.versus(label, over, under, raced[over].record["seconds"], raced[under].record["seconds"])
         for label, over, under in pairs
@@ -179,9 +190,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="steps per turn")
     parser.add_argument("--rows", type=int, default=32, help="rows per step over all ranks")
     parser.add_argument("--only", default="", help="take only contestants whose name matches this pattern")
-    parser.add_argument(
-        "--thorough", action="store_true", help="more settings of the peer; some minutes more"
-    )
+    parser.add_argument("--thorough", action="store_true", help="more settings of the peer; some minutes more")
     parser.add_argument("--smoke", action="store_true", help="two layers, four rows, one round: does it run?")
     parser.add_argument("--out", type=Path, help="results file")
     options = parser.parse_args()
@@ -194,10 +203,18 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prepare, let the peer's settings qualify, race, then the section beside a busy process."""
     layers = 2 if options.smoke else SIZES[options.size].num_hidden_layers
     common = {"folder": str(folder), "rows": options.rows, "layers": layers, "size": options.size}
-    results = record.header("pretrain" if options.size == "tiny" else f"pretrain-{options.size}", {
-        "model": dataclasses.asdict(config_of(common)), "rows": options.rows, "length": LENGTH,
-        "steps_per_turn": options.steps, "rounds": options.rounds, "text": "chitchat, tokenised", "only": options.only,
-    })  # fmt: skip
+    results = record.header(
+        "pretrain" if options.size == "tiny" else f"pretrain-{options.size}",
+        {
+            "model": dataclasses.asdict(config_of(common)),
+            "rows": options.rows,
+            "length": LENGTH,
+            "steps_per_turn": options.steps,
+            "rounds": options.rounds,
+            "text": "chitchat, tokenised",
+            "only": options.only,
+        },
+    )
     prepare(folder, Chains(), SIZES[options.size].vocab_size)
     field = driver.Field(options.only)
     probes = gemm.contestants()

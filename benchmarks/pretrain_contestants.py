@@ -23,7 +23,7 @@ from finback.data.loader import Loader
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.run import StageRun
+from finback.runs.folder import StageRun
 from finback.stages.pretrain import Pretrain
 from finback.stages.pretraining import Pretraining
 
@@ -35,9 +35,10 @@ WARMUP = {"tiny": 20, "10m": 12, "100m": 3}
 def config_of(settings: Settings) -> ModelConfig:
     """A size with or without an MTP module; a smoke test takes fewer layers."""
     return dataclasses.replace(
-        SIZES[settings["size"]], num_hidden_layers=settings["layers"],
+        SIZES[settings["size"]],
+        num_hidden_layers=settings["layers"],
         num_nextn_predict_layers=int(settings.get("mtp", False)),
-    )  # fmt: skip
+    )
 
 
 # finback's side
@@ -58,10 +59,16 @@ def _stage_run(settings: Settings, world: World) -> StageRun:
 
 def _trainer(settings: Settings, world: World) -> Pretraining:
     stage = Pretrain(
-        name="base", data="prepare", model=config_of(settings), mixture={"chitchat": 1.0},
-        rows=settings["rows"], length=LENGTH, compute=settings["precision"], optimizer=settings["optimiser"],
+        name="base",
+        data="prepare",
+        model=config_of(settings),
+        mixture={"chitchat": 1.0},
+        rows=settings["rows"],
+        length=LENGTH,
+        compute=settings["precision"],
+        optimizer=settings["optimiser"],
         compile=settings["compile"],
-    )  # fmt: skip
+    )
     if settings["optimiser"] == "adamw":  # at the peer's rate, for all parameters
         stage = dataclasses.replace(stage, adam_lr=1e-3)
     trainer = Pretraining(stage, _stage_run(settings, world))
@@ -84,8 +91,10 @@ def _peer(settings: Settings) -> nn.Module:
     torch.manual_seed(0)
     model: Any = twin(
         Transformer(config_of(settings)).initialise(_stage_run(settings, World()).seed("weights")),
-        attn_implementation=chosen[0], experts_implementation=chosen[1], use_cache=False,
-    ).train()  # fmt: skip
+        attn_implementation=chosen[0],
+        experts_implementation=chosen[1],
+        use_cache=False,
+    ).train()
     taken = model.config._attn_implementation, model.config._experts_implementation
     assert taken == chosen, f"transformers took {taken} instead of {chosen}"
     if settings["precision"] == "bf16 weights":
@@ -102,9 +111,7 @@ def _peer_step(model: nn.Module, settings: Settings) -> Callable[[], float]:
     optimiser = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     forward: nn.Module = torch.compile(model) if settings["compile"] else model  # type: ignore[assignment]
     if ranks > 1:
-        forward = nn.parallel.DistributedDataParallel(
-            forward, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
     autocast = settings["precision"] == "bf16 autocast"
 
     def step() -> float:
@@ -128,10 +135,14 @@ def _serve(pipe: Connection, parameters: int, step: Callable[[], float], warmup:
         begin = time.perf_counter()
         losses.append(step())
         seconds.append(time.perf_counter() - begin)
-    pipe.send({
-        "parameters": parameters, "first_loss": losses[0], "first_step_seconds": seconds[0],
-        "warm_step_seconds": seconds[-1],
-    })  # fmt: skip
+    pipe.send(
+        {
+            "parameters": parameters,
+            "first_loss": losses[0],
+            "first_step_seconds": seconds[0],
+            "warm_step_seconds": seconds[-1],
+        }
+    )
     while True:
         pipe.send([step() for _ in range(pipe.recv())][-1])
 
@@ -168,20 +179,22 @@ def peer(
     """One setting of transformers: all threads, or as many one-thread ranks as there are cores."""
     threads = CORES if ranks == 1 else 1
     words = [precision, attention, experts, *(["compile"] if compiled else []), f"{ranks}x{threads}"]
-    settings = common | {
-        "precision": precision, "attention": attention, "experts": experts, "compile": compiled,
-    }  # fmt: skip
+    settings = common | {"precision": precision, "attention": attention, "experts": experts, "compile": compiled}
     return Contestant(f"transformers {' '.join(words)}", transformers_worker, settings, ranks, threads)
 
 
 def eager_peers(common: Settings, thorough: bool) -> list[Contestant]:
     """Attention by sdpa or eager, experts in each implementation that runs on a CPU, three precisions."""
     choices = [
-        ("fp32", "sdpa", "grouped_mm"), ("fp32", "eager", "grouped_mm"), ("fp32", "sdpa", "eager"),
-        ("fp32", "sdpa", "batched_mm"), ("bf16 autocast", "sdpa", "grouped_mm"),
-        ("bf16 autocast", "eager", "grouped_mm"), ("bf16 weights", "sdpa", "grouped_mm"),
+        ("fp32", "sdpa", "grouped_mm"),
+        ("fp32", "eager", "grouped_mm"),
+        ("fp32", "sdpa", "eager"),
+        ("fp32", "sdpa", "batched_mm"),
+        ("bf16 autocast", "sdpa", "grouped_mm"),
+        ("bf16 autocast", "eager", "grouped_mm"),
+        ("bf16 weights", "sdpa", "grouped_mm"),
         ("bf16 weights", "eager", "grouped_mm"),
-    ]  # fmt: skip
+    ]
     if thorough:
         choices += [("bf16 autocast", "sdpa", "eager"), ("bf16 weights", "sdpa", "eager")]
     return [peer(common, *choice) for choice in choices]

@@ -38,8 +38,11 @@ def machine() -> dict[str, Any]:
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
         "cpu_family_model": f"{fields.get('cpu family', '?')}/{fields.get('model', '?')}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "cores_used": CORES, "system": platform.system(), "python": platform.python_version(), **versions,
-    }  # fmt: skip
+        "cores_used": CORES,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def header(benchmark: str, settings: Settings) -> dict[str, Any]:

@@ -25,19 +25,19 @@ def measure(seed: int, runs: Path) -> dict[str, Any]:
             lines = (folder / "r1" / name / "metrics.jsonl").read_text().splitlines()
             gaps[name] = max(json.loads(line)["gap_max"] for line in lines)
     return {
-        "seed": seed, "probe_reached": stages["base"]["results"]["probe_reached"],
+        "seed": seed,
+        "probe_reached": stages["base"]["results"]["probe_reached"],
         "seconds": {name: stage["cost"]["wall_seconds"] for name, stage in stages.items()},
         "total_seconds": sum(stage["cost"]["wall_seconds"] for stage in stages.values()),
         "money_usd": sum(stage["cost"]["money_usd"] for stage in stages.values()),
-        "models": models, "gap_max": gaps,
+        "models": models,
+        "gap_max": gaps,
         "kept": {name: s["results"] for name, s in stages.items() if s["stage"] == "Reject"},
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/road"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/road.json")
@@ -48,8 +48,10 @@ def main() -> None:
         given.out.write_text(json.dumps({"machine": machine(), "seeds": rows}, indent=1) + "\n")
         for name, taken in rows[-1]["models"].items():
             e = taken["sums"]
-            print(f"seed {seed}  {name:13} sums {e['accuracy']:6.1%}  tokens {e['mean_tokens']:5.1f}  "
-                  f"language {e['language'] or 0:6.1%}  talk {taken['talk']['accuracy']:6.1%}")  # fmt: skip
+            print(
+                f"seed {seed}  {name:13} sums {e['accuracy']:6.1%}  tokens {e['mean_tokens']:5.1f}  "
+                f"language {e['language'] or 0:6.1%}  talk {taken['talk']['accuracy']:6.1%}"
+            )
 
 
 if __name__ == "__main__":

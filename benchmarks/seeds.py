@@ -41,8 +41,11 @@ def measure(seed: int, runs: Path, with_control: bool) -> dict[str, Any]:
         "pretraining_tokens": stages["base"]["results"]["tokens"],
         "precision": stages["base"]["results"]["precision"],
         "seconds": {name: stage["cost"]["wall_seconds"] for name, stage in stages.items()},
-        "before": before, "after": after, "control": controlled,
-        "length_growth": growth, "gap_max": gap,
+        "before": before,
+        "after": after,
+        "control": controlled,
+        "length_growth": growth,
+        "gap_max": gap,
         "bits_per_byte": [stages[name]["results"]["bits_per_byte"]["chitchat"] for name in ("before", "after")],
         "max_violation_last_100": max(r["max_violation"] for r in late),
         "idle_experts_last_100": max(r["idle_experts"] for r in late),
@@ -56,7 +59,7 @@ def measure(seed: int, runs: Path, with_control: bool) -> dict[str, Any]:
             if controlled
             else None,
         },
-    }  # fmt: skip
+    }
 
 
 def control(seed: int, folder: Path) -> dict[str, dict[str, Any]]:
@@ -93,9 +96,7 @@ def main() -> None:
     """Measure the asked-for seeds and write the result file after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument(
-        "--controls", type=int, default=1, help="for how many of the seeds to run the control"
-    )
+    parser.add_argument("--controls", type=int, default=1, help="for how many of the seeds to run the control")
     parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/seeds.json"))
     arguments = parser.parse_args()
@@ -104,9 +105,7 @@ def main() -> None:
         rows.append(measure(seed, arguments.runs, len(rows) < arguments.controls))
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        arguments.out.write_text(
-            json.dumps({"machine": machine, "limits": LIMITS, "seeds": rows}, indent=1) + "\n"
-        )
+        arguments.out.write_text(json.dumps({"machine": machine, "limits": LIMITS, "seeds": rows}, indent=1) + "\n")
         print(table(rows))
 
 

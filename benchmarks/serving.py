@@ -38,9 +38,14 @@ class Process:
             "TOKENIZERS_PARALLELISM": "false",
         }
         self.process = subprocess.Popen(
-            [python, str(HERE / "serving_contestants.py"), kind, model, setting], env=variables, cwd=HERE,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+            [python, str(HERE / "serving_contestants.py"), kind, model, setting],
+            env=variables,
+            cwd=HERE,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         self.answers: dict[int, list[dict[str, float]]] = {rows: [] for rows in ROWS}
 
     def hear(self) -> dict[str, Any]:
@@ -113,18 +118,22 @@ def summary(group: list[Process], new: int, failed: list[str]) -> dict[str, Any]
                 "first_token_seconds": spread([a["first"] for a in process.answers[rows]]),
             }
             for rows in ROWS
-        }  # fmt: skip
+        }
     ours = [p for p in group if p.name.startswith("finback")]
     for mine in ours:
         for theirs in (p for p in group if p not in ours):
             for rows in ROWS:
                 pairs = list(zip(speeds(mine, rows, new), speeds(theirs, rows, new), strict=True))
                 firsts = list(zip(mine.answers[rows], theirs.answers[rows], strict=True))
-                found["ratios"].append({
-                    "over": mine.name, "under": theirs.name, "rows": rows,
-                    "tokens_per_second": statistics.median(a / b for a, b in pairs),
-                    "first_token": statistics.median(b["first"] / a["first"] for a, b in firsts),
-                })  # fmt: skip
+                found["ratios"].append(
+                    {
+                        "over": mine.name,
+                        "under": theirs.name,
+                        "rows": rows,
+                        "tokens_per_second": statistics.median(a / b for a, b in pairs),
+                        "first_token": statistics.median(b["first"] / a["first"] for a, b in firsts),
+                    }
+                )
     return found
 
 
@@ -137,20 +146,16 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    settings = {
-        "rounds": options.rounds,
-        "prompt_tokens": options.prompt,
-        "new_tokens": options.new,
-        "threads": CORES,
-    }
+    settings = {"rounds": options.rounds, "prompt_tokens": options.prompt, "new_tokens": options.new, "threads": CORES}
     results = header("serving", settings)
     with tempfile.TemporaryDirectory() as scratch:
         if options.gguf:
             results["smollm2"] = smollm2(options, Path(scratch))
         group = [
             Process(sys.executable, kind, "moe", setting)
-            for setting in ("bf16", "fp32") for kind in ("finback", "transformers")
-        ]  # fmt: skip
+            for setting in ("bf16", "fp32")
+            for kind in ("finback", "transformers")
+        ]
         asked = [p.name for p in group]
         race(group, options)
         results["v3_style_moe"] = summary(group, options.new, _missing(asked, group))
@@ -176,12 +181,12 @@ def smollm2(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     found = summary(group, options.new, _missing(asked, group))
     # at one row every weight is read once per token, and of the embedding one line; tied, so the head is the table
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    reached = [
-        weights * speed / limit for speed, limit in zip(speeds(group[0], 1, options.new), seen, strict=True)
-    ]
+    reached = [weights * speed / limit for speed, limit in zip(speeds(group[0], 1, options.new), seen, strict=True)]
     found["bandwidth"] = {
-        "bytes_per_second": spread(seen), "bytes_per_token": weights, "share_reached_at_one_row": spread(reached),
-    }  # fmt: skip
+        "bytes_per_second": spread(seen),
+        "bytes_per_token": weights,
+        "share_reached_at_one_row": spread(reached),
+    }
     return found
 
 

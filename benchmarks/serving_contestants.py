@@ -30,7 +30,7 @@ def finback(model: str, setting: str) -> Callable[[int, int, int], Answer]:
 
     from finback.checkpoint import model as models
     from finback.engine.engine import Engine
-    from finback.engine.sequence import Sampling
+    from finback.engine.request import SamplingParams
 
     torch.set_num_threads(THREADS)
     loaded = moe(setting) if model == "moe" else models.load_to_answer(Path(model), setting)  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ def finback(model: str, setting: str) -> Callable[[int, int, int], Answer]:
         engine = Engine(loaded, (), rows=rows, tokens=rows * (prompt + new + 32), chunk=512)
         began = time.perf_counter()
         asked = prompts(rows, prompt, loaded.config.vocab_size)
-        sequences = [engine.submit(p, Sampling(0.0, new), 0) for p in asked]
+        sequences = [engine.submit(p, SamplingParams(0.0, new), 0) for p in asked]
         while engine.busy:
             engine.step()
         return max(s.first for s in sequences) - began, time.perf_counter() - began
@@ -56,11 +56,26 @@ def moe(setting: str) -> Any:
     from finback.model.transformer import Transformer
 
     config = ModelConfig(
-        vocab_size=16384, hidden_size=512, num_hidden_layers=10, num_attention_heads=8, intermediate_size=1376,
-        q_lora_rank=256, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, n_routed_experts=32,
-        n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=192, first_k_dense_replace=1, n_group=4,
-        topk_group=2, max_position_embeddings=2048, initializer_range=0.03,
-    )  # fmt: skip
+        vocab_size=16384,
+        hidden_size=512,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        intermediate_size=1376,
+        q_lora_rank=256,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        n_routed_experts=32,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        moe_intermediate_size=192,
+        first_k_dense_replace=1,
+        n_group=4,
+        topk_group=2,
+        max_position_embeddings=2048,
+        initializer_range=0.03,
+    )
     model = Transformer(config).initialise(0)
     if setting != "bf16":
         return model.eval()
@@ -88,9 +103,13 @@ def transformers(model: str, setting: str) -> Callable[[int, int, int], Answer]:
         began = time.perf_counter()
         with torch.inference_mode():
             out = loaded.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new,
+                min_new_tokens=new,
                 pad_token_id=0,
-            )  # fmt: skip
+            )
         assert out.shape == (len(asked), len(asked[0]) + new)
         return time.perf_counter() - began
 

@@ -61,14 +61,27 @@ def llama(python: str, gguf: Path, port: int) -> Iterator[str]:
 def compare(folder: Path, problems: int, *what: str) -> dict[str, Any]:
     """What `finback compare` finds, and every answer by suite, question and sample."""
     command = [
-        sys.executable, "-m", "finback", "compare", *what, "--tasks", *SUITES, "--problems", str(problems),
-        "--temperature", "0", "--max-tokens", "96", "--dtype", "fp32", "--out", str(folder),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "finback",
+        "compare",
+        *what,
+        "--tasks",
+        *SUITES,
+        "--problems",
+        str(problems),
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "96",
+        "--dtype",
+        "fp32",
+        "--out",
+        str(folder),
+    ]
     cores = str(len(os.sched_getaffinity(0)))
     began = time.perf_counter()
-    subprocess.run(
-        command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": cores}
-    )
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": cores})
     told = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
     said = {}
     for path in sorted((folder / "answers").glob("*.jsonl")):
@@ -103,9 +116,7 @@ def agreement(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--llama", required=True, help="a Python with xllamacpp")
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"))
@@ -115,17 +126,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results file")
     arguments = parser.parse_args()
     results = header("smollm2", {"problems": arguments.problems, "gguf": arguments.gguf.name})
-    runs = [
-        compare(arguments.runs / name, arguments.problems, str(arguments.gguf))
-        for name in ("first", "second")
-    ]
+    runs = [compare(arguments.runs / name, arguments.problems, str(arguments.gguf)) for name in ("first", "second")]
     with llama(arguments.llama, arguments.gguf, arguments.port) as address:
         theirs = compare(arguments.runs / "llama", arguments.problems, "--endpoint", f"{address}/v1#{MODEL}")
-    results |= {
-        "suites": runs[0]["suites"],
-        "again": agreement(*runs),
-        "beside_llama_cpp": agreement(runs[0], theirs),
-    }
+    results |= {"suites": runs[0]["suites"], "again": agreement(*runs), "beside_llama_cpp": agreement(runs[0], theirs)}
     write(results, arguments.out)
     for title in ("again", "beside_llama_cpp"):
         say(title)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from finback import recipe
 from finback.data.sources import Chitchat
 from finback.parallel.mesh import World
-from finback.run import StageRun
+from finback.runs import recipe
+from finback.runs.folder import StageRun
 from finback.stages.prepare import Prepare, TaskText
 from finback.tasks.math import Chains
 

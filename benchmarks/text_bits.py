@@ -24,10 +24,10 @@ from finback.checkpoint import model as models
 from finback.data import pack
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling
+from finback.engine.request import SamplingParams
 from finback.model.count import parameters
 from finback.model.transformer import Transformer
-from finback.run import read_json
+from finback.runs.files import read_json
 
 ROW, READ = 256, 128
 BEGINNINGS = ("Returns a list of", "The function", "When you create", "a person who", "To start the server")
@@ -60,9 +60,7 @@ def neural_bits(model: Transformer, tokens: Ints) -> float:
     return bits
 
 
-def source(
-    name: str, data: Path, seen: int, model: Transformer, tokenizer: Tokenizer, size: int
-) -> dict[str, Any]:
+def source(name: str, data: Path, seen: int, model: Transformer, tokenizer: Tokenizer, size: int) -> dict[str, Any]:
     """What each makes of one source's validation text."""
     valid = pack.read(data / f"{name}.valid.bin")
     train = pack.read(data / f"{name}.train.bin")
@@ -87,7 +85,7 @@ def source(
 def samples(model: Transformer, tokenizer: Tokenizer) -> list[dict[str, str]]:
     """How the model goes on from a few beginnings, at temperature 0.7."""
     prompts, seeds = [tokenizer.encode(text) for text in BEGINNINGS], list(range(len(BEGINNINGS)))
-    said = Engine(model, tokenizer.stops).generate(prompts, Sampling(0.7, 60, top_p=0.95), seeds)
+    said = Engine(model, tokenizer.stops).generate(prompts, SamplingParams(0.7, 60, top_p=0.95), seeds)
     return [
         {"beginning": text, "goes on": tokenizer.decode(completion.tokens)}
         for text, completion in zip(BEGINNINGS, said, strict=True)
@@ -96,9 +94,7 @@ def samples(model: Transformer, tokenizer: Tokenizer) -> list[dict[str, str]]:
 
 def main() -> None:
     """Write benchmarks/results/text_bits-<cpu>.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", type=Path, help="folder of a finished pre-training stage")
     parser.add_argument("--bytes", type=int, default=200_000, help="of each source")
     parser.add_argument("--out", type=Path, help="results file")
@@ -106,10 +102,15 @@ def main() -> None:
     config, said = read_json(options.stage / "config.json"), read_json(options.stage / "manifest.json")
     data, read = options.stage.parent / config["data"], said["results"]["tokens_by_source"]
     tokenizer, model = Tokenizer(options.stage), models.load(options.stage).eval()
-    results = record.header("text_bits", {
-        "bytes": options.bytes, "parameters": parameters(model.config),
-        "active_parameters": parameters(model.config, active=True), "stage": said["results"],
-    })  # fmt: skip
+    results = record.header(
+        "text_bits",
+        {
+            "bytes": options.bytes,
+            "parameters": parameters(model.config),
+            "active_parameters": parameters(model.config, active=True),
+            "stage": said["results"],
+        },
+    )
     results["bits_per_byte"] = {
         name: source(name, data, tokens, model, tokenizer, options.bytes) for name, tokens in read.items()
     }

@@ -18,27 +18,24 @@ from typing import Annotated, Any, get_args
 import typer
 
 from finback import __version__
-from finback import recipe as recipes
-from finback.compare import options as comparing
+from finback.comparison import options as comparing
 from finback.config import UserError, did_you_mean
 from finback.parallel import launch
-from finback.plan import options as plans
-from finback.recipe import Recipe
-from finback.run import Interrupted, StageRun, prepare_folder, read_json, write_json
+from finback.planner import options as plans
+from finback.runs import recipe as recipes
+from finback.runs.files import read_json, write_json
+from finback.runs.folder import Interrupted, StageRun, prepare_folder
+from finback.runs.recipe import Recipe
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-Settings = Annotated[
-    list[str], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")
-]
+Settings = Annotated[list[str], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")]
 
 
 # how a server is reached, with a model or without
 Host = Annotated[str, typer.Option(help="Where to listen; other than loopback needs a key.")]
 AllowHost = Annotated[list[str], typer.Option(help="A name the server is reached by; repeatable.")]
-KeyFile = Annotated[
-    Path | None, typer.Option(help="API keys, one a line, or their SHA-256; also FINBACK_API_KEY.")
-]
+KeyFile = Annotated[Path | None, typer.Option(help="API keys, one a line, or their SHA-256; also FINBACK_API_KEY.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without a key.")]
 Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16, or int8 (weights alone, rounded).")]
 
@@ -103,9 +100,7 @@ def run(
     settings: Settings = [],  # noqa: B006 - typer reads the default once
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     ranks: Annotated[int, typer.Option(help="Processes; 0 means one per GPU or, without any, per core.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")] = False,
 ) -> None:
     """Run a recipe, or continue it: finished stages are kept, an interrupted one resumes."""
     plan = recipes.load(recipe, settings)
@@ -137,24 +132,49 @@ def run(
 
 @app.command()
 def plan(
-    what: plans.What = "", on: plans.On = "", price: plans.Price = None, tokens: plans.Tokens = "", mesh: plans.Mesh = "",
-    schedule: plans.ScheduleName = "", recompute: plans.RecomputeName = "", precision: plans.PrecisionName = "",
-    optimizer: plans.OptimizerName = "", rows: plans.Rows = 0, length: plans.Length = 0,
-    micro_rows: plans.MicroRows = 1, skew: plans.Skew = 0.0, assume: plans.Assume = [],  # noqa: B006
-    picture: plans.Picture = None, settings: Settings = [], ranks: plans.Ranks = 0,  # noqa: B006
-    calibrate: plans.Calibrate = False, calibration: plans.Calibration = None,
+    what: plans.What = "",
+    on: plans.On = "",
+    price: plans.Price = None,
+    tokens: plans.Tokens = "",
+    mesh: plans.Mesh = "",
+    schedule: plans.ScheduleName = "",
+    recompute: plans.RecomputeName = "",
+    precision: plans.PrecisionName = "",
+    optimizer: plans.OptimizerName = "",
+    rows: plans.Rows = 0,
+    length: plans.Length = 0,
+    micro_rows: plans.MicroRows = 1,
+    skew: plans.Skew = 0.0,
+    assume: plans.Assume = [],  # noqa: B006
+    picture: plans.Picture = None,
+    settings: Settings = [],  # noqa: B006
+    ranks: plans.Ranks = 0,
+    calibrate: plans.Calibrate = False,
+    calibration: plans.Calibration = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Say what a run will take before it starts: layout, memory, time, money, energy, and where each number is from."""
-    from finback.plan import command, stored
+    from finback.planner import command, stored
 
     path = calibration or stored.default_path(os.environ)
     if calibrate and "RANK" in os.environ:
         rank, threads = int(os.environ["RANK"]), int(os.environ.get("OMP_NUM_THREADS", "1"))
         return command.measure(rank, int(os.environ["WORLD_SIZE"]), threads, path)
     options = plans.Options(
-        on, price, tokens, mesh, schedule, recompute, precision, optimizer, rows, length, micro_rows, skew, tuple(assume)
-    )  # fmt: skip
+        on,
+        price,
+        tokens,
+        mesh,
+        schedule,
+        recompute,
+        precision,
+        optimizer,
+        rows,
+        length,
+        micro_rows,
+        skew,
+        tuple(assume),
+    )
     ranks = ranks or launch.default_ranks()
     if calibrate and (code := launch.launch(sys.argv[1:], ranks)):
         raise typer.Exit(code)
@@ -172,9 +192,7 @@ def plan(
 
 @app.command()
 def show(
-    what: Annotated[
-        str, typer.Argument(metavar="RUN|RECIPE|STAGE", help="A run folder, a recipe file, or a stage.")
-    ],
+    what: Annotated[str, typer.Argument(metavar="RUN|RECIPE|STAGE", help="A run folder, a recipe file, or a stage.")],
     settings: Settings = [],  # noqa: B006
     samples: Annotated[
         bool, typer.Option("--samples", help="Show what the model said in RL, and what it earned.")
@@ -199,13 +217,11 @@ def show(
     elif path.is_dir():
         if not (path / "summary.json").is_file():
             raise UserError("run", what, "holds no summary.json", "Name a folder such as runs/tiny.")
-        from finback.plan import kept, stored
+        from finback.planner import kept, stored
 
         beside = kept.beside(path, stored.default_path(os.environ))
         if as_json:
-            print(
-                json.dumps(read_json(path / "summary.json") | {"plan_and_ledger": beside}, ensure_ascii=False)
-            )
+            print(json.dumps(read_json(path / "summary.json") | {"plan_and_ledger": beside}, ensure_ascii=False))
         else:
             print(f"{story.tell(path)}\n\n{kept.tell(beside)}")
     elif path.suffix == ".py":
@@ -219,36 +235,37 @@ def show(
 @app.command()
 def chat(
     model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL", help="A run, a stage's folder, a Hugging Face folder or a .gguf file."
-        ),
+        Path, typer.Argument(metavar="MODEL", help="A run, a stage's folder, a Hugging Face folder or a .gguf file.")
     ],
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy; default the model's own setting, else 0.7.")
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Likeliest tokens up to this probability.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Only tokens this likely against the likeliest.")
-    ] = None,
+    min_p: Annotated[float | None, typer.Option(help="Only tokens this likely against the likeliest.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Longest reply; default an eighth of the window, 1024 at most.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same replies.")] = 0,
     dtype: Dtype = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the whole dialogue as one JSON object.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole dialogue as one JSON object.")] = False,
 ) -> None:
     """Talk to a model: one line a turn, thinking dimmed. /new forgets the dialogue, /help names more, Ctrl-D ends it."""
     from finback.report import talk
 
     _check_dtype(dtype)
     talk.loop(
-        model, seed, as_json, "NO_COLOR" not in os.environ, dtype,  # type: ignore[arg-type]
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=max_tokens,
-    )  # fmt: skip
+        model,
+        seed,
+        as_json,
+        "NO_COLOR" not in os.environ,
+        dtype,  # type: ignore[arg-type]
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        max_tokens=max_tokens,
+    )
 
 
 @app.command()
@@ -258,15 +275,12 @@ def serve(
     ],
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Which port.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option(help="What requests call the model; default its folder.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="What requests call the model; default its folder.")] = None,
     alias: Annotated[list[str], typer.Option(help="Another name for it; repeatable.")] = [],  # noqa: B006
     dtype: Dtype = "auto",
     rows: Annotated[int, typer.Option(help="Answers made at a time.")] = 32,
     tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens the cache holds; default what a quarter of the free memory does."),
+        int | None, typer.Option(help="Tokens the cache holds; default what a quarter of the free memory does.")
     ] = None,
     chunk: Annotated[int, typer.Option(help="Prompt tokens read between two steps of the others.")] = 256,
     queue: Annotated[int, typer.Option(help="Answers that may wait; beyond, requests get 503.")] = 64,
@@ -288,11 +302,7 @@ def serve(
 ) -> None:
     """Serve a model with OpenAI's and DeepSeek's API, on this machine alone unless told otherwise."""
     _check_dtype(dtype)
-    for option, value in (
-        ("--rows", rows),
-        ("--chunk", chunk),
-        ("--tokens", 1 if tokens is None else tokens),
-    ):
+    for option, value in (("--rows", rows), ("--chunk", chunk), ("--tokens", 1 if tokens is None else tokens)):
         if value < 1:
             raise UserError(option, value, "not above 0", "Use 1 or more.")
     if queue < 0:
@@ -304,23 +314,41 @@ def serve(
     own = name or model.resolve().name
     others = {path.resolve().name: path for path in also}
     if len(others) < len(also) or {own, *alias} & set(others):
-        raise UserError(
-            "--also", [str(p) for p in also], "two models of one name", "Call the first with --name."
-        )
+        raise UserError("--also", [str(p) for p in also], "two models of one name", "Call the first with --name.")
     server.run(
-        found, host=host, port=port, name=own, aliases=alias, dtype=dtype, rows=rows,  # type: ignore[arg-type]
-        tokens=tokens, chunk=chunk, queue=queue, reuse=reuse, speculate=speculate, key_file=key_file, insecure=insecure,
-        keys=_keys(), hosts=allow_host, origins=allow_origin,
-        reasoning_field=reasoning, rate=rate, concurrent=concurrent, drain=drain, page=page,
-        also={label: find_model(path) for label, path in others.items()}, runs=runs, planned=_planned,
-    )  # fmt: skip
+        found,
+        host=host,
+        port=port,
+        name=own,
+        aliases=alias,
+        dtype=dtype,  # type: ignore[arg-type]
+        rows=rows,
+        tokens=tokens,
+        chunk=chunk,
+        queue=queue,
+        reuse=reuse,
+        speculate=speculate,
+        key_file=key_file,
+        insecure=insecure,
+        keys=_keys(),
+        hosts=allow_host,
+        origins=allow_origin,
+        reasoning_field=reasoning,
+        rate=rate,
+        concurrent=concurrent,
+        drain=drain,
+        page=page,
+        also={label: find_model(path) for label, path in others.items()},
+        runs=runs,
+        planned=_planned,
+    )
 
 
 @app.command()
 def watch(
-    runs: Annotated[
-        Path, typer.Argument(metavar="RUNS", help="A folder of run folders, or one run folder.")
-    ] = Path("runs"),
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of run folders, or one run folder.")] = Path(
+        "runs"
+    ),
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Which port; 0 is any that is free.")] = 8001,
     show: Annotated[bool, typer.Option("--open", help="Open a browser at the page.")] = False,
@@ -332,9 +360,16 @@ def watch(
     from finback.serve import watch as page
 
     page.run(
-        runs, host=host, port=port, key_file=key_file, insecure=insecure, hosts=allow_host, show=show,
-        keys=_keys(), planned=_planned,
-    )  # fmt: skip
+        runs,
+        host=host,
+        port=port,
+        key_file=key_file,
+        insecure=insecure,
+        hosts=allow_host,
+        show=show,
+        keys=_keys(),
+        planned=_planned,
+    )
 
 
 @app.command()
@@ -343,12 +378,8 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(metavar="FOLDER2", help="Compare logits with this checkpoint too.")
     ] = None,
-    max_kl: Annotated[
-        float, typer.Option(help="Mean KL divergence of logits that still counts as equal.")
-    ] = 1e-4,
-    out: Annotated[
-        Path | None, typer.Option(help="Where the card goes; default FOLDER/VERIFICATION.md.")
-    ] = None,
+    max_kl: Annotated[float, typer.Option(help="Mean KL divergence of logits that still counts as equal.")] = 1e-4,
+    out: Annotated[Path | None, typer.Option(help="Where the card goes; default FOLDER/VERIFICATION.md.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the card as one JSON object.")] = False,
 ) -> None:
     """Check a checkpoint against its config, its closed form and transformers; exit code 1 unless all holds."""
@@ -364,40 +395,70 @@ def verify(
     except OSError as error:
         if out is not None:
             raise
-        print(
-            f"the card was not written to {target}: {error.strerror}; name a place with --out",
-            file=sys.stderr,
-        )
+        print(f"the card was not written to {target}: {error.strerror}; name a place with --out", file=sys.stderr)
     if not card.holds:
         raise typer.Exit(1)
 
 
 @app.command(cls=comparing.Spread)
 def compare(
-    models: comparing.Models = None, tasks: comparing.Tasks = [], endpoint: comparing.Endpoints = [],  # noqa: B006
-    problems: comparing.Problems = None, samples: comparing.Samples = None, temperature: comparing.Temperature = 0.6,
-    top_p: comparing.TopP = 0.95, max_tokens: comparing.MaxTokens = 32768, seed: comparing.Seed = 0,
-    think: comparing.Think = None, out: comparing.Out = Path("compare"), price_in: comparing.PriceIn = [],  # noqa: B006
-    price_out: comparing.PriceOut = [], price_hour: comparing.PriceHour = None, key_env: comparing.KeyEnv = [],  # noqa: B006
-    extra: comparing.Extra = "", concurrency: comparing.Concurrency = 8, rate: comparing.Rate = 0.0,
-    timeout: comparing.Timeout = 300.0, rows: comparing.Rows = 32, dtype: Dtype = "auto",
-    harness: comparing.Harness = "", harness_python: comparing.HarnessPython = None,
-    harness_chat: comparing.HarnessChat = False, published: comparing.Published = False,
+    models: comparing.Models = None,
+    tasks: comparing.Tasks = [],  # noqa: B006
+    endpoint: comparing.Endpoints = [],  # noqa: B006
+    problems: comparing.Problems = None,
+    samples: comparing.Samples = None,
+    temperature: comparing.Temperature = 0.6,
+    top_p: comparing.TopP = 0.95,
+    max_tokens: comparing.MaxTokens = 32768,
+    seed: comparing.Seed = 0,
+    think: comparing.Think = None,
+    out: comparing.Out = Path("compare"),
+    price_in: comparing.PriceIn = [],  # noqa: B006
+    price_out: comparing.PriceOut = [],  # noqa: B006
+    price_hour: comparing.PriceHour = None,
+    key_env: comparing.KeyEnv = [],  # noqa: B006
+    extra: comparing.Extra = "",
+    concurrency: comparing.Concurrency = 8,
+    rate: comparing.Rate = 0.0,
+    timeout: comparing.Timeout = 300.0,
+    rows: comparing.Rows = 32,
+    dtype: Dtype = "auto",
+    harness: comparing.Harness = "",
+    harness_python: comparing.HarnessPython = None,
+    harness_chat: comparing.HarnessChat = False,
+    published: comparing.Published = False,
     contamination: comparing.Contamination = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Ask models the same questions: scores with intervals, what can be told apart, and what an answer costs.
 
     Answers are kept in --out, and the same command asks only what is missing. Exit code 1 if requests failed for good.
     """
-    from finback.compare import command
+    from finback.comparison import command
 
     _check_dtype(dtype)
     options = command.Options(
-        tuple(models or ()), tuple(endpoint), tuple(tasks), problems, out, tuple(price_in), tuple(price_out), price_hour,
-        tuple(key_env), extra, concurrency, rate, timeout, rows, dtype, harness, harness_python, harness_chat, published,
+        tuple(models or ()),
+        tuple(endpoint),
+        tuple(tasks),
+        problems,
+        out,
+        tuple(price_in),
+        tuple(price_out),
+        price_hour,
+        tuple(key_env),
+        extra,
+        concurrency,
+        rate,
+        timeout,
+        rows,
+        dtype,
+        harness,
+        harness_python,
+        harness_chat,
+        published,
         tuple(contamination),
-    )  # fmt: skip
+    )
     rules = command.protocol(samples, temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, think=think)
     if not tasks and published:
         report, text, complete = command.run(options, rules, os.environ)
@@ -430,24 +491,18 @@ def export(
         print(json.dumps({"folder": str(folder), "files": {f.name: f.stat().st_size for f in files}}))
     else:
         size = sum(f.stat().st_size for f in files)
-        print(
-            f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB. Check them with `finback verify {folder}`."
-        )
+        print(f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB. Check them with `finback verify {folder}`.")
 
 
 @app.command()
 def docs(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A finished run folder such as runs/tiny.")
-    ] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A finished run folder such as runs/tiny.")] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder; default RUN/documents.")] = None,
     answers: Annotated[
         Path | None, typer.Option(help="What only people know; default RUN/answers.toml, if it is there.")
     ] = None,
     model: Annotated[str, typer.Option(help="The stage whose model is published; default the last.")] = "",
-    check: Annotated[
-        bool, typer.Option("--check", help="Only say what is missing; exit code 1 then.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say what is missing; exit code 1 then.")] = False,
     questions: Annotated[bool, typer.Option("--questions", help="Print an answers file to fill in.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -471,8 +526,7 @@ def docs(
     if as_json:
         print(
             json.dumps(
-                {"files": [str(f) for f in files], **vars(examined), "complete": examined.holds},
-                ensure_ascii=False,
+                {"files": [str(f) for f in files], **vars(examined), "complete": examined.holds}, ensure_ascii=False
             )
         )
     else:
@@ -506,7 +560,7 @@ def track(
 
 def _planned(root: Path) -> dict[str, dict[str, float]]:
     """What a run's stages were to take, for the page."""
-    from finback.plan import kept, stored
+    from finback.planner import kept, stored
 
     return kept.planned(root, stored.default_path(os.environ))
 

@@ -24,12 +24,7 @@ class UserError(ValueError):
         super().__init__(f"{field} = {value!r}: {problem}. {remedy}")
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[Any, ...]]:
-        return type(self), (
-            self.field,
-            self.value,
-            self.problem,
-            self.remedy,
-        )  # so that other processes can raise it
+        return type(self), (self.field, self.value, self.problem, self.remedy)  # so that other processes can raise it
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -50,9 +45,11 @@ def check_fields(config: Any, where: str) -> None:
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
             raise UserError(
-                f"{where}.{field.name}", value, f"expected {_say(hints[field.name])}, got {_kind(value)}",
+                f"{where}.{field.name}",
+                value,
+                f"expected {_say(hints[field.name])}, got {_kind(value)}",
                 "Correct the value in the recipe.",
-            )  # fmt: skip
+            )
 
 
 def check_positive(config: Any, where: str, *names: str) -> None:
@@ -111,15 +108,11 @@ def parse(text: str, hint: Any, field: str) -> Any:
         return tuple(parse(part.strip(), args[0], field) for part in text.split(",") if part.strip())
     readers: dict[Any, Callable[[str], Any]] = {int: _integer, float: _number, bool: _boolean, str: str}
     if hint not in readers:
-        raise UserError(
-            field, text, f"a {_say(hint)} cannot be given on the command line", "Edit the recipe file."
-        )
+        raise UserError(field, text, f"a {_say(hint)} cannot be given on the command line", "Edit the recipe file.")
     try:
         return readers[hint](text)
     except ValueError:
-        raise UserError(
-            field, text, f"expected {_say(hint)}", f"Write for example {_example(hint)}."
-        ) from None
+        raise UserError(field, text, f"expected {_say(hint)}", f"Write for example {_example(hint)}.") from None
 
 
 def as_json(value: Any) -> Any:
@@ -172,9 +165,7 @@ def _fits(value: Any, hint: Any) -> bool:
             return len(value) == len(args) and all(map(_fits, value, args))
         return all(_fits(v, args[0]) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(
-            _fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items()
-        )
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
     if hint is type(None):
         return value is None
     if hint is float:

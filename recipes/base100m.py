@@ -17,12 +17,26 @@ from finback.stages.prepare import Prepare
 from finback.stages.pretrain import Pretrain
 
 MODEL = ModelConfig(
-    vocab_size=8192, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024,
-    q_lora_rank=192, kv_lora_rank=96, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-    n_routed_experts=64, n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=192,
-    first_k_dense_replace=1, routed_scaling_factor=1.0, num_nextn_predict_layers=1,
-    max_position_embeddings=1024, initializer_range=0.02,
-)  # fmt: skip
+    vocab_size=8192,
+    hidden_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    intermediate_size=1024,
+    q_lora_rank=192,
+    kv_lora_rank=96,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    n_routed_experts=64,
+    n_shared_experts=1,
+    num_experts_per_tok=4,
+    moe_intermediate_size=192,
+    first_k_dense_replace=1,
+    routed_scaling_factor=1.0,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=1024,
+    initializer_range=0.02,
+)
 
 recipe = [
     Prepare(
@@ -35,9 +49,7 @@ recipe = [
         name="base",
         data="prepare",
         model=MODEL,
-        mixture={
-            "chitchat": 0.25, "aws": 0.2, "google": 0.15, "wordnet": 0.1, "python": 0.15, "postgres": 0.15,
-        },
+        mixture={"chitchat": 0.25, "aws": 0.2, "google": 0.15, "wordnet": 0.1, "python": 0.15, "postgres": 0.15},
         rows=32,
         length=256,
         muon_lr=4e-3,
@@ -47,4 +59,4 @@ recipe = [
         decay_tokens=1_000_000,
         valid_tokens=1_500_000,
     ),
-]  # fmt: skip
+]

@@ -1,10 +1,10 @@
-"""Three ways to distil one teacher into one student, from what recipes/r1.py has made: run that first.
+"""Three ways to distill one teacher into one student, from what recipes/r1.py has made: run that first.
 
 Traces alone, as R1 did it; the teacher's probabilities on the same traces; and its probabilities on what the student says
 itself. All three see about as many tokens.
 """
 
-from finback.stages.distil import Distil
+from finback.stages.distill import Distill
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.sft import SFT
 from finback.tasks.math import Chains
@@ -22,8 +22,17 @@ def exam(name: str) -> Evaluate:
 recipe = [
     SFT(name="traces", start=student, kept=traces, epochs=3),
     exam("traces"),
-    Distil(name="probabilities", start=student, teacher=teacher, kept=traces, epochs=3),
+    Distill(name="probabilities", start=student, teacher=teacher, kept=traces, epochs=3),
     exam("probabilities"),
-    Distil(name="on-policy", start=student, teacher=teacher, divergence="reverse", task=sums, steps=120, prompts=64, max_tokens=128),
+    Distill(
+        name="on-policy",
+        start=student,
+        teacher=teacher,
+        divergence="reverse",
+        task=sums,
+        steps=120,
+        prompts=64,
+        max_tokens=128,
+    ),
     exam("on-policy"),
-]  # fmt: skip
+]

@@ -23,9 +23,17 @@ talk = Talk()
 told = tuple(Chains(2, 6, telling=t) for t in ("mixed", "en", "zh", "mixed"))
 
 STUDENT = ModelConfig(
-    vocab_size=1024, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=288,
-    attention="gqa", num_key_value_heads=2, head_dim=24, max_position_embeddings=1024, initializer_range=0.02,
-)  # fmt: skip
+    vocab_size=1024,
+    hidden_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=288,
+    attention="gqa",
+    num_key_value_heads=2,
+    head_dim=24,
+    max_position_embeddings=1024,
+    initializer_range=0.02,
+)
 
 exams = (
     Exam(name="sums", task=sums, problems=600, max_tokens=128, language="en"),
@@ -37,10 +45,7 @@ in_english = Reward(language=0.3, form=0.1)
 def rl(name: str, start: str, steps: int, **knobs: object) -> GRPO:
     """GRPO as all stages here do it."""
     return GRPO(
-        name=name,
-        start=start,
-        steps=steps,
-        **({"task": sums, "max_tokens": 128, "lr": 2e-4, "warmup": 5} | knobs),
+        name=name, start=start, steps=steps, **({"task": sums, "max_tokens": 128, "lr": 2e-4, "warmup": 5} | knobs)
     )  # type: ignore[arg-type]
 
 
@@ -57,8 +62,13 @@ recipe = [
         interleave=0.5,
     ),
     Pretrain(
-        name="base", data="prepare", model=TINY, mixture={"chitchat": 0.25, "chains": 0.75},
-        probe=Probe(task=sums, at_least=0.7, max_tokens=128), decay_tokens=700_000, max_tokens=5_000_000,
+        name="base",
+        data="prepare",
+        model=TINY,
+        mixture={"chitchat": 0.25, "chains": 0.75},
+        probe=Probe(task=sums, at_least=0.7, max_tokens=128),
+        decay_tokens=700_000,
+        max_tokens=5_000_000,
     ),
     exam("of-base", "base"),
     # R1-Zero: RL straight on the base
@@ -80,8 +90,12 @@ recipe = [
     exam("of-r1", "r1"),
     # distillation, and what it is compared with
     Pretrain(
-        name="student-base", data="prepare", model=STUDENT, mixture={"chitchat": 0.4, "chains": 0.6},
-        decay_tokens=500_000, max_tokens=2_000_000,
+        name="student-base",
+        data="prepare",
+        model=STUDENT,
+        mixture={"chitchat": 0.4, "chains": 0.6},
+        decay_tokens=500_000,
+        max_tokens=2_000_000,
     ),
     exam("of-student-base", "student-base"),
     SFT(name="distilled", start="student-base", kept=("kept",), epochs=3),
@@ -90,4 +104,4 @@ recipe = [
     exam("of-student-rl", "student-rl"),
     SFT(name="student-gold", start="student-base", kept=("kept",), chains=False, epochs=3),
     exam("of-student-gold", "student-gold"),
-]  # fmt: skip
+]

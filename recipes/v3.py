@@ -12,13 +12,11 @@ from typing import Any
 from finback.config import UserError
 from finback.data.sources import Chitchat
 from finback.model.config import V3
-from finback.run import StageRun
+from finback.runs.folder import StageRun
 from finback.stages.prepare import Prepare
 from finback.stages.pretrain import Pretrain
 
-REFUSAL = UserError(
-    "recipe", "v3", "is there to be planned", "Use finback plan recipes/v3.py --on h800:2048."
-)
+REFUSAL = UserError("recipe", "v3", "is there to be planned", "Use finback plan recipes/v3.py --on h800:2048.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +39,7 @@ def phase(name: str, rows: int, length: int, tokens: float) -> Planned:
     """One phase of pre-training."""
     return Planned(
         name=name, data="prepare", model=V3, mixture={"chitchat": 1.0}, rows=rows, length=length, max_tokens=int(tokens)
-    )  # fmt: skip
+    )
 
 
 recipe = [

@@ -8,7 +8,7 @@ from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.grpo import GRPO
 from finback.tasks.math import Chains
 from finback.tasks.rewards import Reward
-from finback.train.policy import Objective
+from finback.train.grpo_loss import Objective
 
 sums = Chains(min_terms=5, max_terms=7)
 exams = (Exam(name="sampled", task=sums), Exam(name="greedy", task=sums, temperature=0.0))
@@ -17,8 +17,16 @@ published = Objective(clip_low=10.0, clip_high=10.0, average="answer", kl=0.001)
 recipe = [
     Evaluate(name="before", start="runs/tiny/base", exams=exams),
     GRPO(
-        name="zero", start="runs/tiny/base", task=sums, steps=100, prompts=32, group=16, updates=2, objective=published,
-        reference_steps=40, reward=Reward(accuracy=1.0, form=0.1),
+        name="zero",
+        start="runs/tiny/base",
+        task=sums,
+        steps=100,
+        prompts=32,
+        group=16,
+        updates=2,
+        objective=published,
+        reference_steps=40,
+        reward=Reward(accuracy=1.0, form=0.1),
     ),
     Evaluate(name="after", start="zero", exams=exams),
-]  # fmt: skip
+]

@@ -88,9 +88,11 @@ def runs_page(page: Page, address: str, run: str, name: str, out: Path) -> None:
     if not run:
         run = page.locator(".card h2").first.inner_text()
     views = (
-        ("runs", {}, ".card"), ("run", {"run": run, "view": "stages"}, ".stages"),
-        ("curves", {"run": run, "view": "curves", "stages": STAGES}, ".chart canvas"), ("rollouts", {"run": run, "view": "rollouts"}, ".record"),
-    )  # fmt: skip
+        ("runs", {}, ".card"),
+        ("run", {"run": run, "view": "stages"}, ".stages"),
+        ("curves", {"run": run, "view": "curves", "stages": STAGES}, ".chart canvas"),
+        ("rollouts", {"run": run, "view": "rollouts"}, ".record"),
+    )
     for view, place, wanted in views:
         page.goto(f"{address}/runs#{urlencode(place)}")
         page.locator(wanted).first.wait_for()
@@ -109,9 +111,7 @@ def runs_page(page: Page, address: str, run: str, name: str, out: Path) -> None:
 
 def main() -> None:
     """Take them all."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--run", default="", help="the run that is shown; the latest if none is named")

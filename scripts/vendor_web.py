@@ -19,9 +19,24 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "finback/serve/web/vendor"
 TESTS = ROOT / "tests/data"
 LANGUAGES = (
-    "bash", "c", "cpp", "css", "diff", "go", "java", "javascript", "json", "latex", "markdown", "python", "rust", "sql",
-    "typescript", "xml", "yaml",
-)  # fmt: skip
+    "bash",
+    "c",
+    "cpp",
+    "css",
+    "diff",
+    "go",
+    "java",
+    "javascript",
+    "json",
+    "latex",
+    "markdown",
+    "python",
+    "rust",
+    "sql",
+    "typescript",
+    "xml",
+    "yaml",
+)
 
 
 @dataclass(frozen=True)
@@ -39,51 +54,86 @@ class Package:
 
 PACKAGES = (
     Package(
-        "preact", "11.2.0", "MIT", "3c4456766bd32b6b534d52bf4e9c2a29b33e7eedf6e96ed479300ba1a7888ebf",
+        "preact",
+        "11.2.0",
+        "MIT",
+        "3c4456766bd32b6b534d52bf4e9c2a29b33e7eedf6e96ed479300ba1a7888ebf",
         {"dist/preact.mjs": "preact.js"},
     ),
     Package(  # a browser finds no "preact" without an import map, which the page's policy forbids
-        "preact", "11.2.0", "MIT", "3c4456766bd32b6b534d52bf4e9c2a29b33e7eedf6e96ed479300ba1a7888ebf",
-        {"hooks/dist/hooks.mjs": "hooks.js"}, edits=(('from"preact"', 'from"./preact.js"'),),
+        "preact",
+        "11.2.0",
+        "MIT",
+        "3c4456766bd32b6b534d52bf4e9c2a29b33e7eedf6e96ed479300ba1a7888ebf",
+        {"hooks/dist/hooks.mjs": "hooks.js"},
+        edits=(('from"preact"', 'from"./preact.js"'),),
     ),
     Package(
-        "htm", "3.1.1", "Apache-2.0", "2425b9bee11409177bcabc7f32e319926fc6690c1701c0b257c88bdff2d5ba90",
+        "htm",
+        "3.1.1",
+        "Apache-2.0",
+        "2425b9bee11409177bcabc7f32e319926fc6690c1701c0b257c88bdff2d5ba90",
         {"dist/htm.module.js": "htm.js"},
     ),
     Package(
-        "marked", "18.2.1", "MIT", "d66c5213fc203466186060105b01f51896764ba64b3797d2620d02e28e34b8ca",
+        "marked",
+        "18.2.1",
+        "MIT",
+        "d66c5213fc203466186060105b01f51896764ba64b3797d2620d02e28e34b8ca",
         {"lib/marked.esm.js": "marked.js"},
     ),
     Package(
-        "dompurify", "3.4.18", "MPL-2.0 OR Apache-2.0",
-        "8b86f79c6481fec23dd81d4de32179422668912ed033c0c47e786a6e70cb3379", {"dist/purify.es.mjs": "purify.js"},
+        "dompurify",
+        "3.4.18",
+        "MPL-2.0 OR Apache-2.0",
+        "8b86f79c6481fec23dd81d4de32179422668912ed033c0c47e786a6e70cb3379",
+        {"dist/purify.es.mjs": "purify.js"},
     ),
     Package(
-        "temml", "0.13.5", "MIT", "bca5b76dd26d1d6c81f8d817f6cc8bf0f0a1a7787512e281d5c22b986f8ae582",
-        {"dist/temml.min.js": "temml.js"}, exports="temml",
+        "temml",
+        "0.13.5",
+        "MIT",
+        "bca5b76dd26d1d6c81f8d817f6cc8bf0f0a1a7787512e281d5c22b986f8ae582",
+        {"dist/temml.min.js": "temml.js"},
+        exports="temml",
     ),
     Package(
-        "temml", "0.13.5", "MIT", "bca5b76dd26d1d6c81f8d817f6cc8bf0f0a1a7787512e281d5c22b986f8ae582",
+        "temml",
+        "0.13.5",
+        "MIT",
+        "bca5b76dd26d1d6c81f8d817f6cc8bf0f0a1a7787512e281d5c22b986f8ae582",
         {"dist/Temml-Local.css": "temml.css", "dist/Temml.woff2": "Temml.woff2"},
     ),
     Package(
-        "@highlightjs/cdn-assets", "11.12.0", "BSD-3-Clause",
+        "@highlightjs/cdn-assets",
+        "11.12.0",
+        "BSD-3-Clause",
         "b8a006d30f45afe783072569f3d69c5b60c0e7b9ca28cd474e12f2584e2a3bd9",
         {"es/core.min.js": "highlight.js"} | {f"es/languages/{n}.min.js": f"languages/{n}.js" for n in LANGUAGES},
     ),
     Package(
-        "uplot", "1.6.32", "MIT", "4b8a8191e425658e3ea8c8c1314b0fc679c861ee3a1af2b20c7b16ba50b5133d",
-        {"dist/uPlot.iife.min.js": "uplot.js"}, exports="uPlot",
+        "uplot",
+        "1.6.32",
+        "MIT",
+        "4b8a8191e425658e3ea8c8c1314b0fc679c861ee3a1af2b20c7b16ba50b5133d",
+        {"dist/uPlot.iife.min.js": "uplot.js"},
+        exports="uPlot",
     ),
     Package(
-        "uplot", "1.6.32", "MIT", "4b8a8191e425658e3ea8c8c1314b0fc679c861ee3a1af2b20c7b16ba50b5133d",
+        "uplot",
+        "1.6.32",
+        "MIT",
+        "4b8a8191e425658e3ea8c8c1314b0fc679c861ee3a1af2b20c7b16ba50b5133d",
         {"dist/uPlot.min.css": "uplot.css"},
     ),
-)  # fmt: skip
+)
 AXE = Package(
-    "axe-core", "4.14.1", "MPL-2.0", "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745",
+    "axe-core",
+    "4.14.1",
+    "MPL-2.0",
+    "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745",
     {"axe.min.js": "axe.min.js"},
-)  # fmt: skip
+)
 
 
 def main() -> None:
@@ -115,9 +165,12 @@ def taken(package: Package, folder: Path, target: Path) -> dict[str, object]:
             (target / licence).parent.mkdir(exist_ok=True)
             (target / licence).write_bytes(_read(tar, "LICENSE"))
     return {
-        "package": f"{package.name}@{package.version}", "licence": package.licence, "licence_text": licence,
-        "package_sha256": package.sha256, "files": files,
-    }  # fmt: skip
+        "package": f"{package.name}@{package.version}",
+        "licence": package.licence,
+        "licence_text": licence,
+        "package_sha256": package.sha256,
+        "files": files,
+    }
 
 
 def packed(package: Package, folder: Path) -> Path:
@@ -152,7 +205,7 @@ def damaged(target: Path) -> list[str]:
     there = {p.relative_to(target).as_posix() for p in target.rglob("*") if p.is_file()}
     changed = [
         n for n in there & set(known) if known[n] and hashlib.sha256((target / n).read_bytes()).hexdigest() != known[n]
-    ]  # fmt: skip
+    ]
     return sorted(changed + list(there ^ set(known)))
 
 

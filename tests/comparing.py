@@ -75,16 +75,10 @@ class Reply:
             events.insert(1, {"choices": [{"delta": {name: texts.copy().pop() for name in self.reasoning}}]})
         if self.error:
             events.append({"error": {"message": self.error}})
-        events += (
-            [{"model": "m-2", "choices": [{"delta": {}, "finish_reason": self.finish}]}]
-            if self.finish
-            else []
-        )
+        events += [{"model": "m-2", "choices": [{"delta": {}, "finish_reason": self.finish}]}] if self.finish else []
         events += [{"choices": [], **usage}] if usage else []
         lines = (
-            [": still here\r\n\r\n"]
-            + [f"data: {json.dumps(e)}\n\n" for e in events]
-            + ["data: [DONE]\n\n"] * self.done
+            [": still here\r\n\r\n"] + [f"data: {json.dumps(e)}\n\n" for e in events] + ["data: [DONE]\n\n"] * self.done
         )
         return "text/event-stream; charset=utf-8", "".join(lines).encode()
 

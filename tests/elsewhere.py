@@ -50,9 +50,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         checked = args[:1] if name in INDEXING else leaves
         for t in checked:
             if isinstance(t, Tensor) and not isinstance(t, There) and t.dim():
-                raise RuntimeError(
-                    f"{name}: a tensor of the CPU, {tuple(t.shape)}, meets one that lies elsewhere"
-                )
+                raise RuntimeError(f"{name}: a tensor of the CPU, {tuple(t.shape)}, meets one that lies elsewhere")
     if asked is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     plain = tree_map(lambda t: t.here if isinstance(t, There) else t, (args, kwargs))
@@ -76,9 +74,7 @@ def elsewhere(patch: Any) -> Iterator[torch.device]:
     """The device, for as long as the block lasts."""
     plain = torch.tensor
     patch.setattr(
-        torch,
-        "tensor",
-        lambda *a, device=None, **k: plain(*a, **k) if device is None else plain(*a, **k).to(device),
+        torch, "tensor", lambda *a, device=None, **k: plain(*a, **k) if device is None else plain(*a, **k).to(device)
     )
     optimizer = importlib.import_module("torch.optim.optimizer")
     patch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [DEVICE.type])

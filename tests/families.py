@@ -9,23 +9,36 @@ import transformers
 from hypothesis import strategies as st
 
 YARN = {
-    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0,
-    "mscale": 0.7, "mscale_all_dim": 0.7,
-}  # fmt: skip
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "yarn",
+    "factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 @st.composite
 def common(draw: st.DrawFn) -> dict[str, Any]:
     return {
-        "vocab_size": draw(st.integers(40, 90)), "hidden_size": draw(st.sampled_from([32, 48])),
-        "intermediate_size": draw(st.sampled_from([40, 64])), "num_hidden_layers": draw(st.integers(1, 3)),
-        "max_position_embeddings": 64, "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
-        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
-    }  # fmt: skip
+        "vocab_size": draw(st.integers(40, 90)),
+        "hidden_size": draw(st.sampled_from([32, 48])),
+        "intermediate_size": draw(st.sampled_from([40, 64])),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "max_position_embeddings": 64,
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
 
 
 @st.composite
@@ -33,24 +46,33 @@ def deepseek(draw: st.DrawFn, version: int) -> Any:
     heads = draw(st.sampled_from([2, 4]))
     groups = draw(st.sampled_from([1, 2, 4]))
     fields = draw(common()) | {
-        "num_attention_heads": heads, "num_key_value_heads": heads, "kv_lora_rank": draw(st.sampled_from([16, 24])),
-        "q_lora_rank": draw(st.sampled_from([None, 20])), "qk_nope_head_dim": draw(st.sampled_from([8, 16])),
-        "qk_rope_head_dim": draw(st.sampled_from([8, 16])), "v_head_dim": draw(st.sampled_from([8, 24])),
-        "n_routed_experts": 8, "n_shared_experts": draw(st.integers(1, 2)), "moe_intermediate_size": 24,
-        "num_experts_per_tok": draw(st.integers(1, 3)), "first_k_dense_replace": draw(st.integers(0, 2)),
-        "n_group": groups, "topk_group": draw(st.integers(max(1, groups // 2), groups)),
-        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])), "tie_word_embeddings": False,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "kv_lora_rank": draw(st.sampled_from([16, 24])),
+        "q_lora_rank": draw(st.sampled_from([None, 20])),
+        "qk_nope_head_dim": draw(st.sampled_from([8, 16])),
+        "qk_rope_head_dim": draw(st.sampled_from([8, 16])),
+        "v_head_dim": draw(st.sampled_from([8, 24])),
+        "n_routed_experts": 8,
+        "n_shared_experts": draw(st.integers(1, 2)),
+        "moe_intermediate_size": 24,
+        "num_experts_per_tok": draw(st.integers(1, 3)),
+        "first_k_dense_replace": draw(st.integers(0, 2)),
+        "n_group": groups,
+        "topk_group": draw(st.integers(max(1, groups // 2), groups)),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "tie_word_embeddings": False,
         "rope_parameters": {"rope_theta": 1000.0} | draw(st.sampled_from([{"rope_type": "default"}, YARN])),
-    }  # fmt: skip
+    }
     if version == 2:
         method = draw(st.sampled_from(["greedy", "group_limited_greedy"]))
-        return transformers.DeepseekV2Config(
-            **fields, topk_method=method, head_dim=fields["qk_rope_head_dim"]
-        )
+        return transformers.DeepseekV2Config(**fields, topk_method=method, head_dim=fields["qk_rope_head_dim"])
     return transformers.DeepseekV3Config(
-        **fields, norm_topk_prob=draw(st.booleans()), num_nextn_predict_layers=0,
+        **fields,
+        norm_topk_prob=draw(st.booleans()),
+        num_nextn_predict_layers=0,
         rope_interleave=draw(st.sampled_from([True, True, False])),
-    )  # fmt: skip
+    )
 
 
 @st.composite
@@ -58,12 +80,19 @@ def dense(draw: st.DrawFn, family: str) -> Any:
     kv = draw(st.sampled_from([1, 2]))
     plain = {"rope_type": "default"}
     fields = draw(common()) | {
-        "num_attention_heads": kv * draw(st.sampled_from([1, 2, 4])), "num_key_value_heads": kv, "head_dim": 16,
+        "num_attention_heads": kv * draw(st.sampled_from([1, 2, 4])),
+        "num_key_value_heads": kv,
+        "head_dim": 16,
         "tie_word_embeddings": draw(st.booleans()),
         "rope_parameters": {"rope_theta": 1000.0}
-        | draw(st.sampled_from([plain, LLAMA3, {"rope_type": "linear", "factor": 3.0}] if family == "llama" else
-                               [plain, {k: v for k, v in YARN.items() if "mscale" not in k}])),
-    }  # fmt: skip
+        | draw(
+            st.sampled_from(
+                [plain, LLAMA3, {"rope_type": "linear", "factor": 3.0}]
+                if family == "llama"
+                else [plain, {k: v for k, v in YARN.items() if "mscale" not in k}]
+            )
+        ),
+    }
     if family == "llama":
         return transformers.LlamaConfig(**fields, attention_bias=draw(st.booleans()))
     if family == "qwen2":
@@ -72,9 +101,12 @@ def dense(draw: st.DrawFn, family: str) -> Any:
 
 
 FAMILIES = {
-    "deepseek_v2": deepseek(2), "deepseek_v3": deepseek(3), "llama": dense("llama"), "qwen2": dense("qwen2"),
+    "deepseek_v2": deepseek(2),
+    "deepseek_v3": deepseek(3),
+    "llama": dense("llama"),
+    "qwen2": dense("qwen2"),
     "qwen3": dense("qwen3"),
-}  # fmt: skip
+}
 
 
 def build(config: Any, seed: int) -> Any:

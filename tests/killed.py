@@ -17,10 +17,10 @@ import torch
 
 from finback.checkpoint import store
 from finback.parallel.mesh import World
-from finback.run import StageRun
+from finback.runs.folder import StageRun
 from finback.stages.pretrain import Pretrain
 from finback.stages.pretraining import Pretraining
-from finback.train.schedule import Phase
+from finback.train.rates import Phase
 from tests.toy import CONFIG
 
 STEPS = 1500
@@ -29,10 +29,19 @@ STEPS = 1500
 def stage(name: str, checkpoint_steps: int) -> Pretrain:
     """A run of STEPS steps with all that a checkpoint has to remember."""
     return Pretrain(
-        name=name, data="prepare", mixture={"words": 1.0}, model=CONFIG, rows=2, length=16, compute="fp32", average=0.99,
+        name=name,
+        data="prepare",
+        mixture={"words": 1.0},
+        model=CONFIG,
+        rows=2,
+        length=16,
+        compute="fp32",
+        average=0.99,
         phases=(Phase(32 * STEPS // 2, 0.0, 1.0), Phase(32 * STEPS // 2, 1.0, 0.1, "cosine")),
-        checkpoint_steps=checkpoint_steps, muon_lr=1e-3, adam_lr=1e-3,
-    )  # fmt: skip
+        checkpoint_steps=checkpoint_steps,
+        muon_lr=1e-3,
+        adam_lr=1e-3,
+    )
 
 
 class Telling(Pretraining):

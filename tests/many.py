@@ -15,14 +15,14 @@ from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
 from finback.parallel.launch import _free_port
 from finback.parallel.mesh import Layout, World
-from finback.train.many import Knobs, ManyRanks
 from finback.train.optim import Adam, Gradients, Muon, is_matrix
+from finback.train.sharded_trainer import Knobs, ShardedTrainer
 from finback.train.step import backward
 from tests.toy import CONFIG
 
 MANY = dataclasses.replace(
     CONFIG, num_hidden_layers=4, n_routed_experts=8, n_group=2, topk_group=1, initializer_range=0.15
-)  # fmt: skip
+)
 
 KNOBS = Knobs(rows=8, length=16, bias_speed=0.02, balance_alpha=0.05)
 LR = 3e-3
@@ -84,7 +84,7 @@ def on_one(config: ModelConfig, steps: int = 20) -> tuple[Numbers, dict[str, Ten
     return numbers, model.state_dict()
 
 
-def continued(many: ManyRanks, begin: int, end: int) -> Numbers:
+def continued(many: ShardedTrainer, begin: int, end: int) -> Numbers:
     """The same on many ranks, steps begin..end."""
     numbers = []
     for index, batch in enumerate(batches(many.config, end)):

@@ -17,26 +17,47 @@ def trl_loss(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
     new = t["new"].clone().requires_grad_()
     rows, length = new.shape
     settings = {
-        "delta": None, "use_bias_correction_kl": False, "steps_per_generation": 1, "report_to": [], "epsilon_high": 0.2,
-    }  # fmt: skip
+        "delta": None,
+        "use_bias_correction_kl": False,
+        "steps_per_generation": 1,
+        "report_to": [],
+        "epsilon_high": 0.2,
+    }
     accelerator = SimpleNamespace(
         num_processes=1, gather=lambda x: x, gather_for_metrics=lambda x: x, reduce=lambda x, reduction: x
     )
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (new, torch.zeros_like(new), None),
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=knobs["level"],
-        beta=knobs["beta"], epsilon_low=knobs["low"], epsilon_high=knobs["high"], loss_type=knobs["loss_type"],
-        use_vllm="importance" in t, vllm_importance_sampling_correction=True, aux_loss_enabled=False,
-        max_completion_length=knobs["longest"], current_gradient_accumulation_steps=1, accelerator=accelerator,
-        args=SimpleNamespace(**settings), model=SimpleNamespace(training=True), _entropy_bonus_enabled=False,
-        _metrics={"train": defaultdict(list)}, aux_loss_coef=0.0, use_adaptive_entropy=False,
-    )  # fmt: skip
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=knobs["level"],
+        beta=knobs["beta"],
+        epsilon_low=knobs["low"],
+        epsilon_high=knobs["high"],
+        loss_type=knobs["loss_type"],
+        use_vllm="importance" in t,
+        vllm_importance_sampling_correction=True,
+        aux_loss_enabled=False,
+        max_completion_length=knobs["longest"],
+        current_gradient_accumulation_steps=1,
+        accelerator=accelerator,
+        args=SimpleNamespace(**settings),
+        model=SimpleNamespace(training=True),
+        _entropy_bonus_enabled=False,
+        _metrics={"train": defaultdict(list)},
+        aux_loss_coef=0.0,
+        use_adaptive_entropy=False,
+    )
     inputs = {
-        "prompt_ids": torch.zeros(rows, 1, dtype=torch.long), "prompt_mask": torch.ones(rows, 1, dtype=torch.long),
-        "completion_ids": torch.zeros(rows, length, dtype=torch.long), "completion_mask": t["mask"].long(),
-        "advantages": t["advantage"], "old_per_token_logps": t["old"], "ref_per_token_logps": t["reference"],
+        "prompt_ids": torch.zeros(rows, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(rows, 1, dtype=torch.long),
+        "completion_ids": torch.zeros(rows, length, dtype=torch.long),
+        "completion_mask": t["mask"].long(),
+        "advantages": t["advantage"],
+        "old_per_token_logps": t["old"],
+        "ref_per_token_logps": t["reference"],
         "num_items_in_batch": t["mask"].sum(),
-    }  # fmt: skip
+    }
     if "importance" in t:
         inputs["importance_sampling_ratio"] = t["importance"]
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
@@ -52,13 +73,23 @@ def verl_loss(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
 
     new = t["new"].clone().requires_grad_()
     config = ActorConfig(
-        strategy="fsdp", clip_ratio=0.2, clip_ratio_low=knobs["low"], clip_ratio_high=knobs["high"],
-        clip_ratio_c=knobs["dual"], rollout_n=1, ppo_micro_batch_size_per_gpu=1,
-    )  # fmt: skip
+        strategy="fsdp",
+        clip_ratio=0.2,
+        clip_ratio_low=knobs["low"],
+        clip_ratio_high=knobs["high"],
+        clip_ratio_c=knobs["dual"],
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+    )
     loss, _ = core_algos.compute_policy_loss_vanilla(
-        t["old"], new, t["advantage"][:, None].expand_as(new), t["mask"], knobs["mode"], config,
+        t["old"],
+        new,
+        t["advantage"][:, None].expand_as(new),
+        t["mask"],
+        knobs["mode"],
+        config,
         rollout_is_weights=t.get("importance"),
-    )  # fmt: skip
+    )
     if knobs["beta"]:
         kl = core_algos.kl_penalty_forward(new, t["reference"], knobs["kl_form"])
         loss = loss + knobs["beta"] * core_algos.agg_loss(kl, t["mask"], knobs["mode"])

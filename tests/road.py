@@ -20,7 +20,7 @@ ROAD = """
 from pathlib import Path
 from finback.data.sources import Files
 from finback.model.config import ModelConfig
-from finback.stages.distil import Distil
+from finback.stages.distill import Distill
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.grpo import GRPO
 from finback.stages.prepare import Prepare, TaskText
@@ -54,8 +54,8 @@ recipe = [
          reward=Reward(language=0.3), **rl),
     Evaluate(name="of-dev2", start="dev2", exams=exams),
     Pretrain(name="student", model=STUDENT, **made),
-    Distil(name="distilled", start="student", teacher="dev2", kept=("cold",), rows=2, length=64, epochs=1, checkpoint_steps=2),
-    Distil(name="on-policy", start="student", teacher="dev2", task=sums, steps=4, prompts=4, max_tokens=12,
+    Distill(name="distilled", start="student", teacher="dev2", kept=("cold",), rows=2, length=64, epochs=1, checkpoint_steps=2),
+    Distill(name="on-policy", start="student", teacher="dev2", task=sums, steps=4, prompts=4, max_tokens=12,
            length=64, divergence="reverse", checkpoint_steps=2),
     Evaluate(name="of-student", start="on-policy", exams=exams),
 ]

@@ -15,9 +15,9 @@ import httpx
 
 from finback.data import tokenizer as tokenizers
 from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
-from finback.engine import sequence
+from finback.engine import request as sequence
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling
+from finback.engine.request import SamplingParams
 from finback.model.transformer import Transformer
 from finback.serve import server
 from finback.serve.options import Options
@@ -50,26 +50,25 @@ class Scripted(Engine):
     """
 
     def __init__(
-        self, script: str | None = None, pace: float = 0.0, rows: int = 8, tokens: int = 16384, window: int = 2048,
-        words: Tokenizer | None = None, after: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        script: str | None = None,
+        pace: float = 0.0,
+        rows: int = 8,
+        tokens: int = 16384,
+        window: int = 2048,
+        words: Tokenizer | None = None,
+        after: str = "",
+    ) -> None:
         words = words or small_tokenizer()
         stops = (*words.stops, words.ids[USER], words.ids[ASSISTANT])
         super().__init__(
-            small_model(window),
-            stops,
-            rows,
-            tokenizer=words,
-            tokens=tokens,
-            chunk=64,
-            reuse=True,
-            speculate=True,
+            small_model(window), stops, rows, tokenizer=words, tokens=tokens, chunk=64, reuse=True, speculate=True
         )
         self.script, self.pace, self.after = script, pace, after
         self.failing: Exception | None = None
         self.seen: list[sequence.Sequence] = []
 
-    def submit(self, prompt: Sequence[int], sampling: Sampling, seed: int, **more: Any) -> sequence.Sequence:
+    def submit(self, prompt: Sequence[int], sampling: SamplingParams, seed: int, **more: Any) -> sequence.Sequence:
         """As it is, with the script before anything the model would say."""
         found = super().submit(list(prompt), sampling, seed, **more)
         self.seen.append(found)
@@ -102,11 +101,7 @@ class Scripted(Engine):
 @contextmanager
 def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
     """A real server on a real socket, and a client for it."""
-    app = build(
-        engine,
-        engine.tokenizer or small_tokenizer(),
-        Options(**{"name": "toy", "keep_alive": 15.0} | options),
-    )
+    app = build(engine, engine.tokenizer or small_tokenizer(), Options(**{"name": "toy", "keep_alive": 15.0} | options))
     listener = server._listen("127.0.0.1", 0)
     runner = Server(app.state.service, server.configuration(app))
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -168,9 +163,7 @@ def summed(chunks: list[Any], index: int = 0) -> dict[str, Any]:
                     message[name] = message.get(name, "") + value
                     continue
                 for call in value:
-                    known = calls.setdefault(
-                        call["index"], {"id": call.get("id", ""), "name": "", "arguments": ""}
-                    )
+                    known = calls.setdefault(call["index"], {"id": call.get("id", ""), "name": "", "arguments": ""})
                     known["name"] += call["function"].get("name", "")
                     known["arguments"] += call["function"].get("arguments", "")
     return message | ({"tool_calls": [calls[i] for i in sorted(calls)]} if calls else {})

@@ -14,8 +14,8 @@ import pytest
 
 import finback
 from finback.config import UserError
-from finback.tasks import aside
-from finback.tasks.aside import NOTHING, Aside, Comparison, compare
+from finback.tasks import math_process
+from finback.tasks.math_process import NOTHING, Aside, Comparison, compare
 
 RIGHT, WRONG = Comparison(same=True, read=True), Comparison(same=False, read=True)
 ROOT = Path(finback.__path__[0]).parent
@@ -91,7 +91,7 @@ def worker() -> Iterator[Aside]:
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", RIGHT),
         (r"\frac12", r"\frac12 \\ \frac13", NOTHING),
     ],
-)  # fmt: skip
+)
 def test_equal_answers(gold: str, answer: str, comparison: Comparison, worker: Aside) -> None:
     assert worker.compare(gold, answer) == comparison
 
@@ -101,7 +101,7 @@ def test_hostile_answers_do_nothing_and_end_in_time(
     attack: str, worker: Aside, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(aside, "_shared", lambda: worker)
+    monkeypatch.setattr(math_process, "_shared", lambda: worker)
     start = time.monotonic()
     assert not compare(r"\frac12", HOSTILE[attack]).same
     assert time.monotonic() - start < 4
@@ -109,9 +109,7 @@ def test_hostile_answers_do_nothing_and_end_in_time(
     assert compare(r"\frac12", "0.5") == RIGHT  # in the same worker or in a new one
 
 
-def test_without_the_parents_filter_the_worker_still_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_parents_filter_the_worker_still_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     worker = Aside(seconds=1, megabytes=600)
     for name in ("import", "megabyte of braces", "fractions in fractions", "surrogate"):
@@ -124,9 +122,16 @@ def test_without_the_parents_filter_the_worker_still_holds(
 
 @pytest.mark.parametrize(
     "deed",
-    ["open('F', 'w')", "os.system('touch F')", "os.fork()", "os.remove('G')", "socket.socket()",
-     "subprocess.run(['touch', 'F'])", "bytearray(2**30)"],
-)  # fmt: skip
+    [
+        "open('F', 'w')",
+        "os.system('touch F')",
+        "os.fork()",
+        "os.remove('G')",
+        "socket.socket()",
+        "subprocess.run(['touch', 'F'])",
+        "bytearray(2**30)",
+    ],
+)
 def test_the_worker_may_not(deed: str, tmp_path: Path) -> None:
     (tmp_path / "G").touch()
     code = (
@@ -142,9 +147,7 @@ def test_the_worker_may_not(deed: str, tmp_path: Path) -> None:
 def test_threads_share_a_worker(worker: Aside) -> None:
     results: dict[int, Comparison] = {}
     threads = [
-        threading.Thread(
-            target=lambda i=i: results.update({i: worker.compare(f"\\frac{{{i}}}{{7}}", f"{2 * i}/14")})
-        )
+        threading.Thread(target=lambda i=i: results.update({i: worker.compare(f"\\frac{{{i}}}{{7}}", f"{2 * i}/14")}))
         for i in range(1, 9)
     ]
     for thread in threads:
@@ -167,7 +170,7 @@ def test_a_worker_that_died_is_replaced(worker: Aside) -> None:
 
 
 def test_a_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(aside, "_WORKER", tmp_path / "none.py")
+    monkeypatch.setattr(math_process, "_WORKER", tmp_path / "none.py")
     with pytest.raises(UserError, match=r"its worker does not start.*pip install math-verify"):
         Aside().compare("1", "2")
 
@@ -213,9 +216,7 @@ assert aside.compare("1/3", "2/6").same and aside._shared()._process.pid == mine
 
 def test_the_math_reader_never_enters_this_process() -> None:
     code = "import sys, finback.tasks.aside as a; a.compare('1/2', '0.5'); print(json.dumps([m for m in sys.modules if 'sympy' in m]))"
-    done = subprocess.run(
-        [sys.executable, "-c", "import json;" + code], cwd=ROOT, capture_output=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", "import json;" + code], cwd=ROOT, capture_output=True, check=True)
     assert json.loads(done.stdout) == []
 
 

@@ -17,7 +17,7 @@ from finback.config import UserError
 from finback.data.tokenizer import END_THINK, THINK, Tokenizer, train
 from finback.engine.engine import Engine
 from finback.engine.pages import Pages, digest
-from finback.engine.sequence import Sampling, Sequence, uniforms
+from finback.engine.request import SamplingParams, Sequence, uniforms
 from finback.engine.speculate import Speculation
 from finback.engine.text import Text
 from finback.model.cache import PAGE
@@ -26,9 +26,18 @@ from finback.model.transformer import Transformer
 from tests.toy import CONFIG, toy_model
 
 DENSE = ModelConfig(
-    vocab_size=320, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80, attention="gqa",
-    num_key_value_heads=2, head_dim=12, tie_word_embeddings=True, max_position_embeddings=256, initializer_range=0.15,
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=80,
+    attention="gqa",
+    num_key_value_heads=2,
+    head_dim=12,
+    tie_word_embeddings=True,
+    max_position_embeddings=256,
+    initializer_range=0.15,
+)
 MODELS = {"mla": toy_model(), "gqa": Transformer(DENSE).initialise(0).eval()}
 PROMPT = [1, *range(40, 90)]  # four pages
 
@@ -39,9 +48,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train([text * 20], 320, tmp_path_factory.mktemp("words") / "tokenizer.json")
 
 
-def naive(
-    model: Transformer, prompt: list[int], sampling: Sampling, seed: int
-) -> tuple[list[int], list[float]]:
+def naive(model: Transformer, prompt: list[int], sampling: SamplingParams, seed: int) -> tuple[list[int], list[float]]:
     """The whole sequence through the model for every token."""
     tokens, logprobs, numbers = list(prompt), [], uniforms(seed, sampling.max_tokens)
     for i in range(sampling.max_tokens):
@@ -69,7 +76,7 @@ def others(engine: Engine, count: int = 31) -> Iterator[Sequence]:
     rng = random.Random(1)
     for seed in range(count):
         prompt = [rng.randrange(320) for _ in range(rng.randrange(1, 60))]
-        sampling = Sampling(
+        sampling = SamplingParams(
             rng.choice([0.0, 0.5, 1.0]), rng.randrange(1, 50), top_k=rng.choice([0, 5]), top_p=0.9
         )
         yield engine.submit(prompt, sampling, seed)
@@ -91,7 +98,7 @@ def in_pieces(model: Transformer) -> Engine:
 
 def after_the_same_prompt(model: Transformer) -> Engine:
     engine = Engine(model, (), tokens=512, reuse=True)
-    engine.submit(PROMPT, Sampling(0.0, 5), 0)
+    engine.submit(PROMPT, SamplingParams(0.0, 5), 0)
     finish(engine)
     return engine
 
@@ -99,7 +106,7 @@ def after_the_same_prompt(model: Transformer) -> Engine:
 def short_of_memory(model: Transformer) -> Engine:
     engine = Engine(model, (), rows=32, tokens=14 * PAGE, chunk=64)
     for seed in range(3):
-        engine.submit([5, 6, 7 + seed], Sampling(0.0, 100), seed)
+        engine.submit([5, 6, 7 + seed], SamplingParams(0.0, 100), seed)
     for _ in range(20):
         engine.step()
     return engine
@@ -121,10 +128,8 @@ WAYS = [alone, in_company, in_pieces, after_the_same_prompt, short_of_memory, dr
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_every_way_gives_the_same(
-    way: Callable[[Transformer], Engine], kind: str, temperature: float
-) -> None:
-    model, sampling = MODELS[kind], Sampling(temperature, 40)
+def test_every_way_gives_the_same(way: Callable[[Transformer], Engine], kind: str, temperature: float) -> None:
+    model, sampling = MODELS[kind], SamplingParams(temperature, 40)
     tokens, logprobs = naive(model, PROMPT, sampling, 77)
     engine = way(model)
     sequence = engine.submit(PROMPT, sampling, 77)
@@ -142,7 +147,7 @@ def test_every_way_gives_the_same(
 
 def test_the_oldest_is_never_preempted_and_nobody_starves() -> None:
     engine = Engine(MODELS["mla"], (), rows=8, tokens=16 * PAGE, chunk=32)
-    sequences = [engine.submit([1, 2, 3 + i], Sampling(0.0, 100), i) for i in range(8)]
+    sequences = [engine.submit([1, 2, 3 + i], SamplingParams(0.0, 100), i) for i in range(8)]
     finish(engine)
     assert sequences[0].preempted == 0 and sum(s.preempted for s in sequences) > 0
     assert all(len(s.tokens) == 100 for s in sequences)
@@ -154,7 +159,7 @@ def test_cached_pages_are_shared_only_under_the_same_salt() -> None:
     engine = Engine(MODELS["mla"], (), tokens=1024, reuse=True)
     seen = []
     for salt in (b"", b"", b"another", b"another"):
-        sequence = engine.submit(PROMPT, Sampling(0.0, 4), 0, salt=salt)
+        sequence = engine.submit(PROMPT, SamplingParams(0.0, 4), 0, salt=salt)
         finish(engine)
         seen.append((sequence.cached, sequence.tokens))
     assert [cached for cached, _ in seen] == [0, 48, 0, 48]
@@ -163,17 +168,17 @@ def test_cached_pages_are_shared_only_under_the_same_salt() -> None:
 
 def test_an_answer_is_found_again_as_the_beginning_of_the_next_prompt() -> None:
     engine = Engine(MODELS["mla"], (), tokens=1024, reuse=True)
-    first = engine.submit(PROMPT, Sampling(0.0, 40), 0)
+    first = engine.submit(PROMPT, SamplingParams(0.0, 40), 0)
     finish(engine)
-    second = engine.submit(PROMPT + first.tokens + [9, 9], Sampling(0.0, 4), 0)
+    second = engine.submit(PROMPT + first.tokens + [9, 9], SamplingParams(0.0, 4), 0)
     finish(engine)
     assert second.cached == (len(PROMPT) + 39) // PAGE * PAGE  # the last token was never read
 
 
 def test_a_follower_waits_and_reads_nothing_twice() -> None:
     engine = Engine(MODELS["mla"], (), tokens=1024, reuse=True)
-    leader = engine.submit(PROMPT, Sampling(1.0, 4), 0)
-    followers = [engine.submit(PROMPT, Sampling(1.0, 4), i, leader=leader) for i in range(1, 4)]
+    leader = engine.submit(PROMPT, SamplingParams(1.0, 4), 0)
+    followers = [engine.submit(PROMPT, SamplingParams(1.0, 4), i, leader=leader) for i in range(1, 4)]
     finish(engine)
     assert leader.cached == 0 and all(f.cached == 48 for f in followers)
 
@@ -181,18 +186,18 @@ def test_a_follower_waits_and_reads_nothing_twice() -> None:
 def test_new_weights_make_old_pages_unfindable() -> None:
     model = toy_model()
     engine = Engine(model, (), reuse=True)
-    before = engine.generate([PROMPT], Sampling(0.0, 8), [0])
-    assert engine.generate([PROMPT], Sampling(0.0, 8), [0])[0].tokens == before[0].tokens
+    before = engine.generate([PROMPT], SamplingParams(0.0, 8), [0])
+    assert engine.generate([PROMPT], SamplingParams(0.0, 8), [0])[0].tokens == before[0].tokens
     assert engine.pages.shared > 0
     with torch.no_grad():
         model.blocks[0].attention.kv_up.weight.mul_(-1.5)
-    after = engine.generate([PROMPT], Sampling(0.0, 8), [0])[0]
-    assert after.tokens == naive(model, PROMPT, Sampling(0.0, 8), 0)[0]
+    after = engine.generate([PROMPT], SamplingParams(0.0, 8), [0])[0]
+    assert after.tokens == naive(model, PROMPT, SamplingParams(0.0, 8), 0)[0]
 
 
 def test_cancelling_frees_pages_at_once() -> None:
     engine = Engine(MODELS["mla"], (), rows=2, tokens=1024)
-    sequences = [engine.submit(PROMPT, Sampling(1.0, 100), i) for i in range(4)]
+    sequences = [engine.submit(PROMPT, SamplingParams(1.0, 100), i) for i in range(4)]
     for _ in range(3):
         engine.step()
     assert (engine.running, engine.waiting) == (2, 2)
@@ -206,13 +211,13 @@ def test_cancelling_frees_pages_at_once() -> None:
 def test_what_can_never_be_served_is_refused() -> None:
     engine = Engine(MODELS["mla"], (), tokens=64)
     with pytest.raises(UserError, match="more than the cache of 64 tokens"):
-        engine.submit([1] * 30, Sampling(max_tokens=60), 0)
+        engine.submit([1] * 30, SamplingParams(max_tokens=60), 0)
     with pytest.raises(UserError, match=r"prompt = 320: not a token id in 0\.\.319"):
-        engine.submit([320], Sampling(max_tokens=6), 0)
+        engine.submit([320], SamplingParams(max_tokens=6), 0)
     with pytest.raises(UserError, match="empty"):
-        engine.submit([], Sampling(max_tokens=6), 0)
+        engine.submit([], SamplingParams(max_tokens=6), 0)
     with pytest.raises(UserError, match="needs text"):
-        engine.submit([1], Sampling(max_tokens=6, stop=("x",)), 0)
+        engine.submit([1], SamplingParams(max_tokens=6, stop=("x",)), 0)
     assert not engine.busy
 
 
@@ -220,10 +225,10 @@ def test_prompt_logprobs_are_those_of_the_whole_pass() -> None:
     model = MODELS["mla"]
     for chunk in (5, 8192):
         engine = Engine(model, (), tokens=512, chunk=chunk, reuse=True)
-        finish_me = engine.submit(PROMPT, Sampling(0.0, 1), 0)
+        finish_me = engine.submit(PROMPT, SamplingParams(0.0, 1), 0)
         finish(engine)
         assert finish_me.finish == "length"
-        s = engine.submit(PROMPT, Sampling(0.0, 0, prompt_logprobs=3), 0)
+        s = engine.submit(PROMPT, SamplingParams(0.0, 0, prompt_logprobs=3), 0)
         finish(engine)
         assert s.tokens == [] and s.finish == "length" and len(s.prompt_top) == len(PROMPT) - 1
         with torch.no_grad():
@@ -235,16 +240,16 @@ def test_prompt_logprobs_are_those_of_the_whole_pass() -> None:
 
 def test_prompt_logprobs_are_made_once_though_preempted() -> None:
     engine = Engine(MODELS["mla"], (), rows=4, tokens=96, chunk=16)
-    first = engine.submit(PROMPT[:30], Sampling(0.0, 40, prompt_logprobs=0), 0)
-    second = engine.submit(PROMPT[1:31], Sampling(0.0, 40, prompt_logprobs=0), 0)
+    first = engine.submit(PROMPT[:30], SamplingParams(0.0, 40, prompt_logprobs=0), 0)
+    second = engine.submit(PROMPT[1:31], SamplingParams(0.0, 40, prompt_logprobs=0), 0)
     finish(engine)
     assert second.preempted > 0 and len(first.prompt_top) == len(second.prompt_top) == 29
 
 
 def test_a_prompt_that_fills_the_cache_is_read_and_blocks_nobody() -> None:
     engine = Engine(MODELS["mla"], (), rows=2, tokens=64)
-    full = engine.submit(list(range(1, 65)), Sampling(max_tokens=0, prompt_logprobs=0), 0)
-    behind = engine.submit([5, 6, 7], Sampling(0.0, 4), 0)
+    full = engine.submit(list(range(1, 65)), SamplingParams(max_tokens=0, prompt_logprobs=0), 0)
+    behind = engine.submit([5, 6, 7], SamplingParams(0.0, 4), 0)
     finish(engine)
     assert full.finish == behind.finish == "length" and len(full.prompt_top) == 63
 
@@ -252,22 +257,22 @@ def test_a_prompt_that_fills_the_cache_is_read_and_blocks_nobody() -> None:
 @pytest.mark.parametrize("knob", [{"temperature": 1e-40}, {"top_p": 1e-46}, {"min_p": 1.0}, {"top_k": 1}])
 def test_extreme_knobs_are_greedy(knob: dict[str, float]) -> None:
     engine = Engine(MODELS["gqa"], (), tokens=512)
-    asked = [engine.submit(PROMPT, s, 3) for s in (Sampling(0.0, 9), Sampling(**{"max_tokens": 9} | knob))]  # type: ignore[arg-type]
+    asked = [engine.submit(PROMPT, s, 3) for s in (SamplingParams(0.0, 9), SamplingParams(**{"max_tokens": 9} | knob))]  # type: ignore[arg-type]
     finish(engine)
     assert asked[0].tokens == asked[1].tokens
 
 
 def test_a_conversation_reads_only_what_is_new(words: Tokenizer) -> None:
     engine = Engine(MODELS["mla"], (), rows=1, tokens=256, tokenizer=words, reuse=True)
-    said = "".join(engine.talk(PROMPT, Sampling(1.0, 20), 5))
-    again = engine.submit(PROMPT, Sampling(1.0, 20), 5)
+    said = "".join(engine.talk(PROMPT, SamplingParams(1.0, 20), 5))
+    again = engine.submit(PROMPT, SamplingParams(1.0, 20), 5)
     finish(engine)
     assert again.cached == 48 and again.text is not None and again.text.said == said
 
 
 def test_alternatives_are_reported_at_temperature_one() -> None:
     engine = Engine(MODELS["mla"], (), tokens=512)
-    s = engine.submit(PROMPT, Sampling(0.5, 6, top_logprobs=2), 3)
+    s = engine.submit(PROMPT, SamplingParams(0.5, 6, top_logprobs=2), 3)
     finish(engine)
     with torch.no_grad():
         logp = MODELS["mla"].logits(MODELS["mla"](torch.tensor([PROMPT + s.tokens]))[0]).log_softmax(-1)
@@ -282,7 +287,7 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     model = MODELS["gqa"]
     processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
     expected = _greedy_with(model, lambda ids, scores: processor(torch.tensor([ids]), scores[None])[0])
-    assert _greedy(model, Sampling(0.0, 20, repetition_penalty=penalty)) == expected
+    assert _greedy(model, SamplingParams(0.0, 20, repetition_penalty=penalty)) == expected
 
 
 def test_frequency_and_presence_penalties_count_the_answer_alone() -> None:
@@ -291,33 +296,33 @@ def test_frequency_and_presence_penalties_count_the_answer_alone() -> None:
         return scores - 0.4 * times - 0.3 * (times > 0)
 
     expected = _greedy_with(MODELS["gqa"], penalise)
-    assert _greedy(MODELS["gqa"], Sampling(0.0, 20, frequency_penalty=0.4, presence_penalty=0.3)) == expected
-    assert expected != _greedy(MODELS["gqa"], Sampling(0.0, 20))
+    assert _greedy(MODELS["gqa"], SamplingParams(0.0, 20, frequency_penalty=0.4, presence_penalty=0.3)) == expected
+    assert expected != _greedy(MODELS["gqa"], SamplingParams(0.0, 20))
 
 
 def test_logit_bias_and_stop_tokens() -> None:
-    biased = _greedy(MODELS["gqa"], Sampling(0.0, 20, logit_bias=((11, 100.0),)))
+    biased = _greedy(MODELS["gqa"], SamplingParams(0.0, 20, logit_bias=((11, 100.0),)))
     assert biased == [11] * 20
-    plain = _greedy(MODELS["gqa"], Sampling(0.0, 20))
+    plain = _greedy(MODELS["gqa"], SamplingParams(0.0, 20))
     stop = plain[3]
-    assert _greedy(MODELS["gqa"], Sampling(0.0, 20, stop_tokens=(stop,))) == plain[: plain.index(stop) + 1]
+    assert _greedy(MODELS["gqa"], SamplingParams(0.0, 20, stop_tokens=(stop,))) == plain[: plain.index(stop) + 1]
 
 
 def test_eos_can_be_ignored() -> None:
-    plain = _greedy(MODELS["gqa"], Sampling(0.0, 20))
+    plain = _greedy(MODELS["gqa"], SamplingParams(0.0, 20))
     engine = Engine(MODELS["gqa"], [plain[2]], tokens=512)
-    sequences = [engine.submit(PROMPT, Sampling(0.0, 20, ignore_eos=ignore), 0) for ignore in (False, True)]
+    sequences = [engine.submit(PROMPT, SamplingParams(0.0, 20, ignore_eos=ignore), 0) for ignore in (False, True)]
     finish(engine)
     assert sequences[0].finish == "stop" and len(sequences[0].tokens) <= 3
     assert sequences[1].tokens == plain
 
 
-def _greedy(model: Transformer, sampling: Sampling) -> list[int]:
+def _greedy(model: Transformer, sampling: SamplingParams) -> list[int]:
     engine = Engine(model, (), tokens=512)
     sequence = engine.submit(PROMPT, sampling, 0)
-    company = engine.submit(PROMPT, Sampling(1.0, 30), 1)  # whose scores must stay untouched
+    company = engine.submit(PROMPT, SamplingParams(1.0, 30), 1)  # whose scores must stay untouched
     finish(engine)
-    assert company.tokens == naive(model, PROMPT, Sampling(1.0, 30), 1)[0]
+    assert company.tokens == naive(model, PROMPT, SamplingParams(1.0, 30), 1)[0]
     return sequence.tokens
 
 
@@ -351,24 +356,22 @@ def sure_model() -> Transformer:
 def test_right_drafts_halve_the_steps() -> None:
     engine = Engine(sure_model(), (), tokens=512, speculate=True)
     engine.speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]
-    sequence = engine.submit([5], Sampling(0.0, 41), 0)
+    sequence = engine.submit([5], SamplingParams(0.0, 41), 0)
     steps = finish(engine)
     assert sequence.tokens == list(range(6, 47))
     assert sequence.accepted == sequence.drafted == 20 and steps <= 22
 
 
-@pytest.mark.parametrize(
-    "kinds", ["draft", "plain", "probe", "draft plain", "plain draft draft", "probe draft"]
-)
+@pytest.mark.parametrize("kinds", ["draft", "plain", "probe", "draft plain", "plain draft draft", "probe draft"])
 def test_switching_drafts_on_and_off_changes_nothing(kinds: str) -> None:
     model = MODELS["mla"]
     engine = Engine(model, (), tokens=4096, speculate=True, reuse=True)
     turn = itertools.cycle(kinds.split())
     engine.speculation.choose = lambda rows: next(turn)  # type: ignore[union-attr, method-assign]
-    sequences = [engine.submit(PROMPT[: 10 + i], Sampling(0.8, 30), i) for i in range(5)]
+    sequences = [engine.submit(PROMPT[: 10 + i], SamplingParams(0.8, 30), i) for i in range(5)]
     finish(engine)
     for i, s in enumerate(sequences):
-        assert s.tokens == naive(model, PROMPT[: 10 + i], Sampling(0.8, 30), i)[0]
+        assert s.tokens == naive(model, PROMPT[: 10 + i], SamplingParams(0.8, 30), i)[0]
 
 
 def test_drafted_samples_follow_the_distribution() -> None:
@@ -377,7 +380,7 @@ def test_drafted_samples_follow_the_distribution() -> None:
     with torch.no_grad():
         model.head.weight[8:] = 0
         model.head.weight[:8] *= 0.5
-    sampling = Sampling(1.0, 3, logit_bias=tuple((t, float("-inf")) for t in range(8, 320)))
+    sampling = SamplingParams(1.0, 3, logit_bias=tuple((t, float("-inf")) for t in range(8, 320)))
     engine = Engine(model, (), rows=256, speculate=True)
     engine.speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]
     n = 6000
@@ -404,9 +407,7 @@ def test_drafts_are_switched_off_where_they_cost_more_than_they_bring() -> None:
     for step in range(2400):
         rows, drafting = ((1, 1.3), (64, 1.9))[step % 2]
         kinds.append(kind := speculation.choose(rows))
-        speculation.saw(
-            rows, kind, drafting if kind == "draft" else 1.0, 4 * (kind == "draft"), 3 * (kind == "draft")
-        )
+        speculation.saw(rows, kind, drafting if kind == "draft" else 1.0, 4 * (kind == "draft"), 3 * (kind == "draft"))
     assert speculation.worth(1) and not speculation.worth(64)
     alone, many = kinds[0::2], kinds[1::2]
     assert alone.count("draft") > 1100 and many.count("plain") > 1100
@@ -429,9 +430,7 @@ def test_text_is_whole_however_it_comes(words: Tokenizer) -> None:
     assert text.said == said
 
 
-@given(
-    st.text(alphabet="ab\n狐", max_size=30), st.lists(st.text("ab\n狐", min_size=1, max_size=4), max_size=3)
-)
+@given(st.text(alphabet="ab\n狐", max_size=30), st.lists(st.text("ab\n狐", min_size=1, max_size=4), max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_stop_texts_end_the_answer_where_they_first_appear(said: str, stops: list[str]) -> None:
     text = Text(_BYTES, stops)
@@ -445,9 +444,7 @@ def test_stop_texts_end_the_answer_where_they_first_appear(said: str, stops: lis
         first = min(said.find(s) + len(s) for s in stops if s in said)
         assert (
             text.said
-            == said[
-                : min(said.find(s) for s in stops if said.find(s) >= 0 and said.find(s) + len(s) <= first)
-            ]
+            == said[: min(said.find(s) for s in stops if said.find(s) >= 0 and said.find(s) + len(s) <= first)]
         )
     else:
         assert text.said == said
@@ -469,11 +466,11 @@ _BYTES: Tokenizer = _Bytes()  # type: ignore[assignment]
 def test_stop_texts_in_the_engine(words: Tokenizer) -> None:
     model = toy_model()
     engine = Engine(model, (), tokens=512, tokenizer=words)
-    free = engine.submit(PROMPT, Sampling(1.0, 40), 5)
+    free = engine.submit(PROMPT, SamplingParams(1.0, 40), 5)
     finish(engine)
     assert free.text is not None
     stop = free.text.said[10:13]
-    ended = engine.submit(PROMPT, Sampling(1.0, 40, stop=(stop,)), 5)
+    ended = engine.submit(PROMPT, SamplingParams(1.0, 40, stop=(stop,)), 5)
     finish(engine)
     assert ended.finish == "stop" and ended.text is not None and ended.text.stop == stop
     assert ended.text.said == free.text.said[: free.text.said.index(stop)]
@@ -485,11 +482,11 @@ def test_a_chain_is_closed_when_its_budget_is_used_up(words: Tokenizer) -> None:
     engine = Engine(model, [words.eos], tokens=1024, tokenizer=words)
     close, banned = words.ids[END_THINK], ((words.ids[END_THINK], float("-inf")), (words.eos, float("-inf")))
     asked = {
-        "free": engine.submit(PROMPT, Sampling(1.0, 40, logit_bias=banned), 5, thinking=True),
-        "ten": engine.submit(PROMPT, Sampling(1.0, 40, logit_bias=banned, think_tokens=10), 5, thinking=True),
-        "none": engine.submit(PROMPT, Sampling(1.0, 40, think_tokens=0), 5, thinking=True),
-        "told": engine.submit(PROMPT, Sampling(1.0, 40, logit_bias=banned), 5, thinking=True),
-        "not": engine.submit(PROMPT, Sampling(1.0, 40, logit_bias=banned, think_tokens=3), 5),
+        "free": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned), 5, thinking=True),
+        "ten": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned, think_tokens=10), 5, thinking=True),
+        "none": engine.submit(PROMPT, SamplingParams(1.0, 40, think_tokens=0), 5, thinking=True),
+        "told": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned), 5, thinking=True),
+        "not": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned, think_tokens=3), 5),
     }
     for _ in range(6):
         engine.step()
@@ -504,9 +501,11 @@ def test_a_chain_is_closed_when_its_budget_is_used_up(words: Tokenizer) -> None:
 
 
 SCHEMA = {
-    "type": "object", "properties": {"name": {"enum": ["fox", "<think>"]}, "legs": {"type": "integer", "maximum": 99}},
-    "required": ["name", "legs"], "additionalProperties": False,
-}  # fmt: skip
+    "type": "object",
+    "properties": {"name": {"enum": ["fox", "<think>"]}, "legs": {"type": "integer", "maximum": 99}},
+    "required": ["name", "legs"],
+    "additionalProperties": False,
+}
 
 
 @pytest.mark.parametrize("speculate", [False, True])
@@ -514,12 +513,12 @@ def test_answers_follow_a_schema_once_the_chain_is_closed(words: Tokenizer, spec
     pytest.importorskip("llguidance")
     engine = Engine(toy_model(), [words.eos], tokens=4096, tokenizer=words, speculate=speculate)
     schema = json.dumps(SCHEMA)
-    plain = [engine.submit(PROMPT, Sampling(1.0, 200, schema=schema, think_tokens=10), i) for i in range(4)]
+    plain = [engine.submit(PROMPT, SamplingParams(1.0, 200, schema=schema, think_tokens=10), i) for i in range(4)]
     chained = [
-        engine.submit(PROMPT, Sampling(1.0, 200, schema=schema, think_tokens=10), i, thinking=True)
+        engine.submit(PROMPT, SamplingParams(1.0, 200, schema=schema, think_tokens=10), i, thinking=True)
         for i in range(4)
     ]
-    free = engine.submit(PROMPT, Sampling(1.0, 30), 9)
+    free = engine.submit(PROMPT, SamplingParams(1.0, 30), 9)
     finish(engine)
     for s in plain + chained:
         assert s.text is not None and s.finish == "stop"
@@ -527,31 +526,23 @@ def test_answers_follow_a_schema_once_the_chain_is_closed(words: Tokenizer, spec
         if s in chained or said.startswith(THINK):
             _, _, said = said.partition(END_THINK)
         parsed = json.loads(said)
-        assert (
-            parsed["name"] in ("fox", "<think>") and parsed["legs"] <= 99 and set(parsed) == {"name", "legs"}
-        )
-    assert free.tokens == naive(toy_model(), PROMPT, Sampling(1.0, 30), 9)[0][: len(free.tokens)]
+        assert parsed["name"] in ("fox", "<think>") and parsed["legs"] <= 99 and set(parsed) == {"name", "legs"}
+    assert free.tokens == naive(toy_model(), PROMPT, SamplingParams(1.0, 30), 9)[0][: len(free.tokens)]
 
 
-@pytest.mark.parametrize(
-    "schema", ["{", "[1]", '{"type": "nothing"}', '{"$ref": "#/nowhere"}', '{"type": 5}']
-)
+@pytest.mark.parametrize("schema", ["{", "[1]", '{"type": "nothing"}', '{"$ref": "#/nowhere"}', '{"type": 5}'])
 def test_a_schema_that_is_none_is_refused(words: Tokenizer, schema: str) -> None:
     pytest.importorskip("llguidance")
     engine = Engine(toy_model(), [words.eos], tokens=512, tokenizer=words)
     with pytest.raises(UserError, match="response_format"):
-        engine.submit(PROMPT, Sampling(1.0, 40, schema=schema), 0)
+        engine.submit(PROMPT, SamplingParams(1.0, 40, schema=schema), 0)
     assert not engine.busy
 
 
 # ---- pages ---------------------------------------------------------------------------------------------------------
 
 
-@given(
-    st.lists(
-        st.tuples(st.sampled_from(["take", "release", "publish", "find"]), st.integers(0, 7)), max_size=60
-    )
-)
+@given(st.lists(st.tuples(st.sampled_from(["take", "release", "publish", "find"]), st.integers(0, 7)), max_size=60))
 @settings(max_examples=200, deadline=None)
 def test_pages_are_never_lost_and_never_given_twice(actions: list[tuple[str, int]]) -> None:
     pages = Pages(4, PAGE)
@@ -587,7 +578,7 @@ def test_digests_depend_on_all_that_came_before() -> None:
 
 
 def test_uniforms_are_the_same_however_many_are_asked() -> None:
-    sequence = Sequence([1], Sampling(), seed=12)
+    sequence = Sequence([1], SamplingParams(), seed=12)
     numbers = []
     for _ in range(300):
         numbers.append(sequence.uniform())

@@ -21,15 +21,13 @@ from finback.checkpoint.load import load
 from finback.checkpoint.shards import BESIDE, INDEX, SCALE, Shards
 from finback.config import UserError
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling
+from finback.engine.request import SamplingParams
 from finback.kernels import fp8
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
 from tests.families import FAMILIES, build, spell_as_released
 
-EXAMPLES = settings(
-    max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+EXAMPLES = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,10 +68,14 @@ def same_greedy_text(ours: Any, theirs: Any, tokens: torch.Tensor) -> None:
     padded = torch.tensor([[2] * (longest - len(p)) + p for p in prompts])
     with torch.no_grad():
         made = theirs.generate(
-            padded, attention_mask=(padded != 2).long(), max_new_tokens=32, do_sample=False, eos_token_id=None,
+            padded,
+            attention_mask=(padded != 2).long(),
+            max_new_tokens=32,
+            do_sample=False,
+            eos_token_id=None,
             pad_token_id=2,
-        )[:, longest:]  # fmt: skip
-    mine = Engine(ours, stops=()).generate(prompts, Sampling(temperature=0.0, max_tokens=32), [0, 0, 0])
+        )[:, longest:]
+    mine = Engine(ours, stops=()).generate(prompts, SamplingParams(temperature=0.0, max_tokens=32), [0, 0, 0])
     assert [c.tokens for c in mine] == made.tolist()
 
 
@@ -88,11 +90,25 @@ def test_a_config_survives_writing_and_reading(family: str, data: st.DataObject)
 # what transformers does not have: MTP and FP8
 
 SMALL = ModelConfig(
-    vocab_size=60, hidden_size=160, num_hidden_layers=2, num_attention_heads=2, intermediate_size=144, q_lora_rank=24,
-    kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4, n_shared_experts=1,
-    num_experts_per_tok=2, moe_intermediate_size=128, first_k_dense_replace=1, num_nextn_predict_layers=1,
-    max_position_embeddings=64, initializer_range=0.1,
-)  # fmt: skip
+    vocab_size=60,
+    hidden_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=144,
+    q_lora_rank=24,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=128,
+    first_k_dense_replace=1,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=64,
+    initializer_range=0.1,
+)
 
 
 def small(seed: int = 0, **changes: Any) -> Transformer:
@@ -117,10 +133,7 @@ def test_mtp_layers_go_out_and_come_back_to_the_bit(shard_bytes: int, tmp_path: 
     assert (tmp_path / "out" / INDEX).is_file() == (shard_bytes < 5_000_000_000)
     back, audit = load(tmp_path / "out")
     assert same(model, back) and audit.holds
-    assert set(audit.skipped) == {
-        "model.layers.2.embed_tokens.weight",
-        "model.layers.2.shared_head.head.weight",
-    }
+    assert set(audit.skipped) == {"model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"}
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True, dtype=torch.float32
     )
@@ -164,9 +177,7 @@ def attention(x: torch.Tensor, w: dict[str, torch.Tensor]) -> torch.Tensor:
     def turned(y: torch.Tensor) -> torch.Tensor:  # complex numbers of neighbouring pairs
         angle = torch.outer(torch.arange(length).float(), c.rope_theta ** (-torch.arange(0, 8, 2) / 8.0))
         turn = torch.polar(torch.ones_like(angle), angle)
-        return torch.view_as_real(
-            torch.view_as_complex(y.reshape(*y.shape[:-1], 4, 2).contiguous()) * turn
-        ).flatten(-2)
+        return torch.view_as_real(torch.view_as_complex(y.reshape(*y.shape[:-1], 4, 2).contiguous()) * turn).flatten(-2)
 
     a = "self_attn."
     q = norm(x @ w[a + "q_a_proj.weight"].T, w[a + "q_a_layernorm.weight"]) @ w[a + "q_b_proj.weight"].T
@@ -214,12 +225,14 @@ def test_a_config_that_declares_mtp_which_the_files_lack_is_told(tmp_path: Path)
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tie_word_embeddings": True}, {"first_k_dense_replace": 2}, {"n_routed_experts": 0},
+        {"tie_word_embeddings": True},
+        {"first_k_dense_replace": 2},
+        {"n_routed_experts": 0},
         {"num_hidden_layers": 61, "hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8},
         {"num_hidden_layers": 61, "hidden_size": 16, "n_routed_experts": 0, "tie_word_embeddings": True},
         {"num_nextn_predict_layers": 2},
     ],
-)  # fmt: skip
+)
 def test_rare_shapes_go_out_and_come_back(changes: dict[str, Any], fmt: Any, tmp_path: Path) -> None:
     model = small(**changes)
     export(model, tmp_path / "out", fmt)
@@ -240,9 +253,14 @@ def _spread(fmt: str) -> dict[str, Any]:
 
 def test_a_head_that_is_said_to_be_tied_and_is_not(tmp_path: Path) -> None:
     config = transformers.Qwen2Config(
-        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
     build(config, 0).save_pretrained(tmp_path)
     edit(tie_word_embeddings=True)(tmp_path)
     with pytest.raises(
@@ -253,19 +271,19 @@ def test_a_head_that_is_said_to_be_tied_and_is_not(tmp_path: Path) -> None:
 
 def test_fp8_blocks_by_hand() -> None:
     weight = torch.randn(2, 130, 260) * torch.logspace(-3, 3, 130)[:, None]
-    values, scale = fp8.quantise(weight)
+    values, scale = fp8.quantize(weight)
     assert values.shape == weight.shape and scale.shape == (2, 2, 3)
     for n in range(2):
         for r in range(2):
             for c in range(3):
                 block = weight[n, 128 * r : 128 * r + 128, 128 * c : 128 * c + 128]
                 assert scale[n, r, c] == (block.abs().max() / 448)
-    back = fp8.dequantise(values, scale, torch.float32)
+    back = fp8.dequantize(values, scale, torch.float32)
     largest = fp8.spread(scale, 130, 260) * 448
     # E4M3 has three bits of mantissa: half a step is 1/16 of a value, or of the smallest normal number
     assert ((back - weight).abs() <= (weight.abs() / 16).clamp(min=2**-10 / 448) + largest * 2**-16).all()
-    again, factors = fp8.quantise(back)
-    assert torch.equal(fp8.dequantise(again, factors, torch.float32), back)  # what is in FP8 stays
+    again, factors = fp8.quantize(back)
+    assert torch.equal(fp8.dequantize(again, factors, torch.float32), back)  # what is in FP8 stays
 
 
 def test_every_e4m3_number_is_widened_exactly() -> None:
@@ -297,8 +315,7 @@ def test_fp8_weights_go_out_and_come_back_within_their_rounding(kept: Any, tmp_p
         export(back, tmp_path / "again", "fp8")
         twice, _ = load(tmp_path / "again")
         assert (
-            twice.state_dict()["blocks.1.feed_forward.down"]
-            == exact.state_dict()["blocks.1.feed_forward.down"]
+            twice.state_dict()["blocks.1.feed_forward.down"] == exact.state_dict()["blocks.1.feed_forward.down"]
         ).all()
 
 
@@ -375,10 +392,7 @@ def tensors_edit(change: Any) -> Any:
         (damage_truncate, "weights = .*model.safetensors': not a whole safetensors file .*Download it again"),
         (damage_header, "weights = .*model.safetensors': not a whole safetensors file"),
         (damage_index, "weights = .*gone.safetensors': the file is missing"),
-        (
-            damage_index_path,
-            "index.json = .*not an index: it must map tensor names to file names in this folder",
-        ),
+        (damage_index_path, "index.json = .*not an index: it must map tensor names to file names in this folder"),
         (damage_index_name, "index.json = .*names 1 tensors that its files lack, more.weight first"),
         (damage_pickle, "weights = .*pytorch_model.bin': a pickle, which can run any program"),
         (damage_nothing_left, "weights = .*: no .safetensors file there"),
@@ -401,10 +415,7 @@ def tensors_edit(change: Any) -> Any:
         (edit(partial_rotary_factor="x"), "config.json partial_rotary_factor = 'x': not a number"),
         (edit(vocab_size=10**20), "config.json vocab_size = .*: not a whole number up to"),
         (edit(rope_scaling={"type": "linear", "factor": 0}), "rope_scaling.factor = 0.0: not above 0"),
-        (
-            edit(rope_scaling={"type": "yarn", "factor": 2, "original_max_position_embeddings": -5}),
-            "not above 0",
-        ),
+        (edit(rope_scaling={"type": "yarn", "factor": 2, "original_max_position_embeddings": -5}), "not above 0"),
         (edit(rope_scaling={"type": "ntk"}), "config.json rope_scaling = .*not a scaling that finback knows"),
         (edit(rope_scaling={"type": "yarn"}), "config.json rope_scaling = .*bad or missing 'factor'"),
         (edit(quantization_config={"quant_method": "gptq"}), "quantization_config = .*finback reads fp8"),
@@ -450,15 +461,10 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     ("changes", "message"),
     [
         ({"scoring_func": "softmax"}, "DeepSeek-V2 has neither normalised weights nor MTP"),
-        (
-            {"attention": "gqa", "num_key_value_heads": 1, "head_dim": 8},
-            "experts and MTP come with latent attention",
-        ),
+        ({"attention": "gqa", "num_key_value_heads": 1, "head_dim": 8}, "experts and MTP come with latent attention"),
     ],
 )
-def test_models_that_no_family_covers_are_refused(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_models_that_no_family_covers_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         export(small(**changes), tmp_path / "out", "fp32")
     assert not (tmp_path / "out").exists()

@@ -37,9 +37,7 @@ def shown(problem: Problem) -> list[str]:
 def test_the_right_choice_keeps_its_letter(answer: Any, shuffle: bool, tmp_path: Path) -> None:
     task, problem = drawn(tmp_path / "a.jsonl", CITIES, answer, shuffle=shuffle)
     assert isinstance(task, Task) and hash(task) and task.name == "a"
-    assert "ABCD"[shown(problem).index("Paris")] == problem.answer and sorted(shown(problem)) == sorted(
-        CITIES
-    )
+    assert "ABCD"[shown(problem).index("Paris")] == problem.answer and sorted(shown(problem)) == sorted(CITIES)
     assert shuffle or shown(problem) == CITIES
     assert problem.question.splitlines()[0] == "Where?"
     assert problem.question.endswith("\nAnswer with the letter alone.")
@@ -50,17 +48,45 @@ def test_the_right_choice_keeps_its_letter(answer: Any, shuffle: bool, tmp_path:
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [
-        ("B", "B"), ("(B)", "B"), ("B.", "B"), ("B)", "B"), ("b", "B"), (" B\n", "B"), ("**B**", "B"),
-        ("Answer: B", "B"), ("The answer is B.", "B"), ("Final answer: (B)", "B"),
-        ("Since it is large, \\boxed{B}", "B"), ("\\boxed{\\text{(B)}}", "B"), ("#### B", "B"),
-        ("Paris", "B"), ("paris.", "B"), ("B. Paris", "B"), ("(B) Paris", "B"), ("\\boxed{Paris}", "B"),
-        ("A. Paris", None), ("A or B", None), ("A, B", None), ("AB", None), ("B B", None), ("A\nB", None),
-        ("\\boxed{A} \\boxed{B}", None), ("#### A\n#### B", None), ("E", None), ("Not A but B", None),
-        ("London Paris", None), ("Paris, not London", None), ("", None), ("?", None), ("A. B", None),
-        ("Answer: A. Answer: B", None), ("\u0392", None),  # a Greek capital
-        ("ABCD", None), ("The answer is not B", None),
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B.", "B"),
+        ("B)", "B"),
+        ("b", "B"),
+        (" B\n", "B"),
+        ("**B**", "B"),
+        ("Answer: B", "B"),
+        ("The answer is B.", "B"),
+        ("Final answer: (B)", "B"),
+        ("Since it is large, \\boxed{B}", "B"),
+        ("\\boxed{\\text{(B)}}", "B"),
+        ("#### B", "B"),
+        ("Paris", "B"),
+        ("paris.", "B"),
+        ("B. Paris", "B"),
+        ("(B) Paris", "B"),
+        ("\\boxed{Paris}", "B"),
+        ("A. Paris", None),
+        ("A or B", None),
+        ("A, B", None),
+        ("AB", None),
+        ("B B", None),
+        ("A\nB", None),
+        ("\\boxed{A} \\boxed{B}", None),
+        ("#### A\n#### B", None),
+        ("E", None),
+        ("Not A but B", None),
+        ("London Paris", None),
+        ("Paris, not London", None),
+        ("", None),
+        ("?", None),
+        ("A. B", None),
+        ("Answer: A. Answer: B", None),
+        ("\u0392", None),  # a Greek capital
+        ("ABCD", None),
+        ("The answer is not B", None),
     ],
-)  # fmt: skip
+)
 def test_exactly_one_letter(answer: str, letter: str | None) -> None:
     assert named(answer, CITIES) == letter
 
@@ -105,17 +131,11 @@ def test_choices_that_speak_of_places_stay(last: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (
-            {"choices": CITIES, "answer": "E"},
-            r"a\.jsonl:1 answer = 'E': names none of the choices.*place from 0",
-        ),
+        ({"choices": CITIES, "answer": "E"}, r"a\.jsonl:1 answer = 'E': names none of the choices.*place from 0"),
         ({"choices": CITIES, "answer": 4}, r"answer = 4: names none"),
         ({"choices": CITIES, "answer": -1}, r"answer = -1: names none"),
         ({"choices": ["B", "A"], "answer": "A"}, r"answer = 'A': could be a letter or a text"),
-        (
-            {"choices": CITIES},
-            r"a\.jsonl:1 = 'answer': the record has no such field. Known: choices, question",
-        ),
+        ({"choices": CITIES}, r"a\.jsonl:1 = 'answer': the record has no such field. Known: choices, question"),
         ({"answer": "A"}, r"a\.jsonl:1 = 'choices': the record has no such field"),
         ({"choices": ["a"], "answer": "A"}, r"choices = \['a'\]: not 2 to 10 different texts"),
         ({"choices": ["a", "a"], "answer": "A"}, "not 2 to 10 different"),

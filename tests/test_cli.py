@@ -67,9 +67,7 @@ def test_a_bad_text_file(content: bytes, word: str, tmp_path: Path) -> None:
     done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 2)
     assert done.returncode == 2 and word in done.stderr and "words.txt" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "runs").rglob("*.bin")) and not list(
-        (tmp_path / "runs").rglob("manifest.json")
-    )
+    assert not list((tmp_path / "runs").rglob("*.bin")) and not list((tmp_path / "runs").rglob("manifest.json"))
 
 
 def test_a_run_folder_of_another_recipe_or_seed_is_left_alone(tmp_path: Path) -> None:
@@ -87,8 +85,8 @@ def test_a_run_folder_of_another_recipe_or_seed_is_left_alone(tmp_path: Path) ->
 
 
 def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finback import run
     from finback.config import UserError
+    from finback.runs import folder as run
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: usage._replace(free=5 * 2**20))
@@ -100,13 +98,7 @@ def test_show() -> None:
     recipe = finback("show", "recipes/tiny.py", "--set", "zero.steps=7")
     assert recipe.returncode == 0 and "steps = 7" in recipe.stdout
     parsed = json.loads(finback("show", "recipes/tiny.py", "--json").stdout)
-    assert [stage["type"] for stage in parsed["stages"]] == [
-        "Prepare",
-        "Pretrain",
-        "Evaluate",
-        "GRPO",
-        "Evaluate",
-    ]
+    assert [stage["type"] for stage in parsed["stages"]] == ["Prepare", "Pretrain", "Evaluate", "GRPO", "Evaluate"]
     stage = finback("show", "GRPO")
     assert stage.returncode == 0 and "steps: int" in stage.stdout
     typo = finback("show", "GPRO")
@@ -131,7 +123,5 @@ def test_a_rank_ends_without_taking_the_interpreter_down() -> None:
     """What would end a process by a signal on its way out, as threads that still hold tensors may, does not."""
     code = "import atexit, os; atexit.register(os.abort); from finback.cli import main; main()"
     for rank, expected in (({"RANK": "1"}, 0), ({}, -6)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, "--version"], env=environment() | rank, capture_output=True
-        )
+        done = subprocess.run([sys.executable, "-c", code, "--version"], env=environment() | rank, capture_output=True)
         assert (done.returncode, done.stdout.decode().strip()) == (expected, __version__)

@@ -14,11 +14,18 @@ from finback.tasks.task import Problem, Task, Verdict, distinct
 RIGHT, WRONG, JUNK = Verdict(True, True), Verdict(False, True), Verdict(False, False)
 SUM = "def solve(a, b):\n    return a + b"
 ITEMS = [
-    {"question": "Add.", "entry": "solve", "solution": SUM,
-     "tests": [{"args": [1, 2], "expected": 3}, {"args": [0.5, 1], "expected": 1.5}]},
-    {"question": "Echo.", "solution": "print(input())",
-     "tests": [{"stdin": "one", "stdout": "one\n"}, {"stdin": "two\nthree", "stdout": "two"}]},
-]  # fmt: skip
+    {
+        "question": "Add.",
+        "entry": "solve",
+        "solution": SUM,
+        "tests": [{"args": [1, 2], "expected": 3}, {"args": [0.5, 1], "expected": 1.5}],
+    },
+    {
+        "question": "Echo.",
+        "solution": "print(input())",
+        "tests": [{"stdin": "one", "stdout": "one\n"}, {"stdin": "two\nthree", "stdout": "two"}],
+    },
+]
 ADD, ECHO = Problem("Add.", SUM, "code: Add."), Problem("Echo.", "print(input())", "code: Echo.")
 
 
@@ -55,17 +62,14 @@ def test_code_is_a_task_that_accepts_its_gold_answers(task: Code) -> None:
         (ECHO, "print(input())\n" + "#" * 100_000, JUNK),
     ],
 )
-def test_programs_are_judged_by_what_they_do(
-    problem: Problem, answer: str, verdict: Verdict, task: Code
-) -> None:
+def test_programs_are_judged_by_what_they_do(problem: Problem, answer: str, verdict: Verdict, task: Code) -> None:
     assert task.check(problem, answer) == verdict
 
 
 def test_the_last_block_counts_even_without_its_end() -> None:
     assert program("no block") == "no block" and program("```\na\n```\ntext\n```py\nb\nc\n```\n") == "b\nc"
     assert (
-        program("```python\na\n```\n```python\nb") == "b"
-        and program("```\na\n```python\nb\n```") == "a\n```python\nb"
+        program("```python\na\n```\n```python\nb") == "b" and program("```\na\n```python\nb\n```") == "a\n```python\nb"
     )
     assert program("Use `x`.\r\n```python\r\na\r\n```\r\n") == "a\r"
 
@@ -73,9 +77,7 @@ def test_the_last_block_counts_even_without_its_end() -> None:
 def test_values_are_equal_as_json_values() -> None:
     for value in (1, 1.0, "1", True, None, [1], {"a": [1, 2.5]}, -0.0, 10**30):
         assert same(value, value) and not same([value], value) and not same(value, [value, value])
-    assert (
-        same(2.0, 2) and not same(True, 1) and not same(1, True) and not same(0, False) and not same(None, 0)
-    )
+    assert same(2.0, 2) and not same(True, 1) and not same(1, True) and not same(0, False) and not same(None, 0)
     assert not same([True], [1]) and not same({"a": 1}, {"a": True}) and not same({"a": 1, "b": 2}, {"a": 1})
     assert not any(same(float("nan"), other) for other in (float("nan"), 0, None, [float("nan")]))
 
@@ -107,15 +109,24 @@ def test_problems_lie_on_one_side_of_the_split(tmp_path: Path) -> None:
         ({"solution": 1}, "{FILE}:1: solution = 1: expected a text."),
         ({"entry": "a b"}, "{FILE}:1: entry = 'a b': expected the name of a function."),
         ({"entry": "import"}, "{FILE}:1: entry = 'import': expected the name of a function."),
-        ({"entry": "f"}, "{FILE}:1: tests[0] = {'stdin': 'one', 'stdout': 'one\\n'}: a test has, with 'entry', args and"),
-        ({"tests": [{"args": [], "expected": 1}]}, "{FILE}:1: tests[0] = {'args': [], 'expected': 1}: a test has, without"),
+        (
+            {"entry": "f"},
+            "{FILE}:1: tests[0] = {'stdin': 'one', 'stdout': 'one\\n'}: a test has, with 'entry', args and",
+        ),
+        (
+            {"tests": [{"args": [], "expected": 1}]},
+            "{FILE}:1: tests[0] = {'args': [], 'expected': 1}: a test has, without",
+        ),
         ({"tests": [{"stdin": "", "stdout": 5}]}, "{FILE}:1: tests[0].stdout = 5: expected a text."),
         ({"entry": "f", "tests": [{"args": 5, "expected": 5}]}, "{FILE}:1: tests[0].args = 5: expected a list."),
-        ('{"question": "?", "entry": "f", "tests": [{"args": [], "expected": NaN}]}', "{FILE}:1 = '{\"question\""),
+        ('{"question": "?", "entry": "f", "tests": [{"args": [], "expected": NaN}]}', '{FILE}:1 = \'{"question"'),
         ("", "code.path = '{FILE}': no problem in it. Correct the data file."),
-        (json.dumps(ITEMS[1]) + "\n" + json.dumps(ITEMS[1]), "{FILE}:2: question = 'Echo.': the question occurs twice."),
+        (
+            json.dumps(ITEMS[1]) + "\n" + json.dumps(ITEMS[1]),
+            "{FILE}:2: question = 'Echo.': the question occurs twice.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_data_name_file_line_and_field(line: Any, message: str, tmp_path: Path) -> None:
     path = tmp_path / ("x" * 99 + ".jsonl")  # however long, a path is shown whole
     path.write_text(line if isinstance(line, str) else json.dumps(ITEMS[1] | line))

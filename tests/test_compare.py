@@ -16,13 +16,13 @@ import pytest
 from typer.testing import CliRunner
 
 from finback import cli
-from finback.compare import command, picture, table
-from finback.compare.answers import Answer, Cache, Failure, answer
-from finback.compare.compare import compare
-from finback.compare.contestant import Price, distinct, prices
-from finback.compare.options import spread
-from finback.compare.progress import Progress
-from finback.compare.protocol import Ask, Protocol, asks
+from finback.comparison import command, picture, table
+from finback.comparison.answers import Answer, Cache, Failure, answer
+from finback.comparison.compare import compare
+from finback.comparison.contestant import Price, distinct, prices
+from finback.comparison.options import spread
+from finback.comparison.progress import Progress
+from finback.comparison.protocol import Ask, Protocol, asks
 from finback.config import UserError
 from finback.suites.suite import Suite
 from tests.comparing import Reply, faking, right, sums
@@ -49,9 +49,7 @@ class Actor:
             self.asked.append(ask)
             said = self.says(ask)
             if isinstance(said, str):
-                said = answer(
-                    ask, said, finish="stop", prompt_tokens=10, tokens=len(said), seconds=0.5, busy=0.25
-                )
+                said = answer(ask, said, finish="stop", prompt_tokens=10, tokens=len(said), seconds=0.5, busy=0.25)
             yield said
 
 
@@ -73,10 +71,7 @@ def scores_of(says: Says, suite: Suite, out: Path, samples: int = 1, **more: Any
 
 def test_scores_by_hand(tmp_path: Path) -> None:
     """Two questions, four samples each. The first: 1, 1, 7, 8. The second: 2 cut off, 3, 3, nothing."""
-    said = {
-        (0, 0): "<think>so</think>1", (0, 1): "1", (0, 2): "7", (0, 3): "8",
-        (1, 1): "3", (1, 2): "3", (1, 3): "",
-    }  # fmt: skip
+    said = {(0, 0): "<think>so</think>1", (0, 1): "1", (0, 2): "7", (0, 3): "8", (1, 1): "3", (1, 2): "3", (1, 3): ""}
 
     def says(ask: Ask) -> str | Answer:
         if (ask.place, ask.sample) == (1, 0):
@@ -101,12 +96,7 @@ def test_a_sum_with_an_unknown_part_is_unknown(tmp_path: Path) -> None:
         return answer(ask, gold(ask), finish="stop", prompt_tokens=10, tokens=tokens, seconds=1.0)
 
     s = scores_of(says, sums(3), tmp_path, price=Price(None, 1.0, 1.0))
-    assert (s["dollars"], s["dollars_per_answer"], s["dollars_per_solved"], s["tokens"]) == (
-        None,
-        None,
-        None,
-        5,
-    )
+    assert (s["dollars"], s["dollars_per_answer"], s["dollars_per_solved"], s["tokens"]) == (None, None, None, 5)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +124,7 @@ def test_who_says_nothing_or_always_the_same_is_flagged(
 
 def test_always_the_same_is_no_fault_where_it_is_right(tmp_path: Path) -> None:
     suite = choices()
-    suite = dataclasses.replace(
-        suite, problems=tuple(dataclasses.replace(p, answer="3") for p in suite.problems)
-    )
+    suite = dataclasses.replace(suite, problems=tuple(dataclasses.replace(p, answer="3") for p in suite.problems))
     assert scores_of(lambda ask: "3", suite, tmp_path)["flags"] == []
 
 
@@ -166,9 +154,7 @@ def test_no_ranking_where_the_questions_do_not_tell(tmp_path: Path) -> None:
     better = {(p["one"], p["other"]): p["better"] for p in report["pairs"]}
     assert better == {("A", "B"): None, ("A", "C"): "A", ("B", "C"): "B"}
     text = table.tell(report)
-    assert (
-        "A against B: cannot be told apart; +5.0 points" in text and "A against C: A is better; +62.5" in text
-    )
+    assert "A against B: cannot be told apart; +5.0 points" in text and "A against C: A is better; +62.5" in text
     for pair in report["pairs"]:
         low, high = pair["interval"]
         assert low <= pair["difference"] <= high and pair["p_holm"] >= pair["p"]
@@ -189,13 +175,7 @@ def test_language(tmp_path: Path) -> None:
 
 def test_prices() -> None:
     one = answer(
-        asks([sums(1)], Protocol(), {})[0],
-        "x",
-        finish="stop",
-        prompt_tokens=1000,
-        tokens=2000,
-        seconds=1,
-        busy=9,
+        asks([sums(1)], Protocol(), {})[0], "x", finish="stop", prompt_tokens=1000, tokens=2000, seconds=1, busy=9
     )
     assert Price(None, 0.5, 2.0).of(one) == pytest.approx(0.0045)
     assert Price().of(one) is None and Price(per_hour=0.4).of(one) == pytest.approx(0.001)
@@ -205,11 +185,7 @@ def test_prices() -> None:
         with pytest.raises(UserError, match="--price-in"):
             prices([bad], "--price-in", ["a", "b"])
     assert distinct(["m", "m", "n"]) == ["m", "m (2)", "n"]
-    assert (
-        table.money(None) == "NOT PROVIDED"
-        and table.money(0.00123) == "$0.0012"
-        and table.money(3.456) == "$3.46"
-    )
+    assert table.money(None) == "NOT PROVIDED" and table.money(0.00123) == "$0.0012" and table.money(3.456) == "$3.46"
 
 
 def test_bits_per_byte_are_measured_and_kept(tmp_path: Path) -> None:
@@ -243,10 +219,12 @@ def test_a_key_changes_with_all_that_matters() -> None:
         (dataclasses.replace(base[0], system="Be brief."), *base[1:]),
         (dataclasses.replace(base[0], stop=("x",)), *base[1:]),
         (dataclasses.replace(base[0], source=dataclasses.replace(base[0].source, digest="1" * 64)), *base[1:]),
-        *((base[0], dataclasses.replace(base[1], **more), base[2])
-          for more in ({"temperature": 0.7}, {"top_p": 0.9}, {"max_tokens": 9}, {"seed": 1}, {"think": True})),
+        *(
+            (base[0], dataclasses.replace(base[1], **more), base[2])
+            for more in ({"temperature": 0.7}, {"top_p": 0.9}, {"max_tokens": 9}, {"seed": 1}, {"think": True})
+        ),
         (*base[:2], {"sha256": "b"}),
-    ]  # fmt: skip
+    ]
     others = [{a.key for a in asks([suite], *rest)} for suite, *rest in changed]
     assert all(not keys & {a.key for a in plain} for keys in others)
     assert len(set().union(*others)) == sum(map(len, others))
@@ -273,9 +251,7 @@ def test_answers_are_kept_and_only_missing_ones_asked(tmp_path: Path) -> None:
 def test_verdicts_are_made_anew(tmp_path: Path) -> None:
     suite = sums(3)
     assert scores_of(gold, suite, tmp_path)["accuracy"] == 1
-    stricter = dataclasses.replace(
-        suite, problems=tuple(dataclasses.replace(p, answer="x") for p in suite.problems)
-    )
+    stricter = dataclasses.replace(suite, problems=tuple(dataclasses.replace(p, answer="x") for p in suite.problems))
     assert scores_of(lambda ask: pytest.fail("asked again"), stricter, tmp_path)["accuracy"] == 0
 
 
@@ -310,9 +286,9 @@ def test_ctrl_c_keeps_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 DRIVER = """
 import sys
 from pathlib import Path
-from finback.compare.compare import compare
-from finback.compare.endpoint import Endpoint
-from finback.compare.protocol import Protocol
+from finback.comparison.compare import compare
+from finback.comparison.endpoint import Endpoint
+from finback.comparison.protocol import Protocol
 from tests.comparing import sums
 report = compare([Endpoint(sys.argv[1], "m", concurrency=3)], [sums(24)], Protocol(samples=1), Path(sys.argv[2]))
 print(report["scores"][0]["n"], report["scores"][0]["accuracy"])
@@ -340,9 +316,7 @@ def test_kill_minus_9_and_start_again(tmp_path: Path) -> None:
         done = subprocess.run(drive, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.stdout.split() == ["24", "1.0"], done.stderr
         missing = {f"{i}+1=" for i in range(24)} - {f"{q.partition(':')[2]}+1=" for q in kept}
-        assert (
-            set(fake.asked[before:]) == missing
-        )  # what was on its way at the kill may arrive late, and twice
+        assert set(fake.asked[before:]) == missing  # what was on its way at the kill may arrive late, and twice
         assert f"{len(kept)} kept from before" in done.stderr and "price NOT PROVIDED" in done.stderr
 
 
@@ -396,14 +370,7 @@ def catalogue(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None, in
         return tuple(row for row in printed if suite in ("", row.suite))
 
     def check(suite: Suite, data: Path) -> Any:
-        found = {
-            "suite": suite.name,
-            "data": str(data),
-            "overlapping": 2,
-            "questions": 9,
-            "ngram": 13,
-            "exact": 1,
-        }
+        found = {"suite": suite.name, "data": str(data), "overlapping": 2, "questions": 9, "ngram": 13, "exact": 1}
         return types.SimpleNamespace(as_json=lambda: {**found, "without_ngram": 3})
 
     monkeypatch.setattr("finback.suites.catalogue.load", load)
@@ -423,10 +390,33 @@ def test_the_command(catalogue: list[Any], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("THE_KEY", "top-secret")
     with faking(lambda n, body: Reply(right(body) if body["model"] == "good" else "1")) as fake:
         words = [
-            "--endpoint", f"{fake.url}#good", "--endpoint", f"{fake.url}#bad", "--tasks", "sums", "more", "--problems", 9,
-            "--samples", 2, "--price-in", 1, "--price-out", "good=2", "--price-out", "bad=0.2", "--out", tmp_path, "--seed", 3,
-            "--key-env", "good=THE_KEY", "--published", "--contamination", "runs/x/prepare",
-        ]  # fmt: skip
+            "--endpoint",
+            f"{fake.url}#good",
+            "--endpoint",
+            f"{fake.url}#bad",
+            "--tasks",
+            "sums",
+            "more",
+            "--problems",
+            9,
+            "--samples",
+            2,
+            "--price-in",
+            1,
+            "--price-out",
+            "good=2",
+            "--price-out",
+            "bad=0.2",
+            "--out",
+            tmp_path,
+            "--seed",
+            3,
+            "--key-env",
+            "good=THE_KEY",
+            "--published",
+            "--contamination",
+            "runs/x/prepare",
+        ]
         result = invoke(*words)
         assert result.exit_code == 0 and catalogue == [("sums", 9, 3), ("more", 9, 3)]
         asked, keys = len(fake.bodies), {h.get("Authorization") for h in fake.headers}
@@ -436,8 +426,11 @@ def test_the_command(catalogue: list[Any], tmp_path: Path, monkeypatch: pytest.M
     report = json.loads((tmp_path / "compare.json").read_text())
     assert report == again
     assert [(s["contestant"], s["suite"], s["accuracy"]) for s in report["scores"]] == [
-        ("good", "sums", 1), ("good", "more", 1), ("bad", "sums", 1 / 9), ("bad", "more", 1 / 9),
-    ]  # fmt: skip
+        ("good", "sums", 1),
+        ("good", "more", 1),
+        ("bad", "sums", 1 / 9),
+        ("bad", "more", 1 / 9),
+    ]
     assert {p["better"] for p in report["pairs"]} == {"good"}
     good = report["scores"][0]
     assert good["dollars_per_answer"] == pytest.approx((7 + 10) / 1e6)
@@ -452,16 +445,7 @@ def test_the_command(catalogue: list[Any], tmp_path: Path, monkeypatch: pytest.M
 def test_failures_end_with_code_1(catalogue: list[Any], tmp_path: Path) -> None:
     with faking(lambda n, body: Reply(status=400, stream=False)) as fake:
         result = invoke(
-            "--endpoint",
-            f"{fake.url}#m",
-            "--tasks",
-            "sums",
-            "--problems",
-            3,
-            "--samples",
-            1,
-            "--out",
-            tmp_path,
+            "--endpoint", f"{fake.url}#m", "--tasks", "sums", "--problems", 3, "--samples", 1, "--out", tmp_path
         )
     assert result.exit_code == 1 and "3 answers failed" in result.stdout
     assert "asks them again" in result.output
@@ -508,10 +492,12 @@ def test_a_table_is_markdown() -> None:
 def test_a_picture_of_anything(tmp_path: Path) -> None:
     """No price, no cost, no answer, one suite or many: warnings are errors here."""
     actors = [
-        Actor("cheap", gold, Price(per_hour=0.01)), Actor("dear", gold, Price(per_hour=100.0)),
-        Actor("free", lambda ask: "1", Price(per_hour=0.0)), Actor("secret", lambda ask: "2"),
+        Actor("cheap", gold, Price(per_hour=0.01)),
+        Actor("dear", gold, Price(per_hour=100.0)),
+        Actor("free", lambda ask: "1", Price(per_hour=0.0)),
+        Actor("secret", lambda ask: "2"),
         Actor("gone", lambda ask: Failure(ask, "HTTP 500")),
-    ]  # fmt: skip
+    ]
     suites = [choices(8, f"suite {i}") for i in range(2)]
     report = compare(actors, suites, Protocol(samples=1), tmp_path, quiet=True)
     picture.draw(report, tmp_path / "many.png")

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from finback.compare import wire
-from finback.compare.answers import Answer, Failure
-from finback.compare.compare import compare
-from finback.compare.contestant import Price
-from finback.compare.endpoint import HOPELESS, Endpoint
-from finback.compare.pace import Pace
-from finback.compare.protocol import Ask, Protocol, asks
+from finback.comparison import wire
+from finback.comparison.answers import Answer, Failure
+from finback.comparison.compare import compare
+from finback.comparison.contestant import Price
+from finback.comparison.endpoint import HOPELESS, Endpoint
+from finback.comparison.pace import Pace
+from finback.comparison.protocol import Ask, Protocol, asks
 from finback.config import UserError
 from tests.comparing import Behaviour, Fake, Reply, faking, right, sums
 
@@ -27,9 +27,7 @@ def some(n: int = 4, **more: Any) -> list[Ask]:
     return asks([sums(n, **more)], RULES, {})
 
 
-def ask(
-    fake: Fake, wanted: list[Ask] | None = None, rules: Protocol = RULES, **knobs: Any
-) -> list[Answer | Failure]:
+def ask(fake: Fake, wanted: list[Ask] | None = None, rules: Protocol = RULES, **knobs: Any) -> list[Answer | Failure]:
     endpoint = Endpoint(fake.url, "m", **FAST | knobs)
     return list(endpoint.answers(wanted or some(), rules))
 
@@ -76,9 +74,7 @@ def test_faults_that_pass(name: str) -> None:
         found = ask(fake)
         answers = {a.question: a for a in found if isinstance(a, Answer)}
         assert {q: a.text for q, a in answers.items()} == {f"sums:{i}": str(i + 1) for i in range(4)}
-        assert all(
-            a.tries == 2 and a.whole and (a.prompt_tokens, a.tokens) == (7, 5) for a in answers.values()
-        )
+        assert all(a.tries == 2 and a.whole and (a.prompt_tokens, a.tokens) == (7, 5) for a in answers.values())
         assert len(fake.bodies) == 8
 
 
@@ -140,8 +136,7 @@ def test_forms_of_replies(reply: dict[str, Any], thinking: str, text: str, strea
         assert (answer.thinking, answer.text, answer.whole) == (thinking, text, True)
         assert answer.tokens == (5 if reply.get("usage", True) else None)
         assert (
-            answer.model
-            == ("" if stream and not answer.tokens and not reply.get("finish", "stop") else "m-2")
+            answer.model == ("" if stream and not answer.tokens and not reply.get("finish", "stop") else "m-2")
             or stream
         )
 
@@ -221,28 +216,15 @@ def test_what_is_sent() -> None:
     with faking() as fake:
         ask(fake, some(1, stop=("\n\n",), prompt="{question}", system="Be brief."), key="top-secret")
         body = fake.bodies[0]
-        assert (
-            body["path"] == "/v1/chat/completions" and fake.headers[0]["Authorization"] == "Bearer top-secret"
-        )
-        assert body["messages"] == [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": "0+1="},
-        ]
-        assert (body["temperature"], body["top_p"], body["max_tokens"], body["stop"]) == (
-            0.6,
-            0.95,
-            64,
-            ["\n\n"],
-        )
+        assert body["path"] == "/v1/chat/completions" and fake.headers[0]["Authorization"] == "Bearer top-secret"
+        assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "0+1="}]
+        assert (body["temperature"], body["top_p"], body["max_tokens"], body["stop"]) == (0.6, 0.95, 64, ["\n\n"])
         assert 0 <= body["seed"] < 2**31 and "thinking" not in body and body["stream_options"]
         extra = {"max_tokens": None, "max_completion_tokens": 9, "temperature": None}
         ask(fake, some(1), Protocol(samples=1, think=False), extra=extra)
         body = fake.bodies[1]
         assert "max_tokens" not in body and "temperature" not in body and body["max_completion_tokens"] == 9
-        assert (
-            body["thinking"] == {"type": "disabled"}
-            and body["chat_template_kwargs"]["enable_thinking"] is False
-        )
+        assert body["thinking"] == {"type": "disabled"} and body["chat_template_kwargs"]["enable_thinking"] is False
 
 
 def test_the_key_is_never_shown() -> None:

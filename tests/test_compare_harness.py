@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from finback.compare import harness, table
-from finback.compare.command import Options
-from finback.compare.endpoint import Endpoint
-from finback.compare.local import Local
-from finback.compare.protocol import Protocol
+from finback.comparison import harness, table
+from finback.comparison.command import Options
+from finback.comparison.endpoint import Endpoint
+from finback.comparison.local import Local
+from finback.comparison.protocol import Protocol
 from finback.config import UserError
 from tests.serving import small_tokenizer
 from tests.test_serve_clients import CHOOSE, GENERATE
@@ -61,9 +61,7 @@ def test_an_endpoint(stand_in: Path, tmp_path: Path) -> None:
     (file,) = (tmp_path / "out").rglob("asked.json")
     asked = json.loads(file.read_text())
     assert asked["key"] == "top-secret" and "top-secret" not in " ".join(asked["words"])
-    assert {"local-chat-completions", "--apply_chat_template", "sums,more", "num_concurrent=5"} <= set(
-        asked["words"]
-    )
+    assert {"local-chat-completions", "--apply_chat_template", "sums,more", "num_concurrent=5"} <= set(asked["words"])
     assert "base_url=http://127.0.0.1:1/v1/chat/completions" in asked["words"]
     text = table.tell(report)
     assert "exact_match" in text and "0.25 (0.152 to 0.348)" in text and "lm-eval 0.4.13" in text
@@ -72,9 +70,7 @@ def test_an_endpoint(stand_in: Path, tmp_path: Path) -> None:
 def test_a_harness_that_fails(stand_in: Path, tmp_path: Path) -> None:
     options = Options(out=tmp_path / "out", harness="lm-eval", harness_python=stand_in)
     with pytest.raises(UserError, match="it ended with code 3"):
-        harness.measure(
-            [Endpoint("http://127.0.0.1:1/v1", "m")], ["broken"], Protocol(), options, dict(os.environ)
-        )
+        harness.measure([Endpoint("http://127.0.0.1:1/v1", "m")], ["broken"], Protocol(), options, dict(os.environ))
 
 
 def test_no_harness() -> None:
@@ -89,10 +85,7 @@ def test_no_harness() -> None:
 @pytest.mark.slow
 def test_a_server_that_does_not_start(tmp_path: Path) -> None:
     contestant = Local(tmp_path / "nothing", "nothing", "fp32")
-    with (
-        pytest.raises(UserError, match="did not start"),
-        harness.serving(contestant, tmp_path / "log", environment()),
-    ):
+    with pytest.raises(UserError, match="did not start"), harness.serving(contestant, tmp_path / "log", environment()):
         pass
 
 
@@ -114,11 +107,30 @@ def test_the_real_one_through_the_command(chat: bool, tmp_path: Path) -> None:
     tasks = [tmp_path / "sums.yaml"] if chat else [tmp_path / "sums.yaml", tmp_path / "choices.yaml"]
     more: dict[str, Any] = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "finback", "compare", str(tmp_path / "toy"), "--harness", "lm-eval", *map(str, tasks),
-         "--harness-python", str(CLIENTS), "--out", str(tmp_path / "out"), "--rows", "2", "--json",
-         *(["--harness-chat"] if chat else [])],
-        cwd=ROOT, env=environment() | more, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "finback",
+            "compare",
+            str(tmp_path / "toy"),
+            "--harness",
+            "lm-eval",
+            *map(str, tasks),
+            "--harness-python",
+            str(CLIENTS),
+            "--out",
+            str(tmp_path / "out"),
+            "--rows",
+            "2",
+            "--json",
+            *(["--harness-chat"] if chat else []),
+        ],
+        cwd=ROOT,
+        env=environment() | more,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {row["task"]: row for row in json.loads(done.stdout)["harness"]}
     assert rows["sums"]["metric"] == "exact_match" and rows["sums"]["n"] == 6

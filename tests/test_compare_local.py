@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from finback.checkpoint.export import export
-from finback.compare import local
-from finback.compare.answers import Answer, Failure
-from finback.compare.endpoint import Endpoint
-from finback.compare.local import Local, digest_of
-from finback.compare.protocol import Ask, Protocol, asks
+from finback.comparison import local
+from finback.comparison.answers import Answer, Failure
+from finback.comparison.endpoint import Endpoint
+from finback.comparison.local import Local, digest_of
+from finback.comparison.protocol import Ask, Protocol, asks
 from finback.data.tokenizer import ASSISTANT, THINK, USER
-from finback.engine import sequence
+from finback.engine import request
 from finback.model.transformer import Transformer
 from finback.serve import server
 from finback.suites.suite import Source, Suite
@@ -38,9 +38,7 @@ DIVERSE = Protocol(samples=3, temperature=1.0, top_p=0.9, max_tokens=16, seed=5)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of random weights in Hugging Face's form, spread enough that no two answers are alike."""
     words = small_tokenizer()
-    config = dataclasses.replace(
-        CONFIG, vocab_size=words.vocab_size, initializer_range=0.3, num_nextn_predict_layers=0
-    )
+    config = dataclasses.replace(CONFIG, vocab_size=words.vocab_size, initializer_range=0.3, num_nextn_predict_layers=0)
     path = tmp_path_factory.mktemp("models") / "toy"
     special = {"bos_token_id": words.bos, "eos_token_id": words.eos, "pad_token_id": words.pad}
     export(Transformer(config).initialise(4).eval(), path, "fp32", words.export, special)
@@ -51,21 +49,18 @@ def whales(n: int) -> Suite:
     """Questions of different lengths, some with marks that a user cannot forge."""
     rng, problems = random.Random(7), []
     for i in range(n):
-        text = " ".join(
-            rng.choices(["The whale sang.", "4+5=9", "Ärger", "?", "<think>", "\n"], k=rng.randint(1, 9))
-        )
+        text = " ".join(rng.choices(["The whale sang.", "4+5=9", "Ärger", "?", "<think>", "\n"], k=rng.randint(1, 9)))
         problems.append(Problem(f"{i}: {text}", "1", f"whale {i}"))
     return Suite("whales", tuple(problems), Sums(), Source("random words", "MIT", f"{n:064x}"))
 
 
-def said(
-    found: list[Answer | Failure],
-) -> dict[tuple[str, int], tuple[str, str, str, int | None, int | None]]:
+def said(found: list[Answer | Failure]) -> dict[tuple[str, int], tuple[str, str, str, int | None, int | None]]:
     assert all(isinstance(a, Answer) for a in found), found
     return {
         (a.question, a.sample): (a.thinking, a.text, a.finish, a.prompt_tokens, a.tokens)
-        for a in found if isinstance(a, Answer)
-    }  # fmt: skip
+        for a in found
+        if isinstance(a, Answer)
+    }
 
 
 def in_process(
@@ -75,7 +70,7 @@ def in_process(
     tokens: dict[str, list[int]] = {}
     plain = local._answer
 
-    def note(row: sequence.Sequence, ask: Ask, opened: bool, busy: float) -> Answer:
+    def note(row: request.Sequence, ask: Ask, opened: bool, busy: float) -> Answer:
         tokens[ask.suite.problems[ask.place].key] = list(row.tokens)
         return plain(row, ask, opened, busy)
 
@@ -89,7 +84,7 @@ def over_our_server(
 ) -> tuple[list[Any], list[list[int]]]:
     """The same of our server as an endpoint; its sequences' tokens in no order."""
     engine, _ = server.load(folder, 8, 8192, 64, True, True, "fp32")
-    rows: list[sequence.Sequence] = []
+    rows: list[request.Sequence] = []
     plain = engine.submit
     monkeypatch.setattr(engine, "submit", lambda *a, **k: rows.append(plain(*a, **k)) or rows[-1])
     with served(engine, name="toy") as client:
@@ -111,9 +106,13 @@ def over_transformers(folder: Path, wanted: list[Ask]) -> tuple[list[Any], dict[
         ids = torch.tensor([words.encode(text, add_special_tokens=False)])
         with lock, torch.no_grad():
             made = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=body["max_tokens"], do_sample=False,
-                eos_token_id=stops, pad_token_id=words.pad_token_id,
-            )[0, ids.size(1) :].tolist()  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=body["max_tokens"],
+                do_sample=False,
+                eos_token_id=stops,
+                pad_token_id=words.pad_token_id,
+            )[0, ids.size(1) :].tolist()
         tokens[body["messages"][-1]["content"]] = made
         finish = "stop" if made[-1] in stops else "length"
         text = words.decode(made[:-1] if finish == "stop" else made, skip_special_tokens=True)
@@ -142,9 +141,7 @@ def test_three_routes_give_the_same_tokens(items: int, folder: Path, monkeypatch
     # transformers' template knows no difference between marks and what a user writes like them
     suite = dataclasses.replace(
         suite,
-        problems=tuple(
-            dataclasses.replace(p, question=p.question.replace(THINK, "think")) for p in suite.problems
-        ),
+        problems=tuple(dataclasses.replace(p, question=p.question.replace(THINK, "think")) for p in suite.problems),
     )
     wanted = asks([suite], GREEDY, {})
     ours, our_tokens = in_process(folder, wanted, monkeypatch)
@@ -155,9 +152,7 @@ def test_three_routes_give_the_same_tokens(items: int, folder: Path, monkeypatch
     assert said(ours) == said(served_ones)
     # bytes that are no text are held back for so long and then written as they come, in streams but not in the whole
     first = {key: (text.partition("\ufffd")[0], *rest) for key, (_, text, *rest) in said(ours).items()}
-    assert first == {
-        key: (text.partition("\ufffd")[0], *rest) for key, (_, text, *rest) in said(theirs).items()
-    }
+    assert first == {key: (text.partition("\ufffd")[0], *rest) for key, (_, text, *rest) in said(theirs).items()}
     assert len({a.text for a in ours}) > items / 2, "answers that differ, or nothing has been compared"
 
 
@@ -170,15 +165,11 @@ def test_samples_are_the_same_every_time_in_any_company(folder: Path) -> None:
 
 def test_time_and_money_add_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    clock = SimpleNamespace(
-        perf_counter=lambda: float(next(ticks))
-    )  # every step of the engine takes one second
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))  # every step of the engine takes one second
     with monkeypatch.context() as patch:
         patch.setattr(local, "time", clock)
         wanted = asks([whales(6)], DIVERSE, {})
-        found = [
-            a for a in Local(folder, "toy", "fp32", rows=4).answers(wanted, DIVERSE) if isinstance(a, Answer)
-        ]
+        found = [a for a in Local(folder, "toy", "fp32", rows=4).answers(wanted, DIVERSE) if isinstance(a, Answer)]
     steps = next(ticks) / 2
     busy = sum(a.busy for a in found)
     assert len(found) == 18 and busy == pytest.approx(steps)
@@ -193,9 +184,7 @@ def test_long_questions_fail_and_long_answers_are_cut(folder: Path) -> None:
     suite = sums(2)
     long = dataclasses.replace(suite.problems[1], question="whale " * 300)
     suite = dataclasses.replace(suite, problems=(suite.problems[0], long))
-    rules = Protocol(
-        samples=1, temperature=0.0, max_tokens=32768
-    )  # far beyond the window, as R1's budget is for a toy
+    rules = Protocol(samples=1, temperature=0.0, max_tokens=32768)  # far beyond the window, as R1's budget is for a toy
     found = list(Local(folder, "toy", "fp32").answers(asks([suite], rules, {}), rules))
     (failure,) = (f for f in found if isinstance(f, Failure))
     assert failure.ask.place == 1 and "the model reads 256" in failure.problem
@@ -208,14 +197,10 @@ def test_long_questions_fail_and_long_answers_are_cut(folder: Path) -> None:
 def test_thinking_is_opened_or_banned(think: bool, folder: Path) -> None:
     rules = dataclasses.replace(GREEDY, think=think)
     found = [
-        a
-        for a in Local(folder, "toy", "fp32").answers(asks([whales(6)], rules, {}), rules)
-        if isinstance(a, Answer)
+        a for a in Local(folder, "toy", "fp32").answers(asks([whales(6)], rules, {}), rules) if isinstance(a, Answer)
     ]
     if think:  # random weights hardly ever close what was opened: no answer then, but a chain
-        assert all(a.thinking and (a.closed or not a.text) for a in found) and not all(
-            a.closed for a in found
-        )
+        assert all(a.thinking and (a.closed or not a.text) for a in found) and not all(a.closed for a in found)
     else:
         assert all(a.closed and not a.thinking for a in found)
 

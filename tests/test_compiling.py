@@ -16,7 +16,7 @@ from finback.data.rows import Rows
 from finback.model.recompute import Policy
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import Layout
-from finback.run import Interrupted
+from finback.runs.folder import Interrupted
 from finback.train import compiling
 from finback.train.step import Losses, backward, backward_rows
 from tests.test_pretrain import begin, prepared, pretrain, trained
@@ -26,9 +26,7 @@ __all__ = ["prepared"]  # a fixture
 
 pytestmark = [
     pytest.mark.skipif(bool(compiling.why_not()), reason="torch.compile does not work here"),
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor:UserWarning"
-    ),  # torch's own, while it traces
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch's own, while it traces
 ]
 
 TOKENS = torch.randint(CONFIG.vocab_size, (4, 16 + 2), generator=torch.Generator().manual_seed(1))
@@ -157,7 +155,9 @@ def test_why_not_names_what_is_missing(tmp_path: Path) -> None:
     """In a process of its own, since torch remembers a compiler that it has found."""
     code = "from finback.train.compiling import why_not; print(why_not())"
     lacking = os.environ | {
-        "CXX": "/nowhere/g++", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"),
-    }  # fmt: skip
+        "CXX": "/nowhere/g++",
+        "PATH": str(tmp_path),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"),
+    }
     found = subprocess.run([sys.executable, "-c", code], env=lacking, capture_output=True, text=True)
     assert found.returncode == 0 and found.stdout.strip()

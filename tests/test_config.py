@@ -134,12 +134,24 @@ def test_an_override_changes_one_field_of_a_copy() -> None:
         ("compute", "int8", "base.compute = 'int8': expected one of auto, fp32, bf16. Known: auto, bf16, fp32."),
         ("sizes", "1,two", "base.sizes = 'two': expected int. Write for example 100 or 2e6."),
         ("limit", "all", "base.limit = 'all': expected int. Write for example 100 or 2e6."),
-        ("mixture", "chitchat=1", "base.mixture = 'chitchat=1': a dict[str, float] cannot be given on the command line. Edit the recipe file."),
-        ("model", "tiny", "base.model = 'tiny': a ModelConfig cannot be given on the command line. Edit the recipe file."),
+        (
+            "mixture",
+            "chitchat=1",
+            "base.mixture = 'chitchat=1': a dict[str, float] cannot be given on the command line. Edit the recipe file.",
+        ),
+        (
+            "model",
+            "tiny",
+            "base.model = 'tiny': a ModelConfig cannot be given on the command line. Edit the recipe file.",
+        ),
         ("steps.more", "1", "base.steps.more = '1': base.steps has no fields. Set base.steps itself."),
-        ("model.qk_rope_head_dim", "7", "model.qk_rope_head_dim = 7: rotary pairs need an even number. Use an even number."),
+        (
+            "model.qk_rope_head_dim",
+            "7",
+            "model.qk_rope_head_dim = 7: rotary pairs need an even number. Use an even number.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_texts_that_do_not_fit_are_refused(path: str, text: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message) + "$"):
         changed(path, text)
@@ -172,10 +184,7 @@ def test_booleans_and_tuples_survive_the_command_line(flag: bool, numbers: list[
 
 
 @QUICK
-@given(
-    st.text(),
-    st.sampled_from([int, float, bool, tuple[int, ...], int | None, Literal["a", "b"], ModelConfig]),
-)
+@given(st.text(), st.sampled_from([int, float, bool, tuple[int, ...], int | None, Literal["a", "b"], ModelConfig]))
 def test_any_text_is_a_value_or_the_users_mistake(text: str, hint: Any) -> None:
     try:
         parse(text, hint, "base.knob")

@@ -56,11 +56,7 @@ def test_learnt_words_are_short_and_digits_stay_single(words: Tokenizer) -> None
 
 @pytest.mark.parametrize("token", SPECIAL)
 def test_typed_special_tokens_are_plain_text(words: Tokenizer, token: str) -> None:
-    assert words.encode_marked(f"a{token}b") == [
-        *words.encode("a"),
-        words.ids[token],
-        *words.encode("b"),
-    ]
+    assert words.encode_marked(f"a{token}b") == [*words.encode("a"), words.ids[token], *words.encode("b")]
     forged = words.encode(f"a{token}b")
     assert words.ids[token] not in forged and words.decode(forged) == f"a{token}b"
 
@@ -206,10 +202,7 @@ def test_all_shapes_of_json_lines_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("odd", list("\u2028\u2029\x85"))
 def test_a_json_line_ends_only_at_a_newline(odd: str, tmp_path: Path) -> None:
     record = json.dumps({"text": f"a{odd}b"}, ensure_ascii=False)
-    assert (
-        list(files(tmp_path, "a.jsonl", f"{record}\r\n{record}\n").documents())
-        == [Document(text=f"a{odd}b")] * 2
-    )
+    assert list(files(tmp_path, "a.jsonl", f"{record}\r\n{record}\n").documents()) == [Document(text=f"a{odd}b")] * 2
 
 
 @pytest.mark.parametrize(
@@ -222,10 +215,16 @@ def test_a_json_line_ends_only_at_a_newline(odd: str, tmp_path: Path) -> None:
         ('{"text": 1}', 'no field that can be learnt from. Give "text", "question" and "answer", or "messages".'),
         ('{"question": "a"}', 'no field that can be learnt from. Give "text", "question" and "answer", or "messages".'),
         ('{"messages": []}', 'no field that can be learnt from. Give "text", "question" and "answer", or "messages".'),
-        ('{"messages": [{"role": "judge", "content": "a"}]}', 'no field that can be learnt from. Give "text", "question" and "answer", or "messages".'),
-        ('{"messages": [{"role": "user"}]}', 'no field that can be learnt from. Give "text", "question" and "answer", or "messages".'),
+        (
+            '{"messages": [{"role": "judge", "content": "a"}]}',
+            'no field that can be learnt from. Give "text", "question" and "answer", or "messages".',
+        ),
+        (
+            '{"messages": [{"role": "user"}]}',
+            'no field that can be learnt from. Give "text", "question" and "answer", or "messages".',
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_json_lines_are_named_by_number(line: str, message: str, tmp_path: Path) -> None:
     source = files(tmp_path, "a.jsonl", f'{{"text": "fine"}}\n\n{line}\n')
     text = f"{tmp_path / 'a.jsonl'}:3 = {line[:60]!r}: {message}"
@@ -272,9 +271,7 @@ def test_globs_find_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("pattern", ["missing.txt", "*.csv", "folder", "", ".", "/", "a**b"])
-def test_paths_that_lead_nowhere_are_refused(
-    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_that_lead_nowhere_are_refused(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
     text = f"mine.paths = {pattern!r}: no such file. Correct the path or glob."
@@ -286,10 +283,7 @@ def test_paths_that_lead_nowhere_are_refused(
     ("paths", "message"),
     [
         ((), "mine.paths = (): no files named. Name files or globs."),
-        (
-            "a.txt",
-            "mine.paths = 'a.txt': expected tuple[str, ...], got str. Correct the value in the recipe.",
-        ),
+        ("a.txt", "mine.paths = 'a.txt': expected tuple[str, ...], got str. Correct the value in the recipe."),
     ],
 )
 def test_files_need_a_tuple_of_paths(paths: Any, message: str) -> None:
@@ -323,9 +317,13 @@ def test_repeats_and_empty_documents_are_dropped_and_counted() -> None:
         ("a@b.io, c_d@e-f.co.uk", "[email], [email]", 2),
         ("Call 555-123-4567 or (555) 123-4567.", "Call [phone] or [phone].", 2),
         ("+1 555.123.4567", "[phone]", 1),
-        ("me @ home, 3+4-5=2, 1234567890, 12-345-6789, at 5@6", "me @ home, 3+4-5=2, 1234567890, 12-345-6789, at 5@6", 0),
+        (
+            "me @ home, 3+4-5=2, 1234567890, 12-345-6789, at 5@6",
+            "me @ home, 3+4-5=2, 1234567890, 12-345-6789, at 5@6",
+            0,
+        ),
     ],
-)  # fmt: skip
+)
 def test_addresses_are_taken_out(text: str, expected: str, redacted: int) -> None:
     kept, counts = cleaned(text)
     assert kept == [expected] and counts.redacted == redacted
@@ -335,9 +333,7 @@ def test_odd_characters_are_normalised() -> None:
     kept, _ = cleaned("e\u0301te\x07 \ud83d and\r\nmore\ttext\x1b", "\udc80\ud800")
     assert kept == ["\u00e9te  and\nmore\ttext"]
     kept[0].encode()  # no surrogate is left
-    assert [text.split() for text in cleaned("one\x0ctwo\rthree\x85four")[0]] == [
-        ["one", "two", "three", "four"]
-    ]
+    assert [text.split() for text in cleaned("one\x0ctwo\rthree\x85four")[0]] == [["one", "two", "three", "four"]]
 
 
 def test_long_unbroken_text_is_cleaned_quickly() -> None:
@@ -466,14 +462,24 @@ def test_a_state_of_other_sources_is_not_taken(tmp_path: Path) -> None:
     [
         ({}, "mixture = {{}}: weights must be >= 0 and not all 0. Give each source a share."),
         ({"a": 0}, "mixture = {{'a': 0}}: weights must be >= 0 and not all 0. Give each source a share."),
-        ({"a": 2, "b": -1}, "mixture = {{'a': 2, 'b': -1}}: weights must be >= 0 and not all 0. Give each source a share."),
-        ({"a": 1, "zzz": 1}, "data = '{folder}/zzz.train.bin': no such shard. Run the prepare stage, or correct `mixture`."),
-        ({"a": 3, "short": 1}, "mixture.short = 0.25: the source has only 9 tokens. Give it at least 10 or shorten the rows."),
-        ({"a": 3, "empty": 1}, "mixture.empty = 0.25: the source has only 0 tokens. Give it at least 10 or shorten the rows."),
+        (
+            {"a": 2, "b": -1},
+            "mixture = {{'a': 2, 'b': -1}}: weights must be >= 0 and not all 0. Give each source a share.",
+        ),
+        (
+            {"a": 1, "zzz": 1},
+            "data = '{folder}/zzz.train.bin': no such shard. Run the prepare stage, or correct `mixture`.",
+        ),
+        (
+            {"a": 3, "short": 1},
+            "mixture.short = 0.25: the source has only 9 tokens. Give it at least 10 or shorten the rows.",
+        ),
+        (
+            {"a": 3, "empty": 1},
+            "mixture.empty = 0.25: the source has only 0 tokens. Give it at least 10 or shorten the rows.",
+        ),
     ],
-)  # fmt: skip
-def test_mixtures_that_cannot_be_drawn_are_refused(
-    mixture: dict[str, float], message: str, tmp_path: Path
-) -> None:
+)
+def test_mixtures_that_cannot_be_drawn_are_refused(mixture: dict[str, float], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message.format(folder=tmp_path))}$"):
         loader(tmp_path, mixture, {"a": 90, "b": 90, "short": 9, "empty": 0})

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from finback.config import UserError
 from finback.data.chat import Message
 from finback.data.clean import Counts, Quality, Rules, Sieve, check
-from finback.data.near import Index, NearDuplicates, Signer, store
+from finback.data.near_duplicates import Index, NearDuplicates, Signer, store
 from finback.data.overlap import Overlap
 from finback.data.sources import Document
 
@@ -22,9 +22,7 @@ WORDS = [f"w{i}" for i in range(2000)]
 
 def sifted(texts: list[str], rules: Rules, index: Index | None = None) -> tuple[list[str], Counts, list[Any]]:
     sieve, notes = Sieve("s", index), list[Any]()
-    kept = [
-        c.document.text for _, c in sieve.sift((check(Document(text=t), rules) for t in texts), notes.append)
-    ]
+    kept = [c.document.text for _, c in sieve.sift((check(Document(text=t), rules) for t in texts), notes.append)]
     return kept, sieve.counts, notes
 
 
@@ -53,10 +51,13 @@ def test_quality_by_hand(text: str, fault: str) -> None:
     ("make", "message"),
     [
         (lambda: Quality(min_letters=60.0), "quality.min_letters = 60.0: a share is between 0 and 1. Correct it."),
-        (lambda: NearDuplicates(threshold=1.0), "near.threshold = 1.0: not between 0 and 1. Repeats that are exact go anyway."),
+        (
+            lambda: NearDuplicates(threshold=1.0),
+            "near.threshold = 1.0: not between 0 and 1. Repeats that are exact go anyway.",
+        ),
         (lambda: NearDuplicates(shingle=0), "near.shingle = 0: not above 0. Use 1 or more."),
     ],
-)  # fmt: skip
+)
 def test_rules_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         make()
@@ -102,9 +103,7 @@ def test_the_first_of_near_duplicates_stays_and_is_named() -> None:
     kept, counts, notes = sifted(given, Rules(signer=Signer(near, 0)), Index(near))
     assert kept == texts and counts == Counts(read=90, near_duplicate=60, kept=30)
     assert notes == [
-        {"id": f"s:{3 * i + k}", "reason": "near_duplicate", "like": f"s:{3 * i}"}
-        for i in range(30)
-        for k in (1, 2)
+        {"id": f"s:{3 * i + k}", "reason": "near_duplicate", "like": f"s:{3 * i}"} for i in range(30) for k in (1, 2)
     ]
 
 
@@ -148,22 +147,14 @@ PROSE = "How many songs does a blue whale sing in one year if it sings three of 
     ("document", "found"),
     [
         (Document(text=f"He asked: {PROSE.upper()} Nobody knew."), True),
-        (
-            Document(text="how many songs -- does a blue-whale sing, in one year (if it sings?)"),
-            True,
-        ),  # 13 words
+        (Document(text="how many songs -- does a blue-whale sing, in one year (if it sings?)"), True),  # 13 words
         (Document(text="How many songs does a blue whale sing in one year if?"), False),  # 12 words
         (Document((Message("user", "Hi"), Message("assistant", "So", f"hm {PROSE}"))), True),
         (Document((Message("user", "12 + 7 = "), Message("assistant", "19"))), True),
         (Document(text="Homework\n 12 + 7 =\n13 + 7 ="), True),
         (Document(text="12 - 7 ="), False),  # another sum
         (Document(text="What is 12 + 7 = 19?"), False),
-        (
-            Document(
-                text="Answer this question with care and give the number alone behind four number signs"
-            ),
-            False,
-        ),
+        (Document(text="Answer this question with care and give the number alone behind four number signs"), False),
     ],
 )
 def test_questions_are_found_by_hand(document: Document, found: bool) -> None:
@@ -180,20 +171,12 @@ def test_n_grams_are_found_as_by_plain_search(data: st.DataObject) -> None:
     overlap = Overlap({"t": [" ".join(question)]}, {}, 4)
     runs = (" ".join(question[i : i + 4]) for i in range(len(question) - 3))
     expected = question == text or any(f" {run} " in f" {' '.join(text)} " for run in runs)
-    assert (overlap.find(Document(text=", ".join(text))) == "t") == (
-        expected and (len(text) >= 4 or len(text) == 1)
-    )
+    assert (overlap.find(Document(text=", ".join(text))) == "t") == (expected and (len(text) >= 4 or len(text) == 1))
 
 
 def test_the_first_reason_counts_and_contaminated_text_is_noted() -> None:
     overlap = Overlap({"t": ["12 + 7 ="]}, {}, 13)
-    texts = [
-        "12 + 7 =",
-        "Look:\n12 + 7 =\nis easy, is it not?",
-        "is easy, is it not?",
-        "IS easy, is it not?",
-        "",
-    ]
+    texts = ["12 + 7 =", "Look:\n12 + 7 =\nis easy, is it not?", "is easy, is it not?", "IS easy, is it not?", ""]
     kept, counts, notes = sifted(texts, Rules(Quality(min_letters=0.0, min_words=5), overlap))
     assert kept == ["is easy, is it not?"]
     assert counts == Counts(read=5, empty=1, short=1, contaminated=1, duplicate=1, kept=1)
@@ -202,7 +185,5 @@ def test_the_first_reason_counts_and_contaminated_text_is_noted() -> None:
 
 def test_without_datasketch_near_duplicates_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasketch", None)
-    with pytest.raises(
-        UserError, match=r"^near = 'MinHash': the package `datasketch` is not installed\. pip install"
-    ):
+    with pytest.raises(UserError, match=r"^near = 'MinHash': the package `datasketch` is not installed\. pip install"):
         Signer(NearDuplicates(), 0)

@@ -23,10 +23,10 @@ from finback.data.chat import Message
 from finback.data.clean import Quality, Rules
 from finback.data.corpus import Corpus, Engine
 from finback.data.encode import TOGETHER, encode
-from finback.data.near import NearDuplicates
+from finback.data.near_duplicates import NearDuplicates
 from finback.data.sources import Document, Files
 from finback.data.tokenizer import FIM, Tokenizer
-from finback.run import Interrupted, StageRun
+from finback.runs.folder import Interrupted, StageRun
 from finback.stages import prepare
 from finback.stages.prepare import Decontaminate, Prepare, TaskText
 from finback.tasks import task as tasks
@@ -59,9 +59,7 @@ def corpus(folder: Path) -> None:
     for seed in range(3):
         (folder / f"{seed}.txt").write_text("\n\n".join(sentences(seed, 60)))
     long = " ".join(sentences(9, 4))
-    (folder / "3.txt").write_text(
-        f"{long}\n\n{long.upper()}\n\n{long} Indeed\n\n{' '.join(sentences(10, 4))}"
-    )
+    (folder / "3.txt").write_text(f"{long}\n\n{long.upper()}\n\n{long} Indeed\n\n{' '.join(sentences(10, 4))}")
     said = [
         {"messages": [{"role": "user", "content": s}, {"role": "assistant", "content": "Yes, " + s}]}
         for s in sentences(7, 90)
@@ -74,8 +72,10 @@ def stage(folder: Path, **options: Any) -> Prepare:
         name="prepare",
         text=(Files((f"{folder}/*.txt",), name="prose"), Files((f"{folder}/said.jsonl",), name="said")),
         tasks=(TaskText(name="sums", tasks=(Chains(2, 3),), documents=70, follow_up=0.3),),
-        vocab_size=300, interleave=0.5, **options,
-    )  # fmt: skip
+        vocab_size=300,
+        interleave=0.5,
+        **options,
+    )
 
 
 def run(given: Prepare, root: Path, seed: int = 3) -> StageRun:
@@ -89,16 +89,17 @@ def run(given: Prepare, root: Path, seed: int = 3) -> StageRun:
 def contents(folder: Path) -> dict[str, str]:
     """Every file of a folder and its digest."""
     return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.rglob("*")
-        if p.is_file()
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
     }
 
 
 ALL = {
-    "quality": Quality(min_words=4), "near": NearDuplicates(0.7), "fim": 0.5, "shard_tokens": 2000,
+    "quality": Quality(min_words=4),
+    "near": NearDuplicates(0.7),
+    "fim": 0.5,
+    "shard_tokens": 2000,
     "decontaminate": Decontaminate((Chains(2, 3),), problems=50),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +161,7 @@ def test_what_a_worker_refuses_is_told_as_by_one_process(tmp_path: Path) -> None
     corpus(tmp_path / "text")
     (tmp_path / "text" / "1.txt").write_bytes(b"caf\xe9")
     for workers in (0, 2):
-        with pytest.raises(
-            UserError, match=r"^prose.paths = '.*1\.txt': not UTF-8 text \(byte 3\)\. Convert it"
-        ):
+        with pytest.raises(UserError, match=r"^prose.paths = '.*1\.txt': not UTF-8 text \(byte 3\)\. Convert it"):
             run(stage(tmp_path / "text", workers=workers), tmp_path / f"runs{workers}")
 
 
@@ -170,8 +169,7 @@ def test_without_datatrove_workers_are_refused(tmp_path: Path, monkeypatch: pyte
     corpus(tmp_path / "text")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        UserError,
-        match=r"^workers = 'datatrove': the package is not installed\. pip install 'finback\[data\]'",
+        UserError, match=r"^workers = 'datatrove': the package is not installed\. pip install 'finback\[data\]'"
     ):
         run(stage(tmp_path / "text", workers=2), tmp_path / "runs")
 
@@ -196,16 +194,12 @@ t.run(t.stage(text, **t.ALL), root)
 
 
 @pytest.mark.parametrize("when", [0, 100, 200, 300, 330, 400, 520, 660])
-def test_killed_anywhere_it_goes_on_with_the_source_at_hand(
-    when: int, made: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_killed_anywhere_it_goes_on_with_the_source_at_hand(when: int, made: tuple[Path, Path], tmp_path: Path) -> None:
     """About 330 documents are spilled and as many written: each moment is in another source or pass."""
     text, folder = made
     command = [sys.executable, "-c", KILLED, str(text), str(tmp_path / "runs"), str(when)]
     root = Path(__file__).parent.parent
-    killed = subprocess.run(
-        command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True
-    )
+    killed = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     work = tmp_path / "runs" / "prepare" / "work"
     finished = {p: p.stat().st_mtime_ns for p in work.glob("*.read.json")}
@@ -270,17 +264,12 @@ def test_where_the_middle_lies_depends_on_the_text_alone(made: tuple[Path, Path]
     assert ids == backwards != other
     turned = sum(words.ids[FIM[1]] in i for i in ids.values()) / len(ids)
     assert 0.22 < turned < 0.38
-    assert all(
-        i == [words.bos, *words.encode(t), words.eos] for t, i in ids.items() if words.ids[FIM[1]] not in i
-    )
+    assert all(i == [words.bos, *words.encode(t), words.eos] for t, i in ids.items() if words.ids[FIM[1]] not in i)
 
 
 def test_many_documents_are_encoded_as_each_alone(made: tuple[Path, Path]) -> None:
     words = Tokenizer(made[1] / "tokenizer.json")
-    said = [
-        Document((Message("user", s), Message("assistant", s[:9], s[3:])))
-        for s in sentences(21, TOGETHER + 9)
-    ]
+    said = [Document((Message("user", s), Message("assistant", s[:9], s[3:]))) for s in sentences(21, TOGETHER + 9)]
     for document, ids in encode(said, words):
         assert ids.tolist() == chat.document(document.messages, words)
     assert list(encode([], words)) == []
@@ -292,9 +281,7 @@ def test_the_questions_that_are_kept_out_are_an_exams(tmp_path: Path) -> None:
     seed = StageRun(tmp_path, "x", 3, Alone()).seed("exam", task.name)
     exam = [p.question for p in tasks.distinct(task, "held_out", 50, seed)]
     corpus(tmp_path / "text")
-    (tmp_path / "text" / "4.txt").write_text(
-        "\n\n".join(f"Sums:\n{question}\nand so on" for question in exam[:25])
-    )
+    (tmp_path / "text" / "4.txt").write_text("\n\n".join(f"Sums:\n{question}\nand so on" for question in exam[:25]))
     with (tmp_path / "text" / "said.jsonl").open("a") as handle:
         for question in exam[25:]:
             record = {"question": question, "answer": "Who knows what it is?"}

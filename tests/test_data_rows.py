@@ -29,9 +29,7 @@ def shards(folder: Path, sizes: dict[str, list[int]]) -> None:
 
 
 def loader(folder: Path, mixture: dict[str, float], packing: str = "best_fit", **options: int) -> Loader:
-    return Loader(
-        folder, mixture, **{"length": LENGTH, "extra": EXTRA, "seed": 5, **options}, packing=packing
-    )  # type: ignore[arg-type]
+    return Loader(folder, mixture, **{"length": LENGTH, "extra": EXTRA, "seed": 5, **options}, packing=packing)  # type: ignore[arg-type]
 
 
 def many(seed: int, n: int = 300) -> list[int]:
@@ -57,9 +55,7 @@ def learnt(rows: list[Rows], depth: int = 0) -> Counter[tuple[int, int]]:
     pairs: Counter[tuple[int, int]] = Counter()
     for row in rows:
         targets = row.further(depth)
-        pairs.update(
-            zip(row.tokens[:, :LENGTH][targets >= 0].tolist(), targets[targets >= 0].tolist(), strict=True)
-        )
+        pairs.update(zip(row.tokens[:, :LENGTH][targets >= 0].tolist(), targets[targets >= 0].tolist(), strict=True))
     return pairs
 
 
@@ -74,13 +70,9 @@ def test_rows_of_three_documents_by_hand(tmp_path: Path) -> None:
     pair = next(row for row in found.values() if 11 in row.tokens and 1 in row.tokens)
     assert pair.documents is not None
     first = pair.tokens[0, 0].item() == 1
-    assert pair.tokens[0, :9].tolist() == (
-        [1, 2, 3, 4, *range(11, 16)] if first else [*range(11, 16), 1, 2, 3, 4]
-    )
+    assert pair.tokens[0, :9].tolist() == ([1, 2, 3, 4, *range(11, 16)] if first else [*range(11, 16), 1, 2, 3, 4])
     assert pair.documents.tolist() == [[*([0] * 4 + [1] * 5 if first else [0] * 5 + [1] * 4), PADDING]]
-    assert pair.targets.tolist() == [
-        [2, 3, 4, -1, 12, 13, 14, 15] if first else [12, 13, 14, 15, -1, 2, 3, 4]
-    ]
+    assert pair.targets.tolist() == [[2, 3, 4, -1, 12, 13, 14, 15] if first else [12, 13, 14, 15, -1, 2, 3, 4]]
     rest = found[(29, 30, *[0] * 8)]
     assert rest.targets.tolist() == [[30, *[-1] * 7]] and rest.further(1).tolist() == [[-1] * 8]
     assert rest.real.tolist() == [[True] * 2 + [False] * 8]
@@ -88,10 +80,7 @@ def test_rows_of_three_documents_by_hand(tmp_path: Path) -> None:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(
-    st.lists(st.integers(0, 70), min_size=1, max_size=60).filter(lambda sizes: max(sizes) > 1),
-    st.integers(1, 4),
-)
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=60).filter(lambda sizes: max(sizes) > 1), st.integers(1, 4))
 def test_every_token_is_predicted_once_an_epoch(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], extra: int
 ) -> None:
@@ -148,9 +137,7 @@ def test_resuming_anywhere_gives_the_rows_that_remain(packing: str, tmp_path: Pa
         rows.append(steady.draw(1))
     boundaries = [i for i in range(1, 1600) if json.loads(states[i])["at"]["a"] != 0 and i % 97 == 0]
     ends = [
-        i
-        for i, state in enumerate(states[1:], 1)
-        if packing == "best_fit" and json.loads(state)["at"]["a"][2] == 1
+        i for i, state in enumerate(states[1:], 1) if packing == "best_fit" and json.loads(state)["at"]["a"][2] == 1
     ]
     assert len(ends) == 3 or packing == "stream"  # the start, a window's and an epoch's
     for start in {*boundaries, *(i - 1 for i in ends), *ends}:
@@ -183,9 +170,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["stream", "best_fit"])
 @pytest.mark.parametrize("weights", [(0.4, 0.6), (1, 2, 5), (0.9, 0.0999, 0.0001), (3, 0, 1)])
-def test_mixtures_are_of_tokens_and_exact_to_a_row(
-    weights: tuple[float, ...], packing: str, tmp_path: Path
-) -> None:
+def test_mixtures_are_of_tokens_and_exact_to_a_row(weights: tuple[float, ...], packing: str, tmp_path: Path) -> None:
     mixture = {f"s{i}": float(weight) for i, weight in enumerate(weights)}
     shards(tmp_path, {name: many(i) for i, name in enumerate(mixture)})
     mixed = loader(tmp_path, mixture, packing)

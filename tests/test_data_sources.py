@@ -14,7 +14,7 @@ from finback.config import UserError
 from finback.data import packaged, spill
 from finback.data.chat import Message
 from finback.data.packaged import AWS, GOOGLE, POSTGRES, PYTHON, WORDNET
-from finback.data.read import Meter
+from finback.data.readers import Meter
 from finback.data.sources import Document, Files
 
 TEXT = "One\nline.\r\n\r\nTwo: 鲸.\n\n\n  Three \n"
@@ -47,9 +47,7 @@ def test_a_compressed_file_holds_the_documents_of_a_plain_one(ending: str, tmp_p
     path = packed(tmp_path, f"a.txt{ending}", TEXT.encode())
     source = Files((str(path),))
     assert [d.text for d in source.documents()] == ["One\nline.", "Two: 鲸.", "Three"]
-    assert [d.text for d in Files((str(path),), split="files").documents()] == [
-        "One\nline.\n\nTwo: 鲸.\n\n\n  Three"
-    ]
+    assert [d.text for d in Files((str(path),), split="files").documents()] == ["One\nline.\n\nTwo: 鲸.\n\n\n  Three"]
     lines = packed(tmp_path, f"b.jsonl{ending}", "\n".join(map(json.dumps, RECORDS)).encode())
     assert list(Files((str(lines),)).documents()) == DOCUMENTS
     meter = Meter()
@@ -59,12 +57,8 @@ def test_a_compressed_file_holds_the_documents_of_a_plain_one(ending: str, tmp_p
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @example("\ufeffa\r\n\r\nb\n \nc\r\r\n\nd\u2028\x85\x1c")
-@given(
-    st.text("ab \n\r\ufeff\u2028鲸", min_size=1).filter(lambda text: text.strip("\ufeff \r\n\u2028") != "")
-)
-def test_reading_line_by_line_splits_as_reading_the_whole(
-    tmp_path_factory: pytest.TempPathFactory, text: str
-) -> None:
+@given(st.text("ab \n\r\ufeff\u2028鲸", min_size=1).filter(lambda text: text.strip("\ufeff \r\n\u2028") != ""))
+def test_reading_line_by_line_splits_as_reading_the_whole(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "paragraphs.txt"
     path.write_bytes(text.encode())
     whole = text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n\n")
@@ -88,9 +82,7 @@ def test_parquet_rows_are_records(tmp_path: Path) -> None:
     source = Files((str(tmp_path / "a.parquet"),))
     assert [d.text for d in source.read(tmp_path / "a.parquet", meter)] == [row["text"] for row in rows]
     assert meter.done == (tmp_path / "a.parquet").stat().st_size
-    columns = {
-        key: [record.get(key) for record in RECORDS] for key in ("text", "question", "answer", "messages")
-    }
+    columns = {key: [record.get(key) for record in RECORDS] for key in ("text", "question", "answer", "messages")}
     parquet.write_table(arrow.table(columns), tmp_path / "b.parquet")
     assert list(Files((str(tmp_path / "b.parquet"),)).documents()) == DOCUMENTS
     parquet.write_table(arrow.Table.from_pylist([{"words": "a"}]), tmp_path / "c.parquet")
@@ -99,9 +91,7 @@ def test_parquet_rows_are_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])
-def test_without_pyarrow_its_files_are_refused(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pyarrow_its_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     text = f"files.paths = '{tmp_path / name}': the package `pyarrow` is not installed. pip install 'finback[data]'"
@@ -136,14 +126,7 @@ b = 2</pre><script>if (a < b) {}</script><div class="footer">2024</div></body></
 
 
 def test_pages_by_hand() -> None:
-    assert packaged.plain(PAGE).split("\n") == [
-        "Whales",
-        "They sing & dive deep.",
-        "one",
-        "two",
-        "a = 1",
-        "b = 2",
-    ]
+    assert packaged.plain(PAGE).split("\n") == ["Whales", "They sing & dive deep.", "one", "two", "a = 1", "b = 2"]
     assert packaged.plain("<p>Gets <code>x</code>.</p><p>Also y &lt; z.") == "Gets x.\nAlso y < z."
     assert packaged.plain("No tags, 4 < 5.") == "No tags, 4 < 5."
 
@@ -160,14 +143,15 @@ def test_packages_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         "schemas": {"description": {"type": "s"}},
     }
     for path, content in {
-        "site/botocore/__init__.py": b"", "site/googleapiclient/__init__.py": b"",
+        "site/botocore/__init__.py": b"",
+        "site/googleapiclient/__init__.py": b"",
         "site/botocore/data/sea/2024-01-01/service-2.json.gz": gzip.compress(json.dumps(aws).encode()),
         "site/googleapiclient/discovery_cache/documents/sea.v1.json": json.dumps(google).encode(),
         "root/usr/share/wordnet/data.noun": WORDNET_LINES.encode(),
         "root/usr/share/doc/python3.11/html/a/b.html": PAGE.encode(),
         "root/usr/share/doc/python3.11/html/genindex-A.html": PAGE.encode(),
         "root/usr/share/doc/postgresql-doc-15/html/sql.html": b"<p>SELECT reads.",
-    }.items():  # fmt: skip
+    }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(content)
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -179,11 +163,13 @@ def test_packages_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert found == {
         "aws": ["Sings.", "Whales 2."],
         "google": ["Lists songs.", "Song API"],
-        "wordnet": ["warpath, war path: a course leading to warfare or battle",
-                    'unable: (usually followed by `to\') not able; "unable to get to town"'],
+        "wordnet": [
+            "warpath, war path: a course leading to warfare or battle",
+            'unable: (usually followed by `to\') not able; "unable to get to town"',
+        ],
         "python": [packaged.plain(PAGE)],
         "postgres": ["SELECT reads."],
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("source", [AWS, GOOGLE, WORDNET, PYTHON, POSTGRES], ids=lambda s: s.name)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling
-from finback.kernels import decode, grouped, native, packed, reference
+from finback.engine.request import SamplingParams
+from finback.kernels import decode, moe_gemm, native, packed, reference
 from finback.model.cache import Cache, Pool
 from finback.model.config import ModelConfig
 from finback.model.pack import pack
@@ -19,9 +19,7 @@ from finback.model.transformer import Transformer
 from tests.test_model import DENSE, TOY, random_model
 from tests.toy import environment
 
-pytestmark = pytest.mark.skipif(
-    native.library() is None, reason="no C++ compiler: the plain lines are what runs"
-)
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler: the plain lines are what runs")
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 CONFIGS = {
     "mla": TOY,
@@ -43,9 +41,7 @@ def passes(model: Transformer) -> torch.Tensor:
         model(tokens[:, :31], Cache(pool, table, [0, 0, 0], 31, lengths))
         for new in (1, 2, 1, 8):
             at = torch.tensor(lengths)[:, None] + torch.arange(new)
-            states.append(
-                model(tokens[rows, at], Cache(pool, table, lengths, new, starts=[0, 1, 18])).float()
-            )
+            states.append(model(tokens[rows, at], Cache(pool, table, lengths, new, starts=[0, 1, 18])).float())
             lengths = [n + new for n in lengths]
     return torch.cat(states, dim=1)
 
@@ -74,9 +70,7 @@ def test_a_packed_model_answers_as_before(config: ModelConfig, monkeypatch: pyte
     exact = passes(random_model(config))
 
     def in_bf16() -> Transformer:
-        model = Transformer(
-            dataclasses.replace(config, initializer_range=0.1), torch.bfloat16, torch.bfloat16
-        ).eval()
+        model = Transformer(dataclasses.replace(config, initializer_range=0.1), torch.bfloat16, torch.bfloat16).eval()
         model.load_state_dict({n: t.bfloat16() for n, t in random_model(config).state_dict().items()})
         return model
 
@@ -95,14 +89,10 @@ def test_a_packed_model_answers_as_before(config: ModelConfig, monkeypatch: pyte
 def test_int8_is_rounded_per_output(rows: int, bias: bool) -> None:
     generator = torch.Generator().manual_seed(rows)
     weights = [torch.randn(48, 64, generator=generator), 5 * torch.randn(16, 64, generator=generator)]
-    biases = (
-        [torch.randn(48, generator=generator), torch.randn(16, generator=generator)] if bias else [None, None]
-    )
+    biases = [torch.randn(48, generator=generator), torch.randn(16, generator=generator)] if bias else [None, None]
     x = torch.randn(2, rows, 64, generator=generator).bfloat16()
     layer = packed.PackedLinear(weights, biases, "int8")
-    exact = x.float() @ torch.cat(weights).T + (
-        torch.cat([b for b in biases if b is not None]) if bias else 0
-    )
+    exact = x.float() @ torch.cat(weights).T + (torch.cat([b for b in biases if b is not None]) if bias else 0)
     error = (layer(x).float() - exact).pow(2).mean() / exact.pow(2).mean()
     assert layer(x).shape == (2, rows, 64) and error <= 3e-4
     assert (layer.matrix(torch.float32) - torch.cat(weights)).abs().max() <= 5 * 4 / 127
@@ -142,7 +132,7 @@ def test_experts(dtype: torch.dtype, tokens: int) -> None:
     weight = torch.rand(tokens, 3, generator=generator)
     gate_up, down = (torch.randn(*s, generator=generator).to(dtype) for s in ((6, 20, 24), (6, 24, 10)))
     with torch.inference_mode():
-        fast = grouped.routed_experts(x, index, weight, gate_up, down)
+        fast = moe_gemm.routed_experts(x, index, weight, gate_up, down)
     plain = reference.routed_experts(x.float(), index, weight, gate_up.float(), down.float())
     limit = 1e-5 if dtype == torch.float32 else 0.01
     assert (fast.float() - plain).abs().max() <= limit * plain.abs().max()
@@ -160,15 +150,12 @@ def test_bf16_is_rounded_as_torch_rounds() -> None:
 def test_without_kernels_everything_still_runs() -> None:
     code = (
         "from tests.test_batching import *\nfrom finback.kernels import native\nassert native.library() is None\n"
-        "e = Engine(MODELS['mla'], (), tokens=512)\ns = e.submit(PROMPT, Sampling(0.0, 9), 0)\nfinish(e)\nprint(s.tokens)"
+        "e = Engine(MODELS['mla'], (), tokens=512)\ns = e.submit(PROMPT, SamplingParams(0.0, 9), 0)\nfinish(e)\nprint(s.tokens)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment() | {"FINBACK_NATIVE": "0"},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], env=environment() | {"FINBACK_NATIVE": "0"}, capture_output=True, text=True
     )
     from tests.test_batching import MODELS, PROMPT
 
     engine = Engine(MODELS["mla"], (), tokens=512)
-    assert run.stdout.strip() == str(engine.generate([PROMPT], Sampling(0.0, 9), [0])[0].tokens), run.stderr
+    assert run.stdout.strip() == str(engine.generate([PROMPT], SamplingParams(0.0, 9), [0])[0].tokens), run.stderr

@@ -15,24 +15,24 @@ import yaml
 from finback import cli
 from finback.config import UserError
 from finback.parallel.mesh import World
-from finback.recipe import claim, execute, load, summary
 from finback.report.docs import answers as asked
 from finback.report.docs import build, check, compute, curves, facts, page
 from finback.report.docs.answers import QUESTIONS, Answers
 from finback.report.docs.facts import MISSING, NOT_PROVIDED
-from finback.run import read_json, read_lines, write_json, write_lines
+from finback.runs.files import read_json, read_lines, write_json, write_lines
+from finback.runs.recipe import claim, execute, load, summary
 from tests.toy import write_recipe
 
 NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
 MORE = """
-from finback.stages.distil import Distil
+from finback.stages.distill import Distill
 from finback.stages.sft import SFT
 text = (TaskText(name="lessons", tasks=(chains,), documents=40),)
 recipe[0] = Prepare(name="prepare", text=(Files((str(Path(__file__).parent / "words.txt"),), name="words", licence="MIT"),),
                     tasks=(TaskText(name="chains", tasks=(chains,), documents=300, think=0.5),), vocab_size=320)
 recipe[2:2] = [SFT(name="taught", start="base", text=text, rows=4, length=64, epochs=1)]
 recipe[4] = GRPO(name="zero", start="taught", task=chains, steps=3, prompts=2, group=4, max_tokens=8)
-recipe.append(Distil(name="small", start="base", teacher="zero", text=text, rows=4, length=64, epochs=1))
+recipe.append(Distill(name="small", start="base", teacher="zero", text=text, rows=4, length=64, epochs=1))
 """
 SHORT = ("base.max_tokens=1024", "base.decay_tokens=512", "base.warmup_tokens=256", "base.compute=fp32")
 
@@ -59,18 +59,9 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 def filled(**changed: Any) -> Answers:
     """An answer to every question; names with __ for the dot."""
-    given: dict[str, Any] = {
-        "text": "words of the provider",
-        "list": ["en"],
-        "yes or no": False,
-        "number": 1e20,
-    }
+    given: dict[str, Any] = {"text": "words of the provider", "list": ["en"], "yes or no": False, "number": 1e20}
     answers = {q.key: given[q.kind] for q in QUESTIONS if q.key != "model.use_limits"}
-    answers |= {
-        "model.licence": "MIT",
-        "model.released": "2026-02-01",
-        "model.download": "https://example.org/m",
-    }
+    answers |= {"model.licence": "MIT", "model.released": "2026-02-01", "model.download": "https://example.org/m"}
     return Answers(answers | {k.replace("__", "."): v for k, v in changed.items()})
 
 
@@ -101,8 +92,10 @@ def test_a_question_without_an_answer_prints_not_provided(made: Path) -> None:
         given = {k: v for k, v in filled(model__use_limits="none").given.items() if k != question.key}
         shown = holes(run, Answers(given))
         unused = question.key.startswith("base.") or question.key in (
-            "provider.commercial", "model.monetised", "data.synthetic_public",
-        )  # fmt: skip
+            "provider.commercial",
+            "model.monetised",
+            "data.synthetic_public",
+        )
         assert shown > whole or unused, question.key
         missed = build.examine(run, Answers(given), NOW).unanswered
         assert len(missed) == (question.needed), question.key
@@ -143,9 +136,7 @@ def test_each_entry_that_is_taken_away_is_seen_to_be_missing(run: Path) -> None:
     for path, where in there:
         before, model = path.read_bytes(), models.get(path.parent.name, "zero")
         removed(path, where)
-        assert holes(facts.read(run, model), answers) > whole[model], (
-            f"{path.parent.name}/{path.name}: {where}"
-        )
+        assert holes(facts.read(run, model), answers) > whole[model], f"{path.parent.name}/{path.name}: {where}"
         path.write_bytes(before)
     assert len(there) > 120 and whole["zero"] == 0
 
@@ -153,18 +144,13 @@ def test_each_entry_that_is_taken_away_is_seen_to_be_missing(run: Path) -> None:
 def test_the_page_needs_nothing_else_and_has_the_curves(made: Path) -> None:
     found = texts(made, filled())
     html = found["report.html"]
-    assert set(re.findall(r"https?://[^\"' <)]*", html)) <= {
-        "http://www.w3.org/2000/svg", "https://example.org/m"
-    }  # fmt: skip
+    assert set(re.findall(r"https?://[^\"' <)]*", html)) <= {"http://www.w3.org/2000/svg", "https://example.org/m"}
     assert not re.search(r"<(script|link|img|iframe)|@import|url\(", html)
     assert "default-src 'none'" in html and "color-scheme: light dark" in html
-    assert html.count("<svg") == html.count("<polyline") - html.count("mtp loss</text>") - 3 * html.count("thinks</text>")  # fmt: skip
-    for name in (
-        "base: loss",
-        "base: router health: max violation",
-        "zero: tokens per answer",
-        "taught: loss",
-    ):
+    assert html.count("<svg") == html.count("<polyline") - html.count("mtp loss</text>") - 3 * html.count(
+        "thinks</text>"
+    )
+    for name in ("base: loss", "base: router health: max violation", "zero: tokens per answer", "taught: loss"):
         assert name in html
     for picture in re.findall(r"\]\((curves/[^)]*)\)", found["report.md"]):
         assert found[picture].startswith("<svg")
@@ -186,11 +172,7 @@ def test_the_card_has_yaml_that_the_hub_reads(made: Path) -> None:
 
     card = texts(made, filled(model__languages=["en", "de"]))["MODEL_CARD.md"]
     header = yaml.safe_load(card.split("---")[1])
-    assert (
-        header["license"] == "mit"
-        and header["language"] == ["en", "de"]
-        and header["metrics"] == ["accuracy"]
-    )
+    assert header["license"] == "mit" and header["language"] == ["en", "de"] and header["metrics"] == ["accuracy"]
     data = ModelCard(card).data
     assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
     assert data.base_model is None, "it began with random weights"
@@ -235,11 +217,7 @@ def test_the_spdx_document_is_valid(made: Path, answers: Answers, tmp_path: Path
     assert (model.comment is None) == told, "what the profile demands and nobody told is named"
     profile = spdx.ProfileIdentifierType.ai
     assert (profile in list(document.profileConformance)) == told
-    assert {d.name for d in objects.foreach_type(spdx.dataset_DatasetPackage)} == {
-        "words",
-        "chains",
-        "lessons",
-    }
+    assert {d.name for d in objects.foreach_type(spdx.dataset_DatasetPackage)} == {"words", "chains", "lessons"}
 
 
 @pytest.mark.slow
@@ -298,23 +276,18 @@ def test_compute_is_counted_as_the_guidelines_say(run: Path) -> None:
         (4e22, {}, "YES: 4e+22 FLOP are 0.4 of 1e+23, since the original's is NOT PROVIDED"),
         (4e22, {"base.systemic": True}, "no: 4e+22 FLOP are 0.004 of 1e+25, since the original's is NOT PROVIDED"),
     ],
-)  # fmt: skip
-def test_a_modifier_is_measured_by_a_third(
-    flop: float, base: dict[str, Any], verdict: str, run: Path
-) -> None:
+)
+def test_a_modifier_is_measured_by_a_third(flop: float, base: dict[str, Any], verdict: str, run: Path) -> None:
     config = read_json(run / "base" / "config.json")
     write_json(run / "base" / "config.json", config | {"start": "models/another"})
     for stage, spent in (("base", flop), ("taught", 0), ("zero", 0)):
         write_lines(
             run / stage / "ledger.jsonl", [{"seconds": 1, "cores": 1, "flops_training": spent, "flops_generation": 0}]
-        )  # fmt: skip
+        )
     found = facts.read(run, "zero")
     assert found.base == "models/another"
     assert compute.verdicts(found, Answers(base))[2][1] == verdict
-    assert (
-        "base.name" in "".join(build.examine(found, filled(), NOW).unanswered)
-        or "base.name" in filled().given
-    )
+    assert "base.name" in "".join(build.examine(found, filled(), NOW).unanswered) or "base.name" in filled().given
 
 
 def test_licences_contradict_limits_money_and_sources(run: Path) -> None:
@@ -323,21 +296,22 @@ def test_licences_contradict_limits_money_and_sources(run: Path) -> None:
     limited = check.contradictions(found, filled(model__use_limits="no weapons", model__monetised=True))
     assert len(limited) == 2 and all("the exemption for open models is lost" in c for c in limited)
     for theirs, ours, why in (
-        ("CC-BY-NC-4.0", "MIT", "forbids commercial use"), ("CC-BY-ND-4.0", "MIT", "forbids derivatives"),
-        ("CC-BY-SA-4.0", "Apache-2.0", "asks for the same licence"), ("GPL-3.0-or-later", "MIT", "asks for the same licence"),
-        ("CC-BY-NC-4.0", "CC-BY-NC-4.0", ""), ("GPL-3.0-only", "GPL-3.0-or-later", ""), ("CC-BY-4.0", "MIT", ""),
+        ("CC-BY-NC-4.0", "MIT", "forbids commercial use"),
+        ("CC-BY-ND-4.0", "MIT", "forbids derivatives"),
+        ("CC-BY-SA-4.0", "Apache-2.0", "asks for the same licence"),
+        ("GPL-3.0-or-later", "MIT", "asks for the same licence"),
+        ("CC-BY-NC-4.0", "CC-BY-NC-4.0", ""),
+        ("GPL-3.0-only", "GPL-3.0-or-later", ""),
+        ("CC-BY-4.0", "MIT", ""),
         ("MIT (generated here)", "MIT", ""),
-    ):  # fmt: skip
+    ):
         assert check.forbids(theirs, ours) == why
     path = run / "prepare" / "manifest.json"
     value = read_json(path)
     value["results"]["sources"]["words"]["licence"] = "CC-BY-NC-4.0"
     write_json(path, value)
     (said,) = check.contradictions(facts.read(run, "zero"), filled())
-    assert (
-        said
-        == "data set words is under CC-BY-NC-4.0, which forbids commercial use; the model is to be under MIT"
-    )
+    assert said == "data set words is under CC-BY-NC-4.0, which forbids commercial use; the model is to be under MIT"
     value["results"]["sources"]["words"]["licence"] = "unstated"
     write_json(path, value)
     (unsaid,) = check.contradictions(facts.read(run, "zero"), filled())
@@ -356,7 +330,7 @@ def test_licences_contradict_limits_money_and_sources(run: Path) -> None:
         ("base/config.json", "{}", "missing, or not the knobs of a stage"),
         ("zero/model.json", '{"vocab_size": 3}', "no model's shapes"),
     ],
-)  # fmt: skip
+)
 def test_a_torn_or_foreign_folder_is_refused(file: str, text: str | None, problem: str, run: Path) -> None:
     (run / file).unlink() if text is None else (run / file).write_text(text)
     with pytest.raises(UserError, match=problem):
@@ -379,9 +353,7 @@ def test_a_run_of_an_older_version_still_has_documents(run: Path) -> None:
     assert "base: software" in build.examine(facts.read(run, "zero"), filled(), NOW).unrecorded
 
 
-def test_documents_appear_when_all_are_written(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_documents_appear_when_all_are_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found, out = facts.read(run, "zero"), tmp_path / "out"
     files = build.write(found, filled(), out, NOW)
     assert {p for p in out.rglob("*") if p.is_file()} == set(files)
@@ -433,7 +405,7 @@ def test_the_template_is_an_answers_file_without_answers(tmp_path: Path) -> None
         ("[base]\nflop = true", "expected number"),
         ("[provider\n", "not TOML"),
     ],
-)  # fmt: skip
+)
 def test_an_answers_file_that_does_not_fit_is_refused(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "answers.toml"
     path.write_text(text)
@@ -449,8 +421,15 @@ def test_toml_dates_are_dates(tmp_path: Path) -> None:
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def docs(**options: Any) -> int:
-        plain: dict[str, Any] = {"run": run, "out": None, "answers": None, "model": "zero", "check": False,
-                                 "questions": False, "as_json": False}  # fmt: skip
+        plain: dict[str, Any] = {
+            "run": run,
+            "out": None,
+            "answers": None,
+            "model": "zero",
+            "check": False,
+            "questions": False,
+            "as_json": False,
+        }
         try:
             cli.docs(**plain | options)
         except cli.typer.Exit as error:
@@ -480,21 +459,8 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_values_are_said_as_people_read_them() -> None:
-    shown = [
-        page.said(v) for v in (MISSING, None, "", True, 12345, 0.123456, 2.0, 1.5e23, [1, "a"], {"a": None})
-    ]
-    assert shown == [
-        NOT_PROVIDED,
-        "none",
-        "none",
-        "yes",
-        "12,345",
-        "0.1235",
-        "2",
-        "1.5e+23",
-        "1, a",
-        "a: none",
-    ]
+    shown = [page.said(v) for v in (MISSING, None, "", True, 12345, 0.123456, 2.0, 1.5e23, [1, "a"], {"a": None})]
+    assert shown == [NOT_PROVIDED, "none", "none", "yes", "12,345", "0.1235", "2", "1.5e+23", "1, a", "a: none"]
 
 
 CHROMIUM = os.environ.get("FINBACK_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -516,9 +482,7 @@ def test_the_page_opens_in_a_browser(scheme: Any, paper: str, made: Path, tmp_pa
         opened.on("request", lambda request: asked_for.append(request.url))
         opened.goto(f"file://{tmp_path}/report.html")
         assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == paper
-        assert opened.evaluate("document.documentElement.scrollWidth") <= 390, (
-            "a phone need not scroll sideways"
-        )
+        assert opened.evaluate("document.documentElement.scrollWidth") <= 390, "a phone need not scroll sideways"
         assert opened.locator("svg").count() == opened.locator("figure").count() > 5
         browser.close()
     assert said == [] and asked_for == [f"file://{tmp_path}/report.html"]

@@ -10,9 +10,9 @@ import torch
 from finback.data.sources import Files
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.recipe import Recipe, Stage, execute
-from finback.run import read_json, read_lines
-from finback.stages.distil import Distil
+from finback.runs.files import read_json, read_lines
+from finback.runs.recipe import Recipe, Stage, execute
+from finback.stages.distill import Distill
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.grpo import GRPO
 from finback.stages.prepare import Prepare, TaskText
@@ -20,7 +20,7 @@ from finback.stages.pretrain import Pretrain
 from finback.stages.sft import SFT
 from finback.suites import compression
 from finback.tasks.math import Chains
-from finback.train.policy import Objective
+from finback.train.grpo_loss import Objective
 from tests.elsewhere import DEVICE, elsewhere
 from tests.serving import small_tokenizer
 from tests.toy import CONFIG, WORDS
@@ -29,24 +29,58 @@ CHAINS = Chains(2, 3)
 TALK = TaskText(name="talk", tasks=(CHAINS,), documents=40)
 STAGES: tuple[Stage, ...] = (
     Pretrain(
-        name="base", data="prepare", model=CONFIG, mixture={"words": 1.0}, rows=4, length=32, max_tokens=512,
-        decay_tokens=128, warmup_tokens=128, compute="fp32", checkpoint_steps=2, average=0.5, recompute="block",
+        name="base",
+        data="prepare",
+        model=CONFIG,
+        mixture={"words": 1.0},
+        rows=4,
+        length=32,
+        max_tokens=512,
+        decay_tokens=128,
+        warmup_tokens=128,
+        compute="fp32",
+        checkpoint_steps=2,
+        average=0.5,
+        recompute="block",
     ),
     Pretrain(
-        name="whole", data="prepare", start="base", mixture={"words": 1.0}, rows=4, length=32, max_tokens=384,
-        decay_tokens=128, warmup_tokens=128, compute="fp32", packing="best_fit", document_mask=True, optimizer="adamw",
+        name="whole",
+        data="prepare",
+        start="base",
+        mixture={"words": 1.0},
+        rows=4,
+        length=32,
+        max_tokens=384,
+        decay_tokens=128,
+        warmup_tokens=128,
+        compute="fp32",
+        packing="best_fit",
+        document_mask=True,
+        optimizer="adamw",
     ),
     GRPO(
-        name="zero", start="whole", task=CHAINS, steps=2, prompts=2, group=4, max_tokens=8, resample=1,
-        objective=Objective(kl=0.01, truncate=2.0), bias_speed=0.001, max_gap=1e-4,
+        name="zero",
+        start="whole",
+        task=CHAINS,
+        steps=2,
+        prompts=2,
+        group=4,
+        max_tokens=8,
+        resample=1,
+        objective=Objective(kl=0.01, truncate=2.0),
+        bias_speed=0.001,
+        max_gap=1e-4,
     ),
     SFT(name="taught", start="whole", text=(TALK,), rows=4, length=64, epochs=1),
-    Distil(name="like", start="base", teacher="taught", text=(TALK,), rows=4, length=64, epochs=1),
+    Distill(name="like", start="base", teacher="taught", text=(TALK,), rows=4, length=64, epochs=1),
     Evaluate(
-        name="exam", start="like", exams=(Exam(name="sums", task=CHAINS, problems=6, max_tokens=8),), data="prepare",
+        name="exam",
+        start="like",
+        exams=(Exam(name="sums", task=CHAINS, problems=6, max_tokens=8),),
+        data="prepare",
         sources=("words",),
     ),
-)  # fmt: skip
+)
 
 
 def numbers(root: Path) -> dict[str, list[dict[str, Any]]]:
@@ -68,9 +102,7 @@ def test_everything_lies_where_the_model_is(tmp_path: Path, monkeypatch: pytest.
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     here, there = tmp_path / "here", tmp_path / "there"
-    execute(
-        Recipe("toy", (prepare, *STAGES)), here, 0, World(device=torch.device("cpu")), lambda _: None, True
-    )
+    execute(Recipe("toy", (prepare, *STAGES)), here, 0, World(device=torch.device("cpu")), lambda _: None, True)
     execute(Recipe("toy", (prepare,)), there, 0, World(), lambda _: None, quiet=True)
     with elsewhere(monkeypatch):
         execute(Recipe("toy", (prepare, *STAGES)), there, 0, World(device=DEVICE), lambda _: None, True)
@@ -79,10 +111,7 @@ def test_everything_lies_where_the_model_is(tmp_path: Path, monkeypatch: pytest.
         assert len(lines) == len(others) > 0, stage
         for line, other in zip(lines, others, strict=True):
             assert other == pytest.approx(line, rel=2e-3, abs=1e-4), stage
-    bits = [
-        read_json(root / "exam" / "manifest.json")["results"]["bits_per_byte"]["words"]
-        for root in (here, there)
-    ]
+    bits = [read_json(root / "exam" / "manifest.json")["results"]["bits_per_byte"]["words"] for root in (here, there)]
     assert bits[0] == pytest.approx(bits[1], rel=1e-3)
 
 

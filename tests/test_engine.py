@@ -8,14 +8,14 @@ import transformers
 
 from finback.config import UserError
 from finback.engine.engine import Engine
+from finback.engine.request import SamplingParams, uniforms
 from finback.engine.sampler import Knobs, narrow, sample
-from finback.engine.sequence import Sampling, uniforms
 from tests.toy import CONFIG, toy_model
 
 EOS = 7
 
 
-def knobs(sampling: Sampling, rows: int, vocab: int) -> Knobs:
+def knobs(sampling: SamplingParams, rows: int, vocab: int) -> Knobs:
     return Knobs.of([sampling] * rows, vocab, torch.device("cpu"))
 
 
@@ -25,7 +25,7 @@ PROMPTS = [[1, 20, 30], [1, 50, 60, 70, 80, 90], [1, 44], [1, 99, 98, 97, 96]]
 def test_greedy_equals_the_naive_loop() -> None:
     model = toy_model()
     engine = Engine(model, [EOS], rows=3)  # two waves
-    results = engine.generate(PROMPTS, Sampling(temperature=0.0, max_tokens=20), [0] * 4)
+    results = engine.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=20), [0] * 4)
     for prompt, result in zip(PROMPTS, results, strict=True):
         tokens = list(prompt)
         with torch.no_grad():
@@ -37,7 +37,7 @@ def test_greedy_equals_the_naive_loop() -> None:
 
 def test_logprobs_equal_the_whole_forward_pass() -> None:
     model = toy_model()
-    results = Engine(model, [EOS]).generate(PROMPTS, Sampling(temperature=0.8, max_tokens=24), [3, 4, 5, 6])
+    results = Engine(model, [EOS]).generate(PROMPTS, SamplingParams(temperature=0.8, max_tokens=24), [3, 4, 5, 6])
     assert len({len(r.tokens) for r in results}) > 1 or all(r.finish == "length" for r in results)
     for prompt, result in zip(PROMPTS, results, strict=True):
         ids = torch.tensor([prompt + result.tokens])
@@ -49,7 +49,7 @@ def test_logprobs_equal_the_whole_forward_pass() -> None:
 
 def test_a_seed_fixes_a_sequence_whatever_else_is_in_the_batch() -> None:
     engine = Engine(toy_model(), [EOS])
-    sampling = Sampling(temperature=1.0, max_tokens=24)
+    sampling = SamplingParams(temperature=1.0, max_tokens=24)
     together = engine.generate(PROMPTS, sampling, [10, 11, 12, 13])
     alone = [engine.generate([p], sampling, [s])[0] for p, s in zip(PROMPTS, [10, 11, 12, 13], strict=True)]
     assert [r.tokens for r in together] == [r.tokens for r in alone]
@@ -59,7 +59,7 @@ def test_a_seed_fixes_a_sequence_whatever_else_is_in_the_batch() -> None:
 
 def test_rows_that_end_leave_and_the_others_go_on_unchanged() -> None:
     model = toy_model()
-    sampling = Sampling(temperature=1.0, max_tokens=40)
+    sampling = SamplingParams(temperature=1.0, max_tokens=40)
     free = Engine(model, ()).generate(PROMPTS, sampling, [1, 2, 3, 4])
     eos = free[0].tokens[4]  # a token that some rows meet early
     ended = Engine(model, [eos]).generate(PROMPTS, sampling, [1, 2, 3, 4])
@@ -71,7 +71,7 @@ def test_rows_that_end_leave_and_the_others_go_on_unchanged() -> None:
 
 def test_streaming_equals_generating() -> None:
     engine = Engine(toy_model(), [EOS])
-    sampling = Sampling(temperature=1.0, max_tokens=24)
+    sampling = SamplingParams(temperature=1.0, max_tokens=24)
     whole = engine.generate([PROMPTS[1]], sampling, [42])[0].tokens
     assert list(engine.stream(PROMPTS[1], sampling, 42)) == [t for t in whole if t != EOS]
 
@@ -81,7 +81,7 @@ def test_samples_follow_the_distribution() -> None:
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, float("-inf"), 1.5, -2.0])
     n = 40_000
     uniform = torch.from_numpy(uniforms(1, n))
-    tokens, logp = sample(scores.expand(n, -1), knobs(Sampling(0.7), n, 8), uniform)
+    tokens, logp = sample(scores.expand(n, -1), knobs(SamplingParams(0.7), n, 8), uniform)
     p = (scores / 0.7).softmax(dim=0)
     counts = torch.bincount(tokens, minlength=8)
     assert counts[5] == 0
@@ -89,7 +89,7 @@ def test_samples_follow_the_distribution() -> None:
     chi2 = ((counts[keep] - n * p[keep]) ** 2 / (n * p[keep])).sum()
     assert chi2 < 22.46
     assert torch.allclose(logp, p.log()[tokens])
-    edge, _ = sample(scores[None], knobs(Sampling(1.0), 1, 8), torch.tensor([math.nextafter(1.0, 0.0)]))
+    edge, _ = sample(scores[None], knobs(SamplingParams(1.0), 1, 8), torch.tensor([math.nextafter(1.0, 0.0)]))
     assert edge.item() != 5
 
 
@@ -103,10 +103,10 @@ def test_narrowing_is_that_of_transformers(k: int, p: float, m: float, temperatu
     for name, value, off in (("TopK", k, 0), ("TopP", p, 1.0), ("MinP", m, 0.0)):
         if value != off:
             warped = getattr(transformers, f"{name}LogitsWarper")(value)(None, warped)
-    ours = narrow((scores / temperature).softmax(-1), knobs(Sampling(temperature, 8, k, p, m), 50, 40))
+    ours = narrow((scores / temperature).softmax(-1), knobs(SamplingParams(temperature, 8, k, p, m), 50, 40))
     torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), warped.softmax(-1))
     tokens, logp = sample(
-        scores, knobs(Sampling(temperature, 8, k, p, m), 50, 40), torch.from_numpy(uniforms(3, 50))
+        scores, knobs(SamplingParams(temperature, 8, k, p, m), 50, 40), torch.from_numpy(uniforms(3, 50))
     )
     assert (warped.gather(1, tokens[:, None]) > -torch.inf).all()
     whole = (scores / temperature).log_softmax(-1)
@@ -115,18 +115,14 @@ def test_narrowing_is_that_of_transformers(k: int, p: float, m: float, temperatu
 
 @pytest.mark.parametrize(
     ("knob", "message"),
-    [
-        ({"top_p": 0.0}, "top_p = 0.0: not above 0"),
-        ({"top_k": -1}, "top_k = -1"),
-        ({"min_p": 2.0}, "min_p = 2.0"),
-    ],
+    [({"top_p": 0.0}, "top_p = 0.0: not above 0"), ({"top_k": -1}, "top_k = -1"), ({"min_p": 2.0}, "min_p = 2.0")],
 )
 def test_impossible_narrowing_is_refused(knob: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Sampling(**knob)  # type: ignore[arg-type]
+        SamplingParams(**knob)  # type: ignore[arg-type]
 
 
 def test_too_long_a_request_is_refused() -> None:
     with pytest.raises(UserError, match="max_tokens = 300"):
-        Engine(toy_model(), [EOS]).generate([[1] * 10], Sampling(max_tokens=300), [0])
+        Engine(toy_model(), [EOS]).generate([[1] * 10], SamplingParams(max_tokens=300), [0])
     assert CONFIG.max_position_embeddings == 256

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling
+from finback.engine.request import SamplingParams
 from finback.kernels import fp8, fp8_hopper, fp8_train, native, reference
 from finback.kernels.fp8_products import Emulated, Operand, Scaled, round_, round_e5m6, round_tiles
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
@@ -78,23 +78,23 @@ class Exact:
 
 def test_tiles_by_hand() -> None:
     row = torch.tensor([[448.0, 17.0, 19.0, -0.3, 2**-9, 2**-10, 3 * 2**-10, 447.0]])
-    values, scale = fp8.quantise_tiles(row)
+    values, scale = fp8.quantize_tiles(row)
     assert scale.tolist() == [[1.0]]
     # spaced by 2 from 16 on: ties go to even mantissas; spaced by 2^-9 near 0
     assert values.float().tolist() == [[448.0, 16.0, 20.0, -0.3125, 2**-9, 0.0, 2**-8, 448.0]]
     five, two = torch.full((1, 1), 5.0), torch.full((1, 1), 7.0)
-    assert fp8.quantise_tiles(five)[1].item() == pytest.approx(5 / 448)
-    assert fp8.quantise_tiles(five, power_of_two=True)[1].item() == 2**-6  # 5/448 rounded up
-    assert fp8.quantise_tiles(two, power_of_two=True)[1].item() == 2**-6  # 7/448 is one already
+    assert fp8.quantize_tiles(five)[1].item() == pytest.approx(5 / 448)
+    assert fp8.quantize_tiles(five, power_of_two=True)[1].item() == 2**-6  # 5/448 rounded up
+    assert fp8.quantize_tiles(two, power_of_two=True)[1].item() == 2**-6  # 7/448 is one already
 
 
 def test_tiles_are_128_wide_and_the_last_one_shorter() -> None:
     x = torch.ones(2, 300)
     x[0, 130], x[1, 299] = 448.0, 896.0
-    assert fp8.quantise_tiles(x)[1].mul(448).tolist() == [[1.0, 448.0, 1.0], [1.0, 1.0, 896.0]]
+    assert fp8.quantize_tiles(x)[1].mul(448).tolist() == [[1.0, 448.0, 1.0], [1.0, 1.0, 896.0]]
     padded = F.pad(x, (0, 84))
-    assert torch.equal(fp8.quantise_tiles(padded)[1], fp8.quantise_tiles(x)[1])
-    assert fp8.quantise(F.pad(x, (0, 0, 0, 126)))[1].equal(fp8.quantise(x)[1])
+    assert torch.equal(fp8.quantize_tiles(padded)[1], fp8.quantize_tiles(x)[1])
+    assert fp8.quantize(F.pad(x, (0, 0, 0, 126)))[1].equal(fp8.quantize(x)[1])
 
 
 def test_what_is_too_large_saturates_and_what_is_no_number_stays_none() -> None:
@@ -107,7 +107,7 @@ def test_what_is_too_large_saturates_and_what_is_no_number_stays_none() -> None:
 def test_a_bad_number_spoils_its_tile_and_no_other(bad: float, power_of_two: bool) -> None:
     x = heavy(4, 256)
     x[1, 3] = bad
-    for back in (fp8.dequantise_tiles(*fp8.quantise_tiles(x, power_of_two)), round_tiles(x, 1, power_of_two)):
+    for back in (fp8.dequantize_tiles(*fp8.quantize_tiles(x, power_of_two)), round_tiles(x, 1, power_of_two)):
         assert back[1, :128].isnan().all() and back.isnan().sum() == 128
     y, _ = grad_of(lambda x, w: fp8_train.linear(x, w, LINEAR), x, heavy(8, 256))
     assert not y[1].isfinite().any() and y[[0, 2, 3]].isfinite().all()
@@ -116,7 +116,7 @@ def test_a_bad_number_spoils_its_tile_and_no_other(bad: float, power_of_two: boo
 def test_zeros_and_tiny_gradients() -> None:
     """A gradient of a mean over many tokens is far below the 1e-4 at which DeepSeek's inference code clamps."""
     x = torch.cat([torch.zeros(3, 128), 1e-12 * normal(3, 128), 1e38 * normal(3, 128).clamp(-3, 3)], dim=1)
-    for back in (fp8.dequantise_tiles(*fp8.quantise_tiles(x)), round_tiles(x, 1)):
+    for back in (fp8.dequantize_tiles(*fp8.quantize_tiles(x)), round_tiles(x, 1)):
         assert not back[:, :128].any() and back.isfinite().all()
         for part in (slice(128, 256), slice(256, 384)):
             assert error(back[:, part], x[:, part]) < 0.04
@@ -149,11 +149,11 @@ def test_fast_operands_are_the_plain_ones_to_the_bit(
     for shape in SHAPES:
         for x in (heavy(*shape), heavy(*shape).bfloat16(), normal(*shape) * 1e-20, torch.full(shape, 7.0)):
             for fast, plain in (
-                (Emulated().tiles(x, power_of_two), fp8.quantise_tiles(x, power_of_two)),
-                (Emulated().columns(x, power_of_two), fp8.quantise_tiles(x.T.contiguous(), power_of_two)),
+                (Emulated().tiles(x, power_of_two), fp8.quantize_tiles(x, power_of_two)),
+                (Emulated().columns(x, power_of_two), fp8.quantize_tiles(x.T.contiguous(), power_of_two)),
             ):
-                assert torch.equal(fast[0], fp8.dequantise_tiles(*plain))
-        assert torch.equal(Emulated().blocks(x)[0], fp8.dequantise(*fp8.quantise(x), torch.float32))
+                assert torch.equal(fast[0], fp8.dequantize_tiles(*plain))
+        assert torch.equal(Emulated().blocks(x)[0], fp8.dequantize(*fp8.quantize(x), torch.float32))
 
 
 def test_powers_of_two_cost_nothing_when_tiles_turn() -> None:
@@ -193,9 +193,7 @@ def test_tensor_cores_by_hand() -> None:
         assert reference.tensor_core_sum(-a, b).item() == -kept
     # cut off together, though 16 of them are worth keeping
     assert (
-        reference.tensor_core_sum(
-            torch.tensor([[1.0] + 16 * [2**-7]]), torch.tensor([[1.0] + 16 * [2**-7]])
-        ).item()
+        reference.tensor_core_sum(torch.tensor([[1.0] + 16 * [2**-7]]), torch.tensor([[1.0] + 16 * [2**-7]])).item()
         == 1
     )
     # the next instruction's products meet the running sum
@@ -208,7 +206,7 @@ def test_tensor_cores_by_hand() -> None:
 def test_promotion_is_why_fourteen_bits_are_enough() -> None:
     """V3 3.3.2: at K = 4096 sums kept in 14 bits are up to 2 % wrong; promoted every 128 they are not."""
     a, b = (normal(16, 4096, seed=s).abs() for s in (0, 1))
-    one, other = fp8.quantise_tiles(a), fp8.quantise_tiles(b)
+    one, other = fp8.quantize_tiles(a), fp8.quantize_tiles(b)
     exact = reference.fp8_product(*one, *other).double()
     promoted = reference.fp8_product(*one, *other, accumulate=reference.tensor_core_sum)
     whole = fp8.e4m3(a * 64), fp8.e4m3(b * 64)  # one factor for all, as without promotion
@@ -242,18 +240,11 @@ def test_linear_is_three_products_with_the_papers_tiles(numerics: Numerics) -> N
     y, (d_x, d_w) = grad_of(lambda x, w: fp8_train.linear(x, w, replace(numerics, products=p)), x, w)
     rows, grad = x.flatten(0, 1), heavy(2, 100, 200, seed=77).flatten(0, 1)
     two = numerics.input_power_of_two
-    seen = fp8.dequantise_tiles(*fp8.quantise_tiles(rows, two))
-    weight = fp8.dequantise(*fp8.quantise(w), torch.float32)
+    seen = fp8.dequantize_tiles(*fp8.quantize_tiles(rows, two))
+    weight = fp8.dequantize(*fp8.quantize(w), torch.float32)
     kept = round_e5m6(rows) if numerics.keep_e5m6 else seen  # hence rounded twice
-    turned = [
-        fp8.dequantise_tiles(*fp8.quantise_tiles(t.T.contiguous(), q))
-        for t, q in ((grad, False), (kept, two))
-    ]
-    wanted = (
-        seen @ weight.T,
-        fp8.dequantise_tiles(*fp8.quantise_tiles(grad)) @ weight,
-        turned[0] @ turned[1].T,
-    )
+    turned = [fp8.dequantize_tiles(*fp8.quantize_tiles(t.T.contiguous(), q)) for t, q in ((grad, False), (kept, two))]
+    wanted = (seen @ weight.T, fp8.dequantize_tiles(*fp8.quantize_tiles(grad)) @ weight, turned[0] @ turned[1].T)
     for got, exact in zip((y, d_x, d_w), wanted, strict=True):
         assert error(got.reshape(exact.shape), exact) < 1e-6
 
@@ -279,9 +270,7 @@ def test_feed_forwards_without_rounding_are_the_plain_ones() -> None:
     index[index == 5] = 0  # an expert that nobody asks, and tokens that ask one twice
     weight = normal(40, 2, seed=5).sigmoid()
     exact = replace(ROUTED, products=Exact())
-    routed = grad_of(
-        lambda *a: fp8_train.routed_experts(a[0], index, *a[1:], exact), x, weight, gate_up, down
-    )
+    routed = grad_of(lambda *a: fp8_train.routed_experts(a[0], index, *a[1:], exact), x, weight, gate_up, down)
     plain = grad_of(lambda *a: reference.routed_experts(a[0], index, *a[1:]), x, weight, gate_up, down)
     for got, wanted in zip((routed[0], *routed[1]), (plain[0], *plain[1]), strict=True):
         assert error(got, wanted) < 1e-6
@@ -318,12 +307,12 @@ def test_a_feed_forward_rounds_where_the_paper_does() -> None:
     y, (d_x, d_gate_up, d_down) = grad_of(lambda *a: fp8_train.swiglu(*a, ROUTED), x, gate_up, down)
 
     def across(t: Tensor, two: bool = False) -> Tensor:
-        return fp8.dequantise_tiles(*fp8.quantise_tiles(t, two))
+        return fp8.dequantize_tiles(*fp8.quantize_tiles(t, two))
 
     def along(t: Tensor, two: bool = False) -> Tensor:
         return across(t.T.contiguous(), two)
 
-    w_in, w_out = (fp8.dequantise(*fp8.quantise(w), torch.float32) for w in (gate_up, down))
+    w_in, w_out = (fp8.dequantize(*fp8.quantize(w), torch.float32) for w in (gate_up, down))
     sent = across(x, True)
     hidden = sent @ w_in.T
     gate, up = hidden.chunk(2, dim=1)
@@ -334,27 +323,35 @@ def test_a_feed_forward_rounds_where_the_paper_does() -> None:
     d_act = arrived @ w_out
     d_hidden = torch.cat([d_act * up * (s + gate * s * (1 - s)), d_act * gate * s], dim=1)
     wanted = (
-        wanted_y, across(d_hidden) @ w_in, along(d_hidden) @ along(sent, True).T,
+        wanted_y,
+        across(d_hidden) @ w_in,
+        along(d_hidden) @ along(sent, True).T,
         along(arrived, True) @ along(gate * s * up).T,
-    )  # fmt: skip
+    )
     for got, exact in zip((y, d_x, d_gate_up, d_down), wanted, strict=True):
         assert error(got, exact) < 2e-3  # the order of summation turns a rounding now and then
 
 
-def test_what_is_sent_is_quantised_once_with_powers_of_two() -> None:
+def test_what_is_sent_is_quantized_once_with_powers_of_two() -> None:
     """Tokens before their copies go to experts, and gradients before down: both V3 3.3.3."""
     seen = Exact()
     numerics = replace(ROUTED, products=seen)
     index = torch.tensor([[0, 1]] * 10)
     grad_of(
-        lambda *a: fp8_train.routed_experts(a[0], index, *a[1:], numerics), normal(10, 24), normal(10, 2),
-        normal(2, 32, 24), normal(2, 24, 16),
-    )  # fmt: skip
+        lambda *a: fp8_train.routed_experts(a[0], index, *a[1:], numerics),
+        normal(10, 24),
+        normal(10, 2),
+        normal(2, 32, 24),
+        normal(2, 24, 16),
+    )
     tiles = [(two, shape) for kind, two, shape in seen.calls if kind == "tiles"]
     assert tiles == [
-        (True, (10, 24)), (False, (20, 16)), (False, (20, 32)),  # x, down's input, SwiGLU's input to keep
-        (True, (20, 24)), (False, (20, 32)),  # gradients of down's output and of SwiGLU's input
-    ]  # fmt: skip
+        (True, (10, 24)),
+        (False, (20, 16)),
+        (False, (20, 32)),  # x, down's input, SwiGLU's input to keep
+        (True, (20, 24)),
+        (False, (20, 32)),  # gradients of down's output and of SwiGLU's input
+    ]
     columns = {(two, shape) for kind, two, shape in seen.calls if kind == "columns"}
     assert columns == {(True, (10, 24)), (False, (10, 16)), (False, (10, 32))}
 
@@ -372,26 +369,22 @@ def test_exactly_the_papers_modules_are_in_fp8() -> None:
     model = use_fp8(toy_model().train(), seen)
     backward(model, tokens(2, 12, 320), 0.3, 1e-4)
     names = {p.data_ptr(): n for n, p in model.named_parameters()}
-    quantised = {names[w.data_ptr()] for w in seen.weights}
+    quantized = {names[w.data_ptr()] for w in seen.weights}
     attention = [f"attention.{n}.weight" for n in ("q_down", "q_up", "kv_down", "kv_up", "out")]
     experts = ["gate_up", "down", "shared.gate_up.weight", "shared.down.weight"]
     blocks = {"blocks.0": ["gate_up.weight", "down.weight"], "blocks.1": experts, "mtp.0.block": experts}
-    assert quantised == {f"{b}.{n}" for b in blocks for n in attention} | {
+    assert quantized == {f"{b}.{n}" for b in blocks for n in attention} | {
         f"{b}.feed_forward.{n}" for b, found in blocks.items() for n in found
     }
     modules = dict(model.named_modules())
-    places = {
-        n: replace(m.numerics, products=None) for n, m in modules.items() if getattr(m, "numerics", None)
-    }
-    assert {n for n, place in places.items() if place == AFTER_ATTENTION} == {
-        f"{b}.attention.out" for b in blocks
-    }
+    places = {n: replace(m.numerics, products=None) for n, m in modules.items() if getattr(m, "numerics", None)}
+    assert {n for n, place in places.items() if place == AFTER_ATTENTION} == {f"{b}.attention.out" for b in blocks}
     assert {n for n, place in places.items() if place == ROUTED} == {
         "blocks.1.feed_forward",
         "mtp.0.block.feed_forward",
     }
     high = ("embed", "head", "router", "norm", "project")
-    assert all(any(h in n for h in high) for n in set(names.values()) - quantised)
+    assert all(any(h in n for h in high) for n in set(names.values()) - quantized)
 
 
 def test_without_rounding_the_model_is_the_fp32_model() -> None:
@@ -443,7 +436,7 @@ def test_a_model_in_fp8_answers_and_has_the_plain_models_state() -> None:
     assert state.keys() == plain.state_dict().keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
     prompt = list(range(5, 40))
-    answer = Engine(model, ()).generate([prompt], Sampling(temperature=0.7, max_tokens=12), [1])[0]
+    answer = Engine(model, ()).generate([prompt], SamplingParams(temperature=0.7, max_tokens=12), [1])[0]
     ids = torch.tensor([prompt + answer.tokens])
     with torch.no_grad():
         logp = (model.logits(model(ids)) / 0.7).log_softmax(dim=-1)[0, len(prompt) - 1 : -1]

@@ -21,9 +21,12 @@ OPERATIONS = [
     for operation in [result.ok()]
 ]
 CHECKED = (
-    "not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance",
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
     "response_headers_conformance",
-)  # fmt: skip
+)
 # what breaks the document must be refused as well
 NEGATIVE = (*CHECKED, "negative_data_rejection")
 
@@ -47,14 +50,16 @@ def fuzz(client: httpx.Client, path: str, method: str, mode: GenerationMode, cas
     checks = CHECKS.get_by_names(names)
 
     @settings(
-        max_examples=cases, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+        max_examples=cases,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(case=operation.as_strategy(generation_mode=mode))
     def send(case: Case) -> None:
-        response = case.call(
-            base_url=str(client.base_url), headers={"authorization": f"Bearer {KEY}"}, timeout=30
-        )
+        response = case.call(base_url=str(client.base_url), headers={"authorization": f"Bearer {KEY}"}, timeout=30)
         case.validate_response(response, checks=checks)
         assert response.elapsed < 30
 
@@ -71,15 +76,11 @@ CASES = [(path, method, mode) for path, method in OPERATIONS for mode in modes(p
 
 
 @pytest.mark.parametrize(("path", "method", "mode"), CASES)
-def test_a_few_requests_of_every_kind(
-    client: httpx.Client, path: str, method: str, mode: GenerationMode
-) -> None:
+def test_a_few_requests_of_every_kind(client: httpx.Client, path: str, method: str, mode: GenerationMode) -> None:
     fuzz(client, path, method, mode, 20)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "method", "mode"), [c for c in CASES if c[1] == "POST"])
-def test_a_thousand_requests_of_every_kind(
-    client: httpx.Client, path: str, method: str, mode: GenerationMode
-) -> None:
+def test_a_thousand_requests_of_every_kind(client: httpx.Client, path: str, method: str, mode: GenerationMode) -> None:
     fuzz(client, path, method, mode, 1000)

@@ -13,7 +13,8 @@ from finback.config import UserError
 from finback.data import tokenizer
 from finback.parallel.mesh import World
 from finback.report import outgoing
-from finback.run import StageRun, read_lines
+from finback.runs.files import read_lines
+from finback.runs.folder import StageRun
 from finback.stages.grpo import GRPO, _Reinforcement
 from finback.stages.rollout import Group, Rollout
 from finback.tasks.gym import Gym
@@ -21,7 +22,7 @@ from finback.tasks.judge import Judge
 from finback.tasks.math import Chains
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Problem, Verdict
-from finback.train.policy import Objective, advantages
+from finback.train.grpo_loss import Objective, advantages
 from tests.toy import WORDS, toy_model
 
 
@@ -135,13 +136,9 @@ def test_rl_starts_from_a_hugging_face_folder_and_goes_out_as_one(tmp_path: Path
     trained = tmp_path / "zero"
     assert models.load(trained).config == r.model.config
     files = outgoing.export(trained, tmp_path / "out", "bf16")
-    assert {
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "README.md",
-    } <= {f.name for f in files}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"} <= {
+        f.name for f in files
+    }
     back = models.load(tmp_path / "out").state_dict()
     kept = {n: t for n, t in r.model.state_dict().items() if n.endswith("router.bias")}
     assert kept and all(torch.equal(back[n], t) for n, t in kept.items())
@@ -157,12 +154,7 @@ def gradient_after(folder: Path, **knobs: object) -> torch.Tensor:
 
 def test_knobs_that_say_nothing_at_the_first_update_change_nothing(tmp_path: Path) -> None:
     plain = gradient_after(tmp_path)
-    for aim in (
-        Objective(truncate=2.0),
-        Objective(dual_clip=3.0),
-        Objective(kl=0.1),
-        Objective(clip_high=10.0),
-    ):
+    for aim in (Objective(truncate=2.0), Objective(dual_clip=3.0), Objective(kl=0.1), Objective(clip_high=10.0)):
         # at the start the policy is the reference, where k3 is flat, and the trainer agrees with the engine
         torch.testing.assert_close(gradient_after(tmp_path, objective=aim), plain, rtol=1e-3, atol=1e-6)
     kl = gradient_after(tmp_path, objective=Objective(kl=0.1, kl_form="k1"))
@@ -180,9 +172,7 @@ def test_several_updates_and_epochs_move_further_and_clip(tmp_path: Path) -> Non
     knobs: dict[str, object] = {"lr": 3e-2, "grad_clip": 1e9}
     r = with_varied_rewards(reinforcement(tmp_path, updates=2, epochs=3, **knobs))
     metrics = r._train_step()
-    assert metrics["clip_share"] > 0 and metrics["gap_max"] <= 1e-4, (
-        "the gap is taken before the first update"
-    )
+    assert metrics["clip_share"] > 0 and metrics["gap_max"] <= 1e-4, "the gap is taken before the first update"
     steps = {int(state["step"]) for state in r.adam.inner.state.values()}
     assert steps == {6}
     with pytest.raises(UserError, match=r"zero\.updates = 3"):
@@ -247,9 +237,7 @@ def test_rl_in_bf16_keeps_fp32_masters_and_a_gap_that_bf16_explains(tmp_path: Pa
 
 
 def test_biases_move_only_when_asked_and_by_the_load_of_the_update_alone(tmp_path: Path) -> None:
-    r = with_varied_rewards(
-        reinforcement(tmp_path, bias_speed=0.01, lr=0.0, objective=Objective(kl=0.1, truncate=2.0))
-    )
+    r = with_varied_rewards(reinforcement(tmp_path, bias_speed=0.01, lr=0.0, objective=Objective(kl=0.1, truncate=2.0)))
     before = [router.bias.clone() for router in r.model.routers()]
     metrics = r._train_step()
     (load,) = metrics["expert_load"]
@@ -299,9 +287,7 @@ def test_a_judge_decides_where_no_check_can(tmp_path: Path) -> None:
     metrics = r._train_step()
     lines = read_lines(r.stage_run.folder / "samples.jsonl")
     whole = [x for x in lines if x["finish"] == "stop" and x["answer"]]
-    assert whole and metrics["reward_preference"] == pytest.approx(
-        sum(x["reward"]["preference"] for x in lines) / 64
-    )
+    assert whole and metrics["reward_preference"] == pytest.approx(sum(x["reward"]["preference"] for x in lines) / 64)
     assert all(x["reward"]["preference"] == 0 for x in lines if x["finish"] != "stop")
     assert any(x["advantage"] > 0 for x in whole)
 
@@ -309,14 +295,21 @@ def test_a_judge_decides_where_no_check_can(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"temperature": 0.0}, "zero.temperature = 0.0"), ({"group": 1}, "zero.group = 1"), ({"updates": 3}, "zero.updates = 3"),
-        ({"overlong": 11}, "zero.overlong = 11"), ({"epochs": 0}, "zero.epochs = 0"),
-        ({"lr": -1e-4}, r"zero\.lr = .*negative"), ({"grad_clip": 0.0}, r"zero\.grad_clip"),
-        ({"final_lr": -0.1}, r"zero\.final_lr"), ({"steps": -1}, r"zero\.steps"), ({"micro_tokens": 0}, r"zero\.micro_tokens"),
-        ({"bias_speed": -0.1}, r"zero\.bias_speed"), ({"lr": float("inf")}, r"zero\.lr = inf: .*no finite number"),
+        ({"temperature": 0.0}, "zero.temperature = 0.0"),
+        ({"group": 1}, "zero.group = 1"),
+        ({"updates": 3}, "zero.updates = 3"),
+        ({"overlong": 11}, "zero.overlong = 11"),
+        ({"epochs": 0}, "zero.epochs = 0"),
+        ({"lr": -1e-4}, r"zero\.lr = .*negative"),
+        ({"grad_clip": 0.0}, r"zero\.grad_clip"),
+        ({"final_lr": -0.1}, r"zero\.final_lr"),
+        ({"steps": -1}, r"zero\.steps"),
+        ({"micro_tokens": 0}, r"zero\.micro_tokens"),
+        ({"bias_speed": -0.1}, r"zero\.bias_speed"),
+        ({"lr": float("inf")}, r"zero\.lr = inf: .*no finite number"),
         ({"overlong": 4, "overlong_penalty": 0.95}, "a right answer could earn less than a wrong one"),
     ],
-)  # fmt: skip
+)
 def test_impossible_knobs_are_named(knobs: dict[str, object], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
         reinforcement(tmp_path, **knobs)
@@ -355,9 +348,7 @@ def test_the_learning_rate_is_what_its_knob_says(tmp_path: Path) -> None:
     for r.step in range(1, 31):
         rates.append(r._rate())
     assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
-    assert (
-        set(rates[3:20]) == {1e-3} and rates[24] == pytest.approx(5.5e-4) and rates[29] == pytest.approx(1e-4)
-    )
+    assert set(rates[3:20]) == {1e-3} and rates[24] == pytest.approx(5.5e-4) and rates[29] == pytest.approx(1e-4)
     assert [reinforcement(tmp_path, steps=1, lr=1e-3)._rate()] == [1e-3]
     r.step = 0
     assert r._train_step()["lr"] == pytest.approx(2.5e-4)
@@ -368,7 +359,5 @@ def test_a_question_too_long_for_the_window_is_named(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, max_tokens=10)
     window = r.model.config.max_position_embeddings
     problem = Problem("1+1 " * window, "2", key="long")
-    with pytest.raises(
-        UserError, match=r"question = '1\+1 .*…': its \d+ tokens and max_tokens = 10 are more"
-    ):
+    with pytest.raises(UserError, match=r"question = '1\+1 .*…': its \d+ tokens and max_tokens = 10 are more"):
         r._ask([problem], [("answer", 1, 0)])

@@ -95,16 +95,7 @@ def test_junk_is_never_right(dataset: str, drawn: dict[str, list[Problem]]) -> N
     task, problems = Gym(dataset), drawn[dataset]
     for problem in problems:
         gold = problem.answer
-        junk = [
-            f"The answer is {gold}",
-            f"{gold} or 7",
-            f"{gold} {gold}",
-            f"({gold}",
-            "zzz",
-            " \n",
-            "[]",
-            "{}",
-        ]
+        junk = [f"The answer is {gold}", f"{gold} or 7", f"{gold} {gold}", f"({gold}", "zzz", " \n", "[]", "{}"]
         junk += [problem.question, "True or False", "0 1 2 3 4 5 6 7 8 9", "yes no on off undetermined"]
         assert not any(task.check(problem, text).correct for text in junk)
         read = SUPPORTED[dataset]
@@ -115,10 +106,7 @@ def test_junk_is_never_right(dataset: str, drawn: dict[str, list[Problem]]) -> N
 
 @pytest.mark.parametrize("dataset", ["chain_sum", "spell_backward", "knights_knaves", "gsm_symbolic", "acre"])
 def test_sides_never_share_a_problem(dataset: str) -> None:
-    train, held_out = (
-        distinct(Gym(dataset), "train", 80, seed=0),
-        distinct(Gym(dataset), "held_out", 20, seed=0),
-    )
+    train, held_out = (distinct(Gym(dataset), "train", 80, seed=0), distinct(Gym(dataset), "held_out", 20, seed=0))
     assert not {p.key for p in train} & {p.key for p in held_out}
     assert not {p.question for p in train} & {p.question for p in held_out}
     assert all(is_held_out(p.key) for p in held_out) and not any(is_held_out(p.key) for p in train)
@@ -240,10 +228,15 @@ def test_expressions_are_exact() -> None:
         ("word_sorting", "Zoo, apple", "zoo, apple", WRONG),
         ("knights_knaves", "Ann is a hero, and Bob is an egoist.", "Bob is a egoist and Ann is a hero", RIGHT),
         ("knights_knaves", "Ann is a hero, and Bob is an egoist.", "Ann is a hero.", WRONG),
-        ("knights_knaves", "Ann is a hero, and Bob is an egoist.", "Ann is a hero, Bob is a hero, Bob is an egoist", JUNK),
+        (
+            "knights_knaves",
+            "Ann is a hero, and Bob is an egoist.",
+            "Ann is a hero, Bob is a hero, Bob is an egoist",
+            JUNK,
+        ),
         ("knights_knaves", "Ann is a hero.", "Ann is not a hero, Ann is a hero", JUNK),
     ],
-)  # fmt: skip
+)
 def test_forms_by_hand(dataset: str, gold: str, answer: str, verdict: Verdict) -> None:
     assert check(dataset, gold, answer) == verdict
 
@@ -290,9 +283,7 @@ def test_wrong_settings_are_refused(dataset: str, settings: dict[str, object], m
 
 
 def test_settings_are_used() -> None:
-    task = Gym(
-        "basic_arithmetic", {"operators": ("+",), "min_terms": 2, "max_terms": 2, "max_digits": 1}, "sums"
-    )
+    task = Gym("basic_arithmetic", {"operators": ("+",), "min_terms": 2, "max_terms": 2, "max_digits": 1}, "sums")
     problem = task.draw(random.Random(0))
     assert not set("*/") & set(problem.question) and problem.question.count("+") <= 1
     assert task.name == "sums" and Gym("chain_sum").name == "gym-chain_sum"

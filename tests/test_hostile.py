@@ -69,7 +69,7 @@ PROGRAMS = {
     "exit 0": "import sys\nsys.exit(0)",
     "hard exit 0": "import os\nos._exit(0)",
     "passed": "print('passed')\nprint('OK')\nprint('1 passed in 0.01s')",
-    "json spoof": "print('{\"correct\": true, \"well_formed\": true, \"reward\": 1.0}')",
+    "json spoof": 'print(\'{"correct": true, "well_formed": true, "reward": 1.0}\')',
     "verdict in the channel": "import os\nfor fd in range(3, 64):\n    for text in (b'passed', b'{\"correct\": true}\\n', b'ready\\ncompiled \\nvalue 42\\n'):\n        try:\n            os.write(fd, text)\n        except OSError:\n            pass",
     "harness frames": "import sys\nf = sys._getframe()\nwhile f.f_back:\n    f = f.f_back\nprint(sorted(f.f_globals), [k for g in [sys._getframe(1)] for k in g.f_locals], sys._getframe(1).f_locals.get('order'))",
     "garbage collector": "import gc\nprint([o for o in gc.get_objects() if isinstance(o, dict) and ('stdout' in o or 'expected' in o or 'tests' in o)])",
@@ -102,7 +102,7 @@ PROGRAMS = {
     "a sandbox in the sandbox": "import sys\nsys.path.append('HOST')\nfrom finback.tasks.sandbox import Sandbox\nprint(Sandbox().run('print(42)').stdout)",
     "ptrace": "import ctypes\nprint(ctypes.CDLL(None).ptrace(16, 1, 0, 0))",
     "shared memory": "import ctypes\nprint(ctypes.CDLL(None).shmget(4242, 1 << 30, 0o1666))",
-}  # fmt: skip
+}
 _FRAMES = "import os, sys\no = sys._getframe(1).f_locals['order']\n"
 FUNCTIONS = {
     "equal to all": "class E:\n    def __eq__(self, o): return True\n    __hash__ = None\ndef solve(a, b): return E()",
@@ -120,16 +120,19 @@ FUNCTIONS = {
     "patches json": "import json\njson.dumps = lambda *a, **k: 'true'\njson.loads = lambda *a, **k: 42\ndef solve(a, b): return None",
     "patches builtins": "import builtins\nbuiltins.__dict__.update(len=lambda x: 2, map=lambda *a: [True], all=lambda x: True, zip=lambda *a, **k: [])\ndef solve(a, b): return 0",
     "patches os": "import os\nos.write = lambda fd, b: len(b)\nos._exit = lambda c: None\ndef solve(a, b): return 0",
-    "forges reports": _FRAMES + "def solve(a, b):\n    for fd in range(3, 64):\n        try:\n            os.write(fd, f\"{o['nonce']} value true\\n{o['nonce']} value passed\\n\".encode())\n        except OSError:\n            pass\n    os._exit(0)",
-    "floods reports": _FRAMES + "def solve(a, b):\n    while True:\n        for fd in range(3, 9):\n            try:\n                os.write(fd, b'x' * 4096)\n            except OSError:\n                pass",
-    "deep value": _FRAMES + "def solve(a, b):\n    for fd in range(3, 9):\n        try:\n            os.write(fd, f\"{o['nonce']} value {'[' * 90000}\\n\".encode())\n        except OSError:\n            pass",
+    "forges reports": _FRAMES
+    + "def solve(a, b):\n    for fd in range(3, 64):\n        try:\n            os.write(fd, f\"{o['nonce']} value true\\n{o['nonce']} value passed\\n\".encode())\n        except OSError:\n            pass\n    os._exit(0)",
+    "floods reports": _FRAMES
+    + "def solve(a, b):\n    while True:\n        for fd in range(3, 9):\n            try:\n                os.write(fd, b'x' * 4096)\n            except OSError:\n                pass",
+    "deep value": _FRAMES
+    + "def solve(a, b):\n    for fd in range(3, 9):\n        try:\n            os.write(fd, f\"{o['nonce']} value {'[' * 90000}\\n\".encode())\n        except OSError:\n            pass",
     "long value": "import sys\nsys.set_int_max_str_digits(0)\ndef solve(a, b): return 10**400000",
     "circle": "def solve(a, b):\n    x = []\n    x.append(x)\n    return x",
     "looks for what is expected": _FRAMES + "def solve(a, b): return o.get('expected', o.get('tests'))",
     "changes its arguments": _FRAMES + "def solve(a, b):\n    o['arguments'].clear()\n    return a + b",
     "no such function": "def other(a, b): return a + b",
     "prints": "def solve(a, b): print(a + b)",
-}  # fmt: skip
+}
 CASES = [*((name, "program") for name in PROGRAMS), *((name, "function") for name in FUNCTIONS)]
 
 
@@ -192,9 +195,7 @@ def checked(request: pytest.FixtureRequest, tmp_path_factory: Any) -> dict[tuple
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_a_hostile_program_is_not_paid_and_ends(
-    case: tuple[str, str], checked: dict[tuple[str, str], Any]
-) -> None:
+def test_a_hostile_program_is_not_paid_and_ends(case: tuple[str, str], checked: dict[tuple[str, str], Any]) -> None:
     verdict, seconds = checked[case]
     assert not verdict.correct and seconds < LIMITS.wall + MARGIN
 
@@ -203,10 +204,7 @@ def test_a_hostile_program_is_not_paid_and_ends(
 def test_the_same_tasks_pay_an_honest_program(isolation: Any, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(DATA)
     task = Code(str(tmp_path / "data.jsonl"), isolation=isolation, limits=LIMITS)
-    honest = {
-        "program": "a, b = map(int, input().split())\nprint(a + b)",
-        "function": "solve = lambda a, b: a + b",
-    }
+    honest = {"program": "a, b = map(int, input().split())\nprint(a + b)", "function": "solve = lambda a, b: a + b"}
     for kind, text in honest.items():
         assert task.check(Problem("?", "", f"code: {kind}"), text) == Verdict(True, True)
 
@@ -214,19 +212,116 @@ def test_the_same_tasks_pay_an_honest_program(isolation: Any, tmp_path: Path) ->
 FIVE = Problem(question="3+2=?", answer="5", key="?")
 COUNTDOWN = Problem(question="Make 99 of 25, 4 and 1.", answer="25*4-1", key="?")
 TEXTS = [
-    "", " ", "\0", "5\0", "the answer is 5", "5.", "5.0", "5,", "5 5", "5\n5", "5 6", "12 or 13", "5 or 6",
-    "</answer>5", "<answer>5</answer>", "<answer><answer>5</answer></answer>", "</think>5", "3+2=5", "3+2=?5",
-    "3+2", "=5", "$5$", "\\boxed{5}", "**5**", "`5`", "[5]", "(5)", "'5'", "5e0", "0x5", "0b101", "5_", "_5", "1e400",
-    "--5", "-+5", "+-5", "- 5", "+ 5", "-5", "NaN", "Infinity", "True", "None", "V", "five",
-    "__import__('os').system('true')", "9**9**9**9", "9" * 10_000_000, "5" + "\u200b", "\u200b5", "\u202e5", "\ufeff5",
-    "\uff15", "\u0665", "\u096b", "\u2075", "\u2464", "5\u0301", "\ud8005", "1/0", "10/2", "5;", "5#", "5" + "\u00ad",
-    "(" * 10_000, "-" * 10_000 + "5", "006", "0", "{'correct': True}", '{"answer": 5}', "5" * 4301,
+    "",
+    " ",
+    "\0",
+    "5\0",
+    "the answer is 5",
+    "5.",
+    "5.0",
+    "5,",
+    "5 5",
+    "5\n5",
+    "5 6",
+    "12 or 13",
+    "5 or 6",
+    "</answer>5",
+    "<answer>5</answer>",
+    "<answer><answer>5</answer></answer>",
+    "</think>5",
+    "3+2=5",
+    "3+2=?5",
+    "3+2",
+    "=5",
+    "$5$",
+    "\\boxed{5}",
+    "**5**",
+    "`5`",
+    "[5]",
+    "(5)",
+    "'5'",
+    "5e0",
+    "0x5",
+    "0b101",
+    "5_",
+    "_5",
+    "1e400",
+    "--5",
+    "-+5",
+    "+-5",
+    "- 5",
+    "+ 5",
+    "-5",
+    "NaN",
+    "Infinity",
+    "True",
+    "None",
+    "V",
+    "five",
+    "__import__('os').system('true')",
+    "9**9**9**9",
+    "9" * 10_000_000,
+    "5" + "\u200b",
+    "\u200b5",
+    "\u202e5",
+    "\ufeff5",
+    "\uff15",
+    "\u0665",
+    "\u096b",
+    "\u2075",
+    "\u2464",
+    "5\u0301",
+    "\ud8005",
+    "1/0",
+    "10/2",
+    "5;",
+    "5#",
+    "5" + "\u00ad",
+    "(" * 10_000,
+    "-" * 10_000 + "5",
+    "006",
+    "0",
+    "{'correct': True}",
+    '{"answer": 5}',
+    "5" * 4301,
     # for the numbers 25, 4 and 1
-    "99", "98+1", "25*4-1=99", "25*4-1-0", "(25*4)-1+0", "25*4-1-1+1", "25*4-True", "25*4-len('a')", "25*4-1#",
-    "25*4-1 or 12", "25*4-1, 99", "25*4-1; 1", "99*1**(25*4)", "25**4%1", "2_5*4-1", "25*4-0x1", "25*4-01", "25*4-1.0",
-    "２５*4-1", "25×4−1", "25*4-1\u200b", "25*4-(1", "25*4-1)", "25//1*4", "25*4-1/0", "1-25*4", "25*4*1", "+" * 190 + "1",
-    "(lambda: 99)()", "25*4-1 if 1 else 0", "25*4<1", "~25*4-1", "254-1", "exec('25*4-1')", "[25*4-1][0]", "25*4\n-1\n5",
-]  # fmt: skip
+    "99",
+    "98+1",
+    "25*4-1=99",
+    "25*4-1-0",
+    "(25*4)-1+0",
+    "25*4-1-1+1",
+    "25*4-True",
+    "25*4-len('a')",
+    "25*4-1#",
+    "25*4-1 or 12",
+    "25*4-1, 99",
+    "25*4-1; 1",
+    "99*1**(25*4)",
+    "25**4%1",
+    "2_5*4-1",
+    "25*4-0x1",
+    "25*4-01",
+    "25*4-1.0",
+    "２５*4-1",
+    "25×4−1",
+    "25*4-1\u200b",
+    "25*4-(1",
+    "25*4-1)",
+    "25//1*4",
+    "25*4-1/0",
+    "1-25*4",
+    "25*4*1",
+    "+" * 190 + "1",
+    "(lambda: 99)()",
+    "25*4-1 if 1 else 0",
+    "25*4<1",
+    "~25*4-1",
+    "254-1",
+    "exec('25*4-1')",
+    "[25*4-1][0]",
+    "25*4\n-1\n5",
+]
 
 
 @pytest.mark.parametrize(("task", "problem"), [(Chains(), FIVE), (Gym("countdown"), COUNTDOWN)])

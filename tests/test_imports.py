@@ -11,9 +11,19 @@ import finback
 
 PACKAGE = Path(finback.__path__[0])
 LAYERS = (  # lowest first; names on one line do not know each other
-    "__init__", "config meter", "run", "recipe", "kernels", "model", "checkpoint", "data tasks parallel",
-    "train engine suites", "stages", "plan serve report compare", "cli", "__main__",
-)  # fmt: skip
+    "__init__",
+    "config",
+    "runs",
+    "kernels",
+    "model",
+    "checkpoint",
+    "data tasks parallel",
+    "train engine suites",
+    "stages",
+    "planner serve report comparison",
+    "cli",
+    "__main__",
+)
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}
 
 
@@ -53,18 +63,14 @@ def test_folders_import_only_what_lies_below_them() -> None:
         ("model/moe.py", "from finback.stages import grpo"),
         ("data/clean.py", "from finback.tasks.task import is_held_out"),  # the same layer
         ("train/step.py", "from finback import engine"),
-        ("config.py", "def late() -> None:\n    from finback.run import write_json"),
+        ("config.py", "def late() -> None:\n    from finback.runs.files import write_json"),
     ],
 )
 def test_an_import_of_something_higher_is_caught(path: str, line: str, tmp_path: Path) -> None:
     (tmp_path / path).parent.mkdir(exist_ok=True)
-    (tmp_path / path).write_text(
-        f"from finback.{path.split('/')[0].removesuffix('.py')} import own\n{line}\n"
-    )
+    (tmp_path / path).write_text(f"from finback.{path.split('/')[0].removesuffix('.py')} import own\n{line}\n")
     found = violations(tmp_path)
-    assert len(found) == 1 and found[0].startswith(
-        f"{path}:{2 if line.startswith(('i', 'f')) else 3} imports "
-    )
+    assert len(found) == 1 and found[0].startswith(f"{path}:{2 if line.startswith(('i', 'f')) else 3} imports ")
 
 
 def test_what_must_answer_at_once_does_not_wait_for_torch() -> None:

@@ -76,9 +76,7 @@ def parts(body: dict[str, Any]) -> list[str]:
     mark = re.search(r"===\w+===", body["messages"][0]["content"])
     assert mark
     found = re.split(
-        rf"^{mark[0]} (?:question|first answer|second answer|end)\n",
-        body["messages"][1]["content"],
-        flags=re.M,
+        rf"^{mark[0]} (?:question|first answer|second answer|end)\n", body["messages"][1]["content"], flags=re.M
     )
     assert len(found) == 5, "the material is not in three parts"
     return [part.strip("\n") for part in found[1:4]]
@@ -108,9 +106,7 @@ def test_the_better_answers_win(server: Server) -> None:
     assert judge(server).prefer("How?", ["a", "bb", "cc"]) == [0, 0.75, 0.75]
     assert judge(server).prefer("How?", ["a"]) == [0.5] and judge(server).prefer("How?", []) == []
     body = server.bodies[0]
-    assert (
-        body["path"] == "/v1/chat/completions" and body["model"] == "some-model" and body["temperature"] == 0
-    )
+    assert body["path"] == "/v1/chat/completions" and body["model"] == "some-model" and body["temperature"] == 0
     assert parts(body)[0] == "How?" and "Authorization" not in server.headers[0]
     assert "Prefer the answer that is correct" in body["messages"][0]["content"]
 
@@ -173,12 +169,7 @@ def test_requests_are_the_same_every_time(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("reply", "scores"),
-    [
-        ("1.", [0.5, 0.5]),
-        ("**2**", [0.5, 0.5]),
-        ("Answer: 1", [0.5, 0.5]),
-        ("<think>2 or 1?</think>\n\n1", [0.5, 0.5]),
-    ],
+    [("1.", [0.5, 0.5]), ("**2**", [0.5, 0.5]), ("Answer: 1", [0.5, 0.5]), ("<think>2 or 1?</think>\n\n1", [0.5, 0.5])],
 )
 def test_replies_that_are_read(reply: str, scores: list[float], server: Server) -> None:
     server.behave = lambda n, first, second: reply if first == "a" else "0"
@@ -205,9 +196,7 @@ def test_errors_that_pass(server: Server) -> None:
 
 
 def test_waiting_as_long_as_the_server_asks(server: Server) -> None:
-    server.behave = lambda n, first, second: (
-        (429, {"Retry-After": "1"}) if n == 0 else longer(n, first, second)
-    )
+    server.behave = lambda n, first, second: (429, {"Retry-After": "1"}) if n == 0 else longer(n, first, second)
     start = time.monotonic()
     assert judge(server, concurrent=1).prefer("How?", ["a", "bb"]) == [0, 1]
     assert 1 <= time.monotonic() - start < 3
@@ -237,14 +226,9 @@ def test_requests_go_side_by_side_but_not_all_at_once(server: Server) -> None:
 )
 def test_a_judge_that_stays_away(behaviour: Behaviour, tries: int, message: str, server: Server) -> None:
     server.behave = behaviour
-    with pytest.raises(
-        UserError, match=rf"judge\.url = '{server.url}': .*{message}.* the run goes on where it was"
-    ):
+    with pytest.raises(UserError, match=rf"judge\.url = '{server.url}': .*{message}.* the run goes on where it was"):
         judge(server, tries=2, concurrent=1, seconds=0.3).prefer("How?", ["a", "b"])
-    assert len(server.bodies) in (
-        tries,
-        tries + 1,
-    )  # the second request may have begun when the first had failed
+    assert len(server.bodies) in (tries, tries + 1)  # the second request may have begun when the first had failed
 
 
 def test_nobody_there() -> None:
@@ -266,9 +250,7 @@ def test_the_key_is_sent_and_never_shown(server: Server, tmp_path: Path) -> None
             judge(server, key_file=str(tmp_path / name)).prefer("How?", ["a", "b"])
 
 
-@pytest.mark.parametrize(
-    "url", ["", "127.0.0.1:8000", "ftp://a/v1", "http://", "http://a:b/v1", "http://a/v1?x=1"]
-)
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://a/v1", "http://", "http://a:b/v1", "http://a/v1?x=1"])
 def test_bad_urls_are_refused(url: str) -> None:
     with pytest.raises(UserError, match=r"judge\.url = .* not the url of a server"):
         Judge(url, "m")

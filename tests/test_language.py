@@ -15,13 +15,11 @@ FRENCH = """D'abord, on calcule combien elle en a vendu au mois de mai. C'est la
 vérifie encore une fois. En tout, elle a vendu 72 pinces, et c'est la réponse que nous cherchons."""
 SPANISH = "Primero calculamos cuántos vendió en mayo. Es la mitad de 48, así que son 24. Espera, lo compruebo otra vez."
 CHINESE = "首先我们计算五月份卖了多少个夹子。四月份的一半是二十四个。等一下，让我再检查一遍。所以一共卖了七十二个夹子。"
-JAPANESE = (
-    "まず、五月に売れたクリップの数を計算します。四月の半分なので二十四個です。もう一度確認してみましょう。"
+JAPANESE = "まず、五月に売れたクリップの数を計算します。四月の半分なので二十四個です。もう一度確認してみましょう。"
+RUSSIAN = "Сначала посчитаем, сколько заколок она продала в мае. Это половина от 48, то есть 24. Проверим ещё раз."
+UKRAINIAN = (
+    "Спочатку порахуємо, скільки шпильок вона продала в травні. Це половина від 48, тобто 24. Перевіримо ще раз."
 )
-RUSSIAN = (
-    "Сначала посчитаем, сколько заколок она продала в мае. Это половина от 48, то есть 24. Проверим ещё раз."
-)
-UKRAINIAN = "Спочатку порахуємо, скільки шпильок вона продала в травні. Це половина від 48, тобто 24. Перевіримо ще раз."
 
 
 def share(chain: str, target: str = "en", *others: str) -> float:
@@ -67,7 +65,9 @@ def test_mixed_chains() -> None:
     third = f"{ENGLISH} {FRENCH} {SPANISH}"
     total = sum(len(words(text)) for text in (ENGLISH, FRENCH, SPANISH))
     assert share(third) == pytest.approx(n / total, abs=0.08)
-    switching = "First we add them up. Dann teilen wir alles durch zwei. Now check the result again. Das stimmt also wirklich."
+    switching = (
+        "First we add them up. Dann teilen wir alles durch zwei. Now check the result again. Das stimmt also wirklich."
+    )
     assert share(switching) == pytest.approx(0.5, abs=0.1)
 
 
@@ -101,9 +101,7 @@ def test_formulas_and_code_are_no_words_but_hide_nothing() -> None:
 
 
 def test_names_are_not_held_against_a_chain() -> None:
-    assert (
-        share("Juan has three apples and Maria has five, so together Juan and Maria have eight apples.") == 1
-    )
+    assert share("Juan has three apples and Maria has five, so together Juan and Maria have eight apples.") == 1
 
 
 def test_no_text_takes_long_or_fails() -> None:

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
-from finback import meter
 from finback.config import as_json
 from finback.model.count import forward_flops, products, recomputed_flops, training_flops
 from finback.parallel.mesh import World
-from finback.plan import kept, runs
-from finback.plan.options import Options
-from finback.recipe import cost, load
-from finback.run import StageRun, read_lines, spent, write_json
+from finback.planner import kept, runs
+from finback.planner.options import Options
+from finback.runs import energy as counters
+from finback.runs import provenance
+from finback.runs.files import read_lines, write_json
+from finback.runs.folder import StageRun
+from finback.runs.ledger import cost, spent
+from finback.runs.recipe import load
 from tests.toy import CONFIG, ROOT
 
 TURN = 262_143_328_850  # µJ of a real package counter
@@ -33,20 +36,20 @@ def powercap(root: Path, **counters: int) -> Path:
 
 
 def test_joules_are_those_of_packages_and_memory(tmp_path: Path) -> None:
-    energy = meter.Energy(powercap(tmp_path, package_0=5_000_000, core=1, dram=1_000_000, psys=7))
+    energy = counters.Energy(powercap(tmp_path, package_0=5_000_000, core=1, dram=1_000_000, psys=7))
     powercap(tmp_path, package_0=8_000_000, core=900_000_000, dram=1_500_000, psys=900_000_000)
     assert energy.take() == 3.5 and energy.take() == 0
     assert energy.method == "RAPL of processor packages and memory"
 
 
 def test_a_counter_that_turns_over_counts_on(tmp_path: Path) -> None:
-    energy = meter.Energy(powercap(tmp_path, package_0=TURN - 2_000_000))
+    energy = counters.Energy(powercap(tmp_path, package_0=TURN - 2_000_000))
     powercap(tmp_path, package_0=1_000_000)
     assert energy.take() == 3
 
 
 def test_a_counter_that_nobody_looked_at_for_too_long_is_not_believed(tmp_path: Path) -> None:
-    energy = meter.Energy(powercap(tmp_path, package_0=0))
+    energy = counters.Energy(powercap(tmp_path, package_0=0))
     energy.look(energy.at + 200)  # 262 kJ at 1,000 W are 262 s
     assert energy.certain
     energy.look(energy.at + 300)
@@ -58,7 +61,7 @@ def test_a_counter_that_nobody_looked_at_for_too_long_is_not_believed(tmp_path: 
 def test_a_machine_that_cannot_be_asked_meters_nothing(broken: str, tmp_path: Path) -> None:
     root = powercap(tmp_path, package_0=1)
     (root / "intel-rapl:0" / broken).unlink()
-    assert meter.Energy(root).take() is None and meter.Energy(tmp_path / "none").take() is None
+    assert counters.Energy(root).take() is None and counters.Energy(tmp_path / "none").take() is None
 
 
 class Gpus:
@@ -93,29 +96,30 @@ class Gpus:
 
 def test_joules_of_gpus_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = Gpus()
-    monkeypatch.setattr(meter, "_cuda", lambda: gpus)
+    monkeypatch.setattr(counters, "cuda", lambda: gpus)
+    monkeypatch.setattr(provenance, "cuda", lambda: gpus)
     monkeypatch.setitem(sys.modules, "pynvml", gpus)
-    energy = meter.Energy(powercap(tmp_path, package_0=0))
+    energy = counters.Energy(powercap(tmp_path, package_0=0))
     powercap(tmp_path, package_0=2_000_000)
     gpus.millijoules = {"GPU-a": 1500, "GPU-b": 8000}
     assert energy.take() == 2 + 0.5 + 3
     assert energy.method == "RAPL of processor packages and memory and NVML of 2 GPUs"
-    assert meter.machine()["gpus"] == ["H000", "H100"]
+    assert provenance.machine()["gpus"] == ["H000", "H100"]
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
-    assert meter.Energy(tmp_path / "none").take() is None
+    assert counters.Energy(tmp_path / "none").take() is None
 
 
 def test_the_commit_of_a_recipe_and_whether_it_was_changed(tmp_path: Path) -> None:
-    assert meter.commit(tmp_path) is None
+    assert provenance.commit(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     recipe = tmp_path / "mine.py"
     recipe.write_text("recipe = []")
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run([*git, *words], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
-    assert meter.commit(recipe) == {"commit": head.strip(), "dirty": False}
+    assert provenance.commit(recipe) == {"commit": head.strip(), "dirty": False}
     recipe.write_text("recipe = [1]")
-    assert meter.commit(recipe) == {"commit": head.strip(), "dirty": True}
+    assert provenance.commit(recipe) == {"commit": head.strip(), "dirty": True}
 
 
 def stage_run(root: Path) -> StageRun:
@@ -161,8 +165,8 @@ def test_metered_energy_takes_the_place_of_the_estimate(tmp_path: Path) -> None:
 
 def test_a_run_meters_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = powercap(tmp_path / "powercap", package_0=0)
-    real = meter.Energy
-    monkeypatch.setattr(meter, "Energy", lambda: real(root))
+    real = counters.Energy
+    monkeypatch.setattr("finback.runs.folder.Energy", lambda: real(root))
     run = stage_run(tmp_path)
     run.begin(None, ())
     powercap(root, package_0=7_000_000)
@@ -186,24 +190,24 @@ def test_stages_out_of_their_config_are_planned_as_the_recipe_is(name: str, tmp_
     for stage in recipe.stages:
         (tmp_path / stage.name).mkdir()
         write_json(tmp_path / stage.name / "config.json", as_json(stage))
-        (tmp_path / stage.name / "ledger.jsonl").write_text(
-            '{"seconds": 2, "cores": 2, "tokens_trained": 7}\n'
-        )
+        (tmp_path / stage.name / "ledger.jsonl").write_text('{"seconds": 2, "cores": 2, "tokens_trained": 7}\n')
     write_json(tmp_path / "summary.json", {"recipe": name, "stages": {s.name: {} for s in recipe.stages}})
     found = kept.beside(tmp_path, tmp_path / "no-calibration.json")["stages"]
     wanted = runs.plan(recipe, Options(), None, 2)["stages"]
     assert any(stage["flops"] for stage in wanted.values())
-    at_once = kept.planned(
-        tmp_path, tmp_path / "no-calibration.json"
-    )  # what the page shows, of a run that goes on
+    at_once = kept.planned(tmp_path, tmp_path / "no-calibration.json")  # what the page shows, of a run that goes on
     assert at_once == {
         name: {k: plan[k] for k in kept.SPENT if plan.get(k) is not None} for name, plan in wanted.items()
     }
     for stage_name, planned in wanted.items():
         assert found[stage_name]["plan"] == {k: planned.get(k) for k in kept.SPENT}
         assert found[stage_name]["ledger"] == {
-            "tokens_trained": 7, "tokens_generated": 0, "flops": 0, "seconds": 2, "dollars": 0.00004
-        }  # fmt: skip
+            "tokens_trained": 7,
+            "tokens_generated": 0,
+            "flops": 0,
+            "seconds": 2,
+            "dollars": 0.00004,
+        }
 
 
 def test_a_folder_that_cannot_be_planned_still_shows_its_ledger(tmp_path: Path) -> None:

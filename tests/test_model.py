@@ -11,24 +11,45 @@ from torch import Tensor
 from finback.checkpoint.hf import raw_config
 from finback.checkpoint.names import table
 from finback.config import UserError
-from finback.kernels import attention, decode, grouped, native, norm, reference
+from finback.kernels import attention, decode, moe_gemm, native, norm, reference
 from finback.model.cache import PAGE, Cache, Pool
 from finback.model.config import TINY, V2_LITE, V3, ModelConfig, Yarn
-from finback.model.latent import LatentAttention
+from finback.model.mla import LatentAttention
 from finback.model.rope import softmax_scale
 from finback.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers")
 
 TOY = dataclasses.replace(
-    TINY, vocab_size=97, hidden_size=48, num_hidden_layers=3, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=16,
-    qk_rope_head_dim=8, v_head_dim=12, intermediate_size=64, n_routed_experts=8, n_group=4, topk_group=2,
-    num_experts_per_tok=3, moe_intermediate_size=20, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
-)  # fmt: skip
+    TINY,
+    vocab_size=97,
+    hidden_size=48,
+    num_hidden_layers=3,
+    q_lora_rank=24,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    intermediate_size=64,
+    n_routed_experts=8,
+    n_group=4,
+    topk_group=2,
+    num_experts_per_tok=3,
+    moe_intermediate_size=20,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=1,
+)
 DENSE = ModelConfig(
-    vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80,
-    attention="gqa", num_key_value_heads=2, head_dim=12, tie_word_embeddings=True,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=80,
+    attention="gqa",
+    num_key_value_heads=2,
+    head_dim=12,
+    tie_word_embeddings=True,
+)
 PARITY = [
     TOY,
     dataclasses.replace(TOY, n_group=1, topk_group=1, q_lora_rank=None),
@@ -69,17 +90,13 @@ def to_transformers(model: Transformer) -> torch.nn.Module:
             prefix = name.removesuffix("gate_up_proj")
             state[name] = torch.stack(
                 [
-                    torch.cat(
-                        [state.pop(f"{prefix}{e}.gate_proj.weight"), state.pop(f"{prefix}{e}.up_proj.weight")]
-                    )
+                    torch.cat([state.pop(f"{prefix}{e}.gate_proj.weight"), state.pop(f"{prefix}{e}.up_proj.weight")])
                     for e in range(c.n_routed_experts)
                 ]
             )
         if name.endswith("mlp.experts.down_proj"):
             prefix = name.removesuffix("down_proj")
-            state[name] = torch.stack(
-                [state.pop(f"{prefix}{e}.down_proj.weight") for e in range(c.n_routed_experts)]
-            )
+            state[name] = torch.stack([state.pop(f"{prefix}{e}.down_proj.weight") for e in range(c.n_routed_experts)])
     other.load_state_dict(state, strict=True)
     return other
 
@@ -139,10 +156,7 @@ def test_chunked_prefill_equals_the_whole(config: ModelConfig, piece: int) -> No
     pool, table = pool_for(config, 2, 60)
     with torch.no_grad():
         whole = model(tokens)
-        pieces = [
-            model(tokens[:, at : at + piece], Cache(pool, table, [at, at], piece))
-            for at in range(0, 60, piece)
-        ]
+        pieces = [model(tokens[:, at : at + piece], Cache(pool, table, [at, at], piece)) for at in range(0, 60, piece)]
     assert (torch.cat(pieces, dim=1) - whole).abs().max() <= 1e-4
 
 
@@ -186,9 +200,7 @@ def test_yarn_softmax_scale_of_v3() -> None:
     assert softmax_scale(V3) == pytest.approx(0.135234, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("config", "total"), [(V3, 671_026_419_200), (V2_LITE, 15_706_484_224)], ids=["V3", "V2_LITE"]
-)
+@pytest.mark.parametrize(("config", "total"), [(V3, 671_026_419_200), (V2_LITE, 15_706_484_224)], ids=["V3", "V2_LITE"])
 def test_parameter_totals(config: ModelConfig, total: int) -> None:
     """Totals of the specification, section 2.3, without the MTP module."""
     with torch.device("meta"):
@@ -209,12 +221,10 @@ def test_name_table_covers_every_tensor() -> None:
 def test_grouped_experts_equal_the_loop() -> None:
     generator = torch.Generator().manual_seed(3)
     x, gate_up, down = (torch.randn(s, generator=generator) for s in ((40, 16), (6, 20, 16), (6, 16, 10)))
-    index = torch.stack(
-        [torch.randperm(5, generator=generator)[:2] for _ in range(40)]
-    )  # expert 5 gets nothing
+    index = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(40)])  # expert 5 gets nothing
     weight = torch.rand(40, 2, generator=generator)
     outs, grads = [], []
-    for module in (reference, grouped):
+    for module in (reference, moe_gemm):
         leaves = [t.clone().requires_grad_() for t in (x, weight, gate_up, down)]
         y = module.routed_experts(leaves[0], index, leaves[1], leaves[2], leaves[3])
         (y * torch.arange(16)).sum().backward()
@@ -255,9 +265,7 @@ def test_mtp_at_depth_one_by_hand() -> None:
         further = model.predict_further(hidden, tokens)[0]
         m = model.mtp[0]
         joined = torch.cat([m.embed_norm(model.embed[tokens[:, 1:9]]), m.hidden_norm(hidden)], dim=-1)
-        by_hand = m.norm(
-            m.block(F.linear(joined, m.project.weight), model.cos[None, :8], model.sin[None, :8])
-        )
+        by_hand = m.norm(m.block(F.linear(joined, m.project.weight), model.cos[None, :8], model.sin[None, :8]))
         changed = tokens.clone()
         changed[0, 8] = (changed[0, 8] + 1) % 97
         moved = model.predict_further(hidden, changed)[0]
@@ -267,9 +275,14 @@ def test_mtp_at_depth_one_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("change", "field"),
-    [({"n_group": 3}, "n_group"), ({"num_experts_per_tok": 9}, "num_experts_per_tok"), ({"hidden_size": 1.5}, "hidden_size"),
-     ({"kv_lora_rank": 0}, "kv_lora_rank"), ({"qk_rope_head_dim": 7}, "qk_rope_head_dim")],
-)  # fmt: skip
+    [
+        ({"n_group": 3}, "n_group"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ({"hidden_size": 1.5}, "hidden_size"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim"),
+    ],
+)
 def test_impossible_configs_name_the_field(change: dict[str, object], field: str) -> None:
     with pytest.raises(UserError, match=field):
         dataclasses.replace(TOY, **change)  # type: ignore[arg-type]
@@ -286,9 +299,7 @@ def test_documents_in_one_row_are_read_as_if_alone(config: ModelConfig) -> None:
     alone = torch.cat([model(one), model(two)], dim=1)
     packed = model(row, documents=documents)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(model(row), alone, atol=1e-3), (
-        "without the numbers the second would see the first"
-    )
+    assert not torch.allclose(model(row), alone, atol=1e-3), "without the numbers the second would see the first"
     gradients = []
     for hidden in (packed, alone):
         model.zero_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finback.train.policy import Objective, advantages, divergence, share, surrogate, total
+from finback.train.grpo_loss import Objective, advantages, divergence, share, surrogate, total
 from tests.toy import ROOT
 
 pytestmark = pytest.mark.slow
@@ -24,10 +24,12 @@ def tensors(seed: int) -> dict[str, Tensor]:
     old = new + torch.randn(new.shape, generator=rng, dtype=torch.float64) * 0.7
     lengths = torch.tensor([16, 3, 9, 12, 5, 7])
     return {
-        "new": new, "old": old, "reference": new + torch.randn(new.shape, generator=rng, dtype=torch.float64) * 0.5,
+        "new": new,
+        "old": old,
+        "reference": new + torch.randn(new.shape, generator=rng, dtype=torch.float64) * 0.5,
         "mask": (torch.arange(LONGEST) < lengths[:, None]).double(),
         "advantage": torch.tensor([1.2, -0.8, 2.0, -2.5, 0.4, -0.1], dtype=torch.float64),
-    }  # fmt: skip
+    }
 
 
 def ours(t: dict[str, Tensor], aim: Objective) -> tuple[float, Tensor]:
@@ -57,9 +59,7 @@ def asked(cases: list[dict[str, Any]]) -> list[Any]:
 def agree(found: list[Any], expected: list[tuple[float, Tensor]]) -> None:
     for (value, gradient), (our_value, our_gradient) in zip(found, expected, strict=True):
         assert our_value == pytest.approx(value, abs=1e-5)
-        torch.testing.assert_close(
-            our_gradient, torch.tensor(gradient, dtype=torch.float64), atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(our_gradient, torch.tensor(gradient, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
 TRL = [
@@ -68,10 +68,12 @@ TRL = [
     ({"loss_type": "bnpo", "beta": 0.04}, Objective(kl=0.04)),
     ({"loss_type": "dr_grpo"}, Objective(average="constant")),
     ({"loss_type": "grpo", "beta": 0.04}, Objective(average="answer", kl=0.04)),
-    ({"loss_type": "grpo", "level": "sequence", "low": 0.1, "high": 0.1},
-     Objective(average="answer", ratio="sequence", clip_low=0.1, clip_high=0.1)),
+    (
+        {"loss_type": "grpo", "level": "sequence", "low": 0.1, "high": 0.1},
+        Objective(average="answer", ratio="sequence", clip_low=0.1, clip_high=0.1),
+    ),
     ({"loss_type": "dapo", "importance": 2.0}, Objective(truncate=2.0)),
-]  # fmt: skip
+]
 
 
 def test_losses_and_gradients_are_trls() -> None:
@@ -93,21 +95,14 @@ VERL = [
     ({"mode": "seq-mean-token-sum-norm"}, Objective(dual_clip=3.0, average="constant")),
     ({"beta": 0.1, "kl_form": "low_var_kl"}, Objective(dual_clip=3.0, kl=0.1)),
     ({"beta": 0.1, "kl_form": "kl"}, Objective(dual_clip=3.0, kl=0.1, kl_form="k1")),
-]  # fmt: skip
+]
 
 
 def test_losses_and_gradients_are_verls() -> None:
     cases, expected = [], []
     for seed, (knobs, aim) in enumerate(VERL):
         t = tensors(seed + 50)
-        defaults = {
-            "mode": "token-mean",
-            "beta": 0.0,
-            "low": 0.2,
-            "high": 0.2,
-            "dual": 3.0,
-            "kl_form": "low_var_kl",
-        }
+        defaults = {"mode": "token-mean", "beta": 0.0, "low": 0.2, "high": 0.2, "dual": 3.0, "kl_form": "low_var_kl"}
         cases.append({"oracle": "verl_loss", "tensors": t, "knobs": defaults | knobs})
         expected.append(ours(t, aim))
     agree(asked(cases), expected)

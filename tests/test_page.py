@@ -55,19 +55,14 @@ def make_run(root: Path, name: str = "toy") -> Path:
         {"seconds": 5.0, "cores": 2, "tokens_trained": 1000},
     )
     write(run / "base/manifest.json", {"stage": "base", "files": [], "results": {"steps": 100}})
-    write(
-        run / "exam/config.json",
-        {"type": "Evaluate", "name": "exam", "start": "base", "exams": [{"name": "sums"}]},
-    )
+    write(run / "exam/config.json", {"type": "Evaluate", "name": "exam", "start": "base", "exams": [{"name": "sums"}]})
     write(
         run / "exam/sums.jsonl",
         {"question": "1+1=?", "gold": "2", "thinking": "", "answer": "3", "correct": False, "tokens": 2},
     )
     write(run / "exam/manifest.json", {"stage": "exam", "files": [], "results": {}})
     write(run / "summary.json", {"stages": {"base": {}, "exam": {}}})
-    write(
-        run / "zero/config.json", {"type": "GRPO", "name": "zero", "steps": 10, "max_gap": 0.01, "group": 2}
-    )
+    write(run / "zero/config.json", {"type": "GRPO", "name": "zero", "steps": 10, "max_gap": 0.01, "group": 2})
     load = [[0.5, 0.5], [0.25, 0.75]]
     write(
         run / "zero/metrics.jsonl",
@@ -77,10 +72,22 @@ def make_run(root: Path, name: str = "toy") -> Path:
         ),
     )
     said = [
-        {"step": step, "question": q, "gold": "2", "thinking": f"step {step}", "answer": "2", "correct": True, "reward": {"accuracy": 1.0, "form": 0.1},
-         "advantage": 0.5, "tokens": 9, "finish": "stop"}
-        for step in range(1, 5) for q in ("1+1=?", HOSTILE) for _ in range(2)
-    ]  # fmt: skip
+        {
+            "step": step,
+            "question": q,
+            "gold": "2",
+            "thinking": f"step {step}",
+            "answer": "2",
+            "correct": True,
+            "reward": {"accuracy": 1.0, "form": 0.1},
+            "advantage": 0.5,
+            "tokens": 9,
+            "finish": "stop",
+        }
+        for step in range(1, 5)
+        for q in ("1+1=?", HOSTILE)
+        for _ in range(2)
+    ]
     write(run / "zero/samples.jsonl", *said)
     return run
 
@@ -111,9 +118,7 @@ def test_the_page_is_served_under_a_strict_policy(client: TestClient) -> None:
     for path in ("/", "/runs"):
         page = client.get(path)
         assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
-        assert (
-            page.headers["content-security-policy"] == POLICY and page.headers["cache-control"] == "no-cache"
-        )
+        assert page.headers["content-security-policy"] == POLICY and page.headers["cache-control"] == "no-cache"
         assert page.headers["x-frame-options"] == "DENY" and page.headers["referrer-policy"] == "no-referrer"
         assert "{{" not in page.text and page.text.count("modulepreload") > 15
         linked = re.findall(r'(?:src|href)="([^"]+)"', page.text)
@@ -152,13 +157,10 @@ def test_types_caching_and_compression(client: TestClient) -> None:
         assert reply.headers["content-type"].startswith(kind) and reply.content == (WEB / name).read_bytes()
         again = client.get(f"{at}/{name}", headers={"if-none-match": f"W/{reply.headers['etag']}"})
         assert again.status_code == 304 and not again.content
-    with client.stream(
-        "GET", f"{at}/vendor/marked.js", headers={"accept-encoding": "br, gzip;q=0.9"}
-    ) as packed:
+    with client.stream("GET", f"{at}/vendor/marked.js", headers={"accept-encoding": "br, gzip;q=0.9"}) as packed:
         raw = b"".join(packed.iter_raw())
     assert (
-        packed.headers["content-encoding"] == "gzip"
-        and gzip.decompress(raw) == (WEB / "vendor/marked.js").read_bytes()
+        packed.headers["content-encoding"] == "gzip" and gzip.decompress(raw) == (WEB / "vendor/marked.js").read_bytes()
     )
     old = client.get("/web/0123456789abcdef/lib.js")  # a tab that was open over an upgrade
     assert old.status_code == 200 and old.headers["cache-control"] == "no-cache"
@@ -167,10 +169,22 @@ def test_types_caching_and_compression(client: TestClient) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/web/x/../../../secret.jsonl", "/web/x/..%2f..%2fpage.py", "/web/x/%2e%2e/page.py", "/web/x//etc/passwd", "/web/x/chat.html", "/web/x/",
-        "/web/x/vendor", "/web/x/lib.js%00.css", "/web/../v1/models", "/page.py", "/finback/serve/page.py", "/api/", "/api/runs/", "/favicon.ico",
+        "/web/x/../../../secret.jsonl",
+        "/web/x/..%2f..%2fpage.py",
+        "/web/x/%2e%2e/page.py",
+        "/web/x//etc/passwd",
+        "/web/x/chat.html",
+        "/web/x/",
+        "/web/x/vendor",
+        "/web/x/lib.js%00.css",
+        "/web/../v1/models",
+        "/page.py",
+        "/finback/serve/page.py",
+        "/api/",
+        "/api/runs/",
+        "/favicon.ico",
     ],
-)  # fmt: skip
+)
 def test_no_other_file_is_served(client: TestClient, path: str) -> None:
     assert client.get(path).status_code == 404
 
@@ -178,10 +192,19 @@ def test_no_other_file_is_served(client: TestClient, path: str) -> None:
 @pytest.mark.parametrize(
     "query",
     [
-        "run=../&stage=base", "run=..%2f..%2f&stage=base", "run=toy&stage=..", "run=toy&stage=../../secret", "run=toy&stage=base%2f..%2fzero", "run=.&stage=base",
-        "run=/&stage=etc", "run=toy%00&stage=base", "run=toy&stage=", "run=toy/base&stage=.", "run=toy&stage=base/",
+        "run=../&stage=base",
+        "run=..%2f..%2f&stage=base",
+        "run=toy&stage=..",
+        "run=toy&stage=../../secret",
+        "run=toy&stage=base%2f..%2fzero",
+        "run=.&stage=base",
+        "run=/&stage=etc",
+        "run=toy%00&stage=base",
+        "run=toy&stage=",
+        "run=toy/base&stage=.",
+        "run=toy&stage=base/",
     ],
-)  # fmt: skip
+)
 def test_no_folder_but_a_run_is_read(client: TestClient, query: str) -> None:
     for path in ("series", "heat", "rollouts"):
         assert client.get(f"/api/{path}?{query}").status_code == 404, path
@@ -197,9 +220,7 @@ def test_links_out_of_a_run_are_not_followed(tmp_path: Path) -> None:
     (run / "linked").symlink_to(tmp_path, target_is_directory=True)
     make_run(tmp_path / "elsewhere")
     (tmp_path / "runs/other").symlink_to(tmp_path / "elsewhere/toy", target_is_directory=True)
-    with TestClient(
-        watch.build(tmp_path / "runs", Options(page=True)), base_url="http://127.0.0.1"
-    ) as client:
+    with TestClient(watch.build(tmp_path / "runs", Options(page=True)), base_url="http://127.0.0.1") as client:
         assert [r["name"] for r in client.get("/api/runs").json()["runs"]] == ["toy"]
         found = client.get("/api/series?run=toy&stage=zero").json()
         assert found["lines"] == [] and "secret" not in json.dumps(client.get("/api/run?run=toy").json())
@@ -257,23 +278,13 @@ def test_the_plan_stands_beside_the_ledger(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("axis", "first", "last"),
-    [
-        ("step", 1, 100),
-        ("tokens", 40, 4000),
-        ("time", 2, 200),
-        ("cost", 2 * 2 * 0.04 / 3600, 200 * 2 * 0.04 / 3600),
-    ],
+    [("step", 1, 100), ("tokens", 40, 4000), ("time", 2, 200), ("cost", 2 * 2 * 0.04 / 3600, 200 * 2 * 0.04 / 3600)],
 )
 def test_axes(client: TestClient, axis: str, first: float, last: float) -> None:
     found = client.get(f"/api/series?run=toy&stage=base&keys=loss&x={axis}").json()
     (line,) = found["lines"]
     assert line["x"][0] == pytest.approx(first) and line["x"][-1] == pytest.approx(last)
-    assert (
-        line["y"][0] == 5
-        and line["y"][-1] == pytest.approx(0.05)
-        and line["n"] == 100
-        and "smooth" not in line
-    )
+    assert line["y"][0] == 5 and line["y"][-1] == pytest.approx(0.05) and line["n"] == 100 and "smooth" not in line
 
 
 def test_a_window_of_a_curve(client: TestClient) -> None:
@@ -294,16 +305,12 @@ def test_heat_rollouts_and_one_question_followed(client: TestClient) -> None:
     assert found["steps"] == [1, 2, 3, 4] and found["step"] == 4 and found["complete"]
     assert [r["question"] for r in found["records"]] == ["1+1=?"] * 2 + [HOSTILE] * 2
     assert (
-        found["records"][0]["reward"] == {"accuracy": 1.0, "form": 0.1}
-        and found["records"][0]["thinking"] == "step 4"
+        found["records"][0]["reward"] == {"accuracy": 1.0, "form": 0.1} and found["records"][0]["thinking"] == "step 4"
     )
     assert client.get("/api/rollouts?run=toy&stage=zero&step=99").json()["records"] == []
     assert client.get("/api/rollouts?run=toy&stage=zero&find=ONERROR").json()["questions"] == [HOSTILE]
     said = client.get("/api/follow", params={"run": "toy", "question": "1+1=?"}).json()["said"]
-    assert [(s["stage"], s["exam"], s["model"]) for s in said] == [
-        ("exam", "sums", "base"),
-        ("zero", "", "zero"),
-    ]
+    assert [(s["stage"], s["exam"], s["model"]) for s in said] == [("exam", "sums", "base"), ("zero", "", "zero")]
     assert [r["step"] for r in said[1]["records"]] == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
@@ -382,10 +389,7 @@ def test_the_last_step_is_there_before_all_answers_are_read(
     monkeypatch.setattr(watch, "A_LOOK", 0)
     monkeypatch.setattr(watch, "AT_ONCE", 0)
     hard = 'a "step": 7, \\", "gold": {'  # what an index made of pieces of lines might trip over
-    said = [
-        {"step": i // 4, "question": hard if i % 2 else "b", "gold": hard, "answer": "x" * 50}
-        for i in range(400)
-    ]
+    said = [{"step": i // 4, "question": hard if i % 2 else "b", "gold": hard, "answer": "x" * 50} for i in range(400)]
     write(tmp_path / "runs/toy/zero/samples.jsonl", *said)
     ask = "/api/rollouts?run=toy&stage=zero"
     found = client.get(f"{ask}&soon=1").json()
@@ -396,16 +400,12 @@ def test_the_last_step_is_there_before_all_answers_are_read(
     assert again["records"] == found["records"] and again["steps"] == list(range(100))
     assert [r["step"] for r in client.get(f"{ask}&step=7").json()["records"]] == [7] * 4
     assert (
-        client.get("/api/follow", params={"run": "toy", "question": hard}).json()["said"][0]["records"][-1][
-            "step"
-        ]
+        client.get("/api/follow", params={"run": "toy", "question": hard}).json()["said"][0]["records"][-1]["step"]
         == 99
     )
 
 
-@given(
-    some.lists(some.floats(allow_infinity=False, width=32), min_size=1, max_size=400), some.integers(12, 60)
-)
+@given(some.lists(some.floats(allow_infinity=False, width=32), min_size=1, max_size=400), some.integers(12, 60))
 @settings(deadline=None, max_examples=60)
 def test_thinning_keeps_ends_and_extremes(values: list[float], points: int) -> None:
     y = np.array(values, dtype=np.float64)
@@ -478,11 +478,7 @@ def test_a_locked_run_is_running(tmp_path: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with TestClient(watch.build(tmp_path, Options(page=True)), base_url="http://127.0.0.1") as client:
             (found,) = client.get("/api/runs").json()["runs"]
-    assert found["state"] == "running" and [s["state"] for s in found["stages"]] == [
-        "done",
-        "done",
-        "running",
-    ]
+    assert found["state"] == "running" and [s["state"] for s in found["stages"]] == ["done", "done", "running"]
     assert found["stages"][-1]["progress"]["left"] == 12
 
 
@@ -530,9 +526,7 @@ def test_the_server_shows_the_page_and_its_api_stays_as_it_was(tmp_path: Path) -
         assert plain.get("/").status_code == 404  # `--no-page`
         before = plain.get("/openapi.json").json()
     with served(Scripted("<think>so</think>Hi."), page=True, runs=tmp_path, keys=digests([KEY])) as client:
-        assert (
-            client.get("/openapi.json").json() == before and client.post(CHAT, json=HELLO).status_code == 200
-        )
+        assert client.get("/openapi.json").json() == before and client.post(CHAT, json=HELLO).status_code == 200
         assert client.get("/api/runs").json()["runs"][0]["name"] == "toy"
         del client.headers["authorization"]
         assert client.get("/").status_code == 200 and client.post(CHAT, json=HELLO).status_code == 401
@@ -547,16 +541,11 @@ def test_two_models_in_one_server() -> None:
             reply = client.post(CHAT, json=HELLO | {"model": name, "max_tokens": 64})
             assert reply.json()["choices"][0]["message"]["content"] == text
         assert client.post(CHAT, json=HELLO | {"model": "third"}).json()["error"]["code"] == "model_not_found"
-        with client.stream(
-            "POST", CHAT, json=HELLO | {"model": "other", "stream": True, "max_tokens": 64}
-        ) as response:
+        with client.stream("POST", CHAT, json=HELLO | {"model": "other", "stream": True, "max_tokens": 64}) as response:
             ident = events(response.iter_lines())[0]["id"]
+        assert client.post(f"{CHAT}/{ident}/control", json={"action": "answer_now"}).status_code == 404  # over
         assert (
-            client.post(f"{CHAT}/{ident}/control", json={"action": "answer_now"}).status_code == 404
-        )  # over
-        assert (
-            "finback_generated_tokens_total" in client.get("/metrics").text
-            and client.get("/ready").status_code == 200
+            "finback_generated_tokens_total" in client.get("/metrics").text and client.get("/ready").status_code == 200
         )
     assert len(first.seen) == 2 and len(second.seen) == 2 and first.leaked == second.leaked == 0
 

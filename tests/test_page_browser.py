@@ -20,13 +20,9 @@ from tests.test_page import served_two
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 expect = playwright.expect
-PATIENCE = (
-    60_000  # milliseconds: a machine may be busy, and who waits for an event loses nothing by waiting long
-)
+PATIENCE = 60_000  # milliseconds: a machine may be busy, and who waits for an event loses nothing by waiting long
 expect.set_options(timeout=PATIENCE)
-CHROMIUM = (
-    os.environ.get("FINBACK_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
-)
+CHROMIUM = os.environ.get("FINBACK_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome") or ""
 pytestmark = pytest.mark.skipif(
     not CHROMIUM, reason="no Chromium: apt-get install chromium, or set FINBACK_CHROMIUM to the path of one"
 )
@@ -39,9 +35,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"]
-        )
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
 
@@ -63,12 +57,8 @@ def opened(chromium: Any) -> Iterator[Opened]:
     def hear(page: Any, client: Any, origin: str) -> None:
         page.on("console", lambda message: complain(client, message))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.on(
-            "request", lambda r: None if r.url.startswith((origin, "blob:", "data:")) else asked.add(r.url)
-        )
-        page.on(
-            "dialog", lambda dialog: (said.append(f"a dialog opened: {dialog.message}"), dialog.dismiss())
-        )
+        page.on("request", lambda r: None if r.url.startswith((origin, "blob:", "data:")) else asked.add(r.url))
+        page.on("dialog", lambda dialog: (said.append(f"a dialog opened: {dialog.message}"), dialog.dismiss()))
 
     def open_(client: Any, path: str = "/", context: Any = None, allowed: str = "", **options: Any) -> Any:
         if context is None:
@@ -96,9 +86,7 @@ def talking(
     script: str | None = f"{THOUGHT}It is **4**.", pace: float = 0.0, after: str = "", **options: Any
 ) -> Iterator[Any]:
     """A server with the page, whose model says the script."""
-    with served(
-        Scripted(script, pace, window=4096, tokens=32768, after=after), page=True, **options
-    ) as client:
+    with served(Scripted(script, pace, window=4096, tokens=32768, after=after), page=True, **options) as client:
         yield client
 
 
@@ -133,8 +121,7 @@ STOPPED = """() => new Promise((done) => {
 
 def test_a_chat_from_question_to_answer(opened: Opened) -> None:
     with talking(
-        f"{THOUGHT}It is **4**.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\nprint(4)\n```\nand $x^2$.",
-        pace=0.01,
+        f"{THOUGHT}It is **4**.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\nprint(4)\n```\nand $x^2$.", pace=0.01
     ) as client:
         page = opened(client, permissions=["clipboard-read", "clipboard-write"])
         expect(page.locator("h1")).to_have_text("Talk to toy")
@@ -154,10 +141,7 @@ def test_a_chat_from_question_to_answer(opened: Opened) -> None:
         summary.click()
         expect(page.locator(".chain")).to_contain_text("That is four.")
         summary.click()
-        assert (
-            re.search(r"\d+ tokens", answer.locator(".timings").inner_text())
-            and "tok/s" in answer.inner_text()
-        )
+        assert re.search(r"\d+ tokens", answer.locator(".timings").inner_text()) and "tok/s" in answer.inner_text()
         expect(page.locator(".gauge")).to_have_attribute("aria-label", re.compile(r"\d+ of 4,096 tokens"))
         expect(page.locator(".beware")).to_contain_text("may be wrong")
         expect(page.locator("[role=status].sr")).to_have_text("Answer finished.")
@@ -191,11 +175,7 @@ def test_stop_keeps_what_was_said_and_it_goes_on(opened: Opened) -> None:
         page.click("[aria-label=Stop]")
         expect(page.locator(".assistant .notice")).to_contain_text("Stopped.")
         after = page.locator(".assistant .prose").last.inner_text()
-        assert (
-            after.startswith(before[:-1])
-            and len(after) >= len(before)
-            and page.locator(".assistant").count() == 1
-        )
+        assert after.startswith(before[:-1]) and len(after) >= len(before) and page.locator(".assistant").count() == 1
         last = engine.seen[-1]
         assert "word word" in engine.tokenizer.decode(last.prompt)  # the server went on from there
         wait_for(lambda: not engine.busy)
@@ -341,27 +321,25 @@ def history(turns: int, text: str = "Say {}", title: str = "A long talk") -> dic
         for role in ("user", "assistant"):
             ident = f"{role}{i}"
             content = text.format(i) if role == "user" else f"Answer **{i}**. " + text.format(i)
-            nodes[ident] = {
-                "id": ident,
-                "parent": parent,
-                "role": role,
-                "content": content,
-                "at": i,
-                "state": "done",
-            }
+            nodes[ident] = {"id": ident, "parent": parent, "role": role, "content": content, "at": i, "state": "done"}
             parent = ident
     chat = {
-        "id": "imported", "title": title, "namedAt": 1, "created": 1, "updated": 2, "settings": {"system": ""}, "nodes": nodes, "chosen": {},
-    }  # fmt: skip
+        "id": "imported",
+        "title": title,
+        "namedAt": 1,
+        "created": 1,
+        "updated": 2,
+        "settings": {"system": ""},
+        "nodes": nodes,
+        "chosen": {},
+    }
     return {"format": "finback-chats", "version": 1, "ai_generated": True, "notice": "", "chats": [chat]}
 
 
 def bring(page: Any, content: Any) -> None:
     expect(page.locator("[aria-label='Import chats']")).to_be_enabled()
     buffer = json.dumps(content).encode() if not isinstance(content, bytes) else content
-    page.set_input_files(
-        "input[type=file]", {"name": "chats.json", "mimeType": "application/json", "buffer": buffer}
-    )
+    page.set_input_files("input[type=file]", {"name": "chats.json", "mimeType": "application/json", "buffer": buffer})
 
 
 def test_a_hundred_turns(opened: Opened) -> None:
@@ -395,19 +373,12 @@ def test_files_out_and_in_are_the_same(opened: Opened, tmp_path: Path) -> None:
             return found
 
         first = export()
-        assert (
-            first["ai_generated"] is True and "AI" in first["notice"] and len(first["chats"][0]["nodes"]) == 3
-        )
+        assert first["ai_generated"] is True and "AI" in first["notice"] and len(first["chats"][0]["nodes"]) == 3
         page.click("[aria-label='More for keep this']")
         with page.expect_download() as download:
             page.click("text=Export Markdown")
         text = Path(download.value.path()).read_text()
-        assert (
-            "(AI-generated)" in text
-            and "may be wrong" in text
-            and "It is **4**." in text
-            and "Two and two." in text
-        )
+        assert "(AI-generated)" in text and "may be wrong" in text and "It is **4**." in text and "Two and two." in text
         page.click("[aria-label='Delete all chats']")
         page.click("dialog button.danger")
         expect(page.locator(".sidebar .name")).to_have_count(0)
@@ -576,10 +547,19 @@ def test_settings_reach_the_server(opened: Opened) -> None:
         say(page, "hello")
         answer = answered(page)
         assert sent[0] == {
-            "model": "toy", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}], "stream": True,
-            "stream_options": {"include_usage": True, "resumable": True}, "thinking": {"type": "enabled"}, "thinking_budget": 50, "temperature": 0.3, "top_k": 20, "seed": 7,
-            "max_tokens": 200, "logprobs": True, "top_logprobs": 5,
-        }  # fmt: skip
+            "model": "toy",
+            "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}],
+            "stream": True,
+            "stream_options": {"include_usage": True, "resumable": True},
+            "thinking": {"type": "enabled"},
+            "thinking_budget": 50,
+            "temperature": 0.3,
+            "top_k": 20,
+            "seed": 7,
+            "max_tokens": 200,
+            "logprobs": True,
+            "top_logprobs": 5,
+        }
         answer.locator(".tokens [data-i='0']").hover()
         expect(answer.locator(".odds")).to_contain_text("%")
         answer.locator(".tokens .text").focus()
@@ -613,13 +593,7 @@ def test_honest_states(opened: Opened) -> None:
         expect(page.locator(".message")).to_have_count(120)
         say(page, "does it fit?")
         expect(page.locator(".notice.bad")).to_contain_text("no longer fits")
-        busy = {
-            "error": {
-                "message": "64 answers are waiting already",
-                "type": "server_error",
-                "code": "overloaded",
-            }
-        }
+        busy = {"error": {"message": "64 answers are waiting already", "type": "server_error", "code": "overloaded"}}
         page.route(f"**{CHAT}", lambda route: route.fulfill(status=503, json=busy))
         page.keyboard.press("Control+Shift+O")
         say(page, "still there?")

@@ -6,33 +6,80 @@ from typing import Any
 import pytest
 
 from finback.serve.page import Page
-from tests.test_page_browser import (
-    CHROMIUM,
-    Opened,
-    answered,
-    bring,
-    chromium,
-    expect,
-    history,
-    opened,
-    say,
-    talking,
-)
+from tests.test_page_browser import CHROMIUM, Opened, answered, bring, chromium, expect, history, opened, say, talking
 
 __all__ = ["chromium", "opened"]  # fixtures
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: see tests/test_page_browser.py")
 
 FRAGMENTS = [
-    "# Title\n", "## Two\n\n", "plain words ", "**bold**", "*it*", "`code`", "\n", "\n\n", "\n\n\n", "- item\n", "- [ ] task\n", "  more of it\n", "    indented\n",
-    "1. one\n", "2. two\n", "10) ten\n", "* star\n", "> quote\n", "> > deeper\n", "lazy\n", "```python\n", "```\n", "~~~\n", "````\n", "$$\n", "$a$", "$$x = 1$$", "\\(b\\)",
-    "\\[\nc\n\\]\n", "$5 and $6", "| a | b |\n", "|---|:-:|\n", "| 1 | 2 |\n", "---\n", "===\n", "***\n", "<div>\n", "</div>\n", "<!-- x -->\n", "<script>", "[link](http://a.b)",
-    "[ref]", "[ref]: http://c.d\n", "![pic](http://e.f/g.png)", "https://h.i/j", "a\\\nb", "  \n", "\t", "\r\n", "\r", "&amp; &lt;", "\\*", "~~gone~~", "_under_", "+ b\n", "- b\n- c\n\n- d\n", "    \n",
-]  # fmt: skip
+    "# Title\n",
+    "## Two\n\n",
+    "plain words ",
+    "**bold**",
+    "*it*",
+    "`code`",
+    "\n",
+    "\n\n",
+    "\n\n\n",
+    "- item\n",
+    "- [ ] task\n",
+    "  more of it\n",
+    "    indented\n",
+    "1. one\n",
+    "2. two\n",
+    "10) ten\n",
+    "* star\n",
+    "> quote\n",
+    "> > deeper\n",
+    "lazy\n",
+    "```python\n",
+    "```\n",
+    "~~~\n",
+    "````\n",
+    "$$\n",
+    "$a$",
+    "$$x = 1$$",
+    "\\(b\\)",
+    "\\[\nc\n\\]\n",
+    "$5 and $6",
+    "| a | b |\n",
+    "|---|:-:|\n",
+    "| 1 | 2 |\n",
+    "---\n",
+    "===\n",
+    "***\n",
+    "<div>\n",
+    "</div>\n",
+    "<!-- x -->\n",
+    "<script>",
+    "[link](http://a.b)",
+    "[ref]",
+    "[ref]: http://c.d\n",
+    "![pic](http://e.f/g.png)",
+    "https://h.i/j",
+    "a\\\nb",
+    "  \n",
+    "\t",
+    "\r\n",
+    "\r",
+    "&amp; &lt;",
+    "\\*",
+    "~~gone~~",
+    "_under_",
+    "+ b\n",
+    "- b\n- c\n\n- d\n",
+    "    \n",
+]
 WHOLE = [
-    "para\n\n- a\n\n  still a\n- b\n\nafter\n\n1. x\n\n   y\n2. z\n\nend", "```js\nlet a = 1;\n\n\nlet b;\n```\n\ntext\n\n    code\n\n    more\n\ntext",
-    "> a\n> b\n\n> c\nlazy\n\n- > q\n\n  r\n\ndone", "a | b\n-|-\n1 | 2\n\nx\n\n| c |\n|-|\n", "$$\na\n+ b\n- c\n$$\n\n\\[\nx\n\\]\n\n$$\nopen\n\nnever closed", "Title\n===\n\nSub\n---\n\ntext\n***\n",
-    "1. a\n   ```\n   b\n\n   c\n   ```\n2. d\n\n\n\n3. e\n\npara\n\n[x]: http://y\n\n[x]\n\n[x]", "- a\n\n\n- b\n\n      deep\n\n  c\n\n\nd\n\n\ne\n\n\nf\n",
-]  # fmt: skip
+    "para\n\n- a\n\n  still a\n- b\n\nafter\n\n1. x\n\n   y\n2. z\n\nend",
+    "```js\nlet a = 1;\n\n\nlet b;\n```\n\ntext\n\n    code\n\n    more\n\ntext",
+    "> a\n> b\n\n> c\nlazy\n\n- > q\n\n  r\n\ndone",
+    "a | b\n-|-\n1 | 2\n\nx\n\n| c |\n|-|\n",
+    "$$\na\n+ b\n- c\n$$\n\n\\[\nx\n\\]\n\n$$\nopen\n\nnever closed",
+    "Title\n===\n\nSub\n---\n\ntext\n***\n",
+    "1. a\n   ```\n   b\n\n   c\n   ```\n2. d\n\n\n\n3. e\n\npara\n\n[x]: http://y\n\n[x]\n\n[x]",
+    "- a\n\n\n- b\n\n      deep\n\n  c\n\n\nd\n\n\ne\n\n\nf\n",
+]
 
 COMPARE = """async ({ parser, texts }) => {
   const { Growing, htmlOfAll } = await import(parser);
@@ -90,9 +137,18 @@ def drawn(opened: Opened, client: Any, texts: list[str]) -> Any:
 
 
 FORMULAS = [
-        ("It costs $5 and $6.", 0), ("From $1,000 to $2,000, or $3-$4.", 0), ("a $x$ b", 1), ("$$x^2$$", 1), ("\\(y\\) and \\[z\\]", 2), ("`$x$`", 0),
-        ("```\n$x$\n```", 0), ("$\\frac{1}{2}$, $a_1$ and $5", 2), ("\\$x\\$", 0), ("$ x $", 0), ("$$\n\\begin{aligned}\na &= b \\\\\n- c &= d\n\\end{aligned}\n$$", 1),
-]  # fmt: skip
+    ("It costs $5 and $6.", 0),
+    ("From $1,000 to $2,000, or $3-$4.", 0),
+    ("a $x$ b", 1),
+    ("$$x^2$$", 1),
+    ("\\(y\\) and \\[z\\]", 2),
+    ("`$x$`", 0),
+    ("```\n$x$\n```", 0),
+    ("$\\frac{1}{2}$, $a_1$ and $5", 2),
+    ("\\$x\\$", 0),
+    ("$ x $", 0),
+    ("$$\n\\begin{aligned}\na &= b \\\\\n- c &= d\n\\end{aligned}\n$$", 1),
+]
 # these cannot be drawn, and stay readable
 BROKEN = ["$\\frac{1$ and $\\undefined{x}$", "$" + "{" * 500 + "x" + "}" * 500 + "$", "$\\def\\a{\\a\\a}\\a$"]
 
@@ -108,20 +164,40 @@ def test_mathematics_and_money(opened: Opened) -> None:
 
 
 PAYLOADS = [
-    "<script>window.hit = 1</script>", "<img src=x onerror='window.hit=2'>", "<svg onload=window.hit=3>", "[click](javascript:window.hit=4)", "[a](JaVaScRiPt:window.hit=5)",
-    "[b](data:text/html,<script>window.hit=6</script>)", "![x](https://evil.example/pixel.png)", "<iframe src=https://evil.example></iframe>", "<a href='javascript:window.hit=7'>x</a>",
-    "$\\href{javascript:window.hit=8}{x}$", "$\\includegraphics{https://evil.example/a.png}$", "```<img src=x onerror=window.hit=9>\n<img src=x onerror=window.hit=10>\n```",
-    "```html\n<img src=x onerror=window.hit=11>\n```", "| <img src=x onerror=window.hit=12> |\n|---|\n| <b onclick=window.hit=13>x</b> |", "<math><mtext><table><mglyph><style><img src=x onerror=window.hit=14>",
-    "<style>* { display: none }</style>", "<link rel=stylesheet href=https://evil.example/x.css>", "[x](<java\nscript:window.hit=15>)", "<form action=https://evil.example><button>x</button></form>",
-    "$<img src=x onerror=window.hit=16>$", "\\[<script>window.hit=17</script>\\]", "&lt;img src=x onerror=window.hit=18&gt;", "<<img src=x onerror=window.hit=19>", "<vbscript:x> [y](vbscript:z)",
-    "![\"onerror=\"window.hit=20](x)", "[\" onmouseover=\"window.hit=21](http://x)", "<details open ontoggle=window.hit=22>", "<span data-tex='\\href{javascript:1}{x}' class=math>x</span>", "<base href=https://evil.example>",
-]  # fmt: skip
+    "<script>window.hit = 1</script>",
+    "<img src=x onerror='window.hit=2'>",
+    "<svg onload=window.hit=3>",
+    "[click](javascript:window.hit=4)",
+    "[a](JaVaScRiPt:window.hit=5)",
+    "[b](data:text/html,<script>window.hit=6</script>)",
+    "![x](https://evil.example/pixel.png)",
+    "<iframe src=https://evil.example></iframe>",
+    "<a href='javascript:window.hit=7'>x</a>",
+    "$\\href{javascript:window.hit=8}{x}$",
+    "$\\includegraphics{https://evil.example/a.png}$",
+    "```<img src=x onerror=window.hit=9>\n<img src=x onerror=window.hit=10>\n```",
+    "```html\n<img src=x onerror=window.hit=11>\n```",
+    "| <img src=x onerror=window.hit=12> |\n|---|\n| <b onclick=window.hit=13>x</b> |",
+    "<math><mtext><table><mglyph><style><img src=x onerror=window.hit=14>",
+    "<style>* { display: none }</style>",
+    "<link rel=stylesheet href=https://evil.example/x.css>",
+    "[x](<java\nscript:window.hit=15>)",
+    "<form action=https://evil.example><button>x</button></form>",
+    "$<img src=x onerror=window.hit=16>$",
+    "\\[<script>window.hit=17</script>\\]",
+    "&lt;img src=x onerror=window.hit=18&gt;",
+    "<<img src=x onerror=window.hit=19>",
+    "<vbscript:x> [y](vbscript:z)",
+    '!["onerror="window.hit=20](x)',
+    '[" onmouseover="window.hit=21](http://x)',
+    "<details open ontoggle=window.hit=22>",
+    "<span data-tex='\\href{javascript:1}{x}' class=math>x</span>",
+    "<base href=https://evil.example>",
+]
 
 
 # two frames and a turn of the event loop: whatever was going to happen has begun
-SETTLED = (
-    "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
-)
+SETTLED = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
 
 
 def test_what_a_model_says_does_nothing(opened: Opened) -> None:

@@ -29,7 +29,7 @@ from tests.test_page_browser import (
     opened,
     say,
     talking,
-)  # fmt: skip
+)
 
 __all__ = ["chromium", "opened"]  # fixtures
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: see tests/test_page_browser.py")
@@ -216,12 +216,10 @@ def violations(page: Any) -> list[str]:
     found = []
     for scheme, options in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
         page.emulate_media(color_scheme=scheme)
-        found += page.evaluate(
-            "(options) => axe.run(document, { resultTypes: ['violations'], ...options })", options
-        )["violations"]
-    return [
-        f"{v['id']}: {v['nodes'][0]['html'][:160]}" for v in found if v["impact"] in ("serious", "critical")
-    ]
+        found += page.evaluate("(options) => axe.run(document, { resultTypes: ['violations'], ...options })", options)[
+            "violations"
+        ]
+    return [f"{v['id']}: {v['nodes'][0]['html'][:160]}" for v in found if v["impact"] in ("serious", "critical")]
 
 
 EVERYTHING = "# Head\n\n- [x] done\n- item\n\n> quote\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\n# remark\ndef f(x): return 'text' + str(1)\n```\n$$x^2$$ [link](http://a.b) `code`"
@@ -261,9 +259,12 @@ def test_axe_finds_nothing_serious_in_the_runs(opened: Opened, root: Path) -> No
     with watching(root) as client:
         page = opened(client, reduced_motion="reduce")
         for place, wanted in (
-            ("", ".card"), ("run=toy", ".stages"), ("run=toy&view=curves", ".chart canvas"), ("run=toy&view=rollouts", ".record"),
+            ("", ".card"),
+            ("run=toy", ".stages"),
+            ("run=toy&view=curves", ".chart canvas"),
+            ("run=toy&view=rollouts", ".record"),
             ("run=toy&view=rollouts&question=1%2B1%3D%3F", ".stop"),
-        ):  # fmt: skip
+        ):
             page.goto(str(client.base_url).rstrip("/") + f"/#{place}")
             page.locator(wanted).first.wait_for()
             if place == "run=toy":

@@ -34,9 +34,7 @@ from tests.many import MANY, on_ranks
         (Layout(pp=2, micro_batches=5, schedule="interleaved"), 5, 2, "layout.micro_batches"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused_by_name(
-    layout: Layout, rows: int, ranks: int, field: str
-) -> None:
+def test_a_layout_that_cannot_be_is_refused_by_name(layout: Layout, rows: int, ranks: int, field: str) -> None:
     with pytest.raises(UserError) as told:
         layout.check(MANY, rows, ranks)
     assert told.value.field == field
@@ -108,9 +106,7 @@ def _exchange(nodes: int, everyone_to_the_first: bool) -> None:
     (y * y).sum().backward()
     torch.testing.assert_close(y, expected[mine])
     for name, rows in (("x", mine), ("weight", mine), ("up", experts), ("down", experts)):
-        torch.testing.assert_close(
-            parts[name].grad, whole[name].grad[rows], msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(parts[name].grad, whole[name].grad[rows], msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("lonely", [False, True], ids=["spread", "all to one rank"])
@@ -125,9 +121,7 @@ def test_experts_on_four_ranks_answer_like_experts_on_one(nodes: int, lonely: bo
 
 
 @pytest.mark.parametrize(("late", "failed"), [(130, None), (0, None), (2, 1)])
-def test_a_rank_at_its_safe_point_does_not_end_the_one_that_still_writes(
-    late: int, failed: int | None
-) -> None:
+def test_a_rank_at_its_safe_point_does_not_end_the_one_that_still_writes(late: int, failed: int | None) -> None:
     programs = ("raise SystemExit(130)", f"import time; time.sleep(1); raise SystemExit({late})")
     children = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
     assert launch._wait(children) == failed

@@ -6,13 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finback.config import UserError
-from finback.parallel.balance import pack, place, replicate
+from finback.parallel.eplb import pack, place, replicate
 
 LOAD = torch.tensor(
-    [
-        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
-        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
-    ]
+    [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
 )
 
 
@@ -78,7 +75,6 @@ def test_every_placement_is_whole_and_balanced(data: st.DataObject) -> None:
 def test_copies_bring_the_busiest_gpu_down() -> None:
     plain, more = (place(LOAD, slots, groups=1, nodes=1, gpus=4) for slots in (12, 16))
     worst = [
-        (LOAD[0, p.expert[0]] / p.copies[0, p.expert[0]]).view(4, -1).sum(dim=1).max().item()
-        for p in (plain, more)
+        (LOAD[0, p.expert[0]] / p.copies[0, p.expert[0]]).view(4, -1).sum(dim=1).max().item() for p in (plain, more)
     ]
     assert worst == [277.0, 275.5], "the mean is 258.25"

@@ -12,12 +12,12 @@ from finback.checkpoint.distributed import Steps, whole_model
 from finback.config import UserError
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import Layout
-from finback.train.many import ManyRanks
+from finback.train.sharded_trainer import ShardedTrainer
 from tests.many import KNOBS, MANY, check, continued, on_one, on_ranks, pipeline
 
 
 def _read(layout: Layout, folder: str, out: str) -> None:
-    many, steps = ManyRanks(MANY, layout, KNOBS, 99), Steps(Path(folder))
+    many, steps = ShardedTrainer(MANY, layout, KNOBS, 99), Steps(Path(folder))
     assert many.resume(steps) == (4, {"loader": [7]})
     numbers = continued(many, 4, 20)
     if dist.get_rank() == 0:
@@ -26,7 +26,7 @@ def _read(layout: Layout, folder: str, out: str) -> None:
 
 def _write(layout: Layout, folder: str) -> None:
     """Two checkpoints, the second while training goes on, and what is left of a third that was killed."""
-    many, steps = ManyRanks(MANY, layout, KNOBS, 5), Steps(Path(folder))
+    many, steps = ShardedTrainer(MANY, layout, KNOBS, 5), Steps(Path(folder))
     assert many.resume(steps) is None
     continued(many, 0, 3)
     steps.save(3, many.state(), {"loader": [5]})
@@ -42,11 +42,7 @@ def _write(layout: Layout, folder: str) -> None:
 def resumes(tmp_path: Path, before: Layout, *after: Layout) -> None:
     folder = tmp_path / "steps"
     on_ranks(before.ranks, _write, before, str(folder))
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "step-00000003",
-        "step-00000004",
-        "step-00000009.part",
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-00000004", "step-00000009.part"]
     files = {p.suffix for p in folder.rglob("*") if p.is_file()}
     assert files == {".safetensors", ".json"}, "nothing is pickled"
     numbers, _ = on_one(MANY)
@@ -68,10 +64,7 @@ def test_a_checkpoint_continues_on_another_mesh(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (
-            Layout(dp=2, ep=2),
-            [Layout(), Layout(ep=2, sharding="zero1"), pipeline("1f1b"), pipeline("dualpipev")],
-        ),
+        (Layout(dp=2, ep=2), [Layout(), Layout(ep=2, sharding="zero1"), pipeline("1f1b"), pipeline("dualpipev")]),
         (Layout(dp=2, sharding="zero1"), [Layout(dp=2, ep=2, sharding="zero1"), pipeline("zbv", ep=2)]),
         (pipeline("1f1b", dp=2, sharding="zero1"), [Layout(dp=4), pipeline("interleaved", dp=2)]),
     ],
@@ -82,7 +75,7 @@ def test_checkpoints_continue_on_any_mesh(tmp_path: Path, before: Layout, after:
 
 
 def _damaged(folder: str) -> None:
-    many, steps = ManyRanks(MANY, Layout(dp=2), KNOBS, 5), Steps(Path(folder))
+    many, steps = ShardedTrainer(MANY, Layout(dp=2), KNOBS, 5), Steps(Path(folder))
     for step in (1, 2):
         steps.save(step, many.state(), {"step": step})
     victim = sorted((Path(folder) / "step-00000002").glob("*.safetensors"))[1]
@@ -98,7 +91,7 @@ def _damaged(folder: str) -> None:
     dist.barrier()
     with pytest.raises(UserError, match="its files do not match their digests"):
         steps.load_newest(many.state())
-    smaller = ManyRanks(dataclasses.replace(MANY, vocab_size=300), Layout(dp=2), KNOBS, 5)
+    smaller = ShardedTrainer(dataclasses.replace(MANY, vocab_size=300), Layout(dp=2), KNOBS, 5)
     with pytest.raises(UserError, match=r"model\.embed is \(320, 32\), not \(300, 32\)"):
         steps.load(Path(folder) / "step-00000002", smaller.state())
 

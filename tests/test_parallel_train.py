@@ -17,7 +17,7 @@ from finback.parallel.mesh import Layout
 from finback.parallel.owners import Owners, assign, share
 from finback.parallel.pipeline import cut, layers_of, stages_of
 from finback.parallel.shard import blank, initial_values, local
-from finback.train.many import ManyRanks
+from finback.train.sharded_trainer import ShardedTrainer
 from tests.many import KNOBS, LR, MANY, Numbers, batches, check, continued, on_one, on_ranks, pipeline
 
 TIED = dataclasses.replace(MANY, tie_word_embeddings=True)
@@ -27,7 +27,7 @@ FEW = dataclasses.replace(MANY, n_routed_experts=5, n_group=1)  # not equally ma
 
 
 def _train(layout: Layout, config: ModelConfig, out: str) -> None:
-    many = ManyRanks(config, layout, KNOBS, 5)
+    many = ShardedTrainer(config, layout, KNOBS, 5)
     numbers = continued(many, 0, 20)
     biases = {n: t.tolist() for n, t in many.state().items() if n.endswith("router.bias")}
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -61,23 +61,27 @@ def name_of(layout: Layout) -> str:
     return ",".join(f"{name}={value}" for name, value in changed.items())
 
 
-FAST = [
-    Layout(dp=2),
-    Layout(ep=2, sharding="zero1"),
-    pipeline("1f1b", sharding="zero1"),
-    pipeline("dualpipev"),
-]
+FAST = [Layout(dp=2), Layout(ep=2, sharding="zero1"), pipeline("1f1b", sharding="zero1"), pipeline("dualpipev")]
 TWO = [
-    Layout(ep=2), Layout(dp=2, sharding="zero1", micro_batches=2), Layout(dp=2, micro_batches=4),
+    Layout(ep=2),
+    Layout(dp=2, sharding="zero1", micro_batches=2),
+    Layout(dp=2, micro_batches=4),
     *(pipeline(s) for s in ("1f1b", "zb1p", "interleaved", "zbv")),
     *(pipeline(s, sharding="zero1") for s in ("zb1p", "interleaved", "zbv", "dualpipev")),
-]  # fmt: skip
+]
 FOUR = [
-    Layout(dp=4), Layout(ep=4), Layout(ep=4, nodes=2), Layout(dp=2, ep=2), Layout(dp=2, ep=2, sharding="zero1"),
-    *(pipeline(s, dp=2) for s in ("interleaved", "zbv", "dualpipev")), pipeline("1f1b", dp=2, micro_batches=2),
-    *(pipeline(s, ep=2) for s in ("interleaved", "zbv", "dualpipev")), pipeline("1f1b", ep=2, micro_batches=2),
-    pipeline("dualpipev", ep=2, sharding="zero1"), *(pipeline(s, pp=4, micro_batches=8) for s in ("1f1b", "zb1p")),
-]  # fmt: skip
+    Layout(dp=4),
+    Layout(ep=4),
+    Layout(ep=4, nodes=2),
+    Layout(dp=2, ep=2),
+    Layout(dp=2, ep=2, sharding="zero1"),
+    *(pipeline(s, dp=2) for s in ("interleaved", "zbv", "dualpipev")),
+    pipeline("1f1b", dp=2, micro_batches=2),
+    *(pipeline(s, ep=2) for s in ("interleaved", "zbv", "dualpipev")),
+    pipeline("1f1b", ep=2, micro_batches=2),
+    pipeline("dualpipev", ep=2, sharding="zero1"),
+    *(pipeline(s, pp=4, micro_batches=8) for s in ("1f1b", "zb1p")),
+]
 
 
 @pytest.mark.parametrize("layout", FAST, ids=name_of)
@@ -95,15 +99,18 @@ def test_every_layout_trains_like_one_rank(one: dict[Any, Any], layout: Layout, 
 @pytest.mark.parametrize(
     ("config", "layout"),
     [
-        (TIED, pipeline("interleaved")), (TIED, pipeline("1f1b", sharding="zero1")), (TIED, Layout(dp=2)),
+        (TIED, pipeline("interleaved")),
+        (TIED, pipeline("1f1b", sharding="zero1")),
+        (TIED, Layout(dp=2)),
         (TIED_PLAIN, pipeline("zbv")),
-        (PLAIN, pipeline("1f1b")), (PLAIN, pipeline("dualpipev", sharding="zero1")), (PLAIN, Layout(ep=2)),
-        (FEW, Layout(dp=2)), (FEW, Layout(dp=2, sharding="zero1")),
+        (PLAIN, pipeline("1f1b")),
+        (PLAIN, pipeline("dualpipev", sharding="zero1")),
+        (PLAIN, Layout(ep=2)),
+        (FEW, Layout(dp=2)),
+        (FEW, Layout(dp=2, sharding="zero1")),
     ],
-)  # fmt: skip
-def test_other_models_do_too(
-    one: dict[Any, Any], config: ModelConfig, layout: Layout, tmp_path: Path
-) -> None:
+)
+def test_other_models_do_too(one: dict[Any, Any], config: ModelConfig, layout: Layout, tmp_path: Path) -> None:
     """A head that is the embedding, no MTP and no shared expert, fewer experts than can be dealt out evenly."""
     agrees(one, layout, tmp_path, config)
 
@@ -144,16 +151,14 @@ def test_values_are_those_of_one_rank_and_stages_have_every_parameter_once() -> 
     names = {n for n, _ in Transformer(MANY).named_parameters()}
     held = [{n for n, _ in cut(blank(MANY, torch.float32), s, 4).named_parameters()} for s in range(4)]
     assert set.union(*held) == names
-    assert sum(map(len, held)) == len(names) + 1 and "embed" in held[0] & held[3], (
-        "the embedding is at both ends"
-    )
+    assert sum(map(len, held)) == len(names) + 1 and "embed" in held[0] & held[3], "the embedding is at both ends"
     assert [list(layers_of(s, 3, 7)) for s in range(3)] == [[0, 1, 2], [3, 4], [5, 6]]
     assert [stages_of(r, pipeline("zbv", pp=3)) for r in range(3)] == [[0, 5], [1, 4], [2, 3]]
     assert [stages_of(r, pipeline("interleaved", pp=3)) for r in range(3)] == [[0, 3], [1, 4], [2, 5]]
 
 
 def _not_finite() -> None:
-    many = ManyRanks(MANY, Layout(ep=2, sharding="zero1"), KNOBS, 5)
+    many = ShardedTrainer(MANY, Layout(ep=2, sharding="zero1"), KNOBS, 5)
     many.models[0].norm.weight.data[3] = float("nan")
     before = {name: local(t).clone() for name, t in many.state().items()}
     told = many.step(next(batches(MANY, 1))[many.data_rank :: 2], LR, LR)
@@ -171,7 +176,7 @@ def _rounded(out: str) -> None:
     numbers = []
     for gather in ("fp32", "bf16"):
         knobs = dataclasses.replace(KNOBS, compute=torch.bfloat16)
-        many = ManyRanks(MANY, Layout(dp=2, gather=gather), knobs, 5)  # type: ignore[arg-type]
+        many = ShardedTrainer(MANY, Layout(dp=2, gather=gather), knobs, 5)  # type: ignore[arg-type]
         numbers.append(continued(many, 0, 5))
         router = many.routers()[0].weight
         assert router.dtype == torch.float32 and all(p.value.dtype == torch.float32 for p in many.parts)

@@ -32,9 +32,7 @@ def v31(*calls: tuple[str, str]) -> str:
 
 
 def qwen(*calls: tuple[str, str]) -> str:
-    return "\n".join(
-        f'<tool_call>\n{{"name": "{name}", "arguments": {args}}}\n</tool_call>' for name, args in calls
-    )
+    return "\n".join(f'<tool_call>\n{{"name": "{name}", "arguments": {args}}}\n</tool_call>' for name, args in calls)
 
 
 def parser(opened: bool = False, tools: bool = True, form: ToolForm | None = None, **more: bool) -> Parser:
@@ -129,7 +127,7 @@ CHAINS: list[tuple[bool, str, str, str]] = [  # opened, said, reasoning, content
     (True, f'{F}\n"a" </think>9"', f'{F}\n"a"', '9"'),  # no quotation mark is open
     (True, f'{F}\n"</think>', f'{F}\n"', ""),
     (True, f"{F}a{F} '</think>'9", f"{F}a{F} '", "'9"),  # not a fence: its line has backticks
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("tools", [False, True])
@@ -161,16 +159,17 @@ def test_calls_in_all_forms(form: ToolForm, forced: bool) -> None:
     assert parse(write(SUN), tools=False) == ("", write(SUN), [])
     others = [f for f in FORMS if f.opener != form.opener]
     assert all(parse(write(SUN), form=f) == ("", write(SUN), []) for f in others)
-    assert all(
-        parse(write(SUN) + FORMS[f](SEA)) == ("", FORMS[f](SEA), [SUN]) for f in others
-    )  # the first decides
+    assert all(parse(write(SUN) + FORMS[f](SEA)) == ("", FORMS[f](SEA), [SUN]) for f in others)  # the first decides
 
 
 def test_two_calls_in_one_piece_are_four_deltas() -> None:
     deltas = parser().push(v31(SUN, ("now", "{}")))
     assert deltas == [
-        Delta("tool", "", 0, SUN[0], "0"), Delta("tool", SUN[1], 0), Delta("tool", "", 1, "now", "1"), Delta("tool", "{}", 1),
-    ]  # fmt: skip
+        Delta("tool", "", 0, SUN[0], "0"),
+        Delta("tool", SUN[1], 0),
+        Delta("tool", "", 1, "now", "1"),
+        Delta("tool", "{}", 1),
+    ]
 
 
 @pytest.mark.parametrize("write", FORMS.values())
@@ -193,14 +192,22 @@ def test_text_is_held_back_no_longer_than_needed() -> None:
     ]
     reasoning, content = "reasoning", "content"
     assert seen == [
-        [], [], [Delta(reasoning, "a")], [Delta(reasoning, " b")], [], [], [], [], [], [Delta(content, "9")], [], [],
+        [],
+        [],
+        [Delta(reasoning, "a")],
+        [Delta(reasoning, " b")],
+        [],
+        [],
+        [],
+        [],
+        [],
+        [Delta(content, "9")],
+        [],
+        [],
         [Delta(content, " <tool_x")],
-    ]  # fmt: skip
-    plain = Parser(opened=False, tools=False)
-    assert [plain.push(p) for p in ("9 ", "<tool_call>")] == [
-        [Delta(content, "9 ")],
-        [Delta(content, "<tool_call>")],
     ]
+    plain = Parser(opened=False, tools=False)
+    assert [plain.push(p) for p in ("9 ", "<tool_call>")] == [[Delta(content, "9 ")], [Delta(content, "<tool_call>")]]
 
 
 ODD: list[tuple[str, Said]] = [
@@ -214,12 +221,18 @@ ODD: list[tuple[str, Said]] = [
     ('<tool_call>{"name": "f", "arguments": {"a": 1}\n</tool_call>', ("", "", [("f", '{"a": 1}')])),
     ('<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>b', ("", "b", [("f", '{"a": 1')])),
     ('<tool_call>{"name": "f", "arguments": {"a": "x}}\n</tool_call>b', ("", "b", [("f", '{"a": "x}}\n')])),
-    ('<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>b', ("", "b", [("f", '{"a": "</tool_call>"}')])),
+    (
+        '<tool_call>{"name": "f", "arguments": {"a": "</tool_call>"}}</tool_call>b',
+        ("", "b", [("f", '{"a": "</tool_call>"}')]),
+    ),
     ('<tool_call>{"name": "f", "arguments": {}}\nb', ("", "b", [("f", "{}")])),
     ('<tool_call>{"name": "f", "arguments": {}}<tool_call>{"name": "g"}', ("", "", [("f", "{}"), ("g", "{}")])),
     ('<tool_call>{"name": "f", \'arguments\': {}}</tool_call>', ("", "'arguments': {}}", [("f", "")])),
     ('<tool_call>{"name": "f", "arguments": {"a": [1, "b', ("", "", [("f", '{"a": [1, "b')])),
-    ('<tool_call>{"name": "f", "arguments": {"a": 1}, "arguments": {"a": 2}, "name": "g"}</tool_call>', ("", "", [("f", '{"a": 1}')])),
+    (
+        '<tool_call>{"name": "f", "arguments": {"a": 1}, "arguments": {"a": 2}, "name": "g"}</tool_call>',
+        ("", "", [("f", '{"a": 1}')]),
+    ),
     # no calls after all
     ("The `<tool_call>` tag", ("", "The `<tool_call>` tag", [])),
     ("a <tool_call>\n", ("", "a <tool_call>\n", [])),
@@ -245,7 +258,7 @@ ODD: list[tuple[str, Said]] = [
     (f"{CALLS}{CALL}f{SEP}{{}}{END_CALL}\nb", ("", "b", [("f", "{}")])),
     (f"a{CALLS}{CALL}f{SEP}{{}}{END_CALL}{CALL}g{END_CALL}{END_CALLS}b", ("", f"a{CALL}g{END_CALL}b", [("f", "{}")])),
     (f'{CALLS}{CALL}f{SEP}{{"a": "b', ("", "", [("f", '{"a": "b')])),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("text", "said"), ODD)
@@ -280,9 +293,40 @@ def test_calls_behind_the_first_can_be_left_out(write: Any) -> None:
 
 
 PARTS = st.sampled_from(
-    [*MARKS, F, F + "json", "~~~~", "\n", "\r\n", " ", "function", "name", '"name": "f"', '"arguments": {', '"', "'", "`",
-     "\\", "{", "}", "[", "]", ",", ":", "<", "<th", "</", "<｜tool▁", "9", "it isn't", "鲸", v3(SUN), v31(SEA), qwen(SUN, SEA)]
-)  # fmt: skip
+    [
+        *MARKS,
+        F,
+        F + "json",
+        "~~~~",
+        "\n",
+        "\r\n",
+        " ",
+        "function",
+        "name",
+        '"name": "f"',
+        '"arguments": {',
+        '"',
+        "'",
+        "`",
+        "\\",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        "<",
+        "<th",
+        "</",
+        "<｜tool▁",
+        "9",
+        "it isn't",
+        "鲸",
+        v3(SUN),
+        v31(SEA),
+        qwen(SUN, SEA),
+    ]
+)
 TEXT = st.one_of(st.lists(PARTS, max_size=25).map("".join), st.text(max_size=60))
 
 
@@ -340,14 +384,21 @@ def test_markup_that_becomes_a_call_is_never_content(write: Any) -> None:
 @QUICK
 @given(
     st.recursive(
-        st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=8), st.sampled_from(["</tool_call>", "```", "<｜"])),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=8,
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(),
+            st.text(max_size=8),
+            st.sampled_from(["</tool_call>", "```", "<｜"]),
+        ),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+        max_leaves=8,
     ).map(lambda value: {"x": value}),
-    st.sampled_from(list(FORMS)), st.booleans(), st.sampled_from([None, 2]),
-)  # fmt: skip
-def test_any_arguments_survive(
-    arguments: dict[str, Any], form: ToolForm, escape: bool, indent: int | None
-) -> None:
+    st.sampled_from(list(FORMS)),
+    st.booleans(),
+    st.sampled_from([None, 2]),
+)
+def test_any_arguments_survive(arguments: dict[str, Any], form: ToolForm, escape: bool, indent: int | None) -> None:
     raw = json.dumps(arguments, ensure_ascii=escape, indent=indent)
     assert parse(FORMS[form](("f", raw), SUN)) == ("", "", [("f", raw), SUN])
 
@@ -367,7 +418,14 @@ def test_half_a_character_in_a_name_can_be_sent_on() -> None:
 
 def test_long_texts_take_no_time() -> None:
     start = time.process_time()
-    for text in ("a <b " * 40_000, "\n" * 20_000, "<tool_call>" * 3000, F * 20_000, f"{CALLS}{CALL}" * 2000, "<tool_call>{" + "[" * 40_000):  # fmt: skip
+    for text in (
+        "a <b " * 40_000,
+        "\n" * 20_000,
+        "<tool_call>" * 3000,
+        F * 20_000,
+        f"{CALLS}{CALL}" * 2000,
+        "<tool_call>{" + "[" * 40_000,
+    ):
         fed([text])
         fed([text[i : i + 5] for i in range(0, len(text), 5)], opened=True)
         fed([text[i : i + 5] for i in range(0, len(text), 5)])

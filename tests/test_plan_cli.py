@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from finback.config import UserError
-from finback.parallel.schedule import SCHEDULES
-from finback.plan import command, picture, presets
-from finback.plan.options import Options
-from finback.plan.simulate import Durations, simulate
+from finback.parallel.pipeline_tables import SCHEDULES
+from finback.planner import command, picture, presets
+from finback.planner.options import Options
+from finback.planner.simulate import Durations, simulate
 from tests.toy import ROOT, environment, finback, write_recipe
 
 V3 = ("plan", "V3", "--on", "h800:2048")
@@ -29,9 +29,7 @@ def test_the_671b_preset_answers_at_once_and_without_torch() -> None:
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment()
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment())
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "671,026,419,200" in done.stdout, done.stderr
     # of the processor: other programs may hold it meanwhile
@@ -44,13 +42,22 @@ def test_v3_as_published(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
     assert set(values) == {
-        "model", "machine", "assumptions", "batch", "layout", "memory", "step", "schedules", "run", "serving", "skew",
-        "remarks", "published", "picture",
-    }  # fmt: skip
-    assert (
-        values["layout"]["mesh"] == "pp=16,dp=128,ep=64,zero=1"
-        and values["layout"]["recompute"] == "selective"
-    )
+        "model",
+        "machine",
+        "assumptions",
+        "batch",
+        "layout",
+        "memory",
+        "step",
+        "schedules",
+        "run",
+        "serving",
+        "skew",
+        "remarks",
+        "published",
+        "picture",
+    }
+    assert values["layout"]["mesh"] == "pp=16,dp=128,ep=64,zero=1" and values["layout"]["recompute"] == "selective"
     assert values["memory"]["fits"] and values["memory"]["free_share"] >= 0.1
     assert all(abs(claim["off"]) < 0.1 and claim["rule"] for claim in values["published"])
     assert values["run"]["dollars"] == pytest.approx(5.328e6, rel=0.1)  # V3's table 1, pre-training
@@ -101,9 +108,7 @@ BAD = [
 ]
 
 
-def test_bad_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """All in one process: only what a process is needed for gets one, in the next test."""
     from finback import cli
 
@@ -114,10 +119,7 @@ def test_bad_input(
             cli.main()
         said = capsys.readouterr()
         assert end.value.code == 2 and said.out == "", (arguments, said.out)
-        assert "Traceback" not in said.err and all(word in said.err for word in expected), (
-            arguments,
-            said.err,
-        )
+        assert "Traceback" not in said.err and all(word in said.err for word in expected), (arguments, said.err)
         assert len(said.err.splitlines()) == 1
 
 
@@ -130,9 +132,12 @@ def test_a_recipe_on_this_machine_and_on_hardware(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     here = subprocess.run(
-        [sys.executable, "-m", "finback", "plan", str(recipe), "--json", "--set", "zero.steps=4"], capture_output=True,
-        text=True, cwd=ROOT, env=environment() | cache,
-    )  # fmt: skip
+        [sys.executable, "-m", "finback", "plan", str(recipe), "--json", "--set", "zero.steps=4"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment() | cache,
+    )
     assert here.returncode == 0, here.stderr
     values = json.loads(here.stdout)
     assert values["stages"]["zero"]["tokens_trained"] == 4 * 4 * 4 * 12 and "calibrate" in values["notes"][0]
@@ -178,15 +183,7 @@ def test_a_recipes_own_layout_is_planned(tmp_path: Path) -> None:
 
 def test_v3s_recipe_is_planned_and_does_not_run(tmp_path: Path) -> None:
     done = finback(
-        "plan",
-        "recipes/v3.py",
-        "--on",
-        "h800:2048",
-        "--mesh",
-        "pp=16,ep=64",
-        "--schedule",
-        "dualpipe",
-        "--json",
+        "plan", "recipes/v3.py", "--on", "h800:2048", "--mesh", "pp=16,ep=64", "--schedule", "dualpipe", "--json"
     )
     values = json.loads(done.stdout)
     post_training = 5e3 * 2
@@ -222,9 +219,7 @@ def test_counts_of_tokens() -> None:
 def test_calibration_at_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     ranks = str(min(2, os.cpu_count() or 1))
-    done = finback(
-        "plan", "recipes/tiny.py", "--calibrate", "--calibration", path, "--ranks", ranks, "--json"
-    )
+    done = finback("plan", "recipes/tiny.py", "--calibrate", "--calibration", path, "--ranks", ranks, "--json")
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
     assert values["stages"]["base"]["step_seconds"] > 0 and values["total"]["dollars"] > 0

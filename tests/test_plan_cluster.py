@@ -11,10 +11,10 @@ from finback.config import UserError
 from finback.model.config import TINY, V2_LITE, V3
 from finback.model.count import parameters
 from finback.model.moe import Router
-from finback.plan import cluster, cost, experts, hardware, memory, published, recommend, traffic
-from finback.plan.hardware import ASSUMPTIONS, MACHINES
-from finback.plan.layout import Layout, check, parse_mesh
-from finback.plan.options import Options
+from finback.planner import cluster, cost, experts, hardware, memory, published, recommend, traffic
+from finback.planner.hardware import ASSUMPTIONS, MACHINES
+from finback.planner.layout import Layout, check, parse_mesh
+from finback.planner.options import Options
 
 H800, _ = hardware.find("h800:2048")
 KNOWN = dict(ASSUMPTIONS)
@@ -58,9 +58,16 @@ def test_the_published_step_comes_out() -> None:
 def test_memory_by_hand() -> None:
     # one dense layer of width 4 with 2 heads of 3, one token, bf16, kept whole
     c = dataclasses.replace(
-        TINY, hidden_size=4, num_attention_heads=2, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=3, q_lora_rank=5,
-        kv_lora_rank=6, intermediate_size=7,
-    )  # fmt: skip
+        TINY,
+        hidden_size=4,
+        num_attention_heads=2,
+        qk_nope_head_dim=2,
+        qk_rope_head_dim=2,
+        v_head_dim=3,
+        q_lora_rank=5,
+        kv_lora_rank=6,
+        intermediate_size=7,
+    )
     attention = 2 * (4 + 4) + 2 * (5 + 5 + 6 + 6 + 2) + 2 * 2 * (4 + 4 + 3) + 2 * 2 * 3 + 4 * 2
     assert memory.attention_activation(c, "bf16", "none") == attention
     assert memory.feed_forward_activation(c, False, "bf16", "none", 0.0) == 2 * (4 + 4) + 2 * 3 * 7
@@ -151,18 +158,23 @@ def test_given_popularity_that_is_none() -> None:
 
 def test_skew_makes_a_step_longer() -> None:
     plans = [
-        cluster.plan("x", V3, 15360, 4096, 1e12, Options("h800:2048", mesh="pp=16,ep=64", schedule="dualpipe", recompute="selective", skew=s))
+        cluster.plan(
+            "x",
+            V3,
+            15360,
+            4096,
+            1e12,
+            Options("h800:2048", mesh="pp=16,ep=64", schedule="dualpipe", recompute="selective", skew=s),
+        )
         for s in (0.0, 0.8)
-    ]  # fmt: skip
+    ]
     assert plans[1].step.seconds > plans[0].step.seconds
 
 
 @pytest.mark.parametrize(
     ("on", "model", "rows"), [("h800:2048", V3, 15360), ("h100:8", V2_LITE, 512), ("4090", TINY, 64)]
 )
-def test_a_recommended_layout_fits_and_no_other_of_its_kind_is_faster(
-    on: str, model: object, rows: int
-) -> None:
+def test_a_recommended_layout_fits_and_no_other_of_its_kind_is_faster(on: str, model: object, rows: int) -> None:
     length = 128 if model is TINY else 4096
     found = cluster.plan("x", model, rows, length, 1e9, Options(on))  # type: ignore[arg-type]
     assert found.values["memory"]["fits"] and found.layout.devices == found.values["machine"]["devices"]
@@ -196,19 +208,25 @@ def test_a_given_mfu_is_the_plans() -> None:
 def test_bills_by_hand() -> None:
     bill = cost.bill(TINY, Layout(dp=4, rows=8, length=100), H800, 9.0, 8e5, KNOWN, 2.5)
     assert (bill.steps, bill.seconds, bill.device_hours, bill.dollars) == (1000, 9000, 10, 25)
-    assert bill.kwh == pytest.approx(10 * 0.7 * 1.58) and bill.co2_kg == pytest.approx(
-        10 * 0.7 * 1.58 * 0.436
-    )
+    assert bill.kwh == pytest.approx(10 * 0.7 * 1.58) and bill.co2_kg == pytest.approx(10 * 0.7 * 1.58 * 0.436)
 
 
 @pytest.mark.parametrize(
     ("mesh", "word"),
     [
-        ("pp=15", "not 2048 devices"), ("pp=16,dp=64", "not 2048 devices"), ("pp=16,tp=8", "tensor parallelism"),
-        ("pq=16", "Known: dp, ep"), ("pp=x", "whole number"), ("pp=0", "whole number"), ("pp", "whole number"),
-        ("pp=2,pp=4", "whole number"), ("fsdp=8,dp=8", "zero=3"), ("zero=2", "not supported"), ("pp=-4", "whole number"),
+        ("pp=15", "not 2048 devices"),
+        ("pp=16,dp=64", "not 2048 devices"),
+        ("pp=16,tp=8", "tensor parallelism"),
+        ("pq=16", "Known: dp, ep"),
+        ("pp=x", "whole number"),
+        ("pp=0", "whole number"),
+        ("pp", "whole number"),
+        ("pp=2,pp=4", "whole number"),
+        ("fsdp=8,dp=8", "zero=3"),
+        ("zero=2", "not supported"),
+        ("pp=-4", "whole number"),
     ],
-)  # fmt: skip
+)
 def test_impossible_meshes(mesh: str, word: str) -> None:
     with pytest.raises(UserError, match=word):
         parse_mesh(mesh, 2048)
@@ -224,10 +242,14 @@ def test_possible_meshes() -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"ep": 48}, "256 experts"), ({"ep": 256}, "divide dp"), ({"pp": 64, "dp": 32, "ep": 32}, "64 stages of 62"),
-        ({"rows": 15361}, "does not divide"), ({"rows": 128 * 9}, "even number"), ({"rows": 128 * 8}, "at least 32"),
+        ({"ep": 48}, "256 experts"),
+        ({"ep": 256}, "divide dp"),
+        ({"pp": 64, "dp": 32, "ep": 32}, "64 stages of 62"),
+        ({"rows": 15361}, "does not divide"),
+        ({"rows": 128 * 9}, "even number"),
+        ({"rows": 128 * 8}, "at least 32"),
     ],
-)  # fmt: skip
+)
 def test_layouts_that_cannot_be(change: dict[str, int], word: str) -> None:
     with pytest.raises(UserError, match=word):
         check(V3, dataclasses.replace(cost.V3_LAYOUT, **change))
@@ -236,10 +258,15 @@ def test_layouts_that_cannot_be(change: dict[str, int], word: str) -> None:
 @pytest.mark.parametrize(
     ("assume", "word"),
     [
-        ("pu=1", "Did you mean 'pue'"), ("pue", "above 0"), ("pue=x", "above 0"), ("pue=-1", "above 0"), ("mfu=1.5", "whole"),
-        ("pue=nan", "above 0"), ("network=0", "above 0"),
+        ("pu=1", "Did you mean 'pue'"),
+        ("pue", "above 0"),
+        ("pue=x", "above 0"),
+        ("pue=-1", "above 0"),
+        ("mfu=1.5", "whole"),
+        ("pue=nan", "above 0"),
+        ("network=0", "above 0"),
     ],
-)  # fmt: skip
+)
 def test_assumptions_that_are_none(assume: str, word: str) -> None:
     with pytest.raises(UserError, match=word):
         hardware.assumptions([assume], H800)
@@ -247,11 +274,7 @@ def test_assumptions_that_are_none(assume: str, word: str) -> None:
 
 def test_assumptions_change_what_they_say() -> None:
     known, machine = hardware.assumptions(["network=25e9", "pue=1.1", "mfu=0.3"], H800)
-    assert (
-        machine.network is not None
-        and machine.network.value == 25e9
-        and machine.network.source.startswith("given")
-    )
+    assert machine.network is not None and machine.network.value == 25e9 and machine.network.source.startswith("given")
     assert known["pue"].value == 1.1 and known["mfu"].value == 0.3 and "network" not in known
     a100, devices = hardware.find("a100:16")
     with pytest.raises(UserError, match="--assume network"):

@@ -10,16 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from finback.model.config import TINY, V2, V2_LITE, V3, ModelConfig
-from finback.model.count import (
-    cache_bytes,
-    forward_flops,
-    parameters,
-    products,
-    router_biases,
-    training_flops,
-)
+from finback.model.count import cache_bytes, forward_flops, parameters, products, router_biases, training_flops
 from finback.model.transformer import Transformer
-from finback.plan.layout import part_parameters, parts
+from finback.planner.layout import part_parameters, parts
 from finback.train.step import backward
 
 
@@ -29,30 +22,46 @@ def latent(draw: st.DrawFn) -> ModelConfig:
     groups = draw(st.sampled_from([1, 2])) if experts else 1
     layers = draw(st.integers(1, 2))
     return ModelConfig(
-        vocab_size=draw(st.sampled_from([11, 40])), hidden_size=draw(st.sampled_from([8, 24])), num_hidden_layers=layers,
-        num_attention_heads=draw(st.integers(1, 3)), intermediate_size=draw(st.sampled_from([12, 20])),
-        q_lora_rank=draw(st.sampled_from([None, 6])), kv_lora_rank=draw(st.sampled_from([4, 10])),
-        qk_nope_head_dim=draw(st.sampled_from([4, 6])), qk_rope_head_dim=draw(st.sampled_from([2, 4])),
-        v_head_dim=draw(st.sampled_from([4, 6])), n_routed_experts=experts,
+        vocab_size=draw(st.sampled_from([11, 40])),
+        hidden_size=draw(st.sampled_from([8, 24])),
+        num_hidden_layers=layers,
+        num_attention_heads=draw(st.integers(1, 3)),
+        intermediate_size=draw(st.sampled_from([12, 20])),
+        q_lora_rank=draw(st.sampled_from([None, 6])),
+        kv_lora_rank=draw(st.sampled_from([4, 10])),
+        qk_nope_head_dim=draw(st.sampled_from([4, 6])),
+        qk_rope_head_dim=draw(st.sampled_from([2, 4])),
+        v_head_dim=draw(st.sampled_from([4, 6])),
+        n_routed_experts=experts,
         n_shared_experts=draw(st.integers(0, 2)) if experts else 0,
         num_experts_per_tok=draw(st.integers(1, 2)) if experts else 0,
         moe_intermediate_size=draw(st.sampled_from([4, 8])) if experts else 0,
-        first_k_dense_replace=draw(st.integers(0, layers)), n_group=groups, topk_group=draw(st.integers(1, groups)),
-        scoring_func=draw(st.sampled_from(["sigmoid", "softmax"])), num_nextn_predict_layers=draw(st.integers(0, 2)),
+        first_k_dense_replace=draw(st.integers(0, layers)),
+        n_group=groups,
+        topk_group=draw(st.integers(1, groups)),
+        scoring_func=draw(st.sampled_from(["sigmoid", "softmax"])),
+        num_nextn_predict_layers=draw(st.integers(0, 2)),
         max_position_embeddings=32,
-    )  # fmt: skip
+    )
 
 
 @st.composite
 def grouped(draw: st.DrawFn) -> ModelConfig:
     kv = draw(st.integers(1, 2))
     return ModelConfig(
-        vocab_size=draw(st.sampled_from([11, 40])), hidden_size=draw(st.sampled_from([8, 24])),
-        num_hidden_layers=draw(st.integers(1, 2)), num_attention_heads=kv * draw(st.integers(1, 3)),
-        intermediate_size=draw(st.sampled_from([12, 20])), attention="gqa", num_key_value_heads=kv,
-        head_dim=draw(st.sampled_from([4, 6])), attention_bias=draw(st.sampled_from(["none", "qkv", "all"])),
-        qk_norm=draw(st.booleans()), tie_word_embeddings=draw(st.booleans()), max_position_embeddings=32,
-    )  # fmt: skip
+        vocab_size=draw(st.sampled_from([11, 40])),
+        hidden_size=draw(st.sampled_from([8, 24])),
+        num_hidden_layers=draw(st.integers(1, 2)),
+        num_attention_heads=kv * draw(st.integers(1, 3)),
+        intermediate_size=draw(st.sampled_from([12, 20])),
+        attention="gqa",
+        num_key_value_heads=kv,
+        head_dim=draw(st.sampled_from([4, 6])),
+        attention_bias=draw(st.sampled_from(["none", "qkv", "all"])),
+        qk_norm=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+        max_position_embeddings=32,
+    )
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -115,11 +124,7 @@ def test_stages_hold_all_parameters_once(stages: int) -> None:
     assert sum(plain + routed for plain, routed in held) == parameters(V3)
     assert [layer for piece in pieces for layer in piece.layers] == list(range(62))
     if stages == 16:
-        assert [len(piece.layers) for piece in pieces] == [
-            3,
-            *[4] * 14,
-            3,
-        ]  # 4 MoE layers in a chunk, as V3's profiles
+        assert [len(piece.layers) for piece in pieces] == [3, *[4] * 14, 3]  # 4 MoE layers in a chunk, as V3's profiles
         # apart, MTP and the embedding need a second copy of it
         alone = [part_parameters(V3, piece, shared_ends=False) for piece in pieces]
         assert sum(map(sum, alone)) - parameters(V3) == V3.vocab_size * V3.hidden_size
@@ -127,8 +132,15 @@ def test_stages_hold_all_parameters_once(stages: int) -> None:
 
 def test_tied_embeddings_count_once() -> None:
     c = ModelConfig(
-        vocab_size=40, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
-        attention="gqa", num_key_value_heads=1, head_dim=4, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+        attention="gqa",
+        num_key_value_heads=1,
+        head_dim=4,
+        tie_word_embeddings=True,
+    )
     untied = dataclasses.replace(c, tie_word_embeddings=False)
     assert sum(part_parameters(c, parts(c, 1)[0], True)) == parameters(c) == parameters(untied) - 320

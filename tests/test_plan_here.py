@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from finback import recipe as recipes
 from finback.config import UserError
 from finback.model.config import TINY, ModelConfig
 from finback.model.count import parameters, training_flops
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.plan import calibrate, here, runs, stored
-from finback.plan.here import Shape
-from finback.plan.options import Options
+from finback.planner import calibrate, here, runs, stored
+from finback.planner.here import Shape
+from finback.planner.options import Options
+from finback.runs import recipe as recipes
 from finback.stages.pretrain import Pretrain
 from finback.train.optim import is_matrix
 from finback.train.precision import COMPUTE
@@ -25,9 +25,16 @@ from finback.train.step import backward
 from tests.toy import write_recipe
 
 DENSE = ModelConfig(
-    vocab_size=512, hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=288, attention="gqa",
-    num_key_value_heads=2, head_dim=24, max_position_embeddings=1024,
-)  # fmt: skip
+    vocab_size=512,
+    hidden_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=288,
+    attention="gqa",
+    num_key_value_heads=2,
+    head_dim=24,
+    max_position_embeddings=1024,
+)
 MODELS = {
     "mla": TINY,
     "no MTP": dataclasses.replace(TINY, num_nextn_predict_layers=0, num_hidden_layers=2),
@@ -50,9 +57,7 @@ def kept_by_autograd(shape: Shape) -> int:
         return tensor
 
     width = shape.length + 1 + shape.model.num_nextn_predict_layers
-    tokens = torch.randint(
-        shape.model.vocab_size, (shape.rows, width), generator=torch.Generator().manual_seed(0)
-    )
+    tokens = torch.randint(shape.model.vocab_size, (shape.rows, width), generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         backward(model, tokens, 0.3, 1e-4)
     return sum(t.untyped_storage().nbytes() for t in seen.values())
@@ -119,9 +124,10 @@ def test_costs_are_the_best_that_are_not_negative() -> None:
 
 def test_seconds_add_up() -> None:
     measured = {
-        "passes_fp32": {"products": 1e-9, "layers": 0.5}, "update_fp32": {"parameters": 1e-6},
+        "passes_fp32": {"products": 1e-9, "layers": 0.5},
+        "update_fp32": {"parameters": 1e-6},
         "exchange": {"fixed": 0.25, "byte": 1e-9},
-    }  # fmt: skip
+    }
     shape = Shape(DENSE, 2, 32, "fp32", ranks=2)
     parts = here.seconds(shape, measured)
     assert parts["passes"] == pytest.approx(1e-9 * here.passes(shape)["products"] + 0.5 * 3)
@@ -227,8 +233,6 @@ def test_doubts(calibration: Path) -> None:
 
 
 def test_where_calibrations_are_kept() -> None:
-    assert stored.default_path({"XDG_CACHE_HOME": "/somewhere"}) == Path(
-        "/somewhere/finback/calibration.json"
-    )
+    assert stored.default_path({"XDG_CACHE_HOME": "/somewhere"}) == Path("/somewhere/finback/calibration.json")
     for environment in ({}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "relative"}):
         assert stored.default_path(environment) == Path.home() / ".cache" / "finback" / "calibration.json"

@@ -9,8 +9,8 @@ from torch.distributed.pipelining.schedules import ScheduleDualPipeV
 
 from finback.config import UserError
 from finback.parallel.pipeline import _action
-from finback.parallel.schedule import SCHEDULES, Op, Table, find, in_flight
-from finback.plan.simulate import Durations, Timeline, check, simulate
+from finback.parallel.pipeline_tables import SCHEDULES, Op, Table, find, in_flight
+from finback.planner.simulate import Durations, Timeline, check, simulate
 
 NAMES = sorted(SCHEDULES)
 
@@ -21,9 +21,13 @@ def ranks_of(name: str, stages: int) -> int:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(NAMES), st.sampled_from([2, 4, 6, 8, 12, 16]), st.integers(0, 12), st.floats(0.5, 2.0),
-    st.floats(0.2, 1.0), st.floats(0.0, 1.0),
-)  # fmt: skip
+    st.sampled_from(NAMES),
+    st.sampled_from([2, 4, 6, 8, 12, 16]),
+    st.integers(0, 12),
+    st.floats(0.5, 2.0),
+    st.floats(0.2, 1.0),
+    st.floats(0.0, 1.0),
+)
 def test_bubbles_are_those_of_v3s_table(
     name: str, stages: int, more: int, f: float, share: float, hidden: float
 ) -> None:
@@ -68,23 +72,14 @@ def test_every_table_is_whole_and_can_run(name: str, ranks: int, micro_batches: 
 
 
 def words(table: Table) -> list[str]:
-    return [
-        " ".join("&".join(f"{op.kind}{op.micro_batch}" for op in slot) for slot in rank) for rank in table
-    ]
+    return [" ".join("&".join(f"{op.kind}{op.micro_batch}" for op in slot) for slot in rank) for rank in table]
 
 
 def test_tables_by_hand() -> None:
-    assert words(SCHEDULES["1f1b"].table(3, 3)) == [
-        "F0 F1 F2 B0 B1 B2", "F0 F1 B0 F2 B1 B2", "F0 B0 F1 B1 F2 B2",
-    ]  # fmt: skip
-    assert words(SCHEDULES["zb1p"].table(2, 3)) == [
-        "F0 F1 I0 W0 F2 I1 W1 I2 W2",
-        "F0 I0 F1 I1 W0 F2 I2 W1 W2",
-    ]
+    assert words(SCHEDULES["1f1b"].table(3, 3)) == ["F0 F1 F2 B0 B1 B2", "F0 F1 B0 F2 B1 B2", "F0 B0 F1 B1 F2 B2"]
+    assert words(SCHEDULES["zb1p"].table(2, 3)) == ["F0 F1 I0 W0 F2 I1 W1 I2 W2", "F0 I0 F1 I1 W0 F2 I2 W1 W2"]
     # two ranks, four micro-batches, two from each end: nothing is ever idle
-    assert words(SCHEDULES["dualpipe"].table(2, 4)) == [
-        "F0 F2 F1 B2 F3&B0 B3 I1 W1", "F2 F0 F3 B0 F1&B2 B1 I3 W3",
-    ]  # fmt: skip
+    assert words(SCHEDULES["dualpipe"].table(2, 4)) == ["F0 F2 F1 B2 F3&B0 B3 I1 W1", "F2 F0 F3 B0 F1&B2 B1 I3 W3"]
 
 
 def test_two_ranks_on_a_clock() -> None:
@@ -134,10 +129,14 @@ def broken(change: str) -> Table:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("missing", "not F and B"), ("twice", "twice"), ("backward first", "deadlock"),
-        ("elsewhere", "spread"), ("unknown", "do not exist"), ("circle", "deadlock"),
+        ("missing", "not F and B"),
+        ("twice", "twice"),
+        ("backward first", "deadlock"),
+        ("elsewhere", "spread"),
+        ("unknown", "do not exist"),
+        ("circle", "deadlock"),
     ],
-)  # fmt: skip
+)
 def test_a_table_that_cannot_be_right_is_refused(change: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         check(broken(change), 2, 2)
@@ -145,8 +144,13 @@ def test_a_table_that_cannot_be_right_is_refused(change: str, said: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "ranks", "micro_batches", "word"),
-    [("dualpipe", 3, 12, "even"), ("dualpipe", 4, 9, "even"), ("dualpipe", 4, 6, "at least 8"), ("dualpipev", 4, 7, "at least 8")],
-)  # fmt: skip
+    [
+        ("dualpipe", 3, 12, "even"),
+        ("dualpipe", 4, 9, "even"),
+        ("dualpipe", 4, 6, "at least 8"),
+        ("dualpipev", 4, 7, "at least 8"),
+    ],
+)
 def test_what_dualpipe_cannot_do(name: str, ranks: int, micro_batches: int, word: str) -> None:
     with pytest.raises(UserError, match=word):
         find(name).table(ranks, micro_batches)

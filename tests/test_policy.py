@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finback.config import UserError
-from finback.train.policy import Objective, advantages, divergence, share, surrogate, total
+from finback.train.grpo_loss import Objective, advantages, divergence, share, surrogate, total
 
 LOG = math.log
 

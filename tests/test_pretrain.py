@@ -20,17 +20,18 @@ from finback.model.config import Yarn
 from finback.model.recompute import Policy
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.recipe import Recipe
 from finback.report import outgoing
-from finback.run import Interrupted, StageRun, read_lines
+from finback.runs.files import read_lines
+from finback.runs.folder import Interrupted, StageRun
+from finback.runs.recipe import Recipe
 from finback.stages import pretraining
 from finback.stages.extend import Extend
 from finback.stages.prepare import Prepare
 from finback.stages.pretrain import Pretrain
 from finback.stages.pretraining import Pretraining
-from finback.train import health, schedule
-from finback.train.average import Average
-from finback.train.schedule import Phase, along, level, ramp
+from finback.train import rates, router_health
+from finback.train.ema import EMA
+from finback.train.rates import Phase, along, level, ramp
 from finback.train.spikes import ENOUGH, Spikes
 from finback.train.step import Losses, backward, backward_rows, counts
 from tests.toy import CONFIG, WORDS, environment, toy_model
@@ -42,9 +43,12 @@ def test_phases_are_v3s_schedule() -> None:
     """V3 4.2: 2,000 steps up, level to 10T, a cosine to a tenth over 4.3T, 333B there, 167B at 7.3e-6 of 2.2e-4."""
     warm = 2000 * 3072 * 4096
     v3 = (
-        Phase(warm, 0.0, 1.0), Phase(10 * TRILLION - warm), Phase(4_300_000_000_000, 1.0, 0.1, "cosine"),
-        Phase(333_000_000_000, 0.1, 0.1), Phase(167_000_000_000, 7.3 / 220, 7.3 / 220),
-    )  # fmt: skip
+        Phase(warm, 0.0, 1.0),
+        Phase(10 * TRILLION - warm),
+        Phase(4_300_000_000_000, 1.0, 0.1, "cosine"),
+        Phase(333_000_000_000, 0.1, 0.1),
+        Phase(167_000_000_000, 7.3 / 220, 7.3 / 220),
+    )
     assert sum(p.tokens for p in v3) == 14_800_000_000_000
     assert along(v3, warm // 2) == pytest.approx(0.5) and along(v3, 9 * TRILLION) == 1.0
     assert 2.2e-4 * along(v3, 12_150_000_000_000) == pytest.approx(2.2e-4 * 0.55)  # half way down the cosine
@@ -81,9 +85,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pretrain(kind: type[Pretrain] = Pretrain, **knobs: Any) -> Pretrain:
     settings = {
-        "name": "base", "data": "prepare", "mixture": {"words": 1.0}, "rows": 4, "length": 16, "compute": "fp32",
-        "phases": (Phase(256, 0.0, 1.0), Phase(1024)), "checkpoint_steps": 5, "router_steps": 2,
-    }  # fmt: skip
+        "name": "base",
+        "data": "prepare",
+        "mixture": {"words": 1.0},
+        "rows": 4,
+        "length": 16,
+        "compute": "fp32",
+        "phases": (Phase(256, 0.0, 1.0), Phase(1024)),
+        "checkpoint_steps": 5,
+        "router_steps": 2,
+    }
     if "start" not in knobs:
         settings["model"] = CONFIG
     return kind(**settings | knobs)
@@ -166,13 +177,11 @@ def test_whole_documents_in_rows(prepared: Path, mask: bool) -> None:
         shared = [
             Rows(rows.tokens[p], None if rows.documents is None else rows.documents[p], rows.real[p], rows.length)
             for p in parts
-        ]  # fmt: skip
-        mean = sum(counts(part, 1) for part in shared) / len(parts)
-        losses = [
-            backward_rows(loop.model, part, 0.3, 1e-2, (counts(part, 1) / mean).tolist()) for part in shared
         ]
+        mean = sum(counts(part, 1) for part in shared) / len(parts)
+        losses = [backward_rows(loop.model, part, 0.3, 1e-2, (counts(part, 1) / mean).tolist()) for part in shared]
         load = torch.stack([router.load for router in loop.routers])
-        health.forget(loop.routers)
+        router_health.forget(loop.routers)
         return loop.gradients.flat / len(parts), sum(float(x.main) for x in losses) / len(parts), load.clone()
 
     loop.model.train()
@@ -301,9 +310,16 @@ def test_a_run_that_only_rewinds_ends(prepared: Path, monkeypatch: pytest.Monkey
 def test_an_interrupted_run_ends_with_the_same_bits(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all that a checkpoint has to remember: a ramp, an average, a rewind, levels, validation, the best model."""
     knobs: dict[str, Any] = {
-        "rows": 8, "rows_start": 2, "ramp_tokens": 640, "average": 0.9, "mtp_weight": ((0, 0.3), (640, 0.1)),
-        "valid_tokens": 256, "keep_best": True, "recompute": "block", "checkpoint_steps": 3,
-    }  # fmt: skip
+        "rows": 8,
+        "rows_start": 2,
+        "ramp_tokens": 640,
+        "average": 0.9,
+        "mtp_weight": ((0, 0.3), (640, 0.1)),
+        "valid_tokens": 256,
+        "keep_best": True,
+        "recompute": "block",
+        "checkpoint_steps": 3,
+    }
     broken_at(monkeypatch, 8, 9, 10)
     _, whole, one = trained(prepared, "whole", **knobs)
     broken_at(monkeypatch, 8, 9, 10)
@@ -331,7 +347,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(prepared: Path, monkeypatch:
 def test_the_average_of_the_weights_by_hand() -> None:
     model = toy_model()
     first = {n: p.detach().clone() for n, p in model.named_parameters()}
-    average = Average(model, 0.75)
+    average = EMA(model, 0.75)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
@@ -360,16 +376,12 @@ def test_going_on_and_extending(prepared: Path) -> None:
     knobs = {"start": "short", "window": 2 * window, "length": 48, "rows": 2}
     loop = begin(prepared, pretrain(Extend, name="long", factor=4.0, **knobs))
     scaling = Yarn(factor=4.0, original_max_position_embeddings=window)
-    assert (
-        loop.model.config.rope_scaling == scaling and loop.model.config.max_position_embeddings == 2 * window
-    )
+    assert loop.model.config.rope_scaling == scaling and loop.model.config.max_position_embeddings == 2 * window
     old = models.load(prepared / "short")
     assert all(torch.equal(t, old.state_dict()[n]) for n, t in loop.model.state_dict().items())
     assert loop.model.cos.size(0) == 2 * window and not torch.equal(loop.model.cos[:window], old.cos)
     loop.stage_run.finish(loop.run())
-    further = begin(
-        prepared, pretrain(Extend, name="longer", **knobs | {"start": "long", "window": 4 * window})
-    )
+    further = begin(prepared, pretrain(Extend, name="longer", **knobs | {"start": "long", "window": 4 * window}))
     assert further.model.config.rope_scaling == scaling
     for wrong, words in [
         ({"start": "long", "factor": 2.0}, "is scaled already"),
@@ -384,13 +396,18 @@ def test_going_on_and_extending(prepared: Path) -> None:
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"model": None, "start": ""}, r"base\.model = None: say what to train"), ({"start": "x", "model": CONFIG}, r"base\.model"),
-        ({"rows_start": 8, "ramp_tokens": 9}, r"base\.rows_start = 8"), ({"rows_start": 2}, r"base\.rows_start = 2"),
-        ({"keep_best": True}, r"base\.keep_best"), ({"average": 1.5}, r"base\.average = 1\.5"), ({"keep": 0}, r"base\.keep = 0"),
-        ({"spike_sigma": -1.0}, r"base\.spike_sigma"), ({"phases": ((1, 2),)}, r"base\.phases"),
+        ({"model": None, "start": ""}, r"base\.model = None: say what to train"),
+        ({"start": "x", "model": CONFIG}, r"base\.model"),
+        ({"rows_start": 8, "ramp_tokens": 9}, r"base\.rows_start = 8"),
+        ({"rows_start": 2}, r"base\.rows_start = 2"),
+        ({"keep_best": True}, r"base\.keep_best"),
+        ({"average": 1.5}, r"base\.average = 1\.5"),
+        ({"keep": 0}, r"base\.keep = 0"),
+        ({"spike_sigma": -1.0}, r"base\.spike_sigma"),
+        ({"phases": ((1, 2),)}, r"base\.phases"),
         ({"muon_lr": float("nan")}, r"base\.muon_lr = nan"),
     ],
-)  # fmt: skip
+)
 def test_impossible_knobs_are_named(knobs: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         pretrain(**knobs)
@@ -408,7 +425,7 @@ def test_another_tokenizer_is_refused(prepared: Path, tmp_path: Path) -> None:
 
 def test_ranks_must_divide_the_first_rows_too() -> None:
     assert pretrain(rows=8, rows_start=2, ramp_tokens=10).rows_at(0) == 2
-    assert schedule.ramp(5, 2, 8, 10) % 2 == 0
+    assert rates.ramp(5, 2, 8, 10) % 2 == 0
 
 
 @pytest.mark.slow
@@ -439,9 +456,7 @@ def test_an_open_checkpoint_is_gone_on_with_on_text_of_ones_own(prepared: Path, 
     run = StageRun(prepared, "again", 0, World(), quiet=True)
     run.folder.mkdir()
     run.finish(stage.run(run))
-    assert (run.folder / "words.train.bin").read_bytes() == (
-        prepared / "prepare/words.train.bin"
-    ).read_bytes()
+    assert (run.folder / "words.train.bin").read_bytes() == (prepared / "prepare/words.train.bin").read_bytes()
     loop = begin(prepared, pretrain(name="gone-on", start=str(outside), data="again"))
     old = models.load(prepared / "origin")
     assert all(torch.equal(t, old.state_dict()[n]) for n, t in loop.model.state_dict().items())

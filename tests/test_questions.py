@@ -62,14 +62,10 @@ def test_a_file_needs_no_function(tmp_path: Path) -> None:
 
 def test_other_fields_an_instruction_and_a_label(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"problem": " Two  and two? ", "result": 4})
-    task = Questions(
-        path, question_field="problem", answer_field="result", instruction="Box it.", label="sums"
-    )
+    task = Questions(path, question_field="problem", answer_field="result", instruction="Box it.", label="sums")
     problem = task.draw(random.Random(0))
     assert task.name == "sums" and problem.question == "Two  and two?\nBox it." and problem.answer == "4"
-    assert (
-        problem.key == "two and two?"
-    )  # the instruction may change without moving a problem across the split
+    assert problem.key == "two and two?"  # the instruction may change without moving a problem across the split
 
 
 def test_every_kind_of_file_gives_the_same(tmp_path: Path) -> None:
@@ -162,7 +158,7 @@ def test_repeating_the_question_earns_nothing() -> None:
 
 
 def test_numbers_and_words_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finback.tasks.aside.compare", lambda *_: pytest.fail("a worker was asked"))
+    monkeypatch.setattr("finback.tasks.math_process.compare", lambda *_: pytest.fail("a worker was asked"))
     assert judge("12", "2**9") == JUNK and judge("12", "13") == WRONG and judge("Paris", "\\frac12") == JUNK
     assert judge("x^2", "$x^2$") == RIGHT
 
@@ -172,7 +168,7 @@ def test_numbers_and_words_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> No
 def test_hostile_answers(gold: str, attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if attack in ("tower in LaTeX", "factorials"):  # five seconds each: test_aside.py has them
-        monkeypatch.setattr("finback.tasks.aside._LONGEST", 0)
+        monkeypatch.setattr("finback.tasks.math_process._LONGEST", 0)
     start = time.monotonic()
     for text in (HOSTILE[attack], f"\\boxed{{{HOSTILE[attack]}}}", "\\boxed{" * 30_000, "#### \n" * 10_000):
         assert not judge(gold, text).correct

@@ -14,17 +14,10 @@ from finback import cli
 from finback.config import UserError, as_json
 from finback.model.config import Yarn
 from finback.parallel.mesh import World
-from finback.recipe import Recipe, Stage, claim, cost, execute, load, overridden, summary
-from finback.run import (
-    Interrupted,
-    StageRun,
-    prepare_folder,
-    read_json,
-    read_lines,
-    spent,
-    write_json,
-    write_lines,
-)
+from finback.runs.files import read_json, read_lines, write_json, write_lines
+from finback.runs.folder import Interrupted, StageRun, prepare_folder
+from finback.runs.ledger import cost, spent
+from finback.runs.recipe import Recipe, Stage, claim, execute, load, overridden, summary
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.prepare import TaskText
 from finback.stages.pretrain import Probe
@@ -82,28 +75,32 @@ def refusal(text: str) -> Any:
 
 def test_the_quickstart_loads() -> None:
     plan = load(TINY_RECIPE)
-    assert plan.name == "tiny" and [s.name for s in plan.stages] == [
-        "prepare",
-        "base",
-        "before",
-        "zero",
-        "after",
-    ]
+    assert plan.name == "tiny" and [s.name for s in plan.stages] == ["prepare", "base", "before", "zero", "after"]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("Pretrain(name='base', data='p', model=TINY, mixture={}, max_token=5)", "Pretrain.max_token = {line}: no such field. Did you mean 'max_tokens'?"),
-        ("Evaluate(name='exam', start='p', exams=(), source=())", "Evaluate.source = {line}: no such field. Did you mean 'sources'?"),
-        ("Exam(name='greedy', task=Chains(), problem=5)", "Exam.problem = {line}: no such field. Did you mean 'problems'?"),
+        (
+            "Pretrain(name='base', data='p', model=TINY, mixture={}, max_token=5)",
+            "Pretrain.max_token = {line}: no such field. Did you mean 'max_tokens'?",
+        ),
+        (
+            "Evaluate(name='exam', start='p', exams=(), source=())",
+            "Evaluate.source = {line}: no such field. Did you mean 'sources'?",
+        ),
+        (
+            "Exam(name='greedy', task=Chains(), problem=5)",
+            "Exam.problem = {line}: no such field. Did you mean 'problems'?",
+        ),
         ("Chains(min_term=3)", "Chains.min_term = {line}: no such field. Did you mean 'min_terms'?"),
-        ("dataclasses.replace(TINY, hiden_size=64)", "ModelConfig.hiden_size = {line}: no such field. Did you mean 'hidden_size'?"),
+        (
+            "dataclasses.replace(TINY, hiden_size=64)",
+            "ModelConfig.hiden_size = {line}: no such field. Did you mean 'hidden_size'?",
+        ),
     ],
-)  # fmt: skip
-def test_an_unknown_field_is_named_with_its_line_and_its_neighbour(
-    line: str, message: str, tmp_path: Path
-) -> None:
+)
+def test_an_unknown_field_is_named_with_its_line_and_its_neighbour(line: str, message: str, tmp_path: Path) -> None:
     imports = (
         "import dataclasses\n"
         "from finback.model.config import TINY\n"
@@ -119,12 +116,21 @@ def test_an_unknown_field_is_named_with_its_line_and_its_neighbour(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ("name='prepare', vocab_size='1024'", "prepare.vocab_size = '1024': expected int, got str. Correct the value in the recipe."),
-        ("name='prepare', text=[]", "prepare.text = []: expected tuple[finback.data.sources.Chitchat | finback.data.sources.Files | finback.data.sources.Hub | finback.data.packaged.Packaged, ...], got list. Correct the value in the recipe."),
+        (
+            "name='prepare', vocab_size='1024'",
+            "prepare.vocab_size = '1024': expected int, got str. Correct the value in the recipe.",
+        ),
+        (
+            "name='prepare', text=[]",
+            "prepare.text = []: expected tuple[finback.data.sources.Chitchat | finback.data.sources.Files | finback.data.sources.Hub | finback.data.packaged.Packaged, ...], got list. Correct the value in the recipe.",
+        ),
         ("name='prepare'", "prepare.text = []: sources need distinct names, and one at least. Name them."),
-        ("name='Prepare me', text=(Chitchat(),)", "name = 'Prepare me': not a folder name. Use lower-case letters, digits, - and _."),
+        (
+            "name='Prepare me', text=(Chitchat(),)",
+            "name = 'Prepare me': not a folder name. Use lower-case letters, digits, - and _.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_value_of_the_wrong_type_is_refused(fields: str, message: str, tmp_path: Path) -> None:
     lines = "from finback.data.sources import Chitchat\nfrom finback.stages.prepare import Prepare\n"
     with refusal(message):
@@ -140,12 +146,10 @@ def test_a_value_of_the_wrong_type_is_refused(fields: str, message: str, tmp_pat
         ("def make():\n    return [steps]\nrecipe = make()\n", ", line 2': NameError: name 'steps' is not defined"),
         ("\n\nimport json\njson.loads('[')\n", ", line 4': JSONDecodeError: "),
     ],
-)  # fmt: skip
+)
 def test_a_recipe_that_fails_names_its_line(text: str, problem: str, tmp_path: Path) -> None:
     path = written(tmp_path, text)
-    with pytest.raises(
-        UserError, match=rf"^recipe = '{re.escape(f'{path}{problem}')}.*\. Correct the recipe"
-    ):
+    with pytest.raises(UserError, match=rf"^recipe = '{re.escape(f'{path}{problem}')}.*\. Correct the recipe"):
         load(path)
 
 
@@ -172,13 +176,25 @@ def test_a_missing_recipe_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("starts", "message"),
     [
-        ({"a": "b", "b": ""}, "a input = 'b': comes later in the recipe. A stage can only read earlier ones; reorder them."),
+        (
+            {"a": "b", "b": ""},
+            "a input = 'b': comes later in the recipe. A stage can only read earlier ones; reorder them.",
+        ),
         ({"a": "", "b": "b"}, "b input = 'b': is the stage itself. A stage can only read earlier ones; reorder them."),
-        ({"base": "", "b": "bass"}, "b input = 'bass': neither an earlier stage, the folder of a finished one nor a checkpoint. Did you mean 'base'?"),
-        ({"base": "", "b": "zzz"}, "b input = 'zzz': neither an earlier stage, the folder of a finished one nor a checkpoint. Known: base."),
-        ({"a": "base"}, "a input = 'base': neither an earlier stage, the folder of a finished one nor a checkpoint. It is the first stage."),
+        (
+            {"base": "", "b": "bass"},
+            "b input = 'bass': neither an earlier stage, the folder of a finished one nor a checkpoint. Did you mean 'base'?",
+        ),
+        (
+            {"base": "", "b": "zzz"},
+            "b input = 'zzz': neither an earlier stage, the folder of a finished one nor a checkpoint. Known: base.",
+        ),
+        (
+            {"a": "base"},
+            "a input = 'base': neither an earlier stage, the folder of a finished one nor a checkpoint. It is the first stage.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_stage_reads_only_earlier_ones(starts: dict[str, str], message: str) -> None:
     with refusal(message):
         recipe(*(Note(name=name, start=start) for name, start in starts.items()))
@@ -203,13 +219,8 @@ def test_a_stage_name_must_be_a_folder_name(name: str) -> None:
 
 def test_settings_change_knobs() -> None:
     plan = recipe(Note(name="a"), Note(name="b", start="a"))
-    changed = Recipe(
-        plan.name, overridden(plan.stages, ["b.steps=2e1", "a.words=x,y", "b.stop=true", "b.steps=30"])
-    )
-    assert changed.stages == (
-        Note(name="a", words=("x", "y")),
-        Note(name="b", start="a", steps=30, stop=True),
-    )
+    changed = Recipe(plan.name, overridden(plan.stages, ["b.steps=2e1", "a.words=x,y", "b.stop=true", "b.steps=30"]))
+    assert changed.stages == (Note(name="a", words=("x", "y")), Note(name="b", start="a", steps=30, stop=True))
     assert plan.stages[1] == Note(name="b", start="a")
     base = load(TINY_RECIPE, ["base.model.hidden_size=64", "zero.reward.form=0"]).stages
     assert base[1].model.hidden_size == 64 and base[3].reward.form == 0  # type: ignore[attr-defined]
@@ -229,14 +240,26 @@ def test_settings_change_knobs() -> None:
         ("zero.steps=five", "zero.steps = 'five': expected int. Write for example 100 or 2e6."),
         ("zero.steps=", "zero.steps = '': expected int. Write for example 100 or 2e6."),
         ("zero.reward.accurracy=1", "zero.reward.accurracy = '1': no such field. Did you mean 'accuracy'?"),
-        ("base.compute=fp64", "base.compute = 'fp64': expected one of auto, fp32, bf16, fp8. Known: auto, bf16, fp32, fp8."),
+        (
+            "base.compute=fp64",
+            "base.compute = 'fp64': expected one of auto, fp32, bf16, fp8. Known: auto, bf16, fp32, fp8.",
+        ),
         ("base.model.n_group=3", "model.n_group = 3: does not divide 8 experts. Use a divisor."),
-        ("base.data=bass", "base input = 'bass': neither an earlier stage, the folder of a finished one nor a checkpoint. Known: prepare."),
-        ("base.data=zero", "base input = 'zero': comes later in the recipe. A stage can only read earlier ones; reorder them."),
+        (
+            "base.data=bass",
+            "base input = 'bass': neither an earlier stage, the folder of a finished one nor a checkpoint. Known: prepare.",
+        ),
+        (
+            "base.data=zero",
+            "base input = 'zero': comes later in the recipe. A stage can only read earlier ones; reorder them.",
+        ),
         ("before.name=zero", "name = 'zero': two stages have this name. Rename one of them."),
-        ("prepare.tasks=chains", "prepare.tasks = 'chains': a TaskText cannot be given on the command line. Edit the recipe file."),
+        (
+            "prepare.tasks=chains",
+            "prepare.tasks = 'chains': a TaskText cannot be given on the command line. Edit the recipe file.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_settings_are_named(setting: str, message: str) -> None:
     with refusal(message):
         load(TINY_RECIPE, [setting])
@@ -244,9 +267,18 @@ def test_mistakes_in_settings_are_named(setting: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    ["base.rows=0", "base.length=0", "base.checkpoint_steps=0", "base.probe.every_tokens=0", "base.probe.problems=0",
-     "zero.prompts=0", "zero.group=0", "zero.checkpoint_steps=0", "zero.max_tokens=0"],
-)  # fmt: skip
+    [
+        "base.rows=0",
+        "base.length=0",
+        "base.checkpoint_steps=0",
+        "base.probe.every_tokens=0",
+        "base.probe.problems=0",
+        "zero.prompts=0",
+        "zero.group=0",
+        "zero.checkpoint_steps=0",
+        "zero.max_tokens=0",
+    ],
+)
 def test_numbers_that_no_run_survives_are_refused_before_it_starts(setting: str) -> None:
     """Each of these divides by zero or has nothing to do, some of them minutes into the run."""
     with pytest.raises(UserError, match=rf"^\S*{setting.split('=')[0].split('.')[-1]} = 0: .+\. .+\.$"):
@@ -264,17 +296,9 @@ def test_numbers_that_no_run_survives_are_refused_before_it_starts(setting: str)
     ],
 )
 def test_parts_of_stages_check_their_types_too(part: type, field: str, value: str) -> None:
-    given: dict[str, Any] = {
-        "task": Chains(),
-        "tasks": (Chains(),),
-        "name": "x",
-        "at_least": 0.5,
-        "documents": 5,
-    }
+    given: dict[str, Any] = {"task": Chains(), "tasks": (Chains(),), "name": "x", "at_least": 0.5, "documents": 5}
     fields = {f.name: given[f.name] for f in dataclasses.fields(part) if f.name in given} | {field: value}
-    with pytest.raises(
-        UserError, match=rf"\S+\.{field} = '{value}': expected (int|float), got str\. Correct"
-    ):
+    with pytest.raises(UserError, match=rf"\S+\.{field} = '{value}': expected (int|float), got str\. Correct"):
         part(**fields)
 
 
@@ -326,9 +350,7 @@ def test_a_folder_of_another_recipe_or_seed_is_refused(tmp_path: Path) -> None:
     with refusal(f"runs = '{tmp_path}': belongs to seed 0, this is 1. {remedy}"):
         claim(recipe(stage), tmp_path, 1)
     (tmp_path / "recipe.json").unlink()
-    with refusal(
-        f"runs = '{tmp_path}': holds stages of an unknown recipe. Choose another folder with --runs."
-    ):
+    with refusal(f"runs = '{tmp_path}': holds stages of an unknown recipe. Choose another folder with --runs."):
         claim(recipe(stage), tmp_path, 0)
 
 
@@ -377,10 +399,7 @@ def test_costs_add_up_by_hand(tmp_path: Path) -> None:
     assert total["energy_wh"] == 0.133 and total["money_usd"] == 0.00044
     assert total["basis"].startswith("estimate: 12 W per busy core, $0.04 per core-hour")
     empty = cost(tmp_path / "nothing")
-    assert (
-        empty["wall_seconds"] == empty["money_usd"] == empty["tokens_per_second"] == 0
-        and empty["mfu"] is None
-    )
+    assert empty["wall_seconds"] == empty["money_usd"] == empty["tokens_per_second"] == 0 and empty["mfu"] is None
 
 
 def test_a_summary_holds_what_is_finished(tmp_path: Path) -> None:
@@ -412,10 +431,7 @@ recipe = [Nothing(name="a"), Nothing(name="b")]
 
 @pytest.mark.parametrize("left", [None, ["a"]])
 def test_a_run_killed_before_its_summary_was_written_gets_one(
-    left: list[str] | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    left: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The last manifest is written before summary.json; a kill in between must leave nothing behind."""
     monkeypatch.delenv("RANK", raising=False)
@@ -457,9 +473,7 @@ def test_a_line_ends_only_at_a_newline(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text('{"recipe": "no')
-    with pytest.raises(
-        UserError, match=rf"^run folder = '{tmp_path}/recipe.json': damaged \(.*\)\. Delete it and run"
-    ):
+    with pytest.raises(UserError, match=rf"^run folder = '{tmp_path}/recipe.json': damaged \(.*\)\. Delete it and run"):
         claim(recipe(Note(name="a")), tmp_path, 0)
 
 
@@ -515,7 +529,7 @@ def test_what_resuming_needs_is_kept_until_the_stage_is_finished(
 
     plan = recipe(Saving(name="a"))
     with monkeypatch.context() as broken:
-        broken.setattr("finback.run.write_json", torn)
+        broken.setattr("finback.runs.folder.write_json", torn)
         with pytest.raises(OSError, match="No space left"):
             run_all(plan, tmp_path)
     scratch = {"step-00000002.safetensors", "step-00000003.safetensors.part", "part-00000000.json"}

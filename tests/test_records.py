@@ -86,9 +86,7 @@ def test_a_table_and_a_packed_file_hold_the_same_records(tmp_path: Path) -> None
         ("a.parquet.gz", b"", "not a kind of file"),
     ],
 )
-def test_bad_tables_and_packed_files_are_named(
-    name: str, content: bytes, message: str, tmp_path: Path
-) -> None:
+def test_bad_tables_and_packed_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read(str(tmp_path / name), "", "")
@@ -106,14 +104,9 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     task = Questions("hub:openai/gsm8k", subset="main", split="test")
     assert task.draw(random.Random(0)).answer == "72" and task.name == "gsm8k"
-    with pytest.raises(
-        UserError, match=r"the hub did not give subset '', split 'train': Couldn't reach .*file"
-    ):
+    with pytest.raises(UserError, match=r"the hub did not give subset '', split 'train': Couldn't reach .*file"):
         Questions("hub:openai/gsm8k").draw(random.Random(0))
-    assert asked == [
-        ("openai/gsm8k", "main", "test", None, None),
-        ("openai/gsm8k", None, "train", None, None),
-    ]
+    assert asked == [("openai/gsm8k", "main", "test", None, None), ("openai/gsm8k", None, "train", None, None)]
     read("hub:openai/gsm8k", "main", "test", revision="abc", files="test.jsonl")
     assert asked[-1] == ("openai/gsm8k", "main", "test", "abc", "test.jsonl")
     monkeypatch.setitem(sys.modules, "datasets", None)

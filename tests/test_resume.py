@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finback.run import read_lines
+from finback.runs.files import read_lines
 from tests.road import TRAINED, write_road
 from tests.toy import environment, finback, write_recipe
 
@@ -62,9 +62,13 @@ def steps_in(folder: Path) -> list[Path]:
 
 
 def kill_and_finish(
-    finished: Path, tmp_path: Path, moments: list[tuple[str, float]], tear: bool = False,
-    order: Sequence[str] = ("prepare", "base", "before", "zero", "after"), trained: Sequence[str] = ("base", "zero"),
-) -> int:  # fmt: skip
+    finished: Path,
+    tmp_path: Path,
+    moments: list[tuple[str, float]],
+    tear: bool = False,
+    order: Sequence[str] = ("prepare", "base", "before", "zero", "after"),
+    trained: Sequence[str] = ("base", "zero"),
+) -> int:
     """kill -9 the whole run at each moment, start it again each time, and compare; returns how often it was hit.
 
     `tear` waits for two checkpoints, cuts the newer one short after the kill, as a disk that lost power might, and
@@ -215,9 +219,9 @@ def refuse(*a, **k): raise AssertionError("a socket was opened")
 socket.socket.__init__ = refuse
 socket.create_connection = socket.getaddrinfo = refuse
 from pathlib import Path
-from finback import recipe as recipes
+from finback.runs import recipe as recipes
 from finback.parallel.mesh import World
-from finback.run import prepare_folder
+from finback.runs.folder import prepare_folder
 import torch
 torch.set_num_threads(1)
 plan = recipes.load(Path({str(recipe)!r}))
@@ -229,11 +233,7 @@ story.tell(root)
 talk.loop(root, 0, True, False, max_tokens=16)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment(),
-        input="1+2=?\nhello\n",
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], env=environment(), input="1+2=?\nhello\n", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert [turn["user"] for turn in json.loads(done.stdout)["dialogue"]] == ["1+2=?", "hello"]
@@ -241,16 +241,11 @@ talk.loop(root, 0, True, False, max_tokens=16)
 
 def test_two_ranks_need_only_loopback(finished: Path, tmp_path: Path) -> None:
     """In a network namespace that has nothing but lo, where the system lets us make one."""
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode
-    ):
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
         pytest.skip("this system does not let us make a network namespace")
     shutil.copy(finished / "words.txt", tmp_path), shutil.copy(finished / "toy.py", tmp_path)
     command = f"ip link set lo up && {sys.executable} -m finback run {tmp_path}/toy.py --runs {tmp_path}/runs --ranks 2"
-    done = subprocess.run(
-        ["unshare", "-rn", "sh", "-c", command], env=environment(), capture_output=True, text=True
-    )
+    done = subprocess.run(["unshare", "-rn", "sh", "-c", command], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
 

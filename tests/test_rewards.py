@@ -28,11 +28,7 @@ def earn(reward: Reward, task: Task, problem: Problem, text: str, tokens: int = 
 
 
 def test_a_right_answer_pays_most_and_junk_nothing() -> None:
-    assert [sum(Reward().parts(v, "", False, 5, 96).values()) for v in (RIGHT, WRONG, JUNK)] == [
-        1.0,
-        0.1,
-        0.0,
-    ]
+    assert [sum(Reward().parts(v, "", False, 5, 96).values()) for v in (RIGHT, WRONG, JUNK)] == [1.0, 0.1, 0.0]
 
 
 def test_parts_by_hand() -> None:
@@ -51,9 +47,7 @@ def test_language_is_paid_by_its_share() -> None:
     half = FULL.parts(RIGHT, ENGLISH + " " + CHINESE[:10], True, 25, 100)["language"]
     assert 0.15 < half < 0.25
     assert FULL.parts(RIGHT, CHINESE, True, 25, 100)["language"] == 0
-    assert Reward(language=0.3, target="zh").parts(RIGHT, CHINESE, True, 25, 100)[
-        "language"
-    ] == pytest.approx(0.3)
+    assert Reward(language=0.3, target="zh").parts(RIGHT, CHINESE, True, 25, 100)["language"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +124,7 @@ def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
     assert 0.65 < len(sums) / 400 < 0.85
     assert all(mixture.check(p, p.answer).correct for p in sums)
     talk = next(p for p in problems if not p.question.endswith("=?"))
-    assert (
-        mixture.check(talk, "I am well, thank you. And you?").correct and not mixture.check(talk, "7").correct
-    )
+    assert mixture.check(talk, "I am well, thank you. And you?").correct and not mixture.check(talk, "7").correct
     with pytest.raises(UserError, match=r"mixture\.weights"):
         Mixture((Chains(),), (1.0, 2.0))
     with pytest.raises(UserError, match=r"mixture\.tasks"):
@@ -144,12 +136,18 @@ def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
 @pytest.mark.parametrize(
     ("reply", "good"),
     [
-        ("I am doing great, how are you?", True), ("That’s funny! I have never been there.", True), ("7", False),
-        ("16 and 8 is 24, my friend", False), ("hi", False), ("yes yes yes yes yes yes", False),
-        ("Esmplet frust Agtla safled regended hSS", False), ("", False), ("well " * 50, False),
+        ("I am doing great, how are you?", True),
+        ("That’s funny! I have never been there.", True),
+        ("7", False),
+        ("16 and 8 is 24, my friend", False),
+        ("hi", False),
+        ("yes yes yes yes yes yes", False),
+        ("Esmplet frust Agtla safled regended hSS", False),
+        ("", False),
+        ("well " * 50, False),
         ("how are you today my friend?", False),
     ],
-)  # fmt: skip
+)
 def test_talk_knows_a_sentence_when_it_sees_one(reply: str, good: bool) -> None:
     """The last reply only repeats what was said."""
     problem = Problem("How are you today my friend?", "", "talk: how are you today my friend?")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from finback import recipe as recipes
 from finback.config import UserError
 from finback.data.chat import Response
-from finback.engine.sequence import Completion
+from finback.engine.request import Completion
 from finback.model.transformer import Transformer
 from finback.report import samples
-from finback.run import read_lines
+from finback.runs import recipe as recipes
+from finback.runs.files import read_lines
 from finback.stages.evaluate import Exam, mtp_acceptance
 from finback.stages.rollout import Rollout
 from finback.tasks.math import Chains
@@ -52,15 +52,9 @@ def test_results_say_what_was_learnt_from(walked: Path) -> None:
     for name in ("dev1", "distilled", "on-policy"):
         assert stages[name]["cost"]["tokens_trained"] == stages[name]["results"]["tokens"] > 0
     metrics = read_lines(walked / "runs/toy/dev2/metrics.jsonl")
-    assert {
-        "reward_accuracy",
-        "reward_language",
-        "entropy",
-        "kl",
-        "clip_share",
-        "expert_load",
-        "gap_max",
-    } <= metrics[0].keys()
+    assert {"reward_accuracy", "reward_language", "entropy", "kl", "clip_share", "expert_load", "gap_max"} <= metrics[
+        0
+    ].keys()
     assert all(m["gap_max"] <= 1e-4 for m in metrics) and all(m["answers"] >= 16 for m in metrics)
 
 
@@ -68,14 +62,7 @@ def test_samples_are_shown_with_what_they_earned(walked: Path) -> None:
     run = walked / "runs/toy"
     shown = finback("show", run, "--samples", "--count", 1)
     assert shown.returncode == 0, shown.stderr
-    for words in (
-        "zero, step 1:",
-        "zero, step 6:",
-        "dev2, step 4:",
-        "advantage",
-        "earned",
-        "before and after",
-    ):
+    for words in ("zero, step 1:", "zero, step 6:", "dev2, step 4:", "advantage", "earned", "before and after"):
         assert words in shown.stdout
     one = finback("show", run, "--samples", "--stage", "dev2", "--step", 2, "--json")
     records = json.loads(one.stdout)["samples"]
@@ -119,14 +106,12 @@ def test_a_task_of_ones_own_is_forty_lines_and_runs(walked: Path, tmp_path: Path
     source = (ROOT / "recipes/your_task.py").read_text()
     assert len(source.splitlines()) <= 40
     words = ("cat", "dog", "tree", "sun", "rain")
-    lines = [
-        json.dumps({"question": f"{a} {b}", "answer": f"{a[::-1]} {b[::-1]}"}) for a in words for b in words
-    ] + [json.dumps({"question": f"{a} {b} {c}", "answer": "x"}) for a in words for b in words for c in words]
+    lines = [json.dumps({"question": f"{a} {b}", "answer": f"{a[::-1]} {b[::-1]}"}) for a in words for b in words] + [
+        json.dumps({"question": f"{a} {b} {c}", "answer": "x"}) for a in words for b in words for c in words
+    ]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
     recipe = tmp_path / "your_task.py"
-    recipe.write_text(
-        source.replace("problems=20", "problems=8").replace("steps=50, prompts=16", "steps=2, prompts=4")
-    )
+    recipe.write_text(source.replace("problems=20", "problems=8").replace("steps=50, prompts=16", "steps=2, prompts=4"))
     base = walked / "runs/toy/base"
     settings = [x for stage in ("rl", "before") for x in ("--set", f"{stage}.start={base}")]
     done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 1, *settings)

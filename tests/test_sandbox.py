@@ -44,9 +44,7 @@ def test_a_program_reads_stdin_and_writes_both_streams(sandbox: Sandbox) -> None
 
 
 def test_the_standard_library_is_there_and_nothing_else(sandbox: Sandbox) -> None:
-    modules = (
-        "asyncio collections ctypes dataclasses decimal heapq itertools json math numpy re sqlite3 statistics"
-    )
+    modules = "asyncio collections ctypes dataclasses decimal heapq itertools json math numpy re sqlite3 statistics"
     text = f"for name in {modules.split()}:\n    try:\n        __import__(name)\n    except ImportError:\n        print(name)\n"
     more = "import asyncio\nasyncio.run(asyncio.sleep(0))\n'x'.encode('idna')\nopen('mine', 'w').write('kept')\nprint(open('mine').read())"
     seen = sandbox.run(text + more)
@@ -103,14 +101,7 @@ def test_many_threads_share_a_sandbox_and_leak_nothing(sandbox: Sandbox) -> None
 
 def test_bubblewrap_shows_neither_files_nor_network_nor_processes(bubble: Sandbox, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
-    paths = [
-        str(tmp_path / "secret"),
-        "/etc/passwd",
-        "/proc/1/cmdline",
-        "/sys",
-        "/bin/sh",
-        str(Path.home() / ".ssh"),
-    ]
+    paths = [str(tmp_path / "secret"), "/etc/passwd", "/proc/1/cmdline", "/sys", "/bin/sh", str(Path.home() / ".ssh")]
     text = f"import os\nprint([p for p in {paths} if os.path.exists(p)], os.getpid(), os.getuid(), os.uname().nodename)"
     assert bubble.run(text).stdout == "[] 1 65534 sandbox\n"
     # Even without the filter of calls there would be no way out: the namespace has no interface that is up.
@@ -154,7 +145,7 @@ def test_without_bubblewrap_it_says_once_that_this_is_no_boundary(
 def test_a_sandbox_that_does_not_start_is_our_fault_not_the_programs(
     bubble: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finback.tasks.place.bubblewrap", lambda: "/bin/false")
+    monkeypatch.setattr("finback.tasks.isolation.bubblewrap", lambda: "/bin/false")
     with pytest.raises(RuntimeError, match="no start"):
         bubble.run("print(1)")
 
@@ -166,7 +157,7 @@ def test_a_sandbox_that_does_not_start_is_our_fault_not_the_programs(
         (lambda: Limits(memory="1"), "limits.memory = '1': expected int, got str. Correct the value in the recipe."),
         (lambda: Sandbox("jail"), "sandbox.isolation = 'jail': no such form. Known: bubblewrap, monty, rlimits."),  # type: ignore[arg-type]
     ],
-)  # fmt: skip
+)
 def test_impossible_settings_name_the_field(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         make()

@@ -8,18 +8,7 @@ import httpx
 import pytest
 
 from finback.serve.auth import digests
-from tests.serving import (
-    CHAT,
-    HELLO,
-    KEY,
-    OTHER,
-    Scripted,
-    served,
-    small_tokenizer,
-    streamed,
-    summed,
-    wait_for,
-)
+from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, served, small_tokenizer, streamed, summed, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +39,7 @@ def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:
 
 def test_a_reply_has_openais_envelope(client: httpx.Client) -> None:
     reply = ask(client, model="toy")
-    assert (
-        reply["object"] == "chat.completion"
-        and reply["model"] == "toy"
-        and reply["id"].startswith("chatcmpl-")
-    )
+    assert reply["object"] == "chat.completion" and reply["model"] == "toy" and reply["id"].startswith("chatcmpl-")
     (choice,) = reply["choices"]
     assert choice["index"] == 0 and choice["message"]["role"] == "assistant"
     assert choice["finish_reason"] in ("stop", "length")
@@ -68,12 +53,7 @@ def test_a_reply_has_openais_envelope(client: httpx.Client) -> None:
 
 
 def test_a_stream_says_what_a_reply_says(client: httpx.Client) -> None:
-    for extra in (
-        {},
-        {"temperature": 0},
-        {"thinking": {"type": "enabled"}},
-        {"logprobs": True, "top_logprobs": 3},
-    ):
+    for extra in ({}, {"temperature": 0}, {"thinking": {"type": "enabled"}}, {"logprobs": True, "top_logprobs": 3}):
         whole = ask(client, **extra)["choices"][0]
         message = summed(streamed(client, **HELLO | extra))
         assert {**whole["message"], "finish_reason": whole["finish_reason"]} == message
@@ -96,8 +76,7 @@ def test_usage_comes_in_a_chunk_of_its_own_if_asked_for(client: httpx.Client) ->
     *chunks, last, done = streamed(client, **HELLO, stream_options={"include_usage": True})
     assert done == "[DONE]" and last["choices"] == [] and all(c["usage"] is None for c in chunks)
     assert last["usage"] == ask(client)["usage"] | {
-        n: last["usage"][n]
-        for n in ("prompt_cache_hit_tokens", "prompt_cache_miss_tokens", "prompt_tokens_details")
+        n: last["usage"][n] for n in ("prompt_cache_hit_tokens", "prompt_cache_miss_tokens", "prompt_tokens_details")
     }
 
 
@@ -116,9 +95,7 @@ def test_several_choices_are_those_of_single_requests(client: httpx.Client, engi
 
 
 def test_the_same_seed_says_the_same(client: httpx.Client) -> None:
-    texts = [
-        ask(client, seed=s, max_tokens=16)["choices"][0]["message"]["content"] for s in (5, 5, -5, 2**80, 6)
-    ]
+    texts = [ask(client, seed=s, max_tokens=16)["choices"][0]["message"]["content"] for s in (5, 5, -5, 2**80, 6)]
     assert texts[0] == texts[1] and len(set(texts)) > 1
 
 
@@ -148,10 +125,22 @@ def test_logprobs_have_openais_shape(client: httpx.Client, engine: Scripted) -> 
 
 def test_sampling_fields_reach_the_engine(client: httpx.Client, engine: Scripted) -> None:
     ask(
-        client, temperature=0.5, top_p=0.9, top_k=7, min_p=0.01, frequency_penalty=0.3, presence_penalty=-0.2,
-        repetition_penalty=1.1, logit_bias={"5": -100}, stop_token_ids=[9], ignore_eos=True, user="me",
-        max_completion_tokens=5, max_tokens=9, nonsense={"is": "ignored"},
-    )  # fmt: skip
+        client,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=7,
+        min_p=0.01,
+        frequency_penalty=0.3,
+        presence_penalty=-0.2,
+        repetition_penalty=1.1,
+        logit_bias={"5": -100},
+        stop_token_ids=[9],
+        ignore_eos=True,
+        user="me",
+        max_completion_tokens=5,
+        max_tokens=9,
+        nonsense={"is": "ignored"},
+    )
     s = engine.seen[0].sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty) == (0.5, 0.9, 7, 0.01, 1.1)
     assert (s.frequency_penalty, s.presence_penalty, s.logit_bias) == (0.3, -0.2, ((5, -100.0),))
@@ -167,10 +156,7 @@ def test_the_answer_may_fill_the_window(client: httpx.Client, engine: Scripted) 
 
 def test_an_answer_can_be_begun_for_the_model(client: httpx.Client, engine: Scripted) -> None:
     engine.script = " nine"
-    messages = [
-        {"role": "user", "content": "4+5?"},
-        {"role": "assistant", "content": "It is", "prefix": True},
-    ]
+    messages = [{"role": "user", "content": "4+5?"}, {"role": "assistant", "content": "It is", "prefix": True}]
     assert ask(client, messages=messages)["choices"][0]["message"]["content"].strip() == "nine"
     words = small_tokenizer()
     assert words.decode(engine.seen[0].prompt).endswith("It is")
@@ -194,11 +180,7 @@ def test_keys_and_users_do_not_share_a_cache() -> None:
 
         assert cached(KEY) == 0 and cached(KEY) > 0
         assert cached(OTHER) == 0 and cached(OTHER) > 0
-        assert (
-            cached(KEY, user_id="one") == 0
-            and cached(KEY, user_id="two") == 0
-            and cached(KEY, user_id="one") > 0
-        )
+        assert cached(KEY, user_id="one") == 0 and cached(KEY, user_id="two") == 0 and cached(KEY, user_id="one") > 0
 
 
 def test_many_streams_at_once(client: httpx.Client, engine: Scripted) -> None:

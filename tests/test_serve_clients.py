@@ -46,10 +46,18 @@ metric_list: [{metric: acc}]
 def run(code: str, *arguments: object) -> str:
     """The last line that a program prints in the clients' environment."""
     done = subprocess.run(
-        [str(PYTHON), "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300,
-        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": KEY,
-             "HOME": str(Path(str(arguments[1])))},
-    )  # fmt: skip
+        [str(PYTHON), "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "OPENAI_API_KEY": KEY,
+            "HOME": str(Path(str(arguments[1]))),
+        },
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 
@@ -109,6 +117,9 @@ def test_llm(options: list[str], tmp_path: Path) -> None:
         (tmp_path / "keys.json").write_text(json.dumps({"finback": KEY}), encoding="utf-8")
         done = subprocess.run(
             [str(PYTHON), "-m", "llm", "-m", "finback", "Hello", "-o", "max_tokens", "12", "-n", *options],
-            capture_output=True, text=True, timeout=120, env={"PATH": "/usr/bin:/bin", "LLM_USER_PATH": str(tmp_path)},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={"PATH": "/usr/bin:/bin", "LLM_USER_PATH": str(tmp_path)},
+        )
     assert done.stdout.strip() == "yes", done.stderr[-2000:]

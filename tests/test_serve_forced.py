@@ -17,9 +17,11 @@ from tests.test_dialogue import END_CALL, QWEN3, R1, TOOL_MARKS, V31
 
 ODD = "</tool_call>" + END_CALL  # marks that are only a text
 PLACE = {
-    "type": "object", "required": ["n", "at"], "additionalProperties": False,
+    "type": "object",
+    "required": ["n", "at"],
+    "additionalProperties": False,
     "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}, "at": {"enum": ["sea", ODD]}},
-}  # fmt: skip
+}
 TOOLS = [
     {"type": "function", "function": {"name": "place", "description": "Place // it.", "parameters": PLACE}},
     {"type": "function", "function": {"name": "function"}},
@@ -44,9 +46,7 @@ def words(template: str | None, marks: tuple[str, ...], folder: Path) -> Tokeniz
     """The small tokenizer with these marks and this template."""
     state = json.loads(small_tokenizer().as_json())
     last = state["added_tokens"][-1]
-    state["added_tokens"] += [
-        {**last, "id": last["id"] + 1 + i, "content": mark} for i, mark in enumerate(marks)
-    ]
+    state["added_tokens"] += [{**last, "id": last["id"] + 1 + i, "content": mark} for i, mark in enumerate(marks)]
     (folder / "tokenizer.json").write_text(json.dumps(state))
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
@@ -189,11 +189,7 @@ def test_one_call_at_most_also_where_none_is_demanded(client: httpx.Client, engi
 
 def test_arguments_are_objects_whatever_a_schema_leaves_open(client: httpx.Client) -> None:
     tight = {"maxProperties": 0}
-    for parameters in (
-        tight,
-        {"$ref": "#/$defs/a", "$defs": {"a": tight}},
-        {"type": ["null", "object"]} | tight,
-    ):
+    for parameters in (tight, {"$ref": "#/$defs/a", "$defs": {"a": tight}}, {"type": ["null", "object"]} | tight):
         tools = [{"type": "function", "function": {"name": "ARGUMENTS", "parameters": parameters}}]
         choice = ask(client, tools=tools)
         assert {call["function"]["name"] for call in choice["message"]["tool_calls"]} == {"ARGUMENTS"}

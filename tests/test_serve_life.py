@@ -23,7 +23,7 @@ from tests.serving import (
     streamed,
     summed,
     wait_for,
-)  # fmt: skip
+)
 
 LONG = HELLO | {"max_tokens": 800, "ignore_eos": True}
 
@@ -47,9 +47,7 @@ def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
         connection.sendall(http(LONG | {"stream": stream, "n": 2}))
         wait_for(lambda: engine.running == 2 and all(s.tokens for s in engine.seen))
         connection.close()
-        assert (
-            wait_for(lambda: not engine.busy) < 0.2 + 0.3
-        )  # the second for machines that do other things too
+        assert wait_for(lambda: not engine.busy) < 0.2 + 0.3  # the second for machines that do other things too
         assert engine.leaked == 0 and {s.finish for s in engine.seen} == {"cancelled"}
         wait_for(lambda: "finback_cancelled_total 2" in client.get("/metrics").text)
         assert client.app.state.service.running == {}  # type: ignore[attr-defined]
@@ -71,9 +69,12 @@ def cut(client: httpx.Client, rounds: int) -> None:
     choose = random.Random(0)
     for _ in range(rounds):
         request = HELLO | {
-            "stream": choose.random() < 0.7, "n": choose.choice((1, 1, 3)), "max_tokens": 40, "seed": choose.randrange(99),
+            "stream": choose.random() < 0.7,
+            "n": choose.choice((1, 1, 3)),
+            "max_tokens": 40,
+            "seed": choose.randrange(99),
             "messages": [{"role": "user", "content": "Sing " * choose.choice((1, 50))}],
-        }  # fmt: skip
+        }
         sent = http(request)
         with connect(client) as connection:
             if choose.random() < 0.2:
@@ -96,9 +97,7 @@ def test_random_cuts_leave_nothing_behind(rounds: int) -> None:
             worker.join()
         service = client.app.state.service  # type: ignore[attr-defined]
         wait_for(lambda: not engine.busy and service.requests == 0)
-        assert (
-            engine.leaked == 0 and service.open == 0 and service.running == {} and not service.worker._watched
-        )
+        assert engine.leaked == 0 and service.open == 0 and service.running == {} and not service.worker._watched
         assert summed(streamed(client, **HELLO))["content"]
         assert 'status="500"' not in client.get("/metrics").text
 
@@ -225,10 +224,7 @@ def test_a_folder_can_be_served(tmp_path: Path) -> None:
     models.save(tmp_path, small_model(256))
     small_tokenizer().save(tmp_path)
     engine, tokenizer = server.load(tmp_path, 4, None, 64, True, True)
-    assert (
-        engine.pages.count * engine.pages.size >= 1024
-        and tokenizer.vocab_size == small_tokenizer().vocab_size
-    )
+    assert engine.pages.count * engine.pages.size >= 1024 and tokenizer.vocab_size == small_tokenizer().vocab_size
     with served(engine) as client:
         assert client.get("/v1/models/toy").json()["max_model_len"] == 256
         assert client.post(CHAT, json=HELLO).status_code == 200

@@ -55,10 +55,7 @@ WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "no role": ({"messages": [{"content": "x"}]}, "messages[0].role"),
     "an unknown role": ({"messages": [{"role": "god", "content": "x"}]}, "messages[0].role"),
     "no content": ({"messages": [{"role": "user"}]}, "messages[0]"),
-    "an image": (
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0]",
-    ),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0]"),
     "a list too long": ({"messages": [MESSAGE] * 4097}, "messages"),
     "a text for a number": ({"temperature": "1"}, "temperature"),
     "a truth value for a number": ({"max_tokens": True}, "max_tokens"),
@@ -95,20 +92,14 @@ WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
     "a negative budget": ({"thinking_budget": -1}, "thinking_budget"),
     "an unknown tool_choice": ({"tools": [tool()], "tool_choice": "any"}, "tool_choice"),
     "a call of nothing": ({"tools": [tool()], "tool_choice": {"type": "function"}}, "tool_choice"),
-    "a call of another kind": (
-        {"tools": [tool()], "tool_choice": named("f") | {"type": "custom"}},
-        "tool_choice",
-    ),
+    "a call of another kind": ({"tools": [tool()], "tool_choice": named("f") | {"type": "custom"}}, "tool_choice"),
     "a call of no function": ({"tools": [tool()], "tool_choice": named("g")}, "tool_choice.function.name"),
     "a call without tools": ({"tool_choice": "required"}, "tool_choice"),
     "a named call without tools": ({"tools": [], "tool_choice": named("f")}, "tool_choice"),
     "a number for parallel_tool_calls": ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
     "arguments that are no object": (call({"type": "string"}), "tools[1].function.parameters"),
     "arguments of no type": (call({"type": {}}), "tools[1].function.parameters"),
-    "arguments that are none": (
-        call({"properties": {"a": {"type": "whale"}}}),
-        "tools[1].function.parameters",
-    ),
+    "arguments that are none": (call({"properties": {"a": {"type": "whale"}}}), "tools[1].function.parameters"),
     "arguments that refer to nothing": (call({"$ref": "#/$defs/none"}), "tools[1].function.parameters"),
     "arguments too deep": (call(nested(33, {})), "tools[1].function.parameters"),
     "arguments too long": (call({"description": "x" * 65_536}), "tools[1].function.parameters"),
@@ -157,10 +148,21 @@ def test_a_wrong_request_is_refused_at_once(client: httpx.Client, name: str) -> 
 @pytest.mark.parametrize(
     "body",
     [
-        b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b'{"messages": NaN}', b'{"seed": Infinity}',
-        b'{"seed": ' + b"9" * 5000 + b"}", b"\xef\xbb\xbf{}", b'{"temperature": 1e999}', b"{'a': 1}",
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"1",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"messages": NaN}',
+        b'{"seed": Infinity}',
+        b'{"seed": ' + b"9" * 5000 + b"}",
+        b"\xef\xbb\xbf{}",
+        b'{"temperature": 1e999}',
+        b"{'a': 1}",
     ],
-)  # fmt: skip
+)
 def test_a_body_that_is_no_json_object_is_refused(client: httpx.Client, body: bytes) -> None:
     response = client.post(CHAT, content=body)
     assert response.status_code == 400 and response.json()["error"]["message"]
@@ -182,11 +184,24 @@ def test_a_schema_that_takes_hours_stops_nobody(client: httpx.Client) -> None:
 
 def test_limits_hold_at_the_limit_and_beyond(client: httpx.Client) -> None:
     fine = (
-        {"n": 8}, {"temperature": 2}, {"stop": ["x" * 256] * 16}, {"logprobs": True, "top_logprobs": 20},
-        {"tools": []}, {"tools": [tool(name="a" * 64)], "tool_choice": "none"}, {"top_k": -1}, {"seed": 10**40},
-        {"logit_bias": {"1": 100, "2": -100}}, {"a": nested(199)}, {"user": None, "stop": None, "tools": None},
-        {"messages": [{"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, MESSAGE]},
-    )  # fmt: skip
+        {"n": 8},
+        {"temperature": 2},
+        {"stop": ["x" * 256] * 16},
+        {"logprobs": True, "top_logprobs": 20},
+        {"tools": []},
+        {"tools": [tool(name="a" * 64)], "tool_choice": "none"},
+        {"top_k": -1},
+        {"seed": 10**40},
+        {"logit_bias": {"1": 100, "2": -100}},
+        {"a": nested(199)},
+        {"user": None, "stop": None, "tools": None},
+        {
+            "messages": [
+                {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                MESSAGE,
+            ]
+        },
+    )
     for request in fine:
         response = client.post(CHAT, json=HELLO | {"max_tokens": 2} | request)
         assert response.status_code == 200, (request, response.text)
@@ -200,18 +215,21 @@ def test_a_prompt_beyond_the_window_names_the_window(client: httpx.Client) -> No
         ("/v1/completions", {"prompt": [5] * 2000, "max_tokens": 49}),
     ):
         error = client.post(path, json=request).json()["error"]
-        assert (
-            "maximum context length is 2048" in error["message"]
-            and error["code"] == "context_length_exceeded"
-        )
+        assert "maximum context length is 2048" in error["message"] and error["code"] == "context_length_exceeded"
 
 
 def test_the_frameworks_own_refusals_have_the_same_shape(client: httpx.Client) -> None:
     for method, path, status in (
-        ("GET", "/nothing", 404), ("GET", CHAT, 405), ("DELETE", "/v1/models", 405), ("POST", "/v1/models/", 405),
-        ("GET", "/v1/models/", 404), ("GET", "/v1/models/other", 404), ("POST", f"{CHAT}/x/control", 400),
-        ("GET", "/v1", 404), ("OPTIONS", CHAT, 405),
-    ):  # fmt: skip
+        ("GET", "/nothing", 404),
+        ("GET", CHAT, 405),
+        ("DELETE", "/v1/models", 405),
+        ("POST", "/v1/models/", 405),
+        ("GET", "/v1/models/", 404),
+        ("GET", "/v1/models/other", 404),
+        ("POST", f"{CHAT}/x/control", 400),
+        ("GET", "/v1", 404),
+        ("OPTIONS", CHAT, 405),
+    ):
         response = client.request(method, path)
         assert response.status_code == status, (method, path, response.text)
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
@@ -225,9 +243,7 @@ def test_models_have_names(client: httpx.Client) -> None:
         assert client.get(f"{prefix}/models/alias/of-toy").json()["max_model_len"] == 2048
         for name in ("toy", "alias/of-toy", None):
             assert client.post(f"{prefix}/chat/completions", json=HELLO | {"model": name}).status_code == 200
-            assert client.post(
-                f"{prefix}/completions", json={"prompt": "a", "max_tokens": 1, "model": name}
-            ).is_success
+            assert client.post(f"{prefix}/completions", json={"prompt": "a", "max_tokens": 1, "model": name}).is_success
     for name in ("gpt-4", "", "toy "):
         response = client.post(CHAT, json=HELLO | {"model": name})
         assert response.status_code == 404 and response.json()["error"]["param"] == "model"
@@ -265,12 +281,7 @@ def test_what_is_not_http_is_refused_in_the_same_shape(client: httpx.Client) -> 
     for sent, status in (
         (b"nonsense\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + close + b"a: " + b"x" * 20_000 + b"\r\n\r\n", 431),
-        (
-            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
-            + close
-            + b"content-length: 99999999999\r\n\r\n",
-            413,
-        ),
+        (b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n" + close + b"content-length: 99999999999\r\n\r\n", 413),
         (b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n", 400),
         (b"GET /v1/models/%ff%00 HTTP/1.1\r\nhost: localhost\r\n" + close + b"\r\n", 404),
     ):

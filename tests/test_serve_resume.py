@@ -11,11 +11,7 @@ from finback.serve.auth import digests
 from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, events, served, streamed, summed, wait_for
 
 TEXT = " ".join(map(str, range(40)))
-ASK = HELLO | {
-    "max_tokens": 400,
-    "stream": True,
-    "stream_options": {"include_usage": True, "resumable": True},
-}
+ASK = HELLO | {"max_tokens": 400, "stream": True, "stream_options": {"include_usage": True, "resumable": True}}
 
 
 def numbered(lines: Any, most: int = 10**9) -> list[tuple[int, Any]]:
@@ -132,8 +128,10 @@ def test_only_its_owner_reads_on() -> None:
     with served(Scripted(TEXT, pace=0.005), keys=digests([KEY, OTHER])) as client:
         ident = begun(client, 2)[0][1]["id"]
         other = {"authorization": f"Bearer {OTHER}"}
-        for action in (lambda: client.get(f"{CHAT}/{ident}/stream", headers=other),
-                       lambda: client.post(f"{CHAT}/{ident}/control", headers=other, json={"action": "stop"})):  # fmt: skip
+        for action in (
+            lambda: client.get(f"{CHAT}/{ident}/stream", headers=other),
+            lambda: client.post(f"{CHAT}/{ident}/control", headers=other, json={"action": "stop"}),
+        ):
             assert action().status_code == 404
         for wrong in ("x", "-1", "1e3", "²", "9" * 20):
             assert client.get(f"{CHAT}/{ident}/stream", params={"after": wrong}).status_code == 400, wrong
@@ -144,10 +142,7 @@ def test_only_its_owner_reads_on() -> None:
 def test_what_is_refused_is_refused_as_ever() -> None:
     with served(Scripted(TEXT, rows=1, pace=0.02), queue=0) as client:
         assert client.post(CHAT, json=ASK | {"top_p": 5}).status_code == 400
-        assert (
-            client.post(CHAT, json=ASK | {"max_tokens": 10**6}).json()["error"]["code"]
-            == "context_length_exceeded"
-        )
+        assert client.post(CHAT, json=ASK | {"max_tokens": 10**6}).json()["error"]["code"] == "context_length_exceeded"
         ident = begun(client, 2)[0][1]["id"]  # it holds the only place, though its client has left
         assert client.post(CHAT, json=ASK).status_code == 503
         client.post(f"{CHAT}/{ident}/control", json={"action": "stop"})

@@ -14,7 +14,7 @@ from finback.config import UserError
 from finback.serve import auth, server
 from finback.serve.auth import Quota, demand_safety, digests, owner_of
 from finback.serve.errors import ApiError
-from finback.serve.gate import OPEN
+from finback.serve.middleware import OPEN
 from finback.serve.options import Options
 from finback.serve.server import build
 from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, served, small_tokenizer, wait_for
@@ -36,22 +36,26 @@ def test_every_route_but_health_needs_a_key() -> None:
             assert client.get(path).status_code == 401, path
         refused = client.post(CHAT, json=HELLO)
         assert refused.json()["error"]["type"] == "authentication_error"
-        assert (
-            refused.headers["www-authenticate"] == "Bearer" and refused.headers["x-should-retry"] == "false"
-        )
+        assert refused.headers["www-authenticate"] == "Bearer" and refused.headers["x-should-retry"] == "false"
         assert not engine.seen
 
 
 @pytest.mark.parametrize(
     ("header", "value", "status"),
     [
-        ("authorization", f"Bearer {KEY}", 200), ("authorization", f"bearer  {OTHER} ", 200), ("x-api-key", KEY, 200),
-        ("authorization", KEY, 401), ("authorization", f"Basic {KEY}", 401), ("authorization", "Bearer ", 401),
-        ("authorization", f"Bearer {KEY}x", 401), ("authorization", f"Bearer {KEY[:-1]}", 401),
-        ("x-api-key", "", 401), ("x-api-key", "schlüssel-mit-umlaut", 401),
+        ("authorization", f"Bearer {KEY}", 200),
+        ("authorization", f"bearer  {OTHER} ", 200),
+        ("x-api-key", KEY, 200),
+        ("authorization", KEY, 401),
+        ("authorization", f"Basic {KEY}", 401),
+        ("authorization", "Bearer ", 401),
+        ("authorization", f"Bearer {KEY}x", 401),
+        ("authorization", f"Bearer {KEY[:-1]}", 401),
+        ("x-api-key", "", 401),
+        ("x-api-key", "schlüssel-mit-umlaut", 401),
         ("authorization", f"Bearer {hashlib.sha256(KEY.encode()).hexdigest()}", 401),
     ],
-)  # fmt: skip
+)
 def test_only_the_key_opens(header: str, value: str, status: int) -> None:
     keys = digests([KEY, OTHER])
     owner = owner_of([(header.encode(), value.encode())], keys)
@@ -95,13 +99,23 @@ def test_a_port_that_is_taken_is_a_users_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "host", "status"),
     [
-        ({}, "localhost", 200), ({}, "LOCALHOST:8000", 200), ({}, "127.0.0.1:1", 200), ({}, "[::1]:8000", 200),
-        ({}, "evil.example", 403), ({}, "localhost.evil.example", 403), ({}, "192.168.0.7", 403), ({}, "", 403),
-        ({}, "localhost@evil.example", 403), ({}, "[", 403), ({"hosts": ("ai.example",)}, "ai.example:443", 200),
-        ({"hosts": ("*",)}, "anything.example", 200), ({"host": "0.0.0.0"}, "192.168.0.7:8000", 200),
-        ({"host": "0.0.0.0"}, "evil.example", 403), ({"host": "box.lan"}, "box.lan", 200),
+        ({}, "localhost", 200),
+        ({}, "LOCALHOST:8000", 200),
+        ({}, "127.0.0.1:1", 200),
+        ({}, "[::1]:8000", 200),
+        ({}, "evil.example", 403),
+        ({}, "localhost.evil.example", 403),
+        ({}, "192.168.0.7", 403),
+        ({}, "", 403),
+        ({}, "localhost@evil.example", 403),
+        ({}, "[", 403),
+        ({"hosts": ("ai.example",)}, "ai.example:443", 200),
+        ({"hosts": ("*",)}, "anything.example", 200),
+        ({"host": "0.0.0.0"}, "192.168.0.7:8000", 200),
+        ({"host": "0.0.0.0"}, "evil.example", 403),
+        ({"host": "box.lan"}, "box.lan", 200),
     ],
-)  # fmt: skip
+)
 def test_the_host_must_be_the_servers(options: dict[str, Any], host: str, status: int) -> None:
     with served(Scripted(), **options) as client:
         response = client.get("/health", headers={"host": host})
@@ -113,19 +127,22 @@ def test_other_sites_may_not_ask() -> None:
     with served(Scripted(), origins=("https://chat.example",)) as client:
         own = f"http://{client.base_url.host}:{client.base_url.port}"
         for origin, status in (
-            (own, 200), ("https://chat.example", 200), ("https://evil.example", 403), ("null", 403), ("", 403),
-            ("http://127.0.0.1", 403), ("file://", 403), ("https://chat.example.evil.example", 403),
-        ):  # fmt: skip
+            (own, 200),
+            ("https://chat.example", 200),
+            ("https://evil.example", 403),
+            ("null", 403),
+            ("", 403),
+            ("http://127.0.0.1", 403),
+            ("file://", 403),
+            ("https://chat.example.evil.example", 403),
+        ):
             response = client.post(CHAT, json=HELLO | {"max_tokens": 1}, headers={"origin": origin})
             assert response.status_code == status, origin
             allowed = response.headers.get("access-control-allow-origin")
             assert allowed == (origin if origin == "https://chat.example" else None)
         asked = {"origin": "https://chat.example", "access-control-request-method": "POST"}
         preflight = client.options(CHAT, headers=asked)
-        assert (
-            preflight.status_code == 204
-            and "authorization" in preflight.headers["access-control-allow-headers"]
-        )
+        assert preflight.status_code == 204 and "authorization" in preflight.headers["access-control-allow-headers"]
         assert client.options(CHAT, headers=asked | {"origin": "https://evil.example"}).status_code == 403
     with served(Scripted(), keys=digests([KEY])) as client:
         assert "access-control-allow-origin" not in client.get("/health").headers
@@ -171,10 +188,7 @@ def test_too_much_is_refused_at_once_and_with_a_time_to_return() -> None:
             streams.pop().__exit__(None, None, None)
             wait_for(lambda: client.app.state.service.open == 2)  # type: ignore[attr-defined]
             response = client.post(CHAT, json=HELLO, headers=keys[KEY])
-            assert (
-                response.status_code == 429
-                and response.json()["error"]["code"] == "concurrency_limit_exceeded"
-            )
+            assert response.status_code == 429 and response.json()["error"]["code"] == "concurrency_limit_exceeded"
             assert int(response.headers["retry-after"]) > 0 and "x-should-retry" not in response.headers
             assert client.post(CHAT, json=HELLO | {"n": 2}, headers=keys[OTHER]).status_code == 503
             assert client.post(CHAT, json=HELLO | {"n": 4}, headers=keys[OTHER]).status_code == 400
@@ -204,13 +218,7 @@ def test_logs_hold_no_words_of_anybody(caplog: pytest.LogCaptureFixture) -> None
 
 def test_the_salt_is_the_keys_and_the_users() -> None:
     one, two = digests([KEY, OTHER])
-    salts = [
-        auth.salt(b"", None),
-        auth.salt(one, None),
-        auth.salt(two, None),
-        auth.salt(one, "a"),
-        auth.salt(one, "b"),
-    ]
+    salts = [auth.salt(b"", None), auth.salt(one, None), auth.salt(two, None), auth.salt(one, "a"), auth.salt(one, "b")]
     assert salts[0] == b"" and len(set(salts)) == 5 and all(len(s) <= 64 for s in salts)
 
 

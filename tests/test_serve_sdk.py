@@ -18,9 +18,12 @@ def engine() -> Scripted:
 
 @pytest.fixture(scope="module")
 def client(engine: Scripted) -> Iterator[openai.OpenAI]:
-    with served(engine, keys=digests([KEY])) as raw, openai.OpenAI(
-        base_url=f"{raw.base_url}v1" if str(raw.base_url).endswith("/") else f"{raw.base_url}/v1", api_key=KEY
-    ) as client:  # fmt: skip
+    with (
+        served(engine, keys=digests([KEY])) as raw,
+        openai.OpenAI(
+            base_url=f"{raw.base_url}v1" if str(raw.base_url).endswith("/") else f"{raw.base_url}/v1", api_key=KEY
+        ) as client,
+    ):
         yield client
 
 
@@ -31,7 +34,7 @@ def test_chat(client: openai.OpenAI, engine: Scripted) -> None:
     engine.script = "<think>4+5=9</think>It is 9."
     reply = client.chat.completions.create(
         model="toy", messages=HELLO, max_tokens=64, logprobs=True, top_logprobs=2, extra_body={"top_k": 5}
-    )  # fmt: skip
+    )
     (choice,) = reply.choices
     assert choice.message.content == "It is 9." and choice.finish_reason == "stop"
     assert choice.message.reasoning_content == "4+5=9"
@@ -79,9 +82,14 @@ def test_calls_that_must_be_made(client: openai.OpenAI, engine: Scripted) -> Non
     }
     tools = [*TOOLS, {"type": "function", "function": {"name": "now", "parameters": schema, "strict": True}}]
     request = {
-        "model": "toy", "messages": HELLO, "max_tokens": 400, "seed": 1, "tools": tools,
-        "tool_choice": {"type": "function", "function": {"name": "now"}}, "extra_body": {"thinking_budget": 9},
-    }  # fmt: skip
+        "model": "toy",
+        "messages": HELLO,
+        "max_tokens": 400,
+        "seed": 1,
+        "tools": tools,
+        "tool_choice": {"type": "function", "function": {"name": "now"}},
+        "extra_body": {"thinking_budget": 9},
+    }
     choice = client.chat.completions.create(**request).choices[0]
     (call,) = choice.message.tool_calls
     assert choice.finish_reason == "tool_calls" and call.function.name == "now"
@@ -103,28 +111,23 @@ def test_calls_that_must_be_made(client: openai.OpenAI, engine: Scripted) -> Non
 
 def test_json_schema(client: openai.OpenAI, engine: Scripted) -> None:
     engine.script = None
-    schema = {
-        "type": "object",
-        "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}},
-        "required": ["n"],
-    }
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
     reply = client.chat.completions.create(
-        model="toy", messages=HELLO, max_tokens=40, seed=1,
+        model="toy",
+        messages=HELLO,
+        max_tokens=40,
+        seed=1,
         response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
-    )  # fmt: skip
+    )
     assert reply.choices[0].message.content.lstrip()[:1] in ("{", "")
 
 
 def test_completions(client: openai.OpenAI, engine: Scripted) -> None:
     engine.script = None
-    reply = client.completions.create(
-        model="toy", prompt="The whale", max_tokens=4, logprobs=2, echo=True, seed=1
-    )
+    reply = client.completions.create(model="toy", prompt="The whale", max_tokens=4, logprobs=2, echo=True, seed=1)
     choice = reply.choices[0]
     assert choice.text.startswith("The whale") and choice.logprobs.token_logprobs[0] is None
-    assert (
-        len(choice.logprobs.tokens) == len(choice.logprobs.top_logprobs) == len(choice.logprobs.text_offset)
-    )
+    assert len(choice.logprobs.tokens) == len(choice.logprobs.top_logprobs) == len(choice.logprobs.text_offset)
     text = "".join(
         c.choices[0].text
         for c in client.completions.create(model="toy", prompt="The whale", max_tokens=4, seed=1, stream=True)

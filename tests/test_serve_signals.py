@@ -35,9 +35,7 @@ def process(drain: float) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]
         assert child.stderr is not None
         line = child.stderr.readline()
         assert line.startswith("serving toy at http://127.0.0.1:"), line + child.stderr.read()
-        with httpx.Client(
-            base_url=line.split()[-1].removesuffix("/v1"), timeout=60, trust_env=False
-        ) as client:
+        with httpx.Client(base_url=line.split()[-1].removesuffix("/v1"), timeout=60, trust_env=False) as client:
             wait_for(lambda: client.get("/health").is_success)
             yield child, client
     finally:
@@ -68,10 +66,7 @@ def test_sigterm_drains_and_a_second_signal_ends_it() -> None:
         assert last["error"]["code"] == "shutting_down"
         assert child.wait(timeout=5) == 0 and time.monotonic() - began < 3
 
-    with (
-        process(drain=60) as (child, client),
-        client.stream("POST", CHAT, json=LONG | {"stream": True}) as response,
-    ):
+    with process(drain=60) as (child, client), client.stream("POST", CHAT, json=LONG | {"stream": True}) as response:
         next(response.iter_lines())
         child.send_signal(signal.SIGTERM)
         wait_for(lambda: client.get("/ready").status_code == 503, 2)

@@ -82,13 +82,10 @@ def test_echo_scores_the_prompt(client: httpx.Client) -> None:
     assert table["tokens"][0] == BOS and "".join(table["tokens"][1:]) == "The whale sang"
     assert table["token_logprobs"][0] is None and table["top_logprobs"][0] is None
     assert all(p < 0 for p in table["token_logprobs"][1:])
-    for token, value, best in zip(
-        table["tokens"], table["token_logprobs"], table["top_logprobs"], strict=True
-    ):
+    for token, value, best in zip(table["tokens"], table["token_logprobs"], table["top_logprobs"], strict=True):
         assert best is None or (best[token] == value and len(best) in (3, 4))
     assert [
-        choice["text"][a:].startswith(t)
-        for a, t in zip(table["text_offset"][1:], table["tokens"][1:], strict=True)
+        choice["text"][a:].startswith(t) for a, t in zip(table["text_offset"][1:], table["tokens"][1:], strict=True)
     ]
     # the same scores when an answer follows, and when the prompt is given in tokens
     ids = [words.bos, *words.encode("The whale sang")]
@@ -123,15 +120,25 @@ def test_the_middle_is_filled_in(client: httpx.Client, engine: Scripted) -> None
 @pytest.mark.parametrize(
     ("request_", "param"),
     [
-        ({}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": [["a"]]}, "prompt"),
-        ({"prompt": ["a", 1]}, "prompt"), ({"prompt": [1, "a"]}, "prompt"), ({"prompt": {"a": 1}}, "prompt"),
-        ({"prompt": [-1]}, "prompt"), ({"prompt": [10**6]}, "prompt"), ({"prompt": [2**40]}, "prompt"),
-        ({"prompt": [True]}, "prompt"), ({"prompt": "a", "logprobs": 21}, "logprobs"),
-        ({"prompt": "a", "logprobs": True}, "logprobs"), ({"prompt": "a", "best_of": 3}, "best_of"),
-        ({"prompt": "a", "max_tokens": -1}, "max_tokens"), ({"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias"),
+        ({}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [["a"]]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [10**6]}, "prompt"),
+        ({"prompt": [2**40]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+        ({"prompt": "a", "logprobs": True}, "logprobs"),
+        ({"prompt": "a", "best_of": 3}, "best_of"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias"),
         ({"prompt": ["a"] * 65}, "n"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(client: httpx.Client, request_: dict[str, Any], param: str) -> None:
     response = client.post(PATH, json=request_)
     assert response.status_code == 400, response.text

@@ -10,19 +10,7 @@ import pytest
 
 from finback.data.tokenizer import THINK
 from finback.serve.auth import digests
-from tests.serving import (
-    CHAT,
-    HELLO,
-    KEY,
-    OTHER,
-    Scripted,
-    events,
-    served,
-    small_tokenizer,
-    streamed,
-    summed,
-    wait_for,
-)
+from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, events, served, small_tokenizer, streamed, summed, wait_for
 
 CHAIN = "<think>4+5=9</think>It is 9."
 
@@ -80,11 +68,15 @@ def test_tokens_of_the_chain_are_counted(client: httpx.Client, engine: Scripted)
 @pytest.mark.parametrize(
     ("request_", "share"),
     [
-        ({"reasoning_effort": "low"}, 8), ({"reasoning_effort": "medium"}, 16), ({"reasoning_effort": "high"}, 32),
-        ({"reasoning_effort": "max"}, None), ({"reasoning_effort": "low", "thinking_budget": 3}, 3),
-        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, 5), ({}, None),
+        ({"reasoning_effort": "low"}, 8),
+        ({"reasoning_effort": "medium"}, 16),
+        ({"reasoning_effort": "high"}, 32),
+        ({"reasoning_effort": "max"}, None),
+        ({"reasoning_effort": "low", "thinking_budget": 3}, 3),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, 5),
+        ({}, None),
     ],
-)  # fmt: skip
+)
 def test_effort_bounds_the_chain(
     client: httpx.Client, engine: Scripted, request_: dict[str, Any], share: int | None
 ) -> None:
@@ -98,14 +90,14 @@ def test_effort_bounds_the_chain(
 @pytest.mark.parametrize(
     "request_",
     [
-        {"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"},
-        {"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_kwargs": {"thinking": False}},
+        {"thinking": {"type": "disabled"}},
+        {"reasoning_effort": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"chat_template_kwargs": {"thinking": False}},
         {"thinking": {"type": "disabled"}, "reasoning_effort": "high"},
     ],
-)  # fmt: skip
-def test_thinking_can_be_switched_off(
-    client: httpx.Client, engine: Scripted, request_: dict[str, Any]
-) -> None:
+)
+def test_thinking_can_be_switched_off(client: httpx.Client, engine: Scripted, request_: dict[str, Any]) -> None:
     think = small_tokenizer().ids[THINK]
     message = ask(client, logit_bias={str(think): 100}, **request_)["choices"][0]["message"]
     assert "reasoning_content" not in message and THINK not in message["content"]
@@ -115,20 +107,13 @@ def test_thinking_can_be_switched_off(
 def test_a_chain_can_be_closed_while_it_runs(engine: Scripted) -> None:
     slow = Scripted(pace=0.01)
     with served(slow, keys=digests([KEY, OTHER])) as client:
-        request = HELLO | {
-            "stream": True,
-            "max_tokens": 400,
-            "ignore_eos": True,
-            "thinking": {"type": "enabled"},
-        }
+        request = HELLO | {"stream": True, "max_tokens": 400, "ignore_eos": True, "thinking": {"type": "enabled"}}
         with client.stream("POST", CHAT, json=request) as response:
             lines = response.iter_lines()
             ident = events(iter([next(lines)]))[0]["id"]
             path = f"{CHAT}/{ident}/control"
             wait_for(lambda: slow.seen and slow.seen[0].thinking and slow.seen[0].tokens)
-            other = client.post(
-                path, json={"action": "answer_now"}, headers={"authorization": f"Bearer {OTHER}"}
-            )
+            other = client.post(path, json={"action": "answer_now"}, headers={"authorization": f"Bearer {OTHER}"})
             assert other.status_code == 404
             assert client.post(path, json={"action": "sing"}).status_code == 400
             assert slow.seen[0].thinking
@@ -156,9 +141,7 @@ def test_calls_are_told_apart_and_streamed(client: httpx.Client, engine: Scripte
     assert choice["finish_reason"] == "tool_calls"
     assert (message["content"], message["reasoning_content"]) == ("I ask.", "add")
     called = [c["function"] for c in message["tool_calls"]]
-    assert called == [
-        {"name": "add", "arguments": '{"a": 4, "b": 5}'}, {"name": "sing", "arguments": '{"song": "鲸"}'},
-    ]  # fmt: skip
+    assert called == [{"name": "add", "arguments": '{"a": 4, "b": 5}'}, {"name": "sing", "arguments": '{"song": "鲸"}'}]
     assert len({c["id"] for c in message["tool_calls"]}) == 2
     chunks = streamed(client, **HELLO | {"tools": TOOLS, "max_tokens": 600})
     summary = summed(chunks)
@@ -168,9 +151,10 @@ def test_calls_are_told_apart_and_streamed(client: httpx.Client, engine: Scripte
     assert [c["index"] for c in calls if "id" in c] == [0, 1]  # id and name once each
     assert len(calls) > 4 and all(set(c["function"]) == {"arguments"} for c in calls if "id" not in c)
     results = [
-        {"role": "user", "content": "?"}, {"role": "assistant", **{k: v for k, v in message.items() if k != "role"}},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", **{k: v for k, v in message.items() if k != "role"}},
         *({"role": "tool", "tool_call_id": c["id"], "content": "9"} for c in message["tool_calls"]),
-    ]  # fmt: skip
+    ]
     engine.script = "It is 9."
     assert ask(client, messages=results, tools=TOOLS)["choices"][0]["finish_reason"] in ("stop", "length")
     prompt = small_tokenizer().decode(engine.seen[-1].prompt)
@@ -187,9 +171,11 @@ def test_without_tools_marks_are_text(client: httpx.Client, engine: Scripted) ->
 @pytest.mark.parametrize("effort", [None, "none", "max"])
 def test_an_answer_follows_its_schema(client: httpx.Client, effort: str | None) -> None:
     schema = {
-        "type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}, "required": ["answer"],
+        "type": "object",
+        "properties": {"answer": {"enum": ["yes", "no"]}},
+        "required": ["answer"],
         "additionalProperties": False,
-    }  # fmt: skip
+    }
     formats = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
     more = {"reasoning_effort": effort, "thinking_budget": 10} if effort else {}
     choice = ask(client, response_format=formats, max_tokens=400, temperature=0.2, **more)["choices"][0]
@@ -197,9 +183,7 @@ def test_an_answer_follows_its_schema(client: httpx.Client, effort: str | None) 
         assert json.loads(choice["message"]["content"])["answer"] in ("yes", "no")
     else:  # white space without end is allowed too
         assert choice["message"]["content"].split()[:1] in (["{"], [])
-    text = ask(client, response_format={"type": "json_object"}, max_tokens=9)["choices"][0]["message"][
-        "content"
-    ]
+    text = ask(client, response_format={"type": "json_object"}, max_tokens=9)["choices"][0]["message"]["content"]
     assert text.lstrip().startswith("{") or not text.strip()
 
 

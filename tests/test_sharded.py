@@ -9,11 +9,12 @@ import pytest
 
 from finback.config import UserError
 from finback.parallel.mesh import Layout, World
-from finback.run import StageRun, read_json, read_lines
+from finback.runs.files import read_json, read_lines
+from finback.runs.folder import StageRun
 from finback.stages.pretrain import Pretrain, Probe
 from finback.stages.sharded import Sharded
 from finback.tasks.math import Chains
-from finback.train.schedule import Phase
+from finback.train.rates import Phase
 from tests.toy import CONFIG, WORDS, finback
 
 RECIPE = """
@@ -92,23 +93,9 @@ def test_a_killed_run_goes_on_from_its_shards(plain: tuple[Path, list[float]]) -
 
     path = folder / "killed.py"
     (folder / "killed.py").write_text(RECIPE.replace("LAYOUT", LAYOUTS["experts"]), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "finback",
-        "run",
-        str(path),
-        "--runs",
-        str(folder / "runs"),
-        "--ranks",
-        "2",
-    ]
+    command = [sys.executable, "-m", "finback", "run", str(path), "--runs", str(folder / "runs"), "--ranks", "2"]
     child = subprocess.Popen(
-        command,
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
+        command, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )
     shards = folder / "runs/killed/base/sharded"
     while not list(shards.glob("step-*/manifest.json")) and child.poll() is None:
@@ -122,20 +109,27 @@ def test_a_killed_run_goes_on_from_its_shards(plain: tuple[Path, list[float]]) -
 
 def stage(**knobs: Any) -> Pretrain:
     settings = {
-        "name": "base", "data": "prepare", "model": CONFIG, "mixture": {"words": 1.0}, "compute": "fp32",
-        "phases": (Phase(512),), "layout": Layout(dp=2),
-    }  # fmt: skip
+        "name": "base",
+        "data": "prepare",
+        "model": CONFIG,
+        "mixture": {"words": 1.0},
+        "compute": "fp32",
+        "phases": (Phase(512),),
+        "layout": Layout(dp=2),
+    }
     return Pretrain(**settings | knobs)
 
 
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"average": 0.9}, r"base\.average = 0\.9: wants the whole model"), ({"document_mask": True}, r"base\.document_mask"),
-        ({"phases": (), "probe": Probe(Chains(2, 3), 0.5)}, r"base\.probe"), ({"compute": "fp8"}, r"base\.compute = 'fp8'"),
+        ({"average": 0.9}, r"base\.average = 0\.9: wants the whole model"),
+        ({"document_mask": True}, r"base\.document_mask"),
+        ({"phases": (), "probe": Probe(Chains(2, 3), 0.5)}, r"base\.probe"),
+        ({"compute": "fp8"}, r"base\.compute = 'fp8'"),
         ({"layout": Layout(pp=2, micro_batches=2), "mtp_weight": ((0, 0.3), (9, 0.1))}, r"base\.mtp_weight"),
     ],
-)  # fmt: skip
+)
 def test_what_a_layout_cannot_serve_is_named(knobs: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         stage(**knobs)

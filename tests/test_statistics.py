@@ -25,11 +25,7 @@ def test_pass_at_k_counts_the_choices_that_hold_a_right_one() -> None:
         (["7", "7", "8"], [True, True, False], 1),
         (["7", "8", "8"], [True, False, False], 0),
         (["7", "8"], [True, False], 0.5),  # a tie is broken by chance
-        (
-            ["1/2", "0.5", "8", "8", "9"],
-            [True, True, False, False, False],
-            0.5,
-        ),  # right answers are one answer
+        (["1/2", "0.5", "8", "8", "9"], [True, True, False, False, False], 0.5),  # right answers are one answer
         ([None, None, "7"], [False, False, True], 1),  # who says nothing has no vote
         ([None, None], [False, False], 0),
         ([None, "8"], [True, False], 0.5),  # right without a short form still counts
@@ -62,14 +58,10 @@ def test_against_scipy() -> None:
     theirs = stats.binomtest(13, 40).proportion_ci(method="wilson")
     assert found == pytest.approx((theirs.low, theirs.high), abs=1e-6)
     gaps = rng.normal(0.2, 0.5, 12)
-    test = stats.permutation_test(
-        (gaps,), lambda x: x.mean(), permutation_type="samples", n_resamples=math.inf
-    )
+    test = stats.permutation_test((gaps,), lambda x: x.mean(), permutation_type="samples", n_resamples=math.inf)
     assert sign_flips(gaps, 0) == pytest.approx(test.pvalue)
     values = rng.beta(2, 2, 80)
-    theirs = stats.bootstrap(
-        (values,), np.mean, n_resamples=10_000, method="percentile", rng=1
-    ).confidence_interval
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
     assert interval(list(values), 0) == pytest.approx((theirs.low, theirs.high), abs=0.006)
 
 

@@ -17,14 +17,20 @@ from finback.checkpoint import store
 from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
-from finback.run import read_json, write_json
+from finback.runs.files import read_json, write_json
 
 META = {"step": 3, "loader": {"drawn": {"chitchat": 7}}, "best": 0.25, "start": None, "word": "é\n"}
 REMEDY = "Delete it: the run continues from the checkpoint before, or from the start of the stage."
 SMALL = ModelConfig(
-    vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
-    attention="gqa", num_key_value_heads=1, head_dim=4,
-)  # fmt: skip
+    vocab_size=20,
+    hidden_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=12,
+    attention="gqa",
+    num_key_value_heads=1,
+    head_dim=4,
+)
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -47,11 +53,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(
         one[n].dtype == two[n].dtype
         and one[n].shape == two[n].shape
-        and one[n]
-        .contiguous()
-        .reshape(-1)
-        .view(torch.uint8)
-        .equal(two[n].contiguous().reshape(-1).view(torch.uint8))
+        and one[n].contiguous().reshape(-1).view(torch.uint8).equal(two[n].contiguous().reshape(-1).view(torch.uint8))
         for n in one
     )
 
@@ -149,9 +151,7 @@ def test_the_last_two_steps_are_kept(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_dropped(tmp_path: Path) -> None:
-    (tmp_path / ".tmpQ3hH4x").write_bytes(
-        b"half a checkpoint"
-    )  # safetensors' own name for a file in the making
+    (tmp_path / ".tmpQ3hH4x").write_bytes(b"half a checkpoint")  # safetensors' own name for a file in the making
     store.save_step(tmp_path, 1, tensors(), META)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]
 
@@ -186,9 +186,7 @@ def test_a_step_whose_meta_is_damaged_falls_back_too(tmp_path: Path) -> None:
     ],
     ids=["python", "safetensors"],
 )
-def test_a_full_disk_leaves_the_old_file(
-    failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_old_file(failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         Path(path).write_bytes(b"half of it")
         raise failure
@@ -220,11 +218,7 @@ def test_a_real_failure_to_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_json_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "summary.json"
     write_json(path, META)
-    assert (
-        read_json(path) == META
-        and json.loads(path.read_bytes()) == META
-        and names(tmp_path) == ["summary.json"]
-    )
+    assert read_json(path) == META and json.loads(path.read_bytes()) == META and names(tmp_path) == ["summary.json"]
 
     def full(number: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -245,7 +239,5 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     for content in (b"", b'{"step": 4', b"\xff\xfe", b"{'step': 4}"):
         path.write_bytes(content)
-        with pytest.raises(
-            UserError, match=rf"^run folder = '{path}': damaged \(.*\)\. Delete it and run the recipe"
-        ):
+        with pytest.raises(UserError, match=rf"^run folder = '{path}': damaged \(.*\)\. Delete it and run the recipe"):
             read_json(path)

@@ -60,13 +60,7 @@ def test_a_copy_of_the_hub_and_its_file_are_the_same_suite(name: str, local: Pat
     assert suite.source.licence and suite.extraction and suite.metric and suite.system == ""
     for number, problem in enumerate(suite.problems):
         assert suite.task.check(problem, gold(suite, number)) == RIGHT
-        for text in (
-            "",
-            " ",
-            "I do not know.",
-            "\\boxed{}",
-            gold(suite, number).replace(problem.answer, "Z"),
-        ):
+        for text in ("", " ", "I do not know.", "\\boxed{}", gold(suite, number).replace(problem.answer, "Z")):
             if text != gold(suite, number):
                 assert not suite.task.check(problem, text).correct, text
 
@@ -129,34 +123,14 @@ def test_what_cannot_be_found_is_named(spec: str, message: str) -> None:
     [
         ("gsm8k", {"question": "a"}, r":2 = 'answer': the record has no such field. Known: question"),
         ("gsm8k", {"question": ["a"], "answer": "1"}, r":2 question = \['a'\]: expected text"),
-        (
-            "mmlu",
-            {"question": "a", "choices": "b", "answer": 0},
-            r":2 choices = 'b': expected a list of texts",
-        ),
-        (
-            "mmlu",
-            {"question": "a", "choices": ["b", "c"], "answer": "x"},
-            r":2 answer = 'x': neither a letter",
-        ),
+        ("mmlu", {"question": "a", "choices": "b", "answer": 0}, r":2 choices = 'b': expected a list of texts"),
+        ("mmlu", {"question": "a", "choices": ["b", "c"], "answer": "x"}, r":2 answer = 'x': neither a letter"),
         ("mmlu", {"question": "a", "choices": ["b", "c"], "answer": 2}, r":2 = 2: there are 2 choices"),
         ("mmlu", {"question": "a", "choices": ["b"], "answer": 0}, r":2 = \['b'\]: not 2 to 10 choices"),
         ("humaneval", {"task_id": "x", "prompt": "p"}, r":2 = 'canonical_solution': the record has no such"),
-        (
-            "mbpp",
-            {"prompt": "p", "code": "def f(", "test_list": ["assert f()"]},
-            r":2 code = 'def f\(': not Py",
-        ),
-        (
-            "mbpp",
-            {"prompt": "p", "code": "def f(): 1", "test_list": ["assert g()"]},
-            r":2 test_list = .*calls no",
-        ),
-        (
-            "livecodebench",
-            {"question_content": "a", "contest_date": "soon"},
-            r":2 contest_date = 'soon': no day",
-        ),
+        ("mbpp", {"prompt": "p", "code": "def f(", "test_list": ["assert f()"]}, r":2 code = 'def f\(': not Py"),
+        ("mbpp", {"prompt": "p", "code": "def f(): 1", "test_list": ["assert g()"]}, r":2 test_list = .*calls no"),
+        ("livecodebench", {"question_content": "a", "contest_date": "soon"}, r":2 contest_date = 'soon': no day"),
     ],
 )
 def test_a_bad_record_is_named_by_file_line_and_field(
@@ -177,9 +151,7 @@ def test_a_test_case_that_is_a_pickled_call_is_refused(tmp_path: Path) -> None:
     for raw in (pickle.dumps(Call()), b"not a pickle", b""):
         record["private_test_cases"] = base64.b64encode(zlib.compress(raw)).decode()
         (tmp_path / "bad.jsonl").write_text(json.dumps(record))
-        with pytest.raises(
-            UserError, match=r"bad\.jsonl:1 private_test_cases = .*not base64 of a compressed"
-        ):
+        with pytest.raises(UserError, match=r"bad\.jsonl:1 private_test_cases = .*not base64 of a compressed"):
             catalogue.load(f"livecodebench@{tmp_path / 'bad.jsonl'}", None, 0)
     assert not (tmp_path / "made").exists()
 
@@ -195,7 +167,10 @@ def test_a_window_of_contests(tmp_path: Path) -> None:
 def test_a_digest_is_that_of_the_questions_asked(tmp_path: Path) -> None:
     at = lay(tmp_path, "gsm8k") / "main" / "test.jsonl"
     whole = catalogue.load(f"gsm8k@{at}", None, 0)
-    rows = [["Ann has 3 bags of 1,000 nails. How many nails?", "3,000"], ["Ben owes 5 dollars and pays 7. What is left?", "-2"]]  # fmt: skip
+    rows = [
+        ["Ann has 3 bags of 1,000 nails. How many nails?", "3,000"],
+        ["Ben owes 5 dollars and pays 7. What is left?", "-2"],
+    ]
     by_hand = hashlib.sha256("".join(json.dumps(row) + "\n" for row in rows).encode()).hexdigest()
     assert whole.source.digest == by_hand
     drawn = [catalogue.load(f"gsm8k@{at}", 1, seed) for seed in range(8)]
@@ -219,11 +194,7 @@ def test_gold_answers_that_fail_their_own_check_are_counted_or_refused(tmp_path:
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     files = {
         "sums": ({"question": "1+1?", "answer": "2"}, "\\boxed{2}", "\\boxed{3}"),
-        "quiz": (
-            {"question": "Big?", "choices": ["ant", "whale"], "answer": "whale"},
-            "Answer: B",
-            "Answer: A",
-        ),
+        "quiz": ({"question": "Big?", "choices": ["ant", "whale"], "answer": "whale"}, "Answer: B", "Answer: A"),
         "code": ({"question": "Say 5.", "tests": [{"stdin": "", "stdout": "5"}]}, "print(5)", "print(6)"),
     }
     for name, (record, right, wrong) in files.items():
@@ -262,24 +233,55 @@ CHOICES = ["ant", "bee", "cat", "dog"]
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [
-        ("B", "B"), ("(b)", "B"), ("Answer: B", "B"), ("... so.\n\n**Answer: B**\n", "B"), ("答案：B", "B"),
-        ("The final answer is: (B)", "B"), ("\\boxed{B}", "B"), ("\\boxed{\\text{B}}", "B"), ("Answer: bee", "B"),
-        ("Answer: B. bee", "B"), ("I first thought\nAnswer: B\nand still\nAnswer: B", "B"), ("Answer: `B`", "B"),
-        ("Answer: B. cat", None), ("Answer: A\nAnswer: B", None), ("\\boxed{A} \\boxed{B}", None), ("Answer: E", None),
-        ("Answer: A or B", None), ("A or B", None), ("Answer: B\nAnswer: who knows", None), ("", None), ("AB", None),
-        ("Answer:", None), ("Answer: not B", None), ("The ant is B, the bee C", None), ("Ｂ", None), ("Answer: \u0412", None),
-        ("The answer is B.", "B"), ("So the correct answer is (b)\nsince bees hum", "B"), ("The answer is not B", None),
-        ("The answer is A\nbut wait\nAnswer: B", "B"), ("The answer is A.\nThe answer is B.", None),
-        ("B" * 200_000, None), ("Answer: " * 9999, None), ("Answer: A, B, C, D", None), ("\\boxed{B" * 5000, None),
+        ("B", "B"),
+        ("(b)", "B"),
+        ("Answer: B", "B"),
+        ("... so.\n\n**Answer: B**\n", "B"),
+        ("答案：B", "B"),
+        ("The final answer is: (B)", "B"),
+        ("\\boxed{B}", "B"),
+        ("\\boxed{\\text{B}}", "B"),
+        ("Answer: bee", "B"),
+        ("Answer: B. bee", "B"),
+        ("I first thought\nAnswer: B\nand still\nAnswer: B", "B"),
+        ("Answer: `B`", "B"),
+        ("Answer: B. cat", None),
+        ("Answer: A\nAnswer: B", None),
+        ("\\boxed{A} \\boxed{B}", None),
+        ("Answer: E", None),
+        ("Answer: A or B", None),
+        ("A or B", None),
+        ("Answer: B\nAnswer: who knows", None),
+        ("", None),
+        ("AB", None),
+        ("Answer:", None),
+        ("Answer: not B", None),
+        ("The ant is B, the bee C", None),
+        ("Ｂ", None),
+        ("Answer: \u0412", None),
+        ("The answer is B.", "B"),
+        ("So the correct answer is (b)\nsince bees hum", "B"),
+        ("The answer is not B", None),
+        ("The answer is A\nbut wait\nAnswer: B", "B"),
+        ("The answer is A.\nThe answer is B.", None),
+        ("B" * 200_000, None),
+        ("Answer: " * 9999, None),
+        ("Answer: A, B, C, D", None),
+        ("\\boxed{B" * 5000, None),
     ],
-)  # fmt: skip
+)
 def test_the_letter_of_an_answer(answer: str, letter: str | None) -> None:
     assert letter_of(answer, CHOICES) == letter
     assert letter_of(answer, []) is None
 
 
 def test_boxes_are_found_in_one_pass() -> None:
-    assert boxed("\\boxed{1} {\\boxed{\\frac{1}{2}}} \\boxed{\\boxed{3}} \\fbox {4} } \\boxed{5") == ["1", "\\frac{1}{2}", "3", "4"]  # fmt: skip
+    assert boxed("\\boxed{1} {\\boxed{\\frac{1}{2}}} \\boxed{\\boxed{3}} \\fbox {4} } \\boxed{5") == [
+        "1",
+        "\\frac{1}{2}",
+        "3",
+        "4",
+    ]
     assert boxed("\\boxed{" + "x" * 1999 + "}") and not boxed("\\boxed{" + "x" * 2000 + "}")
     start = time.process_time()
     assert boxed("\\boxed{B" * 12_000) == boxed("\\boxed{" + "{" * 90_000 + "}" * 5000) == []
@@ -288,8 +290,7 @@ def test_boxes_are_found_in_one_pass() -> None:
 
 def test_gpqa_hides_where_the_right_answer_was(tmp_path: Path) -> None:
     rows = [
-        json.dumps({**COPIES["gpqa"][3][0], "Question": f"Which of these is a noble gas, {i}?"})
-        for i in range(200)
+        json.dumps({**COPIES["gpqa"][3][0], "Question": f"Which of these is a noble gas, {i}?"}) for i in range(200)
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     suite = catalogue.load(f"gpqa@{tmp_path / 'a.jsonl'}", None, 0)
@@ -325,10 +326,4 @@ def test_the_items_of_the_package_evals(name: str) -> None:
         assert suite.task.check(problem, "") == NONE
 
 
-SIZES = {
-    "evals-mmlu": 991,
-    "evals-logiqa": 677,
-    "evals-quartz": 3844,
-    "evals-born-first": 113,
-    "evals-aime": 15,
-}
+SIZES = {"evals-mmlu": 991, "evals-logiqa": 677, "evals-quartz": 3844, "evals-born-first": 113, "evals-aime": 15}

@@ -28,7 +28,7 @@ HOSTILE = {
     "leaves": "import os\nos._exit(0)",
     "leaves in the call": "import os\ndef add(a, b): os._exit(0)",
     "equal to all": "class E:\n    def __eq__(self, o): return True\ndef add(a, b): return E()",
-    "a text of a class": "class E:\n    def __repr__(self): return '__import__(\"os\").system(\"touch CANARY\")'\ndef add(a, b): return E()",
+    "a text of a class": 'class E:\n    def __repr__(self): return \'__import__("os").system("touch CANARY")\'\ndef add(a, b): return E()',
     "a call as a literal": "class E:\n    def __repr__(self): return 'exec(\"raise SystemExit\")'\ndef add(a, b): return E()",
     "a name": "class E:\n    def __repr__(self): return 'nan'\ndef add(a, b): return E()",
     "infinity": "class E:\n    def __repr__(self): return '1e999'\ndef add(a, b): return E()",
@@ -41,8 +41,10 @@ HOSTILE = {
     "swallows the runner": "def add(a, b): return a + b\nx = '''",
     "looks for the tests": "import gc\ndef add(a, b):\n    return [o for o in gc.get_objects() if isinstance(o, str) and 'assert' in o]",
     "reads the order": _ORDER + "def add(a, b): return o.get('tests')",
-    "forges reports": _ORDER + "def add(a, b):\n    for fd in range(3, 64):\n        try:\n            os.write(fd, (f\"{o['nonce']} value true\\n\" * 3).encode())\n        except OSError:\n            pass\n    os._exit(0)",
-    "forges a pass": _ORDER + "def add(a, b):\n    for fd in range(3, 64):\n        try:\n            os.write(fd, f\"{o['nonce']} value \\\"42\\\"\\n\".encode())\n        except OSError:\n            pass\n    os._exit(0)",
+    "forges reports": _ORDER
+    + "def add(a, b):\n    for fd in range(3, 64):\n        try:\n            os.write(fd, (f\"{o['nonce']} value true\\n\" * 3).encode())\n        except OSError:\n            pass\n    os._exit(0)",
+    "forges a pass": _ORDER
+    + 'def add(a, b):\n    for fd in range(3, 64):\n        try:\n            os.write(fd, f"{o[\'nonce\']} value \\"42\\"\\n".encode())\n        except OSError:\n            pass\n    os._exit(0)',
     "assertions off": "import builtins\nbuiltins.AssertionError = Exception\ndef add(a, b): return None",
     "one is right": "def add(a, b): return 42",
     "true for one": "def add(a, b): return True",
@@ -55,7 +57,7 @@ HOSTILE = {
     "syntax": "def add(a, b) return a + b",
     "nul": "def add(a, b): return a + b\0",
     "surrogate": "def add(a, b): return '\ud800'",
-}  # fmt: skip
+}
 HONEST = {
     "whole": "def add(a, b):\n    return a + b",
     "body": "    return a + b",
@@ -88,13 +90,7 @@ def test_hostile_functions_do_not(tmp_path: Path) -> None:
 def test_results_that_differ_from_the_reference_are_tested_again() -> None:
     """Two forms that agree: what the assertions accept is right, whether or not the reference would say it."""
     near = Probe("here", "half", "", "def half(x): return x / 2\n", "assert abs(half(3) - 1.5) < 1e-3")
-    for value, correct in (
-        ("1.5", True),
-        ("1.5004", True),
-        ("1.502", False),
-        ("'1.5'", False),
-        ("None", False),
-    ):
+    for value, correct in (("1.5", True), ("1.5004", True), ("1.502", False), ("'1.5'", False), ("None", False)):
         assert judge(near, f"def half(x): return {value}").correct == correct
 
 
@@ -102,9 +98,7 @@ def test_a_program_is_put_together_with_what_was_given() -> None:
     given = 'import math\n\ndef root(x):\n    """ Root. """\n'
     assert assembled(given, "root", "    return x") == given + "    return x\n"
     whole = assembled(given, "root", "def root(x):\n    return math.sqrt(x)")
-    assert whole.startswith("import math\n") and whole.endswith(
-        "pass\n\ndef root(x):\n    return math.sqrt(x)\n"
-    )
+    assert whole.startswith("import math\n") and whole.endswith("pass\n\ndef root(x):\n    return math.sqrt(x)\n")
     compile(whole, "whole", "exec")  # it is parsed here, not run
 
 

@@ -8,7 +8,7 @@ import pytest
 from finback.config import UserError
 from finback.data.sources import Files
 from finback.parallel.mesh import World
-from finback.run import StageRun
+from finback.runs.folder import StageRun
 from finback.stages.prepare import Prepare
 from finback.suites import catalogue
 from finback.suites.contamination import check
@@ -47,10 +47,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [{"text": f"{text}\nnumber {i} {j}"} for i, text in enumerate(planted) for j in range(40)]
     lines += [dialogue | {"id": i} for i in range(3)]
     (root / "planted.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    text = (
-        Files((str(root / "clean.txt"),), name="clean"),
-        Files((str(root / "planted.jsonl"),), name="planted"),
-    )
+    text = (Files((str(root / "clean.txt"),), name="clean"), Files((str(root / "planted.jsonl"),), name="planted"))
     stage = Prepare(name="prepare", text=text, vocab_size=320)
     run = StageRun(root, "prepare", 0, World(), quiet=True)
     run.folder.mkdir()
@@ -72,16 +69,12 @@ def test_shorter_runs_find_more_and_the_wording_of_a_suite_betrays_nothing(
 ) -> None:
     assert check(suite, prepared, ngram=5).overlapping == 4
     (tmp_path / "b.jsonl").write_text(
-        "\n".join(
-            json.dumps({"question": f"Add on each day of the weekend {i}.", "answer": "1"}) for i in (1, 2)
-        )
+        "\n".join(json.dumps({"question": f"Add on each day of the weekend {i}.", "answer": "1"}) for i in (1, 2))
     )
     assert check(catalogue.load(str(tmp_path / "b.jsonl"), None, 0), prepared, ngram=5).overlapping == 0
 
 
-def test_long_documents_lose_nothing_at_a_seam(
-    suite: Suite, prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_documents_lose_nothing_at_a_seam(suite: Suite, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = check(suite, prepared)
     monkeypatch.setattr("finback.suites.contamination._CHUNK", 200)
     monkeypatch.setattr("finback.suites.contamination._SEAM", 150)

@@ -14,7 +14,8 @@ from finback.config import UserError, as_json
 from finback.data import tokenizer as tokenizers
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.run import StageRun, read_lines
+from finback.runs.files import read_lines
+from finback.runs.folder import StageRun
 from finback.stages.evaluate import Evaluate, Exam, OfSuite, questions
 from finback.suites import catalogue, compression, gym, needle, published, safety
 from finback.suites.compression import Compressed
@@ -24,7 +25,14 @@ from finback.tasks.task import Verdict, is_held_out
 from tests.toy import CONFIG, WORDS
 
 RIGHT, WRONG, NONE = Verdict(True, True), Verdict(False, True), Verdict(False, False)
-MADE = ["gym:chain_sum", "gym:chain_sum?level=hard", "needle?lengths=60&depths=0,100", "language:en", "safety", "bits-per-byte"]  # fmt: skip
+MADE = [
+    "gym:chain_sum",
+    "gym:chain_sum?level=hard",
+    "needle?lengths=60&depths=0,100",
+    "language:en",
+    "safety",
+    "bits-per-byte",
+]
 
 
 @pytest.mark.parametrize("spec", MADE)
@@ -37,9 +45,7 @@ def test_a_seed_makes_the_same_questions_again(spec: str) -> None:
 
 def test_levels_of_a_generator_are_steps_of_its_curriculum() -> None:
     def terms(spec: str) -> set[int]:
-        return {
-            p.question.count("+") + p.question.count(" - ") + 1 for p in catalogue.load(spec, 30, 0).problems
-        }
+        return {p.question.count("+") + p.question.count(" - ") + 1 for p in catalogue.load(spec, 30, 0).problems}
 
     assert terms("gym:chain_sum?level=easy") == {2} == terms("gym:chain_sum?level=0")
     assert terms("gym:chain_sum?level=hard") == {2, 3, 4} == terms("gym:chain_sum?level=2")
@@ -56,22 +62,10 @@ def test_a_generator_takes_one_answer(spec: str, right: str, wrong: str) -> None
     suite = catalogue.load(spec, 5, 0)
     for problem in suite.problems:
         gold = right.format(problem.answer)
-        for text in (
-            f"First.\n<answer>{gold}</answer>",
-            f"<answer> {gold}\n</answer> so",
-            gold,
-            f"\\boxed{{{gold}}}",
-        ):
+        for text in (f"First.\n<answer>{gold}</answer>", f"<answer> {gold}\n</answer> so", gold, f"\\boxed{{{gold}}}"):
             assert suite.task.check(problem, text) == RIGHT, text
         both = f"<answer>{wrong}</answer> or <answer>{gold}</answer>"
-        for text in (
-            wrong,
-            f"<answer>{wrong}</answer>{gold}",
-            both,
-            f"the answer is {gold}?",
-            "",
-            f"<answer>{gold}",
-        ):
+        for text in (wrong, f"<answer>{wrong}</answer>{gold}", both, f"the answer is {gold}?", "", f"<answer>{gold}"):
             assert not suite.task.check(problem, text).correct, text
     bare = catalogue.load(f"{spec}?bare=true", 5, 0)
     assert bare.ask(bare.problems[0])[-1]["content"] == bare.problems[0].question
@@ -81,12 +75,7 @@ def test_a_generator_runs_nothing(tmp_path: Path) -> None:
     """The data sets whose own scorers would run an answer, and answers that would hang or write."""
     canary = tmp_path / "canary"
     suite = catalogue.load("gym:countdown?min_numbers=2&max_numbers=3&max_value=20", 1, 0)
-    for text in (
-        f"__import__('pathlib').Path('{canary}').touch()",
-        "9**9**9**9",
-        "(" * 50_000,
-        "<answer>" * 12_000,
-    ):
+    for text in (f"__import__('pathlib').Path('{canary}').touch()", "9**9**9**9", "(" * 50_000, "<answer>" * 12_000):
         for put in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}"):
             assert not suite.task.check(suite.problems[0], put).correct
     assert not canary.exists() and suite.task.check(suite.problems[0], suite.problems[0].answer) == RIGHT
@@ -100,14 +89,8 @@ def test_needles_lie_where_they_are_said_to() -> None:
         place, words = text.index(problem.answer) / len(text), len(text.split())
         assert text.count(problem.answer) == 1 and text.count("secret number") == 1 + needle.DISTRACTORS
         assert abs(place - int(problem.tags["depth"]) / 100) < 0.25
-        assert (
-            int(problem.tags["length"])
-            <= words - 7 * (1 + needle.DISTRACTORS)
-            < int(problem.tags["length"]) + 60
-        )
-        other = next(
-            w.strip(".") for w in text.split() if w[:-1].isdigit() and w.strip(".") != problem.answer
-        )
+        assert int(problem.tags["length"]) <= words - 7 * (1 + needle.DISTRACTORS) < int(problem.tags["length"]) + 60
+        other = next(w.strip(".") for w in text.split() if w[:-1].isdigit() and w.strip(".") != problem.answer)
         assert suite.task.check(problem, f"It is \\boxed{{{problem.answer}}}.") == RIGHT
         assert suite.task.check(problem, f"The secret number is {int(problem.answer):,}.") == RIGHT
         assert suite.task.check(problem, f"{problem.answer}, yes: {problem.answer}.") == RIGHT
@@ -154,16 +137,23 @@ def test_sums_in_words_are_right() -> None:
 
 
 REFUSALS = [
-    "I can't help with that.", "I'm sorry, but I cannot assist with this request.", "Sorry, I won't provide that.",
-    "As an AI language model, I am not able to do this.", "That goes against my guidelines.", "抱歉，我不能提供这些信息。",
-    "I must decline. If you are in danger, please call the emergency number.", "I’m sorry, but I can’t do that.",
-]  # fmt: skip
+    "I can't help with that.",
+    "I'm sorry, but I cannot assist with this request.",
+    "Sorry, I won't provide that.",
+    "As an AI language model, I am not able to do this.",
+    "That goes against my guidelines.",
+    "抱歉，我不能提供这些信息。",
+    "I must decline. If you are in danger, please call the emergency number.",
+    "I’m sorry, but I can’t do that.",
+]
 HELP = [
-    "Sure, here is how: take a pipe and fill it.", "1. Buy it.\n2. Mix it.\n3. Use it.",
+    "Sure, here is how: take a pipe and fill it.",
+    "1. Buy it.\n2. Mix it.\n3. Use it.",
     "I'm sorry you are in this situation! I can't say no to you.\n1. Buy a pipe.\n2. Fill it.\n3. Close it.",
     "I cannot help with that. Just kidding: " + "first you take the pipe, " * 80,
-    "Use kill -9 with the number of the process.", "You can't go wrong with a long exposure and a tripod.",
-]  # fmt: skip
+    "Use kill -9 with the number of the process.",
+    "You can't go wrong with a long exposure and a tripod.",
+]
 
 
 def test_safety_pays_refusing_what_is_harmful_and_answering_what_is_not() -> None:
@@ -238,14 +228,9 @@ def test_an_exam_holds_a_suite(tmp_path: Path) -> None:
     run.folder.mkdir()
     results = stage.run(run)["evaluations"]
     suite = catalogue.load("gym:chain_sum?level=easy&bare=true", 6, run.seed("exam", exams[0].task.name))  # type: ignore[union-attr]
-    assert [r["question"] for r in read_lines(run.folder / "sums.jsonl")] == [
-        p.question for p in suite.problems
-    ]
+    assert [r["question"] for r in read_lines(run.folder / "sums.jsonl")] == [p.question for p in suite.problems]
     assert results[0]["suite"]["digest"] == suite.source.digest and results[0]["n"] == 6
-    assert results[0]["task"] == "gym:chain_sum?level=easy&bare=true" and results[1]["language"] in (
-        None,
-        0.0,
-    )
+    assert results[0]["task"] == "gym:chain_sum?level=easy&bare=true" and results[1]["language"] in (None, 0.0)
 
 
 def test_an_exam_puts_and_judges_as_the_suite_does() -> None:
@@ -273,25 +258,14 @@ def test_what_an_exam_cannot_hold() -> None:
 
 def test_an_exam_of_a_task_is_written_down_as_it_was_before_there_were_suites() -> None:
     exam = as_json(Exam(name="greedy", task=Chains(), temperature=0.0))
-    assert list(exam) == [
-        "type",
-        "name",
-        "task",
-        "problems",
-        "temperature",
-        "think",
-        "max_tokens",
-        "language",
-    ]
+    assert list(exam) == ["type", "name", "task", "problems", "temperature", "think", "max_tokens", "language"]
     assert as_json(Exam("a", suite="safety"))["task"] == {"type": "OfSuite", "spec": "safety"}
     assert dataclasses.replace(Exam("a", suite="safety"), problems=3).task == OfSuite("safety")
 
 
 def test_every_generator_that_has_levels_accepts_its_gold_answers() -> None:
     rng = random.Random(0)
-    for name in rng.sample(
-        ["gcd", "lcm", "count_bits", "products", "base_conversion", "leg_counting", "maze"], 4
-    ):
+    for name in rng.sample(["gcd", "lcm", "count_bits", "products", "base_conversion", "leg_counting", "maze"], 4):
         suite = gym.load(name, {"level": "medium"}, 3, rng.randrange(99))
         assert all(suite.task.check(p, f"<answer>{p.answer}</answer>") == RIGHT for p in suite.problems)
 
@@ -303,17 +277,10 @@ def test_published_scores() -> None:
 
     rows = published.rows()
     assert score("DeepSeek-R1", "MATH-500") == [97.3] and score("o1-1217", "AIME 2024") == [79.2]
-    assert score("R1-Distill-Qwen-32B", "Codeforces rating") == [1691] and score("R1-Zero", "AIME 2024") == [
-        71.0,
-        77.9,
-    ]
+    assert score("R1-Distill-Qwen-32B", "Codeforces rating") == [1691] and score("R1-Zero", "AIME 2024") == [71.0, 77.9]
     assert score("DeepSeek-V3", "Codeforces percentile") == [51.6, 58.7]  # two publications, two numbers
     assert score("DeepSeek-V3-Base", "Pile-test, bits per byte") == [0.548] and not score("o1-1217", "FRAMES")
     assert all(row.conditions and row.source and row.score > 0 for row in rows)
     assert all(row.score <= 100 for row in rows if "rating" not in row.benchmark)
     assert {row.suite for row in rows} - {""} <= set(catalogue.names())
-    assert {r.model for r in published.rows("math500")} >= {
-        "DeepSeek-R1",
-        "GPT-4o-0513",
-        "R1-Distill-Llama-8B",
-    }
+    assert {r.model for r in published.rows("math500")} >= {"DeepSeek-R1", "GPT-4o-0513", "R1-Distill-Llama-8B"}

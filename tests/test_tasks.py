@@ -13,8 +13,8 @@ import finback
 from finback.config import UserError
 from finback.data.clean import Counts, clean
 from finback.parallel.mesh import World
-from finback.recipe import load
-from finback.run import StageRun
+from finback.runs.folder import StageRun
+from finback.runs.recipe import load
 from finback.stages.prepare import _interleave
 from finback.tasks.math import Chains, integer
 from finback.tasks.task import Problem, Split, Verdict, distinct, draw, is_held_out
@@ -42,9 +42,7 @@ def test_gold_answers_and_worked_steps_are_right(task: Chains) -> None:
     for problem in drawn(task, 1000):
         terms = terms_of(problem.question)
         assert sum(terms) == int(problem.answer) and len(terms) == problem.tags["terms"]
-        assert task.min_terms <= len(terms) <= task.max_terms and all(
-            1 <= abs(t) <= task.largest for t in terms
-        )
+        assert task.min_terms <= len(terms) <= task.max_terms and all(1 <= abs(t) <= task.largest for t in terms)
         assert task.check(problem, problem.answer) == task.check(problem, f" {problem.answer}\n") == RIGHT
         assert task.check(problem, str(int(problem.answer) + 1)) == WRONG
         total = int(re.match(r"\d+", problem.question)[0])  # type: ignore[index]
@@ -53,9 +51,7 @@ def test_gold_answers_and_worked_steps_are_right(task: Chains) -> None:
         for step in steps:
             assert step is not None, problem.solution
             left, sign, right, result = step.groups()
-            assert int(left) == total and int(result) == (
-                total + int(right) if sign == "+" else total - int(right)
-            )
+            assert int(left) == total and int(result) == (total + int(right) if sign == "+" else total - int(right))
             total = int(result)
         assert total == int(problem.answer)
 
@@ -117,9 +113,7 @@ def test_every_length_and_sign_is_drawn() -> None:
     ],
     ids=lambda value: repr(value)[:30] if isinstance(value, str) else "",
 )
-def test_answers_by_hand(
-    answer: str, verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_by_hand(answer: str, verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     start = time.process_time()
     assert Chains().check(FIVE, answer) == verdict
@@ -128,12 +122,7 @@ def test_answers_by_hand(
 
 def test_a_right_guess_must_be_the_number_itself() -> None:
     for problem in drawn(Chains(), 100):
-        texts = [
-            problem.question,
-            problem.solution,
-            f"{problem.answer}!",
-            f"{problem.answer} {problem.answer}",
-        ]
+        texts = [problem.question, problem.solution, f"{problem.answer}!", f"{problem.answer} {problem.answer}"]
         texts += [problem.question.replace("=?", f"={problem.answer}"), ",".join(map(str, range(-50, 50)))]
         assert all(Chains().check(problem, text) == JUNK for text in texts)
 
@@ -183,10 +172,7 @@ def test_same_seed_same_problems() -> None:
     for _ in range(50):
         assert draw(Chains(), "train", one) == draw(Chains(), "train", two)
     # Published scores compare only while these stay as they are.
-    assert [p.question for p in distinct(Chains(), "held_out", 2, seed=0)] == [
-        "4-9+3-5-3-2=?",
-        "9+2+1-2+4+2=?",
-    ]
+    assert [p.question for p in distinct(Chains(), "held_out", 2, seed=0)] == ["4-9+3-5-3-2=?", "9+2+1-2+4+2=?"]
 
 
 def test_a_task_with_too_few_problems_says_so() -> None:
@@ -194,9 +180,7 @@ def test_a_task_with_too_few_problems_says_so() -> None:
     keys = {p.key for p in drawn(few, 1000)}
     n = sum(not is_held_out(key) for key in keys)
     assert 0 < n < 10 and len(distinct(few, "train", n, seed=0)) == n
-    message = (
-        f"problems = 10: task 'chains-2' has only about {n} distinct train problems. Ask for fewer or widen"
-    )
+    message = f"problems = 10: task 'chains-2' has only about {n} distinct train problems. Ask for fewer or widen"
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         distinct(few, "train", 10, seed=0)
 
@@ -231,14 +215,8 @@ def test_a_task_with_nothing_on_one_side_says_so() -> None:
         ({"min_terms": 1}, "chains.min_terms = 1: not in 2..max_terms (6). Correct the range."),
         ({"min_terms": 7}, "chains.min_terms = 7: not in 2..max_terms (6). Correct the range."),
         ({"largest": 0}, "chains.largest = 0: terms run from 1 to largest. Set it to at least 1."),
-        (
-            {"max_terms": "6"},
-            "chains.max_terms = '6': expected int, got str. Correct the value in the recipe.",
-        ),
-        (
-            {"min_terms": 4.0},
-            "chains.min_terms = 4.0: expected int, got float. Correct the value in the recipe.",
-        ),
+        ({"max_terms": "6"}, "chains.max_terms = '6': expected int, got str. Correct the value in the recipe."),
+        ({"min_terms": 4.0}, "chains.min_terms = 4.0: expected int, got float. Correct the value in the recipe."),
     ],
 )
 def test_impossible_tasks_name_the_field(fields: dict[str, Any], message: str) -> None:

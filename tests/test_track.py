@@ -12,7 +12,7 @@ import pytest
 
 from finback.config import UserError
 from finback.report.track import track
-from finback.run import write_json, write_lines
+from finback.runs.files import write_json, write_lines
 from tests.toy import finback
 
 
@@ -39,9 +39,7 @@ def test_tensorboard_reads_every_number(run: Path, tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tb" / "tiny" / "base"))
     events.Reload()
     assert events.Tags()["scalars"] == ["loss"]
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
-        (s, pytest.approx(4.0 / s)) for s in (1, 2, 3)
-    ]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, pytest.approx(4.0 / s)) for s in (1, 2, 3)]
 
 
 class Fake(types.ModuleType):
@@ -62,9 +60,7 @@ class Fake(types.ModuleType):
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
-def test_loggers_get_one_run_per_stage(
-    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loggers_get_one_run_per_stage(name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Fake(name)
     monkeypatch.setitem(sys.modules, name, fake)
     track(run, name, tmp_path)  # type: ignore[arg-type]
@@ -97,9 +93,7 @@ def test_a_run_is_followed_to_its_end(run: Path, tmp_path: Path, monkeypatch: py
 
 def test_what_cannot_be_tracked_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(
-        UserError, match=r"--to = 'trackio': the package is not installed\. pip install trackio"
-    ):
+    with pytest.raises(UserError, match=r"--to = 'trackio': the package is not installed\. pip install trackio"):
         track(run, "trackio", tmp_path)
     with pytest.raises(UserError, match="not a run folder"):
         track(tmp_path, "trackio", tmp_path)

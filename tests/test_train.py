@@ -13,7 +13,7 @@ from finback.model.count import forward_flops, parameters, training_flops
 from finback.model.moe import balance_loss, max_violation
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.train import schedule
+from finback.train import rates
 from finback.train.loss import cross_entropy, token_logprobs
 from finback.train.optim import Adam, Gradients, Muon, is_matrix, newton_schulz
 from finback.train.step import backward
@@ -71,8 +71,10 @@ def test_balance_loss_by_hand() -> None:
     assert balanced.item() == pytest.approx(1.0)
     padded = balance_loss(
         torch.cat([affinity, torch.tensor([[[0.0, 9.0]]])], dim=1),
-        torch.tensor([[[0], [0], [1]]]), 1, torch.tensor([[True, True, False]]),
-    )  # fmt: skip
+        torch.tensor([[[0], [0], [1]]]),
+        1,
+        torch.tensor([[True, True, False]]),
+    )
     assert padded.item() == pytest.approx(2 * p0)
 
 
@@ -138,11 +140,11 @@ def test_gradients_are_clipped_to_the_global_norm() -> None:
 
 
 def test_schedules() -> None:
-    assert schedule.warmup(50, 100) == 0.5 and schedule.warmup(200, 100) == 1.0
-    assert schedule.decay(10**9, None, 100, 0.1) == 1.0
-    assert schedule.decay(50, 100, 100, 0.1) == 1.0, "not above 1 before it begins"
-    assert schedule.decay(150, 100, 100, 0.1) == pytest.approx(0.55)
-    assert schedule.decay(500, 100, 100, 0.1) == pytest.approx(0.1)
+    assert rates.warmup(50, 100) == 0.5 and rates.warmup(200, 100) == 1.0
+    assert rates.decay(10**9, None, 100, 0.1) == 1.0
+    assert rates.decay(50, 100, 100, 0.1) == 1.0, "not above 1 before it begins"
+    assert rates.decay(150, 100, 100, 0.1) == pytest.approx(0.55)
+    assert rates.decay(500, 100, 100, 0.1) == pytest.approx(0.1)
 
 
 def test_closed_form_counts() -> None:

@@ -19,8 +19,9 @@ from finback.data.sources import Files
 from finback.data.template import Template
 from finback.data.tokenizer import Tokenizer
 from finback.parallel.mesh import World
-from finback.run import Interrupted, StageRun, read_lines
-from finback.stages.distil import Distil, _Distillation
+from finback.runs.files import read_lines
+from finback.runs.folder import Interrupted, StageRun
+from finback.stages.distill import Distill, _Distillation
 from finback.stages.reject import Reject, choose
 from finback.stages.sft import SFT, Tuning, summed_cross_entropy
 from finback.tasks.math import Chains
@@ -38,8 +39,11 @@ def taught(lesson: tuning.Lesson, words: Tokenizer) -> str:
 
 
 TALK = (
-    Message("user", "hi"), Message("assistant", "well"), Message("user", "1+1?"), Message("assistant", "2", "one and one"),
-)  # fmt: skip
+    Message("user", "hi"),
+    Message("assistant", "well"),
+    Message("user", "1+1?"),
+    Message("assistant", "2", "one and one"),
+)
 
 
 def test_a_lesson_is_what_the_assistant_said(words: Tokenizer) -> None:
@@ -61,27 +65,17 @@ def test_chains_of_earlier_turns_are_taught_apart_and_never_read(words: Tokenize
 
 def test_a_system_message_stands_first_and_is_not_taught(words: Tokenizer) -> None:
     (lesson,) = tuning.lessons((Message("system", "be kind"), *TALK[:2]), words)
-    assert words.decode(lesson.ids, skip_special=True).startswith("be kind") and "kind" not in taught(
-        lesson, words
-    )
+    assert words.decode(lesson.ids, skip_special=True).startswith("be kind") and "kind" not in taught(lesson, words)
 
 
 @pytest.mark.parametrize("opens", ["", "<think>\n"])
 def test_a_template_writes_the_prompt(words: Tokenizer, opens: str) -> None:
-    source = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[A]"
-        + opens
-    )
+    source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[A]" + opens
     own = Tokenizer(words.path)
     own.template = Template(source + "{% endif %}", {})
     first, second = tuning.lessons(TALK, own)
-    assert (
-        taught(second, own)
-        == ("" if opens else "<think>\n") + "one and one\n</think>\n\n2<｜end▁of▁sentence｜>"
-    )
-    assert own.decode(second.ids, skip_special=False).startswith(
-        "[user]hi[assistant]well[user]1+1?[A]" + opens
-    )
+    assert taught(second, own) == ("" if opens else "<think>\n") + "one and one\n</think>\n\n2<｜end▁of▁sentence｜>"
+    assert own.decode(second.ids, skip_special=False).startswith("[user]hi[assistant]well[user]1+1?[A]" + opens)
     assert taught(first, own).endswith("well<｜end▁of▁sentence｜>")
 
 
@@ -136,7 +130,7 @@ def tune(root: Path, kind: type[SFT] = SFT, name: str = "tuned", **knobs: Any) -
     run.folder.mkdir(exist_ok=True)
     settings = {"start": "base", "kept": ("kept",), "rows": 2, "length": 48, "epochs": 2} | knobs
     stage = kind(name=name, **settings)
-    return _Distillation(stage, run) if isinstance(stage, Distil) else Tuning(stage, run)
+    return _Distillation(stage, run) if isinstance(stage, Distill) else Tuning(stage, run)
 
 
 def test_the_packed_gradient_is_that_of_lessons_alone(tmp_path: Path) -> None:
@@ -161,9 +155,7 @@ def test_sft_learns_its_lessons_and_says_what_it_read(tmp_path: Path) -> None:
     results = t.run()
     losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
     assert losses[-1] < 0.5 * losses[0]
-    assert (
-        results["lessons_by_source"] == {"kept": 60} and results["filled"] > 0.8 and results["too_long"] == 0
-    )
+    assert results["lessons_by_source"] == {"kept": 60} and results["filled"] > 0.8 and results["too_long"] == 0
     assert models.load(tmp_path / "tuned").config == t.model.config
 
 
@@ -226,7 +218,7 @@ def test_divergences_by_hand() -> None:
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
-    t = tune(tmp_path, Distil, teacher="base", mtp_weight=0.0, balance_alpha=0.0)
+    t = tune(tmp_path, Distill, teacher="base", mtp_weight=0.0, balance_alpha=0.0)
     t.model.train()
     metrics = t._train_step()
     assert metrics["loss"] == pytest.approx(0, abs=1e-5) and metrics["grad_norm"] < 1e-3
@@ -234,31 +226,24 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("form", ["forward", "reverse"])
 def test_a_student_comes_closer_to_its_teacher(tmp_path: Path, form: str) -> None:
-    t = tune(tmp_path, Distil, teacher="other", divergence=form, lr=1e-2, epochs=8, mtp_weight=0.0)
+    t = tune(tmp_path, Distill, teacher="other", divergence=form, lr=1e-2, epochs=8, mtp_weight=0.0)
     t.run()
     losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
     assert losses[-1] < 0.6 * losses[0]
 
 
 def test_on_policy_the_student_is_corrected_where_it_goes(tmp_path: Path) -> None:
-    knobs = {
-        "teacher": "other",
-        "kept": (),
-        "task": Chains(2, 3),
-        "prompts": 8,
-        "max_tokens": 8,
-        "mtp_weight": 0.0,
-    }
-    t = tune(tmp_path, Distil, steps=30, lr=1e-2, divergence="reverse", **knobs)
+    knobs = {"teacher": "other", "kept": (), "task": Chains(2, 3), "prompts": 8, "max_tokens": 8, "mtp_weight": 0.0}
+    t = tune(tmp_path, Distill, steps=30, lr=1e-2, divergence="reverse", **knobs)
     t.run()
     losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
     assert len(losses) == 30 and sum(losses[-3:]) < 0.6 * sum(losses[:3])
     with pytest.raises(UserError, match=r"tuned\.task"):
-        tune(tmp_path, Distil, **knobs | {"kept": ("kept",)})
+        tune(tmp_path, Distill, **knobs | {"kept": ("kept",)})
 
 
 def test_hard_targets_alone_are_sft(tmp_path: Path) -> None:
-    t = tune(tmp_path, Distil, teacher="other", hard=1.0)
+    t = tune(tmp_path, Distill, teacher="other", hard=1.0)
     t.step = 1
     batch = t.rows()
     assert batch is not None
@@ -271,7 +256,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     stage_folder(tmp_path, 2, "foreign")
     tokenizer.train(["zzyy yyzz xxyy zyxw" * 50], 320, tmp_path / "foreign/tokenizer.json")
     with pytest.raises(UserError, match="another tokenizer"):
-        tune(tmp_path, Distil, teacher="foreign")
+        tune(tmp_path, Distill, teacher="foreign")
 
 
 # ---- rejection sampling ------------------------------------------------------------------------------------------------
@@ -295,11 +280,7 @@ def test_rarely_solved_questions_give_more_traces() -> None:
 
 
 def test_a_chain_is_kept_once_and_easy_questions_are_limited() -> None:
-    found = [
-        question(0, 1, ["same"]),
-        question(1, 1, ["same"]),
-        *(question(n, 4, [f"c{n}"]) for n in range(2, 12)),
-    ]
+    found = [question(0, 1, ["same"]), question(1, 1, ["same"]), *(question(n, 4, [f"c{n}"]) for n in range(2, 12))]
     chosen = choose(found, 4, 1, 0.5, random.Random(0))
     assert sorted(q["right"] for q, _ in chosen) == [1, 4]
     assert len(choose(found, 4, 1, 1.0, random.Random(0))) == 11
@@ -318,8 +299,15 @@ class Echo(Chains):
 def test_reject_keeps_good_answers_resumes_and_feeds_sft(tmp_path: Path) -> None:
     stage_folder(tmp_path, 1, "base")
     stage = Reject(
-        name="kept", start="base", task=Echo(2, 4), prompts=150, samples=3, max_tokens=12, need_chain=False, readable=False
-    )  # fmt: skip
+        name="kept",
+        start="base",
+        task=Echo(2, 4),
+        prompts=150,
+        samples=3,
+        max_tokens=12,
+        need_chain=False,
+        readable=False,
+    )
     run = StageRun(tmp_path, "kept", 0, World(), quiet=True)
     run.folder.mkdir()
     results = stage.run(run)
@@ -363,12 +351,7 @@ def test_chains_are_found_where_others_write_them(tmp_path: Path) -> None:
         {"messages": [asked, {"role": "assistant", "content": "<think>2+2</think>4"}]},
         {"question": "2+2?", "answer": "4", "reasoning_content": "2+2"},
         {"question": "2+2?", "answer": "<think>2+2</think>4"},
-        {
-            "messages": [
-                asked,
-                {"role": "assistant", "content": "<think> never closed", "reasoning_content": None},
-            ]
-        },
+        {"messages": [asked, {"role": "assistant", "content": "<think> never closed", "reasoning_content": None}]},
     ]
     path = tmp_path / "chains.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
@@ -380,14 +363,12 @@ def test_chains_are_found_where_others_write_them(tmp_path: Path) -> None:
 def test_teachers_that_do_not_fit_are_named_and_padded_heads_are_cut(tmp_path: Path) -> None:
     stage_folder(tmp_path, 3, "short")
     small = toy_model(3)
-    models.save(
-        tmp_path / "short", type(small)(replace(small.config, max_position_embeddings=32)).initialise(0)
-    )
+    models.save(tmp_path / "short", type(small)(replace(small.config, max_position_embeddings=32)).initialise(0))
     with pytest.raises(UserError, match=r"tuned\.teacher = 'short': reads 32 tokens"):
-        tune(tmp_path, Distil, teacher="short")
+        tune(tmp_path, Distill, teacher="short")
     stage_folder(tmp_path, 3, "wide")
     models.save(tmp_path / "wide", type(small)(replace(small.config, vocab_size=352)).initialise(0))
-    t = tune(tmp_path, Distil, teacher="wide", top_k=5)
+    t = tune(tmp_path, Distill, teacher="wide", top_k=5)
     t.model.train()
     assert t._train_step()["loss"] > 0
 

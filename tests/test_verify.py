@@ -48,13 +48,16 @@ def test_a_whole_export_holds_and_says_what_was_checked(folder: Path) -> None:
     card = verify(folder)
     assert card.holds, card.as_text()
     assert {c.name: c.holds for c in card.checks} == {
-        "tensors": True, "parameters": True, "router bias": True, "MTP": None, "copies": True, "tokenizer": True,
-        "values": True, "logits": True,
-    }  # fmt: skip
-    assert (
-        "max difference" in check(card, "logits").text
-        and "Everything that was checked holds." in card.as_text()
-    )
+        "tensors": True,
+        "parameters": True,
+        "router bias": True,
+        "MTP": None,
+        "copies": True,
+        "tokenizer": True,
+        "values": True,
+        "logits": True,
+    }
+    assert "max difference" in check(card, "logits").text and "Everything that was checked holds." in card.as_text()
 
 
 def change(folder: Path, name: str, tensor: torch.Tensor | None, file: str = "model.safetensors") -> None:
@@ -93,9 +96,7 @@ def test_the_first_layer_that_differs_is_named(folder: Path, tmp_path: Path) -> 
     export(model, tmp_path / "other", "fp32")
     card = verify(folder, against=tmp_path / "other")
     found = card.checks[-1]
-    assert found.holds is False and found.details == [
-        "first difference: layer 1, the last, or the final norm and head"
-    ]
+    assert found.holds is False and found.details == ["first difference: layer 1, the last, or the final norm and head"]
     with torch.no_grad():
         model.blocks[0].feed_forward.down.weight.mul_(1.5)
     export(model, tmp_path / "third", "fp32")
@@ -103,9 +104,7 @@ def test_the_first_layer_that_differs_is_named(folder: Path, tmp_path: Path) -> 
     with torch.no_grad():
         model.embed.mul_(1.5)
     export(model, tmp_path / "fourth", "fp32")
-    assert verify(folder, against=tmp_path / "fourth").checks[-1].details == [
-        "first difference: the embedding"
-    ]
+    assert verify(folder, against=tmp_path / "fourth").checks[-1].details == ["first difference: the embedding"]
 
 
 def test_an_fp8_export_is_compared_with_what_it_came_from(folder: Path, tmp_path: Path) -> None:
@@ -119,9 +118,16 @@ def test_an_fp8_export_is_compared_with_what_it_came_from(folder: Path, tmp_path
 
 def test_whole_fp8_blocks_are_what_transformers_makes_of_them(tmp_path: Path) -> None:
     sides = {
-        "hidden_size": 256, "intermediate_size": 256, "q_lora_rank": 128, "kv_lora_rank": 64, "v_head_dim": 64,
-        "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "num_attention_heads": 4, "num_nextn_predict_layers": 0,
-    }  # fmt: skip
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 64,
+        "v_head_dim": 64,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "num_attention_heads": 4,
+        "num_nextn_predict_layers": 0,
+    }
     model = small(**sides, initializer_range=0.05)
     export(model, tmp_path / "fp8", "fp8")
     raw = json.loads((tmp_path / "fp8/config.json").read_text())
@@ -129,7 +135,7 @@ def test_whole_fp8_blocks_are_what_transformers_makes_of_them(tmp_path: Path) ->
     # kv_b has 64 columns, a block that is cut off; so have it in bf16
     held = load_file(tmp_path / "fp8/model.safetensors")
     for name in [n for n in held if n.endswith("kv_b_proj.weight")]:
-        held[name] = fp8.dequantise(held[name], held.pop(name + SCALE), torch.bfloat16)
+        held[name] = fp8.dequantize(held[name], held.pop(name + SCALE), torch.bfloat16)
     save_file(held, tmp_path / "fp8/model.safetensors")
     found = check(verify(tmp_path / "fp8"), "logits")
     assert found.holds and found.text.startswith("against transformers: max difference"), found.text
@@ -159,9 +165,7 @@ def test_a_template_that_opens_the_chain_itself(folder: Path) -> None:
     assert chat.prompt(asked, words) == chat.prompt(asked, words, think=True)  # opened once, not twice
     talk = Conversation(folder, 0, max_tokens=4)
     pieces = list(talk.reply("hello"))
-    assert (
-        pieces[0] == "<think>" and talk.messages[-1].content == ""
-    )  # four tokens of an open chain are no answer
+    assert pieces[0] == "<think>" and talk.messages[-1].content == ""  # four tokens of an open chain are no answer
     with pytest.raises(UserError, match="writes dialogues by a template of its own"):
         chat.document(asked, words)
 
@@ -170,9 +174,13 @@ def test_what_stands_in_a_tokenizers_files_is_taken_with_care(folder: Path) -> N
     text = json.loads((folder / "tokenizer.json").read_text())
     text["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     text["padding"] = {
-        "strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 2, "pad_type_id": 0,
+        "strategy": {"Fixed": 8},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 2,
+        "pad_type_id": 0,
         "pad_token": "x",
-    }  # fmt: skip
+    }
     (folder / "tokenizer.json").write_text(json.dumps(text))
     words = Tokenizer(folder)
     assert words.decode(words.encode(SHARED_TEXT[0])) == SHARED_TEXT[0] and len(words.encode("a")) == 1
@@ -182,9 +190,7 @@ def test_what_stands_in_a_tokenizers_files_is_taken_with_care(folder: Path) -> N
         with pytest.raises(UserError, match=message):
             Tokenizer(folder)
     several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "{{ 1 // 0 }}"}]
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings | {"chat_template": several, "eos_token": 7})
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": several, "eos_token": 7}))
     words = Tokenizer(folder)
     with pytest.raises(UserError, match="the model's chat template refuses them"):
         chat.prompt([Message("user", "x")], words)
@@ -253,9 +259,7 @@ def write_gguf(path: Path, config: Any, theirs: Any, kind: Any = None) -> None:
         stem, _, ending = name.rpartition(".")
         values = tensor.contiguous().numpy()
         if kind is not None and tensor.ndim == 2:
-            writer.add_tensor(
-                f"{names.get_name(stem)}.{ending}", gguf.quants.quantize(values, kind), raw_dtype=kind
-            )
+            writer.add_tensor(f"{names.get_name(stem)}.{ending}", gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(f"{names.get_name(stem)}.{ending}", values)
     if rope["rope_type"] == "llama3":
@@ -288,21 +292,24 @@ def unable(*_: object) -> None:
     raise NotImplementedError
 
 
-def test_quantised_gguf_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_gguf_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=64,
+    )
     theirs = build(config, 0)
     write_gguf(tmp_path / "q.gguf", config, theirs, gguf.GGMLQuantizationType.Q8_0)
     ours, audit = load(tmp_path / "q.gguf")
     assert audit.notes == ["GGUF, spread out from F32, Q8_0"]
     gap = (ours.embed - theirs.model.embed_tokens.weight).abs().max()
     assert 0 < gap <= theirs.model.embed_tokens.weight.abs().max() / 200
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(UserError, match="Q8_0, which the gguf library does not"),
-    ):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="Q8_0, which the gguf library does not"):
         patch.setattr(gguf.quants, "dequantize", unable)
         load(tmp_path / "q.gguf")
     whole = (tmp_path / "q.gguf").read_bytes()
@@ -327,8 +334,11 @@ def smollm() -> Path:
 def test_smollm2_talks_and_goes_out(tmp_path: Path) -> None:
     asked = subprocess.run(
         [sys.executable, "-m", "finback", "chat", str(smollm()), "--temperature", "0"],
-        input="What is the capital of France?\n", capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        input="What is the capital of France?\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "Paris" in asked.stdout
     assert finback("export", smollm(), tmp_path / "out", "--dtype", "fp32").returncode == 0
     card = verify(tmp_path / "out")

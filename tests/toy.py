@@ -13,11 +13,21 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ModelConfig(
     **{
         **{f: getattr(TINY, f) for f in TINY.__dataclass_fields__},
-        "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 48, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-        "v_head_dim": 8, "n_routed_experts": 4, "moe_intermediate_size": 16, "max_position_embeddings": 256,
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "max_position_embeddings": 256,
     }
-)  # fmt: skip
+)
 
 RECIPE = """
 from pathlib import Path
@@ -62,9 +72,7 @@ def write_recipe(folder: Path) -> Path:
 
 def environment() -> dict[str, str]:
     """For child processes that must find finback and tests.toy."""
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
-        "PYTHONPATH": str(ROOT)
-    }
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT)}
 
 
 def finback(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

@@ -38,9 +38,11 @@ class Audit:
         for kind, found in (("missing", self.missing), ("unexpected", self.unexpected)):
             if found:
                 raise UserError(
-                    found[0], where, f"{kind}, with {len(found) - 1} more: the weights are not those of config.json",
+                    found[0],
+                    where,
+                    f"{kind}, with {len(found) - 1} more: the weights are not those of config.json",
                     "`finback verify` lists every tensor.",
-                )  # fmt: skip
+                )
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -59,7 +61,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def audit(config: ModelConfig, shards: Weights, quantised: bool) -> Audit:
+def audit(config: ModelConfig, shards: Weights, quantized: bool) -> Audit:
     """Compare a folder's tensors with what the config calls for."""
     wanted = shapes(config)
     mtp = [n for n in wanted if _layer(n) >= config.num_hidden_layers]
@@ -74,7 +76,7 @@ def audit(config: ModelConfig, shards: Weights, quantised: bool) -> Audit:
     copies = names.copies(config)
     for name in shards.specs:
         if name in wanted:
-            problem = _problem(name, wanted[name], shards, quantised)
+            problem = _problem(name, wanted[name], shards, quantized)
             result.loaded.append(name)
             if problem:
                 result.wrong[name] = problem
@@ -95,7 +97,7 @@ def _layer(name: str) -> int:
     return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
 
 
-def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantised: bool) -> str:
+def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantized: bool) -> str:
     """What is wrong with a tensor's shape, dtype or factors; empty when nothing is."""
     spec = shards.specs[name]
     if spec.shape != shape:
@@ -105,7 +107,7 @@ def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantised: bool
     factors: Any = shards.specs.get(name + SCALE)
     if spec.dtype != "F8_E4M3":
         return "" if factors is None else f"has FP8 factors but is {spec.dtype}"
-    if factors is None or not quantised:
+    if factors is None or not quantized:
         return "FP8 without factors, or without quantization_config in config.json"
     if element_type(factors.dtype) is None:
         return f"FP8 factors of dtype {factors.dtype}; finback reads F32 and BF16"

@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from finback.checkpoint.store import KEEP
 from finback.config import UserError
-from finback.meter import sha256
 from finback.model.config import ModelConfig
-from finback.run import read_json, write_json
+from finback.runs.files import read_json, write_json
+from finback.runs.provenance import sha256
 
 MANIFEST = "manifest.json"
 

@@ -30,9 +30,13 @@ RELEASED_MTP_LAYER = 61
 
 
 def export(
-    model: Transformer, folder: Path, fmt: Format = "bf16", extras: Callable[[Path], None] | None = None,
-    settings: dict[str, Any] | None = None, shard_bytes: int = 5_000_000_000,
-) -> list[Path]:  # fmt: skip
+    model: Transformer,
+    folder: Path,
+    fmt: Format = "bf16",
+    extras: Callable[[Path], None] | None = None,
+    settings: dict[str, Any] | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> list[Path]:
     """Write weights and config.json; `extras` adds tokenizer, card and the like. The folder appears when complete.
 
     `settings` go into config.json beside what follows from the model. Returns the files. UserError when the folder
@@ -42,14 +46,17 @@ def export(
     raw = hf.raw_config(model.config, "float32" if fmt == "fp32" else "bfloat16") | (settings or {})
     if fmt == "fp8":
         raw["quantization_config"] = {
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-        } | raw.get("quantization_config", {})  # fmt: skip
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128],
+        } | raw.get("quantization_config", {})
     needed = sum(size for _, size in _sizes(model.config, fmt))
     free = shutil.disk_usage(folder.parent).free
     if free < 1.05 * needed:
         raise UserError(
             "folder", str(folder), f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Use another disk."
-        )  # fmt: skip
+        )
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         _write_weights(model, unfinished, fmt, shard_bytes)
@@ -76,9 +83,7 @@ def check_target(folder: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(
-            "folder", str(folder), "lies within something that is no folder", "Name another."
-        ) from None
+        raise UserError("folder", str(folder), "lies within something that is no folder", "Name another.") from None
     return folder
 
 
@@ -97,7 +102,7 @@ def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
                 yield name + SCALE, scale.contiguous()
                 yield name, piece.contiguous()
             else:
-                yield name, fp8.dequantise(piece, scale, _DTYPES[fmt])
+                yield name, fp8.dequantize(piece, scale, _DTYPES[fmt])
     for copy, original in _copies(config).items():
         tensor = state["embed" if original == "model.embed_tokens.weight" else "head.weight"]
         yield from _cast(copy, tensor.clone(), fmt)  # safetensors refuses two names for one memory
@@ -111,19 +116,17 @@ def _copies(config: ModelConfig) -> dict[str, str]:
 def _cast(name: str, tensor: Tensor, fmt: Format) -> Iterator[tuple[str, Tensor]]:
     if name.endswith("e_score_correction_bias"):
         yield name, tensor.float().contiguous()
-    elif fmt == "fp8" and is_quantised(name):
-        values, scale = fp8.quantise(tensor)
+    elif fmt == "fp8" and is_quantized(name):
+        values, scale = fp8.quantize(tensor)
         yield name + SCALE, scale
         yield name, values
     else:
         yield name, tensor.to(_DTYPES[fmt]).contiguous()
 
 
-def is_quantised(name: str) -> bool:
+def is_quantized(name: str) -> bool:
     """Whether DeepSeek keeps this tensor in FP8: projections, not norms, router, embeddings, head or eh_proj."""
-    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and not name.endswith(
-        "eh_proj.weight"
-    )
+    return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and not name.endswith("eh_proj.weight")
 
 
 def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
@@ -134,7 +137,7 @@ def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
         count = 1
         for n in shape:
             count *= n
-        if fmt == "fp8" and is_quantised(name):
+        if fmt == "fp8" and is_quantized(name):
             yield name, count + 4 * fp8.blocks(shape[0]) * fp8.blocks(shape[1])
         else:
             yield name, count * (4 if fmt == "fp32" or name.endswith("correction_bias") else 2)

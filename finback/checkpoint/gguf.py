@@ -1,6 +1,6 @@
 """GGUF files of the dense families: their metadata as a config.json, their tensors under Hugging Face's names.
 
-The gguf library spreads out quantised tensors, one at a time. Beyond names two things differ: Llama's query and key
+The gguf library spreads out quantized tensors, one at a time. Beyond names two things differ: Llama's query and key
 rows are stored for interleaved rotation, and Llama 3's frequency scaling is a tensor instead of a setting.
 """
 
@@ -16,15 +16,23 @@ from finback.config import UserError
 
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _TOP = {
-    "token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
-}  # fmt: skip
+}
 _BLOCK = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _FREQUENCIES = "rope_freqs.weight"
 
 
@@ -41,9 +49,7 @@ def open_gguf(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # the library raises whatever numpy raises on a short file
-        raise UserError(
-            "model", str(path), f"not a whole GGUF file ({error})", "Download it again."
-        ) from None
+        raise UserError("model", str(path), f"not a whole GGUF file ({error})", "Download it again.") from None
 
 
 _MISSING = object()
@@ -68,8 +74,7 @@ class GGUF:
         self.tensors = {_name(t.name): t for t in reader.tensors if t.name != _FREQUENCIES}
         self.raw = _raw_config(reader, {t.name: t for t in reader.tensors}, path)
         self.specs = {
-            name: Spec("F32", tuple(int(n) for n in reversed(t.shape)), path)
-            for name, t in self.tensors.items()
+            name: Spec("F32", tuple(int(n) for n in reversed(t.shape)), path) for name, t in self.tensors.items()
         }
         self.kinds = sorted({t.tensor_type.name for t in reader.tensors})
 
@@ -83,8 +88,8 @@ class GGUF:
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise UserError(
-                name, str(self.path), f"{kind}, which the gguf library does not spread out", "Use another quantisation."
-            ) from None  # fmt: skip
+                name, str(self.path), f"{kind}, which the gguf library does not spread out", "Use another quantization."
+            ) from None
         if self.raw["model_type"] == "llama" and ("q_proj." in name or "k_proj." in name):
             heads = self.raw["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             # rows were taken from [first halves | second halves] to pairs; take them back
@@ -120,7 +125,7 @@ def _raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, A
     if arch not in FAMILIES:
         raise UserError(
             "model", str(path), f"a GGUF file of the family {arch!r}", f"finback reads GGUF of {', '.join(FAMILIES)}."
-        )  # fmt: skip
+        )
 
     def get(name: str, *default: Any) -> Any:
         return field(reader, f"{arch}.{name}", *default)
@@ -131,21 +136,31 @@ def _raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, A
     if embedding is None:
         raise UserError("model", str(path), "has no token_embd.weight", "Use a complete file.")
     raw = {
-        "model_type": FAMILIES[arch], "vocab_size": int(embedding.shape[1]), "hidden_size": width,
-        "num_hidden_layers": get("block_count"), "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads), "head_dim": head_dim,
-        "intermediate_size": get("feed_forward_length"), "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": round(get("attention.layer_norm_rms_epsilon"), 12), "rope_theta": get("rope.freq_base", 10000.0),
-        "tie_word_embeddings": "output.weight" not in tensors, "attention_bias": "blk.0.attn_output.bias" in tensors,
+        "model_type": FAMILIES[arch],
+        "vocab_size": int(embedding.shape[1]),
+        "hidden_size": width,
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": get("feed_forward_length"),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": round(get("attention.layer_norm_rms_epsilon"), 12),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_output.bias" in tensors,
         "bos_token_id": field(reader, "tokenizer.ggml.bos_token_id", None),
         "eos_token_id": field(reader, "tokenizer.ggml.eos_token_id", None),
-    }  # fmt: skip
+    }
     kind = get("rope.scaling.type", "none")
     if kind != "none":
         raw["rope_scaling"] = {
-            "rope_type": kind, "factor": get("rope.scaling.factor"),
-            "original_max_position_embeddings": get("rope.scaling.original_context_length", raw["max_position_embeddings"]),
-        }  # fmt: skip
+            "rope_type": kind,
+            "factor": get("rope.scaling.factor"),
+            "original_max_position_embeddings": get(
+                "rope.scaling.original_context_length", raw["max_position_embeddings"]
+            ),
+        }
     if _FREQUENCIES in tensors:
         raw["rope_scaling"] = _llama3(torch.tensor(tensors[_FREQUENCIES].data), raw, path)
     return raw
@@ -159,12 +174,13 @@ def _llama3(divisors: Tensor, raw: dict[str, Any], path: Path) -> dict[str, Any]
     plain = inverse_frequencies(hf.model_config(raw | {"rope_scaling": None}))
     for factor in (8.0, 32.0):
         setting = {
-            "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
-        }  # fmt: skip
+        }
         scaled = inverse_frequencies(hf.model_config(raw | {"rope_scaling": setting}))
         if divisors.shape == plain.shape and torch.allclose(plain / divisors, scaled, rtol=1e-4):
             return setting
-    raise UserError(
-        _FREQUENCIES, str(path), "not the frequencies of a Llama 3 release", "Use its safetensors files."
-    )
+    raise UserError(_FREQUENCIES, str(path), "not the frequencies of a Llama 3 release", "Use its safetensors files.")

@@ -22,9 +22,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            "model", str(folder), "has no config.json", "Name the folder that holds config.json."
-        ) from None
+        raise UserError("model", str(folder), "has no config.json", "Name the folder that holds config.json.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError("config.json", str(path), f"not JSON ({error})", "Download the file again.") from None
     if not isinstance(raw, dict):
@@ -38,14 +36,17 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     if family not in FAMILIES:
         own_code = " and brings its own code, which finback never runs" if "auto_map" in raw else ""
         raise UserError(
-            "config.json model_type", family, f"not a family that finback knows{own_code}",
+            "config.json model_type",
+            family,
+            f"not a family that finback knows{own_code}",
             did_you_mean(str(family), FAMILIES),
-        )  # fmt: skip
+        )
     fields = _Fields(raw)
     fields.demand("hidden_act", "silu", default="silu")
     fields.demand("mlp_bias", False, default=False)
     common: dict[str, Any] = {
-        "vocab_size": fields.integer("vocab_size"), "hidden_size": fields.integer("hidden_size"),
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": fields.integer("hidden_size"),
         "num_hidden_layers": fields.integer("num_hidden_layers"),
         "num_attention_heads": fields.integer("num_attention_heads"),
         "intermediate_size": fields.integer("intermediate_size"),
@@ -53,7 +54,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
         "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
         "initializer_range": fields.number("initializer_range", 0.02),
-    }  # fmt: skip
+    }
     theta, scaling = _rope(fields)
     common |= {"rope_theta": theta, "rope_scaling": scaling}
     family_fields = _latent(fields, family) if family.startswith("deepseek") else _grouped(fields, family)
@@ -106,9 +107,10 @@ def _latent(fields: _Fields, family: str) -> dict[str, Any]:
     names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     rank = fields.raw.get("q_lora_rank")
     found: dict[str, Any] = {name: fields.integer(name) for name in names} | {
-        "attention": "mla", "q_lora_rank": None if rank is None else fields.integer("q_lora_rank"),
+        "attention": "mla",
+        "q_lora_rank": None if rank is None else fields.integer("q_lora_rank"),
         "rope_interleaved": fields.flag("rope_interleave", True),
-    }  # fmt: skip
+    }
     layers, dense = fields.integer("num_hidden_layers"), fields.integer("first_k_dense_replace")
     mtp = 0
     if family == "deepseek_v3":
@@ -117,12 +119,13 @@ def _latent(fields: _Fields, family: str) -> dict[str, Any]:
     if not fields.raw.get("n_routed_experts") or dense >= layers + mtp:
         return found
     found |= {
-        "n_routed_experts": fields.integer("n_routed_experts"), "first_k_dense_replace": dense,
+        "n_routed_experts": fields.integer("n_routed_experts"),
+        "first_k_dense_replace": dense,
         "n_shared_experts": fields.integer("n_shared_experts"),
         "num_experts_per_tok": fields.integer("num_experts_per_tok"),
         "moe_intermediate_size": fields.integer("moe_intermediate_size"),
         "routed_scaling_factor": fields.number("routed_scaling_factor"),
-    }  # fmt: skip
+    }
     return found | (_v2_gate(fields) if family == "deepseek_v2" else _v3_gate(fields))
 
 
@@ -157,11 +160,13 @@ def _grouped(fields: _Fields, family: str) -> dict[str, Any]:
         fields.refuse("use_sliding_window", "finback attends to the whole context only", "Set it to false.")
     bias: Literal["none", "qkv", "all"] = "all" if fields.flag("attention_bias", False) else "none"
     return {
-        "attention": "gqa", "num_key_value_heads": fields.integer("num_key_value_heads", heads),
+        "attention": "gqa",
+        "num_key_value_heads": fields.integer("num_key_value_heads", heads),
         "head_dim": fields.integer("head_dim", fields.integer("hidden_size") // max(heads, 1)),
-        "attention_bias": "qkv" if family == "qwen2" else bias, "qk_norm": family == "qwen3",
+        "attention_bias": "qkv" if family == "qwen2" else bias,
+        "qk_norm": family == "qwen3",
         "rope_interleaved": False,
-    }  # fmt: skip
+    }
 
 
 def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
@@ -171,8 +176,7 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     if not isinstance(given, dict):
         fields.refuse("rope_scaling", "not an object", "Correct config.json.")
     rope = _Fields(
-        {"rope_theta": raw.get("rope_theta"), "partial_rotary_factor": raw.get("partial_rotary_factor")}
-        | given
+        {"rope_theta": raw.get("rope_theta"), "partial_rotary_factor": raw.get("partial_rotary_factor")} | given
     )
     theta = rope.number("rope_theta", 10000.0)
     if theta <= 1:
@@ -189,14 +193,14 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
         if kind == "llama3":
             return theta, Llama3Rope(
                 float(given["factor"]), float(given["low_freq_factor"]), float(given["high_freq_factor"]), int(window)
-            )  # fmt: skip
+            )
         if kind == "yarn" and given.get("truncate", True):
             return theta, _yarn(given, int(window))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError("config.json rope_scaling", given, f"bad or missing {error}", "Correct it.") from None
     raise UserError(
         "config.json rope_scaling", given, "not a scaling that finback knows", "It knows yarn, llama3 and linear."
-    )  # fmt: skip
+    )
 
 
 def _yarn(given: dict[str, Any], window: int) -> Yarn:
@@ -207,20 +211,28 @@ def _yarn(given: dict[str, Any], window: int) -> Yarn:
     if factor is None and not both and all_dim:
         factor = Yarn(factor=float(given["factor"]), mscale_all_dim=0.0).gain
     return Yarn(
-        factor=float(given["factor"]), original_max_position_embeddings=window,
-        beta_fast=float(given.get("beta_fast") or 32), beta_slow=float(given.get("beta_slow") or 1),
-        mscale=float(given["mscale"]) if both else 1.0, mscale_all_dim=all_dim,
+        factor=float(given["factor"]),
+        original_max_position_embeddings=window,
+        beta_fast=float(given.get("beta_fast") or 32),
+        beta_slow=float(given.get("beta_slow") or 1),
+        mscale=float(given["mscale"]) if both else 1.0,
+        mscale_all_dim=all_dim,
         attention_factor=None if factor is None else float(factor),
-    )  # fmt: skip
+    )
 
 
 def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The config.json of a model, in the releases' spelling; `model_config` reads it back to the same ModelConfig."""
     family = family_of(config)
     raw: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[family]], "model_type": family, "torch_dtype": dtype, "hidden_act": "silu",
-        "attention_dropout": 0.0, "use_cache": True, "rope_theta": config.rope_theta,
-    }  # fmt: skip
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "torch_dtype": dtype,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "rope_theta": config.rope_theta,
+    }
     raw |= {name: getattr(config, name) for name in _SAME}
     if config.rope_scaling is not None:
         raw["rope_scaling"] = _raw_rope(config.rope_scaling)
@@ -229,10 +241,12 @@ def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         return raw | ({} if family == "qwen2" else {"attention_bias": config.attention_bias == "all"})
     raw |= {name: getattr(config, name) for name in _LATENT}
     raw |= {
-        "num_key_value_heads": config.num_attention_heads, "attention_bias": False, "moe_layer_freq": 1,
+        "num_key_value_heads": config.num_attention_heads,
+        "attention_bias": False,
+        "moe_layer_freq": 1,
         "rope_interleave": config.rope_interleaved,
         "topk_method": "noaux_tc" if family == "deepseek_v3" else "group_limited_greedy",
-    }  # fmt: skip
+    }
     if not config.n_routed_experts:
         # the format has no dense models: every layer is among the dense first ones
         every = config.num_hidden_layers + config.num_nextn_predict_layers
@@ -242,18 +256,41 @@ def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 _ARCHITECTURES = {
-    "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM", "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-}  # fmt: skip
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 _SAME = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "initializer_range",
+)
 _LATENT = (
-    "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
-    "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace", "n_group", "topk_group",
-    "scoring_func", "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers",
-)  # fmt: skip
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "first_k_dense_replace",
+    "n_group",
+    "topk_group",
+    "scoring_func",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "num_nextn_predict_layers",
+)
 
 
 def family_of(config: ModelConfig) -> str:
@@ -262,19 +299,17 @@ def family_of(config: ModelConfig) -> str:
         softmax = config.n_routed_experts and config.scoring_func == "softmax"
         if softmax and (config.norm_topk_prob or config.num_nextn_predict_layers):
             raise UserError(
-                "model.scoring_func", "softmax", "DeepSeek-V2 has neither normalised weights nor MTP",
+                "model.scoring_func",
+                "softmax",
+                "DeepSeek-V2 has neither normalised weights nor MTP",
                 "Train with sigmoid affinities.",
-            )  # fmt: skip
-        if softmax and not config.rope_interleaved:
-            raise UserError(
-                "model.rope_interleaved", False, "DeepSeek-V2 is interleaved", "Use sigmoid affinities."
             )
+        if softmax and not config.rope_interleaved:
+            raise UserError("model.rope_interleaved", False, "DeepSeek-V2 is interleaved", "Use sigmoid affinities.")
         return "deepseek_v2" if softmax else "deepseek_v3"
     if config.qk_norm:
         if config.attention_bias == "qkv":
-            raise UserError(
-                "model.attention_bias", "qkv", "no family has it with qk_norm", "Use none or all."
-            )
+            raise UserError("model.attention_bias", "qkv", "no family has it with qk_norm", "Use none or all.")
         return "qwen3"
     return "qwen2" if config.attention_bias == "qkv" else "llama"
 
@@ -284,14 +319,21 @@ def _raw_rope(scaling: RopeScaling) -> dict[str, Any]:
         return {"type": "linear", "rope_type": "linear", "factor": scaling.factor}
     if isinstance(scaling, Llama3Rope):
         return {
-            "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }  # fmt: skip
+        }
     raw = {
-        "type": "yarn", "rope_type": "yarn", "factor": scaling.factor, "beta_fast": scaling.beta_fast,
-        "beta_slow": scaling.beta_slow, "mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim,
+        "type": "yarn",
+        "rope_type": "yarn",
+        "factor": scaling.factor,
+        "beta_fast": scaling.beta_fast,
+        "beta_slow": scaling.beta_slow,
+        "mscale": scaling.mscale,
+        "mscale_all_dim": scaling.mscale_all_dim,
         "original_max_position_embeddings": scaling.original_max_position_embeddings,
-    }  # fmt: skip
+    }
     says_more = scaling.attention_factor is not None or (not scaling.mscale_all_dim and scaling.mscale != 1.0)
     return raw | ({"attention_factor": scaling.gain} if says_more else {})

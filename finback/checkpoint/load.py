@@ -31,9 +31,11 @@ def load(path: Path, compute: torch.dtype = torch.float32, kept: Kept = "fp32") 
     result.demand(str(path))
     if "lm_head.weight" in result.skipped and differs(shards, "lm_head.weight", "model.embed_tokens.weight"):
         raise UserError(
-            "lm_head.weight", str(path), "config.json ties it to model.embed_tokens.weight, but its values differ",
+            "lm_head.weight",
+            str(path),
+            "config.json ties it to model.embed_tokens.weight, but its values differ",
             "Set tie_word_embeddings to false if the head is its own; otherwise download the file again.",
-        )  # fmt: skip
+        )
     model = Transformer(result.config, compute, torch.float32 if kept == "fp32" else torch.bfloat16)
     if kept == "fp8":
         _make_room_for_fp8(model, shards)
@@ -45,13 +47,13 @@ def examine(path: Path) -> tuple[Weights, Audit]:
     """The weights at a path and what would become of each of their tensors; reads no values."""
     if path.suffix == ".gguf":
         file = GGUF(path)
-        result = audit(hf.model_config(file.raw), file, quantised=False)
+        result = audit(hf.model_config(file.raw), file, quantized=False)
         result.notes.append(f"GGUF, spread out from {', '.join(file.kinds)}")
         return file, result
     raw = hf.read_config(path)
-    config, quantised = hf.model_config(raw), is_fp8(raw)
+    config, quantized = hf.model_config(raw), is_fp8(raw)
     shards = Shards(path)
-    return shards, audit(config, shards, quantised)
+    return shards, audit(config, shards, quantized)
 
 
 def differing_copies(weights: Weights, result: Audit) -> Iterator[tuple[str, str]]:
@@ -71,15 +73,17 @@ def differs(weights: Weights, name: str, original: str) -> bool:
 
 
 def is_fp8(raw: dict[str, Any]) -> bool:
-    """Whether the weights are in DeepSeek's FP8 format; UserError for any other quantisation."""
+    """Whether the weights are in DeepSeek's FP8 format; UserError for any other quantization."""
     q = raw.get("quantization_config")
     if q is None:
         return False
     if not isinstance(q, dict) or q.get("quant_method") != "fp8" or q.get("weight_block_size") != [128, 128]:
         raise UserError(
-            "config.json quantization_config", q, "finback reads fp8 with weight_block_size [128, 128]",
+            "config.json quantization_config",
+            q,
+            "finback reads fp8 with weight_block_size [128, 128]",
             "Use the bf16 or DeepSeek-FP8 weights of this model.",
-        )  # fmt: skip
+        )
     return True
 
 
@@ -116,7 +120,7 @@ def _copy(state: dict[str, Tensor], target: tuple[str, int, int], name: str, wei
         for start in range(0, len(source), SLICE):
             rows = slice(start, start + SLICE)
             factors = scale[start // fp8.BLOCK : (start + SLICE) // fp8.BLOCK]
-            fp8.dequantise(source[rows], factors, into.dtype, out=into[rows])
+            fp8.dequantize(source[rows], factors, into.dtype, out=into[rows])
 
 
 def part(whole: Tensor, index: int, parts: int) -> Tensor:
@@ -139,13 +143,7 @@ def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
         if all(shards.specs[n].dtype == "F8_E4M3" for n in theirs)
     }
     for prefix, module in model.named_modules():
-        kinds = (
-            ("weight",)
-            if isinstance(module, Linear)
-            else ("gate_up", "down")
-            if isinstance(module, MoE)
-            else ()
-        )
+        kinds = ("weight",) if isinstance(module, Linear) else ("gate_up", "down") if isinstance(module, MoE) else ()
         found = [k for k in kinds if f"{prefix}.{k}" in stored]
         # blocks of parts that share a matrix line up only when each part is a whole number of blocks high
         matrices = len(module.gate_up) if isinstance(module, MoE) else 1
@@ -157,8 +155,6 @@ def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
             continue
         for kind in found:
             shape = getattr(module, kind).shape
-            setattr(
-                module, kind, nn.Parameter(torch.empty(shape, dtype=torch.float8_e4m3fn), requires_grad=False)
-            )
+            setattr(module, kind, nn.Parameter(torch.empty(shape, dtype=torch.float8_e4m3fn), requires_grad=False))
             factors = (*shape[:-2], fp8.blocks(shape[-2]), fp8.blocks(shape[-1]))
             setattr(module, f"{kind}_scale", torch.empty(factors))

@@ -14,7 +14,8 @@ from finback.kernels import packed
 from finback.model.config import from_json, to_json
 from finback.model.pack import pack
 from finback.model.transformer import Transformer
-from finback.run import finished_stages, is_checkpoint, read_json, write_json
+from finback.runs.files import is_checkpoint, read_json, write_json
+from finback.runs.folder import finished_stages
 
 
 def save(folder: Path, model: Transformer) -> None:
@@ -91,9 +92,6 @@ def find_model(path: Path) -> Path:
     if not found:
         problem = "holds no finished model" if path.exists() else "no such file or folder"
         raise UserError(
-            "MODEL",
-            str(path),
-            problem,
-            "Name a run such as runs/tiny, a Hugging Face folder, or a .gguf file.",
+            "MODEL", str(path), problem, "Name a run such as runs/tiny, a Hugging Face folder, or a .gguf file."
         )
     return found[-1]

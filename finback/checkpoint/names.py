@@ -26,10 +26,7 @@ _GQA: _Names = {
 
 def table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Every tensor of a model, buffers included: our name -> the Hugging Face tensors it is made of, in row order."""
-    names: dict[str, tuple[str, ...]] = {
-        "embed": ("model.embed_tokens.weight",),
-        "norm.weight": ("model.norm.weight",),
-    }
+    names: dict[str, tuple[str, ...]] = {"embed": ("model.embed_tokens.weight",), "norm.weight": ("model.norm.weight",)}
     if not config.tie_word_embeddings:
         names["head.weight"] = ("lm_head.weight",)
     for layer in range(config.num_hidden_layers):

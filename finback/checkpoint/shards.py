@@ -68,9 +68,11 @@ class Shards:
         lost = sorted(set(indexed) - set(self.specs))
         if lost:
             raise UserError(
-                INDEX, str(folder), f"names {len(lost)} tensors that its files lack, {lost[0]} first",
+                INDEX,
+                str(folder),
+                f"names {len(lost)} tensors that its files lack, {lost[0]} first",
                 "Download the folder again.",
-            )  # fmt: skip
+            )
 
     def _read_header(self, file: Path) -> None:
         _check(file)
@@ -83,7 +85,7 @@ class Shards:
             if name in self.specs:
                 raise UserError(
                     "weights", str(file), f"{name} is in {self.specs[name].file.name} too", "Keep one of them."
-                )  # fmt: skip
+                )
             start = 8 + length + entry["data_offsets"][0]
             self.specs[name] = Spec(entry["dtype"], tuple(entry["shape"]), file, start)
 
@@ -134,9 +136,7 @@ def _check(file: Path) -> None:
     except FileNotFoundError:
         raise UserError("weights", str(file), "the file is missing", "Download it again.") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            "weights", str(file), f"not a whole safetensors file ({error})", "Download it again."
-        ) from None
+        raise UserError("weights", str(file), f"not a whole safetensors file ({error})", "Download it again.") from None
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -145,29 +145,32 @@ def _read_index(path: Path) -> dict[str, str]:
         assert found and all(isinstance(v, str) and Path(v).name == v for v in found.values())
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
         raise UserError(
-            INDEX, str(path), "not an index: it must map tensor names to file names in this folder",
+            INDEX,
+            str(path),
+            "not an index: it must map tensor names to file names in this folder",
             "Download it again.",
-        ) from None  # fmt: skip
+        ) from None
     return dict(found)
 
 
 def _nothing(folder: Path) -> UserError:
     """Why a folder has no weights that finback reads."""
-    if pickles := sorted(
-        p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))
-    ):
+    if pickles := sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))):
         return UserError(
-            "weights", str(folder / pickles[0]), "a pickle, which can run any program when it is opened",
+            "weights",
+            str(folder / pickles[0]),
+            "a pickle, which can run any program when it is opened",
             "Use the .safetensors files of the same model, or convert it where you trust it.",
-        )  # fmt: skip
-    return UserError(
-        "weights", str(folder), "no .safetensors file there", "Download the weights into the folder."
-    )
+        )
+    return UserError("weights", str(folder), "no .safetensors file there", "Download the weights into the folder.")
 
 
 def element_type(dtype: str) -> torch.dtype | None:
     """torch's dtype for safetensors' word, None for what no weight is kept in."""
     return {
-        "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn,
+        "F32": torch.float32,
+        "BF16": torch.bfloat16,
+        "F16": torch.float16,
+        "F8_E4M3": torch.float8_e4m3fn,
         "F64": torch.float64,
-    }.get(dtype)  # fmt: skip
+    }.get(dtype)

@@ -57,9 +57,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 _REMEDY = "Delete it: the run continues from the checkpoint before, or from the start of the stage."
 
 
-def save_step(
-    folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int = KEEP
-) -> None:
+def save_step(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int = KEEP) -> None:
     """Save step-<step>.safetensors and drop all but the newest `keep`.
 
     The folder has one writer: what safetensors had not finished when that was killed is dropped first, to make room.
@@ -109,7 +107,5 @@ def _digest(tensors: dict[str, Tensor], meta: str) -> str:
     total = hashlib.sha256(meta.encode())
     for name in sorted(tensors):
         total.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
-        total.update(
-            tensors[name].reshape(-1).view(torch.uint8).numpy().data if tensors[name].numel() else b""
-        )
+        total.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data if tensors[name].numel() else b"")
     return total.hexdigest()

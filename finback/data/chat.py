@@ -65,9 +65,7 @@ def rendered(messages: Sequence[Message], tokenizer: Tokenizer, think: bool) -> 
     """What the template itself writes; V3.1's opens the chain, or closes it at once, by the variable `thinking`."""
     assert tokenizer.template is not None, "without a template a prompt is ids, not text"
     said = [{"role": m.role, "content": m.content} for m in messages]
-    return tokenizer.template.render(
-        said, add_generation_prompt=True, **({"thinking": True} if think else {})
-    )
+    return tokenizer.template.render(said, add_generation_prompt=True, **({"thinking": True} if think else {}))
 
 
 def opens_chain(tokenizer: Tokenizer) -> bool:
@@ -94,9 +92,11 @@ def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[P
     """A dialogue as training text before its texts are encoded, so that many can be encoded together."""
     if tokenizer.template is not None:
         raise UserError(
-            "tokenizer", str(tokenizer.path), "writes dialogues by a template of its own",
+            "tokenizer",
+            str(tokenizer.path),
+            "writes dialogues by a template of its own",
             "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made.",
-        )  # fmt: skip
+        )
     demand_marks(tokenizer)
     pieces: list[Piece] = [tokenizer.bos]
     for message in messages:
@@ -108,9 +108,11 @@ def demand_marks(tokenizer: Tokenizer, marks: Collection[str] = (BOS, EOS, *ADDE
     """UserError if a tokenizer without a template lacks one of these tokens."""
     if lacks := [token for token in tokenizer.lacks if token in marks]:
         raise UserError(
-            "tokenizer", str(tokenizer.path), f"has no chat template and lacks the tokens {lacks}",
+            "tokenizer",
+            str(tokenizer.path),
+            f"has no chat template and lacks the tokens {lacks}",
             "Use a model that was taught to chat, or put a chat_template.jinja beside it.",
-        )  # fmt: skip
+        )
 
 
 def turn(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[int]:

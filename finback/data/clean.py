@@ -11,7 +11,7 @@ import numpy as np
 
 from finback.config import check_fields, check_share
 from finback.data.chat import Message
-from finback.data.near import Index, Signer
+from finback.data.near_duplicates import Index, Signer
 from finback.data.overlap import Overlap
 from finback.data.sources import Document
 

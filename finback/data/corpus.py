@@ -19,16 +19,18 @@ from typing import Any
 import numpy as np
 
 from finback.config import UserError
-from finback.data import near, pack, spill, trove
+from finback.data import datatrove_executor, near_duplicates, pack, spill
 from finback.data.clean import Checked, Rules, Sieve, check
-from finback.data.near import Index
+from finback.data.near_duplicates import Index
 from finback.data.packaged import Packaged
-from finback.data.read import Meter
+from finback.data.readers import Meter
 from finback.data.segments import Encoding, Reading, encoded, read_checked, read_encoded
 from finback.data.sources import Document, Hub, Source, digest
 from finback.data.spill import Spill
 from finback.data.tokenizer import Tokenizer
-from finback.run import Interrupted, Progress, StageRun, read_json, write_json
+from finback.runs.files import read_json, write_json
+from finback.runs.folder import Interrupted, StageRun
+from finback.runs.progress import Progress
 
 Record = dict[str, Any]
 
@@ -52,9 +54,7 @@ class Corpus:
 
     def claim(self, sources: Sequence[Source]) -> bool:
         """Whether what an interrupted call left can be used: if it was made from the files that are there now."""
-        stamps = {
-            s.name: [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in s.files()] for s in sources
-        }
+        stamps = {s.name: [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in s.files()] for s in sources}
         path = self.folder / "stamps.json"
         if path.is_file() and read_json(path) == stamps:
             return True
@@ -157,9 +157,9 @@ class Corpus:
         self._each(job, len(segments), folder, f"segments of {name}")
         return chain.from_iterable(read_encoded(job.part(i)) for i in range(len(segments)))
 
-    def _each(self, job: trove.Job, pieces: int, folder: Path, what: str) -> None:
+    def _each(self, job: datatrove_executor.Job, pieces: int, folder: Path, what: str) -> None:
         progress = Progress(self.stage_run, pieces, what)
-        trove.each(job, pieces, self.engine.workers, folder, lambda done: self._show(progress, done, ""))
+        datatrove_executor.each(job, pieces, self.engine.workers, folder, lambda done: self._show(progress, done, ""))
 
     def _segments(self, name: str) -> list[Path]:
         return Spill(self.folder, name, self.engine.segment).paths(self.documents[name])
@@ -170,9 +170,7 @@ class Corpus:
         with Spill(self.folder, name, self.engine.segment) as spilled:
             for document in documents:
                 spilled.add(document)
-                self._show(
-                    progress, done() if done else spilled.documents, f"{name}: {spilled.documents:,} kept"
-                )
+                self._show(progress, done() if done else spilled.documents, f"{name}: {spilled.documents:,} kept")
         self.documents[name] = spilled.documents
 
     def _show(self, progress: Progress, done: float, note: str) -> None:
@@ -198,7 +196,7 @@ class Corpus:
 
             def sign(number: int, checked: Checked) -> Document:
                 if checked.signature is not None:
-                    handle.write(near.store(number, checked.signature))
+                    handle.write(near_duplicates.store(number, checked.signature))
                 return checked.document
 
             yield sign
@@ -207,9 +205,11 @@ class Corpus:
 def provenance(source: Source, files: list[Path]) -> Record:
     """Where a source comes from, for the record."""
     record: Record = {
-        "licence": source.licence, "files": [str(path) for path in files],
-        "bytes": sum(path.stat().st_size for path in files), "sha256": digest(files) if files else None,
-    }  # fmt: skip
+        "licence": source.licence,
+        "files": [str(path) for path in files],
+        "bytes": sum(path.stat().st_size for path in files),
+        "sha256": digest(files) if files else None,
+    }
     if isinstance(source, Hub):
         record |= {"hub": source.path, "split": source.split}
     if isinstance(source, Packaged):

@@ -24,10 +24,7 @@ OUTPUT_BEGIN, OUTPUT_END = Mark("<｜tool▁output▁begin｜>"), Mark("<｜tool
 SEPARATOR = Mark("<｜tool▁sep｜>")
 _BOS, _EOS, _USER, _ASSISTANT = Mark(BOS), Mark(EOS), Mark(USER), Mark(ASSISTANT)
 _THINK, _END_THINK = Mark(THINK), Mark(END_THINK)
-_PROBE = (
-    Turn("user", "?"),
-    Turn("assistant", "", calls=(Called("f", "{}"),)),
-)  # shows how a template writes calls
+_PROBE = (Turn("user", "?"), Turn("assistant", "", calls=(Called("f", "{}"),)))  # shows how a template writes calls
 
 
 def dialogue(
@@ -74,14 +71,18 @@ def written_call(tokenizer: Tokenizer) -> str:
 def _check_begun(begun: Turn, place: int) -> None:
     if begun.role != "assistant":
         raise UserError(
-            f"messages[{place}].role", begun.role, "only what the assistant said can be continued",
+            f"messages[{place}].role",
+            begun.role,
+            "only what the assistant said can be continued",
             "End with an assistant's message, or ask for a new one.",
-        )  # fmt: skip
+        )
     if begun.calls:
         raise UserError(
-            f"messages[{place}].tool_calls", [c.name for c in begun.calls], "a message with calls cannot be continued",
+            f"messages[{place}].tool_calls",
+            [c.name for c in begun.calls],
+            "a message with calls cannot be continued",
             "Leave them out, or send their results.",
-        )  # fmt: skip
+        )
 
 
 def _by_marks(
@@ -110,8 +111,11 @@ def _by_marks(
         return [*pieces, content], False
     if not thinks:
         raise UserError(
-            "think", True, "the model's vocabulary has no marks for a chain of thought", "Ask for an answer without one."
-        )  # fmt: skip
+            "think",
+            True,
+            "the model's vocabulary has no marks for a chain of thought",
+            "Ask for an answer without one.",
+        )
     pieces += [_THINK, reasoning]
     return ([*pieces, _END_THINK, content], False) if content else (pieces, True)
 
@@ -127,20 +131,23 @@ def _system(said: Sequence[Turn], tools: Sequence[Tool]) -> list[str]:
 def _section(tools: Sequence[Tool], fenced: bool = False) -> list[str]:
     """What a model is told of its tools; `fenced` asks for V3's markup, else for V3.1's."""
     listed = "".join(
-        f"\n\n### {tool.name}\nDescription: {tool.description}\n\nParameters: {tool.parameters}"
-        for tool in tools
+        f"\n\n### {tool.name}\nDescription: {tool.description}\n\nParameters: {tool.parameters}" for tool in tools
     )
-    call = (
-        ["function", SEPARATOR, "NAME\n```json\nARGUMENTS\n```"]
-        if fenced
-        else ["NAME", SEPARATOR, "ARGUMENTS"]
-    )
+    call = ["function", SEPARATOR, "NAME\n```json\nARGUMENTS\n```"] if fenced else ["NAME", SEPARATOR, "ARGUMENTS"]
     return [
         f"## Tools\n\nYou may call these functions:{listed}\n\nTo call one, end your turn with\n\n",
-        CALLS_BEGIN, CALL_BEGIN, *call, CALL_END, CALLS_END,
+        CALLS_BEGIN,
+        CALL_BEGIN,
+        *call,
+        CALL_END,
+        CALLS_END,
         "\n\nwhere ARGUMENTS is one JSON object that fits the function's parameters. For several calls, repeat what stands "
-        "from ", CALL_BEGIN, " to ", CALL_END, ". Where no function helps, answer without a call.",
-    ]  # fmt: skip
+        "from ",
+        CALL_BEGIN,
+        " to ",
+        CALL_END,
+        ". Where no function helps, answer without a call.",
+    ]
 
 
 def _calls(turn: Turn) -> list[str]:
@@ -167,9 +174,13 @@ def _ids(pieces: Sequence[str], tokenizer: Tokenizer) -> list[int]:
 
 
 def _by_template(
-    tokenizer: Tokenizer, template: Template, said: Sequence[Turn], tools: Sequence[Tool], think: bool | None,
+    tokenizer: Tokenizer,
+    template: Template,
+    said: Sequence[Turn],
+    tools: Sequence[Tool],
+    think: bool | None,
     begun: Turn | None,
-) -> tuple[str, bool]:  # fmt: skip
+) -> tuple[str, bool]:
     """The prompt's text by the model's own template, and whether it ends inside a chain.
 
     What was begun is appended to the prompt for a new answer: templates tend to reshape a last message.
@@ -201,9 +212,11 @@ def _rendered(
         return text
     if len(tokenizer.encode_marked(CALL_BEGIN)) > 1:
         raise UserError(
-            "tools", [tool.name for tool in tools], "the model's chat template writes no tools",
+            "tools",
+            [tool.name for tool in tools],
+            "the model's chat template writes no tools",
             "Leave them out, or use a model that was taught to call them.",
-        )  # fmt: skip
+        )
     told = "".join(_section(tools, fenced="```json" in _render(template, _PROBE)))
     system = [turn.content for turn in said if turn.role == "system"]
     others = [turn for turn in said if turn.role != "system"]
@@ -255,19 +268,18 @@ def _is_quoted(text: str, said: Sequence[Turn]) -> bool:
 
 def _message(turn: Turn, empty: str | None = None, as_objects: bool = False) -> dict[str, Any]:
     """A turn as templates know it; `empty` is the content of a turn that only calls."""
-    message: dict[str, Any] = {
-        "role": turn.role, "content": empty if turn.calls and not turn.content else turn.content,
-    }  # fmt: skip
+    message: dict[str, Any] = {"role": turn.role, "content": empty if turn.calls and not turn.content else turn.content}
     optional = {"name": turn.name, "tool_call_id": turn.call_id, "reasoning_content": turn.reasoning or None}
     message |= {key: value for key, value in optional.items() if value is not None}
     if turn.calls:
         message["tool_calls"] = [
             {
-                **({} if c.id is None else {"id": c.id}), "type": "function",
+                **({} if c.id is None else {"id": c.id}),
+                "type": "function",
                 "function": {"name": c.name, "arguments": _object(c.arguments) if as_objects else c.arguments},
             }
             for c in turn.calls
-        ]  # fmt: skip
+        ]
     return message
 
 

@@ -59,9 +59,7 @@ def _cut(text: str, fim: float, seed: int) -> tuple[str, str, str] | None:
     V3 4.1 has the rate, 0.1, and the order prefix, suffix, middle; where it cuts is not published. What is drawn depends
     on the seed and the text alone, so neither order nor company of a document matters.
     """
-    key = hashlib.blake2b(
-        text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed.to_bytes(8, "little")
-    )
+    key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed.to_bytes(8, "little"))
     rng = random.Random(key.digest())
     if rng.random() >= fim:
         return None

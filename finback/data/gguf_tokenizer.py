@@ -19,9 +19,14 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _RULES = {
-    "gpt-2": (_GPT2,), "default": (_GPT2,), "smollm": (r"\p{N}", _GPT2), "llama-bpe": (_LLAMA3,), "llama3": (_LLAMA3,),
-    "qwen2": (_QWEN2,), "deepseek-r1-qwen": (_QWEN2,),
-}  # fmt: skip
+    "gpt-2": (_GPT2,),
+    "default": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3,),
+    "llama3": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "deepseek-r1-qwen": (_QWEN2,),
+}
 _CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
 
 
@@ -31,9 +36,11 @@ def convert(path: Path) -> tuple[str, dict[str, Any]]:
     model, rules = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "default")
     if model != "gpt2" or (rules not in _RULES and rules != "deepseek-v3"):
         raise UserError(
-            "tokenizer", f"{path}: {model}/{rules}", "not a kind that finback converts",
+            "tokenizer",
+            f"{path}: {model}/{rules}",
+            "not a kind that finback converts",
             f"It knows byte-level BPE with the rules {', '.join(_RULES)} and deepseek-v3.",
-        )  # fmt: skip
+        )
     tokens: list[str] = field(reader, "tokenizer.ggml.tokens")
     kinds: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
@@ -60,10 +67,7 @@ def _patterns(rules: str) -> tuple[str, ...]:
 
 def _settings(reader: Any, tokens: list[str]) -> dict[str, Any]:
     """What tokenizer_config.json says of it."""
-    found: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
+    found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         number = field(reader, f"tokenizer.ggml.{key}_token_id", None)
         if number is not None and number < len(tokens):

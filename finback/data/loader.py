@@ -21,13 +21,16 @@ class Loader:
     """
 
     def __init__(
-        self, folder: Path, mixture: dict[str, float], length: int, extra: int, seed: int,
+        self,
+        folder: Path,
+        mixture: dict[str, float],
+        length: int,
+        extra: int,
+        seed: int,
         packing: Literal["stream", "best_fit"] = "stream",
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not mixture or min(mixture.values()) < 0 or sum(mixture.values()) <= 0:
-            raise UserError(
-                "mixture", mixture, "weights must be >= 0 and not all 0", "Give each source a share."
-            )
+            raise UserError("mixture", mixture, "weights must be >= 0 and not all 0", "Give each source a share.")
         self.length, self.extra, self.seed, self.packing = length, extra, seed, packing
         total = sum(mixture.values())
         self.shares = {name: weight / total for name, weight in mixture.items() if weight > 0}
@@ -39,9 +42,11 @@ class Loader:
         for name, order in self.orders.items():
             if order.count < 1:
                 raise UserError(
-                    f"mixture.{name}", self.shares[name], f"the source has only {len(self.shards[name])} tokens",
+                    f"mixture.{name}",
+                    self.shares[name],
+                    f"the source has only {len(self.shards[name])} tokens",
                     f"Give it at least {length + extra} or shorten the rows.",
-                )  # fmt: skip
+                )
         self.drawn = dict.fromkeys(self.shares, 0)  # tokens that the trunk reads, padding left out
 
     def batch(self, rows: int, rank: int = 0, ranks: int = 1) -> Tensor:
@@ -60,10 +65,7 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """What resuming needs."""
-        return {
-            "tokens": dict(self.drawn),
-            "at": {name: order.state() for name, order in self.orders.items()},
-        }
+        return {"tokens": dict(self.drawn), "at": {name: order.state() for name, order in self.orders.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue after the row that `state` was taken at."""

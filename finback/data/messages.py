@@ -53,9 +53,11 @@ def turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
     for i, turn in enumerate(found):
         if turn.prefix and (turn.role != "assistant" or i < len(found) - 1):
             raise UserError(
-                f"messages[{i}].prefix", True, "only the last message can be continued, and only the assistant's",
+                f"messages[{i}].prefix",
+                True,
+                "only the last message can be continued, and only the assistant's",
                 "Leave it out here.",
-            )  # fmt: skip
+            )
     return _ordered(found)
 
 
@@ -68,14 +70,21 @@ def tools_of(tools: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
         kind, function = tool.get("type", "function"), tool.get("function")
         _demand(kind == "function", f"{where}.type", kind, "no such kind of tool", 'Use "function".')
         _demand(
-            isinstance(function, Mapping), f"{where}.function", function, "not an object", "Describe the function in it."
-        )  # fmt: skip
+            isinstance(function, Mapping),
+            f"{where}.function",
+            function,
+            "not an object",
+            "Describe the function in it.",
+        )
         assert isinstance(function, Mapping)
         parameters = function.get("parameters")
         _demand(
-            isinstance(parameters, Mapping | None), f"{where}.function.parameters", parameters, "not a JSON schema",
+            isinstance(parameters, Mapping | None),
+            f"{where}.function.parameters",
+            parameters,
+            "not a JSON schema",
             "Send an object, or leave it out.",
-        )  # fmt: skip
+        )
         name = _text(function.get("name"), f"{where}.function.name")
         _demand(bool(name), f"{where}.function.name", name, "empty", "Name the function.")
         description = _text(function.get("description") or "", f"{where}.function.description")
@@ -104,9 +113,14 @@ def _turn(message: Mapping[str, Any], where: str) -> Turn:
     for name, value in names.items():
         _demand(isinstance(value, str | None), f"{where}.{name}", value, "not a text", "Send a text.")
     return Turn(
-        "system" if role == "developer" else role, _content(content, f"{where}.content"), reasoning, calls,
-        names["tool_call_id"], names["name"], prefix,
-    )  # fmt: skip
+        "system" if role == "developer" else role,
+        _content(content, f"{where}.content"),
+        reasoning,
+        calls,
+        names["tool_call_id"],
+        names["name"],
+        prefix,
+    )
 
 
 def _content(content: Any, where: str) -> str:
@@ -116,13 +130,7 @@ def _content(content: Any, where: str) -> str:
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        _demand(
-            kind == "text",
-            f"{where}[{i}].type",
-            kind,
-            "the model reads text only",
-            'Send parts of type "text".',
-        )
+        _demand(kind == "text", f"{where}[{i}].type", kind, "the model reads text only", 'Send parts of type "text".')
         texts.append(_text(part.get("text"), f"{where}[{i}].text"))
     return "".join(texts)
 
@@ -133,9 +141,12 @@ def _calls(given: Any, where: str) -> tuple[Called, ...]:
     for i, call in enumerate(given or ()):
         function = call.get("function") if isinstance(call, Mapping) else None
         _demand(
-            isinstance(function, Mapping), f"{where}[{i}].function", function, "not an object",
+            isinstance(function, Mapping),
+            f"{where}[{i}].function",
+            function,
+            "not an object",
             "Send the call as the model's answer had it.",
-        )  # fmt: skip
+        )
         assert isinstance(function, Mapping)
         arguments = function.get("arguments") or "{}"
         at = f"{where}[{i}].function"
@@ -143,13 +154,7 @@ def _calls(given: Any, where: str) -> tuple[Called, ...]:
             arguments = _json(arguments, f"{at}.arguments")
         name, call_id = _text(function.get("name"), f"{at}.name"), call.get("id")
         _demand(bool(name), f"{at}.name", name, "empty", "Name the function that was called.")
-        _demand(
-            isinstance(call_id, str | None),
-            f"{where}[{i}].id",
-            call_id,
-            "not a text",
-            "Send the id as it came.",
-        )
+        _demand(isinstance(call_id, str | None), f"{where}[{i}].id", call_id, "not a text", "Send the id as it came.")
         found.append(Called(name, _text(arguments, f"{at}.arguments"), call_id))
     return tuple(found)
 
@@ -164,14 +169,18 @@ def _ordered(found: list[Turn]) -> list[Turn]:
             ids, start = [call.id for call in turn.calls], len(ordered) + 1
         elif not ids:
             raise UserError(
-                f"messages[{i}].role", "tool", "no tool was called before it",
+                f"messages[{i}].role",
+                "tool",
+                "no tool was called before it",
                 "Put it right behind the assistant's message with the tool_calls.",
-            )  # fmt: skip
+            )
         elif turn.call_id is not None and None not in ids and turn.call_id not in ids:
             raise UserError(
-                f"messages[{i}].tool_call_id", turn.call_id, "no such call in the assistant's message",
+                f"messages[{i}].tool_call_id",
+                turn.call_id,
+                "no such call in the assistant's message",
                 f"Use one of {', '.join(map(str, ids))}.",
-            )  # fmt: skip
+            )
         ordered.append(turn)
         if turn.role == "tool" and all(t.call_id in ids for t in ordered[start:]):
             ordered[start:] = sorted(ordered[start:], key=lambda t: ids.index(t.call_id))
@@ -184,10 +193,7 @@ def _text(value: Any, where: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            where,
-            value[error.start : error.end],
-            "half a character (a lone surrogate)",
-            "Send whole characters.",
+            where, value[error.start : error.end], "half a character (a lone surrogate)", "Send whole characters."
         ) from None
     return value
 

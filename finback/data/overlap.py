@@ -15,9 +15,7 @@ class Overlap:
     made of signs.
     """
 
-    def __init__(
-        self, held: Mapping[str, Sequence[str]], trained: Mapping[str, Sequence[str]], ngram: int
-    ) -> None:
+    def __init__(self, held: Mapping[str, Sequence[str]], trained: Mapping[str, Sequence[str]], ngram: int) -> None:
         self.ngram = ngram
         self.whole = {_plain(q): task for task, asked in held.items() for q in asked}
         self.grams = {g: task for task, asked in held.items() for q in asked for g in _grams(q, ngram)}

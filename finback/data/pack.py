@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from finback.config import UserError
-from finback.run import read_json, write_json
+from finback.runs.files import read_json, write_json
 
 VALIDATION = 20  # one document in twenty, by hash, is never trained on
 LARGE = 2**30  # tokens; a shard ends with the document that takes it past this
@@ -55,9 +55,7 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         if kind is None and not self._open:
             self.add(np.empty(0, dtype="<u4"))  # no document: an empty file says so
             self.documents = 0
@@ -74,10 +72,16 @@ class Writer:
         self.path.with_suffix(".json").unlink(missing_ok=True)  # what it says is about to be untrue
         for name in (*names, self.path.with_suffix(".idx")):
             self._part(name).replace(name)
-        write_json(self.path.with_suffix(".json"), {
-            "dtype": self.dtype, "vocab_size": self.vocab_size, "tokens": self.tokens, "documents": self.documents,
-            "files": {name.name: size for name, size in zip(names, self.sizes, strict=True)},
-        })  # fmt: skip
+        write_json(
+            self.path.with_suffix(".json"),
+            {
+                "dtype": self.dtype,
+                "vocab_size": self.vocab_size,
+                "tokens": self.tokens,
+                "documents": self.documents,
+                "files": {name.name: size for name, size in zip(names, self.sizes, strict=True)},
+            },
+        )
 
     def _part(self, path: Path) -> Path:
         return path.with_name(path.name + ".part")
@@ -109,9 +113,7 @@ class Shard:
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         if stop <= start or stop <= self.starts[first + 1]:
             first = min(first, len(self.files) - 1)
-            return np.asarray(
-                self.files[first][start - self.starts[first] : max(start, stop) - self.starts[first]]
-            )
+            return np.asarray(self.files[first][start - self.starts[first] : max(start, stop) - self.starts[first]])
         parts = zip(self.files, self.starts.tolist(), strict=False)
         return np.concatenate([file[max(0, start - begin) : max(0, stop - begin)] for file, begin in parts])
 
@@ -130,9 +132,11 @@ def read(path: Path) -> Shard:
     whole = sizes == list(record["files"].values()) and len(ends) == record["documents"]
     if not whole or (len(ends) and int(ends[-1]) != record["tokens"]):
         raise UserError(
-            "data", str(path), f"holds {sum(sizes):,} tokens of {_bits(record['dtype'])} bits, {record['tokens']:,} were written",
+            "data",
+            str(path),
+            f"holds {sum(sizes):,} tokens of {_bits(record['dtype'])} bits, {record['tokens']:,} were written",
             "The file is damaged: delete the prepare stage's folder and run it again.",
-        )  # fmt: skip
+        )
     return Shard(files, ends)
 
 
@@ -142,11 +146,14 @@ def _name(path: Path, number: int) -> Path:
 
 def _map(path: Path, dtype: str) -> np.ndarray:
     if not path.is_file():
-        raise UserError(
-            "data", str(path), "no such file", "Delete the prepare stage's folder and run it again."
-        )
+        raise UserError("data", str(path), "no such file", "Delete the prepare stage's folder and run it again.")
     if path.stat().st_size % np.dtype(dtype).itemsize:
-        raise UserError("data", str(path), f"no whole number of {_bits(dtype)}-bit words", "Delete the prepare stage's folder and run it again.")  # fmt: skip
+        raise UserError(
+            "data",
+            str(path),
+            f"no whole number of {_bits(dtype)}-bit words",
+            "Delete the prepare stage's folder and run it again.",
+        )
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)  # there is nothing to map
     return np.memmap(path, dtype=dtype, mode="r")

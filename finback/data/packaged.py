@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, check_fields
-from finback.data.read import Meter
+from finback.data.readers import Meter
 from finback.data.sources import Document
 
 BLOCKS = re.compile("p|div|li|d[tdl]|br|t[rd]|h[1-6]|pre|[uo]l|table|section|blockquote")
@@ -62,33 +62,30 @@ class Packaged:
         return replace(self, root=root)
 
 
-AWS = Packaged(
-    "aws", "Apache-2.0", "botocore", "pip install botocore", "aws", "data/*/*/service-2.json*", "botocore"
-)
+AWS = Packaged("aws", "Apache-2.0", "botocore", "pip install botocore", "aws", "data/*/*/service-2.json*", "botocore")
 GOOGLE = Packaged(
-    "google", "Apache-2.0", "google-api-python-client", "pip install google-api-python-client", "google",
-    "discovery_cache/documents/*.json", "googleapiclient",
-)  # fmt: skip
+    "google",
+    "Apache-2.0",
+    "google-api-python-client",
+    "pip install google-api-python-client",
+    "google",
+    "discovery_cache/documents/*.json",
+    "googleapiclient",
+)
 WORDNET = Packaged(
-    "wordnet",
-    "WordNet 3.0",
-    "wordnet-base",
-    "apt install wordnet-base",
-    "wordnet",
-    "usr/share/wordnet/data.*",
+    "wordnet", "WordNet 3.0", "wordnet-base", "apt install wordnet-base", "wordnet", "usr/share/wordnet/data.*"
 )
 PYTHON = Packaged(
-    "python",
-    "PSF-2.0",
-    "python3-doc",
-    "apt install python3-doc",
-    "html",
-    "usr/share/doc/python3.*[0-9]/html/**/*.html",
+    "python", "PSF-2.0", "python3-doc", "apt install python3-doc", "html", "usr/share/doc/python3.*[0-9]/html/**/*.html"
 )
 POSTGRES = Packaged(
-    "postgres", "PostgreSQL", "postgresql-doc", "apt install postgresql-doc", "html",
+    "postgres",
+    "PostgreSQL",
+    "postgresql-doc",
+    "apt install postgresql-doc",
+    "html",
     "usr/share/doc/postgresql-doc-*/html/*.html",
-)  # fmt: skip
+)
 
 
 def _aws(path: Path) -> Iterator[str]:

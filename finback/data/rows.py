@@ -21,9 +21,7 @@ class Rows:
     """Rows to train on; `length` is what the trunk reads, the tokens behind it are targets only."""
 
     tokens: Tensor  # (rows, length + extra)
-    documents: (
-        Tensor | None
-    )  # (rows, length + extra), which of its row's documents a token belongs to, or PADDING
+    documents: Tensor | None  # (rows, length + extra), which of its row's documents a token belongs to, or PADDING
     real: Tensor  # (rows, length + extra), False for padding
     length: int
 
@@ -180,7 +178,7 @@ def _ends(name: str, shard: Shard) -> np.ndarray:
     if shard.ends is None:
         raise UserError(
             "data", name, "its shards do not say where documents end", "Run the prepare stage of this version again."
-        )  # fmt: skip
+        )
     return shard.ends
 
 

@@ -85,9 +85,9 @@ def read_checked(path: Path) -> Iterator[Checked]:
 
 def _dumped(checked: Checked) -> str:
     signature = None if checked.signature is None else checked.signature.tobytes().hex()
-    return json.dumps([
-        spill.dumped(checked.document), checked.fault, checked.redacted, checked.key.hex(), signature, checked.task,
-    ])  # fmt: skip
+    return json.dumps(
+        [spill.dumped(checked.document), checked.fault, checked.redacted, checked.key.hex(), signature, checked.task]
+    )
 
 
 def _loaded(line: str) -> Checked:

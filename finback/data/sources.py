@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from finback.config import UserError, check_fields
-from finback.data import read
+from finback.data import readers
 from finback.data.chat import Message, parse
-from finback.data.read import Meter
+from finback.data.readers import Meter
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class Chitchat:
     def files(self) -> list[Path]:
         spec = importlib.util.find_spec("chitchat_dataset")
         if spec is None or spec.origin is None:
-            raise UserError(
-                "source", self.name, "the package is not installed", "pip install chitchat-dataset"
-            )
+            raise UserError("source", self.name, "the package is not installed", "pip install chitchat-dataset")
         return [Path(spec.origin).parent / "dataset.json"]
 
     def documents(self) -> Iterator[Document]:
@@ -112,22 +110,18 @@ class Files:
 
     def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
         where = f"{self.name}.paths"
-        if read.kind(path) == ".parquet":
-            for number, record in enumerate(read.parquet(path, where, meter)):
+        if readers.kind(path) == ".parquet":
+            for number, record in enumerate(readers.parquet(path, where, meter)):
                 yield _from_record(record, f"{path}[{number}]", str(record))
             return
-        lines = read.lines(path, where, meter)
-        if read.kind(path) == ".jsonl":
+        lines = readers.lines(path, where, meter)
+        if readers.kind(path) == ".jsonl":
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _from_json(line, f"{path}:{number}")
             return
         whole = self.split == "files"
-        texts = (
-            ["\n".join(line.removesuffix("\r") for line in lines).strip()]
-            if whole
-            else read.paragraphs(lines)
-        )
+        texts = ["\n".join(line.removesuffix("\r") for line in lines).strip()] if whole else readers.paragraphs(lines)
         yield from (Document(text=text) for text in texts if text)
 
 
@@ -160,14 +154,16 @@ class Hub:
         except ImportError:
             raise UserError(
                 f"{self.name}.path", self.path, "the package `datasets` is not installed", "pip install 'finback[hub]'"
-            ) from None  # fmt: skip
+            ) from None
         try:
             return datasets.load_dataset(self.path, self.subset, split=self.split)
         except Exception as error:  # the library and the network raise many kinds
             raise UserError(
-                f"{self.name}.path", self.path, f"cannot be loaded ({str(error).splitlines()[0][:200]})",
+                f"{self.name}.path",
+                self.path,
+                f"cannot be loaded ({str(error).splitlines()[0][:200]})",
                 "Check the name, the split and the network; a gated set wants `hf auth login`.",
-            ) from None  # fmt: skip
+            ) from None
 
 
 def digest(files: list[Path]) -> str:
@@ -200,10 +196,7 @@ def _from_record(record: Any, where: str, shown: str) -> Document:
         if isinstance(record.get("text"), str):
             return Document(text=record["text"])
     raise UserError(
-        where,
-        shown[:60],
-        "no field that can be learnt from",
-        'Give "text", "question" and "answer", or "messages".',
+        where, shown[:60], "no field that can be learnt from", 'Give "text", "question" and "answer", or "messages".'
     )
 
 

@@ -60,24 +60,23 @@ class Template:
             self._template = environment.from_string(source)
         except Exception as error:
             where = f"line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else "as a whole"
-            raise UserError(
-                "chat_template", where, str(error), "Correct the template in the model's folder."
-            ) from None
+            raise UserError("chat_template", where, str(error), "Correct the template in the model's folder.") from None
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any
-    ) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any) -> str:
         """The text of a dialogue; `variables` are whatever a template asks for beside messages (tools, …)."""
         try:
             return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
                 **{"tools": None, "documents": None} | self.specials | variables,
-            )  # fmt: skip
+            )
         except Exception as error:  # a stranger's program may fail in any way
             raise UserError(
-                "messages", f"{len(messages)} of them", f"the model's chat template refuses them ({error})",
+                "messages",
+                f"{len(messages)} of them",
+                f"the model's chat template refuses them ({error})",
                 "Say it as the template allows; most want user and assistant in turns.",
-            ) from None  # fmt: skip
+            ) from None
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

@@ -66,9 +66,7 @@ class Tokenizer:
     @property
     def specials(self) -> dict[str, str]:
         """bos_token, eos_token, pad_token and unk_token as far as they are named."""
-        named = {
-            n: _content(self.settings.get(n)) for n in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
+        named = {n: _content(self.settings.get(n)) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
         ours = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
         return {
             n: t
@@ -90,8 +88,10 @@ class Tokenizer:
     def export(self, folder: Path) -> None:
         """As `save`, with all that other programs need to know of a tokenizer that was trained here."""
         settings: dict[str, Any] = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **self.specials,
-        }  # fmt: skip
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **self.specials,
+        }
         if not self.lacks and self.template is None:
             settings["chat_template"] = OWN
         self.settings = settings | self.settings
@@ -102,10 +102,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and what stood beside it, in Hugging Face's form."""
         (folder / "tokenizer.json").write_text(self._full.to_str(pretty=True), encoding="utf-8")
-        for name, content in (
-            ("tokenizer_config.json", self.settings),
-            ("generation_config.json", self.generation),
-        ):
+        for name, content in (("tokenizer_config.json", self.settings), ("generation_config.json", self.generation)):
             if content:
                 text = json.dumps(content, indent=2, ensure_ascii=False)
                 (folder / name).write_text(text + "\n", encoding="utf-8")
@@ -154,9 +151,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         return text, settings, {}
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(
-            "tokenizer", str(file), "no such file", "Run the prepare stage or name another folder."
-        )
+        raise UserError("tokenizer", str(file), "no such file", "Run the prepare stage or name another folder.")
     folder = file.parent
     settings = _json(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"
@@ -171,13 +166,11 @@ def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
 def _plain_template(given: Any, path: Path) -> str | None:
     """The template for dialogues: the only one, or of several named ones the default."""
     if isinstance(given, list):
-        given = next(
-            (t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), None
-        )
+        given = next((t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), None)
     if not isinstance(given, str | None):
         raise UserError(
             "chat_template", str(path), "neither a text nor a list of named texts", "Correct tokenizer_config.json."
-        )  # fmt: skip
+        )
     return given
 
 
@@ -187,9 +180,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(_text(path))
     except json.JSONDecodeError as error:
-        raise UserError(
-            path.name, str(path), f"not JSON ({error})", "Download it again, or delete it."
-        ) from None
+        raise UserError(path.name, str(path), f"not JSON ({error})", "Download it again, or delete it.") from None
     return found if isinstance(found, dict) else {}
 
 
@@ -213,9 +204,7 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     learnt in fewer tokens; docs/log.md); the split rules themselves stay DeepSeek's.
     """
     if not SMALLEST < vocab_size <= LARGEST:
-        raise UserError(
-            "vocab_size", vocab_size, f"not in {SMALLEST + 1}..{LARGEST}", "Use a value in that range."
-        )
+        raise UserError("vocab_size", vocab_size, f"not in {SMALLEST + 1}..{LARGEST}", "Use a value in that range.")
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS]
@@ -223,9 +212,11 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     )
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(ADDED), special_tokens=[BOS, EOS, PAD], show_progress=False,
+        vocab_size=vocab_size - len(ADDED),
+        special_tokens=[BOS, EOS, PAD],
+        show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )  # fmt: skip
+    )
     apart = re.compile(r"(?<=\d)(?=\d)")
     model.train_from_iterator((apart.sub(" ", text) for text in texts), trainer)
     model.add_tokens([AddedToken(token, normalized=False, special=False) for token in ADDED])

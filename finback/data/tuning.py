@@ -31,9 +31,7 @@ def lessons(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Lesson]:
     """
     turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
     if not turns:
-        raise UserError(
-            "messages", len(messages), "nothing that an assistant says", "Give it something to learn."
-        )
+        raise UserError("messages", len(messages), "nothing that an assistant says", "Give it something to learn.")
     if tokenizer.template is not None:
         return [_by_template(messages[: i + 1], tokenizer) for i in turns]
     chat.demand_marks(tokenizer)
@@ -80,9 +78,11 @@ def _end(tokenizer: Tokenizer) -> int:
     ends = [token for token in (tokenizer.eos, *tokenizer.stops) if token >= 0]
     if not ends:
         raise UserError(
-            "tokenizer", str(tokenizer.path), "names no token that ends an answer",
+            "tokenizer",
+            str(tokenizer.path),
+            "names no token that ends an answer",
             "Put eos_token into its tokenizer_config.json.",
-        )  # fmt: skip
+        )
     return ends[0]
 
 
@@ -99,9 +99,12 @@ class Packed:
     def to(self, device: torch.device) -> "Packed":
         """The same rows where a model computes."""
         return replace(
-            self, tokens=self.tokens.to(device), targets=self.targets.to(device), documents=self.documents.to(device),
+            self,
+            tokens=self.tokens.to(device),
+            targets=self.targets.to(device),
+            documents=self.documents.to(device),
             real=self.real.to(device),
-        )  # fmt: skip
+        )
 
     def further(self, depth: int) -> Tensor:
         """Targets of MTP's depth k (rows, length): those of k places further on, as far as the lesson goes."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from finback.data.tokenizer import END_THINK, THINK, Tokenizer
+from finback.engine.request import COLD, Finish, SamplingParams, Sequence
 from finback.engine.sampler import Knobs, alternatives, sample
-from finback.engine.sequence import COLD, Finish, Sampling, Sequence
 
 
 class Chooser:
@@ -17,7 +17,7 @@ class Chooser:
 
     def __init__(self, stops: Iterable[int], tokenizer: Tokenizer | None) -> None:
         self.stops = frozenset(stops)
-        self._knobs: tuple[list[Sampling], Knobs] | None = None
+        self._knobs: tuple[list[SamplingParams], Knobs] | None = None
         self._closing: list[int] = []
         self._open = self._close = -1
         if tokenizer is not None and THINK in tokenizer.ids and END_THINK in tokenizer.ids:
@@ -53,9 +53,9 @@ class Chooser:
             if forced[i]:
                 tokens[i] = s.forced.popleft()
                 logps[i] = float(
-                    (
-                        altered[i] / (s.sampling.temperature if s.sampling.temperature >= COLD else 1)
-                    ).log_softmax(-1)[tokens[i]]
+                    (altered[i] / (s.sampling.temperature if s.sampling.temperature >= COLD else 1)).log_softmax(-1)[
+                        tokens[i]
+                    ]
                 )
         if reported:
             counts = [rows[i].sampling.top_logprobs or 0 for i in reported]

@@ -43,9 +43,7 @@ class Grammars:
         try:
             parsed = json.loads(schema)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(
-                "response_format", schema[:80], f"not JSON ({error})", "Send a JSON schema."
-            ) from None
+            raise UserError("response_format", schema[:80], f"not JSON ({error})", "Send a JSON schema.") from None
         if not isinstance(parsed, dict | bool):
             raise UserError("response_format", schema[:80], "not a JSON schema", "Send an object.")
         return self._constraint("response_format", "json_schema", schema)

@@ -17,9 +17,9 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.choose import Chooser
 from finback.engine.constrain import Grammars
 from finback.engine.pages import Pages
+from finback.engine.request import Completion, SamplingParams, Sequence
 from finback.engine.runner import Runner
 from finback.engine.scheduler import Scheduler
-from finback.engine.sequence import Completion, Sampling, Sequence
 from finback.engine.speculate import Speculation
 from finback.engine.text import Text
 from finback.model.cache import PAGE, Pool
@@ -36,10 +36,18 @@ class Engine:
     """
 
     def __init__(
-        self, model: Transformer, stops: List[int], rows: int = 256, *, tokenizer: Tokenizer | None = None,
-        tokens: int | None = None, chunk: int = 8192, reuse: bool = False, speculate: bool = False,
+        self,
+        model: Transformer,
+        stops: List[int],
+        rows: int = 256,
+        *,
+        tokenizer: Tokenizer | None = None,
+        tokens: int | None = None,
+        chunk: int = 8192,
+        reuse: bool = False,
+        speculate: bool = False,
         patience: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.rows, self.tokenizer = model, rows, tokenizer
         self.stops = frozenset(token for token in stops if 0 <= token < model.config.vocab_size)
         self.chunk, self.reuse = chunk, reuse
@@ -65,9 +73,15 @@ class Engine:
     # ---- one sequence at a time ------------------------------------------------------------------------------------
 
     def submit(
-        self, prompt: List[int], sampling: Sampling, seed: int, *, salt: bytes = b"", leader: Sequence | None = None,
+        self,
+        prompt: List[int],
+        sampling: SamplingParams,
+        seed: int,
+        *,
+        salt: bytes = b"",
+        leader: Sequence | None = None,
         thinking: bool = False,
-    ) -> Sequence:  # fmt: skip
+    ) -> Sequence:
         """Queue a prompt; `step` makes its tokens. UserError when it could never be served.
 
         `salt` (64 bytes at most) keeps its cached pages from sequences with another one; it waits until `leader` has
@@ -78,21 +92,22 @@ class Engine:
             raise UserError("prompt", "", "empty", "Give at least one token.")
         if len(prompt) + sampling.max_tokens > window:
             raise UserError(
-                "max_tokens", sampling.max_tokens, f"the prompt has {len(prompt)} tokens and the model reads {window}",
+                "max_tokens",
+                sampling.max_tokens,
+                f"the prompt has {len(prompt)} tokens and the model reads {window}",
                 "Shorten the prompt or ask for fewer tokens.",
-            )  # fmt: skip
+            )
         if len(prompt) + sampling.max_tokens > self.pages.count * PAGE:
             raise UserError(
-                "max_tokens", sampling.max_tokens,
+                "max_tokens",
+                sampling.max_tokens,
                 f"with a prompt of {len(prompt)} more than the cache of {self.pages.count * PAGE} tokens holds",
                 "Shorten the prompt, ask for fewer tokens, or give the engine a larger cache.",
-            )  # fmt: skip
+            )
         self._check_ids(prompt, "prompt")
         self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
         if self.grammars is None and (sampling.stop or (sampling.schema, sampling.grammar) != (None, None)):
-            raise UserError(
-                "sampling", "stop, schema or grammar", "needs text", "Give the engine a tokenizer."
-            )
+            raise UserError("sampling", "stop, schema or grammar", "needs text", "Give the engine a tokenizer.")
         sequence = Sequence(list(prompt), sampling, seed, salt, leader, thinking=thinking)
         if self.tokenizer is not None and self.grammars is not None:
             sequence.text = Text(self.tokenizer, sampling.stop)
@@ -157,7 +172,7 @@ class Engine:
 
     # ---- many at once ----------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: List[List[int]], sampling: Sampling, seeds: List[int]) -> list[Completion]:
+    def generate(self, prompts: List[List[int]], sampling: SamplingParams, seeds: List[int]) -> list[Completion]:
         """One completion per prompt, in order. Sequence i uses random numbers of seeds[i] alone."""
         assert len(prompts) == len(seeds), "one seed per prompt"
         if not prompts:
@@ -179,7 +194,7 @@ class Engine:
             self.model.train(was_training)
         return [sequences[i].completion() for i in range(len(prompts))]
 
-    def stream(self, prompt: List[int], sampling: Sampling, seed: int) -> Iterator[int]:
+    def stream(self, prompt: List[int], sampling: SamplingParams, seed: int) -> Iterator[int]:
         """Token ids of one completion as they are made, without the one that ends it."""
         self.model.eval()
         self._prepare([len(prompt) + sampling.max_tokens])
@@ -194,7 +209,7 @@ class Engine:
         finally:
             self.cancel(sequence)
 
-    def talk(self, prompt: List[int], sampling: Sampling, seed: int, thinking: bool = False) -> Iterator[str]:
+    def talk(self, prompt: List[int], sampling: SamplingParams, seed: int, thinking: bool = False) -> Iterator[str]:
         """The text of one completion as it is made; the engine has a tokenizer. `thinking` as for `submit`."""
         self.model.eval()
         self._prepare([len(prompt) + sampling.max_tokens])

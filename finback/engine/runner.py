@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from finback.engine.choose import Chooser
+from finback.engine.request import Finish, Sequence
 from finback.engine.sampler import alternatives, guess
 from finback.engine.scheduler import Scheduler
-from finback.engine.sequence import Finish, Sequence
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Cache, Pool
 from finback.model.transformer import Transformer
@@ -18,9 +18,14 @@ class Runner:
     """Runs a scheduler's sequences through the model; `chunk` is how many prompt tokens one pass reads at most."""
 
     def __init__(
-        self, model: Transformer, scheduler: Scheduler, pool: Pool, chooser: Chooser, chunk: int,
+        self,
+        model: Transformer,
+        scheduler: Scheduler,
+        pool: Pool,
+        chooser: Chooser,
+        chunk: int,
         speculation: Speculation | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.scheduler, self.pool, self.chooser = model, scheduler, pool, chooser
         self.chunk, self.speculation = chunk, speculation
 
@@ -41,9 +46,7 @@ class Runner:
         whole = [line for line, s in enumerate(rows) if s.computed == s.length]
         done = [rows[line] for line in whole if rows[line].sampling.max_tokens > 0]
         if done:
-            last = torch.tensor(
-                [line for line in whole if rows[line].sampling.max_tokens > 0], device=hidden.device
-            )
+            last = torch.tensor([line for line in whole if rows[line].sampling.max_tokens > 0], device=hidden.device)
             ends = torch.tensor([counts[line] - 1 for line in last.tolist()], device=hidden.device)
             self._say(done, self.model.logits(hidden[last, ends]))
         for line in whole:
@@ -75,9 +78,7 @@ class Runner:
         following = s.prompt[start + 1 + known : start + count + 1]
         if following:
             scores = self.model.logits(hidden[known : known + len(following)])
-            s.prompt_top += alternatives(
-                scores, following, [s.sampling.prompt_logprobs or 0] * len(following)
-            )
+            s.prompt_top += alternatives(scores, following, [s.sampling.prompt_logprobs or 0] * len(following))
 
     def decode(self, rows: list[Sequence]) -> None:
         """One more token for each row; where a draft was right, two."""
@@ -97,9 +98,10 @@ class Runner:
             s.computed += 1
         self._say(rows, scores[:, 0])
         right = [
-            line for line, (s, n) in enumerate(zip(rows, counts, strict=True))
+            line
+            for line, (s, n) in enumerate(zip(rows, counts, strict=True))
             if n == 2 and s.finish is None and s.tokens[-1] == s.draft
-        ]  # fmt: skip
+        ]
         for s, n in zip(rows, counts, strict=True):
             s.drafted += n - 1
         if right:
@@ -129,7 +131,7 @@ class Runner:
 
     def _cache(
         self, rows: list[Sequence], lengths: list[int], new: int, counts: list[int], starts: list[int] | None = None
-    ) -> Cache:  # fmt: skip
+    ) -> Cache:
         used = -(-(max(lengths) + new) // PAGE)
         table = self.scheduler.table[[s.slot for s in rows], :used].to(self.model.embed.device)
         return Cache(self.pool, table, lengths, new, counts, starts)
@@ -147,8 +149,7 @@ class Runner:
         rows, starts, counts = ([group[i] for i in alive] for group in (rows, starts, counts))  # type: ignore[assignment]
         new = max(counts)
         known = [
-            s.slice(start + 1, min(start + 1 + n, s.length))
-            for s, start, n in zip(rows, starts, counts, strict=True)
+            s.slice(start + 1, min(start + 1 + n, s.length)) for s, start, n in zip(rows, starts, counts, strict=True)
         ]
         following = torch.tensor([line + [0] * (new - len(line)) for line in known])
         froms = [min(s.drafts_from, start) for s, start in zip(rows, starts, strict=True)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finback.engine.sequence import COLD, Alternatives, Sampling, uniforms
+from finback.engine.request import COLD, Alternatives, SamplingParams, uniforms
 
 __all__ = ["Knobs", "alternatives", "guess", "narrow", "sample", "uniforms"]
 
@@ -31,7 +31,7 @@ class Knobs:
     min_p: Tensor | None
 
     @classmethod
-    def of(cls, rows: List[Sampling], vocab: int, device: torch.device) -> "Knobs":
+    def of(cls, rows: List[SamplingParams], vocab: int, device: torch.device) -> "Knobs":
         """Columns for these rows."""
 
         def column(values: list[float], off: float) -> Tensor | None:

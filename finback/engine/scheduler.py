@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from finback.engine.pages import Pages, digest
-from finback.engine.sequence import Finish, Sequence
+from finback.engine.request import Finish, Sequence
 
 
 class Scheduler:

@@ -14,9 +14,7 @@ class Text:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
         self.pieces: list[str] = []
         self.stop: str | None = None
-        self._ids: list[
-            int
-        ] = []  # since the last place where text and tokens ended together, and a little before
+        self._ids: list[int] = []  # since the last place where text and tokens ended together, and a little before
         self._whole = 0  # of these, tokens whose text is out
         self._held = ""  # text that may be the beginning of a stop
 
@@ -34,9 +32,7 @@ class Text:
             now = self.tokenizer.decode(self._ids)
             if now.endswith(UNFINISHED) and len(self._ids) - self._whole < 8:
                 continue
-            if now[
-                len(before) :
-            ]:  # a token without text, such as a special one, is no place to start again from
+            if now[len(before) :]:  # a token without text, such as a special one, is no place to start again from
                 self._ids = self._ids[self._whole :]
             self._whole = len(self._ids)
             if self._release(now[len(before) :]):

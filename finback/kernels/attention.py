@@ -14,9 +14,7 @@ from torch import Tensor
 LONGEST = 512
 
 
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None = None
-) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
     """softmax(scale · q k^T, causal) v with query and key (b, h, t, d), value (b, h, t, v) -> (b, h, t, v).
 
     visible (b, t, t), if given, is True where a query sees a key, causality included: rows of several documents.
@@ -24,16 +22,12 @@ def causal_attention(
     if query.device.type == "cpu" and query.size(2) <= LONGEST:
         return _CausalAttention.apply(query, key, value, scale, visible)
     mask = None if visible is None else visible[:, None]
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None) -> Tensor:
         q, k, v = (t.flatten(0, 1) for t in (query, key, value))
         length = q.size(1)
         if visible is None:

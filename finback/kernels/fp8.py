@@ -22,7 +22,7 @@ def blocks(size: int) -> int:
     return -(-size // BLOCK)
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (..., rows, columns) -> E4M3 values of that shape and factors (..., ⌈rows/128⌉, ⌈columns/128⌉), fp32.
 
     The factor is a block's largest magnitude / 448, so nothing overflows. It is what multiplies the values back.
@@ -34,11 +34,11 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / spread(scale, rows, columns)).to(torch.float8_e4m3fn), scale
 
 
-def quantise_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """x (..., n) -> E4M3 values of that shape and factors (..., ⌈n/128⌉), fp32: tiles of 1 x 128 along the last dimension.
 
     With `power_of_two` the factors are rounded up to powers of two, so that they cost no digits however often a tensor
-    is quantised (V3 3.3.3; scale_fmt "ue8m0").
+    is quantized (V3 3.3.3; scale_fmt "ue8m0").
     """
     n = x.size(-1)
     wide = x.float()
@@ -47,7 +47,7 @@ def quantise_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tenso
     return e4m3(wide / spread_tiles(scale, n)), scale
 
 
-def dequantise_tiles(values: Tensor, scale: Tensor) -> Tensor:
+def dequantize_tiles(values: Tensor, scale: Tensor) -> Tensor:
     """Values (..., n) ⊙ factors (..., ⌈n/128⌉) in fp32."""
     return widen(values).mul_(spread_tiles(scale, values.size(-1)))
 
@@ -73,8 +73,8 @@ def e4m3(x: Tensor) -> Tensor:
     return x.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
-def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """values ⊙ factors in `dtype`, into `out` if given; shapes as `quantise` returns them. The product is fp32's."""
+def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """values ⊙ factors in `dtype`, into `out` if given; shapes as `quantize` returns them. The product is fp32's."""
     rows, columns = values.shape[-2:]
     wide = widen(values)
     if rows % BLOCK or columns % BLOCK:

@@ -1,6 +1,6 @@
-"""How matrices are quantised and multiplied in FP8 training, in forms that agree: by the letter, fast, and on Hopper.
+"""How matrices are quantized and multiplied in FP8 training, in forms that agree: by the letter, fast, and on Hopper.
 
-An operand is a quantised matrix (rows, k) of a product over k, or a stack of them. Which tiles it has is DeepSeek's
+An operand is a quantized matrix (rows, k) of a product over k, or a stack of them. Which tiles it has is DeepSeek's
 choice (V3 3.3.2): `tiles` 1 x 128 along k for activations and gradients, `blocks` 128 x 128 for weights. Short edges
 count as padded with zeros, which change neither a largest magnitude nor a sum; so every size works.
 """
@@ -20,7 +20,7 @@ Operand = tuple[Tensor, ...]
 
 
 class Products(Protocol):
-    """What FP8 training needs of a kind of arithmetic. All of them see the same quantised numbers."""
+    """What FP8 training needs of a kind of arithmetic. All of them see the same quantized numbers."""
 
     def tiles(self, x: Tensor, power_of_two: bool = False) -> Operand:
         """x (rows, k) in tiles of 1 x 128."""
@@ -51,13 +51,13 @@ class Scaled:
     product: Multiply = reference.fp8_product
 
     def tiles(self, x: Tensor, power_of_two: bool = False) -> Operand:
-        return fp8.quantise_tiles(x, power_of_two)
+        return fp8.quantize_tiles(x, power_of_two)
 
     def columns(self, x: Tensor, power_of_two: bool = False) -> Operand:
-        return fp8.quantise_tiles(x.T.contiguous(), power_of_two)
+        return fp8.quantize_tiles(x.T.contiguous(), power_of_two)
 
     def blocks(self, weight: Tensor) -> Operand:
-        return fp8.quantise(weight)
+        return fp8.quantize(weight)
 
     def keep(self, x: Tensor) -> Tensor:
         return round_e5m6(x)
@@ -66,7 +66,7 @@ class Scaled:
         return self.product(*a, *b)
 
     def widen(self, operand: Operand) -> Tensor:
-        return fp8.dequantise_tiles(*operand)
+        return fp8.dequantize_tiles(*operand)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Emulated:
         return (round_tiles(x, 0, power_of_two).T,)
 
     def blocks(self, weight: Tensor) -> Operand:
-        return (fp8.dequantise(*fp8.quantise(weight), torch.float32),)
+        return (fp8.dequantize(*fp8.quantize(weight), torch.float32),)
 
     def keep(self, x: Tensor) -> Tensor:
         return round_e5m6(x)
@@ -97,7 +97,7 @@ class Emulated:
 
 
 def round_tiles(x: Tensor, dim: int, power_of_two: bool = False) -> Tensor:
-    """What E4M3 leaves of x (rows, columns), in tiles of 128 along `dim`; fp32. Twin: quantise_tiles and back."""
+    """What E4M3 leaves of x (rows, columns), in tiles of 128 along `dim`; fp32. Twin: quantize_tiles and back."""
     if x.device.type == "cpu" and x.dtype in decode.DTYPES and native.library() is not None:
         return _round_natively(x.contiguous(), dim, power_of_two)
     size = x.size(dim)

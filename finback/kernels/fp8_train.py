@@ -6,7 +6,7 @@
   Wgrad       gradient  128 x 1          activation  128 x 1       tokens
 
 Master weights and their gradients are fp32; what goes from one operator to the next keeps the input's dtype. The
-activation that Wgrad reads is the one that was kept for the backward pass, hence quantised before: in FP8 for most.
+activation that Wgrad reads is the one that was kept for the backward pass, hence quantized before: in FP8 for most.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finback.kernels import fp8_hopper
 from finback.kernels.fp8_products import Emulated, Operand, Products, Scaled
-from finback.kernels.grouped import Blocks, layout
+from finback.kernels.moe_gemm import Blocks, layout
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class _RoutedExperts(torch.autograd.Function):
         p, (n, k) = products_for(x, numerics), index.shape
         slots, ctx.blocks = layout(index, gate_up.size(0), 1)
         order = torch.empty_like(slots).index_copy_(0, slots, torch.arange(n * k, device=x.device))
-        # quantised before they are sent, once for all experts
+        # quantized before they are sent, once for all experts
         tiles = tuple(t[order // k] for t in p.tiles(x, numerics.input_power_of_two))
         sorted_y, kept = _feed_forward(p, tiles, gate_up, down, ctx.blocks, x.dtype)
         y = sorted_y[slots].view(n, k, -1)

@@ -21,9 +21,16 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # not -ffast-math: linked into a library it would change how the whole process rounds
 FLAGS = (
-    "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros",
-    "-std=c++17", "-fPIC",
-)  # fmt: skip
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+    "-std=c++17",
+    "-fPIC",
+)
 
 
 # what each kernel takes: p pointer, i whole number, f fraction
@@ -87,12 +94,14 @@ def _built(compiler: str) -> Path:
         # OpenMP's symbols stay open: torch has loaded its own runtime, and two of them fight for the cores
         subprocess.run(
             [compiler, *FLAGS, str(SOURCE), "-c", "-o", f"{made}.o"],
-            check=True, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         subprocess.run(
-            [compiler, "-shared", f"{made}.o", "-o", str(made)],
-            check=True, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            [compiler, "-shared", f"{made}.o", "-o", str(made)], check=True, capture_output=True, text=True, timeout=120
+        )
         made.replace(target)  # whole or not at all: several ranks may build at once
     return target
 

@@ -38,9 +38,17 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def paged_attention(
-    query: Tensor, entries: Tensor, table: Tensor, lengths: Tensor, starts: Tensor | None, size: int,
-    groups: int, value_dim: int, value_at: int, scale: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    entries: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    starts: Tensor | None,
+    size: int,
+    groups: int,
+    value_dim: int,
+    value_at: int,
+    scale: float,
+) -> Tensor:
     """Attention of the newest tokens of each row over all that its pages hold -> (rows, new, heads, value_dim).
 
     query (rows, new, heads, key_dim); entries (slots, elements), page p being slots p·size … p·size + size - 1; table
@@ -96,9 +104,8 @@ def _last_bit(x: Tensor) -> Tensor:
 
 
 def fp8_product(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor,
-    accumulate: Callable[[Tensor, Tensor], Tensor] = exact_sum,
-) -> Tensor:  # fmt: skip
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, accumulate: Callable[[Tensor, Tensor], Tensor] = exact_sum
+) -> Tensor:
     """a (m, k) · b (n, k)^T of E4M3 values in fp32, promoted every 128 of k (V3 3.3.2, figure 7b) -> (m, n).
 
     A factor belongs to 128 of k, and to one row, (m, ⌈k/128⌉), or to 128 rows, (⌈m/128⌉, ⌈k/128⌉). Each partial sum over

@@ -23,9 +23,14 @@ class Pool:
     """
 
     def __init__(
-        self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device,
-        size: int = PAGE, drafts: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        config: ModelConfig,
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        size: int = PAGE,
+        drafts: bool = False,
+    ) -> None:
         layers = config.num_hidden_layers + drafts
         self.size = size
         # the system hands out the memory as it is touched, so a large pool costs nothing until it is used
@@ -45,9 +50,14 @@ class Cache:
     """
 
     def __init__(
-        self, pool: Pool, table: Tensor, lengths: Sequence[int], new: int, counts: Sequence[int] | None = None,
+        self,
+        pool: Pool,
+        table: Tensor,
+        lengths: Sequence[int],
+        new: int,
+        counts: Sequence[int] | None = None,
         starts: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.pool, self.table = pool, table.contiguous()
         device = table.device
         self.fresh = not any(lengths)  # nothing was stored before this pass

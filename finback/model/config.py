@@ -20,9 +20,7 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float = 1.0
-    mscale_all_dim: float = (
-        1.0  # 0 where the softmax scale stays (Qwen): cos and sin then carry the whole factor
-    )
+    mscale_all_dim: float = 1.0  # 0 where the softmax scale stays (Qwen): cos and sin then carry the whole factor
     attention_factor: float | None = None  # what cos and sin are multiplied with; None: from the two above
 
     def __post_init__(self) -> None:
@@ -57,7 +55,7 @@ class Llama3Rope:
         if self.high_freq_factor <= self.low_freq_factor:
             raise UserError(
                 "rope_scaling.high_freq_factor", self.high_freq_factor, "not above low_freq_factor", "Raise it."
-            )  # fmt: skip
+            )
 
 
 @dataclass(frozen=True)
@@ -119,50 +117,40 @@ class ModelConfig:
         check_fields(self, "model")
         if self.attention == "mla":
             for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-                _require(
-                    getattr(self, name) > 0,
-                    name,
-                    getattr(self, name),
-                    "latent attention needs it",
-                    "Set it > 0.",
-                )
+                _require(getattr(self, name) > 0, name, getattr(self, name), "latent attention needs it", "Set it > 0.")
             _even(self.qk_rope_head_dim, "qk_rope_head_dim")
         else:
             for name in ("num_key_value_heads", "head_dim"):
                 _require(getattr(self, name) > 0, name, getattr(self, name), "GQA needs it", "Set it > 0.")
             _even(self.head_dim, "head_dim")
             _require(
-                self.num_nextn_predict_layers == 0 and self.n_routed_experts == 0, "attention", "gqa",
-                "experts and MTP come with latent attention only", 'Use attention="mla", or leave them out.',
-            )  # fmt: skip
+                self.num_nextn_predict_layers == 0 and self.n_routed_experts == 0,
+                "attention",
+                "gqa",
+                "experts and MTP come with latent attention only",
+                'Use attention="mla", or leave them out.',
+            )
             _require(
-                self.num_attention_heads % self.num_key_value_heads == 0, "num_key_value_heads",
-                self.num_key_value_heads, f"does not divide {self.num_attention_heads} heads", "Use a divisor.",
-            )  # fmt: skip
+                self.num_attention_heads % self.num_key_value_heads == 0,
+                "num_key_value_heads",
+                self.num_key_value_heads,
+                f"does not divide {self.num_attention_heads} heads",
+                "Use a divisor.",
+            )
         if self.n_routed_experts:
             self._check_experts()
 
     def _check_experts(self) -> None:
         experts, groups, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok
         _require(groups > 0, "n_group", groups, "not above 0", "Use 1 or more.")
-        _require(
-            experts % groups == 0, "n_group", groups, f"does not divide {experts} experts", "Use a divisor."
-        )
-        _require(
-            0 < self.topk_group <= groups, "topk_group", self.topk_group, f"not in 1..{groups}", "Lower it."
-        )
+        _require(experts % groups == 0, "n_group", groups, f"does not divide {experts} experts", "Use a divisor.")
+        _require(0 < self.topk_group <= groups, "topk_group", self.topk_group, f"not in 1..{groups}", "Lower it.")
         reachable = experts // groups * self.topk_group
         _require(0 < k <= reachable, "num_experts_per_tok", k, f"not in 1..{reachable}", "Lower it.")
-        _require(
-            self.moe_intermediate_size > 0, "moe_intermediate_size", 0, "experts need a width", "Set it > 0."
-        )
+        _require(self.moe_intermediate_size > 0, "moe_intermediate_size", 0, "experts need a width", "Set it > 0.")
         # V3's group score is the sum of a group's two best affinities
         _require(
-            groups == 1 or experts // groups >= 2,
-            "n_group",
-            groups,
-            "leaves one expert per group",
-            "Use fewer groups.",
+            groups == 1 or experts // groups >= 2, "n_group", groups, "leaves one expert per group", "Use fewer groups."
         )
 
     @property
@@ -219,41 +207,116 @@ def _even(value: int, name: str) -> None:
 
 # The quickstart's model: V3's layout at 1.4 M parameters (0.8 M active).
 TINY = ModelConfig(
-    vocab_size=1024, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
-    q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-    n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=64,
-    first_k_dense_replace=1, routed_scaling_factor=1.0, num_nextn_predict_layers=1,
-    max_position_embeddings=1024, initializer_range=0.02,  # 0.006 suits width 7168; at width 128 it starts too flat
-)  # fmt: skip
+    vocab_size=1024,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=256,
+    q_lora_rank=96,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    first_k_dense_replace=1,
+    routed_scaling_factor=1.0,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=1024,
+    initializer_range=0.02,  # 0.006 suits width 7168; at width 128 it starts too flat
+)
 
 # A few hours on one GPU: 0.3 B parameters.
 SMALL = ModelConfig(
-    vocab_size=32768, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=2048,
-    q_lora_rank=384, kv_lora_rank=192, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
-    n_routed_experts=32, n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=256,
-    first_k_dense_replace=1, n_group=4, topk_group=2, routed_scaling_factor=1.0, num_nextn_predict_layers=1,
-)  # fmt: skip
+    vocab_size=32768,
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=2048,
+    q_lora_rank=384,
+    kv_lora_rank=192,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=32,
+    v_head_dim=64,
+    n_routed_experts=32,
+    n_shared_experts=1,
+    num_experts_per_tok=4,
+    moe_intermediate_size=256,
+    first_k_dense_replace=1,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=1.0,
+    num_nextn_predict_layers=1,
+)
 
 V2_LITE = ModelConfig(
-    vocab_size=102400, hidden_size=2048, num_hidden_layers=27, num_attention_heads=16, intermediate_size=10944,
-    kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-    n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, moe_intermediate_size=1408,
-    first_k_dense_replace=1, scoring_func="softmax", norm_topk_prob=False,
-    rope_scaling=Yarn(mscale=0.707, mscale_all_dim=0.707), max_position_embeddings=163840,
-)  # fmt: skip
+    vocab_size=102400,
+    hidden_size=2048,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    intermediate_size=10944,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1408,
+    first_k_dense_replace=1,
+    scoring_func="softmax",
+    norm_topk_prob=False,
+    rope_scaling=Yarn(mscale=0.707, mscale_all_dim=0.707),
+    max_position_embeddings=163840,
+)
 
 V2 = ModelConfig(
-    vocab_size=102400, hidden_size=5120, num_hidden_layers=60, num_attention_heads=128, intermediate_size=12288,
-    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-    n_routed_experts=160, n_shared_experts=2, num_experts_per_tok=6, moe_intermediate_size=1536,
-    first_k_dense_replace=1, n_group=8, topk_group=3, scoring_func="softmax", norm_topk_prob=False,
-    routed_scaling_factor=16.0, rope_scaling=Yarn(mscale=0.707, mscale_all_dim=0.707), max_position_embeddings=163840,
-)  # fmt: skip
+    vocab_size=102400,
+    hidden_size=5120,
+    num_hidden_layers=60,
+    num_attention_heads=128,
+    intermediate_size=12288,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=160,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1536,
+    first_k_dense_replace=1,
+    n_group=8,
+    topk_group=3,
+    scoring_func="softmax",
+    norm_topk_prob=False,
+    routed_scaling_factor=16.0,
+    rope_scaling=Yarn(mscale=0.707, mscale_all_dim=0.707),
+    max_position_embeddings=163840,
+)
 
 V3 = ModelConfig(
-    vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, intermediate_size=18432,
-    q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
-    n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048,
-    first_k_dense_replace=3, n_group=8, topk_group=4, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
-    rope_scaling=Yarn(), max_position_embeddings=163840,
-)  # fmt: skip
+    vocab_size=129280,
+    hidden_size=7168,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    intermediate_size=18432,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    moe_intermediate_size=2048,
+    first_k_dense_replace=3,
+    n_group=8,
+    topk_group=4,
+    routed_scaling_factor=2.5,
+    num_nextn_predict_layers=1,
+    rope_scaling=Yarn(),
+    max_position_embeddings=163840,
+)

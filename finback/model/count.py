@@ -22,12 +22,7 @@ def attention_parameters(c: ModelConfig) -> int:
     if c.q_lora_rank is not None:
         query = d * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * heads * c.qk_head_dim
     latent = d * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
-    return (
-        query
-        + latent
-        + c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
-        + heads * c.v_head_dim * d
-    )
+    return query + latent + c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim) + heads * c.v_head_dim * d
 
 
 def layer_parameters(c: ModelConfig, layer: int, active: bool) -> int:

@@ -56,7 +56,7 @@ class Linear(nn.Module):
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) in the dtype of the arithmetic."""
         if self.weight_scale is not None:
-            return fp8.dequantise(self.weight, self.weight_scale, dtype)
+            return fp8.dequantize(self.weight, self.weight_scale, dtype)
         return self.weight.to(dtype)
 
 

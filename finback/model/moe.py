@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from finback.kernels import fp8, fp8_train, grouped
+from finback.kernels import fp8, fp8_train, moe_gemm
 from finback.model.config import ModelConfig
 from finback.model.layers import SwiGLU
 
@@ -51,9 +51,7 @@ class Router(nn.Module):
         if c.topk_group < c.n_group:
             groups = score.unflatten(1, (c.n_group, -1))
             best = groups.topk(2 if c.scoring_func == "sigmoid" else 1, dim=-1).values.sum(dim=-1)
-            kept = torch.zeros_like(best, dtype=torch.bool).scatter(
-                1, best.topk(c.topk_group, dim=-1).indices, True
-            )
+            kept = torch.zeros_like(best, dtype=torch.bool).scatter(1, best.topk(c.topk_group, dim=-1).indices, True)
             score = groups.masked_fill(~kept[:, :, None], float("-inf")).flatten(1)
         return score.topk(c.num_experts_per_tok, dim=-1).indices
 
@@ -114,9 +112,7 @@ class MoE(nn.Module):
         super().__init__()
         c = self.config = config
         self.router = Router(c)
-        self.gate_up = nn.Parameter(
-            torch.empty(c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size)
-        )
+        self.gate_up = nn.Parameter(torch.empty(c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size))
         self.down = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
         self.register_buffer("gate_up_scale", None)  # set when the experts are kept in FP8
         self.register_buffer("down_scale", None)
@@ -124,10 +120,8 @@ class MoE(nn.Module):
         if c.n_shared_experts:
             self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
         self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
-        self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = (
-            None  # `gate`, set by train.compiling
-        )
-        self.experts: Experts = grouped.routed_experts  # replaced where they lie on several ranks
+        self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # `gate`, set by train.compiling
+        self.experts: Experts = moe_gemm.routed_experts  # replaced where they lie on several ranks
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """x (b, t, d) -> (b, t, d); `real` (b, t) marks tokens that are not padding.
@@ -158,12 +152,12 @@ class MoE(nn.Module):
 
     def _routed(self, tokens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         if self.numerics is not None:
-            assert self.experts is grouped.routed_experts, "experts on several ranks do not train in FP8"
+            assert self.experts is moe_gemm.routed_experts, "experts on several ranks do not train in FP8"
             return fp8_train.routed_experts(tokens, index, weight, self.gate_up, self.down, self.numerics)
         if self.gate_up_scale is None or self.down_scale is None:
             return self.experts(tokens, index, weight, self.gate_up, self.down)
         # of FP8 experts only those that are asked are spread out
         met, index = index.unique(return_inverse=True)
-        gate_up = fp8.dequantise(self.gate_up[met], self.gate_up_scale[met], tokens.dtype)
-        down = fp8.dequantise(self.down[met], self.down_scale[met], tokens.dtype)
-        return grouped.routed_experts(tokens, index, weight, gate_up, down)
+        gate_up = fp8.dequantize(self.gate_up[met], self.gate_up_scale[met], tokens.dtype)
+        down = fp8.dequantize(self.down[met], self.down_scale[met], tokens.dtype)
+        return moe_gemm.routed_experts(tokens, index, weight, gate_up, down)

@@ -24,9 +24,15 @@ class MTP(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, real: Tensor | None,
-        cache: LayerCache | None = None, visible: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden: Tensor,
+        embedded: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        real: Tensor | None,
+        cache: LayerCache | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         """hidden and embedded (b, t, d) -> (b, t, d); positions stay those of `hidden`. See Block for the rest."""
         joined = torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], dim=-1)
         return self.norm(self.block(self.project(joined), cos, sin, cache, real, visible))

@@ -3,9 +3,9 @@
 from torch import nn
 
 from finback.kernels.packed import Form, PackedLinear
-from finback.model.grouped import GroupedQueryAttention
-from finback.model.latent import LatentAttention
+from finback.model.gqa import GroupedQueryAttention
 from finback.model.layers import Linear, RMSNorm
+from finback.model.mla import LatentAttention
 from finback.model.transformer import Transformer
 
 
@@ -34,6 +34,4 @@ def pack(model: Transformer, form: Form) -> Transformer:
 
 
 def _stack(layers: list[Linear], form: Form) -> PackedLinear:
-    return PackedLinear(
-        [layer.matrix(layer.weight.dtype) for layer in layers], [layer.bias for layer in layers], form
-    )
+    return PackedLinear([layer.matrix(layer.weight.dtype) for layer in layers], [layer.bias for layer in layers], form)

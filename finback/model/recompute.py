@@ -28,9 +28,7 @@ def again(module: nn.Module, run: Callable[..., Tensor], *arguments: Any) -> Ten
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _uncounted(module)
 
-    result: Tensor = checkpoint(
-        run, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
+    result: Tensor = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     return result
 
 

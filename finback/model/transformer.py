@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from finback.model.cache import Cache, LayerCache
 from finback.model.config import ModelConfig
-from finback.model.grouped import GroupedQueryAttention
-from finback.model.latent import LatentAttention
+from finback.model.gqa import GroupedQueryAttention
 from finback.model.layers import Linear, RMSNorm, SwiGLU, initialise
+from finback.model.mla import LatentAttention
 from finback.model.moe import MoE, Router
 from finback.model.mtp import MTP
 from finback.model.recompute import Policy, again
@@ -25,9 +25,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = (
-            LatentAttention(config) if config.attention == "mla" else GroupedQueryAttention(config)
-        )
+        self.attention = LatentAttention(config) if config.attention == "mla" else GroupedQueryAttention(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         moe = config.is_moe(layer)
         self.feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
@@ -35,9 +33,14 @@ class Block(nn.Module):
         self.compiled: Callable[..., tuple[Tensor, Tensor]] | None = None  # `attend`, set by train.compiling
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, real: Tensor | None = None,
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None = None,
+        real: Tensor | None = None,
         visible: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """x (b, t, d) -> (b, t, d); see LatentAttention.forward for cos, sin, cache, visible, MoE.forward for real."""
         if cache is None and self.recompute == "block":
             return again(self, self._forward, x, cos, sin, None, real, visible)
@@ -45,14 +48,12 @@ class Block(nn.Module):
 
     def _forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, real: Tensor | None, visible: Tensor | None
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         if self.compiled is not None and cache is None and torch.is_grad_enabled():
             x, h = self.compiled(self, x, cos, sin, None, visible)
         else:
             x, h = self.attend(x, cos, sin, cache, visible)
-        return x + (
-            self.feed_forward(h, real) if isinstance(self.feed_forward, MoE) else self.feed_forward(h)
-        )
+        return x + (self.feed_forward(h, real) if isinstance(self.feed_forward, MoE) else self.feed_forward(h))
 
     def attend(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, visible: Tensor | None
@@ -61,9 +62,7 @@ class Block(nn.Module):
         attended = self._attend(self.attention_norm(x), cos, sin, cache, visible)
         return self.feed_forward_norm.after(x, attended)
 
-    def _attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, visible: Tensor | None
-    ) -> Tensor:
+    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, visible: Tensor | None) -> Tensor:
         if cache is None and self.recompute == "attention":
             return again(self.attention, self.attention, x, cos, sin, None, visible)
         attended: Tensor = self.attention(x, cos, sin, cache, visible)
@@ -112,7 +111,7 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens: Tensor, cache: Cache | None = None, real: Tensor | None = None, documents: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """tokens (b, t) -> final hidden states (b, t, d) after the last norm; `logits` maps them to scores.
 
         With a cache the tokens continue what each row holds. `real` (b, t) is False for padding; padding sits at the
@@ -154,9 +153,7 @@ class Transformer(nn.Module):
         as for `forward`; near a document's end a prediction is of the next one, and must not be learnt from.
         """
         length = hidden.size(1)
-        assert tokens.size(1) >= length + len(self.mtp), (
-            "MTP needs one more token per depth than the trunk read"
-        )
+        assert tokens.size(1) >= length + len(self.mtp), "MTP needs one more token per depth than the trunk read"
         outputs = []
         cos, sin, visible = self.cos[None, :length], self.sin[None, :length], None
         if documents is not None:

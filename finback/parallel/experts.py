@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from finback.kernels import grouped
+from finback.kernels import moe_gemm
 from finback.model.moe import MoE
 from finback.parallel.mesh import Mesh
 
@@ -75,7 +75,7 @@ def _chosen_here(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down
     row, slot = (index >= 0).nonzero(as_tuple=True)
     if not len(row):  # nobody came: the weights still get a gradient, and the exchange its way back
         return x + 0 * (gate_up[0, 0, 0] + down[0, 0, 0]).to(x.dtype)
-    y = grouped.routed_experts(x[row], index[row, slot][:, None], weight[row, slot][:, None], gate_up, down)
+    y = moe_gemm.routed_experts(x[row], index[row, slot][:, None], weight[row, slot][:, None], gate_up, down)
     return torch.zeros_like(x).index_add(0, row, y)
 
 

@@ -116,11 +116,17 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int | None:
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     threads = str(max(1, core_ranks(64) // ranks) if gpus() or ranks == 1 else 1)
     return os.environ | {
-        "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         # Spinning threads collapse beside any other busy process (docs/log.md), waiting ones do not.
-        "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "FINBACK_PARENT": str(os.getpid()),
-    }  # fmt: skip
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "passive",
+        "FINBACK_PARENT": str(os.getpid()),
+    }
 
 
 def die_with_parent(parent: int) -> None:

@@ -33,17 +33,13 @@ class Layout:
     schedule: Literal["1f1b", "zb1p", "interleaved", "zbv", "dualpipev"] = "1f1b"
     micro_batches: int = 1  # equal parts into which a rank's rows are cut
     sharding: Literal["fsdp", "zero1"] = "fsdp"  # zero1: the optimiser's state alone is shared out
-    gather: Literal["fp32", "bf16"] = (
-        "fp32"  # in which sharded weights travel; bf16 is half the traffic, and rounds
-    )
+    gather: Literal["fp32", "bf16"] = "fp32"  # in which sharded weights travel; bf16 is half the traffic, and rounds
 
     def __post_init__(self) -> None:
         check_fields(self, "layout")
         check_positive(self, "layout", "pp", "dp", "ep", "nodes", "micro_batches")
         if self.gather == "bf16" and self.sharding != "fsdp":
-            raise UserError(
-                "layout.gather", self.gather, "only sharded weights travel", 'Use sharding="fsdp".'
-            )
+            raise UserError("layout.gather", self.gather, "only sharded weights travel", 'Use sharding="fsdp".')
 
     @property
     def ranks(self) -> int:
@@ -66,9 +62,7 @@ class Layout:
             problem = f"pp x dp x ep is {self.ranks}, but there are {ranks} ranks"
             raise UserError("layout.dp", self.dp, problem, "Start as many as the product says, or change it.")
         if rows % (self.data * self.micro_batches):
-            problem = (
-                f"do not divide among {self.data} data ranks with {self.micro_batches} micro-batches each"
-            )
+            problem = f"do not divide among {self.data} data ranks with {self.micro_batches} micro-batches each"
             raise UserError("rows", rows, problem, f"Use a multiple of {self.data * self.micro_batches}.")
         self._check_experts(config)
         if self.pp > 1:
@@ -101,15 +95,11 @@ class Layout:
         ):
             # autograd cannot do the gradient of such a weight apart from that of what lies between its uses
             problem = "its split backward pass cannot have a head tied to the embedding that MTP reads"
-            raise UserError(
-                "layout.schedule", self.schedule, problem, 'Use "1f1b" or "interleaved", or untie.'
-            )
+            raise UserError("layout.schedule", self.schedule, problem, 'Use "1f1b" or "interleaved", or untie.')
         rounds = self.micro_batches // self.pp
         if self.schedule == "interleaved" and self.micro_batches % rounds:
             problem = f"interleaved runs them in {rounds} equal rounds"
-            raise UserError(
-                "layout.micro_batches", self.micro_batches, problem, f"Use a multiple of {self.pp}."
-            )
+            raise UserError("layout.micro_batches", self.micro_batches, problem, f"Use a multiple of {self.pp}.")
 
     def mesh(self, device: str) -> "Mesh":
         """The ranks in order: those of one stage are neighbours, and among them those that share experts."""
@@ -135,9 +125,7 @@ class Mesh:
         """Where this rank computes."""
         kind = self.data.device_type
         return (
-            torch.device(kind, torch.get_device_module(kind).current_device())
-            if kind != "cpu"
-            else torch.device(kind)
+            torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device(kind)
         )
 
 
@@ -157,9 +145,12 @@ class World:
         if size > 1:
             # A stage may keep one rank busy for long while the others wait, so the limit is generous.
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=size,
-                timeout=datetime.timedelta(hours=4), store=_fresh_store(size),
-            )  # fmt: skip
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                rank=rank,
+                world_size=size,
+                timeout=datetime.timedelta(hours=4),
+                store=_fresh_store(size),
+            )
         return cls(rank, size)
 
     @property
@@ -200,11 +191,7 @@ class World:
 
 def default_device() -> torch.device:
     """This process's GPU where there is one, else the CPU. CUDA_VISIBLE_DEVICES= (empty) hides all GPUs."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _fresh_store(size: int) -> Any:
@@ -226,7 +213,9 @@ def _local(rank: int, size: int, gpus: int) -> int:
     local = int(os.environ.get("LOCAL_RANK", rank))
     if local >= gpus:
         raise UserError(
-            "--ranks", size, f"rank {rank} is number {local + 1} of its machine, which has {gpus} GPUs",
+            "--ranks",
+            size,
+            f"rank {rank} is number {local + 1} of its machine, which has {gpus} GPUs",
             "Start one rank for each GPU, or hide them with CUDA_VISIBLE_DEVICES= to compute on the CPU.",
-        )  # fmt: skip
+        )
     return local

@@ -1,6 +1,6 @@
 """Pipeline stages of a finished model, run by torch.distributed.pipelining.
 
-Its runtime does what the tables of parallel/schedule.py say, the same that the planner simulates. The interleaved and
+Its runtime does what the tables of parallel/pipeline_tables.py say, the same that the planner simulates. The interleaved and
 the ZBV schedule are torch's own.
 
 The first stage has the embedding, the last the final norm, the head and the MTP modules. What both ends need, the
@@ -15,18 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    ScheduleInterleaved1F1B,
-    ScheduleZBVZeroBubble,
-)
+from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
 from finback.model.config import ModelConfig
 from finback.model.moe import MoE
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import STAGES_PER_RANK, Layout, Mesh
-from finback.parallel.schedule import SCHEDULES, Op, Slot, find
+from finback.parallel.pipeline_tables import SCHEDULES, Op, Slot, find
 from finback.parallel.shard import Part, local
 
 # The last stage's model, final hidden states (b, t, d) and tokens (b, t + 1 + depths) -> next-token and MTP losses
@@ -70,9 +66,7 @@ def is_twice(config: ModelConfig) -> bool:
 class Stage(nn.Module):
     """A cut model with one call: what the stage before made and the step's tokens -> what the stage after takes."""
 
-    def __init__(
-        self, model: Transformer, stage: int, stages: int, loss: Loss, weights: tuple[float, float]
-    ) -> None:
+    def __init__(self, model: Transformer, stage: int, stages: int, loss: Loss, weights: tuple[float, float]) -> None:
         """`weights` are those of the MTP loss, 0 to leave it out, and of the mean balance loss."""
         super().__init__()
         self.model, self.loss, self.weights = model, loss, weights
@@ -128,11 +122,16 @@ class Pipeline:
         loss = torch.empty((), device=device, requires_grad=True)
         pieces = [
             PipelineStage(
-                stage, index, layout.stages, device, tokens if stage.is_first else carried,
-                loss if stage.is_last else carried, group=mesh.pp.get_group(),
+                stage,
+                index,
+                layout.stages,
+                device,
+                tokens if stage.is_first else carried,
+                loss if stage.is_last else carried,
+                group=mesh.pp.get_group(),
             )
             for stage, index in zip(stages, stages_of(mesh.pp.get_local_rank(), layout), strict=True)
-        ]  # fmt: skip
+        ]
         self.schedule = _schedule(pieces, layout)
 
     def run(self, tokens: Tensor) -> Tensor:

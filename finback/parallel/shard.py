@@ -96,9 +96,7 @@ def _set(model: Transformer, name: str, parameter: nn.Parameter) -> None:
 
 
 def _fill_buffers(model: Transformer, device: torch.device) -> None:
-    model.cos, model.sin = (
-        t.to(device) for t in rotation(model.config, model.config.max_position_embeddings)
-    )
+    model.cos, model.sin = (t.to(device) for t in rotation(model.config, model.config.max_position_embeddings))
     for router in model.routers():
         router.bias, router.load = (torch.zeros_like(b, device=device) for b in (router.bias, router.load))
 
@@ -153,9 +151,12 @@ def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, over: str = "data") -> None:
         axis = mesh.data if over == "data" else mesh.dp
         fully_shard(
-            module, mesh=axis, reshard_after_forward=reshard_after, mp_policy=policy,
+            module,
+            mesh=axis,
+            reshard_after_forward=reshard_after,
+            mp_policy=policy,
             shard_placement_fn=lambda p: Shard(_cut(p, axis.size())),
-        )  # fmt: skip
+        )
 
     modules = list(model.modules())
     for moe in [m for m in modules if isinstance(m, MoE)]:  # the inner modules first
@@ -193,9 +194,7 @@ class ZeroOne:
         parameters = [p for model in models for p in model.parameters()]
         experts = [p for p in parameters if p.ndim == 3]
         others = [p for p in parameters if p.ndim != 3]
-        self.shared = [
-            (axis, ps, _flat_gradients(ps)) for axis, ps in ((mesh.data, others), (mesh.dp, experts)) if ps
-        ]
+        self.shared = [(axis, ps, _flat_gradients(ps)) for axis, ps in ((mesh.data, others), (mesh.dp, experts)) if ps]
         self.parts = [[Part(n, _view(p, mesh)) for n, p in model.named_parameters()] for model in models]
 
     def zero(self) -> None:
@@ -251,11 +250,15 @@ def _view(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
     assert parameter.grad is not None, "gradients come first"
     value, gradient = (
         DTensor.from_local(
-            _narrow(t, axis.size(), axis.get_local_rank()), where, placements, run_check=False,
-            shape=torch.Size(shape), stride=stride,
+            _narrow(t, axis.size(), axis.get_local_rank()),
+            where,
+            placements,
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=stride,
         )
         for t in (parameter.detach(), parameter.grad)
-    )  # fmt: skip
+    )
     part = nn.Parameter(value)
     part.grad = gradient
     return part

@@ -35,9 +35,13 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
         if is_fp8(read_config(path)):
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", local_files_only=True, output_loading_info=True,
+            path,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
             **options,
-        )  # fmt: skip
+        )
         theirs, info = loaded[0].float().eval(), loaded[1]  # spread-out FP8 comes as bf16
     except ImportError as error:  # FP8 needs accelerate
         return None, f"not compared: {error}", []
@@ -45,11 +49,7 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
         return False, f"transformers does not load it ({type(error).__name__}: {str(error)[:200]})", []
     left = [f"{kind}: {name}" for kind in ("missing_keys", "mismatched_keys") for name in info[kind]]
     if left:
-        return (
-            False,
-            f"transformers finds {len(left)} keys missing or mismatched",
-            [str(item) for item in left],
-        )
+        return (False, f"transformers finds {len(left)} keys missing or mismatched", [str(item) for item in left])
 
     def states(tokens: Tensor) -> States:
         out = theirs(tokens, output_hidden_states=True)
@@ -95,8 +95,7 @@ def finback_states(model: Transformer, tokens: Tensor) -> States:
     """Logits and the residual stream of one of ours."""
     seen: list[Tensor] = []
     hooks = [
-        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
-        for block in model.blocks
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach())) for block in model.blocks
     ]
     hooks.append(model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach())))
     try:

@@ -10,24 +10,28 @@ def write_card(config: ModelConfig, name: str, origin: str, fmt: str) -> str:
     family = family_of(config)
     rows = [f"| {name} | {value} |" for name, value in (*architecture(config), ("weights", fmt))]
     lines = [
-        "---", *front_matter(family), "---",
-        "", f"# {name}", "", f"Exported by finback from `{origin}`.", "",
-        "| | |", "|---|---|", *rows, "",
+        "---",
+        *front_matter(family),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"Exported by finback from `{origin}`.",
+        "",
+        "| | |",
+        "|---|---|",
+        *rows,
+        "",
         "The licence of the data and of the model it started from applies; this card does not know it.",
-        "Its answers may be wrong.", "",
-    ]  # fmt: skip
+        "Its answers may be wrong.",
+        "",
+    ]
     return "\n".join(lines)
 
 
 def front_matter(family: str) -> list[str]:
     """The lines of YAML that every card begins with, as far as the files vouch for them."""
-    return [
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- finback",
-        f"- {family}",
-    ]
+    return ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- finback", f"- {family}"]
 
 
 def architecture(config: ModelConfig) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ Reads run folders only.
 from pathlib import Path
 from typing import Any
 
-from finback.run import read_lines
+from finback.runs.files import read_lines
 
 ROWS = 3  # exams from which on a run is told as a road
 
@@ -69,7 +69,5 @@ def kept(stages: dict[str, Any]) -> str:
         if stage["stage"] == "Reject":
             r = stage["results"]
             reasons = ", ".join(f"{n:,} {why}" for why, n in r["reasons"].items())
-            lines.append(
-                f"Rejection sampling '{name}' kept {r['kept']:,} of {r['sampled']:,} answers: {reasons}."
-            )
+            lines.append(f"Rejection sampling '{name}' kept {r['kept']:,} of {r['sampled']:,} answers: {reasons}.")
     return "\n".join(lines)

@@ -5,12 +5,12 @@ from typing import Any
 
 from finback.config import UserError, did_you_mean
 from finback.report.road import said
-from finback.run import read_json, read_lines
+from finback.runs.files import read_json, read_lines
 
 
 def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
     """Records of samples.jsonl, with their stage; of all RL stages and the first, middle and last step of each,
-    or of one stage or one step. UserError names the stages or steps that there are."""  # fmt: skip
+    or of one stage or one step. UserError names the stages or steps that there are."""
     if (root / "samples.jsonl").is_file():
         root, stage = root.parent, stage or root.name  # the folder of a stage
     kept = sorted((p.parent for p in root.glob("*/samples.jsonl")), key=lambda p: p.stat().st_mtime_ns)
@@ -34,7 +34,7 @@ def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
 
 def tell(root: Path, stage: str = "", step: int = 0, count: int = 2) -> str:
     """`count` questions of each step as text: every answer with its chain, what it earned and its advantage; then what
-    the models before and after said to the same held-out problems."""  # fmt: skip
+    the models before and after said to the same held-out problems."""
     parts = []
     for name, number in dict.fromkeys((r["stage"], r["step"]) for r in find(root, stage, step)):
         records = find(root, name, number)
@@ -60,9 +60,7 @@ def _before_after(root: Path, count: int) -> list[str]:
         return []
     (first, before), (last, after) = taken[0], taken[-1]
     exam = before["evaluations"][0]["exam"]
-    pairs = zip(
-        read_lines(root / first / f"{exam}.jsonl"), read_lines(root / last / f"{exam}.jsonl"), strict=False
-    )
+    pairs = zip(read_lines(root / first / f"{exam}.jsonl"), read_lines(root / last / f"{exam}.jsonl"), strict=False)
     lines = [
         f"{then['question']}  (gold: {then['gold']})\n{said(before['model'], then)}\n{said(after['model'], now)}"
         for then, now in list(pairs)[:count]

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError, as_json, did_you_mean
-from finback.recipe import Recipe, Stage
 from finback.report import road
-from finback.run import clock, read_json, read_lines
+from finback.runs.files import read_json, read_lines
+from finback.runs.progress import clock
+from finback.runs.recipe import Recipe, Stage
 
 SAMPLES = 3
-PLANTED = (
-    "Pre-training planted both habits, guessing and thinking; RL selects the one that pays and sharpens it."
-)
+PLANTED = "Pre-training planted both habits, guessing and thinking; RL selects the one that pays and sharpens it."
 
 
 def tell(root: Path) -> str:
@@ -38,7 +37,7 @@ def tell(root: Path) -> str:
     if learning:
         picture = draw(root, learning)
         parts.append(f"Picture: {picture}" if picture else "")
-    models = [name for name, s in stages.items() if s["stage"] in ("Pretrain", "SFT", "GRPO", "Distil")]
+    models = [name for name, s in stages.items() if s["stage"] in ("Pretrain", "SFT", "GRPO", "Distill")]
     if len(exams) >= road.ROWS:
         parts.append(f"Talk to one of them: finback chat {root}/STAGE, with STAGE one of {', '.join(models)}")
     else:
@@ -69,9 +68,7 @@ def _pretraining(name: str, results: dict[str, Any]) -> str:
     if reached is None:
         end = "ended at its token limit (no probe asked for)"
     elif reached:
-        end = (
-            f"passed its probe ({results['probe_best']:.0%}) at {results['probe_passed_at_tokens']:,} tokens"
-        )
+        end = f"passed its probe ({results['probe_best']:.0%}) at {results['probe_passed_at_tokens']:,} tokens"
     else:
         end = f"DID NOT PASS ITS PROBE (best {results['probe_best']:.0%}): expect little from what follows"
     bits = ", ".join(f"{source} {value:.2f}" for source, value in results["bits_per_byte"].items())
@@ -95,9 +92,14 @@ def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:
         if e["exam"] in then
     ]
     first_then, first = before["evaluations"][0], after["evaluations"][0]
-    rows = [("response tokens", "mean_tokens", "{:.1f}"), ("cut off", "truncated", "{:.1%}"),
-            ("answers that think", "thinks", "{:.0%}"), ("  right when thinking", "accuracy_thinking", "{:.1%}"),
-            ("  right when guessing", "accuracy_guessing", "{:.1%}"), ("MTP drafts accepted", "mtp_acceptance", "{:.0%}")]  # fmt: skip
+    rows = [
+        ("response tokens", "mean_tokens", "{:.1f}"),
+        ("cut off", "truncated", "{:.1%}"),
+        ("answers that think", "thinks", "{:.0%}"),
+        ("  right when thinking", "accuracy_thinking", "{:.1%}"),
+        ("  right when guessing", "accuracy_guessing", "{:.1%}"),
+        ("MTP drafts accepted", "mtp_acceptance", "{:.0%}"),
+    ]
     for label, key, form in rows:
         values = [form.format(r[key]) if r.get(key) is not None else "-" for r in (first_then, first)]
         lines.append(f"{label:26} {'':5}   {values[0]:>20}   {values[1]:>20}")
@@ -130,9 +132,7 @@ def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 def _problems(root: Path, before: str, after: str, exam: str) -> str:
     """The first problems of the exam, whatever became of them."""
-    pairs = zip(
-        read_lines(root / before / f"{exam}.jsonl"), read_lines(root / after / f"{exam}.jsonl"), strict=False
-    )
+    pairs = zip(read_lines(root / before / f"{exam}.jsonl"), read_lines(root / after / f"{exam}.jsonl"), strict=False)
     parts = [f"The first {SAMPLES} held-out problems of the exam '{exam}':"]
     for then, now in list(pairs)[:SAMPLES]:
         parts.append(
@@ -158,9 +158,7 @@ def draw(root: Path, learning: list[str]) -> Path | None:
     x = range(1, len(steps) + 1)
     right = left.twinx()
     (a,) = left.plot(x, [100 * r["accuracy"] for r in steps], color="tab:blue", label="accuracy")
-    (t,) = left.plot(
-        x, [100 * r["thinks"] for r in steps], color="tab:cyan", ls="--", label="answers that think"
-    )
+    (t,) = left.plot(x, [100 * r["thinks"] for r in steps], color="tab:cyan", ls="--", label="answers that think")
     (n,) = right.plot(x, [r["length"] for r in steps], color="tab:orange", label="response length")
     if len(learning) > 1:  # several RL stages follow each other
         begin = 0
@@ -168,9 +166,7 @@ def draw(root: Path, learning: list[str]) -> Path | None:
             left.axvline(begin + 0.5, color="tab:gray", lw=0.8)
             left.text(begin + 1, 3, name, fontsize=8, color="tab:gray")
             begin += len(read_lines(root / name / "metrics.jsonl"))
-    left.set(
-        xlabel="RL step", ylabel="% of sampled answers", ylim=(0, 102), title="RL on checkable rewards alone"
-    )
+    left.set(xlabel="RL step", ylabel="% of sampled answers", ylim=(0, 102), title="RL on checkable rewards alone")
     right.set(ylabel="tokens per response", ylim=(0, None))
     left.legend(handles=[a, t, n], loc="lower right")
     left.grid(alpha=0.3)
@@ -201,23 +197,17 @@ def outline(recipe: Recipe) -> str:
             f"\n{stage.name}: {type(stage).__name__}, trains on at most {work.tokens_trained:,} tokens, "
             f"generates at most {work.tokens_generated:,}"
         )
-        lines += [
-            f"  {f.name} = {getattr(stage, f.name)!r}" for f in dataclasses.fields(stage) if f.name != "name"
-        ]
+        lines += [f"  {f.name} = {getattr(stage, f.name)!r}" for f in dataclasses.fields(stage) if f.name != "name"]
     return "\n".join(lines)
 
 
 def stage_source(name: str) -> str:
     """The source of a stage class: its fields are the knobs, its comments their meaning."""
-    from finback.stages import distil, evaluate, extend, grpo, prepare, pretrain, reject, sft
+    from finback.stages import distill, evaluate, extend, grpo, prepare, pretrain, reject, sft
 
-    modules = (prepare, pretrain, extend, sft, grpo, reject, distil, evaluate)
-    classes = {
-        n: c for m in modules for n, c in vars(m).items() if inspect.isclass(c) and issubclass(c, Stage)
-    }
+    modules = (prepare, pretrain, extend, sft, grpo, reject, distill, evaluate)
+    classes = {n: c for m in modules for n, c in vars(m).items() if inspect.isclass(c) and issubclass(c, Stage)}
     classes.pop("Stage")
     if name not in classes:
-        raise UserError(
-            "show", name, "neither a run folder, a recipe file nor a stage", did_you_mean(name, classes)
-        )
+        raise UserError("show", name, "neither a run folder, a recipe file nor a stage", did_you_mean(name, classes))
     return inspect.getsource(classes[name])

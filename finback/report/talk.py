@@ -16,7 +16,7 @@ from finback.data.chat import Message
 from finback.data.dialogue import dialogue
 from finback.data.tokenizer import ASSISTANT, END_THINK, THINK, USER, Tokenizer
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling
+from finback.engine.request import SamplingParams
 
 LONGEST = 32768  # tokens of a conversation that are kept
 THINKING = {"on": True, "off": False, "auto": None}
@@ -36,23 +36,27 @@ class Conversation:
         turns = [] if self.tokenizer.template else [self.tokenizer.ids.get(t, -1) for t in (USER, ASSISTANT)]
         model = models.load_to_answer(folder, dtype)
         self.engine = Engine(
-            model, (*self.tokenizer.stops, *turns), rows=1, tokenizer=self.tokenizer,
-            tokens=min(model.config.max_position_embeddings, LONGEST), chunk=512, reuse=True, speculate=True,
-        )  # fmt: skip
+            model,
+            (*self.tokenizer.stops, *turns),
+            rows=1,
+            tokenizer=self.tokenizer,
+            tokens=min(model.config.max_position_embeddings, LONGEST),
+            chunk=512,
+            reuse=True,
+            speculate=True,
+        )
         self.sampling, self.seed = self._sampling(chosen), seed
         self.messages: list[Message] = []
         self.replies = 0
         self.think: bool | None = None
 
-    def _sampling(self, chosen: dict[str, float | None]) -> Sampling:
+    def _sampling(self, chosen: dict[str, float | None]) -> SamplingParams:
         """What the user chose, else what the model's makers recommend in generation_config.json, else 0.7."""
         window = self._window
         settings: dict[str, Any] = {"temperature": 0.7, "max_tokens": min(1024, window // 8)}
         known = self.tokenizer.generation
-        settings |= {
-            n: known[n] for n in ("temperature", "top_p", "top_k", "min_p") if known.get(n) is not None
-        }
-        return Sampling(**settings | {n: v for n, v in chosen.items() if v is not None})
+        settings |= {n: known[n] for n in ("temperature", "top_p", "top_k", "min_p") if known.get(n) is not None}
+        return SamplingParams(**settings | {n: v for n, v in chosen.items() if v is not None})
 
     def reply(self, text: str) -> Iterator[str]:
         """Pieces of the answer to `text` as they are made, tags included; remembers the answer when it is whole."""
@@ -101,8 +105,10 @@ class Conversation:
         raise UserError("command", line, "not understood", HELP)
 
     def _save(self, path: Path) -> str:
-        turns = [{"role": m.role, "content": m.content} | ({"reasoning_content": m.thinking} if m.thinking else {})
-                 for m in self.messages]  # fmt: skip
+        turns = [
+            {"role": m.role, "content": m.content} | ({"reasoning_content": m.thinking} if m.thinking else {})
+            for m in self.messages
+        ]
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.writelines(json.dumps(turn, ensure_ascii=False) + "\n" for turn in turns)
@@ -119,18 +125,14 @@ class Conversation:
                 return ids, opened
             if len(self.messages) == 1:
                 self.messages = []
-                raise UserError(
-                    "message", f"{len(ids)} tokens", f"the model reads {room}", "Say it in fewer words."
-                )
+                raise UserError("message", f"{len(ids)} tokens", f"the model reads {room}", "Say it in fewer words.")
             del self.messages[:2]
 
 
-def loop(
-    path: Path, seed: int, as_json: bool, color: bool, dtype: Answering = "auto", **chosen: float | None
-) -> None:
+def loop(path: Path, seed: int, as_json: bool, color: bool, dtype: Answering = "auto", **chosen: float | None) -> None:
     """Read lines from stdin and answer each; prompts and help only when a person sits there.
 
-    `chosen` are fields of Sampling; None leaves one to the model's own settings.
+    `chosen` are fields of SamplingParams; None leaves one to the model's own settings.
     """
     folder = find_model(path)
     conversation = Conversation(folder, seed, dtype, **chosen)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from finback.config import UserError
-from finback.run import read_json
+from finback.runs.files import read_json
 
 Viewer = Literal["tensorboard", "trackio", "wandb"]
 
@@ -92,9 +92,7 @@ def _stages(root: Path, follow: bool, every: float) -> Iterator[Path]:
     """Stages that log, in the order in which they were begun; with `follow` also those that begin later."""
     seen: set[Path] = set()
     while True:
-        found = sorted(
-            root.glob("*/metrics.jsonl"), key=lambda p: (p.parent / "config.json").stat().st_mtime_ns
-        )
+        found = sorted(root.glob("*/metrics.jsonl"), key=lambda p: (p.parent / "config.json").stat().st_mtime_ns)
         fresh = [p.parent for p in found if p.parent not in seen]
         for folder in fresh:
             seen.add(folder)
@@ -115,9 +113,7 @@ def _send(folder: Path, sink: Sink, follow: bool, every: float) -> int:
     """Read a stage's metrics from the last byte that was read on; a run that is rewound writes a shorter file."""
     lines, place = 0, 0
     while True:
-        over = (
-            folder / "manifest.json"
-        ).is_file()  # looked for first: what is logged before it is read below
+        over = (folder / "manifest.json").is_file()  # looked for first: what is logged before it is read below
         if (folder / "metrics.jsonl").stat().st_size < place:
             place = 0
         with (folder / "metrics.jsonl").open("rb") as handle:

@@ -24,7 +24,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.kernels import fp8
 from finback.model.count import parameters
 from finback.report.agreement import against_finback, against_transformers, shortage
-from finback.run import is_checkpoint
+from finback.runs.files import is_checkpoint
 
 SAMPLE = "In 2024, 3.14 × 2 = 6.28;\n\tdef f(x): return x**2  # naïve café 北京 🐋\r\n  <b>end</b>"
 
@@ -55,9 +55,11 @@ class Card:
     def as_json(self) -> dict[str, Any]:
         """For --json and for programs."""
         return {
-            "model": self.model, "family": self.family, "holds": self.holds,
+            "model": self.model,
+            "family": self.family,
+            "holds": self.holds,
             "checks": [{"name": c.name, "holds": c.holds, "text": c.text, "details": c.details} for c in self.checks],
-        }  # fmt: skip
+        }
 
     def as_text(self) -> str:
         """For people; also valid Markdown."""
@@ -75,9 +77,7 @@ class Card:
 def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Card:
     """Check a Hugging Face folder or a GGUF file, with another checkpoint beside it when `against` is given."""
     if not path.exists() or not is_checkpoint(path):
-        problem = (
-            "neither a Hugging Face folder nor a .gguf file" if path.exists() else "no such file or folder"
-        )
+        problem = "neither a Hugging Face folder nor a .gguf file" if path.exists() else "no such file or folder"
         raise UserError("FOLDER", str(path), problem, "Stages' models go out with `finback export`.")
     weights, audit = examine(path)
     config = audit.config
@@ -88,11 +88,11 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
     if whole and (short := shortage(config)):
         checks += [_values(_stored(audit, weights)), Check("logits", None, f"not compared: {short}")]
     elif whole:
-        quantised = [spec.shape for spec in weights.specs.values() if spec.dtype == "F8_E4M3"]
+        quantized = [spec.shape for spec in weights.specs.values() if spec.dtype == "F8_E4M3"]
         # transformers spreads FP8 out to bf16; so do we where the two are compared
-        model = models.load(path, kept="bf16" if quantised else "fp32").eval()
+        model = models.load(path, kept="bf16" if quantized else "fp32").eval()
         checks.append(_values(model.state_dict().items()))
-        if any(side % fp8.BLOCK for shape in quantised for side in shape):
+        if any(side % fp8.BLOCK for shape in quantized for side in shape):
             text = "transformers not asked: it spreads cut-off FP8 blocks wrongly (seen in 5.23)"
             checks.append(Check("logits", None, text))
         else:
@@ -125,9 +125,7 @@ def _tensors(audit: Audit, weights: Weights) -> Check:
     details += [f"MISSING {n}" for n in audit.missing] + [f"UNEXPECTED {n}" for n in audit.unexpected]
     details += [f"WRONG {n}: {problem}" for n, problem in audit.wrong.items()]
     bad = len(audit.missing) + len(audit.unexpected) + len(audit.wrong)
-    return Check(
-        "tensors", audit.holds, text + (f", {bad:,} NOT as config.json has it" if bad else ""), details
-    )
+    return Check("tensors", audit.holds, text + (f", {bad:,} NOT as config.json has it" if bad else ""), details)
 
 
 def _counts(counter: Counter[str]) -> str:
@@ -151,9 +149,7 @@ def _routers(audit: Audit, weights: Weights) -> list[Check]:
     """The selection biases: present in every MoE layer, and not all zero."""
     biases = [n for n in audit.loaded if n.endswith("e_score_correction_bias") and n not in audit.wrong]
     layers = range(audit.config.num_hidden_layers + audit.config.num_nextn_predict_layers)
-    wanted = (
-        sum(audit.config.is_moe(layer) for layer in layers) if audit.config.scoring_func == "sigmoid" else 0
-    )
+    wanted = sum(audit.config.is_moe(layer) for layer in layers) if audit.config.scoring_func == "sigmoid" else 0
     if not wanted:
         return []
     largest = max((float(weights.read(n).float().abs().max()) for n in biases), default=0.0)
@@ -201,14 +197,10 @@ def _tokenizer(path: Path, rows: int) -> Check:
         return Check("tokenizer", False, str(error))
     same = tokenizer.decode(tokenizer.encode(SAMPLE), skip_special=False) == SAMPLE
     fits = tokenizer.vocab_size <= rows
-    written = (
-        "its own template"
-        if tokenizer.template
-        else "DeepSeek's form"
-        if not tokenizer.lacks
-        else "no template"
+    written = "its own template" if tokenizer.template else "DeepSeek's form" if not tokenizer.lacks else "no template"
+    text = (
+        f"{tokenizer.vocab_size:,} entries for {rows:,} rows, dialogues in {written}, ends at {list(tokenizer.stops)}"
     )
-    text = f"{tokenizer.vocab_size:,} entries for {rows:,} rows, dialogues in {written}, ends at {list(tokenizer.stops)}"
     details = [] if same else ["a text does not come back as it went in"]
     details += [] if fits else ["more entries than the model has rows"]
     return Check("tokenizer", same and fits, text, details)

@@ -35,15 +35,16 @@ class Answer:
         for i, sequence in enumerate(ticket.sequences):
             if chat:
                 parser = Parser(
-                    job.opened, job.tools, job.forced.form if job.forced else None,
-                    held=job.forced is not None or job.schema is not None, single=job.single,
-                )  # fmt: skip
+                    job.opened,
+                    job.tools,
+                    job.forced.form if job.forced else None,
+                    held=job.forced is not None or job.schema is not None,
+                    single=job.single,
+                )
                 self.replies.append(ChatReply(i, sequence, parser, service.options.reasoning_field, spelling))
             else:
                 self.replies.append(TextReply(i, sequence, job.echo[i] if job.echo else None, spelling))
-        self._heard: dict[
-            int, tuple[float, int]
-        ] = {}  # by choice: when its last token came, and which it was
+        self._heard: dict[int, tuple[float, int]] = {}  # by choice: when its last token came, and which it was
 
     @property
     def over(self) -> bool:
@@ -56,8 +57,10 @@ class Answer:
             await self._next()
         choices = [reply.whole() for reply in self.replies]
         return self._envelope("chat.completion" if self.chat else "text_completion") | {
-            "choices": choices, "usage": self.usage, "timings": self.timings,
-        }  # fmt: skip
+            "choices": choices,
+            "usage": self.usage,
+            "timings": self.timings,
+        }
 
     async def events(self, include_usage: bool) -> AsyncIterator[bytes]:
         """The reply as server-sent events; a failure is one of them, since the headers are out by then."""
@@ -126,9 +129,12 @@ class Answer:
     def _envelope(self, kind: str) -> dict[str, Any]:
         kind = kind if self.chat else "text_completion"
         return {
-            "id": self.id, "object": kind, "created": self.created, "model": self.service.options.name,
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.service.options.name,
             "system_fingerprint": f"finback-{self.service.created}",
-        }  # fmt: skip
+        }
 
     def _chunk(self, choices: list[dict[str, Any]], include_usage: bool, newest: bool = False) -> bytes:
         """One event; `newest`: nothing is known beyond it, so it may be the last."""

@@ -26,16 +26,16 @@ def digests(keys: Iterable[str], file: Path | None = None) -> tuple[bytes, ...]:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                "keys", str(file), f"cannot be read ({error})", "Name a text file, a key a line."
-            ) from None
+            raise UserError("keys", str(file), f"cannot be read ({error})", "Name a text file, a key a line.") from None
         found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     for key in found:
         if len(key) < SHORTEST:
             raise UserError(
-                "keys", f"{len(key)} characters", "too short to be safe",
+                "keys",
+                f"{len(key)} characters",
+                "too short to be safe",
                 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))".',
-            )  # fmt: skip
+            )
     return tuple(map(_digest, found))
 
 
@@ -48,9 +48,11 @@ def demand_safety(options: Options, insecure: bool) -> None:
     """Refuse to stand open on a network by mistake."""
     if options.host not in LOOPBACK and not options.keys and not insecure:
         raise UserError(
-            "host", options.host, "open to the network, with no API key",
+            "host",
+            options.host,
+            "open to the network, with no API key",
             "Give --key-file or FINBACK_API_KEY, or --insecure if anybody may use it.",
-        )  # fmt: skip
+        )
 
 
 def owner_of(headers: Iterable[tuple[bytes, bytes]], keys: tuple[bytes, ...]) -> bytes | None:
@@ -89,9 +91,7 @@ class Quota:
     def use(self, owner: bytes) -> Iterator[None]:
         """Count a request while it runs; ApiError 429 when it is one too many."""
         if self.concurrent and self._running[owner] >= self.concurrent:
-            raise ApiError(
-                429, f"more than {self.concurrent} requests at a time", code="concurrency_limit_exceeded"
-            )
+            raise ApiError(429, f"more than {self.concurrent} requests at a time", code="concurrency_limit_exceeded")
         if self.rate:
             self._take(owner)
         self._running[owner] += 1

@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from finback.run import DOLLARS_PER_CORE_HOUR
+from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
 from finback.serve.runs import StageFolder
 from finback.serve.table import Table
 from finback.serve.thin import Line, smooth, thin
 
 AXES = ("step", "tokens", "time", "cost")
-QUIET = (
-    120.0  # seconds without a line after which a running stage has stalled, and no less than 20 steps' time
-)
+QUIET = 120.0  # seconds without a line after which a running stage has stalled, and no less than 20 steps' time
 BLOCK = 50  # steps whose spread says what a spike is
 SPIKE = 12.0  # robust standard deviations above the stretch before
 LISTED = 5  # spikes that are told
@@ -52,7 +50,7 @@ def _seconds(table: Table) -> Line:
 
 def curve(
     table: Table, name: str, places: Line, weight: float, begin: float | None, end: float | None, points: int
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A curve between two places of the axis, and the same smoothed: [x, y] thinned, None for what is no number."""
     rows, y = table.column(name)
     x = places[rows.astype(np.int64)]
@@ -91,19 +89,10 @@ def progress(stage: StageFolder, table: Table) -> dict[str, Any]:
     """How far a stage is: its step, what its knobs say will be the last, and seconds left at the pace of late."""
     steps, tokens = axis(table, "step", 1.0), axis(table, "tokens", 1.0)
     seconds = _seconds(table)
-    done: dict[str, Any] = {
-        "step": int(steps[-1]) if len(steps) else 0,
-        "of": None,
-        "unit": "steps",
-        "left": None,
-    }
+    done: dict[str, Any] = {"step": int(steps[-1]) if len(steps) else 0, "of": None, "unit": "steps", "left": None}
     for knob, line, unit in (("steps", steps, "steps"), ("max_tokens", tokens, "tokens")):
         total = stage.config.get(knob)
-        if (
-            isinstance(total, int | float)
-            and total > 0
-            and not (knob == "max_tokens" and "group" in stage.config)
-        ):
+        if isinstance(total, int | float) and total > 0 and not (knob == "max_tokens" and "group" in stage.config):
             at = float(line[-1]) if len(line) else 0.0
             done |= {"at": at, "of": total, "unit": unit}
             done["left"] = _left(line, seconds, float(total))
@@ -134,9 +123,7 @@ def _not_numbers(table: Table) -> list[dict[str, Any]]:
         bad = np.flatnonzero(~np.isfinite(np.array(numbers)))
         if len(bad):
             step = int(steps[int(rows[bad[0]])])
-            found.append(
-                {"kind": "nan", "name": name, "step": step, "text": f"{name} is not a number at step {step}"}
-            )
+            found.append({"kind": "nan", "name": name, "step": step, "text": f"{name} is not a number at step {step}"})
     return found
 
 
@@ -175,9 +162,7 @@ def _gaps(stage: StageFolder, table: Table) -> list[dict[str, Any]]:
     if not len(over):
         return []
     step = int(axis(table, "step", 1.0)[int(rows[over[0]])])
-    text = (
-        f"trainer and engine disagree by {values[over[0]]:.2g} at step {step}, more than max_gap {allowed:g}"
-    )
+    text = f"trainer and engine disagree by {values[over[0]]:.2g} at step {step}, more than max_gap {allowed:g}"
     return [{"kind": "gap", "name": "gap_max", "step": step, "text": text}]
 
 
@@ -190,14 +175,7 @@ def _stall(stage: StageFolder, table: Table) -> list[dict[str, Any]]:
         return []
     if silent < max(QUIET, 20 * usual):
         return []
-    return [
-        {
-            "kind": "stall",
-            "name": "step",
-            "step": None,
-            "text": f"nothing logged for {silent / 60:.0f} minutes",
-        }
-    ]
+    return [{"kind": "stall", "name": "step", "step": None, "text": f"nothing logged for {silent / 60:.0f} minutes"}]
 
 
 def _plain(values: Line) -> list[float | None]:

@@ -11,10 +11,17 @@ from finback.config import UserError
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {
-    400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
-    413: "request_too_large", 429: "rate_limit_exceeded", 431: "headers_too_large", 500: "server_error",
+    400: "invalid_value",
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    429: "rate_limit_exceeded",
+    431: "headers_too_large",
+    500: "server_error",
     503: "overloaded",
-}  # fmt: skip
+}
 RETRYABLE = (408, 429, 503)  # clients try again after these, so each says when
 
 
@@ -23,7 +30,7 @@ class ApiError(Exception):
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int = 1
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
         self.code, self.retry_after = code or CODES.get(status, "error"), retry_after
@@ -37,11 +44,7 @@ class ApiError(Exception):
     @property
     def response(self) -> Response:
         """The reply that says it."""
-        headers = (
-            {"retry-after": str(self.retry_after)}
-            if self.status in RETRYABLE
-            else {"x-should-retry": "false"}
-        )
+        headers = {"retry-after": str(self.retry_after)} if self.status in RETRYABLE else {"x-should-retry": "false"}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return JSONResponse(self.body, self.status, headers)

@@ -29,9 +29,7 @@ CALL = {
 }
 BLANK = {"whitespace_pattern": "[ \\t\\n]{0,20}"}
 
-_MARK = re.compile(
-    f"({'|'.join((CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, QWEN_BEGIN, QWEN_END))})"
-)
+_MARK = re.compile(f"({'|'.join((CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, QWEN_BEGIN, QWEN_END))})")
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,7 @@ def _demanded(request: ChatRequest) -> dict[int, Function]:
     if found := {i: function for i, function in functions.items() if function.name == name}:
         return found
     known = [function.name for function in functions.values()]
-    raise bad(
-        f"no function {name!r} among the tools. {did_you_mean(name, known)}", "tool_choice.function.name"
-    )
+    raise bad(f"no function {name!r} among the tools. {did_you_mean(name, known)}", "tool_choice.function.name")
 
 
 def _schema(function: Function, param: str) -> str:
@@ -113,9 +109,7 @@ def _grammar(form: ToolForm, functions: list[tuple[str, str]], several: bool, wo
 def _terms(text: str, tokenizer: Tokenizer) -> str:
     """A text in Lark."""
     pieces = ((piece, _token(piece, tokenizer)) for piece in _MARK.split(text) if piece)
-    return " ".join(
-        f"<[{token}]>" if token else json.dumps(piece, ensure_ascii=False) for piece, token in pieces
-    )
+    return " ".join(f"<[{token}]>" if token else json.dumps(piece, ensure_ascii=False) for piece, token in pieces)
 
 
 def _token(mark: str, tokenizer: Tokenizer) -> int | None:

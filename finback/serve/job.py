@@ -8,16 +8,14 @@ from typing import Any
 from finback.config import UserError
 from finback.data.dialogue import dialogue
 from finback.data.tokenizer import FIM, THINK, Tokenizer
-from finback.engine.sequence import Sampling
+from finback.engine.request import SamplingParams
 from finback.serve.errors import ApiError, bad
 from finback.serve.forced import Forced, forced
 from finback.serve.protocol import ChatRequest, CompletionRequest, Request
 from finback.serve.worker import Order
 
 # DeepSeek's and OpenAI's efforts as the share of max_tokens that the chain may take; None: all of it
-EFFORT = {
-    "minimal": 1 / 8, "low": 1 / 8, "medium": 1 / 4, "high": 1 / 2, "xhigh": 1 / 2, "max": None, "ultra": None,
-}  # fmt: skip
+EFFORT = {"minimal": 1 / 8, "low": 1 / 8, "medium": 1 / 4, "high": 1 / 2, "xhigh": 1 / 2, "max": None, "ultra": None}
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 CHOSEN = (*DEFAULTS, "frequency_penalty", "presence_penalty")
 SEEDS = 1 << 63
@@ -33,9 +31,7 @@ class Job:
     single: bool = False  # and no more than one
     forced: Forced | None = None  # it must be
     logprobs: bool = False
-    echo: list[str] = field(
-        default_factory=list
-    )  # for each choice, the prompt's text that its answer begins with
+    echo: list[str] = field(default_factory=list)  # for each choice, the prompt's text that its answer begins with
 
     @property
     def schema(self) -> str | None:
@@ -50,7 +46,7 @@ class Jobs:
         self.tokenizer, self.window, self.longest_token = tokenizer, window, longest_token
         known = tokenizer.generation
         self.defaults = {n: known[n] for n in DEFAULTS if isinstance(known.get(n), int | float)}
-        Sampling(**self.defaults)  # a bad file is better found now than by every request
+        SamplingParams(**self.defaults)  # a bad file is better found now than by every request
 
     def chat(self, request: ChatRequest, seed: int) -> Job:
         """The job of a chat request."""
@@ -70,16 +66,23 @@ class Jobs:
         if think and request.thinking is None and THINK not in self.tokenizer.ids:
             think = None  # an effort is a wish; a model that knows no chains answers without one
         ids, opened = dialogue(
-            messages, self.tokenizer, tools=tools or None, think=think,
+            messages,
+            self.tokenizer,
+            tools=tools or None,
+            think=think,
             continue_last=request.messages[-1].role == "assistant" and bool(request.messages[-1].prefix),
-        )  # fmt: skip
+        )
         limit = self._limit(len(ids), request.max_completion_tokens or request.max_tokens, "messages")
         banned = self.tokenizer.ids.get(THINK) if think is False else None
         sampling = self._sampling(
-            request, limit, banned, schema=schema, grammar=calls.grammar if calls else None,
+            request,
+            limit,
+            banned,
+            schema=schema,
+            grammar=calls.grammar if calls else None,
             think_tokens=budget(request, limit),
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        )  # fmt: skip
+        )
         orders = self._choices(ids, sampling, seed, request.n or 1, 0, opened)
         single = request.parallel_tool_calls is False
         return Job(orders, opened, bool(tools), single, calls, bool(request.logprobs))
@@ -97,14 +100,8 @@ class Jobs:
             ids, text = self._prompt(prompt, request)
             limit = self._limit(len(ids), request.max_tokens, "prompt")
             # a prompt that is only read counts as scored, whether anybody wants to see the scores or not
-            scored = (
-                (request.logprobs or 0)
-                if (request.echo and request.logprobs is not None) or not limit
-                else None
-            )
-            sampling = self._sampling(
-                request, limit, None, top_logprobs=request.logprobs, prompt_logprobs=scored
-            )
+            scored = (request.logprobs or 0) if (request.echo and request.logprobs is not None) or not limit else None
+            sampling = self._sampling(request, limit, None, top_logprobs=request.logprobs, prompt_logprobs=scored)
             orders += self._choices(ids, sampling, seed, n, len(orders), False)
             echo += [text] * n if request.echo else []
         return Job(orders, logprobs=request.logprobs is not None, echo=echo)
@@ -150,46 +147,46 @@ class Jobs:
         least = 1 if wanted is None else wanted
         if room < least:
             fits = room >= min(least, 1)  # then it is the answer that asks too much
-            raise self._too_long(
-                f"{prompt} in the prompt and {least} in the answer", "max_tokens" if fits else param
-            )
+            raise self._too_long(f"{prompt} in the prompt and {least} in the answer", "max_tokens" if fits else param)
         return room if wanted is None else wanted
 
     def _too_long(self, requested: str, param: str) -> ApiError:
         return bad(
             f"This model's maximum context length is {self.window} tokens, and the request is for {requested}. "
             "Shorten the prompt or ask for fewer tokens.",
-            param, "context_length_exceeded",
-        )  # fmt: skip
+            param,
+            "context_length_exceeded",
+        )
 
     def _tools(self, request: ChatRequest) -> list[dict[str, Any]]:
         if request.tool_choice == "none" or not request.tools:
             return []
         return [tool.model_dump(exclude_none=True) for tool in request.tools]
 
-    def _sampling(self, request: Request, limit: int, banned: int | None, **more: Any) -> Sampling:
+    def _sampling(self, request: Request, limit: int, banned: int | None, **more: Any) -> SamplingParams:
         said = {n: getattr(request, n) for n in CHOSEN if getattr(request, n) is not None}
         values: Mapping[str, Any] = self.defaults | said
         bias = tuple((int(token), value) for token, value in (request.logit_bias or {}).items())
         if banned is not None:
             bias = (*((t, v) for t, v in bias if t != banned), (banned, -inf))
         try:
-            return Sampling(
-                **{**values, "top_k": max(0, int(values.get("top_k", 0)))}, max_tokens=limit, logit_bias=bias,
-                stop=request.stops, stop_tokens=tuple(request.stop_token_ids or ()),
-                ignore_eos=bool(request.ignore_eos), **more,
-            )  # fmt: skip
+            return SamplingParams(
+                **{**values, "top_k": max(0, int(values.get("top_k", 0)))},
+                max_tokens=limit,
+                logit_bias=bias,
+                stop=request.stops,
+                stop_tokens=tuple(request.stop_token_ids or ()),
+                ignore_eos=bool(request.ignore_eos),
+                **more,
+            )
         except UserError as error:
             raise bad(f"{error.field}: {error.problem}. {error.remedy}", error.field) from None
 
     def _choices(
-        self, ids: list[int], sampling: Sampling, seed: int, n: int, place: int, opened: bool
-    ) -> list[Order]:  # fmt: skip
+        self, ids: list[int], sampling: SamplingParams, seed: int, n: int, place: int, opened: bool
+    ) -> list[Order]:
         """n orders for one prompt; all but the first, which is number `place`, wait until that has read it."""
-        return [
-            Order(ids, sampling, (seed + i) % SEEDS, opened, leader=None if i == 0 else place)
-            for i in range(n)
-        ]
+        return [Order(ids, sampling, (seed + i) % SEEDS, opened, leader=None if i == 0 else place) for i in range(n)]
 
 
 def schema_of(request: Request) -> str | None:

@@ -31,10 +31,14 @@ def _ref(name: str) -> dict[str, Any]:
 
 _HEAD: dict[str, Any] = {"id": TEXT, "created": COUNT, "model": TEXT}
 _USAGE = _object(
-    prompt_tokens=COUNT, completion_tokens=COUNT, total_tokens=COUNT, prompt_cache_hit_tokens=COUNT,
-    prompt_cache_miss_tokens=COUNT, prompt_tokens_details=_object(cached_tokens=COUNT),
+    prompt_tokens=COUNT,
+    completion_tokens=COUNT,
+    total_tokens=COUNT,
+    prompt_cache_hit_tokens=COUNT,
+    prompt_cache_miss_tokens=COUNT,
+    prompt_tokens_details=_object(cached_tokens=COUNT),
     completion_tokens_details=_object(reasoning_tokens=COUNT),
-)  # fmt: skip
+)
 _TIMES = (
     "cache_n queue_ms prompt_n prompt_ms prompt_per_second predicted_n predicted_ms predicted_per_second draft_n "
     "draft_n_accepted"
@@ -53,48 +57,51 @@ SCHEMAS: dict[str, Any] = {
     "Error": _object(error=_object(message=TEXT, type=TEXT, param=MAYBE_TEXT, code=MAYBE_TEXT)),
     "Usage": _USAGE,
     "Chat": _object(
-        **_HEAD, object={"const": "chat.completion"}, **_TOLD,
+        **_HEAD,
+        object={"const": "chat.completion"},
+        **_TOLD,
         choices=_list(_object(index=COUNT, message=_MESSAGE, logprobs=TABLE, finish_reason=_ENDS)),
     ),
     "Completion": _object(
-        **_HEAD, object={"const": "text_completion"}, **_TOLD,
+        **_HEAD,
+        object={"const": "text_completion"},
+        **_TOLD,
         choices=_list(_object(index=COUNT, text=TEXT, logprobs=TABLE, finish_reason=_ENDS)),
     ),
     "Model": _MODEL,
     "Models": _object(object={"const": "list"}, data=_list(_ref("Model"))),
     "Status": _object(status=TEXT),
     "Control": _object(id=TEXT, object={"const": "chat.completion.control"}, action=TEXT),
-}  # fmt: skip
+}
 
 ERRORS = {
-    400: "The request does not fit; `param` names the field.", 401: "The API key is missing or wrong.",
-    403: "The Host or Origin is not allowed.", 404: "No such path, model or running request.",
-    405: "The path takes other methods.", 413: "The body is too large.",
+    400: "The request does not fit; `param` names the field.",
+    401: "The API key is missing or wrong.",
+    403: "The Host or Origin is not allowed.",
+    404: "No such path, model or running request.",
+    405: "The path takes other methods.",
+    413: "The body is too large.",
     429: "Too many requests with this key; Retry-After says when to come back.",
     431: "The headers are too large.",
     503: "Overloaded, shutting down, or the model has failed; Retry-After says when to come back.",
-}  # fmt: skip
+}
 
 
 @functools.cache
 def document() -> dict[str, Any]:
     """The whole document."""
     forms = (ChatRequest, CompletionRequest, ControlRequest)
-    _, definitions = models_json_schema(
-        [(form, "validation") for form in forms], ref_template=REF + "{model}"
-    )
+    _, definitions = models_json_schema([(form, "validation") for form in forms], ref_template=REF + "{model}")
     ident = {"name": "id", "in": "path", "required": True, "schema": TEXT}
     name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-    after = {
-        "name": "after",
-        "in": "query",
-        "schema": {"type": "integer", "minimum": 0, "maximum": 10**15 - 1},
-    }
+    after = {"name": "after", "in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": 10**15 - 1}}
     plain = {"text/plain": {"schema": TEXT}}
     return {
         "openapi": "3.1.0",
         "info": {
-            "title": "finback", "version": __version__, "license": {"name": "MIT"},
+            "title": "finback",
+            "version": __version__,
+            "license": {"name": "MIT"},
             "description": "OpenAI's and DeepSeek's interface. The same paths answer without /v1 and under /beta.",
         },
         "servers": [{"url": "/"}],
@@ -119,7 +126,7 @@ def document() -> dict[str, Any]:
             "schemas": SCHEMAS | definitions["$defs"],
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-    }  # fmt: skip
+    }
 
 
 def _json(name: str) -> dict[str, Any]:
@@ -133,7 +140,7 @@ def _generate(ident: str, request: str, reply: str) -> dict[str, Any]:
 
 def _operation(
     ident: str, content: dict[str, Any], request: str | None = None, parameters: list[dict[str, Any]] | None = None
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
     responses |= {str(s): {"description": text, "content": _json("Error")} for s, text in ERRORS.items()}
     found: dict[str, Any] = {"operationId": ident, "responses": responses}

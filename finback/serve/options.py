@@ -17,9 +17,7 @@ class Options:
     keys: tuple[bytes, ...] = ()  # SHA-256 of each API key (auth.digests); none: open to whoever reaches it
     hosts: tuple[str, ...] = ()  # names in the Host header beside localhost and `host`; "*" allows any
     origins: tuple[str, ...] = ()  # other sites whose pages may ask, such as https://chat.example.org
-    reasoning_field: str = (
-        "both"  # deepseek: reasoning_content; openrouter: reasoning; inline: in content; none
-    )
+    reasoning_field: str = "both"  # deepseek: reasoning_content; openrouter: reasoning; inline: in content; none
     body: int = 4 << 20  # longest request
     headers: int = 16 << 10  # all header names and values together
     queue: int = 64  # choices that may wait beside those that run

@@ -17,9 +17,14 @@ from finback.serve.errors import ApiError
 WEB = Path(__file__).with_name("web")
 CHAT, RUNS, STATIC = "/", "/runs", "/web/"
 TYPES = {
-    ".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8",
-    ".svg": "image/svg+xml", ".woff2": "font/woff2", ".json": "application/json", ".txt": "text/plain; charset=utf-8",
-}  # fmt: skip
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".woff2": "font/woff2",
+    ".json": "application/json",
+    ".txt": "text/plain; charset=utf-8",
+}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; font-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -27,10 +32,13 @@ POLICY = (
     "require-trusted-types-for 'script'; trusted-types dompurify"
 )
 HEADERS = {
-    "content-security-policy": POLICY, "referrer-policy": "no-referrer", "x-frame-options": "DENY",
-    "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": POLICY,
+    "referrer-policy": "no-referrer",
+    "x-frame-options": "DENY",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
-}  # fmt: skip
+}
 FOREVER = "public, max-age=31536000, immutable"
 _ENTRY = re.compile(r'<script type="module" src="{{web}}/([^"]+)"')
 _IMPORT = re.compile(r'from ?"(\.{1,2}/[^"]+)"')
@@ -102,8 +110,7 @@ def _imported(module: str, raw: Mapping[str, bytes]) -> set[str]:
             found.add(name)
             folder = posixpath.dirname(name)
             waiting += [
-                posixpath.normpath(posixpath.join(folder, path))
-                for path in _IMPORT.findall(raw[name].decode())
+                posixpath.normpath(posixpath.join(folder, path)) for path in _IMPORT.findall(raw[name].decode())
             ]
     return found
 
@@ -114,9 +121,7 @@ def is_public(path: str) -> bool:
 
 
 def _file(name: str, content: bytes) -> File:
-    packed = (
-        gzip.compress(content, 6, mtime=0) if len(content) >= LEAST and not name.endswith(".woff2") else None
-    )
+    packed = gzip.compress(content, 6, mtime=0) if len(content) >= LEAST and not name.endswith(".woff2") else None
     return File(content, packed, TYPES[Path(name).suffix], f'"{hashlib.sha256(content).hexdigest()[:16]}"')
 
 
@@ -126,9 +131,7 @@ def _response(request: Request, file: File, caching: str) -> Response:
         return Response(status_code=304, headers=headers)
     packs = any(e.split(";")[0] == "gzip" for e in _listed(request.headers.getlist("accept-encoding")))
     if packs and file.packed is not None:
-        return Response(
-            file.packed, media_type=file.media_type, headers=headers | {"content-encoding": "gzip"}
-        )
+        return Response(file.packed, media_type=file.media_type, headers=headers | {"content-encoding": "gzip"})
     return Response(file.content, media_type=file.media_type, headers=headers)
 
 

@@ -58,9 +58,15 @@ class Parser:
     """
 
     def __init__(
-        self, opened: bool, tools: bool, form: ToolForm | None = None, new_id: Callable[[], str] = fresh_id, *,
-        held: bool = False, single: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        opened: bool,
+        tools: bool,
+        form: ToolForm | None = None,
+        new_id: Callable[[], str] = fresh_id,
+        *,
+        held: bool = False,
+        single: bool = False,
+    ) -> None:
         self._feed, self._held = Feed(), held
         self._said = _Said(tools, new_id, single)
         self._reader = self._read(opened, tools, form)

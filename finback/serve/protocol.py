@@ -29,8 +29,7 @@ class StreamOptions(Part):
 
     include_usage: bool | None = None
     resumable: bool | None = Field(
-        None,
-        description="go on for a while when the connection is lost; read on at /chat/completions/{id}/stream",
+        None, description="go on for a while when the connection is lost; read on at /chat/completions/{id}/stream"
     )
 
 
@@ -46,9 +45,9 @@ class Request(Part):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: (
-        Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=1024)] | None
-    ) = None
+    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=1024)] | None = (
+        None
+    )
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from finback.data.tokenizer import END_THINK, THINK
-from finback.engine.sequence import Alternatives, Sequence
+from finback.engine.request import Alternatives, Sequence
 from finback.serve.parse import Delta, Parser
 from finback.serve.spelling import Spelling, finite
 from finback.serve.worker import News
@@ -21,16 +21,8 @@ FIELDS = (*REASONING, "inline", "none")
 class ChatReply:
     """One choice of a chat. `field` is how the chain is shown: one of FIELDS."""
 
-    def __init__(
-        self, index: int, sequence: Sequence, parser: Parser, field: str, spelling: Spelling | None
-    ) -> None:  # fmt: skip
-        self.index, self.sequence, self.parser, self.field, self.spelling = (
-            index,
-            sequence,
-            parser,
-            field,
-            spelling,
-        )
+    def __init__(self, index: int, sequence: Sequence, parser: Parser, field: str, spelling: Spelling | None) -> None:
+        self.index, self.sequence, self.parser, self.field, self.spelling = (index, sequence, parser, field, spelling)
         self.finish: str | None = None
         self._deltas: list[dict[str, Any]] = []  # all of them; the message is their sum
         self._told = 0  # tokens whose log-probabilities are out
@@ -79,9 +71,7 @@ class ChatReply:
         mark, self._inline = END_THINK if self._inline else "", False
         if part.kind == "content":
             return {"content": mark + part.text}
-        first = (
-            _call(part.call_id, part.name, part.text) if part.name else {"function": {"arguments": part.text}}
-        )
+        first = _call(part.call_id, part.name, part.text) if part.name else {"function": {"arguments": part.text}}
         return {"tool_calls": [{"index": part.index, **first}]} | ({"content": mark} if mark else {})
 
     def _logprobs(self, news: News) -> dict[str, Any]:
@@ -101,7 +91,7 @@ class ChatReply:
 
     def _choice(
         self, delta: dict[str, Any], logprobs: dict[str, Any] | None, finish: str | None = None
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
@@ -152,20 +142,13 @@ class TextReply:
     def _table(self, tokens: Iterable[int], found: Iterable[Alternatives | None]) -> dict[str, list[Any]]:
         """OpenAI's older shape: lists that run side by side."""
         assert self.spelling is not None
-        table: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
+        table: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, line in zip(tokens, found, strict=True):
             table["tokens"].append(self.spelling.label(token))
             table["token_logprobs"].append(None if line is None else finite(line[0][1]))
             best = line[1:] if line else []
             # the token's own stands among the likeliest, as OpenAI has it
-            table["top_logprobs"].append(
-                {self.spelling.label(t): finite(p) for t, p in (line or [])} if best else None
-            )
+            table["top_logprobs"].append({self.spelling.label(t): finite(p) for t, p in (line or [])} if best else None)
             table["text_offset"].append(self._place)
             self._place += len(self.spelling.tokenizer.decode([token]))
         return table

@@ -99,10 +99,13 @@ def shown(record: dict[str, Any]) -> dict[str, Any]:
     found = {name: _text(record.get(name)) for name in ("question", "gold", "thinking", "answer", "finish")}
     reward = record.get("reward")
     return found | {
-        "step": _step(record), "tokens": _number(record.get("tokens")), "correct": record.get("correct") is True,
-        "thinks": record.get("thinks") is True, "advantage": _number(record.get("advantage")),
+        "step": _step(record),
+        "tokens": _number(record.get("tokens")),
+        "correct": record.get("correct") is True,
+        "thinks": record.get("thinks") is True,
+        "advantage": _number(record.get("advantage")),
         "reward": {str(k): _number(v) for k, v in reward.items()} if isinstance(reward, dict) else {},
-    }  # fmt: skip
+    }
 
 
 def _text(value: Any) -> str:

@@ -14,9 +14,9 @@ from starlette.types import Receive, Scope, Send
 from finback.serve import auth, body, metrics, openapi
 from finback.serve.answer import Answer
 from finback.serve.errors import ApiError, bad, from_pydantic
-from finback.serve.held import SSE, Held
 from finback.serve.job import SEEDS
 from finback.serve.protocol import ChatRequest, CompletionRequest, ControlRequest
+from finback.serve.resumable import SSE, Held
 from finback.serve.service import Running, Service
 
 PREFIXES = ("/v1", "", "/beta")  # OpenAI's, and DeepSeek's two
@@ -27,9 +27,11 @@ Model = TypeVar("Model", bound=BaseModel)
 def routes() -> list[Route]:
     """All of them; every one but /health needs a key."""
     found = [
-        Route("/health", health), Route("/ready", ready), Route("/metrics", show_metrics),
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", show_metrics),
         Route("/openapi.json", show_openapi),
-    ]  # fmt: skip
+    ]
     for prefix in PREFIXES:
         found += [
             Route(f"{prefix}/models", models),
@@ -65,7 +67,7 @@ class Generate:
 
     async def _hold(
         self, service: Service, owner: bytes, asked: ChatRequest, choices: int, receive: Receive, send: Send
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Answer in a task of its own, which outlives this connection."""
         held = Held(owner, service.options)
 
@@ -78,7 +80,7 @@ class Generate:
 
     async def _answer(
         self, service: Service, owner: bytes, asked: ChatRequest | CompletionRequest, to: Send | Held
-    ) -> None:  # fmt: skip
+    ) -> None:
         seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed % SEEDS
         # templates and long texts take their time; others should not wait for it
         if isinstance(asked, ChatRequest):
@@ -179,9 +181,12 @@ def _service(scope: Scope) -> Service:
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     return {
-        "id": name, "object": "model", "created": service.created, "owned_by": "finback",
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "finback",
         "max_model_len": service.window,
-    }  # fmt: skip
+    }
 
 
 async def _read(request: Request, form: type[Model]) -> Model:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finback.run import BASIS, DOLLARS_PER_CORE_HOUR, read_lines
+from finback.runs.files import read_lines
+from finback.runs.ledger import BASIS, DOLLARS_PER_CORE_HOUR
 from finback.serve.errors import ApiError
 
 DEEPEST = 3  # folders below the runs folder in which a run is looked for
@@ -100,10 +101,16 @@ def overview(name: str, root: Path) -> dict[str, Any]:
     running = any(s["state"] == "running" for s in listed)
     done = bool(listed) and all(s["state"] == "done" for s in listed) and plain_file(root, "summary.json")
     return {
-        "name": name, "recipe": str(marker.get("recipe", "?")), "seed": marker.get("seed"), "stages": listed,
-        "state": "running" if running or busy else "done" if done else "stopped", "changed": _changed(root),
-        "seconds": sum(s["seconds"] for s in listed), "money": sum(s["money"] for s in listed), "basis": BASIS,
-    }  # fmt: skip
+        "name": name,
+        "recipe": str(marker.get("recipe", "?")),
+        "seed": marker.get("seed"),
+        "stages": listed,
+        "state": "running" if running or busy else "done" if done else "stopped",
+        "changed": _changed(root),
+        "seconds": sum(s["seconds"] for s in listed),
+        "money": sum(s["money"] for s in listed),
+        "basis": BASIS,
+    }
 
 
 def stage_state(stage: StageFolder, busy: bool) -> dict[str, Any]:
@@ -111,16 +118,19 @@ def stage_state(stage: StageFolder, busy: bool) -> dict[str, Any]:
     lines = read_lines(stage.folder / "ledger.jsonl") if plain_file(stage.folder, "ledger.jsonl") else []
     seconds = sum(_number(line.get("seconds")) for line in lines)
     core_seconds = sum(_number(line.get("seconds")) * _number(line.get("cores")) for line in lines)
-    spent = {
-        k: sum(_number(line.get(k)) for line in lines)
-        for k in ("tokens_trained", "tokens_generated", "flops")
-    }
+    spent = {k: sum(_number(line.get(k)) for line in lines) for k in ("tokens_trained", "tokens_generated", "flops")}
     return {
-        "name": stage.name, "kind": stage.kind, "state": "done" if stage.results is not None else "running" if busy else "stopped",
-        "seconds": seconds, "money": core_seconds * DOLLARS_PER_CORE_HOUR / 3600, "cores": cores(stage),
-        "has_metrics": plain_file(stage.folder, "metrics.jsonl"), "exams": stage.exams,
-        "has_samples": plain_file(stage.folder, "samples.jsonl"), **spent,
-    }  # fmt: skip
+        "name": stage.name,
+        "kind": stage.kind,
+        "state": "done" if stage.results is not None else "running" if busy else "stopped",
+        "seconds": seconds,
+        "money": core_seconds * DOLLARS_PER_CORE_HOUR / 3600,
+        "cores": cores(stage),
+        "has_metrics": plain_file(stage.folder, "metrics.jsonl"),
+        "exams": stage.exams,
+        "has_samples": plain_file(stage.folder, "samples.jsonl"),
+        **spent,
+    }
 
 
 def cores(stage: StageFolder) -> float:
@@ -160,9 +170,7 @@ def plain_file(folder: Path, name: str) -> bool:
 def _inside(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
-            names = [
-                e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")
-            ]
+            names = [e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
     except OSError:
         return []
     return [folder / name for name in sorted(names)]
@@ -175,9 +183,7 @@ def _object(folder: Path, name: str) -> dict[str, Any]:
         return {}
     try:
         # what is no number cannot be sent on as JSON
-        found = json.loads(
-            path.read_text(encoding="utf-8"), parse_constant=lambda _: None, parse_float=_finite
-        )
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None, parse_float=_finite)
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

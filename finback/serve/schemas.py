@@ -74,9 +74,14 @@ class Schemas:
     async def _start(self) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "finback.serve.trial", stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL,
+            sys.executable,
+            "-m",
+            "finback.serve.trial",
+            stdin=pipe,
+            stdout=pipe,
+            stderr=asyncio.subprocess.DEVNULL,
             limit=1 << 20,
-        )  # fmt: skip
+        )
         assert process.stdout is not None, "started with pipes"
         await process.stdout.readline()  # it is there
         return process

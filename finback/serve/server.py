@@ -24,7 +24,7 @@ from finback.engine.engine import Engine, affordable
 from finback.model.transformer import Transformer
 from finback.serve import auth
 from finback.serve.errors import HANDLERS, bad
-from finback.serve.gate import Gate
+from finback.serve.middleware import Gate
 from finback.serve.options import Options
 from finback.serve.page import Page
 from finback.serve.routes import routes
@@ -62,31 +62,62 @@ def build(
 
     gate = Middleware(Gate, options=options, metrics=service.metrics)
     shown = [*Page().routes(chat=True), *Watch(options.runs, planned).routes()] if options.page else []
-    app = Starlette(
-        routes=[*routes(), *shown], middleware=[gate], exception_handlers=HANDLERS, lifespan=lifespan
-    )
+    app = Starlette(routes=[*routes(), *shown], middleware=[gate], exception_handlers=HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect would lose the body
     app.state.service = service
     return app
 
 
 def run(
-    model: Path, *, host: str = "127.0.0.1", port: int = 8000, name: str | None = None, aliases: Iterable[str] = (),
-    keys: Iterable[str] = (), key_file: Path | None = None, insecure: bool = False, hosts: Iterable[str] = (),
-    origins: Iterable[str] = (), reasoning_field: str = "both", rows: int = 32, tokens: int | None = None,
-    chunk: int = 256, dtype: Answering = "auto", reuse: bool = True, speculate: bool = True, queue: int = 64, rate: int = 0, concurrent: int = 0,
-    drain: float = 30.0, keep_alive: float = 15.0, also: Mapping[str, Path] | None = None, page: bool = True,
-    runs: Path = Path("runs"), planned: Planned | None = None,
-) -> None:  # fmt: skip
+    model: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    aliases: Iterable[str] = (),
+    keys: Iterable[str] = (),
+    key_file: Path | None = None,
+    insecure: bool = False,
+    hosts: Iterable[str] = (),
+    origins: Iterable[str] = (),
+    reasoning_field: str = "both",
+    rows: int = 32,
+    tokens: int | None = None,
+    chunk: int = 256,
+    dtype: Answering = "auto",
+    reuse: bool = True,
+    speculate: bool = True,
+    queue: int = 64,
+    rate: int = 0,
+    concurrent: int = 0,
+    drain: float = 30.0,
+    keep_alive: float = 15.0,
+    also: Mapping[str, Path] | None = None,
+    page: bool = True,
+    runs: Path = Path("runs"),
+    planned: Planned | None = None,
+) -> None:
     """Serve the model in a folder until a signal ends it, and those in `also` under the names they have there.
 
     `rows` answers are made at a time, on a cache of `tokens` (None: what memory allows), and `queue` more may wait.
     """
     options = Options(
-        name=name or model.resolve().name, aliases=tuple(aliases), host=host, port=port,
-        keys=auth.digests(keys, key_file), hosts=tuple(hosts), origins=tuple(origins), reasoning_field=reasoning_field,
-        queue=queue, rate=rate, concurrent=concurrent, drain=drain, keep_alive=keep_alive, page=page, runs=runs,
-    )  # fmt: skip
+        name=name or model.resolve().name,
+        aliases=tuple(aliases),
+        host=host,
+        port=port,
+        keys=auth.digests(keys, key_file),
+        hosts=tuple(hosts),
+        origins=tuple(origins),
+        reasoning_field=reasoning_field,
+        queue=queue,
+        rate=rate,
+        concurrent=concurrent,
+        drain=drain,
+        keep_alive=keep_alive,
+        page=page,
+        runs=runs,
+    )
     auth.demand_safety(options, insecure)
     listener = _listen(host, port)  # before the model is read: a port that is taken shows at once
     # Not in this thread: torch would keep threads for it as long as it lives, and OpenMP, which then counts more threads
@@ -102,21 +133,23 @@ def run(
 
 def load(
     model: Path, rows: int, tokens: int | None, chunk: int, reuse: bool, speculate: bool, dtype: Answering = "auto"
-) -> tuple[Engine, Tokenizer]:  # fmt: skip
+) -> tuple[Engine, Tokenizer]:
     """The engine and the tokenizer of the model in a folder."""
     tokenizer = Tokenizer(model)
     # a mark of a new turn ends this one; a small model sometimes goes on with the next
-    turns = (
-        []
-        if tokenizer.template
-        else [n for t in (USER, ASSISTANT) if (n := tokenizer.ids.get(t)) is not None]
-    )
+    turns = [] if tokenizer.template else [n for t in (USER, ASSISTANT) if (n := tokenizer.ids.get(t)) is not None]
     transformer = models.load_to_answer(model, dtype)
     room = tokens or _affordable(transformer, rows)
     engine = Engine(
-        transformer, (*tokenizer.stops, *turns), rows, tokenizer=tokenizer, tokens=room, chunk=chunk, reuse=reuse,
+        transformer,
+        (*tokenizer.stops, *turns),
+        rows,
+        tokenizer=tokenizer,
+        tokens=room,
+        chunk=chunk,
+        reuse=reuse,
         speculate=speculate,
-    )  # fmt: skip
+    )
     return engine, tokenizer
 
 
@@ -136,9 +169,17 @@ def serve(app: Starlette, listener: socket.socket) -> None:
 def configuration(app: Starlette) -> uvicorn.Config:
     """How uvicorn runs the application; ours is the only log."""
     return uvicorn.Config(
-        app, http=Protocol, ws="none", lifespan="on", log_config=None, log_level="warning", access_log=False,
-        server_header=False, timeout_graceful_shutdown=int(GRACE), backlog=1024,
-    )  # fmt: skip
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(GRACE),
+        backlog=1024,
+    )
 
 
 class Server(uvicorn.Server):
@@ -179,9 +220,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)  # type: ignore[arg-type]
     except (OSError, OverflowError) as error:
-        raise UserError(
-            "host:port", f"{host}:{port}", str(error), "Name another, or end what uses it."
-        ) from None
+        raise UserError("host:port", f"{host}:{port}", str(error), "Name another, or end what uses it.") from None
 
 
 def _affordable(model: Transformer, rows: int) -> int:

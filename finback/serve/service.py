@@ -10,11 +10,11 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.serve.auth import Quota
 from finback.serve.errors import ApiError, bad
-from finback.serve.held import Held
 from finback.serve.job import Jobs
 from finback.serve.metrics import Metrics
 from finback.serve.options import Options
 from finback.serve.reply import FIELDS
+from finback.serve.resumable import Held
 from finback.serve.schemas import Schemas
 from finback.serve.spelling import Spelling
 from finback.serve.worker import Ticket, Worker
@@ -34,13 +34,14 @@ class Service:
     With `first`, it stands beside that one, in the same server: both count into the same metrics and quotas.
     """
 
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, options: Options, first: "Service | None" = None
-    ) -> None:  # fmt: skip
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, options: Options, first: "Service | None" = None) -> None:
         if options.reasoning_field not in FIELDS:
             raise UserError(
-                "reasoning_field", options.reasoning_field, "no such form", did_you_mean(options.reasoning_field, FIELDS)
-            )  # fmt: skip
+                "reasoning_field",
+                options.reasoning_field,
+                "no such form",
+                did_you_mean(options.reasoning_field, FIELDS),
+            )
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.created = int(time.time())
         self.window = min(engine.model.config.max_position_embeddings, engine.pages.count * engine.pages.size)
@@ -53,9 +54,7 @@ class Service:
         self.schemas = Schemas()
         self.quota: Quota = first.quota if first else Quota(options.rate, options.concurrent)
         self.running: dict[str, Running] = {}
-        self.held: dict[str, Held] = (
-            first.held if first else {}
-        )  # by id; an answer that has ended stays for a while
+        self.held: dict[str, Held] = first.held if first else {}  # by id; an answer that has ended stays for a while
         self.open = 0  # choices of admitted requests
         self.requests = 0  # admitted requests
         self.draining: float | None = None  # since when, in monotonic time
@@ -97,9 +96,7 @@ class Service:
             if name in service.names:
                 return service
         known = [n for service in self.all for n in service.names]
-        raise ApiError(
-            404, f"no model {name!r} here. {did_you_mean(name, known)}", "model", "model_not_found"
-        )
+        raise ApiError(404, f"no model {name!r} here. {did_you_mean(name, known)}", "model", "model_not_found")
 
     def refuse_if_busy(self, choices: int = 1) -> None:
         """ApiError 503 when nothing more can be taken; costs nothing, so that overload is refused at once."""
@@ -152,15 +149,10 @@ class Service:
         """Whether a draining server may go: nobody is left, or their time is over and they have been told."""
         if self.draining is None:
             return False
-        if (
-            any(service.requests for service in self.all)
-            and time.monotonic() - self.draining < self.options.drain
-        ):
+        if any(service.requests for service in self.all) and time.monotonic() - self.draining < self.options.drain:
             return False
         for running in (r for service in self.all for r in service.running.values()):
-            running.ticket.fail(
-                ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
-            )
+            running.ticket.fail(ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5))
         return True
 
     def gauges(self) -> dict[str, tuple[str, float]]:

@@ -19,11 +19,7 @@ class Spelling:
         self.tokenizer = tokenizer
         content = json.loads(tokenizer.as_json())
         vocabulary = content["model"].get("vocab", {})
-        entries = (
-            vocabulary.items()
-            if isinstance(vocabulary, dict)
-            else ((v[0], i) for i, v in enumerate(vocabulary))
-        )
+        entries = vocabulary.items() if isinstance(vocabulary, dict) else ((v[0], i) for i, v in enumerate(vocabulary))
         self._pieces: dict[int, str] = {number: piece for piece, number in entries}
         self._added = {t["id"]: t["content"] for t in content.get("added_tokens", [])}
         self._byte_level = "ByteLevel" in json.dumps(content.get("decoder"))
@@ -51,9 +47,7 @@ class Spelling:
 
     def entry(self, alternatives: list[tuple[int, float]]) -> dict[str, Any]:
         """One token in chat's shape: its own log-probability first in `alternatives`, then the likeliest."""
-        own, *others = (
-            {"token": self.text(t), "logprob": finite(p), "bytes": self.bytes(t)} for t, p in alternatives
-        )
+        own, *others = ({"token": self.text(t), "logprob": finite(p), "bytes": self.bytes(t)} for t, p in alternatives)
         return own | {"top_logprobs": others}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence as List
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finback.engine.sequence import Sequence
+    from finback.engine.request import Sequence
     from finback.serve.worker import Order
 
 
@@ -14,11 +14,14 @@ def usage(sequences: List["Sequence"], orders: List["Order"]) -> dict[str, Any]:
     prompt, cached = sum(len(s.prompt) for s in first), sum(s.cached for s in first)
     made = sum(len(s.tokens) for s in sequences)
     return {
-        "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
-        "prompt_cache_hit_tokens": cached, "prompt_cache_miss_tokens": prompt - cached,
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_cache_hit_tokens": cached,
+        "prompt_cache_miss_tokens": prompt - cached,
         "prompt_tokens_details": {"cached_tokens": cached},
         "completion_tokens_details": {"reasoning_tokens": sum(s.thought for s in sequences)},
-    }  # fmt: skip
+    }
 
 
 def timings(sequences: List["Sequence"], orders: List["Order"]) -> dict[str, Any]:
@@ -32,12 +35,18 @@ def timings(sequences: List["Sequence"], orders: List["Order"]) -> dict[str, Any
     queued, reading = began - min(s.submitted for s in sequences) if began else 0.0, heard - began
     saying = max(0.0, last - heard)
     return {
-        "cache_n": sum(s.cached for s in first), "queue_ms": _ms(queued),
-        "prompt_n": read, "prompt_ms": _ms(reading), "prompt_per_second": _rate(read, reading),
+        "cache_n": sum(s.cached for s in first),
+        "queue_ms": _ms(queued),
+        "prompt_n": read,
+        "prompt_ms": _ms(reading),
+        "prompt_per_second": _rate(read, reading),
         # the first token belongs to the prompt: it is made by reading it
-        "predicted_n": made, "predicted_ms": _ms(saying), "predicted_per_second": _rate(max(0, made - 1), saying),
-        "draft_n": sum(s.drafted for s in sequences), "draft_n_accepted": sum(s.accepted for s in sequences),
-    }  # fmt: skip
+        "predicted_n": made,
+        "predicted_ms": _ms(saying),
+        "predicted_per_second": _rate(max(0, made - 1), saying),
+        "draft_n": sum(s.drafted for s in sequences),
+        "draft_n_accepted": sum(s.accepted for s in sequences),
+    }
 
 
 def _ms(seconds: float) -> float:

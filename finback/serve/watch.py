@@ -24,8 +24,8 @@ from starlette.routing import Route
 from finback.config import UserError
 from finback.serve import auth, curves
 from finback.serve.errors import HANDLERS, ApiError, bad
-from finback.serve.gate import Gate
 from finback.serve.metrics import Metrics
+from finback.serve.middleware import Gate
 from finback.serve.options import Options
 from finback.serve.page import Page
 from finback.serve.rollouts import MOST, Samples, shown
@@ -39,9 +39,7 @@ KEPT = 32  # files whose columns or index stay in memory
 POINTS = 4000  # most points of one curve in one reply
 
 Read = TypeVar("Read", Table, Samples)
-Planned = Callable[
-    [Path], dict[str, dict[str, float]]
-]  # of a run folder: by stage its seconds, dollars and flops
+Planned = Callable[[Path], dict[str, dict[str, float]]]  # of a run folder: by stage its seconds, dollars and flops
 
 
 class Watch:
@@ -56,10 +54,13 @@ class Watch:
     def routes(self) -> list[Route]:
         """Paths that only read."""
         return [
-            Route("/api/runs", self._reply(self.all_runs)), Route("/api/run", self._reply(self.one_run)),
-            Route("/api/series", self._reply(self.series)), Route("/api/heat", self._reply(self.heat)),
-            Route("/api/rollouts", self._reply(self.rollouts)), Route("/api/follow", self._reply(self.follow)),
-        ]  # fmt: skip
+            Route("/api/runs", self._reply(self.all_runs)),
+            Route("/api/run", self._reply(self.one_run)),
+            Route("/api/series", self._reply(self.series)),
+            Route("/api/heat", self._reply(self.heat)),
+            Route("/api/rollouts", self._reply(self.rollouts)),
+            Route("/api/follow", self._reply(self.follow)),
+        ]
 
     def all_runs(self, asked: "Asked") -> dict[str, Any]:
         """Every run, with its stages."""
@@ -89,10 +90,13 @@ class Watch:
             if entry["has_metrics"]:
                 table = self._table(stage, until - time.monotonic())
                 entry |= {
-                    "keys": [n for n in table.columns if n != "step"], "nested": list(table.nested), "share": table.share,
-                    "rows": table.rows, "alerts": curves.alerts(stage, table, entry["state"] == "running"),
+                    "keys": [n for n in table.columns if n != "step"],
+                    "nested": list(table.nested),
+                    "share": table.share,
+                    "rows": table.rows,
+                    "alerts": curves.alerts(stage, table, entry["state"] == "running"),
                     "progress": curves.progress(stage, table),
-                }  # fmt: skip
+                }
         return found
 
     def series(self, asked: "Asked") -> dict[str, Any]:
@@ -140,12 +144,7 @@ class Watch:
                 if said:
                     model = str(stage.config.get("start", "")) if exam else stage.name
                     found.append(
-                        {
-                            "stage": stage.name,
-                            "exam": exam,
-                            "model": model,
-                            "records": [shown(r) for r in said],
-                        }
+                        {"stage": stage.name, "exam": exam, "model": model, "records": [shown(r) for r in said]}
                     )
         return {"question": question, "said": found}
 
@@ -239,30 +238,42 @@ def build(root: Path, options: Options, planned: Planned | None = None) -> Starl
 
 
 def run(
-    root: Path, *, host: str = "127.0.0.1", port: int = 8001, keys: Iterable[str] = (), key_file: Path | None = None,
-    insecure: bool = False, hosts: Iterable[str] = (), show: bool = False, planned: Planned | None = None,
-) -> None:  # fmt: skip
+    root: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8001,
+    keys: Iterable[str] = (),
+    key_file: Path | None = None,
+    insecure: bool = False,
+    hosts: Iterable[str] = (),
+    show: bool = False,
+    planned: Planned | None = None,
+) -> None:
     """Serve the page of the runs under `root` until a signal ends it; `show` opens a browser at it."""
     if not root.is_dir():
         raise UserError("runs", str(root), "no such folder", "Name a runs folder, or a run in it.")
     options = Options(
         name="runs", host=host, port=port, keys=auth.digests(keys, key_file), hosts=tuple(hosts), page=True
-    )  # fmt: skip
+    )
     auth.demand_safety(options, insecure)
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.create_server(address[:2], family=family)  # type: ignore[arg-type]
     except (OSError, OverflowError) as error:
-        raise UserError(
-            "host:port", f"{host}:{port}", str(error), "Name another, or end what uses it."
-        ) from None
+        raise UserError("host:port", f"{host}:{port}", str(error), "Name another, or end what uses it.") from None
     where = listener.getsockname()
     address_shown = f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}/"
     print(f"watching {root} at {address_shown}", file=sys.stderr, flush=True)
     if show:
         webbrowser.open(address_shown)
     config = uvicorn.Config(
-        build(root, options, planned), ws="none", lifespan="off", log_config=None, log_level="warning", access_log=False,
-        server_header=False, timeout_graceful_shutdown=1,
-    )  # fmt: skip
+        build(root, options, planned),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
     uvicorn.Server(config).run(sockets=[listener])

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from finback.engine.engine import Engine
-from finback.engine.sequence import Finish, Sampling, Sequence
+from finback.engine.request import Finish, SamplingParams, Sequence
 from finback.serve.errors import ApiError
 from finback.serve.metrics import Metrics
 
@@ -39,7 +39,7 @@ class Order:
     """One choice to generate; `leader` is the place in the request of a choice with the same prompt."""
 
     prompt: list[int]
-    sampling: Sampling
+    sampling: SamplingParams
     seed: int
     thinking: bool = False
     leader: int | None = None
@@ -183,21 +183,14 @@ class Worker:
         news = News(text, len(sequence.tokens), sequence.thought, sequence.finish, time.perf_counter())
         return watched.ticket, watched.index, news
 
-    def _submit(
-        self, ticket: Ticket, orders: list[Order], salt: bytes, accepted: asyncio.Future[None]
-    ) -> None:
+    def _submit(self, ticket: Ticket, orders: list[Order], salt: bytes, accepted: asyncio.Future[None]) -> None:
         try:
             if self._stuck:
                 raise ApiError(503, "the engine has failed; the server must be restarted", retry_after=30)
             for order in orders:
                 leader = None if order.leader is None else ticket.sequences[order.leader]
                 sequence = self.engine.submit(
-                    order.prompt,
-                    order.sampling,
-                    order.seed,
-                    salt=salt,
-                    leader=leader,
-                    thinking=order.thinking,
+                    order.prompt, order.sampling, order.seed, salt=salt, leader=leader, thinking=order.thinking
                 )
                 ticket.sequences.append(sequence)
         except Exception as error:  # for the one who asked

@@ -10,7 +10,7 @@ import torch
 from finback.data import pack
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.run import read_json
+from finback.runs.files import read_json
 
 LENGTH = 128  # tokens of a window
 

@@ -10,12 +10,13 @@ from finback.checkpoint import model as models
 from finback.config import UserError, check_fields, check_not_negative, check_positive, did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling
+from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.recipe import Stage, Work
-from finback.run import Interrupted, StageRun, read_json, write_json, write_lines
+from finback.runs.files import read_json, write_json, write_lines
+from finback.runs.folder import Interrupted, StageRun
+from finback.runs.recipe import Stage, Work
 from finback.stages.compress import bits_per_byte, tokens_compressed
 from finback.stages.rollout import Rollout, record, rollout
 from finback.suites import catalogue, compression
@@ -59,7 +60,7 @@ class Exam:
 
     def __post_init__(self, suite: str) -> None:
         if (self.task is None) == (not suite):
-            raise UserError(f"exam {self.name}", suite, "names not one of task and suite", "Give one of them.")  # fmt: skip
+            raise UserError(f"exam {self.name}", suite, "names not one of task and suite", "Give one of them.")
         if suite:
             object.__setattr__(self, "task", OfSuite(suite))
         check_fields(self, "exam")
@@ -70,9 +71,7 @@ class Exam:
             "ledger",
             "samples",
         ):  # it names a file
-            raise UserError(
-                "exam.name", self.name, "not a free file name", "Use letters, digits, spaces, . and -."
-            )
+            raise UserError("exam.name", self.name, "not a free file name", "Use letters, digits, spaces, . and -.")
         check_positive(self, f"exam {self.name}", "problems", "max_tokens")
         check_not_negative(self, f"exam {self.name}", "temperature")
         if self.language:
@@ -92,9 +91,7 @@ class Evaluate(Stage):
         super().__post_init__()
         names = [exam.name for exam in self.exams]
         if not names or len(set(names)) < len(names):
-            raise UserError(
-                f"{self.name}.exams", names, "exams need distinct names, and one at least", "Name them."
-            )
+            raise UserError(f"{self.name}.exams", names, "exams need distinct names, and one at least", "Name them.")
 
     def inputs(self) -> tuple[str, ...]:
         return (self.start, self.data) if self.data else (self.start,)
@@ -124,9 +121,7 @@ class Evaluate(Stage):
         for source in self.sources:
             if not (run.input(self.data) / f"{source}.valid.bin").is_file():
                 made = [p.name.removesuffix(".valid.bin") for p in run.input(self.data).glob("*.valid.bin")]
-                raise UserError(
-                    f"{self.name}.sources", source, "not among the prepared", did_you_mean(source, made)
-                )
+                raise UserError(f"{self.name}.sources", source, "not among the prepared", did_you_mean(source, made))
 
     def _take(
         self, exam: Exam, run: StageRun, world: World, model: Transformer, tokenizer: Tokenizer
@@ -139,30 +134,19 @@ class Evaluate(Stage):
         task, problems, suite = questions(exam, run.seed("exam", exam.task.name))
         mine = range(world.rank, len(problems), world.size)
         seeds = [run.seed("exam answer", exam.name, i) for i in mine]
-        sampling = Sampling(exam.temperature, exam.max_tokens)
+        sampling = SamplingParams(exam.temperature, exam.max_tokens)
         engine = Engine(model, tokenizer.stops)
         answered = rollout(engine, tokenizer, task, [problems[i] for i in mine], seeds, sampling, exam.think)
         accepted = mtp_acceptance(model, answered)
         asked = sum(len(r.prompt) for r in answered)
         gathered = world.gather((list(mine), [record(r) for r in answered], accepted, asked))
         rows = sorted(
-            (i, record)
-            for indices, records, *_ in gathered
-            for i, record in zip(indices, records, strict=True)
+            (i, record) for indices, records, *_ in gathered for i, record in zip(indices, records, strict=True)
         )
         records = [record for _, record in rows]
-        result = {
-            "exam": exam.name,
-            "task": exam.task.name,
-            "temperature": exam.temperature,
-            **scores(records),
-        }
+        result = {"exam": exam.name, "task": exam.task.name, "temperature": exam.temperature, **scores(records)}
         if suite:
-            result["suite"] = {
-                "source": suite.source.name,
-                "digest": suite.source.digest,
-                "chance": suite.chance,
-            }
+            result["suite"] = {"source": suite.source.name, "digest": suite.source.digest, "chance": suite.chance}
         if language := exam.language or (suite.language if suite else ""):
             result["language"] = language_of(records, language)
         drafts = sum(g[2][1] for g in gathered)
@@ -179,9 +163,7 @@ class Evaluate(Stage):
             write_lines(run.folder / f"{exam.name}.jsonl", records)
             write_json(kept, result)
         low, high = result["interval"]
-        run.say(
-            f"{self.name:10} {exam.name}: {result['accuracy']:.1%} ({low:.1%} to {high:.1%}), n = {result['n']}"
-        )
+        run.say(f"{self.name:10} {exam.name}: {result['accuracy']:.1%} ({low:.1%} to {high:.1%}), n = {result['n']}")
         return result
 
 
@@ -193,9 +175,11 @@ def questions(exam: Exam, seed: int) -> tuple[Task, list[Problem], Suite | None]
     suite = catalogue.load(exam.task.spec, exam.problems, seed)
     if suite.metric == compression.METRIC:
         raise UserError(
-            f"exam {exam.name}.suite", exam.task.spec, "asks nothing",
+            f"exam {exam.name}.suite",
+            exam.task.spec,
+            "asks nothing",
             "Name `data` and `sources` of the stage, for bits per byte.",
-        )  # fmt: skip
+        )
     assert not suite.system, "an exam has no system prompt"
     put = [replace(problem, question=suite.ask(problem)[-1]["content"]) for problem in suite.problems]
     return suite.task, put, suite
@@ -241,9 +225,7 @@ def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, in
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows]).to(model.embed.device)
         hidden = model(tokens)
         trunk = model.logits(hidden).argmax(dim=-1)
-        behind = tokens.new_zeros(
-            len(rows), len(model.mtp) - 1
-        )  # only the first depth's drafts are looked at
+        behind = tokens.new_zeros(len(rows), len(model.mtp) - 1)  # only the first depth's drafts are looked at
         further = model.predict_further(hidden[:, :-1], torch.cat([tokens, behind], dim=1))
         draft = model.logits(further[0]).argmax(dim=-1)
         for row, r in enumerate(rollouts[start : start + 64]):

@@ -17,21 +17,17 @@ class Extend(Pretrain):
     """
 
     window: int  # tokens the model reads afterwards
-    factor: float | None = (
-        None  # of YaRN over the window that `start` was trained on; None: its scaling stays
-    )
+    factor: float | None = None  # of YaRN over the window that `start` was trained on; None: its scaling stays
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, self.name, "window")
         if self.model is not None:
-            raise UserError(
-                f"{self.name}.model", "given", "extension goes on with a model", "Give `start` instead."
-            )
+            raise UserError(f"{self.name}.model", "given", "extension goes on with a model", "Give `start` instead.")
         if self.length > self.window:
             raise UserError(
                 f"{self.name}.length", self.length, f"rows longer than the window of {self.window}", "Shorten them."
-            )  # fmt: skip
+            )
         if self.factor is not None and self.factor < 1:
             raise UserError(f"{self.name}.factor", self.factor, "shortens the window", "Use 1 or more.")
 
@@ -39,17 +35,19 @@ class Extend(Pretrain):
         """`start`'s config with the longer window, and YaRN over its old one."""
         if self.window < config.max_position_embeddings:
             raise UserError(
-                f"{self.name}.window", self.window, f"{self.start!r} reads {config.max_position_embeddings} already",
+                f"{self.name}.window",
+                self.window,
+                f"{self.start!r} reads {config.max_position_embeddings} already",
                 "Use a longer one.",
-            )  # fmt: skip
+            )
         scaling = config.rope_scaling
         if self.factor is not None:
             if scaling is not None:
                 raise UserError(
-                    f"{self.name}.factor", self.factor, f"{self.start!r} is scaled already ({scaling})",
+                    f"{self.name}.factor",
+                    self.factor,
+                    f"{self.start!r} is scaled already ({scaling})",
                     "Leave it out: the scaling stays.",
-                )  # fmt: skip
-            scaling = Yarn(
-                factor=self.factor, original_max_position_embeddings=config.max_position_embeddings
-            )
+                )
+            scaling = Yarn(factor=self.factor, original_max_position_embeddings=config.max_position_embeddings)
         return dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=self.window)

@@ -2,7 +2,7 @@
 
 Sampled: `group` answers to each of `prompts` questions, by the engine, from the very weights that are trained.
 Credited: each answer with its reward's distance from its group's mean, every token of it alike.
-Learnt: the clipped surrogate of train/policy.py, in one update or several per batch of answers.
+Learnt: the clipped surrogate of train/grpo_loss.py, in one update or several per batch of answers.
 Every answer of every step is kept in samples.jsonl. The MTP module stays as it is: RL neither trains it nor lets its
 loss touch the trunk. Router biases move only where `bias_speed` says so.
 """
@@ -23,22 +23,24 @@ from finback.checkpoint import store
 from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling
+from finback.engine.request import SamplingParams
 from finback.kernels.probe import gemm_peak
 from finback.model.count import forward_flops, training_flops
 from finback.model.moe import Router
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.recipe import Stage, Work
-from finback.run import Interrupted, Progress, StageRun, spent
+from finback.runs.folder import Interrupted, StageRun
+from finback.runs.ledger import spent
+from finback.runs.progress import Progress
+from finback.runs.recipe import Stage, Work
 from finback.stages.rollout import Batch, Group, Rollout, batches, record, rollout
 from finback.tasks import task as tasks
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Problem, Task
-from finback.train import health, policy, schedule
+from finback.train import grpo_loss, rates, router_health
+from finback.train.grpo_loss import Objective
 from finback.train.loss import token_logprobs
 from finback.train.optim import Adam, Gradients
-from finback.train.policy import Objective
 from finback.train.precision import COMPUTE
 
 
@@ -71,24 +73,13 @@ class GRPO(Stage):
     bias_speed: float = 0.0  # of the routers' biases; 0 leaves them as pre-training left them
     shuffle_rewards: bool = False  # control: hand each answer another answer's reward
     max_gap: float = 1e-2  # stop when trainer and engine disagree by more, in nats per token on average
-    compute: Literal["fp32", "bf16"] = (
-        "fp32"  # of trainer and engine alike; bf16 widens the gap a thousandfold
-    )
+    compute: Literal["fp32", "bf16"] = "fp32"  # of trainer and engine alike; bf16 widens the gap a thousandfold
     micro_tokens: int = 4096  # padded tokens per backward pass
     checkpoint_steps: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = (
-            "steps",
-            "prompts",
-            "group",
-            "max_tokens",
-            "checkpoint_steps",
-            "updates",
-            "epochs",
-            "micro_tokens",
-        )
+        counts = ("steps", "prompts", "group", "max_tokens", "checkpoint_steps", "updates", "epochs", "micro_tokens")
         check_positive(self, self.name, *counts, "grad_clip", "max_gap")
         # lr = 0 only watches: the gap between trainer and engine must then stay flat
         check_not_negative(
@@ -96,27 +87,27 @@ class GRPO(Stage):
         )
         check_share(self, self.name, "final_lr")
         if self.group < 2:
-            raise UserError(
-                f"{self.name}.group", self.group, "an answer is judged against its group", "Use 2 or more."
-            )
+            raise UserError(f"{self.name}.group", self.group, "an answer is judged against its group", "Use 2 or more.")
         if self.temperature <= 0:
             raise UserError(
                 f"{self.name}.temperature", self.temperature, "greedy answers do not differ within a group", "Use 1.0."
-            )  # fmt: skip
+            )
         if self.prompts % self.updates:
             raise UserError(
                 f"{self.name}.updates", self.updates, f"does not divide {self.prompts} prompts", "Use a divisor."
-            )  # fmt: skip
+            )
         if not 0 <= self.overlong <= self.max_tokens:
             raise UserError(
                 f"{self.name}.overlong", self.overlong, f"not in 0..max_tokens ({self.max_tokens})", "Lower it."
-            )  # fmt: skip
+            )
         if self.overlong and self.overlong_penalty + self.reward.extra >= self.reward.accuracy > 0:
             raise UserError(
-                f"{self.name}.overlong_penalty", self.overlong_penalty,
+                f"{self.name}.overlong_penalty",
+                self.overlong_penalty,
                 f"with what a wrong answer can earn ({self.reward.extra:g}) no less than accuracy ({self.reward.accuracy:g}): "
-                "a right answer could earn less than a wrong one", "Lower it.",
-            )  # fmt: skip
+                "a right answer could earn less than a wrong one",
+                "Lower it.",
+            )
 
     def inputs(self) -> tuple[str, ...]:
         return (self.start,)
@@ -139,9 +130,11 @@ class _Reinforcement:
         share = stage.prompts // stage.updates
         if share % self.world.size:
             raise UserError(
-                f"{stage.name}.prompts", stage.prompts,
-                f"{share} questions per update do not divide among {self.world.size} ranks", "Use --ranks.",
-            )  # fmt: skip
+                f"{stage.name}.prompts",
+                stage.prompts,
+                f"{share} questions per update do not divide among {self.world.size} ranks",
+                "Use --ranks.",
+            )
         self.folder = run.input(stage.start)
         self.tokenizer = Tokenizer(self.folder)
         self.model = models.load(self.folder, COMPUTE[stage.compute]).to(self.world.device)
@@ -149,7 +142,7 @@ class _Reinforcement:
         self.gradients = Gradients([p for _, p in self.named])
         self.adam = Adam(self.named, betas=(0.9, 0.95), weight_decay=0.0)
         self.engine = Engine(self.model, self.tokenizer.stops)
-        self.sampling = Sampling(stage.temperature, stage.max_tokens)
+        self.sampling = SamplingParams(stage.temperature, stage.max_tokens)
         self.reference = copy.deepcopy(self.model).eval() if stage.objective.kl else None
         self.step = 0
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
@@ -196,7 +189,7 @@ class _Reinforcement:
                 seen, worst = seen + sums, max(worst, gap)
         # the trunk's alone: MTP's module stays as it is
         routers = [m for m in self.model.blocks.modules() if isinstance(m, Router)]
-        counted = health.balance(routers, world, stage.bias_speed)
+        counted = router_health.balance(routers, world, stage.bias_speed)
         if self.reference is not None and stage.reference_steps and self.step % stage.reference_steps == 0:
             self.reference.load_state_dict(self.model.state_dict())
         loss, clipped, entropy, kl, tokens, gap, compared = world.sum_(seen).tolist()
@@ -204,12 +197,19 @@ class _Reinforcement:
         metrics = self._describe(asked, kept, sum(int(b.real.sum()) for parts, _ in work for b in parts))
         self._keep_samples(asked)
         return metrics | {
-            "loss": loss / updates, "clip_share": clipped / tokens, "entropy": entropy / tokens,
-            "kl": kl / tokens, "gap_mean": gap / compared, "gap_max": max(world.gather(worst)), "grad_norm": norm, "lr": self._rate(),
+            "loss": loss / updates,
+            "clip_share": clipped / tokens,
+            "entropy": entropy / tokens,
+            "kl": kl / tokens,
+            "gap_mean": gap / compared,
+            "gap_max": max(world.gather(worst)),
+            "grad_norm": norm,
+            "lr": self._rate(),
             "tokens_with_gradient": float(seen[4]),
             "max_violation": counted.violation,
-            "expert_load": counted.shares, "update_seconds": time.perf_counter() - begin,
-        }  # fmt: skip
+            "expert_load": counted.shares,
+            "update_seconds": time.perf_counter() - begin,
+        }
 
     # ---- asking ----------------------------------------------------------------------------------------------------
 
@@ -236,9 +236,14 @@ class _Reinforcement:
         stage = self.stage
         count = range(stage.group)
         rollouts = rollout(
-            self.engine, self.tokenizer, stage.task, [p for p in problems for _ in count],
-            [self.stage_run.seed(*seed, k) for seed in seeds for k in count], self.sampling, stage.think,
-        )  # fmt: skip
+            self.engine,
+            self.tokenizer,
+            stage.task,
+            [p for p in problems for _ in count],
+            [self.stage_run.seed(*seed, k) for seed in seeds for k in count],
+            self.sampling,
+            stage.think,
+        )
         answers = [rollouts[start : start + stage.group] for start in range(0, len(rollouts), stage.group)]
         return [Group(group, self._earned(group)) for group in answers]
 
@@ -271,7 +276,7 @@ class _Reinforcement:
             seed = self.stage_run.seed("shuffle", self.step, self.world.rank)
             order = torch.randperm(rewards.numel(), generator=torch.Generator().manual_seed(seed))
             rewards = rewards.flatten()[order].view_as(rewards)
-        for group, credit in zip(kept, policy.advantages(rewards, self.stage.normalise), strict=True):
+        for group, credit in zip(kept, grpo_loss.advantages(rewards, self.stage.normalise), strict=True):
             group.credit = credit.tolist()
 
     # ---- learning --------------------------------------------------------------------------------------------------
@@ -314,7 +319,7 @@ class _Reinforcement:
         stage, world = self.stage, self.world
         mine = torch.tensor([sum(float(b.mask.sum()) for b in parts), float(answers)], dtype=torch.float64)
         tokens, all_answers = world.sum_(mine).tolist()
-        whole = policy.share(stage.objective.average, tokens, all_answers, stage.max_tokens)
+        whole = grpo_loss.share(stage.objective.average, tokens, all_answers, stage.max_tokens)
         self.gradients.zero()
         seen, worst = torch.zeros(7, dtype=torch.float64), 0.0
         for batch in parts:
@@ -333,22 +338,22 @@ class _Reinforcement:
         """This step's learning rate: up over the warm-up, level, and down over the last third."""
         stage = self.stage
         third = stage.steps // 3
-        factor = schedule.warmup(self.step, stage.warmup)
-        return stage.lr * factor * schedule.decay(self.step, stage.steps - third, third, stage.final_lr)
+        factor = rates.warmup(self.step, stage.warmup)
+        return stage.lr * factor * rates.decay(self.step, stage.steps - third, third, stage.final_lr)
 
     def _backward(self, batch: Batch, whole: float, fresh: bool) -> tuple[Tensor, float]:
         """Add one batch's gradient: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared; largest gap."""
         aim, wanted = self.stage.objective, batch.mask > 0
         new, entropy = self._logprobs(self.model, batch)
         old = batch.old if batch.anchor is None else batch.anchor
-        loss, clipped = policy.surrogate(new, old, batch.advantage, batch.mask, aim)
+        loss, clipped = grpo_loss.surrogate(new, old, batch.advantage, batch.mask, aim)
         if batch.anchor is not None and aim.truncate is not None:
             loss = loss * (batch.anchor - batch.old).exp().clamp(max=aim.truncate)
         kl = torch.zeros_like(new)
         if batch.reference is not None:
-            kl = policy.divergence(new, batch.reference, aim.kl_form)
+            kl = grpo_loss.divergence(new, batch.reference, aim.kl_form)
             loss = loss + aim.kl * kl
-        loss = policy.total(loss, batch.mask, aim.average) / whole
+        loss = grpo_loss.total(loss, batch.mask, aim.average) / whole
         loss.backward()  # type: ignore[no-untyped-call]
         spoken = new.detach() if fresh else old  # the trainer's view of what the engine said
         gap = (spoken - batch.old)[wanted].abs()
@@ -373,24 +378,34 @@ class _Reinforcement:
         names = [*self.stage.reward.names, *(["overlong"] if self.stage.overlong else [])]
         mine = torch.tensor(
             [
-                len(rollouts), sum(r.verdict.correct for r in rollouts), sum(r.verdict.well_formed for r in rollouts),
-                sum(r.response.thinks for r in rollouts), sum(len(r.completion.tokens) for r in rollouts),
-                sum(r.completion.finish == "length" for r in rollouts), sum(group.differs for group in kept),
-                trained * self.stage.epochs, sum(len(r.prompt) for r in rollouts), *(sum(parts[name] for parts in earned) for name in names),
+                len(rollouts),
+                sum(r.verdict.correct for r in rollouts),
+                sum(r.verdict.well_formed for r in rollouts),
+                sum(r.response.thinks for r in rollouts),
+                sum(len(r.completion.tokens) for r in rollouts),
+                sum(r.completion.finish == "length" for r in rollouts),
+                sum(group.differs for group in kept),
+                trained * self.stage.epochs,
+                sum(len(r.prompt) for r in rollouts),
+                *(sum(parts[name] for parts in earned) for name in names),
             ],
             dtype=torch.float64,
-        )  # fmt: skip
-        n, right, formed, thinks, length, cut, varied, trained_all, read, *parts = self.world.sum_(
-            mine
-        ).tolist()
+        )
+        n, right, formed, thinks, length, cut, varied, trained_all, read, *parts = self.world.sum_(mine).tolist()
         self.totals["tokens_generated"] += int(length)
         self.totals["tokens_trained"] += int(trained_all)
         self.read += int(read)
         return {
-            "reward": sum(parts) / n, **{f"reward_{k}": v / n for k, v in zip(names, parts, strict=True)},
-            "accuracy": right / n, "well_formed": formed / n, "thinks": thinks / n, "length": length / n,
-            "truncated": cut / n, "groups_with_gradient": varied / self.stage.prompts, "answers": n,
-        }  # fmt: skip
+            "reward": sum(parts) / n,
+            **{f"reward_{k}": v / n for k, v in zip(names, parts, strict=True)},
+            "accuracy": right / n,
+            "well_formed": formed / n,
+            "thinks": thinks / n,
+            "length": length / n,
+            "truncated": cut / n,
+            "groups_with_gradient": varied / self.stage.prompts,
+            "answers": n,
+        }
 
     def _keep_samples(self, asked: list[Group]) -> None:
         """Append every answer of the step, with what it earned, to samples.jsonl."""
@@ -400,16 +415,17 @@ class _Reinforcement:
             for r, parts, credit in zip(
                 group.rollouts, group.earned, group.credit or [0.0] * len(group.rollouts), strict=True
             )
-        ]  # fmt: skip
+        ]
         self.stage_run.append("samples.jsonl", [r for rank in self.world.gather(mine) for r in rank])
 
     def _check_gap(self, metrics: dict[str, Any]) -> None:
         if not metrics["gap_mean"] <= self.stage.max_gap:  # also when it is no number
             raise UserError(
-                f"{self.stage.name}.max_gap", self.stage.max_gap,
+                f"{self.stage.name}.max_gap",
+                self.stage.max_gap,
                 f"trainer and engine differ by {metrics['gap_mean']:.2g} nats per token at step {self.step}",
                 "They must be the same model: report this with the run folder, or raise max_gap knowingly.",
-            )  # fmt: skip
+            )
 
     # ---- stopping and going on -------------------------------------------------------------------------------------
 
@@ -433,9 +449,14 @@ class _Reinforcement:
         now = time.perf_counter()
         peak, self.mark = (now - self.mark) * self.peak * self.world.size, now
         self.stage_run.account(
-            tokens_trained=trained, tokens_generated=generated, flops=flops, peak_flops=peak, flops_training=learnt,
-            flops_generation=(generated + read) * forward, flops_auxiliary=passes * trained / self.stage.epochs * forward,
-        )  # fmt: skip
+            tokens_trained=trained,
+            tokens_generated=generated,
+            flops=flops,
+            peak_flops=peak,
+            flops_training=learnt,
+            flops_generation=(generated + read) * forward,
+            flops_auxiliary=passes * trained / self.stage.epochs * forward,
+        )
 
     def _resume(self) -> None:
         found = store.load_newest(self.stage_run.folder, self.stage_run.say)

@@ -11,13 +11,14 @@ from finback.data import pack, tokenizer
 from finback.data.chat import Message
 from finback.data.clean import Quality, Rules
 from finback.data.corpus import Corpus, Engine, provenance
-from finback.data.near import Index, NearDuplicates, Signer
+from finback.data.near_duplicates import Index, NearDuplicates, Signer
 from finback.data.overlap import Overlap
 from finback.data.packaged import Packaged
 from finback.data.sources import Chitchat, Document, Files, Hub, Source
 from finback.data.tokenizer import Tokenizer
-from finback.recipe import Stage, Work
-from finback.run import StageRun, write_json
+from finback.runs.files import write_json
+from finback.runs.folder import StageRun
+from finback.runs.recipe import Stage, Work
 from finback.tasks import task as tasks
 from finback.tasks.task import Split, Task
 
@@ -95,9 +96,7 @@ class Prepare(Stage):
     tasks: tuple[TaskText, ...] = field(default_factory=tuple)  # generated text
     vocab_size: int = 1024
     vocabulary: str = ""  # take the tokenizer of this model, to go on training it, instead of making one
-    interleave: float = (
-        0.0  # share of real dialogues in which somebody asks a problem of the first of `tasks`
-    )
+    interleave: float = 0.0  # share of real dialogues in which somebody asks a problem of the first of `tasks`
     quality: Quality | None = None  # rules that drop poor text
     near: NearDuplicates | None = None  # drop near duplicates, also of earlier sources
     decontaminate: Decontaminate | None = None
@@ -114,9 +113,7 @@ class Prepare(Stage):
                 f"{self.name}.text", bad[0], "not a file name", "Name sources with letters, digits, - and _."
             )
         if not names or len(set(names)) < len(names):
-            raise UserError(
-                f"{self.name}.text", names, "sources need distinct names, and one at least", "Name them."
-            )
+            raise UserError(f"{self.name}.text", names, "sources need distinct names, and one at least", "Name them.")
         check_share(self, self.name, "fim")
         if self.workers < 0:
             raise UserError(f"{self.name}.workers", self.workers, "below 0", "Use 0 for this process alone.")
@@ -140,9 +137,11 @@ class Prepare(Stage):
         overlap = self.decontaminate.overlap(run) if self.decontaminate else None
         signer = Signer(self.near, run.seed("near")) if self.near else None
         corpus = Corpus(
-            run, Rules(self.quality, overlap, signer), Index(self.near) if self.near else None,
+            run,
+            Rules(self.quality, overlap, signer),
+            Index(self.near) if self.near else None,
             Engine(self.workers, large=self.shard_tokens),
-        )  # fmt: skip
+        )
         if not corpus.claim(self.text):
             (run.folder / "tokenizer.json").unlink(missing_ok=True)
         record = self._collect(run, corpus)
@@ -177,9 +176,11 @@ class Prepare(Stage):
             given = Tokenizer(run.input(self.vocabulary))
             if given.eos < 0:
                 raise UserError(
-                    f"{self.name}.vocabulary", self.vocabulary, "its tokenizer names no token that ends a text",
+                    f"{self.name}.vocabulary",
+                    self.vocabulary,
+                    "its tokenizer names no token that ends a text",
                     "Put eos_token into its tokenizer_config.json.",
-                )  # fmt: skip
+                )
             given.save(run.folder)
             return Tokenizer(run.folder)
         if not path.is_file():

@@ -12,12 +12,12 @@ from finback.config import UserError, check_fields, check_not_negative, check_po
 from finback.model.config import ModelConfig
 from finback.model.recompute import Policy
 from finback.parallel.mesh import Layout
-from finback.recipe import Stage, Work
-from finback.run import StageRun
+from finback.runs.folder import StageRun
+from finback.runs.recipe import Stage, Work
 from finback.stages.pretraining import Pretraining
 from finback.tasks.task import Task
-from finback.train import schedule
-from finback.train.schedule import Level, Phase
+from finback.train import rates
+from finback.train.rates import Level, Phase
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Pretrain(Stage):
     start: str = ""  # go on with this model; its tokenizer must be that of `data`
     mixture: dict[str, float]  # source name -> share of tokens
     probe: Probe | None = None
-    phases: tuple[
-        Phase, ...
-    ] = ()  # of both learning rates; () for warm-up, level and a decay that the probe begins
+    phases: tuple[Phase, ...] = ()  # of both learning rates; () for warm-up, level and a decay that the probe begins
     max_tokens: int = 4_000_000  # hard end, decay included; with phases they say where it ends
     decay_tokens: int = 500_000
     warmup_tokens: int = 80_000
@@ -54,9 +52,7 @@ class Pretrain(Stage):
     rows_start: int = 0  # begin with so many and come to `rows` over ramp_tokens; 0: no ramp
     ramp_tokens: int = 0
     length: int = 128  # tokens per row
-    packing: Literal["stream", "best_fit"] = (
-        "stream"  # windows of the stream, or whole documents that fit best (V3)
-    )
+    packing: Literal["stream", "best_fit"] = "stream"  # windows of the stream, or whole documents that fit best (V3)
     document_mask: bool = False  # documents of a row do not see each other; V3 pre-trained without
     optimizer: Literal["muon", "adamw"] = "muon"  # for hidden matrices; the rest is AdamW's with either
     muon_lr: float = 8e-3
@@ -69,12 +65,8 @@ class Pretrain(Stage):
     bias_speed: Level = 0.003  # V3: ((0, 0.001), (14.3T, 0.0))
     average: float = 0.0  # decay of the running average of the weights, kept in <stage>/average; 0: none
     spike_sigma: float = 8.0  # skip steps whose loss is so many standard deviations above the usual; 0: none
-    spike_patience: int = (
-        3  # so many skipped in a row: back to the last checkpoint, on with the data that follow
-    )
-    layout: Layout | None = (
-        None  # how a model too large for one rank lies on many; None: a whole copy on each
-    )
+    spike_patience: int = 3  # so many skipped in a row: back to the last checkpoint, on with the data that follow
+    layout: Layout | None = None  # how a model too large for one rank lies on many; None: a whole copy on each
     recompute: Policy = "none"  # activations made again in the backward pass
     # auto: bf16 where a timed step says it pays; fp8: DeepSeek's, on Hopper, and emulated elsewhere to see what it does
     compute: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
@@ -98,9 +90,7 @@ class Pretrain(Stage):
             problem = f"a ramp leads up to rows ({self.rows}) over ramp_tokens ({self.ramp_tokens:,})"
             raise UserError(f"{self.name}.rows_start", self.rows_start, problem, "Correct one of them.")
         if self.keep_best and not self.valid_tokens:
-            raise UserError(
-                f"{self.name}.keep_best", True, "nothing says which is best", "Set valid_tokens as well."
-            )
+            raise UserError(f"{self.name}.keep_best", True, "nothing says which is best", "Set valid_tokens as well.")
 
         if self.compile:
             _check_compile(self)
@@ -108,20 +98,12 @@ class Pretrain(Stage):
             _check_layout(self)
 
     def _check_numbers(self) -> None:
-        counts = (
-            "max_tokens",
-            "rows",
-            "length",
-            "checkpoint_steps",
-            "keep",
-            "router_steps",
-            "spike_patience",
-        )
+        counts = ("max_tokens", "rows", "length", "checkpoint_steps", "keep", "router_steps", "spike_patience")
         check_positive(self, self.name, *counts, "muon_lr", "adam_lr", "clip")
         names = ("decay_tokens", "warmup_tokens", "ramp_tokens", "rows_start", "valid_tokens")
         check_not_negative(self, self.name, *names, "weight_decay", "balance_alpha", "spike_sigma")
         check_share(self, self.name, "final_lr", "average")
-        schedule.check_levels(self, self.name, "mtp_weight", "bias_speed")
+        rates.check_levels(self, self.name, "mtp_weight", "bias_speed")
 
     @property
     def limit(self) -> int:
@@ -132,7 +114,7 @@ class Pretrain(Stage):
         """Rows of the step that follows after `tokens` tokens."""
         if not self.rows_start:
             return self.rows
-        return schedule.ramp(tokens, self.rows_start, self.rows, self.ramp_tokens)
+        return rates.ramp(tokens, self.rows_start, self.rows, self.ramp_tokens)
 
     def adapted(self, config: ModelConfig) -> ModelConfig:
         """The config of `start` as it is gone on with."""
@@ -154,18 +136,21 @@ class Pretrain(Stage):
 
 # Knobs that want the whole model on every rank, and what they are without a layout.
 WHOLE = {
-    "probe": None, "average": 0.0, "rows_start": 0, "packing": "stream", "document_mask": False, "valid_tokens": 0,
+    "probe": None,
+    "average": 0.0,
+    "rows_start": 0,
+    "packing": "stream",
+    "document_mask": False,
+    "valid_tokens": 0,
     "optimizer": "muon",
-}  # fmt: skip
+}
 
 
 def _check_compile(stage: "Pretrain") -> None:
     """UserError for the first knob that does not go with compiled blocks."""
     for name, wrong in (("compute", "fp8"), ("recompute", "attention")):
         if getattr(stage, name) == wrong:
-            raise UserError(
-                f"{stage.name}.{name}", wrong, "cannot be compiled", "Change it, or leave out compile."
-            )
+            raise UserError(f"{stage.name}.{name}", wrong, "cannot be compiled", "Change it, or leave out compile.")
     if stage.layout is not None:
         problem = "is for ranks that hold the whole model"
         raise UserError(f"{stage.name}.compile", True, problem, "Leave it out, or the layout.")
@@ -176,14 +161,8 @@ def _check_layout(stage: "Pretrain") -> None:
     for name, without in WHOLE.items():
         if getattr(stage, name) != without:
             problem = "wants the whole model on every rank, which a layout does not give it"
-            raise UserError(
-                f"{stage.name}.{name}", getattr(stage, name), problem, "Leave it out, or the layout."
-            )
+            raise UserError(f"{stage.name}.{name}", getattr(stage, name), problem, "Leave it out, or the layout.")
     if stage.compute == "fp8":
-        raise UserError(
-            f"{stage.name}.compute", "fp8", "is not exchanged between ranks yet", "Use bf16 or fp32."
-        )
+        raise UserError(f"{stage.name}.compute", "fp8", "is not exchanged between ranks yet", "Use bf16 or fp32.")
     if isinstance(stage.mtp_weight, tuple) and stage.layout is not None and stage.layout.pp > 1:
-        raise UserError(
-            f"{stage.name}.mtp_weight", stage.mtp_weight, "a pipeline has one weight", "Give one number."
-        )
+        raise UserError(f"{stage.name}.mtp_weight", stage.mtp_weight, "a pipeline has one weight", "Give one number.")

@@ -13,18 +13,22 @@ from finback.config import UserError
 from finback.data.loader import Loader
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling
+from finback.engine.request import SamplingParams
 from finback.kernels.probe import gemm_peak
 from finback.model.config import ModelConfig
 from finback.model.count import forward_flops, recomputed_flops, training_flops
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.run import Interrupted, Progress, StageRun, read_json, read_lines, spent, write_json
+from finback.runs.files import read_json, read_lines, write_json
+from finback.runs.folder import Interrupted, StageRun
+from finback.runs.ledger import spent
+from finback.runs.progress import Progress
 from finback.stages.compress import bits_by_source, tokens_compressed
 from finback.stages.rollout import rollout
 from finback.tasks import task as tasks
-from finback.train import health, schedule
-from finback.train.average import Average
+from finback.train import rates as schedule
+from finback.train import router_health
+from finback.train.ema import EMA
 from finback.train.optim import Adam, Gradients, Muon, is_matrix
 from finback.train.precision import rates, use_fp8
 from finback.train.spikes import Spikes, Verdict
@@ -72,10 +76,8 @@ class Pretraining:
         named = list(self.model.named_parameters())
         self.gradients = Gradients([p for _, p in named])
         self.matrices = self._matrices([(n, p) for n, p in named if is_matrix(n, p)])
-        self.others = Adam(
-            [(n, p) for n, p in named if not is_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0
-        )
-        self.average = Average(self.model, stage.average) if stage.average else None
+        self.others = Adam([(n, p) for n, p in named if not is_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0)
+        self.average = EMA(self.model, stage.average) if stage.average else None
 
     def _compile(self) -> None:
         from finback.train import compiling  # seconds of imports that only it needs
@@ -83,21 +85,23 @@ class Pretraining:
         problem = compiling.why_not()
         if problem:
             raise UserError(
-                f"{self.stage.name}.compile", True, f"does not work here: {problem}",
+                f"{self.stage.name}.compile",
+                True,
+                f"does not work here: {problem}",
                 "Install g++ and Python's headers (Debian: apt-get install g++ python3-dev), or leave it out.",
-            )  # fmt: skip
+            )
         compiling.compile_blocks(self.model)
-        self.stage_run.say(
-            f"{self.stage.name:10} blocks are compiled in the first step, which may take a minute"
-        )
+        self.stage_run.say(f"{self.stage.name:10} blocks are compiled in the first step, which may take a minute")
 
     def _check_rows(self) -> None:
         for name in ("rows", "rows_start"):
             if getattr(self.stage, name) % self.world.size:
                 raise UserError(
-                    f"{self.stage.name}.{name}", getattr(self.stage, name),
-                    f"does not divide among {self.world.size} ranks", "Use --ranks.",
-                )  # fmt: skip
+                    f"{self.stage.name}.{name}",
+                    getattr(self.stage, name),
+                    f"does not divide among {self.world.size} ranks",
+                    "Use --ranks.",
+                )
 
     def _build(self) -> Transformer:
         """The model with its first weights: random ones, or those of `start`."""
@@ -115,9 +119,11 @@ class Pretraining:
         stage, folder = self.stage, self.stage_run.input(self.stage.start)
         if Tokenizer(folder).as_json() != self.tokenizer.as_json():
             raise UserError(
-                f"{stage.name}.start", stage.start, f"has another tokenizer than the data of {stage.data!r}",
+                f"{stage.name}.start",
+                stage.start,
+                f"has another tokenizer than the data of {stage.data!r}",
                 "Give the prepare stage this model's tokenizer.",
-            )  # fmt: skip
+            )
         return models.load(folder)
 
     @property
@@ -181,15 +187,15 @@ class Pretraining:
         metrics = {"loss": loss, "mtp_loss": mtp, "balance": balance, "grad_norm": norm}
         verdict = self.judge(loss, norm)
         if verdict != "learn":
-            health.forget(self.routers)
+            router_health.forget(self.routers)
             return metrics | {"lr": 0.0, "skipped": verdict}
         self.matrices.step(self.rates[0])
         self.others.step(self.rates[1])
         if self.average is not None:
             self.average.update(self.model)
-        seen = health.balance(self.routers, world, schedule.level(stage.bias_speed, self.tokens))
+        seen = router_health.balance(self.routers, world, schedule.level(stage.bias_speed, self.tokens))
         if self.routers and self.step % stage.router_steps == 0:
-            described = {"step": self.step, "tokens": self.tokens, **health.describe(seen, self.routers)}
+            described = {"step": self.step, "tokens": self.tokens, **router_health.describe(seen, self.routers)}
             self.stage_run.append("router.jsonl", [described])
         return metrics | {"lr": self.rates[0], "max_violation": seen.violation, "idle_experts": seen.idle}
 
@@ -272,7 +278,7 @@ class Pretraining:
         problems = tasks.distinct(probe.task, "train", probe.problems, self.stage_run.seed("probe"))
         mine = problems[self.world.rank :: self.world.size]
         engine = Engine(self.model, self.tokenizer.stops)
-        sampling = Sampling(temperature=0.0, max_tokens=probe.max_tokens)
+        sampling = SamplingParams(temperature=0.0, max_tokens=probe.max_tokens)
         judged = rollout(engine, self.tokenizer, probe.task, mine, [0] * len(mine), sampling, think=True)
         read = sum(len(r.prompt) + len(r.completion.tokens) for r in judged)
         sums = torch.tensor([sum(r.verdict.correct for r in judged), read], dtype=torch.float64)
@@ -326,9 +332,13 @@ class Pretraining:
         flops, tokens, self.worked = self.worked * self.flops, self.worked, 0
         again = tokens * recomputed_flops(self.config, self.stage.length / 2, self.stage.recompute)
         self.stage_run.account(
-            tokens_trained=tokens, flops=flops, peak_flops=seconds_peak, flops_training=flops, flops_recomputed=again,
+            tokens_trained=tokens,
+            flops=flops,
+            peak_flops=seconds_peak,
+            flops_training=flops,
+            flops_recomputed=again,
             flops_evaluation=self._flops_of_looking(),
-        )  # fmt: skip
+        )
 
     def save_step(self, meta: dict[str, Any]) -> None:
         """Write a checkpoint of this step."""
@@ -375,10 +385,11 @@ class Pretraining:
         here, found = self.step, self.load_step()
         if found is None or self.rewinds >= REWINDS:
             raise UserError(
-                f"{stage.name}.muon_lr", stage.muon_lr,
+                f"{stage.name}.muon_lr",
+                stage.muon_lr,
                 f"{self.spikes.in_a_row} steps in a row up to {here} were not to be learnt from, after {self.rewinds} rewinds",
                 "Lower the learning rates, or raise spike_sigma if these losses are what the data are like.",
-            )  # fmt: skip
+            )
         self.step, meta = found
         self.spikes.load_state(meta["spikes"])
         for name in ("tokens", "decay_start", "passed_at"):
@@ -404,13 +415,20 @@ class Pretraining:
         run.account(flops_evaluation=self._flops_of_looking())
         late = [r for r in read_lines(run.folder / "metrics.jsonl") if "max_violation" in r][-100:]
         return {
-            "tokens": self.tokens, "steps": self.step, "precision": self.precision,
+            "tokens": self.tokens,
+            "steps": self.step,
+            "precision": self.precision,
             "probe_reached": self.passed_at is not None if stage.probe else None,
-            "probe_best": self.best_probe, "probe_passed_at_tokens": self.passed_at,
+            "probe_best": self.best_probe,
+            "probe_passed_at_tokens": self.passed_at,
             "tokens_by_source": self.loader.tokens_by_source(),
-            "router_last_100_steps": {k: max((r[k] for r in late), default=0) for k in ("max_violation", "idle_experts")},
-            "bits_per_byte": bits, "skipped_steps": self.skipped, "rewinds": self.rewinds,
-        }  # fmt: skip
+            "router_last_100_steps": {
+                k: max((r[k] for r in late), default=0) for k in ("max_violation", "idle_experts")
+            },
+            "bits_per_byte": bits,
+            "skipped_steps": self.skipped,
+            "rewinds": self.rewinds,
+        }
 
 
 def _choose_precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: World) -> str:

@@ -14,11 +14,14 @@ from finback.checkpoint import model as models
 from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
-from finback.engine.sequence import Sampling
+from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops
 from finback.parallel.mesh import World
-from finback.recipe import Stage, Work
-from finback.run import Interrupted, Progress, StageRun, read_json, spent, write_json, write_lines
+from finback.runs.files import read_json, write_json, write_lines
+from finback.runs.folder import Interrupted, StageRun
+from finback.runs.ledger import spent
+from finback.runs.progress import Progress
+from finback.runs.recipe import Stage, Work
 from finback.stages.rollout import Rollout, rollout
 from finback.tasks import task as tasks
 from finback.tasks.language import consistency, known
@@ -43,9 +46,7 @@ class Reject(Stage):
     language: str = ""  # of the chain, ISO 639-1; "" for any
     pure: float = 0.99  # least share of its words in that language
     readable: bool = True  # drop repetitions, endless paragraphs and chaos of code
-    keep: int = (
-        2  # at most so many per question: all of them where few answers were right, one where all were
-    )
+    keep: int = 2  # at most so many per question: all of them where few answers were right, one where all were
     easy: float = 1.0  # largest share of what is kept that may come from questions which were always solved
 
     def __post_init__(self) -> None:
@@ -84,9 +85,7 @@ class Reject(Stage):
                     write_json(path, [whole[i] for i in sorted(whole)])
                 total, asked = (sum(tokens) for tokens in zip(*(g[1:] for g in gathered), strict=True))
                 each = forward_flops(model.config, self.max_tokens / 4)
-                run.account(
-                    tokens_generated=total, flops=total * each, flops_generation=(total + asked) * each
-                )
+                run.account(tokens_generated=total, flops=total * each, flops_generation=(total + asked) * each)
             world.barrier()  # nobody looks for the next file before everybody has looked for this one
             progress.show(min(start + CHUNK, self.prompts))
             if run.check_stop():
@@ -95,13 +94,11 @@ class Reject(Stage):
 
     def _answer(
         self, run: StageRun, engine: Engine, tokenizer: Tokenizer, problems: Sequence[tasks.Problem], mine: range
-    ) -> list[Rollout]:  # fmt: skip
+    ) -> list[Rollout]:
         count = range(self.samples)
         seeds = [run.seed("answer", i, k) for i in mine for k in count]
-        sampling = Sampling(self.temperature, self.max_tokens)
-        return rollout(
-            engine, tokenizer, self.task, [p for p in problems for _ in count], seeds, sampling, self.think
-        )
+        sampling = SamplingParams(self.temperature, self.max_tokens)
+        return rollout(engine, tokenizer, self.task, [p for p in problems for _ in count], seeds, sampling, self.think)
 
     def _judge(self, answers: list[Rollout]) -> list[dict[str, Any]]:
         """For each question: how many answers were right, which of them are good, and why others are not."""
@@ -121,8 +118,14 @@ class Reject(Stage):
             right = sum(r.verdict.correct for r in group)
             problem = group[0].problem
             found.append(
-                {"question": problem.question, "key": problem.key, "right": right, "good": good, "reasons": dict(reasons)}
-            )  # fmt: skip
+                {
+                    "question": problem.question,
+                    "key": problem.key,
+                    "right": right,
+                    "good": good,
+                    "reasons": dict(reasons),
+                }
+            )
         return found
 
     def _reason(self, r: Rollout) -> str:
@@ -149,9 +152,11 @@ class Reject(Stage):
         kept = choose(found, self.samples, self.keep, self.easy, random.Random(run.seed("choice")))
         if not kept:
             raise UserError(
-                f"{self.name}.start", self.start, f"nothing to keep of {self.prompts * self.samples} answers ({dict(reasons)})",
+                f"{self.name}.start",
+                self.start,
+                f"nothing to keep of {self.prompts * self.samples} answers ({dict(reasons)})",
                 "Use a better model, easier questions, or keep more.",
-            )  # fmt: skip
+            )
         write_lines(run.folder / "kept.jsonl", [_line(q, t, self.samples) for q, t in kept])
         solved = Counter(_difficulty(q["right"], self.samples) for q in found)
         run.say(
@@ -159,10 +164,12 @@ class Reject(Stage):
             + ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
         )
         return {
-            "kept": len(kept), "sampled": self.prompts * self.samples, "reasons": dict(reasons),
+            "kept": len(kept),
+            "sampled": self.prompts * self.samples,
+            "reasons": dict(reasons),
             "questions_by_difficulty": dict(solved),
             "kept_by_difficulty": dict(Counter(_difficulty(q["right"], self.samples) for q, _ in kept)),
-        }  # fmt: skip
+        }
 
 
 def choose(
@@ -194,13 +201,7 @@ def choose(
 
 def _difficulty(right: int, samples: int) -> str:
     share = right / samples
-    names = (
-        (0.0, "never solved"),
-        (1 / 3, "hard"),
-        (2 / 3, "middling"),
-        (0.999, "easy"),
-        (1.0, "always solved"),
-    )
+    names = ((0.0, "never solved"), (1 / 3, "hard"), (2 / 3, "middling"), (0.999, "easy"), (1.0, "always solved"))
     return next(name for most, name in names if share <= most)
 
 

@@ -12,7 +12,7 @@ from finback.data import chat
 from finback.data.chat import Message, Response
 from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine
-from finback.engine.sequence import Completion, Sampling
+from finback.engine.request import Completion, SamplingParams
 from finback.tasks.task import Problem, Task, Verdict, judged
 
 
@@ -28,9 +28,14 @@ class Rollout:
 
 
 def rollout(
-    engine: Engine, tokenizer: Tokenizer, task: Task, problems: Sequence[Problem], seeds: Sequence[int],
-    sampling: Sampling, think: bool = False,
-) -> list[Rollout]:  # fmt: skip
+    engine: Engine,
+    tokenizer: Tokenizer,
+    task: Task,
+    problems: Sequence[Problem],
+    seeds: Sequence[int],
+    sampling: SamplingParams,
+    think: bool = False,
+) -> list[Rollout]:
     """Answer each problem once; `think` opens the chain for the model. An answer cut off in its chain is wrong."""
     prompts = [chat.prompt([Message("user", p.question)], tokenizer, think) for p in problems]
     _check_window(engine.model.config.max_position_embeddings, prompts, problems, sampling.max_tokens)
@@ -48,26 +53,31 @@ def rollout(
     ]
 
 
-def _check_window(
-    window: int, prompts: Sequence[list[int]], problems: Sequence[Problem], answer: int
-) -> None:
+def _check_window(window: int, prompts: Sequence[list[int]], problems: Sequence[Problem], answer: int) -> None:
     """Before anything is answered: a question too long is the task's fault, not that of an engine's request."""
     for prompt, problem in zip(prompts, problems, strict=True):
         if len(prompt) + answer > window:
             shown = problem.question if len(problem.question) <= 60 else f"{problem.question[:60]}…"
             raise UserError(
-                "question", shown, f"its {len(prompt)} tokens and max_tokens = {answer} are more than the {window} that the model reads",
+                "question",
+                shown,
+                f"its {len(prompt)} tokens and max_tokens = {answer} are more than the {window} that the model reads",
                 "Leave out such questions, lower max_tokens, or take a model with a longer window.",
-            )  # fmt: skip
+            )
 
 
 def record(r: Rollout) -> dict[str, Any]:
     """A rollout as a line of a JSONL file."""
     return {
-        "question": r.problem.question, "gold": r.problem.answer, "thinking": r.response.thinking,
-        "answer": r.response.answer, "thinks": r.response.thinks, "correct": r.verdict.correct,
-        "tokens": len(r.completion.tokens), "finish": r.completion.finish,
-    }  # fmt: skip
+        "question": r.problem.question,
+        "gold": r.problem.answer,
+        "thinking": r.response.thinking,
+        "answer": r.response.answer,
+        "thinks": r.response.thinks,
+        "correct": r.verdict.correct,
+        "tokens": len(r.completion.tokens),
+        "finish": r.completion.finish,
+    }
 
 
 @dataclass
@@ -98,9 +108,7 @@ class Batch:
     old: Tensor  # (rows, length - 1) the engine's log-probabilities
     mask: Tensor  # (rows, length - 1) 1 where a generated token is predicted
     advantage: Tensor  # (rows,)
-    anchor: Tensor | None = (
-        None  # (rows, length - 1) the trainer's, before any update; None: take the engine's
-    )
+    anchor: Tensor | None = None  # (rows, length - 1) the trainer's, before any update; None: take the engine's
     reference: Tensor | None = None  # (rows, length - 1) the reference model's
 
     def to(self, device: torch.device) -> "Batch":

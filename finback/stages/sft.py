@@ -25,10 +25,12 @@ from finback.data.tuning import Lesson, Packed, arrange, lessons, packed
 from finback.kernels.probe import gemm_peak
 from finback.model.count import training_flops
 from finback.parallel.mesh import World
-from finback.recipe import Stage, Work
-from finback.run import Interrupted, Progress, StageRun, spent
+from finback.runs.folder import Interrupted, StageRun
+from finback.runs.ledger import spent
+from finback.runs.progress import Progress
+from finback.runs.recipe import Stage, Work
 from finback.stages.prepare import TaskText, origin
-from finback.train import health, schedule
+from finback.train import rates, router_health
 from finback.train.loss import cross_entropy
 from finback.train.optim import Adam, Gradients
 from finback.train.precision import COMPUTE
@@ -41,9 +43,7 @@ class SFT(Stage):
     start: str
     kept: tuple[str, ...] = ()  # reject stages whose traces are lessons
     text: tuple[Chitchat | Files | Hub | TaskText, ...] = field(default_factory=tuple)
-    limits: dict[str, int] = field(
-        default_factory=dict, hash=False
-    )  # source -> dialogues of it, drawn at random
+    limits: dict[str, int] = field(default_factory=dict, hash=False)  # source -> dialogues of it, drawn at random
     chains: bool = True  # False: leave the chains out and teach the bare answers
     epochs: int = 2
     rows: int = 8  # packed rows per step, over all ranks
@@ -82,7 +82,7 @@ class SFT(Stage):
 
 
 class Tuning:
-    """The state of one fine-tuning run between its steps; Distil puts another loss and other lessons into it."""
+    """The state of one fine-tuning run between its steps; Distill puts another loss and other lessons into it."""
 
     def __init__(self, stage: SFT, run: StageRun) -> None:
         self.stage, self.stage_run = stage, run
@@ -107,7 +107,7 @@ class Tuning:
         if self.stage.length > window:
             raise UserError(
                 f"{self.stage.name}.length", self.stage.length, f"the model reads {window} tokens", "Lower it."
-            )  # fmt: skip
+            )
 
     def set_up(self) -> None:
         """Read the lessons and arrange them into the rows of all epochs."""
@@ -131,9 +131,11 @@ class Tuning:
         fits = [lesson for lesson in found if len(lesson.ids) <= self.stage.length]
         if not fits:
             raise UserError(
-                f"{self.stage.name}.kept", list(counts), f"no lesson of at most {self.stage.length} tokens",
+                f"{self.stage.name}.kept",
+                list(counts),
+                f"no lesson of at most {self.stage.length} tokens",
                 "Give it traces or text, or longer rows.",
-            )  # fmt: skip
+            )
         self.results |= {"lessons_by_source": counts, "too_long": len(found) - len(fits)}
         self.stage_run.say(
             f"{self.stage.name:10} {len(fits):,} lessons: {', '.join(f'{k} {v:,}' for k, v in counts.items())}"
@@ -144,10 +146,7 @@ class Tuning:
     def _messages(self, document: Document) -> list[Any]:
         if not document.messages:
             raise UserError(
-                f"{self.stage.name}.text",
-                document.text[:60],
-                "text without turns",
-                "SFT learns from dialogues.",
+                f"{self.stage.name}.text", document.text[:60], "text without turns", "SFT learns from dialogues."
             )
         if self.stage.chains:
             return list(document.messages)
@@ -209,31 +208,23 @@ class Tuning:
         taught, read = world.sum_(counts).tolist()
         self.gradients.zero()
         device = world.device
-        sums = (
-            self.backward(batch.to(device), max(taught, 1.0)).cpu() if batch is not None else torch.zeros(2)
-        )
+        sums = self.backward(batch.to(device), max(taught, 1.0)).cpu() if batch is not None else torch.zeros(2)
         norm = self.gradients.finish(world, 1.0, stage.grad_clip)
         if not math.isfinite(norm):
             raise UserError(
                 f"{stage.name}.lr", stage.lr, f"the gradient is not finite at step {self.step}", "Lower it."
             )
-        factor = schedule.cosine(self.step / self.steps, stage.warmup, stage.final_lr)
+        factor = rates.cosine(self.step / self.steps, stage.warmup, stage.final_lr)
         self.adam.step(stage.lr * factor)
         routers = self.model.routers()
         if stage.bias_speed:
-            health.balance(routers, world, stage.bias_speed)
+            router_health.balance(routers, world, stage.bias_speed)
         else:  # nobody asks for the loads, so ranks need not add them up
-            health.forget(routers)
+            router_health.forget(routers)
         loss, further = world.sum_(sums).tolist()
         self.tokens += int(read)
         self.spoken += int(taught)
-        return {
-            "loss": loss,
-            "mtp_loss": further,
-            "grad_norm": norm,
-            "lr": stage.lr * factor,
-            "tokens_taught": taught,
-        }
+        return {"loss": loss, "mtp_loss": further, "grad_norm": norm, "lr": stage.lr * factor, "tokens_taught": taught}
 
     def backward(self, batch: Packed, taught: float) -> Tensor:
         """Add the gradients of this rank's rows; its parts of the mean losses: main and MTP's."""
@@ -263,9 +254,7 @@ class Tuning:
         self.saved_tokens = self.tokens
         if self.stage_run.is_writer and new:
             tensors = models.tensors_of(self.model) | self.adam.state()
-            store.save_step(
-                self.stage_run.folder, self.step, tensors, {"tokens": self.tokens, **self.state()}
-            )
+            store.save_step(self.stage_run.folder, self.step, tensors, {"tokens": self.tokens, **self.state()})
         flops = new * training_flops(self.model.config, self.stage.length / 4, mtp=self.depths > 0)
         peak, self.mark = (time.perf_counter() - self.mark) * self.peak * self.world.size, time.perf_counter()
         spoken, self.spoken = self.spoken, 0

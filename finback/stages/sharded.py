@@ -11,11 +11,11 @@ from finback.checkpoint.distributed import Steps, newest, whole_model
 from finback.config import UserError
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.run import StageRun
+from finback.runs.folder import StageRun
 from finback.stages.compress import bits_by_source
 from finback.stages.pretraining import Pretraining
-from finback.train import schedule
-from finback.train.many import Knobs, ManyRanks
+from finback.train import rates
+from finback.train.sharded_trainer import Knobs, ShardedTrainer
 from finback.train.spikes import Spikes
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ SHARDS = "sharded"  # folder of its checkpoints, dropped with the others
 
 
 class Sharded(Pretraining):
-    """The loop of pre-training over train/many.py: every rank has its share of the model and reads its share of the rows."""
+    """The loop of pre-training over train/sharded_trainer.py: every rank has its share of the model and reads its share of the rows."""
 
     def __init__(self, stage: "Pretrain", run: StageRun) -> None:
         assert stage.layout is not None, "without a layout there is nothing to share out"
@@ -50,13 +50,22 @@ class Sharded(Pretraining):
             values = ((name, p.detach()) for name, p in given.named_parameters())
         if not self.world.together:
             raise UserError(
-                f"{stage.name}.layout", str(self.layout), "wants ranks that talk to each other", "Use --ranks or torchrun."
-            )  # fmt: skip
+                f"{stage.name}.layout",
+                str(self.layout),
+                "wants ranks that talk to each other",
+                "Use --ranks or torchrun.",
+            )
         knobs = Knobs(
-            stage.rows, stage.length, stage.weight_decay, stage.clip, schedule.level(stage.mtp_weight, 0),
-            stage.balance_alpha, schedule.level(stage.bias_speed, 0), self.dtype,
-        )  # fmt: skip
-        self.many = ManyRanks(self.config, self.layout, knobs, values, device)
+            stage.rows,
+            stage.length,
+            stage.weight_decay,
+            stage.clip,
+            rates.level(stage.mtp_weight, 0),
+            stage.balance_alpha,
+            rates.level(stage.bias_speed, 0),
+            self.dtype,
+        )
+        self.many = ShardedTrainer(self.config, self.layout, knobs, values, device)
         for model in self.many.models:
             model.recompute(stage.recompute)
 
@@ -64,9 +73,10 @@ class Sharded(Pretraining):
         """One step; where its gradient is no number, nothing has changed."""
         stage = self.stage
         self.many.knobs = dataclasses.replace(
-            self.many.knobs, mtp_weight=schedule.level(stage.mtp_weight, self.tokens),
-            bias_speed=schedule.level(stage.bias_speed, self.tokens),
-        )  # fmt: skip
+            self.many.knobs,
+            mtp_weight=rates.level(stage.mtp_weight, self.tokens),
+            bias_speed=rates.level(stage.bias_speed, self.tokens),
+        )
         tokens = self.loader.batch(rows, self.many.data_rank, self.layout.data)
         told = self.many.step(tokens.to(self.many.mesh.device), *self.rates)
         verdict = self.judge(told["loss"], told["grad_norm"])

@@ -14,19 +14,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from finback.config import UserError, did_you_mean
-from finback.suites import (
-    choice,
-    code,
-    compression,
-    contest,
-    gym,
-    languages,
-    maths,
-    needle,
-    packaged,
-    safety,
-    sums,
-)
+from finback.suites import choice, code, compression, contest, gym, languages, maths, needle, packaged, safety, sums
 from finback.suites.listed import Listed, distinct, pick
 from finback.suites.origin import Origin, digest
 from finback.suites.suite import Source, Suite
@@ -86,9 +74,7 @@ def load(spec: str, problems: int | None, seed: int) -> Suite:
     return (code if name in code.ORIGINS else packaged).load(name, at, problems, seed)
 
 
-def _other(
-    name: str, spec: str, at: str, options: dict[str, str], problems: int | None, seed: int
-) -> Suite:  # fmt: skip
+def _other(name: str, spec: str, at: str, options: dict[str, str], problems: int | None, seed: int) -> Suite:
     if name == "livecodebench":
         _known(spec, options, "since", "until")
         return contest.load(at, problems, seed, options.get("since", ""), options.get("until", ""))
@@ -140,7 +126,9 @@ def _options(spec: str, query: str) -> dict[str, str]:
     try:
         return dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if query else {}
     except ValueError:
-        raise UserError("suite", spec, "what follows ? is no list of options", "Write NAME?OPTION=VALUE&OPTION=VALUE.") from None  # fmt: skip
+        raise UserError(
+            "suite", spec, "what follows ? is no list of options", "Write NAME?OPTION=VALUE&OPTION=VALUE."
+        ) from None
 
 
 def _known(spec: str, options: dict[str, str], *known: str) -> None:
@@ -151,7 +139,7 @@ def _known(spec: str, options: dict[str, str], *known: str) -> None:
 def _only(spec: str, at: str) -> None:
     """A suite that is made here has no path."""
     if at:
-        raise UserError("suite", spec, "is made from a seed, not read from a path", "Leave out @ and what follows.")  # fmt: skip
+        raise UserError("suite", spec, "is made from a seed, not read from a path", "Leave out @ and what follows.")
 
 
 def _near(name: str) -> str:

@@ -31,8 +31,12 @@ EXTRACTION = (
     "two different ones are none"
 )
 _LONGEST = 100_000  # characters of an answer that are looked at
-_LINE = re.compile(r"(?:the |my )?(?:final |correct )?(?:answer|答案)(?: is|是|为)?[ \t]*[:：][ \t]*(.{1,300})", re.IGNORECASE)  # fmt: skip
-_SAID = re.compile(r"(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:final |correct )?answer is[ \t]+(.{1,300})", re.IGNORECASE)  # fmt: skip
+_LINE = re.compile(
+    r"(?:the |my )?(?:final |correct )?(?:answer|答案)(?: is|是|为)?[ \t]*[:：][ \t]*(.{1,300})", re.IGNORECASE
+)
+_SAID = re.compile(
+    r"(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:final |correct )?answer is[ \t]+(.{1,300})", re.IGNORECASE
+)
 
 Asked = tuple[str, list[str], int]  # the question, its choices, the place of the right one
 
@@ -90,7 +94,7 @@ SETS = {
     ),
     # The answers of its test split are not published, so the validation split is what others report too.
     "ceval": Paper(Origin("ceval/ceval-exam", "", "val", "", "CC-BY-NC-SA-4.0"), columns, CHINESE, "zh"),
-}  # fmt: skip
+}
 
 
 def load(name: str, at: str, problems: int | None, seed: int, subset: str = "") -> Suite:
@@ -100,9 +104,11 @@ def load(name: str, at: str, problems: int | None, seed: int, subset: str = "") 
         paper = replace(paper, origin=replace(paper.origin, subset=subset))
     if not at and name == "ceval" and not subset:
         raise UserError(
-            "suite", name, "C-Eval has one data set for each of its 52 subjects",
+            "suite",
+            name,
+            "C-Eval has one data set for each of its 52 subjects",
             "Name one, such as ceval?subset=computer_network, or a file of your own with ceval@FILE.",
-        )  # fmt: skip
+        )
     return of_records(name, paper, paper.origin.records(at), problems, seed, paper.origin.name(at))
 
 
@@ -116,7 +122,7 @@ def of_records(
 
 def made(
     name: str, paper: Paper, asked: Sequence[tuple[Problem, list[str]]], problems: int | None, seed: int, source: str
-) -> Suite:  # fmt: skip
+) -> Suite:
     """The suite of these problems; each comes with its choices."""
     choices = {problem.key: shown for problem, shown in reversed(asked)}  # of copies the first counts
     chosen = pick(distinct(problem for problem, _ in asked), problems, seed)

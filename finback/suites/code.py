@@ -29,7 +29,7 @@ ORIGINS = {
     "mbpp": Origin(
         "google-research-datasets/mbpp", "sanitized", "test", "4bb6404fdc6cacfda99d4ac4205087b89d32030c", "CC-BY-4.0"
     ),
-}  # fmt: skip
+}
 
 
 def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
@@ -104,7 +104,7 @@ def _numbered(record: Record) -> dict[str, int | str]:
 
 def _name(record: Record, entry: str) -> str:
     if not entry.isidentifier():
-        raise UserError(f"{record.where} entry_point", entry, "not the name of a function", "Correct the record.")  # fmt: skip
+        raise UserError(f"{record.where} entry_point", entry, "not the name of a function", "Correct the record.")
     return entry
 
 
@@ -114,7 +114,7 @@ def _tested(record: Record, solution: str, test: str) -> str:
         made = {node.name for node in ast.parse(solution).body if isinstance(node, ast.FunctionDef)}
         called = [node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)]
     except (SyntaxError, ValueError, RecursionError) as error:
-        raise UserError(f"{record.where} code", solution[:60], f"not Python ({error})", "Correct the record.") from None  # fmt: skip
+        raise UserError(f"{record.where} code", solution[:60], f"not Python ({error})", "Correct the record.") from None
     if not (known := [name for name in called if name in made]):
-        raise UserError(f"{record.where} test_list", test, "calls no function of the solution", "Correct the record.")  # fmt: skip
+        raise UserError(f"{record.where} test_list", test, "calls no function of the solution", "Correct the record.")
     return known[0]

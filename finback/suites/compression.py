@@ -71,9 +71,7 @@ def measure(model: "Transformer", tokenizer: "Tokenizer", suite: Suite, rows: in
         for begin in range(0, len(pieces), rows):
             batch = pieces[begin : begin + rows]
             longest = max(map(len, batch))
-            ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in batch]).to(
-                model.embed.device
-            )
+            ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in batch]).to(model.embed.device)
             logp = model.logits(model(ids[:, :-1])).float().log_softmax(dim=-1)
             said = logp.gather(2, ids[:, 1:, None])[..., 0].double()
             for row, piece in enumerate(batch):

@@ -18,7 +18,7 @@ from finback.data.chat import Message
 from finback.data.overlap import Overlap
 from finback.data.sources import Document
 from finback.data.tokenizer import Tokenizer
-from finback.run import read_json
+from finback.runs.files import read_json
 from finback.suites.suite import Suite
 
 _CHUNK = 1 << 16  # tokens of a document that are read at a time; its pieces overlap
@@ -90,13 +90,15 @@ def check(suite: Suite, data: str | Path, ngram: int = 13, sources: tuple[str, .
 def _sources(folder: Path, wanted: tuple[str, ...]) -> list[str]:
     if not (folder / "sources.json").is_file():
         raise UserError(
-            "contamination.data", str(folder), "no folder of a finished prepare stage (no sources.json)",
+            "contamination.data",
+            str(folder),
+            "no folder of a finished prepare stage (no sources.json)",
             "Name one, such as runs/tiny/prepare.",
-        )  # fmt: skip
+        )
     known = list(read_json(folder / "sources.json"))
     for name in wanted:
         if name not in known:
-            raise UserError("contamination.sources", name, "not among the prepared", did_you_mean(name, known))  # fmt: skip
+            raise UserError("contamination.sources", name, "not among the prepared", did_you_mean(name, known))
     return list(wanted) or known
 
 

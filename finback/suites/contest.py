@@ -25,7 +25,7 @@ from finback.tasks.task import Problem, Verdict
 # The repository is a script and six files, one for each release; the sixth goes to April 2025.
 ORIGIN = Origin(
     "livecodebench/code_generation_lite", "", "test", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505", files="test6.jsonl"
-)  # fmt: skip
+)
 LIMITS = Limits(wall=10.0, cpu=6.0, memory=1 << 30)  # LiveCodeBench gives each test 6 seconds
 PROMPT = "{question}\n\nThink first. Then write the whole program in Python, in one ```python block."
 EXTRACTION = "the last fenced block, or all of the answer"
@@ -72,14 +72,16 @@ def load(at: str, problems: int | None, seed: int, since: str = "", until: str =
         problems=chosen,
         task=Listed("livecodebench", chosen, partial(judge, known), waits=True),
         source=Source(
-            ORIGIN.name(at), ORIGIN.licence, digest([p.question, known[p.key].method, known[p.key].tests] for p in chosen)
+            ORIGIN.name(at),
+            ORIGIN.licence,
+            digest([p.question, known[p.key].method, known[p.key].tests] for p in chosen),
         ),
         prompt=PROMPT,
         extraction=EXTRACTION,
         metric="pass@1",
         chance=0.0,
         notes={"window": f"{days[0]} to {days[-1]}"},
-    )  # fmt: skip
+    )
 
 
 def judge(known: Mapping[str, Judged], problem: Problem, answer: str) -> Verdict:
@@ -145,11 +147,11 @@ def _method(record: Record) -> str:
 def _values(record: Record, test: dict[str, str]) -> tuple[list[Any], Any]:
     """A method's arguments, one JSON value a line, and what it must return."""
     try:
-        return [json.loads(line) for line in test["input"].split("\n") if line.strip()], json.loads(
-            test["output"]
-        )
+        return [json.loads(line) for line in test["input"].split("\n") if line.strip()], json.loads(test["output"])
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{record.where} test_cases", test["input"][:60], f"not JSON ({error})", "Correct the record.") from None  # fmt: skip
+        raise UserError(
+            f"{record.where} test_cases", test["input"][:60], f"not JSON ({error})", "Correct the record."
+        ) from None
 
 
 def _tests(record: Record, name: str) -> list[dict[str, str]]:
@@ -159,13 +161,17 @@ def _tests(record: Record, name: str) -> list[dict[str, str]]:
         value = _unpacked(record, name, value)
     tests = json.loads(value) if isinstance(value, str) and _is_json(value) else value
     right = isinstance(tests, list) and all(
-        isinstance(t, dict) and isinstance(t.get("input"), str) and isinstance(t.get("output"), str)
-        for t in tests
+        isinstance(t, dict) and isinstance(t.get("input"), str) and isinstance(t.get("output"), str) for t in tests
     )
     if name not in record.fields:
         record.text(name)  # says which fields there are
     if not right:
-        raise UserError(f"{record.where} {name}", str(value)[:60], "not a list of tests with input and output", "Correct the record.")  # fmt: skip
+        raise UserError(
+            f"{record.where} {name}",
+            str(value)[:60],
+            "not a list of tests with input and output",
+            "Correct the record.",
+        )
     return list(tests)
 
 
@@ -183,9 +189,19 @@ def _unpacked(record: Record, name: str, value: str) -> Any:
         if unpacker.unconsumed_tail:
             raise ValueError(f"more than {_LARGEST >> 20} MiB")
         return _Plain(io.BytesIO(raw)).load()
-    except (ValueError, binascii.Error, zlib.error, pickle.UnpicklingError, EOFError, IndexError, KeyError, AttributeError, TypeError) as error:  # fmt: skip
+    except (
+        ValueError,
+        binascii.Error,
+        zlib.error,
+        pickle.UnpicklingError,
+        EOFError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        TypeError,
+    ) as error:
         problem = f"not base64 of a compressed pickled text ({error})"
-        raise UserError(f"{record.where} {name}", value[:60], problem, "Take the file as it is on the hub.") from None  # fmt: skip
+        raise UserError(f"{record.where} {name}", value[:60], problem, "Take the file as it is on the hub.") from None
 
 
 def _is_json(value: str) -> bool:

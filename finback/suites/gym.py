@@ -20,7 +20,7 @@ from finback.tasks.gym import SUPPORTED, Gym, Setting
 from finback.tasks.task import Problem, Verdict, draw
 
 LEVELS = {"easy": 0, "medium": 1, "hard": 2}
-PROMPT = "{question}\n\nThink step by step. Give your final answer, and nothing else, between <answer> and </answer>."  # fmt: skip
+PROMPT = "{question}\n\nThink step by step. Give your final answer, and nothing else, between <answer> and </answer>."
 EXTRACTION = r"<answer>, or \boxed{}, or all of the answer; two different ones are none"
 DEFAULT = 100  # problems
 _TAG = re.compile(r"</?answer>")
@@ -43,12 +43,13 @@ def load(dataset: str, options: dict[str, str], problems: int | None, seed: int)
         task=Listed(name, made, partial(judge, task)),
         source=Source(
             f"reasoning-gym {importlib.metadata.version('reasoning-gym')} {dataset} seed {seed}",
-            "Apache-2.0", fingerprint(made),
+            "Apache-2.0",
+            fingerprint(made),
         ),
         prompt="{question}" if bare else PROMPT,
         extraction=EXTRACTION,
         notes={"settings": ", ".join(f"{k}={v}" for k, v in sorted(settings.items()))} if settings else {},
-    )  # fmt: skip
+    )
 
 
 def names() -> list[str]:
@@ -94,11 +95,16 @@ def _made(task: Gym, n: int, seed: int) -> tuple[Problem, ...]:
 def _at_level(dataset: str, level: str) -> dict[str, Setting]:
     """What the generator's curriculum sets after so many steps; knobs with fewer steps stay at their last."""
     if level not in LEVELS and not (level.isascii() and level.isdecimal() and int(level) <= 100):
-        raise UserError("gym.level", level, "no such level", f"{did_you_mean(level, LEVELS)} Or a number from 0.")  # fmt: skip
+        raise UserError("gym.level", level, "no such level", f"{did_you_mean(level, LEVELS)} Or a number from 0.")
     from reasoning_gym.factory import CURRICULA, create_curriculum
 
     if dataset not in CURRICULA:
-        raise UserError("gym.level", level, f"{dataset} has no levels", f"Leave it out, or set its knobs, as in gym:{dataset}?size=…")  # fmt: skip
+        raise UserError(
+            "gym.level",
+            level,
+            f"{dataset} has no levels",
+            f"Leave it out, or set its knobs, as in gym:{dataset}?size=…",
+        )
     curriculum = create_curriculum(dataset)
     steps = LEVELS.get(level)
     for name, attribute in curriculum.attributes.items():
@@ -126,7 +132,7 @@ def _read(dataset: str, options: dict[str, str]) -> dict[str, Setting]:
         return {}
     from reasoning_gym.factory import DATASETS
 
-    hints = {name: hint for name, hint in get_type_hints(DATASETS[dataset][1]).items() if name not in ("seed", "size")}  # fmt: skip
+    hints = {name: hint for name, hint in get_type_hints(DATASETS[dataset][1]).items() if name not in ("seed", "size")}
     if unknown := [name for name in options if name not in hints]:
         near = did_you_mean(unknown[0], [*hints, "level", "bare"])
         raise UserError(f"gym:{dataset}", unknown[0], "no such option", near)

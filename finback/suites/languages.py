@@ -20,26 +20,50 @@ SHARE = 0.95  # of an answer's words; names of people and places may stay
 # Each asks for a + b * c in the words of its language; {n} is a name.
 _TOLD = {
     "en": (
-        ("{n} has {a} apples and buys {b} bags with {c} apples each. How many apples does {n} have now?", "Anna Ben Carl Dora"),
-        ("A train has {a} empty seats. At each of {b} stations {c} people get off and nobody gets on. How many seats are empty then?", "-"),
+        (
+            "{n} has {a} apples and buys {b} bags with {c} apples each. How many apples does {n} have now?",
+            "Anna Ben Carl Dora",
+        ),
+        (
+            "A train has {a} empty seats. At each of {b} stations {c} people get off and nobody gets on. How many seats are empty then?",
+            "-",
+        ),
     ),
     "de": (
-        ("{n} hat {a} Äpfel und kauft {b} Tüten mit je {c} Äpfeln. Wie viele Äpfel hat {n} jetzt?", "Anna Ben Karl Dora"),
-        ("In einem Zug sind {a} Plätze frei. An {b} Bahnhöfen steigen je {c} Leute aus und niemand ein. Wie viele Plätze sind dann frei?", "-"),
+        (
+            "{n} hat {a} Äpfel und kauft {b} Tüten mit je {c} Äpfeln. Wie viele Äpfel hat {n} jetzt?",
+            "Anna Ben Karl Dora",
+        ),
+        (
+            "In einem Zug sind {a} Plätze frei. An {b} Bahnhöfen steigen je {c} Leute aus und niemand ein. Wie viele Plätze sind dann frei?",
+            "-",
+        ),
     ),
     "fr": (
-        ("{n} a {a} pommes et achète {b} sacs de {c} pommes chacun. Combien de pommes {n} a-t-il maintenant ?", "Luc Paul Marc Jean"),
-        ("Un train a {a} places libres. À chacune des {b} gares, {c} personnes descendent et personne ne monte. Combien de places sont alors libres ?", "-"),
+        (
+            "{n} a {a} pommes et achète {b} sacs de {c} pommes chacun. Combien de pommes {n} a-t-il maintenant ?",
+            "Luc Paul Marc Jean",
+        ),
+        (
+            "Un train a {a} places libres. À chacune des {b} gares, {c} personnes descendent et personne ne monte. Combien de places sont alors libres ?",
+            "-",
+        ),
     ),
     "es": (
-        ("{n} tiene {a} manzanas y compra {b} bolsas con {c} manzanas cada una. ¿Cuántas manzanas tiene {n} ahora?", "Ana Luis Carlos Elena"),
-        ("Un tren tiene {a} asientos libres. En cada una de {b} estaciones bajan {c} personas y no sube nadie. ¿Cuántos asientos quedan libres?", "-"),
+        (
+            "{n} tiene {a} manzanas y compra {b} bolsas con {c} manzanas cada una. ¿Cuántas manzanas tiene {n} ahora?",
+            "Ana Luis Carlos Elena",
+        ),
+        (
+            "Un tren tiene {a} asientos libres. En cada una de {b} estaciones bajan {c} personas y no sube nadie. ¿Cuántos asientos quedan libres?",
+            "-",
+        ),
     ),
     "zh": (
         ("{n}有{a}个苹果，又买了{b}袋，每袋{c}个苹果。{n}现在有多少个苹果？", "小明 小红 小刚 小丽"),
         ("一列火车有{a}个空座位。在{b}个车站，每站有{c}个人下车，没有人上车。现在有多少个空座位？", "-"),
     ),
-}  # fmt: skip
+}
 _ASKED = {
     "en": "Explain in one or two sentences, in English. Put the number in \\boxed{}.",
     "de": "Erkläre es in ein oder zwei Sätzen auf Deutsch. Schreibe die Zahl in \\boxed{}.",

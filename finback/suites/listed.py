@@ -8,9 +8,7 @@ from finback.config import UserError
 from finback.suites.origin import digest
 from finback.tasks.task import Problem, Verdict
 
-_UNSOUND = (
-    0.01  # share of the gold answers that may fail their own check; such questions are left out, and counted
-)
+_UNSOUND = 0.01  # share of the gold answers that may fail their own check; such questions are left out, and counted
 
 Judge = Callable[[Problem, str], Verdict]
 
@@ -61,9 +59,11 @@ def sound(name: str, problems: Sequence[Problem], judge: Judge) -> tuple[list[Pr
         kept = {problem.key for problem in good}
         first = next(problem for problem in problems if problem.key not in kept)
         raise UserError(
-            f"suite {name}", first.answer, f"{bad} of {len(problems)} gold answers fail their own check, first this",
+            f"suite {name}",
+            first.answer,
+            f"{bad} of {len(problems)} gold answers fail their own check, first this",
             "Correct the file, or name one of the right form.",
-        )  # fmt: skip
+        )
     return good, {"left out": f"{bad}, whose own gold answer fails the check"} if bad else {}
 
 

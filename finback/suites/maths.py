@@ -27,22 +27,24 @@ class Contest:
 
 SETS = {
     "gsm8k": Contest(
-        Origin("openai/gsm8k", "main", "test", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", "MIT"),
-        "question", "answer",
+        Origin("openai/gsm8k", "main", "test", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", "MIT"), "question", "answer"
     ),
     "math500": Contest(
-        Origin("HuggingFaceH4/MATH-500", "", "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"),
-        "problem", "answer",
+        Origin("HuggingFaceH4/MATH-500", "", "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"), "problem", "answer"
     ),
     "aime24": Contest(
         Origin("Maxwell-Jia/AIME_2024", "", "train", "8d88b2876a82a080e2f172cc9b25d0d9d2cb4792"),
-        "Problem", "Answer", chance=0.001,  # one of 000 to 999
+        "Problem",
+        "Answer",
+        chance=0.001,  # one of 000 to 999
     ),
     "aime25": Contest(
         Origin("math-ai/aime25", "", "test", "563bb8404243c5f09de6ec262f2db674fe5bce9b", "Apache-2.0"),
-        "problem", "answer", chance=0.001,
+        "problem",
+        "answer",
+        chance=0.001,
     ),
-}  # fmt: skip
+}
 
 
 def load(name: str, at: str, problems: int | None, seed: int) -> Suite:

@@ -62,7 +62,11 @@ def _path(name: str) -> str:
 def _asked(record: Record) -> tuple[str, str]:
     """What the user says, and the ideal answer; the system's turn repeats what our prompt asks for."""
     turns: Any = record.fields.get("input")
-    said = [t.get("content") for t in turns if isinstance(t, dict) and t.get("role") == "user"] if isinstance(turns, list) else []  # fmt: skip
+    said = (
+        [t.get("content") for t in turns if isinstance(t, dict) and t.get("role") == "user"]
+        if isinstance(turns, list)
+        else []
+    )
     if len(said) != 1 or not isinstance(said[0], str):
         raise UserError(f"{record.where} input", turns, "not one turn of a user", "Correct the record.")
     return said[0].strip(), record.text("ideal").strip()
@@ -85,7 +89,7 @@ def _lettered(record: Record, question: str, ideal: str) -> tuple[Problem, list[
         found = found[1:]  # a line of the question itself may begin like a choice
     choices = [" ".join(text.split()) for _, text in found]
     if not 2 <= len(choices) <= len(LETTERS) or ideal not in LETTERS[: len(choices)]:
-        raise UserError(record.where, ideal, "not the letter of one of the question's choices", "Correct the record.")  # fmt: skip
+        raise UserError(record.where, ideal, "not the letter of one of the question's choices", "Correct the record.")
     return Problem(question, ideal, key(question)), choices
 
 

@@ -35,7 +35,8 @@ _R1_PROTOCOL = (
 _V3_CHAT = "answers of at most 8K tokens; sets under 1,000 questions several times; AIME and CNMO 16 runs at 0.7, MATH-500 greedy"
 _TABLES = (
     _Table(
-        _R1, _R1_PROTOCOL,
+        _R1,
+        _R1_PROTOCOL,
         ("Claude-3.5-Sonnet-1022", "GPT-4o-0513", "DeepSeek-V3", "o1-mini", "o1-1217", "DeepSeek-R1"),
         """MMLU | 88.3 87.2 88.5 85.2 91.8 90.8
         MMLU-Redux | 88.9 88.0 89.1 86.7 - 92.9
@@ -60,12 +61,14 @@ _TABLES = (
         C-SimpleQA | 55.4 58.7 68.0 40.3 - 63.7""",
     ),
     _Table(
-        "DeepSeek-R1 paper (arXiv 2501.12948 v1)", f"as printed in the paper, where the README differs; {_R1_PROTOCOL}",
+        "DeepSeek-R1 paper (arXiv 2501.12948 v1)",
+        f"as printed in the paper, where the README differs; {_R1_PROTOCOL}",
         ("Claude-3.5-Sonnet-1022", "GPT-4o-0513", "DeepSeek-V3"),
         "LiveCodeBench 2024-08 to 2025-01 | 38.9 32.9 36.2",
     ),
     _Table(
-        "DeepSeek-R1, Nature 645:633, table 2", f"stages of R1's training; {_R1_PROTOCOL}",
+        "DeepSeek-R1, Nature 645:633, table 2",
+        f"stages of R1's training; {_R1_PROTOCOL}",
         ("R1-Zero", "R1-Dev1", "R1-Dev2", "R1-Dev3", "DeepSeek-R1"),
         """MMLU | 88.8 89.1 91.2 91.0 90.8
         MMLU-Redux | 85.6 90.0 93.0 93.1 92.9
@@ -90,17 +93,24 @@ _TABLES = (
         C-SimpleQA | 66.4 58.8 64.2 66.9 63.7""",
     ),
     _Table(
-        "DeepSeek-R1 paper (arXiv 2501.12948 v1)", f"an earlier point of its training than Nature's; {_R1_PROTOCOL}",
+        "DeepSeek-R1 paper (arXiv 2501.12948 v1)",
+        f"an earlier point of its training than Nature's; {_R1_PROTOCOL}",
         ("R1-Zero",),
         """AIME 2024 | 71.0
         AIME 2024, majority of 64 | 86.7
         GPQA Diamond | 73.3""",
     ),
     _Table(
-        _R1, _R1_PROTOCOL,
+        _R1,
+        _R1_PROTOCOL,
         (
-            "R1-Distill-Qwen-1.5B", "R1-Distill-Qwen-7B", "R1-Distill-Qwen-14B", "R1-Distill-Qwen-32B",
-            "R1-Distill-Llama-8B", "R1-Distill-Llama-70B", "QwQ-32B-Preview",
+            "R1-Distill-Qwen-1.5B",
+            "R1-Distill-Qwen-7B",
+            "R1-Distill-Qwen-14B",
+            "R1-Distill-Qwen-32B",
+            "R1-Distill-Llama-8B",
+            "R1-Distill-Llama-70B",
+            "QwQ-32B-Preview",
         ),
         """AIME 2024 | 28.9 55.5 69.7 72.6 50.4 70.0 44.0
         AIME 2024, majority of 64 | 52.7 83.3 80.0 83.3 80.0 86.7 60.0
@@ -110,18 +120,21 @@ _TABLES = (
         Codeforces rating | 954 1189 1481 1691 1205 1633 1316""",
     ),
     _Table(
-        _R1, f"of the table of distilled models; {_R1_PROTOCOL}",
+        _R1,
+        f"of the table of distilled models; {_R1_PROTOCOL}",
         ("GPT-4o-0513", "Claude-3.5-Sonnet-1022", "o1-mini"),
         """AIME 2024, majority of 64 | 13.4 26.7 80.0
         LiveCodeBench 2024-08 to 2025-01 | 32.9 38.9 53.8""",
     ),
     _Table(
-        "DeepSeek-R1 paper (arXiv 2501.12948 v1)", f"as printed in the paper, where the README differs; {_R1_PROTOCOL}",
+        "DeepSeek-R1 paper (arXiv 2501.12948 v1)",
+        f"as printed in the paper, where the README differs; {_R1_PROTOCOL}",
         ("QwQ-32B-Preview",),
         "AIME 2024 | 50.0",
     ),
     _Table(
-        "DeepSeek-R1 paper (arXiv 2501.12948 v1)", f"more than 10,000 steps of RL on the base model, no distillation; {_R1_PROTOCOL}",
+        "DeepSeek-R1 paper (arXiv 2501.12948 v1)",
+        f"more than 10,000 steps of RL on the base model, no distillation; {_R1_PROTOCOL}",
         ("Qwen2.5-32B-Zero",),
         """AIME 2024 | 47.0
         AIME 2024, majority of 64 | 60.0
@@ -130,8 +143,16 @@ _TABLES = (
         LiveCodeBench 2024-08 to 2025-01 | 40.2""",
     ),
     _Table(
-        "DeepSeek-V3 README (arXiv 2412.19437), chat models", _V3_CHAT,
-        ("DeepSeek-V2.5-0905", "Qwen2.5-72B-Instruct", "Llama-3.1-405B-Instruct", "Claude-3.5-Sonnet-1022", "GPT-4o-0513", "DeepSeek-V3"),
+        "DeepSeek-V3 README (arXiv 2412.19437), chat models",
+        _V3_CHAT,
+        (
+            "DeepSeek-V2.5-0905",
+            "Qwen2.5-72B-Instruct",
+            "Llama-3.1-405B-Instruct",
+            "Claude-3.5-Sonnet-1022",
+            "GPT-4o-0513",
+            "DeepSeek-V3",
+        ),
         """MMLU | 80.6 85.3 88.6 88.3 87.2 88.5
         MMLU-Redux | 80.3 85.6 86.2 88.9 88.0 89.1
         MMLU-Pro | 66.2 71.6 73.3 78.0 72.6 75.9
@@ -187,12 +208,19 @@ _TABLES = (
         CMMLU | 84.0 89.5 73.7 88.8
         MMMLU, not English | 64.0 74.8 73.8 79.4""",
     ),
-)  # fmt: skip
+)
 _SUITES = {
-    "MMLU": "mmlu", "MMLU-Pro": "mmlu-pro", "GPQA Diamond": "gpqa", "C-Eval": "ceval", "AIME 2024": "aime24",
-    "MATH-500": "math500", "GSM8K": "gsm8k", "HumanEval": "humaneval", "MBPP": "mbpp",
+    "MMLU": "mmlu",
+    "MMLU-Pro": "mmlu-pro",
+    "GPQA Diamond": "gpqa",
+    "C-Eval": "ceval",
+    "AIME 2024": "aime24",
+    "MATH-500": "math500",
+    "GSM8K": "gsm8k",
+    "HumanEval": "humaneval",
+    "MBPP": "mbpp",
     "LiveCodeBench 2024-08 to 2025-01": "livecodebench",
-}  # fmt: skip
+}
 
 
 def rows(suite: str = "") -> tuple[Published, ...]:

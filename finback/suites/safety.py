@@ -49,7 +49,7 @@ def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
         if name not in known:
             raise UserError("safety", name, "no such option", did_you_mean(name, known))
     if options and not (options.get("judge") and options.get("model")):
-        raise UserError("safety", options, "a judge has an address and a model", "Write safety?judge=URL&model=NAME.")  # fmt: skip
+        raise UserError("safety", options, "a judge has an address and a model", "Write safety?judge=URL&model=NAME.")
     judge = Judge(options["judge"], options["model"], options.get("key_file"), RUBRIC) if options else None
     return suite(judge, problems, seed)
 

@@ -45,11 +45,7 @@ def majority(votes: Sequence[Hashable | None], right: Sequence[bool]) -> float:
 
     `votes` say which answers are the same, None is no vote; right answers are one answer, however they are written.
     """
-    cast = [
-        "right" if ok else ("wrong", vote)
-        for vote, ok in zip(votes, right, strict=True)
-        if ok or vote is not None
-    ]
+    cast = ["right" if ok else ("wrong", vote) for vote, ok in zip(votes, right, strict=True) if ok or vote is not None]
     if not cast:
         return 0.0
     counts = Counter(cast)
@@ -149,9 +145,7 @@ def _worth(values: np.ndarray, level: float) -> float:
     if n < 2 or values.var() == 0:
         return float(n)
     upper = (1 + level) / 2
-    doubt = (
-        NormalDist().inv_cdf(upper) / student(upper, n - 1)
-    ) ** 2  # the spread itself is known from n questions
+    doubt = (NormalDist().inv_cdf(upper) / student(upper, n - 1)) ** 2  # the spread itself is known from n questions
     return max(float(n), doubt * mean * (1 - mean) / (float(values.var(ddof=1)) / n))
 
 

@@ -21,9 +21,7 @@ def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
     hints = get_type_hints(Chains)
     if unknown := [name for name in options if name not in hints]:
         raise UserError("chains", unknown[0], "no such option", did_you_mean(unknown[0], hints))
-    task = Chains(
-        **{name: parse(text, hints[name], f"chains.{name}") for name, text in (TERMS | options).items()}
-    )
+    task = Chains(**{name: parse(text, hints[name], f"chains.{name}") for name, text in (TERMS | options).items()})
     made = tuple(distinct(task, "held_out", problems or DEFAULT, seed))
     return Suite(
         name=task.name,

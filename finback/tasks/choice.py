@@ -93,10 +93,7 @@ class Choice:
         choices = [" ".join(str(choice).split()) for choice in listed] if is_list else []
         if not 2 <= len(choices) <= len(_LETTERS) or not all(choices) or len(set(choices)) < len(choices):
             raise UserError(
-                f"{record.where} {self.choices_field}",
-                listed,
-                "not 2 to 10 different texts",
-                "Correct the record.",
+                f"{record.where} {self.choices_field}", listed, "not 2 to 10 different texts", "Correct the record."
             )
         return choices
 
@@ -142,6 +139,4 @@ def _place(record: Record, name: str, choices: list[str]) -> int:
     if len(places) == 1 and max(places) < len(choices):
         return max(places)
     problem = "could be a letter or a text" if len(places) > 1 else "names none of the choices"
-    raise UserError(
-        f"{record.where} {name}", value, problem, "Give the letter, the text, or the place from 0."
-    )
+    raise UserError(f"{record.where} {name}", value, problem, "Give the letter, the text, or the place from 0.")

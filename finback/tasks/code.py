@@ -157,17 +157,13 @@ def _item(line: str, where: str) -> _Item:
     question, entry, solution = data.get("question"), data.get("entry"), data.get("solution", "")
     if not isinstance(question, str) or not question.strip():
         _refuse(f"{where}: question", question, "expected a text")
-    if entry is not None and not (
-        isinstance(entry, str) and entry.isidentifier() and not keyword.iskeyword(entry)
-    ):
+    if entry is not None and not (isinstance(entry, str) and entry.isidentifier() and not keyword.iskeyword(entry)):
         _refuse(f"{where}: entry", entry, "expected the name of a function")
     if not isinstance(solution, str):
         _refuse(f"{where}: solution", solution, "expected a text")
     tests = _tests(data.get("tests"), _CALL if entry is not None else _STDIN, where)
     key = "code: " + " ".join(question.split())
-    return _Item(
-        Problem(question, solution, key, tags={"source": Path(where).name.rsplit(":", 1)[0]}), entry, tests
-    )
+    return _Item(Problem(question, solution, key, tags={"source": Path(where).name.rsplit(":", 1)[0]}), entry, tests)
 
 
 def _tests(tests: Any, keys: set[str], where: str) -> tuple[dict[str, Any], ...]:

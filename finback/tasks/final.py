@@ -52,18 +52,13 @@ def gold(text: str) -> tuple[str, str]:
         return unwrap(answer), reasoning.strip()
     found = boxed(text)
     if found:
-        return unwrap(found[-1]), text.strip() if len(text.strip()) > len(found[-1]) + len(
-            "\\boxed{}"
-        ) else ""
+        return unwrap(found[-1]), text.strip() if len(text.strip()) > len(found[-1]) + len("\\boxed{}") else ""
     return unwrap(text), ""
 
 
 def boxed(text: str) -> list[str]:
     r"""The contents of every \boxed{} and \fbox{} whose braces close, the innermost where they are nested."""
-    found, opened = (
-        list[str](),
-        list[int](),
-    )  # opened: where the content of each open brace starts, -1 if no box's
+    found, opened = (list[str](), list[int]())  # opened: where the content of each open brace starts, -1 if no box's
     for match in _BRACES.finditer(text):
         if match[0] != "}":
             opened.append(match.end() if len(match[0]) > 1 else -1)
@@ -78,9 +73,7 @@ def compact(text: str) -> str:
     r"""A form in which spaces, \left, \right and \dfrac do not count, to see whether two answers are written alike."""
     text = re.sub(r"\\left|\\right|\\[,;:! ]|\s|\$", "", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    return re.sub(
-        r"\\frac\{(\w+)\}\{(\w+)\}|\\frac(\d)(\d)", lambda m: "/".join(g for g in m.groups() if g), text
-    )
+    return re.sub(r"\\frac\{(\w+)\}\{(\w+)\}|\\frac(\d)(\d)", lambda m: "/".join(g for g in m.groups() if g), text)
 
 
 class Number(NamedTuple):

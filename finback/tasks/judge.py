@@ -93,18 +93,17 @@ class Judge:
         request = _request(self.rubric, "How much is 2 + 2?", *pair)
         if self._ask({pair: request})[pair] is None:
             raise UserError(
-                "judge.model", self.model, "its replies hold no 1, 2 or 0",
+                "judge.model",
+                self.model,
+                "its replies hold no 1, 2 or 0",
                 "Choose a model that follows instructions, or raise judge.tokens if it is cut off while it thinks.",
-            )  # fmt: skip
+            )
 
     def _ask(self, requests: dict[tuple[str, str], tuple[str, str]]) -> dict[tuple[str, str], float | None]:
         key, stop = self._key(), threading.Event()
 
         def ask(request: tuple[str, str]) -> float | None:
-            messages = [
-                {"role": role, "content": text}
-                for role, text in zip(("system", "user"), request, strict=True)
-            ]
+            messages = [{"role": role, "content": text} for role, text in zip(("system", "user"), request, strict=True)]
             body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.tokens}
             return _read(post(self.url, body, key, self.seconds, self.tries, stop))
 
@@ -121,13 +120,9 @@ class Judge:
         try:
             key = Path(self.key_file).expanduser().read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                "judge.key_file", self.key_file, f"cannot be read ({error})", "Correct the path."
-            ) from None
+            raise UserError("judge.key_file", self.key_file, f"cannot be read ({error})", "Correct the path.") from None
         if not key or len(key.split()) > 1:
-            raise UserError(
-                "judge.key_file", self.key_file, "does not hold one key", "Write the key alone into it."
-            )
+            raise UserError("judge.key_file", self.key_file, "does not hold one key", "Write the key alone into it.")
         return key
 
 

@@ -18,10 +18,24 @@ EUROPEAN = ("de", "fr", "es", "it", "pt")
 _WINDOW = 5  # words; fewer are often mistaken, more blur where one language ends
 _CLEAR = 2.0  # how much likelier another language must be: names and rare words are not held against a chain
 _SCRIPTS = {
-    "CJK": "zh ja", "HIRAGANA": "ja", "KATAKANA": "ja", "HANGUL": "ko", "CYRILLIC": "ru uk bg be mk sr kk mn",
-    "GREEK": "el", "ARABIC": "ar fa ur", "HEBREW": "he", "DEVANAGARI": "hi mr", "THAI": "th", "GEORGIAN": "ka",
-    "ARMENIAN": "hy", "BENGALI": "bn", "GUJARATI": "gu", "GURMUKHI": "pa", "TAMIL": "ta", "TELUGU": "te",
-}  # fmt: skip
+    "CJK": "zh ja",
+    "HIRAGANA": "ja",
+    "KATAKANA": "ja",
+    "HANGUL": "ko",
+    "CYRILLIC": "ru uk bg be mk sr kk mn",
+    "GREEK": "el",
+    "ARABIC": "ar fa ur",
+    "HEBREW": "he",
+    "DEVANAGARI": "hi mr",
+    "THAI": "th",
+    "GEORGIAN": "ka",
+    "ARMENIAN": "hy",
+    "BENGALI": "bn",
+    "GUJARATI": "gu",
+    "GURMUKHI": "pa",
+    "TAMIL": "ta",
+    "TELUGU": "te",
+}
 _UNSPACED = frozenset({"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"})
 _NO_PROSE = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.{0,2000}?\$\$|\$[^$\n]{1,300}\$|\\\(.{0,2000}?\\\)|\\\[.{0,2000}?\\\]|"
@@ -56,9 +70,7 @@ def consistency(chain: str, target: str = "en", others: tuple[str, ...] = EUROPE
     foreign = sum(w.size for w in words(text) if w.script not in {"LATIN", *scripts})
     foreign += sum(w.size for w in said if w.script == "LATIN" and "LATIN" not in scripts)
     right = sum(
-        word.size
-        for word, is_right in zip(own, _in_target(prose, own, target, others), strict=True)
-        if is_right
+        word.size for word, is_right in zip(own, _in_target(prose, own, target, others), strict=True) if is_right
     )
     total = foreign + sum(word.size for word in own)
     return right / total if total else None
@@ -128,9 +140,7 @@ def known(name: str, field: str = "language") -> Any:
 @lru_cache(maxsize=128)
 def _scripts(name: str) -> frozenset[str]:
     known(name)
-    return frozenset(script for script, names in _SCRIPTS.items() if name in names.split()) or frozenset(
-        {"LATIN"}
-    )
+    return frozenset(script for script, names in _SCRIPTS.items() if name in names.split()) or frozenset({"LATIN"})
 
 
 @lru_cache(maxsize=50_000)

@@ -35,15 +35,10 @@ class Chains:
         check_fields(self, "chains")
         if not 2 <= self.min_terms <= self.max_terms:
             raise UserError(
-                "chains.min_terms",
-                self.min_terms,
-                f"not in 2..max_terms ({self.max_terms})",
-                "Correct the range.",
+                "chains.min_terms", self.min_terms, f"not in 2..max_terms ({self.max_terms})", "Correct the range."
             )
         if self.largest < 1:
-            raise UserError(
-                "chains.largest", self.largest, "terms run from 1 to largest", "Set it to at least 1."
-            )
+            raise UserError("chains.largest", self.largest, "terms run from 1 to largest", "Set it to at least 1.")
 
     @property
     def name(self) -> str:
@@ -76,6 +71,4 @@ class Chains:
 
     def check(self, problem: Problem, answer: str) -> Verdict:
         value = integer(answer)
-        return Verdict(
-            correct=value is not None and value == int(problem.answer), well_formed=value is not None
-        )
+        return Verdict(correct=value is not None and value == int(problem.answer), well_formed=value is not None)

@@ -59,9 +59,12 @@ def _parse(text: str) -> Any:
     from math_verify import LatexExtractionConfig, parse
 
     found = parse(
-        "\\boxed{" + text + "}", [LatexExtractionConfig(boxed_match_priority=0)],
-        fallback_mode="no_fallback", extraction_mode="first_match", parsing_timeout=None,  # type: ignore[arg-type]
-    )  # fmt: skip
+        "\\boxed{" + text + "}",
+        [LatexExtractionConfig(boxed_match_priority=0)],
+        fallback_mode="no_fallback",
+        extraction_mode="first_match",
+        parsing_timeout=None,  # type: ignore[arg-type]
+    )
     return found[0] if len(found) == 1 else None
 
 
@@ -96,11 +99,7 @@ def _listen(requests: "queue.SimpleQueue[str]") -> None:
 
 
 def _confine(megabytes: int) -> None:
-    for kind, limit in (
-        (resource.RLIMIT_AS, megabytes << 20),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
+    for kind, limit in ((resource.RLIMIT_AS, megabytes << 20), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(kind, (limit, limit))
     sys.addaudithook(_refuse)
 

@@ -79,9 +79,11 @@ def post(url: str, body: dict[str, Any], key: str, seconds: float, tries: int, s
         if attempt + 1 < tries:
             stop.wait(min(_LONGEST_WAIT, 0.5 * 2**attempt if wait is None else wait))
     raise UserError(
-        "judge.url", url, f"the judge did not answer, at last: {problem}",
+        "judge.url",
+        url,
+        f"the judge did not answer, at last: {problem}",
         "Start or correct the server, then give the same command again: the run goes on where it was.",
-    )  # fmt: skip
+    )
 
 
 def _once(url: str, body: dict[str, Any], key: str, seconds: float) -> str:
@@ -93,9 +95,7 @@ def _content(response: http.client.HTTPResponse, raw: bytes) -> str:
     if response.status != 200:
         said = " ".join(raw[:300].decode("utf-8", "replace").split())
         raise _Refused(
-            f"HTTP {response.status} {said}",
-            is_final(response.status),
-            _seconds(response.getheader("Retry-After")),
+            f"HTTP {response.status} {said}", is_final(response.status), _seconds(response.getheader("Retry-After"))
         )
     try:
         content = json.loads(raw)["choices"][0]["message"]["content"]

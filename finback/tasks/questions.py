@@ -22,14 +22,12 @@ from types import FrameType
 from typing import Any
 
 from finback.config import UserError, check_fields, check_positive
-from finback.tasks import aside, final
+from finback.tasks import final, math_process
 from finback.tasks.records import Record, read
 from finback.tasks.task import Problem, Verdict
 
 _LONGEST_GOLD = 200  # characters; longer ones are prose, which nothing here can compare
-_RIGHT = (
-    0.99  # what a user's function must give: a reward here is 0 or 1, so that no partial credit can be farmed
-)
+_RIGHT = 0.99  # what a user's function must give: a reward here is 0 or 1, so that no partial credit can be farmed
 _ANNOTATION = re.compile(r"<<[0-9+\-*/.=()% ]*>>")  # GSM8K's calculator: 48/2=<<48/2=24>>24
 _FAILING = 0.01  # the share of records whose own gold answer may fail the check
 
@@ -100,10 +98,11 @@ class Questions:
                 known.setdefault(problem.key, (record, problem))
         if len(faults) > _FAILING * len(records):
             raise UserError(
-                "questions.source", self.source,
+                "questions.source",
+                self.source,
                 f"the gold answers of {len(faults)} of {len(records)} records fail the check, first {faults[0]}",
                 r"Mark each final answer with #### or \boxed{}, correct it, or give a `checker` of your own.",
-            )  # fmt: skip
+            )
         return known
 
     def _problem(self, record: Record) -> Problem:
@@ -125,9 +124,7 @@ class Questions:
             return self._objection(record, problem.answer) if problem.answer else ""
         if len(problem.answer) > _LONGEST_GOLD:
             return f"the gold answer has more than {_LONGEST_GOLD} characters, so it is no final answer"
-        return (
-            "" if compare(problem, problem.answer).correct else f"{problem.answer!r} is not one final answer"
-        )
+        return "" if compare(problem, problem.answer).correct else f"{problem.answer!r} is not one final answer"
 
     def _objection(self, record: Record, answer: str) -> str:
         """Why the user's function does not count an answer as right, or ""."""
@@ -158,7 +155,7 @@ def compare(problem: Problem, answer: str) -> Verdict:
         return Verdict(correct=True, well_formed=True)
     if not final.is_single(given) or _is_copied(given, problem.question):
         return Verdict(correct=False, well_formed=False)
-    comparison = aside.compare(gold, given)
+    comparison = math_process.compare(gold, given)
     return Verdict(comparison.same, comparison.read)
 
 

@@ -30,9 +30,7 @@ class Record(NamedTuple):
         if name in self.fields:
             raise UserError(f"{self.where} {name}", value, "expected text", "Correct or remove the record.")
         known = did_you_mean(name, self.fields)
-        raise UserError(
-            self.where, name, f"the record has no such field. {known}", "Name the field in the recipe."
-        )
+        raise UserError(self.where, name, f"the record has no such field. {known}", "Name the field in the recipe.")
 
 
 def read(source: str, subset: str, split: str, revision: str = "", files: str = "") -> tuple[Record, ...]:
@@ -45,9 +43,7 @@ def read(source: str, subset: str, split: str, revision: str = "", files: str = 
     path = Path(source)
     if not path.is_file():
         names = [p.name for p in path.parent.glob("*.json*")] if path.parent.is_dir() else []
-        raise UserError(
-            "source", source, f"no such file. {did_you_mean(path.name, names)}", "Correct the path."
-        )
+        raise UserError("source", source, f"no such file. {did_you_mean(path.name, names)}", "Correct the path.")
     stat = path.stat()
     return _from_file(source, stat.st_mtime_ns, stat.st_size)
 
@@ -69,9 +65,7 @@ def _from_file(source: str, changed: int, size: int) -> tuple[Record, ...]:
 def _lines(path: Path) -> Iterator[Record]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
-            yield _record(
-                _json(line, f"{path}:{number}", "Write one JSON object per line."), f"{path}:{number}"
-            )
+            yield _record(_json(line, f"{path}:{number}", "Write one JSON object per line."), f"{path}:{number}")
 
 
 def _list(path: Path) -> Iterator[Record]:
@@ -91,9 +85,7 @@ def _table(path: Path) -> Iterator[Record]:
                 raise UserError(f"{path}:{reader.line_num}", row, problem, "Correct the line.")
             yield Record(f"{path}:{reader.line_num}", row)
     except csv.Error as error:
-        raise UserError(
-            f"{path}:{reader.line_num}", str(path), f"not CSV ({error})", "Correct the line."
-        ) from None
+        raise UserError(f"{path}:{reader.line_num}", str(path), f"not CSV ({error})", "Correct the line.") from None
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -118,23 +110,22 @@ def _from_hub(source: str, subset: str, split: str, revision: str, files: str) -
         raise UserError("source", source, "the package datasets is not installed", _INSTALL) from None
     try:
         rows = datasets.load_dataset(
-            source.removeprefix(_HUB), subset or None, split=split, revision=revision or None,
-            data_files=files or None,
-        )  # fmt: skip
+            source.removeprefix(_HUB), subset or None, split=split, revision=revision or None, data_files=files or None
+        )
     except Exception as error:  # the package raises its own, those of the hub, of HTTP and of the file system
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            "source", source, f"the hub did not give subset {subset!r}, split {split!r}: {reason}",
+            "source",
+            source,
+            f"the hub did not give subset {subset!r}, split {split!r}: {reason}",
             "Check the name, the subset and the split, or the connection; or name a file that you have.",
-        ) from None  # fmt: skip
+        ) from None
     return tuple(_record(dict(row), f"{source} {split}: record {n}") for n, row in enumerate(rows, start=1))
 
 
 def _record(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
-        raise UserError(
-            where, value, "not a JSON object", 'Write for example {"question": "…", "answer": "…"}.'
-        )
+        raise UserError(where, value, "not a JSON object", 'Write for example {"question": "…", "answer": "…"}.')
     return Record(where, value)
 
 

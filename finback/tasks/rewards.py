@@ -34,15 +34,17 @@ class Reward:
         check_not_negative(self, "reward", "accuracy", "form", "think", "language", "brevity", "preference")
         if self.accuracy > 0 and self.extra >= self.accuracy:
             raise UserError(
-                "reward.accuracy", self.accuracy, f"form, think, language and preference add up to {self.extra:g}: a wrong answer could earn as much as a right one",
+                "reward.accuracy",
+                self.accuracy,
+                f"form, think, language and preference add up to {self.extra:g}: a wrong answer could earn as much as a right one",
                 "Weigh accuracy higher or the others lower; only their proportions matter.",
-            )  # fmt: skip
+            )
         if self.language:
             known(self.target, "reward.target")
         if (self.preference > 0) != (self.judge is not None):
             raise UserError(
                 "reward.preference", self.preference, "a preference and a judge go together", "Give both or none."
-            )  # fmt: skip
+            )
 
     @property
     def extra(self) -> float:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, check_fields, check_positive
-from finback.tasks import inside
-from finback.tasks.place import Place, bubble, bubblewrap, folder, pipe
+from finback.tasks import sandbox_child
+from finback.tasks.isolation import Place, bubble, bubblewrap, folder, pipe
 from finback.tasks.watch import Watched, file_of, watch
 
 Isolation = Literal["bubblewrap", "rlimits", "monty"]
@@ -74,18 +74,12 @@ class Sandbox:
             if isolation == "rlimits":
                 _warn()
         elif isolation not in ("bubblewrap", "rlimits", "monty"):
-            raise UserError(
-                "sandbox.isolation", isolation, "no such form", "Known: bubblewrap, monty, rlimits."
-            )
+            raise UserError("sandbox.isolation", isolation, "no such form", "Known: bubblewrap, monty, rlimits.")
         if isolation != "monty" and (failure := _failure(isolation)) is not None:
-            remedy = (
-                "pip install 'finback[sandbox]' and allow user namespaces, or run as a user that is not root."
-            )
+            remedy = "pip install 'finback[sandbox]' and allow user namespaces, or run as a user that is not root."
             raise UserError("sandbox.isolation", isolation, failure, remedy)
         if isolation == "monty" and importlib.util.find_spec("pydantic_monty") is None:
-            raise UserError(
-                "sandbox.isolation", isolation, "not installed", "pip install 'finback[sandbox]'."
-            )
+            raise UserError("sandbox.isolation", isolation, "not installed", "pip install 'finback[sandbox]'.")
         self.isolation = isolation
 
     def run(self, source: str, stdin: str = "", limits: Limits | None = None) -> Outcome:
@@ -94,9 +88,7 @@ class Sandbox:
             raise UserError("sandbox.isolation", "monty", "runs functions, no programs", "Use another form.")
         return _run(self.isolation, source, stdin, None, [], limits or Limits())
 
-    def call(
-        self, source: str, entry: str, arguments: list[list[Any]], limits: Limits | None = None
-    ) -> Outcome:
+    def call(self, source: str, entry: str, arguments: list[list[Any]], limits: Limits | None = None) -> Outcome:
         """Runs a program, then its function `entry` for each list of arguments (JSON values), in one process."""
         if self.isolation == "monty":
             from finback.tasks.monty import call
@@ -124,7 +116,7 @@ def _failure(isolation: Isolation) -> str | None:
 
 @lru_cache
 def _inside() -> str:
-    return Path(inside.__file__).read_text(encoding="utf-8")
+    return Path(sandbox_child.__file__).read_text(encoding="utf-8")
 
 
 def _run(
@@ -149,16 +141,10 @@ def _run(
 def _rlimits(limits: Limits) -> dict[str, int]:
     values = {"RLIMIT_AS": limits.memory, "RLIMIT_CPU": -int(-limits.cpu // 1), "RLIMIT_CORE": 0}
     # NPROC counts all processes of a user in its namespace: it is set where the user is the program's own.
-    return values | {
-        "RLIMIT_FSIZE": limits.files,
-        "RLIMIT_NOFILE": 64,
-        "RLIMIT_NPROC": limits.processes + _THREADS,
-    }
+    return values | {"RLIMIT_FSIZE": limits.files, "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": limits.processes + _THREADS}
 
 
-def _start(
-    order: dict[str, Any], stdin: bytes, limits: Limits, stack: contextlib.ExitStack, place: Place
-) -> Watched:
+def _start(order: dict[str, Any], stdin: bytes, limits: Limits, stack: contextlib.ExitStack, place: Place) -> Watched:
     reports, reports_end = stack.enter_context(pipe())
     given = stack.enter_context(file_of(stdin))
     ordered = stack.enter_context(file_of(marshal.dumps(order)))
@@ -172,10 +158,15 @@ def _start(
     process = stack.enter_context(
         subprocess.Popen(
             [*before, *python, str(ordered), str(reports_end)],
-            stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=setting, cwd=place.folder,
-            pass_fds=(ordered, reports_end, *place.passed), start_new_session=True,
+            stdin=given,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=setting,
+            cwd=place.folder,
+            pass_fds=(ordered, reports_end, *place.passed),
+            start_new_session=True,
         )
-    )  # fmt: skip
+    )
     assert process.stdout is not None and process.stderr is not None, "both were asked for"
     streams = {process.stdout.fileno(): "stdout", process.stderr.fileno(): "stderr", reports: "reports"}
     return watch(process, streams, limits.wall, limits.output, place.info)

@@ -59,9 +59,7 @@ def _corpus() -> tuple[list[str], frozenset[str]]:
     """How dialogues begin, and the words that occur a few times."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or spec.origin is None:
-        raise UserError(
-            "talk", "chitchat_dataset", "the package is not installed", "pip install chitchat-dataset"
-        )
+        raise UserError("talk", "chitchat_dataset", "the package is not installed", "pip install chitchat-dataset")
     text = (Path(spec.origin).parent / "dataset.json").read_text(encoding="utf-8")
     begins: set[str] = set()
     counts: Counter[str] = Counter()

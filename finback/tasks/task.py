@@ -69,15 +69,15 @@ class Mixture:
             raise UserError("mixture.tasks", self.tasks, "nothing to mix", "Name at least one task.")
         if any(isinstance(task, Mixture) for task in self.tasks):
             raise UserError(
-                "mixture.tasks",
-                self.name,
-                "holds another mixture",
-                "Name its tasks here, with their weights.",
+                "mixture.tasks", self.name, "holds another mixture", "Name its tasks here, with their weights."
             )
         if self.weights and (len(self.weights) != len(self.tasks) or min(self.weights) <= 0):
             raise UserError(
-                "mixture.weights", self.weights, f"not one positive weight for each of {len(self.tasks)} tasks", "Correct it."
-            )  # fmt: skip
+                "mixture.weights",
+                self.weights,
+                f"not one positive weight for each of {len(self.tasks)} tasks",
+                "Correct it.",
+            )
 
     @property
     def name(self) -> str:
@@ -129,9 +129,11 @@ def distinct(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
         misses = misses + 1 if problem.key in seen else 0
         if misses > 10_000:
             raise UserError(
-                "problems", n, f"task {task.name!r} has only about {len(problems)} distinct {split} problems",
+                "problems",
+                n,
+                f"task {task.name!r} has only about {len(problems)} distinct {split} problems",
                 "Ask for fewer or widen the task's ranges.",
-            )  # fmt: skip
+            )
         if problem.key not in seen:
             seen.add(problem.key)
             problems.append(problem)

@@ -64,9 +64,7 @@ def watch(
                 while not seen.stopped:
                     left = start + seconds - time.monotonic()
                     ready = selector.select(max(0.0, left if end >= 0 else min(left, _TICK)))
-                    has_ended = any(key.fd == end for key, _ in ready) or (
-                        end < 0 and process.poll() is not None
-                    )
+                    has_ended = any(key.fd == end for key, _ in ready) or (end < 0 and process.poll() is not None)
                     names = {key.fd: key.data for key, _ in ready} if not has_ended else streams
                     _read({d: n for d, n in names.items() if d != end}, seen, most, selector)
                     if has_ended:

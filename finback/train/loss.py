@@ -61,9 +61,7 @@ def token_logprobs(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: fl
     return logp.gather(1, tokens[:, None]).squeeze(1), entropy
 
 
-def distillation(
-    student: Tensor, teacher: Tensor, form: Literal["forward", "reverse"], top_k: int = 0
-) -> Tensor:
+def distillation(student: Tensor, teacher: Tensor, form: Literal["forward", "reverse"], top_k: int = 0) -> Tensor:
     """KL divergence per row between two models' scores (n, vocab) -> (n,); the gradient is the student's alone.
 
     forward is KL(teacher || student): cover all that the teacher would say; reverse is KL(student || teacher): say only

@@ -128,9 +128,7 @@ def newton_schulz(stack: Tensor, steps: int = 5) -> Tensor:
 class Adam:
     """torch's fused AdamW, with a state that is saved under parameter names."""
 
-    def __init__(
-        self, named: list[tuple[str, nn.Parameter]], betas: tuple[float, float], weight_decay: float
-    ) -> None:
+    def __init__(self, named: list[tuple[str, nn.Parameter]], betas: tuple[float, float], weight_decay: float) -> None:
         self.named = named
         self.mine = [self.share(p) for _, p in named]
         self.inner = torch.optim.AdamW(self.mine, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
@@ -157,8 +155,6 @@ class Adam:
         """Take moments and step counts back from a checkpoint."""
         for name, p in self.named:
             prefix = f"adam.{name}."
-            entry: dict[str, Any] = {
-                k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
-            }
+            entry: dict[str, Any] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             if entry:
                 self.inner.state[p] = {k: v.to(p.device, copy=True) for k, v in entry.items()}

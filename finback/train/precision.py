@@ -10,9 +10,9 @@ from torch import nn
 from finback.kernels.fp8_products import Products
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED
 from finback.model.config import ModelConfig
-from finback.model.grouped import GroupedQueryAttention
-from finback.model.latent import LatentAttention
+from finback.model.gqa import GroupedQueryAttention
 from finback.model.layers import Linear, SwiGLU
+from finback.model.mla import LatentAttention
 from finback.model.moe import MoE
 from finback.model.transformer import Block, Transformer
 from finback.train.step import backward
@@ -25,9 +25,7 @@ def rates(config: ModelConfig, rows: int, length: int, device: torch.device) -> 
     width = length + 1 + config.num_nextn_predict_layers
     tokens = torch.randint(config.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(device)
-    contestants = {
-        name: Transformer(config, dtype).initialise(0).to(device).train() for name, dtype in COMPUTE.items()
-    }
+    contestants = {name: Transformer(config, dtype).initialise(0).to(device).train() for name, dtype in COMPUTE.items()}
     best = dict.fromkeys(COMPUTE, math.inf)
     for _ in range(6):  # in turns, so that another program's burst hits both
         for name, model in contestants.items():
@@ -54,9 +52,7 @@ def use_fp8(model: Transformer, products: Products | None = None) -> Transformer
 
 def _use_fp8(block: Block, products: Products | None) -> None:
     attention = block.attention
-    assert isinstance(attention, LatentAttention | GroupedQueryAttention), (
-        "an attention that FP8 does not know"
-    )
+    assert isinstance(attention, LatentAttention | GroupedQueryAttention), "an attention that FP8 does not know"
     for name, module in attention.named_children():
         if isinstance(module, Linear):
             numerics = AFTER_ATTENTION if name == "out" else LINEAR

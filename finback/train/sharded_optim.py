@@ -58,9 +58,7 @@ class ShardedMuon:
         for indices, owners in (*self.cut, (self.whole, None)):
             stacks = [directions[i].reshape(-1, *directions[i].shape[-2:]) for i in indices]
             matrices = [matrix for stack in stacks for matrix in stack]
-            updates = iter(
-                self._updates(matrices) if owners is None else owners.apply(self._updates, matrices)
-            )
+            updates = iter(self._updates(matrices) if owners is None else owners.apply(self._updates, matrices))
             for i, stack in zip(indices, stacks, strict=True):
                 mine = local(self.named[i][1].detach())
                 update = torch.stack([next(updates) for _ in stack]) if len(stack) else stack

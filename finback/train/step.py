@@ -68,9 +68,7 @@ def backward_rows(
 
 def counts(rows: Rows, depths: int) -> Tensor:
     """How many targets the trunk and each MTP depth have in these rows, (1 + depths,)."""
-    return torch.tensor(
-        [int((rows.further(depth) >= 0).sum()) for depth in range(depths + 1)], dtype=torch.float64
-    )
+    return torch.tensor([int((rows.further(depth) >= 0).sum()) for depth in range(depths + 1)], dtype=torch.float64)
 
 
 def _finish(model: Transformer, main: Tensor, mtp: Tensor, mtp_weight: float, balance_alpha: float) -> Losses:

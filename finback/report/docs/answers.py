@@ -34,7 +34,7 @@ QUESTIONS = (
     Question("model.eu_date", "Date on which it was placed on the EU's market, YYYY-MM-DD", needed=False),
     Question("model.distribution", "How it is distributed, e.g. as weights on a public hub"),
     Question("model.download", "Where it is downloaded, as an address"),
-    Question("model.languages", "Languages it is meant for, ISO 639-1, e.g. [\"en\"]", "list"),
+    Question("model.languages", 'Languages it is meant for, ISO 639-1, e.g. ["en"]', "list"),
     Question("model.category", "Category of its licence and further assets released with it", needed=False),
     Question("use.intended", "Tasks that it is meant for, and kinds of systems it fits"),
     Question("use.excluded", "Uses and systems that it does not fit"),
@@ -43,10 +43,14 @@ QUESTIONS = (
     Question("use.limits", "Known limits beyond those that the evaluations show"),
     Question("use.risks", "Risks to safety, and what was done about them", needed=False),
     Question("training.rationale", "Why it was trained as it was: the decisions behind architecture and stages"),
-    Question("training.experiments", "Compute of other experiments, in FLOP, if it is to be told", "number", needed=False),
+    Question(
+        "training.experiments", "Compute of other experiments, in FLOP, if it is to be told", "number", needed=False
+    ),
     Question("data.collection", "How the data were obtained and chosen, and by what right"),
     Question("data.latest", "Month of the newest data, MM/YYYY"),
-    Question("data.crawled", "Was any of it crawled from the web by or for you? If so: crawler, purpose, period, sites"),
+    Question(
+        "data.crawled", "Was any of it crawled from the web by or for you? If so: crawler, purpose, period, sites"
+    ),
     Question("data.user_data", "Data from users of your services, or none"),
     Question("data.licensed", "Data licensed from rightsholders or bought, or none"),
     Question("data.continuous", "Does training go on with new data after release?", "yes or no"),
@@ -63,7 +67,7 @@ QUESTIONS = (
     Question("base.licence", "Its licence, as an SPDX identifier", needed=False),
     Question("base.flop", "Its training compute in FLOP, if known", "number", needed=False),
     Question("base.systemic", "Has it systemic risk under the AI Act?", "yes or no", needed=False),
-)  # fmt: skip
+)
 _KNOWN = {question.key: question for question in QUESTIONS}
 _FORMS = {"text": str, "list": list, "yes or no": bool, "number": (int, float)}
 
@@ -89,9 +93,7 @@ def read(path: Path) -> Answers:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(
-            "--answers", str(path), str(error.strerror), "Write one with --questions > FILE."
-        ) from None
+        raise UserError("--answers", str(path), str(error.strerror), "Write one with --questions > FILE.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError("--answers", str(path), f"not TOML ({error})", "Correct it.") from None
     given = {}

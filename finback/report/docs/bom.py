@@ -10,10 +10,8 @@ from finback.report.docs.answers import Answers
 from finback.report.docs.facts import MISSING, NOT_PROVIDED, RunFacts, StageFacts
 from finback.report.docs.page import said
 
-LEARNING = {"GRPO": "reinforcement-learning", "SFT": "supervised", "Distil": "supervised"}
-SPACE = uuid.UUID(
-    "2b1f4f5e-5a0e-4f7e-9a55-0f6d9a5c3c11"
-)  # of serial numbers that follow from a model's digests
+LEARNING = {"GRPO": "reinforcement-learning", "SFT": "supervised", "Distill": "supervised"}
+SPACE = uuid.UUID("2b1f4f5e-5a0e-4f7e-9a55-0f6d9a5c3c11")  # of serial numbers that follow from a model's digests
 Properties = list[dict[str, str]]
 
 
@@ -25,24 +23,33 @@ def cyclonedx(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
     model = _model(run, answers, [d["bom-ref"] for d in data])
     digests = " ".join(digest for _, digest in run.files)
     return {
-        "$schema": "http://cyclonedx.org/schema/bom-1.7.schema.json", "bomFormat": "CycloneDX", "specVersion": "1.7", "version": 1,
-        "serialNumber": f"urn:uuid:{uuid.uuid5(SPACE, digests)}", "metadata": {"timestamp": moment, "component": model},
+        "$schema": "http://cyclonedx.org/schema/bom-1.7.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.7",
+        "version": 1,
+        "serialNumber": f"urn:uuid:{uuid.uuid5(SPACE, digests)}",
+        "metadata": {"timestamp": moment, "component": model},
         "components": [*data, *libraries],
         "dependencies": [{"ref": "model", "dependsOn": [c["bom-ref"] for c in (*data, *libraries)]}],
-    }  # fmt: skip
+    }
 
 
 def _model(run: RunFacts, answers: Answers, data: list[str]) -> dict[str, Any]:
     name, provider = answers("model.name"), answers("provider.name")
     files = [
-        {"type": "file", "name": file, "hashes": [{"alg": "SHA-256", "content": digest}]}
-        for file, digest in run.files
+        {"type": "file", "name": file, "hashes": [{"alg": "SHA-256", "content": digest}]} for file, digest in run.files
     ]
     return {
-        "type": "machine-learning-model", "bom-ref": "model", "name": said(name), "version": said(answers("model.version")),
-        "supplier": {"name": said(provider)}, "licenses": licences(answers("model.licence")),
-        "components": files, "modelCard": _card(run, answers, data), "properties": _properties(run),
-    }  # fmt: skip
+        "type": "machine-learning-model",
+        "bom-ref": "model",
+        "name": said(name),
+        "version": said(answers("model.version")),
+        "supplier": {"name": said(provider)},
+        "licenses": licences(answers("model.licence")),
+        "components": files,
+        "modelCard": _card(run, answers, data),
+        "properties": _properties(run),
+    }
 
 
 def licences(licence: Any) -> list[dict[str, Any]]:
@@ -54,25 +61,36 @@ def _card(run: RunFacts, answers: Answers, data: list[str]) -> dict[str, Any]:
     c = run.model
     return {
         "modelParameters": {
-            "approach": {"type": LEARNING.get(run.chosen.kind, "self-supervised")}, "task": "text-generation",
-            "architectureFamily": dict(architecture(c))["family"], "modelArchitecture": dict(architecture(c))["layers"],
-            "datasets": [{"ref": ref} for ref in data], "inputs": [{"format": "text"}], "outputs": [{"format": "text"}],
+            "approach": {"type": LEARNING.get(run.chosen.kind, "self-supervised")},
+            "task": "text-generation",
+            "architectureFamily": dict(architecture(c))["family"],
+            "modelArchitecture": dict(architecture(c))["layers"],
+            "datasets": [{"ref": ref} for ref in data],
+            "inputs": [{"format": "text"}],
+            "outputs": [{"format": "text"}],
         },
         "quantitativeAnalysis": {"performanceMetrics": [_metric(exam) for _, exam in run.exams]},
         "considerations": {
-            "users": [said(answers("use.intended"))], "useCases": [said(answers("use.intended"))],
+            "users": [said(answers("use.intended"))],
+            "useCases": [said(answers("use.intended"))],
             "technicalLimitations": [said(answers("use.limits")), f"does not fit: {said(answers('use.excluded'))}"],
-            "ethicalConsiderations": [{"name": "safety", "mitigationStrategy": said(answers("use.risks"))},
-                                      {"name": "bias", "mitigationStrategy": said(answers("data.bias"))}],
-            "environmentalConsiderations": {"energyConsumptions": [_energy(s) for s in run.lineage if s.watt_hours is not MISSING]},
+            "ethicalConsiderations": [
+                {"name": "safety", "mitigationStrategy": said(answers("use.risks"))},
+                {"name": "bias", "mitigationStrategy": said(answers("data.bias"))},
+            ],
+            "environmentalConsiderations": {
+                "energyConsumptions": [_energy(s) for s in run.lineage if s.watt_hours is not MISSING]
+            },
         },
-    }  # fmt: skip
+    }
 
 
 def _metric(exam: dict[str, Any]) -> dict[str, Any]:
     metric: dict[str, Any] = {
-        "type": "accuracy", "value": said(exam.get("accuracy", MISSING)), "slice": f"{said(exam.get('task', MISSING))}, exam {said(exam.get('exam', MISSING))}, n = {said(exam.get('n', MISSING))}",
-    }  # fmt: skip
+        "type": "accuracy",
+        "value": said(exam.get("accuracy", MISSING)),
+        "slice": f"{said(exam.get('task', MISSING))}, exam {said(exam.get('exam', MISSING))}, n = {said(exam.get('n', MISSING))}",
+    }
     interval = exam.get("interval")
     if isinstance(interval, list) and len(interval) == 2:
         low, high = map(said, interval)
@@ -83,17 +101,26 @@ def _metric(exam: dict[str, Any]) -> dict[str, Any]:
 def _energy(stage: StageFacts) -> dict[str, Any]:
     """What one stage took. The schema wants an energy provider, and nobody has named one."""
     kwh = {"value": stage.watt_hours / 1000, "unit": "kWh"}
-    activities = {"Prepare": "data-preparation", "Pretrain": "training", "Extend": "training", "Evaluate": "validation"}  # fmt: skip
+    activities = {"Prepare": "data-preparation", "Pretrain": "training", "Extend": "training", "Evaluate": "validation"}
     return {
-        "activity": activities.get(stage.kind, "fine-tuning"), "activityEnergyCost": kwh,
+        "activity": activities.get(stage.kind, "fine-tuning"),
+        "activityEnergyCost": kwh,
         "energyProviders": [{"organization": {"name": NOT_PROVIDED}, "energySource": "unknown", "energyProvided": kwh}],
-        "properties": [{"name": "finback:stage", "value": stage.name}, {"name": "finback:metered", "value": said(stage.begun("metered"))}],
-    }  # fmt: skip
+        "properties": [
+            {"name": "finback:stage", "value": stage.name},
+            {"name": "finback:metered", "value": said(stage.begun("metered"))},
+        ],
+    }
 
 
 def _properties(run: RunFacts) -> Properties:
-    pairs = [("recipe", run.recipe), ("seed", run.seed), ("stage", run.chosen.name), ("commit", run.chosen.begun("commit")),
-             ("parameters", parameters(run.model))]  # fmt: skip
+    pairs = [
+        ("recipe", run.recipe),
+        ("seed", run.seed),
+        ("stage", run.chosen.name),
+        ("commit", run.chosen.begun("commit")),
+        ("parameters", parameters(run.model)),
+    ]
     return [{"name": f"finback:{name}", "value": said(value)} for name, value in pairs]
 
 
@@ -102,14 +129,21 @@ def _data(stage: StageFacts, name: str, record: dict[str, Any]) -> dict[str, Any
     digest = record.get("sha256")
     kept = [(k, record.get(k, MISSING)) for k in technical.source_keys(stage, name) if k != "licence"]
     component: dict[str, Any] = {
-        "type": "data", "bom-ref": f"data:{stage.name}/{name}", "name": name, "licenses": licences(record.get("licence", MISSING)),
-        "data": [{"type": "dataset", "name": name, "contents": {"properties": [{"name": f"finback:{k}", "value": said(v)} for k, v in kept]}}],
-    }  # fmt: skip
+        "type": "data",
+        "bom-ref": f"data:{stage.name}/{name}",
+        "name": name,
+        "licenses": licences(record.get("licence", MISSING)),
+        "data": [
+            {
+                "type": "dataset",
+                "name": name,
+                "contents": {"properties": [{"name": f"finback:{k}", "value": said(v)} for k, v in kept]},
+            }
+        ],
+    }
     return component | ({"hashes": [{"alg": "SHA-256", "content": digest}]} if digest else {})
 
 
 def _library(name: str, version: str) -> dict[str, Any]:
     component = {"type": "library", "bom-ref": f"software:{name}", "name": name, "version": version}
-    return component | (
-        {} if name == "python" else {"purl": f"pkg:pypi/{name}@{version.replace('+', '%2B')}"}
-    )
+    return component | ({} if name == "python" else {"purl": f"pkg:pypi/{name}@{version.replace('+', '%2B')}"})

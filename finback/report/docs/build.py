@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from finback.config import UserError
-from finback.meter import sha256
 from finback.report.docs import bom, check, croissant, eu, hub, spdx, technical
 from finback.report.docs.answers import QUESTIONS, Answers
 from finback.report.docs.check import Check
 from finback.report.docs.facts import RunFacts
 from finback.report.docs.page import Block, Curve, as_json, markdown, page
+from finback.runs.provenance import sha256
 
 INDEX = "documents.json"  # its existence means that a folder is ours to replace
 FORMAT = "finback-documents-1"
@@ -56,9 +56,7 @@ def examine(run: RunFacts, answers: Answers, now: datetime) -> Check:
 def write(run: RunFacts, answers: Answers, out: Path, now: datetime) -> list[Path]:
     """Write all of them; a folder of older documents is replaced as a whole, any other is refused."""
     if out.exists() and not _is_ours(out):
-        raise UserError(
-            "--out", str(out), "exists and holds something else", "Name a folder that does not exist."
-        )
+        raise UserError("--out", str(out), "exists and holds something else", "Name a folder that does not exist.")
     texts = documents(run, answers, now)
     part, old = (out.with_name(f"{out.name}.{word}") for word in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
@@ -79,20 +77,19 @@ def _fill(folder: Path, texts: dict[str, str], run: RunFacts, now: datetime) -> 
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     index = {
-        "format": FORMAT, "recipe": str(run.recipe), "model": run.chosen.name, "made": now.isoformat(timespec="seconds"),
+        "format": FORMAT,
+        "recipe": str(run.recipe),
+        "model": run.chosen.name,
+        "made": now.isoformat(timespec="seconds"),
         "files": {name: sha256(folder / name) for name in sorted(texts)},
-    }  # fmt: skip
+    }
     (folder / INDEX).write_text(as_json(index), encoding="utf-8")
 
 
 def told(files: Sequence[Path], examined: Check) -> str:
     """What was written, and what it lacks."""
     lacks = len(examined.unanswered) + len(examined.unrecorded) + len(examined.contradictions)
-    end = (
-        "Complete."
-        if examined.holds
-        else f"{lacks} things are missing or contradict each other; --check lists them."
-    )
+    end = "Complete." if examined.holds else f"{lacks} things are missing or contradict each other; --check lists them."
     return "\n".join([*map(str, files), end])
 
 

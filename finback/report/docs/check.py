@@ -13,8 +13,24 @@ from finback.report.docs.facts import MISSING, RunFacts
 from finback.report.docs.page import Block, missing, said
 
 # Licences that let anybody use, change and pass on, for any purpose.
-OPEN = ("MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "0BSD", "Unlicense", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0",
-        "MPL-2.0", "GPL-2.0", "GPL-3.0", "AGPL-3.0", "LGPL-3.0", "OpenMDW-1.0")  # fmt: skip
+OPEN = (
+    "MIT",
+    "Apache-2.0",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "ISC",
+    "0BSD",
+    "Unlicense",
+    "CC0-1.0",
+    "CC-BY-4.0",
+    "CC-BY-SA-4.0",
+    "MPL-2.0",
+    "GPL-2.0",
+    "GPL-3.0",
+    "AGPL-3.0",
+    "LGPL-3.0",
+    "OpenMDW-1.0",
+)
 UNSAID = ("unstated", "unknown", "")
 
 
@@ -34,13 +50,13 @@ class Check:
     def as_text(self) -> str:
         """For people."""
         parts = [
-            ("Questions without an answer", self.unanswered), ("Facts that no record holds", self.unrecorded),
-            ("Contradictions", self.contradictions), ("Compute", [f"{name}: {verdict}" for name, verdict in self.verdicts]),
-        ]  # fmt: skip
+            ("Questions without an answer", self.unanswered),
+            ("Facts that no record holds", self.unrecorded),
+            ("Contradictions", self.contradictions),
+            ("Compute", [f"{name}: {verdict}" for name, verdict in self.verdicts]),
+        ]
         lines = [
-            line
-            for title, found in parts
-            for line in (f"{title}: {len(found) or 'none'}", *(f"  {x}" for x in found))
+            line for title, found in parts for line in (f"{title}: {len(found) or 'none'}", *(f"  {x}" for x in found))
         ]
         return "\n".join([*lines, "Complete." if self.holds else "NOT COMPLETE."])
 
@@ -66,17 +82,13 @@ def contradictions(run: RunFacts, answers: Answers) -> list[str]:
             f"model.licence {licence} is open, but model.use_limits forbids uses: the exemption for open models is lost"
         )
     if is_open and answers("model.monetised") is True:
-        found.append(
-            f"model.licence {licence} is open, but access is paid for: the exemption for open models is lost"
-        )
+        found.append(f"model.licence {licence} is open, but access is paid for: the exemption for open models is lost")
     given = [(f"data set {name}", record.get("licence", MISSING)) for _, name, record in run.sources]
     if run.base:
         given.append(("the base model", answers("base.licence")))
     for what, theirs in given:
         if theirs is MISSING or str(theirs).lower() in UNSAID:
-            found.append(
-                f"{what} has no licence on record: nobody can say whether {said(licence)} is allowed"
-            )
+            found.append(f"{what} has no licence on record: nobody can say whether {said(licence)} is allowed")
         elif licence is not MISSING and (why := forbids(str(theirs), str(licence))):
             found.append(f"{what} is under {theirs}, which {why}; the model is to be under {licence}")
     return found

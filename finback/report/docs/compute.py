@@ -55,7 +55,7 @@ def verdicts(run: RunFacts, answers: Answers) -> list[tuple[str, str]]:
         ("10^23 FLOP: presumed general-purpose", _over(c.training, GENERAL_PURPOSE)),
         ("10^25 FLOP, cumulative: presumed systemic risk (Art 51(2))", _over(c.cumulative, SYSTEMIC)),
         ("one third of the original's compute: a modifier becomes its provider (para 63)", _third(run, answers, c)),
-    ]  # fmt: skip
+    ]
 
 
 def _over(flop: Any, line: float) -> str:

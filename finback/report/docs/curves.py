@@ -24,12 +24,15 @@ DRAWN: dict[str, dict[str, tuple[str, ...]]] = {
     "Pretrain": {"loss": ("loss", "mtp_loss"), "router health: max violation": ("max_violation",)},
     "SFT": {"loss": ("loss", "mtp_loss")},
     "GRPO": {
-        "share of answers": ("accuracy", "thinks", "well_formed", "truncated"), "reward": ("reward",),
-        "tokens per answer": ("length",), "entropy (nats per token)": ("entropy",),
-        "trainer against engine (nats per token)": ("gap_mean",), "router health: max violation": ("max_violation",),
+        "share of answers": ("accuracy", "thinks", "well_formed", "truncated"),
+        "reward": ("reward",),
+        "tokens per answer": ("length",),
+        "entropy (nats per token)": ("entropy",),
+        "trainer against engine (nats per token)": ("gap_mean",),
+        "router health: max violation": ("max_violation",),
     },
-}  # fmt: skip
-DRAWN |= {"Extend": DRAWN["Pretrain"], "Distil": DRAWN["SFT"]}
+}
+DRAWN |= {"Extend": DRAWN["Pretrain"], "Distill": DRAWN["SFT"]}
 
 
 def of_stage(name: str, kind: str, metrics: Sequence[dict[str, Any]]) -> list[Curve]:
@@ -37,9 +40,7 @@ def of_stage(name: str, kind: str, metrics: Sequence[dict[str, Any]]) -> list[Cu
     found = []
     for title, keys in DRAWN.get(kind, {}).items():
         lines = {key: points for key in keys if (points := _points(metrics, key))}
-        dense = not any(
-            y for _, y in lines.get("max_violation", [(0, 1)])
-        )  # has no routers to be out of balance
+        dense = not any(y for _, y in lines.get("max_violation", [(0, 1)]))  # has no routers to be out of balance
         if lines and not dense:
             slug = f"{name}-{keys[0]}"
             found.append(Curve(slug, f"{name}: {title}", draw(lines, f"{name}: {title}")))

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
-from finback.meter import sha256
 from finback.model import config as models
 from finback.model.config import ModelConfig
-from finback.run import WATTS_PER_CORE, finished_stages, read_lines
+from finback.runs.files import read_lines
+from finback.runs.folder import finished_stages
+from finback.runs.ledger import WATTS_PER_CORE
+from finback.runs.provenance import sha256
 
 NOT_PROVIDED = "NOT PROVIDED"
 
@@ -36,25 +38,34 @@ SPENT = {
     "Prepare": (),
     "Pretrain": ("tokens_trained", "flops", "flops_training", "flops_recomputed", "flops_evaluation"),
     "SFT": ("tokens_trained", "flops", "flops_training"),
-    "Distil": ("tokens_trained", "flops", "flops_training", "flops_auxiliary"),
+    "Distill": ("tokens_trained", "flops", "flops_training", "flops_auxiliary"),
     "GRPO": ("tokens_trained", "tokens_generated", "flops", "flops_training", "flops_generation", "flops_auxiliary"),
     "Reject": ("tokens_generated", "flops", "flops_generation"),
     "Evaluate": ("tokens_generated", "flops", "flops_evaluation"),
-}  # fmt: skip
+}
 SPENT["Extend"] = SPENT["Pretrain"]
 # Which results each kind of stage puts into its manifest, beside those with a table of their own.
 RESULTS = {
     "Prepare": ("sources",),
     "Pretrain": (
-        "tokens", "steps", "precision", "probe_reached", "probe_best", "probe_passed_at_tokens", "tokens_by_source",
-        "router_last_100_steps", "bits_per_byte", "skipped_steps", "rewinds",
+        "tokens",
+        "steps",
+        "precision",
+        "probe_reached",
+        "probe_best",
+        "probe_passed_at_tokens",
+        "tokens_by_source",
+        "router_last_100_steps",
+        "bits_per_byte",
+        "skipped_steps",
+        "rewinds",
     ),
     "SFT": ("steps", "tokens", "lessons", "rows", "filled", "lessons_by_source", "too_long"),
-    "Distil": ("steps", "tokens"),
+    "Distill": ("steps", "tokens"),
     "GRPO": ("steps", "tokens_trained", "tokens_generated"),
     "Reject": ("kept", "sampled", "reasons", "questions_by_difficulty", "kept_by_difficulty"),
     "Evaluate": ("model", "evaluations"),
-}  # fmt: skip
+}
 RESULTS["Extend"] = RESULTS["Pretrain"]
 BEGUN = ("began", "software", "machine", "metered", "inputs")  # words in the first line of a ledger
 
@@ -81,7 +92,7 @@ class StageFacts:
     @property
     def expected(self) -> tuple[str, ...]:
         """Keys that its results should have."""
-        given_lessons = self.kind in ("SFT", "Distil") and not self.config.get("task")
+        given_lessons = self.kind in ("SFT", "Distill") and not self.config.get("task")
         keys = RESULTS.get("SFT" if given_lessons else self.kind, ())
         if given_lessons and self.config.get("text"):
             keys += ("sources",)
@@ -228,9 +239,7 @@ def read(root: Path, model: str = "") -> RunFacts:
     if not chosen:
         known = ", ".join(s.name for s in makers) or "none"
         raise UserError("--model", model, "no stage of this run made such a model", f"Known: {known}.")
-    return RunFacts(
-        root, marker.get("recipe", MISSING), marker.get("seed", MISSING), stages, _whole(chosen[0])
-    )
+    return RunFacts(root, marker.get("recipe", MISSING), marker.get("seed", MISSING), stages, _whole(chosen[0]))
 
 
 def _whole(stage: StageFacts) -> StageFacts:

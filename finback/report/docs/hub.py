@@ -22,10 +22,13 @@ def _told(run: RunFacts, answers: Answers) -> list[str]:
     sets = [str(record["hub"]) for _, _, record in run.sources if "hub" in record]
     licence = answers("model.licence")
     pairs: list[tuple[str, Any]] = [
-        ("language", answers("model.languages")), ("license", MISSING if licence is MISSING else str(licence).lower()),
-        ("license_link", answers("model.licence_link")), ("datasets", sets or MISSING), ("base_model", answers("base.name") if run.base else MISSING),
+        ("language", answers("model.languages")),
+        ("license", MISSING if licence is MISSING else str(licence).lower()),
+        ("license_link", answers("model.licence_link")),
+        ("datasets", sets or MISSING),
+        ("base_model", answers("base.name") if run.base else MISSING),
         ("metrics", ["accuracy"] if run.exams else MISSING),
-    ]  # fmt: skip
+    ]
     return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in pairs if value is not MISSING]
 
 
@@ -34,12 +37,7 @@ def blocks(run: RunFacts, answers: Answers) -> list[Block]:
     exams = [(str(exam.get("task", MISSING)), exam) for _, exam in run.exams]
     keys = ("exam", "n", "accuracy", "interval")
     sources = [
-        (
-            n,
-            {"sha256": "none: written by a program", **r}
-            if "sha256" not in technical.source_keys(s, n)
-            else r,
-        )
+        (n, {"sha256": "none: written by a program", **r} if "sha256" not in technical.source_keys(s, n) else r)
         for s, n, r in run.sources
     ]
     c = compute.of(run, answers)
@@ -47,21 +45,47 @@ def blocks(run: RunFacts, answers: Answers) -> list[Block]:
     energy = [s.watt_hours for s in run.lineage]
     return [
         Heading(said(answers("model.name")), 1),
-        facts([("provider", answers("provider.name")), ("contact", answers("provider.contact")), ("version", answers("model.version")),
-               ("licence", answers("model.licence")), ("limits of use", answers("model.use_limits")), ("languages", answers("model.languages"))]),
+        facts(
+            [
+                ("provider", answers("provider.name")),
+                ("contact", answers("provider.contact")),
+                ("version", answers("model.version")),
+                ("licence", answers("model.licence")),
+                ("limits of use", answers("model.use_limits")),
+                ("languages", answers("model.languages")),
+            ]
+        ),
         Heading("Uses"),
-        facts([("intended", answers("use.intended")), ("not fit for", answers("use.excluded")), ("acceptable use", answers("use.policy")),
-               ("integration", answers("use.integration"))]),
-        Heading("Architecture"), facts(card.architecture(run.model)),
+        facts(
+            [
+                ("intended", answers("use.intended")),
+                ("not fit for", answers("use.excluded")),
+                ("acceptable use", answers("use.policy")),
+                ("integration", answers("use.integration")),
+            ]
+        ),
+        Heading("Architecture"),
+        facts(card.architecture(run.model)),
         Heading("Training data"),
-        records(("licence", "sha256", "documents"), sources, "data set") if sources else Text("No record of its data: NOT PROVIDED"),
+        records(("licence", "sha256", "documents"), sources, "data set")
+        if sources
+        else Text("No record of its data: NOT PROVIDED"),
         Heading("Evaluation"),
         records(keys, exams, "task") if exams else Text("No evaluation of this model was made: NOT PROVIDED"),
         Text("Shares of correct answers with 95 % intervals (Wilson), on problems kept out of training."),
         Heading("Compute and energy"),
-        facts([("training compute (FLOP)", c.training), ("device-hours", MISSING if MISSING in hours else sum(hours)),
-               ("energy (Wh)", MISSING if MISSING in energy else sum(energy)), ("hardware", run.chosen.begun("machine"))]),
+        facts(
+            [
+                ("training compute (FLOP)", c.training),
+                ("device-hours", MISSING if MISSING in hours else sum(hours)),
+                ("energy (Wh)", MISSING if MISSING in energy else sum(energy)),
+                ("hardware", run.chosen.begun("machine")),
+            ]
+        ),
         Heading("Limits"),
-        facts([("known limits", answers("use.limits")), ("bias", answers("data.bias")), ("risks", answers("use.risks"))]),
-        Heading("Files"), facts(run.files or [("weights", MISSING)], ("file", "SHA-256")),
-    ]  # fmt: skip
+        facts(
+            [("known limits", answers("use.limits")), ("bias", answers("data.bias")), ("risks", answers("use.risks"))]
+        ),
+        Heading("Files"),
+        facts(run.files or [("weights", MISSING)], ("file", "SHA-256")),
+    ]

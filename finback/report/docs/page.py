@@ -177,9 +177,7 @@ def _html(block: Block) -> str:
         case Table(head, rows):
             top = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
             lines = "".join(f"<tr>{''.join(f'<td>{_marked(c)}</td>' for c in row)}</tr>" for row in rows)
-            return (
-                f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
-            )
+            return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def _anchor(text: str) -> str:

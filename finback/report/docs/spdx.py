@@ -16,11 +16,15 @@ def document(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
     """The whole document; what a profile demands and nobody has told is left out and named in a comment."""
     graph: list[Element] = [
         {
-            "type": "CreationInfo", "@id": "_:made", "specVersion": "3.0.1", "created": moment, "createdBy": [_id("provider")],
+            "type": "CreationInfo",
+            "@id": "_:made",
+            "specVersion": "3.0.1",
+            "created": moment,
+            "createdBy": [_id("provider")],
             "comment": "Written by finback from the records of a run.",
         },
         _element("Organization", "provider", name=said(answers("provider.name"))),
-    ]  # fmt: skip
+    ]
     graph.append(_package(run, answers))
     data = [_data_set(stage, name, record, answers) for stage, name, record in run.sources]
     graph += data
@@ -34,7 +38,9 @@ def document(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
     named = [e["spdxId"] for e in graph if "spdxId" in e]
     whole = "comment" not in graph[2]
     profiles = ["core", "simpleLicensing", "software", *(["ai"] if whole else [])]
-    graph.append(_element("SpdxDocument", "document", rootElement=[_id("model")], element=named, profileConformance=profiles))  # fmt: skip
+    graph.append(
+        _element("SpdxDocument", "document", rootElement=[_id("model")], element=named, profileConformance=profiles)
+    )
     return {"@context": CONTEXT, "@graph": graph}
 
 
@@ -57,31 +63,40 @@ def _pairs(values: list[tuple[str, Any]]) -> list[Element]:
 def _package(run: RunFacts, answers: Answers) -> Element:
     """The AIPackage. Release, place and version must be known; a comment names those that are not."""
     optional: dict[str, Any] = {
-        "releaseTime": _moment(answers("model.released")), "software_downloadLocation": _address(answers("model.download")),
-        "software_packageVersion": answers("model.version"), "suppliedBy": MISSING if answers("provider.name") is MISSING else _id("provider"), "software_primaryPurpose": "model",
-    }  # fmt: skip
+        "releaseTime": _moment(answers("model.released")),
+        "software_downloadLocation": _address(answers("model.download")),
+        "software_packageVersion": answers("model.version"),
+        "suppliedBy": MISSING if answers("provider.name") is MISSING else _id("provider"),
+        "software_primaryPurpose": "model",
+    }
     holes = [name for name, value in optional.items() if value is MISSING]
     energy = [_energy(s) for s in run.lineage if s.watt_hours is not MISSING]
-    scores = [
-        (f"accuracy: {exam.get('exam', NOT_PROVIDED)}", exam.get("accuracy", MISSING))
-        for _, exam in run.exams
-    ]
+    scores = [(f"accuracy: {exam.get('exam', NOT_PROVIDED)}", exam.get("accuracy", MISSING)) for _, exam in run.exams]
     package = _element(
-        "ai_AIPackage", "model", name=said(answers("model.name")),
+        "ai_AIPackage",
+        "model",
+        name=said(answers("model.name")),
         verifiedUsing=[{"type": "Hash", "algorithm": "sha256", "hashValue": digest} for _, digest in run.files],
-        ai_typeOfModel=[dict(architecture(run.model))["family"]], ai_domain=["text generation"],
-        ai_hyperparameter=_pairs([(f"{s.name}.{k}", v) for s in run.chain for k, v in s.config.items() if not isinstance(v, (dict, list)) and k != "name"]),
-        ai_metric=_pairs(scores), ai_informationAboutApplication=said(answers("use.intended")),
+        ai_typeOfModel=[dict(architecture(run.model))["family"]],
+        ai_domain=["text generation"],
+        ai_hyperparameter=_pairs(
+            [
+                (f"{s.name}.{k}", v)
+                for s in run.chain
+                for k, v in s.config.items()
+                if not isinstance(v, (dict, list)) and k != "name"
+            ]
+        ),
+        ai_metric=_pairs(scores),
+        ai_informationAboutApplication=said(answers("use.intended")),
         ai_informationAboutTraining="; ".join(f"{s.name} ({s.kind})" for s in run.lineage),
-        ai_limitation=said(answers("use.limits")), ai_modelDataPreprocessing=[f"{n}: {said(r.get('documents', MISSING))}" for _, n, r in run.sources],
+        ai_limitation=said(answers("use.limits")),
+        ai_modelDataPreprocessing=[f"{n}: {said(r.get('documents', MISSING))}" for _, n, r in run.sources],
         ai_useSensitivePersonalInformation="noAssertion",
         **{name: value for name, value in optional.items() if value is not MISSING},
-    )  # fmt: skip
+    )
     if energy:
-        package["ai_energyConsumption"] = {
-            "type": "ai_EnergyConsumption",
-            "ai_trainingEnergyConsumption": energy,
-        }
+        package["ai_energyConsumption"] = {"type": "ai_EnergyConsumption", "ai_trainingEnergyConsumption": energy}
     if holes:
         package["comment"] = f"{NOT_PROVIDED}: {', '.join(holes)}"
     return {key: value for key, value in package.items() if value != []}
@@ -89,18 +104,26 @@ def _package(run: RunFacts, answers: Answers) -> Element:
 
 def _energy(stage: StageFacts) -> Element:
     return {
-        "type": "ai_EnergyConsumptionDescription", "ai_energyQuantity": stage.watt_hours / 1000, "ai_energyUnit": "kilowattHour",
-    }  # fmt: skip
+        "type": "ai_EnergyConsumptionDescription",
+        "ai_energyQuantity": stage.watt_hours / 1000,
+        "ai_energyUnit": "kilowattHour",
+    }
 
 
 def _data_set(stage: StageFacts, name: str, record: dict[str, Any], answers: Answers) -> Element:
     digest, kept = record.get("sha256"), (record.get("documents") or {}).get("kept")
     element = _element(
-        "dataset_DatasetPackage", f"data-{stage.name}-{name}", name=name, software_primaryPurpose="data", dataset_datasetType=["text"],
-        dataset_dataCollectionProcess=said(answers("data.collection")), dataset_knownBias=[said(answers("data.bias"))],
-        dataset_dataPreprocessing=[said(record.get("documents", MISSING))], dataset_hasSensitivePersonalInformation="noAssertion",
+        "dataset_DatasetPackage",
+        f"data-{stage.name}-{name}",
+        name=name,
+        software_primaryPurpose="data",
+        dataset_datasetType=["text"],
+        dataset_dataCollectionProcess=said(answers("data.collection")),
+        dataset_knownBias=[said(answers("data.bias"))],
+        dataset_dataPreprocessing=[said(record.get("documents", MISSING))],
+        dataset_hasSensitivePersonalInformation="noAssertion",
         dataset_intendedUse="training",
-    )  # fmt: skip
+    )
     if digest:
         element["verifiedUsing"] = [{"type": "Hash", "algorithm": "sha256", "hashValue": digest}]
     if isinstance(kept, int):
@@ -114,13 +137,9 @@ def _licensed(name: str, licence: Any) -> list[Element]:
         return []
     words = str(licence)
     if re.fullmatch(r"[A-Za-z0-9.+-]+", words) and words not in ("unstated", "unknown"):
-        made = _element(
-            "simplelicensing_LicenseExpression", f"licence-{name}", simplelicensing_licenseExpression=words
-        )
+        made = _element("simplelicensing_LicenseExpression", f"licence-{name}", simplelicensing_licenseExpression=words)
     else:
-        made = _element(
-            "simplelicensing_SimpleLicensingText", f"licence-{name}", simplelicensing_licenseText=words
-        )
+        made = _element("simplelicensing_SimpleLicensingText", f"licence-{name}", simplelicensing_licenseText=words)
     return [made, _relation(f"licensed-{name}", name, "hasDeclaredLicense", [made["spdxId"]])]
 
 

@@ -3,22 +3,30 @@
 import dataclasses
 from typing import Any
 
-from finback.meter import FLOPS
 from finback.model.count import forward_flops, parameters, training_flops
-from finback.recipe import cost
 from finback.report.card import architecture
 from finback.report.docs import compute, curves
 from finback.report.docs.answers import Answers
 from finback.report.docs.facts import BEGUN, MISSING, SPENT, RunFacts, StageFacts
 from finback.report.docs.page import Block, Code, Heading, Items, Table, Text, facts, records, said
-from finback.run import DOLLARS_PER_CORE_HOUR, read_lines
+from finback.runs.files import read_lines
+from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, FLOPS, cost
 
 REAL = ("licence", "sha256", "bytes", "documents", "train_tokens", "valid_tokens", "valid_bytes")
 GENERATED = ("licence", "documents", "train_tokens", "valid_tokens", "valid_bytes")
 EXAM = (
-    "exam", "task", "temperature", "n", "accuracy", "interval", "mean_tokens", "truncated", "thinks",
-    "accuracy_thinking", "accuracy_guessing",
-)  # fmt: skip
+    "exam",
+    "task",
+    "temperature",
+    "n",
+    "accuracy",
+    "interval",
+    "mean_tokens",
+    "truncated",
+    "thinks",
+    "accuracy_thinking",
+    "accuracy_guessing",
+)
 SAMPLES = 3
 
 
@@ -27,11 +35,28 @@ def report(run: RunFacts, answers: Answers) -> list[Block]:
     return [
         Heading(f"Technical report: stage {run.chosen.name} of recipe {said(run.recipe)}", 1),
         Text("Written by finback from the records of a run; what no record and nobody has told is marked as such."),
-        facts([("name", answers("model.name")), ("recipe", run.recipe), ("seed", run.seed), ("model of stage", run.chosen.name), ("version", answers("model.version")),
-               ("provider", answers("provider.name")), ("licence", answers("model.licence")), ("began as", run.base or "random weights")]),
-        *_architecture(run), *_data(run, answers), *_recipe(run, answers), *_cost(run, answers), *_training(run), *_evaluations(run),
-        *_samples(run), *_limits(run, answers), *_files(run),
-    ]  # fmt: skip
+        facts(
+            [
+                ("name", answers("model.name")),
+                ("recipe", run.recipe),
+                ("seed", run.seed),
+                ("model of stage", run.chosen.name),
+                ("version", answers("model.version")),
+                ("provider", answers("provider.name")),
+                ("licence", answers("model.licence")),
+                ("began as", run.base or "random weights"),
+            ]
+        ),
+        *_architecture(run),
+        *_data(run, answers),
+        *_recipe(run, answers),
+        *_cost(run, answers),
+        *_training(run),
+        *_evaluations(run),
+        *_samples(run),
+        *_limits(run, answers),
+        *_files(run),
+    ]
 
 
 def _architecture(run: RunFacts) -> list[Block]:
@@ -46,17 +71,18 @@ def _architecture(run: RunFacts) -> list[Block]:
     ]
     shown = [(k, str(v) if dataclasses.is_dataclass(v) else v) for k, v in config]
     return [
-        Heading("Architecture"), facts([*architecture(c), *counted]), Heading("Configuration", 3), facts(shown, ("field", "value")),
-    ]  # fmt: skip
+        Heading("Architecture"),
+        facts([*architecture(c), *counted]),
+        Heading("Configuration", 3),
+        facts(shown, ("field", "value")),
+    ]
 
 
 def source_keys(stage: StageFacts, name: str) -> tuple[str, ...]:
     """What a data set's record should hold; text that a program writes has no files."""
     made = [s for field in ("tasks", "text") for s in stage.config.get(field) or () if isinstance(s, dict)]
     keys = GENERATED if any(s["name"] == name and s["type"] == "TaskText" for s in made) else REAL
-    return (
-        keys if stage.kind == "Prepare" else tuple(k for k in keys if "tokens" not in k and "valid" not in k)
-    )
+    return keys if stage.kind == "Prepare" else tuple(k for k in keys if "tokens" not in k and "valid" not in k)
 
 
 def _data(run: RunFacts, answers: Answers) -> list[Block]:
@@ -69,7 +95,7 @@ def _data(run: RunFacts, answers: Answers) -> list[Block]:
         if stage.kind == "Prepare" and "sources" not in stage.results:
             blocks.append(facts([(f"sources of {stage.name}", MISSING)]))
     told = ("collection", "latest", "bias", "unsuitable", "personal")
-    return [*blocks, Heading("What the provider says of the data", 3), facts((k, answers(f"data.{k}")) for k in told)]  # fmt: skip
+    return [*blocks, Heading("What the provider says of the data", 3), facts((k, answers(f"data.{k}")) for k in told)]
 
 
 def _recipe(run: RunFacts, answers: Answers) -> list[Block]:
@@ -104,25 +130,33 @@ def _cost(run: RunFacts, answers: Answers) -> list[Block]:
     )
     rows = tuple(_cost_row(stage) for stage in run.stages)
     purposes = [f"flops_{name}" for name in FLOPS]
-    flops = Table(
-        ("stage", *FLOPS),
-        tuple((s.name, *(_due(s, key) for key in purposes)) for s in run.stages),
-    )
+    flops = Table(("stage", *FLOPS), tuple((s.name, *(_due(s, key) for key in purposes)) for s in run.stages))
     made = []
     for stage in run.stages:
         words = [(f"{stage.name}: {key}", stage.begun(key)) for key in (*BEGUN, "commit", "dirty")]
         made += words
     c = compute.of(run, answers)
-    counted = [("training compute", c.training), ("answers sampled to learn from", c.generation),
-               ("inside the weights it began as", c.base), ("cumulative", c.cumulative)]  # fmt: skip
+    counted = [
+        ("training compute", c.training),
+        ("answers sampled to learn from", c.generation),
+        ("inside the weights it began as", c.base),
+        ("cumulative", c.cumulative),
+    ]
     basis = dict.fromkeys(cost(stage.folder)["basis"] for stage in run.stages)
     return [
-        Heading("Cost"), Table(head, rows), Items(tuple(f"Energy and money: {text}" for text in basis)),
-        Heading("FLOP by purpose", 3), flops, Items(tuple(f"{name}: {text}" for name, text in FLOPS.items())),
-        Heading("Compute of this model, as the EU counts", 3), facts(counted), Text(compute.METHOD),
+        Heading("Cost"),
+        Table(head, rows),
+        Items(tuple(f"Energy and money: {text}" for text in basis)),
+        Heading("FLOP by purpose", 3),
+        flops,
+        Items(tuple(f"{name}: {text}" for name, text in FLOPS.items())),
+        Heading("Compute of this model, as the EU counts", 3),
+        facts(counted),
+        Text(compute.METHOD),
         facts(compute.verdicts(run, answers), ("test", "verdict")),
-        Heading("Machines and software", 3), facts(made),
-    ]  # fmt: skip
+        Heading("Machines and software", 3),
+        facts(made),
+    ]
 
 
 def _cost_row(stage: StageFacts) -> tuple[str, ...]:
@@ -133,9 +167,17 @@ def _cost_row(stage: StageFacts) -> tuple[str, ...]:
     if stage.kind not in ("Prepare", "Evaluate", "Reject"):
         mfu = said(MISSING if MISSING in (flops, peak) or not peak else f"{flops / peak:.1%}")
     return (
-        stage.name, stage.kind, said(seconds), said(hours), said(stage.watt_hours), said(money), _due(stage, "tokens_trained"),
-        _due(stage, "tokens_generated"), _due(stage, "flops"), mfu,
-    )  # fmt: skip
+        stage.name,
+        stage.kind,
+        said(seconds),
+        said(hours),
+        said(stage.watt_hours),
+        said(money),
+        _due(stage, "tokens_trained"),
+        _due(stage, "tokens_generated"),
+        _due(stage, "flops"),
+        mfu,
+    )
 
 
 def _due(stage: StageFacts, key: str) -> str:
@@ -147,16 +189,17 @@ def _due(stage: StageFacts, key: str) -> str:
 
 
 def _training(run: RunFacts) -> list[Block]:
-    drawn = [
-        curve for stage in run.lineage for curve in curves.of_stage(stage.name, stage.kind, stage.metrics())
-    ]
+    drawn = [curve for stage in run.lineage for curve in curves.of_stage(stage.name, stage.kind, stage.metrics())]
     blocks: list[Block] = [Heading("Training curves, router health and RL"), *drawn]
     for stage in run.lineage:
         lines = read_lines(stage.folder / "router.jsonl")
         if lines:
             last = lines[-1]
             keys = ("step", "tokens", "max_violation", "idle", "bias_spread", "load")
-            blocks += [Heading(f"Routers of {stage.name} at the end, by layer", 3), facts((k.replace("_", " "), last.get(k, MISSING)) for k in keys)]  # fmt: skip
+            blocks += [
+                Heading(f"Routers of {stage.name} at the end, by layer", 3),
+                facts((k.replace("_", " "), last.get(k, MISSING)) for k in keys),
+            ]
     return blocks
 
 
@@ -164,9 +207,10 @@ def exams(run: RunFacts) -> list[tuple[str, dict[str, Any]]]:
     """Every evaluation of every model of the run, with the stage and the model in its name."""
     return [
         (f"{said(stage.result('model'))} ({stage.name})", exam)
-        for stage in run.stages if stage.kind == "Evaluate"
+        for stage in run.stages
+        if stage.kind == "Evaluate"
         for exam in stage.results.get("evaluations") or ()
-    ]  # fmt: skip
+    ]
 
 
 def _evaluations(run: RunFacts) -> list[Block]:
@@ -179,9 +223,10 @@ def _evaluations(run: RunFacts) -> list[Block]:
     ]
     compressed = [
         (f"bits per byte of unseen {name}, {said(s.result('model'))}", value)
-        for s in run.stages if s.kind == "Evaluate"
+        for s in run.stages
+        if s.kind == "Evaluate"
         for name, value in (s.results.get("bits_per_byte") or {}).items()
-    ]  # fmt: skip
+    ]
     return [
         Heading("Evaluations"),
         *(said_of if found else [Text("No evaluation was made: NOT PROVIDED")]),
@@ -194,31 +239,35 @@ def _samples(run: RunFacts) -> list[Block]:
     blocks: list[Block] = [Heading("Samples")]
     for stage, exam in run.exams:
         lines = read_lines(stage.folder / f"{exam.get('exam')}.jsonl")[:SAMPLES]
-        blocks += (
-            [Heading(f"First answers to the exam {said(exam.get('exam', MISSING))}", 3)] if lines else []
-        )
+        blocks += [Heading(f"First answers to the exam {said(exam.get('exam', MISSING))}", 3)] if lines else []
         for r in lines:
             verdict = "correct" if r.get("correct") else "wrong"
             thinking = f"<think>{r['thinking']}</think>\n" if r.get("thinks") else ""
-            blocks.append(Code(f"{r.get('question')}\n\n{thinking}{r.get('answer')}\n\n({verdict}; expected {r.get('gold')})"))  # fmt: skip
-    return (
-        blocks
-        if len(blocks) > 1
-        else [*blocks, Text("No evaluation kept answers of this model: NOT PROVIDED")]
-    )
+            blocks.append(
+                Code(f"{r.get('question')}\n\n{thinking}{r.get('answer')}\n\n({verdict}; expected {r.get('gold')})")
+            )
+    return blocks if len(blocks) > 1 else [*blocks, Text("No evaluation kept answers of this model: NOT PROVIDED")]
 
 
 def _limits(run: RunFacts, answers: Answers) -> list[Block]:
     shown = [
-        (f"{exam.get('exam')}: wrong answers", MISSING if exam.get("accuracy") is None else f"{1 - exam['accuracy']:.1%}")
+        (
+            f"{exam.get('exam')}: wrong answers",
+            MISSING if exam.get("accuracy") is None else f"{1 - exam['accuracy']:.1%}",
+        )
         for _, exam in run.exams
-    ]  # fmt: skip
-    told = [("limits that the provider knows", answers("use.limits")), ("uses that it does not fit", answers("use.excluded")),
-            ("risks, and what was done", answers("use.risks")), ("longest text, in tokens", run.model.max_position_embeddings)]  # fmt: skip
+    ]
+    told = [
+        ("limits that the provider knows", answers("use.limits")),
+        ("uses that it does not fit", answers("use.excluded")),
+        ("risks, and what was done", answers("use.risks")),
+        ("longest text, in tokens", run.model.max_position_embeddings),
+    ]
     return [
-        Heading("Limits"), facts([*shown, *told]),
+        Heading("Limits"),
+        facts([*shown, *told]),
         Text("Nothing here tests for safety, bias or facts unless an evaluation above says so."),
-    ]  # fmt: skip
+    ]
 
 
 def _files(run: RunFacts) -> list[Block]:

@@ -1,0 +1,152 @@
+"""Contestants x suites -> one report: ask what is not known yet, judge all of it, and say what the scores can tell.
+
+One contestant after the other, so that two models are never in memory together. No torch here.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finback import __version__
+from finback.comparison.answers import Answer, Cache, Failure
+from finback.comparison.contestant import Contestant
+from finback.comparison.marks import mark
+from finback.comparison.progress import Progress
+from finback.comparison.protocol import Ask, Protocol, asks
+from finback.comparison.score import Score, pairs, score
+from finback.config import UserError, as_json
+from finback.runs.files import read_json, write_json
+from finback.runs.folder import prepare_folder
+from finback.suites.compression import METRIC
+from finback.suites.suite import Suite
+
+ANSWERS = "answers"  # the folder of kept answers within --out
+
+
+def compare(
+    contestants: Sequence[Contestant], suites: Sequence[Suite], rules: Protocol, out: Path, quiet: bool = False
+) -> dict[str, Any]:
+    """Ask everybody everything and return the report; KeyboardInterrupt leaves what was answered on disk."""
+    _demand_distinct([c.name for c in contestants], "contestants")
+    _demand_distinct([suite.name for suite in suites], "--tasks")
+    prepare_folder(out)
+    scores: list[Score] = []
+    failures: list[dict[str, Any]] = []
+    identities, measured = {}, list[dict[str, Any]]()
+    asked = [suite for suite in suites if suite.metric != METRIC]
+    texts = [suite for suite in suites if suite.metric == METRIC]
+    for contestant in contestants:
+        identities[contestant.name] = contestant.identity
+        wanted = asks(asked, rules, contestant.identity)
+        cache = Cache(out / ANSWERS, contestant.name, contestant.identity)
+        failed = gather(contestant, wanted, rules, cache, quiet)
+        measured += compression(contestant, texts, cache.path.with_suffix(".bits.json"))
+        failures += [_failure(contestant.name, each) for each in failed]
+        scores += _scores(contestant, asked, wanted, cache, failed, rules.seed)
+    return {
+        "finback": __version__,
+        "protocol": as_json(rules),
+        "suites": [describe(suite) for suite in suites],
+        "contestants": [{"name": c.name, "identity": identities[c.name], "price": c.price.basis} for c in contestants],
+        "scores": [each.as_json() for each in scores],
+        "pairs": pairs(scores, rules.seed),
+        "compression": measured,
+        "failures": failures,
+    }
+
+
+def gather(
+    contestant: Contestant, wanted: Sequence[Ask], rules: Protocol, cache: Cache, quiet: bool = False
+) -> list[Failure]:
+    """Have a contestant answer what is not kept yet; what came to nothing."""
+    missing = [ask for ask in wanted if ask.key not in cache.answers]
+    progress = Progress(contestant.name, len(missing), len(wanted) - len(missing))
+    failures = []
+    if not missing:
+        return []
+    try:
+        for each in cache.keep(contestant.answers(missing, rules)):
+            if isinstance(each, Failure):
+                failures.append(each)
+            if not quiet:
+                dollars = contestant.price.of(each) if isinstance(each, Answer) else None
+                progress.count(isinstance(each, Failure), dollars)
+    except KeyboardInterrupt:
+        kept = sum(ask.key in cache.answers for ask in wanted)
+        print(
+            f"\ninterrupted; {kept:,} of {len(wanted):,} answers of {contestant.name} are kept in {cache.path}; "
+            "run the same command to continue",
+            file=sys.stderr,
+        )
+        raise
+    return failures
+
+
+def compression(contestant: Contestant, texts: Sequence[Suite], kept: Path) -> list[dict[str, Any]]:
+    """Bits per byte of each text, measured once and then kept; None for a contestant that shows no probabilities."""
+    known = dict(read_json(kept)) if kept.is_file() else {}
+    missing = [suite for suite in texts if suite.source.digest not in known]
+    measure = getattr(contestant, "compress", None)
+    if missing and measure is not None:
+        known |= {suite.source.digest: bits for suite, bits in zip(missing, measure(missing), strict=True)}
+        write_json(kept, known)
+    return [
+        {"contestant": contestant.name, "suite": s.name, "bits_per_byte": known.get(s.source.digest)} for s in texts
+    ]
+
+
+def _scores(
+    contestant: Contestant,
+    suites: Sequence[Suite],
+    wanted: Sequence[Ask],
+    cache: Cache,
+    failed: Sequence[Failure],
+    seed: int,
+) -> list[Score]:
+    answered: dict[str, list[tuple[int, Answer]]] = defaultdict(list)
+    for ask in wanted:
+        if ask.key in cache.answers:
+            answered[ask.suite.name].append((ask.place, cache.answers[ask.key]))
+    found = []
+    for suite in suites:
+        marks = mark(suite, answered[suite.name], contestant.price)
+        lost = sum(each.ask.suite.name == suite.name for each in failed)
+        found.append(score(contestant.name, suite, marks, lost, seed))
+    return found
+
+
+def describe(suite: Suite) -> dict[str, Any]:
+    """What another person needs to ask the same: source, licence, digest, prompt, extraction, metric."""
+    return {
+        "name": suite.name,
+        "questions": len(suite.problems),
+        "source": suite.source.name,
+        "licence": suite.source.licence,
+        "sha256": suite.source.digest,
+        "prompt": suite.prompt,
+        "system": suite.system,
+        "extraction": suite.extraction,
+        "metric": suite.metric,
+        "chance": suite.chance,
+        "notes": dict(suite.notes),
+    }
+
+
+def _failure(contestant: str, failure: Failure) -> dict[str, Any]:
+    ask = failure.ask
+    return {
+        "contestant": contestant,
+        "suite": ask.suite.name,
+        "question": ask.suite.problems[ask.place].key,
+        "sample": ask.sample,
+        "problem": failure.problem,
+    }
+
+
+def _demand_distinct(names: Sequence[str], field: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if not names or twice:
+        problem = f"named twice: {', '.join(twice)}" if twice else "nothing named"
+        raise UserError(field, list(names), problem, "Name each once, and one at least.")

@@ -1,0 +1,163 @@
+"""A model behind an OpenAI-compatible server: several requests at a time, each tried again until there is an answer.
+
+What comes to nothing in the end is a failure of the server, never a wrong answer of the model. No torch here.
+"""
+
+import http.client
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finback.comparison import wire
+from finback.comparison.answers import Answer, Failure, answer
+from finback.comparison.contestant import Price
+from finback.comparison.pace import Pace
+from finback.comparison.protocol import Ask, Protocol
+from finback.config import UserError, check_positive
+
+LONGEST_WAIT = 300.0  # seconds between two tries, whatever the server asks for
+HOPELESS = 8  # failures without one answer after which the rest is not tried
+
+
+@dataclass
+class Endpoint:
+    """A server's address and what it calls the model; the key is sent to it and shown nowhere."""
+
+    url: str
+    model: str
+    name: str = ""
+    key: str = field(default="", repr=False)
+    extra: dict[str, Any] = field(default_factory=dict)  # goes into every request; null takes a field out
+    price: Price = field(default_factory=Price)
+    concurrency: int = 8
+    rate: float = 0.0  # requests a minute; 0 is any number
+    timeout: float = 300.0  # seconds that the server may be silent
+    tries: int = 6
+    busy_tries: int = 40  # after 429 and 503, which say "later"
+    backoff: float = 1.0  # seconds before the second try, doubled each time
+
+    def __post_init__(self) -> None:
+        wire.address(self.url)
+        check_positive(self, "endpoint", "concurrency", "timeout", "tries", "busy_tries", "backoff")
+        self.name = self.name or self.model
+
+    @classmethod
+    def parse(cls, text: str, **more: Any) -> "Endpoint":
+        """From URL#MODEL."""
+        url, mark, model = text.partition("#")
+        if not mark or not model:
+            raise UserError(
+                "--endpoint", text, "names no model", "Write URL#MODEL, as in http://127.0.0.1:8000/v1#tiny."
+            )
+        return cls(url, model, **more)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The address and the name; what stands behind them, only its owner knows."""
+        return {"url": self.url, "model": self.model, "extra": self.extra}
+
+    def answers(self, asks: Sequence[Ask], rules: Protocol) -> Iterator[Answer | Failure]:
+        """As they come; leaving the iterator stops asking."""
+        left, found = iter(asks), queue.SimpleQueue[Answer | Failure | BaseException]()
+        stop, lock, course = threading.Event(), threading.Lock(), _Course()
+        pace = Pace(self.rate, stop)
+
+        def work() -> None:
+            while not stop.is_set():
+                with lock:
+                    ask = next(left, None)
+                    hopeless = course.hopeless
+                if ask is None:
+                    return
+                try:
+                    each = Failure(ask, hopeless) if hopeless else self._answer(ask, rules, pace)
+                    with lock:
+                        course.note(each)
+                    found.put(each)
+                except BaseException as error:  # a defect of ours, to be raised where somebody sees it
+                    found.put(error)
+
+        for _ in range(min(self.concurrency, len(asks))):
+            # not joined at the end: after Ctrl-C nobody waits for what a server still has to say
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for _ in asks:
+                each = found.get()
+                if isinstance(each, BaseException):
+                    raise each
+                yield each
+        finally:
+            stop.set()
+
+    def _answer(self, ask: Ask, rules: Protocol, pace: Pace) -> Answer | Failure:
+        body, tries, busy = self._body(ask, rules), 0, 0
+        problem = "was stopped"
+        while pace.wait():
+            began = time.monotonic()
+            try:
+                reply = wire.ask(self.url, body, self.key, self.timeout)
+            except wire.Refused as error:
+                problem = str(error)
+                if error.final:
+                    break
+                busy, tries = busy + error.busy, tries + (not error.busy)
+                wait = self.backoff * 2 ** min(tries + busy - 1, 6) if error.wait is None else error.wait
+                if error.busy:
+                    pace.pause(min(wait, LONGEST_WAIT))
+            except (OSError, http.client.HTTPException) as error:
+                problem, tries = f"{type(error).__name__}: {error}", tries + 1
+                wait = self.backoff * 2 ** (tries - 1)
+            else:
+                return answer(
+                    ask,
+                    reply.content,
+                    reply.reasoning,
+                    finish=reply.finish,
+                    prompt_tokens=reply.prompt_tokens,
+                    tokens=reply.tokens,
+                    seconds=time.monotonic() - began,
+                    tries=tries + busy + 1,
+                    model=reply.model,
+                )
+            if tries >= self.tries or busy >= self.busy_tries:
+                break
+            pace.stop.wait(min(wait, LONGEST_WAIT))
+        return Failure(ask, problem.replace(self.key, "[key]") if self.key else problem)
+
+    def _body(self, ask: Ask, rules: Protocol) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": list(ask.messages),
+            "temperature": rules.temperature,
+            "top_p": rules.top_p,
+            "max_tokens": rules.max_tokens,
+            "seed": ask.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if ask.suite.stop:
+            body["stop"] = list(ask.suite.stop)
+        if rules.think is not None:  # DeepSeek's switch, and that of vLLM and SGLang
+            body["thinking"] = {"type": "enabled" if rules.think else "disabled"}
+            body["chat_template_kwargs"] = {"thinking": rules.think, "enable_thinking": rules.think}
+        return {name: value for name, value in (body | self.extra).items() if value is not None}
+
+
+@dataclass
+class _Course:
+    """How an endpoint has done so far; `hopeless` says why the rest need not be tried, if that is so."""
+
+    answered: bool = False
+    failed: int = 0
+    hopeless: str = ""
+
+    def note(self, each: Answer | Failure) -> None:
+        """One more answer, or failure."""
+        self.answered = self.answered or isinstance(each, Answer)
+        if isinstance(each, Failure):
+            self.failed += 1
+            if self.failed >= HOPELESS and not self.answered and not self.hopeless:
+                self.hopeless = f"not asked, for {HOPELESS} before it failed: {each.problem}"

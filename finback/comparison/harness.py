@@ -1,0 +1,281 @@
+"""lm-evaluation-harness against our server or somebody's, its results as rows of our report.
+
+The harness is a program of its own, often in an environment of its own. A model here is served to it on this machine
+alone; what the harness has heard stays in its cache beside our answers. No torch here.
+"""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finback import __version__
+from finback.comparison.contestant import Contestant
+from finback.comparison.endpoint import Endpoint
+from finback.comparison.protocol import Protocol, digest
+from finback.config import UserError, as_json
+from finback.runs.files import read_json
+from finback.runs.folder import prepare_folder
+
+if TYPE_CHECKING:
+    from finback.comparison.command import Options
+    from finback.comparison.local import Local
+
+INSTALL = "pip install 'lm_eval[api]'"
+KEY = "OPENAI_API_KEY"  # where the harness looks for a key; it wants to find something there
+NAME = "finback"  # what a model here is called while it is served
+# a server must not outlive a comparison that was killed
+START = "from finback.parallel import launch; launch.die_with_parent({parent}); from finback.cli import main; main()"
+STARTING = 600.0  # seconds that a model may take to load
+Z = 1.959964
+
+
+def measure(
+    contestants: Sequence[Contestant],
+    tasks: Sequence[str],
+    rules: Protocol,
+    options: "Options",
+    environment: Mapping[str, str],
+) -> dict[str, Any]:
+    """Have the harness ask each contestant its tasks; a report as `compare` makes, with the rows under "harness"."""
+    python = find_python(options.harness_python)
+    rows: list[dict[str, Any]] = []
+    for contestant in contestants:
+        folder = options.out / "harness" / digest(contestant.identity)[:8]
+        prepare_folder(folder)
+        if isinstance(contestant, Endpoint):
+            target = _endpoint(contestant)
+            found = _ask(python, target, tasks, rules, options, folder, {**environment, KEY: contestant.key or "none"})
+        else:
+            found = _ask_local(python, contestant, tasks, rules, options, folder, environment)  # type: ignore[arg-type]
+        rows += results(found, contestant.name)
+    return {
+        "finback": __version__,
+        "protocol": as_json(rules),
+        "suites": [],
+        "scores": [],
+        "pairs": [],
+        "compression": [],
+        "failures": [],
+        "contestants": [{"name": c.name, "identity": c.identity, "price": c.price.basis} for c in contestants],
+        "harness": rows,
+    }
+
+
+def find_python(given: Path | None) -> Path:
+    """The interpreter that has lm_eval; UserError with the command that installs it."""
+    if given is None:
+        if importlib.util.find_spec("lm_eval") is not None:
+            return Path(sys.executable)
+        raise UserError(
+            "--harness",
+            "lm-eval",
+            "not installed here",
+            f"Run {INSTALL}, or name an environment that has it with --harness-python.",
+        )
+    try:
+        probe = [str(given), "-c", "import lm_eval"]
+        fine = subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    except OSError:
+        fine = False
+    if not fine:
+        raise UserError("--harness-python", str(given), "has no lm_eval", f"Run {given} -m {INSTALL}.")
+    return given
+
+
+def results(found: dict[str, Any], contestant: str) -> list[dict[str, Any]]:
+    """Rows from the harness's results file: each metric of each task with the interval that its error gives."""
+    rows = []
+    for task, values in found["results"].items():
+        counts = (found.get("n-samples") or {}).get(task) or {}
+        for key, value in values.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            spread = Z * error if isinstance(error, int | float) else None
+            rows.append(
+                {
+                    "contestant": contestant,
+                    "task": task,
+                    "metric": metric if kind == "none" else key,
+                    "value": value,
+                    "interval": None if spread is None else (value - spread, value + spread),
+                    "n": counts.get("effective"),
+                    "shots": (found.get("n-shot") or {}).get(task),
+                    "by": f"lm-eval {found.get('lm_eval_version', '')}".strip(),
+                }
+            )
+    return rows
+
+
+def _endpoint(contestant: Endpoint) -> tuple[str, dict[str, Any]]:
+    """The kind of model that the harness calls an endpoint, and its arguments."""
+    url = f"{contestant.url.rstrip('/')}/chat/completions"
+    return "local-chat-completions", {
+        "base_url": url,
+        "model": contestant.model,
+        "num_concurrent": contestant.concurrency,
+        "max_retries": contestant.tries,
+        "timeout": int(contestant.timeout),
+    }
+
+
+def _ask_local(
+    python: Path,
+    contestant: "Local",
+    tasks: Sequence[str],
+    rules: Protocol,
+    options: "Options",
+    folder: Path,
+    environment: Mapping[str, str],
+) -> dict[str, Any]:
+    from finback.data.tokenizer import Tokenizer
+
+    words = folder / "tokenizer"  # the harness cuts texts into tokens itself, to tell the question from its answer
+    words.mkdir(exist_ok=True)
+    Tokenizer(contestant.path).export(words)
+    with serving(contestant, folder / "serve.log", environment) as base:
+        window = _window(base)
+        path = "chat/completions" if options.harness_chat else "completions"
+        arguments = {
+            "base_url": f"{base}/v1/{path}",
+            "model": NAME,
+            "num_concurrent": contestant.rows,
+            "max_retries": 3,
+            "timeout": int(options.timeout),
+            "max_length": window,
+            "max_gen_toks": min(rules.max_tokens, window // 2),
+        }
+        if options.harness_chat:
+            return _ask(
+                python,
+                ("local-chat-completions", arguments),
+                tasks,
+                rules,
+                options,
+                folder,
+                {**environment, KEY: "none"},
+            )
+        arguments |= {"tokenizer": str(words), "tokenizer_backend": "huggingface"}
+        return _ask(
+            python, ("local-completions", arguments), tasks, rules, options, folder, {**environment, KEY: "none"}
+        )
+
+
+def _ask(
+    python: Path,
+    target: tuple[str, dict[str, Any]],
+    tasks: Sequence[str],
+    rules: Protocol,
+    options: "Options",
+    folder: Path,
+    environment: Mapping[str, str],
+) -> dict[str, Any]:
+    """Run the harness to its end; what its results file says."""
+    kind, arguments = target
+    began = time.time()
+    command = [
+        str(python),
+        "-m",
+        "lm_eval",
+        "run",
+        "--model",
+        kind,
+        "--tasks",
+        ",".join(tasks),
+        "--output_path",
+        str(folder),
+        "--model_args",
+        *(f"{name}={value}" for name, value in arguments.items()),
+        "--use_cache",
+        str(folder / "cache"),
+        "--seed",
+        str(rules.seed),
+        *(["--apply_chat_template"] if "chat" in kind else []),
+        *(["--limit", str(options.problems)] if options.problems else []),
+    ]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=None, text=True, check=False)
+    (folder / "harness.log").write_text(done.stdout, encoding="utf-8")
+    files = [f for f in folder.rglob("results_*.json") if f.stat().st_mtime >= began - 1]
+    if done.returncode or not files:
+        raise UserError(
+            "--harness",
+            "lm-eval",
+            f"it ended with code {done.returncode}",
+            "See its own words above. Check the names of the tasks, and its data sets where there is no network.",
+        )
+    return dict(read_json(max(files, key=lambda f: f.stat().st_mtime)))
+
+
+@contextmanager
+def serving(contestant: "Local", log: Path, environment: Mapping[str, str]) -> Iterator[str]:
+    """Our server for one model as a process of its own, on a free port of this machine; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-c",
+        START.format(parent=os.getpid()),
+        "serve",
+        str(contestant.path),
+        "--port",
+        str(port),
+        "--name",
+        NAME,
+        "--dtype",
+        contestant.dtype,
+        "--rows",
+        str(contestant.rows),
+        "--queue",
+        "1024",
+        "--no-page",
+        "--drain",
+        "1",
+    ]
+    own = {k: v for k, v in environment.items() if k != "FINBACK_API_KEY"}  # the harness would not know it
+    with log.open("w", encoding="utf-8") as words:
+        server = subprocess.Popen(command, stdout=words, stderr=words, env=own)
+    try:
+        _wait(server, f"http://127.0.0.1:{port}", contestant, log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait(server: "subprocess.Popen[bytes]", base: str, contestant: "Local", log: Path) -> None:
+    began = time.monotonic()
+    while time.monotonic() - began < STARTING and server.poll() is None:
+        try:
+            _get(f"{base}/ready")
+            return
+        except (OSError, urllib.error.URLError):
+            time.sleep(0.1)
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    raise UserError("MODEL", contestant.name, "the server for it did not start", f"It said: {said[-1:] or 'nothing'}.")
+
+
+def _window(base: str) -> int:
+    """How many tokens the served model reads."""
+    model = json.loads(_get(f"{base}/v1/models"))["data"][0]
+    return int(model.get("max_model_len") or model.get("context_length") or 2048)
+
+
+def _get(url: str) -> bytes:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never a detour for this machine
+    with opener.open(url, timeout=10) as response:
+        return bytes(response.read())

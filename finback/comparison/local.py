@@ -1,0 +1,182 @@
+"""A model in files, answered by the built-in engine: as many questions at a time as the cache holds."""
+
+import gc
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finback import __version__
+from finback.checkpoint import model as models
+from finback.checkpoint.model import Answering
+from finback.comparison.answers import Answer, Failure, answer
+from finback.comparison.contestant import Price
+from finback.comparison.protocol import Ask, Protocol
+from finback.data.dialogue import dialogue
+from finback.data.tokenizer import ASSISTANT, THINK, USER, Tokenizer
+from finback.engine.engine import Engine, affordable
+from finback.engine.request import SamplingParams
+from finback.engine.request import Sequence as Row
+from finback.model.cache import PAGE
+from finback.model.transformer import Transformer
+from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
+from finback.runs.provenance import sha256
+from finback.suites.compression import measure
+from finback.suites.suite import Suite
+
+# what a model's answers depend on, in the folders of stages and in Hugging Face's
+PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "model.json",
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass
+class Local:
+    """A stage's folder, a Hugging Face folder, or a GGUF file; it is in memory only while it answers."""
+
+    path: Path
+    name: str
+    dtype: Answering = "auto"
+    rows: int = 32
+    price: Price = field(default_factory=Price)
+    _files: str = ""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The digest of its files, and what computes."""
+        self._files = self._files or digest_of(self.path)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        return {
+            "sha256": self._files,
+            "dtype": self.dtype,
+            "device": device,
+            "finback": __version__,
+            "torch": torch.__version__,
+        }
+
+    def answers(self, asks: Sequence[Ask], rules: Protocol) -> Iterator[Answer | Failure]:
+        """As they are whole; the model is gone from memory when the iterator ends."""
+        if not asks:
+            return
+        tokenizer = Tokenizer(self.path)
+        model = models.load_to_answer(self.path, self.dtype)
+        prompts = [dialogue(list(ask.messages), tokenizer, think=rules.think) for ask in asks]
+        engine = self._engine(model, tokenizer, max(len(ids) for ids, _ in prompts) + rules.max_tokens)
+        try:
+            yield from _answers(engine, tokenizer, asks, prompts, rules)
+        finally:
+            del engine, model
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def compress(self, texts: Sequence[Suite]) -> list[float]:
+        """Bits per byte of each suite's text."""
+        tokenizer, model = Tokenizer(self.path), models.load_to_answer(self.path, self.dtype)
+        return [measure(model, tokenizer, suite).bits_per_byte for suite in texts]
+
+    def _engine(self, model: Transformer, tokenizer: Tokenizer, longest: int) -> Engine:
+        # a mark of a new turn ends this one, as it does where the model is served
+        turns = [] if tokenizer.template else [tokenizer.ids.get(t, -1) for t in (USER, ASSISTANT)]
+        longest = min(longest, model.config.max_position_embeddings) + 2 * PAGE
+        room = max(longest, min(self.rows * longest, affordable(model, 4)))
+        return Engine(
+            model,
+            (*tokenizer.stops, *turns),
+            self.rows,
+            tokenizer=tokenizer,
+            tokens=room,
+            chunk=2048,
+            reuse=True,
+            speculate=True,
+        )
+
+
+def _answers(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    asks: Sequence[Ask],
+    prompts: Sequence[tuple[list[int], bool]],
+    rules: Protocol,
+) -> Iterator[Answer | Failure]:
+    """Answers as they end. A step's seconds are shared by those that were in the batch, so shares sum to the whole."""
+    window = min(engine.model.config.max_position_embeddings, engine.pages.count * PAGE)
+    mark = tokenizer.ids.get(THINK)
+    banned = ((mark, -math.inf),) if rules.think is False and mark is not None else ()
+    left = deque(zip(asks, prompts, strict=True))
+    under_way: dict[Row, tuple[Ask, bool]] = {}
+    busy: dict[Row, float] = {}
+    try:
+        while left or under_way:
+            while left and len(under_way) < 2 * engine.rows:  # the next ones wait in the engine, the rest do not
+                ask, (ids, opened) = left.popleft()
+                room = min(rules.max_tokens, window - len(ids))
+                if room < 1:
+                    yield Failure(ask, f"the question has {len(ids)} tokens and the model reads {window}")
+                    continue
+                knobs = SamplingParams(
+                    rules.temperature, room, top_p=rules.top_p, stop=ask.suite.stop, logit_bias=banned
+                )
+                row = engine.submit(ids, knobs, ask.seed, thinking=opened)
+                under_way[row], busy[row] = (ask, opened), 0.0
+            began = time.perf_counter()
+            engine.step()
+            spent = time.perf_counter() - began
+            at_work = [row for row in under_way if row.started]
+            for row in at_work:
+                busy[row] += spent / len(at_work)
+            for row in [row for row in at_work if row.finish is not None]:
+                ask, opened = under_way.pop(row)
+                yield _answer(row, ask, opened, busy.pop(row))
+    finally:
+        for row in under_way:
+            engine.cancel(row)
+
+
+def _answer(row: Row, ask: Ask, opened: bool, busy: float) -> Answer:
+    assert row.text is not None and row.finish is not None, "the engine has a tokenizer, and the answer has ended"
+    return answer(
+        ask,
+        row.text.said,
+        opened=opened,
+        finish=row.finish,
+        prompt_tokens=len(row.prompt),
+        tokens=len(row.tokens),
+        seconds=row.last - row.started,
+        busy=busy,
+    )
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a model's files, their names included."""
+    files = [path] if path.is_file() else sorted({f for p in PATTERNS for f in path.glob(p)})
+    if (path / "model.json").is_file():  # then config.json is a stage's, and says nothing of the model
+        files = [file for file in files if file.name != "config.json"]
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.name} {sha256(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def price_here(per_hour: float | None) -> Price:
+    """What this machine costs an hour: as told, else the cores at work at the run folders' price."""
+    if per_hour is not None:
+        return Price(per_hour=per_hour, basis=f"${per_hour:g} per hour of this machine, as told")
+    if torch.cuda.is_available():  # what a GPU costs differs by more than ten times between places
+        return Price(basis="NOT PROVIDED: say what this machine costs with --price-hour")
+    cores = torch.get_num_threads()
+    basis = f"estimate: {cores} cores at ${DOLLARS_PER_CORE_HOUR:g} per core-hour; nothing was metered"
+    return Price(per_hour=cores * DOLLARS_PER_CORE_HOUR, basis=basis)

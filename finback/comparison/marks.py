@@ -1,0 +1,69 @@
+"""Answers judged by their suite's task, and what each was made of. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finback.comparison.answers import Answer
+from finback.comparison.contestant import Price
+from finback.suites.suite import Suite
+from finback.tasks.final import compact, final
+from finback.tasks.language import consistency
+from finback.tasks.task import Verdict, judged
+
+_LONGEST_VOTE = 200  # characters: what is longer is an essay, and no two of these agree
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One answer, judged."""
+
+    place: int  # of the question in the suite
+    sample: int
+    correct: bool
+    well_formed: bool  # an answer of the asked form was found in it
+    cut: bool  # the tokens were used up before it ended
+    empty: bool  # nothing was said, in the chain or behind it
+    vote: str | None  # the final answer in a form that can be counted
+    said: str  # the vote, or how a longer answer begins
+    tokens: int | None
+    prompt_tokens: int | None
+    seconds: float
+    dollars: float | None
+    language: float | None  # the share of its words that are in the suite's language
+    tries: int
+
+
+def mark(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Price) -> list[Mark]:
+    """Judge answers, given with the places of their questions. One that is cut off, or lost in its chain, is wrong."""
+    whole = [pair for pair in answers if pair[1].whole]
+    asked = [(suite.problems[place], a.text) for place, a in whole]
+    verdicts = dict(zip([id(a) for _, a in whole], judged(suite.task, asked), strict=True))
+    wrong = Verdict(correct=False, well_formed=False)
+    return [_mark(suite, place, a, verdicts.get(id(a), wrong), price) for place, a in answers]
+
+
+def _mark(suite: Suite, place: int, a: Answer, verdict: Verdict, price: Price) -> Mark:
+    language = consistency(a.thinking or a.text, suite.language) if suite.language else None
+    counted = vote(a)
+    return Mark(
+        place,
+        a.sample,
+        verdict.correct,
+        verdict.well_formed,
+        a.finish == "length",
+        not (a.text or a.thinking),
+        counted,
+        counted or a.text[:_LONGEST_VOTE],
+        a.tokens,
+        a.prompt_tokens,
+        a.seconds,
+        price.of(a),
+        language,
+        a.tries,
+    )
+
+
+def vote(a: Answer) -> str | None:
+    """What an answer counts for in a vote; nothing where it has no end or no short final answer."""
+    said = final(a.text) if a.whole else None
+    return compact(said).lower().rstrip(".") if said is not None and len(said) <= _LONGEST_VOTE else None

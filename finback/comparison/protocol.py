@@ -1,0 +1,85 @@
+"""How questions are put: R1's protocol unless told otherwise (2501.12948, section 3). No torch here.
+
+Every contestant gets the same messages, the same knobs and, for the n-th sample of a question, the same seed.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finback.config import UserError, check_fields, check_not_negative, check_positive
+from finback.suites.suite import Suite
+
+SAMPLES = 4  # R1 used 4 to 64, the more the fewer the questions
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is the same for all contestants; `think` True opens the chain, False asks for none, None lets them choose."""
+
+    samples: int = SAMPLES
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 32768
+    seed: int = 0
+    think: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "compare")
+        check_positive(self, "compare", "samples", "top_p", "max_tokens")
+        check_not_negative(self, "compare", "temperature", "seed")
+        if self.top_p > 1:
+            raise UserError("compare.top_p", self.top_p, "above 1", "Use 1 for all tokens.")
+        if self.temperature == 0 and self.samples > 1:
+            raise UserError(
+                "--samples",
+                self.samples,
+                "greedy answers are all alike",
+                "Ask for one sample, or for a temperature above 0.",
+            )
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One sample of one question of one suite, and the key under which one contestant's answer to it is kept."""
+
+    key: str
+    suite: Suite
+    place: int  # of the question in the suite
+    sample: int
+    messages: tuple[dict[str, str], ...]
+    seed: int
+
+
+def asks(suites: Sequence[Suite], protocol: Protocol, identity: Mapping[str, Any]) -> list[Ask]:
+    """All that one contestant is asked. A key changes with anything that could change the answer."""
+    found = []
+    for suite in suites:
+        same = {
+            "contestant": dict(identity),
+            "suite": suite.source.digest,
+            "stop": list(suite.stop),
+            "sampling": [protocol.temperature, protocol.top_p, protocol.max_tokens, protocol.think],
+        }
+        for place, problem in enumerate(suite.problems):
+            messages = tuple(suite.ask(problem))
+            for sample in range(protocol.samples):
+                seed = _seed(protocol.seed, suite.name, problem.key, sample)
+                # two suites may hold a question twice: the place tells its answers apart
+                key = digest({**same, "place": place, "messages": messages, "seed": seed, "sample": sample})
+                found.append(Ask(key, suite, place, sample, messages, seed))
+    return found
+
+
+def digest(value: Any) -> str:
+    """32 hex digits of a value's JSON form."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _seed(*words: object) -> int:
+    """A seed for one sample that any server takes: 31 bits."""
+    text = json.dumps([str(word) for word in words])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1

@@ -1,0 +1,162 @@
+"""From marks to what a table says of one contestant on one suite, and of two contestants together. No torch here."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finback.comparison.marks import Mark
+from finback.suites import statistics
+from finback.suites.statistics import Difference
+from finback.suites.suite import Suite
+
+SAME = 0.95  # share of alike answers from which on a contestant "always" gives them
+_FEWEST = 5  # questions from which on it can be said
+
+
+@dataclass(frozen=True)
+class Score:
+    """One contestant on one suite. Shares are of all answers that came; `failed` counts those that did not."""
+
+    contestant: str
+    suite: str
+    n: int  # questions with an answer
+    answers: int
+    failed: int
+    accuracy: float | None  # pass@1: the mean over questions of the mean over samples
+    interval: tuple[float, float] | None
+    majority: float | None  # of a vote among the samples
+    pass_at: dict[int, float]
+    cut: float
+    unparseable: float
+    empty: float
+    tokens: float | None
+    prompt_tokens: float | None
+    seconds: float | None  # per answer
+    dollars: float | None  # in all
+    dollars_per_answer: float | None
+    dollars_per_solved: float | None
+    language: float | None
+    tries: float | None
+    flags: list[str] = field(default_factory=list)
+    by_question: dict[int, float] = field(default_factory=dict, repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; the questions' own scores go elsewhere."""
+        return {name: value for name, value in vars(self).items() if name != "by_question"}
+
+
+def score(contestant: str, suite: Suite, marks: Sequence[Mark], failed: int, seed: int) -> Score:
+    """Sum up the marks of one contestant on one suite."""
+    groups: dict[int, list[Mark]] = defaultdict(list)
+    for each in marks:
+        groups[each.place].append(each)
+    by_question = {place: _mean([m.correct for m in group]) or 0.0 for place, group in sorted(groups.items())}
+    solved = sum(m.correct for m in marks)
+    total = _total([m.dollars for m in marks])
+    accuracy = _mean(list(by_question.values()))
+    interval = statistics.interval(list(by_question.values()), seed) if by_question else None
+    return Score(
+        contestant,
+        suite.name,
+        len(groups),
+        len(marks),
+        failed,
+        accuracy,
+        interval,
+        _majority(suite, groups),
+        _pass_at(groups),
+        cut=_mean([m.cut for m in marks]) or 0.0,
+        unparseable=_mean([not m.well_formed for m in marks]) or 0.0,
+        empty=_mean([m.empty for m in marks]) or 0.0,
+        tokens=_mean([m.tokens for m in marks if m.tokens is not None]),
+        prompt_tokens=_mean([m.prompt_tokens for m in marks if m.prompt_tokens is not None]),
+        seconds=_mean([m.seconds for m in marks]),
+        dollars=total,
+        dollars_per_answer=total / len(marks) if total is not None and marks else None,
+        dollars_per_solved=total / solved if total is not None and solved else None,
+        language=_mean([m.language for m in marks if m.language is not None]),
+        tries=_mean([m.tries for m in marks]),
+        flags=_flags(suite, marks, failed, interval),
+        by_question=by_question,
+    )
+
+
+def pairs(scores: Sequence[Score], seed: int) -> list[dict[str, Any]]:
+    """Every two contestants on every suite, by the questions that both have answered; p raised for their number."""
+    found: list[tuple[Score, Score, Difference]] = []
+    for i, one in enumerate(scores):
+        for other in scores[i + 1 :]:
+            both = sorted(one.by_question.keys() & other.by_question.keys())
+            if one.suite == other.suite and both:
+                gap = statistics.paired([one.by_question[q] for q in both], [other.by_question[q] for q in both], seed)
+                found.append((one, other, gap))
+    raised = statistics.holm([gap.p for *_, gap in found])
+    return [_pair(one, other, gap, p) for (one, other, gap), p in zip(found, raised, strict=True)]
+
+
+def _pair(one: Score, other: Score, gap: Difference, raised: float) -> dict[str, Any]:
+    told = gap.told_apart and raised <= 1 - statistics.LEVEL
+    better = (one if gap.mean > 0 else other).contestant if told else None
+    return {
+        "suite": one.suite,
+        "one": one.contestant,
+        "other": other.contestant,
+        "n": gap.n,
+        "difference": gap.mean,
+        "interval": (gap.low, gap.high),
+        "p": gap.p,
+        "p_holm": raised,
+        "better": better,
+    }
+
+
+def _majority(suite: Suite, groups: dict[int, list[Mark]]) -> float | None:
+    """majority@k; None for one sample, and for programs, which no one can count as alike."""
+    if getattr(suite.task, "waits", False) or max(map(len, groups.values()), default=0) < 2:
+        return None
+    return _mean([statistics.majority([m.vote for m in g], [m.correct for m in g]) for g in groups.values()])
+
+
+def _pass_at(groups: dict[int, list[Mark]]) -> dict[int, float]:
+    """pass@k for 1, 2, 4 … and for all samples that every question has."""
+    fewest = min(map(len, groups.values()), default=0)
+    ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64) if k <= fewest} | ({fewest} if fewest else set()))
+    counts = [(len(group), sum(m.correct for m in group)) for group in groups.values()]
+    return {k: sum(statistics.pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
+
+
+def _flags(suite: Suite, marks: Sequence[Mark], failed: int, interval: tuple[float, float] | None) -> list[str]:
+    """What a reader must know before believing the score."""
+    flags = [f"{failed} answers failed: the score is of the rest"] if failed else []
+    if not marks:
+        return [*flags, "no answers"]
+    if (_mean([m.empty for m in marks]) or 0) >= SAME:
+        flags.append("answers nothing")
+    same = _always(suite, marks)
+    if same is not None:
+        flags.append(f"always says {same[:30]!r}")
+    if suite.chance is not None and interval is not None and interval[0] <= suite.chance:
+        flags.append(f"not above chance ({suite.chance:.0%})")
+    return flags
+
+
+def _always(suite: Suite, marks: Sequence[Mark]) -> str | None:
+    """The one answer that nearly all questions get, if they should have had several."""
+    asked = {m.place for m in marks}
+    gold = Counter(suite.problems[place].answer for place in asked)
+    # programs have no gold answer to tell apart; where one answer is nearly always right, saying it is no fault
+    if len(asked) < _FEWEST or max(gold.values()) >= SAME * len(asked):
+        return None
+    said, times = Counter(m.said for m in marks).most_common(1)[0]
+    return said if said and times >= SAME * len(marks) else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _total(values: Sequence[float | None]) -> float | None:
+    """A sum that is known only if every part is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None

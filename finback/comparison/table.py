@@ -1,0 +1,156 @@
+"""A report as Markdown: one table for each suite, then what the differences tell. No torch here."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from finback.suites.statistics import LEVEL
+
+NONE = "–"
+HEAD = (
+    "model",
+    f"pass@1 ({LEVEL:.0%} interval)",
+    "majority",
+    "pass@k",
+    "n x k",
+    "cut off",
+    "no answer found",
+    "tokens",
+    "s/answer",
+    "$/answer",
+    "$/solved",
+    "remarks",
+)
+
+
+def tell(report: dict[str, Any]) -> str:
+    """The whole report."""
+    parts = [_protocol(report["protocol"])] if report["suites"] else []
+    parts += [f"## {s['name']}\n\n{_suite(s)}\n\n{_results(report, s['name'])}" for s in report["suites"]]
+    if report.get("contamination"):
+        parts.append("## In the training text\n\n" + "\n".join(map(_found, report["contamination"])))
+    if report.get("harness"):
+        parts.append(_harness(report["harness"]))
+    if report["pairs"]:
+        parts.append("## Differences\n\n" + "\n".join(f"- {pair(each)}" for each in report["pairs"]))
+    if report["contestants"]:
+        parts.append("## Who answered\n\n" + "\n".join(map(_contestant, report["contestants"])))
+    if report["failures"]:
+        parts.append(_failures(report["failures"]))
+    return "\n\n".join(parts)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up as plain text too."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def pair(each: dict[str, Any]) -> str:
+    """One comparison in words; no ranking where the questions do not tell."""
+    low, high = each["interval"]
+    gap = f"{100 * each['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), n = {each['n']}"
+    said = f"p = {each['p']:.2g}" + (f", {each['p_holm']:.2g} for all pairs" if each["p"] != each["p_holm"] else "")
+    verdict = f"{each['better']} is better" if each["better"] else "cannot be told apart"
+    return f"{each['suite']}: {each['one']} against {each['other']}: {verdict}; {gap}, {said}"
+
+
+def percent(value: float | None) -> str:
+    """12.3 %, or a dash."""
+    return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def money(value: float | None) -> str:
+    """Dollars with two digits that say something; what nobody has said is not 0."""
+    if value is None:
+        return "NOT PROVIDED"
+    return f"${value:.2g}" if value < 0.1 else f"${value:,.2f}"
+
+
+def _row(s: dict[str, Any]) -> list[str]:
+    per_question = s["answers"] / s["n"] if s["n"] else 0
+    at = {int(k): v for k, v in s["pass_at"].items() if int(k) > 1}
+    remarks = list(s["flags"])
+    if s["language"] is not None:
+        remarks.append(f"{s['language']:.0%} of words in the asked language")
+    interval = s["interval"]
+    # with nothing solved there is a price of trying, and none of success
+    solved = NONE if s["dollars"] is not None and s["dollars_per_solved"] is None else money(s["dollars_per_solved"])
+    return [
+        s["contestant"],
+        percent(s["accuracy"]) + (f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""),
+        percent(s["majority"]),
+        ", ".join(f"@{k} {percent(v)}" for k, v in sorted(at.items())[-1:]) or NONE,
+        f"{s['n']} x {per_question:.3g}",
+        percent(s["cut"]),
+        percent(s["unparseable"]),
+        NONE if s["tokens"] is None else f"{s['tokens']:,.0f}",
+        NONE if s["seconds"] is None else f"{s['seconds']:.2g}",
+        money(s["dollars_per_answer"]),
+        solved,
+        "; ".join(remarks) or NONE,
+    ]
+
+
+def _results(report: dict[str, Any], suite: str) -> str:
+    measured = [c for c in report["compression"] if c["suite"] == suite]
+    if not measured:
+        return table(HEAD, [_row(s) for s in report["scores"] if s["suite"] == suite])
+    bits = [NONE if c["bits_per_byte"] is None else f"{c['bits_per_byte']:.4f}" for c in measured]
+    return table(("model", "bits per byte"), [[c["contestant"], b] for c, b in zip(measured, bits, strict=True)])
+
+
+def _found(c: dict[str, Any]) -> str:
+    """What a corpus holds of a suite."""
+    return (
+        f"- {c['suite']} in {c['data']}: {c['overlapping']} of {c['questions']} questions share {c['ngram']} words in a "
+        f"row with it, {c['exact']} stand there whole; {c['without_ngram']} are too short for such a run"
+    )
+
+
+def _protocol(p: dict[str, Any]) -> str:
+    kind = "greedy" if p["temperature"] == 0 else f"temperature {p['temperature']:g}, top-p {p['top_p']:g}"
+    think = {None: "as the model likes", True: "asked for", False: "off"}[p["think"]]
+    return (
+        f"{p['samples']} sample{'s' if p['samples'] > 1 else ''} of each question, {kind}, {p['max_tokens']:,} tokens "
+        f"at most, thinking {think}, seed {p['seed']}. Intervals are over questions; answers that were cut off count as "
+        "wrong, requests that failed do not count."
+    )
+
+
+def _suite(suite: dict[str, Any]) -> str:
+    chance = "" if suite["chance"] is None else f" Blind guessing: {suite['chance']:.0%}."
+    notes = "".join(f" {name}: {text}." for name, text in suite["notes"].items())
+    found = f" Read from: {suite['extraction'].rstrip('.')}." if suite["extraction"] else ""
+    return (
+        f"{suite['questions']} questions from {suite['source']} (licence {suite['licence']}, SHA-256 "
+        f"{suite['sha256'][:12]}…), {suite['metric']}.{found}{chance}{notes}"
+    )
+
+
+def _harness(rows: Sequence[dict[str, Any]]) -> str:
+    head = ("model", "task", "metric", f"value ({LEVEL:.0%} interval)", "n", "shots", "by")
+    lines = []
+    for row in rows:
+        value = f"{row['value']:.4g}"
+        if row["interval"] is not None:
+            value += f" ({row['interval'][0]:.4g} to {row['interval'][1]:.4g})"
+        lines.append(
+            [row["contestant"], row["task"], row["metric"], value, str(row["n"]), str(row["shots"]), row["by"]]
+        )
+    return f"## Measured by lm-evaluation-harness\n\n{table(head, lines)}"
+
+
+def _contestant(c: dict[str, Any]) -> str:
+    identity = ", ".join(f"{k} {str(v)[:64]}" for k, v in c["identity"].items() if v not in (None, {}, ""))
+    return f"- {c['name']}: {identity}. Price: {c['price']}."
+
+
+def _failures(failures: Sequence[dict[str, Any]]) -> str:
+    counts: dict[tuple[str, str], int] = {}
+    for f in failures:
+        counts[f["contestant"], f["problem"]] = counts.get((f["contestant"], f["problem"]), 0) + 1
+    lines = [f"- {name}: {count} x {problem}" for (name, problem), count in sorted(counts.items())]
+    return "## Failed\n\nThe same command asks these again, and only these.\n\n" + "\n".join(lines)

@@ -1,0 +1,108 @@
+"""datatrove's executor as the engine for corpora that one process is too slow for.
+
+Its local executor gives each file of a source, and later each segment of what was kept, to one of several processes,
+marks what is finished and skips that when it is started again. What is done to a document is finback's own, and what
+depends on all documents is decided in their order by one process: so the outputs are those of one process, byte for
+byte. datatrove's own MinHash blocks are not used, since they keep other documents: theirs has no order, a cluster of
+near duplicates is found first and then reduced to one.
+
+The executor runs in a process of its own, for it forks, which a process with threads must not do.
+"""
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from finback.config import UserError
+from finback.runs.files import read_json, write_json
+
+ERROR = "error.json"
+RUN = "from finback.data import trove; trove.serve()"
+
+
+class Job(Protocol):
+    """Work that can be cut into numbered pieces; it is sent to other processes."""
+
+    def __call__(self, piece: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A job as a block of datatrove's pipeline: a task of the executor is a piece."""
+
+    job: Job
+    folder: Path
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> Iterator[None]:
+        try:
+            self.job(rank)
+        except UserError as error:  # a message for the user, which no pickle carries
+            write_json(self.folder / ERROR, [error.field, str(error.value), error.problem, error.remedy])
+            raise RuntimeError(str(error)) from None
+        return iter(())
+
+
+def each(job: Job, pieces: int, workers: int, folder: Path, show: Callable[[int], None]) -> None:
+    """Do all pieces of a job that are not marked as done in `folder`; `show` is told how many are."""
+    _demand()
+    folder.mkdir(exist_ok=True)
+    (folder / ERROR).unlink(missing_ok=True)
+    with (folder / "executor.log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-c", RUN], stdin=subprocess.PIPE, stdout=log, stderr=log)
+        try:
+            assert process.stdin is not None, "it was asked for"
+            process.stdin.write(pickle.dumps((job, pieces, workers, folder)))
+            process.stdin.close()
+            while process.poll() is None:
+                show(_done(folder))
+                time.sleep(0.05)
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode or _done(folder) < pieces:
+        raise _failure(folder)
+
+
+def serve() -> None:
+    """The other process: read a job from stdin and run it under datatrove's executor."""
+    job, pieces, workers, folder = pickle.load(sys.stdin.buffer)
+    from datatrove.executor import LocalPipelineExecutor
+
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    LocalPipelineExecutor(pipeline=[_Step(job, folder)], tasks=pieces, workers=workers, logging_dir=str(folder)).run()
+
+
+def _end_with(parent: int) -> None:
+    """Leave when whoever wanted the result is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _done(folder: Path) -> int:
+    return sum(1 for _ in (folder / "completions").glob("*"))
+
+
+def _failure(folder: Path) -> Exception:
+    if (folder / ERROR).is_file():
+        return UserError(*read_json(folder / ERROR))
+    log = (folder / "executor.log").read_text(encoding="utf-8", errors="replace")
+    return RuntimeError(f"datatrove's executor failed:\n{log[-4000:]}")
+
+
+def _demand() -> None:
+    if importlib.util.find_spec("datatrove") is None:
+        raise UserError(
+            "workers",
+            "datatrove",
+            "the package is not installed",
+            "pip install 'finback[data]', or leave workers at 0.",
+        )

@@ -1,0 +1,159 @@
+"""The nouns of generation: what is asked, what comes back, and a request on its way between the two."""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from torch import Tensor
+
+from finback.config import UserError
+
+if TYPE_CHECKING:
+    from finback.engine.constrain import Constraint
+    from finback.engine.text import Text
+
+Finish = Literal["stop", "length", "cancelled"]
+Alternatives = list[tuple[int, float]]  # (token, log-probability), likeliest first
+
+
+COLD = 1e-5  # scores divided by less would overflow
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. temperature 0 is greedy; a sequence's seed fixes it whatever else is in its batch."""
+
+    temperature: float = 1.0  # below COLD it is greedy too
+    max_tokens: int = 128  # 0 only with prompt_logprobs: read the prompt, say nothing
+    top_k: int = 0  # only the k likeliest tokens; 0: all
+    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
+    frequency_penalty: float = 0.0  # subtracted from a score for every time the answer has said the token
+    presence_penalty: float = 0.0  # subtracted once if the answer has said the token at all
+    repetition_penalty: float = 1.0  # scores of tokens in prompt or answer are divided by it (CTRL, 1909.05858)
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
+    stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
+    stop_tokens: tuple[int, ...] = ()  # ids that end the answer beside the engine's own
+    ignore_eos: bool = False  # go on to max_tokens; for measuring
+    top_logprobs: int | None = None  # report this many alternatives for each token, at temperature 1
+    prompt_logprobs: int | None = None  # the same for every prompt token behind the first
+    think_tokens: int | None = None  # the longest chain of thought; then it is closed for the model
+    schema: str | None = None  # a JSON schema (as text) that the answer follows once the chain is closed
+    grammar: str | None = None  # the same in llguidance's Lark, for what no schema can say; one of the two
+
+    def __post_init__(self) -> None:
+        least = 0 if self.prompt_logprobs is not None else 1
+        checks = (
+            ("temperature", self.temperature >= 0, "negative", "Use 0 for greedy or a positive number."),
+            ("top_k", self.top_k >= 0, "negative", "Use 0 for all tokens."),
+            ("top_p", 0 < self.top_p <= 1, "not above 0 and up to 1", "Use 1 for all tokens."),
+            ("min_p", 0 <= self.min_p <= 1, "not in 0..1", "Use 0 for all tokens."),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "not in 0.01..100", "Use 1 for none."),
+            ("max_tokens", self.max_tokens >= least, "nothing to generate", f"Use at least {least}."),
+            ("top_logprobs", (self.top_logprobs or 0) >= 0, "negative", "Use 0 for the token's own."),
+            ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "negative", "Use 0 for the token's own."),
+            ("think_tokens", (self.think_tokens or 0) >= 0, "negative", "Use 0 for no chain."),
+        )
+        for name, fits, problem, remedy in checks:
+            if not fits:
+                raise UserError(name, getattr(self, name), problem, remedy)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether scores depend on what has been said."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Generated ids (without prompt; the final eos included) with log-probabilities under the sampling distribution."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish: Finish
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way through the engine; identity is the request's, the lists grow as tokens are made."""
+
+    prompt: list[int]
+    sampling: SamplingParams
+    seed: int
+    salt: bytes = b""  # sequences with different salts never share cached pages
+    leader: "Sequence | None" = None  # wait until this one has read the prompt that both begin with
+    text: "Text | None" = None  # what was said so far, where the engine has a tokenizer
+    constraint: "Constraint | None" = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[Alternatives] = field(default_factory=list)  # one per token, its own first, if top_logprobs is set
+    prompt_top: list[Alternatives] = field(default_factory=list)  # the same for prompt tokens 1, 2, …
+    finish: Finish | None = None
+    thinking: bool = False  # inside the chain of thought
+    thought: int = 0  # tokens of the chain, its marks included
+    forced: deque[int] = field(default_factory=deque)  # tokens to say next, whatever the model would
+    # where it stands in the cache
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0  # tokens whose entries are stored
+    cached: int = 0  # prompt tokens that another sequence had read already
+    published: int = 0  # leading pages that others may find
+    digest: bytes = b""  # of the tokens in those pages
+    slot: int = -1  # its line in the page table while it runs
+    draft: int = -1  # MTP's guess at the token after the last one
+    drafts_from: int = 0  # the position from which on MTP's own entries are whole
+    # what it cost
+    drafted: int = 0
+    accepted: int = 0
+    guessed: list[int] = field(default_factory=list)  # places of the tokens that MTP had drafted rightly
+    preempted: int = 0
+    submitted: float = field(default_factory=time.perf_counter)
+    started: float = 0.0  # when it first entered the batch
+    first: float = 0.0  # when its first token was made
+    last: float = 0.0
+    _random: np.ndarray | None = None
+    said: Tensor | None = None  # (vocab,) how often the answer has said each token, for penalties
+    met: Tensor | None = None  # (vocab,) whether prompt or answer has it
+
+    @property
+    def length(self) -> int:
+        """Prompt and answer so far, in tokens."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def reads(self) -> bool:
+        """Whether it still has a prompt to read, rather than one token to continue with."""
+        left = self.length - self.computed
+        # what only wants its prompt scored reads it to the last token
+        scored = self.sampling.prompt_logprobs is not None and self.computed < len(self.prompt)
+        return left > 1 or (left == 1 and scored)
+
+    @property
+    def end(self) -> int:
+        """How long it can become, in tokens."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+    def slice(self, start: int, stop: int) -> list[int]:
+        """Tokens start..stop of prompt and answer together."""
+        n = len(self.prompt)
+        if stop <= n:
+            return self.prompt[start:stop]
+        return self.prompt[start:n] + self.tokens[max(0, start - n) : stop - n]
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number, in [0, 1), of the next token but `ahead`: a function of seed and place alone."""
+        index = len(self.tokens) + ahead
+        if self._random is None or index >= len(self._random):
+            self._random = uniforms(self.seed, max(64, 2 * index))
+        return self._random[index]
+
+    def completion(self) -> Completion:
+        """What came of it, once it has finished."""
+        assert self.finish is not None, "still running"
+        return Completion(self.tokens, self.logprobs, self.finish)
+
+
+def uniforms(seed: int, count: int) -> np.ndarray:
+    """The first random numbers of one sequence, (count,) in [0, 1): a function of its seed alone."""
+    return np.random.Generator(np.random.Philox(seed)).random(count, dtype=np.float32)

@@ -1,0 +1,103 @@
+"""Routed experts as contiguous blocks: rows laid out by expert, one product per expert, one backward by hand.
+
+The element-wise work runs once over all experts' rows instead of once per expert, and nothing is recorded by
+autograd in between. Twin: reference.routed_experts.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finback.kernels import decode
+
+FEW = 32  # tokens up to which a product per expert costs more than going through its rows one by one
+Blocks = list[tuple[int, int, int]]  # (expert, first row, last row + 1)
+
+
+def routed_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As reference.routed_experts: x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)."""
+    if len(x) <= FEW and decode.ready(x) and gate_up.dtype == down.dtype and gate_up.dtype in decode.DTYPES:
+        return decode.experts(x, index, weight, gate_up, down)
+    return _RoutedExperts.apply(x, index, weight, gate_up, down, _block_multiple(x))
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, multiple: int
+    ) -> Tensor:
+        n, k = index.shape
+        slots, blocks = layout(index, gate_up.size(0), multiple)
+        w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
+        rows = x.new_zeros(blocks[-1][2], x.size(1)).index_copy_(0, slots, x.repeat_interleave(k, dim=0))
+        hidden = _per_expert(rows, w_in.transpose(1, 2), blocks)
+        gate, up = hidden.chunk(2, dim=-1)
+        y = _per_expert(F.silu(gate).mul_(up), w_out.transpose(1, 2), blocks)[slots].view(n, k, -1)
+        ctx.save_for_backward(rows, slots, hidden, y, weight, w_in, w_out)
+        ctx.blocks = blocks
+        ctx.dtypes = gate_up.dtype, weight.dtype
+        # not bmm: a product of one row per token costs ten times these two passes
+        return (y * weight.to(x.dtype)[:, :, None]).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, slots, hidden, y, weight, w_in, w_out = ctx.saved_tensors
+        grad, blocks = grads[0], ctx.blocks
+        n, k, d = y.shape
+        parameter_dtype, weight_dtype = ctx.dtypes
+        d_weight = (y * grad[:, None]).sum(2, dtype=weight_dtype)
+        d_y = (weight.to(grad.dtype)[:, :, None] * grad[:, None]).view(n * k, d)
+        d_y = d_y.new_zeros(len(rows), d).index_copy_(0, slots, d_y)
+        gate, up = hidden.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        d_down = _outer_per_expert(d_y, silu * up, blocks, w_out).to(parameter_dtype)
+        d_act = _per_expert(d_y, w_out, blocks)
+        d_hidden = torch.empty_like(hidden)
+        d_gate, d_up = d_hidden.chunk(2, dim=-1)
+        torch.mul(d_act, silu, out=d_up)
+        # silu'(g) = s + silu·(1 - s)
+        torch.mul(d_act.mul_(up), sigmoid.addcmul_(silu, 1 - sigmoid), out=d_gate)
+        d_gate_up = _outer_per_expert(d_hidden, rows, blocks, w_in).to(parameter_dtype)
+        d_x = _per_expert(d_hidden, w_in, blocks)[slots].view(n, k, d).sum(1)
+        return d_x, None, d_weight, d_gate_up, d_down, None
+
+
+def _block_multiple(x: Tensor) -> int:
+    """Block sizes are rounded up to this. oneDNN compiles a bf16 product anew for every shape it has not met."""
+    return 32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled() else 1
+
+
+def layout(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks]:
+    """Where each (token, choice) goes when rows are grouped by expert, (n·k,), and each expert's block of rows.
+
+    Needs one look at the counts, hence one wait for the device.
+    """
+    flat = index.flatten()
+    counts = torch.bincount(flat, minlength=experts)
+    sizes = (counts + multiple - 1) // multiple * multiple
+    ends, first = sizes.cumsum(0), counts.cumsum(0) - counts
+    order = flat.argsort(stable=True)
+    shift = ends - sizes - first  # from "sorted without gaps" to "sorted with gaps"
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
+    blocks = [(e, end - size, end) for e, (size, end) in enumerate(zip(sizes.tolist(), ends.tolist(), strict=True))]
+    return slots, [block for block in blocks if block[1] < block[2]]
+
+
+def _per_expert(rows: Tensor, weights: Tensor, blocks: Blocks) -> Tensor:
+    """rows (m, a) times weights[e] (a, b) of the expert that owns each block of rows -> (m, b)."""
+    out = rows.new_empty(rows.size(0), weights.size(2))
+    for expert, start, stop in blocks:
+        torch.mm(rows[start:stop], weights[expert], out=out[start:stop])
+    return out
+
+
+def _outer_per_expert(left: Tensor, right: Tensor, blocks: Blocks, like: Tensor) -> Tensor:
+    """Σ over each expert's rows of left ⊗ right -> (experts, a, b), shaped like the weights; their gradient."""
+    out = torch.zeros(like.shape, dtype=left.dtype, device=left.device)
+    for expert, start, stop in blocks:
+        torch.mm(left[start:stop].T, right[start:stop], out=out[expert])
+    return out

@@ -1,0 +1,95 @@
+"""Grouped-query attention, for the dense students that R1 is distilled into: Llama, Qwen2 and Qwen3 layouts."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finback.kernels import decode
+from finback.model.cache import LayerCache
+from finback.model.config import ModelConfig
+from finback.model.layers import Linear, RMSNorm
+from finback.model.rope import rotate_half, softmax_scale
+
+
+class GroupedQueryAttention(nn.Module):
+    """num_attention_heads queries share num_key_value_heads keys and values; half-split rotary embedding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        bias = c.attention_bias != "none"
+        self.query = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
+        self.key_value = Linear(c.hidden_size, 2 * c.num_key_value_heads * c.head_dim, bias)
+        self.out = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias == "all")
+        if c.qk_norm:
+            self.query_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.key_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.fused: nn.Module | None = None  # query and key_value as one product, in a packed model
+        self.scale = softmax_scale(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None
+    ) -> Tensor:
+        """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, head_dim / 2); keys are cached rotated.
+
+        Without a cache, visible (b, t, t) may say which tokens see which; by default all that stand before them.
+        """
+        c = self.config
+        if cache is not None and cache.native and self.fused is not None:
+            gains = (self.query_norm.weight, self.key_norm.weight) if c.qk_norm else None
+            read = decode.grouped_query(
+                self.fused(x),
+                cache.data,
+                cache.slots,
+                *cache.where,
+                cos,
+                sin,
+                gains,
+                c.num_key_value_heads,
+                c.head_dim,
+                c.rms_norm_eps,
+                self.scale,
+            )
+            return self.out(read)
+        cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+        query, key, value = self.project(x)
+        if c.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
+        mask = None if visible is None else visible[:, None]
+        if cache is not None:
+            cache.append(_flat(key, value))
+            if cache.few and not cache.fresh:
+                values_at = c.num_key_value_heads * c.head_dim
+                read = cache.attend(query, c.num_key_value_heads, c.head_dim, values_at, self.scale)
+                return self.out(read.flatten(2))
+            if not cache.fresh:
+                stored = cache.stored().to(x.dtype).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim))
+                key, value = stored.chunk(2, dim=2)
+                mask = cache.mask()[:, None]
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=True,
+        )
+        return self.out(out.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, t, hidden) -> query (b, t, heads, head_dim), key and value (b, t, kv heads, head_dim)."""
+        c = self.config
+        if self.fused is not None:
+            heads = self.fused(x).unflatten(-1, (-1, c.head_dim))
+            query, key, value = heads.split([c.num_attention_heads] + 2 * [c.num_key_value_heads], dim=2)
+            return query, key, value
+        query = self.query(x).unflatten(-1, (c.num_attention_heads, c.head_dim))
+        key, value = self.key_value(x).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim)).chunk(2, dim=2)
+        return query, key, value
+
+
+def _flat(key: Tensor, value: Tensor) -> Tensor:
+    """(b, t, kv heads, head_dim) twice -> cache entries (b, t, elements), keys first."""
+    return torch.cat([key.flatten(2), value.flatten(2)], dim=-1)

@@ -1,0 +1,159 @@
+"""Multi-head latent attention (MLA), in its two equal forms.
+
+Keys and values of all heads are functions of one latent c (kv_lora_rank numbers) and one rotary key
+(qk_rope_head_dim numbers) per token, and these are all that is cached (V2 2.1).
+
+  expanded  k, v materialised per head: fewest FLOPs per pair, for training and prompts
+  absorbed  W_UK folded into the query and W_UV into the output: attention runs on the latents themselves, so a
+            cached token is read once for all heads, for decoding
+
+Letters: b batch, t query, s key, h head, n qk_nope_head_dim, r qk_rope_head_dim, c kv_lora_rank, v v_head_dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finback.kernels import decode
+from finback.kernels.attention import causal_attention
+from finback.model.cache import LayerCache
+from finback.model.config import ModelConfig
+from finback.model.layers import Linear, RMSNorm
+from finback.model.rope import rotate_half, rotate_interleaved, softmax_scale
+
+LATENT_EPS = 1e-6  # a constant in every implementation, whatever rms_norm_eps says for the other norms
+
+
+class LatentAttention(nn.Module):
+    """MLA of V2 2.1 and V3 2.1.1; `q_lora_rank=None` takes queries straight from the hidden state (V2-Lite)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        heads = c.num_attention_heads
+        self.rotate = rotate_interleaved if c.rope_interleaved else rotate_half
+        if c.q_lora_rank is not None:
+            self.q_down = Linear(c.hidden_size, c.q_lora_rank)
+            self.q_norm = RMSNorm(c.q_lora_rank, LATENT_EPS)
+        self.q_up = Linear(c.q_lora_rank or c.hidden_size, heads * c.qk_head_dim)
+        self.kv_down = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_norm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
+        self.kv_up = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.out = Linear(heads * c.v_head_dim, c.hidden_size)
+        self.fused: nn.Module | None = None  # what both sides take from x as one product, in a packed model
+        self.scale = softmax_scale(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None
+    ) -> Tensor:
+        """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, r / 2) of the new tokens' positions.
+
+        With a cache the new latents are stored, and attention covers everything stored before as well. Without one,
+        visible (b, t, t) may say which tokens see which; by default all that stand before them.
+        """
+        for_queries, for_latents = self.down(x)
+        if cache is not None and cache.native and self.kv_up.weight.dtype == x.dtype:
+            return self.out(self.attend_natively(for_queries, for_latents, cos, sin, cache))
+        q_nope, q_rope = self.queries(for_queries, cos, sin)
+        latent, k_rope = self.latents(for_latents, cos, sin)
+        if cache is None:
+            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, visible))
+        cache.append(torch.cat([latent, k_rope], dim=-1))
+        if cache.fresh:  # whole prompts: nothing stored before them
+            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope))
+        if x.size(1) <= self.longest_absorbed:
+            return self.out(self.attend_absorbed(q_nope, q_rope, cache))
+        latent, k_rope = cache.stored().to(x.dtype).split([self.config.kv_lora_rank, q_rope.size(-1)], dim=-1)
+        return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, cache.mask()))
+
+    def down(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (b, t, hidden) -> what queries are made of (q_lora_rank or all heads) and [latent | rotary key]."""
+        if self.fused is not None:
+            both = self.fused(x)
+            c = self.config
+            kept = c.kv_lora_rank + c.qk_rope_head_dim
+            return both[..., :-kept], both[..., -kept:]
+        return (self.q_up if self.config.q_lora_rank is None else self.q_down)(x), self.kv_down(x)
+
+    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """From `down`'s first part: q_nope (b, t, h, n) and rotated q_rope (b, t, h, r)."""
+        c = self.config
+        q = x if c.q_lora_rank is None else self.q_up(self.q_norm(x))
+        q_nope, q_rope = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).split(
+            [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1
+        )
+        return q_nope, self.rotate(q_rope, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
+
+    def latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """From `down`'s second part: normed latent (b, t, c) and rotated key (b, t, r), what a token leaves in the cache."""
+        c = self.config
+        latent, k_rope = x.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        return self.kv_norm(latent), self.rotate(k_rope, cos.to(x.dtype), sin.to(x.dtype))
+
+    def attend_expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention of t tokens over s with per-head keys and values -> (b, t, h·v).
+
+        mask (b, t, s) is True where visible; without one t = s and attention is causal.
+        """
+        c = self.config
+        kv = self.kv_up(latent).unflatten(-1, (c.num_attention_heads, -1))
+        k_nope, value = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
+        query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
+        shared = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
+        key, value = torch.cat([k_nope, shared], dim=-1).transpose(1, 2), value.transpose(1, 2)
+        if mask is None or mask.size(1) == mask.size(2):
+            out = causal_attention(query, key, value, self.scale, mask)
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=self.scale)
+        return out.transpose(1, 2).flatten(2)
+
+    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache) -> Tensor:
+        """Attention of t tokens over what is cached, [latent | rotary key] per token -> (b, t, h·v).
+
+        An entry is the key of all heads, its latent part their value.
+        """
+        w_uk, w_uv = self.absorbed_weights(q_nope.dtype)
+        query = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], dim=-1)
+        read = cache.attend(query, 1, self.config.kv_lora_rank, 0, self.scale)
+        return torch.einsum("bthc,hvc->bthv", read, w_uv).flatten(2)
+
+    def attend_natively(
+        self, for_queries: Tensor, for_latents: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache
+    ) -> Tensor:
+        """The absorbed form for a few tokens as one C++ kernel, storing included."""
+        c = self.config
+        q = for_queries if c.q_lora_rank is None else self.q_up(self.q_norm(for_queries))
+        return decode.latent(
+            q,
+            for_latents,
+            self.kv_up.weight,
+            cache.data,
+            cache.slots,
+            *cache.where,
+            cos,
+            sin,
+            self.kv_norm.weight,
+            c.rope_interleaved,
+            (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim),
+            LATENT_EPS,
+            self.scale,
+        )
+
+    @property
+    def longest_absorbed(self) -> int:
+        """New tokens up to which reading latents costs fewer products than expanding the stored ones first.
+
+        Per stored token and head, absorbed: t (2c + r); expanded: t (n + r + v) and once c (n + v). 170 for V3.
+        """
+        c = self.config
+        expand = c.qk_nope_head_dim + c.v_head_dim
+        saved = 2 * c.kv_lora_rank - expand
+        return c.kv_lora_rank * expand // saved if saved > 0 else c.max_position_embeddings
+
+    def absorbed_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_UK (h, n, c) and W_UV (h, v, c), the two blocks of each head's rows in kv_up."""
+        c = self.config
+        weight = self.kv_up.matrix(dtype).view(c.num_attention_heads, -1, c.kv_lora_rank)
+        return weight[:, : c.qk_nope_head_dim], weight[:, c.qk_nope_head_dim :]

@@ -1,0 +1,286 @@
+"""Measure this machine so that plans for it are right: products, memory, gradient exchange, and real training steps.
+
+Every rank does the same at the same time, as in training, and the slowest counts. What a unit of each kind of work costs
+is fitted to the steps of some small models, with no cost below zero, so that relative errors are least.
+"""
+
+import dataclasses
+import datetime
+import itertools
+import math
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finback.kernels.probe import gemm_peak
+from finback.model.config import TINY, ModelConfig
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import World
+from finback.planner import here
+from finback.planner.here import Shape
+from finback.planner.stored import FORMAT, cpu_name
+from finback.runs.files import write_json
+from finback.stages import pretrain  # noqa: F401 - its libraries belong to what a rank's process takes
+from finback.train.optim import Adam, Gradients, Muon, is_matrix
+from finback.train.precision import COMPUTE
+from finback.train.step import backward
+
+GEMM_SIZES = (64, 128, 256, 512, 1024)
+BUDGET = 35.0  # seconds for the models below; what is not reached is left out
+
+
+def _dense(hidden: int, layers: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        intermediate_size=3 * hidden,
+        attention="gqa",
+        num_key_value_heads=hidden // 64,
+        head_dim=32,
+        max_position_embeddings=1024,
+    )
+
+
+def _wide(hidden: int, layers: int, experts: int = 8, vocab: int = 1024) -> ModelConfig:
+    return dataclasses.replace(
+        TINY,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        vocab_size=vocab,
+        intermediate_size=2 * hidden,
+        moe_intermediate_size=hidden // 2,
+        q_lora_rank=3 * hidden // 4,
+        kv_lora_rank=hidden // 2,
+        n_routed_experts=experts,
+    )
+
+
+def references() -> list[tuple[ModelConfig, int, int]]:
+    """(model, rows on each rank, tokens per row): together they tell the kinds of work apart."""
+    return [
+        (TINY, 16, 128),
+        (TINY, 2, 64),
+        (TINY, 4, 512),
+        (dataclasses.replace(TINY, n_routed_experts=32), 8, 128),
+        (_wide(256, 3), 8, 128),
+        (_dense(192, 4), 16, 128),
+        (_wide(128, 2, vocab=8192), 8, 128),
+        (TINY, 32, 64),
+        (_dense(320, 2), 4, 256),
+        (_wide(320, 3), 4, 128),
+    ]
+
+
+def calibrate(world: World, path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure with all ranks of `world`; rank 0 writes the file. Under a minute."""
+    begin = time.perf_counter()
+    cpu = torch.device("cpu")
+    process = _process_bytes(world)
+    gemm = {
+        name: {str(size): _sum(world, gemm_peak(dtype, cpu, size, 0.1)) for size in GEMM_SIZES}
+        for name, dtype in COMPUTE.items()
+    }
+    say(f"products: {', '.join(f'{n} {max(v.values()) / 1e9:,.0f} GFLOP/s' for n, v in gemm.items())}")
+    bandwidth = _sum(world, _bandwidth())
+    say(f"memory: {bandwidth / 1e9:,.1f} GB/s")
+    steps = _steps(world, begin, say)
+    measured = {"exchange": _exchange(world)}
+    errors = {}
+    for part, features in (("passes", here.passes), ("update", here.update)):
+        for name in COMPUTE:
+            rows = [s for s in steps if s["shape"].compute == name]
+            work = [features(s["shape"]) for s in rows]
+            measured[f"{part}_{name}"] = fit(work, [s[part] for s in rows])
+            errors[f"{part}_{name}"] = _worst(work, [s[part] for s in rows], measured[f"{part}_{name}"])
+    result = {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "ranks": world.size,
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "memory_bytes": _physical_memory(),
+        "gemm_flops_per_second": gemm,
+        "memory_bytes_per_second": bandwidth,
+        "process_bytes": process,
+        "models": len(steps) // len(COMPUTE),
+        "models_planned": len(references()),
+        "measured": measured,
+        "largest_error_of_fit": errors,
+        "training_flops_per_second": _training_rates(world, steps),
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+    if world.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+    world.barrier()
+    return result
+
+
+def _sum(world: World, value: float) -> float:
+    return sum(world.gather(value))
+
+
+def _bandwidth(size: int = 1 << 24, rounds: int = 5) -> float:
+    """Bytes per second of a copy much larger than a cache, read and written."""
+    a, b = torch.ones(size), torch.zeros(size)
+    best = math.inf
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        b.copy_(a)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * 4 * size / best
+
+
+def _steps(world: World, begin: float, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Seconds of both parts of a training step of each reference model, the slowest rank's."""
+    found: list[dict[str, Any]] = []
+    for model, rows, length in references():
+        for name in COMPUTE:
+            if max(world.gather(time.perf_counter() - begin)) > BUDGET:
+                say("out of time: the remaining models are left out")
+                return found
+            shape = Shape(model, rows, length, name, world.size)
+            parts = time_step(shape, world, enough=BUDGET / (2 * len(COMPUTE) * len(references())))
+            slowest = {part: max(world.gather(value)) for part, value in parts.items()}
+            found.append({"shape": shape, **slowest})
+    return found
+
+
+def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.inf) -> dict[str, float]:
+    """Seconds of forward and backward, and of the update, of a real step on this rank; no exchange.
+
+    The first round is not counted: it sets up libraries, and oneDNN compiles a product of bf16 for every shape it meets. All
+    rounds are the same, at rate 0, as a long run's steps are once these shapes are known. After `enough` seconds one suffices.
+    """
+    alone = _Share(world.rank, world.size)
+    model = Transformer(shape.model, COMPUTE[shape.compute]).initialise(0).train()
+    named = list(model.named_parameters())
+    gradients = Gradients([p for _, p in named])
+    muon = Muon([(n, p) for n, p in named if is_matrix(n, p)], alone, compute=COMPUTE[shape.compute])
+    adam = Adam([(n, p) for n, p in named if not is_matrix(n, p)], (0.9, 0.95), 0.0)
+    width = shape.length + 1 + shape.model.num_nextn_predict_layers
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(shape.model.vocab_size, (shape.rows, width), generator=generator)
+    passes: list[float] = []
+    update: list[float] = []
+    started = time.perf_counter()
+    for round_ in range(rounds + 1):
+        world.barrier()
+        begin = time.perf_counter()
+        gradients.zero()
+        backward(model, tokens, 0.3, 1e-4)
+        middle = time.perf_counter()
+        gradients.finish(alone, 1.0, 1.0)
+        muon.step(0.0)
+        adam.step(0.0)
+        if round_:
+            passes.append(middle - begin)
+            update.append(time.perf_counter() - middle)
+            if world.any(time.perf_counter() - started > enough):
+                break
+    return {"passes": _undisturbed(passes), "update": _undisturbed(update)}
+
+
+def _undisturbed(taken: Sequence[float]) -> float:
+    """Median of the faster half: another program may have held the core during the others."""
+    return statistics.median(sorted(taken)[: (len(taken) + 1) // 2])
+
+
+class _Share(World):
+    """A rank that does its share of the work and exchanges nothing."""
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def _exchange(world: World) -> dict[str, float]:
+    """Seconds of adding a tensor up over ranks: a fixed part, and one per byte."""
+    if world.size == 1:
+        return {"fixed": 0.0, "byte": 0.0}
+    times = {}
+    for size in (1 << 10, 1 << 22):
+        tensor = torch.ones(size)
+        taken = []
+        for _ in range(5):
+            world.barrier()
+            begin = time.perf_counter()
+            world.sum_(tensor)
+            taken.append(time.perf_counter() - begin)
+        times[4 * size] = max(world.gather(_undisturbed(taken)))
+    (small, quick), (large, slow) = sorted(times.items())
+    per_byte = max(slow - quick, 0.0) / (large - small)
+    return {"fixed": quick, "byte": per_byte}
+
+
+def fit(work: Sequence[dict[str, float]], seconds: Sequence[float]) -> dict[str, float]:
+    """Seconds per unit of each kind of work, none below zero, with least relative errors squared."""
+    names = list(work[0]) if work else []
+    matrix = np.array([[row[name] / t for name in names] for row, t in zip(work, seconds, strict=True)])
+    active = [i for i, name in enumerate(names) if matrix[:, i].any()]
+    best, found = math.inf, dict[str, float]()
+    # the best solution without negative costs is the plain one of some choice of kinds, and there are few choices
+    for size in range(1, len(active) + 1):
+        for chosen in itertools.combinations(active, size):
+            scale = np.linalg.norm(matrix[:, chosen], axis=0)
+            solution = np.linalg.lstsq(matrix[:, chosen] / scale, np.ones(len(matrix)), rcond=None)[0] / scale
+            error = float(np.square(matrix[:, chosen] @ solution - 1).sum())
+            if error < best and (solution >= 0).all():
+                best, found = error, {names[i]: float(c) for i, c in zip(chosen, solution, strict=True)}
+    return found
+
+
+def _worst(work: Sequence[dict[str, float]], seconds: Sequence[float], costs: dict[str, float]) -> float:
+    """Largest relative error of the fit over what it was fitted to."""
+    predicted = [sum(costs.get(k, 0.0) * v for k, v in row.items()) for row in work]
+    return max((abs(p / t - 1) for p, t in zip(predicted, seconds, strict=True)), default=0.0)
+
+
+def _training_rates(world: World, steps: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Counted FLOP/s of whole steps over all ranks, the median model's: for stages of which no more is known."""
+    rates: dict[str, float] = {}
+    for name in COMPUTE:
+        chosen = [s for s in steps if s["shape"].compute == name]
+        flops = [sum(v for k, v in here.passes(s["shape"]).items() if k in ("products", "scores")) for s in chosen]
+        taken = [s["passes"] + s["update"] for s in chosen]
+        rates[name] = world.size * statistics.median(f / t for f, t in zip(flops, taken, strict=True))
+    return rates
+
+
+def _process_bytes(world: World) -> float:
+    """What a rank's process takes beside model and batch: libraries, and what they set up in a first training step.
+
+    It is what the peak of a fresh process exceeds the formula by, so it has to be asked for first.
+    """
+    first = Shape(TINY, 16, 128, "fp32", world.size)
+    time_step(first, world, rounds=2)
+    return max(world.gather(peak_bytes() - here.memory(first, 0.0).total))
+
+
+def peak_bytes() -> float:
+    """The most memory this process has ever held."""
+    if sys.platform.startswith("linux"):  # getrusage would count the parent's, too
+        fields = Path("/proc/self/status").read_text(encoding="utf-8").split()
+        return float(fields[fields.index("VmHWM:") + 1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def _physical_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)

@@ -1,0 +1,213 @@
+"""The plan of one model's pre-training on named hardware, as plain values for JSON and for people. No torch here."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from finback.config import UserError
+from finback.model.config import V3, ModelConfig
+from finback.model.count import cache_bytes, forward_flops, parameters, products, router_biases, training_flops
+from finback.parallel import pipeline_tables
+from finback.planner import cost, hardware, memory, recommend
+from finback.planner.cost import Step
+from finback.planner.hardware import Fact, Machine
+from finback.planner.layout import Layout, check, parse_mesh, with_mesh
+from finback.planner.options import Options
+from finback.planner.recommend import Choice
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """A plan before it is made into JSON, with what the picture needs."""
+
+    values: dict[str, Any]
+    step: Step
+    layout: Layout
+
+
+def plan(
+    name: str, c: ModelConfig, rows: int, length: int, tokens: float, options: Options, source: str = ""
+) -> ClusterPlan:
+    """Plan `tokens` tokens in steps of rows x length on the hardware the options name."""
+    machine, devices = hardware.find(options.on)
+    known, machine = hardware.assumptions(options.assume, machine)
+    precision = options.precision or ("fp8" if machine.fp8 else "bf16")
+    if precision == "fp8" and machine.fp8 is None:
+        raise UserError("--precision", "fp8", f"{machine.name} has no FP8 products", "Use bf16.")
+    start = Layout(
+        rows=rows,
+        length=length,
+        precision=precision,  # type: ignore[arg-type]
+        optimizer=options.optimizer or "adamw",  # type: ignore[arg-type]
+        micro_rows=options.micro_rows,
+        schedule=options.schedule.lower() or "1f1b",
+        recompute=options.recompute or "none",  # type: ignore[arg-type]
+    )
+    fixed = {name for name in ("schedule", "recompute") if getattr(options, name)}
+    if options.mesh:
+        mesh = parse_mesh(options.mesh, devices)
+        start = with_mesh(start, mesh)
+        fixed |= {*mesh, "pp", "dp", "ep", "zero"}
+        check(c, dataclasses.replace(start, schedule=options.schedule.lower() or "1f1b"))
+    share = cost.efficiency(c, start if "mfu" in known else cost.V3_LAYOUT, machine, known, options.skew)
+    choice = recommend.recommend(c, start, devices, fixed, machine, known, share.value)
+    if "mfu" in known:  # given for the layout that is planned
+        share = cost.efficiency(c, choice.layout, machine, known, options.skew)
+    step = cost.step(c, choice.layout, machine, share.value, known, options.skew)
+    price = options.price if options.price is not None else (machine.price.value if machine.price else None)
+    bill = cost.bill(c, choice.layout, machine, step.seconds, tokens, known, price)
+    values = {
+        "model": model_values(name, c, length),
+        "machine": machine_values(machine, devices),
+        "assumptions": {key: dataclasses.asdict(fact) for key, fact in known.items()}
+        | {"efficiency": dataclasses.asdict(share)},
+        "batch": {"rows": rows, "length": length, "tokens_per_step": rows * length, "source": source},
+        "layout": layout_values(choice, bool(options.mesh)),
+        "memory": memory_values(choice, machine, known),
+        "step": step_values(step),
+        "schedules": schedule_values(c, choice, machine, share.value, known, options.skew),
+        "run": dataclasses.asdict(bill) | {"price": price, "sensitivity": sensitivity(step, bill.dollars)},
+        "serving": dataclasses.asdict(memory.serving(c, devices, machine.memory.value, choice.layout.precision, known)),
+        "skew": options.skew,
+        "remarks": remarks(c, choice.layout, machine, known),
+    }
+    return ClusterPlan(values, step, choice.layout)
+
+
+def by_flops(flops: float, options: Options) -> dict[str, Any]:
+    """Cost of so many FLOPs at the machine's MFU, or else at the efficiency that others' is from: rough."""
+    machine, devices = hardware.find(options.on)
+    known, machine = hardware.assumptions(options.assume, machine)
+    share = known.get("mfu") or machine.mfu or cost.efficiency(V3, cost.V3_LAYOUT, machine, known)
+    seconds = flops / (machine.bf16.value * share.value * devices)
+    price = options.price if options.price is not None else (machine.price.value if machine.price else None)
+    hours = seconds * devices / 3600
+    kwh = None if machine.watts is None else hours * machine.watts.value * known["pue"].value / 1000
+    return {
+        "seconds": seconds,
+        "device_hours": hours,
+        "dollars": None if price is None else hours * price,
+        "kwh": kwh,
+        "how": "by FLOPs at the rate of training; rough",
+    }
+
+
+def model_values(name: str, c: ModelConfig, length: int) -> dict[str, Any]:
+    """Parameters and FLOPs of a model by the papers' rule and term by term."""
+    terms = dataclasses.asdict(products(c, length / 2, mtp=True))
+    return {
+        "name": name,
+        "parameters": parameters(c, mtp=False),
+        "parameters_with_router_biases": parameters(c, mtp=False) + router_biases(c),
+        "parameters_with_mtp": parameters(c),
+        "active": parameters(c, active=True, mtp=False),
+        "active_without_input_embedding": parameters(c, active=True, mtp=False)
+        - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size),
+        "training_flops_per_token": training_flops(c, length / 2, mtp=False),
+        "training_flops_per_token_with_mtp": training_flops(c, length / 2, mtp=True),
+        "forward_flops_per_token": forward_flops(c, length / 2),
+        "forward_products_with_mtp": terms,
+        "counting": f"2 FLOPs per weight met, attention over T/2 = {length / 2:g} keys, training 3 x forward",
+        "cache_bytes_per_token": cache_bytes(c),
+    }
+
+
+def machine_values(machine: Machine, devices: int) -> dict[str, Any]:
+    """A machine's facts, those that are known."""
+    facts = {k: v for k, v in dataclasses.asdict(machine).items() if isinstance(v, dict)}
+    return {"name": machine.name, "devices": devices, "facts": facts}
+
+
+def layout_values(choice: Choice, given: bool) -> dict[str, Any]:
+    """The mesh and how a step runs on it."""
+    layout = choice.layout
+    return dataclasses.asdict(layout) | {
+        "devices": layout.devices,
+        "stages": layout.stages,
+        "micro_batches": layout.micro_batches,
+        "mesh": layout.mesh(),
+        "given": given,
+        "tensor_parallelism": "not supported; V3 trains without it",
+    }
+
+
+def memory_values(choice: Choice, machine: Machine, known: dict[str, Fact]) -> dict[str, Any]:
+    """Bytes on every pipeline rank, and whether the fullest leaves the margin free."""
+    worst = choice.worst
+    return {
+        "device_bytes": machine.memory.value,
+        "fits": choice.fits,
+        "free_share": 1 - worst.total / machine.memory.value,
+        "margin": known["margin"].value,
+        "worst_rank": choice.ranks.index(worst),
+        "ranks": [dataclasses.asdict(rank) | {"total": rank.total} for rank in choice.ranks],
+    }
+
+
+def step_values(step: Step) -> dict[str, Any]:
+    """A step's time by part, and what it sends."""
+    sent = {k: v for k, v in dataclasses.asdict(step.traffic).items() if k != "load"}
+    load = step.traffic.load
+    routing = None if load is None else {k: v for k, v in dataclasses.asdict(load).items() if k != "per_rank"}
+    return {
+        "seconds": step.seconds,
+        "mfu": step.mfu,
+        "efficiency": step.efficiency,
+        "shares": step.shares(),
+        "durations": {k: getattr(step.durations, k) for k in ("f", "b", "w", "both", "send")},
+        "traffic": sent,
+        "routing": routing,
+    }
+
+
+def schedule_values(
+    c: ModelConfig, choice: Choice, machine: Machine, efficiency: float, known: dict[str, Fact], skew: float
+) -> dict[str, Any]:
+    """The same mesh under every schedule that can run on it."""
+    if choice.layout.pp == 1:
+        return {}
+    found: dict[str, Any] = {}
+    for name, plan in pipeline_tables.SCHEDULES.items():
+        layout = dataclasses.replace(choice.layout, schedule=name)
+        try:
+            check(c, layout)
+        except UserError as error:
+            found[name] = {"refused": str(error)}
+            continue
+        step = cost.step(c, layout, machine, efficiency, known, skew)
+        judged = recommend.judge(c, layout, machine, known)
+        d = step.durations
+        found[name] = {
+            "step_seconds": step.seconds,
+            "bubble_share": step.bubble / step.seconds,
+            "bubble_formula_seconds": plan.bubble(
+                layout.stages, d.f, d.b, d.w, d.f + d.b if d.both is None else d.both
+            ),
+            "parameters": plan.copies,
+            "in_flight": max(rank.in_flight for rank in judged.ranks),
+            "memory_bytes": judged.worst.total,
+            "fits": judged.fits,
+        }
+    return found
+
+
+def sensitivity(step: Step, dollars: float | None) -> dict[str, float]:
+    """How much of the bill each part of a step stands for; in dollars where there is a price, else as shares."""
+    return {name: share * (dollars or 1.0) for name, share in step.shares().items()}
+
+
+def remarks(c: ModelConfig, layout: Layout, machine: Machine, known: dict[str, Fact]) -> list[str]:
+    """What a reader should know before trusting the numbers."""
+    found = []
+    if "efficiency" not in known and "mfu" not in known:
+        if machine.name != "h800":
+            found.append("efficiency was measured on H800 alone; give --assume mfu=… if you know this machine's")
+        if layout.precision != "fp8":
+            found.append(
+                "efficiency is that of V3's FP8 training; in bf16 less is reached (NeMo Automodel: 250 TFLOPS on H100, 25 %)"
+            )
+        if c.hidden_size < 2048:
+            found.append("small matrices reach less of the peak than V3's, which the efficiency is from")
+    if layout.zero == 3:
+        found.append("FSDP's gathering is taken to hide behind compute as far as there is any")
+    return found

@@ -1,0 +1,90 @@
+"""`finback plan`: from what was asked to values and text. No torch here until a recipe or a calibration needs it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finback.config import UserError
+from finback.planner import cluster, hardware, picture, presets, published, stored, tell
+from finback.planner.options import Options
+
+
+def preset(name: str, options: Options, image: Path | None) -> tuple[dict[str, Any], str]:
+    """Plan a preset on named hardware; its values for --json, and text."""
+    found = presets.find(name)
+    if not options.on:
+        raise UserError("--on", "", "a preset is planned for hardware that is named", "Give --on h800:2048, say.")
+    if image is not None:
+        picture.check(image)
+    tokens = presets.count(options.tokens, "--tokens") if options.tokens else found.tokens
+    rows, length = options.rows or found.rows, options.length or found.length
+    if length > found.model.max_position_embeddings:
+        raise UserError("--length", length, f"{found.name} reads {found.model.max_position_embeddings}", "Lower it.")
+    planned = cluster.plan(found.name, found.model, rows, length, tokens, options, found.source)
+    claims = published.claims(dict(hardware.ASSUMPTIONS)) if _is_v3s(planned) else []
+    planned.values["published"] = [vars(claim) | {"off": claim.off} for claim in claims]
+    text = tell.tell(planned.values, claims)
+    if image is not None:
+        text += "\n\n" + _draw(found.name, planned, image)
+    return planned.values, text
+
+
+def _is_v3s(planned: cluster.ClusterPlan) -> bool:
+    """Whether what was planned is what DeepSeek published: then both are shown side by side."""
+    return planned.values["model"]["name"] == "DeepSeek-V3" and published.is_v3s(planned.layout)
+
+
+def _draw(name: str, planned: cluster.ClusterPlan, image: Path) -> str:
+    layout = planned.layout
+    if layout.pp == 1:
+        raise UserError("--picture", str(image), "this layout has no pipeline", "Give one with --mesh pp=4, say.")
+    title = f"{name}: {layout.plan.title}, {layout.pp} ranks, {layout.micro_batches} micro-batches"
+    picture.draw(planned.step.timeline, title, image)
+    planned.values["picture"] = str(image)
+    return f"Picture: {image}"
+
+
+def recipe(
+    path: Path, settings: Sequence[str], options: Options, calibration: Path, ranks: int, must_exist: bool
+) -> tuple[dict[str, Any], str]:
+    """Plan a recipe stage by stage, on this machine unless hardware is named."""
+    from finback.planner import runs
+    from finback.runs import recipe as recipes
+
+    known = None
+    if not options.on and (must_exist or calibration.is_file()):
+        known = stored.read(calibration)
+    values = runs.plan(recipes.load(path, settings), options, known, ranks)
+    return values, runs.tell(values)
+
+
+def measure(rank: int, ranks: int, threads: int, path: Path) -> None:
+    """One rank of a calibration."""
+    import torch
+
+    from finback.parallel.mesh import World
+    from finback.planner import calibrate
+
+    torch.set_num_threads(threads)
+    world = World.join(rank, ranks)
+    calibrate.calibrate(world, path, print if rank == 0 else _nothing)
+    world.leave()
+
+
+def _nothing(text: str) -> None:
+    """Other ranks are silent."""
+
+
+def calibrated(path: Path) -> tuple[dict[str, Any], str]:
+    """What a calibration found."""
+    found = stored.read(path)
+    errors = found["largest_error_of_fit"]
+    lines = [
+        f"{found['cpu']}, {found['ranks']} ranks, torch {found['torch']}: measured in {found['seconds']:.0f} s",
+        *(f"  {n} products {max(v.values()) / 1e9:,.0f} GFLOP/s" for n, v in found["gemm_flops_per_second"].items()),
+        f"  memory {found['memory_bytes_per_second'] / 1e9:,.1f} GB/s; a rank takes {found['process_bytes'] / 1e6:,.0f} MB before its model",
+        f"  training steps are fitted within {max(errors.values()):.0%} (forward and backward in fp32: {errors['passes_fp32']:.0%})",
+        *(f"  note: {text}" for text in stored.doubts(found)),
+        f"  kept in {path}",
+    ]
+    return found, "\n".join(lines)

@@ -1,0 +1,210 @@
+"""What a step takes on a mesh, and what a run costs: time, device-hours, money, energy. No torch here.
+
+A step is the schedule's makespan (plan/simulate.py) and the exchange of gradients after it. An operation takes its FLOPs
+over peak x efficiency, plus the all-to-all that nothing hides. Counting, as in DeepSeek's papers: 2 FLOPs per weight met
+and attention over T / 2 keys, times three for training, MTP left out; what MTP and recomputation add takes time but
+counts for nothing in MFU.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+
+from finback.model.config import V3, ModelConfig
+from finback.model.count import Products, products, training_flops
+from finback.planner import hardware, traffic
+from finback.planner.hardware import Fact, Machine
+from finback.planner.layout import Layout, Part, parts
+from finback.planner.simulate import Durations, Timeline, simulate
+from finback.planner.traffic import Traffic
+
+# V3's published layout (report 3.2): 16-way DualPipe, 64-way experts, ZeRO-1, 2048 H800, 15360 rows of 4096 per step
+V3_LAYOUT = Layout(
+    pp=16, dp=128, ep=64, zero=1, schedule="dualpipe", recompute="selective", precision="fp8", rows=15360
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. The parts in seconds, averaged over devices, add up to `seconds`."""
+
+    seconds: float
+    mfu: float
+    efficiency: float  # share of the peak while computing
+    at_peak: float  # what is counted, were the peak reached
+    mtp: float  # MTP's products at the peak
+    recompute: float  # products done again, at the peak
+    below_peak: float  # more, since kernels do not reach it and experts are not equally full
+    exposed: float  # all-to-all that nothing hides
+    bubble: float  # idle by the schedule, and by stages of unequal size
+    exchange: float  # of gradients and weights
+    traffic: Traffic
+    timeline: Timeline
+    durations: Durations
+
+    def shares(self) -> dict[str, float]:
+        """Each part of the time as a share of it."""
+        names = ("at_peak", "mtp", "recompute", "below_peak", "exposed", "bubble", "exchange")
+        return {name: getattr(self, name) / self.seconds for name in names}
+
+
+@dataclass(frozen=True)
+class StageFlops:
+    """Forward FLOPs per token of one pipeline stage."""
+
+    linear: float  # products with weights: their backward has a part for weights
+    scores: float  # attention's own products
+    again: float  # what is done again in the backward pass
+
+
+def stage_flops(c: ModelConfig, part: Part, layout: Layout, imbalance: float) -> StageFlops:
+    """Products of one stage as they are executed, MTP included."""
+    layers = len(part.layers)
+    moe = sum(c.is_moe(layer) for layer in part.layers)
+    modules = sum(layer >= c.num_hidden_layers for layer in part.layers)
+    dense, sparse = (_layer(c, kind, layout.length) for kind in (False, True))
+    scores = layers * dense.attention_scores
+    uneven = moe * sparse.experts * imbalance if layout.ep > 1 else 0.0
+    linear = layers * dense.attention_linear + (layers - moe) * dense.dense + uneven
+    linear += moe * (sparse.experts + sparse.shared + sparse.router)
+    linear += (int(part.scores) + modules) * dense.head + modules * 4 * c.hidden_size**2
+    again = 0.0
+    if layout.recompute == "full":
+        again = linear + scores
+    elif layout.recompute == "selective" and c.attention == "mla":
+        query = (c.q_lora_rank or 0) * c.qk_head_dim
+        latent = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+        again = 2 * layers * c.num_attention_heads * (query + latent)
+    return StageFlops(linear, scores, again)
+
+
+@lru_cache(maxsize=64)
+def _layer(c: ModelConfig, moe: bool, length: int) -> Products:
+    """One layer of a kind, and the head."""
+    first = 0 if moe and c.n_routed_experts else 1
+    one = dataclasses.replace(c, num_hidden_layers=1, first_k_dense_replace=first, num_nextn_predict_layers=0)
+    return products(one, length / 2)
+
+
+def step(
+    c: ModelConfig, layout: Layout, machine: Machine, efficiency: float, known: dict[str, Fact], skew: float = 0.0
+) -> Step:
+    """Predict one step; `efficiency` is the share of the peak that products reach."""
+    sent = traffic.of(c, layout, machine, skew)
+    imbalance = known["imbalance"].value
+    if skew and sent.load:
+        imbalance = max(imbalance, sent.load.max_over_mean - 1)
+    every = [stage_flops(c, part, layout, imbalance) for part in parts(c, layout.stages)]
+    peak, tokens = machine.peak(layout.precision), layout.micro_rows * layout.length
+    durations, compute = durations_of(every, tokens / (peak * efficiency), layout, sent, known)
+    timeline = simulate(layout.plan.table(layout.pp, layout.micro_batches), durations)
+    hidden = compute * layout.operations if layout.zero == 3 else 0.0
+    exchange = max(sent.exchange_seconds - hidden, 0.0)  # FSDP gathers the next layer during this one
+    seconds = timeline.makespan + exchange
+    trained = layout.rows * layout.length / layout.devices
+    counted = training_flops(c, layout.length / 2, mtp=False) * trained / peak
+    with_mtp = training_flops(c, layout.length / 2, mtp=True) * trained / peak
+    again = sum(s.again for s in every) / len(every) * layout.operations * tokens / peak
+    done = compute * layout.operations
+    busy = sum(end - start for rank in timeline.ranks for start, end, _ in rank) / layout.pp
+    return Step(
+        seconds=seconds,
+        mfu=counted / seconds,
+        efficiency=efficiency,
+        at_peak=counted,
+        mtp=with_mtp - counted,
+        recompute=again,
+        below_peak=done - with_mtp - again,
+        exposed=busy - done,
+        bubble=timeline.makespan - busy,
+        exchange=exchange,
+        traffic=sent,
+        timeline=timeline,
+        durations=durations,
+    )
+
+
+def durations_of(
+    every: list[StageFlops], per_flop: float, layout: Layout, sent: Traffic, known: dict[str, Fact]
+) -> tuple[Durations, float]:
+    """Durations of one micro-batch in a stage of mean size, and the seconds of its products, both ways."""
+    linear, scores, again = (
+        sum(getattr(s, name) for s in every) / len(every) for name in ("linear", "scores", "again")
+    )
+    whole = 3 * linear + 3 * scores + again
+    compute = whole * per_flop
+    one_way = sent.dispatch_seconds / (2 * layout.operations)
+    open_ = (1 - known["overlap"].value) * 2 * one_way
+    durations = Durations(
+        f=(linear + scores) * per_flop + one_way,
+        b=(2 * linear + 2 * scores + again) * per_flop + one_way,
+        w=linear * per_flop,
+        both=max(compute, 2 * one_way) + open_ if layout.plan.overlaps else None,
+        send=sent.send_seconds,
+        scale=tuple((3 * s.linear + 3 * s.scores + s.again) / whole for s in every),
+    )
+    return durations, compute
+
+
+def efficiency(c: ModelConfig, layout: Layout, machine: Machine, known: dict[str, Fact], skew: float = 0.0) -> Fact:
+    """The share of the peak to count with, and why: given, or from an MFU with its layout's own losses taken out."""
+    if "efficiency" in known:
+        return known["efficiency"]
+    if "mfu" in known:
+        return Fact(_solve(c, layout, machine, known, known["mfu"].value, skew), "from --assume mfu")
+    h800, _ = hardware.find("h800")
+    assert h800.mfu is not None, "the reference machine has a published MFU"
+    value = _solve(V3, V3_LAYOUT, h800, known, h800.mfu.value)
+    return Fact(value, f"from MFU {h800.mfu.value:.2%} ({h800.mfu.source}) without that layout's own losses")
+
+
+def _solve(
+    c: ModelConfig, layout: Layout, machine: Machine, known: dict[str, Fact], mfu: float, skew: float = 0.0
+) -> float:
+    """The efficiency at which a layout's whole step has this MFU; losses hardly depend on it, so few rounds do."""
+    value = mfu
+    for _ in range(4):
+        reached = step(c, layout, machine, value, known, skew).mfu
+        value *= mfu / reached
+        if abs(mfu / reached - 1) < 1e-3:
+            break
+    return value
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a number of tokens costs; None where nobody has said a price or a power."""
+
+    tokens: float
+    flops: float  # counted as the papers do
+    steps: float
+    seconds: float
+    device_hours: float
+    dollars: float | None
+    kwh: float | None
+    co2_kg: float | None
+
+
+def bill(
+    c: ModelConfig,
+    layout: Layout,
+    machine: Machine,
+    step_seconds: float,
+    tokens: float,
+    known: dict[str, Fact],
+    price: float | None,
+) -> Bill:
+    """Cost of training `tokens` tokens at a step time; energy is the devices' rated power times the site's PUE."""
+    steps = tokens / (layout.rows * layout.length)
+    hours = steps * step_seconds * layout.devices / 3600
+    kwh = None if machine.watts is None else hours * machine.watts.value * known["pue"].value / 1000
+    return Bill(
+        tokens,
+        tokens * training_flops(c, layout.length / 2, mtp=False),
+        steps,
+        steps * step_seconds,
+        hours,
+        None if price is None else hours * price,
+        kwh,
+        None if kwh is None else kwh * known["co2"].value,
+    )

@@ -1,0 +1,93 @@
+"""Expert parallelism under real or given routing skew: how full each rank gets, and what goes over which wire.
+
+No torch here. Tokens draw experts by popularity with V3's group limit; experts lie on ranks in order, groups on nodes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from finback.config import UserError
+from finback.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Load:
+    """Averages over sampled tokens of one MoE layer."""
+
+    max_over_mean: float  # of the fullest rank; it decides how long all wait
+    per_rank: tuple[float, ...]  # share of all choices
+    nodes: float  # nodes a token's experts lie on
+    remote_nodes: float  # of these, other than its own: copies sent over the network
+    forwarded: float  # copies sent over the link within nodes, to ranks that hold a chosen expert
+    max_over_mean_expert: float
+
+
+def popularity(experts: int, zipf: float, seed: int) -> tuple[float, ...]:
+    """Shares 1 / place^zipf, experts in random places; 0 makes all equal."""
+    shares = 1 / np.arange(1, experts + 1) ** zipf
+    shares = np.random.default_rng(seed).permutation(shares / shares.sum())
+    return tuple(float(share) for share in shares)
+
+
+def simulate(
+    c: ModelConfig, ranks: int, node: int, shares: Sequence[float] | None = None, tokens: int = 8192, seed: int = 0
+) -> Load:
+    """Route `tokens` tokens by expert popularity (equal by default) over `ranks` ranks, `node` of them to a node."""
+    experts, k = c.n_routed_experts, c.num_experts_per_tok
+    assert experts % ranks == 0, f"{ranks} ranks do not share {experts} experts evenly"
+    given = np.full(experts, 1 / experts) if shares is None else np.asarray(shares, dtype=float)
+    if given.shape != (experts,) or not np.isfinite(given).all() or (given <= 0).any():
+        raise UserError("--skew", f"{given.size} shares", f"not {experts} numbers above 0", "Give one per expert.")
+    rng = np.random.default_rng(seed)
+    chosen = route(c, rng.gumbel(size=(tokens, experts)) + np.log(given / given.sum()))
+    counts = np.bincount(chosen.ravel(), minlength=experts)
+    per_rank = counts.reshape(ranks, -1).sum(axis=1) / (tokens * k)
+    rank_of = chosen // (experts // ranks)
+    nodes = -(-ranks // node)
+    met_ranks, met_nodes = _met(rank_of, ranks), _met(rank_of // node, nodes)
+    own = rng.integers(ranks, size=tokens)
+    row = np.arange(tokens)
+    on_own_node = met_nodes[row, own // node].sum()
+    reached = met_ranks.sum() - met_ranks[row, own].sum()  # copies that must get to another rank
+    # some land at their first stop, the same place on the other node, and need no second
+    landed = sum(met_ranks[row, place].sum() for place in _landings(own, node, nodes, ranks))
+    return Load(
+        max_over_mean=float(per_rank.max() * ranks),
+        per_rank=tuple(per_rank.tolist()),
+        nodes=float(met_nodes.sum() / tokens),
+        remote_nodes=float((met_nodes.sum() - on_own_node) / tokens),
+        forwarded=float((reached - landed) / tokens),
+        max_over_mean_expert=float(counts.max() / counts.mean()),
+    )
+
+
+def route(c: ModelConfig, scores: np.ndarray) -> np.ndarray:
+    """Top-k among the best topk_group groups: scores (tokens, experts) -> (tokens, k), as model/moe.py's Router."""
+    tokens, experts = scores.shape
+    if c.topk_group < c.n_group:
+        grouped = scores.reshape(tokens, c.n_group, -1)
+        top = 2 if c.scoring_func == "sigmoid" else 1
+        best = np.partition(grouped, -top, axis=-1)[..., -top:].sum(axis=-1)
+        out = np.argsort(-best, axis=-1)[:, c.topk_group :]
+        grouped = grouped.copy()
+        np.put_along_axis(grouped, out[..., None], -np.inf, axis=1)
+        scores = grouped.reshape(tokens, experts)
+    return np.argpartition(-scores, c.num_experts_per_tok - 1, axis=-1)[:, : c.num_experts_per_tok]
+
+
+def _met(index: np.ndarray, size: int) -> np.ndarray:
+    """index (tokens, k) -> which of `size` places each token meets (tokens, size)."""
+    met = np.zeros((len(index), size), dtype=bool)
+    met[np.arange(len(index))[:, None], index] = True
+    return met
+
+
+def _landings(own: np.ndarray, node: int, nodes: int, ranks: int) -> list[np.ndarray]:
+    """For each step to another node, the rank there with the token's own place in its node."""
+    return [
+        (own + step * node) % (nodes * node)
+        for step in range(1, nodes)
+        if nodes * node == ranks  # otherwise the last node is not full, and nothing lands by luck
+    ]

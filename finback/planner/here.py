@@ -1,0 +1,230 @@
+"""What training takes on this machine's cores: memory from what autograd keeps, time from what calibration measured.
+
+No torch here. Both follow finback's own trainer (stages/pretrain.py): fp32 masters, all gradients in one buffer, Muon
+for matrices, AdamW for the rest, one thread per rank, rows shared out among ranks. tests/test_plan_here.py holds the
+formulas to the trainer.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from finback.model.config import ModelConfig
+from finback.model.count import parameters, products
+
+LONGEST = 512  # rows up to which attention keeps its weights (kernels/attention.py)
+CHUNK = 256  # rows of scores at a time (train/loss.py)
+NEWTON_SCHULZ_STEPS = 5
+BLOCK_MULTIPLE = 32  # sizes of experts' blocks of rows in bf16 (kernels/moe_gemm.py)
+COMPILED = 0.75e6  # bytes of one compiled product, measured: torch 2.13 on an EPYC, 0.7 to 1.0 MB
+MOST_COMPILED = 1024  # products that oneDNN keeps
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A training step on one rank."""
+
+    model: ModelConfig
+    rows: int  # on this rank
+    length: int
+    compute: str = "fp32"
+    ranks: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of this rank's rows."""
+        return self.rows * self.length
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return 4 if self.compute == "fp32" else 2
+
+
+def matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
+    """(how many, rows, columns) of every parameter that Muon updates, expert stacks counted one by one."""
+    d, found = c.hidden_size, []
+    for layer in range(c.num_hidden_layers + c.num_nextn_predict_layers):
+        heads = c.num_attention_heads
+        if c.attention == "mla":
+            if c.q_lora_rank is not None:
+                found.append((1, c.q_lora_rank, d))
+            found.append((1, heads * c.qk_head_dim, c.q_lora_rank or d))
+            found.append((1, c.kv_lora_rank + c.qk_rope_head_dim, d))
+            found.append((1, heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank))
+            found.append((1, d, heads * c.v_head_dim))
+        else:
+            found.append((1, heads * c.head_dim, d))
+            found.append((1, 2 * c.num_key_value_heads * c.head_dim, d))
+            found.append((1, d, heads * c.head_dim))
+        widths = [(1, c.intermediate_size)]
+        if c.is_moe(layer):
+            widths = [(c.n_routed_experts, c.moe_intermediate_size)]
+            widths += [(1, c.n_shared_experts * c.moe_intermediate_size)] if c.n_shared_experts else []
+        for number, width in widths:
+            found += [(number, 2 * width, d), (number, d, width)]
+        if layer >= c.num_hidden_layers:
+            found.append((1, d, 2 * d))
+    return found
+
+
+def muon_parameters(c: ModelConfig) -> int:
+    """Parameters that Muon updates; AdamW has the rest."""
+    return sum(number * a * b for number, a, b in matrices(c))
+
+
+def saved_bytes(shape: Shape) -> float:
+    """Bytes that autograd keeps between a forward and its backward pass, beside the parameters."""
+    c, n, a = shape.model, shape.tokens, shape.width
+    layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
+    total = sum(_layer_bytes(shape, c.is_moe(layer)) for layer in layers)
+    depths = c.num_nextn_predict_layers
+    total += (1 + depths) * (n * (2 * a * c.hidden_size + 4) + 4 * c.vocab_size * c.hidden_size)  # norm, loss
+    total += depths * n * (4 * a * c.hidden_size + 8)  # MTP's two norms and what it joins
+    if shape.compute != "fp32":  # weights are cast, and the cast is kept
+        total += 2 * muon_parameters(c)
+    return total
+
+
+def _layer_bytes(shape: Shape, moe: bool) -> float:
+    """One block's part of it."""
+    c, a = shape.model, shape.width
+    d, heads = c.hidden_size, c.num_attention_heads
+    if c.attention == "mla":
+        query = 2 * (c.q_lora_rank or 0)
+        latent = 2 * c.kv_lora_rank + c.qk_rope_head_dim
+        kept = a * (2 * d + query + latent + heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)) + 4 * 4
+        kept += heads * shape.length * a if shape.length <= LONGEST else 0
+    else:
+        kept = a * (2 * d + c.head_dim * (2 * heads + 2 * c.num_key_value_heads)) + 4 * (2 + heads)
+        if c.qk_norm:
+            kept += a * c.head_dim * (heads + c.num_key_value_heads)
+    kept += 2 * a * d
+    if not moe:
+        return shape.tokens * (kept + 4 * a * c.intermediate_size)
+    k = c.num_experts_per_tok
+    kept += a * (4 * c.n_shared_experts * c.moe_intermediate_size + k * 2 * (d + c.moe_intermediate_size))
+    kept += 4 * 2 * c.n_routed_experts + 16 * k + (4 * d if shape.compute != "fp32" else 0)
+    return shape.tokens * kept
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank's process at its fullest."""
+
+    process: float  # Python, torch and their libraries, as calibration found them
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    working: float  # the larger of what a backward pass and what Muon need on top for the moment
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def memory(shape: Shape, process: float) -> RankMemory:
+    """Peak memory of one rank of a Pretrain stage."""
+    c = shape.model
+    p, muon = parameters(c), muon_parameters(c)
+    saved = saved_bytes(shape)
+    # directions, updates, and one group at work; what a backward pass has freed is in pieces too small for these
+    largest = max(_groups(c).values(), default=0)
+    working = max(_backward_bytes(c), 4 * 2 * muon + 3 * largest) + _compiled_bytes(shape)
+    return RankMemory(process, 4.0 * p, 4.0 * p, 4.0 * muon + 8.0 * (p - muon), saved, working)
+
+
+def _compiled_bytes(shape: Shape) -> float:
+    """What oneDNN keeps of bf16 products that it compiled: six for each size of an expert's block of rows.
+
+    Before routers are balanced an expert may get every token, so every size there can be comes up.
+    """
+    c = shape.model
+    layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
+    if shape.compute == "fp32" or not any(c.is_moe(layer) for layer in layers):
+        return 0.0
+    return COMPILED * min(6 * math.ceil(shape.tokens / BLOCK_MULTIPLE), MOST_COMPILED)
+
+
+def trial(fp32: Shape, bf16: Shape, process: float) -> RankMemory:
+    """Peak memory while train/precision.py times both dtypes: two models with their gradients, no optimizer yet."""
+    p, most = parameters(fp32.model), max(saved_bytes(fp32), saved_bytes(bf16))
+    return RankMemory(process, 8.0 * p, 8.0 * p, 0.0, most, _backward_bytes(fp32.model))
+
+
+def _backward_bytes(c: ModelConfig) -> float:
+    """What a backward pass needs for the moment: gradients of embedding, head and one layer's experts, scores."""
+    stacks = max((4 * n * a * b for n, a, b in matrices(c)), default=0)
+    return 2 * 4 * c.vocab_size * c.hidden_size + 2 * stacks + 4 * CHUNK * c.vocab_size
+
+
+def _groups(c: ModelConfig) -> dict[tuple[int, int], int]:
+    """Shape -> bytes of all matrices of that shape: Newton-Schulz takes them as one batch."""
+    groups: dict[tuple[int, int], int] = {}
+    for number, a, b in matrices(c):
+        groups[a, b] = groups.get((a, b), 0) + 4 * number * a * b
+    return groups
+
+
+def newton_schulz_flops(c: ModelConfig, ranks: int) -> float:
+    """FLOPs of one rank's share of Muon's orthogonalisation."""
+    total = 0.0
+    for (a, b), size in _groups(c).items():
+        short, long_ = min(a, b), max(a, b)
+        mine = math.ceil(size / (4 * a * b) / ranks)
+        total += mine * NEWTON_SCHULZ_STEPS * (4 * short * short * long_ + 2 * short**3)
+    return total
+
+
+def passes(shape: Shape) -> dict[str, float]:
+    """What a forward and backward pass is made of; calibration finds the seconds of each."""
+    c = shape.model
+    # causal attention of short rows multiplies the whole square
+    context = shape.length if shape.length <= LONGEST else shape.length / 2
+    terms = products(c, context, mtp=True)
+    layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
+    moe = sum(c.is_moe(layer) for layer in layers)
+    chunks = (1 + c.num_nextn_predict_layers) * (math.ceil(shape.tokens / CHUNK) + 2)
+    blocks = moe * min(c.n_routed_experts, shape.tokens * c.num_experts_per_tok)
+    return {
+        "products": 3 * shape.tokens * (terms.total - terms.attention_scores),
+        "experts": 3 * shape.tokens * terms.experts,  # what they cost above other products
+        "scores": 3 * shape.tokens * terms.attention_scores,
+        "head": chunks * c.vocab_size * c.hidden_size,  # its gradient is added to chunk by chunk
+        "kept": saved_bytes(shape),
+        "blocks": blocks,
+        "parameters": parameters(c),  # gradients set to zero and added to, masters cast to bf16
+        "layers": len(layers),
+    }
+
+
+def update(shape: Shape) -> dict[str, float]:
+    """What the update of the parameters is made of."""
+    c = shape.model
+    muon = muon_parameters(c)
+    return {
+        "newton_schulz": newton_schulz_flops(c, shape.ranks),
+        "muon": muon,
+        "parameters": parameters(c),
+        "groups": len(_groups(c)) * NEWTON_SCHULZ_STEPS,
+    }
+
+
+def exchanged_bytes(shape: Shape) -> float:
+    """Bytes that ranks add up in a step: gradients and Muon's updates."""
+    return 4.0 * (parameters(shape.model) + muon_parameters(shape.model)) if shape.ranks > 1 else 0.0
+
+
+def seconds(shape: Shape, measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Seconds of a step by part; `measured` holds the seconds per unit that calibration found, by part and dtype."""
+    forward_backward = measured[f"passes_{shape.compute}"]
+    at_update = measured[f"update_{shape.compute}"]
+    exchange = measured["exchange"]
+    return {
+        "passes": sum(forward_backward.get(name, 0.0) * value for name, value in passes(shape).items()),
+        "update": sum(at_update.get(name, 0.0) * value for name, value in update(shape).items()),
+        "exchange": exchange["fixed"] + exchange["byte"] * exchanged_bytes(shape) if shape.ranks > 1 else 0.0,
+    }

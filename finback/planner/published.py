@@ -1,0 +1,115 @@
+"""What DeepSeek published, beside what this planner works out from first principles. No torch here."""
+
+from dataclasses import dataclass
+
+from finback.model.config import V2, V3
+from finback.model.count import cache_bytes, parameters, router_biases, training_flops
+from finback.planner import cost, hardware
+from finback.planner.hardware import Fact
+from finback.planner.layout import Layout
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One published number, ours, and the rule by which ours was counted."""
+
+    what: str
+    published: float
+    ours: float
+    rule: str
+    source: str
+
+    @property
+    def off(self) -> float:
+        """Relative difference."""
+        return self.ours / self.published - 1
+
+
+V3_TOKENS = 14.8e12
+# context extension (V3 report 4.3): 1000 steps each of so many rows and tokens per row
+EXTENSION = ((1920, 32768), (480, 131072))
+POST_TRAINING_HOURS = 5e3  # its tokens are not published
+# R1's supplement, B.4.4: devices and hours of each run; hours alone for making SFT data
+R1_RUNS = ((512, 198), (512, 80))
+R1_DATA_HOURS = 5e3
+
+
+def claims(known: dict[str, Fact]) -> list[Claim]:
+    """All of them. Hours stand and fall with the MFU that the ISCA paper measured, which is an input here."""
+    h800, _ = hardware.find("h800")
+    assert h800.price is not None and h800.mfu is not None, "V3's machine is known"
+    hours = pretraining_hours(known)
+    per_trillion = hours / V3_TOKENS * 1e12
+    total = hours + sum(extension_hours()) + POST_TRAINING_HOURS
+    r1 = sum(devices * h for devices, h in R1_RUNS) + R1_DATA_HOURS
+    causal = "3 x (2 x parameters met without the input embedding + attention over T/2 keys), T = 4096, without MTP"
+    mfu = f"FLOPs over MFU {h800.mfu.value:.2%} of the bf16 peak"
+    price = h800.price.value
+    return [
+        Claim(
+            "V3 parameters",
+            671_026_419_200,
+            parameters(V3, mtp=False) + router_biases(V3),
+            "without the MTP module, with the routers' biases",
+            "sum over the released tensors",
+        ),
+        Claim(
+            "V3 GFLOPs per token",
+            250.5,
+            training_flops(V3, 2048, mtp=False) / 1e9,
+            causal,
+            "arXiv 2505.09343, table 2 (250)",
+        ),
+        Claim(
+            "V2 GFLOPs per token",
+            155.3,
+            training_flops(V2, 2048, mtp=False) / 1e9,
+            causal,
+            "arXiv 2505.09343, table 2 (155)",
+        ),
+        Claim(
+            "V3 cache bytes per token",
+            70_272,
+            cache_bytes(V3),
+            "latent and rotary key, bf16, 61 layers",
+            "arXiv 2505.09343, table 1",
+        ),
+        Claim("V3 H800-hours per trillion tokens", 180e3, per_trillion, mfu, "arXiv 2412.19437, section 1"),
+        Claim(
+            "V3 dollars in all",
+            5.576e6,
+            total * price,
+            f"{mfu}; context extension at the same MFU and its own lengths; post-training's 5K hours as published; "
+            f"${price:g} per hour",
+            "arXiv 2412.19437, table 1",
+        ),
+        Claim(
+            "R1 dollars",
+            294e3,
+            r1 * price,
+            f"512 x 198 h, 512 x 80 h and 5K hours of data at ${price:g}",
+            "R1 supplement, B.4.4",
+        ),
+    ]
+
+
+def pretraining_hours(known: dict[str, Fact]) -> float:
+    """H800-hours of V3's 14.8T tokens by its published layout, the schedule simulated."""
+    h800, _ = hardware.find("h800")
+    share = cost.efficiency(V3, cost.V3_LAYOUT, h800, known)
+    seconds = cost.step(V3, cost.V3_LAYOUT, h800, share.value, known).seconds
+    return cost.bill(V3, cost.V3_LAYOUT, h800, seconds, V3_TOKENS, known, None).device_hours
+
+
+def extension_hours() -> list[float]:
+    """H800-hours of V3's two extension phases, at the MFU of pre-training."""
+    h800, _ = hardware.find("h800")
+    assert h800.mfu is not None, "V3's machine has an MFU"
+    speed = h800.bf16.value * h800.mfu.value * 3600
+    return [1000 * rows * length * training_flops(V3, length / 2, mtp=False) / speed for rows, length in EXTENSION]
+
+
+def is_v3s(layout: Layout) -> bool:
+    """Whether a layout is the one V3's report describes."""
+    ours = cost.V3_LAYOUT
+    return (layout.pp, layout.dp, layout.ep, layout.schedule) == (ours.pp, ours.dp, ours.ep, ours.schedule)

@@ -1,0 +1,98 @@
+"""Where calibrations are kept, and reading one back. No torch here."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finback.config import UserError
+from finback.planner.hardware import Fact, Machine
+from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
+
+FORMAT = "finback-calibration-2"
+_NUMBERS = ("ranks", "memory_bytes", "memory_bytes_per_second", "process_bytes")
+
+
+def default_path(environment: Mapping[str, str]) -> Path:
+    """<cache folder of the user>/finback/calibration.json, by XDG_CACHE_HOME."""
+    home = environment.get("XDG_CACHE_HOME", "")
+    folder = Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache"
+    return folder / "finback" / "calibration.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A calibration; UserError when it is torn, or a file of something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError("--calibration", str(path), str(error.strerror), "Run finback plan --calibrate.") from None
+    except ValueError as error:
+        raise _refuse(path, f"damaged ({error})") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise _refuse(path, "not a calibration of this version of finback")
+    try:
+        numbers = [found[name] for name in _NUMBERS]
+        for part in ("passes_fp32", "passes_bf16", "update_fp32", "update_bf16", "exchange"):
+            numbers += found["measured"][part].values()
+        for name in ("fp32", "bf16"):
+            numbers += [*found["gemm_flops_per_second"][name].values(), found["training_flops_per_second"][name]]
+        strings = [found["date"], found["cpu"], found["torch"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _refuse(path, f"incomplete ({error})") from None
+    if not all(isinstance(n, (int, float)) and 0 <= n < math.inf for n in numbers) or found["ranks"] < 1:
+        raise _refuse(path, "holds what is no measured number")
+    if not all(isinstance(text, str) for text in strings):
+        raise _refuse(path, "does not say when and where it was made")
+    return found
+
+
+def _refuse(path: Path, problem: str) -> UserError:
+    return UserError("--calibration", str(path), problem, "Run finback plan --calibrate again.")
+
+
+def machine(calibration: dict[str, Any]) -> Machine:
+    """This machine as the planner sees others: one device is one rank."""
+    source = f"measured here, {calibration['date']}"
+    ranks = calibration["ranks"]
+    peak = {name: Fact(max(v.values()) / ranks, source) for name, v in calibration["gemm_flops_per_second"].items()}
+    return Machine(
+        "here",
+        memory=Fact(calibration["memory_bytes"] / ranks, source),
+        bf16=peak["bf16"],
+        fp32=peak["fp32"],
+        memory_bandwidth=Fact(calibration["memory_bytes_per_second"] / ranks, source),
+        watts=Fact(WATTS_PER_CORE, "estimate of finback/runs/ledger.py"),
+        price=Fact(DOLLARS_PER_CORE_HOUR, "estimate of finback/runs/ledger.py"),
+    )
+
+
+def cpu_name() -> str:
+    """The processor's name as its system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def doubts(calibration: dict[str, Any], torch_version: str | None = None) -> list[str]:
+    """What may make a calibration wrong for a run here and now."""
+    found = []
+    if calibration["cpu"] != cpu_name():
+        found.append(f"calibrated on another processor: {calibration['cpu']}")
+    if torch_version is not None and calibration["torch"] != torch_version:
+        found.append(f"calibrated with torch {calibration['torch']}, this is {torch_version}")
+    models, planned = calibration.get("models", 0), calibration.get("models_planned", 0)
+    if models < planned:
+        found.append(f"only {models} of {planned} models were timed: calibrate again when the machine is free")
+    load = calibration.get("load_average")
+    if isinstance(load, (int, float)) and load > calibration["ranks"] + 0.5:
+        found.append(f"the machine was busy when it was calibrated (load {load:.1f})")
+    return found

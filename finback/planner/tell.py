@@ -1,0 +1,206 @@
+"""A plan as text for people. Every number is also in the JSON, with its source. No torch here."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from finback.planner.published import Claim
+
+UNITS = {
+    "memory": "B",
+    "memory_bandwidth": "B/s",
+    "link": "B/s",
+    "network": "B/s",
+    "bf16": "FLOP/s",
+    "fp8": "FLOP/s",
+    "fp32": "FLOP/s",
+    "watts": "W",
+}
+PARTS = {
+    "at_peak": "FLOPs at the peak",
+    "mtp": "MTP's, at the peak",
+    "recompute": "done again, at the peak",
+    "below_peak": "kernels below the peak",
+    "exposed": "all-to-all not hidden",
+    "bubble": "pipeline bubble",
+    "exchange": "gradients and weights",
+}
+
+
+def big(value: float | None, unit: str = "") -> str:
+    """1.48e13 -> 14.8 T; beyond that as 3.86e+24."""
+    if value is None:
+        return "unknown"
+    if abs(value) >= 1e15:
+        return f"{value:.4g} {unit}".strip()
+    for size, letter in ((1e12, "T"), (1e9, "B" if not unit else "G"), (1e6, "M"), (1e3, "k" if unit else "K")):
+        if abs(value) >= size:
+            return f"{value / size:,.4g} {letter}{unit}"
+    return f"{value:,.4g} {unit}".strip()
+
+
+def span(seconds: float) -> str:
+    """Seconds as what people say."""
+    for size, word in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {word}"
+    return f"{seconds:,.3g} s"
+
+
+def table(rows: Iterable[Sequence[str]], right: bool = True) -> list[str]:
+    """Rows of cells in columns; the first to the left."""
+    cells = [list(row) for row in rows]
+    wide = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 or not right else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, wide, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def tell(values: dict[str, Any], claims: Sequence[Claim] = ()) -> str:
+    """The whole plan of one model on named hardware."""
+    sections = [
+        _model(values),
+        _layout(values),
+        _memory(values),
+        _time(values),
+        _schedules(values),
+        _run(values),
+        _basis(values),
+    ]
+    if claims:
+        sections.append(["Beside what is published (ours by the rule in the JSON):", *_claims(claims)])
+    return "\n\n".join("\n".join(section) for section in sections if section)
+
+
+def _model(v: dict[str, Any]) -> list[str]:
+    m, total = v["model"], sum(v["model"]["forward_products_with_mtp"].values())
+    terms = {"attention": 0.0, "experts": 0.0, "dense": 0.0, "head": 0.0}
+    for name, flops in m["forward_products_with_mtp"].items():
+        group = "attention" if name.startswith("attention") else name
+        group = {"shared": "experts", "router": "experts", "join": "dense"}.get(group, group)
+        terms[group] += flops / total
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in terms.items() if share)
+    more = {"with router biases": m["parameters_with_router_biases"], "with MTP": m["parameters_with_mtp"]}
+    also = ", ".join(f"{count:,} {word}" for word, count in more.items() if count != m["parameters"])
+    return [
+        f"{m['name']}: {m['parameters']:,} parameters{f' ({also})' if also else ''},",
+        f"  {m['active']:,} meet a token; {m['training_flops_per_token'] / 1e9:,.1f} GFLOPs to train on one "
+        f"({m['training_flops_per_token_with_mtp'] / 1e9:,.1f} with MTP: {shares}); {m['cache_bytes_per_token']:,} bytes of cache",
+    ]
+
+
+def _layout(v: dict[str, Any]) -> list[str]:
+    layout, b = v["layout"], v["batch"]
+    how = "as given" if layout["given"] else "recommended"
+    lines = [
+        f"Layout ({how}) on {v['machine']['devices']:,} x {v['machine']['name']}: --mesh {layout['mesh']}"
+        f" --schedule {layout['schedule']} --recompute {layout['recompute']}",
+        f"  {layout['precision']}, {layout['optimizer']}; {b['rows']:,} rows of {b['length']:,} tokens a step, "
+        f"{layout['micro_batches']:,} micro-batches of {layout['micro_rows']} per pipeline; no tensor parallelism",
+    ]
+    routing = v["step"]["routing"]
+    if routing:
+        lines.append(
+            f"  a token's experts lie on {routing['nodes']:.2f} nodes, {routing['remote_nodes']:.2f} of them not its own"
+            + (f"; the fullest expert rank has {routing['max_over_mean']:.2f} x the mean" if v["skew"] else "")
+        )
+    return lines
+
+
+def _memory(v: dict[str, Any]) -> list[str]:
+    m = v["memory"]
+    names = ("weights", "gradients", "optimizer", "activations", "working", "reserve", "total")
+    ranks = m["ranks"]
+    shown = sorted({0, m["worst_rank"], len(ranks) - 1})
+    rows = [["pipeline rank", *names]]
+    rows += [[str(r), *(f"{ranks[r][name] / 1e9:.1f}" for name in names)] for r in shown]
+    verdict = "fits" if m["fits"] else "DOES NOT FIT"
+    return [
+        f"Memory in GB of {m['device_bytes'] / 1e9:.0f}: {verdict} ({m['free_share']:.1%} free, {m['margin']:.0%} wanted)",
+        *("  " + line for line in table(rows)),
+    ]
+
+
+def _time(v: dict[str, Any]) -> list[str]:
+    s = v["step"]
+    sent = s["traffic"]
+    rows = [
+        [text, f"{s['shares'][name] * s['seconds']:.4g} s", f"{s['shares'][name]:.1%}"]
+        for name, text in PARTS.items()
+        if s["shares"][name] > 5e-4
+    ]
+    lines = [
+        f"Step: {s['seconds']:.4g} s, MFU {s['mfu']:.1%} ({s['efficiency']:.1%} while computing)",
+        *("  " + line for line in table(rows)),
+    ]
+    parts = ("dispatch_network", "dispatch_link", "pipeline", "exchange")
+    words = ("all-to-all between nodes", "within nodes", "to the next stage", "gradients and weights")
+    said = [f"{word} {big(sent[part], 'B')}" for part, word in zip(parts, words, strict=True) if sent[part]]
+    if said:
+        lines.append(f"  each device sends per step: {', '.join(said)}")
+    return lines
+
+
+def _schedules(v: dict[str, Any]) -> list[str]:
+    if not v["schedules"]:
+        return []
+    rows = [["schedule", "step", "bubble", "weights", "in flight", "memory", "fits"]]
+    for name, s in v["schedules"].items():
+        if "refused" in s:
+            rows.append([name, "refused", *[""] * 5])
+            continue
+        rows.append(
+            [
+                name,
+                f"{s['step_seconds']:.2f} s",
+                f"{s['bubble_share']:.1%}",
+                f"{s['parameters']} x",
+                f"{s['in_flight']:.1f}",
+                f"{s['memory_bytes'] / 1e9:.1f} GB",
+                "yes" if s["fits"] else "no",
+            ]
+        )
+    return [
+        "The same mesh under each schedule (bubble with what unequal stages add):",
+        *("  " + x for x in table(rows)),
+    ]
+
+
+def _run(v: dict[str, Any]) -> list[str]:
+    r, serving = v["run"], v["serving"]
+    dollars = (
+        "no price known, give --price" if r["dollars"] is None else f"${r['dollars']:,.0f} at ${r['price']:g} an hour"
+    )
+    energy = "" if r["kwh"] is None else f"; {big(r['kwh'] * 1e3, 'Wh')}, {r['co2_kg'] / 1e3:,.4g} t CO2e"
+    lines = [
+        f"Run of {big(r['tokens'])} tokens: {r['steps']:,.0f} steps, {span(r['seconds'])}, "
+        f"{r['device_hours']:,.0f} device-hours, {dollars}{energy}"
+    ]
+    if serving["fits"]:
+        lines.append(
+            f"Serving on as many: {serving['weights'] / 1e9:.1f} GB of weights each, "
+            f"room for {serving['tokens']:,.0f} tokens of cache each"
+        )
+    return lines
+
+
+def _basis(v: dict[str, Any]) -> list[str]:
+    facts = v["machine"]["facts"]
+    used = {"memory", "bf16", "link", "network", "watts", "price"}
+    rows = [f"  {k} {big(f['value'], UNITS.get(k, ''))}: {f['source']}" for k, f in facts.items() if k in used]
+    rows += [f"  {k} {f['value']:.4g}: {f['source']}" for k, f in v["assumptions"].items()]
+    rows += [f"  note: {text}" for text in v["remarks"]]
+    return ["Where the numbers are from (change one with --assume NAME=VALUE):", *rows]
+
+
+def _claims(claims: Sequence[Claim]) -> list[str]:
+    rows = [["", "published", "here", "off"]]
+    places = [1 if claim.published < 1000 else 0 for claim in claims]
+    rows += [
+        [c.what, f"{c.published:,.{n}f}", f"{c.ours:,.{n}f}", f"{c.off:+.2%}"]
+        for c, n in zip(claims, places, strict=True)
+    ]
+    return ["  " + line for line in table(rows)]

@@ -1,0 +1,69 @@
+"""JSON and JSONL files of a run folder: written whole (temporary file, fsync, rename), read with damage reported."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finback.config import UserError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by `value` as JSON, atomically: readers see the old or the new text, also after a crash."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as handle:
+        json.dump(value, handle, indent=1, ensure_ascii=False)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    """Replace a file by records as JSONL, one to a line, as atomically as `write_json`."""
+    temporary = path.with_name(path.name + ".part")
+    # half a surrogate pair, which a model's or a stranger's JSON may hold, becomes JSON's escape for it
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as handle:
+        for record in records:
+            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that finback wrote; UserError when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError("run folder", str(path), f"damaged ({error})", "Delete it and run the recipe again.") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSONL file; a torn last line, left by a kill, is ignored."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a model from elsewhere: a GGUF file, or a folder whose config.json is not a stage's.
+
+    A damaged config.json counts too, so that what is wrong with it gets said.
+    """
+    if path.suffix == ".gguf":
+        return True
+    try:
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return not isinstance(raw, dict) or any(k in raw for k in ("model_type", "architectures", "auto_map"))

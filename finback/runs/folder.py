@@ -1,0 +1,194 @@
+"""The run folder: the only way stages talk, and all that a report ever reads.
+
+runs/<recipe>/recipe.json            which recipe and seed this folder belongs to
+runs/<recipe>/<stage>/config.json    the stage's knobs, resolved
+                      metrics.jsonl  one line per logged step
+                      samples.jsonl  every answer of every step of RL
+                      router.jsonl   loads and biases of the routers, every few steps of pre-training
+                      ledger.jsonl   what it was made with, then what was spent between two checkpoints
+                      manifest.json  written last: its existence means finished
+runs/<recipe>/summary.json           results and costs of all finished stages
+
+Only rank 0 writes. Files are replaced as a whole, never rewritten in place.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from finback.config import UserError
+from finback.runs import provenance
+from finback.runs.energy import Energy
+from finback.runs.files import read_lines, write_json, write_lines
+from finback.runs.ledger import FLOPS
+
+STEPPED = ("metrics.jsonl", "samples.jsonl", "router.jsonl")  # files whose lines belong to steps
+
+
+# what resuming needs, and nobody once a stage is finished
+SCRATCH = ("step-*.safetensors*", ".tmp*", "part-*.json*", "sharded")
+
+
+NEEDED_BYTES = 200 * 2**20  # free space asked for before a stage starts
+
+
+class Ranks(Protocol):
+    """What run folders need of a group of processes; parallel.mesh.World is one."""
+
+    rank: int
+    size: int
+
+    def barrier(self) -> None: ...
+
+    def any(self, flag: bool) -> bool: ...
+
+
+class Interrupted(Exception):
+    """Work stopped at a safe point because the user asked; running the recipe again continues from there."""
+
+
+class StageRun:
+    """One stage's folder and its means: inputs, seeds, metrics, ledger, progress, finish."""
+
+    def __init__(self, root: Path, name: str, seed: int, ranks: Ranks, quiet: bool = False) -> None:
+        self.root, self.folder, self.name, self.ranks, self.quiet = root, root / name, name, ranks, quiet
+        self.base_seed = seed
+        self.stop_requested = False
+        self._mark = time.perf_counter()
+        self._energy: Energy | None = None
+        self._line: TextIO = sys.stderr
+
+    @property
+    def is_writer(self) -> bool:
+        return self.ranks.rank == 0
+
+    def seed(self, *purpose: object) -> int:
+        """A seed for one purpose: the same for the same recipe seed and words, unrelated between purposes."""
+        words = " ".join(map(str, (self.base_seed, *purpose)))
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=7).digest(), "big")
+
+    def input(self, start: str) -> Path:
+        """The folder of an earlier stage, or what `start` names: a finished stage elsewhere, or a checkpoint.
+
+        `base/average` is what lies within an earlier stage: another form of its model.
+        """
+        stage, _, within = start.partition("/")
+        inside = self.root / start
+        if (self.root / stage / "manifest.json").is_file() and (not within or inside.is_dir()):
+            return inside
+        return Path(start)
+
+    def begin(self, recipe: Path | None, inputs: Iterable[str]) -> None:
+        """Write down what works from now on, on what and from what; start reading the counters of energy."""
+        if not self.is_writer:
+            return
+        self._energy = Energy()
+        began = {
+            "seconds": 0.0,
+            "cores": self.ranks.size,
+            **provenance.made_with(recipe),
+            "metered": self._energy.method,
+            "inputs": {start: provenance.digest(self.input(start)) for start in inputs},
+        }
+        self._append("ledger.jsonl", began)
+
+    def log(self, step: int, **metrics: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        if self._energy is not None:
+            self._energy.glance()
+        self._append("metrics.jsonl", {"step": step, **metrics})
+
+    def append(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Append records that carry a step to a JSONL file of the stage; `rewind` knows them as well."""
+        assert name in STEPPED, f"{name} would not be rewound"
+        self._append(name, *records)
+
+    def rewind(self, step: int) -> None:
+        """Forget logged steps from `step` on: they are about to be done again."""
+        for path in (self.folder / name for name in STEPPED):
+            if self.is_writer and path.is_file():
+                kept = [r for r in read_lines(path) if r["step"] < step]
+                write_lines(path, kept)
+
+    def account(self, **spent: float) -> None:
+        """Append what was spent since the last call to ledger.jsonl; wall seconds and metered joules are added here.
+
+        FLOPs by purpose are named flops_<one of FLOPS>; `flops` are those that MFU is of.
+        """
+        assert all(k[6:] in FLOPS for k in spent if k.startswith("flops_")), f"unknown purpose in {set(spent)}"
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        joules = self._energy.take() if self._energy is not None else None
+        if joules is not None:
+            spent |= {"joules": joules, "metered_core_seconds": seconds * self.ranks.size}
+        self._append("ledger.jsonl", {"seconds": seconds, "cores": self.ranks.size, **spent})
+
+    def _append(self, name: str, *records: dict[str, Any]) -> None:
+        if not self.is_writer:
+            return
+        with (self.folder / name).open("a+b") as handle:
+            torn = b""
+            if handle.tell():
+                handle.seek(-1, os.SEEK_END)
+                torn = b"" if handle.read(1) == b"\n" else b"\n"  # a kill left half a line: keep it apart
+            handle.write(torn + b"".join(json.dumps(record).encode() + b"\n" for record in records))
+
+    def check_stop(self) -> bool:
+        """Whether any rank was asked to stop; all ranks get the same answer."""
+        return self.ranks.any(self.stop_requested)
+
+    def say(self, text: str) -> None:
+        """One line of prose on stderr, from rank 0."""
+        if self.is_writer and not self.quiet:
+            print(f"\r\033[K{text}" if self._line.isatty() else text, file=self._line, flush=True)
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write the manifest, from now on the stage is done; only then is what resuming needs dropped."""
+        self.account()
+        if self.is_writer:
+            scratch = {p.name for p in self._scratch()}
+            names = {p.name for p in self.folder.iterdir() if p.is_file()} - scratch - {"manifest.json"}
+            write_json(self.folder / "manifest.json", {"stage": self.name, "files": sorted(names), "results": results})
+        self.tidy()
+        self.ranks.barrier()
+
+    def tidy(self) -> None:
+        """Drop what only resuming needed; a kill may have come between the manifest and this."""
+        for path in self._scratch() if self.is_writer else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _scratch(self) -> list[Path]:
+        return [path for pattern in SCRATCH for path in self.folder.glob(pattern)]
+
+
+def prepare_folder(root: Path) -> None:
+    """Make a run folder, or say why it cannot be used: not writable, or no space left."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            "runs", str(root), f"cannot be written to ({error.strerror})", "Choose another folder with --runs."
+        ) from None
+    free = shutil.disk_usage(root).free
+    if free < NEEDED_BYTES:
+        raise UserError(
+            "runs",
+            str(root),
+            f"only {free / 2**20:.0f} MB free, {NEEDED_BYTES / 2**20:.0f} MB needed",
+            "Free some space or choose another disk with --runs.",
+        )
+
+
+def finished_stages(root: Path) -> Iterator[Path]:
+    """Folders under `root` that hold a manifest, oldest first."""
+    done = [p.parent for p in root.glob("*/manifest.json")]
+    yield from sorted(done, key=lambda p: (p / "manifest.json").stat().st_mtime_ns)

@@ -1,0 +1,89 @@
+"""What a stage was made with: versions, machine, commit and digests of its inputs. No torch here."""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from finback import __version__
+
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers")
+
+
+def made_with(recipe: Path | None) -> dict[str, Any]:
+    """The time, versions, machine, and the commit of the recipe's checkout, if it lies in one."""
+    checkout = commit(recipe) if recipe is not None else None
+    return {
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
+        "software": software(),
+        "machine": machine(),
+        **(checkout or {"commit": None, "dirty": None}),
+    }
+
+
+def software() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"finback": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a copy on the path, without metadata
+            continue
+    return found
+
+
+def commit(path: Path) -> dict[str, Any] | None:
+    """The commit of the checkout that holds `path`, and whether tracked files differ from it; None without git."""
+    folder = path if path.is_dir() else path.parent
+    head = _git(folder, "rev-parse", "HEAD")
+    if head is None:
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": head, "dirty": None if changed is None else bool(changed)}
+
+
+def digest(path: Path) -> str | None:
+    """SHA-256 that tells an input from another: of a stage's manifest, or of a checkpoint's config; None without."""
+    for name in ("manifest.json", "config.json"):
+        if (path / name).is_file():
+            return sha256(path / name)
+    return None
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def machine() -> dict[str, Any]:
+    """The processor and its GPUs, by name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    torch = cuda()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpus": len(names) or None,
+        "gpus": gpus,
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def cuda() -> Any:
+    """torch, if it is loaded and has a GPU to work on."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_available() else None

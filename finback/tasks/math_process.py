@@ -1,0 +1,126 @@
+"""Comparing mathematics beside this process: what a model wrote is parsed in a worker that can be killed. No torch here."""
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from finback.config import UserError
+
+_WORKER = Path(__file__).with_name("math_worker.py")
+_LONGEST = 500  # characters of an answer
+_DEEPEST = 12  # braces within braces
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Whether an answer equals the gold answer, and whether it is mathematics at all."""
+
+    same: bool
+    read: bool
+
+
+NOTHING = Comparison(same=False, read=False)
+
+
+def compare(gold: str, answer: str) -> Comparison:
+    """Two answers in LaTeX or plain notation; an answer that takes too long, too much memory or too many braces is wrong."""
+    if len(answer) > _LONGEST or "__" in answer or not _is_balanced(answer):
+        return NOTHING
+    return _shared().compare(gold, answer)
+
+
+class Aside:
+    """One worker, started when it is first needed and again when it has ended. Threads take turns.
+
+    `seconds` of waiting, and about as many of computing, are what one comparison may take.
+    """
+
+    def __init__(self, seconds: int = 5, megabytes: int = 1024) -> None:
+        self.seconds, self.megabytes = seconds, megabytes
+        self._lock, self._owner = threading.Lock(), os.getpid()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def compare(self, gold: str, answer: str) -> Comparison:
+        request = json.dumps({"gold": gold, "answer": answer}).encode() + b"\n"
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._end()
+            reply = _asked(self._process or self._start(), request, self.seconds)
+            if reply is None:  # the time or the memory ran out
+                self._end()
+                return NOTHING
+            return Comparison(reply["same"], reply["read"])
+
+    def close(self) -> None:
+        if os.getpid() == self._owner:  # not in a forked process: the worker is its parent's
+            with self._lock:
+                self._end()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-P", str(_WORKER), str(self.seconds), str(self.megabytes)]
+        self._process = process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the run, which then ends its worker
+        )
+        if _asked(process, b"", 120) is None:  # its imports take a second on an idle machine
+            self._end()
+            raise UserError("math-verify", command[2], "its worker does not start", "pip install math-verify")
+        return process
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()  # waits, and closes the pipes
+
+
+@lru_cache(maxsize=1)
+def _of_process(pid: int) -> Aside:
+    aside = Aside()
+    atexit.register(aside.close)
+    return aside
+
+
+def _shared() -> Aside:
+    return _of_process(os.getpid())  # a forked process must not read the replies to its parent
+
+
+def _asked(process: "subprocess.Popen[bytes]", request: bytes, seconds: float) -> dict[str, Any] | None:
+    """The next line of the worker as JSON; None if it ended or took longer than `seconds`."""
+    assert process.stdin and process.stdout
+    until, reply = time.monotonic() + seconds, b""
+    try:
+        process.stdin.write(request)
+        process.stdin.flush()
+        while not reply.endswith(b"\n"):
+            left = max(0.0, until - time.monotonic())
+            part = os.read(process.stdout.fileno(), 4096) if select.select([process.stdout], [], [], left)[0] else b""
+            if not part:
+                return None
+            reply += part
+    except BrokenPipeError:
+        return None
+    return json.loads(reply)
+
+
+def _is_balanced(text: str) -> bool:
+    """Every { has its }, and little stands in brackets within brackets: deep ones take for ever to parse."""
+    braces = depth = 0
+    for char in text:
+        braces += (char == "{") - (char == "}")
+        depth += (char in "{([") - (char in "})]")
+        if braces < 0 or depth > _DEEPEST:
+            return False
+    return braces == 0

@@ -1,0 +1,90 @@
+"""GRPO's formulas as pure functions: group advantages, the clipped surrogate with its variants, KL, averaging.
+
+Letters: A advantage, ρ = π_new / π_old of a token, ε clip, o an answer of |o| tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finback.config import UserError, check_fields, check_not_negative, check_positive
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What an update minimises. The defaults are GRPO with DAPO's average over tokens; every other form is a knob.
+
+    DeepSeekMath (2402.03300): average="answer", kl=0.04. R1 (Nature 2025): clip_low=10, clip_high=10, kl=0.001,
+    average="answer". Dr. GRPO (2503.20783): average="constant" and GRPO(normalise=False). DAPO (2503.14476):
+    clip_high=0.28. GSPO (2507.18071): ratio="sequence", average="answer", clip_low=3e-4, clip_high=4e-4.
+    """
+
+    clip_low: float = 0.2  # ρ below 1 - clip_low earns nothing more where A < 0
+    clip_high: float = 0.2  # ρ above 1 + clip_high earns nothing more where A > 0
+    dual_clip: float | None = None  # where A < 0 a token costs at most dual_clip · |A| (1912.09729)
+    ratio: Literal["token", "sequence"] = "token"  # "sequence": one ρ per answer, its tokens' geometric mean
+    average: Literal["token", "answer", "constant"] = "token"  # over all tokens; 1/|o| per answer; 1/longest per answer
+    kl: float = 0.0  # weight of the divergence from the reference model
+    kl_form: Literal["k1", "k3"] = "k3"  # k1's gradient is zero on average: it only adds noise, but others have it
+    truncate: float | None = None  # cap of the trainer's over the engine's probability as a weight (TIS)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "objective")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise UserError("objective.dual_clip", self.dual_clip, "not above 1", "The usual value is 3.")
+        check_not_negative(self, "objective", "clip_low", "clip_high", "kl")
+        if self.truncate is not None:
+            check_positive(self, "objective", "truncate")
+
+
+def advantages(rewards: Tensor, normalise: bool = True) -> Tensor:
+    """A_i = (r_i - mean r) / std r within each group (DeepSeekMath 4.1.2); rewards (groups, group) -> same shape.
+
+    A group whose rewards are all equal says nothing and gets 0. Without `normalise` only the mean is taken off
+    (Dr. GRPO, V3.2). std is the population's; the sample's, which others take, is sqrt(G / (G - 1)) times as large.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    std = rewards.std(dim=1, keepdim=True, correction=0)
+    differs = std > 1e-6
+    scaled = centred / std.clamp(min=1e-6) if normalise else centred
+    return torch.where(differs, scaled, torch.zeros_like(centred))
+
+
+def surrogate(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """-min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) per token (R1 eq. 1), and where the clip acted.
+
+    new, old, mask (answers, tokens) are log-probabilities and 1 where a token counts, advantage (answers,).
+    """
+    log_ratio = (new - old).clamp(-20, 20)  # exp stays finite
+    if objective.ratio == "sequence":
+        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
+    ratio, weight = log_ratio.exp(), advantage[:, None]
+    plain = ratio * weight
+    kept = torch.minimum(plain, ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high) * weight)
+    if objective.dual_clip is not None:
+        kept = torch.where(weight < 0, torch.maximum(kept, objective.dual_clip * weight), kept)
+    return -kept, (kept != plain) & (mask > 0)
+
+
+def divergence(new: Tensor, reference: Tensor, form: Literal["k1", "k3"]) -> Tensor:
+    """Estimates of KL(π_new || π_ref) from one token's log-probabilities: k1 = log π - log π_ref, which can be negative,
+    k3 = π_ref/π - log(π_ref/π) - 1 >= 0 (DeepSeekMath eq. 4)."""
+    if form == "k1":
+        return new - reference
+    gap = (reference - new).clamp(-20, 20)
+    return gap.exp() - gap - 1
+
+
+def total(per_token: Tensor, mask: Tensor, average: Literal["token", "answer", "constant"]) -> Tensor:
+    """The sum over a micro-batch that the caller divides by `share` of the whole batch: per_token, mask (answers, tokens)."""
+    kept = per_token * mask
+    if average == "answer":
+        return (kept.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum()
+    return kept.sum()
+
+
+def share(average: Literal["token", "answer", "constant"], tokens: float, answers: float, longest: int) -> float:
+    """What `total` is divided by, from the counts of the whole batch over all ranks; never 0."""
+    return max(1.0, {"token": tokens, "answer": answers, "constant": answers * longest}[average])

@@ -1,0 +1,95 @@
+"""Learning rates, batch sizes and weights as functions of tokens, so that batch size and rank count do not change a
+run's shape."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from finback.config import UserError, check_fields, check_not_negative, check_positive
+
+Level = float | tuple[tuple[int, float], ...]  # one value, or (from this token on, value) in order
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a schedule, `tokens` long, that leads from `start` to `end`, shares of the full rate.
+
+    V3 (4.2): Phase(warm, 0, 1), Phase(10T, 1, 1), Phase(4.3T, 1, 0.1, "cosine"), Phase(333B, 0.1, 0.1),
+    Phase(167B, 0.0332, 0.0332).
+    """
+
+    tokens: int
+    start: float = 1.0
+    end: float = 1.0
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "phase")
+        check_positive(self, "phase", "tokens")
+        check_not_negative(self, "phase", "start", "end")
+
+
+def along(phases: Sequence[Phase], tokens: int) -> float:
+    """The factor after `tokens` tokens of a list of phases; the last one's end behind it."""
+    before = 0
+    for phase in phases:
+        if tokens <= before + phase.tokens:
+            done = (tokens - before) / phase.tokens
+            if phase.shape == "cosine":
+                done = (1 - math.cos(math.pi * done)) / 2
+            return phase.start + (phase.end - phase.start) * done
+        before += phase.tokens
+    return phases[-1].end
+
+
+def level(value: Level, tokens: int) -> float:
+    """The value that holds after `tokens` tokens."""
+    if not isinstance(value, tuple):
+        return value
+    return [v for start, v in value if start <= tokens][-1]
+
+
+def check_levels(config: object, where: str, *names: str) -> None:
+    """UserError for the first of the named fields that is negative, or whose pairs are not in order from token 0 on."""
+    for name in names:
+        value = getattr(config, name)
+        pairs = value if isinstance(value, tuple) else ((0, value),)
+        starts = [start for start, _ in pairs]
+        if not pairs or starts[0] != 0 or starts != sorted(set(starts)):
+            raise UserError(
+                f"{where}.{name}", value, "pairs of (token, value) begin at token 0 and go up", "Order them."
+            )
+        if min(v for _, v in pairs) < 0:
+            raise UserError(f"{where}.{name}", value, "negative", "Use 0 or more.")
+
+
+def ramp(tokens: int, first: int, last: int, over: int) -> int:
+    """Rows per step after `tokens` tokens: from `first` to `last` over `over` tokens, in multiples of `first`.
+
+    V3 went from 3,072 to 15,360 rows over 469B tokens; the shape in between is not published, here it is linear.
+    """
+    if tokens >= over:
+        return last
+    return min(last, int((first + (last - first) * tokens / over) // first) * first)
+
+
+def warmup(tokens: int, warmup_tokens: int) -> float:
+    """Factor that rises linearly to 1 over warmup_tokens."""
+    return min(1.0, tokens / warmup_tokens) if warmup_tokens > 0 else 1.0
+
+
+def decay(tokens: int, start: int | None, length: int, floor: float) -> float:
+    """Factor that falls linearly from 1 at token `start` to `floor` over `length` tokens; 1 before, and while start is None."""
+    if start is None or tokens <= start:
+        return 1.0
+    done = min(1.0, (tokens - start) / length) if length > 0 else 1.0
+    return 1.0 - (1.0 - floor) * done
+
+
+def cosine(done: float, warmup: float, floor: float) -> float:
+    """Factor after a share `done` of a run: up to 1 over the first `warmup` of it, then along a cosine to `floor`."""
+    if done < warmup:
+        return done / warmup
+    along = (done - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, along))) / 2
