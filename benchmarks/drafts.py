@@ -21,22 +21,22 @@ from finback.data import chat
 from finback.data.chat import Message
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
-from finback.engine.request import SamplingParams, Sequence
+from finback.engine.request import Request, SamplingParams
 from finback.tasks import task as tasks
 from finback.tasks.math import Chains
 
 
-def answer(engine: Engine, prompts: list[list[int]], rows: int, temperature: float) -> tuple[float, list[Sequence]]:
+def answer(engine: Engine, prompts: list[list[int]], rows: int, temperature: float) -> tuple[float, list[Request]]:
     """Seconds for all prompts, `rows` at a time, and what came of them."""
     began, done = time.perf_counter(), []
     for start in range(0, len(prompts), rows):
-        sequences = [
+        requests = [
             engine.submit(p, SamplingParams(temperature, 96), start + i)
             for i, p in enumerate(prompts[start : start + rows])
         ]
         while engine.busy:
             engine.step()
-        done += sequences
+        done += requests
     return time.perf_counter() - began, done
 
 
@@ -71,7 +71,7 @@ def race(
     }
     engines["always"].speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]
     seconds: dict[str, list[float]] = {kind: [] for kind in engines}
-    said: dict[str, list[Sequence]] = {}
+    said: dict[str, list[Request]] = {}
     for turn in range(rounds + 1):  # the first warms up
         for kind in list(engines) if turn % 2 else reversed(list(engines)):
             took, said[kind] = answer(engines[kind], prompts, rows, temperature)

@@ -39,10 +39,10 @@ def finback(model: str, setting: str) -> Callable[[int, int, int], Answer]:
         engine = Engine(loaded, (), rows=rows, tokens=rows * (prompt + new + 32), chunk=512)
         began = time.perf_counter()
         asked = prompts(rows, prompt, loaded.config.vocab_size)
-        sequences = [engine.submit(p, SamplingParams(0.0, new), 0) for p in asked]
+        requests = [engine.submit(p, SamplingParams(0.0, new), 0) for p in asked]
         while engine.busy:
             engine.step()
-        return max(s.first for s in sequences) - began, time.perf_counter() - began
+        return max(s.first for s in requests) - began, time.perf_counter() - began
 
     return work
 

@@ -15,9 +15,8 @@ import httpx
 
 from finback.data import tokenizer as tokenizers
 from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
-from finback.engine import request as sequence
 from finback.engine.engine import Engine
-from finback.engine.request import SamplingParams
+from finback.engine.request import Request, SamplingParams
 from finback.model.transformer import Transformer
 from finback.serve import server
 from finback.serve.options import Options
@@ -44,7 +43,7 @@ def small_model(window: int) -> Transformer:
 
 
 class Scripted(Engine):
-    """An engine whose sequences say `script`, if there is one, and whose steps take `pace` seconds or fail.
+    """An engine whose requests say `script`, if there is one, and whose steps take `pace` seconds or fail.
 
     A chain that is closed early is followed by `after`, or by whatever the model says, which may be short.
     """
@@ -66,9 +65,9 @@ class Scripted(Engine):
         )
         self.script, self.pace, self.after = script, pace, after
         self.failing: Exception | None = None
-        self.seen: list[sequence.Sequence] = []
+        self.seen: list[Request] = []
 
-    def submit(self, prompt: Sequence[int], sampling: SamplingParams, seed: int, **more: Any) -> sequence.Sequence:
+    def submit(self, prompt: Sequence[int], sampling: SamplingParams, seed: int, **more: Any) -> Request:
         """As it is, with the script before anything the model would say."""
         found = super().submit(list(prompt), sampling, seed, **more)
         self.seen.append(found)
@@ -77,14 +76,14 @@ class Scripted(Engine):
             found.forced.extend([*words.encode_marked(self.script), words.eos])
         return found
 
-    def close_thinking(self, sequence: sequence.Sequence) -> None:
+    def close_thinking(self, request: Request) -> None:
         """As it is: what was left of the script is not said."""
         if self.script is not None:
-            sequence.forced.clear()
-        super().close_thinking(sequence)
-        sequence.forced.extend(small_tokenizer().encode_marked(self.after))
+            request.forced.clear()
+        super().close_thinking(request)
+        request.forced.extend(small_tokenizer().encode_marked(self.after))
 
-    def step(self) -> list[sequence.Sequence]:
+    def step(self) -> list[Request]:
         """As it is, or slower, or not at all."""
         if self.busy:
             time.sleep(self.pace)

@@ -1,4 +1,4 @@
-"""A sequence comes out the same however it is run: alone, in company, in pieces, from the cache, preempted, drafted."""
+"""A request comes out the same however it is run: alone, in company, in pieces, from the cache, preempted, drafted."""
 
 import itertools
 import json
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from finback.config import UserError
 from finback.data.tokenizer import END_THINK, THINK, Tokenizer, train
+from finback.engine.detokenizer import Detokenizer
 from finback.engine.engine import Engine
 from finback.engine.pages import Pages, digest
-from finback.engine.request import SamplingParams, Sequence, uniforms
+from finback.engine.request import Request, SamplingParams, uniforms
 from finback.engine.speculate import Speculation
-from finback.engine.text import Text
 from finback.model.cache import PAGE
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
@@ -49,7 +49,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def naive(model: Transformer, prompt: list[int], sampling: SamplingParams, seed: int) -> tuple[list[int], list[float]]:
-    """The whole sequence through the model for every token."""
+    """The whole text through the model for every token."""
     tokens, logprobs, numbers = list(prompt), [], uniforms(seed, sampling.max_tokens)
     for i in range(sampling.max_tokens):
         with torch.no_grad():
@@ -72,7 +72,7 @@ def finish(engine: Engine) -> int:
     raise AssertionError
 
 
-def others(engine: Engine, count: int = 31) -> Iterator[Sequence]:
+def others(engine: Engine, count: int = 31) -> Iterator[Request]:
     rng = random.Random(1)
     for seed in range(count):
         prompt = [rng.randrange(320) for _ in range(rng.randrange(1, 60))]
@@ -132,26 +132,26 @@ def test_every_way_gives_the_same(way: Callable[[Transformer], Engine], kind: st
     model, sampling = MODELS[kind], SamplingParams(temperature, 40)
     tokens, logprobs = naive(model, PROMPT, sampling, 77)
     engine = way(model)
-    sequence = engine.submit(PROMPT, sampling, 77)
+    request = engine.submit(PROMPT, sampling, 77)
     finish(engine)
-    assert sequence.tokens == tokens
-    assert np.abs(np.array(sequence.logprobs) - logprobs).max() <= 1e-4
+    assert request.tokens == tokens
+    assert np.abs(np.array(request.logprobs) - logprobs).max() <= 1e-4
     assert engine.pages.free == engine.pages.count
     if way is after_the_same_prompt:
-        assert sequence.cached == 48
+        assert request.cached == 48
     if way is short_of_memory:
-        assert sequence.preempted > 0
+        assert request.preempted > 0
     if way is drafting and kind == "mla":
-        assert sequence.drafted > 0
+        assert request.drafted > 0
 
 
 def test_the_oldest_is_never_preempted_and_nobody_starves() -> None:
     engine = Engine(MODELS["mla"], (), rows=8, tokens=16 * PAGE, chunk=32)
-    sequences = [engine.submit([1, 2, 3 + i], SamplingParams(0.0, 100), i) for i in range(8)]
+    requests = [engine.submit([1, 2, 3 + i], SamplingParams(0.0, 100), i) for i in range(8)]
     finish(engine)
-    assert sequences[0].preempted == 0 and sum(s.preempted for s in sequences) > 0
-    assert all(len(s.tokens) == 100 for s in sequences)
-    ends = [s.last for s in sequences]
+    assert requests[0].preempted == 0 and sum(s.preempted for s in requests) > 0
+    assert all(len(s.tokens) == 100 for s in requests)
+    ends = [s.last for s in requests]
     assert ends == sorted(ends)
 
 
@@ -159,9 +159,9 @@ def test_cached_pages_are_shared_only_under_the_same_salt() -> None:
     engine = Engine(MODELS["mla"], (), tokens=1024, reuse=True)
     seen = []
     for salt in (b"", b"", b"another", b"another"):
-        sequence = engine.submit(PROMPT, SamplingParams(0.0, 4), 0, salt=salt)
+        request = engine.submit(PROMPT, SamplingParams(0.0, 4), 0, salt=salt)
         finish(engine)
-        seen.append((sequence.cached, sequence.tokens))
+        seen.append((request.cached, request.tokens))
     assert [cached for cached, _ in seen] == [0, 48, 0, 48]
     assert all(tokens == seen[0][1] for _, tokens in seen)
 
@@ -197,15 +197,15 @@ def test_new_weights_make_old_pages_unfindable() -> None:
 
 def test_cancelling_frees_pages_at_once() -> None:
     engine = Engine(MODELS["mla"], (), rows=2, tokens=1024)
-    sequences = [engine.submit(PROMPT, SamplingParams(1.0, 100), i) for i in range(4)]
+    requests = [engine.submit(PROMPT, SamplingParams(1.0, 100), i) for i in range(4)]
     for _ in range(3):
         engine.step()
     assert (engine.running, engine.waiting) == (2, 2)
-    for s in sequences:
+    for s in requests:
         engine.cancel(s)
     assert engine.pages.free == engine.pages.count and not engine.busy
-    assert {s.finish for s in sequences} == {"cancelled"} and len(sequences[0].tokens) > 0
-    engine.cancel(sequences[0])  # again: nothing happens
+    assert {s.finish for s in requests} == {"cancelled"} and len(requests[0].tokens) > 0
+    engine.cancel(requests[0])  # again: nothing happens
 
 
 def test_what_can_never_be_served_is_refused() -> None:
@@ -311,19 +311,19 @@ def test_logit_bias_and_stop_tokens() -> None:
 def test_eos_can_be_ignored() -> None:
     plain = _greedy(MODELS["gqa"], SamplingParams(0.0, 20))
     engine = Engine(MODELS["gqa"], [plain[2]], tokens=512)
-    sequences = [engine.submit(PROMPT, SamplingParams(0.0, 20, ignore_eos=ignore), 0) for ignore in (False, True)]
+    requests = [engine.submit(PROMPT, SamplingParams(0.0, 20, ignore_eos=ignore), 0) for ignore in (False, True)]
     finish(engine)
-    assert sequences[0].finish == "stop" and len(sequences[0].tokens) <= 3
-    assert sequences[1].tokens == plain
+    assert requests[0].finish == "stop" and len(requests[0].tokens) <= 3
+    assert requests[1].tokens == plain
 
 
 def _greedy(model: Transformer, sampling: SamplingParams) -> list[int]:
     engine = Engine(model, (), tokens=512)
-    sequence = engine.submit(PROMPT, sampling, 0)
+    request = engine.submit(PROMPT, sampling, 0)
     company = engine.submit(PROMPT, SamplingParams(1.0, 30), 1)  # whose scores must stay untouched
     finish(engine)
     assert company.tokens == naive(model, PROMPT, SamplingParams(1.0, 30), 1)[0]
-    return sequence.tokens
+    return request.tokens
 
 
 def _greedy_with(model: Transformer, change: Callable[[list[int], Tensor], Tensor]) -> list[int]:
@@ -356,10 +356,10 @@ def sure_model() -> Transformer:
 def test_right_drafts_halve_the_steps() -> None:
     engine = Engine(sure_model(), (), tokens=512, speculate=True)
     engine.speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]
-    sequence = engine.submit([5], SamplingParams(0.0, 41), 0)
+    request = engine.submit([5], SamplingParams(0.0, 41), 0)
     steps = finish(engine)
-    assert sequence.tokens == list(range(6, 47))
-    assert sequence.accepted == sequence.drafted == 20 and steps <= 22
+    assert request.tokens == list(range(6, 47))
+    assert request.accepted == request.drafted == 20 and steps <= 22
 
 
 @pytest.mark.parametrize("kinds", ["draft", "plain", "probe", "draft plain", "plain draft draft", "probe draft"])
@@ -368,9 +368,9 @@ def test_switching_drafts_on_and_off_changes_nothing(kinds: str) -> None:
     engine = Engine(model, (), tokens=4096, speculate=True, reuse=True)
     turn = itertools.cycle(kinds.split())
     engine.speculation.choose = lambda rows: next(turn)  # type: ignore[union-attr, method-assign]
-    sequences = [engine.submit(PROMPT[: 10 + i], SamplingParams(0.8, 30), i) for i in range(5)]
+    requests = [engine.submit(PROMPT[: 10 + i], SamplingParams(0.8, 30), i) for i in range(5)]
     finish(engine)
-    for i, s in enumerate(sequences):
+    for i, s in enumerate(requests):
         assert s.tokens == naive(model, PROMPT[: 10 + i], SamplingParams(0.8, 30), i)[0]
 
 
@@ -420,7 +420,7 @@ def test_drafts_are_switched_off_where_they_cost_more_than_they_bring() -> None:
 
 def test_text_is_whole_however_it_comes(words: Tokenizer) -> None:
     said = "the fox — 狐狸 🦊 jumps é"
-    text = Text(words)
+    text = Detokenizer(words)
     seen = ""
     for token in words.encode(said):
         text.push([token])
@@ -433,7 +433,7 @@ def test_text_is_whole_however_it_comes(words: Tokenizer) -> None:
 @given(st.text(alphabet="ab\n狐", max_size=30), st.lists(st.text("ab\n狐", min_size=1, max_size=4), max_size=3))
 @settings(max_examples=300, deadline=None)
 def test_stop_texts_end_the_answer_where_they_first_appear(said: str, stops: list[str]) -> None:
-    text = Text(_BYTES, stops)
+    text = Detokenizer(_BYTES, stops)
     ids = [i for character in said for i in _BYTES.encode(character)]
     used = next((n for n, i in enumerate(ids, 1) if text.push([i]) is not None), None)
     text.end()
@@ -578,9 +578,9 @@ def test_digests_depend_on_all_that_came_before() -> None:
 
 
 def test_uniforms_are_the_same_however_many_are_asked() -> None:
-    sequence = Sequence([1], SamplingParams(), seed=12)
+    request = Request([1], SamplingParams(), seed=12)
     numbers = []
     for _ in range(300):
-        numbers.append(sequence.uniform())
-        sequence.tokens.append(0)
+        numbers.append(request.uniform())
+        request.tokens.append(0)
     assert numbers == uniforms(12, 300).tolist()

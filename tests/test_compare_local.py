@@ -70,7 +70,7 @@ def in_process(
     tokens: dict[str, list[int]] = {}
     plain = local._answer
 
-    def note(row: request.Sequence, ask: Ask, opened: bool, busy: float) -> Answer:
+    def note(row: request.Request, ask: Ask, opened: bool, busy: float) -> Answer:
         tokens[ask.suite.problems[ask.place].key] = list(row.tokens)
         return plain(row, ask, opened, busy)
 
@@ -84,7 +84,7 @@ def over_our_server(
 ) -> tuple[list[Any], list[list[int]]]:
     """The same of our server as an endpoint; its sequences' tokens in no order."""
     engine, _ = server.load(folder, 8, 8192, 64, True, True, "fp32")
-    rows: list[request.Sequence] = []
+    rows: list[request.Request] = []
     plain = engine.submit
     monkeypatch.setattr(engine, "submit", lambda *a, **k: rows.append(plain(*a, **k)) or rows[-1])
     with served(engine, name="toy") as client:

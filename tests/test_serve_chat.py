@@ -150,8 +150,8 @@ def test_sampling_fields_reach_the_engine(client: httpx.Client, engine: Scripted
 def test_the_answer_may_fill_the_window(client: httpx.Client, engine: Scripted) -> None:
     engine.script = "short"
     ask(client, max_tokens=None)
-    sequence = engine.seen[0]
-    assert len(sequence.prompt) + sequence.sampling.max_tokens == 2048
+    request = engine.seen[0]
+    assert len(request.prompt) + request.sampling.max_tokens == 2048
 
 
 def test_an_answer_can_be_begun_for_the_model(client: httpx.Client, engine: Scripted) -> None:

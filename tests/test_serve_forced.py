@@ -117,14 +117,14 @@ def test_calls_are_made_and_nothing_else(name: str, tmp_path: Path) -> None:
         found = [checked(ask(client, seed=seed, **even)) for seed in range(6)]
         assert {len(called) > 1 for called in found} == {True, False}
         assert {called for calls in found for called in calls} == {"place", "function"}
-        for sequence, called in zip(engine.seen, found, strict=True):
+        for request, called in zip(engine.seen, found, strict=True):
             alone = Parser(False, True, form, held=True)
-            alone.push(own.decode(sequence.tokens))
+            alone.push(own.decode(request.tokens))
             alone.end()
             assert [call.name for call in alone.calls] == called
             # marks are tokens where the vocabulary has them
             ids = {own.encode_marked(mark)[0] for mark in marks}
-            assert bool(marks) == bool(ids & set(sequence.tokens))
+            assert bool(marks) == bool(ids & set(request.tokens))
         seed = next(i for i, called in enumerate(found) if len(called) > 1)
         assert checked(ask(client, seed=seed, parallel_tool_calls=False, **even)) == found[seed][:1]
         for wanted in ("place", "function"):

@@ -170,9 +170,9 @@ class Clairvoyant(Scripted):
 
     def step(self) -> Any:
         """As it is, with the right drafts."""
-        for sequence in self.seen:
-            if sequence.draft >= 0 and sequence.forced:
-                sequence.draft = sequence.forced[0]
+        for request in self.seen:
+            if request.draft >= 0 and request.forced:
+                request.draft = request.forced[0]
         return super().step()
 
 

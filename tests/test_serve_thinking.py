@@ -81,10 +81,10 @@ def test_effort_bounds_the_chain(
     client: httpx.Client, engine: Scripted, request_: dict[str, Any], share: int | None
 ) -> None:
     ask(client, max_tokens=64, ignore_eos=True, **request_)
-    (sequence,) = engine.seen
-    assert sequence.sampling.think_tokens == share
-    if share and sequence.thought:
-        assert sequence.thought <= share + 1
+    (request,) = engine.seen
+    assert request.sampling.think_tokens == share
+    if share and request.thought:
+        assert request.thought <= share + 1
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,7 @@ from finback.comparison.protocol import Ask, Protocol
 from finback.data.dialogue import dialogue
 from finback.data.tokenizer import ASSISTANT, THINK, USER, Tokenizer
 from finback.engine.engine import Engine, affordable
-from finback.engine.request import SamplingParams
-from finback.engine.request import Sequence as Row
+from finback.engine.request import Request, SamplingParams
 from finback.model.cache import PAGE
 from finback.model.transformer import Transformer
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
@@ -117,8 +116,8 @@ def _answers(
     mark = tokenizer.ids.get(THINK)
     banned = ((mark, -math.inf),) if rules.think is False and mark is not None else ()
     left = deque(zip(asks, prompts, strict=True))
-    under_way: dict[Row, tuple[Ask, bool]] = {}
-    busy: dict[Row, float] = {}
+    under_way: dict[Request, tuple[Ask, bool]] = {}
+    busy: dict[Request, float] = {}
     try:
         while left or under_way:
             while left and len(under_way) < 2 * engine.rows:  # the next ones wait in the engine, the rest do not
@@ -146,7 +145,7 @@ def _answers(
             engine.cancel(row)
 
 
-def _answer(row: Row, ask: Ask, opened: bool, busy: float) -> Answer:
+def _answer(row: Request, ask: Ask, opened: bool, busy: float) -> Answer:
     assert row.text is not None and row.finish is not None, "the engine has a tokenizer, and the answer has ended"
     return answer(
         ask,

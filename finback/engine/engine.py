@@ -1,13 +1,12 @@
 """Generation in one continuous batch, on the model that is being trained or served: a reference, never a copy.
 
 A step reads some of the newcomers' prompts in pieces, then one more token for everybody else. Prompts are read in
-expanded form, single tokens in absorbed form on the paged latent cache. A sequence comes out the same alone and in any
+expanded form, single tokens in absorbed form on the paged latent cache. A request comes out the same alone and in any
 company, read at once or in pieces, with a prefix found in the cache, preempted, and with or without drafts.
 """
 
 import time
-from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as List
+from collections.abc import Iterable, Iterator, Sequence
 
 import psutil
 import torch
@@ -16,29 +15,29 @@ from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.engine.choose import Chooser
 from finback.engine.constrain import Grammars
+from finback.engine.detokenizer import Detokenizer
 from finback.engine.pages import Pages
-from finback.engine.request import Completion, SamplingParams, Sequence
+from finback.engine.request import Completion, Request, SamplingParams
 from finback.engine.runner import Runner
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
-from finback.engine.text import Text
 from finback.model.cache import PAGE, Pool
 from finback.model.transformer import Transformer
 
 
 class Engine:
-    """Generates from a Transformer; any of the ids in `stops` ends a sequence, `rows` bounds how many run at once.
+    """Generates from a Transformer; any of the ids in `stops` ends a request, `rows` bounds how many run at once.
 
     `tokens` is the capacity of the cache; None lets `generate` size it by what it is asked, up to half of the free
     memory. `chunk` is how many prompt tokens a step reads at most. `reuse` lets prompts share what they begin with;
-    `speculate` drafts with the MTP module. With a tokenizer, sequences carry their text, stop texts and schemas work, and
+    `speculate` drafts with the MTP module. With a tokenizer, requests carry their text, stop texts and schemas work, and
     the chain of thought is counted.
     """
 
     def __init__(
         self,
         model: Transformer,
-        stops: List[int],
+        stops: Sequence[int],
         rows: int = 256,
         *,
         tokenizer: Tokenizer | None = None,
@@ -70,21 +69,21 @@ class Engine:
         self.scheduler = Scheduler(self.pages, self.rows, longest, self.reuse, self._patience)
         self.runner = Runner(model, self.scheduler, pool, self.chooser, self.chunk, self.speculation)
 
-    # ---- one sequence at a time ------------------------------------------------------------------------------------
+    # ---- one request at a time -------------------------------------------------------------------------------------------
 
     def submit(
         self,
-        prompt: List[int],
+        prompt: Sequence[int],
         sampling: SamplingParams,
         seed: int,
         *,
         salt: bytes = b"",
-        leader: Sequence | None = None,
+        leader: Request | None = None,
         thinking: bool = False,
-    ) -> Sequence:
+    ) -> Request:
         """Queue a prompt; `step` makes its tokens. UserError when it could never be served.
 
-        `salt` (64 bytes at most) keeps its cached pages from sequences with another one; it waits until `leader` has
+        `salt` (64 bytes at most) keeps its cached pages from requests with another one; it waits until `leader` has
         read its prompt, so that both read it once; `thinking` says that the prompt has opened the chain of thought.
         """
         window = self.model.config.max_position_embeddings
@@ -108,16 +107,16 @@ class Engine:
         self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
         if self.grammars is None and (sampling.stop or (sampling.schema, sampling.grammar) != (None, None)):
             raise UserError("sampling", "stop, schema or grammar", "needs text", "Give the engine a tokenizer.")
-        sequence = Sequence(list(prompt), sampling, seed, salt, leader, thinking=thinking)
+        request = Request(list(prompt), sampling, seed, salt, leader, thinking=thinking)
         if self.tokenizer is not None and self.grammars is not None:
-            sequence.text = Text(self.tokenizer, sampling.stop)
+            request.text = Detokenizer(self.tokenizer, sampling.stop)
             if sampling.schema is not None:
-                sequence.constraint = self.grammars.constraint(sampling.schema)
+                request.constraint = self.grammars.constraint(sampling.schema)
             elif sampling.grammar is not None:
-                sequence.constraint = self.grammars.lark(sampling.grammar)
-        self.chooser.mind_the_budget(sequence)
-        self.scheduler.waiting.append(sequence)
-        return sequence
+                request.constraint = self.grammars.lark(sampling.grammar)
+        self.chooser.mind_the_budget(request)
+        self.scheduler.waiting.append(request)
+        return request
 
     def _check_ids(self, ids: Iterable[int], field: str) -> None:
         vocab = self.model.config.vocab_size
@@ -125,25 +124,25 @@ class Engine:
             if not 0 <= token < vocab:
                 raise UserError(field, token, f"not a token id in 0..{vocab - 1}", "Use this model's ids.")
 
-    def cancel(self, sequence: Sequence) -> None:
-        """End a sequence; its pages are free at once. Nothing happens to one that has finished."""
-        if sequence.finish is None:
-            self.scheduler.finish(sequence, "cancelled")
-            if sequence.text is not None:
-                sequence.text.end()
+    def cancel(self, request: Request) -> None:
+        """End a request; its pages are free at once. Nothing happens to one that has finished."""
+        if request.finish is None:
+            self.scheduler.finish(request, "cancelled")
+            if request.text is not None:
+                request.text.end()
 
-    def close_thinking(self, sequence: Sequence) -> None:
-        """Have a sequence close its chain of thought with the next token, if it is in one."""
-        self.chooser.close_thinking(sequence)
+    def close_thinking(self, request: Request) -> None:
+        """Have a request close its chain of thought with the next token, if it is in one."""
+        self.chooser.close_thinking(request)
 
     @property
     def waiting(self) -> int:
-        """Sequences that have not entered the batch."""
+        """Requests that have not entered the batch."""
         return len(self.scheduler.waiting)
 
     @property
     def running(self) -> int:
-        """Sequences in the batch."""
+        """Requests in the batch."""
         return len(self.scheduler.running)
 
     @property
@@ -152,14 +151,14 @@ class Engine:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     @torch.inference_mode()
-    def step(self) -> list[Sequence]:
-        """Read some prompt tokens and make one more token for everybody else; the sequences with something new."""
+    def step(self) -> list[Request]:
+        """Read some prompt tokens and make one more token for everybody else; the requests with something new."""
         if not self.busy:
             return []
         self.scheduler.admit()
         now = time.perf_counter()
-        for sequence in self.scheduler.running:
-            sequence.started = sequence.started or now
+        for request in self.scheduler.running:
+            request.started = request.started or now
         changed = self.runner.read_prompts()
         fresh = set(changed)
         rows = [s for s in self.scheduler.running if not s.reads and s not in fresh]
@@ -172,8 +171,10 @@ class Engine:
 
     # ---- many at once ----------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: List[List[int]], sampling: SamplingParams, seeds: List[int]) -> list[Completion]:
-        """One completion per prompt, in order. Sequence i uses random numbers of seeds[i] alone."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion per prompt, in order. Request i uses random numbers of seeds[i] alone."""
         assert len(prompts) == len(seeds), "one seed per prompt"
         if not prompts:
             return []
@@ -182,48 +183,48 @@ class Engine:
         self._prepare([len(prompt) + sampling.max_tokens for prompt in prompts])
         # similar lengths together: padding costs as much as tokens do
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        sequences: dict[int, Sequence] = {}
+        requests: dict[int, Request] = {}
         try:
             for i in order:
-                sequences[i] = self.submit(prompts[i], sampling, seeds[i])
+                requests[i] = self.submit(prompts[i], sampling, seeds[i])
             while self.busy:
                 self.step()
         finally:  # interrupted: nothing of it may be left in the batch
-            for sequence in sequences.values():
-                self.cancel(sequence)
+            for request in requests.values():
+                self.cancel(request)
             self.model.train(was_training)
-        return [sequences[i].completion() for i in range(len(prompts))]
+        return [requests[i].completion() for i in range(len(prompts))]
 
-    def stream(self, prompt: List[int], sampling: SamplingParams, seed: int) -> Iterator[int]:
+    def stream(self, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> Iterator[int]:
         """Token ids of one completion as they are made, without the one that ends it."""
         self.model.eval()
         self._prepare([len(prompt) + sampling.max_tokens])
-        sequence = self.submit(prompt, sampling, seed)
+        request = self.submit(prompt, sampling, seed)
         said = 0
         try:
-            while sequence.finish is None:
+            while request.finish is None:
                 self.step()
-                made = sequence.tokens[said:]
+                made = request.tokens[said:]
                 said += len(made)
                 yield from (token for token in made if token not in self.stops)
         finally:
-            self.cancel(sequence)
+            self.cancel(request)
 
-    def talk(self, prompt: List[int], sampling: SamplingParams, seed: int, thinking: bool = False) -> Iterator[str]:
+    def talk(self, prompt: Sequence[int], sampling: SamplingParams, seed: int, thinking: bool = False) -> Iterator[str]:
         """The text of one completion as it is made; the engine has a tokenizer. `thinking` as for `submit`."""
         self.model.eval()
         self._prepare([len(prompt) + sampling.max_tokens])
-        sequence = self.submit(prompt, sampling, seed, thinking=thinking)
-        assert sequence.text is not None, "an engine without a tokenizer has no text"
+        request = self.submit(prompt, sampling, seed, thinking=thinking)
+        assert request.text is not None, "an engine without a tokenizer has no text"
         said = 0
         try:
-            while sequence.finish is None:
+            while request.finish is None:
                 self.step()
-                new = sequence.text.pieces[said:]
+                new = request.text.pieces[said:]
                 said += len(new)
                 yield from new
         finally:
-            self.cancel(sequence)
+            self.cancel(request)
 
     def _prepare(self, lengths: list[int]) -> None:
         """Make sure of a pool for the longest `rows` of these lengths, and that no page is older than the weights."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 class Pages:
-    """Pages 1 … count of a pool, each held by any number of sequences; page 0 is for padding.
+    """Pages 1 … count of a pool, each held by any number of requests; page 0 is for padding.
 
     A full page may be published under a digest of all tokens up to its end. When nobody holds it any more it stays
     findable until its room is needed, the longest unused first.
@@ -42,7 +42,7 @@ class Pages:
         return page
 
     def release(self, pages: Sequence[int]) -> None:
-        """Let go of pages, the last of a sequence first: those nearest the start stay findable longest."""
+        """Let go of pages, the last of a request first: those nearest the start stay findable longest."""
         for page in reversed(pages):
             self._holders[page] -= 1
             assert self._holders[page] >= 0, f"page {page} released twice"

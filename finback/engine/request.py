@@ -12,7 +12,7 @@ from finback.config import UserError
 
 if TYPE_CHECKING:
     from finback.engine.constrain import Constraint
-    from finback.engine.text import Text
+    from finback.engine.detokenizer import Detokenizer
 
 Finish = Literal["stop", "length", "cancelled"]
 Alternatives = list[tuple[int, float]]  # (token, log-probability), likeliest first
@@ -23,7 +23,7 @@ COLD = 1e-5  # scores divided by less would overflow
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. temperature 0 is greedy; a sequence's seed fixes it whatever else is in its batch."""
+    """How tokens are chosen. temperature 0 is greedy; a request's seed fixes it whatever else is in its batch."""
 
     temperature: float = 1.0  # below COLD it is greedy too
     max_tokens: int = 128  # 0 only with prompt_logprobs: read the prompt, say nothing
@@ -76,15 +76,15 @@ class Completion:
 
 
 @dataclass(eq=False)
-class Sequence:
+class Request:
     """A request on its way through the engine; identity is the request's, the lists grow as tokens are made."""
 
     prompt: list[int]
     sampling: SamplingParams
     seed: int
-    salt: bytes = b""  # sequences with different salts never share cached pages
-    leader: "Sequence | None" = None  # wait until this one has read the prompt that both begin with
-    text: "Text | None" = None  # what was said so far, where the engine has a tokenizer
+    salt: bytes = b""  # requests with different salts never share cached pages
+    leader: "Request | None" = None  # wait until this one has read the prompt that both begin with
+    text: "Detokenizer | None" = None  # what was said so far, where the engine has a tokenizer
     constraint: "Constraint | None" = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Sequence:
     # where it stands in the cache
     pages: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose entries are stored
-    cached: int = 0  # prompt tokens that another sequence had read already
+    cached: int = 0  # prompt tokens that another request had read already
     published: int = 0  # leading pages that others may find
     digest: bytes = b""  # of the tokens in those pages
     slot: int = -1  # its line in the page table while it runs
@@ -155,5 +155,5 @@ class Sequence:
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:
-    """The first random numbers of one sequence, (count,) in [0, 1): a function of its seed alone."""
+    """The first random numbers of one request, (count,) in [0, 1): a function of its seed alone."""
     return np.random.Generator(np.random.Philox(seed)).random(count, dtype=np.float32)

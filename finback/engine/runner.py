@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from finback.engine.choose import Chooser
-from finback.engine.request import Finish, Sequence
+from finback.engine.request import Finish, Request
 from finback.engine.sampler import alternatives, guess
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
@@ -15,7 +15,7 @@ from finback.model.transformer import Transformer
 
 
 class Runner:
-    """Runs a scheduler's sequences through the model; `chunk` is how many prompt tokens one pass reads at most."""
+    """Runs a scheduler's requests through the model; `chunk` is how many prompt tokens one pass reads at most."""
 
     def __init__(
         self,
@@ -29,21 +29,21 @@ class Runner:
         self.model, self.scheduler, self.pool, self.chooser = model, scheduler, pool, chooser
         self.chunk, self.speculation = chunk, speculation
 
-    def read_prompts(self) -> list[Sequence]:
-        """One piece of the prompts that are not read yet; the sequences that got their first token by it."""
+    def read_prompts(self) -> list[Request]:
+        """One piece of the prompts that are not read yet; the requests that got their first token by it."""
         rows, counts = self._pieces()
         if not rows:
             return []
-        starts = [s.computed for s in rows]
+        starts = [r.computed for r in rows]
         tokens = torch.zeros(len(rows), max(counts), dtype=torch.long)
-        for line, (s, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
-            tokens[line, :count] = torch.tensor(s.slice(start, start + count))
+        for line, (r, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+            tokens[line, :count] = torch.tensor(r.slice(start, start + count))
         hidden = self._forward(rows, tokens, counts)
-        for line, (s, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
-            s.computed = start + count
-            if s.sampling.prompt_logprobs is not None and start < len(s.prompt) - 1:
-                self._score_prompt(s, hidden[line], start, count)
-        whole = [line for line, s in enumerate(rows) if s.computed == s.length]
+        for line, (r, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
+            r.computed = start + count
+            if r.sampling.prompt_logprobs is not None and start < len(r.prompt) - 1:
+                self._score_prompt(r, hidden[line], start, count)
+        whole = [line for line, r in enumerate(rows) if r.computed == r.length]
         done = [rows[line] for line in whole if rows[line].sampling.max_tokens > 0]
         if done:
             last = torch.tensor([line for line in whole if rows[line].sampling.max_tokens > 0], device=hidden.device)
@@ -53,57 +53,57 @@ class Runner:
             if rows[line].sampling.max_tokens == 0:
                 self._end_with(rows[line], "length")
         self._draft(rows, hidden, starts, counts)
-        for s in rows:
-            if s.finish is None:
-                self.scheduler.publish(s)
+        for r in rows:
+            if r.finish is None:
+                self.scheduler.publish(r)
         return [rows[line] for line in whole]
 
-    def _pieces(self) -> tuple[list[Sequence], list[int]]:
-        """The sequences whose prompts are read next, and how much of each: the oldest first, `chunk` tokens in all."""
-        rows: list[Sequence] = []
+    def _pieces(self) -> tuple[list[Request], list[int]]:
+        """The requests whose prompts are read next, and how much of each: the oldest first, `chunk` tokens in all."""
+        rows: list[Request] = []
         counts: list[int] = []
-        for s in self.scheduler.running:
-            left = s.length - s.computed
-            if not s.reads or (rows and (rows[0].computed == 0) != (s.computed == 0)):
+        for r in self.scheduler.running:
+            left = r.length - r.computed
+            if not r.reads or (rows and (rows[0].computed == 0) != (r.computed == 0)):
                 continue  # prompts from their start are read in a cheaper way than others
             count = min(left, self.chunk)
             if rows and (len(rows) + 1) * max(*counts, count) > self.chunk:
                 break
-            rows.append(s)
+            rows.append(r)
             counts.append(count)
         return rows, counts
 
-    def _score_prompt(self, s: Sequence, hidden: Tensor, start: int, count: int) -> None:
-        known = max(0, len(s.prompt_top) - start)  # from before it was preempted
-        following = s.prompt[start + 1 + known : start + count + 1]
+    def _score_prompt(self, r: Request, hidden: Tensor, start: int, count: int) -> None:
+        known = max(0, len(r.prompt_top) - start)  # from before it was preempted
+        following = r.prompt[start + 1 + known : start + count + 1]
         if following:
             scores = self.model.logits(hidden[known : known + len(following)])
-            s.prompt_top += alternatives(scores, following, [s.sampling.prompt_logprobs or 0] * len(following))
+            r.prompt_top += alternatives(scores, following, [r.sampling.prompt_logprobs or 0] * len(following))
 
-    def decode(self, rows: list[Sequence]) -> None:
+    def decode(self, rows: list[Request]) -> None:
         """One more token for each row; where a draft was right, two."""
         kind = self.speculation.choose(len(rows)) if self.speculation else "plain"
         began = time.perf_counter()
-        drafting = kind == "draft" and any(s.draft >= 0 for s in rows)
-        starts = [s.computed for s in rows]
+        drafting = kind == "draft" and any(r.draft >= 0 for r in rows)
+        starts = [r.computed for r in rows]
         # a draft that would not be said anyway is not read
-        counts = [2 if drafting and s.draft >= 0 and s.length + 1 < s.end else 1 for s in rows]
-        tokens = torch.tensor([[s.tokens[-1] if s.tokens else s.prompt[-1]] for s in rows])
+        counts = [2 if drafting and r.draft >= 0 and r.length + 1 < r.end else 1 for r in rows]
+        tokens = torch.tensor([[r.tokens[-1] if r.tokens else r.prompt[-1]] for r in rows])
         if drafting:
-            guesses = torch.tensor([[s.draft if n == 2 else 0] for s, n in zip(rows, counts, strict=True)])
+            guesses = torch.tensor([[r.draft if n == 2 else 0] for r, n in zip(rows, counts, strict=True)])
             tokens = torch.cat([tokens, guesses], dim=1)
         hidden = self._forward(rows, tokens, counts)
         scores = self.model.logits(hidden)
-        for s in rows:
-            s.computed += 1
+        for r in rows:
+            r.computed += 1
         self._say(rows, scores[:, 0])
         right = [
             line
-            for line, (s, n) in enumerate(zip(rows, counts, strict=True))
-            if n == 2 and s.finish is None and s.tokens[-1] == s.draft
+            for line, (r, n) in enumerate(zip(rows, counts, strict=True))
+            if n == 2 and r.finish is None and r.tokens[-1] == r.draft
         ]
-        for s, n in zip(rows, counts, strict=True):
-            s.drafted += n - 1
+        for r, n in zip(rows, counts, strict=True):
+            r.drafted += n - 1
         if right:
             for line in right:
                 rows[line].computed += 1
@@ -118,63 +118,63 @@ class Runner:
             took = (time.perf_counter() if kind == "draft" else after) - began
             if kind != "draft" or drafting:
                 self.speculation.saw(len(rows), kind, took, sum(counts) - len(counts), len(right))
-        for s in rows:
-            if s.finish is None:
+        for r in rows:
+            if r.finish is None:
                 if kind == "plain":
-                    s.draft, s.drafts_from = -1, s.computed
-                self.scheduler.publish(s)
+                    r.draft, r.drafts_from = -1, r.computed
+                self.scheduler.publish(r)
 
-    def _forward(self, rows: list[Sequence], tokens: Tensor, counts: list[int]) -> Tensor:
+    def _forward(self, rows: list[Request], tokens: Tensor, counts: list[int]) -> Tensor:
         """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) behind what each row has computed."""
-        cache = self._cache(rows, [s.computed for s in rows], tokens.size(1), counts)
+        cache = self._cache(rows, [r.computed for r in rows], tokens.size(1), counts)
         return self.model(tokens.to(self.model.embed.device), cache)
 
     def _cache(
-        self, rows: list[Sequence], lengths: list[int], new: int, counts: list[int], starts: list[int] | None = None
+        self, rows: list[Request], lengths: list[int], new: int, counts: list[int], starts: list[int] | None = None
     ) -> Cache:
         used = -(-(max(lengths) + new) // PAGE)
-        table = self.scheduler.table[[s.slot for s in rows], :used].to(self.model.embed.device)
+        table = self.scheduler.table[[r.slot for r in rows], :used].to(self.model.embed.device)
         return Cache(self.pool, table, lengths, new, counts, starts)
 
-    def _draft(self, rows: list[Sequence], hidden: Tensor, starts: list[int], counts: list[int]) -> None:
+    def _draft(self, rows: list[Request], hidden: Tensor, starts: list[int], counts: list[int]) -> None:
         """Bring MTP's entries up to date and guess the token after the last one of each row.
 
         hidden (rows, new, d) are the trunk's outputs from positions `starts` on, of which `counts` are real.
         """
         if self.speculation is None:
             return
-        alive = [i for i, s in enumerate(rows) if s.finish is None and s.slot >= 0]
+        alive = [i for i, r in enumerate(rows) if r.finish is None and r.slot >= 0]
         if not alive:
             return
         rows, starts, counts = ([group[i] for i in alive] for group in (rows, starts, counts))  # type: ignore[assignment]
         new = max(counts)
         known = [
-            s.slice(start + 1, min(start + 1 + n, s.length)) for s, start, n in zip(rows, starts, counts, strict=True)
+            r.slice(start + 1, min(start + 1 + n, r.length)) for r, start, n in zip(rows, starts, counts, strict=True)
         ]
         following = torch.tensor([line + [0] * (new - len(line)) for line in known])
-        froms = [min(s.drafts_from, start) for s, start in zip(rows, starts, strict=True)]
+        froms = [min(r.drafts_from, start) for r, start in zip(rows, starts, strict=True)]
         cache = self._cache(rows, starts, new, counts, froms if any(froms) else None)
         device = hidden.device
         if len(alive) < len(hidden):
             hidden = hidden[torch.tensor(alive, device=device)]
         states = self.model.draft(hidden[:, :new], following.to(device), cache)
-        ready = [i for i, s in enumerate(rows) if s.computed == s.length - 1]
+        ready = [i for i, r in enumerate(rows) if r.computed == r.length - 1]
         if ready:
             at = torch.tensor([i * new + counts[i] - 1 for i in ready], device=device)
             guessers = [rows[i] for i in ready]
             scores = self.model.logits(states.flatten(0, 1)[at])
             # with the very number that the token itself will be drawn with: alike distributions, alike choices
-            uniform = torch.tensor([s.uniform() for s in guessers], device=device)
+            uniform = torch.tensor([r.uniform() for r in guessers], device=device)
             guesses = guess(scores, self.chooser.columns(guessers, scores), uniform)
-            for s, token in zip(guessers, guesses.tolist(), strict=True):
-                s.draft = token
+            for r, token in zip(guessers, guesses.tolist(), strict=True):
+                r.draft = token
 
-    def _say(self, rows: list[Sequence], scores: Tensor) -> None:
-        for s, reason in self.chooser.say(rows, scores):
-            self._end_with(s, reason)
+    def _say(self, rows: list[Request], scores: Tensor) -> None:
+        for r, reason in self.chooser.say(rows, scores):
+            self._end_with(r, reason)
 
-    def _end_with(self, s: Sequence, reason: Finish) -> None:
-        self.scheduler.publish(s)
-        self.scheduler.finish(s, reason)
-        if s.text is not None:
-            s.text.end()
+    def _end_with(self, r: Request, reason: Finish) -> None:
+        self.scheduler.publish(r)
+        self.scheduler.finish(r, reason)
+        if r.text is not None:
+            r.text.end()

@@ -1,9 +1,9 @@
-"""From scores to tokens, one uniform random number per token and sequence.
+"""From scores to tokens, one uniform random number per token and request.
 
-Every row is treated by its own knobs and by nothing else, so that a sequence comes out the same in any company.
+Every row is treated by its own knobs and by nothing else, so that a request comes out the same in any company.
 """
 
-from collections.abc import Sequence as List
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ class Knobs:
     min_p: Tensor | None
 
     @classmethod
-    def of(cls, rows: List[SamplingParams], vocab: int, device: torch.device) -> "Knobs":
+    def of(cls, rows: Sequence[SamplingParams], vocab: int, device: torch.device) -> "Knobs":
         """Columns for these rows."""
 
         def column(values: list[float], off: float) -> Tensor | None:
@@ -110,7 +110,7 @@ def _at_least(p: Tensor, least: Tensor) -> Tensor:
     return p.masked_fill(p < least, 0.0)
 
 
-def alternatives(scores: Tensor, tokens: List[int], counts: List[int]) -> list[Alternatives]:
+def alternatives(scores: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Alternatives]:
     """For each row of scores (n, vocab): the token given, then the `counts` likeliest, with log-probabilities at 1."""
     logp = scores.log_softmax(dim=-1)
     own = logp.gather(1, torch.tensor(tokens, device=scores.device)[:, None]).squeeze(1).tolist()

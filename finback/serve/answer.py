@@ -32,7 +32,7 @@ class Answer:
         self.created = int(time.time())
         spelling = service.spelling if job.logprobs else None
         self.replies: list[ChatReply | TextReply] = []
-        for i, sequence in enumerate(ticket.sequences):
+        for i, request in enumerate(ticket.requests):
             if chat:
                 parser = Parser(
                     job.opened,
@@ -41,9 +41,9 @@ class Answer:
                     held=job.forced is not None or job.schema is not None,
                     single=job.single,
                 )
-                self.replies.append(ChatReply(i, sequence, parser, service.options.reasoning_field, spelling))
+                self.replies.append(ChatReply(i, request, parser, service.options.reasoning_field, spelling))
             else:
-                self.replies.append(TextReply(i, sequence, job.echo[i] if job.echo else None, spelling))
+                self.replies.append(TextReply(i, request, job.echo[i] if job.echo else None, spelling))
         self._heard: dict[int, tuple[float, int]] = {}  # by choice: when its last token came, and which it was
 
     @property
@@ -92,12 +92,12 @@ class Answer:
     @property
     def usage(self) -> dict[str, Any]:
         """Tokens so far."""
-        return usage(self.ticket.sequences, self.job.orders)
+        return usage(self.ticket.requests, self.job.orders)
 
     @property
     def timings(self) -> dict[str, Any]:
         """Times so far."""
-        return timings(self.ticket.sequences, self.job.orders)
+        return timings(self.ticket.requests, self.job.orders)
 
     async def _next(self) -> list[dict[str, Any]]:
         """The choices of the next chunks."""
@@ -108,10 +108,10 @@ class Answer:
         return found
 
     def _measure(self, index: int, news: News) -> None:
-        metrics, sequence = self.service.metrics, self.ticket.sequences[index]
+        metrics, request = self.service.metrics, self.ticket.requests[index]
         if news.made:
             if index not in self._heard:
-                metrics.first_token.observe(sequence.first - sequence.submitted)
+                metrics.first_token.observe(request.first - request.submitted)
                 metrics.generated_tokens += news.made
             else:
                 then, made = self._heard[index]
@@ -120,11 +120,11 @@ class Answer:
                     metrics.generated_tokens += new
             self._heard[index] = (news.at, news.made)
         if news.finish is not None:
-            metrics.drafted += sequence.drafted
-            metrics.accepted += sequence.accepted
+            metrics.drafted += request.drafted
+            metrics.accepted += request.accepted
             if self.job.orders[index].leader is None:
-                metrics.prompt_tokens += len(sequence.prompt)
-                metrics.cached_tokens += sequence.cached
+                metrics.prompt_tokens += len(request.prompt)
+                metrics.cached_tokens += request.cached
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         kind = kind if self.chat else "text_completion"

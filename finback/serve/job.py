@@ -11,7 +11,7 @@ from finback.data.tokenizer import FIM, THINK, Tokenizer
 from finback.engine.request import SamplingParams
 from finback.serve.errors import ApiError, bad
 from finback.serve.forced import Forced, forced
-from finback.serve.protocol import ChatRequest, CompletionRequest, Request
+from finback.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from finback.serve.worker import Order
 
 # DeepSeek's and OpenAI's efforts as the share of max_tokens that the chain may take; None: all of it
@@ -163,7 +163,7 @@ class Jobs:
             return []
         return [tool.model_dump(exclude_none=True) for tool in request.tools]
 
-    def _sampling(self, request: Request, limit: int, banned: int | None, **more: Any) -> SamplingParams:
+    def _sampling(self, request: GenerationRequest, limit: int, banned: int | None, **more: Any) -> SamplingParams:
         said = {n: getattr(request, n) for n in CHOSEN if getattr(request, n) is not None}
         values: Mapping[str, Any] = self.defaults | said
         bias = tuple((int(token), value) for token, value in (request.logit_bias or {}).items())
@@ -189,7 +189,7 @@ class Jobs:
         return [Order(ids, sampling, (seed + i) % SEEDS, opened, leader=None if i == 0 else place) for i in range(n)]
 
 
-def schema_of(request: Request) -> str | None:
+def schema_of(request: GenerationRequest) -> str | None:
     """The JSON schema that the answer has to follow."""
     form = request.response_format if isinstance(request, ChatRequest) else None
     return form.text if form else None

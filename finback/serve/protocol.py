@@ -33,7 +33,7 @@ class StreamOptions(Part):
     )
 
 
-class Request(Part):
+class GenerationRequest(Part):
     """What both kinds of completion share."""
 
     model: Name | None = None
@@ -209,7 +209,7 @@ class ResponseFormat(Part):
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
 
 
-class ChatRequest(Request):
+class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
@@ -239,7 +239,7 @@ class ChatRequest(Request):
 Ids = Annotated[list[Token], Field(min_length=1)]
 
 
-class CompletionRequest(Request):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]

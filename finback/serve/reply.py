@@ -1,11 +1,11 @@
-"""What a sequence says, as one choice of a reply: the same parts whether they are streamed or sent as a whole."""
+"""What a request says, as one choice of a reply: the same parts whether they are streamed or sent as a whole."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
 from typing import Any
 
 from finback.data.tokenizer import END_THINK, THINK
-from finback.engine.request import Alternatives, Sequence
+from finback.engine.request import Alternatives, Request
 from finback.serve.parse import Delta, Parser
 from finback.serve.spelling import Spelling, finite
 from finback.serve.worker import News
@@ -21,8 +21,8 @@ FIELDS = (*REASONING, "inline", "none")
 class ChatReply:
     """One choice of a chat. `field` is how the chain is shown: one of FIELDS."""
 
-    def __init__(self, index: int, sequence: Sequence, parser: Parser, field: str, spelling: Spelling | None) -> None:
-        self.index, self.sequence, self.parser, self.field, self.spelling = (index, sequence, parser, field, spelling)
+    def __init__(self, index: int, request: Request, parser: Parser, field: str, spelling: Spelling | None) -> None:
+        self.index, self.request, self.parser, self.field, self.spelling = (index, request, parser, field, spelling)
         self.finish: str | None = None
         self._deltas: list[dict[str, Any]] = []  # all of them; the message is their sum
         self._told = 0  # tokens whose log-probabilities are out
@@ -78,11 +78,11 @@ class ChatReply:
         """Those of the tokens made since the last time, the chain's apart from the answer's; `drafted` marks MTP's."""
         assert self.spelling is not None
         new: dict[str, list[Any]] = {"content": [], "reasoning_content": []}
-        guessed = self.sequence.guessed
+        guessed = self.request.guessed
         drafted = set(guessed[bisect_left(guessed, self._told) :])
         for place in range(self._told, news.made):
             name = "reasoning_content" if place < news.thought else "content"
-            entry = self.spelling.entry(self.sequence.top[place])
+            entry = self.spelling.entry(self.request.top[place])
             new[name].append(entry | {"drafted": True} if place in drafted else entry)
         self._told = news.made
         for name, entries in new.items():
@@ -98,8 +98,8 @@ class ChatReply:
 class TextReply:
     """One choice of a text completion; `echo` is the prompt's text where the answer begins with it."""
 
-    def __init__(self, index: int, sequence: Sequence, echo: str | None, spelling: Spelling | None) -> None:
-        self.index, self.sequence, self.echo, self.spelling = index, sequence, echo, spelling
+    def __init__(self, index: int, request: Request, echo: str | None, spelling: Spelling | None) -> None:
+        self.index, self.request, self.echo, self.spelling = index, request, echo, spelling
         self.finish: str | None = None
         self._parts: list[dict[str, Any]] = []
         self._told = 0
@@ -132,7 +132,7 @@ class TextReply:
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish}
 
     def _new_tokens(self, news: News) -> tuple[list[int], list[Alternatives | None]]:
-        s, tokens = self.sequence, list(self.sequence.tokens[self._told : news.made])
+        s, tokens = self.request, list(self.request.tokens[self._told : news.made])
         found: list[Alternatives | None] = list(s.top[self._told : news.made])
         self._told = news.made
         if not self._parts and self.echo is not None:  # nothing comes before the first token to foretell it

@@ -1,7 +1,7 @@
 """The thread that owns the engine, and the way from the event loop to it and back.
 
 Orders (submit, cancel, answer now) go to the thread through a queue and are taken between two steps. What a step has made
-comes back with one call into the event loop, however many sequences had a part in it.
+comes back with one call into the event loop, however many requests had a part in it.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from finback.engine.engine import Engine
-from finback.engine.request import Finish, SamplingParams, Sequence
+from finback.engine.request import Finish, Request, SamplingParams
 from finback.serve.errors import ApiError
 from finback.serve.metrics import Metrics
 
@@ -25,7 +25,7 @@ log = logging.getLogger("finback.serve")
 
 @dataclass(frozen=True)
 class News:
-    """What a sequence has got since the last news. `made` and `thought` are tokens since its start."""
+    """What a request has got since the last news. `made` and `thought` are tokens since its start."""
 
     text: str
     made: int
@@ -47,9 +47,9 @@ class Order:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request's sequences, and its news in order of arrival, each with the number of its choice."""
+    """One job's engine requests, and its news in order of arrival, each with the number of its choice."""
 
-    sequences: list[Sequence] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
     error: ApiError | None = None
     inbox: deque[tuple[int, News]] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -57,7 +57,7 @@ class Ticket:
     @property
     def started(self) -> bool:
         """Whether any of it has entered the batch."""
-        return any(s.started for s in self.sequences)
+        return any(s.started for s in self.requests)
 
     async def next(self) -> list[tuple[int, News]]:
         """All that has come since the last call, at least one; ApiError when the engine has failed."""
@@ -98,7 +98,7 @@ class Worker:
         self.failure: str | None = None  # why the last step failed, until one succeeds
         self.stepped = time.monotonic()  # when the last step ended, or work came after a pause
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._watched: dict[Sequence, _Watched] = {}
+        self._watched: dict[Request, _Watched] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stuck = False  # the engine cannot even let go of what has failed: no more steps
@@ -172,15 +172,15 @@ class Worker:
         if news:
             self._call(lambda: _deliver(news))
 
-    def _news(self, sequence: Sequence) -> tuple[Ticket, int, News]:
-        watched = self._watched[sequence]
-        assert sequence.text is not None, "the engine has no tokenizer"
-        pieces = sequence.text.pieces
+    def _news(self, request: Request) -> tuple[Ticket, int, News]:
+        watched = self._watched[request]
+        assert request.text is not None, "the engine has no tokenizer"
+        pieces = request.text.pieces
         text = "".join(pieces[watched.pieces :])
         watched.pieces = len(pieces)
-        if sequence.finish is not None:
-            del self._watched[sequence]
-        news = News(text, len(sequence.tokens), sequence.thought, sequence.finish, time.perf_counter())
+        if request.finish is not None:
+            del self._watched[request]
+        news = News(text, len(request.tokens), request.thought, request.finish, time.perf_counter())
         return watched.ticket, watched.index, news
 
     def _submit(self, ticket: Ticket, orders: list[Order], salt: bytes, accepted: asyncio.Future[None]) -> None:
@@ -188,28 +188,28 @@ class Worker:
             if self._stuck:
                 raise ApiError(503, "the engine has failed; the server must be restarted", retry_after=30)
             for order in orders:
-                leader = None if order.leader is None else ticket.sequences[order.leader]
-                sequence = self.engine.submit(
+                leader = None if order.leader is None else ticket.requests[order.leader]
+                request = self.engine.submit(
                     order.prompt, order.sampling, order.seed, salt=salt, leader=leader, thinking=order.thinking
                 )
-                ticket.sequences.append(sequence)
+                ticket.requests.append(request)
         except Exception as error:  # for the one who asked
             problem = error
             self._call(lambda: _settle(accepted, problem))
-            for sequence in ticket.sequences:
-                self.engine.cancel(sequence)
+            for request in ticket.requests:
+                self.engine.cancel(request)
             return
-        self._watched |= {s: _Watched(ticket, i) for i, s in enumerate(ticket.sequences)}
+        self._watched |= {s: _Watched(ticket, i) for i, s in enumerate(ticket.requests)}
         self._call(lambda: _settle(accepted, None))
 
     def _close_thinking(self, ticket: Ticket) -> None:
-        for sequence in ticket.sequences:
-            self.engine.close_thinking(sequence)
+        for request in ticket.requests:
+            self.engine.close_thinking(request)
 
     def _cancel(self, ticket: Ticket) -> None:
-        open_ = [s for s in ticket.sequences if self._watched.pop(s, None) is not None]
-        for sequence in open_:
-            self.engine.cancel(sequence)
+        open_ = [s for s in ticket.requests if self._watched.pop(s, None) is not None]
+        for request in open_:
+            self.engine.cancel(request)
         if open_:
             self._call(lambda: self._count_cancelled(len(open_)))
 
@@ -223,8 +223,8 @@ class Worker:
         log.error("a step failed: %s\n%s", self.failure, "".join(traceback.format_tb(error.__traceback__)))
         tickets = {watched.ticket for watched in self._watched.values()}
         try:
-            for sequence in self._watched:
-                self.engine.cancel(sequence)
+            for request in self._watched:
+                self.engine.cancel(request)
         except Exception as another:
             log.error("cannot clear the engine: %s", type(another).__name__)
         self._watched.clear()

@@ -7,8 +7,8 @@ from finback.data.tokenizer import Tokenizer
 UNFINISHED = "\ufffd"  # what a decoder writes for a character of which bytes are missing
 
 
-class Text:
-    """What a sequence has said: `pieces` hold what can no longer change, in order; `stop` the text that ended it."""
+class Detokenizer:
+    """What a request has said: `pieces` hold what can no longer change, in order; `stop` the text that ended it."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
