@@ -149,8 +149,8 @@ def llama(model: str, setting: str) -> Callable[[int, int, int], Answer]:
             batch.n_tokens = n + 1
 
         def best(place: int) -> int:
-            scores = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, place), shape=(vocab,))
-            return int(scores.argmax())
+            logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, place), shape=(vocab,))
+            return int(logits.argmax())
 
         began = time.perf_counter()
         last = [0] * rows

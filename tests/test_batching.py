@@ -53,11 +53,11 @@ def naive(model: Transformer, prompt: list[int], sampling: SamplingParams, seed:
     tokens, logprobs, numbers = list(prompt), [], uniforms(seed, sampling.max_tokens)
     for i in range(sampling.max_tokens):
         with torch.no_grad():
-            scores = model.logits(model(torch.tensor([tokens]))[0, -1])
-        logp = (scores / (sampling.temperature or 1.0)).log_softmax(-1)
+            logits = model.logits(model(torch.tensor([tokens]))[0, -1])
+        logp = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
         cumulative = logp.exp().cumsum(-1)
         sampled = int(torch.searchsorted(cumulative, numbers[i] * cumulative[-1], right=True))
-        tokens.append(int(scores.argmax()) if sampling.temperature == 0 else sampled)
+        tokens.append(int(logits.argmax()) if sampling.temperature == 0 else sampled)
         logprobs.append(float(logp[tokens[-1]]))
     return tokens[len(prompt) :], logprobs
 
@@ -286,14 +286,14 @@ def test_alternatives_are_reported_at_temperature_one() -> None:
 def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     model = MODELS["gqa"]
     processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
-    expected = _greedy_with(model, lambda ids, scores: processor(torch.tensor([ids]), scores[None])[0])
+    expected = _greedy_with(model, lambda ids, logits: processor(torch.tensor([ids]), logits[None])[0])
     assert _greedy(model, SamplingParams(0.0, 20, repetition_penalty=penalty)) == expected
 
 
 def test_frequency_and_presence_penalties_count_the_answer_alone() -> None:
-    def penalise(ids: list[int], scores: Tensor) -> Tensor:
+    def penalise(ids: list[int], logits: Tensor) -> Tensor:
         times = torch.bincount(torch.tensor(ids[len(PROMPT) :], dtype=torch.long), minlength=320)
-        return scores - 0.4 * times - 0.3 * (times > 0)
+        return logits - 0.4 * times - 0.3 * (times > 0)
 
     expected = _greedy_with(MODELS["gqa"], penalise)
     assert _greedy(MODELS["gqa"], SamplingParams(0.0, 20, frequency_penalty=0.4, presence_penalty=0.3)) == expected
@@ -320,7 +320,7 @@ def test_eos_can_be_ignored() -> None:
 def _greedy(model: Transformer, sampling: SamplingParams) -> list[int]:
     engine = Engine(model, (), tokens=512)
     request = engine.submit(PROMPT, sampling, 0)
-    company = engine.submit(PROMPT, SamplingParams(1.0, 30), 1)  # whose scores must stay untouched
+    company = engine.submit(PROMPT, SamplingParams(1.0, 30), 1)  # whose logits must stay untouched
     finish(engine)
     assert company.tokens == naive(model, PROMPT, SamplingParams(1.0, 30), 1)[0]
     return request.tokens

@@ -152,7 +152,7 @@ def test_mtp_is_what_the_paper_says(tmp_path: Path) -> None:
     tokens = torch.randint(60, (2, 12))
     with torch.no_grad():
         hidden = model(tokens[:, :-1])
-        found = model.logits(model.predict_further(hidden, tokens)[0])
+        found = model.logits(model.mtp_hidden_states(hidden, tokens)[0])
 
         def norm(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
             return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain

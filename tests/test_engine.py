@@ -78,18 +78,18 @@ def test_streaming_equals_generating() -> None:
 
 def test_samples_follow_the_distribution() -> None:
     """Chi-square of 40,000 draws from 8 tokens, one of them impossible: below the 99.9 % point of 6 degrees."""
-    scores = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, float("-inf"), 1.5, -2.0])
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, float("-inf"), 1.5, -2.0])
     n = 40_000
     uniform = torch.from_numpy(uniforms(1, n))
-    tokens, logp = sample(scores.expand(n, -1), knobs(SamplingParams(0.7), n, 8), uniform)
-    p = (scores / 0.7).softmax(dim=0)
+    tokens, logp = sample(logits.expand(n, -1), knobs(SamplingParams(0.7), n, 8), uniform)
+    p = (logits / 0.7).softmax(dim=0)
     counts = torch.bincount(tokens, minlength=8)
     assert counts[5] == 0
     keep = p > 0
     chi2 = ((counts[keep] - n * p[keep]) ** 2 / (n * p[keep])).sum()
     assert chi2 < 22.46
     assert torch.allclose(logp, p.log()[tokens])
-    edge, _ = sample(scores[None], knobs(SamplingParams(1.0), 1, 8), torch.tensor([math.nextafter(1.0, 0.0)]))
+    edge, _ = sample(logits[None], knobs(SamplingParams(1.0), 1, 8), torch.tensor([math.nextafter(1.0, 0.0)]))
     assert edge.item() != 5
 
 
@@ -98,18 +98,18 @@ def test_samples_follow_the_distribution() -> None:
     ("k", "p", "m"), [(5, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.1), (12, 0.7, 0.05), (1, 0.01, 1.0)]
 )
 def test_narrowing_is_that_of_transformers(k: int, p: float, m: float, temperature: float) -> None:
-    scores = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 2
-    warped = scores / temperature
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 2
+    warped = logits / temperature
     for name, value, off in (("TopK", k, 0), ("TopP", p, 1.0), ("MinP", m, 0.0)):
         if value != off:
             warped = getattr(transformers, f"{name}LogitsWarper")(value)(None, warped)
-    ours = narrow((scores / temperature).softmax(-1), knobs(SamplingParams(temperature, 8, k, p, m), 50, 40))
+    ours = narrow((logits / temperature).softmax(-1), knobs(SamplingParams(temperature, 8, k, p, m), 50, 40))
     torch.testing.assert_close(ours / ours.sum(-1, keepdim=True), warped.softmax(-1))
     tokens, logp = sample(
-        scores, knobs(SamplingParams(temperature, 8, k, p, m), 50, 40), torch.from_numpy(uniforms(3, 50))
+        logits, knobs(SamplingParams(temperature, 8, k, p, m), 50, 40), torch.from_numpy(uniforms(3, 50))
     )
     assert (warped.gather(1, tokens[:, None]) > -torch.inf).all()
-    whole = (scores / temperature).log_softmax(-1)
+    whole = (logits / temperature).log_softmax(-1)
     torch.testing.assert_close(logp, whole.gather(1, tokens[:, None]).squeeze(1))  # of the whole distribution
 
 

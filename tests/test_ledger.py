@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finback.config import as_json
-from finback.model.count import forward_flops, products, recomputed_flops, training_flops
+from finback.model.count import forward_flops, recomputed_flops, token_flops, training_flops
 from finback.parallel.mesh import World
 from finback.planner import kept, runs
 from finback.planner.options import Options
@@ -177,7 +177,7 @@ def test_a_run_meters_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_is_made_again_is_the_attention_or_the_blocks() -> None:
     again = {policy: recomputed_flops(CONFIG, 16, policy) for policy in ("none", "attention", "block")}
-    p = products(CONFIG, 16, mtp=True)
+    p = token_flops(CONFIG, 16, mtp=True)
     assert again["none"] == 0
     assert again["attention"] == p.attention_linear + p.attention_scores
     assert again["block"] == p.total - p.head - p.join < forward_flops(CONFIG, 16, mtp=True)

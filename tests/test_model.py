@@ -14,7 +14,7 @@ from finback.config import UserError
 from finback.kernels import attention, decode, moe_gemm, native, norm, reference
 from finback.model.cache import PAGE, Cache, Pool
 from finback.model.config import TINY, V2_LITE, V3, ModelConfig, Yarn
-from finback.model.mla import LatentAttention
+from finback.model.mla import MLA
 from finback.model.rope import softmax_scale
 from finback.model.transformer import Transformer
 
@@ -162,7 +162,7 @@ def test_chunked_prefill_equals_the_whole(config: ModelConfig, piece: int) -> No
 
 def test_the_short_form_of_attention_is_taken_where_it_saves_products() -> None:
     """170 new tokens for V3: beyond, expanding the stored latents first costs less."""
-    attention = LatentAttention(dataclasses.replace(V3, hidden_size=8, q_lora_rank=8, num_attention_heads=1))
+    attention = MLA(dataclasses.replace(V3, hidden_size=8, q_lora_rank=8, num_attention_heads=1))
     assert attention.longest_absorbed == 170
 
 
@@ -262,13 +262,13 @@ def test_mtp_at_depth_one_by_hand() -> None:
     tokens = torch.randint(0, 97, (1, 10), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         hidden = model(tokens[:, :8])
-        further = model.predict_further(hidden, tokens)[0]
+        further = model.mtp_hidden_states(hidden, tokens)[0]
         m = model.mtp[0]
         joined = torch.cat([m.embed_norm(model.embed[tokens[:, 1:9]]), m.hidden_norm(hidden)], dim=-1)
         by_hand = m.norm(m.block(F.linear(joined, m.project.weight), model.cos[None, :8], model.sin[None, :8]))
         changed = tokens.clone()
         changed[0, 8] = (changed[0, 8] + 1) % 97
-        moved = model.predict_further(hidden, changed)[0]
+        moved = model.mtp_hidden_states(hidden, changed)[0]
     torch.testing.assert_close(further, by_hand)
     assert torch.equal(moved[:, :7], further[:, :7]) and not torch.equal(moved[:, 7], further[:, 7])
 
@@ -297,7 +297,7 @@ def test_documents_in_one_row_are_read_as_if_alone(config: ModelConfig) -> None:
     row = torch.cat([one, two], dim=1)
     documents = torch.tensor([[0] * 9 + [1] * 14])
     alone = torch.cat([model(one), model(two)], dim=1)
-    packed = model(row, documents=documents)
+    packed = model(row, document_ids=documents)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(model(row), alone, atol=1e-3), "without the numbers the second would see the first"
     gradients = []
@@ -309,7 +309,7 @@ def test_documents_in_one_row_are_read_as_if_alone(config: ModelConfig) -> None:
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
     if config.num_nextn_predict_layers:
         behind = torch.zeros(1, 1, dtype=torch.long)
-        apart = [model.predict_further(model(t), torch.cat([t, behind], dim=1))[0] for t in (one, two)]
-        together = model.predict_further(packed, torch.cat([row, behind], dim=1), documents=documents)[0]
+        apart = [model.mtp_hidden_states(model(t), torch.cat([t, behind], dim=1))[0] for t in (one, two)]
+        together = model.mtp_hidden_states(packed, torch.cat([row, behind], dim=1), document_ids=documents)[0]
         torch.testing.assert_close(together[:, 9:], apart[1], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(together[:, :8], apart[0][:, :8], atol=1e-5, rtol=1e-4)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from finback.model.config import TINY, V2, V2_LITE, V3, ModelConfig
-from finback.model.count import cache_bytes, forward_flops, parameters, products, router_biases, training_flops
+from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops, training_flops
 from finback.model.transformer import Transformer
 from finback.planner.layout import part_parameters, parts
 from finback.train.step import backward
@@ -80,14 +80,14 @@ def test_counts_are_those_of_the_model_and_of_torchs_profiler(c: ModelConfig, ro
         with FlopCounterMode(display=False) as forward:
             hidden = real(tokens[:, :length])
             real.logits(hidden)
-            for state in real.predict_further(hidden, tokens[:, : length + depths]):
+            for state in real.mtp_hidden_states(hidden, tokens[:, : length + depths]):
                 real.logits(state)
-        assert forward.get_total_flops() == rows * length * products(c, length, mtp=True).total
+        assert forward.get_total_flops() == rows * length * token_flops(c, length, mtp=True).total
         if c.qk_norm:  # norms of heads need no products, and their backward not this form of attention
             real = Transformer(dataclasses.replace(c, qk_norm=False)).initialise(0).train()
         with FlopCounterMode(display=False) as whole:
             backward(real, tokens, 0.3, 1e-4)
-    assert whole.get_total_flops() == 3 * rows * length * products(c, length, mtp=True).total
+    assert whole.get_total_flops() == 3 * rows * length * token_flops(c, length, mtp=True).total
 
 
 def named_routers(model: Transformer) -> list[tuple[str, torch.nn.Module]]:
@@ -111,7 +111,7 @@ def test_published_totals() -> None:
 def test_the_papers_rule_is_the_products_and_the_gains() -> None:
     for c in (TINY, V2, V3):
         # the rule counts norms' gains as if they were products: two FLOPs each
-        gains = forward_flops(c, 100) - products(c, 100).total
+        gains = forward_flops(c, 100) - token_flops(c, 100).total
         assert 0 < gains / forward_flops(c, 100) < 1e-2
         layers, d = c.num_hidden_layers, c.hidden_size
         assert gains == 2 * (layers * (2 * d + (c.q_lora_rank or 0) + c.kv_lora_rank) + d)

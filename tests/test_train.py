@@ -53,7 +53,7 @@ def test_training_loss_is_next_token_plus_weighted_mtp() -> None:
     model.zero_grad()
     hidden = model(tokens[:, :16])
     main = F.cross_entropy(model.logits(hidden).flatten(0, 1), tokens[:, 1:17].flatten())
-    further = model.predict_further(hidden, tokens[:, :17])[0]
+    further = model.mtp_hidden_states(hidden, tokens[:, :17])[0]
     mtp = F.cross_entropy(model.logits(further).flatten(0, 1), tokens[:, 2:18].flatten())
     (main + 0.3 * mtp + 0.01 * model.balance_loss()).backward()
     torch.testing.assert_close(losses.main, main.detach())

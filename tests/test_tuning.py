@@ -145,8 +145,8 @@ def test_the_packed_gradient_is_that_of_lessons_alone(tmp_path: Path) -> None:
     for lesson in (lesson for row in rows for lesson in row):
         ids = torch.tensor([lesson.ids])
         targets = torch.tensor(lesson.taught[1:])
-        scores = t.model.logits(t.model(ids[:, :-1])[0])[targets]
-        (F.cross_entropy(scores, ids[0, 1:][targets], reduction="sum") / count).backward()
+        logits = t.model.logits(t.model(ids[:, :-1])[0])[targets]
+        (F.cross_entropy(logits, ids[0, 1:][targets], reduction="sum") / count).backward()
     torch.testing.assert_close(together, t.gradients.flat, rtol=1e-3, atol=1e-6)
 
 
@@ -247,7 +247,7 @@ def test_hard_targets_alone_are_sft(tmp_path: Path) -> None:
     t.step = 1
     batch = t.rows()
     assert batch is not None
-    hidden = t.model(batch.tokens[:, :-1], documents=batch.documents)
+    hidden = t.model(batch.tokens[:, :-1], document_ids=batch.documents)
     expected = summed_cross_entropy(hidden, t.model.head.weight, batch.targets)
     torch.testing.assert_close(t.main_loss(hidden, batch), expected)
 

@@ -1,4 +1,4 @@
-"""From scores to what is said: penalties, schemas and forced tokens before the choice, its consequences after it."""
+"""From logits to what is said: penalties, schemas and forced tokens before the choice, its consequences after it."""
 
 import operator
 import time
@@ -37,16 +37,16 @@ class Chooser:
         if budget is not None and r.thinking and r.thought >= budget:
             self.close_thinking(r)
 
-    def say(self, rows: list[Request], scores: Tensor) -> list[tuple[Request, Finish]]:
-        """Choose the next token of each row from scores (rows, vocab), and say which rows end with it."""
+    def say(self, rows: list[Request], logits: Tensor) -> list[tuple[Request, Finish]]:
+        """Choose the next token of each row from logits (rows, vocab), and say which rows end with it."""
         reported = [i for i, r in enumerate(rows) if r.sampling.top_logprobs is not None]
-        altered = scores
+        altered = logits
         for i, r in enumerate(rows):
             if r.sampling.penalises or r.sampling.logit_bias or r.constraint is not None:
-                altered = scores.clone() if altered is scores else altered
+                altered = logits.clone() if altered is logits else altered
                 self._alter(r, altered[i])
-        uniform = torch.tensor([r.uniform() for r in rows], device=scores.device)
-        chosen, logp = sample(altered, self.columns(rows, scores), uniform)
+        uniform = torch.tensor([r.uniform() for r in rows], device=logits.device)
+        chosen, logp = sample(altered, self.columns(rows, logits), uniform)
         tokens, logps = chosen.tolist(), logp.tolist()
         forced = [bool(r.forced) for r in rows]
         for i, r in enumerate(rows):
@@ -59,8 +59,8 @@ class Chooser:
                 )
         if reported:
             counts = [rows[i].sampling.top_logprobs or 0 for i in reported]
-            lines = torch.tensor(reported, device=scores.device)
-            found = alternatives(scores[lines], [tokens[i] for i in reported], counts)
+            lines = torch.tensor(reported, device=logits.device)
+            found = alternatives(logits[lines], [tokens[i] for i in reported], counts)
             for i, line in zip(reported, found, strict=True):
                 rows[i].top.append(line)
         now, ended = time.perf_counter(), []
@@ -76,32 +76,32 @@ class Chooser:
                 ended.append((r, reason))
         return ended
 
-    def columns(self, rows: list[Request], scores: Tensor) -> Knobs:
+    def columns(self, rows: list[Request], logits: Tensor) -> Knobs:
         """The rows' knobs as tensors; those of the last call as long as nothing has changed."""
         wanted = [r.sampling for r in rows]
         if self._knobs is None or self._knobs[0] != wanted:
-            self._knobs = wanted, Knobs.of(wanted, scores.size(1), scores.device)
+            self._knobs = wanted, Knobs.of(wanted, logits.size(1), logits.device)
         return self._knobs[1]
 
-    def _alter(self, r: Request, scores: Tensor) -> None:
-        """Apply penalties, bias and schema to one row of scores (vocab,), in place."""
+    def _alter(self, r: Request, logits: Tensor) -> None:
+        """Apply penalties, bias and schema to one row of logits (vocab,), in place."""
         k = r.sampling
         if k.repetition_penalty != 1:
-            penalised = torch.where(scores > 0, scores / k.repetition_penalty, scores * k.repetition_penalty)
-            scores.copy_(torch.where(_met(r, scores), penalised, scores))
+            penalised = torch.where(logits > 0, logits / k.repetition_penalty, logits * k.repetition_penalty)
+            logits.copy_(torch.where(_met(r, logits), penalised, logits))
         if k.frequency_penalty or k.presence_penalty:
-            said = _said(r, scores)
-            scores -= k.frequency_penalty * said + k.presence_penalty * (said > 0)
+            said = _said(r, logits)
+            logits -= k.frequency_penalty * said + k.presence_penalty * (said > 0)
         if r.constraint is not None and r.thinking:
-            scores[list(self.stops)] = float("-inf")  # an answer was promised, so the chain cannot be all
+            logits[list(self.stops)] = float("-inf")  # an answer was promised, so the chain cannot be all
         elif r.constraint is not None:
-            allowed = r.constraint.allowed()[: len(scores)].to(scores.device)
+            allowed = r.constraint.allowed()[: len(logits)].to(logits.device)
             if not r.tokens and self._open >= 0:
                 allowed[self._open] = True  # the model may think before it answers
-            scores.masked_fill_(~allowed, float("-inf"))
+            logits.masked_fill_(~allowed, float("-inf"))
         if k.logit_bias:
             ids, values = zip(*k.logit_bias, strict=True)
-            scores[torch.tensor(ids, device=scores.device)] += torch.tensor(values, device=scores.device)
+            logits[torch.tensor(ids, device=logits.device)] += torch.tensor(values, device=logits.device)
 
     def _after(self, r: Request, token: int, free: bool) -> Finish | None:
         """What follows from a token: the chain opens or closes, the grammar moves on, the answer ends.

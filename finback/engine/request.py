@@ -18,7 +18,7 @@ Finish = Literal["stop", "length", "cancelled"]
 Alternatives = list[tuple[int, float]]  # (token, log-probability), likeliest first
 
 
-COLD = 1e-5  # scores divided by less would overflow
+COLD = 1e-5  # logits divided by less would overflow
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class SamplingParams:
     top_k: int = 0  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
     min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
-    frequency_penalty: float = 0.0  # subtracted from a score for every time the answer has said the token
+    frequency_penalty: float = 0.0  # subtracted from a logit for every time the answer has said the token
     presence_penalty: float = 0.0  # subtracted once if the answer has said the token at all
-    repetition_penalty: float = 1.0  # scores of tokens in prompt or answer are divided by it (CTRL, 1909.05858)
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
+    repetition_penalty: float = 1.0  # logits of tokens in prompt or answer are divided by it (CTRL, 1909.05858)
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
     stop_tokens: tuple[int, ...] = ()  # ids that end the answer beside the engine's own
     ignore_eos: bool = False  # go on to max_tokens; for measuring
@@ -62,7 +62,7 @@ class SamplingParams:
 
     @property
     def penalises(self) -> bool:
-        """Whether scores depend on what has been said."""
+        """Whether logits depend on what has been said."""
         return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1)
 
 

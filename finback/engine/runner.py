@@ -77,8 +77,8 @@ class Runner:
         known = max(0, len(r.prompt_top) - start)  # from before it was preempted
         following = r.prompt[start + 1 + known : start + count + 1]
         if following:
-            scores = self.model.logits(hidden[known : known + len(following)])
-            r.prompt_top += alternatives(scores, following, [r.sampling.prompt_logprobs or 0] * len(following))
+            logits = self.model.logits(hidden[known : known + len(following)])
+            r.prompt_top += alternatives(logits, following, [r.sampling.prompt_logprobs or 0] * len(following))
 
     def decode(self, rows: list[Request]) -> None:
         """One more token for each row; where a draft was right, two."""
@@ -93,10 +93,10 @@ class Runner:
             guesses = torch.tensor([[r.draft if n == 2 else 0] for r, n in zip(rows, counts, strict=True)])
             tokens = torch.cat([tokens, guesses], dim=1)
         hidden = self._forward(rows, tokens, counts)
-        scores = self.model.logits(hidden)
+        logits = self.model.logits(hidden)
         for r in rows:
             r.computed += 1
-        self._say(rows, scores[:, 0])
+        self._say(rows, logits[:, 0])
         right = [
             line
             for line, (r, n) in enumerate(zip(rows, counts, strict=True))
@@ -109,7 +109,7 @@ class Runner:
                 rows[line].computed += 1
                 rows[line].accepted += 1
                 rows[line].guessed.append(len(rows[line].tokens) - 1)
-            self._say([rows[line] for line in right], scores[torch.tensor(right, device=scores.device), 1])
+            self._say([rows[line] for line in right], logits[torch.tensor(right, device=logits.device), 1])
         after = time.perf_counter()
         if kind != "plain":
             read = [2 if line in right else 1 for line in range(len(rows))]
@@ -162,15 +162,15 @@ class Runner:
         if ready:
             at = torch.tensor([i * new + counts[i] - 1 for i in ready], device=device)
             guessers = [rows[i] for i in ready]
-            scores = self.model.logits(states.flatten(0, 1)[at])
+            logits = self.model.logits(states.flatten(0, 1)[at])
             # with the very number that the token itself will be drawn with: alike distributions, alike choices
             uniform = torch.tensor([r.uniform() for r in guessers], device=device)
-            guesses = guess(scores, self.chooser.columns(guessers, scores), uniform)
+            guesses = guess(logits, self.chooser.columns(guessers, logits), uniform)
             for r, token in zip(guessers, guesses.tolist(), strict=True):
                 r.draft = token
 
-    def _say(self, rows: list[Request], scores: Tensor) -> None:
-        for r, reason in self.chooser.say(rows, scores):
+    def _say(self, rows: list[Request], logits: Tensor) -> None:
+        for r, reason in self.chooser.say(rows, logits):
             self._end_with(r, reason)
 
     def _end_with(self, r: Request, reason: Finish) -> None:

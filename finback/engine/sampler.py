@@ -1,4 +1,4 @@
-"""From scores to tokens, one uniform random number per token and request.
+"""From logits to tokens, one uniform random number per token and request.
 
 Every row is treated by its own knobs and by nothing else, so that a request comes out the same in any company.
 """
@@ -53,28 +53,28 @@ class Knobs:
         )
 
 
-def sample(scores: Tensor, knobs: Knobs, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """scores (n, vocab) fp32, uniform (n,) -> tokens (n,) and their log-probabilities (n,).
+def sample(logits: Tensor, knobs: Knobs, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (n, vocab) fp32, uniform (n,) -> tokens (n,) and their log-probabilities (n,).
 
     Inverse of the cumulative distribution; greedy at temperature 0. The log-probabilities are those of the whole
     distribution at this temperature (at 1 when greedy): top-k, top-p and min-p only narrow the choice.
     """
-    logp = (scores / knobs.temperature if knobs.tempered else scores).log_softmax(dim=-1)
+    logp = (logits / knobs.temperature if knobs.tempered else logits).log_softmax(dim=-1)
     if knobs.all_greedy:
-        tokens = scores.argmax(dim=-1)
+        tokens = logits.argmax(dim=-1)
     else:
         cumulative = narrow(logp.exp(), knobs).cumsum(dim=-1)
         # Scaling by the last entry keeps rounding from pointing behind the vocabulary.
         target = (uniform * cumulative[:, -1])[:, None]
-        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=scores.size(1) - 1)
+        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
         if knobs.greedy is not None:
-            tokens = torch.where(knobs.greedy, scores.argmax(dim=-1), tokens)
+            tokens = torch.where(knobs.greedy, logits.argmax(dim=-1), tokens)
     return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
 
 
-def guess(scores: Tensor, knobs: Knobs, uniform: Tensor) -> Tensor:
+def guess(logits: Tensor, knobs: Knobs, uniform: Tensor) -> Tensor:
     """The tokens that `sample` would choose, without their log-probabilities."""
-    return scores.argmax(dim=-1) if knobs.all_greedy else sample(scores, knobs, uniform)[0]
+    return logits.argmax(dim=-1) if knobs.all_greedy else sample(logits, knobs, uniform)[0]
 
 
 def narrow(p: Tensor, knobs: Knobs) -> Tensor:
@@ -110,11 +110,11 @@ def _at_least(p: Tensor, least: Tensor) -> Tensor:
     return p.masked_fill(p < least, 0.0)
 
 
-def alternatives(scores: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Alternatives]:
-    """For each row of scores (n, vocab): the token given, then the `counts` likeliest, with log-probabilities at 1."""
-    logp = scores.log_softmax(dim=-1)
-    own = logp.gather(1, torch.tensor(tokens, device=scores.device)[:, None]).squeeze(1).tolist()
-    best = logp.topk(min(max(counts), scores.size(1)), dim=-1) if max(counts) else None
+def alternatives(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Alternatives]:
+    """For each row of logits (n, vocab): the token given, then the `counts` likeliest, with log-probabilities at 1."""
+    logp = logits.log_softmax(dim=-1)
+    own = logp.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
+    best = logp.topk(min(max(counts), logits.size(1)), dim=-1) if max(counts) else None
     found = []
     for row, (token, value, count) in enumerate(zip(tokens, own, counts, strict=True)):
         line: Alternatives = [(token, value)]

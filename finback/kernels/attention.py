@@ -14,26 +14,30 @@ from torch import Tensor
 LONGEST = 512
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None = None) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, attention_mask: Tensor | None = None
+) -> Tensor:
     """softmax(scale · q k^T, causal) v with query and key (b, h, t, d), value (b, h, t, v) -> (b, h, t, v).
 
-    visible (b, t, t), if given, is True where a query sees a key, causality included: rows of several documents.
+    attention_mask (b, t, t), if given, is True where a query sees a key, causality included: rows of several documents.
     """
     if query.device.type == "cpu" and query.size(2) <= LONGEST:
-        return _CausalAttention.apply(query, key, value, scale, visible)
-    mask = None if visible is None else visible[:, None]
+        return _CausalAttention.apply(query, key, value, scale, attention_mask)
+    mask = None if attention_mask is None else attention_mask[:, None]
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, attention_mask: Tensor | None
+    ) -> Tensor:
         q, k, v = (t.flatten(0, 1) for t in (query, key, value))
         length = q.size(1)
-        if visible is None:
+        if attention_mask is None:
             hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         else:
-            hidden = (~visible).repeat_interleave(query.size(1), dim=0)
+            hidden = (~attention_mask).repeat_interleave(query.size(1), dim=0)
         scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale).masked_fill_(hidden, float("-inf"))
         weights = scores.softmax(dim=-1).to(q.dtype)
         out = torch.bmm(weights, v)

@@ -40,19 +40,19 @@ ROUTED = Numerics(input_power_of_two=True, gradient_power_of_two=True)
 
 def linear(x: Tensor, weight: Tensor, numerics: Numerics) -> Tensor:
     """x (..., in), weight (out, in) -> (..., out), in x's dtype."""
-    return _Linear.apply(x, weight, numerics)
+    return _Fp8Linear.apply(x, weight, numerics)
 
 
 def swiglu(x: Tensor, gate_up: Tensor, down: Tensor, numerics: Numerics) -> Tensor:
     """down(SiLU(gate x) ⊙ up x): x (..., d), gate_up (2m, d), gate rows first, down (d, m) -> (..., d)."""
-    return _SwiGLU.apply(x, gate_up, down, numerics)
+    return _Fp8SwiGLU.apply(x, gate_up, down, numerics)
 
 
 def routed_experts(
     x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, numerics: Numerics
 ) -> Tensor:
     """As reference.routed_experts. Tiles along tokens begin anew with each expert."""
-    return _RoutedExperts.apply(x, index, weight, gate_up, down, numerics)
+    return _Fp8Experts.apply(x, index, weight, gate_up, down, numerics)
 
 
 def products_for(x: Tensor, numerics: Numerics) -> Products:
@@ -62,7 +62,7 @@ def products_for(x: Tensor, numerics: Numerics) -> Products:
     return Scaled(fp8_hopper.product) if fp8_hopper.missing(x.device) is None else Emulated()
 
 
-class _Linear(torch.autograd.Function):
+class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, numerics: Numerics) -> Tensor:
         p = products_for(x, numerics)
@@ -85,7 +85,7 @@ class _Linear(torch.autograd.Function):
         return d_x.unflatten(0, grad.shape[:-1]), d_weight.float(), None
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Fp8SwiGLU(torch.autograd.Function):
     """A feed-forward with a single expert that gets every row."""
 
     @staticmethod
@@ -104,7 +104,7 @@ class _SwiGLU(torch.autograd.Function):
         return d_x.unflatten(0, grads[0].shape[:-1]), d_gate_up[0], d_down[0], None
 
 
-class _RoutedExperts(torch.autograd.Function):
+class _Fp8Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, numerics: Numerics

@@ -20,10 +20,10 @@ def routed_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, do
     """As reference.routed_experts: x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)."""
     if len(x) <= FEW and decode.ready(x) and gate_up.dtype == down.dtype and gate_up.dtype in decode.DTYPES:
         return decode.experts(x, index, weight, gate_up, down)
-    return _RoutedExperts.apply(x, index, weight, gate_up, down, _block_multiple(x))
+    return _GroupedExperts.apply(x, index, weight, gate_up, down, _block_multiple(x))
 
 
-class _RoutedExperts(torch.autograd.Function):
+class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, multiple: int

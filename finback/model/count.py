@@ -75,14 +75,14 @@ def training_flops(c: ModelConfig, context: float, mtp: bool = True) -> float:
 
 def recomputed_flops(c: ModelConfig, context: float, policy: str, mtp: bool = True) -> float:
     """What a policy of model/recompute.py makes again for one token in the backward pass: attention, or whole blocks."""
-    p = products(c, context, mtp)
+    p = token_flops(c, context, mtp)
     attention = p.attention_linear + p.attention_scores
-    again = {"none": 0.0, "attention": attention, "block": p.total - p.head - p.join}
-    return again[policy]
+    recomputed = {"none": 0.0, "attention": attention, "block": p.total - p.head - p.join}
+    return recomputed[policy]
 
 
 @dataclass(frozen=True)
-class Products:
+class TokenFlops:
     """FLOPs of the matrix products one token needs, forward, as a profiler counts them; norms and sums are left out."""
 
     attention_linear: float  # projections into and out of attention
@@ -91,7 +91,7 @@ class Products:
     experts: float  # routed experts a token meets
     shared: float  # shared experts
     router: float
-    head: float  # scores over the vocabulary, once more per MTP depth
+    head: float  # logits over the vocabulary, once more per MTP depth
     join: float  # MTP's projection of [embedding; hidden]
 
     @property
@@ -100,7 +100,7 @@ class Products:
         return sum(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-def products(c: ModelConfig, context: float, mtp: bool = False) -> Products:
+def token_flops(c: ModelConfig, context: float, mtp: bool = False) -> TokenFlops:
     """The terms of one token's forward pass that looks at `context` keys: equal to torch's FlopCounterMode.
 
     A backward pass costs twice as much. With an attention that also multiplies what the causal mask hides, `context`
@@ -111,7 +111,7 @@ def products(c: ModelConfig, context: float, mtp: bool = False) -> Products:
     moe = sum(c.is_moe(layer) for layer in range(layers))
     value = c.v_head_dim if c.attention == "mla" else c.head_dim
     expert = 3 * c.hidden_size * c.moe_intermediate_size
-    return Products(
+    return TokenFlops(
         attention_linear=2 * layers * _attention_matrices(c),
         attention_scores=2 * layers * context * c.num_attention_heads * (c.qk_head_dim + value),
         dense=2 * (layers - moe) * 3 * c.hidden_size * c.intermediate_size,

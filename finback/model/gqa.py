@@ -11,7 +11,7 @@ from finback.model.layers import Linear, RMSNorm
 from finback.model.rope import rotate_half, softmax_scale
 
 
-class GroupedQueryAttention(nn.Module):
+class GQA(nn.Module):
     """num_attention_heads queries share num_key_value_heads keys and values; half-split rotary embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -28,11 +28,11 @@ class GroupedQueryAttention(nn.Module):
         self.scale = softmax_scale(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, head_dim / 2); keys are cached rotated.
 
-        Without a cache, visible (b, t, t) may say which tokens see which; by default all that stand before them.
+        Without a cache, attention_mask (b, t, t) may say which tokens see which; by default all that stand before them.
         """
         c = self.config
         if cache is not None and cache.native and self.fused is not None:
@@ -56,7 +56,7 @@ class GroupedQueryAttention(nn.Module):
         if c.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
-        mask = None if visible is None else visible[:, None]
+        mask = None if attention_mask is None else attention_mask[:, None]
         if cache is not None:
             cache.append(_flat(key, value))
             if cache.few and not cache.fresh:

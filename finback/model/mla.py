@@ -24,7 +24,7 @@ from finback.model.rope import rotate_half, rotate_interleaved, softmax_scale
 LATENT_EPS = 1e-6  # a constant in every implementation, whatever rms_norm_eps says for the other norms
 
 
-class LatentAttention(nn.Module):
+class MLA(nn.Module):
     """MLA of V2 2.1 and V3 2.1.1; `q_lora_rank=None` takes queries straight from the hidden state (V2-Lite)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -44,12 +44,12 @@ class LatentAttention(nn.Module):
         self.scale = softmax_scale(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, visible: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Tensor | None = None
     ) -> Tensor:
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, r / 2) of the new tokens' positions.
 
         With a cache the new latents are stored, and attention covers everything stored before as well. Without one,
-        visible (b, t, t) may say which tokens see which; by default all that stand before them.
+        attention_mask (b, t, t) may say which tokens see which; by default all that stand before them.
         """
         for_queries, for_latents = self.down(x)
         if cache is not None and cache.native and self.kv_up.weight.dtype == x.dtype:
@@ -57,7 +57,7 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = self.queries(for_queries, cos, sin)
         latent, k_rope = self.latents(for_latents, cos, sin)
         if cache is None:
-            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, visible))
+            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, attention_mask))
         cache.append(torch.cat([latent, k_rope], dim=-1))
         if cache.fresh:  # whole prompts: nothing stored before them
             return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope))
@@ -95,7 +95,7 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Attention of t tokens over s with per-head keys and values -> (b, t, h·v).
 
-        mask (b, t, s) is True where visible; without one t = s and attention is causal.
+        mask (b, t, s) is True where a token may look; without one t = s and attention is causal.
         """
         c = self.config
         kv = self.kv_up(latent).unflatten(-1, (c.num_attention_heads, -1))

@@ -55,11 +55,11 @@ class Router(nn.Module):
             score = groups.masked_fill(~kept[:, :, None], float("-inf")).flatten(1)
         return score.topk(c.num_experts_per_tok, dim=-1).indices
 
-    def count(self, index: Tensor, real: Tensor | None) -> None:
-        """Add the choices (n, k) to `load`; `real` (n,) is False for padding, which must not steer the balance."""
+    def count(self, index: Tensor, padding_mask: Tensor | None) -> None:
+        """Add the choices (n, k) to `load`; `padding_mask` (n,) is False for padding, which must not steer the balance."""
         if not self.counting:
             return
-        chosen = index if real is None else index[real]
+        chosen = index if padding_mask is None else index[padding_mask]
         self.load += torch.bincount(chosen.flatten(), minlength=self.load.numel())
 
     @torch.no_grad()
@@ -81,18 +81,18 @@ def max_violation(load: Tensor) -> float:
     return ((load.max() - mean) / mean).item() if mean > 0 else 0.0
 
 
-def balance_loss(affinity: Tensor, index: Tensor, experts_per_token: int, real: Tensor | None) -> Tensor:
+def balance_loss(affinity: Tensor, index: Tensor, experts_per_token: int, padding_mask: Tensor | None) -> Tensor:
     """Sequence-wise balance Σ_i f_i P_i, averaged over sequences (V3 eq. 17-20), before its factor alpha.
 
-    affinity (b, t, experts), index (b, t, k), real (b, t) or None. The gradient flows through P alone.
+    affinity (b, t, experts), index (b, t, k), padding_mask (b, t) or None. The gradient flows through P alone.
     """
     experts = affinity.size(-1)
     share = affinity / (affinity.sum(dim=-1, keepdim=True) + 1e-20)
     chosen = torch.zeros_like(affinity).scatter(2, index, 1.0)
-    if real is None:
+    if padding_mask is None:
         f, p = chosen.mean(dim=1), share.mean(dim=1)
     else:
-        keep = real[:, :, None].to(affinity.dtype)
+        keep = padding_mask[:, :, None].to(affinity.dtype)
         length = keep.sum(dim=1).clamp(min=1)
         f, p = (chosen * keep).sum(dim=1) / length, (share * keep).sum(dim=1) / length
     return (f * (experts / experts_per_token) * p).sum(dim=-1).mean()
@@ -123,8 +123,8 @@ class MoE(nn.Module):
         self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # `gate`, set by train.compiling
         self.experts: Experts = moe_gemm.routed_experts  # replaced where they lie on several ranks
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """x (b, t, d) -> (b, t, d); `real` (b, t) marks tokens that are not padding.
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """x (b, t, d) -> (b, t, d); `padding_mask` (b, t) is True for real tokens, False for padding.
 
         In training mode it also counts the load and leaves the balance loss in `self.balance`.
         """
@@ -133,20 +133,20 @@ class MoE(nn.Module):
             index, weight, _ = self.router(tokens)
         else:
             gate = self.compiled if self.compiled is not None and torch.is_grad_enabled() else MoE.gate
-            index, weight, balance = gate(self, x, real)
-            self.router.count(index, None if real is None else real.flatten())
+            index, weight, balance = gate(self, x, padding_mask)
+            self.router.count(index, None if padding_mask is None else padding_mask.flatten())
             if self.router.counting:
                 self.balance = balance
         y = self._routed(tokens, index, weight).view_as(x)
         # the sum, not a view of it: what is returned may get hooks
         return y + self.shared(tokens).view_as(x) if self.config.n_shared_experts else y
 
-    def gate(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def gate(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, t, d) -> chosen experts (b·t, k), their weights (b·t, k), the balance loss."""
         index, weight, affinity = self.router(x.flatten(0, 1))
         shape = x.shape[:2]
         balance = balance_loss(
-            affinity.unflatten(0, shape), index.unflatten(0, shape), self.config.num_experts_per_tok, real
+            affinity.unflatten(0, shape), index.unflatten(0, shape), self.config.num_experts_per_tok, padding_mask
         )
         return index, weight, balance
 

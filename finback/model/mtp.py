@@ -29,10 +29,10 @@ class MTP(nn.Module):
         embedded: Tensor,
         cos: Tensor,
         sin: Tensor,
-        real: Tensor | None,
+        padding_mask: Tensor | None,
         cache: LayerCache | None = None,
-        visible: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """hidden and embedded (b, t, d) -> (b, t, d); positions stay those of `hidden`. See Block for the rest."""
         joined = torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], dim=-1)
-        return self.norm(self.block(self.project(joined), cos, sin, cache, real, visible))
+        return self.norm(self.block(self.project(joined), cos, sin, cache, padding_mask, attention_mask))

@@ -3,9 +3,9 @@
 from torch import nn
 
 from finback.kernels.packed import Form, PackedLinear
-from finback.model.gqa import GroupedQueryAttention
+from finback.model.gqa import GQA
 from finback.model.layers import Linear, RMSNorm
-from finback.model.mla import LatentAttention
+from finback.model.mla import MLA
 from finback.model.transformer import Transformer
 
 
@@ -16,10 +16,10 @@ def pack(model: Transformer, form: Form) -> Transformer:
     MLA absorbs keep their form.
     """
     for module in list(model.modules()):
-        if isinstance(module, GroupedQueryAttention):
+        if isinstance(module, GQA):
             module.fused = _stack([module.query, module.key_value], form)
             module.query = module.key_value = nn.Identity()  # type: ignore[assignment]
-        elif isinstance(module, LatentAttention):
+        elif isinstance(module, MLA):
             first = "q_up" if module.config.q_lora_rank is None else "q_down"
             module.fused = _stack([getattr(module, first), module.kv_down], form)
             setattr(module, first, nn.Identity())

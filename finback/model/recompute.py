@@ -20,7 +20,7 @@ from finback.model.moe import Router
 Policy = Literal["none", "attention", "block"]
 
 
-def again(module: nn.Module, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def checkpointed(module: nn.Module, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """run(*arguments), of which only the arguments are kept; `module` holds the routers that `run` meets."""
     if not torch.is_grad_enabled():
         return run(*arguments)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from finback.model.cache import Cache, LayerCache
 from finback.model.config import ModelConfig
-from finback.model.gqa import GroupedQueryAttention
+from finback.model.gqa import GQA
 from finback.model.layers import Linear, RMSNorm, SwiGLU, initialise
-from finback.model.mla import LatentAttention
+from finback.model.mla import MLA
 from finback.model.moe import MoE, Router
 from finback.model.mtp import MTP
-from finback.model.recompute import Policy, again
+from finback.model.recompute import Policy, checkpointed
 from finback.model.rope import rotation
 
 
@@ -25,7 +25,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = LatentAttention(config) if config.attention == "mla" else GroupedQueryAttention(config)
+        self.attention = MLA(config) if config.attention == "mla" else GQA(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         moe = config.is_moe(layer)
         self.feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
@@ -38,34 +38,42 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cache: LayerCache | None = None,
-        real: Tensor | None = None,
-        visible: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """x (b, t, d) -> (b, t, d); see LatentAttention.forward for cos, sin, cache, visible, MoE.forward for real."""
+        """x (b, t, d) -> (b, t, d); see MLA.forward for cos, sin, cache, attention_mask, MoE.forward for padding_mask."""
         if cache is None and self.recompute == "block":
-            return again(self, self._forward, x, cos, sin, None, real, visible)
-        return self._forward(x, cos, sin, cache, real, visible)
+            return checkpointed(self, self._forward, x, cos, sin, None, padding_mask, attention_mask)
+        return self._forward(x, cos, sin, cache, padding_mask, attention_mask)
 
     def _forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, real: Tensor | None, visible: Tensor | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None,
+        padding_mask: Tensor | None,
+        attention_mask: Tensor | None,
     ) -> Tensor:
         if self.compiled is not None and cache is None and torch.is_grad_enabled():
-            x, h = self.compiled(self, x, cos, sin, None, visible)
+            x, h = self.compiled(self, x, cos, sin, None, attention_mask)
         else:
-            x, h = self.attend(x, cos, sin, cache, visible)
-        return x + (self.feed_forward(h, real) if isinstance(self.feed_forward, MoE) else self.feed_forward(h))
+            x, h = self.attend(x, cos, sin, cache, attention_mask)
+        return x + (self.feed_forward(h, padding_mask) if isinstance(self.feed_forward, MoE) else self.feed_forward(h))
 
     def attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, visible: Tensor | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x + attention(norm x), and its norm, which the feed-forward reads."""
-        attended = self._attend(self.attention_norm(x), cos, sin, cache, visible)
+        attended = self._attend(self.attention_norm(x), cos, sin, cache, attention_mask)
         return self.feed_forward_norm.after(x, attended)
 
-    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, visible: Tensor | None) -> Tensor:
+    def _attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, attention_mask: Tensor | None
+    ) -> Tensor:
         if cache is None and self.recompute == "attention":
-            return again(self.attention, self.attention, x, cos, sin, None, visible)
-        attended: Tensor = self.attention(x, cos, sin, cache, visible)
+            return checkpointed(self.attention, self.attention, x, cos, sin, None, attention_mask)
+        attended: Tensor = self.attention(x, cos, sin, cache, attention_mask)
         return attended
 
 
@@ -110,57 +118,61 @@ class Transformer(nn.Module):
         return self
 
     def forward(
-        self, tokens: Tensor, cache: Cache | None = None, real: Tensor | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
-        """tokens (b, t) -> final hidden states (b, t, d) after the last norm; `logits` maps them to scores.
+        """tokens (b, t) -> final hidden states (b, t, d) after the last norm; `logits` maps them to logits.
 
-        With a cache the tokens continue what each row holds. `real` (b, t) is False for padding; padding sits at the
-        end of a row, so attention needs no mask for it. `documents` (b, t) numbers the documents that share a row,
+        With a cache the tokens continue what each row holds. `padding_mask` (b, t) is True for real tokens, False for padding, which sits at the
+        end of a row, so attention needs no mask for it. `document_ids` (b, t) numbers the documents that share a row,
         each in one piece: none sees another, and each counts its positions from 0.
         """
         x = self.embed[tokens].to(self.compute)
-        visible = None
+        attention_mask = None
         if cache is not None:
             cos, sin = self.cos[cache.positions], self.sin[cache.positions]
-        elif documents is not None:
-            cos, sin, visible = self._apart(documents)
+        elif document_ids is not None:
+            cos, sin, attention_mask = self._document_mask(document_ids)
         else:
             cos, sin = self.cos[None, : tokens.size(1)], self.sin[None, : tokens.size(1)]
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache.layer(index) if cache is not None else None, real, visible)
+            x = block(x, cos, sin, cache.layer(index) if cache is not None else None, padding_mask, attention_mask)
         return self.norm(x)
 
-    def _apart(self, documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For documents (b, t): cos and sin (b, t, r / 2) of positions within each, and who sees whom (b, t, t)."""
-        index = torch.arange(documents.size(1), device=documents.device)
-        begins = torch.ones_like(documents, dtype=torch.bool)
-        begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    def _document_mask(self, document_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For document_ids (b, t): cos and sin (b, t, r / 2) of positions within each, and who sees whom (b, t, t)."""
+        index = torch.arange(document_ids.size(1), device=document_ids.device)
+        begins = torch.ones_like(document_ids, dtype=torch.bool)
+        begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         positions = index - torch.where(begins, index, 0).cummax(dim=1).values
-        visible = (documents[:, :, None] == documents[:, None, :]) & (index[:, None] >= index)
-        return self.cos[positions], self.sin[positions], visible
+        attention_mask = (document_ids[:, :, None] == document_ids[:, None, :]) & (index[:, None] >= index)
+        return self.cos[positions], self.sin[positions], attention_mask
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., d) -> scores (..., vocab) in fp32."""
+        """hidden (..., d) -> logits (..., vocab) in fp32."""
         return self.head(hidden).float()
 
-    def predict_further(
-        self, hidden: Tensor, tokens: Tensor, real: Tensor | None = None, documents: Tensor | None = None
+    def mtp_hidden_states(
+        self, hidden: Tensor, tokens: Tensor, padding_mask: Tensor | None = None, document_ids: Tensor | None = None
     ) -> list[Tensor]:
         """MTP hidden states for each depth k = 1, 2, … (V3 eq. 21-23); feed them to `logits`.
 
         hidden (b, t, d) are the trunk's outputs for positions i; tokens (b, t + depths) run further than the trunk's
-        input, so that depth k sees token i + k and, at position i, predicts token i + k + 1. real and documents (b, t)
+        input, so that depth k sees token i + k and, at position i, predicts token i + k + 1. padding_mask and document_ids (b, t)
         as for `forward`; near a document's end a prediction is of the next one, and must not be learnt from.
         """
         length = hidden.size(1)
         assert tokens.size(1) >= length + len(self.mtp), "MTP needs one more token per depth than the trunk read"
         outputs = []
-        cos, sin, visible = self.cos[None, :length], self.sin[None, :length], None
-        if documents is not None:
-            cos, sin, visible = self._apart(documents)
+        cos, sin, attention_mask = self.cos[None, :length], self.sin[None, :length], None
+        if document_ids is not None:
+            cos, sin, attention_mask = self._document_mask(document_ids)
         for depth, module in enumerate(self.mtp, start=1):
             embedded = self.embed[tokens[:, depth : depth + length]].to(self.compute)
-            hidden = module(hidden, embedded, cos, sin, real, None, visible)
+            hidden = module(hidden, embedded, cos, sin, padding_mask, None, attention_mask)
             outputs.append(hidden)
         return outputs
 
@@ -175,14 +187,14 @@ class Transformer(nn.Module):
         drafted: Tensor = self.mtp[0](hidden, embedded, cos, sin, None, cache.layer(-1))
         return drafted
 
-    def under(self, config: ModelConfig, compute: torch.dtype) -> "Transformer":
+    def with_config(self, config: ModelConfig, compute: torch.dtype) -> "Transformer":
         """The same weights, shared, read by a config that differs in its window and rope scaling alone."""
         other = Transformer(config, compute)
         other.load_state_dict(self.state_dict(), assign=True)
         return other
 
     def recompute(self, policy: Policy) -> "Transformer":
-        """Make activations again in the backward pass, by policy (recompute.py), in all blocks."""
+        """Make activations checkpointed in the backward pass, by policy (recompute.py), in all blocks."""
         for module in self.modules():
             if isinstance(module, Block):
                 module.recompute = policy

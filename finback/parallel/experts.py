@@ -2,7 +2,7 @@
 
 A token goes to a group of ranks once, however many experts it chose there, and comes back as one weighted sum. With
 several nodes it does so twice: once to each node (V3 3.2.2: at most topk_group of them where expert groups lie on nodes),
-to the rank with its own local number, and from there once to each rank of that node. Twin: grouped.routed_experts with
+to the rank with its own local number, and from there once to each rank of that node. Twin: moe_gemm.routed_experts with
 all experts on one rank.
 """
 
@@ -27,7 +27,7 @@ def spread_experts(model: nn.Module, mesh: Mesh) -> None:
 
 
 class Exchange:
-    """Routed experts that lie on several ranks; called like grouped.routed_experts, with the local experts' weights."""
+    """Routed experts that lie on several ranks; called like moe_gemm.routed_experts, with the local experts' weights."""
 
     def __init__(self, axes: list[dist.ProcessGroup], experts: int) -> None:
         self.axes, self.experts = axes, experts  # the widest axis first

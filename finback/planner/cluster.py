@@ -6,7 +6,7 @@ from typing import Any
 
 from finback.config import UserError
 from finback.model.config import V3, ModelConfig
-from finback.model.count import cache_bytes, forward_flops, parameters, products, router_biases, training_flops
+from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops, training_flops
 from finback.parallel import pipeline_tables
 from finback.planner import cost, hardware, memory, recommend
 from finback.planner.cost import Step
@@ -94,7 +94,7 @@ def by_flops(flops: float, options: Options) -> dict[str, Any]:
 
 def model_values(name: str, c: ModelConfig, length: int) -> dict[str, Any]:
     """Parameters and FLOPs of a model by the papers' rule and term by term."""
-    terms = dataclasses.asdict(products(c, length / 2, mtp=True))
+    terms = dataclasses.asdict(token_flops(c, length / 2, mtp=True))
     return {
         "name": name,
         "parameters": parameters(c, mtp=False),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from finback.model.config import V3, ModelConfig
-from finback.model.count import Products, products, training_flops
+from finback.model.count import TokenFlops, token_flops, training_flops
 from finback.planner import hardware, traffic
 from finback.planner.hardware import Fact, Machine
 from finback.planner.layout import Layout, Part, parts
@@ -79,11 +79,11 @@ def stage_flops(c: ModelConfig, part: Part, layout: Layout, imbalance: float) ->
 
 
 @lru_cache(maxsize=64)
-def _layer(c: ModelConfig, moe: bool, length: int) -> Products:
+def _layer(c: ModelConfig, moe: bool, length: int) -> TokenFlops:
     """One layer of a kind, and the head."""
     first = 0 if moe and c.n_routed_experts else 1
     one = dataclasses.replace(c, num_hidden_layers=1, first_k_dense_replace=first, num_nextn_predict_layers=0)
-    return products(one, length / 2)
+    return token_flops(one, length / 2)
 
 
 def step(

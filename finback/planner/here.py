@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from finback.model.config import ModelConfig
-from finback.model.count import parameters, products
+from finback.model.count import parameters, token_flops
 
 LONGEST = 512  # rows up to which attention keeps its weights (kernels/attention.py)
 CHUNK = 256  # rows of scores at a time (train/loss.py)
@@ -184,7 +184,7 @@ def passes(shape: Shape) -> dict[str, float]:
     c = shape.model
     # causal attention of short rows multiplies the whole square
     context = shape.length if shape.length <= LONGEST else shape.length / 2
-    terms = products(c, context, mtp=True)
+    terms = token_flops(c, context, mtp=True)
     layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
     moe = sum(c.is_moe(layer) for layer in layers)
     chunks = (1 + c.num_nextn_predict_layers) * (math.ceil(shape.tokens / CHUNK) + 2)

@@ -28,7 +28,7 @@ from finback.tasks import task as tasks
 from finback.tasks.task import Task
 from finback.train.loss import distillation
 
-CHUNK = 512  # tokens whose scores, the student's and the teacher's, are held at once
+CHUNK = 512  # tokens whose logits, the student's and the teacher's, are held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class _Distillation(Tuning):
         """The divergence summed over tokens to be learnt, SFT's loss mixed in as asked."""
         stage, wanted = self.stage, batch.targets >= 0
         with torch.no_grad():
-            told = self.teacher(batch.tokens[:, : batch.real.size(1)], documents=batch.documents)[wanted]
+            told = self.teacher(batch.tokens[:, : batch.real.size(1)], document_ids=batch.documents)[wanted]
         ours = hidden[wanted]
         vocab = self.tokenizer.vocab_size  # heads may be padded, and differently
         parts = [

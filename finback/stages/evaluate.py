@@ -226,7 +226,7 @@ def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, in
         hidden = model(tokens)
         trunk = model.logits(hidden).argmax(dim=-1)
         behind = tokens.new_zeros(len(rows), len(model.mtp) - 1)  # only the first depth's drafts are looked at
-        further = model.predict_further(hidden[:, :-1], torch.cat([tokens, behind], dim=1))
+        further = model.mtp_hidden_states(hidden[:, :-1], torch.cat([tokens, behind], dim=1))
         draft = model.logits(further[0]).argmax(dim=-1)
         for row, r in enumerate(rollouts[start : start + 64]):
             # draft i speaks of token i + 2, as does the trunk at i + 1

@@ -307,7 +307,7 @@ class _Reinforcement:
 
     def _logprobs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities (rows, length - 1) of the answers' tokens, 0 elsewhere, and their entropies (tokens,)."""
-        hidden = model(batch.tokens[:, :-1], real=batch.real[:, :-1])
+        hidden = model(batch.tokens[:, :-1], padding_mask=batch.real[:, :-1])
         wanted = batch.mask > 0
         logp, entropy = token_logprobs(
             hidden[wanted], model.head.weight, batch.tokens[:, 1:][wanted], self.stage.temperature

@@ -112,7 +112,7 @@ class Pretraining:
             return self._rounded(Transformer(config, self.dtype).initialise(run.seed("weights")))
         model = self.started()
         self.precision = _choose_precision(stage, model.config, run, self.world)
-        return self._rounded(model.under(stage.adapted(model.config), self.dtype))
+        return self._rounded(model.with_config(stage.adapted(model.config), self.dtype))
 
     def started(self) -> Transformer:
         """The model of `start`, checked to speak the data's tokens."""

@@ -228,7 +228,9 @@ class Tuning:
 
     def backward(self, batch: Packed, taught: float) -> Tensor:
         """Add the gradients of this rank's rows; its parts of the mean losses: main and MTP's."""
-        hidden = self.model(batch.tokens[:, : batch.real.size(1)], real=batch.real, documents=batch.documents)
+        hidden = self.model(
+            batch.tokens[:, : batch.real.size(1)], padding_mask=batch.real, document_ids=batch.documents
+        )
         main = self.main_loss(hidden, batch) / taught
         further = self.further_loss(hidden, batch) / taught if self.depths else torch.zeros_like(main)
         # a mean over rows, of which the last step of an epoch has fewer than ranks want
@@ -242,7 +244,7 @@ class Tuning:
 
     def further_loss(self, hidden: Tensor, batch: Packed) -> Tensor:
         """MTP's losses, summed over tokens and averaged over depths (V3 eq. 24-25)."""
-        states = self.model.predict_further(hidden, batch.tokens, batch.real, batch.documents)
+        states = self.model.mtp_hidden_states(hidden, batch.tokens, batch.real, batch.documents)
         losses = [
             summed_cross_entropy(state, self.model.head.weight, batch.further(depth))
             for depth, state in enumerate(states, start=1)

@@ -1,7 +1,7 @@
 """Blocks that train compiled: torch.compile fuses what lies between their products.
 
 Compiled are attention with both norms, the feed-forward of dense layers and of shared experts, and the router with its
-balance loss. The routed experts are not: the router decides their shapes, and grouped.py has their fusion by hand. Blocks
+balance loss. The routed experts are not: the router decides their shapes, and moe_gemm.py has their fusion by hand. Blocks
 of a model share what is compiled, so the cost is that of four parts, once: 10 to 60 seconds at the first step. Rollouts,
 probes and validation run as they are, for their shapes change all the time.
 """

@@ -1,11 +1,11 @@
-"""Losses over a large vocabulary without holding its scores: next-token cross-entropy and token log-probabilities."""
+"""Losses over a large vocabulary without holding its logits: next-token cross-entropy and token log-probabilities."""
 
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-CHUNK = 256  # rows of scores held at once: 256 x 1024 fp32 is 1 MB, about a core's L2 cache
+CHUNK = 256  # rows of logits held at once: 256 x 1024 fp32 is 1 MB, about a core's L2 cache
 
 
 def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -28,13 +28,13 @@ class _CrossEntropy(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             h, target = hidden[rows], targets[rows]
             valid = target >= 0
-            score = (h @ weight.T).float()
-            score -= score.max(dim=1, keepdim=True).values
-            picked = score.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
-            normaliser = score.exp_().sum(dim=1)
+            logits = (h @ weight.T).float()
+            logits -= logits.max(dim=1, keepdim=True).values
+            picked = logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+            normaliser = logits.exp_().sum(dim=1)
             total += ((normaliser.log() - picked) * valid).sum()
-            # d loss / d score = softmax - onehot
-            gradient = score.mul_((valid / normaliser)[:, None])
+            # d loss / d logits = softmax - onehot
+            gradient = logits.mul_((valid / normaliser)[:, None])
             gradient[torch.arange(len(target), device=target.device), target.clamp(min=0)] -= valid.float()
             gradient = gradient.to(h.dtype)
             torch.mm(gradient, weight, out=d_hidden[rows])
@@ -50,19 +50,19 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def token_logprobs(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log softmax(scores / temperature) of the given tokens, and the entropy of that distribution (no gradient).
+    """log softmax(logits / temperature) of the given tokens, and the entropy of that distribution (no gradient).
 
     hidden (n, d), head (vocab, d), tokens (n,) -> (n,), (n,), both fp32.
     """
-    score = (hidden @ head.to(hidden.dtype).T).float() / temperature
-    logp = score.log_softmax(dim=-1)
+    logits = (hidden @ head.to(hidden.dtype).T).float() / temperature
+    logp = logits.log_softmax(dim=-1)
     with torch.no_grad():
         entropy = -(logp.exp() * logp).sum(dim=-1)
     return logp.gather(1, tokens[:, None]).squeeze(1), entropy
 
 
 def distillation(student: Tensor, teacher: Tensor, form: Literal["forward", "reverse"], top_k: int = 0) -> Tensor:
-    """KL divergence per row between two models' scores (n, vocab) -> (n,); the gradient is the student's alone.
+    """KL divergence per row between two models' logits (n, vocab) -> (n,); the gradient is the student's alone.
 
     forward is KL(teacher || student): cover all that the teacher would say; reverse is KL(student || teacher): say only
     what it would (MiniLLM, 2306.08543). With `top_k` the teacher's k likeliest tokens are told apart and all others

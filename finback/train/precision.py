@@ -10,9 +10,9 @@ from torch import nn
 from finback.kernels.fp8_products import Products
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED
 from finback.model.config import ModelConfig
-from finback.model.gqa import GroupedQueryAttention
+from finback.model.gqa import GQA
 from finback.model.layers import Linear, SwiGLU
-from finback.model.mla import LatentAttention
+from finback.model.mla import MLA
 from finback.model.moe import MoE
 from finback.model.transformer import Block, Transformer
 from finback.train.step import backward
@@ -52,7 +52,7 @@ def use_fp8(model: Transformer, products: Products | None = None) -> Transformer
 
 def _use_fp8(block: Block, products: Products | None) -> None:
     attention = block.attention
-    assert isinstance(attention, LatentAttention | GroupedQueryAttention), "an attention that FP8 does not know"
+    assert isinstance(attention, MLA | GQA), "an attention that FP8 does not know"
     for name, module in attention.named_children():
         if isinstance(module, Linear):
             numerics = AFTER_ATTENTION if name == "out" else LINEAR

@@ -35,7 +35,7 @@ def next_tokens(model: Transformer, hidden: Tensor, tokens: Tensor, further: boo
     depths, length, head = len(model.mtp), hidden.size(1), model.head.weight
     main = cross_entropy(hidden.flatten(0, 1), head, tokens[:, 1 : length + 1].flatten())
     mtp = torch.zeros((), device=hidden.device)
-    states = model.predict_further(hidden, tokens[:, : length + depths]) if further else []
+    states = model.mtp_hidden_states(hidden, tokens[:, : length + depths]) if further else []
     for depth, state in enumerate(states, start=1):
         targets = tokens[:, 1 + depth : 1 + depth + length]
         # averaged over depths, not summed
@@ -52,13 +52,13 @@ def backward_rows(
     (`counts` here, over their mean over ranks): the mean over ranks is then the mean over all targets of the step.
     """
     length, depths = rows.length, len(model.mtp)
-    real = None if bool(rows.real.all()) else rows.real[:, :length]
-    documents = None if rows.documents is None else rows.documents[:, :length]
-    hidden = model(rows.tokens[:, :length], real=real, documents=documents)
+    padding_mask = None if bool(rows.real.all()) else rows.real[:, :length]
+    document_ids = None if rows.documents is None else rows.documents[:, :length]
+    hidden = model(rows.tokens[:, :length], padding_mask=padding_mask, document_ids=document_ids)
     head = model.head.weight
     main = cross_entropy(hidden.flatten(0, 1), head, rows.targets.flatten()) * shares[0]
     tokens = rows.tokens[:, : length + depths]
-    further = model.predict_further(hidden, tokens, real, documents) if mtp_weight else []
+    further = model.mtp_hidden_states(hidden, tokens, padding_mask, document_ids) if mtp_weight else []
     mtp = torch.zeros((), device=hidden.device)
     for depth, state in enumerate(further, start=1):
         loss = cross_entropy(state.flatten(0, 1), head, rows.further(depth).flatten())
