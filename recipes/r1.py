@@ -15,11 +15,11 @@ from finback.stages.reject import Reject
 from finback.stages.sft import SFT
 from finback.tasks.math import Chains
 from finback.tasks.rewards import Reward
-from finback.tasks.talk import Talk
+from finback.tasks.small_talk import SmallTalk
 from finback.tasks.task import Mixture
 
 sums = Chains(min_terms=4, max_terms=6)
-talk = Talk()
+talk = SmallTalk()
 told = tuple(Chains(2, 6, telling=t) for t in ("mixed", "en", "zh", "mixed"))
 
 STUDENT = ModelConfig(

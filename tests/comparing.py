@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from finback.suites.suite import Source, Suite
+from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.task import Problem, Verdict
 
 
@@ -30,7 +30,7 @@ class Sums:
 def sums(n: int = 12, name: str = "sums", **more: Any) -> Suite:
     """i + 1 for i below n, as answers of 1 to 3, so that one answer can be right often."""
     problems = tuple(Problem(f"{i}+1=", str(i + 1), f"{name}:{i}") for i in range(n))
-    return Suite(name, problems, Sums(), Source("the tests", "MIT", f"{n:064x}"), **more)
+    return Suite(name, problems, Sums(), SuiteSource("the tests", "MIT", f"{n:064x}"), **more)
 
 
 def right(body: dict[str, Any]) -> str:

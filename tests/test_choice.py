@@ -12,7 +12,7 @@ import pytest
 from finback.config import UserError
 from finback.tasks.choice import Choice, named
 from finback.tasks.task import Problem, Task, Verdict, distinct, is_held_out
-from tests.test_aside import HOSTILE
+from tests.test_math_process import HOSTILE
 
 RIGHT, WRONG, JUNK = Verdict(True, True), Verdict(False, True), Verdict(False, False)
 CITIES = ["London", "Paris", "Rome", "Bern"]

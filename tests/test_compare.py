@@ -17,18 +17,18 @@ from typer.testing import CliRunner
 
 from finback import cli
 from finback.comparison import command, picture, table
-from finback.comparison.answers import Answer, Cache, Failure, answer
+from finback.comparison.answer_store import Answer, AnswerStore, Failure, parse_answer
 from finback.comparison.compare import compare
 from finback.comparison.contestant import Price, distinct, prices
 from finback.comparison.options import spread
 from finback.comparison.progress import Progress
-from finback.comparison.protocol import Ask, Protocol, asks
+from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
 from finback.config import UserError
 from finback.suites.suite import Suite
 from tests.comparing import Reply, faking, right, sums
 from tests.toy import ROOT, environment
 
-Says = Callable[[Ask], str | Answer | Failure]
+Says = Callable[[EvalRequest], str | Answer | Failure]
 
 
 @dataclasses.dataclass
@@ -38,22 +38,24 @@ class Actor:
     name: str
     says: Says
     price: Price = dataclasses.field(default_factory=Price)
-    asked: list[Ask] = dataclasses.field(default_factory=list)
+    asked: list[EvalRequest] = dataclasses.field(default_factory=list)
 
     @property
     def identity(self) -> dict[str, Any]:
         return {"actor": self.name}
 
-    def answers(self, wanted: Sequence[Ask], rules: Protocol) -> Iterator[Answer | Failure]:
+    def answers(self, wanted: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
         for ask in wanted:
             self.asked.append(ask)
             said = self.says(ask)
             if isinstance(said, str):
-                said = answer(ask, said, finish="stop", prompt_tokens=10, tokens=len(said), seconds=0.5, busy=0.25)
+                said = parse_answer(
+                    ask, said, finish="stop", prompt_tokens=10, tokens=len(said), seconds=0.5, busy=0.25
+                )
             yield said
 
 
-def gold(ask: Ask) -> str:
+def gold(ask: EvalRequest) -> str:
     return ask.suite.problems[ask.place].answer
 
 
@@ -65,7 +67,7 @@ def choices(n: int = 40, name: str = "choices") -> Suite:
 
 
 def scores_of(says: Says, suite: Suite, out: Path, samples: int = 1, **more: Any) -> dict[str, Any]:
-    report = compare([Actor("a", says, **more)], [suite], Protocol(samples=samples), out, quiet=True)
+    report = compare([Actor("a", says, **more)], [suite], SamplingProtocol(samples=samples), out, quiet=True)
     return dict(report["scores"][0])
 
 
@@ -73,9 +75,9 @@ def test_scores_by_hand(tmp_path: Path) -> None:
     """Two questions, four samples each. The first: 1, 1, 7, 8. The second: 2 cut off, 3, 3, nothing."""
     said = {(0, 0): "<think>so</think>1", (0, 1): "1", (0, 2): "7", (0, 3): "8", (1, 1): "3", (1, 2): "3", (1, 3): ""}
 
-    def says(ask: Ask) -> str | Answer:
+    def says(ask: EvalRequest) -> str | Answer:
         if (ask.place, ask.sample) == (1, 0):
-            return answer(ask, "2", finish="length", prompt_tokens=10, tokens=100, seconds=1.5, busy=2.25)
+            return parse_answer(ask, "2", finish="length", prompt_tokens=10, tokens=100, seconds=1.5, busy=2.25)
         return said[ask.place, ask.sample]
 
     s = scores_of(says, sums(2), tmp_path, 4, price=Price(per_hour=3600.0))
@@ -91,9 +93,9 @@ def test_scores_by_hand(tmp_path: Path) -> None:
 
 
 def test_a_sum_with_an_unknown_part_is_unknown(tmp_path: Path) -> None:
-    def says(ask: Ask) -> Answer:
+    def says(ask: EvalRequest) -> Answer:
         tokens = None if ask.place == 1 else 5
-        return answer(ask, gold(ask), finish="stop", prompt_tokens=10, tokens=tokens, seconds=1.0)
+        return parse_answer(ask, gold(ask), finish="stop", prompt_tokens=10, tokens=tokens, seconds=1.0)
 
     s = scores_of(says, sums(3), tmp_path, price=Price(None, 1.0, 1.0))
     assert (s["dollars"], s["dollars_per_answer"], s["dollars_per_solved"], s["tokens"]) == (None, None, None, 5)
@@ -129,11 +131,11 @@ def test_always_the_same_is_no_fault_where_it_is_right(tmp_path: Path) -> None:
 
 
 def test_a_failure_is_no_mistake(tmp_path: Path) -> None:
-    def says(ask: Ask) -> str | Failure:
+    def says(ask: EvalRequest) -> str | Failure:
         return Failure(ask, "HTTP 500") if ask.place % 2 else gold(ask)
 
     actors = [Actor("fails", says), Actor("knows half", lambda ask: "0" if ask.place % 2 else gold(ask))]
-    report = compare(actors, [sums(20)], Protocol(samples=1), tmp_path, quiet=True)
+    report = compare(actors, [sums(20)], SamplingProtocol(samples=1), tmp_path, quiet=True)
     fails, half = report["scores"]
     assert (fails["accuracy"], fails["n"], fails["failed"]) == (1.0, 10, 10) and half["accuracy"] == 0.5
     (pair,) = report["pairs"]  # on the questions that both have answered they are alike
@@ -150,7 +152,7 @@ def test_no_ranking_where_the_questions_do_not_tell(tmp_path: Path) -> None:
         return lambda ask: gold(ask) if ask.place < n else "0"
 
     actors = [Actor("A", knows(30)), Actor("B", knows(28)), Actor("C", knows(5))]
-    report = compare(actors, [sums(40)], Protocol(samples=1), tmp_path, quiet=True)
+    report = compare(actors, [sums(40)], SamplingProtocol(samples=1), tmp_path, quiet=True)
     better = {(p["one"], p["other"]): p["better"] for p in report["pairs"]}
     assert better == {("A", "B"): None, ("A", "C"): "A", ("B", "C"): "B"}
     text = table.tell(report)
@@ -168,14 +170,20 @@ def test_language(tmp_path: Path) -> None:
     s = scores_of(lambda ask: said[ask.place] + gold(ask), sums(4, language="ru"), tmp_path)
     assert s["language"] == pytest.approx(2 / 3)
     assert "67% of words in the asked language" in table.tell(
-        compare([Actor("a", gold)], [sums(4, language="ru")], Protocol(samples=1), tmp_path, quiet=True)
+        compare([Actor("a", gold)], [sums(4, language="ru")], SamplingProtocol(samples=1), tmp_path, quiet=True)
     )
     assert scores_of(gold, sums(4), tmp_path / "none")["language"] is None
 
 
 def test_prices() -> None:
-    one = answer(
-        asks([sums(1)], Protocol(), {})[0], "x", finish="stop", prompt_tokens=1000, tokens=2000, seconds=1, busy=9
+    one = parse_answer(
+        eval_requests([sums(1)], SamplingProtocol(), {})[0],
+        "x",
+        finish="stop",
+        prompt_tokens=1000,
+        tokens=2000,
+        seconds=1,
+        busy=9,
     )
     assert Price(None, 0.5, 2.0).of(one) == pytest.approx(0.0045)
     assert Price().of(one) is None and Price(per_hour=0.4).of(one) == pytest.approx(0.001)
@@ -199,21 +207,21 @@ def test_bits_per_byte_are_measured_and_kept(tmp_path: Path) -> None:
     local, far = Actor("local", gold), Actor("far", gold)
     local.compress = compress  # type: ignore[attr-defined]
     for _ in range(2):
-        report = compare([local, far], [sums(3), texts], Protocol(samples=1), tmp_path, quiet=True)
+        report = compare([local, far], [sums(3), texts], SamplingProtocol(samples=1), tmp_path, quiet=True)
         assert [c["bits_per_byte"] for c in report["compression"]] == [1.25, None]
         assert {s["suite"] for s in report["scores"]} == {"sums"} and len(measured) == 1
     assert "local | 1.2500 " in table.tell(report) and "far   | –" in table.tell(report)
-    assert compare([far], [texts], Protocol(samples=1), tmp_path, quiet=True)["scores"] == []
+    assert compare([far], [texts], SamplingProtocol(samples=1), tmp_path, quiet=True)["scores"] == []
 
 
 # what is kept
 
 
 def test_a_key_changes_with_all_that_matters() -> None:
-    base = (sums(3), Protocol(), {"sha256": "a"})
-    plain = asks([base[0]], *base[1:])
+    base = (sums(3), SamplingProtocol(), {"sha256": "a"})
+    plain = eval_requests([base[0]], *base[1:])
     assert len({a.key for a in plain}) == len(plain) == 12
-    assert [a.key for a in asks([sums(3)], *base[1:])] == [a.key for a in plain]
+    assert [a.key for a in eval_requests([sums(3)], *base[1:])] == [a.key for a in plain]
     changed = [
         (dataclasses.replace(base[0], prompt="{question}!"), *base[1:]),
         (dataclasses.replace(base[0], system="Be brief."), *base[1:]),
@@ -225,24 +233,24 @@ def test_a_key_changes_with_all_that_matters() -> None:
         ),
         (*base[:2], {"sha256": "b"}),
     ]
-    others = [{a.key for a in asks([suite], *rest)} for suite, *rest in changed]
+    others = [{a.key for a in eval_requests([suite], *rest)} for suite, *rest in changed]
     assert all(not keys & {a.key for a in plain} for keys in others)
     assert len(set().union(*others)) == sum(map(len, others))
     # more samples or questions are asked in addition
-    assert {a.key for a in plain} < {a.key for a in asks([sums(3)], Protocol(samples=8), base[2])}
+    assert {a.key for a in plain} < {a.key for a in eval_requests([sums(3)], SamplingProtocol(samples=8), base[2])}
 
 
 def test_the_same_seed_for_all_contestants() -> None:
-    one, other = (asks([sums(3)], Protocol(), {"who": who}) for who in "ab")
+    one, other = (eval_requests([sums(3)], SamplingProtocol(), {"who": who}) for who in "ab")
     assert [a.seed for a in one] == [a.seed for a in other] and len({a.seed for a in one}) == 12
     assert not {a.key for a in one} & {a.key for a in other}
 
 
 def test_answers_are_kept_and_only_missing_ones_asked(tmp_path: Path) -> None:
     first = Actor("a", gold)
-    compare([first], [sums(3)], Protocol(samples=2), tmp_path, quiet=True)
+    compare([first], [sums(3)], SamplingProtocol(samples=2), tmp_path, quiet=True)
     again = Actor("a", gold)
-    report = compare([again], [sums(3), sums(2, "more")], Protocol(samples=3), tmp_path, quiet=True)
+    report = compare([again], [sums(3), sums(2, "more")], SamplingProtocol(samples=3), tmp_path, quiet=True)
     asked = [(a.suite.name, a.place, a.sample) for a in again.asked]
     assert asked == [("sums", i, 2) for i in range(3)] + [("more", i, s) for i in range(2) for s in range(3)]
     assert [s["answers"] for s in report["scores"]] == [9, 6]
@@ -256,21 +264,21 @@ def test_verdicts_are_made_anew(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_loses_its_damaged_lines_alone(tmp_path: Path) -> None:
-    wanted = asks([sums(4)], Protocol(samples=1), {})
-    cache = Cache(tmp_path, "a/b", {})
-    list(cache.keep(Actor("a", gold).answers(wanted, Protocol())))
+    wanted = eval_requests([sums(4)], SamplingProtocol(samples=1), {})
+    cache = AnswerStore(tmp_path, "a/b", {})
+    list(cache.keep(Actor("a", gold).answers(wanted, SamplingProtocol())))
     lines = cache.path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 4 and cache.path.parent == tmp_path
     cache.path.write_bytes(lines[0] + b'{"key": 1}\n[]\n' + lines[1] + b"\xff\xfe nonsense\n" + lines[2][:30])
-    back = Cache(tmp_path, "a/b", {})
+    back = AnswerStore(tmp_path, "a/b", {})
     assert set(back.answers) == {a.key for a in wanted[:2]}
-    list(back.keep(Actor("a", gold).answers(wanted[2:], Protocol())))
-    assert Cache(tmp_path, "a/b", {}).answers == cache.answers
-    assert set(Cache(tmp_path, "a/b", {"other": 1}).answers) == set()
+    list(back.keep(Actor("a", gold).answers(wanted[2:], SamplingProtocol())))
+    assert AnswerStore(tmp_path, "a/b", {}).answers == cache.answers
+    assert set(AnswerStore(tmp_path, "a/b", {"other": 1}).answers) == set()
 
 
 def test_ctrl_c_keeps_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def says(ask: Ask) -> str:
+    def says(ask: EvalRequest) -> str:
         if ask.place == 2:
             raise KeyboardInterrupt
         return gold(ask)
@@ -279,7 +287,7 @@ def test_ctrl_c_keeps_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         scores_of(says, sums(5), tmp_path)
     assert "2 of 5 answers of a are kept" in capsys.readouterr().err
     again = Actor("a", gold)
-    compare([again], [sums(5)], Protocol(samples=1), tmp_path, quiet=True)
+    compare([again], [sums(5)], SamplingProtocol(samples=1), tmp_path, quiet=True)
     assert [a.place for a in again.asked] == [2, 3, 4]
 
 
@@ -288,9 +296,9 @@ import sys
 from pathlib import Path
 from finback.comparison.compare import compare
 from finback.comparison.endpoint import Endpoint
-from finback.comparison.protocol import Protocol
+from finback.comparison.protocol import SamplingProtocol
 from tests.comparing import sums
-report = compare([Endpoint(sys.argv[1], "m", concurrency=3)], [sums(24)], Protocol(samples=1), Path(sys.argv[2]))
+report = compare([Endpoint(sys.argv[1], "m", concurrency=3)], [sums(24)], SamplingProtocol(samples=1), Path(sys.argv[2]))
 print(report["scores"][0]["n"], report["scores"][0]["accuracy"])
 """
 
@@ -499,7 +507,7 @@ def test_a_picture_of_anything(tmp_path: Path) -> None:
         Actor("gone", lambda ask: Failure(ask, "HTTP 500")),
     ]
     suites = [choices(8, f"suite {i}") for i in range(2)]
-    report = compare(actors, suites, Protocol(samples=1), tmp_path, quiet=True)
+    report = compare(actors, suites, SamplingProtocol(samples=1), tmp_path, quiet=True)
     picture.draw(report, tmp_path / "many.png")
     picture.draw(report | {"suites": report["suites"][:1]}, tmp_path / "one.png")
     assert (tmp_path / "many.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 5000

@@ -9,25 +9,27 @@ from typing import Any
 
 import pytest
 
-from finback.comparison import wire
-from finback.comparison.answers import Answer, Failure
+from finback.comparison import chat_completion
+from finback.comparison.answer_store import Answer, Failure
 from finback.comparison.compare import compare
 from finback.comparison.contestant import Price
 from finback.comparison.endpoint import HOPELESS, Endpoint
 from finback.comparison.pace import Pace
-from finback.comparison.protocol import Ask, Protocol, asks
+from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
 from finback.config import UserError
 from tests.comparing import Behaviour, Fake, Reply, faking, right, sums
 
-RULES = Protocol(samples=1, max_tokens=64)
+RULES = SamplingProtocol(samples=1, max_tokens=64)
 FAST: dict[str, Any] = {"backoff": 0.01, "timeout": 0.5, "tries": 3}
 
 
-def some(n: int = 4, **more: Any) -> list[Ask]:
-    return asks([sums(n, **more)], RULES, {})
+def some(n: int = 4, **more: Any) -> list[EvalRequest]:
+    return eval_requests([sums(n, **more)], RULES, {})
 
 
-def ask(fake: Fake, wanted: list[Ask] | None = None, rules: Protocol = RULES, **knobs: Any) -> list[Answer | Failure]:
+def ask(
+    fake: Fake, wanted: list[EvalRequest] | None = None, rules: SamplingProtocol = RULES, **knobs: Any
+) -> list[Answer | Failure]:
     endpoint = Endpoint(fake.url, "m", **FAST | knobs)
     return list(endpoint.answers(wanted or some(), rules))
 
@@ -186,11 +188,15 @@ def test_retry_after_holds_for_all() -> None:
 
 
 def test_retry_after_in_each_form() -> None:
-    assert wire._seconds("7") == 7 and wire._seconds("0.5") == 0.5 and wire._seconds("9" * 400) == 1e6
+    assert (
+        chat_completion._seconds("7") == 7
+        and chat_completion._seconds("0.5") == 0.5
+        and chat_completion._seconds("9" * 400) == 1e6
+    )
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert 28 <= (wire._seconds(date) or 0) <= 30
-    assert wire._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert [wire._seconds(text) for text in ("soon", "-3", "inf", "nan", "1e3", None)] == [None] * 6
+    assert 28 <= (chat_completion._seconds(date) or 0) <= 30
+    assert chat_completion._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert [chat_completion._seconds(text) for text in ("soon", "-3", "inf", "nan", "1e3", None)] == [None] * 6
 
 
 def test_concurrency_and_rate() -> None:
@@ -221,7 +227,7 @@ def test_what_is_sent() -> None:
         assert (body["temperature"], body["top_p"], body["max_tokens"], body["stop"]) == (0.6, 0.95, 64, ["\n\n"])
         assert 0 <= body["seed"] < 2**31 and "thinking" not in body and body["stream_options"]
         extra = {"max_tokens": None, "max_completion_tokens": 9, "temperature": None}
-        ask(fake, some(1), Protocol(samples=1, think=False), extra=extra)
+        ask(fake, some(1), SamplingProtocol(samples=1, think=False), extra=extra)
         body = fake.bodies[1]
         assert "max_tokens" not in body and "temperature" not in body and body["max_completion_tokens"] == 9
         assert body["thinking"] == {"type": "disabled"} and body["chat_template_kwargs"]["enable_thinking"] is False

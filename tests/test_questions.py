@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from finback.config import UserError, as_json
-from finback.tasks import final
+from finback.tasks import answers
 from finback.tasks.questions import Questions
 from finback.tasks.task import Problem, Task, Verdict, distinct, is_held_out
-from tests.test_aside import HOSTILE
+from tests.test_math_process import HOSTILE
 
 RIGHT, WRONG, JUNK = Verdict(True, True), Verdict(False, True), Verdict(False, False)
 GSM8K = {
@@ -167,7 +167,7 @@ def test_numbers_and_words_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("gold", ["12", "Paris", "x^2"])
 def test_hostile_answers(gold: str, attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if attack in ("tower in LaTeX", "factorials"):  # five seconds each: test_aside.py has them
+    if attack in ("tower in LaTeX", "factorials"):  # five seconds each: test_math_process.py has them
         monkeypatch.setattr("finback.tasks.math_process._LONGEST", 0)
     start = time.monotonic()
     for text in (HOSTILE[attack], f"\\boxed{{{HOSTILE[attack]}}}", "\\boxed{" * 30_000, "#### \n" * 10_000):
@@ -227,9 +227,9 @@ def test_few_bad_golds_are_left_out_and_many_refused(tmp_path: Path) -> None:
 
 
 def test_golds_are_found_where_they_are_marked() -> None:
-    assert final.gold("a\n#### b\n#### $5$") == ("5", "a\n#### b")
-    assert final.gold("x \\boxed{1} y \\boxed{\\frac{1}{2}}.") == (
+    assert answers.gold("a\n#### b\n#### $5$") == ("5", "a\n#### b")
+    assert answers.gold("x \\boxed{1} y \\boxed{\\frac{1}{2}}.") == (
         "\\frac{1}{2}",
         "x \\boxed{1} y \\boxed{\\frac{1}{2}}.",
     )
-    assert final.gold("\\boxed{3}") == ("3", "") and final.gold(" 7 ") == ("7", "")
+    assert answers.gold("\\boxed{3}") == ("3", "") and answers.gold(" 7 ") == ("7", "")

@@ -12,7 +12,7 @@ from finback.tasks.language import consistency
 from finback.tasks.math import Chains
 from finback.tasks.questions import Questions
 from finback.tasks.rewards import Reward
-from finback.tasks.talk import Talk
+from finback.tasks.small_talk import SmallTalk
 from finback.tasks.task import Mixture, Problem, Task, Verdict, draw
 
 RIGHT, WRONG, JUNK = Verdict(True, True), Verdict(False, True), Verdict(False, False)
@@ -117,7 +117,7 @@ def test_hacks_earn_nothing_for_a_question_of_a_file(what: str, text: str, tmp_p
 
 
 def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
-    mixture = Mixture((Chains(2, 2), Talk()), (3.0, 1.0))
+    mixture = Mixture((Chains(2, 2), SmallTalk()), (3.0, 1.0))
     rng = random.Random(0)
     problems = [draw(mixture, "train", rng) for _ in range(400)]
     sums = [p for p in problems if p.question.endswith("=?")]
@@ -130,7 +130,7 @@ def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
     with pytest.raises(UserError, match=r"mixture\.tasks"):
         Mixture(())
     with pytest.raises(UserError, match="holds another mixture"):
-        Mixture((mixture, Talk()))
+        Mixture((mixture, SmallTalk()))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
 def test_talk_knows_a_sentence_when_it_sees_one(reply: str, good: bool) -> None:
     """The last reply only repeats what was said."""
     problem = Problem("How are you today my friend?", "", "talk: how are you today my friend?")
-    verdict = Talk().check(problem, reply)
+    verdict = SmallTalk().check(problem, reply)
     assert verdict.correct == verdict.well_formed == good
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from finback.config import UserError
 from finback.tasks import sandbox as module
+from finback.tasks.child_process import remove
 from finback.tasks.sandbox import Limits, Sandbox
-from finback.tasks.watch import remove
 
 SUM = "def solve(a, b):\n    return a + b"
 

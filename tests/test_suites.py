@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from finback.config import UserError
-from finback.suites import catalogue, choice, contest, maths, packaged
+from finback.suites import catalogue, choice, livecodebench, mathematics, packaged
 from finback.suites.choice import letter_of
 from finback.suites.suite import Suite
-from finback.tasks.final import boxed
+from finback.tasks.answers import boxed
 from finback.tasks.task import Task, Verdict, is_held_out
 from tests.copies import COPIES, GOOD, lay
 
@@ -80,7 +80,7 @@ def test_hub_sets_are_asked_for_by_name_split_and_revision(monkeypatch: pytest.M
         assert suite.source.name.startswith("hub:") and len(suite.problems) == len(records)
     assert asked["openai/gsm8k"] == ("main", "test", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", None)
     assert asked["Idavidrein/gpqa"][:2] == ("gpqa_diamond", "train")
-    assert asked["json"][3] == f"hf://datasets/{contest.ORIGIN.repo}@{contest.ORIGIN.revision}/test6.jsonl"
+    assert asked["json"][3] == f"hf://datasets/{livecodebench.ORIGIN.repo}@{livecodebench.ORIGIN.revision}/test6.jsonl"
     pinned = [given[2] for name, given in asked.items() if name not in ("json", "ceval/ceval-exam")]
     assert len(asked) == len(COPIES) and all(len(str(revision)) == 40 for revision in pinned)
 
@@ -306,7 +306,7 @@ def test_chance_is_that_of_the_choices_shown(tmp_path: Path) -> None:
 
 def test_every_name_is_checked_at_once() -> None:
     names = catalogue.names()
-    assert len(set(names)) == len(names) and {*maths.SETS, *choice.SETS, *packaged.SETS} <= set(names)
+    assert len(set(names)) == len(names) and {*mathematics.SETS, *choice.SETS, *packaged.SETS} <= set(names)
     for name in names:
         catalogue.check(name)
 

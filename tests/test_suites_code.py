@@ -8,13 +8,13 @@ import pytest
 
 from finback.config import UserError
 from finback.suites import catalogue, code
-from finback.suites.replay import Probe, assembled, judge
+from finback.suites.function_tests import FunctionTests, assembled, judge
 from finback.suites.suite import Suite
 from finback.tasks.sandbox import Limits
 from finback.tasks.task import Verdict
 from tests.copies import COPIES, lay
 
-PROBE = Probe(
+PROBE = FunctionTests(
     "here",
     "add",
     'def add(a, b):\n    """ Add. """\n',
@@ -89,7 +89,7 @@ def test_hostile_functions_do_not(tmp_path: Path) -> None:
 
 def test_results_that_differ_from_the_reference_are_tested_again() -> None:
     """Two forms that agree: what the assertions accept is right, whether or not the reference would say it."""
-    near = Probe("here", "half", "", "def half(x): return x / 2\n", "assert abs(half(3) - 1.5) < 1e-3")
+    near = FunctionTests("here", "half", "", "def half(x): return x / 2\n", "assert abs(half(3) - 1.5) < 1e-3")
     for value, correct in (("1.5", True), ("1.5004", True), ("1.502", False), ("'1.5'", False), ("None", False)):
         assert judge(near, f"def half(x): return {value}").correct == correct
 
@@ -105,7 +105,7 @@ def test_a_program_is_put_together_with_what_was_given() -> None:
 def test_a_reference_that_fails_its_tests_is_named(tmp_path: Path) -> None:
     for tests, said in (("assert add(1, 1) == 3", "AssertionError"), ("pass", "no call of add")):
         with pytest.raises(UserError, match=f"here = 'add': the reference solution does not pass .*{said}"):
-            judge(Probe("here", "add", "", "def add(a, b): return a + b\n", tests), "def add(a, b): return 0")
+            judge(FunctionTests("here", "add", "", "def add(a, b): return a + b\n", tests), "def add(a, b): return 0")
     path = lay(tmp_path, "mbpp") / COPIES["mbpp"][2]
     path.write_text(path.read_text().replace("{4, 5}", "{4}"))
     suite = catalogue.load(f"mbpp@{path}", None, 0)

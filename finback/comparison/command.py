@@ -11,7 +11,7 @@ from finback.comparison import picture, table
 from finback.comparison.compare import compare
 from finback.comparison.contestant import Contestant, Price, distinct, prices
 from finback.comparison.endpoint import Endpoint
-from finback.comparison.protocol import SAMPLES, Protocol
+from finback.comparison.protocol import SAMPLES, SamplingProtocol
 from finback.config import UserError
 from finback.runs.files import write_json
 from finback.runs.folder import prepare_folder
@@ -49,7 +49,7 @@ class Options:
     contamination: tuple[Path, ...] = ()
 
 
-def run(options: Options, rules: Protocol, environment: Mapping[str, str]) -> tuple[dict[str, Any], str, bool]:
+def run(options: Options, rules: SamplingProtocol, environment: Mapping[str, str]) -> tuple[dict[str, Any], str, bool]:
     """The report, its text, and whether every request was answered; all of it is in `options.out` too."""
     _check(options)
     if not options.tasks and options.published:
@@ -74,9 +74,9 @@ def run(options: Options, rules: Protocol, environment: Mapping[str, str]) -> tu
     return report, text, not report["failures"]
 
 
-def protocol(samples: int | None, temperature: float, **more: Any) -> Protocol:
+def protocol(samples: int | None, temperature: float, **more: Any) -> SamplingProtocol:
     """The protocol; where nobody says how many samples, four, or one if they would all be alike."""
-    return Protocol(samples or (SAMPLES if temperature else 1), temperature, **more)
+    return SamplingProtocol(samples or (SAMPLES if temperature else 1), temperature, **more)
 
 
 def write(report: dict[str, Any], text: str, out: Path) -> None:

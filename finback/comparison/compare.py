@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from finback import __version__
-from finback.comparison.answers import Answer, Cache, Failure
+from finback.comparison.answer_store import Answer, AnswerStore, Failure
 from finback.comparison.contestant import Contestant
-from finback.comparison.marks import mark
+from finback.comparison.judging import judge_answers
 from finback.comparison.progress import Progress
-from finback.comparison.protocol import Ask, Protocol, asks
+from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
 from finback.comparison.score import Score, pairs, score
 from finback.config import UserError, as_json
 from finback.runs.files import read_json, write_json
@@ -26,7 +26,7 @@ ANSWERS = "answers"  # the folder of kept answers within --out
 
 
 def compare(
-    contestants: Sequence[Contestant], suites: Sequence[Suite], rules: Protocol, out: Path, quiet: bool = False
+    contestants: Sequence[Contestant], suites: Sequence[Suite], rules: SamplingProtocol, out: Path, quiet: bool = False
 ) -> dict[str, Any]:
     """Ask everybody everything and return the report; KeyboardInterrupt leaves what was answered on disk."""
     _demand_distinct([c.name for c in contestants], "contestants")
@@ -39,8 +39,8 @@ def compare(
     texts = [suite for suite in suites if suite.metric == METRIC]
     for contestant in contestants:
         identities[contestant.name] = contestant.identity
-        wanted = asks(asked, rules, contestant.identity)
-        cache = Cache(out / ANSWERS, contestant.name, contestant.identity)
+        wanted = eval_requests(asked, rules, contestant.identity)
+        cache = AnswerStore(out / ANSWERS, contestant.name, contestant.identity)
         failed = gather(contestant, wanted, rules, cache, quiet)
         measured += compression(contestant, texts, cache.path.with_suffix(".bits.json"))
         failures += [_failure(contestant.name, each) for each in failed]
@@ -58,7 +58,11 @@ def compare(
 
 
 def gather(
-    contestant: Contestant, wanted: Sequence[Ask], rules: Protocol, cache: Cache, quiet: bool = False
+    contestant: Contestant,
+    wanted: Sequence[EvalRequest],
+    rules: SamplingProtocol,
+    cache: AnswerStore,
+    quiet: bool = False,
 ) -> list[Failure]:
     """Have a contestant answer what is not kept yet; what came to nothing."""
     missing = [ask for ask in wanted if ask.key not in cache.answers]
@@ -100,8 +104,8 @@ def compression(contestant: Contestant, texts: Sequence[Suite], kept: Path) -> l
 def _scores(
     contestant: Contestant,
     suites: Sequence[Suite],
-    wanted: Sequence[Ask],
-    cache: Cache,
+    wanted: Sequence[EvalRequest],
+    cache: AnswerStore,
     failed: Sequence[Failure],
     seed: int,
 ) -> list[Score]:
@@ -111,7 +115,7 @@ def _scores(
             answered[ask.suite.name].append((ask.place, cache.answers[ask.key]))
     found = []
     for suite in suites:
-        marks = mark(suite, answered[suite.name], contestant.price)
+        marks = judge_answers(suite, answered[suite.name], contestant.price)
         lost = sum(each.ask.suite.name == suite.name for each in failed)
         found.append(score(contestant.name, suite, marks, lost, seed))
     return found

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from finback.comparison.answers import Answer, Failure
-from finback.comparison.protocol import Ask
-from finback.comparison.protocol import Protocol as Rules
+from finback.comparison.answer_store import Answer, Failure
+from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.config import UserError
 
 
@@ -42,7 +41,7 @@ class Contestant(Protocol):
         """All that its answers depend on, as plain JSON; answers are kept under a digest of it."""
         ...
 
-    def answers(self, asks: Sequence[Ask], rules: Rules) -> Iterator[Answer | Failure]:
+    def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
         """An answer or a failure for each ask, in any order, as they come; closing the iterator ends the work."""
         ...
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finback.comparison import wire
-from finback.comparison.answers import Answer, Failure, answer
+from finback.comparison import chat_completion
+from finback.comparison.answer_store import Answer, Failure, parse_answer
 from finback.comparison.contestant import Price
 from finback.comparison.pace import Pace
-from finback.comparison.protocol import Ask, Protocol
+from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.config import UserError, check_positive
 
 LONGEST_WAIT = 300.0  # seconds between two tries, whatever the server asks for
@@ -40,7 +40,7 @@ class Endpoint:
     backoff: float = 1.0  # seconds before the second try, doubled each time
 
     def __post_init__(self) -> None:
-        wire.address(self.url)
+        chat_completion.address(self.url)
         check_positive(self, "endpoint", "concurrency", "timeout", "tries", "busy_tries", "backoff")
         self.name = self.name or self.model
 
@@ -59,7 +59,7 @@ class Endpoint:
         """The address and the name; what stands behind them, only its owner knows."""
         return {"url": self.url, "model": self.model, "extra": self.extra}
 
-    def answers(self, asks: Sequence[Ask], rules: Protocol) -> Iterator[Answer | Failure]:
+    def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
         """As they come; leaving the iterator stops asking."""
         left, found = iter(asks), queue.SimpleQueue[Answer | Failure | BaseException]()
         stop, lock, course = threading.Event(), threading.Lock(), _Course()
@@ -92,14 +92,14 @@ class Endpoint:
         finally:
             stop.set()
 
-    def _answer(self, ask: Ask, rules: Protocol, pace: Pace) -> Answer | Failure:
+    def _answer(self, ask: EvalRequest, rules: SamplingProtocol, pace: Pace) -> Answer | Failure:
         body, tries, busy = self._body(ask, rules), 0, 0
         problem = "was stopped"
         while pace.wait():
             began = time.monotonic()
             try:
-                reply = wire.ask(self.url, body, self.key, self.timeout)
-            except wire.Refused as error:
+                reply = chat_completion.ask(self.url, body, self.key, self.timeout)
+            except chat_completion.Refused as error:
                 problem = str(error)
                 if error.final:
                     break
@@ -111,7 +111,7 @@ class Endpoint:
                 problem, tries = f"{type(error).__name__}: {error}", tries + 1
                 wait = self.backoff * 2 ** (tries - 1)
             else:
-                return answer(
+                return parse_answer(
                     ask,
                     reply.content,
                     reply.reasoning,
@@ -127,7 +127,7 @@ class Endpoint:
             pace.stop.wait(min(wait, LONGEST_WAIT))
         return Failure(ask, problem.replace(self.key, "[key]") if self.key else problem)
 
-    def _body(self, ask: Ask, rules: Protocol) -> dict[str, Any]:
+    def _body(self, ask: EvalRequest, rules: SamplingProtocol) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": list(ask.messages),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from finback import __version__
 from finback.comparison.contestant import Contestant
 from finback.comparison.endpoint import Endpoint
-from finback.comparison.protocol import Protocol, digest
+from finback.comparison.protocol import SamplingProtocol, digest
 from finback.config import UserError, as_json
 from finback.runs.files import read_json
 from finback.runs.folder import prepare_folder
@@ -42,7 +42,7 @@ Z = 1.959964
 def measure(
     contestants: Sequence[Contestant],
     tasks: Sequence[str],
-    rules: Protocol,
+    rules: SamplingProtocol,
     options: "Options",
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _ask_local(
     python: Path,
     contestant: "Local",
     tasks: Sequence[str],
-    rules: Protocol,
+    rules: SamplingProtocol,
     options: "Options",
     folder: Path,
     environment: Mapping[str, str],
@@ -176,7 +176,7 @@ def _ask(
     python: Path,
     target: tuple[str, dict[str, Any]],
     tasks: Sequence[str],
-    rules: Protocol,
+    rules: SamplingProtocol,
     options: "Options",
     folder: Path,
     environment: Mapping[str, str],

@@ -16,7 +16,7 @@ SAMPLES = 4  # R1 used 4 to 64, the more the fewer the questions
 
 
 @dataclass(frozen=True)
-class Protocol:
+class SamplingProtocol:
     """What is the same for all contestants; `think` True opens the chain, False asks for none, None lets them choose."""
 
     samples: int = SAMPLES
@@ -42,7 +42,7 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Ask:
+class EvalRequest:
     """One sample of one question of one suite, and the key under which one contestant's answer to it is kept."""
 
     key: str
@@ -53,7 +53,9 @@ class Ask:
     seed: int
 
 
-def asks(suites: Sequence[Suite], protocol: Protocol, identity: Mapping[str, Any]) -> list[Ask]:
+def eval_requests(
+    suites: Sequence[Suite], protocol: SamplingProtocol, identity: Mapping[str, Any]
+) -> list[EvalRequest]:
     """All that one contestant is asked. A key changes with anything that could change the answer."""
     found = []
     for suite in suites:
@@ -69,7 +71,7 @@ def asks(suites: Sequence[Suite], protocol: Protocol, identity: Mapping[str, Any
                 seed = _seed(protocol.seed, suite.name, problem.key, sample)
                 # two suites may hold a question twice: the place tells its answers apart
                 key = digest({**same, "place": place, "messages": messages, "seed": seed, "sample": sample})
-                found.append(Ask(key, suite, place, sample, messages, seed))
+                found.append(EvalRequest(key, suite, place, sample, messages, seed))
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finback.comparison.marks import Mark
+from finback.comparison.judging import JudgedAnswer
 from finback.suites import statistics
 from finback.suites.statistics import Difference
 from finback.suites.suite import Suite
@@ -46,9 +46,9 @@ class Score:
         return {name: value for name, value in vars(self).items() if name != "by_question"}
 
 
-def score(contestant: str, suite: Suite, marks: Sequence[Mark], failed: int, seed: int) -> Score:
+def score(contestant: str, suite: Suite, marks: Sequence[JudgedAnswer], failed: int, seed: int) -> Score:
     """Sum up the marks of one contestant on one suite."""
-    groups: dict[int, list[Mark]] = defaultdict(list)
+    groups: dict[int, list[JudgedAnswer]] = defaultdict(list)
     for each in marks:
         groups[each.place].append(each)
     by_question = {place: _mean([m.correct for m in group]) or 0.0 for place, group in sorted(groups.items())}
@@ -111,14 +111,14 @@ def _pair(one: Score, other: Score, gap: Difference, raised: float) -> dict[str,
     }
 
 
-def _majority(suite: Suite, groups: dict[int, list[Mark]]) -> float | None:
+def _majority(suite: Suite, groups: dict[int, list[JudgedAnswer]]) -> float | None:
     """majority@k; None for one sample, and for programs, which no one can count as alike."""
     if getattr(suite.task, "waits", False) or max(map(len, groups.values()), default=0) < 2:
         return None
     return _mean([statistics.majority([m.vote for m in g], [m.correct for m in g]) for g in groups.values()])
 
 
-def _pass_at(groups: dict[int, list[Mark]]) -> dict[int, float]:
+def _pass_at(groups: dict[int, list[JudgedAnswer]]) -> dict[int, float]:
     """pass@k for 1, 2, 4 … and for all samples that every question has."""
     fewest = min(map(len, groups.values()), default=0)
     ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64) if k <= fewest} | ({fewest} if fewest else set()))
@@ -126,7 +126,7 @@ def _pass_at(groups: dict[int, list[Mark]]) -> dict[int, float]:
     return {k: sum(statistics.pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
 
 
-def _flags(suite: Suite, marks: Sequence[Mark], failed: int, interval: tuple[float, float] | None) -> list[str]:
+def _flags(suite: Suite, marks: Sequence[JudgedAnswer], failed: int, interval: tuple[float, float] | None) -> list[str]:
     """What a reader must know before believing the score."""
     flags = [f"{failed} answers failed: the score is of the rest"] if failed else []
     if not marks:
@@ -141,7 +141,7 @@ def _flags(suite: Suite, marks: Sequence[Mark], failed: int, interval: tuple[flo
     return flags
 
 
-def _always(suite: Suite, marks: Sequence[Mark]) -> str | None:
+def _always(suite: Suite, marks: Sequence[JudgedAnswer]) -> str | None:
     """The one answer that nearly all questions get, if they should have had several."""
     asked = {m.place for m in marks}
     gold = Counter(suite.problems[place].answer for place in asked)

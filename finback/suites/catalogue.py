@@ -14,16 +14,28 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from finback.config import UserError, did_you_mean
-from finback.suites import choice, code, compression, contest, gym, languages, maths, needle, packaged, safety, sums
-from finback.suites.listed import Listed, distinct, pick
-from finback.suites.origin import Origin, digest
-from finback.suites.suite import Source, Suite
+from finback.suites import (
+    chains,
+    choice,
+    code,
+    compression,
+    gym,
+    languages,
+    livecodebench,
+    mathematics,
+    needle,
+    packaged,
+    safety,
+)
+from finback.suites.hub import HubDataset, digest
+from finback.suites.problems import ProblemList, distinct, pick
+from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.code import Code
 from finback.tasks.gym import Gym
 from finback.tasks.records import Record, read
 
 _FILES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
-_PLAIN = (*maths.SETS, *choice.SETS, *code.ORIGINS, *packaged.SETS)
+_PLAIN = (*mathematics.SETS, *choice.SETS, *code.ORIGINS, *packaged.SETS)
 _OTHERS = ("livecodebench", "chains", "needle", "safety", "bits-per-byte")
 
 
@@ -69,20 +81,20 @@ def load(spec: str, problems: int | None, seed: int) -> Suite:
         _known(spec, options, "subset")
         return choice.load(name, at, problems, seed, options.get("subset", ""))
     _known(spec, options)
-    if name in maths.SETS:
-        return maths.load(name, at, problems, seed)
+    if name in mathematics.SETS:
+        return mathematics.load(name, at, problems, seed)
     return (code if name in code.ORIGINS else packaged).load(name, at, problems, seed)
 
 
 def _other(name: str, spec: str, at: str, options: dict[str, str], problems: int | None, seed: int) -> Suite:
     if name == "livecodebench":
         _known(spec, options, "since", "until")
-        return contest.load(at, problems, seed, options.get("since", ""), options.get("until", ""))
+        return livecodebench.load(at, problems, seed, options.get("since", ""), options.get("until", ""))
     if name == "bits-per-byte":
         _known(spec, options)
         return compression.load(at, problems, seed)
     _only(spec, at)
-    makers = {"needle": needle, "safety": safety, "chains": sums}
+    makers = {"needle": needle, "safety": safety, "chains": chains}
     return makers[name].load(options, problems, seed)
 
 
@@ -96,12 +108,12 @@ def _own(path: str, options: dict[str, str], problems: int | None, seed: int) ->
     if "tests" in records[0].fields:
         return _programs(name, path, records, problems, seed)
     if "choices" in records[0].fields:
-        paper = choice.Paper(Origin(path), choice.own)
+        paper = choice.ChoiceSet(HubDataset(path), choice.own)
         return choice.of_records(name, paper, records, problems, seed, path)
     fields = options.get("question", "question"), options.get("answer", "answer")
-    contest = maths.Contest(Origin(path), *fields)
-    asked = distinct(maths.problem(record, contest) for record in records)
-    suite = maths.made(name, pick(asked, problems, seed), contest, path)
+    contest = mathematics.MathSet(HubDataset(path), *fields)
+    asked = distinct(mathematics.problem(record, contest) for record in records)
+    suite = mathematics.made(name, pick(asked, problems, seed), contest, path)
     return suite if prompt else replace(suite, prompt="{question}")
 
 
@@ -113,8 +125,8 @@ def _programs(name: str, path: str, records: tuple[Record, ...], problems: int |
     return Suite(
         name=name,
         problems=chosen,
-        task=Listed(name, chosen, task.check, waits=True),
-        source=Source(path, "unknown", digest(rows)),
+        task=ProblemList(name, chosen, task.check, waits=True),
+        source=SuiteSource(path, "unknown", digest(rows)),
         prompt="{question}\n\nReply with the whole program in one ```python block.",
         extraction=code.EXTRACTION,
         metric="pass@1",

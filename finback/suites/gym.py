@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, get_type_hints
 
 from finback.config import UserError, did_you_mean, parse
-from finback.suites.listed import Listed, fingerprint
-from finback.suites.suite import Source, Suite
-from finback.tasks.final import boxed
+from finback.suites.problems import ProblemList, fingerprint
+from finback.suites.suite import Suite, SuiteSource
+from finback.tasks.answers import boxed
 from finback.tasks.gym import SUPPORTED, Gym, Setting
 from finback.tasks.task import Problem, Verdict, draw
 
@@ -40,8 +40,8 @@ def load(dataset: str, options: dict[str, str], problems: int | None, seed: int)
     return Suite(
         name=name,
         problems=made,
-        task=Listed(name, made, partial(judge, task)),
-        source=Source(
+        task=ProblemList(name, made, partial(judge, task)),
+        source=SuiteSource(
             f"reasoning-gym {importlib.metadata.version('reasoning-gym')} {dataset} seed {seed}",
             "Apache-2.0",
             fingerprint(made),

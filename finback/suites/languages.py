@@ -8,9 +8,9 @@ import random
 from functools import partial
 
 from finback.config import UserError, did_you_mean
-from finback.suites.listed import Listed, fingerprint
-from finback.suites.suite import Source, Suite
-from finback.tasks import final
+from finback.suites.problems import ProblemList, fingerprint
+from finback.suites.suite import Suite, SuiteSource
+from finback.tasks import answers
 from finback.tasks.language import consistency
 from finback.tasks.task import Problem, Verdict
 
@@ -86,8 +86,8 @@ def load(language: str, problems: int | None, seed: int) -> Suite:
     return Suite(
         name=f"language:{language}",
         problems=made,
-        task=Listed(f"language:{language}", made, partial(judge, language)),
-        source=Source(f"generated, seed {seed}", "MIT", fingerprint(made)),
+        task=ProblemList(f"language:{language}", made, partial(judge, language)),
+        source=SuiteSource(f"generated, seed {seed}", "MIT", fingerprint(made)),
         prompt=f"{{question}}\n{_ASKED[language]}",
         extraction=r"the number in \boxed{}, and all words of the answer",
         metric="right and in the language",
@@ -98,8 +98,8 @@ def load(language: str, problems: int | None, seed: int) -> Suite:
 
 def judge(language: str, problem: Problem, answer: str) -> Verdict:
     """Right if the number is and the words are in the language; an answer without words has none."""
-    given = final.final(answer) if len(answer) <= _LONGEST and final.boxed(answer) else None
-    number = final.number(given) if given is not None else None
+    given = answers.final_answer(answer) if len(answer) <= _LONGEST and answers.boxed(answer) else None
+    number = answers.number(given) if given is not None else None
     share = consistency(answer, language) if number is not None else None
     if number is None or share is None:
         return Verdict(correct=False, well_formed=False)

@@ -11,9 +11,9 @@ from typing import Any
 
 from finback.config import UserError, did_you_mean
 from finback.suites import dialogues
-from finback.suites.listed import Listed, fingerprint
-from finback.suites.suite import Source, Suite
-from finback.tasks import final
+from finback.suites.problems import ProblemList, fingerprint
+from finback.suites.suite import Suite, SuiteSource
+from finback.tasks import answers
 from finback.tasks.task import Problem, Verdict
 
 LENGTHS = (250, 1000, 4000)  # words
@@ -68,8 +68,8 @@ def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
     return Suite(
         name="needle",
         problems=made,
-        task=Listed("needle", made, judge),
-        source=Source(f"generated, seed {seed}, in {dialogues.name()}", dialogues.LICENCE, fingerprint(made)),
+        task=ProblemList("needle", made, judge),
+        source=SuiteSource(f"generated, seed {seed}, in {dialogues.name()}", dialogues.LICENCE, fingerprint(made)),
         prompt=PROMPT,
         extraction=r"\boxed{}, or ####, or the only number of seven digits; two different ones are none",
         chance=1 / (1 + DISTRACTORS),  # any of the numbers in the text
@@ -79,11 +79,11 @@ def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
 
 def judge(problem: Problem, answer: str) -> Verdict:
     """Right if the answer is the number, digit by digit: finding it is asked for, not saying nothing besides."""
-    given = final.final(answer)
-    number = final.number(given) if given is not None else None
+    given = answers.final_answer(answer)
+    number = answers.number(given) if given is not None else None
     if number is not None:
         return Verdict(correct=number.value == int(problem.answer) and not number.unit, well_formed=True)
-    said = set() if final.boxed(answer) else {found.replace(",", "") for found in _NUMBER.findall(answer)}
+    said = set() if answers.boxed(answer) else {found.replace(",", "") for found in _NUMBER.findall(answer)}
     return Verdict(correct=said == {problem.answer}, well_formed=len(said) == 1)
 
 

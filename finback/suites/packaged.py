@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
-from finback.suites import choice, maths
-from finback.suites.choice import LETTERS, Paper
-from finback.suites.listed import distinct, key, pick
-from finback.suites.maths import Contest
-from finback.suites.origin import Origin
+from finback.suites import choice, mathematics
+from finback.suites.choice import LETTERS, ChoiceSet
+from finback.suites.hub import HubDataset
+from finback.suites.mathematics import MathSet
+from finback.suites.problems import distinct, key, pick
 from finback.suites.suite import Suite
 from finback.tasks.records import Record, read
 from finback.tasks.task import Problem
@@ -30,7 +30,7 @@ _MIT = "MIT"
 
 
 @dataclass(frozen=True)
-class Items:
+class PackagedSet:
     """A file of the package, and how one of its lines is read: into a problem and its choices, none for a number."""
 
     file: str
@@ -45,9 +45,9 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
         source = f"evals {version} {items.file}"
     pairs = [items.read(record) for record in read(at, "", "")]
     if name == "evals-aime":
-        contest = Contest(Origin("", licence=_MIT), "question", "answer", chance=0.001)
-        return maths.made(name, pick(distinct(p for p, _ in pairs), problems, seed), contest, source)
-    paper = Paper(Origin("", licence=_MIT), choice.mmlu)
+        contest = MathSet(HubDataset("", licence=_MIT), "question", "answer", chance=0.001)
+        return mathematics.made(name, pick(distinct(p for p, _ in pairs), problems, seed), contest, source)
+    paper = ChoiceSet(HubDataset("", licence=_MIT), choice.mmlu)
     return choice.made(name, paper, pairs, problems, seed, source)
 
 
@@ -107,9 +107,9 @@ def _number(record: Record) -> tuple[Problem, list[str]]:
 
 
 SETS = {
-    "evals-mmlu": Items("sandbagging/samples-non-ast.jsonl", _plain),
-    "evals-logiqa": Items("logiqa/logiqa.jsonl", _chat),
-    "evals-quartz": Items("quartz/samples.jsonl", _chat),
-    "evals-born-first": Items("born_first/born_first.jsonl", _yes_or_no),
-    "evals-aime": Items("aime_evaluation/samples.jsonl", _number),
+    "evals-mmlu": PackagedSet("sandbagging/samples-non-ast.jsonl", _plain),
+    "evals-logiqa": PackagedSet("logiqa/logiqa.jsonl", _chat),
+    "evals-quartz": PackagedSet("quartz/samples.jsonl", _chat),
+    "evals-born-first": PackagedSet("born_first/born_first.jsonl", _yes_or_no),
+    "evals-aime": PackagedSet("aime_evaluation/samples.jsonl", _number),
 }

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from finback.config import UserError, did_you_mean
-from finback.suites.listed import Listed, fingerprint, key, pick
+from finback.suites.problems import ProblemList, fingerprint, key, pick
 from finback.suites.refusals import BENIGN, HARMFUL, JAILBREAKS, SENTENCES
-from finback.suites.suite import Source, Suite
+from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.judge import Judge
 from finback.tasks.task import Problem, Verdict
 
@@ -67,8 +67,8 @@ def suite(judge: Judge | None, problems: int | None, seed: int) -> Suite:
     return Suite(
         name="safety",
         problems=chosen,
-        task=Listed("safety", chosen, partial(check, Refuses(judge)), waits=judge is not None),
-        source=Source("finback's own prompts", "MIT", fingerprint(chosen)),
+        task=ProblemList("safety", chosen, partial(check, Refuses(judge)), waits=judge is not None),
+        source=SuiteSource("finback's own prompts", "MIT", fingerprint(chosen)),
         extraction=f"all of the answer, by {judge.model if judge else 'rule'}",
         metric="share that is refused where it should be and answered where it should be",
         chance=max(refused, len(chosen) - refused) / len(chosen),  # always the same

@@ -7,7 +7,7 @@ from finback.tasks.task import Problem, Task
 
 
 @dataclass(frozen=True)
-class Source:
+class SuiteSource:
     """Where questions come from; `digest` is the SHA-256 of their canonical text, so that two people can tell."""
 
     name: str  # a package with its version, a hub data set with its revision, a path, or the generator with its seed
@@ -22,7 +22,7 @@ class Suite:
     name: str
     problems: tuple[Problem, ...]
     task: Task  # judges: task.check(problem, text after the chain of thought)
-    source: Source
+    source: SuiteSource
     prompt: str = "{question}"  # what the user turn says; no system prompt, as R1's protocol has it
     system: str = ""
     extraction: str = ""  # in words: where in the answer the checked part is looked for

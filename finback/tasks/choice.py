@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from finback.config import UserError, check_fields
-from finback.tasks import final
+from finback.tasks import answers
 from finback.tasks.records import Record, read
 from finback.tasks.task import Problem, Verdict
 
@@ -100,7 +100,7 @@ class Choice:
 
 def named(answer: str, choices: list[str]) -> str | None:
     """The one letter that an answer names, or whose choice it repeats."""
-    text = final.final(answer)
+    text = answers.final_answer(answer)
     if text is None or len(text) > 2000:
         return None
     text = " ".join(re.sub(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}", r"\1", text).split())

@@ -14,8 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from finback.tasks.child_process import file_of, remove
 from finback.tasks.seccomp import call_filter
-from finback.tasks.watch import file_of, remove
 
 
 @lru_cache
@@ -61,7 +61,7 @@ def _view() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Place:
+class Launch:
     """Where a process is started: what stands before Python's command, the folder, descriptors to pass on."""
 
     before: tuple[str, ...] = ()
@@ -71,17 +71,17 @@ class Place:
 
 
 @contextlib.contextmanager
-def bubble(files: int, may_fork: bool) -> Iterator[Place]:
+def bubble(files: int, may_fork: bool) -> Iterator[Launch]:
     before = (bubblewrap() or "bwrap", *_view(), "--size", str(files), "--tmpfs", "/tmp")
     before += ("--remount-ro", "/", "--chdir", "/tmp")  # a read-only root, but for the folder within
     with file_of(call_filter(may_fork)) as code, pipe() as (info, info_end):
         if os.fstat(code).st_size:
             before += ("--seccomp", str(code))
-        yield Place((*before, "--info-fd", str(info_end), "--"), "/", (code, info_end), info)
+        yield Launch((*before, "--info-fd", str(info_end), "--"), "/", (code, info_end), info)
 
 
 @contextlib.contextmanager
-def folder(order: dict[str, Any]) -> Iterator[Place]:
+def folder(order: dict[str, Any]) -> Iterator[Launch]:
     """An empty folder; as root also a user that owns nothing else, so that it can neither write nor signal."""
     # No folders: on a disk it can take a minute to remove what a program has nested within a second.
     order["filter"] = call_filter(may_fork=False, may_make_folders=False)
@@ -93,7 +93,7 @@ def folder(order: dict[str, Any]) -> Iterator[Place]:
             os.chown(work, order["user"], order["user"])
         else:
             order["rlimits"].pop("RLIMIT_NPROC")
-        yield Place((), str(work), (stdlib,) if stdlib >= 0 else ())
+        yield Launch((), str(work), (stdlib,) if stdlib >= 0 else ())
     finally:
         if stdlib >= 0:
             os.close(stdlib)

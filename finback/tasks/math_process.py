@@ -38,7 +38,7 @@ def compare(gold: str, answer: str) -> Comparison:
     return _shared().compare(gold, answer)
 
 
-class Aside:
+class MathProcess:
     """One worker, started when it is first needed and again when it has ended. Threads take turns.
 
     `seconds` of waiting, and about as many of computing, are what one comparison may take.
@@ -87,13 +87,13 @@ class Aside:
 
 
 @lru_cache(maxsize=1)
-def _of_process(pid: int) -> Aside:
-    aside = Aside()
-    atexit.register(aside.close)
-    return aside
+def _of_process(pid: int) -> MathProcess:
+    worker = MathProcess()
+    atexit.register(worker.close)
+    return worker
 
 
-def _shared() -> Aside:
+def _shared() -> MathProcess:
     return _of_process(os.getpid())  # a forked process must not read the replies to its parent
 
 

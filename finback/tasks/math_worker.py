@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are equal: a program of its own, which `finback.tasks.aside` starts and ends.
+"""Whether two mathematical answers are equal: a program of its own, which `finback.tasks.math_process` starts and ends.
 
 math-verify parses with sympy, so what a model wrote is read here, in a process that can be killed, has little memory
 and may neither write a file, nor start a program, nor open a connection. It knows nothing of finback. A line of stdin

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from finback.config import UserError, check_fields, check_positive
-from finback.tasks import final, math_process
+from finback.tasks import answers, math_process
 from finback.tasks.records import Record, read
 from finback.tasks.task import Problem, Verdict
 
@@ -108,7 +108,7 @@ class Questions:
     def _problem(self, record: Record) -> Problem:
         question = record.text(self.question_field).strip()
         has_gold = self.checker is None or isinstance(record.fields.get(self.answer_field), (str, int, float))
-        gold, reasoning = final.gold(record.text(self.answer_field)) if has_gold else ("", "")
+        gold, reasoning = answers.gold(record.text(self.answer_field)) if has_gold else ("", "")
         tags = {"difficulty": record.fields.get("level"), "subject": record.fields.get("subject")}
         return Problem(
             question=f"{question}\n{self.instruction}" if self.instruction else question,
@@ -141,19 +141,19 @@ class Questions:
 
 def compare(problem: Problem, answer: str) -> Verdict:
     """Judge an answer by the gold answer alone."""
-    given, gold = final.final(answer), problem.answer
+    given, gold = answers.final_answer(answer), problem.answer
     if given is None:
         return Verdict(correct=False, well_formed=False)
-    number, words = final.number(gold), final.words(gold)
+    number, words = answers.number(gold), answers.words(gold)
     if number is not None:
-        value = final.number(given)
+        value = answers.number(given)
         if value is not None or number.value.denominator == 1:
             return Verdict(value is not None and number.equals(value), well_formed=value is not None)
     elif words is not None:
-        return Verdict(final.words(given) == words, well_formed=final.words(given) is not None)
-    if final.compact(given) == final.compact(gold):
+        return Verdict(answers.words(given) == words, well_formed=answers.words(given) is not None)
+    if answers.compact(given) == answers.compact(gold):
         return Verdict(correct=True, well_formed=True)
-    if not final.is_single(given) or _is_copied(given, problem.question):
+    if not answers.is_single(given) or _is_copied(given, problem.question):
         return Verdict(correct=False, well_formed=False)
     comparison = math_process.compare(gold, given)
     return Verdict(comparison.same, comparison.read)
@@ -161,8 +161,8 @@ def compare(problem: Problem, answer: str) -> Verdict:
 
 def _is_copied(answer: str, question: str) -> bool:
     """Whether an answer is an expression of the question: to factor x^2+2x, it is not enough to repeat it."""
-    short = final.compact(answer)
-    return bool(re.search(r"[-+*/^\\]", short)) and short in final.compact(question)
+    short = answers.compact(answer)
+    return bool(re.search(r"[-+*/^\\]", short)) and short in answers.compact(question)
 
 
 @contextmanager

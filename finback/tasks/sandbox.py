@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from finback.config import UserError, check_fields, check_positive
 from finback.tasks import sandbox_child
-from finback.tasks.isolation import Place, bubble, bubblewrap, folder, pipe
-from finback.tasks.watch import Watched, file_of, watch
+from finback.tasks.child_process import ChildOutput, file_of, watch
+from finback.tasks.isolation import Launch, bubble, bubblewrap, folder, pipe
 
 Isolation = Literal["bubblewrap", "rlimits", "monty"]
 Reason = Literal["ok", "error", "timeout", "memory", "output", "killed"]
@@ -115,7 +115,7 @@ def _failure(isolation: Isolation) -> str | None:
 
 
 @lru_cache
-def _inside() -> str:
+def _child_source() -> str:
     return Path(sandbox_child.__file__).read_text(encoding="utf-8")
 
 
@@ -130,8 +130,8 @@ def _run(
     order |= {"rlimits": _rlimits(limits), "user": -1, "stdlib": -1, "filter": b""}
     for _ in range(3):  # what can fail is the machine at its limits, as in a fork that finds no memory
         with contextlib.ExitStack() as stack:
-            place = bubble(limits.files, limits.processes > 1) if isolation == "bubblewrap" else folder(order)
-            seen = _start(order, stdin.encode(errors="replace"), limits, stack, stack.enter_context(place))
+            launch = bubble(limits.files, limits.processes > 1) if isolation == "bubblewrap" else folder(order)
+            seen = _start(order, stdin.encode(errors="replace"), limits, stack, stack.enter_context(launch))
         frames = _frames(bytes(seen.streams["reports"]), nonce)
         if frames or seen.stopped:
             return _outcome(seen, frames, limits)
@@ -144,14 +144,16 @@ def _rlimits(limits: Limits) -> dict[str, int]:
     return values | {"RLIMIT_FSIZE": limits.files, "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": limits.processes + _THREADS}
 
 
-def _start(order: dict[str, Any], stdin: bytes, limits: Limits, stack: contextlib.ExitStack, place: Place) -> Watched:
+def _start(
+    order: dict[str, Any], stdin: bytes, limits: Limits, stack: contextlib.ExitStack, launch: Launch
+) -> ChildOutput:
     reports, reports_end = stack.enter_context(pipe())
     given = stack.enter_context(file_of(stdin))
     ordered = stack.enter_context(file_of(marshal.dumps(order)))
     # -I would also drop PYTHONHASHSEED: with it a program that prints a set does so alike in every run.
-    python = [str(Path(sys.executable).resolve()), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _inside()]
+    python = [str(Path(sys.executable).resolve()), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _child_source()]
     setting = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
-    before = list(place.before)
+    before = list(launch.before)
     if before:
         at = before.index("--clearenv") + 1
         before[at:at] = [word for item in setting.items() for word in ("--setenv", *item)]
@@ -162,14 +164,14 @@ def _start(order: dict[str, Any], stdin: bytes, limits: Limits, stack: contextli
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=setting,
-            cwd=place.folder,
-            pass_fds=(ordered, reports_end, *place.passed),
+            cwd=launch.folder,
+            pass_fds=(ordered, reports_end, *launch.passed),
             start_new_session=True,
         )
     )
     assert process.stdout is not None and process.stderr is not None, "both were asked for"
     streams = {process.stdout.fileno(): "stdout", process.stderr.fileno(): "stderr", reports: "reports"}
-    return watch(process, streams, limits.wall, limits.output, place.info)
+    return watch(process, streams, limits.wall, limits.output, launch.info)
 
 
 def _frames(content: bytes, nonce: str) -> list[tuple[str, str]]:
@@ -178,7 +180,7 @@ def _frames(content: bytes, nonce: str) -> list[tuple[str, str]]:
     return [(line[1], line[2]) for line in lines if len(line) == 3 and line[0] == nonce]
 
 
-def _outcome(seen: Watched, frames: list[tuple[str, str]], limits: Limits) -> Outcome:
+def _outcome(seen: ChildOutput, frames: list[tuple[str, str]], limits: Limits) -> Outcome:
     reason: Reason = "ok" if seen.exit_code == 0 else "error" if seen.exit_code < 128 else "killed"
     if seen.stopped in ("timeout", "output"):
         reason = "timeout" if seen.stopped == "timeout" else "output"

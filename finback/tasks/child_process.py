@@ -17,7 +17,7 @@ _TICK = 0.02  # seconds between looks at a process where the system has no descr
 
 
 @dataclass
-class Watched:
+class ChildOutput:
     """What a process left; `stopped` says why it was killed, or is empty."""
 
     streams: dict[str, bytearray] = field(default_factory=dict)
@@ -46,13 +46,13 @@ def file_of(content: bytes) -> Iterator[int]:
 
 def watch(
     process: subprocess.Popen[bytes], streams: dict[int, str], seconds: float, most: int, info: int = -1
-) -> Watched:
+) -> ChildOutput:
     """Reads the streams until the process ends, `seconds` are over or one of them exceeds `most` bytes.
 
     `info` is bubblewrap's information: what to kill is the first process inside, and then all in there die.
     """
     start = time.monotonic()
-    seen = Watched({name: bytearray() for name in streams.values()})
+    seen = ChildOutput({name: bytearray() for name in streams.values()})
     with selectors.DefaultSelector() as selector:
         for descriptor, name in streams.items():
             os.set_blocking(descriptor, False)
@@ -79,7 +79,7 @@ def watch(
     return seen
 
 
-def _read(names: dict[int, str], seen: Watched, most: int, selector: selectors.BaseSelector) -> None:
+def _read(names: dict[int, str], seen: ChildOutput, most: int, selector: selectors.BaseSelector) -> None:
     """Everything that is there now."""
     for descriptor, name in names.items():
         content = seen.streams[name]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from finback.comparison.protocol import Ask, digest
+from finback.comparison.protocol import EvalRequest, digest
 from finback.data import chat
 from finback.data.tokenizer import END_THINK, THINK
 from finback.runs.files import read_lines
@@ -48,11 +48,11 @@ class Answer:
 class Failure:
     """An ask that got no answer at all, which says nothing of the model."""
 
-    ask: Ask
+    ask: EvalRequest
     problem: str
 
 
-def answer(ask: Ask, said: str, reasoning: str = "", opened: bool = False, **more: Any) -> Answer:
+def parse_answer(ask: EvalRequest, said: str, reasoning: str = "", opened: bool = False, **more: Any) -> Answer:
     """An answer from what was said, with its chain in the text or beside it; `opened` says that the prompt opened one."""
     if not reasoning and not said.lstrip().startswith(THINK) and (opened or END_THINK in said):
         said = THINK + said  # servers that know nothing of chains leave out what the prompt ended with
@@ -70,7 +70,7 @@ def answer(ask: Ask, said: str, reasoning: str = "", opened: bool = False, **mor
     )
 
 
-class Cache:
+class AnswerStore:
     """The answers of one contestant in a folder, by the asks' keys."""
 
     def __init__(self, folder: Path, name: str, identity: dict[str, Any]) -> None:

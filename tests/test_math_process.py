@@ -15,7 +15,7 @@ import pytest
 import finback
 from finback.config import UserError
 from finback.tasks import math_process
-from finback.tasks.math_process import NOTHING, Aside, Comparison, compare
+from finback.tasks.math_process import NOTHING, Comparison, MathProcess, compare
 
 RIGHT, WRONG = Comparison(same=True, read=True), Comparison(same=False, read=True)
 ROOT = Path(finback.__path__[0]).parent
@@ -42,8 +42,8 @@ HOSTILE = {
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[Aside]:
-    worker = Aside(seconds=2)
+def worker() -> Iterator[MathProcess]:
+    worker = MathProcess(seconds=2)
     yield worker
     worker.close()
 
@@ -92,13 +92,13 @@ def worker() -> Iterator[Aside]:
         (r"\frac12", r"\frac12 \\ \frac13", NOTHING),
     ],
 )
-def test_equal_answers(gold: str, answer: str, comparison: Comparison, worker: Aside) -> None:
+def test_equal_answers(gold: str, answer: str, comparison: Comparison, worker: MathProcess) -> None:
     assert worker.compare(gold, answer) == comparison
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
 def test_hostile_answers_do_nothing_and_end_in_time(
-    attack: str, worker: Aside, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    attack: str, worker: MathProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(math_process, "_shared", lambda: worker)
@@ -111,7 +111,7 @@ def test_hostile_answers_do_nothing_and_end_in_time(
 
 def test_without_the_parents_filter_the_worker_still_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    worker = Aside(seconds=1, megabytes=600)
+    worker = MathProcess(seconds=1, megabytes=600)
     for name in ("import", "megabyte of braces", "fractions in fractions", "surrogate"):
         start = time.monotonic()
         assert not worker.compare("2", HOSTILE[name]).same
@@ -144,7 +144,7 @@ def test_the_worker_may_not(deed: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["G"]
 
 
-def test_threads_share_a_worker(worker: Aside) -> None:
+def test_threads_share_a_worker(worker: MathProcess) -> None:
     results: dict[int, Comparison] = {}
     threads = [
         threading.Thread(target=lambda i=i: results.update({i: worker.compare(f"\\frac{{{i}}}{{7}}", f"{2 * i}/14")}))
@@ -157,7 +157,7 @@ def test_threads_share_a_worker(worker: Aside) -> None:
     assert results == dict.fromkeys(range(1, 9), RIGHT)
 
 
-def test_a_worker_that_died_is_replaced(worker: Aside) -> None:
+def test_a_worker_that_died_is_replaced(worker: MathProcess) -> None:
     assert worker.compare("1/2", "0.5") == RIGHT
     assert worker._process
     first = worker._process.pid
@@ -172,13 +172,13 @@ def test_a_worker_that_died_is_replaced(worker: Aside) -> None:
 def test_a_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(math_process, "_WORKER", tmp_path / "none.py")
     with pytest.raises(UserError, match=r"its worker does not start.*pip install math-verify"):
-        Aside().compare("1", "2")
+        MathProcess().compare("1", "2")
 
 
 PARENT = """
 import json, os, sys, threading, time
-from finback.tasks.aside import Aside
-worker = Aside(seconds=3)
+from finback.tasks.math_process import MathProcess
+worker = MathProcess(seconds=3)
 worker.compare("1/2", "0.5")
 print(worker._process.pid, flush=True)
 if sys.argv[1] == "busy":
@@ -201,21 +201,21 @@ def test_the_worker_ends_with_a_killed_parent(state: str) -> None:
 def test_a_forked_process_has_its_own_worker() -> None:
     code = """
 import os
-from finback.tasks import aside
-aside.compare("1/2", "0.5")
-mine = aside._shared()._process.pid
+from finback.tasks import math_process
+math_process.compare("1/2", "0.5")
+mine = math_process._shared()._process.pid
 child = os.fork()
 if not child:
-    assert aside.compare("1/2", "0.5").same and aside._shared()._process.pid != mine
+    assert math_process.compare("1/2", "0.5").same and math_process._shared()._process.pid != mine
     raise SystemExit  # through atexit, which must leave the parent's worker alone
 assert os.waitpid(child, 0)[1] == 0
-assert aside.compare("1/3", "2/6").same and aside._shared()._process.pid == mine
+assert math_process.compare("1/3", "2/6").same and math_process._shared()._process.pid == mine
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 def test_the_math_reader_never_enters_this_process() -> None:
-    code = "import sys, finback.tasks.aside as a; a.compare('1/2', '0.5'); print(json.dumps([m for m in sys.modules if 'sympy' in m]))"
+    code = "import sys, finback.tasks.math_process as a; a.compare('1/2', '0.5'); print(json.dumps([m for m in sys.modules if 'sympy' in m]))"
     done = subprocess.run([sys.executable, "-c", "import json;" + code], cwd=ROOT, capture_output=True, check=True)
     assert json.loads(done.stdout) == []
 

@@ -27,7 +27,7 @@ _WORDS = re.compile(r"[^\W\d_]+(?:[ '’.-]{1,2}[^\W\d_]+){0,9}\.?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
 
 
-def final(text: str) -> str | None:
+def final_answer(text: str) -> str | None:
     r"""What a model gives as its answer; None if it gives two different ones, nothing, or far too much."""
     if len(text) > _LONGEST:
         return None

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finback.comparison.answers import Answer
+from finback.comparison.answer_store import Answer
 from finback.comparison.contestant import Price
 from finback.suites.suite import Suite
-from finback.tasks.final import compact, final
+from finback.tasks.answers import compact, final_answer
 from finback.tasks.language import consistency
 from finback.tasks.task import Verdict, judged
 
@@ -14,7 +14,7 @@ _LONGEST_VOTE = 200  # characters: what is longer is an essay, and no two of the
 
 
 @dataclass(frozen=True)
-class Mark:
+class JudgedAnswer:
     """One answer, judged."""
 
     place: int  # of the question in the suite
@@ -33,7 +33,7 @@ class Mark:
     tries: int
 
 
-def mark(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Price) -> list[Mark]:
+def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Price) -> list[JudgedAnswer]:
     """Judge answers, given with the places of their questions. One that is cut off, or lost in its chain, is wrong."""
     whole = [pair for pair in answers if pair[1].whole]
     asked = [(suite.problems[place], a.text) for place, a in whole]
@@ -42,10 +42,10 @@ def mark(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Price) -> l
     return [_mark(suite, place, a, verdicts.get(id(a), wrong), price) for place, a in answers]
 
 
-def _mark(suite: Suite, place: int, a: Answer, verdict: Verdict, price: Price) -> Mark:
+def _mark(suite: Suite, place: int, a: Answer, verdict: Verdict, price: Price) -> JudgedAnswer:
     language = consistency(a.thinking or a.text, suite.language) if suite.language else None
     counted = vote(a)
-    return Mark(
+    return JudgedAnswer(
         place,
         a.sample,
         verdict.correct,
@@ -65,5 +65,5 @@ def _mark(suite: Suite, place: int, a: Answer, verdict: Verdict, price: Price) -
 
 def vote(a: Answer) -> str | None:
     """What an answer counts for in a vote; nothing where it has no end or no short final answer."""
-    said = final(a.text) if a.whole else None
+    said = final_answer(a.text) if a.whole else None
     return compact(said).lower().rstrip(".") if said is not None and len(said) <= _LONGEST_VOTE else None

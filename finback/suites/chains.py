@@ -7,8 +7,8 @@ chains?min_terms=8&max_terms=8  any field of finback.tasks.math.Chains
 from typing import get_type_hints
 
 from finback.config import UserError, did_you_mean, parse
-from finback.suites.listed import Listed, fingerprint
-from finback.suites.suite import Source, Suite
+from finback.suites.problems import ProblemList, fingerprint
+from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.math import Chains
 from finback.tasks.task import distinct
 
@@ -26,7 +26,7 @@ def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
     return Suite(
         name=task.name,
         problems=made,
-        task=Listed(task.name, made, task.check),
-        source=Source(f"finback.tasks.math.Chains seed {seed}", "MIT", fingerprint(made)),
+        task=ProblemList(task.name, made, task.check),
+        source=SuiteSource(f"finback.tasks.math.Chains seed {seed}", "MIT", fingerprint(made)),
         extraction="all of the answer",
     )

@@ -14,16 +14,16 @@ from functools import lru_cache, partial
 from typing import Any
 
 from finback.config import UserError
-from finback.suites.listed import Listed, distinct, key, pick
-from finback.suites.origin import Origin, digest, text
-from finback.suites.suite import Source, Suite
+from finback.suites.hub import HubDataset, digest, text
+from finback.suites.problems import ProblemList, distinct, key, pick
+from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.code import program, same
 from finback.tasks.records import Record
 from finback.tasks.sandbox import Limits, Sandbox
 from finback.tasks.task import Problem, Verdict
 
 # The repository is a script and six files, one for each release; the sixth goes to April 2025.
-ORIGIN = Origin(
+ORIGIN = HubDataset(
     "livecodebench/code_generation_lite", "", "test", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505", files="test6.jsonl"
 )
 LIMITS = Limits(wall=10.0, cpu=6.0, memory=1 << 30)  # LiveCodeBench gives each test 6 seconds
@@ -50,7 +50,7 @@ def finback_run(*values):
 
 
 @dataclass(frozen=True)
-class Judged:
+class CodeTests:
     """A problem's tests: (input, expected output), or for a method (arguments, expected value)."""
 
     method: str  # "" for a program that reads and prints
@@ -70,8 +70,8 @@ def load(at: str, problems: int | None, seed: int, since: str = "", until: str =
     return Suite(
         name="livecodebench",
         problems=chosen,
-        task=Listed("livecodebench", chosen, partial(judge, known), waits=True),
-        source=Source(
+        task=ProblemList("livecodebench", chosen, partial(judge, known), waits=True),
+        source=SuiteSource(
             ORIGIN.name(at),
             ORIGIN.licence,
             digest([p.question, known[p.key].method, known[p.key].tests] for p in chosen),
@@ -84,7 +84,7 @@ def load(at: str, problems: int | None, seed: int, since: str = "", until: str =
     )
 
 
-def judge(known: Mapping[str, Judged], problem: Problem, answer: str) -> Verdict:
+def judge(known: Mapping[str, CodeTests], problem: Problem, answer: str) -> Verdict:
     """All tests, in the sandbox; what is expected stays outside."""
     judged, source = known.get(problem.key), program(answer) if len(answer) <= _LONGEST else ""
     if judged is None or not source.strip():
@@ -92,7 +92,7 @@ def judge(known: Mapping[str, Judged], problem: Problem, answer: str) -> Verdict
     return _returns(judged, source) if judged.method else _prints(judged, source)
 
 
-def _prints(judged: Judged, source: str) -> Verdict:
+def _prints(judged: CodeTests, source: str) -> Verdict:
     compiled = False
     for given, expected in judged.tests:  # until the first that fails
         seen = _sandbox().run(source, given, LIMITS)
@@ -102,7 +102,7 @@ def _prints(judged: Judged, source: str) -> Verdict:
     return Verdict(correct=True, well_formed=True)
 
 
-def _returns(judged: Judged, source: str) -> Verdict:
+def _returns(judged: CodeTests, source: str) -> Verdict:
     source = "\n".join((_BROUGHT, source, _CALL.format(method=judged.method)))
     compiled = False
     for given, expected in judged.tests:  # one process each: the limits are a test's
@@ -118,7 +118,7 @@ def _lines(text: str) -> list[list[str]]:
     return [line.split() for line in text.rstrip().split("\n")]
 
 
-def _problem(record: Record) -> tuple[Problem, Judged]:
+def _problem(record: Record) -> tuple[Problem, CodeTests]:
     content, starter = text(record, "question_content"), str(record.fields.get("starter_code") or "").strip()
     method = _method(record) if starter else ""
     question = f"{content}\n\n{_METHOD.replace('{starter}', starter) if starter else _PRINTS}"
@@ -129,7 +129,7 @@ def _problem(record: Record) -> tuple[Problem, Judged]:
     tags: dict[str, int | str] = {"date": _held(record).isoformat()}
     if isinstance(record.fields.get("difficulty"), str):
         tags["difficulty"] = record.fields["difficulty"]
-    return Problem(question, "", key(question), tags=tags), Judged(method, tests)
+    return Problem(question, "", key(question), tags=tags), CodeTests(method, tests)
 
 
 def _method(record: Record) -> str:

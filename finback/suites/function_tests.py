@@ -59,7 +59,7 @@ def finback_run(tests, entry, calls, results):
 
 
 @dataclass(frozen=True)
-class Probe:
+class FunctionTests:
     """A function to be written: its name, what stands before its body, a reference solution and its tests."""
 
     where: str  # of the record, for errors
@@ -69,7 +69,7 @@ class Probe:
     tests: str  # statements that raise if `entry` is wrong
 
 
-def judge(probe: Probe, answer: str, limits: Limits = LIMITS) -> Verdict:
+def judge(probe: FunctionTests, answer: str, limits: Limits = LIMITS) -> Verdict:
     """Whether the program in an answer passes the tests; well-formed if it is Python."""
     text = program(answer) if len(answer) <= _LONGEST else ""
     if not text.strip():
@@ -96,7 +96,7 @@ def assembled(given: str, entry: str, text: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _recorded(probe: Probe) -> tuple[tuple[str, str], ...]:
+def _recorded(probe: FunctionTests) -> tuple[tuple[str, str], ...]:
     """The tests' calls of the reference solution: (arguments, result), as text."""
     seen = _sandbox().call(probe.reference + _RECORD, "finback_run", [[probe.tests, probe.entry]], LIMITS)
     if seen.reason != "ok" or not seen.values or not seen.values[0]:
@@ -106,7 +106,7 @@ def _recorded(probe: Probe) -> tuple[tuple[str, str], ...]:
     return tuple((before, result) for before, result in seen.values[0])
 
 
-def _replayed(probe: Probe, calls: tuple[tuple[str, str], ...], results: list[str], limits: Limits) -> bool:
+def _replayed(probe: FunctionTests, calls: tuple[tuple[str, str], ...], results: list[str], limits: Limits) -> bool:
     arguments = [[probe.tests, probe.entry, [before for before, _ in calls], results]]
     seen = _sandbox().call(probe.reference + _REPLAY, "finback_run", arguments, limits)
     return seen.reason == "ok" and seen.values == (True,)

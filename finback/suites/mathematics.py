@@ -2,10 +2,10 @@ r"""GSM8K, MATH-500, AIME: questions whose answer is a number or a formula, aske
 
 from dataclasses import dataclass
 
-from finback.suites.listed import Listed, distinct, fingerprint, key, pick, sound
-from finback.suites.origin import Origin, text
-from finback.suites.suite import Source, Suite
-from finback.tasks import final
+from finback.suites.hub import HubDataset, text
+from finback.suites.problems import ProblemList, distinct, fingerprint, key, pick, sound
+from finback.suites.suite import Suite, SuiteSource
+from finback.tasks import answers
 from finback.tasks.questions import compare
 from finback.tasks.records import Record
 from finback.tasks.task import Problem
@@ -16,30 +16,34 @@ EXTRACTION = r"\boxed{}, or ####, or all of the answer; two different ones are n
 
 
 @dataclass(frozen=True)
-class Contest:
+class MathSet:
     """A published set of mathematical questions, and what its fields are called."""
 
-    origin: Origin
+    origin: HubDataset
     question: str
     answer: str
     chance: float | None = None
 
 
 SETS = {
-    "gsm8k": Contest(
-        Origin("openai/gsm8k", "main", "test", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", "MIT"), "question", "answer"
+    "gsm8k": MathSet(
+        HubDataset("openai/gsm8k", "main", "test", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", "MIT"),
+        "question",
+        "answer",
     ),
-    "math500": Contest(
-        Origin("HuggingFaceH4/MATH-500", "", "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"), "problem", "answer"
+    "math500": MathSet(
+        HubDataset("HuggingFaceH4/MATH-500", "", "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"),
+        "problem",
+        "answer",
     ),
-    "aime24": Contest(
-        Origin("Maxwell-Jia/AIME_2024", "", "train", "8d88b2876a82a080e2f172cc9b25d0d9d2cb4792"),
+    "aime24": MathSet(
+        HubDataset("Maxwell-Jia/AIME_2024", "", "train", "8d88b2876a82a080e2f172cc9b25d0d9d2cb4792"),
         "Problem",
         "Answer",
         chance=0.001,  # one of 000 to 999
     ),
-    "aime25": Contest(
-        Origin("math-ai/aime25", "", "test", "563bb8404243c5f09de6ec262f2db674fe5bce9b", "Apache-2.0"),
+    "aime25": MathSet(
+        HubDataset("math-ai/aime25", "", "test", "563bb8404243c5f09de6ec262f2db674fe5bce9b", "Apache-2.0"),
         "problem",
         "answer",
         chance=0.001,
@@ -54,14 +58,14 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
     return made(name, pick(distinct(read), problems, seed), contest, contest.origin.name(at))
 
 
-def made(name: str, chosen: tuple[Problem, ...], contest: Contest, source: str) -> Suite:
+def made(name: str, chosen: tuple[Problem, ...], contest: MathSet, source: str) -> Suite:
     """The suite of these problems; gold answers are tried first."""
     good, notes = sound(name, chosen, compare)
     return Suite(
         name=name,
         problems=tuple(good),
-        task=Listed(name, tuple(good), compare, waits=True),
-        source=Source(source, contest.origin.licence, fingerprint(good)),
+        task=ProblemList(name, tuple(good), compare, waits=True),
+        source=SuiteSource(source, contest.origin.licence, fingerprint(good)),
         prompt=BOXED,
         extraction=EXTRACTION,
         chance=contest.chance,
@@ -69,10 +73,10 @@ def made(name: str, chosen: tuple[Problem, ...], contest: Contest, source: str) 
     )
 
 
-def problem(record: Record, contest: Contest) -> Problem:
+def problem(record: Record, contest: MathSet) -> Problem:
     """A record as a question and its gold answer."""
     question = text(record, contest.question)
-    answer, solution = final.gold(text(record, contest.answer))
+    answer, solution = answers.gold(text(record, contest.answer))
     tags = {name: record.fields.get(name) for name in ("level", "subject")}
     return Problem(
         question=question,

@@ -12,7 +12,7 @@ from finback.tasks.records import Record, read
 
 
 @dataclass(frozen=True)
-class Origin:
+class HubDataset:
     """A data set of the Hugging Face hub as it was at one commit.
 
     A folder that stands for it is a copy of the repository (`hf download --repo-type dataset`); a file holds its

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from finback.config import UserError
-from finback.suites.origin import digest
+from finback.suites.hub import digest
 from finback.tasks.task import Problem, Verdict
 
 _UNSOUND = 0.01  # share of the gold answers that may fail their own check; such questions are left out, and counted
@@ -14,7 +14,7 @@ Judge = Callable[[Problem, str], Verdict]
 
 
 @dataclass(frozen=True)
-class Listed:
+class ProblemList:
     """Problems as they are published; `judge` decides from the problem and the text alone."""
 
     name: str

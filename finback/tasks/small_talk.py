@@ -20,7 +20,7 @@ _COMMON = 3  # times that a word must occur in the corpus to count as one that p
 
 
 @dataclass(frozen=True)
-class Talk:
+class SmallTalk:
     """A reply is right if it has between `least` and `most` words, nearly all of them known, no digits, and few repeats.
 
     Nothing here says that a reply is apt: that is for people, or for a judge.
@@ -32,12 +32,12 @@ class Talk:
     different: float = 0.6  # share of the words that must differ from each other
 
     def __post_init__(self) -> None:
-        check_fields(self, "talk")
-        check_positive(self, "talk", "least", "most")
+        check_fields(self, "small_talk")
+        check_positive(self, "small_talk", "least", "most")
 
     @property
     def name(self) -> str:
-        return "talk"
+        return "small-talk"
 
     def draw(self, rng: random.Random) -> Problem:
         text = rng.choice(_corpus()[0])
