@@ -1,33 +1,21 @@
 """Models in files: one model by three routes says the same, token for token; time and money add up; memory is freed."""
 
 import dataclasses
-import gc
-import itertools
 import random
-import shutil
-import threading
-import weakref
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from finback.checkpoint.export import export
 from finback.comparison import local
 from finback.comparison.answer_store import Answer, Failure
-from finback.comparison.endpoint import Endpoint
-from finback.comparison.local import Local, digest_of
-from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
-from finback.data.tokenizer import ASSISTANT, THINK, USER
-from finback.engine import request
+from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.model.transformer import Transformer
-from finback.serve import server
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.task import Problem
-from tests.comparing import Reply, Sums, faking, sums
-from tests.serving import served, small_tokenizer
+from tests.comparing import Sums
+from tests.serving import small_tokenizer
 from tests.toy import CONFIG
 
 GREEDY = SamplingProtocol(samples=1, temperature=0.0, max_tokens=16)
@@ -69,4 +57,3 @@ def in_process(
     """Answers of the built-in engine, and their tokens by question."""
     tokens: dict[str, list[int]] = {}
     plain = local._answer
-

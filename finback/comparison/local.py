@@ -1,9 +1,7 @@
 """A model in files, answered by the built-in engine: as many questions at a time as the cache holds."""
 
 import gc
-import hashlib
 import math
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +13,14 @@ import torch
 from finback import __version__
 from finback.checkpoint import model as models
 from finback.checkpoint.model import Answering
-from finback.comparison.answer_store import Answer, Failure, parse_answer
+from finback.comparison.answer_store import Answer, Failure
 from finback.comparison.contestant import Price
 from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.data.dialogue import dialogue
 from finback.data.tokenizer import ASSISTANT, THINK, USER, Tokenizer
 from finback.engine.engine import Engine, affordable
-from finback.engine.request import Request, SamplingParams
 from finback.model.cache import PAGE
 from finback.model.transformer import Transformer
-from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
-from finback.runs.provenance import sha256
 from finback.suites.compression import measure
 from finback.suites.suite import Suite
 
