@@ -1,7 +1,9 @@
 """A model in files, answered by the built-in engine: as many questions at a time as the cache holds."""
 
 import gc
+import hashlib
 import math
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,14 +15,17 @@ import torch
 from finback import __version__
 from finback.checkpoint import model as models
 from finback.checkpoint.model import Answering
-from finback.comparison.answer_store import Answer, Failure
+from finback.comparison.answer_store import Answer, Failure, parse_answer
 from finback.comparison.contestant import Price
 from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.data.dialogue import dialogue
 from finback.data.tokenizer import ASSISTANT, THINK, USER, Tokenizer
 from finback.engine.engine import Engine, affordable
+from finback.engine.request import Request, SamplingParams
 from finback.model.cache import PAGE
 from finback.model.transformer import Transformer
+from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
+from finback.runs.provenance import sha256
 from finback.suites.compression import measure
 from finback.suites.suite import Suite
 
@@ -111,3 +116,66 @@ def _answers(
     mark = tokenizer.ids.get(THINK)
     banned = ((mark, -math.inf),) if rules.think is False and mark is not None else ()
     left = deque(zip(asks, prompts, strict=True))
+    under_way: dict[Request, tuple[EvalRequest, bool]] = {}
+    busy: dict[Request, float] = {}
+    try:
+        while left or under_way:
+            while left and len(under_way) < 2 * engine.rows:  # the next ones wait in the engine, the rest do not
+                ask, (ids, opened) = left.popleft()
+                room = min(rules.max_tokens, window - len(ids))
+                if room < 1:
+                    yield Failure(ask, f"the question has {len(ids)} tokens and the model reads {window}")
+                    continue
+                knobs = SamplingParams(
+                    rules.temperature, room, top_p=rules.top_p, stop=ask.suite.stop, logit_bias=banned
+                )
+                row = engine.submit(ids, knobs, ask.seed, thinking=opened)
+                under_way[row], busy[row] = (ask, opened), 0.0
+            began = time.perf_counter()
+            engine.step()
+            spent = time.perf_counter() - began
+            at_work = [row for row in under_way if row.started]
+            for row in at_work:
+                busy[row] += spent / len(at_work)
+            for row in [row for row in at_work if row.finish is not None]:
+                ask, opened = under_way.pop(row)
+                yield _answer(row, ask, opened, busy.pop(row))
+    finally:
+        for row in under_way:
+            engine.cancel(row)
+
+
+def _answer(row: Request, ask: EvalRequest, opened: bool, busy: float) -> Answer:
+    assert row.text is not None and row.finish is not None, "the engine has a tokenizer, and the answer has ended"
+    return parse_answer(
+        ask,
+        row.text.said,
+        opened=opened,
+        finish=row.finish,
+        prompt_tokens=len(row.prompt),
+        tokens=len(row.tokens),
+        seconds=row.last - row.started,
+        busy=busy,
+    )
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a model's files, their names included."""
+    files = [path] if path.is_file() else sorted({f for p in PATTERNS for f in path.glob(p)})
+    if (path / "model.json").is_file():  # then config.json is a stage's, and says nothing of the model
+        files = [file for file in files if file.name != "config.json"]
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(f"{file.name} {sha256(file)}\n".encode())
+    return whole.hexdigest()
+
+
+def price_here(per_hour: float | None) -> Price:
+    """What this machine costs an hour: as told, else the cores at work at the run folders' price."""
+    if per_hour is not None:
+        return Price(per_hour=per_hour, basis=f"${per_hour:g} per hour of this machine, as told")
+    if torch.cuda.is_available():  # what a GPU costs differs by more than ten times between places
+        return Price(basis="NOT PROVIDED: say what this machine costs with --price-hour")
+    cores = torch.get_num_threads()
+    basis = f"estimate: {cores} cores at ${DOLLARS_PER_CORE_HOUR:g} per core-hour; nothing was metered"
+    return Price(per_hour=cores * DOLLARS_PER_CORE_HOUR, basis=basis)
