@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from finback.serve.parse import Call, Delta, Parser, fresh_id
-from finback.serve.tools import ToolForm
+from finback.serve.parse import Delta, ParsedCall, Parser, fresh_id
+from finback.serve.tool_calls import ToolForm
 
 QUICK = settings(max_examples=300, deadline=None, derandomize=True)
 
@@ -408,7 +408,7 @@ def test_ids_are_drawn_one_per_call() -> None:
     first = [d.call_id for d in parsed.push(qwen(SUN, SEA)) if d.name]
     assert [c.id for c in parsed.calls] == first and len(set(first)) == 2
     assert all(re.fullmatch("call_[0-9a-f]{24}", each or "") for each in (*first, fresh_id()))
-    assert parsed.calls[0] == Call(first[0] or "", *SUN)
+    assert parsed.calls[0] == ParsedCall(first[0] or "", *SUN)
 
 
 def test_half_a_character_in_a_name_can_be_sent_on() -> None:

@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from finback.data.tokenizer import THINK, Tokenizer
-from finback.serve.forced import form_of
 from finback.serve.parse import Parser
-from finback.serve.tools import ToolForm
+from finback.serve.tool_calls import ToolForm
+from finback.serve.tool_choice import form_of
 from tests.serving import CHAT, HELLO, Scripted, served, small_tokenizer, streamed, summed, wait_for
 from tests.test_dialogue import END_CALL, QWEN3, R1, TOOL_MARKS, V31
 

@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from finback.serve.errors import ApiError
-from finback.serve.job import Job
 from finback.serve.parse import Parser
-from finback.serve.reply import ChatReply, TextReply
+from finback.serve.prepare import PreparedRequest
+from finback.serve.reply import ChatChoice, TextChoice
 from finback.serve.service import Service
 from finback.serve.usage import timings, usage
-from finback.serve.worker import News, Ticket
+from finback.serve.worker import OutputDelta, OutputStream
 
 log = logging.getLogger("finback.serve")
 
@@ -23,15 +23,15 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
-class Answer:
+class CompletionResponse:
     """What comes of one job; `chat` says in whose envelope."""
 
-    def __init__(self, service: Service, job: Job, ticket: Ticket, chat: bool) -> None:
+    def __init__(self, service: Service, job: PreparedRequest, ticket: OutputStream, chat: bool) -> None:
         self.service, self.job, self.ticket, self.chat = service, job, ticket, chat
         self.id = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self.created = int(time.time())
         spelling = service.spelling if job.logprobs else None
-        self.replies: list[ChatReply | TextReply] = []
+        self.replies: list[ChatChoice | TextChoice] = []
         for i, request in enumerate(ticket.requests):
             if chat:
                 parser = Parser(
@@ -41,9 +41,9 @@ class Answer:
                     held=job.forced is not None or job.schema is not None,
                     single=job.single,
                 )
-                self.replies.append(ChatReply(i, request, parser, service.options.reasoning_field, spelling))
+                self.replies.append(ChatChoice(i, request, parser, service.options.reasoning_field, spelling))
             else:
-                self.replies.append(TextReply(i, request, job.echo[i] if job.echo else None, spelling))
+                self.replies.append(TextChoice(i, request, job.echo[i] if job.echo else None, spelling))
         self._heard: dict[int, tuple[float, int]] = {}  # by choice: when its last token came, and which it was
 
     @property
@@ -107,7 +107,7 @@ class Answer:
             found += self.replies[index].take(news)
         return found
 
-    def _measure(self, index: int, news: News) -> None:
+    def _measure(self, index: int, news: OutputDelta) -> None:
         metrics, request = self.service.metrics, self.ticket.requests[index]
         if news.made:
             if index not in self._heard:

@@ -21,7 +21,7 @@ OPEN = frozenset({"/health"})  # the only paths that need no key; beside the pag
 GONE = 499  # nginx's number for a client that left before the answer
 
 
-class Gate:
+class AccessMiddleware:
     """ASGI middleware around everything: a request that it lets through has an owner and a bounded body."""
 
     def __init__(self, app: ASGIApp, options: Options, metrics: Metrics) -> None:

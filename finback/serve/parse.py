@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finback.data.tokenizer import END_THINK, THINK
-from finback.serve import tools as markup
-from finback.serve.feed import Feed, Fence, Wait
-from finback.serve.tools import OPENERS, ToolForm
+from finback.serve import tool_calls as markup
+from finback.serve.incremental import Fence, IncrementalReader, Wait
+from finback.serve.tool_calls import OPENERS, ToolForm
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Call:
+class ParsedCall:
     """A tool call; `arguments` is JSON text as the model wrote it, which may be broken off or no JSON at all."""
 
     id: str
@@ -67,8 +67,8 @@ class Parser:
         held: bool = False,
         single: bool = False,
     ) -> None:
-        self._feed, self._held = Feed(), held
-        self._said = _Said(tools, new_id, single)
+        self._feed, self._held = IncrementalReader(), held
+        self._said = _ParsedOutput(tools, new_id, single)
         self._reader = self._read(opened, tools, form)
 
     @property
@@ -82,9 +82,9 @@ class Parser:
         return "".join(self._said.content)
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[ParsedCall]:
         """The calls so far, or all of them after `end`."""
-        return [Call(call_id, name, "".join(pieces)) for call_id, name, pieces in self._said.calls]
+        return [ParsedCall(call_id, name, "".join(pieces)) for call_id, name, pieces in self._said.calls]
 
     @property
     def called(self) -> bool:
@@ -156,7 +156,7 @@ class Parser:
                 return
 
 
-class _Said:
+class _ParsedOutput:
     """What has been said so far, and what of it is still to be handed out; whitespace waits for what follows it."""
 
     def __init__(self, tools: bool, new_id: Callable[[], str], single: bool) -> None:

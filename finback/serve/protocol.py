@@ -18,13 +18,13 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Name = Annotated[str, Field(max_length=256)]
 
 
-class Part(BaseModel):
+class RequestPart(BaseModel):
     """Anything with fields of known types."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class StreamOptions(Part):
+class StreamOptions(RequestPart):
     """How a stream ends."""
 
     include_usage: bool | None = None
@@ -33,7 +33,7 @@ class StreamOptions(Part):
     )
 
 
-class GenerationRequest(Part):
+class GenerationRequest(RequestPart):
     """What both kinds of completion share."""
 
     model: Name | None = None
@@ -66,7 +66,7 @@ class GenerationRequest(Part):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class Function(Part):
+class FunctionParam(RequestPart):
     """A function that the model may call."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -75,36 +75,36 @@ class Function(Part):
     strict: bool | None = None
 
 
-class Tool(Part):
+class ToolParam(RequestPart):
     """OpenAI's wrapping of a function."""
 
     type: Literal["function"]
-    function: Function
+    function: FunctionParam
 
 
-class Called(Part):
+class CalledFunctionParam(RequestPart):
     """A function and what it was called with."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     arguments: str
 
 
-class Call(Part):
+class ToolCallParam(RequestPart):
     """A call that the assistant has made."""
 
     id: str | None = None
     type: Literal["function"] | None = None
-    function: Called
+    function: CalledFunctionParam
 
 
-class TextPart(Part):
+class TextPart(RequestPart):
     """A piece of a message; there are no others than texts."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Part):
+class MessageParam(RequestPart):
     """One turn of a dialogue."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -112,12 +112,12 @@ class Message(Part):
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="the same as reasoning_content")
-    tool_calls: Annotated[list[Call], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[ToolCallParam], Field(max_length=128)] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = Field(None, description="in the last message, the assistant's: go on from its end")
 
     @model_validator(mode="after")
-    def _says_something(self) -> "Message":
+    def _says_something(self) -> "MessageParam":
         if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.prefix)):
             raise ValueError("content is missing")
         return self
@@ -136,14 +136,14 @@ class Message(Part):
         return said | {k: v for k, v in optional.items() if v is not None}
 
 
-class Thinking(Part):
+class Thinking(RequestPart):
     """DeepSeek's switch."""
 
     type: Literal["enabled", "disabled"]
     budget_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
 
 
-class TemplateSwitches(Part):
+class TemplateSwitches(RequestPart):
     """vLLM's and SGLang's names for the same switch."""
 
     enable_thinking: bool | None = None
@@ -159,7 +159,7 @@ def small(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-class JsonSchema(Part):
+class JsonSchema(RequestPart):
     """OpenAI's wrapping of a schema."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
@@ -173,20 +173,20 @@ class JsonSchema(Part):
         return small(value)
 
 
-class NamedFunction(Part):
+class NamedFunction(RequestPart):
     """Which function."""
 
     name: Annotated[str, Field(max_length=64)]
 
 
-class NamedTool(Part):
+class NamedToolParam(RequestPart):
     """OpenAI's wrapping of the name of the one function that must be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class ResponseFormat(Part):
+class ResponseFormat(RequestPart):
     """What form the answer has."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -212,13 +212,13 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ul
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[MessageParam], Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+    tools: Annotated[list[ToolParam], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolParam | None = Field(
         None, description="required: one call or more; a function by name: one call of it"
     )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
@@ -255,7 +255,7 @@ class CompletionRequest(GenerationRequest):
         return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
-class ControlRequest(Part):
+class ControlRequest(RequestPart):
     """POST /v1/chat/completions/{id}/control."""
 
     action: Literal["answer_now", "stop"]

@@ -6,9 +6,9 @@ from typing import Any
 
 from finback.data.tokenizer import END_THINK, THINK
 from finback.engine.request import Alternatives, Request
+from finback.serve.logprobs import TokenTexts, finite
 from finback.serve.parse import Delta, Parser
-from finback.serve.spelling import Spelling, finite
-from finback.serve.worker import News
+from finback.serve.worker import OutputDelta
 
 REASONING = {
     "both": ("reasoning_content", "reasoning"),
@@ -18,10 +18,10 @@ REASONING = {
 FIELDS = (*REASONING, "inline", "none")
 
 
-class ChatReply:
+class ChatChoice:
     """One choice of a chat. `field` is how the chain is shown: one of FIELDS."""
 
-    def __init__(self, index: int, request: Request, parser: Parser, field: str, spelling: Spelling | None) -> None:
+    def __init__(self, index: int, request: Request, parser: Parser, field: str, spelling: TokenTexts | None) -> None:
         self.index, self.request, self.parser, self.field, self.spelling = (index, request, parser, field, spelling)
         self.finish: str | None = None
         self._deltas: list[dict[str, Any]] = []  # all of them; the message is their sum
@@ -33,7 +33,7 @@ class ChatReply:
         """The choice in the first chunk."""
         return self._choice({"role": "assistant", "content": ""}, None)
 
-    def take(self, news: News) -> list[dict[str, Any]]:
+    def take(self, news: OutputDelta) -> list[dict[str, Any]]:
         """The choices of the chunks that this news makes."""
         parts = self.parser.push(news.text) if news.text else []
         if news.finish is not None:
@@ -74,7 +74,7 @@ class ChatReply:
         first = _call(part.call_id, part.name, part.text) if part.name else {"function": {"arguments": part.text}}
         return {"tool_calls": [{"index": part.index, **first}]} | ({"content": mark} if mark else {})
 
-    def _logprobs(self, news: News) -> dict[str, Any]:
+    def _logprobs(self, news: OutputDelta) -> dict[str, Any]:
         """Those of the tokens made since the last time, the chain's apart from the answer's; `drafted` marks MTP's."""
         assert self.spelling is not None
         new: dict[str, list[Any]] = {"content": [], "reasoning_content": []}
@@ -95,10 +95,10 @@ class ChatReply:
         return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
-class TextReply:
+class TextChoice:
     """One choice of a text completion; `echo` is the prompt's text where the answer begins with it."""
 
-    def __init__(self, index: int, request: Request, echo: str | None, spelling: Spelling | None) -> None:
+    def __init__(self, index: int, request: Request, echo: str | None, spelling: TokenTexts | None) -> None:
         self.index, self.request, self.echo, self.spelling = index, request, echo, spelling
         self.finish: str | None = None
         self._parts: list[dict[str, Any]] = []
@@ -109,7 +109,7 @@ class TextReply:
         """Nothing: a completion has no role to announce."""
         return None
 
-    def take(self, news: News) -> list[dict[str, Any]]:
+    def take(self, news: OutputDelta) -> list[dict[str, Any]]:
         """The choices of the chunks that this news makes."""
         text, logprobs = news.text, None
         if not self._parts and self.echo is not None:
@@ -131,7 +131,7 @@ class TextReply:
         text = "".join(part["text"] for part in self._parts)
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish}
 
-    def _new_tokens(self, news: News) -> tuple[list[int], list[Alternatives | None]]:
+    def _new_tokens(self, news: OutputDelta) -> tuple[list[int], list[Alternatives | None]]:
         s, tokens = self.request, list(self.request.tokens[self._told : news.made])
         found: list[Alternatives | None] = list(s.top[self._told : news.made])
         self._told = news.made

@@ -22,7 +22,7 @@ KEEP_ALIVE = b": keep-alive\n\n"
 A_LOOK = 0.25  # seconds between two looks at the queue
 
 
-class Held:
+class ResumableStream:
     """The events of one answer, numbered from 1, and the task that makes them. All of it belongs to the event loop."""
 
     def __init__(self, owner: bytes, options: Options) -> None:

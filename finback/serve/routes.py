@@ -12,12 +12,12 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from finback.serve import auth, body, metrics, openapi
-from finback.serve.answer import Answer
+from finback.serve.answer import CompletionResponse
 from finback.serve.errors import ApiError, bad, from_pydantic
-from finback.serve.job import SEEDS
+from finback.serve.prepare import SEEDS
 from finback.serve.protocol import ChatRequest, CompletionRequest, ControlRequest
-from finback.serve.resumable import SSE, Held
-from finback.serve.service import Running, Service
+from finback.serve.resumable import SSE, ResumableStream
+from finback.serve.service import ActiveRequest, Service
 
 PREFIXES = ("/v1", "", "/beta")  # OpenAI's, and DeepSeek's two
 
@@ -69,7 +69,7 @@ class Generate:
         self, service: Service, owner: bytes, asked: ChatRequest, choices: int, receive: Receive, send: Send
     ) -> None:
         """Answer in a task of its own, which outlives this connection."""
-        held = Held(owner, service.options)
+        held = ResumableStream(owner, service.options)
 
         async def work() -> None:
             with service.admitted(owner, choices):
@@ -79,7 +79,7 @@ class Generate:
         await _unless_gone(receive, held.serve(0, send))
 
     async def _answer(
-        self, service: Service, owner: bytes, asked: ChatRequest | CompletionRequest, to: Send | Held
+        self, service: Service, owner: bytes, asked: ChatRequest | CompletionRequest, to: Send | ResumableStream
     ) -> None:
         seed = secrets.randbelow(SEEDS) if asked.seed is None else asked.seed % SEEDS
         # templates and long texts take their time; others should not wait for it
@@ -89,11 +89,11 @@ class Generate:
             job = await asyncio.to_thread(service.jobs.completion, asked, seed)
         await service.schemas.check(job)
         ticket = await service.worker.submit(job.orders, auth.salt(owner, asked.user_id))
-        answer = Answer(service, job, ticket, isinstance(asked, ChatRequest))
-        service.running[answer.id] = Running(owner, ticket)
+        answer = CompletionResponse(service, job, ticket, isinstance(asked, ChatRequest))
+        service.running[answer.id] = ActiveRequest(owner, ticket)
         include = bool(asked.stream_options and asked.stream_options.include_usage)
         try:
-            if isinstance(to, Held):
+            if isinstance(to, ResumableStream):
                 service.hold(answer.id, to, ticket)
                 async for event in answer.events(include):
                     to.put(event)
@@ -199,7 +199,7 @@ async def _read(request: Request, form: type[Model]) -> Model:
         raise from_pydantic(error) from None
 
 
-async def _stream(answer: Answer, include_usage: bool, send: Send) -> None:
+async def _stream(answer: CompletionResponse, include_usage: bool, send: Send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": list(SSE)})
     async for event in answer.events(include_usage):
         await send({"type": "http.response.body", "body": event, "more_body": True})

@@ -24,7 +24,7 @@ from finback.engine.engine import Engine, affordable
 from finback.model.transformer import Transformer
 from finback.serve import auth
 from finback.serve.errors import HANDLERS, bad
-from finback.serve.middleware import Gate
+from finback.serve.middleware import AccessMiddleware
 from finback.serve.options import Options
 from finback.serve.page import Page
 from finback.serve.routes import routes
@@ -60,7 +60,7 @@ def build(
             await each.schemas.close()
             each.worker.close()
 
-    gate = Middleware(Gate, options=options, metrics=service.metrics)
+    gate = Middleware(AccessMiddleware, options=options, metrics=service.metrics)
     shown = [*Page().routes(chat=True), *Watch(options.runs, planned).routes()] if options.page else []
     app = Starlette(routes=[*routes(), *shown], middleware=[gate], exception_handlers=HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect would lose the body
@@ -170,7 +170,7 @@ def configuration(app: Starlette) -> uvicorn.Config:
     """How uvicorn runs the application; ours is the only log."""
     return uvicorn.Config(
         app,
-        http=Protocol,
+        http=HttpProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -201,7 +201,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-class Protocol(H11Protocol):
+class HttpProtocol(H11Protocol):
     """uvicorn's, with its one reply of its own in the shape of all others."""
 
     def send_400_response(self, msg: str) -> None:

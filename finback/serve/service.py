@@ -10,22 +10,22 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.serve.auth import Quota
 from finback.serve.errors import ApiError, bad
-from finback.serve.job import Jobs
+from finback.serve.logprobs import TokenTexts
 from finback.serve.metrics import Metrics
 from finback.serve.options import Options
+from finback.serve.prepare import RequestPreparer
 from finback.serve.reply import FIELDS
-from finback.serve.resumable import Held
-from finback.serve.schemas import Schemas
-from finback.serve.spelling import Spelling
-from finback.serve.worker import Ticket, Worker
+from finback.serve.resumable import ResumableStream
+from finback.serve.schema_check import SchemaChecker
+from finback.serve.worker import OutputStream, Worker
 
 
 @dataclass(frozen=True)
-class Running:
+class ActiveRequest:
     """A request that can still be controlled, by whoever sent it."""
 
     owner: bytes
-    ticket: Ticket
+    ticket: OutputStream
 
 
 class Service:
@@ -49,12 +49,14 @@ class Service:
         self.all.append(self)
         self.metrics: Metrics = first.metrics if first else Metrics()
         self.worker = Worker(engine, self.metrics)
-        self.spelling = Spelling(tokenizer)
-        self.jobs = Jobs(tokenizer, self.window, self.spelling.longest)
-        self.schemas = Schemas()
+        self.spelling = TokenTexts(tokenizer)
+        self.jobs = RequestPreparer(tokenizer, self.window, self.spelling.longest)
+        self.schemas = SchemaChecker()
         self.quota: Quota = first.quota if first else Quota(options.rate, options.concurrent)
-        self.running: dict[str, Running] = {}
-        self.held: dict[str, Held] = first.held if first else {}  # by id; an answer that has ended stays for a while
+        self.running: dict[str, ActiveRequest] = {}
+        self.held: dict[str, ResumableStream] = (
+            first.held if first else {}
+        )  # by id; an answer that has ended stays for a while
         self.open = 0  # choices of admitted requests
         self.requests = 0  # admitted requests
         self.draining: float | None = None  # since when, in monotonic time
@@ -71,12 +73,12 @@ class Service:
         """Choices that wait."""
         return max(0, self.open - self.engine.running)
 
-    def place(self, ticket: Ticket) -> int:
+    def place(self, ticket: OutputStream) -> int:
         """Where a request stands among those that have not begun to be answered, from 1; 0 once it has."""
         waiting = [r.ticket for r in self.running.values() if not r.ticket.started]
         return waiting.index(ticket) + 1 if ticket in waiting else 0
 
-    def hold(self, ident: str, held: Held, ticket: Ticket) -> None:
+    def hold(self, ident: str, held: ResumableStream, ticket: OutputStream) -> None:
         """Let an answer be found by its id, until it is forgotten; the oldest that have ended make room."""
         held.place = lambda: self.place(ticket)
         held.forget = lambda: self._forget(ident)

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finback.engine.request import Request
-    from finback.serve.worker import Order
+    from finback.serve.worker import ChoiceInput
 
 
-def usage(requests: Sequence["Request"], orders: Sequence["Order"]) -> dict[str, Any]:
+def usage(requests: Sequence["Request"], orders: Sequence["ChoiceInput"]) -> dict[str, Any]:
     """Tokens of all choices; a prompt counts once, however many choices it has."""
     first = [r for r, order in zip(requests, orders, strict=True) if order.leader is None]
     prompt, cached = sum(len(r.prompt) for r in first), sum(r.cached for r in first)
@@ -24,7 +24,7 @@ def usage(requests: Sequence["Request"], orders: Sequence["Order"]) -> dict[str,
     }
 
 
-def timings(requests: Sequence["Request"], orders: Sequence["Order"]) -> dict[str, Any]:
+def timings(requests: Sequence["Request"], orders: Sequence["ChoiceInput"]) -> dict[str, Any]:
     """Times in milliseconds: waiting, reading what was not cached, and from the first token to the last."""
     first = [r for r, order in zip(requests, orders, strict=True) if order.leader is None]
     read = sum(len(r.prompt) - r.cached for r in first)

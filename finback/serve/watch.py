@@ -25,7 +25,7 @@ from finback.config import UserError
 from finback.serve import auth, curves
 from finback.serve.errors import HANDLERS, ApiError, bad
 from finback.serve.metrics import Metrics
-from finback.serve.middleware import Gate
+from finback.serve.middleware import AccessMiddleware
 from finback.serve.options import Options
 from finback.serve.page import Page
 from finback.serve.rollouts import MOST, Samples, shown
@@ -231,7 +231,7 @@ def build(root: Path, options: Options, planned: Planned | None = None) -> Starl
         return JSONResponse({"status": "ok"})
 
     routes = [Route("/health", health), *Page().routes(chat=False), *Watch(root, planned).routes()]
-    gate = Middleware(Gate, options=options, metrics=Metrics())
+    gate = Middleware(AccessMiddleware, options=options, metrics=Metrics())
     app = Starlette(routes=routes, middleware=[gate], exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
     return app

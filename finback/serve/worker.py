@@ -24,7 +24,7 @@ log = logging.getLogger("finback.serve")
 
 
 @dataclass(frozen=True)
-class News:
+class OutputDelta:
     """What a request has got since the last news. `made` and `thought` are tokens since its start."""
 
     text: str
@@ -35,7 +35,7 @@ class News:
 
 
 @dataclass(frozen=True)
-class Order:
+class ChoiceInput:
     """One choice to generate; `leader` is the place in the request of a choice with the same prompt."""
 
     prompt: list[int]
@@ -46,12 +46,12 @@ class Order:
 
 
 @dataclass(eq=False)
-class Ticket:
+class OutputStream:
     """One job's engine requests, and its news in order of arrival, each with the number of its choice."""
 
     requests: list[Request] = field(default_factory=list)
     error: ApiError | None = None
-    inbox: deque[tuple[int, News]] = field(default_factory=deque)
+    inbox: deque[tuple[int, OutputDelta]] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -59,7 +59,7 @@ class Ticket:
         """Whether any of it has entered the batch."""
         return any(s.started for s in self.requests)
 
-    async def next(self) -> list[tuple[int, News]]:
+    async def next(self) -> list[tuple[int, OutputDelta]]:
         """All that has come since the last call, at least one; ApiError when the engine has failed."""
         await self._arrived.wait()
         self._arrived.clear()
@@ -72,7 +72,7 @@ class Ticket:
             self._arrived.set()  # the next call raises
         return found
 
-    def put(self, index: int, news: News) -> None:
+    def put(self, index: int, news: OutputDelta) -> None:
         """Deliver news; on the event loop only."""
         self.inbox.append((index, news))
         self._arrived.set()
@@ -85,7 +85,7 @@ class Ticket:
 
 @dataclass
 class _Watched:
-    ticket: Ticket
+    ticket: OutputStream
     index: int
     pieces: int = 0  # of the text, that are out
 
@@ -124,10 +124,10 @@ class Worker:
         """Whether there is work and no step has ended for `limit` seconds."""
         return bool(self._watched) and time.monotonic() - self.stepped > limit
 
-    async def submit(self, orders: list[Order], salt: bytes) -> Ticket:
+    async def submit(self, orders: list[ChoiceInput], salt: bytes) -> OutputStream:
         """Queue the choices of one request, all or none; UserError when one can never be served."""
         assert self._loop is not None, "not started"
-        ticket, accepted = Ticket(), self._loop.create_future()
+        ticket, accepted = OutputStream(), self._loop.create_future()
         self._orders.put(lambda: self._submit(ticket, orders, salt, accepted))
         try:
             await accepted
@@ -136,11 +136,11 @@ class Worker:
             raise
         return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
+    def cancel(self, ticket: OutputStream) -> None:
         """Free whatever a request still holds."""
         self._orders.put(lambda: self._cancel(ticket))
 
-    def answer_now(self, ticket: Ticket) -> None:
+    def answer_now(self, ticket: OutputStream) -> None:
         """Have a request's open chains of thought closed."""
         self._orders.put(lambda: self._close_thinking(ticket))
 
@@ -172,7 +172,7 @@ class Worker:
         if news:
             self._call(lambda: _deliver(news))
 
-    def _news(self, request: Request) -> tuple[Ticket, int, News]:
+    def _news(self, request: Request) -> tuple[OutputStream, int, OutputDelta]:
         watched = self._watched[request]
         assert request.text is not None, "the engine has no tokenizer"
         pieces = request.text.pieces
@@ -180,10 +180,12 @@ class Worker:
         watched.pieces = len(pieces)
         if request.finish is not None:
             del self._watched[request]
-        news = News(text, len(request.tokens), request.thought, request.finish, time.perf_counter())
+        news = OutputDelta(text, len(request.tokens), request.thought, request.finish, time.perf_counter())
         return watched.ticket, watched.index, news
 
-    def _submit(self, ticket: Ticket, orders: list[Order], salt: bytes, accepted: asyncio.Future[None]) -> None:
+    def _submit(
+        self, ticket: OutputStream, orders: list[ChoiceInput], salt: bytes, accepted: asyncio.Future[None]
+    ) -> None:
         try:
             if self._stuck:
                 raise ApiError(503, "the engine has failed; the server must be restarted", retry_after=30)
@@ -202,11 +204,11 @@ class Worker:
         self._watched |= {s: _Watched(ticket, i) for i, s in enumerate(ticket.requests)}
         self._call(lambda: _settle(accepted, None))
 
-    def _close_thinking(self, ticket: Ticket) -> None:
+    def _close_thinking(self, ticket: OutputStream) -> None:
         for request in ticket.requests:
             self.engine.close_thinking(request)
 
-    def _cancel(self, ticket: Ticket) -> None:
+    def _cancel(self, ticket: OutputStream) -> None:
         open_ = [s for s in ticket.requests if self._watched.pop(s, None) is not None]
         for request in open_:
             self.engine.cancel(request)
@@ -232,7 +234,7 @@ class Worker:
         problem = ApiError(503, "the model failed while it made this answer", code="engine_failed")
         self._call(lambda: self._report(tickets, problem))
 
-    def _report(self, tickets: set[Ticket], problem: ApiError) -> None:
+    def _report(self, tickets: set[OutputStream], problem: ApiError) -> None:
         self.metrics.failures += 1
         for ticket in tickets:
             ticket.fail(problem)
@@ -243,7 +245,7 @@ class Worker:
             self._loop.call_soon_threadsafe(function)
 
 
-def _deliver(news: list[tuple[Ticket, int, News]]) -> None:
+def _deliver(news: list[tuple[OutputStream, int, OutputDelta]]) -> None:
     for ticket, index, one in news:
         ticket.put(index, one)
 

@@ -13,8 +13,8 @@ from finback.config import did_you_mean
 from finback.data.dialogue import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, written_call
 from finback.data.tokenizer import Tokenizer
 from finback.serve.errors import bad
-from finback.serve.protocol import ChatRequest, Function, NamedTool, small
-from finback.serve.tools import QWEN_BEGIN, QWEN_END, ToolForm
+from finback.serve.protocol import ChatRequest, FunctionParam, NamedToolParam, small
+from finback.serve.tool_calls import QWEN_BEGIN, QWEN_END, ToolForm
 
 # what stands before all calls, between two, and behind all; and how one is written
 AROUND = {
@@ -33,7 +33,7 @@ _MARK = re.compile(f"({'|'.join((CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, S
 
 
 @dataclass(frozen=True)
-class Forced:
+class ToolChoiceGrammar:
     """What an answer has to be: calls in this form, by this grammar (Lark); `schemas` by the fields they came in."""
 
     form: ToolForm
@@ -41,7 +41,7 @@ class Forced:
     schemas: dict[str, str]
 
 
-def forced(request: ChatRequest, tokenizer: Tokenizer) -> Forced | None:
+def tool_choice_grammar(request: ChatRequest, tokenizer: Tokenizer) -> ToolChoiceGrammar | None:
     """The calls that a request demands; None where the model is free not to call."""
     demanded = _demanded(request)
     if not demanded:
@@ -51,7 +51,7 @@ def forced(request: ChatRequest, tokenizer: Tokenizer) -> Forced | None:
     functions = [(function.name, schemas[param]) for param, function in params.items()]
     several = request.tool_choice == "required" and request.parallel_tool_calls is not False
     form = form_of(tokenizer)
-    return Forced(form, _grammar(form, functions, several, tokenizer), schemas)
+    return ToolChoiceGrammar(form, _grammar(form, functions, several, tokenizer), schemas)
 
 
 def form_of(tokenizer: Tokenizer) -> ToolForm:
@@ -62,15 +62,15 @@ def form_of(tokenizer: Tokenizer) -> ToolForm:
     return ToolForm.V31 if QWEN_BEGIN not in shown and _token(SEPARATOR, tokenizer) else ToolForm.QWEN
 
 
-def _demanded(request: ChatRequest) -> dict[int, Function]:
+def _demanded(request: ChatRequest) -> dict[int, FunctionParam]:
     """The functions of which one must be called, by their places among the tools."""
     choice = request.tool_choice
-    if not (choice == "required" or isinstance(choice, NamedTool)):
+    if not (choice == "required" or isinstance(choice, NamedToolParam)):
         return {}
     functions = {i: tool.function for i, tool in enumerate(request.tools or ())}
     if not functions:
         raise bad("a call is demanded, and there are no tools", "tool_choice")
-    if not isinstance(choice, NamedTool):
+    if not isinstance(choice, NamedToolParam):
         return functions
     name = choice.function.name
     if found := {i: function for i, function in functions.items() if function.name == name}:
@@ -79,7 +79,7 @@ def _demanded(request: ChatRequest) -> dict[int, Function]:
     raise bad(f"no function {name!r} among the tools. {did_you_mean(name, known)}", "tool_choice.function.name")
 
 
-def _schema(function: Function, param: str) -> str:
+def _schema(function: FunctionParam, param: str) -> str:
     """The schema of the arguments, which are an object whatever else it says; without one they are empty."""
     given: dict[str, Any] = function.parameters or {}
     kinds = given.get("type", "object")

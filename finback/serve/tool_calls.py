@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from finback.data.dialogue import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
-from finback.serve.feed import Feed, Wait
+from finback.serve.incremental import IncrementalReader, Wait
 
 QWEN_BEGIN, QWEN_END = "<tool_call>", "</tool_call>"
 OPENERS = (CALLS_BEGIN, QWEN_BEGIN)
@@ -32,7 +32,7 @@ class ToolForm(StrEnum):
         return QWEN_BEGIN if self is ToolForm.QWEN else CALLS_BEGIN
 
 
-class Sink(Protocol):
+class ToolCallSink(Protocol):
     """Where what was read goes."""
 
     def call(self, name: str) -> None:
@@ -45,7 +45,9 @@ class Sink(Protocol):
         """No markup after all."""
 
 
-def read(feed: Feed, opener: str, form: ToolForm | None, sink: Sink, sound: bool = False) -> Wait[None]:
+def read(
+    feed: IncrementalReader, opener: str, form: ToolForm | None, sink: ToolCallSink, sound: bool = False
+) -> Wait[None]:
     """Read the calls that begin with `opener`, which has just been read; in Qwen's form one, else all of them.
 
     `sound`: a grammar makes JSON of all arguments, so that marks in their strings are text.
@@ -63,7 +65,7 @@ def is_whole(arguments: str) -> bool:
     return json_text.is_whole
 
 
-def _deepseek(feed: Feed, form: ToolForm | None, sink: Sink, sound: bool) -> Wait[None]:
+def _deepseek(feed: IncrementalReader, form: ToolForm | None, sink: ToolCallSink, sound: bool) -> Wait[None]:
     """<calls begin> calls <calls end>; where the last mark is missing, what follows is text."""
     held: str = CALLS_BEGIN  # given back with what follows unless that is a call
     called = False
@@ -82,7 +84,7 @@ def _deepseek(feed: Feed, form: ToolForm | None, sink: Sink, sound: bool) -> Wai
         sink.text(held + blank + tag)
 
 
-def _deepseek_call(feed: Feed, form: ToolForm | None, sink: Sink, sound: bool) -> Wait[bool]:
+def _deepseek_call(feed: IncrementalReader, form: ToolForm | None, sink: ToolCallSink, sound: bool) -> Wait[bool]:
     """What follows <call begin>, its end included; False if it is no call."""
     name = yield from _deepseek_name(feed, form)
     if name:
@@ -94,7 +96,7 @@ def _deepseek_call(feed: Feed, form: ToolForm | None, sink: Sink, sound: bool) -
     return bool(name)
 
 
-def _deepseek_name(feed: Feed, form: ToolForm | None) -> Wait[str]:
+def _deepseek_name(feed: IncrementalReader, form: ToolForm | None) -> Wait[str]:
     """The name, up to where the arguments begin; "" if it is missing or broken off."""
     name = yield from feed.before((SEPARATOR, *_ENDS))
     if not (yield from feed.match((SEPARATOR,))):
@@ -110,7 +112,7 @@ def _deepseek_name(feed: Feed, form: ToolForm | None) -> Wait[str]:
     return name.strip()
 
 
-def _deepseek_arguments(feed: Feed, sink: Sink, sound: bool) -> Wait[None]:
+def _deepseek_arguments(feed: IncrementalReader, sink: ToolCallSink, sound: bool) -> Wait[None]:
     """JSON up to the call's end, without the code fence and the blanks around it."""
     yield from feed.blank()
     if (yield from feed.match(("```",))):
@@ -137,7 +139,7 @@ def _deepseek_arguments(feed: Feed, sink: Sink, sound: bool) -> Wait[None]:
         sink.arguments(_NOTHING)
 
 
-def _qwen(feed: Feed, sink: Sink) -> Wait[None]:
+def _qwen(feed: IncrementalReader, sink: ToolCallSink) -> Wait[None]:
     """One call, <tool_call> read already: a JSON object with "name" and "arguments" in any order."""
     feed.keep(len(QWEN_BEGIN))
     yield from feed.blank()
@@ -158,7 +160,7 @@ def _qwen(feed: Feed, sink: Sink) -> Wait[None]:
     sink.text(junk)
 
 
-def _qwen_members(feed: Feed, sink: Sink) -> Wait[tuple[bool, bool, bool]]:
+def _qwen_members(feed: IncrementalReader, sink: ToolCallSink) -> Wait[tuple[bool, bool, bool]]:
     """The members of the object: whether they hold a name, hold arguments, and end with the object's brace."""
     early: list[str] = []  # arguments before the name
     named = argued = False
@@ -188,7 +190,7 @@ def _qwen_members(feed: Feed, sink: Sink) -> Wait[tuple[bool, bool, bool]]:
             return named, argued, False
 
 
-def _value(feed: Feed, take: Callable[[str], None], ends: Sequence[str] = (QWEN_END,)) -> Wait[bool]:
+def _value(feed: IncrementalReader, take: Callable[[str], None], ends: Sequence[str] = (QWEN_END,)) -> Wait[bool]:
     """Hand on one JSON value, character by character as it stands; False if it breaks off.
 
     One of `ends` ends a value except within a string, where it is text as long as the string is sound.

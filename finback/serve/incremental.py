@@ -15,7 +15,7 @@ _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)", re.DOTALL)
 _PREFIXES = ("", "b", "f", "r", "u", "B", "F", "R", "U", "rb", "br", "rf", "fr")  # of Python's strings
 
 
-class Feed:
+class IncrementalReader:
     """A growing text with a reading position; after `end` nothing more comes and every wait is over."""
 
     def __init__(self) -> None:

@@ -9,13 +9,13 @@ from collections import OrderedDict
 from typing import Literal
 
 from finback.serve.errors import ApiError, bad
-from finback.serve.job import Job
+from finback.serve.prepare import PreparedRequest
 
 PATIENCE = 1.0  # seconds; schemas that people write take a hundredth
 KNOWN = 256  # schemas that need no second trial
 
 
-class Schemas:
+class SchemaChecker:
     """Tries schemas, one at a time; belongs to the event loop."""
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Schemas:
         self._turn = asyncio.Lock()
         self._sound: OrderedDict[bytes, None] = OrderedDict()  # digests, the longest unused first
 
-    async def check(self, job: Job) -> None:
+    async def check(self, job: PreparedRequest) -> None:
         """ApiError 400 for a schema or a grammar that the engine could not follow, or not in reasonable time."""
         if job.schema is not None:
             await self._check("json_schema", job.schema, "response_format")
@@ -76,7 +76,7 @@ class Schemas:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "finback.serve.trial",
+            "finback.serve.schema_child",
             stdin=pipe,
             stdout=pipe,
             stderr=asyncio.subprocess.DEVNULL,

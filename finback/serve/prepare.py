@@ -10,9 +10,9 @@ from finback.data.dialogue import dialogue
 from finback.data.tokenizer import FIM, THINK, Tokenizer
 from finback.engine.request import SamplingParams
 from finback.serve.errors import ApiError, bad
-from finback.serve.forced import Forced, forced
 from finback.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from finback.serve.worker import Order
+from finback.serve.tool_choice import ToolChoiceGrammar, tool_choice_grammar
+from finback.serve.worker import ChoiceInput
 
 # DeepSeek's and OpenAI's efforts as the share of max_tokens that the chain may take; None: all of it
 EFFORT = {"minimal": 1 / 8, "low": 1 / 8, "medium": 1 / 4, "high": 1 / 2, "xhigh": 1 / 2, "max": None, "ultra": None}
@@ -22,14 +22,14 @@ SEEDS = 1 << 63
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparedRequest:
     """One request, ready for the engine: an order for each choice, and what the reply has to show."""
 
-    orders: list[Order]
+    orders: list[ChoiceInput]
     opened: bool = False  # the prompt ends inside a chain of thought
     tools: bool = False  # what the model says may be a call
     single: bool = False  # and no more than one
-    forced: Forced | None = None  # it must be
+    forced: ToolChoiceGrammar | None = None  # it must be
     logprobs: bool = False
     echo: list[str] = field(default_factory=list)  # for each choice, the prompt's text that its answer begins with
 
@@ -39,7 +39,7 @@ class Job:
         return self.orders[0].sampling.schema
 
 
-class Jobs:
+class RequestPreparer:
     """Makes jobs for one model; `window` is how many tokens prompt and answer may have together."""
 
     def __init__(self, tokenizer: Tokenizer, window: int, longest_token: int) -> None:
@@ -48,12 +48,12 @@ class Jobs:
         self.defaults = {n: known[n] for n in DEFAULTS if isinstance(known.get(n), int | float)}
         SamplingParams(**self.defaults)  # a bad file is better found now than by every request
 
-    def chat(self, request: ChatRequest, seed: int) -> Job:
+    def chat(self, request: ChatRequest, seed: int) -> PreparedRequest:
         """The job of a chat request."""
         if request.top_logprobs is not None and not request.logprobs:
             raise bad("top_logprobs needs logprobs: true", "top_logprobs")
         tools = self._tools(request)
-        calls = forced(request, self.tokenizer)
+        calls = tool_choice_grammar(request, self.tokenizer)
         # where there is no answer but calls, nothing is left for a schema to say
         schema = schema_of(request) if calls is None else None
         if tools and schema is not None:
@@ -85,16 +85,16 @@ class Jobs:
         )
         orders = self._choices(ids, sampling, seed, request.n or 1, 0, opened)
         single = request.parallel_tool_calls is False
-        return Job(orders, opened, bool(tools), single, calls, bool(request.logprobs))
+        return PreparedRequest(orders, opened, bool(tools), single, calls, bool(request.logprobs))
 
-    def completion(self, request: CompletionRequest, seed: int) -> Job:
+    def completion(self, request: CompletionRequest, seed: int) -> PreparedRequest:
         """The job of a text completion; the choices of the first prompt come first."""
         n = request.n or 1
         if request.best_of not in (None, n):
             raise bad("best_of other than n is not supported", "best_of")
         if request.echo and request.suffix:
             raise bad("echo and suffix cannot be combined", "echo")
-        orders: list[Order] = []
+        orders: list[ChoiceInput] = []
         echo: list[str] = []
         for prompt in request.prompts:
             ids, text = self._prompt(prompt, request)
@@ -104,7 +104,7 @@ class Jobs:
             sampling = self._sampling(request, limit, None, top_logprobs=request.logprobs, prompt_logprobs=scored)
             orders += self._choices(ids, sampling, seed, n, len(orders), False)
             echo += [text] * n if request.echo else []
-        return Job(orders, logprobs=request.logprobs is not None, echo=echo)
+        return PreparedRequest(orders, logprobs=request.logprobs is not None, echo=echo)
 
     def _prompt(self, prompt: str | list[int], request: CompletionRequest) -> tuple[list[int], str]:
         """Ids of one prompt, and its text as it was sent."""
@@ -184,9 +184,11 @@ class Jobs:
 
     def _choices(
         self, ids: list[int], sampling: SamplingParams, seed: int, n: int, place: int, opened: bool
-    ) -> list[Order]:
+    ) -> list[ChoiceInput]:
         """n orders for one prompt; all but the first, which is number `place`, wait until that has read it."""
-        return [Order(ids, sampling, (seed + i) % SEEDS, opened, leader=None if i == 0 else place) for i in range(n)]
+        return [
+            ChoiceInput(ids, sampling, (seed + i) % SEEDS, opened, leader=None if i == 0 else place) for i in range(n)
+        ]
 
 
 def schema_of(request: GenerationRequest) -> str | None:

@@ -12,7 +12,7 @@ LEAST = -9999.0  # JSON has no minus infinity; OpenAI writes this
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Spelling:
+class TokenTexts:
     """Text and bytes of each token of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
