@@ -119,10 +119,10 @@ def run(
                     print("interrupted; run the same command to continue", file=sys.stderr)
                 if code:
                     raise typer.Exit(code)
-    from finback.report import story
+    from finback.report import summary
 
     write_json(root / "summary.json", recipes.summary(plan, root, seed))  # a kill may have come before it
-    text = story.tell(root)
+    text = summary.summarize(root)
     if as_json:
         print(json.dumps(read_json(root / "summary.json"), ensure_ascii=False))
         print(text, file=sys.stderr)
@@ -203,17 +203,17 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Show a run's results or samples, a recipe's knobs, or the source of a stage, which is its documentation."""
-    from finback.report import samples as said
-    from finback.report import story
+    from finback.report import outline, summary
+    from finback.report import samples as sampled
 
     path = Path(what)
     if samples:
         if not path.is_dir():
             raise UserError("show", what, "not a run folder", "Name a folder such as runs/tiny.")
         if as_json:
-            print(json.dumps({"samples": said.find(path, stage, step)}, ensure_ascii=False))
+            print(json.dumps({"samples": sampled.find(path, stage, step)}, ensure_ascii=False))
         else:
-            print(said.tell(path, stage, step, count))
+            print(sampled.describe(path, stage, step, count))
     elif path.is_dir():
         if not (path / "summary.json").is_file():
             raise UserError("run", what, "holds no summary.json", "Name a folder such as runs/tiny.")
@@ -223,12 +223,12 @@ def show(
         if as_json:
             print(json.dumps(read_json(path / "summary.json") | {"plan_and_ledger": beside}, ensure_ascii=False))
         else:
-            print(f"{story.tell(path)}\n\n{kept.tell(beside)}")
+            print(f"{summary.summarize(path)}\n\n{kept.tell(beside)}")
     elif path.suffix == ".py":
         plan = recipes.load(path, settings)
-        print(json.dumps(story.knobs(plan), ensure_ascii=False) if as_json else story.outline(plan))
+        print(json.dumps(outline.knobs(plan), ensure_ascii=False) if as_json else outline.outline(plan))
     else:
-        source = story.stage_source(what)
+        source = outline.stage_source(what)
         print(json.dumps({"stage": what, "source": source}) if as_json else source)
 
 
@@ -484,9 +484,9 @@ def export(
     """Write a model as a Hugging Face folder for transformers, vLLM and others; the folder appears when complete."""
     if dtype not in ("bf16", "fp32", "fp8"):
         raise UserError("--dtype", dtype, "not a format", "Use bf16, fp32 or fp8.")
-    from finback.report import outgoing
+    from finback.report.export import export_model
 
-    files = outgoing.export(model, folder, dtype)  # type: ignore[arg-type]
+    files = export_model(model, folder, dtype)  # type: ignore[arg-type]
     if as_json:
         print(json.dumps({"folder": str(folder), "files": {f.name: f.stat().st_size for f in files}}))
     else:
@@ -509,8 +509,8 @@ def docs(
     """Write what a model's maker owes the public, from a run's records: report, card, EU forms, bills of materials."""
     from datetime import UTC, datetime
 
-    from finback.report.docs import answers as asked
     from finback.report.docs import build, facts
+    from finback.report.docs import questionnaire as asked
 
     if questions:
         print(asked.template(), end="")
@@ -530,7 +530,7 @@ def docs(
             )
         )
     else:
-        print(examined.as_text() if check else build.told(files, examined))
+        print(examined.as_text() if check else build.outcome(files, examined))
     if check and not examined.holds:
         raise typer.Exit(1)
 

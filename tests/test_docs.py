@@ -15,10 +15,11 @@ import yaml
 from finback import cli
 from finback.config import UserError
 from finback.parallel.mesh import World
-from finback.report.docs import answers as asked
-from finback.report.docs import build, check, compute, curves, facts, page
-from finback.report.docs.answers import QUESTIONS, Answers
+from finback.report.docs import blocks as page
+from finback.report.docs import build, completeness, compute, curves, facts
+from finback.report.docs import questionnaire as asked
 from finback.report.docs.facts import MISSING, NOT_PROVIDED
+from finback.report.docs.questionnaire import QUESTIONS, Answers
 from finback.runs.files import read_json, read_lines, write_json, write_lines
 from finback.runs.recipe import claim, execute, load, summary
 from tests.toy import write_recipe
@@ -292,8 +293,8 @@ def test_a_modifier_is_measured_by_a_third(flop: float, base: dict[str, Any], ve
 
 def test_licences_contradict_limits_money_and_sources(run: Path) -> None:
     found = facts.read(run, "zero")
-    assert check.contradictions(found, filled()) == []
-    limited = check.contradictions(found, filled(model__use_limits="no weapons", model__monetised=True))
+    assert completeness.contradictions(found, filled()) == []
+    limited = completeness.contradictions(found, filled(model__use_limits="no weapons", model__monetised=True))
     assert len(limited) == 2 and all("the exemption for open models is lost" in c for c in limited)
     for theirs, ours, why in (
         ("CC-BY-NC-4.0", "MIT", "forbids commercial use"),
@@ -305,16 +306,16 @@ def test_licences_contradict_limits_money_and_sources(run: Path) -> None:
         ("CC-BY-4.0", "MIT", ""),
         ("MIT (generated here)", "MIT", ""),
     ):
-        assert check.forbids(theirs, ours) == why
+        assert completeness.forbids(theirs, ours) == why
     path = run / "prepare" / "manifest.json"
     value = read_json(path)
     value["results"]["sources"]["words"]["licence"] = "CC-BY-NC-4.0"
     write_json(path, value)
-    (said,) = check.contradictions(facts.read(run, "zero"), filled())
+    (said,) = completeness.contradictions(facts.read(run, "zero"), filled())
     assert said == "data set words is under CC-BY-NC-4.0, which forbids commercial use; the model is to be under MIT"
     value["results"]["sources"]["words"]["licence"] = "unstated"
     write_json(path, value)
-    (unsaid,) = check.contradictions(facts.read(run, "zero"), filled())
+    (unsaid,) = completeness.contradictions(facts.read(run, "zero"), filled())
     assert unsaid.startswith("data set words has no licence on record")
 
 

@@ -12,7 +12,7 @@ from finback.checkpoint.export import export
 from finback.config import UserError
 from finback.data import tokenizer
 from finback.parallel.mesh import World
-from finback.report import outgoing
+from finback.report.export import export_model
 from finback.runs.files import read_lines
 from finback.runs.folder import StageRun
 from finback.stages.grpo import GRPO, _Reinforcement
@@ -135,7 +135,7 @@ def test_rl_starts_from_a_hugging_face_folder_and_goes_out_as_one(tmp_path: Path
     r.run()
     trained = tmp_path / "zero"
     assert models.load(trained).config == r.model.config
-    files = outgoing.export(trained, tmp_path / "out", "bf16")
+    files = export_model(trained, tmp_path / "out", "bf16")
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"} <= {
         f.name for f in files
     }

@@ -20,13 +20,13 @@ from hypothesis import strategies as some
 from starlette.testclient import TestClient
 
 from finback.config import UserError
+from finback.runs.metrics_table import MetricsTable
+from finback.runs.samples import SampleIndex
 from finback.serve import curves, server, watch
 from finback.serve.auth import digests
 from finback.serve.options import Options
 from finback.serve.page import POLICY, WEB, Page
-from finback.serve.rollouts import Samples
 from finback.serve.runs import Runs, StageFolder
-from finback.serve.table import Table
 from finback.serve.thin import smooth, thin
 from tests.serving import CHAT, HELLO, KEY, Scripted, events, served
 from tests.toy import ROOT, finback
@@ -316,7 +316,7 @@ def test_heat_rollouts_and_one_question_followed(client: TestClient) -> None:
 
 def test_new_lines_are_read_on_and_torn_ones_wait(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    table = Table(path)
+    table = MetricsTable(path)
     table.update(1)
     assert table.rows == 0 and table.complete  # not there yet
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
@@ -340,7 +340,7 @@ def test_new_lines_are_read_on_and_torn_ones_wait(tmp_path: Path) -> None:
 def test_only_what_is_new_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "samples.jsonl"
     write(path, *({"step": i // 4, "question": str(i % 3)} for i in range(400)))
-    samples, taken = Samples(path), []
+    samples, taken = SampleIndex(path), []
     piece = samples.tail.piece
     monkeypatch.setattr(samples.tail, "piece", lambda: taken.append(found := piece()) or found)
     samples.update(1)
@@ -357,7 +357,7 @@ def test_a_large_file_is_read_in_turns(tmp_path: Path) -> None:
     with path.open("w") as handle:
         for i in range(60000):
             handle.write(f'{{"step": {i}, "loss": {1 / (i + 1)}, "grad_norm": 1.0, "lr": 0.001}}\n')
-    table, turns = Table(path), 0
+    table, turns = MetricsTable(path), 0
     while not table.complete:
         table.update(0)
         turns += 1
@@ -368,7 +368,7 @@ def test_a_large_file_is_read_in_turns(tmp_path: Path) -> None:
 def test_a_long_file_is_shown_in_outline_while_it_is_read(
     client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finback.serve.table.PIECE", 1 << 14)
+    monkeypatch.setattr("finback.runs.metrics_table.PIECE", 1 << 14)
     monkeypatch.setattr(watch, "OUTLINE", 50)
     write(tmp_path / "runs/toy/base/metrics.jsonl", *({"step": i, "loss": i / 2} for i in range(5000)))
     ask = "/api/series?run=toy&stage=base&keys=loss&smooth=0.5"
@@ -385,7 +385,7 @@ def test_a_long_file_is_shown_in_outline_while_it_is_read(
 def test_the_last_step_is_there_before_all_answers_are_read(
     client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finback.serve.table.PIECE", 1 << 12)
+    monkeypatch.setattr("finback.runs.metrics_table.PIECE", 1 << 12)
     monkeypatch.setattr(watch, "A_LOOK", 0)
     monkeypatch.setattr(watch, "AT_ONCE", 0)
     hard = 'a "step": 7, \\", "gold": {'  # what an index made of pieces of lines might trip over
@@ -442,7 +442,7 @@ def alerts_of(
     tmp_path: Path, records: list[dict[str, Any]], running: bool = False, **config: Any
 ) -> list[tuple[str, str, Any]]:
     write(tmp_path / "metrics.jsonl", *records)
-    table = Table(tmp_path / "metrics.jsonl")
+    table = MetricsTable(tmp_path / "metrics.jsonl")
     table.update(1)
     stage = StageFolder("s", tmp_path, config, None)
     return [(a["kind"], a["name"], a["step"]) for a in curves.alerts(stage, table, running)]
@@ -464,7 +464,7 @@ def test_alerts(tmp_path: Path) -> None:
     long_ago = time.time() - 3600
     (tmp_path / "x").write_text("")
     write(tmp_path / "metrics.jsonl", *calm)
-    table = Table(tmp_path / "metrics.jsonl")
+    table = MetricsTable(tmp_path / "metrics.jsonl")
     table.update(1)
     os.utime(tmp_path / "metrics.jsonl", (long_ago, long_ago))
     found = curves.alerts(StageFolder("s", tmp_path, {}, None), table, True)

@@ -20,7 +20,7 @@ from finback.model.config import Yarn
 from finback.model.recompute import Policy
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.report import outgoing
+from finback.report.export import export_model
 from finback.runs.files import read_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Recipe
@@ -449,7 +449,7 @@ def test_an_open_checkpoint_is_gone_on_with_on_text_of_ones_own(prepared: Path, 
     """Out as a Hugging Face folder, its tokenizer given to a prepare stage, in again, trained on."""
     trained(prepared, "origin")
     outside = tmp_path / "open"
-    outgoing.export(prepared / "origin", outside, "fp32")
+    export_model(prepared / "origin", outside, "fp32")
     text = Files((str(prepared / "words.txt"),), name="words")
     stage = Prepare(name="again", text=(text,), vocabulary=str(outside))
     Recipe("r", (stage, pretrain(name="on", start=str(outside), data="again")))

@@ -228,8 +228,8 @@ plan = recipes.load(Path({str(recipe)!r}))
 root = Path({str(tmp_path / "runs")!r}) / "toy"
 prepare_folder(root); recipes.claim(plan, root, 0)
 recipes.execute(plan, root, 0, World(), lambda run: None)
-from finback.report import story, talk
-story.tell(root)
+from finback.report import summary, talk
+summary.summarize(root)
 talk.loop(root, 0, True, False, max_tokens=16)
 """
     done = subprocess.run(

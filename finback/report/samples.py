@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError, did_you_mean
-from finback.report.road import said
+from finback.report.exams import answer_line
 from finback.runs.files import read_json, read_lines
 
 
@@ -32,7 +32,7 @@ def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
     return found
 
 
-def tell(root: Path, stage: str = "", step: int = 0, count: int = 2) -> str:
+def describe(root: Path, stage: str = "", step: int = 0, count: int = 2) -> str:
     """`count` questions of each step as text: every answer with its chain, what it earned and its advantage; then what
     the models before and after said to the same held-out problems."""
     parts = []
@@ -48,7 +48,7 @@ def tell(root: Path, stage: str = "", step: int = 0, count: int = 2) -> str:
 def _answer(r: dict[str, Any]) -> str:
     earned = " + ".join(f"{name} {value:.2g}" for name, value in r["reward"].items() if value) or "nothing"
     credit = "replaced" if r["advantage"] is None else f"advantage {r['advantage']:+.2f}"
-    return f"{said('', r, width=0)}\n      earned {earned}; {credit}; {r['tokens']} tokens, {r['finish']}"
+    return f"{answer_line('', r, width=0)}\n      earned {earned}; {credit}; {r['tokens']} tokens, {r['finish']}"
 
 
 def _before_after(root: Path, count: int) -> list[str]:
@@ -62,7 +62,7 @@ def _before_after(root: Path, count: int) -> list[str]:
     exam = before["evaluations"][0]["exam"]
     pairs = zip(read_lines(root / first / f"{exam}.jsonl"), read_lines(root / last / f"{exam}.jsonl"), strict=False)
     lines = [
-        f"{then['question']}  (gold: {then['gold']})\n{said(before['model'], then)}\n{said(after['model'], now)}"
+        f"{then['question']}  (gold: {then['gold']})\n{answer_line(before['model'], then)}\n{answer_line(after['model'], now)}"
         for then, now in list(pairs)[:count]
     ]
     return [f"Held-out problems of the exam '{exam}', before and after:", *lines] if lines else []

@@ -17,7 +17,7 @@ from finback.runs.files import read_json
 Viewer = Literal["tensorboard", "trackio", "wandb"]
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     """What takes a stage's numbers."""
 
     def log(self, step: int, numbers: dict[str, float]) -> None: ...
@@ -76,15 +76,15 @@ def track(root: Path, to: Viewer, out: Path, follow: bool = False, every: float 
     sent: dict[str, int] = {}
     for folder in _stages(root, follow, every):
         knobs = read_json(folder / "config.json")
-        sink: Sink = (
+        tracker: Tracker = (
             _TensorBoard(root.name, folder.name, knobs, out)
             if to == "tensorboard"
             else _Logger(to, root.name, folder.name, knobs, out)
         )
         try:
-            sent[folder.name] = _send(folder, sink, follow, every)
+            sent[folder.name] = _send(folder, tracker, follow, every)
         finally:
-            sink.close()
+            tracker.close()
     return sent
 
 
@@ -109,7 +109,7 @@ def _is_over(root: Path) -> bool:
     return begun == done and (root / "summary.json").is_file()
 
 
-def _send(folder: Path, sink: Sink, follow: bool, every: float) -> int:
+def _send(folder: Path, tracker: Tracker, follow: bool, every: float) -> int:
     """Read a stage's metrics from the last byte that was read on; a run that is rewound writes a shorter file."""
     lines, place = 0, 0
     while True:
@@ -122,13 +122,13 @@ def _send(folder: Path, sink: Sink, follow: bool, every: float) -> int:
                 if not line.endswith(b"\n"):
                     break  # half a line: the rest comes next time
                 place += len(line)
-                lines += _send_line(line, sink)
+                lines += _send_line(line, tracker)
         if over or not follow:
             return lines
         time.sleep(every)
 
 
-def _send_line(line: bytes, sink: Sink) -> int:
+def _send_line(line: bytes, tracker: Tracker) -> int:
     try:
         record = json.loads(line)
     except ValueError:
@@ -138,5 +138,5 @@ def _send_line(line: bytes, sink: Sink) -> int:
         for name, value in record.items()
         if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
     }
-    sink.log(int(record["step"]), numbers)
+    tracker.log(int(record["step"]), numbers)
     return 1

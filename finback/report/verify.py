@@ -23,7 +23,7 @@ from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.kernels import fp8
 from finback.model.count import parameters
-from finback.report.agreement import against_finback, against_transformers, shortage
+from finback.report.logit_parity import against_finback, against_transformers, shortage
 from finback.runs.files import is_checkpoint
 
 SAMPLE = "In 2024, 3.14 × 2 = 6.28;\n\tdef f(x): return x**2  # naïve café 北京 🐋\r\n  <b>end</b>"

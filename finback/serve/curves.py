@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
+from finback.runs.metrics_table import MetricsTable
 from finback.serve.runs import StageFolder
-from finback.serve.table import Table
 from finback.serve.thin import Line, smooth, thin
 
 AXES = ("step", "tokens", "time", "cost")
@@ -18,7 +18,7 @@ SPIKE = 12.0  # robust standard deviations above the stretch before
 LISTED = 5  # spikes that are told
 
 
-def axis(table: Table, name: str, cores: float) -> Line:
+def axis(table: MetricsTable, name: str, cores: float) -> Line:
     """For each row where it stands: its step, the tokens, seconds or dollars of all rows up to it; never falling."""
     if name == "step":
         return np.maximum.accumulate(table.carried("step")) if table.rows else np.zeros(0)
@@ -28,7 +28,7 @@ def axis(table: Table, name: str, cores: float) -> Line:
     return seconds if name == "time" else seconds * cores * DOLLARS_PER_CORE_HOUR / 3600
 
 
-def _tokens(table: Table) -> Line:
+def _tokens(table: MetricsTable) -> Line:
     if "tokens" in table.columns:
         return np.maximum.accumulate(table.carried("tokens"))
     for name in ("tokens_taught", "tokens_with_gradient"):
@@ -37,7 +37,7 @@ def _tokens(table: Table) -> Line:
     return np.zeros(table.rows)
 
 
-def _seconds(table: Table) -> Line:
+def _seconds(table: MetricsTable) -> Line:
     if "seconds" in table.columns:
         each = table.filled("seconds")
     elif "tokens_per_second" in table.columns:
@@ -49,7 +49,7 @@ def _seconds(table: Table) -> Line:
 
 
 def curve(
-    table: Table, name: str, places: Line, weight: float, begin: float | None, end: float | None, points: int
+    table: MetricsTable, name: str, places: Line, weight: float, begin: float | None, end: float | None, points: int
 ) -> dict[str, Any]:
     """A curve between two places of the axis, and the same smoothed: [x, y] thinned, None for what is no number."""
     rows, y = table.column(name)
@@ -65,7 +65,7 @@ def curve(
     return found
 
 
-def heat(table: Table, name: str, most: int) -> dict[str, Any]:
+def heat(table: MetricsTable, name: str, most: int) -> dict[str, Any]:
     """Nested values such as the share of tokens of each layer's experts, at up to `most` steps spread over the run."""
     rows, values = table.nested.get(name, ([], []))
     steps = axis(table, "step", 1.0)
@@ -85,7 +85,7 @@ def _matrix(value: Any) -> list[list[float | None]]:
     return [[v if isinstance(v, int | float) and math.isfinite(v) else None for v in row] for row in value]
 
 
-def progress(stage: StageFolder, table: Table) -> dict[str, Any]:
+def progress(stage: StageFolder, table: MetricsTable) -> dict[str, Any]:
     """How far a stage is: its step, what its knobs say will be the last, and seconds left at the pace of late."""
     steps, tokens = axis(table, "step", 1.0), axis(table, "tokens", 1.0)
     seconds = _seconds(table)
@@ -107,7 +107,7 @@ def _left(line: Line, seconds: Line, total: float) -> float | None:
     return max(0.0, total - float(line[-1])) / grown * took if grown > 0 and took > 0 else None
 
 
-def alerts(stage: StageFolder, table: Table, running: bool) -> list[dict[str, Any]]:
+def alerts(stage: StageFolder, table: MetricsTable, running: bool) -> list[dict[str, Any]]:
     """What a person should look at: values that are no numbers, spikes, a gap between trainer and engine, a stall."""
     found = [*_not_numbers(table), *_gaps(stage, table)]
     for name in () if "reward" in table.columns else ("loss", "grad_norm"):
@@ -117,7 +117,7 @@ def alerts(stage: StageFolder, table: Table, running: bool) -> list[dict[str, An
     return found
 
 
-def _not_numbers(table: Table) -> list[dict[str, Any]]:
+def _not_numbers(table: MetricsTable) -> list[dict[str, Any]]:
     found, steps = [], axis(table, "step", 1.0)
     for name, (rows, numbers) in table.columns.items():
         bad = np.flatnonzero(~np.isfinite(np.array(numbers)))
@@ -127,7 +127,7 @@ def _not_numbers(table: Table) -> list[dict[str, Any]]:
     return found
 
 
-def _spikes(table: Table, name: str) -> list[dict[str, Any]]:
+def _spikes(table: MetricsTable, name: str) -> list[dict[str, Any]]:
     """The highest values that stand far above the stretch before theirs, by its median and median deviation."""
     rows, y = table.column(name)
     whole = np.append(y, np.full(-len(y) % BLOCK, np.nan)).reshape(-1, BLOCK)
@@ -153,7 +153,7 @@ def _spikes(table: Table, name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _gaps(stage: StageFolder, table: Table) -> list[dict[str, Any]]:
+def _gaps(stage: StageFolder, table: MetricsTable) -> list[dict[str, Any]]:
     allowed = stage.config.get("max_gap")
     rows, values = table.column("gap_max")
     if not isinstance(allowed, int | float) or not len(values):
@@ -166,7 +166,7 @@ def _gaps(stage: StageFolder, table: Table) -> list[dict[str, Any]]:
     return [{"kind": "gap", "name": "gap_max", "step": step, "text": text}]
 
 
-def _stall(stage: StageFolder, table: Table) -> list[dict[str, Any]]:
+def _stall(stage: StageFolder, table: MetricsTable) -> list[dict[str, Any]]:
     seconds = _seconds(table)
     usual = float(np.median(np.diff(seconds[-50:]))) if len(seconds) > 2 else 0.0
     try:

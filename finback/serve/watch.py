@@ -22,15 +22,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from finback.config import UserError
+from finback.runs.metrics_table import MetricsTable, glance
+from finback.runs.samples import MOST, SampleIndex, shown
 from finback.serve import auth, curves
 from finback.serve.errors import HANDLERS, ApiError, bad
 from finback.serve.metrics import Metrics
 from finback.serve.middleware import AccessMiddleware
 from finback.serve.options import Options
 from finback.serve.page import Page
-from finback.serve.rollouts import MOST, Samples, shown
 from finback.serve.runs import Runs, StageFolder, cores, overview, plain_file, stages
-from finback.serve.table import Table, glance
 
 AT_ONCE = 0.5  # seconds that one request reads new lines for; the page asks again for the rest
 A_LOOK = 0.1  # the same, where curves or answers are not what is asked for, or wanted soon
@@ -38,7 +38,7 @@ OUTLINE = 600  # lines that stand for a file which is still being read
 KEPT = 32  # files whose columns or index stay in memory
 POINTS = 4000  # most points of one curve in one reply
 
-Read = TypeVar("Read", Table, Samples)
+Read = TypeVar("Read", MetricsTable, SampleIndex)
 Planned = Callable[[Path], dict[str, dict[str, float]]]  # of a run folder: by stage its seconds, dollars and flops
 
 
@@ -48,7 +48,7 @@ class Watch:
     def __init__(self, root: Path, planned: Planned | None = None) -> None:
         self.runs, self.planned = Runs(root), planned
         self._plans: dict[tuple[Path, int], dict[str, dict[str, float]]] = {}
-        self._read: OrderedDict[tuple[Path, str], Table | Samples] = OrderedDict()
+        self._read: OrderedDict[tuple[Path, str], MetricsTable | SampleIndex] = OrderedDict()
         self._lock = threading.Lock()  # requests are answered by several threads
 
     def routes(self) -> list[Route]:
@@ -161,13 +161,13 @@ class Watch:
     def _stage(self, asked: "Asked") -> StageFolder:
         return self.runs.stage(asked.text("run"), asked.text("stage"))
 
-    def _table(self, stage: StageFolder, seconds: float = AT_ONCE) -> Table:
-        return self._opened(stage.folder, "metrics.jsonl", Table, seconds)
+    def _table(self, stage: StageFolder, seconds: float = AT_ONCE) -> MetricsTable:
+        return self._opened(stage.folder, "metrics.jsonl", MetricsTable, seconds)
 
-    def _samples(self, stage: StageFolder, exam: str, seconds: float = AT_ONCE) -> Samples:
+    def _samples(self, stage: StageFolder, exam: str, seconds: float = AT_ONCE) -> SampleIndex:
         if exam and exam not in stage.exams:
             raise ApiError(404, "no such exam", "exam")
-        return self._opened(stage.folder, f"{exam}.jsonl" if exam else "samples.jsonl", Samples, seconds)
+        return self._opened(stage.folder, f"{exam}.jsonl" if exam else "samples.jsonl", SampleIndex, seconds)
 
     def _opened(self, folder: Path, name: str, kind: type[Read], seconds: float) -> Read:
         found = self._read.pop((folder, name), None)

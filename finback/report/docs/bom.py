@@ -4,11 +4,11 @@ import uuid
 from typing import Any
 
 from finback.model.count import parameters
-from finback.report.card import architecture
 from finback.report.docs import technical
-from finback.report.docs.answers import Answers
+from finback.report.docs.blocks import said
 from finback.report.docs.facts import MISSING, NOT_PROVIDED, RunFacts, StageFacts
-from finback.report.docs.page import said
+from finback.report.docs.questionnaire import Answers
+from finback.report.model_card import architecture
 
 LEARNING = {"GRPO": "reinforcement-learning", "SFT": "supervised", "Distill": "supervised"}
 SPACE = uuid.UUID("2b1f4f5e-5a0e-4f7e-9a55-0f6d9a5c3c11")  # of serial numbers that follow from a model's digests

@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from finback.config import UserError
-from finback.report.docs import bom, check, croissant, eu, hub, spdx, technical
-from finback.report.docs.answers import QUESTIONS, Answers
-from finback.report.docs.check import Check
+from finback.report.docs import bom, completeness, croissant, eu, hub, spdx, technical
+from finback.report.docs.blocks import Block, Curve, as_json, markdown, page
+from finback.report.docs.completeness import Completeness
 from finback.report.docs.facts import RunFacts
-from finback.report.docs.page import Block, Curve, as_json, markdown, page
+from finback.report.docs.questionnaire import QUESTIONS, Answers
 from finback.runs.provenance import sha256
 
 INDEX = "documents.json"  # its existence means that a folder is ours to replace
@@ -44,13 +44,13 @@ def documents(run: RunFacts, answers: Answers, now: datetime) -> dict[str, str]:
     return texts | {f"croissant/{name}": as_json(value) for name, value in sets.items()}
 
 
-def examine(run: RunFacts, answers: Answers, now: datetime) -> Check:
+def examine(run: RunFacts, answers: Answers, now: datetime) -> Completeness:
     """What the documents would lack. Holes that an answer would fill are named by their question alone."""
     date = now.date().isoformat()
     stand_in = {"text": "-", "list": ["-"], "yes or no": True, "number": 1.0}
     filled = Answers({**{q.key: stand_in[q.kind] for q in QUESTIONS}, **answers.given})
-    found = check.check(run, answers, drafts(run, filled, date).values())
-    return dataclasses.replace(found, contradictions=check.contradictions(run, answers))
+    found = completeness.check(run, answers, drafts(run, filled, date).values())
+    return dataclasses.replace(found, contradictions=completeness.contradictions(run, answers))
 
 
 def write(run: RunFacts, answers: Answers, out: Path, now: datetime) -> list[Path]:
@@ -86,7 +86,7 @@ def _fill(folder: Path, texts: dict[str, str], run: RunFacts, now: datetime) -> 
     (folder / INDEX).write_text(as_json(index), encoding="utf-8")
 
 
-def told(files: Sequence[Path], examined: Check) -> str:
+def outcome(files: Sequence[Path], examined: Completeness) -> str:
     """What was written, and what it lacks."""
     lacks = len(examined.unanswered) + len(examined.unrecorded) + len(examined.contradictions)
     end = "Complete." if examined.holds else f"{lacks} things are missing or contradict each other; --check lists them."

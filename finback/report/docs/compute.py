@@ -8,8 +8,8 @@ teachers, reference models and failed experiments; precision makes no difference
 from dataclasses import dataclass
 from typing import Any
 
-from finback.report.docs.answers import Answers
 from finback.report.docs.facts import MISSING, RunFacts, StageFacts
+from finback.report.docs.questionnaire import Answers
 
 GENERAL_PURPOSE = 1e23
 SYSTEMIC = 1e25

@@ -6,9 +6,9 @@ Its files are the shards of token ids, which stay in the run folder.
 from typing import Any
 
 from finback.report.docs import technical
-from finback.report.docs.answers import Answers
+from finback.report.docs.blocks import said
 from finback.report.docs.facts import MISSING, RunFacts, StageFacts
-from finback.report.docs.page import said
+from finback.report.docs.questionnaire import Answers
 from finback.runs.provenance import sha256
 
 SHARD = "application/octet-stream"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from finback.report.docs.page import Curve
+from finback.report.docs.blocks import Curve
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 260, 64, 36, 12, 12
 POINTS = 400  # drawn at most; of more, the lowest and highest of each stretch

@@ -8,11 +8,11 @@ import math
 from typing import Any
 
 from finback.model.count import parameters
-from finback.report.card import architecture
 from finback.report.docs import compute, technical
-from finback.report.docs.answers import Answers
+from finback.report.docs.blocks import Block, BulletList, Heading, Paragraph, TableBlock, facts, said
 from finback.report.docs.facts import MISSING, RunFacts
-from finback.report.docs.page import Block, Heading, Items, Table, Text, facts, said
+from finback.report.docs.questionnaire import Answers
+from finback.report.model_card import architecture
 
 DUTY = (
     "Who publishes a general-purpose model in the EU in the course of a commercial activity, even for free, has duties "
@@ -26,7 +26,7 @@ def form(run: RunFacts, answers: Answers, date: str) -> list[Block]:
     """The Model Documentation Form: each entry with who may see it."""
     return [
         Heading("Model documentation form", 1),
-        Text(DUTY),
+        Paragraph(DUTY),
         _entries(_general(run, answers, date)),
         Heading("Model properties"),
         _entries(_properties(run)),
@@ -48,8 +48,8 @@ def form(run: RunFacts, answers: Answers, date: str) -> list[Block]:
 Entry = tuple[str, Any, str]
 
 
-def _entries(rows: list[Entry]) -> Table:
-    return Table(("entry", "value", "for"), tuple((name, said(value), whom) for name, value, whom in rows))
+def _entries(rows: list[Entry]) -> TableBlock:
+    return TableBlock(("entry", "value", "for"), tuple((name, said(value), whom) for name, value, whom in rows))
 
 
 def _general(run: RunFacts, answers: Answers, date: str) -> list[Entry]:
@@ -176,7 +176,7 @@ def summary(run: RunFacts, answers: Answers, date: str) -> list[Block]:
     made = [(s, n, r) for s, n, r in run.sources if (s, n, r) not in real]
     return [
         Heading("Public summary of training content", 1),
-        Text(DUTY),
+        Paragraph(DUTY),
         facts([("version of this summary", answers("model.version")), ("date", date)]),
         Heading("1 General information"),
         facts(
@@ -234,7 +234,7 @@ def _bin(tokens: Any) -> Any:
 
 def _listed(sources: list[Any]) -> Block:
     if not sources:
-        return Text("None by the run's records.")
+        return Paragraph("None by the run's records.")
     rows = tuple(
         (
             name,
@@ -248,7 +248,7 @@ def _listed(sources: list[Any]) -> Block:
         )
         for stage, name, record in sources
     )
-    return Table(("data set", "licence", "documents", "tokens", "from"), rows)
+    return TableBlock(("data set", "licence", "documents", "tokens", "from"), rows)
 
 
 def _generating(run: RunFacts) -> list[tuple[str, Any]]:
@@ -269,14 +269,14 @@ def policy(answers: Answers, date: str) -> list[Block]:
     """A skeleton: five measures, each with what the provider says of it."""
     return [
         Heading("Copyright policy", 1),
-        Text(
+        Paragraph(
             "A skeleton after the copyright chapter of the Code of Practice; its sentences are the provider's to confirm."
         ),
         facts(
             [("provider", answers("provider.name")), ("who answers for it", answers("copyright.owner")), ("date", date)]
         ),
         Heading("1 A policy that is written, kept and applied"),
-        Text("This document, kept up to date by the one named above."),
+        Paragraph("This document, kept up to date by the one named above."),
         Heading("2 Only content to which access is lawful"),
         facts(
             [("how the data were obtained", answers("data.collection")), ("what was crawled", answers("data.crawled"))]
@@ -290,5 +290,5 @@ def policy(answers: Answers, date: str) -> list[Block]:
         Heading("5 Contact and complaints"),
         facts([("contact", answers("provider.contact")), ("complaints", answers("copyright.complaints"))]),
         Heading("What is to be kept"),
-        Items(("each version of this policy", "complaints and what became of them")),
+        BulletList(("each version of this policy", "complaints and what became of them")),
     ]

@@ -4,11 +4,11 @@ import json
 from typing import Any
 
 from finback.checkpoint.hf import family_of
-from finback.report import card
+from finback.report import model_card as card
 from finback.report.docs import compute, technical
-from finback.report.docs.answers import Answers
+from finback.report.docs.blocks import Block, Heading, Paragraph, facts, markdown, records, said
 from finback.report.docs.facts import MISSING, RunFacts
-from finback.report.docs.page import Block, Heading, Text, facts, markdown, records, said
+from finback.report.docs.questionnaire import Answers
 
 
 def model_card(run: RunFacts, answers: Answers) -> str:
@@ -69,10 +69,10 @@ def blocks(run: RunFacts, answers: Answers) -> list[Block]:
         Heading("Training data"),
         records(("licence", "sha256", "documents"), sources, "data set")
         if sources
-        else Text("No record of its data: NOT PROVIDED"),
+        else Paragraph("No record of its data: NOT PROVIDED"),
         Heading("Evaluation"),
-        records(keys, exams, "task") if exams else Text("No evaluation of this model was made: NOT PROVIDED"),
-        Text("Shares of correct answers with 95 % intervals (Wilson), on problems kept out of training."),
+        records(keys, exams, "task") if exams else Paragraph("No evaluation of this model was made: NOT PROVIDED"),
+        Paragraph("Shares of correct answers with 95 % intervals (Wilson), on problems kept out of training."),
         Heading("Compute and energy"),
         facts(
             [

@@ -3,10 +3,10 @@
 import re
 from typing import Any
 
-from finback.report.card import architecture
-from finback.report.docs.answers import Answers
+from finback.report.docs.blocks import said
 from finback.report.docs.facts import MISSING, NOT_PROVIDED, RunFacts, StageFacts
-from finback.report.docs.page import said
+from finback.report.docs.questionnaire import Answers
+from finback.report.model_card import architecture
 
 CONTEXT = "https://spdx.org/rdf/3.0.1/spdx-context.jsonld"
 Element = dict[str, Any]

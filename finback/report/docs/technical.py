@@ -4,11 +4,21 @@ import dataclasses
 from typing import Any
 
 from finback.model.count import forward_flops, parameters, training_flops
-from finback.report.card import architecture
 from finback.report.docs import compute, curves
-from finback.report.docs.answers import Answers
+from finback.report.docs.blocks import (
+    Block,
+    BulletList,
+    CodeBlock,
+    Heading,
+    Paragraph,
+    TableBlock,
+    facts,
+    records,
+    said,
+)
 from finback.report.docs.facts import BEGUN, MISSING, SPENT, RunFacts, StageFacts
-from finback.report.docs.page import Block, Code, Heading, Items, Table, Text, facts, records, said
+from finback.report.docs.questionnaire import Answers
+from finback.report.model_card import architecture
 from finback.runs.files import read_lines
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, FLOPS, cost
 
@@ -34,7 +44,9 @@ def report(run: RunFacts, answers: Answers) -> list[Block]:
     """All of it, as blocks."""
     return [
         Heading(f"Technical report: stage {run.chosen.name} of recipe {said(run.recipe)}", 1),
-        Text("Written by finback from the records of a run; what no record and nobody has told is marked as such."),
+        Paragraph(
+            "Written by finback from the records of a run; what no record and nobody has told is marked as such."
+        ),
         facts(
             [
                 ("name", answers("model.name")),
@@ -130,7 +142,7 @@ def _cost(run: RunFacts, answers: Answers) -> list[Block]:
     )
     rows = tuple(_cost_row(stage) for stage in run.stages)
     purposes = [f"flops_{name}" for name in FLOPS]
-    flops = Table(("stage", *FLOPS), tuple((s.name, *(_due(s, key) for key in purposes)) for s in run.stages))
+    flops = TableBlock(("stage", *FLOPS), tuple((s.name, *(_due(s, key) for key in purposes)) for s in run.stages))
     made = []
     for stage in run.stages:
         words = [(f"{stage.name}: {key}", stage.begun(key)) for key in (*BEGUN, "commit", "dirty")]
@@ -145,14 +157,14 @@ def _cost(run: RunFacts, answers: Answers) -> list[Block]:
     basis = dict.fromkeys(cost(stage.folder)["basis"] for stage in run.stages)
     return [
         Heading("Cost"),
-        Table(head, rows),
-        Items(tuple(f"Energy and money: {text}" for text in basis)),
+        TableBlock(head, rows),
+        BulletList(tuple(f"Energy and money: {text}" for text in basis)),
         Heading("FLOP by purpose", 3),
         flops,
-        Items(tuple(f"{name}: {text}" for name, text in FLOPS.items())),
+        BulletList(tuple(f"{name}: {text}" for name, text in FLOPS.items())),
         Heading("Compute of this model, as the EU counts", 3),
         facts(counted),
-        Text(compute.METHOD),
+        Paragraph(compute.METHOD),
         facts(compute.verdicts(run, answers), ("test", "verdict")),
         Heading("Machines and software", 3),
         facts(made),
@@ -217,7 +229,7 @@ def _evaluations(run: RunFacts) -> list[Block]:
     found = exams(run)
     keys = (*EXAM, *(k for k in ("language", "mtp_acceptance") if any(k in e for _, e in found)))
     said_of = [
-        Text(
+        Paragraph(
             "Shares of correct answers with their 95 % intervals (Wilson), on problems that were kept out of training."
         )
     ]
@@ -229,7 +241,7 @@ def _evaluations(run: RunFacts) -> list[Block]:
     ]
     return [
         Heading("Evaluations"),
-        *(said_of if found else [Text("No evaluation was made: NOT PROVIDED")]),
+        *(said_of if found else [Paragraph("No evaluation was made: NOT PROVIDED")]),
         *([records(keys, found, "model")] if found else []),
         *([facts(compressed)] if compressed else []),
     ]
@@ -244,9 +256,11 @@ def _samples(run: RunFacts) -> list[Block]:
             verdict = "correct" if r.get("correct") else "wrong"
             thinking = f"<think>{r['thinking']}</think>\n" if r.get("thinks") else ""
             blocks.append(
-                Code(f"{r.get('question')}\n\n{thinking}{r.get('answer')}\n\n({verdict}; expected {r.get('gold')})")
+                CodeBlock(
+                    f"{r.get('question')}\n\n{thinking}{r.get('answer')}\n\n({verdict}; expected {r.get('gold')})"
+                )
             )
-    return blocks if len(blocks) > 1 else [*blocks, Text("No evaluation kept answers of this model: NOT PROVIDED")]
+    return blocks if len(blocks) > 1 else [*blocks, Paragraph("No evaluation kept answers of this model: NOT PROVIDED")]
 
 
 def _limits(run: RunFacts, answers: Answers) -> list[Block]:
@@ -266,7 +280,7 @@ def _limits(run: RunFacts, answers: Answers) -> list[Block]:
     return [
         Heading("Limits"),
         facts([*shown, *told]),
-        Text("Nothing here tests for safety, bias or facts unless an evaluation above says so."),
+        Paragraph("Nothing here tests for safety, bias or facts unless an evaluation above says so."),
     ]
 
 

@@ -11,13 +11,13 @@ from finback.checkpoint.export import Format
 from finback.checkpoint.load import Kept
 from finback.checkpoint.model import find_model
 from finback.data.tokenizer import Tokenizer
-from finback.report.card import write_card
+from finback.report.model_card import write_card
 
 # no more memory than the result needs; FP8 that came in goes out as it is
 _KEPT: dict[Format, Kept] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
 
 
-def export(path: Path, folder: Path, fmt: Format) -> list[Path]:
+def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
     """Export the model at `path` (a run: its newest); the files written. A model without tokenizer goes without."""
     source = find_model(path)
     weights.check_target(folder)

@@ -6,13 +6,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from finback.serve.table import Tail, records
+from finback.runs.metrics_table import Tail, records
 
 MOST = 512  # records in one reply
 NEWEST = 4 << 20  # bytes at the end of a file in which its last step is looked for
 
 
-class Samples:
+class SampleIndex:
     """An index of a JSONL file of answers; the answers themselves stay on disk."""
 
     def __init__(self, path: Path) -> None:

@@ -17,26 +17,26 @@ class Heading:
 
 
 @dataclass(frozen=True)
-class Text:
+class Paragraph:
     text: str
 
 
 @dataclass(frozen=True)
-class Items:
+class BulletList:
     """A list of points."""
 
     points: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Code:
+class CodeBlock:
     """Text as it is: what a model said, for one."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Table:
+class TableBlock:
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
@@ -50,7 +50,7 @@ class Curve:
     svg: str
 
 
-Block = Heading | Text | Items | Code | Table | Curve
+Block = Heading | Paragraph | BulletList | CodeBlock | TableBlock | Curve
 
 
 def said(value: Any) -> str:
@@ -72,26 +72,26 @@ def said(value: Any) -> str:
     return str(value)
 
 
-def facts(rows: Iterable[tuple[str, Any]], head: tuple[str, str] = ("fact", "value")) -> Table:
+def facts(rows: Iterable[tuple[str, Any]], head: tuple[str, str] = ("fact", "value")) -> TableBlock:
     """A table of names and values."""
-    return Table(head, tuple((name, said(value)) for name, value in rows))
+    return TableBlock(head, tuple((name, said(value)) for name, value in rows))
 
 
-def records(keys: Sequence[str], named: Iterable[tuple[str, dict[str, Any]]], first: str) -> Table:
+def records(keys: Sequence[str], named: Iterable[tuple[str, dict[str, Any]]], first: str) -> TableBlock:
     """A table with one row for each record and one column for each key."""
     rows = tuple((name, *(said(record.get(key, MISSING)) for key in keys)) for name, record in named)
-    return Table((first, *(key.replace("_", " ") for key in keys)), rows)
+    return TableBlock((first, *(key.replace("_", " ") for key in keys)), rows)
 
 
 def missing(blocks: Iterable[Block]) -> list[str]:
     """What a document says NOT PROVIDED of."""
     found = []
     for block in blocks:
-        if isinstance(block, Table):
+        if isinstance(block, TableBlock):
             for row in block.rows:
                 holes = [head for head, cell in zip(block.head, row, strict=True) if NOT_PROVIDED in cell]
                 found += [row[0] if len(row) == 2 else f"{row[0]}: {head}" for head in holes]
-        elif isinstance(block, Text) and NOT_PROVIDED in block.text:
+        elif isinstance(block, Paragraph) and NOT_PROVIDED in block.text:
             found.append(block.text)
     return found
 
@@ -108,17 +108,17 @@ def _markdown(block: Block) -> str:
     match block:
         case Heading(text, level):
             return f"{'#' * level} {_plain(text)}"
-        case Text(text):
+        case Paragraph(text):
             return _plain(text)
-        case Items(points):
+        case BulletList(points):
             return "\n".join(f"- {_plain(point)}" for point in points)
-        case Code(text):
+        case CodeBlock(text):
             longest = max((len(run) for run in re.findall("`+", text)), default=0)
             fence = "`" * max(3, longest + 1)
             return f"{fence}text\n{text}\n{fence}"
         case Curve(name, title, _):
             return f"![{_plain(title)}](curves/{name}.svg)"
-        case Table(head, rows):
+        case TableBlock(head, rows):
             lines = [head, tuple("---" for _ in head), *rows]
             return "\n".join(f"| {' | '.join(map(_plain, line))} |" for line in lines)
 
@@ -166,15 +166,15 @@ def _html(block: Block) -> str:
     match block:
         case Heading(text, level):
             return f'<h{level} id="{_anchor(text)}">{html.escape(text)}</h{level}>'
-        case Text(text):
+        case Paragraph(text):
             return f"<p>{_marked(text)}</p>"
-        case Items(points):
+        case BulletList(points):
             return "<ul>" + "".join(f"<li>{_marked(point)}</li>" for point in points) + "</ul>"
-        case Code(text):
+        case CodeBlock(text):
             return f"<pre>{html.escape(text)}</pre>"
         case Curve(_, title, svg):
             return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
-        case Table(head, rows):
+        case TableBlock(head, rows):
             top = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
             lines = "".join(f"<tr>{''.join(f'<td>{_marked(c)}</td>' for c in row)}</tr>" for row in rows)
             return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'

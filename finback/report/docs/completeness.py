@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from finback.report.docs import compute
-from finback.report.docs.answers import Answers
+from finback.report.docs.blocks import Block, missing, said
 from finback.report.docs.facts import MISSING, RunFacts
-from finback.report.docs.page import Block, missing, said
+from finback.report.docs.questionnaire import Answers
 
 # Licences that let anybody use, change and pass on, for any purpose.
 OPEN = (
@@ -35,7 +35,7 @@ UNSAID = ("unstated", "unknown", "")
 
 
 @dataclass(frozen=True)
-class Check:
+class Completeness:
     """The outcome; `holds` only when nothing is missing and nothing contradicts."""
 
     unanswered: list[str]
@@ -61,10 +61,10 @@ class Check:
         return "\n".join([*lines, "Complete." if self.holds else "NOT COMPLETE."])
 
 
-def check(run: RunFacts, answers: Answers, documents: Iterable[Sequence[Block]]) -> Check:
+def check(run: RunFacts, answers: Answers, documents: Iterable[Sequence[Block]]) -> Completeness:
     """Look at the answers, at the documents made with them, and at the licences."""
     asked = answers.unanswered(bool(run.base))
-    return Check(
+    return Completeness(
         [f"{q.key}: {q.text}" for q in asked],
         list(dict.fromkeys(hole for blocks in documents for hole in missing(blocks))),
         contradictions(run, answers),

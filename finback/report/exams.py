@@ -8,10 +8,10 @@ from typing import Any
 
 from finback.runs.files import read_lines
 
-ROWS = 3  # exams from which on a run is told as a road
+MANY = 3  # evaluated models from which on a summary has one row per model
 
 
-def table(stages: dict[str, Any]) -> str:
+def accuracy_table(stages: dict[str, Any]) -> str:
     """One line per examined model: every exam's accuracy with its interval, then length, thinking and language."""
     taken = [s["results"] for s in stages.values() if s["stage"] == "Evaluate"]
     names = list(dict.fromkeys(e["exam"] for results in taken for e in results["evaluations"]))
@@ -40,7 +40,7 @@ def _share(exam: dict[str, Any] | None) -> str:
     return f"{exam['accuracy']:.1%} ({low:.0%}-{high:.0%})"
 
 
-def one_problem(root: Path, stages: dict[str, Any]) -> str:
+def first_problem(root: Path, stages: dict[str, Any]) -> str:
     """The first problem of the first exam, and what every model said to it, right or not."""
     taken = [(name, s["results"]) for name, s in stages.items() if s["stage"] == "Evaluate"]
     exam = taken[0][1]["evaluations"][0]["exam"]
@@ -51,18 +51,18 @@ def one_problem(root: Path, stages: dict[str, Any]) -> str:
             lines = lines or [
                 f"The first problem of the exam '{exam}': {records[0]['question']}  (gold: {records[0]['gold']})"
             ]
-            lines.append(said(results["model"], records[0]))
+            lines.append(answer_line(results["model"], records[0]))
     return "\n".join(lines)
 
 
-def said(label: str, record: dict[str, Any], width: int = 14) -> str:
+def answer_line(label: str, record: dict[str, Any], width: int = 14) -> str:
     """One answer on one line, its chain before it."""
     chain = record["thinking"].replace("\n", "  ")
     shown = f"<think> {chain} </think> " if record["thinks"] else ""
     return f"  {label:{width}}  {shown}{record['answer']}   {'right' if record['correct'] else 'WRONG'}"
 
 
-def kept(stages: dict[str, Any]) -> str:
+def rejected(stages: dict[str, Any]) -> str:
     """What the reject stages kept and why they dropped the rest."""
     lines = []
     for name, stage in stages.items():

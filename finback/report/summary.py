@@ -1,32 +1,25 @@
-"""What a run folder has to tell: before and after RL, what the gain is made of, three problems, the picture.
+"""The summary of a run: costs, accuracy before and after RL, what the gain is made of, sample problems, a picture."""
 
-Reads run folders only.
-"""
-
-import dataclasses
-import inspect
 from pathlib import Path
 from typing import Any
 
-from finback.config import UserError, as_json, did_you_mean
-from finback.report import road
+from finback.report.exams import MANY, accuracy_table, answer_line, first_problem, rejected
 from finback.runs.files import read_json, read_lines
 from finback.runs.progress import clock
-from finback.runs.recipe import Recipe, Stage
 
 SAMPLES = 3
 PLANTED = "Pre-training planted both habits, guessing and thinking; RL selects the one that pays and sharpens it."
 
 
-def tell(root: Path) -> str:
-    """The story of a run as text; draws <root>/learning.png when there is an RL stage."""
+def summarize(root: Path) -> str:
+    """The summary of a run as text; draws <root>/learning.png when there is an RL stage."""
     stages = read_json(root / "summary.json")["stages"]
     parts = [_costs(stages)]
     exams = [name for name, s in stages.items() if s["stage"] == "Evaluate"]
     learning = [name for name, s in stages.items() if s["stage"] == "GRPO"]
     parts += [_pretraining(name, s["results"]) for name, s in stages.items() if s["stage"] == "Pretrain"]
-    if len(exams) >= road.ROWS:
-        parts += [road.kept(stages), road.table(stages), road.one_problem(root, stages)]
+    if len(exams) >= MANY:
+        parts += [rejected(stages), accuracy_table(stages), first_problem(root, stages)]
     elif len(exams) >= 2:
         before, after = exams[0], exams[-1]
         parts.append(_before_after(stages[before]["results"], stages[after]["results"]))
@@ -38,7 +31,7 @@ def tell(root: Path) -> str:
         picture = draw(root, learning)
         parts.append(f"Picture: {picture}" if picture else "")
     models = [name for name, s in stages.items() if s["stage"] in ("Pretrain", "SFT", "GRPO", "Distill")]
-    if len(exams) >= road.ROWS:
+    if len(exams) >= MANY:
         parts.append(f"Talk to one of them: finback chat {root}/STAGE, with STAGE one of {', '.join(models)}")
     else:
         parts.append(f"Talk to it: finback chat {root}")
@@ -136,7 +129,7 @@ def _problems(root: Path, before: str, after: str, exam: str) -> str:
     parts = [f"The first {SAMPLES} held-out problems of the exam '{exam}':"]
     for then, now in list(pairs)[:SAMPLES]:
         parts.append(
-            f"{then['question']}  (gold: {then['gold']})\n{road.said('before', then, 6)}\n{road.said('after', now, 6)}"
+            f"{then['question']}  (gold: {then['gold']})\n{answer_line('before', then, 6)}\n{answer_line('after', now, 6)}"
         )
     return "\n\n".join(parts)
 
@@ -181,33 +174,3 @@ def _newer(picture: Path, logs: list[Path]) -> bool:
     """Whether nothing was logged since a picture was drawn."""
     drawn = picture.stat().st_mtime_ns
     return all(log.is_file() and log.stat().st_mtime_ns <= drawn for log in logs)
-
-
-def knobs(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's resolved knobs as JSON values."""
-    return {"recipe": recipe.name, "stages": [as_json(stage) for stage in recipe.stages]}
-
-
-def outline(recipe: Recipe) -> str:
-    """A recipe's stages with all their knobs and the work they announce."""
-    lines = [f"recipe {recipe.name}"]
-    for stage in recipe.stages:
-        work = stage.work()
-        lines.append(
-            f"\n{stage.name}: {type(stage).__name__}, trains on at most {work.tokens_trained:,} tokens, "
-            f"generates at most {work.tokens_generated:,}"
-        )
-        lines += [f"  {f.name} = {getattr(stage, f.name)!r}" for f in dataclasses.fields(stage) if f.name != "name"]
-    return "\n".join(lines)
-
-
-def stage_source(name: str) -> str:
-    """The source of a stage class: its fields are the knobs, its comments their meaning."""
-    from finback.stages import distill, evaluate, extend, grpo, prepare, pretrain, reject, sft
-
-    modules = (prepare, pretrain, extend, sft, grpo, reject, distill, evaluate)
-    classes = {n: c for m in modules for n, c in vars(m).items() if inspect.isclass(c) and issubclass(c, Stage)}
-    classes.pop("Stage")
-    if name not in classes:
-        raise UserError("show", name, "neither a run folder, a recipe file nor a stage", did_you_mean(name, classes))
-    return inspect.getsource(classes[name])

@@ -55,7 +55,7 @@ class Tail:
         return whole
 
 
-class Table:
+class MetricsTable:
     """One stage's metrics: for each name the rows that have it and its values; nested lists stay as they are."""
 
     def __init__(self, path: Path) -> None:
@@ -135,9 +135,9 @@ class Table:
         numbers.extend(fresh)
 
 
-def glance(path: Path, lines: int) -> Table:
+def glance(path: Path, lines: int) -> MetricsTable:
     """A table of single lines spread evenly over a file, the first and the last among them: how its curves will look."""
-    table = Table(path)
+    table = MetricsTable(path)
     table._take(records(b"".join(_spread(path, lines))))
     return table
 
