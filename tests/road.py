@@ -30,7 +30,7 @@ from finback.stages.sft import SFT
 from finback.tasks.math import Chains
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Mixture
-from finback.train.policy import Objective
+from finback.train.grpo_loss import Objective
 from tests.road import Loose
 from tests.toy import CONFIG
 

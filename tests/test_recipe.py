@@ -418,7 +418,7 @@ def test_a_summary_holds_what_is_finished(tmp_path: Path) -> None:
 
 STAGE = """
 from dataclasses import dataclass
-from finback.recipe import Stage
+from finback.runs.recipe import Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Nothing(Stage):

@@ -25,7 +25,7 @@ from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.prepare import Prepare
 from finback.stages.pretrain import Pretrain
 from finback.tasks.math import Chains
-from finback.train.schedule import Phase
+from finback.train.rates import Phase
 from tests.toy import CONFIG
 
 recipe = [
