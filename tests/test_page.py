@@ -22,12 +22,12 @@ from starlette.testclient import TestClient
 from finback.config import UserError
 from finback.runs.metrics_table import MetricsTable
 from finback.runs.samples import SampleIndex
+from finback.runs.thinning import smooth, thin
 from finback.serve import curves, server, watch
 from finback.serve.auth import digests
 from finback.serve.options import Options
 from finback.serve.page import POLICY, WEB, Page
 from finback.serve.runs import Runs, StageFolder
-from finback.serve.thin import smooth, thin
 from tests.serving import CHAT, HELLO, KEY, Scripted, events, served
 from tests.toy import ROOT, finback
 

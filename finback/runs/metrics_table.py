@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json
 
-from finback.serve.thin import Line
+from finback.runs.thinning import Line
 
 PIECE = 1 << 20  # bytes read at a time
 

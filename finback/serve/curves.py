@@ -8,8 +8,8 @@ import numpy as np
 
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
 from finback.runs.metrics_table import MetricsTable
+from finback.runs.thinning import Line, smooth, thin
 from finback.serve.runs import StageFolder
-from finback.serve.thin import Line, smooth, thin
 
 AXES = ("step", "tokens", "time", "cost")
 QUIET = 120.0  # seconds without a line after which a running stage has stalled, and no less than 20 steps' time
