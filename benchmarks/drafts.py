@@ -17,8 +17,7 @@ from driver import CORES, say
 from record import header, spread, write
 
 from finback.checkpoint import model as models
-from finback.data import chat
-from finback.data.chat import Message
+from finback.data.messages import Message, encode_prompt
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import Request, SamplingParams
@@ -50,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(CORES)
     model, tokenizer = models.load_to_answer(options.model, "fp32"), Tokenizer(options.model)
     problems = tasks.distinct(Chains(6, 8), "held_out", options.prompts, 1)
-    prompts = [chat.prompt([Message("user", p.question)], tokenizer) for p in problems]
+    prompts = [encode_prompt([Message("user", p.question)], tokenizer) for p in problems]
     results = header("drafts", {"model": str(options.model), "rounds": options.rounds, "prompts": options.prompts})
     results["rows"] = {}
     for rows in (1, 4, 16):

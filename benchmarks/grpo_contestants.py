@@ -14,8 +14,7 @@ from driver import CORES, Contestant, Settings
 from twin import count, twin
 
 from finback.checkpoint import model as models
-from finback.data import chat
-from finback.data.chat import Message
+from finback.data.messages import Message, encode_prompt
 from finback.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from finback.engine.engine import Engine
 from finback.model.config import TINY
@@ -51,7 +50,7 @@ def prompts(settings: Settings, step: int) -> list[tuple[list[int], str]]:
     tokenizer = Tokenizer(Path(settings["base"]) / "tokenizer.json")
     rng = random.Random(_stage_run(settings, World()).seed("questions", step))
     drawn = [tasks.draw(CHAINS, "train", rng) for _ in range(settings["prompts"])]
-    ids = [chat.prompt([Message("user", p.question)], tokenizer) for p in drawn]
+    ids = [encode_prompt([Message("user", p.question)], tokenizer) for p in drawn]
     return [(i, tokenizer.decode(i, skip_special=False)) for i in ids]
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finback.config import UserError
-from finback.data.chat import Message
 from finback.data.clean import Counts, Quality, Rules, Sieve, check
+from finback.data.messages import Message
 from finback.data.near_duplicates import Index, NearDuplicates, Signer, store
 from finback.data.overlap import Overlap
 from finback.data.sources import Document

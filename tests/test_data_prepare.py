@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from finback.config import UserError
-from finback.data import chat, pack, spill
-from finback.data.chat import Message
+from finback.data import pack, spill
 from finback.data.clean import Quality, Rules
 from finback.data.corpus import Corpus, Engine
 from finback.data.encode import TOGETHER, encode
+from finback.data.messages import Message, encode_document
 from finback.data.near_duplicates import NearDuplicates
 from finback.data.sources import Document, Files
 from finback.data.tokenizer import FIM, Tokenizer
@@ -271,7 +271,7 @@ def test_many_documents_are_encoded_as_each_alone(made: tuple[Path, Path]) -> No
     words = Tokenizer(made[1] / "tokenizer.json")
     said = [Document((Message("user", s), Message("assistant", s[:9], s[3:]))) for s in sentences(21, TOGETHER + 9)]
     for document, ids in encode(said, words):
-        assert ids.tolist() == chat.document(document.messages, words)
+        assert ids.tolist() == encode_document(document.messages, words)
     assert list(encode([], words)) == []
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finback.config import UserError
 from finback.data import packaged, spill
-from finback.data.chat import Message
+from finback.data.messages import Message
 from finback.data.packaged import AWS, GOOGLE, POSTGRES, PYTHON, WORDNET
 from finback.data.readers import Meter
 from finback.data.sources import Document, Files

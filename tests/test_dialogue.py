@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from finback.config import UserError
-from finback.data import chat, tokenizer
-from finback.data.chat import Message
+from finback.data import tokenizer
 from finback.data.dialogue import dialogue
+from finback.data.messages import Message, encode_prompt, opens_chain
 from finback.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 
 TEXT = ["The whale sang: 4+5=9! ## Tools Description Parameters {} [] function arguments"] * 20
@@ -129,10 +129,10 @@ def test_it_agrees_with_the_prompt_of_training(template: str | None, words: Toke
     words = words if template is None else templated(words, template, tmp_path)
     plain = [Message("user", "4+5?"), Message("assistant", "9", "4+5=9"), Message("user", "ok")]
     messages = [{"role": m.role, "content": m.content} for m in plain]
-    opens = chat.opens_chain(words)
+    opens = opens_chain(words)
     assert opens == (template == R1)
-    assert dialogue(messages, words) == (chat.prompt(plain, words), opens)
-    assert dialogue(messages, words, think=True) == (chat.prompt(plain, words, think=True), True)
+    assert dialogue(messages, words) == (encode_prompt(plain, words), opens)
+    assert dialogue(messages, words, think=True) == (encode_prompt(plain, words, think=True), True)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finback.config import UserError
-from finback.data import chat
+from finback.data.messages import parse_response
 from finback.tasks.judge import Judge
 from finback.tasks.language import consistency
 from finback.tasks.math import Chains
@@ -22,9 +22,9 @@ ENGLISH, CHINESE = "first I add the two numbers, then I take one away", "先把�
 
 def earn(reward: Reward, task: Task, problem: Problem, text: str, tokens: int = 50) -> dict[str, float]:
     """What a whole text of a model earns, as RL reads it."""
-    response = chat.parse(text)
+    response = parse_response(text)
     verdict = task.check(problem, response.answer) if response.closed else JUNK
-    return reward.parts(verdict, response.thinking, response.thinks, tokens, 100)
+    return reward.parts(verdict, response.reasoning, response.thinks, tokens, 100)
 
 
 def test_a_right_answer_pays_most_and_junk_nothing() -> None:

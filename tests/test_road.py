@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from finback.config import UserError
-from finback.data.chat import Response
+from finback.data.messages import Response
 from finback.engine.request import Completion
 from finback.model.transformer import Transformer
 from finback.report import samples

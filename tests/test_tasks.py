@@ -263,13 +263,13 @@ def test_the_quickstart_never_trains_on_a_problem_that_it_is_examined_on() -> No
 def test_task_text_shows_its_work_as_often_as_asked() -> None:
     made = load(TINY_RECIPE).stages[0].tasks[0]  # type: ignore[attr-defined]
     documents = list(dataclasses.replace(made, documents=5000).generate(seed=1))
-    assert abs(sum(bool(d.messages[-1].thinking) for d in documents) / 5000 - made.think) < 0.03
+    assert abs(sum(bool(d.messages[-1].reasoning) for d in documents) / 5000 - made.think) < 0.03
     assert abs(sum(len(d.messages) > 2 for d in documents) / 5000 - made.follow_up) < 0.03
-    assert not any(m.thinking for d in documents for m in d.messages[:-1]), "prompts show no earlier chain"
+    assert not any(m.reasoning for d in documents for m in d.messages[:-1]), "prompts show no earlier chain"
     for question, answer in (d.messages[i : i + 2] for d in documents for i in range(0, len(d.messages), 2)):
         assert question.role == "user" and answer.role == "assistant"
         assert int(answer.content) == sum(terms_of(question.content))
-        assert not answer.thinking or answer.thinking.endswith(f"={answer.content}")
+        assert not answer.reasoning or answer.reasoning.endswith(f"={answer.content}")
     assert documents == list(dataclasses.replace(made, documents=5000).generate(seed=1))
     text = "chains.think = 1.5: a share is between 0 and 1. Correct it."
     with pytest.raises(UserError, match=f"^{re.escape(text)}$"):

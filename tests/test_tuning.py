@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from finback.checkpoint import model as models
 from finback.config import UserError
-from finback.data import chat, tokenizer, tuning
-from finback.data.chat import Message
+from finback.data import tokenizer, tuning
+from finback.data.messages import IGNORE, Lesson, Message, encode_document, encode_prompt, lessons
 from finback.data.sources import Files
 from finback.data.template import Template
 from finback.data.tokenizer import Tokenizer
@@ -34,8 +34,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return tokenizer.train([WORDS], 320, tmp_path_factory.mktemp("words") / "tokenizer.json")
 
 
-def taught(lesson: tuning.Lesson, words: Tokenizer) -> str:
-    return words.decode([i for i, t in zip(lesson.ids, lesson.taught, strict=True) if t], skip_special=False)
+def taught(lesson: Lesson, words: Tokenizer) -> str:
+    return words.decode([i for i in lesson.labels if i != IGNORE], skip_special=False)
 
 
 TALK = (
@@ -47,24 +47,24 @@ TALK = (
 
 
 def test_a_lesson_is_what_the_assistant_said(words: Tokenizer) -> None:
-    (lesson,) = tuning.lessons(TALK, words)
-    assert lesson.ids == chat.document(TALK, words)
+    (lesson,) = lessons(TALK, words)
+    assert lesson.ids == encode_document(TALK, words)
     eos = "<｜end▁of▁sentence｜>"
     assert taught(lesson, words) == f"well{eos}<think>one and one</think>2{eos}"
 
 
 def test_chains_of_earlier_turns_are_taught_apart_and_never_read(words: Tokenizer) -> None:
     talk = (Message("user", "a"), Message("assistant", "b", "why"), *TALK[2:])
-    whole, first = tuning.lessons(talk, words)
-    assert taught(whole, words) == taught(tuning.lessons(TALK, words)[0], words).split("｜>", 1)[1]
+    whole, first = lessons(talk, words)
+    assert taught(whole, words) == taught(lessons(TALK, words)[0], words).split("｜>", 1)[1]
     assert "why" not in words.decode(whole.ids) and taught(first, words).startswith("<think>why</think>b")
     # what stands before a taught answer is the very prompt that the model will see
-    prompt = chat.prompt([*map(tuning._bare, talk[:3])], words)
+    prompt = encode_prompt([*talk[:3]], words)
     assert whole.ids[: len(prompt)] == prompt
 
 
 def test_a_system_message_stands_first_and_is_not_taught(words: Tokenizer) -> None:
-    (lesson,) = tuning.lessons((Message("system", "be kind"), *TALK[:2]), words)
+    (lesson,) = lessons((Message("system", "be kind"), *TALK[:2]), words)
     assert words.decode(lesson.ids, skip_special=True).startswith("be kind") and "kind" not in taught(lesson, words)
 
 
@@ -73,7 +73,7 @@ def test_a_template_writes_the_prompt(words: Tokenizer, opens: str) -> None:
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[A]" + opens
     own = Tokenizer(words.path)
     own.template = Template(source + "{% endif %}", {})
-    first, second = tuning.lessons(TALK, own)
+    first, second = lessons(TALK, own)
     assert taught(second, own) == ("" if opens else "<think>\n") + "one and one\n</think>\n\n2<｜end▁of▁sentence｜>"
     assert own.decode(second.ids, skip_special=False).startswith("[user]hi[assistant]well[user]1+1?[A]" + opens)
     assert taught(first, own).endswith("well<｜end▁of▁sentence｜>")
@@ -81,7 +81,7 @@ def test_a_template_writes_the_prompt(words: Tokenizer, opens: str) -> None:
 
 def test_nothing_to_learn_is_refused(words: Tokenizer) -> None:
     with pytest.raises(UserError, match="nothing that an assistant says"):
-        tuning.lessons((Message("user", "hi"),), words)
+        lessons((Message("user", "hi"),), words)
 
 
 def test_rows_are_filled_and_nothing_is_lost() -> None:
@@ -95,8 +95,8 @@ def test_rows_are_filled_and_nothing_is_lost() -> None:
 
 
 def test_packed_targets_stop_at_the_end_of_a_lesson() -> None:
-    one = tuning.Lesson([5, 6, 7, 8], [False, True, True, True])
-    two = tuning.Lesson([9, 10, 11], [False, False, True])
+    one = Lesson([5, 6, 7, 8], [IGNORE, 6, 7, 8])
+    two = Lesson([9, 10, 11], [IGNORE, IGNORE, 11])
     batch = tuning.packed([[one, two], [two]], depths=1)
     assert batch.targets.tolist() == [[6, 7, 8, -1, -1, 11, -1], [-1, 11, -1, -1, -1, -1, -1]]
     assert batch.further(1).tolist() == [[7, 8, -1, -1, 11, -1, -1], [11, -1, -1, -1, -1, -1, -1]]
@@ -144,7 +144,7 @@ def test_the_packed_gradient_is_that_of_lessons_alone(tmp_path: Path) -> None:
     t.gradients.zero()
     for lesson in (lesson for row in rows for lesson in row):
         ids = torch.tensor([lesson.ids])
-        targets = torch.tensor(lesson.taught[1:])
+        targets = torch.tensor(lesson.labels[1:]) != IGNORE
         logits = t.model.logits(t.model(ids[:, :-1])[0])[targets]
         (F.cross_entropy(logits, ids[0, 1:][targets], reduction="sum") / count).backward()
     torch.testing.assert_close(together, t.gradients.flat, rtol=1e-3, atol=1e-6)
@@ -356,8 +356,8 @@ def test_chains_are_found_where_others_write_them(tmp_path: Path) -> None:
     path = tmp_path / "chains.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
     found = [d.messages[1] for d in Files((str(path),)).documents()]
-    assert [(m.content, m.thinking) for m in found[:4]] == [("4", "2+2")] * 4
-    assert (found[4].content, found[4].thinking) == ("<think> never closed", "")
+    assert [(m.content, m.reasoning) for m in found[:4]] == [("4", "2+2")] * 4
+    assert (found[4].content, found[4].reasoning) == ("<think> never closed", "")
 
 
 def test_teachers_that_do_not_fit_are_named_and_padded_heads_are_cut(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_template_that_asks_whether_to_think_is_told(words: Tokenizer) -> None
     """DeepSeek-V3.1's: a lesson with a chain opens it in the prompt, one without closes it there."""
     own = Tokenizer(words.path)
     own.template = Template(V31, {})
-    bare, chained = tuning.lessons(TALK, own)
+    bare, chained = lessons(TALK, own)
     assert taught(chained, own) == "one and one</think>2<｜end▁of▁sentence｜>"
     assert own.decode(chained.ids, skip_special=False).count("<think>") == 1
     assert taught(bare, own) == "well<｜end▁of▁sentence｜>"
@@ -394,10 +394,10 @@ def test_a_lesson_ends_with_what_the_model_stops_at(words: Tokenizer) -> None:
     own = Tokenizer(words.path)
     own.template = Template("{% for m in messages %}{{ m.content }}{% endfor %}", {})
     own.eos, own.stops = -1, (7,)
-    assert tuning.lessons(TALK, own)[0].ids[-1] == 7
+    assert lessons(TALK, own)[0].ids[-1] == 7
     own.stops = ()
     with pytest.raises(UserError, match="names no token that ends an answer"):
-        tuning.lessons(TALK, own)
+        lessons(TALK, own)
 
 
 def test_fewer_rows_than_ranks_want_leave_the_gradient_whole(tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_fewer_rows_than_ranks_want_leave_the_gradient_whole(tmp_path: Path) -> 
     run = tune(tmp_path, rows=4, balance_alpha=1.0)
     rows = [[run.taught[i] for i in row] for row in run.order[0][:3]]
 
-    def gradient(*shares: list[list[tuning.Lesson]]) -> torch.Tensor:
+    def gradient(*shares: list[list[Lesson]]) -> torch.Tensor:
         run.model.zero_grad()
         run.gradients.zero()
         for share in shares:

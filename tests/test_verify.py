@@ -20,8 +20,8 @@ from finback.checkpoint.export import export
 from finback.checkpoint.load import load
 from finback.checkpoint.shards import SCALE
 from finback.config import UserError
-from finback.data import chat, tokenizer
-from finback.data.chat import Message
+from finback.data import tokenizer
+from finback.data.messages import Message, encode_document, encode_prompt, opens_chain
 from finback.data.tokenizer import Tokenizer
 from finback.kernels import fp8
 from finback.report.talk import Conversation
@@ -146,7 +146,7 @@ def test_an_exported_dialogue_is_written_as_we_write_it(folder: Path) -> None:
     dialogue = [Message("user", "hello 12?"), Message("assistant", "12 + 34"), Message("user", "world")]
     said = [{"role": m.role, "content": m.content} for m in dialogue]
     ids = theirs.apply_chat_template(said, tokenize=True, add_generation_prompt=True)
-    assert ids["input_ids"] == chat.prompt(dialogue, ours)
+    assert ids["input_ids"] == encode_prompt(dialogue, ours)
     assert ours.template is None and theirs.eos_token_id == ours.eos
     assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == [ours.eos]
 
@@ -161,13 +161,13 @@ def test_a_template_that_opens_the_chain_itself(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(R1_TEMPLATE)
     words = Tokenizer(folder)
     asked = [Message("user", "hello")]
-    assert chat.opens_chain(words) and not chat.opens_chain(Tokenizer(folder.parent))
-    assert chat.prompt(asked, words) == chat.prompt(asked, words, think=True)  # opened once, not twice
+    assert opens_chain(words) and not opens_chain(Tokenizer(folder.parent))
+    assert encode_prompt(asked, words) == encode_prompt(asked, words, think=True)  # opened once, not twice
     talk = Conversation(folder, 0, max_tokens=4)
     pieces = list(talk.reply("hello"))
     assert pieces[0] == "<think>" and talk.messages[-1].content == ""  # four tokens of an open chain are no answer
     with pytest.raises(UserError, match="writes dialogues by a template of its own"):
-        chat.document(asked, words)
+        encode_document(asked, words)
 
 
 def test_what_stands_in_a_tokenizers_files_is_taken_with_care(folder: Path) -> None:
@@ -193,7 +193,7 @@ def test_what_stands_in_a_tokenizers_files_is_taken_with_care(folder: Path) -> N
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": several, "eos_token": 7}))
     words = Tokenizer(folder)
     with pytest.raises(UserError, match="the model's chat template refuses them"):
-        chat.prompt([Message("user", "x")], words)
+        encode_prompt([Message("user", "x")], words)
     assert words.settings["chat_template"] == several
     (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
     assert check(verify(folder), "tokenizer").holds is False

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.comparison.protocol import EvalRequest, digest
-from finback.data import chat
+from finback.data.messages import parse_response
 from finback.data.tokenizer import END_THINK, THINK
 from finback.runs.files import read_lines
 
@@ -56,8 +56,8 @@ def parse_answer(ask: EvalRequest, said: str, reasoning: str = "", opened: bool 
     """An answer from what was said, with its chain in the text or beside it; `opened` says that the prompt opened one."""
     if not reasoning and not said.lstrip().startswith(THINK) and (opened or END_THINK in said):
         said = THINK + said  # servers that know nothing of chains leave out what the prompt ended with
-    response = chat.parse(said)
-    thinking = reasoning.strip() or response.thinking
+    response = parse_response(said)
+    thinking = reasoning.strip() or response.reasoning
     return Answer(
         ask.key,
         ask.suite.name,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from finback.config import check_fields, check_share
-from finback.data.chat import Message
+from finback.data.messages import Message
 from finback.data.near_duplicates import Index, Signer
 from finback.data.overlap import Overlap
 from finback.data.sources import Document

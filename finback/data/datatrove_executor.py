@@ -25,7 +25,7 @@ from finback.config import UserError
 from finback.runs.files import read_json, write_json
 
 ERROR = "error.json"
-RUN = "from finback.data import trove; trove.serve()"
+RUN = f"from {__name__} import serve; serve()"
 
 
 class Job(Protocol):

@@ -6,8 +6,8 @@ from itertools import groupby
 from typing import Any
 
 from finback.config import UserError
-from finback.data.chat import demand_marks, is_open
-from finback.data.messages import Called, Tool, Turn, tools_of, turns
+from finback.data.messages import is_open, require_special_tokens
+from finback.data.openai_messages import Called, Tool, Turn, tools_of, turns
 from finback.data.template import Template
 from finback.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 
@@ -89,7 +89,7 @@ def _by_marks(
     tokenizer: Tokenizer, said: Sequence[Turn], tools: Sequence[Tool], think: bool | None, begun: Turn | None
 ) -> tuple[list[str], bool]:
     """The prompt in DeepSeek's form, marks and plain texts in turn, and whether it ends inside a chain."""
-    demand_marks(tokenizer, (BOS, EOS, USER, ASSISTANT))
+    require_special_tokens(tokenizer, (BOS, EOS, USER, ASSISTANT))
     thinks = THINK in tokenizer.ids and END_THINK in tokenizer.ids
     pieces: list[str] = [_BOS, *_system(said, tools)]
     asked = max((i for i, turn in enumerate(said) if turn.role == "user"), default=-1)

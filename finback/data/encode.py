@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from finback.data import chat, pack
-from finback.data.chat import Piece
+from finback.data import pack
+from finback.data.messages import Piece, document_pieces, require_special_tokens
 from finback.data.sources import Document
 from finback.data.tokenizer import FIM, Tokenizer
 
@@ -39,9 +39,9 @@ def _encoded(
 
 def _pieces(document: Document, tokenizer: Tokenizer, fim: float, seed: int) -> list[Piece]:
     if document.messages:
-        return chat.document_pieces(document.messages, tokenizer)
+        return document_pieces(document.messages, tokenizer)
     if fim and not pack.is_validation(document.text) and (cut := _cut(document.text, fim, seed)):
-        chat.demand_marks(tokenizer, FIM)
+        require_special_tokens(tokenizer, FIM)
         prefix, middle, suffix = cut
         hole, begin, end = (tokenizer.ids[token] for token in FIM)
         return [*_first(tokenizer), begin, prefix, hole, suffix, end, middle, tokenizer.eos]

@@ -1,212 +1,202 @@
-"""Dialogues as OpenAI's and DeepSeek's interfaces write them, read into plain turns; what does not fit is refused by name."""
+"""Messages to the token ids of a prompt, a training document or a lesson, and a response back to its parts.
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+What a server is sent, with tools and past chains, becomes ids in dialogue.py, in the same form.
+"""
 
-from finback.config import UserError, did_you_mean
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-@dataclass(frozen=True)
-class Called:
-    """A tool call of an earlier turn; `arguments` is JSON text, whatever form it came in."""
-
-    name: str
-    arguments: str
-    id: str | None = None
+from finback.config import UserError
+from finback.data.tokenizer import ADDED, ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One message. `role` is system, user, assistant or tool; what the others do not have is empty."""
+class Message:
+    """One turn. `reasoning` is the assistant's chain of thought: part of training text, never of later prompts (R1)."""
 
-    role: str
+    role: Literal["system", "user", "assistant"]
     content: str
     reasoning: str = ""
-    calls: tuple[Called, ...] = ()
-    call_id: str | None = None  # of a tool's result: the call it answers
-    name: str | None = None
-    prefix: bool = False  # the answer goes on from here
 
 
 @dataclass(frozen=True)
-class Tool:
-    """A function that may be called; `given` is what the user sent, for templates."""
+class Response:
+    """What a model said: its chain, its answer, whether it opened one and whether it closed it."""
 
-    name: str
-    description: str
-    parameters: str  # the JSON schema's text
-    given: Mapping[str, Any] = field(repr=False)
+    reasoning: str
+    answer: str
+    thinks: bool
+    closed: bool
 
 
-def turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
-    """Read messages: UserError names the place, as in `messages[2].content`.
+def parse_response(text: str) -> Response:
+    """Split generated text into chain and answer; an unclosed chain has no answer."""
+    text = text.lstrip()  # some models begin with a line break
+    if not text.startswith(THINK):
+        return Response("", text.strip(), thinks=False, closed=True)
+    chain, closed, answer = text.removeprefix(THINK).partition(END_THINK)
+    return Response(chain.strip(), answer.strip(), thinks=True, closed=bool(closed))
 
-    Results of one turn's calls are put in the order of the calls, since most models see no ids.
+
+def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = False) -> list[int]:
+    """Ids that ask for the next assistant turn; `think` opens the chain for the model (the prefilled-<think> case).
+
+    A tokenizer with a chat template writes the dialogue by it, as transformers would; special tokens in a user's
+    words then count, as they do there. Without one the form is DeepSeek's.
     """
-    if not messages:
-        raise UserError("messages", [], "no messages", "Send at least one.")
-    found = [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    for i, turn in enumerate(found):
-        if turn.prefix and (turn.role != "assistant" or i < len(found) - 1):
-            raise UserError(
-                f"messages[{i}].prefix",
-                True,
-                "only the last message can be continued, and only the assistant's",
-                "Leave it out here.",
-            )
-    return _ordered(found)
+    if tokenizer.template is not None:
+        return tokenizer.encode_marked(prompt_text(messages, tokenizer, think))
+    require_special_tokens(tokenizer)
+    ids = [tokenizer.bos]
+    for message in messages:
+        ids += turn(message, tokenizer, with_thinking=False)
+    return ids + [tokenizer.ids[ASSISTANT]] + ([tokenizer.ids[THINK]] if think else [])
 
 
-def tools_of(tools: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
-    """Read tools in OpenAI's form, {"type": "function", "function": {…}}."""
-    found = []
-    for i, tool in enumerate(tools or ()):
-        where = f"tools[{i}]"
-        _demand(isinstance(tool, Mapping), where, tool, "not an object", "Send OpenAI's form of a tool.")
-        kind, function = tool.get("type", "function"), tool.get("function")
-        _demand(kind == "function", f"{where}.type", kind, "no such kind of tool", 'Use "function".')
-        _demand(
-            isinstance(function, Mapping),
-            f"{where}.function",
-            function,
-            "not an object",
-            "Describe the function in it.",
-        )
-        assert isinstance(function, Mapping)
-        parameters = function.get("parameters")
-        _demand(
-            isinstance(parameters, Mapping | None),
-            f"{where}.function.parameters",
-            parameters,
-            "not a JSON schema",
-            "Send an object, or leave it out.",
-        )
-        name = _text(function.get("name"), f"{where}.function.name")
-        _demand(bool(name), f"{where}.function.name", name, "empty", "Name the function.")
-        description = _text(function.get("description") or "", f"{where}.function.description")
-        schema = _json({} if parameters is None else parameters, f"{where}.function.parameters")
-        found.append(Tool(name, description, schema, tool))
-    return found
+def prompt_text(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = False) -> str:
+    """The text of a prompt by the tokenizer's own template; `think` opens the chain where the template does not."""
+    text = rendered(messages, tokenizer, think)
+    return text + (THINK if think and not is_open(text) else "")
 
 
-def _turn(message: Mapping[str, Any], where: str) -> Turn:
-    _demand(isinstance(message, Mapping), where, message, "not an object", "Send a role and a content.")
-    role = message.get("role")
-    _demand(role in ROLES, f"{where}.role", role, "no such role", did_you_mean(str(role), ROLES))
-    assert isinstance(role, str)
-    calls: tuple[Called, ...] = ()
-    reasoning = ""
-    if role == "assistant":
-        calls = _calls(message.get("tool_calls"), f"{where}.tool_calls")
-        for name in ("reasoning", "reasoning_content"):
-            reasoning = _text(message.get(name) or "", f"{where}.{name}") or reasoning
-    prefix = message.get("prefix") or False
-    _demand(isinstance(prefix, bool), f"{where}.prefix", prefix, "neither true nor false", "Use true.")
-    content = message.get("content")
-    if content is None and (calls or reasoning or prefix):
-        content = ""
-    names = {n: message.get(n) for n in ("tool_call_id", "name")}
-    for name, value in names.items():
-        _demand(isinstance(value, str | None), f"{where}.{name}", value, "not a text", "Send a text.")
-    return Turn(
-        "system" if role == "developer" else role,
-        _content(content, f"{where}.content"),
-        reasoning,
-        calls,
-        names["tool_call_id"],
-        names["name"],
-        prefix,
-    )
+def rendered(messages: Sequence[Message], tokenizer: Tokenizer, think: bool) -> str:
+    """What the template itself writes; V3.1's opens the chain, or closes it at once, by the variable `thinking`."""
+    assert tokenizer.template is not None, "without a template a prompt is ids, not text"
+    said = [{"role": m.role, "content": m.content} for m in messages]
+    return tokenizer.template.render(said, add_generation_prompt=True, **({"thinking": True} if think else {}))
 
 
-def _content(content: Any, where: str) -> str:
-    """One text of a text or of text parts."""
-    if not isinstance(content, list | tuple):
-        return _text(content, where)
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        _demand(kind == "text", f"{where}[{i}].type", kind, "the model reads text only", 'Send parts of type "text".')
-        texts.append(_text(part.get("text"), f"{where}[{i}].text"))
-    return "".join(texts)
+def opens_chain(tokenizer: Tokenizer) -> bool:
+    """Whether the template itself opens the chain at the end of a prompt, as R1's does since February 2025."""
+    if tokenizer.template is None:
+        return False
+    return is_open(tokenizer.template.render([{"role": "user", "content": "?"}], add_generation_prompt=True))
 
 
-def _calls(given: Any, where: str) -> tuple[Called, ...]:
-    _demand(isinstance(given, list | tuple | None), where, given, "not a list", "Send a list of calls.")
-    found = []
-    for i, call in enumerate(given or ()):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        _demand(
-            isinstance(function, Mapping),
-            f"{where}[{i}].function",
-            function,
-            "not an object",
-            "Send the call as the model's answer had it.",
-        )
-        assert isinstance(function, Mapping)
-        arguments = function.get("arguments") or "{}"
-        at = f"{where}[{i}].function"
-        if not isinstance(arguments, str):
-            arguments = _json(arguments, f"{at}.arguments")
-        name, call_id = _text(function.get("name"), f"{at}.name"), call.get("id")
-        _demand(bool(name), f"{at}.name", name, "empty", "Name the function that was called.")
-        _demand(isinstance(call_id, str | None), f"{where}[{i}].id", call_id, "not a text", "Send the id as it came.")
-        found.append(Called(name, _text(arguments, f"{at}.arguments"), call_id))
-    return tuple(found)
+def is_open(text: str) -> bool:
+    """Whether a prompt's text ends inside a chain that nothing stands in yet."""
+    return text.rstrip().endswith(THINK)
 
 
-def _ordered(found: list[Turn]) -> list[Turn]:
-    """Results follow the turn whose calls they answer, in the order of the calls."""
-    ordered: list[Turn] = []
-    ids: list[str | None] = []  # of the calls that may be answered now
-    start = 0  # where the answers to them begin
-    for i, turn in enumerate(found):
-        if turn.role != "tool":
-            ids, start = [call.id for call in turn.calls], len(ordered) + 1
-        elif not ids:
-            raise UserError(
-                f"messages[{i}].role",
-                "tool",
-                "no tool was called before it",
-                "Put it right behind the assistant's message with the tool_calls.",
-            )
-        elif turn.call_id is not None and None not in ids and turn.call_id not in ids:
-            raise UserError(
-                f"messages[{i}].tool_call_id",
-                turn.call_id,
-                "no such call in the assistant's message",
-                f"Use one of {', '.join(map(str, ids))}.",
-            )
-        ordered.append(turn)
-        if turn.role == "tool" and all(t.call_id in ids for t in ordered[start:]):
-            ordered[start:] = sorted(ordered[start:], key=lambda t: ids.index(t.call_id))
-    return ordered
+IGNORE = -100  # the label of a token that is not learnt, as in transformers and torch
+Piece = int | str  # a token, or text that is still to be encoded
 
 
-def _text(value: Any, where: str) -> str:
-    _demand(isinstance(value, str), where, value, "expected a text", "Send a text.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
+def encode_document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """Ids of a whole dialogue as training text, chains included, ended by eos after every assistant turn."""
+    return _encoded(document_pieces(messages, tokenizer), tokenizer)
+
+
+def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
+    """A dialogue as training text before its texts are encoded, so that many can be encoded together."""
+    if tokenizer.template is not None:
         raise UserError(
-            where, value[error.start : error.end], "half a character (a lone surrogate)", "Send whole characters."
-        ) from None
-    return value
+            "tokenizer",
+            str(tokenizer.path),
+            "writes dialogues by a template of its own",
+            "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made.",
+        )
+    require_special_tokens(tokenizer)
+    pieces: list[Piece] = [tokenizer.bos]
+    for message in messages:
+        pieces += _pieces(message, tokenizer, with_thinking=True)
+    return pieces if messages and messages[-1].role == "assistant" else [*pieces, tokenizer.eos]
 
 
-def _json(value: Any, where: str) -> str:
-    try:
-        return _text(json.dumps(value, ensure_ascii=False), where)
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(where, type(value).__name__, f"no JSON ({error})", "Send plain JSON.") from None
+def require_special_tokens(tokenizer: Tokenizer, marks: Collection[str] = (BOS, EOS, *ADDED)) -> None:
+    """UserError if a tokenizer without a template lacks one of these tokens."""
+    if lacks := [token for token in tokenizer.lacks if token in marks]:
+        raise UserError(
+            "tokenizer",
+            str(tokenizer.path),
+            f"has no chat template and lacks the tokens {lacks}",
+            "Use a model that was taught to chat, or put a chat_template.jinja beside it.",
+        )
 
 
-def _demand(holds: bool, where: str, value: Any, problem: str, remedy: str) -> None:
-    if not holds:
-        raise UserError(where, value, problem, remedy)
+def turn(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[int]:
+    """Ids of one turn in DeepSeek's form, the mark that opens it included."""
+    return _encoded(_pieces(message, tokenizer, with_thinking), tokenizer)
+
+
+def _pieces(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[Piece]:
+    if message.role == "system":
+        return [message.content]
+    if message.role == "user":
+        return [tokenizer.ids[USER], message.content]
+    pieces: list[Piece] = [tokenizer.ids[ASSISTANT]]
+    if with_thinking and message.reasoning:
+        pieces += [tokenizer.ids[THINK], message.reasoning, tokenizer.ids[END_THINK]]
+    return [*pieces, message.content, tokenizer.eos]
+
+
+def _encoded(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[int]:
+    return [i for piece in pieces for i in ([piece] if isinstance(piece, int) else tokenizer.encode(piece))]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A dialogue's ids, and its labels: the same ids where the assistant speaks, IGNORE elsewhere (not shifted)."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def lessons(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Lesson]:
+    """The lessons of a dialogue. A prompt never holds the chains of earlier turns, so no lesson does either.
+
+    In DeepSeek's form one lesson teaches all turns, and one more each turn whose chain the first had to leave out. A
+    model with a template of its own gets one lesson for each assistant turn, behind the prompt that its template writes.
+    """
+    turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+    if not turns:
+        raise UserError("messages", len(messages), "nothing that an assistant says", "Give it something to learn.")
+    if tokenizer.template is not None:
+        return [_lesson_by_template(messages[: i + 1], tokenizer) for i in turns]
+    require_special_tokens(tokenizer)
+    *earlier, last = turns
+    chained = [i for i in earlier if messages[i].reasoning]
+    whole = [replace(m, reasoning="") if i in chained else m for i, m in enumerate(messages[: last + 1])]
+    bare = [replace(m, reasoning="") for m in messages]
+    return [
+        _lesson(whole, set(turns) - set(chained), tokenizer),
+        *(_lesson([*bare[:i], messages[i]], {i}, tokenizer) for i in chained),
+    ]
+
+
+def _lesson(messages: Sequence[Message], learnt: set[int], tokenizer: Tokenizer) -> Lesson:
+    """In DeepSeek's form; the mark that opens an assistant's turn belongs to the prompt."""
+    ids, labels = [tokenizer.bos], [IGNORE]
+    for index, message in enumerate(messages):
+        said = turn(message, tokenizer, with_thinking=True)
+        ids += said
+        labels += [IGNORE, *said[1:]] if index in learnt else [IGNORE] * len(said)
+    return Lesson(ids, labels)
+
+
+def _lesson_by_template(messages: Sequence[Message], tokenizer: Tokenizer) -> Lesson:
+    """The template's prompt for all but the last message, then that message as the model should say it."""
+    *said, answer = messages
+    text = rendered(said, tokenizer, think=bool(answer.reasoning))
+    opened, spaced = is_open(text), text.endswith("\n")
+    reply = answer.content
+    if answer.reasoning or opened:
+        gap = "\n" if spaced or not opened else ""
+        reply = f"{'' if opened else THINK + gap}{answer.reasoning}{gap}{END_THINK}{gap * 2}{answer.content}"
+    prompt = tokenizer.encode_marked(text)
+    made = [*tokenizer.encode_marked(reply), _end(tokenizer)]
+    return Lesson(prompt + made, [IGNORE] * len(prompt) + made)
+
+
+def _end(tokenizer: Tokenizer) -> int:
+    """The token that ends an answer: eos, or what generation_config.json stops at."""
+    ends = [token for token in (tokenizer.eos, *tokenizer.stops) if token >= 0]
+    if not ends:
+        raise UserError(
+            "tokenizer",
+            str(tokenizer.path),
+            "names no token that ends an answer",
+            "Put eos_token into its tokenizer_config.json.",
+        )
+    return ends[0]

@@ -30,7 +30,7 @@ class Overlap:
 
     def hits(self, document: Document) -> Iterator[tuple[str, bool]]:
         """Every trace of a question in the document: its task, and whether the question stands there whole."""
-        for text in [t for m in document.messages for t in (m.content, m.thinking)] or [document.text]:
+        for text in [t for m in document.messages for t in (m.content, m.reasoning)] or [document.text]:
             for part in {text, *text.split("\n")}:
                 if task := self.whole.get(_plain(part)):
                     yield task, True

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from finback.config import UserError, check_fields
 from finback.data import readers
-from finback.data.chat import Message, parse
+from finback.data.messages import Message, parse_response
 from finback.data.readers import Meter
 
 
@@ -27,7 +27,7 @@ class Document:
         """All words of the document, for counting bytes, deduplicating and training the tokenizer."""
         if not self.messages:
             return self.text
-        return "\n".join(f"{m.thinking}\n{m.content}" if m.thinking else m.content for m in self.messages)
+        return "\n".join(f"{m.reasoning}\n{m.content}" if m.reasoning else m.content for m in self.messages)
 
 
 class Source(Protocol):
@@ -215,7 +215,7 @@ def _message(value: dict[str, Any]) -> Message:
     chain = value.get("reasoning_content")
     if isinstance(chain, str) and chain:
         return Message("assistant", value["content"], chain)
-    said = parse(value["content"].lstrip())  # others write it into the answer
+    said = parse_response(value["content"].lstrip())  # others write it into the answer
     if said.thinks and said.closed:
-        return Message("assistant", said.answer, said.thinking)
+        return Message("assistant", said.answer, said.reasoning)
     return Message("assistant", value["content"])

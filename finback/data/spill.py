@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from finback.data.chat import Message
+from finback.data.messages import Message
 from finback.data.sources import Document
 
 SEGMENT = 20_000  # documents of one file, which one worker encodes
@@ -55,7 +55,7 @@ def read(path: Path) -> Iterator[Document]:
 
 def dumped(document: Document) -> str:
     """One line that holds a document; lone surrogates survive as JSON's escapes."""
-    return json.dumps([document.text, *([m.role, m.content, m.thinking] for m in document.messages)])
+    return json.dumps([document.text, *([m.role, m.content, m.reasoning] for m in document.messages)])
 
 
 def loaded(line: str) -> Document:

@@ -1,4 +1,4 @@
-"""Dialogues as lessons: ids with a mark on what is to be learnt, and lessons packed into rows that share no attention."""
+"""Lessons packed into rows that share no attention."""
 
 import random
 from collections.abc import Sequence
@@ -7,83 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from finback.config import UserError
-from finback.data import chat
-from finback.data.chat import Message
-from finback.data.tokenizer import END_THINK, THINK, Tokenizer
+from finback.data.messages import IGNORE, Lesson
 
 WINDOW = 1024  # lessons that are fitted into rows together
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A dialogue's ids, and for each of them whether it is to be learnt: what the assistant said, to its last mark."""
-
-    ids: list[int]
-    taught: list[bool]
-
-
-def lessons(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Lesson]:
-    """What a dialogue has to teach. A prompt never holds the chains of earlier turns, so no lesson does either.
-
-    In DeepSeek's form one lesson teaches all turns, and one more each turn whose chain the first had to leave out. A
-    model with a template of its own gets one lesson for each assistant turn, behind the prompt that its template writes.
-    """
-    turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
-    if not turns:
-        raise UserError("messages", len(messages), "nothing that an assistant says", "Give it something to learn.")
-    if tokenizer.template is not None:
-        return [_by_template(messages[: i + 1], tokenizer) for i in turns]
-    chat.demand_marks(tokenizer)
-    *earlier, last = turns
-    chained = [i for i in earlier if messages[i].thinking]
-    whole = [replace(m, thinking="") if i in chained else m for i, m in enumerate(messages[: last + 1])]
-    return [
-        _marked(whole, set(turns) - set(chained), tokenizer),
-        *(_marked([*map(_bare, messages[:i]), messages[i]], {i}, tokenizer) for i in chained),
-    ]
-
-
-def _bare(message: Message) -> Message:
-    return replace(message, thinking="")
-
-
-def _marked(messages: Sequence[Message], taught: set[int], tokenizer: Tokenizer) -> Lesson:
-    """In DeepSeek's form; the mark that opens an assistant's turn belongs to the prompt."""
-    ids, learnt = [tokenizer.bos], [False]
-    for index, message in enumerate(messages):
-        turn = chat.turn(message, tokenizer, with_thinking=True)
-        opens = message.role == "assistant"
-        ids += turn
-        learnt += [index in taught and not (opens and place == 0) for place in range(len(turn))]
-    return Lesson(ids, learnt)
-
-
-def _by_template(messages: Sequence[Message], tokenizer: Tokenizer) -> Lesson:
-    """The template's prompt for all but the last message, then that message as the model should say it."""
-    *said, answer = messages
-    text = chat.rendered(said, tokenizer, think=bool(answer.thinking))
-    opened, spaced = chat.is_open(text), text.endswith("\n")
-    reply = answer.content
-    if answer.thinking or opened:
-        gap = "\n" if spaced or not opened else ""
-        reply = f"{'' if opened else THINK + gap}{answer.thinking}{gap}{END_THINK}{gap * 2}{answer.content}"
-    prompt = tokenizer.encode_marked(text)
-    made = [*tokenizer.encode_marked(reply), _end(tokenizer)]
-    return Lesson(prompt + made, [False] * len(prompt) + [True] * len(made))
-
-
-def _end(tokenizer: Tokenizer) -> int:
-    """The token that ends an answer: eos, or what generation_config.json stops at."""
-    ends = [token for token in (tokenizer.eos, *tokenizer.stops) if token >= 0]
-    if not ends:
-        raise UserError(
-            "tokenizer",
-            str(tokenizer.path),
-            "names no token that ends an answer",
-            "Put eos_token into its tokenizer_config.json.",
-        )
-    return ends[0]
 
 
 @dataclass
@@ -154,8 +80,8 @@ def packed(rows: Sequence[Sequence[Lesson]], depths: int = 0) -> Packed:
             end = start + len(lesson.ids)
             ids = torch.tensor(lesson.ids)
             tokens[line, start:end] = ids
-            learnt = torch.tensor(lesson.taught[1:])
-            targets[line, start : end - 1] = torch.where(learnt, ids[1:], -1)
+            labels = torch.tensor(lesson.labels[1:])
+            targets[line, start : end - 1] = labels.masked_fill(labels == IGNORE, -1)
             documents[line, start:end], real[line, start:end] = number, True
             start = end
         documents[line, start:] = len(row)

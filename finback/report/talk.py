@@ -11,9 +11,8 @@ from typing import Any
 from finback.checkpoint import model as models
 from finback.checkpoint.model import Answering, find_model
 from finback.config import UserError
-from finback.data import chat
-from finback.data.chat import Message
 from finback.data.dialogue import dialogue
+from finback.data.messages import Message, parse_response
 from finback.data.tokenizer import ASSISTANT, END_THINK, THINK, USER, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
@@ -74,8 +73,8 @@ class Conversation:
                 said.append(piece)
                 yield piece
         finally:  # also when the user stops the reply: what was said is part of the dialogue
-            response = chat.parse("".join(said))
-            self.messages.append(Message("assistant", response.answer, response.thinking))
+            response = parse_response("".join(said))
+            self.messages.append(Message("assistant", response.answer, response.reasoning))
 
     @property
     def _window(self) -> int:
@@ -106,7 +105,7 @@ class Conversation:
 
     def _save(self, path: Path) -> str:
         turns = [
-            {"role": m.role, "content": m.content} | ({"reasoning_content": m.thinking} if m.thinking else {})
+            {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
             for m in self.messages
         ]
         try:
@@ -160,7 +159,7 @@ def loop(path: Path, seed: int, as_json: bool, color: bool, dtype: Answering = "
         except KeyboardInterrupt:
             print(f"{PLAIN if color else ''} (stopped)", file=sys.stderr)
         last = conversation.messages[-1]
-        dialogue.append({"user": line.strip(), "thinking": last.thinking, "assistant": last.content})
+        dialogue.append({"user": line.strip(), "thinking": last.reasoning, "assistant": last.content})
     if as_json:
         print(json.dumps({"model": str(folder), "dialogue": dialogue}, ensure_ascii=False))
 

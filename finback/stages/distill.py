@@ -14,8 +14,9 @@ from torch import Tensor
 
 from finback.checkpoint import model as models
 from finback.config import UserError, check_not_negative, check_positive, check_share
+from finback.data.messages import IGNORE, Lesson
 from finback.data.tokenizer import Tokenizer
-from finback.data.tuning import Lesson, Packed, packed
+from finback.data.tuning import Packed, packed
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops
@@ -119,10 +120,7 @@ class _Distillation(Tuning):
         seeds = [run.seed("answer", self.step, i) for i in mine]
         sampling = SamplingParams(stage.temperature, stage.max_tokens)
         answers = rollout(self.engine, self.tokenizer, stage.task, [problems[i] for i in mine], seeds, sampling)
-        made = [
-            Lesson([*r.prompt, *r.completion.tokens], [False] * len(r.prompt) + [True] * len(r.completion.tokens))
-            for r in answers
-        ]
+        made = [Lesson(r.prompt + r.completion.tokens, [IGNORE] * len(r.prompt) + r.completion.tokens) for r in answers]
         self.model.train()
         if not made:
             return None

@@ -252,10 +252,10 @@ class _Reinforcement:
         stage, reward = self.stage, self.stage.reward
         lengths = [len(r.completion.tokens) for r in group]
         earned = [
-            reward.parts(r.verdict, r.response.thinking, r.response.thinks, n, stage.max_tokens)
+            reward.parts(r.verdict, r.response.reasoning, r.response.thinks, n, stage.max_tokens)
             for r, n in zip(group, lengths, strict=True)
         ]
-        empty = [r.response.thinks and not r.response.thinking for r in group]
+        empty = [r.response.thinks and not r.response.reasoning for r in group]
         good = [i for i, r in enumerate(group) if r.verdict.well_formed and not empty[i]]
         if reward.judge is not None and good:
             said = [group[i].response.answer for i in good]

@@ -8,9 +8,9 @@ from typing import Any
 
 from finback.config import UserError, check_fields, check_positive, check_share
 from finback.data import pack, tokenizer
-from finback.data.chat import Message
 from finback.data.clean import Quality, Rules
 from finback.data.corpus import Corpus, Engine, provenance
+from finback.data.messages import Message
 from finback.data.near_duplicates import Index, NearDuplicates, Signer
 from finback.data.overlap import Overlap
 from finback.data.packaged import Packaged

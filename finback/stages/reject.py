@@ -109,7 +109,7 @@ class Reject(Stage):
             good: list[dict[str, str]] = []
             for r in group:
                 reason = self._reason(r)
-                trace = {"reasoning_content": r.response.thinking, "content": r.response.answer}
+                trace = {"reasoning_content": r.response.reasoning, "content": r.response.answer}
                 if not reason and trace in good:
                     reason = "said before"
                 reasons[reason or "good"] += 1
@@ -130,7 +130,7 @@ class Reject(Stage):
 
     def _reason(self, r: Rollout) -> str:
         """Why an answer is not kept; empty for a good one."""
-        chain = r.response.thinking
+        chain = r.response.reasoning
         if not r.verdict.correct:
             return "wrong"
         if self.need_chain and not chain:

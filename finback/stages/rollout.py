@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from finback.config import UserError
-from finback.data import chat
-from finback.data.chat import Message, Response
+from finback.data.messages import Message, Response, encode_prompt, opens_chain, parse_response
 from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import Completion, SamplingParams
@@ -37,12 +36,12 @@ def rollout(
     think: bool = False,
 ) -> list[Rollout]:
     """Answer each problem once; `think` opens the chain for the model. An answer cut off in its chain is wrong."""
-    prompts = [chat.prompt([Message("user", p.question)], tokenizer, think) for p in problems]
+    prompts = [encode_prompt([Message("user", p.question)], tokenizer, think) for p in problems]
     _check_window(engine.model.config.max_position_embeddings, prompts, problems, sampling.max_tokens)
     completions = engine.generate(prompts, sampling, seeds)
-    think = think or chat.opens_chain(tokenizer)
+    think = think or opens_chain(tokenizer)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
-    responses = [chat.parse(THINK + text if think else text) for text in texts]
+    responses = [parse_response(THINK + text if think else text) for text in texts]
     # an answer that was cut off, or whose chain never ends, is not even looked at
     whole = [c.finish == "stop" and r.closed for c, r in zip(completions, responses, strict=True)]
     pairs = [(p, r.answer) for p, r, ok in zip(problems, responses, whole, strict=True) if ok]
@@ -71,7 +70,7 @@ def record(r: Rollout) -> dict[str, Any]:
     return {
         "question": r.problem.question,
         "gold": r.problem.answer,
-        "thinking": r.response.thinking,
+        "thinking": r.response.reasoning,
         "answer": r.response.answer,
         "thinks": r.response.thinks,
         "correct": r.verdict.correct,

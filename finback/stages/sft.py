@@ -19,9 +19,10 @@ from torch import Tensor
 from finback.checkpoint import model as models
 from finback.checkpoint import store
 from finback.config import UserError, check_not_negative, check_positive, check_share
+from finback.data.messages import Lesson, lessons
 from finback.data.sources import Chitchat, Document, Files, Hub
 from finback.data.tokenizer import Tokenizer
-from finback.data.tuning import Lesson, Packed, arrange, lessons, packed
+from finback.data.tuning import Packed, arrange, packed
 from finback.kernels.probe import gemm_peak
 from finback.model.count import training_flops
 from finback.parallel.mesh import World

@@ -14,7 +14,7 @@ from typing import Any
 
 from finback.config import UserError, did_you_mean
 from finback.data import pack
-from finback.data.chat import Message
+from finback.data.messages import Message
 from finback.data.overlap import Overlap
 from finback.data.sources import Document
 from finback.data.tokenizer import Tokenizer

@@ -1,0 +1,212 @@
+"""Dialogues as OpenAI's and DeepSeek's interfaces write them, read into plain turns; what does not fit is refused by name."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finback.config import UserError, did_you_mean
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Called:
+    """A tool call of an earlier turn; `arguments` is JSON text, whatever form it came in."""
+
+    name: str
+    arguments: str
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. `role` is system, user, assistant or tool; what the others do not have is empty."""
+
+    role: str
+    content: str
+    reasoning: str = ""
+    calls: tuple[Called, ...] = ()
+    call_id: str | None = None  # of a tool's result: the call it answers
+    name: str | None = None
+    prefix: bool = False  # the answer goes on from here
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that may be called; `given` is what the user sent, for templates."""
+
+    name: str
+    description: str
+    parameters: str  # the JSON schema's text
+    given: Mapping[str, Any] = field(repr=False)
+
+
+def turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """Read messages: UserError names the place, as in `messages[2].content`.
+
+    Results of one turn's calls are put in the order of the calls, since most models see no ids.
+    """
+    if not messages:
+        raise UserError("messages", [], "no messages", "Send at least one.")
+    found = [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    for i, turn in enumerate(found):
+        if turn.prefix and (turn.role != "assistant" or i < len(found) - 1):
+            raise UserError(
+                f"messages[{i}].prefix",
+                True,
+                "only the last message can be continued, and only the assistant's",
+                "Leave it out here.",
+            )
+    return _ordered(found)
+
+
+def tools_of(tools: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
+    """Read tools in OpenAI's form, {"type": "function", "function": {…}}."""
+    found = []
+    for i, tool in enumerate(tools or ()):
+        where = f"tools[{i}]"
+        _demand(isinstance(tool, Mapping), where, tool, "not an object", "Send OpenAI's form of a tool.")
+        kind, function = tool.get("type", "function"), tool.get("function")
+        _demand(kind == "function", f"{where}.type", kind, "no such kind of tool", 'Use "function".')
+        _demand(
+            isinstance(function, Mapping),
+            f"{where}.function",
+            function,
+            "not an object",
+            "Describe the function in it.",
+        )
+        assert isinstance(function, Mapping)
+        parameters = function.get("parameters")
+        _demand(
+            isinstance(parameters, Mapping | None),
+            f"{where}.function.parameters",
+            parameters,
+            "not a JSON schema",
+            "Send an object, or leave it out.",
+        )
+        name = _text(function.get("name"), f"{where}.function.name")
+        _demand(bool(name), f"{where}.function.name", name, "empty", "Name the function.")
+        description = _text(function.get("description") or "", f"{where}.function.description")
+        schema = _json({} if parameters is None else parameters, f"{where}.function.parameters")
+        found.append(Tool(name, description, schema, tool))
+    return found
+
+
+def _turn(message: Mapping[str, Any], where: str) -> Turn:
+    _demand(isinstance(message, Mapping), where, message, "not an object", "Send a role and a content.")
+    role = message.get("role")
+    _demand(role in ROLES, f"{where}.role", role, "no such role", did_you_mean(str(role), ROLES))
+    assert isinstance(role, str)
+    calls: tuple[Called, ...] = ()
+    reasoning = ""
+    if role == "assistant":
+        calls = _calls(message.get("tool_calls"), f"{where}.tool_calls")
+        for name in ("reasoning", "reasoning_content"):
+            reasoning = _text(message.get(name) or "", f"{where}.{name}") or reasoning
+    prefix = message.get("prefix") or False
+    _demand(isinstance(prefix, bool), f"{where}.prefix", prefix, "neither true nor false", "Use true.")
+    content = message.get("content")
+    if content is None and (calls or reasoning or prefix):
+        content = ""
+    names = {n: message.get(n) for n in ("tool_call_id", "name")}
+    for name, value in names.items():
+        _demand(isinstance(value, str | None), f"{where}.{name}", value, "not a text", "Send a text.")
+    return Turn(
+        "system" if role == "developer" else role,
+        _content(content, f"{where}.content"),
+        reasoning,
+        calls,
+        names["tool_call_id"],
+        names["name"],
+        prefix,
+    )
+
+
+def _content(content: Any, where: str) -> str:
+    """One text of a text or of text parts."""
+    if not isinstance(content, list | tuple):
+        return _text(content, where)
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        _demand(kind == "text", f"{where}[{i}].type", kind, "the model reads text only", 'Send parts of type "text".')
+        texts.append(_text(part.get("text"), f"{where}[{i}].text"))
+    return "".join(texts)
+
+
+def _calls(given: Any, where: str) -> tuple[Called, ...]:
+    _demand(isinstance(given, list | tuple | None), where, given, "not a list", "Send a list of calls.")
+    found = []
+    for i, call in enumerate(given or ()):
+        function = call.get("function") if isinstance(call, Mapping) else None
+        _demand(
+            isinstance(function, Mapping),
+            f"{where}[{i}].function",
+            function,
+            "not an object",
+            "Send the call as the model's answer had it.",
+        )
+        assert isinstance(function, Mapping)
+        arguments = function.get("arguments") or "{}"
+        at = f"{where}[{i}].function"
+        if not isinstance(arguments, str):
+            arguments = _json(arguments, f"{at}.arguments")
+        name, call_id = _text(function.get("name"), f"{at}.name"), call.get("id")
+        _demand(bool(name), f"{at}.name", name, "empty", "Name the function that was called.")
+        _demand(isinstance(call_id, str | None), f"{where}[{i}].id", call_id, "not a text", "Send the id as it came.")
+        found.append(Called(name, _text(arguments, f"{at}.arguments"), call_id))
+    return tuple(found)
+
+
+def _ordered(found: list[Turn]) -> list[Turn]:
+    """Results follow the turn whose calls they answer, in the order of the calls."""
+    ordered: list[Turn] = []
+    ids: list[str | None] = []  # of the calls that may be answered now
+    start = 0  # where the answers to them begin
+    for i, turn in enumerate(found):
+        if turn.role != "tool":
+            ids, start = [call.id for call in turn.calls], len(ordered) + 1
+        elif not ids:
+            raise UserError(
+                f"messages[{i}].role",
+                "tool",
+                "no tool was called before it",
+                "Put it right behind the assistant's message with the tool_calls.",
+            )
+        elif turn.call_id is not None and None not in ids and turn.call_id not in ids:
+            raise UserError(
+                f"messages[{i}].tool_call_id",
+                turn.call_id,
+                "no such call in the assistant's message",
+                f"Use one of {', '.join(map(str, ids))}.",
+            )
+        ordered.append(turn)
+        if turn.role == "tool" and all(t.call_id in ids for t in ordered[start:]):
+            ordered[start:] = sorted(ordered[start:], key=lambda t: ids.index(t.call_id))
+    return ordered
+
+
+def _text(value: Any, where: str) -> str:
+    _demand(isinstance(value, str), where, value, "expected a text", "Send a text.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            where, value[error.start : error.end], "half a character (a lone surrogate)", "Send whole characters."
+        ) from None
+    return value
+
+
+def _json(value: Any, where: str) -> str:
+    try:
+        return _text(json.dumps(value, ensure_ascii=False), where)
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(where, type(value).__name__, f"no JSON ({error})", "Send plain JSON.") from None
+
+
+def _demand(holds: bool, where: str, value: Any, problem: str, remedy: str) -> None:
+    if not holds:
+        raise UserError(where, value, problem, remedy)
