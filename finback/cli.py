@@ -8,12 +8,9 @@ kernels/native.py, which looks for a compiler.
 import errno
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 
@@ -21,11 +18,11 @@ from finback import __version__
 from finback.comparison import options as comparing
 from finback.config import UserError, did_you_mean
 from finback.parallel import launch
+from finback.parallel.execute import RankFailed, execute
 from finback.planner import options as plans
 from finback.runs import recipe as recipes
-from finback.runs.files import read_json, write_json
-from finback.runs.folder import Interrupted, StageRun, prepare_folder
-from finback.runs.recipe import Recipe
+from finback.runs.files import read_json
+from finback.runs.folder import Interrupted, locked, prepare_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -105,23 +102,13 @@ def run(
     """Run a recipe, or continue it: finished stages are kept, an interrupted one resumes."""
     plan = recipes.load(recipe, settings)
     root = runs / plan.name
-    if "RANK" in os.environ:  # one of several ranks, ours or torchrun's
-        _work(plan, root, seed)
-        if "FINBACK_PARENT" in os.environ or os.environ["RANK"] != "0":
+    try:
+        if not execute(plan, root, seed, ranks or launch.default_ranks(), sys.argv[1:]):
             return
-    else:
-        prepare_folder(root)
-        with _lock(root) as handle:
-            recipes.claim(plan, root, seed)
-            if not all((root / stage.name / "manifest.json").is_file() for stage in plan.stages):
-                code = launch.launch(sys.argv[1:], ranks or launch.default_ranks(), (handle,))
-                if code == launch.INTERRUPTED:
-                    print("interrupted; run the same command to continue", file=sys.stderr)
-                if code:
-                    raise typer.Exit(code)
+    except RankFailed as error:
+        raise typer.Exit(error.code) from None
     from finback.report import summary
 
-    write_json(root / "summary.json", recipes.summary(plan, root, seed))  # a kill may have come before it
     text = summary.summarize(root)
     if as_json:
         print(json.dumps(read_json(root / "summary.json"), ensure_ascii=False))
@@ -464,7 +451,7 @@ def compare(
         report, text, complete = command.run(options, rules, os.environ)
     else:
         prepare_folder(out)
-        with _lock(out):
+        with locked(out):
             report, text, complete = command.run(options, rules, os.environ)
     print(json.dumps(report, ensure_ascii=False) if as_json else text)
     if not complete:
@@ -573,67 +560,6 @@ def _keys() -> list[str]:
 def _check_dtype(dtype: str) -> None:
     if dtype not in ("auto", "fp32", "bf16", "int8"):
         raise UserError("--dtype", dtype, "not a format", "Use auto, fp32, bf16 or int8.")
-
-
-def _work(plan: Recipe, root: Path, seed: int) -> None:
-    """Do a recipe's stages as one rank among several."""
-    if "FINBACK_PARENT" in os.environ:
-        launch.die_with_parent(int(os.environ["FINBACK_PARENT"]))
-    import torch
-
-    from finback.parallel.mesh import World
-
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    current: list[StageRun] = []
-    pressed = False
-
-    def stop(*_: Any) -> None:
-        nonlocal pressed
-        pressed = True
-        for stage in current:
-            stage.stop_requested = True
-
-    def watch(stage: StageRun) -> None:
-        current[:] = [stage]
-        stage.stop_requested = pressed
-
-    signal.signal(signal.SIGINT, stop)
-    world = World.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    if "FINBACK_PARENT" not in os.environ:  # under torchrun nobody has prepared the folder
-        if world.rank == 0:
-            prepare_folder(root)
-            recipes.claim(plan, root, seed)
-        world.barrier()
-    try:
-        recipes.execute(plan, root, seed, world, watch)
-    except Interrupted:
-        world.barrier()  # whoever starts the ranks may end all of them when the first has ended: the writer is not done
-        raise
-    world.leave()
-
-
-@contextmanager
-def _lock(root: Path) -> Iterator[int]:
-    """Keep a second run out of a folder; held by the ranks too, so that it lives as long as the last of them."""
-    with (root / ".lock").open("a+") as handle:
-        _wait_for_lock(handle.fileno(), root)
-        yield handle.fileno()
-
-
-def _wait_for_lock(descriptor: int, root: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no advisory locks on Windows
-        return
-    import time
-
-    for _ in range(50):  # ranks of a killed run need a moment to notice
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.1)
-    raise UserError("runs", str(root), "another run is at work in this folder", "Wait for it or stop it.")
 
 
 def _fail(message: str) -> int:

@@ -37,6 +37,11 @@ def core_ranks(limit: int = 8) -> int:
     return ranks
 
 
+def threads(ranks: int) -> int:
+    """Threads of each of so many ranks: on a CPU one, unless there is one rank."""
+    return max(1, core_ranks(64) // ranks) if gpus() or ranks == 1 else 1
+
+
 def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()) -> int:
     """Run `python -m finback <arguments>` as `ranks` processes that find each other as under torchrun.
 
@@ -114,7 +119,6 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int | None:
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    threads = str(max(1, core_ranks(64) // ranks) if gpus() or ranks == 1 else 1)
     return os.environ | {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
@@ -123,7 +127,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         # Spinning threads collapse beside any other busy process (docs/log.md), waiting ones do not.
-        "OMP_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(threads(ranks)),
         "OMP_WAIT_POLICY": "passive",
         "FINBACK_PARENT": str(os.getpid()),
     }

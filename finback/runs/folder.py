@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -186,6 +187,28 @@ def prepare_folder(root: Path) -> None:
             f"only {free / 2**20:.0f} MB free, {NEEDED_BYTES / 2**20:.0f} MB needed",
             "Free some space or choose another disk with --runs.",
         )
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[int]:
+    """Keep a second run out of a folder; the descriptor lets the ranks hold it too, until the last of them ends."""
+    with (root / ".lock").open("a+") as handle:
+        _lock(handle.fileno(), root)
+        yield handle.fileno()
+
+
+def _lock(descriptor: int, root: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no advisory locks on Windows
+        return
+    for _ in range(50):  # ranks of a killed run need a moment to notice
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.1)
+    raise UserError("runs", str(root), "another run is at work in this folder", "Wait for it or stop it.")
 
 
 def finished_stages(root: Path) -> Iterator[Path]:
