@@ -204,7 +204,7 @@ def test_cancelling_frees_pages_at_once() -> None:
     for s in requests:
         engine.cancel(s)
     assert engine.pages.free == engine.pages.count and not engine.busy
-    assert {s.finish for s in requests} == {"cancelled"} and len(requests[0].tokens) > 0
+    assert {s.finish_reason for s in requests} == {"cancelled"} and len(requests[0].tokens) > 0
     engine.cancel(requests[0])  # again: nothing happens
 
 
@@ -227,13 +227,13 @@ def test_prompt_logprobs_are_those_of_the_whole_pass() -> None:
         engine = Engine(model, (), tokens=512, chunk=chunk, reuse=True)
         finish_me = engine.submit(PROMPT, SamplingParams(0.0, 1), 0)
         finish(engine)
-        assert finish_me.finish == "length"
+        assert finish_me.finish_reason == "length"
         s = engine.submit(PROMPT, SamplingParams(0.0, 0, prompt_logprobs=3), 0)
         finish(engine)
-        assert s.tokens == [] and s.finish == "length" and len(s.prompt_top) == len(PROMPT) - 1
+        assert s.tokens == [] and s.finish_reason == "length" and len(s.prompt_logprobs) == len(PROMPT) - 1
         with torch.no_grad():
             logp = model.logits(model(torch.tensor([PROMPT]))[0]).log_softmax(-1)
-        for i, line in enumerate(s.prompt_top):
+        for i, line in enumerate(s.prompt_logprobs):
             assert line[0][0] == PROMPT[i + 1] and abs(line[0][1] - float(logp[i, PROMPT[i + 1]])) <= 1e-4
             assert [t for t, _ in line[1:]] == logp[i].topk(3).indices.tolist()
 
@@ -243,7 +243,7 @@ def test_prompt_logprobs_are_made_once_though_preempted() -> None:
     first = engine.submit(PROMPT[:30], SamplingParams(0.0, 40, prompt_logprobs=0), 0)
     second = engine.submit(PROMPT[1:31], SamplingParams(0.0, 40, prompt_logprobs=0), 0)
     finish(engine)
-    assert second.preempted > 0 and len(first.prompt_top) == len(second.prompt_top) == 29
+    assert second.preempted > 0 and len(first.prompt_logprobs) == len(second.prompt_logprobs) == 29
 
 
 def test_a_prompt_that_fills_the_cache_is_read_and_blocks_nobody() -> None:
@@ -251,7 +251,7 @@ def test_a_prompt_that_fills_the_cache_is_read_and_blocks_nobody() -> None:
     full = engine.submit(list(range(1, 65)), SamplingParams(max_tokens=0, prompt_logprobs=0), 0)
     behind = engine.submit([5, 6, 7], SamplingParams(0.0, 4), 0)
     finish(engine)
-    assert full.finish == behind.finish == "length" and len(full.prompt_top) == 63
+    assert full.finish_reason == behind.finish_reason == "length" and len(full.prompt_logprobs) == 63
 
 
 @pytest.mark.parametrize("knob", [{"temperature": 1e-40}, {"top_p": 1e-46}, {"min_p": 1.0}, {"top_k": 1}])
@@ -267,7 +267,7 @@ def test_a_conversation_reads_only_what_is_new(words: Tokenizer) -> None:
     said = "".join(engine.talk(PROMPT, SamplingParams(1.0, 20), 5))
     again = engine.submit(PROMPT, SamplingParams(1.0, 20), 5)
     finish(engine)
-    assert again.cached == 48 and again.text is not None and again.text.said == said
+    assert again.cached == 48 and again.detokenizer is not None and again.detokenizer.text == said
 
 
 def test_alternatives_are_reported_at_temperature_one() -> None:
@@ -276,7 +276,7 @@ def test_alternatives_are_reported_at_temperature_one() -> None:
     finish(engine)
     with torch.no_grad():
         logp = MODELS["mla"].logits(MODELS["mla"](torch.tensor([PROMPT + s.tokens]))[0]).log_softmax(-1)
-    for i, line in enumerate(s.top):
+    for i, line in enumerate(s.top_logprobs):
         at = logp[len(PROMPT) - 1 + i]
         assert line[0][0] == s.tokens[i] and abs(line[0][1] - float(at[s.tokens[i]])) <= 1e-4
         assert [t for t, _ in line[1:]] == at.topk(2).indices.tolist()
@@ -305,7 +305,7 @@ def test_logit_bias_and_stop_tokens() -> None:
     assert biased == [11] * 20
     plain = _greedy(MODELS["gqa"], SamplingParams(0.0, 20))
     stop = plain[3]
-    assert _greedy(MODELS["gqa"], SamplingParams(0.0, 20, stop_tokens=(stop,))) == plain[: plain.index(stop) + 1]
+    assert _greedy(MODELS["gqa"], SamplingParams(0.0, 20, stop_token_ids=(stop,))) == plain[: plain.index(stop) + 1]
 
 
 def test_eos_can_be_ignored() -> None:
@@ -313,7 +313,7 @@ def test_eos_can_be_ignored() -> None:
     engine = Engine(MODELS["gqa"], [plain[2]], tokens=512)
     requests = [engine.submit(PROMPT, SamplingParams(0.0, 20, ignore_eos=ignore), 0) for ignore in (False, True)]
     finish(engine)
-    assert requests[0].finish == "stop" and len(requests[0].tokens) <= 3
+    assert requests[0].finish_reason == "stop" and len(requests[0].tokens) <= 3
     assert requests[1].tokens == plain
 
 
@@ -424,10 +424,10 @@ def test_text_is_whole_however_it_comes(words: Tokenizer) -> None:
     seen = ""
     for token in words.encode(said):
         text.push([token])
-        assert said.startswith(text.said) and text.said.startswith(seen) and "\ufffd" not in text.said
-        seen = text.said
+        assert said.startswith(text.text) and text.text.startswith(seen) and "\ufffd" not in text.text
+        seen = text.text
     text.end()
-    assert text.said == said
+    assert text.text == said
 
 
 @given(st.text(alphabet="ab\n狐", max_size=30), st.lists(st.text("ab\n狐", min_size=1, max_size=4), max_size=3))
@@ -443,11 +443,11 @@ def test_stop_texts_end_the_answer_where_they_first_appear(said: str, stops: lis
     if ends:
         first = min(said.find(s) + len(s) for s in stops if s in said)
         assert (
-            text.said
+            text.text
             == said[: min(said.find(s) for s in stops if said.find(s) >= 0 and said.find(s) + len(s) <= first)]
         )
     else:
-        assert text.said == said
+        assert text.text == said
 
 
 class _Bytes:
@@ -468,12 +468,12 @@ def test_stop_texts_in_the_engine(words: Tokenizer) -> None:
     engine = Engine(model, (), tokens=512, tokenizer=words)
     free = engine.submit(PROMPT, SamplingParams(1.0, 40), 5)
     finish(engine)
-    assert free.text is not None
-    stop = free.text.said[10:13]
+    assert free.detokenizer is not None
+    stop = free.detokenizer.text[10:13]
     ended = engine.submit(PROMPT, SamplingParams(1.0, 40, stop=(stop,)), 5)
     finish(engine)
-    assert ended.finish == "stop" and ended.text is not None and ended.text.stop == stop
-    assert ended.text.said == free.text.said[: free.text.said.index(stop)]
+    assert ended.finish_reason == "stop" and ended.detokenizer is not None and ended.detokenizer.stop == stop
+    assert ended.detokenizer.text == free.detokenizer.text[: free.detokenizer.text.index(stop)]
     assert ended.tokens == free.tokens[: len(ended.tokens)]
 
 
@@ -483,21 +483,21 @@ def test_a_chain_is_closed_when_its_budget_is_used_up(words: Tokenizer) -> None:
     close, banned = words.ids[END_THINK], ((words.ids[END_THINK], float("-inf")), (words.eos, float("-inf")))
     asked = {
         "free": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned), 5, thinking=True),
-        "ten": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned, think_tokens=10), 5, thinking=True),
-        "none": engine.submit(PROMPT, SamplingParams(1.0, 40, think_tokens=0), 5, thinking=True),
+        "ten": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned, thinking_budget=10), 5, thinking=True),
+        "none": engine.submit(PROMPT, SamplingParams(1.0, 40, thinking_budget=0), 5, thinking=True),
         "told": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned), 5, thinking=True),
-        "not": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned, think_tokens=3), 5),
+        "not": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned, thinking_budget=3), 5),
     }
     for _ in range(6):
         engine.step()
     engine.close_thinking(asked["told"])
     finish(engine)
-    assert close not in asked["free"].tokens and asked["free"].thought == 40
-    assert asked["ten"].tokens.index(close) == 10 and asked["ten"].thought == 11
+    assert close not in asked["free"].tokens and asked["free"].thinking_tokens == 40
+    assert asked["ten"].tokens.index(close) == 10 and asked["ten"].thinking_tokens == 11
     assert asked["ten"].tokens[:10] == asked["free"].tokens[:10]
     assert asked["none"].tokens[0] == close
     assert asked["told"].tokens.index(close) == 6 and not asked["told"].thinking
-    assert close not in asked["not"].tokens and asked["not"].thought == 0
+    assert close not in asked["not"].tokens and asked["not"].thinking_tokens == 0
 
 
 SCHEMA = {
@@ -513,16 +513,16 @@ def test_answers_follow_a_schema_once_the_chain_is_closed(words: Tokenizer, spec
     pytest.importorskip("llguidance")
     engine = Engine(toy_model(), [words.eos], tokens=4096, tokenizer=words, speculate=speculate)
     schema = json.dumps(SCHEMA)
-    plain = [engine.submit(PROMPT, SamplingParams(1.0, 200, schema=schema, think_tokens=10), i) for i in range(4)]
+    plain = [engine.submit(PROMPT, SamplingParams(1.0, 200, schema=schema, thinking_budget=10), i) for i in range(4)]
     chained = [
-        engine.submit(PROMPT, SamplingParams(1.0, 200, schema=schema, think_tokens=10), i, thinking=True)
+        engine.submit(PROMPT, SamplingParams(1.0, 200, schema=schema, thinking_budget=10), i, thinking=True)
         for i in range(4)
     ]
     free = engine.submit(PROMPT, SamplingParams(1.0, 30), 9)
     finish(engine)
     for s in plain + chained:
-        assert s.text is not None and s.finish == "stop"
-        said = s.text.said
+        assert s.detokenizer is not None and s.finish_reason == "stop"
+        said = s.detokenizer.text
         if s in chained or said.startswith(THINK):
             _, _, said = said.partition(END_THINK)
         parsed = json.loads(said)

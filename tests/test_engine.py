@@ -9,14 +9,14 @@ import transformers
 from finback.config import UserError
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams, uniforms
-from finback.engine.sampler import Knobs, narrow, sample
+from finback.engine.sampler import SamplingBatch, narrow, sample
 from tests.toy import CONFIG, toy_model
 
 EOS = 7
 
 
-def knobs(sampling: SamplingParams, rows: int, vocab: int) -> Knobs:
-    return Knobs.of([sampling] * rows, vocab, torch.device("cpu"))
+def knobs(sampling: SamplingParams, rows: int, vocab: int) -> SamplingBatch:
+    return SamplingBatch.of([sampling] * rows, vocab, torch.device("cpu"))
 
 
 PROMPTS = [[1, 20, 30], [1, 50, 60, 70, 80, 90], [1, 44], [1, 99, 98, 97, 96]]
@@ -32,13 +32,13 @@ def test_greedy_equals_the_naive_loop() -> None:
             while len(tokens) < len(prompt) + 20 and (len(tokens) == len(prompt) or tokens[-1] != EOS):
                 tokens.append(int(model.logits(model(torch.tensor([tokens]))[0, -1]).argmax()))
         assert result.tokens == tokens[len(prompt) :]
-        assert result.finish == ("stop" if tokens[-1] == EOS else "length")
+        assert result.finish_reason == ("stop" if tokens[-1] == EOS else "length")
 
 
 def test_logprobs_equal_the_whole_forward_pass() -> None:
     model = toy_model()
     results = Engine(model, [EOS]).generate(PROMPTS, SamplingParams(temperature=0.8, max_tokens=24), [3, 4, 5, 6])
-    assert len({len(r.tokens) for r in results}) > 1 or all(r.finish == "length" for r in results)
+    assert len({len(r.tokens) for r in results}) > 1 or all(r.finish_reason == "length" for r in results)
     for prompt, result in zip(PROMPTS, results, strict=True):
         ids = torch.tensor([prompt + result.tokens])
         with torch.no_grad():

@@ -144,7 +144,7 @@ def test_sampling_fields_reach_the_engine(client: httpx.Client, engine: Scripted
     s = engine.seen[0].sampling
     assert (s.temperature, s.top_p, s.top_k, s.min_p, s.repetition_penalty) == (0.5, 0.9, 7, 0.01, 1.1)
     assert (s.frequency_penalty, s.presence_penalty, s.logit_bias) == (0.3, -0.2, ((5, -100.0),))
-    assert (s.stop_tokens, s.ignore_eos, s.max_tokens) == ((9,), True, 5)
+    assert (s.stop_token_ids, s.ignore_eos, s.max_tokens) == ((9,), True, 5)
 
 
 def test_the_answer_may_fill_the_window(client: httpx.Client, engine: Scripted) -> None:

@@ -48,7 +48,7 @@ def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
         wait_for(lambda: engine.running == 2 and all(s.tokens for s in engine.seen))
         connection.close()
         assert wait_for(lambda: not engine.busy) < 0.2 + 0.3  # the second for machines that do other things too
-        assert engine.leaked == 0 and {s.finish for s in engine.seen} == {"cancelled"}
+        assert engine.leaked == 0 and {s.finish_reason for s in engine.seen} == {"cancelled"}
         wait_for(lambda: "finback_cancelled_total 2" in client.get("/metrics").text)
         assert client.app.state.service.running == {}  # type: ignore[attr-defined]
         if not stream:

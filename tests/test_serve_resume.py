@@ -87,7 +87,7 @@ def test_nobody_comes_back_and_nothing_is_left() -> None:
         service = client.app.state.service  # type: ignore[attr-defined]
         assert ident in service.held
         wait_for(lambda: not service.held and not engine.busy, 5)
-        assert engine.seen[0].finish == "cancelled" and engine.leaked == 0 and service.open == 0
+        assert engine.seen[0].finish_reason == "cancelled" and engine.leaked == 0 and service.open == 0
         assert client.get(f"{CHAT}/{ident}/stream").status_code == 404
 
 
@@ -121,7 +121,7 @@ def test_stop_ends_it_for_everybody_at_once() -> None:
         done = client.post(f"{CHAT}/{ident}/control", json={"action": "stop"})
         assert done.status_code == 200 and wait_for(lambda: not engine.busy) < 1
         last = read_on(client, ident, 0)[-1][1]
-        assert last["error"]["code"] == "stopped" and engine.seen[0].finish == "cancelled"
+        assert last["error"]["code"] == "stopped" and engine.seen[0].finish_reason == "cancelled"
 
 
 def test_only_its_owner_reads_on() -> None:
@@ -190,4 +190,4 @@ def test_tokens_that_mtp_drafted_are_marked() -> None:
             assert len(entries) == whole["timings"]["predicted_n"]
             assert len(marked) == whole["timings"]["draft_n_accepted"] > 10
             assert 0 not in marked and {e.get("drafted") for e in entries} == {True, None}
-        assert marked == engine.seen[1].guessed
+        assert marked == engine.seen[1].accepted_at

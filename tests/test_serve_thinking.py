@@ -82,9 +82,9 @@ def test_effort_bounds_the_chain(
 ) -> None:
     ask(client, max_tokens=64, ignore_eos=True, **request_)
     (request,) = engine.seen
-    assert request.sampling.think_tokens == share
-    if share and request.thought:
-        assert request.thought <= share + 1
+    assert request.sampling.thinking_budget == share
+    if share and request.thinking_tokens:
+        assert request.thinking_tokens <= share + 1
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def _answers(
             at_work = [row for row in under_way if row.started]
             for row in at_work:
                 busy[row] += spent / len(at_work)
-            for row in [row for row in at_work if row.finish is not None]:
+            for row in [row for row in at_work if row.finish_reason is not None]:
                 ask, opened = under_way.pop(row)
                 yield _answer(row, ask, opened, busy.pop(row))
     finally:
@@ -146,12 +146,14 @@ def _answers(
 
 
 def _answer(row: Request, ask: EvalRequest, opened: bool, busy: float) -> Answer:
-    assert row.text is not None and row.finish is not None, "the engine has a tokenizer, and the answer has ended"
+    assert row.detokenizer is not None and row.finish_reason is not None, (
+        "the engine has a tokenizer, and the answer has ended"
+    )
     return parse_answer(
         ask,
-        row.text.said,
+        row.detokenizer.text,
         opened=opened,
-        finish=row.finish,
+        finish=row.finish_reason,
         prompt_tokens=len(row.prompt),
         tokens=len(row.tokens),
         seconds=row.last - row.started,

@@ -19,7 +19,7 @@ class Detokenizer:
         self._held = ""  # text that may be the beginning of a stop
 
     @property
-    def said(self) -> str:
+    def text(self) -> str:
         """All text so far."""
         return "".join(self.pieces)
 

@@ -13,12 +13,12 @@ import torch
 
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
-from finback.engine.choose import Chooser
 from finback.engine.constrain import Grammars
 from finback.engine.detokenizer import Detokenizer
 from finback.engine.pages import Pages
 from finback.engine.request import Completion, Request, SamplingParams
 from finback.engine.runner import Runner
+from finback.engine.sampler import Sampler
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Pool
@@ -52,7 +52,7 @@ class Engine:
         self.chunk, self.reuse = chunk, reuse
         self.speculation = Speculation() if speculate and len(model.mtp) else None
         self.grammars = Grammars(tokenizer, model.config.vocab_size) if tokenizer else None
-        self.chooser = Chooser(self.stops, tokenizer)
+        self.sampler = Sampler(self.stops, tokenizer)
         # serving wants newcomers in at once, a large batch of prompts wants them read together
         self._patience = patience or (max(1, rows // 8) if tokens is None else 1)
         self._weights = self._version()
@@ -67,7 +67,7 @@ class Engine:
         pool = Pool(model.config, self.pages.count + 1, model.compute, device, drafts=drafts)
         longest = min(model.config.max_position_embeddings, self.pages.count * PAGE) + PAGE
         self.scheduler = Scheduler(self.pages, self.rows, longest, self.reuse, self._patience)
-        self.runner = Runner(model, self.scheduler, pool, self.chooser, self.chunk, self.speculation)
+        self.runner = Runner(model, self.scheduler, pool, self.sampler, self.chunk, self.speculation)
 
     # ---- one request at a time -------------------------------------------------------------------------------------------
 
@@ -109,12 +109,12 @@ class Engine:
             raise UserError("sampling", "stop, schema or grammar", "needs text", "Give the engine a tokenizer.")
         request = Request(list(prompt), sampling, seed, salt, leader, thinking=thinking)
         if self.tokenizer is not None and self.grammars is not None:
-            request.text = Detokenizer(self.tokenizer, sampling.stop)
+            request.detokenizer = Detokenizer(self.tokenizer, sampling.stop)
             if sampling.schema is not None:
                 request.constraint = self.grammars.constraint(sampling.schema)
             elif sampling.grammar is not None:
                 request.constraint = self.grammars.lark(sampling.grammar)
-        self.chooser.mind_the_budget(request)
+        self.sampler.limit_thinking(request)
         self.scheduler.waiting.append(request)
         return request
 
@@ -126,14 +126,14 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request; its pages are free at once. Nothing happens to one that has finished."""
-        if request.finish is None:
+        if request.finish_reason is None:
             self.scheduler.finish(request, "cancelled")
-            if request.text is not None:
-                request.text.end()
+            if request.detokenizer is not None:
+                request.detokenizer.end()
 
     def close_thinking(self, request: Request) -> None:
         """Have a request close its chain of thought with the next token, if it is in one."""
-        self.chooser.close_thinking(request)
+        self.sampler.close_thinking(request)
 
     @property
     def waiting(self) -> int:
@@ -202,7 +202,7 @@ class Engine:
         request = self.submit(prompt, sampling, seed)
         said = 0
         try:
-            while request.finish is None:
+            while request.finish_reason is None:
                 self.step()
                 made = request.tokens[said:]
                 said += len(made)
@@ -215,12 +215,12 @@ class Engine:
         self.model.eval()
         self._prepare([len(prompt) + sampling.max_tokens])
         request = self.submit(prompt, sampling, seed, thinking=thinking)
-        assert request.text is not None, "an engine without a tokenizer has no text"
+        assert request.detokenizer is not None, "an engine without a tokenizer has no text"
         said = 0
         try:
-            while request.finish is None:
+            while request.finish_reason is None:
                 self.step()
-                new = request.text.pieces[said:]
+                new = request.detokenizer.pieces[said:]
                 said += len(new)
                 yield from new
         finally:

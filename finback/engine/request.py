@@ -1,4 +1,4 @@
-"""The nouns of generation: what is asked, what comes back, and a request on its way between the two."""
+"""The nouns of generation: sampling parameters, completions, and a request on its way from one to the other."""
 
 import time
 from collections import deque
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from finback.config import UserError
@@ -14,34 +15,50 @@ if TYPE_CHECKING:
     from finback.engine.constrain import Constraint
     from finback.engine.detokenizer import Detokenizer
 
-Finish = Literal["stop", "length", "cancelled"]
-Alternatives = list[tuple[int, float]]  # (token, log-probability), likeliest first
-
+FinishReason = Literal["stop", "length", "cancelled"]
+TokenLogprobs = list[tuple[int, float]]  # (token, log-probability), likeliest first
 
 COLD = 1e-5  # logits divided by less would overflow
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. temperature 0 is greedy; a request's seed fixes it whatever else is in its batch."""
+    """How tokens are chosen. A request's seed fixes them, whatever else is in its batch."""
 
-    temperature: float = 1.0  # below COLD it is greedy too
-    max_tokens: int = 128  # 0 only with prompt_logprobs: read the prompt, say nothing
-    top_k: int = 0  # only the k likeliest tokens; 0: all
-    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
-    min_p: float = 0.0  # only tokens with this share of the likeliest one's probability
-    frequency_penalty: float = 0.0  # subtracted from a logit for every time the answer has said the token
-    presence_penalty: float = 0.0  # subtracted once if the answer has said the token at all
-    repetition_penalty: float = 1.0  # logits of tokens in prompt or answer are divided by it (CTRL, 1909.05858)
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
-    stop: tuple[str, ...] = ()  # texts that end the answer; they are not part of it
-    stop_tokens: tuple[int, ...] = ()  # ids that end the answer beside the engine's own
-    ignore_eos: bool = False  # go on to max_tokens; for measuring
-    top_logprobs: int | None = None  # report this many alternatives for each token, at temperature 1
-    prompt_logprobs: int | None = None  # the same for every prompt token behind the first
-    think_tokens: int | None = None  # the longest chain of thought; then it is closed for the model
-    schema: str | None = None  # a JSON schema (as text) that the answer follows once the chain is closed
-    grammar: str | None = None  # the same in llguidance's Lark, for what no schema can say; one of the two
+    # 0, or less than COLD, is greedy
+    temperature: float = 1.0
+    # 0 only with prompt_logprobs: read the prompt, generate nothing
+    max_tokens: int = 128
+    # only the k likeliest tokens; 0: all
+    top_k: int = 0
+    # only the likeliest tokens that together reach this probability
+    top_p: float = 1.0
+    # only tokens with this share of the likeliest one's probability
+    min_p: float = 0.0
+    # subtracted from a logit for every time the answer has the token
+    frequency_penalty: float = 0.0
+    # subtracted once if the answer has the token at all
+    presence_penalty: float = 0.0
+    # logits of tokens in prompt or answer are divided by it, or multiplied where negative (CTRL, 1909.05858)
+    repetition_penalty: float = 1.0
+    # (token, what is added to its logit)
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    # stop strings: they end the answer and are no part of it
+    stop: tuple[str, ...] = ()
+    # ids that end the answer beside the engine's own
+    stop_token_ids: tuple[int, ...] = ()
+    # go on to max_tokens; for measuring
+    ignore_eos: bool = False
+    # report this many alternatives for each token, at temperature 1
+    top_logprobs: int | None = None
+    # the same for every prompt token behind the first
+    prompt_logprobs: int | None = None
+    # most tokens of a chain of thought; then it is closed for the model
+    thinking_budget: int | None = None
+    # a JSON schema (as text) that the answer follows once the chain is closed
+    schema: str | None = None
+    # the same in llguidance's Lark, for what no schema can say; one of the two
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         least = 0 if self.prompt_logprobs is not None else 1
@@ -54,14 +71,14 @@ class SamplingParams:
             ("max_tokens", self.max_tokens >= least, "nothing to generate", f"Use at least {least}."),
             ("top_logprobs", (self.top_logprobs or 0) >= 0, "negative", "Use 0 for the token's own."),
             ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "negative", "Use 0 for the token's own."),
-            ("think_tokens", (self.think_tokens or 0) >= 0, "negative", "Use 0 for no chain."),
+            ("thinking_budget", (self.thinking_budget or 0) >= 0, "negative", "Use 0 for no chain."),
         )
         for name, fits, problem, remedy in checks:
             if not fits:
                 raise UserError(name, getattr(self, name), problem, remedy)
 
     @property
-    def penalises(self) -> bool:
+    def penalizes(self) -> bool:
         """Whether logits depend on what has been said."""
         return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1)
 
@@ -72,7 +89,7 @@ class Completion:
 
     tokens: list[int]
     logprobs: list[float]
-    finish: Finish
+    finish_reason: FinishReason
 
 
 @dataclass(eq=False)
@@ -84,16 +101,16 @@ class Request:
     seed: int
     salt: bytes = b""  # requests with different salts never share cached pages
     leader: "Request | None" = None  # wait until this one has read the prompt that both begin with
-    text: "Detokenizer | None" = None  # what was said so far, where the engine has a tokenizer
+    detokenizer: "Detokenizer | None" = None  # holds the answer's text, where the engine has a tokenizer
     constraint: "Constraint | None" = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    top: list[Alternatives] = field(default_factory=list)  # one per token, its own first, if top_logprobs is set
-    prompt_top: list[Alternatives] = field(default_factory=list)  # the same for prompt tokens 1, 2, …
-    finish: Finish | None = None
+    top_logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, its own first, if asked for
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # the same for prompt tokens 1, 2, …
+    finish_reason: FinishReason | None = None
     thinking: bool = False  # inside the chain of thought
-    thought: int = 0  # tokens of the chain, its marks included
-    forced: deque[int] = field(default_factory=deque)  # tokens to say next, whatever the model would
+    thinking_tokens: int = 0  # tokens of the chain, its marks included
+    forced: deque[int] = field(default_factory=deque)  # tokens to append next, whatever the model would
     # where it stands in the cache
     pages: list[int] = field(default_factory=list)
     computed: int = 0  # tokens whose entries are stored
@@ -106,15 +123,15 @@ class Request:
     # what it cost
     drafted: int = 0
     accepted: int = 0
-    guessed: list[int] = field(default_factory=list)  # places of the tokens that MTP had drafted rightly
+    accepted_at: list[int] = field(default_factory=list)  # places of the tokens whose drafts were accepted
     preempted: int = 0
     submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0  # when it first entered the batch
     first: float = 0.0  # when its first token was made
     last: float = 0.0
     _random: np.ndarray | None = None
-    said: Tensor | None = None  # (vocab,) how often the answer has said each token, for penalties
-    met: Tensor | None = None  # (vocab,) whether prompt or answer has it
+    _counts: Tensor | None = None  # (vocab,) how often the answer has each token, for penalties
+    _present: Tensor | None = None  # (vocab,) whether prompt or answer has it
 
     @property
     def length(self) -> int:
@@ -148,10 +165,33 @@ class Request:
             self._random = uniforms(self.seed, max(64, 2 * index))
         return self._random[index]
 
+    def append(self, token: int, logprob: float, now: float) -> None:
+        """Take a token that was sampled at the time `now`."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.first, self.last = self.first or now, now
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self._present is not None:
+            self._present[token] = True
+
+    def counts(self, like: Tensor) -> Tensor:
+        """How often the answer has each token, (vocab,); made once and kept up to date."""
+        if self._counts is None:
+            self._counts = torch.bincount(torch.tensor(self.tokens, dtype=torch.long), minlength=len(like)).to(like)
+        return self._counts
+
+    def present(self, like: Tensor) -> Tensor:
+        """Which tokens prompt or answer have, (vocab,); made once and kept up to date."""
+        if self._present is None:
+            self._present = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+            self._present[torch.tensor(self.prompt + self.tokens, device=like.device)] = True
+        return self._present
+
     def completion(self) -> Completion:
         """What came of it, once it has finished."""
-        assert self.finish is not None, "still running"
-        return Completion(self.tokens, self.logprobs, self.finish)
+        assert self.finish_reason is not None, "still running"
+        return Completion(self.tokens, self.logprobs, self.finish_reason)
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:

@@ -5,9 +5,8 @@ import time
 import torch
 from torch import Tensor
 
-from finback.engine.choose import Chooser
-from finback.engine.request import Finish, Request
-from finback.engine.sampler import alternatives, guess
+from finback.engine.request import FinishReason, Request
+from finback.engine.sampler import Sampler, sample_ids, top_logprobs
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Cache, Pool
@@ -22,11 +21,11 @@ class Runner:
         model: Transformer,
         scheduler: Scheduler,
         pool: Pool,
-        chooser: Chooser,
+        sampler: Sampler,
         chunk: int,
         speculation: Speculation | None,
     ) -> None:
-        self.model, self.scheduler, self.pool, self.chooser = model, scheduler, pool, chooser
+        self.model, self.scheduler, self.pool, self.sampler = model, scheduler, pool, sampler
         self.chunk, self.speculation = chunk, speculation
 
     def read_prompts(self) -> list[Request]:
@@ -42,19 +41,19 @@ class Runner:
         for line, (r, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
             r.computed = start + count
             if r.sampling.prompt_logprobs is not None and start < len(r.prompt) - 1:
-                self._score_prompt(r, hidden[line], start, count)
+                self._prompt_logprobs(r, hidden[line], start, count)
         whole = [line for line, r in enumerate(rows) if r.computed == r.length]
         done = [rows[line] for line in whole if rows[line].sampling.max_tokens > 0]
         if done:
             last = torch.tensor([line for line in whole if rows[line].sampling.max_tokens > 0], device=hidden.device)
             ends = torch.tensor([counts[line] - 1 for line in last.tolist()], device=hidden.device)
-            self._say(done, self.model.logits(hidden[last, ends]))
+            self._sample(done, self.model.logits(hidden[last, ends]))
         for line in whole:
             if rows[line].sampling.max_tokens == 0:
                 self._end_with(rows[line], "length")
         self._draft(rows, hidden, starts, counts)
         for r in rows:
-            if r.finish is None:
+            if r.finish_reason is None:
                 self.scheduler.publish(r)
         return [rows[line] for line in whole]
 
@@ -73,12 +72,12 @@ class Runner:
             counts.append(count)
         return rows, counts
 
-    def _score_prompt(self, r: Request, hidden: Tensor, start: int, count: int) -> None:
-        known = max(0, len(r.prompt_top) - start)  # from before it was preempted
+    def _prompt_logprobs(self, r: Request, hidden: Tensor, start: int, count: int) -> None:
+        known = max(0, len(r.prompt_logprobs) - start)  # from before it was preempted
         following = r.prompt[start + 1 + known : start + count + 1]
         if following:
             logits = self.model.logits(hidden[known : known + len(following)])
-            r.prompt_top += alternatives(logits, following, [r.sampling.prompt_logprobs or 0] * len(following))
+            r.prompt_logprobs += top_logprobs(logits, following, [r.sampling.prompt_logprobs or 0] * len(following))
 
     def decode(self, rows: list[Request]) -> None:
         """One more token for each row; where a draft was right, two."""
@@ -96,11 +95,11 @@ class Runner:
         logits = self.model.logits(hidden)
         for r in rows:
             r.computed += 1
-        self._say(rows, logits[:, 0])
+        self._sample(rows, logits[:, 0])
         right = [
             line
             for line, (r, n) in enumerate(zip(rows, counts, strict=True))
-            if n == 2 and r.finish is None and r.tokens[-1] == r.draft
+            if n == 2 and r.finish_reason is None and r.tokens[-1] == r.draft
         ]
         for r, n in zip(rows, counts, strict=True):
             r.drafted += n - 1
@@ -108,8 +107,8 @@ class Runner:
             for line in right:
                 rows[line].computed += 1
                 rows[line].accepted += 1
-                rows[line].guessed.append(len(rows[line].tokens) - 1)
-            self._say([rows[line] for line in right], logits[torch.tensor(right, device=logits.device), 1])
+                rows[line].accepted_at.append(len(rows[line].tokens) - 1)
+            self._sample([rows[line] for line in right], logits[torch.tensor(right, device=logits.device), 1])
         after = time.perf_counter()
         if kind != "plain":
             read = [2 if line in right else 1 for line in range(len(rows))]
@@ -119,7 +118,7 @@ class Runner:
             if kind != "draft" or drafting:
                 self.speculation.saw(len(rows), kind, took, sum(counts) - len(counts), len(right))
         for r in rows:
-            if r.finish is None:
+            if r.finish_reason is None:
                 if kind == "plain":
                     r.draft, r.drafts_from = -1, r.computed
                 self.scheduler.publish(r)
@@ -143,7 +142,7 @@ class Runner:
         """
         if self.speculation is None:
             return
-        alive = [i for i, r in enumerate(rows) if r.finish is None and r.slot >= 0]
+        alive = [i for i, r in enumerate(rows) if r.finish_reason is None and r.slot >= 0]
         if not alive:
             return
         rows, starts, counts = ([group[i] for i in alive] for group in (rows, starts, counts))  # type: ignore[assignment]
@@ -165,16 +164,16 @@ class Runner:
             logits = self.model.logits(states.flatten(0, 1)[at])
             # with the very number that the token itself will be drawn with: alike distributions, alike choices
             uniform = torch.tensor([r.uniform() for r in guessers], device=device)
-            guesses = guess(logits, self.chooser.columns(guessers, logits), uniform)
+            guesses = sample_ids(logits, self.sampler.batch(guessers, logits), uniform)
             for r, token in zip(guessers, guesses.tolist(), strict=True):
                 r.draft = token
 
-    def _say(self, rows: list[Request], logits: Tensor) -> None:
-        for r, reason in self.chooser.say(rows, logits):
+    def _sample(self, rows: list[Request], logits: Tensor) -> None:
+        for r, reason in self.sampler.sample(rows, logits):
             self._end_with(r, reason)
 
-    def _end_with(self, r: Request, reason: Finish) -> None:
+    def _end_with(self, r: Request, reason: FinishReason) -> None:
         self.scheduler.publish(r)
         self.scheduler.finish(r, reason)
-        if r.text is not None:
-            r.text.end()
+        if r.detokenizer is not None:
+            r.detokenizer.end()

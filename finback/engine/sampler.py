@@ -1,37 +1,150 @@
-"""From logits to tokens, one uniform random number per token and request.
+"""From logits to tokens: penalties, grammars and forced tokens before the draw, its consequences after it.
 
-Every row is treated by its own knobs and by nothing else, so that a request comes out the same in any company.
+Each token takes one uniform random number of its request. Every row is treated by its own parameters and by nothing
+else, so that a request comes out the same in any company.
 """
 
-from collections.abc import Sequence
+import operator
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from finback.engine.request import COLD, Alternatives, SamplingParams, uniforms
-
-__all__ = ["Knobs", "alternatives", "guess", "narrow", "sample", "uniforms"]
+from finback.data.tokenizer import END_THINK, THINK, Tokenizer
+from finback.engine.request import COLD, FinishReason, Request, SamplingParams, TokenLogprobs
 
 LEAST = 1e-6  # of top-p; less is lost in fp32, and nothing would be left
 LIKELIEST = 512  # tokens looked at before the whole vocabulary is sorted for top-p
 
 
+class Sampler:
+    """Samples tokens; any of `stops` ends a request. With a tokenizer it follows the chain of thought."""
+
+    def __init__(self, stops: Iterable[int], tokenizer: Tokenizer | None) -> None:
+        self.stops = frozenset(stops)
+        self._batch: tuple[list[SamplingParams], SamplingBatch] | None = None
+        self._closing: list[int] = []
+        self._open = self._close = -1
+        if tokenizer is not None and THINK in tokenizer.ids and END_THINK in tokenizer.ids:
+            self._open, self._close = tokenizer.ids[THINK], tokenizer.ids[END_THINK]
+            around = ("\n", "\n\n") if tokenizer.template else ("", "")
+            before, after = (tokenizer.encode(text) for text in around)
+            self._closing = [*before, self._close, *after]
+
+    def close_thinking(self, r: Request) -> None:
+        """Make a request close its chain of thought with the next token, if it is in one."""
+        if r.thinking and not r.forced:
+            r.forced.extend(self._closing)
+
+    def limit_thinking(self, r: Request) -> None:
+        """Close the chain of thought when it has used up its budget."""
+        budget = r.sampling.thinking_budget
+        if budget is not None and r.thinking and r.thinking_tokens >= budget:
+            self.close_thinking(r)
+
+    def sample(self, rows: list[Request], logits: Tensor) -> list[tuple[Request, FinishReason]]:
+        """Append the next token to each row, from logits (rows, vocab); returns the rows that end with it."""
+        processed = logits
+        for i, r in enumerate(rows):
+            if r.sampling.penalizes or r.sampling.logit_bias or r.constraint is not None:
+                processed = logits.clone() if processed is logits else processed
+                self._process(r, processed[i])
+        uniform = torch.tensor([r.uniform() for r in rows], device=logits.device)
+        sampled, logp = sample(processed, self.batch(rows, logits), uniform)
+        tokens, logprobs = sampled.tolist(), logp.tolist()
+        forced = [bool(r.forced) for r in rows]
+        for i, r in enumerate(rows):
+            if forced[i]:
+                tokens[i] = r.forced.popleft()
+                temperature = r.sampling.temperature if r.sampling.temperature >= COLD else 1
+                logprobs[i] = float((processed[i] / temperature).log_softmax(-1)[tokens[i]])
+        self._report(rows, logits, tokens)
+        now, ended = time.perf_counter(), []
+        for r, token, logprob, free in zip(rows, tokens, logprobs, map(operator.not_, forced), strict=True):
+            r.append(token, logprob, now)
+            if reason := self._follow(r, token, free):
+                ended.append((r, reason))
+        return ended
+
+    def batch(self, rows: list[Request], logits: Tensor) -> "SamplingBatch":
+        """The rows' parameters as tensors; those of the last call as long as nothing has changed."""
+        wanted = [r.sampling for r in rows]
+        if self._batch is None or self._batch[0] != wanted:
+            self._batch = wanted, SamplingBatch.of(wanted, logits.size(1), logits.device)
+        return self._batch[1]
+
+    def _process(self, r: Request, logits: Tensor) -> None:
+        """Apply penalties, bias and grammar to one row of logits (vocab,), in place."""
+        p = r.sampling
+        if p.repetition_penalty != 1:
+            penalized = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
+            logits.copy_(torch.where(r.present(logits), penalized, logits))
+        if p.frequency_penalty or p.presence_penalty:
+            counts = r.counts(logits)
+            logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
+        if r.constraint is not None and r.thinking:
+            logits[list(self.stops)] = float("-inf")  # an answer was promised, so the chain cannot be all
+        elif r.constraint is not None:
+            allowed = r.constraint.allowed()[: len(logits)].to(logits.device)
+            if not r.tokens and self._open >= 0:
+                allowed[self._open] = True  # the model may think before it answers
+            logits.masked_fill_(~allowed, float("-inf"))
+        if p.logit_bias:
+            ids, values = zip(*p.logit_bias, strict=True)
+            logits[torch.tensor(ids, device=logits.device)] += torch.tensor(values, device=logits.device)
+
+    @staticmethod
+    def _report(rows: list[Request], logits: Tensor, tokens: list[int]) -> None:
+        """Note alternatives to the tokens of those rows that ask for them."""
+        asking = [i for i, r in enumerate(rows) if r.sampling.top_logprobs is not None]
+        if asking:
+            counts = [rows[i].sampling.top_logprobs or 0 for i in asking]
+            found = top_logprobs(
+                logits[torch.tensor(asking, device=logits.device)], [tokens[i] for i in asking], counts
+            )
+            for i, line in zip(asking, found, strict=True):
+                rows[i].top_logprobs.append(line)
+
+    def _follow(self, r: Request, token: int, free: bool) -> FinishReason | None:
+        """What follows from a token: the chain opens or closes, the grammar moves on, the answer ends.
+
+        A forced token behind the chain is not `free`: it is no part of what a schema describes.
+        """
+        opens = token == self._open and len(r.tokens) == 1 and not r.thinking
+        chained = r.thinking or opens
+        if chained:
+            r.thinking_tokens += 1
+            r.thinking = token != self._close
+        ends = (token in self.stops and not r.sampling.ignore_eos) or token in r.sampling.stop_token_ids
+        if r.detokenizer is not None and not ends and r.detokenizer.push([token]) is not None:
+            ends = True
+        if r.constraint is not None and free and not chained and not ends:
+            ends = r.constraint.accept(token)
+        if ends:
+            return "stop"
+        if len(r.tokens) >= r.sampling.max_tokens:
+            return "length"
+        self.limit_thinking(r)
+        return None
+
+
 @dataclass(frozen=True)
-class Knobs:
-    """The sampling knobs of a batch as columns (rows, 1), None where no row uses one."""
+class SamplingBatch:
+    """The sampling parameters of a batch as columns (rows, 1), None where no row uses one."""
 
     greedy: Tensor | None  # bool; None: no row is
     all_greedy: bool
     temperature: Tensor  # 1 for greedy rows
-    tempered: bool  # whether any row's is another than 1
+    tempered: bool  # whether any row's temperature is another than 1
     top_k: Tensor | None
     most: int  # the largest top_k
     top_p: Tensor | None
     min_p: Tensor | None
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingParams], vocab: int, device: torch.device) -> "Knobs":
+    def of(cls, rows: Sequence[SamplingParams], vocab: int, device: torch.device) -> "SamplingBatch":
         """Columns for these rows."""
 
         def column(values: list[float], off: float) -> Tensor | None:
@@ -53,44 +166,44 @@ class Knobs:
         )
 
 
-def sample(logits: Tensor, knobs: Knobs, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, batch: SamplingBatch, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """logits (n, vocab) fp32, uniform (n,) -> tokens (n,) and their log-probabilities (n,).
 
     Inverse of the cumulative distribution; greedy at temperature 0. The log-probabilities are those of the whole
     distribution at this temperature (at 1 when greedy): top-k, top-p and min-p only narrow the choice.
     """
-    logp = (logits / knobs.temperature if knobs.tempered else logits).log_softmax(dim=-1)
-    if knobs.all_greedy:
+    logp = (logits / batch.temperature if batch.tempered else logits).log_softmax(dim=-1)
+    if batch.all_greedy:
         tokens = logits.argmax(dim=-1)
     else:
-        cumulative = narrow(logp.exp(), knobs).cumsum(dim=-1)
+        cumulative = narrow(logp.exp(), batch).cumsum(dim=-1)
         # Scaling by the last entry keeps rounding from pointing behind the vocabulary.
         target = (uniform * cumulative[:, -1])[:, None]
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.size(1) - 1)
-        if knobs.greedy is not None:
-            tokens = torch.where(knobs.greedy, logits.argmax(dim=-1), tokens)
+        if batch.greedy is not None:
+            tokens = torch.where(batch.greedy, logits.argmax(dim=-1), tokens)
     return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
 
 
-def guess(logits: Tensor, knobs: Knobs, uniform: Tensor) -> Tensor:
+def sample_ids(logits: Tensor, batch: SamplingBatch, uniform: Tensor) -> Tensor:
     """The tokens that `sample` would choose, without their log-probabilities."""
-    return logits.argmax(dim=-1) if knobs.all_greedy else sample(logits, knobs, uniform)[0]
+    return logits.argmax(dim=-1) if batch.all_greedy else sample(logits, batch, uniform)[0]
 
 
-def narrow(p: Tensor, knobs: Knobs) -> Tensor:
+def narrow(p: Tensor, batch: SamplingBatch) -> Tensor:
     """Zero the probabilities (n, vocab) that top-k, then top-p, then min-p leave out; the rest is not rescaled.
 
     top-p keeps the fewest tokens whose share of what top-k left reaches it; min-p those with at least that share of the
     likeliest one's probability. The likeliest token always stays, and so do ties with the last one kept.
     """
-    if knobs.top_k is not None:
-        best = p.topk(knobs.most, dim=-1).values
-        least = best.gather(1, (knobs.top_k - 1).clamp(max=knobs.most - 1))
-        p = _at_least(p, least.masked_fill(knobs.top_k > knobs.most, 0.0))  # rows without top-k stay whole
-    if knobs.top_p is not None:
-        p = _at_least(p, _nucleus(p, knobs.top_p))
-    if knobs.min_p is not None:
-        p = _at_least(p, knobs.min_p * p.max(dim=-1, keepdim=True).values)
+    if batch.top_k is not None:
+        best = p.topk(batch.most, dim=-1).values
+        least = best.gather(1, (batch.top_k - 1).clamp(max=batch.most - 1))
+        p = _at_least(p, least.masked_fill(batch.top_k > batch.most, 0.0))  # rows without top-k stay whole
+    if batch.top_p is not None:
+        p = _at_least(p, _nucleus(p, batch.top_p))
+    if batch.min_p is not None:
+        p = _at_least(p, batch.min_p * p.max(dim=-1, keepdim=True).values)
     return p
 
 
@@ -110,14 +223,14 @@ def _at_least(p: Tensor, least: Tensor) -> Tensor:
     return p.masked_fill(p < least, 0.0)
 
 
-def alternatives(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Alternatives]:
+def top_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
     """For each row of logits (n, vocab): the token given, then the `counts` likeliest, with log-probabilities at 1."""
     logp = logits.log_softmax(dim=-1)
     own = logp.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
     best = logp.topk(min(max(counts), logits.size(1)), dim=-1) if max(counts) else None
     found = []
     for row, (token, value, count) in enumerate(zip(tokens, own, counts, strict=True)):
-        line: Alternatives = [(token, value)]
+        line: TokenLogprobs = [(token, value)]
         if best is not None:
             line += zip(best.indices[row, :count].tolist(), best.values[row, :count].tolist(), strict=True)
         found.append(line)

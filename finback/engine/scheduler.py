@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from finback.engine.pages import Pages, digest
-from finback.engine.request import Finish, Request
+from finback.engine.request import FinishReason, Request
 
 
 class Scheduler:
@@ -34,7 +34,7 @@ class Scheduler:
         while self.waiting and self._slots:
             request = self.waiting.popleft()
             leader = request.leader
-            if leader is not None and leader.finish is None and leader.computed < len(leader.prompt):
+            if leader is not None and leader.finish_reason is None and leader.computed < len(leader.prompt):
                 held_back.append(request)
                 continue
             # looking for its prefix again is work; it can have changed only if others have let go of pages
@@ -110,9 +110,9 @@ class Scheduler:
             self.pages.publish(request.pages[request.published], request.digest)
             request.published += 1
 
-    def finish(self, request: Request, reason: Finish) -> None:
+    def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request, wherever it stands; its pages are free at once."""
-        request.finish = reason
+        request.finish_reason = reason
         if request.slot >= 0:
             self._leave(request)
         elif request in self.waiting:

@@ -80,7 +80,7 @@ class RequestPreparer:
             banned,
             schema=schema,
             grammar=calls.grammar if calls else None,
-            think_tokens=budget(request, limit),
+            thinking_budget=budget(request, limit),
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
         orders = self._choices(ids, sampling, seed, request.n or 1, 0, opened)
@@ -175,7 +175,7 @@ class RequestPreparer:
                 max_tokens=limit,
                 logit_bias=bias,
                 stop=request.stops,
-                stop_tokens=tuple(request.stop_token_ids or ()),
+                stop_token_ids=tuple(request.stop_token_ids or ()),
                 ignore_eos=bool(request.ignore_eos),
                 **more,
             )

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from finback.data.tokenizer import END_THINK, THINK
-from finback.engine.request import Alternatives, Request
+from finback.engine.request import Request, TokenLogprobs
 from finback.serve.logprobs import TokenTexts, finite
 from finback.serve.parse import Delta, Parser
 from finback.serve.worker import OutputDelta
@@ -78,11 +78,11 @@ class ChatChoice:
         """Those of the tokens made since the last time, the chain's apart from the answer's; `drafted` marks MTP's."""
         assert self.spelling is not None
         new: dict[str, list[Any]] = {"content": [], "reasoning_content": []}
-        guessed = self.request.guessed
+        guessed = self.request.accepted_at
         drafted = set(guessed[bisect_left(guessed, self._told) :])
         for place in range(self._told, news.made):
             name = "reasoning_content" if place < news.thought else "content"
-            entry = self.spelling.entry(self.request.top[place])
+            entry = self.spelling.entry(self.request.top_logprobs[place])
             new[name].append(entry | {"drafted": True} if place in drafted else entry)
         self._told = news.made
         for name, entries in new.items():
@@ -131,15 +131,15 @@ class TextChoice:
         text = "".join(part["text"] for part in self._parts)
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish}
 
-    def _new_tokens(self, news: OutputDelta) -> tuple[list[int], list[Alternatives | None]]:
+    def _new_tokens(self, news: OutputDelta) -> tuple[list[int], list[TokenLogprobs | None]]:
         s, tokens = self.request, list(self.request.tokens[self._told : news.made])
-        found: list[Alternatives | None] = list(s.top[self._told : news.made])
+        found: list[TokenLogprobs | None] = list(s.top_logprobs[self._told : news.made])
         self._told = news.made
         if not self._parts and self.echo is not None:  # nothing comes before the first token to foretell it
-            return [*s.prompt, *tokens], [None, *s.prompt_top, *found]
+            return [*s.prompt, *tokens], [None, *s.prompt_logprobs, *found]
         return tokens, found
 
-    def _table(self, tokens: Iterable[int], found: Iterable[Alternatives | None]) -> dict[str, list[Any]]:
+    def _table(self, tokens: Iterable[int], found: Iterable[TokenLogprobs | None]) -> dict[str, list[Any]]:
         """OpenAI's older shape: lists that run side by side."""
         assert self.spelling is not None
         table: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

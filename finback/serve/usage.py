@@ -20,7 +20,7 @@ def usage(requests: Sequence["Request"], orders: Sequence["ChoiceInput"]) -> dic
         "prompt_cache_hit_tokens": cached,
         "prompt_cache_miss_tokens": prompt - cached,
         "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": sum(r.thought for r in requests)},
+        "completion_tokens_details": {"reasoning_tokens": sum(r.thinking_tokens for r in requests)},
     }
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from finback.engine.engine import Engine
-from finback.engine.request import Finish, Request, SamplingParams
+from finback.engine.request import FinishReason, Request, SamplingParams
 from finback.serve.errors import ApiError
 from finback.serve.metrics import Metrics
 
@@ -30,7 +30,7 @@ class OutputDelta:
     text: str
     made: int
     thought: int
-    finish: Finish | None
+    finish: FinishReason | None
     at: float  # when, in perf_counter's time
 
 
@@ -174,13 +174,15 @@ class Worker:
 
     def _news(self, request: Request) -> tuple[OutputStream, int, OutputDelta]:
         watched = self._watched[request]
-        assert request.text is not None, "the engine has no tokenizer"
-        pieces = request.text.pieces
+        assert request.detokenizer is not None, "the engine has no tokenizer"
+        pieces = request.detokenizer.pieces
         text = "".join(pieces[watched.pieces :])
         watched.pieces = len(pieces)
-        if request.finish is not None:
+        if request.finish_reason is not None:
             del self._watched[request]
-        news = OutputDelta(text, len(request.tokens), request.thought, request.finish, time.perf_counter())
+        news = OutputDelta(
+            text, len(request.tokens), request.thinking_tokens, request.finish_reason, time.perf_counter()
+        )
         return watched.ticket, watched.index, news
 
     def _submit(

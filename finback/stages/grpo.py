@@ -291,7 +291,7 @@ class _Reinforcement:
         stage = self.stage
         pairs = [pair for g in share for pair in zip(g.rollouts, g.credit, strict=True)]
         if stage.mask_truncated:
-            pairs = [(r, a) for r, a in pairs if r.completion.finish != "length"]
+            pairs = [(r, a) for r, a in pairs if r.completion.finish_reason != "length"]
         rollouts, credit = [r for r, _ in pairs], [a for _, a in pairs]
         made = batches(rollouts, credit, stage.micro_tokens, all_rows=stage.objective.kl > 0)
         parts = [batch.to(self.world.device) for batch in made]
@@ -383,7 +383,7 @@ class _Reinforcement:
                 sum(r.verdict.well_formed for r in rollouts),
                 sum(r.response.thinks for r in rollouts),
                 sum(len(r.completion.tokens) for r in rollouts),
-                sum(r.completion.finish == "length" for r in rollouts),
+                sum(r.completion.finish_reason == "length" for r in rollouts),
                 sum(group.differs for group in kept),
                 trained * self.stage.epochs,
                 sum(len(r.prompt) for r in rollouts),

@@ -43,7 +43,7 @@ def rollout(
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
     responses = [parse_response(THINK + text if think else text) for text in texts]
     # an answer that was cut off, or whose chain never ends, is not even looked at
-    whole = [c.finish == "stop" and r.closed for c, r in zip(completions, responses, strict=True)]
+    whole = [c.finish_reason == "stop" and r.closed for c, r in zip(completions, responses, strict=True)]
     pairs = [(p, r.answer) for p, r, ok in zip(problems, responses, whole, strict=True) if ok]
     verdicts = iter(judged(task, pairs))
     return [
@@ -75,7 +75,7 @@ def record(r: Rollout) -> dict[str, Any]:
         "thinks": r.response.thinks,
         "correct": r.verdict.correct,
         "tokens": len(r.completion.tokens),
-        "finish": r.completion.finish,
+        "finish": r.completion.finish_reason,
     }
 
 
