@@ -25,7 +25,7 @@ import psutil
 from record import header, write
 
 from finback.model.config import TINY, ModelConfig
-from finback.planner import runs, stored
+from finback.planner import calibration_file, recipe_plan
 from finback.stages.pretrain import Pretrain
 
 DENSE = ModelConfig(
@@ -169,7 +169,7 @@ def compare(
         compute=compute,
         max_tokens=steps * rows * length,  # type: ignore[arg-type]
     )
-    said = runs.pretraining(stage, model, calibration, ranks)
+    said = recipe_plan.pretraining(stage, model, calibration, ranks)
     found = run(config, steps, ranks, data)
     row = {
         "name": name,
@@ -208,7 +208,7 @@ def main() -> None:
         if arguments.calibration is None:
             command = [sys.executable, "-m", "finback", "plan", "--calibrate", "--calibration", str(path)]
             subprocess.run([*command, "--ranks", str(arguments.ranks)], check=True)
-        calibration = stored.read(path)
+        calibration = calibration_file.read(path)
         chosen = [CONFIGS[i] for i in arguments.only] if arguments.only else list(CONFIGS)
         results = header("plan", {"steps": arguments.steps, "ranks": arguments.ranks})
         data = prepare(Path(folder))

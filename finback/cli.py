@@ -141,9 +141,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Say what a run will take before it starts: layout, memory, time, money, energy, and where each number is from."""
-    from finback.planner import command, stored
+    from finback.planner import calibration_file, command
 
-    path = calibration or stored.default_path(os.environ)
+    path = calibration or calibration_file.default_path(os.environ)
     if calibrate and "RANK" in os.environ:
         rank, threads = int(os.environ["RANK"]), int(os.environ.get("OMP_NUM_THREADS", "1"))
         return command.measure(rank, int(os.environ["WORLD_SIZE"]), threads, path)
@@ -204,13 +204,13 @@ def show(
     elif path.is_dir():
         if not (path / "summary.json").is_file():
             raise UserError("run", what, "holds no summary.json", "Name a folder such as runs/tiny.")
-        from finback.planner import kept, stored
+        from finback.planner import calibration_file, plan_vs_actual
 
-        beside = kept.beside(path, stored.default_path(os.environ))
+        beside = plan_vs_actual.beside(path, calibration_file.default_path(os.environ))
         if as_json:
             print(json.dumps(read_json(path / "summary.json") | {"plan_and_ledger": beside}, ensure_ascii=False))
         else:
-            print(f"{summary.summarize(path)}\n\n{kept.tell(beside)}")
+            print(f"{summary.summarize(path)}\n\n{plan_vs_actual.tell(beside)}")
     elif path.suffix == ".py":
         plan = recipes.load(path, settings)
         print(json.dumps(outline.knobs(plan), ensure_ascii=False) if as_json else outline.outline(plan))
@@ -547,9 +547,9 @@ def track(
 
 def _planned(root: Path) -> dict[str, dict[str, float]]:
     """What a run's stages were to take, for the page."""
-    from finback.planner import kept, stored
+    from finback.planner import calibration_file, plan_vs_actual
 
-    return kept.planned(root, stored.default_path(os.environ))
+    return plan_vs_actual.planned(root, calibration_file.default_path(os.environ))
 
 
 def _keys() -> list[str]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
 from finback.parallel.launch import _free_port
-from finback.parallel.mesh import Layout, World
+from finback.parallel.layout import Layout
+from finback.parallel.mesh import World
 from finback.train.optim import Adam, Gradients, Muon, is_matrix
 from finback.train.sharded_trainer import Knobs, ShardedTrainer
 from finback.train.step import backward
@@ -89,7 +90,7 @@ def continued(many: ShardedTrainer, begin: int, end: int) -> Numbers:
     numbers = []
     for index, batch in enumerate(batches(many.config, end)):
         if index >= begin:
-            told = many.step(batch[many.data_rank :: many.layout.data], LR, LR)
+            told = many.step(batch[many.data_rank :: many.layout.dp], LR, LR)
             numbers.append([told[n] for n in ("loss", "mtp_loss", "balance", "grad_norm")])
     return numbers
 

@@ -15,7 +15,7 @@ from finback.config import UserError
 from finback.data.rows import Rows
 from finback.model.recompute import Policy
 from finback.model.transformer import Transformer
-from finback.parallel.mesh import Layout
+from finback.parallel.layout import Layout
 from finback.runs.folder import Interrupted
 from finback.train import compiling
 from finback.train.step import Losses, backward, backward_rows

@@ -11,7 +11,7 @@ import pytest
 from finback.config import as_json
 from finback.model.count import forward_flops, recomputed_flops, token_flops, training_flops
 from finback.parallel.mesh import World
-from finback.planner import kept, runs
+from finback.planner import plan_vs_actual, recipe_plan
 from finback.planner.options import Options
 from finback.runs import energy as counters
 from finback.runs import provenance
@@ -192,15 +192,17 @@ def test_stages_out_of_their_config_are_planned_as_the_recipe_is(name: str, tmp_
         write_json(tmp_path / stage.name / "config.json", as_json(stage))
         (tmp_path / stage.name / "ledger.jsonl").write_text('{"seconds": 2, "cores": 2, "tokens_trained": 7}\n')
     write_json(tmp_path / "summary.json", {"recipe": name, "stages": {s.name: {} for s in recipe.stages}})
-    found = kept.beside(tmp_path, tmp_path / "no-calibration.json")["stages"]
-    wanted = runs.plan(recipe, Options(), None, 2)["stages"]
+    found = plan_vs_actual.beside(tmp_path, tmp_path / "no-calibration.json")["stages"]
+    wanted = recipe_plan.plan(recipe, Options(), None, 2)["stages"]
     assert any(stage["flops"] for stage in wanted.values())
-    at_once = kept.planned(tmp_path, tmp_path / "no-calibration.json")  # what the page shows, of a run that goes on
+    at_once = plan_vs_actual.planned(
+        tmp_path, tmp_path / "no-calibration.json"
+    )  # what the page shows, of a run that goes on
     assert at_once == {
-        name: {k: plan[k] for k in kept.SPENT if plan.get(k) is not None} for name, plan in wanted.items()
+        name: {k: plan[k] for k in plan_vs_actual.SPENT if plan.get(k) is not None} for name, plan in wanted.items()
     }
     for stage_name, planned in wanted.items():
-        assert found[stage_name]["plan"] == {k: planned.get(k) for k in kept.SPENT}
+        assert found[stage_name]["plan"] == {k: planned.get(k) for k in plan_vs_actual.SPENT}
         assert found[stage_name]["ledger"] == {
             "tokens_trained": 7,
             "tokens_generated": 0,
@@ -216,8 +218,8 @@ def test_a_folder_that_cannot_be_planned_still_shows_its_ledger(tmp_path: Path) 
     write_json(tmp_path / "a" / "config.json", {"type": "Pretrain", "name": "a", "model": other})
     write_json(tmp_path / "summary.json", {"recipe": "old", "stages": {"a": {}}})
     (tmp_path / "torn.json").write_text("{")
-    found = kept.beside(tmp_path, tmp_path / "torn.json")
+    found = plan_vs_actual.beside(tmp_path, tmp_path / "torn.json")
     assert found["stages"]["a"]["plan"] is None and found["stages"]["a"]["ledger"]["seconds"] == 0
     damaged, unplanned = found["notes"]
     assert "damaged" in damaged and unplanned.startswith("no plan: ")
-    assert "note: no plan: " in kept.tell(found)
+    assert "note: no plan: " in plan_vs_actual.tell(found)

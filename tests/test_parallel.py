@@ -16,17 +16,18 @@ from finback.kernels import reference
 from finback.model.moe import Router
 from finback.parallel import launch
 from finback.parallel.experts import Exchange, copies
-from finback.parallel.mesh import Layout
+from finback.parallel.layout import Layout
+from finback.parallel.mesh import Mesh
 from tests.many import MANY, on_ranks
 
 
 @pytest.mark.parametrize(
     ("layout", "rows", "ranks", "field"),
     [
-        (Layout(dp=2, ep=2), 8, 2, "layout.dp"),
+        (Layout(dp=4, ep=2), 8, 2, "layout.dp"),
         (Layout(dp=2, micro_batches=2), 6, 2, "rows"),
-        (Layout(ep=3), 6, 3, "layout.ep"),
-        (Layout(ep=4, nodes=3), 8, 4, "layout.nodes"),
+        (Layout(dp=3, ep=3), 6, 3, "layout.ep"),
+        (Layout(dp=6, ep=4), 6, 6, "layout.ep"),
         (Layout(dp=3), 6, 3, "layout.dp"),
         (Layout(pp=8, micro_batches=8), 8, 8, "layout.pp"),
         (Layout(pp=4, micro_batches=8, schedule="zbv"), 8, 4, "layout.pp"),
@@ -36,20 +37,26 @@ from tests.many import MANY, on_ranks
 )
 def test_a_layout_that_cannot_be_is_refused_by_name(layout: Layout, rows: int, ranks: int, field: str) -> None:
     with pytest.raises(UserError) as told:
-        layout.check(MANY, rows, ranks)
+        layout.check_trainable(MANY, rows, ranks)
     assert told.value.field == field
 
 
 def test_layouts_that_can_be() -> None:
-    Layout(pp=2, dp=2, ep=4, nodes=2, micro_batches=4, schedule="zbv").check(MANY, 32, 16)
-    Layout(dp=16).check(MANY, 16, 16)  # fewer experts than ranks: each expert is cut
+    Layout(pp=2, dp=8, ep=4, nodes=2, micro_batches=4, schedule="zbv").check_trainable(MANY, 32, 16)
+    Layout(dp=16).check_trainable(MANY, 16, 16)  # fewer experts than ranks: each expert is cut
     with pytest.raises(UserError, match=r"layout\.pp = 0: not above 0"):
         Layout(pp=0)
+    with pytest.raises(UserError, match=r"layout\.nodes = 3: does not divide ep = 4"):
+        Layout(dp=4, ep=4, nodes=3)
     with pytest.raises(UserError, match=r"layout\.ep = 4: does not divide 0 experts"):
-        Layout(ep=4).check(dataclasses.replace(MANY, n_routed_experts=0), 8, 4)
+        Layout(dp=4, ep=4).check_trainable(dataclasses.replace(MANY, n_routed_experts=0), 8, 4)
     tied = dataclasses.replace(MANY, tie_word_embeddings=True)
     with pytest.raises(UserError, match=r"layout\.schedule = 'zbv'"):
-        Layout(pp=2, micro_batches=4, schedule="zbv").check(tied, 4, 2)
+        Layout(pp=2, micro_batches=4, schedule="zbv").check_trainable(tied, 4, 2)
+    for planned in (Layout(pp=2, micro_batches=4, schedule="dualpipe"), Layout(dp=2, sharding="ddp")):
+        planned.check(MANY, 8)
+        with pytest.raises(UserError, match="can be planned, not trained"):
+            planned.check_trainable(MANY, 8, 2)
     with pytest.raises(UserError, match="only sharded weights travel"):
         Layout(sharding="zero1", gather="bf16")
 
@@ -89,7 +96,7 @@ def _routed(tokens: int, seed: int) -> dict[str, Any]:
 
 def _exchange(nodes: int, everyone_to_the_first: bool) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    mesh = Layout(ep=ranks, nodes=nodes).mesh("cpu")
+    mesh = Mesh.of(Layout(dp=ranks, ep=ranks, nodes=nodes), "cpu")
     axes = [axis.get_group() for axis in (mesh.node, mesh.local) if axis.size() > 1]
     data = _routed(12, 0)
     if everyone_to_the_first:

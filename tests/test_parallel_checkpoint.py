@@ -11,7 +11,7 @@ import torch.distributed as dist
 from finback.checkpoint.distributed import Steps, whole_model
 from finback.config import UserError
 from finback.model.transformer import Transformer
-from finback.parallel.mesh import Layout
+from finback.parallel.layout import Layout
 from finback.train.sharded_trainer import ShardedTrainer
 from tests.many import KNOBS, MANY, check, continued, on_one, on_ranks, pipeline
 
@@ -52,7 +52,7 @@ def resumes(tmp_path: Path, before: Layout, *after: Layout) -> None:
 
 
 def test_a_checkpoint_continues_on_another_mesh(tmp_path: Path) -> None:
-    resumes(tmp_path, Layout(ep=2, sharding="zero1"), pipeline("zbv", sharding="zero1"))
+    resumes(tmp_path, Layout(dp=2, ep=2, sharding="zero1"), pipeline("zbv", sharding="zero1"))
     model = Transformer(MANY)
     model.load_state_dict(whole_model(tmp_path / "steps" / "step-00000004", MANY))
     _, after_four = on_one(MANY, 4)
@@ -64,8 +64,8 @@ def test_a_checkpoint_continues_on_another_mesh(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (Layout(dp=2, ep=2), [Layout(), Layout(ep=2, sharding="zero1"), pipeline("1f1b"), pipeline("dualpipev")]),
-        (Layout(dp=2, sharding="zero1"), [Layout(dp=2, ep=2, sharding="zero1"), pipeline("zbv", ep=2)]),
+        (Layout(dp=4, ep=2), [Layout(), Layout(dp=2, ep=2, sharding="zero1"), pipeline("1f1b"), pipeline("dualpipev")]),
+        (Layout(dp=2, sharding="zero1"), [Layout(dp=4, ep=2, sharding="zero1"), pipeline("zbv", dp=2, ep=2)]),
         (pipeline("1f1b", dp=2, sharding="zero1"), [Layout(dp=4), pipeline("interleaved", dp=2)]),
     ],
     ids=["fsdp and ep", "zero1", "pipeline"],

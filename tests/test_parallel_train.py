@@ -13,9 +13,9 @@ from torch import Tensor
 
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
-from finback.parallel.mesh import Layout
+from finback.parallel.layout import Layout, split_layers
 from finback.parallel.owners import Owners, assign, share
-from finback.parallel.pipeline import cut, layers_of, stages_of
+from finback.parallel.pipeline import cut
 from finback.parallel.shard import blank, initial_values, local
 from finback.train.sharded_trainer import ShardedTrainer
 from tests.many import KNOBS, LR, MANY, Numbers, batches, check, continued, on_one, on_ranks, pipeline
@@ -61,9 +61,9 @@ def name_of(layout: Layout) -> str:
     return ",".join(f"{name}={value}" for name, value in changed.items())
 
 
-FAST = [Layout(dp=2), Layout(ep=2, sharding="zero1"), pipeline("1f1b", sharding="zero1"), pipeline("dualpipev")]
+FAST = [Layout(dp=2), Layout(dp=2, ep=2, sharding="zero1"), pipeline("1f1b", sharding="zero1"), pipeline("dualpipev")]
 TWO = [
-    Layout(ep=2),
+    Layout(dp=2, ep=2),
     Layout(dp=2, sharding="zero1", micro_batches=2),
     Layout(dp=2, micro_batches=4),
     *(pipeline(s) for s in ("1f1b", "zb1p", "interleaved", "zbv")),
@@ -71,15 +71,15 @@ TWO = [
 ]
 FOUR = [
     Layout(dp=4),
-    Layout(ep=4),
-    Layout(ep=4, nodes=2),
-    Layout(dp=2, ep=2),
-    Layout(dp=2, ep=2, sharding="zero1"),
+    Layout(dp=4, ep=4),
+    Layout(dp=4, ep=4, nodes=2),
+    Layout(dp=4, ep=2),
+    Layout(dp=4, ep=2, sharding="zero1"),
     *(pipeline(s, dp=2) for s in ("interleaved", "zbv", "dualpipev")),
     pipeline("1f1b", dp=2, micro_batches=2),
-    *(pipeline(s, ep=2) for s in ("interleaved", "zbv", "dualpipev")),
-    pipeline("1f1b", ep=2, micro_batches=2),
-    pipeline("dualpipev", ep=2, sharding="zero1"),
+    *(pipeline(s, dp=2, ep=2) for s in ("interleaved", "zbv", "dualpipev")),
+    pipeline("1f1b", dp=2, ep=2, micro_batches=2),
+    pipeline("dualpipev", dp=2, ep=2, sharding="zero1"),
     *(pipeline(s, pp=4, micro_batches=8) for s in ("1f1b", "zb1p")),
 ]
 
@@ -105,7 +105,7 @@ def test_every_layout_trains_like_one_rank(one: dict[Any, Any], layout: Layout, 
         (TIED_PLAIN, pipeline("zbv")),
         (PLAIN, pipeline("1f1b")),
         (PLAIN, pipeline("dualpipev", sharding="zero1")),
-        (PLAIN, Layout(ep=2)),
+        (PLAIN, Layout(dp=2, ep=2)),
         (FEW, Layout(dp=2)),
         (FEW, Layout(dp=2, sharding="zero1")),
     ],
@@ -152,13 +152,15 @@ def test_values_are_those_of_one_rank_and_stages_have_every_parameter_once() -> 
     held = [{n for n, _ in cut(blank(MANY, torch.float32), s, 4).named_parameters()} for s in range(4)]
     assert set.union(*held) == names
     assert sum(map(len, held)) == len(names) + 1 and "embed" in held[0] & held[3], "the embedding is at both ends"
-    assert [list(layers_of(s, 3, 7)) for s in range(3)] == [[0, 1, 2], [3, 4], [5, 6]]
-    assert [stages_of(r, pipeline("zbv", pp=3)) for r in range(3)] == [[0, 5], [1, 4], [2, 3]]
-    assert [stages_of(r, pipeline("interleaved", pp=3)) for r in range(3)] == [[0, 3], [1, 4], [2, 5]]
+    assert [s.layers for s in split_layers(MANY, 3)] == [(0, 1), (2, 3), (4,)], "MTP counts, and is at the end"
+    deep = dataclasses.replace(MANY, num_hidden_layers=3, num_nextn_predict_layers=2)
+    assert [s.layers for s in split_layers(deep, 4)] == [(0,), (1,), (2,), (3, 4)], "all of MTP is at the end"
+    assert [pipeline("zbv", pp=3).stages_of(r) for r in range(3)] == [(0, 5), (1, 4), (2, 3)]
+    assert [pipeline("interleaved", pp=3).stages_of(r) for r in range(3)] == [(0, 3), (1, 4), (2, 5)]
 
 
 def _not_finite() -> None:
-    many = ShardedTrainer(MANY, Layout(ep=2, sharding="zero1"), KNOBS, 5)
+    many = ShardedTrainer(MANY, Layout(dp=2, ep=2, sharding="zero1"), KNOBS, 5)
     many.models[0].norm.weight.data[3] = float("nan")
     before = {name: local(t).clone() for name, t in many.state().items()}
     told = many.step(next(batches(MANY, 1))[many.data_rank :: 2], LR, LR)

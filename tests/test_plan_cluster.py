@@ -2,26 +2,38 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from finback.config import UserError
-from finback.model.config import TINY, V2_LITE, V3
+from finback.model.config import TINY, V2_LITE, V3, ModelConfig
 from finback.model.count import parameters
 from finback.model.moe import Router
-from finback.planner import cluster, cost, experts, hardware, memory, published, recommend, traffic
+from finback.parallel.layout import Layout
+from finback.planner import cluster, cost, expert_load, hardware, memory, published, recommend, traffic
 from finback.planner.hardware import ASSUMPTIONS, MACHINES
-from finback.planner.layout import Layout, check, parse_mesh
 from finback.planner.options import Options
+from finback.planner.workload import Workload, parse_mesh
 
 H800, _ = hardware.find("h800:2048")
 KNOWN = dict(ASSUMPTIONS)
 
 
-def worst(layout: Layout) -> float:
-    return max(rank.total for rank in memory.ranks(V3, layout, KNOWN))
+def worst(work: Workload) -> float:
+    return max(rank.total for rank in memory.rank_memory(V3, work, KNOWN))
+
+
+def scheduled(name: str, **change: Any) -> Workload:
+    """V3's pre-training under another schedule."""
+    layout = dataclasses.replace(cost.V3_WORKLOAD.layout, schedule=name)  # type: ignore[arg-type]
+    return dataclasses.replace(cost.V3_WORKLOAD, layout=layout, **change)
+
+
+def plan(model: ModelConfig, rows: int, length: int, tokens: float, options: Options) -> cluster.ClusterPlan:
+    return cluster.plan("x", model, cluster.workload(rows, length, options), tokens, options)
 
 
 def test_what_deepseek_published_comes_out() -> None:
@@ -39,16 +51,16 @@ def test_what_deepseek_published_comes_out() -> None:
 
 
 def test_v3s_layout_fits_and_1f1b_without_recomputation_does_not() -> None:
-    choice = recommend.judge(V3, cost.V3_LAYOUT, H800, KNOWN)
+    choice = recommend.judge(V3, cost.V3_WORKLOAD, H800, KNOWN)
     assert choice.fits and 1 - choice.worst.total / 80e9 >= 0.1
-    plain = dataclasses.replace(cost.V3_LAYOUT, schedule="1f1b", recompute="none")
+    plain = scheduled("1f1b", recompute="none")
     for precision in ("fp8", "bf16"):
         assert not recommend.judge(V3, dataclasses.replace(plain, precision=precision), H800, KNOWN).fits
 
 
 def test_the_published_step_comes_out() -> None:
-    share = cost.efficiency(V3, cost.V3_LAYOUT, H800, KNOWN)
-    step = cost.step(V3, cost.V3_LAYOUT, H800, share.value, KNOWN)
+    share = cost.efficiency(V3, cost.V3_WORKLOAD, H800, KNOWN)
+    step = cost.step(V3, cost.V3_WORKLOAD, H800, share.value, KNOWN)
     assert step.mfu == pytest.approx(0.3894, rel=1e-3)  # by construction
     assert step.seconds == pytest.approx(19.926, rel=0.01)  # arXiv 2505.09343, table 4
     assert sum(step.shares().values()) == pytest.approx(1)
@@ -74,7 +86,7 @@ def test_memory_by_hand() -> None:
     # V3's way keeps x, both latents, the rotary key and the output; and x, gate and up
     assert memory.attention_activation(c, "bf16", "selective") == 2 * (4 + 5 + 6 + 2) + 2 * 2 * 3 + 4 * 2
     assert memory.feed_forward_activation(c, False, "bf16", "selective", 0.0) == 2 * 4 + 2 * 2 * 7
-    assert memory.layer_activation(c, False, "bf16", "full", 0.0) == 2 * 4
+    assert memory.layer_activation(c, False, "bf16", "block", 0.0) == 2 * 4
 
 
 def test_states_by_hand() -> None:
@@ -82,17 +94,17 @@ def test_states_by_hand() -> None:
     assert memory.parameter_bytes("bf16", "adamw") == (2, 4, 8)
     assert memory.parameter_bytes("fp8", "muon") == (2, 4, 6)
     assert memory.parameter_bytes("fp32", "adamw") == (4, 4, 8)
-    one = memory.ranks(TINY, Layout(rows=1, length=64), KNOWN)[0]
+    one = memory.rank_memory(TINY, Workload(rows=1, length=64), KNOWN)[0]
     p = parameters(TINY)
     assert (one.weights, one.gradients, one.optimizer) == (2 * p, 4 * p, 8 * p)
-    shared = memory.ranks(TINY, Layout(dp=4, rows=4, length=64), KNOWN)[0]
+    shared = memory.rank_memory(TINY, Workload(Layout(dp=4, sharding="zero1"), rows=4, length=64), KNOWN)[0]
     assert (shared.weights, shared.optimizer) == (2 * p, 2 * p)
-    sharded = memory.ranks(TINY, Layout(dp=4, zero=3, rows=4, length=64), KNOWN)[0]
+    sharded = memory.rank_memory(TINY, Workload(Layout(dp=4), rows=4, length=64), KNOWN)[0]
     assert (sharded.weights, sharded.gradients) == (p / 2, p)
 
 
 def test_more_recomputation_needs_less_and_takes_longer() -> None:
-    layouts = [dataclasses.replace(cost.V3_LAYOUT, recompute=r) for r in ("none", "selective", "full")]
+    layouts = [dataclasses.replace(cost.V3_WORKLOAD, recompute=r) for r in ("none", "selective", "block")]
     needs = [worst(layout) for layout in layouts]
     assert needs == sorted(needs, reverse=True)
     steps = [cost.step(V3, layout, H800, 0.5, KNOWN).seconds for layout in layouts]
@@ -100,23 +112,23 @@ def test_more_recomputation_needs_less_and_takes_longer() -> None:
 
 
 def test_dualpipe_is_faster_than_1f1b_and_holds_twice_the_weights() -> None:
-    plain = dataclasses.replace(cost.V3_LAYOUT, schedule="1f1b")
-    steps = [cost.step(V3, layout, H800, 0.5, KNOWN) for layout in (plain, cost.V3_LAYOUT)]
+    plain = scheduled("1f1b")
+    steps = [cost.step(V3, layout, H800, 0.5, KNOWN) for layout in (plain, cost.V3_WORKLOAD)]
     assert steps[1].seconds < 0.7 * steps[0].seconds and steps[1].exposed < steps[0].exposed
-    held = [sum(r.weights for r in memory.ranks(V3, layout, KNOWN)) for layout in (plain, cost.V3_LAYOUT)]
+    held = [sum(r.weights for r in memory.rank_memory(V3, layout, KNOWN)) for layout in (plain, cost.V3_WORKLOAD)]
     # but for the second copy of the embedding that 1F1B needs for MTP
     assert held[1] == pytest.approx(2 * (held[0] - 2 * V3.vocab_size * V3.hidden_size))
 
 
 def test_nothing_is_sent_by_one_device_alone() -> None:
-    sent = traffic.of(TINY, Layout(rows=4, length=64), H800)
+    sent = traffic.of(TINY, Workload(rows=4, length=64), H800)
     assert sent == traffic.Traffic()
 
 
 def test_traffic_by_hand() -> None:
     # two devices of one node, experts halved: forward and backward, out and back in bf16, 3 MoE layers and MTP's
-    layout = Layout(dp=2, ep=2, rows=8, length=64)
-    sent = traffic.of(TINY, layout, H800)
+    work = Workload(Layout(dp=2, ep=2, micro_batches=4, sharding="zero1"), rows=8, length=64)
+    sent = traffic.of(TINY, work, H800)
     assert sent.load is not None and sent.dispatch_network == 0
     each_way = 4 * 64 * 4 * TINY.hidden_size * 2 * 2
     assert sent.dispatch_link == pytest.approx(2 * each_way * sent.load.forwarded)
@@ -130,36 +142,35 @@ def test_routing_is_the_models_own() -> None:
     c = dataclasses.replace(V3, hidden_size=32)
     scores = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
     chosen = Router(c).select(torch.tensor(scores))
-    ours = experts.route(c, scores)
+    ours = expert_load.route(c, scores)
     assert [set(row) for row in ours.tolist()] == [set(row) for row in chosen.tolist()]
 
 
 def test_expert_load() -> None:
-    even = experts.simulate(V3, 64, 8, tokens=4096)
+    even = expert_load.simulate(V3, 64, 8, tokens=4096)
     assert sum(even.per_rank) == pytest.approx(1) and even.max_over_mean < 1.2
     assert 3.9 < even.nodes <= 4  # V3 2.1.2: at most four
     assert even.remote_nodes == pytest.approx(even.nodes * 7 / 8, rel=0.02)  # its own is one of eight
-    skewed = experts.simulate(V3, 64, 8, experts.popularity(256, 0.8, seed=1), tokens=4096)
+    skewed = expert_load.simulate(V3, 64, 8, expert_load.popularity(256, 0.8, seed=1), tokens=4096)
     assert skewed.max_over_mean > 1.5 * even.max_over_mean
-    free = experts.simulate(dataclasses.replace(V3, n_group=1, topk_group=1), 64, 8, tokens=4096)
+    free = expert_load.simulate(dataclasses.replace(V3, n_group=1, topk_group=1), 64, 8, tokens=4096)
     assert free.nodes > even.nodes + 1  # what the limit saves between nodes
     # eight different experts of 256 meet so many of 64 ranks; some copies land there at their first stop
     met = 64 * (1 - math.comb(256 - 4, 8) / math.comb(256, 8))
     assert 0.8 * met < free.forwarded < met
-    one = experts.simulate(TINY, 1, 1, tokens=128)
+    one = expert_load.simulate(TINY, 1, 1, tokens=128)
     assert (one.nodes, one.remote_nodes, one.forwarded, one.max_over_mean) == (1, 0, 0, 1)
 
 
 def test_given_popularity_that_is_none() -> None:
     for bad in ([1.0], [0.0] * 8, [math.nan] * 8):
         with pytest.raises(UserError, match="8 numbers above 0"):
-            experts.simulate(TINY, 2, 8, bad)
+            expert_load.simulate(TINY, 2, 8, bad)
 
 
 def test_skew_makes_a_step_longer() -> None:
     plans = [
-        cluster.plan(
-            "x",
+        plan(
             V3,
             15360,
             4096,
@@ -176,15 +187,15 @@ def test_skew_makes_a_step_longer() -> None:
 )
 def test_a_recommended_layout_fits_and_no_other_of_its_kind_is_faster(on: str, model: object, rows: int) -> None:
     length = 128 if model is TINY else 4096
-    found = cluster.plan("x", model, rows, length, 1e9, Options(on))  # type: ignore[arg-type]
-    assert found.values["memory"]["fits"] and found.layout.devices == found.values["machine"]["devices"]
+    found = plan(model, rows, length, 1e9, Options(on))  # type: ignore[arg-type]
+    assert found.values["memory"]["fits"] and found.work.layout.ranks == found.values["machine"]["devices"]
     for name, other in found.values["schedules"].items():
         if other.get("fits"):
             assert found.step.seconds <= 1.05 * other["step_seconds"], name
 
 
 def test_what_fits_nowhere_says_so() -> None:
-    found = cluster.plan("x", V3, 64, 4096, 1e9, Options("h800:8")).values
+    found = plan(V3, 64, 4096, 1e9, Options("h800:8")).values
     assert not found["memory"]["fits"] and found["memory"]["free_share"] < 0
 
 
@@ -197,7 +208,7 @@ def test_every_number_of_the_hardware_table_has_its_source() -> None:
 
 
 def test_a_given_mfu_is_the_plans() -> None:
-    found = cluster.plan("x", V2_LITE, 512, 4096, 1e12, Options("h100:8", assume=("mfu=0.25",))).values
+    found = plan(V2_LITE, 512, 4096, 1e12, Options("h100:8", assume=("mfu=0.25",))).values
     assert found["step"]["mfu"] == pytest.approx(0.25, rel=2e-3)
     hours = found["model"]["training_flops_per_token"] * 1e12 / (0.25 * 989.4e12) / 3600
     assert found["run"]["device_hours"] == pytest.approx(hours, rel=2e-3)
@@ -206,7 +217,7 @@ def test_a_given_mfu_is_the_plans() -> None:
 
 
 def test_bills_by_hand() -> None:
-    bill = cost.bill(TINY, Layout(dp=4, rows=8, length=100), H800, 9.0, 8e5, KNOWN, 2.5)
+    bill = cost.bill(TINY, Workload(Layout(dp=4), rows=8, length=100), H800, 9.0, 8e5, KNOWN, 2.5)
     assert (bill.steps, bill.seconds, bill.device_hours, bill.dollars) == (1000, 9000, 10, 25)
     assert bill.kwh == pytest.approx(10 * 0.7 * 1.58) and bill.co2_kg == pytest.approx(10 * 0.7 * 1.58 * 0.436)
 
@@ -233,10 +244,10 @@ def test_impossible_meshes(mesh: str, word: str) -> None:
 
 
 def test_possible_meshes() -> None:
-    assert parse_mesh("pp=16,ep=64", 2048) == {"pp": 16, "dp": 128, "ep": 64}
-    assert parse_mesh("fsdp=8", 8) == {"dp": 8, "pp": 1, "zero": 3}
-    assert parse_mesh("dp=4", 8) == {"dp": 4, "pp": 2}
-    assert parse_mesh("tp=1", 8) == {"pp": 1, "dp": 8}
+    assert parse_mesh("pp=16,ep=64", 2048) == {"pp": 16, "dp": 128, "ep": 64, "sharding": "zero1"}
+    assert parse_mesh("fsdp=8", 8) == {"dp": 8, "pp": 1, "sharding": "fsdp"}
+    assert parse_mesh("dp=4", 8) == {"dp": 4, "pp": 2, "sharding": "zero1"}
+    assert parse_mesh("tp=1", 8) == {"pp": 1, "dp": 8, "sharding": "zero1"}
 
 
 @pytest.mark.parametrize(
@@ -252,7 +263,11 @@ def test_possible_meshes() -> None:
 )
 def test_layouts_that_cannot_be(change: dict[str, int], word: str) -> None:
     with pytest.raises(UserError, match=word):
-        check(V3, dataclasses.replace(cost.V3_LAYOUT, **change))
+        rows = change.pop("rows", 15360)
+        work = dataclasses.replace(cost.V3_WORKLOAD, rows=rows)
+        _, error = recommend.laid_out(V3, work, change, H800, 1)
+        assert error is not None
+        raise error
 
 
 @pytest.mark.parametrize(
@@ -278,4 +293,4 @@ def test_assumptions_change_what_they_say() -> None:
     assert known["pue"].value == 1.1 and known["mfu"].value == 0.3 and "network" not in known
     a100, devices = hardware.find("a100:16")
     with pytest.raises(UserError, match="--assume network"):
-        traffic.of(TINY, Layout(dp=devices, rows=16, length=64), a100)
+        traffic.of(TINY, Workload(Layout(dp=devices), rows=16, length=64), a100)

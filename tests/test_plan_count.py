@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from finback.model.config import TINY, V2, V2_LITE, V3, ModelConfig
 from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops, training_flops
 from finback.model.transformer import Transformer
-from finback.planner.layout import part_parameters, parts
+from finback.parallel.layout import split_layers
+from finback.planner.memory import stage_parameters
 from finback.train.step import backward
 
 
@@ -119,14 +120,14 @@ def test_the_papers_rule_is_the_products_and_the_gains() -> None:
 
 @pytest.mark.parametrize("stages", [1, 2, 16])
 def test_stages_hold_all_parameters_once(stages: int) -> None:
-    pieces = parts(V3, stages)
-    held = [part_parameters(V3, piece, shared_ends=True) for piece in pieces]
+    pieces = split_layers(V3, stages)
+    held = [stage_parameters(V3, piece, shared_ends=True) for piece in pieces]
     assert sum(plain + routed for plain, routed in held) == parameters(V3)
     assert [layer for piece in pieces for layer in piece.layers] == list(range(62))
     if stages == 16:
         assert [len(piece.layers) for piece in pieces] == [3, *[4] * 14, 3]  # 4 MoE layers in a chunk, as V3's profiles
         # apart, MTP and the embedding need a second copy of it
-        alone = [part_parameters(V3, piece, shared_ends=False) for piece in pieces]
+        alone = [stage_parameters(V3, piece, shared_ends=False) for piece in pieces]
         assert sum(map(sum, alone)) - parameters(V3) == V3.vocab_size * V3.hidden_size
 
 
@@ -143,4 +144,4 @@ def test_tied_embeddings_count_once() -> None:
         tie_word_embeddings=True,
     )
     untied = dataclasses.replace(c, tie_word_embeddings=False)
-    assert sum(part_parameters(c, parts(c, 1)[0], True)) == parameters(c) == parameters(untied) - 320
+    assert sum(stage_parameters(c, split_layers(c, 1)[0], True)) == parameters(c) == parameters(untied) - 320

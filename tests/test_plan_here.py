@@ -14,9 +14,9 @@ from finback.model.config import TINY, ModelConfig
 from finback.model.count import parameters, training_flops
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.planner import calibrate, here, runs, stored
-from finback.planner.here import Shape
+from finback.planner import calibrate, calibration_file, recipe_plan, this_machine
 from finback.planner.options import Options
+from finback.planner.this_machine import Shape
 from finback.runs import recipe as recipes
 from finback.stages.pretrain import Pretrain
 from finback.train.optim import is_matrix
@@ -68,7 +68,7 @@ def kept_by_autograd(shape: Shape) -> int:
 @pytest.mark.parametrize(("rows", "length"), [(4, 48), (2, 160)])
 def test_what_autograd_keeps_is_as_predicted(name: str, compute: str, rows: int, length: int) -> None:
     shape = Shape(MODELS[name], rows, length, compute)
-    assert here.saved_bytes(shape) == pytest.approx(kept_by_autograd(shape), rel=0.03)
+    assert this_machine.saved_bytes(shape) == pytest.approx(kept_by_autograd(shape), rel=0.03)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,15 +76,15 @@ def test_muons_matrices_are_the_optimizers(name: str) -> None:
     with torch.device("meta"):
         named = dict(Transformer(MODELS[name]).named_parameters())
     theirs = [p for n, p in named.items() if is_matrix(n, p)]
-    assert here.muon_parameters(MODELS[name]) == sum(p.numel() for p in theirs)
+    assert this_machine.muon_parameters(MODELS[name]) == sum(p.numel() for p in theirs)
     shapes = {tuple(p.shape[-2:]) for p in theirs}
-    assert {(a, b) for _, a, b in here.matrices(MODELS[name])} == shapes
+    assert {(a, b) for _, a, b in this_machine.matrices(MODELS[name])} == shapes
 
 
 def test_memory_by_hand() -> None:
     shape = Shape(DENSE, 2, 32)
-    found = here.memory(shape, 100.0)
-    p, muon = parameters(DENSE), here.muon_parameters(DENSE)
+    found = this_machine.memory(shape, 100.0)
+    p, muon = parameters(DENSE), this_machine.muon_parameters(DENSE)
     assert (found.process, found.weights, found.gradients) == (100, 4 * p, 4 * p)
     assert found.optimizer == 4 * muon + 8 * (p - muon)
     largest = 4 * 3 * 576 * 96  # gate and up of three layers go through Newton-Schulz as one batch
@@ -96,10 +96,10 @@ def test_memory_by_hand() -> None:
 def test_newton_schulz_by_hand() -> None:
     # five steps, each of three products of a matrix (s, t) with s <= t: gram (s, t, s), its square (s, s, s), (s, s, t)
     c = dataclasses.replace(DENSE, num_hidden_layers=1)
-    small, large = zip(*[(min(a, b), max(a, b)) for _, a, b in here.matrices(c)], strict=True)
+    small, large = zip(*[(min(a, b), max(a, b)) for _, a, b in this_machine.matrices(c)], strict=True)
     total = sum(5 * 2 * (s * t * s + s * s * s + s * s * t) for s, t in zip(small, large, strict=True))
-    assert here.newton_schulz_flops(c, 1) == total
-    assert total / 2 <= here.newton_schulz_flops(c, 2) <= total  # what does not halve is done by one
+    assert this_machine.newton_schulz_flops(c, 1) == total
+    assert total / 2 <= this_machine.newton_schulz_flops(c, 2) <= total  # what does not halve is done by one
 
 
 def test_a_fit_finds_what_was_put_in_and_nothing_below_zero() -> None:
@@ -129,17 +129,17 @@ def test_seconds_add_up() -> None:
         "exchange": {"fixed": 0.25, "byte": 1e-9},
     }
     shape = Shape(DENSE, 2, 32, "fp32", ranks=2)
-    parts = here.seconds(shape, measured)
-    assert parts["passes"] == pytest.approx(1e-9 * here.passes(shape)["products"] + 0.5 * 3)
+    parts = this_machine.seconds(shape, measured)
+    assert parts["passes"] == pytest.approx(1e-9 * this_machine.passes(shape)["products"] + 0.5 * 3)
     assert parts["update"] == pytest.approx(1e-6 * parameters(DENSE))
-    both = 4 * (parameters(DENSE) + here.muon_parameters(DENSE))
+    both = 4 * (parameters(DENSE) + this_machine.muon_parameters(DENSE))
     assert parts["exchange"] == pytest.approx(0.25 + 1e-9 * both)
-    assert here.seconds(dataclasses.replace(shape, ranks=1), measured)["exchange"] == 0
+    assert this_machine.seconds(dataclasses.replace(shape, ranks=1), measured)["exchange"] == 0
 
 
 def test_the_kinds_of_work_make_up_the_flops_of_training() -> None:
     shape = Shape(TINY, 4, 64)
-    kinds = here.passes(shape)
+    kinds = this_machine.passes(shape)
     flops = kinds["products"] + kinds["scores"]
     # the rule of count.py has the gains of norms as well, and here attention multiplies the whole square
     assert flops == pytest.approx(training_flops(TINY, 64) * shape.tokens, rel=0.01)
@@ -160,44 +160,44 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_calibration_is_kept_and_read(calibration: Path) -> None:
-    found = stored.read(calibration)
-    assert found["torch"] == torch.__version__ and found["cpu"] == stored.cpu_name() and found["ranks"] == 1
+    found = calibration_file.read(calibration)
+    assert found["torch"] == torch.__version__ and found["cpu"] == calibration_file.cpu_name() and found["ranks"] == 1
     assert found["date"].endswith("UTC") and found["process_bytes"] > 50e6
     for dtype in ("fp32", "bf16"):
         assert found["gemm_flops_per_second"][dtype]["64"] > 1e8
-    machine = stored.machine(found)
+    machine = calibration_file.machine(found)
     assert machine.memory.value > 1e9 and "measured here" in machine.bf16.source
     assert machine.peak("fp32") == max(found["gemm_flops_per_second"]["fp32"].values())
 
 
 def test_a_recipe_is_planned_by_its_calibration(calibration: Path, tmp_path: Path) -> None:
     recipe = recipes.load(write_recipe(tmp_path))
-    found = stored.read(calibration)
-    values = runs.plan(recipe, Options(), found, 1)
+    found = calibration_file.read(calibration)
+    values = recipe_plan.plan(recipe, Options(), found, 1)
     base, zero = values["stages"]["base"], values["stages"]["zero"]
     assert base["step_seconds"] > 0 and base["seconds"] == pytest.approx(base["step_seconds"] * 16384 / 256)
     assert base["compute"] == "bf16" and base["fits"] and base["memory_bytes"] > found["process_bytes"]
-    assert zero["tokens_trained"] == 8 * 4 * 4 * 12 and zero["how"] == runs.ROUGH
+    assert zero["tokens_trained"] == 8 * 4 * 4 * 12 and zero["how"] == recipe_plan.ROUGH
     assert values["total"]["seconds"] == pytest.approx(
         sum(s["seconds"] for s in values["stages"].values() if "seconds" in s)
     )
     assert base["dollars"] == pytest.approx(base["seconds"] / 3600 * 0.04)
-    text = runs.tell(values)
+    text = recipe_plan.tell(values)
     assert all(name in text for name in values["stages"]) and "rough" in text
-    two = runs.plan(recipe, Options(), found, 2)["stages"]["base"]
+    two = recipe_plan.plan(recipe, Options(), found, 2)["stages"]["base"]
     assert two["parts"]["passes"] < base["parts"]["passes"]
 
 
 def test_without_a_calibration_work_is_known_and_time_is_not(tmp_path: Path) -> None:
-    values = runs.plan(recipes.load(write_recipe(tmp_path)), Options(), None, 2)
+    values = recipe_plan.plan(recipes.load(write_recipe(tmp_path)), Options(), None, 2)
     assert values["stages"]["base"]["flops"] > 0 and "seconds" not in values["stages"]["base"]
-    assert "--calibrate" in runs.tell(values) and values["total"]["seconds"] is None
+    assert "--calibrate" in recipe_plan.tell(values) and values["total"]["seconds"] is None
 
 
 def test_rows_that_do_not_divide_among_ranks(calibration: Path) -> None:
     stage = Pretrain(name="base", data="x", model=TINY, mixture={"a": 1.0}, rows=9)
     with pytest.raises(UserError, match=r"base.rows.*2 ranks"):
-        runs.pretraining(stage, TINY, stored.read(calibration), 2)
+        recipe_plan.pretraining(stage, TINY, calibration_file.read(calibration), 2)
 
 
 def changed(found: dict[str, Any], change: str) -> str:
@@ -221,18 +221,20 @@ def changed(found: dict[str, Any], change: str) -> str:
 @pytest.mark.parametrize("change", ["torn", "foreign", "list", "incomplete", "negative", "text", "nameless"])
 def test_a_file_that_is_no_calibration(change: str, calibration: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
-    path.write_text(changed(stored.read(calibration), change), encoding="utf-8")
+    path.write_text(changed(calibration_file.read(calibration), change), encoding="utf-8")
     with pytest.raises(UserError, match=r"--calibration.*Run finback plan --calibrate"):
-        stored.read(path)
+        calibration_file.read(path)
 
 
 def test_doubts(calibration: Path) -> None:
-    found = stored.read(calibration) | {"load_average": 0.0}
-    assert stored.doubts(found, torch.__version__) == []
-    assert len(stored.doubts(found | {"cpu": "another", "load_average": 9.0, "models": 1}, "1.0")) == 4
+    found = calibration_file.read(calibration) | {"load_average": 0.0}
+    assert calibration_file.doubts(found, torch.__version__) == []
+    assert len(calibration_file.doubts(found | {"cpu": "another", "load_average": 9.0, "models": 1}, "1.0")) == 4
 
 
 def test_where_calibrations_are_kept() -> None:
-    assert stored.default_path({"XDG_CACHE_HOME": "/somewhere"}) == Path("/somewhere/finback/calibration.json")
+    assert calibration_file.default_path({"XDG_CACHE_HOME": "/somewhere"}) == Path(
+        "/somewhere/finback/calibration.json"
+    )
     for environment in ({}, {"XDG_CACHE_HOME": ""}, {"XDG_CACHE_HOME": "relative"}):
-        assert stored.default_path(environment) == Path.home() / ".cache" / "finback" / "calibration.json"
+        assert calibration_file.default_path(environment) == Path.home() / ".cache" / "finback" / "calibration.json"

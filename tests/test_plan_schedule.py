@@ -1,14 +1,15 @@
 """Pipeline schedules: V3's formulas for bubbles and memory, orders worked by hand, and tables that cannot run."""
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.pipelining.schedules import ScheduleDualPipeV
+from torch.distributed.pipelining.schedules import ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 
 from finback.config import UserError
-from finback.parallel.pipeline import _action
+from finback.parallel.pipeline import action
 from finback.parallel.pipeline_tables import SCHEDULES, Op, Table, find, in_flight
 from finback.planner.simulate import Durations, Timeline, check, simulate
 
@@ -16,7 +17,7 @@ NAMES = sorted(SCHEDULES)
 
 
 def ranks_of(name: str, stages: int) -> int:
-    return stages // 2 if name == "dualpipev" else stages
+    return stages // find(name).stages(1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -36,9 +37,13 @@ def test_bubbles_are_those_of_v3s_table(
     b = f + w
     both = max(f, b) + hidden * min(f, b)
     ranks, schedule = ranks_of(name, stages), find(name)
-    timeline = simulate(schedule.table(ranks, 2 * stages + 2 * more), Durations(f, b, w, both))
+    timeline = simulate(
+        schedule.table(ranks, 2 * stages + (ranks if name == "interleaved" else 2) * more), Durations(f, b, w, both)
+    )
     formula = {
         "1f1b": (stages - 1) * (f + b),
+        "interleaved": (stages / 2 - 1) * (f + b),
+        "zbv": (stages / 2 - 1) * f,
         "zb1p": (stages - 1) * (f + b - 2 * w),
         "dualpipe": (stages / 2 - 1) * (both + b - 3 * w),
         "dualpipev": (stages / 2 - 1) * (both + b - 3 * w),
@@ -52,7 +57,9 @@ def test_bubbles_are_those_of_v3s_table(
 def test_activations_in_flight_are_those_of_v3s_table(name: str, stages: int) -> None:
     moments = in_flight(name, ranks_of(name, stages), 3 * stages)
     most = [max(sum(count for _, count in moment) for moment in rank) for rank in moments]
-    assert max(most) == (stages + 1 if name.startswith("dualpipe") else stages)
+    assert max(most) == {"dualpipe": stages + 1, "dualpipev": stages + 1, "interleaved": 3 * stages // 2 - 1}.get(
+        name, stages
+    )
     if name == "1f1b":
         assert most == list(range(stages, 0, -1))  # each rank as many as lie behind it
 
@@ -68,6 +75,7 @@ def test_more_micro_batches_hold_no_more(name: str) -> None:
 @pytest.mark.parametrize("micro_batches", [16, 18, 40])
 def test_every_table_is_whole_and_can_run(name: str, ranks: int, micro_batches: int) -> None:
     schedule = find(name)
+    micro_batches -= micro_batches % ranks if name == "interleaved" else 0
     check(schedule.table(ranks, micro_batches), schedule.stages(ranks), micro_batches)
 
 
@@ -169,11 +177,24 @@ def test_a_timeline_adds_up() -> None:
         assert timeline.idle(rank) + 8 * 3 == pytest.approx(timeline.makespan)
 
 
-@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 4), (2, 9), (4, 8), (4, 13), (8, 16)])
-def test_dualpipev_is_what_torch_runs(ranks: int, micro_batches: int) -> None:
-    torchs = ScheduleDualPipeV.__new__(ScheduleDualPipeV)  # its processes are not needed to write a table
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [("dualpipev", ScheduleDualPipeV), ("zbv", ScheduleZBVZeroBubble), ("interleaved", ScheduleInterleaved1F1B)],
+)
+@pytest.mark.parametrize(
+    ("ranks", "micro_batches"), [(1, 3), (2, 3), (2, 4), (2, 9), (4, 5), (4, 8), (4, 10), (4, 13), (8, 16)]
+)
+def test_tables_are_what_torch_runs(name: str, schedule: Any, ranks: int, micro_batches: int) -> None:
+    try:
+        table = find(name).table(ranks, micro_batches)
+    except UserError:  # torch refuses these as well
+        assert name == "dualpipev" or micro_batches % (micro_batches // ranks)
+        return
+    torchs = schedule.__new__(schedule)  # its processes are not needed to write a table
     torchs.pp_group_size, torchs._n_microbatches = ranks, micro_batches
     torchs.num_stages = torchs._num_stages = 2 * ranks
-    for rank, slots in enumerate(find("dualpipev").table(ranks, micro_batches)):
+    torchs.n_local_stages, torchs.number_of_rounds = 2, max(1, micro_batches // ranks)
+    torchs.microbatches_per_round = micro_batches // torchs.number_of_rounds
+    for rank, slots in enumerate(table):
         theirs = [str(a) for a in torchs._calculate_single_rank_operations(rank) if a is not None]
-        assert [str(_action(slot)) for slot in slots] == theirs
+        assert [str(action(slot)) for slot in slots] == theirs

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from finback.config import UserError
-from finback.parallel.mesh import Layout, World
+from finback.parallel.layout import Layout
+from finback.parallel.mesh import World
 from finback.runs.files import read_json, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.pretrain import Pretrain, Probe
@@ -20,7 +21,7 @@ from tests.toy import CONFIG, WORDS, finback
 RECIPE = """
 from pathlib import Path
 from finback.data.sources import Files
-from finback.parallel.mesh import Layout
+from finback.parallel.layout import Layout
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.prepare import Prepare
 from finback.stages.pretrain import Pretrain
@@ -56,7 +57,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
 
 
 LAYOUTS = {
-    "experts": "Layout(ep=2)",
+    "experts": "Layout(dp=2, ep=2)",
     "shared": "Layout(dp=2)",
     "zero1": 'Layout(dp=2, sharding="zero1")',
     "piped": "Layout(pp=2, micro_batches=2)",
@@ -144,5 +145,5 @@ def test_a_layout_wants_its_ranks(tmp_path: Path, plain: tuple[Path, list[float]
     path = folder / "wrong.py"
     path.write_text(RECIPE.replace("LAYOUT", "Layout(dp=4)"), encoding="utf-8")
     refused = finback("run", path, "--runs", tmp_path / "runs", "--ranks", 2)
-    assert refused.returncode == 2 and "pp x dp x ep is 4, but there are 2 ranks" in refused.stderr
+    assert refused.returncode == 2 and "pp x dp is 4, but there are 2 ranks" in refused.stderr
     assert dataclasses.replace(stage(), layout=None).layout is None

@@ -1,7 +1,6 @@
 """Pipeline stages of a finished model, run by torch.distributed.pipelining.
 
-Its runtime does what the tables of parallel/pipeline_tables.py say, the same that the planner simulates. The interleaved and
-the ZBV schedule are torch's own.
+Its runtime does what the tables of parallel/pipeline_tables.py say, the same that the planner simulates.
 
 The first stage has the embedding, the last the final norm, the head and the MTP modules. What both ends need, the
 embedding for MTP or for a tied head, each has a copy of, with one gradient, their sum; V3's DualPipe shares the memory
@@ -15,41 +14,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+from torch.distributed.pipelining import PipelineStage as TorchStage
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
 from finback.model.config import ModelConfig
 from finback.model.moe import MoE
 from finback.model.transformer import Transformer
-from finback.parallel.mesh import STAGES_PER_RANK, Layout, Mesh
-from finback.parallel.pipeline_tables import SCHEDULES, Op, Slot, find
-from finback.parallel.shard import Part, local
+from finback.parallel.layout import Layout, split_layers
+from finback.parallel.mesh import Mesh
+from finback.parallel.pipeline_tables import Op, Slot
+from finback.parallel.shard import ShardedParameter, local
 
 # The last stage's model, final hidden states (b, t, d) and tokens (b, t + 1 + depths) -> next-token and MTP losses
 Loss = Callable[[Transformer, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def stages_of(rank: int, layout: Layout) -> list[int]:
-    """The stages of a pipeline rank: in a circle, or folded in the middle (zbv, dualpipev)."""
-    if STAGES_PER_RANK[layout.schedule] == 1 or layout.pp == 1:
-        return [rank]
-    if layout.schedule == "interleaved":
-        return [rank, rank + layout.pp]
-    return [rank, layout.stages - 1 - rank]
-
-
-def layers_of(stage: int, stages: int, layers: int) -> range:
-    """The layers of a stage: equally many, one more at the front, since the end has the head and MTP besides."""
-    each, more = divmod(layers, stages)
-    start = stage * each + min(stage, more)
-    return range(start, start + each + (stage < more))
-
-
 def cut(model: Transformer, stage: int, stages: int) -> Transformer:
     """Drop, in place, all that another stage has; what stays keeps its name. `model` is whole and may be blank."""
     first, last, config = stage == 0, stage == stages - 1, model.config
-    layers = layers_of(stage, stages, config.num_hidden_layers)
-    model.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in layers})  # type: ignore[assignment]
+    layers = split_layers(config, stages)[stage].layers
+    model.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in layers if i < config.num_hidden_layers})  # type: ignore[assignment]
     if not last:
         model.mtp = nn.ModuleList()
         del model.norm, model.head
@@ -63,7 +47,7 @@ def is_twice(config: ModelConfig) -> bool:
     return config.tie_word_embeddings or config.num_nextn_predict_layers > 0
 
 
-class Stage(nn.Module):
+class PipelineStage(nn.Module):
     """A cut model with one call: what the stage before made and the step's tokens -> what the stage after takes."""
 
     def __init__(self, model: Transformer, stage: int, stages: int, loss: Loss, weights: tuple[float, float]) -> None:
@@ -109,7 +93,7 @@ def _moe_layers(config: ModelConfig, with_mtp: bool) -> int:
 class Pipeline:
     """This rank's stages and the schedule that runs them."""
 
-    def __init__(self, stages: list[Stage], layout: Layout, mesh: Mesh, rows: int, length: int) -> None:
+    def __init__(self, stages: list[PipelineStage], layout: Layout, mesh: Mesh, rows: int, length: int) -> None:
         """rows and length of what the trunk reads on this rank; rows are cut into layout.micro_batches."""
         self.stages = stages
         model = stages[0].model
@@ -121,7 +105,7 @@ class Pipeline:
         tokens = torch.empty(micro, width, dtype=torch.long, device=device)
         loss = torch.empty((), device=device, requires_grad=True)
         pieces = [
-            PipelineStage(
+            TorchStage(
                 stage,
                 index,
                 layout.stages,
@@ -130,9 +114,9 @@ class Pipeline:
                 loss if stage.is_last else carried,
                 group=mesh.pp.get_group(),
             )
-            for stage, index in zip(stages, stages_of(mesh.pp.get_local_rank(), layout), strict=True)
+            for stage, index in zip(stages, layout.stages_of(mesh.pp.get_local_rank()), strict=True)
         ]
-        self.schedule = _schedule(pieces, layout)
+        self.schedule = _Tabled(pieces, layout)
 
     def run(self, tokens: Tensor) -> Tensor:
         """Add the gradients of the sum over micro-batches of their mean losses; (main, MTP, balance) summed likewise.
@@ -148,26 +132,18 @@ class Pipeline:
         return torch.stack(found).sum(0) if found else torch.zeros(3, device=tokens.device)
 
 
-def _schedule(stages: list[Any], layout: Layout) -> Any:
-    # gradients are scaled once, by the step, for all its ranks
-    options: dict[str, Any] = {"loss_fn": _as_it_is, "scale_grads": False}
-    if layout.schedule in SCHEDULES:
-        return _Tabled(stages, layout, **options)
-    torchs = {"interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble}
-    return torchs[layout.schedule](stages, layout.micro_batches, **options)
-
-
 class _Tabled(_PipelineScheduleRuntime):  # type: ignore[misc]  # torch leaves it untyped
     """torch's runtime with a table of ours; it adds what is sent and received."""
 
-    def __init__(self, stages: list[Any], layout: Layout, **options: Any) -> None:
-        super().__init__(stages, layout.micro_batches, **options)
-        table = find(layout.schedule).table(layout.pp, layout.micro_batches)
-        self.pipeline_order = {rank: [_action(slot) for slot in slots] for rank, slots in enumerate(table)}
+    def __init__(self, stages: list[Any], layout: Layout) -> None:
+        # gradients are scaled once, by the step, for all its ranks
+        super().__init__(stages, layout.micro_batches, loss_fn=_as_it_is, scale_grads=False)
+        table = layout.pipeline.table(layout.pp, layout.micro_batches)
+        self.pipeline_order = {rank: [action(slot) for slot in slots] for rank, slots in enumerate(table)}
         self._prepare_schedule_with_comms(self.pipeline_order)
 
 
-def _action(slot: Slot) -> _Action:
+def action(slot: Slot) -> _Action:
     """A slot in torch's terms."""
 
     def single(op: Op) -> _Action:
@@ -183,7 +159,7 @@ def _as_it_is(output: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sum_copies(parts: list[Part], mesh: Mesh, layout: Layout) -> None:
+def sum_copies(parts: list[ShardedParameter], mesh: Mesh, layout: Layout) -> None:
     """Give both copies of the embedding the sum of their gradients; for a model that has two (`is_twice`)."""
     mine = {p.is_copy: local(p.value.grad) for p in parts if p.name == "embed" and p.value.grad is not None}
     if not mine:

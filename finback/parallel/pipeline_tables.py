@@ -4,12 +4,14 @@ parallel/pipeline.py runs these tables, and the planner simulates them.
 
 A table is a list with one list of slots per rank. A slot is one operation, or two that are overlapped. An operation is
 (op, micro-batch, stage): F forward, B whole backward, I backward for the input alone, W for the weights alone. Stages
-count along the micro-batch's own way, so that stage 0 embeds and the last one scores, on whatever rank they lie.
+count along the micro-batch's own way, so that stage 0 embeds and the last one has the head, on whatever rank they lie.
 
-  1F1B       Narayanan 2021: one forward, one backward in turn
-  ZB1P       Qi 2024 (ZB-H1): backward split in I and W, W fills what would be idle
-  DualPipe   V3 3.2.1: micro-batches enter at both ends, each rank holds two stages
-  DualPipeV  DualPipe cut in half: a micro-batch goes down the ranks and up again
+  1F1B         Narayanan 2021: one forward, one backward in turn
+  interleaved  the same with two stages on each rank: a micro-batch goes around the ranks twice
+  ZB1P         Qi 2024 (ZB-H1): backward split in I and W, W fills what would be idle
+  ZB-V         Qi 2024, section 6: the same, a micro-batch goes down the ranks and up again
+  DualPipe     V3 3.2.1: micro-batches enter at both ends, each rank holds two stages
+  DualPipeV    DualPipe cut in half, as ZB-V is laid out
 """
 
 from collections.abc import Callable, Iterator
@@ -67,8 +69,32 @@ def zb1p(ranks: int, micro_batches: int) -> Table:
     return table
 
 
+def interleaved(ranks: int, micro_batches: int) -> Table:
+    """1F1B with stages r and ranks + r on rank r; micro-batches pass each of the two in rounds, as torch has it."""
+    rounds = max(1, micro_batches // ranks)
+    each, total = micro_batches // rounds, 2 * micro_batches
+    table: Table = []
+    for rank in range(ranks):
+        ahead = min(each + 2 * (ranks - 1 - rank), total)
+        passes = [
+            (
+                step // (2 * each) * each + step % each,
+                rank + step // each % 2 * ranks,
+                rank + (1 - step // each % 2) * ranks,
+            )
+            for step in range(total)
+        ]
+        slots: list[Slot] = [(Op("F", batch, stage),) for batch, stage, _ in passes[:ahead]]
+        for step, (batch, _, stage) in enumerate(passes):
+            if step + ahead < total:
+                slots.append((Op("F", *passes[step + ahead][:2]),))
+            slots.append((Op("B", batch, stage),))
+        table.append(slots)
+    return table
+
+
 class _Rank:
-    """Writes one rank's slots of DualPipe: two ways (0 its near end's, 1 the other), each with a stage and a counter."""
+    """Writes one rank's slots of DualPipe and ZB-V: two ways (0 its near end's, 1 the other), each with a stage and a counter."""
 
     def __init__(self, stages: tuple[int, int], micro_batches: tuple[range, range]) -> None:
         self.stages, self.batches = stages, micro_batches
@@ -92,9 +118,17 @@ class _Rank:
         if split:
             self.waiting.append(op._replace(kind="W"))
 
-    def weight(self) -> None:
-        """The W that has waited longest."""
-        self.slots.append((self.waiting.pop(0),))
+    def weight(self, way: int | None = None) -> None:
+        """The W that has waited longest, of one way or of both."""
+        op = next(op for op in self.waiting if way is None or op.stage == self.stages[way])
+        self.waiting.remove(op)
+        self.slots.append((op,))
+
+    def pass_and_return(self, way: int) -> None:
+        """F, I and W one after the other."""
+        self.forward(way)
+        self.backward(way, split=True)
+        self.weight()
 
     def both(self, forward: int, backward: int) -> None:
         """F of one way overlapped with B of the other."""
@@ -159,14 +193,49 @@ def dualpipe_v(ranks: int, micro_batches: int) -> Table:
     return table
 
 
+def zb_v(ranks: int, micro_batches: int) -> Table:
+    """ZB-V as torch has it, for F, I and W of equal length; nothing waits from 2·ranks - 1 micro-batches on."""
+    every = range(max(2 * ranks - 1, micro_batches))
+    table: Table = []
+    for rank in range(ranks):
+        writer = _Rank((rank, 2 * ranks - 1 - rank), (every, every))
+        for _ in range(2 * (ranks - rank) - 1):
+            writer.forward(0)
+        for _ in range(rank):
+            writer.forward(1)
+            writer.forward(0)
+        for _ in range(ranks - rank):
+            writer.pass_and_return(1)
+        while writer.forwards[1] < len(every):
+            if writer.forwards[0] < len(every):
+                writer.forward(0)
+            writer.backward(0, split=True)
+            writer.weight()
+            writer.pass_and_return(1)
+        for _ in range(rank):
+            writer.backward(0, split=True)
+            writer.backward(1, split=True)
+        for _ in range(ranks - rank):
+            writer.backward(0, split=True)
+            writer.weight(0)
+        writer.waiting.sort(key=lambda op: -op.stage)
+        while writer.waiting:
+            writer.weight()
+        table.append([slot for slot in writer.slots if slot[0].micro_batch < micro_batches])
+    return table
+
+
 class Schedule(NamedTuple):
     """A schedule's name, its table maker, and what it asks of a rank."""
 
     title: str
     write: Callable[[int, int], Table]
-    copies: int  # stages whose weights a rank holds
-    split: bool  # whether W runs apart from I
-    overlaps: bool  # whether F and B of two micro-batches hide each other's communication
+    # where stages lie: one a rank; two, around the ranks; two, down and up again; or both ways through the same stages
+    placement: Literal["line", "loop", "fold", "both ways"]
+    # whether W runs apart from I
+    splits: bool
+    # whether F and B of two micro-batches hide each other's communication
+    overlaps: bool
 
     def table(self, ranks: int, micro_batches: int) -> Table:
         """Every rank's slots; UserError where the schedule cannot run so."""
@@ -175,35 +244,58 @@ class Schedule(NamedTuple):
 
     def check(self, ranks: int, micro_batches: int) -> None:
         """UserError unless so many micro-batches can go through so many ranks."""
-        if self.title == "DualPipe":  # it feeds both ends
-            for field, value in (("--mesh pp", ranks), ("micro-batches", micro_batches)):
+        if self.placement == "both ways":
+            for field, value in (("layout.pp", ranks), ("layout.micro_batches", micro_batches)):
                 if value % 2:
                     raise UserError(field, value, "DualPipe needs an even number", "Use an even one, or zb1p.")
         least = 2 * ranks if self.overlaps else 1
+        rounds = max(1, micro_batches // ranks) if self.placement == "loop" else 1
+        problem, remedy = "", ""
         if micro_batches < least:
-            raise UserError(
-                "micro-batches",
-                micro_batches,
-                f"{self.title} on {ranks} ranks needs at least {least} per step",
-                "Raise --rows, or use fewer pipeline ranks or 1f1b.",
-            )
+            problem = f"{self.title} on {ranks} ranks needs at least {least} per step"
+            remedy = "Raise the rows, or use fewer pipeline ranks or 1f1b."
+        elif micro_batches % rounds:
+            problem, remedy = f"interleaved runs them in {rounds} equal rounds", f"Use a multiple of {ranks}."
+        if problem:
+            raise UserError("layout.micro_batches", micro_batches, problem, remedy)
 
     def stages(self, ranks: int) -> int:
         """Stages a micro-batch passes."""
-        return 2 * ranks if self.title == "DualPipeV" else ranks
+        return 2 * ranks if self.placement in ("loop", "fold") else ranks
+
+    def stages_of(self, rank: int, ranks: int) -> tuple[int, ...]:
+        """The stages whose weights a rank holds."""
+        stages = self.stages(ranks)
+        second = {"loop": rank + ranks, "fold": stages - 1 - rank, "both ways": stages - 1 - rank}
+        return (rank,) if self.placement == "line" else (rank, second[self.placement])
+
+    @property
+    def copies(self) -> int:
+        """Ranks of a pipeline that hold the same stage."""
+        return 2 if self.placement == "both ways" else 1
 
     def bubble(self, stages: int, f: float, b: float, w: float, both: float) -> float:
-        """Idle time per step by V3's table 2: f forward, b whole backward, w weight part, both F and B overlapped."""
+        """Idle time per step by V3's table 2: f forward, b whole backward, w weight part, both F and B overlapped.
+
+        The table leaves two out: interleaved 1F1B waits as 1F1B does, for stages of half the size, and ZB-V only until
+        the first micro-batch has come down.
+        """
         if self.overlaps:
             return (stages / 2 - 1) * (both + b - 3 * w)
-        return (stages - 1) * (f + b - 2 * w if self.split else f + b)
+        hops = stages - 1 if self.placement == "line" else stages / 2 - 1
+        if self.placement == "fold":
+            return hops * (b - w)
+        return hops * (f + b - 2 * w if self.splits else f + b)
 
 
-SCHEDULES = {
-    "1f1b": Schedule("1F1B", one_f_one_b, 1, False, False),
-    "zb1p": Schedule("ZB1P", zb1p, 1, True, False),
-    "dualpipe": Schedule("DualPipe", dualpipe, 2, True, True),
-    "dualpipev": Schedule("DualPipeV", dualpipe_v, 2, True, True),
+ScheduleName = Literal["1f1b", "zb1p", "interleaved", "zbv", "dualpipev", "dualpipe"]
+SCHEDULES: dict[str, Schedule] = {
+    "1f1b": Schedule("1F1B", one_f_one_b, "line", False, False),
+    "zb1p": Schedule("ZB1P", zb1p, "line", True, False),
+    "interleaved": Schedule("Interleaved 1F1B", interleaved, "loop", False, False),
+    "zbv": Schedule("ZB-V", zb_v, "fold", True, False),
+    "dualpipev": Schedule("DualPipeV", dualpipe_v, "fold", True, True),
+    "dualpipe": Schedule("DualPipe", dualpipe, "both ways", True, True),
 }
 
 
@@ -227,7 +319,10 @@ def in_flight(name: str, ranks: int, micro_batches: int) -> tuple[tuple[tuple[tu
     An activation is held from F until B, or until I and W are done. A moment at which no stage has more of them than at
     another is left out.
     """
-    table = find(name).table(ranks, min(micro_batches, 4 * ranks + micro_batches % 2))  # more changes nothing
+    schedule = find(name)
+    each = micro_batches // max(1, micro_batches // ranks) if schedule.placement == "loop" else ranks
+    enough = 4 * each + (0 if schedule.placement == "loop" else micro_batches % 2)
+    table = schedule.table(ranks, min(micro_batches, enough))  # more changes nothing
     return tuple(_moments(slots) for slots in table)
 
 

@@ -1,6 +1,6 @@
 """Share a model's parameters among ranks: FSDP2, or ZeRO-1, where only the optimiser's state is shared out.
 
-Either way each parameter has a `Part` on this rank, a DTensor that says which share of the whole it is. Optimisers and
+Either way each parameter has a `ShardedParameter` on this rank, a DTensor that says which share of the whole it is. Optimisers and
 checkpoints work on parts alone and know nothing of the two.
 """
 
@@ -23,12 +23,13 @@ from finback.model.moe import MoE
 from finback.model.mtp import MTP
 from finback.model.rope import rotation
 from finback.model.transformer import Block, Transformer
-from finback.parallel.mesh import Layout, Mesh
+from finback.parallel.layout import Layout
+from finback.parallel.mesh import Mesh
 from finback.parallel.owners import share
 
 
 @dataclass
-class Part:
+class ShardedParameter:
     """This rank's share of a parameter, with its share of the gradient as `value.grad`."""
 
     name: str  # as Transformer.state_dict has it
@@ -104,7 +105,7 @@ def _fill_buffers(model: Transformer, device: torch.device) -> None:
 class Sharding(Protocol):
     """How the parameters of this rank's stages are shared."""
 
-    parts: list[list[Part]]  # of each stage
+    parts: list[list[ShardedParameter]]  # of each stage
 
     def zero(self) -> None:
         """Forget all gradients."""
@@ -117,15 +118,15 @@ class Sharding(Protocol):
 
 
 class FullyShard:
-    """FSDP2: block by block, a parameter is whole only while it is used. Experts are cut among the dp ranks alone."""
+    """FSDP2: block by block, a parameter is whole only while it is used. Experts are cut among the edp ranks alone."""
 
     def __init__(self, roots: list[nn.Module], models: list[Transformer], layout: Layout, mesh: Mesh) -> None:
         """roots hold the models and are what is called."""
         for root, model in zip(roots, models, strict=True):
             _fully_shard(root, model, layout, mesh)
-        self.parts = [[Part(n, p) for n, p in model.named_parameters()] for model in models]
+        self.parts = [[ShardedParameter(n, p) for n, p in model.named_parameters()] for model in models]
 
-    def _all(self) -> Iterator[Part]:
+    def _all(self) -> Iterator[ShardedParameter]:
         return (part for stage in self.parts for part in stage)
 
     def zero(self) -> None:
@@ -148,8 +149,8 @@ def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh
     # passes of a pipeline interleave: what one needs, the next needs too
     reshard_after = False if layout.pp > 1 else None
 
-    def shard(module: nn.Module, policy: MixedPrecisionPolicy, over: str = "data") -> None:
-        axis = mesh.data if over == "data" else mesh.dp
+    def shard(module: nn.Module, policy: MixedPrecisionPolicy, over: str = "dp") -> None:
+        axis = mesh.dp if over == "dp" else mesh.edp
         fully_shard(
             module,
             mesh=axis,
@@ -165,7 +166,7 @@ def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh
             shard(moe.shared, policy)
         else:
             moe.register_forward_hook(_apart)
-        shard(moe, policy, over="dp")
+        shard(moe, policy, over="edp")
     for kind in (Block, MTP):
         for outer in [m for m in modules if isinstance(m, kind)]:
             shard(outer, policy)
@@ -194,8 +195,8 @@ class ZeroOne:
         parameters = [p for model in models for p in model.parameters()]
         experts = [p for p in parameters if p.ndim == 3]
         others = [p for p in parameters if p.ndim != 3]
-        self.shared = [(axis, ps, _flat_gradients(ps)) for axis, ps in ((mesh.data, others), (mesh.dp, experts)) if ps]
-        self.parts = [[Part(n, _view(p, mesh)) for n, p in model.named_parameters()] for model in models]
+        self.shared = [(axis, ps, _flat_gradients(ps)) for axis, ps in ((mesh.dp, others), (mesh.edp, experts)) if ps]
+        self.parts = [[ShardedParameter(n, _view(p, mesh)) for n, p in model.named_parameters()] for model in models]
 
     def zero(self) -> None:
         for _, _, gradients in self.shared:
@@ -236,14 +237,14 @@ def _narrow(whole: Tensor, members: int, member: int) -> Tensor:
 
 def _view(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
     """A part that is a view of a whole parameter, and of its gradient, placed as FSDP2 would place it."""
-    axis, where, shape = mesh.data, mesh.data, list(parameter.shape)
+    axis, where, shape = mesh.dp, mesh.dp, list(parameter.shape)
     placements: list[Placement] = [Shard(0)]
     if parameter.ndim == 3:
-        axis = where = mesh.dp
+        axis = where = mesh.edp
         dim = _cut(parameter, axis.size())
         placements = [Shard(dim)]
         if mesh.ep.size() > 1:
-            where = DeviceMesh._concatenate([mesh.dp, mesh.ep])
+            where = DeviceMesh._concatenate([mesh.edp, mesh.ep])
             placements = [_StridedShard(0, split_factor=mesh.ep.size()) if dim == 0 else Shard(dim), Shard(0)]
             shape[0] *= mesh.ep.size()
     stride = torch.empty(shape, device="meta").stride()
@@ -265,7 +266,7 @@ def _view(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
 
 
 @torch.no_grad()
-def finish(parts: list[Part], scale: float, clip: float) -> float:
+def finish(parts: list[ShardedParameter], scale: float, clip: float) -> float:
     """Multiply gradients by `scale` and clip them to global norm `clip` over all ranks; the norm before clipping."""
     gradients = [local(part.value.grad) for part in parts if part.value.grad is not None]
     square = torch.zeros((), dtype=torch.float64, device=gradients[0].device)

@@ -25,9 +25,9 @@ from finback.kernels.probe import gemm_peak
 from finback.model.config import TINY, ModelConfig
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.planner import here
-from finback.planner.here import Shape
-from finback.planner.stored import FORMAT, cpu_name
+from finback.planner import this_machine
+from finback.planner.calibration_file import FORMAT, cpu_name
+from finback.planner.this_machine import Shape
 from finback.runs.files import write_json
 from finback.stages import pretrain  # noqa: F401 - its libraries belong to what a rank's process takes
 from finback.train.optim import Adam, Gradients, Muon, is_matrix
@@ -98,7 +98,7 @@ def calibrate(world: World, path: Path, say: Callable[[str], None]) -> dict[str,
     steps = _steps(world, begin, say)
     measured = {"exchange": _exchange(world)}
     errors = {}
-    for part, features in (("passes", here.passes), ("update", here.update)):
+    for part, features in (("passes", this_machine.passes), ("update", this_machine.update)):
         for name in COMPUTE:
             rows = [s for s in steps if s["shape"].compute == name]
             work = [features(s["shape"]) for s in rows]
@@ -255,7 +255,9 @@ def _training_rates(world: World, steps: Sequence[dict[str, Any]]) -> dict[str, 
     rates: dict[str, float] = {}
     for name in COMPUTE:
         chosen = [s for s in steps if s["shape"].compute == name]
-        flops = [sum(v for k, v in here.passes(s["shape"]).items() if k in ("products", "scores")) for s in chosen]
+        flops = [
+            sum(v for k, v in this_machine.passes(s["shape"]).items() if k in ("products", "scores")) for s in chosen
+        ]
         taken = [s["passes"] + s["update"] for s in chosen]
         rates[name] = world.size * statistics.median(f / t for f, t in zip(flops, taken, strict=True))
     return rates
@@ -268,7 +270,7 @@ def _process_bytes(world: World) -> float:
     """
     first = Shape(TINY, 16, 128, "fp32", world.size)
     time_step(first, world, rounds=2)
-    return max(world.gather(peak_bytes() - here.memory(first, 0.0).total))
+    return max(world.gather(peak_bytes() - this_machine.memory(first, 0.0).total))
 
 
 def peak_bytes() -> float:

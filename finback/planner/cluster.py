@@ -2,18 +2,18 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from finback.config import UserError
 from finback.model.config import V3, ModelConfig
 from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops, training_flops
-from finback.parallel import pipeline_tables
+from finback.parallel.pipeline_tables import ScheduleName
 from finback.planner import cost, hardware, memory, recommend
 from finback.planner.cost import Step
 from finback.planner.hardware import Fact, Machine
-from finback.planner.layout import Layout, check, parse_mesh, with_mesh
 from finback.planner.options import Options
-from finback.planner.recommend import Choice
+from finback.planner.recommend import JudgedWorkload, Search
+from finback.planner.workload import Workload, parse_mesh
 
 
 @dataclass(frozen=True)
@@ -22,63 +22,87 @@ class ClusterPlan:
 
     values: dict[str, Any]
     step: Step
-    layout: Layout
+    work: Workload
 
 
 def plan(
-    name: str, c: ModelConfig, rows: int, length: int, tokens: float, options: Options, source: str = ""
+    name: str, c: ModelConfig, work: Workload, tokens: float, options: Options, source: str = "", given: bool = False
 ) -> ClusterPlan:
-    """Plan `tokens` tokens in steps of rows x length on the hardware the options name."""
+    """Plan `tokens` tokens in steps of `work` on the hardware the options name.
+
+    The layout and the recomputation of `work` are kept where they are `given`; else the options decide, and what they
+    leave open is recommended.
+    """
     machine, devices = hardware.find(options.on)
     known, machine = hardware.assumptions(options.assume, machine)
-    precision = options.precision or ("fp8" if machine.fp8 else "bf16")
-    if precision == "fp8" and machine.fp8 is None:
+    if work.precision == "fp8" and machine.fp8 is None:
         raise UserError("--precision", "fp8", f"{machine.name} has no FP8 products", "Use bf16.")
-    start = Layout(
-        rows=rows,
-        length=length,
-        precision=precision,  # type: ignore[arg-type]
-        optimizer=options.optimizer or "adamw",  # type: ignore[arg-type]
-        micro_rows=options.micro_rows,
-        schedule=options.schedule.lower() or "1f1b",
-        recompute=options.recompute or "none",  # type: ignore[arg-type]
-    )
-    fixed = {name for name in ("schedule", "recompute") if getattr(options, name)}
-    if options.mesh:
-        mesh = parse_mesh(options.mesh, devices)
-        start = with_mesh(start, mesh)
-        fixed |= {*mesh, "pp", "dp", "ep", "zero"}
-        check(c, dataclasses.replace(start, schedule=options.schedule.lower() or "1f1b"))
-    share = cost.efficiency(c, start if "mfu" in known else cost.V3_LAYOUT, machine, known, options.skew)
-    choice = recommend.recommend(c, start, devices, fixed, machine, known, share.value)
-    if "mfu" in known:  # given for the layout that is planned
-        share = cost.efficiency(c, choice.layout, machine, known, options.skew)
-    step = cost.step(c, choice.layout, machine, share.value, known, options.skew)
+    if given:
+        work.layout.check(c, work.rows)
+        judged = recommend.judge(c, work, machine, known)
+    else:
+        judged = recommend.recommend(c, _search(c, work, options, machine, known))
+    share = cost.efficiency(c, judged.work, machine, known, options.skew)
+    step = cost.step(c, judged.work, machine, share.value, known, options.skew)
     price = options.price if options.price is not None else (machine.price.value if machine.price else None)
-    bill = cost.bill(c, choice.layout, machine, step.seconds, tokens, known, price)
+    bill = cost.bill(c, judged.work, machine, step.seconds, tokens, known, price)
     values = {
-        "model": model_values(name, c, length),
+        "model": model_values(name, c, work.length),
         "machine": machine_values(machine, devices),
         "assumptions": {key: dataclasses.asdict(fact) for key, fact in known.items()}
         | {"efficiency": dataclasses.asdict(share)},
-        "batch": {"rows": rows, "length": length, "tokens_per_step": rows * length, "source": source},
-        "layout": layout_values(choice, bool(options.mesh)),
-        "memory": memory_values(choice, machine, known),
+        "batch": {
+            "rows": work.rows,
+            "length": work.length,
+            "tokens_per_step": work.rows * work.length,
+            "source": source,
+        },
+        "layout": layout_values(judged.work, given or bool(options.mesh)),
+        "memory": memory_values(judged, machine, known),
         "step": step_values(step),
-        "schedules": schedule_values(c, choice, machine, share.value, known, options.skew),
+        "schedules": schedule_values(c, judged.work, machine, share.value, known, options.skew),
         "run": dataclasses.asdict(bill) | {"price": price, "sensitivity": sensitivity(step, bill.dollars)},
-        "serving": dataclasses.asdict(memory.serving(c, devices, machine.memory.value, choice.layout.precision, known)),
+        "serving": dataclasses.asdict(memory.serving(c, devices, machine.memory.value, work.precision, known)),
         "skew": options.skew,
-        "remarks": remarks(c, choice.layout, machine, known),
+        "remarks": remarks(c, judged.work, machine, known),
     }
-    return ClusterPlan(values, step, choice.layout)
+    return ClusterPlan(values, step, judged.work)
+
+
+def workload(rows: int, length: int, options: Options) -> Workload:
+    """A step as the options have it, before it has a layout."""
+    precision = options.precision or ("fp8" if hardware.find(options.on)[0].fp8 else "bf16")
+    return Workload(
+        rows=rows,
+        length=length,
+        recompute=options.recompute or "none",  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
+        optimizer=options.optimizer or "adamw",  # type: ignore[arg-type]
+    )
+
+
+def _search(c: ModelConfig, work: Workload, options: Options, machine: Machine, known: dict[str, Fact]) -> Search:
+    """What is to be recommended: all that neither --mesh, --schedule nor --recompute say."""
+    _, devices = hardware.find(options.on)
+    change: dict[str, Any] = {"schedule": options.schedule.lower()} if options.schedule else {}
+    fixed = {name for name in ("schedule", "recompute") if getattr(options, name)}
+    if options.mesh:
+        change |= parse_mesh(options.mesh, devices)
+        fixed |= {"pp", "dp", "ep", "sharding"}
+    start, error = recommend.laid_out(c, work, change, machine, options.micro_rows)
+    if error is not None and options.mesh:
+        raise error
+    if error is not None:
+        start = dataclasses.replace(work, layout=dataclasses.replace(work.layout, **change))
+    share = cost.efficiency(c, start, machine, known, options.skew)
+    return Search(start, devices, frozenset(fixed), options.micro_rows, machine, known, share.value)
 
 
 def by_flops(flops: float, options: Options) -> dict[str, Any]:
     """Cost of so many FLOPs at the machine's MFU, or else at the efficiency that others' is from: rough."""
     machine, devices = hardware.find(options.on)
     known, machine = hardware.assumptions(options.assume, machine)
-    share = known.get("mfu") or machine.mfu or cost.efficiency(V3, cost.V3_LAYOUT, machine, known)
+    share = known.get("mfu") or machine.mfu or cost.efficiency(V3, cost.V3_WORKLOAD, machine, known)
     seconds = flops / (machine.bf16.value * share.value * devices)
     price = options.price if options.price is not None else (machine.price.value if machine.price else None)
     hours = seconds * devices / 3600
@@ -118,29 +142,34 @@ def machine_values(machine: Machine, devices: int) -> dict[str, Any]:
     return {"name": machine.name, "devices": devices, "facts": facts}
 
 
-def layout_values(choice: Choice, given: bool) -> dict[str, Any]:
-    """The mesh and how a step runs on it."""
-    layout = choice.layout
-    return dataclasses.asdict(layout) | {
-        "devices": layout.devices,
-        "stages": layout.stages,
-        "micro_batches": layout.micro_batches,
-        "mesh": layout.mesh(),
-        "given": given,
-        "tensor_parallelism": "not supported; V3 trains without it",
-    }
+def layout_values(work: Workload, given: bool) -> dict[str, Any]:
+    """The mesh and how a step runs on it, and the knobs of a stage that trains so."""
+    layout = work.layout
+    values = dataclasses.asdict(work) | {"tensor_parallelism": "not supported; V3 trains without it"}
+    return (
+        values.pop("layout")
+        | values
+        | {
+            "devices": layout.ranks,
+            "stages": layout.stages,
+            "micro_rows": work.micro_rows,
+            "mesh": layout.mesh(),
+            "given": given,
+            "knobs": work.knobs(),
+        }
+    )
 
 
-def memory_values(choice: Choice, machine: Machine, known: dict[str, Fact]) -> dict[str, Any]:
+def memory_values(judged: JudgedWorkload, machine: Machine, known: dict[str, Fact]) -> dict[str, Any]:
     """Bytes on every pipeline rank, and whether the fullest leaves the margin free."""
-    worst = choice.worst
+    worst = judged.worst
     return {
         "device_bytes": machine.memory.value,
-        "fits": choice.fits,
+        "fits": judged.fits,
         "free_share": 1 - worst.total / machine.memory.value,
         "margin": known["margin"].value,
-        "worst_rank": choice.ranks.index(worst),
-        "ranks": [dataclasses.asdict(rank) | {"total": rank.total} for rank in choice.ranks],
+        "worst_rank": judged.ranks.index(worst),
+        "ranks": [dataclasses.asdict(rank) | {"total": rank.total} for rank in judged.ranks],
     }
 
 
@@ -161,29 +190,27 @@ def step_values(step: Step) -> dict[str, Any]:
 
 
 def schedule_values(
-    c: ModelConfig, choice: Choice, machine: Machine, efficiency: float, known: dict[str, Fact], skew: float
+    c: ModelConfig, work: Workload, machine: Machine, efficiency: float, known: dict[str, Fact], skew: float
 ) -> dict[str, Any]:
     """The same mesh under every schedule that can run on it."""
-    if choice.layout.pp == 1:
+    if work.layout.pp == 1:
         return {}
     found: dict[str, Any] = {}
-    for name, plan in pipeline_tables.SCHEDULES.items():
-        layout = dataclasses.replace(choice.layout, schedule=name)
+    for name in get_args(ScheduleName):
+        other = dataclasses.replace(work, layout=dataclasses.replace(work.layout, schedule=name))
         try:
-            check(c, layout)
+            other.layout.check(c, other.rows)
         except UserError as error:
             found[name] = {"refused": str(error)}
             continue
-        step = cost.step(c, layout, machine, efficiency, known, skew)
-        judged = recommend.judge(c, layout, machine, known)
-        d = step.durations
+        step = cost.step(c, other, machine, efficiency, known, skew)
+        judged = recommend.judge(c, other, machine, known)
+        d, schedule, stages = step.durations, other.layout.pipeline, other.layout.stages
         found[name] = {
             "step_seconds": step.seconds,
             "bubble_share": step.bubble / step.seconds,
-            "bubble_formula_seconds": plan.bubble(
-                layout.stages, d.f, d.b, d.w, d.f + d.b if d.both is None else d.both
-            ),
-            "parameters": plan.copies,
+            "bubble_formula_seconds": schedule.bubble(stages, d.f, d.b, d.w, d.f + d.b if d.both is None else d.both),
+            "parameters": len(other.layout.stages_of(0)),
             "in_flight": max(rank.in_flight for rank in judged.ranks),
             "memory_bytes": judged.worst.total,
             "fits": judged.fits,
@@ -196,18 +223,18 @@ def sensitivity(step: Step, dollars: float | None) -> dict[str, float]:
     return {name: share * (dollars or 1.0) for name, share in step.shares().items()}
 
 
-def remarks(c: ModelConfig, layout: Layout, machine: Machine, known: dict[str, Fact]) -> list[str]:
+def remarks(c: ModelConfig, work: Workload, machine: Machine, known: dict[str, Fact]) -> list[str]:
     """What a reader should know before trusting the numbers."""
     found = []
     if "efficiency" not in known and "mfu" not in known:
         if machine.name != "h800":
             found.append("efficiency was measured on H800 alone; give --assume mfu=… if you know this machine's")
-        if layout.precision != "fp8":
+        if work.precision != "fp8":
             found.append(
                 "efficiency is that of V3's FP8 training; in bf16 less is reached (NeMo Automodel: 250 TFLOPS on H100, 25 %)"
             )
         if c.hidden_size < 2048:
             found.append("small matrices reach less of the peak than V3's, which the efficiency is from")
-    if layout.zero == 3:
+    if work.layout.sharding == "fsdp":
         found.append("FSDP's gathering is taken to hide behind compute as far as there is any")
     return found

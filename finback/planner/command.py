@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
-from finback.planner import cluster, hardware, picture, presets, published, stored, tell
+from finback.planner import calibration_file, cluster, hardware, picture, presets, published, render
 from finback.planner.options import Options
 
 
@@ -20,10 +20,12 @@ def preset(name: str, options: Options, image: Path | None) -> tuple[dict[str, A
     rows, length = options.rows or found.rows, options.length or found.length
     if length > found.model.max_position_embeddings:
         raise UserError("--length", length, f"{found.name} reads {found.model.max_position_embeddings}", "Lower it.")
-    planned = cluster.plan(found.name, found.model, rows, length, tokens, options, found.source)
+    planned = cluster.plan(
+        found.name, found.model, cluster.workload(rows, length, options), tokens, options, found.source
+    )
     claims = published.claims(dict(hardware.ASSUMPTIONS)) if _is_v3s(planned) else []
     planned.values["published"] = [vars(claim) | {"off": claim.off} for claim in claims]
-    text = tell.tell(planned.values, claims)
+    text = render.tell(planned.values, claims)
     if image is not None:
         text += "\n\n" + _draw(found.name, planned, image)
     return planned.values, text
@@ -31,14 +33,14 @@ def preset(name: str, options: Options, image: Path | None) -> tuple[dict[str, A
 
 def _is_v3s(planned: cluster.ClusterPlan) -> bool:
     """Whether what was planned is what DeepSeek published: then both are shown side by side."""
-    return planned.values["model"]["name"] == "DeepSeek-V3" and published.is_v3s(planned.layout)
+    return planned.values["model"]["name"] == "DeepSeek-V3" and published.is_v3s(planned.work.layout)
 
 
 def _draw(name: str, planned: cluster.ClusterPlan, image: Path) -> str:
-    layout = planned.layout
+    layout = planned.work.layout
     if layout.pp == 1:
         raise UserError("--picture", str(image), "this layout has no pipeline", "Give one with --mesh pp=4, say.")
-    title = f"{name}: {layout.plan.title}, {layout.pp} ranks, {layout.micro_batches} micro-batches"
+    title = f"{name}: {layout.pipeline.title}, {layout.pp} ranks, {layout.micro_batches} micro-batches"
     picture.draw(planned.step.timeline, title, image)
     planned.values["picture"] = str(image)
     return f"Picture: {image}"
@@ -48,14 +50,14 @@ def recipe(
     path: Path, settings: Sequence[str], options: Options, calibration: Path, ranks: int, must_exist: bool
 ) -> tuple[dict[str, Any], str]:
     """Plan a recipe stage by stage, on this machine unless hardware is named."""
-    from finback.planner import runs
+    from finback.planner import recipe_plan
     from finback.runs import recipe as recipes
 
     known = None
     if not options.on and (must_exist or calibration.is_file()):
-        known = stored.read(calibration)
-    values = runs.plan(recipes.load(path, settings), options, known, ranks)
-    return values, runs.tell(values)
+        known = calibration_file.read(calibration)
+    values = recipe_plan.plan(recipes.load(path, settings), options, known, ranks)
+    return values, recipe_plan.tell(values)
 
 
 def measure(rank: int, ranks: int, threads: int, path: Path) -> None:
@@ -77,14 +79,14 @@ def _nothing(text: str) -> None:
 
 def calibrated(path: Path) -> tuple[dict[str, Any], str]:
     """What a calibration found."""
-    found = stored.read(path)
+    found = calibration_file.read(path)
     errors = found["largest_error_of_fit"]
     lines = [
         f"{found['cpu']}, {found['ranks']} ranks, torch {found['torch']}: measured in {found['seconds']:.0f} s",
         *(f"  {n} products {max(v.values()) / 1e9:,.0f} GFLOP/s" for n, v in found["gemm_flops_per_second"].items()),
         f"  memory {found['memory_bytes_per_second'] / 1e9:,.1f} GB/s; a rank takes {found['process_bytes'] / 1e6:,.0f} MB before its model",
         f"  training steps are fitted within {max(errors.values()):.0%} (forward and backward in fp32: {errors['passes_fp32']:.0%})",
-        *(f"  note: {text}" for text in stored.doubts(found)),
+        *(f"  note: {text}" for text in calibration_file.doubts(found)),
         f"  kept in {path}",
     ]
     return found, "\n".join(lines)

@@ -12,15 +12,19 @@ from functools import lru_cache
 
 from finback.model.config import V3, ModelConfig
 from finback.model.count import TokenFlops, token_flops, training_flops
+from finback.parallel.layout import Layout, StageLayers, split_layers
 from finback.planner import hardware, traffic
 from finback.planner.hardware import Fact, Machine
-from finback.planner.layout import Layout, Part, parts
 from finback.planner.simulate import Durations, Timeline, simulate
 from finback.planner.traffic import Traffic
+from finback.planner.workload import Workload
 
-# V3's published layout (report 3.2): 16-way DualPipe, 64-way experts, ZeRO-1, 2048 H800, 15360 rows of 4096 per step
-V3_LAYOUT = Layout(
-    pp=16, dp=128, ep=64, zero=1, schedule="dualpipe", recompute="selective", precision="fp8", rows=15360
+# V3's published pre-training (report 3.2): 16-way DualPipe, 64-way experts, ZeRO-1, 2048 H800, 15360 rows of 4096 per step
+V3_WORKLOAD = Workload(
+    Layout(pp=16, dp=128, ep=64, nodes=8, schedule="dualpipe", micro_batches=120, sharding="zero1"),
+    rows=15360,
+    recompute="selective",
+    precision="fp8",
 )
 
 
@@ -57,21 +61,23 @@ class StageFlops:
     again: float  # what is done again in the backward pass
 
 
-def stage_flops(c: ModelConfig, part: Part, layout: Layout, imbalance: float) -> StageFlops:
+def stage_flops(c: ModelConfig, stage: StageLayers, work: Workload, imbalance: float) -> StageFlops:
     """Products of one stage as they are executed, MTP included."""
-    layers = len(part.layers)
-    moe = sum(c.is_moe(layer) for layer in part.layers)
-    modules = sum(layer >= c.num_hidden_layers for layer in part.layers)
-    dense, sparse = (_layer(c, kind, layout.length) for kind in (False, True))
+    layers = len(stage.layers)
+    moe = sum(c.is_moe(layer) for layer in stage.layers)
+    modules = sum(layer >= c.num_hidden_layers for layer in stage.layers)
+    dense, sparse = (_layer(c, kind, work.length) for kind in (False, True))
     scores = layers * dense.attention_scores
-    uneven = moe * sparse.experts * imbalance if layout.ep > 1 else 0.0
+    uneven = moe * sparse.experts * imbalance if work.layout.ep > 1 else 0.0
     linear = layers * dense.attention_linear + (layers - moe) * dense.dense + uneven
     linear += moe * (sparse.experts + sparse.shared + sparse.router)
-    linear += (int(part.scores) + modules) * dense.head + modules * 4 * c.hidden_size**2
+    linear += (int(stage.has_head) + modules) * dense.head + modules * 4 * c.hidden_size**2
     again = 0.0
-    if layout.recompute == "full":
-        again = linear + scores
-    elif layout.recompute == "selective" and c.attention == "mla":
+    if work.recompute == "block":
+        again = linear + scores - (int(stage.has_head) + modules) * dense.head - modules * 4 * c.hidden_size**2
+    elif work.recompute == "attention":
+        again = scores + layers * dense.attention_linear
+    elif work.recompute == "selective" and c.attention == "mla":
         query = (c.q_lora_rank or 0) * c.qk_head_dim
         latent = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
         again = 2 * layers * c.num_attention_heads * (query + latent)
@@ -87,25 +93,25 @@ def _layer(c: ModelConfig, moe: bool, length: int) -> TokenFlops:
 
 
 def step(
-    c: ModelConfig, layout: Layout, machine: Machine, efficiency: float, known: dict[str, Fact], skew: float = 0.0
+    c: ModelConfig, work: Workload, machine: Machine, efficiency: float, known: dict[str, Fact], skew: float = 0.0
 ) -> Step:
     """Predict one step; `efficiency` is the share of the peak that products reach."""
-    sent = traffic.of(c, layout, machine, skew)
+    layout, sent = work.layout, traffic.of(c, work, machine, skew)
     imbalance = known["imbalance"].value
     if skew and sent.load:
         imbalance = max(imbalance, sent.load.max_over_mean - 1)
-    every = [stage_flops(c, part, layout, imbalance) for part in parts(c, layout.stages)]
-    peak, tokens = machine.peak(layout.precision), layout.micro_rows * layout.length
-    durations, compute = durations_of(every, tokens / (peak * efficiency), layout, sent, known)
-    timeline = simulate(layout.plan.table(layout.pp, layout.micro_batches), durations)
-    hidden = compute * layout.operations if layout.zero == 3 else 0.0
+    every = [stage_flops(c, stage, work, imbalance) for stage in split_layers(c, layout.stages)]
+    peak, tokens = machine.peak(work.precision), work.micro_tokens
+    durations, compute = durations_of(every, tokens / (peak * efficiency), work, sent, known)
+    timeline = simulate(layout.pipeline.table(layout.pp, layout.micro_batches), durations)
+    hidden = compute * work.passes if layout.sharding == "fsdp" else 0.0
     exchange = max(sent.exchange_seconds - hidden, 0.0)  # FSDP gathers the next layer during this one
     seconds = timeline.makespan + exchange
-    trained = layout.rows * layout.length / layout.devices
-    counted = training_flops(c, layout.length / 2, mtp=False) * trained / peak
-    with_mtp = training_flops(c, layout.length / 2, mtp=True) * trained / peak
-    again = sum(s.again for s in every) / len(every) * layout.operations * tokens / peak
-    done = compute * layout.operations
+    trained = work.rows * work.length / work.layout.ranks
+    counted = training_flops(c, work.length / 2, mtp=False) * trained / peak
+    with_mtp = training_flops(c, work.length / 2, mtp=True) * trained / peak
+    again = sum(s.again for s in every) / len(every) * work.passes * tokens / peak
+    done = compute * work.passes
     busy = sum(end - start for rank in timeline.ranks for start, end, _ in rank) / layout.pp
     return Step(
         seconds=seconds,
@@ -125,7 +131,7 @@ def step(
 
 
 def durations_of(
-    every: list[StageFlops], per_flop: float, layout: Layout, sent: Traffic, known: dict[str, Fact]
+    every: list[StageFlops], per_flop: float, work: Workload, sent: Traffic, known: dict[str, Fact]
 ) -> tuple[Durations, float]:
     """Durations of one micro-batch in a stage of mean size, and the seconds of its products, both ways."""
     linear, scores, again = (
@@ -133,38 +139,38 @@ def durations_of(
     )
     whole = 3 * linear + 3 * scores + again
     compute = whole * per_flop
-    one_way = sent.dispatch_seconds / (2 * layout.operations)
+    one_way = sent.dispatch_seconds / (2 * work.passes)
     open_ = (1 - known["overlap"].value) * 2 * one_way
     durations = Durations(
         f=(linear + scores) * per_flop + one_way,
         b=(2 * linear + 2 * scores + again) * per_flop + one_way,
         w=linear * per_flop,
-        both=max(compute, 2 * one_way) + open_ if layout.plan.overlaps else None,
+        both=max(compute, 2 * one_way) + open_ if work.layout.pipeline.overlaps else None,
         send=sent.send_seconds,
         scale=tuple((3 * s.linear + 3 * s.scores + s.again) / whole for s in every),
     )
     return durations, compute
 
 
-def efficiency(c: ModelConfig, layout: Layout, machine: Machine, known: dict[str, Fact], skew: float = 0.0) -> Fact:
+def efficiency(c: ModelConfig, work: Workload, machine: Machine, known: dict[str, Fact], skew: float = 0.0) -> Fact:
     """The share of the peak to count with, and why: given, or from an MFU with its layout's own losses taken out."""
     if "efficiency" in known:
         return known["efficiency"]
     if "mfu" in known:
-        return Fact(_solve(c, layout, machine, known, known["mfu"].value, skew), "from --assume mfu")
+        return Fact(_solve(c, work, machine, known, known["mfu"].value, skew), "from --assume mfu")
     h800, _ = hardware.find("h800")
     assert h800.mfu is not None, "the reference machine has a published MFU"
-    value = _solve(V3, V3_LAYOUT, h800, known, h800.mfu.value)
+    value = _solve(V3, V3_WORKLOAD, h800, known, h800.mfu.value)
     return Fact(value, f"from MFU {h800.mfu.value:.2%} ({h800.mfu.source}) without that layout's own losses")
 
 
 def _solve(
-    c: ModelConfig, layout: Layout, machine: Machine, known: dict[str, Fact], mfu: float, skew: float = 0.0
+    c: ModelConfig, work: Workload, machine: Machine, known: dict[str, Fact], mfu: float, skew: float = 0.0
 ) -> float:
     """The efficiency at which a layout's whole step has this MFU; losses hardly depend on it, so few rounds do."""
     value = mfu
     for _ in range(4):
-        reached = step(c, layout, machine, value, known, skew).mfu
+        reached = step(c, work, machine, value, known, skew).mfu
         value *= mfu / reached
         if abs(mfu / reached - 1) < 1e-3:
             break
@@ -187,7 +193,7 @@ class Bill:
 
 def bill(
     c: ModelConfig,
-    layout: Layout,
+    work: Workload,
     machine: Machine,
     step_seconds: float,
     tokens: float,
@@ -195,12 +201,12 @@ def bill(
     price: float | None,
 ) -> Bill:
     """Cost of training `tokens` tokens at a step time; energy is the devices' rated power times the site's PUE."""
-    steps = tokens / (layout.rows * layout.length)
-    hours = steps * step_seconds * layout.devices / 3600
+    steps = tokens / (work.rows * work.length)
+    hours = steps * step_seconds * work.layout.ranks / 3600
     kwh = None if machine.watts is None else hours * machine.watts.value * known["pue"].value / 1000
     return Bill(
         tokens,
-        tokens * training_flops(c, layout.length / 2, mtp=False),
+        tokens * training_flops(c, work.length / 2, mtp=False),
         steps,
         steps * step_seconds,
         hours,

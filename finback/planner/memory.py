@@ -7,16 +7,19 @@ masters and moments are fp32. Activations per token follow from what each policy
   none       all that a backward pass reads
   selective  V3's: norms, MLA's up-projections and SwiGLU are done again; FP8 keeps what feeds a product in one byte
              with a scale per 128, attention's output in E5M6
-  full       the input of each layer; the layer is done again
+  attention  as none, but of attention its input alone; it is done again
+  block      the input of each layer; the layer is done again
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from finback.model.config import ModelConfig
-from finback.model.count import cache_bytes
+from finback.model.count import cache_bytes, layer_parameters
+from finback.parallel.layout import Layout, StageLayers, split_layers
 from finback.parallel.pipeline_tables import in_flight
 from finback.planner.hardware import Fact
-from finback.planner.layout import Layout, Optimizer, Precision, Recompute, part_parameters, parts
+from finback.planner.workload import Optimizer, Precision, Recompute, Workload
 
 SCALE = 4 / 128  # an fp32 scale for each 128 numbers in FP8
 
@@ -29,7 +32,7 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float  # of all micro-batches in flight
-    working: float  # scores, one layer done again, layers gathered by FSDP
+    working: float  # logits, one layer done again, layers gathered by FSDP
     reserve: float
     in_flight: float  # micro-batches, in stages of mean size
 
@@ -48,6 +51,8 @@ def parameter_bytes(precision: Precision, optimizer: Optimizer) -> tuple[float, 
 def attention_activation(c: ModelConfig, precision: Precision, recompute: Recompute) -> float:
     """Bytes per token that one layer's attention and its norm keep."""
     a, kept = _widths(precision)
+    if recompute == "attention":
+        return a * c.hidden_size
     heads, keep_all = c.num_attention_heads, recompute == "none"
     value = c.v_head_dim if c.attention == "mla" else c.head_dim
     output = heads * value * (1.5 if precision == "fp8" else a) + 4 * heads  # and softmax's normaliser
@@ -68,7 +73,7 @@ def feed_forward_activation(
 ) -> float:
     """Bytes per token that a layer's dense or MoE feed-forward and its norm keep; routed experts with the fullest rank's surplus."""
     a, kept = _widths(precision)
-    keep_all = recompute == "none"
+    keep_all = recompute != "selective"
     total = a * c.hidden_size + (kept * c.hidden_size if keep_all else 0)
     hidden = 3 if keep_all else 2  # gate and up, and their product
     if not moe:
@@ -81,7 +86,7 @@ def feed_forward_activation(
 
 def layer_activation(c: ModelConfig, moe: bool, precision: Precision, recompute: Recompute, imbalance: float) -> float:
     """Bytes per token that one layer keeps until its backward pass."""
-    if recompute == "full":
+    if recompute == "block":
         return _widths(precision)[0] * c.hidden_size
     return attention_activation(c, precision, recompute) + feed_forward_activation(
         c, moe, precision, recompute, imbalance
@@ -93,52 +98,91 @@ def _widths(precision: Precision) -> tuple[float, float]:
     return {"fp32": (4.0, 4.0), "bf16": (2.0, 2.0), "fp8": (2.0, 1 + SCALE)}[precision]
 
 
-def ranks(c: ModelConfig, layout: Layout, known: dict[str, Fact]) -> list[Memory]:
-    """Memory of every pipeline rank."""
-    name = layout.schedule if layout.pp > 1 else "1f1b"
-    moments = in_flight(name, layout.pp, layout.micro_batches)
-    pieces = parts(c, layout.stages)
-    imbalance = known["imbalance"].value if layout.ep > 1 else 0.0
-    tokens = layout.micro_rows * layout.length
-    whole, some = (
-        {moe: layer_activation(c, moe, layout.precision, policy, imbalance) for moe in (False, True)}
-        for policy in ("none", layout.recompute)
-    )
-    kept = [tokens * sum(some[c.is_moe(layer)] for layer in p.layers) for p in pieces]
-    mean = sum(kept) / len(kept)
-    found = []
+def stage_parameters(c: ModelConfig, stage: StageLayers, shared_ends: bool) -> tuple[int, int]:
+    """Parameters of a stage: those every data-parallel rank holds, and those of routed experts, which ep shares out.
+
+    Where MTP runs apart from the embedding it needs a copy of it; `shared_ends` says that both lie in one memory.
+    """
+    d, embedding = c.hidden_size, c.vocab_size * c.hidden_size
+    moe = sum(c.is_moe(layer) for layer in stage.layers)
+    routed = moe * c.n_routed_experts * 3 * d * c.moe_intermediate_size
+    ends = stage.layers[:: max(len(stage.layers) - 1, 1)]
+    one_of = {c.is_moe(layer): layer_parameters(c, layer, active=False) for layer in ends}
+    plain = moe * one_of.get(True, 0) + (len(stage.layers) - moe) * one_of.get(False, 0) - routed
+    modules = sum(layer >= c.num_hidden_layers for layer in stage.layers)
+    plain += modules * (2 * d * d + 3 * d)
+    if stage.embeds:
+        plain += embedding
+    if stage.has_head:
+        plain += d + (0 if c.tie_word_embeddings and shared_ends else embedding)
+        if modules and not shared_ends:
+            plain += embedding
+    return plain, routed
+
+
+@dataclass(frozen=True)
+class HeldStages:
+    """What one pipeline rank holds of the model."""
+
+    layers: tuple[int, ...]
+    has_head: bool
+    # parameters outside routed experts, the same on every data-parallel rank
+    plain: int
+    # parameters of its share of the routed experts
+    routed: float
+
+
+@lru_cache(maxsize=256)
+def held_stages(c: ModelConfig, layout: Layout) -> list[HeldStages]:
+    """What each pipeline rank holds. Training keeps a copy of the embedding at both ends, DualPipe and one stage do not."""
+    stages, found = split_layers(c, layout.stages), []
     for rank in range(layout.pp):
-        alive = max(sum(count * kept[stage] for stage, count in moment) for moment in moments[rank])
-        held = [pieces[stage] for stage in layout.held(rank)]
-        both_ends = any(p.embeds for p in held) and any(p.scores for p in held)
-        sizes = [part_parameters(c, p, both_ends) for p in held]
-        plain, routed = sum(s[0] for s in sizes), sum(s[1] for s in sizes) / layout.ep
-        scores = 6 * c.vocab_size * tokens if any(p.scores for p in held) else 0.0  # fp32 and their gradient
-        layers = [n for p in held for n in p.layers]
-        again = max(whole[c.is_moe(n)] - some[c.is_moe(n)] for n in layers) * tokens
-        weights, gradients, optimizer, gathered = _states(layout, plain, routed, len(layers))
-        found.append(
-            Memory(
-                weights, gradients, optimizer, alive, scores + again + gathered, known["reserve"].value, alive / mean
-            )
-        )
+        held = [stages[stage] for stage in layout.stages_of(rank)]
+        shared_ends = (layout.pipeline.copies == 2 and rank in (0, layout.pp - 1)) or layout.pp == 1
+        sizes = [stage_parameters(c, stage, shared_ends) for stage in held]
+        layers = tuple(layer for stage in held for layer in stage.layers)
+        routed = sum(size[1] for size in sizes) / layout.ep
+        found.append(HeldStages(layers, any(s.has_head for s in held), sum(size[0] for size in sizes), routed))
     return found
 
 
-def _states(layout: Layout, plain: float, routed: float, layers: int) -> tuple[float, float, float, float]:
+def rank_memory(c: ModelConfig, work: Workload, known: dict[str, Fact]) -> list[Memory]:
+    """Memory of every pipeline rank."""
+    layout, tokens = work.layout, work.micro_tokens
+    moments = in_flight(layout.schedule if layout.pp > 1 else "1f1b", layout.pp, layout.micro_batches)
+    imbalance = known["imbalance"].value if layout.ep > 1 else 0.0
+    whole, some = (
+        {moe: layer_activation(c, moe, work.precision, policy, imbalance) for moe in (False, True)}
+        for policy in ("none", work.recompute)
+    )
+    kept = [tokens * sum(some[c.is_moe(layer)] for layer in s.layers) for s in split_layers(c, layout.stages)]
+    mean = sum(kept) / len(kept)
+    found = []
+    for moment, held in zip(moments, held_stages(c, layout), strict=True):
+        alive = max(sum(count * kept[stage] for stage, count in stages) for stages in moment)
+        # the logits in fp32 and their gradient
+        logits = 6 * c.vocab_size * tokens if held.has_head else 0.0
+        again = max(whole[c.is_moe(n)] - some[c.is_moe(n)] for n in held.layers) * tokens
+        weights, gradients, optimizer, gathered = _states(work, held)
+        working = logits + again + gathered
+        found.append(Memory(weights, gradients, optimizer, alive, working, known["reserve"].value, alive / mean))
+    return found
+
+
+def _states(work: Workload, held: HeldStages) -> tuple[float, float, float, float]:
     """Bytes of weights, gradients, optimizer, and of two layers gathered at a time by FSDP.
 
     DualPipe's second copy of each stage is one more rank to share the optimizer with.
     """
-    per_weight, per_gradient, per_state = parameter_bytes(layout.precision, layout.optimizer)
-    copies = 2 if layout.plan.title == "DualPipe" and layout.pp > 1 else 1
-    of_plain, of_routed = (1, 1) if layout.zero == 0 else (layout.dp * copies, layout.dp // layout.ep * copies)
+    layout, plain, routed = work.layout, held.plain, held.routed
+    per_weight, per_gradient, per_state = parameter_bytes(work.precision, work.optimizer)
+    copies = layout.pipeline.copies
+    of_plain, of_routed = (1, 1) if layout.sharding == "ddp" else (layout.dp * copies, layout.edp * copies)
     optimizer = per_state * (plain / of_plain + routed / of_routed)
-    if layout.zero < 3:
-        held = plain + routed
-        return per_weight * held, per_gradient * held, optimizer, 0.0
-    shared = plain / layout.dp + routed / (layout.dp // layout.ep)
-    gathered = 2 * per_weight * (plain + routed) / layers
+    if layout.sharding != "fsdp":
+        return per_weight * (plain + routed), per_gradient * (plain + routed), optimizer, 0.0
+    shared = plain / layout.dp + routed / layout.edp
+    gathered = 2 * per_weight * (plain + routed) / len(held.layers)
     return per_weight * shared, per_gradient * shared, optimizer, gathered
 
 
@@ -155,9 +199,9 @@ class Serving:
 def serving(c: ModelConfig, devices: int, memory: float, precision: Precision, known: dict[str, Fact]) -> Serving:
     """Weights in one byte for FP8, else two or four; the cache in bf16, beside a tenth left free."""
     width = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2}[precision]
-    sizes = [part_parameters(c, p, shared_ends=True) for p in parts(c, 1)]
+    plain, routed = stage_parameters(c, split_layers(c, 1)[0], shared_ends=True)
     over = min(devices, c.n_routed_experts) if c.n_routed_experts else 1
-    weights = width * (sizes[0][0] + sizes[0][1] / over)
+    weights = width * (plain + routed / over)
     free = memory * (1 - known["margin"].value) - known["reserve"].value - weights
     per_token = cache_bytes(c, 4 if precision == "fp32" else 2)
     return Serving(weights, per_token, max(free, 0.0) / per_token, free > 0)

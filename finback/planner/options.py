@@ -12,7 +12,7 @@ import typer
 
 from finback.config import UserError, did_you_mean
 from finback.parallel import pipeline_tables as schedule
-from finback.planner.layout import Optimizer, Precision, Recompute
+from finback.planner.workload import Optimizer, Precision, Recompute
 
 What = Annotated[str, typer.Argument(metavar="RECIPE|PRESET", help="A recipe file, or v3, v2, v2-lite, small, tiny.")]
 On = Annotated[str, typer.Option(help="Hardware, e.g. h800:2048; without it a recipe is planned for this machine.")]
@@ -24,8 +24,8 @@ Mesh = Annotated[
         help="E.g. pp=16,ep=64; also dp, fsdp, zero. Default the recipe's layout, else the fastest that fits."
     ),
 ]
-ScheduleName = Annotated[str, typer.Option(help="1f1b, zb1p, dualpipe or dualpipev.")]
-RecomputeName = Annotated[str, typer.Option(help="none, selective (V3's) or full.")]
+ScheduleName = Annotated[str, typer.Option(help="1f1b, zb1p, interleaved, zbv, dualpipev, or V3's dualpipe.")]
+RecomputeName = Annotated[str, typer.Option(help="none, attention, block, or selective (V3's).")]
 PrecisionName = Annotated[str, typer.Option(help="bf16 or fp8; default what the hardware has.")]
 OptimizerName = Annotated[str, typer.Option(help="adamw or muon; default the recipe's, else adamw.")]
 Rows = Annotated[int, typer.Option(help="Sequences per step; default the preset's.")]

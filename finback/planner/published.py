@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from finback.model.config import V2, V3
 from finback.model.count import cache_bytes, parameters, router_biases, training_flops
+from finback.parallel.layout import Layout
 from finback.planner import cost, hardware
 from finback.planner.hardware import Fact
-from finback.planner.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def claims(known: dict[str, Fact]) -> list[Claim]:
 def pretraining_hours(known: dict[str, Fact]) -> float:
     """H800-hours of V3's 14.8T tokens by its published layout, the schedule simulated."""
     h800, _ = hardware.find("h800")
-    share = cost.efficiency(V3, cost.V3_LAYOUT, h800, known)
-    seconds = cost.step(V3, cost.V3_LAYOUT, h800, share.value, known).seconds
-    return cost.bill(V3, cost.V3_LAYOUT, h800, seconds, V3_TOKENS, known, None).device_hours
+    share = cost.efficiency(V3, cost.V3_WORKLOAD, h800, known)
+    seconds = cost.step(V3, cost.V3_WORKLOAD, h800, share.value, known).seconds
+    return cost.bill(V3, cost.V3_WORKLOAD, h800, seconds, V3_TOKENS, known, None).device_hours
 
 
 def extension_hours() -> list[float]:
@@ -111,5 +111,5 @@ def extension_hours() -> list[float]:
 
 def is_v3s(layout: Layout) -> bool:
     """Whether a layout is the one V3's report describes."""
-    ours = cost.V3_LAYOUT
+    ours = cost.V3_WORKLOAD.layout
     return (layout.pp, layout.dp, layout.ep, layout.schedule) == (ours.pp, ours.dp, ours.ep, ours.schedule)

@@ -2,23 +2,25 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from finback.config import UserError
 from finback.model.config import ModelConfig
-from finback.parallel.pipeline_tables import SCHEDULES
+from finback.parallel.layout import Sharding, split_layers
+from finback.parallel.pipeline_tables import ScheduleName
 from finback.planner import cost, memory, traffic
 from finback.planner.hardware import Fact, Machine
-from finback.planner.layout import Layout, check, parts
 from finback.planner.memory import Memory
+from finback.planner.workload import Recompute, Workload
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A layout, its memory on each pipeline rank, and whether it fits with the margin asked for."""
+class JudgedWorkload:
+    """A step, the memory of each pipeline rank in it, and whether that fits with the margin asked for."""
 
-    layout: Layout
+    work: Workload
     ranks: tuple[Memory, ...]
     fits: bool
 
@@ -28,73 +30,112 @@ class Choice:
         return max(self.ranks, key=lambda rank: rank.total)
 
 
-def judge(c: ModelConfig, layout: Layout, machine: Machine, known: dict[str, Fact]) -> Choice:
-    """Whether a layout fits on the machine."""
-    ranks = tuple(memory.ranks(c, layout, known))
+def judge(c: ModelConfig, work: Workload, machine: Machine, known: dict[str, Fact]) -> JudgedWorkload:
+    """Whether a step fits on the machine."""
+    ranks = tuple(memory.rank_memory(c, work, known))
     room = machine.memory.value * (1 - known["margin"].value)
-    return Choice(layout, ranks, max(rank.total for rank in ranks) <= room)
+    return JudgedWorkload(work, ranks, max(rank.total for rank in ranks) <= room)
 
 
-def recommend(
-    c: ModelConfig,
-    start: Layout,
-    devices: int,
-    fixed: set[str],
-    machine: Machine,
-    known: dict[str, Fact],
-    efficiency: float,
-) -> Choice:
-    """The fastest layout that fits, with the `fixed` fields as in `start`; where none fits the one that needs least."""
-    fitting: list[tuple[float, Choice]] = []
-    least: Choice | None = None
+@dataclass(frozen=True)
+class Search:
+    """What a layout is looked for: a step of which all but the layout is known, and where it runs."""
+
+    work: Workload
+    devices: int
+    # fields that are as in `work`: of the layout, and recompute
+    fixed: frozenset[str]
+    # sequences of a micro-batch
+    micro_rows: int
+    machine: Machine
+    known: dict[str, Fact]
+    efficiency: float
+
+
+def recommend(c: ModelConfig, search: Search) -> JudgedWorkload:
+    """The fastest layout that fits and that training knows; where none fits the one that needs least."""
+    fitting: list[tuple[float, JudgedWorkload]] = []
+    least: JudgedWorkload | None = None
     refused: UserError | None = None
-    for layout in candidates(c, start, devices, fixed):
-        try:
-            check(c, layout)
-        except UserError as error:
+    for work, error in candidates(c, search):
+        if error is not None:
             refused = refused or error
             continue
-        choice = judge(c, layout, machine, known)
-        if least is None or choice.worst.total < least.worst.total:
-            least = choice
-        if choice.fits:
-            fitting.append((estimate(c, layout, machine, known, efficiency), choice))
+        judged = judge(c, work, search.machine, search.known)
+        if least is None or judged.worst.total < least.worst.total:
+            least = judged
+        if judged.fits:
+            fitting.append((estimate(c, work, search), judged))
     if least is None:
-        raise refused or UserError("--mesh", start.mesh(), "no layout is possible", "Change --on or --rows.")
+        mesh = search.work.layout.mesh()
+        raise refused or UserError("--mesh", mesh, "no layout is possible", "Change --on or --rows.")
     if not fitting:
         return least
     # of those that are as fast within a hundredth the plainest: they come first
     best = min(seconds for seconds, _ in fitting)
-    return next(choice for seconds, choice in fitting if seconds <= 1.01 * best)
+    return next(judged for seconds, judged in fitting if seconds <= 1.01 * best)
 
 
-def candidates(c: ModelConfig, start: Layout, devices: int, fixed: set[str]) -> Iterator[Layout]:
-    """Every layout of so many devices that leaves the fixed fields alone, plain ones first."""
+def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, UserError | None]]:
+    """Every layout of so many devices that leaves the fixed fields alone, plain ones first; why it cannot be, if so."""
+    start, devices, fixed = search.work, search.devices, search.fixed
     slots = c.num_hidden_layers + c.num_nextn_predict_layers
     powers = [2**n for n in range(12)]
-    pps = [start.pp] if "pp" in fixed else [p for p in powers if devices % p == 0 and p <= slots]
+    pps = [start.layout.pp] if "pp" in fixed else [p for p in powers if devices % p == 0 and p <= slots]
     eps = [p for p in powers if c.n_routed_experts and c.n_routed_experts % p == 0] or [1]
-    eps = [start.ep] if "ep" in fixed else eps
-    recomputes = (start.recompute,) if "recompute" in fixed else ("none", "selective", "full")
-    zeros = (start.zero,) if "zero" in fixed else (1, 3)
-    schedules = (start.schedule,) if "schedule" in fixed else tuple(SCHEDULES)
-    for pp, ep, recompute, zero, schedule in itertools.product(pps, eps, recomputes, zeros, schedules):
+    eps = [start.layout.ep] if "ep" in fixed else eps
+    recomputes: Sequence[Recompute] = ("none", "attention", "block")
+    if start.layout.schedule == "dualpipe":  # V3's own schedule is not trained here: V3's recomputation goes with it
+        recomputes = ("none", "selective", "block")
+    shardings: Sequence[Sharding] = ("zero1", "fsdp")
+    schedules: Sequence[ScheduleName] = ("1f1b", "zb1p", "interleaved", "zbv", "dualpipev")
+    recomputes = (start.recompute,) if "recompute" in fixed else recomputes
+    shardings = (start.layout.sharding,) if "sharding" in fixed else shardings
+    schedules = (start.layout.schedule,) if "schedule" in fixed else schedules
+    for pp, ep, recompute, sharding, schedule in itertools.product(pps, eps, recomputes, shardings, schedules):
         dp = devices // pp
-        if dp % ep or (pp == 1 and schedule != schedules[0]) or (zero == 3 and pp > 1 and "zero" not in fixed):
+        if dp % ep or (pp == 1 and schedule != schedules[0]):
             continue
-        if dp == 1 and zero == 3 and "zero" not in fixed:
+        if sharding == "fsdp" and (pp > 1 or dp == 1) and "sharding" not in fixed:
             continue
-        yield dataclasses.replace(start, pp=pp, dp=dp, ep=ep, recompute=recompute, zero=zero, schedule=schedule)
+        change = {"pp": pp, "dp": dp, "ep": ep, "sharding": sharding, "schedule": schedule}
+        yield laid_out(c, dataclasses.replace(start, recompute=recompute), change, search.machine, search.micro_rows)
 
 
-def estimate(c: ModelConfig, layout: Layout, machine: Machine, known: dict[str, Fact], efficiency: float) -> float:
+def laid_out(
+    c: ModelConfig, work: Workload, change: dict[str, Any], machine: Machine, micro_rows: int
+) -> tuple[Workload, UserError | None]:
+    """A step under another mesh, with what follows from it: nodes, micro-batches, the dtype that travels.
+
+    Where it cannot be the error is there as well.
+    """
+    try:
+        sizes = dataclasses.replace(work.layout, micro_batches=1, nodes=1, gather="fp32", **change)
+        if work.rows % (sizes.dp * micro_rows):
+            problem = f"does not divide among dp = {sizes.dp} ranks of {micro_rows} at a time"
+            remedy = f"Use a multiple of {sizes.dp * micro_rows}."
+            raise UserError("rows", work.rows, problem, remedy)
+        layout = dataclasses.replace(
+            sizes,
+            micro_batches=work.rows // (sizes.dp * micro_rows),
+            nodes=max(1, sizes.ep // traffic.per_node(machine)),
+            gather="bf16" if sizes.sharding == "fsdp" and work.precision != "fp32" else "fp32",
+        )
+        layout.check(c, work.rows)
+    except UserError as error:
+        return work, error
+    return dataclasses.replace(work, layout=layout), None
+
+
+def estimate(c: ModelConfig, work: Workload, search: Search) -> float:
     """Seconds of a step without simulating it: V3's bubble formula, and the slowest stage for all."""
-    sent = traffic.of(c, layout, machine)
-    every = [cost.stage_flops(c, part, layout, known["imbalance"].value) for part in parts(c, layout.stages)]
-    per_flop = layout.micro_rows * layout.length / (machine.peak(layout.precision) * efficiency)
-    d, compute = cost.durations_of(every, per_flop, layout, sent, known)
+    layout, machine, known = work.layout, search.machine, search.known
+    sent = traffic.of(c, work, machine)
+    every = [cost.stage_flops(c, stage, work, known["imbalance"].value) for stage in split_layers(c, layout.stages)]
+    per_flop = work.micro_tokens / (machine.peak(work.precision) * search.efficiency)
+    d, compute = cost.durations_of(every, per_flop, work, sent, known)
     pair = d.f + d.b if d.both is None else d.both
-    held = [[d.scale[stage] for stage in layout.held(rank)] for rank in range(layout.pp)]
+    held = [[d.scale[stage] for stage in layout.stages_of(rank)] for rank in range(layout.pp)]
     slowest = max(sum(scales) / len(scales) for scales in held)
-    seconds = slowest * layout.operations * pair + layout.plan.bubble(layout.stages, d.f, d.b, d.w, pair)
-    return seconds + max(sent.exchange_seconds - (compute * layout.operations if layout.zero == 3 else 0.0), 0.0)
+    seconds = slowest * work.passes * pair + layout.pipeline.bubble(layout.stages, d.f, d.b, d.w, pair)
+    return seconds + max(sent.exchange_seconds - (compute * work.passes if layout.sharding == "fsdp" else 0.0), 0.0)

@@ -10,11 +10,11 @@ from functools import lru_cache
 
 from finback.config import UserError
 from finback.model.config import ModelConfig
-from finback.planner import experts
-from finback.planner.experts import Load
+from finback.planner import expert_load
+from finback.planner.expert_load import Load
 from finback.planner.hardware import Machine
-from finback.planner.layout import Layout, part_parameters, parts
-from finback.planner.memory import SCALE, parameter_bytes
+from finback.planner.memory import SCALE, held_stages, parameter_bytes
+from finback.planner.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -31,35 +31,36 @@ class Traffic:
     load: Load | None = None  # of expert ranks
 
 
-def of(c: ModelConfig, layout: Layout, machine: Machine, skew: float = 0.0) -> Traffic:
+def of(c: ModelConfig, work: Workload, machine: Machine, skew: float = 0.0) -> Traffic:
     """Traffic of one step; `skew` is the Zipf exponent of expert popularity."""
+    layout = work.layout
     network = link = seconds = 0.0
+    # bytes of a number on its way to an expert, and of any other
+    out, back = {"fp32": (4.0, 4.0), "bf16": (2.0, 2.0), "fp8": (1 + SCALE, 2.0)}[work.precision]
     load = None
     if layout.ep > 1:
         load = spread(c, layout.ep, min(per_node(machine), layout.ep), skew)
-        width = 2.0 if layout.precision != "fp8" else 1 + SCALE
         layers = c.num_hidden_layers + c.num_nextn_predict_layers
         moe = sum(c.is_moe(layer) for layer in range(layers)) / layout.stages
-        # forward and backward: out in `width` bytes per number, back in bf16 (in fp32 where all is)
-        back = 4.0 if layout.precision == "fp32" else 2.0
-        sent = layout.operations * _tokens(layout) * moe * 2 * (width + back) * c.hidden_size
+        # out and back, in the forward and in the backward pass
+        sent = work.passes * work.micro_tokens * moe * 2 * (out + back) * c.hidden_size
         network, link = sent * load.remote_nodes, sent * load.forwarded
-        slow = network / wire(machine, layout.devices, inside=False) if network else 0.0
+        slow = network / wire(machine, layout.ranks, inside=False) if network else 0.0
         seconds = max(slow, link / wire(machine, layout.ep, inside=True) if link else 0.0)
     passed = handed = 0.0
     if layout.pp > 1:
-        handed = _tokens(layout) * c.hidden_size * (4.0 if layout.precision == "fp32" else 2.0)
-        passed = 2 * layout.operations * handed
-        handed /= wire(machine, layout.devices, inside=layout.devices <= per_node(machine))
-    exchanged, exchange_seconds = _exchange(c, layout, machine)
+        handed = work.micro_tokens * c.hidden_size * back
+        passed = 2 * work.passes * handed
+        handed /= wire(machine, layout.ranks, inside=layout.ranks <= per_node(machine))
+    exchanged, exchange_seconds = _exchange(c, work, machine)
     return Traffic(network, link, passed, exchanged, seconds, handed, exchange_seconds, load)
 
 
 @lru_cache(maxsize=64)
 def spread(c: ModelConfig, ep: int, node: int, skew: float) -> Load:
     """How tokens spread over the expert ranks, `node` of them to a node."""
-    shares = experts.popularity(c.n_routed_experts, skew, seed=0) if skew else None
-    return experts.simulate(c, ep, node, shares, tokens=1024)
+    shares = expert_load.popularity(c.n_routed_experts, skew, seed=0) if skew else None
+    return expert_load.simulate(c, ep, node, shares, tokens=1024)
 
 
 def per_node(machine: Machine) -> int:
@@ -80,28 +81,16 @@ def wire(machine: Machine, devices: int, inside: bool) -> float:
     return fact.value
 
 
-def _tokens(layout: Layout) -> int:
-    return layout.micro_rows * layout.length
-
-
-def _exchange(c: ModelConfig, layout: Layout, machine: Machine) -> tuple[float, float]:
+def _exchange(c: ModelConfig, work: Workload, machine: Machine) -> tuple[float, float]:
     """Bytes and seconds of summing gradients and handing out weights, on the rank that has most to send."""
-    if layout.dp == 1 and not (layout.pp > 1 and layout.plan.title == "DualPipe"):
+    layout, copies = work.layout, work.layout.pipeline.copies
+    if layout.dp * copies == 1:
         return 0.0, 0.0
-    per_weight, per_gradient, _ = parameter_bytes(layout.precision, layout.optimizer)
-    once = 2 * per_gradient if layout.zero == 0 else per_gradient + per_weight
+    per_weight, per_gradient, _ = parameter_bytes(work.precision, work.optimizer)
+    once = 2 * per_gradient if layout.sharding == "ddp" else per_gradient + per_weight
     times = 1
-    if layout.zero == 3:  # weights are gathered for each pass of each micro-batch
-        once, times = per_gradient + 2 * per_weight, layout.micro_batches
-    copies = 2 if layout.plan.title == "DualPipe" else 1
-    pieces, most = parts(c, layout.stages), 0.0
-    for rank in range(layout.pp):
-        held = [pieces[stage] for stage in layout.held(rank)]
-        ends = any(p.embeds for p in held) and any(p.scores for p in held)
-        sizes = [part_parameters(c, p, ends) for p in held]
-        sent = 0.0
-        for number, group in ((0, layout.dp * copies), (1, layout.dp // layout.ep * copies)):
-            amount = sum(size[number] for size in sizes) / (layout.ep if number else 1)
-            sent += once * times * amount * (group - 1) / group
-        most = max(most, sent)
-    return most, most / wire(machine, layout.devices, inside=layout.devices <= per_node(machine))
+    if layout.sharding == "fsdp":  # weights are gathered for each pass of each micro-batch
+        once, times = per_gradient + 2 * (4 if layout.gather == "fp32" else 2), layout.micro_batches
+    shared = [((held.plain, layout.dp * copies), (held.routed, layout.edp * copies)) for held in held_stages(c, layout)]
+    most = once * times * max(sum(size * (group - 1) / group for size, group in rank) for rank in shared)
+    return most, most / wire(machine, layout.ranks, inside=layout.ranks <= per_node(machine))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from finback.config import UserError, check_fields, check_not_negative, check_positive, check_share
 from finback.model.config import ModelConfig
 from finback.model.recompute import Policy
-from finback.parallel.mesh import Layout
+from finback.parallel.layout import Layout
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
 from finback.stages.pretraining import Pretraining

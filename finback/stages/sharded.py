@@ -77,7 +77,7 @@ class Sharded(Pretraining):
             mtp_weight=rates.level(stage.mtp_weight, self.tokens),
             bias_speed=rates.level(stage.bias_speed, self.tokens),
         )
-        tokens = self.loader.batch(rows, self.many.data_rank, self.layout.data)
+        tokens = self.loader.batch(rows, self.many.data_rank, self.layout.dp)
         told = self.many.step(tokens.to(self.many.mesh.device), *self.rates)
         verdict = self.judge(told["loss"], told["grad_norm"])
         return told | ({"lr": self.rates[0]} if verdict == "learn" else {"lr": 0.0, "skipped": verdict})

@@ -14,9 +14,10 @@ from finback.model.config import ModelConfig
 from finback.model.moe import Router, max_violation
 from finback.model.transformer import Transformer
 from finback.parallel.experts import spread_experts
-from finback.parallel.mesh import Layout
-from finback.parallel.pipeline import Pipeline, Stage, cut, is_twice, stages_of, sum_copies
-from finback.parallel.shard import FullyShard, Part, Sharding, ZeroOne, blank, fill, finish, initial_values
+from finback.parallel.layout import Layout
+from finback.parallel.mesh import Mesh
+from finback.parallel.pipeline import Pipeline, PipelineStage, cut, is_twice, sum_copies
+from finback.parallel.shard import FullyShard, ShardedParameter, Sharding, ZeroOne, blank, fill, finish, initial_values
 from finback.train.optim import is_matrix
 from finback.train.sharded_optim import ShardedAdam, ShardedMuon
 from finback.train.step import backward, next_tokens
@@ -48,9 +49,9 @@ class ShardedTrainer:
         device: str = "cpu",
     ) -> None:
         """`values` of all parameters by name, or the seed of random ones; torch.distributed must have been started."""
-        layout.check(config, knobs.rows, dist.get_world_size())
+        layout.check_trainable(config, knobs.rows, dist.get_world_size())
         self.config, self.layout, self.knobs = config, layout, knobs
-        self.mesh = layout.mesh(device)
+        self.mesh = Mesh.of(layout, device)
         self.models, roots = self._build(values)
         self.sharding: Sharding = (
             FullyShard(roots, self.models, layout, self.mesh)
@@ -59,8 +60,8 @@ class ShardedTrainer:
         )
         self.parts = [part for stage in self.sharding.parts for part in stage]
         self._mark_copies()
-        stages = [root for root in roots if isinstance(root, Stage)]
-        self.pipeline = Pipeline(stages, layout, self.mesh, knobs.rows // layout.data, knobs.length) if stages else None
+        stages = [root for root in roots if isinstance(root, PipelineStage)]
+        self.pipeline = Pipeline(stages, layout, self.mesh, knobs.rows // layout.dp, knobs.length) if stages else None
         self.optimisers = [self._optimisers(stage) for stage in self.sharding.parts]
 
     def _build(self, values: Iterable[tuple[str, Tensor]] | int) -> tuple[list[Transformer], list[nn.Module]]:
@@ -72,7 +73,7 @@ class ShardedTrainer:
             models = [cut(model, stage, count) for model, stage in zip(models, self.stages, strict=True)]
             weights = knobs.mtp_weight, knobs.balance_alpha
             roots = [
-                Stage(model, stage, count, self._loss, weights)
+                PipelineStage(model, stage, count, self._loss, weights)
                 for model, stage in zip(models, self.stages, strict=True)
             ]
         values = initial_values(config, values) if isinstance(values, int) else values
@@ -85,19 +86,19 @@ class ShardedTrainer:
     @property
     def stages(self) -> list[int]:
         """The numbers of this rank's pipeline stages."""
-        return stages_of(self.mesh.pp.get_local_rank(), self.layout)
+        return list(self.layout.stages_of(self.mesh.pp.get_local_rank()))
 
     @property
     def data_rank(self) -> int:
-        """Which of layout.data equal shares of a step's rows this rank reads."""
-        return self.mesh.data.get_local_rank()
+        """Which of layout.dp equal shares of a step's rows this rank reads."""
+        return self.mesh.dp.get_local_rank()
 
     def _mark_copies(self) -> None:
         for stage, parts in zip(self.stages, self.sharding.parts, strict=True):
             for part in parts:
                 part.is_copy = part.name == "embed" and stage > 0
 
-    def _optimisers(self, parts: list[Part]) -> tuple[ShardedMuon, ShardedAdam]:
+    def _optimisers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon, ShardedAdam]:
         matrices = [(p.name, p.value) for p in parts if is_matrix(p.name, p.value)]
         others = [(p.name, p.value) for p in parts if not is_matrix(p.name, p.value)]
         muon = ShardedMuon(matrices, weight_decay=self.knobs.weight_decay, compute=self.knobs.compute)
@@ -120,7 +121,7 @@ class ShardedTrainer:
         self.sharding.reduce()
         if self.layout.pp > 1 and is_twice(self.config):
             sum_copies(self.parts, self.mesh, self.layout)
-        parts_of_a_step = self.layout.data * self.layout.micro_batches
+        parts_of_a_step = self.layout.dp * self.layout.micro_batches
         norm = finish(self.parts, 1 / parts_of_a_step, self.knobs.clip)
         if math.isfinite(norm):
             for muon, adam in self.optimisers:
@@ -163,14 +164,14 @@ class ShardedTrainer:
         idle = torch.zeros(1, device=self.mesh.device)
         if routers:
             loads = torch.stack([router.load for router in routers])
-            dist.all_reduce(loads, group=self.mesh.data.get_group())
+            dist.all_reduce(loads, group=self.mesh.dp.get_group())
             for router, load in zip(routers, loads, strict=True):
                 router.load.copy_(load)
                 if update:
                     router.update_bias(self.knobs.bias_speed)
                 router.load.zero_()
             worst[0] = max(max_violation(load) for load in loads)
-            idle[0] = (loads == 0).sum() / self.layout.data  # every data rank counts the same
+            idle[0] = (loads == 0).sum() / self.layout.dp  # every data rank counts the same
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         dist.all_reduce(idle)
         return worst.item(), round(idle.item())

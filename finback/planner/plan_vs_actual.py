@@ -9,9 +9,9 @@ from typing import Any
 
 from finback.config import UserError
 from finback.model import config as models
-from finback.planner import runs, stored
+from finback.planner import calibration_file, recipe_plan
 from finback.planner.options import Options
-from finback.planner.tell import big, span, table
+from finback.planner.render import big, span, table
 from finback.runs.files import read_json, read_lines
 from finback.runs.ledger import cost
 from finback.runs.recipe import Recipe, Stage
@@ -80,13 +80,13 @@ def _plan(name: str, folders: list[Path], calibration: Path) -> tuple[dict[str, 
     """The plan of each stage, and what is to be said of it."""
     known, notes = None, []
     try:
-        known = stored.read(calibration) if calibration.is_file() else None
+        known = calibration_file.read(calibration) if calibration.is_file() else None
     except UserError as error:
         notes.append(str(error))
     try:
         stages = tuple(stage_of(read_json(folder / "config.json")) for folder in folders)
         recipe = _bare(Recipe, {"name": name, "stages": stages, "file": None})
-        found = runs.plan(recipe, Options(), known, _ranks(folders))
+        found = recipe_plan.plan(recipe, Options(), known, _ranks(folders))
     except (UserError, TypeError, KeyError, AttributeError) as error:  # knobs of another version
         return {}, [*notes, f"no plan: {error}"]
     return found["stages"], [*notes, *found["notes"]]

@@ -12,11 +12,10 @@ from typing import Any
 from finback.config import UserError
 from finback.model.config import ModelConfig, from_json
 from finback.model.count import forward_flops, parameters, training_flops
-from finback.parallel.pipeline_tables import SCHEDULES
-from finback.planner import cluster, hardware, here, stored
-from finback.planner.here import Shape
+from finback.planner import calibration_file, cluster, hardware, this_machine
 from finback.planner.options import Options
-from finback.planner.tell import big, span, table
+from finback.planner.render import big, span, table
+from finback.planner.this_machine import Shape
 from finback.runs.files import is_checkpoint, read_json
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
 from finback.runs.recipe import Recipe, Stage
@@ -64,7 +63,7 @@ def plan(recipe: Recipe, options: Options, calibration: dict[str, Any] | None, r
     names = ("seconds", "device_hours", "dollars", "kwh", "flops")
     total = {name: _total([s.get(name) for s in stages.values()]) for name in names}
     where = options.on or f"this machine, {ranks} ranks"
-    notes = [] if calibration is None or options.on else stored.doubts(calibration)
+    notes = [] if calibration is None or options.on else calibration_file.doubts(calibration)
     if calibration is None and not options.on:
         notes = ["not calibrated: run `finback plan --calibrate` once, and times are known"]
     known = (
@@ -136,14 +135,14 @@ def pretraining(stage: Pretrain, model: ModelConfig, calibration: dict[str, Any]
         name: Shape(model, stage.rows // ranks, stage.length, name, ranks)
         for name in (("fp32", "bf16") if stage.compute == "auto" else (stage.compute,))
     }
-    parts = {name: here.seconds(shape, calibration["measured"]) for name, shape in shapes.items()}
+    parts = {name: this_machine.seconds(shape, calibration["measured"]) for name, shape in shapes.items()}
     compute = stage.compute
     if compute == "auto":  # as stages/pretrain.py chooses: bf16 must win clearly
         compute = "bf16" if parts["bf16"]["passes"] * 1.15 < parts["fp32"]["passes"] else "fp32"
     step = sum(parts[compute].values())
-    memory = here.memory(shapes[compute], calibration["process_bytes"])
+    memory = this_machine.memory(shapes[compute], calibration["process_bytes"])
     if stage.compute == "auto":  # both are tried first, side by side
-        memory = max(memory, here.trial(shapes["fp32"], shapes["bf16"], calibration["process_bytes"]), key=_all)
+        memory = max(memory, this_machine.trial(shapes["fp32"], shapes["bf16"], calibration["process_bytes"]), key=_all)
     return {
         "compute": compute,
         "step_seconds": step,
@@ -157,7 +156,7 @@ def pretraining(stage: Pretrain, model: ModelConfig, calibration: dict[str, Any]
     }
 
 
-def _all(memory: here.RankMemory) -> float:
+def _all(memory: this_machine.RankMemory) -> float:
     return memory.total
 
 
@@ -170,7 +169,7 @@ def _on_hardware(stage: Stage, model: ModelConfig | None, options: Options) -> d
     try:
         found = _laid_out(stage, model, options)
     except UserError as error:
-        if error.field not in ("--rows", "micro-batches"):
+        if error.field not in ("rows", "layout.micro_batches"):
             raise
         # another stage of the recipe may well fit this mesh; MFU does not count MTP
         counted = training_flops(model, stage.length / 2, mtp=False) * stage.max_tokens
@@ -191,39 +190,20 @@ def _on_hardware(stage: Stage, model: ModelConfig | None, options: Options) -> d
 
 
 def _laid_out(stage: Pretrain, model: ModelConfig, options: Options) -> dict[str, Any]:
+    """The plan of pre-training on the options' hardware, by the recipe's own layout where --mesh gives no other."""
     options = dataclasses.replace(options, optimizer=options.optimizer or stage.optimizer)
-    if not options.mesh:
-        options = _as_laid_out(stage, options)
-    rows, length = options.rows or stage.rows, options.length or stage.length
-    return cluster.plan(stage.name, model, rows, length, stage.max_tokens, options).values
-
-
-def _as_laid_out(stage: Pretrain, options: Options) -> Options:
-    """The recipe's own layout in the planner's terms, where the command line says nothing else.
-
-    The planner's dp counts all ranks that hold one stage, the trainer's those that hold one expert. Its "selective" is
-    the nearest to making attention again.
-    """
-    layout = stage.layout
-    if layout is None:
-        return options
-    _, devices = hardware.find(options.on)
-    if layout.ranks != devices:
-        problem = f"the recipe's layout has {layout.ranks} ranks, not {devices}"
-        raise UserError("--on", options.on, problem, f"Use {layout.ranks} devices, or --mesh for another layout.")
-    if layout.pp > 1 and not options.schedule and layout.schedule not in SCHEDULES:
-        problem = "training knows this schedule from torch, the planner does not"
-        raise UserError(f"{stage.name}.layout.schedule", layout.schedule, problem, "Plan another with --schedule.")
-    micro_rows = (options.rows or stage.rows) // (layout.data * layout.micro_batches)
-    mesh = f"pp={layout.pp},dp={layout.data},ep={layout.ep},zero={3 if layout.sharding == 'fsdp' else 1}"
-    recompute = {"none": "none", "attention": "selective", "block": "full"}[stage.recompute]
-    return dataclasses.replace(
-        options,
-        mesh=mesh,
-        micro_rows=max(micro_rows, 1),
-        schedule=options.schedule or (layout.schedule if layout.pp > 1 else "1f1b"),
-        recompute=options.recompute or recompute,
-    )
+    work = cluster.workload(options.rows or stage.rows, options.length or stage.length, options)
+    given = stage.layout if not options.mesh else None
+    if given is not None:
+        _, devices = hardware.find(options.on)
+        if given.ranks != devices:
+            problem = f"the recipe's layout has {given.ranks} ranks, not {devices}"
+            raise UserError("--on", options.on, problem, f"Use {given.ranks} devices, or --mesh for another layout.")
+        if options.schedule:
+            given = dataclasses.replace(given, schedule=options.schedule.lower())  # type: ignore[arg-type]
+        recompute = work.recompute if options.recompute else stage.recompute
+        work = dataclasses.replace(work, layout=given, recompute=recompute)
+    return cluster.plan(stage.name, model, work, stage.max_tokens, options, given=given is not None).values
 
 
 def tell(values: dict[str, Any]) -> str:

@@ -1,0 +1,157 @@
+"""How a model lies on many ranks: what the planner computes with and prints, and what a stage's `layout` takes.
+
+No torch here. `pp` ranks hold a stage of the pipeline each. The `dp` ranks that hold the same stage read rows of their
+own, and `ep` of them share one set of experts, so that V3's 2,048 devices are pp=16, dp=128, ep=64. There is no tensor
+parallelism: V3 trains without it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finback.config import UserError, check_fields, check_positive
+from finback.model.config import ModelConfig
+from finback.parallel.pipeline_tables import SCHEDULES, Schedule, ScheduleName
+
+Sharding = Literal["fsdp", "zero1", "ddp"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The mesh of ranks, what they share out, and the schedule of the pipeline."""
+
+    # ranks of a pipeline
+    pp: int = 1
+    # data-parallel ranks that hold the same stage; each reads rows of its own
+    dp: int = 1
+    # those of them that share one set of experts; a divisor of dp
+    ep: int = 1
+    # nodes on which the ep ranks lie: a token crosses to each of them once
+    nodes: int = 1
+    # the last one, V3's own, is for plans: it feeds both ends of a pipeline, which training does not
+    schedule: ScheduleName = "1f1b"
+    # equal parts into which a rank's rows are cut
+    micro_batches: int = 1
+    # what dp ranks share out: all (fsdp), the optimizer's state (zero1, as V3), nothing (ddp, for plans)
+    sharding: Sharding = "fsdp"
+    # dtype in which sharded weights travel; bf16 halves the traffic, and rounds
+    gather: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "layout")
+        check_positive(self, "layout", "pp", "dp", "ep", "nodes", "micro_batches")
+        if self.ep % self.nodes:
+            raise UserError("layout.nodes", self.nodes, f"does not divide ep = {self.ep}", "Use a divisor.")
+        if self.gather == "bf16" and self.sharding != "fsdp":
+            raise UserError("layout.gather", self.gather, "only sharded weights travel", 'Use sharding="fsdp".')
+
+    @property
+    def ranks(self) -> int:
+        """Processes, one for each device."""
+        return self.pp * self.dp
+
+    @property
+    def edp(self) -> int:
+        """Data-parallel ranks that hold the same experts."""
+        return self.dp // self.ep
+
+    @property
+    def pipeline(self) -> Schedule:
+        """The schedule; without a pipeline the plain one."""
+        return SCHEDULES[self.schedule if self.pp > 1 else "1f1b"]
+
+    @property
+    def stages(self) -> int:
+        """Pieces into which the layers are cut."""
+        return self.pipeline.stages(self.pp)
+
+    def stages_of(self, pp_rank: int) -> tuple[int, ...]:
+        """The stages of a pipeline rank."""
+        return self.pipeline.stages_of(pp_rank, self.pp)
+
+    def experts_of(self, ep_rank: int, experts: int) -> range:
+        """The experts of one of the ep ranks: successive ones, equally many on each."""
+        each = experts // self.ep
+        return range(ep_rank * each, (ep_rank + 1) * each)
+
+    def mesh(self) -> str:
+        """The sizes as --mesh takes them."""
+        zero = {"ddp": 0, "zero1": 1, "fsdp": 3}[self.sharding]
+        return f"pp={self.pp},dp={self.dp},ep={self.ep},zero={zero}"
+
+    def check(self, c: ModelConfig, rows: int) -> None:
+        """Raise UserError unless the model and the `rows` of one step fit."""
+        if rows % (self.dp * self.micro_batches):
+            problem = f"does not divide among dp = {self.dp} ranks with {self.micro_batches} micro-batches each"
+            raise UserError("rows", rows, problem, f"Use a multiple of {self.dp * self.micro_batches}.")
+        self._check_experts(c)
+        if self.pp > 1:
+            self._check_pipeline(c)
+
+    def check_trainable(self, c: ModelConfig, rows: int, ranks: int) -> None:
+        """`check`, and raise UserError unless so many ranks are there and training can do all that is asked."""
+        if self.ranks != ranks:
+            problem = f"pp x dp is {self.ranks}, but there are {ranks} ranks"
+            raise UserError("layout.dp", self.dp, problem, "Start as many as the product says, or change it.")
+        for name, value, instead in (("schedule", "dualpipe", "dualpipev"), ("sharding", "ddp", "zero1")):
+            if getattr(self, name) == value:
+                raise UserError(f"layout.{name}", value, "can be planned, not trained", f'Use "{instead}".')
+        self.check(c, rows)
+
+    def _check_experts(self, c: ModelConfig) -> None:
+        experts = c.n_routed_experts
+        if self.ep > 1 and (experts == 0 or experts % self.ep):
+            raise UserError("layout.ep", self.ep, f"does not divide {experts} experts", "Use a divisor.")
+        if self.dp % self.ep:
+            raise UserError("layout.ep", self.ep, f"does not divide dp = {self.dp}", "Use a divisor of it.")
+        if experts and experts // self.ep % self.edp:  # then an expert's rows are cut, and cut evenly
+            for name in ("moe_intermediate_size", "hidden_size"):
+                if getattr(c, name) % self.edp:
+                    problem = f"dp / ep = {self.edp} divides neither {experts // self.ep} experts nor model.{name}"
+                    raise UserError("layout.dp", self.dp, problem, "Use a divisor of one of them.")
+
+    def _check_pipeline(self, c: ModelConfig) -> None:
+        layers = c.num_hidden_layers + c.num_nextn_predict_layers
+        if self.stages > layers:
+            problem = f"{self.schedule} makes {self.stages} stages of {layers} layers"
+            raise UserError("layout.pp", self.pp, problem, "Lower it.")
+        self.pipeline.check(self.pp, self.micro_batches)
+        if self.micro_batches < self.stages:
+            problem = f"fewer than the {self.stages} stages that they are to fill"
+            raise UserError("layout.micro_batches", self.micro_batches, problem, "Raise it.")
+        if self.pipeline.splits and c.tie_word_embeddings and c.num_nextn_predict_layers:
+            # autograd cannot do the gradient of such a weight apart from that of what lies between its uses
+            problem = "its split backward pass cannot have a head tied to the embedding that MTP reads"
+            raise UserError("layout.schedule", self.schedule, problem, 'Use "1f1b" or "interleaved", or untie.')
+
+
+@dataclass(frozen=True)
+class StageLayers:
+    """What one pipeline stage holds: its layers (MTP modules count on from the last), and which ends of the model."""
+
+    layers: tuple[int, ...]
+    embeds: bool
+    has_head: bool
+
+
+def split_layers(c: ModelConfig, stages: int) -> list[StageLayers]:
+    """Layers in order over stages, as even as can be; the ends, which embed and have the head, get the fewer.
+
+    MTP modules count as layers and all lie on the last stage.
+    """
+    depths = c.num_nextn_predict_layers
+    sizes = _even(c.num_hidden_layers + depths, stages)
+    if sizes[-1] < depths:
+        sizes = [*_even(c.num_hidden_layers, stages - 1), depths]
+    starts = [sum(sizes[:stage]) for stage in range(stages)]
+    return [
+        StageLayers(tuple(range(start, start + size)), stage == 0, stage == stages - 1)
+        for stage, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
+
+
+def _even(layers: int, stages: int) -> list[int]:
+    most = -(-layers // stages)
+    sizes = [most] * stages
+    for number in range(most * stages - layers):
+        sizes[-1 - number // 2 if number % 2 == 0 else number // 2] -= 1
+    return sizes

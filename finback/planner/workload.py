@@ -1,0 +1,80 @@
+"""One training step as the planner computes with it: a layout, its batch, and how it is computed. No torch here."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from finback.config import UserError, did_you_mean
+from finback.parallel.layout import Layout
+
+# as Pretrain.recompute has them; "selective" is V3's own, for plans: norms, up-projections and SwiGLU are done again
+Recompute = Literal["none", "attention", "block", "selective"]
+Precision = Literal["fp32", "bf16", "fp8"]
+Optimizer = Literal["adamw", "muon"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every rank does in one optimizer step."""
+
+    layout: Layout = Layout(sharding="zero1")
+    # sequences per step, over all ranks
+    rows: int = 1
+    # tokens per sequence
+    length: int = 4096
+    recompute: Recompute = "none"
+    precision: Precision = "bf16"
+    optimizer: Optimizer = "adamw"
+
+    @property
+    def micro_rows(self) -> int:
+        """Sequences of one micro-batch."""
+        return self.rows // (self.layout.dp * self.layout.micro_batches)
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.micro_rows * self.length
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of one stage that each rank does in a step."""
+        return self.layout.micro_batches * self.layout.stages // self.layout.pp
+
+    def knobs(self) -> str:
+        """What a Pretrain stage is given to train so."""
+        default = Layout()
+        values = {f.name: getattr(self.layout, f.name) for f in dataclasses.fields(Layout)}
+        changed = ", ".join(f"{k}={v!r}" for k, v in values.items() if v != getattr(default, k)).replace("'", '"')
+        return f'layout=Layout({changed}), recompute="{self.recompute}"'
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, Any]:
+    """`pp=16,ep=64` -> fields of a Layout; dp is what is left of the devices. UserError for what makes no mesh."""
+    found: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        known = ("pp", "dp", "fsdp", "ep", "tp", "zero")
+        if name not in known:
+            raise UserError("--mesh", text, f"no dimension {name!r}", did_you_mean(name, known))
+        if not (equals and value.isdecimal()) or (int(value) == 0 and name != "zero") or name in found:
+            raise UserError("--mesh", text, f"{part!r} is not one whole number above 0", "Write pp=16,ep=64.")
+        found[name] = int(value)
+    if found.pop("tp", 1) != 1:
+        raise UserError(
+            "--mesh", text, "tensor parallelism is not supported, V3 trains without it", "Use ep, pp and zero or fsdp."
+        )
+    if "fsdp" in found:
+        if "dp" in found or "zero" in found:
+            raise UserError("--mesh", text, "fsdp is dp with zero=3", "Give one of the two.")
+        found |= {"dp": found.pop("fsdp"), "zero": 3}
+    sharding = {0: "ddp", 1: "zero1", 3: "fsdp"}.get(zero := found.pop("zero", 1))
+    if sharding is None:
+        raise UserError("--mesh", text, f"zero={zero} is not supported", "Use zero=0, 1 or 3.")
+    pp = found.setdefault("pp", max(devices // found["dp"], 1) if "dp" in found else 1)
+    found.setdefault("dp", max(devices // pp, 1))
+    if pp * found["dp"] != devices:
+        raise UserError(
+            "--mesh", text, f"pp · dp = {pp} · {found['dp']} are not {devices} devices", "Change it, or --on."
+        )
+    return found | {"sharding": sharding}
