@@ -12,6 +12,7 @@ from finback.model import config as models
 from finback.planner import calibration_file, recipe_plan
 from finback.planner.options import Options
 from finback.planner.render import big, span, table
+from finback.runs.declaration import DECLARATION
 from finback.runs.files import read_json, read_lines
 from finback.runs.ledger import cost
 from finback.runs.recipe import Recipe, Stage
@@ -31,7 +32,7 @@ def stage_of(config: dict[str, Any]) -> Stage:
     """A stage with the knobs of its config.json, enough of it to be planned: tasks and rewards are names of fields only."""
     known = {cls.__name__: cls for m in MODULES for cls in vars(m).values() if _is_stage(cls)}
     cls = known.get(config["type"], Stage)  # a recipe's own stage announces nothing that could be found here
-    return _bare(cls, {k: _value(v) for k, v in config.items() if k != "type"})
+    return _bare(cls, {k: _value(v) for k, v in config.items() if k not in ("type", DECLARATION)})
 
 
 def _is_stage(value: Any) -> bool:
