@@ -237,11 +237,9 @@ def summary(recipe: Recipe, root: Path, seed: int) -> dict[str, Any]:
     return {"recipe": recipe.name, "seed": seed, "stages": stages}
 
 
-def write_summary(recipe: Recipe, root: Path, seed: int) -> dict[str, Any]:
-    """Write summary.json, and return it."""
-    found = summary(recipe, root, seed)
-    write_json(root / SUMMARY, found)
-    return found
+def write_summary(recipe: Recipe, root: Path, seed: int) -> None:
+    """Write summary.json."""
+    write_json(root / SUMMARY, summary(recipe, root, seed))
 
 
 def is_finished(recipe: Recipe, root: Path) -> bool:
