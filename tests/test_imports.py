@@ -13,7 +13,8 @@ PACKAGE = Path(finback.__path__[0])
 LAYERS = (  # lowest first; names on one line do not know each other
     "__init__",
     "config",
-    "client runs",
+    "options client",
+    "runs",
     "kernels",
     "model",
     "checkpoint",

@@ -19,13 +19,13 @@ from finback import __version__
 from finback.client import Client, RequestFailed
 from finback.comparison.contestant import Contestant
 from finback.comparison.endpoint import Endpoint
+from finback.comparison.options import CompareOptions
 from finback.comparison.protocol import SamplingProtocol, digest
 from finback.config import UserError, as_json
 from finback.runs.files import read_json
 from finback.runs.folder import prepare_folder
 
 if TYPE_CHECKING:
-    from finback.comparison.command import Options
     from finback.comparison.local import Local
 
 INSTALL = "pip install 'lm_eval[api]'"
@@ -41,7 +41,7 @@ def measure(
     contestants: Sequence[Contestant],
     tasks: Sequence[str],
     rules: SamplingProtocol,
-    options: "Options",
+    options: CompareOptions,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
     """Have the harness ask each contestant its tasks; a report as `compare` makes, with the rows under "harness"."""
@@ -133,7 +133,7 @@ def _ask_local(
     contestant: "Local",
     tasks: Sequence[str],
     rules: SamplingProtocol,
-    options: "Options",
+    options: CompareOptions,
     folder: Path,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _ask(
     target: tuple[str, dict[str, Any]],
     tasks: Sequence[str],
     rules: SamplingProtocol,
-    options: "Options",
+    options: CompareOptions,
     folder: Path,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from finback.config import UserError
 from finback.model import config as models
 from finback.planner import calibration_file, recipe_plan
-from finback.planner.options import Options
+from finback.planner.options import PlanOptions
 from finback.planner.render import big, span, table
 from finback.runs.declaration import DECLARATION
 from finback.runs.files import read_json, read_lines
@@ -87,7 +87,7 @@ def _plan(name: str, folders: list[Path], calibration: Path) -> tuple[dict[str, 
     try:
         stages = tuple(stage_of(read_json(folder / "config.json")) for folder in folders)
         recipe = _bare(Recipe, {"name": name, "stages": stages, "file": None})
-        found = recipe_plan.plan(recipe, Options(), known, _ranks(folders))
+        found = recipe_plan.plan(recipe, PlanOptions(), known, _ranks(folders))
     except (UserError, TypeError, KeyError, AttributeError) as error:  # knobs of another version
         return {}, [*notes, f"no plan: {error}"]
     return found["stages"], [*notes, *found["notes"]]

@@ -16,6 +16,7 @@ from finback.data.messages import Message, parse_response
 from finback.data.tokenizer import ASSISTANT, END_THINK, THINK, USER, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
+from finback.report.options import ChatOptions
 
 LONGEST = 32768  # tokens of a conversation that are kept
 THINKING = {"on": True, "off": False, "auto": None}
@@ -128,13 +129,10 @@ class Conversation:
             del self.messages[:2]
 
 
-def loop(path: Path, seed: int, as_json: bool, color: bool, dtype: Answering = "auto", **chosen: float | None) -> None:
-    """Read lines from stdin and answer each; prompts and help only when a person sits there.
-
-    `chosen` are fields of SamplingParams; None leaves one to the model's own settings.
-    """
-    folder = find_model(path)
-    conversation = Conversation(folder, seed, dtype, **chosen)
+def loop(options: ChatOptions, as_json: bool, color: bool) -> None:
+    """Read lines from stdin and answer each; prompts and help only when a person sits there."""
+    folder = find_model(options.model)
+    conversation = Conversation(folder, options.seed, options.dtype, **options.sampling())
     person = sys.stdin.isatty() and not as_json
     if person:
         with contextlib.suppress(ImportError):

@@ -12,7 +12,7 @@ from finback.serve.auth import Quota
 from finback.serve.errors import ApiError, bad
 from finback.serve.logprobs import TokenTexts
 from finback.serve.metrics import Metrics
-from finback.serve.options import Options
+from finback.serve.options import ServeOptions
 from finback.serve.prepare import RequestPreparer
 from finback.serve.reply import FIELDS
 from finback.serve.resumable import ResumableStream
@@ -34,7 +34,9 @@ class Service:
     With `first`, it stands beside that one, in the same server: both count into the same metrics and quotas.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, options: Options, first: "Service | None" = None) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, options: ServeOptions, first: "Service | None" = None
+    ) -> None:
         if options.reasoning_field not in FIELDS:
             raise UserError(
                 "reasoning_field",
