@@ -15,7 +15,7 @@ import httpx
 
 from finback.data import tokenizer as tokenizers
 from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
-from finback.engine.engine import Engine
+from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Request, SamplingParams
 from finback.model.transformer import Transformer
 from finback.serve import server, watch
@@ -60,9 +60,7 @@ class Scripted(Engine):
     ) -> None:
         words = words or small_tokenizer()
         stops = (*words.stops, words.ids[USER], words.ids[ASSISTANT])
-        super().__init__(
-            small_model(window), stops, rows, tokenizer=words, tokens=tokens, chunk=64, reuse=True, speculate=True
-        )
+        super().__init__(small_model(window), stops, EngineConfig(rows, tokens, 64, reuse=True, speculate=True), words)
         self.script, self.pace, self.after = script, pace, after
         self.failing: Exception | None = None
         self.seen: list[Request] = []

@@ -63,7 +63,7 @@ class Service:
         self.requests = 0  # admitted requests
         self.draining: float | None = None  # since when, in monotonic time
         # more than can run and may wait would only wait
-        self.most_choices = min(options.choices, engine.rows + options.queue)
+        self.most_choices = min(options.choices, engine.config.rows + options.queue)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ class Service:
 
     def is_full(self, choices: int = 1) -> bool:
         """Whether so many choices more are too many."""
-        return self.open + choices > self.engine.rows + self.options.queue
+        return self.open + choices > self.engine.config.rows + self.options.queue
 
     @contextmanager
     def admitted(self, owner: bytes, choices: int) -> Iterator[None]:
