@@ -25,18 +25,27 @@ class Answer:
 
     key: str
     suite: str
-    question: str  # the problem's key, for readers of the file
+    # the problem's key, for readers of the file
+    question: str
     sample: int
     thinking: str
-    text: str  # after the chain
-    closed: bool  # whether the chain has an end
-    finish: str  # "stop", "length", or what else a server calls it
-    prompt_tokens: int | None  # None where a server does not say
-    tokens: int | None  # chain and answer together
-    seconds: float  # from when it was begun until it was whole
-    busy: float = 0.0  # seconds of the machine that are this answer's share; 0 for endpoints
+    # after the chain
+    text: str
+    # whether the chain has an end
+    closed: bool
+    # "stop", "length", or what else a server calls it
+    finish: str
+    # None where a server does not say
+    prompt_tokens: int | None
+    # chain and answer together
+    tokens: int | None
+    # from when it was begun until it was whole
+    seconds: float
+    # seconds of the machine that are this answer's share; 0 for endpoints
+    busy: float = 0.0
     tries: int = 1
-    model: str = ""  # what a server says has answered
+    # what a server says has answered
+    model: str = ""
 
     @property
     def whole(self) -> bool:

@@ -25,7 +25,8 @@ class ChatCompletion:
     prompt_tokens: int | None = None
     tokens: int | None = None
     model: str = ""
-    ended: bool = False  # the server has said that nothing more comes
+    # the server has said that nothing more comes
+    ended: bool = False
 
     def add(self, chunk: Any) -> None:
         """Take a whole completion or a chunk of one; RequestFailed if it is none."""

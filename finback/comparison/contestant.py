@@ -14,8 +14,10 @@ from finback.config import UserError
 class Price:
     """Dollars, and where the figure is from; None where nobody has said, which is not 0."""
 
-    per_hour: float | None = None  # of the machine, for a model that runs here
-    per_input: float | None = None  # of a million prompt tokens, for an endpoint
+    # of the machine, for a model that runs here
+    per_hour: float | None = None
+    # of a million prompt tokens, for an endpoint
+    per_input: float | None = None
     per_output: float | None = None
     basis: str = "NOT PROVIDED"
 

@@ -28,14 +28,19 @@ class Endpoint:
     model: str
     name: str = ""
     key: str = field(default="", repr=False)
-    extra: dict[str, Any] = field(default_factory=dict)  # goes into every request; null takes a field out
+    # goes into every request; null takes a field out
+    extra: dict[str, Any] = field(default_factory=dict)
     price: Price = field(default_factory=Price)
     concurrency: int = 8
-    rate: float = 0.0  # requests a minute; 0 is any number
-    timeout: float = 300.0  # seconds that the server may be silent
+    # requests a minute; 0 is any number
+    rate: float = 0.0
+    # seconds that the server may be silent
+    timeout: float = 300.0
     tries: int = 6
-    busy_tries: int = 40  # after 429 and 503, which say "later"
-    backoff: float = 1.0  # seconds before the second try, doubled each time
+    # after 429 and 503, which say "later"
+    busy_tries: int = 40
+    # seconds before the second try, doubled each time
+    backoff: float = 1.0
 
     def __post_init__(self) -> None:
         check_url(self.url, "--endpoint", "http://127.0.0.1:8000/v1#MODEL", query=True)

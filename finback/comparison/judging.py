@@ -17,19 +17,26 @@ _LONGEST_VOTE = 200  # characters: what is longer is an essay, and no two of the
 class JudgedAnswer:
     """One answer, judged."""
 
-    place: int  # of the question in the suite
+    # of the question in the suite
+    place: int
     sample: int
     correct: bool
-    well_formed: bool  # an answer of the asked form was found in it
-    cut: bool  # the tokens were used up before it ended
-    empty: bool  # nothing was said, in the chain or behind it
-    vote: str | None  # the final answer in a form that can be counted
-    said: str  # the vote, or how a longer answer begins
+    # an answer of the asked form was found in it
+    well_formed: bool
+    # the tokens were used up before it ended
+    cut: bool
+    # nothing was said, in the chain or behind it
+    empty: bool
+    # the final answer in a form that can be counted
+    vote: str | None
+    # the vote, or how a longer answer begins
+    said: str
     tokens: int | None
     prompt_tokens: int | None
     seconds: float
     dollars: float | None
-    language: float | None  # the share of its words that are in the suite's language
+    # the share of its words that are in the suite's language
+    language: float | None
     tries: int
 
 

@@ -47,7 +47,8 @@ class EvalRequest:
 
     key: str
     suite: Suite
-    place: int  # of the question in the suite
+    # of the question in the suite
+    place: int
     sample: int
     messages: tuple[dict[str, str], ...]
     seed: int

@@ -20,20 +20,25 @@ class Score:
 
     contestant: str
     suite: str
-    n: int  # questions with an answer
+    # questions with an answer
+    n: int
     answers: int
     failed: int
-    accuracy: float | None  # pass@1: the mean over questions of the mean over samples
+    # pass@1: the mean over questions of the mean over samples
+    accuracy: float | None
     interval: tuple[float, float] | None
-    majority: float | None  # of a vote among the samples
+    # of a vote among the samples
+    majority: float | None
     pass_at: dict[int, float]
     cut: float
     unparseable: float
     empty: float
     tokens: float | None
     prompt_tokens: float | None
-    seconds: float | None  # per answer
-    dollars: float | None  # in all
+    # per answer
+    seconds: float | None
+    # in all
+    dollars: float | None
     dollars_per_answer: float | None
     dollars_per_solved: float | None
     language: float | None

@@ -35,11 +35,16 @@ class Contamination:
     ngram: int
     questions: int
     exact: int
-    overlapping: int  # share n words in a row with the corpus, or are exact
-    documents: int  # that were read
-    sources: dict[str, int]  # questions found in each source; one may be in several
-    examples: tuple[str, ...]  # the first of the questions that were found
-    without_ngram: int  # questions of fewer than n words: only the exact test can find them
+    # share n words in a row with the corpus, or are exact
+    overlapping: int
+    # that were read
+    documents: int
+    # questions found in each source; one may be in several
+    sources: dict[str, int]
+    # the first of the questions that were found
+    examples: tuple[str, ...]
+    # questions of fewer than n words: only the exact test can find them
+    without_ngram: int
 
     @property
     def share(self) -> float:

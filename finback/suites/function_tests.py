@@ -62,11 +62,15 @@ def finback_run(tests, entry, calls, results):
 class FunctionTests:
     """A function to be written: its name, what stands before its body, a reference solution and its tests."""
 
-    where: str  # of the record, for errors
+    # of the record, for errors
+    where: str
     entry: str
-    given: str  # source that an answer continues; "" where the answer is all of it
-    reference: str  # source that defines the function and all that the tests need
-    tests: str  # statements that raise if `entry` is wrong
+    # source that an answer continues; "" where the answer is all of it
+    given: str
+    # source that defines the function and all that the tests need
+    reference: str
+    # statements that raise if `entry` is wrong
+    tests: str
 
 
 def judge(probe: FunctionTests, answer: str, limits: Limits = LIMITS) -> Verdict:

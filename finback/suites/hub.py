@@ -22,9 +22,12 @@ class HubDataset:
     repo: str
     subset: str = ""
     split: str = "test"
-    revision: str = ""  # of 40 hex digits; "" where we know of none that others use
-    licence: str = "unknown"  # SPDX, as the data set's card says; "unknown" where we have not seen one
-    files: str = ""  # read these, for repositories that are a script and data
+    # of 40 hex digits; "" where we know of none that others use
+    revision: str = ""
+    # SPDX, as the data set's card says; "unknown" where we have not seen one
+    licence: str = "unknown"
+    # read these, for repositories that are a script and data
+    files: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "origin")

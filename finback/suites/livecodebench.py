@@ -53,7 +53,8 @@ def finback_run(*values):
 class CodeTests:
     """A problem's tests: (input, expected output), or for a method (arguments, expected value)."""
 
-    method: str  # "" for a program that reads and prints
+    # "" for a program that reads and prints
+    method: str
     tests: tuple[tuple[Any, Any], ...]
 
 

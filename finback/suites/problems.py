@@ -20,7 +20,8 @@ class ProblemList:
     name: str
     problems: tuple[Problem, ...]
     judge: Judge
-    waits: bool = False  # whether the judge waits for another process
+    # whether the judge waits for another process
+    waits: bool = False
 
     def draw(self, rng: random.Random) -> Problem:
         return rng.choice(self.problems)

@@ -24,7 +24,8 @@ class _Table(NamedTuple):
     source: str
     conditions: str
     models: tuple[str, ...]
-    scores: str  # a line for each benchmark: its name, a bar, a number for each model or -
+    # a line for each benchmark: its name, a bar, a number for each model or -
+    scores: str
 
 
 _R1 = "DeepSeek-R1 README (arXiv 2501.12948)"

@@ -25,8 +25,10 @@ class Difference:
     mean: float
     low: float
     high: float
-    p: float  # of a difference this large if the two were alike: sign flips of the questions' differences
-    n: int  # questions that both have answered
+    # of a difference this large if the two were alike: sign flips of the questions' differences
+    p: float
+    # questions that both have answered
+    n: int
 
     @property
     def told_apart(self) -> bool:

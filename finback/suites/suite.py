@@ -10,8 +10,10 @@ from finback.tasks.task import Problem, Task
 class SuiteSource:
     """Where questions come from; `digest` is the SHA-256 of their canonical text, so that two people can tell."""
 
-    name: str  # a package with its version, a hub data set with its revision, a path, or the generator with its seed
-    licence: str  # SPDX identifier, or "unknown"
+    # a package with its version, a hub data set with its revision, a path, or the generator with its seed
+    name: str
+    # SPDX identifier, or "unknown"
+    licence: str
     digest: str
 
 
@@ -21,16 +23,22 @@ class Suite:
 
     name: str
     problems: tuple[Problem, ...]
-    task: Task  # judges: task.check(problem, text after the chain of thought)
+    # judges: task.check(problem, text after the chain of thought)
+    task: Task
     source: SuiteSource
-    prompt: str = "{question}"  # what the user turn says; no system prompt, as R1's protocol has it
+    # what the user turn says; no system prompt, as R1's protocol has it
+    prompt: str = "{question}"
     system: str = ""
-    extraction: str = ""  # in words: where in the answer the checked part is looked for
+    # in words: where in the answer the checked part is looked for
+    extraction: str = ""
     metric: str = "accuracy"
-    chance: float | None = None  # the share that blind guessing gets, where that is known
-    language: str = ""  # ISO 639-1: also report the share of the chains' words that is in it
+    # the share that blind guessing gets, where that is known
+    chance: float | None = None
+    # ISO 639-1: also report the share of the chains' words that is in it
+    language: str = ""
     stop: tuple[str, ...] = ()
-    notes: dict[str, str] = field(default_factory=dict)  # conditions worth printing beside the score
+    # conditions worth printing beside the score
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, "suite")

@@ -21,7 +21,8 @@ class ChildOutput:
     """What a process left; `stopped` says why it was killed, or is empty."""
 
     streams: dict[str, bytearray] = field(default_factory=dict)
-    exit_code: int = 0  # 128 + n for signal n
+    # 128 + n for signal n
+    exit_code: int = 0
     stopped: str = ""
     seconds: float = 0.0
 

@@ -31,15 +31,18 @@ class Choice:
     is the same in every run. Choices such as "All of the above" keep a question as it is.
     """
 
-    source: str  # a .jsonl, .json or .parquet file, or hub:owner/name
+    # a .jsonl, .json or .parquet file, or hub:owner/name
+    source: str
     subset: str = ""
     split: str = "train"
     question_field: str = "question"
     choices_field: str = "choices"
     answer_field: str = "answer"
-    instruction: str = "Answer with the letter alone."  # stands after the choices
+    # stands after the choices
+    instruction: str = "Answer with the letter alone."
     shuffle: bool = True
-    label: str = ""  # the name in tables
+    # the name in tables
+    label: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "choice")

@@ -41,7 +41,8 @@ class Code:
     """
 
     path: str
-    label: str = ""  # the name in tables, else the file's
+    # the name in tables, else the file's
+    label: str = ""
     isolation: Literal["auto", "bubblewrap", "rlimits", "monty"] = "auto"
     limits: Limits = field(default_factory=Limits)
 

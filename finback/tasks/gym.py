@@ -156,7 +156,8 @@ class Gym:
 
     dataset: str
     settings: dict[str, Setting] = field(default_factory=dict, hash=False)
-    label: str = ""  # the name in tables, where one data set is used with several settings
+    # the name in tables, where one data set is used with several settings
+    label: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "gym")

@@ -67,7 +67,8 @@ class Launch:
     before: tuple[str, ...] = ()
     folder: str = "/"
     passed: tuple[int, ...] = ()
-    info: int = -1  # where bubblewrap says which process it started
+    # where bubblewrap says which process it started
+    info: int = -1
 
 
 @contextlib.contextmanager

@@ -49,14 +49,20 @@ class Questions:
     or raises at, is wrong. (The time is kept in the main thread only.)
     """
 
-    source: str  # a .jsonl, .json or .parquet file, or hub:owner/name
-    subset: str = ""  # of a data set of the hub, such as main
-    split: str = "train"  # likewise
+    # a .jsonl, .json or .parquet file, or hub:owner/name
+    source: str
+    # of a data set of the hub, such as main
+    subset: str = ""
+    # likewise
+    split: str = "train"
     question_field: str = "question"
     answer_field: str = "answer"
-    instruction: str = ""  # stands after every question
-    label: str = ""  # the name in tables
-    checker: Check | None = None  # a function of your own
+    # stands after every question
+    instruction: str = ""
+    # the name in tables
+    label: str = ""
+    # a function of your own
+    checker: Check | None = None
     seconds: float = 5.0
 
     def __post_init__(self) -> None:

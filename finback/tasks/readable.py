@@ -46,12 +46,18 @@ class Readable:
 
     language: str = "en"
     others: tuple[str, ...] = EUROPEAN
-    consistency: float = 0.95  # one foreign word in twenty, where names of people and places still pass
-    lines: float = 0.2  # repeated lines: a checked result may stand twice, a loop makes it 0.5 and more
-    ngrams: float = 0.2  # repeated runs of eight words; sums worked step by step reach 0.1
-    paragraph: int = 300  # words; a wall of text that nobody reads
-    code: float = 0.5  # share of the characters; 0 allows no code block at all, as R1 did
-    blocks: int = 3  # more are scraps and second attempts rather than a program
+    # one foreign word in twenty, where names of people and places still pass
+    consistency: float = 0.95
+    # repeated lines: a checked result may stand twice, a loop makes it 0.5 and more
+    lines: float = 0.2
+    # repeated runs of eight words; sums worked step by step reach 0.1
+    ngrams: float = 0.2
+    # words; a wall of text that nobody reads
+    paragraph: int = 300
+    # share of the characters; 0 allows no code block at all, as R1 did
+    code: float = 0.5
+    # more are scraps and second attempts rather than a program
+    blocks: int = 3
 
     def __post_init__(self) -> None:
         check_fields(self, "readable")

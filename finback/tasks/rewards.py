@@ -21,12 +21,17 @@ class Reward:
     """
 
     accuracy: float = 1.0
-    form: float = 0.1  # for a well-formed answer that is wrong; a right one has no need of it
-    think: float = 0.0  # for a chain that was opened, closed and has something in it
+    # for a well-formed answer that is wrong; a right one has no need of it
+    form: float = 0.1
+    # for a chain that was opened, closed and has something in it
+    think: float = 0.0
     language: float = 0.0
-    target: str = "en"  # ISO 639-1
-    brevity: float = 0.0  # falls linearly from this at no tokens to 0 at the limit; for right answers alone
-    preference: float = 0.0  # times the judge's score among the answers of a group
+    # ISO 639-1
+    target: str = "en"
+    # falls linearly from this at no tokens to 0 at the limit; for right answers alone
+    brevity: float = 0.0
+    # times the judge's score among the answers of a group
+    preference: float = 0.0
     judge: Judge | None = None
 
     def __post_init__(self) -> None:

@@ -38,12 +38,18 @@ _NOT_A_BOUNDARY = (
 class Limits:
     """What one run may use. Memory is per process; with one process, the default, that is all of it."""
 
-    wall: float = 5.0  # seconds
-    cpu: float = 5.0  # seconds, rounded up to whole ones
-    memory: int = 512 << 20  # bytes of address space
-    processes: int = 1  # at a time, itself included; more need bubblewrap
-    output: int = 1 << 20  # bytes on stdout, as many on stderr, as many of results
-    files: int = 16 << 20  # bytes: of the whole working folder under bubblewrap, else of each file
+    # seconds
+    wall: float = 5.0
+    # seconds, rounded up to whole ones
+    cpu: float = 5.0
+    # bytes of address space
+    memory: int = 512 << 20
+    # at a time, itself included; more need bubblewrap
+    processes: int = 1
+    # bytes on stdout, as many on stderr, as many of results
+    output: int = 1 << 20
+    # bytes: of the whole working folder under bubblewrap, else of each file
+    files: int = 16 << 20
 
     def __post_init__(self) -> None:
         check_fields(self, "limits")
@@ -56,10 +62,13 @@ class Outcome:
 
     stdout: str
     stderr: str
-    exit_code: int  # 128 + n for signal n
+    # 128 + n for signal n
+    exit_code: int
     reason: Reason
-    compiled: bool = False  # and, for a function, its name occurs
-    values: tuple[Any, ...] = ()  # what the function returned, as JSON values, call by call
+    # and, for a function, its name occurs
+    compiled: bool = False
+    # what the function returned, as JSON values, call by call
+    values: tuple[Any, ...] = ()
     seconds: float = 0.0
 
 

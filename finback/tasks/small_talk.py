@@ -28,8 +28,10 @@ class SmallTalk:
 
     least: int = 3
     most: int = 40
-    known: float = 0.9  # share of the words that must occur in the corpus
-    different: float = 0.6  # share of the words that must differ from each other
+    # share of the words that must occur in the corpus
+    known: float = 0.9
+    # share of the words that must differ from each other
+    different: float = 0.6
 
     def __post_init__(self) -> None:
         check_fields(self, "small_talk")
