@@ -199,7 +199,7 @@ def test_a_function_that_fails_hangs_or_scribbles_is_wrong(tmp_path: Path) -> No
         right: bool = record.pop("answer") == answer
         return right or 1 / 0 > 0
 
-    task = Questions(write(tmp_path / "a.jsonl", CAPITAL), checker=scribble, seconds=0.2)
+    task = Questions(write(tmp_path / "a.jsonl", CAPITAL), checker=scribble, timeout=0.2)
     problem = task.draw(random.Random(0))
     for _ in range(2):
         assert task.check(problem, "Paris") == RIGHT and task.check(problem, "London") == JUNK

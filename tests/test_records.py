@@ -60,8 +60,8 @@ def test_bad_sources_are_refused(tmp_path: Path) -> None:
             Questions(str(tmp_path / name)).draw(random.Random(0))
     with pytest.raises(UserError, match=r"questions\.checker = 3: expected .*Callable"):
         Questions("a.jsonl", checker=3)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"questions\.seconds = 0: not above 0"):
-        Questions("a.jsonl", seconds=0)
+    with pytest.raises(UserError, match=r"questions\.timeout = 0: not above 0"):
+        Questions("a.jsonl", timeout=0)
 
 
 def test_a_table_and_a_packed_file_hold_the_same_records(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from finback.comparison.contestant import Price
 from finback.suites.suite import Suite
 from finback.tasks.answers import compact, final_answer
 from finback.tasks.language import consistency
-from finback.tasks.task import Verdict, judged
+from finback.tasks.task import NO_ANSWER, Verdict, judged
 
 _LONGEST_VOTE = 200  # characters: what is longer is an essay, and no two of these agree
 
@@ -45,7 +45,7 @@ def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Pr
     whole = [pair for pair in answers if pair[1].whole]
     asked = [(suite.problems[place], a.text) for place, a in whole]
     verdicts = dict(zip([id(a) for _, a in whole], judged(suite.task, asked), strict=True))
-    wrong = Verdict(correct=False, well_formed=False)
+    wrong = NO_ANSWER
     return [_mark(suite, place, a, verdicts.get(id(a), wrong), price) for place, a in answers]
 
 

@@ -12,7 +12,7 @@ from finback.data.messages import Message, Response, encode_prompt, opens_chain,
 from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import Completion, SamplingParams
-from finback.tasks.task import Problem, Task, Verdict, judged
+from finback.tasks.task import NO_ANSWER, Problem, Task, Verdict, judged
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def rollout(
     pairs = [(p, r.answer) for p, r, ok in zip(problems, responses, whole, strict=True) if ok]
     verdicts = iter(judged(task, pairs))
     return [
-        Rollout(p, prompt, c, r, next(verdicts) if ok else Verdict(correct=False, well_formed=False))
+        Rollout(p, prompt, c, r, next(verdicts) if ok else NO_ANSWER)
         for p, prompt, c, r, ok in zip(problems, prompts, completions, responses, whole, strict=True)
     ]
 

@@ -12,15 +12,14 @@ from functools import partial
 from typing import Any
 
 from finback.config import UserError
-from finback.suites.hub import HubDataset, digest, listed, text
-from finback.suites.problems import ProblemList, distinct, key, pick
+from finback.suites.hub import HubDataset, digest
+from finback.suites.problems import ProblemList, distinct, pick
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks import answers
-from finback.tasks.choice import named
+from finback.tasks.choice import LETTERS, lettered, named
 from finback.tasks.records import Record
-from finback.tasks.task import Problem, Verdict
+from finback.tasks.task import Problem, Verdict, canonical
 
-LETTERS = "ABCDEFGHIJ"
 PROMPT = (
     "Answer the multiple-choice question below. Think step by step first. "
     'End with a line of the form "Answer: X", where X is the letter of the right choice.\n\n{question}'
@@ -43,34 +42,34 @@ Asked = tuple[str, list[str], int]  # the question, its choices, the place of th
 
 def mmlu(record: Record) -> Asked:
     """cais/mmlu: question, choices, answer (a place)."""
-    return text(record, "question"), listed(record, "choices"), _place(record, "answer")
+    return record.text("question").strip(), record.texts("choices"), _place(record, "answer")
 
 
 def mmlu_pro(record: Record) -> Asked:
     """TIGER-Lab/MMLU-Pro: question, options (three to ten), answer (a letter)."""
-    return text(record, "question"), listed(record, "options"), _place(record, "answer")
+    return record.text("question").strip(), record.texts("options"), _place(record, "answer")
 
 
 def gpqa(record: Record) -> Asked:
     """Idavidrein/gpqa: the right answer and three wrong ones, each in a column."""
     names = ["Correct Answer", *(f"Incorrect Answer {i}" for i in (1, 2, 3))]
-    question, choices = text(record, "Question"), [text(record, name) for name in names]
+    question, choices = record.text("Question").strip(), [record.text(name).strip() for name in names]
     order = sorted(range(4), key=lambda i: hashlib.sha256(f"{question}\n{choices[i]}".encode()).digest())
     return question, [choices[i] for i in order], order.index(0)
 
 
 def columns(record: Record) -> Asked:
     """ceval/ceval-exam: question, A, B, C, D, answer (a letter); so are CMMLU's, with capitals."""
-    question = text(record, "question", "Question")
+    question = record.text("question", "Question").strip()
     place = _place(record, "answer" if "answer" in record.fields else "Answer")
-    return question, [text(record, letter) for letter in "ABCD"], place
+    return question, [record.text(letter).strip() for letter in "ABCD"], place
 
 
 def own(record: Record) -> Asked:
     """A user's record: question, choices, answer (a letter, a place from 0, or the text of a choice)."""
-    choices, answer = listed(record, "choices"), record.fields.get("answer")
+    choices, answer = record.texts("choices"), record.fields.get("answer")
     place = choices.index(answer) if answer in choices else _place(record, "answer")
-    return text(record, "question"), choices, place
+    return record.text("question").strip(), choices, place
 
 
 @dataclass(frozen=True)
@@ -175,11 +174,10 @@ def _problem(record: Record, read: Callable[[Record], Asked]) -> tuple[Problem, 
         raise UserError(record.where, choices, "not 2 to 10 choices", "Correct the record.")
     if place >= len(choices):
         raise UserError(record.where, place, f"there are {len(choices)} choices", "Correct the answer.")
-    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-    shown = "\n".join((question, *lines))
+    shown = lettered(question, choices)
     subject = record.fields.get("subject", record.fields.get("category"))
     tags: dict[str, int | str] = {"subject": subject} if isinstance(subject, str) else {}
-    return Problem(shown, LETTERS[place], key(shown), tags=tags), choices
+    return Problem(shown, LETTERS[place], canonical(shown), tags=tags), choices
 
 
 def _place(record: Record, name: str) -> int:

@@ -10,11 +10,11 @@ from pathlib import Path
 from finback.config import UserError
 from finback.suites import function_tests
 from finback.suites.function_tests import FunctionTests
-from finback.suites.hub import HubDataset, digest, listed, text
-from finback.suites.problems import ProblemList, distinct, key, pick
+from finback.suites.hub import HubDataset, digest
+from finback.suites.problems import ProblemList, distinct, pick
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.records import Record
-from finback.tasks.task import Problem, Verdict
+from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
 EXTRACTION = "the last fenced block, or all of the answer; a body alone continues the question"
 FUNCTION = (
@@ -57,7 +57,7 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
 def judge(probes: Mapping[str, FunctionTests], problem: Problem, answer: str) -> Verdict:
     """By the tests of the problem; one that is not of this suite has none to pass."""
     probe = probes.get(problem.key)
-    return function_tests.judge(probe, answer) if probe else Verdict(correct=False, well_formed=False)
+    return function_tests.judge(probe, answer) if probe else NO_ANSWER
 
 
 def packaged() -> tuple[str, str]:
@@ -72,15 +72,19 @@ def packaged() -> tuple[str, str]:
 def humaneval(record: Record) -> tuple[Problem, FunctionTests]:
     """openai/openai_humaneval: prompt, canonical_solution, test (which defines check), entry_point."""
     given, body = _verbatim(record, "prompt"), _verbatim(record, "canonical_solution")
-    entry = _name(record, text(record, "entry_point"))
-    tests = f"{text(record, 'test')}\n\ncheck({entry})\n"
+    entry = _name(record, record.text("entry_point").strip())
+    tests = f"{record.text('test').strip()}\n\ncheck({entry})\n"
     probe = FunctionTests(record.where, entry, given, given + body, tests)
-    return Problem(given.strip("\n"), body, key(given), tags=_numbered(record)), probe
+    return Problem(given.strip("\n"), body, canonical(given), tags=_numbered(record)), probe
 
 
 def mbpp(record: Record) -> tuple[Problem, FunctionTests]:
     """google-research-datasets/mbpp, sanitized: prompt (in the full set: text), code, test_imports, test_list."""
-    asked, solution, tests = text(record, "prompt", "text"), text(record, "code"), listed(record, "test_list")
+    asked, solution, tests = (
+        record.text("prompt", "text").strip(),
+        record.text("code").strip(),
+        record.texts("test_list"),
+    )
     entry = _tested(record, solution, tests[0])
     imports = record.fields.get("test_imports") or []
     if not isinstance(imports, list):
@@ -89,7 +93,7 @@ def mbpp(record: Record) -> tuple[Problem, FunctionTests]:
     question = f"{asked}\n\nYour code should pass these tests:\n\n{shown}"
     statements = "\n".join([*map(str, imports), shown])
     probe = FunctionTests(record.where, entry, "", solution + "\n", statements)
-    return Problem(question, solution, key(question), tags=_numbered(record)), probe
+    return Problem(question, solution, canonical(question), tags=_numbered(record)), probe
 
 
 def _verbatim(record: Record, name: str) -> str:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from finback.config import UserError
 from finback.data.pack import is_validation
 from finback.suites import dialogues
-from finback.suites.problems import ProblemList, fingerprint, key, pick
+from finback.suites.problems import ProblemList, fingerprint, pick
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.records import read
-from finback.tasks.task import Problem, Verdict
+from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
 if TYPE_CHECKING:
     from finback.data.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ class Compressed(NamedTuple):
 def load(at: str, problems: int | None, seed: int) -> Suite:
     """Passages of the packaged dialogues' validation side, or the records of `at` with a "text" each."""
     texts, name, licence = _given(at) if at else _packaged()
-    passages = [Problem(text, "", key(text)) for text in dict.fromkeys(texts)]
+    passages = [Problem(text, "", canonical(text)) for text in dict.fromkeys(texts)]
     chosen = pick(passages, DEFAULT if problems is None else problems, seed)
     return Suite(
         name="bits-per-byte",
@@ -52,7 +52,7 @@ def load(at: str, problems: int | None, seed: int) -> Suite:
 
 def judge(problem: Problem, answer: str) -> Verdict:
     """There is no answer to this."""
-    return Verdict(correct=False, well_formed=False)
+    return NO_ANSWER
 
 
 def measure(model: "Transformer", tokenizer: "Tokenizer", suite: Suite, rows: int = 8) -> Compressed:

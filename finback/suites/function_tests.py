@@ -18,8 +18,8 @@ from functools import lru_cache
 
 from finback.config import UserError
 from finback.tasks.code import program
-from finback.tasks.sandbox import Limits, Sandbox
-from finback.tasks.task import Verdict
+from finback.tasks.sandbox import Limits, shared
+from finback.tasks.task import NO_ANSWER, Verdict
 
 LIMITS = Limits(wall=10.0, cpu=10.0)
 _LONGEST = 100_000  # characters of an answer; no honest program comes near
@@ -77,11 +77,11 @@ def judge(probe: FunctionTests, answer: str, limits: Limits = LIMITS) -> Verdict
     """Whether the program in an answer passes the tests; well-formed if it is Python."""
     text = program(answer) if len(answer) <= _LONGEST else ""
     if not text.strip():
-        return Verdict(correct=False, well_formed=False)
+        return NO_ANSWER
     calls = _recorded(probe)
     source = assembled(probe.given, probe.entry, text) + _CALL
     arguments = [[before, probe.entry] for before, _ in calls]
-    seen = _sandbox().call(source, "finback_run", arguments, limits)
+    seen = shared().call(source, "finback_run", arguments, limits)
     results = [value for value in seen.values if isinstance(value, str)]
     if seen.reason != "ok" or len(results) != len(calls):
         return Verdict(correct=False, well_formed=seen.compiled)
@@ -102,7 +102,7 @@ def assembled(given: str, entry: str, text: str) -> str:
 @lru_cache(maxsize=4096)
 def _recorded(probe: FunctionTests) -> tuple[tuple[str, str], ...]:
     """The tests' calls of the reference solution: (arguments, result), as text."""
-    seen = _sandbox().call(probe.reference + _RECORD, "finback_run", [[probe.tests, probe.entry]], LIMITS)
+    seen = shared().call(probe.reference + _RECORD, "finback_run", [[probe.tests, probe.entry]], LIMITS)
     if seen.reason != "ok" or not seen.values or not seen.values[0]:
         said = seen.stderr.strip().splitlines()[-1:] or [f"no call of {probe.entry}"]
         problem = f"the reference solution does not pass the tests ({seen.reason}: {said[0][:200]})"
@@ -112,10 +112,5 @@ def _recorded(probe: FunctionTests) -> tuple[tuple[str, str], ...]:
 
 def _replayed(probe: FunctionTests, calls: tuple[tuple[str, str], ...], results: list[str], limits: Limits) -> bool:
     arguments = [[probe.tests, probe.entry, [before for before, _ in calls], results]]
-    seen = _sandbox().call(probe.reference + _REPLAY, "finback_run", arguments, limits)
+    seen = shared().call(probe.reference + _REPLAY, "finback_run", arguments, limits)
     return seen.reason == "ok" and seen.values == (True,)
-
-
-@lru_cache(maxsize=1)
-def _sandbox() -> Sandbox:
-    return Sandbox()

@@ -17,7 +17,7 @@ from finback.suites.problems import ProblemList, fingerprint
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.answers import boxed
 from finback.tasks.gym import SUPPORTED, Gym, Setting
-from finback.tasks.task import Problem, Verdict, draw
+from finback.tasks.task import NO_ANSWER, Problem, Verdict, draw
 
 LEVELS = {"easy": 0, "medium": 1, "hard": 2}
 PROMPT = "{question}\n\nThink step by step. Give your final answer, and nothing else, between <answer> and </answer>."
@@ -60,7 +60,7 @@ def names() -> list[str]:
 def judge(task: Gym, problem: Problem, answer: str) -> Verdict:
     """The one answer that is given, by the task's own check; reasoning-gym's scorers see none."""
     found = _found(answer)
-    return task.check(problem, found) if found is not None else Verdict(correct=False, well_formed=False)
+    return task.check(problem, found) if found is not None else NO_ANSWER
 
 
 def _found(answer: str) -> str | None:

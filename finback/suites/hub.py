@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finback.config import UserError, check_fields
+from finback.config import check_fields
 from finback.tasks.records import Record, read
 
 
@@ -56,22 +56,6 @@ class HubDataset:
             address = f"hf://datasets/{self.repo}@{self.revision}/{self.files}"
             return read("hub:json", "", "train", files=address)
         return read(f"hub:{self.repo}", self.subset, self.split, self.revision)
-
-
-def text(record: Record, *names: str) -> str:
-    """The first of these fields that the record has; UserError names the first if it has none."""
-    name = next((name for name in names if name in record.fields), names[0])
-    return record.text(name).strip()
-
-
-def listed(record: Record, name: str) -> list[str]:
-    """A field that is a list of texts."""
-    value: Any = record.fields.get(name)
-    if name not in record.fields:
-        record.text(name)  # says which fields there are
-    if not isinstance(value, list) or not value or not all(isinstance(part, str) for part in value):
-        raise UserError(f"{record.where} {name}", value, "expected a list of texts", "Correct the record.")
-    return value
 
 
 def digest(rows: Iterable[Any]) -> str:

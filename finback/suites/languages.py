@@ -12,7 +12,7 @@ from finback.suites.problems import ProblemList, fingerprint
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks import answers
 from finback.tasks.language import consistency
-from finback.tasks.task import Problem, Verdict
+from finback.tasks.task import NO_ANSWER, Problem, Verdict
 
 DEFAULT = 50  # problems
 _LONGEST = 20_000  # characters of an answer of two sentences
@@ -102,7 +102,7 @@ def judge(language: str, problem: Problem, answer: str) -> Verdict:
     number = answers.number(given) if given is not None else None
     share = consistency(answer, language) if number is not None else None
     if number is None or share is None:
-        return Verdict(correct=False, well_formed=False)
+        return NO_ANSWER
     return Verdict(correct=number.value == int(problem.answer) and share >= SHARE, well_formed=True)
 
 

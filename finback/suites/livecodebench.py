@@ -10,17 +10,17 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from finback.config import UserError
-from finback.suites.hub import HubDataset, digest, text
-from finback.suites.problems import ProblemList, distinct, key, pick
+from finback.suites.hub import HubDataset, digest
+from finback.suites.problems import ProblemList, distinct, pick
 from finback.suites.suite import Suite, SuiteSource
-from finback.tasks.code import program, same
+from finback.tasks.code import program, same, verdict
 from finback.tasks.records import Record
-from finback.tasks.sandbox import Limits, Sandbox
-from finback.tasks.task import Problem, Verdict
+from finback.tasks.sandbox import Limits, shared
+from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
 # The repository is a script and six files, one for each release; the sixth goes to April 2025.
 ORIGIN = HubDataset(
@@ -89,29 +89,14 @@ def judge(known: Mapping[str, CodeTests], problem: Problem, answer: str) -> Verd
     """All tests, in the sandbox; what is expected stays outside."""
     judged, source = known.get(problem.key), program(answer) if len(answer) <= _LONGEST else ""
     if judged is None or not source.strip():
-        return Verdict(correct=False, well_formed=False)
-    return _returns(judged, source) if judged.method else _prints(judged, source)
-
-
-def _prints(judged: CodeTests, source: str) -> Verdict:
-    compiled = False
-    for given, expected in judged.tests:  # until the first that fails
-        seen = _sandbox().run(source, given, LIMITS)
-        compiled = compiled or seen.compiled
-        if seen.reason != "ok" or _lines(seen.stdout) != _lines(expected):
-            return Verdict(correct=False, well_formed=compiled)
-    return Verdict(correct=True, well_formed=True)
-
-
-def _returns(judged: CodeTests, source: str) -> Verdict:
+        return NO_ANSWER
+    if not judged.method:
+        runs = ((shared().run(source, given, LIMITS), expected) for given, expected in judged.tests)
+        return verdict((seen, _lines(seen.stdout) == _lines(expected)) for seen, expected in runs)
     source = "\n".join((_BROUGHT, source, _CALL.format(method=judged.method)))
-    compiled = False
-    for given, expected in judged.tests:  # one process each: the limits are a test's
-        seen = _sandbox().call(source, "finback_run", [given], LIMITS)
-        compiled = compiled or seen.compiled
-        if seen.reason != "ok" or len(seen.values) != 1 or not same(seen.values[0], expected):
-            return Verdict(correct=False, well_formed=compiled)
-    return Verdict(correct=True, well_formed=True)
+    # one process each: the limits are a test's
+    runs = ((shared().call(source, "finback_run", [given], LIMITS), expected) for given, expected in judged.tests)
+    return verdict((seen, len(seen.values) == 1 and same(seen.values[0], expected)) for seen, expected in runs)
 
 
 def _lines(text: str) -> list[list[str]]:
@@ -120,7 +105,7 @@ def _lines(text: str) -> list[list[str]]:
 
 
 def _problem(record: Record) -> tuple[Problem, CodeTests]:
-    content, starter = text(record, "question_content"), str(record.fields.get("starter_code") or "").strip()
+    content, starter = record.text("question_content").strip(), str(record.fields.get("starter_code") or "").strip()
     method = _method(record) if starter else ""
     question = f"{content}\n\n{_METHOD.replace('{starter}', starter) if starter else _PRINTS}"
     raw = [*_tests(record, "public_test_cases"), *_tests(record, "private_test_cases")]
@@ -130,12 +115,12 @@ def _problem(record: Record) -> tuple[Problem, CodeTests]:
     tags: dict[str, int | str] = {"date": _held(record).isoformat()}
     if isinstance(record.fields.get("difficulty"), str):
         tags["difficulty"] = record.fields["difficulty"]
-    return Problem(question, "", key(question), tags=tags), CodeTests(method, tests)
+    return Problem(question, "", canonical(question), tags=tags), CodeTests(method, tests)
 
 
 def _method(record: Record) -> str:
     """The method's name, from the metadata or else from the starter code."""
-    starter = text(record, "starter_code")
+    starter = record.text("starter_code").strip()
     found = _json(record, "metadata").get("func_name") if record.fields.get("metadata") else None
     if not found:
         match = re.search(r"class Solution[^\n]*:\s*def\s+(\w+)", starter)
@@ -157,15 +142,13 @@ def _values(record: Record, test: dict[str, str]) -> tuple[list[Any], Any]:
 
 def _tests(record: Record, name: str) -> list[dict[str, str]]:
     """A list of tests: JSON text, or that text pickled, compressed and in base64, as the private ones are."""
-    value: Any = record.fields.get(name)
+    value = record.value(name)
     if isinstance(value, str) and not value.lstrip().startswith("["):
         value = _unpacked(record, name, value)
     tests = json.loads(value) if isinstance(value, str) and _is_json(value) else value
     right = isinstance(tests, list) and all(
         isinstance(t, dict) and isinstance(t.get("input"), str) and isinstance(t.get("output"), str) for t in tests
     )
-    if name not in record.fields:
-        record.text(name)  # says which fields there are
     if not right:
         raise UserError(
             f"{record.where} {name}",
@@ -231,8 +214,3 @@ def _day(name: str, value: str) -> date:
         return date.fromisoformat(value)
     except ValueError:
         raise UserError(name, value, "no day", "Write it as 2024-08-01.") from None
-
-
-@lru_cache(maxsize=1)
-def _sandbox() -> Sandbox:
-    return Sandbox()

@@ -2,13 +2,12 @@ r"""GSM8K, MATH-500, AIME: questions whose answer is a number or a formula, aske
 
 from dataclasses import dataclass
 
-from finback.suites.hub import HubDataset, text
-from finback.suites.problems import ProblemList, distinct, fingerprint, key, pick, sound
+from finback.suites.hub import HubDataset
+from finback.suites.problems import ProblemList, distinct, fingerprint, pick, sound
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks import answers
-from finback.tasks.questions import compare
 from finback.tasks.records import Record
-from finback.tasks.task import Problem
+from finback.tasks.task import Problem, canonical
 
 # What R1's model card asks for in mathematics (its README, "Usage Recommendations").
 BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -60,11 +59,11 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
 
 def made(name: str, chosen: tuple[Problem, ...], contest: MathSet, source: str) -> Suite:
     """The suite of these problems; gold answers are tried first."""
-    good, notes = sound(name, chosen, compare)
+    good, notes = sound(name, chosen, answers.check)
     return Suite(
         name=name,
         problems=tuple(good),
-        task=ProblemList(name, tuple(good), compare, waits=True),
+        task=ProblemList(name, tuple(good), answers.check, waits=True),
         source=SuiteSource(source, contest.origin.licence, fingerprint(good)),
         prompt=BOXED,
         extraction=EXTRACTION,
@@ -75,13 +74,12 @@ def made(name: str, chosen: tuple[Problem, ...], contest: MathSet, source: str) 
 
 def problem(record: Record, contest: MathSet) -> Problem:
     """A record as a question and its gold answer."""
-    question = text(record, contest.question)
-    answer, solution = answers.gold(text(record, contest.answer))
-    tags = {name: record.fields.get(name) for name in ("level", "subject")}
+    question = record.text(contest.question).strip()
+    answer, solution = answers.gold(record.text(contest.answer).strip())
     return Problem(
         question=question,
         answer=answer,
-        key=key(question),
+        key=canonical(question),
         solution=solution,
-        tags={k: v for k, v in tags.items() if isinstance(v, (int, str)) and not isinstance(v, bool)},
+        tags=record.tags(level="level", subject="subject"),
     )

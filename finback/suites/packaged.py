@@ -17,13 +17,14 @@ from typing import Any
 
 from finback.config import UserError
 from finback.suites import choice, mathematics
-from finback.suites.choice import LETTERS, ChoiceSet
+from finback.suites.choice import ChoiceSet
 from finback.suites.hub import HubDataset
 from finback.suites.mathematics import MathSet
-from finback.suites.problems import distinct, key, pick
+from finback.suites.problems import distinct, pick
 from finback.suites.suite import Suite
+from finback.tasks.choice import LETTERS
 from finback.tasks.records import Record, read
-from finback.tasks.task import Problem
+from finback.tasks.task import Problem, canonical
 
 _CHOICE = re.compile(r"^[ \t]*([A-J])[.:)][ \t]*(\S.*)$", re.MULTILINE)
 _MIT = "MIT"
@@ -90,7 +91,7 @@ def _lettered(record: Record, question: str, ideal: str) -> tuple[Problem, list[
     choices = [" ".join(text.split()) for _, text in found]
     if not 2 <= len(choices) <= len(LETTERS) or ideal not in LETTERS[: len(choices)]:
         raise UserError(record.where, ideal, "not the letter of one of the question's choices", "Correct the record.")
-    return Problem(question, ideal, key(question)), choices
+    return Problem(question, ideal, canonical(question)), choices
 
 
 def _yes_or_no(record: Record) -> tuple[Problem, list[str]]:
@@ -98,12 +99,12 @@ def _yes_or_no(record: Record) -> tuple[Problem, list[str]]:
     question = f"{question.removesuffix('Answer Y or N.').strip()}\nA. Yes\nB. No"
     if ideal not in ("Y", "N"):
         raise UserError(f"{record.where} ideal", ideal, "neither Y nor N", "Correct the record.")
-    return Problem(question, "A" if ideal == "Y" else "B", key(question)), ["Yes", "No"]
+    return Problem(question, "A" if ideal == "Y" else "B", canonical(question)), ["Yes", "No"]
 
 
 def _number(record: Record) -> tuple[Problem, list[str]]:
     question, ideal = _asked(record)
-    return Problem(question, ideal, key(question)), []
+    return Problem(question, ideal, canonical(question)), []
 
 
 SETS = {

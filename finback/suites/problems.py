@@ -30,11 +30,6 @@ class ProblemList:
         return self.judge(problem, answer)
 
 
-def key(question: str) -> str:
-    """The canonical form of a question: its words, whatever lies between them."""
-    return " ".join(question.split()).lower()
-
-
 def distinct(problems: Iterable[Problem]) -> list[Problem]:
     """Of questions with one canonical form the first."""
     known: dict[str, Problem] = {}

@@ -7,6 +7,9 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from finback.tasks import math_process
+from finback.tasks.task import NO_ANSWER, Problem, Verdict
+
 _LONGEST = 100_000  # characters of an answer that are looked at
 _LONGEST_BOX = 2000  # characters of a box that count as an answer
 _BRACES = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{|[{}]")
@@ -34,6 +37,26 @@ def final_answer(text: str) -> str | None:
     found = boxed(text) or re.findall(r"####(?!#)([^\n]*)", text) or [text]
     answers = [unwrap(answer) for answer in found]
     return answers[-1] if len({compact(answer) for answer in answers}) == 1 and answers[-1] else None
+
+
+def check(problem: Problem, answer: str) -> Verdict:
+    """Judge an answer by the gold answer alone."""
+    given, gold = final_answer(answer), problem.answer
+    if given is None:
+        return NO_ANSWER
+    as_number, as_words = number(gold), words(gold)
+    if as_number is not None:
+        value = number(given)
+        if value is not None or as_number.value.denominator == 1:
+            return Verdict(value is not None and as_number.equals(value), well_formed=value is not None)
+    elif as_words is not None:
+        return Verdict(words(given) == as_words, well_formed=words(given) is not None)
+    if compact(given) == compact(gold):
+        return Verdict(correct=True, well_formed=True)
+    if not is_single(given) or _is_copied(given, problem.question):
+        return NO_ANSWER
+    comparison = math_process.compare(gold, given)
+    return Verdict(comparison.same, comparison.read)
 
 
 def unwrap(text: str) -> str:
@@ -128,3 +151,9 @@ def is_single(text: str) -> bool:
     r"""Whether no second answer hides where math-verify does not look: in \text{}, or behind another $."""
     is_said = any(re.search(r"\d|\b(?:or|maybe|not)\b\s*\S", said) for said in _TEXT.findall(text))
     return not is_said and "$" not in text.replace("\\$", "")
+
+
+def _is_copied(answer: str, question: str) -> bool:
+    """Whether an answer is an expression of the question: to factor x^2+2x, it is not enough to repeat it."""
+    short = compact(answer)
+    return bool(re.search(r"[-+*/^\\]", short)) and short in compact(question)

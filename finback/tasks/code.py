@@ -8,14 +8,15 @@ import json
 import keyword
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from finback.config import UserError, check_fields, did_you_mean
-from finback.tasks.sandbox import Limits, Outcome, Sandbox
-from finback.tasks.task import Problem, Verdict
+from finback.tasks.sandbox import Limits, Outcome, shared
+from finback.tasks.task import NO_ANSWER, Problem, Verdict
 
 _LONGEST = 100_000  # characters of an answer; no honest program comes near
 _FENCE = re.compile(r"[ \t]{0,3}```[ \t]*([^\n`]*)")
@@ -68,20 +69,27 @@ class Code:
 
     def check(self, problem: Problem, answer: str) -> Verdict:
         if len(answer) > _LONGEST:
-            return Verdict(correct=False, well_formed=False)
-        item, source, sandbox = _load(self.path)[problem.key], program(answer), _sandbox(self.isolation)
+            return NO_ANSWER
+        item, source, sandbox = _load(self.path)[problem.key], program(answer), shared(self.isolation)
         if not source.strip():
-            return Verdict(correct=False, well_formed=False)
+            return NO_ANSWER
         if item.entry is not None:
             seen = sandbox.call(source, item.entry, [test["args"] for test in item.tests], self.limits)
             return Verdict(seen.compiled and _are_right(seen, item.tests), seen.compiled)
-        well_formed = False
-        for test in item.tests:  # each in a fresh process, until the first that fails
-            seen = sandbox.run(source, test["stdin"], self.limits)
-            well_formed = well_formed or seen.compiled
-            if seen.reason != "ok" or _lines(seen.stdout) != _lines(test["stdout"]):
-                return Verdict(correct=False, well_formed=well_formed)
-        return Verdict(correct=True, well_formed=True)
+        return verdict(  # each test in a fresh process
+            (seen := sandbox.run(source, test["stdin"], self.limits), _lines(seen.stdout) == _lines(test["stdout"]))
+            for test in item.tests
+        )
+
+
+def verdict(runs: Iterable[tuple[Outcome, bool]]) -> Verdict:
+    """The verdict on a program's runs, each with whether its result is right; none is made after the first that fails."""
+    compiled = False
+    for seen, is_right in runs:
+        compiled = compiled or seen.compiled
+        if seen.reason != "ok" or not is_right:
+            return Verdict(correct=False, well_formed=compiled)
+    return Verdict(correct=True, well_formed=True)
 
 
 def program(answer: str) -> str:
@@ -120,11 +128,6 @@ def _are_right(seen: Outcome, tests: tuple[dict[str, Any], ...]) -> bool:
 def _lines(text: str) -> list[str]:
     """Lines without the white space at their ends and the blank lines at the text's end."""
     return [line.rstrip() for line in text.rstrip().split("\n")]
-
-
-@lru_cache
-def _sandbox(isolation: Literal["auto", "bubblewrap", "rlimits", "monty"]) -> Sandbox:
-    return Sandbox(isolation)
 
 
 @lru_cache

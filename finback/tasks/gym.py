@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from finback.config import UserError, check_fields, did_you_mean
 from finback.tasks.expression import evaluate
-from finback.tasks.task import Problem, Verdict
+from finback.tasks.task import NO_ANSWER, Problem, Verdict
 
 Setting = int | float | str | bool | tuple[int | float | str, ...]
 # A form of answer: reads a text into the value to be compared, or None if the text has not that form.
@@ -197,7 +197,7 @@ class Gym:
 
     def check(self, problem: Problem, answer: str) -> Verdict:
         if len(answer) > 4 * len(problem.answer) + 100:  # far from any right answer, and costly to read
-            return Verdict(correct=False, well_formed=False)
+            return NO_ANSWER
         read = SUPPORTED[self.dataset]
         value, gold = read(answer), read(problem.answer)
         return Verdict(correct=value is not None and value == gold, well_formed=value is not None)

@@ -4,13 +4,16 @@ import csv
 import gzip
 import io
 import json
+import random
 import zlib
 from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finback.config import UserError, did_you_mean
+from finback.tasks.task import Problem
 
 _HUB = "hub:"
 _INSTALL = "pip install finback[hub]"
@@ -22,15 +25,73 @@ class Record(NamedTuple):
     where: str
     fields: dict[str, Any]
 
-    def text(self, name: str) -> str:
-        """The text (or number) of a field that must be there and not be empty."""
-        value = self.fields.get(name)
+    def value(self, name: str) -> Any:
+        """The value of a field that must be there."""
+        if name not in self.fields:
+            known = did_you_mean(name, self.fields)
+            raise UserError(self.where, name, f"the record has no such field. {known}", "Name the field in the recipe.")
+        return self.fields[name]
+
+    def text(self, *names: str) -> str:
+        """The text (or number) of the first of these fields that is there; it must not be empty."""
+        name = next((name for name in names if name in self.fields), names[0])
+        value = self.value(name)
         if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
             return str(value)
-        if name in self.fields:
-            raise UserError(f"{self.where} {name}", value, "expected text", "Correct or remove the record.")
-        known = did_you_mean(name, self.fields)
-        raise UserError(self.where, name, f"the record has no such field. {known}", "Name the field in the recipe.")
+        raise UserError(f"{self.where} {name}", value, "expected text", "Correct or remove the record.")
+
+    def texts(self, name: str) -> list[str]:
+        """A field that is a list of texts."""
+        value = self.value(name)
+        if not isinstance(value, list) or not value or not all(isinstance(part, str) for part in value):
+            raise UserError(f"{self.where} {name}", value, "expected a list of texts", "Correct the record.")
+        return value
+
+    def tags(self, **names: str) -> dict[str, int | str]:
+        """Texts and whole numbers among the fields of these names, by what a problem calls them."""
+        values = {tag: self.fields.get(name) for tag, name in names.items()}
+        return {k: v for k, v in values.items() if isinstance(v, (int, str)) and not isinstance(v, bool)}
+
+
+@dataclass(frozen=True)
+class RecordTask:
+    """A task with one problem for each record; of problems with the same canonical form the first counts."""
+
+    # a .jsonl, .json or .parquet file, or hub:owner/name
+    source: str
+    # of a data set of the hub, such as main
+    subset: str = ""
+    # likewise
+    split: str = "train"
+    question_field: str = "question"
+    answer_field: str = "answer"
+    # stands after every question
+    instruction: str = ""
+    # the name in tables
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.source.rsplit("/", 1)[-1].rsplit(".", 1)[0]
+
+    def draw(self, rng: random.Random) -> Problem:
+        return rng.choice(self._problems)
+
+    def problems(self) -> Iterator[tuple[Problem, Any]]:
+        """The problems of the records, each with what its check needs to know."""
+        raise NotImplementedError
+
+    @cached_property
+    def by_key(self) -> dict[str, tuple[Problem, Any]]:
+        """Problems and what their checks need, by canonical form."""
+        found: dict[str, tuple[Problem, Any]] = {}
+        for problem, more in self.problems():
+            found.setdefault(problem.key, (problem, more))
+        return found
+
+    @cached_property
+    def _problems(self) -> tuple[Problem, ...]:
+        return tuple(problem for problem, _ in self.by_key.values())
 
 
 def read(source: str, subset: str, split: str, revision: str = "", files: str = "") -> tuple[Record, ...]:

@@ -107,6 +107,12 @@ class Sandbox:
 
 
 @lru_cache
+def shared(isolation: Literal["auto", "bubblewrap", "rlimits", "monty"] = "auto") -> Sandbox:
+    """One sandbox for the whole process: finding out what works here takes a run."""
+    return Sandbox(isolation)
+
+
+@lru_cache
 def _warn() -> None:
     print(_NOT_A_BOUNDARY, file=sys.stderr)
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from finback.config import UserError, check_fields, check_positive
-from finback.tasks.task import Problem, Verdict
+from finback.tasks.task import NO_ANSWER, Problem, Verdict
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _COMMON = 3  # times that a word must occur in the corpus to count as one that people use
@@ -50,7 +50,7 @@ class SmallTalk:
         count = len(words)
         fits = self.least <= count <= self.most and not re.search(r"\d", answer)
         if not fits or " ".join(answer.lower().split()) == problem.key.removeprefix("talk: "):
-            return Verdict(correct=False, well_formed=False)
+            return NO_ANSWER
         known = sum(w in _corpus()[1] for w in words) / count
         good = known >= self.known and len(set(words)) / count >= self.different
         return Verdict(correct=good, well_formed=good)

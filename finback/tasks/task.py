@@ -37,6 +37,9 @@ class Verdict:
     well_formed: bool
 
 
+NO_ANSWER = Verdict(correct=False, well_formed=False)
+
+
 @runtime_checkable
 class Task(Protocol):
     """What the stages need of a task. A task must accept its own gold answers (a test draws some and checks)."""
@@ -95,6 +98,11 @@ class Mixture:
 
     def check(self, problem: Problem, answer: str) -> Verdict:
         return self.tasks[int(problem.tags["part"])].check(problem, answer)
+
+
+def canonical(question: str) -> str:
+    """The form by which questions are told apart: words, whatever white space lies between them and whatever case."""
+    return " ".join(question.split()).lower()
 
 
 def is_held_out(key: str) -> bool:
