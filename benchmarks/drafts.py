@@ -19,7 +19,7 @@ from record import header, spread, write
 from finback.checkpoint import model as models
 from finback.data.messages import Message, encode_prompt
 from finback.data.tokenizer import Tokenizer
-from finback.engine.engine import Engine, EngineConfig
+from finback.engine.engine import Engine
 from finback.engine.request import Request, SamplingParams
 from finback.tasks import task as tasks
 from finback.tasks.math import Chains
@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(CORES)
     model, tokenizer = models.load_to_answer(options.model, "fp32"), Tokenizer(options.model)
     problems = tasks.distinct(Chains(6, 8), "held_out", options.prompts, 1)
-    prompts = [encode_prompt([Message("user", p.question)], tokenizer) for p in problems]
+    prompts = [encode_prompt([Message("user", p.question)], tokenizer)[0] for p in problems]
     results = header("drafts", {"model": str(options.model), "rounds": options.rounds, "prompts": options.prompts})
     results["rows"] = {}
     for rows in (1, 4, 16):
@@ -65,7 +65,7 @@ def race(
 ) -> dict[str, Any]:
     """Tokens per second of the engine without drafts, with them, and with its own decision."""
     engines = {
-        kind: Engine(model, tokenizer.stops, EngineConfig(rows=rows, tokens=rows * 512, speculate=kind != "plain"))
+        kind: Engine(model, tokenizer.stops, rows, tokens=rows * 512, speculate=kind != "plain")
         for kind in ("plain", "always", "decides")
     }
     engines["always"].speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]

@@ -50,7 +50,7 @@ def prompts(settings: Settings, step: int) -> list[tuple[list[int], str]]:
     tokenizer = Tokenizer(Path(settings["base"]) / "tokenizer.json")
     rng = random.Random(_stage_run(settings, World()).seed("questions", step))
     drawn = [tasks.draw(CHAINS, "train", rng) for _ in range(settings["prompts"])]
-    ids = [encode_prompt([Message("user", p.question)], tokenizer) for p in drawn]
+    ids = [encode_prompt([Message("user", p.question)], tokenizer)[0] for p in drawn]
     return [(i, tokenizer.decode(i, skip_special=False)) for i in ids]
 
 

@@ -95,7 +95,6 @@ class Fake:
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.at_once = self.most_at_once = 0
-        self.drip = 0.0  # seconds between the lines of a reply
         self.lock = threading.Lock()
         fake = self
 
@@ -125,9 +124,7 @@ class Fake:
                 if not reply.stream:
                     self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                for line in content[: reply.cut].splitlines(keepends=True) if fake.drip else [content[: reply.cut]]:
-                    self.wfile.write(line)
-                    time.sleep(fake.drip)
+                self.wfile.write(content[: reply.cut])
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -13,7 +13,7 @@ from finback.serve.parse import Parser
 from finback.serve.tool_calls import ToolForm
 from finback.serve.tool_choice import form_of
 from tests.serving import CHAT, HELLO, Scripted, served, small_tokenizer, streamed, summed, wait_for
-from tests.test_dialogue import END_CALL, QWEN3, R1, TOOL_MARKS, V31
+from tests.test_messages import END_CALL, QWEN3, R1, TOOL_MARKS, V31
 
 ODD = "</tool_call>" + END_CALL  # marks that are only a text
 PLACE = {

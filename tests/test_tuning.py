@@ -59,7 +59,7 @@ def test_chains_of_earlier_turns_are_taught_apart_and_never_read(words: Tokenize
     assert taught(whole, words) == taught(lessons(TALK, words)[0], words).split("｜>", 1)[1]
     assert "why" not in words.decode(whole.ids) and taught(first, words).startswith("<think>why</think>b")
     # what stands before a taught answer is the very prompt that the model will see
-    prompt = encode_prompt([*talk[:3]], words)
+    prompt, _ = encode_prompt(talk[:3], words)
     assert whole.ids[: len(prompt)] == prompt
 
 

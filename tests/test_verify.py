@@ -21,7 +21,7 @@ from finback.checkpoint.load import load
 from finback.checkpoint.shards import SCALE
 from finback.config import UserError
 from finback.data import tokenizer
-from finback.data.messages import Message, encode_document, encode_prompt, opens_chain
+from finback.data.messages import Message, encode_document, encode_prompt
 from finback.data.tokenizer import Tokenizer
 from finback.kernels import fp8
 from finback.report.talk import Conversation
@@ -146,7 +146,7 @@ def test_an_exported_dialogue_is_written_as_we_write_it(folder: Path) -> None:
     dialogue = [Message("user", "hello 12?"), Message("assistant", "12 + 34"), Message("user", "world")]
     said = [{"role": m.role, "content": m.content} for m in dialogue]
     ids = theirs.apply_chat_template(said, tokenize=True, add_generation_prompt=True)
-    assert ids["input_ids"] == encode_prompt(dialogue, ours)
+    assert ids["input_ids"] == encode_prompt(dialogue, ours)[0]
     assert ours.template is None and theirs.eos_token_id == ours.eos
     assert transformers.GenerationConfig.from_pretrained(folder).eos_token_id == [ours.eos]
 
@@ -161,8 +161,9 @@ def test_a_template_that_opens_the_chain_itself(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(R1_TEMPLATE)
     words = Tokenizer(folder)
     asked = [Message("user", "hello")]
-    assert opens_chain(words) and not opens_chain(Tokenizer(folder.parent))
-    assert encode_prompt(asked, words) == encode_prompt(asked, words, think=True)  # opened once, not twice
+    ids, opened = encode_prompt(asked, words)
+    assert opened and not encode_prompt(asked, Tokenizer(folder.parent))[1]
+    assert (ids, opened) == encode_prompt(asked, words, think=True)  # opened once, not twice
     talk = Conversation(folder, 0, max_tokens=4)
     pieces = list(talk.reply("hello"))
     assert pieces[0] == "<think>" and talk.messages[-1].content == ""  # four tokens of an open chain are no answer

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from finback.data import pack
-from finback.data.messages import Piece, document_pieces, require_special_tokens
+from finback.data.messages import document_pieces
 from finback.data.sources import Document
-from finback.data.tokenizer import FIM, Tokenizer
+from finback.data.tokenizer import BOS, EOS, FIM, SpecialToken, Tokenizer
 
 TOGETHER = 512  # documents that are encoded together
 
@@ -31,26 +31,23 @@ def _encoded(
     batch: list[Document], tokenizer: Tokenizer, fim: float, seed: int
 ) -> Iterator[tuple[Document, np.ndarray]]:
     pieces = [_pieces(document, tokenizer, fim, seed) for document in batch]
-    texts = iter(tokenizer.encode_batch([p for each in pieces for p in each if isinstance(p, str)]))
+    texts = [p for each in pieces for p in each if not isinstance(p, SpecialToken)]
+    encoded = iter(tokenizer.encode_batch(texts))
     for document, each in zip(batch, pieces, strict=True):
-        ids = [i for piece in each for i in ([piece] if isinstance(piece, int) else next(texts))]
-        yield document, np.asarray(ids, dtype="<u4")
+        yield document, np.asarray(tokenizer.encode_pieces(each, lambda _: next(encoded)), dtype="<u4")
 
 
-def _pieces(document: Document, tokenizer: Tokenizer, fim: float, seed: int) -> list[Piece]:
+def _pieces(document: Document, tokenizer: Tokenizer, fim: float, seed: int) -> list[str]:
+    """Special tokens and the texts between them, of which no two are neighbours."""
     if document.messages:
         return document_pieces(document.messages, tokenizer)
+    first = [BOS] if tokenizer.bos >= 0 else []  # some vocabularies have none (Qwen's)
     if fim and not pack.is_validation(document.text) and (cut := _cut(document.text, fim, seed)):
-        require_special_tokens(tokenizer, FIM)
+        tokenizer.require(*FIM)
         prefix, middle, suffix = cut
-        hole, begin, end = (tokenizer.ids[token] for token in FIM)
-        return [*_first(tokenizer), begin, prefix, hole, suffix, end, middle, tokenizer.eos]
-    return [*_first(tokenizer), document.text, tokenizer.eos]
-
-
-def _first(tokenizer: Tokenizer) -> list[int]:
-    """What a text begins with: bos, or nothing where a vocabulary has none (Qwen's)."""
-    return [tokenizer.bos] if tokenizer.bos >= 0 else []
+        hole, begin, end = FIM
+        return [*first, begin, prefix, hole, suffix, end, middle, EOS]
+    return [*first, document.text, EOS]
 
 
 def _cut(text: str, fim: float, seed: int) -> tuple[str, str, str] | None:

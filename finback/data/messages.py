@@ -1,138 +1,61 @@
-"""Messages to the token ids of a prompt, a training document or a lesson, and a response back to its parts.
+"""The one way from messages to token ids, and from a response back to its reasoning and answer.
 
-What a server is sent, with tools and past chains, becomes ids in dialogue.py, in the same form.
+A tokenizer with a chat template writes dialogues by it, as transformers does; special tokens in a user's words then
+count. Without one the form is DeepSeek's, written from ids that nobody's words can forge: system messages and tools come
+first, reasoning of the past is left out except in turns that called tools since the user last spoke, and calls and their
+results are written as V3.1 writes them. A prompt is always a prefix of the lesson that teaches its answer.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from finback.config import UserError
-from finback.data.tokenizer import ADDED, ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
+from finback.data.template import CALL_PROBE
+from finback.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
+from finback.data.tools import CALL_BEGIN, OUTPUT_BEGIN, OUTPUT_END, Tool, ToolCall, call_pieces, tool_pieces
+
+# what DeepSeek's form is written with, but for chains of thought and tools
+FORM = (BOS, EOS, USER, ASSISTANT)
+# the label of a token that is not learnt, as in transformers and torch
+IGNORE = -100
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `reasoning` is the assistant's chain of thought: part of training text, never of later prompts (R1)."""
+    """One turn of a dialogue; what a role does not have is empty."""
 
-    role: Literal["system", "user", "assistant"]
+    # system, user, assistant or tool
+    role: str
     content: str
+    # the assistant's chain of thought
     reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    # of a tool's result: the call it answers
+    tool_call_id: str | None = None
+    name: str | None = None
+    # whether the answer goes on from here
+    prefix: bool = False
+
+    def to_openai(self) -> dict[str, Any]:
+        """The message in OpenAI's form, which templates read; DeepSeek's name for the reasoning."""
+        optional = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning or None,
+            "tool_calls": [call.to_openai() for call in self.tool_calls] or None,
+        }
+        return {"role": self.role, "content": self.content} | {k: v for k, v in optional.items() if v is not None}
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a model said: its chain, its answer, whether it opened one and whether it closed it."""
+    """A completion's reasoning and answer; whether it has reasoning at all, and whether that is closed."""
 
     reasoning: str
     answer: str
     thinks: bool
     closed: bool
-
-
-def parse_response(text: str) -> Response:
-    """Split generated text into chain and answer; an unclosed chain has no answer."""
-    text = text.lstrip()  # some models begin with a line break
-    if not text.startswith(THINK):
-        return Response("", text.strip(), thinks=False, closed=True)
-    chain, closed, answer = text.removeprefix(THINK).partition(END_THINK)
-    return Response(chain.strip(), answer.strip(), thinks=True, closed=bool(closed))
-
-
-def encode_prompt(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = False) -> list[int]:
-    """Ids that ask for the next assistant turn; `think` opens the chain for the model (the prefilled-<think> case).
-
-    A tokenizer with a chat template writes the dialogue by it, as transformers would; special tokens in a user's
-    words then count, as they do there. Without one the form is DeepSeek's.
-    """
-    if tokenizer.template is not None:
-        return tokenizer.encode_marked(prompt_text(messages, tokenizer, think))
-    require_special_tokens(tokenizer)
-    ids = [tokenizer.bos]
-    for message in messages:
-        ids += turn(message, tokenizer, with_thinking=False)
-    return ids + [tokenizer.ids[ASSISTANT]] + ([tokenizer.ids[THINK]] if think else [])
-
-
-def prompt_text(messages: Sequence[Message], tokenizer: Tokenizer, think: bool = False) -> str:
-    """The text of a prompt by the tokenizer's own template; `think` opens the chain where the template does not."""
-    text = rendered(messages, tokenizer, think)
-    return text + (THINK if think and not is_open(text) else "")
-
-
-def rendered(messages: Sequence[Message], tokenizer: Tokenizer, think: bool) -> str:
-    """What the template itself writes; V3.1's opens the chain, or closes it at once, by the variable `thinking`."""
-    assert tokenizer.template is not None, "without a template a prompt is ids, not text"
-    said = [{"role": m.role, "content": m.content} for m in messages]
-    return tokenizer.template.render(said, add_generation_prompt=True, **({"thinking": True} if think else {}))
-
-
-def opens_chain(tokenizer: Tokenizer) -> bool:
-    """Whether the template itself opens the chain at the end of a prompt, as R1's does since February 2025."""
-    if tokenizer.template is None:
-        return False
-    return is_open(tokenizer.template.render([{"role": "user", "content": "?"}], add_generation_prompt=True))
-
-
-def is_open(text: str) -> bool:
-    """Whether a prompt's text ends inside a chain that nothing stands in yet."""
-    return text.rstrip().endswith(THINK)
-
-
-IGNORE = -100  # the label of a token that is not learnt, as in transformers and torch
-Piece = int | str  # a token, or text that is still to be encoded
-
-
-def encode_document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Ids of a whole dialogue as training text, chains included, ended by eos after every assistant turn."""
-    return _encoded(document_pieces(messages, tokenizer), tokenizer)
-
-
-def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
-    """A dialogue as training text before its texts are encoded, so that many can be encoded together."""
-    if tokenizer.template is not None:
-        raise UserError(
-            "tokenizer",
-            str(tokenizer.path),
-            "writes dialogues by a template of its own",
-            "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made.",
-        )
-    require_special_tokens(tokenizer)
-    pieces: list[Piece] = [tokenizer.bos]
-    for message in messages:
-        pieces += _pieces(message, tokenizer, with_thinking=True)
-    return pieces if messages and messages[-1].role == "assistant" else [*pieces, tokenizer.eos]
-
-
-def require_special_tokens(tokenizer: Tokenizer, marks: Collection[str] = (BOS, EOS, *ADDED)) -> None:
-    """UserError if a tokenizer without a template lacks one of these tokens."""
-    if lacks := [token for token in tokenizer.lacks if token in marks]:
-        raise UserError(
-            "tokenizer",
-            str(tokenizer.path),
-            f"has no chat template and lacks the tokens {lacks}",
-            "Use a model that was taught to chat, or put a chat_template.jinja beside it.",
-        )
-
-
-def turn(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[int]:
-    """Ids of one turn in DeepSeek's form, the mark that opens it included."""
-    return _encoded(_pieces(message, tokenizer, with_thinking), tokenizer)
-
-
-def _pieces(message: Message, tokenizer: Tokenizer, with_thinking: bool) -> list[Piece]:
-    if message.role == "system":
-        return [message.content]
-    if message.role == "user":
-        return [tokenizer.ids[USER], message.content]
-    pieces: list[Piece] = [tokenizer.ids[ASSISTANT]]
-    if with_thinking and message.reasoning:
-        pieces += [tokenizer.ids[THINK], message.reasoning, tokenizer.ids[END_THINK]]
-    return [*pieces, message.content, tokenizer.eos]
-
-
-def _encoded(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[int]:
-    return [i for piece in pieces for i in ([piece] if isinstance(piece, int) else tokenizer.encode(piece))]
 
 
 @dataclass(frozen=True)
@@ -143,54 +66,180 @@ class Lesson:
     labels: list[int]
 
 
-def lessons(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Lesson]:
-    """The lessons of a dialogue. A prompt never holds the chains of earlier turns, so no lesson does either.
+def parse_response(text: str) -> Response:
+    """Split generated text into reasoning and answer; unclosed reasoning has no answer."""
+    text = text.lstrip()  # some models begin with a line break
+    if not text.startswith(THINK):
+        return Response("", text.strip(), thinks=False, closed=True)
+    chain, closed, answer = text.removeprefix(THINK).partition(END_THINK)
+    return Response(chain.strip(), answer.strip(), thinks=True, closed=bool(closed))
 
-    In DeepSeek's form one lesson teaches all turns, and one more each turn whose chain the first had to leave out. A
-    model with a template of its own gets one lesson for each assistant turn, behind the prompt that its template writes.
+
+def encode_prompt(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    tools: Sequence[Tool] = (),
+    think: bool | None = None,
+    continue_last: bool = False,
+) -> tuple[list[int], bool]:
+    """Ids that ask for the next assistant turn, and whether they end inside a chain of thought.
+
+    `think` True opens the chain, False asks for none, None leaves it to the model. `continue_last`, or `prefix` in the
+    last message, goes on with the assistant's last message: in its reasoning if it has no content yet, else in its
+    answer, which is then an answer without reasoning unless it came with some, whatever `think` says.
+    UserError names what does not fit, as in `messages[2].content`.
+    """
+    begun = Message("assistant", "")
+    if messages and (continue_last or messages[-1].prefix):
+        *messages, begun = messages
+        _check_begun(begun, len(messages))
+        think = bool(begun.reasoning) if begun.reasoning or begun.content else think
+    if tokenizer.template is not None:
+        text = _render(messages, tokenizer, tools, think)
+        reply, opened = _template_reply(text, begun, think)
+        return tokenizer.encode_marked(text + reply), opened
+    tokenizer.require(*FORM)
+    knows_chains = {THINK, END_THINK} <= tokenizer.ids.keys()
+    pieces = _prompt_pieces(messages, tools, knows_chains)
+    if think and not knows_chains:
+        raise UserError(
+            "think",
+            True,
+            "the model's vocabulary has no marks for a chain of thought",
+            "Ask for an answer without one.",
+        )
+    if think:
+        pieces += [THINK, begun.reasoning, *([END_THINK] if begun.content else [])]
+    return tokenizer.encode_pieces([*pieces, begun.content]), bool(think) and not begun.content
+
+
+def encode_document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """Ids of a whole dialogue as training text, all reasoning included, with eos after every assistant turn."""
+    return tokenizer.encode_pieces(document_pieces(messages, tokenizer))
+
+
+def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[str]:
+    """A dialogue as training text before its texts are encoded, so that many can be encoded together."""
+    if tokenizer.template is not None:
+        raise UserError(
+            "tokenizer",
+            str(tokenizer.path),
+            "writes dialogues by a template of its own",
+            "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made.",
+        )
+    tokenizer.require(*FORM, THINK, END_THINK)
+    pieces, _ = _turn_pieces(messages, (), set(range(len(messages))))
+    return pieces if messages and messages[-1].role == "assistant" else [*pieces, EOS]
+
+
+def lessons(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Lesson]:
+    """The lessons of a dialogue: every answer behind the very prompt that asks for it.
+
+    In DeepSeek's form one lesson teaches the last answer and all whose prompts it begins with; those whose reasoning it
+    leaves out have lessons of their own. A template may reshape past turns, so there each answer has its own.
     """
     turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
     if not turns:
         raise UserError("messages", len(messages), "nothing that an assistant says", "Give it something to learn.")
     if tokenizer.template is not None:
-        return [_lesson_by_template(messages[: i + 1], tokenizer) for i in turns]
-    require_special_tokens(tokenizer)
-    *earlier, last = turns
-    chained = [i for i in earlier if messages[i].reasoning]
-    whole = [replace(m, reasoning="") if i in chained else m for i, m in enumerate(messages[: last + 1])]
-    bare = [replace(m, reasoning="") for m in messages]
-    return [
-        _lesson(whole, set(turns) - set(chained), tokenizer),
-        *(_lesson([*bare[:i], messages[i]], {i}, tokenizer) for i in chained),
-    ]
+        return [_template_lesson(messages[:i], messages[i], tokenizer) for i in turns]
+    tokenizer.require(*FORM, THINK, END_THINK)
+    prompts = [_prompt_pieces(messages[:i]) for i in turns]
+    answers = [_answer_pieces(messages[i], with_reasoning=True) for i in turns]
+    whole = prompts[-1] + answers[-1]
+    within: list[tuple[int, int]] = []
+    others: list[Lesson] = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        pieces, span = prompt + answer, (len(prompt), len(prompt) + len(answer))
+        if whole[: span[1]] == pieces:
+            within.append(span)
+        else:
+            others.append(_lesson(pieces, [span], tokenizer))
+    return [_lesson(whole, within, tokenizer), *others]
 
 
-def _lesson(messages: Sequence[Message], learnt: set[int], tokenizer: Tokenizer) -> Lesson:
-    """In DeepSeek's form; the mark that opens an assistant's turn belongs to the prompt."""
-    ids, labels = [tokenizer.bos], [IGNORE]
-    for index, message in enumerate(messages):
-        said = turn(message, tokenizer, with_thinking=True)
-        ids += said
-        labels += [IGNORE, *said[1:]] if index in learnt else [IGNORE] * len(said)
+def _check_begun(begun: Message, place: int) -> None:
+    if begun.role != "assistant":
+        raise UserError(
+            f"messages[{place}].role",
+            begun.role,
+            "only what the assistant said can be continued",
+            "End with an assistant's message, or ask for a new one.",
+        )
+    if begun.tool_calls:
+        raise UserError(
+            f"messages[{place}].tool_calls",
+            [c.name for c in begun.tool_calls],
+            "a message with calls cannot be continued",
+            "Leave them out, or send their results.",
+        )
+
+
+def _prompt_pieces(messages: Sequence[Message], tools: Sequence[Tool] = (), knows_chains: bool = True) -> list[str]:
+    """A prompt in DeepSeek's form, special tokens and plain texts."""
+    asked = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
+    shown = {i for i, m in enumerate(messages) if knows_chains and m.tool_calls and i > asked}
+    pieces, is_answering = _turn_pieces(messages, tools, shown)
+    return pieces if is_answering else [*pieces, ASSISTANT]
+
+
+def _turn_pieces(messages: Sequence[Message], tools: Sequence[Tool], shown: set[int]) -> tuple[list[str], bool]:
+    """Turns in DeepSeek's form, with the reasoning of those that are `shown`; whether the last ones are tools' results.
+
+    After results the assistant goes on without a mark of its own.
+    """
+    pieces: list[str] = [BOS, *_system_pieces(messages, tools)]
+    is_answering = False
+    for i, message in enumerate(messages):
+        if message.role == "user":
+            pieces += [USER, message.content]
+        elif message.role == "tool":
+            pieces += [OUTPUT_BEGIN, message.content, OUTPUT_END]
+        elif message.role == "assistant":
+            pieces += [*([] if is_answering else [ASSISTANT]), *_answer_pieces(message, i in shown)]
+        is_answering = message.role == "tool" or (is_answering and message.role == "system")
+    return pieces, is_answering
+
+
+def _system_pieces(messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]:
+    """All system messages and the tools, a blank line between them."""
+    text = "\n\n".join(m.content for m in messages if m.role == "system")
+    if not tools:
+        return [text]
+    return [text + "\n\n" if text else "", *tool_pieces(tools)]
+
+
+def _answer_pieces(message: Message, with_reasoning: bool) -> list[str]:
+    reasoning = [THINK, message.reasoning, END_THINK] if with_reasoning and message.reasoning else []
+    return [*reasoning, message.content, *call_pieces(message.tool_calls), EOS]
+
+
+def _lesson(pieces: Sequence[str], answers: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> Lesson:
+    """A lesson of the pieces that lie in `answers`; these begin and end at special tokens."""
+    ids: list[int] = []
+    labels: list[int] = []
+    start = 0
+    for begin, end in answers:
+        prompt, answer = map(tokenizer.encode_pieces, (pieces[start:begin], pieces[begin:end]))
+        ids += prompt + answer
+        labels += [IGNORE] * len(prompt) + answer
+        start = end
     return Lesson(ids, labels)
 
 
-def _lesson_by_template(messages: Sequence[Message], tokenizer: Tokenizer) -> Lesson:
-    """The template's prompt for all but the last message, then that message as the model should say it."""
-    *said, answer = messages
-    text = rendered(said, tokenizer, think=bool(answer.reasoning))
-    opened, spaced = is_open(text), text.endswith("\n")
-    reply = answer.content
-    if answer.reasoning or opened:
-        gap = "\n" if spaced or not opened else ""
-        reply = f"{'' if opened else THINK + gap}{answer.reasoning}{gap}{END_THINK}{gap * 2}{answer.content}"
-    prompt = tokenizer.encode_marked(text)
-    made = [*tokenizer.encode_marked(reply), _end(tokenizer)]
-    return Lesson(prompt + made, [IGNORE] * len(prompt) + made)
-
-
-def _end(tokenizer: Tokenizer) -> int:
-    """The token that ends an answer: eos, or what generation_config.json stops at."""
+def _template_lesson(asked: Sequence[Message], answer: Message, tokenizer: Tokenizer) -> Lesson:
+    """The template's prompt, then the answer as the model should give it."""
+    if answer.tool_calls:
+        raise UserError(
+            "messages",
+            [call.name for call in answer.tool_calls],
+            "calls are not learnt in the form of a chat template",
+            "Leave them out, or use a model without a template.",
+        )
+    think = True if answer.reasoning else None
+    text = _render(asked, tokenizer, (), think)
+    reply, _ = _template_reply(text, answer, think, is_whole=True)
     ends = [token for token in (tokenizer.eos, *tokenizer.stops) if token >= 0]
     if not ends:
         raise UserError(
@@ -199,4 +248,46 @@ def _end(tokenizer: Tokenizer) -> int:
             "names no token that ends an answer",
             "Put eos_token into its tokenizer_config.json.",
         )
-    return ends[0]
+    prompt, made = tokenizer.encode_marked(text), [*tokenizer.encode_marked(reply), ends[0]]
+    return Lesson(prompt + made, [IGNORE] * len(prompt) + made)
+
+
+def _template_reply(text: str, begun: Message, think: bool | None, is_whole: bool = False) -> tuple[str, bool]:
+    """What follows a template's prompt: reasoning and answer as far as they go; whether it ends inside the reasoning.
+
+    Templates tend to reshape a last message, so what was begun is appended to the prompt for a new one.
+    """
+    is_open = text.rstrip().endswith(THINK)
+    gap = "" if text.endswith(THINK) else "\n"  # V3.1 writes no newlines around a chain
+    answers = bool(begun.content) or is_whole
+    if begun.reasoning:
+        start = begun.reasoning if is_open else f"{THINK}{gap}{begun.reasoning}"
+        return (f"{start}{gap}{END_THINK}{gap}{gap}{begun.content}", False) if answers else (start, True)
+    if is_open and (answers or think is False):  # Qwen's way to say that there is none
+        newlines = "\n" * (2 - text[-2:].count("\n"))
+        return f"{newlines}{END_THINK}\n\n{begun.content}", False
+    return (THINK, True) if think and not is_open else (begun.content, is_open)
+
+
+def _render(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Tool], think: bool | None) -> str:
+    """The prompt by the template; tools that it leaves out are described in the system message, if the model can call."""
+    assert tokenizer.template is not None, "DeepSeek's form has no template"
+    render = tokenizer.template.render_prompt
+    switches = {} if think is None else {"thinking": think, "enable_thinking": think}
+    said = [message.to_openai() for message in messages]
+    text = render(said, **switches)
+    if not tools:
+        return text
+    with_tools = render(said, tools=[tool.source for tool in tools], **switches)
+    if with_tools != text:
+        return with_tools
+    if len(tokenizer.encode_marked(CALL_BEGIN)) > 1:
+        raise UserError(
+            "tools",
+            [tool.name for tool in tools],
+            "the model's chat template writes no tools",
+            "Leave them out, or use a model that was taught to call them.",
+        )
+    section = "".join(tool_pieces(tools, fenced="```json" in render(CALL_PROBE)))
+    system = "\n\n".join([*(m.content for m in messages if m.role == "system"), section])
+    return render([{"role": "system", "content": system}, *(m for m in said if m["role"] != "system")], **switches)

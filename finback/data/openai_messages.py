@@ -1,57 +1,26 @@
-"""Dialogues as OpenAI's and DeepSeek's interfaces write them, read into plain turns; what does not fit is refused by name."""
+"""Messages and tools as OpenAI's and DeepSeek's interfaces write them; what does not fit is refused by name."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from finback.config import UserError, did_you_mean
+from finback.data.messages import Message
+from finback.data.tools import Tool, ToolCall
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
-class Called:
-    """A tool call of an earlier turn; `arguments` is JSON text, whatever form it came in."""
-
-    name: str
-    arguments: str
-    id: str | None = None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message. `role` is system, user, assistant or tool; what the others do not have is empty."""
-
-    role: str
-    content: str
-    reasoning: str = ""
-    calls: tuple[Called, ...] = ()
-    call_id: str | None = None  # of a tool's result: the call it answers
-    name: str | None = None
-    prefix: bool = False  # the answer goes on from here
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A function that may be called; `given` is what the user sent, for templates."""
-
-    name: str
-    description: str
-    parameters: str  # the JSON schema's text
-    given: Mapping[str, Any] = field(repr=False)
-
-
-def turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Read messages: UserError names the place, as in `messages[2].content`.
 
     Results of one turn's calls are put in the order of the calls, since most models see no ids.
     """
     if not messages:
         raise UserError("messages", [], "no messages", "Send at least one.")
-    found = [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    for i, turn in enumerate(found):
-        if turn.prefix and (turn.role != "assistant" or i < len(found) - 1):
+    found = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    for i, message in enumerate(found):
+        if message.prefix and (message.role != "assistant" or i < len(found) - 1):
             raise UserError(
                 f"messages[{i}].prefix",
                 True,
@@ -61,7 +30,7 @@ def turns(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
     return _ordered(found)
 
 
-def tools_of(tools: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
+def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
     """Read tools in OpenAI's form, {"type": "function", "function": {…}}."""
     found = []
     for i, tool in enumerate(tools or ()):
@@ -93,12 +62,12 @@ def tools_of(tools: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
     return found
 
 
-def _turn(message: Mapping[str, Any], where: str) -> Turn:
+def _message(message: Mapping[str, Any], where: str) -> Message:
     _demand(isinstance(message, Mapping), where, message, "not an object", "Send a role and a content.")
     role = message.get("role")
     _demand(role in ROLES, f"{where}.role", role, "no such role", did_you_mean(str(role), ROLES))
     assert isinstance(role, str)
-    calls: tuple[Called, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
     reasoning = ""
     if role == "assistant":
         calls = _calls(message.get("tool_calls"), f"{where}.tool_calls")
@@ -112,7 +81,7 @@ def _turn(message: Mapping[str, Any], where: str) -> Turn:
     names = {n: message.get(n) for n in ("tool_call_id", "name")}
     for name, value in names.items():
         _demand(isinstance(value, str | None), f"{where}.{name}", value, "not a text", "Send a text.")
-    return Turn(
+    return Message(
         "system" if role == "developer" else role,
         _content(content, f"{where}.content"),
         reasoning,
@@ -135,7 +104,7 @@ def _content(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def _calls(given: Any, where: str) -> tuple[Called, ...]:
+def _calls(given: Any, where: str) -> tuple[ToolCall, ...]:
     _demand(isinstance(given, list | tuple | None), where, given, "not a list", "Send a list of calls.")
     found = []
     for i, call in enumerate(given or ()):
@@ -155,18 +124,18 @@ def _calls(given: Any, where: str) -> tuple[Called, ...]:
         name, call_id = _text(function.get("name"), f"{at}.name"), call.get("id")
         _demand(bool(name), f"{at}.name", name, "empty", "Name the function that was called.")
         _demand(isinstance(call_id, str | None), f"{where}[{i}].id", call_id, "not a text", "Send the id as it came.")
-        found.append(Called(name, _text(arguments, f"{at}.arguments"), call_id))
+        found.append(ToolCall(name, _text(arguments, f"{at}.arguments"), call_id))
     return tuple(found)
 
 
-def _ordered(found: list[Turn]) -> list[Turn]:
-    """Results follow the turn whose calls they answer, in the order of the calls."""
-    ordered: list[Turn] = []
+def _ordered(found: list[Message]) -> list[Message]:
+    """Results follow the message whose calls they answer, in the order of the calls."""
+    ordered: list[Message] = []
     ids: list[str | None] = []  # of the calls that may be answered now
     start = 0  # where the answers to them begin
-    for i, turn in enumerate(found):
-        if turn.role != "tool":
-            ids, start = [call.id for call in turn.calls], len(ordered) + 1
+    for i, message in enumerate(found):
+        if message.role != "tool":
+            ids, start = [call.id for call in message.tool_calls], len(ordered) + 1
         elif not ids:
             raise UserError(
                 f"messages[{i}].role",
@@ -174,16 +143,16 @@ def _ordered(found: list[Turn]) -> list[Turn]:
                 "no tool was called before it",
                 "Put it right behind the assistant's message with the tool_calls.",
             )
-        elif turn.call_id is not None and None not in ids and turn.call_id not in ids:
+        elif message.tool_call_id is not None and None not in ids and message.tool_call_id not in ids:
             raise UserError(
                 f"messages[{i}].tool_call_id",
-                turn.call_id,
+                message.tool_call_id,
                 "no such call in the assistant's message",
                 f"Use one of {', '.join(map(str, ids))}.",
             )
-        ordered.append(turn)
-        if turn.role == "tool" and all(t.call_id in ids for t in ordered[start:]):
-            ordered[start:] = sorted(ordered[start:], key=lambda t: ids.index(t.call_id))
+        ordered.append(message)
+        if message.role == "tool" and all(m.tool_call_id in ids for m in ordered[start:]):
+            ordered[start:] = sorted(ordered[start:], key=lambda m: ids.index(m.tool_call_id))
     return ordered
 
 

@@ -16,18 +16,33 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finback.config import UserError
 
-# What our own exports carry: the built-in prompt of chat.py, said in Jinja. Chains of earlier turns are left out.
+# What our own exports carry: the prompt of messages.py in DeepSeek's form, in Jinja. Chains of earlier turns are left out.
 OWN = (
     "{{ bos_token }}"
+    "{%- set ns = namespace(first=true) -%}"
+    "{%- for message in messages if message['role'] == 'system' -%}"
+    "{{ ('' if ns.first else '\\n\\n') + message['content'] }}{%- set ns.first = false -%}"
+    "{%- endfor -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'user' -%}{{ '<｜User｜>' + message['content'] }}"
     "{%- elif message['role'] == 'assistant' -%}"
     "{%- set said = message['content'] -%}"
     "{%- if '</think>' in said -%}{%- set said = said.split('</think>')[-1] -%}{%- endif -%}"
     "{{ '<｜Assistant｜>' + said + eos_token }}"
-    "{%- else -%}{{ message['content'] }}{%- endif -%}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<｜Assistant｜>' }}{%- endif -%}"
+)
+
+
+# shows how a template writes a call
+CALL_PROBE: Sequence[Mapping[str, Any]] = (
+    {"role": "user", "content": "?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    },
 )
 
 
@@ -77,6 +92,68 @@ class Template:
                 f"the model's chat template refuses them ({error})",
                 "Say it as the template allows; most want user and assistant in turns.",
             ) from None
+
+    def render_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The text that asks for the next turn, with calls of past turns in the shape that this template wants.
+
+        Some want the arguments as text, others as an object, and those may not refuse text but quote it once more. Of a
+        turn that only calls, some write out a content of None, others call only if it is None.
+        """
+        if not any("tool_calls" in message for message in messages):
+            return self.render(messages, add_generation_prompt=True, **variables)
+        refusals: list[UserError] = []
+        quoted: list[str] = []
+        for empty in ("", None) if self._writes_none() else (None, ""):
+            for as_objects in (False, True):
+                try:
+                    text = self.render([_shaped(m, empty, as_objects) for m in messages], True, **variables)
+                except UserError as error:
+                    refusals.append(error)
+                    continue
+                if as_objects or not _is_quoted(text, messages):
+                    return text
+                quoted.append(text)
+        if quoted:
+            return quoted[0]
+        raise refusals[0]
+
+    def _writes_none(self) -> bool:
+        """Whether the template writes out the content of a turn that only calls though it is None."""
+        try:
+            none, empty = (
+                self.render([_shaped(m, content, True) for m in CALL_PROBE], True).count("None")
+                for content in (None, "")
+            )
+        except UserError:
+            return False
+        return none > empty
+
+
+def _shaped(message: Mapping[str, Any], empty: str | None, as_objects: bool) -> Mapping[str, Any]:
+    """A message whose calls have arguments as text or as objects; `empty` is its content if it only calls."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        call | {"function": {"name": f["name"], "arguments": _object(f["arguments"]) if as_objects else f["arguments"]}}
+        for call in message["tool_calls"]
+        for f in (call["function"],)
+    ]
+    return {**message, "content": message["content"] or empty, "tool_calls": calls}
+
+
+def _is_quoted(text: str, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the JSON text of a call's arguments stands in a prompt as a JSON string."""
+    arguments = [call["function"]["arguments"] for m in messages for call in m.get("tool_calls", ())]
+    return any(json.dumps(each, ensure_ascii=ascii_only) in text for each in arguments for ascii_only in (True, False))
+
+
+def _object(arguments: str) -> Any:
+    """The arguments as an object; as they stand if they are none."""
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

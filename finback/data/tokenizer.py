@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,18 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from finback.config import UserError
 from finback.data.template import OWN, Template
 
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
-THINK, END_THINK = "<think>", "</think>"
-FIM = ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")
+
+class SpecialToken(str):
+    """Text that is one token where the vocabulary has it, and that nothing a user says can become."""
+
+    __slots__ = ()
+
+
+BOS, EOS = SpecialToken("<｜begin▁of▁sentence｜>"), SpecialToken("<｜end▁of▁sentence｜>")
+PAD = SpecialToken("<｜▁pad▁｜>")
+USER, ASSISTANT = SpecialToken("<｜User｜>"), SpecialToken("<｜Assistant｜>")
+THINK, END_THINK = SpecialToken("<think>"), SpecialToken("</think>")
+FIM = tuple(map(SpecialToken, ("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>")))
 ADDED = (THINK, END_THINK, *FIM, USER, ASSISTANT)  # ordinary added tokens, as in DeepSeek's file
 
 # Byte-exact from DeepSeek's tokenizer.json (spec 1.9): digits by threes, CJK runs, then words, signs and spaces.
@@ -35,7 +44,7 @@ class Tokenizer:
 
     `encode` treats special tokens in the text as plain characters: a user cannot forge them. A folder's
     tokenizer_config.json, chat_template.jinja and generation_config.json say what ends a text and how a dialogue
-    is written; without a template, a vocabulary with DeepSeek's marks is written in DeepSeek's form (chat.py).
+    is written; without a template, a vocabulary with DeepSeek's marks is written in DeepSeek's form (messages.py).
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +61,7 @@ class Tokenizer:
             each.no_truncation()
             each.no_padding()
         found = {token: self._full.token_to_id(token) for token in (BOS, EOS, PAD, *ADDED)}
-        self.ids = {token: number for token, number in found.items() if number is not None}
+        self.ids: dict[str, int] = {token: number for token, number in found.items() if number is not None}
         self.vocab_size = self._full.get_vocab_size()
         self.bos, self.pad = self._special("bos", BOS), self._special("pad", PAD)
         self.eos = self._special("eos", EOS)
@@ -73,11 +82,6 @@ class Tokenizer:
             for n, t in (ours | {n: t for n, t in named.items() if t}).items()
             if self._full.token_to_id(t) is not None
         }
-
-    @property
-    def adds_bos(self) -> bool:
-        """Whether a text to be continued begins with bos, as training texts do."""
-        return self.bos >= 0 and bool(self.settings.get("add_bos_token", True))
 
     def _special(self, name: str, default: str) -> int:
         """The id of bos, eos or pad; -1 where the vocabulary has none."""
@@ -127,6 +131,32 @@ class Tokenizer:
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text whose special tokens mean what they say; for templates, never for a user's words."""
         return self._full.encode(text, add_special_tokens=False).ids
+
+    def encode_pieces(self, pieces: Iterable[str], encode: Callable[[str], list[int]] | None = None) -> list[int]:
+        """Ids of special tokens, of their characters where the vocabulary lacks them, and of plain texts between them.
+
+        Neighbouring texts are encoded as one, by `encode` if it is given.
+        """
+        ids: list[int] = []
+        named = self.ids | {BOS: self.bos, EOS: self.eos}
+        for is_special, group in groupby(pieces, key=lambda piece: isinstance(piece, SpecialToken)):
+            if is_special:
+                for token in group:
+                    ids += [named[token]] if token in named else self.encode_marked(token)
+            else:
+                ids += (encode or self.encode)("".join(group))
+        return ids
+
+    def require(self, *tokens: str) -> None:
+        """UserError if the vocabulary lacks one of these tokens."""
+        if lacks := [token for token in tokens if token not in self.ids]:
+            reason = "" if self.template else "has no chat template and "
+            raise UserError(
+                "tokenizer",
+                str(self.path),
+                f"{reason}lacks the tokens {lacks}",
+                "Use a model that was taught to chat, or put a chat_template.jinja beside it.",
+            )
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ids; added tokens such as <think> stay, bos, eos and pad go when `skip_special`."""

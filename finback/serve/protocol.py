@@ -122,19 +122,6 @@ class MessageParam(RequestPart):
             raise ValueError("content is missing")
         return self
 
-    def plain(self) -> dict[str, Any]:
-        """As chat templates want it: content one text, the chain under DeepSeek's name."""
-        content = self.content
-        text = "".join(p.text for p in content) if isinstance(content, list) else content or ""
-        said: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        optional = {
-            "name": self.name,
-            "reasoning_content": self.reasoning_content or self.reasoning,
-            "tool_calls": [c.model_dump(exclude_none=True) for c in self.tool_calls or ()] or None,
-            "tool_call_id": self.tool_call_id,
-        }
-        return said | {k: v for k, v in optional.items() if v is not None}
-
 
 class Thinking(RequestPart):
     """DeepSeek's switch."""

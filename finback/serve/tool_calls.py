@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Protocol
 
-from finback.data.dialogue import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
+from finback.data.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from finback.serve.incremental import IncrementalReader, Wait
 
 QWEN_BEGIN, QWEN_END = "<tool_call>", "</tool_call>"

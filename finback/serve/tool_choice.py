@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finback.config import did_you_mean
-from finback.data.dialogue import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, written_call
 from finback.data.tokenizer import Tokenizer
+from finback.data.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, call_example
 from finback.serve.errors import bad
 from finback.serve.protocol import ChatRequest, FunctionParam, NamedToolParam, small
 from finback.serve.tool_calls import QWEN_BEGIN, QWEN_END, ToolForm
@@ -56,7 +56,7 @@ def tool_choice_grammar(request: ChatRequest, tokenizer: Tokenizer) -> ToolChoic
 
 def form_of(tokenizer: Tokenizer) -> ToolForm:
     """How the model was taught to call; where its template shows no form that we read, the one its vocabulary has."""
-    shown = written_call(tokenizer)
+    shown = call_example(tokenizer)
     if SEPARATOR in shown:
         return ToolForm.V3 if f"function{SEPARATOR}" in shown else ToolForm.V31
     return ToolForm.V31 if QWEN_BEGIN not in shown and _token(SEPARATOR, tokenizer) else ToolForm.QWEN

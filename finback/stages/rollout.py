@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from finback.config import UserError
-from finback.data.messages import Message, Response, encode_prompt, opens_chain, parse_response
+from finback.data.messages import Message, Response, encode_prompt, parse_response
 from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import Completion, SamplingParams
@@ -36,12 +36,12 @@ def rollout(
     think: bool = False,
 ) -> list[Rollout]:
     """Answer each problem once; `think` opens the chain for the model. An answer cut off in its chain is wrong."""
-    prompts = [encode_prompt([Message("user", p.question)], tokenizer, think) for p in problems]
+    asked = [encode_prompt([Message("user", p.question)], tokenizer, think=think or None) for p in problems]
+    prompts = [ids for ids, _ in asked]
     _check_window(engine.model.config.max_position_embeddings, prompts, problems, sampling.max_tokens)
     completions = engine.generate(prompts, sampling, seeds)
-    think = think or opens_chain(tokenizer)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
-    responses = [parse_response(THINK + text if think else text) for text in texts]
+    responses = [parse_response(THINK * opened + text) for text, (_, opened) in zip(texts, asked, strict=True)]
     # an answer that was cut off, or whose chain never ends, is not even looked at
     whole = [c.finish_reason == "stop" and r.closed for c, r in zip(completions, responses, strict=True)]
     pairs = [(p, r.answer) for p, r, ok in zip(problems, responses, whole, strict=True) if ok]

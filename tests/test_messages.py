@@ -1,17 +1,36 @@
 """What a client sends becomes the tokens its model was taught: by hand in DeepSeek's form, and by other models' templates."""
 
+import dataclasses
 import json
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from finback.checkpoint import model as models
+from finback.checkpoint.export import export
+from finback.comparison.local import Local
+from finback.comparison.protocol import SamplingProtocol, eval_requests
 from finback.config import UserError
 from finback.data import tokenizer
-from finback.data.dialogue import dialogue
-from finback.data.messages import Message, encode_prompt, opens_chain
+from finback.data.messages import IGNORE, Message, encode_prompt, lessons
+from finback.data.openai_messages import read_messages, read_tools
 from finback.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
+from finback.engine.engine import Engine
+from finback.engine.request import Request, SamplingParams
+from finback.model.transformer import Transformer
+from finback.report.talk import Conversation
+from finback.serve.prepare import RequestPreparer
+from finback.serve.protocol import ChatRequest
+from finback.stages.rollout import rollout
+from finback.suites.suite import Suite, SuiteSource
+from finback.tasks.task import Problem
+from tests.comparing import Sums
+from tests.toy import CONFIG
 
 TEXT = ["The whale sang: 4+5=9! ## Tools Description Parameters {} [] function arguments"] * 20
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -118,21 +137,105 @@ CALLING = [
 ]
 
 
+def dialogue(
+    messages: list[dict[str, Any]], words: Tokenizer, tools: Any = None, **options: Any
+) -> tuple[list[int], bool]:
+    """As a server makes a prompt of what it is sent."""
+    return encode_prompt(read_messages(messages), words, tools=read_tools(tools), **options)
+
+
 def written(messages: list[dict[str, Any]], words: Tokenizer, **options: Any) -> tuple[str, bool]:
     """The prompt as text."""
     ids, opened = dialogue(messages, words, **options)
     return words.decode(ids, skip_special=False), opened
 
 
-@pytest.mark.parametrize("template", [None, R1, V31])
-def test_it_agrees_with_the_prompt_of_training(template: str | None, words: Tokenizer, tmp_path: Path) -> None:
-    words = words if template is None else templated(words, template, tmp_path)
-    plain = [Message("user", "4+5?"), Message("assistant", "9", "4+5=9"), Message("user", "ok")]
-    messages = [{"role": m.role, "content": m.content} for m in plain]
-    opens = opens_chain(words)
-    assert opens == (template == R1)
-    assert dialogue(messages, words) == (encode_prompt(plain, words), opens)
-    assert dialogue(messages, words, think=True) == (encode_prompt(plain, words, think=True), True)
+@pytest.fixture(scope="module")
+def folder(marked: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights in Hugging Face's form."""
+    config = dataclasses.replace(CONFIG, vocab_size=marked.vocab_size, num_nextn_predict_layers=0)
+    path = tmp_path_factory.mktemp("models") / "toy"
+    special = {"bos_token_id": marked.bos, "eos_token_id": marked.eos, "pad_token_id": marked.pad}
+    export(Transformer(config).initialise(4).eval(), path, "fp32", marked.export, special)
+    return path
+
+
+PAST = (
+    Message("system", "S"),
+    Message("user", "hi"),
+    Message("assistant", "well", "hm"),
+    Message("user", "so?"),
+    Message("assistant", "so"),
+)
+
+
+@pytest.mark.parametrize("think", [None, True])
+@pytest.mark.parametrize("template", [None, R1, V31, QWEN3])
+def test_all_who_ask_ask_alike(
+    template: str | None, think: bool | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SFT, RL and evaluation, comparison, the terminal, the server and transformers give one question the same ids."""
+    path = tmp_path / "toy"
+    shutil.copytree(folder, path)
+    if template is not None:
+        (path / "chat_template.jinja").write_text(template)
+    words = Tokenizer(path)
+    asked: list[list[int]] = []
+    real = Engine.submit
+
+    def submit(self: Engine, prompt: Sequence[int], *given: Any, **more: Any) -> Request:
+        asked.append(list(prompt))
+        return real(self, prompt, *given, **more)
+
+    monkeypatch.setattr(Engine, "submit", submit)
+    problem, knobs = Problem("4+5?", "9", "4+5"), SamplingParams(max_tokens=2)
+    ids, opened = encode_prompt([Message("user", problem.question)], words, think=think)
+
+    engine = Engine(models.load_to_answer(path, "fp32"), words.stops, rows=1, tokenizer=words)
+    rollout(engine, words, Sums(), [problem], [0], knobs, think=bool(think))
+    protocol = SamplingProtocol(samples=1, max_tokens=2, think=think)
+    suite = Suite("sums", (problem,), Sums(), SuiteSource("by hand", "MIT", "0" * 64))
+    assert len(list(Local(path, "toy", "fp32").answers(eval_requests([suite], protocol, {}), protocol))) == 1
+    assert asked == [ids, ids] and opened == (think is True or template == R1)
+
+    dialogue = (*PAST, Message("user", problem.question))
+    ids, _ = encode_prompt(dialogue, words, think=think)
+    talk = Conversation(path, 0, max_tokens=2)
+    talk.messages, talk.think = list(PAST), think
+    list(talk.reply(problem.question))
+    sent = {"messages": [m.to_openai() for m in dialogue], "chat_template_kwargs": {"thinking": think}}
+    preparer = RequestPreparer(words, 256, 16)
+    prepared = preparer.chat(ChatRequest.model_validate(sent | {"model": "toy", "max_tokens": 2}), seed=0)
+    assert asked[2:] == [ids] and prepared.orders[0].prompt == ids
+
+    lesson = lessons([*dialogue, Message("assistant", "9", "4+5=9" if think else "")], words)[0 if not template else -1]
+    assert lesson.ids[: len(ids)] == ids and lesson.labels[-2:] == [*words.encode("9"), words.eos]
+    if think is None:  # else the answer begins with the mark that the prompt has already
+        assert lesson.labels[len(ids) - 1 :] == [IGNORE, *lesson.ids[len(ids) :]]
+
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    switches = {} if think is None else {"thinking": think, "enable_thinking": think}
+    said = [m.to_openai() for m in dialogue]
+    found = theirs.apply_chat_template(said, tokenize=True, add_generation_prompt=True, **switches)["input_ids"]
+    assert ids == found + [words.ids[THINK]] * (ids != found) and (think or ids == found)
+
+
+@pytest.mark.parametrize("template", [None, R1, V31, QWEN3])
+def test_every_lesson_begins_with_its_prompt(template: str | None, marked: Tokenizer, tmp_path: Path) -> None:
+    """Also where tools are called, and where a system message comes late."""
+    words = marked if template is None else templated(marked, template, tmp_path)
+    calls = read_messages([*CALLING, result("9")]) if template is None else []
+    dialogue = [*calls, *PAST, Message("user", "?"), Message("assistant", "!", "what")]
+    learnt: dict[int, int] = {}
+    for lesson in lessons(dialogue, words):
+        for i in (i for i, m in enumerate(dialogue) if m.role == "assistant"):
+            prompt, _ = encode_prompt(dialogue[:i], words)
+            if template and dialogue[i].reasoning:
+                prompt, _ = encode_prompt(dialogue[:i], words, think=True)
+            labels = lesson.labels[len(prompt) :]
+            if lesson.ids[: len(prompt)] == prompt and labels and labels[0] != IGNORE:
+                learnt[i] = learnt.get(i, 0) + 1
+    assert learnt == dict.fromkeys((i for i, m in enumerate(dialogue) if m.role == "assistant"), 1)
 
 
 @pytest.mark.parametrize(
