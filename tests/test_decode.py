@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
-from finback.kernels import decode, moe_gemm, native, packed, reference
+from finback.kernels import moe_gemm, native, norm, packed, reference
+from finback.kernels.swiglu import swiglu
 from finback.model.cache import Cache, Pool
 from finback.model.config import ModelConfig
-from finback.model.pack import pack
+from finback.model.native import NativeGQA, NativeMLA, use_native
+from finback.model.pack import PackedGQA, pack
+from finback.model.replace import recast
 from finback.model.transformer import Transformer
 from tests.test_model import DENSE, TOY, random_model
 from tests.toy import environment
@@ -32,7 +35,7 @@ CONFIGS = {
 
 def passes(model: Transformer) -> torch.Tensor:
     """Hidden states of a prompt, single tokens and a pair of them, on scattered pages, one row ahead of the others."""
-    config = model.config
+    config = use_native(model).config
     pool = Pool(config, 13, model.compute, torch.device("cpu"))
     table = torch.tensor([[5, 2, 9, 12], [1, 8, 3, 10], [4, 6, 7, 11]])
     tokens = torch.randint(0, config.vocab_size, (3, 60), generator=torch.Generator().manual_seed(1))
@@ -51,14 +54,15 @@ def test_decoding_equals_the_plain_lines(config: ModelConfig, monkeypatch: pytes
     model = random_model(config)
     if config.attention == "gqa":  # as in a packed model, in fp32
         for block in model.blocks:
-            a = block.attention
-            a.fused = torch.nn.Linear(config.hidden_size, a.query.weight.size(0) + a.key_value.weight.size(0))
+            a = recast(block.attention, PackedGQA)
+            a.stacked = torch.nn.Linear(config.hidden_size, a.query.weight.size(0) + a.key_value.weight.size(0))
             with torch.no_grad():
-                a.fused.weight.copy_(torch.cat([a.query.weight, a.key_value.weight]))
-                a.fused.bias.zero_()
+                a.stacked.weight.copy_(torch.cat([a.query.weight, a.key_value.weight]))
+                a.stacked.bias.zero_()
                 if a.query.bias is not None:
-                    a.fused.bias.copy_(torch.cat([a.query.bias, a.key_value.bias]))
+                    a.stacked.bias.copy_(torch.cat([a.query.bias, a.key_value.bias]))
     fast = passes(model)
+    assert len({type(block.attention) for block in model.blocks} & {NativeMLA, NativeGQA}) == 1
     monkeypatch.setattr(native, "library", lambda: None)
     plain = passes(model)
     assert (fast - plain).abs().max() <= 1e-4 and fast.abs().max() > 0.1
@@ -109,17 +113,17 @@ def test_norm_and_swiglu(dtype: torch.dtype, tokens: int, size: int) -> None:
     tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 0.02}
     before = x.clone()
     with torch.inference_mode():
-        total, normed = decode.add_norm(x, y, gain, 1e-6)
+        total, normed = norm.add_rms_norm(x, y, gain, 1e-6)
         assert torch.equal(total, x + y) and torch.equal(x, before)
         torch.testing.assert_close(normed, reference.rms_norm(x + y, gain, 1e-6), **tolerance)
         wide = torch.cat([x, y], dim=-1)
         plain = torch.nn.functional.silu(x.float()) * y.float()
-        torch.testing.assert_close(decode.swiglu(wide).float(), plain, **tolerance)
+        torch.testing.assert_close(swiglu(wide).float(), plain, **tolerance)
 
 
 def test_swiglu_holds_at_extremes() -> None:
     x = torch.tensor([[-200.0, -90.0, 0.0, 90.0, 3e38, 1.0, 1.0, 1.0, 1.0, 1.0]])
-    y = decode.swiglu(x)[0]
+    y = swiglu(x)[0]
     assert y[:3].abs().max() < 1e-30 and y[3] == 90 and y[4] == x[0, 4]
 
 
@@ -143,7 +147,7 @@ def test_bf16_is_rounded_as_torch_rounds() -> None:
     values = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-9, 1.00390625 + 2**-20, 3.0e38, 1e-40])
     for value in values:
         with torch.inference_mode():
-            out = decode.add_norm(torch.ones(1, 1, dtype=torch.bfloat16), None, value[None], 0.0)[1]
+            out = norm.rms_norm(torch.ones(1, 1, dtype=torch.bfloat16), value[None], 0.0)
         assert out.item() == value.bfloat16().item()
 
 

@@ -14,6 +14,7 @@ from finback.kernels import fp8, fp8_hopper, fp8_train, native, reference
 from finback.kernels.fp8_products import Emulated, Operand, Scaled, round_, round_e5m6, round_tiles
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
 from finback.model.config import TINY
+from finback.model.moe import MoE
 from finback.model.transformer import Transformer
 from finback.train.precision import use_fp8
 from finback.train.step import backward
@@ -377,7 +378,8 @@ def test_exactly_the_papers_modules_are_in_fp8() -> None:
         f"{b}.feed_forward.{n}" for b, found in blocks.items() for n in found
     }
     modules = dict(model.named_modules())
-    places = {n: replace(m.numerics, products=None) for n, m in modules.items() if getattr(m, "numerics", None)}
+    holders = {n: m.experts if isinstance(m, MoE) else m for n, m in modules.items()}
+    places = {n: replace(m.numerics, products=None) for n, m in holders.items() if hasattr(m, "numerics")}
     assert {n for n, place in places.items() if place == AFTER_ATTENTION} == {f"{b}.attention.out" for b in blocks}
     assert {n for n, place in places.items() if place == ROUTED} == {
         "blocks.1.feed_forward",

@@ -179,7 +179,8 @@ def test_paged_attention_equals_its_plain_form(dtype: torch.dtype, groups: int, 
     table = torch.randint(0, 40, (rows, 6), generator=generator)
     lengths = torch.tensor([0, 1, 15, 40, 6 * PAGE - new])
     for starts in (None, torch.tensor([0, 0, 3, 33, 17])):
-        arguments = (query, entries, table, lengths, starts, PAGE, groups, value, 0 if groups == 1 else 152)
+        stored = decode.PagedRows(entries, table[:0], table, lengths, starts, PAGE)
+        arguments = (query, stored, groups, value, 0 if groups == 1 else 152)
         fast = decode.paged_attention(*arguments, scale=0.3)
         plain = reference.paged_attention(*arguments, scale=0.3)
         assert (fast - plain).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-5)

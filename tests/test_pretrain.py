@@ -17,7 +17,7 @@ from finback.config import UserError
 from finback.data.rows import Rows
 from finback.data.sources import Files
 from finback.model.config import Yarn
-from finback.model.recompute import Policy
+from finback.model.recompute import Policy, use_recompute
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.report.export import export_model
@@ -198,7 +198,7 @@ def test_recomputation_changes_no_bit_and_counts_no_token_twice(policy: Policy) 
     tokens = torch.randint(0, 320, (4, 18), generator=torch.Generator().manual_seed(0))
 
     def run(chosen: Policy) -> tuple[Losses, list[torch.Tensor], list[torch.Tensor], int]:
-        model, kept = toy_model().train().recompute(chosen), 0
+        model, kept = use_recompute(toy_model().train(), chosen), 0
 
         def pack(t: torch.Tensor) -> torch.Tensor:
             nonlocal kept
@@ -220,7 +220,7 @@ def test_recomputation_by_block_keeps_less() -> None:
     tokens = torch.randint(0, 320, (8, 65), generator=torch.Generator().manual_seed(0))
     peaks = {}
     for policy in ("none", "attention", "block"):
-        model, alive = Transformer(config).initialise(0).train().recompute(policy), []  # type: ignore[arg-type]
+        model, alive = use_recompute(Transformer(config).initialise(0).train(), policy), []  # type: ignore[arg-type]
 
         class Kept:
             def __init__(self, t: torch.Tensor, alive: list[int] = alive) -> None:

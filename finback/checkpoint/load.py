@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finback.checkpoint import hf, names
 from finback.checkpoint.audit import Audit, audit
@@ -18,6 +18,7 @@ from finback.config import UserError
 from finback.kernels import fp8
 from finback.model.layers import Linear
 from finback.model.moe import MoE
+from finback.model.quantized import make_room_for_fp8
 from finback.model.transformer import Transformer
 
 READERS = min(4, os.cpu_count() or 1)
@@ -132,7 +133,7 @@ def part(whole: Tensor, index: int, parts: int) -> Tensor:
 
 def scale_name(ours: str) -> str:
     """Our name of the factors of an FP8 tensor."""
-    return ours + "_scale"  # Linear's `weight` has weight_scale, MoE's `down` has down_scale
+    return ours + "_scale"  # see model/quantized.py
 
 
 def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
@@ -143,7 +144,9 @@ def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
         if all(shards.specs[n].dtype == "F8_E4M3" for n in theirs)
     }
     for prefix, module in model.named_modules():
-        kinds = ("weight",) if isinstance(module, Linear) else ("gate_up", "down") if isinstance(module, MoE) else ()
+        if not isinstance(module, Linear | MoE):
+            continue
+        kinds = ("gate_up", "down") if isinstance(module, MoE) else ("weight",)
         found = [k for k in kinds if f"{prefix}.{k}" in stored]
         # blocks of parts that share a matrix line up only when each part is a whole number of blocks high
         matrices = len(module.gate_up) if isinstance(module, MoE) else 1
@@ -153,8 +156,4 @@ def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
         )
         if not found or len(found) != len(kinds) or not aligned:
             continue
-        for kind in found:
-            shape = getattr(module, kind).shape
-            setattr(module, kind, nn.Parameter(torch.empty(shape, dtype=torch.float8_e4m3fn), requires_grad=False))
-            factors = (*shape[:-2], fp8.blocks(shape[-2]), fp8.blocks(shape[-1]))
-            setattr(module, f"{kind}_scale", torch.empty(factors))
+        make_room_for_fp8(module, found)

@@ -22,6 +22,7 @@ from finback.engine.sampler import Sampler
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Pool
+from finback.model.native import use_native
 from finback.model.transformer import Transformer
 
 
@@ -47,7 +48,7 @@ class Engine:
         speculate: bool = False,
         patience: int | None = None,
     ) -> None:
-        self.model, self.rows, self.tokenizer = model, rows, tokenizer
+        self.model, self.rows, self.tokenizer = use_native(model), rows, tokenizer
         self.stops = frozenset(token for token in stops if 0 <= token < model.config.vocab_size)
         self.chunk, self.reuse = chunk, reuse
         self.speculation = Speculation() if speculate and len(model.mtp) else None

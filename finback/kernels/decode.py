@@ -1,210 +1,101 @@
-"""The C++ kernels around the matrix products of a decoding step, called on torch's tensors.
+"""Attention of a decoding step in C++, over the pages that hold what is cached. Twin: reference.paged_attention.
 
-Each replaces a dozen small operations, whose own cost would be more than half of a small model's step. `ready` says
-whether they can be used; where not, the model's plain lines run.
+The caller asks native.ready first.
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from finback.kernels import native
 
-DTYPES = (torch.float32, torch.bfloat16)
+
+@dataclass
+class PagedRows:
+    """The rows of a pass and where one layer keeps their entries: page p is slots p·size … p·size + size - 1."""
+
+    entries: Tensor  # (slots, elements)
+    slots: Tensor  # (rows · new,), where the new tokens' entries go
+    table: Tensor  # (rows, pages), each row's pages in order
+    lengths: Tensor  # (rows,), entries before the first new one
+    starts: Tensor | None  # (rows,), what lies before is not seen
+    size: int
 
 
-def ready(x: Tensor) -> bool:
-    """Whether the kernels take this tensor: on a CPU, fp32 or bf16, nothing recorded for a backward pass."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and not torch.is_grad_enabled() and native.library() is not None
+class GroupedHeads(NamedTuple):
+    """Shape and constants of grouped-query attention."""
+
+    groups: int
+    head_dim: int
+    eps: float
+    scale: float
 
 
-def add_norm(x: Tensor, y: Tensor | None, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y (x itself without a y), and its RMSNorm. x and y (..., d), gain (d,)."""
-    x, gain, size = x.contiguous(), gain.float(), x.size(-1)
-    total, out = x if y is None else torch.empty_like(x), torch.empty_like(x)
-    y = None if y is None else y.to(x.dtype).contiguous()
-    native.call("add_norm", x.dtype == torch.bfloat16, x, y, gain, total, out, x.numel() // size, size, eps)
-    return total, out
+class LatentHeads(NamedTuple):
+    """Shape and constants of MLA; nope, rope and value are sizes of a head's parts."""
+
+    nope: int
+    rope: int
+    value: int
+    interleaved: bool
+    eps: float
+    scale: float
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """SiLU(gate) ⊙ up for x (..., [gate | up]) -> (..., half)."""
-    x = x.contiguous()
-    width = x.size(-1) // 2
-    out = x.new_empty(*x.shape[:-1], width)
-    native.call("swiglu", x.dtype == torch.bfloat16, x, out, out.numel() // width, width)
-    return out
-
-
-def paged_attention(
-    query: Tensor,
-    entries: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    size: int,
-    groups: int,
-    value_dim: int,
-    value_at: int,
-    scale: float,
-) -> Tensor:
+def paged_attention(query: Tensor, rows: PagedRows, groups: int, value_dim: int, value_at: int, scale: float) -> Tensor:
     """As reference.paged_attention, reading every page once, where it lies; in fp32 inside."""
-    rows, new, heads, key_dim = query.shape
+    count, new, heads, key_dim = query.shape
     asked = query.float().contiguous()
-    out = asked.new_empty(rows, new, heads, value_dim)
+    out = asked.new_empty(count, new, heads, value_dim)
     native.call(
         "attend",
-        entries.dtype == torch.bfloat16,
-        asked,
-        entries,
-        out,
-        table,
-        lengths,
-        starts,
-        rows,
-        new,
-        heads,
-        groups,
-        key_dim,
-        value_dim,
-        entries.size(1),
-        value_at,
-        size,
-        table.size(1),
-        scale,
+        rows.entries.dtype == torch.bfloat16,
+        *(asked, rows.entries, out, rows.table, rows.lengths, rows.starts),
+        *(count, new, heads, groups, key_dim, value_dim, rows.entries.size(1), value_at),
+        *(rows.size, rows.table.size(1), scale),
     )
     return out.to(query.dtype)
 
 
 def grouped_query(
-    qkv: Tensor,
-    entries: Tensor,
-    slots: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    size: int,
-    cos: Tensor,
-    sin: Tensor,
-    gains: tuple[Tensor, Tensor] | None,
-    groups: int,
-    head_dim: int,
-    eps: float,
-    scale: float,
+    qkv: Tensor, gains: tuple[Tensor, Tensor] | None, cos: Tensor, sin: Tensor, rows: PagedRows, heads: GroupedHeads
 ) -> Tensor:
-    """Rotate, store, attend for grouped-query attention: qkv (rows, new, (heads + 2 groups) · head_dim) -> (rows, new, out).
+    """Norm, rotate, store, attend: qkv (rows, new, (queries + 2 groups) · head_dim) -> (rows, new, queries · head_dim).
 
-    The new keys and values go to `slots` of entries (slots, elements); see reference.paged_attention for the others.
+    gains are those of the norms over each head's query and key, if it has them.
     """
     qkv = qkv.contiguous()
-    rows, new = qkv.shape[:2]
-    heads = qkv.size(2) // head_dim - 2 * groups
-    out = qkv.new_empty(rows, new, heads * head_dim)
+    count, new = qkv.shape[:2]
+    queries = qkv.size(2) // heads.head_dim - 2 * heads.groups
+    out = qkv.new_empty(count, new, queries * heads.head_dim)
     query_gain, key_gain = (None, None) if gains is None else (gains[0].float(), gains[1].float())
     native.call(
         "grouped_query",
         qkv.dtype == torch.bfloat16,
-        qkv,
-        entries,
-        out,
-        slots,
-        table,
-        lengths,
-        starts,
-        cos,
-        sin,
-        query_gain,
-        key_gain,
-        rows,
-        new,
-        heads,
-        groups,
-        head_dim,
-        size,
-        table.size(1),
-        eps,
-        scale,
+        *(qkv, rows.entries, out, rows.slots, rows.table, rows.lengths, rows.starts, cos, sin, query_gain, key_gain),
+        *(count, new, queries, heads.groups, heads.head_dim, rows.size, rows.table.size(1), heads.eps, heads.scale),
     )
     return out
 
 
 def latent(
-    q: Tensor,
-    kv: Tensor,
-    up: Tensor,
-    entries: Tensor,
-    slots: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    size: int,
-    cos: Tensor,
-    sin: Tensor,
-    gain: Tensor,
-    interleaved: bool,
-    dims: tuple[int, int, int],
-    eps: float,
-    scale: float,
+    q: Tensor, kv: Tensor, up: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, rows: PagedRows, heads: LatentHeads
 ) -> Tensor:
-    """Norm, rotate, store and attend for MLA in absorbed form -> (rows, new, heads · value).
+    """Norm, rotate, store and attend for MLA in absorbed form -> (rows, new, queries · value).
 
-    q (rows, new, heads · (nope + rope)), kv (rows, new, latent + rope), up (heads · (nope + value), latent);
-    dims = (nope, rope, value).
+    q (rows, new, queries · (nope + rope)), kv (rows, new, latent + rope), up (queries · (nope + value), latent).
     """
-    nope, rope, value = dims
+    nope, rope, value, interleaved, eps, scale = heads
     q, kv, gain = q.contiguous(), kv.contiguous(), gain.float()
-    rows, new = q.shape[:2]
-    heads = q.size(2) // (nope + rope)
-    out = q.new_empty(rows, new, heads * value)
+    count, new = q.shape[:2]
+    queries = q.size(2) // (nope + rope)
+    out = q.new_empty(count, new, queries * value)
     native.call(
         "latent",
         q.dtype == torch.bfloat16,
-        q,
-        kv,
-        up,
-        entries,
-        out,
-        slots,
-        table,
-        lengths,
-        starts,
-        cos,
-        sin,
-        gain,
-        interleaved,
-        rows,
-        new,
-        heads,
-        nope,
-        rope,
-        value,
-        up.size(1),
-        size,
-        table.size(1),
-        eps,
-        scale,
+        *(q, kv, up, rows.entries, out, rows.slots, rows.table, rows.lengths, rows.starts, cos, sin, gain),
+        *(interleaved, count, new, queries, nope, rope, value, up.size(1), rows.size, rows.table.size(1), eps, scale),
     )
     return out
-
-
-def experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """As reference.routed_experts, for few tokens: every expert's weights are read once, and no token is moved."""
-    tokens, choices = index.shape
-    width, size = down.size(2), x.size(1)
-    wide, weight, index = x.float().contiguous(), weight.float().contiguous(), index.contiguous()
-    out, hidden = torch.empty_like(wide), wide.new_empty(tokens * choices, width)
-    native.call(
-        "experts",
-        gate_up.dtype == torch.bfloat16,
-        wide,
-        index,
-        weight,
-        gate_up,
-        down,
-        out,
-        hidden,
-        tokens,
-        choices,
-        size,
-        width,
-    )
-    return out.to(x.dtype)

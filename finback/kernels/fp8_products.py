@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finback.kernels import decode, fp8, native, reference
+from finback.kernels import fp8, native, reference
 from finback.kernels.fp8 import BLOCK
 
 Operand = tuple[Tensor, ...]
@@ -98,7 +98,7 @@ class Emulated:
 
 def round_tiles(x: Tensor, dim: int, power_of_two: bool = False) -> Tensor:
     """What E4M3 leaves of x (rows, columns), in tiles of 128 along `dim`; fp32. Twin: quantize_tiles and back."""
-    if x.device.type == "cpu" and x.dtype in decode.DTYPES and native.library() is not None:
+    if x.device.type == "cpu" and x.dtype in native.DTYPES and native.library() is not None:
         return _round_natively(x.contiguous(), dim, power_of_two)
     size = x.size(dim)
     wide = F.pad(x.float(), (0, -size % BLOCK) if dim == 1 else (0, 0, 0, -size % BLOCK))

@@ -77,7 +77,8 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, numerics = grads[0], ctx.numerics
         p = products_for(grad, numerics)
-        kept, blocks = ctx.saved_tensors[: ctx.split], ctx.saved_tensors[ctx.split :]
+        saved = ctx.saved_tensors  # once: with recomputation a second look is an error
+        kept, blocks = saved[: ctx.split], saved[ctx.split :]
         rows = grad.flatten(0, -2)
         d_x = p.multiply(p.tiles(rows), _transposed(blocks)).to(grad.dtype)
         seen = kept[0] if numerics.keep_e5m6 else p.widen(kept)

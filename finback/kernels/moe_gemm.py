@@ -4,23 +4,41 @@ The element-wise work runs once over all experts' rows instead of once per exper
 autograd in between. Twin: reference.routed_experts.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finback.kernels import decode
+from finback.kernels import native
 
 FEW = 32  # tokens up to which a product per expert costs more than going through its rows one by one
+# x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)
+Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Blocks = list[tuple[int, int, int]]  # (expert, first row, last row + 1)
 
 
 def routed_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As reference.routed_experts: x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)."""
-    if len(x) <= FEW and decode.ready(x) and gate_up.dtype == down.dtype and gate_up.dtype in decode.DTYPES:
-        return decode.experts(x, index, weight, gate_up, down)
+    if len(x) <= FEW and native.ready(x) and gate_up.dtype == down.dtype and gate_up.dtype in native.DTYPES:
+        return _native(x, index, weight, gate_up, down)
     return _GroupedExperts.apply(x, index, weight, gate_up, down, _block_multiple(x))
+
+
+def _native(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """For few tokens, in C++: every expert's weights are read once, and no token is moved."""
+    tokens, choices = index.shape
+    width, size = down.size(2), x.size(1)
+    wide, weight, index = x.float().contiguous(), weight.float().contiguous(), index.contiguous()
+    out, hidden = torch.empty_like(wide), wide.new_empty(tokens * choices, width)
+    native.call(
+        "experts",
+        gate_up.dtype == torch.bfloat16,
+        *(wide, index, weight, gate_up, down, out, hidden),
+        *(tokens, choices, size, width),
+    )
+    return out.to(x.dtype)
 
 
 class _GroupedExperts(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The C++ kernels of cpu.cpp, compiled once with the machine's own compiler and kept in the user's cache.
 
-A second or two on first use. Without a compiler, or with FINBACK_NATIVE=0 in the environment, `library` is None and
+Each replaces a dozen small operations, whose own cost would be more than half of a small model's decoding step. `ready`
+says whether they serve a tensor; where not, plain lines run. Compiling takes a second or two on first use. Without a compiler, or with FINBACK_NATIVE=0 in the environment, `library` is None and
 callers take the plain form.
 """
 
@@ -16,8 +17,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16)
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # not -ffast-math: linked into a library it would change how the whole process rounds
 FLAGS = (
@@ -44,6 +47,11 @@ SIGNATURES = {
     "round_tiles": "ipp" + 4 * "i",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
+
+
+def ready(x: Tensor) -> bool:
+    """Whether the kernels take this tensor: on a CPU, fp32 or bf16, nothing recorded for a backward pass."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and not torch.is_grad_enabled() and library() is not None
 
 
 def call(name: str, *arguments: Tensor | float | None) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finback.kernels import fp8
+from finback.kernels.decode import PagedRows
 
 
 def routed_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -37,31 +38,18 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return (wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * gain.float()).to(x.dtype)
 
 
-def paged_attention(
-    query: Tensor,
-    entries: Tensor,
-    table: Tensor,
-    lengths: Tensor,
-    starts: Tensor | None,
-    size: int,
-    groups: int,
-    value_dim: int,
-    value_at: int,
-    scale: float,
-) -> Tensor:
+def paged_attention(query: Tensor, rows: PagedRows, groups: int, value_dim: int, value_at: int, scale: float) -> Tensor:
     """Attention of the newest tokens of each row over all that its pages hold -> (rows, new, heads, value_dim).
 
-    query (rows, new, heads, key_dim); entries (slots, elements), page p being slots p·size … p·size + size - 1; table
-    (rows, pages); lengths (rows,) counts the entries before the first new one, whose own are stored already; what lies
-    before starts (rows,) is not seen. The heads fall into `groups`; group g has its key at g·key_dim of an entry and its
-    value at value_at + g·value_dim.
+    query (rows, new, heads, key_dim); the new tokens' own entries are stored already. The heads fall into `groups`;
+    group g has its key at g·key_dim of an entry and its value at value_at + g·value_dim.
     """
     new, heads, key_dim = query.shape[1:]
-    stored = gather_pages(entries, table, size).to(query.dtype)
+    stored = gather_pages(rows).to(query.dtype)
     slot = torch.arange(stored.size(1), device=query.device)
-    seen = slot <= lengths[:, None, None] + torch.arange(new, device=query.device)[:, None]
-    if starts is not None:
-        seen = seen & (slot >= starts[:, None, None])
+    seen = slot <= rows.lengths[:, None, None] + torch.arange(new, device=query.device)[:, None]
+    if rows.starts is not None:
+        seen = seen & (slot >= rows.starts[:, None, None])
     keys = stored[:, :, : groups * key_dim].unflatten(2, (groups, key_dim))
     values = stored[:, :, value_at : value_at + groups * value_dim].unflatten(2, (groups, value_dim))
     grouped = query.unflatten(2, (groups, heads // groups))
@@ -70,9 +58,9 @@ def paged_attention(
     return torch.einsum("bghts,bsgv->btghv", weights, values).flatten(2, 3)
 
 
-def gather_pages(entries: Tensor, table: Tensor, size: int) -> Tensor:
-    """The rows' entries in order, (rows, pages · size, elements), from entries (slots, elements) and table (rows, pages)."""
-    return entries.unflatten(0, (-1, size))[table].flatten(1, 2)
+def gather_pages(rows: PagedRows) -> Tensor:
+    """The rows' entries in order, (rows, pages · size, elements)."""
+    return rows.entries.unflatten(0, (-1, rows.size))[rows.table].flatten(1, 2)
 
 
 def exact_sum(a: Tensor, b: Tensor) -> Tensor:

@@ -1,18 +1,20 @@
 """What decoding keeps of past tokens: pages of a pool, and what one forward pass sees of them.
 
 A page holds the entries of `size` consecutive tokens, for every layer at the same place. Which pages belong to which
-sequence is the engine's business; here they are storage that attention layers read and extend.
+request is the engine's business; here they are storage that attention layers read and extend.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from finback.kernels import decode, reference
+from finback.kernels import decode, native, reference
+from finback.kernels.decode import PagedRows
 from finback.model.config import ModelConfig
 
-PAGE = 16  # tokens; what sequences share is shared in such units
+PAGE = 16  # tokens; what requests share is shared in such units
 FEW = 8  # new tokens per row up to which pages are read in place rather than gathered for one large product
 
 
@@ -73,45 +75,39 @@ class Cache:
             self.positions = self.positions.masked_fill(padding, 0)
         self.slots = slots.flatten()
         self.few = new <= FEW
-        self.native = self.few and decode.ready(pool.data)  # whether the C++ kernels serve this pass
+        # whether the C++ kernels serve this pass
+        self.native = self.few and native.ready(pool.data)
 
     def layer(self, index: int) -> "LayerCache":
         """The view of one layer."""
-        return LayerCache(self, index)
+        rows = self.pool.data[index], self.slots, self.table, self.lengths, self.starts, self.pool.size
+        return LayerCache(*rows, self.fresh, self.few, self.native)
 
 
-class LayerCache:
-    """One layer of a Cache."""
+@dataclass
+class LayerCache(PagedRows):
+    """One layer of a Cache; what its rows have in common is said there."""
 
-    def __init__(self, cache: Cache, index: int) -> None:
-        self.cache, self.data = cache, cache.pool.data[index]
-        self.fresh, self.few, self.native = cache.fresh, cache.few, cache.native
-        self.slots = cache.slots
-
-    @property
-    def where(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """Page table, lengths, starts and page size, as attention takes them."""
-        c = self.cache
-        return c.table, c.lengths, c.starts, c.pool.size
+    fresh: bool
+    few: bool
+    native: bool
 
     def append(self, entries: Tensor) -> None:
         """Store the new tokens' entries (rows, new, elements)."""
-        self.data.index_copy_(0, self.cache.slots, entries.flatten(0, 1).to(self.data.dtype))
+        self.entries.index_copy_(0, self.slots, entries.flatten(0, 1).to(self.entries.dtype))
 
     def attend(self, query: Tensor, groups: int, value_dim: int, value_at: int, scale: float) -> Tensor:
         """Attention of the new tokens over all that is stored, them included; see reference.paged_attention."""
-        c = self.cache
-        form = decode.paged_attention if c.native else reference.paged_attention
-        return form(query, self.data, *self.where, groups, value_dim, value_at, scale)
+        form = decode.paged_attention if self.native else reference.paged_attention
+        return form(query, self, groups, value_dim, value_at, scale)
 
     def stored(self) -> Tensor:
         """Everything the rows hold, new tokens included: (rows, slots, elements)."""
-        return reference.gather_pages(self.data, self.cache.table, self.cache.pool.size)
+        return reference.gather_pages(self)
 
     def mask(self) -> Tensor:
         """(rows, new, slots): True where a new token may look."""
-        c = self.cache
-        slot = torch.arange(c.table.size(1) * c.pool.size, device=c.table.device)
-        reach = c.lengths[:, None] + torch.arange(c.slots.numel() // len(c.lengths), device=c.table.device)
+        slot = torch.arange(self.table.size(1) * self.size, device=self.table.device)
+        reach = self.lengths[:, None] + torch.arange(len(self.slots) // len(self.lengths), device=self.table.device)
         seen = slot <= reach[:, :, None]
-        return seen if c.starts is None else seen & (slot >= c.starts[:, None, None])
+        return seen if self.starts is None else seen & (slot >= self.starts[:, None, None])

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finback.kernels import decode
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
@@ -24,7 +23,6 @@ class GQA(nn.Module):
         if c.qk_norm:
             self.query_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.key_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.fused: nn.Module | None = None  # query and key_value as one product, in a packed model
         self.scale = softmax_scale(config)
 
     def forward(
@@ -35,22 +33,6 @@ class GQA(nn.Module):
         Without a cache, attention_mask (b, t, t) may say which tokens see which; by default all that stand before them.
         """
         c = self.config
-        if cache is not None and cache.native and self.fused is not None:
-            gains = (self.query_norm.weight, self.key_norm.weight) if c.qk_norm else None
-            read = decode.grouped_query(
-                self.fused(x),
-                cache.data,
-                cache.slots,
-                *cache.where,
-                cos,
-                sin,
-                gains,
-                c.num_key_value_heads,
-                c.head_dim,
-                c.rms_norm_eps,
-                self.scale,
-            )
-            return self.out(read)
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
         query, key, value = self.project(x)
         if c.qk_norm:
@@ -81,10 +63,6 @@ class GQA(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, t, hidden) -> query (b, t, heads, head_dim), key and value (b, t, kv heads, head_dim)."""
         c = self.config
-        if self.fused is not None:
-            heads = self.fused(x).unflatten(-1, (-1, c.head_dim))
-            query, key, value = heads.split([c.num_attention_heads] + 2 * [c.num_key_value_heads], dim=2)
-            return query, key, value
         query = self.query(x).unflatten(-1, (c.num_attention_heads, c.head_dim))
         key, value = self.key_value(x).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim)).chunk(2, dim=2)
         return query, key, value

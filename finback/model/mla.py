@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finback.kernels import decode
 from finback.kernels.attention import causal_attention
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
@@ -40,7 +39,6 @@ class MLA(nn.Module):
         self.kv_norm = RMSNorm(c.kv_lora_rank, LATENT_EPS)
         self.kv_up = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.out = Linear(heads * c.v_head_dim, c.hidden_size)
-        self.fused: nn.Module | None = None  # what both sides take from x as one product, in a packed model
         self.scale = softmax_scale(config)
 
     def forward(
@@ -51,11 +49,9 @@ class MLA(nn.Module):
         With a cache the new latents are stored, and attention covers everything stored before as well. Without one,
         attention_mask (b, t, t) may say which tokens see which; by default all that stand before them.
         """
-        for_queries, for_latents = self.down(x)
-        if cache is not None and cache.native and self.kv_up.weight.dtype == x.dtype:
-            return self.out(self.attend_natively(for_queries, for_latents, cos, sin, cache))
-        q_nope, q_rope = self.queries(for_queries, cos, sin)
-        latent, k_rope = self.latents(for_latents, cos, sin)
+        q, kv = self.project(x)
+        q_nope, q_rope = self.queries(q, cos, sin)
+        latent, k_rope = self.latents(kv, cos, sin)
         if cache is None:
             return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, attention_mask))
         cache.append(torch.cat([latent, k_rope], dim=-1))
@@ -66,29 +62,23 @@ class MLA(nn.Module):
         latent, k_rope = cache.stored().to(x.dtype).split([self.config.kv_lora_rank, q_rope.size(-1)], dim=-1)
         return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, cache.mask()))
 
-    def down(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (b, t, hidden) -> what queries are made of (q_lora_rank or all heads) and [latent | rotary key]."""
-        if self.fused is not None:
-            both = self.fused(x)
-            c = self.config
-            kept = c.kv_lora_rank + c.qk_rope_head_dim
-            return both[..., :-kept], both[..., -kept:]
-        return (self.q_up if self.config.q_lora_rank is None else self.q_down)(x), self.kv_down(x)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (b, t, hidden) -> queries (b, t, h·(n + r)) and [latent | rotary key] (b, t, c + r), not rotated yet."""
+        q = self.q_up(x if self.config.q_lora_rank is None else self.q_norm(self.q_down(x)))
+        return q, self.kv_down(x)
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """From `down`'s first part: q_nope (b, t, h, n) and rotated q_rope (b, t, h, r)."""
+    def queries(self, q: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """q (b, t, h·(n + r)) -> q_nope (b, t, h, n) and rotated q_rope (b, t, h, r)."""
         c = self.config
-        q = x if c.q_lora_rank is None else self.q_up(self.q_norm(x))
         q_nope, q_rope = q.unflatten(-1, (c.num_attention_heads, c.qk_head_dim)).split(
             [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1
         )
-        return q_nope, self.rotate(q_rope, cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype))
+        return q_nope, self.rotate(q_rope, cos[:, :, None].to(q.dtype), sin[:, :, None].to(q.dtype))
 
-    def latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """From `down`'s second part: normed latent (b, t, c) and rotated key (b, t, r), what a token leaves in the cache."""
-        c = self.config
-        latent, k_rope = x.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        return self.kv_norm(latent), self.rotate(k_rope, cos.to(x.dtype), sin.to(x.dtype))
+    def latents(self, kv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """kv (b, t, c + r) -> normed latent (b, t, c) and rotated key (b, t, r), what a token leaves in the cache."""
+        latent, k_rope = kv.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        return self.kv_norm(latent), self.rotate(k_rope, cos.to(kv.dtype), sin.to(kv.dtype))
 
     def attend_expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None = None
@@ -118,28 +108,6 @@ class MLA(nn.Module):
         query = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], dim=-1)
         read = cache.attend(query, 1, self.config.kv_lora_rank, 0, self.scale)
         return torch.einsum("bthc,hvc->bthv", read, w_uv).flatten(2)
-
-    def attend_natively(
-        self, for_queries: Tensor, for_latents: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache
-    ) -> Tensor:
-        """The absorbed form for a few tokens as one C++ kernel, storing included."""
-        c = self.config
-        q = for_queries if c.q_lora_rank is None else self.q_up(self.q_norm(for_queries))
-        return decode.latent(
-            q,
-            for_latents,
-            self.kv_up.weight,
-            cache.data,
-            cache.slots,
-            *cache.where,
-            cos,
-            sin,
-            self.kv_norm.weight,
-            c.rope_interleaved,
-            (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim),
-            LATENT_EPS,
-            self.scale,
-        )
 
     @property
     def longest_absorbed(self) -> int:

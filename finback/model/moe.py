@@ -1,11 +1,9 @@
 """DeepSeekMoE: a router that balances itself through a selection-only bias, routed experts, shared experts."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from finback.kernels import fp8, fp8_train, moe_gemm
+from finback.kernels import moe_gemm
 from finback.model.config import ModelConfig
 from finback.model.layers import SwiGLU
 
@@ -23,7 +21,6 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.counting = True  # off while activations are made again (recompute.py)
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         fp32 = torch.float32  # whatever the weights are kept in
         self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=fp32))
@@ -57,8 +54,6 @@ class Router(nn.Module):
 
     def count(self, index: Tensor, padding_mask: Tensor | None) -> None:
         """Add the choices (n, k) to `load`; `padding_mask` (n,) is False for padding, which must not steer the balance."""
-        if not self.counting:
-            return
         chosen = index if padding_mask is None else index[padding_mask]
         self.load += torch.bincount(chosen.flatten(), minlength=self.load.numel())
 
@@ -98,15 +93,11 @@ def balance_loss(affinity: Tensor, index: Tensor, experts_per_token: int, paddin
     return (f * (experts / experts_per_token) * p).sum(dim=-1).mean()
 
 
-# x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)
-Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
 class MoE(nn.Module):
     """y = Σ_shared FFN(x) + Σ_topk g_i FFN_i(x) (V3 eq. 12); no token is ever dropped."""
 
-    gate_up_scale: Tensor | None
-    down_scale: Tensor | None
+    # another form of them takes its place where experts are quantized, train in FP8 or lie on several ranks
+    experts: moe_gemm.Experts = staticmethod(moe_gemm.routed_experts)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -114,14 +105,9 @@ class MoE(nn.Module):
         self.router = Router(c)
         self.gate_up = nn.Parameter(torch.empty(c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size))
         self.down = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
-        self.register_buffer("gate_up_scale", None)  # set when the experts are kept in FP8
-        self.register_buffer("down_scale", None)
-        self.numerics: fp8_train.Numerics | None = None  # set by train.precision.use_fp8
         if c.n_shared_experts:
             self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
         self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
-        self.compiled: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None  # `gate`, set by train.compiling
-        self.experts: Experts = moe_gemm.routed_experts  # replaced where they lie on several ranks
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """x (b, t, d) -> (b, t, d); `padding_mask` (b, t) is True for real tokens, False for padding.
@@ -129,15 +115,12 @@ class MoE(nn.Module):
         In training mode it also counts the load and leaves the balance loss in `self.balance`.
         """
         tokens = x.flatten(0, 1)
-        if not self.training:
-            index, weight, _ = self.router(tokens)
-        else:
-            gate = self.compiled if self.compiled is not None and torch.is_grad_enabled() else MoE.gate
-            index, weight, balance = gate(self, x, padding_mask)
+        if self.training:
+            index, weight, self.balance = self.gate(x, padding_mask)
             self.router.count(index, None if padding_mask is None else padding_mask.flatten())
-            if self.router.counting:
-                self.balance = balance
-        y = self._routed(tokens, index, weight).view_as(x)
+        else:
+            index, weight, _ = self.router(tokens)
+        y = self.experts(tokens, index, weight, self.gate_up, self.down).view_as(x)
         # the sum, not a view of it: what is returned may get hooks
         return y + self.shared(tokens).view_as(x) if self.config.n_shared_experts else y
 
@@ -149,15 +132,3 @@ class MoE(nn.Module):
             affinity.unflatten(0, shape), index.unflatten(0, shape), self.config.num_experts_per_tok, padding_mask
         )
         return index, weight, balance
-
-    def _routed(self, tokens: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        if self.numerics is not None:
-            assert self.experts is moe_gemm.routed_experts, "experts on several ranks do not train in FP8"
-            return fp8_train.routed_experts(tokens, index, weight, self.gate_up, self.down, self.numerics)
-        if self.gate_up_scale is None or self.down_scale is None:
-            return self.experts(tokens, index, weight, self.gate_up, self.down)
-        # of FP8 experts only those that are asked are spread out
-        met, index = index.unique(return_inverse=True)
-        gate_up = fp8.dequantize(self.gate_up[met], self.gate_up_scale[met], tokens.dtype)
-        down = fp8.dequantize(self.down[met], self.down_scale[met], tokens.dtype)
-        return moe_gemm.routed_experts(tokens, index, weight, gate_up, down)

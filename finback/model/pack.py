@@ -1,11 +1,12 @@
 """Lay a model's weights out for answering on a CPU: packed matrices, and one product where several share an input."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from finback.kernels.packed import Form, PackedLinear
 from finback.model.gqa import GQA
 from finback.model.layers import Linear, RMSNorm
 from finback.model.mla import MLA
+from finback.model.replace import recast, replace_modules
 from finback.model.transformer import Transformer
 
 
@@ -17,20 +18,48 @@ def pack(model: Transformer, form: Form) -> Transformer:
     """
     for module in list(model.modules()):
         if isinstance(module, GQA):
-            module.fused = _stack([module.query, module.key_value], form)
-            module.query = module.key_value = nn.Identity()  # type: ignore[assignment]
+            stack_inputs(recast(module, PackedGQA), ["query", "key_value"], form)
         elif isinstance(module, MLA):
             first = "q_up" if module.config.q_lora_rank is None else "q_down"
-            module.fused = _stack([getattr(module, first), module.kv_down], form)
-            setattr(module, first, nn.Identity())
-            module.kv_down = nn.Identity()  # type: ignore[assignment]
+            stack_inputs(recast(module, PackedMLA), [first, "kv_down"], form)
         elif isinstance(module, RMSNorm):
             module.float()  # as its kernel reads it
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, Linear) and name != "kv_up":
-                setattr(module, name, _stack([child], form))
-    return model
+
+    def packed(name: str, layer: Linear) -> nn.Module:
+        return layer if name.endswith("kv_up") else _stack([layer], form)
+
+    return replace_modules(model, Linear, packed)
+
+
+class PackedMLA(MLA):
+    """MLA that takes queries and latents from x by one product."""
+
+    stacked: nn.Module
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        c, both = self.config, self.stacked(x)
+        kept = c.kv_lora_rank + c.qk_rope_head_dim
+        q = both[..., :-kept]
+        return q if c.q_lora_rank is None else self.q_up(self.q_norm(q)), both[..., -kept:]
+
+
+class PackedGQA(GQA):
+    """GQA that takes queries, keys and values from x by one product."""
+
+    stacked: nn.Module
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        heads = self.stacked(x).unflatten(-1, (-1, c.head_dim))
+        query, key, value = heads.split([c.num_attention_heads] + 2 * [c.num_key_value_heads], dim=2)
+        return query, key, value
+
+
+def stack_inputs(attention: PackedMLA | PackedGQA, names: list[str], form: Form) -> None:
+    """Make one product of the linear maps of these names, which are dropped."""
+    attention.stacked = _stack([getattr(attention, name) for name in names], form)
+    for name in names:
+        delattr(attention, name)
 
 
 def _stack(layers: list[Linear], form: Form) -> PackedLinear:

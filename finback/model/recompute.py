@@ -1,10 +1,10 @@
-"""Activations made again in the backward pass instead of being kept, by policy.
+"""Activations made a second time in the backward pass instead of being kept, by policy.
 
   none       everything is kept
-  attention  of each attention only its input: queries, keys, values and scores are made again
+  attention  of each attention only its input: queries, keys, values and scores are computed twice
   block      of each block only its input: about one more forward pass, for the least memory
 
-V3 (3.2.3) makes norms and up-projections again, which lies between the first two. Same bits with any policy.
+V3 (3.2.3) recomputes norms and up-projections, which lies between the first two. Same bits with any policy.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,31 +15,45 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from finback.model.moe import Router
+from finback.model.cache import LayerCache
+from finback.model.gqa import GQA
+from finback.model.mla import MLA
+from finback.model.moe import MoE
+from finback.model.replace import recast_modules
+from finback.model.transformer import Block, Transformer
 
 Policy = Literal["none", "attention", "block"]
+KINDS: dict[Policy, tuple[type[nn.Module], ...]] = {"none": (), "attention": (MLA, GQA), "block": (Block,)}
 
 
-def checkpointed(module: nn.Module, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """run(*arguments), of which only the arguments are kept; `module` holds the routers that `run` meets."""
-    if not torch.is_grad_enabled():
-        return run(*arguments)
+def use_recompute(model: Transformer, policy: Policy) -> Transformer:
+    """Have the model's blocks keep from now on what the policy says, in place."""
+    return recast_modules(model, KINDS[policy], Recomputed)
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _uncounted(module)
 
-    result: Tensor = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-    return result
+class Recomputed(nn.Module):
+    """A block or an attention of which training keeps the inputs alone."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, *masks: Any) -> Tensor:
+        run: Callable[..., Tensor] = super().forward
+        if cache is not None or not torch.is_grad_enabled():
+            return run(x, cos, sin, cache, *masks)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _uncounted(self)
+
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+        result: Tensor = checkpoint(run, x, cos, sin, None, *masks, **options)
+        return result
 
 
 @contextmanager
 def _uncounted(module: nn.Module) -> Iterator[None]:
-    """The second time that a token comes by it is no load: it would steer the balance twice."""
-    routers = [m for m in module.modules() if isinstance(m, Router)]
-    for router in routers:
-        router.counting = False
+    """Leaves loads and balance losses as they were: counted twice, a token would steer the balance twice."""
+    known = [(m, m.router.load.clone(), m.balance) for m in module.modules() if isinstance(m, MoE)]
     try:
         yield
     finally:
-        for router in routers:
-            router.counting = True
+        for moe, load, balance in known:
+            moe.router.load.copy_(load)
+            moe.balance = balance

@@ -3,8 +3,6 @@
 One definition serves training, rollouts and serving: the cache is an argument.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +13,6 @@ from finback.model.layers import Linear, RMSNorm, SwiGLU, initialise
 from finback.model.mla import MLA
 from finback.model.moe import MoE, Router
 from finback.model.mtp import MTP
-from finback.model.recompute import Policy, checkpointed
 from finback.model.rope import rotation
 
 
@@ -29,8 +26,6 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         moe = config.is_moe(layer)
         self.feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
-        self.recompute: Policy = "none"
-        self.compiled: Callable[..., tuple[Tensor, Tensor]] | None = None  # `attend`, set by train.compiling
 
     def forward(
         self,
@@ -42,39 +37,15 @@ class Block(nn.Module):
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         """x (b, t, d) -> (b, t, d); see MLA.forward for cos, sin, cache, attention_mask, MoE.forward for padding_mask."""
-        if cache is None and self.recompute == "block":
-            return checkpointed(self, self._forward, x, cos, sin, None, padding_mask, attention_mask)
-        return self._forward(x, cos, sin, cache, padding_mask, attention_mask)
-
-    def _forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: LayerCache | None,
-        padding_mask: Tensor | None,
-        attention_mask: Tensor | None,
-    ) -> Tensor:
-        if self.compiled is not None and cache is None and torch.is_grad_enabled():
-            x, h = self.compiled(self, x, cos, sin, None, attention_mask)
-        else:
-            x, h = self.attend(x, cos, sin, cache, attention_mask)
+        x, h = self.attend(x, cos, sin, cache, attention_mask)
         return x + (self.feed_forward(h, padding_mask) if isinstance(self.feed_forward, MoE) else self.feed_forward(h))
 
     def attend(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x + attention(norm x), and its norm, which the feed-forward reads."""
-        attended = self._attend(self.attention_norm(x), cos, sin, cache, attention_mask)
-        return self.feed_forward_norm.after(x, attended)
-
-    def _attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, attention_mask: Tensor | None
-    ) -> Tensor:
-        if cache is None and self.recompute == "attention":
-            return checkpointed(self.attention, self.attention, x, cos, sin, None, attention_mask)
-        attended: Tensor = self.attention(x, cos, sin, cache, attention_mask)
-        return attended
+        attended = self.attention(self.attention_norm(x), cos, sin, cache, attention_mask)
+        return self.feed_forward_norm.add(x, attended)
 
 
 class Transformer(nn.Module):
@@ -192,13 +163,6 @@ class Transformer(nn.Module):
         other = Transformer(config, compute)
         other.load_state_dict(self.state_dict(), assign=True)
         return other
-
-    def recompute(self, policy: Policy) -> "Transformer":
-        """Make activations checkpointed in the backward pass, by policy (recompute.py), in all blocks."""
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.recompute = policy
-        return self
 
     def routers(self) -> list[Router]:
         """All routers from bottom to top, the MTP module's last."""

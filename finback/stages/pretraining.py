@@ -17,6 +17,7 @@ from finback.engine.request import SamplingParams
 from finback.kernels.probe import gemm_peak
 from finback.model.config import ModelConfig
 from finback.model.count import forward_flops, recomputed_flops, training_flops
+from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.runs.files import read_json, read_lines, write_json
@@ -68,7 +69,7 @@ class Pretraining:
     def set_up(self) -> None:
         """The model and what trains it."""
         stage = self.stage
-        self.model = self._build().to(self.world.device).recompute(stage.recompute).train()
+        self.model = use_recompute(self._build().to(self.world.device), stage.recompute).train()
         if stage.compile:
             self._compile()
         self.config = self.model.config

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from finback.checkpoint.distributed import Steps, newest, whole_model
 from finback.config import UserError
+from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.runs.folder import StageRun
@@ -67,7 +68,7 @@ class Sharded(Pretraining):
         )
         self.many = ShardedTrainer(self.config, self.layout, knobs, values, device)
         for model in self.many.models:
-            model.recompute(stage.recompute)
+            use_recompute(model, stage.recompute)
 
     def learn(self, rows: int) -> dict[str, Any]:
         """One step; where its gradient is no number, nothing has changed."""

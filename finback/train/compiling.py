@@ -11,10 +11,16 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from finback.model.cache import LayerCache
 from finback.model.layers import SwiGLU
 from finback.model.moe import MoE
+from finback.model.native import use_native
+from finback.model.recompute import Recomputed
+from finback.model.replace import recast
 from finback.model.transformer import Block, Transformer
+from finback.train.precision import Fp8SwiGLU
 
 
 def compile_blocks(model: Transformer) -> Transformer:
@@ -23,16 +29,41 @@ def compile_blocks(model: Transformer) -> Transformer:
     Sums are rounded in another order than without, and in bf16 less often. Blocks whose attention alone is recomputed,
     or whose products are in FP8, cannot be compiled.
     """
-    for module in model.modules():
+    use_native(model)  # before, for a module whose class changes later is compiled anew
+    for module in list(model.modules()):
+        assert not isinstance(module, Fp8SwiGLU), "FP8 products are not compiled"
         if isinstance(module, Block):
-            assert module.recompute != "attention", "attention is compiled in one piece with its norms"
-            module.compiled = compiled(Block.attend)
+            assert not isinstance(module.attention, Recomputed), "attention is compiled in one piece with its norms"
+            recast(module, CompiledBlock)
         elif isinstance(module, MoE):
-            assert module.numerics is None, "FP8 products are not compiled"
-            module.compiled = compiled(MoE.gate)
+            recast(module, CompiledMoE)
         elif isinstance(module, SwiGLU):
-            module.compiled = compiled(SwiGLU.plain)
+            recast(module, CompiledSwiGLU)
     return model
+
+
+class CompiledBlock(Block):
+    """A block whose attention and norms are compiled in one piece."""
+
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        attend = compiled(Block.attend) if cache is None and torch.is_grad_enabled() else Block.attend
+        return attend(self, x, cos, sin, cache, attention_mask)
+
+
+class CompiledMoE(MoE):
+    """A mixture of experts whose router and balance loss are compiled."""
+
+    def gate(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return (compiled(MoE.gate) if torch.is_grad_enabled() else MoE.gate)(self, x, padding_mask)
+
+
+class CompiledSwiGLU(SwiGLU):
+    """A compiled feed-forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (compiled(SwiGLU.forward) if torch.is_grad_enabled() else SwiGLU.forward)(self, x)
 
 
 def why_not() -> str:

@@ -2,19 +2,19 @@
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from finback.kernels import fp8_train, moe_gemm
 from finback.kernels.fp8_products import Products
-from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED
+from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
 from finback.model.config import ModelConfig
-from finback.model.gqa import GQA
 from finback.model.layers import Linear, SwiGLU
-from finback.model.mla import MLA
 from finback.model.moe import MoE
-from finback.model.transformer import Block, Transformer
+from finback.model.replace import recast
+from finback.model.transformer import Transformer
 from finback.train.step import backward
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,22 +44,42 @@ def use_fp8(model: Transformer, products: Products | None = None) -> Transformer
     The model's own `compute` is the dtype between operators: bf16 as in the paper. `products` is for comparing forms.
     """
     assert all(p.dtype == torch.float32 for p in model.parameters()), "FP8 training needs fp32 masters"
-    for module in model.modules():
-        if isinstance(module, Block):
-            _use_fp8(module, products)
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            assert module.experts is moe_gemm.routed_experts, "experts on several ranks do not train in FP8"
+            module.experts = Fp8Experts(replace(ROUTED, products=products))
+        elif isinstance(module, SwiGLU):
+            recast(module, Fp8SwiGLU).numerics = replace(LINEAR, products=products)
+        elif isinstance(module, Linear) and ".attention." in name:
+            numerics = AFTER_ATTENTION if name.endswith(".out") else LINEAR
+            recast(module, Fp8Linear).numerics = replace(numerics, products=products)
     return model
 
 
-def _use_fp8(block: Block, products: Products | None) -> None:
-    attention = block.attention
-    assert isinstance(attention, MLA | GQA), "an attention that FP8 does not know"
-    for name, module in attention.named_children():
-        if isinstance(module, Linear):
-            numerics = AFTER_ATTENTION if name == "out" else LINEAR
-            module.numerics = replace(numerics, products=products)
-    feed_forward: nn.Module = block.feed_forward
-    if isinstance(feed_forward, MoE):
-        feed_forward.numerics = replace(ROUTED, products=products)
-        feed_forward = getattr(feed_forward, "shared", feed_forward)
-    if isinstance(feed_forward, SwiGLU):
-        feed_forward.numerics = replace(LINEAR, products=products)
+class Fp8Linear(Linear):
+    """A linear map whose products run in FP8."""
+
+    numerics: Numerics
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = fp8_train.linear(x, self.weight, self.numerics)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class Fp8SwiGLU(SwiGLU):
+    """A feed-forward whose products run in FP8, one operator from end to end."""
+
+    numerics: Numerics
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_train.swiglu(x, self.gate_up.weight, self.down.weight, self.numerics)
+
+
+@dataclass(frozen=True)
+class Fp8Experts:
+    """Routed experts whose products run in FP8."""
+
+    numerics: Numerics
+
+    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return fp8_train.routed_experts(x, index, weight, gate_up, down, self.numerics)
