@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from finback.kernels.fp8_products import Emulated, Operand, Scaled, round_, roun
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
 from finback.model.config import TINY
 from finback.model.moe import MoE
+from finback.model.recompute import Policy, use_recompute
 from finback.model.transformer import Transformer
 from finback.train.precision import use_fp8
 from finback.train.step import backward
@@ -430,6 +432,16 @@ def test_training_in_fp8_repeats_itself_and_learns() -> None:
 
     first = train()
     assert first == train() and first[-1] < first[0] - 1
+
+
+def test_recomputation_changes_no_bit() -> None:
+    gradients = []
+    for policy in get_args(Policy):
+        model = use_recompute(use_fp8(toy_model().train()), policy)
+        backward(model, tokens(2, 12, 320), 0.3, 1e-4)
+        gradients.append([p.grad for p in model.parameters()] + [r.load for r in model.routers()])
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))  # type: ignore[arg-type]
 
 
 def test_a_model_in_fp8_answers_and_has_the_plain_models_state() -> None:
