@@ -19,7 +19,7 @@ from record import header, spread, write
 from finback.checkpoint import model as models
 from finback.data.messages import Message, encode_prompt
 from finback.data.tokenizer import Tokenizer
-from finback.engine.engine import Engine
+from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Request, SamplingParams
 from finback.tasks import task as tasks
 from finback.tasks.math import Chains
@@ -65,7 +65,7 @@ def race(
 ) -> dict[str, Any]:
     """Tokens per second of the engine without drafts, with them, and with its own decision."""
     engines = {
-        kind: Engine(model, tokenizer.stops, rows, tokens=rows * 512, speculate=kind != "plain")
+        kind: Engine(model, tokenizer.stops, EngineConfig(rows=rows, tokens=rows * 512, speculate=kind != "plain"))
         for kind in ("plain", "always", "decides")
     }
     engines["always"].speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]

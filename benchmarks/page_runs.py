@@ -13,7 +13,7 @@ from chromium import CATEGORIES, frames, serving, told
 from playwright.sync_api import Browser, Page
 
 from finback.serve import watch
-from finback.serve.options import Options
+from finback.serve.options import ListenOptions
 
 
 def make_run(root: Path, points: int) -> None:
@@ -47,7 +47,7 @@ def make_run(root: Path, points: int) -> None:
 @contextmanager
 def opened(browser: Browser, root: Path, view: str) -> Iterator[tuple[Page, float, float]]:
     """A view of the long run's page, and what wall and processor clocks said when it was asked for."""
-    with serving(watch.build(root, Options(page=True))) as address:
+    with serving(watch.build(root, ListenOptions())) as address:
         context = browser.new_context(viewport={"width": 1200, "height": 800})
         page = context.new_page()
         began, worked = time.perf_counter(), time.process_time()

@@ -29,14 +29,14 @@ def finback(model: str, setting: str) -> Callable[[int, int, int], Answer]:
     import torch
 
     from finback.checkpoint import model as models
-    from finback.engine.engine import Engine
+    from finback.engine.engine import Engine, EngineConfig
     from finback.engine.request import SamplingParams
 
     torch.set_num_threads(THREADS)
     loaded = moe(setting) if model == "moe" else models.load_to_answer(Path(model), setting)  # type: ignore[arg-type]
 
     def work(rows: int, prompt: int, new: int) -> Answer:
-        engine = Engine(loaded, (), rows=rows, tokens=rows * (prompt + new + 32), chunk=512)
+        engine = Engine(loaded, (), EngineConfig(rows=rows, tokens=rows * (prompt + new + 32), chunk=512))
         began = time.perf_counter()
         asked = prompts(rows, prompt, loaded.config.vocab_size)
         requests = [engine.submit(p, SamplingParams(0.0, new), 0) for p in asked]

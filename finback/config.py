@@ -37,35 +37,38 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def check_fields(config: Any, where: str) -> None:
     """Raise UserError for the first field of a dataclass whose value does not fit its annotation.
 
-    An `int` passes for a `float`, infinity and nan do not; a list does not pass for a tuple (it would make the config
+    `where` is the stage that the field is of, or "--" for options of the command line: UserError then names the flag. An `int` passes for a `float`, infinity and nan do not; a list does not pass for a tuple (it would make the config
     unhashable).
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
-            raise UserError(
-                f"{where}.{field.name}",
-                value,
-                f"expected {_say(hints[field.name])}, got {_kind(value)}",
-                "Correct the value in the recipe.",
-            )
+            hint = hints[field.name]
+            literal = next((h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is typing.Literal), None)
+            if literal is not None and isinstance(value, str):
+                problem, remedy = f"expected {_say(literal)}", did_you_mean(value, map(str, typing.get_args(literal)))
+            else:
+                problem = f"expected {_say(hint)}, got {_kind(value)}"
+                remedy = "Correct it." if where == "--" else "Correct the value in the recipe."
+            raise UserError(_name(where, field.name), value, problem, remedy)
 
 
 def check_positive(config: Any, where: str, *names: str) -> None:
-    """Raise UserError for the first of the named fields that is not above 0."""
+    """Raise UserError for the first of the named fields that is not above 0; None is left alone."""
     for name in names:
         value = getattr(config, name)
-        if value <= 0:
+        if value is not None and value <= 0:
             remedy = "Use 1 or more." if isinstance(value, int) else "Use a positive number."
-            raise UserError(f"{where}.{name}", value, "not above 0", remedy)
+            raise UserError(_name(where, name), value, "not above 0", remedy)
 
 
 def check_not_negative(config: Any, where: str, *names: str) -> None:
-    """Raise UserError for the first of the named fields that is below 0."""
+    """Raise UserError for the first of the named fields that is below 0; None is left alone."""
     for name in names:
-        if getattr(config, name) < 0:
-            raise UserError(f"{where}.{name}", getattr(config, name), "negative", "Use 0 or more.")
+        value = getattr(config, name)
+        if value is not None and value < 0:
+            raise UserError(_name(where, name), value, "negative", "Use 0 or more.")
 
 
 def check_share(config: Any, where: str, *names: str) -> None:
@@ -125,6 +128,11 @@ def as_json(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [as_json(v) for v in value]
     return getattr(value, "__qualname__", value) if callable(value) else value
+
+
+def _name(where: str, field: str) -> str:
+    """A field as the user knows it: stage.field, or the flag of the command line."""
+    return f"--{field.replace('_', '-')}" if where == "--" else f"{where}.{field}"
 
 
 def _integer(text: str) -> int:

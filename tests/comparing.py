@@ -95,6 +95,7 @@ class Fake:
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.at_once = self.most_at_once = 0
+        self.drip = 0.0  # seconds between the lines of a reply
         self.lock = threading.Lock()
         fake = self
 
@@ -124,7 +125,9 @@ class Fake:
                 if not reply.stream:
                     self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content[: reply.cut])
+                for line in content[: reply.cut].splitlines(keepends=True) if fake.drip else [content[: reply.cut]]:
+                    self.wfile.write(line)
+                    time.sleep(fake.drip)
 
             def log_message(self, *_: object) -> None:
                 pass

@@ -15,11 +15,11 @@ import httpx
 
 from finback.data import tokenizer as tokenizers
 from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
-from finback.engine.engine import Engine
+from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Request, SamplingParams
 from finback.model.transformer import Transformer
-from finback.serve import server
-from finback.serve.options import Options
+from finback.serve import server, watch
+from finback.serve.options import ServeOptions
 from finback.serve.server import Server, build
 from tests.toy import CONFIG
 
@@ -60,9 +60,7 @@ class Scripted(Engine):
     ) -> None:
         words = words or small_tokenizer()
         stops = (*words.stops, words.ids[USER], words.ids[ASSISTANT])
-        super().__init__(
-            small_model(window), stops, rows, tokenizer=words, tokens=tokens, chunk=64, reuse=True, speculate=True
-        )
+        super().__init__(small_model(window), stops, EngineConfig(rows, tokens, 64, reuse=True, speculate=True), words)
         self.script, self.pace, self.after = script, pace, after
         self.failing: Exception | None = None
         self.seen: list[Request] = []
@@ -100,8 +98,9 @@ class Scripted(Engine):
 @contextmanager
 def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
     """A real server on a real socket, and a client for it."""
-    app = build(engine, engine.tokenizer or small_tokenizer(), Options(**{"name": "toy", "keep_alive": 15.0} | options))
-    listener = server._listen("127.0.0.1", 0)
+    made = ServeOptions(**{"model": Path("toy"), "page": False} | options)
+    app = build(engine, engine.tokenizer or small_tokenizer(), made)
+    listener = watch.listen("127.0.0.1", 0)
     runner = Server(app.state.service, server.configuration(app))
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

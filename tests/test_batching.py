@@ -16,7 +16,7 @@ from torch import Tensor
 from finback.config import UserError
 from finback.data.tokenizer import END_THINK, THINK, Tokenizer, train
 from finback.engine.detokenizer import Detokenizer
-from finback.engine.engine import Engine
+from finback.engine.engine import Engine, EngineConfig
 from finback.engine.pages import Pages, digest
 from finback.engine.request import Request, SamplingParams, uniforms
 from finback.engine.speculate import Speculation
@@ -83,28 +83,28 @@ def others(engine: Engine, count: int = 31) -> Iterator[Request]:
 
 
 def alone(model: Transformer) -> Engine:
-    return Engine(model, (), tokens=512)
+    return Engine(model, (), EngineConfig(tokens=512))
 
 
 def in_company(model: Transformer) -> Engine:
-    engine = Engine(model, (), rows=32, tokens=8192)
+    engine = Engine(model, (), EngineConfig(rows=32, tokens=8192))
     list(others(engine))
     return engine
 
 
 def in_pieces(model: Transformer) -> Engine:
-    return Engine(model, (), tokens=512, chunk=7)
+    return Engine(model, (), EngineConfig(tokens=512, chunk=7))
 
 
 def after_the_same_prompt(model: Transformer) -> Engine:
-    engine = Engine(model, (), tokens=512, reuse=True)
+    engine = Engine(model, (), EngineConfig(tokens=512, reuse=True))
     engine.submit(PROMPT, SamplingParams(0.0, 5), 0)
     finish(engine)
     return engine
 
 
 def short_of_memory(model: Transformer) -> Engine:
-    engine = Engine(model, (), rows=32, tokens=14 * PAGE, chunk=64)
+    engine = Engine(model, (), EngineConfig(rows=32, tokens=14 * PAGE, chunk=64))
     for seed in range(3):
         engine.submit([5, 6, 7 + seed], SamplingParams(0.0, 100), seed)
     for _ in range(20):
@@ -113,11 +113,11 @@ def short_of_memory(model: Transformer) -> Engine:
 
 
 def drafting(model: Transformer) -> Engine:
-    return Engine(model, (), tokens=512, speculate=True)
+    return Engine(model, (), EngineConfig(tokens=512, speculate=True))
 
 
 def drafting_in_company(model: Transformer) -> Engine:
-    engine = Engine(model, (), rows=32, tokens=8192, chunk=50, reuse=True, speculate=True)
+    engine = Engine(model, (), EngineConfig(rows=32, tokens=8192, chunk=50, reuse=True, speculate=True))
     list(others(engine))
     return engine
 
@@ -146,7 +146,7 @@ def test_every_way_gives_the_same(way: Callable[[Transformer], Engine], kind: st
 
 
 def test_the_oldest_is_never_preempted_and_nobody_starves() -> None:
-    engine = Engine(MODELS["mla"], (), rows=8, tokens=16 * PAGE, chunk=32)
+    engine = Engine(MODELS["mla"], (), EngineConfig(rows=8, tokens=16 * PAGE, chunk=32))
     requests = [engine.submit([1, 2, 3 + i], SamplingParams(0.0, 100), i) for i in range(8)]
     finish(engine)
     assert requests[0].preempted == 0 and sum(s.preempted for s in requests) > 0
@@ -156,7 +156,7 @@ def test_the_oldest_is_never_preempted_and_nobody_starves() -> None:
 
 
 def test_cached_pages_are_shared_only_under_the_same_salt() -> None:
-    engine = Engine(MODELS["mla"], (), tokens=1024, reuse=True)
+    engine = Engine(MODELS["mla"], (), EngineConfig(tokens=1024, reuse=True))
     seen = []
     for salt in (b"", b"", b"another", b"another"):
         request = engine.submit(PROMPT, SamplingParams(0.0, 4), 0, salt=salt)
@@ -167,7 +167,7 @@ def test_cached_pages_are_shared_only_under_the_same_salt() -> None:
 
 
 def test_an_answer_is_found_again_as_the_beginning_of_the_next_prompt() -> None:
-    engine = Engine(MODELS["mla"], (), tokens=1024, reuse=True)
+    engine = Engine(MODELS["mla"], (), EngineConfig(tokens=1024, reuse=True))
     first = engine.submit(PROMPT, SamplingParams(0.0, 40), 0)
     finish(engine)
     second = engine.submit(PROMPT + first.tokens + [9, 9], SamplingParams(0.0, 4), 0)
@@ -176,7 +176,7 @@ def test_an_answer_is_found_again_as_the_beginning_of_the_next_prompt() -> None:
 
 
 def test_a_follower_waits_and_reads_nothing_twice() -> None:
-    engine = Engine(MODELS["mla"], (), tokens=1024, reuse=True)
+    engine = Engine(MODELS["mla"], (), EngineConfig(tokens=1024, reuse=True))
     leader = engine.submit(PROMPT, SamplingParams(1.0, 4), 0)
     followers = [engine.submit(PROMPT, SamplingParams(1.0, 4), i, leader=leader) for i in range(1, 4)]
     finish(engine)
@@ -185,7 +185,7 @@ def test_a_follower_waits_and_reads_nothing_twice() -> None:
 
 def test_new_weights_make_old_pages_unfindable() -> None:
     model = toy_model()
-    engine = Engine(model, (), reuse=True)
+    engine = Engine(model, (), EngineConfig(reuse=True))
     before = engine.generate([PROMPT], SamplingParams(0.0, 8), [0])
     assert engine.generate([PROMPT], SamplingParams(0.0, 8), [0])[0].tokens == before[0].tokens
     assert engine.pages.shared > 0
@@ -196,7 +196,7 @@ def test_new_weights_make_old_pages_unfindable() -> None:
 
 
 def test_cancelling_frees_pages_at_once() -> None:
-    engine = Engine(MODELS["mla"], (), rows=2, tokens=1024)
+    engine = Engine(MODELS["mla"], (), EngineConfig(rows=2, tokens=1024))
     requests = [engine.submit(PROMPT, SamplingParams(1.0, 100), i) for i in range(4)]
     for _ in range(3):
         engine.step()
@@ -209,7 +209,7 @@ def test_cancelling_frees_pages_at_once() -> None:
 
 
 def test_what_can_never_be_served_is_refused() -> None:
-    engine = Engine(MODELS["mla"], (), tokens=64)
+    engine = Engine(MODELS["mla"], (), EngineConfig(tokens=64))
     with pytest.raises(UserError, match="more than the cache of 64 tokens"):
         engine.submit([1] * 30, SamplingParams(max_tokens=60), 0)
     with pytest.raises(UserError, match=r"prompt = 320: not a token id in 0\.\.319"):
@@ -224,7 +224,7 @@ def test_what_can_never_be_served_is_refused() -> None:
 def test_prompt_logprobs_are_those_of_the_whole_pass() -> None:
     model = MODELS["mla"]
     for chunk in (5, 8192):
-        engine = Engine(model, (), tokens=512, chunk=chunk, reuse=True)
+        engine = Engine(model, (), EngineConfig(tokens=512, chunk=chunk, reuse=True))
         finish_me = engine.submit(PROMPT, SamplingParams(0.0, 1), 0)
         finish(engine)
         assert finish_me.finish_reason == "length"
@@ -239,7 +239,7 @@ def test_prompt_logprobs_are_those_of_the_whole_pass() -> None:
 
 
 def test_prompt_logprobs_are_made_once_though_preempted() -> None:
-    engine = Engine(MODELS["mla"], (), rows=4, tokens=96, chunk=16)
+    engine = Engine(MODELS["mla"], (), EngineConfig(rows=4, tokens=96, chunk=16))
     first = engine.submit(PROMPT[:30], SamplingParams(0.0, 40, prompt_logprobs=0), 0)
     second = engine.submit(PROMPT[1:31], SamplingParams(0.0, 40, prompt_logprobs=0), 0)
     finish(engine)
@@ -247,7 +247,7 @@ def test_prompt_logprobs_are_made_once_though_preempted() -> None:
 
 
 def test_a_prompt_that_fills_the_cache_is_read_and_blocks_nobody() -> None:
-    engine = Engine(MODELS["mla"], (), rows=2, tokens=64)
+    engine = Engine(MODELS["mla"], (), EngineConfig(rows=2, tokens=64))
     full = engine.submit(list(range(1, 65)), SamplingParams(max_tokens=0, prompt_logprobs=0), 0)
     behind = engine.submit([5, 6, 7], SamplingParams(0.0, 4), 0)
     finish(engine)
@@ -256,22 +256,22 @@ def test_a_prompt_that_fills_the_cache_is_read_and_blocks_nobody() -> None:
 
 @pytest.mark.parametrize("knob", [{"temperature": 1e-40}, {"top_p": 1e-46}, {"min_p": 1.0}, {"top_k": 1}])
 def test_extreme_knobs_are_greedy(knob: dict[str, float]) -> None:
-    engine = Engine(MODELS["gqa"], (), tokens=512)
+    engine = Engine(MODELS["gqa"], (), EngineConfig(tokens=512))
     asked = [engine.submit(PROMPT, s, 3) for s in (SamplingParams(0.0, 9), SamplingParams(**{"max_tokens": 9} | knob))]  # type: ignore[arg-type]
     finish(engine)
     assert asked[0].tokens == asked[1].tokens
 
 
 def test_a_conversation_reads_only_what_is_new(words: Tokenizer) -> None:
-    engine = Engine(MODELS["mla"], (), rows=1, tokens=256, tokenizer=words, reuse=True)
-    said = "".join(engine.talk(PROMPT, SamplingParams(1.0, 20), 5))
+    engine = Engine(MODELS["mla"], (), EngineConfig(rows=1, tokens=256, reuse=True), words)
+    *_, first = engine.stream(PROMPT, SamplingParams(1.0, 20), 5)
     again = engine.submit(PROMPT, SamplingParams(1.0, 20), 5)
     finish(engine)
-    assert again.cached == 48 and again.detokenizer is not None and again.detokenizer.text == said
+    assert again.cached == 48 and again.tokens == first.tokens
 
 
 def test_alternatives_are_reported_at_temperature_one() -> None:
-    engine = Engine(MODELS["mla"], (), tokens=512)
+    engine = Engine(MODELS["mla"], (), EngineConfig(tokens=512))
     s = engine.submit(PROMPT, SamplingParams(0.5, 6, top_logprobs=2), 3)
     finish(engine)
     with torch.no_grad():
@@ -310,7 +310,7 @@ def test_logit_bias_and_stop_tokens() -> None:
 
 def test_eos_can_be_ignored() -> None:
     plain = _greedy(MODELS["gqa"], SamplingParams(0.0, 20))
-    engine = Engine(MODELS["gqa"], [plain[2]], tokens=512)
+    engine = Engine(MODELS["gqa"], [plain[2]], EngineConfig(tokens=512))
     requests = [engine.submit(PROMPT, SamplingParams(0.0, 20, ignore_eos=ignore), 0) for ignore in (False, True)]
     finish(engine)
     assert requests[0].finish_reason == "stop" and len(requests[0].tokens) <= 3
@@ -318,7 +318,7 @@ def test_eos_can_be_ignored() -> None:
 
 
 def _greedy(model: Transformer, sampling: SamplingParams) -> list[int]:
-    engine = Engine(model, (), tokens=512)
+    engine = Engine(model, (), EngineConfig(tokens=512))
     request = engine.submit(PROMPT, sampling, 0)
     company = engine.submit(PROMPT, SamplingParams(1.0, 30), 1)  # whose logits must stay untouched
     finish(engine)
@@ -354,7 +354,7 @@ def sure_model() -> Transformer:
 
 
 def test_right_drafts_halve_the_steps() -> None:
-    engine = Engine(sure_model(), (), tokens=512, speculate=True)
+    engine = Engine(sure_model(), (), EngineConfig(tokens=512, speculate=True))
     engine.speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]
     request = engine.submit([5], SamplingParams(0.0, 41), 0)
     steps = finish(engine)
@@ -365,7 +365,7 @@ def test_right_drafts_halve_the_steps() -> None:
 @pytest.mark.parametrize("kinds", ["draft", "plain", "probe", "draft plain", "plain draft draft", "probe draft"])
 def test_switching_drafts_on_and_off_changes_nothing(kinds: str) -> None:
     model = MODELS["mla"]
-    engine = Engine(model, (), tokens=4096, speculate=True, reuse=True)
+    engine = Engine(model, (), EngineConfig(tokens=4096, speculate=True, reuse=True))
     turn = itertools.cycle(kinds.split())
     engine.speculation.choose = lambda rows: next(turn)  # type: ignore[union-attr, method-assign]
     requests = [engine.submit(PROMPT[: 10 + i], SamplingParams(0.8, 30), i) for i in range(5)]
@@ -381,7 +381,7 @@ def test_drafted_samples_follow_the_distribution() -> None:
         model.head.weight[8:] = 0
         model.head.weight[:8] *= 0.5
     sampling = SamplingParams(1.0, 3, logit_bias=tuple((t, float("-inf")) for t in range(8, 320)))
-    engine = Engine(model, (), rows=256, speculate=True)
+    engine = Engine(model, (), EngineConfig(rows=256, speculate=True))
     engine.speculation.choose = lambda rows: "draft"  # type: ignore[union-attr, method-assign]
     n = 6000
     results = engine.generate([[3, 4]] * n, sampling, list(range(n)))
@@ -465,7 +465,7 @@ _BYTES: Tokenizer = _Bytes()  # type: ignore[assignment]
 
 def test_stop_texts_in_the_engine(words: Tokenizer) -> None:
     model = toy_model()
-    engine = Engine(model, (), tokens=512, tokenizer=words)
+    engine = Engine(model, (), EngineConfig(tokens=512), words)
     free = engine.submit(PROMPT, SamplingParams(1.0, 40), 5)
     finish(engine)
     assert free.detokenizer is not None
@@ -479,7 +479,7 @@ def test_stop_texts_in_the_engine(words: Tokenizer) -> None:
 
 def test_a_chain_is_closed_when_its_budget_is_used_up(words: Tokenizer) -> None:
     model = toy_model()
-    engine = Engine(model, [words.eos], tokens=1024, tokenizer=words)
+    engine = Engine(model, [words.eos], EngineConfig(tokens=1024), words)
     close, banned = words.ids[END_THINK], ((words.ids[END_THINK], float("-inf")), (words.eos, float("-inf")))
     asked = {
         "free": engine.submit(PROMPT, SamplingParams(1.0, 40, logit_bias=banned), 5, thinking=True),
@@ -511,7 +511,7 @@ SCHEMA = {
 @pytest.mark.parametrize("speculate", [False, True])
 def test_answers_follow_a_schema_once_the_chain_is_closed(words: Tokenizer, speculate: bool) -> None:
     pytest.importorskip("llguidance")
-    engine = Engine(toy_model(), [words.eos], tokens=4096, tokenizer=words, speculate=speculate)
+    engine = Engine(toy_model(), [words.eos], EngineConfig(tokens=4096, speculate=speculate), words)
     schema = json.dumps(SCHEMA)
     plain = [engine.submit(PROMPT, SamplingParams(1.0, 200, schema=schema, thinking_budget=10), i) for i in range(4)]
     chained = [
@@ -533,7 +533,7 @@ def test_answers_follow_a_schema_once_the_chain_is_closed(words: Tokenizer, spec
 @pytest.mark.parametrize("schema", ["{", "[1]", '{"type": "nothing"}', '{"$ref": "#/nowhere"}', '{"type": 5}'])
 def test_a_schema_that_is_none_is_refused(words: Tokenizer, schema: str) -> None:
     pytest.importorskip("llguidance")
-    engine = Engine(toy_model(), [words.eos], tokens=512, tokenizer=words)
+    engine = Engine(toy_model(), [words.eos], EngineConfig(tokens=512), words)
     with pytest.raises(UserError, match="response_format"):
         engine.submit(PROMPT, SamplingParams(1.0, 40, schema=schema), 0)
     assert not engine.busy

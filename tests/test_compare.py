@@ -20,7 +20,7 @@ from finback.comparison import command, picture, table
 from finback.comparison.answer_store import Answer, AnswerStore, Failure, parse_answer
 from finback.comparison.compare import compare
 from finback.comparison.contestant import Price, distinct, prices
-from finback.comparison.options import spread
+from finback.comparison.options import CompareOptions, spread
 from finback.comparison.progress import Progress
 from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
 from finback.config import UserError
@@ -488,8 +488,10 @@ def test_bad_options(words: list[object], said: str, catalogue: list[Any], tmp_p
 
 
 def test_samples_by_default() -> None:
-    assert command.protocol(None, 0.6).samples == 4 and command.protocol(None, 0.0).samples == 1
-    assert command.protocol(16, 0.6).samples == 16
+    def samples(**given: Any) -> int:
+        return command.protocol(CompareOptions(published=True, **given)).samples
+
+    assert samples() == 4 and samples(temperature=0.0) == 1 and samples(samples=16) == 16
 
 
 def test_a_table_is_markdown() -> None:

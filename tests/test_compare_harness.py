@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from finback.comparison import harness, table
-from finback.comparison.command import Options
 from finback.comparison.endpoint import Endpoint
 from finback.comparison.local import Local
+from finback.comparison.options import CompareOptions
 from finback.comparison.protocol import SamplingProtocol
 from finback.config import UserError
 from tests.serving import small_tokenizer
@@ -51,7 +51,14 @@ def stand_in(tmp_path: Path) -> Path:
 
 def test_an_endpoint(stand_in: Path, tmp_path: Path) -> None:
     endpoint = Endpoint("http://127.0.0.1:1/v1", "m", key="top-secret", concurrency=5)
-    options = Options(out=tmp_path / "out", harness="lm-eval", harness_python=stand_in, problems=75)
+    options = CompareOptions(
+        endpoints=("http://a/v1#m",),
+        tasks=("sums",),
+        out=tmp_path / "out",
+        harness="lm-eval",
+        harness_python=stand_in,
+        problems=75,
+    )
     report = harness.measure([endpoint], ["sums", "more"], SamplingProtocol(), options, dict(os.environ))
     one, two = report["harness"]
     assert (one["contestant"], one["task"], one["metric"], one["value"]) == ("m", "sums", "exact_match", 0.25)
@@ -68,7 +75,9 @@ def test_an_endpoint(stand_in: Path, tmp_path: Path) -> None:
 
 
 def test_a_harness_that_fails(stand_in: Path, tmp_path: Path) -> None:
-    options = Options(out=tmp_path / "out", harness="lm-eval", harness_python=stand_in)
+    options = CompareOptions(
+        endpoints=("http://a/v1#m",), tasks=("sums",), out=tmp_path / "out", harness="lm-eval", harness_python=stand_in
+    )
     with pytest.raises(UserError, match="it ended with code 3"):
         harness.measure(
             [Endpoint("http://127.0.0.1:1/v1", "m")], ["broken"], SamplingProtocol(), options, dict(os.environ)

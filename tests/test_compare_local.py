@@ -20,10 +20,11 @@ from finback.comparison.answer_store import Answer, Failure
 from finback.comparison.endpoint import Endpoint
 from finback.comparison.local import Local, digest_of
 from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
-from finback.data.tokenizer import ASSISTANT, THINK, USER
+from finback.data.tokenizer import ASSISTANT, THINK, USER, Tokenizer
 from finback.engine import request
+from finback.engine.engine import Engine, EngineConfig
+from finback.engine.open import open_engine
 from finback.model.transformer import Transformer
-from finback.serve import server
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.task import Problem
 from tests.comparing import Reply, Sums, faking, sums
@@ -82,8 +83,8 @@ def in_process(
 def over_our_server(
     folder: Path, wanted: list[EvalRequest], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[Any], list[list[int]]]:
-    """The same of our server as an endpoint; its sequences' tokens in no order."""
-    engine, _ = server.load(folder, 8, 8192, 64, True, True, "fp32")
+    """The same of our server as an endpoint; its requests' tokens in no order."""
+    engine, _ = open_engine(folder, "fp32", EngineConfig(8, 8192, 64, reuse=True, speculate=True))
     rows: list[request.Request] = []
     plain = engine.submit
     monkeypatch.setattr(engine, "submit", lambda *a, **k: rows.append(plain(*a, **k)) or rows[-1])
@@ -222,14 +223,14 @@ def test_stop_texts(folder: Path) -> None:
 
 def test_the_model_leaves_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[weakref.ref[Transformer]] = []
-    plain = local.models.load_to_answer
+    plain = local.open_engine
 
-    def note(*a: Any) -> Transformer:
-        model = plain(*a)
-        models.append(weakref.ref(model))
-        return model
+    def note(*a: Any) -> tuple[Engine, Tokenizer]:
+        engine, tokenizer = plain(*a)
+        models.append(weakref.ref(engine.model))
+        return engine, tokenizer
 
-    monkeypatch.setattr(local.models, "load_to_answer", note)
+    monkeypatch.setattr(local, "open_engine", note)
     wanted = eval_requests([whales(2)], GREEDY, {})
     contestant = Local(folder, "toy", "fp32")
     list(contestant.answers(wanted, GREEDY))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finback.engine.engine import Engine
+from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import SamplingParams
 from finback.kernels import moe_gemm, native, norm, packed, reference
 from finback.kernels.swiglu import swiglu
@@ -154,12 +154,12 @@ def test_bf16_is_rounded_as_torch_rounds() -> None:
 def test_without_kernels_everything_still_runs() -> None:
     code = (
         "from tests.test_batching import *\nfrom finback.kernels import native\nassert native.library() is None\n"
-        "e = Engine(MODELS['mla'], (), tokens=512)\ns = e.submit(PROMPT, SamplingParams(0.0, 9), 0)\nfinish(e)\nprint(s.tokens)"
+        "e = Engine(MODELS['mla'], (), EngineConfig(tokens=512))\ns = e.submit(PROMPT, SamplingParams(0.0, 9), 0)\nfinish(e)\nprint(s.tokens)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment() | {"FINBACK_NATIVE": "0"}, capture_output=True, text=True
     )
     from tests.test_batching import MODELS, PROMPT
 
-    engine = Engine(MODELS["mla"], (), tokens=512)
+    engine = Engine(MODELS["mla"], (), EngineConfig(tokens=512))
     assert run.stdout.strip() == str(engine.generate([PROMPT], SamplingParams(0.0, 9), [0])[0].tokens), run.stderr

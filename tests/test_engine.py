@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from finback.config import UserError
-from finback.engine.engine import Engine
+from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import SamplingParams, uniforms
 from finback.engine.sampler import SamplingBatch, narrow, sample
 from tests.toy import CONFIG, toy_model
@@ -24,7 +24,7 @@ PROMPTS = [[1, 20, 30], [1, 50, 60, 70, 80, 90], [1, 44], [1, 99, 98, 97, 96]]
 
 def test_greedy_equals_the_naive_loop() -> None:
     model = toy_model()
-    engine = Engine(model, [EOS], rows=3)  # two waves
+    engine = Engine(model, [EOS], EngineConfig(rows=3))  # two waves
     results = engine.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=20), [0] * 4)
     for prompt, result in zip(PROMPTS, results, strict=True):
         tokens = list(prompt)
@@ -73,7 +73,7 @@ def test_streaming_equals_generating() -> None:
     engine = Engine(toy_model(), [EOS])
     sampling = SamplingParams(temperature=1.0, max_tokens=24)
     whole = engine.generate([PROMPTS[1]], sampling, [42])[0].tokens
-    assert list(engine.stream(PROMPTS[1], sampling, 42)) == [t for t in whole if t != EOS]
+    assert [r.tokens[-1] for r in engine.stream(PROMPTS[1], sampling, 42)] == whole
 
 
 def test_samples_follow_the_distribution() -> None:

@@ -13,6 +13,7 @@ PACKAGE = Path(finback.__path__[0])
 LAYERS = (  # lowest first; names on one line do not know each other
     "__init__",
     "config",
+    "options client",
     "runs",
     "kernels",
     "model",

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from finback.config import UserError
-from finback.tasks import post
 from finback.tasks.judge import Judge
 
 # What the server does with the n-th request: a reply, or a status with headers.
@@ -95,7 +94,7 @@ def server() -> Iterator[Server]:
 
 
 def judge(server: Server, **knobs: Any) -> Judge:
-    return Judge(server.url, "some-model", **{"seconds": 5.0, "tries": 3, **knobs})
+    return Judge(server.url, "some-model", **{"timeout": 5.0, "tries": 3, **knobs})
 
 
 def test_the_better_answers_win(server: Server) -> None:
@@ -124,7 +123,7 @@ def test_equal_and_empty_answers_cost_nothing(server: Server) -> None:
 
 
 def test_chains_are_not_shown_and_long_answers_are_cut(server: Server) -> None:
-    judge(server, characters=10).prefer("How?", ["<think>secret chain</think>short", "x" * 10_000])
+    judge(server, max_characters=10).prefer("How?", ["<think>secret chain</think>short", "x" * 10_000])
     text = json.dumps(server.bodies)
     assert (
         "secret" not in text
@@ -162,7 +161,7 @@ def test_answers_stay_data(attack: str, server: Server) -> None:
 
 def test_requests_are_the_same_every_time(server: Server) -> None:
     for _ in range(2):
-        judge(server, concurrent=1).prefer("How?", ["a", "b"])
+        judge(server, concurrency=1).prefer("How?", ["a", "b"])
     one, two = (sorted(map(json.dumps, server.bodies[i : i + 2])) for i in (0, 2))
     assert one == two
 
@@ -198,7 +197,7 @@ def test_errors_that_pass(server: Server) -> None:
 def test_waiting_as_long_as_the_server_asks(server: Server) -> None:
     server.behave = lambda n, first, second: (429, {"Retry-After": "1"}) if n == 0 else longer(n, first, second)
     start = time.monotonic()
-    assert judge(server, concurrent=1).prefer("How?", ["a", "bb"]) == [0, 1]
+    assert judge(server, concurrency=1).prefer("How?", ["a", "bb"]) == [0, 1]
     assert 1 <= time.monotonic() - start < 3
 
 
@@ -208,7 +207,7 @@ def test_requests_go_side_by_side_but_not_all_at_once(server: Server) -> None:
         return longer(n, first, second)
 
     server.behave = slow
-    judge(server, concurrent=3).prefer("How?", [letter * n for n, letter in enumerate("abcde", start=1)])
+    judge(server, concurrency=3).prefer("How?", [letter * n for n, letter in enumerate("abcde", start=1)])
     assert server.most_at_once == 3
 
 
@@ -219,15 +218,16 @@ def test_requests_go_side_by_side_but_not_all_at_once(server: Server) -> None:
         (lambda n, a, b: (429, {"Retry-After": "0"}), 2, "HTTP 429"),
         (lambda n, a, b: (401, {}), 1, "HTTP 401"),  # a wrong key stays wrong
         (lambda n, a, b: (302, {"Location": "http://127.0.0.1:1/"}), 1, "HTTP 302"),
-        (lambda n, a, b: b"<html>", 2, "no chat completion but b'<html>'"),
-        (lambda n, a, b: b"[" * 100_000, 2, "no chat completion"),
+        (lambda n, a, b: b"<html>", 2, "no JSON but b'<html>'"),
+        (lambda n, a, b: b"[" * 100_000, 2, "no JSON"),
+        (lambda n, a, b: b'{"choices": []}', 2, "no chat completion but {'choices': \\[\\]}"),
         (lambda n, a, b: time.sleep(0.6) or "1", 2, "TimeoutError"),
     ],
 )
 def test_a_judge_that_stays_away(behaviour: Behaviour, tries: int, message: str, server: Server) -> None:
     server.behave = behaviour
     with pytest.raises(UserError, match=rf"judge\.url = '{server.url}': .*{message}.* the run goes on where it was"):
-        judge(server, tries=2, concurrent=1, seconds=0.3).prefer("How?", ["a", "b"])
+        judge(server, tries=2, concurrency=1, timeout=0.3).prefer("How?", ["a", "b"])
     assert len(server.bodies) in (tries, tries + 1)  # the second request may have begun when the first had failed
 
 
@@ -259,4 +259,3 @@ def test_bad_urls_are_refused(url: str) -> None:
 def test_bad_knobs_are_refused() -> None:
     with pytest.raises(UserError, match=r"judge\.tries = 0: not above 0"):
         Judge("http://a/v1", "m", tries=0)
-    assert post._seconds("Wed, 21 Oct 2026 07:28:00 GMT") is None and post._seconds("7") == 7

@@ -12,7 +12,7 @@ from finback.config import as_json
 from finback.model.count import forward_flops, recomputed_flops, token_flops, training_flops
 from finback.parallel.mesh import World
 from finback.planner import plan_vs_actual, recipe_plan
-from finback.planner.options import Options
+from finback.planner.options import PlanOptions
 from finback.runs import energy as counters
 from finback.runs import provenance
 from finback.runs.files import read_lines, write_json
@@ -193,7 +193,7 @@ def test_stages_out_of_their_config_are_planned_as_the_recipe_is(name: str, tmp_
         (tmp_path / stage.name / "ledger.jsonl").write_text('{"seconds": 2, "cores": 2, "tokens_trained": 7}\n')
     write_json(tmp_path / "summary.json", {"recipe": name, "stages": {s.name: {} for s in recipe.stages}})
     found = plan_vs_actual.beside(tmp_path, tmp_path / "no-calibration.json")["stages"]
-    wanted = recipe_plan.plan(recipe, Options(), None, 2)["stages"]
+    wanted = recipe_plan.plan(recipe, PlanOptions(), None, 2)["stages"]
     assert any(stage["flops"] for stage in wanted.values())
     at_once = plan_vs_actual.planned(
         tmp_path, tmp_path / "no-calibration.json"

@@ -25,7 +25,7 @@ from finback.runs.samples import SampleIndex
 from finback.runs.thinning import smooth, thin
 from finback.serve import curves, server, watch
 from finback.serve.auth import digests
-from finback.serve.options import Options
+from finback.serve.options import ListenOptions, ServeOptions
 from finback.serve.page import POLICY, WEB, Page
 from finback.serve.runs import Runs, StageFolder
 from tests.serving import CHAT, HELLO, KEY, Scripted, events, served
@@ -96,7 +96,7 @@ def make_run(root: Path, name: str = "toy") -> Path:
 def served_two(first: Scripted, second: Scripted, **options: Any) -> Iterator[httpx.Client]:
     """A server of two models, "toy" and "other", on a real socket."""
 
-    def build(engine: Any, words: Any, given: Options) -> Any:
+    def build(engine: Any, words: Any, given: ServeOptions) -> Any:
         return server.build(engine, words, given, {"other": (second, words)})
 
     with pytest.MonkeyPatch.context() as patch:
@@ -109,7 +109,7 @@ def served_two(first: Scripted, second: Scripted, **options: Any) -> Iterator[ht
 def client(tmp_path: Path) -> Iterator[TestClient]:
     make_run(tmp_path / "runs")
     (tmp_path / "secret.jsonl").write_text('{"step": 1, "secret": 42}\n')
-    app = watch.build(tmp_path / "runs", Options(page=True))
+    app = watch.build(tmp_path / "runs", ListenOptions())
     with TestClient(app, base_url="http://127.0.0.1:8001") as found:
         yield found
 
@@ -220,7 +220,7 @@ def test_links_out_of_a_run_are_not_followed(tmp_path: Path) -> None:
     (run / "linked").symlink_to(tmp_path, target_is_directory=True)
     make_run(tmp_path / "elsewhere")
     (tmp_path / "runs/other").symlink_to(tmp_path / "elsewhere/toy", target_is_directory=True)
-    with TestClient(watch.build(tmp_path / "runs", Options(page=True)), base_url="http://127.0.0.1") as client:
+    with TestClient(watch.build(tmp_path / "runs", ListenOptions()), base_url="http://127.0.0.1") as client:
         assert [r["name"] for r in client.get("/api/runs").json()["runs"]] == ["toy"]
         found = client.get("/api/series?run=toy&stage=zero").json()
         assert found["lines"] == [] and "secret" not in json.dumps(client.get("/api/run?run=toy").json())
@@ -264,7 +264,7 @@ def test_the_plan_stands_beside_the_ledger(tmp_path: Path) -> None:
             raise UserError("recipe", "toy", "gone", "Bring it back.")
         return {"base": {"seconds": 30.0, "dollars": 0.5, "flops": 1e9}}
 
-    app = watch.build(tmp_path, Options(page=True), planned)
+    app = watch.build(tmp_path, ListenOptions(), planned)
     with TestClient(app, base_url="http://127.0.0.1") as client:
         for _ in range(2):
             base, exam, _zero = client.get("/api/run?run=toy").json()["stages"]
@@ -476,7 +476,7 @@ def test_a_locked_run_is_running(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with (run / ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        with TestClient(watch.build(tmp_path, Options(page=True)), base_url="http://127.0.0.1") as client:
+        with TestClient(watch.build(tmp_path, ListenOptions()), base_url="http://127.0.0.1") as client:
             (found,) = client.get("/api/runs").json()["runs"]
     assert found["state"] == "running" and [s["state"] for s in found["stages"]] == ["done", "done", "running"]
     assert found["stages"][-1]["progress"]["left"] == 12
@@ -493,7 +493,7 @@ def test_damaged_and_foreign_folders_are_shown_as_far_as_can_be(tmp_path: Path) 
     write(tmp_path / "deep/deeper/run/recipe.json", {"recipe": HOSTILE, "seed": HOSTILE})
     write(tmp_path / HOSTILE.replace("/", "") / "recipe.json", {})
     assert {*Runs(tmp_path).folders()} == {"toy", "deep/deeper/run", HOSTILE}
-    with TestClient(watch.build(tmp_path, Options(page=True)), base_url="http://127.0.0.1") as client:
+    with TestClient(watch.build(tmp_path, ListenOptions()), base_url="http://127.0.0.1") as client:
         assert len(client.get("/api/runs").json()["runs"]) == 3
         base, exam = client.get("/api/run?run=toy").json()["stages"]
         assert base["state"] == "done" and base["results"] == {}  # the manifest is there: finished
@@ -503,7 +503,7 @@ def test_damaged_and_foreign_folders_are_shown_as_far_as_can_be(tmp_path: Path) 
 
 def test_run_data_wants_the_key_and_the_page_does_not(tmp_path: Path) -> None:
     make_run(tmp_path)
-    options = Options(page=True, keys=digests([KEY]))
+    options = ListenOptions(keys=digests([KEY]))
     with TestClient(watch.build(tmp_path, options), base_url="http://127.0.0.1") as client:
         for path in ("/", "/runs", f"/web/{Page().digest}/lib.js", "/health"):
             assert client.get(path).status_code == 200, path

@@ -13,8 +13,8 @@ import httpx
 import pytest
 import uvicorn
 
-from finback.serve import server, watch
-from finback.serve.options import Options
+from finback.serve import watch
+from finback.serve.options import ListenOptions
 from tests.serving import wait_for
 from tests.test_page import HOSTILE, make_run, write
 from tests.test_page_browser import (
@@ -42,8 +42,8 @@ LOOK = "() => document.dispatchEvent(new Event('visibilitychange'))"  # somebody
 @contextmanager
 def watching(root: Path) -> Iterator[Any]:
     """`finback watch` on a real socket."""
-    listener = server._listen("127.0.0.1", 0)
-    app = watch.build(root, Options(page=True))
+    listener = watch.listen("127.0.0.1", 0)
+    app = watch.build(root, ListenOptions())
     runner = uvicorn.Server(uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False))
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

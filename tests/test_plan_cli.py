@@ -12,7 +12,7 @@ import pytest
 from finback.config import UserError
 from finback.parallel.pipeline_tables import SCHEDULES
 from finback.planner import command, picture, presets
-from finback.planner.options import Options
+from finback.planner.options import PlanOptions
 from finback.planner.simulate import Durations, simulate
 from tests.toy import ROOT, environment, finback, write_recipe
 
@@ -201,7 +201,7 @@ def test_pictures(name: str, tmp_path: Path) -> None:
 def test_presets_are_found_whatever_their_case() -> None:
     assert presets.find("V2_Lite") is presets.PRESETS["v2-lite"]
     for name, preset in presets.PRESETS.items():
-        values, text = command.preset(name, Options("h800:64", rows=4096, price=1.0), None)
+        values, text = command.preset(PlanOptions(what=name, on="h800:64", rows=4096, price=1.0))
         assert values["model"]["name"] == preset.name and "GFLOPs to train" in text
 
 

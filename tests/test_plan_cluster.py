@@ -15,7 +15,7 @@ from finback.model.moe import Router
 from finback.parallel.layout import Layout
 from finback.planner import cluster, cost, expert_load, hardware, memory, published, recommend, traffic
 from finback.planner.hardware import ASSUMPTIONS, MACHINES
-from finback.planner.options import Options
+from finback.planner.options import PlanOptions
 from finback.planner.workload import Workload, parse_mesh
 
 H800, _ = hardware.find("h800:2048")
@@ -32,7 +32,7 @@ def scheduled(name: str, **change: Any) -> Workload:
     return dataclasses.replace(cost.V3_WORKLOAD, layout=layout, **change)
 
 
-def plan(model: ModelConfig, rows: int, length: int, tokens: float, options: Options) -> cluster.ClusterPlan:
+def plan(model: ModelConfig, rows: int, length: int, tokens: float, options: PlanOptions) -> cluster.ClusterPlan:
     return cluster.plan("x", model, cluster.workload(rows, length, options), tokens, options)
 
 
@@ -175,7 +175,7 @@ def test_skew_makes_a_step_longer() -> None:
             15360,
             4096,
             1e12,
-            Options("h800:2048", mesh="pp=16,ep=64", schedule="dualpipe", recompute="selective", skew=s),
+            PlanOptions(on="h800:2048", mesh="pp=16,ep=64", schedule="dualpipe", recompute="selective", skew=s),
         )
         for s in (0.0, 0.8)
     ]
@@ -187,7 +187,7 @@ def test_skew_makes_a_step_longer() -> None:
 )
 def test_a_recommended_layout_fits_and_no_other_of_its_kind_is_faster(on: str, model: object, rows: int) -> None:
     length = 128 if model is TINY else 4096
-    found = plan(model, rows, length, 1e9, Options(on))  # type: ignore[arg-type]
+    found = plan(model, rows, length, 1e9, PlanOptions(on=on))  # type: ignore[arg-type]
     assert found.values["memory"]["fits"] and found.work.layout.ranks == found.values["machine"]["devices"]
     for name, other in found.values["schedules"].items():
         if other.get("fits"):
@@ -195,7 +195,7 @@ def test_a_recommended_layout_fits_and_no_other_of_its_kind_is_faster(on: str, m
 
 
 def test_what_fits_nowhere_says_so() -> None:
-    found = plan(V3, 64, 4096, 1e9, Options("h800:8")).values
+    found = plan(V3, 64, 4096, 1e9, PlanOptions(on="h800:8")).values
     assert not found["memory"]["fits"] and found["memory"]["free_share"] < 0
 
 
@@ -208,7 +208,7 @@ def test_every_number_of_the_hardware_table_has_its_source() -> None:
 
 
 def test_a_given_mfu_is_the_plans() -> None:
-    found = plan(V2_LITE, 512, 4096, 1e12, Options("h100:8", assume=("mfu=0.25",))).values
+    found = plan(V2_LITE, 512, 4096, 1e12, PlanOptions(on="h100:8", assume=("mfu=0.25",))).values
     assert found["step"]["mfu"] == pytest.approx(0.25, rel=2e-3)
     hours = found["model"]["training_flops_per_token"] * 1e12 / (0.25 * 989.4e12) / 3600
     assert found["run"]["device_hours"] == pytest.approx(hours, rel=2e-3)

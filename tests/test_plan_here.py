@@ -15,7 +15,7 @@ from finback.model.count import parameters, training_flops
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.planner import calibrate, calibration_file, recipe_plan, this_machine
-from finback.planner.options import Options
+from finback.planner.options import PlanOptions
 from finback.planner.this_machine import Shape
 from finback.runs import recipe as recipes
 from finback.stages.pretrain import Pretrain
@@ -173,7 +173,7 @@ def test_a_calibration_is_kept_and_read(calibration: Path) -> None:
 def test_a_recipe_is_planned_by_its_calibration(calibration: Path, tmp_path: Path) -> None:
     recipe = recipes.load(write_recipe(tmp_path))
     found = calibration_file.read(calibration)
-    values = recipe_plan.plan(recipe, Options(), found, 1)
+    values = recipe_plan.plan(recipe, PlanOptions(), found, 1)
     base, zero = values["stages"]["base"], values["stages"]["zero"]
     assert base["step_seconds"] > 0 and base["seconds"] == pytest.approx(base["step_seconds"] * 16384 / 256)
     assert base["compute"] == "bf16" and base["fits"] and base["memory_bytes"] > found["process_bytes"]
@@ -184,12 +184,12 @@ def test_a_recipe_is_planned_by_its_calibration(calibration: Path, tmp_path: Pat
     assert base["dollars"] == pytest.approx(base["seconds"] / 3600 * 0.04)
     text = recipe_plan.tell(values)
     assert all(name in text for name in values["stages"]) and "rough" in text
-    two = recipe_plan.plan(recipe, Options(), found, 2)["stages"]["base"]
+    two = recipe_plan.plan(recipe, PlanOptions(), found, 2)["stages"]["base"]
     assert two["parts"]["passes"] < base["parts"]["passes"]
 
 
 def test_without_a_calibration_work_is_known_and_time_is_not(tmp_path: Path) -> None:
-    values = recipe_plan.plan(recipes.load(write_recipe(tmp_path)), Options(), None, 2)
+    values = recipe_plan.plan(recipes.load(write_recipe(tmp_path)), PlanOptions(), None, 2)
     assert values["stages"]["base"]["flops"] > 0 and "seconds" not in values["stages"]["base"]
     assert "--calibrate" in recipe_plan.tell(values) and values["total"]["seconds"] is None
 

@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from finback.checkpoint import model as models
-from finback.serve import server
+from finback.engine.engine import EngineConfig
+from finback.engine.open import open_engine
 from tests.serving import (
     CHAT,
     HELLO,
@@ -223,7 +224,7 @@ def test_metrics_are_prometheus_text() -> None:
 def test_a_folder_can_be_served(tmp_path: Path) -> None:
     models.save(tmp_path, small_model(256))
     small_tokenizer().save(tmp_path)
-    engine, tokenizer = server.load(tmp_path, 4, None, 64, True, True)
+    engine, tokenizer = open_engine(tmp_path, config=EngineConfig(4, None, 64, reuse=True, speculate=True))
     assert engine.pages.count * engine.pages.size >= 1024 and tokenizer.vocab_size == small_tokenizer().vocab_size
     with served(engine) as client:
         assert client.get("/v1/models/toy").json()["max_model_len"] == 256

@@ -11,11 +11,11 @@ import pytest
 from starlette.routing import Route
 
 from finback.config import UserError
-from finback.serve import auth, server
-from finback.serve.auth import Quota, demand_safety, digests, owner_of
+from finback.serve import auth, server, watch
+from finback.serve.auth import Quota, digests, owner_of, secured
 from finback.serve.errors import ApiError
 from finback.serve.middleware import OPEN
-from finback.serve.options import Options
+from finback.serve.options import ListenOptions, ServeOptions
 from finback.serve.server import build
 from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, served, small_tokenizer, wait_for
 
@@ -24,7 +24,7 @@ def test_every_route_but_health_needs_a_key() -> None:
     engine = Scripted()
     with served(engine, keys=digests([KEY])) as client:
         del client.headers["authorization"]
-        routes = build(engine, small_tokenizer(), Options()).routes
+        routes = build(engine, small_tokenizer(), ServeOptions(model=Path("toy"), page=False)).routes
         assert len(routes) > 15 and all(isinstance(route, Route) for route in routes)
         for route in routes:
             assert isinstance(route, Route)
@@ -69,7 +69,7 @@ def test_keys_come_from_a_file_and_are_not_kept(tmp_path: Path) -> None:
     found = digests([], file)
     stored = [f"sha256:{hashlib.sha256(key.encode()).hexdigest()}" for key in (KEY, OTHER)]
     assert found == digests([KEY, OTHER]) == digests(stored) and all(len(d) == 32 for d in found)
-    assert KEY not in repr(Options(keys=found))
+    assert KEY not in repr(ListenOptions(keys=found, api_key=KEY))
     with pytest.raises(UserError, match="too short") as caught:
         digests(["secret"])
     assert "secret" not in str(caught.value).replace("import secrets; print(secrets", "")
@@ -80,19 +80,19 @@ def test_keys_come_from_a_file_and_are_not_kept(tmp_path: Path) -> None:
 def test_an_open_door_to_the_network_is_refused(tmp_path: Path) -> None:
     for host in ("0.0.0.0", "192.168.1.5", "::", "example.org"):
         with pytest.raises(UserError, match="no API key"):
-            demand_safety(Options(host=host), insecure=False)
-        demand_safety(Options(host=host, keys=digests([KEY])), insecure=False)
-        demand_safety(Options(host=host), insecure=True)
+            secured(ListenOptions(host=host))
+        assert secured(ListenOptions(host=host, api_key=KEY)).keys == digests([KEY])
+        secured(ListenOptions(host=host, insecure=True))
     for host in ("127.0.0.1", "localhost", "::1"):
-        demand_safety(Options(host=host), insecure=False)
+        secured(ListenOptions(host=host))
     with pytest.raises(UserError, match="no API key"):  # before it reads a model or takes a port
-        server.run(tmp_path / "none", host="0.0.0.0")
+        server.run(ServeOptions(model=tmp_path / "none", host="0.0.0.0"))
 
 
 def test_a_port_that_is_taken_is_a_users_error(tmp_path: Path) -> None:
-    listener = server._listen("127.0.0.1", 0)
+    listener = watch.listen("127.0.0.1", 0)
     with pytest.raises(UserError, match="host:port"):
-        server.run(tmp_path / "none", port=listener.getsockname()[1])
+        server.run(ServeOptions(model=tmp_path / "none", port=listener.getsockname()[1]))
     listener.close()
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from finback.comparison import picture, table
 from finback.comparison.compare import compare
 from finback.comparison.contestant import Contestant, Price, distinct, prices
 from finback.comparison.endpoint import Endpoint
+from finback.comparison.options import CompareOptions
 from finback.comparison.protocol import SAMPLES, SamplingProtocol
 from finback.config import UserError
 from finback.runs.files import write_json
-from finback.runs.folder import prepare_folder
+from finback.runs.folder import locked, prepare_folder
 from finback.suites import catalogue
 from finback.suites import contamination as overlaps
 from finback.suites import published as tables
@@ -23,39 +24,18 @@ from finback.suites.suite import Suite
 KEY = "FINBACK_ENDPOINT_KEY"  # not OPENAI_API_KEY: that one is OpenAI's, and not for every address
 
 
-@dataclass(frozen=True)
-class Options:
-    """What was asked for on the command line, but for the protocol."""
-
-    models: tuple[Path, ...] = ()
-    endpoints: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    problems: int | None = None
-    out: Path = Path("compare")
-    price_in: tuple[str, ...] = ()
-    price_out: tuple[str, ...] = ()
-    price_hour: float | None = None
-    key_env: tuple[str, ...] = ()
-    extra: str = ""
-    concurrency: int = 8
-    rate: float = 0.0
-    timeout: float = 300.0
-    rows: int = 32
-    dtype: str = "auto"
-    harness: str = ""
-    harness_python: Path | None = None
-    harness_chat: bool = False
-    published: bool = False
-    contamination: tuple[Path, ...] = ()
-
-
-def run(options: Options, rules: SamplingProtocol, environment: Mapping[str, str]) -> tuple[dict[str, Any], str, bool]:
+def run(options: CompareOptions, environment: Mapping[str, str]) -> tuple[dict[str, Any], str, bool]:
     """The report, its text, and whether every request was answered; all of it is in `options.out` too."""
-    _check(options)
     if not options.tasks and options.published:
         rows = published([])
         return {"published": rows}, _published(rows), True
-    contestants = open_all(options, environment)
+    prepare_folder(options.out)
+    with locked(options.out):
+        return _measured(options, environment)
+
+
+def _measured(options: CompareOptions, environment: Mapping[str, str]) -> tuple[dict[str, Any], str, bool]:
+    contestants, rules = open_all(options, environment), protocol(options)
     if options.harness:
         from finback.comparison import harness
 
@@ -74,14 +54,14 @@ def run(options: Options, rules: SamplingProtocol, environment: Mapping[str, str
     return report, text, not report["failures"]
 
 
-def protocol(samples: int | None, temperature: float, **more: Any) -> SamplingProtocol:
+def protocol(options: CompareOptions) -> SamplingProtocol:
     """The protocol; where nobody says how many samples, four, or one if they would all be alike."""
-    return SamplingProtocol(samples or (SAMPLES if temperature else 1), temperature, **more)
+    o, samples = options, options.samples or (SAMPLES if options.temperature else 1)
+    return SamplingProtocol(samples, o.temperature, o.top_p, o.max_tokens, o.seed, o.think)
 
 
 def write(report: dict[str, Any], text: str, out: Path) -> None:
     """compare.json, compare.md, and compare.png where there is something to draw."""
-    prepare_folder(out)
     write_json(out / "compare.json", report)
     part = out / "compare.md.part"
     part.write_text(text + "\n", encoding="utf-8")
@@ -95,7 +75,7 @@ def load(specs: Sequence[str], problems: int | None, seed: int) -> list[Suite]:
     return [catalogue.load(spec, problems, seed) for spec in specs]
 
 
-def open_all(options: Options, environment: Mapping[str, str]) -> list[Contestant]:
+def open_all(options: CompareOptions, environment: Mapping[str, str]) -> list[Contestant]:
     """Contestants in the order of the command line, files before endpoints; nothing is loaded or contacted yet."""
     endpoints = [Endpoint.parse(text) for text in options.endpoints]
     models = [(path, _label(path)) for path in options.models]
@@ -113,7 +93,7 @@ def open_all(options: Options, environment: Mapping[str, str]) -> list[Contestan
 
         price = price_here(options.price_hour)
         for (path, _), name in zip(models, own, strict=True):
-            opened.append(Local(find_model(path), name, options.dtype, options.rows, price))  # type: ignore[arg-type]
+            opened.append(Local(find_model(path), name, options.dtype, options.rows, price))
     for endpoint, name in zip(endpoints, theirs, strict=True):
         basis = f"${into.get(name, math.nan):g} in, ${out_of.get(name, math.nan):g} out per million tokens, as told"
         price = Price(None, into.get(name), out_of.get(name), basis) if name in into and name in out_of else Price()
@@ -160,29 +140,6 @@ def _extra(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError("--extra", text, "not a JSON object", """Write for example '{"reasoning_effort": "high"}'.""")
     return value
-
-
-def _check(options: Options) -> None:
-    if options.harness not in ("", "lm-eval"):
-        raise UserError("--harness", options.harness, "no such harness", "Use lm-eval.")
-    if not options.tasks and not options.published:
-        raise UserError("--tasks", [], "nothing to ask", "Name suites, as in --tasks gsm8k.")
-    if options.tasks and not options.models and not options.endpoints:
-        raise UserError("MODEL", [], "nobody to ask", "Name models, or an --endpoint URL#MODEL.")
-    for name, value in (
-        ("--problems", options.problems),
-        ("--concurrency", options.concurrency),
-        ("--rows", options.rows),
-    ):
-        if value is not None and value < 1:
-            raise UserError(name, value, "not above 0", "Use 1 or more.")
-    for name, number in (
-        ("--rate", options.rate),
-        ("--price-hour", options.price_hour),
-        ("--timeout", options.timeout),
-    ):
-        if number is not None and not (math.isfinite(number) and number >= 0):
-            raise UserError(name, number, "not a number of that kind", "Use 0 or more.")
 
 
 def published(suites: Sequence[str]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 What comes to nothing in the end is a failure of the server, never a wrong answer of the model. No torch here.
 """
 
-import http.client
 import queue
 import threading
 import time
@@ -11,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finback.comparison import chat_completion
+from finback.client import Client, RateLimit, RequestFailed, Retries, check_url
 from finback.comparison.answer_store import Answer, Failure, parse_answer
+from finback.comparison.chat_completion import ChatCompletion, complete
 from finback.comparison.contestant import Price
-from finback.comparison.pace import Pace
 from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.config import UserError, check_positive
 
-LONGEST_WAIT = 300.0  # seconds between two tries, whatever the server asks for
 HOPELESS = 8  # failures without one answer after which the rest is not tried
 
 
@@ -45,7 +43,7 @@ class Endpoint:
     backoff: float = 1.0
 
     def __post_init__(self) -> None:
-        chat_completion.address(self.url)
+        check_url(self.url, "--endpoint", "http://127.0.0.1:8000/v1#MODEL", query=True)
         check_positive(self, "endpoint", "concurrency", "timeout", "tries", "busy_tries", "backoff")
         self.name = self.name or self.model
 
@@ -67,70 +65,59 @@ class Endpoint:
     def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
         """As they come; leaving the iterator stops asking."""
         left, found = iter(asks), queue.SimpleQueue[Answer | Failure | BaseException]()
-        stop, lock, course = threading.Event(), threading.Lock(), _Course()
-        pace = Pace(self.rate, stop)
+        lock, course, limit = threading.Lock(), _Course(), RateLimit(threading.Event(), self.rate)
 
-        def work() -> None:
-            while not stop.is_set():
+        def work(client: Client) -> None:
+            while not limit.stop.is_set():
                 with lock:
                     ask = next(left, None)
                     hopeless = course.hopeless
                 if ask is None:
                     return
                 try:
-                    each = Failure(ask, hopeless) if hopeless else self._answer(ask, rules, pace)
+                    each = Failure(ask, hopeless) if hopeless else self._answer(ask, rules, client, limit)
                     with lock:
                         course.note(each)
                     found.put(each)
                 except BaseException as error:  # a defect of ours, to be raised where somebody sees it
                     found.put(error)
 
-        for _ in range(min(self.concurrency, len(asks))):
-            # not joined at the end: after Ctrl-C nobody waits for what a server still has to say
-            threading.Thread(target=work, daemon=True).start()
-        try:
-            for _ in asks:
-                each = found.get()
-                if isinstance(each, BaseException):
-                    raise each
-                yield each
-        finally:
-            stop.set()
-
-    def _answer(self, ask: EvalRequest, rules: SamplingProtocol, pace: Pace) -> Answer | Failure:
-        body, tries, busy = self._body(ask, rules), 0, 0
-        problem = "was stopped"
-        while pace.wait():
-            began = time.monotonic()
+        with Client(self.url, self.key, self.timeout) as client:
+            for _ in range(min(self.concurrency, len(asks))):
+                # not joined at the end: after Ctrl-C nobody waits for what a server still has to say
+                threading.Thread(target=work, args=(client,), daemon=True).start()
             try:
-                reply = chat_completion.ask(self.url, body, self.key, self.timeout)
-            except chat_completion.Refused as error:
-                problem = str(error)
-                if error.final:
-                    break
-                busy, tries = busy + error.busy, tries + (not error.busy)
-                wait = self.backoff * 2 ** min(tries + busy - 1, 6) if error.wait is None else error.wait
-                if error.busy:
-                    pace.pause(min(wait, LONGEST_WAIT))
-            except (OSError, http.client.HTTPException) as error:
-                problem, tries = f"{type(error).__name__}: {error}", tries + 1
-                wait = self.backoff * 2 ** (tries - 1)
-            else:
-                return parse_answer(
-                    ask,
-                    reply.content,
-                    reply.reasoning,
-                    finish=reply.finish,
-                    prompt_tokens=reply.prompt_tokens,
-                    tokens=reply.tokens,
-                    seconds=time.monotonic() - began,
-                    tries=tries + busy + 1,
-                    model=reply.model,
-                )
-            if tries >= self.tries or busy >= self.busy_tries:
-                break
-            pace.stop.wait(min(wait, LONGEST_WAIT))
-        return Failure(ask, problem.replace(self.key, "[key]") if self.key else problem)
+                for _ in asks:
+                    each = found.get()
+                    if isinstance(each, BaseException):
+                        raise each
+                    yield each
+            finally:
+                limit.stop.set()
+
+    def _answer(self, ask: EvalRequest, rules: SamplingProtocol, client: Client, limit: RateLimit) -> Answer | Failure:
+        body, began = self._body(ask, rules), 0.0
+
+        def request() -> ChatCompletion:
+            nonlocal began
+            began = time.monotonic()
+            return complete(client, body)
+
+        try:
+            reply, tries = Retries(self.tries, self.busy_tries, self.backoff).send(request, limit)
+        except RequestFailed as error:
+            return Failure(ask, client.without_key(str(error)))
+        return parse_answer(
+            ask,
+            reply.content,
+            reply.reasoning,
+            finish=reply.finish,
+            prompt_tokens=reply.prompt_tokens,
+            tokens=reply.tokens,
+            seconds=time.monotonic() - began,
+            tries=tries,
+            model=reply.model,
+        )
 
     def _body(self, ask: EvalRequest, rules: SamplingProtocol) -> dict[str, Any]:
         body: dict[str, Any] = {

@@ -5,29 +5,27 @@ alone; what the harness has heard stays in its cache beside our answers. No torc
 """
 
 import importlib.util
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finback import __version__
+from finback.client import Client, RequestFailed
 from finback.comparison.contestant import Contestant
 from finback.comparison.endpoint import Endpoint
+from finback.comparison.options import CompareOptions
 from finback.comparison.protocol import SamplingProtocol, digest
 from finback.config import UserError, as_json
 from finback.runs.files import read_json
 from finback.runs.folder import prepare_folder
 
 if TYPE_CHECKING:
-    from finback.comparison.command import Options
     from finback.comparison.local import Local
 
 INSTALL = "pip install 'lm_eval[api]'"
@@ -43,7 +41,7 @@ def measure(
     contestants: Sequence[Contestant],
     tasks: Sequence[str],
     rules: SamplingProtocol,
-    options: "Options",
+    options: CompareOptions,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
     """Have the harness ask each contestant its tasks; a report as `compare` makes, with the rows under "harness"."""
@@ -135,7 +133,7 @@ def _ask_local(
     contestant: "Local",
     tasks: Sequence[str],
     rules: SamplingProtocol,
-    options: "Options",
+    options: CompareOptions,
     folder: Path,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -177,7 +175,7 @@ def _ask(
     target: tuple[str, dict[str, Any]],
     tasks: Sequence[str],
     rules: SamplingProtocol,
-    options: "Options",
+    options: CompareOptions,
     folder: Path,
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -261,9 +259,10 @@ def _wait(server: "subprocess.Popen[bytes]", base: str, contestant: "Local", log
     began = time.monotonic()
     while time.monotonic() - began < STARTING and server.poll() is None:
         try:
-            _get(f"{base}/ready")
+            with Client(base, timeout=10) as client:
+                client.get_json("/ready")
             return
-        except (OSError, urllib.error.URLError):
+        except RequestFailed:
             time.sleep(0.1)
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     raise UserError("MODEL", contestant.name, "the server for it did not start", f"It said: {said[-1:] or 'nothing'}.")
@@ -271,11 +270,6 @@ def _wait(server: "subprocess.Popen[bytes]", base: str, contestant: "Local", log
 
 def _window(base: str) -> int:
     """How many tokens the served model reads."""
-    model = json.loads(_get(f"{base}/v1/models"))["data"][0]
+    with Client(base, timeout=10) as client:
+        model = client.get_json("/v1/models")["data"][0]
     return int(model.get("max_model_len") or model.get("context_length") or 2048)
-
-
-def _get(url: str) -> bytes:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never a detour for this machine
-    with opener.open(url, timeout=10) as response:
-        return bytes(response.read())

@@ -2,29 +2,27 @@
 
 import gc
 import hashlib
-import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finback import __version__
-from finback.checkpoint import model as models
 from finback.checkpoint.model import Answering
 from finback.comparison.answer_store import Answer, Failure, parse_answer
 from finback.comparison.contestant import Price
 from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.data.messages import encode_prompt
 from finback.data.openai_messages import read_messages
-from finback.data.tokenizer import ASSISTANT, THINK, USER, Tokenizer
-from finback.engine.engine import Engine, affordable
+from finback.data.tokenizer import Tokenizer
+from finback.engine.engine import Engine
+from finback.engine.open import ANSWERING, load, open_engine
 from finback.engine.request import Request, SamplingParams
-from finback.model.cache import PAGE
-from finback.model.transformer import Transformer
+from finback.engine.sampler import without_thinking
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
 from finback.runs.provenance import sha256
 from finback.suites.compression import measure
@@ -71,38 +69,21 @@ class Local:
         """As they are whole; the model is gone from memory when the iterator ends."""
         if not asks:
             return
-        tokenizer = Tokenizer(self.path)
-        model = models.load_to_answer(self.path, self.dtype)
+        config = replace(ANSWERING, rows=self.rows, chunk=2048)
+        engine, tokenizer = open_engine(self.path, self.dtype, config)
         prompts = [encode_prompt(read_messages(ask.messages), tokenizer, think=rules.think) for ask in asks]
-        engine = self._engine(model, tokenizer, max(len(ids) for ids, _ in prompts) + rules.max_tokens)
         try:
             yield from _answers(engine, tokenizer, asks, prompts, rules)
         finally:
-            del engine, model
+            del engine
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
     def compress(self, texts: Sequence[Suite]) -> list[float]:
         """Bits per byte of each suite's text."""
-        tokenizer, model = Tokenizer(self.path), models.load_to_answer(self.path, self.dtype)
+        model, tokenizer = load(self.path, self.dtype)
         return [measure(model, tokenizer, suite).bits_per_byte for suite in texts]
-
-    def _engine(self, model: Transformer, tokenizer: Tokenizer, longest: int) -> Engine:
-        # a mark of a new turn ends this one, as it does where the model is served
-        turns = [] if tokenizer.template else [tokenizer.ids.get(t, -1) for t in (USER, ASSISTANT)]
-        longest = min(longest, model.config.max_position_embeddings) + 2 * PAGE
-        room = max(longest, min(self.rows * longest, affordable(model, 4)))
-        return Engine(
-            model,
-            (*tokenizer.stops, *turns),
-            self.rows,
-            tokenizer=tokenizer,
-            tokens=room,
-            chunk=2048,
-            reuse=True,
-            speculate=True,
-        )
 
 
 def _answers(
@@ -113,24 +94,22 @@ def _answers(
     rules: SamplingProtocol,
 ) -> Iterator[Answer | Failure]:
     """Answers as they end. A step's seconds are shared by those that were in the batch, so shares sum to the whole."""
-    window = min(engine.model.config.max_position_embeddings, engine.pages.count * PAGE)
-    mark = tokenizer.ids.get(THINK)
-    banned = ((mark, -math.inf),) if rules.think is False and mark is not None else ()
+    window = engine.capacity
     left = deque(zip(asks, prompts, strict=True))
     under_way: dict[Request, tuple[EvalRequest, bool]] = {}
     busy: dict[Request, float] = {}
     try:
         while left or under_way:
-            while left and len(under_way) < 2 * engine.rows:  # the next ones wait in the engine, the rest do not
+            while left and len(under_way) < 2 * engine.config.rows:  # the next ones wait in the engine, the rest do not
                 ask, (ids, opened) = left.popleft()
                 room = min(rules.max_tokens, window - len(ids))
                 if room < 1:
                     yield Failure(ask, f"the question has {len(ids)} tokens and the model reads {window}")
                     continue
-                knobs = SamplingParams(
-                    rules.temperature, room, top_p=rules.top_p, stop=ask.suite.stop, logit_bias=banned
-                )
-                row = engine.submit(ids, knobs, ask.seed, thinking=opened)
+                sampling = SamplingParams(rules.temperature, room, top_p=rules.top_p, stop=ask.suite.stop)
+                if rules.think is False:
+                    sampling = without_thinking(sampling, tokenizer)
+                row = engine.submit(ids, sampling, ask.seed, thinking=opened)
                 under_way[row], busy[row] = (ask, opened), 0.0
             began = time.perf_counter()
             engine.step()

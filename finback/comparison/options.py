@@ -1,63 +1,94 @@
-"""The options of `finback compare` as the command line shows them. No torch here."""
+"""The options of `finback compare`. No torch here."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-Models = Annotated[
-    list[Path] | None, typer.Argument(metavar="MODEL...", help="Runs, stages, Hugging Face folders, .gguf files.")
-]
-Tasks = Annotated[
-    list[str],
-    typer.Option(metavar="TASK...", help="Suites by name, such as gsm8k, or JSONL files; as many as you like."),
-]
-Endpoints = Annotated[
-    list[str], typer.Option(metavar="URL#MODEL", help="A model behind an OpenAI-compatible API; repeatable.")
-]
-Problems = Annotated[int | None, typer.Option(help="Questions of each suite; default all.")]
-Samples = Annotated[int | None, typer.Option(help="Answers to each question; default 4, or 1 if greedy.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Likeliest tokens up to this probability.")]
-MaxTokens = Annotated[int, typer.Option(help="Longest answer, its chain included.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same questions and, from models here, same answers.")]
-Think = Annotated[bool | None, typer.Option("--think/--no-think", help="Open the chain of thought, or ask for none.")]
-Out = Annotated[Path, typer.Option(help="Folder for answers, tables and the picture; it is what is continued.")]
-PriceIn = Annotated[
-    list[str], typer.Option(metavar="[MODEL=]DOLLARS", help="An endpoint's price of a million prompt tokens.")
-]
-PriceOut = Annotated[
-    list[str], typer.Option(metavar="[MODEL=]DOLLARS", help="The same for a million tokens of answers.")
-]
-PriceHour = Annotated[
-    float | None, typer.Option(help="What this machine costs an hour, in dollars; default an estimate.")
-]
-KeyEnv = Annotated[
-    list[str],
-    typer.Option(
-        metavar="[MODEL=]VARIABLE", help="Environment variable with an endpoint's key; also FINBACK_ENDPOINT_KEY."
-    ),
-]
-Extra = Annotated[
-    str, typer.Option(metavar="JSON", help="Fields for every request to an endpoint; null takes one out.")
-]
-Concurrency = Annotated[int, typer.Option(help="Requests to an endpoint at a time.")]
-Rate = Annotated[float, typer.Option(help="Requests to an endpoint per minute; 0 is any number.")]
-Timeout = Annotated[float, typer.Option(help="Seconds that an endpoint may be silent.")]
-Rows = Annotated[int, typer.Option(help="Answers that a model here makes at a time.")]
-Harness = Annotated[str, typer.Option(metavar="lm-eval TASK...", help="Have lm-evaluation-harness ask its own tasks.")]
-HarnessPython = Annotated[
-    Path | None, typer.Option(help="The Python in which the harness is installed; default this one.")
-]
-HarnessChat = Annotated[
-    bool, typer.Option("--harness-chat", help="Ask models here as a chat, not as a text to go on with.")
-]
-Published = Annotated[bool, typer.Option("--published", help="Print published scores beside what was measured.")]
-Contamination = Annotated[
-    list[Path], typer.Option(metavar="FOLDER", help="A prepare stage: say which questions its text holds; repeatable.")
-]
+from finback.config import UserError, check_not_negative, check_positive
+from finback.options import Dtype, Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Options):
+    """Who is asked what, how, and at what price."""
+
+    models: Annotated[
+        tuple[Path, ...], typer.Argument(metavar="MODEL...", help="Runs, stages, Hugging Face folders, .gguf files.")
+    ] = ()
+    tasks: Annotated[
+        tuple[str, ...],
+        typer.Option(metavar="TASK...", help="Suites by name, such as gsm8k, or JSONL files; as many as you like."),
+    ] = ()
+    endpoints: Annotated[
+        tuple[str, ...],
+        typer.Option("--endpoint", metavar="URL#MODEL", help="A model behind an OpenAI-compatible API; repeatable."),
+    ] = ()
+    problems: Annotated[int | None, typer.Option(help="Questions of each suite; default all.")] = None
+    samples: Annotated[int | None, typer.Option(help="Answers to each question; default 4, or 1 if greedy.")] = None
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.6
+    top_p: Annotated[float, typer.Option(help="Likeliest tokens up to this probability.")] = 0.95
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, its chain included.")] = 32768
+    seed: Annotated[int, typer.Option(help="Same seed, same questions and, from models here, same answers.")] = 0
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="Open the chain of thought, or ask for none.")
+    ] = None
+    out: Annotated[Path, typer.Option(help="Folder for answers, tables and the picture; it is what is continued.")] = (
+        Path("compare")
+    )
+    price_in: Annotated[
+        tuple[str, ...], typer.Option(metavar="[MODEL=]DOLLARS", help="An endpoint's price of a million prompt tokens.")
+    ] = ()
+    price_out: Annotated[
+        tuple[str, ...], typer.Option(metavar="[MODEL=]DOLLARS", help="The same for a million tokens of answers.")
+    ] = ()
+    price_hour: Annotated[
+        float | None, typer.Option(help="What this machine costs an hour, in dollars; default an estimate.")
+    ] = None
+    key_env: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            metavar="[MODEL=]VARIABLE", help="Environment variable with an endpoint's key; also FINBACK_ENDPOINT_KEY."
+        ),
+    ] = ()
+    extra: Annotated[
+        str, typer.Option(metavar="JSON", help="Fields for every request to an endpoint; null takes one out.")
+    ] = ""
+    concurrency: Annotated[int, typer.Option(help="Requests to an endpoint at a time.")] = 8
+    rate: Annotated[float, typer.Option(help="Requests to an endpoint per minute; 0 is any number.")] = 0.0
+    timeout: Annotated[float, typer.Option(help="Seconds that an endpoint may be silent.")] = 300.0
+    rows: Annotated[int, typer.Option(help="Answers that a model here makes at a time.")] = 32
+    dtype: Dtype = "auto"
+    harness: Annotated[
+        str, typer.Option(metavar="lm-eval TASK...", help="Have lm-evaluation-harness ask its own tasks.")
+    ] = ""
+    harness_python: Annotated[
+        Path | None, typer.Option(help="The Python in which the harness is installed; default this one.")
+    ] = None
+    harness_chat: Annotated[
+        bool, typer.Option("--harness-chat", help="Ask models here as a chat, not as a text to go on with.")
+    ] = False
+    published: Annotated[bool, typer.Option("--published", help="Print published scores beside what was measured.")] = (
+        False
+    )
+    contamination: Annotated[
+        tuple[Path, ...],
+        typer.Option(metavar="FOLDER", help="A prepare stage: say which questions its text holds; repeatable."),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.harness not in ("", "lm-eval"):
+            raise UserError("--harness", self.harness, "no such harness", "Use lm-eval.")
+        if not self.tasks and not self.published:
+            raise UserError("--tasks", [], "nothing to ask", "Name suites, as in --tasks gsm8k.")
+        if self.tasks and not self.models and not self.endpoints:
+            raise UserError("MODEL", [], "nobody to ask", "Name models, or an --endpoint URL#MODEL.")
+        check_positive(self, "--", "problems", "samples", "max_tokens", "concurrency", "rows")
+        check_not_negative(self, "--", "rate", "price_hour", "timeout")
 
 
 class Spread(TyperCommand):

@@ -83,6 +83,11 @@ class Tokenizer:
             if self._full.token_to_id(t) is not None
         }
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether a text to be continued begins with bos, as training texts do."""
+        return self.bos >= 0 and bool(self.settings.get("add_bos_token", True))
+
     def _special(self, name: str, default: str) -> int:
         """The id of bos, eos or pad; -1 where the vocabulary has none."""
         number = self._full.token_to_id(_content(self.settings.get(f"{name}_token")) or default)

@@ -7,6 +7,7 @@ company, read at once or in pieces, with a prefix found in the cache, preempted,
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -26,39 +27,42 @@ from finback.model.native import use_native
 from finback.model.transformer import Transformer
 
 
-class Engine:
-    """Generates from a Transformer; any of the ids in `stops` ends a request, `rows` bounds how many run at once.
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine does at a time, and by which means."""
 
-    `tokens` is the capacity of the cache; None lets `generate` size it by what it is asked, up to half of the free
-    memory. `chunk` is how many prompt tokens a step reads at most. `reuse` lets prompts share what they begin with;
-    `speculate` drafts with the MTP module. With a tokenizer, requests carry their text, stop texts and schemas work, and
-    the chain of thought is counted.
+    # requests that run at once
+    rows: int = 256
+    # tokens that the cache holds; None: what `generate` needs, up to half of the free memory
+    tokens: int | None = None
+    # prompt tokens that a step reads at most
+    chunk: int = 8192
+    # let prompts share what they begin with
+    reuse: bool = False
+    # draft with the MTP module, if the model has one
+    speculate: bool = False
+
+
+class Engine:
+    """Generates from a Transformer; any of the ids in `stops` ends a request.
+
+    With a tokenizer, requests carry their text, stop strings and schemas work, and the chain of thought is counted.
     """
 
     def __init__(
         self,
         model: Transformer,
         stops: Sequence[int],
-        rows: int = 256,
-        *,
+        config: EngineConfig = EngineConfig(),
         tokenizer: Tokenizer | None = None,
-        tokens: int | None = None,
-        chunk: int = 8192,
-        reuse: bool = False,
-        speculate: bool = False,
-        patience: int | None = None,
     ) -> None:
-        self.model, self.rows, self.tokenizer = use_native(model), rows, tokenizer
+        self.model, self.config, self.tokenizer = use_native(model), config, tokenizer
         self.stops = frozenset(token for token in stops if 0 <= token < model.config.vocab_size)
-        self.chunk, self.reuse = chunk, reuse
-        self.speculation = Speculation() if speculate and len(model.mtp) else None
+        self.speculation = Speculation() if config.speculate and len(model.mtp) else None
         self.grammars = Grammars(tokenizer, model.config.vocab_size) if tokenizer else None
         self.sampler = Sampler(self.stops, tokenizer)
-        # serving wants newcomers in at once, a large batch of prompts wants them read together
-        self._patience = patience or (max(1, rows // 8) if tokens is None else 1)
         self._weights = self._version()
-        self._growing = tokens is None
-        self._set_up(tokens or 0)
+        self._set_up(config.tokens or 0)
 
     def _set_up(self, tokens: int) -> None:
         """Make a pool for this many tokens; nothing may be running."""
@@ -67,8 +71,10 @@ class Engine:
         drafts = self.speculation is not None
         pool = Pool(model.config, self.pages.count + 1, model.compute, device, drafts=drafts)
         longest = min(model.config.max_position_embeddings, self.pages.count * PAGE) + PAGE
-        self.scheduler = Scheduler(self.pages, self.rows, longest, self.reuse, self._patience)
-        self.runner = Runner(model, self.scheduler, pool, self.sampler, self.chunk, self.speculation)
+        # serving wants newcomers in at once, a large batch of prompts wants them read together
+        patience = max(1, self.config.rows // 8) if self.config.tokens is None else 1
+        self.scheduler = Scheduler(self.pages, self.config.rows, longest, self.config.reuse, patience)
+        self.runner = Runner(model, self.scheduler, pool, self.sampler, self.config.chunk, self.speculation)
 
     # ---- one request at a time -------------------------------------------------------------------------------------------
 
@@ -87,23 +93,7 @@ class Engine:
         `salt` (64 bytes at most) keeps its cached pages from requests with another one; it waits until `leader` has
         read its prompt, so that both read it once; `thinking` says that the prompt has opened the chain of thought.
         """
-        window = self.model.config.max_position_embeddings
-        if not prompt:
-            raise UserError("prompt", "", "empty", "Give at least one token.")
-        if len(prompt) + sampling.max_tokens > window:
-            raise UserError(
-                "max_tokens",
-                sampling.max_tokens,
-                f"the prompt has {len(prompt)} tokens and the model reads {window}",
-                "Shorten the prompt or ask for fewer tokens.",
-            )
-        if len(prompt) + sampling.max_tokens > self.pages.count * PAGE:
-            raise UserError(
-                "max_tokens",
-                sampling.max_tokens,
-                f"with a prompt of {len(prompt)} more than the cache of {self.pages.count * PAGE} tokens holds",
-                "Shorten the prompt, ask for fewer tokens, or give the engine a larger cache.",
-            )
+        self._check_length(len(prompt), sampling.max_tokens)
         self._check_ids(prompt, "prompt")
         self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
         if self.grammars is None and (sampling.stop or (sampling.schema, sampling.grammar) != (None, None)):
@@ -118,6 +108,23 @@ class Engine:
         self.sampler.limit_thinking(request)
         self.scheduler.waiting.append(request)
         return request
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the longest request may have, its answer included."""
+        return min(self.model.config.max_position_embeddings, self.pages.count * PAGE)
+
+    def _check_length(self, prompt: int, answer: int) -> None:
+        window, room = self.model.config.max_position_embeddings, self.pages.count * PAGE
+        if not prompt:
+            raise UserError("prompt", "", "empty", "Give at least one token.")
+        if prompt + answer > window:
+            problem = f"the prompt has {prompt} tokens and the model reads {window}"
+            raise UserError("max_tokens", answer, problem, "Shorten the prompt or ask for fewer tokens.")
+        if prompt + answer > room:
+            problem = f"with a prompt of {prompt} more than the cache of {room} tokens holds"
+            remedy = "Shorten the prompt, ask for fewer tokens, or give the engine a larger cache."
+            raise UserError("max_tokens", answer, problem, remedy)
 
     def _check_ids(self, ids: Iterable[int], field: str) -> None:
         vocab = self.model.config.vocab_size
@@ -175,8 +182,19 @@ class Engine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """One completion per prompt, in order. Request i uses random numbers of seeds[i] alone."""
-        assert len(prompts) == len(seeds), "one seed per prompt"
+        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] alone."""
+        return [request.completion() for request in self.finished(prompts, sampling, seeds)]
+
+    def finished(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        thinking: Sequence[bool] | None = None,
+    ) -> list[Request]:
+        """A finished request for each prompt, in order; `thinking` says which prompts have opened the chain."""
+        opened = thinking or [False] * len(prompts)
+        assert len(prompts) == len(seeds) == len(opened), "one seed per prompt"
         if not prompts:
             return []
         was_training = self.model.training
@@ -187,43 +205,26 @@ class Engine:
         requests: dict[int, Request] = {}
         try:
             for i in order:
-                requests[i] = self.submit(prompts[i], sampling, seeds[i])
+                requests[i] = self.submit(prompts[i], sampling, seeds[i], thinking=opened[i])
             while self.busy:
                 self.step()
         finally:  # interrupted: nothing of it may be left in the batch
             for request in requests.values():
                 self.cancel(request)
             self.model.train(was_training)
-        return [requests[i].completion() for i in range(len(prompts))]
+        return [requests[i] for i in range(len(prompts))]
 
-    def stream(self, prompt: Sequence[int], sampling: SamplingParams, seed: int) -> Iterator[int]:
-        """Token ids of one completion as they are made, without the one that ends it."""
-        self.model.eval()
-        self._prepare([len(prompt) + sampling.max_tokens])
-        request = self.submit(prompt, sampling, seed)
-        said = 0
-        try:
-            while request.finish_reason is None:
-                self.step()
-                made = request.tokens[said:]
-                said += len(made)
-                yield from (token for token in made if token not in self.stops)
-        finally:
-            self.cancel(request)
-
-    def talk(self, prompt: Sequence[int], sampling: SamplingParams, seed: int, thinking: bool = False) -> Iterator[str]:
-        """The text of one completion as it is made; the engine has a tokenizer. `thinking` as for `submit`."""
+    def stream(
+        self, prompt: Sequence[int], sampling: SamplingParams, seed: int, thinking: bool = False
+    ) -> Iterator[Request]:
+        """A request, again after each step until it has finished; `thinking` as for `submit`."""
         self.model.eval()
         self._prepare([len(prompt) + sampling.max_tokens])
         request = self.submit(prompt, sampling, seed, thinking=thinking)
-        assert request.detokenizer is not None, "an engine without a tokenizer has no text"
-        said = 0
         try:
             while request.finish_reason is None:
                 self.step()
-                new = request.detokenizer.pieces[said:]
-                said += len(new)
-                yield from new
+                yield request
         finally:
             self.cancel(request)
 
@@ -233,8 +234,8 @@ class Engine:
         if self._weights != version:
             self.pages.forget()
         self._weights = version
-        if self._growing and not self.busy:
-            wanted = sum(-(-(n + 1) // PAGE) + 1 for n in sorted(lengths)[-self.rows :]) * PAGE
+        if self.config.tokens is None and not self.busy:
+            wanted = sum(-(-(n + 1) // PAGE) + 1 for n in sorted(lengths)[-self.config.rows :]) * PAGE
             if wanted > self.pages.count * PAGE:
                 self._set_up(max(min(wanted, affordable(self.model, 2)), max(lengths) + PAGE))
 

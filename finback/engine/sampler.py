@@ -7,7 +7,7 @@ else, so that a request comes out the same in any company.
 import operator
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -128,6 +128,15 @@ class Sampler:
             return "length"
         self.limit_thinking(r)
         return None
+
+
+def without_thinking(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """The same parameters, but the model cannot open a chain of thought."""
+    if THINK not in tokenizer.ids:
+        return params
+    mark = tokenizer.ids[THINK]
+    bias = (*((token, value) for token, value in params.logit_bias if token != mark), (mark, float("-inf")))
+    return replace(params, logit_bias=bias)
 
 
 @dataclass(frozen=True)

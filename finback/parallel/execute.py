@@ -14,7 +14,6 @@ from typing import Any
 
 from finback.parallel import launch
 from finback.runs import recipe as recipes
-from finback.runs.files import write_json
 from finback.runs.folder import Interrupted, StageRun, locked, prepare_folder
 from finback.runs.recipe import Recipe
 
@@ -41,7 +40,7 @@ def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Se
         prepare_folder(root)
         with locked(root) as handle:
             recipes.claim(recipe, root, seed)
-            if all((root / stage.name / "manifest.json").is_file() for stage in recipe.stages):
+            if recipes.is_finished(recipe, root):
                 pass
             elif arguments is None:
                 _here(recipe, root, seed)
@@ -50,7 +49,7 @@ def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Se
                     print("interrupted; run the same command to continue", file=sys.stderr)
                     raise Interrupted
                 raise RankFailed(code)
-    write_json(root / "summary.json", recipes.summary(recipe, root, seed))  # a kill may have come before it
+    recipes.write_summary(recipe, root, seed)  # a kill may have come before it
     return True
 
 

@@ -11,7 +11,7 @@ from finback.parallel.pipeline_tables import ScheduleName
 from finback.planner import cost, hardware, memory, recommend
 from finback.planner.cost import Step
 from finback.planner.hardware import Fact, Machine
-from finback.planner.options import Options
+from finback.planner.options import PlanOptions
 from finback.planner.recommend import JudgedWorkload, Search
 from finback.planner.workload import Workload, parse_mesh
 
@@ -26,7 +26,13 @@ class ClusterPlan:
 
 
 def plan(
-    name: str, c: ModelConfig, work: Workload, tokens: float, options: Options, source: str = "", given: bool = False
+    name: str,
+    c: ModelConfig,
+    work: Workload,
+    tokens: float,
+    options: PlanOptions,
+    source: str = "",
+    given: bool = False,
 ) -> ClusterPlan:
     """Plan `tokens` tokens in steps of `work` on the hardware the options name.
 
@@ -69,19 +75,19 @@ def plan(
     return ClusterPlan(values, step, judged.work)
 
 
-def workload(rows: int, length: int, options: Options) -> Workload:
+def workload(rows: int, length: int, options: PlanOptions) -> Workload:
     """A step as the options have it, before it has a layout."""
     precision = options.precision or ("fp8" if hardware.find(options.on)[0].fp8 else "bf16")
     return Workload(
         rows=rows,
         length=length,
-        recompute=options.recompute or "none",  # type: ignore[arg-type]
-        precision=precision,  # type: ignore[arg-type]
-        optimizer=options.optimizer or "adamw",  # type: ignore[arg-type]
+        recompute=options.recompute or "none",
+        precision=precision,
+        optimizer=options.optimizer or "adamw",
     )
 
 
-def _search(c: ModelConfig, work: Workload, options: Options, machine: Machine, known: dict[str, Fact]) -> Search:
+def _search(c: ModelConfig, work: Workload, options: PlanOptions, machine: Machine, known: dict[str, Fact]) -> Search:
     """What is to be recommended: all that neither --mesh, --schedule nor --recompute say."""
     _, devices = hardware.find(options.on)
     change: dict[str, Any] = {"schedule": options.schedule.lower()} if options.schedule else {}
@@ -98,7 +104,7 @@ def _search(c: ModelConfig, work: Workload, options: Options, machine: Machine, 
     return Search(start, devices, frozenset(fixed), options.micro_rows, machine, known, share.value)
 
 
-def by_flops(flops: float, options: Options) -> dict[str, Any]:
+def by_flops(flops: float, options: PlanOptions) -> dict[str, Any]:
     """Cost of so many FLOPs at the machine's MFU, or else at the efficiency that others' is from: rough."""
     machine, devices = hardware.find(options.on)
     known, machine = hardware.assumptions(options.assume, machine)

@@ -1,17 +1,28 @@
 """`finback plan`: from what was asked to values and text. No torch here until a recipe or a calibration needs it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
+from finback.parallel import launch
 from finback.planner import calibration_file, cluster, hardware, picture, presets, published, render
-from finback.planner.options import Options
+from finback.planner.options import PlanOptions
 
 
-def preset(name: str, options: Options, image: Path | None) -> tuple[dict[str, Any], str]:
+def run(options: PlanOptions, path: Path) -> tuple[dict[str, Any], str]:
+    """Plan what is asked for with the calibration at `path`; values for --json, and text."""
+    if options.what.endswith(".py"):
+        return recipe(options, path)
+    if options.what:
+        return preset(options)
+    if options.calibrate:
+        return calibrated(path)
+    raise UserError("plan", "", "nothing to plan", "Name a recipe or a preset, or give --calibrate.")
+
+
+def preset(options: PlanOptions) -> tuple[dict[str, Any], str]:
     """Plan a preset on named hardware; its values for --json, and text."""
-    found = presets.find(name)
+    found, image = presets.find(options.what), options.picture
     if not options.on:
         raise UserError("--on", "", "a preset is planned for hardware that is named", "Give --on h800:2048, say.")
     if image is not None:
@@ -46,17 +57,16 @@ def _draw(name: str, planned: cluster.ClusterPlan, image: Path) -> str:
     return f"Picture: {image}"
 
 
-def recipe(
-    path: Path, settings: Sequence[str], options: Options, calibration: Path, ranks: int, must_exist: bool
-) -> tuple[dict[str, Any], str]:
+def recipe(options: PlanOptions, path: Path) -> tuple[dict[str, Any], str]:
     """Plan a recipe stage by stage, on this machine unless hardware is named."""
     from finback.planner import recipe_plan
     from finback.runs import recipe as recipes
 
     known = None
-    if not options.on and (must_exist or calibration.is_file()):
-        known = calibration_file.read(calibration)
-    values = recipe_plan.plan(recipes.load(path, settings), options, known, ranks)
+    if not options.on and (options.calibration or path.is_file()):  # one that is named must exist
+        known = calibration_file.read(path)
+    plan = recipes.load(Path(options.what), options.settings)
+    values = recipe_plan.plan(plan, options, known, options.ranks or launch.default_ranks())
     return values, recipe_plan.tell(values)
 
 

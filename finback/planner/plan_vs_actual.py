@@ -10,8 +10,9 @@ from typing import Any
 from finback.config import UserError
 from finback.model import config as models
 from finback.planner import calibration_file, recipe_plan
-from finback.planner.options import Options
+from finback.planner.options import PlanOptions
 from finback.planner.render import big, span, table
+from finback.runs.declaration import DECLARATION
 from finback.runs.files import read_json, read_lines
 from finback.runs.ledger import cost
 from finback.runs.recipe import Recipe, Stage
@@ -31,7 +32,7 @@ def stage_of(config: dict[str, Any]) -> Stage:
     """A stage with the knobs of its config.json, enough of it to be planned: tasks and rewards are names of fields only."""
     known = {cls.__name__: cls for m in MODULES for cls in vars(m).values() if _is_stage(cls)}
     cls = known.get(config["type"], Stage)  # a recipe's own stage announces nothing that could be found here
-    return _bare(cls, {k: _value(v) for k, v in config.items() if k != "type"})
+    return _bare(cls, {k: _value(v) for k, v in config.items() if k not in ("type", DECLARATION)})
 
 
 def _is_stage(value: Any) -> bool:
@@ -86,7 +87,7 @@ def _plan(name: str, folders: list[Path], calibration: Path) -> tuple[dict[str, 
     try:
         stages = tuple(stage_of(read_json(folder / "config.json")) for folder in folders)
         recipe = _bare(Recipe, {"name": name, "stages": stages, "file": None})
-        found = recipe_plan.plan(recipe, Options(), known, _ranks(folders))
+        found = recipe_plan.plan(recipe, PlanOptions(), known, _ranks(folders))
     except (UserError, TypeError, KeyError, AttributeError) as error:  # knobs of another version
         return {}, [*notes, f"no plan: {error}"]
     return found["stages"], [*notes, *found["notes"]]

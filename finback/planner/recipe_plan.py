@@ -13,7 +13,7 @@ from finback.config import UserError
 from finback.model.config import ModelConfig, from_json
 from finback.model.count import forward_flops, parameters, training_flops
 from finback.planner import calibration_file, cluster, hardware, this_machine
-from finback.planner.options import Options
+from finback.planner.options import PlanOptions
 from finback.planner.render import big, span, table
 from finback.planner.this_machine import Shape
 from finback.runs.files import is_checkpoint, read_json
@@ -51,7 +51,7 @@ def _stored_model(path: Path) -> ModelConfig | None:
     return None
 
 
-def plan(recipe: Recipe, options: Options, calibration: dict[str, Any] | None, ranks: int) -> dict[str, Any]:
+def plan(recipe: Recipe, options: PlanOptions, calibration: dict[str, Any] | None, ranks: int) -> dict[str, Any]:
     """Every stage's cost and the sum; without --on on this machine, as far as a calibration tells."""
     stages = {}
     for stage in recipe.stages:
@@ -109,7 +109,7 @@ def _counted(stage: Stage, model: ModelConfig | None) -> dict[str, Any]:
 
 
 def _here(
-    stage: Stage, model: ModelConfig | None, options: Options, calibration: dict[str, Any] | None, ranks: int
+    stage: Stage, model: ModelConfig | None, options: PlanOptions, calibration: dict[str, Any] | None, ranks: int
 ) -> dict[str, Any]:
     values: dict[str, Any] = _counted(stage, model)
     if model is None or calibration is None:
@@ -160,7 +160,7 @@ def _all(memory: this_machine.RankMemory) -> float:
     return memory.total
 
 
-def _on_hardware(stage: Stage, model: ModelConfig | None, options: Options) -> dict[str, Any]:
+def _on_hardware(stage: Stage, model: ModelConfig | None, options: PlanOptions) -> dict[str, Any]:
     values = _counted(stage, model)
     if model is None:
         return values
@@ -189,7 +189,7 @@ def _on_hardware(stage: Stage, model: ModelConfig | None, options: Options) -> d
     }
 
 
-def _laid_out(stage: Pretrain, model: ModelConfig, options: Options) -> dict[str, Any]:
+def _laid_out(stage: Pretrain, model: ModelConfig, options: PlanOptions) -> dict[str, Any]:
     """The plan of pre-training on the options' hardware, by the recipe's own layout where --mesh gives no other."""
     options = dataclasses.replace(options, optimizer=options.optimizer or stage.optimizer)
     work = cluster.workload(options.rows or stage.rows, options.length or stage.length, options)

@@ -1,19 +1,22 @@
-"""A run with several models in a row: what each of them scores, and what each says to the same problem.
-
-Reads run folders only.
-"""
+"""What each evaluated model of a run scores, and what each answers to the same problem."""
 
 from pathlib import Path
 from typing import Any
 
+from finback.runs.declaration import Kind
 from finback.runs.files import read_lines
 
 MANY = 3  # evaluated models from which on a summary has one row per model
 
 
+def of_kind(stages: dict[str, Any], kind: Kind) -> list[str]:
+    """Names of the stages of summary.json that declare a kind."""
+    return [name for name, stage in stages.items() if stage.get("kind") == kind]
+
+
 def accuracy_table(stages: dict[str, Any]) -> str:
     """One line per examined model: every exam's accuracy with its interval, then length, thinking and language."""
-    taken = [s["results"] for s in stages.values() if s["stage"] == "Evaluate"]
+    taken = [stages[name]["results"] for name in of_kind(stages, "evaluation")]
     names = list(dict.fromkeys(e["exam"] for results in taken for e in results["evaluations"]))
     tells = any("language" in e for results in taken for e in results["evaluations"])
     width = max(5, *(len(results["model"]) for results in taken))
@@ -42,7 +45,7 @@ def _share(exam: dict[str, Any] | None) -> str:
 
 def first_problem(root: Path, stages: dict[str, Any]) -> str:
     """The first problem of the first exam, and what every model said to it, right or not."""
-    taken = [(name, s["results"]) for name, s in stages.items() if s["stage"] == "Evaluate"]
+    taken = [(name, stages[name]["results"]) for name in of_kind(stages, "evaluation")]
     exam = taken[0][1]["evaluations"][0]["exam"]
     lines: list[str] = []
     for name, results in taken:
@@ -60,14 +63,3 @@ def answer_line(label: str, record: dict[str, Any], width: int = 14) -> str:
     chain = record["thinking"].replace("\n", "  ")
     shown = f"<think> {chain} </think> " if record["thinks"] else ""
     return f"  {label:{width}}  {shown}{record['answer']}   {'right' if record['correct'] else 'WRONG'}"
-
-
-def rejected(stages: dict[str, Any]) -> str:
-    """What the reject stages kept and why they dropped the rest."""
-    lines = []
-    for name, stage in stages.items():
-        if stage["stage"] == "Reject":
-            r = stage["results"]
-            reasons = ", ".join(f"{n:,} {why}" for why, n in r["reasons"].items())
-            lines.append(f"Rejection sampling '{name}' kept {r['kept']:,} of {r['sampled']:,} answers: {reasons}.")
-    return "\n".join(lines)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError, did_you_mean
-from finback.report.exams import answer_line
+from finback.report.exams import answer_line, of_kind
 from finback.runs.files import read_json, read_lines
 
 
@@ -55,7 +55,7 @@ def _before_after(root: Path, count: int) -> list[str]:
     """The same problems before and after, from the first and the last exam."""
     summary = root / "summary.json"
     stages = read_json(summary)["stages"] if summary.is_file() else {}
-    taken = [(name, s["results"]) for name, s in stages.items() if s["stage"] == "Evaluate"]
+    taken = [(name, stages[name]["results"]) for name in of_kind(stages, "evaluation")]
     if len(taken) < 2:
         return []
     (first, before), (last, after) = taken[0], taken[-1]

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from finback.report.exams import MANY, accuracy_table, answer_line, first_problem, rejected
-from finback.runs.files import read_json, read_lines
+from finback.report.exams import MANY, accuracy_table, answer_line, first_problem, of_kind
+from finback.runs.files import SUMMARY, read_json, read_lines
 from finback.runs.progress import clock
 
 SAMPLES = 3
@@ -13,28 +13,25 @@ PLANTED = "Pre-training planted both habits, guessing and thinking; RL selects t
 
 def summarize(root: Path) -> str:
     """The summary of a run as text; draws <root>/learning.png when there is an RL stage."""
-    stages = read_json(root / "summary.json")["stages"]
-    parts = [_costs(stages)]
-    exams = [name for name, s in stages.items() if s["stage"] == "Evaluate"]
-    learning = [name for name, s in stages.items() if s["stage"] == "GRPO"]
-    parts += [_pretraining(name, s["results"]) for name, s in stages.items() if s["stage"] == "Pretrain"]
+    stages = read_json(root / SUMMARY)["stages"]
+    exams, learning = of_kind(stages, "evaluation"), of_kind(stages, "reinforcement learning")
+    parts = [_costs(stages), "\n".join(stage.get("text", "") for stage in stages.values() if stage.get("text"))]
     if len(exams) >= MANY:
-        parts += [rejected(stages), accuracy_table(stages), first_problem(root, stages)]
+        parts += [accuracy_table(stages), first_problem(root, stages)]
     elif len(exams) >= 2:
         before, after = exams[0], exams[-1]
         parts.append(_before_after(stages[before]["results"], stages[after]["results"]))
         parts.append(_gain(stages[before]["results"], stages[after]["results"]))
-        if parts[-1] and learning and any(s["stage"] == "Pretrain" for s in stages.values()):
+        if parts[-1] and learning and of_kind(stages, "pre-training"):
             parts[-1] += f"\n{PLANTED}"
         parts.append(_problems(root, before, after, stages[before]["results"]["evaluations"][0]["exam"]))
-    if learning:
-        picture = draw(root, learning)
-        parts.append(f"Picture: {picture}" if picture else "")
-    models = [name for name, s in stages.items() if s["stage"] in ("Pretrain", "SFT", "GRPO", "Distill")]
+    if learning and (picture := draw(root, learning)):
+        parts.append(f"Picture: {picture}")
     if len(exams) >= MANY:
-        parts.append(f"Talk to one of them: finback chat {root}/STAGE, with STAGE one of {', '.join(models)}")
+        models = ", ".join(name for name, stage in stages.items() if stage["cost"]["tokens_trained"])
+        parts.append(f"Chat with one of them: finback chat {root}/STAGE, with STAGE one of {models}")
     else:
-        parts.append(f"Talk to it: finback chat {root}")
+        parts.append(f"Chat with it: finback chat {root}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -54,25 +51,6 @@ def _costs(stages: dict[str, Any]) -> str:
     lines.append(f"{'all':{wide}} {clock(total_seconds):>7} {'':12} {'':9} {'':5} {'':6} {total_money:>8.4f}")
     basis = next(iter(stages.values()))["cost"]["basis"] if stages else ""
     return "\n".join([*lines, f"Energy and money are an {basis}."])
-
-
-def _pretraining(name: str, results: dict[str, Any]) -> str:
-    reached = results["probe_reached"]
-    if reached is None:
-        end = "ended at its token limit (no probe asked for)"
-    elif reached:
-        end = f"passed its probe ({results['probe_best']:.0%}) at {results['probe_passed_at_tokens']:,} tokens"
-    else:
-        end = f"DID NOT PASS ITS PROBE (best {results['probe_best']:.0%}): expect little from what follows"
-    bits = ", ".join(f"{source} {value:.2f}" for source, value in results["bits_per_byte"].items())
-    router = results["router_last_100_steps"]
-    line = f"Pre-training {name!r} {end}; {results['tokens']:,} tokens; bits per byte of unseen text: {bits or '-'}."
-    if not router["max_violation"]:  # a dense model
-        return line
-    return (
-        f"{line}\nRouter, worst of the last 100 steps: max violation {router['max_violation']:.2f}, "
-        f"{router['idle_experts']} experts without a token."
-    )
 
 
 def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -1,22 +1,21 @@
 """A conversation in the terminal: one line a turn, thinking dimmed while it streams."""
 
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finback.checkpoint import model as models
 from finback.checkpoint.model import Answering, find_model
 from finback.config import UserError
-from finback.data.messages import Message, encode_prompt, parse_response
-from finback.data.tokenizer import ASSISTANT, END_THINK, THINK, USER, Tokenizer
-from finback.engine.engine import Engine
-from finback.engine.request import SamplingParams
+from finback.data.messages import Message, parse_response
+from finback.data.tokenizer import END_THINK, THINK
+from finback.engine.llm import LLM
+from finback.engine.open import ANSWERING
+from finback.report.options import ChatOptions
 
-LONGEST = 32768  # tokens of a conversation that are kept
 THINKING = {"on": True, "off": False, "auto": None}
 HELP = "/new forgets the dialogue, /think on|off|auto, /seed N, /save FILE (JSON lines), Ctrl-C stops a reply, Ctrl-D ends."
 DIM, PLAIN = "\033[2m", "\033[0m"
@@ -28,56 +27,29 @@ class Conversation:
     `think` True opens the chain of thought for the model, False keeps it from thinking, None leaves it to the model.
     """
 
-    def __init__(self, folder: Path, seed: int, dtype: Answering = "auto", **chosen: float | None) -> None:
-        self.tokenizer = Tokenizer(folder)
-        # a mark of a new turn ends this one; a small model sometimes goes on with the next
-        turns = [] if self.tokenizer.template else [self.tokenizer.ids.get(t, -1) for t in (USER, ASSISTANT)]
-        model = models.load_to_answer(folder, dtype)
-        self.engine = Engine(
-            model,
-            (*self.tokenizer.stops, *turns),
-            rows=1,
-            tokenizer=self.tokenizer,
-            tokens=min(model.config.max_position_embeddings, LONGEST),
-            chunk=512,
-            reuse=True,
-            speculate=True,
+    def __init__(self, model: Path, seed: int, dtype: Answering = "auto", **chosen: float | None) -> None:
+        self.llm = LLM(model, dtype, replace(ANSWERING, rows=1))
+        self.sampling = self.llm.defaults(
+            **{"max_tokens": min(1024, self.llm.window // 8)} | {n: v for n, v in chosen.items() if v is not None}
         )
-        self.sampling, self.seed = self._sampling(chosen), seed
+        self.seed = seed
         self.messages: list[Message] = []
         self.replies = 0
         self.think: bool | None = None
 
-    def _sampling(self, chosen: dict[str, float | None]) -> SamplingParams:
-        """What the user chose, else what the model's makers recommend in generation_config.json, else 0.7."""
-        window = self._window
-        settings: dict[str, Any] = {"temperature": 0.7, "max_tokens": min(1024, window // 8)}
-        known = self.tokenizer.generation
-        settings |= {n: known[n] for n in ("temperature", "top_p", "top_k", "min_p") if known.get(n) is not None}
-        return SamplingParams(**settings | {n: v for n, v in chosen.items() if v is not None})
-
     def reply(self, text: str) -> Iterator[str]:
         """Pieces of the answer to `text` as they are made, tags included; remembers the answer when it is whole."""
         self.messages.append(Message("user", text))
-        prompt, opened = self._prompt()
-        said: list[str] = [THINK] if opened else []
-        yield from said
-        mark = self.tokenizer.ids.get(THINK)
-        banned = ((mark, float("-inf")),) if self.think is False and mark is not None else ()
-        sampling = dataclasses.replace(self.sampling, logit_bias=banned)
-        stream = self.engine.talk(prompt, sampling, self.seed + self.replies, opened)
+        made: list[str] = []
+        stream = self.llm.stream(self._fitting(), self.sampling, self.think, self.seed + self.replies)
         self.replies += 1
         try:
             for piece in stream:
-                said.append(piece)
+                made.append(piece)
                 yield piece
-        finally:  # also when the user stops the reply: what was said is part of the dialogue
-            response = parse_response("".join(said))
+        finally:  # also when the user stops the reply: its beginning is part of the dialogue
+            response = parse_response("".join(made))
             self.messages.append(Message("assistant", response.answer, response.reasoning))
-
-    @property
-    def _window(self) -> int:
-        return min(self.engine.model.config.max_position_embeddings, LONGEST)
 
     def forget(self) -> None:
         """Start a new dialogue."""
@@ -103,10 +75,7 @@ class Conversation:
         raise UserError("command", line, "not understood", HELP)
 
     def _save(self, path: Path) -> str:
-        turns = [
-            {"role": m.role, "content": m.content} | ({"reasoning_content": m.reasoning} if m.reasoning else {})
-            for m in self.messages
-        ]
+        turns = [m.to_openai() for m in self.messages]
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.writelines(json.dumps(turn, ensure_ascii=False) + "\n" for turn in turns)
@@ -114,25 +83,24 @@ class Conversation:
             raise UserError("/save", str(path), error.strerror or str(error), "Name a new file.") from None
         return f"{len(turns)} messages in {path}"
 
-    def _prompt(self) -> tuple[list[int], bool]:
-        room = self._window - self.sampling.max_tokens
+    def _fitting(self) -> list[dict[str, Any]]:
+        """The dialogue without its oldest turns, which no longer fit into the window."""
+        room = self.llm.window - self.sampling.max_tokens
         while True:
-            ids, opened = encode_prompt(self.messages, self.tokenizer, think=self.think)
-            if len(ids) <= room:
-                return ids, opened
+            turns = [m.to_openai() for m in self.messages]
+            length = len(self.llm.encode(turns, self.think)[0])
+            if length <= room:
+                return turns
             if len(self.messages) == 1:
                 self.messages = []
-                raise UserError("message", f"{len(ids)} tokens", f"the model reads {room}", "Say it in fewer words.")
+                raise UserError("message", f"{length} tokens", f"the model reads {room}", "Say it in fewer words.")
             del self.messages[:2]
 
 
-def loop(path: Path, seed: int, as_json: bool, color: bool, dtype: Answering = "auto", **chosen: float | None) -> None:
-    """Read lines from stdin and answer each; prompts and help only when a person sits there.
-
-    `chosen` are fields of SamplingParams; None leaves one to the model's own settings.
-    """
-    folder = find_model(path)
-    conversation = Conversation(folder, seed, dtype, **chosen)
+def loop(options: ChatOptions, as_json: bool, color: bool) -> None:
+    """Read lines from stdin and answer each; prompts and help only when a person sits there."""
+    folder = find_model(options.model)
+    conversation = Conversation(folder, options.seed, options.dtype, **options.sampling())
     person = sys.stdin.isatty() and not as_json
     if person:
         with contextlib.suppress(ImportError):

@@ -8,6 +8,11 @@ from typing import Any
 
 from finback.config import UserError
 
+# of a run folder; folder.py says what each holds
+RECIPE, SUMMARY = "recipe.json", "summary.json"
+CONFIG, LEDGER, MANIFEST = "config.json", "ledger.jsonl", "manifest.json"
+METRICS, SAMPLES, ROUTER = "metrics.jsonl", "samples.jsonl", "router.jsonl"
+
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by `value` as JSON, atomically: readers see the old or the new text, also after a crash."""
@@ -61,7 +66,7 @@ def is_checkpoint(path: Path) -> bool:
     if path.suffix == ".gguf":
         return True
     try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        raw = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except OSError:
         return False
     except ValueError:

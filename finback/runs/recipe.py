@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from finback.config import UserError, as_json, check_fields, did_you_mean, override
-from finback.runs.files import is_checkpoint, read_json, write_json
+from finback.runs.declaration import DECLARATION, Declaration
+from finback.runs.files import CONFIG, MANIFEST, RECIPE, SUMMARY, is_checkpoint, read_json, write_json
 from finback.runs.folder import Interrupted, Ranks, StageRun
 from finback.runs.ledger import cost, spent
 
@@ -51,6 +52,14 @@ class Stage:
         """Tokens this stage will train on and generate, at most."""
         return Work()
 
+    def declaration(self) -> Declaration:
+        """What readers of the stage's folder have to know of it."""
+        return Declaration()
+
+    def describe(self, results: dict[str, Any]) -> str:
+        """What the run's summary says of the results beside their cost; empty where nothing."""
+        return ""
+
     def run(self, run: StageRun) -> dict[str, Any]:
         """Do it and return the results; must resume from what an interrupted call left in run.folder."""
         raise NotImplementedError(f"{type(self).__name__}.run")
@@ -77,11 +86,7 @@ class Recipe:
     @staticmethod
     def _check_input(stage: str, start: str, earlier: Sequence[str], later: Sequence[str]) -> None:
         path = Path(start)
-        if (
-            start.partition("/")[0] in earlier
-            or (path / "manifest.json").is_file()
-            or (path.exists() and is_checkpoint(path))
-        ):
+        if start.partition("/")[0] in earlier or (path / MANIFEST).is_file() or (path.exists() and is_checkpoint(path)):
             return
         if start in later:
             problem = "is the stage itself" if start == stage else "comes later in the recipe"
@@ -153,7 +158,7 @@ def claim(recipe: Recipe, root: Path, seed: int) -> None:
     Finished and half-finished stages must have the knobs they have now: mixing two recipes' stages in one folder
     would make every number in it a lie.
     """
-    marker = root / "recipe.json"
+    marker = root / RECIPE
     mine = {"recipe": recipe.name, "seed": seed}
     if marker.is_file():
         theirs = read_json(marker)
@@ -165,10 +170,10 @@ def claim(recipe: Recipe, root: Path, seed: int) -> None:
                     f"belongs to {field} {theirs.get(field)!r}, this is {value!r}",
                     "Choose another folder with --runs, or delete this one.",
                 )
-    elif any(root.glob("*/config.json")):
+    elif any(root.glob(f"*/{CONFIG}")):
         raise UserError("runs", str(root), "holds stages of an unknown recipe", "Choose another folder with --runs.")
     for stage in recipe.stages:
-        _check_knobs(stage, root / stage.name / "config.json")
+        _check_knobs(stage, root / stage.name / CONFIG)
     if not marker.is_file():
         write_json(marker, mine)
 
@@ -178,7 +183,7 @@ def _check_knobs(stage: Stage, path: Path) -> None:
         return
     then, now = read_json(path), json.loads(json.dumps(as_json(stage)))
     defaults = {f.name: as_json(f.default) for f in dataclasses.fields(stage) if f.default is not MISSING}
-    for field in sorted((set(then) | set(now)) - stage.free):
+    for field in sorted((set(then) | set(now)) - stage.free - {DECLARATION}):
         # a knob that came with a later version had its default before there was one
         was = then.get(field, defaults.get(field))
         if was != now.get(field):
@@ -196,31 +201,47 @@ def execute(
     """Run every unfinished stage in order; `watch` learns of each StageRun before it starts (to stop it)."""
     for stage in recipe.stages:
         run = StageRun(root, stage.name, seed, ranks, quiet)
-        if (run.folder / "manifest.json").is_file():
+        if (run.folder / MANIFEST).is_file():
             run.say(f"{stage.name:10} done before")
             run.tidy()
             continue
         if run.is_writer:
             run.folder.mkdir(exist_ok=True)
-            write_json(run.folder / "config.json", as_json(stage))
+            write_json(run.folder / CONFIG, as_json(stage) | {DECLARATION: stage.declaration().to_json()})
         ranks.barrier()
         watch(run)
         run.begin(recipe.file, stage.inputs())
         results = stage.run(run)
         run.finish(results)
         if run.is_writer:
-            write_json(root / "summary.json", summary(recipe, root, seed))
+            write_summary(recipe, root, seed)
         run.say(f"{stage.name:10} done in {spent(run.folder)['seconds']:.0f} s")
         if run.check_stop():
             raise Interrupted
 
 
 def summary(recipe: Recipe, root: Path, seed: int) -> dict[str, Any]:
-    """What summary.json holds: for each finished stage its results and what they cost."""
+    """What summary.json holds: for each finished stage its kind, results, a text on them, and what they cost."""
     stages = {}
     for stage in recipe.stages:
         folder = root / stage.name
-        if (folder / "manifest.json").is_file():
-            results = read_json(folder / "manifest.json")["results"]
-            stages[stage.name] = {"stage": type(stage).__name__, "results": results, "cost": cost(folder)}
+        if (folder / MANIFEST).is_file():
+            results = read_json(folder / MANIFEST)["results"]
+            stages[stage.name] = {
+                "stage": type(stage).__name__,
+                "kind": stage.declaration().kind,
+                "results": results,
+                "text": stage.describe(results),
+                "cost": cost(folder),
+            }
     return {"recipe": recipe.name, "seed": seed, "stages": stages}
+
+
+def write_summary(recipe: Recipe, root: Path, seed: int) -> None:
+    """Write summary.json."""
+    write_json(root / SUMMARY, summary(recipe, root, seed))
+
+
+def is_finished(recipe: Recipe, root: Path) -> bool:
+    """Whether every stage has its manifest."""
+    return all((root / stage.name / MANIFEST).is_file() for stage in recipe.stages)

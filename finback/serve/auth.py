@@ -7,11 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from finback.config import UserError
 from finback.serve.errors import ApiError
-from finback.serve.options import LOOPBACK, Options
+from finback.serve.options import LOOPBACK, ListenOptions
+
+Listen = TypeVar("Listen", bound=ListenOptions)
 
 SHORTEST = 16  # characters; 128 bits in hexadecimal are 32
 
@@ -44,15 +48,17 @@ def _digest(key: str) -> bytes:
     return bytes.fromhex(met[1]) if met else hashlib.sha256(key.encode()).digest()
 
 
-def demand_safety(options: Options, insecure: bool) -> None:
-    """Refuse to stand open on a network by mistake."""
-    if options.host not in LOOPBACK and not options.keys and not insecure:
+def secured(options: Listen) -> Listen:
+    """The options with the digests of all keys; refuses to stand open on a network by mistake."""
+    keys = (*options.keys, *digests([options.api_key] if options.api_key else [], options.key_file))
+    if options.host not in LOOPBACK and not keys and not options.insecure:
         raise UserError(
             "host",
             options.host,
             "open to the network, with no API key",
             "Give --key-file or FINBACK_API_KEY, or --insecure if anybody may use it.",
         )
+    return replace(options, keys=keys, api_key="", key_file=None)
 
 
 def owner_of(headers: Iterable[tuple[bytes, bytes]], keys: tuple[bytes, ...]) -> bytes | None:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from finback.serve import auth, page
 from finback.serve.errors import ApiError
 from finback.serve.metrics import Metrics
-from finback.serve.options import LOOPBACK, Options
+from finback.serve.options import LOOPBACK, ListenOptions
 
 log = logging.getLogger("finback.serve")
 
@@ -24,7 +24,7 @@ GONE = 499  # nginx's number for a client that left before the answer
 class AccessMiddleware:
     """ASGI middleware around everything: a request that it lets through has an owner and a bounded body."""
 
-    def __init__(self, app: ASGIApp, options: Options, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, options: ListenOptions, metrics: Metrics) -> None:
         self.app, self.options, self.metrics = app, options, metrics
         self.hosts = {name.lower() for name in (*LOOPBACK, options.host, *options.hosts)}
 

@@ -1,33 +1,114 @@
-"""The server's knobs and limits, in one place. No torch here."""
+"""The options of `finback serve` and `finback watch`, and the server's limits. Sizes are bytes, times are seconds.
 
-from dataclasses import dataclass
+No torch here.
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finback.config import UserError, check_not_negative, check_positive
+from finback.options import Dtype, Options
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a server allows, and to whom. Sizes are bytes, times are seconds."""
+@dataclass(frozen=True, kw_only=True)
+class ListenOptions(Options):
+    """How a server is reached, and by whom."""
 
-    name: str = "finback"  # what /v1/models calls the model
-    aliases: tuple[str, ...] = ()  # other names that requests may use for it
-    host: str = "127.0.0.1"
+    host: Annotated[str, typer.Option(help="Where to listen; other than loopback needs a key.")] = "127.0.0.1"
     port: int = 8000
-    keys: tuple[bytes, ...] = ()  # SHA-256 of each API key (auth.digests); none: open to whoever reaches it
-    hosts: tuple[str, ...] = ()  # names in the Host header beside localhost and `host`; "*" allows any
-    origins: tuple[str, ...] = ()  # other sites whose pages may ask, such as https://chat.example.org
-    reasoning_field: str = "both"  # deepseek: reasoning_content; openrouter: reasoning; inline: in content; none
-    body: int = 4 << 20  # longest request
-    headers: int = 16 << 10  # all header names and values together
-    queue: int = 64  # choices that may wait beside those that run
-    choices: int = 64  # prompts x n of one request
-    rate: int = 0  # requests per key and minute; 0: any number
-    concurrent: int = 0  # requests per key at a time; 0: any number
-    keep_alive: float = 15.0  # silence in a stream after which a comment is sent
-    held: float = 20.0  # how long a resumable answer waits for its reader to come back
-    held_bytes: int = 8 << 20  # most that is kept of it
-    stalled: float = 30.0  # work without a step for this long: not ready
-    drain: float = 30.0  # after SIGTERM, time for running requests to end
-    page: bool = False  # the web page at /, and its files, which need no key; everything that it asks does
-    runs: Path = Path("runs")  # where the run folders are that the page shows; it need not be there
+    key_file: Annotated[
+        Path | None, typer.Option(help="API keys, one a line, or their SHA-256; also FINBACK_API_KEY.")
+    ] = None
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without a key.")] = False
+    # names in the Host header beside localhost and `host`; "*" allows any
+    hosts: Annotated[
+        tuple[str, ...], typer.Option("--allow-host", help="A name the server is reached by; repeatable.")
+    ] = ()
+    # one more key, which no file holds
+    api_key: str = field(default="", repr=False)
+    # SHA-256 of each API key, as auth.secured reads them; none: open to whoever reaches the server
+    keys: tuple[bytes, ...] = ()
+    # other sites whose pages may ask, such as https://chat.example.org
+    origins: tuple[str, ...] = ()
+    # the web page at /, and its files, which need no key; everything that it asks does
+    page: bool = True
+    # longest request
+    body: int = 4 << 20
+    # all header names and values together
+    headers: int = 16 << 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions(ListenOptions):
+    """What `finback watch` shows."""
+
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of run folders, or one run folder.")] = Path(
+        "runs"
+    )
+    port: Annotated[int, typer.Option(help="Which port; 0 is any that is free.")] = 8001
+    show: Annotated[bool, typer.Option("--open", help="Open a browser at the page.")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(ListenOptions):
+    """What a server answers with, and how much it takes on."""
+
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")
+    ]
+    port: Annotated[int, typer.Option(help="Which port.")] = 8000
+    name: Annotated[str, typer.Option(help="What requests call the model; default its folder.")] = ""
+    aliases: Annotated[tuple[str, ...], typer.Option("--alias", help="Another name for it; repeatable.")] = ()
+    dtype: Dtype = "auto"
+    rows: Annotated[int, typer.Option(help="Answers made at a time.")] = 32
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens the cache holds; default what a quarter of the free memory does.")
+    ] = None
+    chunk: Annotated[int, typer.Option(help="Prompt tokens read between two steps of the others.")] = 256
+    queue: Annotated[int, typer.Option(help="Answers that may wait; beyond, requests get 503.")] = 64
+    reuse: Annotated[bool, typer.Option(help="Read the beginnings that prompts share once.")] = True
+    speculate: Annotated[bool, typer.Option(help="Draft with the model's MTP module, if it has one.")] = True
+    origins: Annotated[
+        tuple[str, ...], typer.Option("--allow-origin", help="A site whose pages may ask; repeatable.")
+    ] = ()
+    # deepseek: reasoning_content; openrouter: reasoning; inline: in content
+    reasoning_field: Annotated[
+        str, typer.Option("--reasoning", help="Where chains go: both, deepseek, openrouter, inline or none.")
+    ] = "both"
+    rate: Annotated[int, typer.Option(help="Requests per key and minute; 0 is any number.")] = 0
+    concurrent: Annotated[int, typer.Option(help="Requests per key at a time; 0 is any number.")] = 0
+    drain: Annotated[float, typer.Option(help="Seconds that running answers get after SIGTERM.")] = 30.0
+    also: Annotated[tuple[Path, ...], typer.Option(metavar="MODEL", help="One more model; repeatable.")] = ()
+    page: Annotated[bool, typer.Option(help="Show the web page at /.")] = True
+    runs: Annotated[Path, typer.Option(help="Folder of the run folders that the page shows.")] = Path("runs")
+    # prompts x n of one request
+    choices: int = 64
+    # silence in a stream after which a comment is sent
+    keep_alive: float = 15.0
+    # how long a resumable answer waits for its reader to come back
+    held: float = 20.0
+    # most that is kept of it
+    held_bytes: int = 8 << 20
+    # work without a step for this long: not ready
+    stalled: float = 30.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or Path(self.model).resolve().name)
+        super().__post_init__()
+        check_positive(self, "--", "rows", "chunk", "tokens")
+        check_not_negative(self, "--", "queue", "rate", "concurrent", "drain")
+        names = self.others
+        if len(names) < len(self.also) or {self.name, *self.aliases} & set(names):
+            raise UserError(
+                "--also", list(map(str, self.also)), "two models of one name", "Call the first with --name."
+            )
+
+    @property
+    def others(self) -> dict[str, Path]:
+        """The models beside the first by name."""
+        return {path.resolve().name: path for path in self.also}

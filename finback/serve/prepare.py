@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
 from finback.config import UserError
@@ -10,6 +9,7 @@ from finback.data.messages import encode_prompt
 from finback.data.openai_messages import read_messages, read_tools
 from finback.data.tokenizer import FIM, THINK, Tokenizer
 from finback.engine.request import SamplingParams
+from finback.engine.sampler import without_thinking
 from finback.serve.errors import ApiError, bad
 from finback.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from finback.serve.tool_choice import ToolChoiceGrammar, tool_choice_grammar
@@ -74,16 +74,16 @@ class RequestPreparer:
             continue_last=last.role == "assistant" and bool(last.prefix),
         )
         limit = self._limit(len(ids), request.max_completion_tokens or request.max_tokens, "messages")
-        banned = self.tokenizer.ids.get(THINK) if think is False else None
         sampling = self._sampling(
             request,
             limit,
-            banned,
             schema=schema,
             grammar=calls.grammar if calls else None,
             thinking_budget=budget(request, limit),
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
+        if think is False:
+            sampling = without_thinking(sampling, self.tokenizer)
         orders = self._choices(ids, sampling, seed, request.n or 1, 0, opened)
         single = request.parallel_tool_calls is False
         return PreparedRequest(orders, opened, bool(tools), single, calls, bool(request.logprobs))
@@ -102,7 +102,7 @@ class RequestPreparer:
             limit = self._limit(len(ids), request.max_tokens, "prompt")
             # a prompt that is only read counts as scored, whether anybody wants to see the scores or not
             scored = (request.logprobs or 0) if (request.echo and request.logprobs is not None) or not limit else None
-            sampling = self._sampling(request, limit, None, top_logprobs=request.logprobs, prompt_logprobs=scored)
+            sampling = self._sampling(request, limit, top_logprobs=request.logprobs, prompt_logprobs=scored)
             orders += self._choices(ids, sampling, seed, n, len(orders), False)
             echo += [text] * n if request.echo else []
         return PreparedRequest(orders, logprobs=request.logprobs is not None, echo=echo)
@@ -113,7 +113,7 @@ class RequestPreparer:
             self._refuse_endless(len(prompt) + len(request.suffix or ""), "prompt")
             ids, text = self.tokenizer.encode(prompt), prompt
             # as training texts and dialogues begin; ids are taken as they come
-            start = [self.tokenizer.bos] if self.tokenizer.bos >= 0 and self._wants_bos else []
+            start = [self.tokenizer.bos] if self.tokenizer.adds_bos else []
         else:
             self._refuse_unknown(prompt)
             ids, text, start = prompt, self.tokenizer.decode(prompt) if request.echo else "", []
@@ -126,10 +126,6 @@ class RequestPreparer:
         if not start + ids:
             raise bad("the prompt is empty", "prompt")
         return start + ids, text
-
-    @property
-    def _wants_bos(self) -> bool:
-        return bool(self.tokenizer.settings.get("add_bos_token", True))
 
     def _refuse_unknown(self, ids: list[int]) -> None:
         """The decoder takes ids of its own vocabulary only; the engine checks against the model's."""
@@ -164,12 +160,10 @@ class RequestPreparer:
             return []
         return [tool.model_dump(exclude_none=True) for tool in request.tools]
 
-    def _sampling(self, request: GenerationRequest, limit: int, banned: int | None, **more: Any) -> SamplingParams:
+    def _sampling(self, request: GenerationRequest, limit: int, **more: Any) -> SamplingParams:
         said = {n: getattr(request, n) for n in CHOSEN if getattr(request, n) is not None}
         values: Mapping[str, Any] = self.defaults | said
         bias = tuple((int(token), value) for token, value in (request.logit_bias or {}).items())
-        if banned is not None:
-            bias = (*((t, v) for t, v in bias if t != banned), (banned, -inf))
         try:
             return SamplingParams(
                 **{**values, "top_k": max(0, int(values.get("top_k", 0)))},

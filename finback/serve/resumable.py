@@ -11,7 +11,7 @@ from typing import Any
 from starlette.types import Send
 
 from finback.serve.errors import ApiError
-from finback.serve.options import Options
+from finback.serve.options import ServeOptions
 
 SSE = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -25,7 +25,7 @@ A_LOOK = 0.25  # seconds between two looks at the queue
 class ResumableStream:
     """The events of one answer, numbered from 1, and the task that makes them. All of it belongs to the event loop."""
 
-    def __init__(self, owner: bytes, options: Options) -> None:
+    def __init__(self, owner: bytes, options: ServeOptions) -> None:
         self.owner, self.options = owner, options
         self.place: Callable[[], int] = lambda: 0  # where it stands in the queue, 0 once it is being answered
         self.first = 1  # the number of the first event that is still kept

@@ -12,7 +12,7 @@ from finback.serve.auth import Quota
 from finback.serve.errors import ApiError, bad
 from finback.serve.logprobs import TokenTexts
 from finback.serve.metrics import Metrics
-from finback.serve.options import Options
+from finback.serve.options import ServeOptions
 from finback.serve.prepare import RequestPreparer
 from finback.serve.reply import FIELDS
 from finback.serve.resumable import ResumableStream
@@ -34,7 +34,9 @@ class Service:
     With `first`, it stands beside that one, in the same server: both count into the same metrics and quotas.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, options: Options, first: "Service | None" = None) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, options: ServeOptions, first: "Service | None" = None
+    ) -> None:
         if options.reasoning_field not in FIELDS:
             raise UserError(
                 "reasoning_field",
@@ -61,7 +63,7 @@ class Service:
         self.requests = 0  # admitted requests
         self.draining: float | None = None  # since when, in monotonic time
         # more than can run and may wait would only wait
-        self.most_choices = min(options.choices, engine.rows + options.queue)
+        self.most_choices = min(options.choices, engine.config.rows + options.queue)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,7 +111,7 @@ class Service:
 
     def is_full(self, choices: int = 1) -> bool:
         """Whether so many choices more are too many."""
-        return self.open + choices > self.engine.rows + self.options.queue
+        return self.open + choices > self.engine.config.rows + self.options.queue
 
     @contextmanager
     def admitted(self, owner: bytes, choices: int) -> Iterator[None]:

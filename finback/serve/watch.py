@@ -8,7 +8,7 @@ import threading
 import time
 import webbrowser
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from finback.serve import auth, curves
 from finback.serve.errors import HANDLERS, ApiError, bad
 from finback.serve.metrics import Metrics
 from finback.serve.middleware import AccessMiddleware
-from finback.serve.options import Options
+from finback.serve.options import ListenOptions, WatchOptions
 from finback.serve.page import Page
 from finback.serve.runs import Runs, StageFolder, cores, overview, plain_file, stages
 
@@ -224,7 +224,7 @@ class Asked:
         return found
 
 
-def build(root: Path, options: Options, planned: Planned | None = None) -> Starlette:
+def build(root: Path, options: ListenOptions, planned: Planned | None = None) -> Starlette:
     """The ASGI application of `finback watch`: the page of the runs, their JSON, and /health."""
 
     async def health(request: Request) -> Response:
@@ -237,37 +237,17 @@ def build(root: Path, options: Options, planned: Planned | None = None) -> Starl
     return app
 
 
-def run(
-    root: Path,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8001,
-    keys: Iterable[str] = (),
-    key_file: Path | None = None,
-    insecure: bool = False,
-    hosts: Iterable[str] = (),
-    show: bool = False,
-    planned: Planned | None = None,
-) -> None:
-    """Serve the page of the runs under `root` until a signal ends it; `show` opens a browser at it."""
-    if not root.is_dir():
-        raise UserError("runs", str(root), "no such folder", "Name a runs folder, or a run in it.")
-    options = Options(
-        name="runs", host=host, port=port, keys=auth.digests(keys, key_file), hosts=tuple(hosts), page=True
-    )
-    auth.demand_safety(options, insecure)
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address[:2], family=family)  # type: ignore[arg-type]
-    except (OSError, OverflowError) as error:
-        raise UserError("host:port", f"{host}:{port}", str(error), "Name another, or end what uses it.") from None
-    where = listener.getsockname()
-    address_shown = f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}/"
-    print(f"watching {root} at {address_shown}", file=sys.stderr, flush=True)
-    if show:
-        webbrowser.open(address_shown)
+def run(options: WatchOptions, planned: Planned | None = None) -> None:
+    """Serve the page of the runs until a signal ends it."""
+    if not options.runs.is_dir():
+        raise UserError("runs", str(options.runs), "no such folder", "Name a runs folder, or a run in it.")
+    options = auth.secured(options)
+    listener = listen(options.host, options.port)
+    print(f"watching {options.runs} at {url(listener)}/", file=sys.stderr, flush=True)
+    if options.show:
+        webbrowser.open(f"{url(listener)}/")
     config = uvicorn.Config(
-        build(root, options, planned),
+        build(options.runs, options, planned),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -277,3 +257,18 @@ def run(
         timeout_graceful_shutdown=1,
     )
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address; UserError when it is taken or no address of this machine."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)  # type: ignore[arg-type]
+    except (OSError, OverflowError) as error:
+        raise UserError("host:port", f"{host}:{port}", str(error), "Name another, or end what uses it.") from None
+
+
+def url(listener: socket.socket) -> str:
+    """Where a socket is reached by HTTP."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -5,6 +5,7 @@ learn from: what else the teacher might have said at every token. On-policy (GKD
 questions of a task and the teacher corrects it where it actually goes.
 """
 
+import dataclasses
 import random
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops
 from finback.parallel.mesh import World
+from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Work
 from finback.stages.rollout import rollout
@@ -65,6 +67,13 @@ class Distill(SFT):
     def work(self) -> Work:
         tokens = self.steps * self.prompts * self.max_tokens if self.task else 0
         return Work(tokens_trained=tokens, tokens_generated=tokens)
+
+    def declaration(self) -> Declaration:
+        given = super().declaration()
+        spent, results = (*given.ledger, "flops_auxiliary"), given.results
+        if self.task is not None:  # the student samples its lessons
+            spent, results = (*spent, "tokens_generated", "flops_generation"), ("steps", "tokens")
+        return dataclasses.replace(given, objective="a teacher's probabilities", ledger=spent, results=results)
 
     def run(self, run: StageRun) -> dict[str, Any]:
         return _Distillation(self, run).run()

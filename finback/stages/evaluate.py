@@ -14,6 +14,7 @@ from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.runs.declaration import Declaration
 from finback.runs.files import read_json, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Stage, Work
@@ -98,6 +99,13 @@ class Evaluate(Stage):
 
     def work(self) -> Work:
         return Work(tokens_generated=sum(e.problems * e.max_tokens for e in self.exams))
+
+    def declaration(self) -> Declaration:
+        return Declaration(
+            "evaluation",
+            ledger=("tokens_generated", "flops", "flops_evaluation"),
+            results=("model", "evaluations", "bits_per_byte") if self.data else ("model", "evaluations"),
+        )
 
     def run(self, run: StageRun) -> dict[str, Any]:
         world = run.ranks

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from finback.config import UserError, check_positive
 from finback.model.config import ModelConfig, Yarn
+from finback.runs.declaration import Declaration
 from finback.stages.pretrain import Pretrain
 
 
@@ -30,6 +31,9 @@ class Extend(Pretrain):
             )
         if self.factor is not None and self.factor < 1:
             raise UserError(f"{self.name}.factor", self.factor, "shortens the window", "Use 1 or more.")
+
+    def declaration(self) -> Declaration:
+        return dataclasses.replace(super().declaration(), objective="the same on longer texts")
 
     def adapted(self, config: ModelConfig) -> ModelConfig:
         """`start`'s config with the longer window, and YaRN over its old one."""

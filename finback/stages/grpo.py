@@ -29,6 +29,7 @@ from finback.model.count import forward_flops, training_flops
 from finback.model.moe import Router
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.runs.declaration import Declaration
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.ledger import spent
 from finback.runs.progress import Progress
@@ -115,6 +116,23 @@ class GRPO(Stage):
     def work(self) -> Work:
         tokens = self.steps * self.prompts * self.group * self.max_tokens
         return Work(tokens_trained=tokens * self.epochs, tokens_generated=tokens * (1 + self.resample))
+
+    def declaration(self) -> Declaration:
+        spent = ("tokens_trained", "tokens_generated", "flops", "flops_training", "flops_generation", "flops_auxiliary")
+        return Declaration(
+            "reinforcement learning",
+            objective="rewards that are checked by programs",
+            ledger=spent,
+            results=("steps", "tokens_trained", "tokens_generated"),
+            curves={
+                "share of answers": ("accuracy", "thinks", "well_formed", "truncated"),
+                "reward": ("reward",),
+                "tokens per answer": ("length",),
+                "entropy (nats per token)": ("entropy",),
+                "trainer against engine (nats per token)": ("gap_mean",),
+                "router health: max violation": ("max_violation",),
+            },
+        )
 
     def run(self, run: StageRun) -> dict[str, Any]:
         return _Reinforcement(self, run).run()

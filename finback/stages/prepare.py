@@ -16,6 +16,7 @@ from finback.data.overlap import Overlap
 from finback.data.packaged import Packaged
 from finback.data.sources import Chitchat, Document, Files, Hub, Source
 from finback.data.tokenizer import Tokenizer
+from finback.runs.declaration import Declaration
 from finback.runs.files import write_json
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
@@ -124,6 +125,9 @@ class Prepare(Stage):
 
     def work(self) -> Work:
         return Work()
+
+    def declaration(self) -> Declaration:
+        return Declaration("data", results=("sources",))
 
     def run(self, run: StageRun) -> dict[str, Any]:
         results: dict[str, Any] = {}

@@ -12,6 +12,7 @@ from finback.config import UserError, check_fields, check_not_negative, check_po
 from finback.model.config import ModelConfig
 from finback.model.recompute import Policy
 from finback.parallel.layout import Layout
+from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
 from finback.stages.pretraining import Pretraining
@@ -125,6 +126,45 @@ class Pretrain(Stage):
 
     def work(self) -> Work:
         return Work(tokens_trained=self.limit)
+
+    def declaration(self) -> Declaration:
+        return Declaration(
+            "pre-training",
+            objective="next token and multi-token prediction",
+            ledger=("tokens_trained", "flops", "flops_training", "flops_recomputed", "flops_evaluation"),
+            results=(
+                "tokens",
+                "steps",
+                "precision",
+                "probe_reached",
+                "probe_best",
+                "probe_passed_at_tokens",
+                "tokens_by_source",
+                "router_last_100_steps",
+                "bits_per_byte",
+                "skipped_steps",
+                "rewinds",
+            ),
+            curves={"loss": ("loss", "mtp_loss"), "router health: max violation": ("max_violation",)},
+            length="max_tokens",
+        )
+
+    def describe(self, results: dict[str, Any]) -> str:
+        reached, router = results["probe_reached"], results["router_last_100_steps"]
+        if reached is None:
+            end = "ended at its token limit (no probe asked for)"
+        elif reached:
+            end = f"passed its probe ({results['probe_best']:.0%}) at {results['probe_passed_at_tokens']:,} tokens"
+        else:
+            end = f"DID NOT PASS ITS PROBE (best {results['probe_best']:.0%}): expect little from what follows"
+        bits = ", ".join(f"{source} {value:.2f}" for source, value in results["bits_per_byte"].items()) or "-"
+        text = f"Pre-training {self.name!r} {end}; {results['tokens']:,} tokens; bits per byte of unseen text: {bits}."
+        if not router["max_violation"]:  # a dense model
+            return text
+        return (
+            f"{text}\nRouter, worst of the last 100 steps: max violation {router['max_violation']:.2f}, "
+            f"{router['idle_experts']} experts without a token."
+        )
 
     def run(self, run: StageRun) -> dict[str, Any]:
         if self.layout is None:

@@ -17,6 +17,7 @@ from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops
 from finback.parallel.mesh import World
+from finback.runs.declaration import Declaration
 from finback.runs.files import read_json, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.ledger import spent
@@ -62,6 +63,19 @@ class Reject(Stage):
 
     def work(self) -> Work:
         return Work(tokens_generated=self.prompts * self.samples * self.max_tokens)
+
+    def declaration(self) -> Declaration:
+        return Declaration(
+            "rejection sampling",
+            ledger=("tokens_generated", "flops", "flops_generation"),
+            results=("kept", "sampled", "reasons", "questions_by_difficulty", "kept_by_difficulty"),
+        )
+
+    def describe(self, results: dict[str, Any]) -> str:
+        reasons = ", ".join(f"{n:,} {why}" for why, n in results["reasons"].items())
+        return (
+            f"Rejection sampling '{self.name}' kept {results['kept']:,} of {results['sampled']:,} answers: {reasons}."
+        )
 
     def run(self, run: StageRun) -> dict[str, Any]:
         world = run.ranks

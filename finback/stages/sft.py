@@ -26,6 +26,7 @@ from finback.data.tuning import Packed, arrange, packed
 from finback.kernels.probe import gemm_peak
 from finback.model.count import training_flops
 from finback.parallel.mesh import World
+from finback.runs.declaration import Declaration
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.ledger import spent
 from finback.runs.progress import Progress
@@ -77,6 +78,16 @@ class SFT(Stage):
 
     def work(self) -> Work:
         return Work()  # known only when the lessons are
+
+    def declaration(self) -> Declaration:
+        results = ("steps", "tokens", "lessons", "rows", "filled", "lessons_by_source", "too_long")
+        return Declaration(
+            "fine-tuning",
+            objective="next token of given answers",
+            ledger=("tokens_trained", "flops", "flops_training"),
+            results=(*results, "sources") if self.text else results,
+            curves={"loss": ("loss", "mtp_loss")},
+        )
 
     def run(self, run: StageRun) -> dict[str, Any]:
         return Tuning(self, run).run()

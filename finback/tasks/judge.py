@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from finback.client import Client, RateLimit, RequestFailed, Retries, check_url
 from finback.config import UserError, check_fields, check_positive
-from finback.tasks.post import judge_address, post
 
+_LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
 HELPFUL = "Prefer the answer that is correct, complete, clear and helpful. Length alone is no merit."
 
 _ROLE = """You compare two answers to a question. {rubric}
@@ -44,23 +46,30 @@ _SCORES = {"1": 1.0, "2": 0.0, "0": 0.5}  # of the first answer
 class Judge:
     """Preferences within a group: each answer is compared with its two neighbours in a ring, in both orders.
 
-    A reply that is no reply counts half, as a tie does. Answers longer than `characters` are cut, with a note of it.
+    A reply that is no reply counts half, as a tie does. Answers longer than `max_characters` are cut, with a note of it.
     """
 
-    url: str  # of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1
+    # of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1
+    url: str
     model: str
-    key_file: str | None = None  # a file that holds the key, if the server wants one
+    # a file that holds the key, if the server wants one
+    key_file: str | None = None
     rubric: str = HELPFUL
-    seconds: float = 120.0  # for one try
-    tries: int = 5  # after errors of the server or the connection; a wrong key or model is not tried again
-    concurrent: int = 8  # requests at a time
-    tokens: int = 2048  # of a reply; a judge that thinks first needs many
-    characters: int = 20_000  # of an answer that are shown
+    # seconds for one try
+    timeout: float = 120.0
+    # after errors of the server or the connection; a wrong key or model is not tried again
+    tries: int = 5
+    # requests at a time
+    concurrency: int = 8
+    # of a reply; a judge that thinks first needs many
+    max_tokens: int = 2048
+    # of an answer that are shown
+    max_characters: int = 20_000
 
     def __post_init__(self) -> None:
         check_fields(self, "judge")
-        check_positive(self, "judge", "seconds", "tries", "concurrent", "tokens", "characters")
-        judge_address(self.url)
+        check_positive(self, "judge", "timeout", "tries", "concurrency", "max_tokens", "max_characters")
+        check_url(self.url, "judge.url", "http://127.0.0.1:8000/v1")
 
     def prefer(self, question: str, answers: Sequence[str]) -> list[float]:
         """For each answer the share of its comparisons that it wins, 0..1; 0.5 for an answer without others."""
@@ -76,7 +85,7 @@ class Judge:
     def _shown(self, answer: str) -> str:
         """The final answer: without a chain, and not longer than a server can read."""
         answer = answer.rpartition("</think>")[2].strip()
-        return answer if len(answer) <= self.characters else f"{answer[: self.characters]}\n[cut here]"
+        return answer if len(answer) <= self.max_characters else f"{answer[: self.max_characters]}\n[cut here]"
 
     def _compare(self, question: str, pairs: list[tuple[str, str]]) -> list[float]:
         """The score of the first answer of each pair; equal and empty ones are not asked about."""
@@ -96,22 +105,33 @@ class Judge:
                 "judge.model",
                 self.model,
                 "its replies hold no 1, 2 or 0",
-                "Choose a model that follows instructions, or raise judge.tokens if it is cut off while it thinks.",
+                "Choose a model that follows instructions, or raise judge.max_tokens if it is cut off while it thinks.",
             )
 
     def _ask(self, requests: dict[tuple[str, str], tuple[str, str]]) -> dict[tuple[str, str], float | None]:
-        key, stop = self._key(), threading.Event()
+        limit = RateLimit(threading.Event())
+        retries = Retries(self.tries, self.tries, 0.5, _LONGEST_WAIT)
 
         def ask(request: tuple[str, str]) -> float | None:
             messages = [{"role": role, "content": text} for role, text in zip(("system", "user"), request, strict=True)]
-            body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.tokens}
-            return _read(post(self.url, body, key, self.seconds, self.tries, stop))
+            body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+            return _read(retries.send(lambda: _content(client.post_json("/chat/completions", body)), limit)[0])
 
-        with ThreadPoolExecutor(self.concurrent) as pool:
+        with (
+            Client(self.url, self._key(), self.timeout, deadline=self.timeout) as client,
+            ThreadPoolExecutor(self.concurrency) as pool,
+        ):
             try:
                 return dict(zip(requests, pool.map(ask, requests.values()), strict=True))
+            except RequestFailed as error:
+                raise UserError(
+                    "judge.url",
+                    self.url,
+                    f"the judge did not answer, at last: {client.without_key(str(error))}",
+                    "Start or correct the server, then give the same command again: the run goes on where it was.",
+                ) from None
             finally:  # after an error the others need not be tried to the end
-                stop.set()
+                limit.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _key(self) -> str:
@@ -140,6 +160,15 @@ def _request(rubric: str, question: str, first: str, second: str) -> tuple[str, 
         _ROLE.format(rubric=rubric, mark=mark),
         _PARTS.format(mark=mark, question=question, first=first, second=second),
     )
+
+
+def _content(reply: Any) -> str:
+    """The text of the first choice; "" where thinking took all tokens and the server sends null."""
+    try:
+        content = reply["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise RequestFailed(f"no chat completion but {str(reply)[:100]}") from None
+    return content if isinstance(content, str) else ""
 
 
 def _read(reply: str) -> float | None:

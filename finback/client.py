@@ -1,0 +1,257 @@
+"""The one HTTP client: JSON goes to a server, its reply comes back whole or as a stream of events. No torch here.
+
+No proxies and no redirects: a request and its key go to the address that was named, and nowhere else. The key stands
+in no error. httpx is imported by the first client, because it takes longer than all else that a command starts with.
+"""
+
+import email.utils
+import json
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from finback.config import UserError
+
+if TYPE_CHECKING:
+    import httpx
+
+T = TypeVar("T")
+DONE = b"[DONE]"  # the last event of a stream
+_TRANSIENT = (408, 409, 425, 429)  # statuses below 500 after which the same request may succeed
+_BUSY = (429, 503)
+_LONGEST_RETRY_AFTER = 1e6  # seconds
+
+
+class RequestFailed(Exception):
+    """No usable reply. `final`: the same request fails again; `busy`: the server is overloaded; `retry_after`: seconds."""
+
+    def __init__(self, problem: str, final: bool = False, busy: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(problem)
+        self.final, self.busy, self.retry_after = final, busy, retry_after
+
+
+def check_url(url: str, field: str, example: str, query: bool = False) -> urllib.parse.SplitResult:
+    """The parts of a server's url; UserError if it is none, or has a query where there should be none."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and (query or not parts.query):
+            return parts
+    except ValueError:  # a port that is no number
+        pass
+    raise UserError(field, url, "not the url of a server", f"Write for example {example}.")
+
+
+class Client(AbstractContextManager["Client"]):
+    """Connections to one server, shared by threads. The paths of requests are relative to `url`.
+
+    `timeout` is how many seconds the server may be silent, `deadline` how many a whole request may take. A reply of
+    more than `max_bytes` is refused.
+    """
+
+    def __init__(
+        self, url: str, key: str = "", timeout: float = 60.0, deadline: float | None = None, max_bytes: int = 64 << 20
+    ) -> None:
+        import ssl
+
+        import httpx
+
+        self._parts = check_url(url, "url", "http://127.0.0.1:8000/v1", query=True)
+        self._key, self._deadline, self._max_bytes = key, deadline, max_bytes
+        self._http = httpx.Client(
+            headers={"Accept-Encoding": "identity"},
+            timeout=timeout,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None),
+            # the system's certificates, and SSL_CERT_FILE
+            verify=ssl.create_default_context() if self._parts.scheme == "https" else False,
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def get_json(self, path: str) -> Any:
+        """The JSON value at a path; RequestFailed if there is none."""
+        with self._open("GET", path) as (_, chunks):
+            return parse_json(b"".join(chunks))
+
+    def post_json(self, path: str, body: Any) -> Any:
+        """The JSON value that the server replies with; RequestFailed if it sends none."""
+        with self._open("POST", path, body) as (_, chunks):
+            return parse_json(b"".join(chunks))
+
+    def stream(self, path: str, body: Any) -> Iterator[bytes]:
+        """The data of each server-sent event as it arrives; a reply that is no stream is one event, followed by DONE."""
+        with self._open("POST", path, body) as (response, chunks):
+            if "text/event-stream" in response.headers.get("Content-Type", ""):
+                yield from _events(chunks)
+            else:
+                yield b"".join(chunks)
+                yield DONE
+
+    def without_key(self, text: str) -> str:
+        """A text in which the key, which some servers repeat, is not shown."""
+        return text.replace(self._key, "[key]") if self._key else text
+
+    @contextmanager
+    def _open(self, method: str, path: str, body: Any = None) -> Iterator[tuple["httpx.Response", Iterator[bytes]]]:
+        """A response with status 200 and its body in pieces; every fault of the connection becomes RequestFailed."""
+        import httpx
+
+        until = time.monotonic() + self._deadline if self._deadline is not None else None
+        base, query = self._parts.path.rstrip("/"), f"?{self._parts.query}" if self._parts.query else ""
+        url = f"{self._parts.scheme}://{self._parts.netloc.rpartition('@')[2]}{base}{path}{query}"
+        headers = {"Content-Type": "application/json"} if body is not None else {}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        try:
+            content = json.dumps(body) if body is not None else None
+            with self._http.stream(method, url, content=content, headers=headers) as response:
+                chunks = self._chunks(response, until)
+                if response.status_code != 200:
+                    raise _refusal(response, chunks)
+                yield response, chunks
+        except UnicodeEncodeError:  # it would show the key
+            raise RequestFailed("the key is not in ASCII", final=True) from None
+        except RequestFailed as error:
+            shown = self.without_key(str(error))
+            raise RequestFailed(shown, error.final, error.busy, error.retry_after) from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            cause = _cause(error)
+            raise RequestFailed(self.without_key(f"{type(cause).__name__}: {cause}")) from None
+
+    def _chunks(self, response: "httpx.Response", until: float | None) -> Iterator[bytes]:
+        size = 0
+        for chunk in response.iter_raw():
+            size += len(chunk)
+            if size > self._max_bytes:
+                raise RequestFailed(f"a reply of more than {self._max_bytes:,} bytes")
+            if until is not None and time.monotonic() > until:
+                raise RequestFailed(f"TimeoutError: no whole reply within {self._deadline:g} seconds")
+            yield chunk
+
+
+def parse_json(raw: bytes) -> Any:
+    """The JSON value of a reply; RequestFailed if it is none."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        raise RequestFailed(f"no JSON but {raw[:100]!r}") from None
+
+
+def retry_after(header: str | None) -> float | None:
+    """Seconds to wait by a Retry-After header, which is a number of seconds or a date; None for anything else."""
+    if not header:
+        return None
+    if header.isascii() and header.replace(".", "", 1).isdigit():
+        return min(float(header), _LONGEST_RETRY_AFTER)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+class RateLimit:
+    """How fast one server is asked by several threads: `rate` requests a minute, 0 for any number."""
+
+    def __init__(self, stop: threading.Event, rate: float = 0.0) -> None:
+        self.stop = stop
+        self._gap = 60 / rate if rate else 0.0
+        self._lock = threading.Lock()
+        self._next = 0.0  # when the next request may go, in monotonic time
+        self._resume = 0.0
+
+    def wait(self) -> bool:
+        """Wait for this request's turn; False when it will not come because all is to stop."""
+        with self._lock:
+            turn = max(time.monotonic(), self._next)
+            self._next = turn + self._gap
+        while (left := max(turn, self._resume) - time.monotonic()) > 0:
+            if self.stop.wait(left):
+                break
+        return not self.stop.is_set()
+
+    def pause(self, seconds: float) -> None:
+        """Let nobody ask for a while: a server that is busy for one is busy for all."""
+        self._resume = max(self._resume, time.monotonic() + seconds)
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often a request is sent. The wait between two tries doubles, unless the server names its length."""
+
+    tries: int = 6
+    # after 429 and 503, which say "later"
+    busy_tries: int = 40
+    # seconds before the second try
+    backoff: float = 1.0
+    # seconds, whatever the server asks for
+    longest_wait: float = 300.0
+
+    def send(self, request: Callable[[], T], limit: RateLimit) -> tuple[T, int]:
+        """What `request` returns, and the number of tries; the RequestFailed of the last try when none succeeded."""
+        faults = busy = 0
+        last = RequestFailed("was stopped")
+        while limit.wait():
+            try:
+                return request(), faults + busy + 1
+            except RequestFailed as error:
+                last, busy, faults = error, busy + error.busy, faults + (not error.busy)
+            wait = last.retry_after
+            wait = min(self.longest_wait, self.backoff * 2 ** min(faults + busy - 1, 6) if wait is None else wait)
+            if last.busy:
+                limit.pause(wait)
+            if last.final or faults >= self.tries or busy >= self.busy_tries:
+                break
+            limit.stop.wait(wait)
+        raise last
+
+
+def _events(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The data of each server-sent event; comments, by which servers keep a connection alive, are left out."""
+    data: list[bytes] = []
+    for line in _lines(chunks):
+        if line.startswith(b"data:"):
+            data.append(line.removeprefix(b"data:").removeprefix(b" "))
+        elif not line and data:
+            yield b"\n".join(data)
+            data = []
+    if data:  # the last event may lack its empty line; half an event is no JSON
+        yield b"\n".join(data)
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    rest = bytearray()
+    for chunk in chunks:
+        rest += chunk
+        if b"\n" in chunk:
+            *lines, last = bytes(rest).split(b"\n")
+            rest = bytearray(last)
+            yield from (line.rstrip(b"\r") for line in lines)
+    if rest:
+        yield bytes(rest)
+
+
+def _refusal(response: "httpx.Response", chunks: Iterator[bytes]) -> RequestFailed:
+    """What a status other than 200 means for this request and for the next ones."""
+    status, said = response.status_code, b""
+    for chunk in chunks:
+        said += chunk
+        if len(said) >= 400:
+            break
+    text = " ".join(said[:400].decode("utf-8", "replace").split())
+    final = status < 500 and status not in _TRANSIENT
+    return RequestFailed(
+        f"HTTP {status} {text}".strip(), final, status in _BUSY, retry_after(response.headers.get("Retry-After"))
+    )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The system's own error where there is one: it says more than httpx, which wraps it twice."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error

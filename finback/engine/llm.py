@@ -1,0 +1,124 @@
+"""A model that answers, for Python: `finback.LLM("runs/tiny").chat("8-3+5+4-6=?")`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finback.checkpoint.model import Answering
+from finback.data.messages import Response, encode_prompt, parse_response
+from finback.data.openai_messages import read_messages
+from finback.data.tokenizer import THINK
+from finback.engine.engine import EngineConfig
+from finback.engine.open import ANSWERING, open_engine
+from finback.engine.request import FinishReason, Request, SamplingParams
+from finback.engine.sampler import without_thinking
+
+Messages = str | Sequence[Mapping[str, Any]]  # a user's question, or a dialogue in OpenAI's form
+ADVISED = ("temperature", "top_p", "top_k", "min_p")  # what generation_config.json may recommend
+LONGEST = 1024  # tokens of an answer, unless somebody asks for more
+
+
+@dataclass(frozen=True)
+class Output:
+    """One answer; `str` gives its text. `reasoning` is the chain of thought before it, without its marks."""
+
+    text: str
+    reasoning: str
+    tokens: list[int]  # ids of all of it, the one that ended it included
+    logprobs: list[float]  # of each token, at the temperature it was sampled with
+    finish_reason: FinishReason
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class LLM:
+    """The model at a path (a run, a stage, a Hugging Face folder or a GGUF file) and an engine to run it.
+
+    Same seed, same answers. Without sampling parameters those hold that the model's makers recommend, and an answer has
+    at most 1024 tokens.
+    """
+
+    def __init__(self, model: str | Path, dtype: Answering = "auto", config: EngineConfig = ANSWERING) -> None:
+        self.engine, self.tokenizer = open_engine(model, dtype, config)
+        self.window = self.engine.capacity
+
+    def defaults(self, **chosen: Any) -> SamplingParams:
+        """What is `chosen` and not None, else what generation_config.json recommends, else temperature 0.7."""
+        known = self.tokenizer.generation
+        values = {"temperature": 0.7} | {n: known[n] for n in ADVISED if known.get(n) is not None}
+        return SamplingParams(**values | {n: v for n, v in chosen.items() if v is not None})
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        sampling_params: SamplingParams | None = None,
+        seed: int = 0,
+    ) -> list[Output]:
+        """Continue each prompt, a text or token ids, as it stands; prompt i takes random numbers of seed + i."""
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        begin = [self.tokenizer.bos] if self.tokenizer.adds_bos else []
+        ids = [[*begin, *self.tokenizer.encode(t)] if isinstance(t, str) else list(t) for t in texts]
+        params = sampling_params or self._fitting(max(map(len, ids), default=0))
+        done = self.engine.finished(ids, params, [seed + i for i in range(len(ids))])
+        return [_output(request, Response("", _text(request), thinks=False, closed=True)) for request in done]
+
+    def chat(
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        think: bool | None = None,
+        seed: int = 0,
+    ) -> Output:
+        """Answer a question or the last message of a dialogue.
+
+        `think` True opens the chain of thought, False keeps the model from one, None leaves it to the model.
+        """
+        ids, opened, params = self._prompt(messages, sampling_params, think)
+        (request,) = self.engine.finished([ids], params, [seed], [opened])
+        return _output(request, parse_response(THINK + _text(request) if opened else _text(request)))
+
+    def stream(
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        think: bool | None = None,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The answer of `chat` in pieces as they are made, its chain of thought between <think> and </think>."""
+        ids, opened, params = self._prompt(messages, sampling_params, think)
+        if opened:
+            yield THINK
+        sent = 0
+        for request in self.engine.stream(ids, params, seed, opened):
+            assert request.detokenizer is not None, "the engine has a tokenizer"
+            new = request.detokenizer.pieces[sent:]
+            sent += len(new)
+            yield from new
+
+    def encode(self, messages: Messages, think: bool | None = None) -> tuple[list[int], bool]:
+        """Ids that ask for an answer, and whether they end inside the chain of thought."""
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return encode_prompt(read_messages(turns), self.tokenizer, think=think)
+
+    def _prompt(
+        self, messages: Messages, params: SamplingParams | None, think: bool | None
+    ) -> tuple[list[int], bool, SamplingParams]:
+        """As `encode`, and how to sample behind it."""
+        ids, opened = self.encode(messages, think)
+        params = params or self._fitting(len(ids))
+        return ids, opened, without_thinking(params, self.tokenizer) if think is False else params
+
+    def _fitting(self, prompt: int) -> SamplingParams:
+        return self.defaults(max_tokens=max(1, min(LONGEST, self.window - prompt)))
+
+
+def _text(request: Request) -> str:
+    assert request.detokenizer is not None, "the engine has a tokenizer"
+    return request.detokenizer.text
+
+
+def _output(request: Request, response: Response) -> Output:
+    made = request.completion()
+    return Output(response.answer, response.reasoning, made.tokens, made.logprobs, made.finish_reason)

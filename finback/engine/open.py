@@ -1,0 +1,47 @@
+"""Opening a model to answer: its weights, its tokenizer, the tokens that end an answer, and the engine for it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from finback.checkpoint.model import Answering, find_model, load_to_answer
+from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
+from finback.engine.engine import Engine, EngineConfig, affordable
+from finback.model.transformer import Transformer
+
+# few requests that come one by one, and that may begin alike
+ANSWERING = EngineConfig(rows=32, chunk=512, reuse=True, speculate=True)
+
+
+def load(path: str | Path, dtype: Answering = "fp32") -> tuple[Transformer, Tokenizer]:
+    """The model and the tokenizer at a path: a run, a stage, a Hugging Face folder or a GGUF file.
+
+    A model in fp32 can be trained. The others only answer, laid out as this machine reads them fastest.
+    """
+    found = find_model(Path(path))
+    tokenizer = Tokenizer(found)
+    return load_to_answer(found, dtype), tokenizer
+
+
+def open_engine(
+    path: str | Path, dtype: Answering = "auto", config: EngineConfig = ANSWERING
+) -> tuple[Engine, Tokenizer]:
+    """An engine that answers with the model at a path, and its tokenizer.
+
+    Unless `config` says how large it is, the cache has room for `rows` whole windows, as far as a quarter of the free
+    memory takes them, and for one, as far as half of it does.
+    """
+    model, tokenizer = load(path, dtype)
+    if config.tokens is None:
+        window = model.config.max_position_embeddings
+        room = max(1024, min(window, affordable(model, 2)), min(config.rows * window, affordable(model, 4)))
+        config = replace(config, tokens=room)
+    return Engine(model, stop_ids(tokenizer), config, tokenizer), tokenizer
+
+
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer.
+
+    In DeepSeek's form the mark of a new turn is one of them: a small model sometimes goes on with the next turn.
+    """
+    turns = () if tokenizer.template else (tokenizer.ids[mark] for mark in (USER, ASSISTANT) if mark in tokenizer.ids)
+    return (*tokenizer.stops, *turns)

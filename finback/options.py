@@ -1,0 +1,88 @@
+"""Options of the verbs as dataclasses: defaults, help and checks in one place, and the command line made of them.
+
+A field whose annotation carries a `typer.Option` or `typer.Argument` is also an option of the command. No torch here.
+"""
+
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from finback.config import check_fields
+
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="auto, fp32, bf16, or int8 (weights alone, rounded).")
+]
+Settings = Annotated[
+    tuple[str, ...], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of all options. Lists become tuples and texts become paths where a field is annotated so."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _converted(getattr(self, name), hint))
+        check_fields(self, "--")
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_converted(item, get_args(hint)[0]) for item in value)
+    return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer: in place of a parameter that is an Options class it takes one for each of its options."""
+    parameters: list[inspect.Parameter] = []
+    made_of: dict[str, tuple[type[Options], list[str]]] = {}
+    hints = get_type_hints(command, include_extras=True)
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if isinstance(hint, type) and issubclass(hint, Options):
+            theirs = get_type_hints(hint, include_extras=True)
+            fields = [f for f in dataclasses.fields(hint) if get_origin(theirs[f.name]) is Annotated]
+            made_of[parameter.name] = hint, [f.name for f in fields]
+            parameters += [_parameter(f.name, theirs[f.name], f.default) for f in fields]
+        else:
+            parameters.append(_parameter(parameter.name, hint, parameter.default))
+
+    @functools.wraps(command)
+    def with_one_object(**given: Any) -> None:
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        made = {name: kind(**{part: given.pop(part) for part in parts}) for name, (kind, parts) in made_of.items()}
+        command(**given, **made)
+
+    with_one_object.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_one_object.__annotations__ = {}
+    return with_one_object
+
+
+def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    """An annotated parameter with a type that typer knows."""
+    kind, *more = get_args(hint)
+    if default is dataclasses.MISSING:
+        default = inspect.Parameter.empty
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=list(default) if isinstance(default, tuple) else default,
+        annotation=Annotated[_for_typer(kind), *more],
+    )
+
+
+def _for_typer(hint: Any) -> Any:
+    """Texts for a Literal, which the class checks with a better message, and a list for a tuple of any length."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return str
+    if origin is tuple:
+        return list[args[0]]  # type: ignore[valid-type]
+    return Union[*map(_for_typer, args)] if origin in (Union, types.UnionType) else hint  # type: ignore[return-value]

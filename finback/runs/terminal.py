@@ -1,0 +1,42 @@
+"""What is printed for people: tables of columns, by rich. No torch here."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from io import StringIO
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+GAP = 2  # spaces between two columns
+UNLIMITED = 100_000  # characters of a line that goes to a file or a pipe
+
+
+def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = (), indent: int = 0, right: bool = True) -> str:
+    """Rows of cells as lines of text, no longer than the terminal is wide; in a file or a pipe as long as they need.
+
+    The first column stands to the left, the others to the right unless `right` is False. What is too wide is turned on
+    its side if that makes it narrower, and otherwise goes on in the next line of its column.
+    """
+    cells = [list(row) for row in rows]
+    width = (Console().width if sys.stdout.isatty() else UNLIMITED) - indent
+    if headers and _width([list(headers), *cells]) > width:
+        turned = [list(column) for column in zip(headers, *cells, strict=True)]
+        if _width(turned) < _width([list(headers), *cells]):
+            headers, cells = turned[0], turned[1:]
+    made = Table(box=None, show_header=bool(headers), pad_edge=False, padding=(0, GAP, 0, 0), header_style="")
+    for place, header in enumerate(headers or (cells[0] if cells else ())):
+        justify = "right" if place and right else "left"
+        made.add_column(Text(header if headers else ""), justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in cells:
+        made.add_row(*map(Text, row))
+    console = Console(file=StringIO(), width=width + indent, color_system=None)
+    console.print(Padding(made, (0, 0, 0, indent), expand=False))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(cell_len, column)) + GAP for column in zip(*rows, strict=True)) - GAP
