@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
-from finback.parallel.launch import _free_port
+from finback.parallel.launch import free_port
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
 from finback.train.optim import Adam, Gradients, Muon, is_matrix
@@ -33,7 +33,7 @@ IMPORTED = [f"torch.distributed.{n}" for n in ("fsdp", "pipelining", "checkpoint
 
 def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> None:
     """Run work(*arguments) in `ranks` processes that know each other; fails when one of them does."""
-    context, port = multiprocessing.get_context("forkserver"), _free_port()
+    context, port = multiprocessing.get_context("forkserver"), free_port()
     context.set_forkserver_preload(IMPORTED)  # once for all tests: it takes longer than most of them
     children = [context.Process(target=_run, args=(r, ranks, port, work, arguments)) for r in range(ranks)]
     for child in children:

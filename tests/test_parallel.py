@@ -131,5 +131,5 @@ def test_experts_on_four_ranks_answer_like_experts_on_one(nodes: int, lonely: bo
 def test_a_rank_at_its_safe_point_does_not_end_the_one_that_still_writes(late: int, failed: int | None) -> None:
     programs = ("raise SystemExit(130)", f"import time; time.sleep(1); raise SystemExit({late})")
     children = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
-    assert launch._wait(children) == failed
+    assert launch.wait(children) == failed
     assert [child.wait(10) for child in children] == [130, late]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finback.config import UserError
-from finback.parallel.pipeline_tables import SCHEDULES
+from finback.parallel.schedules import SCHEDULES
 from finback.planner import command, picture, presets
 from finback.planner.options import PlanOptions
 from finback.planner.simulate import Durations, simulate

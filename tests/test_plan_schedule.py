@@ -10,7 +10,8 @@ from torch.distributed.pipelining.schedules import ScheduleDualPipeV, ScheduleIn
 
 from finback.config import UserError
 from finback.parallel.pipeline import action
-from finback.parallel.pipeline_tables import SCHEDULES, Op, Table, find, in_flight
+from finback.parallel.pipeline_tables import Op, Table
+from finback.parallel.schedules import SCHEDULES, find, in_flight
 from finback.planner.simulate import Durations, Timeline, check, simulate
 
 NAMES = sorted(SCHEDULES)

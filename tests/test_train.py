@@ -188,10 +188,10 @@ def _steps(rank: int, size: int, port: int, out: str) -> None:
 
 
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    from finback.parallel.launch import _free_port
+    from finback.parallel.launch import free_port
 
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     ranks = [context.Process(target=_steps, args=(r, 2, port, str(tmp_path / "two.pt"))) for r in range(2)]
     for process in ranks:
         process.start()

@@ -49,10 +49,10 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
     first Ctrl-C asks the ranks to stop at a safe point, the second kills them. `keep_open` file descriptors are
     inherited, so that a lock lives as long as the last rank.
     """
-    port = _free_port()
+    port, presses = free_port(), 0
     children: list[subprocess.Popen[bytes]] = []
-    output: list[IO[bytes] | None] = []
-    presses = 0
+    # Only rank 0 talks; what another rank says is shown when it was the one to fail.
+    output = [tempfile.TemporaryFile() for _ in range(1, ranks)]
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal presses
@@ -64,22 +64,10 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
 
     previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for rank in range(ranks):
-            # Only rank 0 talks; what another rank says is shown when it was the one to fail.
-            stream: IO[bytes] | None = None if rank == 0 else tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-            output.append(stream)
-            children.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "finback", *arguments],
-                    env=_environment(rank, ranks, port),
-                    stdout=sys.stderr if rank == 0 else stream,
-                    stderr=stream,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                    pass_fds=keep_open,
-                )
-            )
-        failed = _wait(children)
+        for rank, stream in enumerate([None, *output]):
+            command = [sys.executable, "-m", "finback", *arguments]
+            children.append(_start(command, _environment(rank, ranks, port), stream, keep_open))
+        failed = wait(children)
     finally:
         for child in children:
             if child.poll() is None:
@@ -90,16 +78,31 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
     if presses:
         return INTERRUPTED
     code = children[failed].returncode if failed is not None else max(child.returncode for child in children)
-    if failed and (stream := output[failed]) is not None:
-        stream.seek(0)
-        sys.stderr.write(stream.read().decode(errors="replace"))
+    if failed:
+        output[failed - 1].seek(0)
+        sys.stderr.write(output[failed - 1].read().decode(errors="replace"))
     if code < 0:
         print(f"rank {failed} was killed (signal {-code}); run the same command to continue", file=sys.stderr)
         return 1
     return code
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> int | None:
+def _start(
+    command: list[str], environment: dict[str, str], stream: IO[bytes] | None, keep_open: tuple[int, ...]
+) -> subprocess.Popen[bytes]:
+    """A rank whose output goes to `stream`, or to this process's standard error."""
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=stream or sys.stderr,
+        stderr=stream,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        pass_fds=keep_open,
+    )
+
+
+def wait(children: list[subprocess.Popen[bytes]]) -> int | None:
     """Wait until all have ended well or at a safe point, or return the first that has not.
 
     One that stopped at a safe point is no failure: another may still be writing the checkpoint of that point.
@@ -144,7 +147,8 @@ def die_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -10,7 +10,7 @@ from typing import Literal
 
 from finback.config import UserError, check_fields, check_positive
 from finback.model.config import ModelConfig
-from finback.parallel.pipeline_tables import SCHEDULES, Schedule, ScheduleName
+from finback.parallel.schedules import SCHEDULES, Schedule, ScheduleName
 
 Sharding = Literal["fsdp", "zero1", "ddp"]
 

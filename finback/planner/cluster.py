@@ -7,7 +7,7 @@ from typing import Any, get_args
 from finback.config import UserError
 from finback.model.config import V3, ModelConfig
 from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops, training_flops
-from finback.parallel.pipeline_tables import ScheduleName
+from finback.parallel.schedules import ScheduleName
 from finback.planner import cost, hardware, memory, recommend
 from finback.planner.cost import Step
 from finback.planner.hardware import Fact, Machine

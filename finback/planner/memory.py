@@ -17,7 +17,7 @@ from functools import lru_cache
 from finback.model.config import ModelConfig
 from finback.model.count import cache_bytes, layer_parameters
 from finback.parallel.layout import Layout, StageLayers, split_layers
-from finback.parallel.pipeline_tables import in_flight
+from finback.parallel.schedules import in_flight
 from finback.planner.hardware import Fact
 from finback.planner.workload import Optimizer, Precision, Recompute, Workload
 

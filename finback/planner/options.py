@@ -8,7 +8,7 @@ import typer
 
 from finback.config import UserError, check_not_negative, check_positive
 from finback.options import Options, Settings
-from finback.parallel import pipeline_tables as schedule
+from finback.parallel import schedules
 from finback.planner.workload import Optimizer, Precision, Recompute
 
 
@@ -56,4 +56,4 @@ class PlanOptions(Options):
         if not 0 <= self.skew <= 4:
             raise UserError("--skew", self.skew, "not an exponent", "Use 0 (all experts alike) up to 4.")
         if self.schedule:
-            schedule.find(self.schedule)
+            schedules.find(self.schedule)

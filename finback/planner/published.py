@@ -36,15 +36,13 @@ R1_DATA_HOURS = 5e3
 
 def claims(known: dict[str, Fact]) -> list[Claim]:
     """All of them. Hours stand and fall with the MFU that the ISCA paper measured, which is an input here."""
-    h800, _ = hardware.find("h800")
-    assert h800.price is not None and h800.mfu is not None, "V3's machine is known"
-    hours = pretraining_hours(known)
-    per_trillion = hours / V3_TOKENS * 1e12
-    total = hours + sum(extension_hours()) + POST_TRAINING_HOURS
-    r1 = sum(devices * h for devices, h in R1_RUNS) + R1_DATA_HOURS
+    return [*_of_models(), *_of_runs(known)]
+
+
+def _of_models() -> list[Claim]:
     causal = "3 x (2 x parameters met without the input embedding + attention over T/2 keys), T = 4096, without MTP"
-    mfu = f"FLOPs over MFU {h800.mfu.value:.2%} of the bf16 peak"
-    price = h800.price.value
+    v3, v2 = (training_flops(model, 2048, mtp=False) / 1e9 for model in (V3, V2))
+    isca = "arXiv 2505.09343"
     return [
         Claim(
             "V3 parameters",
@@ -53,43 +51,32 @@ def claims(known: dict[str, Fact]) -> list[Claim]:
             "without the MTP module, with the routers' biases",
             "sum over the released tensors",
         ),
-        Claim(
-            "V3 GFLOPs per token",
-            250.5,
-            training_flops(V3, 2048, mtp=False) / 1e9,
-            causal,
-            "arXiv 2505.09343, table 2 (250)",
-        ),
-        Claim(
-            "V2 GFLOPs per token",
-            155.3,
-            training_flops(V2, 2048, mtp=False) / 1e9,
-            causal,
-            "arXiv 2505.09343, table 2 (155)",
-        ),
+        Claim("V3 GFLOPs per token", 250.5, v3, causal, f"{isca}, table 2 (250)"),
+        Claim("V2 GFLOPs per token", 155.3, v2, causal, f"{isca}, table 2 (155)"),
         Claim(
             "V3 cache bytes per token",
             70_272,
             cache_bytes(V3),
             "latent and rotary key, bf16, 61 layers",
-            "arXiv 2505.09343, table 1",
+            f"{isca}, table 1",
         ),
-        Claim("V3 H800-hours per trillion tokens", 180e3, per_trillion, mfu, "arXiv 2412.19437, section 1"),
-        Claim(
-            "V3 dollars in all",
-            5.576e6,
-            total * price,
-            f"{mfu}; context extension at the same MFU and its own lengths; post-training's 5K hours as published; "
-            f"${price:g} per hour",
-            "arXiv 2412.19437, table 1",
-        ),
-        Claim(
-            "R1 dollars",
-            294e3,
-            r1 * price,
-            f"512 x 198 h, 512 x 80 h and 5K hours of data at ${price:g}",
-            "R1 supplement, B.4.4",
-        ),
+    ]
+
+
+def _of_runs(known: dict[str, Fact]) -> list[Claim]:
+    h800, _ = hardware.find("h800")
+    assert h800.price is not None and h800.mfu is not None, "V3's machine is known"
+    hours, price = pretraining_hours(known), h800.price.value
+    total = hours + sum(extension_hours()) + POST_TRAINING_HOURS
+    r1 = sum(devices * h for devices, h in R1_RUNS) + R1_DATA_HOURS
+    mfu = f"FLOPs over MFU {h800.mfu.value:.2%} of the bf16 peak"
+    parts = "context extension at the same MFU and its own lengths; post-training's 5K hours as published"
+    made = f"512 x 198 h, 512 x 80 h and 5K hours of data at ${price:g}"
+    v3 = "arXiv 2412.19437"
+    return [
+        Claim("V3 H800-hours per trillion tokens", 180e3, hours / V3_TOKENS * 1e12, mfu, f"{v3}, section 1"),
+        Claim("V3 dollars in all", 5.576e6, total * price, f"{mfu}; {parts}; ${price:g} per hour", f"{v3}, table 1"),
+        Claim("R1 dollars", 294e3, r1 * price, made, "R1 supplement, B.4.4"),
     ]
 
 

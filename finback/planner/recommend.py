@@ -9,7 +9,7 @@ from typing import Any
 from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.parallel.layout import Sharding, split_layers
-from finback.parallel.pipeline_tables import ScheduleName
+from finback.parallel.schedules import ScheduleName
 from finback.planner import cost, memory, traffic
 from finback.planner.hardware import Fact, Machine
 from finback.planner.memory import Memory
