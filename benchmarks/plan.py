@@ -26,6 +26,8 @@ from record import header, write
 
 from finback.model.config import TINY, ModelConfig
 from finback.planner import calibration_file, recipe_plan
+from finback.planner.planned_stage import planned_stages
+from finback.runs.recipe import config_json
 from finback.stages.pretrain import Pretrain
 
 DENSE = ModelConfig(
@@ -169,7 +171,7 @@ def compare(
         compute=compute,
         max_tokens=steps * rows * length,  # type: ignore[arg-type]
     )
-    said = recipe_plan.pretraining(stage, model, calibration, ranks)
+    said = recipe_plan.pretraining(planned_stages([config_json(stage)])[0], calibration, ranks)
     found = run(config, steps, ranks, data)
     row = {
         "name": name,

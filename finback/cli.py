@@ -158,9 +158,9 @@ def show(
             raise UserError("run", what, "holds no summary.json", "Name a folder such as runs/tiny.")
         from finback.planner import calibration_file, plan_vs_actual
 
-        beside = plan_vs_actual.beside(path, calibration_file.default_path(os.environ))
+        beside = plan_vs_actual.plan_and_actual(path, calibration_file.default_path(os.environ))
         if as_json:
-            print(json.dumps(read_json(path / "summary.json") | {"plan_and_ledger": beside}, ensure_ascii=False))
+            print(json.dumps(read_json(path / "summary.json") | {"plan_and_actual": beside}, ensure_ascii=False))
         else:
             print(f"{summary.summarize(path)}\n\n{plan_vs_actual.tell(beside)}")
     elif path.suffix == ".py":

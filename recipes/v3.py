@@ -38,7 +38,14 @@ class Planned(Pretrain):
 def phase(name: str, rows: int, length: int, tokens: float) -> Planned:
     """One phase of pre-training."""
     return Planned(
-        name=name, data="prepare", model=V3, mixture={"chitchat": 1.0}, rows=rows, length=length, max_tokens=int(tokens)
+        name=name,
+        data="prepare",
+        model=V3,
+        mixture={"chitchat": 1.0},
+        rows=rows,
+        length=length,
+        max_tokens=int(tokens),
+        compute="fp8",
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from finback.config import as_json
 from finback.model.count import forward_flops, recomputed_flops, token_flops, training_flops
 from finback.parallel.mesh import World
 from finback.planner import plan_vs_actual, recipe_plan
@@ -18,7 +17,7 @@ from finback.runs import provenance
 from finback.runs.files import read_lines, write_json
 from finback.runs.folder import StageRun
 from finback.runs.ledger import cost, spent
-from finback.runs.recipe import load
+from finback.runs.recipe import config_json, load
 from tests.toy import CONFIG, ROOT
 
 TURN = 262_143_328_850  # µJ of a real package counter
@@ -189,10 +188,10 @@ def test_stages_out_of_their_config_are_planned_as_the_recipe_is(name: str, tmp_
     recipe = load(ROOT / "recipes" / f"{name}.py")
     for stage in recipe.stages:
         (tmp_path / stage.name).mkdir()
-        write_json(tmp_path / stage.name / "config.json", as_json(stage))
+        write_json(tmp_path / stage.name / "config.json", config_json(stage))
         (tmp_path / stage.name / "ledger.jsonl").write_text('{"seconds": 2, "cores": 2, "tokens_trained": 7}\n')
     write_json(tmp_path / "summary.json", {"recipe": name, "stages": {s.name: {} for s in recipe.stages}})
-    found = plan_vs_actual.beside(tmp_path, tmp_path / "no-calibration.json")["stages"]
+    found = plan_vs_actual.plan_and_actual(tmp_path, tmp_path / "no-calibration.json")["stages"]
     wanted = recipe_plan.plan(recipe, PlanOptions(), None, 2)["stages"]
     assert any(stage["flops"] for stage in wanted.values())
     at_once = plan_vs_actual.planned(
@@ -203,7 +202,7 @@ def test_stages_out_of_their_config_are_planned_as_the_recipe_is(name: str, tmp_
     }
     for stage_name, planned in wanted.items():
         assert found[stage_name]["plan"] == {k: planned.get(k) for k in plan_vs_actual.SPENT}
-        assert found[stage_name]["ledger"] == {
+        assert found[stage_name]["actual"] == {
             "tokens_trained": 7,
             "tokens_generated": 0,
             "flops": 0,
@@ -218,8 +217,8 @@ def test_a_folder_that_cannot_be_planned_still_shows_its_ledger(tmp_path: Path) 
     write_json(tmp_path / "a" / "config.json", {"type": "Pretrain", "name": "a", "model": other})
     write_json(tmp_path / "summary.json", {"recipe": "old", "stages": {"a": {}}})
     (tmp_path / "torn.json").write_text("{")
-    found = plan_vs_actual.beside(tmp_path, tmp_path / "torn.json")
-    assert found["stages"]["a"]["plan"] is None and found["stages"]["a"]["ledger"]["seconds"] == 0
+    found = plan_vs_actual.plan_and_actual(tmp_path, tmp_path / "torn.json")
+    assert found["stages"]["a"]["plan"] is None and found["stages"]["a"]["actual"]["seconds"] == 0
     damaged, unplanned = found["notes"]
     assert "damaged" in damaged and unplanned.startswith("no plan: ")
     assert "note: no plan: " in plan_vs_actual.tell(found)

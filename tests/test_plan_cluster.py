@@ -33,7 +33,8 @@ def scheduled(name: str, **change: Any) -> Workload:
 
 
 def plan(model: ModelConfig, rows: int, length: int, tokens: float, options: PlanOptions) -> cluster.ClusterPlan:
-    return cluster.plan("x", model, cluster.workload(rows, length, options), tokens, options)
+    site = hardware.site(options.on, options.assume)
+    return cluster.plan("x", model, cluster.workload(rows, length, site, options), tokens, site, options)
 
 
 def test_what_deepseek_published_comes_out() -> None:

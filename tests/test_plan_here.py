@@ -3,21 +3,24 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 from finback.config import UserError
+from finback.model import recompute
 from finback.model.config import TINY, ModelConfig
 from finback.model.count import parameters, training_flops
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.planner import calibrate, calibration_file, recipe_plan, this_machine
 from finback.planner.options import PlanOptions
+from finback.planner.planned_stage import PlannedStage, planned_stages
 from finback.planner.this_machine import Shape
 from finback.runs import recipe as recipes
+from finback.runs.recipe import config_json
 from finback.stages.pretrain import Pretrain
 from finback.train.optim import is_matrix
 from finback.train.precision import COMPUTE
@@ -45,9 +48,13 @@ MODELS = {
 }
 
 
-def kept_by_autograd(shape: Shape) -> int:
+def planned(stage: Pretrain) -> PlannedStage:
+    return planned_stages([config_json(stage)])[0]
+
+
+def kept_by_autograd(shape: Shape, patch: pytest.MonkeyPatch) -> int:
     """Bytes of distinct storages that the trainer's forward pass saves, parameters and buffers left out."""
-    model = Transformer(shape.model, COMPUTE[shape.compute]).initialise(0).train()
+    model = Transformer(shape.model, COMPUTE[shape.compute]).initialise(0).recompute(shape.recompute).train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, torch.Tensor] = {}
 
@@ -56,6 +63,14 @@ def kept_by_autograd(shape: Shape) -> int:
             seen[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    checkpoint = recompute.checkpoint
+
+    def checkpointed(run: Any, *arguments: Any, **options: Any) -> Any:
+        for argument in arguments[:1]:  # the others are the tables of rotations
+            pack(argument)
+        return checkpoint(run, *arguments, **options)
+
+    patch.setattr(recompute, "checkpoint", checkpointed)
     width = shape.length + 1 + shape.model.num_nextn_predict_layers
     tokens = torch.randint(shape.model.vocab_size, (shape.rows, width), generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -66,9 +81,12 @@ def kept_by_autograd(shape: Shape) -> int:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize(("rows", "length"), [(4, 48), (2, 160)])
-def test_what_autograd_keeps_is_as_predicted(name: str, compute: str, rows: int, length: int) -> None:
-    shape = Shape(MODELS[name], rows, length, compute)
-    assert this_machine.saved_bytes(shape) == pytest.approx(kept_by_autograd(shape), rel=0.03)
+def test_what_autograd_keeps_is_as_predicted(
+    name: str, compute: str, rows: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for policy in get_args(recompute.Policy):
+        shape = Shape(MODELS[name], rows, length, compute, recompute=policy)
+        assert this_machine.saved_bytes(shape) == pytest.approx(kept_by_autograd(shape, monkeypatch), rel=0.03), policy
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -165,7 +183,7 @@ def test_a_calibration_is_kept_and_read(calibration: Path) -> None:
     assert found["date"].endswith("UTC") and found["process_bytes"] > 50e6
     for dtype in ("fp32", "bf16"):
         assert found["gemm_flops_per_second"][dtype]["64"] > 1e8
-    machine = calibration_file.machine(found)
+    machine = calibration_file.machine(found, 1)
     assert machine.memory.value > 1e9 and "measured here" in machine.bf16.source
     assert machine.peak("fp32") == max(found["gemm_flops_per_second"]["fp32"].values())
 
@@ -197,7 +215,7 @@ def test_without_a_calibration_work_is_known_and_time_is_not(tmp_path: Path) -> 
 def test_rows_that_do_not_divide_among_ranks(calibration: Path) -> None:
     stage = Pretrain(name="base", data="x", model=TINY, mixture={"a": 1.0}, rows=9)
     with pytest.raises(UserError, match=r"base.rows.*2 ranks"):
-        recipe_plan.pretraining(stage, TINY, calibration_file.read(calibration), 2)
+        recipe_plan.pretraining(planned(stage), calibration_file.read(calibration), 2)
 
 
 def changed(found: dict[str, Any], change: str) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from finback.kernels import native
 
+# rows to which blocks of experts are rounded up in bf16 on a CPU
+BLOCK_MULTIPLE = 32
 FEW = 32  # tokens up to which a product per expert costs more than going through its rows one by one
 # x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -85,7 +87,7 @@ class _GroupedExperts(torch.autograd.Function):
 
 def _block_multiple(x: Tensor) -> int:
     """Block sizes are rounded up to this. oneDNN compiles a bf16 product anew for every shape it has not met."""
-    return 32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled() else 1
+    return BLOCK_MULTIPLE if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled() else 1
 
 
 def layout(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks]:

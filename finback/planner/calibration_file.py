@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
-from finback.planner.hardware import Fact, Machine
+from finback.planner.hardware import ASSUMPTIONS, Fact, Machine, Site
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
 
 FORMAT = "finback-calibration-2"
@@ -53,20 +53,34 @@ def _refuse(path: Path, problem: str) -> UserError:
     return UserError("--calibration", str(path), problem, "Run finback plan --calibrate again.")
 
 
-def machine(calibration: dict[str, Any]) -> Machine:
-    """This machine as the planner sees others: one device is one rank."""
+def machine(calibration: dict[str, Any], ranks: int) -> Machine:
+    """This machine as the planner sees others: one device is one of so many ranks."""
     source = f"measured here, {calibration['date']}"
-    ranks = calibration["ranks"]
-    peak = {name: Fact(max(v.values()) / ranks, source) for name, v in calibration["gemm_flops_per_second"].items()}
+    per_byte = calibration["measured"]["exchange"]["byte"]
+    peak = {
+        name: Fact(max(v.values()) / calibration["ranks"], source)
+        for name, v in calibration["gemm_flops_per_second"].items()
+    }
     return Machine(
         "here",
         memory=Fact(calibration["memory_bytes"] / ranks, source),
         bf16=peak["bf16"],
         fp32=peak["fp32"],
         memory_bandwidth=Fact(calibration["memory_bytes_per_second"] / ranks, source),
+        node=Fact(ranks, source),
+        # ranks that share a memory were not timed where there was one rank
+        link=Fact(1 / per_byte if per_byte else calibration["memory_bytes_per_second"] / ranks, source),
         watts=Fact(WATTS_PER_CORE, "estimate of finback/runs/ledger.py"),
         price=Fact(DOLLARS_PER_CORE_HOUR, "estimate of finback/runs/ledger.py"),
     )
+
+
+def site(calibration: dict[str, Any], ranks: int, precision: str) -> Site:
+    """This machine as a site of so many ranks, at the rate at which its training steps ran."""
+    here, source = machine(calibration, ranks), f"measured here, {calibration['date']}"
+    rate = calibration["training_flops_per_second"][precision] / calibration["ranks"]
+    known = {"reserve": calibration["process_bytes"], "efficiency": rate / here.peak(precision)}
+    return Site(here, ranks, ASSUMPTIONS | {name: Fact(value, source) for name, value in known.items()})
 
 
 def cpu_name() -> str:

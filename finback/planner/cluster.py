@@ -8,9 +8,9 @@ from finback.config import UserError
 from finback.model.config import V3, ModelConfig
 from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops, training_flops
 from finback.parallel.schedules import ScheduleName
-from finback.planner import cost, hardware, memory, recommend
+from finback.planner import cost, memory, recommend
 from finback.planner.cost import Step
-from finback.planner.hardware import Fact, Machine
+from finback.planner.hardware import Fact, Machine, Site
 from finback.planner.options import PlanOptions
 from finback.planner.recommend import JudgedWorkload, Search
 from finback.planner.workload import Workload, parse_mesh
@@ -30,24 +30,24 @@ def plan(
     c: ModelConfig,
     work: Workload,
     tokens: float,
+    site: Site,
     options: PlanOptions,
     source: str = "",
     given: bool = False,
 ) -> ClusterPlan:
-    """Plan `tokens` tokens in steps of `work` on the hardware the options name.
+    """Plan `tokens` tokens in steps of `work` at a site.
 
     The layout and the recomputation of `work` are kept where they are `given`; else the options decide, and what they
     leave open is recommended.
     """
-    machine, devices = hardware.find(options.on)
-    known, machine = hardware.assumptions(options.assume, machine)
+    machine, devices, known = site.machine, site.devices, site.known
     if work.precision == "fp8" and machine.fp8 is None:
         raise UserError("--precision", "fp8", f"{machine.name} has no FP8 products", "Use bf16.")
     if given:
         work.layout.check(c, work.rows)
         judged = recommend.judge(c, work, machine, known)
     else:
-        judged = recommend.recommend(c, _search(c, work, options, machine, known))
+        judged = recommend.recommend(c, _search(c, work, site, options))
     share = cost.efficiency(c, judged.work, machine, known, options.skew)
     step = cost.step(c, judged.work, machine, share.value, known, options.skew)
     price = options.price if options.price is not None else (machine.price.value if machine.price else None)
@@ -75,9 +75,9 @@ def plan(
     return ClusterPlan(values, step, judged.work)
 
 
-def workload(rows: int, length: int, options: PlanOptions) -> Workload:
+def workload(rows: int, length: int, site: Site, options: PlanOptions) -> Workload:
     """A step as the options have it, before it has a layout."""
-    precision = options.precision or ("fp8" if hardware.find(options.on)[0].fp8 else "bf16")
+    precision = options.precision or ("fp8" if site.machine.fp8 else "bf16")
     return Workload(
         rows=rows,
         length=length,
@@ -87,27 +87,25 @@ def workload(rows: int, length: int, options: PlanOptions) -> Workload:
     )
 
 
-def _search(c: ModelConfig, work: Workload, options: PlanOptions, machine: Machine, known: dict[str, Fact]) -> Search:
+def _search(c: ModelConfig, work: Workload, site: Site, options: PlanOptions) -> Search:
     """What is to be recommended: all that neither --mesh, --schedule nor --recompute say."""
-    _, devices = hardware.find(options.on)
     change: dict[str, Any] = {"schedule": options.schedule.lower()} if options.schedule else {}
     fixed = {name for name in ("schedule", "recompute") if getattr(options, name)}
     if options.mesh:
-        change |= parse_mesh(options.mesh, devices)
+        change |= parse_mesh(options.mesh, site.devices)
         fixed |= {"pp", "dp", "ep", "sharding"}
-    start, error = recommend.laid_out(c, work, change, machine, options.micro_rows)
+    start, error = recommend.laid_out(c, work, change, site.machine, options.micro_rows)
     if error is not None and options.mesh:
         raise error
     if error is not None:
         start = dataclasses.replace(work, layout=dataclasses.replace(work.layout, **change))
-    share = cost.efficiency(c, start, machine, known, options.skew)
-    return Search(start, devices, frozenset(fixed), options.micro_rows, machine, known, share.value)
+    share = cost.efficiency(c, start, site.machine, site.known, options.skew)
+    return Search(start, site, frozenset(fixed), options.micro_rows, share.value)
 
 
-def by_flops(flops: float, options: PlanOptions) -> dict[str, Any]:
+def by_flops(flops: float, site: Site, options: PlanOptions) -> dict[str, Any]:
     """Cost of so many FLOPs at the machine's MFU, or else at the efficiency that others' is from: rough."""
-    machine, devices = hardware.find(options.on)
-    known, machine = hardware.assumptions(options.assume, machine)
+    machine, devices, known = site.machine, site.devices, site.known
     share = known.get("mfu") or machine.mfu or cost.efficiency(V3, cost.V3_WORKLOAD, machine, known)
     seconds = flops / (machine.bf16.value * share.value * devices)
     price = options.price if options.price is not None else (machine.price.value if machine.price else None)

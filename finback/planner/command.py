@@ -31,9 +31,9 @@ def preset(options: PlanOptions) -> tuple[dict[str, Any], str]:
     rows, length = options.rows or found.rows, options.length or found.length
     if length > found.model.max_position_embeddings:
         raise UserError("--length", length, f"{found.name} reads {found.model.max_position_embeddings}", "Lower it.")
-    planned = cluster.plan(
-        found.name, found.model, cluster.workload(rows, length, options), tokens, options, found.source
-    )
+    site = hardware.site(options.on, options.assume)
+    work = cluster.workload(rows, length, site, options)
+    planned = cluster.plan(found.name, found.model, work, tokens, site, options, found.source)
     claims = published.claims(dict(hardware.ASSUMPTIONS)) if _is_v3s(planned) else []
     planned.values["published"] = [vars(claim) | {"off": claim.off} for claim in claims]
     text = render.tell(planned.values, claims)

@@ -158,8 +158,15 @@ def efficiency(c: ModelConfig, work: Workload, machine: Machine, known: dict[str
         return known["efficiency"]
     if "mfu" in known:
         return Fact(_solve(c, work, machine, known, known["mfu"].value, skew), "from --assume mfu")
+    return _published_efficiency(known["imbalance"], known["overlap"])
+
+
+@lru_cache(maxsize=16)
+def _published_efficiency(imbalance: Fact, overlap: Fact) -> Fact:
+    """That of V3's pre-training, under the assumptions that its step depends on."""
     h800, _ = hardware.find("h800")
     assert h800.mfu is not None, "the reference machine has a published MFU"
+    known = {"imbalance": imbalance, "overlap": overlap}
     value = _solve(V3, V3_WORKLOAD, h800, known, h800.mfu.value)
     return Fact(value, f"from MFU {h800.mfu.value:.2%} ({h800.mfu.source}) without that layout's own losses")
 

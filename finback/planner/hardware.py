@@ -132,6 +132,22 @@ def find(text: str) -> tuple[Machine, int]:
     return _BY_NAME[name.lower()], int(count) if colon else 1
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where a plan's work runs, and what is assumed beyond the machine's facts."""
+
+    machine: Machine
+    devices: int
+    known: dict[str, Fact]
+
+
+def site(on: str, settings: Sequence[str]) -> Site:
+    """The site that --on and --assume name."""
+    machine, devices = find(on)
+    known, machine = assumptions(settings, machine)
+    return Site(machine, devices, known)
+
+
 # What a plan needs beyond the machine; every one can be changed with --assume NAME=VALUE.
 ASSUMPTIONS = {
     "pue": Fact(1.58, "journal.uptimeinstitute.com, survey of 2023: power of a whole site over that of its machines"),

@@ -1,84 +1,62 @@
 """The plan of a recipe, stage by stage: on this machine by its calibration, or on named hardware.
 
-A stage's `work()` says how many tokens it trains on and generates at most, and its model is its own or that of the stage
-or checkpoint it starts from. Pre-training is predicted step by step; other stages by their FLOPs and the rate at which
+A stage says how many tokens it trains on and generates at most, and its model is its own or that of the stage or
+checkpoint it starts from. Pre-training is predicted step by step; other stages by their FLOPs and the rate at which
 training runs, which is rough: their rows are of many lengths, and generating is bound by other things than training.
 """
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from finback.config import UserError
-from finback.model.config import ModelConfig, from_json
 from finback.model.count import forward_flops, parameters, training_flops
+from finback.parallel.layout import Layout
 from finback.planner import calibration_file, cluster, hardware, this_machine
+from finback.planner.hardware import Site
 from finback.planner.options import PlanOptions
+from finback.planner.planned_stage import PlannedStage, planned_stages
 from finback.planner.render import big, span, table
-from finback.planner.this_machine import Shape
-from finback.runs.files import is_checkpoint, read_json
+from finback.planner.this_machine import RankMemory, Shape
+from finback.planner.workload import Precision
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
-from finback.runs.recipe import Recipe, Stage
-from finback.stages.prepare import Prepare
-from finback.stages.pretrain import Pretrain
+from finback.runs.recipe import Recipe, config_json
 
 ROUGH = "by FLOPs at the rate of training; rough"
+Calibrated = dict[str, Any]
 
 
-def model_of(stage: Stage, recipe: Recipe) -> ModelConfig | None:
-    """The model a stage trains or asks: its own, or that of where it starts; None where it has none."""
-    own = getattr(stage, "model", None)
-    if isinstance(own, ModelConfig):
-        data = next((s for s in recipe.stages if s.name == getattr(stage, "data", None)), None)
-        if isinstance(data, Prepare):  # its tokenizer decides, at most
-            own = dataclasses.replace(own, vocab_size=data.vocab_size)
-        return own
-    start = getattr(stage, "start", None)
-    if not isinstance(start, str):
-        return None
-    earlier = next((s for s in recipe.stages if s.name == start), None)
-    return model_of(earlier, recipe) if earlier else _stored_model(Path(start))
-
-
-def _stored_model(path: Path) -> ModelConfig | None:
-    """The model of a finished stage or of a checkpoint in Hugging Face's form; None for what must be opened to know."""
-    if (path / "model.json").is_file():
-        return from_json(read_json(path / "model.json"))
-    if path.is_dir() and is_checkpoint(path):
-        from finback.checkpoint import hf
-
-        return hf.model_config(hf.read_config(path))
-    return None
-
-
-def plan(recipe: Recipe, options: PlanOptions, calibration: dict[str, Any] | None, ranks: int) -> dict[str, Any]:
+def plan(recipe: Recipe, options: PlanOptions, calibration: Calibrated | None, ranks: int) -> dict[str, Any]:
     """Every stage's cost and the sum; without --on on this machine, as far as a calibration tells."""
-    stages = {}
-    for stage in recipe.stages:
-        model = model_of(stage, recipe)
-        if options.on:
-            stages[stage.name] = _on_hardware(stage, model, options)
-        else:
-            stages[stage.name] = _here(stage, model, options, calibration, ranks)
-    names = ("seconds", "device_hours", "dollars", "kwh", "flops")
-    total = {name: _total([s.get(name) for s in stages.values()]) for name in names}
-    where = options.on or f"this machine, {ranks} ranks"
-    notes = [] if calibration is None or options.on else calibration_file.doubts(calibration)
-    if calibration is None and not options.on:
+    return plan_configs(recipe.name, map(config_json, recipe.stages), options, calibration, ranks)
+
+
+def plan_configs(
+    name: str, configs: Iterable[dict[str, Any]], options: PlanOptions, calibration: Calibrated | None, ranks: int
+) -> dict[str, Any]:
+    """`plan` of the stages whose config.json these are."""
+    planned = planned_stages(configs)
+    known = None if options.on else calibration
+    if options.on:
+        site = hardware.site(options.on, options.assume)
+        stages = {stage.name: _on_hardware(stage, site, options) for stage in planned}
+    else:
+        stages = {stage.name: _here(stage, options, known, ranks) for stage in planned}
+    notes = [] if known is None else calibration_file.doubts(known)
+    if known is None and not options.on:
         notes = ["not calibrated: run `finback plan --calibrate` once, and times are known"]
-    known = (
-        None if calibration is None or options.on else {k: calibration[k] for k in ("date", "cpu", "torch", "ranks")}
-    )
+    notes += [f"{stage}: {note}" for stage, values in stages.items() for note in values.get("notes", ())]
+    sums = ("seconds", "device_hours", "dollars", "kwh", "flops")
     return {
-        "recipe": recipe.name,
-        "on": where,
+        "recipe": name,
+        "on": options.on or f"this machine, {ranks} ranks",
         "stages": stages,
-        "total": total,
+        "total": {key: _total([s.get(key) for s in stages.values()]) for key in sums},
         "notes": notes,
-        "calibration": known,
-        "basis": {"dollars_per_core_hour": DOLLARS_PER_CORE_HOUR, "watts_per_core": WATTS_PER_CORE}
-        if not options.on
-        else None,
+        "calibration": known and {k: known[k] for k in ("date", "cpu", "torch", "ranks")},
+        "basis": None
+        if options.on
+        else {"dollars_per_core_hour": DOLLARS_PER_CORE_HOUR, "watts_per_core": WATTS_PER_CORE},
     }
 
 
@@ -87,20 +65,13 @@ def _total(values: list[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _counted(stage: Stage, model: ModelConfig | None) -> dict[str, Any]:
+def _counted(stage: PlannedStage) -> dict[str, Any]:
     """What a stage does, whatever it runs on."""
-    work = stage.work()
-    values: dict[str, Any] = {
-        "flops": None,
-        "stage": type(stage).__name__,
-        "tokens_trained": work.tokens_trained,
-        "tokens_generated": work.tokens_generated,
-    }
+    model, values = stage.model, {"flops": None, "stage": stage.type, **dataclasses.asdict(stage.work)}
     if model is None:
         return values
-    length = int(getattr(stage, "length", 0) or getattr(stage, "max_tokens", 0))
-    trained = training_flops(model, length / 2, mtp=isinstance(stage, Pretrain)) * work.tokens_trained
-    generated = forward_flops(model, length / 2) * work.tokens_generated
+    trained = training_flops(model, stage.length / 2, mtp=stage.pretrains) * stage.work.tokens_trained
+    generated = forward_flops(model, stage.length / 2) * stage.work.tokens_generated
     return values | {
         "parameters": parameters(model),
         "active": parameters(model, active=True, mtp=False),
@@ -108,17 +79,14 @@ def _counted(stage: Stage, model: ModelConfig | None) -> dict[str, Any]:
     }
 
 
-def _here(
-    stage: Stage, model: ModelConfig | None, options: PlanOptions, calibration: dict[str, Any] | None, ranks: int
-) -> dict[str, Any]:
-    values: dict[str, Any] = _counted(stage, model)
-    if model is None or calibration is None:
+def _here(stage: PlannedStage, options: PlanOptions, calibration: Calibrated | None, ranks: int) -> dict[str, Any]:
+    values = _counted(stage)
+    if stage.model is None or calibration is None:
         return values
-    if isinstance(stage, Pretrain):
-        values |= pretraining(stage, model, calibration, ranks)
+    if stage.pretrains:
+        values |= pretraining(stage, calibration, ranks)
     elif flops := values["flops"]:
-        compute = getattr(stage, "compute", "fp32")
-        rate = calibration["training_flops_per_second"]["fp32" if compute == "auto" else compute]
+        rate = calibration["training_flops_per_second"][_measured(stage.knobs.get("compute", "fp32"))]
         values |= {"seconds": flops / rate * calibration["ranks"] / ranks, "how": ROUGH}
     if seconds := float(values.get("seconds") or 0):
         price = DOLLARS_PER_CORE_HOUR if options.price is None else options.price
@@ -127,28 +95,51 @@ def _here(
     return values
 
 
-def pretraining(stage: Pretrain, model: ModelConfig, calibration: dict[str, Any], ranks: int) -> dict[str, Any]:
+def _measured(compute: str) -> Precision:
+    """The arithmetic of those that calibration times by which another is planned; FP8 is emulated in bf16."""
+    return "fp32" if compute in ("fp32", "auto") else "bf16"
+
+
+def pretraining(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dict[str, Any]:
     """Seconds and memory of a pre-training stage on this machine, step by step."""
-    if stage.rows % ranks:
-        raise UserError(f"{stage.name}.rows", stage.rows, f"does not divide among {ranks} ranks", "Use --ranks.")
+    knobs, notes = stage.knobs, []
+    if knobs["rows"] % ranks:
+        problem = f"does not divide among {ranks} ranks"
+        raise UserError(f"{stage.name}.rows", knobs["rows"], problem, "Use --ranks.")
+    if knobs["compute"] == "fp8":
+        notes.append("FP8 is emulated on this machine, and takes longer than the bf16 that it is planned as")
+    if knobs["compile"]:
+        notes.append("compiled blocks take 0.85 to 0.95 of the time planned, after up to a minute at the first step")
+    if stage.layout is not None:
+        values = _laid_out_here(stage, stage.layout, calibration, ranks)
+    else:
+        values = _whole_copies(stage, calibration, ranks)
+    return values | {"notes": notes}
+
+
+def _whole_copies(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dict[str, Any]:
+    """Pre-training with the whole model on every rank."""
+    knobs, model, process = stage.knobs, stage.model, calibration["process_bytes"]
+    assert model is not None, "a stage that trains has a model"
+    auto = knobs["compute"] == "auto"
     shapes = {
-        name: Shape(model, stage.rows // ranks, stage.length, name, ranks)
-        for name in (("fp32", "bf16") if stage.compute == "auto" else (stage.compute,))
+        name: Shape(model, knobs["rows"] // ranks, stage.length, name, ranks, knobs["recompute"], knobs["optimizer"])
+        for name in (("fp32", "bf16") if auto else (_measured(knobs["compute"]),))
     }
     parts = {name: this_machine.seconds(shape, calibration["measured"]) for name, shape in shapes.items()}
-    compute = stage.compute
-    if compute == "auto":  # as stages/pretrain.py chooses: bf16 must win clearly
-        compute = "bf16" if parts["bf16"]["passes"] * 1.15 < parts["fp32"]["passes"] else "fp32"
-    step = sum(parts[compute].values())
-    memory = this_machine.memory(shapes[compute], calibration["process_bytes"])
-    if stage.compute == "auto":  # both are tried first, side by side
-        memory = max(memory, this_machine.trial(shapes["fp32"], shapes["bf16"], calibration["process_bytes"]), key=_all)
+    compute = next(iter(shapes))
+    if auto and parts["bf16"]["passes"] * 1.15 < parts["fp32"]["passes"]:  # as training chooses: bf16 must win clearly
+        compute = "bf16"
+    step, tokens = sum(parts[compute].values()), knobs["rows"] * stage.length
+    memory = this_machine.memory(shapes[compute], process)
+    if auto:  # both are tried first, side by side
+        memory = max(memory, this_machine.trial(shapes["fp32"], shapes["bf16"], process), key=_all)
     return {
         "compute": compute,
         "step_seconds": step,
         "parts": parts[compute],
-        "tokens_per_second": stage.rows * stage.length / step,
-        "seconds": stage.max_tokens / (stage.rows * stage.length) * step,
+        "tokens_per_second": tokens / step,
+        "seconds": stage.work.tokens_trained / tokens * step,
         "memory": dataclasses.asdict(memory) | {"total": memory.total},
         "memory_bytes": memory.total * ranks,
         "fits": memory.total * ranks < calibration["memory_bytes"],
@@ -156,26 +147,56 @@ def pretraining(stage: Pretrain, model: ModelConfig, calibration: dict[str, Any]
     }
 
 
-def _all(memory: this_machine.RankMemory) -> float:
+def _all(memory: RankMemory) -> float:
     return memory.total
 
 
-def _on_hardware(stage: Stage, model: ModelConfig | None, options: PlanOptions) -> dict[str, Any]:
-    values = _counted(stage, model)
-    if model is None:
+def _laid_out_here(stage: PlannedStage, layout: Layout, calibration: Calibrated, ranks: int) -> dict[str, Any]:
+    """Pre-training by a layout, one rank a core; without times where this machine runs another number of ranks."""
+    if layout.ranks != ranks:
+        return {"how": f"needs {layout.ranks} ranks, here are {ranks}"}
+    precision = _measured(stage.knobs["compute"])
+    options = PlanOptions(precision=precision, optimizer=stage.knobs["optimizer"])
+    return _laid_out(stage, calibration_file.site(calibration, ranks, precision), options)
+
+
+def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str, Any]:
+    values = _counted(stage)
+    if stage.model is None:
         return values
-    if not isinstance(stage, Pretrain):
-        return values | (cluster.by_flops(values["flops"], options) if values["flops"] else {})
+    if not stage.pretrains:
+        return values | (cluster.by_flops(values["flops"], site, options) if values["flops"] else {})
     try:
-        found = _laid_out(stage, model, options)
+        return values | _laid_out(stage, site, options)
     except UserError as error:
         if error.field not in ("rows", "layout.micro_batches"):
             raise
         # another stage of the recipe may well fit this mesh; MFU does not count MTP
-        counted = training_flops(model, stage.length / 2, mtp=False) * stage.max_tokens
-        return values | cluster.by_flops(counted, options) | {"refused": str(error)}
+        counted = training_flops(stage.model, stage.length / 2, mtp=False) * stage.work.tokens_trained
+        return values | cluster.by_flops(counted, site, options) | {"refused": str(error)}
+
+
+def _laid_out(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str, Any]:
+    """Pre-training by the stage's own layout, or another where the options or nobody gives one."""
+    knobs, given, model = stage.knobs, None if options.mesh else stage.layout, stage.model
+    assert model is not None, "a stage that trains has a model"
+    own = None if knobs["compute"] == "auto" else knobs["compute"]
+    options = dataclasses.replace(
+        options, precision=options.precision or own, optimizer=options.optimizer or knobs["optimizer"]
+    )
+    work = cluster.workload(options.rows or knobs["rows"], options.length or stage.length, site, options)
+    if given is not None:
+        if given.ranks != site.devices:
+            problem = f"the recipe's layout has {given.ranks} ranks, not {site.devices}"
+            raise UserError("--on", options.on, problem, f"Use {given.ranks} devices, or --mesh for another layout.")
+        if options.schedule:
+            given = dataclasses.replace(given, schedule=options.schedule.lower())  # type: ignore[arg-type]
+        recompute = work.recompute if options.recompute else knobs["recompute"]
+        work = dataclasses.replace(work, layout=given, recompute=recompute)
+    tokens = stage.work.tokens_trained
+    found = cluster.plan(stage.name, model, work, tokens, site, options, given=given is not None).values
     run = found["run"]
-    return values | {
+    return {
         "seconds": run["seconds"],
         "device_hours": run["device_hours"],
         "dollars": run["dollars"],
@@ -187,23 +208,6 @@ def _on_hardware(stage: Stage, model: ModelConfig | None, options: PlanOptions) 
         "how": "step by step",
         "plan": found,
     }
-
-
-def _laid_out(stage: Pretrain, model: ModelConfig, options: PlanOptions) -> dict[str, Any]:
-    """The plan of pre-training on the options' hardware, by the recipe's own layout where --mesh gives no other."""
-    options = dataclasses.replace(options, optimizer=options.optimizer or stage.optimizer)
-    work = cluster.workload(options.rows or stage.rows, options.length or stage.length, options)
-    given = stage.layout if not options.mesh else None
-    if given is not None:
-        _, devices = hardware.find(options.on)
-        if given.ranks != devices:
-            problem = f"the recipe's layout has {given.ranks} ranks, not {devices}"
-            raise UserError("--on", options.on, problem, f"Use {given.ranks} devices, or --mesh for another layout.")
-        if options.schedule:
-            given = dataclasses.replace(given, schedule=options.schedule.lower())  # type: ignore[arg-type]
-        recompute = work.recompute if options.recompute else stage.recompute
-        work = dataclasses.replace(work, layout=given, recompute=recompute)
-    return cluster.plan(stage.name, model, work, stage.max_tokens, options, given=given is not None).values
 
 
 def tell(values: dict[str, Any]) -> str:

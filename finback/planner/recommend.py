@@ -11,7 +11,7 @@ from finback.model.config import ModelConfig
 from finback.parallel.layout import Sharding, split_layers
 from finback.parallel.schedules import ScheduleName
 from finback.planner import cost, memory, traffic
-from finback.planner.hardware import Fact, Machine
+from finback.planner.hardware import Fact, Machine, Site
 from finback.planner.memory import Memory
 from finback.planner.workload import Recompute, Workload
 
@@ -42,13 +42,11 @@ class Search:
     """What a layout is looked for: a step of which all but the layout is known, and where it runs."""
 
     work: Workload
-    devices: int
+    site: Site
     # fields that are as in `work`: of the layout, and recompute
     fixed: frozenset[str]
     # sequences of a micro-batch
     micro_rows: int
-    machine: Machine
-    known: dict[str, Fact]
     efficiency: float
 
 
@@ -61,7 +59,7 @@ def recommend(c: ModelConfig, search: Search) -> JudgedWorkload:
         if error is not None:
             refused = refused or error
             continue
-        judged = judge(c, work, search.machine, search.known)
+        judged = judge(c, work, search.site.machine, search.site.known)
         if least is None or judged.worst.total < least.worst.total:
             least = judged
         if judged.fits:
@@ -78,7 +76,7 @@ def recommend(c: ModelConfig, search: Search) -> JudgedWorkload:
 
 def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, UserError | None]]:
     """Every layout of so many devices that leaves the fixed fields alone, plain ones first; why it cannot be, if so."""
-    start, devices, fixed = search.work, search.devices, search.fixed
+    start, devices, fixed = search.work, search.site.devices, search.fixed
     slots = c.num_hidden_layers + c.num_nextn_predict_layers
     powers = [2**n for n in range(12)]
     pps = [start.layout.pp] if "pp" in fixed else [p for p in powers if devices % p == 0 and p <= slots]
@@ -99,7 +97,9 @@ def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, UserE
         if sharding == "fsdp" and (pp > 1 or dp == 1) and "sharding" not in fixed:
             continue
         change = {"pp": pp, "dp": dp, "ep": ep, "sharding": sharding, "schedule": schedule}
-        yield laid_out(c, dataclasses.replace(start, recompute=recompute), change, search.machine, search.micro_rows)
+        yield laid_out(
+            c, dataclasses.replace(start, recompute=recompute), change, search.site.machine, search.micro_rows
+        )
 
 
 def laid_out(
@@ -129,7 +129,7 @@ def laid_out(
 
 def estimate(c: ModelConfig, work: Workload, search: Search) -> float:
     """Seconds of a step without simulating it: V3's bubble formula, and the slowest stage for all."""
-    layout, machine, known = work.layout, search.machine, search.known
+    layout, machine, known = work.layout, search.site.machine, search.site.known
     sent = traffic.of(c, work, machine)
     every = [cost.stage_flops(c, stage, work, known["imbalance"].value) for stage in split_layers(c, layout.stages)]
     per_flop = work.micro_tokens / (machine.peak(work.precision) * search.efficiency)

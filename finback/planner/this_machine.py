@@ -1,8 +1,8 @@
 """What training takes on this machine's cores: memory from what autograd keeps, time from what calibration measured.
 
-No torch here. Both follow finback's own trainer (stages/pretrain.py): fp32 masters, all gradients in one buffer, Muon
-for matrices, AdamW for the rest, one thread per rank, rows shared out among ranks. tests/test_plan_here.py holds the
-formulas to the trainer.
+Both follow finback's own trainer (stages/pretrain.py) where every rank has the whole model: fp32 masters, all gradients
+in one buffer, Muon or AdamW for matrices, AdamW for the rest, one thread per rank, rows shared out among ranks.
+tests/test_plan_here.py holds the formulas to the trainer.
 """
 
 import dataclasses
@@ -10,15 +10,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from finback.kernels.attention import LONGEST
+from finback.kernels.moe_gemm import BLOCK_MULTIPLE
 from finback.model.config import ModelConfig
 from finback.model.count import parameters, token_flops
+from finback.model.recompute import Policy
+from finback.planner.workload import Optimizer
+from finback.train.loss import CHUNK
+from finback.train.optim import NEWTON_SCHULZ_STEPS
 
-LONGEST = 512  # rows up to which attention keeps its weights (kernels/attention.py)
-CHUNK = 256  # rows of scores at a time (train/loss.py)
-NEWTON_SCHULZ_STEPS = 5
-BLOCK_MULTIPLE = 32  # sizes of experts' blocks of rows in bf16 (kernels/moe_gemm.py)
-COMPILED = 0.75e6  # bytes of one compiled product, measured: torch 2.13 on an EPYC, 0.7 to 1.0 MB
-MOST_COMPILED = 1024  # products that oneDNN keeps
+# bytes of one compiled product, measured: torch 2.13 on an EPYC, 0.7 to 1.0 MB
+COMPILED = 0.75e6
+# products that oneDNN keeps
+MOST_COMPILED = 1024
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,13 @@ class Shape:
     """A training step on one rank."""
 
     model: ModelConfig
-    rows: int  # on this rank
+    # on this rank
+    rows: int
     length: int
     compute: str = "fp32"
     ranks: int = 1
+    recompute: Policy = "none"
+    optimizer: Optimizer = "muon"
 
     @property
     def tokens(self) -> int:
@@ -42,22 +49,26 @@ class Shape:
         return 4 if self.compute == "fp32" else 2
 
 
+def attention_matrices(c: ModelConfig) -> list[tuple[int, int]]:
+    """(rows, columns) of the matrices of one layer's attention."""
+    d, heads = c.hidden_size, c.num_attention_heads
+    if c.attention == "gqa":
+        return [(heads * c.head_dim, d), (2 * c.num_key_value_heads * c.head_dim, d), (d, heads * c.head_dim)]
+    query = [] if c.q_lora_rank is None else [(c.q_lora_rank, d)]
+    return [
+        *query,
+        (heads * c.qk_head_dim, c.q_lora_rank or d),
+        (c.kv_lora_rank + c.qk_rope_head_dim, d),
+        (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank),
+        (d, heads * c.v_head_dim),
+    ]
+
+
 def matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
     """(how many, rows, columns) of every parameter that Muon updates, expert stacks counted one by one."""
     d, found = c.hidden_size, []
     for layer in range(c.num_hidden_layers + c.num_nextn_predict_layers):
-        heads = c.num_attention_heads
-        if c.attention == "mla":
-            if c.q_lora_rank is not None:
-                found.append((1, c.q_lora_rank, d))
-            found.append((1, heads * c.qk_head_dim, c.q_lora_rank or d))
-            found.append((1, c.kv_lora_rank + c.qk_rope_head_dim, d))
-            found.append((1, heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank))
-            found.append((1, d, heads * c.v_head_dim))
-        else:
-            found.append((1, heads * c.head_dim, d))
-            found.append((1, 2 * c.num_key_value_heads * c.head_dim, d))
-            found.append((1, d, heads * c.head_dim))
+        found += [(1, a, b) for a, b in attention_matrices(c)]
         widths = [(1, c.intermediate_size)]
         if c.is_moe(layer):
             widths = [(c.n_routed_experts, c.moe_intermediate_size)]
@@ -77,21 +88,32 @@ def muon_parameters(c: ModelConfig) -> int:
 def saved_bytes(shape: Shape) -> float:
     """Bytes that autograd keeps between a forward and its backward pass, beside the parameters."""
     c, n, a = shape.model, shape.tokens, shape.width
-    layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
-    total = sum(_layer_bytes(shape, c.is_moe(layer)) for layer in layers)
+    total = sum(_layer_bytes(shape, moe) for moe in _layers(c))
     depths = c.num_nextn_predict_layers
     total += (1 + depths) * (n * (2 * a * c.hidden_size + 4) + 4 * c.vocab_size * c.hidden_size)  # norm, loss
     total += depths * n * (4 * a * c.hidden_size + 8)  # MTP's two norms and what it joins
-    if shape.compute != "fp32":  # weights are cast, and the cast is kept
-        total += 2 * muon_parameters(c)
+    if shape.compute != "fp32":  # weights are cast, and the cast is kept unless its product is done again
+        again = {"none": 0, "attention": len(_layers(c)) * sum(a * b for a, b in attention_matrices(c))}
+        total += 2 * (
+            muon_parameters(c) - again.get(shape.recompute, muon_parameters(c) - depths * 2 * c.hidden_size**2)
+        )
     return total
+
+
+def _layers(c: ModelConfig) -> list[bool]:
+    """Whether each layer, MTP's included, is a mixture of experts."""
+    return [c.is_moe(layer) for layer in range(c.num_hidden_layers + c.num_nextn_predict_layers)]
 
 
 def _layer_bytes(shape: Shape, moe: bool) -> float:
     """One block's part of it."""
     c, a = shape.model, shape.width
     d, heads = c.hidden_size, c.num_attention_heads
-    if c.attention == "mla":
+    if shape.recompute == "block":
+        return shape.tokens * a * d
+    if shape.recompute == "attention":  # the norm's input and its output, from which attention is done again
+        kept = a * 2 * d + 4
+    elif c.attention == "mla":
         query = 2 * (c.q_lora_rank or 0)
         latent = 2 * c.kv_lora_rank + c.qk_rope_head_dim
         kept = a * (2 * d + query + latent + heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)) + 4 * 4
@@ -105,20 +127,27 @@ def _layer_bytes(shape: Shape, moe: bool) -> float:
         return shape.tokens * (kept + 4 * a * c.intermediate_size)
     k = c.num_experts_per_tok
     kept += a * (4 * c.n_shared_experts * c.moe_intermediate_size + k * 2 * (d + c.moe_intermediate_size))
-    kept += 4 * 2 * c.n_routed_experts + 16 * k + (4 * d if shape.compute != "fp32" else 0)
-    return shape.tokens * kept
+    kept += 4 * 2 * c.n_routed_experts + 16 * k
+    if shape.compute == "fp32":
+        return shape.tokens * kept
+    # the router reads a copy in fp32, shared experts read the norm's output; rows that fill up the experts' blocks
+    kept += 4 * d - (0 if c.n_shared_experts else a * d)
+    filled = c.n_routed_experts * BLOCK_MULTIPLE / 2
+    return shape.tokens * kept + filled * a * (d + 2 * c.moe_intermediate_size)
 
 
 @dataclass(frozen=True)
 class RankMemory:
     """Bytes of one rank's process at its fullest."""
 
-    process: float  # Python, torch and their libraries, as calibration found them
+    # Python, torch and their libraries, as calibration found them
+    process: float
     weights: float
     gradients: float
     optimizer: float
     activations: float
-    working: float  # the larger of what a backward pass and what Muon need on top for the moment
+    # the larger of what a backward pass and what Muon need on top for the moment
+    working: float
 
     @property
     def total(self) -> float:
@@ -129,12 +158,18 @@ class RankMemory:
 def memory(shape: Shape, process: float) -> RankMemory:
     """Peak memory of one rank of a Pretrain stage."""
     c = shape.model
-    p, muon = parameters(c), muon_parameters(c)
-    saved = saved_bytes(shape)
+    p = parameters(c)
+    muon = muon_parameters(c) if shape.optimizer == "muon" else 0
     # directions, updates, and one group at work; what a backward pass has freed is in pieces too small for these
-    largest = max(_groups(c).values(), default=0)
-    working = max(_backward_bytes(c), 4 * 2 * muon + 3 * largest) + _compiled_bytes(shape)
-    return RankMemory(process, 4.0 * p, 4.0 * p, 4.0 * muon + 8.0 * (p - muon), saved, working)
+    at_update = 4 * 2 * muon + 3 * max(_groups(c).values(), default=0) if muon else 0
+    working = max(_backward_bytes(c) + _again_bytes(shape), at_update) + _compiled_bytes(shape)
+    return RankMemory(process, 4.0 * p, 4.0 * p, 4.0 * muon + 8.0 * (p - muon), saved_bytes(shape), working)
+
+
+def _again_bytes(shape: Shape) -> float:
+    """What one layer keeps while it is done again."""
+    whole = dataclasses.replace(shape, recompute="none")
+    return max(_layer_bytes(whole, moe) - _layer_bytes(shape, moe) for moe in _layers(shape.model))
 
 
 def _compiled_bytes(shape: Shape) -> float:
@@ -142,9 +177,7 @@ def _compiled_bytes(shape: Shape) -> float:
 
     Before routers are balanced an expert may get every token, so every size there can be comes up.
     """
-    c = shape.model
-    layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
-    if shape.compute == "fp32" or not any(c.is_moe(layer) for layer in layers):
+    if shape.compute == "fp32" or not any(_layers(shape.model)):
         return 0.0
     return COMPILED * min(6 * math.ceil(shape.tokens / BLOCK_MULTIPLE), MOST_COMPILED)
 
@@ -181,21 +214,22 @@ def newton_schulz_flops(c: ModelConfig, ranks: int) -> float:
 
 def passes(shape: Shape) -> dict[str, float]:
     """What a forward and backward pass is made of; calibration finds the seconds of each."""
-    c = shape.model
+    c, layers = shape.model, _layers(shape.model)
     # causal attention of short rows multiplies the whole square
     context = shape.length if shape.length <= LONGEST else shape.length / 2
     terms = token_flops(c, context, mtp=True)
-    layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
-    moe = sum(c.is_moe(layer) for layer in layers)
+    # forward passes that the products of attention, of the feed-forward and of the ends are worth
+    attention, feed_forward = 3 + (shape.recompute != "none"), 3 + (shape.recompute == "block")
+    linear = attention * terms.attention_linear + 3 * (terms.head + terms.join)
+    linear += feed_forward * (terms.dense + terms.experts + terms.shared + terms.router)
     chunks = (1 + c.num_nextn_predict_layers) * (math.ceil(shape.tokens / CHUNK) + 2)
-    blocks = moe * min(c.n_routed_experts, shape.tokens * c.num_experts_per_tok)
     return {
-        "products": 3 * shape.tokens * (terms.total - terms.attention_scores),
-        "experts": 3 * shape.tokens * terms.experts,  # what they cost above other products
-        "scores": 3 * shape.tokens * terms.attention_scores,
+        "products": shape.tokens * linear,
+        "experts": feed_forward * shape.tokens * terms.experts,  # what they cost above other products
+        "scores": attention * shape.tokens * terms.attention_scores,
         "head": chunks * c.vocab_size * c.hidden_size,  # its gradient is added to chunk by chunk
-        "kept": saved_bytes(shape),
-        "blocks": blocks,
+        "kept": saved_bytes(dataclasses.replace(shape, recompute="none")),
+        "blocks": sum(layers) * min(c.n_routed_experts, shape.tokens * c.num_experts_per_tok),
         "parameters": parameters(c),  # gradients set to zero and added to, masters cast to bf16
         "layers": len(layers),
     }
@@ -204,10 +238,11 @@ def passes(shape: Shape) -> dict[str, float]:
 def update(shape: Shape) -> dict[str, float]:
     """What the update of the parameters is made of."""
     c = shape.model
-    muon = muon_parameters(c)
+    if shape.optimizer == "adamw":
+        return {"parameters": parameters(c)}
     return {
         "newton_schulz": newton_schulz_flops(c, shape.ranks),
-        "muon": muon,
+        "muon": muon_parameters(c),
         "parameters": parameters(c),
         "groups": len(_groups(c)) * NEWTON_SCHULZ_STEPS,
     }
@@ -215,7 +250,8 @@ def update(shape: Shape) -> dict[str, float]:
 
 def exchanged_bytes(shape: Shape) -> float:
     """Bytes that ranks add up in a step: gradients and Muon's updates."""
-    return 4.0 * (parameters(shape.model) + muon_parameters(shape.model)) if shape.ranks > 1 else 0.0
+    muon = muon_parameters(shape.model) if shape.optimizer == "muon" else 0
+    return 4.0 * (parameters(shape.model) + muon) if shape.ranks > 1 else 0.0
 
 
 def seconds(shape: Shape, measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

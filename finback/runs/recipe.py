@@ -152,6 +152,12 @@ def overridden(given: Sequence[Stage], settings: Sequence[str]) -> tuple[Stage, 
     return tuple(stages)
 
 
+def config_json(stage: Stage) -> dict[str, Any]:
+    """What config.json holds: the knobs, what readers have to know of the stage's folder, and the work it announces."""
+    declared = stage.declaration().to_json() | {"work": dataclasses.asdict(stage.work())}
+    return dict(as_json(stage)) | {DECLARATION: declared}
+
+
 def claim(recipe: Recipe, root: Path, seed: int) -> None:
     """Check that a run folder belongs to this recipe, seed and knobs, and say so in it if it is new.
 
@@ -207,7 +213,7 @@ def execute(
             continue
         if run.is_writer:
             run.folder.mkdir(exist_ok=True)
-            write_json(run.folder / CONFIG, as_json(stage) | {DECLARATION: stage.declaration().to_json()})
+            write_json(run.folder / CONFIG, config_json(stage))
         ranks.barrier()
         watch(run)
         run.begin(recipe.file, stage.inputs())

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from finback.parallel.mesh import World
 
+NEWTON_SCHULZ_STEPS = 5
+
 
 class Gradients:
     """All gradients of some parameters as views of one flat fp32 buffer."""
@@ -113,7 +115,7 @@ class Muon:
             buffer.copy_(tensors[f"muon.{name}"])
 
 
-def newton_schulz(stack: Tensor, steps: int = 5) -> Tensor:
+def newton_schulz(stack: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """Approximately U V^T of each matrix (n, a, b): singular values driven towards 1 by an odd quintic."""
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's coefficients: fast, leaves singular values in about 0.7..1.2
     tall = stack.size(1) > stack.size(2)

@@ -1,0 +1,87 @@
+"""What the planner reads of a stage: its knobs as config.json has them, so that a recipe and a run folder are planned alike."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finback.model import config as models
+from finback.model.config import ModelConfig
+from finback.parallel.layout import Layout
+from finback.runs.declaration import DECLARATION
+from finback.runs.files import is_checkpoint, read_json
+from finback.runs.recipe import Work
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage, how many tokens it takes at most, and the model that it trains or asks; None where that is not known."""
+
+    name: str
+    # the name of its class
+    type: str
+    # whether it is pre-training, which is planned step by step
+    pretrains: bool
+    knobs: dict[str, Any]
+    work: Work
+    model: ModelConfig | None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return int(self.knobs.get("length") or self.knobs.get("max_tokens") or 0)
+
+    @property
+    def layout(self) -> Layout | None:
+        """How its model lies on many ranks."""
+        raw = self.knobs.get("layout")
+        return Layout(**_fields(raw)) if raw else None
+
+
+def planned_stages(configs: Iterable[dict[str, Any]]) -> list[PlannedStage]:
+    """Stages in order, from what `runs.recipe.config_json` says of each. KeyError and TypeError for another version's."""
+    found: dict[str, PlannedStage] = {}
+    for config in configs:
+        declared = config[DECLARATION]
+        knobs = {k: v for k, v in config.items() if k not in ("type", DECLARATION)}
+        work, pretrains = Work(**_fields(declared["work"])), declared["kind"] == "pre-training"
+        model = _model(knobs, found)
+        found[knobs["name"]] = PlannedStage(knobs["name"], config["type"], pretrains, knobs, work, model)
+    return list(found.values())
+
+
+def _model(knobs: dict[str, Any], earlier: dict[str, PlannedStage]) -> ModelConfig | None:
+    """A stage's own model, or that of where it starts."""
+    if isinstance(own := knobs.get("model"), dict):
+        model: ModelConfig = _value(own)
+        data = earlier.get(knobs.get("data", ""))
+        if data is not None and "vocab_size" in data.knobs:  # its tokenizer decides, at most
+            model = dataclasses.replace(model, vocab_size=data.knobs["vocab_size"])
+        return model
+    start = knobs.get("start")
+    if not isinstance(start, str):
+        return None
+    return earlier[start].model if start in earlier else _stored_model(Path(start))
+
+
+def _stored_model(path: Path) -> ModelConfig | None:
+    """The model of a finished stage or of a checkpoint in Hugging Face's form; None for what must be opened to know."""
+    if (path / "model.json").is_file():
+        return models.from_json(read_json(path / "model.json"))
+    if path.is_dir() and is_checkpoint(path):
+        from finback.checkpoint import hf
+
+        return hf.model_config(hf.read_config(path))
+    return None
+
+
+def _fields(raw: dict[str, Any]) -> dict[str, Any]:
+    return {k: _value(v) for k, v in raw.items() if k != "type"}
+
+
+def _value(raw: Any) -> Any:
+    """A model or a part of it out of what `config.as_json` made of it."""
+    if isinstance(raw, list):
+        return tuple(map(_value, raw))
+    return getattr(models, raw["type"])(**_fields(raw)) if isinstance(raw, dict) and "type" in raw else raw
