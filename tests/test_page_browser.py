@@ -241,7 +241,7 @@ def test_a_reload_in_mid_stream_loses_nothing(opened: Opened, said: str) -> None
         page.click(".summary")
         assert page.locator(".chain").inner_text().strip() == " ".join(map(str, range(60)))
         service = client.app.state.service
-        wait_for(lambda: not service.held)
+        wait_for(lambda: not service.streams)
         assert len(service.engine.seen) == 1
 
 
@@ -289,7 +289,7 @@ def test_nobody_comes_back(opened: Opened) -> None:
         address = page.url
         page.goto("about:blank")
         service = client.app.state.service
-        wait_for(lambda: not service.engine.busy and not service.held)
+        wait_for(lambda: not service.engine.busy and not service.streams)
         page.goto(address)
         expect(page.locator(".assistant .notice")).to_contain_text("Interrupted")
         assert "word word" in page.locator(".assistant .prose").last.inner_text()

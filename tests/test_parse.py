@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from finback.serve.parse import Delta, ParsedCall, Parser, fresh_id
+from finback.serve.chat_output import Parser
+from finback.serve.incremental import Delta, ParsedCall, fresh_id
 from finback.serve.tool_calls import ToolForm
 
 QUICK = settings(max_examples=300, deadline=None, derandomize=True)
@@ -276,20 +277,20 @@ def test_an_answer_that_a_grammar_holds_is_read_as_such() -> None:
     marks = f'{{"a": "{END_CALL}{END_CALLS}</tool_call>"}}'
     for form, write in FORMS.items():
         said = f'Say "</think>{write(("f", marks), SEA)}'
-        assert parse(said, opened=True, form=form, held=True) == ('Say "', "", [("f", marks), SEA])
+        assert parse(said, opened=True, form=form, constrained=True) == ('Say "', "", [("f", marks), SEA])
         for length in range(len(write(("f", marks)))):
-            parsed = parser(form=form, held=True)
+            parsed = parser(form=form, constrained=True)
             parsed.push(write(("f", marks))[:length])
             parsed.end()
             assert all(marks.startswith(call.arguments) for call in parsed.calls)
             assert parsed.called == (marks in [call.arguments for call in parsed.calls])
-    assert parse(f'{F}\n"</think>{{"a": "x"}}', opened=True, held=True) == (f'{F}\n"', '{"a": "x"}', [])
+    assert parse(f'{F}\n"</think>{{"a": "x"}}', opened=True, constrained=True) == (f'{F}\n"', '{"a": "x"}', [])
 
 
 @pytest.mark.parametrize("write", FORMS.values())
 def test_calls_behind_the_first_can_be_left_out(write: Any) -> None:
     said = f"See {write(SUN, SEA, SUN)} it."
-    assert parse(said, single=True) == ("", "See it.", [SUN])
+    assert parse(said, single_call=True) == ("", "See it.", [SUN])
 
 
 PARTS = st.sampled_from(

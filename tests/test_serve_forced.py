@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from finback.data.tokenizer import THINK, Tokenizer
-from finback.serve.parse import Parser
+from finback.serve.chat_output import Parser
 from finback.serve.tool_calls import ToolForm
 from finback.serve.tool_choice import form_of
 from tests.serving import CHAT, HELLO, Scripted, served, small_tokenizer, streamed, summed, wait_for
@@ -118,7 +118,7 @@ def test_calls_are_made_and_nothing_else(name: str, tmp_path: Path) -> None:
         assert {len(called) > 1 for called in found} == {True, False}
         assert {called for calls in found for called in calls} == {"place", "function"}
         for request, called in zip(engine.seen, found, strict=True):
-            alone = Parser(False, True, form, held=True)
+            alone = Parser(False, True, form, constrained=True)
             alone.push(own.decode(request.tokens))
             alone.end()
             assert [call.name for call in alone.calls] == called

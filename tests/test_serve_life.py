@@ -51,7 +51,7 @@ def test_a_client_that_leaves_frees_its_slot(stream: bool) -> None:
         assert wait_for(lambda: not engine.busy) < 0.2 + 0.3  # the second for machines that do other things too
         assert engine.leaked == 0 and {s.finish_reason for s in engine.seen} == {"cancelled"}
         wait_for(lambda: "finback_cancelled_total 2" in client.get("/metrics").text)
-        assert client.app.state.service.running == {}  # type: ignore[attr-defined]
+        assert client.app.state.service.active == {}  # type: ignore[attr-defined]
         if not stream:
             assert 'status="499"' in client.get("/metrics").text
 
@@ -97,8 +97,13 @@ def test_random_cuts_leave_nothing_behind(rounds: int) -> None:
         for worker in workers:
             worker.join()
         service = client.app.state.service  # type: ignore[attr-defined]
-        wait_for(lambda: not engine.busy and service.requests == 0)
-        assert engine.leaked == 0 and service.open == 0 and service.running == {} and not service.worker._watched
+        wait_for(lambda: not engine.busy and service.admission.requests == 0)
+        assert (
+            engine.leaked == 0
+            and service.admission.choices == 0
+            and service.active == {}
+            and not service.worker._active
+        )
         assert summed(streamed(client, **HELLO))["content"]
         assert 'status="500"' not in client.get("/metrics").text
 

@@ -53,7 +53,7 @@ def test_a_lost_connection_loses_nothing(by_header: bool) -> None:
         message = summed([chunk for _, chunk in first + rest])
         assert message["content"] == TEXT and message["reasoning_content"] == "so"
         assert message["finish_reason"] == "stop" and rest[-1][1] == "[DONE]" and rest[-2][1]["usage"]
-        assert len(engine.seen) == 1 and wait_for(lambda: not client.app.state.service.held) < 5  # type: ignore[attr-defined]
+        assert len(engine.seen) == 1 and wait_for(lambda: not client.app.state.service.streams) < 5  # type: ignore[attr-defined]
     assert engine.leaked == 0
 
 
@@ -85,9 +85,9 @@ def test_nobody_comes_back_and_nothing_is_left() -> None:
     with served(engine, held=0.1) as client:
         ident = begun(client, 5)[0][1]["id"]
         service = client.app.state.service  # type: ignore[attr-defined]
-        assert ident in service.held
-        wait_for(lambda: not service.held and not engine.busy, 5)
-        assert engine.seen[0].finish_reason == "cancelled" and engine.leaked == 0 and service.open == 0
+        assert ident in service.streams
+        wait_for(lambda: not service.streams and not engine.busy, 5)
+        assert engine.seen[0].finish_reason == "cancelled" and engine.leaked == 0 and service.admission.choices == 0
         assert client.get(f"{CHAT}/{ident}/stream").status_code == 404
 
 
@@ -96,22 +96,22 @@ def test_what_has_ended_meanwhile_is_read_once() -> None:
     with served(engine) as client:
         first = begun(client, 1)
         service = client.app.state.service  # type: ignore[attr-defined]
-        wait_for(lambda: not engine.busy and not service.running)
+        wait_for(lambda: not engine.busy and not service.active)
         rest = read_on(client, first[0][1]["id"], first[0][0])
         assert summed([c for _, c in first + rest])["content"] == TEXT
-        wait_for(lambda: not service.held)
+        wait_for(lambda: not service.streams)
 
 
 def test_no_more_is_kept_than_allowed() -> None:
     with served(Scripted(TEXT, pace=0.002), held_bytes=5000) as client:
         ident = begun(client, 1)[0][1]["id"]
         service = client.app.state.service  # type: ignore[attr-defined]
-        wait_for(lambda: service.held[ident].over)
-        held = service.held[ident]
-        assert held.first > 10 and sum(map(len, held._events)) <= 5000
+        wait_for(lambda: service.streams[ident].is_finished)
+        stream = service.streams[ident]
+        assert stream.first > 10 and sum(map(len, stream._events)) <= 5000
         lost = client.get(f"{CHAT}/{ident}/stream?after=1")
         assert lost.status_code == 404 and lost.json()["error"]["param"] == "after"
-        assert read_on(client, ident, held.last - 1)[-1][1] == "[DONE]"
+        assert read_on(client, ident, stream.last - 1)[-1][1] == "[DONE]"
 
 
 def test_stop_ends_it_for_everybody_at_once() -> None:
@@ -147,7 +147,7 @@ def test_what_is_refused_is_refused_as_ever() -> None:
         assert client.post(CHAT, json=ASK).status_code == 503
         client.post(f"{CHAT}/{ident}/control", json={"action": "stop"})
         service = client.app.state.service  # type: ignore[attr-defined]
-        wait_for(lambda: service.open == 0)
+        wait_for(lambda: service.admission.choices == 0)
         assert begun(client, 1)
 
 

@@ -11,10 +11,10 @@ import pytest
 from starlette.routing import Route
 
 from finback.config import UserError
-from finback.serve import auth, server, watch
-from finback.serve.auth import Quota, digests, owner_of, secured
+from finback.serve import server, watch
+from finback.serve.auth import digests, secured
 from finback.serve.errors import ApiError
-from finback.serve.middleware import OPEN
+from finback.serve.middleware import OPEN, Quota, owner_of, salt
 from finback.serve.options import ListenOptions, ServeOptions
 from finback.serve.server import build
 from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, served, small_tokenizer, wait_for
@@ -186,7 +186,7 @@ def test_too_much_is_refused_at_once_and_with_a_time_to_return() -> None:
                 assert response.status_code == status and int(response.headers["retry-after"]) > 0
                 assert response.elapsed.total_seconds() < 0.2
             streams.pop().__exit__(None, None, None)
-            wait_for(lambda: client.app.state.service.open == 2)  # type: ignore[attr-defined]
+            wait_for(lambda: client.app.state.service.admission.choices == 2)  # type: ignore[attr-defined]
             response = client.post(CHAT, json=HELLO, headers=keys[KEY])
             assert response.status_code == 429 and response.json()["error"]["code"] == "concurrency_limit_exceeded"
             assert int(response.headers["retry-after"]) > 0 and "x-should-retry" not in response.headers
@@ -218,7 +218,7 @@ def test_logs_hold_no_words_of_anybody(caplog: pytest.LogCaptureFixture) -> None
 
 def test_the_salt_is_the_keys_and_the_users() -> None:
     one, two = digests([KEY, OTHER])
-    salts = [auth.salt(b"", None), auth.salt(one, None), auth.salt(two, None), auth.salt(one, "a"), auth.salt(one, "b")]
+    salts = [salt(b"", None), salt(one, None), salt(two, None), salt(one, "a"), salt(one, "b")]
     assert salts[0] == b"" and len(set(salts)) == 5 and all(len(s) <= 64 for s in salts)
 
 

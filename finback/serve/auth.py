@@ -1,18 +1,13 @@
-"""Who may ask: API keys, kept as digests, and what one key may ask for at a time. No torch here."""
+"""API keys, as digests. No torch here."""
 
 import hashlib
-import hmac
 import re
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from finback.config import UserError
-from finback.serve.errors import ApiError
 from finback.serve.options import LOOPBACK, ListenOptions
 
 Listen = TypeVar("Listen", bound=ListenOptions)
@@ -21,7 +16,7 @@ SHORTEST = 16  # characters; 128 bits in hexadecimal are 32
 
 
 def digests(keys: Iterable[str], file: Path | None = None) -> tuple[bytes, ...]:
-    """SHA-256 of each key given and of each line of a file (# begins a comment); the keys themselves are not kept.
+    """SHA-256 of each key given and of each line of a file (# begins a comment); the keys themselves are not stored.
 
     A line may also be `sha256:` and the digest in hexadecimal, so that the file need not hold the key.
     """
@@ -59,58 +54,3 @@ def secured(options: Listen) -> Listen:
             "Give --key-file or FINBACK_API_KEY, or --insecure if anybody may use it.",
         )
     return replace(options, keys=keys, api_key="", key_file=None)
-
-
-def owner_of(headers: Iterable[tuple[bytes, bytes]], keys: tuple[bytes, ...]) -> bytes | None:
-    """The digest of the key that a request carries, b"" where none is needed, None where it is missing or wrong."""
-    if not keys:
-        return b""
-    given = b""
-    for name, value in headers:
-        if name == b"authorization" and value[:7].lower() == b"bearer ":
-            given = value[7:].strip()
-        elif name == b"x-api-key" and not given:
-            given = value.strip()
-    digest, found = hashlib.sha256(given).digest(), None
-    for key in keys:  # all of them, so that time tells nothing
-        if hmac.compare_digest(digest, key):
-            found = key
-    return found
-
-
-def salt(owner: bytes, user: str | None) -> bytes:
-    """What keeps the cached prompts of one key, and of one end user of it, from the others'; b"" without either."""
-    if not owner and not user:
-        return b""
-    return hashlib.sha256(owner + b"\0" + (user or "").encode()).digest()
-
-
-class Quota:
-    """How much each key asks for: `rate` requests a minute, `concurrent` at a time; 0 is no limit."""
-
-    def __init__(self, rate: int, concurrent: int) -> None:
-        self.rate, self.concurrent = rate, concurrent
-        self._running: Counter[bytes] = Counter()
-        self._bucket: dict[bytes, tuple[float, float]] = {}  # requests left, and when that was worked out
-
-    @contextmanager
-    def use(self, owner: bytes) -> Iterator[None]:
-        """Count a request while it runs; ApiError 429 when it is one too many."""
-        if self.concurrent and self._running[owner] >= self.concurrent:
-            raise ApiError(429, f"more than {self.concurrent} requests at a time", code="concurrency_limit_exceeded")
-        if self.rate:
-            self._take(owner)
-        self._running[owner] += 1
-        try:
-            yield
-        finally:
-            self._running[owner] -= 1
-
-    def _take(self, owner: bytes) -> None:
-        now = time.monotonic()
-        left, then = self._bucket.get(owner, (float(self.rate), now))
-        left = min(self.rate, left + (now - then) * self.rate / 60)
-        if left < 1:
-            wait = int((1 - left) * 60 / self.rate) + 1
-            raise ApiError(429, f"more than {self.rate} requests a minute", retry_after=wait)
-        self._bucket[owner] = (left - 1, now)

@@ -1,18 +1,45 @@
-"""Text that is still arriving, read as if it were whole, and the code fences in it.
+"""Text that is still arriving: read as if it were whole, its code fences, and what was found in it as deltas.
 
 Readers are generators: they yield where what has come does not decide what it is, and go on when more has come. Their
 decisions depend on the text alone and never on how it was cut into pieces.
 """
 
 import re
-from collections.abc import Generator, Sequence
-from typing import TypeVar
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 T = TypeVar("T")
 Wait = Generator[None, None, T]  # yields for more text, returns what was read
 
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)", re.DOTALL)
 _PREFIXES = ("", "b", "f", "r", "u", "B", "F", "R", "U", "rb", "br", "rf", "fr")  # of Python's strings
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a piece of text adds. A call's first delta has its name and id and no text, later ones only text."""
+
+    kind: Literal["reasoning", "content", "tool"]
+    text: str = ""  # for tool: a fragment of the arguments' JSON text
+    index: int = 0  # for tool: which call, counted from 0
+    name: str | None = None
+    call_id: str | None = None
+
+
+@dataclass(frozen=True)
+class ParsedCall:
+    """A tool call; `arguments` is JSON text as the model wrote it, which may be broken off or no JSON at all."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+def fresh_id() -> str:
+    """A new call id: call_ and 24 random hex digits."""
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class IncrementalReader:
@@ -22,25 +49,25 @@ class IncrementalReader:
         self.ended = False
         self._text = ""
         self._at = 0
-        self._kept = -1  # where `keep` was called, -1 when nothing is kept
+        self._start = -1  # where `mark` was called, -1 after `marked`
 
     def push(self, piece: str) -> None:
-        """Add text at the end; what was read and is not kept is forgotten."""
-        start = self._at if self._kept < 0 else self._kept
+        """Add text at the end; what was read before a mark is forgotten."""
+        start = self._at if self._start < 0 else self._start
         self._text = self._text[start:] + piece
-        self._at, self._kept = self._at - start, min(self._kept, 0)
+        self._at, self._start = self._at - start, min(self._start, 0)
 
-    def keep(self, last: int) -> None:
+    def mark(self, last: int) -> None:
         """Remember what is read from now on, and the `last` characters before."""
-        self._kept = self._at - last
+        self._start = self._at - last
 
-    def release(self) -> str:
-        """What was read since `keep`, which ends here."""
-        kept, self._kept = self._text[self._kept : self._at], -1
-        return kept
+    def marked(self) -> str:
+        """What was read since `mark`, which ends here."""
+        text, self._start = self._text[self._start : self._at], -1
+        return text
 
     def back(self, count: int) -> None:
-        """Unread `count` characters; they must have been read since the reader last waited, or be kept."""
+        """Unread `count` characters; they must have been read since the last wait, or since `mark`."""
         self._at -= count
 
     def peek(self) -> Wait[str]:
@@ -159,3 +186,80 @@ class Fence:
         if self._mark:
             return "" if run.startswith(self._mark) and not rest.strip() else self._mark
         return "" if run[0] == "`" and "`" in rest else run  # ```such a line``` is code, but no fence
+
+
+class DeltaCollector:
+    """Takes what a parser finds and hands it out as deltas; whitespace waits for what follows it."""
+
+    def __init__(self, tools: bool, new_id: Callable[[], str], single_call: bool) -> None:
+        self.reasoning: list[str] = []
+        self.content: list[str] = []
+        self.calls: list[tuple[str, str, list[str]]] = []
+        self.fence = Fence()  # of the content since the last call
+        self._new_id, self._single_call = new_id, single_call
+        self._left_out = False  # the call that is being read
+        self._waits = tools  # whether content's whitespace may yet belong to a call
+        self._blank = ""  # the whitespace that waits
+        self._called = False  # no content since the last call
+        self._new: list[Delta] = []
+
+    def take(self) -> list[Delta]:
+        """The deltas since the last call."""
+        new, self._new = self._new, []
+        return new
+
+    def think(self, text: str) -> None:
+        """More of the chain."""
+        if visible := self._visible(text):
+            self.reasoning.append(visible)
+            self._add(Delta("reasoning", visible))
+
+    def end_chain(self) -> None:
+        """The chain's last whitespace is nobody's."""
+        self._blank = ""
+
+    def text(self, text: str) -> None:
+        """More of the answer."""
+        self.fence.push(text)
+        if visible := self._visible(text) if self._waits else text:
+            if self._called and not self.content:
+                visible = visible.lstrip()
+            self._called = False
+            self.content.append(visible)
+            self._add(Delta("content", visible))
+
+    def call(self, name: str) -> None:
+        """A call begins."""
+        self._blank, self._called, self.fence = "", True, Fence()
+        self._left_out = self._single_call and bool(self.calls)
+        if self._left_out:
+            return
+        self.calls.append((self._new_id(), name, []))
+        self._new.append(Delta("tool", "", len(self.calls) - 1, name, self.calls[-1][0]))
+
+    def arguments(self, text: str) -> None:
+        """More of the last call's arguments."""
+        if self._left_out:
+            return
+        self.calls[-1][2].append(text)
+        self._add(Delta("tool", text, len(self.calls) - 1))
+
+    def end(self) -> None:
+        """Whitespace that ends a plain answer is part of it."""
+        if self._blank and not self._called:
+            self.content.append(self._blank)
+            self._add(Delta("content", self._blank))
+        self._blank = ""
+
+    def _visible(self, text: str) -> str:
+        text = self._blank + text
+        visible = text.rstrip()
+        self._blank = text[len(visible) :]
+        return visible
+
+    def _add(self, delta: Delta) -> None:
+        last = self._new[-1] if self._new else None
+        if last and (last.kind, last.index, last.name) == (delta.kind, delta.index, None):
+            self._new[-1] = Delta(delta.kind, last.text + delta.text, delta.index)
+        else:
+            self._new.append(delta)

@@ -1,11 +1,13 @@
-"""How single tokens are written in log-probabilities: their text, their bytes."""
+"""Log-probabilities in OpenAI's two shapes, with the text and the bytes of each token."""
 
 import functools
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from finback.data.tokenizer import Tokenizer
+from finback.engine.request import TokenLogprobs
 
 LEAST = -9999.0  # JSON has no minus infinity; OpenAI writes this
 
@@ -45,14 +47,32 @@ class TokenTexts:
         text = self.text(token)
         return "bytes:" + "".join(f"\\x{b:02x}" for b in self.bytes(token)) if "\ufffd" in text else text
 
-    def entry(self, alternatives: list[tuple[int, float]]) -> dict[str, Any]:
+    def entry(self, alternatives: TokenLogprobs) -> dict[str, Any]:
         """One token in chat's shape: its own log-probability first in `alternatives`, then the likeliest."""
         own, *others = ({"token": self.text(t), "logprob": finite(p), "bytes": self.bytes(t)} for t, p in alternatives)
         return own | {"top_logprobs": others}
 
+    def table(
+        self, tokens: Iterable[int], found: Iterable[TokenLogprobs | None], offset: int
+    ) -> tuple[dict[str, list[Any]], int]:
+        """Tokens in the shape of text completions, lists side by side; and where the text behind them begins.
+
+        `offset` is where the first token begins in the text; a token that nothing predicts has None in `found`.
+        """
+        table: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, line in zip(tokens, found, strict=True):
+            table["tokens"].append(self.label(token))
+            table["token_logprobs"].append(None if line is None else finite(line[0][1]))
+            # the token's own stands among the likeliest, as OpenAI has it
+            has_others = line is not None and len(line) > 1
+            table["top_logprobs"].append({self.label(t): finite(p) for t, p in line or ()} if has_others else None)
+            table["text_offset"].append(offset)
+            offset += len(self.tokenizer.decode([token]))
+        return table, offset
+
 
 def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
+    """The log-probability, at least LEAST."""
     return max(logprob, LEAST)
 
 

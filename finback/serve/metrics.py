@@ -1,7 +1,14 @@
-"""Counters and histograms in Prometheus' text format. No torch here."""
+"""What requests cost: usage as OpenAI and DeepSeek count it, timings as llama.cpp reports them, Prometheus' counters.
+
+No torch here.
+"""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finback.engine.request import Request
 
 TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -40,6 +47,20 @@ class Metrics:
         self.drafted = self.accepted = self.cancelled = self.failures = 0
         self.first_token, self.gap = Histogram(TTFT), Histogram(GAP)
 
+    def observe(self, request: "Request", new_tokens: int, gap: float | None, finish: str | None) -> None:
+        """Count an output of one choice; `gap` is the seconds since the one before, None for the first."""
+        self.generated_tokens += new_tokens
+        if new_tokens and gap is None:
+            self.first_token.observe(request.first - request.submitted)
+        elif new_tokens and gap is not None:
+            self.gap.observe(gap / new_tokens, new_tokens)
+        if finish is not None:
+            self.drafted += request.drafted
+            self.accepted += request.accepted
+            if request.leader is None:
+                self.prompt_tokens += len(request.prompt)
+                self.cached_tokens += request.cached
+
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
         """All of it, with `gauges` (name -> what it is, value) as they stand now."""
         lines = _head("finback_requests_total", "counter", "Requests by route and status.")
@@ -67,3 +88,52 @@ class Metrics:
 
 def _head(name: str, kind: str, text: str) -> list[str]:
     return [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+
+
+def usage(requests: Sequence["Request"]) -> dict[str, Any]:
+    """Tokens of all choices; a prompt counts once, however many choices it has."""
+    leaders = [r for r in requests if r.leader is None]
+    prompt, cached = sum(len(r.prompt) for r in leaders), sum(r.cached for r in leaders)
+    generated = sum(len(r.tokens) for r in requests)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_cache_hit_tokens": cached,
+        "prompt_cache_miss_tokens": prompt - cached,
+        "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": sum(r.thinking_tokens for r in requests)},
+    }
+
+
+def timings(requests: Sequence["Request"]) -> dict[str, Any]:
+    """Times in milliseconds: in the queue, reading what was not cached, and from the first token to the last."""
+    leaders = [r for r in requests if r.leader is None]
+    read = sum(len(r.prompt) - r.cached for r in leaders)
+    generated = sum(len(r.tokens) for r in requests)
+    began = min((r.started for r in requests if r.started), default=0.0)
+    first = min((r.first for r in requests if r.first), default=began)
+    last = max((r.last for r in requests), default=first)
+    queued, prompt_time = began - min(r.submitted for r in requests) if began else 0.0, first - began
+    generating = max(0.0, last - first)
+    return {
+        "cache_n": sum(r.cached for r in leaders),
+        "queue_ms": _ms(queued),
+        "prompt_n": read,
+        "prompt_ms": _ms(prompt_time),
+        "prompt_per_second": _rate(read, prompt_time),
+        # the first token belongs to the prompt: reading it makes this token
+        "predicted_n": generated,
+        "predicted_ms": _ms(generating),
+        "predicted_per_second": _rate(max(0, generated - 1), generating),
+        "draft_n": sum(r.drafted for r in requests),
+        "draft_n_accepted": sum(r.accepted for r in requests),
+    }
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _rate(number: int, seconds: float) -> float:
+    return round(number / seconds, 3) if seconds > 0 else 0.0

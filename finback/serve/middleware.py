@@ -1,19 +1,28 @@
-"""What every request passes first: who asks, from where, how much; and the one line that is logged of it."""
+"""What every request passes: who asks, from where, how much; and the one line that is logged of it. No torch here."""
 
+import hashlib
+import hmac
 import ipaddress
 import logging
 import secrets
 import time
 import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finback.serve import auth, page
-from finback.serve.errors import ApiError
+from finback.serve import page
+from finback.serve.errors import ApiError, bad
 from finback.serve.metrics import Metrics
-from finback.serve.options import LOOPBACK, ListenOptions
+from finback.serve.options import LOOPBACK, ListenOptions, ServeOptions
+
+if TYPE_CHECKING:
+    from finback.engine.engine import Engine
 
 log = logging.getLogger("finback.serve")
 
@@ -29,7 +38,7 @@ class AccessMiddleware:
         self.hosts = {name.lower() for name in (*LOOPBACK, options.host, *options.hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check, count, log, and keep a failure from leaving without an answer."""
+        """Check, count and log a request; whatever fails gets a response."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -99,7 +108,7 @@ class AccessMiddleware:
         origin = by_name.get(b"origin")
         if origin is not None:
             self._check_origin(origin.decode("latin-1"), by_name.get(b"host", b"").decode("latin-1"))
-        owner = auth.owner_of(headers, self.options.keys)
+        owner = owner_of(headers, self.options.keys)
         if owner is None and not self._is_open(scope["path"]) and not self._is_preflight(scope):
             raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
         scope.setdefault("state", {})["owner"] = owner or b""
@@ -161,3 +170,103 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def owner_of(headers: Iterable[tuple[bytes, bytes]], keys: tuple[bytes, ...]) -> bytes | None:
+    """The digest of the key that a request carries, b"" where none is needed, None where it is missing or wrong."""
+    if not keys:
+        return b""
+    given = b""
+    for name, value in headers:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            given = value[7:].strip()
+        elif name == b"x-api-key" and not given:
+            given = value.strip()
+    digest, found = hashlib.sha256(given).digest(), None
+    for key in keys:  # all of them, so that time tells nothing
+        if hmac.compare_digest(digest, key):
+            found = key
+    return found
+
+
+def salt(owner: bytes, user: str | None) -> bytes:
+    """Keeps cached prompts of one key, and of one end user of it, from the others'; b"" without either."""
+    if not owner and not user:
+        return b""
+    return hashlib.sha256(owner + b"\0" + (user or "").encode()).digest()
+
+
+class Quota:
+    """How much each key asks for: `rate` requests a minute, `concurrent` at a time; 0 is no limit."""
+
+    def __init__(self, rate: int, concurrent: int) -> None:
+        self.rate, self.concurrent = rate, concurrent
+        self._running: Counter[bytes] = Counter()
+        self._bucket: dict[bytes, tuple[float, float]] = {}  # requests left, and when that was worked out
+
+    @contextmanager
+    def use(self, owner: bytes) -> Iterator[None]:
+        """Count a request while it runs; ApiError 429 when it is one too many."""
+        if self.concurrent and self._running[owner] >= self.concurrent:
+            raise ApiError(429, f"more than {self.concurrent} requests at a time", code="concurrency_limit_exceeded")
+        if self.rate:
+            self._take(owner)
+        self._running[owner] += 1
+        try:
+            yield
+        finally:
+            self._running[owner] -= 1
+
+    def _take(self, owner: bytes) -> None:
+        now = time.monotonic()
+        left, then = self._bucket.get(owner, (float(self.rate), now))
+        left = min(self.rate, left + (now - then) * self.rate / 60)
+        if left < 1:
+            wait = int((1 - left) * 60 / self.rate) + 1
+            raise ApiError(429, f"more than {self.rate} requests a minute", retry_after=wait)
+        self._bucket[owner] = (left - 1, now)
+
+
+class Admission:
+    """How many choices one model takes at a time: those that run, and `options.queue` that wait."""
+
+    def __init__(self, engine: "Engine", options: ServeOptions, quota: Quota) -> None:
+        self.engine, self.quota = engine, quota
+        self.room = engine.config.rows + options.queue
+        # more than can run and may wait would only wait
+        self.most_choices = min(options.choices, self.room)
+        # of admitted requests
+        self.choices = self.requests = 0
+        # since when, in monotonic time
+        self.draining: float | None = None
+
+    @property
+    def queued(self) -> int:
+        """Choices that wait."""
+        return max(0, self.choices - self.engine.running)
+
+    def is_full(self, choices: int = 1) -> bool:
+        """Whether so many choices more are too many."""
+        return self.choices + choices > self.room
+
+    def refuse_if_busy(self, choices: int = 1) -> None:
+        """ApiError 503 when nothing more can be taken; costs nothing, so that overload is refused at once."""
+        if self.draining is not None:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+        if self.is_full(choices):
+            raise ApiError(503, f"{self.queued} answers are waiting already", retry_after=2)
+
+    @contextmanager
+    def admitted(self, owner: bytes, choices: int) -> Iterator[None]:
+        """Reserve room for a request's choices; ApiError 429 or 503 when there is none."""
+        if choices > self.most_choices:
+            raise bad(f"{choices} choices (prompts x n), and {self.most_choices} is the most", "n")
+        self.refuse_if_busy(choices)
+        with self.quota.use(owner):
+            self.choices += choices
+            self.requests += 1
+            try:
+                yield
+            finally:
+                self.choices -= choices
+                self.requests -= 1

@@ -43,7 +43,7 @@ _TIMES = (
     "cache_n queue_ms prompt_n prompt_ms prompt_per_second predicted_n predicted_ms predicted_per_second draft_n "
     "draft_n_accepted"
 )
-_TOLD: dict[str, Any] = {
+_COST: dict[str, Any] = {
     "usage": _ref("Usage"),
     "timings": _object(**{name: {"type": "number", "minimum": 0} for name in _TIMES.split()}),
 }
@@ -59,13 +59,13 @@ SCHEMAS: dict[str, Any] = {
     "Chat": _object(
         **_HEAD,
         object={"const": "chat.completion"},
-        **_TOLD,
+        **_COST,
         choices=_list(_object(index=COUNT, message=_MESSAGE, logprobs=TABLE, finish_reason=_ENDS)),
     ),
     "Completion": _object(
         **_HEAD,
         object={"const": "text_completion"},
-        **_TOLD,
+        **_COST,
         choices=_list(_object(index=COUNT, text=TEXT, logprobs=TABLE, finish_reason=_ENDS)),
     ),
     "Model": _MODEL,
@@ -134,7 +134,7 @@ def _json(name: str) -> dict[str, Any]:
 
 
 def _generate(ident: str, request: str, reply: str) -> dict[str, Any]:
-    stream: dict[str, Any] = {"text/event-stream": {}}  # what events hold cannot be said in OpenAPI 3.1
+    stream: dict[str, Any] = {"text/event-stream": {}}  # OpenAPI 3.1 cannot describe events
     return _operation(ident, _json(reply) | stream, request)
 
 

@@ -1,5 +1,6 @@
-"""From what a request says to what the engine shall do: prompts in tokens, and how to choose the next ones."""
+"""From a validated request to the engine's input: prompts as token ids, and sampling params."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from finback.data.openai_messages import read_messages, read_tools
 from finback.data.tokenizer import FIM, THINK, Tokenizer
 from finback.engine.request import SamplingParams
 from finback.engine.sampler import without_thinking
+from finback.serve.chat_output import Parser
 from finback.serve.errors import ApiError, bad
 from finback.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from finback.serve.tool_choice import ToolChoiceGrammar, tool_choice_grammar
@@ -24,24 +26,35 @@ SEEDS = 1 << 63
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """One request, ready for the engine: an order for each choice, and what the reply has to show."""
+    """One request, ready for the engine, and what its response has to show."""
 
-    orders: list[ChoiceInput]
-    opened: bool = False  # the prompt ends inside a chain of thought
-    tools: bool = False  # what the model says may be a call
-    single: bool = False  # and no more than one
-    forced: ToolChoiceGrammar | None = None  # it must be
+    choices: list[ChoiceInput]
+    # the prompt ends inside a chain of thought
+    is_thinking: bool = False
+    # the output may contain tool calls
+    tools: bool = False
+    # of which only the first counts
+    single_call: bool = False
+    # the output must be tool calls
+    tool_choice: ToolChoiceGrammar | None = None
     logprobs: bool = False
-    echo: list[str] = field(default_factory=list)  # for each choice, the prompt's text that its answer begins with
+    # for each choice, the text of the prompt that its text begins with
+    echo: list[str] = field(default_factory=list)
 
     @property
     def schema(self) -> str | None:
-        """The JSON schema that the answers are held to."""
-        return self.orders[0].sampling.schema
+        """The JSON schema that the choices follow."""
+        return self.choices[0].sampling.schema
+
+    def parser(self) -> Parser:
+        """A parser for the output of one choice."""
+        constrained = self.tool_choice is not None or self.schema is not None
+        form = self.tool_choice.form if self.tool_choice else None
+        return Parser(self.is_thinking, self.tools, form, constrained=constrained, single_call=self.single_call)
 
 
 class RequestPreparer:
-    """Makes jobs for one model; `window` is how many tokens prompt and answer may have together."""
+    """Prepares requests for one model; `window` is how many tokens prompt and completion may have together."""
 
     def __init__(self, tokenizer: Tokenizer, window: int, longest_token: int) -> None:
         self.tokenizer, self.window, self.longest_token = tokenizer, window, longest_token
@@ -49,21 +62,24 @@ class RequestPreparer:
         self.defaults = {n: known[n] for n in DEFAULTS if isinstance(known.get(n), int | float)}
         SamplingParams(**self.defaults)  # a bad file is better found now than by every request
 
-    def chat(self, request: ChatRequest, seed: int) -> PreparedRequest:
-        """The job of a chat request."""
+    def prepare(self, request: ChatRequest | CompletionRequest, seed: int) -> PreparedRequest:
+        """The engine's input for a request; ApiError 400 or UserError where it cannot be served."""
+        return self._chat(request, seed) if isinstance(request, ChatRequest) else self._completion(request, seed)
+
+    def _chat(self, request: ChatRequest, seed: int) -> PreparedRequest:
         if request.top_logprobs is not None and not request.logprobs:
             raise bad("top_logprobs needs logprobs: true", "top_logprobs")
         tools, last = self._tools(request), request.messages[-1]
-        calls = tool_choice_grammar(request, self.tokenizer)
-        # where there is no answer but calls, nothing is left for a schema to say
-        schema = schema_of(request) if calls is None else None
+        tool_choice = tool_choice_grammar(request, self.tokenizer)
+        # an answer that is nothing but calls leaves nothing for a schema to constrain
+        schema = _schema(request) if tool_choice is None else None
         if tools and schema is not None:
             raise bad("a JSON answer and tools cannot be combined; send one of them", "response_format")
         if schema is not None and last.prefix:
-            raise bad("a begun answer cannot be held to a schema; leave out prefix", "response_format")
+            raise bad("a begun answer cannot follow a schema; leave out prefix", "response_format")
         messages = read_messages([m.model_dump(exclude_none=True, exclude={"prefix"}) for m in request.messages])
         self._refuse_endless(sum(len(m.content) for m in messages), "messages")
-        think = thinks(request)
+        think = _thinks(request)
         if think and request.thinking is None and THINK not in self.tokenizer.ids:
             think = None  # an effort is a wish; a model that knows no chains answers without one
         ids, opened = encode_prompt(
@@ -78,41 +94,43 @@ class RequestPreparer:
             request,
             limit,
             schema=schema,
-            grammar=calls.grammar if calls else None,
-            thinking_budget=budget(request, limit),
+            grammar=tool_choice.grammar if tool_choice else None,
+            thinking_budget=_thinking_budget(request, limit),
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         )
         if think is False:
             sampling = without_thinking(sampling, self.tokenizer)
-        orders = self._choices(ids, sampling, seed, request.n or 1, 0, opened)
-        single = request.parallel_tool_calls is False
-        return PreparedRequest(orders, opened, bool(tools), single, calls, bool(request.logprobs))
+        choices = self._choices(ids, sampling, seed, request.n or 1, 0, opened)
+        single_call = request.parallel_tool_calls is False
+        return PreparedRequest(choices, opened, bool(tools), single_call, tool_choice, bool(request.logprobs))
 
-    def completion(self, request: CompletionRequest, seed: int) -> PreparedRequest:
-        """The job of a text completion; the choices of the first prompt come first."""
+    def _completion(self, request: CompletionRequest, seed: int) -> PreparedRequest:
+        """The choices of the first prompt come first."""
         n = request.n or 1
         if request.best_of not in (None, n):
             raise bad("best_of other than n is not supported", "best_of")
         if request.echo and request.suffix:
             raise bad("echo and suffix cannot be combined", "echo")
-        orders: list[ChoiceInput] = []
+        choices: list[ChoiceInput] = []
         echo: list[str] = []
         for prompt in request.prompts:
             ids, text = self._prompt(prompt, request)
             limit = self._limit(len(ids), request.max_tokens, "prompt")
-            # a prompt that is only read counts as scored, whether anybody wants to see the scores or not
-            scored = (request.logprobs or 0) if (request.echo and request.logprobs is not None) or not limit else None
-            sampling = self._sampling(request, limit, top_logprobs=request.logprobs, prompt_logprobs=scored)
-            orders += self._choices(ids, sampling, seed, n, len(orders), False)
+            # a prompt that is only read gets log-probabilities, whether they are asked for or not
+            prompt_logprobs = (
+                (request.logprobs or 0) if (request.echo and request.logprobs is not None) or not limit else None
+            )
+            sampling = self._sampling(request, limit, top_logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
+            choices += self._choices(ids, sampling, seed, n, len(choices), False)
             echo += [text] * n if request.echo else []
-        return PreparedRequest(orders, logprobs=request.logprobs is not None, echo=echo)
+        return PreparedRequest(choices, logprobs=request.logprobs is not None, echo=echo)
 
     def _prompt(self, prompt: str | list[int], request: CompletionRequest) -> tuple[list[int], str]:
         """Ids of one prompt, and its text as it was sent."""
         if isinstance(prompt, str):
             self._refuse_endless(len(prompt) + len(request.suffix or ""), "prompt")
             ids, text = self.tokenizer.encode(prompt), prompt
-            # as training texts and dialogues begin; ids are taken as they come
+            # training texts and dialogues begin with it; ids are used unchanged
             start = [self.tokenizer.bos] if self.tokenizer.adds_bos else []
         else:
             self._refuse_unknown(prompt)
@@ -139,7 +157,7 @@ class RequestPreparer:
             raise self._too_long(f"at least {least}", param)
 
     def _limit(self, prompt: int, wanted: int | None, param: str) -> int:
-        """How many tokens the answer may have."""
+        """How many tokens the completion may have."""
         room = self.window - prompt
         least = 1 if wanted is None else wanted
         if room < least:
@@ -161,8 +179,8 @@ class RequestPreparer:
         return [tool.model_dump(exclude_none=True) for tool in request.tools]
 
     def _sampling(self, request: GenerationRequest, limit: int, **more: Any) -> SamplingParams:
-        said = {n: getattr(request, n) for n in CHOSEN if getattr(request, n) is not None}
-        values: Mapping[str, Any] = self.defaults | said
+        given = {n: getattr(request, n) for n in CHOSEN if getattr(request, n) is not None}
+        values: Mapping[str, Any] = self.defaults | given
         bias = tuple((int(token), value) for token, value in (request.logit_bias or {}).items())
         try:
             return SamplingParams(
@@ -180,19 +198,21 @@ class RequestPreparer:
     def _choices(
         self, ids: list[int], sampling: SamplingParams, seed: int, n: int, place: int, opened: bool
     ) -> list[ChoiceInput]:
-        """n orders for one prompt; all but the first, which is number `place`, wait until that has read it."""
+        """n choices for one prompt; all but the first, which is number `place`, wait until that has read it."""
         return [
             ChoiceInput(ids, sampling, (seed + i) % SEEDS, opened, leader=None if i == 0 else place) for i in range(n)
         ]
 
 
-def schema_of(request: GenerationRequest) -> str | None:
+def _schema(request: ChatRequest) -> str | None:
     """The JSON schema that the answer has to follow."""
-    form = request.response_format if isinstance(request, ChatRequest) else None
-    return form.text if form else None
+    form = request.response_format
+    if form is not None and form.type == "json_schema" and form.json_schema is not None:
+        return json.dumps(form.json_schema.schema_, ensure_ascii=False)
+    return '{"type":"object"}' if form is not None and form.type == "json_object" else None
 
 
-def thinks(request: ChatRequest) -> bool | None:
+def _thinks(request: ChatRequest) -> bool | None:
     """Whether the request wants a chain of thought; None leaves it to the model."""
     if request.thinking is not None:
         return request.thinking.type == "enabled"
@@ -204,7 +224,7 @@ def thinks(request: ChatRequest) -> bool | None:
     return None if request.reasoning_effort is None else request.reasoning_effort != "none"
 
 
-def budget(request: ChatRequest, limit: int) -> int | None:
+def _thinking_budget(request: ChatRequest, limit: int) -> int | None:
     """The longest chain of thought in tokens, of an answer of `limit`; None: no bound but that."""
     if request.thinking_budget is not None:
         return request.thinking_budget

@@ -1,25 +1,31 @@
-"""What requests may hold, as OpenAI and DeepSeek define it: types, ranges, limits. No torch here.
+"""Bytes to requests as OpenAI and DeepSeek define them: types, ranges, limits. No torch here.
 
-Fields that are not named here are ignored, as both services do. Types are strict: "1" is no number, 1 no truth value.
+Unknown fields are ignored, as both services do. Types are strict: "1" is not a number, 1 is not a boolean.
 """
 
+import asyncio
 import json
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from starlette.requests import Request
 
-from finback.serve import body
+from finback.serve.errors import bad, from_pydantic
 
+DEPTH = 200  # lists in lists; Python's own recursion ends at 1000
 SCHEMA_BYTES, SCHEMA_DEPTH = 64 << 10, 32
+_BROKEN = re.compile("[\0\ud800-\udfff]")  # no tokenizer takes half a surrogate pair, no C string a NUL
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Name = Annotated[str, Field(max_length=256)]
+Form = TypeVar("Form", bound=BaseModel)
 
 
 class RequestPart(BaseModel):
-    """Anything with fields of known types."""
+    """Any object in a request body."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -34,7 +40,7 @@ class StreamOptions(RequestPart):
 
 
 class GenerationRequest(RequestPart):
-    """What both kinds of completion share."""
+    """Fields that chat and text completions share."""
 
     model: Name | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
@@ -62,7 +68,7 @@ class GenerationRequest(RequestPart):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
+        """Stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
@@ -90,15 +96,15 @@ class CalledFunctionParam(RequestPart):
 
 
 class ToolCallParam(RequestPart):
-    """A call that the assistant has made."""
+    """A call by the assistant in an earlier turn."""
 
     id: str | None = None
     type: Literal["function"] | None = None
     function: CalledFunctionParam
 
 
-class TextPart(RequestPart):
-    """A piece of a message; there are no others than texts."""
+class TextPartParam(RequestPart):
+    """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -108,7 +114,7 @@ class MessageParam(RequestPart):
     """One turn of a dialogue."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPartParam] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="the same as reasoning_content")
@@ -117,13 +123,13 @@ class MessageParam(RequestPart):
     prefix: bool | None = Field(None, description="in the last message, the assistant's: go on from its end")
 
     @model_validator(mode="after")
-    def _says_something(self) -> "MessageParam":
+    def _has_content(self) -> "MessageParam":
         if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.prefix)):
             raise ValueError("content is missing")
         return self
 
 
-class Thinking(RequestPart):
+class ThinkingParam(RequestPart):
     """DeepSeek's switch."""
 
     type: Literal["enabled", "disabled"]
@@ -138,8 +144,8 @@ class TemplateSwitches(RequestPart):
 
 
 def small(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema; ValueError where it is larger than what answers are held to."""
-    if body.depth(schema) > SCHEMA_DEPTH:
+    """The schema unchanged; ValueError where it is too large to constrain an answer."""
+    if depth(schema) > SCHEMA_DEPTH:
         raise ValueError(f"nests deeper than {SCHEMA_DEPTH}")
     if len(json.dumps(schema, ensure_ascii=False).encode()) > SCHEMA_BYTES:
         raise ValueError(f"longer than {SCHEMA_BYTES} bytes")
@@ -167,14 +173,14 @@ class NamedFunction(RequestPart):
 
 
 class NamedToolParam(RequestPart):
-    """OpenAI's wrapping of the name of the one function that must be called."""
+    """The one function that must be called, in OpenAI's wrapping."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class ResponseFormat(RequestPart):
-    """What form the answer has."""
+    """The form of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -184,13 +190,6 @@ class ResponseFormat(RequestPart):
         if self.type == "json_schema" and self.json_schema is None:
             raise ValueError("json_schema is missing")
         return self
-
-    @property
-    def text(self) -> str | None:
-        """The schema to follow."""
-        if self.type == "json_schema" and self.json_schema is not None:
-            return json.dumps(self.json_schema.schema_, ensure_ascii=False)
-        return '{"type":"object"}' if self.type == "json_object" else None
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
@@ -210,17 +209,12 @@ class ChatRequest(GenerationRequest):
     )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
     response_format: ResponseFormat | None = None
-    thinking: Thinking | None = None
+    thinking: ThinkingParam | None = None
     chat_template_kwargs: TemplateSwitches | None = None
     reasoning_effort: Effort | None = None
     thinking_budget: Annotated[int, Field(ge=0, lt=1 << 31)] | None = Field(
         None, description="tokens of the chain of thought; then it is closed"
     )
-
-    @property
-    def is_resumable(self) -> bool:
-        """Whether it goes on for a while when its client is gone."""
-        return bool(self.stream and self.stream_options and self.stream_options.resumable)
 
 
 Ids = Annotated[list[Token], Field(min_length=1)]
@@ -246,3 +240,61 @@ class ControlRequest(RequestPart):
     """POST /v1/chat/completions/{id}/control."""
 
     action: Literal["answer_now", "stop"]
+
+
+async def read(request: Request, form: type[Form]) -> Form:
+    """Read and validate the body of an HTTP request; ApiError 400 names the first field that does not fit."""
+    raw = await request.body()
+    # a short body is read sooner than a thread is found
+    return _validated(raw, form) if len(raw) < 1 << 16 else await asyncio.to_thread(_validated, raw, form)
+
+
+def _validated(raw: bytes, form: type[Form]) -> Form:
+    try:
+        return form.model_validate(_json_object(raw))
+    except ValidationError as error:
+        raise from_pydantic(error) from None
+
+
+def _json_object(raw: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise bad(f"the body is not UTF-8 (byte {error.start})", code="invalid_json") from None
+    except RecursionError:
+        raise bad(f"the body nests deeper than {DEPTH}", code="invalid_json") from None
+    except ValueError as error:  # not JSON, or a number of thousands of digits
+        raise bad(f"the body is not JSON ({error})", code="invalid_json") from None
+    if not isinstance(found, dict):
+        raise bad("the body is not a JSON object", code="invalid_json")
+    if depth(found) > DEPTH:
+        raise bad(f"the body nests deeper than {DEPTH}", code="invalid_json")
+    return found
+
+
+def depth(value: Any) -> int:
+    """How deep a JSON value nests, 0 for a plain one; ApiError for a text that no tokenizer takes."""
+    deepest = 0
+    todo = [(value, 0)]
+    while todo:
+        item, level = todo.pop()
+        if isinstance(item, str):
+            if not item.isprintable() and (met := _BROKEN.search(item)):
+                raise bad(f"a text holds U+{ord(met[0]):04X}, which is no character", code="invalid_json")
+            continue
+        if isinstance(item, dict):
+            todo += [(key, level) for key in item]
+            inside: Any = item.values()
+        elif isinstance(item, list):
+            inside = item
+        else:
+            continue
+        deepest = max(deepest, level + 1)
+        if deepest > DEPTH:
+            break
+        todo += [(each, level + 1) for each in inside if isinstance(each, str | dict | list)]
+    return deepest
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number in JSON")

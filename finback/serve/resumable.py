@@ -1,14 +1,14 @@
-"""A stream that outlives its connection: its events are kept for a while, so that whoever asked can come back and read on.
+"""Streams and lost connections: most requests end with theirs, a resumable stream can be read on from a later one.
 
-Only for requests that ask for it (`stream_options.resumable`); for all others a lost connection ends the work at once.
+A resumable stream (`stream_options.resumable`) stores its events for a while, so that its client can come back.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
-from starlette.types import Send
+from starlette.types import Receive, Send
 
 from finback.serve.errors import ApiError
 from finback.serve.options import ServeOptions
@@ -16,20 +16,20 @@ from finback.serve.options import ServeOptions
 SSE = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold the stream back
+    (b"x-accel-buffering", b"no"),  # nginx would buffer the stream
 ]
 KEEP_ALIVE = b": keep-alive\n\n"
 A_LOOK = 0.25  # seconds between two looks at the queue
 
 
 class ResumableStream:
-    """The events of one answer, numbered from 1, and the task that makes them. All of it belongs to the event loop."""
+    """The events of one response, numbered from 1, and the task that makes them. All of it belongs to the event loop."""
 
     def __init__(self, owner: bytes, options: ServeOptions) -> None:
         self.owner, self.options = owner, options
         self.place: Callable[[], int] = lambda: 0  # where it stands in the queue, 0 once it is being answered
-        self.first = 1  # the number of the first event that is still kept
-        self.over = False
+        self.first = 1  # the number of the first event that is still stored
+        self.is_finished = False
         self.forget: Callable[[], None] = lambda: None  # set once others know of it
         self._events: deque[bytes] = deque()
         self._size = 0
@@ -50,8 +50,8 @@ class ResumableStream:
         self._task.add_done_callback(self._ended)
 
     def put(self, events: bytes) -> None:
-        """Keep events, and the oldest no longer where they become too many."""
-        if events.startswith(b":"):  # a comment; readers make their own
+        """Store events; the oldest are dropped where they become too many."""
+        if events.startswith(b":"):  # a comment; each reader gets its own
             return
         for event in events.removesuffix(b"\n\n").split(b"\n\n"):
             numbered = b"id: %d\n%b\n\n" % (self.last + 1, event)
@@ -70,13 +70,13 @@ class ResumableStream:
     async def serve(self, after: int, send: Send) -> None:
         """Send what came behind the event `after`, and go on until the end or until the reader leaves."""
         if not self.first - 1 <= after <= self.last:
-            raise ApiError(404, f"event {after} is not kept: there are {self.first} to {self.last}", "after")
+            raise ApiError(404, f"event {after} is not stored: there are {self.first} to {self.last}", "after")
         self._readers += 1
         if self._leaving is not None:
             self._leaving.cancel()
         at = after
         try:
-            while not self.last and not self.over:
+            while not self.last and not self.is_finished:
                 await self._more(None)
             if self._error is not None and not self.last:
                 raise self._error
@@ -90,22 +90,22 @@ class ResumableStream:
 
     async def _follow(self, at: int) -> AsyncIterator[tuple[int, bytes]]:
         """What is to be sent, with the number of its last event."""
-        told = 0
+        sent = 0
         while True:
             if at < self.last:
                 new = [self._events[i] for i in range(max(0, at + 1 - self.first), len(self._events))]
                 at = self.last
                 yield at, b"".join(new)
-            elif self.over:
+            elif self.is_finished:
                 return
-            elif (place := self.place()) != told:
-                told = place
+            elif (place := self.place()) != sent:
+                sent = place
                 yield at, b": queue %d\n\n" % place
-            elif not await self._more(A_LOOK if told else self.options.keep_alive) and not told:
+            elif not await self._more(A_LOOK if sent else self.options.keep_alive) and not sent:
                 yield at, KEEP_ALIVE
 
     async def _more(self, seconds: float | None) -> bool:
-        """Wait for news; False when there was none for so long."""
+        """Wait for events; False when none came in that time."""
         grown = self._grown
         try:
             async with asyncio.timeout(seconds):
@@ -120,7 +120,7 @@ class ResumableStream:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._error = ApiError(503, "it was ended") if task.cancelled() else task.exception()
-        self.over = True
+        self.is_finished = True
         self._wake()
 
     def _left(self, at: int) -> None:
@@ -128,7 +128,7 @@ class ResumableStream:
         self._readers -= 1
         if self._readers:
             return
-        if self.over and at == self.last:
+        if self.is_finished and at == self.last:
             self.forget()
         elif not at:  # nobody knows what to come back for
             self.stop()
@@ -138,3 +138,21 @@ class ResumableStream:
     def _abandon(self) -> None:
         self.stop()
         self.forget()
+
+
+async def until_disconnect(receive: Receive, work: Awaitable[None]) -> None:
+    """Do the work, but stop when the client leaves."""
+
+    async def disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(work), asyncio.create_task(disconnect())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

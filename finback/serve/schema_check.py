@@ -1,4 +1,4 @@
-"""JSON schemas are tried in another process before the engine meets them, which a hard one would stop for everybody."""
+"""Schemas are compiled in another process before the engine sees them: a hard one would block it for everybody."""
 
 import asyncio
 import contextlib
@@ -12,44 +12,44 @@ from finback.serve.errors import ApiError, bad
 from finback.serve.prepare import PreparedRequest
 
 PATIENCE = 1.0  # seconds; schemas that people write take a hundredth
-KNOWN = 256  # schemas that need no second trial
+KNOWN = 256  # schemas that need no second check
 
 
 class SchemaChecker:
-    """Tries schemas, one at a time; belongs to the event loop."""
+    """Checks schemas, one at a time; belongs to the event loop."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
-        self._turn = asyncio.Lock()
-        self._sound: OrderedDict[bytes, None] = OrderedDict()  # digests, the longest unused first
+        self._lock = asyncio.Lock()
+        self._valid: OrderedDict[bytes, None] = OrderedDict()  # digests, the longest unused first
 
-    async def check(self, job: PreparedRequest) -> None:
+    async def check(self, prepared: PreparedRequest) -> None:
         """ApiError 400 for a schema or a grammar that the engine could not follow, or not in reasonable time."""
-        if job.schema is not None:
-            await self._check("json_schema", job.schema, "response_format")
-        if job.forced is None:
+        if prepared.schema is not None:
+            await self._check("json_schema", prepared.schema, "response_format")
+        if prepared.tool_choice is None:
             return
         try:
-            await self._check("lark", job.forced.grammar, "tools")
+            await self._check("lark", prepared.tool_choice.grammar, "tools")
         except ApiError:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PATIENCE):
-                    for param, schema in job.forced.schemas.items():  # which of them is to blame?
+                    for param, schema in prepared.tool_choice.schemas.items():  # which of them is to blame?
                         await self._check("json_schema", schema, param)
             raise
 
     async def _check(self, kind: Literal["json_schema", "lark"], text: str, param: str) -> None:
         line = json.dumps([kind, text]).encode() + b"\n"
         digest = hashlib.sha256(line).digest()
-        if digest not in self._sound:
-            async with self._turn:
-                await self._try(line, param)
-        self._sound[digest] = None
-        self._sound.move_to_end(digest)
-        if len(self._sound) > KNOWN:
-            self._sound.popitem(last=False)
+        if digest not in self._valid:
+            async with self._lock:
+                await self._compile(line, param)
+        self._valid[digest] = None
+        self._valid.move_to_end(digest)
+        if len(self._valid) > KNOWN:
+            self._valid.popitem(last=False)
 
-    async def _try(self, line: bytes, param: str) -> None:
+    async def _compile(self, line: bytes, param: str) -> None:
         try:
             process = self._process = self._process or await self._start()
             assert process.stdin is not None and process.stdout is not None, "started with pipes"
@@ -63,7 +63,7 @@ class SchemaChecker:
             raise bad("the schema is too complex; simplify it", param) from None
         except (OSError, ValueError):  # the process has died, perhaps of this very schema
             await self.close()
-            raise ApiError(503, "schemas cannot be tried at the moment", param) from None
+            raise ApiError(503, "schemas cannot be checked at the moment", param) from None
         except asyncio.CancelledError:  # its answer would be taken for the next one's
             await self.close()
             raise

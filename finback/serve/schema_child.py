@@ -1,4 +1,4 @@
-"""A process of its own that tries schemas: `python -m finback.serve.schema_child`. No torch here.
+"""A process of its own that compiles schemas: `python -m finback.serve.schema_child`. No torch here.
 
 A line in is a JSON list, ["json_schema", schema] or ["lark", grammar], both as texts; a line out says what is wrong with
 it, or nothing. A schema of two kilobytes can keep the library busy for hours, and only a process can be ended in the

@@ -42,23 +42,23 @@ def build(
     `planned` says what a run of the page was planned to take.
     """
     service = Service(engine, tokenizer, options)
-    for name, (other, words) in (beside or {}).items():
-        Service(other, words, dataclasses.replace(options, name=name, aliases=(), also=()), first=service)
+    for name, (other, vocabulary) in (beside or {}).items():
+        Service(other, vocabulary, dataclasses.replace(options, name=name, aliases=(), also=()), first=service)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         for each in service.all:
             each.worker.start()
         yield
-        for held in service.held.values():
-            held.stop()
+        for stream in service.streams.values():
+            stream.stop()
         for each in service.all:
             await each.schemas.close()
             each.worker.close()
 
-    gate = Middleware(AccessMiddleware, options=options, metrics=service.metrics)
+    access = Middleware(AccessMiddleware, options=options, metrics=service.metrics)
     shown = [*Page().routes(chat=True), *Watch(options.runs, planned).routes()] if options.page else []
-    app = Starlette(routes=[*routes(), *shown], middleware=[gate], exception_handlers=HANDLERS, lifespan=lifespan)
+    app = Starlette(routes=[*routes(), *shown], middleware=[access], exception_handlers=HANDLERS, lifespan=lifespan)
     app.router.redirect_slashes = False  # a redirect would lose the body
     app.state.service = service
     return app
@@ -113,13 +113,13 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends the process on the spot."""
-        if self.service.draining is not None:
+        if self.service.admission.draining is not None:
             os._exit(128 + sig)
         self.service.drain()
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: leave once drained."""
-        self.should_exit = self.should_exit or self.service.drained()
+        self.should_exit = self.should_exit or self.service.is_drained()
         return await super().on_tick(counter)
 
 

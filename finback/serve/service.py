@@ -1,20 +1,20 @@
-"""What the routes share: the model behind its worker, who is being served, and whether more can be."""
+"""What the routes share: each served model with its worker, its active requests, and whether it is ready."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+
+from starlette.types import Scope
 
 from finback.config import UserError, did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
-from finback.serve.auth import Quota
-from finback.serve.errors import ApiError, bad
+from finback.serve.chat_output import FIELDS
+from finback.serve.errors import ApiError
 from finback.serve.logprobs import TokenTexts
 from finback.serve.metrics import Metrics
+from finback.serve.middleware import Admission, Quota
 from finback.serve.options import ServeOptions
 from finback.serve.prepare import RequestPreparer
-from finback.serve.reply import FIELDS
 from finback.serve.resumable import ResumableStream
 from finback.serve.schema_check import SchemaChecker
 from finback.serve.worker import OutputStream, Worker
@@ -22,10 +22,10 @@ from finback.serve.worker import OutputStream, Worker
 
 @dataclass(frozen=True)
 class ActiveRequest:
-    """A request that can still be controlled, by whoever sent it."""
+    """A request that can still be controlled, by its owner."""
 
     owner: bytes
-    ticket: OutputStream
+    outputs: OutputStream
 
 
 class Service:
@@ -51,46 +51,37 @@ class Service:
         self.all.append(self)
         self.metrics: Metrics = first.metrics if first else Metrics()
         self.worker = Worker(engine, self.metrics)
-        self.spelling = TokenTexts(tokenizer)
-        self.jobs = RequestPreparer(tokenizer, self.window, self.spelling.longest)
+        self.token_texts = TokenTexts(tokenizer)
+        self.preparer = RequestPreparer(tokenizer, self.window, self.token_texts.longest)
         self.schemas = SchemaChecker()
-        self.quota: Quota = first.quota if first else Quota(options.rate, options.concurrent)
-        self.running: dict[str, ActiveRequest] = {}
-        self.held: dict[str, ResumableStream] = (
-            first.held if first else {}
-        )  # by id; an answer that has ended stays for a while
-        self.open = 0  # choices of admitted requests
-        self.requests = 0  # admitted requests
-        self.draining: float | None = None  # since when, in monotonic time
-        # more than can run and may wait would only wait
-        self.most_choices = min(options.choices, engine.config.rows + options.queue)
+        quota: Quota = first.admission.quota if first else Quota(options.rate, options.concurrent)
+        self.admission: Admission = Admission(engine, options, quota)
+        # by the id of the response
+        self.active: dict[str, ActiveRequest] = {}
+        # a stream that has ended stays for a while
+        self.streams: dict[str, ResumableStream] = first.streams if first else {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """What the model may be called."""
         return (self.options.name, *self.options.aliases)
 
-    @property
-    def queued(self) -> int:
-        """Choices that wait."""
-        return max(0, self.open - self.engine.running)
-
-    def place(self, ticket: OutputStream) -> int:
-        """Where a request stands among those that have not begun to be answered, from 1; 0 once it has."""
-        waiting = [r.ticket for r in self.running.values() if not r.ticket.started]
-        return waiting.index(ticket) + 1 if ticket in waiting else 0
-
-    def hold(self, ident: str, held: ResumableStream, ticket: OutputStream) -> None:
-        """Let an answer be found by its id, until it is forgotten; the oldest that have ended make room."""
-        held.place = lambda: self.place(ticket)
-        held.forget = lambda: self._forget(ident)
-        self.held[ident] = held
-        ended = [each for each in self.held.values() if each.over]
-        for each in ended[: max(0, len(self.held) - self.most_choices)]:
+    def keep(self, ident: str, stream: ResumableStream, outputs: OutputStream) -> None:
+        """Let a stream be found by its id until it is forgotten; the oldest that have ended make room."""
+        stream.place = lambda: self._place(outputs)
+        stream.forget = lambda: self._forget(ident)
+        self.streams[ident] = stream
+        ended = [each for each in self.streams.values() if each.is_finished]
+        for each in ended[: max(0, len(self.streams) - self.admission.most_choices)]:
             each.forget()
 
+    def _place(self, outputs: OutputStream) -> int:
+        """Position among the requests that have not started, from 1; 0 for one that has."""
+        waiting = [each.outputs for each in self.active.values() if not each.outputs.started]
+        return waiting.index(outputs) + 1 if outputs in waiting else 0
+
     def _forget(self, ident: str) -> None:
-        self.held.pop(ident, None)
+        self.streams.pop(ident, None)
 
     def named(self, name: str | None) -> "Service":
         """The model of this name among those that are served, this one where none is named; ApiError 404."""
@@ -102,31 +93,10 @@ class Service:
         known = [n for service in self.all for n in service.names]
         raise ApiError(404, f"no model {name!r} here. {did_you_mean(name, known)}", "model", "model_not_found")
 
-    def refuse_if_busy(self, choices: int = 1) -> None:
-        """ApiError 503 when nothing more can be taken; costs nothing, so that overload is refused at once."""
-        if self.draining is not None:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
-        if self.is_full(choices):
-            raise ApiError(503, f"{self.queued} answers are waiting already", retry_after=2)
-
-    def is_full(self, choices: int = 1) -> bool:
-        """Whether so many choices more are too many."""
-        return self.open + choices > self.engine.config.rows + self.options.queue
-
-    @contextmanager
-    def admitted(self, owner: bytes, choices: int) -> Iterator[None]:
-        """Hold room for a request's choices; ApiError 429 or 503 when there is none."""
-        if choices > self.most_choices:
-            raise bad(f"{choices} choices (prompts x n), and {self.most_choices} is the most", "n")
-        self.refuse_if_busy(choices)
-        with self.quota.use(owner):
-            self.open += choices
-            self.requests += 1
-            try:
-                yield
-            finally:
-                self.open -= choices
-                self.requests -= 1
+    def refuse_if_all_busy(self) -> None:
+        """ApiError 503 when no model takes anything, before the request is read."""
+        if self.admission.draining is not None or all(service.admission.is_full() for service in self.all):
+            self.admission.refuse_if_busy()
 
     def why_not_ready(self) -> str | None:
         """What keeps the server from answering, if anything does."""
@@ -134,7 +104,7 @@ class Service:
 
     def problem(self) -> str | None:
         """What keeps this model from answering, if anything does."""
-        if self.draining is not None:
+        if self.admission.draining is not None:
             return "shutting down"
         if not self.worker.alive:
             return "the engine has stopped"
@@ -145,18 +115,19 @@ class Service:
         return None
 
     def drain(self) -> None:
-        """Take no more requests; those that run have `options.drain` seconds."""
+        """Take no more requests; those that are active have `options.drain` seconds."""
         for service in self.all:
-            service.draining = service.draining or time.monotonic()
+            service.admission.draining = service.admission.draining or time.monotonic()
 
-    def drained(self) -> bool:
-        """Whether a draining server may go: nobody is left, or their time is over and they have been told."""
-        if self.draining is None:
+    def is_drained(self) -> bool:
+        """Whether a draining server may go: nobody is left, or their time is over and they get an error."""
+        since = self.admission.draining
+        if since is None:
             return False
-        if any(service.requests for service in self.all) and time.monotonic() - self.draining < self.options.drain:
+        if any(service.admission.requests for service in self.all) and time.monotonic() - since < self.options.drain:
             return False
-        for running in (r for service in self.all for r in service.running.values()):
-            running.ticket.fail(ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5))
+        for active in (each for service in self.all for each in service.active.values()):
+            active.outputs.fail(ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5))
         return True
 
     def gauges(self) -> dict[str, tuple[str, float]]:
@@ -164,8 +135,14 @@ class Service:
         pages = [service.engine.pages for service in self.all]
         return {
             "running": ("Choices that are being made.", sum(s.engine.running for s in self.all)),
-            "queued": ("Choices that wait.", sum(s.queued for s in self.all)),
+            "queued": ("Choices that wait.", sum(s.admission.queued for s in self.all)),
             "pages": ("Pages of the cache.", sum(p.count for p in pages)),
             "pages_used": ("Pages that running choices hold.", sum(p.count - p.free for p in pages)),
             "ready": ("1 if requests are being answered.", float(self.why_not_ready() is None)),
         }
+
+
+def service_of(scope: Scope) -> Service:
+    """The service of the application that a request has come to."""
+    found: Service = scope["app"].state.service
+    return found

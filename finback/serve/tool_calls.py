@@ -20,7 +20,7 @@ _NOTHING = "{}"  # the arguments of a whole call that names none: clients read t
 
 
 class ToolForm(StrEnum):
-    """How calls are written; V3 and V3.1 begin alike and are told apart by each call's head."""
+    """How calls are written; V3 and V3.1 begin alike and are distinguished by each call's head."""
 
     V3 = "v3"
     V31 = "v3.1"
@@ -46,110 +46,112 @@ class ToolCallSink(Protocol):
 
 
 def read(
-    feed: IncrementalReader, opener: str, form: ToolForm | None, sink: ToolCallSink, sound: bool = False
+    reader: IncrementalReader, opener: str, form: ToolForm | None, sink: ToolCallSink, constrained: bool = False
 ) -> Wait[None]:
     """Read the calls that begin with `opener`, which has just been read; in Qwen's form one, else all of them.
 
-    `sound`: a grammar makes JSON of all arguments, so that marks in their strings are text.
+    `constrained`: a grammar makes JSON of all arguments, so that marks in their strings are text.
     """
     if opener == QWEN_BEGIN:
-        yield from _qwen(feed, sink)
+        yield from _qwen(reader, sink)
     else:
-        yield from _deepseek(feed, form, sink, sound)
+        yield from _deepseek(reader, form, sink, constrained)
 
 
 def is_whole(arguments: str) -> bool:
-    """Whether the JSON of a call that was held to a grammar has been said to its end."""
+    """Whether the JSON of a call that follows a grammar is complete."""
     json_text = _Json()
     json_text.push(arguments)
     return json_text.is_whole
 
 
-def _deepseek(feed: IncrementalReader, form: ToolForm | None, sink: ToolCallSink, sound: bool) -> Wait[None]:
+def _deepseek(reader: IncrementalReader, form: ToolForm | None, sink: ToolCallSink, constrained: bool) -> Wait[None]:
     """<calls begin> calls <calls end>; where the last mark is missing, what follows is text."""
-    held: str = CALLS_BEGIN  # given back with what follows unless that is a call
+    undecided: str = CALLS_BEGIN  # given back with what follows unless that is a call
     called = False
     while True:
-        blank = yield from feed.blank()
-        tag = yield from feed.match((CALL_BEGIN, CALLS_END))
+        blank = yield from reader.blank()
+        tag = yield from reader.match((CALL_BEGIN, CALLS_END))
         if tag != CALL_BEGIN:
             break
-        feed.keep(len(tag))
-        is_call = yield from _deepseek_call(feed, form, sink, sound)
-        raw = feed.release()
+        reader.mark(len(tag))
+        is_call = yield from _deepseek_call(reader, form, sink, constrained)
+        raw = reader.marked()
         if not is_call:
-            sink.text(held + blank + raw)
-        held, called = "", called or is_call
+            sink.text(undecided + blank + raw)
+        undecided, called = "", called or is_call
     if not (called and tag):
-        sink.text(held + blank + tag)
+        sink.text(undecided + blank + tag)
 
 
-def _deepseek_call(feed: IncrementalReader, form: ToolForm | None, sink: ToolCallSink, sound: bool) -> Wait[bool]:
+def _deepseek_call(
+    reader: IncrementalReader, form: ToolForm | None, sink: ToolCallSink, constrained: bool
+) -> Wait[bool]:
     """What follows <call begin>, its end included; False if it is no call."""
-    name = yield from _deepseek_name(feed, form)
+    name = yield from _deepseek_name(reader, form)
     if name:
         sink.call(name)
-        yield from _deepseek_arguments(feed, sink, sound)
+        yield from _deepseek_arguments(reader, sink, constrained)
     else:
-        yield from feed.before(_ENDS)
-    yield from feed.match((CALL_END,))
+        yield from reader.before(_ENDS)
+    yield from reader.match((CALL_END,))
     return bool(name)
 
 
-def _deepseek_name(feed: IncrementalReader, form: ToolForm | None) -> Wait[str]:
+def _deepseek_name(reader: IncrementalReader, form: ToolForm | None) -> Wait[str]:
     """The name, up to where the arguments begin; "" if it is missing or broken off."""
-    name = yield from feed.before((SEPARATOR, *_ENDS))
-    if not (yield from feed.match((SEPARATOR,))):
+    name = yield from reader.before((SEPARATOR, *_ENDS))
+    if not (yield from reader.match((SEPARATOR,))):
         return ""
     is_v3 = form is ToolForm.V3
     if form is None and name.strip() == "function":
-        yield from feed.blank()
-        is_v3 = (yield from feed.peek()) != "{"  # a V3.1 tool may be called "function"
+        yield from reader.blank()
+        is_v3 = (yield from reader.peek()) != "{"  # a V3.1 tool may be called "function"
     if is_v3:
-        name = yield from feed.before(("\n", "`", "{", SEPARATOR, *_ENDS))
-        if not (yield from feed.peek()):
+        name = yield from reader.before(("\n", "`", "{", SEPARATOR, *_ENDS))
+        if not (yield from reader.peek()):
             return ""
     return name.strip()
 
 
-def _deepseek_arguments(feed: IncrementalReader, sink: ToolCallSink, sound: bool) -> Wait[None]:
+def _deepseek_arguments(reader: IncrementalReader, sink: ToolCallSink, constrained: bool) -> Wait[None]:
     """JSON up to the call's end, without the code fence and the blanks around it."""
-    yield from feed.blank()
-    if (yield from feed.match(("```",))):
-        yield from feed.before(("\n", "{", "[", *_ENDS))  # the fence's language
-        yield from feed.blank()
-    if sound:
-        if (yield from feed.peek()) == "{":  # else the fence has broken off
-            yield from _value(feed, sink.arguments, _ENDS)
-        yield from feed.before(_ENDS)
+    yield from reader.blank()
+    if (yield from reader.match(("```",))):
+        yield from reader.before(("\n", "{", "[", *_ENDS))  # the fence's language
+        yield from reader.blank()
+    if constrained:
+        if (yield from reader.peek()) == "{":  # else the fence has broken off
+            yield from _value(reader, sink.arguments, _ENDS)
+        yield from reader.before(_ENDS)
         return
-    held, said = "", False
+    undecided, has_arguments = "", False
     while True:
-        text, tag = yield from feed.until(_ENDS, torn=False)
+        text, tag = yield from reader.until(_ENDS, torn=False)
         if not text:
             break
-        held += text
-        sure = held.rstrip()
+        undecided += text
+        sure = undecided.rstrip()
         sure = sure[: max(len(sure.rstrip("`")), len(sure) - 3)].rstrip()
         if sure:
             sink.arguments(sure)
-        held, said = held[len(sure) :], said or bool(sure)
-    feed.back(len(tag))
-    if tag and not said:
+        undecided, has_arguments = undecided[len(sure) :], has_arguments or bool(sure)
+    reader.back(len(tag))
+    if tag and not has_arguments:
         sink.arguments(_NOTHING)
 
 
-def _qwen(feed: IncrementalReader, sink: ToolCallSink) -> Wait[None]:
+def _qwen(reader: IncrementalReader, sink: ToolCallSink) -> Wait[None]:
     """One call, <tool_call> read already: a JSON object with "name" and "arguments" in any order."""
-    feed.keep(len(QWEN_BEGIN))
-    yield from feed.blank()
-    if not (yield from feed.match(("{",))):
-        sink.text(feed.release())  # the words of one who talks about calls
+    reader.mark(len(QWEN_BEGIN))
+    yield from reader.blank()
+    if not (yield from reader.match(("{",))):
+        sink.text(reader.marked())  # the words of one who talks about calls
         return
-    named, argued, is_whole = yield from _qwen_members(feed, sink)
-    junk = yield from (feed.blank(_CLOSERS) if is_whole else feed.before((QWEN_END,)))
-    end = yield from feed.match((QWEN_END,))
-    raw = feed.release()
+    named, argued, is_whole = yield from _qwen_members(reader, sink)
+    junk = yield from (reader.blank(_CLOSERS) if is_whole else reader.before((QWEN_END,)))
+    end = yield from reader.match((QWEN_END,))
+    raw = reader.marked()
     if not named:
         sink.text(raw)
         return
@@ -160,28 +162,28 @@ def _qwen(feed: IncrementalReader, sink: ToolCallSink) -> Wait[None]:
     sink.text(junk)
 
 
-def _qwen_members(feed: IncrementalReader, sink: ToolCallSink) -> Wait[tuple[bool, bool, bool]]:
+def _qwen_members(reader: IncrementalReader, sink: ToolCallSink) -> Wait[tuple[bool, bool, bool]]:
     """The members of the object: whether they hold a name, hold arguments, and end with the object's brace."""
     early: list[str] = []  # arguments before the name
     named = argued = False
     while True:
-        yield from feed.blank(_BETWEEN)
-        if (yield from feed.match(("}",))):
+        yield from reader.blank(_BETWEEN)
+        if (yield from reader.match(("}",))):
             return named, argued, True
-        if (yield from feed.peek()) != '"':
+        if (yield from reader.peek()) != '"':
             return named, argued, False
         key: list[str] = []
-        is_whole = yield from _value(feed, key.append)
-        yield from feed.blank()
-        if not is_whole or not (yield from feed.match((":",))):
+        is_whole = yield from _value(reader, key.append)
+        yield from reader.blank()
+        if not is_whole or not (yield from reader.match((":",))):
             return named, argued, False
-        yield from feed.blank()
-        said: list[str] = []
-        member, takes = _string(key), said.append
+        yield from reader.blank()
+        value: list[str] = []
+        member, takes = _string(key), value.append
         if member == "arguments" and not argued:
             takes, argued = (sink.arguments if named else early.append), True
-        is_whole = yield from _value(feed, takes)
-        if is_whole and member == "name" and not named and (name := _string(said)):
+        is_whole = yield from _value(reader, takes)
+        if is_whole and member == "name" and not named and (name := _string(value)):
             named = True
             sink.call(name)
             for piece in early:
@@ -190,21 +192,21 @@ def _qwen_members(feed: IncrementalReader, sink: ToolCallSink) -> Wait[tuple[boo
             return named, argued, False
 
 
-def _value(feed: IncrementalReader, take: Callable[[str], None], ends: Sequence[str] = (QWEN_END,)) -> Wait[bool]:
+def _value(reader: IncrementalReader, take: Callable[[str], None], ends: Sequence[str] = (QWEN_END,)) -> Wait[bool]:
     """Hand on one JSON value, character by character as it stands; False if it breaks off.
 
     One of `ends` ends a value except within a string, where it is text as long as the string is sound.
     """
     json_text = _Json()
     while not json_text.is_whole:
-        text, tag = yield from feed.until(ends, torn=False)
+        text, tag = yield from reader.until(ends, torn=False)
         if tag and not json_text.is_quoting:
-            feed.back(len(tag))
+            reader.back(len(tag))
             return False
         if not (piece := text or tag):
             return False
         used = json_text.push(piece)
-        feed.back(len(piece) - used)
+        reader.back(len(piece) - used)
         if used:
             take(piece[:used])
     return True

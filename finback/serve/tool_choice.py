@@ -1,7 +1,7 @@
-"""Calls that a request demands, as a grammar that leaves a model nothing else to say once its chain is closed.
+"""The calls that `tool_choice` demands, as a grammar that allows nothing else once the chain of thought is closed.
 
-Marks are tokens where the vocabulary has them. The arguments follow the functions' schemas; between their parts stands
-no more white space than somebody would write, since a model that does not want to call may go on with it for ever.
+Marks are tokens where the vocabulary has them. The arguments follow the functions' schemas; white space between their
+parts is limited, since a model that does not want to call may go on with it for ever.
 """
 
 import json
@@ -34,7 +34,7 @@ _MARK = re.compile(f"({'|'.join((CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, S
 
 @dataclass(frozen=True)
 class ToolChoiceGrammar:
-    """What an answer has to be: calls in this form, by this grammar (Lark); `schemas` by the fields they came in."""
+    """The calls that an answer has to be: their form, the grammar (Lark), and the schemas by the fields they came in."""
 
     form: ToolForm
     grammar: str
@@ -42,7 +42,7 @@ class ToolChoiceGrammar:
 
 
 def tool_choice_grammar(request: ChatRequest, tokenizer: Tokenizer) -> ToolChoiceGrammar | None:
-    """The calls that a request demands; None where the model is free not to call."""
+    """The grammar of the calls that a request demands; None where the model is free not to call."""
     demanded = _demanded(request)
     if not demanded:
         return None
@@ -93,13 +93,13 @@ def _schema(function: FunctionParam, param: str) -> str:
     return json.dumps(given | closed | {"type": "object", "x-guidance": BLANK}, ensure_ascii=False)
 
 
-def _grammar(form: ToolForm, functions: list[tuple[str, str]], several: bool, words: Tokenizer) -> str:
+def _grammar(form: ToolForm, functions: list[tuple[str, str]], several: bool, tokenizer: Tokenizer) -> str:
     """Lark: the newlines that may follow a chain, then one call or more of functions with their schemas."""
-    before, between, after = (_terms(text, words) for text in AROUND[form])
+    before, between, after = (_terms(text, tokenizer) for text in AROUND[form])
     calls = f"call ({between} call)*" if several else "call"
     head, tail = CALL[form].split("ARGUMENTS")
     rules = [
-        f"f{i}: {_terms(head.replace('NAME', name), words)} %json {schema} {_terms(tail, words)}"
+        f"f{i}: {_terms(head.replace('NAME', name), tokenizer)} %json {schema} {_terms(tail, tokenizer)}"
         for i, (name, schema) in enumerate(functions)
     ]
     choice = " | ".join(f"f{i}" for i in range(len(functions)))

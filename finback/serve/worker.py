@@ -1,7 +1,7 @@
 """The thread that owns the engine, and the way from the event loop to it and back.
 
-Orders (submit, cancel, answer now) go to the thread through a queue and are taken between two steps. What a step has made
-comes back with one call into the event loop, however many requests had a part in it.
+Work for the thread (submit, cancel, answer now) waits in a queue and is done between two steps. The outputs of a step
+come back with one call into the event loop, however many requests have a part in it.
 """
 
 import asyncio
@@ -24,19 +24,8 @@ log = logging.getLogger("finback.serve")
 
 
 @dataclass(frozen=True)
-class OutputDelta:
-    """What a request has got since the last news. `made` and `thought` are tokens since its start."""
-
-    text: str
-    made: int
-    thought: int
-    finish: FinishReason | None
-    at: float  # when, in perf_counter's time
-
-
-@dataclass(frozen=True)
 class ChoiceInput:
-    """One choice to generate; `leader` is the place in the request of a choice with the same prompt."""
+    """One choice to generate; `leader` is the index of an earlier choice with the same prompt."""
 
     prompt: list[int]
     sampling: SamplingParams
@@ -45,13 +34,27 @@ class ChoiceInput:
     leader: int | None = None
 
 
+@dataclass(frozen=True)
+class OutputDelta:
+    """What one choice has gained since its last delta."""
+
+    text: str
+    # since the start: all tokens, and those of the chain of thought
+    tokens: int
+    thinking_tokens: int
+    # since the last delta: tokens, and seconds (None for the first tokens)
+    new: int
+    gap: float | None
+    finish: FinishReason | None
+
+
 @dataclass(eq=False)
 class OutputStream:
-    """One job's engine requests, and its news in order of arrival, each with the number of its choice."""
+    """The engine's requests behind one HTTP request, and their deltas in order of arrival, each with its choice."""
 
     requests: list[Request] = field(default_factory=list)
     error: ApiError | None = None
-    inbox: deque[tuple[int, OutputDelta]] = field(default_factory=deque)
+    _deltas: deque[tuple[int, OutputDelta]] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -60,21 +63,19 @@ class OutputStream:
         return any(s.started for s in self.requests)
 
     async def next(self) -> list[tuple[int, OutputDelta]]:
-        """All that has come since the last call, at least one; ApiError when the engine has failed."""
+        """All deltas since the last call, at least one; ApiError when the engine has failed."""
         await self._arrived.wait()
-        self._arrived.clear()
-        found = list(self.inbox)
-        self.inbox.clear()
-        if not found and self.error is not None:
-            self._arrived.set()
+        found = list(self._deltas)
+        self._deltas.clear()
+        if self.error is None:
+            self._arrived.clear()
+        elif not found:
             raise self.error
-        if self.error is not None:
-            self._arrived.set()  # the next call raises
         return found
 
-    def put(self, index: int, news: OutputDelta) -> None:
-        """Deliver news; on the event loop only."""
-        self.inbox.append((index, news))
+    def put(self, index: int, delta: OutputDelta) -> None:
+        """Deliver a delta; on the event loop only."""
+        self._deltas.append((index, delta))
         self._arrived.set()
 
     def fail(self, error: ApiError) -> None:
@@ -84,10 +85,15 @@ class OutputStream:
 
 
 @dataclass
-class _Watched:
-    ticket: OutputStream
+class _Delivered:
+    """How much of a request's output is delivered."""
+
+    stream: OutputStream
     index: int
-    pieces: int = 0  # of the text, that are out
+    pieces: int = 0
+    tokens: int = 0
+    # of the last delta with tokens, in perf_counter's time
+    time: float | None = None
 
 
 class Worker:
@@ -97,21 +103,21 @@ class Worker:
         self.engine, self.metrics = engine, metrics
         self.failure: str | None = None  # why the last step failed, until one succeeds
         self.stepped = time.monotonic()  # when the last step ended, or work came after a pause
-        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._watched: dict[Request, _Watched] = {}
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._active: dict[Request, _Delivered] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stuck = False  # the engine cannot even let go of what has failed: no more steps
 
     def start(self) -> None:
-        """Begin to take orders; news go to the running event loop."""
+        """Start the thread; outputs go to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Take no more orders; waits for the step that is under way."""
-        self._orders.put(None)
+        """End the thread after the step that is under way."""
+        self._work.put(None)
         if self._thread is not None:
             self._thread.join(timeout=10)
 
@@ -122,27 +128,27 @@ class Worker:
 
     def stalled(self, limit: float) -> bool:
         """Whether there is work and no step has ended for `limit` seconds."""
-        return bool(self._watched) and time.monotonic() - self.stepped > limit
+        return bool(self._active) and time.monotonic() - self.stepped > limit
 
-    async def submit(self, orders: list[ChoiceInput], salt: bytes) -> OutputStream:
+    async def submit(self, choices: list[ChoiceInput], salt: bytes) -> OutputStream:
         """Queue the choices of one request, all or none; UserError when one can never be served."""
         assert self._loop is not None, "not started"
-        ticket, accepted = OutputStream(), self._loop.create_future()
-        self._orders.put(lambda: self._submit(ticket, orders, salt, accepted))
+        outputs, accepted = OutputStream(), self._loop.create_future()
+        self._work.put(lambda: self._submit(outputs, choices, salt, accepted))
         try:
             await accepted
         except asyncio.CancelledError:
-            self.cancel(ticket)
+            self.cancel(outputs)
             raise
-        return ticket
+        return outputs
 
-    def cancel(self, ticket: OutputStream) -> None:
+    def cancel(self, outputs: OutputStream) -> None:
         """Free whatever a request still holds."""
-        self._orders.put(lambda: self._cancel(ticket))
+        self._work.put(lambda: self._cancel(outputs))
 
-    def answer_now(self, ticket: OutputStream) -> None:
+    def answer_now(self, outputs: OutputStream) -> None:
         """Have a request's open chains of thought closed."""
-        self._orders.put(lambda: self._close_thinking(ticket))
+        self._work.put(lambda: self._close_thinking(outputs))
 
     # ---- in the thread ---------------------------------------------------------------------------------------------
 
@@ -150,12 +156,12 @@ class Worker:
         while True:
             try:
                 idle = self._stuck or not self.engine.busy
-                order = self._orders.get() if idle else self._orders.get_nowait()
-                if order is None:
+                work = self._work.get() if idle else self._work.get_nowait()
+                if work is None:
                     return
                 if idle:
                     self.stepped = time.monotonic()
-                self._try(order)
+                self._try(work)
             except queue.Empty:
                 self._try(self._step)
 
@@ -167,55 +173,54 @@ class Worker:
 
     def _step(self) -> None:
         changed = self.engine.step()
-        news = [self._news(s) for s in changed if s in self._watched]
+        outputs = [self._output(request) for request in changed if request in self._active]
         self.stepped, self.failure = time.monotonic(), None
-        if news:
-            self._call(lambda: _deliver(news))
+        if outputs:
+            self._call(lambda: _deliver(outputs))
 
-    def _news(self, request: Request) -> tuple[OutputStream, int, OutputDelta]:
-        watched = self._watched[request]
+    def _output(self, request: Request) -> tuple[OutputStream, int, OutputDelta]:
+        progress, now = self._active[request], time.perf_counter()
         assert request.detokenizer is not None, "the engine has no tokenizer"
-        pieces = request.detokenizer.pieces
-        text = "".join(pieces[watched.pieces :])
-        watched.pieces = len(pieces)
+        pieces, tokens = request.detokenizer.pieces, len(request.tokens)
+        text, new = "".join(pieces[progress.pieces :]), tokens - progress.tokens
+        gap = None if progress.time is None else now - progress.time
+        progress.pieces, progress.tokens = len(pieces), tokens
+        progress.time = now if tokens else None
         if request.finish_reason is not None:
-            del self._watched[request]
-        news = OutputDelta(
-            text, len(request.tokens), request.thinking_tokens, request.finish_reason, time.perf_counter()
-        )
-        return watched.ticket, watched.index, news
+            del self._active[request]
+        delta = OutputDelta(text, tokens, request.thinking_tokens, new, gap, request.finish_reason)
+        return progress.stream, progress.index, delta
 
     def _submit(
-        self, ticket: OutputStream, orders: list[ChoiceInput], salt: bytes, accepted: asyncio.Future[None]
+        self, outputs: OutputStream, choices: list[ChoiceInput], salt: bytes, accepted: asyncio.Future[None]
     ) -> None:
         try:
             if self._stuck:
                 raise ApiError(503, "the engine has failed; the server must be restarted", retry_after=30)
-            for order in orders:
-                leader = None if order.leader is None else ticket.requests[order.leader]
-                request = self.engine.submit(
-                    order.prompt, order.sampling, order.seed, salt=salt, leader=leader, thinking=order.thinking
+            for c in choices:
+                leader = None if c.leader is None else outputs.requests[c.leader]
+                outputs.requests.append(
+                    self.engine.submit(c.prompt, c.sampling, c.seed, salt=salt, leader=leader, thinking=c.thinking)
                 )
-                ticket.requests.append(request)
         except Exception as error:  # for the one who asked
             problem = error
             self._call(lambda: _settle(accepted, problem))
-            for request in ticket.requests:
+            for request in outputs.requests:
                 self.engine.cancel(request)
             return
-        self._watched |= {s: _Watched(ticket, i) for i, s in enumerate(ticket.requests)}
+        self._active |= {request: _Delivered(outputs, i) for i, request in enumerate(outputs.requests)}
         self._call(lambda: _settle(accepted, None))
 
-    def _close_thinking(self, ticket: OutputStream) -> None:
-        for request in ticket.requests:
-            self.engine.close_thinking(request)
-
-    def _cancel(self, ticket: OutputStream) -> None:
-        open_ = [s for s in ticket.requests if self._watched.pop(s, None) is not None]
-        for request in open_:
+    def _cancel(self, outputs: OutputStream) -> None:
+        unfinished = [r for r in outputs.requests if self._active.pop(r, None) is not None]
+        for request in unfinished:
             self.engine.cancel(request)
-        if open_:
-            self._call(lambda: self._count_cancelled(len(open_)))
+        if unfinished:
+            self._call(lambda: self._count_cancelled(len(unfinished)))
+
+    def _close_thinking(self, outputs: OutputStream) -> None:
+        for request in outputs.requests:
+            self.engine.close_thinking(request)
 
     def _count_cancelled(self, number: int) -> None:
         self.metrics.cancelled += number
@@ -225,31 +230,31 @@ class Worker:
         self.failure = type(error).__name__
         # where it failed, without the message: it may quote what somebody wrote
         log.error("a step failed: %s\n%s", self.failure, "".join(traceback.format_tb(error.__traceback__)))
-        tickets = {watched.ticket for watched in self._watched.values()}
+        streams = {progress.stream for progress in self._active.values()}
         try:
-            for request in self._watched:
+            for request in self._active:
                 self.engine.cancel(request)
         except Exception as another:
             log.error("cannot clear the engine: %s", type(another).__name__)
-        self._watched.clear()
+        self._active.clear()
         self._stuck = self.engine.busy
         problem = ApiError(503, "the model failed while it made this answer", code="engine_failed")
-        self._call(lambda: self._report(tickets, problem))
+        self._call(lambda: self._report(streams, problem))
 
-    def _report(self, tickets: set[OutputStream], problem: ApiError) -> None:
+    def _report(self, streams: set[OutputStream], problem: ApiError) -> None:
         self.metrics.failures += 1
-        for ticket in tickets:
-            ticket.fail(problem)
+        for stream in streams:
+            stream.fail(problem)
 
     def _call(self, function: Callable[[], None]) -> None:
         assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is left to tell
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(function)
 
 
-def _deliver(news: list[tuple[OutputStream, int, OutputDelta]]) -> None:
-    for ticket, index, one in news:
-        ticket.put(index, one)
+def _deliver(outputs: list[tuple[OutputStream, int, OutputDelta]]) -> None:
+    for stream, index, delta in outputs:
+        stream.put(index, delta)
 
 
 def _settle(accepted: asyncio.Future[None], problem: Exception | None) -> None:
