@@ -115,9 +115,9 @@ def _scores(
             answered[ask.suite.name].append((ask.place, cache.answers[ask.key]))
     found = []
     for suite in suites:
-        marks = judge_answers(suite, answered[suite.name], contestant.price)
+        judged = judge_answers(suite, answered[suite.name], contestant.price)
         lost = sum(each.ask.suite.name == suite.name for each in failed)
-        found.append(score(contestant.name, suite, marks, lost, seed))
+        found.append(score(contestant.name, suite, judged, lost, seed))
     return found
 
 

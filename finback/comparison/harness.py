@@ -1,7 +1,7 @@
 """lm-evaluation-harness against our server or somebody's, its results as rows of our report.
 
 The harness is a program of its own, often in an environment of its own. A model here is served to it on this machine
-alone; what the harness has heard stays in its cache beside our answers. No torch here.
+alone; the replies stay in the harness's cache beside our answers. No torch here.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,17 +46,13 @@ def measure(
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
     """Have the harness ask each contestant its tasks; a report as `compare` makes, with the rows under "harness"."""
-    python = find_python(options.harness_python)
+    harness = _LmEval(find_python(options.harness_python), tasks, rules, options, environment)
     rows: list[dict[str, Any]] = []
     for contestant in contestants:
         folder = options.out / "harness" / digest(contestant.identity)[:8]
         prepare_folder(folder)
-        if isinstance(contestant, Endpoint):
-            target = _endpoint(contestant)
-            found = _ask(python, target, tasks, rules, options, folder, {**environment, KEY: contestant.key or "none"})
-        else:
-            found = _ask_local(python, contestant, tasks, rules, options, folder, environment)  # type: ignore[arg-type]
-        rows += results(found, contestant.name)
+        ask = harness.ask_endpoint if isinstance(contestant, Endpoint) else harness.ask_local
+        rows += results(ask(contestant, folder), contestant.name)  # type: ignore[arg-type]
     return {
         "finback": __version__,
         "protocol": as_json(rules),
@@ -116,103 +113,68 @@ def results(found: dict[str, Any], contestant: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _endpoint(contestant: Endpoint) -> tuple[str, dict[str, Any]]:
-    """The kind of model that the harness calls an endpoint, and its arguments."""
-    url = f"{contestant.url.rstrip('/')}/chat/completions"
-    return "local-chat-completions", {
-        "base_url": url,
-        "model": contestant.model,
-        "num_concurrent": contestant.concurrency,
-        "max_retries": contestant.tries,
-        "timeout": int(contestant.timeout),
-    }
+@dataclass(frozen=True)
+class _LmEval:
+    """The harness's interpreter, and what is the same for all contestants."""
 
+    python: Path
+    tasks: Sequence[str]
+    rules: SamplingProtocol
+    options: CompareOptions
+    environment: Mapping[str, str]
 
-def _ask_local(
-    python: Path,
-    contestant: "Local",
-    tasks: Sequence[str],
-    rules: SamplingProtocol,
-    options: CompareOptions,
-    folder: Path,
-    environment: Mapping[str, str],
-) -> dict[str, Any]:
-    from finback.data.tokenizer import Tokenizer
-
-    words = folder / "tokenizer"  # the harness cuts texts into tokens itself, to tell the question from its answer
-    words.mkdir(exist_ok=True)
-    Tokenizer(contestant.path).export(words)
-    with serving(contestant, folder / "serve.log", environment) as base:
-        window = _window(base)
-        path = "chat/completions" if options.harness_chat else "completions"
+    def ask_endpoint(self, contestant: Endpoint, folder: Path) -> dict[str, Any]:
         arguments = {
-            "base_url": f"{base}/v1/{path}",
-            "model": NAME,
-            "num_concurrent": contestant.rows,
-            "max_retries": 3,
-            "timeout": int(options.timeout),
-            "max_length": window,
-            "max_gen_toks": min(rules.max_tokens, window // 2),
+            "base_url": f"{contestant.url.rstrip('/')}/chat/completions",
+            "model": contestant.model,
+            "num_concurrent": contestant.concurrency,
+            "max_retries": contestant.tries,
+            "timeout": int(contestant.timeout),
         }
-        if options.harness_chat:
-            return _ask(
-                python,
-                ("local-chat-completions", arguments),
-                tasks,
-                rules,
-                options,
-                folder,
-                {**environment, KEY: "none"},
+        return self._run("local-chat-completions", arguments, folder, contestant.key)
+
+    def ask_local(self, contestant: "Local", folder: Path) -> dict[str, Any]:
+        from finback.data.tokenizer import Tokenizer
+
+        tokenizer = folder / "tokenizer"  # the harness cuts texts into tokens itself, to tell question from answer
+        tokenizer.mkdir(exist_ok=True)
+        Tokenizer(contestant.path).export(tokenizer)
+        chat = self.options.harness_chat
+        with serving(contestant, folder / "serve.log", self.environment) as base:
+            window = _window(base)
+            arguments = {
+                "base_url": f"{base}/v1/{'chat/completions' if chat else 'completions'}",
+                "model": NAME,
+                "num_concurrent": contestant.rows,
+                "max_retries": 3,
+                "timeout": int(self.options.timeout),
+                "max_length": window,
+                "max_gen_toks": min(self.rules.max_tokens, window // 2),
+            }
+            if not chat:
+                arguments |= {"tokenizer": str(tokenizer), "tokenizer_backend": "huggingface"}
+            return self._run(f"local-{'chat-' if chat else ''}completions", arguments, folder)
+
+    def _run(self, kind: str, arguments: dict[str, Any], folder: Path, key: str = "") -> dict[str, Any]:
+        """Run the harness to its end; what its results file says."""
+        began = time.time()
+        command = [str(self.python), "-m", "lm_eval", "run", "--model", kind, "--tasks", ",".join(self.tasks)]
+        command += ["--output_path", str(folder), "--use_cache", str(folder / "cache"), "--seed", str(self.rules.seed)]
+        command += ["--model_args", *(f"{name}={value}" for name, value in arguments.items())]
+        command += ["--apply_chat_template"] if "chat" in kind else []
+        command += ["--limit", str(self.options.problems)] if self.options.problems else []
+        environment = {**self.environment, KEY: key or "none"}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=None, text=True, check=False)
+        (folder / "harness.log").write_text(done.stdout, encoding="utf-8")
+        files = [f for f in folder.rglob("results_*.json") if f.stat().st_mtime >= began - 1]
+        if done.returncode or not files:
+            raise UserError(
+                "--harness",
+                "lm-eval",
+                f"it ended with code {done.returncode}",
+                "See its output above. Check the names of the tasks, and its data sets where there is no network.",
             )
-        arguments |= {"tokenizer": str(words), "tokenizer_backend": "huggingface"}
-        return _ask(
-            python, ("local-completions", arguments), tasks, rules, options, folder, {**environment, KEY: "none"}
-        )
-
-
-def _ask(
-    python: Path,
-    target: tuple[str, dict[str, Any]],
-    tasks: Sequence[str],
-    rules: SamplingProtocol,
-    options: CompareOptions,
-    folder: Path,
-    environment: Mapping[str, str],
-) -> dict[str, Any]:
-    """Run the harness to its end; what its results file says."""
-    kind, arguments = target
-    began = time.time()
-    command = [
-        str(python),
-        "-m",
-        "lm_eval",
-        "run",
-        "--model",
-        kind,
-        "--tasks",
-        ",".join(tasks),
-        "--output_path",
-        str(folder),
-        "--model_args",
-        *(f"{name}={value}" for name, value in arguments.items()),
-        "--use_cache",
-        str(folder / "cache"),
-        "--seed",
-        str(rules.seed),
-        *(["--apply_chat_template"] if "chat" in kind else []),
-        *(["--limit", str(options.problems)] if options.problems else []),
-    ]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=None, text=True, check=False)
-    (folder / "harness.log").write_text(done.stdout, encoding="utf-8")
-    files = [f for f in folder.rglob("results_*.json") if f.stat().st_mtime >= began - 1]
-    if done.returncode or not files:
-        raise UserError(
-            "--harness",
-            "lm-eval",
-            f"it ended with code {done.returncode}",
-            "See its own words above. Check the names of the tasks, and its data sets where there is no network.",
-        )
-    return dict(read_json(max(files, key=lambda f: f.stat().st_mtime)))
+        return dict(read_json(max(files, key=lambda f: f.stat().st_mtime)))
 
 
 @contextmanager
@@ -220,29 +182,12 @@ def serving(contestant: "Local", log: Path, environment: Mapping[str, str]) -> I
     """Our server for one model as a process of its own, on a free port of this machine; its address."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-c",
-        START.format(parent=os.getpid()),
-        "serve",
-        str(contestant.path),
-        "--port",
-        str(port),
-        "--name",
-        NAME,
-        "--dtype",
-        contestant.dtype,
-        "--rows",
-        str(contestant.rows),
-        "--queue",
-        "1024",
-        "--no-page",
-        "--drain",
-        "1",
-    ]
+    command = [sys.executable, "-c", START.format(parent=os.getpid()), "serve", str(contestant.path)]
+    command += ["--port", str(port), "--name", NAME, "--dtype", contestant.dtype, "--rows", str(contestant.rows)]
+    command += ["--queue", "1024", "--no-page", "--drain", "1"]
     own = {k: v for k, v in environment.items() if k != "FINBACK_API_KEY"}  # the harness would not know it
-    with log.open("w", encoding="utf-8") as words:
-        server = subprocess.Popen(command, stdout=words, stderr=words, env=own)
+    with log.open("w", encoding="utf-8") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env=own)
     try:
         _wait(server, f"http://127.0.0.1:{port}", contestant, log)
         yield f"http://127.0.0.1:{port}"
@@ -264,8 +209,8 @@ def _wait(server: "subprocess.Popen[bytes]", base: str, contestant: "Local", log
             return
         except RequestFailed:
             time.sleep(0.1)
-    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    raise UserError("MODEL", contestant.name, "the server for it did not start", f"It said: {said[-1:] or 'nothing'}.")
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    raise UserError("MODEL", contestant.name, "the server for it did not start", f"Its log: {lines[-1:] or 'empty'}.")
 
 
 def _window(base: str) -> int:

@@ -1,4 +1,4 @@
-"""From marks to what a table says of one contestant on one suite, and of two contestants together. No torch here."""
+"""From judged answers to what a table says of one contestant on one suite, and of two contestants together. No torch here."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -51,38 +51,38 @@ class Score:
         return {name: value for name, value in vars(self).items() if name != "by_question"}
 
 
-def score(contestant: str, suite: Suite, marks: Sequence[JudgedAnswer], failed: int, seed: int) -> Score:
-    """Sum up the marks of one contestant on one suite."""
+def score(contestant: str, suite: Suite, judged: Sequence[JudgedAnswer], failed: int, seed: int) -> Score:
+    """Sum up the judged answers of one contestant on one suite."""
     groups: dict[int, list[JudgedAnswer]] = defaultdict(list)
-    for each in marks:
+    for each in judged:
         groups[each.place].append(each)
-    by_question = {place: _mean([m.correct for m in group]) or 0.0 for place, group in sorted(groups.items())}
-    solved = sum(m.correct for m in marks)
-    total = _total([m.dollars for m in marks])
+    by_question = {place: _mean([j.verdict.correct for j in group]) or 0.0 for place, group in sorted(groups.items())}
+    solved = sum(j.verdict.correct for j in judged)
+    total = _total([j.dollars for j in judged])
     accuracy = _mean(list(by_question.values()))
     interval = statistics.interval(list(by_question.values()), seed) if by_question else None
     return Score(
         contestant,
         suite.name,
         len(groups),
-        len(marks),
+        len(judged),
         failed,
         accuracy,
         interval,
         _majority(suite, groups),
         _pass_at(groups),
-        cut=_mean([m.cut for m in marks]) or 0.0,
-        unparseable=_mean([not m.well_formed for m in marks]) or 0.0,
-        empty=_mean([m.empty for m in marks]) or 0.0,
-        tokens=_mean([m.tokens for m in marks if m.tokens is not None]),
-        prompt_tokens=_mean([m.prompt_tokens for m in marks if m.prompt_tokens is not None]),
-        seconds=_mean([m.seconds for m in marks]),
+        cut=_mean([j.is_cut for j in judged]) or 0.0,
+        unparseable=_mean([not j.verdict.well_formed for j in judged]) or 0.0,
+        empty=_mean([j.is_empty for j in judged]) or 0.0,
+        tokens=_mean([j.answer.tokens for j in judged if j.answer.tokens is not None]),
+        prompt_tokens=_mean([j.answer.prompt_tokens for j in judged if j.answer.prompt_tokens is not None]),
+        seconds=_mean([j.answer.seconds for j in judged]),
         dollars=total,
-        dollars_per_answer=total / len(marks) if total is not None and marks else None,
+        dollars_per_answer=total / len(judged) if total is not None and judged else None,
         dollars_per_solved=total / solved if total is not None and solved else None,
-        language=_mean([m.language for m in marks if m.language is not None]),
-        tries=_mean([m.tries for m in marks]),
-        flags=_flags(suite, marks, failed, interval),
+        language=_mean([j.language for j in judged if j.language is not None]),
+        tries=_mean([j.answer.tries for j in judged]),
+        flags=_flags(suite, judged, failed, interval),
         by_question=by_question,
     )
 
@@ -101,8 +101,8 @@ def pairs(scores: Sequence[Score], seed: int) -> list[dict[str, Any]]:
 
 
 def _pair(one: Score, other: Score, gap: Difference, raised: float) -> dict[str, Any]:
-    told = gap.told_apart and raised <= 1 - statistics.LEVEL
-    better = (one if gap.mean > 0 else other).contestant if told else None
+    is_clear = gap.told_apart and raised <= 1 - statistics.LEVEL
+    better = (one if gap.mean > 0 else other).contestant if is_clear else None
     return {
         "suite": one.suite,
         "one": one.contestant,
@@ -120,25 +120,27 @@ def _majority(suite: Suite, groups: dict[int, list[JudgedAnswer]]) -> float | No
     """majority@k; None for one sample, and for programs, which no one can count as alike."""
     if getattr(suite.task, "waits", False) or max(map(len, groups.values()), default=0) < 2:
         return None
-    return _mean([statistics.majority([m.vote for m in g], [m.correct for m in g]) for g in groups.values()])
+    return _mean([statistics.majority([j.vote for j in g], [j.verdict.correct for j in g]) for g in groups.values()])
 
 
 def _pass_at(groups: dict[int, list[JudgedAnswer]]) -> dict[int, float]:
     """pass@k for 1, 2, 4 … and for all samples that every question has."""
     fewest = min(map(len, groups.values()), default=0)
     ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64) if k <= fewest} | ({fewest} if fewest else set()))
-    counts = [(len(group), sum(m.correct for m in group)) for group in groups.values()]
+    counts = [(len(group), sum(j.verdict.correct for j in group)) for group in groups.values()]
     return {k: sum(statistics.pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
 
 
-def _flags(suite: Suite, marks: Sequence[JudgedAnswer], failed: int, interval: tuple[float, float] | None) -> list[str]:
+def _flags(
+    suite: Suite, judged: Sequence[JudgedAnswer], failed: int, interval: tuple[float, float] | None
+) -> list[str]:
     """What a reader must know before believing the score."""
     flags = [f"{failed} answers failed: the score is of the rest"] if failed else []
-    if not marks:
+    if not judged:
         return [*flags, "no answers"]
-    if (_mean([m.empty for m in marks]) or 0) >= SAME:
+    if (_mean([j.is_empty for j in judged]) or 0) >= SAME:
         flags.append("answers nothing")
-    same = _always(suite, marks)
+    same = _always(suite, judged)
     if same is not None:
         flags.append(f"always says {same[:30]!r}")
     if suite.chance is not None and interval is not None and interval[0] <= suite.chance:
@@ -146,15 +148,15 @@ def _flags(suite: Suite, marks: Sequence[JudgedAnswer], failed: int, interval: t
     return flags
 
 
-def _always(suite: Suite, marks: Sequence[JudgedAnswer]) -> str | None:
+def _always(suite: Suite, judged: Sequence[JudgedAnswer]) -> str | None:
     """The one answer that nearly all questions get, if they should have had several."""
-    asked = {m.place for m in marks}
+    asked = {j.place for j in judged}
     gold = Counter(suite.problems[place].answer for place in asked)
     # programs have no gold answer to tell apart; where one answer is nearly always right, saying it is no fault
     if len(asked) < _FEWEST or max(gold.values()) >= SAME * len(asked):
         return None
-    said, times = Counter(m.said for m in marks).most_common(1)[0]
-    return said if said and times >= SAME * len(marks) else None
+    text, times = Counter(j.shown for j in judged).most_common(1)[0]
+    return text if text and times >= SAME * len(judged) else None
 
 
 def _mean(values: Sequence[float]) -> float | None:
