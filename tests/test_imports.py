@@ -11,7 +11,6 @@ import finback
 
 PACKAGE = Path(finback.__path__[0])
 LAYERS = (  # lowest first; names on one line do not know each other
-    "__init__",
     "config",
     "options client",
     "runs",
@@ -22,7 +21,8 @@ LAYERS = (  # lowest first; names on one line do not know each other
     "train engine suites",
     "stages",
     "planner serve report comparison",
-    "cli",
+    "api",
+    "__init__ cli",
     "__main__",
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split()}

@@ -7,12 +7,14 @@ from finback.config import UserError
 from finback.parallel import launch
 from finback.planner import calibration_file, cluster, hardware, picture, presets, published, render
 from finback.planner.options import PlanOptions
+from finback.runs import recipe as recipes
+from finback.runs.recipe import Recipe
 
 
 def run(options: PlanOptions, path: Path) -> tuple[dict[str, Any], str]:
     """Plan what is asked for with the calibration at `path`; values for --json, and text."""
     if options.what.endswith(".py"):
-        return recipe(options, path)
+        return recipe(recipes.load(Path(options.what), options.settings), options, path)
     if options.what:
         return preset(options)
     if options.calibrate:
@@ -57,15 +59,13 @@ def _draw(name: str, planned: cluster.ClusterPlan, image: Path) -> str:
     return f"Picture: {image}"
 
 
-def recipe(options: PlanOptions, path: Path) -> tuple[dict[str, Any], str]:
+def recipe(plan: Recipe, options: PlanOptions, path: Path) -> tuple[dict[str, Any], str]:
     """Plan a recipe stage by stage, on this machine unless hardware is named."""
     from finback.planner import recipe_plan
-    from finback.runs import recipe as recipes
 
     known = None
     if not options.on and (options.calibration or path.is_file()):  # one that is named must exist
         known = calibration_file.read(path)
-    plan = recipes.load(Path(options.what), options.settings)
     values = recipe_plan.plan(plan, options, known, options.ranks or launch.default_ranks())
     return values, recipe_plan.tell(values)
 

@@ -1,0 +1,106 @@
+"""What `import finback` offers: instant, the same whatever was imported before, and the verbs as plain functions."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import finback
+from finback.config import UserError
+from finback.runs.folder import Interrupted, StageRun
+from finback.runs.recipe import Stage, load
+from tests.toy import environment, write_recipe
+
+CELL = """
+import runpy
+import finback
+
+stages = runpy.run_path("toy.py")["recipe"][:2]
+small = ["base.max_tokens=512", "base.decay_tokens=256", "base.warmup_tokens=256"]
+done = finback.run(stages, "runs", name="cell", settings=small)
+assert finback.run(stages, "runs", name="cell", settings=small) == done
+llm = finback.LLM("runs/cell")
+answer = llm.chat("1+2=?", finback.SamplingParams(0.0, max_tokens=8))
+assert str(answer) == answer.text and len(answer.tokens) == len(answer.logprobs)
+asked = dict(sampling_params=finback.SamplingParams(1.0, max_tokens=8), think=True, seed=3)
+pieces = list(llm.stream([{"role": "user", "content": "1+2=?"}], **asked))
+assert pieces[0] == "<think>" and llm.chat("1+2=?", **asked).reasoning in "".join(pieces)
+first, second = llm.generate(["1+", "1+"], finback.SamplingParams(1.0, max_tokens=6))
+assert llm.generate("1+", finback.SamplingParams(1.0, max_tokens=6), seed=1) == [second] != [first]
+model, tokenizer = finback.load("runs/cell")
+assert model.config.vocab_size == tokenizer.vocab_size == 320 and model.embed.requires_grad
+print(done)
+"""
+
+
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code that comes from no file, as a notebook's does."""
+    command = [sys.executable, "-"]
+    return subprocess.run(
+        command, input=code, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200
+    )
+
+
+def test_a_cell_trains_two_steps_and_asks_the_model(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    done = python(f"exec({CELL!r})", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout and "base" in done.stdout
+    lines = (tmp_path / "runs/cell/base/metrics.jsonl").read_text().splitlines()
+    assert len([line for line in lines if "loss" in json.loads(line)]) == 2
+
+
+def test_names_are_the_same_whatever_was_imported_before(tmp_path: Path) -> None:
+    """A submodule called like a function would take its place on the package once somebody imports it."""
+    code = """
+import sys, types, finback
+assert "torch" not in sys.modules and set(finback.__all__) < set(dir(finback))
+before = {name: getattr(finback, name) for name in finback.__all__}
+import finback.cli, finback.planner.command, finback.comparison.command, finback.runs.recipe
+for name, value in before.items():
+    assert getattr(finback, name) is value and callable(value) and not isinstance(value, types.ModuleType), name
+"""
+    first = python(code, tmp_path)
+    assert first.returncode == 0, first.stderr
+    second = python(f"import finback.cli, finback.planner, finback.comparison, finback.runs\n{code}", tmp_path)
+    assert second.returncode == 0, second.stderr
+    with pytest.raises(AttributeError, match="no attribute 'trainer'"):
+        finback.trainer  # noqa: B018
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pressed(Stage):
+    """Somebody presses Ctrl-C while it runs for the first time."""
+
+    def run(self, run: StageRun) -> dict[str, Any]:
+        seen = run.folder / "seen"
+        if not seen.exists():
+            seen.touch()
+            signal.raise_signal(signal.SIGINT)
+            if run.check_stop():
+                raise Interrupted
+        return {"done": True}
+
+
+def test_ctrl_c_stops_at_a_safe_point_and_the_same_call_continues(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="the same call continues"):
+        finback.run([Pressed(name="pressed")], tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before and not (tmp_path / "recipe/summary.json").exists()
+    assert finback.run([Pressed(name="pressed")], tmp_path)["stages"]["pressed"]["results"] == {"done": True}
+
+
+def test_stages_are_planned_and_several_ranks_need_a_file(tmp_path: Path) -> None:
+    stages = load(write_recipe(tmp_path)).stages
+    planned = finback.plan(stages, on="h100:1")
+    assert str(planned) == finback.plan(str(tmp_path / "toy.py"), on="h100:1").text.replace("toy", "recipe")
+    assert finback.plan("tiny", on="h100:1")["model"]["name"] == "tiny"
+    with pytest.raises(UserError, match="recipe file"):
+        finback.run(list(stages), tmp_path, ranks=2)
+    with pytest.raises(UserError, match="nobody to ask"):
+        finback.compare(tasks=["gsm8k"])
