@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import transformers
 
-from finback.checkpoint import model as models
 from finback.checkpoint.export import export
 from finback.comparison.local import Local
 from finback.comparison.protocol import SamplingProtocol, eval_requests
@@ -21,6 +20,7 @@ from finback.data.messages import IGNORE, Message, encode_prompt, lessons
 from finback.data.openai_messages import read_messages, read_tools
 from finback.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 from finback.engine.engine import Engine
+from finback.engine.open import open_engine
 from finback.engine.request import Request, SamplingParams
 from finback.model.transformer import Transformer
 from finback.report.talk import Conversation
@@ -191,7 +191,7 @@ def test_all_who_ask_ask_alike(
     problem, knobs = Problem("4+5?", "9", "4+5"), SamplingParams(max_tokens=2)
     ids, opened = encode_prompt([Message("user", problem.question)], words, think=think)
 
-    engine = Engine(models.load_to_answer(path, "fp32"), words.stops, rows=1, tokenizer=words)
+    engine, _ = open_engine(path, "fp32")
     rollout(engine, words, Sums(), [problem], [0], knobs, think=bool(think))
     protocol = SamplingProtocol(samples=1, max_tokens=2, think=think)
     suite = Suite("sums", (problem,), Sums(), SuiteSource("by hand", "MIT", "0" * 64))
