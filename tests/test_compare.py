@@ -21,7 +21,6 @@ from finback.comparison.answer_store import Answer, AnswerStore, Failure, parse_
 from finback.comparison.compare import compare
 from finback.comparison.contestant import Price, distinct, prices
 from finback.comparison.options import CompareOptions, spread
-from finback.comparison.progress import Progress
 from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
 from finback.config import UserError
 from finback.suites.suite import Suite
@@ -514,13 +513,3 @@ def test_a_picture_of_anything(tmp_path: Path) -> None:
     picture.draw(report | {"suites": report["suites"][:1]}, tmp_path / "one.png")
     assert (tmp_path / "many.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 5000
     assert math.isfinite(report["scores"][0]["dollars_per_answer"])
-
-
-def test_time_left_is_told_when_it_is_known() -> None:
-    progress = Progress("toy", 100, 0)
-    for done in range(1, 12):
-        progress.count(failed=False, dollars=None)
-        assert (" left " in progress.text()) == (done >= 10)
-    one = Progress("toy", 1, 0)
-    one.count(failed=False, dollars=0.5)
-    assert "0:00 left  $0.5000" in one.text()

@@ -73,7 +73,7 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     (ServeOptions, {"model": MODEL, "also": ["a/toy"]}, "--also = .*two models of one name"),
     (PlanOptions, {"on": 8}, "--on = 8: expected str, got int"),
     (PlanOptions, {"micro_rows": 0}, "--micro-rows = 0"),
-    (PlanOptions, {"recompute": "some"}, "--recompute = 'some': expected one of none, selective, full"),
+    (PlanOptions, {"recompute": "some"}, "--recompute = 'some': expected one of none, attention"),
     (PlanOptions, {"price": -1.0}, "--price"),
     (CompareOptions, {"models": ["a"]}, "--tasks"),
     (CompareOptions, {"tasks": ["sums"]}, "nobody to ask"),

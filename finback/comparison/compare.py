@@ -13,16 +13,17 @@ from finback import __version__
 from finback.comparison.answer_store import Answer, AnswerStore, Failure
 from finback.comparison.contestant import Contestant
 from finback.comparison.judging import judge_answers
-from finback.comparison.progress import Progress
 from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
 from finback.comparison.score import Score, pairs, score
 from finback.config import UserError, as_json
 from finback.runs.files import read_json, write_json
 from finback.runs.folder import prepare_folder
+from finback.runs.progress import ProgressLine
 from finback.suites.compression import METRIC
 from finback.suites.suite import Suite
 
 ANSWERS = "answers"  # the folder of kept answers within --out
+SURE = 20  # after a tenth of all answers, or so many, the time left is told
 
 
 def compare(
@@ -66,21 +67,26 @@ def gather(
 ) -> list[Failure]:
     """Have a contestant answer what is not kept yet; what came to nothing."""
     missing = [ask for ask in wanted if ask.key not in cache.answers]
-    progress = Progress(contestant.name, len(missing), len(wanted) - len(missing))
-    failures = []
+    progress = ProgressLine(contestant.name, len(missing), "answers", sure=min(SURE, len(missing) / 10))
+    kept = f"{len(wanted) - len(missing):,} kept from before" if len(missing) < len(wanted) else ""
+    failures: list[Failure] = []
+    dollars: float | None = 0.0
     if not missing:
         return []
     try:
-        for each in cache.keep(contestant.answers(missing, rules)):
+        for done, each in enumerate(cache.keep(contestant.answers(missing, rules)), 1):
             if isinstance(each, Failure):
                 failures.append(each)
+            elif dollars is not None:
+                price = contestant.price.of(each)
+                dollars = None if price is None else dollars + price
             if not quiet:
-                dollars = contestant.price.of(each) if isinstance(each, Answer) else None
-                progress.count(isinstance(each, Failure), dollars)
+                notes = (f"{len(failures)} failed" if failures else "", kept)
+                progress.draw(done, done, dollars, ", ".join(filter(None, notes)), end=done == len(missing))
     except KeyboardInterrupt:
-        kept = sum(ask.key in cache.answers for ask in wanted)
+        there = sum(ask.key in cache.answers for ask in wanted)
         print(
-            f"\ninterrupted; {kept:,} of {len(wanted):,} answers of {contestant.name} are kept in {cache.path}; "
+            f"\ninterrupted; {there:,} of {len(wanted):,} answers of {contestant.name} are kept in {cache.path}; "
             "run the same command to continue",
             file=sys.stderr,
         )

@@ -9,9 +9,10 @@ from typing import Any
 from finback.config import UserError
 from finback.planner import calibration_file, recipe_plan
 from finback.planner.options import PlanOptions
-from finback.planner.render import big, span, table
+from finback.planner.render import big, span
 from finback.runs.files import CONFIG, SUMMARY, read_json, read_lines
 from finback.runs.ledger import cost
+from finback.runs.terminal import table
 
 SPENT = {
     "tokens_trained": "tokens_trained",
@@ -74,5 +75,5 @@ def tell(values: dict[str, Any]) -> str:
             time = span(s["seconds"]) if s["seconds"] else "-"
             rows.append([name if label == "plan" else "", label, *amounts, time, dollars])
     lines = ["Plan and actual; a plan has the most tokens that a stage can take:"]
-    lines += ["  " + line for line in table(rows)]
+    lines.append(table(rows[1:], rows[0], indent=2))
     return "\n".join([*lines, *(f"note: {text}" for text in values["notes"])])

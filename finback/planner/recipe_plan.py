@@ -16,11 +16,12 @@ from finback.planner import calibration_file, cluster, hardware, this_machine
 from finback.planner.hardware import Site
 from finback.planner.options import PlanOptions
 from finback.planner.planned_stage import PlannedStage, planned_stages
-from finback.planner.render import big, span, table
+from finback.planner.render import big, span
 from finback.planner.this_machine import RankMemory, Shape
 from finback.planner.workload import Precision
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
 from finback.runs.recipe import Recipe, config_json
+from finback.runs.terminal import table
 
 ROUGH = "by FLOPs at the rate of training; rough"
 Calibrated = dict[str, Any]
@@ -245,7 +246,7 @@ def tell(values: dict[str, Any]) -> str:
         ]
     )
     lines = [f"{values['recipe']} on {values['on']}; tokens are the most a stage can take"]
-    lines += ["  " + line for line in table(rows)]
+    lines.append(table(rows[1:], rows[0], indent=2))
     if values["basis"]:
         basis = values["basis"]
         lines.append(

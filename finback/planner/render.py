@@ -1,9 +1,10 @@
 """A plan as text for people. Every number is also in the JSON, with its source. No torch here."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from finback.planner.published import Claim
+from finback.runs.terminal import table
 
 UNITS = {
     "memory": "B",
@@ -44,19 +45,6 @@ def span(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {word}"
     return f"{seconds:,.3g} s"
-
-
-def table(rows: Iterable[Sequence[str]], right: bool = True) -> list[str]:
-    """Rows of cells in columns; the first to the left."""
-    cells = [list(row) for row in rows]
-    wide = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i == 0 or not right else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, wide, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
 
 
 def tell(values: dict[str, Any], claims: Sequence[Claim] = ()) -> str:
@@ -120,7 +108,7 @@ def _memory(v: dict[str, Any]) -> list[str]:
     verdict = "fits" if m["fits"] else "DOES NOT FIT"
     return [
         f"Memory in GB of {m['device_bytes'] / 1e9:.0f}: {verdict} ({m['free_share']:.1%} free, {m['margin']:.0%} wanted)",
-        *("  " + line for line in table(rows)),
+        table(rows[1:], rows[0], indent=2),
     ]
 
 
@@ -134,7 +122,7 @@ def _time(v: dict[str, Any]) -> list[str]:
     ]
     lines = [
         f"Step: {s['seconds']:.4g} s, MFU {s['mfu']:.1%} ({s['efficiency']:.1%} while computing)",
-        *("  " + line for line in table(rows)),
+        table(rows, indent=2),
     ]
     parts = ("dispatch_network", "dispatch_link", "pipeline", "exchange")
     words = ("all-to-all between nodes", "within nodes", "to the next stage", "gradients and weights")
@@ -165,7 +153,7 @@ def _schedules(v: dict[str, Any]) -> list[str]:
         )
     return [
         "The same mesh under each schedule (bubble with what unequal stages add):",
-        *("  " + x for x in table(rows)),
+        table(rows[1:], rows[0], indent=2),
     ]
 
 
@@ -203,4 +191,4 @@ def _claims(claims: Sequence[Claim]) -> list[str]:
         [c.what, f"{c.published:,.{n}f}", f"{c.ours:,.{n}f}", f"{c.off:+.2%}"]
         for c, n in zip(claims, places, strict=True)
     ]
-    return ["  " + line for line in table(rows)]
+    return [table(rows[1:], rows[0], indent=2)]

@@ -1,37 +1,110 @@
-"""How far a stage is: done, rate, time left, money so far."""
+"""How far work is: done, rate, time left, money so far, for stages and comparisons alike. No torch here.
 
-import sys
+rich's live displays are not used: they start a thread, which does not survive a fork of this process, and they hide the
+cursor until they are stopped, which a killed rank cannot do.
+"""
+
+import html
 import time
+from typing import Any
+
+from rich.console import Console
+from rich.control import Control
+from rich.progress_bar import ProgressBar
+from rich.segment import ControlType
+from rich.text import Text
 
 from finback.runs.folder import StageRun
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
 
+REDRAWN, REPEATED = 0.2, 10.0  # seconds between two states of a line that is redrawn, and between two lines
+LEAST_BAR, MOST_BAR = 8, 40  # columns
 
-class Progress:
-    """A line that says how far a stage is: done, rate, time left, money so far; one line per 10 s without a terminal."""
+
+class ProgressLine:
+    """A line on stderr that a terminal or a notebook redraws; anywhere else a new one every ten seconds.
+
+    `sure` is how much must be done before the time left is told: a model's first answers wait for its weights.
+    """
+
+    def __init__(self, name: str, total: float, unit: str, sure: float = 0.0) -> None:
+        self.name, self.total, self.unit, self.sure = name, total, unit, sure
+        self.console = Console(stderr=True)
+        self.in_terminal = self.console.file.isatty() and not self.console.is_dumb_terminal
+        self.began, self._last = time.monotonic(), float("-inf")
+        self._output: Any = None  # the notebook's
+
+    def draw(self, done: float, new: float, dollars: float | None, note: str = "", end: bool = False) -> None:
+        """Report that `done` of `total` units are finished, `new` of them since this line began; `end` ends the line."""
+        now = time.monotonic()
+        pause = REDRAWN if self.in_terminal or self.console.is_jupyter else REPEATED
+        if not end and now - self._last < pause:
+            return
+        self._last = now
+        text = self.text(done, new, dollars, note)
+        if self.console.is_jupyter:
+            self._draw_in_notebook(done, text)
+        elif self.in_terminal:
+            self._redraw(done, text, "\n" if end else "")
+        else:
+            print(text, file=self.console.file, flush=True)
+
+    def text(self, done: float, new: float, dollars: float | None, note: str = "") -> str:
+        """The line, what matters most first; rate and time left are of what is new."""
+        elapsed = time.monotonic() - self.began
+        rate = new / elapsed if elapsed > 0 else 0.0
+        left = f"{clock(max(0.0, self.total - done) / rate)} left" if rate > 0 and new >= self.sure else ""
+        money = "price NOT PROVIDED" if dollars is None else f"${dollars:.4f}"
+        parts = (f"{self.name} {short(done)}/{short(self.total)} {self.unit}", f"{short(rate)}/s", left, money, note)
+        return ", ".join(part for part in parts if part)
+
+    def _redraw(self, done: float, text: str, end: str) -> None:
+        """One column less than the terminal has, so that it never wraps: a wrapped line cannot be taken back."""
+        width = self.console.width - 1
+        line = Text(text)
+        line.truncate(width, overflow="ellipsis")
+        with self.console:  # written at once
+            self.console.control(Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2)))
+            self.console.print(line, end="")
+            if (room := width - line.cell_len - 1) >= LEAST_BAR:
+                self.console.print(" ", end="")
+                self.console.print(ProgressBar(max(self.total, 1), done, min(room, MOST_BAR)), end="")
+            self.console.print(end, end="")
+
+    def _draw_in_notebook(self, done: float, text: str) -> None:
+        from IPython.display import display
+
+        bar = f'<progress value="{done}" max="{self.total}"></progress> {html.escape(text)}'
+        data = {"text/plain": text, "text/html": bar}
+        if self._output is None:
+            self._output = display(data, raw=True, display_id=True)
+        else:
+            self._output.update(data, raw=True)
+
+
+class Progress(ProgressLine):
+    """The line of a stage, shown by rank 0; `spent` are the seconds that the stage took before it was resumed."""
 
     def __init__(self, run: StageRun, total: float, unit: str, spent: float = 0.0) -> None:
-        self.run, self.total, self.unit, self.spent = run, total, unit, spent
-        self.started, self.last = time.perf_counter(), 0.0
+        super().__init__(run.name, total, unit)
+        self.run, self.spent = run, spent
         self.first: float | None = None
 
     def show(self, done: float, note: str = "") -> None:
         """Report that `done` of `total` units are finished."""
-        now = time.perf_counter()
         self.first = done if self.first is None else self.first
-        terminal = sys.stderr.isatty()
-        if self.run.quiet or not self.run.is_writer or now - self.last < (0.2 if terminal else 10):
-            return
-        self.last = now
-        elapsed = now - self.started
-        rate = (done - self.first) / elapsed if elapsed > 0 else 0.0
-        left = clock(max(0.0, self.total - done) / rate) if rate > 0 else "?"
-        money = (self.spent + elapsed) * self.run.ranks.size * DOLLARS_PER_CORE_HOUR / 3600
-        text = (
-            f"{self.run.name:10} {done:,.0f}/{self.total:,.0f} {self.unit}  {rate:,.1f}/s  "
-            f"{left} left at most  ${money:.4f}  {note}"
-        )
-        print(f"\r\033[K{text}" if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+        if self.run.is_writer and not self.run.quiet:
+            seconds = self.spent + time.monotonic() - self.began
+            dollars = seconds * self.run.ranks.size * DOLLARS_PER_CORE_HOUR / 3600
+            self.draw(done, done - self.first, dollars, note)
+
+
+def short(count: float) -> str:
+    """1234567 -> 1.235M, 12345 -> 12,345, 1.2345 -> 1.23."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= max(size, 1e5):
+            return f"{count / size:.4g}{letter}"
+    return f"{count:,.0f}" if count >= 100 or count == int(count) else f"{count:.3g}"
 
 
 def clock(seconds: float) -> str:

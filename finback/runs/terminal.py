@@ -22,14 +22,16 @@ def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = (), indent: in
     """
     cells = [list(row) for row in rows]
     width = (Console().width if sys.stdout.isatty() else UNLIMITED) - indent
-    if headers and _width([list(headers), *cells]) > width:
+    if headers and _width([headers, *cells]) > width:
         turned = [list(column) for column in zip(headers, *cells, strict=True)]
-        if _width(turned) < _width([list(headers), *cells]):
+        if _width(turned) < _width([headers, *cells]):
             headers, cells = turned[0], turned[1:]
-    made = Table(box=None, show_header=bool(headers), pad_edge=False, padding=(0, GAP, 0, 0), header_style="")
-    for place, header in enumerate(headers or (cells[0] if cells else ())):
-        justify = "right" if place and right else "left"
-        made.add_column(Text(header if headers else ""), justify=justify, overflow="fold")  # type: ignore[arg-type]
+    gap = GAP if _width([headers or cells[0], *cells]) <= width else 1
+    made = Table(box=None, show_header=bool(headers), pad_edge=False, padding=(0, gap, 0, 0), header_style="")
+    for place, header in enumerate(headers or cells[0]):
+        made.add_column(
+            Text(header), justify="right" if place and right else "left", no_wrap=not place, overflow="fold"
+        )
     for row in cells:
         made.add_row(*map(Text, row))
     console = Console(file=StringIO(), width=width + indent, color_system=None)
