@@ -38,12 +38,12 @@ print(json.dumps({"passed": passed, "kept": time.perf_counter() - begin}))
 IMPORT = """
 import json, sys, time
 from pathlib import Path
-from finback.checkpoint.load import load
+from finback.checkpoint.models import load_audited
 def peak():  # ru_maxrss is inherited over fork and exec, VmHWM is not
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
 before = peak()
 begin = time.perf_counter()
-model, audit = load(Path(sys.argv[1]), kept=sys.argv[2])
+model, audit = load_audited(Path(sys.argv[1]), weights=sys.argv[2])
 seconds = time.perf_counter() - begin
 size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
 print(json.dumps({"seconds": seconds, "model_bytes": size, "peak_rss": peak(), "rss_before": before, "holds": audit.holds}))

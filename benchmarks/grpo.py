@@ -24,7 +24,7 @@ from driver import CORES, Contestant, Settings
 from grpo_contestants import CHAINS, finback_contestants, prompts, save_base, trl_alone, trl_ranked
 from text import prepare
 
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.model.config import ModelConfig
 from finback.model.count import forward_flops, training_flops
 

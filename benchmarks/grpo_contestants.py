@@ -13,7 +13,7 @@ import qualify
 from driver import CORES, Contestant, Settings
 from twin import count, twin
 
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.data.messages import Message, encode_prompt
 from finback.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from finback.engine.engine import Engine

@@ -20,7 +20,7 @@ import torch
 from driver import say
 from ngram import Ints, KneserNey
 
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.data import pack
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine

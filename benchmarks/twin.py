@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finback.checkpoint.hf import raw_config
+from finback.checkpoint.hf_config import raw_config
 from finback.checkpoint.names import table
 from finback.model.transformer import Transformer
 

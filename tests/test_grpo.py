@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.checkpoint.export import export
 from finback.config import UserError
 from finback.data import tokenizer

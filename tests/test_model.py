@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finback.checkpoint.hf import raw_config
+from finback.checkpoint.hf_config import raw_config
 from finback.checkpoint.names import table
 from finback.config import UserError
 from finback.kernels import attention, decode, moe_gemm, native, norm, reference

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from finback.checkpoint import model as models
-from finback.checkpoint import store
+from finback.checkpoint import models, store
 from finback.config import UserError
 from finback.data.rows import Rows
 from finback.data.sources import Files

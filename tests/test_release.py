@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from finback.checkpoint import hf, names
+from finback.checkpoint import hf_config, names
 from finback.checkpoint.audit import audit, shapes
 from finback.checkpoint.export import is_quantized
 from finback.checkpoint.shards import SCALE, Spec
@@ -48,7 +48,7 @@ def test_the_folded_map_is_the_whole_one(release: Names) -> None:
 
 
 def test_every_tensor_is_explained(release: Names) -> None:
-    config = hf.model_config(RELEASE["config"])
+    config = hf_config.model_config(RELEASE["config"])
     assert config == V3.__class__(**{**vars(V3), "initializer_range": 0.02})
     result = audit(config, release, quantized=True)  # type: ignore[arg-type]
     assert result.holds and not result.notes
@@ -59,7 +59,7 @@ def test_every_tensor_is_explained(release: Names) -> None:
 
 
 def test_the_closed_form_counts_what_the_files_hold(release: Names) -> None:
-    config = hf.model_config(RELEASE["config"])
+    config = hf_config.model_config(RELEASE["config"])
     assert parameters(config, mtp=False) + 58 * 256 == 671_026_419_200  # the release's count has the router biases
     shared = 2 * config.vocab_size * config.hidden_size
     assert mtp_parameters(config) + 256 + shared == 13_463_426_304
@@ -86,13 +86,13 @@ def test_one_wrong_tensor_among_91991_is_found(
         del damaged.specs[name]
     else:
         damaged.specs[name] = Spec("BF16", change, Path("x"))
-    result = audit(hf.model_config(RELEASE["config"]), damaged, quantized=True)  # type: ignore[arg-type]
+    result = audit(hf_config.model_config(RELEASE["config"]), damaged, quantized=True)  # type: ignore[arg-type]
     assert not result.holds
     assert list(getattr(result, kind)) == [name.removesuffix(SCALE)]
 
 
 def test_fp8_factors_have_a_row_and_column_per_block(release: Names) -> None:
-    wanted = shapes(hf.model_config(RELEASE["config"]))
+    wanted = shapes(hf_config.model_config(RELEASE["config"]))
     for name, spec in release.specs.items():
         if name.endswith(SCALE):
             assert spec.shape == tuple(fp8.blocks(n) for n in wanted[name.removesuffix(SCALE)])

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.engine.engine import EngineConfig
 from finback.engine.open import open_engine
 from tests.serving import (

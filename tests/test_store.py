@@ -12,8 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from finback.checkpoint import model as models
-from finback.checkpoint import store
+from finback.checkpoint import models, store
 from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.config import UserError, as_json
 from finback.data import tokenizer as tokenizers
 from finback.model.transformer import Transformer

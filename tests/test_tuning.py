@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.config import UserError
 from finback.data import tokenizer, tuning
 from finback.data.messages import IGNORE, Lesson, Message, encode_document, encode_prompt, lessons

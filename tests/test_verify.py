@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.checkpoint.export import export
-from finback.checkpoint.load import load
+from finback.checkpoint.models import load_audited
 from finback.checkpoint.shards import SCALE
 from finback.config import UserError
 from finback.data import tokenizer
@@ -282,11 +282,11 @@ def test_gguf_files_have_transformers_logits(family: str, data: st.DataObject, t
     theirs = build(config, 0)
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
     write_gguf(path, config, theirs)
-    ours, audit = load(path)
+    ours, audit = load_audited(path)
     tokens = torch.randint(config.vocab_size, (2, 20))
     with torch.no_grad():
         assert (ours.logits(ours(tokens)) - theirs(tokens).logits).abs().max() <= 1e-4
-    assert audit.holds and audit.notes == ["GGUF, spread out from F32"]
+    assert audit.holds and audit.notes == ["GGUF, dequantized from F32"]
 
 
 def unable(*_: object) -> None:
@@ -306,21 +306,21 @@ def test_quantized_gguf_and_what_it_refuses(tmp_path: Path, monkeypatch: pytest.
     )
     theirs = build(config, 0)
     write_gguf(tmp_path / "q.gguf", config, theirs, gguf.GGMLQuantizationType.Q8_0)
-    ours, audit = load(tmp_path / "q.gguf")
-    assert audit.notes == ["GGUF, spread out from F32, Q8_0"]
+    ours, audit = load_audited(tmp_path / "q.gguf")
+    assert audit.notes == ["GGUF, dequantized from F32, Q8_0"]
     gap = (ours.embed - theirs.model.embed_tokens.weight).abs().max()
     assert 0 < gap <= theirs.model.embed_tokens.weight.abs().max() / 200
     with monkeypatch.context() as patch, pytest.raises(UserError, match="Q8_0, which the gguf library does not"):
         patch.setattr(gguf.quants, "dequantize", unable)
-        load(tmp_path / "q.gguf")
+        load_audited(tmp_path / "q.gguf")
     whole = (tmp_path / "q.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.gguf").write_text("hello")
     for name in ("cut", "text"):
         with pytest.raises(UserError, match="not a whole GGUF file"):
-            load(tmp_path / f"{name}.gguf")
+            load_audited(tmp_path / f"{name}.gguf")
     with pytest.raises(UserError, match="no such file"):
-        load(tmp_path / "none.gguf")
+        load_audited(tmp_path / "none.gguf")
 
 
 def smollm() -> Path:

@@ -1,13 +1,17 @@
 """What becomes of every tensor of a Hugging Face checkpoint, decided from names and shapes before anything is read."""
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from finback.checkpoint import names
-from finback.checkpoint.shards import SCALE, Weights, element_type
+from finback.checkpoint.gguf import GGUF
+from finback.checkpoint.hf_config import model_config, read_config
+from finback.checkpoint.shards import SCALE, Shards, Weights, element_type
 from finback.config import UserError
 from finback.kernels import fp8
 from finback.model.config import ModelConfig
@@ -59,6 +63,19 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             rows = shape[:-1].numel() if len(shape) > 1 else shape[0]
             found |= dict.fromkeys(theirs, (rows // len(theirs), *(shape[-1:] if len(shape) > 1 else ())))
     return found
+
+
+def examine(path: Path) -> tuple[Weights, Audit]:
+    """The weights at a path and what would become of each of their tensors; reads no values."""
+    if path.suffix == ".gguf":
+        file = GGUF(path)
+        result = audit(model_config(file.raw), file, quantized=False)
+        result.notes.append(f"GGUF, dequantized from {', '.join(file.kinds)}")
+        return file, result
+    raw = read_config(path)
+    config, quantized = model_config(raw), is_fp8(raw)
+    shards = Shards(path)
+    return shards, audit(config, shards, quantized)
 
 
 def audit(config: ModelConfig, shards: Weights, quantized: bool) -> Audit:
@@ -113,3 +130,34 @@ def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantized: bool
         return f"FP8 factors of dtype {factors.dtype}; finback reads F32 and BF16"
     expected = tuple(fp8.blocks(n) for n in shape)
     return "" if factors.shape == expected else f"FP8 factors {list(factors.shape)}, not {list(expected)}"
+
+
+def differing_copies(weights: Weights, result: Audit) -> Iterator[tuple[str, str]]:
+    """Tensors that were skipped as copies and are not, with what they should repeat."""
+    originals = names.copies(result.config)
+    for name, original in originals.items():
+        if name not in result.skipped or original not in weights.specs or original in result.wrong:
+            continue
+        if differs(weights, name, original):
+            yield name, original
+
+
+def differs(weights: Weights, name: str, original: str) -> bool:
+    """Whether a copy's values are not those of its original."""
+    one, other = weights.read(name), weights.read(original)
+    return one.shape != other.shape or not torch.equal(one, other.to(one.dtype))
+
+
+def is_fp8(raw: dict[str, Any]) -> bool:
+    """Whether the weights are in DeepSeek's FP8 format; UserError for any other quantization."""
+    q = raw.get("quantization_config")
+    if q is None:
+        return False
+    if not isinstance(q, dict) or q.get("quant_method") != "fp8" or q.get("weight_block_size") != [128, 128]:
+        raise UserError(
+            "config.json quantization_config",
+            q,
+            "finback reads fp8 with weight_block_size [128, 128]",
+            "Use the bf16 or DeepSeek-FP8 weights of this model.",
+        )
+    return True

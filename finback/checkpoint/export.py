@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finback.checkpoint import hf, names
+from finback.checkpoint import names
 from finback.checkpoint.audit import shapes
-from finback.checkpoint.load import part, scale_name
+from finback.checkpoint.hf_config import raw_config
+from finback.checkpoint.models import part, scale_name
 from finback.checkpoint.shards import BESIDE, INDEX, SCALE, SINGLE
 from finback.checkpoint.store import as_os_error
 from finback.config import UserError
@@ -43,7 +44,7 @@ def export(
     exists with something in it or the disk is too small.
     """
     folder = check_target(folder)
-    raw = hf.raw_config(model.config, "float32" if fmt == "fp32" else "bfloat16") | (settings or {})
+    raw = raw_config(model.config, "float32" if fmt == "fp32" else "bfloat16") | (settings or {})
     if fmt == "fp8":
         raw["quantization_config"] = {
             "quant_method": "fp8",

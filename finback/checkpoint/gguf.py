@@ -1,6 +1,6 @@
 """GGUF files of the dense families: their metadata as a config.json, their tensors under Hugging Face's names.
 
-The gguf library spreads out quantized tensors, one at a time. Beyond names two things differ: Llama's query and key
+The gguf library dequantizes tensors, one at a time. Beyond names two things differ: Llama's query and key
 rows are stored for interleaved rotation, and Llama 3's frequency scaling is a tensor instead of a setting.
 """
 
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finback.checkpoint.hf_config import model_config
 from finback.checkpoint.shards import Spec
 from finback.config import UserError
+from finback.model.rope import inverse_frequencies
 
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _TOP = {
@@ -79,7 +81,7 @@ class GGUF:
         self.kinds = sorted({t.tensor_type.name for t in reader.tensors})
 
     def read(self, name: str) -> Tensor:
-        """One tensor, spread out to fp32."""
+        """One tensor, dequantized to fp32."""
         from gguf import quants
 
         tensor = self.tensors[name]
@@ -88,7 +90,7 @@ class GGUF:
         except NotImplementedError:
             kind = tensor.tensor_type.name
             raise UserError(
-                name, str(self.path), f"{kind}, which the gguf library does not spread out", "Use another quantization."
+                name, str(self.path), f"{kind}, which the gguf library does not dequantize", "Use another quantization."
             ) from None
         if self.raw["model_type"] == "llama" and ("q_proj." in name or "k_proj." in name):
             heads = self.raw["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
@@ -101,7 +103,7 @@ class GGUF:
         into.copy_(self.read(name))
 
     def scale(self, name: str) -> Tensor | None:
-        """None: `read` has spread everything out."""
+        """None: `read` has dequantized everything."""
         return None
 
     def by_file(self) -> Iterator[str]:
@@ -168,10 +170,7 @@ def _raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, A
 
 def _llama3(divisors: Tensor, raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """The Llama 3 setting whose frequencies are these; its releases use factors 8 and 32."""
-    from finback.checkpoint import hf
-    from finback.model.rope import inverse_frequencies
-
-    plain = inverse_frequencies(hf.model_config(raw | {"rope_scaling": None}))
+    plain = inverse_frequencies(model_config(raw | {"rope_scaling": None}))
     for factor in (8.0, 32.0):
         setting = {
             "rope_type": "llama3",
@@ -180,7 +179,7 @@ def _llama3(divisors: Tensor, raw: dict[str, Any], path: Path) -> dict[str, Any]
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        scaled = inverse_frequencies(hf.model_config(raw | {"rope_scaling": setting}))
+        scaled = inverse_frequencies(model_config(raw | {"rope_scaling": setting}))
         if divisors.shape == plain.shape and torch.allclose(plain / divisors, scaled, rtol=1e-4):
             return setting
     raise UserError(_FREQUENCIES, str(path), "not the frequencies of a Llama 3 release", "Use its safetensors files.")

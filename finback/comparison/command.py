@@ -88,7 +88,7 @@ def open_all(options: CompareOptions, environment: Mapping[str, str]) -> list[Co
     keys, extra = _keys(options.key_env, theirs, environment), _extra(options.extra)
     opened: list[Contestant] = []
     if models:
-        from finback.checkpoint.model import find_model
+        from finback.checkpoint.models import find_model
         from finback.comparison.local import Local, price_here
 
         price = price_here(options.price_hour)

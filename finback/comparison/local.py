@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from finback import __version__
-from finback.checkpoint.model import Answering
+from finback.checkpoint.models import InferenceDtype
 from finback.comparison.answer_store import Answer, Failure, parse_answer
 from finback.comparison.contestant import Price
 from finback.comparison.protocol import EvalRequest, SamplingProtocol
@@ -47,7 +47,7 @@ class Local:
 
     path: Path
     name: str
-    dtype: Answering = "auto"
+    dtype: InferenceDtype = "auto"
     rows: int = 32
     price: Price = field(default_factory=Price)
     _files: str = ""

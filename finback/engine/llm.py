@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finback.checkpoint.model import Answering
+from finback.checkpoint.models import InferenceDtype
 from finback.data.messages import Response, encode_prompt, parse_response
 from finback.data.openai_messages import read_messages
 from finback.data.tokenizer import THINK
@@ -40,7 +40,7 @@ class LLM:
     at most 1024 tokens.
     """
 
-    def __init__(self, model: str | Path, dtype: Answering = "auto", config: EngineConfig = ANSWERING) -> None:
+    def __init__(self, model: str | Path, dtype: InferenceDtype = "auto", config: EngineConfig = ANSWERING) -> None:
         self.engine, self.tokenizer = open_engine(model, dtype, config)
         self.window = self.engine.capacity
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from finback.checkpoint.model import Answering, find_model, load_to_answer
+from finback.checkpoint.models import InferenceDtype, find_model, load_for_inference
 from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
 from finback.engine.engine import Engine, EngineConfig, affordable
 from finback.model.transformer import Transformer
@@ -12,18 +12,18 @@ from finback.model.transformer import Transformer
 ANSWERING = EngineConfig(rows=32, chunk=512, reuse=True, speculate=True)
 
 
-def load(path: str | Path, dtype: Answering = "fp32") -> tuple[Transformer, Tokenizer]:
+def load(path: str | Path, dtype: InferenceDtype = "fp32") -> tuple[Transformer, Tokenizer]:
     """The model and the tokenizer at a path: a run, a stage, a Hugging Face folder or a GGUF file.
 
     A model in fp32 can be trained. The others only answer, laid out as this machine reads them fastest.
     """
     found = find_model(Path(path))
     tokenizer = Tokenizer(found)
-    return load_to_answer(found, dtype), tokenizer
+    return load_for_inference(found, dtype), tokenizer
 
 
 def open_engine(
-    path: str | Path, dtype: Answering = "auto", config: EngineConfig = ANSWERING
+    path: str | Path, dtype: InferenceDtype = "auto", config: EngineConfig = ANSWERING
 ) -> tuple[Engine, Tokenizer]:
     """An engine that answers with the model at a path, and its tokenizer.
 

@@ -70,9 +70,9 @@ def _stored_model(path: Path) -> ModelConfig | None:
     if (path / "model.json").is_file():
         return models.from_json(read_json(path / "model.json"))
     if path.is_dir() and is_checkpoint(path):
-        from finback.checkpoint import hf
+        from finback.checkpoint import hf_config
 
-        return hf.model_config(hf.read_config(path))
+        return hf_config.model_config(hf_config.read_config(path))
     return None
 
 

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from finback.checkpoint import export as weights
-from finback.checkpoint import hf
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.checkpoint.export import Format
-from finback.checkpoint.load import Kept
-from finback.checkpoint.model import find_model
+from finback.checkpoint.hf_config import read_config
+from finback.checkpoint.models import WeightDtype, find_model
 from finback.data.tokenizer import Tokenizer
 from finback.report.model_card import write_card
 
 # no more memory than the result needs; FP8 that came in goes out as it is
-_KEPT: dict[Format, Kept] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
+_WEIGHTS: dict[Format, WeightDtype] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
 
 
 def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
@@ -22,7 +21,7 @@ def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
     source = find_model(path)
     weights.check_target(folder)
     own = (source / "model.json").is_file()
-    model = models.load(source, kept="fp32" if own else _KEPT[fmt])
+    model = models.load(source, weights="fp32" if own else _WEIGHTS[fmt])
     talks = source.suffix == ".gguf" or (source / "tokenizer.json").is_file()
     tokenizer = Tokenizer(source) if talks else None
 
@@ -39,7 +38,7 @@ def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
 
 def _settings(source: Path, tokenizer: Tokenizer | None, fmt: Format) -> dict[str, Any]:
     """What config.json says beside the model: special ids, and how the factors of FP8 that is passed on are kept."""
-    raw = hf.read_config(source) if source.is_dir() and not (source / "model.json").is_file() else {}
+    raw = read_config(source) if source.is_dir() and not (source / "model.json").is_file() else {}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found: dict[str, Any] = {n: raw[n] for n in names if raw.get(n) is not None}
     if tokenizer is not None:

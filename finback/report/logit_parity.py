@@ -9,8 +9,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from finback.checkpoint.hf import read_config
-from finback.checkpoint.load import is_fp8
+from finback.checkpoint.audit import is_fp8
+from finback.checkpoint.hf_config import read_config
 from finback.model.config import ModelConfig
 from finback.model.count import parameters
 from finback.model.transformer import Transformer

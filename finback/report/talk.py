@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finback.checkpoint.model import Answering, find_model
+from finback.checkpoint.models import InferenceDtype, find_model
 from finback.config import UserError
 from finback.data.messages import Message, parse_response
 from finback.data.tokenizer import END_THINK, THINK
@@ -27,7 +27,7 @@ class Conversation:
     `think` True opens the chain of thought for the model, False keeps it from thinking, None leaves it to the model.
     """
 
-    def __init__(self, model: Path, seed: int, dtype: Answering = "auto", **chosen: float | None) -> None:
+    def __init__(self, model: Path, seed: int, dtype: InferenceDtype = "auto", **chosen: float | None) -> None:
         self.llm = LLM(model, dtype, replace(ANSWERING, rows=1))
         self.sampling = self.llm.defaults(
             **{"max_tokens": min(1024, self.llm.window // 8)} | {n: v for n, v in chosen.items() if v is not None}

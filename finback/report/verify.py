@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finback.checkpoint import model as models
-from finback.checkpoint import names
-from finback.checkpoint.audit import Audit
-from finback.checkpoint.load import differing_copies, examine
+from finback.checkpoint import models, names
+from finback.checkpoint.audit import Audit, differing_copies, examine
 from finback.checkpoint.shards import Weights
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
@@ -90,7 +88,7 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
     elif whole:
         quantized = [spec.shape for spec in weights.specs.values() if spec.dtype == "F8_E4M3"]
         # transformers spreads FP8 out to bf16; so do we where the two are compared
-        model = models.load(path, kept="bf16" if quantized else "fp32").eval()
+        model = models.load(path, weights="bf16" if quantized else "fp32").eval()
         checks.append(_values(model.state_dict().items()))
         if any(side % fp8.BLOCK for shape in quantized for side in shape):
             text = "transformers not asked: it spreads cut-off FP8 blocks wrongly (seen in 5.23)"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.data.messages import IGNORE, Lesson
 from finback.data.tokenizer import Tokenizer

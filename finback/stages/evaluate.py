@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finback.checkpoint import model as models
+from finback.checkpoint import models
 from finback.config import UserError, check_fields, check_not_negative, check_positive, did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine

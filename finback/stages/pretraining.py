@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finback.checkpoint import model as models
-from finback.checkpoint import store
+from finback.checkpoint import models, store
 from finback.config import UserError
 from finback.data.loader import Loader
 from finback.data.tokenizer import Tokenizer

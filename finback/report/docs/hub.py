@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from finback.checkpoint.hf import family_of
+from finback.checkpoint.hf_config import family_of
 from finback.report import model_card as card
 from finback.report.docs import compute, technical
 from finback.report.docs.blocks import Block, Heading, Paragraph, facts, markdown, records, said

@@ -6,6 +6,7 @@ transformers 5. What finback would have to guess or could not run is refused wit
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,20 @@ from finback.config import UserError, did_you_mean
 from finback.model.config import LinearRope, Llama3Rope, ModelConfig, RopeScaling, Yarn
 
 LARGEST = 1_000_000_000  # of any whole number in a config; beyond it is damage
-FAMILIES = ("deepseek_v2", "deepseek_v3", "llama", "qwen2", "qwen3")
+ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# fields that are called alike in a config.json and in ModelConfig
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+COMMON = (*SIZES, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range")
+MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+MOE = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
+GATE = ("n_group", "topk_group", "scoring_func", "norm_topk_prob", "routed_scaling_factor")
+LAYERS = ("first_k_dense_replace", "num_nextn_predict_layers")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -33,23 +47,18 @@ def read_config(folder: Path) -> dict[str, Any]:
 def model_config(raw: dict[str, Any]) -> ModelConfig:
     """The ModelConfig that a raw config.json describes; UserError for what finback does not run."""
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if family not in ARCHITECTURES:
         own_code = " and brings its own code, which finback never runs" if "auto_map" in raw else ""
         raise UserError(
             "config.json model_type",
             family,
             f"not a family that finback knows{own_code}",
-            did_you_mean(str(family), FAMILIES),
+            did_you_mean(str(family), ARCHITECTURES),
         )
     fields = _Fields(raw)
     fields.demand("hidden_act", "silu", default="silu")
     fields.demand("mlp_bias", False, default=False)
-    common: dict[str, Any] = {
-        "vocab_size": fields.integer("vocab_size"),
-        "hidden_size": fields.integer("hidden_size"),
-        "num_hidden_layers": fields.integer("num_hidden_layers"),
-        "num_attention_heads": fields.integer("num_attention_heads"),
-        "intermediate_size": fields.integer("intermediate_size"),
+    common: dict[str, Any] = {name: fields.integer(name) for name in SIZES} | {
         "max_position_embeddings": fields.integer("max_position_embeddings", 4096),
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
         "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
@@ -104,9 +113,8 @@ def _latent(fields: _Fields, family: str) -> dict[str, Any]:
     """What DeepSeek's configs say beyond the common fields."""
     fields.demand("attention_bias", False, default=False)
     fields.demand("moe_layer_freq", 1, default=1)
-    names = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     rank = fields.raw.get("q_lora_rank")
-    found: dict[str, Any] = {name: fields.integer(name) for name in names} | {
+    found: dict[str, Any] = {name: fields.integer(name) for name in MLA} | {
         "attention": "mla",
         "q_lora_rank": None if rank is None else fields.integer("q_lora_rank"),
         "rope_interleaved": fields.flag("rope_interleave", True),
@@ -118,14 +126,8 @@ def _latent(fields: _Fields, family: str) -> dict[str, Any]:
     found["num_nextn_predict_layers"] = mtp
     if not fields.raw.get("n_routed_experts") or dense >= layers + mtp:
         return found
-    found |= {
-        "n_routed_experts": fields.integer("n_routed_experts"),
-        "first_k_dense_replace": dense,
-        "n_shared_experts": fields.integer("n_shared_experts"),
-        "num_experts_per_tok": fields.integer("num_experts_per_tok"),
-        "moe_intermediate_size": fields.integer("moe_intermediate_size"),
-        "routed_scaling_factor": fields.number("routed_scaling_factor"),
-    }
+    found |= {name: fields.integer(name) for name in MOE} | {"first_k_dense_replace": dense}
+    found["routed_scaling_factor"] = fields.number("routed_scaling_factor")
     return found | (_v2_gate(fields) if family == "deepseek_v2" else _v3_gate(fields))
 
 
@@ -225,7 +227,7 @@ def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The config.json of a model, in the releases' spelling; `model_config` reads it back to the same ModelConfig."""
     family = family_of(config)
     raw: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         "torch_dtype": dtype,
         "hidden_act": "silu",
@@ -233,13 +235,13 @@ def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "rope_theta": config.rope_theta,
     }
-    raw |= {name: getattr(config, name) for name in _SAME}
+    raw |= {name: getattr(config, name) for name in COMMON}
     if config.rope_scaling is not None:
         raw["rope_scaling"] = _raw_rope(config.rope_scaling)
     if config.attention == "gqa":
         raw |= {"num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim}
         return raw | ({} if family == "qwen2" else {"attention_bias": config.attention_bias == "all"})
-    raw |= {name: getattr(config, name) for name in _LATENT}
+    raw |= {name: getattr(config, name) for name in ("q_lora_rank", *MLA, *MOE, *GATE, *LAYERS)}
     raw |= {
         "num_key_value_heads": config.num_attention_heads,
         "attention_bias": False,
@@ -253,44 +255,6 @@ def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         raw |= {"first_k_dense_replace": every, "n_routed_experts": 1, "num_experts_per_tok": 1}
         raw |= {"moe_intermediate_size": config.intermediate_size, "n_shared_experts": 1}
     return raw
-
-
-_ARCHITECTURES = {
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-_SAME = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "initializer_range",
-)
-_LATENT = (
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "n_routed_experts",
-    "n_shared_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "first_k_dense_replace",
-    "n_group",
-    "topk_group",
-    "scoring_func",
-    "norm_topk_prob",
-    "routed_scaling_factor",
-    "num_nextn_predict_layers",
-)
 
 
 def family_of(config: ModelConfig) -> str:
@@ -315,25 +279,12 @@ def family_of(config: ModelConfig) -> str:
 
 
 def _raw_rope(scaling: RopeScaling) -> dict[str, Any]:
-    if isinstance(scaling, LinearRope):
-        return {"type": "linear", "rope_type": "linear", "factor": scaling.factor}
+    raw: dict[str, Any] = asdict(scaling)
     if isinstance(scaling, Llama3Rope):
-        return {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }
-    raw = {
-        "type": "yarn",
-        "rope_type": "yarn",
-        "factor": scaling.factor,
-        "beta_fast": scaling.beta_fast,
-        "beta_slow": scaling.beta_slow,
-        "mscale": scaling.mscale,
-        "mscale_all_dim": scaling.mscale_all_dim,
-        "original_max_position_embeddings": scaling.original_max_position_embeddings,
-    }
-    says_more = scaling.attention_factor is not None or (not scaling.mscale_all_dim and scaling.mscale != 1.0)
-    return raw | ({"attention_factor": scaling.gain} if says_more else {})
+        return {"rope_type": "llama3"} | raw
+    kind = "linear" if isinstance(scaling, LinearRope) else "yarn"
+    if isinstance(scaling, Yarn):
+        says_more = scaling.attention_factor is not None or (not scaling.mscale_all_dim and scaling.mscale != 1.0)
+        del raw["attention_factor"]
+        raw |= {"attention_factor": scaling.gain} if says_more else {}
+    return {"type": kind, "rope_type": kind} | raw

@@ -1,0 +1,199 @@
+"""Models in files: a finished stage's folder, a Hugging Face folder or a GGUF file into a Transformer, and out again.
+
+Tensors are read one by one: the model plus one shard is in memory.
+"""
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint import names, store
+from finback.checkpoint.audit import Audit, differs, examine
+from finback.checkpoint.shards import Weights
+from finback.config import UserError
+from finback.kernels import fp8, packed
+from finback.model.config import from_json, to_json
+from finback.model.layers import Linear
+from finback.model.moe import MoE
+from finback.model.pack import pack
+from finback.model.quantized import make_room_for_fp8
+from finback.model.transformer import Transformer
+from finback.runs.files import is_checkpoint, read_json, write_json
+from finback.runs.folder import finished_stages
+
+READERS = min(4, os.cpu_count() or 1)
+SLICE = 8 * fp8.BLOCK  # rows of an FP8 matrix that are dequantized at once
+LARGE = 50_000_000  # bytes of weights below which fp32 costs little, and is exact
+InferenceDtype = Literal["auto", "fp32", "bf16", "int8"]
+WeightDtype = Literal["fp32", "bf16", "fp8"]  # fp8: FP8 matrices stay as they are, the rest is bf16
+
+
+def save(folder: Path, model: Transformer) -> None:
+    """Write a model with its config into a stage's folder; the tokenizer is the stage's to add."""
+    write_json(folder / "model.json", to_json(model.config))
+    store.save(folder / "model.safetensors", dict(model.state_dict()), {})
+
+
+def tensors_of(model: Transformer) -> dict[str, Tensor]:
+    """A model's part of a step checkpoint, apart from the optimisers' by prefix; `restore` takes it back."""
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def restore(model: Transformer, tensors: dict[str, Tensor]) -> None:
+    """Load what `tensors_of` put into a step checkpoint; other tensors in it are ignored."""
+    mine = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    model.load_state_dict(mine)
+
+
+def load_for_inference(path: Path, dtype: InferenceDtype = "auto") -> Transformer:
+    """Read the model at a path for answering alone, laid out as this machine reads it fastest.
+
+    bf16 and int8 (weights only, for CPUs) are packed: such a model cannot be trained or saved. "auto" is bf16 where the
+    machine computes in it, and fp32 elsewhere and for small models.
+    """
+    cuda = torch.cuda.is_available()
+    if dtype == "auto":
+        fast = cuda or packed.available("bf16")
+        dtype = "bf16" if fast and _size(path) >= LARGE else "fp32"
+    if dtype == "fp32":
+        model = load(path)
+        return (model.to("cuda") if cuda else model).eval()
+    if not cuda and not packed.available(dtype):
+        raise UserError("--dtype", dtype, "this processor has no fast products for it", "Use fp32.")
+    if cuda and dtype == "int8":
+        raise UserError("--dtype", dtype, "for CPUs only", "Use bf16.")
+    model = load(path, torch.bfloat16, "bf16").eval()
+    return model.to("cuda") if cuda else pack(model, dtype)
+
+
+def _size(path: Path) -> int:
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def load(path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype = "fp32") -> Transformer:
+    """Read the model at a path, whatever wrote it; UserError when there is none.
+
+    `compute` is the dtype of activations, `weights` that of parameters; training wants fp32 for both.
+    """
+    if (path / "model.json").is_file():
+        dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+        model = Transformer(from_json(read_json(path / "model.json")), compute, dtype)
+        tensors, _ = store.load(path / "model.safetensors")
+        model.load_state_dict(tensors)
+        return model
+    if is_checkpoint(path):
+        return load_audited(path, compute, weights)[0]
+    problem = "holds no model" if path.exists() else "no such file or folder"
+    raise UserError(
+        "model", str(path), problem, "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
+    )
+
+
+def find_model(path: Path) -> Path:
+    """The model that a path means: `path` itself, or the newest finished stage in it that made a model."""
+    if (path / "model.json").is_file() or (path.exists() and is_checkpoint(path)):
+        return path
+    found = [folder for folder in finished_stages(path) if (folder / "model.json").is_file()]
+    if not found:
+        problem = "holds no finished model" if path.exists() else "no such file or folder"
+        raise UserError(
+            "MODEL", str(path), problem, "Name a run such as runs/tiny, a Hugging Face folder, or a .gguf file."
+        )
+    return found[-1]
+
+
+def load_audited(
+    path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype = "fp32"
+) -> tuple[Transformer, Audit]:
+    """Read a folder or a .gguf file; UserError unless its weights are exactly those of its config."""
+    shards, result = examine(path)
+    result.demand(str(path))
+    if "lm_head.weight" in result.skipped and differs(shards, "lm_head.weight", "model.embed_tokens.weight"):
+        raise UserError(
+            "lm_head.weight",
+            str(path),
+            "config.json ties it to model.embed_tokens.weight, but its values differ",
+            "Set tie_word_embeddings to false if the head is its own; otherwise download the file again.",
+        )
+    model = Transformer(result.config, compute, torch.float32 if weights == "fp32" else torch.bfloat16)
+    if weights == "fp8":
+        _make_room_for_fp8(model, shards)
+    fill(model, shards)
+    return model, result
+
+
+def fill(model: Transformer, shards: Weights) -> None:
+    """Copy every tensor of the name table into the model, in the order in which the files hold them."""
+    targets: dict[str, tuple[str, int, int]] = {}
+    for ours, theirs in names.table(model.config).items():
+        for index, name in enumerate(theirs):
+            targets[name] = ours, index, len(theirs)
+    state = model.state_dict(keep_vars=True)
+    # Half the time goes into first touches of the model's pages: several threads make them, each computing alone.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(READERS) as pool:
+            jobs = (n for n in shards.by_file() if n in targets)
+            deque(pool.map(lambda name: _copy(state, targets[name], name, shards), jobs), maxlen=0)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def _copy(state: dict[str, Tensor], target: tuple[str, int, int], name: str, weights: Weights) -> None:
+    """Put a stored tensor into its part of ours; FP8 is dequantized a few rows at a time unless ours is FP8 too."""
+    ours, index, parts = target
+    into, scale = part(state[ours], index, parts), weights.scale(name)
+    if scale is None:
+        weights.read_into(name, into)
+    elif into.dtype == torch.float8_e4m3fn:
+        weights.read_into(name, into)
+        part(state[scale_name(ours)], index, parts).copy_(scale)
+    else:
+        source = weights.read(name)
+        for start in range(0, len(source), SLICE):
+            rows = slice(start, start + SLICE)
+            factors = scale[start // fp8.BLOCK : (start + SLICE) // fp8.BLOCK]
+            fp8.dequantize(source[rows], factors, into.dtype, out=into[rows])
+
+
+def part(whole: Tensor, index: int, parts: int) -> Tensor:
+    """The view of equal part `index` of a tensor's rows; experts' matrices count as stacked rows."""
+    flat = whole.flatten(0, -2) if whole.ndim > 2 else whole
+    height = len(flat) // parts
+    return flat[index * height : (index + 1) * height]
+
+
+def scale_name(ours: str) -> str:
+    """Our name of the factors of an FP8 tensor."""
+    return ours + "_scale"  # see model/quantized.py
+
+
+def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
+    """Turn matrices whose parts are FP8 in the files into FP8 parameters with a buffer for their factors."""
+    stored = {
+        ours: [shards.specs[n] for n in theirs]
+        for ours, theirs in names.table(model.config).items()
+        if all(shards.specs[n].dtype == "F8_E4M3" for n in theirs)
+    }
+    for prefix, module in model.named_modules():
+        if not isinstance(module, Linear | MoE):
+            continue
+        kinds = ("gate_up", "down") if isinstance(module, MoE) else ("weight",)
+        found = [k for k in kinds if f"{prefix}.{k}" in stored]
+        # blocks of parts that share a matrix line up only when each part is a whole number of blocks high
+        matrices = len(module.gate_up) if isinstance(module, MoE) else 1
+        aligned = all(
+            len(stored[f"{prefix}.{k}"]) == matrices or stored[f"{prefix}.{k}"][0].shape[0] % fp8.BLOCK == 0
+            for k in found
+        )
+        if not found or len(found) != len(kinds) or not aligned:
+            continue
+        make_room_for_fp8(module, found)
