@@ -20,7 +20,9 @@ from finback.report.docs import build, completeness, compute, curves, facts
 from finback.report.docs import questionnaire as asked
 from finback.report.docs.facts import MISSING, NOT_PROVIDED
 from finback.report.docs.questionnaire import QUESTIONS, Answers
+from finback.runs.declaration import Declaration
 from finback.runs.files import read_json, read_lines, write_json, write_lines
+from finback.runs.reader import StageFolder
 from finback.runs.recipe import claim, execute, load, summary
 from tests.toy import write_recipe
 
@@ -236,15 +238,17 @@ def test_croissant_reads_the_data_sets(made: Path, answers: Answers, tmp_path: P
         assert not read.metadata.ctx.issues.errors and read.metadata.distribution
 
 
-def test_curves_keep_spikes_and_have_round_ticks() -> None:
-    points = [(float(i), 1.0) for i in range(10_000)]
-    points[7_777] = (7_777.0, 99.0)
-    kept = curves.thinned(points)
-    assert len(kept) <= curves.POINTS and (7_777.0, 99.0) in kept and kept == sorted(kept)
+def test_curves_keep_spikes_and_have_round_ticks(tmp_path: Path) -> None:
+    stage = StageFolder(tmp_path, {}, Declaration(curves={"loss": ("loss", "mtp_loss")}))
+    write_lines(stage.metrics_file, [{"step": i, "loss": 99.0 if i == 7_777 else 1.0} for i in range(10_000)])
+    (drawn,) = curves.of_stage(stage)
+    (points,) = re.findall(r'points="([^"]*)"', drawn.svg)
+    assert len(points.split()) <= curves.POINTS and f",{curves.TOP:.1f} " in points
     assert curves.ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert curves.ticks(0.13, 0.41) == pytest.approx([0.2, 0.3, 0.4])
     assert curves.ticks(3, 3) == [3]
-    assert curves.of_stage("a", "SFT", [{"step": 1, "loss": float("nan")}, {"step": None, "loss": 1}]) == []
+    write_lines(stage.metrics_file, [{"step": 1, "loss": float("nan")}, {"step": None, "loss": 1}])
+    assert curves.of_stage(stage) == []
 
 
 def test_compute_is_counted_as_the_guidelines_say(run: Path) -> None:

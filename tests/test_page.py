@@ -21,13 +21,14 @@ from starlette.testclient import TestClient
 
 from finback.config import UserError
 from finback.runs.metrics_table import MetricsTable
+from finback.runs.reader import StageFolder
 from finback.runs.samples import SampleIndex
 from finback.runs.thinning import smooth, thin
 from finback.serve import curves, server, watch
 from finback.serve.auth import digests
 from finback.serve.options import ListenOptions, ServeOptions
 from finback.serve.page import POLICY, WEB, Page
-from finback.serve.runs import Runs, StageFolder
+from finback.serve.runs import Runs
 from tests.serving import CHAT, HELLO, KEY, Scripted, events, served
 from tests.toy import ROOT, finback
 
@@ -43,7 +44,10 @@ def make_run(root: Path, name: str = "toy") -> Path:
     """A finished pre-training, a finished exam and an RL stage that has stopped."""
     run = root / name
     write(run / "recipe.json", {"recipe": "toy", "seed": 3})
-    write(run / "base/config.json", {"type": "Pretrain", "name": "base", "max_tokens": 4000})
+    write(
+        run / "base/config.json",
+        {"type": "Pretrain", "name": "base", "max_tokens": 4000, "declaration": {"length": "max_tokens"}},
+    )
     steps = range(1, 101)
     write(
         run / "base/metrics.jsonl",
@@ -444,7 +448,7 @@ def alerts_of(
     write(tmp_path / "metrics.jsonl", *records)
     table = MetricsTable(tmp_path / "metrics.jsonl")
     table.update(1)
-    stage = StageFolder("s", tmp_path, config, None)
+    stage = StageFolder(tmp_path, config)
     return [(a["kind"], a["name"], a["step"]) for a in curves.alerts(stage, table, running)]
 
 
@@ -467,7 +471,7 @@ def test_alerts(tmp_path: Path) -> None:
     table = MetricsTable(tmp_path / "metrics.jsonl")
     table.update(1)
     os.utime(tmp_path / "metrics.jsonl", (long_ago, long_ago))
-    found = curves.alerts(StageFolder("s", tmp_path, {}, None), table, True)
+    found = curves.alerts(StageFolder(tmp_path, {}), table, True)
     assert [a["kind"] for a in found] == ["stall"] and "60 minutes" in found[0]["text"]
 
 

@@ -412,9 +412,7 @@ def test_a_summary_holds_what_is_finished(tmp_path: Path) -> None:
     assert told == {
         "recipe": "notes",
         "seed": 3,
-        "stages": {
-            "a": {"stage": "Note", "kind": "other", "results": {"x": 1}, "text": "", "cost": cost(tmp_path / "a")}
-        },
+        "stages": {"a": {"stage": "Note", "results": {"x": 1}, "text": "", "cost": cost(tmp_path / "a")}},
     }
 
 

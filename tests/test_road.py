@@ -23,25 +23,25 @@ from tests.toy import CONFIG, ROOT, finback
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished toy road, its story in story.txt."""
+    """A finished toy road, its story in summary.txt."""
     folder = tmp_path_factory.mktemp("road")
     done = finback("run", write_road(folder), "--runs", folder / "runs", "--ranks", 2)
     assert done.returncode == 0, done.stderr
-    (folder / "story.txt").write_text(done.stdout)
+    (folder / "summary.txt").write_text(done.stdout)
     return folder
 
 
-def test_the_story_has_a_line_for_every_model(walked: Path) -> None:
-    story = (walked / "story.txt").read_text()
-    lines = story.splitlines()
+def test_the_summary_has_a_line_for_every_model(walked: Path) -> None:
+    summary = (walked / "summary.txt").read_text()
+    lines = summary.splitlines()
     head = next(line for line in lines if line.startswith("model"))
     assert "language" in head and "tokens" in head
     for name in ("zero", "dev2", "on-policy"):
         row = next(line for line in lines if line.startswith(f"{name} ") and "(" in line)
         assert "%" in row
-    assert "Rejection sampling 'cold' kept" in story and "finback chat" in story
-    assert story.count("max violation") == 1, "the dense student has no router to speak of"
-    assert "The first problem of the exam 'sums'" in story
+    assert "Rejection sampling 'cold' kept" in summary and "finback chat" in summary
+    assert summary.count("max violation") == 1, "the dense student has no router to speak of"
+    assert "The first problem of the exam 'sums'" in summary
 
 
 def test_results_say_what_was_learnt_from(walked: Path) -> None:
@@ -76,7 +76,7 @@ def test_samples_that_are_not_there_are_named(walked: Path, tmp_path: Path) -> N
         samples.find(run, "zeor")
     with pytest.raises(UserError, match=r"--step = 99.*dev2 has 1 to 4"):
         samples.find(run, "dev2", 99)
-    with pytest.raises(UserError, match="no RL stage has kept any"):
+    with pytest.raises(UserError, match="no RL stage has written any"):
         samples.find(tmp_path)
     refused = finback("show", tmp_path / "nowhere", "--samples")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr

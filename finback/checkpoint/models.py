@@ -24,7 +24,7 @@ from finback.model.pack import pack
 from finback.model.quantized import make_room_for_fp8
 from finback.model.transformer import Transformer
 from finback.runs.files import is_checkpoint, read_json, write_json
-from finback.runs.folder import finished_stages
+from finback.runs.reader import finished_stages
 
 READERS = min(4, os.cpu_count() or 1)
 SLICE = 8 * fp8.BLOCK  # rows of an FP8 matrix that are dequantized at once

@@ -1,22 +1,15 @@
 """What each evaluated model of a run scores, and what each answers to the same problem."""
 
-from pathlib import Path
 from typing import Any
 
-from finback.runs.declaration import Kind
-from finback.runs.files import read_lines
+from finback.runs.reader import StageFolder
 
 MANY = 3  # evaluated models from which on a summary has one row per model
 
 
-def of_kind(stages: dict[str, Any], kind: Kind) -> list[str]:
-    """Names of the stages of summary.json that declare a kind."""
-    return [name for name, stage in stages.items() if stage.get("kind") == kind]
-
-
-def accuracy_table(stages: dict[str, Any]) -> str:
-    """One line per examined model: every exam's accuracy with its interval, then length, thinking and language."""
-    taken = [stages[name]["results"] for name in of_kind(stages, "evaluation")]
+def accuracy_table(exams: list[StageFolder]) -> str:
+    """One line per evaluated model: every exam's accuracy with its interval, then length, thinking and language."""
+    taken = [stage.results for stage in exams]
     names = list(dict.fromkeys(e["exam"] for results in taken for e in results["evaluations"]))
     tells = any("language" in e for results in taken for e in results["evaluations"])
     width = max(5, *(len(results["model"]) for results in taken))
@@ -28,7 +21,7 @@ def accuracy_table(stages: dict[str, Any]) -> str:
 def _row(results: dict[str, Any], names: list[str], width: int, tells: bool) -> str:
     found = {e["exam"]: e for e in results["evaluations"]}
     first = results["evaluations"][0]
-    cells = "".join(f"  {_share(found.get(name)):>17}" for name in names)
+    cells = "".join(f"  {share(found.get(name)):>17}" for name in names)
     line = f"{results['model']:{width}}{cells}  {first['mean_tokens']:>6.1f}  {first['thinks']:>6.0%}"
     if not tells:
         return line
@@ -36,26 +29,38 @@ def _row(results: dict[str, Any], names: list[str], width: int, tells: bool) -> 
     return f"{line}  {'-' if language is None else f'{language:.1%}':>8}"
 
 
-def _share(exam: dict[str, Any] | None) -> str:
+def share(exam: dict[str, Any] | None) -> str:
     if exam is None:
         return "-"
     low, high = exam["interval"]
     return f"{exam['accuracy']:.1%} ({low:.0%}-{high:.0%})"
 
 
-def first_problem(root: Path, stages: dict[str, Any]) -> str:
-    """The first problem of the first exam, and what every model said to it, right or not."""
-    taken = [(name, stages[name]["results"]) for name in of_kind(stages, "evaluation")]
-    exam = taken[0][1]["evaluations"][0]["exam"]
-    lines: list[str] = []
-    for name, results in taken:
-        records = read_lines(root / name / f"{exam}.jsonl")
-        if records:
-            lines = lines or [
-                f"The first problem of the exam '{exam}': {records[0]['question']}  (gold: {records[0]['gold']})"
-            ]
-            lines.append(answer_line(results["model"], records[0]))
-    return "\n".join(lines)
+def first_exam(exams: list[StageFolder]) -> str:
+    """The name of the first exam that a run's first evaluation gave."""
+    return str(exams[0].results["evaluations"][0]["exam"])
+
+
+def first_problem(exams: list[StageFolder]) -> str:
+    """The first problem of the first exam, and what every model answered, right or not."""
+    name = first_exam(exams)
+    given = [(stage.results["model"], records[0]) for stage in exams if (records := stage.answers(name))]
+    if not given:
+        return ""
+    problem = given[0][1]
+    lines = [f"The first problem of the exam '{name}': {problem['question']}  (gold: {problem['gold']})"]
+    return "\n".join([*lines, *(answer_line(model, record) for model, record in given)])
+
+
+def problem_pairs(before: StageFolder, after: StageFolder, labels: tuple[str, str], most: int, width: int) -> list[str]:
+    """The first problems of an exam, whatever became of them, each with what both models answered."""
+    name = first_exam([before])
+    pairs = zip(before.answers(name), after.answers(name), strict=False)
+    return [
+        f"{then['question']}  (gold: {then['gold']})\n{answer_line(labels[0], then, width)}\n"
+        f"{answer_line(labels[1], now, width)}"
+        for then, now in list(pairs)[:most]
+    ]
 
 
 def answer_line(label: str, record: dict[str, Any], width: int = 14) -> str:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from finback.report.exams import MANY, accuracy_table, answer_line, first_problem, of_kind
-from finback.runs.files import SUMMARY, read_json, read_lines
+from finback.report.exams import MANY, accuracy_table, first_exam, first_problem, problem_pairs, share
+from finback.runs import reader
 from finback.runs.progress import clock
+from finback.runs.reader import StageFolder
 
 SAMPLES = 3
 PLANTED = "Pre-training planted both habits, guessing and thinking; RL selects the one that pays and sharpens it."
@@ -13,22 +14,28 @@ PLANTED = "Pre-training planted both habits, guessing and thinking; RL selects t
 
 def summarize(root: Path) -> str:
     """The summary of a run as text; draws <root>/learning.png when there is an RL stage."""
-    stages = read_json(root / SUMMARY)["stages"]
-    exams, learning = of_kind(stages, "evaluation"), of_kind(stages, "reinforcement learning")
-    parts = [_costs(stages), "\n".join(stage.get("text", "") for stage in stages.values() if stage.get("text"))]
+    told = reader.summary(root)["stages"]
+    stages = [stage for stage in reader.stages(root) if stage.name in told]
+    exams, learning, trained = (
+        [stage for stage in stages if stage.kind == kind]
+        for kind in ("evaluation", "reinforcement learning", "pre-training")
+    )
+    parts = [_costs(told), "\n".join(entry["text"] for entry in told.values() if entry.get("text"))]
     if len(exams) >= MANY:
-        parts += [accuracy_table(stages), first_problem(root, stages)]
+        parts += [accuracy_table(exams), first_problem(exams)]
     elif len(exams) >= 2:
         before, after = exams[0], exams[-1]
-        parts.append(_before_after(stages[before]["results"], stages[after]["results"]))
-        parts.append(_gain(stages[before]["results"], stages[after]["results"]))
-        if parts[-1] and learning and of_kind(stages, "pre-training"):
+        parts += [_before_after(before.results, after.results), _gain(before.results, after.results)]
+        if parts[-1] and learning and trained:
             parts[-1] += f"\n{PLANTED}"
-        parts.append(_problems(root, before, after, stages[before]["results"]["evaluations"][0]["exam"]))
+        problems = problem_pairs(before, after, ("before", "after"), SAMPLES, width=6)
+        parts.append(
+            "\n\n".join([f"The first {SAMPLES} held-out problems of the exam '{first_exam(exams)}':", *problems])
+        )
     if learning and (picture := draw(root, learning)):
         parts.append(f"Picture: {picture}")
     if len(exams) >= MANY:
-        models = ", ".join(name for name, stage in stages.items() if stage["cost"]["tokens_trained"])
+        models = ", ".join(stage.name for stage in stages if stage.declaration.trains)
         parts.append(f"Chat with one of them: finback chat {root}/STAGE, with STAGE one of {models}")
     else:
         parts.append(f"Chat with it: finback chat {root}")
@@ -58,7 +65,7 @@ def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:
     lines = [f"{'held-out problems':26} {'n':>5}   {heads[0]:>20}   {heads[1]:>20}"]
     then = {e["exam"]: e for e in before["evaluations"]}
     lines += [
-        f"{e['exam']:26} {e['n']:>5}   {_share(then[e['exam']]):>20}   {_share(e):>20}"
+        f"{e['exam']:26} {e['n']:>5}   {share(then[e['exam']]):>20}   {share(e):>20}"
         for e in after["evaluations"]
         if e["exam"] in then
     ]
@@ -81,11 +88,6 @@ def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _share(e: dict[str, Any]) -> str:
-    low, high = e["interval"]
-    return f"{e['accuracy']:6.1%} ({low:.0%}-{high:.0%})"
-
-
 def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
     """Split the change in sampled accuracy into thinking more often and thinking better."""
     a, b = before["evaluations"][0], after["evaluations"][0]
@@ -101,23 +103,13 @@ def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
     )
 
 
-def _problems(root: Path, before: str, after: str, exam: str) -> str:
-    """The first problems of the exam, whatever became of them."""
-    pairs = zip(read_lines(root / before / f"{exam}.jsonl"), read_lines(root / after / f"{exam}.jsonl"), strict=False)
-    parts = [f"The first {SAMPLES} held-out problems of the exam '{exam}':"]
-    for then, now in list(pairs)[:SAMPLES]:
-        parts.append(
-            f"{then['question']}  (gold: {then['gold']})\n{answer_line('before', then, 6)}\n{answer_line('after', now, 6)}"
-        )
-    return "\n\n".join(parts)
-
-
-def draw(root: Path, learning: list[str]) -> Path | None:
+def draw(root: Path, learning: list[StageFolder]) -> Path | None:
     """Write learning.png: accuracy and response length over RL steps; None when nothing was logged."""
     path = root / "learning.png"
-    if path.is_file() and _newer(path, [root / name / "metrics.jsonl" for name in learning]):
+    if path.is_file() and _is_newer(path, [stage.metrics_file for stage in learning]):
         return path
-    steps = [record for name in learning for record in read_lines(root / name / "metrics.jsonl")]
+    logged = {stage.name: stage.metrics() for stage in learning}
+    steps = [record for records in logged.values() for record in records]
     if not steps:
         return None
     import matplotlib
@@ -131,12 +123,11 @@ def draw(root: Path, learning: list[str]) -> Path | None:
     (a,) = left.plot(x, [100 * r["accuracy"] for r in steps], color="tab:blue", label="accuracy")
     (t,) = left.plot(x, [100 * r["thinks"] for r in steps], color="tab:cyan", ls="--", label="answers that think")
     (n,) = right.plot(x, [r["length"] for r in steps], color="tab:orange", label="response length")
-    if len(learning) > 1:  # several RL stages follow each other
-        begin = 0
-        for name in learning:
-            left.axvline(begin + 0.5, color="tab:gray", lw=0.8)
-            left.text(begin + 1, 3, name, fontsize=8, color="tab:gray")
-            begin += len(read_lines(root / name / "metrics.jsonl"))
+    begin = 0
+    for name, records in logged.items() if len(logged) > 1 else ():  # several RL stages follow each other
+        left.axvline(begin + 0.5, color="tab:gray", lw=0.8)
+        left.text(begin + 1, 3, name, fontsize=8, color="tab:gray")
+        begin += len(records)
     left.set(xlabel="RL step", ylabel="% of sampled answers", ylim=(0, 102), title="RL on checkable rewards alone")
     right.set(ylabel="tokens per response", ylim=(0, None))
     left.legend(handles=[a, t, n], loc="lower right")
@@ -148,7 +139,7 @@ def draw(root: Path, learning: list[str]) -> Path | None:
     return path
 
 
-def _newer(picture: Path, logs: list[Path]) -> bool:
+def _is_newer(picture: Path, logs: list[Path]) -> bool:
     """Whether nothing was logged since a picture was drawn."""
     drawn = picture.stat().st_mtime_ns
     return all(log.is_file() and log.stat().st_mtime_ns <= drawn for log in logs)

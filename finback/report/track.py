@@ -4,15 +4,16 @@ They are fed from metrics.jsonl, while a run goes on or long after, so that no s
 """
 
 import importlib
-import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from finback.config import UserError
-from finback.runs.files import read_json
+from finback.runs import reader
+from finback.runs.files import is_number
+from finback.runs.metrics_table import Tail, records
+from finback.runs.reader import StageFolder
 
 Viewer = Literal["tensorboard", "trackio", "wandb"]
 
@@ -71,72 +72,47 @@ def track(root: Path, to: Viewer, out: Path, follow: bool = False, every: float 
 
     Returns how many lines of each stage were sent.
     """
-    if not (root / "recipe.json").is_file():
-        raise UserError("run", str(root), "not a run folder", "Name a folder such as runs/tiny.")
+    reader.recipe(root)
     sent: dict[str, int] = {}
-    for folder in _stages(root, follow, every):
-        knobs = read_json(folder / "config.json")
+    for stage in _logging(root, follow, every):
         tracker: Tracker = (
-            _TensorBoard(root.name, folder.name, knobs, out)
+            _TensorBoard(root.name, stage.name, stage.config, out)
             if to == "tensorboard"
-            else _Logger(to, root.name, folder.name, knobs, out)
+            else _Logger(to, root.name, stage.name, stage.config, out)
         )
         try:
-            sent[folder.name] = _send(folder, tracker, follow, every)
+            sent[stage.name] = _send(stage, tracker, follow, every)
         finally:
             tracker.close()
     return sent
 
 
-def _stages(root: Path, follow: bool, every: float) -> Iterator[Path]:
+def _logging(root: Path, follow: bool, every: float) -> Iterator[StageFolder]:
     """Stages that log, in the order in which they were begun; with `follow` also those that begin later."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     while True:
-        found = sorted(root.glob("*/metrics.jsonl"), key=lambda p: (p.parent / "config.json").stat().st_mtime_ns)
-        fresh = [p.parent for p in found if p.parent not in seen]
-        for folder in fresh:
-            seen.add(folder)
-            yield folder
-        if not follow or (not fresh and _is_over(root)):
+        begun = reader.stages(root)
+        fresh = [stage for stage in begun if stage.has_metrics and stage.name not in seen]
+        for stage in fresh:
+            seen.add(stage.name)
+            yield stage
+        is_over = all(stage.is_finished for stage in begun) and reader.has_summary(root)
+        if not follow or (not fresh and is_over):
             return
         time.sleep(every)
 
 
-def _is_over(root: Path) -> bool:
-    """Whether every stage that was begun is finished and the run says so."""
-    begun = {p.parent for p in root.glob("*/config.json")}
-    done = {p.parent for p in root.glob("*/manifest.json")}
-    return begun == done and (root / "summary.json").is_file()
-
-
-def _send(folder: Path, tracker: Tracker, follow: bool, every: float) -> int:
-    """Read a stage's metrics from the last byte that was read on; a run that is rewound writes a shorter file."""
-    lines, place = 0, 0
+def _send(stage: StageFolder, tracker: Tracker, follow: bool, every: float) -> int:
+    """Send a stage's metrics as they are logged; those of a run that is rewound are sent again."""
+    lines, tail = 0, Tail(stage.metrics_file)
     while True:
-        over = (folder / "manifest.json").is_file()  # looked for first: what is logged before it is read below
-        if (folder / "metrics.jsonl").stat().st_size < place:
-            place = 0
-        with (folder / "metrics.jsonl").open("rb") as handle:
-            handle.seek(place)
-            for line in handle:
-                if not line.endswith(b"\n"):
-                    break  # half a line: the rest comes next time
-                place += len(line)
-                lines += _send_line(line, tracker)
+        over = stage.has_ended()  # looked for first: what is logged before it is read below
+        tail.restarted()
+        while piece := tail.piece():
+            for record in records(piece):
+                numbers = {k: v for k, v in record.items() if k != "step" and is_number(v)}
+                tracker.log(int(record["step"]), {k: float(v) for k, v in numbers.items()})
+                lines += 1
         if over or not follow:
             return lines
         time.sleep(every)
-
-
-def _send_line(line: bytes, tracker: Tracker) -> int:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return 0  # torn by a kill
-    numbers = {
-        name: float(value)
-        for name, value in record.items()
-        if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
-    }
-    tracker.log(int(record["step"]), numbers)
-    return 1

@@ -1,6 +1,7 @@
 """JSON and JSONL files of a run folder: written whole (temporary file, fsync, rename), read with damage reported."""
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from finback.config import UserError
 # of a run folder; folder.py says what each holds
 RECIPE, SUMMARY = "recipe.json", "summary.json"
 CONFIG, LEDGER, MANIFEST = "config.json", "ledger.jsonl", "manifest.json"
+LOCK = ".lock"  # locked while a recipe runs
 METRICS, SAMPLES, ROUTER = "metrics.jsonl", "samples.jsonl", "router.jsonl"
 
 
@@ -46,16 +48,23 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file; a torn last line, left by a kill, is ignored."""
+    """The objects in a JSONL file; a torn last line, left by a kill, is ignored."""
     if not path.is_file():
         return []
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value out of a file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_checkpoint(path: Path) -> bool:

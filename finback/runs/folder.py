@@ -26,10 +26,10 @@ from typing import Any, Protocol, TextIO
 from finback.config import UserError
 from finback.runs import provenance
 from finback.runs.energy import Energy
-from finback.runs.files import read_lines, write_json, write_lines
+from finback.runs.files import LEDGER, LOCK, MANIFEST, METRICS, ROUTER, SAMPLES, read_lines, write_json, write_lines
 from finback.runs.ledger import FLOPS
 
-STEPPED = ("metrics.jsonl", "samples.jsonl", "router.jsonl")  # files whose lines belong to steps
+STEPPED = (METRICS, SAMPLES, ROUTER)  # files whose lines belong to steps
 
 
 # what resuming needs, and nobody once a stage is finished
@@ -81,7 +81,7 @@ class StageRun:
         """
         stage, _, within = start.partition("/")
         inside = self.root / start
-        if (self.root / stage / "manifest.json").is_file() and (not within or inside.is_dir()):
+        if (self.root / stage / MANIFEST).is_file() and (not within or inside.is_dir()):
             return inside
         return Path(start)
 
@@ -97,18 +97,25 @@ class StageRun:
             "metered": self._energy.method,
             "inputs": {start: provenance.digest(self.input(start)) for start in inputs},
         }
-        self._append("ledger.jsonl", began)
+        self._append(LEDGER, began)
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self._energy is not None:
             self._energy.glance()
-        self._append("metrics.jsonl", {"step": step, **metrics})
+        self._append(METRICS, {"step": step, **metrics})
 
-    def append(self, name: str, records: list[dict[str, Any]]) -> None:
-        """Append records that carry a step to a JSONL file of the stage; `rewind` knows them as well."""
-        assert name in STEPPED, f"{name} would not be rewound"
-        self._append(name, *records)
+    def log_samples(self, records: list[dict[str, Any]]) -> None:
+        """Append the answers of a step, each with its "step", to samples.jsonl."""
+        self._append(SAMPLES, *records)
+
+    def log_router(self, record: dict[str, Any]) -> None:
+        """Append loads and biases of the routers, with their "step", to router.jsonl."""
+        self._append(ROUTER, record)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What `log` has written so far."""
+        return read_lines(self.folder / METRICS)
 
     def rewind(self, step: int) -> None:
         """Forget logged steps from `step` on: they are about to be done again."""
@@ -128,7 +135,7 @@ class StageRun:
         joules = self._energy.take() if self._energy is not None else None
         if joules is not None:
             spent |= {"joules": joules, "metered_core_seconds": seconds * self.ranks.size}
-        self._append("ledger.jsonl", {"seconds": seconds, "cores": self.ranks.size, **spent})
+        self._append(LEDGER, {"seconds": seconds, "cores": self.ranks.size, **spent})
 
     def _append(self, name: str, *records: dict[str, Any]) -> None:
         if not self.is_writer:
@@ -154,8 +161,8 @@ class StageRun:
         self.account()
         if self.is_writer:
             scratch = {p.name for p in self._scratch()}
-            names = {p.name for p in self.folder.iterdir() if p.is_file()} - scratch - {"manifest.json"}
-            write_json(self.folder / "manifest.json", {"stage": self.name, "files": sorted(names), "results": results})
+            names = {p.name for p in self.folder.iterdir() if p.is_file()} - scratch - {MANIFEST}
+            write_json(self.folder / MANIFEST, {"stage": self.name, "files": sorted(names), "results": results})
         self.tidy()
         self.ranks.barrier()
 
@@ -192,7 +199,7 @@ def prepare_folder(root: Path) -> None:
 @contextmanager
 def locked(root: Path) -> Iterator[int]:
     """Keep a second run out of a folder; the descriptor lets the ranks hold it too, until the last of them ends."""
-    with (root / ".lock").open("a+") as handle:
+    with (root / LOCK).open("a+") as handle:
         _lock(handle.fileno(), root)
         yield handle.fileno()
 
@@ -209,9 +216,3 @@ def _lock(descriptor: int, root: Path) -> None:
         except BlockingIOError:
             time.sleep(0.1)
     raise UserError("runs", str(root), "another run is at work in this folder", "Wait for it or stop it.")
-
-
-def finished_stages(root: Path) -> Iterator[Path]:
-    """Folders under `root` that hold a manifest, oldest first."""
-    done = [p.parent for p in root.glob("*/manifest.json")]
-    yield from sorted(done, key=lambda p: (p / "manifest.json").stat().st_mtime_ns)

@@ -1,9 +1,10 @@
 """The bill: what ledger.jsonl records of a stage, summed up and priced. No torch here."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from finback.runs.files import read_lines
+from finback.runs.files import LEDGER, is_number, read_lines
 
 # Stated estimates, used where the machine cannot be asked; summary.json repeats them beside every figure.
 WATTS_PER_CORE = 12.0
@@ -30,13 +31,23 @@ FLOPS = {
 
 def spent(folder: Path) -> dict[str, float]:
     """Sums over a stage's ledger: seconds, core-seconds, and whatever else was accounted, as far as it is numbers."""
-    total: dict[str, float] = {"seconds": 0.0, "core_seconds": 0.0}
-    for line in read_lines(folder / "ledger.jsonl"):
-        total["core_seconds"] += line.get("seconds", 0.0) * line.pop("cores", 0)
-        for key, value in line.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                total[key] = total.get(key, 0.0) + value
+    return sums(read_lines(folder / LEDGER))
+
+
+def sums(ledger: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The same of a ledger's lines."""
+    total = {"seconds": 0.0, "core_seconds": 0.0}
+    for line in ledger:
+        numbers = {key: value for key, value in line.items() if is_number(value)}
+        total["core_seconds"] += numbers.get("seconds", 0.0) * numbers.pop("cores", 0)
+        for key, value in numbers.items():
+            total[key] = total.get(key, 0.0) + value
     return total
+
+
+def dollars(core_seconds: float) -> float:
+    """What they cost, by the estimate."""
+    return core_seconds / 3600 * DOLLARS_PER_CORE_HOUR
 
 
 def cost(folder: Path) -> dict[str, Any]:
@@ -69,7 +80,7 @@ def _energy(folder: Path, total: dict[str, float]) -> tuple[float, str]:
     energy = (total.get("joules", 0.0) + estimated * WATTS_PER_CORE) / 3600
     if not metered:
         return energy, BASIS
-    methods = sorted({m for line in read_lines(folder / "ledger.jsonl") if (m := line.get("metered"))})
+    methods = sorted({m for line in read_lines(folder / LEDGER) if (m := line.get("metered"))})
     share = metered / total["core_seconds"]
     return energy, (
         f"estimate: ${DOLLARS_PER_CORE_HOUR:g} per core-hour (a common on-demand cloud price); energy of {share:.0%} of "

@@ -135,6 +135,13 @@ class MetricsTable:
         numbers.extend(fresh)
 
 
+def read(path: Path) -> MetricsTable:
+    """All of a file at once."""
+    table = MetricsTable(path)
+    table.update(float("inf"))
+    return table
+
+
 def glance(path: Path, lines: int) -> MetricsTable:
     """A table of single lines spread evenly over a file, the first and the last among them: how its curves will look."""
     table = MetricsTable(path)

@@ -227,7 +227,7 @@ def execute(
 
 
 def summary(recipe: Recipe, root: Path, seed: int) -> dict[str, Any]:
-    """What summary.json holds: for each finished stage its kind, results, a text on them, and what they cost."""
+    """What summary.json holds: for each finished stage its results, a text on them, and what they cost."""
     stages = {}
     for stage in recipe.stages:
         folder = root / stage.name
@@ -235,7 +235,6 @@ def summary(recipe: Recipe, root: Path, seed: int) -> dict[str, Any]:
             results = read_json(folder / MANIFEST)["results"]
             stages[stage.name] = {
                 "stage": type(stage).__name__,
-                "kind": stage.declaration().kind,
                 "results": results,
                 "text": stage.describe(results),
                 "cost": cost(folder),

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from finback.runs.files import is_number
 from finback.runs.metrics_table import Tail, records
 
 MOST = 512  # records in one reply
@@ -115,5 +116,4 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and value == value and abs(value) != float("inf")
-    return value if is_number else None
+    return value if is_number(value) else None

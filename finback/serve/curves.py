@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
+from finback.runs.ledger import dollars
 from finback.runs.metrics_table import MetricsTable
+from finback.runs.reader import StageFolder
 from finback.runs.thinning import Line, smooth, thin
-from finback.serve.runs import StageFolder
 
 AXES = ("step", "tokens", "time", "cost")
 QUIET = 120.0  # seconds without a line after which a running stage has stalled, and no less than 20 steps' time
@@ -25,7 +25,7 @@ def axis(table: MetricsTable, name: str, cores: float) -> Line:
     if name == "tokens":
         return _tokens(table)
     seconds = _seconds(table)
-    return seconds if name == "time" else seconds * cores * DOLLARS_PER_CORE_HOUR / 3600
+    return seconds if name == "time" else seconds * dollars(cores)
 
 
 def _tokens(table: MetricsTable) -> Line:
@@ -90,13 +90,12 @@ def progress(stage: StageFolder, table: MetricsTable) -> dict[str, Any]:
     steps, tokens = axis(table, "step", 1.0), axis(table, "tokens", 1.0)
     seconds = _seconds(table)
     done: dict[str, Any] = {"step": int(steps[-1]) if len(steps) else 0, "of": None, "unit": "steps", "left": None}
-    for knob, line, unit in (("steps", steps, "steps"), ("max_tokens", tokens, "tokens")):
-        total = stage.config.get(knob)
-        if isinstance(total, int | float) and total > 0 and not (knob == "max_tokens" and "group" in stage.config):
-            at = float(line[-1]) if len(line) else 0.0
-            done |= {"at": at, "of": total, "unit": unit}
-            done["left"] = _left(line, seconds, float(total))
-            break
+    knob = stage.declaration.length
+    line, unit = (tokens, "tokens") if "tokens" in knob else (steps, "steps")
+    total = stage.config.get(knob)
+    if isinstance(total, int | float) and total > 0:
+        at = float(line[-1]) if len(line) else 0.0
+        done |= {"at": at, "of": total, "unit": unit, "left": _left(line, seconds, float(total))}
     return done
 
 

@@ -22,7 +22,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from finback.config import UserError
+from finback.runs import reader
 from finback.runs.metrics_table import MetricsTable, glance
+from finback.runs.reader import StageFolder
 from finback.runs.samples import MOST, SampleIndex, shown
 from finback.serve import auth, curves
 from finback.serve.errors import HANDLERS, ApiError, bad
@@ -30,12 +32,12 @@ from finback.serve.metrics import Metrics
 from finback.serve.middleware import AccessMiddleware
 from finback.serve.options import ListenOptions, WatchOptions
 from finback.serve.page import Page
-from finback.serve.runs import Runs, StageFolder, cores, overview, plain_file, stages
+from finback.serve.runs import Runs, cores, overview
 
 AT_ONCE = 0.5  # seconds that one request reads new lines for; the page asks again for the rest
 A_LOOK = 0.1  # the same, where curves or answers are not what is asked for, or wanted soon
 OUTLINE = 600  # lines that stand for a file which is still being read
-KEPT = 32  # files whose columns or index stay in memory
+OPENED = 32  # files whose columns or index stay in memory
 POINTS = 4000  # most points of one curve in one reply
 
 Read = TypeVar("Read", MetricsTable, SampleIndex)
@@ -48,7 +50,7 @@ class Watch:
     def __init__(self, root: Path, planned: Planned | None = None) -> None:
         self.runs, self.planned = Runs(root), planned
         self._plans: dict[tuple[Path, int], dict[str, dict[str, float]]] = {}
-        self._read: OrderedDict[tuple[Path, str], MetricsTable | SampleIndex] = OrderedDict()
+        self._read: OrderedDict[Path, MetricsTable | SampleIndex] = OrderedDict()
         self._lock = threading.Lock()  # requests are answered by several threads
 
     def routes(self) -> list[Route]:
@@ -64,24 +66,25 @@ class Watch:
 
     def all_runs(self, asked: "Asked") -> dict[str, Any]:
         """Every run, with its stages."""
-        found = [overview(name, folder) for name, folder in self.runs.folders().items()]
-        until = time.monotonic() + A_LOOK
-        for run in found:
-            for stage in run["stages"]:
-                if stage["state"] == "running" and stage["has_metrics"]:
-                    opened = self.runs.stage(run["name"], stage["name"])
-                    stage["progress"] = curves.progress(opened, self._table(opened, until - time.monotonic()))
+        found, until = [], time.monotonic() + A_LOOK
+        for name, folder in self.runs.folders().items():
+            begun = reader.stages(folder, lenient=True)
+            found.append(overview(name, folder, begun))
+            for entry, stage in zip(found[-1]["stages"], begun, strict=True):
+                if entry["state"] == "running" and entry["has_metrics"]:
+                    entry["progress"] = curves.progress(stage, self._table(stage, until - time.monotonic()))
         return {"root": str(self.runs.root), "runs": found}
 
     def one_run(self, asked: "Asked") -> dict[str, Any]:
         """One run: its stages with knobs, results, what was logged, and alerts."""
         root = self.runs.find(asked.text("run"))
-        found = overview(asked.text("run"), root)
-        until, plans = time.monotonic() + A_LOOK, self._plan(root, len(found["stages"]))
-        for entry, stage in zip(found["stages"], stages(root), strict=False):
+        begun = reader.stages(root, lenient=True)
+        found = overview(asked.text("run"), root, begun)
+        until, plans = time.monotonic() + A_LOOK, self._plan(root, len(begun))
+        for entry, stage in zip(found["stages"], begun, strict=True):
             entry |= {
                 "config": stage.config,
-                "results": stage.results,
+                "results": stage.results if stage.is_finished else None,
                 "keys": [],
                 "nested": [],
                 "alerts": [],
@@ -109,7 +112,7 @@ class Watch:
         if name == "step" and not read.complete:  # all of the curve in outline rather than its beginning
             table = glance(read.tail.path, OUTLINE)
             weight **= max(1.0, read.rows / max(1e-9, read.share) / OUTLINE)
-        places = curves.axis(table, name, cores(stage))
+        places = curves.axis(table, name, cores(stage.ledger()))
         begin, end = asked.bound("from"), asked.bound("to")
         points = int(asked.number("points", 1000, 10, POINTS))
         wanted = asked.text("keys", "").split(",")
@@ -138,8 +141,8 @@ class Watch:
     def follow(self, asked: "Asked") -> dict[str, Any]:
         """Every answer to one question in a run, stage after stage: in RL's steps and in exams."""
         question, found = asked.text("question"), []
-        for stage in stages(self.runs.find(asked.text("run"))):
-            for exam in [*([""] if plain_file(stage.folder, "samples.jsonl") else []), *stage.exams]:
+        for stage in self.runs.stages(asked.text("run")):
+            for exam in [*([""] if stage.has_samples else []), *stage.exams]:
                 said = self._samples(stage, exam).of_question(question)
                 if said:
                     model = str(stage.config.get("start", "")) if exam else stage.name
@@ -162,20 +165,20 @@ class Watch:
         return self.runs.stage(asked.text("run"), asked.text("stage"))
 
     def _table(self, stage: StageFolder, seconds: float = AT_ONCE) -> MetricsTable:
-        return self._opened(stage.folder, "metrics.jsonl", MetricsTable, seconds)
+        return self._opened(stage.metrics_file, MetricsTable, seconds)
 
     def _samples(self, stage: StageFolder, exam: str, seconds: float = AT_ONCE) -> SampleIndex:
         if exam and exam not in stage.exams:
             raise ApiError(404, "no such exam", "exam")
-        return self._opened(stage.folder, f"{exam}.jsonl" if exam else "samples.jsonl", SampleIndex, seconds)
+        return self._opened(stage.answers_file(exam), SampleIndex, seconds)
 
-    def _opened(self, folder: Path, name: str, kind: type[Read], seconds: float) -> Read:
-        found = self._read.pop((folder, name), None)
+    def _opened(self, path: Path, kind: type[Read], seconds: float) -> Read:
+        found = self._read.pop(path, None)
         if not isinstance(found, kind):
-            found = kind(folder / name)
+            found = kind(path)
         found.update(seconds)
-        self._read[folder, name] = found
-        while len(self._read) > KEPT:
+        self._read[path] = found
+        while len(self._read) > OPENED:
             self._read.popitem(last=False)
         return found
 

@@ -433,7 +433,7 @@ class _Reinforcement:
                 group.rollouts, group.earned, group.credit or [0.0] * len(group.rollouts), strict=True
             )
         ]
-        self.stage_run.append("samples.jsonl", [r for rank in self.world.gather(mine) for r in rank])
+        self.stage_run.log_samples([r for rank in self.world.gather(mine) for r in rank])
 
     def _check_gap(self, metrics: dict[str, Any]) -> None:
         if not metrics["gap_mean"] <= self.stage.max_gap:  # also when it is no number

@@ -19,7 +19,7 @@ from finback.model.count import forward_flops, recomputed_flops, training_flops
 from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.runs.files import read_json, read_lines, write_json
+from finback.runs.files import read_json, write_json
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.ledger import spent
 from finback.runs.progress import Progress
@@ -196,7 +196,7 @@ class Pretraining:
         seen = router_health.balance(self.routers, world, schedule.level(stage.bias_speed, self.tokens))
         if self.routers and self.step % stage.router_steps == 0:
             described = {"step": self.step, "tokens": self.tokens, **router_health.describe(seen, self.routers)}
-            self.stage_run.append("router.jsonl", [described])
+            self.stage_run.log_router(described)
         return metrics | {"lr": self.rates[0], "max_violation": seen.violation, "idle_experts": seen.idle}
 
     def judge(self, loss: float, norm: float) -> Verdict:
@@ -413,7 +413,7 @@ class Pretraining:
         self.put_out()
         bits = self._compress()
         run.account(flops_evaluation=self._flops_of_looking())
-        late = [r for r in read_lines(run.folder / "metrics.jsonl") if "max_violation" in r][-100:]
+        late = [r for r in run.metrics() if "max_violation" in r][-100:]
         return {
             "tokens": self.tokens,
             "steps": self.step,

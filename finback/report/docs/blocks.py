@@ -42,7 +42,7 @@ class TableBlock:
 
 
 @dataclass(frozen=True)
-class Curve:
+class Figure:
     """A picture: a file beside the Markdown, inlined in the page."""
 
     name: str
@@ -50,7 +50,7 @@ class Curve:
     svg: str
 
 
-Block = Heading | Paragraph | BulletList | CodeBlock | TableBlock | Curve
+Block = Heading | Paragraph | BulletList | CodeBlock | TableBlock | Figure
 
 
 def said(value: Any) -> str:
@@ -116,7 +116,7 @@ def _markdown(block: Block) -> str:
             longest = max((len(run) for run in re.findall("`+", text)), default=0)
             fence = "`" * max(3, longest + 1)
             return f"{fence}text\n{text}\n{fence}"
-        case Curve(name, title, _):
+        case Figure(name, title, _):
             return f"![{_plain(title)}](curves/{name}.svg)"
         case TableBlock(head, rows):
             lines = [head, tuple("---" for _ in head), *rows]
@@ -172,7 +172,7 @@ def _html(block: Block) -> str:
             return "<ul>" + "".join(f"<li>{_marked(point)}</li>" for point in points) + "</ul>"
         case CodeBlock(text):
             return f"<pre>{html.escape(text)}</pre>"
-        case Curve(_, title, svg):
+        case Figure(_, title, svg):
             return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
         case TableBlock(head, rows):
             top = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)

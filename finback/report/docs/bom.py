@@ -10,7 +10,8 @@ from finback.report.docs.facts import MISSING, NOT_PROVIDED, RunFacts, StageFact
 from finback.report.docs.questionnaire import Answers
 from finback.report.model_card import architecture
 
-LEARNING = {"GRPO": "reinforcement-learning", "SFT": "supervised", "Distill": "supervised"}
+LEARNING = {"reinforcement learning": "reinforcement-learning", "fine-tuning": "supervised"}
+ACTIVITIES = {"data": "data-preparation", "pre-training": "training", "evaluation": "validation"}
 SPACE = uuid.UUID("2b1f4f5e-5a0e-4f7e-9a55-0f6d9a5c3c11")  # of serial numbers that follow from a model's digests
 Properties = list[dict[str, str]]
 
@@ -101,9 +102,8 @@ def _metric(exam: dict[str, Any]) -> dict[str, Any]:
 def _energy(stage: StageFacts) -> dict[str, Any]:
     """What one stage took. The schema wants an energy provider, and nobody has named one."""
     kwh = {"value": stage.watt_hours / 1000, "unit": "kWh"}
-    activities = {"Prepare": "data-preparation", "Pretrain": "training", "Extend": "training", "Evaluate": "validation"}
     return {
-        "activity": activities.get(stage.kind, "fine-tuning"),
+        "activity": ACTIVITIES.get(stage.kind, "fine-tuning"),
         "activityEnergyCost": kwh,
         "energyProviders": [{"organization": {"name": NOT_PROVIDED}, "energySource": "unknown", "energyProvided": kwh}],
         "properties": [

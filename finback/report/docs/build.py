@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finback.config import UserError
 from finback.report.docs import bom, completeness, croissant, eu, hub, spdx, technical
-from finback.report.docs.blocks import Block, Curve, as_json, markdown, page
+from finback.report.docs.blocks import Block, Figure, as_json, markdown, page
 from finback.report.docs.completeness import Completeness
 from finback.report.docs.facts import RunFacts
 from finback.report.docs.questionnaire import QUESTIONS, Answers
@@ -37,7 +37,7 @@ def documents(run: RunFacts, answers: Answers, now: datetime) -> dict[str, str]:
     texts = {name: markdown(blocks) for name, blocks in made.items()}
     texts["MODEL_CARD.md"] = hub.model_card(run, answers)
     texts["report.html"] = page(f"Technical report: {run.chosen.name}", made["report.md"])
-    texts |= {f"curves/{b.name}.svg": b.svg + "\n" for b in made["report.md"] if isinstance(b, Curve)}
+    texts |= {f"curves/{b.name}.svg": b.svg + "\n" for b in made["report.md"] if isinstance(b, Figure)}
     texts["bom.cdx.json"] = as_json(bom.cyclonedx(run, answers, moment))
     texts["model.spdx3.json"] = as_json(spdx.document(run, answers, moment))
     sets = croissant.documents(run, answers, date)

@@ -38,7 +38,7 @@ class Compute:
 
 def of(run: RunFacts, answers: Answers) -> Compute:
     """The compute of a run's model."""
-    sampled = [s for s in run.lineage if s.kind in ("GRPO", "Reject") or s.config.get("task")]
+    sampled = [s for s in run.lineage if s.declaration.samples]
     generation = 0.0 if answers("data.synthetic_public") is True else _sum(sampled, "flops_generation")
     return Compute(_sum(run.chain, "flops_training"), generation, answers("base.flop") if run.base else 0.0)
 

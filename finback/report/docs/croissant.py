@@ -62,7 +62,7 @@ def documents(run: RunFacts, answers: Answers, date: str) -> dict[str, dict[str,
     return {
         f"{stage.name}-{name}.json": _data_set(stage, name, record, answers, date)
         for stage, name, record in run.sources
-        if stage.kind == "Prepare"
+        if stage.kind == "data"
     }
 
 

@@ -2,13 +2,17 @@
 
 import html
 import math
-from collections.abc import Sequence
-from typing import Any
 
-from finback.report.docs.blocks import Curve
+import numpy as np
+
+from finback.report.docs.blocks import Figure
+from finback.runs import metrics_table
+from finback.runs.metrics_table import MetricsTable
+from finback.runs.reader import StageFolder
+from finback.runs.thinning import Line, thin
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 260, 64, 36, 12, 12
-POINTS = 400  # drawn at most; of more, the lowest and highest of each stretch
+POINTS = 400  # drawn at most of one line
 COLOURS = (("#2a55cc", "#93b2ff"), ("#c2500a", "#ffa56b"), ("#14713f", "#6fcf97"), ("#8633c9", "#cf9bff"))
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#5b6474}.g{stroke:#dde1e8}"
@@ -19,54 +23,32 @@ STYLE = (
 )
 Point = tuple[float, float]
 
-# What is drawn of each kind of stage: title -> metrics that share an axis.
-DRAWN: dict[str, dict[str, tuple[str, ...]]] = {
-    "Pretrain": {"loss": ("loss", "mtp_loss"), "router health: max violation": ("max_violation",)},
-    "SFT": {"loss": ("loss", "mtp_loss")},
-    "GRPO": {
-        "share of answers": ("accuracy", "thinks", "well_formed", "truncated"),
-        "reward": ("reward",),
-        "tokens per answer": ("length",),
-        "entropy (nats per token)": ("entropy",),
-        "trainer against engine (nats per token)": ("gap_mean",),
-        "router health: max violation": ("max_violation",),
-    },
-}
-DRAWN |= {"Extend": DRAWN["Pretrain"], "Distill": DRAWN["SFT"]}
 
-
-def of_stage(name: str, kind: str, metrics: Sequence[dict[str, Any]]) -> list[Curve]:
-    """The curves of one stage over its steps; metrics that were not logged, or are no numbers, are left out."""
-    found = []
-    for title, keys in DRAWN.get(kind, {}).items():
-        lines = {key: points for key in keys if (points := _points(metrics, key))}
-        dense = not any(y for _, y in lines.get("max_violation", [(0, 1)]))  # has no routers to be out of balance
+def of_stage(stage: StageFolder) -> list[Figure]:
+    """The curves that a stage declares, over its steps; metrics that were not logged, or are no numbers, are left out."""
+    table, found = metrics_table.read(stage.metrics_file), []
+    steps = np.full(table.rows, np.nan)
+    rows, numbers = table.column("step")
+    steps[rows.astype(np.int64)] = numbers
+    for title, names in stage.declaration.curves.items():
+        lines = {name: line for name in names if len((line := _line(table, steps, name))[0])}
+        dense = (
+            not any(lines["max_violation"][1]) if "max_violation" in lines else False
+        )  # no routers to be out of balance
         if lines and not dense:
-            slug = f"{name}-{keys[0]}"
-            found.append(Curve(slug, f"{name}: {title}", draw(lines, f"{name}: {title}")))
+            title = f"{stage.name}: {title}"
+            found.append(Figure(f"{stage.name}-{names[0]}", title, draw(lines, title)))
     return found
 
 
-def _points(metrics: Sequence[dict[str, Any]], key: str) -> list[Point]:
-    pairs = [(m.get("step"), m.get(key)) for m in metrics]
-    return [(float(x), float(y)) for x, y in pairs if _is_number(x) and _is_number(y)]  # type: ignore[arg-type]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def thinned(points: list[Point], most: int = POINTS) -> list[Point]:
-    """At most so many points, which keep every stretch's lowest and highest: no spike is lost."""
-    if len(points) <= most:
-        return points
-    size = math.ceil(2 * len(points) / most)
-    found: list[Point] = []
-    for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-        found += sorted(ends)
-    return found
+def _line(table: MetricsTable, steps: Line, name: str) -> tuple[Line, Line]:
+    """Steps and values of a metric where both are finite, thinned."""
+    rows, y = table.column(name)
+    x = steps[rows.astype(np.int64)]
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = x[finite], y[finite]
+    chosen = thin(x, y, POINTS)
+    return x[chosen], y[chosen]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -80,10 +62,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def draw(lines: dict[str, list[Point]], title: str) -> str:
-    """An SVG of one or several lines, {name: [(x, y)]}, whose axis of y begins at 0 where it is not far away."""
-    xs = [x for points in lines.values() for x, _ in points]
-    ys = [y for points in lines.values() for _, y in points]
+def draw(lines: dict[str, tuple[Line, Line]], title: str) -> str:
+    """An SVG of one or several lines, {name: (x, y)}, whose axis of y begins at 0 where it is not far away."""
+    xs, ys = (np.concatenate([line[axis] for line in lines.values()]).tolist() for axis in (0, 1))
     x_range, y_range = (min(xs), max(xs)), (min(*ys, 0.0) if min(ys) < max(ys) / 2 else min(ys), max(ys))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
@@ -96,10 +77,10 @@ def draw(lines: dict[str, list[Point]], title: str) -> str:
     for value in ticks(*x_range):
         x = _place(value, x_range, LEFT, WIDTH - RIGHT)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:,.4g}</text>')
-    for i, (name, points) in enumerate(lines.items()):
+    for i, (name, line) in enumerate(lines.items()):
         path = " ".join(
             f"{_place(x, x_range, LEFT, WIDTH - RIGHT):.1f},{_place(y, y_range, HEIGHT - BOTTOM, TOP):.1f}"
-            for x, y in thinned(points)
+            for x, y in zip(*line, strict=True)
         )
         colour = i % len(COLOURS)
         parts.append(f'<polyline class="s{colour}" fill="none" stroke-width="1.8" points="{path}"/>')

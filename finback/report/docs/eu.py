@@ -101,17 +101,14 @@ def _use(run: RunFacts, answers: Answers) -> list[Entry]:
 
 
 def _process(run: RunFacts, answers: Answers) -> list[Entry]:
-    stages = [f"{s.name} ({s.kind})" for s in run.lineage]
-    aims = {
-        "Pretrain": "next token and multi-token prediction",
-        "Extend": "the same on longer texts",
-        "SFT": "next token of given answers",
-        "Distill": "a teacher's probabilities",
-        "GRPO": "rewards that are checked by programs",
-    }
+    stages = [f"{s.name} ({s.type})" for s in run.lineage]
     return [
         ("stages", stages, OFFICE),
-        ("what is optimised", {s.name: aims.get(s.kind, s.kind) for s in run.lineage if s in run.chain}, OFFICE),
+        (
+            "what is optimised",
+            {s.name: s.declaration.objective or s.type for s in run.lineage if s in run.chain},
+            OFFICE,
+        ),
         ("key decisions and their rationale", answers("training.rationale"), OFFICE),
     ]
 
@@ -141,7 +138,7 @@ def _kinds(run: RunFacts) -> str:
     """Kinds of provenance that the records show; what else there is, people must say."""
     made = [name for stage, name, _ in run.sources if technical.source_keys(stage, name)[1] != "sha256"]
     read = [name for _, name, _ in run.sources if name not in made]
-    sampled = [s.name for s in run.lineage if s.kind in ("GRPO", "Reject")]
+    sampled = [s.name for s in run.lineage if s.declaration.samples]
     parts = [
         ("data sets that were read", read),
         ("synthetic, written by programs", made),
@@ -170,7 +167,7 @@ def _resources(run: RunFacts, answers: Answers) -> list[Entry]:
 
 def summary(run: RunFacts, answers: Answers, date: str) -> list[Block]:
     """The public summary of training content: owed by open models too."""
-    tokens = [record.get("train_tokens", MISSING) for stage, _, record in run.sources if stage.kind == "Prepare"]
+    tokens = [record.get("train_tokens", MISSING) for stage, _, record in run.sources if stage.kind == "data"]
     total = MISSING if MISSING in tokens or not tokens else sum(tokens)
     real = [(s, n, r) for s, n, r in run.sources if technical.source_keys(s, n)[1] == "sha256"]
     made = [(s, n, r) for s, n, r in run.sources if (s, n, r) not in real]
@@ -239,9 +236,7 @@ def _listed(sources: list[Any]) -> Block:
         (
             name,
             *(said(record.get(key, MISSING)) for key in ("licence", "documents")),
-            said(record.get("train_tokens", MISSING))
-            if stage.kind == "Prepare"
-            else f"learnt from in stage {stage.name}",
+            said(record.get("train_tokens", MISSING)) if stage.kind == "data" else f"learnt from in stage {stage.name}",
             said(
                 record.get("package") or record.get("hub") or record.get("files") or "written by finback's own programs"
             ),
@@ -255,13 +250,13 @@ def _generating(run: RunFacts) -> list[tuple[str, Any]]:
     """Which models of the run wrote what it learnt from, or were its teachers."""
     found: list[tuple[str, Any]] = []
     for stage in run.lineage:
-        if stage.kind in ("GRPO", "Reject"):
+        if stage.declaration.samples:
             source = stage.config.get("start", MISSING)
             found.append(
                 (said(source), f"answers in stage {stage.name}: {said(stage.spent('tokens_generated'))} tokens")
             )
-        if stage.kind == "Distill":
-            found.append((said(stage.config.get("teacher", MISSING)), f"probabilities in stage {stage.name}"))
+        if "teacher" in stage.config:
+            found.append((said(stage.config["teacher"]), f"probabilities in stage {stage.name}"))
     return found or [("none", "nothing that the records know of")]
 
 

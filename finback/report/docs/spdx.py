@@ -89,7 +89,7 @@ def _package(run: RunFacts, answers: Answers) -> Element:
         ),
         ai_metric=_pairs(scores),
         ai_informationAboutApplication=said(answers("use.intended")),
-        ai_informationAboutTraining="; ".join(f"{s.name} ({s.kind})" for s in run.lineage),
+        ai_informationAboutTraining="; ".join(f"{s.name} ({s.type})" for s in run.lineage),
         ai_limitation=said(answers("use.limits")),
         ai_modelDataPreprocessing=[f"{n}: {said(r.get('documents', MISSING))}" for _, n, r in run.sources],
         ai_useSensitivePersonalInformation="noAssertion",

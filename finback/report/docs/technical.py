@@ -16,10 +16,9 @@ from finback.report.docs.blocks import (
     records,
     said,
 )
-from finback.report.docs.facts import BEGUN, MISSING, SPENT, RunFacts, StageFacts
+from finback.report.docs.facts import BEGUN, MISSING, RunFacts, StageFacts
 from finback.report.docs.questionnaire import Answers
 from finback.report.model_card import architecture
-from finback.runs.files import read_lines
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, FLOPS, cost
 
 REAL = ("licence", "sha256", "bytes", "documents", "train_tokens", "valid_tokens", "valid_bytes")
@@ -94,7 +93,7 @@ def source_keys(stage: StageFacts, name: str) -> tuple[str, ...]:
     """What a data set's record should hold; text that a program writes has no files."""
     made = [s for field in ("tasks", "text") for s in stage.config.get(field) or () if isinstance(s, dict)]
     keys = GENERATED if any(s["name"] == name and s["type"] == "TaskText" for s in made) else REAL
-    return keys if stage.kind == "Prepare" else tuple(k for k in keys if "tokens" not in k and "valid" not in k)
+    return keys if stage.kind == "data" else tuple(k for k in keys if "tokens" not in k and "valid" not in k)
 
 
 def _data(run: RunFacts, answers: Answers) -> list[Block]:
@@ -104,7 +103,7 @@ def _data(run: RunFacts, answers: Answers) -> list[Block]:
         extra = [(key, record[key]) for key in ("package", "version", "hub", "split") if key in record]
         blocks += [Heading(f"{name} (stage {stage.name})", 3), facts([*rows, *extra])]
     for stage in run.lineage:
-        if stage.kind == "Prepare" and "sources" not in stage.results:
+        if stage.kind == "data" and "sources" not in stage.results:
             blocks.append(facts([(f"sources of {stage.name}", MISSING)]))
     told = ("collection", "latest", "bias", "unsuitable", "personal")
     return [*blocks, Heading("What the provider says of the data", 3), facts((k, answers(f"data.{k}")) for k in told)]
@@ -114,14 +113,15 @@ def _recipe(run: RunFacts, answers: Answers) -> list[Block]:
     blocks: list[Block] = [Heading("Recipe"), facts([("rationale", answers("training.rationale"))])]
     for stage in run.stages:
         knobs = [(k, v) for k, v in stage.config.items() if k not in ("type", "name", "model")]
-        blocks += [Heading(f"{stage.name}: {stage.kind}", 3), facts(knobs, ("knob", "value"))]
-        keys = dict.fromkeys((*stage.expected, *stage.results))
+        blocks += [Heading(f"{stage.name}: {stage.type}", 3), facts(knobs, ("knob", "value"))]
+        keys = dict.fromkeys((*stage.declaration.results, *stage.results))
+        files = stage.recorded("files")
         apart = ("sources", "evaluations")  # have tables of their own, if they are there
         results = [(k, stage.result(k)) for k in keys if k not in apart or k not in stage.results]
         rows = [
             *results,
-            ("stage by its manifest", stage.label),
-            ("files", stage.files if stage.files is MISSING else f"{len(stage.files)} by its manifest"),
+            ("stage by its manifest", stage.recorded("stage")),
+            ("files", files if files is MISSING else f"{len(files)} by its manifest"),
         ]
         blocks.append(facts(rows, ("result", "value")))
     return blocks
@@ -176,11 +176,11 @@ def _cost_row(stage: StageFacts) -> tuple[str, ...]:
     flops, peak = stage.spent("flops"), stage.spent("peak_flops")
     money = MISSING if hours is MISSING else hours * DOLLARS_PER_CORE_HOUR
     mfu = "not counted"
-    if stage.kind not in ("Prepare", "Evaluate", "Reject"):
+    if stage.declaration.trains:
         mfu = said(MISSING if MISSING in (flops, peak) or not peak else f"{flops / peak:.1%}")
     return (
         stage.name,
-        stage.kind,
+        stage.type,
         said(seconds),
         said(hours),
         said(stage.watt_hours),
@@ -195,16 +195,16 @@ def _cost_row(stage: StageFacts) -> tuple[str, ...]:
 def _due(stage: StageFacts, key: str) -> str:
     """A sum of the ledger; "none" where this kind of stage spends nothing of the sort."""
     value = stage.spent(key)
-    if value is MISSING and stage.kind in SPENT and key not in SPENT[stage.kind]:
+    if value is MISSING and stage.kind != "other" and key not in stage.declaration.ledger:
         return "none"
     return said(value if value is MISSING or isinstance(value, int) else float(value))
 
 
 def _training(run: RunFacts) -> list[Block]:
-    drawn = [curve for stage in run.lineage for curve in curves.of_stage(stage.name, stage.kind, stage.metrics())]
+    drawn = [curve for stage in run.lineage for curve in curves.of_stage(stage)]
     blocks: list[Block] = [Heading("Training curves, router health and RL"), *drawn]
     for stage in run.lineage:
-        lines = read_lines(stage.folder / "router.jsonl")
+        lines = stage.routers()
         if lines:
             last = lines[-1]
             keys = ("step", "tokens", "max_violation", "idle", "bias_spread", "load")
@@ -220,7 +220,7 @@ def exams(run: RunFacts) -> list[tuple[str, dict[str, Any]]]:
     return [
         (f"{said(stage.result('model'))} ({stage.name})", exam)
         for stage in run.stages
-        if stage.kind == "Evaluate"
+        if stage.kind == "evaluation"
         for exam in stage.results.get("evaluations") or ()
     ]
 
@@ -236,7 +236,7 @@ def _evaluations(run: RunFacts) -> list[Block]:
     compressed = [
         (f"bits per byte of unseen {name}, {said(s.result('model'))}", value)
         for s in run.stages
-        if s.kind == "Evaluate"
+        if s.kind == "evaluation"
         for name, value in (s.results.get("bits_per_byte") or {}).items()
     ]
     return [
@@ -250,7 +250,7 @@ def _evaluations(run: RunFacts) -> list[Block]:
 def _samples(run: RunFacts) -> list[Block]:
     blocks: list[Block] = [Heading("Samples")]
     for stage, exam in run.exams:
-        lines = read_lines(stage.folder / f"{exam.get('exam')}.jsonl")[:SAMPLES]
+        lines = stage.answers(str(exam.get("exam")))[:SAMPLES]
         blocks += [Heading(f"First answers to the exam {said(exam.get('exam', MISSING))}", 3)] if lines else []
         for r in lines:
             verdict = "correct" if r.get("correct") else "wrong"

@@ -1,0 +1,241 @@
+"""Run folders as others read them: stages, their state, results and logs. No torch here.
+
+A page that strangers may open reads leniently: what is damaged counts as not there, and links are not followed. For
+everybody else a damaged file is a UserError.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finback.config import UserError
+from finback.runs import declaration as declarations
+from finback.runs.declaration import DECLARATION, Declaration
+from finback.runs.files import (
+    CONFIG,
+    LEDGER,
+    LOCK,
+    MANIFEST,
+    METRICS,
+    RECIPE,
+    ROUTER,
+    SAMPLES,
+    SUMMARY,
+    read_json,
+    read_lines,
+)
+
+MOST_BYTES = 4 << 20  # of a JSON file that is read leniently
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """One stage that has begun."""
+
+    folder: Path
+    # its knobs, and its class's name as "type"
+    config: dict[str, Any]
+    declaration: Declaration = Declaration()
+    # None until it is finished
+    manifest: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def type(self) -> str:
+        """The name of the stage's class, such as GRPO."""
+        return str(self.config.get("type", "?"))
+
+    @property
+    def kind(self) -> str:
+        """What it declares itself to be, such as reinforcement learning."""
+        return self.declaration.kind
+
+    @property
+    def is_finished(self) -> bool:
+        return self.manifest is not None
+
+    def has_ended(self) -> bool:
+        """Whether it is finished by now."""
+        return plain_file(self.folder, MANIFEST)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What the stage returned; {} until it is finished."""
+        found = (self.manifest or {}).get("results")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def exams(self) -> list[str]:
+        """Names of the exams whose answers lie in the folder."""
+        listed = self.config.get("exams")
+        names = [e.get("name") for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+        return [str(n) for n in names if plain_file(self.folder, f"{n}.jsonl")]
+
+    @property
+    def metrics_file(self) -> Path:
+        """For metrics_table.MetricsTable."""
+        return self.folder / METRICS
+
+    def answers_file(self, exam: str = "") -> Path:
+        """Answers to an exam, or those of RL's steps; for samples.SampleIndex."""
+        return self.folder / (f"{exam}.jsonl" if exam else SAMPLES)
+
+    @property
+    def has_metrics(self) -> bool:
+        return plain_file(self.folder, METRICS)
+
+    @property
+    def has_samples(self) -> bool:
+        return plain_file(self.folder, SAMPLES)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record per logged step."""
+        return self._lines(METRICS)
+
+    def routers(self) -> list[dict[str, Any]]:
+        """Loads and biases of the routers, every few steps of pre-training."""
+        return self._lines(ROUTER)
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """What it was made with, and what was spent between checkpoints."""
+        return self._lines(LEDGER)
+
+    def answers(self, exam: str = "") -> list[dict[str, Any]]:
+        """Answers to an exam, or those of RL's steps."""
+        return self._lines(self.answers_file(exam).name)
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        return read_lines(self.folder / name) if plain_file(self.folder, name) else []
+
+
+def stages(root: Path, lenient: bool = False) -> list[StageFolder]:
+    """Stages that have begun: in the recipe's order as far as summary.json has it, then in that of their beginning."""
+    listed = _object(root, SUMMARY, lenient).get("stages")
+    order = list(listed) if isinstance(listed, dict) else []
+    found = [stage for folder in inside(root, lenient) if (stage := _stage(folder, lenient)) is not None]
+    place = {name: i for i, name in enumerate(order)}
+    return sorted(found, key=lambda s: (place.get(s.name, len(order)), _time_of(s.folder / CONFIG)))
+
+
+def _stage(folder: Path, lenient: bool) -> StageFolder | None:
+    config = _object(folder, CONFIG, lenient)
+    is_finished = plain_file(folder, MANIFEST)
+    if not config.get("type"):
+        if is_finished and not lenient:
+            raise torn(folder / CONFIG, "missing, or not the knobs of a stage")
+        return None
+    declared = declarations.from_json(config.pop(DECLARATION, None))
+    return StageFolder(folder, config, declared, _object(folder, MANIFEST, lenient) if is_finished else None)
+
+
+def finished_stages(root: Path) -> Iterator[Path]:
+    """Folders under `root` that hold a manifest, oldest first."""
+    done = [p.parent for p in root.glob(f"*/{MANIFEST}")]
+    yield from sorted(done, key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
+
+
+def is_run(root: Path) -> bool:
+    """Whether a folder is a run's."""
+    return plain_file(root, RECIPE)
+
+
+def recipe(root: Path, lenient: bool = False) -> dict[str, Any]:
+    """The recipe's name and the seed of a run; UserError where a folder is not a run's."""
+    if not lenient and not is_run(root):
+        problem = "not a run folder: it has no recipe.json" if root.is_dir() else "no such folder"
+        raise UserError("run", str(root), problem, "Name one that `finback run` made, such as runs/tiny.")
+    return _object(root, RECIPE, lenient)
+
+
+def summary(root: Path) -> dict[str, Any]:
+    """Results and costs of all finished stages; UserError where none has finished."""
+    if not has_summary(root):
+        raise UserError("run", str(root), "holds no summary.json", "Name a folder such as runs/tiny.")
+    return _object(root, SUMMARY)
+
+
+def has_summary(root: Path) -> bool:
+    return plain_file(root, SUMMARY)
+
+
+def is_locked(root: Path) -> bool:
+    """Whether somebody is at work in a run folder; where locks cannot be asked, whether it changed a minute ago."""
+    try:
+        import fcntl
+    except ImportError:
+        return time.time() - changed(root) < 60
+    try:
+        with (root / LOCK).open("rb") as handle:
+            fcntl.flock(handle.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def changed(root: Path) -> float:
+    """When something in a run was last written, in seconds since 1970."""
+    files = (folder / name for folder in inside(root, lenient=True) for name in (METRICS, MANIFEST, CONFIG))
+    return max([_time_of(root / RECIPE), *map(_time_of, files)])
+
+
+def plain_file(folder: Path, name: str) -> bool:
+    """Whether a folder itself holds a file of this name: neither a link nor something elsewhere."""
+    path = folder / name
+    return path.parent == folder and path.is_file() and not path.is_symlink()
+
+
+def inside(folder: Path, lenient: bool = False) -> list[Path]:
+    """The folders in a folder, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [e.name for e in entries if e.is_dir(follow_symlinks=not lenient) and not e.name.startswith(".")]
+    except OSError:
+        return []
+    return [folder / name for name in sorted(found)]
+
+
+def _object(folder: Path, name: str, lenient: bool = False) -> dict[str, Any]:
+    """A JSON object in a file; {} where there is none."""
+    path = folder / name
+    if not plain_file(folder, name):
+        return {}
+    found = _lenient(path) if lenient else read_json(path)
+    if not isinstance(found, dict):
+        raise torn(path, "not an object")
+    return found
+
+
+def _lenient(path: Path) -> dict[str, Any]:
+    """{} for anything but a JSON object; NaN and infinities, which JSON cannot carry on, become None."""
+
+    def finite(text: str) -> float | None:
+        return value if math.isfinite(value := float(text)) else None
+
+    try:
+        text = path.read_text(encoding="utf-8") if path.stat().st_size <= MOST_BYTES else ""
+        found = json.loads(text, parse_constant=lambda _: None, parse_float=finite)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def torn(path: Path, problem: str) -> UserError:
+    """The error of a file in a run folder that cannot be read."""
+    return UserError("run", str(path), problem, "Delete that stage's folder and run the recipe again.")
+
+
+def _time_of(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
