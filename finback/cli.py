@@ -23,8 +23,8 @@ from finback.parallel import launch
 from finback.parallel.execute import RankFailed, execute
 from finback.planner.options import PlanOptions
 from finback.report.options import ChatOptions
+from finback.runs import reader
 from finback.runs import recipe as recipes
-from finback.runs.files import read_json
 from finback.runs.folder import Interrupted
 from finback.serve.options import ServeOptions, WatchOptions
 
@@ -108,7 +108,7 @@ def run(
 
     text = summary.summarize(root)
     if as_json:
-        print(json.dumps(read_json(root / "summary.json"), ensure_ascii=False))
+        print(json.dumps(reader.summary(root), ensure_ascii=False))
         print(text, file=sys.stderr)
     else:
         print(text)
@@ -154,13 +154,11 @@ def show(
         values = {"samples": sampled.find(path, stage, step)} if as_json else {}
         _print(values, "" if as_json else sampled.describe(path, stage, step, count), as_json)
     elif path.is_dir():
-        if not (path / "summary.json").is_file():
-            raise UserError("run", what, "holds no summary.json", "Name a folder such as runs/tiny.")
         from finback.planner import calibration_file, plan_vs_actual
 
         beside = plan_vs_actual.plan_and_actual(path, calibration_file.default_path(os.environ))
         if as_json:
-            print(json.dumps(read_json(path / "summary.json") | {"plan_and_actual": beside}, ensure_ascii=False))
+            print(json.dumps(reader.summary(path) | {"plan_and_actual": beside}, ensure_ascii=False))
         else:
             print(f"{summary.summarize(path)}\n\n{plan_vs_actual.tell(beside)}")
     elif path.suffix == ".py":

@@ -442,7 +442,7 @@ def test_a_run_killed_before_its_summary_was_written_gets_one(
     (root / "summary.json").unlink()
     if left is not None:
         write_json(root / "summary.json", old | {"stages": {name: old["stages"][name] for name in left}})
-    cli.run(path, tmp_path / "runs", [], 0, 1, True)
+    cli.run(recipe=path, runs=tmp_path / "runs", settings=(), seed=0, ranks=1, as_json=True)
     assert list(json.loads(capsys.readouterr().out)["stages"]) == ["a", "b"]
 
 

@@ -10,8 +10,9 @@ from finback.config import UserError
 from finback.planner import calibration_file, recipe_plan
 from finback.planner.options import PlanOptions
 from finback.planner.render import big, span
-from finback.runs.files import CONFIG, SUMMARY, read_json, read_lines
+from finback.runs import reader
 from finback.runs.ledger import cost
+from finback.runs.reader import StageFolder
 from finback.runs.terminal import table
 
 SPENT = {
@@ -25,25 +26,24 @@ SPENT = {
 
 def plan_and_actual(root: Path, calibration: Path) -> dict[str, Any]:
     """For each stage of a run folder what is planned and what was spent; notes say why there is no plan."""
-    summary = read_json(root / SUMMARY)
-    folders = [root / name for name in summary["stages"] if (root / name / CONFIG).is_file()]
-    found, notes = _plan(str(summary["recipe"]), folders, calibration)
+    summary = reader.summary(root)
+    begun = [stage for stage in reader.stages(root) if stage.name in summary["stages"]]
+    found, notes = _plan(str(summary["recipe"]), begun, calibration)
     rows = {}
-    for folder in folders:
-        planned, paid = found.get(folder.name), cost(folder)
+    for stage in begun:
+        planned, paid = found.get(stage.name), cost(stage.folder)
         plan = {k: planned.get(k) for k in SPENT} if planned else None
-        rows[folder.name] = {"plan": plan, "actual": {k: paid[v] for k, v in SPENT.items()}}
+        rows[stage.name] = {"plan": plan, "actual": {k: paid[v] for k, v in SPENT.items()}}
     return {"stages": rows, "notes": notes}
 
 
 def planned(root: Path, calibration: Path) -> dict[str, dict[str, float]]:
     """What the stages that a run has begun were to take, of `SPENT`; nothing of those that announce nothing."""
-    folders = sorted((p.parent for p in root.glob(f"*/{CONFIG}")), key=lambda f: (f / CONFIG).stat().st_mtime)
-    found, _ = _plan(root.name, folders, calibration)
+    found, _ = _plan(root.name, reader.stages(root), calibration)
     return {name: {k: stage[k] for k in SPENT if stage.get(k) is not None} for name, stage in found.items() if stage}
 
 
-def _plan(name: str, folders: list[Path], calibration: Path) -> tuple[dict[str, Any], list[str]]:
+def _plan(name: str, begun: list[StageFolder], calibration: Path) -> tuple[dict[str, Any], list[str]]:
     """The plan of each stage, and what is to be said of it."""
     known, notes = None, []
     try:
@@ -51,16 +51,16 @@ def _plan(name: str, folders: list[Path], calibration: Path) -> tuple[dict[str, 
     except UserError as error:
         notes.append(str(error))
     try:
-        configs = [read_json(folder / CONFIG) for folder in folders]
-        found = recipe_plan.plan_configs(name, configs, PlanOptions(), known, _ranks(folders))
+        configs = [stage.config for stage in begun]
+        found = recipe_plan.plan_configs(name, configs, PlanOptions(), known, _ranks(begun))
     except (UserError, TypeError, KeyError, AttributeError) as error:  # knobs of another version
         return {}, [*notes, f"no plan: {error}"]
     return found["stages"], [*notes, *found["notes"]]
 
 
-def _ranks(folders: list[Path]) -> int:
+def _ranks(begun: list[StageFolder]) -> int:
     """How many ranks the run had, by its ledgers."""
-    cores = [line.get("cores", 1) for folder in folders for line in read_lines(folder / "ledger.jsonl")]
+    cores = [line.get("cores", 1) for stage in begun for line in stage.ledger()]
     return int(max(cores, default=1))
 
 
