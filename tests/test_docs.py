@@ -20,7 +20,7 @@ from finback.report.docs import build, completeness, compute, curves, facts
 from finback.report.docs import questionnaire as asked
 from finback.report.docs.facts import MISSING, NOT_PROVIDED
 from finback.report.docs.questionnaire import QUESTIONS, Answers
-from finback.runs.declaration import Declaration
+from finback.runs.declaration import DECLARATION
 from finback.runs.files import read_json, read_lines, write_json, write_lines
 from finback.runs.reader import StageFolder
 from finback.runs.recipe import claim, execute, load, summary
@@ -239,7 +239,7 @@ def test_croissant_reads_the_data_sets(made: Path, answers: Answers, tmp_path: P
 
 
 def test_curves_keep_spikes_and_have_round_ticks(tmp_path: Path) -> None:
-    stage = StageFolder(tmp_path, {}, Declaration(curves={"loss": ("loss", "mtp_loss")}))
+    stage = StageFolder(tmp_path, {DECLARATION: {"curves": {"loss": ["loss", "mtp_loss"]}}})
     write_lines(stage.metrics_file, [{"step": i, "loss": 99.0 if i == 7_777 else 1.0} for i in range(10_000)])
     (drawn,) = curves.of_stage(stage)
     (points,) = re.findall(r'points="([^"]*)"', drawn.svg)

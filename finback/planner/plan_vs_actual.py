@@ -51,7 +51,7 @@ def _plan(name: str, begun: list[StageFolder], calibration: Path) -> tuple[dict[
     except UserError as error:
         notes.append(str(error))
     try:
-        configs = [stage.config for stage in begun]
+        configs = [stage.config_json for stage in begun]
         found = recipe_plan.plan_configs(name, configs, PlanOptions(), known, _ranks(begun))
     except (UserError, TypeError, KeyError, AttributeError) as error:  # knobs of another version
         return {}, [*notes, f"no plan: {error}"]

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,19 @@ class StageFolder:
     """One stage that has begun."""
 
     folder: Path
-    # its knobs, and its class's name as "type"
-    config: dict[str, Any]
-    declaration: Declaration = Declaration()
+    # what recipe.config_json says of the stage
+    config_json: dict[str, Any]
     # None until it is finished
     manifest: dict[str, Any] | None = None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its knobs, and its class's name as "type"."""
+        return {k: v for k, v in self.config_json.items() if k != DECLARATION}
+
+    @cached_property
+    def declaration(self) -> Declaration:
+        return declarations.from_json(self.config_json.get(DECLARATION))
 
     @property
     def name(self) -> str:
@@ -132,8 +141,7 @@ def _stage(folder: Path, lenient: bool) -> StageFolder | None:
         if is_finished and not lenient:
             raise torn(folder / CONFIG, "missing, or not the knobs of a stage")
         return None
-    declared = declarations.from_json(config.pop(DECLARATION, None))
-    return StageFolder(folder, config, declared, _object(folder, MANIFEST, lenient) if is_finished else None)
+    return StageFolder(folder, config, _object(folder, MANIFEST, lenient) if is_finished else None)
 
 
 def finished_stages(root: Path) -> Iterator[Path]:

@@ -168,7 +168,7 @@ class RunFacts:
 def read(root: Path, model: str = "") -> RunFacts:
     """A run folder's facts about the model of one stage, its newest by default; UserError when torn or foreign."""
     recipe = reader.recipe(root)
-    begun = [StageFacts(**vars(stage)) for stage in reader.stages(root)]
+    begun = [StageFacts(stage.folder, stage.config_json, stage.manifest) for stage in reader.stages(root)]
     left = [stage.name for stage in begun if not stage.is_finished]
     if left or not begun:
         problem = f"not finished: {', '.join(sorted(left)) or 'no stage'}"
