@@ -282,7 +282,7 @@ def test_a_stop_that_is_not_yet_on_the_disk_outlives_a_reload(opened: Opened) ->
 
 
 def test_nobody_comes_back(opened: Opened) -> None:
-    with talking(LONG, pace=0.01, held=0.2) as client:
+    with talking(LONG, pace=0.01, resume_timeout=0.2) as client:
         page = opened(client, allowed="404")
         say(page)
         expect(page.locator(".assistant .prose").last).to_contain_text("word word")

@@ -99,10 +99,7 @@ def test_random_cuts_leave_nothing_behind(rounds: int) -> None:
         service = client.app.state.service  # type: ignore[attr-defined]
         wait_for(lambda: not engine.busy and service.admission.requests == 0)
         assert (
-            engine.leaked == 0
-            and service.admission.choices == 0
-            and service.active == {}
-            and not service.worker._active
+            engine.leaked == 0 and service.admission.choices == 0 and service.active == {} and not service.worker.active
         )
         assert summed(streamed(client, **HELLO))["content"]
         assert 'status="500"' not in client.get("/metrics").text

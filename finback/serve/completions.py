@@ -1,4 +1,8 @@
-"""The endpoint of chat and of text completions: from the body of an HTTP request to the last event of its response."""
+"""The endpoint of chat and of text completions: from the body of an HTTP request to the last event of its response.
+
+A chat request passes middleware -> completions -> protocol -> prepare -> data/messages -> worker -> engine/engine ->
+scheduler -> runner -> model/transformer -> sampler, and comes back by worker -> chat_output -> completions.
+"""
 
 import asyncio
 import json

@@ -22,7 +22,7 @@ CODES = {
     500: "server_error",
     503: "overloaded",
 }
-RETRYABLE = (408, 429, 503)  # clients try again after these, so each says when
+RETRYABLE = (408, 429, 503)  # clients retry after these, so each says when
 
 
 class ApiError(Exception):
@@ -37,13 +37,13 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The JSON object that says it."""
+        """The error as a JSON object."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
     def response(self) -> Response:
-        """The reply that says it."""
+        """The error as a response."""
         headers = {"retry-after": str(self.retry_after)} if self.status in RETRYABLE else {"x-should-retry": "false"}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
@@ -53,11 +53,6 @@ class ApiError(Exception):
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that its sender must change."""
     return ApiError(400, message, param, code)
-
-
-def from_user(error: UserError) -> ApiError:
-    """What the engine, the tokenizer or a template found wrong."""
-    return bad(str(error), error.field)
 
 
 def from_pydantic(error: ValidationError) -> ApiError:
@@ -70,24 +65,16 @@ def from_pydantic(error: ValidationError) -> ApiError:
     return bad(f"{param}: {message}" if param else message, param)
 
 
-async def on_api_error(request: Request, error: Exception) -> Response:
-    """Handler for ApiError."""
-    assert isinstance(error, ApiError)
-    return error.response
-
-
-async def on_user_error(request: Request, error: Exception) -> Response:
-    """Handler for UserError."""
-    assert isinstance(error, UserError)
-    return from_user(error).response
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    """Handler for the framework's own refusals: no such path, wrong method."""
+async def on_error(request: Request, error: Exception) -> Response:
+    """The response to a refusal: ours, the engine's, or the framework's (no such path, wrong method)."""
+    if isinstance(error, ApiError):
+        return error.response
+    if isinstance(error, UserError):
+        return bad(str(error), error.field).response
     assert isinstance(error, HTTPException)
     response = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response
     response.headers.update(error.headers or {})
     return response
 
 
-HANDLERS: Any = {ApiError: on_api_error, UserError: on_user_error, HTTPException: on_http_error}
+HANDLERS: Any = dict.fromkeys((ApiError, UserError, HTTPException), on_error)

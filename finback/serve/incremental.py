@@ -22,8 +22,10 @@ class Delta:
     """What a piece of text adds. A call's first delta has its name and id and no text, later ones only text."""
 
     kind: Literal["reasoning", "content", "tool"]
-    text: str = ""  # for tool: a fragment of the arguments' JSON text
-    index: int = 0  # for tool: which call, counted from 0
+    # of a call: a fragment of the arguments' JSON text
+    text: str = ""
+    # of a call: which one, counted from 0
+    index: int = 0
     name: str | None = None
     call_id: str | None = None
 

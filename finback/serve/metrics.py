@@ -47,6 +47,14 @@ class Metrics:
         self.drafted = self.accepted = self.cancelled = self.failures = 0
         self.first_token, self.gap = Histogram(TTFT), Histogram(GAP)
 
+    def count_cancelled(self, choices: int) -> None:
+        """Count choices whose client left before the end."""
+        self.cancelled += choices
+
+    def count_failures(self, steps: int) -> None:
+        """Count passes of the model that failed."""
+        self.failures += steps
+
     def observe(self, request: "Request", new_tokens: int, gap: float | None, finish: str | None) -> None:
         """Count an output of one choice; `gap` is the seconds since the one before, None for the first."""
         self.generated_tokens += new_tokens

@@ -90,10 +90,10 @@ class ServeOptions(ListenOptions):
     choices: int = 64
     # silence in a stream after which a comment is sent
     keep_alive: float = 15.0
-    # how long a resumable answer waits for its reader to come back
-    held: float = 20.0
-    # most that is kept of it
-    held_bytes: int = 8 << 20
+    # how long a resumable stream waits for its reader to come back
+    resume_timeout: float = 20.0
+    # most that is stored of it
+    resume_bytes: int = 8 << 20
     # work without a step for this long: not ready
     stalled: float = 30.0
 

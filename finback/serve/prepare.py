@@ -133,7 +133,9 @@ class RequestPreparer:
             # training texts and dialogues begin with it; ids are used unchanged
             start = [self.tokenizer.bos] if self.tokenizer.adds_bos else []
         else:
-            self._refuse_unknown(prompt)
+            # the decoder takes no others; the engine checks against the model's vocabulary
+            if not all(0 <= token < 1 << 31 for token in prompt):
+                raise bad("not token ids of this model", "prompt")
             ids, text, start = prompt, self.tokenizer.decode(prompt) if request.echo else "", []
         if request.suffix:
             lacking = [mark for mark in FIM if mark not in self.tokenizer.ids]
@@ -144,11 +146,6 @@ class RequestPreparer:
         if not start + ids:
             raise bad("the prompt is empty", "prompt")
         return start + ids, text
-
-    def _refuse_unknown(self, ids: list[int]) -> None:
-        """The decoder takes ids of its own vocabulary only; the engine checks against the model's."""
-        if max(ids) >= 1 << 31 or min(ids) < 0:
-            raise bad("not token ids of this model", "prompt")
 
     def _refuse_endless(self, characters: int, param: str) -> None:
         """A text that cannot fit is refused before it is cut into tokens, which takes seconds for megabytes."""

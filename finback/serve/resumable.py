@@ -30,9 +30,9 @@ class ResumableStream:
         self.place: Callable[[], int] = lambda: 0  # where it stands in the queue, 0 once it is being answered
         self.first = 1  # the number of the first event that is still stored
         self.is_finished = False
-        self.forget: Callable[[], None] = lambda: None  # set once others know of it
+        self.forget: Callable[[], object] = lambda: None  # set once others know of it
+        self.size = 0  # in bytes
         self._events: deque[bytes] = deque()
-        self._size = 0
         self._readers = 0
         self._grown = asyncio.Event()
         self._error: BaseException | None = None
@@ -56,9 +56,9 @@ class ResumableStream:
         for event in events.removesuffix(b"\n\n").split(b"\n\n"):
             numbered = b"id: %d\n%b\n\n" % (self.last + 1, event)
             self._events.append(numbered)
-            self._size += len(numbered)
-        while self._size > self.options.held_bytes and len(self._events) > 1:
-            self._size -= len(self._events.popleft())
+            self.size += len(numbered)
+        while self.size > self.options.resume_bytes and len(self._events) > 1:
+            self.size -= len(self._events.popleft())
             self.first += 1
         self._wake()
 
@@ -133,7 +133,7 @@ class ResumableStream:
         elif not at:  # nobody knows what to come back for
             self.stop()
         else:
-            self._leaving = asyncio.get_running_loop().call_later(self.options.held, self._abandon)
+            self._leaving = asyncio.get_running_loop().call_later(self.options.resume_timeout, self._abandon)
 
     def _abandon(self) -> None:
         self.stop()

@@ -69,7 +69,7 @@ class Service:
     def keep(self, ident: str, stream: ResumableStream, outputs: OutputStream) -> None:
         """Let a stream be found by its id until it is forgotten; the oldest that have ended make room."""
         stream.place = lambda: self._place(outputs)
-        stream.forget = lambda: self._forget(ident)
+        stream.forget = lambda: self.streams.pop(ident, None)
         self.streams[ident] = stream
         ended = [each for each in self.streams.values() if each.is_finished]
         for each in ended[: max(0, len(self.streams) - self.admission.most_choices)]:
@@ -79,9 +79,6 @@ class Service:
         """Position among the requests that have not started, from 1; 0 for one that has."""
         waiting = [each.outputs for each in self.active.values() if not each.outputs.started]
         return waiting.index(outputs) + 1 if outputs in waiting else 0
-
-    def _forget(self, ident: str) -> None:
-        self.streams.pop(ident, None)
 
     def named(self, name: str | None) -> "Service":
         """The model of this name among those that are served, this one where none is named; ApiError 404."""

@@ -13,7 +13,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from finback.engine.engine import Engine
 from finback.engine.request import FinishReason, Request, SamplingParams
@@ -21,6 +23,8 @@ from finback.serve.errors import ApiError
 from finback.serve.metrics import Metrics
 
 log = logging.getLogger("finback.serve")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class OutputStream:
     @property
     def started(self) -> bool:
         """Whether any of it has entered the batch."""
-        return any(s.started for s in self.requests)
+        return any(request.started for request in self.requests)
 
     async def next(self) -> list[tuple[int, OutputDelta]]:
         """All deltas since the last call, at least one; ApiError when the engine has failed."""
@@ -122,21 +126,25 @@ class Worker:
             self._thread.join(timeout=10)
 
     @property
+    def active(self) -> int:
+        """Choices that are submitted and have not ended."""
+        return len(self._active)
+
+    @property
     def alive(self) -> bool:
         """Whether the thread runs and its engine is sound."""
         return self._thread is not None and self._thread.is_alive() and not self._stuck
 
     def stalled(self, limit: float) -> bool:
         """Whether there is work and no step has ended for `limit` seconds."""
-        return bool(self._active) and time.monotonic() - self.stepped > limit
+        return self.active > 0 and time.monotonic() - self.stepped > limit
 
     async def submit(self, choices: list[ChoiceInput], salt: bytes) -> OutputStream:
         """Queue the choices of one request, all or none; UserError when one can never be served."""
-        assert self._loop is not None, "not started"
-        outputs, accepted = OutputStream(), self._loop.create_future()
+        outputs, accepted = OutputStream(), Future[None]()
         self._work.put(lambda: self._submit(outputs, choices, salt, accepted))
         try:
-            await accepted
+            await asyncio.wrap_future(accepted)
         except asyncio.CancelledError:
             self.cancel(outputs)
             raise
@@ -176,24 +184,23 @@ class Worker:
         outputs = [self._output(request) for request in changed if request in self._active]
         self.stepped, self.failure = time.monotonic(), None
         if outputs:
-            self._call(lambda: _deliver(outputs))
+            self._call(_deliver, outputs)
 
     def _output(self, request: Request) -> tuple[OutputStream, int, OutputDelta]:
-        progress, now = self._active[request], time.perf_counter()
+        delivered, now = self._active[request], time.perf_counter()
         assert request.detokenizer is not None, "the engine has no tokenizer"
         pieces, tokens = request.detokenizer.pieces, len(request.tokens)
-        text, new = "".join(pieces[progress.pieces :]), tokens - progress.tokens
-        gap = None if progress.time is None else now - progress.time
-        progress.pieces, progress.tokens = len(pieces), tokens
-        progress.time = now if tokens else None
+        text, new = "".join(pieces[delivered.pieces :]), tokens - delivered.tokens
+        gap = None if delivered.time is None else now - delivered.time
+        delivered.pieces, delivered.tokens, delivered.time = len(pieces), tokens, now if tokens else None
         if request.finish_reason is not None:
             del self._active[request]
         delta = OutputDelta(text, tokens, request.thinking_tokens, new, gap, request.finish_reason)
-        return progress.stream, progress.index, delta
+        return delivered.stream, delivered.index, delta
 
-    def _submit(
-        self, outputs: OutputStream, choices: list[ChoiceInput], salt: bytes, accepted: asyncio.Future[None]
-    ) -> None:
+    def _submit(self, outputs: OutputStream, choices: list[ChoiceInput], salt: bytes, accepted: Future[None]) -> None:
+        if not accepted.set_running_or_notify_cancel():  # the client has left
+            return
         try:
             if self._stuck:
                 raise ApiError(503, "the engine has failed; the server must be restarted", retry_after=30)
@@ -202,35 +209,31 @@ class Worker:
                 outputs.requests.append(
                     self.engine.submit(c.prompt, c.sampling, c.seed, salt=salt, leader=leader, thinking=c.thinking)
                 )
-        except Exception as error:  # for the one who asked
-            problem = error
-            self._call(lambda: _settle(accepted, problem))
+        except Exception as error:  # goes to the client
             for request in outputs.requests:
                 self.engine.cancel(request)
+            accepted.set_exception(error)
             return
         self._active |= {request: _Delivered(outputs, i) for i, request in enumerate(outputs.requests)}
-        self._call(lambda: _settle(accepted, None))
+        accepted.set_result(None)
 
     def _cancel(self, outputs: OutputStream) -> None:
         unfinished = [r for r in outputs.requests if self._active.pop(r, None) is not None]
         for request in unfinished:
             self.engine.cancel(request)
-        if unfinished:
-            self._call(lambda: self._count_cancelled(len(unfinished)))
+        self._call(self.metrics.count_cancelled, len(unfinished))
 
     def _close_thinking(self, outputs: OutputStream) -> None:
         for request in outputs.requests:
             self.engine.close_thinking(request)
-
-    def _count_cancelled(self, number: int) -> None:
-        self.metrics.cancelled += number
 
     def _fail(self, error: Exception) -> None:
         """End everything that was under way; the next request finds an empty engine."""
         self.failure = type(error).__name__
         # where it failed, without the message: it may quote what somebody wrote
         log.error("a step failed: %s\n%s", self.failure, "".join(traceback.format_tb(error.__traceback__)))
-        streams = {progress.stream for progress in self._active.values()}
+        self._call(self.metrics.count_failures, 1)
+        streams = {delivered.stream for delivered in self._active.values()}
         try:
             for request in self._active:
                 self.engine.cancel(request)
@@ -239,28 +242,15 @@ class Worker:
         self._active.clear()
         self._stuck = self.engine.busy
         problem = ApiError(503, "the model failed while it made this answer", code="engine_failed")
-        self._call(lambda: self._report(streams, problem))
-
-    def _report(self, streams: set[OutputStream], problem: ApiError) -> None:
-        self.metrics.failures += 1
         for stream in streams:
-            stream.fail(problem)
+            self._call(stream.fail, problem)
 
-    def _call(self, function: Callable[[], None]) -> None:
-        assert self._loop is not None
+    def _call(self, function: Callable[[T], None], argument: T) -> None:
+        assert self._loop is not None, "not started"
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(function)
+            self._loop.call_soon_threadsafe(function, argument)
 
 
 def _deliver(outputs: list[tuple[OutputStream, int, OutputDelta]]) -> None:
     for stream, index, delta in outputs:
         stream.put(index, delta)
-
-
-def _settle(accepted: asyncio.Future[None], problem: Exception | None) -> None:
-    if accepted.done():  # the one who asked has left
-        return
-    if problem is None:
-        accepted.set_result(None)
-    else:
-        accepted.set_exception(problem)
