@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from finback.checkpoint.hf_config import raw_config
 from finback.checkpoint.names import table
 from finback.config import UserError
 from finback.kernels import attention, decode, moe_gemm, native, norm, reference
+from finback.kernels.probe import experts_seconds
 from finback.model.cache import PAGE, Cache, Pool
 from finback.model.config import TINY, V2_LITE, V3, ModelConfig, Yarn
 from finback.model.mla import MLA
+from finback.model.moe import MoE
 from finback.model.rope import softmax_scale
 from finback.model.transformer import Transformer
+from finback.train.precision import ExpertKernel, use_expert_kernel
 
 transformers = pytest.importorskip("transformers")
 
@@ -219,21 +223,40 @@ def test_name_table_covers_every_tensor() -> None:
         assert set(table(config)) == names
 
 
-def test_grouped_experts_equal_the_loop() -> None:
+@pytest.mark.parametrize("experts", [moe_gemm.routed_experts, moe_gemm.grouped_experts])
+def test_grouped_experts_equal_the_loop(experts: moe_gemm.Experts) -> None:
+    """Outputs and gradients of both forms of the products are those of the plain lines."""
     generator = torch.Generator().manual_seed(3)
-    x, gate_up, down = (torch.randn(s, generator=generator) for s in ((40, 16), (6, 20, 16), (6, 16, 10)))
+    x, gate_up, down = (torch.randn(s, generator=generator) for s in ((40, 16), (6, 24, 16), (6, 16, 12)))
     index = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(40)])  # expert 5 gets nothing
     weight = torch.rand(40, 2, generator=generator)
     outs, grads = [], []
-    for module in (reference, moe_gemm):
+    for form in (reference.routed_experts, experts):
         leaves = [t.clone().requires_grad_() for t in (x, weight, gate_up, down)]
-        y = module.routed_experts(leaves[0], index, leaves[1], leaves[2], leaves[3])
+        y = form(leaves[0], index, leaves[1], leaves[2], leaves[3])
         (y * torch.arange(16)).sum().backward()
         outs.append(y)
         grads.append([leaf.grad for leaf in leaves])
     torch.testing.assert_close(outs[0], outs[1])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_the_kernel_of_experts_is_pinned_or_measured() -> None:
+    """A whole model's gradients with either; a CPU is not asked which is quicker."""
+    gradients = []
+    for kernel in get_args(ExpertKernel):
+        model = use_expert_kernel(random_model(TOY).train(), kernel)
+        forms = {module.experts for module in model.modules() if isinstance(module, MoE)}
+        assert forms == {moe_gemm.grouped_experts if kernel == "grouped_mm" else moe_gemm.routed_experts}
+        model(torch.arange(48).view(2, 24)).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for others in gradients[1:]:
+        torch.testing.assert_close(gradients[0], others, rtol=1e-4, atol=1e-5)
+    seconds = experts_seconds(64, 2, (4, 16, 8), torch.float32, torch.device("cpu"))
+    assert set(seconds) == {"loop", "grouped_mm"} and all(0 < s < 60 for s in seconds.values())
+    with pytest.raises(UserError, match=r"expert_kernel.*rows of 16 bytes"):
+        use_expert_kernel(Transformer(dataclasses.replace(TOY, moe_intermediate_size=18)), "grouped_mm")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

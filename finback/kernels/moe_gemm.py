@@ -1,7 +1,8 @@
-"""Routed experts as contiguous blocks: rows laid out by expert, one product per expert, one backward by hand.
+"""Routed experts as contiguous blocks: rows laid out by expert, products per expert, one backward by hand.
 
 The element-wise work runs once over all experts' rows instead of once per expert, and nothing is recorded by
-autograd in between. Twin: reference.routed_experts.
+autograd in between. The products are a loop over experts, or torch's grouped_mm, which needs no look at the counts and so
+no wait for a GPU. Twin: reference.routed_experts.
 """
 
 from collections.abc import Callable
@@ -25,7 +26,21 @@ def routed_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, do
     """As reference.routed_experts: x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)."""
     if len(x) <= FEW and native.ready(x) and gate_up.dtype == down.dtype and gate_up.dtype in native.DTYPES:
         return _native(x, index, weight, gate_up, down)
-    return _GroupedExperts.apply(x, index, weight, gate_up, down, _block_multiple(x))
+    # oneDNN compiles a bf16 product anew for every shape it has not met
+    by_shape = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
+    return _GroupedExperts.apply(x, index, weight, gate_up, down, BLOCK_MULTIPLE if by_shape else 1)
+
+
+def grouped_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As routed_experts, all experts' products in one call of grouped_mm; for sizes that `fits_grouped`."""
+    if len(x) <= FEW and native.ready(x):
+        return routed_experts(x, index, weight, gate_up, down)
+    return _GroupedExperts.apply(x, index, weight, gate_up, down, None)
+
+
+def fits_grouped(hidden: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether rows of these sizes begin at multiples of 16 bytes, as grouped_mm wants them."""
+    return all(size * dtype.itemsize % 16 == 0 for size in (hidden, width))
 
 
 def _native(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -46,12 +61,15 @@ def _native(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Ten
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, multiple: int
+        ctx: Any, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, multiple: int | None
     ) -> Tensor:
+        """`multiple` is that of the loop's blocks of rows, None has all of them multiplied at once."""
         n, k = index.shape
-        slots, blocks = layout(index, gate_up.size(0), multiple)
+        slots, blocks, size = (
+            _grouped(index, gate_up.size(0), x) if multiple is None else _looped(index, gate_up.size(0), multiple)
+        )
         w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
-        rows = x.new_zeros(blocks[-1][2], x.size(1)).index_copy_(0, slots, x.repeat_interleave(k, dim=0))
+        rows = x.new_zeros(size, x.size(1)).index_copy_(0, slots, x.repeat_interleave(k, dim=0))
         hidden = _per_expert(rows, w_in.transpose(1, 2), blocks)
         gate, up = hidden.chunk(2, dim=-1)
         y = _per_expert(F.silu(gate).mul_(up), w_out.transpose(1, 2), blocks)[slots].view(n, k, -1)
@@ -85,9 +103,17 @@ class _GroupedExperts(torch.autograd.Function):
         return d_x, None, d_weight, d_gate_up, d_down, None
 
 
-def _block_multiple(x: Tensor) -> int:
-    """Block sizes are rounded up to this. oneDNN compiles a bf16 product anew for every shape it has not met."""
-    return BLOCK_MULTIPLE if x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled() else 1
+def _looped(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks | Tensor, int]:
+    """For the loop: slots, blocks, and how many rows they have."""
+    slots, blocks = layout(index, experts, multiple)
+    return slots, blocks, blocks[-1][2]
+
+
+def _grouped(index: Tensor, experts: int, x: Tensor) -> tuple[Tensor, Blocks | Tensor, int]:
+    """For grouped_mm: slots, the ends of blocks, and a number of rows that is surely enough: only the device knows it."""
+    multiple = 16 // x.element_size()
+    slots, _, ends = _places(index, experts, multiple, least=1)
+    return slots, ends.int(), index.numel() + experts * multiple
 
 
 def layout(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks]:
@@ -95,28 +121,44 @@ def layout(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks]:
 
     Needs one look at the counts, hence one wait for the device.
     """
+    slots, sizes, ends = _places(index, experts, multiple, least=0)
+    blocks = [(e, end - size, end) for e, (size, end) in enumerate(zip(sizes.tolist(), ends.tolist(), strict=True))]
+    return slots, [block for block in blocks if block[1] < block[2]]
+
+
+def _places(index: Tensor, experts: int, multiple: int, least: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots (n·k,), and size and end of each expert's block of rows (experts,).
+
+    Sizes are multiples of `multiple`. With `least` 1 no block is empty, so that a gradient is zero where nobody asked.
+    """
     flat = index.flatten()
-    counts = torch.bincount(flat, minlength=experts)
-    sizes = (counts + multiple - 1) // multiple * multiple
+    counts = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait for a GPU
+    sizes = (counts.clamp(min=least) + multiple - 1) // multiple * multiple
     ends, first = sizes.cumsum(0), counts.cumsum(0) - counts
     order = flat.argsort(stable=True)
     shift = ends - sizes - first  # from "sorted without gaps" to "sorted with gaps"
     slots = torch.empty_like(order)
     slots[order] = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
-    blocks = [(e, end - size, end) for e, (size, end) in enumerate(zip(sizes.tolist(), ends.tolist(), strict=True))]
-    return slots, [block for block in blocks if block[1] < block[2]]
+    return slots, sizes, ends
 
 
-def _per_expert(rows: Tensor, weights: Tensor, blocks: Blocks) -> Tensor:
-    """rows (m, a) times weights[e] (a, b) of the expert that owns each block of rows -> (m, b)."""
+def _per_expert(rows: Tensor, weights: Tensor, blocks: Blocks | Tensor) -> Tensor:
+    """rows (m, a) times weights[e] (a, b) of the expert that owns each block of rows -> (m, b).
+
+    blocks as `layout` gives them, or where each ends for one grouped product, which leaves rows behind the last undefined.
+    """
+    if isinstance(blocks, Tensor):
+        return F.grouped_mm(rows, weights, offs=blocks)
     out = rows.new_empty(rows.size(0), weights.size(2))
     for expert, start, stop in blocks:
         torch.mm(rows[start:stop], weights[expert], out=out[start:stop])
     return out
 
 
-def _outer_per_expert(left: Tensor, right: Tensor, blocks: Blocks, like: Tensor) -> Tensor:
+def _outer_per_expert(left: Tensor, right: Tensor, blocks: Blocks | Tensor, like: Tensor) -> Tensor:
     """Σ over each expert's rows of left ⊗ right -> (experts, a, b), shaped like the weights; their gradient."""
+    if isinstance(blocks, Tensor):
+        return F.grouped_mm(left.T, right, offs=blocks)
     out = torch.zeros(like.shape, dtype=left.dtype, device=left.device)
     for expert, start, stop in blocks:
         torch.mm(left[start:stop].T, right[start:stop], out=out[expert])

@@ -23,14 +23,17 @@ def spread_experts(model: nn.Module, mesh: Mesh) -> None:
     axes = [axis for axis in (mesh.node, mesh.local) if axis.size() > 1]
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts = Exchange([axis.get_group() for axis in axes], module.config.n_routed_experts)
+            groups = [axis.get_group() for axis in axes]
+            module.experts = Exchange(groups, module.config.n_routed_experts, module.experts)
 
 
 class Exchange:
-    """Routed experts that lie on several ranks; called like moe_gemm.routed_experts, with the local experts' weights."""
+    """Routed experts that lie on several ranks; called like `form`, which computes those here, with their weights."""
 
-    def __init__(self, axes: list[dist.ProcessGroup], experts: int) -> None:
-        self.axes, self.experts = axes, experts  # the widest axis first
+    def __init__(
+        self, axes: list[dist.ProcessGroup], experts: int, form: moe_gemm.Experts = moe_gemm.routed_experts
+    ) -> None:
+        self.axes, self.experts, self.form = axes, experts, form  # the widest axis first
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """x (n, d), index and weight (n, k) over all experts, gate_up and down of the local ones -> (n, d)."""
@@ -42,7 +45,7 @@ class Exchange:
     ) -> Tensor:
         """Experts 0..span, spread over the axes from `level` on; -1 in `index` is a choice that lies elsewhere."""
         if level == len(self.axes):
-            return _chosen_here(x, index, weight, gate_up, down)
+            return _chosen_here(self.form, x, index, weight, gate_up, down)
         group = self.axes[level]
         per_member = span // group.size()
         member, token = copies(index, group.size(), per_member)
@@ -70,12 +73,14 @@ def copies(index: Tensor, members: int, per_member: int) -> tuple[Tensor, Tensor
     return member, token
 
 
-def _chosen_here(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _chosen_here(
+    form: moe_gemm.Experts, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
     """Routed experts on one rank for those choices that are not -1."""
     row, slot = (index >= 0).nonzero(as_tuple=True)
     if not len(row):  # nobody came: the weights still get a gradient, and the exchange its way back
         return x + 0 * (gate_up[0, 0, 0] + down[0, 0, 0]).to(x.dtype)
-    y = moe_gemm.routed_experts(x[row], index[row, slot][:, None], weight[row, slot][:, None], gate_up, down)
+    y = form(x[row], index[row, slot][:, None], weight[row, slot][:, None], gate_up, down)
     return torch.zeros_like(x).index_add(0, row, y)
 
 

@@ -1,15 +1,18 @@
-"""Whether bf16 pays on this machine, for this model: decided by timing real steps; and which products may be in FP8."""
+"""What pays on this machine, for this model, decided by timing: bf16, grouped products; and which may be in FP8."""
 
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from finback.config import UserError
 from finback.kernels import fp8_train, moe_gemm
 from finback.kernels.fp8_products import Products
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
+from finback.kernels.probe import experts_seconds
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, SwiGLU
 from finback.model.moe import MoE
@@ -17,6 +20,8 @@ from finback.model.replace import recast
 from finback.model.transformer import Transformer
 from finback.train.step import backward
 
+ExpertKernel = Literal["auto", "loop", "grouped_mm"]
+MARGIN = 1.15  # times as fast the other form must be: noise decides nothing
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -34,6 +39,33 @@ def rates(config: ModelConfig, rows: int, length: int, device: torch.device) -> 
             losses.main.item()  # a GPU has only been told what to do until something of it is read
             best[name] = min(best[name], time.perf_counter() - begin)
     return {name: rows * length / seconds for name, seconds in best.items()}
+
+
+def use_expert_kernel(model: Transformer, kernel: ExpertKernel = "auto", tokens: int = 4096) -> Transformer:
+    """Have the model's routed experts multiply by this kernel from now on, in place.
+
+    "auto" measures on a GPU, in passes of so many tokens, and takes the grouped product where it wins clearly. On a CPU it
+    takes the loop: grouped_mm makes the same products there, in 0.8 to 1.1 of the time, which is noise; so runs repeat
+    themselves. Sums may be rounded in another order by each, so who wants to repeat a run on a GPU names one of the two.
+    """
+    config, device = model.config, model.embed.device
+    if not config.n_routed_experts:
+        return model
+    sizes = config.hidden_size, config.moe_intermediate_size
+    fits = moe_gemm.fits_grouped(*sizes, model.compute)
+    if kernel == "auto":
+        kernel = "loop"
+        if fits and device.type == "cuda":
+            shape = (config.n_routed_experts, *sizes)
+            seconds = experts_seconds(tokens, config.num_experts_per_tok, shape, model.compute, device)
+            kernel = "grouped_mm" if seconds["loop"] > MARGIN * seconds["grouped_mm"] else "loop"
+    if kernel == "grouped_mm":
+        if not fits:
+            raise UserError("expert_kernel", kernel, f"experts of {sizes} do not fit its rows of 16 bytes", "Use loop.")
+        for module in model.modules():
+            if isinstance(module, MoE) and module.experts is moe_gemm.routed_experts:
+                module.experts = moe_gemm.grouped_experts
+    return model
 
 
 def use_fp8(model: Transformer, products: Products | None = None) -> Transformer:
