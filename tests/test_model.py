@@ -15,10 +15,11 @@ from finback.config import UserError
 from finback.kernels import attention, decode, moe_gemm, native, norm, reference
 from finback.kernels.probe import experts_seconds
 from finback.model.cache import PAGE, Cache, Pool
-from finback.model.config import TINY, V2_LITE, V3, ModelConfig, Yarn
+from finback.model.config import TINY, V2_LITE, V3, ModelConfig
 from finback.model.mla import MLA
 from finback.model.moe import MoE
 from finback.model.rope import softmax_scale
+from finback.model.rope_scaling import Yarn
 from finback.model.transformer import Transformer
 from finback.train.precision import ExpertKernel, use_expert_kernel
 

@@ -15,8 +15,8 @@ from finback.checkpoint import models, store
 from finback.config import UserError
 from finback.data.rows import Rows
 from finback.data.sources import Files
-from finback.model.config import Yarn
 from finback.model.recompute import Policy, use_recompute
+from finback.model.rope_scaling import Yarn
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.report.export import export_model

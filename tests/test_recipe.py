@@ -12,7 +12,7 @@ import pytest
 import finback
 from finback import cli
 from finback.config import UserError, as_json
-from finback.model.config import Yarn
+from finback.model.rope_scaling import Yarn
 from finback.parallel.mesh import World
 from finback.runs.files import read_json, read_lines, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun, prepare_folder

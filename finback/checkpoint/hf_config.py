@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, did_you_mean
-from finback.model.config import LinearRope, Llama3Rope, ModelConfig, RopeScaling, Yarn
+from finback.model.config import ModelConfig
+from finback.model.rope_scaling import LinearRope, Llama3Rope, RopeScaling, Yarn
 
 LARGEST = 1_000_000_000  # of any whole number in a config; beyond it is damage
 ARCHITECTURES = {

@@ -16,11 +16,16 @@ from finback.kernels import native
 class PagedRows:
     """The rows of a pass and where one layer keeps their entries: page p is slots p·size … p·size + size - 1."""
 
-    entries: Tensor  # (slots, elements)
-    slots: Tensor  # (rows · new,), where the new tokens' entries go
-    table: Tensor  # (rows, pages), each row's pages in order
-    lengths: Tensor  # (rows,), entries before the first new one
-    starts: Tensor | None  # (rows,), what lies before is not seen
+    # (slots, elements)
+    entries: Tensor
+    # (rows · new,), where the new tokens' entries go
+    slots: Tensor
+    # (rows, pages), each row's pages in order
+    table: Tensor
+    # (rows,), entries before the first new one
+    lengths: Tensor
+    # (rows,), what lies before is not seen
+    starts: Tensor | None
     size: int
 
 

@@ -26,9 +26,12 @@ class Numerics:
     """What the place of a linear map in the model asks of its numbers (V3 3.3.3)."""
 
     input_power_of_two: bool = False
-    gradient_power_of_two: bool = False  # of a feed-forward's output
-    keep_e5m6: bool = False  # the input, for Wgrad
-    products: Products | None = None  # None: as the device has them
+    # of a feed-forward's output
+    gradient_power_of_two: bool = False
+    # the input, for Wgrad
+    keep_e5m6: bool = False
+    # None: as the device has them
+    products: Products | None = None
 
 
 LINEAR = Numerics()

@@ -4,72 +4,11 @@ Field names are those of Hugging Face `config.json` files, which all implementat
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from finback.config import UserError, check_fields, check_positive
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN context extension (V3 report 4.3): constants as in `config.json` under `rope_scaling`."""
-
-    factor: float = 40.0
-    original_max_position_embeddings: int = 4096
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 1.0  # 0 where the softmax scale stays (Qwen): cos and sin then carry the whole factor
-    attention_factor: float | None = None  # what cos and sin are multiplied with; None: from the two above
-
-    def __post_init__(self) -> None:
-        check_fields(self, "rope_scaling")
-        names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
-        check_positive(self, "rope_scaling", *names)
-
-    @property
-    def gain(self) -> float:
-        """What cos and sin are multiplied with."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return self.stretch(self.mscale) / self.stretch(self.mscale_all_dim)
-
-    def stretch(self, m: float) -> float:
-        """0.1 m ln(factor) + 1, YaRN's correction of attention's temperature (1 without extension)."""
-        return 0.1 * m * math.log(self.factor) + 1 if self.factor > 1 else 1.0
-
-
-@dataclass(frozen=True)
-class Llama3Rope:
-    """Llama 3.1's frequency scaling: long waves divided by `factor`, short ones kept, a ramp in between."""
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        check_fields(self, "rope_scaling")
-        check_positive(self, "rope_scaling", "factor", "low_freq_factor", "original_max_position_embeddings")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise UserError(
-                "rope_scaling.high_freq_factor", self.high_freq_factor, "not above low_freq_factor", "Raise it."
-            )
-
-
-@dataclass(frozen=True)
-class LinearRope:
-    """Position interpolation (arXiv 2306.15595): every frequency divided by `factor`."""
-
-    factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "rope_scaling")
-        check_positive(self, "rope_scaling", "factor")
-
-
-RopeScaling = Yarn | Llama3Rope | LinearRope
+from finback.config import UserError, check_fields
+from finback.model.rope_scaling import KINDS, RopeScaling, Yarn
 
 
 @dataclass(frozen=True)
@@ -80,10 +19,12 @@ class ModelConfig:
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    intermediate_size: int  # width of the dense feed-forward layers
+    # width of the dense feed-forward layers
+    intermediate_size: int
     attention: Literal["mla", "gqa"] = "mla"
-    # MLA (V2 2.1): queries and keys have a part without and a part with rotary position
-    q_lora_rank: int | None = None  # None: queries straight from the hidden state (V2-Lite)
+    # MLA (V2 2.1): queries and keys have a part without and a part with rotary position; q_lora_rank None takes queries
+    # straight from the hidden state (V2-Lite)
+    q_lora_rank: int | None = None
     kv_lora_rank: int = 0
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
@@ -91,27 +32,33 @@ class ModelConfig:
     # GQA, for dense students
     num_key_value_heads: int = 0
     head_dim: int = 0
-    attention_bias: Literal["none", "qkv", "all"] = "none"  # qkv: Qwen2; all: the output projection too
-    qk_norm: bool = False  # RMSNorm over each head's query and key (Qwen3)
+    # qkv: Qwen2; all: the output projection too
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    # RMSNorm over each head's query and key (Qwen3)
+    qk_norm: bool = False
     # DeepSeekMoE; n_routed_experts = 0 makes every layer dense
     n_routed_experts: int = 0
     n_shared_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
-    first_k_dense_replace: int = 0  # this many layers at the bottom stay dense
+    # this many layers at the bottom stay dense
+    first_k_dense_replace: int = 0
     n_group: int = 1
     topk_group: int = 1
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
-    num_nextn_predict_layers: int = 0  # MTP depth
+    # MTP depth
+    num_nextn_predict_layers: int = 0
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
-    rope_interleaved: bool = True  # MLA: pairs (0,1), (2,3), …; GQA is half-split as Llama and Qwen are
+    # MLA: pairs (0,1), (2,3), …; GQA is half-split as Llama and Qwen are
+    rope_interleaved: bool = True
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.006  # V3 4.2; the 0.02 in published config files is a framework default
+    # V3 4.2; the 0.02 in published config files is a framework default
+    initializer_range: float = 0.006
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -175,14 +122,11 @@ class ModelConfig:
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
 
-_SCALINGS: dict[str, type[RopeScaling]] = {"yarn": Yarn, "llama3": Llama3Rope, "linear": LinearRope}
-
-
 def to_json(config: ModelConfig) -> dict[str, Any]:
     """Plain values of a config, the kind of rope scaling under `rope_type`; `from_json` takes them back."""
     fields = dataclasses.asdict(config)
     if config.rope_scaling is not None:
-        kind = next(name for name, cls in _SCALINGS.items() if type(config.rope_scaling) is cls)
+        kind = next(name for name, cls in KINDS.items() if type(config.rope_scaling) is cls)
         fields["rope_scaling"]["rope_type"] = kind
     return fields
 
@@ -192,7 +136,7 @@ def from_json(fields: dict[str, Any]) -> ModelConfig:
     scaling = fields["rope_scaling"]
     if scaling is not None:
         scaling = dict(scaling)
-        scaling = _SCALINGS[scaling.pop("rope_type", "yarn")](**scaling)
+        scaling = KINDS[scaling.pop("rope_type", "yarn")](**scaling)
     return ModelConfig(**fields | {"rope_scaling": scaling})
 
 

@@ -85,14 +85,21 @@ def recomputed_flops(c: ModelConfig, context: float, policy: str, mtp: bool = Tr
 class TokenFlops:
     """FLOPs of the matrix products one token needs, forward, as a profiler counts them; norms and sums are left out."""
 
-    attention_linear: float  # projections into and out of attention
-    attention_scores: float  # queries with keys, weights with values
-    dense: float  # feed-forward of the dense layers
-    experts: float  # routed experts a token meets
-    shared: float  # shared experts
+    # projections into and out of attention
+    attention_linear: float
+    # queries with keys, weights with values
+    attention_scores: float
+    # feed-forward of the dense layers
+    dense: float
+    # routed experts a token meets
+    experts: float
+    # shared experts
+    shared: float
     router: float
-    head: float  # logits over the vocabulary, once more per MTP depth
-    join: float  # MTP's projection of [embedding; hidden]
+    # logits over the vocabulary, once more per MTP depth
+    head: float
+    # MTP's projection of [embedding; hidden]
+    join: float
 
     @property
     def total(self) -> float:

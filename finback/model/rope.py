@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from finback.model.config import LinearRope, Llama3Rope, ModelConfig, Yarn
+from finback.model.config import ModelConfig
+from finback.model.rope_scaling import LinearRope, Llama3Rope, Yarn
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from finback.config import UserError, check_positive
-from finback.model.config import ModelConfig, Yarn
+from finback.model.config import ModelConfig
+from finback.model.rope_scaling import Yarn
 from finback.runs.declaration import Declaration
 from finback.stages.pretrain import Pretrain
 

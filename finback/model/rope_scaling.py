@@ -1,0 +1,71 @@
+"""How rotary embeddings are stretched to a longer window: the kinds of `rope_scaling` in `config.json`. No torch here."""
+
+import math
+from dataclasses import dataclass
+
+from finback.config import UserError, check_fields, check_positive
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN context extension (V3 report 4.3): constants as in `config.json` under `rope_scaling`."""
+
+    factor: float = 40.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    # 0 where the softmax scale stays (Qwen): cos and sin then carry the whole factor
+    mscale_all_dim: float = 1.0
+    # what cos and sin are multiplied with; None: from the two above
+    attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling")
+        names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+        check_positive(self, "rope_scaling", *names)
+
+    @property
+    def gain(self) -> float:
+        """What cos and sin are multiplied with."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return self.stretch(self.mscale) / self.stretch(self.mscale_all_dim)
+
+    def stretch(self, m: float) -> float:
+        """0.1 m ln(factor) + 1, YaRN's correction of attention's temperature (1 without extension)."""
+        return 0.1 * m * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3.1's frequency scaling: long waves divided by `factor`, short ones kept, a ramp in between."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling")
+        check_positive(self, "rope_scaling", "factor", "low_freq_factor", "original_max_position_embeddings")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise UserError(
+                "rope_scaling.high_freq_factor", self.high_freq_factor, "not above low_freq_factor", "Raise it."
+            )
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    """Position interpolation (arXiv 2306.15595): every frequency divided by `factor`."""
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling")
+        check_positive(self, "rope_scaling", "factor")
+
+
+RopeScaling = Yarn | Llama3Rope | LinearRope
+# by their `rope_type`
+KINDS: dict[str, type[RopeScaling]] = {"yarn": Yarn, "llama3": Llama3Rope, "linear": LinearRope}
