@@ -211,7 +211,7 @@ class Retries:
 
 
 def _events(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The data of each server-sent event; comments, by which servers keep a connection alive, are left out."""
+    """The data of each server-sent event; comments, by which servers hold a connection open, are left out."""
     data: list[bytes] = []
     for line in _lines(chunks):
         if line.startswith(b"data:"):
@@ -237,12 +237,12 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _refusal(response: "httpx.Response", chunks: Iterator[bytes]) -> RequestFailed:
     """What a status other than 200 means for this request and for the next ones."""
-    status, said = response.status_code, b""
+    status, body_start = response.status_code, b""
     for chunk in chunks:
-        said += chunk
-        if len(said) >= 400:
+        body_start += chunk
+        if len(body_start) >= 400:
             break
-    text = " ".join(said[:400].decode("utf-8", "replace").split())
+    text = " ".join(body_start[:400].decode("utf-8", "replace").split())
     final = status < 500 and status not in _TRANSIENT
     return RequestFailed(
         f"HTTP {status} {text}".strip(), final, status in _BUSY, retry_after(response.headers.get("Retry-After"))

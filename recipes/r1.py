@@ -1,6 +1,6 @@
 """The whole road of DeepSeek-R1 at the size of a laptop: R1-Zero, cold start, RL, rejection sampling, SFT, RL, distillation.
 
-The base has read sums told in English, in Chinese and in both at once, so pure RL (`zero`) learns to reason in whatever
+The base has read sums worded in English, in Chinese and in both at once, so pure RL (`zero`) learns to reason in whatever
 comes: R1-Zero's mixed languages. The road to R1 mends that, and gives small talk back. At the end a dense student a third
 as large learns from the kept traces, beside the same student with RL alone and with gold answers alone.
 """
@@ -20,7 +20,7 @@ from finback.tasks.task import Mixture
 
 sums = Chains(min_terms=4, max_terms=6)
 talk = SmallTalk()
-told = tuple(Chains(2, 6, telling=t) for t in ("mixed", "en", "zh", "mixed"))
+worded = tuple(Chains(2, 6, wording=t) for t in ("mixed", "en", "zh", "mixed"))
 
 STUDENT = ModelConfig(
     vocab_size=1024,
@@ -58,7 +58,7 @@ recipe = [
     Prepare(
         name="prepare",
         text=(Chitchat(),),
-        tasks=(TaskText(name="chains", tasks=told, documents=120_000, think=0.4, follow_up=0.2),),
+        tasks=(TaskText(name="chains", tasks=worded, documents=120_000, think=0.4, follow_up=0.2),),
         interleave=0.5,
     ),
     Pretrain(

@@ -43,7 +43,7 @@ made = dict(data="prepare", mixture={"words": 0.3, "chains": 0.7}, rows=8, lengt
             decay_tokens=2048, warmup_tokens=1024, compute="fp32", checkpoint_steps=8)
 recipe = [
     Prepare(name="prepare", text=(Files((str(Path(__file__).parent / "words.txt"),), name="words"),),
-            tasks=(TaskText(name="chains", tasks=tuple(Chains(2, 3, telling=t) for t in ("en", "zh")), documents=2000),),
+            tasks=(TaskText(name="chains", tasks=tuple(Chains(2, 3, wording=t) for t in ("en", "zh")), documents=2000),),
             vocab_size=320),
     Pretrain(name="base", model=CONFIG, **made),
     GRPO(name="zero", start="base", task=sums, steps=6, objective=Objective(kl=0.01), reference_steps=2, **rl),

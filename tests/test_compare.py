@@ -264,15 +264,15 @@ def test_verdicts_are_made_anew(tmp_path: Path) -> None:
 
 def test_a_damaged_file_loses_its_damaged_lines_alone(tmp_path: Path) -> None:
     wanted = eval_requests([sums(4)], SamplingProtocol(samples=1), {})
-    cache = AnswerStore(tmp_path, "a/b", {})
-    list(cache.keep(Actor("a", gold).answers(wanted, SamplingProtocol())))
-    lines = cache.path.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 4 and cache.path.parent == tmp_path
-    cache.path.write_bytes(lines[0] + b'{"key": 1}\n[]\n' + lines[1] + b"\xff\xfe nonsense\n" + lines[2][:30])
+    store = AnswerStore(tmp_path, "a/b", {})
+    list(store.save(Actor("a", gold).answers(wanted, SamplingProtocol())))
+    lines = store.path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4 and store.path.parent == tmp_path
+    store.path.write_bytes(lines[0] + b'{"key": 1}\n[]\n' + lines[1] + b"\xff\xfe nonsense\n" + lines[2][:30])
     back = AnswerStore(tmp_path, "a/b", {})
     assert set(back.answers) == {a.key for a in wanted[:2]}
-    list(back.keep(Actor("a", gold).answers(wanted[2:], SamplingProtocol())))
-    assert AnswerStore(tmp_path, "a/b", {}).answers == cache.answers
+    list(back.save(Actor("a", gold).answers(wanted[2:], SamplingProtocol())))
+    assert AnswerStore(tmp_path, "a/b", {}).answers == store.answers
     assert set(AnswerStore(tmp_path, "a/b", {"other": 1}).answers) == set()
 
 
@@ -284,7 +284,7 @@ def test_ctrl_c_keeps_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     with pytest.raises(KeyboardInterrupt):
         scores_of(says, sums(5), tmp_path)
-    assert "2 of 5 answers of a are kept" in capsys.readouterr().err
+    assert "2 of 5 answers of a are stored" in capsys.readouterr().err
     again = Actor("a", gold)
     compare([again], [sums(5)], SamplingProtocol(samples=1), tmp_path, quiet=True)
     assert [a.place for a in again.asked] == [2, 3, 4]
@@ -324,7 +324,7 @@ def test_kill_minus_9_and_start_again(tmp_path: Path) -> None:
         assert done.stdout.split() == ["24", "1.0"], done.stderr
         missing = {f"{i}+1=" for i in range(24)} - {f"{q.partition(':')[2]}+1=" for q in kept}
         assert set(fake.asked[before:]) == missing  # what was on its way at the kill may arrive late, and twice
-        assert f"{len(kept)} kept from before" in done.stderr and "price NOT PROVIDED" in done.stderr
+        assert f"{len(kept)} from before" in done.stderr and "price NOT PROVIDED" in done.stderr
 
 
 # the command

@@ -71,7 +71,7 @@ PROGRAMS = {
     "passed": "print('passed')\nprint('OK')\nprint('1 passed in 0.01s')",
     "json spoof": 'print(\'{"correct": true, "well_formed": true, "reward": 1.0}\')',
     "verdict in the channel": "import os\nfor fd in range(3, 64):\n    for text in (b'passed', b'{\"correct\": true}\\n', b'ready\\ncompiled \\nvalue 42\\n'):\n        try:\n            os.write(fd, text)\n        except OSError:\n            pass",
-    "harness frames": "import sys\nf = sys._getframe()\nwhile f.f_back:\n    f = f.f_back\nprint(sorted(f.f_globals), [k for g in [sys._getframe(1)] for k in g.f_locals], sys._getframe(1).f_locals.get('order'))",
+    "harness frames": "import sys\nf = sys._getframe()\nwhile f.f_back:\n    f = f.f_back\nprint(sorted(f.f_globals), [k for g in [sys._getframe(1)] for k in g.f_locals], sys._getframe(1).f_locals.get('request'))",
     "garbage collector": "import gc\nprint([o for o in gc.get_objects() if isinstance(o, dict) and ('stdout' in o or 'expected' in o or 'tests' in o)])",
     "recursion": "def f():\n    f()\nf()",
     "recursion without a limit": "import sys\nsys.setrecursionlimit(10**9)\ndef f():\n    f()\nf()",
@@ -103,7 +103,7 @@ PROGRAMS = {
     "ptrace": "import ctypes\nprint(ctypes.CDLL(None).ptrace(16, 1, 0, 0))",
     "shared memory": "import ctypes\nprint(ctypes.CDLL(None).shmget(4242, 1 << 30, 0o1666))",
 }
-_FRAMES = "import os, sys\no = sys._getframe(1).f_locals['order']\n"
+_FRAMES = "import os, sys\no = sys._getframe(1).f_locals['request']\n"
 FUNCTIONS = {
     "equal to all": "class E:\n    def __eq__(self, o): return True\n    __hash__ = None\ndef solve(a, b): return E()",
     "integer equal to all": "class E(int):\n    def __eq__(self, o): return True\n    def __repr__(self): return '42'\n    __str__ = __repr__\ndef solve(a, b): return E(7)",

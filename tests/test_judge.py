@@ -168,12 +168,16 @@ def test_requests_are_the_same_every_time(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("reply", "scores"),
-    [("1.", [0.5, 0.5]), ("**2**", [0.5, 0.5]), ("Answer: 1", [0.5, 0.5]), ("<think>2 or 1?</think>\n\n1", [0.5, 0.5])],
+    [
+        ("1.", [0.75, 0.25]),
+        ("**2**", [0.25, 0.75]),
+        ("Answer: 1", [0.75, 0.25]),
+        ("<think>2 or 1?</think>\n\n1", [0.75, 0.25]),
+    ],
 )
 def test_replies_that_are_read(reply: str, scores: list[float], server: Server) -> None:
     server.behave = lambda n, first, second: reply if first == "a" else "0"
-    found = judge(server).prefer("How?", ["a", "b"])
-    assert found == ([0.75, 0.25] if "1" in reply.rpartition(">")[2] else [0.25, 0.75])
+    assert judge(server).prefer("How?", ["a", "b"]) == scores
 
 
 def test_nonsense_is_a_tie_unless_there_is_nothing_else(server: Server) -> None:
@@ -250,12 +254,8 @@ def test_the_key_is_sent_and_never_shown(server: Server, tmp_path: Path) -> None
             judge(server, key_file=str(tmp_path / name)).prefer("How?", ["a", "b"])
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://a/v1", "http://", "http://a:b/v1", "http://a/v1?x=1"])
-def test_bad_urls_are_refused(url: str) -> None:
-    with pytest.raises(UserError, match=r"judge\.url = .* not the url of a server"):
-        Judge(url, "m")
-
-
 def test_bad_knobs_are_refused() -> None:
+    with pytest.raises(UserError, match=r"judge\.url = 'http://a/v1\?x=1': not the url of a server"):
+        Judge("http://a/v1?x=1", "m")
     with pytest.raises(UserError, match=r"judge\.tries = 0: not above 0"):
         Judge("http://a/v1", "m", tries=0)

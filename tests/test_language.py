@@ -1,5 +1,7 @@
 """Language consistency on real sentences of several languages, and which chains are readable."""
 
+import time
+
 import pytest
 
 from finback.config import UserError
@@ -104,9 +106,23 @@ def test_names_are_not_held_against_a_chain() -> None:
     assert share("Juan has three apples and Maria has five, so together Juan and Maria have eight apples.") == 1
 
 
-def test_no_text_takes_long_or_fails() -> None:
-    for text in ("$" * 10_000, "```" * 10_000, "\\(" * 10_000, "a " * 10_000, "\ud800 word", "\0" * 1000):
-        consistency(text)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("$" * 10_000, None),
+        ("```" * 10_000, None),
+        ("\\(" * 10_000, None),
+        ("a " * 10_000, None),
+        ("\ud800 word", 1.0),
+        ("\0" * 1000, None),
+    ],
+    ids=["dollars", "fences", "brackets", "letters", "surrogate", "nul"],
+)
+def test_no_text_takes_long_or_fails(text: str, expected: float | None) -> None:
+    share("The models of the languages are loaded before the clock starts.")
+    start = time.process_time()
+    assert consistency(text) == expected
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("code", ["xx", "english", ""])

@@ -101,7 +101,7 @@ def test_hostile_answers_do_nothing_and_end_in_time(
     attack: str, worker: MathProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(math_process, "_shared", lambda: worker)
+    monkeypatch.setattr(math_process, "shared", lambda: worker)
     start = time.monotonic()
     assert not compare(r"\frac12", HOSTILE[attack]).same
     assert time.monotonic() - start < 4
@@ -136,7 +136,7 @@ def test_the_worker_may_not(deed: str, tmp_path: Path) -> None:
     (tmp_path / "G").touch()
     code = (
         "import os, socket, subprocess, runpy; "
-        f"w = runpy.run_path({str(ROOT / 'finback/tasks/math_worker.py')!r}); w['_confine'](500); open(os.devnull); "
+        f"w = runpy.run_path({str(ROOT / 'finback/tasks/math_worker.py')!r}); w['confine'](500); open(os.devnull); "
         f"print('confined', flush=True); {deed}; print('done')"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=20)
@@ -159,20 +159,20 @@ def test_threads_share_a_worker(worker: MathProcess) -> None:
 
 def test_a_worker_that_died_is_replaced(worker: MathProcess) -> None:
     assert worker.compare("1/2", "0.5") == RIGHT
-    assert worker._process
-    first = worker._process.pid
+    first = worker.pid
+    assert first is not None
     os.kill(first, signal.SIGKILL)
-    worker._process.wait()
-    assert worker.compare("1/2", "0.5") == RIGHT and worker._process.pid != first
+    while _is_running(first):
+        time.sleep(0.01)
+    assert worker.compare("1/2", "0.5") == RIGHT and worker.pid != first
     worker.close()
     worker.close()
     assert worker.compare("1/2", "0.5") == RIGHT
 
 
-def test_a_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(math_process, "_WORKER", tmp_path / "none.py")
+def test_a_worker_that_cannot_start_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"its worker does not start.*pip install math-verify"):
-        MathProcess().compare("1", "2")
+        MathProcess(program=tmp_path / "none.py").compare("1", "2")
 
 
 PARENT = """
@@ -180,7 +180,7 @@ import json, os, sys, threading, time
 from finback.tasks.math_process import MathProcess
 worker = MathProcess(seconds=3)
 worker.compare("1/2", "0.5")
-print(worker._process.pid, flush=True)
+print(worker.pid, flush=True)
 if sys.argv[1] == "busy":
     threading.Thread(target=worker.compare, args=("1", "9^{9^{9}}")).start()
     time.sleep(0.3)
@@ -203,13 +203,13 @@ def test_a_forked_process_has_its_own_worker() -> None:
 import os
 from finback.tasks import math_process
 math_process.compare("1/2", "0.5")
-mine = math_process._shared()._process.pid
+mine = math_process.shared().pid
 child = os.fork()
 if not child:
-    assert math_process.compare("1/2", "0.5").same and math_process._shared()._process.pid != mine
+    assert math_process.compare("1/2", "0.5").same and math_process.shared().pid != mine
     raise SystemExit  # through atexit, which must leave the parent's worker alone
 assert os.waitpid(child, 0)[1] == 0
-assert math_process.compare("1/3", "2/6").same and math_process._shared()._process.pid == mine
+assert math_process.compare("1/3", "2/6").same and math_process.shared().pid == mine
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True, timeout=60)
 

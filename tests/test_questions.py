@@ -168,7 +168,7 @@ def test_numbers_and_words_need_no_worker(monkeypatch: pytest.MonkeyPatch) -> No
 def test_hostile_answers(gold: str, attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if attack in ("tower in LaTeX", "factorials"):  # five seconds each: test_math_process.py has them
-        monkeypatch.setattr("finback.tasks.math_process._LONGEST", 0)
+        monkeypatch.setattr("finback.tasks.math_process.MAX_CHARACTERS", 0)
     start = time.monotonic()
     for text in (HOSTILE[attack], f"\\boxed{{{HOSTILE[attack]}}}", "\\boxed{" * 30_000, "#### \n" * 10_000):
         assert not judge(gold, text).correct

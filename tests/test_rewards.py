@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,9 +52,16 @@ def test_language_is_paid_by_its_share() -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [{"form": 1.0}, {"language": 0.9}, {"think": 0.5, "language": 0.4}, {"accuracy": 0.1}]
+    "weights",
+    [
+        {"form": 1.0},
+        {"language": 0.9},
+        {"think": 0.5, "language": 0.4},
+        {"accuracy": 0.1},
+        {"preference": 2.0, "judge": Judge("http://127.0.0.1:1/v1", "any")},
+    ],
 )
-def test_a_wrong_answer_can_never_earn_as_much_as_a_right_one(weights: dict[str, float]) -> None:
+def test_a_wrong_answer_can_never_earn_as_much_as_a_right_one(weights: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"reward\.accuracy"):
         Reward(**weights)
     worst_right = FULL.parts(RIGHT, CHINESE, True, 100, 100)
@@ -65,11 +73,6 @@ def test_a_wrong_answer_can_never_earn_as_much_as_a_right_one(weights: dict[str,
 def test_weights_are_numbers_of_zero_or_more(weights: dict[str, float]) -> None:
     with pytest.raises(UserError, match=r"negative|finite"):
         Reward(**weights)
-
-
-def test_a_preference_cannot_outweigh_accuracy() -> None:
-    with pytest.raises(UserError, match=r"reward\.accuracy"):
-        Reward(preference=2.0, judge=Judge("http://127.0.0.1:1/v1", "any"))
 
 
 def test_a_judge_and_its_weight_go_together() -> None:
@@ -113,7 +116,7 @@ def test_hacks_earn_nothing_for_a_question_of_a_file(what: str, text: str, tmp_p
     assert earn(Reward(), task, problem, "<think>3+4</think>7")["accuracy"] == 1
 
 
-# ---- mixtures and talk ---------------------------------------------------------------------------------------------------
+# ---- mixtures and small talk ---------------------------------------------------------------------------------------------------
 
 
 def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
@@ -123,8 +126,8 @@ def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
     sums = [p for p in problems if p.question.endswith("=?")]
     assert 0.65 < len(sums) / 400 < 0.85
     assert all(mixture.check(p, p.answer).correct for p in sums)
-    talk = next(p for p in problems if not p.question.endswith("=?"))
-    assert mixture.check(talk, "I am well, thank you. And you?").correct and not mixture.check(talk, "7").correct
+    chat = next(p for p in problems if not p.question.endswith("=?"))
+    assert mixture.check(chat, "I am well, thank you. And you?").correct and not mixture.check(chat, "7").correct
     with pytest.raises(UserError, match=r"mixture\.weights"):
         Mixture((Chains(),), (1.0, 2.0))
     with pytest.raises(UserError, match=r"mixture\.tasks"):
@@ -148,18 +151,18 @@ def test_a_mixture_draws_by_weight_and_asks_the_right_task() -> None:
         ("how are you today my friend?", False),
     ],
 )
-def test_talk_knows_a_sentence_when_it_sees_one(reply: str, good: bool) -> None:
+def test_small_talk_knows_a_sentence_when_it_sees_one(reply: str, good: bool) -> None:
     """The last reply only repeats what was said."""
     problem = Problem("How are you today my friend?", "", "talk: how are you today my friend?")
     verdict = SmallTalk().check(problem, reply)
     assert verdict.correct == verdict.well_formed == good
 
 
-def test_sums_told_in_words_are_the_same_sums() -> None:
-    by_language = {t: Chains(4, 6, telling=t).draw(random.Random(3)) for t in ("", "en", "zh")}  # type: ignore[arg-type]
+def test_sums_put_in_words_are_the_same_sums() -> None:
+    by_language = {t: Chains(4, 6, wording=t).draw(random.Random(3)) for t in ("", "en", "zh")}  # type: ignore[arg-type]
     assert len({(p.question, p.answer, p.key) for p in by_language.values()}) == 1
     assert consistency(by_language["en"].solution) == 1 and consistency(by_language["zh"].solution) == 0
     assert consistency(by_language[""].solution) is None
     assert consistency(by_language["zh"].solution, "zh") == 1
-    mixed = [Chains(6, 6, telling="mixed").draw(random.Random(seed)).solution for seed in range(20)]
+    mixed = [Chains(6, 6, wording="mixed").draw(random.Random(seed)).solution for seed in range(20)]
     assert any(0 < (consistency(chain) or 0) < 1 for chain in mixed)

@@ -133,8 +133,8 @@ def test_processes_are_allowed_where_asked_for_and_end_with_the_run(bubble: Sand
 def test_without_bubblewrap_it_says_once_that_this_is_no_boundary(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "_failure", lambda form: "no" if form == "bubblewrap" else None)
-    module._warn.cache_clear()
+    monkeypatch.setattr(module, "why_unavailable", lambda form: "no" if form == "bubblewrap" else None)
+    module.warn_of_no_boundary.cache_clear()
     assert Sandbox().isolation == Sandbox().isolation == "rlimits"
     error = capsys.readouterr().err
     assert error.count("not a security boundary") == 1 and error.count("\n") == 1

@@ -22,7 +22,7 @@ PROBE = FunctionTests(
     "def check(f):\n    assert f(17, 25) == 42\n    assert f([1], [2]) == [1, 2]\n    assert f(b=(1,), a=()) == (1,)\n"
     "check(add)",
 )
-_ORDER = "import os, sys\no = sys._getframe(1).f_locals['order']\n"
+_REQUEST = "import os, sys\no = sys._getframe(1).f_locals['request']\n"
 HOSTILE = {
     "exits": "import sys\ndef add(a, b): sys.exit(0)",
     "leaves": "import os\nos._exit(0)",
@@ -40,10 +40,10 @@ HOSTILE = {
     "patched globals": "import builtins\nbuiltins.globals = lambda: {'add': lambda *a, **k: True}",
     "swallows the runner": "def add(a, b): return a + b\nx = '''",
     "looks for the tests": "import gc\ndef add(a, b):\n    return [o for o in gc.get_objects() if isinstance(o, str) and 'assert' in o]",
-    "reads the order": _ORDER + "def add(a, b): return o.get('tests')",
-    "forges reports": _ORDER
+    "reads the request": _REQUEST + "def add(a, b): return o.get('tests')",
+    "forges reports": _REQUEST
     + "def add(a, b):\n    for fd in range(3, 64):\n        try:\n            os.write(fd, (f\"{o['nonce']} value true\\n\" * 3).encode())\n        except OSError:\n            pass\n    os._exit(0)",
-    "forges a pass": _ORDER
+    "forges a pass": _REQUEST
     + 'def add(a, b):\n    for fd in range(3, 64):\n        try:\n            os.write(fd, f"{o[\'nonce\']} value \\"42\\"\\n".encode())\n        except OSError:\n            pass\n    os._exit(0)',
     "assertions off": "import builtins\nbuiltins.AssertionError = Exception\ndef add(a, b): return None",
     "one is right": "def add(a, b): return 42",

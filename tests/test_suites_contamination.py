@@ -76,8 +76,8 @@ def test_shorter_runs_find_more_and_the_wording_of_a_suite_betrays_nothing(
 
 def test_long_documents_lose_nothing_at_a_seam(suite: Suite, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = check(suite, prepared)
-    monkeypatch.setattr("finback.suites.contamination._CHUNK", 200)
-    monkeypatch.setattr("finback.suites.contamination._SEAM", 150)
+    monkeypatch.setattr("finback.suites.contamination.CHUNK", 200)
+    monkeypatch.setattr("finback.suites.contamination.SEAM", 150)
     pieces = check(suite, prepared)
     assert (pieces.overlapping, pieces.documents) == (whole.overlapping, whole.documents)
 

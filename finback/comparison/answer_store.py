@@ -1,6 +1,6 @@
-"""Answers as they are kept: one line each as soon as it is there, so that nothing that was paid for is asked twice.
+"""Answers on disk: one line each as soon as it is there, so that nothing that was paid for is asked twice.
 
-A kept answer holds what was said and what it cost; whether it is right is judged anew each time. No torch here.
+A stored answer holds its text and its cost; whether it is right is judged anew each time. No torch here.
 """
 
 import json
@@ -21,7 +21,7 @@ _SYNC = 1.0  # seconds between two calls of fsync: what a loss of power may cost
 
 @dataclass(frozen=True)
 class Answer:
-    """What a contestant said to one ask."""
+    """What a contestant replied to one request."""
 
     key: str
     suite: str
@@ -61,11 +61,11 @@ class Failure:
     problem: str
 
 
-def parse_answer(ask: EvalRequest, said: str, reasoning: str = "", opened: bool = False, **more: Any) -> Answer:
-    """An answer from what was said, with its chain in the text or beside it; `opened` says that the prompt opened one."""
-    if not reasoning and not said.lstrip().startswith(THINK) and (opened or END_THINK in said):
-        said = THINK + said  # servers that know nothing of chains leave out what the prompt ended with
-    response = parse_response(said)
+def parse_answer(ask: EvalRequest, text: str, reasoning: str = "", opened: bool = False, **more: Any) -> Answer:
+    """An answer from a reply, with its chain in the text or beside it; `opened` says that the prompt opened one."""
+    if not reasoning and not text.lstrip().startswith(THINK) and (opened or END_THINK in text):
+        text = THINK + text  # servers that know nothing of chains leave out what the prompt ended with
+    response = parse_response(text)
     thinking = reasoning.strip() or response.reasoning
     return Answer(
         ask.key,
@@ -91,13 +91,13 @@ class AnswerStore:
             if isinstance(line, dict) and known <= line.keys():
                 self.answers[line["key"]] = Answer(**{name: line[name] for name in known})
 
-    def keep(self, found: Iterator[Answer | Failure]) -> Iterator[Answer | Failure]:
+    def save(self, found: Iterator[Answer | Failure]) -> Iterator[Answer | Failure]:
         """Pass on what comes; every answer is in the file before it is passed on."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a kill left half a line: keep it apart
+                if file.read(1) != b"\n":  # a kill left half a line: end that line
                     file.write(b"\n")
             synced = time.monotonic()
             for each in found:

@@ -25,7 +25,7 @@ class ChatCompletion:
     prompt_tokens: int | None = None
     tokens: int | None = None
     model: str = ""
-    # the server has said that nothing more comes
+    # the server has announced that nothing more comes
     ended: bool = False
 
     def add(self, chunk: Any) -> None:
@@ -33,8 +33,8 @@ class ChatCompletion:
         if not isinstance(chunk, dict):
             raise RequestFailed(f"no chat completion but {str(chunk)[:100]}")
         if chunk.get("error"):
-            said = chunk["error"]
-            raise RequestFailed(f"error in the reply: {json.dumps(said)[:200]}")
+            error = chunk["error"]
+            raise RequestFailed(f"error in the reply: {json.dumps(error)[:200]}")
         usage = chunk.get("usage")
         if isinstance(usage, dict):
             self.prompt_tokens, self.tokens = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))

@@ -1,4 +1,4 @@
-"""Contestants x suites -> one report: ask what is not known yet, judge all of it, and say what the scores can tell.
+"""Contestants x suites -> one report: ask what is not known yet, judge all of it, and report what the scores show.
 
 One contestant after the other, so that two models are never in memory together. No torch here.
 """
@@ -22,8 +22,8 @@ from finback.runs.progress import ProgressLine
 from finback.suites.compression import METRIC
 from finback.suites.suite import Suite
 
-ANSWERS = "answers"  # the folder of kept answers within --out
-SURE = 20  # after a tenth of all answers, or so many, the time left is told
+ANSWERS = "answers"  # the folder of stored answers within --out
+SURE = 20  # after a tenth of all answers, or so many, the time left is shown
 
 
 def compare(
@@ -41,11 +41,11 @@ def compare(
     for contestant in contestants:
         identities[contestant.name] = contestant.identity
         wanted = eval_requests(asked, rules, contestant.identity)
-        cache = AnswerStore(out / ANSWERS, contestant.name, contestant.identity)
-        failed = gather(contestant, wanted, rules, cache, quiet)
-        measured += compression(contestant, texts, cache.path.with_suffix(".bits.json"))
+        store = AnswerStore(out / ANSWERS, contestant.name, contestant.identity)
+        failed = gather(contestant, wanted, rules, store, quiet)
+        measured += compression(contestant, texts, store.path.with_suffix(".bits.json"))
         failures += [_failure(contestant.name, each) for each in failed]
-        scores += _scores(contestant, asked, wanted, cache, failed, rules.seed)
+        scores += _scores(contestant, asked, wanted, store, failed, rules.seed)
     return {
         "finback": __version__,
         "protocol": as_json(rules),
@@ -62,31 +62,31 @@ def gather(
     contestant: Contestant,
     wanted: Sequence[EvalRequest],
     rules: SamplingProtocol,
-    cache: AnswerStore,
+    store: AnswerStore,
     quiet: bool = False,
 ) -> list[Failure]:
-    """Have a contestant answer what is not kept yet; what came to nothing."""
-    missing = [ask for ask in wanted if ask.key not in cache.answers]
+    """Have a contestant answer what is not stored yet; the requests that failed."""
+    missing = [ask for ask in wanted if ask.key not in store.answers]
     progress = ProgressLine(contestant.name, len(missing), "answers", sure=min(SURE, len(missing) / 10))
-    kept = f"{len(wanted) - len(missing):,} kept from before" if len(missing) < len(wanted) else ""
+    earlier = f"{len(wanted) - len(missing):,} from before" if len(missing) < len(wanted) else ""
     failures: list[Failure] = []
     dollars: float | None = 0.0
     if not missing:
         return []
     try:
-        for done, each in enumerate(cache.keep(contestant.answers(missing, rules)), 1):
+        for done, each in enumerate(store.save(contestant.answers(missing, rules)), 1):
             if isinstance(each, Failure):
                 failures.append(each)
             elif dollars is not None:
                 price = contestant.price.of(each)
                 dollars = None if price is None else dollars + price
             if not quiet:
-                notes = (f"{len(failures)} failed" if failures else "", kept)
+                notes = (f"{len(failures)} failed" if failures else "", earlier)
                 progress.draw(done, done, dollars, ", ".join(filter(None, notes)), end=done == len(missing))
     except KeyboardInterrupt:
-        there = sum(ask.key in cache.answers for ask in wanted)
+        there = sum(ask.key in store.answers for ask in wanted)
         print(
-            f"\ninterrupted; {there:,} of {len(wanted):,} answers of {contestant.name} are kept in {cache.path}; "
+            f"\ninterrupted; {there:,} of {len(wanted):,} answers of {contestant.name} are stored in {store.path}; "
             "run the same command to continue",
             file=sys.stderr,
         )
@@ -94,14 +94,14 @@ def gather(
     return failures
 
 
-def compression(contestant: Contestant, texts: Sequence[Suite], kept: Path) -> list[dict[str, Any]]:
-    """Bits per byte of each text, measured once and then kept; None for a contestant that shows no probabilities."""
-    known = dict(read_json(kept)) if kept.is_file() else {}
+def compression(contestant: Contestant, texts: Sequence[Suite], path: Path) -> list[dict[str, Any]]:
+    """Bits per byte of each text, measured once and then stored; None for a contestant that shows no probabilities."""
+    known = dict(read_json(path)) if path.is_file() else {}
     missing = [suite for suite in texts if suite.source.digest not in known]
     measure = getattr(contestant, "compress", None)
     if missing and measure is not None:
         known |= {suite.source.digest: bits for suite, bits in zip(missing, measure(missing), strict=True)}
-        write_json(kept, known)
+        write_json(path, known)
     return [
         {"contestant": contestant.name, "suite": s.name, "bits_per_byte": known.get(s.source.digest)} for s in texts
     ]
@@ -111,14 +111,14 @@ def _scores(
     contestant: Contestant,
     suites: Sequence[Suite],
     wanted: Sequence[EvalRequest],
-    cache: AnswerStore,
+    store: AnswerStore,
     failed: Sequence[Failure],
     seed: int,
 ) -> list[Score]:
     answered: dict[str, list[tuple[int, Answer]]] = defaultdict(list)
     for ask in wanted:
-        if ask.key in cache.answers:
-            answered[ask.suite.name].append((ask.place, cache.answers[ask.key]))
+        if ask.key in store.answers:
+            answered[ask.suite.name].append((ask.place, store.answers[ask.key]))
     found = []
     for suite in suites:
         judged = judge_answers(suite, answered[suite.name], contestant.price)

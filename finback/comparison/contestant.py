@@ -12,7 +12,7 @@ from finback.config import UserError
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars, and where the figure is from; None where nobody has said, which is not 0."""
+    """Dollars, and where the figure is from; None where it is unknown, which is not 0."""
 
     # of the machine, for a model that runs here
     per_hour: float | None = None
@@ -40,7 +40,7 @@ class Contestant(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that its answers depend on, as plain JSON; answers are kept under a digest of it."""
+        """All that its answers depend on, as plain JSON; answers are stored under a digest of it."""
         ...
 
     def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:

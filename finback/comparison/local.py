@@ -153,11 +153,11 @@ def digest_of(path: Path) -> str:
 
 
 def price_here(per_hour: float | None) -> Price:
-    """What this machine costs an hour: as told, else the cores at work at the run folders' price."""
+    """What this machine costs an hour: as given, else the cores at work at the run folders' price."""
     if per_hour is not None:
-        return Price(per_hour=per_hour, basis=f"${per_hour:g} per hour of this machine, as told")
+        return Price(per_hour=per_hour, basis=f"${per_hour:g} per hour of this machine, as given")
     if torch.cuda.is_available():  # what a GPU costs differs by more than ten times between places
-        return Price(basis="NOT PROVIDED: say what this machine costs with --price-hour")
+        return Price(basis="NOT PROVIDED: give what this machine costs with --price-hour")
     cores = torch.get_num_threads()
     basis = f"estimate: {cores} cores at ${DOLLARS_PER_CORE_HOUR:g} per core-hour; nothing was metered"
     return Price(per_hour=cores * DOLLARS_PER_CORE_HOUR, basis=basis)

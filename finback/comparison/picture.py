@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-# told apart by lightness and by shape too; the pipeline pictures have the same colours
+# they differ in lightness and in shape too; the pipeline pictures have the same colours
 COLOURS = ("#2f6690", "#f2b134", "#3a9bb5", "#9bc1a3", "#81483f", "#6f6f6f")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X")
 

@@ -1,4 +1,4 @@
-"""How questions are put: R1's protocol unless told otherwise (2501.12948, section 3). No torch here.
+"""How questions are put: R1's protocol by default (2501.12948, section 3). No torch here.
 
 Every contestant gets the same messages, the same knobs and, for the n-th sample of a question, the same seed.
 """
@@ -43,7 +43,7 @@ class SamplingProtocol:
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """One sample of one question of one suite, and the key under which one contestant's answer to it is kept."""
+    """One sample of one question of one suite, and the key under which one contestant's answer to it is stored."""
 
     key: str
     suite: Suite
@@ -70,7 +70,7 @@ def eval_requests(
             messages = tuple(suite.ask(problem))
             for sample in range(protocol.samples):
                 seed = _seed(protocol.seed, suite.name, problem.key, sample)
-                # two suites may hold a question twice: the place tells its answers apart
+                # two suites may hold a question twice: the place distinguishes its answers
                 key = digest({**same, "place": place, "messages": messages, "seed": seed, "sample": sample})
                 found.append(EvalRequest(key, suite, place, sample, messages, seed))
     return found

@@ -11,7 +11,7 @@ from finback.suites.statistics import Difference
 from finback.suites.suite import Suite
 
 SAME = 0.95  # share of alike answers from which on a contestant "always" gives them
-_FEWEST = 5  # questions from which on it can be said
+_FEWEST = 5  # questions from which on it is flagged
 
 
 @dataclass(frozen=True)

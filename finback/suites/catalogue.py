@@ -120,8 +120,8 @@ def _own(path: str, options: dict[str, str], problems: int | None, seed: int) ->
 def _programs(name: str, path: str, records: tuple[Record, ...], problems: int | None, seed: int) -> Suite:
     task = Code(path)
     chosen = pick(task.problems, problems, seed)
-    held = {" ".join(str(r.fields["question"]).split()): r.fields["tests"] for r in records}
-    rows = ([p.question, held[p.key.removeprefix("code: ")]] for p in chosen)
+    tests = {" ".join(str(r.fields["question"]).split()): r.fields["tests"] for r in records}
+    rows = ([p.question, tests[p.key.removeprefix("code: ")]] for p in chosen)
     return Suite(
         name=name,
         problems=chosen,

@@ -33,7 +33,7 @@ _LONGEST = 100_000  # characters of an answer that are looked at
 _LINE = re.compile(
     r"(?:the |my )?(?:final |correct )?(?:answer|答案)(?: is|是|为)?[ \t]*[:：][ \t]*(.{1,300})", re.IGNORECASE
 )
-_SAID = re.compile(
+_SENTENCE = re.compile(
     r"(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:final |correct )?answer is[ \t]+(.{1,300})", re.IGNORECASE
 )
 
@@ -154,12 +154,12 @@ def letter_of(answer: str, choices: list[str]) -> str | None:
         return None
     if answers.boxed(answer):
         return named(answer, choices)
-    lines = _matches(_LINE, answer) or _matches(_SAID, answer)
+    lines = _matches(_LINE, answer) or _matches(_SENTENCE, answer)
     letters = [named(line.strip(" \t*_`"), choices) for line in lines]
     if not letters:
         return named(answer, choices)
-    said = {letter for letter in letters if letter}
-    return letters[-1] if len(said) == 1 else None  # a last line that says nothing clear is no answer
+    named_letters = {letter for letter in letters if letter}
+    return letters[-1] if len(named_letters) == 1 else None  # a last line that says nothing clear is no answer
 
 
 def _matches(form: re.Pattern[str], answer: str) -> list[str]:

@@ -73,9 +73,9 @@ def measure(model: "Transformer", tokenizer: "Tokenizer", suite: Suite, rows: in
             longest = max(map(len, batch))
             ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in batch]).to(model.embed.device)
             logp = model.logits(model(ids[:, :-1])).float().log_softmax(dim=-1)
-            said = logp.gather(2, ids[:, 1:, None])[..., 0].double()
+            token_logprobs = logp.gather(2, ids[:, 1:, None])[..., 0].double()
             for row, piece in enumerate(batch):
-                bits -= said[row, : len(piece) - 1].sum().item() / math.log(2)
+                bits -= token_logprobs[row, : len(piece) - 1].sum().item() / math.log(2)
                 tokens += len(piece) - 1
     model.train(was_training)
     return Compressed(bits, sum(len(p.question.encode()) for p in suite.problems), tokens)
@@ -88,8 +88,8 @@ def _pieces(model: "Transformer", tokenizer: "Tokenizer", text: str) -> list[lis
 
 
 def _packaged() -> tuple[list[str], str, str]:
-    kept = [text for text in dialogues.texts() if is_validation(text)]
-    return kept, f"{dialogues.name()}, validation side", dialogues.LICENCE
+    validation = [text for text in dialogues.texts() if is_validation(text)]
+    return validation, f"{dialogues.name()}, validation side", dialogues.LICENCE
 
 
 def _given(at: str) -> tuple[list[str], str, str]:

@@ -1,7 +1,7 @@
 """How many of a suite's questions stand in a prepared training corpus: whole, or by n words in a row. No torch here.
 
 What was really trained on is looked at: the shards of a prepare stage, read back into text. Neither test finds a
-question that was translated or told in other words, and a clean result for one's own data says nothing about the data
+question that was translated or put in other words, and a clean result for one's own data is none for the data
 of a model that somebody else trained.
 """
 
@@ -21,8 +21,8 @@ from finback.data.tokenizer import Tokenizer
 from finback.runs.files import read_json
 from finback.suites.suite import Suite
 
-_CHUNK = 1 << 16  # tokens of a document that are read at a time; its pieces overlap
-_SEAM = 1024  # tokens
+CHUNK = 1 << 16  # tokens of a document that are read at a time; its pieces overlap
+SEAM = 1024  # tokens
 _MARK = r"<[|｜][^<>]{1,40}[|｜]>|</?think>"  # of any model's turns
 
 
@@ -112,8 +112,8 @@ def _pieces(folder: Path, name: str) -> Iterator[tuple[list[int], bool]]:
     shard = pack.read(folder / f"{name}.train.bin")
     start = 0
     for end in [len(shard)] if shard.ends is None else shard.ends.tolist():
-        for begin in range(start, max(start + 1, end - _SEAM), _CHUNK - _SEAM):
-            yield shard[begin : min(end, begin + _CHUNK)].tolist(), begin == start
+        for begin in range(start, max(start + 1, end - SEAM), CHUNK - SEAM):
+            yield shard[begin : min(end, begin + CHUNK)].tolist(), begin == start
         start = end
 
 

@@ -47,14 +47,14 @@ def finback_run(arguments, entry):
 _REPLAY = """
 def finback_run(tests, entry, calls, results):
     import ast, random
-    told = iter(zip(calls, results, strict=True))
+    recorded_calls = iter(zip(calls, results, strict=True))
     def replayed(*values, **names):
-        expected, result = next(told)
+        expected, result = next(recorded_calls)
         assert repr((list(values), names)) == expected, "the tests' calls depend on results"
         return ast.literal_eval(result)
     random.seed(0)
     exec(tests, {**globals(), entry: replayed})
-    return next(told, None) is None
+    return next(recorded_calls, None) is None
 """
 
 
@@ -104,8 +104,8 @@ def _recorded(probe: FunctionTests) -> tuple[tuple[str, str], ...]:
     """The tests' calls of the reference solution: (arguments, result), as text."""
     seen = shared().call(probe.reference + _RECORD, "finback_run", [[probe.tests, probe.entry]], LIMITS)
     if seen.reason != "ok" or not seen.values or not seen.values[0]:
-        said = seen.stderr.strip().splitlines()[-1:] or [f"no call of {probe.entry}"]
-        problem = f"the reference solution does not pass the tests ({seen.reason}: {said[0][:200]})"
+        errors = seen.stderr.strip().splitlines()[-1:] or [f"no call of {probe.entry}"]
+        problem = f"the reference solution does not pass the tests ({seen.reason}: {errors[0][:200]})"
         raise UserError(probe.where, probe.entry, problem, "Correct the record, or remove it.")
     return tuple((before, result) for before, result in seen.values[0])
 

@@ -73,7 +73,7 @@ def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
         prompt=PROMPT,
         extraction=r"\boxed{}, or ####, or the only number of seven digits; two different ones are none",
         chance=1 / (1 + DISTRACTORS),  # any of the numbers in the text
-        notes={"lengths": f"{_say(lengths)} words", "depths": f"{_say(depths)} %"},
+        notes={"lengths": f"{_listed(lengths)} words", "depths": f"{_listed(depths)} %"},
     )
 
 
@@ -83,8 +83,8 @@ def judge(problem: Problem, answer: str) -> Verdict:
     number = answers.number(given) if given is not None else None
     if number is not None:
         return Verdict(correct=number.value == int(problem.answer) and not number.unit, well_formed=True)
-    said = set() if answers.boxed(answer) else {found.replace(",", "") for found in _NUMBER.findall(answer)}
-    return Verdict(correct=said == {problem.answer}, well_formed=len(said) == 1)
+    numbers = set() if answers.boxed(answer) else {found.replace(",", "") for found in _NUMBER.findall(answer)}
+    return Verdict(correct=numbers == {problem.answer}, well_formed=len(numbers) == 1)
 
 
 def _problem(length: int, depth: int, rng: random.Random) -> Problem:
@@ -110,9 +110,9 @@ def _needle(place: str, number: str) -> str:
 
 @lru_cache(maxsize=1)
 def _haystack() -> list[str]:
-    """What people say in the packaged dialogues, in order; lines with digits could be taken for needles."""
-    said = (" ".join(line.split()) for text in dialogues.texts() for line in text.split("\n"))
-    return [line for line in said if 4 <= len(line.split()) <= 60 and not any(map(str.isdigit, line))]
+    """The lines of the packaged dialogues, in order; lines with digits could be taken for needles."""
+    lines = (" ".join(line.split()) for text in dialogues.texts() for line in text.split("\n"))
+    return [line for line in lines if 4 <= len(line.split()) <= 60 and not any(map(str.isdigit, line))]
 
 
 def _numbers(name: str, text: str, default: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
@@ -131,5 +131,5 @@ def _numbers(name: str, text: str, default: tuple[int, ...], low: int, high: int
     return values
 
 
-def _say(values: tuple[int, ...]) -> str:
+def _listed(values: tuple[int, ...]) -> str:
     return ", ".join(f"{value:,}" for value in values)

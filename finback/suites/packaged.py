@@ -63,14 +63,14 @@ def _path(name: str) -> str:
 def _asked(record: Record) -> tuple[str, str]:
     """What the user says, and the ideal answer; the system's turn repeats what our prompt asks for."""
     turns: Any = record.fields.get("input")
-    said = (
+    prompts = (
         [t.get("content") for t in turns if isinstance(t, dict) and t.get("role") == "user"]
         if isinstance(turns, list)
         else []
     )
-    if len(said) != 1 or not isinstance(said[0], str):
+    if len(prompts) != 1 or not isinstance(prompts[0], str):
         raise UserError(f"{record.where} input", turns, "not one turn of a user", "Correct the record.")
-    return said[0].strip(), record.text("ideal").strip()
+    return prompts[0].strip(), record.text("ideal").strip()
 
 
 def _chat(record: Record) -> tuple[Problem, list[str]]:

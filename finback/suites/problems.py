@@ -52,8 +52,8 @@ def sound(name: str, problems: Sequence[Problem], judge: Judge) -> tuple[list[Pr
     good = [problem for problem in problems if judge(problem, problem.answer).correct]
     bad = len(problems) - len(good)
     if bad > max(1, _UNSOUND * len(problems)) or not good:
-        kept = {problem.key for problem in good}
-        first = next(problem for problem in problems if problem.key not in kept)
+        good_keys = {problem.key for problem in good}
+        first = next(problem for problem in problems if problem.key not in good_keys)
         raise UserError(
             f"suite {name}",
             first.answer,

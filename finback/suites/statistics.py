@@ -32,7 +32,7 @@ class Difference:
 
     @property
     def told_apart(self) -> bool:
-        """Whether the questions tell which is better: the interval leaves 0 out and chance hardly explains it."""
+        """Whether the questions show which is better: the interval leaves 0 out and chance hardly explains it."""
         return (self.low > 0 or self.high < 0) and self.p <= 1 - LEVEL
 
 
@@ -132,7 +132,7 @@ def student(p: float, degrees: int) -> float:
 def _percentiles(values: np.ndarray, seed: int, level: float) -> tuple[float, float]:
     """Percentiles of means of resampled questions, at levels widened for how many there are."""
     n = len(values)
-    if n == 1:  # one question tells nothing of others
+    if n == 1:  # one question says nothing of others
         return -1.0, 1.0
     rng = np.random.default_rng(seed)
     means = np.concatenate([values[rng.integers(0, n, (rows, n))].mean(axis=1) for rows in _rows(n)])

@@ -8,7 +8,7 @@ from finback.tasks.task import Problem, Task
 
 @dataclass(frozen=True)
 class SuiteSource:
-    """Where questions come from; `digest` is the SHA-256 of their canonical text, so that two people can tell."""
+    """Where questions come from; `digest` is the SHA-256 of their canonical text, so that two people can compare."""
 
     # a package with its version, a hub data set with its revision, a path, or the generator with its seed
     name: str

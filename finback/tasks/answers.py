@@ -149,8 +149,8 @@ def words(text: str) -> str | None:
 
 def is_single(text: str) -> bool:
     r"""Whether no second answer hides where math-verify does not look: in \text{}, or behind another $."""
-    is_said = any(re.search(r"\d|\b(?:or|maybe|not)\b\s*\S", said) for said in _TEXT.findall(text))
-    return not is_said and "$" not in text.replace("\\$", "")
+    has_second = any(re.search(r"\d|\b(?:or|maybe|not)\b\s*\S", part) for part in _TEXT.findall(text))
+    return not has_second and "$" not in text.replace("\\$", "")
 
 
 def _is_copied(answer: str, question: str) -> bool:

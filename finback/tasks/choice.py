@@ -18,7 +18,7 @@ from finback.tasks.task import Problem, Verdict, canonical
 LETTERS = "ABCDEFGHIJ"
 _NAMED = re.compile(r"(?:(?:the )?(?:final )?answer(?: is)?\s*:?\s*)?\(?\b([A-J])\b\)?[.:)]?", re.IGNORECASE)
 _LABELLED = re.compile(r"\(?([A-J])[.:)]\)?\s+(\S.*)", re.IGNORECASE | re.DOTALL)
-# Choices that speak of others by their place must keep it.
+# Choices that speak of others by their place stay where they are.
 _BOUND = re.compile(r"\b(?:above|below|preceding|following)\b|\b[A-J](?:,| and| or| &) [A-J]\b")
 
 
@@ -85,8 +85,8 @@ def named(answer: str, choices: list[str]) -> str | None:
     if match and match[1].upper() in letters:
         return match[1].upper()
     letter = labelled[1].upper() if labelled else ""
-    said = _letter(labelled[2] if labelled else text, choices)
-    return said if said is not None and letter in ("", said) else None
+    repeated = _letter(labelled[2] if labelled else text, choices)
+    return repeated if repeated is not None and letter in ("", repeated) else None
 
 
 def _letter(text: str, choices: list[str]) -> str | None:

@@ -126,7 +126,7 @@ _REASONS = {
 SUPPORTED: dict[str, Form] = {name: form for form, names in _NAMES.items() for name in names.split()}
 REFUSED: dict[str, str] = {name: reason for reason, names in _REASONS.items() for name in names.split()}
 
-# Where a generator is wrong or ambiguous now and then, its metadata tell; such problems are not asked.
+# Where a generator is wrong or ambiguous now and then, its metadata show it; such problems are not asked.
 _SOUND: dict[str, Callable[[str, dict[str, Any]], bool]] = {
     # It divides with //, and without parentheses it works from left to right.
     "basic_arithmetic": lambda gold, data: (evaluate(data["expression"]) or (None,))[0] == _number(gold),

@@ -82,18 +82,18 @@ def bubble(files: int, may_fork: bool) -> Iterator[Launch]:
 
 
 @contextlib.contextmanager
-def folder(order: dict[str, Any]) -> Iterator[Launch]:
+def folder(request: dict[str, Any]) -> Iterator[Launch]:
     """An empty folder; as root also a user that owns nothing else, so that it can neither write nor signal."""
     # No folders: on a disk it can take a minute to remove what a program has nested within a second.
-    order["filter"] = call_filter(may_fork=False, may_make_folders=False)
+    request["filter"] = call_filter(may_fork=False, may_make_folders=False)
     stdlib, work = -1, Path(tempfile.mkdtemp(prefix="finback-"))
     try:
         if os.geteuid() == 0 and sys.platform.startswith("linux"):
-            order["user"] = secrets.choice(_free_users())
-            stdlib = order["stdlib"] = os.open(sysconfig.get_path("stdlib"), os.O_PATH | os.O_DIRECTORY)
-            os.chown(work, order["user"], order["user"])
+            request["user"] = secrets.choice(_free_users())
+            stdlib = request["stdlib"] = os.open(sysconfig.get_path("stdlib"), os.O_PATH | os.O_DIRECTORY)
+            os.chown(work, request["user"], request["user"])
         else:
-            order["rlimits"].pop("RLIMIT_NPROC")
+            request["rlimits"].pop("RLIMIT_NPROC")
         yield Launch((), str(work), (stdlib,) if stdlib >= 0 else ())
     finally:
         if stdlib >= 0:

@@ -1,6 +1,6 @@
 """Language consistency: the share of a chain's words that are in the target language (R1 2.3.2). No torch here.
 
-A single short word belongs to many languages ("die", "no", "on"), so words are told apart by their script first, and
+A single short word belongs to many languages ("die", "no", "on"), so words are separated by their script first, and
 within the target's script by five words at a time. Formulas, code, numbers and single letters are not words; Chinese,
 Japanese and Thai have no spaces, there every two characters are one.
 """
@@ -16,7 +16,7 @@ from finback.config import UserError, did_you_mean
 EUROPEAN = ("de", "fr", "es", "it", "pt")
 
 _WINDOW = 5  # words; fewer are often mistaken, more blur where one language ends
-_CLEAR = 2.0  # how much likelier another language must be: names and rare words are not held against a chain
+_CLEAR = 2.0  # how much likelier another language must be: names and rare words do not count against a chain
 _SCRIPTS = {
     "CJK": "zh ja",
     "HIRAGANA": "ja",
@@ -42,7 +42,7 @@ _NO_PROSE = re.compile(
     r"\\[a-zA-Z]+|https?://\S+",
     re.DOTALL,
 )
-_SAID = re.compile(r"\\(?:text|mbox|textbf)\s*\{([^{}]*)\}")
+_TEXT = re.compile(r"\\(?:text|mbox|textbf)\s*\{([^{}]*)\}")
 _SENTENCE = re.compile(r"[.!?;:。！？；：\n]")
 
 
@@ -58,17 +58,17 @@ class Word(NamedTuple):
 def consistency(chain: str, target: str = "en", others: tuple[str, ...] = EUROPEAN) -> float | None:
     """The share of words in the target language, or None where there is no word, which should earn nothing.
 
-    `others` are the languages of the target's script to tell it from (ISO 639-1 codes); any other script is foreign
+    `others` are the languages of the target's script to distinguish it from (ISO 639-1 codes); any other script is foreign
     without being named. In a code block only foreign scripts are seen, so a filter should limit code (readable.py).
     """
     scripts = _scripts(target)
     text = unicodedata.normalize("NFKC", chain)
-    prose = _NO_PROSE.sub(lambda match: f" {' '.join(_SAID.findall(match[0]))} ", text)
-    said = words(prose)
-    own = [word for word in said if word.script in scripts]
+    prose = _NO_PROSE.sub(lambda match: f" {' '.join(_TEXT.findall(match[0]))} ", text)
+    all_words = words(prose)
+    own = [word for word in all_words if word.script in scripts]
     # Programs and formulas are written in Latin letters in every language; other letters cannot hide in them.
     foreign = sum(w.size for w in words(text) if w.script not in {"LATIN", *scripts})
-    foreign += sum(w.size for w in said if w.script == "LATIN" and "LATIN" not in scripts)
+    foreign += sum(w.size for w in all_words if w.script == "LATIN" and "LATIN" not in scripts)
     right = sum(
         word.size for word, is_right in zip(own, _in_target(prose, own, target, others), strict=True) if is_right
     )

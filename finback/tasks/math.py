@@ -22,14 +22,14 @@ class Chains:
     """Sums and differences of single digits, "3+1-3+6=?", worked one step at a time.
 
     A guess is right about one time in ten; the steps make it easy. That gap is what RL can find. The canonical form
-    ignores the order of the terms, so a held-out problem is not a training problem rearranged. `telling` puts words
-    around the steps: English, Chinese, or either at every step, as models that nobody taught a language do.
+    ignores the order of the terms, so a held-out problem is not a training problem rearranged. `wording` puts words
+    around the steps: English, Chinese, or either at every step, as models do that were trained for none.
     """
 
     min_terms: int = 4
     max_terms: int = 6
     largest: int = 9
-    telling: Literal["", "en", "zh", "mixed"] = ""
+    wording: Literal["", "en", "zh", "mixed"] = ""
 
     def __post_init__(self) -> None:
         check_fields(self, "chains")
@@ -62,9 +62,9 @@ class Chains:
         )
 
     def _step(self, left: str, right: int, first: bool, rng: random.Random) -> str:
-        if not self.telling:
+        if not self.wording:
             return f"{left}={right}"
-        language = rng.choice(("en", "zh")) if self.telling == "mixed" else self.telling
+        language = rng.choice(("en", "zh")) if self.wording == "mixed" else self.wording
         if language == "zh":
             return f"{'先算' if first else '然后'}{left}得到{right}"
         return f"{'first' if first else 'then'} {left} gives {right}"

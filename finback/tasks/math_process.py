@@ -15,8 +15,8 @@ from typing import Any
 
 from finback.config import UserError
 
-_WORKER = Path(__file__).with_name("math_worker.py")
-_LONGEST = 500  # characters of an answer
+WORKER = Path(__file__).with_name("math_worker.py")
+MAX_CHARACTERS = 500  # characters of an answer
 _DEEPEST = 12  # braces within braces
 
 
@@ -33,9 +33,9 @@ NOTHING = Comparison(same=False, read=False)
 
 def compare(gold: str, answer: str) -> Comparison:
     """Two answers in LaTeX or plain notation; an answer that takes too long, too much memory or too many braces is wrong."""
-    if len(answer) > _LONGEST or "__" in answer or not _is_balanced(answer):
+    if len(answer) > MAX_CHARACTERS or "__" in answer or not _is_balanced(answer):
         return NOTHING
-    return _shared().compare(gold, answer)
+    return shared().compare(gold, answer)
 
 
 class MathProcess:
@@ -44,10 +44,15 @@ class MathProcess:
     `seconds` of waiting, and about as many of computing, are what one comparison may take.
     """
 
-    def __init__(self, seconds: int = 5, megabytes: int = 1024) -> None:
-        self.seconds, self.megabytes = seconds, megabytes
+    def __init__(self, seconds: int = 5, megabytes: int = 1024, program: Path = WORKER) -> None:
+        self.seconds, self.megabytes, self.program = seconds, megabytes, program
         self._lock, self._owner = threading.Lock(), os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process, if there is one."""
+        return self._process.pid if self._process is not None else None
 
     def compare(self, gold: str, answer: str) -> Comparison:
         request = json.dumps({"gold": gold, "answer": answer}).encode() + b"\n"
@@ -66,7 +71,7 @@ class MathProcess:
                 self._end()
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-P", str(_WORKER), str(self.seconds), str(self.megabytes)]
+        command = [sys.executable, "-P", str(self.program), str(self.seconds), str(self.megabytes)]
         self._process = process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -86,15 +91,16 @@ class MathProcess:
             process.communicate()  # waits, and closes the pipes
 
 
+def shared() -> MathProcess:
+    """The worker of this process: a forked one must not read the replies to its parent."""
+    return _of_process(os.getpid())
+
+
 @lru_cache(maxsize=1)
 def _of_process(pid: int) -> MathProcess:
     worker = MathProcess()
     atexit.register(worker.close)
     return worker
-
-
-def _shared() -> MathProcess:
-    return _of_process(os.getpid())  # a forked process must not read the replies to its parent
 
 
 def _asked(process: "subprocess.Popen[bytes]", request: bytes, seconds: float) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ def main() -> None:
     logging.disable(logging.CRITICAL)
     for text in ("1", r"\frac{x}{2}", r"\{1, 2.5\}", "(1,2]", "x=3"):  # loads what is loaded late
         compare(text, text + " ")
-    _confine(megabytes)
+    confine(megabytes)
     _reply(replies, {"ready": True})
     while True:
         request = json.loads(requests.get())
@@ -98,7 +98,7 @@ def _listen(requests: "queue.SimpleQueue[str]") -> None:
     os._exit(0)
 
 
-def _confine(megabytes: int) -> None:
+def confine(megabytes: int) -> None:
     for kind, limit in ((resource.RLIMIT_AS, megabytes << 20), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(kind, (limit, limit))
     sys.addaudithook(_refuse)

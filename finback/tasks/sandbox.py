@@ -79,12 +79,12 @@ class Sandbox:
 
     def __init__(self, isolation: Literal["auto", "bubblewrap", "rlimits", "monty"] = "auto") -> None:
         if isolation == "auto":
-            isolation = "bubblewrap" if _failure("bubblewrap") is None else "rlimits"
+            isolation = "bubblewrap" if why_unavailable("bubblewrap") is None else "rlimits"
             if isolation == "rlimits":
-                _warn()
+                warn_of_no_boundary()
         elif isolation not in ("bubblewrap", "rlimits", "monty"):
             raise UserError("sandbox.isolation", isolation, "no such form", "Known: bubblewrap, monty, rlimits.")
-        if isolation != "monty" and (failure := _failure(isolation)) is not None:
+        if isolation != "monty" and (failure := why_unavailable(isolation)) is not None:
             remedy = "pip install 'finback[sandbox]' and allow user namespaces, or run as a user that is not root."
             raise UserError("sandbox.isolation", isolation, failure, remedy)
         if isolation == "monty" and importlib.util.find_spec("pydantic_monty") is None:
@@ -113,12 +113,13 @@ def shared(isolation: Literal["auto", "bubblewrap", "rlimits", "monty"] = "auto"
 
 
 @lru_cache
-def _warn() -> None:
+def warn_of_no_boundary() -> None:
+    """Say once that the form in use contains no hostile code."""
     print(_NOT_A_BOUNDARY, file=sys.stderr)
 
 
 @lru_cache
-def _failure(isolation: Isolation) -> str | None:
+def why_unavailable(isolation: Isolation) -> str | None:
     """Why a form does not work on this machine, found by running something in it; None if it works."""
     if isolation == "bubblewrap" and bubblewrap() is None:
         return "there is no bwrap"
@@ -141,12 +142,12 @@ def _run(
     if isolation == "rlimits" and limits.processes > 1:
         raise UserError("limits.processes", limits.processes, "only bubblewrap contains several", "Use 1.")
     nonce = secrets.token_hex(16)
-    order: dict[str, Any] = {"source": source, "entry": entry, "arguments": arguments, "nonce": nonce}
-    order |= {"rlimits": _rlimits(limits), "user": -1, "stdlib": -1, "filter": b""}
+    request: dict[str, Any] = {"source": source, "entry": entry, "arguments": arguments, "nonce": nonce}
+    request |= {"rlimits": _rlimits(limits), "user": -1, "stdlib": -1, "filter": b""}
     for _ in range(3):  # what can fail is the machine at its limits, as in a fork that finds no memory
         with contextlib.ExitStack() as stack:
-            launch = bubble(limits.files, limits.processes > 1) if isolation == "bubblewrap" else folder(order)
-            seen = _start(order, stdin.encode(errors="replace"), limits, stack, stack.enter_context(launch))
+            launch = bubble(limits.files, limits.processes > 1) if isolation == "bubblewrap" else folder(request)
+            seen = _start(request, stdin.encode(errors="replace"), limits, stack, stack.enter_context(launch))
         frames = _frames(bytes(seen.streams["reports"]), nonce)
         if frames or seen.stopped:
             return _outcome(seen, frames, limits)
@@ -160,11 +161,11 @@ def _rlimits(limits: Limits) -> dict[str, int]:
 
 
 def _start(
-    order: dict[str, Any], stdin: bytes, limits: Limits, stack: contextlib.ExitStack, launch: Launch
+    request: dict[str, Any], stdin: bytes, limits: Limits, stack: contextlib.ExitStack, launch: Launch
 ) -> ChildOutput:
     reports, reports_end = stack.enter_context(pipe())
     given = stack.enter_context(file_of(stdin))
-    ordered = stack.enter_context(file_of(marshal.dumps(order)))
+    request_file = stack.enter_context(file_of(marshal.dumps(request)))
     # -I would also drop PYTHONHASHSEED: with it a program that prints a set does so alike in every run.
     python = [str(Path(sys.executable).resolve()), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _child_source()]
     setting = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
@@ -174,13 +175,13 @@ def _start(
         before[at:at] = [word for item in setting.items() for word in ("--setenv", *item)]
     process = stack.enter_context(
         subprocess.Popen(
-            [*before, *python, str(ordered), str(reports_end)],
+            [*before, *python, str(request_file), str(reports_end)],
             stdin=given,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=setting,
             cwd=launch.folder,
-            pass_fds=(ordered, reports_end, *launch.passed),
+            pass_fds=(request_file, reports_end, *launch.passed),
             start_new_session=True,
         )
     )

@@ -17,27 +17,27 @@ if TYPE_CHECKING:  # the import of typing would cost every run several milliseco
 
 
 def main() -> None:
-    """argv: the file with the order, the descriptor for reports."""
+    """argv: the file with the request, the descriptor for reports."""
     source, channel = int(sys.argv[1]), int(sys.argv[2])
     with open(source, "rb") as file:
-        order: dict[str, Any] = marshal.load(file)
+        request: dict[str, Any] = marshal.load(file)
     sys.argv[:] = ["answer.py"]
 
     def report(kind: str, text: str = "") -> None:
-        rest = f"{order['nonce']} {kind} {text}\n".encode()
+        rest = f"{request['nonce']} {kind} {text}\n".encode()
         while rest:
             rest = rest[os.write(channel, rest) :]
 
-    _confine(order)
+    _confine(request)
     report("ready")
     try:
-        program = compile(order["source"], "answer.py", "exec", dont_inherit=True)
-        report("compiled", "" if order["entry"] is None or order["entry"] in program.co_names else "no entry")
-        module = type(sys)("__main__" if order["entry"] is None else "answer")
+        program = compile(request["source"], "answer.py", "exec", dont_inherit=True)
+        report("compiled", "" if request["entry"] is None or request["entry"] in program.co_names else "no entry")
+        module = type(sys)("__main__" if request["entry"] is None else "answer")
         sys.modules[module.__name__] = module
         exec(program, module.__dict__)
-        if order["entry"] is not None:
-            _call(getattr(module, order["entry"]), order["arguments"], report)
+        if request["entry"] is not None:
+            _call(getattr(module, request["entry"]), request["arguments"], report)
     except MemoryError:
         report("memory")
         raise
@@ -54,8 +54,8 @@ def _call(function: Any, arguments: list[list[Any]], report: Any) -> None:
     leave(0)
 
 
-def _confine(order: dict[str, Any]) -> None:
-    for name, value in order["rlimits"].items():
+def _confine(request: dict[str, Any]) -> None:
+    for name, value in request["rlimits"].items():
         # Where the system has a lower one already, or lacks the limit (macOS has no working RLIMIT_AS), it stays.
         if hasattr(resource, name):
             which = getattr(resource, name)
@@ -66,20 +66,20 @@ def _confine(order: dict[str, Any]) -> None:
                 except (ValueError, OSError):
                     if sys.platform.startswith("linux"):
                         raise
-    if order["stdlib"] >= 0:  # an open folder: once root is dropped, its path may lead through closed ones
-        folder = f"/proc/self/fd/{order['stdlib']}"
+    if request["stdlib"] >= 0:  # an open folder: once root is dropped, its path may lead through closed ones
+        folder = f"/proc/self/fd/{request['stdlib']}"
         was = os.path.dirname(os.__file__)  # noqa: PTH120  nor pathlib
         sys.path[:] = [folder, f"{folder}/lib-dynload"]
         for module in [m for m in sys.modules.values() if hasattr(m, "__path__")]:
             module.__path__ = [path.replace(was, folder) for path in module.__path__]
-    if order["filter"]:
+    if request["filter"]:
         import ctypes
-    if order["user"] >= 0:
+    if request["user"] >= 0:
         os.setgroups([])
-        os.setresgid(order["user"], order["user"], order["user"])
-        os.setresuid(order["user"], order["user"], order["user"])
-    if order["filter"]:
-        _install(ctypes, order["filter"])
+        os.setresgid(request["user"], request["user"], request["user"])
+        os.setresuid(request["user"], request["user"], request["user"])
+    if request["filter"]:
+        _install(ctypes, request["filter"])
 
 
 def _install(ctypes: Any, code: bytes) -> None:

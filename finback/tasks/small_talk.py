@@ -13,9 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from finback.config import UserError, check_fields, check_positive
-from finback.tasks.task import NO_ANSWER, Problem, Verdict
+from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_KEY = "talk: "  # part of the text whose hash says on which side of the split a problem lies
 _COMMON = 3  # times that a word must occur in the corpus to count as one that people use
 
 
@@ -43,13 +44,13 @@ class SmallTalk:
 
     def draw(self, rng: random.Random) -> Problem:
         text = rng.choice(_corpus()[0])
-        return Problem(question=text, answer="", key="talk: " + " ".join(text.lower().split()))
+        return Problem(question=text, answer="", key=f"{_KEY}{canonical(text)}")
 
     def check(self, problem: Problem, answer: str) -> Verdict:
         words = [w.lower().replace("’", "'") for w in _WORD.findall(answer[:2000])]
         count = len(words)
         fits = self.least <= count <= self.most and not re.search(r"\d", answer)
-        if not fits or " ".join(answer.lower().split()) == problem.key.removeprefix("talk: "):
+        if not fits or canonical(answer) == problem.key.removeprefix(_KEY):
             return NO_ANSWER
         known = sum(w in _corpus()[1] for w in words) / count
         good = known >= self.known and len(set(words)) / count >= self.different
@@ -61,7 +62,9 @@ def _corpus() -> tuple[list[str], frozenset[str]]:
     """How dialogues begin, and the words that occur a few times."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or spec.origin is None:
-        raise UserError("talk", "chitchat_dataset", "the package is not installed", "pip install chitchat-dataset")
+        raise UserError(
+            "small_talk", "chitchat_dataset", "the package is not installed", "pip install chitchat-dataset"
+        )
     text = (Path(spec.origin).parent / "dataset.json").read_text(encoding="utf-8")
     begins: set[str] = set()
     counts: Counter[str] = Counter()

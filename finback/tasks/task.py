@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from finback.config import UserError, check_fields
 
-HELD_OUT = 10  # one problem in ten, by hash, is kept for evaluation
+HELD_OUT = 10  # one problem in ten, by hash, is held out for evaluation
 
 Split = Literal["train", "held_out"]
 
@@ -101,12 +101,12 @@ class Mixture:
 
 
 def canonical(question: str) -> str:
-    """The form by which questions are told apart: words, whatever white space lies between them and whatever case."""
+    """The form by which questions are compared: words, whatever white space lies between them and whatever case."""
     return " ".join(question.split()).lower()
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a canonical form is kept for evaluation; depends on the text alone, not on a seed."""
+    """Whether a canonical form is for evaluation only; depends on the text alone, not on a seed."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT == 0
 
