@@ -20,9 +20,10 @@ from finback.engine.engine import Engine
 from finback.model.config import TINY
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.rollouts.rollouts import Rollout
 from finback.runs.folder import StageRun
 from finback.stages.grpo import GRPO, _Reinforcement
-from finback.stages.rollout import Group, Rollout
+from finback.stages.grpo_sampling import Group
 from finback.tasks import task as tasks
 from finback.tasks.math import Chains
 
@@ -82,8 +83,8 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
         name="zero",
         start=settings["base"],
         task=CHAINS,
-        prompts=settings["prompts"],
-        group=settings["group"],
+        prompts_per_step=settings["prompts"],
+        num_generations=settings["group"],
         lr=LR,
         max_tokens=settings["tokens"],
         compute=settings["precision"],

@@ -166,8 +166,8 @@ def compare(
         data="prepare",
         model=model,
         mixture={"chitchat": 1.0},
-        rows=rows,
-        length=length,
+        batch_size=rows,
+        seq_len=length,
         compute=compute,
         max_tokens=steps * rows * length,  # type: ignore[arg-type]
     )

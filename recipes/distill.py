@@ -20,9 +20,9 @@ def exam(name: str) -> Evaluate:
 
 
 recipe = [
-    SFT(name="traces", start=student, kept=traces, epochs=3),
+    SFT(name="traces", start=student, traces=traces, epochs=3),
     exam("traces"),
-    Distill(name="probabilities", start=student, teacher=teacher, kept=traces, epochs=3),
+    Distill(name="probabilities", start=student, teacher=teacher, traces=traces, epochs=3),
     exam("probabilities"),
     Distill(
         name="on-policy",
@@ -31,7 +31,7 @@ recipe = [
         divergence="reverse",
         task=sums,
         steps=120,
-        prompts=64,
+        prompts_per_step=64,
         max_tokens=128,
     ),
     exam("on-policy"),

@@ -75,15 +75,17 @@ recipe = [
     rl("zero", "base", 60),
     exam("of-zero", "zero"),
     # cold start: chains of R1-Zero that are right and in one language
-    Reject(name="cold", start="zero", task=sums, prompts=2000, samples=4, language="en", keep=1, max_tokens=128),
-    SFT(name="dev1", start="base", kept=("cold",), epochs=2),
+    Reject(
+        name="cold", start="zero", task=sums, prompts=2000, num_generations=4, language="en", keep=1, max_tokens=128
+    ),
+    SFT(name="dev1", start="base", traces=("cold",), epochs=2),
     exam("of-dev1", "dev1"),
     # RL on reasoning, with the language reward
     rl("dev2", "dev1", 60, reward=in_english),
     exam("of-dev2", "dev2"),
     # rejection sampling, and SFT of the base on reasoning and talk
-    Reject(name="kept", start="dev2", task=sums, prompts=3000, samples=2, language="en", max_tokens=128),
-    SFT(name="dev3", start="base", kept=("kept",), text=(Chitchat(),), limits={"chitchat": 1000}, epochs=2),
+    Reject(name="kept", start="dev2", task=sums, prompts=3000, num_generations=2, language="en", max_tokens=128),
+    SFT(name="dev3", start="base", traces=("kept",), text=(Chitchat(),), limits={"chitchat": 1000}, epochs=2),
     exam("of-dev3", "dev3"),
     # RL over all scenarios
     rl("r1", "dev3", 40, task=Mixture((sums, talk), (0.7, 0.3)), reward=in_english, temperature=0.9),
@@ -98,10 +100,10 @@ recipe = [
         max_tokens=2_000_000,
     ),
     exam("of-student-base", "student-base"),
-    SFT(name="distilled", start="student-base", kept=("kept",), epochs=3),
+    SFT(name="distilled", start="student-base", traces=("kept",), epochs=3),
     exam("of-distilled", "distilled"),
     rl("student-rl", "student-base", 100),
     exam("of-student-rl", "student-rl"),
-    SFT(name="student-gold", start="student-base", kept=("kept",), chains=False, epochs=3),
+    SFT(name="student-gold", start="student-base", traces=("kept",), chains=False, epochs=3),
     exam("of-student-gold", "student-gold"),
 ]

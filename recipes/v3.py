@@ -42,8 +42,8 @@ def phase(name: str, rows: int, length: int, tokens: float) -> Planned:
         data="prepare",
         model=V3,
         mixture={"chitchat": 1.0},
-        rows=rows,
-        length=length,
+        batch_size=rows,
+        seq_len=length,
         max_tokens=int(tokens),
         compute="fp8",
     )

@@ -26,6 +26,6 @@ exams = (Exam(name="held out", task=task, problems=20, max_tokens=48),)
 
 recipe = [
     Evaluate(name="before", start=MODEL, exams=exams),
-    GRPO(name="rl", start=MODEL, task=task, steps=50, prompts=16, group=8, max_tokens=48),
+    GRPO(name="rl", start=MODEL, task=task, steps=50, prompts_per_step=16, num_generations=8, max_tokens=48),
     Evaluate(name="after", start="rl", exams=exams),
 ]

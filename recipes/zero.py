@@ -12,7 +12,7 @@ from finback.train.grpo_loss import Objective
 
 sums = Chains(min_terms=5, max_terms=7)
 exams = (Exam(name="sampled", task=sums), Exam(name="greedy", task=sums, temperature=0.0))
-published = Objective(clip_low=10.0, clip_high=10.0, average="answer", kl=0.001)
+published = Objective(epsilon_low=10.0, epsilon_high=10.0, average="answer", beta=0.001)
 
 recipe = [
     Evaluate(name="before", start="runs/tiny/base", exams=exams),
@@ -21,8 +21,8 @@ recipe = [
         start="runs/tiny/base",
         task=sums,
         steps=100,
-        prompts=32,
-        group=16,
+        prompts_per_step=32,
+        num_generations=16,
         updates=2,
         objective=published,
         reference_steps=40,

@@ -19,7 +19,8 @@ from finback.checkpoint import store
 from finback.parallel.mesh import World
 from finback.runs.folder import StageRun
 from finback.stages.pretrain import Pretrain
-from finback.stages.pretraining import Pretraining
+from finback.stages.pretrain_setup import set_up
+from finback.train import loop
 from finback.train.rates import Phase
 from tests.toy import CONFIG
 
@@ -33,10 +34,10 @@ def stage(name: str, checkpoint_steps: int) -> Pretrain:
         data="prepare",
         mixture={"words": 1.0},
         model=CONFIG,
-        rows=2,
-        length=16,
+        batch_size=2,
+        seq_len=16,
         compute="fp32",
-        average=0.99,
+        ema_decay=0.99,
         phases=(Phase(32 * STEPS // 2, 0.0, 1.0), Phase(32 * STEPS // 2, 1.0, 0.1, "cosine")),
         checkpoint_steps=checkpoint_steps,
         muon_lr=1e-3,
@@ -44,25 +45,22 @@ def stage(name: str, checkpoint_steps: int) -> Pretrain:
     )
 
 
-class Telling(Pretraining):
-    """Writes a byte when the first step of a sitting begins."""
-
-    pipe: int | None = None
-
-    def _train_step(self) -> dict[str, Any]:
-        if self.pipe is not None:
-            os.write(self.pipe, b"!")
-            self.pipe = None
-        return super()._train_step()
-
-
 def sit(root: Path, name: str, checkpoint_steps: int, pipe: int | None = None) -> None:
-    """Train from wherever an earlier sitting left off, to the end."""
+    """Train from wherever an earlier sitting left off, to the end; a byte to the pipe when the first step begins."""
     run = StageRun(root, name, 0, World(), quiet=True)
     run.folder.mkdir(exist_ok=True)
-    training = Telling(stage(name, checkpoint_steps), run)
-    training.pipe = pipe
-    run.finish(training.run())
+    training = set_up(stage(name, checkpoint_steps), run)
+    step, told = training.step, pipe is None
+
+    def telling(at: loop.Loop) -> dict[str, Any]:
+        nonlocal told
+        if not told and pipe is not None:
+            os.write(pipe, b"!")
+        told = True
+        return step(at)
+
+    training.step = telling  # type: ignore[method-assign]
+    run.finish(loop.run(training))
 
 
 def killed(root: Path, delay: float, at_once: bool) -> bool:

@@ -1,6 +1,7 @@
 """What the tests of many ranks share: a model with experts, and processes that meet over gloo."""
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import warnings
@@ -16,16 +17,18 @@ from finback.model.transformer import Transformer
 from finback.parallel.launch import free_port
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
+from finback.train.batch import of_windows
+from finback.train.loss import LossWeights
 from finback.train.optim import Adam, Gradients, Muon, is_matrix
-from finback.train.sharded_trainer import Knobs, ShardedTrainer
-from finback.train.step import backward
-from tests.toy import CONFIG
+from finback.train.sharded_trainer import ShardedTrainer
+from tests.toy import CONFIG, backward
 
 MANY = dataclasses.replace(
     CONFIG, num_hidden_layers=4, n_routed_experts=8, n_group=2, topk_group=1, initializer_range=0.15
 )
 
-KNOBS = Knobs(rows=8, length=16, bias_speed=0.02, balance_alpha=0.05)
+SHAPE = ROWS, SEQ_LEN = 8, 16
+WEIGHTS, BIAS_SPEED, MAX_GRAD_NORM = LossWeights(0.3, 0.05), 0.02, 1.0
 LR = 3e-3
 Numbers = list[list[float]]  # of each step: loss, MTP loss, balance loss, norm of the gradient
 IMPORTED = [f"torch.distributed.{n}" for n in ("fsdp", "pipelining", "checkpoint")] + ["tests.many"]
@@ -58,15 +61,15 @@ def _run(rank: int, ranks: int, port: int, work: Callable[..., Any], arguments: 
 def batches(config: ModelConfig, steps: int) -> Iterator[Tensor]:
     """All rows of each step, the same for all who ask."""
     generator = torch.Generator().manual_seed(6)
-    width = KNOBS.length + 1 + config.num_nextn_predict_layers
-    yield from torch.randint(0, 320, (steps, KNOBS.rows, width), generator=generator)
+    width = SEQ_LEN + 1 + config.num_nextn_predict_layers
+    yield from torch.randint(0, 320, (steps, ROWS, width), generator=generator)
 
 
 def on_one(config: ModelConfig, steps: int = 20) -> tuple[Numbers, dict[str, Tensor]]:
-    """The plain twin: step.backward, Muon, AdamW and the bias update on one rank, as one thread like each of many."""
+    """The plain twin: backward, Muon, AdamW and the bias update on one rank, as one thread like each of many."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = Transformer(config, KNOBS.compute).initialise(5).train()
+    model = Transformer(config).initialise(5).train()
     named = list(model.named_parameters())
     gradients = Gradients([p for _, p in named])
     muon = Muon([(n, p) for n, p in named if is_matrix(n, p)], World())
@@ -74,12 +77,12 @@ def on_one(config: ModelConfig, steps: int = 20) -> tuple[Numbers, dict[str, Ten
     numbers = []
     for batch in batches(config, steps):
         gradients.zero()
-        losses = backward(model, batch, KNOBS.mtp_weight, KNOBS.balance_alpha)
-        norm = gradients.finish(World(), 1.0, KNOBS.clip)
+        losses = backward(model, batch, WEIGHTS.mtp, WEIGHTS.balance)
+        norm = gradients.finish(World(), MAX_GRAD_NORM)
         muon.step(LR)
         adam.step(LR)
         for router in model.routers():
-            router.update_bias(KNOBS.bias_speed)
+            router.update_bias(BIAS_SPEED)
         numbers.append([losses.main.item(), losses.mtp.item(), losses.balance.item(), norm])
     torch.set_num_threads(threads)
     return numbers, model.state_dict()
@@ -90,9 +93,23 @@ def continued(many: ShardedTrainer, begin: int, end: int) -> Numbers:
     numbers = []
     for index, batch in enumerate(batches(many.config, end)):
         if index >= begin:
-            told = many.step(batch[many.data_rank :: many.layout.dp], LR, LR)
-            numbers.append([told[n] for n in ("loss", "mtp_loss", "balance", "grad_norm")])
+            numbers.append(step(many, batch))
     return numbers
+
+
+def step(many: ShardedTrainer, windows: Tensor) -> list[float]:
+    """One step on a step's rows: losses over all ranks, norm of the gradient; none where that is not finite."""
+    counts = [float(ROWS * SEQ_LEN)] * (1 + many.config.num_nextn_predict_layers)
+    batch = of_windows(windows[many.data_rank :: many.data_ranks], many.config.num_nextn_predict_layers)
+    many.zero()
+    losses = many.backward(batch, counts, WEIGHTS, 1 / many.data_ranks)
+    norm = many.finish(MAX_GRAD_NORM)
+    if math.isfinite(norm):
+        many.update(LR, LR)
+        many.balance(BIAS_SPEED)
+    else:
+        many.forget_loads()
+    return [*losses.tolist(), norm]
 
 
 def pipeline(schedule: Any, **more: Any) -> Layout:

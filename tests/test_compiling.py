@@ -12,15 +12,16 @@ import torch
 
 from finback.checkpoint import store
 from finback.config import UserError
-from finback.data.rows import Rows
+from finback.data.messages import IGNORE
 from finback.model.recompute import Policy, use_recompute
 from finback.model.transformer import Block, Transformer
 from finback.parallel.layout import Layout
 from finback.runs.folder import Interrupted
 from finback.train import compiling
-from finback.train.step import Losses, backward, backward_rows
+from finback.train.batch import Batch
+from finback.train.loss import Losses
 from tests.test_pretrain import begin, prepared, pretrain, trained
-from tests.toy import CONFIG, toy_model
+from tests.toy import CONFIG, backward, backward_batch, toy_model
 
 __all__ = ["prepared"]  # a fixture
 
@@ -42,13 +43,14 @@ def gradients(model: Transformer) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def rows() -> Rows:
+def rows() -> Batch:
     """Rows of two documents, the last of which has padding behind it."""
     documents = torch.zeros_like(TOKENS)
     documents[:, 7:] = 1
     real = torch.ones_like(TOKENS, dtype=torch.bool)
     real[-1, 12:] = False
-    return Rows(TOKENS, documents, real, 16)
+    follows = real[:, 1:] & (documents[:, 1:] == documents[:, :-1])
+    return Batch(TOKENS[:, :-1], TOKENS[:, 1:].masked_fill(~follows, IGNORE), 16, real[:, :-1], documents[:, :-1])
 
 
 def test_the_same_loss_gradient_and_load(policy: Policy = "none") -> None:
@@ -69,7 +71,7 @@ def test_the_same_where_blocks_are_recomputed() -> None:
 
 def test_the_same_with_documents_and_padding() -> None:
     compiled, plain = two()
-    losses = [backward_rows(model, rows(), 0.3, 1e-2, (1.0, 1.0)) for model in (compiled, plain)]
+    losses = [backward_batch(model, rows(), rows().counts(1), 0.3, 1e-2) for model in (compiled, plain)]
     assert_near(*losses)
     a, b = (gradients(model) for model in (compiled, plain))
     assert ((a - b).norm() / b.norm()).item() < 1e-5
@@ -119,10 +121,10 @@ def test_only_training_is_compiled() -> None:
 
 def test_a_compiled_run_goes_on_with_the_same_bits(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, whole, folder = trained(prepared, "compiled", compile=True)
-    loop = begin(prepared, pretrain(name="compiled_twice", compile=True))
-    monkeypatch.setattr(loop.stage_run, "check_stop", lambda: loop.step == 8)
+    loop = begin(prepared, pretrain(name="compiled_twice", compile=True)).loop()
+    monkeypatch.setattr(loop.run, "check_stop", lambda: loop.step == 8)
     with pytest.raises(Interrupted):
-        loop.run()
+        loop.train()
     again, _, other = trained(prepared, "compiled_twice", compile=True)
     a, b = (store.load(each / "model.safetensors")[0] for each in (folder, other))
     assert all(torch.equal(a[name], b[name]) for name in a)

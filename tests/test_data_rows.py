@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finback.config import UserError
 from finback.data import pack
 from finback.data.loader import Loader
-from finback.data.rows import PADDING, Rows
+from finback.data.messages import IGNORE
+from finback.data.rows import PADDING
+from finback.train.batch import Batch, of_rows, of_windows
 
 LENGTH, EXTRA = 16, 3
 
@@ -32,30 +35,41 @@ def loader(folder: Path, mixture: dict[str, float], packing: str = "best_fit", *
     return Loader(folder, mixture, **{"length": LENGTH, "extra": EXTRA, "seed": 5, **options}, packing=packing)  # type: ignore[arg-type]
 
 
+def draw(source: Loader, rows: int, rank: int = 0, ranks: int = 1, documents: bool = True) -> Batch:
+    """Rows as training reads them."""
+    return of_rows(source.draw(rows, rank, ranks, documents), source.length)
+
+
+def real(batch: Batch) -> Any:
+    """(rows, length) True where a token is no padding."""
+    padding = batch.inputs[1]
+    return batch.inputs[0] >= 0 if padding is None else padding
+
+
 def many(seed: int, n: int = 300) -> list[int]:
     rng = random.Random(seed)
     return [rng.choice((2, 3, 5, 9, 15, 16, 17, 18, 19, 40)) for _ in range(n)]
 
 
-def epoch(source: Loader, name: str) -> list[Rows]:
+def epoch(source: Loader, name: str) -> list[Batch]:
     """The rows of the epoch at hand, one by one."""
     order: Any = source.orders[name]
-    rows, number = [source.draw(1)], order.epoch
+    rows, number = [draw(source, 1)], order.epoch
     while True:
         state = source.state()
-        row = source.draw(1)
+        row = draw(source, 1)
         if order.epoch != number:
             source.load_state(state)
             return rows
         rows.append(row)
 
 
-def learnt(rows: list[Rows], depth: int = 0) -> Counter[tuple[int, int]]:
+def learnt(rows: list[Batch], depth: int = 0) -> Counter[tuple[int, int]]:
     """Pairs of a token and the one `depth` + 1 further on that is to be predicted from it."""
     pairs: Counter[tuple[int, int]] = Counter()
     for row in rows:
-        targets = row.further(depth)
-        pairs.update(zip(row.tokens[:, :LENGTH][targets >= 0].tolist(), targets[targets >= 0].tolist(), strict=True))
+        labels = row.labels_at(depth)
+        pairs.update(zip(row.inputs[0][labels >= 0].tolist(), labels[labels >= 0].tolist(), strict=True))
     return pairs
 
 
@@ -64,18 +78,21 @@ def test_rows_of_three_documents_by_hand(tmp_path: Path) -> None:
     pack.write(tmp_path / "a.train.bin", [[1, 2, 3, 4], [11, 12, 13, 14, 15], [*range(21, 31)]])
     source = Loader(tmp_path, {"a": 1.0}, length=8, extra=2, seed=0, packing="best_fit")
     found = {tuple(row.tokens[0].tolist()): row for row in epoch(source, "a")}
-    whole = found[(*range(21, 30), 30)]
-    assert whole.targets.tolist() == [[*range(22, 30)]] and whole.further(1).tolist() == [[*range(23, 31)]]
-    assert whole.documents is not None and whole.documents.tolist() == [[0] * 10]
+    whole = found[(*range(21, 30),)]
+    assert whole.labels_at(0).tolist() == [[*range(22, 30)]] and whole.labels_at(1).tolist() == [[*range(23, 31)]]
+    assert whole.document_ids is not None and whole.document_ids.tolist() == [[0] * 9]
     pair = next(row for row in found.values() if 11 in row.tokens and 1 in row.tokens)
-    assert pair.documents is not None
+    assert pair.document_ids is not None
     first = pair.tokens[0, 0].item() == 1
     assert pair.tokens[0, :9].tolist() == ([1, 2, 3, 4, *range(11, 16)] if first else [*range(11, 16), 1, 2, 3, 4])
-    assert pair.documents.tolist() == [[*([0] * 4 + [1] * 5 if first else [0] * 5 + [1] * 4), PADDING]]
-    assert pair.targets.tolist() == [[2, 3, 4, -1, 12, 13, 14, 15] if first else [12, 13, 14, 15, -1, 2, 3, 4]]
-    rest = found[(29, 30, *[0] * 8)]
-    assert rest.targets.tolist() == [[30, *[-1] * 7]] and rest.further(1).tolist() == [[-1] * 8]
-    assert rest.real.tolist() == [[True] * 2 + [False] * 8]
+    assert pair.document_ids.tolist() == [[0] * 4 + [1] * 5 if first else [0] * 5 + [1] * 4]
+    n = IGNORE
+    assert pair.labels_at(0).tolist() == [[2, 3, 4, n, 12, 13, 14, 15] if first else [12, 13, 14, 15, n, 2, 3, 4]]
+    rest = found[(29, 30, *[0] * 7)]
+    assert rest.labels_at(0).tolist() == [[30, *[n] * 7]] and rest.labels_at(1).tolist() == [[n] * 8]
+    assert real(rest).tolist() == [[True] * 2 + [False] * 6]
+    assert rest.document_ids is not None and rest.document_ids.tolist() == [[0] * 2 + [PADDING] * 7]
+    assert rest.lengths() == [2] and whole.lengths() == [8] and sorted(pair.lengths()) == ([4, 4] if first else [3, 5])
     assert len(found) == 3 and source.tokens_by_source() == {"a": 8 + 8 + 2}
 
 
@@ -104,7 +121,7 @@ def test_fitted_rows_are_nearly_full_and_whole(tmp_path: Path) -> None:
     shards(tmp_path, {"a": sizes})
     rows = epoch(loader(tmp_path, {"a": 1.0}, length=128, extra=1), "a")
     starts = set(np.cumsum([10_000, *sizes]).tolist())
-    assert sum(int(row.real.sum()) for row in rows) / (129 * len(rows)) > 0.97
+    assert sum(int(real(row).sum()) for row in rows) / (128 * len(rows)) > 0.97
     assert all(row.tokens[0, 0].item() in starts for row in rows)
 
 
@@ -117,12 +134,12 @@ def test_any_number_of_ranks_draws_the_rows_of_one(packing: str, documents: bool
         one = loader(tmp_path, mixture, packing)
         others = [loader(tmp_path, mixture, packing) for _ in range(ranks)]
         for _ in range(30):
-            whole = one.draw(6, documents=documents)
+            whole = draw(one, 6, documents=documents)
             for rank, other in enumerate(others):
-                part = other.draw(6, rank, ranks, documents)
+                part = draw(other, 6, rank, ranks, documents)
                 assert part.tokens.equal(whole.tokens[rank::ranks])
-                assert part.targets.equal(whole.targets[rank::ranks])
-                assert documents == (part.documents is not None)
+                assert part.labels.equal(whole.labels[rank::ranks])
+                assert documents == (part.document_ids is not None)
         assert all(other.state() == one.state() for other in others)
 
 
@@ -134,7 +151,7 @@ def test_resuming_anywhere_gives_the_rows_that_remain(packing: str, tmp_path: Pa
     states, rows = [], []
     for _ in range(1600):
         states.append(json.dumps(steady.state()))
-        rows.append(steady.draw(1))
+        rows.append(draw(steady, 1))
     boundaries = [i for i in range(1, 1600) if json.loads(states[i])["at"]["a"] != 0 and i % 97 == 0]
     ends = [
         i for i, state in enumerate(states[1:], 1) if packing == "best_fit" and json.loads(state)["at"]["a"][2] == 1
@@ -144,7 +161,7 @@ def test_resuming_anywhere_gives_the_rows_that_remain(packing: str, tmp_path: Pa
         resumed = loader(tmp_path, {"a": 1.0}, packing)
         resumed.load_state(json.loads(states[start]))
         for row in rows[start : start + 5]:
-            assert resumed.draw(1).tokens.equal(row.tokens)
+            assert draw(resumed, 1).tokens.equal(row.tokens)
     assert max(len(state) for state in states) < 100
 
 
@@ -156,15 +173,15 @@ def test_a_resume_at_an_epochs_last_row_goes_on(tmp_path: Path) -> None:
     assert len(first) == 4 and steady.state()["at"]["a"] == [0, 0, 4]
     resumed = loader(tmp_path, {"a": 1.0}, seed=1)
     resumed.load_state(steady.state())
-    second = resumed.draw(4)
+    second = draw(resumed, 4)
     assert sorted(second.tokens[:, 0].tolist()) == sorted(row.tokens[0, 0].item() for row in first)
-    assert second.tokens.equal(steady.draw(4).tokens) and resumed.state()["at"]["a"] == [1, 0, 4]
+    assert second.tokens.equal(draw(steady, 4).tokens) and resumed.state()["at"]["a"] == [1, 0, 4]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(tmp_path: Path) -> None:
     shards(tmp_path, {"a": [17] * 50})
     source, other = loader(tmp_path, {"a": 1.0}), loader(tmp_path, {"a": 1.0}, seed=6)
-    orders = [tuple(each.draw(50).tokens[:, 0].tolist()) for each in (source, source, other)]
+    orders = [tuple(draw(each, 50).tokens[:, 0].tolist()) for each in (source, source, other)]
     assert len(set(orders)) == 3 and len({tuple(sorted(order)) for order in orders}) == 1
 
 
@@ -174,37 +191,38 @@ def test_mixtures_are_of_tokens_and_exact_to_a_row(weights: tuple[float, ...], p
     mixture = {f"s{i}": float(weight) for i, weight in enumerate(weights)}
     shards(tmp_path, {name: many(i) for i, name in enumerate(mixture)})
     mixed = loader(tmp_path, mixture, packing)
-    real = 0
+    read = 0
     for _ in range(400):
-        real += int(mixed.draw(1).real[:, :LENGTH].sum())
+        read += int(real(draw(mixed, 1)).sum())
         drawn = mixed.tokens_by_source()
-        assert sum(drawn.values()) == real
+        assert sum(drawn.values()) == read
         for name, count in drawn.items():
-            assert abs(count - real * mixture[name] / sum(weights)) <= 2 * LENGTH
+            assert abs(count - read * mixture[name] / sum(weights)) <= 2 * LENGTH
 
 
 def test_windows_tell_their_documents(tmp_path: Path) -> None:
     sizes = many(3, 80)
     shards(tmp_path, {"a": sizes})
     ends = np.cumsum([10_000, *sizes])
-    for row in (loader(tmp_path, {"a": 1.0}, "stream").draw(1) for _ in range(40)):
-        assert row.documents is not None
+    for row in (draw(loader(tmp_path, {"a": 1.0}, "stream"), 1) for _ in range(40)):
+        assert row.document_ids is not None
         tokens = row.tokens[0].numpy()
         owner = np.searchsorted(ends, tokens, side="right")
-        assert (row.documents[0].numpy() == owner - owner[0]).all() and row.real.all()
+        assert (row.document_ids[0].numpy() == owner - owner[0]).all() and row.padding_mask is None
         same = owner[1 : LENGTH + 1] == owner[:LENGTH]
-        assert row.targets[0].tolist() == np.where(same, tokens[1 : LENGTH + 1], -1).tolist()
+        assert row.labels_at(0)[0].tolist() == np.where(same, tokens[1 : LENGTH + 1], IGNORE).tolist()
 
 
-def test_drawing_without_documents_is_drawing_a_batch(tmp_path: Path) -> None:
+def test_windows_without_documents_are_learnt_whole(tmp_path: Path) -> None:
     shards(tmp_path, {"a": many(1), "b": many(2)})
     one, other = (loader(tmp_path, {"a": 1, "b": 2}, "stream") for _ in range(2))
     for _ in range(20):
-        batch, rows = one.batch(4), other.draw(4, documents=False)
-        assert batch.equal(rows.tokens) and batch[:, 1 : LENGTH + 1].equal(rows.targets)
-        assert batch[:, 3 : LENGTH + 3].equal(rows.further(2)) and rows.documents is None
-    with pytest.raises(AssertionError, match="use draw"):
-        loader(tmp_path, {"a": 1}).batch(4)
+        windows = np.stack([row.tokens for row in one.draw(4, documents=False)]).astype(np.int64)
+        batch = draw(other, 4, documents=False)
+        twin = of_windows(torch.from_numpy(windows), EXTRA - 1)
+        assert batch.tokens.equal(twin.tokens) and batch.labels.equal(twin.labels) and batch.seq_len == twin.seq_len
+        assert batch.labels_at(2).tolist() == windows[:, 3 : LENGTH + 3].tolist()
+        assert batch.document_ids is None and batch.padding_mask is None
 
 
 def test_states_of_other_packings_and_older_versions(tmp_path: Path) -> None:
@@ -212,10 +230,10 @@ def test_states_of_other_packings_and_older_versions(tmp_path: Path) -> None:
     stream, fitted = loader(tmp_path, {"a": 1}, "stream"), loader(tmp_path, {"a": 1})
     with pytest.raises(AssertionError, match="packed otherwise"):
         fitted.load_state(stream.state())
-    stream.batch(7)
+    stream.draw(7)
     older = loader(tmp_path, {"a": 1}, "stream")
     older.load_state({"drawn": {"a": 7}})
-    assert older.state() == stream.state() and older.batch(5).equal(stream.batch(5))
+    assert older.state() == stream.state() and draw(older, 5).tokens.equal(draw(stream, 5).tokens)
 
 
 def test_shards_that_do_not_know_their_documents_still_stream(tmp_path: Path) -> None:
@@ -224,7 +242,7 @@ def test_shards_that_do_not_know_their_documents_still_stream(tmp_path: Path) ->
     assert wide.dtype == np.uint32
     np.arange(100, dtype="<u2").tofile(tmp_path / "a.train.bin")  # as it was before shards were described
     (tmp_path / "a.train.json").unlink()
-    assert loader(tmp_path, {"a": 1}, "stream").batch(1).shape == (1, LENGTH + EXTRA)
+    assert loader(tmp_path, {"a": 1}, "stream").draw(1, documents=False)[0].tokens.shape == (LENGTH + EXTRA,)
     with pytest.raises(UserError, match="do not say where documents end"):
         loader(tmp_path, {"a": 1})
     with pytest.raises(UserError, match="do not say where documents end"):

@@ -33,9 +33,9 @@ from finback.stages.sft import SFT
 text = (TaskText(name="lessons", tasks=(chains,), documents=40),)
 recipe[0] = Prepare(name="prepare", text=(Files((str(Path(__file__).parent / "words.txt"),), name="words", licence="MIT"),),
                     tasks=(TaskText(name="chains", tasks=(chains,), documents=300, think=0.5),), vocab_size=320)
-recipe[2:2] = [SFT(name="taught", start="base", text=text, rows=4, length=64, epochs=1)]
-recipe[4] = GRPO(name="zero", start="taught", task=chains, steps=3, prompts=2, group=4, max_tokens=8)
-recipe.append(Distill(name="small", start="base", teacher="zero", text=text, rows=4, length=64, epochs=1))
+recipe[2:2] = [SFT(name="taught", start="base", text=text, batch_size=4, seq_len=64, epochs=1)]
+recipe[4] = GRPO(name="zero", start="taught", task=chains, steps=3, prompts_per_step=2, num_generations=4, max_tokens=8)
+recipe.append(Distill(name="small", start="base", teacher="zero", text=text, batch_size=4, seq_len=64, epochs=1))
 """
 SHORT = ("base.max_tokens=1024", "base.decay_tokens=512", "base.warmup_tokens=256", "base.compute=fp32")
 

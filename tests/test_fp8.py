@@ -19,8 +19,7 @@ from finback.model.moe import MoE
 from finback.model.recompute import Policy, use_recompute
 from finback.model.transformer import Transformer
 from finback.train.precision import use_fp8
-from finback.train.step import backward
-from tests.toy import CONFIG, toy_model
+from tests.toy import CONFIG, backward, toy_model
 
 SHAPES = ((1, 1), (5, 7), (128, 128), (130, 260), (256, 384))
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,20 +14,23 @@ from finback.config import UserError
 from finback.data import tokenizer
 from finback.parallel.mesh import World
 from finback.report.export import export_model
+from finback.rollouts.rollouts import Rollout
 from finback.runs.files import read_lines
 from finback.runs.folder import StageRun
-from finback.stages.grpo import GRPO, _Reinforcement
-from finback.stages.rollout import Group, Rollout
+from finback.stages.grpo import GRPO
+from finback.stages.grpo_sampling import Group
+from finback.stages.grpo_training import Reinforcement
 from finback.tasks.gym import Gym
 from finback.tasks.judge import Judge
 from finback.tasks.math import Chains
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Problem, Verdict
+from finback.train import loop
 from finback.train.grpo_loss import Objective, advantages
 from tests.toy import WORDS, toy_model
 
 
-def reinforcement(folder: Path, **knobs: object) -> _Reinforcement:
+def reinforcement(folder: Path, **knobs: object) -> Reinforcement:
     """A GRPO run on a random toy model that was saved as a finished stage."""
     base = folder / "base"
     if not base.exists():
@@ -36,11 +40,32 @@ def reinforcement(folder: Path, **knobs: object) -> _Reinforcement:
         (base / "manifest.json").write_text("{}")
     run = StageRun(folder, "zero", 0, World(), quiet=True)
     run.folder.mkdir(exist_ok=True)
-    settings = {"start": "base", "steps": 3, "prompts": 4, "group": 4, "max_tokens": 10, "task": Chains(2, 3)}
-    return _Reinforcement(GRPO(name="zero", **settings | knobs), run)
+    settings = {
+        "start": "base",
+        "steps": 3,
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "max_tokens": 10,
+        "task": Chains(2, 3),
+    }
+    return Reinforcement(GRPO(name="zero", **settings | knobs), run)
 
 
-def with_varied_rewards(r: _Reinforcement) -> _Reinforcement:
+def steps(r: Reinforcement, count: int) -> list[dict[str, Any]]:
+    """The metrics of that many steps."""
+    looped = r.loop()
+    return [looped.advance() for _ in range(count)]
+
+
+def step(r: Reinforcement) -> dict[str, Any]:
+    return steps(r, 1)[0]
+
+
+def gradient(r: Reinforcement) -> torch.Tensor:
+    return r.trainer.gradients.flat.clone()
+
+
+def with_varied_rewards(r: Reinforcement) -> Reinforcement:
     """Pays every third answer, counted over the run."""
     calls = iter(range(10**6))
 
@@ -55,7 +80,7 @@ def with_varied_rewards(r: _Reinforcement) -> _Reinforcement:
 def test_gap_between_trainer_and_engine_is_flat_at_zero_learning_rate(tmp_path: Path) -> None:
     r = with_varied_rewards(reinforcement(tmp_path, lr=0.0))
     before = {n: t.clone() for n, t in r.model.state_dict().items()}
-    metrics = [r._train_step() for _ in range(3)]
+    metrics = steps(r, 3)
     assert all(m["tokens_with_gradient"] > 0 for m in metrics)
     assert all(m["gap_max"] <= 1e-4 and m["clip_share"] == 0 for m in metrics)
     for name, tensor in r.model.state_dict().items():
@@ -65,41 +90,44 @@ def test_gap_between_trainer_and_engine_is_flat_at_zero_learning_rate(tmp_path: 
 def test_gap_stays_small_while_the_policy_moves_and_mtp_and_bias_do_not(tmp_path: Path) -> None:
     r = with_varied_rewards(reinforcement(tmp_path, lr=1e-3))
     before = {n: t.clone() for n, t in r.model.state_dict().items()}
-    metrics = [r._train_step() for _ in range(3)]
+    metrics = steps(r, 3)
     assert all(m["gap_max"] <= 1e-4 for m in metrics)
     for name, tensor in r.model.state_dict().items():
-        kept = name.startswith("mtp.") or name.endswith("router.bias")
-        assert torch.equal(tensor, before[name]) == kept or "experts" in name, name
+        stays = name.startswith("mtp.") or name.endswith("router.bias")
+        assert torch.equal(tensor, before[name]) == stays, name
 
 
 def test_micro_batches_do_not_change_the_update(tmp_path: Path) -> None:
     models_after = []
     for micro in (40, 4096):
         r = with_varied_rewards(reinforcement(tmp_path, lr=1e-2, micro_tokens=micro))
-        r._train_step()
-        models_after.append(r.gradients.flat.clone())
+        step(r)
+        models_after.append(gradient(r))
     torch.testing.assert_close(models_after[0], models_after[1], rtol=1e-3, atol=1e-6)
 
 
 def test_groups_without_differences_carry_no_gradient(tmp_path: Path) -> None:
-    r = reinforcement(tmp_path)  # a random model: nothing is ever right
-    metrics = r._train_step()
-    assert metrics["accuracy"] == 0
-    assert metrics["tokens_with_gradient"] == 0 or metrics["well_formed"] > 0
+    flat = Reward(accuracy=0.0, form=0.0)
+    metrics = step(reinforcement(tmp_path, reward=flat))
+    assert metrics["groups_with_gradient"] == metrics["tokens_with_gradient"] == metrics["grad_norm"] == 0
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, shuffle_rewards=True)
-    r.step = 1
     groups = [Group([], [{"accuracy": float((4 * g + k) ** 2)} for k in range(4)]) for g in range(4)]
     plain = advantages(torch.tensor([g.rewards for g in groups]))
-    r._credit(groups)
-    assert not torch.equal(torch.tensor([g.credit for g in groups]), plain)
+    r.sampler.give_advantages(groups, 1)
+    shuffled = torch.tensor([g.advantages for g in groups])
+    assert not torch.equal(shuffled, plain)
+    rewards = torch.tensor([g.rewards for g in groups]).flatten()
+    order = torch.tensor(reinforcement(tmp_path).sampler.shuffled_places(16, 1))
+    torch.testing.assert_close(shuffled, advantages(rewards[order].view(4, 4)))
+    assert sorted(order.tolist()) == list(range(16)), "each reward is handed out once"
 
 
 def test_rl_runs_on_a_reasoning_gym_task(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, task=Gym("basic_arithmetic"), max_tokens=6)
-    metrics = r._train_step()
+    metrics = step(r)
     assert metrics["accuracy"] == 0 and metrics["length"] > 0
     with pytest.raises(UserError, match=r"zero\.task"):
         reinforcement(tmp_path, task="chain_sum")
@@ -108,23 +136,22 @@ def test_rl_runs_on_a_reasoning_gym_task(tmp_path: Path) -> None:
 def test_a_gap_above_the_limit_stops_the_run(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, max_gap=1e-3)
     with pytest.raises(UserError, match=r"max_gap = 0\.001"):
-        r._check_gap({"gap_mean": 0.5})
+        r.after(r.loop(), {"gap_mean": 0.5})
 
 
 def test_training_on_a_reward_raises_it(tmp_path: Path) -> None:
     """The sign is right: paying for the lower half of the vocabulary makes it more frequent."""
-    r = reinforcement(tmp_path, lr=3e-3, prompts=8, group=8, max_tokens=4, steps=90)
-    sample = r._sample
+    r = reinforcement(tmp_path, lr=3e-3, prompts_per_step=8, num_generations=8, max_tokens=4, steps=90)
+    rewarded = r.sampler.rewarded
 
-    def paid() -> tuple[list[Group], list[Group]]:
-        asked, kept = sample()
-        for group in kept:
-            for parts, x in zip(group.earned, group.rollouts, strict=True):
-                parts["accuracy"] = sum(t < 160 for t in x.completion.tokens) / len(x.completion.tokens)
-        return asked, kept
+    def paid(group: list[Rollout]) -> list[dict[str, float]]:
+        parts = rewarded(group)
+        for each, x in zip(parts, group, strict=True):
+            each["accuracy"] = sum(t < 160 for t in x.completion.tokens) / len(x.completion.tokens)
+        return parts
 
-    r._sample = paid  # type: ignore[method-assign]
-    rewards = [r._train_step()["reward"] for _ in range(30)]
+    r.sampler.rewarded = paid  # type: ignore[method-assign]
+    rewards = [m["reward"] for m in steps(r, 30)]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 1
 
 
@@ -132,7 +159,7 @@ def test_rl_starts_from_a_hugging_face_folder_and_goes_out_as_one(tmp_path: Path
     words = tokenizer.train([WORDS], 320, tmp_path / "tokenizer.json")
     export(toy_model(1), tmp_path / "open", "fp32", extras=words.export)
     r = reinforcement(tmp_path, start=str(tmp_path / "open"), steps=1)
-    r.run()
+    loop.run(r)
     trained = tmp_path / "zero"
     assert models.load(trained).config == r.model.config
     files = export_model(trained, tmp_path / "out", "bf16")
@@ -147,17 +174,22 @@ def test_rl_starts_from_a_hugging_face_folder_and_goes_out_as_one(tmp_path: Path
 
 def gradient_after(folder: Path, **knobs: object) -> torch.Tensor:
     """The gradient of a run's first step, before clipping."""
-    r = with_varied_rewards(reinforcement(folder, grad_clip=1e9, **knobs))
-    r._train_step()
-    return r.gradients.flat.clone()
+    r = with_varied_rewards(reinforcement(folder, max_grad_norm=1e9, **knobs))
+    step(r)
+    return gradient(r)
 
 
 def test_knobs_that_say_nothing_at_the_first_update_change_nothing(tmp_path: Path) -> None:
     plain = gradient_after(tmp_path)
-    for aim in (Objective(truncate=2.0), Objective(dual_clip=3.0), Objective(kl=0.1), Objective(clip_high=10.0)):
+    for aim in (
+        Objective(importance_cap=2.0),
+        Objective(dual_clip=3.0),
+        Objective(beta=0.1),
+        Objective(epsilon_high=10.0),
+    ):
         # at the start the policy is the reference, where k3 is flat, and the trainer agrees with the engine
         torch.testing.assert_close(gradient_after(tmp_path, objective=aim), plain, rtol=1e-3, atol=1e-6)
-    kl = gradient_after(tmp_path, objective=Objective(kl=0.1, kl_form="k1"))
+    kl = gradient_after(tmp_path, objective=Objective(beta=0.1, kl_estimator="k1"))
     assert not torch.allclose(kl, plain, rtol=1e-2), "k1 as a loss is noise even there"
 
 
@@ -169,31 +201,31 @@ def test_averaging_per_answer_counts_every_answer_once(tmp_path: Path) -> None:
 
 
 def test_several_updates_and_epochs_move_further_and_clip(tmp_path: Path) -> None:
-    knobs: dict[str, object] = {"lr": 3e-2, "grad_clip": 1e9}
+    knobs: dict[str, object] = {"lr": 3e-2, "max_grad_norm": 1e9}
     r = with_varied_rewards(reinforcement(tmp_path, updates=2, epochs=3, **knobs))
-    metrics = r._train_step()
+    metrics = step(r)
     assert metrics["clip_share"] > 0 and metrics["gap_max"] <= 1e-4, "the gap is taken before the first update"
-    steps = {int(state["step"]) for state in r.adam.inner.state.values()}
-    assert steps == {6}
+    (adam,) = r.trainer.optimizers
+    assert {int(t) for n, t in adam.state().items() if n.endswith(".step")} == {6}
     with pytest.raises(UserError, match=r"zero\.updates = 3"):
         reinforcement(tmp_path, updates=3)
 
 
 def test_the_reference_stays_until_it_is_refreshed_and_survives_resuming(tmp_path: Path) -> None:
-    aim = Objective(kl=0.1)
+    aim = Objective(beta=0.1)
     r = with_varied_rewards(reinforcement(tmp_path, lr=1e-2, objective=aim, reference_steps=2))
-    assert r._train_step()["kl"] == pytest.approx(0, abs=1e-6)
+    looped = r.loop()
+    assert looped.advance()["kl"] == pytest.approx(0, abs=1e-6)
     assert r.reference is not None
-    start = r.reference.head.weight.clone()
-    r.peak = 1e9
-    r._checkpoint()
+    start = r.reference.model.head.weight.clone()
+    looped.checkpoint()
     assert not torch.equal(start, r.model.head.weight)
     again = with_varied_rewards(reinforcement(tmp_path, lr=1e-2, objective=aim, reference_steps=2))
-    again.stage_run.folder = r.stage_run.folder
-    again._resume()
-    assert again.reference is not None and torch.equal(again.reference.head.weight, start)
-    assert again._train_step()["kl"] > 1e-6
-    assert torch.equal(again.reference.head.weight, again.model.head.weight), "refreshed after step 2"
+    resumed = again.loop()
+    resumed.restore()
+    assert again.reference is not None and torch.equal(again.reference.model.head.weight, start)
+    assert resumed.advance()["kl"] > 1e-6
+    assert torch.equal(again.reference.model.head.weight, again.model.head.weight), "refreshed after step 2"
 
 
 def test_groups_that_say_nothing_are_replaced(tmp_path: Path) -> None:
@@ -208,38 +240,40 @@ def test_groups_that_say_nothing_are_replaced(tmp_path: Path) -> None:
             return [plain] * len(group)
         return [plain | {"accuracy": float(i == 0)} for i in range(len(group))]
 
-    r._earned = earned  # type: ignore[method-assign]
-    metrics = r._train_step()
+    r.sampler.rewarded = earned  # type: ignore[method-assign]
+    metrics = step(r)
     assert calls == 7 and metrics["answers"] == 28 and metrics["groups_with_gradient"] == 1
-    lines = read_lines(r.stage_run.folder / "samples.jsonl")
+    lines = read_lines(r.run.folder / "samples.jsonl")
     assert len(lines) == 28 and sum(line["advantage"] is None for line in lines) == 12
 
 
 def test_long_answers_cost_and_cut_ones_teach_nothing(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, overlong=4, overlong_penalty=0.5)
-    metrics = r._train_step()
-    lines = read_lines(r.stage_run.folder / "samples.jsonl")
+    metrics = step(r)
+    lines = read_lines(r.run.folder / "samples.jsonl")
     for line in lines:
         assert line["reward"]["overlong"] == pytest.approx(-0.125 * max(0, line["tokens"] - 6))
     assert metrics["reward_overlong"] == pytest.approx(sum(x["reward"]["overlong"] for x in lines) / 16)
     masked = with_varied_rewards(reinforcement(tmp_path, mask_truncated=True, max_tokens=3))
-    metrics = masked._train_step()
+    metrics = step(masked)
     assert metrics["truncated"] > 0.5
-    whole = [x for x in read_lines(masked.stage_run.folder / "samples.jsonl")[16:] if x["finish"] == "stop"]
+    whole = [x for x in read_lines(masked.run.folder / "samples.jsonl")[16:] if x["finish"] == "stop"]
     assert metrics["tokens_with_gradient"] == sum(x["tokens"] for x in whole if x["advantage"])
 
 
 def test_rl_in_bf16_keeps_fp32_masters_and_a_gap_that_bf16_explains(tmp_path: Path) -> None:
     r = with_varied_rewards(reinforcement(tmp_path, compute="bf16", lr=1e-3, max_tokens=16))
-    metrics = [r._train_step() for _ in range(2)]
+    metrics = steps(r, 2)
     assert all(p.dtype == torch.float32 for p in r.model.parameters())
     assert all(1e-5 < m["gap_mean"] < 3e-2 for m in metrics)
 
 
 def test_biases_move_only_when_asked_and_by_the_load_of_the_update_alone(tmp_path: Path) -> None:
-    r = with_varied_rewards(reinforcement(tmp_path, bias_speed=0.01, lr=0.0, objective=Objective(kl=0.1, truncate=2.0)))
+    r = with_varied_rewards(
+        reinforcement(tmp_path, bias_speed=0.01, lr=0.0, objective=Objective(beta=0.1, importance_cap=2.0))
+    )
     before = [router.bias.clone() for router in r.model.routers()]
-    metrics = r._train_step()
+    metrics = step(r)
     (load,) = metrics["expert_load"]
     assert sum(load) == pytest.approx(1, abs=1e-3)
     moved = r.model.routers()[0].bias - before[0]
@@ -250,10 +284,10 @@ def test_biases_move_only_when_asked_and_by_the_load_of_the_update_alone(tmp_pat
 
 def test_samples_are_kept_and_rewound(tmp_path: Path) -> None:
     r = reinforcement(tmp_path)
-    r._train_step(), r._train_step()
-    path = r.stage_run.folder / "samples.jsonl"
+    steps(r, 2)
+    path = r.run.folder / "samples.jsonl"
     assert [line["step"] for line in read_lines(path)] == [1] * 16 + [2] * 16
-    r.stage_run.rewind(2)
+    r.run.rewind(2)
     lines = read_lines(path)
     assert {line["step"] for line in lines} == {1} and len(lines) == 16
     assert {"question", "gold", "thinking", "answer", "reward", "advantage", "finish"} <= lines[0].keys()
@@ -261,7 +295,7 @@ def test_samples_are_kept_and_rewound(tmp_path: Path) -> None:
 
 def test_a_prefilled_chain_is_judged_as_one(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, think=True)
-    asked, _ = r._sample()
+    asked, _ = r.sampler.sample(1)
     rollouts = [x for g in asked for x in g.rollouts]
     assert all(x.response.thinks and x.prompt[-1] == r.tokenizer.ids["<think>"] for x in rollouts)
 
@@ -283,9 +317,11 @@ class Anything(Chains):
 
 def test_a_judge_decides_where_no_check_can(tmp_path: Path) -> None:
     reward = Reward(accuracy=0.0, form=0.0, preference=1.0, judge=Longest("http://127.0.0.1:1/v1", "any"))
-    r = reinforcement(tmp_path, reward=reward, task=Anything(2, 3), max_tokens=24, prompts=8, group=8)
-    metrics = r._train_step()
-    lines = read_lines(r.stage_run.folder / "samples.jsonl")
+    r = reinforcement(
+        tmp_path, reward=reward, task=Anything(2, 3), max_tokens=24, prompts_per_step=8, num_generations=8
+    )
+    metrics = step(r)
+    lines = read_lines(r.run.folder / "samples.jsonl")
     whole = [x for x in lines if x["finish"] == "stop" and x["answer"]]
     assert whole and metrics["reward_preference"] == pytest.approx(sum(x["reward"]["preference"] for x in lines) / 64)
     assert all(x["reward"]["preference"] == 0 for x in lines if x["finish"] != "stop")
@@ -296,12 +332,12 @@ def test_a_judge_decides_where_no_check_can(tmp_path: Path) -> None:
     ("knobs", "words"),
     [
         ({"temperature": 0.0}, "zero.temperature = 0.0"),
-        ({"group": 1}, "zero.group = 1"),
+        ({"num_generations": 1}, "zero.num_generations = 1"),
         ({"updates": 3}, "zero.updates = 3"),
         ({"overlong": 11}, "zero.overlong = 11"),
         ({"epochs": 0}, "zero.epochs = 0"),
         ({"lr": -1e-4}, r"zero\.lr = .*negative"),
-        ({"grad_clip": 0.0}, r"zero\.grad_clip"),
+        ({"max_grad_norm": 0.0}, r"zero\.max_grad_norm"),
         ({"final_lr": -0.1}, r"zero\.final_lr"),
         ({"steps": -1}, r"zero\.steps"),
         ({"micro_tokens": 0}, r"zero\.micro_tokens"),
@@ -318,7 +354,7 @@ def test_impossible_knobs_are_named(knobs: dict[str, object], words: str, tmp_pa
 def test_a_step_without_anything_to_learn_changes_nothing(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, mask_truncated=True, max_tokens=1)
     before = {n: t.clone() for n, t in r.model.state_dict().items()}
-    metrics = r._train_step()
+    metrics = step(r)
     assert metrics["tokens_with_gradient"] == 0 and metrics["loss"] == 0
     assert all(torch.equal(t, before[n]) for n, t in r.model.state_dict().items())
 
@@ -326,32 +362,29 @@ def test_a_step_without_anything_to_learn_changes_nothing(tmp_path: Path) -> Non
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_stops_the_run(value: float, tmp_path: Path) -> None:
     r = with_varied_rewards(reinforcement(tmp_path))
-    finish = r.gradients.finish
+    finish = r.trainer.finish
 
-    def broken(world: World, scale: float, clip: float) -> float:
-        r.gradients.flat[0] = value
-        return finish(world, scale, clip)
+    def broken(max_norm: float) -> float:
+        r.trainer.gradients.flat[0] = value
+        return finish(max_norm)
 
-    r.gradients.finish = broken  # type: ignore[method-assign]
+    r.trainer.finish = broken  # type: ignore[method-assign]
     before = {n: t.clone() for n, t in r.model.state_dict().items()}
     with pytest.raises(UserError, match=r"zero\.lr = .*not finite at step 1"):
-        r._train_step()
+        step(r)
     assert all(torch.equal(t, before[n]) for n, t in r.model.state_dict().items())
     with pytest.raises(UserError, match=r"max_gap"):
-        r._check_gap({"gap_mean": float("nan")})
+        r.after(r.loop(), {"gap_mean": float("nan")})
 
 
 def test_the_learning_rate_is_what_its_knob_says(tmp_path: Path) -> None:
     """Up to lr over the warm-up, lr for two thirds of the steps, then down to final_lr times it."""
     r = reinforcement(tmp_path, steps=30, lr=1e-3, warmup=4, final_lr=0.1)
-    rates = []
-    for r.step in range(1, 31):
-        rates.append(r._rate())
+    rates = [r.lr(step) for step in range(1, 31)]
     assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
     assert set(rates[3:20]) == {1e-3} and rates[24] == pytest.approx(5.5e-4) and rates[29] == pytest.approx(1e-4)
-    assert [reinforcement(tmp_path, steps=1, lr=1e-3)._rate()] == [1e-3]
-    r.step = 0
-    assert r._train_step()["lr"] == pytest.approx(2.5e-4)
+    assert reinforcement(tmp_path, steps=1, lr=1e-3).lr(1) == 1e-3
+    assert step(r)["lr"] == pytest.approx(2.5e-4)
 
 
 def test_a_question_too_long_for_the_window_is_named(tmp_path: Path) -> None:
@@ -360,4 +393,4 @@ def test_a_question_too_long_for_the_window_is_named(tmp_path: Path) -> None:
     window = r.model.config.max_position_embeddings
     problem = Problem("1+1 " * window, "2", key="long")
     with pytest.raises(UserError, match=r"question = '1\+1 .*…': its \d+ tokens and max_tokens = 10 are more"):
-        r._ask([problem], [("answer", 1, 0)])
+        r.sampler.ask([problem], [("answer", 1, 0)])

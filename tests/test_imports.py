@@ -19,6 +19,7 @@ LAYERS = (  # lowest first; names on one line do not know each other
     "checkpoint",
     "data tasks parallel",
     "train engine suites",
+    "rollouts",
     "stages",
     "planner serve report comparison",
     "api",
@@ -60,10 +61,10 @@ def test_folders_import_only_what_lies_below_them() -> None:
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("model/moe.py", "import finback.train.step"),
+        ("model/moe.py", "import finback.train.loop"),
         ("model/moe.py", "from finback.stages import grpo"),
         ("data/clean.py", "from finback.tasks.task import is_held_out"),  # the same layer
-        ("train/step.py", "from finback import engine"),
+        ("train/loop.py", "from finback import engine"),
         ("config.py", "def late() -> None:\n    from finback.runs.files import write_json"),
     ],
 )

@@ -24,9 +24,9 @@ from finback.engine.open import open_engine
 from finback.engine.request import Request, SamplingParams
 from finback.model.transformer import Transformer
 from finback.report.talk import Conversation
+from finback.rollouts.rollouts import rollout
 from finback.serve.prepare import RequestPreparer
 from finback.serve.protocol import ChatRequest
-from finback.stages.rollout import rollout
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.task import Problem
 from tests.comparing import Sums

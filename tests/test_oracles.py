@@ -38,8 +38,8 @@ def ours(t: dict[str, Tensor], aim: Objective) -> tuple[float, Tensor]:
     loss, _ = surrogate(new, t["old"], t["advantage"], t["mask"], aim)
     if "importance" in t:
         loss = loss * t["importance"]
-    if aim.kl:
-        loss = loss + aim.kl * divergence(new, t["reference"], aim.kl_form)
+    if aim.beta:
+        loss = loss + aim.beta * divergence(new, t["reference"], aim.kl_estimator)
     whole = share(aim.average, float(t["mask"].sum()), len(new), LONGEST)
     value = total(loss, t["mask"], aim.average) / whole
     value.backward()
@@ -64,15 +64,15 @@ def agree(found: list[Any], expected: list[tuple[float, Tensor]]) -> None:
 
 TRL = [
     ({"loss_type": "grpo"}, Objective(average="answer")),
-    ({"loss_type": "dapo", "high": 0.28}, Objective(clip_high=0.28)),
-    ({"loss_type": "bnpo", "beta": 0.04}, Objective(kl=0.04)),
+    ({"loss_type": "dapo", "high": 0.28}, Objective(epsilon_high=0.28)),
+    ({"loss_type": "bnpo", "beta": 0.04}, Objective(beta=0.04)),
     ({"loss_type": "dr_grpo"}, Objective(average="constant")),
-    ({"loss_type": "grpo", "beta": 0.04}, Objective(average="answer", kl=0.04)),
+    ({"loss_type": "grpo", "beta": 0.04}, Objective(average="answer", beta=0.04)),
     (
         {"loss_type": "grpo", "level": "sequence", "low": 0.1, "high": 0.1},
-        Objective(average="answer", ratio="sequence", clip_low=0.1, clip_high=0.1),
+        Objective(average="answer", ratio="sequence", epsilon_low=0.1, epsilon_high=0.1),
     ),
-    ({"loss_type": "dapo", "importance": 2.0}, Objective(truncate=2.0)),
+    ({"loss_type": "dapo", "importance": 2.0}, Objective(importance_cap=2.0)),
 ]
 
 
@@ -90,11 +90,11 @@ def test_losses_and_gradients_are_trls() -> None:
 
 VERL = [
     ({}, Objective(dual_clip=3.0)),
-    ({"low": 0.1, "high": 0.3, "dual": 1.5}, Objective(clip_low=0.1, clip_high=0.3, dual_clip=1.5)),
+    ({"low": 0.1, "high": 0.3, "dual": 1.5}, Objective(epsilon_low=0.1, epsilon_high=0.3, dual_clip=1.5)),
     ({"mode": "seq-mean-token-mean"}, Objective(dual_clip=3.0, average="answer")),
     ({"mode": "seq-mean-token-sum-norm"}, Objective(dual_clip=3.0, average="constant")),
-    ({"beta": 0.1, "kl_form": "low_var_kl"}, Objective(dual_clip=3.0, kl=0.1)),
-    ({"beta": 0.1, "kl_form": "kl"}, Objective(dual_clip=3.0, kl=0.1, kl_form="k1")),
+    ({"beta": 0.1, "kl_form": "low_var_kl"}, Objective(dual_clip=3.0, beta=0.1)),
+    ({"beta": 0.1, "kl_form": "kl"}, Objective(dual_clip=3.0, beta=0.1, kl_estimator="k1")),
 ]
 
 

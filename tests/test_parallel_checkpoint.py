@@ -13,12 +13,12 @@ from finback.config import UserError
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
 from finback.train.sharded_trainer import ShardedTrainer
-from tests.many import KNOBS, MANY, check, continued, on_one, on_ranks, pipeline
+from tests.many import MANY, SHAPE, check, continued, on_one, on_ranks, pipeline
 
 
 def _read(layout: Layout, folder: str, out: str) -> None:
-    many, steps = ShardedTrainer(MANY, layout, KNOBS, 99), Steps(Path(folder))
-    assert many.resume(steps) == (4, {"loader": [7]})
+    many, steps = ShardedTrainer(MANY, layout, SHAPE, 99), Steps(Path(folder))
+    assert many.load(steps) == (4, {"loader": [7]})
     numbers = continued(many, 4, 20)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(numbers))
@@ -26,8 +26,8 @@ def _read(layout: Layout, folder: str, out: str) -> None:
 
 def _write(layout: Layout, folder: str) -> None:
     """Two checkpoints, the second while training goes on, and what is left of a third that was killed."""
-    many, steps = ShardedTrainer(MANY, layout, KNOBS, 5), Steps(Path(folder))
-    assert many.resume(steps) is None
+    many, steps = ShardedTrainer(MANY, layout, SHAPE, 5), Steps(Path(folder))
+    assert many.load(steps) is None
     continued(many, 0, 3)
     steps.save(3, many.state(), {"loader": [5]})
     continued_from_3 = continued(many, 3, 4)
@@ -75,7 +75,7 @@ def test_checkpoints_continue_on_any_mesh(tmp_path: Path, before: Layout, after:
 
 
 def _damaged(folder: str) -> None:
-    many, steps = ShardedTrainer(MANY, Layout(dp=2), KNOBS, 5), Steps(Path(folder))
+    many, steps = ShardedTrainer(MANY, Layout(dp=2), SHAPE, 5), Steps(Path(folder))
     for step in (1, 2):
         steps.save(step, many.state(), {"step": step})
     victim = sorted((Path(folder) / "step-00000002").glob("*.safetensors"))[1]
@@ -91,7 +91,7 @@ def _damaged(folder: str) -> None:
     dist.barrier()
     with pytest.raises(UserError, match="its files do not match their digests"):
         steps.load_newest(many.state())
-    smaller = ShardedTrainer(dataclasses.replace(MANY, vocab_size=300), Layout(dp=2), KNOBS, 5)
+    smaller = ShardedTrainer(dataclasses.replace(MANY, vocab_size=300), Layout(dp=2), SHAPE, 5)
     with pytest.raises(UserError, match=r"model\.embed is \(320, 32\), not \(300, 32\)"):
         steps.load(Path(folder) / "step-00000002", smaller.state())
 

@@ -14,7 +14,7 @@ from finback.model.count import cache_bytes, forward_flops, parameters, router_b
 from finback.model.transformer import Transformer
 from finback.parallel.layout import split_layers
 from finback.planner.memory import stage_parameters
-from finback.train.step import backward
+from tests.toy import backward
 
 
 @st.composite

@@ -24,8 +24,7 @@ from finback.runs.recipe import config_json
 from finback.stages.pretrain import Pretrain
 from finback.train.optim import is_matrix
 from finback.train.precision import COMPUTE
-from finback.train.step import backward
-from tests.toy import write_recipe
+from tests.toy import backward, write_recipe
 
 DENSE = ModelConfig(
     vocab_size=512,
@@ -54,7 +53,8 @@ def planned(stage: Pretrain) -> PlannedStage:
 
 def kept_by_autograd(shape: Shape, patch: pytest.MonkeyPatch) -> int:
     """Bytes of distinct storages that the trainer's forward pass saves, parameters and buffers left out."""
-    model = Transformer(shape.model, COMPUTE[shape.compute]).initialise(0).recompute(shape.recompute).train()
+    model = Transformer(shape.model, COMPUTE[shape.compute]).initialise(0)
+    recompute.use_recompute(model, shape.recompute).train()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, torch.Tensor] = {}
 
@@ -213,7 +213,7 @@ def test_without_a_calibration_work_is_known_and_time_is_not(tmp_path: Path) -> 
 
 
 def test_rows_that_do_not_divide_among_ranks(calibration: Path) -> None:
-    stage = Pretrain(name="base", data="x", model=TINY, mixture={"a": 1.0}, rows=9)
+    stage = Pretrain(name="base", data="x", model=TINY, mixture={"a": 1.0}, batch_size=9)
     with pytest.raises(UserError, match=r"base.rows.*2 ranks"):
         recipe_plan.pretraining(planned(stage), calibration_file.read(calibration), 2)
 

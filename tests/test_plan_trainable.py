@@ -67,7 +67,14 @@ def stages(layout: Layout | None) -> Iterator[Pretrain]:
     for chosen in varied(Pretrain):
         try:
             yield Pretrain(
-                name="base", data="x", model=TINY, mixture={"a": 1.0}, rows=16, length=64, layout=layout, **chosen
+                name="base",
+                data="x",
+                model=TINY,
+                mixture={"a": 1.0},
+                batch_size=16,
+                seq_len=64,
+                layout=layout,
+                **chosen,
             )
         except UserError:
             continue

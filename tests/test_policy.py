@@ -39,10 +39,10 @@ def test_clip_by_hand() -> None:
 
 def test_the_two_clips_are_apart() -> None:
     new, old, mask = torch.tensor([[LOG(1.25), LOG(0.75)]]), torch.zeros(1, 2), torch.ones(1, 2)
-    higher = Objective(clip_low=0.2, clip_high=0.28)  # DAPO
+    higher = Objective(epsilon_low=0.2, epsilon_high=0.28)  # DAPO
     assert surrogate(new, old, torch.tensor([1.0]), mask, higher)[0][0, 0].item() == pytest.approx(-1.25)
     assert surrogate(new, old, torch.tensor([-1.0]), mask, higher)[0][0, 1].item() == pytest.approx(0.8)
-    lower = Objective(clip_low=0.3, clip_high=0.1)
+    lower = Objective(epsilon_low=0.3, epsilon_high=0.1)
     assert surrogate(new, old, torch.tensor([1.0]), mask, lower)[0][0, 0].item() == pytest.approx(-1.1)
     assert surrogate(new, old, torch.tensor([-1.0]), mask, lower)[0][0, 1].item() == pytest.approx(0.75)
 
@@ -63,7 +63,7 @@ def test_gspo_takes_one_ratio_for_an_answer() -> None:
     """Two real tokens with ρ = 4 and 1: their geometric mean is 2; the third is padding."""
     new = torch.tensor([[LOG(4.0), 0.0, 9.0]]).requires_grad_()
     mask = torch.tensor([[1.0, 1.0, 0.0]])
-    aim = Objective(ratio="sequence", clip_high=5.0, average="answer")
+    aim = Objective(ratio="sequence", epsilon_high=5.0, average="answer")
     loss, _ = surrogate(new, torch.zeros(1, 3), torch.tensor([1.0]), mask, aim)
     torch.testing.assert_close(loss.detach(), torch.full((1, 3), -2.0))
     total(loss, mask, "answer").backward()
@@ -97,10 +97,10 @@ def test_averages_by_hand() -> None:
 
 def test_ratios_at_the_old_policy_give_the_policy_gradient() -> None:
     """At new = old no knob but the averages matters, and the gradient is -A."""
-    for aim in (Objective(), Objective(clip_low=0.0, clip_high=0.0), Objective(dual_clip=3.0, ratio="token")):
+    for aim in (Objective(), Objective(epsilon_low=0.0, epsilon_high=0.0), Objective(dual_clip=3.0, ratio="token")):
         new = torch.randn(2, 3).requires_grad_()
         loss, clipped = surrogate(new, new.detach(), torch.tensor([1.5, -0.5]), torch.ones(2, 3), aim)
         loss.sum().backward()
-        if aim.clip_low:
+        if aim.epsilon_low:
             torch.testing.assert_close(new.grad, torch.tensor([[-1.5] * 3, [0.5] * 3]))
         assert clipped.sum() == 0

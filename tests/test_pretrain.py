@@ -13,7 +13,6 @@ import torch
 
 from finback.checkpoint import models, store
 from finback.config import UserError
-from finback.data.rows import Rows
 from finback.data.sources import Files
 from finback.model.recompute import Policy, use_recompute
 from finback.model.rope_scaling import Yarn
@@ -23,17 +22,18 @@ from finback.report.export import export_model
 from finback.runs.files import read_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Recipe
-from finback.stages import pretraining
 from finback.stages.extend import Extend
 from finback.stages.prepare import Prepare
 from finback.stages.pretrain import Pretrain
+from finback.stages.pretrain_setup import set_up
 from finback.stages.pretraining import Pretraining
-from finback.train import rates, router_health
+from finback.train import loop, rates, router_health, trainer
+from finback.train.batch import Batch, of_rows
 from finback.train.ema import EMA
+from finback.train.loss import Losses, training_losses
 from finback.train.rates import Phase, along, level, ramp
 from finback.train.spikes import ENOUGH, Spikes
-from finback.train.step import Losses, backward, backward_rows, counts
-from tests.toy import CONFIG, WORDS, environment, toy_model
+from tests.toy import CONFIG, WORDS, backward, backward_batch, environment, toy_model
 
 TRILLION = 10**12
 
@@ -87,8 +87,8 @@ def pretrain(kind: type[Pretrain] = Pretrain, **knobs: Any) -> Pretrain:
         "name": "base",
         "data": "prepare",
         "mixture": {"words": 1.0},
-        "rows": 4,
-        "length": 16,
+        "batch_size": 4,
+        "seq_len": 16,
         "compute": "fp32",
         "phases": (Phase(256, 0.0, 1.0), Phase(1024)),
         "checkpoint_steps": 5,
@@ -102,15 +102,15 @@ def pretrain(kind: type[Pretrain] = Pretrain, **knobs: Any) -> Pretrain:
 def begin(root: Path, stage: Pretrain) -> Pretraining:
     run = StageRun(root, stage.name, 0, World(), quiet=True)
     run.folder.mkdir(exist_ok=True)
-    return Pretraining(stage, run)
+    return set_up(stage, run)
 
 
 def trained(root: Path, name: str, **knobs: Any) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
     """Results, metrics and folder of a stage run to its end."""
     stage = pretrain(name=name, **knobs)
-    loop = begin(root, stage)
-    results = loop.run()
-    loop.stage_run.finish(results)
+    training = begin(root, stage)
+    results = loop.run(training)
+    training.run.finish(results)
     return results, read_lines(root / name / "metrics.jsonl"), root / name
 
 
@@ -122,8 +122,8 @@ def test_phases_end_the_run_and_set_the_rate(prepared: Path) -> None:
 
 
 def test_a_ramp_takes_more_rows_and_counts_their_tokens(prepared: Path) -> None:
-    results, log, _ = trained(prepared, "ramped", rows=8, rows_start=2, ramp_tokens=640)
-    rows = [r["rows"] for r in log]
+    results, log, _ = trained(prepared, "ramped", batch_size=8, batch_size_start=2, ramp_tokens=640)
+    rows = [r["batch_size"] for r in log]
     assert rows[0] == 2 and rows[-1] == 8 and sorted(rows) == rows and {4, 6} <= set(rows)
     assert [r["tokens"] for r in log] == [16 * sum(rows[: i + 1]) for i in range(len(rows))]
     assert sum(results["tokens_by_source"].values()) == results["tokens"] == log[-1]["tokens"]
@@ -166,29 +166,29 @@ def test_routers_are_described(prepared: Path) -> None:
 @pytest.mark.parametrize("mask", [False, True])
 def test_whole_documents_in_rows(prepared: Path, mask: bool) -> None:
     """Padding is neither learnt nor load; the same rows are the same step however many ranks share them."""
-    knobs = {"packing": "best_fit", "document_mask": mask, "length": 48, "name": f"fitted-{int(mask)}"}
-    loop = begin(prepared, pretrain(**knobs))
-    rows = loop.loader.draw(4, documents=mask)
-    assert not rows.real.all() and (rows.targets[~rows.real[:, :48]] == -1).all()
+    knobs = {"packing": "best_fit", "document_mask": mask, "seq_len": 48, "name": f"fitted-{int(mask)}"}
+    training = begin(prepared, pretrain(**knobs))
+    model, gradients = training.trainer.model, training.trainer.gradients  # type: ignore[attr-defined]
+    drawn = training.loader.draw(4, documents=mask)
+    rows = of_rows(drawn, 48)
+    real = rows.inputs[1]
+    assert real is not None and not real.all() and not rows.learnt[~real].any()
 
     def gradient(*parts: slice) -> tuple[torch.Tensor, float, torch.Tensor]:
-        loop.gradients.zero()
-        shared = [
-            Rows(rows.tokens[p], None if rows.documents is None else rows.documents[p], rows.real[p], rows.length)
-            for p in parts
-        ]
-        mean = sum(counts(part, 1) for part in shared) / len(parts)
-        losses = [backward_rows(loop.model, part, 0.3, 1e-2, (counts(part, 1) / mean).tolist()) for part in shared]
-        load = torch.stack([router.load for router in loop.routers])
-        router_health.forget(loop.routers)
-        return loop.gradients.flat / len(parts), sum(float(x.main) for x in losses) / len(parts), load.clone()
+        gradients.zero()
+        shared = [of_rows(drawn[p], 48) for p in parts]
+        whole = torch.stack([part.counts(1) for part in shared]).sum(0)
+        losses = [backward_batch(model, part, whole, 0.3, 1e-2, 1 / len(parts)) for part in shared]
+        load = torch.stack([router.load for router in model.routers()])
+        router_health.forget(model.routers())
+        return gradients.flat.clone(), sum(float(x.main) for x in losses), load.clone()
 
-    loop.model.train()
+    model.train()
     whole, halves = gradient(slice(0, 4)), gradient(slice(0, 2), slice(2, 4))
     torch.testing.assert_close(whole[0], halves[0], rtol=1e-4, atol=1e-6)
     assert whole[1] == pytest.approx(halves[1], abs=1e-5)
-    assert whole[2][0].sum() == rows.real[:, :48].sum() * CONFIG.num_experts_per_tok
-    results = loop.run()
+    assert whole[2][0].sum() == real.sum() * CONFIG.num_experts_per_tok
+    results = loop.run(training)
     assert results["tokens"] == 1344, "steps count the rows they make, padding included"
 
 
@@ -248,36 +248,33 @@ def test_spikes_are_what_is_no_number_or_far_above_the_usual() -> None:
 
 
 def broken_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
-    """The so-manieth backward passes give an infinite loss and gradient."""
+    """The forward passes of these numbers give an infinite loss, and so an infinite gradient."""
     count = iter(range(1, 10**6))
 
-    def pass_(model: Transformer, *arguments: Any) -> Losses:
-        losses = backward(model, *arguments)
-        if next(count) in calls:
-            losses.main = losses.main * math.inf
-            next(model.parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
-        return losses
+    def pass_(model: Transformer, batch: Batch, *arguments: Any) -> Losses:
+        losses = training_losses(model, batch, *arguments)
+        return dataclasses.replace(losses, main=losses.main * math.inf) if next(count) in calls else losses
 
-    monkeypatch.setattr(pretraining, "backward", pass_)
+    monkeypatch.setattr(trainer, "training_losses", pass_)
 
 
 def test_a_step_that_is_no_number_is_skipped(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_at(monkeypatch, 7)
-    loop = begin(prepared, pretrain(name="skipped"))
+    training = begin(prepared, pretrain(name="skipped"))
+    model, step = training.trainer.model, training.step
     before: dict[str, torch.Tensor] = {}
-    step = loop._train_step
 
-    def watched() -> dict[str, Any]:
-        if loop.step == 6:
-            before.update({n: t.clone() for n, t in loop.model.state_dict().items()})
-        metrics = step()
-        if loop.step == 7:
-            assert all(torch.equal(t, before[n]) for n, t in loop.model.state_dict().items())
-            assert all(not r.load.any() for r in loop.routers) and metrics["skipped"] == "skip"
+    def watched(at: loop.Loop) -> dict[str, Any]:
+        if at.step == 7:
+            before.update({n: t.clone() for n, t in model.state_dict().items()})
+        metrics = step(at)
+        if at.step == 7:
+            assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+            assert all(not r.load.any() for r in model.routers()) and metrics["skipped"] == "skip"
         return metrics
 
-    loop._train_step = watched  # type: ignore[method-assign]
-    results = loop.run()
+    training.step = watched  # type: ignore[method-assign]
+    results = loop.run(training)
     log = read_lines(prepared / "skipped" / "metrics.jsonl")
     assert results["skipped_steps"] == 1 and [r["step"] for r in log if "skipped" in r] == [7] and before
 
@@ -300,19 +297,19 @@ def test_three_in_a_row_go_back_to_the_checkpoint_and_on_with_other_data(
 def test_a_run_that_only_rewinds_ends(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_at(monkeypatch, *range(7, 1000))
     with pytest.raises(UserError, match=r"lost\.muon_lr = .*3 steps in a row up to 8 .* after 5 rewinds"):
-        begin(prepared, pretrain(name="lost")).run()
+        loop.run(begin(prepared, pretrain(name="lost")))
     broken_at(monkeypatch, *range(1, 1000))
     with pytest.raises(UserError, match=r"early\.muon_lr = .*3 steps in a row up to 3 .* after 0 rewinds"):
-        begin(prepared, pretrain(name="early")).run()
+        loop.run(begin(prepared, pretrain(name="early")))
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With all that a checkpoint has to remember: a ramp, an average, a rewind, levels, validation, the best model."""
     knobs: dict[str, Any] = {
-        "rows": 8,
-        "rows_start": 2,
+        "batch_size": 8,
+        "batch_size_start": 2,
         "ramp_tokens": 640,
-        "average": 0.9,
+        "ema_decay": 0.9,
         "mtp_weight": ((0, 0.3), (640, 0.1)),
         "valid_tokens": 256,
         "keep_best": True,
@@ -324,14 +321,14 @@ def test_an_interrupted_run_ends_with_the_same_bits(prepared: Path, monkeypatch:
     broken_at(monkeypatch, 8, 9, 10)
     stage = pretrain(name="parts", **knobs)
     for stops in (2, 5, 4):  # steps of each sitting
-        loop = begin(prepared, stage)
+        training = begin(prepared, stage)
         seen = iter(range(1, 100))
-        monkeypatch.setattr(loop.stage_run, "check_stop", lambda seen=seen, stops=stops: next(seen) >= stops)
+        monkeypatch.setattr(training.run, "check_stop", lambda seen=seen, stops=stops: next(seen) >= stops)
         with pytest.raises(Interrupted):
-            loop.run()
-    begin(prepared, stage).run()
+            loop.run(training)
+    loop.run(begin(prepared, stage))
     parts, other = read_lines(prepared / "parts" / "metrics.jsonl"), prepared / "parts"
-    timed = ("tokens_per_second", "mfu")
+    timed = ("seconds", "tokens_per_second", "mfu")
 
     def numbers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{k: v for k, v in r.items() if k not in timed} for r in log]
@@ -358,7 +355,7 @@ def test_the_average_of_the_weights_by_hand() -> None:
 
 
 def test_the_average_and_the_best_are_inputs_of_later_stages(prepared: Path) -> None:
-    _, log, _ = trained(prepared, "kept", average=0.5, valid_tokens=320, keep_best=True)
+    _, log, _ = trained(prepared, "kept", ema_decay=0.5, valid_tokens=320, keep_best=True)
     assert [r["step"] for r in log if "bits_per_byte_words" in r] == [5, 10, 15, 20]
     run = StageRun(prepared, "next", 0, World(), quiet=True)
     for name in ("kept", "kept/average", "kept/best"):
@@ -372,16 +369,17 @@ def test_going_on_and_extending(prepared: Path) -> None:
     """The window grows, YaRN comes once and stays, the weights are the same."""
     trained(prepared, "short")
     window = CONFIG.max_position_embeddings
-    knobs = {"start": "short", "window": 2 * window, "length": 48, "rows": 2}
-    loop = begin(prepared, pretrain(Extend, name="long", factor=4.0, **knobs))
+    knobs = {"start": "short", "window": 2 * window, "seq_len": 48, "batch_size": 2}
+    training = begin(prepared, pretrain(Extend, name="long", factor=4.0, **knobs))
     scaling = Yarn(factor=4.0, original_max_position_embeddings=window)
-    assert loop.model.config.rope_scaling == scaling and loop.model.config.max_position_embeddings == 2 * window
+    model = training.trainer.model
+    assert model.config.rope_scaling == scaling and model.config.max_position_embeddings == 2 * window
     old = models.load(prepared / "short")
-    assert all(torch.equal(t, old.state_dict()[n]) for n, t in loop.model.state_dict().items())
-    assert loop.model.cos.size(0) == 2 * window and not torch.equal(loop.model.cos[:window], old.cos)
-    loop.stage_run.finish(loop.run())
+    assert all(torch.equal(t, old.state_dict()[n]) for n, t in model.state_dict().items())
+    assert model.cos.size(0) == 2 * window and not torch.equal(model.cos[:window], old.cos)
+    training.run.finish(loop.run(training))
     further = begin(prepared, pretrain(Extend, name="longer", **knobs | {"start": "long", "window": 4 * window}))
-    assert further.model.config.rope_scaling == scaling
+    assert further.config.rope_scaling == scaling
     for wrong, words in [
         ({"start": "long", "factor": 2.0}, "is scaled already"),
         ({"window": window // 2}, "reads 256 already"),
@@ -389,7 +387,7 @@ def test_going_on_and_extending(prepared: Path) -> None:
         with pytest.raises(UserError, match=words):
             begin(prepared, pretrain(Extend, name="wrong", **knobs | wrong))
     on = begin(prepared, pretrain(name="on", start="short"))
-    assert all(torch.equal(t, old.state_dict()[n]) for n, t in on.model.state_dict().items())
+    assert all(torch.equal(t, old.state_dict()[n]) for n, t in on.trainer.model.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -397,10 +395,10 @@ def test_going_on_and_extending(prepared: Path) -> None:
     [
         ({"model": None, "start": ""}, r"base\.model = None: say what to train"),
         ({"start": "x", "model": CONFIG}, r"base\.model"),
-        ({"rows_start": 8, "ramp_tokens": 9}, r"base\.rows_start = 8"),
-        ({"rows_start": 2}, r"base\.rows_start = 2"),
+        ({"batch_size_start": 8, "ramp_tokens": 9}, r"base\.batch_size_start = 8"),
+        ({"batch_size_start": 2}, r"base\.batch_size_start = 2"),
         ({"keep_best": True}, r"base\.keep_best"),
-        ({"average": 1.5}, r"base\.average = 1\.5"),
+        ({"ema_decay": 1.5}, r"base\.ema_decay = 1\.5"),
         ({"keep": 0}, r"base\.keep = 0"),
         ({"spike_sigma": -1.0}, r"base\.spike_sigma"),
         ({"phases": ((1, 2),)}, r"base\.phases"),
@@ -423,7 +421,7 @@ def test_another_tokenizer_is_refused(prepared: Path, tmp_path: Path) -> None:
 
 
 def test_ranks_must_divide_the_first_rows_too() -> None:
-    assert pretrain(rows=8, rows_start=2, ramp_tokens=10).rows_at(0) == 2
+    assert pretrain(batch_size=8, batch_size_start=2, ramp_tokens=10).batch_size_at(0) == 2
     assert rates.ramp(5, 2, 8, 10) % 2 == 0
 
 
@@ -439,7 +437,7 @@ def test_a_hundred_kills_leave_every_bit(prepared: Path) -> None:
     a, b = (store.load(prepared / name / "model.safetensors")[0] for name in ("killed", "whole"))
     assert all(torch.equal(a[key], b[key]) for key in b)
     logs = [read_lines(prepared / name / "metrics.jsonl") for name in ("killed", "whole")]
-    timed = {"tokens_per_second", "mfu"}
+    timed = {"seconds", "tokens_per_second", "mfu"}
     one, other = ([{k: v for k, v in r.items() if k not in timed} for r in log] for log in logs)
     assert one == other
 
@@ -456,7 +454,7 @@ def test_an_open_checkpoint_is_gone_on_with_on_text_of_ones_own(prepared: Path, 
     run.folder.mkdir()
     run.finish(stage.run(run))
     assert (run.folder / "words.train.bin").read_bytes() == (prepared / "prepare/words.train.bin").read_bytes()
-    loop = begin(prepared, pretrain(name="gone-on", start=str(outside), data="again"))
+    training = begin(prepared, pretrain(name="gone-on", start=str(outside), data="again"))
     old = models.load(prepared / "origin")
-    assert all(torch.equal(t, old.state_dict()[n]) for n, t in loop.model.state_dict().items())
-    assert loop.run()["tokens"] == 1280
+    assert all(torch.equal(t, old.state_dict()[n]) for n, t in training.trainer.model.state_dict().items())
+    assert loop.run(training)["tokens"] == 1280

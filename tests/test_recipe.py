@@ -268,13 +268,13 @@ def test_mistakes_in_settings_are_named(setting: str, message: str) -> None:
 @pytest.mark.parametrize(
     "setting",
     [
-        "base.rows=0",
-        "base.length=0",
+        "base.batch_size=0",
+        "base.seq_len=0",
         "base.checkpoint_steps=0",
         "base.probe.every_tokens=0",
         "base.probe.problems=0",
-        "zero.prompts=0",
-        "zero.group=0",
+        "zero.prompts_per_step=0",
+        "zero.num_generations=0",
         "zero.checkpoint_steps=0",
         "zero.max_tokens=0",
     ],

@@ -144,7 +144,7 @@ def test_a_whole_road_killed_at_twenty_random_moments_ends_with_the_same_bits(tm
     for name in ("zero", "dev2"):
         ours, theirs = (read_lines(f / f"runs/toy/{name}/samples.jsonl") for f in (killed, whole))
         assert ours == theirs and len({r["step"] for r in ours}) == (6 if name == "zero" else 4)
-    kept = [(f / "runs/toy/cold/kept.jsonl").read_bytes() for f in (killed, whole)]
+    kept = [(f / "runs/toy/cold/traces.jsonl").read_bytes() for f in (killed, whole)]
     assert kept[0] == kept[1]
 
 

@@ -11,10 +11,10 @@ from finback.data.messages import Response
 from finback.engine.request import Completion
 from finback.model.transformer import Transformer
 from finback.report import samples
+from finback.rollouts.rollouts import Rollout
 from finback.runs import recipe as recipes
 from finback.runs.files import read_lines
 from finback.stages.evaluate import Exam, mtp_acceptance
-from finback.stages.rollout import Rollout
 from finback.tasks.math import Chains
 from finback.tasks.task import Problem, Verdict
 from tests.road import write_road
@@ -111,7 +111,11 @@ def test_a_task_of_ones_own_is_forty_lines_and_runs(walked: Path, tmp_path: Path
     ]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines))
     recipe = tmp_path / "your_task.py"
-    recipe.write_text(source.replace("problems=20", "problems=8").replace("steps=50, prompts=16", "steps=2, prompts=4"))
+    recipe.write_text(
+        source.replace("problems=20", "problems=8").replace(
+            "steps=50, prompts_per_step=16", "steps=2, prompts_per_step=4"
+        )
+    )
     base = walked / "runs/toy/base"
     settings = [x for stage in ("rl", "before") for x in ("--set", f"{stage}.start={base}")]
     done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 1, *settings)

@@ -13,7 +13,6 @@ from finback.parallel.mesh import World
 from finback.runs.files import read_json, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.pretrain import Pretrain, Probe
-from finback.stages.sharded import Sharded
 from finback.tasks.math import Chains
 from finback.train.rates import Phase
 from tests.toy import CONFIG, WORDS, finback
@@ -31,7 +30,7 @@ from tests.toy import CONFIG
 
 recipe = [
     Prepare(name="prepare", text=(Files((str(Path(__file__).parent / "words.txt"),), name="words"),), vocab_size=320),
-    Pretrain(name="base", data="prepare", model=CONFIG, mixture={"words": 1.0}, rows=8, length=16, compute="fp32",
+    Pretrain(name="base", data="prepare", model=CONFIG, mixture={"words": 1.0}, batch_size=8, seq_len=16, compute="fp32",
              phases=(Phase(512, 0.0, 1.0), Phase(2048)), checkpoint_steps=6, layout=LAYOUT),
     Evaluate(name="after", start="base", exams=(Exam(name="sums", task=Chains(2, 3), problems=8, max_tokens=4),)),
 ]
@@ -124,11 +123,10 @@ def stage(**knobs: Any) -> Pretrain:
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"average": 0.9}, r"base\.average = 0\.9: wants the whole model"),
+        ({"ema_decay": 0.9}, r"base\.ema_decay = 0\.9: wants the whole model"),
         ({"document_mask": True}, r"base\.document_mask"),
         ({"phases": (), "probe": Probe(Chains(2, 3), 0.5)}, r"base\.probe"),
         ({"compute": "fp8"}, r"base\.compute = 'fp8'"),
-        ({"layout": Layout(pp=2, micro_batches=2), "mtp_weight": ((0, 0.3), (9, 0.1))}, r"base\.mtp_weight"),
     ],
 )
 def test_what_a_layout_cannot_serve_is_named(knobs: dict[str, Any], words: str) -> None:
@@ -141,7 +139,7 @@ def test_a_layout_wants_its_ranks(tmp_path: Path, plain: tuple[Path, list[float]
     root = folder / "runs" / "plain"
     alone = StageRun(root, "alone", 0, World(), quiet=True)
     with pytest.raises(UserError, match=r"base\.layout = .*wants ranks that talk"):
-        Sharded(stage(), alone)
+        stage().run(alone)
     path = folder / "wrong.py"
     path.write_text(RECIPE.replace("LAYOUT", "Layout(dp=4)"), encoding="utf-8")
     refused = finback("run", path, "--runs", tmp_path / "runs", "--ranks", 2)

@@ -249,7 +249,7 @@ def test_the_quickstart_never_trains_on_a_problem_that_it_is_examined_on() -> No
         seen += sums
     for step in range(1, zero.steps + 1):  # type: ignore[attr-defined]
         rng = random.Random(run.seed("questions", step))
-        seen += [draw(zero.task, "train", rng).question for _ in range(zero.prompts)]  # type: ignore[attr-defined]
+        seen += [draw(zero.task, "train", rng).question for _ in range(zero.prompts_per_step)]  # type: ignore[attr-defined]
     probe = base.probe  # type: ignore[attr-defined]
     seen += [p.question for p in distinct(probe.task, "train", probe.problems, run.seed("probe"))]
 

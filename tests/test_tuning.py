@@ -13,20 +13,24 @@ import torch.nn.functional as F
 
 from finback.checkpoint import models
 from finback.config import UserError
-from finback.data import tokenizer, tuning
+from finback.data import tokenizer
 from finback.data.messages import IGNORE, Lesson, Message, encode_document, encode_prompt, lessons
+from finback.data.rows import arrange
 from finback.data.sources import Files
 from finback.data.template import Template
 from finback.data.tokenizer import Tokenizer
 from finback.parallel.mesh import World
 from finback.runs.files import read_lines
 from finback.runs.folder import Interrupted, StageRun
-from finback.stages.distill import Distill, _Distillation
+from finback.stages.distill import Distill, DistillationTeacher
+from finback.stages.fine_tuning import FineTuning
 from finback.stages.reject import Reject, choose
-from finback.stages.sft import SFT, Tuning, summed_cross_entropy
+from finback.stages.sft import SFT, LessonBatches
 from finback.tasks.math import Chains
-from finback.train.loss import distillation
-from tests.toy import WORDS, toy_model
+from finback.train import loop
+from finback.train.batch import of_lessons
+from finback.train.loss import LossWeights, cross_entropy, distillation
+from tests.toy import WORDS, backward_batch, toy_model
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +91,23 @@ def test_nothing_to_learn_is_refused(words: Tokenizer) -> None:
 def test_rows_are_filled_and_nothing_is_lost() -> None:
     rng = random.Random(0)
     lengths = [rng.randint(3, 60) for _ in range(3000)]
-    rows = tuning.arrange(lengths, 64, rng)
+    rows = arrange(lengths, 64, rng)
     assert sorted(i for row in rows for i in row) == list(range(3000))
     filled = [sum(lengths[i] for i in row) for row in rows]
     assert max(filled) <= 64 and sum(filled) / (64 * len(rows)) > 0.97
-    assert tuning.arrange(lengths, 64, random.Random(1)) != rows
+    assert arrange(lengths, 64, random.Random(1)) != rows
 
 
 def test_packed_targets_stop_at_the_end_of_a_lesson() -> None:
     one = Lesson([5, 6, 7, 8], [IGNORE, 6, 7, 8])
     two = Lesson([9, 10, 11], [IGNORE, IGNORE, 11])
-    batch = tuning.packed([[one, two], [two]], depths=1)
-    assert batch.targets.tolist() == [[6, 7, 8, -1, -1, 11, -1], [-1, 11, -1, -1, -1, -1, -1]]
-    assert batch.further(1).tolist() == [[7, 8, -1, -1, 11, -1, -1], [11, -1, -1, -1, -1, -1, -1]]
-    assert batch.documents.tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
-    assert batch.real.sum() == 10 and batch.tokens.size(1) == 8
+    batch, n = of_lessons([[one, two], [two]], depths=1), IGNORE
+    assert batch.labels_at(0).tolist() == [[6, 7, 8, n, n, 11, n], [n, 11, n, n, n, n, n]]
+    assert batch.labels_at(1).tolist() == [[7, 8, n, n, 11, n, n], [11, n, n, n, n, n, n]]
+    _, padding_mask, document_ids = batch.inputs
+    assert document_ids is not None and document_ids.tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+    assert padding_mask is not None and padding_mask.sum() == 10 and batch.tokens.size(1) == 8
+    assert batch.lengths() == [4, 3, 3] and batch.learnt.sum() == 5 and batch.counts(1).tolist() == [5, 4]
 
 
 def stage_folder(root: Path, seed: int, name: str) -> None:
@@ -121,65 +127,72 @@ def write_traces(root: Path, count: int = 60) -> None:
         chain = "" if i % 3 else f"{i} is {i}"
         said = {"role": "assistant", "content": str(i), "reasoning_content": chain}
         lines.append(json.dumps({"messages": [{"role": "user", "content": f"{i}?"}, said]}))
-    (root / "kept" / "kept.jsonl").write_text("\n".join(lines))
+    (root / "kept" / "traces.jsonl").write_text("\n".join(lines))
 
 
-def tune(root: Path, kind: type[SFT] = SFT, name: str = "tuned", **knobs: Any) -> Tuning:
+def tune(root: Path, kind: type[SFT] = SFT, name: str = "tuned", **knobs: Any) -> FineTuning:
     stage_folder(root, 1, "base"), stage_folder(root, 2, "other"), write_traces(root)
     run = StageRun(root, name, 0, World(), quiet=True)
     run.folder.mkdir(exist_ok=True)
-    settings = {"start": "base", "kept": ("kept",), "rows": 2, "length": 48, "epochs": 2} | knobs
-    stage = kind(name=name, **settings)
-    return _Distillation(stage, run) if isinstance(stage, Distill) else Tuning(stage, run)
+    settings = {"start": "base", "traces": ("kept",), "batch_size": 2, "seq_len": 48, "epochs": 2} | knobs
+    return kind(name=name, **settings).training(run)
+
+
+def lesson_batches(t: FineTuning) -> LessonBatches:
+    assert isinstance(t.batches, LessonBatches)
+    return t.batches
+
+
+def gradient(t: FineTuning) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in t.trainer.model.parameters() if p.grad is not None])
 
 
 def test_the_packed_gradient_is_that_of_lessons_alone(tmp_path: Path) -> None:
     t = tune(tmp_path, mtp_weight=0.0, balance_alpha=0.0)
-    rows = [[t.taught[i] for i in row] for row in t.order[0]]
-    batch = tuning.packed(rows)
-    count = int((batch.targets >= 0).sum())
-    t.model.train(), t.gradients.zero()
-    t.backward(batch, count)
-    together = t.gradients.flat.clone()
-    t.gradients.zero()
+    given, model = lesson_batches(t), t.trainer.model
+    rows = [[given.lessons[i] for i in row] for row in given.order[0]]
+    batch = of_lessons(rows)
+    count = int(batch.learnt.sum())
+    t.trainer.zero()
+    backward_batch(model, batch, batch.counts(0), 0.0, 0.0)
+    together = gradient(t)
+    t.trainer.zero()
     for lesson in (lesson for row in rows for lesson in row):
         ids = torch.tensor([lesson.ids])
         targets = torch.tensor(lesson.labels[1:]) != IGNORE
-        logits = t.model.logits(t.model(ids[:, :-1])[0])[targets]
+        logits = model.logits(model(ids[:, :-1])[0])[targets]
         (F.cross_entropy(logits, ids[0, 1:][targets], reduction="sum") / count).backward()
-    torch.testing.assert_close(together, t.gradients.flat, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(together, gradient(t), rtol=1e-3, atol=1e-6)
 
 
 def test_sft_learns_its_lessons_and_says_what_it_read(tmp_path: Path) -> None:
     t = tune(tmp_path, lr=1e-2, epochs=12)
-    results = t.run()
+    results = loop.run(t)
     losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
     assert losses[-1] < 0.5 * losses[0]
     assert results["lessons_by_source"] == {"kept": 60} and results["filled"] > 0.8 and results["too_long"] == 0
-    assert models.load(tmp_path / "tuned").config == t.model.config
+    assert models.load(tmp_path / "tuned").config == t.config
 
 
 def test_bare_answers_leave_the_chains_out(tmp_path: Path) -> None:
     with_chains, bare = tune(tmp_path), tune(tmp_path, chains=False)
     mark = with_chains.tokenizer.ids["<think>"]
-    assert sum(mark in lesson.ids for lesson in with_chains.taught) == 20
-    assert not any(mark in lesson.ids for lesson in bare.taught)
+    assert sum(mark in lesson.ids for lesson in lesson_batches(with_chains).lessons) == 20
+    assert not any(mark in lesson.ids for lesson in lesson_batches(bare).lessons)
 
 
 def test_an_interrupted_tuning_ends_with_the_same_bits(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     one = tune(tmp_path / "a")
-    one.run()
-    two = tune(tmp_path / "b")
-    two.peak = 1e9
-    two.model.train()
+    loop.run(one)
+    two = tune(tmp_path / "b").loop()
     for _ in range(3):
-        two._train_step()
-    two._checkpoint()
-    two._train_step()  # lost
+        two.advance()
+    two.checkpoint()
+    two.advance()  # lost
     again = tune(tmp_path / "b")
-    again.run()
-    for a, b in zip(one.model.state_dict().values(), again.model.state_dict().values(), strict=True):
+    loop.run(again)
+    for a, b in zip(one.trainer.model.state_dict().values(), again.trainer.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
@@ -187,16 +200,16 @@ def test_sources_are_limited_and_named_apart(tmp_path: Path) -> None:
     more = tmp_path / "more.jsonl"
     more.write_text('{"question": "a", "answer": "b"}\n' * 30)
     t = tune(tmp_path, text=(Files((str(more),), name="more"),), limits={"more": 7})
-    assert t.results["lessons_by_source"] == {"kept": 60, "more": 7}
+    assert t.batches.results["lessons_by_source"] == {"kept": 60, "more": 7}
     with pytest.raises(UserError, match=r"tuned\.limits = 'mroe'"):
         tune(tmp_path, limits={"mroe": 7})
     with pytest.raises(UserError, match="one name"):
         tune(tmp_path, text=(Files((str(more),), name="kept"),))
     (tmp_path / "plain.txt").write_text("no turns here")
     with pytest.raises(UserError, match=r"tuned\.text = 'no turns here'"):
-        tune(tmp_path, kept=(), text=(Files((str(tmp_path / "plain.txt"),)),))
-    with pytest.raises(UserError, match=r"tuned\.length = 1000"):
-        tune(tmp_path, length=1000)
+        tune(tmp_path, traces=(), text=(Files((str(tmp_path / "plain.txt"),)),))
+    with pytest.raises(UserError, match=r"tuned\.seq_len = 1000"):
+        tune(tmp_path, seq_len=1000)
 
 
 # ---- distillation ------------------------------------------------------------------------------------------------------
@@ -219,37 +232,43 @@ def test_divergences_by_hand() -> None:
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path) -> None:
     t = tune(tmp_path, Distill, teacher="base", mtp_weight=0.0, balance_alpha=0.0)
-    t.model.train()
-    metrics = t._train_step()
+    metrics = t.loop().advance()
     assert metrics["loss"] == pytest.approx(0, abs=1e-5) and metrics["grad_norm"] < 1e-3
 
 
 @pytest.mark.parametrize("form", ["forward", "reverse"])
 def test_a_student_comes_closer_to_its_teacher(tmp_path: Path, form: str) -> None:
     t = tune(tmp_path, Distill, teacher="other", divergence=form, lr=1e-2, epochs=8, mtp_weight=0.0)
-    t.run()
+    loop.run(t)
     losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
     assert losses[-1] < 0.6 * losses[0]
 
 
 def test_on_policy_the_student_is_corrected_where_it_goes(tmp_path: Path) -> None:
-    knobs = {"teacher": "other", "kept": (), "task": Chains(2, 3), "prompts": 8, "max_tokens": 8, "mtp_weight": 0.0}
+    knobs = {
+        "teacher": "other",
+        "traces": (),
+        "task": Chains(2, 3),
+        "prompts_per_step": 8,
+        "max_tokens": 8,
+        "mtp_weight": 0.0,
+    }
     t = tune(tmp_path, Distill, steps=30, lr=1e-2, divergence="reverse", **knobs)
-    t.run()
+    loop.run(t)
     losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
     assert len(losses) == 30 and sum(losses[-3:]) < 0.6 * sum(losses[:3])
     with pytest.raises(UserError, match=r"tuned\.task"):
-        tune(tmp_path, Distill, **knobs | {"kept": ("kept",)})
+        tune(tmp_path, Distill, **knobs | {"traces": ("kept",)})
 
 
 def test_hard_targets_alone_are_sft(tmp_path: Path) -> None:
     t = tune(tmp_path, Distill, teacher="other", hard=1.0)
-    t.step = 1
-    batch = t.rows()
-    assert batch is not None
-    hidden = t.model(batch.tokens[:, :-1], document_ids=batch.documents)
-    expected = summed_cross_entropy(hidden, t.model.head.weight, batch.targets)
-    torch.testing.assert_close(t.main_loss(hidden, batch), expected)
+    batch, model = t.batches.batch(1)[0], t.trainer.model
+    assert batch is not None and isinstance(t.teacher, DistillationTeacher)
+    tokens, _, document_ids = batch.inputs
+    hidden = model(tokens, document_ids=document_ids)
+    expected = cross_entropy(hidden.flatten(0, 1), model.head.weight, batch.labels_at(0).flatten())
+    torch.testing.assert_close(t.teacher.loss(hidden, batch), expected)
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -303,7 +322,7 @@ def test_reject_keeps_good_answers_resumes_and_feeds_sft(tmp_path: Path) -> None
         start="base",
         task=Echo(2, 4),
         prompts=150,
-        samples=3,
+        num_generations=3,
         max_tokens=12,
         need_chain=False,
         readable=False,
@@ -311,12 +330,12 @@ def test_reject_keeps_good_answers_resumes_and_feeds_sft(tmp_path: Path) -> None
     run = StageRun(tmp_path, "kept", 0, World(), quiet=True)
     run.folder.mkdir()
     results = stage.run(run)
-    lines = read_lines(run.folder / "kept.jsonl")
+    lines = read_lines(run.folder / "traces.jsonl")
     assert results["kept"] == len(lines) > 0 and results["sampled"] == 450
     assert sum(results["reasons"].values()) == 450
     assert all("e" in line["messages"][1]["content"] and 0 < line["solved"] <= 1 for line in lines)
-    whole = (run.folder / "kept.jsonl").read_bytes()
-    for path in (*run.folder.glob("part-*"), run.folder / "kept.jsonl"):
+    whole = (run.folder / "traces.jsonl").read_bytes()
+    for path in (*run.folder.glob("part-*"), run.folder / "traces.jsonl"):
         path.unlink()
     again = StageRun(tmp_path, "kept", 0, World(), quiet=True)
     again.stop_requested = True
@@ -325,10 +344,10 @@ def test_reject_keeps_good_answers_resumes_and_feeds_sft(tmp_path: Path) -> None
     assert list(run.folder.glob("part-*")), "the first part survives"
     again.stop_requested = False
     stage.run(again)
-    assert (run.folder / "kept.jsonl").read_bytes() == whole
+    assert (run.folder / "traces.jsonl").read_bytes() == whole
     again.finish({})
     assert not list(run.folder.glob("part-*")), "once the stage is finished nobody needs them"
-    sft = SFT(name="sft", start="base", kept=("kept",), epochs=1, length=64)
+    sft = SFT(name="sft", start="base", traces=("kept",), epochs=1, seq_len=64)
     tuned = StageRun(tmp_path, "sft", 0, World(), quiet=True)
     tuned.folder.mkdir()
     assert sft.run(tuned)["lessons"] == len(lines)
@@ -336,7 +355,7 @@ def test_reject_keeps_good_answers_resumes_and_feeds_sft(tmp_path: Path) -> None
 
 def test_reject_says_when_nothing_is_left(tmp_path: Path) -> None:
     stage_folder(tmp_path, 1, "base")
-    stage = Reject(name="kept", start="base", task=Chains(2, 3), prompts=4, samples=2, max_tokens=4)
+    stage = Reject(name="kept", start="base", task=Chains(2, 3), prompts=4, num_generations=2, max_tokens=4)
     run = StageRun(tmp_path, "kept", 0, World(), quiet=True)
     run.folder.mkdir()
     with pytest.raises(UserError, match=r"kept\.start = 'base': nothing to keep of 8 answers"):
@@ -369,8 +388,7 @@ def test_teachers_that_do_not_fit_are_named_and_padded_heads_are_cut(tmp_path: P
     stage_folder(tmp_path, 3, "wide")
     models.save(tmp_path / "wide", type(small)(replace(small.config, vocab_size=352)).initialise(0))
     t = tune(tmp_path, Distill, teacher="wide", top_k=5)
-    t.model.train()
-    assert t._train_step()["loss"] > 0
+    assert t.loop().advance()["loss"] > 0
 
 
 V31 = (
@@ -402,17 +420,15 @@ def test_a_lesson_ends_with_what_the_model_stops_at(words: Tokenizer) -> None:
 
 def test_fewer_rows_than_ranks_want_leave_the_gradient_whole(tmp_path: Path) -> None:
     """The last step of an epoch: three rows over two ranks weigh as three rows on one, the balance loss included."""
-    run = tune(tmp_path, rows=4, balance_alpha=1.0)
-    rows = [[run.taught[i] for i in row] for row in run.order[0][:3]]
+    t = tune(tmp_path, batch_size=4, balance_alpha=1.0)
+    given = lesson_batches(t)
+    rows = [[given.lessons[i] for i in row] for row in given.order[0][:3]]
 
-    def gradient(*shares: list[list[Lesson]]) -> torch.Tensor:
-        run.model.zero_grad()
-        run.gradients.zero()
+    def shared(*shares: list[list[Lesson]]) -> torch.Tensor:
+        t.trainer.zero()
         for share in shares:
-            batch = tuning.packed(share, run.depths)
-            batch.rows = 3
-            run.backward(batch, 100.0)
-        return torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
+            batch = of_lessons(share, t.depths)
+            t.trainer.backward(batch, [100.0] * (1 + t.depths), LossWeights(0.3, 1.0), len(share) / 3)
+        return gradient(t).clone()
 
-    run.model.train()
-    torch.testing.assert_close(gradient(rows[:2], rows[2:]), gradient(rows), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shared(rows[:2], rows[2:]), shared(rows), rtol=1e-4, atol=1e-6)

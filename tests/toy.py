@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 from finback.model.config import TINY, ModelConfig
 from finback.model.transformer import Transformer
+from finback.train.batch import Batch, of_windows
+from finback.train.loss import Losses, LossWeights, training_losses
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,11 +49,11 @@ exams = (Exam(name="sampled", task=chains, problems=24, max_tokens=12),
 recipe = [
     Prepare(name="prepare", text=(Files((str(Path(__file__).parent / "words.txt"),), name="words"),),
             tasks=(TaskText(name="chains", tasks=(chains,), documents=2000, think=0.5),), vocab_size=320),
-    Pretrain(name="base", data="prepare", model=CONFIG, mixture={"words": 0.4, "chains": 0.6}, rows=8, length=32,
+    Pretrain(name="base", data="prepare", model=CONFIG, mixture={"words": 0.4, "chains": 0.6}, batch_size=8, seq_len=32,
              max_tokens=16384, decay_tokens=4096, warmup_tokens=2048, compute="bf16", checkpoint_steps=8,
              probe=Probe(task=chains, at_least=0.9, problems=8, every_tokens=4096, max_tokens=8)),
     Evaluate(name="before", start="base", exams=exams, data="prepare", sources=("words",)),
-    GRPO(name="zero", start="base", task=chains, steps=8, prompts=4, group=4, max_tokens=12, checkpoint_steps=2),
+    GRPO(name="zero", start="base", task=chains, steps=8, prompts_per_step=4, num_generations=4, max_tokens=12, checkpoint_steps=2),
     Evaluate(name="after", start="zero", exams=exams, data="prepare", sources=("words",)),
 ]
 """
@@ -86,3 +90,26 @@ def toy_model(seed: int = 0) -> Transformer:
     import dataclasses
 
     return Transformer(dataclasses.replace(CONFIG, initializer_range=0.15)).initialise(seed).eval()
+
+
+def backward(
+    model: Transformer, windows: Tensor, mtp_weight: float = 0.3, balance_alpha: float = 1e-4, parts: int = 1
+) -> Losses:
+    """One forward and backward pass over windows (rows, seq_len + 1 + depths), one of `parts` equal parts of a step."""
+    batch = of_windows(windows, len(model.mtp))
+    return backward_batch(model, batch, batch.counts(len(model.mtp)) * parts, mtp_weight, balance_alpha, 1 / parts)
+
+
+def backward_batch(
+    model: Transformer,
+    batch: Batch,
+    counts: Tensor,
+    mtp_weight: float = 0.3,
+    balance_alpha: float = 1e-4,
+    row_share: float = 1.0,
+) -> Losses:
+    """The same over any batch; counts (1 + depths,) are the labels of the whole step."""
+    weights = LossWeights(mtp_weight, balance_alpha)
+    losses = training_losses(model, batch, counts.tolist(), weights, row_share)
+    losses.total(weights).backward()
+    return Losses(losses.main.detach(), losses.mtp.detach(), losses.balance.detach())

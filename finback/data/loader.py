@@ -3,13 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from finback.config import UserError
 from finback.data import pack
-from finback.data.rows import Fitted, Order, Row, Rows, Windows, stack
+from finback.data.rows import Fitted, Row, RowOrder, Windows
 
 
 class Loader:
@@ -36,7 +32,7 @@ class Loader:
         self.shares = {name: weight / total for name, weight in mixture.items() if weight > 0}
         self.shards = {name: pack.read(folder / f"{name}.train.bin") for name in self.shares}
         kind = Windows if packing == "stream" else Fitted
-        self.orders: dict[str, Order] = {
+        self.orders: dict[str, RowOrder] = {
             name: kind(name, shard, length, extra, seed) for name, shard in self.shards.items()
         }
         for name, order in self.orders.items():
@@ -49,15 +45,18 @@ class Loader:
                 )
         self.drawn = dict.fromkeys(self.shares, 0)  # tokens that the trunk reads, padding left out
 
-    def batch(self, rows: int, rank: int = 0, ranks: int = 1) -> Tensor:
-        """This rank's share of the next `rows` rows: (rows / ranks, length + extra) ids, all of them to be learnt."""
-        assert self.packing == "stream", "rows of whole documents hold padding: use draw"
-        picked = self._picked(rows, rank, ranks, documents=False)
-        return torch.from_numpy(np.stack([row.tokens for row in picked]).astype(np.int64))
-
-    def draw(self, rows: int, rank: int = 0, ranks: int = 1, documents: bool = True) -> Rows:
-        """As `batch`, with what masks need: padding, and with `documents` which document each token belongs to."""
-        return stack(self._picked(rows, rank, ranks, documents), self.length)
+    def draw(self, rows: int, rank: int = 0, ranks: int = 1, documents: bool = True) -> list[Row]:
+        """This rank's share of the next `rows` rows, rows / ranks of them; with `documents`, which document each token
+        belongs to. Every rank walks past all rows and reads its own."""
+        assert rows % ranks == 0, f"{rows} rows do not divide among {ranks} ranks"
+        picked = []
+        for row in range(rows):
+            name = self._lagging()
+            place, tokens = self.orders[name].next()
+            self.drawn[name] += tokens
+            if row % ranks == rank:
+                picked.append(self.orders[name].row(place, documents))
+        return picked
 
     def tokens_by_source(self) -> dict[str, int]:
         """Tokens drawn from each source so far."""
@@ -76,18 +75,6 @@ class Loader:
             assert isinstance(place, int) == (self.packing == "stream"), "the checkpoint packed otherwise"
             self.orders[name].load_state(place)
         self.drawn = {name: int(count) for name, count in state["tokens"].items()}
-
-    def _picked(self, rows: int, rank: int, ranks: int, documents: bool) -> list[Row]:
-        """The next rows; every rank walks past all of them and reads its own."""
-        assert rows % ranks == 0, f"{rows} rows do not divide among {ranks} ranks"
-        picked = []
-        for row in range(rows):
-            name = self._lagging()
-            place, tokens = self.orders[name].next()
-            self.drawn[name] += tokens
-            if row % ranks == rank:
-                picked.append(self.orders[name].row(place, documents))
-        return picked
 
     def _lagging(self) -> str:
         """The source furthest behind its share once another row is drawn, counted in rows."""

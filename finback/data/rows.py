@@ -6,42 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from finback.config import UserError
 from finback.data.pack import Shard
-from finback.data.tuning import WINDOW, arrange
 
 PADDING = -1  # as a document's number
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows to train on; `length` is what the trunk reads, the tokens behind it are targets only."""
-
-    tokens: Tensor  # (rows, length + extra)
-    documents: Tensor | None  # (rows, length + extra), which of its row's documents a token belongs to, or PADDING
-    real: Tensor  # (rows, length + extra), False for padding
-    length: int
-
-    def to(self, device: torch.device) -> "Rows":
-        """The same rows where a model computes."""
-        documents = None if self.documents is None else self.documents.to(device)
-        return Rows(self.tokens.to(device), documents, self.real.to(device), self.length)
-
-    @property
-    def targets(self) -> Tensor:
-        """The next token (rows, length), -1 where it is padding or, with `documents`, begins another document."""
-        return self.further(0)
-
-    def further(self, depth: int) -> Tensor:
-        """Targets of MTP's depth k (rows, length), those k places further on; depth 0 is the trunk."""
-        there = slice(1 + depth, 1 + depth + self.length)
-        counts = self.real[:, there] & self.real[:, : self.length]
-        if self.documents is not None:
-            counts = counts & (self.documents[:, there] == self.documents[:, : self.length])
-        return self.tokens[:, there].masked_fill(~counts, -1)
+WINDOW = 1024  # documents that are fitted into rows together
 
 
 @dataclass(frozen=True)
@@ -53,16 +23,7 @@ class Row:
     size: int
 
 
-def stack(rows: Sequence[Row], length: int) -> Rows:
-    """Rows as one batch of tensors."""
-    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64))
-    numbers = [row.documents for row in rows if row.documents is not None]
-    documents = torch.from_numpy(np.stack(numbers).astype(np.int64)) if numbers else None
-    sizes = torch.tensor([row.size for row in rows])
-    return Rows(tokens, documents, torch.arange(tokens.size(1)) < sizes[:, None], length)
-
-
-class Order(Protocol):
+class RowOrder(Protocol):
     """The endless sequence of a source's rows, epoch after epoch; a small state says how far it is."""
 
     count: int  # what an epoch permutes
@@ -197,3 +158,29 @@ def _pieces(ends: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     within = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = begins[document] + within * length
     return starts, np.minimum(ends[document] - starts, length + 1)
+
+
+def arrange(lengths: Sequence[int], row: int, rng: random.Random) -> list[list[int]]:
+    """Best-fit: documents, by their lengths, into rows of at most `row` tokens, in random order; lists of indices.
+
+    Within a window of documents the longest comes first, each into the fullest row that still has room for it.
+    """
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    rows: list[list[int]] = []
+    for start in range(0, len(order), WINDOW):
+        window = sorted(order[start : start + WINDOW], key=lambda i: -lengths[i])
+        fresh: list[list[int]] = []
+        room: list[int] = []
+        for index in window:
+            fits = [r for r, left in enumerate(room) if left >= lengths[index]]
+            if fits:
+                best = min(fits, key=lambda r: room[r])
+                fresh[best].append(index)
+                room[best] -= lengths[index]
+            else:
+                fresh.append([index])
+                room.append(row - lengths[index])
+        rng.shuffle(fresh)
+        rows += fresh
+    return rows

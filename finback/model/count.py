@@ -1,6 +1,7 @@
 """Parameters and FLOPs of a model in closed form (spec 2.3 and 2.4); builds nothing. No torch here."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from finback.model.config import ModelConfig
@@ -66,6 +67,18 @@ def forward_flops(c: ModelConfig, context: float, mtp: bool = False) -> float:
         layers += c.num_nextn_predict_layers
     value = c.v_head_dim if c.attention == "mla" else c.head_dim
     return 2 * met + 2 * context * c.num_attention_heads * (c.qk_head_dim + value) * layers
+
+
+def forward_flops_of(c: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> float:
+    """FLOPs of a forward pass over whole sequences of these lengths: the i-th token of each looks at i keys."""
+    lengths = list(lengths)
+    tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
+    return tokens * forward_flops(c, pairs / tokens, mtp) if tokens else 0.0
+
+
+def training_flops_of(c: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> float:
+    """Forward and backward: three times the forward pass."""
+    return 3 * forward_flops_of(c, lengths, mtp)
 
 
 def training_flops(c: ModelConfig, context: float, mtp: bool = True) -> float:

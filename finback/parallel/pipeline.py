@@ -25,8 +25,9 @@ from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline_tables import Op, Slot
 from finback.parallel.shard import ShardedParameter, local
 
-# The last stage's model, final hidden states (b, t, d) and tokens (b, t + 1 + depths) -> next-token and MTP losses
-Loss = Callable[[Transformer, Tensor, Tensor], tuple[Tensor, Tensor]]
+# The last stage's model, final hidden states (b, t, d), tokens (b, t + 1 + depths), and what says the mean balance loss
+# over all MoE layers, with the MTP modules' or without -> the loss, and its parts (main, MTP, balance) without gradient
+Loss = Callable[[Transformer, Tensor, Tensor, Callable[[bool], Tensor]], tuple[Tensor, Tensor]]
 
 
 def cut(model: Transformer, stage: int, stages: int) -> Transformer:
@@ -50,10 +51,9 @@ def is_twice(config: ModelConfig) -> bool:
 class PipelineStage(nn.Module):
     """A cut model with one call: what the stage before made and the step's tokens -> what the stage after takes."""
 
-    def __init__(self, model: Transformer, stage: int, stages: int, loss: Loss, weights: tuple[float, float]) -> None:
-        """`weights` are those of the MTP loss, 0 to leave it out, and of the mean balance loss."""
+    def __init__(self, model: Transformer, stage: int, stages: int, loss: Loss) -> None:
         super().__init__()
-        self.model, self.loss, self.weights = model, loss, weights
+        self.model, self.loss = model, loss
         self.is_first, self.is_last = stage == 0, stage == stages - 1
         self.losses: list[Tensor] = []  # (main, MTP, balance) of each micro-batch since they were last taken
 
@@ -74,10 +74,13 @@ class PipelineStage(nn.Module):
             x = block(x, cos, sin)
         if not self.is_last:
             return x, balance + self._balance()
-        main, mtp = self.loss(model, model.norm(x), tokens)
-        mean = (balance + self._balance()).squeeze(0) / max(1, _moe_layers(model.config, self.weights[0] > 0))
-        self.losses.append(torch.stack([main.detach(), mtp.detach(), mean.detach()]))
-        return main + self.weights[0] * mtp + self.weights[1] * mean
+
+        def mean_balance(with_mtp: bool) -> Tensor:
+            return (balance + self._balance()).squeeze(0) / max(1, _moe_layers(model.config, with_mtp))
+
+        total, losses = self.loss(model, model.norm(x), tokens, mean_balance)
+        self.losses.append(losses)
+        return total
 
     def _balance(self) -> Tensor | float:
         """The sum over this stage's MoE layers that the pass has met."""

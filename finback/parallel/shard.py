@@ -266,17 +266,16 @@ def _view(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
 
 
 @torch.no_grad()
-def finish(parts: list[ShardedParameter], scale: float, clip: float) -> float:
-    """Multiply gradients by `scale` and clip them to global norm `clip` over all ranks; the norm before clipping."""
+def finish(parts: list[ShardedParameter], max_norm: float) -> float:
+    """Clip gradients to the global norm `max_norm` over all ranks; the norm before clipping."""
     gradients = [local(part.value.grad) for part in parts if part.value.grad is not None]
     square = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     for part, gradient in zip(parts, gradients, strict=True):
-        gradient.mul_(scale)
         if not part.is_copy:
             square += gradient.double().square().sum()
     dist.all_reduce(square)
     norm = math.sqrt(square.item())
-    if math.isfinite(norm) and norm > clip:
+    if math.isfinite(norm) and norm > max_norm:
         for gradient in gradients:
-            gradient.mul_(clip / norm)
+            gradient.mul_(max_norm / norm)
     return norm

@@ -30,7 +30,7 @@ class PlannedStage:
     @property
     def length(self) -> int:
         """Tokens of a row."""
-        return int(self.knobs.get("length") or self.knobs.get("max_tokens") or 0)
+        return int(self.knobs.get("seq_len") or self.knobs.get("max_tokens") or 0)
 
     @property
     def layout(self) -> Layout | None:

@@ -104,9 +104,9 @@ def _measured(compute: str) -> Precision:
 def pretraining(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dict[str, Any]:
     """Seconds and memory of a pre-training stage on this machine, step by step."""
     knobs, notes = stage.knobs, []
-    if knobs["rows"] % ranks:
+    if knobs["batch_size"] % ranks:
         problem = f"does not divide among {ranks} ranks"
-        raise UserError(f"{stage.name}.rows", knobs["rows"], problem, "Use --ranks.")
+        raise UserError(f"{stage.name}.batch_size", knobs["batch_size"], problem, "Use --ranks.")
     if knobs["compute"] == "fp8":
         notes.append("FP8 is emulated on this machine, and takes longer than the bf16 that it is planned as")
     if knobs["compile"]:
@@ -124,14 +124,16 @@ def _whole_copies(stage: PlannedStage, calibration: Calibrated, ranks: int) -> d
     assert model is not None, "a stage that trains has a model"
     auto = knobs["compute"] == "auto"
     shapes = {
-        name: Shape(model, knobs["rows"] // ranks, stage.length, name, ranks, knobs["recompute"], knobs["optimizer"])
+        name: Shape(
+            model, knobs["batch_size"] // ranks, stage.length, name, ranks, knobs["recompute"], knobs["optimizer"]
+        )
         for name in (("fp32", "bf16") if auto else (_measured(knobs["compute"]),))
     }
     parts = {name: this_machine.seconds(shape, calibration["measured"]) for name, shape in shapes.items()}
     compute = next(iter(shapes))
     if auto and parts["bf16"]["passes"] * 1.15 < parts["fp32"]["passes"]:  # as training chooses: bf16 must win clearly
         compute = "bf16"
-    step, tokens = sum(parts[compute].values()), knobs["rows"] * stage.length
+    step, tokens = sum(parts[compute].values()), knobs["batch_size"] * stage.length
     memory = this_machine.memory(shapes[compute], process)
     if auto:  # both are tried first, side by side
         memory = max(memory, this_machine.trial(shapes["fp32"], shapes["bf16"], process), key=_all)
@@ -185,7 +187,7 @@ def _laid_out(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str
     options = dataclasses.replace(
         options, precision=options.precision or own, optimizer=options.optimizer or knobs["optimizer"]
     )
-    work = cluster.workload(options.rows or knobs["rows"], options.length or stage.length, site, options)
+    work = cluster.workload(options.rows or knobs["batch_size"], options.length or stage.length, site, options)
     if given is not None:
         if given.ranks != site.devices:
             problem = f"the recipe's layout has {given.ranks} ranks, not {site.devices}"

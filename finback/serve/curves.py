@@ -31,7 +31,7 @@ def axis(table: MetricsTable, name: str, cores: float) -> Line:
 def _tokens(table: MetricsTable) -> Line:
     if "tokens" in table.columns:
         return np.maximum.accumulate(table.carried("tokens"))
-    for name in ("tokens_taught", "tokens_with_gradient"):
+    for name in ("labels", "tokens_with_gradient"):
         if name in table.columns:
             return np.cumsum(np.nan_to_num(table.filled(name)))
     return np.zeros(table.rows)

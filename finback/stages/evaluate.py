@@ -11,15 +11,15 @@ from finback.config import UserError, check_fields, check_not_negative, check_po
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
-from finback.model.count import forward_flops
+from finback.model.count import forward_flops_of
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.rollouts.rollouts import Rollout, record, rollout
 from finback.runs.declaration import Declaration
 from finback.runs.files import read_json, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Stage, Work
-from finback.stages.compress import bits_per_byte, tokens_compressed
-from finback.stages.rollout import Rollout, record, rollout
+from finback.stages.compress import LENGTH, bits_per_byte, tokens_compressed
 from finback.suites import catalogue, compression
 from finback.suites.statistics import wilson
 from finback.suites.suite import Suite
@@ -121,8 +121,8 @@ class Evaluate(Stage):
         if self.data:
             source = run.input(self.data)
             results["bits_per_byte"] = {s: bits_per_byte(model, source, s, world) for s in self.sources}
-            read = sum(tokens_compressed(source, s) for s in self.sources)
-            run.account(flops_evaluation=read * forward_flops(model.config, 64))
+            windows = sum(tokens_compressed(source, s) for s in self.sources) // LENGTH
+            run.account(flops_evaluation=windows * forward_flops_of(model.config, [LENGTH]))
         return results
 
     def _check_sources(self, run: StageRun) -> None:
@@ -146,8 +146,11 @@ class Evaluate(Stage):
         engine = Engine(model, tokenizer.stops)
         answered = rollout(engine, tokenizer, task, [problems[i] for i in mine], seeds, sampling, exam.think)
         accepted = mtp_acceptance(model, answered)
-        asked = sum(len(r.prompt) for r in answered)
-        gathered = world.gather((list(mine), [record(r) for r in answered], accepted, asked))
+        lengths = [r.length for r in answered]
+        flops = forward_flops_of(model.config, lengths)
+        if accepted[1]:  # drafts are looked at by reading everything once more
+            flops += forward_flops_of(model.config, lengths, mtp=True)
+        gathered = world.gather((list(mine), [record(r) for r in answered], accepted, flops))
         rows = sorted(
             (i, record) for indices, records, *_ in gathered for i, record in zip(indices, records, strict=True)
         )
@@ -161,11 +164,8 @@ class Evaluate(Stage):
         if drafts:
             result["mtp_acceptance"] = sum(g[2][0] for g in gathered) / drafts
         generated = sum(r["tokens"] for r in records)
-        each = forward_flops(model.config, exam.max_tokens / 4)
-        read = generated + sum(g[3] for g in gathered)
-        # drafts are looked at by reading everything once more
-        looked = read * (each + (forward_flops(model.config, exam.max_tokens / 4, mtp=True) if drafts else 0))
-        run.account(tokens_generated=generated, flops=generated * each, flops_evaluation=looked)
+        flops = sum(g[3] for g in gathered)
+        run.account(tokens_generated=generated, flops=flops, flops_evaluation=flops)
         world.barrier()  # nobody looks for the file below before everybody has looked
         if run.is_writer:
             write_lines(run.folder / f"{exam.name}.jsonl", records)

@@ -12,7 +12,7 @@ from finback.stages.pretrain import Pretrain
 
 @dataclass(frozen=True, kw_only=True)
 class Extend(Pretrain):
-    """Pre-training's knobs on rows of `length` tokens, from `start`, whose window becomes `window`.
+    """Pre-training's knobs on rows of `seq_len` tokens, from `start`, whose window becomes `window`.
 
     V3 took two phases of 1,000 steps, both under YaRN by 40 from the start: rows of 32K, then of 128K, 1,920 and 480
     to the batch, at the rate that pre-training ended with. The second needs no `factor`: the first one's stays.
@@ -26,9 +26,9 @@ class Extend(Pretrain):
         check_positive(self, self.name, "window")
         if self.model is not None:
             raise UserError(f"{self.name}.model", "given", "extension goes on with a model", "Give `start` instead.")
-        if self.length > self.window:
+        if self.seq_len > self.window:
             raise UserError(
-                f"{self.name}.length", self.length, f"rows longer than the window of {self.window}", "Shorten them."
+                f"{self.name}.seq_len", self.seq_len, f"rows longer than the window of {self.window}", "Shorten them."
             )
         if self.factor is not None and self.factor < 1:
             raise UserError(f"{self.name}.factor", self.factor, "shortens the window", "Use 1 or more.")

@@ -15,9 +15,8 @@ from finback.parallel.layout import Layout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
-from finback.stages.pretraining import Pretraining
 from finback.tasks.task import Task
-from finback.train import rates
+from finback.train import loop, rates
 from finback.train.rates import Level, Phase
 
 
@@ -40,43 +39,69 @@ class Probe:
 class Pretrain(Stage):
     """Train a model from scratch, or go on with one, on the shards of a prepare stage."""
 
+    # a prepare stage, or the folder of one
     data: str
-    model: ModelConfig | None = None  # from random weights, or
-    start: str = ""  # go on with this model; its tokenizer must be that of `data`
-    mixture: dict[str, float]  # source name -> share of tokens
+    # train from random weights, or
+    model: ModelConfig | None = None
+    # go on with this model; its tokenizer must be that of `data`
+    start: str = ""
+    # source name -> share of tokens
+    mixture: dict[str, float]
     probe: Probe | None = None
-    phases: tuple[Phase, ...] = ()  # of both learning rates; () for warm-up, level and a decay that the probe begins
-    max_tokens: int = 4_000_000  # hard end, decay included; with phases they say where it ends
+    # of both learning rates; () for warm-up, level and a decay that the probe begins
+    phases: tuple[Phase, ...] = ()
+    # hard end, decay included; with phases they say where it ends
+    max_tokens: int = 4_000_000
     decay_tokens: int = 500_000
     warmup_tokens: int = 80_000
-    rows: int = 32  # rows per step over all ranks
-    rows_start: int = 0  # begin with so many and come to `rows` over ramp_tokens; 0: no ramp
+    # rows per step over all ranks
+    batch_size: int = 32
+    # begin with so many and come to batch_size over ramp_tokens; 0: no ramp
+    batch_size_start: int = 0
     ramp_tokens: int = 0
-    length: int = 128  # tokens per row
-    packing: Literal["stream", "best_fit"] = "stream"  # windows of the stream, or whole documents that fit best (V3)
-    document_mask: bool = False  # documents of a row do not see each other; V3 pre-trained without
-    optimizer: Literal["muon", "adamw"] = "muon"  # for hidden matrices; the rest is AdamW's with either
+    # tokens per row
+    seq_len: int = 128
+    # windows of the stream, or whole documents that fit best (V3)
+    packing: Literal["stream", "best_fit"] = "stream"
+    # documents of a row do not see each other; V3 pre-trained without
+    document_mask: bool = False
+    # for hidden matrices; the rest is AdamW's with either
+    optimizer: Literal["muon", "adamw"] = "muon"
     muon_lr: float = 8e-3
     adam_lr: float = 8e-3
-    final_lr: float = 0.05  # where the decay ends, as a share of the rates above
-    weight_decay: float = 0.05  # of hidden matrices
-    clip: float = 1.0
-    mtp_weight: Level = 0.3  # V3: ((0, 0.3), (10T, 0.1))
+    # where the decay ends, as a share of the rates above
+    final_lr: float = 0.05
+    # of hidden matrices
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+    # V3: ((0, 0.3), (10T, 0.1))
+    mtp_weight: Level = 0.3
     balance_alpha: float = 1e-4
-    bias_speed: Level = 0.003  # V3: ((0, 0.001), (14.3T, 0.0))
-    average: float = 0.0  # decay of the running average of the weights, kept in <stage>/average; 0: none
-    spike_sigma: float = 8.0  # skip steps whose loss is so many standard deviations above the usual; 0: none
-    spike_patience: int = 3  # so many skipped in a row: back to the last checkpoint, on with the data that follow
-    layout: Layout | None = None  # how a model too large for one rank lies on many; None: a whole copy on each
-    recompute: Policy = "none"  # activations made again in the backward pass
+    # of the routers' biases; V3: ((0, 0.001), (14.3T, 0.0))
+    bias_speed: Level = 0.003
+    # decay of the running average of the weights, written to <stage>/average; 0: none
+    ema_decay: float = 0.0
+    # skip steps whose loss is so many standard deviations above the usual; 0: none
+    spike_sigma: float = 8.0
+    # so many skipped in a row: back to the last checkpoint, on with the data that follow
+    spike_patience: int = 3
+    # how a model too large for one rank lies on many; None: a whole copy on each
+    layout: Layout | None = None
+    # activations made again in the backward pass
+    recompute: Policy = "none"
     # auto: bf16 where a timed step says it pays; fp8: DeepSeek's, on Hopper, and emulated elsewhere to see what it does
     compute: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    compile: bool = False  # fuse what lies between products: quicker steps, after up to a minute at the first
-    valid_tokens: int = 0  # compress validation text after so many tokens each; 0: at the end only
-    keep_best: bool = False  # of these times keep the best model in <stage>/best
-    router_steps: int = 10  # a line of router.jsonl after so many steps
+    # fuse what lies between products: quicker steps, after up to a minute at the first
+    compile: bool = False
+    # compress validation text after so many tokens each; 0: at the end only
+    valid_tokens: int = 0
+    # write the model of these times that compresses best to <stage>/best
+    keep_best: bool = False
+    # a line of router.jsonl after so many steps
+    router_steps: int = 10
     checkpoint_steps: int = 50
-    keep: int = 2  # newest checkpoints
+    # how many checkpoints stay, the newest
+    keep: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,9 +112,9 @@ class Pretrain(Stage):
         if self.phases and self.probe:
             problem = "phases end where they end, a probe ends when it is passed"
             raise UserError(f"{self.name}.phases", len(self.phases), problem, "Give one of the two.")
-        if self.rows_start and (self.rows_start > self.rows or not self.ramp_tokens):
-            problem = f"a ramp leads up to rows ({self.rows}) over ramp_tokens ({self.ramp_tokens:,})"
-            raise UserError(f"{self.name}.rows_start", self.rows_start, problem, "Correct one of them.")
+        if self.batch_size_start and (self.batch_size_start > self.batch_size or not self.ramp_tokens):
+            problem = f"a ramp leads up to batch_size ({self.batch_size}) over ramp_tokens ({self.ramp_tokens:,})"
+            raise UserError(f"{self.name}.batch_size_start", self.batch_size_start, problem, "Correct one of them.")
         if self.keep_best and not self.valid_tokens:
             raise UserError(f"{self.name}.keep_best", True, "nothing says which is best", "Set valid_tokens as well.")
 
@@ -99,11 +124,11 @@ class Pretrain(Stage):
             _check_layout(self)
 
     def _check_numbers(self) -> None:
-        counts = ("max_tokens", "rows", "length", "checkpoint_steps", "keep", "router_steps", "spike_patience")
-        check_positive(self, self.name, *counts, "muon_lr", "adam_lr", "clip")
-        names = ("decay_tokens", "warmup_tokens", "ramp_tokens", "rows_start", "valid_tokens")
+        counts = ("max_tokens", "batch_size", "seq_len", "checkpoint_steps", "keep", "router_steps", "spike_patience")
+        check_positive(self, self.name, *counts, "muon_lr", "adam_lr", "max_grad_norm")
+        names = ("decay_tokens", "warmup_tokens", "ramp_tokens", "batch_size_start", "valid_tokens")
         check_not_negative(self, self.name, *names, "weight_decay", "balance_alpha", "spike_sigma")
-        check_share(self, self.name, "final_lr", "average")
+        check_share(self, self.name, "final_lr", "ema_decay")
         rates.check_levels(self, self.name, "mtp_weight", "bias_speed")
 
     @property
@@ -111,11 +136,11 @@ class Pretrain(Stage):
         """Tokens after which it ends at the latest."""
         return sum(phase.tokens for phase in self.phases) or self.max_tokens
 
-    def rows_at(self, tokens: int) -> int:
+    def batch_size_at(self, tokens: int) -> int:
         """Rows of the step that follows after `tokens` tokens."""
-        if not self.rows_start:
-            return self.rows
-        return rates.ramp(tokens, self.rows_start, self.rows, self.ramp_tokens)
+        if not self.batch_size_start:
+            return self.batch_size
+        return rates.ramp(tokens, self.batch_size_start, self.batch_size, self.ramp_tokens)
 
     def adapted(self, config: ModelConfig) -> ModelConfig:
         """The config of `start` as it is gone on with."""
@@ -167,18 +192,16 @@ class Pretrain(Stage):
         )
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        if self.layout is None:
-            return Pretraining(self, run).run()
-        from finback.stages.sharded import Sharded  # a second of imports that only it needs
+        from finback.stages.pretrain_setup import set_up  # it knows this class
 
-        return Sharded(self, run).run()
+        return loop.run(set_up(self, run))
 
 
 # Knobs that want the whole model on every rank, and what they are without a layout.
 WHOLE = {
     "probe": None,
-    "average": 0.0,
-    "rows_start": 0,
+    "ema_decay": 0.0,
+    "batch_size_start": 0,
     "packing": "stream",
     "document_mask": False,
     "valid_tokens": 0,
@@ -204,5 +227,3 @@ def _check_layout(stage: "Pretrain") -> None:
             raise UserError(f"{stage.name}.{name}", getattr(stage, name), problem, "Leave it out, or the layout.")
     if stage.compute == "fp8":
         raise UserError(f"{stage.name}.compute", "fp8", "is not exchanged between ranks yet", "Use bf16 or fp32.")
-    if isinstance(stage.mtp_weight, tuple) and stage.layout is not None and stage.layout.pp > 1:
-        raise UserError(f"{stage.name}.mtp_weight", stage.mtp_weight, "a pipeline has one weight", "Give one number.")

@@ -1,6 +1,6 @@
 """Rejection sampling: several answers to each question, and of those the right, readable and different ones (R1 2.3.3).
 
-What is kept becomes lessons for SFT: kept.jsonl has dialogues in OpenAI's form, chains as `reasoning_content`.
+What is kept becomes lessons for SFT: traces.jsonl has dialogues in OpenAI's form, chains as `reasoning_content`.
 """
 
 import math
@@ -15,15 +15,15 @@ from finback.config import UserError, check_not_negative, check_positive, check_
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
-from finback.model.count import forward_flops
+from finback.model.count import forward_flops_of
 from finback.parallel.mesh import World
+from finback.rollouts.rollouts import Rollout, rollout
 from finback.runs.declaration import Declaration
 from finback.runs.files import read_json, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.ledger import spent
 from finback.runs.progress import Progress
 from finback.runs.recipe import Stage, Work
-from finback.stages.rollout import Rollout, rollout
 from finback.tasks import task as tasks
 from finback.tasks.language import consistency, known
 from finback.tasks.readable import Readable
@@ -34,12 +34,12 @@ CHUNK = 128  # questions answered between two files, over all ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Reject(Stage):
-    """Sample `samples` answers to each of `prompts` training questions and keep the good ones in kept.jsonl."""
+    """Sample `num_generations` answers to each of `prompts` training questions and keep the good ones in traces.jsonl."""
 
     start: str
     task: Task
     prompts: int = 1000
-    samples: int = 4  # per question
+    num_generations: int = 4
     temperature: float = 1.0
     max_tokens: int = 96
     think: bool = False  # open the chain for the model
@@ -52,7 +52,7 @@ class Reject(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, self.name, "prompts", "samples", "max_tokens", "keep")
+        check_positive(self, self.name, "prompts", "num_generations", "max_tokens", "keep")
         check_share(self, self.name, "pure", "easy")
         check_not_negative(self, self.name, "temperature")
         if self.language:
@@ -62,7 +62,7 @@ class Reject(Stage):
         return (self.start,)
 
     def work(self) -> Work:
-        return Work(tokens_generated=self.prompts * self.samples * self.max_tokens)
+        return Work(tokens_generated=self.prompts * self.num_generations * self.max_tokens)
 
     def declaration(self) -> Declaration:
         return Declaration(
@@ -91,15 +91,14 @@ class Reject(Stage):
                 mine = range(start + world.rank, min(start + CHUNK, self.prompts), world.size)
                 answers = self._answer(run, engine, tokenizer, [problems[i] for i in mine], mine)
                 made = sum(len(r.completion.tokens) for r in answers)
-                read = sum(len(r.prompt) for r in answers)
+                spent_here = forward_flops_of(model.config, [r.length for r in answers])
                 judged = dict(zip(mine, self._judge(answers), strict=True))
-                gathered = world.gather((judged, made, read))
+                gathered = world.gather((judged, made, spent_here))
                 if run.is_writer:
                     whole = {i: found for part, _, _ in gathered for i, found in part.items()}
                     write_json(path, [whole[i] for i in sorted(whole)])
-                total, asked = (sum(tokens) for tokens in zip(*(g[1:] for g in gathered), strict=True))
-                each = forward_flops(model.config, self.max_tokens / 4)
-                run.account(tokens_generated=total, flops=total * each, flops_generation=(total + asked) * each)
+                total, flops = (sum(numbers) for numbers in zip(*(g[1:] for g in gathered), strict=True))
+                run.account(tokens_generated=total, flops=flops, flops_generation=flops)
             world.barrier()  # nobody looks for the next file before everybody has looked for this one
             progress.show(min(start + CHUNK, self.prompts))
             if run.check_stop():
@@ -109,7 +108,7 @@ class Reject(Stage):
     def _answer(
         self, run: StageRun, engine: Engine, tokenizer: Tokenizer, problems: Sequence[tasks.Problem], mine: range
     ) -> list[Rollout]:
-        count = range(self.samples)
+        count = range(self.num_generations)
         seeds = [run.seed("answer", i, k) for i in mine for k in count]
         sampling = SamplingParams(self.temperature, self.max_tokens)
         return rollout(engine, tokenizer, self.task, [p for p in problems for _ in count], seeds, sampling, self.think)
@@ -117,8 +116,8 @@ class Reject(Stage):
     def _judge(self, answers: list[Rollout]) -> list[dict[str, Any]]:
         """For each question: how many answers were right, which of them are good, and why others are not."""
         found = []
-        for start in range(0, len(answers), self.samples):
-            group = answers[start : start + self.samples]
+        for start in range(0, len(answers), self.num_generations):
+            group = answers[start : start + self.num_generations]
             reasons: Counter[str] = Counter()
             good: list[dict[str, str]] = []
             for r in group:
@@ -157,32 +156,32 @@ class Reject(Stage):
         return ""
 
     def _collect(self, run: StageRun) -> dict[str, Any]:
-        """Choose by difficulty and write kept.jsonl."""
+        """Choose by difficulty and write traces.jsonl."""
         parts = sorted(run.folder.glob("part-*.json"))
         found = [question for path in parts for question in read_json(path)]
         reasons: Counter[str] = Counter()
         for question in found:
             reasons.update(question["reasons"])
-        kept = choose(found, self.samples, self.keep, self.easy, random.Random(run.seed("choice")))
+        kept = choose(found, self.num_generations, self.keep, self.easy, random.Random(run.seed("choice")))
         if not kept:
             raise UserError(
                 f"{self.name}.start",
                 self.start,
-                f"nothing to keep of {self.prompts * self.samples} answers ({dict(reasons)})",
+                f"nothing to keep of {self.prompts * self.num_generations} answers ({dict(reasons)})",
                 "Use a better model, easier questions, or keep more.",
             )
-        write_lines(run.folder / "kept.jsonl", [_line(q, t, self.samples) for q, t in kept])
-        solved = Counter(_difficulty(q["right"], self.samples) for q in found)
+        write_lines(run.folder / "traces.jsonl", [_line(q, t, self.num_generations) for q, t in kept])
+        solved = Counter(_difficulty(q["right"], self.num_generations) for q in found)
         run.say(
-            f"{self.name:10} kept {len(kept):,} of {self.prompts * self.samples:,} answers; "
+            f"{self.name:10} kept {len(kept):,} of {self.prompts * self.num_generations:,} answers; "
             + ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
         )
         return {
             "kept": len(kept),
-            "sampled": self.prompts * self.samples,
+            "sampled": self.prompts * self.num_generations,
             "reasons": dict(reasons),
             "questions_by_difficulty": dict(solved),
-            "kept_by_difficulty": dict(Counter(_difficulty(q["right"], self.samples) for q, _ in kept)),
+            "kept_by_difficulty": dict(Counter(_difficulty(q["right"], self.num_generations) for q, _ in kept)),
         }
 
 

@@ -16,27 +16,35 @@ from finback.config import UserError, check_fields, check_not_negative, check_po
 class Objective:
     """What an update minimises. The defaults are GRPO with DAPO's average over tokens; every other form is a knob.
 
-    DeepSeekMath (2402.03300): average="answer", kl=0.04. R1 (Nature 2025): clip_low=10, clip_high=10, kl=0.001,
+    DeepSeekMath (2402.03300): average="answer", beta=0.04. R1 (Nature 2025): epsilon_low=10, epsilon_high=10, beta=0.001,
     average="answer". Dr. GRPO (2503.20783): average="constant" and GRPO(normalise=False). DAPO (2503.14476):
-    clip_high=0.28. GSPO (2507.18071): ratio="sequence", average="answer", clip_low=3e-4, clip_high=4e-4.
+    epsilon_high=0.28. GSPO (2507.18071): ratio="sequence", average="answer", epsilon_low=3e-4, epsilon_high=4e-4.
     """
 
-    clip_low: float = 0.2  # ρ below 1 - clip_low earns nothing more where A < 0
-    clip_high: float = 0.2  # ρ above 1 + clip_high earns nothing more where A > 0
-    dual_clip: float | None = None  # where A < 0 a token costs at most dual_clip · |A| (1912.09729)
-    ratio: Literal["token", "sequence"] = "token"  # "sequence": one ρ per answer, its tokens' geometric mean
-    average: Literal["token", "answer", "constant"] = "token"  # over all tokens; 1/|o| per answer; 1/longest per answer
-    kl: float = 0.0  # weight of the divergence from the reference model
-    kl_form: Literal["k1", "k3"] = "k3"  # k1's gradient is zero on average: it only adds noise, but others have it
-    truncate: float | None = None  # cap of the trainer's over the engine's probability as a weight (TIS)
+    # ρ below 1 - epsilon_low earns nothing more where A < 0
+    epsilon_low: float = 0.2
+    # ρ above 1 + epsilon_high earns nothing more where A > 0
+    epsilon_high: float = 0.2
+    # where A < 0 a token costs at most dual_clip · |A| (1912.09729)
+    dual_clip: float | None = None
+    # "sequence": one ρ per answer, its tokens' geometric mean
+    ratio: Literal["token", "sequence"] = "token"
+    # over all tokens; 1/|o| per answer; 1/longest per answer
+    average: Literal["token", "answer", "constant"] = "token"
+    # weight of the divergence from the reference model
+    beta: float = 0.0
+    # k1's gradient is zero on average: it only adds noise, but others have it
+    kl_estimator: Literal["k1", "k3"] = "k3"
+    # cap of the trainer's over the engine's probability as a weight (truncated importance sampling)
+    importance_cap: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError("objective.dual_clip", self.dual_clip, "not above 1", "The usual value is 3.")
-        check_not_negative(self, "objective", "clip_low", "clip_high", "kl")
-        if self.truncate is not None:
-            check_positive(self, "objective", "truncate")
+        check_not_negative(self, "objective", "epsilon_low", "epsilon_high", "beta")
+        if self.importance_cap is not None:
+            check_positive(self, "objective", "importance_cap")
 
 
 def advantages(rewards: Tensor, normalise: bool = True) -> Tensor:
@@ -62,7 +70,7 @@ def surrogate(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, objecti
         log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
     ratio, weight = log_ratio.exp(), advantage[:, None]
     plain = ratio * weight
-    kept = torch.minimum(plain, ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high) * weight)
+    kept = torch.minimum(plain, ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high) * weight)
     if objective.dual_clip is not None:
         kept = torch.where(weight < 0, torch.maximum(kept, objective.dual_clip * weight), kept)
     return -kept, (kept != plain) & (mask > 0)

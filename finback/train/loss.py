@@ -1,52 +1,130 @@
-"""Losses over a large vocabulary without holding its logits: next-token cross-entropy and token log-probabilities."""
+"""The training loss, put together in one place: next token, multi-token prediction, balance; and RL's log-probabilities.
 
+Cross-entropy never holds the logits of all tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from finback.data.messages import IGNORE
+from finback.model.transformer import Transformer
+from finback.train.batch import Batch
+
 CHUNK = 256  # rows of logits held at once: 256 x 1024 fp32 is 1 MB, about a core's L2 cache
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """Mean of -log softmax(head · hidden)[target]; the same number as F.cross_entropy, twin in its test.
+def cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log softmax(head · hidden)[label] over labels; the same number as F.cross_entropy, twin in its test.
 
-    hidden (n, d), head (vocab, d), targets (n,) with -1 where nothing is to be learnt. Scores exist one chunk at a
-    time: the gradient is made in the forward pass, while a chunk is still in the core's cache.
+    hidden (n, d), head (vocab, d), labels (n,) with IGNORE where nothing is learnt. Logits exist one chunk at a time: the
+    gradient is made in the forward pass, while a chunk is still in the core's cache.
     """
-    return _CrossEntropy.apply(hidden, head, targets)
+    return _CrossEntropy.apply(hidden, head, labels)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
         weight = head.to(hidden.dtype)
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
-        kept = (targets >= 0).sum().clamp(min=1)
         total = torch.zeros((), device=hidden.device)
         for start in range(0, hidden.size(0), CHUNK):
             rows = slice(start, start + CHUNK)
-            h, target = hidden[rows], targets[rows]
-            valid = target >= 0
+            h, label = hidden[rows], labels[rows]
+            valid = label != IGNORE
             logits = (h @ weight.T).float()
             logits -= logits.max(dim=1, keepdim=True).values
-            picked = logits.gather(1, target.clamp(min=0)[:, None]).squeeze(1)
+            picked = logits.gather(1, label.clamp(min=0)[:, None]).squeeze(1)
             normaliser = logits.exp_().sum(dim=1)
             total += ((normaliser.log() - picked) * valid).sum()
             # d loss / d logits = softmax - onehot
             gradient = logits.mul_((valid / normaliser)[:, None])
-            gradient[torch.arange(len(target), device=target.device), target.clamp(min=0)] -= valid.float()
+            gradient[torch.arange(len(label), device=label.device), label.clamp(min=0)] -= valid.float()
             gradient = gradient.to(h.dtype)
             torch.mm(gradient, weight, out=d_hidden[rows])
             d_head += (gradient.T @ h).to(d_head.dtype)
-        ctx.save_for_backward(d_hidden, d_head, kept)
-        return total / kept
+        ctx.save_for_backward(d_hidden, d_head)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_head, kept = ctx.saved_tensors
-        factor = grads[0] / kept
-        return d_hidden * factor.to(d_hidden.dtype), d_head * factor, None
+        d_hidden, d_head = ctx.saved_tensors
+        return d_hidden * grads[0].to(d_hidden.dtype), d_head * grads[0], None
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """λ of the MTP loss (V3 eq. 25), 0 to leave it out, and α of the sequence-wise balance loss (V3 eq. 17)."""
+
+    mtp: float = 0.3
+    balance: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The parts of a training loss, scalars."""
+
+    main: Tensor
+    mtp: Tensor
+    balance: Tensor
+
+    def total(self, weights: LossWeights) -> Tensor:
+        """L_main + λ/D Σ_k L_mtp^k + α L_bal; `mtp` is the mean over depths already."""
+        return self.main + weights.mtp * self.mtp + weights.balance * self.balance
+
+    def detached(self) -> Tensor:
+        """(main, MTP, balance) without gradient, (3,) fp32 on the device of the first."""
+        return torch.stack([t.detach().float().to(self.main.device) for t in (self.main, self.mtp, self.balance)])
+
+
+# The main loss summed over a batch's labels, from the trunk's last states (rows, seq_len, d) and the batch.
+MainLoss = Callable[[Tensor, Batch], Tensor]
+
+
+def training_losses(
+    model: Transformer,
+    batch: Batch,
+    counts: Sequence[float],
+    weights: LossWeights,
+    row_share: float = 1.0,
+    main_loss: MainLoss | None = None,
+) -> Losses:
+    """The losses of a forward pass over this rank's batch, ready to be summed over ranks.
+
+    counts: what the trunk's loss and that of each MTP depth are divided by, the labels of the whole step over all ranks.
+    row_share: this rank's share of the step's rows, the weight of its balance loss.
+    """
+    tokens, padding_mask, document_ids = batch.inputs
+    hidden = model(tokens, padding_mask=padding_mask, document_ids=document_ids)
+    main, mtp = token_losses(model, hidden, batch, counts, weights.mtp > 0, main_loss)
+    return Losses(main, mtp, model.balance_loss() * row_share)
+
+
+def token_losses(
+    model: Transformer,
+    hidden: Tensor,
+    batch: Batch,
+    counts: Sequence[float],
+    with_mtp: bool,
+    main_loss: MainLoss | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The main loss and, averaged over its depths, MTP's (V3 eq. 24), from the trunk's last states (rows, seq_len, d)."""
+    head = model.head.weight
+
+    def summed(states: Tensor, depth: int) -> Tensor:
+        return cross_entropy(states.flatten(0, 1), head, batch.labels_at(depth).flatten())
+
+    main = (summed(hidden, 0) if main_loss is None else main_loss(hidden, batch)) / counts[0]
+    mtp = torch.zeros((), device=hidden.device)
+    if with_mtp:
+        _, padding_mask, document_ids = batch.inputs
+        for depth, states in enumerate(model.mtp_hidden_states(hidden, batch.tokens, padding_mask, document_ids), 1):
+            mtp = mtp + summed(states, depth) / (counts[depth] * len(model.mtp))
+    return main, mtp
 
 
 def token_logprobs(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,12 @@ class Gradients:
         """Forget all gradients."""
         self.flat.zero_()
 
-    def finish(self, world: World, scale: float, clip: float) -> float:
-        """Sum over ranks, multiply by `scale`, clip to global norm `clip`; returns the norm before clipping."""
-        world.sum_(self.flat).mul_(scale)
+    def finish(self, world: World, max_norm: float) -> float:
+        """Sum over ranks, clip to the global norm `max_norm`; returns the norm before clipping."""
+        world.sum_(self.flat)
         norm = float(self.flat.norm())
-        if math.isfinite(norm) and norm > clip:
-            self.flat.mul_(clip / norm)
+        if math.isfinite(norm) and norm > max_norm:
+            self.flat.mul_(max_norm / norm)
         return norm
 
 

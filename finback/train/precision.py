@@ -18,24 +18,32 @@ from finback.model.layers import Linear, SwiGLU
 from finback.model.moe import MoE
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
-from finback.train.step import backward
+from finback.train.batch import of_windows
+from finback.train.loss import LossWeights, training_losses
 
 ExpertKernel = Literal["auto", "loop", "grouped_mm"]
 MARGIN = 1.15  # times as fast the other form must be: noise decides nothing
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """Of what goes from one operator to the next."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
 def rates(config: ModelConfig, rows: int, length: int, device: torch.device) -> dict[str, float]:
     """Tokens per second of forward and backward passes of `rows` rows, per dtype; the fastest of six turns each."""
     width = length + 1 + config.num_nextn_predict_layers
     tokens = torch.randint(config.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(device)
+    batch = of_windows(tokens, config.num_nextn_predict_layers).to(device)
+    counts = [float(rows * length)] * (1 + config.num_nextn_predict_layers)
     contestants = {name: Transformer(config, dtype).initialise(0).to(device).train() for name, dtype in COMPUTE.items()}
     best = dict.fromkeys(COMPUTE, math.inf)
     for _ in range(6):  # in turns, so that another program's burst hits both
         for name, model in contestants.items():
             begin = time.perf_counter()
-            losses = backward(model, tokens, mtp_weight=0.3, balance_alpha=1e-4)
+            losses = training_losses(model, batch, counts, LossWeights())
+            losses.total(LossWeights()).backward()  # type: ignore[no-untyped-call]
             losses.main.item()  # a GPU has only been told what to do until something of it is read
             best[name] = min(best[name], time.perf_counter() - begin)
     return {name: rows * length / seconds for name, seconds in best.items()}

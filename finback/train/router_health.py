@@ -16,17 +16,17 @@ LOADS = 4096  # experts times layers up to which records hold every number
 class Health:
     """One step's loads (layers, experts) over all ranks, padding left out, before the biases answered."""
 
+    # the worst layer's (max load - mean load) / mean load (2408.15664); 0 for a dense model
+    violation: float
+    # experts of any layer without a token
+    idle: int
     loads: list[Tensor]
 
-    @property
-    def violation(self) -> float:
-        """The worst layer's (max load - mean load) / mean load (2408.15664); 0 for a dense model."""
-        return max((max_violation(load) for load in self.loads), default=0.0)
-
-    @property
-    def idle(self) -> int:
-        """Experts of any layer without a token."""
-        return sum(int((load == 0).sum()) for load in self.loads)
+    @classmethod
+    def of(cls, loads: list[Tensor]) -> "Health":
+        """The health that all layers' loads show."""
+        violation = max((max_violation(load) for load in loads), default=0.0)
+        return cls(violation, sum(int((load == 0).sum()) for load in loads), loads)
 
     @property
     def shares(self) -> list[list[float]]:
@@ -45,7 +45,7 @@ def balance(routers: Sequence[Router], world: World, speed: float) -> Health:
     for router in routers:
         loads.append(world.sum_(router.load).clone())
         router.update_bias(speed)
-    return Health(loads)
+    return Health.of(loads)
 
 
 def forget(routers: Sequence[Router]) -> None:

@@ -1,58 +1,60 @@
-"""Pre-training steps of one model on many ranks; the same losses as step.backward and the optimisers on one."""
+"""Training a model that lies on many ranks by a layout; the same losses and updates as ReplicatedTrainer on one."""
 
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from finback.checkpoint.distributed import Steps
+from finback.checkpoint.distributed import Steps, newest, whole_model
 from finback.model.config import ModelConfig
 from finback.model.moe import Router, max_violation
 from finback.model.transformer import Transformer
 from finback.parallel.experts import spread_experts
 from finback.parallel.layout import Layout
-from finback.parallel.mesh import Mesh
+from finback.parallel.mesh import Mesh, World
 from finback.parallel.pipeline import Pipeline, PipelineStage, cut, is_twice, sum_copies
 from finback.parallel.shard import FullyShard, ShardedParameter, Sharding, ZeroOne, blank, fill, finish, initial_values
+from finback.runs.folder import StageRun
+from finback.train.batch import Batch, of_windows
+from finback.train.loss import Losses, LossWeights, MainLoss, token_losses, training_losses
 from finback.train.optim import is_matrix
+from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam, ShardedMuon
-from finback.train.step import backward, next_tokens
+from finback.train.trainer import Trainer
+
+SHARDS = "sharded"  # the folder of its checkpoints within a stage's
 
 
-@dataclass(frozen=True)
-class Knobs:
-    """What of a pre-training step does not change between steps."""
-
-    rows: int  # of a step, over all ranks
-    length: int  # tokens per row that the trunk reads
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    mtp_weight: float = 0.3
-    balance_alpha: float = 1e-4
-    bias_speed: float = 0.003
-    compute: torch.dtype = torch.float32
-
-
-class ShardedTrainer:
-    """This rank's share of a model, its optimisers and the steps that train it. Every method is for all ranks at once."""
+class ShardedTrainer(Trainer):
+    """This rank's share of a model and of its optimizers: Muon for hidden matrices, AdamW for the rest."""
 
     def __init__(
         self,
         config: ModelConfig,
         layout: Layout,
-        knobs: Knobs,
+        shape: tuple[int, int],
         values: Iterable[tuple[str, Tensor]] | int,
+        weight_decay: float = 0.05,
+        compute: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> None:
-        """`values` of all parameters by name, or the seed of random ones; torch.distributed must have been started."""
-        layout.check_trainable(config, knobs.rows, dist.get_world_size())
-        self.config, self.layout, self.knobs = config, layout, knobs
+        """shape: (rows of a step over all ranks, tokens of a row that the trunk reads).
+
+        `values` of all parameters by name, or the seed of random ones; torch.distributed must have been started.
+        """
+        rows, seq_len = shape
+        layout.check_trainable(config, rows, dist.get_world_size())
+        self.config, self.layout, self.compute, self.weight_decay = config, layout, compute, weight_decay
         self.mesh = Mesh.of(layout, device)
+        self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank(), layout.dp
+        # of the step at hand, for the loss at the end of a pipeline
+        self.weights, self.counts, self.row_share = LossWeights(), [1.0], 1.0
         self.models, roots = self._build(values)
+        self.model = self.models[0]
+        self.routers: list[Router] = [router for model in self.models for router in model.routers()]
+        self.is_whole = layout.pp == 1
         self.sharding: Sharding = (
             FullyShard(roots, self.models, layout, self.mesh)
             if layout.sharding == "fsdp"
@@ -61,20 +63,19 @@ class ShardedTrainer:
         self.parts = [part for stage in self.sharding.parts for part in stage]
         self._mark_copies()
         stages = [root for root in roots if isinstance(root, PipelineStage)]
-        self.pipeline = Pipeline(stages, layout, self.mesh, knobs.rows // layout.dp, knobs.length) if stages else None
-        self.optimisers = [self._optimisers(stage) for stage in self.sharding.parts]
+        self.pipeline = Pipeline(stages, layout, self.mesh, rows // layout.dp, seq_len) if stages else None
+        self.optimizers = [self._optimizers(stage) for stage in self.sharding.parts]
+        self._steps: Steps | None = None
 
     def _build(self, values: Iterable[tuple[str, Tensor]] | int) -> tuple[list[Transformer], list[nn.Module]]:
         """This rank's models, one per stage, and what is called in their place."""
-        config, knobs, count = self.config, self.knobs, self.layout.stages
-        models = [blank(config, knobs.compute) for _ in self.stages]
+        config, count = self.config, self.layout.stages
+        models = [blank(config, self.compute) for _ in self.stages]
         roots: list[nn.Module] = list(models)
         if self.layout.pp > 1:
             models = [cut(model, stage, count) for model, stage in zip(models, self.stages, strict=True)]
-            weights = knobs.mtp_weight, knobs.balance_alpha
             roots = [
-                PipelineStage(model, stage, count, self._loss, weights)
-                for model, stage in zip(models, self.stages, strict=True)
+                PipelineStage(model, stage, count, self._loss) for model, stage in zip(models, self.stages, strict=True)
             ]
         values = initial_values(config, values) if isinstance(values, int) else values
         fill(models, values, self.mesh, fsdp=self.layout.sharding == "fsdp")
@@ -88,93 +89,129 @@ class ShardedTrainer:
         """The numbers of this rank's pipeline stages."""
         return list(self.layout.stages_of(self.mesh.pp.get_local_rank()))
 
-    @property
-    def data_rank(self) -> int:
-        """Which of layout.dp equal shares of a step's rows this rank reads."""
-        return self.mesh.dp.get_local_rank()
-
     def _mark_copies(self) -> None:
         for stage, parts in zip(self.stages, self.sharding.parts, strict=True):
             for part in parts:
                 part.is_copy = part.name == "embed" and stage > 0
 
-    def _optimisers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon, ShardedAdam]:
+    def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon, ShardedAdam]:
         matrices = [(p.name, p.value) for p in parts if is_matrix(p.name, p.value)]
         others = [(p.name, p.value) for p in parts if not is_matrix(p.name, p.value)]
-        muon = ShardedMuon(matrices, weight_decay=self.knobs.weight_decay, compute=self.knobs.compute)
+        muon = ShardedMuon(matrices, weight_decay=self.weight_decay, compute=self.compute)
         adam = ShardedAdam(others, betas=(0.9, 0.95), weight_decay=0.0)
         adam.begin()
         return muon, adam
 
-    def _loss(self, model: Transformer, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The main and the MTP loss at the end of a pipeline."""
-        return next_tokens(model, hidden, tokens, bool(self.knobs.mtp_weight))
+    # ---- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, tokens: Tensor, muon_lr: float, adam_lr: float) -> dict[str, float]:
-        """One step on this rank's rows (rows / data, length + 1 + depths); the same numbers on every rank.
-
-        Losses are means over all tokens of the step, however they are cut: all parts are equally large. Where the norm of
-        the gradient is not finite, nothing changes.
-        """
+    def zero(self) -> None:
         self.sharding.zero()
-        losses = self._backward(tokens)
+
+    def backward(
+        self,
+        batch: Batch | None,
+        counts: Sequence[float],
+        weights: LossWeights,
+        row_share: float = 1.0,
+        main_loss: MainLoss | None = None,
+    ) -> Tensor:
+        """As for every trainer; this rank's rows are cut into the layout's micro-batches."""
+        assert batch is not None, "on a layout every rank has rows in every step"
+        self.weights, self.counts = weights, list(counts)
+        parts = self.layout.micro_batches
+        self.row_share = row_share / parts
+        if self.pipeline is not None:
+            assert main_loss is None and batch.padding_mask is None and batch.document_ids is None, "windows only"
+            losses = self.pipeline.run(torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1))
+        else:
+            losses = torch.zeros(3, device=self.mesh.device)
+            for micro in batch.chunk(parts):
+                found = training_losses(self.model, micro, counts, weights, self.row_share, main_loss)
+                found.total(weights).backward()  # type: ignore[no-untyped-call]
+                losses += found.detached().to(losses.device)
+        dist.all_reduce(losses)
+        return losses.cpu()
+
+    def _loss(
+        self, model: Transformer, hidden: Tensor, tokens: Tensor, mean_balance: Callable[[bool], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The loss at the end of a pipeline, and its parts (3,)."""
+        batch, with_mtp = of_windows(tokens, model.config.num_nextn_predict_layers), self.weights.mtp > 0
+        main, mtp = token_losses(model, hidden, batch, self.counts, with_mtp)
+        losses = Losses(main, mtp, mean_balance(with_mtp) * self.row_share)
+        return losses.total(self.weights), losses.detached()
+
+    def finish(self, max_norm: float) -> float:
         self.sharding.reduce()
         if self.layout.pp > 1 and is_twice(self.config):
             sum_copies(self.parts, self.mesh, self.layout)
-        parts_of_a_step = self.layout.dp * self.layout.micro_batches
-        norm = finish(self.parts, 1 / parts_of_a_step, self.knobs.clip)
-        if math.isfinite(norm):
-            for muon, adam in self.optimisers:
-                muon.step(muon_lr)
-                adam.step(adam_lr)
-            self.sharding.publish()
-        violation, idle = self._balance(update=math.isfinite(norm))
-        dist.all_reduce(losses)
-        main, mtp, balance = (losses / parts_of_a_step).tolist()
-        return {
-            "loss": main,
-            "mtp_loss": mtp,
-            "balance": balance,
-            "grad_norm": norm,
-            "max_violation": violation,
-            "idle_experts": idle,
-        }
+        return finish(self.parts, max_norm)
 
-    def _backward(self, tokens: Tensor) -> Tensor:
-        """Gradients, and (main, MTP, balance) summed over micro-batches; zeros where another rank has the losses."""
-        if self.pipeline is not None:
-            return self.pipeline.run(tokens)
-        knobs = self.knobs
-        found = [
-            backward(self.models[0], rows, knobs.mtp_weight, knobs.balance_alpha)
-            for rows in tokens.chunk(self.layout.micro_batches)
-        ]
-        device = self.mesh.device  # a loss that was left out may lie elsewhere
-        losses = [torch.stack([t.to(device) for t in (f.main, f.mtp, f.balance)]) for f in found]
-        return torch.stack(losses).sum(0)
+    def update(self, *lrs: float) -> None:
+        """Muon's learning rate and AdamW's."""
+        muon_lr, adam_lr = lrs
+        for muon, adam in self.optimizers:
+            muon.step(muon_lr)
+            adam.step(adam_lr)
+        self.sharding.publish()
 
-    def routers(self) -> list[Router]:
-        """Those of this rank's stages."""
-        return [router for model in self.models for router in model.routers()]
-
-    def _balance(self, update: bool) -> tuple[float, int]:
-        """Update every router's bias from the load of the whole step; the largest violation, how many idle experts."""
-        routers = self.routers()
-        worst = torch.zeros(1, device=self.mesh.device)
-        idle = torch.zeros(1, device=self.mesh.device)
+    def balance(self, speed: float) -> Health:
+        """As for every trainer; the health's loads are those of this rank's stages."""
+        routers, device = self.routers, self.mesh.device
+        worst, idle = torch.zeros(1, device=device), torch.zeros(1, device=device)
+        loads: list[Tensor] = []
         if routers:
-            loads = torch.stack([router.load for router in routers])
-            dist.all_reduce(loads, group=self.mesh.dp.get_group())
-            for router, load in zip(routers, loads, strict=True):
+            summed = torch.stack([router.load for router in routers])
+            dist.all_reduce(summed, group=self.mesh.dp.get_group())
+            for router, load in zip(routers, summed, strict=True):
                 router.load.copy_(load)
-                if update:
-                    router.update_bias(self.knobs.bias_speed)
-                router.load.zero_()
+                router.update_bias(speed)
+            loads = list(summed)
             worst[0] = max(max_violation(load) for load in loads)
-            idle[0] = (loads == 0).sum() / self.layout.dp  # every data rank counts the same
+            idle[0] = (summed == 0).sum() / self.layout.dp  # every data rank counts the same
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         dist.all_reduce(idle)
-        return worst.item(), round(idle.item())
+        return Health(worst.item(), round(idle.item()), loads)
+
+    def forget_loads(self) -> None:
+        for router in self.routers:
+            router.load.zero_()
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def steps(self, run: StageRun, keep: int = 2) -> Steps:
+        """The run's checkpoints, made at the first call, on all ranks."""
+        self._steps = self._steps or Steps(run.folder / SHARDS, keep)
+        return self._steps
+
+    def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int = 2) -> None:
+        """Start writing a checkpoint, while training goes on; the one before it is whole by then."""
+        self.steps(run, keep).begin(step, self.state(), meta)
+
+    def settle(self) -> None:
+        if self._steps is not None:
+            self._steps.finish()
+
+    def whole(self, run: StageRun) -> tuple[Transformer, World] | None:
+        """Put together in the writer's memory, out of the last checkpoint."""
+        self.settle()
+        if not run.is_writer:
+            return None
+        model = Transformer(self.config)
+        model.load_state_dict(whole_model(newest(self.steps(run).folder), self.config))
+        return model, World()
+
+    def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
+        """The newest checkpoint, whatever layout wrote it."""
+        self.settle()
+        return self.load(self.steps(run))
+
+    def load(self, steps: Steps) -> tuple[int, dict[str, Any]] | None:
+        """Take up the newest of these checkpoints."""
+        copies = {n: t for i in range(len(self.models)) for n, t in self._state(i) if self._is_copy(n, i)}
+        found = steps.load_newest(self.state(), copies)
+        self.sharding.publish()
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint keeps, under the names that one rank would give it, "model." before the model's.
@@ -189,19 +226,12 @@ class ShardedTrainer:
             state |= {f"model.{name}": model.get_buffer(name) for name in names}
         return state
 
-    def resume(self, steps: Steps) -> tuple[int, dict[str, Any]] | None:
-        """Take up the newest checkpoint, whatever layout wrote it; its step and meta, or None where there is none."""
-        copies = {n: t for i in range(len(self.models)) for n, t in self._state(i) if self._is_copy(n, i)}
-        found = steps.load_newest(self.state(), copies)
-        self.sharding.publish()
-        return found
-
     def _is_copy(self, name: str, stage: int) -> bool:
         return self.stages[stage] > 0 and (name == "model.embed" or name.startswith("adam.embed."))
 
     def _state(self, stage: int) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and their optimisers' state; DCP's safetensors have no tensors without a dimension."""
-        muon, adam = self.optimisers[stage]
+        """Parameters and their optimizers' state; DCP's safetensors have no tensors without a dimension."""
+        muon, adam = self.optimizers[stage]
         for part in self.sharding.parts[stage]:
             yield f"model.{part.name}", part.value.detach()
         for name, tensor in (muon.state() | adam.state()).items():

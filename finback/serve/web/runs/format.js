@@ -75,7 +75,7 @@ const NAMES = {
   groups_with_gradient: "Groups with a gradient",
   seconds: "Seconds a step",
   update_seconds: "Seconds an update",
-  tokens_taught: "Tokens taught",
+  labels: "Tokens learnt",
   tokens_with_gradient: "Tokens with a gradient",
   answers: "Answers a step",
   memory: "Memory",

@@ -1,18 +1,18 @@
-"""Prompts -> samples -> verdicts, what evaluation, probes and RL all do; and samples -> padded training batches."""
+"""Problems -> completions -> verdicts, what evaluation, probes and RL all do; and completions -> training batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from finback.config import UserError
-from finback.data.messages import Message, Response, encode_prompt, parse_response
+from finback.data.messages import IGNORE, Message, Response, encode_prompt, parse_response
 from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import Completion, SamplingParams
 from finback.tasks.task import NO_ANSWER, Problem, Task, Verdict, judged
+from finback.train.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Rollout:
     completion: Completion
     response: Response
     verdict: Verdict
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.prompt) + len(self.completion.tokens)
 
 
 def rollout(
@@ -79,68 +84,38 @@ def record(r: Rollout) -> dict[str, Any]:
     }
 
 
-@dataclass
-class Group:
-    """One question's answers, what each has earned by part, and what each is credited with."""
-
-    rollouts: list[Rollout]
-    earned: list[dict[str, float]]
-    credit: list[float] = field(default_factory=list)
-
-    @property
-    def rewards(self) -> list[float]:
-        """What each answer has earned in all."""
-        return [sum(parts.values()) for parts in self.earned]
-
-    @property
-    def differs(self) -> bool:
-        """Whether one answer earned something else than another."""
-        return max(self.rewards) - min(self.rewards) > 1e-6
+def learnable(rollouts: Sequence[Rollout], advantages: Sequence[float], all_rows: bool) -> list[tuple[Rollout, float]]:
+    """Answers to learn from, longest first: those without advantage only with `all_rows` (a divergence acts on them too)."""
+    rows = [(r, float(a)) for r, a in zip(rollouts, advantages, strict=True) if a != 0 or all_rows]
+    return sorted(rows, key=lambda pair: -pair[0].length)
 
 
-@dataclass
-class Batch:
-    """Answers that are learnt from, padded: tokens (rows, length), the rest aligned with predicted tokens."""
-
-    tokens: Tensor
-    real: Tensor  # (rows, length) False for padding
-    old: Tensor  # (rows, length - 1) the engine's log-probabilities
-    mask: Tensor  # (rows, length - 1) 1 where a generated token is predicted
-    advantage: Tensor  # (rows,)
-    anchor: Tensor | None = None  # (rows, length - 1) the trainer's, before any update; None: take the engine's
-    reference: Tensor | None = None  # (rows, length - 1) the reference model's
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same answers where a model computes."""
-        return replace(self, **{name: t.to(device) for name, t in vars(self).items() if t is not None})
-
-
-def batches(
-    rollouts: Sequence[Rollout], credit: Sequence[float], micro_tokens: int, all_rows: bool = False
-) -> list[Batch]:
-    """Answers longest first, cut into batches of at most micro_tokens padded tokens.
-
-    Those without credit are left out unless `all_rows` (a divergence acts on them too).
-    """
-    rows = [(r, float(a)) for r, a in zip(rollouts, credit, strict=True) if a != 0 or all_rows]
-    rows.sort(key=lambda pair: -len(pair[0].prompt) - len(pair[0].completion.tokens))
+def batches(rows: Sequence[tuple[Rollout, float]], micro_tokens: int) -> list[Batch]:
+    """Answers with their advantages, longest first, as batches of at most micro_tokens padded tokens."""
     made, start = [], 0
     while start < len(rows):
-        length = len(rows[start][0].prompt) + len(rows[start][0].completion.tokens)
-        stop = min(len(rows), start + max(1, micro_tokens // length))
-        made.append(_pad(rows[start:stop], length))
+        stop = min(len(rows), start + max(1, micro_tokens // rows[start][0].length))
+        made.append(_padded(rows[start:stop]))
         start = stop
     return made
 
 
-def _pad(rows: list[tuple[Rollout, float]], length: int) -> Batch:
-    tokens = torch.zeros(len(rows), length, dtype=torch.long)
-    real = torch.zeros(len(rows), length, dtype=torch.bool)
-    old, mask = torch.zeros(len(rows), length - 1), torch.zeros(len(rows), length - 1)
+def _padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
+    shape = len(rows), rows[0][0].length
+    tokens, padding_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    labels, logprobs = torch.full(shape, IGNORE), torch.zeros(shape)
     for row, (r, _) in enumerate(rows):
-        prompt, made = len(r.prompt), len(r.completion.tokens)
-        tokens[row, : prompt + made] = torch.tensor(r.prompt + r.completion.tokens)
-        real[row, : prompt + made] = True
-        old[row, prompt - 1 : prompt + made - 1] = torch.tensor(r.completion.logprobs)
-        mask[row, prompt - 1 : prompt + made - 1] = 1.0
-    return Batch(tokens, real, old, mask, torch.tensor([a for _, a in rows]))
+        prompt, end = len(r.prompt), r.length
+        tokens[row, :end] = torch.tensor(r.prompt + r.completion.tokens)
+        padding_mask[row, :end] = True
+        labels[row, prompt - 1 : end - 1] = torch.tensor(r.completion.tokens)
+        logprobs[row, prompt - 1 : end - 1] = torch.tensor(r.completion.logprobs)
+    return Batch(
+        # nothing is predicted from the last token
+        tokens[:, :-1],
+        labels[:, :-1],
+        shape[1] - 1,
+        padding_mask[:, :-1],
+        rollout_logprobs=logprobs[:, :-1],
+        advantages=torch.tensor([a for _, a in rows]),
+    )

@@ -1,0 +1,159 @@
+"""Fine-tuning step by step, for SFT and distillation: they differ in where batches come from and in the main loss."""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint import models
+from finback.config import UserError
+from finback.data.tokenizer import Tokenizer
+from finback.model.config import ModelConfig
+from finback.model.count import forward_flops_of, training_flops_of
+from finback.parallel.mesh import World
+from finback.runs.folder import StageRun
+from finback.train import rates
+from finback.train.batch import Batch
+from finback.train.loop import Loop
+from finback.train.loss import LossWeights
+from finback.train.optim import Adam
+from finback.train.precision import COMPUTE
+from finback.train.trainer import ReplicatedTrainer, Trainer, demand_finite
+
+if TYPE_CHECKING:
+    from finback.stages.sft import SFT
+
+
+class Batches(Protocol):
+    """Where the batches of a fine-tuning run come from."""
+
+    steps: int
+    # whether the model itself makes what is learnt, at a step's cost
+    generates: bool
+    # what there is to say of them in the stage's results
+    results: dict[str, Any]
+
+    def batch(self, step: int) -> tuple[Batch | None, int]:
+        """This rank's rows of a step (from 1 on), None where it has none, and how many rows all ranks have."""
+        ...
+
+
+class Teacher(Protocol):
+    """A main loss that asks another model."""
+
+    config: ModelConfig
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Summed over the batch's labels, from the student's last states (rows, seq_len, d)."""
+        ...
+
+
+class FineTuning:
+    """The state of one fine-tuning run; a Loop calls its steps."""
+
+    def __init__(
+        self,
+        stage: "SFT",
+        run: StageRun,
+        trainer: Trainer,
+        tokenizer: Tokenizer,
+        batches: Batches,
+        teacher: Teacher | None = None,
+    ) -> None:
+        self.stage, self.run, self.trainer, self.tokenizer = stage, run, trainer, tokenizer
+        self.batches, self.teacher = batches, teacher
+        assert isinstance(run.ranks, World), "training exchanges gradients over a World"
+        self.world = run.ranks
+        self.config = trainer.model.config
+        self.depths = depths(stage, self.config)
+        self.total, self.unit = float(batches.steps), "steps"
+        self.steps_done, self.tokens = 0, 0
+
+    def loop(self) -> Loop:
+        return Loop(self.run, self.trainer, self, self.stage.checkpoint_steps, COMPUTE[self.stage.compute])
+
+    def done(self) -> float:
+        return self.steps_done
+
+    def finished(self) -> bool:
+        return self.steps_done >= self.batches.steps
+
+    def step(self, loop: Loop) -> dict[str, Any]:
+        """One update; the loss is the mean over all labels of the step, whatever the number of ranks."""
+        stage, trainer = self.stage, self.trainer
+        batch, rows = self.batches.batch(loop.step)
+        labels = self._account(batch, loop)
+        weights = LossWeights(stage.mtp_weight, stage.balance_alpha)
+        main_loss = None if self.teacher is None else self.teacher.loss
+        trainer.zero()
+        on_device = None if batch is None else batch.to(self.world.device)
+        # a mean over rows, of which the last step of an epoch has fewer than ranks want
+        share = 0.0 if batch is None else len(batch.tokens) / rows
+        losses = trainer.backward(on_device, [max(labels, 1.0)] * (1 + self.depths), weights, share, main_loss)
+        norm = trainer.finish(stage.max_grad_norm)
+        demand_finite(norm, f"{stage.name}.lr", stage.lr, loop.step)
+        lr = stage.lr * rates.cosine(loop.step / self.batches.steps, stage.warmup, stage.final_lr)
+        trainer.update(lr)
+        if stage.bias_speed:
+            trainer.balance(stage.bias_speed)
+        else:  # nobody asks for the loads, so ranks need not add them up
+            trainer.forget_loads()
+        self.steps_done = loop.step
+        loss, mtp, _ = losses.tolist()
+        return {"loss": loss, "mtp_loss": mtp, "grad_norm": norm, "lr": lr, "labels": labels}
+
+    def _account(self, batch: Batch | None, loop: Loop) -> float:
+        """Labels of the step over all ranks; what it costs goes to the ledger."""
+        mine = torch.zeros(5, dtype=torch.float64)
+        if batch is not None:
+            lengths = batch.lengths()
+            forward = forward_flops_of(self.config, lengths) if self.batches.generates else 0.0
+            asked = forward_flops_of(self.teacher.config, lengths) if self.teacher is not None else 0.0
+            training = training_flops_of(self.config, lengths, mtp=self.depths > 0)
+            mine += torch.tensor([int(batch.learnt.sum()), sum(lengths), training, forward, asked])
+        labels, tokens, training, generation, auxiliary = self.world.sum_(mine).tolist()
+        self.tokens += int(tokens)
+        flops = {"training": training}
+        if self.batches.generates:
+            flops["generation"] = generation
+        if self.teacher is not None:
+            flops["auxiliary"] = auxiliary
+        loop.spend(int(tokens), int(labels) if self.batches.generates else 0, **flops)
+        return float(labels)
+
+    def note(self, metrics: dict[str, Any]) -> str:
+        return f"loss {metrics['loss']:.3f}"
+
+    def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
+        """Nothing: SFT looks at the model at the end."""
+
+    def state(self) -> dict[str, Any]:
+        return {"steps_done": self.steps_done, "tokens": self.tokens}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.steps_done, self.tokens = state["steps_done"], state["tokens"]
+
+    def finish(self, loop: Loop) -> dict[str, Any]:
+        self.trainer.export(self.run, self.run.folder, self.tokenizer)
+        return {"steps": loop.step, "tokens": self.tokens, **self.batches.results}
+
+
+def begin(stage: "SFT", run: StageRun) -> tuple[ReplicatedTrainer, Tokenizer]:
+    """The trainer and the tokenizer of `stage.start`."""
+    assert isinstance(run.ranks, World), "training exchanges gradients over a World"
+    folder = run.input(stage.start)
+    model = models.load(folder, COMPUTE[stage.compute]).to(run.ranks.device).train()
+    adam = Adam(list(model.named_parameters()), betas=(0.9, 0.95), weight_decay=stage.weight_decay)
+    return ReplicatedTrainer(model, run.ranks, [adam]), Tokenizer(folder)
+
+
+def depths(stage: "SFT", config: ModelConfig) -> int:
+    """How many MTP modules are trained."""
+    return config.num_nextn_predict_layers if stage.mtp_weight else 0
+
+
+def demand_window(stage: "SFT", config: ModelConfig) -> None:
+    """UserError where rows are longer than the model reads."""
+    window = config.max_position_embeddings
+    if stage.seq_len > window:
+        raise UserError(f"{stage.name}.seq_len", stage.seq_len, f"the model reads {window} tokens", "Lower it.")

@@ -1,0 +1,160 @@
+"""GRPO's asking: groups of answers to each question, what they earn, and their advantages."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finback.data.tokenizer import Tokenizer
+from finback.engine.engine import Engine
+from finback.engine.request import SamplingParams
+from finback.parallel.mesh import World
+from finback.rollouts.rollouts import Rollout, record, rollout
+from finback.runs.folder import StageRun
+from finback.tasks import task as tasks
+from finback.tasks.task import Problem
+from finback.train import grpo_loss
+
+if TYPE_CHECKING:
+    from finback.stages.grpo import GRPO
+
+
+@dataclass
+class Group:
+    """One question's answers, what each earns by part, and each one's advantage."""
+
+    rollouts: list[Rollout]
+    parts: list[dict[str, float]]
+    advantages: list[float] = field(default_factory=list)
+
+    @property
+    def rewards(self) -> list[float]:
+        """What each answer earns in all."""
+        return [sum(parts.values()) for parts in self.parts]
+
+    @property
+    def differs(self) -> bool:
+        """Whether one answer earns something else than another."""
+        return max(self.rewards) - min(self.rewards) > 1e-6
+
+
+class GroupSampler:
+    """Samples this rank's groups of a step, by an engine on the very weights that are trained."""
+
+    def __init__(self, stage: "GRPO", run: StageRun, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.stage, self.run, self.engine, self.tokenizer = stage, run, engine, tokenizer
+        assert isinstance(run.ranks, World), "RL exchanges gradients over a World"
+        self.world = run.ranks
+
+    def sample(self, step: int) -> tuple[list[Group], list[Group]]:
+        """All groups that were asked, and those that are learnt from, with their advantages; in order."""
+        stage, world = self.stage, self.world
+        rng = random.Random(self.run.seed("questions", step))
+        problems = [tasks.draw(stage.task, "train", rng) for _ in range(stage.prompts_per_step)]
+        mine = range(world.rank, stage.prompts_per_step, world.size)
+        groups = self.ask([problems[i] for i in mine], [("answer", step, i) for i in mine])
+        asked = list(groups)
+        for turn in range(stage.resample):
+            idle = [place for place, group in enumerate(groups) if not group.differs]
+            seeds = [("again", step, turn, mine[place]) for place in idle]
+            rngs = [random.Random(self.run.seed("question", *seed)) for seed in seeds]
+            others = self.ask([tasks.draw(stage.task, "train", rng) for rng in rngs], seeds)
+            for place, group in zip(idle, others, strict=True):
+                groups[place] = group
+            asked += others
+        self.give_advantages(groups, step)
+        return asked, groups
+
+    def ask(self, problems: list[Problem], seeds: Sequence[tuple[object, ...]]) -> list[Group]:
+        """Answer each problem num_generations times; answer k of a problem uses random numbers of (its seed, k)."""
+        stage = self.stage
+        count = range(stage.num_generations)
+        rollouts = rollout(
+            self.engine,
+            self.tokenizer,
+            stage.task,
+            [p for p in problems for _ in count],
+            [self.run.seed(*seed, k) for seed in seeds for k in count],
+            SamplingParams(stage.temperature, stage.max_tokens),
+            stage.think,
+        )
+        answers = [rollouts[start : start + len(count)] for start in range(0, len(rollouts), len(count))]
+        return [Group(group, self.rewarded(group)) for group in answers]
+
+    def rewarded(self, group: list[Rollout]) -> list[dict[str, float]]:
+        """What each answer to one question earns, by part."""
+        stage, reward = self.stage, self.stage.reward
+        lengths = [len(r.completion.tokens) for r in group]
+        earned = [
+            reward.parts(r.verdict, r.response.reasoning, r.response.thinks, n, stage.max_tokens)
+            for r, n in zip(group, lengths, strict=True)
+        ]
+        empty = [r.response.thinks and not r.response.reasoning for r in group]
+        good = [i for i, r in enumerate(group) if r.verdict.well_formed and not empty[i]]
+        if reward.judge is not None and good:
+            answers = [group[i].response.answer for i in good]
+            # one alone has nothing to be compared with
+            preferences = reward.judge.prefer(group[0].problem.question, answers) if len(good) > 1 else [0.5]
+            for i, preference in zip(good, preferences, strict=True):
+                earned[i]["preference"] = reward.preference * preference
+        if stage.overlong:
+            for parts, n in zip(earned, lengths, strict=True):
+                over = max(0, n - (stage.max_tokens - stage.overlong))
+                parts["overlong"] = -stage.overlong_penalty * over / stage.overlong
+        return earned
+
+    def give_advantages(self, groups: list[Group], step: int) -> None:
+        """Advantages by group; the control hands rewards around at random first."""
+        rewards = torch.tensor([group.rewards for group in groups])
+        if self.stage.shuffle_rewards:
+            rewards = rewards.flatten()[self.shuffled_places(rewards.numel(), step)].view_as(rewards)
+        for group, row in zip(groups, grpo_loss.advantages(rewards, self.stage.normalise), strict=True):
+            group.advantages = row.tolist()
+
+    def shuffled_places(self, count: int, step: int) -> list[int]:
+        """Whose reward each of a step's answers on this rank gets in the control with shuffled rewards."""
+        generator = torch.Generator().manual_seed(self.run.seed("shuffle", step, self.world.rank))
+        return torch.randperm(count, generator=generator).tolist()
+
+    def write_samples(self, asked: list[Group], step: int) -> None:
+        """Append every answer of the step, with what it earns, to samples.jsonl."""
+        mine = [
+            {"step": step, **record(r), "reward": parts, "advantage": round(advantage, 4) if group.advantages else None}
+            for group in asked
+            for r, parts, advantage in zip(
+                group.rollouts, group.parts, group.advantages or [0.0] * len(group.rollouts), strict=True
+            )
+        ]
+        self.run.log_samples([r for rank in self.world.gather(mine) for r in rank])
+
+    def describe(self, asked: list[Group], learnt: list[Group]) -> dict[str, Any]:
+        """Means over all ranks' answers of a step, those to replaced questions included."""
+        rollouts = [r for group in asked for r in group.rollouts]
+        earned = [parts for group in asked for parts in group.parts]
+        names = [*self.stage.reward.names, *(["overlong"] if self.stage.overlong else [])]
+        sums = [
+            len(rollouts),
+            sum(r.verdict.correct for r in rollouts),
+            sum(r.verdict.well_formed for r in rollouts),
+            sum(r.response.thinks for r in rollouts),
+            sum(len(r.completion.tokens) for r in rollouts),
+            sum(r.completion.finish_reason == "length" for r in rollouts),
+            sum(group.differs for group in learnt),
+            *(sum(parts[name] for parts in earned) for name in names),
+        ]
+        n, right, formed, thinks, length, cut, varied, *parts = self.world.sum_(
+            torch.tensor(sums, dtype=torch.float64)
+        ).tolist()
+        return {
+            "reward": sum(parts) / n,
+            **{f"reward_{k}": v / n for k, v in zip(names, parts, strict=True)},
+            "accuracy": right / n,
+            "well_formed": formed / n,
+            "thinks": thinks / n,
+            "length": length / n,
+            "truncated": cut / n,
+            "groups_with_gradient": varied / self.stage.prompts_per_step,
+            "answers": n,
+        }

@@ -1,0 +1,241 @@
+"""GRPO's learning: log-probabilities, the clipped surrogate, updates; the state of one RL run between its steps."""
+
+import copy
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint import models
+from finback.config import UserError
+from finback.data.tokenizer import Tokenizer
+from finback.engine.engine import Engine
+from finback.model.count import forward_flops_of, training_flops_of
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import World
+from finback.rollouts.rollouts import Rollout, batches, learnable
+from finback.runs.folder import StageRun
+from finback.stages.grpo_sampling import Group, GroupSampler
+from finback.train import grpo_loss, rates
+from finback.train.batch import Batch
+from finback.train.loop import Loop
+from finback.train.loss import token_logprobs
+from finback.train.optim import Adam
+from finback.train.precision import COMPUTE
+from finback.train.trainer import Frozen, ReplicatedTrainer, demand_finite
+
+if TYPE_CHECKING:
+    from finback.stages.grpo import GRPO
+
+# (batches, how many answers they stand for) of one update
+Share = tuple[list[Batch], int]
+
+
+class Reinforcement:
+    """Samples, gives advantages, learns; a Loop calls its steps."""
+
+    def __init__(self, stage: "GRPO", run: StageRun) -> None:
+        self.stage, self.run = stage, run
+        assert isinstance(run.ranks, World), "RL exchanges gradients over a World"
+        self.world = run.ranks
+        share = stage.prompts_per_step // stage.updates
+        if share % self.world.size:
+            raise UserError(
+                f"{stage.name}.prompts_per_step",
+                stage.prompts_per_step,
+                f"{share} questions per update do not divide among {self.world.size} ranks",
+                "Use --ranks.",
+            )
+        folder = run.input(stage.start)
+        self.tokenizer = Tokenizer(folder)
+        self.model = models.load(folder, COMPUTE[stage.compute]).to(self.world.device)
+        # the MTP modules stay as they are
+        named = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
+        self.reference = Frozen(copy.deepcopy(self.model), "reference") if stage.objective.beta else None
+        extras = [self.reference] if self.reference is not None else []
+        adam = Adam(named, betas=(0.9, 0.95), weight_decay=0.0)
+        self.trainer = ReplicatedTrainer(self.model, self.world, [adam], named, extras)
+        self.engine = Engine(self.model, self.tokenizer.stops)
+        self.sampler = GroupSampler(stage, run, self.engine, self.tokenizer)
+        self.total, self.unit = float(stage.steps), "steps"
+        self.steps_done = 0
+        self.totals = {"tokens_trained": 0, "tokens_generated": 0}
+
+    def loop(self) -> Loop:
+        return Loop(self.run, self.trainer, self, self.stage.checkpoint_steps, COMPUTE[self.stage.compute])
+
+    def done(self) -> float:
+        return self.steps_done
+
+    def finished(self) -> bool:
+        return self.steps_done >= self.stage.steps
+
+    def step(self, loop: Loop) -> dict[str, Any]:
+        stage, trainer, lr = self.stage, self.trainer, self.lr(loop.step)
+        asked, groups = self.sampler.sample(loop.step)
+        begin = time.perf_counter()
+        rows = [self._learnable(share) for share in self._shares(groups)]
+        work = [(self._batches(pairs), answers) for pairs, answers in rows]
+        seen, worst, norm = torch.zeros(7, dtype=torch.float64), 0.0, 0.0
+        self.model.train()
+        for epoch in range(stage.epochs):
+            for number, (parts, answers) in enumerate(work):
+                # later the weights are not those any more that the engine sampled with
+                sums, gap, norm = self._update(parts, answers, loop.step, fresh=epoch == number == 0)
+                seen, worst = seen + sums, max(worst, gap)
+        health = trainer.balance(stage.bias_speed)
+        if self.reference is not None and stage.reference_steps and loop.step % stage.reference_steps == 0:
+            self.reference.refresh(self.model)
+        loss, clipped, entropy, kl, tokens, gap, compared = self.world.sum_(seen).tolist()
+        with_gradient, tokens, compared = tokens, max(tokens, 1.0), max(compared, 1.0)
+        metrics = self.sampler.describe(asked, groups)
+        self._account(loop, [r for group in asked for r in group.rollouts], [r for pairs, _ in rows for r, _ in pairs])
+        self.sampler.write_samples(asked, loop.step)
+        self.steps_done = loop.step
+        return metrics | {
+            "loss": loss / (stage.epochs * stage.updates),
+            "clip_share": clipped / tokens,
+            "entropy": entropy / tokens,
+            "kl": kl / tokens,
+            "gap_mean": gap / compared,
+            "gap_max": max(self.world.gather(worst)),
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens_with_gradient": with_gradient,
+            "max_violation": health.violation,
+            "expert_load": health.shares,
+            "update_seconds": time.perf_counter() - begin,
+        }
+
+    def lr(self, step: int) -> float:
+        """A step's learning rate: up over the warm-up, level, and down over the last third."""
+        stage = self.stage
+        third = stage.steps // 3
+        factor = rates.warmup(step, stage.warmup)
+        return stage.lr * factor * rates.decay(step, stage.steps - third, third, stage.final_lr)
+
+    # ---- batches ---------------------------------------------------------------------------------------------------
+
+    def _shares(self, groups: list[Group]) -> list[list[Group]]:
+        """This rank's groups, one list for each of the step's updates."""
+        each = len(groups) // self.stage.updates
+        return [groups[start : start + each] for start in range(0, len(groups), each)]
+
+    def _learnable(self, share: list[Group]) -> tuple[list[tuple[Rollout, float]], int]:
+        """One update's answers with their advantages, and how many answers they stand for."""
+        pairs = [pair for g in share for pair in zip(g.rollouts, g.advantages, strict=True)]
+        if self.stage.mask_truncated:
+            pairs = [(r, a) for r, a in pairs if r.completion.finish_reason != "length"]
+        rollouts, advantages = [r for r, _ in pairs], [a for _, a in pairs]
+        return learnable(rollouts, advantages, all_rows=self.stage.objective.beta > 0), len(pairs)
+
+    def _batches(self, pairs: list[tuple[Rollout, float]]) -> list[Batch]:
+        """The batches of one update, with what they need of other models."""
+        stage = self.stage
+        parts = [batch.to(self.world.device) for batch in batches(pairs, stage.micro_tokens)]
+        self.model.eval()  # what is only looked at does not count as load
+        with torch.no_grad():
+            if stage.objective.importance_cap is not None:
+                parts = [replace(b, old_logprobs=self._logprobs(self.model, b)[0]) for b in parts]
+            if self.reference is not None:
+                parts = [replace(b, reference_logprobs=self._logprobs(self.reference.model, b)[0]) for b in parts]
+        self.model.train()
+        return parts
+
+    def _logprobs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the labels (rows, seq_len), 0 elsewhere, and their entropies (labels,)."""
+        tokens, padding_mask, _ = batch.inputs
+        hidden, learnt = model(tokens, padding_mask=padding_mask), batch.learnt
+        logprobs, entropy = token_logprobs(
+            hidden[learnt], model.head.weight, batch.labels[learnt], self.stage.temperature
+        )
+        return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(learnt, logprobs), entropy
+
+    # ---- updates ---------------------------------------------------------------------------------------------------
+
+    def _update(self, parts: list[Batch], answers: int, step: int, fresh: bool) -> tuple[Tensor, float, float]:
+        """One optimizer step; sums over this rank's tokens, its largest gap, and the gradient's norm."""
+        stage, trainer = self.stage, self.trainer
+        mine = torch.tensor([sum(float(b.learnt.sum()) for b in parts), float(answers)], dtype=torch.float64)
+        tokens, all_answers = self.world.sum_(mine).tolist()
+        whole = grpo_loss.share(stage.objective.average, tokens, all_answers, stage.max_tokens)
+        trainer.zero()
+        seen, worst = torch.zeros(7, dtype=torch.float64), 0.0
+        for batch in parts:
+            sums, gap = self._backward(batch, whole, fresh)
+            seen, worst = seen + sums, max(worst, gap)
+        norm = trainer.finish(stage.max_grad_norm)
+        demand_finite(norm, f"{stage.name}.lr", stage.lr, step)
+        if tokens and norm > 0:
+            trainer.update(self.lr(step))
+        return seen, worst, norm
+
+    def _backward(self, batch: Batch, whole: float, fresh: bool) -> tuple[Tensor, float]:
+        """Add one batch's gradient: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared; largest gap."""
+        objective, learnt = self.stage.objective, batch.learnt
+        mask, engine, advantages = learnt.float(), batch.rollout_logprobs, batch.advantages
+        assert engine is not None and advantages is not None, "a batch of answers"
+        new, entropy = self._logprobs(self.model, batch)
+        old = engine if batch.old_logprobs is None else batch.old_logprobs
+        loss, clipped = grpo_loss.surrogate(new, old, advantages, mask, objective)
+        if batch.old_logprobs is not None and objective.importance_cap is not None:
+            loss = loss * (batch.old_logprobs - engine).exp().clamp(max=objective.importance_cap)
+        kl = torch.zeros_like(new)
+        if batch.reference_logprobs is not None:
+            kl = grpo_loss.divergence(new, batch.reference_logprobs, objective.kl_estimator)
+            loss = loss + objective.beta * kl
+        loss = grpo_loss.total(loss, mask, objective.average) / whole
+        loss.backward()  # type: ignore[no-untyped-call]
+        own = new.detach() if fresh else old  # the trainer's view of what the engine sampled
+        gap = (own - engine)[learnt].abs()
+        compared = learnt.sum() if fresh or batch.old_logprobs is not None else learnt.sum() * 0
+        divergence = (kl.detach() * mask).sum()
+        sums = [loss.detach(), clipped.sum(), entropy.sum(), divergence, learnt.sum(), gap.sum(), compared]
+        return torch.stack([s.double() for s in sums]).cpu(), float(gap.max())
+
+    # ---- accounting, stopping and going on -------------------------------------------------------------------------
+
+    def _account(self, loop: Loop, asked: list[Rollout], learnt: list[Rollout]) -> None:
+        """Tokens and FLOPs of the step, all ranks' together."""
+        stage, config = self.stage, self.model.config
+        lengths = [r.length for r in learnt]
+        # what the reference, and the policy before its updates, say of the same answers
+        passes = (self.reference is not None) + (stage.objective.importance_cap is not None)
+        mine = [
+            sum(lengths) * stage.epochs,
+            sum(len(r.completion.tokens) for r in asked),
+            stage.epochs * training_flops_of(config, lengths, mtp=False),
+            forward_flops_of(config, [r.length for r in asked]),
+            passes * forward_flops_of(config, lengths),
+        ]
+        sums = self.world.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
+        trained, generated = int(sums[0]), int(sums[1])
+        self.totals["tokens_trained"] += trained
+        self.totals["tokens_generated"] += generated
+        loop.spend(trained, generated, training=sums[2], generation=sums[3], auxiliary=sums[4])
+
+    def note(self, metrics: dict[str, Any]) -> str:
+        return f"accuracy {metrics['accuracy']:.0%}  thinks {metrics['thinks']:.0%}  {metrics['length']:.0f} tokens"
+
+    def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
+        """UserError where trainer and engine disagree."""
+        if not metrics["gap_mean"] <= self.stage.max_gap:  # also when it is NaN
+            raise UserError(
+                f"{self.stage.name}.max_gap",
+                self.stage.max_gap,
+                f"trainer and engine differ by {metrics['gap_mean']:.2g} nats per token at step {loop.step}",
+                "They must be the same model: report this with the run folder, or raise max_gap knowingly.",
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {"totals": self.totals, "steps_done": self.steps_done}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.totals = {k: int(v) for k, v in state["totals"].items()}
+        self.steps_done = state["steps_done"]
+
+    def finish(self, loop: Loop) -> dict[str, Any]:
+        self.trainer.export(self.run, self.run.folder, self.tokenizer)
+        return {"steps": loop.step, **self.totals}

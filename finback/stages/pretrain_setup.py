@@ -1,0 +1,137 @@
+"""What pre-training begins with: the first weights, the precision, and the trainer that its layout asks for."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from finback.checkpoint import models
+from finback.config import UserError
+from finback.data.tokenizer import Tokenizer
+from finback.model.config import ModelConfig
+from finback.model.recompute import use_recompute
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import World
+from finback.runs.files import read_json, write_json
+from finback.runs.folder import StageRun
+from finback.stages.pretraining import Pretraining
+from finback.train.ema import EMA
+from finback.train.optim import Adam, Muon, is_matrix
+from finback.train.precision import dtype_of, rates, use_fp8
+from finback.train.trainer import ReplicatedTrainer
+
+if TYPE_CHECKING:
+    from finback.stages.pretrain import Pretrain
+
+
+def set_up(stage: "Pretrain", run: StageRun) -> Pretraining:
+    """The training of a stage, on its layout or with the whole model on every rank."""
+    assert isinstance(run.ranks, World), "training exchanges gradients over a World"
+    return _replicated(stage, run, run.ranks) if stage.layout is None else _sharded(stage, run, run.ranks)
+
+
+def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
+    for name in ("batch_size", "batch_size_start"):
+        if getattr(stage, name) % world.size:
+            problem = f"does not divide among {world.size} ranks"
+            raise UserError(f"{stage.name}.{name}", getattr(stage, name), problem, "Use --ranks.")
+    config, values = _beginning(stage, run)
+    precision = _choose_precision(stage, config, run, world)
+    dtype = dtype_of(precision)
+    if isinstance(values, int):
+        model = Transformer(config, dtype).initialise(values)
+    else:
+        model = values.with_config(config, dtype)
+    model = (use_fp8(model) if precision == "fp8" else model).to(world.device)
+    use_recompute(model, stage.recompute).train()
+    if stage.compile:
+        _compile(stage, run, model)
+    named = list(model.named_parameters())
+    matrices = [(n, p) for n, p in named if is_matrix(n, p)]
+    others = Adam([(n, p) for n, p in named if not is_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0)
+    average = EMA(model, stage.ema_decay) if stage.ema_decay else None
+    optimizers = _for_matrices(stage, matrices, world, dtype), others
+    trainer = ReplicatedTrainer(model, world, optimizers, extras=[average] if average else [])
+    return Pretraining(stage, run, trainer, config, precision, average)
+
+
+def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
+    from finback.train.sharded_trainer import ShardedTrainer  # a second of imports that only it needs
+
+    assert stage.layout is not None, "without a layout there is nothing to share out"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = stage.compute
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    config, start = _beginning(stage, run)
+    if not world.together:
+        problem = "wants ranks that talk to each other"
+        raise UserError(f"{stage.name}.layout", str(stage.layout), problem, "Use --ranks or torchrun.")
+    values: int | Iterator[tuple[str, Tensor]] = (
+        start if isinstance(start, int) else ((n, p.detach()) for n, p in start.named_parameters())
+    )
+    shape = stage.batch_size, stage.seq_len
+    trainer = ShardedTrainer(config, stage.layout, shape, values, stage.weight_decay, dtype_of(precision), device)
+    for model in trainer.models:
+        use_recompute(model, stage.recompute)
+    return Pretraining(stage, run, trainer, config, precision)
+
+
+def _beginning(stage: "Pretrain", run: StageRun) -> tuple[ModelConfig, int | Transformer]:
+    """The config, and the seed of random weights or the model of `start`, checked to speak the data's tokens."""
+    tokenizer = Tokenizer(run.input(stage.data))
+    if stage.model is not None:
+        return dataclasses.replace(stage.model, vocab_size=tokenizer.vocab_size), run.seed("weights")
+    folder = run.input(stage.start)
+    if Tokenizer(folder).as_json() != tokenizer.as_json():
+        raise UserError(
+            f"{stage.name}.start",
+            stage.start,
+            f"has another tokenizer than the data of {stage.data!r}",
+            "Give the prepare stage this model's tokenizer.",
+        )
+    model = models.load(folder)
+    return stage.adapted(model.config), model
+
+
+def _for_matrices(
+    stage: "Pretrain", named: list[tuple[str, nn.Parameter]], world: World, dtype: torch.dtype
+) -> Muon | Adam:
+    if stage.optimizer == "adamw":
+        return Adam(named, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
+    return Muon(named, world, weight_decay=stage.weight_decay, compute=dtype)
+
+
+def _compile(stage: "Pretrain", run: StageRun, model: Transformer) -> None:
+    from finback.train import compiling  # seconds of imports that only it needs
+
+    problem = compiling.why_not()
+    if problem:
+        raise UserError(
+            f"{stage.name}.compile",
+            True,
+            f"does not work here: {problem}",
+            "Install g++ and Python's headers (Debian: apt-get install g++ python3-dev), or leave it out.",
+        )
+    compiling.compile_blocks(model)
+    run.say(f"{stage.name:10} blocks are compiled in the first step, which may take a minute")
+
+
+def _choose_precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: World) -> str:
+    """fp32 or bf16, decided once per stage and written down, so that resuming cannot differ."""
+    path = run.folder / "precision.json"
+    if stage.compute != "auto":
+        return stage.compute
+    if path.is_file():
+        return str(read_json(path)["chosen"])
+    measured = rates(config, stage.batch_size // world.size, stage.seq_len, world.device)
+    # bf16 must win clearly, and on every rank: it costs digits
+    chosen = "bf16" if all(world.gather(measured["bf16"] > 1.15 * measured["fp32"])) else "fp32"
+    if run.is_writer:
+        write_json(path, {"chosen": chosen, "tokens_per_second_per_rank": measured})
+    run.ranks.barrier()
+    text = ", ".join(f"{name} {rate:,.0f}" for name, rate in measured.items())
+    run.say(f"{stage.name:10} computes in {chosen}: {text} tokens/s per rank")
+    return chosen

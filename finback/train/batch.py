@@ -1,0 +1,130 @@
+"""The one batch of all training stages: tokens, labels, masks, and for RL log-probabilities and advantages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finback.data.messages import IGNORE, Lesson
+from finback.data.rows import Row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to learn from. Every tensor but `advantages` is aligned with the positions that are read.
+
+    The trunk reads the first `seq_len` tokens of a row; behind them stand those that the MTP modules read.
+    """
+
+    # (rows, seq_len + depths)
+    tokens: Tensor
+    # (rows, seq_len + depths): the token that follows each position, IGNORE where it is not learnt
+    labels: Tensor
+    seq_len: int
+    # (rows, seq_len + depths): False for padding; None where there is none
+    padding_mask: Tensor | None = None
+    # (rows, seq_len + depths): which of its row's documents a token belongs to; None where rows are read as one
+    document_ids: Tensor | None = None
+    # (rows, seq_len), 0 where nothing is learnt: the engine's log-probabilities of the labels,
+    rollout_logprobs: Tensor | None = None
+    # the trainer's before the first update on them (None: the engine's are taken for them),
+    old_logprobs: Tensor | None = None
+    # and the reference model's
+    reference_logprobs: Tensor | None = None
+    # (rows,) of the answers
+    advantages: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same rows on another device."""
+        moved: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **moved)
+
+    def chunk(self, parts: int) -> list["Batch"]:
+        """The same rows as `parts` batches of equally many."""
+        each: dict[str, Any] = {name: t.chunk(parts) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return [replace(self, **{name: pieces[i] for name, pieces in each.items()}) for i in range(parts)]
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the trunk reads: tokens, padding_mask and document_ids, each (rows, seq_len) or None."""
+        tokens, padding, documents = (
+            None if t is None else t[:, : self.seq_len] for t in (self.tokens, self.padding_mask, self.document_ids)
+        )
+        assert tokens is not None
+        return tokens, padding, documents
+
+    @property
+    def learnt(self) -> Tensor:
+        """(rows, seq_len) True where a label is learnt."""
+        return self.labels[:, : self.seq_len] != IGNORE
+
+    def labels_at(self, depth: int) -> Tensor:
+        """Labels (rows, seq_len) of MTP's depth k, those k places further on in the same document; depth 0 is the trunk."""
+        labels = self.labels[:, depth : depth + self.seq_len]
+        if depth == 0 or self.document_ids is None:
+            return labels
+        here, there = self.document_ids[:, : self.seq_len], self.document_ids[:, depth : depth + self.seq_len]
+        return labels.masked_fill(here != there, IGNORE)
+
+    def counts(self, depths: int) -> Tensor:
+        """How many labels the trunk and each MTP depth learn from, (1 + depths,) float64."""
+        found = [int((self.labels_at(depth) != IGNORE).sum()) for depth in range(depths + 1)]
+        return torch.tensor(found, dtype=torch.float64)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each document that the trunk reads, padding left out: what FLOPs are counted from."""
+        tokens, padding, documents = self.inputs
+        if padding is None and documents is None:
+            return [self.seq_len] * len(tokens)
+        padding = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding
+        if documents is None:
+            return [int(n) for n in padding.sum(dim=1)]
+        return [
+            int(n)
+            for ids, real in zip(documents, padding, strict=True)
+            for n in torch.unique_consecutive(ids[real], return_counts=True)[1]
+        ]
+
+
+def of_windows(windows: Tensor, depths: int) -> Batch:
+    """Windows (rows, seq_len + 1 + depths) of a stream of tokens, every one of them learnt."""
+    return Batch(windows[:, :-1], windows[:, 1:], windows.size(1) - 1 - depths)
+
+
+def of_rows(rows: Sequence[Row], seq_len: int) -> Batch:
+    """Rows of pre-training, as the loader draws them: the next token is learnt unless it is padding or, with
+    document numbers, begins another document."""
+    tokens = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64))
+    sizes = torch.tensor([row.size for row in rows])
+    real = torch.arange(tokens.size(1)) < sizes[:, None]
+    numbers = [row.documents for row in rows if row.documents is not None]
+    follows = real[:, 1:]
+    documents = None
+    if numbers:
+        documents = torch.from_numpy(np.stack(numbers).astype(np.int64))
+        follows = follows & (documents[:, 1:] == documents[:, :-1])
+        documents = documents[:, :-1]
+    padding = None if bool(real[:, :seq_len].all()) else real[:, :-1]
+    return Batch(tokens[:, :-1], tokens[:, 1:].masked_fill(~follows, IGNORE), seq_len, padding, documents)
+
+
+def of_lessons(rows: Sequence[Sequence[Lesson]], depths: int = 0) -> Batch:
+    """Rows of lessons that do not see each other, as wide as the fullest; `depths` further tokens for MTP."""
+    length = max(sum(len(lesson.ids) for lesson in row) for row in rows)
+    shape = len(rows), length + depths
+    tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
+    documents, real = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    for line, row in enumerate(rows):
+        start = 0
+        for number, lesson in enumerate(row):
+            end = start + len(lesson.ids)
+            ids = torch.tensor(lesson.ids)
+            tokens[line, start:end] = ids
+            labels[line, start : end - 1] = torch.tensor(lesson.labels[1:])
+            documents[line, start:end], real[line, start:end] = number, True
+            start = end
+        documents[line, start:] = len(row)
+    return Batch(tokens, labels, length, real, documents)

@@ -1,0 +1,226 @@
+"""What trains a model, behind one interface: here the whole model on every rank, in sharded_trainer.py a share of it."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from finback.checkpoint import models, store
+from finback.config import UserError
+from finback.data.tokenizer import Tokenizer
+from finback.model.moe import Router
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import World
+from finback.runs.folder import StageRun
+from finback.train import router_health
+from finback.train.batch import Batch
+from finback.train.loss import LossWeights, MainLoss, training_losses
+from finback.train.optim import Gradients
+from finback.train.router_health import Health
+
+
+class Stateful(Protocol):
+    """What a checkpoint saves beside the model: optimizers, averaged weights, a reference model."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by name; names differ between all parts of one trainer."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take them back out of a checkpoint's tensors."""
+        ...
+
+
+class Optimizer(Stateful, Protocol):
+    """Updates its parameters from their gradients."""
+
+    def step(self, lr: float) -> None: ...
+
+
+class Trainer(ABC):
+    """A model, its gradients and optimizers. Every method is for all ranks at once.
+
+    A step is `zero`, one or more backward passes, `finish`, and `update`, or nothing where the step is skipped; then
+    `balance`.
+    """
+
+    model: Transformer  # what a backward pass of one's own calls
+    # which of data_ranks equal shares of a step's rows this rank reads
+    data_rank: int
+    data_ranks: int
+    # those of the layers that this rank holds, and whether these are all layers
+    routers: list[Router]
+    is_whole: bool = True
+
+    @abstractmethod
+    def zero(self) -> None:
+        """Forget all gradients."""
+
+    @abstractmethod
+    def backward(
+        self,
+        batch: Batch | None,
+        counts: Sequence[float],
+        weights: LossWeights,
+        row_share: float = 1.0,
+        main_loss: MainLoss | None = None,
+    ) -> Tensor:
+        """Add the gradients of this rank's part of the losses (see loss.training_losses); (main, MTP, balance) over all
+        ranks. None: this rank has no rows in this step."""
+
+    @abstractmethod
+    def finish(self, max_norm: float) -> float:
+        """Sum gradients over ranks, clip them to the global norm `max_norm`; the norm before clipping."""
+
+    @abstractmethod
+    def update(self, *lrs: float) -> None:
+        """One step of each optimizer at its learning rate."""
+
+    @abstractmethod
+    def balance(self, speed: float) -> Health:
+        """Move the routers' biases by the loads of the step (V3 2.1.2), at speed 0 not at all, and forget the loads."""
+
+    @abstractmethod
+    def forget_loads(self) -> None:
+        """Drop the loads of a step that is not learnt from."""
+
+    @abstractmethod
+    def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int) -> None:
+        """Write a checkpoint of this step; the run's folder keeps the newest `keep`."""
+
+    @abstractmethod
+    def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
+        """Take back the newest checkpoint; its step and meta, None where there is none."""
+
+    def settle(self) -> None:  # noqa: B027 - most write in the foreground
+        """Wait for a checkpoint that is still being written."""
+
+    @abstractmethod
+    def whole(self, run: StageRun) -> tuple[Transformer, World] | None:
+        """The whole model after training and the ranks that hold it; None on ranks that hold none of them."""
+
+    def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
+        """Write the whole model and its tokenizer into a folder, by the writer alone."""
+        found = self.whole(run)
+        if run.is_writer and found is not None:
+            save(folder, found[0], tokenizer)
+
+
+def save(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Write a model and its tokenizer into a folder, which is made if it is missing."""
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(folder)
+    models.save(folder, model)
+
+
+class ReplicatedTrainer(Trainer):
+    """The whole model on every rank; ranks share a step's rows and sum their gradients.
+
+    named: the parameters to train (all of them by default). extras: what else a checkpoint keeps.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        world: World,
+        optimizers: Sequence[Optimizer],
+        named: Sequence[tuple[str, nn.Parameter]] | None = None,
+        extras: Sequence[Stateful] = (),
+    ) -> None:
+        self.model, self.world = model, world
+        self.data_rank, self.data_ranks = world.rank, world.size
+        self.gradients = Gradients([p for _, p in named or list(model.named_parameters())])
+        self.optimizers, self.extras = optimizers, extras
+        # a frozen MTP module's routers stay as they are
+        names = {n for n, _ in named} if named is not None else None
+        frozen = names is not None and not any(n.startswith("mtp.") for n in names)
+        self.routers = [m for m in (model.blocks if frozen else model).modules() if isinstance(m, Router)]
+
+    def zero(self) -> None:
+        self.gradients.zero()
+
+    def backward(
+        self,
+        batch: Batch | None,
+        counts: Sequence[float],
+        weights: LossWeights,
+        row_share: float = 1.0,
+        main_loss: MainLoss | None = None,
+    ) -> Tensor:
+        parts = torch.zeros(3, device=self.world.device)
+        if batch is not None:
+            losses = training_losses(self.model, batch, counts, weights, row_share, main_loss)
+            losses.total(weights).backward()  # type: ignore[no-untyped-call]
+            parts = losses.detached()
+        return self.world.sum_(parts).cpu()
+
+    def finish(self, max_norm: float) -> float:
+        return self.gradients.finish(self.world, max_norm)
+
+    def update(self, *lrs: float) -> None:
+        for optimizer, lr in zip(self.optimizers, lrs, strict=True):
+            optimizer.step(lr)
+
+    def balance(self, speed: float) -> Health:
+        return router_health.balance(self.routers, self.world, speed)
+
+    def forget_loads(self) -> None:
+        router_health.forget(self.routers)
+
+    def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int = store.KEEP) -> None:
+        if run.is_writer:
+            tensors = models.tensors_of(self.model)
+            for part in (*self.optimizers, *self.extras):
+                tensors |= part.state()
+            store.save_step(run.folder, step, tensors, meta, keep)
+
+    def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
+        found = store.load_newest(run.folder, run.say)
+        if found is None:
+            return None
+        step, tensors, meta = found
+        models.restore(self.model, tensors)
+        for part in (*self.optimizers, *self.extras):
+            part.load_state(tensors)
+        return step, meta
+
+    def whole(self, run: StageRun) -> tuple[Transformer, World]:
+        return self.model, self.world
+
+
+def demand_finite(norm: float, field: str, lr: float, step: int) -> None:
+    """UserError where a gradient's norm is NaN or infinite."""
+    if not math.isfinite(norm):
+        raise UserError(field, lr, f"the gradient is not finite at step {step}", "Lower it.")
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one part of a checkpoint, under its prefix."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+class Frozen:
+    """A model that a checkpoint keeps beside the trained one: GRPO's reference model."""
+
+    def __init__(self, model: Transformer, prefix: str) -> None:
+        self.model, self.prefix = model.eval(), prefix
+
+    def refresh(self, model: Transformer) -> None:
+        """Take over another model's weights."""
+        self.model.load_state_dict(model.state_dict())
+
+    def state(self) -> dict[str, Tensor]:
+        return prefixed(self.prefix, self.model.state_dict())
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        start = f"{self.prefix}."
+        self.model.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Any, **masks: Any) -> Tensor:
+        hidden: Tensor = self.model(*inputs, **masks)
+        return hidden
