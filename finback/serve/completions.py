@@ -68,14 +68,15 @@ class Completions:
         seed = secrets.randbelow(SEEDS) if body.seed is None else body.seed % SEEDS
         # templates and long texts take their time; others should not wait for it
         prepared = await asyncio.to_thread(service.preparer.prepare, body, seed)
-        await service.schemas.check(prepared)
+        if prepared.is_constrained:
+            await service.schemas.check(prepared)
         outputs = await service.worker.submit(prepared.choices, salt(owner, body.user_id))
         response = CompletionResponse(service, prepared, outputs, isinstance(body, ChatRequest))
         service.active[response.id] = ActiveRequest(owner, outputs)
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         try:
             if isinstance(to, ResumableStream):
-                service.keep(response.id, to, outputs)
+                service.store(response.id, to, outputs)
                 async for events in response.events(include_usage):
                     to.put(events)
             elif body.stream:

@@ -1,4 +1,4 @@
-"""Failures in OpenAI's shape, whoever raised them: {"error": {message, type, param, code}}. No torch here."""
+"""Errors in OpenAI's shape, whatever raised them: {"error": {message, type, param, code}}. No torch here."""
 
 from typing import Any
 

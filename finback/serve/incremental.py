@@ -212,23 +212,23 @@ class DeltaCollector:
 
     def think(self, text: str) -> None:
         """More of the chain."""
-        if visible := self._visible(text):
-            self.reasoning.append(visible)
-            self._add(Delta("reasoning", visible))
+        if shown := self._shown(text):
+            self.reasoning.append(shown)
+            self._add(Delta("reasoning", shown))
 
     def end_chain(self) -> None:
-        """The chain's last whitespace is nobody's."""
+        """Drop the chain's last whitespace."""
         self._blank = ""
 
     def text(self, text: str) -> None:
         """More of the answer."""
         self.fence.push(text)
-        if visible := self._visible(text) if self._waits else text:
+        if shown := self._shown(text) if self._waits else text:
             if self._called and not self.content:
-                visible = visible.lstrip()
+                shown = shown.lstrip()
             self._called = False
-            self.content.append(visible)
-            self._add(Delta("content", visible))
+            self.content.append(shown)
+            self._add(Delta("content", shown))
 
     def call(self, name: str) -> None:
         """A call begins."""
@@ -253,11 +253,11 @@ class DeltaCollector:
             self._add(Delta("content", self._blank))
         self._blank = ""
 
-    def _visible(self, text: str) -> str:
+    def _shown(self, text: str) -> str:
         text = self._blank + text
-        visible = text.rstrip()
-        self._blank = text[len(visible) :]
-        return visible
+        shown = text.rstrip()
+        self._blank = text[len(shown) :]
+        return shown
 
     def _add(self, delta: Delta) -> None:
         last = self._new[-1] if self._new else None

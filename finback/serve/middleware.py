@@ -120,7 +120,7 @@ class AccessMiddleware:
         return path in OPEN or (self.options.page and page.is_public(path))
 
     def _check_host(self, host: str) -> None:
-        """Another name that leads here would let a stranger's page talk to the server as if it were its own."""
+        """Refuse foreign names: by one that resolves here, a stranger's page would share the server's origin."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").lower()
         except ValueError:
@@ -142,7 +142,7 @@ class AccessMiddleware:
             )
 
     def _is_preflight(self, scope: Scope) -> bool:
-        """A browser's question whether a page of another, configured, origin may ask."""
+        """Whether a browser asks if a page of another, configured, origin may send the request."""
         names = {name for name, _ in scope["headers"]}
         asks = scope["method"] == "OPTIONS" and b"access-control-request-method" in names
         return asks and bool(self.options.origins)

@@ -1,4 +1,4 @@
-"""The web page: its files, read once, and the rules a browser has to keep with them. No torch here."""
+"""The web page: its files, read once, and the security policy a browser has to follow. No torch here."""
 
 import gzip
 import hashlib

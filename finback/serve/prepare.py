@@ -46,11 +46,15 @@ class PreparedRequest:
         """The JSON schema that the choices follow."""
         return self.choices[0].sampling.schema
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the choices follow a schema or a grammar."""
+        return self.tool_choice is not None or self.schema is not None
+
     def parser(self) -> Parser:
         """A parser for the output of one choice."""
-        constrained = self.tool_choice is not None or self.schema is not None
         form = self.tool_choice.form if self.tool_choice else None
-        return Parser(self.is_thinking, self.tools, form, constrained=constrained, single_call=self.single_call)
+        return Parser(self.is_thinking, self.tools, form, constrained=self.is_constrained, single_call=self.single_call)
 
 
 class RequestPreparer:
@@ -69,8 +73,10 @@ class RequestPreparer:
     def _chat(self, request: ChatRequest, seed: int) -> PreparedRequest:
         if request.top_logprobs is not None and not request.logprobs:
             raise bad("top_logprobs needs logprobs: true", "top_logprobs")
-        tools, last = self._tools(request), request.messages[-1]
-        tool_choice = tool_choice_grammar(request, self.tokenizer)
+        last = request.messages[-1]
+        tools = [] if request.tool_choice == "none" else [t.model_dump(exclude_none=True) for t in request.tools or ()]
+        is_free = request.tool_choice in (None, "none", "auto")
+        tool_choice = None if is_free else tool_choice_grammar(request, self.tokenizer)
         # an answer that is nothing but calls leaves nothing for a schema to constrain
         schema = _schema(request) if tool_choice is None else None
         if tools and schema is not None:
@@ -81,7 +87,7 @@ class RequestPreparer:
         self._refuse_endless(sum(len(m.content) for m in messages), "messages")
         think = _thinks(request)
         if think and request.thinking is None and THINK not in self.tokenizer.ids:
-            think = None  # an effort is a wish; a model that knows no chains answers without one
+            think = None  # an effort is not a demand; a model without think tokens answers without a chain
         ids, opened = encode_prompt(
             messages,
             self.tokenizer,
@@ -169,11 +175,6 @@ class RequestPreparer:
             param,
             "context_length_exceeded",
         )
-
-    def _tools(self, request: ChatRequest) -> list[dict[str, Any]]:
-        if request.tool_choice == "none" or not request.tools:
-            return []
-        return [tool.model_dump(exclude_none=True) for tool in request.tools]
 
     def _sampling(self, request: GenerationRequest, limit: int, **more: Any) -> SamplingParams:
         given = {n: getattr(request, n) for n in CHOSEN if getattr(request, n) is not None}

@@ -1,4 +1,4 @@
-"""Putting the server together, running it, and letting it end well."""
+"""Builds the server, runs it, and drains it at the end."""
 
 import dataclasses
 import logging
@@ -34,16 +34,16 @@ def build(
     engine: Engine,
     tokenizer: Tokenizer,
     options: ServeOptions,
-    beside: Mapping[str, tuple[Engine, Tokenizer]] | None = None,
+    others: Mapping[str, tuple[Engine, Tokenizer]] | None = None,
     planned: Planned | None = None,
 ) -> Starlette:
-    """The ASGI application; the engines run between its startup and its shutdown. `beside` are more models by name.
+    """The ASGI application; the engines run between its startup and its shutdown. `others` are more models by name.
 
     `planned` says what a run of the page was planned to take.
     """
     service = Service(engine, tokenizer, options)
-    for name, (other, vocabulary) in (beside or {}).items():
-        Service(other, vocabulary, dataclasses.replace(options, name=name, aliases=(), also=()), first=service)
+    for name, (its_engine, its_tokenizer) in (others or {}).items():
+        Service(its_engine, its_tokenizer, dataclasses.replace(options, name=name, aliases=(), also=()), first=service)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -68,13 +68,13 @@ def run(options: ServeOptions, planned: Planned | None = None) -> None:
     """Serve the models that the options name until a signal ends it."""
     o = auth.secured(options)
     listener = listen(o.host, o.port)  # before the model is read: a port that is taken shows at once
-    # Not in this thread: torch would keep threads for it as long as it lives, and OpenMP, which then counts more threads
+    # Not in this thread: torch keeps threads for each that has used it, and OpenMP, which then counts more threads
     # than cores, lets the engine's sleep after every product. Measured: 45 instead of 29 ms a step.
     config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate)
     with ThreadPoolExecutor(1) as reader:
         engine, tokenizer = reader.submit(open_engine, o.model, o.dtype, config).result()
-        beside = {name: reader.submit(open_engine, path, o.dtype, config).result() for name, path in o.others.items()}
-    serve(build(engine, tokenizer, o, beside, planned), listener)
+        others = {name: reader.submit(open_engine, path, o.dtype, config).result() for name, path in o.others.items()}
+    serve(build(engine, tokenizer, o, others, planned), listener)
 
 
 def serve(app: Starlette, listener: socket.socket) -> None:

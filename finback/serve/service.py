@@ -31,7 +31,7 @@ class ActiveRequest:
 class Service:
     """One model, served. All of it belongs to the event loop but the engine, which the worker's thread owns.
 
-    With `first`, it stands beside that one, in the same server: both count into the same metrics and quotas.
+    With `first`, it joins that one's server: both count into the same metrics and quotas.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Service:
         """What the model may be called."""
         return (self.options.name, *self.options.aliases)
 
-    def keep(self, ident: str, stream: ResumableStream, outputs: OutputStream) -> None:
+    def store(self, ident: str, stream: ResumableStream, outputs: OutputStream) -> None:
         """Let a stream be found by its id until it is forgotten; the oldest that have ended make room."""
         stream.place = lambda: self._place(outputs)
         stream.forget = lambda: self.streams.pop(ident, None)

@@ -146,7 +146,7 @@ def _qwen(reader: IncrementalReader, sink: ToolCallSink) -> Wait[None]:
     reader.mark(len(QWEN_BEGIN))
     yield from reader.blank()
     if not (yield from reader.match(("{",))):
-        sink.text(reader.marked())  # the words of one who talks about calls
+        sink.text(reader.marked())  # text about calls
         return
     named, argued, is_whole = yield from _qwen_members(reader, sink)
     junk = yield from (reader.blank(_CLOSERS) if is_whole else reader.before((QWEN_END,)))

@@ -41,11 +41,9 @@ class ToolChoiceGrammar:
     schemas: dict[str, str]
 
 
-def tool_choice_grammar(request: ChatRequest, tokenizer: Tokenizer) -> ToolChoiceGrammar | None:
-    """The grammar of the calls that a request demands; None where the model is free not to call."""
+def tool_choice_grammar(request: ChatRequest, tokenizer: Tokenizer) -> ToolChoiceGrammar:
+    """The grammar of the calls that a request demands."""
     demanded = _demanded(request)
-    if not demanded:
-        return None
     params = {f"tools[{i}].function.parameters": function for i, function in demanded.items()}
     schemas = {param: _schema(function, param) for param, function in params.items()}
     functions = [(function.name, schemas[param]) for param, function in params.items()]
@@ -55,7 +53,7 @@ def tool_choice_grammar(request: ChatRequest, tokenizer: Tokenizer) -> ToolChoic
 
 
 def form_of(tokenizer: Tokenizer) -> ToolForm:
-    """How the model was taught to call; where its template shows no form that we read, the one its vocabulary has."""
+    """The form of the model's calls, by its template; where that shows none that we read, by its vocabulary."""
     shown = call_example(tokenizer)
     if SEPARATOR in shown:
         return ToolForm.V3 if f"function{SEPARATOR}" in shown else ToolForm.V31
@@ -65,8 +63,6 @@ def form_of(tokenizer: Tokenizer) -> ToolForm:
 def _demanded(request: ChatRequest) -> dict[int, FunctionParam]:
     """The functions of which one must be called, by their places among the tools."""
     choice = request.tool_choice
-    if not (choice == "required" or isinstance(choice, NamedToolParam)):
-        return {}
     functions = {i: tool.function for i, tool in enumerate(request.tools or ())}
     if not functions:
         raise bad("a call is demanded, and there are no tools", "tool_choice")
@@ -80,7 +76,7 @@ def _demanded(request: ChatRequest) -> dict[int, FunctionParam]:
 
 
 def _schema(function: FunctionParam, param: str) -> str:
-    """The schema of the arguments, which are an object whatever else it says; without one they are empty."""
+    """The schema of the arguments, always an object; a function without a schema takes none."""
     given: dict[str, Any] = function.parameters or {}
     kinds = given.get("type", "object")
     if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
