@@ -3,30 +3,29 @@
 from typing import Any
 
 from finback.runs.reader import StageFolder
+from finback.runs.terminal import table
 
 MANY = 3  # evaluated models from which on a summary has one row per model
 
 
 def accuracy_table(exams: list[StageFolder]) -> str:
     """One line per evaluated model: every exam's accuracy with its interval, then length, thinking and language."""
-    taken = [stage.results for stage in exams]
-    names = list(dict.fromkeys(e["exam"] for results in taken for e in results["evaluations"]))
-    tells = any("language" in e for results in taken for e in results["evaluations"])
-    width = max(5, *(len(results["model"]) for results in taken))
-    head = f"{'model':{width}}" + "".join(f"  {name:>17}" for name in names)
-    head += f"  {'tokens':>6}  {'thinks':>6}" + (f"  {'language':>8}" if tells else "")
-    return "\n".join(["held-out problems", head, *(_row(results, names, width, tells) for results in taken)])
-
-
-def _row(results: dict[str, Any], names: list[str], width: int, tells: bool) -> str:
-    found = {e["exam"]: e for e in results["evaluations"]}
-    first = results["evaluations"][0]
-    cells = "".join(f"  {share(found.get(name)):>17}" for name in names)
-    line = f"{results['model']:{width}}{cells}  {first['mean_tokens']:>6.1f}  {first['thinks']:>6.0%}"
-    if not tells:
-        return line
-    language = first.get("language")
-    return f"{line}  {'-' if language is None else f'{language:.1%}':>8}"
+    taken = [(stage.results["model"], stage.results["evaluations"]) for stage in exams]
+    names = list(dict.fromkeys(e["exam"] for _, evaluations in taken for e in evaluations))
+    has_language = any("language" in e for _, evaluations in taken for e in evaluations)
+    rows = []
+    for model, evaluations in taken:
+        found, first = {e["exam"]: e for e in evaluations}, evaluations[0]
+        row = [
+            model,
+            *(share(found.get(name)) for name in names),
+            f"{first['mean_tokens']:.1f}",
+            f"{first['thinks']:.0%}",
+        ]
+        language = first.get("language")
+        rows.append([*row, "-" if language is None else f"{language:.1%}"] if has_language else row)
+    head = ["model", *names, "tokens", "thinks", *(["language"] if has_language else [])]
+    return f"held-out problems\n{table(rows, head)}"
 
 
 def share(exam: dict[str, Any] | None) -> str:

@@ -7,6 +7,7 @@ from finback.report.exams import MANY, accuracy_table, first_exam, first_problem
 from finback.runs import reader
 from finback.runs.progress import clock
 from finback.runs.reader import StageFolder
+from finback.runs.terminal import table
 
 SAMPLES = 3
 PLANTED = "Pre-training planted both habits, guessing and thinking; RL selects the one that pays and sharpens it."
@@ -43,34 +44,32 @@ def summarize(root: Path) -> str:
 
 
 def _costs(stages: dict[str, Any]) -> str:
-    wide = max(10, *map(len, stages))
-    lines = [f"{'stage':{wide}} {'wall':>7} {'tokens':>12} {'tokens/s':>9} {'MFU':>5} {'Wh':>6} {'$':>8}"]
-    total_seconds = total_money = 0.0
-    for name, stage in stages.items():
-        c = stage["cost"]
-        tokens = c["tokens_trained"] + c["tokens_generated"]
-        mfu = f"{c['mfu']:.0%}" if c["mfu"] else "-"
-        lines.append(
-            f"{name:{wide}} {clock(c['wall_seconds']):>7} {tokens:>12,} {c['tokens_per_second']:>9,.0f} {mfu:>5} "
-            f"{c['energy_wh']:>6.2f} {c['money_usd']:>8.4f}"
-        )
-        total_seconds, total_money = total_seconds + c["wall_seconds"], total_money + c["money_usd"]
-    lines.append(f"{'all':{wide}} {clock(total_seconds):>7} {'':12} {'':9} {'':5} {'':6} {total_money:>8.4f}")
-    basis = next(iter(stages.values()))["cost"]["basis"] if stages else ""
-    return "\n".join([*lines, f"Energy and money are an {basis}."])
+    costs = {name: stage["cost"] for name, stage in stages.items()}
+    seconds, money = (sum(c[key] for c in costs.values()) for key in ("wall_seconds", "money_usd"))
+    rows = [
+        [
+            name,
+            clock(c["wall_seconds"]),
+            f"{c['tokens_trained'] + c['tokens_generated']:,}",
+            f"{c['tokens_per_second']:,.0f}",
+            f"{c['mfu']:.0%}" if c["mfu"] else "-",
+            f"{c['energy_wh']:.2f}",
+            f"{c['money_usd']:.4f}",
+        ]
+        for name, c in costs.items()
+    ]
+    total = ["all", clock(seconds), "", "", "", "", f"{money:.4f}"]
+    shown = table([*rows, total], ("stage", "wall", "tokens", "tokens/s", "MFU", "Wh", "$"))
+    return f"{shown}\nEnergy and money are an {next(iter(costs.values()))['basis']}." if costs else shown
 
 
 def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:
     heads = [f"{word}: {Path(r['model']).name}"[:20] for word, r in (("before", before), ("after", after))]
-    lines = [f"{'held-out problems':26} {'n':>5}   {heads[0]:>20}   {heads[1]:>20}"]
     then = {e["exam"]: e for e in before["evaluations"]}
-    lines += [
-        f"{e['exam']:26} {e['n']:>5}   {share(then[e['exam']]):>20}   {share(e):>20}"
-        for e in after["evaluations"]
-        if e["exam"] in then
-    ]
-    first_then, first = before["evaluations"][0], after["evaluations"][0]
     rows = [
+        [e["exam"], str(e["n"]), share(then[e["exam"]]), share(e)] for e in after["evaluations"] if e["exam"] in then
+    ]
+    metrics = [
         ("response tokens", "mean_tokens", "{:.1f}"),
         ("cut off", "truncated", "{:.1%}"),
         ("answers that think", "thinks", "{:.0%}"),
@@ -78,14 +77,14 @@ def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:
         ("  right when guessing", "accuracy_guessing", "{:.1%}"),
         ("MTP drafts accepted", "mtp_acceptance", "{:.0%}"),
     ]
-    for label, key, form in rows:
-        values = [form.format(r[key]) if r.get(key) is not None else "-" for r in (first_then, first)]
-        lines.append(f"{label:26} {'':5}   {values[0]:>20}   {values[1]:>20}")
+    first = before["evaluations"][0], after["evaluations"][0]
+    for label, key, form in metrics:
+        rows.append([label, "", *(form.format(e[key]) if e.get(key) is not None else "-" for e in first)])
     for source, value in after.get("bits_per_byte", {}).items():
         old = before.get("bits_per_byte", {}).get(source)
         if value is not None and old is not None:
-            lines.append(f"{'bits per byte, ' + source:26} {'':5}   {old:>20.3f}   {value:>20.3f}")
-    return "\n".join(lines)
+            rows.append([f"bits per byte, {source}", "", f"{old:.3f}", f"{value:.3f}"])
+    return table(rows, ("held-out problems", "n", *heads))
 
 
 def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:

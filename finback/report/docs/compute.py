@@ -8,7 +8,7 @@ teachers, reference models and failed experiments; precision makes no difference
 from dataclasses import dataclass
 from typing import Any
 
-from finback.report.docs.facts import MISSING, RunFacts, StageFacts
+from finback.report.docs.facts import MISSING, RunFacts
 from finback.report.docs.questionnaire import Answers
 
 GENERAL_PURPOSE = 1e23
@@ -31,21 +31,17 @@ class Compute:
     @property
     def cumulative(self) -> Any:
         """For the test of systemic risk."""
-        if MISSING in (self.training, self.generation, self.base):
-            return MISSING
         return self.training + self.generation + self.base
 
 
 def of(run: RunFacts, answers: Answers) -> Compute:
     """The compute of a run's model."""
     sampled = [s for s in run.lineage if s.declaration.samples]
-    generation = 0.0 if answers("data.synthetic_public") is True else _sum(sampled, "flops_generation")
-    return Compute(_sum(run.chain, "flops_training"), generation, answers("base.flop") if run.base else 0.0)
-
-
-def _sum(stages: list[StageFacts], key: str) -> Any:
-    values = [stage.spent(key) for stage in stages]
-    return MISSING if MISSING in values else float(sum(values))
+    public = answers("data.synthetic_public") is True
+    generation = 0.0 if public else sum((s.spent("flops_generation") for s in sampled), 0.0)
+    return Compute(
+        sum((s.spent("flops_training") for s in run.chain), 0.0), generation, answers("base.flop") if run.base else 0.0
+    )
 
 
 def verdicts(run: RunFacts, answers: Answers) -> list[tuple[str, str]]:

@@ -148,18 +148,17 @@ def _kinds(run: RunFacts) -> str:
 
 
 def _resources(run: RunFacts, answers: Answers) -> list[Entry]:
-    seconds, energy = [s.spent("seconds") for s in run.lineage], [s.watt_hours for s in run.lineage]
     c = compute.of(run, answers)
     order = f"10^{math.floor(math.log10(c.training))} FLOP" if c.training else MISSING
     metered = any(s.begun("metered") for s in run.lineage)
     how = "metered as far as the machine could be asked, estimated otherwise" if metered else "estimated, not metered"
     return [
-        ("training time (wall clock, hours)", MISSING if MISSING in seconds else sum(seconds) / 3600, ALL),
+        ("training time (wall clock, hours)", sum(s.spent("seconds") for s in run.lineage) / 3600, ALL),
         ("training compute, order of magnitude", order, ALL),
         ("training compute", c.training, OFFICE),
         ("how it was counted", compute.METHOD, OFFICE),
         ("compute of other experiments (FLOP)", answers("training.experiments"), OFFICE),
-        ("energy of training (MWh)", MISSING if MISSING in energy else sum(energy) / 1e6, OFFICE),
+        ("energy of training (MWh)", sum(s.watt_hours for s in run.lineage) / 1e6, OFFICE),
         ("how energy is known", how, OFFICE),
         ("hardware", run.chosen.begun("machine"), OFFICE),
     ]
@@ -168,7 +167,6 @@ def _resources(run: RunFacts, answers: Answers) -> list[Entry]:
 def summary(run: RunFacts, answers: Answers, date: str) -> list[Block]:
     """The public summary of training content: owed by open models too."""
     tokens = [record.get("train_tokens", MISSING) for stage, _, record in run.sources if stage.kind == "data"]
-    total = MISSING if MISSING in tokens or not tokens else sum(tokens)
     real = [(s, n, r) for s, n, r in run.sources if technical.source_keys(s, n)[1] == "sha256"]
     made = [(s, n, r) for s, n, r in run.sources if (s, n, r) not in real]
     return [
@@ -186,7 +184,7 @@ def summary(run: RunFacts, answers: Answers, date: str) -> list[Block]:
                 ("depends on", answers("base.name") if run.base else "no other model"),
                 ("placed on the EU's market", answers("model.eu_date")),
                 ("modalities", "text alone"),
-                ("size of the text", _bin(total)),
+                ("size of the text", _bin(sum(tokens) if tokens else MISSING)),
                 ("latest acquisition (MM/YYYY)", answers("data.latest")),
                 ("training goes on after release", answers("data.continuous")),
                 ("languages", answers("model.languages")),

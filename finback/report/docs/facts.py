@@ -22,13 +22,18 @@ NOT_PROVIDED = "NOT PROVIDED"
 
 
 class _Missing:
-    """What nobody recorded; a value may well be None, which says that there is none."""
+    """What nobody recorded, and sums of it; a value may well be None, which says that there is none."""
 
     def __repr__(self) -> str:
         return NOT_PROVIDED
 
     def __bool__(self) -> bool:
         return False
+
+    def __add__(self, other: Any) -> "_Missing":
+        return self
+
+    __radd__ = __mul__ = __truediv__ = __add__
 
 
 MISSING: Any = _Missing()

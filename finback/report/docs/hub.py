@@ -40,9 +40,6 @@ def blocks(run: RunFacts, answers: Answers) -> list[Block]:
         (n, {"sha256": "none: written by a program", **r} if "sha256" not in technical.source_keys(s, n) else r)
         for s, n, r in run.sources
     ]
-    c = compute.of(run, answers)
-    hours = [s.device_hours for s in run.lineage]
-    energy = [s.watt_hours for s in run.lineage]
     return [
         Heading(said(answers("model.name")), 1),
         facts(
@@ -74,14 +71,7 @@ def blocks(run: RunFacts, answers: Answers) -> list[Block]:
         records(keys, exams, "task") if exams else Paragraph("No evaluation of this model was made: NOT PROVIDED"),
         Paragraph("Shares of correct answers with 95 % intervals (Wilson), on problems kept out of training."),
         Heading("Compute and energy"),
-        facts(
-            [
-                ("training compute (FLOP)", c.training),
-                ("device-hours", MISSING if MISSING in hours else sum(hours)),
-                ("energy (Wh)", MISSING if MISSING in energy else sum(energy)),
-                ("hardware", run.chosen.begun("machine")),
-            ]
-        ),
+        _resources(run, answers),
         Heading("Limits"),
         facts(
             [("known limits", answers("use.limits")), ("bias", answers("data.bias")), ("risks", answers("use.risks"))]
@@ -89,3 +79,14 @@ def blocks(run: RunFacts, answers: Answers) -> list[Block]:
         Heading("Files"),
         facts(run.files or [("weights", MISSING)], ("file", "SHA-256")),
     ]
+
+
+def _resources(run: RunFacts, answers: Answers) -> Block:
+    return facts(
+        [
+            ("training compute (FLOP)", compute.of(run, answers).training),
+            ("device-hours", sum(s.device_hours for s in run.lineage)),
+            ("energy (Wh)", sum(s.watt_hours for s in run.lineage)),
+            ("hardware", run.chosen.begun("machine")),
+        ]
+    )

@@ -174,7 +174,6 @@ def _cost(run: RunFacts, answers: Answers) -> list[Block]:
 def _cost_row(stage: StageFacts) -> tuple[str, ...]:
     seconds, hours = stage.spent("seconds"), stage.device_hours
     flops, peak = stage.spent("flops"), stage.spent("peak_flops")
-    money = MISSING if hours is MISSING else hours * DOLLARS_PER_CORE_HOUR
     mfu = "not counted"
     if stage.declaration.trains:
         mfu = said(MISSING if MISSING in (flops, peak) or not peak else f"{flops / peak:.1%}")
@@ -184,7 +183,7 @@ def _cost_row(stage: StageFacts) -> tuple[str, ...]:
         said(seconds),
         said(hours),
         said(stage.watt_hours),
-        said(money),
+        said(hours * DOLLARS_PER_CORE_HOUR),
         _due(stage, "tokens_trained"),
         _due(stage, "tokens_generated"),
         _due(stage, "flops"),
