@@ -494,7 +494,7 @@ def test_samples_by_default() -> None:
 
 
 def test_a_table_is_markdown() -> None:
-    made = table.table(("a", "b"), [["x|y", "1"], ["", "22"]])
+    made = table.markdown([["x|y", "1"], ["", "22"]], ("a", "b"))
     assert made == "| a    | b  |\n| ---- | -- |\n| x\\|y | 1  |\n|      | 22 |"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from finback.comparison.endpoint import Endpoint
 from finback.comparison.options import CompareOptions
 from finback.comparison.protocol import SAMPLES, SamplingProtocol
 from finback.config import UserError
+from finback.runs import terminal
 from finback.runs.files import write_json
 from finback.runs.folder import locked, prepare_folder
 from finback.suites import catalogue
@@ -27,8 +29,8 @@ KEY = "FINBACK_ENDPOINT_KEY"  # not OPENAI_API_KEY: that one is OpenAI's, and no
 def run(options: CompareOptions, environment: Mapping[str, str]) -> tuple[dict[str, Any], str, bool]:
     """The report, its text, and whether every request was answered; all of it is in `options.out` too."""
     if not options.tasks and options.published:
-        rows = published([])
-        return {"published": rows}, _published(rows), True
+        report = {"published": published([])}
+        return report, _shown(report), True
     prepare_folder(options.out)
     with locked(options.out):
         return _measured(options, environment)
@@ -47,11 +49,13 @@ def _measured(options: CompareOptions, environment: Mapping[str, str]) -> tuple[
             report["contamination"] = contamination(suites, options.contamination)
     if options.published:
         report["published"] = published([suite["name"] for suite in report["suites"]])
-    text = table.tell(report)
-    if options.published:
-        text += "\n\n" + _published(report["published"])
-    write(report, text, options.out)
-    return report, text, not report["failures"]
+    write(report, options.out)
+    return report, _shown(report), not report["failures"]
+
+
+def _shown(report: dict[str, Any]) -> str:
+    """The report with tables as wide as a terminal, if it goes to one, and else in Markdown."""
+    return table.tell(report, terminal.table if sys.stdout.isatty() else table.markdown)
 
 
 def protocol(options: CompareOptions) -> SamplingProtocol:
@@ -60,11 +64,11 @@ def protocol(options: CompareOptions) -> SamplingProtocol:
     return SamplingProtocol(samples, o.temperature, o.top_p, o.max_tokens, o.seed, o.think)
 
 
-def write(report: dict[str, Any], text: str, out: Path) -> None:
+def write(report: dict[str, Any], out: Path) -> None:
     """compare.json, compare.md, and compare.png where there is something to draw."""
     write_json(out / "compare.json", report)
     part = out / "compare.md.part"
-    part.write_text(text + "\n", encoding="utf-8")
+    part.write_text(table.tell(report) + "\n", encoding="utf-8")
     part.replace(out / "compare.md")
     if any(score["accuracy"] is not None for score in report["scores"]):
         picture.draw(report, out / "compare.png")
@@ -150,11 +154,3 @@ def published(suites: Sequence[str]) -> list[dict[str, Any]]:
 def contamination(suites: Sequence[Suite], folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Which of the suites' questions each prepared folder of training text holds."""
     return [overlaps.check(suite, folder).as_json() for suite in suites for folder in folders]
-
-
-def _published(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("benchmark", "model", "score", "conditions", "source")
-    lines = [[str(row[name]) for name in head] for row in rows]
-    note = "Measured by others, under the conditions named; only what was asked in the same way can be compared."
-    said = table.table(head, lines) if lines else "None on these benchmarks."
-    return f"## Published\n\n{note}\n\n{said}"

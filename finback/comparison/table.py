@@ -1,6 +1,6 @@
 """A report as Markdown: one table for each suite, then what the differences tell. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from finback.suites.statistics import LEVEL
@@ -22,30 +22,37 @@ HEAD = (
 )
 
 
-def tell(report: dict[str, Any]) -> str:
-    """The whole report."""
-    parts = [_protocol(report["protocol"])] if report["suites"] else []
-    parts += [f"## {s['name']}\n\n{_suite(s)}\n\n{_results(report, s['name'])}" for s in report["suites"]]
-    if report.get("contamination"):
-        parts.append("## In the training text\n\n" + "\n".join(map(_found, report["contamination"])))
-    if report.get("harness"):
-        parts.append(_harness(report["harness"]))
-    if report["pairs"]:
-        parts.append("## Differences\n\n" + "\n".join(f"- {pair(each)}" for each in report["pairs"]))
-    if report["contestants"]:
-        parts.append("## Who answered\n\n" + "\n".join(map(_contestant, report["contestants"])))
-    if report["failures"]:
-        parts.append(_failures(report["failures"]))
-    return "\n\n".join(parts)
+Tabulate = Callable[[Sequence[Sequence[str]], Sequence[str]], str]  # rows and their headers as text
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     """A Markdown table whose columns line up as plain text too."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (headers, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tell(report: dict[str, Any], table: Tabulate = markdown) -> str:
+    """The whole report, or as much as there is of it."""
+    parts = [_protocol(report["protocol"])] if report.get("suites") else []
+    parts += [
+        f"## {s['name']}\n\n{_suite(s)}\n\n{_results(report, s['name'], table)}" for s in report.get("suites", ())
+    ]
+    if report.get("contamination"):
+        parts.append("## In the training text\n\n" + "\n".join(map(_found, report["contamination"])))
+    if report.get("harness"):
+        parts.append(_harness(report["harness"], table))
+    if report.get("pairs"):
+        parts.append("## Differences\n\n" + "\n".join(f"- {pair(each)}" for each in report["pairs"]))
+    if report.get("contestants"):
+        parts.append("## Who answered\n\n" + "\n".join(map(_contestant, report["contestants"])))
+    if report.get("failures"):
+        parts.append(_failures(report["failures"]))
+    if "published" in report:
+        parts.append(_published(report["published"], table))
+    return "\n\n".join(parts)
 
 
 def pair(each: dict[str, Any]) -> str:
@@ -94,12 +101,12 @@ def _row(s: dict[str, Any]) -> list[str]:
     ]
 
 
-def _results(report: dict[str, Any], suite: str) -> str:
+def _results(report: dict[str, Any], suite: str, table: Tabulate) -> str:
     measured = [c for c in report["compression"] if c["suite"] == suite]
     if not measured:
-        return table(HEAD, [_row(s) for s in report["scores"] if s["suite"] == suite])
+        return table([_row(s) for s in report["scores"] if s["suite"] == suite], HEAD)
     bits = [NONE if c["bits_per_byte"] is None else f"{c['bits_per_byte']:.4f}" for c in measured]
-    return table(("model", "bits per byte"), [[c["contestant"], b] for c, b in zip(measured, bits, strict=True)])
+    return table([[c["contestant"], b] for c, b in zip(measured, bits, strict=True)], ("model", "bits per byte"))
 
 
 def _found(c: dict[str, Any]) -> str:
@@ -130,7 +137,7 @@ def _suite(suite: dict[str, Any]) -> str:
     )
 
 
-def _harness(rows: Sequence[dict[str, Any]]) -> str:
+def _harness(rows: Sequence[dict[str, Any]], table: Tabulate) -> str:
     head = ("model", "task", "metric", f"value ({LEVEL:.0%} interval)", "n", "shots", "by")
     lines = []
     for row in rows:
@@ -140,7 +147,7 @@ def _harness(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             [row["contestant"], row["task"], row["metric"], value, str(row["n"]), str(row["shots"]), row["by"]]
         )
-    return f"## Measured by lm-evaluation-harness\n\n{table(head, lines)}"
+    return f"## Measured by lm-evaluation-harness\n\n{table(lines, head)}"
 
 
 def _contestant(c: dict[str, Any]) -> str:
@@ -154,3 +161,10 @@ def _failures(failures: Sequence[dict[str, Any]]) -> str:
         counts[f["contestant"], f["problem"]] = counts.get((f["contestant"], f["problem"]), 0) + 1
     lines = [f"- {name}: {count} x {problem}" for (name, problem), count in sorted(counts.items())]
     return "## Failed\n\nThe same command asks these again, and only these.\n\n" + "\n".join(lines)
+
+
+def _published(rows: Sequence[dict[str, Any]], table: Tabulate) -> str:
+    head = ("benchmark", "model", "score", "conditions", "source")
+    note = "Measured by others, under the conditions named; only what was asked in the same way can be compared."
+    lines = [[str(row[name]) for name in head] for row in rows]
+    return f"## Published\n\n{note}\n\n{table(lines, head) if lines else 'None on these benchmarks.'}"
