@@ -11,18 +11,18 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
 from finback import __version__
 from finback.comparison import options as comparing
-from finback.config import UserError, did_you_mean
+from finback.config import UserError
 from finback.options import Settings, with_options
 from finback.parallel import launch
 from finback.parallel.execute import RankFailed, execute
 from finback.planner.options import PlanOptions
-from finback.report.options import ChatOptions
+from finback.report.options import ChatOptions, DocsOptions, ExportOptions, TrackOptions, VerifyOptions
 from finback.runs import reader
 from finback.runs import recipe as recipes
 from finback.runs.folder import Interrupted
@@ -197,29 +197,19 @@ def watch(options: WatchOptions) -> None:
 
 
 @app.command()
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder or a .gguf file.")],
-    against: Annotated[
-        Path | None, typer.Option(metavar="FOLDER2", help="Compare logits with this checkpoint too.")
-    ] = None,
-    max_kl: Annotated[float, typer.Option(help="Mean KL divergence of logits that still counts as equal.")] = 1e-4,
-    out: Annotated[Path | None, typer.Option(help="Where the card goes; default FOLDER/VERIFICATION.md.")] = None,
-    as_json: Json = False,
-) -> None:
+@with_options
+def verify(options: VerifyOptions, as_json: Json = False) -> None:
     """Check a checkpoint against its config, its closed form and transformers; exit code 1 unless all holds."""
     from finback.report import verify as report
 
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError("--out", str(out), "not a file in a folder that exists", "Name a file.")
-    card = report.verify(folder, against, max_kl)
+    card = report.verify(options.folder, options.against, options.max_kl)
     print(json.dumps(card.as_json()) if as_json else card.as_text(), end="\n" if as_json else "")
-    target = out or (folder / "VERIFICATION.md" if folder.is_dir() else Path(f"{folder}.VERIFICATION.md"))
     try:
-        report.write(card, target)
+        report.write(card, options.card)
     except OSError as error:
-        if out is not None:
+        if options.out is not None:
             raise
-        print(f"the card was not written to {target}: {error.strerror}; name a place with --out", file=sys.stderr)
+        print(f"the card was not written to {options.card}: {error.strerror}; name a place with --out", file=sys.stderr)
     if not card.holds:
         raise typer.Exit(1)
 
@@ -241,89 +231,44 @@ def compare(options: comparing.CompareOptions, as_json: Json = False) -> None:
 
 
 @app.command()
-def export(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
-    dtype: Annotated[str, typer.Option(help="bf16, fp32, or fp8 (DeepSeek's 128 x 128 blocks).")] = "bf16",
-    as_json: Json = False,
-) -> None:
+@with_options
+def export(options: ExportOptions, as_json: Json = False) -> None:
     """Write a model as a Hugging Face folder for transformers, vLLM and others; the folder appears when complete."""
-    if dtype not in ("bf16", "fp32", "fp8"):
-        raise UserError("--dtype", dtype, "not a format", "Use bf16, fp32 or fp8.")
     from finback.report.export import export_model
 
-    files = export_model(model, folder, dtype)  # type: ignore[arg-type]
-    if as_json:
-        print(json.dumps({"folder": str(folder), "files": {f.name: f.stat().st_size for f in files}}))
-    else:
-        size = sum(f.stat().st_size for f in files)
-        print(f"{folder}: {len(files)} files, {size / 1e6:,.1f} MB. Check them with `finback verify {folder}`.")
+    folder = options.folder
+    files = {f.name: f.stat().st_size for f in export_model(options.model, folder, options.dtype)}
+    size = f"{sum(files.values()) / 1e6:,.1f} MB"
+    text = f"{folder}: {len(files)} files, {size}. Check them with `finback verify {folder}`."
+    _print({"folder": str(folder), "files": files}, text, as_json)
 
 
 @app.command()
-def docs(
-    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A finished run folder such as runs/tiny.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A new folder; default RUN/documents.")] = None,
-    answers: Annotated[
-        Path | None, typer.Option(help="What only people know; default RUN/answers.toml, if it is there.")
-    ] = None,
-    model: Annotated[str, typer.Option(help="The stage whose model is published; default the last.")] = "",
-    check: Annotated[bool, typer.Option("--check", help="Only say what is missing; exit code 1 then.")] = False,
-    questions: Annotated[bool, typer.Option("--questions", help="Print an answers file to fill in.")] = False,
-    as_json: Json = False,
-) -> None:
+@with_options
+def docs(options: DocsOptions, as_json: Json = False) -> None:
     """Write what a model's maker owes the public, from a run's records: report, card, EU forms, bills of materials."""
-    from datetime import UTC, datetime
+    from finback.report.docs import command, questionnaire
 
-    from finback.report.docs import build, facts
-    from finback.report.docs import questionnaire as asked
-
-    if questions:
-        print(asked.template(), end="")
+    if options.questions:
+        print(questionnaire.template(), end="")
         return
-    if run is None:
-        raise UserError("run", "", "nothing to document", "Name a run folder, or give --questions.")
-    found = facts.read(run, model)
-    path = answers or run / "answers.toml"
-    given = asked.read(path) if answers is not None or path.is_file() else asked.Answers({})
-    now = datetime.now(UTC)
-    examined = build.examine(found, given, now)
-    files = [] if check else build.write(found, given, out or run / "documents", now)
-    if as_json:
-        print(
-            json.dumps(
-                {"files": [str(f) for f in files], **vars(examined), "complete": examined.holds}, ensure_ascii=False
-            )
-        )
-    else:
-        print(examined.as_text() if check else build.outcome(files, examined))
-    if check and not examined.holds:
+    values, text = command.run(options)
+    _print(values, text, as_json)
+    if options.check and not values["complete"]:
         raise typer.Exit(1)
 
 
 @app.command()
-def track(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder such as runs/tiny.")],
-    to: Annotated[str, typer.Option(help="tensorboard, trackio or wandb (offline).")] = "tensorboard",
-    out: Annotated[Path, typer.Option(help="Folder for what the viewer reads.")] = Path("tracked"),
-    follow: Annotated[bool, typer.Option("--follow", help="Wait for more until the run is over.")] = False,
-    as_json: Json = False,
-) -> None:
+@with_options
+def track(options: TrackOptions, as_json: Json = False) -> None:
     """Send a run's curves to another viewer, while it goes on or afterwards."""
     from finback.report import track as report
 
-    viewers = get_args(report.Viewer)
-    if to not in viewers:
-        raise UserError("--to", to, "no such viewer", did_you_mean(to, viewers))
-    sent = report.track(run, to, out, follow)  # type: ignore[arg-type]
-    if as_json:
-        print(json.dumps({"to": to, "lines": sent}))
-    else:
-        print(f"{sum(sent.values()):,} lines of {len(sent)} stages sent to {to}")
-        if to == "tensorboard":
-            print(f"Look at them: tensorboard --logdir {out}")
+    sent = report.track(options.run, options.to, options.out, options.follow)
+    text = f"{sum(sent.values()):,} lines of {len(sent)} stages sent to {options.to}"
+    if options.to == "tensorboard":
+        text += f"\nLook at them: tensorboard --logdir {options.out}"
+    _print({"to": options.to, "lines": sent}, text, as_json)
 
 
 def _planned(root: Path) -> dict[str, dict[str, float]]:

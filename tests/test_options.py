@@ -14,7 +14,7 @@ from finback.comparison.options import CompareOptions
 from finback.config import UserError
 from finback.options import Options, Settings, with_options
 from finback.planner.options import PlanOptions
-from finback.report.options import ChatOptions
+from finback.report.options import ChatOptions, DocsOptions, ExportOptions, TrackOptions, VerifyOptions
 from finback.serve.options import ServeOptions, WatchOptions
 
 MODEL = Path("toy")
@@ -51,6 +51,10 @@ def test_the_command_line_gives_the_same_object_as_python() -> None:
         ("plan", PlanOptions),
         ("compare", CompareOptions),
         ("chat", ChatOptions),
+        ("verify", VerifyOptions),
+        ("export", ExportOptions),
+        ("docs", DocsOptions),
+        ("track", TrackOptions),
     ],
 )
 def test_help_and_defaults_are_the_fields(verb: str, kind: type[Options]) -> None:
@@ -80,6 +84,9 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     (CompareOptions, {"tasks": ["sums"], "models": ["a"], "price_hour": -1}, "--price-hour = -1: negative"),
     (CompareOptions, {"tasks": "sums", "models": ["a"]}, "--tasks = 'sums': expected tuple"),
     (ChatOptions, {"model": MODEL, "top_k": 1.5}, "--top-k = 1.5"),
+    (VerifyOptions, {"folder": MODEL, "out": "no/such/card.md"}, "--out"),
+    (TrackOptions, {"run": MODEL, "to": "wandbb"}, "Did you mean 'wandb'"),
+    (DocsOptions, {}, "nothing to document"),
 ]
 
 

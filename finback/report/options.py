@@ -1,11 +1,12 @@
-"""The options of `finback chat`. No torch here."""
+"""The options of chat, verify, export, docs and track. No torch here."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from finback.config import UserError
 from finback.options import Dtype, Options
 
 
@@ -31,3 +32,70 @@ class ChatOptions(Options):
     def sampling(self) -> dict[str, float | None]:
         """The fields of SamplingParams."""
         return {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(Options):
+    """What is checked, and against what."""
+
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder or a .gguf file.")]
+    against: Annotated[
+        Path | None, typer.Option(metavar="FOLDER2", help="Compare logits with this checkpoint too.")
+    ] = None
+    max_kl: Annotated[float, typer.Option(help="Mean KL divergence of logits that still counts as equal.")] = 1e-4
+    out: Annotated[Path | None, typer.Option(help="Where the card goes; default FOLDER/VERIFICATION.md.")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is not None and (self.out.is_dir() or not self.out.parent.is_dir()):
+            raise UserError("--out", str(self.out), "not a file in a folder that exists", "Name a file.")
+
+    @property
+    def card(self) -> Path:
+        """Where the card goes."""
+        beside = self.folder / "VERIFICATION.md" if self.folder.is_dir() else Path(f"{self.folder}.VERIFICATION.md")
+        return self.out or beside
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Which model goes where, and in which format."""
+
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")
+    ]
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")]
+    dtype: Annotated[
+        Literal["bf16", "fp32", "fp8"], typer.Option(help="bf16, fp32, or fp8 (DeepSeek's 128 x 128 blocks).")
+    ] = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocsOptions(Options):
+    """What is documented, and what people add to it."""
+
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A finished run folder such as runs/tiny.")] = None
+    out: Annotated[Path | None, typer.Option(help="A new folder; default RUN/documents.")] = None
+    answers: Annotated[
+        Path | None, typer.Option(help="What only people know; default RUN/answers.toml, if it is there.")
+    ] = None
+    model: Annotated[str, typer.Option(help="The stage whose model is published; default the last.")] = ""
+    check: Annotated[bool, typer.Option("--check", help="Only say what is missing; exit code 1 then.")] = False
+    questions: Annotated[bool, typer.Option("--questions", help="Print an answers file to fill in.")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.run is None and not self.questions:
+            raise UserError("run", "", "nothing to document", "Name a run folder, or give --questions.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackOptions(Options):
+    """Which run is sent to which viewer."""
+
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder such as runs/tiny.")]
+    to: Annotated[
+        Literal["tensorboard", "trackio", "wandb"], typer.Option(help="tensorboard, trackio or wandb (offline).")
+    ] = "tensorboard"
+    out: Annotated[Path, typer.Option(help="Folder for what the viewer reads.")] = Path("tracked")
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for more until the run is over.")] = False

@@ -53,9 +53,10 @@ class ProgressLine:
         """The line, what matters most first; rate and time left are of what is new."""
         elapsed = time.monotonic() - self.began
         rate = new / elapsed if elapsed > 0 else 0.0
+        speed = f"{short(rate)}/s" if rate > 0 else ""
         left = f"{clock(max(0.0, self.total - done) / rate)} left" if rate > 0 and new >= self.sure else ""
         money = "price NOT PROVIDED" if dollars is None else f"${dollars:.4f}"
-        parts = (f"{self.name} {short(done)}/{short(self.total)} {self.unit}", f"{short(rate)}/s", left, money, note)
+        parts = (f"{self.name} {short(done)}/{short(self.total)} {self.unit}", speed, left, money, note)
         return ", ".join(part for part in parts if part)
 
     def _redraw(self, done: float, text: str, end: str) -> None:
