@@ -86,7 +86,7 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     (ChatOptions, {"model": MODEL, "top_k": 1.5}, "--top-k = 1.5"),
     (VerifyOptions, {"folder": MODEL, "out": "no/such/card.md"}, "--out"),
     (TrackOptions, {"run": MODEL, "to": "wandbb"}, "Did you mean 'wandb'"),
-    (DocsOptions, {}, "nothing to document"),
+    (DocsOptions, {"check": True}, "nothing to document"),
 ]
 
 
