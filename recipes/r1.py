@@ -19,7 +19,7 @@ from finback.tasks.small_talk import SmallTalk
 from finback.tasks.task import Mixture
 
 sums = Chains(min_terms=4, max_terms=6)
-talk = SmallTalk()
+small_talk = SmallTalk()
 worded = tuple(Chains(2, 6, wording=t) for t in ("mixed", "en", "zh", "mixed"))
 
 STUDENT = ModelConfig(
@@ -37,7 +37,7 @@ STUDENT = ModelConfig(
 
 exams = (
     Exam(name="sums", task=sums, problems=600, max_tokens=128, language="en"),
-    Exam(name="talk", task=talk, problems=200, max_tokens=48),
+    Exam(name="talk", task=small_talk, problems=200, max_tokens=48),
 )
 in_english = Reward(language=0.3, form=0.1)
 
@@ -88,7 +88,7 @@ recipe = [
     SFT(name="dev3", start="base", traces=("kept",), text=(Chitchat(),), limits={"chitchat": 1000}, epochs=2),
     exam("of-dev3", "dev3"),
     # RL over all scenarios
-    rl("r1", "dev3", 40, task=Mixture((sums, talk), (0.7, 0.3)), reward=in_english, temperature=0.9),
+    rl("r1", "dev3", 40, task=Mixture((sums, small_talk), (0.7, 0.3)), reward=in_english, temperature=0.9),
     exam("of-r1", "r1"),
     # distillation, and what it is compared with
     Pretrain(

@@ -69,14 +69,14 @@ def in_process(
 ) -> tuple[list[Any], dict[str, list[int]]]:
     """Answers of the built-in engine, and their tokens by question."""
     tokens: dict[str, list[int]] = {}
-    plain = local._answer
+    plain = local.to_answer
 
     def note(row: request.Request, ask: EvalRequest, opened: bool, busy: float) -> Answer:
         tokens[ask.suite.problems[ask.place].key] = list(row.tokens)
         return plain(row, ask, opened, busy)
 
     with monkeypatch.context() as patch:
-        patch.setattr(local, "_answer", note)
+        patch.setattr(local, "to_answer", note)
         return list(Local(folder, "toy", "fp32").answers(wanted, GREEDY)), tokens
 
 

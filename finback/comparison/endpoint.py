@@ -65,19 +65,19 @@ class Endpoint:
     def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
         """As they come; leaving the iterator stops asking."""
         left, found = iter(asks), queue.SimpleQueue[Answer | Failure | BaseException]()
-        lock, course, limit = threading.Lock(), _Course(), RateLimit(threading.Event(), self.rate)
+        lock, tally, limit = threading.Lock(), _Tally(), RateLimit(threading.Event(), self.rate)
 
         def work(client: Client) -> None:
             while not limit.stop.is_set():
                 with lock:
                     ask = next(left, None)
-                    hopeless = course.hopeless
+                    hopeless = tally.hopeless
                 if ask is None:
                     return
                 try:
                     each = Failure(ask, hopeless) if hopeless else self._answer(ask, rules, client, limit)
                     with lock:
-                        course.note(each)
+                        tally.note(each)
                     found.put(each)
                 except BaseException as error:  # a defect of ours, to be raised where somebody sees it
                     found.put(error)
@@ -139,7 +139,7 @@ class Endpoint:
 
 
 @dataclass
-class _Course:
+class _Tally:
     """How an endpoint has done so far; `hopeless` says why the rest need not be tried, if that is so."""
 
     answered: bool = False

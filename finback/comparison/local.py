@@ -119,13 +119,13 @@ def _answers(
                 busy[row] += spent / len(at_work)
             for row in [row for row in at_work if row.finish_reason is not None]:
                 ask, opened = under_way.pop(row)
-                yield _answer(row, ask, opened, busy.pop(row))
+                yield to_answer(row, ask, opened, busy.pop(row))
     finally:
         for row in under_way:
             engine.cancel(row)
 
 
-def _answer(row: Request, ask: EvalRequest, opened: bool, busy: float) -> Answer:
+def to_answer(row: Request, ask: EvalRequest, opened: bool, busy: float) -> Answer:
     assert row.detokenizer is not None and row.finish_reason is not None, (
         "the engine has a tokenizer, and the answer has ended"
     )

@@ -108,12 +108,12 @@ def _own(path: str, options: dict[str, str], problems: int | None, seed: int) ->
     if "tests" in records[0].fields:
         return _programs(name, path, records, problems, seed)
     if "choices" in records[0].fields:
-        paper = choice.ChoiceSet(HubDataset(path), choice.own)
-        return choice.of_records(name, paper, records, problems, seed, path)
+        choice_set = choice.ChoiceSet(HubDataset(path), choice.own)
+        return choice.of_records(name, choice_set, records, problems, seed, path)
     fields = options.get("question", "question"), options.get("answer", "answer")
-    contest = mathematics.MathSet(HubDataset(path), *fields)
-    asked = distinct(mathematics.problem(record, contest) for record in records)
-    suite = mathematics.made(name, pick(asked, problems, seed), contest, path)
+    math_set = mathematics.MathSet(HubDataset(path), *fields)
+    asked = distinct(mathematics.problem(record, math_set) for record in records)
+    suite = mathematics.made(name, pick(asked, problems, seed), math_set, path)
     return suite if prompt else replace(suite, prompt="{question}")
 
 

@@ -98,9 +98,9 @@ SETS = {
 
 def load(name: str, at: str, problems: int | None, seed: int, subset: str = "") -> Suite:
     """The set called `name`; `subset` is one of the hub's configurations, such as C-Eval's "computer_network"."""
-    paper = SETS[name]
+    choice_set = SETS[name]
     if subset:
-        paper = replace(paper, origin=replace(paper.origin, subset=subset))
+        choice_set = replace(choice_set, origin=replace(choice_set.origin, subset=subset))
     if not at and name == "ceval" and not subset:
         raise UserError(
             "suite",
@@ -108,20 +108,20 @@ def load(name: str, at: str, problems: int | None, seed: int, subset: str = "") 
             "C-Eval has one data set for each of its 52 subjects",
             "Name one, such as ceval?subset=computer_network, or a file of your own with ceval@FILE.",
         )
-    return of_records(name, paper, paper.origin.records(at), problems, seed, paper.origin.name(at))
+    return of_records(name, choice_set, choice_set.origin.records(at), problems, seed, choice_set.origin.name(at))
 
 
 def of_records(
-    name: str, paper: ChoiceSet, records: Sequence[Record], problems: int | None, seed: int, source: str
+    name: str, choice_set: ChoiceSet, records: Sequence[Record], problems: int | None, seed: int, source: str
 ) -> Suite:
-    """The suite of a paper's records."""
-    asked = [_problem(record, paper.read) for record in records]
-    return made(name, paper, asked, problems, seed, source)
+    """The suite of these records."""
+    asked = [_problem(record, choice_set.read) for record in records]
+    return made(name, choice_set, asked, problems, seed, source)
 
 
 def made(
     name: str,
-    paper: ChoiceSet,
+    choice_set: ChoiceSet,
     asked: Sequence[tuple[Problem, list[str]]],
     problems: int | None,
     seed: int,
@@ -134,11 +134,11 @@ def made(
         name=name,
         problems=chosen,
         task=ProblemList(name, chosen, partial(judge, choices)),
-        source=SuiteSource(source, paper.origin.licence, digest([p.question, p.answer] for p in chosen)),
-        prompt=paper.prompt,
+        source=SuiteSource(source, choice_set.origin.licence, digest([p.question, p.answer] for p in chosen)),
+        prompt=choice_set.prompt,
         extraction=EXTRACTION,
         chance=sum(1 / len(choices[p.key]) for p in chosen) / len(chosen),
-        language=paper.language,
+        language=choice_set.language,
     )
 
 

@@ -39,13 +39,13 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
         at, source = packaged()
     read = {"humaneval": humaneval, "mbpp": mbpp}[name]
     pairs = [read(record) for record in ORIGINS[name].records(at)]
-    probes = {problem.key: probe for problem, probe in reversed(pairs)}
+    functions = {problem.key: function for problem, function in reversed(pairs)}
     chosen = pick(distinct(problem for problem, _ in pairs), problems, seed)
-    rows = ([p.question, probes[p.key].reference, probes[p.key].tests] for p in chosen)
+    rows = ([p.question, functions[p.key].reference, functions[p.key].tests] for p in chosen)
     return Suite(
         name=name,
         problems=chosen,
-        task=ProblemList(name, chosen, partial(judge, probes), waits=True),
+        task=ProblemList(name, chosen, partial(judge, functions), waits=True),
         source=SuiteSource(source or ORIGINS[name].name(at), ORIGINS[name].licence, digest(rows)),
         prompt=FUNCTION if name == "humaneval" else PROGRAM,
         extraction=EXTRACTION,
@@ -54,10 +54,10 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
     )
 
 
-def judge(probes: Mapping[str, FunctionTests], problem: Problem, answer: str) -> Verdict:
+def judge(functions: Mapping[str, FunctionTests], problem: Problem, answer: str) -> Verdict:
     """By the tests of the problem; one that is not of this suite has none to pass."""
-    probe = probes.get(problem.key)
-    return function_tests.judge(probe, answer) if probe else NO_ANSWER
+    function = functions.get(problem.key)
+    return function_tests.judge(function, answer) if function else NO_ANSWER
 
 
 def packaged() -> tuple[str, str]:
@@ -74,8 +74,8 @@ def humaneval(record: Record) -> tuple[Problem, FunctionTests]:
     given, body = _verbatim(record, "prompt"), _verbatim(record, "canonical_solution")
     entry = _name(record, record.text("entry_point").strip())
     tests = f"{record.text('test').strip()}\n\ncheck({entry})\n"
-    probe = FunctionTests(record.where, entry, given, given + body, tests)
-    return Problem(given.strip("\n"), body, canonical(given), tags=_numbered(record)), probe
+    function = FunctionTests(record.where, entry, given, given + body, tests)
+    return Problem(given.strip("\n"), body, canonical(given), tags=_numbered(record)), function
 
 
 def mbpp(record: Record) -> tuple[Problem, FunctionTests]:
@@ -92,8 +92,8 @@ def mbpp(record: Record) -> tuple[Problem, FunctionTests]:
     shown = "\n".join(tests)
     question = f"{asked}\n\nYour code should pass these tests:\n\n{shown}"
     statements = "\n".join([*map(str, imports), shown])
-    probe = FunctionTests(record.where, entry, "", solution + "\n", statements)
-    return Problem(question, solution, canonical(question), tags=_numbered(record)), probe
+    function = FunctionTests(record.where, entry, "", solution + "\n", statements)
+    return Problem(question, solution, canonical(question), tags=_numbered(record)), function
 
 
 def _verbatim(record: Record, name: str) -> str:

@@ -73,19 +73,19 @@ class FunctionTests:
     tests: str
 
 
-def judge(probe: FunctionTests, answer: str, limits: Limits = LIMITS) -> Verdict:
+def judge(function: FunctionTests, answer: str, limits: Limits = LIMITS) -> Verdict:
     """Whether the program in an answer passes the tests; well-formed if it is Python."""
     text = program(answer) if len(answer) <= _LONGEST else ""
     if not text.strip():
         return NO_ANSWER
-    calls = _recorded(probe)
-    source = assembled(probe.given, probe.entry, text) + _CALL
-    arguments = [[before, probe.entry] for before, _ in calls]
+    calls = _recorded(function)
+    source = assembled(function.given, function.entry, text) + _CALL
+    arguments = [[before, function.entry] for before, _ in calls]
     seen = shared().call(source, "finback_run", arguments, limits)
     results = [value for value in seen.values if isinstance(value, str)]
     if seen.reason != "ok" or len(results) != len(calls):
         return Verdict(correct=False, well_formed=seen.compiled)
-    correct = results == [result for _, result in calls] or _replayed(probe, calls, results, limits)
+    correct = results == [result for _, result in calls] or _replayed(function, calls, results, limits)
     return Verdict(correct, well_formed=True)
 
 
@@ -100,17 +100,17 @@ def assembled(given: str, entry: str, text: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _recorded(probe: FunctionTests) -> tuple[tuple[str, str], ...]:
+def _recorded(function: FunctionTests) -> tuple[tuple[str, str], ...]:
     """The tests' calls of the reference solution: (arguments, result), as text."""
-    seen = shared().call(probe.reference + _RECORD, "finback_run", [[probe.tests, probe.entry]], LIMITS)
+    seen = shared().call(function.reference + _RECORD, "finback_run", [[function.tests, function.entry]], LIMITS)
     if seen.reason != "ok" or not seen.values or not seen.values[0]:
-        errors = seen.stderr.strip().splitlines()[-1:] or [f"no call of {probe.entry}"]
+        errors = seen.stderr.strip().splitlines()[-1:] or [f"no call of {function.entry}"]
         problem = f"the reference solution does not pass the tests ({seen.reason}: {errors[0][:200]})"
-        raise UserError(probe.where, probe.entry, problem, "Correct the record, or remove it.")
+        raise UserError(function.where, function.entry, problem, "Correct the record, or remove it.")
     return tuple((before, result) for before, result in seen.values[0])
 
 
-def _replayed(probe: FunctionTests, calls: tuple[tuple[str, str], ...], results: list[str], limits: Limits) -> bool:
-    arguments = [[probe.tests, probe.entry, [before for before, _ in calls], results]]
-    seen = shared().call(probe.reference + _REPLAY, "finback_run", arguments, limits)
+def _replayed(function: FunctionTests, calls: tuple[tuple[str, str], ...], results: list[str], limits: Limits) -> bool:
+    arguments = [[function.tests, function.entry, [before for before, _ in calls], results]]
+    seen = shared().call(function.reference + _REPLAY, "finback_run", arguments, limits)
     return seen.reason == "ok" and seen.values == (True,)

@@ -52,30 +52,30 @@ SETS = {
 
 def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
     """The set called `name`, from the hub or from `at`."""
-    contest = SETS[name]
-    read = [problem(record, contest) for record in contest.origin.records(at)]
-    return made(name, pick(distinct(read), problems, seed), contest, contest.origin.name(at))
+    math_set = SETS[name]
+    read = [problem(record, math_set) for record in math_set.origin.records(at)]
+    return made(name, pick(distinct(read), problems, seed), math_set, math_set.origin.name(at))
 
 
-def made(name: str, chosen: tuple[Problem, ...], contest: MathSet, source: str) -> Suite:
+def made(name: str, chosen: tuple[Problem, ...], math_set: MathSet, source: str) -> Suite:
     """The suite of these problems; gold answers are tried first."""
     good, notes = sound(name, chosen, answers.check)
     return Suite(
         name=name,
         problems=tuple(good),
         task=ProblemList(name, tuple(good), answers.check, waits=True),
-        source=SuiteSource(source, contest.origin.licence, fingerprint(good)),
+        source=SuiteSource(source, math_set.origin.licence, fingerprint(good)),
         prompt=BOXED,
         extraction=EXTRACTION,
-        chance=contest.chance,
+        chance=math_set.chance,
         notes=notes,
     )
 
 
-def problem(record: Record, contest: MathSet) -> Problem:
+def problem(record: Record, math_set: MathSet) -> Problem:
     """A record as a question and its gold answer."""
-    question = record.text(contest.question).strip()
-    answer, solution = answers.gold(record.text(contest.answer).strip())
+    question = record.text(math_set.question).strip()
+    answer, solution = answers.gold(record.text(math_set.answer).strip())
     return Problem(
         question=question,
         answer=answer,

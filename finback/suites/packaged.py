@@ -46,10 +46,10 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
         source = f"evals {version} {items.file}"
     pairs = [items.read(record) for record in read(at, "", "")]
     if name == "evals-aime":
-        contest = MathSet(HubDataset("", licence=_MIT), "question", "answer", chance=0.001)
-        return mathematics.made(name, pick(distinct(p for p, _ in pairs), problems, seed), contest, source)
-    paper = ChoiceSet(HubDataset("", licence=_MIT), choice.mmlu)
-    return choice.made(name, paper, pairs, problems, seed, source)
+        math_set = MathSet(HubDataset("", licence=_MIT), "question", "answer", chance=0.001)
+        return mathematics.made(name, pick(distinct(p for p, _ in pairs), problems, seed), math_set, source)
+    choice_set = ChoiceSet(HubDataset("", licence=_MIT), choice.mmlu)
+    return choice.made(name, choice_set, pairs, problems, seed, source)
 
 
 def _path(name: str) -> str:
