@@ -17,7 +17,7 @@ LENGTH = 128  # tokens of a window
 
 @torch.no_grad()
 def bits_per_byte(model: Transformer, data: Path, source: str, world: World, rows: int = 128) -> float | None:
-    """Compression of a source's validation text, in bits per byte of text; None where the source kept none apart.
+    """Compression of a source's validation text, in bits per byte of text; None where the source has no validation text.
 
     Up to `rows` windows of LENGTH tokens; every rank gets the same number.
     """
@@ -54,6 +54,6 @@ def _windows(path: Path, most: int) -> int:
 
 
 def bits_by_source(model: Transformer, data: Path, sources: Iterable[str], world: World) -> dict[str, float]:
-    """Bits per byte of each source's validation text, of those that kept some apart."""
+    """Bits per byte of each source's validation text, of those that have some."""
     found = {name: bits_per_byte(model, data, name, world) for name in sources}
     return {name: bits for name, bits in found.items() if bits is not None}

@@ -1,7 +1,7 @@
 """Distillation on a teacher's probabilities: over the traces of a reject stage, or over the student's own answers.
 
 R1 distilled by SFT on traces alone, which is the SFT stage. Where teacher and student share a tokenizer there is more to
-learn from: what else the teacher might have said at every token. On-policy (GKD, 2306.13649) the student answers the
+learn from: the teacher's whole distribution at every token. On-policy (GKD, 2306.13649) the student answers the
 questions of a task and the teacher corrects it where it actually goes.
 """
 
@@ -41,7 +41,7 @@ class Distill(SFT):
 
     teacher: str
     divergence: Literal["forward", "reverse"] = "forward"
-    # tokens told apart; 0: the whole vocabulary
+    # likeliest tokens that are distinguished; 0: the whole vocabulary
     top_k: int = 0
     # share of the loss that stays SFT's
     hard: float = 0.0

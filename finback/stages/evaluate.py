@@ -56,7 +56,8 @@ class Exam:
     temperature: float = 1.0
     think: bool = False
     max_tokens: int = 96
-    language: str = ""  # ISO 639-1: also report which share of the chains' words is in it (R1 2.3.2)
+    # ISO 639-1: also report which share of the chains' words is in it (R1 2.3.2)
+    language: str = ""
     suite: InitVar[str] = ""
 
     def __post_init__(self, suite: str) -> None:
@@ -81,11 +82,12 @@ class Exam:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Stage):
-    """Give a model its exams; every answer is kept in <exam>.jsonl."""
+    """Give a model its exams; every answer is written to <exam>.jsonl."""
 
     start: str
     exams: tuple[Exam, ...]
-    data: str = ""  # a prepare stage, to compress the validation text of its `sources`
+    # a prepare stage, to compress the validation text of its `sources`
+    data: str = ""
     sources: tuple[str, ...] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:
@@ -134,10 +136,10 @@ class Evaluate(Stage):
     def _take(
         self, exam: Exam, run: StageRun, world: World, model: Transformer, tokenizer: Tokenizer
     ) -> dict[str, Any]:
-        """One exam's scores; kept in <exam>.json, so that an interrupted evaluation does not repeat it."""
-        kept = run.folder / f"{exam.name}.json"
-        if kept.is_file():
-            return dict(read_json(kept))
+        """One exam's scores; written to <exam>.json, so that an interrupted evaluation does not repeat it."""
+        path = run.folder / f"{exam.name}.json"
+        if path.is_file():
+            return dict(read_json(path))
         assert exam.task is not None, "an exam has a task or a suite"
         task, problems, suite = questions(exam, run.seed("exam", exam.task.name))
         mine = range(world.rank, len(problems), world.size)
@@ -169,7 +171,7 @@ class Evaluate(Stage):
         world.barrier()  # nobody looks for the file below before everybody has looked
         if run.is_writer:
             write_lines(run.folder / f"{exam.name}.jsonl", records)
-            write_json(kept, result)
+            write_json(path, result)
         low, high = result["interval"]
         run.say(f"{self.name:10} {exam.name}: {result['accuracy']:.1%} ({low:.1%} to {high:.1%}), n = {result['n']}")
         return result
@@ -213,8 +215,8 @@ def scores(records: list[dict[str, Any]]) -> dict[str, Any]:
 def language_of(records: list[dict[str, Any]], target: str) -> float | None:
     """Mean share of the chains' words that are in the target language; None where no chain has words."""
     shares = [consistency(r["thinking"], target) for r in records if r["thinks"]]
-    told = [share for share in shares if share is not None]
-    return sum(told) / len(told) if told else None
+    known_shares = [share for share in shares if share is not None]
+    return sum(known_shares) / len(known_shares) if known_shares else None
 
 
 @torch.no_grad()

@@ -18,8 +18,10 @@ class Extend(Pretrain):
     to the batch, at the rate that pre-training ended with. The second needs no `factor`: the first one's stays.
     """
 
-    window: int  # tokens the model reads afterwards
-    factor: float | None = None  # of YaRN over the window that `start` was trained on; None: its scaling stays
+    # tokens the model reads afterwards
+    window: int
+    # of YaRN over the window that `start` was trained on; None: its scaling stays
+    factor: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Group-relative policy optimisation (DeepSeekMath 4.1, R1 2.2): R1-Zero when it starts from a base model.
+"""Group relative policy optimization (DeepSeekMath 4.1, R1 2.2): R1-Zero when it starts from a base model.
 
 Sampled: `num_generations` answers to each of `prompts_per_step` questions, by the engine, from the very weights that are trained.
 Advantages: the distance of each answer's reward from its group's mean, the same for all its tokens.

@@ -81,29 +81,38 @@ class Decontaminate:
 
     def overlap(self, run: StageRun) -> Overlap:
         """What finds the problems in a document."""
-        held, trained = dict[str, list[str]](), dict[str, list[str]]()
+        held_out, trained = dict[str, list[str]](), dict[str, list[str]]()
         for task in self.tasks:  # two may have one name
             seed = run.seed("exam", task.name)
-            held.setdefault(task.name, []).extend(_questions(task, "held_out", self.problems, seed))
+            held_out.setdefault(task.name, []).extend(_questions(task, "held_out", self.problems, seed))
             trained.setdefault(task.name, []).extend(_questions(task, "train", self.problems, seed))
-        return Overlap(held, trained, self.ngram)
+        return Overlap(held_out, trained, self.ngram)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare(Stage):
     """Write tokenizer.json, <source>.train.bin, <source>.valid.bin and sources.json."""
 
-    text: tuple[Chitchat | Files | Hub | Packaged, ...] = field(default_factory=tuple)  # real text
-    tasks: tuple[TaskText, ...] = field(default_factory=tuple)  # generated text
+    # real text
+    text: tuple[Chitchat | Files | Hub | Packaged, ...] = field(default_factory=tuple)
+    # generated text
+    tasks: tuple[TaskText, ...] = field(default_factory=tuple)
     vocab_size: int = 1024
-    vocabulary: str = ""  # take the tokenizer of this model, to go on training it, instead of making one
-    interleave: float = 0.0  # share of real dialogues in which somebody asks a problem of the first of `tasks`
-    quality: Quality | None = None  # rules that drop poor text
-    near: NearDuplicates | None = None  # drop near duplicates, also of earlier sources
+    # take the tokenizer of this model, to go on training it, instead of making one
+    vocabulary: str = ""
+    # share of real dialogues in which somebody asks a problem of the first of `tasks`
+    interleave: float = 0.0
+    # rules that drop poor text
+    quality: Quality | None = None
+    # drop near duplicates, also of earlier sources
+    near: NearDuplicates | None = None
     decontaminate: Decontaminate | None = None
-    fim: float = 0.0  # share of plain texts that ask for their middle; V3: 0.1
-    workers: int = 0  # processes of datatrove's executor; 0: this process alone, with the same outputs
-    shard_tokens: int = pack.LARGE  # tokens of one file of a shard
+    # share of plain texts that ask for their middle; V3: 0.1
+    fim: float = 0.0
+    # processes of datatrove's executor; 0: this process alone, with the same outputs
+    workers: int = 0
+    # tokens of one file of a shard
+    shard_tokens: int = pack.LARGE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,8 +161,8 @@ class Prepare(Stage):
         vocabulary = self._tokenizer(run, corpus)
         for name, about in record.items():
             # task text is split by problem, not by document, so none of it is set aside here
-            held = name not in {made.name for made in self.tasks}
-            about |= corpus.write(name, vocabulary, held, self.fim, run.seed("fim"))
+            validation = name not in {made.name for made in self.tasks}
+            about |= corpus.write(name, vocabulary, validation, self.fim, run.seed("fim"))
             run.say(f"{self.name:10} {name}: {about['train_tokens']:,} tokens, {about['licence']}")
         write_json(run.folder / "sources.json", record)
         corpus.finish()
@@ -215,7 +224,7 @@ def _questions(task: Task, side: Split, most: int, seed: int) -> list[str]:
 def _interleave(document: Document, made: TaskText, share: float, rng: random.Random) -> Document:
     """With chance `share`, a problem and its answer between two turns of a dialogue; half the time it ends there.
 
-    So a model learns to change from talk to sums and back. Documents kept for validation stay as they are.
+    So a model learns to change from talk to sums and back. Validation documents stay as they are.
     """
     chosen = rng.random() < share
     if not chosen or not document.messages or pack.is_validation(document.plain):

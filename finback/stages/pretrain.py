@@ -15,6 +15,7 @@ from finback.parallel.layout import Layout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
+from finback.stages.pretrain_setup import set_up
 from finback.tasks.task import Task
 from finback.train import loop, rates
 from finback.train.rates import Level, Phase
@@ -192,8 +193,6 @@ class Pretrain(Stage):
         )
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        from finback.stages.pretrain_setup import set_up  # it knows this class
-
         return loop.run(set_up(self, run))
 
 

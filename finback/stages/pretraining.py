@@ -216,7 +216,7 @@ class Pretraining:
             setattr(self, name, state[name])
 
     def _rewind(self, loop: Loop) -> None:
-        """Back to the weights of the last checkpoint, on with the data that follow; said, logged and saved at once."""
+        """Back to the weights of the last checkpoint, on with the data that follow; logged and saved at once."""
         stage, run, here = self.stage, self.run, loop.step
         state = loop.restore()
         if state is None or self.rewinds >= REWINDS:

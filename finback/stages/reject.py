@@ -1,6 +1,6 @@
 """Rejection sampling: several answers to each question, and of those the right, readable and different ones (R1 2.3.3).
 
-What is kept becomes lessons for SFT: traces.jsonl has dialogues in OpenAI's form, chains as `reasoning_content`.
+The chosen answers become lessons for SFT: traces.jsonl has dialogues in OpenAI's form, chains as `reasoning_content`.
 """
 
 import math
@@ -42,13 +42,20 @@ class Reject(Stage):
     num_generations: int = 4
     temperature: float = 1.0
     max_tokens: int = 96
-    think: bool = False  # open the chain for the model
-    need_chain: bool = True  # drop answers without one
-    language: str = ""  # of the chain, ISO 639-1; "" for any
-    pure: float = 0.99  # least share of its words in that language
-    readable: bool = True  # drop repetitions, endless paragraphs and chaos of code
-    keep: int = 2  # at most so many per question: all of them where few answers were right, one where all were
-    easy: float = 1.0  # largest share of what is kept that may come from questions which were always solved
+    # open the chain for the model
+    think: bool = False
+    # drop answers without one
+    need_chain: bool = True
+    # of the chain, ISO 639-1; "" for any
+    language: str = ""
+    # least share of its words in that language
+    pure: float = 0.99
+    # drop repetitions, endless paragraphs and chaos of code
+    readable: bool = True
+    # at most so many per question: all of them where few answers were right, one where all were
+    keep: int = 2
+    # largest share of what is kept that may come from questions which were always solved
+    easy: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,7 +131,7 @@ class Reject(Stage):
                 reason = self._reason(r)
                 trace = {"reasoning_content": r.response.reasoning, "content": r.response.answer}
                 if not reason and trace in good:
-                    reason = "said before"
+                    reason = "repeated"
                 reasons[reason or "good"] += 1
                 if not reason:
                     good.append(trace)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the next token of what an assistant said, in packed rows, over some epochs (R1 B.4.2).
+"""Supervised fine-tuning: the next token of an assistant's messages, in packed rows, over some epochs (R1 B.4.2).
 
 Lessons come from the traces of a reject stage, from JSONL dialogues, from the hub, from the packaged dialogues, and
 from the gold answers of tasks. Rows hold several lessons that do not see each other.

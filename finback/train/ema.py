@@ -9,7 +9,7 @@ from finback.model.transformer import Transformer
 
 
 class EMA:
-    """w̄ <- decay · w̄ + (1 - decay) · w for every parameter, kept in fp32 on the CPU."""
+    """w̄ <- decay · w̄ + (1 - decay) · w for every parameter, in fp32 on the CPU."""
 
     def __init__(self, model: Transformer, decay: float) -> None:
         self.decay = decay

@@ -70,10 +70,10 @@ def surrogate(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, objecti
         log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
     ratio, weight = log_ratio.exp(), advantage[:, None]
     plain = ratio * weight
-    kept = torch.minimum(plain, ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high) * weight)
+    clipped = torch.minimum(plain, ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high) * weight)
     if objective.dual_clip is not None:
-        kept = torch.where(weight < 0, torch.maximum(kept, objective.dual_clip * weight), kept)
-    return -kept, (kept != plain) & (mask > 0)
+        clipped = torch.where(weight < 0, torch.maximum(clipped, objective.dual_clip * weight), clipped)
+    return -clipped, (clipped != plain) & (mask > 0)
 
 
 def divergence(new: Tensor, reference: Tensor, form: Literal["k1", "k3"]) -> Tensor:
@@ -87,10 +87,10 @@ def divergence(new: Tensor, reference: Tensor, form: Literal["k1", "k3"]) -> Ten
 
 def total(per_token: Tensor, mask: Tensor, average: Literal["token", "answer", "constant"]) -> Tensor:
     """The sum over a micro-batch that the caller divides by `share` of the whole batch: per_token, mask (answers, tokens)."""
-    kept = per_token * mask
+    masked = per_token * mask
     if average == "answer":
-        return (kept.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum()
-    return kept.sum()
+        return (masked.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum()
+    return masked.sum()
 
 
 def share(average: Literal["token", "answer", "constant"], tokens: float, answers: float, longest: int) -> float:

@@ -19,8 +19,9 @@ from finback.train.trainer import Trainer
 class Training(Protocol):
     """What a stage hands the loop."""
 
-    total: float  # how much there is to do,
-    unit: str  # in these
+    # how much there is to do, and its unit
+    total: float
+    unit: str
 
     def done(self) -> float:
         """How much of `total` is done."""

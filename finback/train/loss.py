@@ -142,14 +142,14 @@ def token_logprobs(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: fl
 def distillation(student: Tensor, teacher: Tensor, form: Literal["forward", "reverse"], top_k: int = 0) -> Tensor:
     """KL divergence per row between two models' logits (n, vocab) -> (n,); the gradient is the student's alone.
 
-    forward is KL(teacher || student): cover all that the teacher would say; reverse is KL(student || teacher): say only
-    what it would (MiniLLM, 2306.08543). With `top_k` the teacher's k likeliest tokens are told apart and all others
-    count as one outcome, which bounds the divergence from below.
+    forward is KL(teacher || student), which covers all that the teacher puts mass on; reverse is KL(student || teacher),
+    which seeks its modes (MiniLLM, 2306.08543). With `top_k` only the teacher's k likeliest tokens are distinguished and
+    all others count as one outcome, which bounds the divergence from below.
     """
     ours, theirs = student.float().log_softmax(dim=-1), teacher.detach().float().log_softmax(dim=-1)
     if 0 < top_k < theirs.size(-1):
-        kept = theirs.topk(top_k, dim=-1).indices
-        ours, theirs = _with_rest(ours.gather(-1, kept)), _with_rest(theirs.gather(-1, kept))
+        likeliest = theirs.topk(top_k, dim=-1).indices
+        ours, theirs = _with_rest(ours.gather(-1, likeliest)), _with_rest(theirs.gather(-1, likeliest))
     p, difference = (theirs.exp(), theirs - ours) if form == "forward" else (ours.exp(), ours - theirs)
     return (p * difference).sum(dim=-1)
 

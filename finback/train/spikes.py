@@ -1,4 +1,4 @@
-"""Losses that are not to be learnt from: no number at all, or far above what has been usual."""
+"""Losses that are not learnt from: NaN or infinite, or far above the usual."""
 
 import math
 import statistics

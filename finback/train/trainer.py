@@ -48,7 +48,7 @@ class Trainer(ABC):
     `balance`.
     """
 
-    model: Transformer  # what a backward pass of one's own calls
+    model: Transformer
     # which of data_ranks equal shares of a step's rows this rank reads
     data_rank: int
     data_ranks: int
