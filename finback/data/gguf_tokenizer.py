@@ -30,7 +30,7 @@ _RULES = {
 _CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
 
 
-def convert(path: Path) -> tuple[str, dict[str, Any]]:
+def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json of a GGUF file; UserError for kinds that finback does not know."""
     reader = open_gguf(path)
     model, rules = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "default")
@@ -50,19 +50,16 @@ def convert(path: Path) -> tuple[str, dict[str, Any]]:
     if rules.startswith(("qwen", "deepseek-r1-qwen")):
         bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _patterns(rules)]
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated")
+            for pattern in (deepseek_splits if rules == "deepseek-v3" else _RULES[rules])
+        ]
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     bpe.decoder = decoders.ByteLevel()
     added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in (_CONTROL, _USER_DEFINED)]
     bpe.add_tokens([AddedToken(t, normalized=False, special=k == _CONTROL) for t, k in added])
     return bpe.to_str(pretty=True), _settings(reader, tokens)
-
-
-def _patterns(rules: str) -> tuple[str, ...]:
-    from finback.data.tokenizer import SPLITS  # DeepSeek's; here, so that tokenizer.py may import this file
-
-    return SPLITS if rules == "deepseek-v3" else _RULES[rules]
 
 
 def _settings(reader: Any, tokens: list[str]) -> dict[str, Any]:

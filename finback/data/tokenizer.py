@@ -187,7 +187,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if path.suffix == ".gguf":
         from finback.data import gguf_tokenizer  # brings torch, which workers that encode text need not load
 
-        text, settings = gguf_tokenizer.convert(path)
+        text, settings = gguf_tokenizer.convert(path, SPLITS)
         return text, settings, {}
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():

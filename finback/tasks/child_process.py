@@ -1,6 +1,7 @@
 """One child process under watch: what it writes, how long it takes, how it ends. No torch here."""
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 _TICK = 0.02  # seconds between looks at a process where the system has no descriptor for its end
 
@@ -147,3 +149,11 @@ def remove(folder: Path) -> None:
                 if inner.is_dir(follow_symlinks=False):
                     os.chmod(inner.path, 0o700)  # noqa: PTH101  a folder that is moved must be writable
                 os.rename(inner.path, folder / secrets.token_hex(16))  # noqa: PTH104
+
+
+def read_json(text: str) -> Any:
+    """A JSON value; where it is none that can be read, something that equals no value, not even itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError, MemoryError):
+        return float("nan")

@@ -8,6 +8,8 @@ import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from finback.tasks.child_process import read_json
+
 if TYPE_CHECKING:
     from finback.tasks.sandbox import Limits
 
@@ -47,8 +49,6 @@ def call(source: str, entry: str, arguments: list[list[Any]], limits: "Limits") 
 
 def _values(texts: Any) -> tuple[Any, ...]:
     """Only texts cross over, and are read as JSON here."""
-    from finback.tasks.sandbox import read_json
-
     is_list = type(texts) is list and all(type(text) is str for text in texts)
     return tuple(read_json(text) for text in texts) if is_list else ()
 

@@ -8,7 +8,6 @@ of them guarantees.
 
 import contextlib
 import importlib.util
-import json
 import marshal
 import secrets
 import signal
@@ -21,7 +20,7 @@ from typing import Any, Literal
 
 from finback.config import UserError, check_fields, check_positive
 from finback.tasks import sandbox_child
-from finback.tasks.child_process import ChildOutput, file_of, watch
+from finback.tasks.child_process import ChildOutput, file_of, read_json, watch
 from finback.tasks.isolation import Launch, bubble, bubblewrap, folder, pipe
 
 Isolation = Literal["bubblewrap", "rlimits", "monty"]
@@ -213,11 +212,3 @@ def _outcome(seen: ChildOutput, frames: list[tuple[str, str]], limits: Limits) -
         values=tuple(read_json(text) for kind, text in frames if kind == "value"),
         seconds=seen.seconds,
     )
-
-
-def read_json(text: str) -> Any:
-    """A JSON value; where it is none that can be read, something that equals no value, not even itself."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError, MemoryError):
-        return float("nan")
