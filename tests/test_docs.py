@@ -464,7 +464,7 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_values_are_said_as_people_read_them() -> None:
-    shown = [page.said(v) for v in (MISSING, None, "", True, 12345, 0.123456, 2.0, 1.5e23, [1, "a"], {"a": None})]
+    shown = [page.display(v) for v in (MISSING, None, "", True, 12345, 0.123456, 2.0, 1.5e23, [1, "a"], {"a": None})]
     assert shown == [NOT_PROVIDED, "none", "none", "yes", "12,345", "0.1235", "2", "1.5e+23", "1, a", "a: none"]
 
 

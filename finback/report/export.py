@@ -37,7 +37,7 @@ def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
 
 
 def _settings(source: Path, tokenizer: Tokenizer | None, fmt: Format) -> dict[str, Any]:
-    """What config.json says beside the model: special ids, and how the factors of FP8 that is passed on are kept."""
+    """What config.json says beside the model: special ids, and the layout of FP8 factors that are passed on."""
     raw = read_config(source) if source.is_dir() and not (source / "model.json").is_file() else {}
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found: dict[str, Any] = {n: raw[n] for n in names if raw.get(n) is not None}

@@ -1,4 +1,4 @@
-"""What a model said while it was being trained: answers of RL steps with what each earned. Reads run folders only."""
+"""Answers of RL steps, with the reward and the advantage that each earned."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def find(root: Path, stage: str = "", step: int = 0) -> list[dict[str, Any]]:
 
 def describe(root: Path, stage: str = "", step: int = 0, count: int = 2) -> str:
     """`count` questions of each step as text: every answer with its chain, what it earned and its advantage; then what
-    the models before and after said to the same held-out problems."""
+    the models before and after answered to the same held-out problems."""
     parts = []
     for name, number in dict.fromkeys((r["stage"], r["step"]) for r in find(root, stage, step)):
         records = find(root, name, number)

@@ -15,13 +15,13 @@ PLANTED = "Pre-training planted both habits, guessing and thinking; RL selects t
 
 def summarize(root: Path) -> str:
     """The summary of a run as text; draws <root>/learning.png when there is an RL stage."""
-    told = reader.summary(root)["stages"]
-    stages = [stage for stage in reader.stages(root) if stage.name in told]
+    finished = reader.summary(root)["stages"]
+    stages = [stage for stage in reader.stages(root) if stage.name in finished]
     exams, learning, trained = (
         [stage for stage in stages if stage.kind == kind]
         for kind in ("evaluation", "reinforcement learning", "pre-training")
     )
-    parts = [_costs(told), "\n".join(entry["text"] for entry in told.values() if entry.get("text"))]
+    parts = [_costs(finished), "\n".join(entry["text"] for entry in finished.values() if entry.get("text"))]
     if len(exams) >= MANY:
         parts += [accuracy_table(exams), first_problem(exams)]
     elif len(exams) >= 2:

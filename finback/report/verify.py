@@ -29,7 +29,7 @@ SAMPLE = "In 2024, 3.14 × 2 = 6.28;\n\tdef f(x): return x**2  # naïve café �
 
 @dataclass
 class Check:
-    """One line of the card. `holds` is None for what could not be checked or is only told."""
+    """One line of the card. `holds` is None for what was not checked, or is information alone."""
 
     name: str
     holds: bool | None

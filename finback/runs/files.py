@@ -70,7 +70,7 @@ def is_number(value: Any) -> bool:
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a model from elsewhere: a GGUF file, or a folder whose config.json is not a stage's.
 
-    A damaged config.json counts too, so that what is wrong with it gets said.
+    A damaged config.json counts too, so that a user learns what is wrong with it.
     """
     if path.suffix == ".gguf":
         return True

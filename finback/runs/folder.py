@@ -1,4 +1,4 @@
-"""The run folder: the only way stages talk, and all that a report ever reads.
+"""The run folder: what a stage reads of earlier ones, and all that a report reads.
 
 runs/<recipe>/recipe.json            which recipe and seed this folder belongs to
 runs/<recipe>/<stage>/config.json    the stage's knobs, resolved
@@ -121,8 +121,7 @@ class StageRun:
         """Forget logged steps from `step` on: they are about to be done again."""
         for path in (self.folder / name for name in STEPPED):
             if self.is_writer and path.is_file():
-                kept = [r for r in read_lines(path) if r["step"] < step]
-                write_lines(path, kept)
+                write_lines(path, [r for r in read_lines(path) if r["step"] < step])
 
     def account(self, **spent: float) -> None:
         """Append what was spent since the last call to ledger.jsonl; wall seconds and metered joules are added here.

@@ -124,9 +124,9 @@ class MetricsTable:
             rows = range(self.rows, self.rows + len(values))
         except (TypeError, OverflowError):
             if all(isinstance(v, list) for v in values):
-                places, kept = self.nested.setdefault(name, ([], []))
+                places, matrices = self.nested.setdefault(name, ([], []))
                 places.extend(range(self.rows, self.rows + len(values)))
-                kept.extend(values)
+                matrices.extend(values)
                 return
             pairs = [(self.rows + i, float(v)) for i, v in enumerate(values) if isinstance(v, int | float)]
             fresh, rows = array("d", (v for _, v in pairs)), [r for r, _ in pairs]  # type: ignore[assignment]

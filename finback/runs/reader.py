@@ -58,6 +58,12 @@ class StageFolder:
         return self.folder.name
 
     @property
+    def inputs(self) -> list[str]:
+        """Names of earlier stages, or paths, that it reads."""
+        declared = self.config_json.get(DECLARATION)
+        return list(declared.get("inputs") or ()) if isinstance(declared, dict) else []
+
+    @property
     def type(self) -> str:
         """The name of the stage's class, such as GRPO."""
         return str(self.config.get("type", "?"))

@@ -153,8 +153,8 @@ def overridden(given: Sequence[Stage], settings: Sequence[str]) -> tuple[Stage, 
 
 
 def config_json(stage: Stage) -> dict[str, Any]:
-    """What config.json holds: the knobs, what readers have to know of the stage's folder, and the work it announces."""
-    declared = stage.declaration().to_json() | {"work": dataclasses.asdict(stage.work())}
+    """What config.json holds: the knobs, and what readers have to know: its declaration, inputs and announced work."""
+    declared = stage.declaration().to_json() | {"inputs": stage.inputs(), "work": dataclasses.asdict(stage.work())}
     return dict(as_json(stage)) | {DECLARATION: declared}
 
 

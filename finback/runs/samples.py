@@ -1,4 +1,4 @@
-"""What a model said: lines of samples.jsonl and of exams, found by step or by question. No torch here."""
+"""Answers of a model, of RL steps or of an exam, found by step or by question. No torch here."""
 
 import json
 import time

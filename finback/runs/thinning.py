@@ -10,7 +10,7 @@ NOTHING = 1e-18  # a share that no sum of this precision feels
 def thin(x: Line, y: Line, points: int) -> NDArray[np.int64]:
     """Places of at most about `points` points of a curve: of each stretch of x the lowest and the highest y.
 
-    First and last stay, and so does one value that is no number in each stretch that has some: a gap is a finding.
+    First and last stay, and so does one value that is NaN or infinite in each stretch that has some: a gap is a finding.
     x must not fall.
     """
     if len(x) <= points:
@@ -22,11 +22,11 @@ def thin(x: Line, y: Line, points: int) -> NDArray[np.int64]:
     finite = np.isfinite(y)
     low = _first_where(np.where(finite, y, np.inf), starts, np.minimum)
     high = _first_where(np.where(finite, -y, np.inf), starts, np.minimum)
-    kept = [low, high, np.array([0, len(x) - 1])]
+    places = [low, high, np.array([0, len(x) - 1])]
     if not finite.all():
         bad = np.flatnonzero(~finite)
-        kept.append(bad[np.unique(np.searchsorted(starts, bad, side="right"), return_index=True)[1]])
-    return np.unique(np.concatenate(kept)).astype(np.int64)
+        places.append(bad[np.unique(np.searchsorted(starts, bad, side="right"), return_index=True)[1]])
+    return np.unique(np.concatenate(places)).astype(np.int64)
 
 
 def _first_where(y: Line, starts: NDArray[np.int64], reduce: np.ufunc) -> NDArray[np.int64]:
@@ -39,7 +39,7 @@ def _first_where(y: Line, starts: NDArray[np.int64], reduce: np.ufunc) -> NDArra
 
 
 def smooth(y: Line, weight: float) -> Line:
-    """Exponential mean s_t = w s_{t-1} + (1 - w) y_t, divided by 1 - w^t; what is no number is passed over."""
+    """Exponential mean s_t = w s_{t-1} + (1 - w) y_t, divided by 1 - w^t; NaN and infinite values are passed over."""
     assert 0 <= weight < 1, f"weight {weight} is not in [0, 1)"
     if weight == 0 or not len(y):
         return y

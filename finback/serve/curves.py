@@ -15,7 +15,7 @@ AXES = ("step", "tokens", "time", "cost")
 QUIET = 120.0  # seconds without a line after which a running stage has stalled, and no less than 20 steps' time
 BLOCK = 50  # steps whose spread says what a spike is
 SPIKE = 12.0  # robust standard deviations above the stretch before
-LISTED = 5  # spikes that are told
+LISTED = 5  # spikes that are shown
 
 
 def axis(table: MetricsTable, name: str, cores: float) -> Line:
@@ -58,10 +58,10 @@ def curve(
     first = max(0, int(np.searchsorted(x, begin, "left")) - 1) if begin is not None else 0
     last = min(len(x), int(np.searchsorted(x, end, "right")) + 1) if end is not None else len(x)
     x, y, smoothed = x[first:last], y[first:last], smoothed[first:last]
-    kept = thin(x, y, points)
-    found: dict[str, Any] = {"name": name, "n": len(rows), "x": _plain(x[kept]), "y": _plain(y[kept])}
+    chosen = thin(x, y, points)
+    found: dict[str, Any] = {"name": name, "n": len(rows), "x": _plain(x[chosen]), "y": _plain(y[chosen])}
     if weight:
-        found["smooth"] = _plain(smoothed[kept])
+        found["smooth"] = _plain(smoothed[chosen])
     return found
 
 

@@ -30,7 +30,7 @@ class BulletList:
 
 @dataclass(frozen=True)
 class CodeBlock:
-    """Text as it is: what a model said, for one."""
+    """Text as it is, such as the answer of a model."""
 
     text: str
 
@@ -53,7 +53,7 @@ class Figure:
 Block = Heading | Paragraph | BulletList | CodeBlock | TableBlock | Figure
 
 
-def said(value: Any) -> str:
+def display(value: Any) -> str:
     """A value as people read it; what is missing is NOT PROVIDED, and an empty one is there."""
     if value is MISSING:
         return NOT_PROVIDED
@@ -66,20 +66,20 @@ def said(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
     if isinstance(value, dict):
-        return "; ".join(f"{k}: {said(v)}" for k, v in value.items()) or "none"
+        return "; ".join(f"{k}: {display(v)}" for k, v in value.items()) or "none"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(said, value)) or "none"
+        return ", ".join(map(display, value)) or "none"
     return str(value)
 
 
 def facts(rows: Iterable[tuple[str, Any]], head: tuple[str, str] = ("fact", "value")) -> TableBlock:
     """A table of names and values."""
-    return TableBlock(head, tuple((name, said(value)) for name, value in rows))
+    return TableBlock(head, tuple((name, display(value)) for name, value in rows))
 
 
 def records(keys: Sequence[str], named: Iterable[tuple[str, dict[str, Any]]], first: str) -> TableBlock:
     """A table with one row for each record and one column for each key."""
-    rows = tuple((name, *(said(record.get(key, MISSING)) for key in keys)) for name, record in named)
+    rows = tuple((name, *(display(record.get(key, MISSING)) for key in keys)) for name, record in named)
     return TableBlock((first, *(key.replace("_", " ") for key in keys)), rows)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from finback.model.count import parameters
 from finback.report.docs import technical
-from finback.report.docs.blocks import said
+from finback.report.docs.blocks import display
 from finback.report.docs.facts import MISSING, NOT_PROVIDED, RunFacts, StageFacts
 from finback.report.docs.questionnaire import Answers
 from finback.report.model_card import architecture
@@ -43,9 +43,9 @@ def _model(run: RunFacts, answers: Answers, data: list[str]) -> dict[str, Any]:
     return {
         "type": "machine-learning-model",
         "bom-ref": "model",
-        "name": said(name),
-        "version": said(answers("model.version")),
-        "supplier": {"name": said(provider)},
+        "name": display(name),
+        "version": display(answers("model.version")),
+        "supplier": {"name": display(provider)},
         "licenses": licences(answers("model.licence")),
         "components": files,
         "modelCard": _card(run, answers, data),
@@ -55,7 +55,7 @@ def _model(run: RunFacts, answers: Answers, data: list[str]) -> dict[str, Any]:
 
 def licences(licence: Any) -> list[dict[str, Any]]:
     """A licence by its name: whether it is an SPDX identifier, readers look up."""
-    return [{"license": {"name": said(licence)}}]
+    return [{"license": {"name": display(licence)}}]
 
 
 def _card(run: RunFacts, answers: Answers, data: list[str]) -> dict[str, Any]:
@@ -72,12 +72,15 @@ def _card(run: RunFacts, answers: Answers, data: list[str]) -> dict[str, Any]:
         },
         "quantitativeAnalysis": {"performanceMetrics": [_metric(exam) for _, exam in run.exams]},
         "considerations": {
-            "users": [said(answers("use.intended"))],
-            "useCases": [said(answers("use.intended"))],
-            "technicalLimitations": [said(answers("use.limits")), f"does not fit: {said(answers('use.excluded'))}"],
+            "users": [display(answers("use.intended"))],
+            "useCases": [display(answers("use.intended"))],
+            "technicalLimitations": [
+                display(answers("use.limits")),
+                f"does not fit: {display(answers('use.excluded'))}",
+            ],
             "ethicalConsiderations": [
-                {"name": "safety", "mitigationStrategy": said(answers("use.risks"))},
-                {"name": "bias", "mitigationStrategy": said(answers("data.bias"))},
+                {"name": "safety", "mitigationStrategy": display(answers("use.risks"))},
+                {"name": "bias", "mitigationStrategy": display(answers("data.bias"))},
             ],
             "environmentalConsiderations": {
                 "energyConsumptions": [_energy(s) for s in run.lineage if s.watt_hours is not MISSING]
@@ -89,12 +92,12 @@ def _card(run: RunFacts, answers: Answers, data: list[str]) -> dict[str, Any]:
 def _metric(exam: dict[str, Any]) -> dict[str, Any]:
     metric: dict[str, Any] = {
         "type": "accuracy",
-        "value": said(exam.get("accuracy", MISSING)),
-        "slice": f"{said(exam.get('task', MISSING))}, exam {said(exam.get('exam', MISSING))}, n = {said(exam.get('n', MISSING))}",
+        "value": display(exam.get("accuracy", MISSING)),
+        "slice": f"{display(exam.get('task', MISSING))}, exam {display(exam.get('exam', MISSING))}, n = {display(exam.get('n', MISSING))}",
     }
     interval = exam.get("interval")
     if isinstance(interval, list) and len(interval) == 2:
-        low, high = map(said, interval)
+        low, high = map(display, interval)
         metric["confidenceInterval"] = {"lowerBound": low, "upperBound": high}
     return metric
 
@@ -108,7 +111,7 @@ def _energy(stage: StageFacts) -> dict[str, Any]:
         "energyProviders": [{"organization": {"name": NOT_PROVIDED}, "energySource": "unknown", "energyProvided": kwh}],
         "properties": [
             {"name": "finback:stage", "value": stage.name},
-            {"name": "finback:metered", "value": said(stage.begun("metered"))},
+            {"name": "finback:metered", "value": display(stage.begun("metered"))},
         ],
     }
 
@@ -121,13 +124,13 @@ def _properties(run: RunFacts) -> Properties:
         ("commit", run.chosen.begun("commit")),
         ("parameters", parameters(run.model)),
     ]
-    return [{"name": f"finback:{name}", "value": said(value)} for name, value in pairs]
+    return [{"name": f"finback:{name}", "value": display(value)} for name, value in pairs]
 
 
 def _data(stage: StageFacts, name: str, record: dict[str, Any]) -> dict[str, Any]:
     """A data set that was read or written, with its digest if it has one."""
     digest = record.get("sha256")
-    kept = [(k, record.get(k, MISSING)) for k in technical.source_keys(stage, name) if k != "licence"]
+    facts = [(k, record.get(k, MISSING)) for k in technical.source_keys(stage, name) if k != "licence"]
     component: dict[str, Any] = {
         "type": "data",
         "bom-ref": f"data:{stage.name}/{name}",
@@ -137,7 +140,7 @@ def _data(stage: StageFacts, name: str, record: dict[str, Any]) -> dict[str, Any
             {
                 "type": "dataset",
                 "name": name,
-                "contents": {"properties": [{"name": f"finback:{k}", "value": said(v)} for k, v in kept]},
+                "contents": {"properties": [{"name": f"finback:{k}", "value": display(v)} for k, v in facts]},
             }
         ],
     }

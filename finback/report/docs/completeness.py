@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from finback.report.docs import compute
-from finback.report.docs.blocks import Block, missing, said
+from finback.report.docs.blocks import Block, display, missing
 from finback.report.docs.facts import MISSING, RunFacts
 from finback.report.docs.questionnaire import Answers
 
@@ -76,7 +76,7 @@ def contradictions(run: RunFacts, answers: Answers) -> list[str]:
     """Licences against limits of use, against money, and against the licences of what went in."""
     licence = answers("model.licence")
     found = []
-    is_open = family(said(licence)) in map(family, OPEN)
+    is_open = family(display(licence)) in map(family, OPEN)
     if is_open and answers("model.use_limits") is not MISSING:
         found.append(
             f"model.licence {licence} is open, but model.use_limits forbids uses: the exemption for open models is lost"
@@ -88,7 +88,7 @@ def contradictions(run: RunFacts, answers: Answers) -> list[str]:
         given.append(("the base model", answers("base.licence")))
     for what, theirs in given:
         if theirs is MISSING or str(theirs).lower() in UNSAID:
-            found.append(f"{what} has no licence on record: nobody can say whether {said(licence)} is allowed")
+            found.append(f"{what} has no licence on record: it is unknown whether {display(licence)} is allowed")
         elif licence is not MISSING and (why := forbids(str(theirs), str(licence))):
             found.append(f"{what} is under {theirs}, which {why}; the model is to be under {licence}")
     return found

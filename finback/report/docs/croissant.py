@@ -6,7 +6,7 @@ Its files are the shards of token ids, which stay in the run folder.
 from typing import Any
 
 from finback.report.docs import technical
-from finback.report.docs.blocks import said
+from finback.report.docs.blocks import display
 from finback.report.docs.facts import MISSING, RunFacts, StageFacts
 from finback.report.docs.questionnaire import Answers
 from finback.runs.provenance import sha256
@@ -68,29 +68,29 @@ def documents(run: RunFacts, answers: Answers, date: str) -> dict[str, dict[str,
 
 def _data_set(stage: StageFacts, name: str, record: dict[str, Any], answers: Answers, date: str) -> dict[str, Any]:
     keys = [k for k in technical.source_keys(stage, name) if k != "licence"]
-    told = "; ".join(f"{k.replace('_', ' ')}: {said(record.get(k, MISSING))}" for k in keys)
+    facts = "; ".join(f"{k.replace('_', ' ')}: {display(record.get(k, MISSING))}" for k in keys)
     return {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
         "@id": name,
         "name": name,
         "conformsTo": ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"],
-        "description": f"Text for training a language model, as token ids, prepared by finback in stage {stage.name}. {told}.",
-        "license": said(record.get("licence", MISSING)),
+        "description": f"Text for training a language model, as token ids, prepared by finback in stage {stage.name}. {facts}.",
+        "license": display(record.get("licence", MISSING)),
         "datePublished": date,
         "version": "1.0.0",
         "inLanguage": _languages(answers),
-        "url": said(answers("model.download")),
-        "creator": {"@type": "sc:Organization", "name": said(answers("provider.name"))},
+        "url": display(answers("model.download")),
+        "creator": {"@type": "sc:Organization", "name": display(answers("provider.name"))},
         "citeAs": f"{name}, prepared by finback",
         "distribution": _files(stage, name),
-        "rai:dataCollection": said(answers("data.collection")),
-        "rai:dataCollectionType": [said(answers("data.collection"))],
-        "rai:dataBiases": [said(answers("data.bias"))],
-        "rai:dataLimitations": [said(answers("use.limits"))],
+        "rai:dataCollection": display(answers("data.collection")),
+        "rai:dataCollectionType": [display(answers("data.collection"))],
+        "rai:dataBiases": [display(answers("data.bias"))],
+        "rai:dataLimitations": [display(answers("use.limits"))],
         "rai:dataUseCases": ["training of language models"],
-        "rai:personalSensitiveInformation": [said(answers("data.personal"))],
-        "rai:dataPreprocessingProtocol": [said(record.get("documents", MISSING))],
+        "rai:personalSensitiveInformation": [display(answers("data.personal"))],
+        "rai:dataPreprocessingProtocol": [display(record.get("documents", MISSING))],
     }
 
 

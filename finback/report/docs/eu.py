@@ -9,7 +9,7 @@ from typing import Any
 
 from finback.model.count import parameters
 from finback.report.docs import compute, technical
-from finback.report.docs.blocks import Block, BulletList, Heading, Paragraph, TableBlock, facts, said
+from finback.report.docs.blocks import Block, BulletList, Heading, Paragraph, TableBlock, display, facts
 from finback.report.docs.facts import MISSING, RunFacts
 from finback.report.docs.questionnaire import Answers
 from finback.report.model_card import architecture
@@ -49,7 +49,7 @@ Entry = tuple[str, Any, str]
 
 
 def _entries(rows: list[Entry]) -> TableBlock:
-    return TableBlock(("entry", "value", "for"), tuple((name, said(value), whom) for name, value, whom in rows))
+    return TableBlock(("entry", "value", "for"), tuple((name, display(value), whom) for name, value, whom in rows))
 
 
 def _general(run: RunFacts, answers: Answers, date: str) -> list[Entry]:
@@ -116,9 +116,9 @@ def _process(run: RunFacts, answers: Answers) -> list[Entry]:
 def _data(run: RunFacts, answers: Answers) -> list[Entry]:
     rows: list[Entry] = [("modality", "text", ALL), ("provenance", _kinds(run), ALL)]
     for _, name, record in run.sources:
-        kept = (record.get("documents") or {}).get("kept")
-        number = MISSING if kept is None else f"{_two_digits(kept):,} documents (to two digits)"
-        rows.append((f"{name}: number of data points", number, OFFICE))
+        number = (record.get("documents") or {}).get("kept")
+        points = MISSING if number is None else f"{_two_digits(number):,} documents (to two digits)"
+        rows.append((f"{name}: number of data points", points, OFFICE))
         cleaned = record.get("documents", MISSING)
         rows.append((f"{name}: what cleaning counted", cleaned, OFFICE))
     return [
@@ -144,7 +144,7 @@ def _kinds(run: RunFacts) -> str:
         ("synthetic, written by programs", made),
         ("synthetic, sampled from models of this run", sampled),
     ]
-    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names) or said(MISSING)
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names) or display(MISSING)
 
 
 def _resources(run: RunFacts, answers: Answers) -> list[Entry]:
@@ -233,9 +233,11 @@ def _listed(sources: list[Any]) -> Block:
     rows = tuple(
         (
             name,
-            *(said(record.get(key, MISSING)) for key in ("licence", "documents")),
-            said(record.get("train_tokens", MISSING)) if stage.kind == "data" else f"learnt from in stage {stage.name}",
-            said(
+            *(display(record.get(key, MISSING)) for key in ("licence", "documents")),
+            display(record.get("train_tokens", MISSING))
+            if stage.kind == "data"
+            else f"learnt from in stage {stage.name}",
+            display(
                 record.get("package") or record.get("hub") or record.get("files") or "written by finback's own programs"
             ),
         )
@@ -251,10 +253,10 @@ def _generating(run: RunFacts) -> list[tuple[str, Any]]:
         if stage.declaration.samples:
             source = stage.config.get("start", MISSING)
             found.append(
-                (said(source), f"answers in stage {stage.name}: {said(stage.spent('tokens_generated'))} tokens")
+                (display(source), f"answers in stage {stage.name}: {display(stage.spent('tokens_generated'))} tokens")
             )
         if "teacher" in stage.config:
-            found.append((said(stage.config["teacher"]), f"probabilities in stage {stage.name}"))
+            found.append((display(stage.config["teacher"]), f"probabilities in stage {stage.name}"))
     return found or [("none", "nothing that the records know of")]
 
 
@@ -268,7 +270,7 @@ def policy(answers: Answers, date: str) -> list[Block]:
         facts(
             [("provider", answers("provider.name")), ("who answers for it", answers("copyright.owner")), ("date", date)]
         ),
-        Heading("1 A policy that is written, kept and applied"),
+        Heading("1 A policy that is written, maintained and applied"),
         Paragraph("This document, kept up to date by the one named above."),
         Heading("2 Only content to which access is lawful"),
         facts(
@@ -282,6 +284,6 @@ def policy(answers: Answers, date: str) -> list[Block]:
         ),
         Heading("5 Contact and complaints"),
         facts([("contact", answers("provider.contact")), ("complaints", answers("copyright.complaints"))]),
-        Heading("What is to be kept"),
+        Heading("What must be archived"),
         BulletList(("each version of this policy", "complaints and what became of them")),
     ]

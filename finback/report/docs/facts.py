@@ -3,7 +3,6 @@
 No torch here.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,14 +81,6 @@ class StageFacts(StageFolder):
         """A word of the ledger's newest beginning: when, with what software, on what machine, from which commit."""
         return next((line[key] for line in reversed(self.spent_lines) if key in line), MISSING)
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        """Names of what it reads, by the knob that names them."""
-        for knob in ("data", "start", "teacher", "vocabulary"):
-            if isinstance(self.config.get(knob), str) and self.config[knob]:
-                yield knob, self.config[knob]
-        for name in self.config.get("kept") or ():
-            yield "kept", str(name)
-
     @cached_property
     def model(self) -> Any:
         """The ModelConfig of what it made; MISSING where it made none, UserError where it is damaged."""
@@ -139,9 +130,9 @@ class RunFacts:
         """All stages that the model comes from, its data's and lessons' too, in the order of the run; no teacher."""
         found = self.chain
         for stage in found:
-            for knob, name in stage.inputs():
+            for name in stage.inputs:
                 other = self.stage(name)
-                if knob != "teacher" and other is not None and other not in found:
+                if name != stage.config.get("teacher") and other is not None and other not in found:
                     found.append(other)
         return [s for s in self.stages if s in found]
 

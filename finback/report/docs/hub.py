@@ -6,18 +6,18 @@ from typing import Any
 from finback.checkpoint.hf_config import family_of
 from finback.report import model_card as card
 from finback.report.docs import compute, technical
-from finback.report.docs.blocks import Block, Heading, Paragraph, facts, markdown, records, said
+from finback.report.docs.blocks import Block, Heading, Paragraph, display, facts, markdown, records
 from finback.report.docs.facts import MISSING, RunFacts
 from finback.report.docs.questionnaire import Answers
 
 
 def model_card(run: RunFacts, answers: Answers) -> str:
-    """Markdown with a header; the hub's fields that nobody has told are left out of it and marked below it."""
-    lines = [*card.front_matter(family_of(run.model)), *_told(run, answers)]
+    """Markdown with a header; the hub's fields that have no answer are left out of it and marked below it."""
+    lines = [*card.front_matter(family_of(run.model)), *_header(run, answers)]
     return "\n".join(["---", *lines, "---", "", markdown(blocks(run, answers))])
 
 
-def _told(run: RunFacts, answers: Answers) -> list[str]:
+def _header(run: RunFacts, answers: Answers) -> list[str]:
     """YAML of what people answered and records name; JSON's strings and lists are YAML's as well."""
     sets = [str(record["hub"]) for _, _, record in run.sources if "hub" in record]
     licence = answers("model.licence")
@@ -41,7 +41,7 @@ def blocks(run: RunFacts, answers: Answers) -> list[Block]:
         for s, n, r in run.sources
     ]
     return [
-        Heading(said(answers("model.name")), 1),
+        Heading(display(answers("model.name")), 1),
         facts(
             [
                 ("provider", answers("provider.name")),
@@ -69,7 +69,7 @@ def blocks(run: RunFacts, answers: Answers) -> list[Block]:
         else Paragraph("No record of its data: NOT PROVIDED"),
         Heading("Evaluation"),
         records(keys, exams, "task") if exams else Paragraph("No evaluation of this model was made: NOT PROVIDED"),
-        Paragraph("Shares of correct answers with 95 % intervals (Wilson), on problems kept out of training."),
+        Paragraph("Shares of correct answers with 95 % intervals (Wilson), on held-out problems."),
         Heading("Compute and energy"),
         _resources(run, answers),
         Heading("Limits"),

@@ -44,7 +44,10 @@ QUESTIONS = (
     Question("use.risks", "Risks to safety, and what was done about them", needed=False),
     Question("training.rationale", "Why it was trained as it was: the decisions behind architecture and stages"),
     Question(
-        "training.experiments", "Compute of other experiments, in FLOP, if it is to be told", "number", needed=False
+        "training.experiments",
+        "Compute of other experiments, in FLOP, if it is to be published",
+        "number",
+        needed=False,
     ),
     Question("data.collection", "How the data were obtained and chosen, and by what right"),
     Question("data.latest", "Month of the newest data, MM/YYYY"),

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from finback.report.docs.blocks import said
+from finback.report.docs.blocks import display
 from finback.report.docs.facts import MISSING, NOT_PROVIDED, RunFacts, StageFacts
 from finback.report.docs.questionnaire import Answers
 from finback.report.model_card import architecture
@@ -13,7 +13,7 @@ Element = dict[str, Any]
 
 
 def document(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
-    """The whole document; what a profile demands and nobody has told is left out and named in a comment."""
+    """The whole document; what a profile demands and nobody has answered is left out and named in a comment."""
     graph: list[Element] = [
         {
             "type": "CreationInfo",
@@ -23,7 +23,7 @@ def document(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
             "createdBy": [_id("provider")],
             "comment": "Written by finback from the records of a run.",
         },
-        _element("Organization", "provider", name=said(answers("provider.name"))),
+        _element("Organization", "provider", name=display(answers("provider.name"))),
     ]
     graph.append(_package(run, answers))
     data = [_data_set(stage, name, record, answers) for stage, name, record in run.sources]
@@ -57,7 +57,7 @@ def _relation(name: str, source: str, kind: str, targets: list[str]) -> Element:
 
 
 def _pairs(values: list[tuple[str, Any]]) -> list[Element]:
-    return [{"type": "DictionaryEntry", "key": key, "value": said(value)} for key, value in values]
+    return [{"type": "DictionaryEntry", "key": key, "value": display(value)} for key, value in values]
 
 
 def _package(run: RunFacts, answers: Answers) -> Element:
@@ -71,11 +71,13 @@ def _package(run: RunFacts, answers: Answers) -> Element:
     }
     holes = [name for name, value in optional.items() if value is MISSING]
     energy = [_energy(s) for s in run.lineage if s.watt_hours is not MISSING]
-    scores = [(f"accuracy: {exam.get('exam', NOT_PROVIDED)}", exam.get("accuracy", MISSING)) for _, exam in run.exams]
+    accuracies = [
+        (f"accuracy: {exam.get('exam', NOT_PROVIDED)}", exam.get("accuracy", MISSING)) for _, exam in run.exams
+    ]
     package = _element(
         "ai_AIPackage",
         "model",
-        name=said(answers("model.name")),
+        name=display(answers("model.name")),
         verifiedUsing=[{"type": "Hash", "algorithm": "sha256", "hashValue": digest} for _, digest in run.files],
         ai_typeOfModel=[dict(architecture(run.model))["family"]],
         ai_domain=["text generation"],
@@ -87,11 +89,11 @@ def _package(run: RunFacts, answers: Answers) -> Element:
                 if not isinstance(v, (dict, list)) and k != "name"
             ]
         ),
-        ai_metric=_pairs(scores),
-        ai_informationAboutApplication=said(answers("use.intended")),
+        ai_metric=_pairs(accuracies),
+        ai_informationAboutApplication=display(answers("use.intended")),
         ai_informationAboutTraining="; ".join(f"{s.name} ({s.type})" for s in run.lineage),
-        ai_limitation=said(answers("use.limits")),
-        ai_modelDataPreprocessing=[f"{n}: {said(r.get('documents', MISSING))}" for _, n, r in run.sources],
+        ai_limitation=display(answers("use.limits")),
+        ai_modelDataPreprocessing=[f"{n}: {display(r.get('documents', MISSING))}" for _, n, r in run.sources],
         ai_useSensitivePersonalInformation="noAssertion",
         **{name: value for name, value in optional.items() if value is not MISSING},
     )
@@ -111,23 +113,23 @@ def _energy(stage: StageFacts) -> Element:
 
 
 def _data_set(stage: StageFacts, name: str, record: dict[str, Any], answers: Answers) -> Element:
-    digest, kept = record.get("sha256"), (record.get("documents") or {}).get("kept")
+    digest, documents = record.get("sha256"), (record.get("documents") or {}).get("kept")
     element = _element(
         "dataset_DatasetPackage",
         f"data-{stage.name}-{name}",
         name=name,
         software_primaryPurpose="data",
         dataset_datasetType=["text"],
-        dataset_dataCollectionProcess=said(answers("data.collection")),
-        dataset_knownBias=[said(answers("data.bias"))],
-        dataset_dataPreprocessing=[said(record.get("documents", MISSING))],
+        dataset_dataCollectionProcess=display(answers("data.collection")),
+        dataset_knownBias=[display(answers("data.bias"))],
+        dataset_dataPreprocessing=[display(record.get("documents", MISSING))],
         dataset_hasSensitivePersonalInformation="noAssertion",
         dataset_intendedUse="training",
     )
     if digest:
         element["verifiedUsing"] = [{"type": "Hash", "algorithm": "sha256", "hashValue": digest}]
-    if isinstance(kept, int):
-        element["dataset_datasetSize"] = kept
+    if isinstance(documents, int):
+        element["dataset_datasetSize"] = documents
     return element
 
 

@@ -12,9 +12,9 @@ from finback.report.docs.blocks import (
     Heading,
     Paragraph,
     TableBlock,
+    display,
     facts,
     records,
-    said,
 )
 from finback.report.docs.facts import BEGUN, MISSING, RunFacts, StageFacts
 from finback.report.docs.questionnaire import Answers
@@ -42,9 +42,9 @@ SAMPLES = 3
 def report(run: RunFacts, answers: Answers) -> list[Block]:
     """All of it, as blocks."""
     return [
-        Heading(f"Technical report: stage {run.chosen.name} of recipe {said(run.recipe)}", 1),
+        Heading(f"Technical report: stage {run.chosen.name} of recipe {display(run.recipe)}", 1),
         Paragraph(
-            "Written by finback from the records of a run; what no record and nobody has told is marked as such."
+            "Written by finback from the records of a run; what neither a record nor an answer holds is marked as such."
         ),
         facts(
             [
@@ -105,8 +105,8 @@ def _data(run: RunFacts, answers: Answers) -> list[Block]:
     for stage in run.lineage:
         if stage.kind == "data" and "sources" not in stage.results:
             blocks.append(facts([(f"sources of {stage.name}", MISSING)]))
-    told = ("collection", "latest", "bias", "unsuitable", "personal")
-    return [*blocks, Heading("What the provider says of the data", 3), facts((k, answers(f"data.{k}")) for k in told)]
+    topics = ("collection", "latest", "bias", "unsuitable", "personal")
+    return [*blocks, Heading("What the provider says of the data", 3), facts((k, answers(f"data.{k}")) for k in topics)]
 
 
 def _recipe(run: RunFacts, answers: Answers) -> list[Block]:
@@ -176,14 +176,14 @@ def _cost_row(stage: StageFacts) -> tuple[str, ...]:
     flops, peak = stage.spent("flops"), stage.spent("peak_flops")
     mfu = "not counted"
     if stage.declaration.trains:
-        mfu = said(MISSING if MISSING in (flops, peak) or not peak else f"{flops / peak:.1%}")
+        mfu = display(MISSING if MISSING in (flops, peak) or not peak else f"{flops / peak:.1%}")
     return (
         stage.name,
         stage.type,
-        said(seconds),
-        said(hours),
-        said(stage.watt_hours),
-        said(hours * DOLLARS_PER_CORE_HOUR),
+        display(seconds),
+        display(hours),
+        display(stage.watt_hours),
+        display(hours * DOLLARS_PER_CORE_HOUR),
         _due(stage, "tokens_trained"),
         _due(stage, "tokens_generated"),
         _due(stage, "flops"),
@@ -196,7 +196,7 @@ def _due(stage: StageFacts, key: str) -> str:
     value = stage.spent(key)
     if value is MISSING and stage.kind != "other" and key not in stage.declaration.ledger:
         return "none"
-    return said(value if value is MISSING or isinstance(value, int) else float(value))
+    return display(value if value is MISSING or isinstance(value, int) else float(value))
 
 
 def _training(run: RunFacts) -> list[Block]:
@@ -217,7 +217,7 @@ def _training(run: RunFacts) -> list[Block]:
 def exams(run: RunFacts) -> list[tuple[str, dict[str, Any]]]:
     """Every evaluation of every model of the run, with the stage and the model in its name."""
     return [
-        (f"{said(stage.result('model'))} ({stage.name})", exam)
+        (f"{display(stage.result('model'))} ({stage.name})", exam)
         for stage in run.stages
         if stage.kind == "evaluation"
         for exam in stage.results.get("evaluations") or ()
@@ -227,13 +227,9 @@ def exams(run: RunFacts) -> list[tuple[str, dict[str, Any]]]:
 def _evaluations(run: RunFacts) -> list[Block]:
     found = exams(run)
     keys = (*EXAM, *(k for k in ("language", "mtp_acceptance") if any(k in e for _, e in found)))
-    said_of = [
-        Paragraph(
-            "Shares of correct answers with their 95 % intervals (Wilson), on problems that were kept out of training."
-        )
-    ]
+    said_of = [Paragraph("Shares of correct answers with their 95 % intervals (Wilson), on held-out problems.")]
     compressed = [
-        (f"bits per byte of unseen {name}, {said(s.result('model'))}", value)
+        (f"bits per byte of unseen {name}, {display(s.result('model'))}", value)
         for s in run.stages
         if s.kind == "evaluation"
         for name, value in (s.results.get("bits_per_byte") or {}).items()
@@ -250,7 +246,7 @@ def _samples(run: RunFacts) -> list[Block]:
     blocks: list[Block] = [Heading("Samples")]
     for stage, exam in run.exams:
         lines = stage.answers(str(exam.get("exam")))[:SAMPLES]
-        blocks += [Heading(f"First answers to the exam {said(exam.get('exam', MISSING))}", 3)] if lines else []
+        blocks += [Heading(f"First answers to the exam {display(exam.get('exam', MISSING))}", 3)] if lines else []
         for r in lines:
             verdict = "correct" if r.get("correct") else "wrong"
             thinking = f"<think>{r['thinking']}</think>\n" if r.get("thinks") else ""
@@ -259,7 +255,9 @@ def _samples(run: RunFacts) -> list[Block]:
                     f"{r.get('question')}\n\n{thinking}{r.get('answer')}\n\n({verdict}; expected {r.get('gold')})"
                 )
             )
-    return blocks if len(blocks) > 1 else [*blocks, Paragraph("No evaluation kept answers of this model: NOT PROVIDED")]
+    return (
+        blocks if len(blocks) > 1 else [*blocks, Paragraph("No evaluation holds answers of this model: NOT PROVIDED")]
+    )
 
 
 def _limits(run: RunFacts, answers: Answers) -> list[Block]:
@@ -270,7 +268,7 @@ def _limits(run: RunFacts, answers: Answers) -> list[Block]:
         )
         for _, exam in run.exams
     ]
-    told = [
+    answered = [
         ("limits that the provider knows", answers("use.limits")),
         ("uses that it does not fit", answers("use.excluded")),
         ("risks, and what was done", answers("use.risks")),
@@ -278,7 +276,7 @@ def _limits(run: RunFacts, answers: Answers) -> list[Block]:
     ]
     return [
         Heading("Limits"),
-        facts([*shown, *told]),
+        facts([*shown, *answered]),
         Paragraph("Nothing here tests for safety, bias or facts unless an evaluation above says so."),
     ]
 
