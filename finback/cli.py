@@ -160,7 +160,7 @@ def show(
         if as_json:
             print(json.dumps(reader.summary(path) | {"plan_and_actual": beside}, ensure_ascii=False))
         else:
-            print(f"{summary.summarize(path)}\n\n{plan_vs_actual.tell(beside)}")
+            print(f"{summary.summarize(path)}\n\n{plan_vs_actual.text(beside)}")
     elif path.suffix == ".py":
         plan = recipes.load(path, settings)
         print(json.dumps(outline.knobs(plan), ensure_ascii=False) if as_json else outline.outline(plan))

@@ -221,4 +221,4 @@ def test_a_folder_that_cannot_be_planned_still_shows_its_ledger(tmp_path: Path) 
     assert found["stages"]["a"]["plan"] is None and found["stages"]["a"]["actual"]["seconds"] == 0
     damaged, unplanned = found["notes"]
     assert "damaged" in damaged and unplanned.startswith("no plan: ")
-    assert "note: no plan: " in plan_vs_actual.tell(found)
+    assert "note: no plan: " in plan_vs_actual.text(found)

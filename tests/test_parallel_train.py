@@ -13,8 +13,8 @@ from torch import Tensor
 
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
-from finback.parallel.layout import Layout, split_layers
-from finback.parallel.owners import Owners, assign, share
+from finback.parallel.layout import Layout, share, split_layers
+from finback.parallel.owners import Owners, assign
 from finback.parallel.pipeline import cut
 from finback.parallel.shard import blank, initial_values, local
 from finback.train.sharded_trainer import ShardedTrainer

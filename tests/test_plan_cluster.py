@@ -218,7 +218,7 @@ def test_a_given_mfu_is_the_plans() -> None:
 
 
 def test_bills_by_hand() -> None:
-    bill = cost.bill(TINY, Workload(Layout(dp=4), rows=8, length=100), H800, 9.0, 8e5, KNOWN, 2.5)
+    bill = cost.bill(TINY, Workload(rows=8, length=100), 9.0, 8e5, hardware.Site(H800, 4, KNOWN), 2.5)
     assert (bill.steps, bill.seconds, bill.device_hours, bill.dollars) == (1000, 9000, 10, 25)
     assert bill.kwh == pytest.approx(10 * 0.7 * 1.58) and bill.co2_kg == pytest.approx(10 * 0.7 * 1.58 * 0.436)
 

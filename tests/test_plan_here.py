@@ -15,7 +15,7 @@ from finback.model.config import TINY, ModelConfig
 from finback.model.count import parameters, training_flops
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.planner import calibrate, calibration_file, recipe_plan, this_machine
+from finback.planner import calibrate, calibration_file, recipe_plan, render, this_machine
 from finback.planner.options import PlanOptions
 from finback.planner.planned_stage import PlannedStage, planned_stages
 from finback.planner.this_machine import Shape
@@ -158,7 +158,7 @@ def test_seconds_add_up() -> None:
 def test_the_kinds_of_work_make_up_the_flops_of_training() -> None:
     shape = Shape(TINY, 4, 64)
     kinds = this_machine.passes(shape)
-    flops = kinds["products"] + kinds["scores"]
+    flops = kinds["products"] + kinds["attention"]
     # the rule of count.py has the gains of norms as well, and here attention multiplies the whole square
     assert flops == pytest.approx(training_flops(TINY, 64) * shape.tokens, rel=0.01)
 
@@ -200,7 +200,7 @@ def test_a_recipe_is_planned_by_its_calibration(calibration: Path, tmp_path: Pat
         sum(s["seconds"] for s in values["stages"].values() if "seconds" in s)
     )
     assert base["dollars"] == pytest.approx(base["seconds"] / 3600 * 0.04)
-    text = recipe_plan.tell(values)
+    text = render.recipe_text(values)
     assert all(name in text for name in values["stages"]) and "rough" in text
     two = recipe_plan.plan(recipe, PlanOptions(), found, 2)["stages"]["base"]
     assert two["parts"]["passes"] < base["parts"]["passes"]
@@ -209,7 +209,7 @@ def test_a_recipe_is_planned_by_its_calibration(calibration: Path, tmp_path: Pat
 def test_without_a_calibration_work_is_known_and_time_is_not(tmp_path: Path) -> None:
     values = recipe_plan.plan(recipes.load(write_recipe(tmp_path)), PlanOptions(), None, 2)
     assert values["stages"]["base"]["flops"] > 0 and "seconds" not in values["stages"]["base"]
-    assert "--calibrate" in recipe_plan.tell(values) and values["total"]["seconds"] is None
+    assert "--calibrate" in render.recipe_text(values) and values["total"]["seconds"] is None
 
 
 def test_rows_that_do_not_divide_among_ranks(calibration: Path) -> None:
@@ -250,7 +250,7 @@ def test_doubts(calibration: Path) -> None:
     assert len(calibration_file.doubts(found | {"cpu": "another", "load_average": 9.0, "models": 1}, "1.0")) == 4
 
 
-def test_where_calibrations_are_kept() -> None:
+def test_where_calibrations_lie() -> None:
     assert calibration_file.default_path({"XDG_CACHE_HOME": "/somewhere"}) == Path(
         "/somewhere/finback/calibration.json"
     )

@@ -57,7 +57,7 @@ class Steps:
         writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
         apart = {name: _apart(t.detach()) for name, t in tensors.items()}
         written = state_dict_saver.async_save(apart, storage_writer=writer, process_group=self.group)
-        assert isinstance(written, Future), "DCP answers with a future unless it is told to stage apart"
+        assert isinstance(written, Future), "DCP answers with a future unless it has to stage apart"
         self.pending = step, meta, written
 
     def finish(self) -> None:
@@ -107,9 +107,9 @@ class Steps:
         return dict(read_json(path / MANIFEST)["meta"])
 
     def _is_intact(self, path: Path) -> bool:
-        told = read_json(path / MANIFEST)["sha256"]
+        declared = read_json(path / MANIFEST)["sha256"]
         there = sorted(file.name for file in path.glob("*.safetensors"))
-        return bool(there == sorted(told) and self._digests(path, there) == told)
+        return bool(there == sorted(declared) and self._digests(path, there) == declared)
 
     def _digests(self, folder: Path, names: list[str]) -> dict[str, str]:
         """SHA-256 of each file, the work shared among ranks."""

@@ -16,9 +16,12 @@ from finback.config import UserError
 class Placement:
     """Which expert each slot holds, of `slots per GPU` successive slots for every GPU, and the reverse."""
 
-    expert: Tensor  # (layers, slots)
-    slots: Tensor  # (layers, experts, most copies), -1 where an expert has fewer
-    copies: Tensor  # (layers, experts)
+    # (layers, slots)
+    expert: Tensor
+    # (layers, experts, most copies), -1 where an expert has fewer
+    slots: Tensor
+    # (layers, experts)
+    copies: Tensor
 
 
 def place(load: Tensor, slots: int, groups: int, nodes: int, gpus: int) -> Placement:

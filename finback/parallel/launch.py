@@ -51,7 +51,7 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
     """
     port, presses = free_port(), 0
     children: list[subprocess.Popen[bytes]] = []
-    # Only rank 0 talks; what another rank says is shown when it was the one to fail.
+    # Only rank 0 talks; another rank's output is shown when it was the one to fail.
     output = [tempfile.TemporaryFile() for _ in range(1, ranks)]  # noqa: SIM115 - read at the end
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -114,8 +114,8 @@ def wait(children: list[subprocess.Popen[bytes]]) -> int | None:
             # A rank that lost its peer fails a moment later; the peer that died is the reason.
             time.sleep(0.3)
             killed = [r for r in range(len(children)) if (children[r].poll() or 0) < 0]
-            told = [r for r in range(len(children)) if children[r].poll() == 2]
-            return (told or killed or bad)[0]
+            refused = [r for r in range(len(children)) if children[r].poll() == 2]
+            return (refused or killed or bad)[0]
         if None not in codes:
             return None
         time.sleep(0.05)

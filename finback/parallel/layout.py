@@ -68,11 +68,6 @@ class Layout:
         """The stages of a pipeline rank."""
         return self.pipeline.stages_of(pp_rank, self.pp)
 
-    def experts_of(self, ep_rank: int, experts: int) -> range:
-        """The experts of one of the ep ranks: successive ones, equally many on each."""
-        each = experts // self.ep
-        return range(ep_rank * each, (ep_rank + 1) * each)
-
     def mesh(self) -> str:
         """The sizes as --mesh takes them."""
         zero = {"ddp": 0, "zero1": 1, "fsdp": 3}[self.sharding]
@@ -155,3 +150,9 @@ def _even(layers: int, stages: int) -> list[int]:
     for number in range(most * stages - layers):
         sizes[-1 - number // 2 if number % 2 == 0 else number // 2] -= 1
     return sizes
+
+
+def share(length: int, members: int, member: int) -> tuple[int, int]:
+    """Where a member's part of `length` experts or rows begins and ends: equal parts rounded up, the last short or empty."""
+    part = -(-length // members)
+    return min(member * part, length), min((member + 1) * part, length)

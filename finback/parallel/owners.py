@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finback.parallel.layout import share
+
 
 class Owners:
     """For matrices of the given shapes (rows, columns), each cut by rows among the ranks of a group."""
@@ -53,12 +55,6 @@ class Owners:
         out = flat.new_empty(sum(received))
         dist.all_to_all_single(out, flat, received, sent, group=self.group)
         return out.split(received)
-
-
-def share(length: int, members: int, member: int) -> tuple[int, int]:
-    """Where a member's part of `length` begins and ends: equal parts rounded up, the last ones short or empty."""
-    part = -(-length // members)
-    return min(member * part, length), min((member + 1) * part, length)
 
 
 def assign(costs: list[int], members: int) -> list[int]:

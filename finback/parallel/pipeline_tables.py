@@ -33,60 +33,48 @@ Slot = tuple[Op, ...]
 Table = list[list[Slot]]
 
 
+def _in_turn(forwards: list[Op], backwards: list[Op], ahead: int, put_off: int | None = None) -> list[Slot]:
+    """`ahead` forwards, then one backward for each forward; where it is split, W comes `put_off` backwards later."""
+    slots: list[Slot] = [(op,) for op in forwards[:ahead]]
+    weights = [] if put_off is None else [op._replace(kind="W") for op in backwards]
+    for number, backward in enumerate(backwards):
+        slots += [(op,) for op in forwards[ahead + number : ahead + number + 1]]
+        slots.append((backward,))
+        if put_off is not None and number >= put_off:
+            slots.append((weights.pop(0),))
+    return slots + [(op,) for op in weights]
+
+
+def _all(kind: Kind, micro_batches: int, stage: int) -> list[Op]:
+    return [Op(kind, batch, stage) for batch in range(micro_batches)]
+
+
 def one_f_one_b(ranks: int, micro_batches: int) -> Table:
     """As many forwards first as there are ranks behind, then one backward for each forward."""
-    table: Table = []
-    for rank in range(ranks):
-        ahead = min(ranks - 1 - rank, micro_batches)
-        slots: list[Slot] = [(Op("F", m, rank),) for m in range(ahead)]
-        for m in range(micro_batches):
-            if m + ahead < micro_batches:
-                slots.append((Op("F", m + ahead, rank),))
-            slots.append((Op("B", m, rank),))
-        table.append(slots)
-    return table
+    return [
+        _in_turn(_all("F", micro_batches, rank), _all("B", micro_batches, rank), ranks - 1 - rank)
+        for rank in range(ranks)
+    ]
 
 
 def zb1p(ranks: int, micro_batches: int) -> Table:
-    """1F1B whose backward is split; rank r puts off r weight steps, so that no rank holds more than 1F1B's first."""
-    table: Table = []
-    for rank in range(ranks):
-        ahead = min(ranks - 1 - rank, micro_batches)
-        slots: list[Slot] = [(Op("F", m, rank),) for m in range(ahead)]
-        late = 0  # the next micro-batch whose W is due
-        for m in range(micro_batches):
-            if m + ahead < micro_batches:
-                slots.append((Op("F", m + ahead, rank),))
-            slots.append((Op("I", m, rank),))
-            if m - late >= rank:
-                slots.append((Op("W", late, rank),))
-                late += 1
-        slots += [(Op("W", m, rank),) for m in range(late, micro_batches)]
-        table.append(slots)
-    return table
+    """1F1B whose backward is split; rank r puts off r weight steps, so that no rank has more in flight than 1F1B's first."""
+    return [
+        _in_turn(_all("F", micro_batches, rank), _all("I", micro_batches, rank), ranks - 1 - rank, rank)
+        for rank in range(ranks)
+    ]
 
 
 def interleaved(ranks: int, micro_batches: int) -> Table:
     """1F1B with stages r and ranks + r on rank r; micro-batches pass each of the two in rounds, as torch has it."""
-    rounds = max(1, micro_batches // ranks)
-    each, total = micro_batches // rounds, 2 * micro_batches
+    each = micro_batches // max(1, micro_batches // ranks)
+    # (micro-batch, 0 for the first of a rank's two stages or 1)
+    steps = [(step // (2 * each) * each + step % each, step // each % 2) for step in range(2 * micro_batches)]
     table: Table = []
     for rank in range(ranks):
-        ahead = min(each + 2 * (ranks - 1 - rank), total)
-        passes = [
-            (
-                step // (2 * each) * each + step % each,
-                rank + step // each % 2 * ranks,
-                rank + (1 - step // each % 2) * ranks,
-            )
-            for step in range(total)
-        ]
-        slots: list[Slot] = [(Op("F", batch, stage),) for batch, stage, _ in passes[:ahead]]
-        for step, (batch, _, stage) in enumerate(passes):
-            if step + ahead < total:
-                slots.append((Op("F", *passes[step + ahead][:2]),))
-            slots.append((Op("B", batch, stage),))
-        table.append(slots)
+        forwards = [Op("F", batch, rank + second * ranks) for batch, second in steps]
+        backwards = [Op("B", batch, rank + (1 - second) * ranks) for batch, second in steps]
+        table.append(_in_turn(forwards, backwards, each + 2 * (ranks - 1 - rank)))
     return table
 
 

@@ -70,14 +70,14 @@ class Schedule(NamedTuple):
     def bubble(self, stages: int, f: float, b: float, w: float, both: float) -> float:
         """Idle time per step by V3's table 2: f forward, b whole backward, w weight part, both F and B overlapped.
 
-        The table leaves two out: interleaved 1F1B waits as 1F1B does, for stages of half the size, and ZB-V only until
-        the first micro-batch has come down.
+        The table leaves two out: interleaved 1F1B waits as 1F1B does, for stages of half the size, and ZB-V until
+        the first micro-batch has come down, longer where w cannot fill the waits for the input's backward.
         """
         if self.overlaps:
             return (stages / 2 - 1) * (both + b - 3 * w)
         hops = stages - 1 if self.placement == "line" else stages / 2 - 1
         if self.placement == "fold":
-            return hops * (b - w)
+            return hops * max(b - w, 2 * (b - 2 * w))
         return hops * (f + b - 2 * w if self.splits else f + b)
 
 

@@ -23,18 +23,20 @@ from finback.model.moe import MoE
 from finback.model.mtp import MTP
 from finback.model.rope import rotation
 from finback.model.transformer import Block, Transformer
-from finback.parallel.layout import Layout
+from finback.parallel.layout import Layout, share
 from finback.parallel.mesh import Mesh
-from finback.parallel.owners import share
 
 
 @dataclass
 class ShardedParameter:
     """This rank's share of a parameter, with its share of the gradient as `value.grad`."""
 
-    name: str  # as Transformer.state_dict has it
-    value: nn.Parameter  # a DTensor
-    is_copy: bool = False  # an earlier stage has the same parameter, and counts it
+    # as Transformer.state_dict has it
+    name: str
+    # a DTensor
+    value: nn.Parameter
+    # an earlier stage has the same parameter, and counts it
+    is_copy: bool = False
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -105,7 +107,8 @@ def _fill_buffers(model: Transformer, device: torch.device) -> None:
 class Sharding(Protocol):
     """How the parameters of this rank's stages are shared."""
 
-    parts: list[list[ShardedParameter]]  # of each stage
+    # of each stage
+    parts: list[list[ShardedParameter]]
 
     def zero(self) -> None:
         """Forget all gradients."""

@@ -259,7 +259,7 @@ def _training_rates(world: World, steps: Sequence[dict[str, Any]]) -> dict[str, 
     for name in COMPUTE:
         chosen = [s for s in steps if s["shape"].compute == name]
         flops = [
-            sum(v for k, v in this_machine.passes(s["shape"]).items() if k in ("products", "scores")) for s in chosen
+            sum(v for k, v in this_machine.passes(s["shape"]).items() if k in ("products", "attention")) for s in chosen
         ]
         taken = [s["passes"] + s["update"] for s in chosen]
         rates[name] = world.size * statistics.median(f / t for f, t in zip(flops, taken, strict=True))

@@ -1,4 +1,4 @@
-"""Where calibrations are kept, and reading one back. No torch here."""
+"""Where calibrations lie, and reading one. No torch here."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from finback.config import UserError
 from finback.planner.hardware import ASSUMPTIONS, Fact, Machine, Site
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
 
-FORMAT = "finback-calibration-2"
+FORMAT = "finback-calibration-3"
 _NUMBERS = ("ranks", "memory_bytes", "memory_bytes_per_second", "process_bytes")
 
 

@@ -50,8 +50,8 @@ def plan(
         judged = recommend.recommend(c, _search(c, work, site, options))
     share = cost.efficiency(c, judged.work, machine, known, options.skew)
     step = cost.step(c, judged.work, machine, share.value, known, options.skew)
-    price = options.price if options.price is not None else (machine.price.value if machine.price else None)
-    bill = cost.bill(c, judged.work, machine, step.seconds, tokens, known, price)
+    bill = cost.bill(c, judged.work, step.seconds, tokens, site, options.price)
+    price = machine.price.value if options.price is None and machine.price else options.price
     values = {
         "model": model_values(name, c, work.length),
         "machine": machine_values(machine, devices),
@@ -108,16 +108,7 @@ def by_flops(flops: float, site: Site, options: PlanOptions) -> dict[str, Any]:
     machine, devices, known = site.machine, site.devices, site.known
     share = known.get("mfu") or machine.mfu or cost.efficiency(V3, cost.V3_WORKLOAD, machine, known)
     seconds = flops / (machine.bf16.value * share.value * devices)
-    price = options.price if options.price is not None else (machine.price.value if machine.price else None)
-    hours = seconds * devices / 3600
-    kwh = None if machine.watts is None else hours * machine.watts.value * known["pue"].value / 1000
-    return {
-        "seconds": seconds,
-        "device_hours": hours,
-        "dollars": None if price is None else hours * price,
-        "kwh": kwh,
-        "how": "by FLOPs at the rate of training; rough",
-    }
+    return {"seconds": seconds, **cost.spending(seconds, site, options.price), "how": "rough"}
 
 
 def model_values(name: str, c: ModelConfig, length: int) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def preset(options: PlanOptions) -> tuple[dict[str, Any], str]:
     planned = cluster.plan(found.name, found.model, work, tokens, site, options, found.source)
     claims = published.claims(dict(hardware.ASSUMPTIONS)) if _is_v3s(planned) else []
     planned.values["published"] = [vars(claim) | {"off": claim.off} for claim in claims]
-    text = render.tell(planned.values, claims)
+    text = render.plan_text(planned.values, claims)
     if image is not None:
         text += "\n\n" + _draw(found.name, planned, image)
     return planned.values, text
@@ -67,7 +67,7 @@ def recipe(plan: Recipe, options: PlanOptions, path: Path) -> tuple[dict[str, An
     if not options.on and (options.calibration or path.is_file()):  # one that is named must exist
         known = calibration_file.read(path)
     values = recipe_plan.plan(plan, options, known, options.ranks or launch.default_ranks())
-    return values, recipe_plan.tell(values)
+    return values, render.recipe_text(values)
 
 
 def measure(rank: int, ranks: int, threads: int, path: Path) -> None:

@@ -9,12 +9,13 @@ counts for nothing in MFU.
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from finback.model.config import V3, ModelConfig
 from finback.model.count import TokenFlops, token_flops, training_flops
 from finback.parallel.layout import Layout, StageLayers, split_layers
 from finback.planner import hardware, traffic
-from finback.planner.hardware import Fact, Machine
+from finback.planner.hardware import Fact, Machine, Site
 from finback.planner.simulate import Durations, Timeline, simulate
 from finback.planner.traffic import Traffic
 from finback.planner.workload import Workload
@@ -34,14 +35,22 @@ class Step:
 
     seconds: float
     mfu: float
-    efficiency: float  # share of the peak while computing
-    at_peak: float  # what is counted, were the peak reached
-    mtp: float  # MTP's products at the peak
-    recompute: float  # products done again, at the peak
-    below_peak: float  # more, since kernels do not reach it and experts are not equally full
-    exposed: float  # all-to-all that nothing hides
-    bubble: float  # idle by the schedule, and by stages of unequal size
-    exchange: float  # of gradients and weights
+    # share of the peak while computing
+    efficiency: float
+    # what is counted, were the peak reached
+    at_peak: float
+    # MTP's products at the peak
+    mtp: float
+    # products done again, at the peak
+    recompute: float
+    # more, since kernels do not reach it and experts are not equally full
+    below_peak: float
+    # all-to-all that nothing hides
+    exposed: float
+    # idle by the schedule, and by stages of unequal size
+    bubble: float
+    # of gradients and weights
+    exchange: float
     traffic: Traffic
     timeline: Timeline
     durations: Durations
@@ -56,9 +65,12 @@ class Step:
 class StageFlops:
     """Forward FLOPs per token of one pipeline stage."""
 
-    linear: float  # products with weights: their backward has a part for weights
-    scores: float  # attention's own products
-    again: float  # what is done again in the backward pass
+    # products with weights: their backward has a part for weights
+    linear: float
+    # queries with keys, weights with values
+    attention: float
+    # what is done again in the backward pass
+    again: float
 
 
 def stage_flops(c: ModelConfig, stage: StageLayers, work: Workload, imbalance: float) -> StageFlops:
@@ -67,21 +79,21 @@ def stage_flops(c: ModelConfig, stage: StageLayers, work: Workload, imbalance: f
     moe = sum(c.is_moe(layer) for layer in stage.layers)
     modules = sum(layer >= c.num_hidden_layers for layer in stage.layers)
     dense, sparse = (_layer(c, kind, work.length) for kind in (False, True))
-    scores = layers * dense.attention_scores
+    attention = layers * dense.attention_scores
     uneven = moe * sparse.experts * imbalance if work.layout.ep > 1 else 0.0
     linear = layers * dense.attention_linear + (layers - moe) * dense.dense + uneven
     linear += moe * (sparse.experts + sparse.shared + sparse.router)
     linear += (int(stage.has_head) + modules) * dense.head + modules * 4 * c.hidden_size**2
     again = 0.0
     if work.recompute == "block":
-        again = linear + scores - (int(stage.has_head) + modules) * dense.head - modules * 4 * c.hidden_size**2
+        again = linear + attention - (int(stage.has_head) + modules) * dense.head - modules * 4 * c.hidden_size**2
     elif work.recompute == "attention":
-        again = scores + layers * dense.attention_linear
+        again = attention + layers * dense.attention_linear
     elif work.recompute == "selective" and c.attention == "mla":
         query = (c.q_lora_rank or 0) * c.qk_head_dim
         latent = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
         again = 2 * layers * c.num_attention_heads * (query + latent)
-    return StageFlops(linear, scores, again)
+    return StageFlops(linear, attention, again)
 
 
 @lru_cache(maxsize=64)
@@ -134,20 +146,20 @@ def durations_of(
     every: list[StageFlops], per_flop: float, work: Workload, sent: Traffic, known: dict[str, Fact]
 ) -> tuple[Durations, float]:
     """Durations of one micro-batch in a stage of mean size, and the seconds of its products, both ways."""
-    linear, scores, again = (
-        sum(getattr(s, name) for s in every) / len(every) for name in ("linear", "scores", "again")
+    linear, attention, again = (
+        sum(getattr(s, name) for s in every) / len(every) for name in ("linear", "attention", "again")
     )
-    whole = 3 * linear + 3 * scores + again
+    whole = 3 * linear + 3 * attention + again
     compute = whole * per_flop
     one_way = sent.dispatch_seconds / (2 * work.passes)
     open_ = (1 - known["overlap"].value) * 2 * one_way
     durations = Durations(
-        f=(linear + scores) * per_flop + one_way,
-        b=(2 * linear + 2 * scores + again) * per_flop + one_way,
+        f=(linear + attention) * per_flop + one_way,
+        b=(2 * linear + 2 * attention + again) * per_flop + one_way,
         w=linear * per_flop,
         both=max(compute, 2 * one_way) + open_ if work.layout.pipeline.overlaps else None,
         send=sent.send_seconds,
-        scale=tuple((3 * s.linear + 3 * s.scores + s.again) / whole for s in every),
+        scale=tuple((3 * s.linear + 3 * s.attention + s.again) / whole for s in every),
     )
     return durations, compute
 
@@ -186,10 +198,11 @@ def _solve(
 
 @dataclass(frozen=True)
 class Bill:
-    """What a number of tokens costs; None where nobody has said a price or a power."""
+    """What a number of tokens costs; None where no price or power is known."""
 
     tokens: float
-    flops: float  # counted as the papers do
+    # counted as the papers do
+    flops: float
     steps: float
     seconds: float
     device_hours: float
@@ -198,26 +211,21 @@ class Bill:
     co2_kg: float | None
 
 
-def bill(
-    c: ModelConfig,
-    work: Workload,
-    machine: Machine,
-    step_seconds: float,
-    tokens: float,
-    known: dict[str, Fact],
-    price: float | None,
-) -> Bill:
-    """Cost of training `tokens` tokens at a step time; energy is the devices' rated power times the site's PUE."""
+def bill(c: ModelConfig, work: Workload, step_seconds: float, tokens: float, site: Site, price: float | None) -> Bill:
+    """Cost of training `tokens` tokens at a step time."""
     steps = tokens / (work.rows * work.length)
-    hours = steps * step_seconds * work.layout.ranks / 3600
-    kwh = None if machine.watts is None else hours * machine.watts.value * known["pue"].value / 1000
-    return Bill(
-        tokens,
-        tokens * training_flops(c, work.length / 2, mtp=False),
-        steps,
-        steps * step_seconds,
-        hours,
-        None if price is None else hours * price,
-        kwh,
-        None if kwh is None else kwh * known["co2"].value,
-    )
+    flops = tokens * training_flops(c, work.length / 2, mtp=False)
+    return Bill(tokens, flops, steps, steps * step_seconds, **spending(steps * step_seconds, site, price))
+
+
+def spending(seconds: float, site: Site, price: float | None) -> dict[str, Any]:
+    """Device-hours, money and energy; energy is the devices' rated power times the site's PUE."""
+    hours, watts = seconds * site.devices / 3600, site.machine.watts
+    price = site.machine.price.value if price is None and site.machine.price else price
+    kwh = None if watts is None else hours * watts.value * site.known["pue"].value / 1000
+    return {
+        "device_hours": hours,
+        "dollars": None if price is None else hours * price,
+        "kwh": kwh,
+        "co2_kg": None if kwh is None else kwh * site.known["co2"].value,
+    }

@@ -16,11 +16,16 @@ from finback.model.config import ModelConfig
 class Load:
     """Averages over sampled tokens of one MoE layer."""
 
-    max_over_mean: float  # of the fullest rank; it decides how long all wait
-    per_rank: tuple[float, ...]  # share of all choices
-    nodes: float  # nodes a token's experts lie on
-    remote_nodes: float  # of these, other than its own: copies sent over the network
-    forwarded: float  # copies sent over the link within nodes, to ranks that hold a chosen expert
+    # of the fullest rank; it decides how long all wait
+    max_over_mean: float
+    # share of all choices
+    per_rank: tuple[float, ...]
+    # nodes a token's experts lie on
+    nodes: float
+    # of these, other than its own: copies sent over the network
+    remote_nodes: float
+    # copies sent over the link within nodes, to ranks that hold a chosen expert
+    forwarded: float
     max_over_mean_expert: float
 
 
@@ -63,18 +68,18 @@ def simulate(
     )
 
 
-def route(c: ModelConfig, scores: np.ndarray) -> np.ndarray:
-    """Top-k among the best topk_group groups: scores (tokens, experts) -> (tokens, k), as model/moe.py's Router."""
-    tokens, experts = scores.shape
+def route(c: ModelConfig, affinities: np.ndarray) -> np.ndarray:
+    """Top-k among the best topk_group groups: affinities (tokens, experts) -> (tokens, k), as model/moe.py's Router."""
+    tokens, experts = affinities.shape
     if c.topk_group < c.n_group:
-        grouped = scores.reshape(tokens, c.n_group, -1)
+        grouped = affinities.reshape(tokens, c.n_group, -1)
         top = 2 if c.scoring_func == "sigmoid" else 1
         best = np.partition(grouped, -top, axis=-1)[..., -top:].sum(axis=-1)
         out = np.argsort(-best, axis=-1)[:, c.topk_group :]
         grouped = grouped.copy()
         np.put_along_axis(grouped, out[..., None], -np.inf, axis=1)
-        scores = grouped.reshape(tokens, experts)
-    return np.argpartition(-scores, c.num_experts_per_tok - 1, axis=-1)[:, : c.num_experts_per_tok]
+        affinities = grouped.reshape(tokens, experts)
+    return np.argpartition(-affinities, c.num_experts_per_tok - 1, axis=-1)[:, : c.num_experts_per_tok]
 
 
 def _met(index: np.ndarray, size: int) -> np.ndarray:

@@ -24,17 +24,26 @@ class Machine:
     """One device, the node it sits in and the network between nodes; None is not known."""
 
     name: str
-    memory: Fact  # bytes
-    bf16: Fact  # FLOP/s
-    memory_bandwidth: Fact | None = None  # bytes/s
+    # bytes
+    memory: Fact
+    # FLOP/s
+    bf16: Fact
+    # bytes/s
+    memory_bandwidth: Fact | None = None
     fp8: Fact | None = None
-    fp32: Fact | None = None  # what fp32 products reach; given for CPUs, where training may be in fp32
-    node: Fact | None = None  # devices that the fast link joins
-    link: Fact | None = None  # bytes/s within a node
-    network: Fact | None = None  # bytes/s between nodes
+    # what fp32 products reach; given for CPUs, where training may be in fp32
+    fp32: Fact | None = None
+    # devices that the fast link joins
+    node: Fact | None = None
+    # bytes/s within a node
+    link: Fact | None = None
+    # bytes/s between nodes
+    network: Fact | None = None
     watts: Fact | None = None
-    mfu: Fact | None = None  # published for a V3-like model, of the bf16 peak, causal counting
-    price: Fact | None = None  # dollars per device-hour
+    # published for a V3-like model, of the bf16 peak, causal counting
+    mfu: Fact | None = None
+    # dollars per device-hour
+    price: Fact | None = None
 
     def peak(self, precision: str) -> float:
         """FLOP/s that MFU is counted against: bf16's also for FP8 training, as DeepSeek counts."""
@@ -53,6 +62,18 @@ NVLINK_SHARE = "160 of 200 GB/s one way in V3's report, the same share assumed o
 _NODE = Fact(8, "HGX board: eight devices behind one switch; V3 report 3.2 says the same of H800")
 _IB = Fact(50e9, "arXiv 2505.09343: one 400 Gb/s NIC per GPU; the same assumed here")
 
+_H100 = Machine(
+    "h100",
+    memory=Fact(80e9, HOPPER),
+    bf16=Fact(989.4e12, HOPPER),
+    fp8=Fact(1978.9e12, HOPPER),
+    memory_bandwidth=Fact(3.35e12, HOPPER),
+    node=_NODE,
+    link=Fact(360e9, f"{NVLINK_SHARE} 450 in {HOPPER}"),
+    network=_IB,
+    watts=Fact(700, HOPPER),
+)
+
 MACHINES = (
     Machine(
         "h800",
@@ -67,28 +88,8 @@ MACHINES = (
         mfu=Fact(0.3894, f"{ISCA}: causal, of the bf16 peak, V3 on 2048 H800"),
         price=Fact(2.0, "arXiv 2412.19437, table 1: the rent its authors assume"),
     ),
-    Machine(
-        "h100",
-        memory=Fact(80e9, HOPPER),
-        bf16=Fact(989.4e12, HOPPER),
-        fp8=Fact(1978.9e12, HOPPER),
-        memory_bandwidth=Fact(3.35e12, HOPPER),
-        node=_NODE,
-        link=Fact(360e9, f"{NVLINK_SHARE} 450 in {HOPPER}"),
-        network=_IB,
-        watts=Fact(700, HOPPER),
-    ),
-    Machine(
-        "h200",
-        memory=Fact(141e9, DATASHEETS),
-        bf16=Fact(989.4e12, HOPPER),
-        fp8=Fact(1978.9e12, HOPPER),
-        memory_bandwidth=Fact(4.8e12, DATASHEETS),
-        node=_NODE,
-        link=Fact(360e9, f"{NVLINK_SHARE} 450 in {HOPPER}"),
-        network=_IB,
-        watts=Fact(700, HOPPER),
-    ),
+    _H100,
+    dataclasses.replace(_H100, name="h200", memory=Fact(141e9, DATASHEETS), memory_bandwidth=Fact(4.8e12, DATASHEETS)),
     Machine(
         "a100",
         memory=Fact(80e9, AMPERE),

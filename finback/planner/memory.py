@@ -31,10 +31,13 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    activations: float  # of all micro-batches in flight
-    working: float  # logits, one layer done again, layers gathered by FSDP
+    # of all micro-batches in flight
+    activations: float
+    # logits, one layer done again, layers gathered by FSDP
+    working: float
     reserve: float
-    in_flight: float  # micro-batches, in stages of mean size
+    # micro-batches, in stages of mean size
+    in_flight: float
 
     @property
     def total(self) -> float:
@@ -50,19 +53,19 @@ def parameter_bytes(precision: Precision, optimizer: Optimizer) -> tuple[float, 
 
 def attention_activation(c: ModelConfig, precision: Precision, recompute: Recompute) -> float:
     """Bytes per token that one layer's attention and its norm keep."""
-    a, kept = _widths(precision)
+    a, saved = _widths(precision)
     if recompute == "attention":
         return a * c.hidden_size
     heads, keep_all = c.num_attention_heads, recompute == "none"
     value = c.v_head_dim if c.attention == "mla" else c.head_dim
     output = heads * value * (1.5 if precision == "fp8" else a) + 4 * heads  # and softmax's normaliser
-    total = a * c.hidden_size + output + (kept * c.hidden_size if keep_all else 0)
+    total = a * c.hidden_size + output + (saved * c.hidden_size if keep_all else 0)
     if c.attention == "gqa":
         return total + a * c.head_dim * (heads + 2 * c.num_key_value_heads)
     latents = (c.q_lora_rank or 0) + c.kv_lora_rank
     total += a * (latents + c.qk_rope_head_dim)
     if keep_all:
-        total += kept * latents + a * heads * (2 * c.qk_head_dim + value)
+        total += saved * latents + a * heads * (2 * c.qk_head_dim + value)
     elif c.q_lora_rank is None:
         total += a * heads * c.qk_head_dim
     return total
@@ -72,15 +75,15 @@ def feed_forward_activation(
     c: ModelConfig, moe: bool, precision: Precision, recompute: Recompute, imbalance: float
 ) -> float:
     """Bytes per token that a layer's dense or MoE feed-forward and its norm keep; routed experts with the fullest rank's surplus."""
-    a, kept = _widths(precision)
+    a, saved = _widths(precision)
     keep_all = recompute != "selective"
-    total = a * c.hidden_size + (kept * c.hidden_size if keep_all else 0)
+    total = a * c.hidden_size + (saved * c.hidden_size if keep_all else 0)
     hidden = 3 if keep_all else 2  # gate and up, and their product
     if not moe:
-        return total + kept * hidden * c.intermediate_size
+        return total + saved * hidden * c.intermediate_size
     met = c.num_experts_per_tok * (1 + imbalance)
-    total += kept * hidden * c.moe_intermediate_size * (met + c.n_shared_experts)
-    total += kept * c.hidden_size * met + 4 * c.n_routed_experts  # rows sent to experts; affinities
+    total += saved * hidden * c.moe_intermediate_size * (met + c.n_shared_experts)
+    total += saved * c.hidden_size * met + 4 * c.n_routed_experts  # rows sent to experts; affinities
     return total + (a * c.hidden_size * c.num_experts_per_tok if keep_all else 0)
 
 
@@ -94,7 +97,7 @@ def layer_activation(c: ModelConfig, moe: bool, precision: Precision, recompute:
 
 
 def _widths(precision: Precision) -> tuple[float, float]:
-    """Bytes of an activation, and of one that is kept to feed a product."""
+    """Bytes of an activation, and of one that is saved to feed a product."""
     return {"fp32": (4.0, 4.0), "bf16": (2.0, 2.0), "fp8": (2.0, 1 + SCALE)}[precision]
 
 
@@ -121,7 +124,7 @@ def stage_parameters(c: ModelConfig, stage: StageLayers, shared_ends: bool) -> t
 
 
 @dataclass(frozen=True)
-class HeldStages:
+class RankStages:
     """What one pipeline rank holds of the model."""
 
     layers: tuple[int, ...]
@@ -133,16 +136,16 @@ class HeldStages:
 
 
 @lru_cache(maxsize=256)
-def held_stages(c: ModelConfig, layout: Layout) -> list[HeldStages]:
+def rank_stages(c: ModelConfig, layout: Layout) -> list[RankStages]:
     """What each pipeline rank holds. Training keeps a copy of the embedding at both ends, DualPipe and one stage do not."""
     stages, found = split_layers(c, layout.stages), []
     for rank in range(layout.pp):
-        held = [stages[stage] for stage in layout.stages_of(rank)]
+        mine = [stages[stage] for stage in layout.stages_of(rank)]
         shared_ends = (layout.pipeline.copies == 2 and rank in (0, layout.pp - 1)) or layout.pp == 1
-        sizes = [stage_parameters(c, stage, shared_ends) for stage in held]
-        layers = tuple(layer for stage in held for layer in stage.layers)
+        sizes = [stage_parameters(c, stage, shared_ends) for stage in mine]
+        layers = tuple(layer for stage in mine for layer in stage.layers)
         routed = sum(size[1] for size in sizes) / layout.ep
-        found.append(HeldStages(layers, any(s.has_head for s in held), sum(size[0] for size in sizes), routed))
+        found.append(RankStages(layers, any(s.has_head for s in mine), sum(size[0] for size in sizes), routed))
     return found
 
 
@@ -155,26 +158,26 @@ def rank_memory(c: ModelConfig, work: Workload, known: dict[str, Fact]) -> list[
         {moe: layer_activation(c, moe, work.precision, policy, imbalance) for moe in (False, True)}
         for policy in ("none", work.recompute)
     )
-    kept = [tokens * sum(some[c.is_moe(layer)] for layer in s.layers) for s in split_layers(c, layout.stages)]
-    mean = sum(kept) / len(kept)
+    saved = [tokens * sum(some[c.is_moe(layer)] for layer in s.layers) for s in split_layers(c, layout.stages)]
+    mean = sum(saved) / len(saved)
     found = []
-    for moment, held in zip(moments, held_stages(c, layout), strict=True):
-        alive = max(sum(count * kept[stage] for stage, count in stages) for stages in moment)
+    for moment, mine in zip(moments, rank_stages(c, layout), strict=True):
+        alive = max(sum(count * saved[stage] for stage, count in stages) for stages in moment)
         # the logits in fp32 and their gradient
-        logits = 6 * c.vocab_size * tokens if held.has_head else 0.0
-        again = max(whole[c.is_moe(n)] - some[c.is_moe(n)] for n in held.layers) * tokens
-        weights, gradients, optimizer, gathered = _states(work, held)
+        logits = 6 * c.vocab_size * tokens if mine.has_head else 0.0
+        again = max(whole[c.is_moe(n)] - some[c.is_moe(n)] for n in mine.layers) * tokens
+        weights, gradients, optimizer, gathered = _states(work, mine)
         working = logits + again + gathered
         found.append(Memory(weights, gradients, optimizer, alive, working, known["reserve"].value, alive / mean))
     return found
 
 
-def _states(work: Workload, held: HeldStages) -> tuple[float, float, float, float]:
+def _states(work: Workload, mine: RankStages) -> tuple[float, float, float, float]:
     """Bytes of weights, gradients, optimizer, and of two layers gathered at a time by FSDP.
 
     DualPipe's second copy of each stage is one more rank to share the optimizer with.
     """
-    layout, plain, routed = work.layout, held.plain, held.routed
+    layout, plain, routed = work.layout, mine.plain, mine.routed
     per_weight, per_gradient, per_state = parameter_bytes(work.precision, work.optimizer)
     copies = layout.pipeline.copies
     of_plain, of_routed = (1, 1) if layout.sharding == "ddp" else (layout.dp * copies, layout.edp * copies)
@@ -182,7 +185,7 @@ def _states(work: Workload, held: HeldStages) -> tuple[float, float, float, floa
     if layout.sharding != "fsdp":
         return per_weight * (plain + routed), per_gradient * (plain + routed), optimizer, 0.0
     shared = plain / layout.dp + routed / layout.edp
-    gathered = 2 * per_weight * (plain + routed) / len(held.layers)
+    gathered = 2 * per_weight * (plain + routed) / len(mine.layers)
     return per_weight * shared, per_gradient * shared, optimizer, gathered
 
 
@@ -190,9 +193,11 @@ def _states(work: Workload, held: HeldStages) -> tuple[float, float, float, floa
 class Serving:
     """What serving takes of each device where experts are shared out over all and the rest is on each."""
 
-    weights: float  # bytes
+    # bytes
+    weights: float
     cache_bytes_per_token: float
-    tokens: float  # that the cache holds on one device
+    # that the cache holds on one device
+    tokens: float
     fits: bool
 
 

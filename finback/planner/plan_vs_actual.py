@@ -44,7 +44,7 @@ def planned(root: Path, calibration: Path) -> dict[str, dict[str, float]]:
 
 
 def _plan(name: str, begun: list[StageFolder], calibration: Path) -> tuple[dict[str, Any], list[str]]:
-    """The plan of each stage, and what is to be said of it."""
+    """The plan of each stage, and notes on it."""
     known, notes = None, []
     try:
         known = calibration_file.read(calibration) if calibration.is_file() else None
@@ -64,7 +64,7 @@ def _ranks(begun: list[StageFolder]) -> int:
     return int(max(cores, default=1))
 
 
-def tell(values: dict[str, Any]) -> str:
+def text(values: dict[str, Any]) -> str:
     """Plan and ledger as a table; a plan's tokens are the most that a stage can take."""
     rows = [["stage", "", "trains", "generates", "FLOPs", "time", "$"]]
     for name, stage in values["stages"].items():

@@ -9,11 +9,12 @@ from finback.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and how it is pre-trained unless told otherwise."""
+    """A model and how it is pre-trained by default."""
 
     name: str
     model: ModelConfig
-    rows: int  # sequences per step
+    # sequences per step
+    rows: int
     length: int
     tokens: float
     source: str

@@ -83,9 +83,9 @@ def _of_runs(known: dict[str, Fact]) -> list[Claim]:
 def pretraining_hours(known: dict[str, Fact]) -> float:
     """H800-hours of V3's 14.8T tokens by its published layout, the schedule simulated."""
     h800, _ = hardware.find("h800")
-    share = cost.efficiency(V3, cost.V3_WORKLOAD, h800, known)
-    seconds = cost.step(V3, cost.V3_WORKLOAD, h800, share.value, known).seconds
-    return cost.bill(V3, cost.V3_WORKLOAD, h800, seconds, V3_TOKENS, known, None).device_hours
+    work, site = cost.V3_WORKLOAD, hardware.Site(h800, cost.V3_WORKLOAD.layout.ranks, known)
+    step = cost.step(V3, work, h800, cost.efficiency(V3, work, h800, known).value, known)
+    return cost.bill(V3, work, step.seconds, V3_TOKENS, site, None).device_hours
 
 
 def extension_hours() -> list[float]:

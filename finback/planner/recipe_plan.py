@@ -16,14 +16,12 @@ from finback.planner import calibration_file, cluster, hardware, this_machine
 from finback.planner.hardware import Site
 from finback.planner.options import PlanOptions
 from finback.planner.planned_stage import PlannedStage, planned_stages
-from finback.planner.render import big, span
 from finback.planner.this_machine import RankMemory, Shape
 from finback.planner.workload import Precision
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
 from finback.runs.recipe import Recipe, config_json
-from finback.runs.terminal import table
 
-ROUGH = "by FLOPs at the rate of training; rough"
+ROUGH = "rough"
 Calibrated = dict[str, Any]
 
 
@@ -211,65 +209,3 @@ def _laid_out(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str
         "how": "step by step",
         "plan": found,
     }
-
-
-def tell(values: dict[str, Any]) -> str:
-    """A recipe's plan as a table."""
-    rows = [["stage", "kind", "trains", "generates", "FLOPs", "time", "memory", "$", "energy", ""]]
-    for name, s in values["stages"].items():
-        memory = f"{s['memory_bytes'] / 1e9:,.2f} GB" if "memory_bytes" in s else "-"
-        rows.append(
-            [
-                name,
-                s["stage"],
-                big(s["tokens_trained"]),
-                big(s["tokens_generated"]),
-                big(s.get("flops")) if s.get("flops") else "-",
-                span(s["seconds"]) if s.get("seconds") else "-",
-                memory + ("" if s.get("fits", True) else " TOO MUCH"),
-                _money(s.get("dollars")),
-                _energy(s.get("kwh")),
-                _how(s),
-            ]
-        )
-    t = values["total"]
-    rows.append(
-        [
-            "all",
-            "",
-            "",
-            "",
-            big(t["flops"]) if t["flops"] else "-",
-            span(t["seconds"]) if t["seconds"] else "-",
-            "",
-            _money(t["dollars"]),
-            _energy(t["kwh"]),
-            "",
-        ]
-    )
-    lines = [f"{values['recipe']} on {values['on']}; tokens are the most a stage can take"]
-    lines.append(table(rows[1:], rows[0], indent=2))
-    if values["basis"]:
-        basis = values["basis"]
-        lines.append(
-            f"Money and energy by ${basis['dollars_per_core_hour']:g} and {basis['watts_per_core']:g} W per core and hour, estimates."
-        )
-    return "\n".join([*lines, *(f"note: {text}" for text in values["notes"])])
-
-
-def _money(dollars: float | None) -> str:
-    return "-" if dollars is None else f"{dollars:,.4f}" if dollars < 1 else f"{dollars:,.0f}"
-
-
-def _energy(kwh: float | None) -> str:
-    return big(kwh * 1000, "Wh") if kwh else "-"
-
-
-def _how(s: dict[str, Any]) -> str:
-    if s.get("how") == ROUGH:
-        return "rough" + (", no layout for it on this mesh" if "refused" in s else "")
-    if "step_seconds" in s:
-        return f"{s['compute']}, {s['tokens_per_second']:,.0f} tokens/s"
-    if "mfu" in s:
-        return f"{s['layout']}, MFU {s['mfu']:.1%}"
-    return "" if s.get("flops") or "parameters" not in s else "unknown before its data is there"

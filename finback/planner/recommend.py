@@ -135,7 +135,7 @@ def estimate(c: ModelConfig, work: Workload, search: Search) -> float:
     per_flop = work.micro_tokens / (machine.peak(work.precision) * search.efficiency)
     d, compute = cost.durations_of(every, per_flop, work, sent, known)
     pair = d.f + d.b if d.both is None else d.both
-    held = [[d.scale[stage] for stage in layout.stages_of(rank)] for rank in range(layout.pp)]
-    slowest = max(sum(scales) / len(scales) for scales in held)
+    scales = [[d.scale[stage] for stage in layout.stages_of(rank)] for rank in range(layout.pp)]
+    slowest = max(sum(each) / len(each) for each in scales)
     seconds = slowest * work.passes * pair + layout.pipeline.bubble(layout.stages, d.f, d.b, d.w, pair)
     return seconds + max(sent.exchange_seconds - (compute * work.passes if layout.sharding == "fsdp" else 0.0), 0.0)

@@ -47,7 +47,7 @@ def span(seconds: float) -> str:
     return f"{seconds:,.3g} s"
 
 
-def tell(values: dict[str, Any], claims: Sequence[Claim] = ()) -> str:
+def plan_text(values: dict[str, Any], claims: Sequence[Claim] = ()) -> str:
     """The whole plan of one model on named hardware."""
     sections = [
         _model(values),
@@ -126,9 +126,9 @@ def _time(v: dict[str, Any]) -> list[str]:
     ]
     parts = ("dispatch_network", "dispatch_link", "pipeline", "exchange")
     words = ("all-to-all between nodes", "within nodes", "to the next stage", "gradients and weights")
-    said = [f"{word} {big(sent[part], 'B')}" for part, word in zip(parts, words, strict=True) if sent[part]]
-    if said:
-        lines.append(f"  each device sends per step: {', '.join(said)}")
+    amounts = [f"{word} {big(sent[part], 'B')}" for part, word in zip(parts, words, strict=True) if sent[part]]
+    if amounts:
+        lines.append(f"  each device sends per step: {', '.join(amounts)}")
     return lines
 
 
@@ -192,3 +192,41 @@ def _claims(claims: Sequence[Claim]) -> list[str]:
         for c, n in zip(claims, places, strict=True)
     ]
     return [table(rows[1:], rows[0], indent=2)]
+
+
+def recipe_text(values: dict[str, Any]) -> str:
+    """A recipe's plan as a table."""
+    rows = [_stage(name, stage) for name, stage in [*values["stages"].items(), ("all", values["total"])]]
+    heads = ["stage", "kind", "trains", "generates", "FLOPs", "time", "memory", "$", "energy", ""]
+    lines = [f"{values['recipe']} on {values['on']}; tokens are the most a stage can take", table(rows, heads, 2)]
+    if basis := values["basis"]:
+        per_hour = f"${basis['dollars_per_core_hour']:g} and {basis['watts_per_core']:g} W per core and hour"
+        lines.append(f"Money and energy by {per_hour}, estimates.")
+    return "\n".join([*lines, *(f"note: {text}" for text in values["notes"])])
+
+
+def _stage(name: str, s: dict[str, Any]) -> list[str]:
+    dollars = s.get("dollars")
+    memory = f"{s['memory_bytes'] / 1e9:,.2f} GB" if "memory_bytes" in s else "-" if "stage" in s else ""
+    return [
+        name,
+        s.get("stage", ""),
+        *(big(s[key]) if key in s else "" for key in ("tokens_trained", "tokens_generated")),
+        big(s["flops"]) if s.get("flops") else "-",
+        span(s["seconds"]) if s.get("seconds") else "-",
+        memory + ("" if s.get("fits", True) else " TOO MUCH"),
+        "-" if dollars is None else f"{dollars:,.4f}" if dollars < 1 else f"{dollars:,.0f}",
+        big(s["kwh"] * 1000, "Wh") if s.get("kwh") else "-",
+        _how(s) if "stage" in s else "",
+    ]
+
+
+def _how(s: dict[str, Any]) -> str:
+    if "refused" in s:
+        return "rough, no layout for it on this mesh"
+    if "step_seconds" in s:
+        return f"{s['compute']}, {s['tokens_per_second']:,.0f} tokens/s"
+    if "mfu" in s:
+        return f"{s['layout']}, MFU {s['mfu']:.1%}"
+    unknown = "" if s.get("flops") or "parameters" not in s else "unknown before its data is there"
+    return str(s.get("how", unknown))

@@ -5,19 +5,25 @@ No torch here.
 
 from dataclasses import dataclass
 
-from finback.parallel.pipeline_tables import KINDS, Op, Slot, Table, operations
+from finback.parallel.pipeline_tables import Op, Slot, Table, operations
 
 
 @dataclass(frozen=True)
 class Durations:
     """Seconds (or any unit) of one stage's operations on one micro-batch."""
 
-    f: float = 1.0  # forward
-    b: float = 2.0  # whole backward
-    w: float = 1.0  # the weight part of it
-    both: float | None = None  # F overlapped with B; None: nothing gained, f + b
-    send: float = 0.0  # from one rank to the next
-    scale: tuple[float, ...] = ()  # of each stage's operations, where stages are of unequal size
+    # forward
+    f: float = 1.0
+    # whole backward
+    b: float = 2.0
+    # the weight part of it
+    w: float = 1.0
+    # F overlapped with B; None: nothing gained, f + b
+    both: float | None = None
+    # from one rank to the next
+    send: float = 0.0
+    # of each stage's operations, where stages are of unequal size
+    scale: tuple[float, ...] = ()
 
     def of(self, slot: Slot) -> float:
         """How long a slot takes."""
@@ -105,25 +111,3 @@ def needs(op: Op, last: int) -> list[tuple[Op, ...]]:
     if stage < last:
         before.append((Op("B", batch, stage + 1), Op("I", batch, stage + 1)))
     return before
-
-
-def check(table: Table, stages: int, micro_batches: int) -> None:
-    """ValueError unless every micro-batch passes every stage once each way, on one rank, and the whole can run."""
-    seen: dict[Op, int] = {}
-    for rank, slots in enumerate(table):
-        for op in operations(slots):
-            if op in seen:
-                raise ValueError(f"{op} is done twice, on ranks {seen[op]} and {rank}")
-            seen[op] = rank
-    for batch in range(micro_batches):
-        for stage in range(stages):
-            kinds = {k for k in KINDS if Op(k, batch, stage) in seen}
-            if kinds not in ({"F", "B"}, {"F", "I", "W"}):
-                raise ValueError(f"micro-batch {batch} at stage {stage} has {sorted(kinds)}, not F and B or F, I, W")
-            if len({seen[Op(k, batch, stage)] for k in kinds}) > 1:
-                raise ValueError(f"micro-batch {batch} at stage {stage} is spread over ranks")
-    if len(seen) != sum(len(list(operations(slots))) for slots in table) or any(
-        op.micro_batch >= micro_batches or op.stage >= stages for op in seen
-    ):
-        raise ValueError("the table holds operations of micro-batches or stages that do not exist")
-    simulate(table, Durations())

@@ -92,7 +92,7 @@ def saved_bytes(shape: Shape) -> float:
     depths = c.num_nextn_predict_layers
     total += (1 + depths) * (n * (2 * a * c.hidden_size + 4) + 4 * c.vocab_size * c.hidden_size)  # norm, loss
     total += depths * n * (4 * a * c.hidden_size + 8)  # MTP's two norms and what it joins
-    if shape.compute != "fp32":  # weights are cast, and the cast is kept unless its product is done again
+    if shape.compute != "fp32":  # weights are cast, and the cast is saved unless its product is done again
         again = {"none": 0, "attention": len(_layers(c)) * sum(a * b for a, b in attention_matrices(c))}
         total += 2 * (
             muon_parameters(c) - again.get(shape.recompute, muon_parameters(c) - depths * 2 * c.hidden_size**2)
@@ -112,28 +112,28 @@ def _layer_bytes(shape: Shape, moe: bool) -> float:
     if shape.recompute == "block":
         return shape.tokens * a * d
     if shape.recompute == "attention":  # the norm's input and its output, from which attention is done again
-        kept = a * 2 * d + 4
+        saved = a * 2 * d + 4
     elif c.attention == "mla":
         query = 2 * (c.q_lora_rank or 0)
         latent = 2 * c.kv_lora_rank + c.qk_rope_head_dim
-        kept = a * (2 * d + query + latent + heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)) + 4 * 4
-        kept += heads * shape.length * a if shape.length <= LONGEST else 0
+        saved = a * (2 * d + query + latent + heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)) + 4 * 4
+        saved += heads * shape.length * a if shape.length <= LONGEST else 0
     else:
-        kept = a * (2 * d + c.head_dim * (2 * heads + 2 * c.num_key_value_heads)) + 4 * (2 + heads)
+        saved = a * (2 * d + c.head_dim * (2 * heads + 2 * c.num_key_value_heads)) + 4 * (2 + heads)
         if c.qk_norm:
-            kept += a * c.head_dim * (heads + c.num_key_value_heads)
-    kept += 2 * a * d
+            saved += a * c.head_dim * (heads + c.num_key_value_heads)
+    saved += 2 * a * d
     if not moe:
-        return shape.tokens * (kept + 4 * a * c.intermediate_size)
+        return shape.tokens * (saved + 4 * a * c.intermediate_size)
     k = c.num_experts_per_tok
-    kept += a * (4 * c.n_shared_experts * c.moe_intermediate_size + k * 2 * (d + c.moe_intermediate_size))
-    kept += 4 * 2 * c.n_routed_experts + 16 * k
+    saved += a * (4 * c.n_shared_experts * c.moe_intermediate_size + k * 2 * (d + c.moe_intermediate_size))
+    saved += 4 * 2 * c.n_routed_experts + 16 * k
     if shape.compute == "fp32":
-        return shape.tokens * kept
+        return shape.tokens * saved
     # the router reads a copy in fp32, shared experts read the norm's output; rows that fill up the experts' blocks
-    kept += 4 * d - (0 if c.n_shared_experts else a * d)
+    saved += 4 * d - (0 if c.n_shared_experts else a * d)
     filled = c.n_routed_experts * BLOCK_MULTIPLE / 2
-    return shape.tokens * kept + filled * a * (d + 2 * c.moe_intermediate_size)
+    return shape.tokens * saved + filled * a * (d + 2 * c.moe_intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def trial(fp32: Shape, bf16: Shape, process: float) -> RankMemory:
 
 
 def _backward_bytes(c: ModelConfig) -> float:
-    """What a backward pass needs for the moment: gradients of embedding, head and one layer's experts, scores."""
+    """What a backward pass needs for the moment: gradients of embedding, head and one layer's experts, logits."""
     stacks = max((4 * n * a * b for n, a, b in matrices(c)), default=0)
     return 2 * 4 * c.vocab_size * c.hidden_size + 2 * stacks + 4 * CHUNK * c.vocab_size
 
@@ -226,9 +226,9 @@ def passes(shape: Shape) -> dict[str, float]:
     return {
         "products": shape.tokens * linear,
         "experts": feed_forward * shape.tokens * terms.experts,  # what they cost above other products
-        "scores": attention * shape.tokens * terms.attention_scores,
+        "attention": attention * shape.tokens * terms.attention_scores,
         "head": chunks * c.vocab_size * c.hidden_size,  # its gradient is added to chunk by chunk
-        "kept": saved_bytes(dataclasses.replace(shape, recompute="none")),
+        "saved": saved_bytes(dataclasses.replace(shape, recompute="none")),
         "blocks": sum(layers) * min(c.n_routed_experts, shape.tokens * c.num_experts_per_tok),
         "parameters": parameters(c),  # gradients set to zero and added to, masters cast to bf16
         "layers": len(layers),

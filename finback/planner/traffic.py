@@ -13,7 +13,7 @@ from finback.model.config import ModelConfig
 from finback.planner import expert_load
 from finback.planner.expert_load import Load
 from finback.planner.hardware import Machine
-from finback.planner.memory import SCALE, held_stages, parameter_bytes
+from finback.planner.memory import SCALE, parameter_bytes, rank_stages
 from finback.planner.workload import Workload
 
 
@@ -21,14 +21,20 @@ from finback.planner.workload import Workload
 class Traffic:
     """Bytes each device sends in one step, and the seconds they take were nothing hidden."""
 
-    dispatch_network: float = 0.0  # all-to-all between nodes
-    dispatch_link: float = 0.0  # all-to-all within nodes
-    pipeline: float = 0.0  # activations and their gradients to the next stage
-    exchange: float = 0.0  # gradients summed, weights handed out
+    # all-to-all between nodes
+    dispatch_network: float = 0.0
+    # all-to-all within nodes
+    dispatch_link: float = 0.0
+    # activations and their gradients to the next stage
+    pipeline: float = 0.0
+    # gradients summed, weights handed out
+    exchange: float = 0.0
     dispatch_seconds: float = 0.0
-    send_seconds: float = 0.0  # of one micro-batch to the next stage
+    # of one micro-batch to the next stage
+    send_seconds: float = 0.0
     exchange_seconds: float = 0.0
-    load: Load | None = None  # of expert ranks
+    # of expert ranks
+    load: Load | None = None
 
 
 def of(c: ModelConfig, work: Workload, machine: Machine, skew: float = 0.0) -> Traffic:
@@ -91,6 +97,6 @@ def _exchange(c: ModelConfig, work: Workload, machine: Machine) -> tuple[float, 
     times = 1
     if layout.sharding == "fsdp":  # weights are gathered for each pass of each micro-batch
         once, times = per_gradient + 2 * (4 if layout.gather == "fp32" else 2), layout.micro_batches
-    shared = [((held.plain, layout.dp * copies), (held.routed, layout.edp * copies)) for held in held_stages(c, layout)]
-    most = once * times * max(sum(size * (group - 1) / group for size, group in rank) for rank in shared)
+    shared = [((rank.plain, layout.dp * copies), (rank.routed, layout.edp * copies)) for rank in rank_stages(c, layout)]
+    most = once * times * max(sum(size * (group - 1) / group for size, group in sizes) for sizes in shared)
     return most, most / wire(machine, layout.ranks, inside=layout.ranks <= per_node(machine))
