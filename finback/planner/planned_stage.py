@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finback.model import config as models
-from finback.model.config import ModelConfig
+from finback.model.config import ModelConfig, from_json
+from finback.model.rope_scaling import KINDS
 from finback.parallel.layout import Layout
 from finback.runs.declaration import DECLARATION
 from finback.runs.files import is_checkpoint, read_json
 from finback.runs.recipe import Work
+
+# a model and its parts, by the names that config.json has for them
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (ModelConfig, *KINDS.values())}
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def _model(knobs: dict[str, Any], earlier: dict[str, PlannedStage]) -> ModelConf
 def _stored_model(path: Path) -> ModelConfig | None:
     """The model of a finished stage or of a checkpoint in Hugging Face's form; None for what must be opened to know."""
     if (path / "model.json").is_file():
-        return models.from_json(read_json(path / "model.json"))
+        return from_json(read_json(path / "model.json"))
     if path.is_dir() and is_checkpoint(path):
         from finback.checkpoint import hf_config
 
@@ -84,4 +87,4 @@ def _value(raw: Any) -> Any:
     """A model or a part of it out of what `config.as_json` made of it."""
     if isinstance(raw, list):
         return tuple(map(_value, raw))
-    return getattr(models, raw["type"])(**_fields(raw)) if isinstance(raw, dict) and "type" in raw else raw
+    return CLASSES[raw["type"]](**_fields(raw)) if isinstance(raw, dict) and raw.get("type") in CLASSES else raw
