@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from finback.checkpoint.export import export
 from finback.checkpoint.hf_config import model_config, raw_config
-from finback.checkpoint.models import load_audited
+from finback.checkpoint.models import load_audited as load
 from finback.checkpoint.shards import BESIDE, INDEX, SCALE, Shards
 from finback.config import UserError
 from finback.engine.engine import Engine
@@ -40,7 +40,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(family: str, data: st.
         theirs.save_pretrained(folder)
         if data.draw(st.booleans()):
             spell_as_released(Path(folder))
-        ours, audit = load_audited(Path(folder))
+        ours, audit = load(Path(folder))
         assert audit.holds and not audit.unexpected
         back = transformers_loads(ours.eval(), Path(folder) / "out")
     tokens = torch.randint(3, config.vocab_size, (3, 24))
@@ -131,7 +131,7 @@ def test_mtp_layers_go_out_and_come_back_to_the_bit(shard_bytes: int, tmp_path: 
     model = small()
     export(model, tmp_path / "out", "fp32", shard_bytes=shard_bytes)
     assert (tmp_path / "out" / INDEX).is_file() == (shard_bytes < 5_000_000_000)
-    back, audit = load_audited(tmp_path / "out")
+    back, audit = load(tmp_path / "out")
     assert same(model, back) and audit.holds
     assert set(audit.skipped) == {"model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"}
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -216,7 +216,7 @@ def experts(x: torch.Tensor, w: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_a_config_that_declares_mtp_which_the_files_lack_is_told(tmp_path: Path) -> None:
     export(small(), tmp_path / "out", "fp32")
     (tmp_path / "out" / BESIDE).unlink()
-    model, audit = load_audited(tmp_path / "out")
+    model, audit = load(tmp_path / "out")
     assert audit.holds and model.config.num_nextn_predict_layers == 0
     assert audit.notes[0].startswith("config.json declares 1 MTP layer(s) that the files lack")
 
@@ -236,7 +236,7 @@ def test_a_config_that_declares_mtp_which_the_files_lack_is_told(tmp_path: Path)
 def test_rare_shapes_go_out_and_come_back(changes: dict[str, Any], fmt: Any, tmp_path: Path) -> None:
     model = small(**changes)
     export(model, tmp_path / "out", fmt)
-    back, audit = load_audited(tmp_path / "out")
+    back, audit = load(tmp_path / "out")
     assert audit.holds and back.config.num_nextn_predict_layers == model.config.num_nextn_predict_layers
     assert (tmp_path / "out" / BESIDE).is_file() == (model.config.num_hidden_layers != 61)
     if fmt == "fp32":
@@ -266,7 +266,7 @@ def test_a_head_that_is_said_to_be_tied_and_is_not(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"lm_head.weight = .*config.json ties it to model.embed_tokens.weight, but its"
     ):
-        load_audited(tmp_path)
+        load(tmp_path)
 
 
 def test_fp8_blocks_by_hand() -> None:
@@ -298,7 +298,7 @@ def test_fp8_weights_go_out_and_come_back_within_their_rounding(kept: Any, tmp_p
     export(model, tmp_path / "out", "fp8", shard_bytes=150_000)
     raw = json.loads((tmp_path / "out/config.json").read_text())
     assert raw["quantization_config"]["weight_block_size"] == [128, 128]
-    back, audit = load_audited(tmp_path / "out", weights=kept)
+    back, audit = load(tmp_path / "out", weights=kept)
     assert audit.holds and sum(n.endswith(SCALE) for n in audit.skipped) > 0
     experts = back.blocks[1].feed_forward
     assert (experts.gate_up.dtype == torch.float8_e4m3fn) == (kept == "fp8")
@@ -306,14 +306,14 @@ def test_fp8_weights_go_out_and_come_back_within_their_rounding(kept: Any, tmp_p
         for name, tensor in model.state_dict().items():
             gap = (back.state_dict()[name] - tensor).abs()
             assert (gap <= tensor.abs() / 16 + tensor.abs().max() * 2**-9).all(), name
-    exact, _ = load_audited(tmp_path / "out")
+    exact, _ = load(tmp_path / "out")
     tokens = torch.randint(60, (2, 16))
     with torch.no_grad():
         a, b = exact.logits(exact(tokens)), back.eval().logits(back(tokens))
     assert (a - b).abs().max() <= {"fp32": 0.0, "bf16": 0.03, "fp8": 0.03}[kept] * a.abs().max()
     if kept == "fp8":  # and out again: the same FP8 values
         export(back, tmp_path / "again", "fp8")
-        twice, _ = load_audited(tmp_path / "again")
+        twice, _ = load(tmp_path / "again")
         assert (
             twice.state_dict()["blocks.1.feed_forward.down"] == exact.state_dict()["blocks.1.feed_forward.down"]
         ).all()
@@ -330,7 +330,7 @@ def test_factors_may_lie_in_another_file_than_their_tensor(tmp_path: Path) -> No
         save_file(held, tmp_path / "out" / file)
     index = {name: file for file, held in parts.items() for name in held}
     (tmp_path / "out" / INDEX).write_text(json.dumps({"weight_map": index}))
-    back, audit = load_audited(tmp_path / "out")
+    back, audit = load(tmp_path / "out")
     assert audit.holds and torch.isfinite(back.blocks[1].feed_forward.gate_up).all()
 
 
@@ -435,7 +435,7 @@ def test_what_is_wrong_is_named(damage: Any, message: str, tmp_path: Path) -> No
     export(small(), tmp_path / "out", "fp32")
     damage(tmp_path / "out")
     with pytest.raises(UserError, match=message):
-        load_audited(tmp_path / "out")
+        load(tmp_path / "out")
 
 
 def test_an_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

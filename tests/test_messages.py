@@ -205,8 +205,8 @@ def test_all_who_ask_ask_alike(
     list(talk.reply(problem.question))
     sent = {"messages": [m.to_openai() for m in dialogue], "chat_template_kwargs": {"thinking": think}}
     preparer = RequestPreparer(words, 256, 16)
-    prepared = preparer.chat(ChatRequest.model_validate(sent | {"model": "toy", "max_tokens": 2}), seed=0)
-    assert asked[2:] == [ids] and prepared.orders[0].prompt == ids
+    prepared = preparer.prepare(ChatRequest.model_validate(sent | {"model": "toy", "max_tokens": 2}), seed=0)
+    assert asked[2:] == [ids] and prepared.choices[0].prompt == ids
 
     lesson = lessons([*dialogue, Message("assistant", "9", "4+5=9" if think else "")], words)[0 if not template else -1]
     assert lesson.ids[: len(ids)] == ids and lesson.labels[-2:] == [*words.encode("9"), words.eos]
