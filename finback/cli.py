@@ -181,7 +181,7 @@ def chat(options: ChatOptions, as_json: Json = False) -> None:
 @app.command()
 @with_options
 def serve(options: ServeOptions) -> None:
-    """Serve a model with OpenAI's and DeepSeek's API, on this machine alone unless told otherwise."""
+    """Serve a model with OpenAI's and DeepSeek's API, on this machine alone unless --host names another address."""
     from finback.serve import server
 
     server.run(replace(options, api_key=os.environ.get("FINBACK_API_KEY", "")), _planned)

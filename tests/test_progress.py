@@ -143,12 +143,13 @@ ROWS = [["a model", "12.3 % (1.0 to 20.1)", "@4 22 %", "100 x 4"], ["another", "
 HEADERS = ["model", "pass@1 (95% interval)", "pass@k", "n x k"]
 
 
-def test_a_table_is_as_wide_as_it_needs_where_nobody_looks() -> None:
+def test_a_table_is_as_wide_as_it_needs_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table(ROWS, HEADERS, indent=1).splitlines() == [
         " model    pass@1 (95% interval)   pass@k    n x k",
         " a model   12.3 % (1.0 to 20.1)  @4 22 %  100 x 4",
         " another                 13.0 %        –  100 x 4",
     ]
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)  # not into the output of a cell
     assert table([["a", "[b]1[/b] :smile:"]], right=False) == "a  [b]1[/b] :smile:"
 
 

@@ -24,7 +24,7 @@ LEAST_BAR, MOST_BAR = 8, 40  # columns
 class ProgressLine:
     """A line on stderr that a terminal or a notebook redraws; anywhere else a new one every ten seconds.
 
-    `sure` is how much must be done before the time left is told: a model's first answers wait for its weights.
+    `sure` is how much must be done before the time left is shown: a model's first answers wait for its weights.
     """
 
     def __init__(self, name: str, total: float, unit: str, sure: float = 0.0) -> None:
@@ -37,8 +37,8 @@ class ProgressLine:
     def draw(self, done: float, new: float, dollars: float | None, note: str = "", end: bool = False) -> None:
         """Report that `done` of `total` units are finished, `new` of them since this line began; `end` ends the line."""
         now = time.monotonic()
-        pause = REDRAWN if self.in_terminal or self.console.is_jupyter else REPEATED
-        if not end and now - self._last < pause:
+        redrawn = self.in_terminal or self.console.is_jupyter
+        if not end and not (redrawn and done >= self.total) and now - self._last < (REDRAWN if redrawn else REPEATED):
             return
         self._last = now
         text = self.text(done, new, dollars, note)

@@ -34,7 +34,7 @@ def table(rows: Iterable[Sequence[str]], headers: Sequence[str] = (), indent: in
         )
     for row in cells:
         made.add_row(*map(Text, row))
-    console = Console(file=StringIO(), width=width + indent, color_system=None)
+    console = Console(file=StringIO(), width=width + indent, color_system=None, force_jupyter=False)
     console.print(Padding(made, (0, 0, 0, indent), expand=False))
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())
