@@ -349,6 +349,12 @@ def test_a_folder_that_is_not_there_or_a_stage_without_a_model_is_refused(made: 
         facts.read(made, "before")
 
 
+def test_stages_of_unknown_classes_have_the_same_documents(run: Path) -> None:
+    for path in run.glob("*/config.json"):
+        write_json(path, read_json(path) | {"type": "Mine"})
+    assert build.examine(facts.read(run, "zero"), filled(), NOW).holds
+
+
 def test_a_run_of_an_older_version_still_has_documents(run: Path) -> None:
     for path in run.glob("*/ledger.jsonl"):
         old = ("seconds", "cores", "tokens_trained", "tokens_generated", "flops", "peak_flops")

@@ -49,9 +49,9 @@ def test_a_counter_that_turns_over_counts_on(tmp_path: Path) -> None:
 
 def test_a_counter_that_nobody_looked_at_for_too_long_is_not_believed(tmp_path: Path) -> None:
     energy = counters.Energy(powercap(tmp_path, package_0=0))
-    energy.look(energy.at + 200)  # 262 kJ at 1,000 W are 262 s
+    energy.read(energy.at + 200)  # 262 kJ at 1,000 W are 262 s
     assert energy.certain
-    energy.look(energy.at + 300)
+    energy.read(energy.at + 300)
     assert energy.take() is None
     assert energy.take() == 0, "from the next look on it is believed again"
 

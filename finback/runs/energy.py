@@ -13,11 +13,10 @@ from finback.runs.provenance import cuda
 
 RAPL = Path("/sys/class/powercap")
 
-
-WATTS_AT_MOST = 1000.0  # of one counted part: a counter that such a part could have turned over unseen is not believed
-
-
-LOOK_SECONDS = 60.0  # counters of energy are read at least so often while a stage logs steps
+# of one counted part: a counter that such a part could have wrapped around between two readings is not trusted
+WATTS_AT_MOST = 1000.0
+# counters are read at least so often while a stage logs steps
+LOOK_SECONDS = 60.0
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Energy:
         rapl = "RAPL of processor packages and memory" if self.counters else ""
         return " and ".join(part for part in (rapl, f"NVML of {len(self.gpus)} GPUs" if self.gpus else "") if part)
 
-    def look(self, now: float | None = None) -> None:
+    def read(self, now: float | None = None) -> None:
         """Read all counters; often enough, so that none turns over twice in between."""
         now = time.monotonic() if now is None else now
         gap, self.at = now - self.at, now
@@ -58,16 +57,16 @@ class Energy:
         self.joules += sum(new - old for new, old in zip(values, self._gpu_last, strict=True)) / 1e3
         self._gpu_last = values
 
-    def glance(self) -> None:
-        """Look if that was not done lately: cheap enough for every step."""
+    def read_if_due(self) -> None:
+        """Read if that was not done lately: cheap enough for every step."""
         if time.monotonic() - self.at > LOOK_SECONDS:
-            self.look()
+            self.read()
 
     def take(self) -> float | None:
-        """Joules since the last call; None where nothing can be read, or a counter was not looked at for too long."""
+        """Joules since the last call; None where nothing can be read, or a counter was not read for too long."""
         if not self.method:
             return None
-        self.look()
+        self.read()
         joules, certain = self.joules, self.certain
         self.joules, self.certain = 0.0, True
         return joules if certain else None

@@ -31,10 +31,8 @@ from finback.runs.ledger import FLOPS
 
 STEPPED = (METRICS, SAMPLES, ROUTER)  # files whose lines belong to steps
 
-
 # what resuming needs, and nobody once a stage is finished
 SCRATCH = ("step-*.safetensors*", ".tmp*", "part-*.json*", "sharded")
-
 
 NEEDED_BYTES = 200 * 2**20  # free space asked for before a stage starts
 
@@ -102,7 +100,7 @@ class StageRun:
     def log(self, step: int, **metrics: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self._energy is not None:
-            self._energy.glance()
+            self._energy.read_if_due()
         self._append(METRICS, {"step": step, **metrics})
 
     def log_samples(self, records: list[dict[str, Any]]) -> None:

@@ -9,15 +9,12 @@ from finback.runs.files import LEDGER, is_number, read_lines
 # Stated estimates, used where the machine cannot be asked; summary.json repeats them beside every figure.
 WATTS_PER_CORE = 12.0
 
-
 DOLLARS_PER_CORE_HOUR = 0.04
-
 
 BASIS = (
     f"estimate: {WATTS_PER_CORE:g} W per busy core, ${DOLLARS_PER_CORE_HOUR:g} per core-hour "
     "(a common on-demand cloud price); nothing was metered"
 )
-
 
 # FLOPs by what they were for, as the EU's guidelines on general-purpose models tell them apart (annex, 117-133)
 FLOPS = {

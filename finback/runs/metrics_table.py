@@ -142,7 +142,7 @@ def read(path: Path) -> MetricsTable:
     return table
 
 
-def glance(path: Path, lines: int) -> MetricsTable:
+def outline(path: Path, lines: int) -> MetricsTable:
     """A table of single lines spread evenly over a file, the first and the last among them: how its curves will look."""
     table = MetricsTable(path)
     table._take(records(b"".join(_spread(path, lines))))

@@ -71,7 +71,8 @@ class Recipe:
 
     name: str
     stages: tuple[Stage, ...]
-    file: Path | None = None  # where it was read from
+    # where it was read from
+    file: Path | None = None
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]

@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from finback.config import UserError
 from finback.runs import reader
-from finback.runs.metrics_table import MetricsTable, glance
+from finback.runs.metrics_table import MetricsTable, outline
 from finback.runs.reader import StageFolder
 from finback.runs.samples import MOST, SampleIndex, shown
 from finback.serve import auth, curves
@@ -110,7 +110,7 @@ class Watch:
         read = self._table(stage, 0 if asked.text("soon", "") else AT_ONCE)
         table, weight = read, asked.number("smooth", 0.0, 0.0, 0.9999)
         if name == "step" and not read.complete:  # all of the curve in outline rather than its beginning
-            table = glance(read.tail.path, OUTLINE)
+            table = outline(read.tail.path, OUTLINE)
             weight **= max(1.0, read.rows / max(1e-9, read.share) / OUTLINE)
         places = curves.axis(table, name, cores(stage.ledger()))
         begin, end = asked.bound("from"), asked.bound("to")

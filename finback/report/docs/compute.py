@@ -26,7 +26,8 @@ class Compute:
 
     training: Any
     generation: Any
-    base: Any  # of the weights it began as: 0 from random ones, MISSING where nobody knows
+    # of the weights it began as: 0 from random ones, MISSING where nobody knows
+    base: Any
 
     @property
     def cumulative(self) -> Any:
