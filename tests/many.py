@@ -18,7 +18,7 @@ from finback.parallel.launch import free_port
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
 from finback.train.batch import of_windows
-from finback.train.loss import LossWeights
+from finback.train.loss import LossTerms
 from finback.train.optim import Adam, Gradients, Muon, is_matrix
 from finback.train.sharded_trainer import ShardedTrainer
 from tests.toy import CONFIG, backward
@@ -28,7 +28,7 @@ MANY = dataclasses.replace(
 )
 
 SHAPE = ROWS, SEQ_LEN = 8, 16
-WEIGHTS, BIAS_SPEED, MAX_GRAD_NORM = LossWeights(0.3, 0.05), 0.02, 1.0
+MTP_WEIGHT, BALANCE_ALPHA, BIAS_SPEED, MAX_GRAD_NORM = 0.3, 0.05, 0.02, 1.0
 LR = 3e-3
 Numbers = list[list[float]]  # of each step: loss, MTP loss, balance loss, norm of the gradient
 IMPORTED = [f"torch.distributed.{n}" for n in ("fsdp", "pipelining", "checkpoint")] + ["tests.many"]
@@ -77,7 +77,7 @@ def on_one(config: ModelConfig, steps: int = 20) -> tuple[Numbers, dict[str, Ten
     numbers = []
     for batch in batches(config, steps):
         gradients.zero()
-        losses = backward(model, batch, WEIGHTS.mtp, WEIGHTS.balance)
+        losses = backward(model, batch, MTP_WEIGHT, BALANCE_ALPHA)
         norm = gradients.finish(World(), MAX_GRAD_NORM)
         muon.step(LR)
         adam.step(LR)
@@ -102,7 +102,7 @@ def step(many: ShardedTrainer, windows: Tensor) -> list[float]:
     counts = [float(ROWS * SEQ_LEN)] * (1 + many.config.num_nextn_predict_layers)
     batch = of_windows(windows[many.data_rank :: many.data_ranks], many.config.num_nextn_predict_layers)
     many.zero()
-    losses = many.backward(batch, counts, WEIGHTS, 1 / many.data_ranks)
+    losses = many.backward(batch, LossTerms(counts, MTP_WEIGHT, BALANCE_ALPHA, 1 / many.data_ranks))
     norm = many.finish(MAX_GRAD_NORM)
     if math.isfinite(norm):
         many.update(LR, LR)

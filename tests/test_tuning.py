@@ -29,7 +29,7 @@ from finback.stages.sft import SFT, LessonBatches
 from finback.tasks.math import Chains
 from finback.train import loop
 from finback.train.batch import of_lessons
-from finback.train.loss import LossWeights, cross_entropy, distillation
+from finback.train.loss import LossTerms, cross_entropy, distillation
 from tests.toy import WORDS, backward_batch, toy_model
 
 
@@ -428,7 +428,7 @@ def test_fewer_rows_than_ranks_want_leave_the_gradient_whole(tmp_path: Path) -> 
         t.trainer.zero()
         for share in shares:
             batch = of_lessons(share, t.depths)
-            t.trainer.backward(batch, [100.0] * (1 + t.depths), LossWeights(0.3, 1.0), len(share) / 3)
+            t.trainer.backward(batch, LossTerms([100.0] * (1 + t.depths), 0.3, 1.0, len(share) / 3))
         return gradient(t).clone()
 
     torch.testing.assert_close(shared(rows[:2], rows[2:]), shared(rows), rtol=1e-4, atol=1e-6)

@@ -10,7 +10,7 @@ from torch import Tensor
 from finback.model.config import TINY, ModelConfig
 from finback.model.transformer import Transformer
 from finback.train.batch import Batch, of_windows
-from finback.train.loss import Losses, LossWeights, training_losses
+from finback.train.loss import Losses, LossTerms, training_losses
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +109,7 @@ def backward_batch(
     row_share: float = 1.0,
 ) -> Losses:
     """The same over any batch; counts (1 + depths,) are the labels of the whole step."""
-    weights = LossWeights(mtp_weight, balance_alpha)
-    losses = training_losses(model, batch, counts.tolist(), weights, row_share)
-    losses.total(weights).backward()
+    terms = LossTerms(counts.tolist(), mtp_weight, balance_alpha, row_share)
+    losses = training_losses(model, batch, terms)
+    losses.total(terms).backward()
     return Losses(losses.main.detach(), losses.mtp.detach(), losses.balance.detach())

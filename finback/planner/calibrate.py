@@ -31,7 +31,7 @@ from finback.planner.this_machine import Shape
 from finback.runs.files import write_json
 from finback.stages import pretrain  # noqa: F401 - its libraries belong to what a rank's process takes
 from finback.train.batch import of_windows
-from finback.train.loss import LossWeights, training_losses
+from finback.train.loss import LossTerms, training_losses
 from finback.train.optim import Adam, Gradients, Muon, is_matrix
 from finback.train.precision import COMPUTE
 
@@ -177,8 +177,8 @@ def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.
     width = shape.length + 1 + shape.model.num_nextn_predict_layers
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(shape.model.vocab_size, (shape.rows, width), generator=generator)
-    depths, weights = shape.model.num_nextn_predict_layers, LossWeights()
-    batch, counts = of_windows(tokens, depths), [float(shape.rows * shape.length)] * (1 + depths)
+    depths = shape.model.num_nextn_predict_layers
+    batch, terms = of_windows(tokens, depths), LossTerms([float(shape.rows * shape.length)] * (1 + depths))
     passes: list[float] = []
     update: list[float] = []
     started = time.perf_counter()
@@ -186,7 +186,7 @@ def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.
         world.barrier()
         begin = time.perf_counter()
         gradients.zero()
-        training_losses(model, batch, counts, weights).total(weights).backward()  # type: ignore[no-untyped-call]
+        training_losses(model, batch, terms).total(terms).backward()  # type: ignore[no-untyped-call]
         middle = time.perf_counter()
         gradients.finish(alone, 1.0)
         muon.step(0.0)

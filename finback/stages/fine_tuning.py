@@ -15,7 +15,7 @@ from finback.runs.folder import StageRun
 from finback.train import rates
 from finback.train.batch import Batch
 from finback.train.loop import Loop
-from finback.train.loss import LossWeights
+from finback.train.loss import LossTerms
 from finback.train.optim import Adam
 from finback.train.precision import COMPUTE
 from finback.train.trainer import ReplicatedTrainer, Trainer, demand_finite
@@ -83,13 +83,14 @@ class FineTuning:
         stage, trainer = self.stage, self.trainer
         batch, rows = self.batches.batch(loop.step)
         labels = self._account(batch, loop)
-        weights = LossWeights(stage.mtp_weight, stage.balance_alpha)
         main_loss = None if self.teacher is None else self.teacher.loss
         trainer.zero()
         on_device = None if batch is None else batch.to(self.world.device)
         # a mean over rows, of which the last step of an epoch has fewer than ranks want
         share = 0.0 if batch is None else len(batch.tokens) / rows
-        losses = trainer.backward(on_device, [max(labels, 1.0)] * (1 + self.depths), weights, share, main_loss)
+        counts = [max(labels, 1.0)] * (1 + self.depths)
+        terms = LossTerms(counts, stage.mtp_weight, stage.balance_alpha, share, main_loss)
+        losses = trainer.backward(on_device, terms)
         norm = trainer.finish(stage.max_grad_norm)
         demand_finite(norm, f"{stage.name}.lr", stage.lr, loop.step)
         lr = stage.lr * rates.cosine(loop.step / self.batches.steps, stage.warmup, stage.final_lr)

@@ -20,7 +20,7 @@ from finback.train import rates, router_health
 from finback.train.batch import Batch, of_rows
 from finback.train.ema import EMA
 from finback.train.loop import Loop
-from finback.train.loss import LossWeights
+from finback.train.loss import LossTerms
 from finback.train.precision import dtype_of
 from finback.train.spikes import Spikes
 from finback.train.trainer import Trainer, save
@@ -84,10 +84,10 @@ class Pretraining:
         stage, trainer = self.stage, self.trainer
         rows = stage.batch_size_at(self.tokens)
         self.tokens += rows * stage.seq_len
-        weights = LossWeights(rates.level(stage.mtp_weight, self.tokens), stage.balance_alpha)
         batch, counts = self._batch(rows, loop)
+        mtp_weight, share = rates.level(stage.mtp_weight, self.tokens), len(batch.tokens) / rows
         trainer.zero()
-        losses = trainer.backward(batch, counts, weights, row_share=len(batch.tokens) / rows)
+        losses = trainer.backward(batch, LossTerms(counts, mtp_weight, stage.balance_alpha, share))
         norm = trainer.finish(stage.max_grad_norm)
         loss, mtp, balance = losses.tolist()
         metrics = {"tokens": self.tokens, "batch_size": rows, "loss": loss, "mtp_loss": mtp, "balance": balance}

@@ -56,12 +56,24 @@ class _CrossEntropy(torch.autograd.Function):
         return d_hidden * grads[0].to(d_hidden.dtype), d_head * grads[0], None
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """λ of the MTP loss (V3 eq. 25), 0 to leave it out, and α of the sequence-wise balance loss (V3 eq. 17)."""
+# The main loss summed over a batch's labels, from the trunk's last states (rows, seq_len, d) and the batch.
+MainLoss = Callable[[Tensor, Batch], Tensor]
 
-    mtp: float = 0.3
-    balance: float = 1e-4
+
+@dataclass(frozen=True)
+class LossTerms:
+    """How a step's loss is put together."""
+
+    # what the trunk's loss and that of each MTP depth are divided by: the labels of the whole step, over all ranks
+    counts: Sequence[float]
+    # λ of the MTP loss (V3 eq. 25), 0 to leave it out
+    mtp_weight: float = 0.3
+    # α of the sequence-wise balance loss (V3 eq. 17)
+    balance_alpha: float = 1e-4
+    # a batch's share of the step's rows, the weight of its balance loss
+    row_share: float = 1.0
+    # cross-entropy where there is none
+    main_loss: MainLoss | None = None
 
 
 @dataclass(frozen=True)
@@ -72,55 +84,33 @@ class Losses:
     mtp: Tensor
     balance: Tensor
 
-    def total(self, weights: LossWeights) -> Tensor:
+    def total(self, terms: LossTerms) -> Tensor:
         """L_main + λ/D Σ_k L_mtp^k + α L_bal; `mtp` is the mean over depths already."""
-        return self.main + weights.mtp * self.mtp + weights.balance * self.balance
+        return self.main + terms.mtp_weight * self.mtp + terms.balance_alpha * self.balance
 
     def detached(self) -> Tensor:
         """(main, MTP, balance) without gradient, (3,) fp32 on the device of the first."""
         return torch.stack([t.detach().float().to(self.main.device) for t in (self.main, self.mtp, self.balance)])
 
 
-# The main loss summed over a batch's labels, from the trunk's last states (rows, seq_len, d) and the batch.
-MainLoss = Callable[[Tensor, Batch], Tensor]
-
-
-def training_losses(
-    model: Transformer,
-    batch: Batch,
-    counts: Sequence[float],
-    weights: LossWeights,
-    row_share: float = 1.0,
-    main_loss: MainLoss | None = None,
-) -> Losses:
-    """The losses of a forward pass over this rank's batch, ready to be summed over ranks.
-
-    counts: what the trunk's loss and that of each MTP depth are divided by, the labels of the whole step over all ranks.
-    row_share: this rank's share of the step's rows, the weight of its balance loss.
-    """
+def training_losses(model: Transformer, batch: Batch, terms: LossTerms) -> Losses:
+    """The losses of a forward pass over this rank's batch, ready to be summed over ranks."""
     tokens, padding_mask, document_ids = batch.inputs
     hidden = model(tokens, padding_mask=padding_mask, document_ids=document_ids)
-    main, mtp = token_losses(model, hidden, batch, counts, weights.mtp > 0, main_loss)
-    return Losses(main, mtp, model.balance_loss() * row_share)
+    main, mtp = token_losses(model, hidden, batch, terms)
+    return Losses(main, mtp, model.balance_loss() * terms.row_share)
 
 
-def token_losses(
-    model: Transformer,
-    hidden: Tensor,
-    batch: Batch,
-    counts: Sequence[float],
-    with_mtp: bool,
-    main_loss: MainLoss | None = None,
-) -> tuple[Tensor, Tensor]:
+def token_losses(model: Transformer, hidden: Tensor, batch: Batch, terms: LossTerms) -> tuple[Tensor, Tensor]:
     """The main loss and, averaged over its depths, MTP's (V3 eq. 24), from the trunk's last states (rows, seq_len, d)."""
-    head = model.head.weight
+    head, counts = model.head.weight, terms.counts
 
     def summed(states: Tensor, depth: int) -> Tensor:
         return cross_entropy(states.flatten(0, 1), head, batch.labels_at(depth).flatten())
 
-    main = (summed(hidden, 0) if main_loss is None else main_loss(hidden, batch)) / counts[0]
+    main = (summed(hidden, 0) if terms.main_loss is None else terms.main_loss(hidden, batch)) / counts[0]
     mtp = torch.zeros((), device=hidden.device)
-    if with_mtp:
+    if terms.mtp_weight:
         _, padding_mask, document_ids = batch.inputs
         for depth, states in enumerate(model.mtp_hidden_states(hidden, batch.tokens, padding_mask, document_ids), 1):
             mtp = mtp + summed(states, depth) / (counts[depth] * len(model.mtp))

@@ -19,7 +19,7 @@ from finback.model.moe import MoE
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
 from finback.train.batch import of_windows
-from finback.train.loss import LossWeights, training_losses
+from finback.train.loss import LossTerms, training_losses
 
 ExpertKernel = Literal["auto", "loop", "grouped_mm"]
 MARGIN = 1.15  # times as fast the other form must be: noise decides nothing
@@ -36,14 +36,14 @@ def rates(config: ModelConfig, rows: int, length: int, device: torch.device) -> 
     width = length + 1 + config.num_nextn_predict_layers
     tokens = torch.randint(config.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0))
     batch = of_windows(tokens, config.num_nextn_predict_layers).to(device)
-    counts = [float(rows * length)] * (1 + config.num_nextn_predict_layers)
+    terms = LossTerms([float(rows * length)] * (1 + config.num_nextn_predict_layers))
     contestants = {name: Transformer(config, dtype).initialise(0).to(device).train() for name, dtype in COMPUTE.items()}
     best = dict.fromkeys(COMPUTE, math.inf)
     for _ in range(6):  # in turns, so that another program's burst hits both
         for name, model in contestants.items():
             begin = time.perf_counter()
-            losses = training_losses(model, batch, counts, LossWeights())
-            losses.total(LossWeights()).backward()  # type: ignore[no-untyped-call]
+            losses = training_losses(model, batch, terms)
+            losses.total(terms).backward()  # type: ignore[no-untyped-call]
             losses.main.item()  # a GPU has only been told what to do until something of it is read
             best[name] = min(best[name], time.perf_counter() - begin)
     return {name: rows * length / seconds for name, seconds in best.items()}

@@ -1,6 +1,7 @@
 """Training a model that lies on many ranks by a layout; the same losses and updates as ReplicatedTrainer on one."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from finback.parallel.pipeline import Pipeline, PipelineStage, cut, is_twice, su
 from finback.parallel.shard import FullyShard, ShardedParameter, Sharding, ZeroOne, blank, fill, finish, initial_values
 from finback.runs.folder import StageRun
 from finback.train.batch import Batch, of_windows
-from finback.train.loss import Losses, LossWeights, MainLoss, token_losses, training_losses
+from finback.train.loss import Losses, LossTerms, token_losses, training_losses
 from finback.train.optim import is_matrix
 from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam, ShardedMuon
@@ -50,7 +51,7 @@ class ShardedTrainer(Trainer):
         self.mesh = Mesh.of(layout, device)
         self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank(), layout.dp
         # of the step at hand, for the loss at the end of a pipeline
-        self.weights, self.counts, self.row_share = LossWeights(), [1.0], 1.0
+        self.terms = LossTerms([1.0])
         self.models, roots = self._build(values)
         self.model = self.models[0]
         self.routers: list[Router] = [router for model in self.models for router in model.routers()]
@@ -107,27 +108,19 @@ class ShardedTrainer(Trainer):
     def zero(self) -> None:
         self.sharding.zero()
 
-    def backward(
-        self,
-        batch: Batch | None,
-        counts: Sequence[float],
-        weights: LossWeights,
-        row_share: float = 1.0,
-        main_loss: MainLoss | None = None,
-    ) -> Tensor:
+    def backward(self, batch: Batch | None, terms: LossTerms) -> Tensor:
         """As for every trainer; this rank's rows are cut into the layout's micro-batches."""
         assert batch is not None, "on a layout every rank has rows in every step"
-        self.weights, self.counts = weights, list(counts)
         parts = self.layout.micro_batches
-        self.row_share = row_share / parts
+        self.terms = terms = replace(terms, row_share=terms.row_share / parts)
         if self.pipeline is not None:
-            assert main_loss is None and batch.padding_mask is None and batch.document_ids is None, "windows only"
+            assert terms.main_loss is None and batch.padding_mask is None and batch.document_ids is None, "windows only"
             losses = self.pipeline.run(torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1))
         else:
             losses = torch.zeros(3, device=self.mesh.device)
             for micro in batch.chunk(parts):
-                found = training_losses(self.model, micro, counts, weights, self.row_share, main_loss)
-                found.total(weights).backward()  # type: ignore[no-untyped-call]
+                found = training_losses(self.model, micro, terms)
+                found.total(terms).backward()  # type: ignore[no-untyped-call]
                 losses += found.detached().to(losses.device)
         dist.all_reduce(losses)
         return losses.cpu()
@@ -136,10 +129,10 @@ class ShardedTrainer(Trainer):
         self, model: Transformer, hidden: Tensor, tokens: Tensor, mean_balance: Callable[[bool], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The loss at the end of a pipeline, and its parts (3,)."""
-        batch, with_mtp = of_windows(tokens, model.config.num_nextn_predict_layers), self.weights.mtp > 0
-        main, mtp = token_losses(model, hidden, batch, self.counts, with_mtp)
-        losses = Losses(main, mtp, mean_balance(with_mtp) * self.row_share)
-        return losses.total(self.weights), losses.detached()
+        terms = self.terms
+        main, mtp = token_losses(model, hidden, of_windows(tokens, model.config.num_nextn_predict_layers), terms)
+        losses = Losses(main, mtp, mean_balance(terms.mtp_weight > 0) * terms.row_share)
+        return losses.total(terms), losses.detached()
 
     def finish(self, max_norm: float) -> float:
         self.sharding.reduce()

@@ -18,7 +18,7 @@ from finback.parallel.mesh import World
 from finback.runs.folder import StageRun
 from finback.train import router_health
 from finback.train.batch import Batch
-from finback.train.loss import LossWeights, MainLoss, training_losses
+from finback.train.loss import LossTerms, training_losses
 from finback.train.optim import Gradients
 from finback.train.router_health import Health
 
@@ -61,14 +61,7 @@ class Trainer(ABC):
         """Forget all gradients."""
 
     @abstractmethod
-    def backward(
-        self,
-        batch: Batch | None,
-        counts: Sequence[float],
-        weights: LossWeights,
-        row_share: float = 1.0,
-        main_loss: MainLoss | None = None,
-    ) -> Tensor:
+    def backward(self, batch: Batch | None, terms: LossTerms) -> Tensor:
         """Add the gradients of this rank's part of the losses (see loss.training_losses); (main, MTP, balance) over all
         ranks. None: this rank has no rows in this step."""
 
@@ -143,18 +136,11 @@ class ReplicatedTrainer(Trainer):
     def zero(self) -> None:
         self.gradients.zero()
 
-    def backward(
-        self,
-        batch: Batch | None,
-        counts: Sequence[float],
-        weights: LossWeights,
-        row_share: float = 1.0,
-        main_loss: MainLoss | None = None,
-    ) -> Tensor:
+    def backward(self, batch: Batch | None, terms: LossTerms) -> Tensor:
         parts = torch.zeros(3, device=self.world.device)
         if batch is not None:
-            losses = training_losses(self.model, batch, counts, weights, row_share, main_loss)
-            losses.total(weights).backward()  # type: ignore[no-untyped-call]
+            losses = training_losses(self.model, batch, terms)
+            losses.total(terms).backward()  # type: ignore[no-untyped-call]
             parts = losses.detached()
         return self.world.sum_(parts).cpu()
 
