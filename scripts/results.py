@@ -1,0 +1,197 @@
+"""Write docs/results.md: figures of benchmarks/results by topic, and the rows of docs/results.in.md, which have no JSON.
+
+python scripts/results.py [FILE]
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS, TEMPLATE, TARGET = (ROOT / name for name in ("benchmarks/results", "docs/results.in.md", "docs/results.md"))
+Report = dict[str, Any]
+Rows = Iterator[tuple[str, str]]  # what, figure
+
+
+def percents(values: Iterable[float], digits: int = 0) -> str:
+    return ", ".join(f"{100 * v:.{digits}f}" for v in values)
+
+
+def ratios(report: Report, names: dict[str, str]) -> Rows:
+    """The ratios of these names, as medians over rounds with their ranges."""
+    for name, what in names.items():
+        for r in report["ratios"]:
+            if r["ratio"] == name:
+                yield what, f"{r['median']:.2f} ({r['min']:.2f} to {r['max']:.2f})"
+
+
+def seeds(report: Report) -> Rows:
+    runs, first = report["seeds"], report["seeds"][0]
+
+    def exam(when: str, name: str, value: str = "accuracy") -> list[float]:
+        return [run[when][name][value] for run in runs]
+
+    pairs = zip(exam("before", "sampled"), exam("after", "sampled"), strict=True)
+    lengths = exam("before", "sampled", "mean_tokens"), exam("after", "sampled", "mean_tokens")
+    gained = ", ".join(f"{100 * a:.1f} -> {100 * b:.1f}" for a, b in pairs)
+    yield "sampled accuracy on 600 held-out sums before -> after RL, seeds 0 to 4", f"{gained} %"
+    yield "greedy accuracy after RL, the same seeds", percents(exam("after", "greedy"), 1) + " %"
+    yield "tokens per answer before -> after", " -> ".join(f"{min(v):.0f} to {max(v):.0f}" for v in lengths)
+    control = [first[when]["sampled"]["accuracy"] for when in ("before", "control")]
+    yield "the same RL with shuffled rewards, seed 0", percents(control, 1).replace(", ", " -> ") + " %"
+    gaps = ", ".join(f"{run['gap_max']:.1e}" for run in runs)
+    yield "largest trainer/engine log-probability gap of a token in 100 RL steps, fp32; aim 1e-4", gaps
+    for terms in ("8 terms", "9 terms"):
+        change = percents([first[when][terms]["accuracy"] for when in ("before", "after")], 1).replace(", ", " -> ")
+        yield f"{terms}, longer than trained on, greedy, seed 0: it does not generalise", f"{change} %"
+    violation = max(run["max_violation_last_100"] for run in runs)
+    idle = max(run["idle_experts_last_100"] for run in runs)
+    yield "router, last 100 steps of pre-training, worst seed", f"max violation {violation:.2f}, {idle} idle experts"
+
+
+def road(report: Report) -> Rows:
+    runs = report["seeds"]
+
+    def of(models: str, exam: str, value: str = "accuracy", between: str = " -> ") -> str:
+        each = (percents(run["models"][m][exam][value] for run in runs) for m in models.split())
+        return between.join(each) + " %"
+
+    yield "sums after base -> R1-Zero -> R1, three seeds", of("base zero r1", "sums")
+    words = of("zero dev1 dev2", "sums", "language")
+    yield "words in the target language: R1-Zero -> cold start -> RL with the language reward", words
+    yield "sane replies in small talk: base -> R1", of("base r1", "talk")
+    students = of("distilled student-rl student-gold", "sums", between="; ")
+    yield "a dense student on sums: distilled; RL alone; bare answers", students
+    gaps = sorted(gap for run in runs for gap in run["gap_max"].values())
+    below = sum(gap <= 1e-4 for gap in gaps)
+    yield "largest gap of a token in the RL stages; aim 1e-4", f"held in {below} of {len(gaps)}, worst {gaps[-1]:.1e}"
+    yield "minutes for the whole road, beside other work", ", ".join(f"{r['total_seconds'] / 60:.0f}" for r in runs)
+
+
+def pretraining(report: Report) -> Rows:
+    size = f"{next(iter(report['contestants'].values()))['parameters'] / 1e6:.1f} M parameters"
+    peer, tokens = f"tokens/s over transformers, {size}", report["settings"]["rows"] * report["settings"]["length"]
+    names = {
+        "same optimiser / best single process of the peer": f"{peer}, {tokens:,} a step, both AdamW, its best single process",
+        "same optimiser / best of the peer in any layout": f"{peer}, both AdamW, its best in any layout; aim {{}}",
+        "as it trains, compiled / best of the peer in any layout": f"{peer}, finback with Muon, its best in any layout",
+    }
+    aim = "1.5" if report["benchmark"].endswith("100m") else "2"
+    yield from ratios(report, {name: what.format(aim) for name, what in names.items()})
+
+
+def ablate(report: Report) -> Rows:
+    def mean(optimizer: str, mtp: bool) -> float:
+        bits = [r["bits_per_byte"] for r in report["runs"] if (r["optimizer"], r["mtp"]) == (optimizer, mtp)]
+        return sum(bits) / len(bits)
+
+    for name, optimizer in (("Muon", "muon"), ("AdamW", "adamw")):
+        what = f"bits per byte with / without MTP, {name} at its best rate, 1 M tokens, three seeds"
+        yield what, f"{mean(optimizer, True):.3f} / {mean(optimizer, False):.3f}"
+
+
+def text_bits(report: Report) -> Rows:
+    for name, source in report["bits_per_byte"].items():
+        figure = " / ".join(f"{source[key]:.2f}" for key in ("model", "5-gram", "xz after training"))
+        yield f"bits per byte of unseen text, {name}: 97 M parameters after 74 minutes / 5-gram / xz", figure
+
+
+def fp8(report: Report) -> Rows:
+    steps, gap = min(run["steps"] for run in report["runs"].values()), report["gap_to_bf16"]["fp8"]["farthest"]
+    yield "loss in emulated FP8 against bf16; not finished", f"{100 * abs(gap):.2f} % at most in {steps} steps"
+
+
+def grpo(report: Report) -> Rows:
+    names = {
+        "finback / TRL with its defaults": "GRPO steps over TRL as it comes",
+        "finback / best TRL in one process": "GRPO steps over TRL's best single process",
+        "finback / best TRL in any layout": "GRPO steps over TRL's best in any layout; aim 10",
+        "rollout alone: finback / best TRL in any layout": "the same, rollouts alone",
+        "update alone: finback / best TRL in any layout": "the same, updates alone",
+    }
+    yield from ratios(report, names)
+
+
+def serving(report: Report) -> Rows:
+    small = report["smollm2"]
+
+    def over(part: str, peer: str, value: str = "tokens_per_second") -> str:
+        pair = ("finback bf16", f"{peer} bf16")
+        return ", ".join(f"{r[value]:.2f}" for r in report[part]["ratios"] if (r["over"], r["under"]) == pair)
+
+    for form in ("bf16", "int8"):
+        speeds = [
+            small["contestants"][f"finback {form}"][rows]["tokens_per_second"]["median"] for rows in ("1", "8", "32")
+        ]
+        yield f"SmolLM2-135M in {form}: tokens/s at 1, 8, 32 rows", ", ".join(f"{s:.0f}" for s in speeds)
+    yield "the same in bf16 over transformers' generate; aim 5 at 32 rows", over("smollm2", "transformers")
+    yield "the same in bf16 over llama.cpp; aim 1 at one row", over("smollm2", "llama.cpp")
+    for peer in ("transformers", "llama.cpp"):
+        yield f"first token after 128 prompt tokens, times sooner than {peer}", over("smollm2", peer, "first_token")
+    share = small["bandwidth"]["share_reached_at_one_row"]["median"]
+    yield "share of the memory bandwidth at one row; aim 60 %", f"{100 * share:.0f} %"
+    moe = over("v3_style_moe", "transformers")
+    yield "a V3-style mixture of experts, 115 M parameters, bf16, over transformers", moe
+
+
+def drafts(report: Report) -> Rows:
+    row = report["rows"]["1, temperature 0"]
+    figure = f"{100 * row['acceptance']:.0f} % right, {row['always_over_plain']['median']:.2f} times the speed"
+    yield "MTP drafts on the quickstart's model, one row, greedy; aim 1.3", figure
+
+
+def smollm2(report: Report) -> Rows:
+    for key, how in (("again", "asked twice"), ("beside_llama_cpp", "beside llama.cpp's server")):
+        suites = report[key].values()
+        same, asked = (sum(s[field] for s in suites) for field in ("same_to_the_letter", "answers"))
+        apart = max(abs(s["accuracy"][0] - s["accuracy"][1]) for s in suites)
+        figure = f"{same} of {asked} the same, scores within {100 * apart:.1f} points"
+        yield f"SmolLM2-135M-Instruct, answers to five suites, {how}", figure
+
+
+def checkpoint(report: Report) -> Rows:
+    for source in ("bf16", "fp8"):
+        for made in report[f"from_{source}"]["imports"]:
+            memory, time = made["peak_over_target"], made["import_over_read"]["kept"]["median"]
+            what = f"import of a 1 GB V3-style checkpoint, {source} to {made['target']}: peak memory; time, limit 2"
+            yield what, f"{memory:.2f} of the model; {time:.1f} of reading the files"
+
+
+def plan(report: Report) -> Rows:
+    off = sorted(100 * abs(m["time_off"]) for m in report["configurations"])
+    yield "peak memory of ten real runs against their plans", f"within {100 * report['worst_memory_off']:.1f} %"
+    figure = f"within {off[-3]:.1f} % in eight; {off[-2]:.0f} and {off[-1]:.0f} % in two"
+    yield "their step times; another program disturbed two", figure
+    again = percents(abs(m["time_off"]) for m in report["measured_again"]["configurations"])
+    yield "step times of these two, measured again", f"{again} % off"
+
+
+def page(report: Report) -> Rows:
+    frame = report["stream"]["scripting_wall_ms_p95"]["median"]
+    yield "an answer of 40,000 tokens: scripting a frame, 95th percentile", f"{frame:.1f} ms"
+    yield (
+        "a run of a million points, opened from nothing",
+        f"{report['run']['seconds_to_whole_curves']['median']:.2f} s",
+    )
+
+
+def table(rows: str, file: str, command: str) -> Iterator[str]:
+    """The lines that stand for {rows file command}."""
+    report = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+    where = report["machine"].get("cpu", f"{report['machine']['cores']} cores")
+    source = f"[{report.get('date', 'no date')[:10]}, {where}](../benchmarks/results/{file})"
+    for what, figure in globals()[rows](report):
+        yield f"| {what} | {figure} | `python benchmarks/{command}` | {source} |"
+
+
+def render() -> str:
+    lines = []
+    for line in TEMPLATE.read_text(encoding="utf-8").splitlines():
+        lines += table(*line.strip("{}").split(" ", 2)) if line.startswith("{") else [line]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1] if len(sys.argv) > 1 else TARGET).write_text(render(), encoding="utf-8")
