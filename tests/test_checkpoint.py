@@ -279,17 +279,17 @@ def test_fp8_blocks_by_hand() -> None:
                 block = weight[n, 128 * r : 128 * r + 128, 128 * c : 128 * c + 128]
                 assert scale[n, r, c] == (block.abs().max() / 448)
     back = fp8.dequantize(values, scale, torch.float32)
-    largest = fp8.spread(scale, 130, 260) * 448
+    largest = fp8.expand_blocks(scale, 130, 260) * 448
     # E4M3 has three bits of mantissa: half a step is 1/16 of a value, or of the smallest normal number
     assert ((back - weight).abs() <= (weight.abs() / 16).clamp(min=2**-10 / 448) + largest * 2**-16).all()
     again, factors = fp8.quantize(back)
     assert torch.equal(fp8.dequantize(again, factors, torch.float32), back)  # what is in FP8 stays
 
 
-def test_every_e4m3_number_is_widened_exactly() -> None:
+def test_every_e4m3_number_becomes_fp32_exactly() -> None:
     patterns = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     for values in (patterns, patterns[:127], patterns.view(16, 16).T.contiguous()):
-        assert torch.equal(fp8.widen(values).nan_to_num(nan=1e9), values.float().nan_to_num(nan=1e9))
+        assert torch.equal(fp8.to_fp32(values).nan_to_num(nan=1e9), values.float().nan_to_num(nan=1e9))
 
 
 @pytest.mark.parametrize("kept", ["fp32", "bf16", "fp8"])

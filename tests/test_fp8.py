@@ -71,7 +71,7 @@ class Exact:
     def multiply(self, a: Operand, b: Operand) -> Tensor:
         return a[0] @ b[0].T
 
-    def widen(self, operand: Operand) -> Tensor:
+    def dequantize(self, operand: Operand) -> Tensor:
         return operand[0]
 
 
@@ -179,9 +179,9 @@ def test_one_product_is_the_promoted_one_but_for_the_order_of_summation(shape: t
     for right, other in ((plain.tiles(b), fast.tiles(b)), (plain.blocks(w), fast.blocks(w))):
         left = plain.tiles(a)
         # factors in fp64 to the very end
-        wide = fp8.spread_tiles(left[1].double(), k) * left[0].double()
+        wide = fp8.expand_tiles(left[1].double(), k) * left[0].double()
         scale = reference._per_row(right[1].double(), n)
-        exact_right = fp8.spread_tiles(scale, k) * right[0].double()
+        exact_right = fp8.expand_tiles(scale, k) * right[0].double()
         exact, bound = wide @ exact_right.T, wide.abs() @ exact_right.abs().T * (k + 8) * 2.0**-24
         for got in (plain.multiply(left, right), fast.multiply(fast.tiles(a), other)):
             assert ((got.double() - exact).abs() <= bound).all()

@@ -31,7 +31,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     wide = weight.float()
     padded = F.pad(wide, (0, -columns % BLOCK, 0, -rows % BLOCK))
     scale = _tiles(padded).abs().amax(dim=(-3, -1)).clamp(min=1e-12) / LARGEST
-    return (wide / spread(scale, rows, columns)).to(torch.float8_e4m3fn), scale
+    return (wide / expand_blocks(scale, rows, columns)).to(torch.float8_e4m3fn), scale
 
 
 def quantize_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -44,15 +44,15 @@ def quantize_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tenso
     wide = x.float()
     largest = F.pad(wide, (0, -n % BLOCK)).unflatten(-1, (-1, BLOCK)).abs().amax(dim=-1)
     scale = factors(largest, LARGEST, power_of_two)
-    return e4m3(wide / spread_tiles(scale, n)), scale
+    return e4m3(wide / expand_tiles(scale, n)), scale
 
 
 def dequantize_tiles(values: Tensor, scale: Tensor) -> Tensor:
     """Values (..., n) ⊙ factors (..., ⌈n/128⌉) in fp32."""
-    return widen(values).mul_(spread_tiles(scale, values.size(-1)))
+    return to_fp32(values).mul_(expand_tiles(scale, values.size(-1)))
 
 
-def spread_tiles(scale: Tensor, n: int) -> Tensor:
+def expand_tiles(scale: Tensor, n: int) -> Tensor:
     """A factor per tile -> the same factor at each of its elements, (..., n)."""
     return scale.repeat_interleave(BLOCK, dim=-1)[..., :n]
 
@@ -76,15 +76,15 @@ def e4m3(x: Tensor) -> Tensor:
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """values ⊙ factors in `dtype`, into `out` if given; shapes as `quantize` returns them. The product is fp32's."""
     rows, columns = values.shape[-2:]
-    wide = widen(values)
+    wide = to_fp32(values)
     if rows % BLOCK or columns % BLOCK:
-        wide.mul_(spread(scale, rows, columns))
+        wide.mul_(expand_blocks(scale, rows, columns))
     else:  # whole blocks: no factor need be repeated
         _tiles(wide).mul_(scale[..., :, None, :, None])
     return wide.to(dtype) if out is None else out.copy_(wide)
 
 
-def widen(values: Tensor) -> Tensor:
+def to_fp32(values: Tensor) -> Tensor:
     """E4M3 -> a new fp32 tensor, exactly; on a CPU by shifting bits, some 15 times faster than torch's conversion.
 
     Sign, exponent and mantissa are moved to where bf16 has them, which makes each number 2^-120 of its value. The two
@@ -106,7 +106,7 @@ def _tiles(matrix: Tensor) -> Tensor:
     return matrix.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
 
 
-def spread(scale: Tensor, rows: int, columns: int) -> Tensor:
+def expand_blocks(scale: Tensor, rows: int, columns: int) -> Tensor:
     """A factor per block -> the same factor at each of its elements, (..., rows, columns)."""
     wide = scale.repeat_interleave(BLOCK, dim=-1)[..., :columns]
     return wide.repeat_interleave(BLOCK, dim=-2)[..., :rows, :]

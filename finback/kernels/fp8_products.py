@@ -37,7 +37,7 @@ class Products(Protocol):
     def multiply(self, a: Operand, b: Operand) -> Tensor:
         """a (m, k) · b (n, k)^T -> (m, n) in fp32."""
 
-    def widen(self, operand: Operand) -> Tensor:
+    def dequantize(self, operand: Operand) -> Tensor:
         """What a `tiles` operand stands for, (rows, k) in fp32."""
 
 
@@ -65,7 +65,7 @@ class Scaled:
     def multiply(self, a: Operand, b: Operand) -> Tensor:
         return self.product(*a, *b)
 
-    def widen(self, operand: Operand) -> Tensor:
+    def dequantize(self, operand: Operand) -> Tensor:
         return fp8.dequantize_tiles(*operand)
 
 
@@ -92,7 +92,7 @@ class Emulated:
     def multiply(self, a: Operand, b: Operand) -> Tensor:
         return a[0] @ b[0].T
 
-    def widen(self, operand: Operand) -> Tensor:
+    def dequantize(self, operand: Operand) -> Tensor:
         return operand[0]
 
 

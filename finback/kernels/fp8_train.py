@@ -71,9 +71,9 @@ class _Fp8Linear(torch.autograd.Function):
         p = products_for(x, numerics)
         rows = x.flatten(0, -2)
         tiles, blocks = p.tiles(rows, numerics.input_power_of_two), p.blocks(weight)
-        kept = (p.keep(rows),) if numerics.keep_e5m6 else tiles
-        ctx.save_for_backward(*kept, *blocks)
-        ctx.numerics, ctx.split = numerics, len(kept)
+        saved = (p.keep(rows),) if numerics.keep_e5m6 else tiles
+        ctx.save_for_backward(*saved, *blocks)
+        ctx.numerics, ctx.split = numerics, len(saved)
         return p.multiply(tiles, blocks).to(x.dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -81,10 +81,10 @@ class _Fp8Linear(torch.autograd.Function):
         grad, numerics = grads[0], ctx.numerics
         p = products_for(grad, numerics)
         saved = ctx.saved_tensors  # once: with recomputation a second look is an error
-        kept, blocks = saved[: ctx.split], saved[ctx.split :]
+        saved, blocks = saved[: ctx.split], saved[ctx.split :]
         rows = grad.flatten(0, -2)
         d_x = p.multiply(p.tiles(rows), _transposed(blocks)).to(grad.dtype)
-        seen = kept[0] if numerics.keep_e5m6 else p.widen(kept)
+        seen = saved[0] if numerics.keep_e5m6 else p.dequantize(saved)
         d_weight = p.multiply(p.columns(rows), p.columns(seen, numerics.input_power_of_two))
         return d_x.unflatten(0, grad.shape[:-1]), d_weight.float(), None
 
@@ -97,8 +97,8 @@ class _Fp8SwiGLU(torch.autograd.Function):
         p, rows = products_for(x, numerics), x.flatten(0, -2)
         tiles = p.tiles(rows, numerics.input_power_of_two)
         ctx.numerics, ctx.blocks = numerics, [(0, 0, len(rows))]
-        y, kept = _feed_forward(p, tiles, gate_up[None], down[None], ctx.blocks, x.dtype)
-        ctx.save_for_backward(*kept)
+        y, saved = _feed_forward(p, tiles, gate_up[None], down[None], ctx.blocks, x.dtype)
+        ctx.save_for_backward(*saved)
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -118,20 +118,20 @@ class _Fp8Experts(torch.autograd.Function):
         order = torch.empty_like(slots).index_copy_(0, slots, torch.arange(n * k, device=x.device))
         # quantized before they are sent, once for all experts
         tiles = tuple(t[order // k] for t in p.tiles(x, numerics.input_power_of_two))
-        sorted_y, kept = _feed_forward(p, tiles, gate_up, down, ctx.blocks, x.dtype)
+        sorted_y, saved = _feed_forward(p, tiles, gate_up, down, ctx.blocks, x.dtype)
         y = sorted_y[slots].view(n, k, -1)
-        ctx.save_for_backward(slots, order, y, weight, *kept)
+        ctx.save_for_backward(slots, order, y, weight, *saved)
         ctx.numerics = numerics
         return (y * weight.to(x.dtype)[:, :, None]).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        slots, order, y, weight, *kept = ctx.saved_tensors
+        slots, order, y, weight, *saved = ctx.saved_tensors
         grad, (n, k, d) = grads[0], y.shape
         p = products_for(grad, ctx.numerics)
         d_weight = (y * grad[:, None]).sum(2, dtype=weight.dtype)
         d_y = (weight.to(grad.dtype)[:, :, None] * grad[:, None]).view(n * k, d)[order]
-        d_rows, d_gate_up, d_down = _feed_back(p, d_y, kept, ctx.blocks, ctx.numerics)
+        d_rows, d_gate_up, d_down = _feed_back(p, d_y, saved, ctx.blocks, ctx.numerics)
         return d_rows[slots].view(n, k, d).sum(1), None, d_weight, d_gate_up, d_down, None
 
 
@@ -150,23 +150,23 @@ def _feed_forward(
 
 
 def _feed_back(
-    p: Products, grad: Tensor, kept: tuple[Tensor, ...] | list[Tensor], blocks: Blocks, numerics: Numerics
+    p: Products, grad: Tensor, saved: tuple[Tensor, ...] | list[Tensor], blocks: Blocks, numerics: Numerics
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient of the rows' outputs to those of the rows, gate_up and down."""
-    each = len(kept) // 4
-    tiles, hidden, w_in, w_out = (tuple(kept[i : i + each]) for i in range(0, len(kept), each))
-    gate, up = p.widen(hidden).to(grad.dtype).chunk(2, dim=-1)
+    each = len(saved) // 4
+    tiles, hidden, w_in, w_out = (tuple(saved[i : i + each]) for i in range(0, len(saved), each))
+    gate, up = p.dequantize(hidden).to(grad.dtype).chunk(2, dim=-1)
     sigmoid = gate.sigmoid()
     silu = gate * sigmoid
     sent = p.tiles(grad, numerics.gradient_power_of_two)
     # what travelled in FP8 is all that the expert has of it
-    seen = p.widen(sent) if numerics.gradient_power_of_two else grad
+    seen = p.dequantize(sent) if numerics.gradient_power_of_two else grad
     d_act = _per_expert(p, sent, _transposed(w_out), blocks, grad.dtype)
     d_down = _outer(p, seen, silu * up, blocks, len(w_out[0]), (numerics.gradient_power_of_two, False))
     # silu'(g) = s + silu·(1 - s)
     d_hidden = torch.cat([d_act * up * torch.addcmul(sigmoid, silu, 1 - sigmoid), d_act * silu], dim=-1)
     d_rows = _per_expert(p, p.tiles(d_hidden), _transposed(w_in), blocks, grad.dtype)
-    rows = p.widen(tiles)
+    rows = p.dequantize(tiles)
     d_gate_up = _outer(p, d_hidden, rows, blocks, len(w_in[0]), (False, numerics.input_power_of_two))
     return d_rows, d_gate_up, d_down
 

@@ -86,7 +86,7 @@ class Cache:
 
 @dataclass
 class LayerCache(PagedRows):
-    """One layer of a Cache; what its rows have in common is said there."""
+    """One layer of a Cache; its other fields are those of the Cache."""
 
     fresh: bool
     few: bool

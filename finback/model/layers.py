@@ -27,8 +27,8 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """y = W x (+ b); W is (out, in), as in checkpoints. DeepSeek's models have no biases, Qwen2's attention has.
 
-    The input's dtype decides the arithmetic: a bf16 input gets a bf16 product, whatever the weights are kept in. In
-    training they are fp32 masters; a model that only answers may keep them in bf16.
+    The input's dtype decides the arithmetic: a bf16 input gets a bf16 product, whatever dtype the weights have. In
+    training they are fp32 masters; a model that only answers may have them in bf16.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:

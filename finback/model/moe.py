@@ -22,14 +22,14 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        fp32 = torch.float32  # whatever the weights are kept in
+        fp32 = torch.float32  # whatever dtype the weights have
         self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=fp32))
         self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=fp32), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (n, d) -> chosen experts (n, k), their weights (n, k), all affinities (n, experts); all in fp32."""
         c = self.config
-        logits = x.float() @ self.weight.float().T  # V3 keeps the gate in fp32
+        logits = x.float() @ self.weight.float().T  # in fp32 as in V3
         affinity = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         index = self.select(affinity.detach())
         weight = affinity.gather(1, index)
@@ -40,17 +40,17 @@ class Router(nn.Module):
     def select(self, affinity: Tensor) -> Tensor:
         """Top-k of affinity + bias among the best topk_group groups of experts: (n, experts) -> (n, k).
 
-        A group's score is the sum of its two best biased affinities (V3) or its single best (V2). Left-out groups
-        get -inf, not 0: biased scores can be negative, and 0 would let a left-out expert in.
+        A group counts as the sum of its two best biased affinities (V3) or its single best (V2). Left-out groups
+        get -inf, not 0: biased affinities can be negative, and 0 would let a left-out expert in.
         """
         c = self.config
-        score = affinity + self.bias
+        biased = affinity + self.bias
         if c.topk_group < c.n_group:
-            groups = score.unflatten(1, (c.n_group, -1))
+            groups = biased.unflatten(1, (c.n_group, -1))
             best = groups.topk(2 if c.scoring_func == "sigmoid" else 1, dim=-1).values.sum(dim=-1)
-            kept = torch.zeros_like(best, dtype=torch.bool).scatter(1, best.topk(c.topk_group, dim=-1).indices, True)
-            score = groups.masked_fill(~kept[:, :, None], float("-inf")).flatten(1)
-        return score.topk(c.num_experts_per_tok, dim=-1).indices
+            allowed = torch.zeros_like(best, dtype=torch.bool).scatter(1, best.topk(c.topk_group, dim=-1).indices, True)
+            biased = groups.masked_fill(~allowed[:, :, None], float("-inf")).flatten(1)
+        return biased.topk(c.num_experts_per_tok, dim=-1).indices
 
     def count(self, index: Tensor, padding_mask: Tensor | None) -> None:
         """Add the choices (n, k) to `load`; `padding_mask` (n,) is False for padding, which must not steer the balance."""
@@ -116,7 +116,7 @@ class MoE(nn.Module):
         """
         tokens = x.flatten(0, 1)
         if self.training:
-            index, weight, self.balance = self.gate(x, padding_mask)
+            index, weight, self.balance = self.route(x, padding_mask)
             self.router.count(index, None if padding_mask is None else padding_mask.flatten())
         else:
             index, weight, _ = self.router(tokens)
@@ -124,7 +124,7 @@ class MoE(nn.Module):
         # the sum, not a view of it: what is returned may get hooks
         return y + self.shared(tokens).view_as(x) if self.config.n_shared_experts else y
 
-    def gate(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, t, d) -> chosen experts (b·t, k), their weights (b·t, k), the balance loss."""
         index, weight, affinity = self.router(x.flatten(0, 1))
         shape = x.shape[:2]

@@ -38,9 +38,9 @@ class PackedMLA(MLA):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         c, both = self.config, self.stacked(x)
-        kept = c.kv_lora_rank + c.qk_rope_head_dim
-        q = both[..., :-kept]
-        return q if c.q_lora_rank is None else self.q_up(self.q_norm(q)), both[..., -kept:]
+        size = c.kv_lora_rank + c.qk_rope_head_dim
+        q = both[..., :-size]
+        return q if c.q_lora_rank is None else self.q_up(self.q_norm(q)), both[..., -size:]
 
 
 class PackedGQA(GQA):

@@ -40,8 +40,8 @@ def _yarn(freq: Tensor, yarn: Yarn, theta: float) -> Tensor:
 def _llama3(freq: Tensor, s: Llama3Rope) -> Tensor:
     """Llama 3.1: how often a pair turns within the original window decides how much of `factor` it gets."""
     turns = s.original_max_position_embeddings * freq / (2 * math.pi)
-    kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-    return freq / s.factor * (1 - kept) + freq * kept
+    unscaled = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return freq / s.factor * (1 - unscaled) + freq * unscaled
 
 
 def _pair_turning(turns: float, yarn: Yarn, dim: int, theta: float) -> float:

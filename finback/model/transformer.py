@@ -51,7 +51,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """DeepSeek-V3's decoder, or a dense student's, from a ModelConfig.
 
-    Built without values; call `initialise` or load weights. `compute` is the dtype of activations, `kept` that of the
+    Built without values; call `initialise` or load weights. `compute` is the dtype of activations, `param_dtype` that of the
     parameters: fp32 masters for training, bf16 halves the memory of a model that only answers.
     """
 
@@ -59,12 +59,12 @@ class Transformer(nn.Module):
     sin: Tensor
 
     def __init__(
-        self, config: ModelConfig, compute: torch.dtype = torch.float32, kept: torch.dtype = torch.float32
+        self, config: ModelConfig, compute: torch.dtype = torch.float32, param_dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         self.config, self.compute = config, compute
         default = torch.get_default_dtype()
-        torch.set_default_dtype(kept)
+        torch.set_default_dtype(param_dtype)
         try:
             self._build(config)
         finally:
@@ -97,9 +97,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """tokens (b, t) -> final hidden states (b, t, d) after the last norm; `logits` maps them to logits.
 
-        With a cache the tokens continue what each row holds. `padding_mask` (b, t) is True for real tokens, False for padding, which sits at the
-        end of a row, so attention needs no mask for it. `document_ids` (b, t) numbers the documents that share a row,
-        each in one piece: none sees another, and each counts its positions from 0.
+        With a cache the tokens continue what each row holds. `padding_mask` (b, t) is True for real tokens, False for
+        padding, which sits at the end of a row, so attention needs no mask for it. `document_ids` (b, t) numbers the
+        documents that share a row, each in one piece: none sees another, and each counts its positions from 0.
         """
         x = self.embed[tokens].to(self.compute)
         attention_mask = None

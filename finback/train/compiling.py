@@ -55,8 +55,8 @@ class CompiledBlock(Block):
 class CompiledMoE(MoE):
     """A mixture of experts whose router and balance loss are compiled."""
 
-    def gate(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return (compiled(MoE.gate) if torch.is_grad_enabled() else MoE.gate)(self, x, padding_mask)
+    def route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return (compiled(MoE.route) if torch.is_grad_enabled() else MoE.route)(self, x, padding_mask)
 
 
 class CompiledSwiGLU(SwiGLU):
