@@ -10,7 +10,7 @@ comes out continues such text; it knows nothing and cannot be asked. More tokens
 """
 
 from finback.data.clean import Quality
-from finback.data.packaged import AWS, GOOGLE, POSTGRES, PYTHON, WORDNET
+from finback.data.package_sources import AWS, GOOGLE, POSTGRES, PYTHON, WORDNET
 from finback.data.sources import Chitchat
 from finback.model.config import ModelConfig
 from finback.stages.prepare import Prepare

@@ -11,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finback.config import UserError
-from finback.data.clean import Counts, Quality, Rules, Sieve, check
+from finback.data.clean import CleaningCounts, CleaningRules, DocumentFilter, Quality, check
+from finback.data.decontamination import Decontaminator
 from finback.data.messages import Message
-from finback.data.near_duplicates import Index, NearDuplicates, Signer, store
-from finback.data.overlap import Overlap
+from finback.data.near_duplicates import MinHashSigner, NearDuplicates, SignatureIndex, dump_signature
 from finback.data.sources import Document
 
 WORDS = [f"w{i}" for i in range(2000)]
 
 
-def sifted(texts: list[str], rules: Rules, index: Index | None = None) -> tuple[list[str], Counts, list[Any]]:
-    sieve, notes = Sieve("s", index), list[Any]()
+def sifted(
+    texts: list[str], rules: CleaningRules, index: SignatureIndex | None = None
+) -> tuple[list[str], CleaningCounts, list[Any]]:
+    sieve, notes = DocumentFilter("s", index), list[Any]()
     kept = [c.document.text for _, c in sieve.sift((check(Document(text=t), rules) for t in texts), notes.append)]
     return kept, sieve.counts, notes
 
@@ -42,7 +44,7 @@ def sifted(texts: list[str], rules: Rules, index: Index | None = None) -> tuple[
 def test_quality_by_hand(text: str, fault: str) -> None:
     assert Quality().fault(text) == fault
     assert Quality(min_words=0, max_repeated_lines=1.0, min_letters=0.0).fault(text) == ""
-    kept, counts, notes = sifted([text, text], Rules(Quality()))
+    kept, counts, notes = sifted([text, text], CleaningRules(Quality()))
     assert len(kept) == (not fault) and notes == []
     assert counts.duplicate == (not fault) and (not fault or getattr(counts, fault) == 2)
 
@@ -79,13 +81,13 @@ def test_near_duplicates_are_those_of_the_true_index() -> None:
     """Pairs well above the threshold go and pairs well below stay: 4 standard errors of the estimate are 0.14."""
     rng = random.Random(1)
     near = NearDuplicates(threshold=0.7)
-    signer = Signer(near, seed=3)
+    signer = MinHashSigner(near, seed=3)
     seen = {"near": 0, "far": 0}
     for _ in range(100):
         text = " ".join(rng.choices(WORDS, k=200))
         other = edited(text, rng.randint(0, 40), rng)
         jaccard = len(shingles(text) & shingles(other)) / len(shingles(text) | shingles(other))
-        index = Index(near)
+        index = SignatureIndex(near)
         index.add("s:0", signer.sign(text))
         found = index.closest(signer.sign(other))
         if abs(jaccard - 0.7) > 0.15:
@@ -100,8 +102,8 @@ def test_the_first_of_near_duplicates_stays_and_is_named() -> None:
     texts = [" ".join(rng.choices(WORDS, k=100)) for _ in range(30)]
     given = [t for text in texts for t in (text, text + " indeed", "Well " + text)]
     near = NearDuplicates()
-    kept, counts, notes = sifted(given, Rules(signer=Signer(near, 0)), Index(near))
-    assert kept == texts and counts == Counts(read=90, near_duplicate=60, kept=30)
+    kept, counts, notes = sifted(given, CleaningRules(signer=MinHashSigner(near, 0)), SignatureIndex(near))
+    assert kept == texts and counts == CleaningCounts(read=90, near_duplicate=60, kept=30)
     assert notes == [
         {"id": f"s:{3 * i + k}", "reason": "near_duplicate", "like": f"s:{3 * i}"} for i in range(30) for k in (1, 2)
     ]
@@ -110,15 +112,15 @@ def test_the_first_of_near_duplicates_stays_and_is_named() -> None:
 def test_sources_are_compared_near_but_not_exactly() -> None:
     """An exact repeat in another source is a near duplicate if that is looked for, and stays if not."""
     near, text = NearDuplicates(), " ".join(WORDS[:80])
-    for index, kept in ((Index(near), 0), (None, 1)):
-        rules = Rules(signer=Signer(near, 0) if index else None)
-        sieves = [Sieve(name, index) for name in ("a", "b")]
+    for index, kept in ((SignatureIndex(near), 0), (None, 1)):
+        rules = CleaningRules(signer=MinHashSigner(near, 0) if index else None)
+        sieves = [DocumentFilter(name, index) for name in ("a", "b")]
         found = [list(sieve.sift([check(Document(text=text), rules)])) for sieve in sieves]
         assert [len(each) for each in found] == [1, kept] and sieves[1].counts.near_duplicate == 1 - kept
 
 
 def test_signatures_depend_on_words_and_seed_alone() -> None:
-    signer, again, other = (Signer(NearDuplicates(), seed) for seed in (1, 1, 2))
+    signer, again, other = (MinHashSigner(NearDuplicates(), seed) for seed in (1, 1, 2))
     text = " ".join(WORDS[:50])
     assert (signer.sign(text) == again.sign(text.upper().replace(" ", "\n"))).all()
     assert (signer.sign(text) != other.sign(text)).mean() > 0.9
@@ -128,13 +130,13 @@ def test_signatures_depend_on_words_and_seed_alone() -> None:
 
 def test_an_index_goes_on_after_a_restart(tmp_path: Any) -> None:
     near = NearDuplicates()
-    signer, index, again = Signer(near, 0), Index(near), Index(near)
+    signer, index, again = MinHashSigner(near, 0), SignatureIndex(near), SignatureIndex(near)
     rng = random.Random(3)
     texts = [" ".join(rng.choices(WORDS, k=60)) for _ in range(20)]
     with (tmp_path / "a.signatures").open("wb") as handle:
         for number, text in enumerate(texts):
             index.add(f"a:{number}", signer.sign(text))
-            handle.write(store(number, signer.sign(text)))
+            handle.write(dump_signature(number, signer.sign(text)))
     again.load(tmp_path / "a.signatures", "a")
     for text in [*texts, *(edited(t, 1, rng) for t in texts), "else"]:
         assert again.closest(signer.sign(text)) == index.closest(signer.sign(text))
@@ -160,7 +162,7 @@ PROSE = "How many songs does a blue whale sing in one year if it sings three of 
 def test_questions_are_found_by_hand(document: Document, found: bool) -> None:
     frame = " Answer this question with care and give the number alone behind four number signs."
     held, trained = {"t": [PROSE + frame, "12 + 7 ="]}, {"t": ["How old is she?" + frame]}
-    assert Overlap(held, trained, 13).find(document) == ("t" if found else None)
+    assert Decontaminator(held, trained, 13).find(document) == ("t" if found else None)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -168,22 +170,22 @@ def test_questions_are_found_by_hand(document: Document, found: bool) -> None:
 def test_n_grams_are_found_as_by_plain_search(data: st.DataObject) -> None:
     words = st.lists(st.sampled_from("abc"), min_size=1, max_size=12)
     question, text = (data.draw(words) for _ in range(2))
-    overlap = Overlap({"t": [" ".join(question)]}, {}, 4)
+    overlap = Decontaminator({"t": [" ".join(question)]}, {}, 4)
     runs = (" ".join(question[i : i + 4]) for i in range(len(question) - 3))
     expected = question == text or any(f" {run} " in f" {' '.join(text)} " for run in runs)
     assert (overlap.find(Document(text=", ".join(text))) == "t") == (expected and (len(text) >= 4 or len(text) == 1))
 
 
 def test_the_first_reason_counts_and_contaminated_text_is_noted() -> None:
-    overlap = Overlap({"t": ["12 + 7 ="]}, {}, 13)
+    overlap = Decontaminator({"t": ["12 + 7 ="]}, {}, 13)
     texts = ["12 + 7 =", "Look:\n12 + 7 =\nis easy, is it not?", "is easy, is it not?", "IS easy, is it not?", ""]
-    kept, counts, notes = sifted(texts, Rules(Quality(min_letters=0.0, min_words=5), overlap))
+    kept, counts, notes = sifted(texts, CleaningRules(Quality(min_letters=0.0, min_words=5), overlap))
     assert kept == ["is easy, is it not?"]
-    assert counts == Counts(read=5, empty=1, short=1, contaminated=1, duplicate=1, kept=1)
+    assert counts == CleaningCounts(read=5, empty=1, short=1, contaminated=1, duplicate=1, kept=1)
     assert list(islice(notes, 2)) == [{"id": "s:1", "reason": "contaminated", "like": "t"}]
 
 
 def test_without_datasketch_near_duplicates_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasketch", None)
     with pytest.raises(UserError, match=r"^near = 'MinHash': the package `datasketch` is not installed\. pip install"):
-        Signer(NearDuplicates(), 0)
+        MinHashSigner(NearDuplicates(), 0)

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from finback.config import UserError
-from finback.data import pack, spill
-from finback.data.clean import Quality, Rules
-from finback.data.corpus import Corpus, Engine
-from finback.data.encode import TOGETHER, encode
+from finback.data import document_store, pack
+from finback.data.clean import CleaningRules, Quality
+from finback.data.corpus import Corpus, ExecutorConfig
+from finback.data.encoding import TOGETHER, encode_documents
 from finback.data.messages import Message, encode_document
 from finback.data.near_duplicates import NearDuplicates
 from finback.data.sources import Document, Files
@@ -144,7 +144,7 @@ def test_several_processes_make_the_same_files(
     """Four files of prose are four pieces of reading, and with 50 documents a segment, four of encoding."""
     pytest.importorskip("datatrove")
     text, folder = made
-    monkeypatch.setattr(prepare, "Engine", partial(Engine, segment=50))
+    monkeypatch.setattr(prepare, "ExecutorConfig", partial(ExecutorConfig, segment_documents=50))
     other = run(stage(text, **ALL, workers=2), tmp_path / "runs").folder
     assert contents(other) == contents(folder)
 
@@ -152,7 +152,7 @@ def test_several_processes_make_the_same_files(
 def test_segments_of_any_size_make_the_same_files(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "Engine", partial(Engine, segment=7))
+    monkeypatch.setattr(prepare, "ExecutorConfig", partial(ExecutorConfig, segment_documents=7))
     assert contents(run(stage(made[0], **ALL), tmp_path / "runs").folder) == contents(made[1])
 
 
@@ -177,8 +177,8 @@ def test_without_datatrove_workers_are_refused(tmp_path: Path, monkeypatch: pyte
 KILLED = """
 import sys, pickle, os, signal, itertools
 from pathlib import Path
-from finback.data.spill import Spill
-from finback.data.pack import Writer
+from finback.data.document_store import DocumentWriter
+from finback.data.pack import ShardWriter
 from tests import test_data_prepare as t
 text, root, when = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 clock = itertools.count()
@@ -188,14 +188,14 @@ def dying(real):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args)
     return call
-Spill.add, Writer.add = dying(Spill.add), dying(Writer.add)
+DocumentWriter.add, ShardWriter.add = dying(DocumentWriter.add), dying(ShardWriter.add)
 t.run(t.stage(text, **t.ALL), root)
 """
 
 
 @pytest.mark.parametrize("when", [0, 100, 200, 300, 330, 400, 520, 660])
 def test_killed_anywhere_it_goes_on_with_the_source_at_hand(when: int, made: tuple[Path, Path], tmp_path: Path) -> None:
-    """About 330 documents are spilled and as many written: each moment is in another source or pass."""
+    """About 330 documents are stored and as many written: each moment is in another source or pass."""
     text, folder = made
     command = [sys.executable, "-c", KILLED, str(text), str(tmp_path / "runs"), str(when)]
     root = Path(__file__).parent.parent
@@ -204,22 +204,22 @@ def test_killed_anywhere_it_goes_on_with_the_source_at_hand(when: int, made: tup
     work = tmp_path / "runs" / "prepare" / "work"
     finished = {p: p.stat().st_mtime_ns for p in work.glob("*.read.json")}
     record = json.loads((folder / "sources.json").read_text())
-    spilled = np.cumsum([about["documents"]["kept"] for about in record.values()])
-    assert spilled[-1] < 400 and len(finished) == (spilled <= when).sum()
+    stored = np.cumsum([about["documents"]["kept"] for about in record.values()])
+    assert stored[-1] < 400 and len(finished) == (stored <= when).sum()
     seen: list[str] = []
     touched = {
         p.name: p.stat().st_mtime_ns
         for p in work.glob("*.00000.jsonl")
         if p.name.split(".")[0] in {f.name.split(".")[0] for f in finished}
     }
-    real = spill.Spill.add
+    real = document_store.DocumentWriter.add
 
-    def noted(self: spill.Spill, document: Document) -> None:
+    def noted(self: document_store.DocumentWriter, document: Document) -> None:
         seen.append(self.name)
         real(self, document)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spill.Spill, "add", noted)
+        patch.setattr(document_store.DocumentWriter, "add", noted)
         run(stage(text, **ALL), tmp_path / "runs")
     assert contents(tmp_path / "runs" / "prepare") == contents(folder)
     assert not {name.split(".")[0] for name in touched} & set(seen)  # a finished source is not read again
@@ -258,9 +258,9 @@ def test_the_middle_is_asked_for_in_training_text_alone(made: tuple[Path, Path])
 def test_where_the_middle_lies_depends_on_the_text_alone(made: tuple[Path, Path], tmp_path: Path) -> None:
     words = Tokenizer(made[1] / "tokenizer.json")
     documents = [Document(text=s) for s in sentences(20, 700)]
-    ids = {d.text: i.tolist() for d, i in encode(documents, words, 0.3, seed=4)}
-    backwards = {d.text: i.tolist() for d, i in encode(documents[::-1], words, 0.3, seed=4)}
-    other = {d.text: i.tolist() for d, i in encode(documents, words, 0.3, seed=5)}
+    ids = {d.text: i.tolist() for d, i in encode_documents(documents, words, 0.3, seed=4)}
+    backwards = {d.text: i.tolist() for d, i in encode_documents(documents[::-1], words, 0.3, seed=4)}
+    other = {d.text: i.tolist() for d, i in encode_documents(documents, words, 0.3, seed=5)}
     assert ids == backwards != other
     turned = sum(words.ids[FIM[1]] in i for i in ids.values()) / len(ids)
     assert 0.22 < turned < 0.38
@@ -270,9 +270,9 @@ def test_where_the_middle_lies_depends_on_the_text_alone(made: tuple[Path, Path]
 def test_many_documents_are_encoded_as_each_alone(made: tuple[Path, Path]) -> None:
     words = Tokenizer(made[1] / "tokenizer.json")
     said = [Document((Message("user", s), Message("assistant", s[:9], s[3:]))) for s in sentences(21, TOGETHER + 9)]
-    for document, ids in encode(said, words):
+    for document, ids in encode_documents(said, words):
         assert ids.tolist() == encode_document(document.messages, words)
-    assert list(encode([], words)) == []
+    assert list(encode_documents([], words)) == []
 
 
 def test_the_questions_that_are_kept_out_are_an_exams(tmp_path: Path) -> None:
@@ -302,11 +302,11 @@ def test_a_vocabulary_beyond_16_bits_has_wider_words(tmp_path: Path, made: tuple
     words.vocab_size = 129_280
     stage_run = StageRun(tmp_path, "prepare", 0, Alone(), quiet=True)
     stage_run.folder.mkdir()
-    made_of = Corpus(stage_run, Rules(), None, Engine())
+    made_of = Corpus(stage_run, CleaningRules(), None, ExecutorConfig())
     source = Files((f"{text}/0.txt",), name="prose")
     made_of.claim((source,))
     made_of.gather(source, lambda document: document, random.Random(0))
-    made_of.write("prose", words, held=False, fim=0.0, seed=0)
+    made_of.write("prose", words, validates=False, fim=0.0, seed=0)
     shard = pack.read(stage_run.folder / "prose.train.bin")
     assert (
         shard.dtype == "<u4"
@@ -328,8 +328,8 @@ def test_a_corpus_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.Monk
 
         return add
 
-    monkeypatch.setattr(spill.Spill, "add", counting(spill.Spill.add))
-    monkeypatch.setattr(pack.Writer, "add", counting(pack.Writer.add))
+    monkeypatch.setattr(document_store.DocumentWriter, "add", counting(document_store.DocumentWriter.add))
+    monkeypatch.setattr(pack.ShardWriter, "add", counting(pack.ShardWriter.add))
     source = Files((str(tmp_path / "many.jsonl"),), name="many")
     run(Prepare(name="prepare", text=(source,), vocab_size=300), tmp_path / "runs")
     assert len(alive) == 2 * 5000 and 0 < max(alive) < 2 * TOGETHER

@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finback.config import UserError
-from finback.data import packaged, spill
+from finback.data import document_store, package_sources
 from finback.data.messages import Message
-from finback.data.packaged import AWS, GOOGLE, POSTGRES, PYTHON, WORDNET
-from finback.data.readers import Meter
+from finback.data.package_sources import AWS, GOOGLE, POSTGRES, PYTHON, WORDNET
+from finback.data.readers import BytesRead
 from finback.data.sources import Document, Files
 
 TEXT = "One\nline.\r\n\r\nTwo: 鲸.\n\n\n  Three \n"
@@ -50,9 +50,9 @@ def test_a_compressed_file_holds_the_documents_of_a_plain_one(ending: str, tmp_p
     assert [d.text for d in Files((str(path),), split="files").documents()] == ["One\nline.\n\nTwo: 鲸.\n\n\n  Three"]
     lines = packed(tmp_path, f"b.jsonl{ending}", "\n".join(map(json.dumps, RECORDS)).encode())
     assert list(Files((str(lines),)).documents()) == DOCUMENTS
-    meter = Meter()
-    both = [list(source.read(p, meter)) for p in (path, lines)]
-    assert len(both[0]) == 3 and meter.done == path.stat().st_size + lines.stat().st_size
+    bytes_read = BytesRead()
+    both = [list(source.read(p, bytes_read)) for p in (path, lines)]
+    assert len(both[0]) == 3 and bytes_read.count == path.stat().st_size + lines.stat().st_size
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -78,10 +78,10 @@ def test_parquet_rows_are_records(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"text": f"song {i}", "length": i} for i in range(2500)]
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    meter = Meter()
+    bytes_read = BytesRead()
     source = Files((str(tmp_path / "a.parquet"),))
-    assert [d.text for d in source.read(tmp_path / "a.parquet", meter)] == [row["text"] for row in rows]
-    assert meter.done == (tmp_path / "a.parquet").stat().st_size
+    assert [d.text for d in source.read(tmp_path / "a.parquet", bytes_read)] == [row["text"] for row in rows]
+    assert bytes_read.count == (tmp_path / "a.parquet").stat().st_size
     columns = {key: [record.get(key) for record in RECORDS] for key in ("text", "question", "answer", "messages")}
     parquet.write_table(arrow.table(columns), tmp_path / "b.parquet")
     assert list(Files((str(tmp_path / "b.parquet"),)).documents()) == DOCUMENTS
@@ -101,13 +101,13 @@ def test_without_pyarrow_its_files_are_refused(name: str, tmp_path: Path, monkey
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.text(st.characters()), st.lists(st.tuples(st.text(), st.text())))))
-def test_spilled_documents_come_back(tmp_path_factory: pytest.TempPathFactory, given: list) -> None:  # type: ignore[type-arg]
+def test_stored_documents_come_back(tmp_path_factory: pytest.TempPathFactory, given: list) -> None:  # type: ignore[type-arg]
     documents = [Document(tuple(Message("assistant", a, b) for a, b in said), text) for text, said in given]
-    spilled = spill.Spill(tmp_path_factory.getbasetemp(), "spilled", segment=3)
-    with spilled:
+    written = document_store.DocumentWriter(tmp_path_factory.getbasetemp(), "stored", segment=3)
+    with written:
         for document in documents:
-            spilled.add(document)
-    back = [list(spill.read(path)) for path in spilled.paths(len(documents))]
+            written.add(document)
+    back = [list(document_store.read_documents(path)) for path in written.paths(len(documents))]
     assert [document for segment in back for document in segment] == documents
     assert all(len(segment) == 3 for segment in back[:-1])
 
@@ -126,9 +126,16 @@ b = 2</pre><script>if (a < b) {}</script><div class="footer">2024</div></body></
 
 
 def test_pages_by_hand() -> None:
-    assert packaged.plain(PAGE).split("\n") == ["Whales", "They sing & dive deep.", "one", "two", "a = 1", "b = 2"]
-    assert packaged.plain("<p>Gets <code>x</code>.</p><p>Also y &lt; z.") == "Gets x.\nAlso y < z."
-    assert packaged.plain("No tags, 4 < 5.") == "No tags, 4 < 5."
+    assert package_sources.plain(PAGE).split("\n") == [
+        "Whales",
+        "They sing & dive deep.",
+        "one",
+        "two",
+        "a = 1",
+        "b = 2",
+    ]
+    assert package_sources.plain("<p>Gets <code>x</code>.</p><p>Also y &lt; z.") == "Gets x.\nAlso y < z."
+    assert package_sources.plain("No tags, 4 < 5.") == "No tags, 4 < 5."
 
 
 def test_packages_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,14 +174,14 @@ def test_packages_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             "warpath, war path: a course leading to warfare or battle",
             'unable: (usually followed by `to\') not able; "unable to get to town"',
         ],
-        "python": [packaged.plain(PAGE)],
+        "python": [package_sources.plain(PAGE)],
         "postgres": ["SELECT reads."],
     }
 
 
 @pytest.mark.parametrize("source", [AWS, GOOGLE, WORDNET, PYTHON, POSTGRES], ids=lambda s: s.name)
 def test_a_package_that_is_absent_is_named(
-    source: packaged.Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: package_sources.PackageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)

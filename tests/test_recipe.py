@@ -122,7 +122,7 @@ def test_an_unknown_field_is_named_with_its_line_and_its_neighbour(line: str, me
         ),
         (
             "name='prepare', text=[]",
-            "prepare.text = []: expected tuple[finback.data.sources.Chitchat | finback.data.sources.Files | finback.data.sources.Hub | finback.data.packaged.Packaged, ...], got list. Correct the value in the recipe.",
+            "prepare.text = []: expected tuple[finback.data.sources.Chitchat | finback.data.sources.Files | finback.data.sources.Hub | finback.data.package_sources.PackageSource, ...], got list. Correct the value in the recipe.",
         ),
         ("name='prepare'", "prepare.text = []: sources need distinct names, and one at least. Name them."),
         (

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from finback.config import check_fields, check_share
+from finback.data.decontamination import Decontaminator
 from finback.data.messages import Message
-from finback.data.near_duplicates import Index, Signer
-from finback.data.overlap import Overlap
+from finback.data.near_duplicates import MinHashSigner, SignatureIndex
 from finback.data.sources import Document
 
 # categories Cc, without newline and tab, and Cs; those that are spaces (a form feed) separate words
@@ -22,12 +22,13 @@ _PHONE = re.compile(r"(?<!\d)(?:\+?\d{1,2}[ .-])?\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}
 
 
 @dataclass
-class Counts:
+class CleaningCounts:
     """How many documents came in, and why the missing ones were dropped; the first reason that holds counts."""
 
     read: int = 0
     empty: int = 0
-    one_turn: int = 0  # dialogues nobody answered
+    # dialogues nobody answered
+    one_turn: int = 0
     short: int = 0
     repetitive: int = 0
     few_letters: int = 0
@@ -42,9 +43,12 @@ class Counts:
 class Quality:
     """Rules for text from the web, after Gopher's (Rae et al. 2021, A.1.1), each off at the value named."""
 
-    min_words: int = 5  # 0: off
-    max_repeated_lines: float = 0.3  # share of lines that say what an earlier one said; 1: off
-    min_letters: float = 0.6  # share of letters among the characters that are not spaces; 0: off
+    # 0: off
+    min_words: int = 5
+    # share of lines that repeat an earlier one; 1: off
+    max_repeated_lines: float = 0.3
+    # share of letters among the characters that are not spaces; 0: off
+    min_letters: float = 0.6
 
     def __post_init__(self) -> None:
         check_fields(self, "quality")
@@ -62,29 +66,32 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a document is checked for beside emptiness and exact repeats; None: not at all."""
+class CleaningRules:
+    """What a document is checked for in addition to emptiness and exact repeats; None: not at all."""
 
     quality: Quality | None = None
-    overlap: Overlap | None = None
-    signer: Signer | None = None
+    decontaminator: Decontaminator | None = None
+    signer: MinHashSigner | None = None
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A normalised document and what can be said of it without knowing the others."""
+class CheckedDocument:
+    """A normalised document and what is known of it without the others."""
 
     document: Document
-    fault: str  # why it is dropped, if it is
+    # why it is dropped, if it is
+    fault: str
     redacted: int
-    key: bytes = b""  # equal for repeats
+    # equal for repeats
+    key: bytes = b""
     signature: np.ndarray | None = field(default=None, compare=False)
-    task: str = ""  # whose question it holds
+    # whose question it holds
+    task: str = ""
 
 
-def check(raw: Document, rules: Rules) -> Checked:
+def check(raw: Document, rules: CleaningRules) -> CheckedDocument:
     """Normalise a document, redact addresses, and apply the rules that need no other document."""
-    counts = Counts()
+    counts = CleaningCounts()
     document = _normalise(raw, counts)
     plain = document.plain
     key = " ".join(plain.casefold().split())
@@ -93,26 +100,26 @@ def check(raw: Document, rules: Rules) -> Checked:
         fault = "one_turn" if len(raw.messages) == 1 else "empty"
     elif rules.quality and (fault := rules.quality.fault(plain)):
         pass
-    elif rules.overlap and (task := rules.overlap.find(document)):
+    elif rules.decontaminator and (task := rules.decontaminator.find(document)):
         fault = "contaminated"
     if fault:
-        return Checked(document, fault, counts.redacted, task=task or "")
+        return CheckedDocument(document, fault, counts.redacted, task=task or "")
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return Checked(document, "", counts.redacted, digest, rules.signer.sign(plain) if rules.signer else None)
+    return CheckedDocument(document, "", counts.redacted, digest, rules.signer.sign(plain) if rules.signer else None)
 
 
-class Sieve:
-    """What only a look at all documents tells: repeats, exact and near. Counts everything."""
+class DocumentFilter:
+    """What only a look at all documents tells: repeats, exact and near. CleaningCounts everything."""
 
-    def __init__(self, source: str, index: Index | None = None) -> None:
+    def __init__(self, source: str, index: SignatureIndex | None = None) -> None:
         self.source, self.index = source, index
-        self.counts = Counts()
+        self.counts = CleaningCounts()
         self.seen: set[bytes] = set()
 
     def sift(
-        self, given: Iterable[Checked], note: Callable[[dict[str, Any]], None] | None = None
-    ) -> Iterator[tuple[int, Checked]]:
-        """Kept documents with their numbers in the source; `note` is told of each that others would want to see."""
+        self, given: Iterable[CheckedDocument], note: Callable[[dict[str, Any]], None] | None = None
+    ) -> Iterator[tuple[int, CheckedDocument]]:
+        """Kept documents with their numbers in the source; `note` takes a record of each that was dropped for its likeness to something."""
         for number, checked in enumerate(given):
             fault, like = self._fault(checked)
             self.counts.read += 1
@@ -125,7 +132,7 @@ class Sieve:
             elif note and like:
                 note({"id": f"{self.source}:{number}", "reason": fault, "like": like})
 
-    def _fault(self, checked: Checked) -> tuple[str, str]:
+    def _fault(self, checked: CheckedDocument) -> tuple[str, str]:
         """Why it is dropped, and what it is like."""
         if checked.fault:
             return checked.fault, checked.task
@@ -138,15 +145,15 @@ class Sieve:
         return ("near_duplicate", like) if like else ("", "")
 
 
-def clean(documents: Iterable[Document], counts: Counts) -> Iterator[Document]:
+def clean(documents: Iterable[Document], counts: CleaningCounts) -> Iterator[Document]:
     """Normalise, redact addresses, drop empty documents and exact repeats (case and spacing ignored)."""
-    sieve = Sieve("")
-    sieve.counts = counts
-    for _, checked in sieve.sift(check(document, Rules()) for document in documents):
+    document_filter = DocumentFilter("")
+    document_filter.counts = counts
+    for _, checked in document_filter.sift(check(document, CleaningRules()) for document in documents):
         yield checked.document
 
 
-def _normalise(document: Document, counts: Counts) -> Document:
+def _normalise(document: Document, counts: CleaningCounts) -> Document:
     messages: list[Message] = []
     for m in document.messages:
         text = _text(m.content, counts, one_line=True)
@@ -158,7 +165,7 @@ def _normalise(document: Document, counts: Counts) -> Document:
     return Document(tuple(messages), _text(document.text, counts, one_line=False))
 
 
-def _text(text: str, counts: Counts, one_line: bool) -> str:
+def _text(text: str, counts: CleaningCounts, one_line: bool) -> str:
     text = _CONTROL.sub(lambda c: " " if c[0].isspace() else "", text.replace("\r\n", "\n"))
     text = unicodedata.normalize("NFC", text)
     clean, n = _EMAIL.subn("[email]", text)

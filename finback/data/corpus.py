@@ -1,4 +1,4 @@
-"""A corpus on its way to shards: read and clean, spill, encode, write; each source's steps are done once.
+"""A corpus on its way to shards: read and clean, store, encode, write; each source's steps are done once.
 
 work/stamps.json          which files the rest was made from: if they change, it is thrown away
 work/<source>.read.json   written when a source is read and cleaned
@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from finback.config import UserError
-from finback.data import datatrove_executor, near_duplicates, pack, spill
-from finback.data.clean import Checked, Rules, Sieve, check
-from finback.data.near_duplicates import Index
-from finback.data.packaged import Packaged
-from finback.data.readers import Meter
-from finback.data.segments import Encoding, Reading, encoded, read_checked, read_encoded
+from finback.data import datatrove_executor, document_store, near_duplicates, pack
+from finback.data.clean import CheckedDocument, CleaningRules, DocumentFilter, check
+from finback.data.corpus_passes import EncodePass, ReadPass, encode_sides, read_checked, read_encoded
+from finback.data.document_store import DocumentWriter
+from finback.data.near_duplicates import SignatureIndex
+from finback.data.package_sources import PackageSource
+from finback.data.readers import BytesRead
 from finback.data.sources import Document, Hub, Source, digest
-from finback.data.spill import Spill
 from finback.data.tokenizer import Tokenizer
 from finback.runs.files import read_json, write_json
 from finback.runs.folder import Interrupted, StageRun
@@ -36,19 +36,24 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Engine:
-    """Who does the work: this process, or `workers` of datatrove's."""
+class ExecutorConfig:
+    """Which processes do the work, and in pieces of what size."""
 
-    workers: int = 0  # 0: this process
-    segment: int = spill.SEGMENT  # documents of a piece of work
-    large: int = pack.LARGE  # tokens of a shard file
+    # of datatrove's executor; 0: this process
+    workers: int = 0
+    # of one piece of work
+    segment_documents: int = document_store.SEGMENT
+    # of one file of a shard
+    shard_tokens: int = pack.LARGE
 
 
 class Corpus:
     """What a prepare stage has on the disk between its passes."""
 
-    def __init__(self, run: StageRun, rules: Rules, index: Index | None, engine: Engine) -> None:
-        self.stage_run, self.rules, self.index, self.engine = run, rules, index, engine
+    def __init__(
+        self, run: StageRun, rules: CleaningRules, index: SignatureIndex | None, executor: ExecutorConfig
+    ) -> None:
+        self.stage_run, self.rules, self.index, self.executor = run, rules, index, executor
         self.folder = run.folder / "work"
         self.documents: dict[str, int] = {}  # how many of each source were kept
 
@@ -68,18 +73,18 @@ class Corpus:
         done = self._marker(source.name, "read")
         if done.is_file():
             return self._known(source.name, read_json(done), rng)
-        files, meter = source.files(), Meter()
-        sieve = Sieve(source.name, self.index)
+        files, bytes_read = source.files(), BytesRead()
+        document_filter = DocumentFilter(source.name, self.index)
         progress = Progress(self.stage_run, sum(p.stat().st_size for p in files), "bytes")
         with self._removed(source.name) as note, self._signatures(source.name) as sign:
-            kept = sieve.sift(self._checked(source, files, meter), note)
-            self._spill(source.name, (mix(sign(*each)) for each in kept), progress, lambda: meter.done)
-        if not sieve.counts.kept:
+            kept = document_filter.sift(self._checked(source, files, bytes_read), note)
+            self._store(source.name, (mix(sign(*each)) for each in kept), progress, lambda: bytes_read.count)
+        if not document_filter.counts.kept:
             raise UserError(
                 f"{self.stage_run.name}.text", source.name, "nothing left after cleaning", "Give more text."
             )
-        record = provenance(source, files) | {"documents": asdict(sieve.counts)}
-        write_json(done, {"record": record, "kept": sieve.counts.kept, "rng": rng.getstate()})
+        record = provenance(source, files) | {"documents": asdict(document_filter.counts)}
+        write_json(done, {"record": record, "kept": document_filter.counts.kept, "rng": rng.getstate()})
         return record
 
     def generate(self, name: str, licence: str, documents: Iterable[Document], total: int) -> Record:
@@ -87,7 +92,7 @@ class Corpus:
         done = self._marker(name, "read")
         if done.is_file():
             return self._known(name, read_json(done), None)
-        self._spill(name, documents, Progress(self.stage_run, total, "documents"), None)
+        self._store(name, documents, Progress(self.stage_run, total, "documents"), None)
         record: Record = {"licence": licence, "documents": {"kept": self.documents[name]}}
         write_json(done, {"record": record, "kept": self.documents[name]})
         return record
@@ -99,18 +104,18 @@ class Corpus:
 
     def read(self, name: str) -> Iterator[Document]:
         """The kept documents of a source."""
-        return chain.from_iterable(map(spill.read, self._segments(name)))
+        return chain.from_iterable(map(document_store.read_documents, self._segments(name)))
 
-    def write(self, name: str, tokenizer: Tokenizer, held: bool, fim: float, seed: int) -> Record:
-        """A source's shards; with `held`, one document in twenty goes to the validation side."""
+    def write(self, name: str, tokenizer: Tokenizer, validates: bool, fim: float, seed: int) -> Record:
+        """A source's shards; with `validates`, one document in twenty goes to the validation side."""
         done = self._marker(name, "pack")
         if done.is_file():
             return dict(read_json(done))
         paths = [self.stage_run.folder / f"{name}.{side}.bin" for side in ("train", "valid")]
-        size, large, valid_bytes = tokenizer.vocab_size, self.engine.large, 0
+        size, large, valid_bytes = tokenizer.vocab_size, self.executor.shard_tokens, 0
         progress = Progress(self.stage_run, self.documents[name], "documents")
-        with pack.Writer(paths[0], size, large) as train, pack.Writer(paths[1], size, large) as valid:
-            found = self._encoded(name, tokenizer, held, fim, seed)
+        with pack.ShardWriter(paths[0], size, large) as train, pack.ShardWriter(paths[1], size, large) as valid:
+            found = self._encoded(name, tokenizer, validates, fim, seed)
             for number, (ids, counted) in enumerate(found):
                 (train if counted < 0 else valid).add(ids)
                 valid_bytes += max(counted, 0)
@@ -138,51 +143,53 @@ class Corpus:
             self.index.load(self.folder / f"{name}.signatures", name)
         return dict(found["record"])
 
-    def _checked(self, source: Source, files: list[Path], meter: Meter) -> Iterator[Checked]:
-        if self.engine.workers and files:
+    def _checked(self, source: Source, files: list[Path], bytes_read: BytesRead) -> Iterator[CheckedDocument]:
+        if self.executor.workers and files:
             folder = self.folder / f"{source.name}.reading"
-            job = Reading(source, tuple(files), self.rules, folder)
-            self._each(job, len(files), folder, f"files of {source.name}")
-            return chain.from_iterable(read_checked(job.part(i)) for i in range(len(files)))
-        documents = (source.read(path, meter) for path in files) if files else [source.documents()]
+            reading = ReadPass(source, tuple(files), self.rules, folder)
+            self._each(reading, len(files), folder, f"files of {source.name}")
+            return chain.from_iterable(read_checked(reading.part(i)) for i in range(len(files)))
+        documents = (source.read(path, bytes_read) for path in files) if files else [source.documents()]
         return (check(document, self.rules) for document in chain.from_iterable(documents))
 
     def _encoded(
-        self, name: str, tokenizer: Tokenizer, held: bool, fim: float, seed: int
+        self, name: str, tokenizer: Tokenizer, validates: bool, fim: float, seed: int
     ) -> Iterator[tuple[np.ndarray, int]]:
-        if not self.engine.workers:
-            return encoded(self.read(name), tokenizer, held, fim, seed)
+        if not self.executor.workers:
+            return encode_sides(self.read(name), tokenizer, validates, fim, seed)
         segments, folder = self._segments(name), self.folder / f"{name}.encoding"
-        job = Encoding(tuple(segments), tokenizer.path, held, fim, seed, folder)
-        self._each(job, len(segments), folder, f"segments of {name}")
-        return chain.from_iterable(read_encoded(job.part(i)) for i in range(len(segments)))
+        encoding = EncodePass(tuple(segments), tokenizer.path, validates, fim, seed, folder)
+        self._each(encoding, len(segments), folder, f"segments of {name}")
+        return chain.from_iterable(read_encoded(encoding.part(i)) for i in range(len(segments)))
 
-    def _each(self, job: datatrove_executor.Job, pieces: int, folder: Path, what: str) -> None:
+    def _each(self, task: datatrove_executor.PartitionedTask, pieces: int, folder: Path, what: str) -> None:
         progress = Progress(self.stage_run, pieces, what)
-        datatrove_executor.each(job, pieces, self.engine.workers, folder, lambda done: self._show(progress, done, ""))
+        datatrove_executor.each(
+            task, pieces, self.executor.workers, folder, lambda done: self._show(progress, done, "")
+        )
 
     def _segments(self, name: str) -> list[Path]:
-        return Spill(self.folder, name, self.engine.segment).paths(self.documents[name])
+        return DocumentWriter(self.folder, name, self.executor.segment_documents).paths(self.documents[name])
 
-    def _spill(
+    def _store(
         self, name: str, documents: Iterable[Document], progress: Progress, done: Callable[[], float] | None
     ) -> None:
-        with Spill(self.folder, name, self.engine.segment) as spilled:
+        with DocumentWriter(self.folder, name, self.executor.segment_documents) as written:
             for document in documents:
-                spilled.add(document)
-                self._show(progress, done() if done else spilled.documents, f"{name}: {spilled.documents:,} kept")
-        self.documents[name] = spilled.documents
+                written.add(document)
+                self._show(progress, done() if done else written.documents, f"{name}: {written.documents:,} kept")
+        self.documents[name] = written.documents
 
     def _show(self, progress: Progress, done: float, note: str) -> None:
         run = self.stage_run
         progress.show(done, note)
-        if run.stop_requested and run.ranks.size == 1:  # others wait at a barrier and cannot be told
+        if run.stop_requested and run.ranks.size == 1:  # others wait at a barrier and do not hear of it
             raise Interrupted
 
     @contextmanager
     def _removed(self, name: str) -> Iterator[Callable[[Record], None] | None]:
         """Writes down what was removed for a reason that names something; None where no rule does."""
-        if self.rules.overlap is None and self.index is None:
+        if self.rules.decontaminator is None and self.index is None:
             yield None
             return
         path = self.stage_run.folder / f"{name}.removed.jsonl"
@@ -190,13 +197,13 @@ class Corpus:
             yield lambda record: print(json.dumps(record), file=handle)
 
     @contextmanager
-    def _signatures(self, name: str) -> Iterator[Callable[[int, Checked], Document]]:
+    def _signatures(self, name: str) -> Iterator[Callable[[int, CheckedDocument], Document]]:
         """Keeps the signatures of kept documents, which later sources are compared with, also after a restart."""
         with (self.folder / f"{name}.signatures").open("wb") as handle:
 
-            def sign(number: int, checked: Checked) -> Document:
+            def sign(number: int, checked: CheckedDocument) -> Document:
                 if checked.signature is not None:
-                    handle.write(near_duplicates.store(number, checked.signature))
+                    handle.write(near_duplicates.dump_signature(number, checked.signature))
                 return checked.document
 
             yield sign
@@ -212,7 +219,7 @@ def provenance(source: Source, files: list[Path]) -> Record:
     }
     if isinstance(source, Hub):
         record |= {"hub": source.path, "split": source.split}
-    if isinstance(source, Packaged):
+    if isinstance(source, PackageSource):
         record["package"] = source.package
         if source.module:
             record["version"] = importlib.metadata.version(source.package)

@@ -28,7 +28,7 @@ ERROR = "error.json"
 RUN = f"from {__name__} import serve; serve()"
 
 
-class Job(Protocol):
+class PartitionedTask(Protocol):
     """Work that can be cut into numbered pieces; it is sent to other processes."""
 
     def __call__(self, piece: int) -> None: ...
@@ -36,22 +36,22 @@ class Job(Protocol):
 
 @dataclass(frozen=True)
 class _Step:
-    """A job as a block of datatrove's pipeline: a task of the executor is a piece."""
+    """A task as a block of datatrove's pipeline; a piece is what the executor calls a task."""
 
-    job: Job
+    task: PartitionedTask
     folder: Path
 
     def __call__(self, data: Any, rank: int, world_size: int) -> Iterator[None]:
         try:
-            self.job(rank)
+            self.task(rank)
         except UserError as error:  # a message for the user, which no pickle carries
             write_json(self.folder / ERROR, [error.field, str(error.value), error.problem, error.remedy])
             raise RuntimeError(str(error)) from None
         return iter(())
 
 
-def each(job: Job, pieces: int, workers: int, folder: Path, show: Callable[[int], None]) -> None:
-    """Do all pieces of a job that are not marked as done in `folder`; `show` is told how many are."""
+def each(task: PartitionedTask, pieces: int, workers: int, folder: Path, show: Callable[[int], None]) -> None:
+    """Do all pieces of a task that are not marked as done in `folder`; `show` receives how many are."""
     _demand()
     folder.mkdir(exist_ok=True)
     (folder / ERROR).unlink(missing_ok=True)
@@ -59,7 +59,7 @@ def each(job: Job, pieces: int, workers: int, folder: Path, show: Callable[[int]
         process = subprocess.Popen([sys.executable, "-c", RUN], stdin=subprocess.PIPE, stdout=log, stderr=log)
         try:
             assert process.stdin is not None, "it was asked for"
-            process.stdin.write(pickle.dumps((job, pieces, workers, folder)))
+            process.stdin.write(pickle.dumps((task, pieces, workers, folder)))
             process.stdin.close()
             while process.poll() is None:
                 show(_done(folder))
@@ -72,12 +72,12 @@ def each(job: Job, pieces: int, workers: int, folder: Path, show: Callable[[int]
 
 
 def serve() -> None:
-    """The other process: read a job from stdin and run it under datatrove's executor."""
-    job, pieces, workers, folder = pickle.load(sys.stdin.buffer)
+    """The other process: read a task from stdin and run it under datatrove's executor."""
+    task, pieces, workers, folder = pickle.load(sys.stdin.buffer)
     from datatrove.executor import LocalPipelineExecutor
 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    LocalPipelineExecutor(pipeline=[_Step(job, folder)], tasks=pieces, workers=workers, logging_dir=str(folder)).run()
+    LocalPipelineExecutor(pipeline=[_Step(task, folder)], tasks=pieces, workers=workers, logging_dir=str(folder)).run()
 
 
 def _end_with(parent: int) -> None:

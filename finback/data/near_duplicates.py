@@ -15,11 +15,12 @@ class NearDuplicates:
     """A document goes if the estimated Jaccard index of its shingles and an earlier, kept one's reaches `threshold`.
 
     The estimate's standard error is sqrt(J (1 - J) / permutations): 0.035 at 0.8. Kept signatures stay in memory,
-    4 bytes for each permutation and about as much again for the index.
+    4 bytes for each permutation and about as much for the index.
     """
 
     threshold: float = 0.8
-    shingle: int = 5  # words in a row
+    # words in a row
+    shingle: int = 5
     permutations: int = 128
 
     def __post_init__(self) -> None:
@@ -31,7 +32,7 @@ class NearDuplicates:
             )
 
 
-class Signer:
+class MinHashSigner:
     """Texts to MinHash signatures: (permutations,) uint32, the same for the same seed on every machine."""
 
     def __init__(self, near: NearDuplicates, seed: int) -> None:
@@ -49,8 +50,8 @@ class Signer:
         return {" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1))}
 
 
-class Index:
-    """The signatures of what was kept so far, and which of them a new one is close to."""
+class SignatureIndex:
+    """The signatures of the documents kept so far, and which of them a new one is close to."""
 
     def __init__(self, near: NearDuplicates) -> None:
         self.near = near
@@ -78,8 +79,8 @@ class Index:
             self.add(f"{source}:{name}", signature)
 
 
-def store(name: int, signature: np.ndarray) -> bytes:
-    """A signature as `Index.load` reads it."""
+def dump_signature(name: int, signature: np.ndarray) -> bytes:
+    """A signature as `SignatureIndex.load` reads it."""
     return name.to_bytes(8, "little") + signature.tobytes()
 
 

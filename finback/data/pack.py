@@ -26,7 +26,7 @@ def is_validation(text: str) -> bool:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=2).digest()[0] % VALIDATION == 0
 
 
-class Writer:
+class ShardWriter:
     """Shards as they are written; the names are taken only when all is on the disk."""
 
     def __init__(self, path: Path, vocab_size: int = 65536, large: int = LARGE) -> None:
@@ -52,7 +52,7 @@ class Writer:
         self.documents += 1
         self._index.write(self.tokens.to_bytes(8, "little"))
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
@@ -89,7 +89,7 @@ class Writer:
 
 def write(path: Path, documents: Iterable[list[int]], vocab_size: int = 65536, large: int = LARGE) -> int:
     """Write documents one after the other as little-endian ids; returns the number of tokens."""
-    with Writer(path, vocab_size, large) as writer:
+    with ShardWriter(path, vocab_size, large) as writer:
         for ids in documents:
             writer.add(np.asarray(ids, dtype="<u4"))
     return writer.tokens

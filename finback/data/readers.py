@@ -15,10 +15,10 @@ FIELDS = ("messages", "question", "answer", "reasoning_content", "text")  # what
 
 
 @dataclass
-class Meter:
+class BytesRead:
     """How many bytes of a source's files have been read, for showing progress."""
 
-    done: float = 0
+    count: float = 0
 
 
 def kind(path: Path) -> str:
@@ -26,16 +26,16 @@ def kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def lines(path: Path, where: str, meter: Meter | None = None) -> Iterator[str]:
+def lines(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterator[str]:
     """Lines of a UTF-8 file without their newlines; UserError for what is empty, not text or damaged."""
-    meter = meter or Meter()
-    before, position, blank = meter.done, 0, True
+    bytes_read = bytes_read or BytesRead()
+    before, position, blank = bytes_read.count, 0, True
     with _opened(path, where) as (handle, raw):
         while line := _next(handle, path, where):
             text = _text(line, position, path, where)
             blank = blank and not line.strip()
             position += len(line)
-            meter.done = before + (raw.tell() if raw is not handle else position)
+            bytes_read.count = before + (raw.tell() if raw is not handle else position)
             yield text.removesuffix("\n")
     if blank:
         raise UserError(where, str(path), "the file is empty", "Remove it from the list or fill it.")
@@ -54,10 +54,10 @@ def paragraphs(given: Iterable[str]) -> Iterator[str]:
     yield "\n".join(part).strip()
 
 
-def parquet(path: Path, where: str, meter: Meter | None = None) -> Iterator[dict[str, Any]]:
+def parquet(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterator[dict[str, Any]]:
     """Rows of a parquet file as records, a thousand in memory; columns that nothing is learnt from are not read."""
-    meter = meter or Meter()
-    before, size, done = meter.done, path.stat().st_size, 0
+    bytes_read = bytes_read or BytesRead()
+    before, size, done = bytes_read.count, path.stat().st_size, 0
     arrow = _pyarrow(path, where)
     try:
         table = arrow.parquet.ParquetFile(path)
@@ -66,7 +66,7 @@ def parquet(path: Path, where: str, meter: Meter | None = None) -> Iterator[dict
             for row in batch.to_pylist():  # what a row has not, its columns hold as None
                 yield {name: value for name, value in row.items() if value is not None}
             done += batch.num_rows
-            meter.done = before + size * done / table.metadata.num_rows
+            bytes_read.count = before + size * done / table.metadata.num_rows
     except (arrow.ArrowInvalid, OSError) as error:
         raise _damaged(path, where, error) from None
 

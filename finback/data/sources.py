@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from finback.config import UserError, check_fields
 from finback.data import readers
 from finback.data.messages import Message, parse_response
-from finback.data.readers import Meter
+from finback.data.readers import BytesRead
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Source(Protocol):
         """The files it is read from, in order; none for a source that only a library can reach."""
         ...
 
-    def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
+    def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         """The documents of one of its files; all files, one after the other, are the source."""
         ...
 
@@ -68,11 +68,11 @@ class Chitchat:
     def documents(self) -> Iterator[Document]:
         return self.read(self.files()[0])
 
-    def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
+    def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         for dialogue in json.loads(path.read_text(encoding="utf-8")).values():
             turns = [" ".join(line["text"] for line in turn) for turn in dialogue["messages"]]
             roles = ("user", "assistant")
-            yield Document(tuple(Message(roles[i % 2], text) for i, text in enumerate(turns)))  # type: ignore[arg-type]
+            yield Document(tuple(Message(roles[i % 2], text) for i, text in enumerate(turns)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Files:
     """
 
     paths: tuple[str, ...] = field(default_factory=tuple)
-    split: Literal["paragraphs", "files"] = "paragraphs"  # what a document is in a file of plain text
+    # what a document is in a file of plain text
+    split: Literal["paragraphs", "files"] = "paragraphs"
     name: str = "files"
     licence: str = "unstated"
 
@@ -108,13 +109,13 @@ class Files:
         for path in self.files():
             yield from self.read(path)
 
-    def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
+    def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         where = f"{self.name}.paths"
         if readers.kind(path) == ".parquet":
-            for number, record in enumerate(readers.parquet(path, where, meter)):
+            for number, record in enumerate(readers.parquet(path, where, bytes_read)):
                 yield _from_record(record, f"{path}[{number}]", str(record))
             return
-        lines = readers.lines(path, where, meter)
+        lines = readers.lines(path, where, bytes_read)
         if readers.kind(path) == ".jsonl":
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -129,7 +130,8 @@ class Files:
 class Hub:
     """A data set of the Hugging Face hub, or of a folder that `datasets` reads; records as in Files' JSONL."""
 
-    path: str  # owner/name
+    # owner/name
+    path: str
     split: str = "train"
     subset: str | None = None
     name: str = "hub"
@@ -141,7 +143,7 @@ class Hub:
     def files(self) -> list[Path]:
         return []  # the hub's own cache, known by fingerprint only
 
-    def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
+    def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         return iter(())
 
     def documents(self) -> Iterator[Document]:
@@ -209,13 +211,13 @@ def _is_message(value: Any) -> bool:
 
 
 def _message(value: dict[str, Any]) -> Message:
-    """A message in OpenAI's form; a chain stands beside the answer, as DeepSeek's API gives it."""
+    """A message in OpenAI's form; reasoning has a field of its own, as in DeepSeek's API."""
     if value["role"] != "assistant":
         return Message(value["role"], value["content"])
-    chain = value.get("reasoning_content")
-    if isinstance(chain, str) and chain:
-        return Message("assistant", value["content"], chain)
-    said = parse_response(value["content"].lstrip())  # others write it into the answer
-    if said.thinks and said.closed:
-        return Message("assistant", said.answer, said.reasoning)
+    reasoning = value.get("reasoning_content")
+    if isinstance(reasoning, str) and reasoning:
+        return Message("assistant", value["content"], reasoning)
+    response = parse_response(value["content"])  # others write it into the answer
+    if response.thinks and response.closed:
+        return Message("assistant", response.answer, response.reasoning)
     return Message("assistant", value["content"])

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Tokenizer:
         self.save(folder)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and what stood beside it, in Hugging Face's form."""
+        """Write tokenizer.json and the files that came with it, in Hugging Face's form."""
         (folder / "tokenizer.json").write_text(self._full.to_str(pretty=True), encoding="utf-8")
         for name, content in (("tokenizer_config.json", self.settings), ("generation_config.json", self.generation)):
             if content:
@@ -166,20 +166,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ids; added tokens such as <think> stay, bos, eos and pad go when `skip_special`."""
         return self._full.decode(list(ids), skip_special_tokens=skip_special)
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text pieces as ids arrive; a character split over several tokens is held back until it is whole."""
-        held: list[int] = []
-        said = 0
-        for number in ids:
-            held.append(number)
-            text = self.decode(held)
-            whole = text.removesuffix("\ufffd")  # only the last character can still change
-            if whole[said:]:
-                yield whole[said:]
-            held, said = ([], 0) if whole == text else (held, len(whole))
-        if held:
-            yield self.decode(held)[said:]
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:

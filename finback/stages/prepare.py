@@ -8,12 +8,12 @@ from typing import Any
 
 from finback.config import UserError, check_fields, check_positive, check_share
 from finback.data import pack, tokenizer
-from finback.data.clean import Quality, Rules
-from finback.data.corpus import Corpus, Engine, provenance
+from finback.data.clean import CleaningRules, Quality
+from finback.data.corpus import Corpus, ExecutorConfig, provenance
+from finback.data.decontamination import Decontaminator
 from finback.data.messages import Message
-from finback.data.near_duplicates import Index, NearDuplicates, Signer
-from finback.data.overlap import Overlap
-from finback.data.packaged import Packaged
+from finback.data.near_duplicates import MinHashSigner, NearDuplicates, SignatureIndex
+from finback.data.package_sources import PackageSource
 from finback.data.sources import Chitchat, Document, Files, Hub, Source
 from finback.data.tokenizer import Tokenizer
 from finback.runs.declaration import Declaration
@@ -79,14 +79,14 @@ class Decontaminate:
         check_fields(self, "decontaminate")
         check_positive(self, "decontaminate", "problems", "ngram")
 
-    def overlap(self, run: StageRun) -> Overlap:
+    def decontaminator(self, run: StageRun) -> Decontaminator:
         """What finds the problems in a document."""
         held_out, trained = dict[str, list[str]](), dict[str, list[str]]()
         for task in self.tasks:  # two may have one name
             seed = run.seed("exam", task.name)
             held_out.setdefault(task.name, []).extend(_questions(task, "held_out", self.problems, seed))
             trained.setdefault(task.name, []).extend(_questions(task, "train", self.problems, seed))
-        return Overlap(held_out, trained, self.ngram)
+        return Decontaminator(held_out, trained, self.ngram)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Prepare(Stage):
     """Write tokenizer.json, <source>.train.bin, <source>.valid.bin and sources.json."""
 
     # real text
-    text: tuple[Chitchat | Files | Hub | Packaged, ...] = field(default_factory=tuple)
+    text: tuple[Chitchat | Files | Hub | PackageSource, ...] = field(default_factory=tuple)
     # generated text
     tasks: tuple[TaskText, ...] = field(default_factory=tuple)
     vocab_size: int = 1024
@@ -147,13 +147,13 @@ class Prepare(Stage):
 
     def _prepare(self, run: StageRun) -> dict[str, Any]:
         """Sources one after the other, then the tokenizer, then shards; what an interrupted call finished stays."""
-        overlap = self.decontaminate.overlap(run) if self.decontaminate else None
-        signer = Signer(self.near, run.seed("near")) if self.near else None
+        decontaminator = self.decontaminate.decontaminator(run) if self.decontaminate else None
+        signer = MinHashSigner(self.near, run.seed("near")) if self.near else None
         corpus = Corpus(
             run,
-            Rules(self.quality, overlap, signer),
-            Index(self.near) if self.near else None,
-            Engine(self.workers, large=self.shard_tokens),
+            CleaningRules(self.quality, decontaminator, signer),
+            SignatureIndex(self.near) if self.near else None,
+            ExecutorConfig(self.workers, shard_tokens=self.shard_tokens),
         )
         if not corpus.claim(self.text):
             (run.folder / "tokenizer.json").unlink(missing_ok=True)

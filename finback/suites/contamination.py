@@ -14,8 +14,8 @@ from typing import Any
 
 from finback.config import UserError, did_you_mean
 from finback.data import pack
+from finback.data.decontamination import Decontaminator
 from finback.data.messages import Message
-from finback.data.overlap import Overlap
 from finback.data.sources import Document
 from finback.data.tokenizer import Tokenizer
 from finback.runs.files import read_json
@@ -66,14 +66,14 @@ def check(suite: Suite, data: str | Path, ngram: int = 13, sources: tuple[str, .
     names = _sources(folder, sources)
     tokenizer = Tokenizer(folder)
     questions = {str(i): [problem.question] for i, problem in enumerate(suite.problems)}
-    overlap = Overlap(questions, _shared(questions, ngram), ngram)
+    decontaminator = Decontaminator(questions, _shared(questions, ngram), ngram)
     found: dict[str, set[str]] = {}
     exact, documents = set[str](), 0
     for name in names:
         found[name] = set()
         for ids, starts in _pieces(folder, name):
             documents += starts
-            for number, whole in overlap.hits(_split(tokenizer, ids)):
+            for number, whole in decontaminator.hits(_split(tokenizer, ids)):
                 found[name].add(number)
                 exact |= {number} if whole else set()
     every = sorted(set().union(*found.values()), key=int)

@@ -14,7 +14,7 @@ from finback.data.tokenizer import BOS, EOS, FIM, SpecialToken, Tokenizer
 TOGETHER = 512  # documents that are encoded together
 
 
-def encode(
+def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, fim: float = 0.0, seed: int = 0
 ) -> Iterator[tuple[Document, np.ndarray]]:
     """Documents with their ids, bos and eos included; a share `fim` of the plain texts that train asks for the middle."""

@@ -11,7 +11,7 @@ from finback.data.sources import Document
 SEGMENT = 20_000  # documents of one file, which one worker encodes
 
 
-class Spill:
+class DocumentWriter:
     """Files of JSON lines, `segment` documents each, written in order and read in order."""
 
     def __init__(self, folder: Path, name: str, segment: int = SEGMENT) -> None:
@@ -24,8 +24,8 @@ class Spill:
         if self.documents % self.segment == 0:
             self.close()
             self._handle = self._path(self.documents // self.segment).open("w", encoding="ascii")
-        assert self._handle is not None, "a spill that was closed takes no more"
-        self._handle.write(dumped(document) + "\n")
+        assert self._handle is not None, "it is closed"
+        self._handle.write(dump_document(document) + "\n")
         self.documents += 1
 
     def close(self) -> None:
@@ -33,32 +33,32 @@ class Spill:
         if self._handle is not None:
             self._handle.close()
 
-    def __enter__(self) -> "Spill":
+    def __enter__(self) -> "DocumentWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def paths(self, documents: int) -> list[Path]:
-        """The files of a spill of so many documents."""
+        """The files that so many documents fill."""
         return [self._path(i) for i in range(-(-documents // self.segment))]
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.name}.{number:05}.jsonl"
 
 
-def read(path: Path) -> Iterator[Document]:
+def read_documents(path: Path) -> Iterator[Document]:
     """Documents of one file."""
     with path.open(encoding="ascii") as handle:
-        yield from map(loaded, handle)
+        yield from map(load_document, handle)
 
 
-def dumped(document: Document) -> str:
+def dump_document(document: Document) -> str:
     """One line that holds a document; lone surrogates survive as JSON's escapes."""
     return json.dumps([document.text, *([m.role, m.content, m.reasoning] for m in document.messages)])
 
 
-def loaded(line: str) -> Document:
+def load_document(line: str) -> Document:
     """The document of a line."""
     text, *messages = json.loads(line)
     return Document(tuple(Message(*message) for message in messages), text)

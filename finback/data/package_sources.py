@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, check_fields
-from finback.data.readers import Meter
+from finback.data.readers import BytesRead
 from finback.data.sources import Document
 
 BLOCKS = re.compile("p|div|li|d[tdl]|br|t[rd]|h[1-6]|pre|[uo]l|table|section|blockquote")
@@ -20,17 +20,22 @@ NAVIGATION = frozenset(("navheader", "navfooter", "sphinxsidebar", "related", "f
 
 
 @dataclass(frozen=True)
-class Packaged:
+class PackageSource:
     """Text of an installed package: a Python module's files, or those that a Debian package puts under `root`."""
 
     name: str
     licence: str
-    package: str  # what carries it
-    install: str  # the command that brings it
+    # what carries it
+    package: str
+    # the command that brings it
+    install: str
     form: Literal["aws", "google", "wordnet", "html"]
-    pattern: str  # its files, below the module or the root
-    module: str = ""  # of Python; empty for a Debian package
-    root: str = "/"  # another folder where a .deb was unpacked by dpkg-deb -x
+    # its files, below the module or the root
+    pattern: str
+    # of Python; empty for a Debian package
+    module: str = ""
+    # another folder where a .deb was unpacked by dpkg-deb -x
+    root: str = "/"
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
@@ -49,21 +54,23 @@ class Packaged:
         for path in self.files():
             yield from self.read(path)
 
-    def read(self, path: Path, meter: Meter | None = None) -> Iterator[Document]:
+    def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         reader = {"aws": _aws, "google": _google, "wordnet": _wordnet, "html": _page}[self.form]
         for text in reader(path):
             if text:
                 yield Document(text=text)
-        if meter:
-            meter.done += path.stat().st_size
+        if bytes_read:
+            bytes_read.count += path.stat().st_size
 
-    def at(self, root: str) -> "Packaged":
+    def at(self, root: str) -> "PackageSource":
         """The same text of a Debian package that was unpacked elsewhere."""
         return replace(self, root=root)
 
 
-AWS = Packaged("aws", "Apache-2.0", "botocore", "pip install botocore", "aws", "data/*/*/service-2.json*", "botocore")
-GOOGLE = Packaged(
+AWS = PackageSource(
+    "aws", "Apache-2.0", "botocore", "pip install botocore", "aws", "data/*/*/service-2.json*", "botocore"
+)
+GOOGLE = PackageSource(
     "google",
     "Apache-2.0",
     "google-api-python-client",
@@ -72,13 +79,13 @@ GOOGLE = Packaged(
     "discovery_cache/documents/*.json",
     "googleapiclient",
 )
-WORDNET = Packaged(
+WORDNET = PackageSource(
     "wordnet", "WordNet 3.0", "wordnet-base", "apt install wordnet-base", "wordnet", "usr/share/wordnet/data.*"
 )
-PYTHON = Packaged(
+PYTHON = PackageSource(
     "python", "PSF-2.0", "python3-doc", "apt install python3-doc", "html", "usr/share/doc/python3.*[0-9]/html/**/*.html"
 )
-POSTGRES = Packaged(
+POSTGRES = PackageSource(
     "postgres",
     "PostgreSQL",
     "postgresql-doc",

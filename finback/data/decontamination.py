@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from finback.data.sources import Document
 
 
-class Overlap:
-    """Whether a document gives a question away: by n words in a row, or by saying a whole question.
+class Decontaminator:
+    """Whether a document gives a question away: by n words in a row, or by holding a whole question.
 
     n-grams (GPT-3 appendix C took 13, R1's data 10) find long questions in prose whatever their punctuation; those that
     questions of the training side share are a task's wording and betray nothing. Short questions have no n-gram; they
@@ -15,10 +15,10 @@ class Overlap:
     made of signs.
     """
 
-    def __init__(self, held: Mapping[str, Sequence[str]], trained: Mapping[str, Sequence[str]], ngram: int) -> None:
+    def __init__(self, held_out: Mapping[str, Sequence[str]], trained: Mapping[str, Sequence[str]], ngram: int) -> None:
         self.ngram = ngram
-        self.whole = {_plain(q): task for task, asked in held.items() for q in asked}
-        self.grams = {g: task for task, asked in held.items() for q in asked for g in _grams(q, ngram)}
+        self.whole = {_plain(q): task for task, asked in held_out.items() for q in asked}
+        self.grams = {g: task for task, asked in held_out.items() for q in asked for g in _grams(q, ngram)}
         for asked in trained.values():
             for question in asked:
                 for gram in _grams(question, ngram):
