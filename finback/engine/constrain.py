@@ -49,7 +49,7 @@ class Grammars:
         return self._constraint("response_format", "json_schema", schema)
 
     def lark(self, grammar: str) -> "Constraint":
-        """A constraint by a grammar, which says what calls an answer makes; UserError when it is none."""
+        """A constraint by a Lark grammar of the calls that an answer makes; UserError when it is no grammar."""
         return self._constraint("tools", "lark", grammar)
 
     def _constraint(self, field: str, kind: str, text: str) -> "Constraint":
@@ -77,6 +77,6 @@ class Constraint:
         return torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
 
     def accept(self, token: int) -> bool:
-        """Take a token that was said; True when the answer is complete and can only end."""
+        """Take a sampled token; returns True when the answer is complete and can only end."""
         self._matcher.consume_token(token)
         return self._matcher.is_stopped()

@@ -8,7 +8,7 @@ UNFINISHED = "\ufffd"  # what a decoder writes for a character of which bytes ar
 
 
 class Detokenizer:
-    """What a request has said: `pieces` hold what can no longer change, in order; `stop` the text that ended it."""
+    """The text of a request: `pieces` hold what can no longer change, in order; `stop` is the stop string that ended it."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, tuple(stops)
@@ -16,7 +16,7 @@ class Detokenizer:
         self.stop: str | None = None
         self._ids: list[int] = []  # since the last place where text and tokens ended together, and a little before
         self._whole = 0  # of these, tokens whose text is out
-        self._held = ""  # text that may be the beginning of a stop
+        self._pending = ""  # text that may be the beginning of a stop
 
     @property
     def text(self) -> str:
@@ -24,7 +24,7 @@ class Detokenizer:
         return "".join(self.pieces)
 
     def push(self, tokens: Sequence[int]) -> int | None:
-        """Add tokens, one by one; the number of those used up when a stop text is met, which ends it, else None."""
+        """Add tokens, one by one; the number of those used up when a stop string is complete, else None."""
         for used, token in enumerate(tokens, start=1):
             self._ids.append(token)
             # decoded behind what was there before: some decoders treat the first token of a text in another way
@@ -40,30 +40,30 @@ class Detokenizer:
         return None
 
     def end(self) -> None:
-        """Let out what was held back: nothing more comes."""
+        """Release the rest of the text: no more tokens follow."""
         if self.stop is None:
             before = self.tokenizer.decode(self._ids[: self._whole])
             rest = self.tokenizer.decode(self._ids)[len(before) :]
             self._ids, self._whole = [], 0
             if not self._release(rest):
-                self._let_out(self._held)
-                self._held = ""
+                self._emit(self._pending)
+                self._pending = ""
 
     def _release(self, new: str) -> bool:
-        """Let out what cannot become a stop text; True when one is met."""
-        text = self._held + new
+        """Release what cannot become a stop string; returns True when one is complete."""
+        text = self._pending + new
         met = [(place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
         if met:
             place, self.stop = min(met)
-            self._let_out(text[:place])
-            self._held = ""
+            self._emit(text[:place])
+            self._pending = ""
             return True
         kept = max((_overlap(text, stop) for stop in self.stops), default=0)
-        self._held = text[len(text) - kept :]
-        self._let_out(text[: len(text) - kept])
+        self._pending = text[len(text) - kept :]
+        self._emit(text[: len(text) - kept])
         return False
 
-    def _let_out(self, text: str) -> None:
+    def _emit(self, text: str) -> None:
         if text:
             self.pieces.append(text)
 

@@ -79,7 +79,7 @@ class SamplingParams:
 
     @property
     def penalizes(self) -> bool:
-        """Whether logits depend on what has been said."""
+        """Whether logits depend on earlier tokens."""
         return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1)
 
 
@@ -142,7 +142,7 @@ class Request:
     def reads(self) -> bool:
         """Whether it still has a prompt to read, rather than one token to continue with."""
         left = self.length - self.computed
-        # what only wants its prompt scored reads it to the last token
+        # a request for prompt_logprobs alone reads its prompt to the last token
         scored = self.sampling.prompt_logprobs is not None and self.computed < len(self.prompt)
         return left > 1 or (left == 1 and scored)
 

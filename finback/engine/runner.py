@@ -85,7 +85,7 @@ class Runner:
         began = time.perf_counter()
         drafting = kind == "draft" and any(r.draft >= 0 for r in rows)
         starts = [r.computed for r in rows]
-        # a draft that would not be said anyway is not read
+        # a draft behind max_tokens is not read
         counts = [2 if drafting and r.draft >= 0 and r.length + 1 < r.end else 1 for r in rows]
         tokens = torch.tensor([[r.tokens[-1] if r.tokens else r.prompt[-1]] for r in rows])
         if drafting:

@@ -1,4 +1,4 @@
-"""Who runs: admission in the order of arrival, pages for what they say next, and who steps back when none are left."""
+"""Scheduling: admission in the order of arrival, pages for the next tokens, and preemption when none are left."""
 
 from collections import deque
 
@@ -95,7 +95,7 @@ class Scheduler:
         return True
 
     def preempt(self, request: Request) -> None:
-        """Send a running request back to the head of the queue; what it has said is read again later."""
+        """Send a running request back to the head of the queue; its tokens are read again later."""
         self._leave(request)
         request.preempted += 1
         self.waiting.appendleft(request)
