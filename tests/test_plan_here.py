@@ -214,7 +214,7 @@ def test_without_a_calibration_work_is_known_and_time_is_not(tmp_path: Path) -> 
 
 def test_rows_that_do_not_divide_among_ranks(calibration: Path) -> None:
     stage = Pretrain(name="base", data="x", model=TINY, mixture={"a": 1.0}, batch_size=9)
-    with pytest.raises(UserError, match=r"base.rows.*2 ranks"):
+    with pytest.raises(UserError, match=r"base.batch_size.*2 ranks"):
         recipe_plan.pretraining(planned(stage), calibration_file.read(calibration), 2)
 
 
