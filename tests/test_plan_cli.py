@@ -157,7 +157,7 @@ from finback.stages.pretrain import Pretrain
 recipe = [
     Prepare(name="prepare", text=(Chitchat(),)),
     Pretrain(
-        name="base", data="prepare", model=TINY, mixture={"chitchat": 1.0}, rows=16, recompute="attention",
+        name="base", data="prepare", model=TINY, mixture={"chitchat": 1.0}, batch_size=16, recompute="attention",
         layout=Layout(pp=2, dp=2, ep=2, schedule="%s", micro_batches=4, sharding="zero1"),
     ),
 ]
