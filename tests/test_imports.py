@@ -3,6 +3,8 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,85 @@ def test_what_must_answer_at_once_does_not_wait_for_torch() -> None:
     code = f"import sys, finback.cli, {', '.join(names)}; print('torch' in sys.modules)"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, check=True, cwd=PACKAGE.parent).stdout == b"False\n"
+
+
+# ---- limits of the house -----------------------------------------------------------------------------------------------
+
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+MOST_LINES, MOST_FUNCTION_LINES, MOST_PARAMETERS = 300, 50, 8
+
+
+def module_of(path: Path) -> str:
+    """finback/model/moe.py -> finback.model.moe"""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def runtime_imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements, those inside functions too; not what only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            yield from runtime_imports(node)
+
+
+def graph() -> dict[str, set[str]]:
+    """Module -> the modules of finback that it imports."""
+    modules = {module_of(path) for path in TREES}
+    found: dict[str, set[str]] = {}
+    for path, tree in TREES.items():
+        named: set[str] = set()
+        for node in runtime_imports(tree):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            else:
+                named |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+        found[module_of(path)] = (named & modules) - {module_of(path), "finback"}
+    return found
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Chains of imports that come back to where they began."""
+    done: set[str] = set()
+    found: list[list[str]] = []
+
+    def visit(module: str, chain: list[str]) -> None:
+        if module in chain:
+            found.append([*chain[chain.index(module) :], module])
+        elif module not in done:
+            for other in sorted(edges.get(module, ())):
+                visit(other, [*chain, module])
+            done.add(module)
+
+    for module in sorted(edges):
+        visit(module, [])
+    return found
+
+
+def test_no_import_circle() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c", "a"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert circles(graph()) == []
+
+
+def test_files_and_functions_are_short_and_take_few_parameters() -> None:
+    long = {p.name: n for p in TREES if (n := len(p.read_text(encoding="utf-8").splitlines())) > MOST_LINES}
+    assert long == {}
+    wrong = []
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                lines = node.end_lineno - node.lineno + 1
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                count = len(names) - (names[:1] in (["self"], ["cls"], ["ctx"]))
+                if lines > MOST_FUNCTION_LINES or count > MOST_PARAMETERS:
+                    wrong.append(f"{path.name}:{node.lineno} {node.name}: {lines} lines, {count} parameters")
+    assert wrong == []
+
+
+def test_a_class_name_has_one_meaning_and_the_formatter_decides_every_line() -> None:
+    names = Counter(n.name for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
+    assert [path.name for path in TREES if "fmt: skip" in path.read_text(encoding="utf-8")] == []
