@@ -398,6 +398,7 @@ def test_going_on_and_extending(prepared: Path) -> None:
         ({"batch_size_start": 8, "ramp_tokens": 9}, r"base\.batch_size_start = 8"),
         ({"batch_size_start": 2}, r"base\.batch_size_start = 2"),
         ({"keep_best": True}, r"base\.keep_best"),
+        ({"expert_kernel": "grouped_mm", "compute": "fp8"}, r"base\.expert_kernel = 'grouped_mm'"),
         ({"ema_decay": 1.5}, r"base\.ema_decay = 1\.5"),
         ({"keep": 0}, r"base\.keep = 0"),
         ({"spike_sigma": -1.0}, r"base\.spike_sigma"),

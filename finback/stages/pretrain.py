@@ -18,6 +18,7 @@ from finback.runs.recipe import Stage, Work
 from finback.stages.pretrain_setup import set_up
 from finback.tasks.task import Task
 from finback.train import loop, rates
+from finback.train.precision import ExpertKernel
 from finback.train.rates import Level, Phase
 
 
@@ -92,6 +93,8 @@ class Pretrain(Stage):
     recompute: Policy = "none"
     # auto: bf16 where a timed step says it pays; fp8: DeepSeek's, on Hopper, and emulated elsewhere to see what it does
     compute: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    # products of the routed experts: one expert after another, or all in one call; auto: on a GPU what a timed pass says
+    expert_kernel: ExpertKernel = "auto"
     # fuse what lies between products: quicker steps, after up to a minute at the first
     compile: bool = False
     # compress validation text after so many tokens each; 0: at the end only
@@ -118,7 +121,9 @@ class Pretrain(Stage):
             raise UserError(f"{self.name}.batch_size_start", self.batch_size_start, problem, "Correct one of them.")
         if self.keep_best and not self.valid_tokens:
             raise UserError(f"{self.name}.keep_best", True, "nothing says which is best", "Set valid_tokens as well.")
-
+        if self.expert_kernel == "grouped_mm" and (self.compute == "fp8" or self.layout is not None):
+            problem = "is for experts in fp32 or bf16 on ranks that hold the whole model"
+            raise UserError(f"{self.name}.expert_kernel", self.expert_kernel, problem, "Use auto or loop.")
         if self.compile:
             _check_compile(self)
         if self.layout is not None:

@@ -19,7 +19,7 @@ from finback.runs.folder import StageRun
 from finback.stages.pretraining import Pretraining
 from finback.train.ema import EMA
 from finback.train.optim import Adam, Muon, is_matrix
-from finback.train.precision import dtype_of, rates, use_fp8
+from finback.train.precision import dtype_of, rates, use_expert_kernel, use_fp8
 from finback.train.trainer import ReplicatedTrainer
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         model = values.with_config(config, dtype)
     model = (use_fp8(model) if precision == "fp8" else model).to(world.device)
     use_recompute(model, stage.recompute).train()
+    _use_expert_kernel(stage, run, model)
     if stage.compile:
         _compile(stage, run, model)
     named = list(model.named_parameters())
@@ -117,6 +118,15 @@ def _compile(stage: "Pretrain", run: StageRun, model: Transformer) -> None:
         )
     compiling.compile_blocks(model)
     run.say(f"{stage.name:10} blocks are compiled in the first step, which may take a minute")
+
+
+def _use_expert_kernel(stage: "Pretrain", run: StageRun, model: Transformer) -> None:
+    """The knob's kernel, or the one that an earlier sitting of this run measured, so that resuming cannot differ."""
+    path = run.folder / "expert_kernel.json"
+    known = read_json(path)["chosen"] if stage.expert_kernel == "auto" and path.is_file() else stage.expert_kernel
+    chosen = use_expert_kernel(model, known, stage.batch_size * stage.seq_len // run.ranks.size)
+    if model.embed.device.type == "cuda" and run.is_writer:
+        write_json(path, {"chosen": chosen})
 
 
 def _choose_precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: World) -> str:

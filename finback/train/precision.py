@@ -49,8 +49,8 @@ def rates(config: ModelConfig, rows: int, length: int, device: torch.device) -> 
     return {name: rows * length / seconds for name, seconds in best.items()}
 
 
-def use_expert_kernel(model: Transformer, kernel: ExpertKernel = "auto", tokens: int = 4096) -> Transformer:
-    """Have the model's routed experts multiply by this kernel from now on, in place.
+def use_expert_kernel(model: Transformer, kernel: ExpertKernel = "auto", tokens: int = 4096) -> str:
+    """Have the model's routed experts multiply by this kernel from now on, in place; the kernel that is used.
 
     "auto" measures on a GPU, in passes of so many tokens, and takes the grouped product where it wins clearly. On a CPU it
     takes the loop: grouped_mm makes the same products there, in 0.8 to 1.1 of the time, which is noise; so runs repeat
@@ -58,7 +58,7 @@ def use_expert_kernel(model: Transformer, kernel: ExpertKernel = "auto", tokens:
     """
     config, device = model.config, model.embed.device
     if not config.n_routed_experts:
-        return model
+        return "loop"
     sizes = config.hidden_size, config.moe_intermediate_size
     fits = moe_gemm.fits_grouped(*sizes, model.compute)
     if kernel == "auto":
@@ -73,7 +73,7 @@ def use_expert_kernel(model: Transformer, kernel: ExpertKernel = "auto", tokens:
         for module in model.modules():
             if isinstance(module, MoE) and module.experts is moe_gemm.routed_experts:
                 module.experts = moe_gemm.grouped_experts
-    return model
+    return kernel
 
 
 def use_fp8(model: Transformer, products: Products | None = None) -> Transformer:
