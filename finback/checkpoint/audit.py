@@ -22,12 +22,15 @@ from finback.model.transformer import Transformer
 class Audit:
     """Every tensor is in exactly one of loaded, skipped and unexpected; `missing` and `wrong` are what should be there."""
 
-    config: ModelConfig  # as the weights have it: without MTP where the files lack the declared layers
+    # as the weights have it: without MTP where the files lack the declared layers
+    config: ModelConfig
     loaded: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)  # name -> why
+    # name -> why
+    skipped: dict[str, str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    wrong: dict[str, str] = field(default_factory=dict)  # name -> what is wrong with its shape or dtype
+    # name -> what is wrong with its shape or dtype
+    wrong: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -41,12 +44,8 @@ class Audit:
             raise UserError(name, where, problem, "config.json and weights belong to different models.")
         for kind, found in (("missing", self.missing), ("unexpected", self.unexpected)):
             if found:
-                raise UserError(
-                    found[0],
-                    where,
-                    f"{kind}, with {len(found) - 1} more: the weights are not those of config.json",
-                    "`finback verify` lists every tensor.",
-                )
+                problem = f"{kind}, with {len(found) - 1} more: the weights are not those of config.json"
+                raise UserError(found[0], where, problem, "`finback verify` lists every tensor.")
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -154,10 +153,7 @@ def is_fp8(raw: dict[str, Any]) -> bool:
     if q is None:
         return False
     if not isinstance(q, dict) or q.get("quant_method") != "fp8" or q.get("weight_block_size") != [128, 128]:
-        raise UserError(
-            "config.json quantization_config",
-            q,
-            "finback reads fp8 with weight_block_size [128, 128]",
-            "Use the bf16 or DeepSeek-FP8 weights of this model.",
-        )
+        problem = "finback reads fp8 with weight_block_size [128, 128]"
+        remedy = "Use the bf16 or DeepSeek-FP8 weights of this model."
+        raise UserError("config.json quantization_config", q, problem, remedy)
     return True

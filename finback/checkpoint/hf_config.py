@@ -50,12 +50,8 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     family = raw.get("model_type")
     if family not in ARCHITECTURES:
         own_code = " and brings its own code, which finback never runs" if "auto_map" in raw else ""
-        raise UserError(
-            "config.json model_type",
-            family,
-            f"not a family that finback knows{own_code}",
-            did_you_mean(str(family), ARCHITECTURES),
-        )
+        problem = f"not a family that finback knows{own_code}"
+        raise UserError("config.json model_type", family, problem, did_you_mean(str(family), ARCHITECTURES))
     fields = _Fields(raw)
     fields.demand("hidden_act", "silu", default="silu")
     fields.demand("mlp_bias", False, default=False)
@@ -263,12 +259,8 @@ def family_of(config: ModelConfig) -> str:
     if config.attention == "mla":
         softmax = config.n_routed_experts and config.scoring_func == "softmax"
         if softmax and (config.norm_topk_prob or config.num_nextn_predict_layers):
-            raise UserError(
-                "model.scoring_func",
-                "softmax",
-                "DeepSeek-V2 has neither normalised weights nor MTP",
-                "Train with sigmoid affinities.",
-            )
+            problem = "DeepSeek-V2 has neither normalised weights nor MTP"
+            raise UserError("model.scoring_func", "softmax", problem, "Train with sigmoid affinities.")
         if softmax and not config.rope_interleaved:
             raise UserError("model.rope_interleaved", False, "DeepSeek-V2 is interleaved", "Use sigmoid affinities.")
         return "deepseek_v2" if softmax else "deepseek_v3"

@@ -115,12 +115,9 @@ def load_audited(
     shards, result = examine(path)
     result.demand(str(path))
     if "lm_head.weight" in result.skipped and differs(shards, "lm_head.weight", "model.embed_tokens.weight"):
-        raise UserError(
-            "lm_head.weight",
-            str(path),
-            "config.json ties it to model.embed_tokens.weight, but its values differ",
-            "Set tie_word_embeddings to false if the head is its own; otherwise download the file again.",
-        )
+        problem = "config.json ties it to model.embed_tokens.weight, but its values differ"
+        remedy = "Set tie_word_embeddings to false if the head is its own; otherwise download the file again."
+        raise UserError("lm_head.weight", str(path), problem, remedy)
     model = Transformer(result.config, compute, torch.float32 if weights == "fp32" else torch.bfloat16)
     if weights == "fp8":
         _make_room_for_fp8(model, shards)

@@ -67,12 +67,8 @@ class Shards:
             self._read_header(file)
         lost = sorted(set(indexed) - set(self.specs))
         if lost:
-            raise UserError(
-                INDEX,
-                str(folder),
-                f"names {len(lost)} tensors that its files lack, {lost[0]} first",
-                "Download the folder again.",
-            )
+            problem = f"names {len(lost)} tensors that its files lack, {lost[0]} first"
+            raise UserError(INDEX, str(folder), problem, "Download the folder again.")
 
     def _read_header(self, file: Path) -> None:
         _check(file)
@@ -144,12 +140,8 @@ def _read_index(path: Path) -> dict[str, str]:
         found = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         assert found and all(isinstance(v, str) and Path(v).name == v for v in found.values())
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise UserError(
-            INDEX,
-            str(path),
-            "not an index: it must map tensor names to file names in this folder",
-            "Download it again.",
-        ) from None
+        problem = "not an index: it must map tensor names to file names in this folder"
+        raise UserError(INDEX, str(path), problem, "Download it again.") from None
     return dict(found)
 
 

@@ -71,12 +71,8 @@ def find_python(given: Path | None) -> Path:
     if given is None:
         if importlib.util.find_spec("lm_eval") is not None:
             return Path(sys.executable)
-        raise UserError(
-            "--harness",
-            "lm-eval",
-            "not installed here",
-            f"Run {INSTALL}, or name an environment that has it with --harness-python.",
-        )
+        remedy = f"Run {INSTALL}, or name an environment that has it with --harness-python."
+        raise UserError("--harness", "lm-eval", "not installed here", remedy)
     try:
         probe = [str(given), "-c", "import lm_eval"]
         fine = subprocess.run(probe, capture_output=True, check=False).returncode == 0
@@ -168,12 +164,8 @@ class _LmEval:
         (folder / "harness.log").write_text(done.stdout, encoding="utf-8")
         files = [f for f in folder.rglob("results_*.json") if f.stat().st_mtime >= began - 1]
         if done.returncode or not files:
-            raise UserError(
-                "--harness",
-                "lm-eval",
-                f"it ended with code {done.returncode}",
-                "See its output above. Check the names of the tasks, and its data sets where there is no network.",
-            )
+            remedy = "See its output above. Check the names of the tasks, and its data sets where there is no network."
+            raise UserError("--harness", "lm-eval", f"it ended with code {done.returncode}", remedy)
         return dict(read_json(max(files, key=lambda f: f.stat().st_mtime)))
 
 

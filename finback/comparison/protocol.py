@@ -33,12 +33,8 @@ class SamplingProtocol:
         if self.top_p > 1:
             raise UserError("compare.top_p", self.top_p, "above 1", "Use 1 for all tokens.")
         if self.temperature == 0 and self.samples > 1:
-            raise UserError(
-                "--samples",
-                self.samples,
-                "greedy answers are all alike",
-                "Ask for one sample, or for a temperature above 0.",
-            )
+            problem = "greedy answers are all alike"
+            raise UserError("--samples", self.samples, problem, "Ask for one sample, or for a temperature above 0.")
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,5 @@ def _failure(folder: Path) -> Exception:
 
 def _demand() -> None:
     if importlib.util.find_spec("datatrove") is None:
-        raise UserError(
-            "workers",
-            "datatrove",
-            "the package is not installed",
-            "pip install 'finback[data]', or leave workers at 0.",
-        )
+        problem = "the package is not installed"
+        raise UserError("workers", "datatrove", problem, "pip install 'finback[data]', or leave workers at 0.")

@@ -35,12 +35,8 @@ def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str
     reader = open_gguf(path)
     model, rules = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "default")
     if model != "gpt2" or (rules not in _RULES and rules != "deepseek-v3"):
-        raise UserError(
-            "tokenizer",
-            f"{path}: {model}/{rules}",
-            "not a kind that finback converts",
-            f"It knows byte-level BPE with the rules {', '.join(_RULES)} and deepseek-v3.",
-        )
+        remedy = f"It knows byte-level BPE with the rules {', '.join(_RULES)} and deepseek-v3."
+        raise UserError("tokenizer", f"{path}: {model}/{rules}", "not a kind that finback converts", remedy)
     tokens: list[str] = field(reader, "tokenizer.ggml.tokens")
     kinds: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]

@@ -37,12 +37,9 @@ class Loader:
         }
         for name, order in self.orders.items():
             if order.count < 1:
-                raise UserError(
-                    f"mixture.{name}",
-                    self.shares[name],
-                    f"the source has only {len(self.shards[name])} tokens",
-                    f"Give it at least {length + extra} or shorten the rows.",
-                )
+                problem = f"the source has only {len(self.shards[name])} tokens"
+                remedy = f"Give it at least {length + extra} or shorten the rows."
+                raise UserError(f"mixture.{name}", self.shares[name], problem, remedy)
         self.drawn = dict.fromkeys(self.shares, 0)  # tokens that the trunk reads, padding left out
 
     def draw(self, rows: int, rank: int = 0, ranks: int = 1, documents: bool = True) -> list[Row]:

@@ -103,12 +103,8 @@ def encode_prompt(
     knows_chains = {THINK, END_THINK} <= tokenizer.ids.keys()
     pieces = _prompt_pieces(messages, tools, knows_chains)
     if think and not knows_chains:
-        raise UserError(
-            "think",
-            True,
-            "the model's vocabulary has no marks for a chain of thought",
-            "Ask for an answer without one.",
-        )
+        problem = "the model's vocabulary has no marks for a chain of thought"
+        raise UserError("think", True, problem, "Ask for an answer without one.")
     if think:
         pieces += [THINK, begun.reasoning, *([END_THINK] if begun.content else [])]
     return tokenizer.encode_pieces([*pieces, begun.content]), bool(think) and not begun.content
@@ -122,12 +118,8 @@ def encode_document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[i
 def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[str]:
     """A dialogue as training text before its texts are encoded, so that many can be encoded together."""
     if tokenizer.template is not None:
-        raise UserError(
-            "tokenizer",
-            str(tokenizer.path),
-            "writes dialogues by a template of its own",
-            "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made.",
-        )
+        remedy = "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made."
+        raise UserError("tokenizer", str(tokenizer.path), "writes dialogues by a template of its own", remedy)
     tokenizer.require(*FORM, THINK, END_THINK)
     pieces, _ = _turn_pieces(messages, (), set(range(len(messages))))
     return pieces if messages and messages[-1].role == "assistant" else [*pieces, EOS]
@@ -161,19 +153,12 @@ def lessons(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Lesson]:
 
 def _check_begun(begun: Message, place: int) -> None:
     if begun.role != "assistant":
-        raise UserError(
-            f"messages[{place}].role",
-            begun.role,
-            "only what the assistant said can be continued",
-            "End with an assistant's message, or ask for a new one.",
-        )
+        remedy = "End with an assistant's message, or ask for a new one."
+        raise UserError(f"messages[{place}].role", begun.role, "only what the assistant said can be continued", remedy)
     if begun.tool_calls:
-        raise UserError(
-            f"messages[{place}].tool_calls",
-            [c.name for c in begun.tool_calls],
-            "a message with calls cannot be continued",
-            "Leave them out, or send their results.",
-        )
+        problem = "a message with calls cannot be continued"
+        remedy = "Leave them out, or send their results."
+        raise UserError(f"messages[{place}].tool_calls", [c.name for c in begun.tool_calls], problem, remedy)
 
 
 def _prompt_pieces(messages: Sequence[Message], tools: Sequence[Tool] = (), knows_chains: bool = True) -> list[str]:
@@ -231,23 +216,16 @@ def _lesson(pieces: Sequence[str], answers: Sequence[tuple[int, int]], tokenizer
 def _template_lesson(asked: Sequence[Message], answer: Message, tokenizer: Tokenizer) -> Lesson:
     """The template's prompt, then the answer as the model should give it."""
     if answer.tool_calls:
-        raise UserError(
-            "messages",
-            [call.name for call in answer.tool_calls],
-            "calls are not learnt in the form of a chat template",
-            "Leave them out, or use a model without a template.",
-        )
+        problem = "calls are not learnt in the form of a chat template"
+        remedy = "Leave them out, or use a model without a template."
+        raise UserError("messages", [call.name for call in answer.tool_calls], problem, remedy)
     think = True if answer.reasoning else None
     text = _render(asked, tokenizer, (), think)
     reply, _ = _template_reply(text, answer, think, is_whole=True)
     ends = [token for token in (tokenizer.eos, *tokenizer.stops) if token >= 0]
     if not ends:
-        raise UserError(
-            "tokenizer",
-            str(tokenizer.path),
-            "names no token that ends an answer",
-            "Put eos_token into its tokenizer_config.json.",
-        )
+        problem = "names no token that ends an answer"
+        raise UserError("tokenizer", str(tokenizer.path), problem, "Put eos_token into its tokenizer_config.json.")
     prompt, made = tokenizer.encode_marked(text), [*tokenizer.encode_marked(reply), ends[0]]
     return Lesson(prompt + made, [IGNORE] * len(prompt) + made)
 
@@ -282,12 +260,8 @@ def _render(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[T
     if with_tools != text:
         return with_tools
     if len(tokenizer.encode_marked(CALL_BEGIN)) > 1:
-        raise UserError(
-            "tools",
-            [tool.name for tool in tools],
-            "the model's chat template writes no tools",
-            "Leave them out, or use a model that was taught to call them.",
-        )
+        remedy = "Leave them out, or use a model that was taught to call them."
+        raise UserError("tools", [tool.name for tool in tools], "the model's chat template writes no tools", remedy)
     section = "".join(tool_pieces(tools, fenced="```json" in render(CALL_PROBE)))
     system = "\n\n".join([*(m.content for m in messages if m.role == "system"), section])
     return render([{"role": "system", "content": system}, *(m for m in said if m["role"] != "system")], **switches)

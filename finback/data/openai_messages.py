@@ -21,12 +21,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     found = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     for i, message in enumerate(found):
         if message.prefix and (message.role != "assistant" or i < len(found) - 1):
-            raise UserError(
-                f"messages[{i}].prefix",
-                True,
-                "only the last message can be continued, and only the assistant's",
-                "Leave it out here.",
-            )
+            problem = "only the last message can be continued, and only the assistant's"
+            raise UserError(f"messages[{i}].prefix", True, problem, "Leave it out here.")
     return _ordered(found)
 
 
@@ -137,19 +133,12 @@ def _ordered(found: list[Message]) -> list[Message]:
         if message.role != "tool":
             ids, start = [call.id for call in message.tool_calls], len(ordered) + 1
         elif not ids:
-            raise UserError(
-                f"messages[{i}].role",
-                "tool",
-                "no tool was called before it",
-                "Put it right behind the assistant's message with the tool_calls.",
-            )
+            remedy = "Put it right behind the assistant's message with the tool_calls."
+            raise UserError(f"messages[{i}].role", "tool", "no tool was called before it", remedy)
         elif message.tool_call_id is not None and None not in ids and message.tool_call_id not in ids:
-            raise UserError(
-                f"messages[{i}].tool_call_id",
-                message.tool_call_id,
-                "no such call in the assistant's message",
-                f"Use one of {', '.join(map(str, ids))}.",
-            )
+            problem = "no such call in the assistant's message"
+            remedy = f"Use one of {', '.join(map(str, ids))}."
+            raise UserError(f"messages[{i}].tool_call_id", message.tool_call_id, problem, remedy)
         ordered.append(message)
         if message.role == "tool" and all(m.tool_call_id in ids for m in ordered[start:]):
             ordered[start:] = sorted(ordered[start:], key=lambda m: ids.index(m.tool_call_id))

@@ -131,12 +131,9 @@ def read(path: Path) -> Shard:
     ends = _map(path.with_suffix(".idx"), "<u8")
     whole = sizes == list(record["files"].values()) and len(ends) == record["documents"]
     if not whole or (len(ends) and int(ends[-1]) != record["tokens"]):
-        raise UserError(
-            "data",
-            str(path),
-            f"holds {sum(sizes):,} tokens of {_bits(record['dtype'])} bits, {record['tokens']:,} were written",
-            "The file is damaged: delete the prepare stage's folder and run it again.",
-        )
+        problem = f"holds {sum(sizes):,} tokens of {_bits(record['dtype'])} bits, {record['tokens']:,} were written"
+        remedy = "The file is damaged: delete the prepare stage's folder and run it again."
+        raise UserError("data", str(path), problem, remedy)
     return Shard(files, ends)
 
 
@@ -148,12 +145,8 @@ def _map(path: Path, dtype: str) -> np.ndarray:
     if not path.is_file():
         raise UserError("data", str(path), "no such file", "Delete the prepare stage's folder and run it again.")
     if path.stat().st_size % np.dtype(dtype).itemsize:
-        raise UserError(
-            "data",
-            str(path),
-            f"no whole number of {_bits(dtype)}-bit words",
-            "Delete the prepare stage's folder and run it again.",
-        )
+        problem = f"no whole number of {_bits(dtype)}-bit words"
+        raise UserError("data", str(path), problem, "Delete the prepare stage's folder and run it again.")
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)  # there is nothing to map
     return np.memmap(path, dtype=dtype, mode="r")

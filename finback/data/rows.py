@@ -26,7 +26,8 @@ class Row:
 class RowOrder(Protocol):
     """The endless sequence of a source's rows, epoch after epoch; a small state says how far it is."""
 
-    count: int  # what an epoch permutes
+    # what an epoch permutes
+    count: int
 
     def next(self) -> tuple[Any, int]:
         """Where the next row lies, and how many of its tokens the trunk reads."""

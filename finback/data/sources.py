@@ -160,12 +160,9 @@ class Hub:
         try:
             return datasets.load_dataset(self.path, self.subset, split=self.split)
         except Exception as error:  # the library and the network raise many kinds
-            raise UserError(
-                f"{self.name}.path",
-                self.path,
-                f"cannot be loaded ({str(error).splitlines()[0][:200]})",
-                "Check the name, the split and the network; a gated set wants `hf auth login`.",
-            ) from None
+            problem = f"cannot be loaded ({str(error).splitlines()[0][:200]})"
+            remedy = "Check the name, the split and the network; a gated set wants `hf auth login`."
+            raise UserError(f"{self.name}.path", self.path, problem, remedy) from None
 
 
 def digest(files: list[Path]) -> str:

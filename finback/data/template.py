@@ -86,12 +86,9 @@ class Template:
                 **{"tools": None, "documents": None} | self.specials | variables,
             )
         except Exception as error:  # a stranger's program may fail in any way
-            raise UserError(
-                "messages",
-                f"{len(messages)} of them",
-                f"the model's chat template refuses them ({error})",
-                "Say it as the template allows; most want user and assistant in turns.",
-            ) from None
+            problem = f"the model's chat template refuses them ({error})"
+            remedy = "Say it as the template allows; most want user and assistant in turns."
+            raise UserError("messages", f"{len(messages)} of them", problem, remedy) from None
 
     def render_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The text that asks for the next turn, with calls of past turns in the shape that this template wants.

@@ -156,12 +156,8 @@ class Tokenizer:
         """UserError if the vocabulary lacks one of these tokens."""
         if lacks := [token for token in tokens if token not in self.ids]:
             reason = "" if self.template else "has no chat template and "
-            raise UserError(
-                "tokenizer",
-                str(self.path),
-                f"{reason}lacks the tokens {lacks}",
-                "Use a model that was taught to chat, or put a chat_template.jinja beside it.",
-            )
+            remedy = "Use a model that was taught to chat, or put a chat_template.jinja beside it."
+            raise UserError("tokenizer", str(self.path), f"{reason}lacks the tokens {lacks}", remedy)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ids; added tokens such as <think> stay, bos, eos and pad go when `skip_special`."""

@@ -25,8 +25,10 @@ class Output:
 
     text: str
     reasoning: str
-    tokens: list[int]  # ids of all of it, the one that ended it included
-    logprobs: list[float]  # of each token, at the temperature it was sampled with
+    # ids of all of it, the one that ended it included
+    tokens: list[int]
+    # of each token, at the temperature it was sampled with
+    logprobs: list[float]
     finish_reason: FinishReason
 
     def __str__(self) -> str:

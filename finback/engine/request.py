@@ -99,39 +99,59 @@ class Request:
     prompt: list[int]
     sampling: SamplingParams
     seed: int
-    salt: bytes = b""  # requests with different salts never share cached pages
-    leader: "Request | None" = None  # wait until this one has read the prompt that both begin with
-    detokenizer: "Detokenizer | None" = None  # holds the answer's text, where the engine has a tokenizer
+    # requests with different salts never share cached pages
+    salt: bytes = b""
+    # wait until this one has read the prompt that both begin with
+    leader: "Request | None" = None
+    # holds the answer's text, where the engine has a tokenizer
+    detokenizer: "Detokenizer | None" = None
     constraint: "Constraint | None" = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, its own first, if asked for
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # the same for prompt tokens 1, 2, …
+    # one per token, its own first, if asked for
+    top_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    # the same for prompt tokens 1, 2, …
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    thinking: bool = False  # inside the chain of thought
-    thinking_tokens: int = 0  # tokens of the chain, its marks included
-    forced: deque[int] = field(default_factory=deque)  # tokens to append next, whatever the model would
+    # inside the chain of thought
+    thinking: bool = False
+    # tokens of the chain, its marks included
+    thinking_tokens: int = 0
+    # tokens to append next, whatever the model would
+    forced: deque[int] = field(default_factory=deque)
     # where it stands in the cache
     pages: list[int] = field(default_factory=list)
-    computed: int = 0  # tokens whose entries are stored
-    cached: int = 0  # prompt tokens that another request had read already
-    published: int = 0  # leading pages that others may find
-    digest: bytes = b""  # of the tokens in those pages
-    slot: int = -1  # its line in the page table while it runs
-    draft: int = -1  # MTP's guess at the token after the last one
-    drafts_from: int = 0  # the position from which on MTP's own entries are whole
+    # tokens whose entries are stored
+    computed: int = 0
+    # prompt tokens that another request had read already
+    cached: int = 0
+    # leading pages that others may find
+    published: int = 0
+    # of the tokens in those pages
+    digest: bytes = b""
+    # its line in the page table while it runs
+    slot: int = -1
+    # MTP's guess at the token after the last one
+    draft: int = -1
+    # the position from which on MTP's own entries are whole
+    drafts_from: int = 0
     # what it cost
     drafted: int = 0
     accepted: int = 0
-    accepted_at: list[int] = field(default_factory=list)  # places of the tokens whose drafts were accepted
+    # places of the tokens whose drafts were accepted
+    accepted_at: list[int] = field(default_factory=list)
     preempted: int = 0
     submitted: float = field(default_factory=time.perf_counter)
-    started: float = 0.0  # when it first entered the batch
-    first: float = 0.0  # when its first token was made
+    # when it first entered the batch
+    started: float = 0.0
+    # when its first token was made
+    first: float = 0.0
     last: float = 0.0
     _random: np.ndarray | None = None
-    _counts: Tensor | None = None  # (vocab,) how often the answer has each token, for penalties
-    _present: Tensor | None = None  # (vocab,) whether prompt or answer has it
+    # (vocab,) how often the answer has each token, for penalties
+    _counts: Tensor | None = None
+    # (vocab,) whether prompt or answer has it
+    _present: Tensor | None = None
 
     @property
     def length(self) -> int:

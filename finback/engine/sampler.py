@@ -143,12 +143,16 @@ def without_thinking(params: SamplingParams, tokenizer: Tokenizer) -> SamplingPa
 class SamplingBatch:
     """The sampling parameters of a batch as columns (rows, 1), None where no row uses one."""
 
-    greedy: Tensor | None  # bool; None: no row is
+    # bool; None: no row is
+    greedy: Tensor | None
     all_greedy: bool
-    temperature: Tensor  # 1 for greedy rows
-    tempered: bool  # whether any row's temperature is another than 1
+    # 1 for greedy rows
+    temperature: Tensor
+    # whether any row's temperature is another than 1
+    tempered: bool
     top_k: Tensor | None
-    most: int  # the largest top_k
+    # the largest top_k
+    most: int
     top_p: Tensor | None
     min_p: Tensor | None
 

@@ -129,10 +129,7 @@ def _local(rank: int, size: int, gpus: int) -> int:
     """Which of its machine's GPUs a rank takes; UserError if it would have to share one."""
     local = int(os.environ.get("LOCAL_RANK", rank))
     if local >= gpus:
-        raise UserError(
-            "--ranks",
-            size,
-            f"rank {rank} is number {local + 1} of its machine, which has {gpus} GPUs",
-            "Start one rank for each GPU, or hide them with CUDA_VISIBLE_DEVICES= to compute on the CPU.",
-        )
+        problem = f"rank {rank} is number {local + 1} of its machine, which has {gpus} GPUs"
+        remedy = "Start one rank for each GPU, or hide them with CUDA_VISIBLE_DEVICES= to compute on the CPU."
+        raise UserError("--ranks", size, problem, remedy)
     return local

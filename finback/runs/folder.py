@@ -185,12 +185,8 @@ def prepare_folder(root: Path) -> None:
         ) from None
     free = shutil.disk_usage(root).free
     if free < NEEDED_BYTES:
-        raise UserError(
-            "runs",
-            str(root),
-            f"only {free / 2**20:.0f} MB free, {NEEDED_BYTES / 2**20:.0f} MB needed",
-            "Free some space or choose another disk with --runs.",
-        )
+        problem = f"only {free / 2**20:.0f} MB free, {NEEDED_BYTES / 2**20:.0f} MB needed"
+        raise UserError("runs", str(root), problem, "Free some space or choose another disk with --runs.")
 
 
 @contextmanager

@@ -171,12 +171,8 @@ def claim(recipe: Recipe, root: Path, seed: int) -> None:
         theirs = read_json(marker)
         for field, value in mine.items():
             if theirs.get(field) != value:
-                raise UserError(
-                    "runs",
-                    str(root),
-                    f"belongs to {field} {theirs.get(field)!r}, this is {value!r}",
-                    "Choose another folder with --runs, or delete this one.",
-                )
+                problem = f"belongs to {field} {theirs.get(field)!r}, this is {value!r}"
+                raise UserError("runs", str(root), problem, "Choose another folder with --runs, or delete this one.")
     elif any(root.glob(f"*/{CONFIG}")):
         raise UserError("runs", str(root), "holds stages of an unknown recipe", "Choose another folder with --runs.")
     for stage in recipe.stages:
@@ -194,12 +190,8 @@ def _check_knobs(stage: Stage, path: Path) -> None:
         # a knob that came with a later version had its default before there was one
         was = then.get(field, defaults.get(field))
         if was != now.get(field):
-            raise UserError(
-                f"{stage.name}.{field}",
-                now.get(field),
-                f"{path.parent} was made with {was!r}",
-                "Choose another folder with --runs, or delete that stage's folder and those after it.",
-            )
+            remedy = "Choose another folder with --runs, or delete that stage's folder and those after it."
+            raise UserError(f"{stage.name}.{field}", now.get(field), f"{path.parent} was made with {was!r}", remedy)
 
 
 def execute(

@@ -29,12 +29,8 @@ def digests(keys: Iterable[str], file: Path | None = None) -> tuple[bytes, ...]:
         found += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     for key in found:
         if len(key) < SHORTEST:
-            raise UserError(
-                "keys",
-                f"{len(key)} characters",
-                "too short to be safe",
-                'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))".',
-            )
+            remedy = 'Make one: python -c "import secrets; print(secrets.token_urlsafe(32))".'
+            raise UserError("keys", f"{len(key)} characters", "too short to be safe", remedy)
     return tuple(map(_digest, found))
 
 
@@ -47,10 +43,6 @@ def secured(options: Listen) -> Listen:
     """The options with the digests of all keys; refuses to stand open on a network by mistake."""
     keys = (*options.keys, *digests([options.api_key] if options.api_key else [], options.key_file))
     if options.host not in LOOPBACK and not keys and not options.insecure:
-        raise UserError(
-            "host",
-            options.host,
-            "open to the network, with no API key",
-            "Give --key-file or FINBACK_API_KEY, or --insecure if anybody may use it.",
-        )
+        remedy = "Give --key-file or FINBACK_API_KEY, or --insecure if anybody may use it."
+        raise UserError("host", options.host, "open to the network, with no API key", remedy)
     return replace(options, keys=keys, api_key="", key_file=None)

@@ -38,12 +38,8 @@ class Service:
         self, engine: Engine, tokenizer: Tokenizer, options: ServeOptions, first: "Service | None" = None
     ) -> None:
         if options.reasoning_field not in FIELDS:
-            raise UserError(
-                "reasoning_field",
-                options.reasoning_field,
-                "no such form",
-                did_you_mean(options.reasoning_field, FIELDS),
-            )
+            remedy = did_you_mean(options.reasoning_field, FIELDS)
+            raise UserError("reasoning_field", options.reasoning_field, "no such form", remedy)
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.created = int(time.time())
         self.window = min(engine.model.config.max_position_embeddings, engine.pages.count * engine.pages.size)

@@ -60,12 +60,8 @@ class Distill(SFT):
         check_share(self, self.name, "hard")
         check_not_negative(self, self.name, "top_k", "temperature")
         if self.task is not None and (self.traces or self.text):
-            raise UserError(
-                f"{self.name}.task",
-                self.task.name,
-                "the lessons are the student's answers or given ones, not both",
-                "Leave out task, or traces and text.",
-            )
+            problem = "the lessons are the student's answers or given ones, not both"
+            raise UserError(f"{self.name}.task", self.task.name, problem, "Leave out task, or traces and text.")
 
     def inputs(self) -> tuple[str, ...]:
         return (*super().inputs(), self.teacher)
@@ -106,19 +102,12 @@ class DistillationTeacher:
         self.config = self.model.config
         longest, window = stage.seq_len if stage.task is None else stage.max_tokens, self.config.max_position_embeddings
         if longest > window:
-            raise UserError(
-                f"{stage.name}.teacher",
-                stage.teacher,
-                f"reads {window} tokens, lessons may have {longest}",
-                "Shorten seq_len or max_tokens, or take another teacher.",
-            )
+            problem = f"reads {window} tokens, lessons may have {longest}"
+            remedy = "Shorten seq_len or max_tokens, or take another teacher."
+            raise UserError(f"{stage.name}.teacher", stage.teacher, problem, remedy)
         if tokenizer.as_json() != Tokenizer(folder).as_json():
-            raise UserError(
-                f"{stage.name}.teacher",
-                stage.teacher,
-                "has another tokenizer than the student",
-                "Their probabilities cannot be compared: sample traces with a reject stage and use SFT.",
-            )
+            remedy = "Their probabilities cannot be compared: sample traces with a reject stage and use SFT."
+            raise UserError(f"{stage.name}.teacher", stage.teacher, "has another tokenizer than the student", remedy)
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The divergence summed over labels, SFT's loss mixed in as asked."""

@@ -184,12 +184,8 @@ def questions(exam: Exam, seed: int) -> tuple[Task, list[Problem], Suite | None]
         return exam.task, tasks.distinct(exam.task, "held_out", exam.problems, seed), None
     suite = catalogue.load(exam.task.spec, exam.problems, seed)
     if suite.metric == compression.METRIC:
-        raise UserError(
-            f"exam {exam.name}.suite",
-            exam.task.spec,
-            "asks nothing",
-            "Name `data` and `sources` of the stage, for bits per byte.",
-        )
+        remedy = "Name `data` and `sources` of the stage, for bits per byte."
+        raise UserError(f"exam {exam.name}.suite", exam.task.spec, "asks nothing", remedy)
     assert not suite.system, "an exam has no system prompt"
     put = [replace(problem, question=suite.ask(problem)[-1]["content"]) for problem in suite.problems]
     return suite.task, put, suite

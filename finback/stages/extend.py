@@ -41,20 +41,12 @@ class Extend(Pretrain):
     def adapted(self, config: ModelConfig) -> ModelConfig:
         """`start`'s config with the longer window, and YaRN over its old one."""
         if self.window < config.max_position_embeddings:
-            raise UserError(
-                f"{self.name}.window",
-                self.window,
-                f"{self.start!r} reads {config.max_position_embeddings} already",
-                "Use a longer one.",
-            )
+            problem = f"{self.start!r} reads {config.max_position_embeddings} already"
+            raise UserError(f"{self.name}.window", self.window, problem, "Use a longer one.")
         scaling = config.rope_scaling
         if self.factor is not None:
             if scaling is not None:
-                raise UserError(
-                    f"{self.name}.factor",
-                    self.factor,
-                    f"{self.start!r} is scaled already ({scaling})",
-                    "Leave it out: the scaling stays.",
-                )
+                problem = f"{self.start!r} is scaled already ({scaling})"
+                raise UserError(f"{self.name}.factor", self.factor, problem, "Leave it out: the scaling stays.")
             scaling = Yarn(factor=self.factor, original_max_position_embeddings=config.max_position_embeddings)
         return dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=self.window)

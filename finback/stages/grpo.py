@@ -92,23 +92,15 @@ class GRPO(Stage):
         )
         check_share(self, self.name, "final_lr")
         if self.num_generations < 2:
-            raise UserError(
-                f"{self.name}.num_generations",
-                self.num_generations,
-                "an answer is judged against its group",
-                "Use 2 or more.",
-            )
+            problem = "an answer is judged against its group"
+            raise UserError(f"{self.name}.num_generations", self.num_generations, problem, "Use 2 or more.")
         if self.temperature <= 0:
             raise UserError(
                 f"{self.name}.temperature", self.temperature, "greedy answers do not differ within a group", "Use 1.0."
             )
         if self.prompts_per_step % self.updates:
-            raise UserError(
-                f"{self.name}.updates",
-                self.updates,
-                f"does not divide {self.prompts_per_step} prompts",
-                "Use a divisor.",
-            )
+            problem = f"does not divide {self.prompts_per_step} prompts"
+            raise UserError(f"{self.name}.updates", self.updates, problem, "Use a divisor.")
         if not 0 <= self.overlong <= self.max_tokens:
             raise UserError(
                 f"{self.name}.overlong", self.overlong, f"not in 0..max_tokens ({self.max_tokens})", "Lower it."

@@ -42,12 +42,8 @@ class Reinforcement:
         self.world = run.ranks
         share = stage.prompts_per_step // stage.updates
         if share % self.world.size:
-            raise UserError(
-                f"{stage.name}.prompts_per_step",
-                stage.prompts_per_step,
-                f"{share} questions per update do not divide among {self.world.size} ranks",
-                "Use --ranks.",
-            )
+            problem = f"{share} questions per update do not divide among {self.world.size} ranks"
+            raise UserError(f"{stage.name}.prompts_per_step", stage.prompts_per_step, problem, "Use --ranks.")
         folder = run.input(stage.start)
         self.tokenizer = Tokenizer(folder)
         self.model = models.load(folder, COMPUTE[stage.compute]).to(self.world.device)
@@ -222,12 +218,9 @@ class Reinforcement:
     def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
         """UserError where trainer and engine disagree."""
         if not metrics["gap_mean"] <= self.stage.max_gap:  # also when it is NaN
-            raise UserError(
-                f"{self.stage.name}.max_gap",
-                self.stage.max_gap,
-                f"trainer and engine differ by {metrics['gap_mean']:.2g} nats per token at step {loop.step}",
-                "They must be the same model: report this with the run folder, or raise max_gap knowingly.",
-            )
+            problem = f"trainer and engine differ by {metrics['gap_mean']:.2g} nats per token at step {loop.step}"
+            remedy = "They must be the same model: report this with the run folder, or raise max_gap knowingly."
+            raise UserError(f"{self.stage.name}.max_gap", self.stage.max_gap, problem, remedy)
 
     def state(self) -> dict[str, Any]:
         return {"totals": self.totals, "steps_done": self.steps_done}

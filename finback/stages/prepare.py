@@ -188,12 +188,9 @@ class Prepare(Stage):
         if self.vocabulary:
             given = Tokenizer(run.input(self.vocabulary))
             if given.eos < 0:
-                raise UserError(
-                    f"{self.name}.vocabulary",
-                    self.vocabulary,
-                    "its tokenizer names no token that ends a text",
-                    "Put eos_token into its tokenizer_config.json.",
-                )
+                problem = "its tokenizer names no token that ends a text"
+                remedy = "Put eos_token into its tokenizer_config.json."
+                raise UserError(f"{self.name}.vocabulary", self.vocabulary, problem, remedy)
             given.save(run.folder)
             return Tokenizer(run.folder)
         if not path.is_file():

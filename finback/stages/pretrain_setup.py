@@ -87,12 +87,8 @@ def _beginning(stage: "Pretrain", run: StageRun) -> tuple[ModelConfig, int | Tra
         return dataclasses.replace(stage.model, vocab_size=tokenizer.vocab_size), run.seed("weights")
     folder = run.input(stage.start)
     if Tokenizer(folder).as_json() != tokenizer.as_json():
-        raise UserError(
-            f"{stage.name}.start",
-            stage.start,
-            f"has another tokenizer than the data of {stage.data!r}",
-            "Give the prepare stage this model's tokenizer.",
-        )
+        problem = f"has another tokenizer than the data of {stage.data!r}"
+        raise UserError(f"{stage.name}.start", stage.start, problem, "Give the prepare stage this model's tokenizer.")
     model = models.load(folder)
     return stage.adapted(model.config), model
 
@@ -110,12 +106,8 @@ def _compile(stage: "Pretrain", run: StageRun, model: Transformer) -> None:
 
     problem = compiling.why_not()
     if problem:
-        raise UserError(
-            f"{stage.name}.compile",
-            True,
-            f"does not work here: {problem}",
-            "Install g++ and Python's headers (Debian: apt-get install g++ python3-dev), or leave it out.",
-        )
+        remedy = "Install g++ and Python's headers (Debian: apt-get install g++ python3-dev), or leave it out."
+        raise UserError(f"{stage.name}.compile", True, f"does not work here: {problem}", remedy)
     compiling.compile_blocks(model)
     run.say(f"{stage.name:10} blocks are compiled in the first step, which may take a minute")
 

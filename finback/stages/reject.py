@@ -171,12 +171,9 @@ class Reject(Stage):
             reasons.update(question["reasons"])
         kept = choose(found, self.num_generations, self.keep, self.easy, random.Random(run.seed("choice")))
         if not kept:
-            raise UserError(
-                f"{self.name}.start",
-                self.start,
-                f"nothing to keep of {self.prompts * self.num_generations} answers ({dict(reasons)})",
-                "Use a better model, easier questions, or keep more.",
-            )
+            problem = f"nothing to keep of {self.prompts * self.num_generations} answers ({dict(reasons)})"
+            remedy = "Use a better model, easier questions, or keep more."
+            raise UserError(f"{self.name}.start", self.start, problem, remedy)
         write_lines(run.folder / "traces.jsonl", [_line(q, t, self.num_generations) for q, t in kept])
         solved = Counter(_difficulty(q["right"], self.num_generations) for q in found)
         run.say(

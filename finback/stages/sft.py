@@ -131,12 +131,9 @@ class LessonBatches:
             found += here
         fits = [lesson for lesson in found if len(lesson.ids) <= self.stage.seq_len]
         if not fits:
-            raise UserError(
-                f"{self.stage.name}.traces",
-                list(counts),
-                f"no lesson of at most {self.stage.seq_len} tokens",
-                "Give it traces or text, or longer rows.",
-            )
+            problem = f"no lesson of at most {self.stage.seq_len} tokens"
+            remedy = "Give it traces or text, or longer rows."
+            raise UserError(f"{self.stage.name}.traces", list(counts), problem, remedy)
         self.results |= {"lessons_by_source": counts, "too_long": len(found) - len(fits)}
         self.run.say(
             f"{self.stage.name:10} {len(fits):,} lessons: {', '.join(f'{k} {v:,}' for k, v in counts.items())}"

@@ -102,12 +102,8 @@ def load(name: str, at: str, problems: int | None, seed: int, subset: str = "") 
     if subset:
         choice_set = replace(choice_set, origin=replace(choice_set.origin, subset=subset))
     if not at and name == "ceval" and not subset:
-        raise UserError(
-            "suite",
-            name,
-            "C-Eval has one data set for each of its 52 subjects",
-            "Name one, such as ceval?subset=computer_network, or a file of your own with ceval@FILE.",
-        )
+        remedy = "Name one, such as ceval?subset=computer_network, or a file of your own with ceval@FILE."
+        raise UserError("suite", name, "C-Eval has one data set for each of its 52 subjects", remedy)
     return of_records(name, choice_set, choice_set.origin.records(at), problems, seed, choice_set.origin.name(at))
 
 

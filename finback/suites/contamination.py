@@ -94,12 +94,8 @@ def check(suite: Suite, data: str | Path, ngram: int = 13, sources: tuple[str, .
 
 def _sources(folder: Path, wanted: tuple[str, ...]) -> list[str]:
     if not (folder / "sources.json").is_file():
-        raise UserError(
-            "contamination.data",
-            str(folder),
-            "no folder of a finished prepare stage (no sources.json)",
-            "Name one, such as runs/tiny/prepare.",
-        )
+        problem = "no folder of a finished prepare stage (no sources.json)"
+        raise UserError("contamination.data", str(folder), problem, "Name one, such as runs/tiny/prepare.")
     known = list(read_json(folder / "sources.json"))
     for name in wanted:
         if name not in known:

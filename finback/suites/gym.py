@@ -99,12 +99,8 @@ def _at_level(dataset: str, level: str) -> dict[str, Setting]:
     from reasoning_gym.factory import CURRICULA, create_curriculum
 
     if dataset not in CURRICULA:
-        raise UserError(
-            "gym.level",
-            level,
-            f"{dataset} has no levels",
-            f"Leave it out, or set its knobs, as in gym:{dataset}?size=…",
-        )
+        problem = f"{dataset} has no levels"
+        raise UserError("gym.level", level, problem, f"Leave it out, or set its knobs, as in gym:{dataset}?size=…")
     curriculum = create_curriculum(dataset)
     steps = LEVELS.get(level)
     for name, attribute in curriculum.attributes.items():

@@ -150,12 +150,8 @@ def _tests(record: Record, name: str) -> list[dict[str, str]]:
         isinstance(t, dict) and isinstance(t.get("input"), str) and isinstance(t.get("output"), str) for t in tests
     )
     if not right:
-        raise UserError(
-            f"{record.where} {name}",
-            str(value)[:60],
-            "not a list of tests with input and output",
-            "Correct the record.",
-        )
+        problem = "not a list of tests with input and output"
+        raise UserError(f"{record.where} {name}", str(value)[:60], problem, "Correct the record.")
     return list(tests)
 
 

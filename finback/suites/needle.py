@@ -122,12 +122,8 @@ def _numbers(name: str, text: str, default: tuple[int, ...], low: int, high: int
     except ValueError:
         values = ()
     if not values or not all(low <= value <= high for value in values):
-        raise UserError(
-            f"needle.{name}",
-            text,
-            f"not whole numbers from {low} to {high:,}",
-            "Write for example 100,1000." if name == "lengths" else "Write for example 0,50,100.",
-        )
+        remedy = "Write for example 100,1000." if name == "lengths" else "Write for example 0,50,100."
+        raise UserError(f"needle.{name}", text, f"not whole numbers from {low} to {high:,}", remedy)
     return values
 
 

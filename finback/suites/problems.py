@@ -54,12 +54,8 @@ def sound(name: str, problems: Sequence[Problem], judge: Judge) -> tuple[list[Pr
     if bad > max(1, _UNSOUND * len(problems)) or not good:
         good_keys = {problem.key for problem in good}
         first = next(problem for problem in problems if problem.key not in good_keys)
-        raise UserError(
-            f"suite {name}",
-            first.answer,
-            f"{bad} of {len(problems)} gold answers fail their own check, first this",
-            "Correct the file, or name one of the right form.",
-        )
+        problem = f"{bad} of {len(problems)} gold answers fail their own check, first this"
+        raise UserError(f"suite {name}", first.answer, problem, "Correct the file, or name one of the right form.")
     return good, {"left out": f"{bad}, whose own gold answer fails the check"} if bad else {}
 
 

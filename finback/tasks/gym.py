@@ -162,12 +162,8 @@ class Gym:
     def __post_init__(self) -> None:
         check_fields(self, "gym")
         if self.dataset in REFUSED:
-            raise UserError(
-                "gym.dataset",
-                self.dataset,
-                f"this data set {REFUSED[self.dataset]}",
-                "Choose one whose answers can be compared exactly, such as 'chain_sum' or 'countdown'.",
-            )
+            remedy = "Choose one whose answers can be compared exactly, such as 'chain_sum' or 'countdown'."
+            raise UserError("gym.dataset", self.dataset, f"this data set {REFUSED[self.dataset]}", remedy)
         if self.dataset not in SUPPORTED:
             near = did_you_mean(self.dataset, SUPPORTED)
             raise UserError("gym.dataset", self.dataset, "no such data set", near)

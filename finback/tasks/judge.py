@@ -124,12 +124,9 @@ class Judge:
             try:
                 return dict(zip(requests, pool.map(ask, requests.values()), strict=True))
             except RequestFailed as error:
-                raise UserError(
-                    "judge.url",
-                    self.url,
-                    f"the judge did not answer, at last: {client.without_key(str(error))}",
-                    "Start or correct the server, then give the same command again: the run goes on where it was.",
-                ) from None
+                problem = f"the judge did not answer, at last: {client.without_key(str(error))}"
+                remedy = "Start or correct the server, then give the same command again: the run goes on where it was."
+                raise UserError("judge.url", self.url, problem, remedy) from None
             finally:  # after an error the others need not be tried to the end
                 limit.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -175,12 +175,9 @@ def _from_hub(source: str, subset: str, split: str, revision: str, files: str) -
         )
     except Exception as error:  # the package raises its own, those of the hub, of HTTP and of the file system
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            "source",
-            source,
-            f"the hub did not give subset {subset!r}, split {split!r}: {reason}",
-            "Check the name, the subset and the split, or the connection; or name a file that you have.",
-        ) from None
+        problem = f"the hub did not give subset {subset!r}, split {split!r}: {reason}"
+        remedy = "Check the name, the subset and the split, or the connection; or name a file that you have."
+        raise UserError("source", source, problem, remedy) from None
     return tuple(_record(dict(row), f"{source} {split}: record {n}") for n, row in enumerate(rows, start=1))
 
 
