@@ -42,7 +42,7 @@ def seeds(report: Report) -> Rows:
     control = [first[when]["sampled"]["accuracy"] for when in ("before", "control")]
     yield "the same RL with shuffled rewards, seed 0", percents(control, 1).replace(", ", " -> ") + " %"
     gaps = ", ".join(f"{run['gap_max']:.1e}" for run in runs)
-    yield "largest trainer/engine log-probability gap of a token in 100 RL steps, fp32; aim 1e-4", gaps
+    yield "largest trainer/engine log-probability gap of a token in 100 RL steps, fp32; target 1e-4", gaps
     for terms in ("8 terms", "9 terms"):
         change = percents([first[when][terms]["accuracy"] for when in ("before", "after")], 1).replace(", ", " -> ")
         yield f"{terms}, longer than trained on, greedy, seed 0: it does not generalise", f"{change} %"
@@ -66,7 +66,10 @@ def road(report: Report) -> Rows:
     yield "a dense student on sums: distilled; RL alone; bare answers", students
     gaps = sorted(gap for run in runs for gap in run["gap_max"].values())
     below = sum(gap <= 1e-4 for gap in gaps)
-    yield "largest gap of a token in the RL stages; aim 1e-4", f"held in {below} of {len(gaps)}, worst {gaps[-1]:.1e}"
+    yield (
+        "largest gap of a token in the RL stages; target 1e-4",
+        f"within it in {below} of {len(gaps)}, worst {gaps[-1]:.1e}",
+    )
     yield "minutes for the whole road, beside other work", ", ".join(f"{r['total_seconds'] / 60:.0f}" for r in runs)
 
 
@@ -75,11 +78,11 @@ def pretraining(report: Report) -> Rows:
     peer, tokens = f"tokens/s over transformers, {size}", report["settings"]["rows"] * report["settings"]["length"]
     names = {
         "same optimiser / best single process of the peer": f"{peer}, {tokens:,} a step, both AdamW, its best single process",
-        "same optimiser / best of the peer in any layout": f"{peer}, both AdamW, its best in any layout; aim {{}}",
+        "same optimiser / best of the peer in any layout": f"{peer}, both AdamW, its best in any layout; target {{}}",
         "as it trains, compiled / best of the peer in any layout": f"{peer}, finback with Muon, its best in any layout",
     }
-    aim = "1.5" if report["benchmark"].endswith("100m") else "2"
-    yield from ratios(report, {name: what.format(aim) for name, what in names.items()})
+    target = "1.5" if report["benchmark"].endswith("100m") else "2"
+    yield from ratios(report, {name: what.format(target) for name, what in names.items()})
 
 
 def ablate(report: Report) -> Rows:
@@ -107,7 +110,7 @@ def grpo(report: Report) -> Rows:
     names = {
         "finback / TRL with its defaults": "GRPO steps over TRL as it comes",
         "finback / best TRL in one process": "GRPO steps over TRL's best single process",
-        "finback / best TRL in any layout": "GRPO steps over TRL's best in any layout; aim 10",
+        "finback / best TRL in any layout": "GRPO steps over TRL's best in any layout; target 10",
         "rollout alone: finback / best TRL in any layout": "the same, rollouts alone",
         "update alone: finback / best TRL in any layout": "the same, updates alone",
     }
@@ -126,12 +129,12 @@ def serving(report: Report) -> Rows:
             small["contestants"][f"finback {form}"][rows]["tokens_per_second"]["median"] for rows in ("1", "8", "32")
         ]
         yield f"SmolLM2-135M in {form}: tokens/s at 1, 8, 32 rows", ", ".join(f"{s:.0f}" for s in speeds)
-    yield "the same in bf16 over transformers' generate; aim 5 at 32 rows", over("smollm2", "transformers")
-    yield "the same in bf16 over llama.cpp; aim 1 at one row", over("smollm2", "llama.cpp")
+    yield "the same in bf16 over transformers' generate; target 5 at 32 rows", over("smollm2", "transformers")
+    yield "the same in bf16 over llama.cpp; target 1 at one row", over("smollm2", "llama.cpp")
     for peer in ("transformers", "llama.cpp"):
         yield f"first token after 128 prompt tokens, times sooner than {peer}", over("smollm2", peer, "first_token")
     share = small["bandwidth"]["share_reached_at_one_row"]["median"]
-    yield "share of the memory bandwidth at one row; aim 60 %", f"{100 * share:.0f} %"
+    yield "share of the memory bandwidth at one row; target 60 %", f"{100 * share:.0f} %"
     moe = over("v3_style_moe", "transformers")
     yield "a V3-style mixture of experts, 115 M parameters, bf16, over transformers", moe
 
@@ -139,7 +142,7 @@ def serving(report: Report) -> Rows:
 def drafts(report: Report) -> Rows:
     row = report["rows"]["1, temperature 0"]
     figure = f"{100 * row['acceptance']:.0f} % right, {row['always_over_plain']['median']:.2f} times the speed"
-    yield "MTP drafts on the quickstart's model, one row, greedy; aim 1.3", figure
+    yield "MTP drafts on the quickstart's model, one row, greedy; target 1.3", figure
 
 
 def smollm2(report: Report) -> Rows:
