@@ -183,10 +183,9 @@ def page(report: Report) -> Rows:
 def table(rows: str, file: str, command: str) -> Iterator[str]:
     """The lines that stand for {rows file command}."""
     report = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-    where = report["machine"].get("cpu", f"{report['machine']['cores']} cores")
-    source = f"[{report.get('date', 'no date')[:10]}, {where}](../benchmarks/results/{file})"
+    source = f"{report.get('date', 'no date')[:10]}, {report['machine'].get('cpu', 'CPU not recorded')}"
     for what, figure in globals()[rows](report):
-        yield f"| {what} | {figure} | `python benchmarks/{command}` | {source} |"
+        yield f"| {what} | {figure} | `python benchmarks/{command}` | [{source}](../benchmarks/results/{file}) |"
 
 
 def render() -> str:

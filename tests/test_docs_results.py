@@ -1,13 +1,34 @@
-"""docs/results.md says what benchmarks/results says."""
+"""docs/results.md says what benchmarks/results says, and the pages name files that are there."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*/*.md"), ROOT / "benchmarks/README.md"})
 
 
 def test_results_are_those_of_the_measurements(tmp_path: Path) -> None:
     made = tmp_path / "results.md"
     subprocess.run([sys.executable, str(ROOT / "scripts/results.py"), str(made)], check=True)
     assert made.read_text(encoding="utf-8") == (ROOT / "docs/results.md").read_text(encoding="utf-8"), "make results"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_walks_name_files_that_are_there() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_]+/[a-z_/0-9.]+\.(?:py|js|cpp))`", text))
+    assert len(named) > 50
+    assert {name for name in named if not any((ROOT / place / name).is_file() for place in ("finback", "."))} == set()
