@@ -217,7 +217,7 @@ def test_windows_without_documents_are_learnt_whole(tmp_path: Path) -> None:
     shards(tmp_path, {"a": many(1), "b": many(2)})
     one, other = (loader(tmp_path, {"a": 1, "b": 2}, "stream") for _ in range(2))
     for _ in range(20):
-        windows = np.stack([row.tokens for row in one.draw(4, documents=False)]).astype(np.int64)
+        windows = np.stack([row.tokens for row in one.draw(4, document_ids=False)]).astype(np.int64)
         batch = draw(other, 4, documents=False)
         twin = of_windows(torch.from_numpy(windows), EXTRA - 1)
         assert batch.tokens.equal(twin.tokens) and batch.labels.equal(twin.labels) and batch.seq_len == twin.seq_len
@@ -242,7 +242,7 @@ def test_shards_that_do_not_know_their_documents_still_stream(tmp_path: Path) ->
     assert wide.dtype == np.uint32
     np.arange(100, dtype="<u2").tofile(tmp_path / "a.train.bin")  # as it was before shards were described
     (tmp_path / "a.train.json").unlink()
-    assert loader(tmp_path, {"a": 1}, "stream").draw(1, documents=False)[0].tokens.shape == (LENGTH + EXTRA,)
+    assert loader(tmp_path, {"a": 1}, "stream").draw(1, document_ids=False)[0].tokens.shape == (LENGTH + EXTRA,)
     with pytest.raises(UserError, match="do not say where documents end"):
         loader(tmp_path, {"a": 1})
     with pytest.raises(UserError, match="do not say where documents end"):

@@ -497,11 +497,7 @@ TEXT_ONLY = 'the model reads text only. Send parts of type "text".'
         ([said("9", prefix=True), user()], {}, "messages[0].prefix = True: only the last message can be continued"),
         ([user() | {"prefix": True}], {}, "messages[0].prefix = True: only the last message can be continued"),
         ([said("9", prefix="yes")], {}, "messages[0].prefix = 'yes': neither true nor false. Use true."),
-        (
-            [user()],
-            {"continue_last": True},
-            "messages[0].role = 'user': only what the assistant said can be continued.",
-        ),
+        ([user()], {"continue_last": True}, "messages[0].role = 'user': only an assistant's message can be continued."),
         (
             CALLING,
             {"continue_last": True},

@@ -169,7 +169,7 @@ def test_whole_documents_in_rows(prepared: Path, mask: bool) -> None:
     knobs = {"packing": "best_fit", "document_mask": mask, "seq_len": 48, "name": f"fitted-{int(mask)}"}
     training = begin(prepared, pretrain(**knobs))
     model, gradients = training.trainer.model, training.trainer.gradients  # type: ignore[attr-defined]
-    drawn = training.loader.draw(4, documents=mask)
+    drawn = training.loader.draw(4, document_ids=mask)
     rows = of_rows(drawn, 48)
     real = rows.inputs[1]
     assert real is not None and not real.all() and not rows.learnt[~real].any()

@@ -109,7 +109,7 @@ def check(raw: Document, rules: CleaningRules) -> CheckedDocument:
 
 
 class DocumentFilter:
-    """What only a look at all documents tells: repeats, exact and near. CleaningCounts everything."""
+    """Finds exact and near repeats, which only show across all documents, and counts every outcome."""
 
     def __init__(self, source: str, index: SignatureIndex | None = None) -> None:
         self.source, self.index = source, index

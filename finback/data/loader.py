@@ -42,8 +42,8 @@ class Loader:
                 raise UserError(f"mixture.{name}", self.shares[name], problem, remedy)
         self.drawn = dict.fromkeys(self.shares, 0)  # tokens that the trunk reads, padding left out
 
-    def draw(self, rows: int, rank: int = 0, ranks: int = 1, documents: bool = True) -> list[Row]:
-        """This rank's share of the next `rows` rows, rows / ranks of them; with `documents`, which document each token
+    def draw(self, rows: int, rank: int = 0, ranks: int = 1, document_ids: bool = True) -> list[Row]:
+        """This rank's share of the next `rows` rows, rows / ranks of them; with `document_ids`, which document each token
         belongs to. Every rank walks past all rows and reads its own."""
         assert rows % ranks == 0, f"{rows} rows do not divide among {ranks} ranks"
         picked = []
@@ -52,7 +52,7 @@ class Loader:
             place, tokens = self.orders[name].next()
             self.drawn[name] += tokens
             if row % ranks == rank:
-                picked.append(self.orders[name].row(place, documents))
+                picked.append(self.orders[name].row(place, document_ids))
         return picked
 
     def tokens_by_source(self) -> dict[str, int]:

@@ -154,7 +154,7 @@ def lessons(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Lesson]:
 def _check_begun(begun: Message, place: int) -> None:
     if begun.role != "assistant":
         remedy = "End with an assistant's message, or ask for a new one."
-        raise UserError(f"messages[{place}].role", begun.role, "only what the assistant said can be continued", remedy)
+        raise UserError(f"messages[{place}].role", begun.role, "only an assistant's message can be continued", remedy)
     if begun.tool_calls:
         problem = "a message with calls cannot be continued"
         remedy = "Leave them out, or send their results."
@@ -252,16 +252,16 @@ def _render(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[T
     assert tokenizer.template is not None, "DeepSeek's form has no template"
     render = tokenizer.template.render_prompt
     switches = {} if think is None else {"thinking": think, "enable_thinking": think}
-    said = [message.to_openai() for message in messages]
-    text = render(said, **switches)
+    raw = [message.to_openai() for message in messages]
+    text = render(raw, **switches)
     if not tools:
         return text
-    with_tools = render(said, tools=[tool.source for tool in tools], **switches)
+    with_tools = render(raw, tools=[tool.source for tool in tools], **switches)
     if with_tools != text:
         return with_tools
     if len(tokenizer.encode_marked(CALL_BEGIN)) > 1:
-        remedy = "Leave them out, or use a model that was taught to call them."
+        remedy = "Leave them out, or use a model that was trained to call them."
         raise UserError("tools", [tool.name for tool in tools], "the model's chat template writes no tools", remedy)
     section = "".join(tool_pieces(tools, fenced="```json" in render(CALL_PROBE)))
     system = "\n\n".join([*(m.content for m in messages if m.role == "system"), section])
-    return render([{"role": "system", "content": system}, *(m for m in said if m["role"] != "system")], **switches)
+    return render([{"role": "system", "content": system}, *(m for m in raw if m["role"] != "system")], **switches)

@@ -16,15 +16,15 @@ WINDOW = 1024  # documents that are fitted into rows together
 
 @dataclass(frozen=True)
 class Row:
-    """One row as arrays of length + extra: ids, and the document of each; `size` is how many of the first are real."""
+    """One row as arrays of length + extra: ids, and the document of each; the first `size` are no padding."""
 
     tokens: np.ndarray
-    documents: np.ndarray | None
+    document_ids: np.ndarray | None
     size: int
 
 
 class RowOrder(Protocol):
-    """The endless sequence of a source's rows, epoch after epoch; a small state says how far it is."""
+    """The endless run of a source's rows, epoch after epoch; a small state says how far it is."""
 
     # what an epoch permutes
     count: int
@@ -33,7 +33,7 @@ class RowOrder(Protocol):
         """Where the next row lies, and how many of its tokens the trunk reads."""
         ...
 
-    def row(self, place: Any, documents: bool) -> Row:
+    def row(self, place: Any, document_ids: bool) -> Row:
         """The row that lies there."""
         ...
 
@@ -55,13 +55,13 @@ class Windows:
         self.drawn += 1
         return self.drawn - 1, self.length
 
-    def row(self, place: int, documents: bool) -> Row:
+    def row(self, place: int, document_ids: bool) -> Row:
         epoch, index = divmod(place, self.count)
         if self._order[0] != epoch:
             self._order = epoch, _permutation(self.seed, epoch, self.name, self.count)
         start = int(self._order[1][index]) * self.length
         stop = start + self.length + self.extra
-        numbers = _numbers(_ends(self.name, self.shard), start, stop) if documents else None
+        numbers = _numbers(_ends(self.name, self.shard), start, stop) if document_ids else None
         return Row(self.shard[start:stop], numbers, stop - start)
 
     def state(self) -> int:
@@ -100,7 +100,7 @@ class Fitted:
         pieces = rows[self.place - 1]
         return pieces, min(self.length, int(self.sizes[pieces].sum()))
 
-    def row(self, place: list[int], documents: bool) -> Row:
+    def row(self, place: list[int], document_ids: bool) -> Row:
         tokens = np.zeros(self.length + self.extra, dtype=np.int64)
         numbers = np.full(self.length + self.extra, PADDING)
         begin = 0
@@ -112,7 +112,7 @@ class Fitted:
             tokens[begin : begin + size] = self.shard[start : start + size]
             numbers[begin : begin + size] = number
             begin += size
-        return Row(tokens, numbers if documents else None, begin)
+        return Row(tokens, numbers if document_ids else None, begin)
 
     def state(self) -> list[int]:
         return [self.epoch, self.window, self.place]

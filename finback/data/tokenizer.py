@@ -43,8 +43,8 @@ class Tokenizer:
     """Text to ids and back, from a tokenizer.json, a folder that holds one, or a GGUF file.
 
     `encode` treats special tokens in the text as plain characters: a user cannot forge them. A folder's
-    tokenizer_config.json, chat_template.jinja and generation_config.json say what ends a text and how a dialogue
-    is written; without a template, a vocabulary with DeepSeek's marks is written in DeepSeek's form (messages.py).
+    tokenizer_config.json, chat_template.jinja and generation_config.json give the end-of-sequence tokens and
+    the chat template; without a template, a vocabulary with DeepSeek's marks is written in DeepSeek's form (messages.py).
     """
 
     def __init__(self, path: Path) -> None:
@@ -156,7 +156,7 @@ class Tokenizer:
         """UserError if the vocabulary lacks one of these tokens."""
         if lacks := [token for token in tokens if token not in self.ids]:
             reason = "" if self.template else "has no chat template and "
-            remedy = "Use a model that was taught to chat, or put a chat_template.jinja beside it."
+            remedy = "Use a model that was trained to chat, or put a chat_template.jinja beside it."
             raise UserError("tokenizer", str(self.path), f"{reason}lacks the tokens {lacks}", remedy)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -222,7 +222,7 @@ def _content(token: Any) -> str | None:
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     """Train a tokenizer of vocab_size entries on texts and write its tokenizer.json.
 
-    Digits are kept apart while merges are learnt, so numbers stay sequences of single digits (arithmetic is then
+    Digits are split one by one while merges are learnt, so numbers stay runs of single digits (arithmetic is then
     learnt in fewer tokens; docs/log.md); the split rules themselves stay DeepSeek's.
     """
     if not SMALLEST < vocab_size <= LARGEST:

@@ -100,7 +100,7 @@ def of_rows(rows: Sequence[Row], seq_len: int) -> Batch:
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64))
     sizes = torch.tensor([row.size for row in rows])
     real = torch.arange(tokens.size(1)) < sizes[:, None]
-    numbers = [row.documents for row in rows if row.documents is not None]
+    numbers = [row.document_ids for row in rows if row.document_ids is not None]
     follows = real[:, 1:]
     documents = None
     if numbers:
