@@ -174,7 +174,7 @@ struct Attention {
   const int64_t* table;    // (rows, pages)
   const int64_t* lengths;  // (rows,) entries before the first new one
   const int64_t* starts;   // (rows,) the first entry that is seen, or null
-  int64_t rows, news, heads, groups, key, value, elements, value_at, page, pages;
+  int64_t rows, new_tokens, heads, groups, key, value, elements, value_at, page, pages;
   float scale;
 };
 
@@ -189,8 +189,8 @@ void attend_queries(const Attention& a, const T* data, int64_t row, int64_t grou
   float top[Q], sum[Q], fade[Q];
   for (int q = 0; q < Q; ++q) {
     const int64_t token = (query + q) / share, head = first + (query + q) % share;
-    x[q] = a.query + ((row * a.news + token) * a.heads + head) * a.key;
-    y[q] = a.out + ((row * a.news + token) * a.heads + head) * a.value;
+    x[q] = a.query + ((row * a.new_tokens + token) * a.heads + head) * a.key;
+    y[q] = a.out + ((row * a.new_tokens + token) * a.heads + head) * a.value;
     std::fill(y[q], y[q] + a.value, 0.0f);
     reach[q] = a.lengths[row] + token + 1;  // a new token sees what was there, itself, and the new ones before it
     end = std::max(end, reach[q]);
@@ -225,7 +225,7 @@ void attend_queries(const Attention& a, const T* data, int64_t row, int64_t grou
 template <typename T>
 void attend_group(const Attention& a, const T* data, int64_t row, int64_t group, int64_t first, int64_t last,
                   std::vector<float>& buffer) {
-  const int64_t share = last - first, queries = a.news * share;
+  const int64_t share = last - first, queries = a.new_tokens * share;
   int64_t q = 0;
   for (; q + 4 <= queries; q += 4) attend_queries<4>(a, data, row, group, first, share, q, buffer);
   switch (queries - q) {
@@ -242,8 +242,8 @@ void attend(const Attention& a, const T* data) {
   const int64_t parts = a.rows * a.groups >= 8 ? 1 : std::min<int64_t>(share, 4);
   const int64_t tasks = a.rows * a.groups * parts;
   int64_t entries = 0;
-  for (int64_t row = 0; row < a.rows; ++row) entries += a.lengths[row] + a.news;
-#pragma omp parallel if (tasks > 1 && entries * a.news * a.heads * (a.key + a.value) > little)
+  for (int64_t row = 0; row < a.rows; ++row) entries += a.lengths[row] + a.new_tokens;
+#pragma omp parallel if (tasks > 1 && entries * a.new_tokens * a.heads * (a.key + a.value) > little)
   {
     std::vector<float> buffer;
 #pragma omp for schedule(dynamic)
@@ -267,7 +267,7 @@ struct Place {
 template <typename T>
 void grouped_query(Attention a, const Place& at, const T* qkv, const float* query_gain, const float* key_gain, float eps,
                    T* data, T* out) {
-  const int64_t tokens = a.rows * a.news, size = a.key, line = (a.heads + 2 * a.groups) * size;
+  const int64_t tokens = a.rows * a.new_tokens, size = a.key, line = (a.heads + 2 * a.groups) * size;
   static thread_local std::vector<float> scratch;
   scratch.resize(2 * tokens * a.heads * size + tokens * size);
   float *query = scratch.data(), *read = query + tokens * a.heads * size;
@@ -307,7 +307,7 @@ void grouped_query(Attention a, const Place& at, const T* qkv, const float* quer
 template <typename T>
 void latent(Attention a, const Place& at, const T* q, const T* kv, const float* gain, float eps, const T* up, T* data,
             T* out, int64_t nope, int64_t rope, int64_t value) {
-  const int64_t tokens = a.rows * a.news, size = a.value, pairs = tokens * a.heads;  // size: of the latent
+  const int64_t tokens = a.rows * a.new_tokens, size = a.value, pairs = tokens * a.heads;  // size: of the latent
   static thread_local std::vector<float> scratch;
   scratch.resize(pairs * (a.key + size));
   float *query = scratch.data(), *read = query + pairs * a.key;
@@ -385,8 +385,8 @@ void experts(const float* x, const int64_t* index, const float* weight, const T*
 #pragma omp parallel if (pairs * 3 * width * size > little)
   {
 #pragma omp for schedule(static)
-    for (int64_t job = 0; job < runs * width; ++job) {
-      const int64_t run = job / width, unit = job % width, expert = index[order[starts[run]]];
+    for (int64_t item = 0; item < runs * width; ++item) {
+      const int64_t run = item / width, unit = item % width, expert = index[order[starts[run]]];
       const T* gate = gate_up + (expert * 2 * width + unit) * size;
       const T* up = gate + width * size;
       for (int64_t i = starts[run]; i < starts[run + 1]; ++i) {
@@ -498,20 +498,20 @@ void round_columns(const T* x, float* out, int64_t rows, int64_t columns, bool p
 extern "C" {
 
 void finback_attend(int64_t is_bf16, const float* query, const void* data, float* out, const int64_t* table,
-                    const int64_t* lengths, const int64_t* starts, int64_t rows, int64_t news, int64_t heads,
+                    const int64_t* lengths, const int64_t* starts, int64_t rows, int64_t new_tokens, int64_t heads,
                     int64_t groups, int64_t key, int64_t value, int64_t elements, int64_t value_at, int64_t page,
                     int64_t pages, double scale) {
-  const Attention a{query,  out, table, lengths,  starts,   rows, news,  heads,
+  const Attention a{query,  out, table, lengths,  starts,   rows, new_tokens, heads,
                     groups, key, value, elements, value_at, page, pages, float(scale)};
   BOTH(is_bf16, T, attend(a, static_cast<const T*>(data)))
 }
 
 void finback_grouped_query(int64_t is_bf16, const void* qkv, void* data, void* out, const int64_t* slots,
                            const int64_t* table, const int64_t* lengths, const int64_t* starts, const float* cosine,
-                           const float* sine, const float* query_gain, const float* key_gain, int64_t rows, int64_t news,
-                           int64_t heads, int64_t groups, int64_t size, int64_t page, int64_t pages, double eps,
+                           const float* sine, const float* query_gain, const float* key_gain, int64_t rows,
+                           int64_t new_tokens, int64_t heads, int64_t groups, int64_t size, int64_t page, int64_t pages, double eps,
                            double scale) {
-  const Attention a{nullptr, nullptr, table,         lengths,       starts, rows,  news, heads,
+  const Attention a{nullptr, nullptr, table,         lengths,       starts, rows, new_tokens, heads,
                     groups,  size,    size,          2 * groups * size, groups * size, page,  pages, float(scale)};
   const Place at{slots, cosine, sine, false};
   BOTH(is_bf16, T,
@@ -522,9 +522,9 @@ void finback_grouped_query(int64_t is_bf16, const void* qkv, void* data, void* o
 void finback_latent(int64_t is_bf16, const void* q, const void* kv, const void* up, void* data, void* out,
                     const int64_t* slots, const int64_t* table, const int64_t* lengths, const int64_t* starts,
                     const float* cosine, const float* sine, const float* gain, int64_t interleaved, int64_t rows,
-                    int64_t news, int64_t heads, int64_t nope, int64_t rope, int64_t value, int64_t size, int64_t page,
-                    int64_t pages, double eps, double scale) {
-  const Attention a{nullptr, nullptr, table, lengths,     starts, rows, news,  heads,
+                    int64_t new_tokens, int64_t heads, int64_t nope, int64_t rope, int64_t value, int64_t size,
+                    int64_t page, int64_t pages, double eps, double scale) {
+  const Attention a{nullptr, nullptr, table, lengths,     starts, rows, new_tokens, heads,
                     1,       size + rope, size,  size + rope, 0,      page, pages, float(scale)};
   const Place at{slots, cosine, sine, interleaved != 0};
   BOTH(is_bf16, T,

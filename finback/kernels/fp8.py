@@ -28,10 +28,10 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     The factor is a block's largest magnitude / 448, so nothing overflows. It is what multiplies the values back.
     """
     rows, columns = weight.shape[-2:]
-    wide = weight.float()
-    padded = F.pad(wide, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    fp32 = weight.float()
+    padded = F.pad(fp32, (0, -columns % BLOCK, 0, -rows % BLOCK))
     scale = _tiles(padded).abs().amax(dim=(-3, -1)).clamp(min=1e-12) / LARGEST
-    return (wide / expand_blocks(scale, rows, columns)).to(torch.float8_e4m3fn), scale
+    return (fp32 / expand_blocks(scale, rows, columns)).to(torch.float8_e4m3fn), scale
 
 
 def quantize_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -41,10 +41,10 @@ def quantize_tiles(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tenso
     is quantized (V3 3.3.3; scale_fmt "ue8m0").
     """
     n = x.size(-1)
-    wide = x.float()
-    largest = F.pad(wide, (0, -n % BLOCK)).unflatten(-1, (-1, BLOCK)).abs().amax(dim=-1)
+    fp32 = x.float()
+    largest = F.pad(fp32, (0, -n % BLOCK)).unflatten(-1, (-1, BLOCK)).abs().amax(dim=-1)
     scale = factors(largest, LARGEST, power_of_two)
-    return e4m3(wide / expand_tiles(scale, n)), scale
+    return e4m3(fp32 / expand_tiles(scale, n)), scale
 
 
 def dequantize_tiles(values: Tensor, scale: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ def e4m3(x: Tensor) -> Tensor:
 def dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """values ⊙ factors in `dtype`, into `out` if given; shapes as `quantize` returns them. The product is fp32's."""
     rows, columns = values.shape[-2:]
-    wide = to_fp32(values)
+    fp32 = to_fp32(values)
     if rows % BLOCK or columns % BLOCK:
-        wide.mul_(expand_blocks(scale, rows, columns))
+        fp32.mul_(expand_blocks(scale, rows, columns))
     else:  # whole blocks: no factor need be repeated
-        _tiles(wide).mul_(scale[..., :, None, :, None])
-    return wide.to(dtype) if out is None else out.copy_(wide)
+        _tiles(fp32).mul_(scale[..., :, None, :, None])
+    return fp32.to(dtype) if out is None else out.copy_(fp32)
 
 
 def to_fp32(values: Tensor) -> Tensor:
@@ -94,11 +94,11 @@ def to_fp32(values: Tensor) -> Tensor:
         return values.float()
     bits = values.view(torch.int8)
     moved = bits.to(torch.int16).bitwise_left_shift_(4).bitwise_and_(0x87F0 - 0x10000)
-    wide = moved.view(torch.bfloat16).float().mul_(2.0**120)
+    fp32 = moved.view(torch.bfloat16).float().mul_(2.0**120)
     magnitude = bits.bitwise_and(0x7F)
     if magnitude.numel() and magnitude.max() == 0x7F:
-        wide.masked_fill_(magnitude == 0x7F, torch.nan)
-    return wide
+        fp32.masked_fill_(magnitude == 0x7F, torch.nan)
+    return fp32
 
 
 def _tiles(matrix: Tensor) -> Tensor:
@@ -108,5 +108,5 @@ def _tiles(matrix: Tensor) -> Tensor:
 
 def expand_blocks(scale: Tensor, rows: int, columns: int) -> Tensor:
     """A factor per block -> the same factor at each of its elements, (..., rows, columns)."""
-    wide = scale.repeat_interleave(BLOCK, dim=-1)[..., :columns]
-    return wide.repeat_interleave(BLOCK, dim=-2)[..., :rows, :]
+    expanded = scale.repeat_interleave(BLOCK, dim=-1)[..., :columns]
+    return expanded.repeat_interleave(BLOCK, dim=-2)[..., :rows, :]

@@ -101,8 +101,8 @@ def round_tiles(x: Tensor, dim: int, power_of_two: bool = False) -> Tensor:
     if x.device.type == "cpu" and x.dtype in native.DTYPES and native.library() is not None:
         return _round_natively(x.contiguous(), dim, power_of_two)
     size = x.size(dim)
-    wide = F.pad(x.float(), (0, -size % BLOCK) if dim == 1 else (0, 0, 0, -size % BLOCK))
-    tiles = wide.unflatten(dim, (-1, BLOCK))
+    fp32 = F.pad(x.float(), (0, -size % BLOCK) if dim == 1 else (0, 0, 0, -size % BLOCK))
+    tiles = fp32.unflatten(dim, (-1, BLOCK))
     scale = fp8.factors(tiles.abs().amax(dim=dim + 1, keepdim=True), fp8.LARGEST, power_of_two)
     rounded = round_(tiles / scale, fraction=3, exponent=-6).mul_(scale)
     return rounded.flatten(dim, dim + 1).narrow(dim, 0, size)

@@ -47,12 +47,12 @@ def _native(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Ten
     """For few tokens, in C++: every expert's weights are read once, and no token is moved."""
     tokens, choices = index.shape
     width, size = down.size(2), x.size(1)
-    wide, weight, index = x.float().contiguous(), weight.float().contiguous(), index.contiguous()
-    out, hidden = torch.empty_like(wide), wide.new_empty(tokens * choices, width)
+    fp32, weight, index = x.float().contiguous(), weight.float().contiguous(), index.contiguous()
+    out, hidden = torch.empty_like(fp32), fp32.new_empty(tokens * choices, width)
     native.call(
         "experts",
         gate_up.dtype == torch.bfloat16,
-        *(wide, index, weight, gate_up, down, out, hidden),
+        *(fp32, index, weight, gate_up, down, out, hidden),
         *(tokens, choices, size, width),
     )
     return out.to(x.dtype)

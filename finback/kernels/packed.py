@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Form = Literal["bf16", "int8"]
-FEW = 32  # rows up to which torch's int8 product is faster than widening the weight for a bf16 one
+FEW = 32  # rows up to which torch's int8 product is faster than dequantizing the weight for a bf16 one
 
 
 class PackedLinear(nn.Module):
@@ -29,9 +29,9 @@ class PackedLinear(nn.Module):
         assert len(given) in (0, len(weights)), "all of a stack have a bias, or none has"
         self.bias = torch.cat(given).detach().to(torch.bfloat16) if given else None
         if form == "int8":
-            wide = weight.float()
-            scale = wide.abs().amax(dim=1).clamp(min=1e-12) / 127
-            self.weight = (wide / scale[:, None]).round().to(torch.int8)
+            fp32 = weight.float()
+            scale = fp32.abs().amax(dim=1).clamp(min=1e-12) / 127
+            self.weight = (fp32 / scale[:, None]).round().to(torch.int8)
             self.scale = scale.to(torch.bfloat16)
         else:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16).contiguous())

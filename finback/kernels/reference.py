@@ -34,8 +34,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """gain ⊙ x / sqrt(mean(x²) + eps) over the last dimension; statistics in fp32."""
-    wide = x.float()
-    return (wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * gain.float()).to(x.dtype)
+    fp32 = x.float()
+    return (fp32 * (fp32.square().mean(dim=-1, keepdim=True) + eps).rsqrt() * gain.float()).to(x.dtype)
 
 
 def paged_attention(query: Tensor, rows: PagedRows, groups: int, value_dim: int, value_at: int, scale: float) -> Tensor:

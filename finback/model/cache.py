@@ -47,8 +47,8 @@ class Pool:
 class Cache:
     """The rows of one forward pass: `new` tokens each, behind the `lengths` that their pages hold already.
 
-    table (rows, pages) names each row's pages in order. Rows may bring fewer real tokens than `new`: `counts` says how
-    many, the others are padding at the end and are not kept. Entries before starts (rows,) are not seen.
+    table (rows, pages) names each row's pages in order. Rows may bring fewer tokens than `new`: `counts` says how
+    many, the others are padding at the end and are not written. Entries before starts (rows,) are not seen.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ class MoE(nn.Module):
         self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (b, t, d) -> (b, t, d); `padding_mask` (b, t) is True for real tokens, False for padding.
+        """x (b, t, d) -> (b, t, d); `padding_mask` (b, t) is True for tokens, False for padding.
 
         In training mode it also counts the load and leaves the balance loss in `self.balance`.
         """

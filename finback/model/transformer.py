@@ -97,7 +97,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """tokens (b, t) -> final hidden states (b, t, d) after the last norm; `logits` maps them to logits.
 
-        With a cache the tokens continue what each row holds. `padding_mask` (b, t) is True for real tokens, False for
+        With a cache the tokens continue what each row holds. `padding_mask` (b, t) is True for tokens, False for
         padding, which sits at the end of a row, so attention needs no mask for it. `document_ids` (b, t) numbers the
         documents that share a row, each in one piece: none sees another, and each counts its positions from 0.
         """
