@@ -40,7 +40,7 @@ def check_url(url: str, field: str, example: str, query: bool = False) -> urllib
         parts = urllib.parse.urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and (query or not parts.query):
             return parts
-    except ValueError:  # a port that is no number
+    except ValueError:  # a port that is not a number
         pass
     raise UserError(field, url, "not the url of a server", f"Write for example {example}.")
 

@@ -185,7 +185,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _kind(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
-        return "no finite number"
+        return "NaN or infinity"
     return type(value).__name__
 
 

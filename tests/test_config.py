@@ -65,7 +65,7 @@ def test_values_that_fit_pass(knobs: dict[str, Any]) -> None:
         ("steps", None, "expected int, got NoneType"),
         ("rate", "0.5", "expected float, got str"),
         ("rate", True, "expected float, got bool"),
-        ("rate", float("inf"), "expected float, got no finite number"),
+        ("rate", float("inf"), "expected float, got NaN or infinity"),
         ("shuffle", 1, "expected bool, got int"),
         ("compute", "fp16", "expected one of auto, fp32, bf16"),
         ("sources", ["chitchat"], "expected tuple[str, ...], got list"),

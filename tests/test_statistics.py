@@ -80,11 +80,11 @@ def test_holm_by_hand() -> None:
 
 
 def test_nothing_is_told_apart_by_too_little() -> None:
-    assert not paired([1], [0], 0).told_apart
-    assert not paired([1] * 5, [0] * 5, 0).told_apart  # 5 of 5 happens one time in 16
-    assert paired([1] * 6, [0] * 6, 0).told_apart
+    assert not paired([1], [0], 0).is_significant
+    assert not paired([1] * 5, [0] * 5, 0).is_significant  # 5 of 5 happens one time in 16
+    assert paired([1] * 6, [0] * 6, 0).is_significant
     same = paired([0.25, 0.5, 1], [0.25, 0.5, 1], 0)
-    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1) and not same.told_apart
+    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1) and not same.is_significant
 
 
 def test_pairing_sees_what_two_intervals_do_not() -> None:
@@ -94,7 +94,7 @@ def test_pairing_sees_what_two_intervals_do_not() -> None:
     one, other = interval(better, 0), interval(base, 0)
     assert one[0] < other[1], "the intervals overlap"
     gap = paired(better, base, 0)
-    assert gap.told_apart and gap.low <= gap.mean <= gap.high and gap.mean == pytest.approx(0.07)
+    assert gap.is_significant and gap.low <= gap.mean <= gap.high and gap.mean == pytest.approx(0.07)
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
@@ -135,5 +135,5 @@ def test_coverage_of_differences(monkeypatch: pytest.MonkeyPatch) -> None:
         better = rng.binomial(4, hard + 0.2 * (1 - hard)) / 4
         gap = paired(list(better), list(base), run)
         held += gap.low <= 0.1 <= gap.high
-        alarms += paired(list(equal), list(base), run).told_apart
+        alarms += paired(list(equal), list(base), run).is_significant
     assert 0.93 <= held / runs <= 0.97 and alarms / runs <= 0.06

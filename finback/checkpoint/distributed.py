@@ -37,7 +37,7 @@ class Steps:
 
     def __init__(self, folder: Path, keep: int = KEEP) -> None:
         self.folder, self.keep = folder, keep
-        # its own group: a checkpoint is written while the ranks talk of other things
+        # its own group: a checkpoint is written while the ranks exchange other tensors
         self.group = dist.new_group(backend="gloo")
         self.pending: tuple[int, dict[str, Any], Future[Any]] | None = None
 

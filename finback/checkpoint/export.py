@@ -169,15 +169,15 @@ def _write_weights(model: Transformer, folder: Path, fmt: Format, shard_bytes: i
     """Write each file of the plan as soon as its tensors are there, and an index when there are shards."""
     plan = _plan(model.config, fmt, shard_bytes)
     left = Counter(plan.values())
-    held: dict[str, dict[str, Tensor]] = {file: {} for file in left}
+    pending: dict[str, dict[str, Tensor]] = {file: {} for file in left}
     weight_map: dict[str, str] = {}
     for name, tensor in tensors(model, fmt):
         file = plan[name.removesuffix(SCALE)]
-        held[file][name] = tensor
+        pending[file][name] = tensor
         weight_map[name] = file
         left[file] -= not name.endswith(SCALE)
         if left[file] == 0:
-            save_file(held.pop(file), folder / file, metadata={"format": "pt"})
+            save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
     indexed = {name: file for name, file in weight_map.items() if file != BESIDE}
     if SINGLE not in indexed.values():
         total = sum((folder / file).stat().st_size for file in set(indexed.values()))

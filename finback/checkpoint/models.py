@@ -137,8 +137,8 @@ def fill(model: Transformer, shards: Weights) -> None:
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(READERS) as pool:
-            jobs = (n for n in shards.by_file() if n in targets)
-            deque(pool.map(lambda name: _copy(state, targets[name], name, shards), jobs), maxlen=0)
+            wanted = (n for n in shards.by_file() if n in targets)
+            deque(pool.map(lambda name: _copy(state, targets[name], name, shards), wanted), maxlen=0)
     finally:
         torch.set_num_threads(threads)
 

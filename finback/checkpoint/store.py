@@ -35,7 +35,7 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
 
 
 def as_os_error(error: Exception, path: Path) -> Exception:
-    """The OSError that safetensors only tells of in words, a full disk for one; any other error as it is."""
+    """The OSError that safetensors reports only as text, a full disk for one; any other error as it is."""
     reason = re.search(r"os error (\d+)", str(error))
     return OSError(int(reason[1]), os.strerror(int(reason[1])), str(path)) if reason else error
 
@@ -74,7 +74,7 @@ def load_newest(
 ) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
     """The newest readable step of a stage, or None when there is none.
 
-    A damaged newest file falls back to the one before, and `say` is told; if none is whole, the error of the newest
+    A damaged newest file falls back to the one before, which `say` reports; if none is whole, the error of the newest
     is raised.
     """
     paths = sorted(folder.glob("step-*.safetensors"), reverse=True)

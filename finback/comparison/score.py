@@ -101,7 +101,7 @@ def pairs(scores: Sequence[Score], seed: int) -> list[dict[str, Any]]:
 
 
 def _pair(one: Score, other: Score, gap: Difference, raised: float) -> dict[str, Any]:
-    is_clear = gap.told_apart and raised <= 1 - statistics.LEVEL
+    is_clear = gap.is_significant and raised <= 1 - statistics.LEVEL
     better = (one if gap.mean > 0 else other).contestant if is_clear else None
     return {
         "suite": one.suite,

@@ -58,9 +58,9 @@ class Detokenizer:
             self._emit(text[:place])
             self._pending = ""
             return True
-        kept = max((_overlap(text, stop) for stop in self.stops), default=0)
-        self._pending = text[len(text) - kept :]
-        self._emit(text[: len(text) - kept])
+        withheld = max((_overlap(text, stop) for stop in self.stops), default=0)
+        self._pending = text[len(text) - withheld :]
+        self._emit(text[: len(text) - withheld])
         return False
 
     def _emit(self, text: str) -> None:

@@ -163,8 +163,8 @@ class Request:
         """Whether it still has a prompt to read, rather than one token to continue with."""
         left = self.length - self.computed
         # a request for prompt_logprobs alone reads its prompt to the last token
-        scored = self.sampling.prompt_logprobs is not None and self.computed < len(self.prompt)
-        return left > 1 or (left == 1 and scored)
+        for_logprobs = self.sampling.prompt_logprobs is not None and self.computed < len(self.prompt)
+        return left > 1 or (left == 1 and for_logprobs)
 
     @property
     def end(self) -> int:

@@ -138,7 +138,7 @@ class Runner:
     def _draft(self, rows: list[Request], hidden: Tensor, starts: list[int], counts: list[int]) -> None:
         """Bring MTP's entries up to date and guess the token after the last one of each row.
 
-        hidden (rows, new, d) are the trunk's outputs from positions `starts` on, of which `counts` are real.
+        hidden (rows, new, d) are the trunk's outputs from positions `starts` on, of which `counts` are no padding.
         """
         if self.speculation is None:
             return

@@ -39,8 +39,8 @@ def place(load: Tensor, slots: int, groups: int, nodes: int, gpus: int) -> Place
     where = torch.full((len(rows), experts, int(copies.max())), -1)
     for layer, row in enumerate(rows):
         for index in range(experts):
-            held = [slot for slot, e in enumerate(row) if e == index]
-            where[layer, index, : len(held)] = torch.tensor(held)
+            own = [slot for slot, e in enumerate(row) if e == index]
+            where[layer, index, : len(own)] = torch.tensor(own)
     return Placement(expert, where, copies)
 
 
@@ -60,8 +60,8 @@ def _layer(load: list[float], slots: int, groups: int, nodes: int, gpus: int) ->
     size = len(load) // groups
     of_group = [sum(load[g * size : (g + 1) * size]) for g in range(groups)]
     placed: list[int] = []
-    for held in pack(of_group, nodes):
-        experts = [g * size + i for g in held for i in range(size)]
+    for members in pack(of_group, nodes):
+        experts = [g * size + i for g in members for i in range(size)]
         copied = replicate([load[e] for e in experts], slots // nodes)
         copies = [copied.count(i) for i in range(len(experts))]
         weights = [load[experts[i]] / copies[i] for i in copied]
@@ -72,21 +72,21 @@ def _layer(load: list[float], slots: int, groups: int, nodes: int, gpus: int) ->
 def pack(weights: list[float], bins: int) -> list[list[int]]:
     """Items into bins of equally many, the heaviest first, each into the lightest bin with room."""
     room = len(weights) // bins
-    held: list[list[int]] = [[] for _ in range(bins)]
+    packed: list[list[int]] = [[] for _ in range(bins)]
     total = [0.0] * bins
     for item in sorted(range(len(weights)), key=lambda i: -weights[i]):
-        lightest = min((b for b in range(bins) if len(held[b]) < room), key=lambda b: total[b])
-        held[lightest].append(item)
+        lightest = min((b for b in range(bins) if len(packed[b]) < room), key=lambda b: total[b])
+        packed[lightest].append(item)
         total[lightest] += weights[item]
-    return held
+    return packed
 
 
 def replicate(load: list[float], slots: int) -> list[int]:
     """Which expert each slot holds: every expert once, then always one more of that with most load per copy."""
     copies = [1] * len(load)
-    held = list(range(len(load)))
-    while len(held) < slots:
+    chosen = list(range(len(load)))
+    while len(chosen) < slots:
         busiest = max(range(len(load)), key=lambda i: load[i] / copies[i])
         copies[busiest] += 1
-        held.append(busiest)
-    return held
+        chosen.append(busiest)
+    return chosen

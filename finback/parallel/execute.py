@@ -19,10 +19,10 @@ from finback.runs.recipe import Recipe
 
 
 class RankFailed(Exception):
-    """A rank ended with the exit code `code`; it has said why on stderr."""
+    """A rank ended with the exit code `code`; the reason is on its stderr."""
 
     def __init__(self, code: int) -> None:
-        super().__init__(f"a rank ended with exit code {code}; what it said is above")
+        super().__init__(f"a rank ended with exit code {code}; its output is above")
         self.code = code
 
 

@@ -51,7 +51,7 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
     """
     port, presses = free_port(), 0
     children: list[subprocess.Popen[bytes]] = []
-    # Only rank 0 talks; another rank's output is shown when it was the one to fail.
+    # Only rank 0 writes to the terminal; another rank's output is shown when it was the one to fail.
     output = [tempfile.TemporaryFile() for _ in range(1, ranks)]  # noqa: SIM115 - read at the end
 
     def on_signal(number: int, frame: FrameType | None) -> None:

@@ -115,7 +115,7 @@ def _fresh_store(size: int) -> Any:
     """Where the ranks of this attempt find each other; None for the usual place.
 
     torchrun hands ranks that it starts again the store of those that died, whose addresses are still in it
-    (pytorch issue 135712). On one machine its count of restarts tells attempts apart; machines count for themselves.
+    (pytorch issue 135712). On one machine its count of restarts numbers the attempts; machines count for themselves.
     """
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not agents or os.environ.get("LOCAL_WORLD_SIZE") != str(size):

@@ -103,7 +103,7 @@ def find(name: str) -> Schedule:
 def in_flight(name: str, ranks: int, micro_batches: int) -> tuple[tuple[tuple[tuple[int, int], ...], ...], ...]:
     """For each rank the moments at which it holds most: activations per stage, as (stage, how many) pairs.
 
-    An activation is held from F until B, or until I and W are done. A moment at which no stage has more of them than at
+    An activation is alive from F until B, or until I and W are done. A moment at which no stage has more of them than at
     another is left out.
     """
     schedule = find(name)
@@ -114,14 +114,14 @@ def in_flight(name: str, ranks: int, micro_batches: int) -> tuple[tuple[tuple[tu
 
 
 def _moments(slots: list[Slot]) -> tuple[tuple[tuple[int, int], ...], ...]:
-    held = dict.fromkeys((op.stage for op in operations(slots)), 0)
+    alive = dict.fromkeys((op.stage for op in operations(slots)), 0)
     seen = set()
     for op in operations(slots):  # the forward of an overlapped pair comes first: for a while both are alive
         if op.kind == "F":
-            held[op.stage] += 1
-            seen.add(tuple(held.items()))
+            alive[op.stage] += 1
+            seen.add(tuple(alive.items()))
         elif op.kind in "BW":
-            held[op.stage] -= 1
+            alive[op.stage] -= 1
     return tuple(
         m for m in seen if not any(o != m and all(a[1] <= b[1] for a, b in zip(m, o, strict=True)) for o in seen)
     )

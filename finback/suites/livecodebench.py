@@ -61,7 +61,7 @@ class CodeTests:
 def load(at: str, problems: int | None, seed: int, since: str = "", until: str = "") -> Suite:
     """Release 6's problems, or those of `at`; `since` and `until` are days such as 2024-08-01, both included."""
     first, last = _day("since", since or "0001-01-01"), _day("until", until or "9999-12-31")
-    records = [r for r in ORIGIN.records(at) if first <= _held(r) <= last]
+    records = [r for r in ORIGIN.records(at) if first <= _contest_date(r) <= last]
     if not records:
         raise UserError("livecodebench", f"{since}..{until}", "no problem in this time", "Widen it.")
     pairs = [_problem(record) for record in records]
@@ -112,7 +112,7 @@ def _problem(record: Record) -> tuple[Problem, CodeTests]:
     tests = tuple(_values(record, test) if method else (test["input"], test["output"]) for test in raw)
     if not tests:
         raise UserError(record.where, "private_test_cases", "no tests", "Correct the record.")
-    tags: dict[str, int | str] = {"date": _held(record).isoformat()}
+    tags: dict[str, int | str] = {"date": _contest_date(record).isoformat()}
     if isinstance(record.fields.get("difficulty"), str):
         tags["difficulty"] = record.fields["difficulty"]
     return Problem(question, "", canonical(question), tags=tags), CodeTests(method, tests)
@@ -200,7 +200,7 @@ def _json(record: Record, name: str) -> dict[str, Any]:
     return found
 
 
-def _held(record: Record) -> date:
+def _contest_date(record: Record) -> date:
     """The day of the contest; the hub's files say it as 2024-08-17T00:00:00."""
     return _day(f"{record.where} contest_date", str(record.fields.get("contest_date", ""))[:10])
 

@@ -31,7 +31,7 @@ class Difference:
     n: int
 
     @property
-    def told_apart(self) -> bool:
+    def is_significant(self) -> bool:
         """Whether the questions show which is better: the interval leaves 0 out and chance hardly explains it."""
         return (self.low > 0 or self.high < 0) and self.p <= 1 - LEVEL
 
