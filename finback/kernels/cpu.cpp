@@ -15,8 +15,8 @@ struct bf16 {
   uint16_t bits;
 };
 
-inline float wide(float x) { return x; }
-inline float wide(bf16 x) {
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
   float y;
   std::memcpy(&y, &bits, 4);
@@ -56,20 +56,20 @@ inline float dot(const float* a, const T* b, int64_t n) {
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes)
 #pragma omp simd
-    for (int64_t j = 0; j < lanes; ++j) sums[j] += a[i + j] * wide(b[i + j]);
+    for (int64_t j = 0; j < lanes; ++j) sums[j] += a[i + j] * to_float(b[i + j]);
   float sum = 0;
   if (i > 0)
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < lanes; ++j) sum += sums[j];
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = i; j < n; ++j) sum += a[j] * wide(b[j]);
+  for (int64_t j = i; j < n; ++j) sum += a[j] * to_float(b[j]);
   return sum;
 }
 
 template <typename T>
 inline void add_scaled(float* out, float factor, const T* x, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] += factor * wide(x[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] += factor * to_float(x[i]);
 }
 
 // Sixteen numbers at once; the compiler splits them where registers are narrower.
@@ -116,7 +116,7 @@ void products(const float* const* x, const T* keys, int64_t stride, int64_t n, i
     for (int q = 0; q < Q; ++q)
       for (int64_t k = 0; k < K; ++k) {
         float sum = total(sums[q][k]);
-        for (int64_t d = even; d < n; ++d) sum += x[q][d] * wide(keys[(i + k) * stride + d]);
+        for (int64_t d = even; d < n; ++d) sum += x[q][d] * to_float(keys[(i + k) * stride + d]);
         s[q * line + i + k] = sum;
       }
   }
@@ -141,7 +141,7 @@ void mix(float* const* y, const float* fade, const T* values, int64_t stride, in
   for (int q = 0; q < Q; ++q)
     for (int64_t v = even; v < n; ++v) {
       float sum = y[q][v] * fade[q];
-      for (int64_t i = 0; i < count; ++i) sum += s[q * line + i] * wide(values[i * stride + v]);
+      for (int64_t i = 0; i < count; ++i) sum += s[q * line + i] * to_float(values[i * stride + v]);
       y[q][v] = sum;
     }
 }
@@ -151,10 +151,10 @@ template <typename T, typename U>
 inline void norm(const T* x, const float* gain, float eps, U* out, int64_t n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += wide(x[i]) * wide(x[i]);
+  for (int64_t i = 0; i < n; ++i) sum += to_float(x[i]) * to_float(x[i]);
   const float inverse = 1.0f / std::sqrt(sum / float(n) + eps);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) narrow(wide(x[i]) * inverse * gain[i], out + i);
+  for (int64_t i = 0; i < n; ++i) narrow(to_float(x[i]) * inverse * gain[i], out + i);
 }
 
 // Rotates pairs (2i, 2i + 1) or (i, i + n / 2); the result is [first of each pair | second of each pair].
@@ -162,7 +162,7 @@ template <typename T, typename U>
 inline void rotate(const T* x, const float* cosine, const float* sine, bool interleaved, U* out, int64_t n) {
   const int64_t half = n / 2;
   for (int64_t i = 0; i < half; ++i) {
-    const float a = wide(interleaved ? x[2 * i] : x[i]), b = wide(interleaved ? x[2 * i + 1] : x[i + half]);
+    const float a = to_float(interleaved ? x[2 * i] : x[i]), b = to_float(interleaved ? x[2 * i + 1] : x[i + half]);
     narrow(a * cosine[i] - b * sine[i], out + i);
     narrow(a * sine[i] + b * cosine[i], out + half + i);
   }
@@ -328,7 +328,7 @@ void latent(Attention a, const Place& at, const T* q, const T* kv, const float* 
       const T *x = q + pair * (nope + rope), *w = up + h * (nope + value) * size;
       float* to = query + pair * a.key;
       std::fill(to, to + size, 0.0f);
-      for (int64_t n = 0; n < nope; ++n) add_scaled(to, wide(x[n]), w + n * size, size);
+      for (int64_t n = 0; n < nope; ++n) add_scaled(to, to_float(x[n]), w + n * size, size);
       rotate(x + nope, at.cosine + t * rope / 2, at.sine + t * rope / 2, at.interleaved, to + size, rope);
     }
   }
@@ -348,7 +348,7 @@ void add_norm(const T* x, const T* y, const float* gain, float eps, T* sum, T* o
     const T* row = x + t * size;
     if (y) {
 #pragma omp simd
-      for (int64_t i = 0; i < size; ++i) narrow(wide(row[i]) + wide(y[t * size + i]), sum + t * size + i);
+      for (int64_t i = 0; i < size; ++i) narrow(to_float(row[i]) + to_float(y[t * size + i]), sum + t * size + i);
       row = sum + t * size;
     }
     norm(row, gain, eps, out + t * size, size);
@@ -363,8 +363,8 @@ void swiglu(const T* x, T* out, int64_t tokens, int64_t width) {
     const T *gate = x + 2 * t * width, *up = gate + width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      const float g = wide(gate[i]), e = exp_(-std::fabs(g));  // sigmoid without overflow
-      narrow(g * (g < 0 ? e : 1.0f) / (1.0f + e) * wide(up[i]), out + t * width + i);
+      const float g = to_float(gate[i]), e = exp_(-std::fabs(g));  // sigmoid without overflow
+      narrow(g * (g < 0 ? e : 1.0f) / (1.0f + e) * to_float(up[i]), out + t * width + i);
     }
   }
 }
@@ -452,10 +452,10 @@ void round_tiles(const T* x, float* out, int64_t rows, int64_t columns, bool pow
       const int64_t end = std::min(begin + tile, (row + 1) * columns);
       uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
-      for (int64_t i = begin; i < end; ++i) largest = std::max(largest, magnitude(wide(x[i])));
+      for (int64_t i = begin; i < end; ++i) largest = std::max(largest, magnitude(to_float(x[i])));
       const float scale = factor(largest, power_of_two);
 #pragma omp simd
-      for (int64_t i = begin; i < end; ++i) out[i] = e4m3(wide(x[i]) / scale) * scale;
+      for (int64_t i = begin; i < end; ++i) out[i] = e4m3(to_float(x[i]) / scale) * scale;
     }
 }
 
@@ -473,13 +473,13 @@ void round_columns(const T* x, float* out, int64_t rows, int64_t columns, bool p
       for (int64_t row = begin; row < end; ++row)
 #pragma omp simd
         for (int64_t i = 0; i < size; ++i)
-          largest[i] = std::max(largest[i], magnitude(wide(x[row * columns + first + i])));
+          largest[i] = std::max(largest[i], magnitude(to_float(x[row * columns + first + i])));
       for (int64_t i = 0; i < size; ++i) scale[i] = factor(largest[i], power_of_two);
       for (int64_t row = begin; row < end; ++row)
 #pragma omp simd
         for (int64_t i = 0; i < size; ++i) {
           const int64_t at = row * columns + first + i;
-          out[at] = e4m3(wide(x[at]) / scale[i]) * scale[i];
+          out[at] = e4m3(to_float(x[at]) / scale[i]) * scale[i];
         }
     }
 }
