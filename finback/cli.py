@@ -78,7 +78,7 @@ def version(
     context: typer.Context,
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
-    """finback builds, teaches, checks and serves DeepSeek-class language models."""
+    """finback builds, trains, checks and serves DeepSeek-class language models."""
     if show_version:
         print(__version__)
         raise typer.Exit
@@ -136,7 +136,7 @@ def show(
     what: Annotated[str, typer.Argument(metavar="RUN|RECIPE|STAGE", help="A run folder, a recipe file, or a stage.")],
     settings: Settings = (),
     samples: Annotated[
-        bool, typer.Option("--samples", help="Show what the model said in RL, and what it earned.")
+        bool, typer.Option("--samples", help="Show the model's answers in RL, and their rewards.")
     ] = False,
     stage: Annotated[str, typer.Option(help="With --samples: of this stage alone.")] = "",
     step: Annotated[int, typer.Option(help="With --samples: of this step; else first, middle, last.")] = 0,
@@ -172,10 +172,10 @@ def show(
 @app.command()
 @with_options
 def chat(options: ChatOptions, as_json: Json = False) -> None:
-    """Talk to a model: one line a turn, thinking dimmed. /new forgets the dialogue, /help names more, Ctrl-D ends it."""
-    from finback.report import talk
+    """Chat with a model: one line a turn, thinking dimmed. /new forgets the dialogue, /help names more, Ctrl-D ends it."""
+    from finback.report.chat import loop
 
-    talk.loop(options, as_json, "NO_COLOR" not in os.environ)
+    loop(options, as_json, "NO_COLOR" not in os.environ)
 
 
 @app.command()
@@ -217,7 +217,7 @@ def verify(options: VerifyOptions, as_json: Json = False) -> None:
 @app.command(cls=comparing.Spread)
 @with_options
 def compare(options: comparing.CompareOptions, as_json: Json = False) -> None:
-    """Ask models the same questions: scores with intervals, what can be told apart, and what an answer costs.
+    """Ask models the same questions: scores with intervals, which differences are significant, and what an answer costs.
 
     Answers are kept in --out, and the same command asks only what is missing. Exit code 1 if requests failed for good.
     """

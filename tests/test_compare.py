@@ -140,7 +140,7 @@ def test_a_failure_is_no_mistake(tmp_path: Path) -> None:
     (pair,) = report["pairs"]  # on the questions that both have answered they are alike
     assert (pair["n"], pair["difference"], pair["better"]) == (10, 0, None)
     assert len(report["failures"]) == 10
-    text = table.tell(report)
+    text = table.render(report)
     assert "fails: 10 x HTTP 500" in text and "10 answers failed" in text
     lost = scores_of(lambda ask: Failure(ask, "HTTP 500"), sums(3), tmp_path / "lost")
     assert (lost["accuracy"], lost["interval"], lost["dollars"], lost["n"]) == (None, None, None, 0)
@@ -154,8 +154,8 @@ def test_no_ranking_where_the_questions_do_not_tell(tmp_path: Path) -> None:
     report = compare(actors, [sums(40)], SamplingProtocol(samples=1), tmp_path, quiet=True)
     better = {(p["one"], p["other"]): p["better"] for p in report["pairs"]}
     assert better == {("A", "B"): None, ("A", "C"): "A", ("B", "C"): "B"}
-    text = table.tell(report)
-    assert "A against B: cannot be told apart; +5.0 points" in text and "A against C: A is better; +62.5" in text
+    text = table.render(report)
+    assert "A against B: cannot be distinguished; +5.0 points" in text and "A against C: A is better; +62.5" in text
     for pair in report["pairs"]:
         low, high = pair["interval"]
         assert low <= pair["difference"] <= high and pair["p_holm"] >= pair["p"]
@@ -168,7 +168,7 @@ def test_language(tmp_path: Path) -> None:
     said = [russian, english, russian, ""]  # without a chain the answer counts, and a number has no words
     s = scores_of(lambda ask: said[ask.place] + gold(ask), sums(4, language="ru"), tmp_path)
     assert s["language"] == pytest.approx(2 / 3)
-    assert "67% of words in the asked language" in table.tell(
+    assert "67% of words in the asked language" in table.render(
         compare([Actor("a", gold)], [sums(4, language="ru")], SamplingProtocol(samples=1), tmp_path, quiet=True)
     )
     assert scores_of(gold, sums(4), tmp_path / "none")["language"] is None
@@ -209,7 +209,7 @@ def test_bits_per_byte_are_measured_and_kept(tmp_path: Path) -> None:
         report = compare([local, far], [sums(3), texts], SamplingProtocol(samples=1), tmp_path, quiet=True)
         assert [c["bits_per_byte"] for c in report["compression"]] == [1.25, None]
         assert {s["suite"] for s in report["scores"]} == {"sums"} and len(measured) == 1
-    assert "local | 1.2500 " in table.tell(report) and "far   | –" in table.tell(report)
+    assert "local | 1.2500 " in table.render(report) and "far   | –" in table.render(report)
     assert compare([far], [texts], SamplingProtocol(samples=1), tmp_path, quiet=True)["scores"] == []
 
 

@@ -70,7 +70,7 @@ def test_an_endpoint(stand_in: Path, tmp_path: Path) -> None:
     assert asked["key"] == "top-secret" and "top-secret" not in " ".join(asked["words"])
     assert {"local-chat-completions", "--apply_chat_template", "sums,more", "num_concurrent=5"} <= set(asked["words"])
     assert "base_url=http://127.0.0.1:1/v1/chat/completions" in asked["words"]
-    text = table.tell(report)
+    text = table.render(report)
     assert "exact_match" in text and "0.25 (0.152 to 0.348)" in text and "lm-eval 0.4.13" in text
 
 

@@ -23,7 +23,7 @@ from finback.engine.engine import Engine
 from finback.engine.open import open_engine
 from finback.engine.request import Request, SamplingParams
 from finback.model.transformer import Transformer
-from finback.report.talk import Conversation
+from finback.report.chat import Conversation
 from finback.rollouts.rollouts import rollout
 from finback.serve.prepare import RequestPreparer
 from finback.serve.protocol import ChatRequest

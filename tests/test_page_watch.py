@@ -155,7 +155,7 @@ def test_a_run_that_goes_on_is_followed(opened: Opened, tmp_path: Path) -> None:
             handle.write(json.dumps({"step": 5, "reward": float("nan"), "seconds": 2.0}) + "\n")
         page.evaluate(LOOK)
         expect(page.locator(".stages")).to_contain_text("5 of 10 steps")
-        expect(page.locator(".alerts")).to_contain_text("reward is not a number at step 5")
+        expect(page.locator(".alerts")).to_contain_text("reward is NaN or infinite at step 5")
 
 
 def test_names_of_runs_and_files_do_nothing(opened: Opened, root: Path) -> None:

@@ -228,10 +228,10 @@ plan = recipes.load(Path({str(recipe)!r}))
 root = Path({str(tmp_path / "runs")!r}) / "toy"
 prepare_folder(root); recipes.claim(plan, root, 0)
 recipes.execute(plan, root, 0, World(), lambda run: None)
-from finback.report import summary, talk
+from finback.report import chat, summary
 from finback.report.options import ChatOptions
 summary.summarize(root)
-talk.loop(ChatOptions(model=root, max_tokens=16), True, False)
+chat.loop(ChatOptions(model=root, max_tokens=16), True, False)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(), input="1+2=?\nhello\n", capture_output=True, text=True

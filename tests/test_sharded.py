@@ -138,7 +138,7 @@ def test_a_layout_wants_its_ranks(tmp_path: Path, plain: tuple[Path, list[float]
     folder, _ = plain
     root = folder / "runs" / "plain"
     alone = StageRun(root, "alone", 0, World(), quiet=True)
-    with pytest.raises(UserError, match=r"base\.layout = .*wants ranks that talk"):
+    with pytest.raises(UserError, match=r"base\.layout = .*needs ranks that communicate"):
         stage().run(alone)
     path = folder / "wrong.py"
     path.write_text(RECIPE.replace("LAYOUT", "Layout(dp=4)"), encoding="utf-8")

@@ -24,7 +24,7 @@ from finback.data import tokenizer
 from finback.data.messages import Message, encode_document, encode_prompt
 from finback.data.tokenizer import Tokenizer
 from finback.kernels import fp8
-from finback.report.talk import Conversation
+from finback.report.chat import Conversation
 from finback.report.verify import Card, verify
 from tests.families import LLAMA3, build, dense
 from tests.test_checkpoint import EXAMPLES, small
@@ -164,9 +164,9 @@ def test_a_template_that_opens_the_chain_itself(folder: Path) -> None:
     ids, opened = encode_prompt(asked, words)
     assert opened and not encode_prompt(asked, Tokenizer(folder.parent))[1]
     assert (ids, opened) == encode_prompt(asked, words, think=True)  # opened once, not twice
-    talk = Conversation(folder, 0, max_tokens=4)
-    pieces = list(talk.reply("hello"))
-    assert pieces[0] == "<think>" and talk.messages[-1].content == ""  # four tokens of an open chain are no answer
+    chat = Conversation(folder, 0, max_tokens=4)
+    pieces = list(chat.reply("hello"))
+    assert pieces[0] == "<think>" and chat.messages[-1].content == ""  # four tokens of an open chain are no answer
     with pytest.raises(UserError, match="writes dialogues by a template of its own"):
         encode_document(asked, words)
 

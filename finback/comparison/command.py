@@ -1,4 +1,4 @@
-"""`finback compare` behind its options: open the contestants, load the suites, write and tell the report."""
+"""`finback compare` behind its options: open the contestants, load the suites, write and print the report."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def _measured(options: CompareOptions, environment: Mapping[str, str]) -> tuple[
 
 def _shown(report: dict[str, Any]) -> str:
     """The report with tables as wide as a terminal, if it goes to one, and else in Markdown."""
-    return table.tell(report, terminal.table if sys.stdout.isatty() else table.markdown)
+    return table.render(report, terminal.table if sys.stdout.isatty() else table.markdown)
 
 
 def protocol(options: CompareOptions) -> SamplingProtocol:
@@ -68,7 +68,7 @@ def write(report: dict[str, Any], out: Path) -> None:
     """compare.json, compare.md, and compare.png where there is something to draw."""
     write_json(out / "compare.json", report)
     part = out / "compare.md.part"
-    part.write_text(table.tell(report) + "\n", encoding="utf-8")
+    part.write_text(table.render(report) + "\n", encoding="utf-8")
     part.replace(out / "compare.md")
     if any(score["accuracy"] is not None for score in report["scores"]):
         picture.draw(report, out / "compare.png")
@@ -99,7 +99,7 @@ def open_all(options: CompareOptions, environment: Mapping[str, str]) -> list[Co
         for (path, _), name in zip(models, own, strict=True):
             opened.append(Local(find_model(path), name, options.dtype, options.rows, price))
     for endpoint, name in zip(endpoints, theirs, strict=True):
-        basis = f"${into.get(name, math.nan):g} in, ${out_of.get(name, math.nan):g} out per million tokens, as told"
+        basis = f"${into.get(name, math.nan):g} in, ${out_of.get(name, math.nan):g} out per million tokens, as given"
         price = Price(None, into.get(name), out_of.get(name), basis) if name in into and name in out_of else Price()
         opened.append(
             Endpoint(

@@ -132,7 +132,7 @@ class _LmEval:
     def ask_local(self, contestant: "Local", folder: Path) -> dict[str, Any]:
         from finback.data.tokenizer import Tokenizer
 
-        tokenizer = folder / "tokenizer"  # the harness cuts texts into tokens itself, to tell question from answer
+        tokenizer = folder / "tokenizer"  # the harness cuts texts into tokens itself, to separate question and answer
         tokenizer.mkdir(exist_ok=True)
         Tokenizer(contestant.path).export(tokenizer)
         chat = self.options.harness_chat

@@ -152,7 +152,7 @@ def _always(suite: Suite, judged: Sequence[JudgedAnswer]) -> str | None:
     """The one answer that nearly all questions get, if they should have had several."""
     asked = {j.place for j in judged}
     gold = Counter(suite.problems[place].answer for place in asked)
-    # programs have no gold answer to tell apart; where one answer is nearly always right, saying it is no fault
+    # programs have no gold answers to compare; where one answer is nearly always right, saying it is no fault
     if len(asked) < _FEWEST or max(gold.values()) >= SAME * len(asked):
         return None
     text, times = Counter(j.shown for j in judged).most_common(1)[0]

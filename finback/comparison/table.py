@@ -1,4 +1,4 @@
-"""A report as Markdown: one table for each suite, then what the differences tell. No torch here."""
+"""A report as Markdown: one table for each suite, then what the differences show. No torch here."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def markdown(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def tell(report: dict[str, Any], table: Tabulate = markdown) -> str:
+def render(report: dict[str, Any], table: Tabulate = markdown) -> str:
     """The whole report, or as much as there is of it."""
     parts = [_protocol(report["protocol"])] if report.get("suites") else []
     parts += [
@@ -56,12 +56,12 @@ def tell(report: dict[str, Any], table: Tabulate = markdown) -> str:
 
 
 def pair(each: dict[str, Any]) -> str:
-    """One comparison in words; no ranking where the questions do not tell."""
+    """One comparison in words; no ranking where the difference is not significant."""
     low, high = each["interval"]
     gap = f"{100 * each['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), n = {each['n']}"
-    said = f"p = {each['p']:.2g}" + (f", {each['p_holm']:.2g} for all pairs" if each["p"] != each["p_holm"] else "")
-    verdict = f"{each['better']} is better" if each["better"] else "cannot be told apart"
-    return f"{each['suite']}: {each['one']} against {each['other']}: {verdict}; {gap}, {said}"
+    p_values = f"p = {each['p']:.2g}" + (f", {each['p_holm']:.2g} for all pairs" if each["p"] != each["p_holm"] else "")
+    verdict = f"{each['better']} is better" if each["better"] else "cannot be distinguished"
+    return f"{each['suite']}: {each['one']} against {each['other']}: {verdict}; {gap}, {p_values}"
 
 
 def percent(value: float | None) -> str:
@@ -70,7 +70,7 @@ def percent(value: float | None) -> str:
 
 
 def money(value: float | None) -> str:
-    """Dollars with two digits that say something; what nobody has said is not 0."""
+    """Dollars with two significant digits; an unknown price is not 0."""
     if value is None:
         return "NOT PROVIDED"
     return f"${value:.2g}" if value < 0.1 else f"${value:,.2f}"

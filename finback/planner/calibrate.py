@@ -69,7 +69,7 @@ def _wide(hidden: int, layers: int, experts: int = 8, vocab: int = 1024) -> Mode
 
 
 def references() -> list[tuple[ModelConfig, int, int]]:
-    """(model, rows on each rank, tokens per row): together they tell the kinds of work apart."""
+    """(model, rows on each rank, tokens per row): together they separate the kinds of work."""
     return [
         (TINY, 16, 128),
         (TINY, 2, 64),

@@ -84,7 +84,7 @@ def site(calibration: dict[str, Any], ranks: int, precision: str) -> Site:
 
 
 def cpu_name() -> str:
-    """The processor's name as its system tells it."""
+    """The processor's name as the operating system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

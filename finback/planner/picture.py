@@ -5,7 +5,7 @@ from pathlib import Path
 from finback.config import UserError
 from finback.planner.simulate import Timeline
 
-# one colour for each kind of work, told apart by lightness too; overlapped pairs show both, one above the other
+# one colour for each kind of work, of distinct lightness too; overlapped pairs show both, one above the other
 COLOURS = {"F": "#f2b134", "B": "#2f6690", "I": "#3a9bb5", "W": "#9bc1a3"}
 WORDS = {"F": "forward", "B": "backward", "I": "backward, input", "W": "backward, weights"}
 SUFFIXES = (".png", ".pdf", ".svg")

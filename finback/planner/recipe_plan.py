@@ -26,7 +26,7 @@ Calibrated = dict[str, Any]
 
 
 def plan(recipe: Recipe, options: PlanOptions, calibration: Calibrated | None, ranks: int) -> dict[str, Any]:
-    """Every stage's cost and the sum; without --on on this machine, as far as a calibration tells."""
+    """Every stage's cost and the sum; without --on on this machine, as far as a calibration covers them."""
     return plan_configs(recipe.name, map(config_json, recipe.stages), options, calibration, ranks)
 
 

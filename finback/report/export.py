@@ -22,8 +22,8 @@ def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
     weights.check_target(folder)
     own = (source / "model.json").is_file()
     model = models.load(source, weights="fp32" if own else _WEIGHTS[fmt])
-    talks = source.suffix == ".gguf" or (source / "tokenizer.json").is_file()
-    tokenizer = Tokenizer(source) if talks else None
+    has_tokenizer = source.suffix == ".gguf" or (source / "tokenizer.json").is_file()
+    tokenizer = Tokenizer(source) if has_tokenizer else None
 
     def extras(part: Path) -> None:
         if tokenizer is not None:

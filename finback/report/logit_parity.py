@@ -42,7 +42,7 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
             output_loading_info=True,
             **options,
         )
-        theirs, info = loaded[0].float().eval(), loaded[1]  # spread-out FP8 comes as bf16
+        theirs, info = loaded[0].float().eval(), loaded[1]  # dequantized FP8 comes as bf16
     except ImportError as error:  # FP8 needs accelerate
         return None, f"not compared: {error}", []
     except Exception as error:  # whatever it says is a finding about this folder, not a failure of ours

@@ -87,11 +87,11 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
         checks += [_values(_stored(audit, weights)), Check("logits", None, f"not compared: {short}")]
     elif whole:
         quantized = [spec.shape for spec in weights.specs.values() if spec.dtype == "F8_E4M3"]
-        # transformers spreads FP8 out to bf16; so do we where the two are compared
+        # transformers dequantizes FP8 to bf16; so do we where the two are compared
         model = models.load(path, weights="bf16" if quantized else "fp32").eval()
         checks.append(_values(model.state_dict().items()))
         if any(side % fp8.BLOCK for shape in quantized for side in shape):
-            text = "transformers not asked: it spreads cut-off FP8 blocks wrongly (seen in 5.23)"
+            text = "transformers not asked: it dequantizes partial FP8 blocks wrongly (seen in 5.23)"
             checks.append(Check("logits", None, text))
         else:
             checks.append(_agrees("transformers", against_transformers(model, path, max_kl)))
@@ -176,7 +176,7 @@ def _stored(audit: Audit, weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
 
 def _values(tensors: Iterable[tuple[str, Tensor]]) -> Check:
-    """No weight is infinite or not a number."""
+    """No weight is NaN or infinite."""
     bad = [n for n, t in tensors if not _finite(t)]
     return Check("values", not bad, "all finite" if not bad else "not finite:", bad)
 

@@ -16,7 +16,7 @@ BASIS = (
     "(a common on-demand cloud price); nothing was metered"
 )
 
-# FLOPs by what they were for, as the EU's guidelines on general-purpose models tell them apart (annex, 117-133)
+# FLOPs by what they were for, as the EU's guidelines on general-purpose models distinguish them (annex, 117-133)
 FLOPS = {
     "training": "forward and backward passes that update parameters",
     "recomputed": "activations made again in the backward pass",

@@ -47,7 +47,7 @@ def commit(path: Path) -> dict[str, Any] | None:
 
 
 def digest(path: Path) -> str | None:
-    """SHA-256 that tells an input from another: of a stage's manifest, or of a checkpoint's config; None without."""
+    """SHA-256 that identifies an input: of a stage's manifest, or of a checkpoint's config; None without."""
     for name in ("manifest.json", "config.json"):
         if (path / name).is_file():
             return sha256(path / name)

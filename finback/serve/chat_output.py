@@ -154,7 +154,7 @@ class Parser:
         """Add text; what it makes certain, neighbours of one kind as one delta."""
         assert not self._reader.ended, "text after the end"
         self._reader.push(piece)
-        next(self._parsing)  # it waits for ever: only the end ends it
+        next(self._parsing)  # the generator never returns before end()
         return self._output.take()
 
     def end(self) -> list[Delta]:

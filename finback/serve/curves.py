@@ -51,7 +51,7 @@ def _seconds(table: MetricsTable) -> Line:
 def curve(
     table: MetricsTable, name: str, places: Line, weight: float, begin: float | None, end: float | None, points: int
 ) -> dict[str, Any]:
-    """A curve between two places of the axis, and the same smoothed: [x, y] thinned, None for what is no number."""
+    """A curve between two places of the axis, and the same smoothed: [x, y] thinned, None for what is NaN or infinite."""
     rows, y = table.column(name)
     x = places[rows.astype(np.int64)]
     smoothed = smooth(y, weight)  # before it is cut, so that zooming in does not change it
@@ -107,8 +107,8 @@ def _left(line: Line, seconds: Line, total: float) -> float | None:
 
 
 def alerts(stage: StageFolder, table: MetricsTable, running: bool) -> list[dict[str, Any]]:
-    """What a person should look at: values that are no numbers, spikes, a gap between trainer and engine, a stall."""
-    found = [*_not_numbers(table), *_gaps(stage, table)]
+    """What a person should look at: values that are NaN or infinite, spikes, a gap between trainer and engine, a stall."""
+    found = [*_non_finite(table), *_gaps(stage, table)]
     for name in () if "reward" in table.columns else ("loss", "grad_norm"):
         found += _spikes(table, name)
     if running:
@@ -116,13 +116,15 @@ def alerts(stage: StageFolder, table: MetricsTable, running: bool) -> list[dict[
     return found
 
 
-def _not_numbers(table: MetricsTable) -> list[dict[str, Any]]:
+def _non_finite(table: MetricsTable) -> list[dict[str, Any]]:
     found, steps = [], axis(table, "step", 1.0)
     for name, (rows, numbers) in table.columns.items():
         bad = np.flatnonzero(~np.isfinite(np.array(numbers)))
         if len(bad):
             step = int(steps[int(rows[bad[0]])])
-            found.append({"kind": "nan", "name": name, "step": step, "text": f"{name} is not a number at step {step}"})
+            found.append(
+                {"kind": "nan", "name": name, "step": step, "text": f"{name} is NaN or infinite at step {step}"}
+            )
     return found
 
 

@@ -183,7 +183,7 @@ def owner_of(headers: Iterable[tuple[bytes, bytes]], keys: tuple[bytes, ...]) ->
         elif name == b"x-api-key" and not given:
             given = value.strip()
     digest, found = hashlib.sha256(given).digest(), None
-    for key in keys:  # all of them, so that time tells nothing
+    for key in keys:  # all of them, so that the time taken reveals nothing
         if hmac.compare_digest(digest, key):
             found = key
     return found

@@ -297,4 +297,4 @@ def depth(value: Any) -> int:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number in JSON")
+    raise ValueError(f"{constant} is not valid JSON: NaN or infinite")

@@ -125,7 +125,7 @@ class Watch:
         return curves.heat(self._table(self._stage(asked)), asked.text("key", "expert_load"), 120)
 
     def rollouts(self, asked: "Asked") -> dict[str, Any]:
-        """What was said at a step of RL, or in an exam; `find` looks for questions that hold a text."""
+        """The answers of a step of RL, or of an exam; `find` looks for questions that contain a text."""
         stage = self._stage(asked)
         samples = self._samples(stage, asked.text("exam", ""), A_LOOK if asked.text("soon", "") else AT_ONCE)
         newest = [] if samples.complete else [shown(r) for r in samples.newest()]
@@ -143,11 +143,11 @@ class Watch:
         question, found = asked.text("question"), []
         for stage in self.runs.stages(asked.text("run")):
             for exam in [*([""] if stage.has_samples else []), *stage.exams]:
-                said = self._samples(stage, exam).of_question(question)
-                if said:
+                answers = self._samples(stage, exam).of_question(question)
+                if answers:
                     model = str(stage.config.get("start", "")) if exam else stage.name
                     found.append(
-                        {"stage": stage.name, "exam": exam, "model": model, "records": [shown(r) for r in said]}
+                        {"stage": stage.name, "exam": exam, "model": model, "records": [shown(r) for r in answers]}
                     )
         return {"question": question, "said": found}
 
@@ -223,7 +223,7 @@ class Asked:
         except ValueError:
             found = math.nan
         if not math.isfinite(found):
-            raise bad(f"{name} is not a number", name)
+            raise bad(f"{name} is not a finite number", name)
         return found
 
 
@@ -234,8 +234,8 @@ def build(root: Path, options: ListenOptions, planned: Planned | None = None) ->
         return JSONResponse({"status": "ok"})
 
     routes = [Route("/health", health), *Page().routes(chat=False), *Watch(root, planned).routes()]
-    gate = Middleware(AccessMiddleware, options=options, metrics=Metrics())
-    app = Starlette(routes=routes, middleware=[gate], exception_handlers=HANDLERS)
+    access = Middleware(AccessMiddleware, options=options, metrics=Metrics())
+    app = Starlette(routes=routes, middleware=[access], exception_handlers=HANDLERS)
     app.router.redirect_slashes = False
     return app
 

@@ -37,7 +37,7 @@ CHUNK = 512  # tokens whose logits, the student's and the teacher's, are held at
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(SFT):
-    """SFT's knobs, with the teacher's probabilities as targets; with `task` the student's own answers are the lessons."""
+    """SFT's knobs; the labels are the teacher's probabilities. With `task` the student's own answers are the lessons."""
 
     teacher: str
     divergence: Literal["forward", "reverse"] = "forward"

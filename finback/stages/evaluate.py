@@ -219,8 +219,8 @@ def language_of(records: list[dict[str, Any]], target: str) -> float | None:
 def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, int]:
     """How many of the MTP module's drafts equal the trunk's own greedy choice, and how many drafts there were.
 
-    At each generated position the module drafts the token after the next from the real next one; the trunk, having
-    read that token too, says what it would have chosen. This is the acceptance of greedy speculative decoding.
+    At each generated position the module drafts the token after the next from the actual next one; the trunk,
+    having read that token too, gives its own choice. This is the acceptance of greedy speculative decoding.
     """
     if not model.mtp:
         return 0, 0

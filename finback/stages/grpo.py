@@ -67,7 +67,7 @@ class GRPO(Stage):
     shuffle_rewards: bool = False
     # stop when trainer and engine disagree by more, in nats per token on average
     max_gap: float = 1e-2
-    # of trainer and engine alike; bf16 widens the gap a thousandfold
+    # of trainer and engine alike; bf16 makes the gap a thousand times as large
     compute: Literal["fp32", "bf16"] = "fp32"
     # padded tokens per backward pass
     micro_tokens: int = 4096

@@ -197,7 +197,7 @@ class Reinforcement:
         """Tokens and FLOPs of the step, all ranks' together."""
         stage, config = self.stage, self.model.config
         lengths = [r.length for r in learnt]
-        # what the reference, and the policy before its updates, say of the same answers
+        # logprobs of the same answers under the reference model, and under the policy before its updates
         passes = (self.reference is not None) + (stage.objective.importance_cap is not None)
         mine = [
             sum(lengths) * stage.epochs,

@@ -221,7 +221,7 @@ def _questions(task: Task, side: Split, most: int, seed: int) -> list[str]:
 def _interleave(document: Document, made: TaskText, share: float, rng: random.Random) -> Document:
     """With chance `share`, a problem and its answer between two turns of a dialogue; half the time it ends there.
 
-    So a model learns to change from talk to sums and back. Validation documents stay as they are.
+    So a model learns to change from dialogue to sums and back. Validation documents stay as they are.
     """
     chosen = rng.random() < share
     if not chosen or not document.messages or pack.is_validation(document.plain):

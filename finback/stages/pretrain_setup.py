@@ -68,7 +68,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         precision = "bf16" if device == "cuda" else "fp32"
     config, start = _beginning(stage, run)
     if not world.together:
-        problem = "wants ranks that talk to each other"
+        problem = "needs ranks that communicate"
         raise UserError(f"{stage.name}.layout", str(stage.layout), problem, "Use --ranks or torchrun.")
     values: int | Iterator[tuple[str, Tensor]] = (
         start if isinstance(start, int) else ((n, p.detach()) for n, p in start.named_parameters())

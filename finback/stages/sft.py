@@ -26,7 +26,7 @@ from finback.train.batch import Batch, of_lessons
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Stage):
-    """Teach a model dialogues; R1 took 2 to 3 epochs of cosine 5e-5 -> 5e-6, here for models a thousandth as large."""
+    """Train a model on dialogues; R1 took 2 to 3 epochs of cosine 5e-5 -> 5e-6, here for models a thousandth as large."""
 
     start: str
     # reject stages whose traces are lessons
@@ -34,7 +34,7 @@ class SFT(Stage):
     text: tuple[Chitchat | Files | Hub | TaskText, ...] = field(default_factory=tuple)
     # source -> dialogues of it, drawn at random
     limits: dict[str, int] = field(default_factory=dict, hash=False)
-    # False: leave the chains out and teach the bare answers
+    # False: leave the chains out and train on the bare answers
     chains: bool = True
     epochs: int = 2
     # packed rows per step, over all ranks

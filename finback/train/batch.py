@@ -50,11 +50,11 @@ class Batch:
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the trunk reads: tokens, padding_mask and document_ids, each (rows, seq_len) or None."""
-        tokens, padding, documents = (
+        tokens, padding_mask, document_ids = (
             None if t is None else t[:, : self.seq_len] for t in (self.tokens, self.padding_mask, self.document_ids)
         )
         assert tokens is not None
-        return tokens, padding, documents
+        return tokens, padding_mask, document_ids
 
     @property
     def learnt(self) -> Tensor:
@@ -76,16 +76,16 @@ class Batch:
 
     def lengths(self) -> list[int]:
         """Tokens of each document that the trunk reads, padding left out: what FLOPs are counted from."""
-        tokens, padding, documents = self.inputs
-        if padding is None and documents is None:
+        tokens, padding_mask, document_ids = self.inputs
+        if padding_mask is None and document_ids is None:
             return [self.seq_len] * len(tokens)
-        padding = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding
-        if documents is None:
-            return [int(n) for n in padding.sum(dim=1)]
+        padding_mask = torch.ones_like(tokens, dtype=torch.bool) if padding_mask is None else padding_mask
+        if document_ids is None:
+            return [int(n) for n in padding_mask.sum(dim=1)]
         return [
             int(n)
-            for ids, real in zip(documents, padding, strict=True)
-            for n in torch.unique_consecutive(ids[real], return_counts=True)[1]
+            for ids, mask in zip(document_ids, padding_mask, strict=True)
+            for n in torch.unique_consecutive(ids[mask], return_counts=True)[1]
         ]
 
 
@@ -96,19 +96,20 @@ def of_windows(windows: Tensor, depths: int) -> Batch:
 
 def of_rows(rows: Sequence[Row], seq_len: int) -> Batch:
     """Rows of pre-training, as the loader draws them: the next token is learnt unless it is padding or, with
-    document numbers, begins another document."""
+    document ids, begins another document."""
     tokens = torch.from_numpy(np.stack([row.tokens for row in rows]).astype(np.int64))
     sizes = torch.tensor([row.size for row in rows])
-    real = torch.arange(tokens.size(1)) < sizes[:, None]
+    padding_mask = torch.arange(tokens.size(1)) < sizes[:, None]
     numbers = [row.document_ids for row in rows if row.document_ids is not None]
-    follows = real[:, 1:]
-    documents = None
+    follows = padding_mask[:, 1:]
+    document_ids = None
     if numbers:
-        documents = torch.from_numpy(np.stack(numbers).astype(np.int64))
-        follows = follows & (documents[:, 1:] == documents[:, :-1])
-        documents = documents[:, :-1]
-    padding = None if bool(real[:, :seq_len].all()) else real[:, :-1]
-    return Batch(tokens[:, :-1], tokens[:, 1:].masked_fill(~follows, IGNORE), seq_len, padding, documents)
+        document_ids = torch.from_numpy(np.stack(numbers).astype(np.int64))
+        follows = follows & (document_ids[:, 1:] == document_ids[:, :-1])
+        document_ids = document_ids[:, :-1]
+    labels = tokens[:, 1:].masked_fill(~follows, IGNORE)
+    is_full = bool(padding_mask[:, :seq_len].all())
+    return Batch(tokens[:, :-1], labels, seq_len, None if is_full else padding_mask[:, :-1], document_ids)
 
 
 def of_lessons(rows: Sequence[Sequence[Lesson]], depths: int = 0) -> Batch:
@@ -116,7 +117,7 @@ def of_lessons(rows: Sequence[Sequence[Lesson]], depths: int = 0) -> Batch:
     length = max(sum(len(lesson.ids) for lesson in row) for row in rows)
     shape = len(rows), length + depths
     tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
-    documents, real = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
+    document_ids, padding_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     for line, row in enumerate(rows):
         start = 0
         for number, lesson in enumerate(row):
@@ -124,7 +125,7 @@ def of_lessons(rows: Sequence[Sequence[Lesson]], depths: int = 0) -> Batch:
             ids = torch.tensor(lesson.ids)
             tokens[line, start:end] = ids
             labels[line, start : end - 1] = torch.tensor(lesson.labels[1:])
-            documents[line, start:end], real[line, start:end] = number, True
+            document_ids[line, start:end], padding_mask[line, start:end] = number, True
             start = end
-        documents[line, start:] = len(row)
-    return Batch(tokens, labels, length, real, documents)
+        document_ids[line, start:] = len(row)
+    return Batch(tokens, labels, length, padding_mask, document_ids)

@@ -44,7 +44,7 @@ def rates(config: ModelConfig, rows: int, length: int, device: torch.device) -> 
             begin = time.perf_counter()
             losses = training_losses(model, batch, terms)
             losses.total(terms).backward()  # type: ignore[no-untyped-call]
-            losses.main.item()  # a GPU has only been told what to do until something of it is read
+            losses.main.item()  # a GPU computes asynchronously: reading a value waits for it
             best[name] = min(best[name], time.perf_counter() - begin)
     return {name: rows * length / seconds for name, seconds in best.items()}
 

@@ -25,7 +25,7 @@ Point = tuple[float, float]
 
 
 def of_stage(stage: StageFolder) -> list[Figure]:
-    """The curves that a stage declares, over its steps; metrics that were not logged, or are no numbers, are left out."""
+    """The curves that a stage declares, over its steps; metrics not logged, or NaN or infinite, are left out."""
     table, found = metrics_table.read(stage.metrics_file), []
     steps = np.full(table.rows, np.nan)
     rows, numbers = table.column("step")

@@ -167,8 +167,8 @@ def _resources(run: RunFacts, answers: Answers) -> list[Entry]:
 def summary(run: RunFacts, answers: Answers, date: str) -> list[Block]:
     """The public summary of training content: owed by open models too."""
     tokens = [record.get("train_tokens", MISSING) for stage, _, record in run.sources if stage.kind == "data"]
-    real = [(s, n, r) for s, n, r in run.sources if technical.source_keys(s, n)[1] == "sha256"]
-    made = [(s, n, r) for s, n, r in run.sources if (s, n, r) not in real]
+    from_files = [(s, n, r) for s, n, r in run.sources if technical.source_keys(s, n)[1] == "sha256"]
+    made = [(s, n, r) for s, n, r in run.sources if (s, n, r) not in from_files]
     return [
         Heading("Public summary of training content", 1),
         Paragraph(DUTY),
@@ -192,7 +192,7 @@ def summary(run: RunFacts, answers: Answers, date: str) -> list[Block]:
         ),
         Heading("2 List of data sources"),
         Heading("2.1 Public data sets, and others that were read from files", 3),
-        _listed(real),
+        _listed(from_files),
         Heading("2.2 Private data sets", 3),
         facts([("licensed by rightsholders, or bought", answers("data.licensed"))]),
         Heading("2.3 Crawled data", 3),

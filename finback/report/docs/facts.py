@@ -145,7 +145,7 @@ class RunFacts:
 
     @property
     def sources(self) -> list[tuple[StageFacts, str, dict[str, Any]]]:
-        """Every data set that the model was taught with: the stage that read it, its name and its record."""
+        """Every data set that the model was trained on: the stage that read it, its name and its record."""
         found = []
         for stage in self.lineage:
             records = stage.results.get("sources")

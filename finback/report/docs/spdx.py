@@ -52,8 +52,8 @@ def _element(kind: str, key: str, **fields: Any) -> Element:
     return {"type": kind, "spdxId": _id(key), "creationInfo": "_:made", **fields}
 
 
-def _relation(name: str, source: str, kind: str, targets: list[str]) -> Element:
-    return _element("Relationship", name, **{"from": _id(source), "relationshipType": kind, "to": targets})
+def _relation(name: str, source: str, kind: str, to: list[str]) -> Element:
+    return _element("Relationship", name, **{"from": _id(source), "relationshipType": kind, "to": to})
 
 
 def _pairs(values: list[tuple[str, Any]]) -> list[Element]:

@@ -227,7 +227,7 @@ def exams(run: RunFacts) -> list[tuple[str, dict[str, Any]]]:
 def _evaluations(run: RunFacts) -> list[Block]:
     found = exams(run)
     keys = (*EXAM, *(k for k in ("language", "mtp_acceptance") if any(k in e for _, e in found)))
-    said_of = [Paragraph("Shares of correct answers with their 95 % intervals (Wilson), on held-out problems.")]
+    method = [Paragraph("Shares of correct answers with their 95 % intervals (Wilson), on held-out problems.")]
     compressed = [
         (f"bits per byte of unseen {name}, {display(s.result('model'))}", value)
         for s in run.stages
@@ -236,7 +236,7 @@ def _evaluations(run: RunFacts) -> list[Block]:
     ]
     return [
         Heading("Evaluations"),
-        *(said_of if found else [Paragraph("No evaluation was made: NOT PROVIDED")]),
+        *(method if found else [Paragraph("No evaluation was made: NOT PROVIDED")]),
         *([records(keys, found, "model")] if found else []),
         *([facts(compressed)] if compressed else []),
     ]
