@@ -2,7 +2,7 @@
 import { Signal } from "./lib.js";
 
 const KEY = "finback.key";
-/** Tells when the server wants another key. */
+/** Notifies when the server wants another key. */
 export const locked = new Signal();
 
 /** The key, for as long as this tab is open. */
@@ -43,9 +43,9 @@ export async function ask(path, { body, signal } = {}) {
     throw new Refused(0, "The server does not answer.", "gone");
   }
   if (response.ok) return response;
-  const said = await response.json().catch(() => ({}));
-  if (response.status === 401) locked.tell();
-  const { message = `The server says ${response.status}.`, code = "" } = said.error ?? {};
+  const reply = await response.json().catch(() => ({}));
+  if (response.status === 401) locked.notify();
+  const { message = `The server says ${response.status}.`, code = "" } = reply.error ?? {};
   throw new Refused(response.status, message, code, Number(response.headers.get("retry-after")) || 0);
 }
 

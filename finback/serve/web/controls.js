@@ -98,7 +98,7 @@ export function Theme() {
 }
 
 /** Asks for the key that the server wants. */
-export function Gate({ onKey }) {
+export function KeyForm({ onKey }) {
   const field = useRef();
   const wrong = key() !== "";
   const enter = (event) => {
@@ -108,7 +108,7 @@ export function Gate({ onKey }) {
   };
   useEffect(() => field.current.focus(), []);
   return html`
-    <main class="gate">
+    <main class="key-form">
       <form onSubmit=${enter}>
         <h1>This server wants a key</h1>
         <p>Whoever started it has one. It stays in this tab and is forgotten when you close it.</p>

@@ -30,12 +30,12 @@ export class Signal {
     return () => this.#listeners.delete(heard);
   }
 
-  tell(what) {
+  notify(what) {
     for (const heard of [...this.#listeners]) heard(what);
   }
 }
 
-/** Draw a component again whenever the signal tells something. */
+/** Draw a component again at every notification of the signal. */
 export function useSignal(signal) {
   const [, again] = useState(0);
   useEffect(() => signal.listen(() => again((n) => n + 1)), [signal]);

@@ -5,19 +5,19 @@ import { bodyOf, explained } from "./request.js";
 
 const AGAIN = [200, 800, 2000]; // milliseconds before each try to read on where a connection broke
 
-/** Some time, less where `signal` tells that nobody waits any more. */
+/** Some time, less where `signal` says that nobody waits any more. */
 const pause = (ms, signal) =>
   new Promise((done) => {
     setTimeout(done, ms);
     signal.addEventListener("abort", done, { once: true });
   });
 
-/** The answer `node` of `chat`. `told` tells at most once a frame; `ended` once. */
+/** The answer `node` of `chat`. `updated` notifies at most once a frame; `ended` once. */
 export class Answer {
   #abort = new AbortController();
   #frame = 0;
   #thoughtAt = 0;
-  told = new Signal();
+  updated = new Signal();
   queue = 0; // its place among those that wait
 
   /** `joins`: the server is at it already, and knows it as `node.stream.id`. */
@@ -37,7 +37,7 @@ export class Answer {
   }
 
   /** The node with the time that it has thought so far. */
-  get kept() {
+  get timed() {
     if (!this.#thoughtAt) return this.node;
     return { ...this.node, thoughtMs: (this.node.thoughtMs ?? 0) + performance.now() - this.#thoughtAt };
   }
@@ -63,7 +63,7 @@ export class Answer {
     this.ended(this);
   }
 
-  /** Keep what there is, and tell the server to make no more. */
+  /** Keep what there is, and ask the server to make no more. */
   stop() {
     this.#abort.abort();
     if (this.id) ask(`/v1/chat/completions/${this.id}/control`, { body: { action: "stop" } }).catch(() => {});
@@ -75,7 +75,7 @@ export class Answer {
         const response = await this.#opened();
         for await (const chunks of events(response)) {
           for (const chunk of chunks) this.#take(chunk);
-          this.#tell();
+          this.#notify();
           tries = 0;
         }
         return;
@@ -136,11 +136,11 @@ export class Answer {
   }
 
   /** Once a frame, and not at all while nobody looks: frames stand still then. */
-  #tell() {
+  #notify() {
     if (this.#frame) return;
     this.#frame = requestAnimationFrame(() => {
       this.#frame = 0;
-      this.told.tell();
+      this.updated.notify();
     });
   }
 }

@@ -1,6 +1,6 @@
 // The chat page: a sidebar with the chats, the thread, the composer, and the settings.
 import { ask, locked } from "../api.js";
-import { Gate, useNarrow, useRemembered } from "../controls.js";
+import { KeyForm, useNarrow, useRemembered } from "../controls.js";
 import { html, render, useEffect, useLayoutEffect, useRef, useSignal, useState } from "../lib.js";
 import { Composer } from "./composer.js";
 import { Keys, useKeys } from "./keys.js";
@@ -43,7 +43,7 @@ function App({ store }) {
     leave: () => (panel ? false : narrow && drawer ? (setDrawer(false), true) : false),
     isBusy: () => store.busy,
   });
-  useEffect(() => locked.listen(() => ((store.server = "locked"), store.tell())), []);
+  useEffect(() => locked.listen(() => ((store.server = "locked"), store.notify())), []);
   useEffect(() => {
     if (store.server !== "gone") return;
     const timer = setInterval(
@@ -57,7 +57,7 @@ function App({ store }) {
     return () => clearInterval(timer);
   }, [store.server]);
   if (store.server === "locked")
-    return html`<${Gate} onKey=${() => ((store.server = "loading"), store.tell(), store.connect())} />`;
+    return html`<${KeyForm} onKey=${() => ((store.server = "loading"), store.notify(), store.connect())} />`;
   return html`
     <div class=${`chat ${shown ? "with-sidebar" : ""}`}>
       <${Sidebar} store=${store} shown=${shown} search=${search} onLeave=${leave} narrow=${narrow} />

@@ -17,11 +17,11 @@ export const Message = pure(function Message(props) {
   if (editing) return html`<${Editor} ...${props} onClose=${() => setEditing(false)} />`;
   const edit = () => setEditing(true);
   return node.role === "user"
-    ? html`<${Said} ...${props} onEdit=${edit} />`
+    ? html`<${Sent} ...${props} onEdit=${edit} />`
     : html`<${Answered} ...${props} onEdit=${edit} />`;
 });
 
-function Said({ store, node, place, of, busy, onEdit }) {
+function Sent({ store, node, place, of, busy, onEdit }) {
   return html`
     <article class="message user" aria-label="You">
       <div class="bubble">${node.content}</div>
@@ -33,10 +33,10 @@ function Said({ store, node, place, of, busy, onEdit }) {
     </article>`;
 }
 
-/** An answer: drawn from `answer` while it is being written, else from what was kept. */
-export function Answered({ store, node: kept, answer, place, of, last, busy, onEdit, bare }) {
-  useSignal(answer?.told ?? SILENT);
-  const node = answer?.node ?? kept;
+/** An answer: drawn from `answer` while it is being written, else from the stored chat. */
+export function Answered({ store, node: stored, answer, place, of, last, busy, onEdit, bare }) {
+  useSignal(answer?.updated ?? SILENT);
+  const node = answer?.node ?? stored;
   const running = isRunning(node);
   const foreign = running && !answer; // another tab writes it
   return html`

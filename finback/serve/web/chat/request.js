@@ -28,11 +28,11 @@ const number = (text) =>
 /** The sampling that a preset stands for. */
 export const samplingOf = (settings) => PRESETS[settings.preset]?.values ?? settings.sampling;
 
-/** The body of a request for the answer `node`, which goes on from what it already has said. */
+/** The body of a request for the answer `node`, which goes on from the text that it already has. */
 export function bodyOf(chat, node) {
   const { settings } = chat;
-  const said = ancestors(chat, node).map(({ role, content }) => ({ role, content }));
-  const messages = settings.system.trim() ? [{ role: "system", content: settings.system }, ...said] : said;
+  const earlier = ancestors(chat, node).map(({ role, content }) => ({ role, content }));
+  const messages = settings.system.trim() ? [{ role: "system", content: settings.system }, ...earlier] : earlier;
   if (node.content || node.reasoning) {
     messages.push({
       role: "assistant",

@@ -17,18 +17,18 @@ function opened() {
   return promised(request);
 }
 
-/** Where chats are kept. Without IndexedDB they last as long as the tab. */
+/** Where chats are stored. Without IndexedDB they last as long as the tab. */
 export class Storage {
   #database = null;
   #memory = new Map();
   #pending = new Map(); // by id: a chat on its way to the disk, or null where it is being removed
   #channel = typeof BroadcastChannel === "undefined" ? null : new BroadcastChannel("finback");
-  /** Tells the id of a chat that another tab has changed. */
+  /** Notifies of the id of a chat that another tab has changed. */
   changed = new Signal();
 
   async open() {
     this.#database = await opened().catch(() => null);
-    if (this.#channel) this.#channel.onmessage = (event) => this.changed.tell(event.data);
+    if (this.#channel) this.#channel.onmessage = (event) => this.changed.notify(event.data);
     await this.#takeLeft();
   }
 

@@ -27,11 +27,11 @@ export class Store extends Signal {
     const wanted = location.hash.slice(1);
     const found = this.chats.find((chat) => chat.id === wanted);
     if (found) this.chat = this.#settled(found);
-    this.tell();
+    this.notify();
     await this.connect();
   }
 
-  /** Ask for the models; tells how the server is. */
+  /** Ask for the models; notifies of the state of the server. */
   async connect() {
     try {
       this.models = (await askJson("/v1/models")).data;
@@ -40,7 +40,7 @@ export class Store extends Signal {
     } catch (error) {
       this.server = error.status === 401 ? "locked" : "gone";
     }
-    this.tell();
+    this.notify();
   }
 
   get busy() {
@@ -69,7 +69,7 @@ export class Store extends Signal {
     const { system, ...lasting } = settings;
     remember("settings", lasting);
     if (Object.keys(this.chat.nodes).length) this.#save(this.chat);
-    this.tell();
+    this.notify();
   }
 
   /** Say something behind the last message, or in place of another (`instead`), and have it answered. */
@@ -126,7 +126,7 @@ export class Store extends Signal {
     this.chats = this.chats.filter((chat) => chat.id !== id);
     if (this.chat.id === id) this.begin();
     await this.storage.remove(id);
-    this.tell();
+    this.notify();
   }
 
   async removeAll() {
@@ -138,7 +138,7 @@ export class Store extends Signal {
     for (const chat of chats) await this.storage.put(chat, { whole: true });
     this.chats = await this.storage.all();
     if (chats.length) this.open(chats[0].id);
-    this.tell();
+    this.notify();
   }
 
   #ask(parent) {
@@ -191,21 +191,21 @@ export class Store extends Signal {
       clearInterval(this.#saving);
       this.#saving = 0;
     }
-    this.tell();
+    this.notify();
   }
 
   #beat() {
-    for (const { kept, chat } of this.answers.values()) {
+    for (const { timed, chat } of this.answers.values()) {
       const now = this.#latest(chat.id);
-      if (now) this.#keep(changed(now, kept.id, { ...kept, beat: Date.now() }));
+      if (now) this.#keep(changed(now, timed.id, { ...timed, beat: Date.now() }));
     }
   }
 
   #leave() {
     const left = new Map();
-    for (const { kept, chat } of this.answers.values()) {
+    for (const { timed, chat } of this.answers.values()) {
       const now = left.get(chat.id) ?? this.#latest(chat.id);
-      if (now) left.set(chat.id, changed(now, kept.id, { ...kept, state: "cut", beat: Date.now() }));
+      if (now) left.set(chat.id, changed(now, timed.id, { ...timed, state: "cut", beat: Date.now() }));
     }
     this.storage.leave([...left.values()]);
   }
@@ -218,7 +218,7 @@ export class Store extends Signal {
     this.chat = chat;
     this.spoken = "";
     history.replaceState(null, "", Object.keys(chat.nodes).length ? `#${chat.id}` : location.pathname);
-    this.tell();
+    this.notify();
   }
 
   #keep(chat) {
@@ -230,13 +230,13 @@ export class Store extends Signal {
     if (this.chat.id === chat.id) this.chat = { ...this.chat, ...chat };
     this.chats = [chat, ...this.chats.filter((c) => c.id !== chat.id)].sort((a, b) => b.updated - a.updated);
     this.#save(chat);
-    this.tell();
+    this.notify();
   }
 
   #save(chat) {
     this.storage.put(chat).catch(() => {
       this.storageFailed = true;
-      this.tell();
+      this.notify();
     });
   }
 
@@ -247,7 +247,7 @@ export class Store extends Signal {
     if (this.chat.id === id && !this.busy)
       this.chat = found ? this.#settled(found) : newChat({ ...this.chat.settings });
     if (this.server === "ready") this.#rejoin();
-    this.tell();
+    this.notify();
   }
 
   /** A chat in which nothing looks as if it were being written, unless somebody writes it. */

@@ -1,4 +1,4 @@
-// An answer token by token: how sure the model was of each, and what else it might have said.
+// An answer token by token: how sure the model was of each, and which others were likely.
 import { html, useState } from "../lib.js";
 
 const percent = (logprob) => {
@@ -11,7 +11,7 @@ const surprise = (logprob) => [0.9, 0.6, 0.3, 0.1].filter((p) => Math.exp(logpro
 
 export function Tokens({ tokens }) {
   const [at, setAt] = useState(-1);
-  const said = tokens[at];
+  const shown = tokens[at];
   const over = (event) => {
     const found = event.target.closest?.("[data-i]");
     setAt(found ? Number(found.dataset.i) : -1);
@@ -29,8 +29,8 @@ export function Tokens({ tokens }) {
       </div>
       <div class="odds" aria-live="polite">
         ${
-          said
-            ? html`<b>${visible(said[0])}</b> ${percent(said[1])}${said[3] && html`<em>drafted by MTP and right</em>`}${said[2].filter(([text]) => text !== said[0]).map(([text, p]) => html`<span key=${text}><code>${visible(text)}</code> ${percent(p)}</span>`)}`
+          shown
+            ? html`<b>${visible(shown[0])}</b> ${percent(shown[1])}${shown[3] && html`<em>drafted by MTP and right</em>`}${shown[2].filter(([text]) => text !== shown[0]).map(([text, p]) => html`<span key=${text}><code>${visible(text)}</code> ${percent(p)}</span>`)}`
             : "Point at a token, or walk with the arrow keys, to see how likely it was."
         }
       </div>

@@ -214,10 +214,10 @@ export class MarkdownView {
     const [token] = tokens;
     if (tokens.length !== 1 || token.type !== "code" || drawn.isColoured || !raw.startsWith(drawn.raw)) return false;
     const code = drawn.box.querySelector(":scope > .code code");
-    const said = code?.textContent;
-    if (said === undefined || !token.text.startsWith(said) || code.dataset.language !== (token.lang ?? "").trim())
+    const shown = code?.textContent;
+    if (shown === undefined || !token.text.startsWith(shown) || code.dataset.language !== (token.lang ?? "").trim())
       return false;
-    if (code.firstChild) code.firstChild.appendData(token.text.slice(said.length));
+    if (code.firstChild) code.firstChild.appendData(token.text.slice(shown.length));
     else code.append(token.text);
     drawn.raw = raw;
     return true;

@@ -1,4 +1,4 @@
-// One prompt across training: what each model said to it, stage after stage, so that one sees the reasoning change.
+// One prompt across training: what each model answered, stage after stage, so that one sees the reasoning change.
 import { askJson, query } from "../api.js";
 import { html, useEffect, useState } from "../lib.js";
 import { linkTo } from "./place.js";
@@ -25,7 +25,7 @@ export function Follow({ run, place }) {
       <h2>${question}</h2>
       ${error && html`<p class="notice bad" role="alert">${error}</p>`}
       ${data && !data.said.length && html`<p class="notice">Nobody was asked this.</p>`}
-      ${data && html`<ol>${data.said.flatMap((said) => bySteps(said).map(([step, records]) => html`<${Stop} key=${`${said.stage} ${said.exam} ${step}`} said=${said} step=${step} records=${records} />`))}</ol>`}
+      ${data && html`<ol>${data.said.flatMap((answers) => bySteps(answers).map(([step, records]) => html`<${Stop} key=${`${answers.stage} ${answers.exam} ${step}`} answers=${answers} step=${step} records=${records} />`))}</ol>`}
     </section>`;
 }
 
@@ -35,14 +35,14 @@ function bySteps({ records }) {
   return [...steps].sort(([a], [b]) => a - b);
 }
 
-function Stop({ said, step, records }) {
+function Stop({ answers, step, records }) {
   const [all, setAll] = useState(false);
   const right = records.filter((r) => r.correct).length;
   const shown = all ? records : records.slice(0, SHOWN);
   return html`
     <li class="stop">
-      <header><h3>${said.exam ? said.model : said.stage}</h3>
-        <span class="small">${said.exam ? `exam “${said.exam}”` : `step ${step}`}${records.length > 1 ? `, ${right} of ${records.length} right` : ""}</span></header>
+      <header><h3>${answers.exam ? answers.model : answers.stage}</h3>
+        <span class="small">${answers.exam ? `exam “${answers.exam}”` : `step ${step}`}${records.length > 1 ? `, ${right} of ${records.length} right` : ""}</span></header>
       ${shown.map((record, i) => html`<${Record} key=${i} record=${record} />`)}
       ${records.length > SHOWN && html`<button type="button" class="button small" onClick=${() => setAll(!all)}>${all ? "Fewer" : `All ${records.length} answers`}</button>`}
     </li>`;

@@ -1,6 +1,6 @@
 // The page of the runs: a list, and one run in three views. The address says which.
 import { askJson, locked, query } from "../api.js";
-import { Gate, Glyph, Theme } from "../controls.js";
+import { Glyph, KeyForm, Theme } from "../controls.js";
 import { asset, html, render, useEffect, useState } from "../lib.js";
 import { List } from "./list.js";
 import { Run } from "./run.js";
@@ -59,7 +59,7 @@ function App() {
     return () => removeEventListener("hashchange", moved);
   }, []);
   useEffect(() => locked.listen(() => setLocked(true)), []);
-  if (isLocked) return html`<${Gate} onKey=${() => (setLocked(false), setKey(key + 1))} />`;
+  if (isLocked) return html`<${KeyForm} onKey=${() => (setLocked(false), setKey(key + 1))} />`;
   return html`
     <div class="runs">
       <header class="bar">

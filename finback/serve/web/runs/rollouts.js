@@ -1,4 +1,4 @@
-// What the model said while it learned: every answer of a step with what it earned, and one prompt across training.
+// What the model answered while it learned: every answer of a step with what it earned, and one prompt across training.
 import { askJson, query } from "../api.js";
 import { Glyph, Icon } from "../controls.js";
 import { html, useEffect, useState } from "../lib.js";
@@ -6,7 +6,7 @@ import { Follow } from "./follow.js";
 import { go, linkTo } from "./place.js";
 import { Record } from "./record.js";
 
-/** Where answers are kept in a run: [id, words] of each stage of RL and of each exam. */
+/** Where answers are stored in a run: [id, words] of each stage of RL and of each exam. */
 export function sourcesOf(run) {
   return run.stages.flatMap((s) => [
     ...(s.has_samples ? [[s.name, `${s.name}, every step`]] : []),
@@ -106,9 +106,9 @@ function Groups({ data, place, onAt }) {
     <div class="rollouts">
       <nav class="prompts" aria-label="Prompts">
         <ul>${groups.map(
-          ([q, said], i) => html`
+          ([q, answers], i) => html`
           <li key=${q}><button type="button" aria-current=${i === at ? "true" : undefined} onClick=${() => onAt(i)}>
-            <span class="q">${q}</span><span class="right" title="right answers">${said.filter((r) => r.correct).length}/${said.length}</span>
+            <span class="q">${q}</span><span class="right" title="right answers">${answers.filter((r) => r.correct).length}/${answers.length}</span>
           </button></li>`,
         )}</ul>
       </nav>
