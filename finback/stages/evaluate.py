@@ -235,7 +235,7 @@ def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, in
         further = model.mtp_hidden_states(hidden[:, :-1], torch.cat([tokens, behind], dim=1))
         draft = model.logits(further[0]).argmax(dim=-1)
         for row, r in enumerate(rollouts[start : start + 64]):
-            # draft i speaks of token i + 2, as does the trunk at i + 1
+            # draft i predicts token i + 2, as does the trunk at i + 1
             first, last = len(r.prompt) - 1, len(rows[row]) - 2
             agree = draft[row, first:last] == trunk[row, first + 1 : last + 1]
             accepted, drafts = accepted + int(agree.sum()), drafts + max(0, last - first)

@@ -81,7 +81,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
 
 
 def _beginning(stage: "Pretrain", run: StageRun) -> tuple[ModelConfig, int | Transformer]:
-    """The config, and the seed of random weights or the model of `start`, checked to speak the data's tokens."""
+    """The config, and the seed of random weights or the model of `start`, checked to share the data's tokenizer."""
     tokenizer = Tokenizer(run.input(stage.data))
     if stage.model is not None:
         return dataclasses.replace(stage.model, vocab_size=tokenizer.vocab_size), run.seed("weights")
