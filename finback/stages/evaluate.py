@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from finback.checkpoint import models
 from finback.config import UserError, check_fields, check_not_negative, check_positive, did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
+from finback.engine.open import load
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
 from finback.model.transformer import Transformer
@@ -112,8 +112,8 @@ class Evaluate(Stage):
     def run(self, run: StageRun) -> dict[str, Any]:
         world = run.ranks
         assert isinstance(world, World), "evaluation gathers answers over a World"
-        folder = run.input(self.start)
-        tokenizer, model = Tokenizer(folder), models.load(folder).eval().to(world.device)
+        model, tokenizer = load(run.input(self.start))
+        model = model.to(world.device)
         self._check_sources(run)
         results: dict[str, Any] = {"model": self.start, "evaluations": []}
         for exam in self.exams:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finback.checkpoint import models
 from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
+from finback.engine.open import load
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
 from finback.parallel.mesh import World
@@ -87,8 +87,8 @@ class Reject(Stage):
     def run(self, run: StageRun) -> dict[str, Any]:
         world = run.ranks
         assert isinstance(world, World), "rejection sampling gathers answers over a World"
-        folder = run.input(self.start)
-        tokenizer, model = Tokenizer(folder), models.load(folder).eval().to(world.device)
+        model, tokenizer = load(run.input(self.start))
+        model = model.to(world.device)
         engine = Engine(model, tokenizer.stops)
         problems = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))
         progress = Progress(run, self.prompts, "questions", spent(run.folder)["seconds"])
