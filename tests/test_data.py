@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -340,12 +341,18 @@ def loader(folder: Path, mixture: dict[str, float], sizes: dict[str, int], **opt
     return Loader(folder, mixture, **{"length": 8, "extra": 2, "seed": 5, **options})
 
 
+def windows_of(source: Loader, rows: int, rank: int = 0, ranks: int = 1) -> torch.Tensor:
+    """This rank's share of the next rows, (rows / ranks, length + extra) ids."""
+    drawn = source.draw(rows, rank, ranks, document_ids=False)
+    return torch.from_numpy(np.stack([row.tokens for row in drawn]).astype(np.int64))
+
+
 @pytest.mark.parametrize("weights", [(0.4, 0.6), (1, 2, 5), (0.9, 0.0999, 0.0001), (3, 0, 1), (7,)])
 def test_mixtures_are_exact_at_every_moment(weights: tuple[float, ...], tmp_path: Path) -> None:
     mixture = {f"s{i}": weight for i, weight in enumerate(weights)}
     mixed = loader(tmp_path, mixture, dict.fromkeys(mixture, 50))
     for rows in range(1, 600):
-        mixed.batch(1)
+        windows_of(mixed, 1)
         drawn = mixed.tokens_by_source()
         assert sum(drawn.values()) == 8 * rows
         for name, count in drawn.items():
@@ -355,12 +362,12 @@ def test_mixtures_are_exact_at_every_moment(weights: tuple[float, ...], tmp_path
 def test_an_epoch_visits_every_window_once(tmp_path: Path) -> None:
     alone = loader(tmp_path, {"a": 1.0}, {"a": 100})
     windows = (100 - 2) // 8
-    epochs = [alone.batch(windows) for _ in range(3)]
+    epochs = [windows_of(alone, windows) for _ in range(3)]
     for rows in epochs:
         assert sorted(rows[:, 0].tolist()) == [8 * i for i in range(windows)]
         assert (rows - rows[:, :1]).tolist() == [list(range(10))] * windows  # contiguous
     orders = {tuple(rows[:, 0].tolist()) for rows in epochs}
-    other = loader(tmp_path, {"a": 1.0}, {"a": 100}, seed=6).batch(windows)
+    other = windows_of(loader(tmp_path, {"a": 1.0}, {"a": 100}, seed=6), windows)
     assert len(orders | {tuple(other[:, 0].tolist())}) == 4
 
 
@@ -368,10 +375,10 @@ def test_ranks_share_the_rows_of_one_process(tmp_path: Path) -> None:
     mixture, sizes = {"a": 0.3, "b": 0.7}, {"a": 90, "b": 200}
     one, first, second = (loader(tmp_path, mixture, sizes) for _ in range(3))
     for _ in range(12):
-        whole = one.batch(6)
+        whole = windows_of(one, 6)
         assert whole.shape == (6, 10)
-        assert whole[0::2].equal(first.batch(6, rank=0, ranks=2))
-        assert whole[1::2].equal(second.batch(6, rank=1, ranks=2))
+        assert whole[0::2].equal(windows_of(first, 6, rank=0, ranks=2))
+        assert whole[1::2].equal(windows_of(second, 6, rank=1, ranks=2))
     assert one.state() == first.state() == second.state()
 
 
@@ -384,14 +391,14 @@ def test_a_resumed_loader_continues_as_if_nothing_had_happened(tmp_path: Path) -
         resumed = loader(tmp_path, mixture, sizes)
         resumed.load_state(state)
         rows = rng.randint(1, 9)
-        assert steady.batch(rows).equal(resumed.batch(rows)) and steady.state() == resumed.state()
+        assert windows_of(steady, rows).equal(windows_of(resumed, rows)) and steady.state() == resumed.state()
 
 
 def test_a_state_of_other_sources_is_not_taken(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="other sources"):
         loader(tmp_path, {"a": 1}, {"a": 90}).load_state({"drawn": {"b": 3}})
     with pytest.raises(AssertionError, match="5 rows do not divide among 2 ranks"):
-        loader(tmp_path, {"a": 1}, {"a": 90}).batch(5, 0, 2)
+        windows_of(loader(tmp_path, {"a": 1}, {"a": 90}), 5, 0, 2)
 
 
 @pytest.mark.parametrize(
