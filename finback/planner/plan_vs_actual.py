@@ -53,8 +53,11 @@ def _plan(name: str, begun: list[StageFolder], calibration: Path) -> tuple[dict[
     try:
         configs = [stage.config_json for stage in begun]
         found = recipe_plan.plan_configs(name, configs, PlanOptions(), known, _ranks(begun))
-    except (UserError, TypeError, KeyError, AttributeError) as error:  # knobs of another version
+    except UserError as error:
         return {}, [*notes, f"no plan: {error}"]
+    except (TypeError, KeyError, AttributeError) as error:
+        problem = "a stage's config.json was written by another version of finback"
+        return {}, [*notes, f"no plan: {problem} ({type(error).__name__}: {error})"]
     return found["stages"], [*notes, *found["notes"]]
 
 
