@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finback.checkpoint.distributed import Steps, newest, whole_model
+from finback.checkpoint.store import KEEP
 from finback.model.config import ModelConfig
 from finback.model.moe import Router, max_violation
 from finback.model.transformer import Transformer
@@ -67,6 +69,8 @@ class ShardedTrainer(Trainer):
         self.pipeline = Pipeline(stages, layout, self.mesh, rows // layout.dp, seq_len) if stages else None
         self.optimizers = [self._optimizers(stage) for stage in self.sharding.parts]
         self._steps: Steps | None = None
+        # the whole model of a checkpoint, as far as it was asked for
+        self._whole: tuple[Path, Transformer] | None = None
 
     def _build(self, values: Iterable[tuple[str, Tensor]] | int) -> tuple[list[Transformer], list[nn.Module]]:
         """This rank's models, one per stage, and what is called in their place."""
@@ -172,14 +176,16 @@ class ShardedTrainer(Trainer):
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
-    def steps(self, run: StageRun, keep: int = 2) -> Steps:
+    def steps(self, run: StageRun) -> Steps:
         """The run's checkpoints, made at the first call, on all ranks."""
-        self._steps = self._steps or Steps(run.folder / SHARDS, keep)
+        self._steps = self._steps or Steps(run.folder / SHARDS)
         return self._steps
 
-    def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int = 2) -> None:
+    def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int = KEEP) -> None:
         """Start writing a checkpoint, while training goes on; the one before it is whole by then."""
-        self.steps(run, keep).begin(step, self.state(), meta)
+        steps = self.steps(run)
+        steps.keep = keep
+        steps.begin(step, self.state(), meta)
 
     def settle(self) -> None:
         if self._steps is not None:
@@ -190,9 +196,12 @@ class ShardedTrainer(Trainer):
         self.settle()
         if not run.is_writer:
             return None
-        model = Transformer(self.config)
-        model.load_state_dict(whole_model(newest(self.steps(run).folder), self.config))
-        return model, World()
+        path = newest(self.steps(run).folder)
+        if self._whole is None or self._whole[0] != path:
+            model = Transformer(self.config)
+            model.load_state_dict(whole_model(path, self.config))
+            self._whole = path, model
+        return self._whole[1], World()
 
     def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
         """The newest checkpoint, whatever layout wrote it."""
