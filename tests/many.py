@@ -97,12 +97,12 @@ def continued(many: ShardedTrainer, begin: int, end: int) -> Numbers:
     return numbers
 
 
-def step(many: ShardedTrainer, windows: Tensor) -> list[float]:
+def step(many: ShardedTrainer, windows: Tensor, mtp_weight: float = MTP_WEIGHT) -> list[float]:
     """One step on a step's rows: losses over all ranks, norm of the gradient; none where that is not finite."""
     counts = [float(ROWS * SEQ_LEN)] * (1 + many.config.num_nextn_predict_layers)
     batch = of_windows(windows[many.data_rank :: many.data_ranks], many.config.num_nextn_predict_layers)
     many.zero()
-    losses = many.backward(batch, LossTerms(counts, MTP_WEIGHT, BALANCE_ALPHA, 1 / many.data_ranks))
+    losses = many.backward(batch, LossTerms(counts, mtp_weight, BALANCE_ALPHA, 1 / many.data_ranks))
     norm = many.finish(MAX_GRAD_NORM)
     if math.isfinite(norm):
         many.update(LR, LR)

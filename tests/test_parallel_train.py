@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout, share, split_layers
@@ -190,3 +191,28 @@ def test_weights_that_travel_in_bf16_train_like_those_in_fp32(tmp_path: Path) ->
     on_ranks(2, _rounded, str(tmp_path / "out.json"))
     exact, rounded = (torch.tensor(n) for n in json.loads((tmp_path / "out.json").read_text()))
     assert 0 < (exact - rounded).abs().max() < 0.02
+
+
+def _levels() -> None:
+    """A pipeline whose MTP loss is left out from some step on, and one that goes on with learnt biases."""
+    many = ShardedTrainer(MANY, pipeline("1f1b"), SHAPE, 5)
+    start = Transformer(MANY).initialise(5)
+    for router in start.routers():
+        router.bias.copy_(torch.arange(8.0))
+    many.take_router_biases(start)
+    assert all(router.bias.tolist() == list(range(8)) for router in many.routers)
+    for weight in (0.3, 0.3, 0.0, 0.0):
+        losses = step(many, next(batches(MANY, 1)), mtp_weight=weight)
+        assert (losses[1] > 0) == (weight > 0) and math.isfinite(losses[-1])
+
+
+def test_a_pipeline_can_leave_out_mtp_later_and_takes_learnt_biases() -> None:
+    on_ranks(2, _levels)
+
+
+def test_no_stage_is_left_without_a_layer() -> None:
+    deep = dataclasses.replace(MANY, num_hidden_layers=2, num_nextn_predict_layers=2)
+    with pytest.raises(UserError, match=r"layout\.pp = 4: .*4 stages, and 3 can have a layer"):
+        Layout(pp=4, micro_batches=4).check(deep, 8)
+    Layout(pp=3, micro_batches=4).check(deep, 8)
+    assert all(s.layers for s in split_layers(deep, 3))

@@ -459,3 +459,19 @@ def test_an_open_checkpoint_is_gone_on_with_on_text_of_ones_own(prepared: Path, 
     old = models.load(prepared / "origin")
     assert all(torch.equal(t, old.state_dict()[n]) for n, t in training.trainer.model.state_dict().items())
     assert loop.run(training)["tokens"] == 1280
+
+
+def test_going_on_with_a_tied_model_trains_one_matrix(prepared: Path) -> None:
+    """The head and the embedding stay one parameter, which gets both gradients."""
+    tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    trained(prepared, "tied", model=tied)
+    model = begin(prepared, pretrain(name="tied_on", start="tied")).trainer.model
+    assert model.head.weight is model.embed
+    fresh = Transformer(model.config).train()
+    fresh.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, 320, (2, 18), generator=torch.Generator().manual_seed(0))
+    for each in (model, fresh):
+        each.zero_grad(set_to_none=True)
+        backward(each, tokens)
+    assert model.embed.grad is not None and fresh.embed.grad is not None
+    torch.testing.assert_close(model.embed.grad, fresh.embed.grad)

@@ -162,6 +162,8 @@ class Transformer(nn.Module):
         """The same weights, shared, read by a config that differs in its window and rope scaling alone."""
         other = Transformer(config, compute)
         other.load_state_dict(self.state_dict(), assign=True)
+        if config.tie_word_embeddings:
+            other.head.weight = other.embed
         return other
 
     def routers(self) -> list[Router]:

@@ -105,9 +105,10 @@ class Layout:
                     raise UserError("layout.dp", self.dp, problem, "Use a divisor of one of them.")
 
     def _check_pipeline(self, c: ModelConfig) -> None:
-        layers = c.num_hidden_layers + c.num_nextn_predict_layers
-        if self.stages > layers:
-            problem = f"{self.schedule} makes {self.stages} stages of {layers} layers"
+        # all MTP modules lie on the last stage
+        most = c.num_hidden_layers + (c.num_nextn_predict_layers > 0)
+        if self.stages > most:
+            problem = f"{self.schedule} makes {self.stages} stages, and {most} can have a layer"
             raise UserError("layout.pp", self.pp, problem, "Lower it.")
         self.pipeline.check(self.pp, self.micro_batches)
         if self.micro_batches < self.stages:

@@ -83,8 +83,12 @@ class PipelineStage(nn.Module):
         return total
 
     def _balance(self) -> Tensor | float:
-        """The sum over this stage's MoE layers that the pass has met."""
-        losses = [m.balance for m in self.model.modules() if isinstance(m, MoE) and m.balance is not None]
+        """The sum over this stage's MoE layers that the pass has met, taken from them (see Transformer.balance_loss)."""
+        losses = []
+        for module in self.model.modules():
+            if isinstance(module, MoE) and module.balance is not None:
+                losses.append(module.balance)
+                module.balance = None
         return torch.stack(losses).sum() if losses else 0.0
 
 
@@ -122,7 +126,7 @@ class Pipeline:
         self.schedule = _Tabled(pieces, layout)
 
     def run(self, tokens: Tensor) -> Tensor:
-        """Add the gradients of the sum over micro-batches of their mean losses; (main, MTP, balance) summed likewise.
+        """Add the gradients of the losses of all micro-batches; (main, MTP, balance), summed over them.
 
         tokens (rows, length + 1 + depths) are the same on all ranks of the pipeline. Zeros but on the last stage's rank.
         """

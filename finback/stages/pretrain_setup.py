@@ -19,7 +19,7 @@ from finback.runs.folder import StageRun
 from finback.stages.pretraining import Pretraining
 from finback.train.ema import EMA
 from finback.train.optim import Adam, Muon, is_matrix
-from finback.train.precision import dtype_of, rates, use_expert_kernel, use_fp8
+from finback.train.precision import choose_expert_kernel, dtype_of, rates, use_expert_kernel, use_fp8
 from finback.train.trainer import ReplicatedTrainer
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         model = values.with_config(config, dtype)
     model = (use_fp8(model) if precision == "fp8" else model).to(world.device)
     use_recompute(model, stage.recompute).train()
-    _use_expert_kernel(stage, run, model)
+    _use_expert_kernel(stage, run, world, model)
     if stage.compile:
         _compile(stage, run, model)
     named = list(model.named_parameters())
@@ -74,7 +74,15 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         start if isinstance(start, int) else ((n, p.detach()) for n, p in start.named_parameters())
     )
     shape = stage.batch_size, stage.seq_len
-    trainer = ShardedTrainer(config, stage.layout, shape, values, stage.weight_decay, dtype_of(precision), device)
+    try:
+        trainer = ShardedTrainer(config, stage.layout, shape, values, stage.weight_decay, dtype_of(precision), device)
+    except UserError as error:
+        if error.field != "rows":
+            raise
+        field = f"{stage.name}.batch_size"  # what the recipe calls a step's rows
+        raise UserError(field, error.value, error.problem, error.remedy) from None
+    if not isinstance(start, int):
+        trainer.take_router_biases(start)
     for model in trainer.models:
         use_recompute(model, stage.recompute)
     return Pretraining(stage, run, trainer, config, precision)
@@ -112,13 +120,21 @@ def _compile(stage: "Pretrain", run: StageRun, model: Transformer) -> None:
     run.say(f"{stage.name:10} blocks are compiled in the first step, which may take a minute")
 
 
-def _use_expert_kernel(stage: "Pretrain", run: StageRun, model: Transformer) -> None:
-    """The knob's kernel, or the one that an earlier sitting of this run measured, so that resuming cannot differ."""
-    path = run.folder / "expert_kernel.json"
-    known = read_json(path)["chosen"] if stage.expert_kernel == "auto" and path.is_file() else stage.expert_kernel
-    chosen = use_expert_kernel(model, known, stage.batch_size * stage.seq_len // run.ranks.size)
-    if model.embed.device.type == "cuda" and run.is_writer:
-        write_json(path, {"chosen": chosen})
+def _use_expert_kernel(stage: "Pretrain", run: StageRun, world: World, model: Transformer) -> None:
+    """The knob's kernel; on GPUs "auto" is decided once by all ranks and written down, so that resuming cannot differ."""
+    path, tokens = run.folder / "expert_kernel.json", stage.batch_size * stage.seq_len // world.size
+    if stage.expert_kernel != "auto" or world.device.type != "cuda":
+        use_expert_kernel(model, stage.expert_kernel, tokens)
+        return
+    if path.is_file():
+        chosen = str(read_json(path)["chosen"])
+    else:
+        measured = world.gather(choose_expert_kernel(model, tokens))
+        chosen = "grouped_mm" if set(measured) == {"grouped_mm"} else "loop"
+        if run.is_writer:
+            write_json(path, {"chosen": chosen})
+        world.barrier()
+    use_expert_kernel(model, chosen)  # type: ignore[arg-type]
 
 
 def _choose_precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: World) -> str:

@@ -111,8 +111,10 @@ class Loop:
             run.say(f"{run.name:10} resumed at step {self.step:,}")
         run.rewind(self.step + 1)
         progress = Progress(run, training.total, training.unit, spent(run.folder)["seconds"])
+        mark = time.perf_counter()
         while not training.finished():
-            metrics = self.advance()
+            metrics = self.advance(mark)
+            mark = time.perf_counter()
             run.log(self.step, **metrics)
             progress.show(training.done(), training.note(metrics))
             training.after(self, metrics)
@@ -124,10 +126,10 @@ class Loop:
                 raise Interrupted
         self.checkpoint()
 
-    def advance(self) -> dict[str, Any]:
-        """One step and its metrics, its speed among them."""
+    def advance(self, since: float | None = None) -> dict[str, Any]:
+        """One step and its metrics; its seconds and speed are from `since` on (a perf_counter), looks at the model included."""
         peak = self.peak  # measured before the clock runs
-        begin, before = time.perf_counter(), dict(self.usage)
+        begin, before = since or time.perf_counter(), dict(self.usage)
         self.step += 1
         metrics = self.training.step(self)
         seconds = time.perf_counter() - begin

@@ -49,26 +49,30 @@ def rates(config: ModelConfig, rows: int, length: int, device: torch.device) -> 
     return {name: rows * length / seconds for name, seconds in best.items()}
 
 
+def choose_expert_kernel(model: Transformer, tokens: int) -> Literal["loop", "grouped_mm"]:
+    """The kernel for a model's routed experts where it lies, in passes of so many tokens.
+
+    Measured on a GPU, where the grouped product has to win clearly. On a CPU the loop: grouped_mm makes the same products
+    there, in 0.8 to 1.1 of the time, which is noise; so runs repeat themselves.
+    """
+    config, device = model.config, model.embed.device
+    shape = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    if device.type != "cuda" or not config.n_routed_experts or not moe_gemm.fits_grouped(*shape[1:], model.compute):
+        return "loop"
+    seconds = experts_seconds(tokens, config.num_experts_per_tok, shape, model.compute, device)
+    return "grouped_mm" if seconds["loop"] > MARGIN * seconds["grouped_mm"] else "loop"
+
+
 def use_expert_kernel(model: Transformer, kernel: ExpertKernel = "auto", tokens: int = 4096) -> str:
     """Have the model's routed experts multiply by this kernel from now on, in place; the kernel that is used.
 
-    "auto" measures on a GPU, in passes of so many tokens, and takes the grouped product where it wins clearly. On a CPU it
-    takes the loop: grouped_mm makes the same products there, in 0.8 to 1.1 of the time, which is noise; so runs repeat
-    themselves. Sums may be rounded in another order by each, so who wants to repeat a run on a GPU names one of the two.
+    "auto" is what `choose_expert_kernel` says. Each may round sums in another order, so who wants to repeat a run on a GPU
+    names one of the two.
     """
-    config, device = model.config, model.embed.device
-    if not config.n_routed_experts:
-        return "loop"
-    sizes = config.hidden_size, config.moe_intermediate_size
-    fits = moe_gemm.fits_grouped(*sizes, model.compute)
-    if kernel == "auto":
-        kernel = "loop"
-        if fits and device.type == "cuda":
-            shape = (config.n_routed_experts, *sizes)
-            seconds = experts_seconds(tokens, config.num_experts_per_tok, shape, model.compute, device)
-            kernel = "grouped_mm" if seconds["loop"] > MARGIN * seconds["grouped_mm"] else "loop"
+    kernel = choose_expert_kernel(model, tokens) if kernel == "auto" else kernel
     if kernel == "grouped_mm":
-        if not fits:
+        sizes = model.config.hidden_size, model.config.moe_intermediate_size
+        if not moe_gemm.fits_grouped(*sizes, model.compute):
             raise UserError("expert_kernel", kernel, f"experts of {sizes} do not fit its rows of 16 bytes", "Use loop.")
         for module in model.modules():
             if isinstance(module, MoE) and module.experts is moe_gemm.routed_experts:

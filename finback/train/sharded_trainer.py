@@ -94,6 +94,14 @@ class ShardedTrainer(Trainer):
         """The numbers of this rank's pipeline stages."""
         return list(self.layout.stages_of(self.mesh.pp.get_local_rank()))
 
+    @torch.no_grad()
+    def take_router_biases(self, model: Transformer) -> None:
+        """Those of a model to go on with; biases are buffers, which `values` do not hold."""
+        for mine in self.models:
+            for name, buffer in mine.named_buffers():
+                if name.endswith("router.bias"):
+                    buffer.copy_(model.get_buffer(name))
+
     def _mark_copies(self) -> None:
         for stage, parts in zip(self.stages, self.sharding.parts, strict=True):
             for part in parts:
