@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
+from finback.options import check_names
 from finback.parallel.execute import execute
 from finback.runs import recipe as recipes
 from finback.runs.files import SUMMARY, read_json
@@ -46,7 +47,7 @@ def run(
     started from a file. `settings` change knobs, as in ("zero.steps=10",). Ctrl-C stops at a safe point, from where the
     same call continues.
     """
-    settings = tuple(settings)
+    settings = (settings,) if isinstance(settings, str) else tuple(settings)
     found = _recipe(recipe, name, settings)
     arguments = None
     if ranks != 1:
@@ -70,6 +71,7 @@ def plan(what: What = "", **options: Any) -> Results:
     from finback.planner import calibration_file, command
     from finback.planner.options import PlanOptions
 
+    check_names(PlanOptions, options)
     stages = not isinstance(what, str | Path)
     chosen = PlanOptions(what="" if stages else str(what), **options)
     path = chosen.calibration or calibration_file.default_path(os.environ)
@@ -83,7 +85,9 @@ def compare(*models: str | Path, tasks: Iterable[str], **options: Any) -> Result
     from finback.comparison import command
     from finback.comparison.options import CompareOptions
 
-    chosen = CompareOptions(models=models, tasks=tuple(tasks), **options)  # type: ignore[arg-type] # made paths there
+    check_names(CompareOptions, options)
+    wanted = (tasks,) if isinstance(tasks, str) else tuple(tasks)
+    chosen = CompareOptions(models=models, tasks=wanted, **options)  # type: ignore[arg-type] # made paths there
     report, text, _ = command.run(chosen, os.environ)
     return Results(report, text)
 
@@ -91,4 +95,7 @@ def compare(*models: str | Path, tasks: Iterable[str], **options: Any) -> Result
 def _recipe(what: What, name: str, settings: Sequence[str]) -> Recipe:
     if isinstance(what, str | Path):
         return recipes.load(Path(what), settings)
+    for stage in what:
+        if not isinstance(stage, Stage):
+            raise UserError("recipe", stage, "not a stage", "Give a list of stages, or the path of a recipe file.")
     return Recipe(name, recipes.overridden(what, settings))

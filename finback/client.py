@@ -38,9 +38,10 @@ def check_url(url: str, field: str, example: str, query: bool = False) -> urllib
     """The parts of a server's url; UserError if it is none, or has a query where there should be none."""
     try:
         parts = urllib.parse.urlsplit(url)
+        (parts.hostname or "").encode("idna")
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and (query or not parts.query):
             return parts
-    except ValueError:  # a port that is not a number
+    except ValueError:  # a port that is not a number, a host that is no name
         pass
     raise UserError(field, url, "not the url of a server", f"Write for example {example}.")
 
@@ -48,8 +49,8 @@ def check_url(url: str, field: str, example: str, query: bool = False) -> urllib
 class Client(AbstractContextManager["Client"]):
     """Connections to one server, shared by threads. The paths of requests are relative to `url`.
 
-    `timeout` is how many seconds the server may be silent, `deadline` how many a whole request may take. A reply of
-    more than `max_bytes` is refused.
+    `timeout` is how many seconds the server may be silent, `deadline` how many a whole request may take, looked at when a
+    piece of the reply arrives. A reply of more than `max_bytes` is refused.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class Client(AbstractContextManager["Client"]):
         import httpx
 
         self._parts = check_url(url, "url", "http://127.0.0.1:8000/v1", query=True)
-        self._key, self._deadline, self._max_bytes = key, deadline, max_bytes
+        # a file's last line break is not part of a key
+        self._key, self._deadline, self._max_bytes = key.strip(), deadline, max_bytes
         self._http = httpx.Client(
             headers={"Accept-Encoding": "identity"},
-            timeout=timeout,
+            timeout=timeout if deadline is None else min(timeout, deadline),
             trust_env=False,
             limits=httpx.Limits(max_connections=None),
             # the system's certificates, and SSL_CERT_FILE
@@ -76,12 +78,12 @@ class Client(AbstractContextManager["Client"]):
     def get_json(self, path: str) -> Any:
         """The JSON value at a path; RequestFailed if there is none."""
         with self._open("GET", path) as (_, chunks):
-            return parse_json(b"".join(chunks))
+            return parse_json(self._bytes_without_key(chunks))
 
     def post_json(self, path: str, body: Any) -> Any:
         """The JSON value that the server replies with; RequestFailed if it sends none."""
         with self._open("POST", path, body) as (_, chunks):
-            return parse_json(b"".join(chunks))
+            return parse_json(self._bytes_without_key(chunks))
 
     def stream(self, path: str, body: Any) -> Iterator[bytes]:
         """The data of each server-sent event as it arrives; a reply that is no stream is one event, followed by DONE."""
@@ -96,6 +98,11 @@ class Client(AbstractContextManager["Client"]):
         """A text in which the key, which some servers repeat, is not shown."""
         return text.replace(self._key, "[key]") if self._key else text
 
+    def _bytes_without_key(self, chunks: Iterator[bytes]) -> bytes:
+        """A whole body; before any of it is cut for a message, the key is gone from it."""
+        body = b"".join(chunks)
+        return body.replace(self._key.encode(), b"[key]") if self._key else body
+
     @contextmanager
     def _open(self, method: str, path: str, body: Any = None) -> Iterator[tuple["httpx.Response", Iterator[bytes]]]:
         """A response with status 200 and its body in pieces; every fault of the connection becomes RequestFailed."""
@@ -105,6 +112,9 @@ class Client(AbstractContextManager["Client"]):
         base, query = self._parts.path.rstrip("/"), f"?{self._parts.query}" if self._parts.query else ""
         url = f"{self._parts.scheme}://{self._parts.netloc.rpartition('@')[2]}{base}{path}{query}"
         headers = {"Content-Type": "application/json"} if body is not None else {}
+        if not (self._key.isascii() and (self._key.isprintable() or not self._key)):
+            # the library's own message would show it
+            raise RequestFailed("the key has characters that a header cannot carry", final=True)
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
@@ -112,10 +122,8 @@ class Client(AbstractContextManager["Client"]):
             with self._http.stream(method, url, content=content, headers=headers) as response:
                 chunks = self._chunks(response, until)
                 if response.status_code != 200:
-                    raise _refusal(response, chunks)
+                    raise _refusal(response, chunks, self._key)
                 yield response, chunks
-        except UnicodeEncodeError:  # it would show the key
-            raise RequestFailed("the key is not in ASCII", final=True) from None
         except RequestFailed as error:
             shown = self.without_key(str(error))
             raise RequestFailed(shown, error.final, error.busy, error.retry_after) from None
@@ -235,14 +243,15 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
         yield bytes(rest)
 
 
-def _refusal(response: "httpx.Response", chunks: Iterator[bytes]) -> RequestFailed:
-    """What a status other than 200 means for this request and for the next ones."""
+def _refusal(response: "httpx.Response", chunks: Iterator[bytes], key: str) -> RequestFailed:
+    """What a status other than 200 means for this request and for the next ones; the key is taken out, then it is cut."""
     status, body_start = response.status_code, b""
     for chunk in chunks:
         body_start += chunk
-        if len(body_start) >= 400:
+        if len(body_start) >= 400 + len(key):
             break
-    text = " ".join(body_start[:400].decode("utf-8", "replace").split())
+    shown = body_start.replace(key.encode(), b"[key]") if key else body_start
+    text = " ".join(shown[:400].decode("utf-8", "replace").split())
     final = status < 500 and status not in _TRANSIENT
     return RequestFailed(
         f"HTTP {status} {text}".strip(), final, status in _BUSY, retry_after(response.headers.get("Retry-After"))

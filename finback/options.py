@@ -7,13 +7,13 @@ import dataclasses
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from finback.config import check_fields
+from finback.config import UserError, check_fields, did_you_mean
 
 Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="auto, fp32, bf16, or int8 (weights alone, rounded).")
@@ -21,6 +21,14 @@ Dtype = Annotated[
 Settings = Annotated[
     tuple[str, ...], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")
 ]
+
+
+def check_names(options: type["Options"], given: Iterable[str]) -> None:
+    """UserError for the first name that is not one of the options."""
+    known = [field.name for field in dataclasses.fields(options)]
+    for name in given:
+        if name not in known:
+            raise UserError(name, "given", "no such option", did_you_mean(name, known))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,8 @@ class Options:
 
 
 def _converted(value: Any, hint: Any) -> Any:
+    if get_origin(hint) is tuple and isinstance(value, str | Path):
+        value = (value,)  # one, not a list of its letters
     if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         return tuple(_converted(item, get_args(hint)[0]) for item in value)
     return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value

@@ -43,7 +43,7 @@ def test_the_key_stands_in_no_error_and_no_log(caplog: pytest.LogCaptureFixture)
     caplog.set_level(logging.DEBUG)
     with faking(lambda n, body: Reply(status=401, stream=False, raw=b"wrong key: top-secret")) as fake:
         assert str(failure(fake, key="top-secret")) == "HTTP 401 wrong key: [key]"
-        assert str(failure(fake, key="geheim\u00fc")) == "the key is not in ASCII"
+        assert str(failure(fake, key="geheim\u00fc")) == "the key has characters that a header cannot carry"
     with (
         faking(lambda n, body: Reply(raw=b"key top-secret", stream=False)) as fake,
         Client(fake.url, "top-secret") as client,
@@ -159,3 +159,22 @@ def test_a_command_does_not_wait_for_httpx() -> None:
     code = "import sys, finback.cli, finback.comparison.endpoint, finback.tasks.judge; print('httpx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT)
     assert done.stdout == b"False\n"
+
+
+@pytest.mark.parametrize("key", ["SECRET\n", " SECRET\r\n"])
+def test_a_keys_line_break_is_not_part_of_it(key: str) -> None:
+    with Client("http://127.0.0.1:9/v1", key) as client, pytest.raises(RequestFailed) as failed:
+        client.get_json("/x")
+    assert "SECRET" not in str(failed.value) and "refused" in str(failed.value)
+
+
+@pytest.mark.parametrize("key", ["SEC\nRET", "schlüssel"])
+def test_a_key_that_no_header_can_carry_is_not_shown(key: str) -> None:
+    with Client("http://127.0.0.1:9/v1", key) as client, pytest.raises(RequestFailed, match="cannot carry") as failed:
+        client.get_json("/x")
+    assert failed.value.final and key not in str(failed.value)
+
+
+def test_a_host_that_is_no_name_is_refused() -> None:
+    with pytest.raises(UserError, match="not the url of a server"):
+        check_url("http://a..b/v1", "--endpoint", "http://127.0.0.1:8000/v1")

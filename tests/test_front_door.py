@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 import finback
+from finback.checkpoint import models
 from finback.config import UserError
+from finback.data import tokenizer
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Stage, load
-from tests.toy import environment, write_recipe
+from tests.toy import WORDS, environment, toy_model, write_recipe
 
 CELL = """
 import runpy
@@ -104,3 +106,22 @@ def test_stages_are_planned_and_several_ranks_need_a_file(tmp_path: Path) -> Non
         finback.run(list(stages), tmp_path, ranks=2)
     with pytest.raises(UserError, match="nobody to ask"):
         finback.compare(tasks=["gsm8k"])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda path: finback.plan("tiny", rowz=1), r"rowz = 'given': no such option\. Did you mean 'rows'"),
+        (lambda path: finback.compare("m", tasks="gsm8k", problem=1), "Did you mean 'problems'"),
+        (lambda path: finback.run(["x"], path), "recipe = 'x': not a stage"),
+        (lambda path: finback.run([Pressed(name="a")], path, name="../x"), "name = '../x'"),
+        (lambda path: finback.run([Pressed(name="a")], path, settings="a.name"), "--set = 'a.name'"),
+        (lambda path: finback.run([Pressed(name="a")], path, ranks=-1), "ranks = -1"),
+        (lambda path: finback.load(path, dtype="fp99"), "dtype = 'fp99'"),
+    ],
+)
+def test_what_python_asks_wrongly_is_named(call: Any, words: str, tmp_path: Path) -> None:
+    models.save(tmp_path, toy_model())
+    tokenizer.train([WORDS], 320, tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=words):
+        call(tmp_path)

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from finback.checkpoint import names, store
 from finback.checkpoint.audit import Audit, differs, examine
 from finback.checkpoint.shards import Weights
-from finback.config import UserError
+from finback.config import UserError, did_you_mean
 from finback.kernels import fp8, packed
 from finback.model.config import from_json, to_json
 from finback.model.layers import Linear
@@ -56,6 +56,8 @@ def load_for_inference(path: Path, dtype: InferenceDtype = "auto") -> Transforme
     bf16 and int8 (weights only, for CPUs) are packed: such a model cannot be trained or saved. "auto" is bf16 where the
     machine computes in it, and fp32 elsewhere and for small models.
     """
+    if dtype not in get_args(InferenceDtype):
+        raise UserError("dtype", dtype, "not a format", did_you_mean(str(dtype), get_args(InferenceDtype)))
     cuda = torch.cuda.is_available()
     if dtype == "auto":
         fast = cuda or packed.available("bf16")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from finback.config import UserError
 from finback.parallel import launch
 from finback.runs import recipe as recipes
 from finback.runs.folder import Interrupted, StageRun, locked, prepare_folder
@@ -32,6 +33,8 @@ def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Se
     Without `arguments` it runs in this process, with them in `ranks` processes `python -m finback <arguments>`. Ctrl-C
     asks it to stop at a safe point, and Interrupted says that it did; the same call continues.
     """
+    if ranks < 0:
+        raise UserError("ranks", ranks, "negative", "Use 0 for one per GPU or core, or a number of processes.")
     if "RANK" in os.environ:  # one of several ranks, ours or torchrun's
         _join(recipe, root, seed)
         if "FINBACK_PARENT" in os.environ or os.environ["RANK"] != "0":

@@ -32,6 +32,9 @@ class Conversation:
         self.sampling = self.llm.defaults(
             **{"max_tokens": min(1024, self.llm.window // 8)} | {n: v for n, v in chosen.items() if v is not None}
         )
+        if self.sampling.max_tokens >= self.llm.window:
+            problem = f"no room for a message: the model reads {self.llm.window} tokens"
+            raise UserError("--max-tokens", self.sampling.max_tokens, problem, "Lower it.")
         self.seed = seed
         self.messages: list[Message] = []
         self.replies = 0

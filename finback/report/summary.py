@@ -5,6 +5,8 @@ from typing import Any
 
 from finback.report.exams import MANY, accuracy_table, first_exam, first_problem, problem_pairs, share
 from finback.runs import reader
+from finback.runs.declaration import DECLARATION
+from finback.runs.files import SUMMARY
 from finback.runs.progress import clock
 from finback.runs.reader import StageFolder
 from finback.runs.terminal import table
@@ -21,7 +23,13 @@ def summarize(root: Path) -> str:
         [stage for stage in stages if stage.kind == kind]
         for kind in ("evaluation", "reinforcement learning", "pre-training")
     )
-    parts = [_costs(finished), "\n".join(entry["text"] for entry in finished.values() if entry.get("text"))]
+    older = [stage.name for stage in stages if DECLARATION not in stage.config_json]
+    parts = [_costs(finished)]
+    if older:
+        parts.append(
+            f"Made by an older finback, so only costs are shown here: {', '.join(older)}. Results: {root / SUMMARY}"
+        )
+    parts.append("\n".join(entry["text"] for entry in finished.values() if entry.get("text")))
     if len(exams) >= MANY:
         parts += [accuracy_table(exams), first_problem(exams)]
     elif len(exams) >= 2:

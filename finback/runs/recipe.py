@@ -75,6 +75,8 @@ class Recipe:
     file: Path | None = None
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^/\\]+", self.name) or self.name in (".", ".."):
+            raise UserError("name", self.name, "not a name for a folder", "Leave out slashes and dots alone.")
         names = [stage.name for stage in self.stages]
         if not names:
             raise UserError("recipe", self.name, "has no stages", "Put at least one stage into the list.")
