@@ -143,11 +143,12 @@ class Tokenizer:
         Neighbouring texts are encoded as one, by `encode` if it is given.
         """
         ids: list[int] = []
-        named = self.ids | {BOS: self.bos, EOS: self.eos}
+        own: dict[str, int] = {BOS: self.bos, EOS: self.eos}
         for is_special, group in groupby(pieces, key=lambda piece: isinstance(piece, SpecialToken)):
             if is_special:
                 for token in group:
-                    ids += [named[token]] if token in named else self.encode_marked(token)
+                    known = self.ids.get(token) if token not in own else own[token]
+                    ids += self.encode_marked(token) if known is None else [known]
             else:
                 ids += (encode or self.encode)("".join(group))
         return ids
