@@ -38,10 +38,9 @@ def check_url(url: str, field: str, example: str, query: bool = False) -> urllib
     """The parts of a server's url; UserError if it is none, or has a query where there should be none."""
     try:
         parts = urllib.parse.urlsplit(url)
-        (parts.hostname or "").encode("idna")
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and (query or not parts.query):
             return parts
-    except ValueError:  # a port that is not a number, a host that is no name
+    except ValueError:  # a port that is not a number
         pass
     raise UserError(field, url, "not the url of a server", f"Write for example {example}.")
 
@@ -127,6 +126,8 @@ class Client(AbstractContextManager["Client"]):
         except RequestFailed as error:
             shown = self.without_key(str(error))
             raise RequestFailed(shown, error.final, error.busy, error.retry_after) from None
+        except UnicodeError:
+            raise RequestFailed(f"InvalidURL: {self._parts.hostname!r} is not the name of a host", final=True) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             cause = _cause(error)
             raise RequestFailed(self.without_key(f"{type(cause).__name__}: {cause}")) from None

@@ -42,8 +42,6 @@ class Options:
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    if get_origin(hint) is tuple and isinstance(value, str | Path):
-        value = (value,)  # one, not a list of its letters
     if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         return tuple(_converted(item, get_args(hint)[0]) for item in value)
     return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value

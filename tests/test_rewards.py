@@ -71,7 +71,7 @@ def test_a_wrong_answer_can_never_earn_as_much_as_a_right_one(weights: dict[str,
 
 @pytest.mark.parametrize("weights", [{"brevity": -2.0}, {"accuracy": float("nan")}, {"form": float("inf")}])
 def test_weights_are_numbers_of_zero_or_more(weights: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"negative|finite"):
+    with pytest.raises(UserError, match=r"negative|NaN or infinity"):
         Reward(**weights)
 
 
