@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,11 +184,6 @@ def demand_finite(norm: float, field: str, lr: float, step: int) -> None:
         raise UserError(field, lr, f"the gradient is not finite at step {step}", "Lower it.")
 
 
-def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of one part of a checkpoint, under its prefix."""
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
-
-
 class Frozen:
     """A model that a checkpoint keeps beside the trained one: GRPO's reference model."""
 
@@ -200,13 +195,8 @@ class Frozen:
         self.model.load_state_dict(model.state_dict())
 
     def state(self) -> dict[str, Tensor]:
-        return prefixed(self.prefix, self.model.state_dict())
+        return {f"{self.prefix}.{name}": tensor for name, tensor in self.model.state_dict().items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         start = f"{self.prefix}."
         self.model.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
-
-    @torch.no_grad()
-    def __call__(self, *inputs: Any, **masks: Any) -> Tensor:
-        hidden: Tensor = self.model(*inputs, **masks)
-        return hidden
