@@ -104,7 +104,7 @@ def test_hostile_answers_do_nothing_and_end_in_time(
     monkeypatch.setattr(math_process, "shared", lambda: worker)
     start = time.monotonic()
     assert not compare(r"\frac12", HOSTILE[attack]).same
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 15  # of a busy machine; it computes for two or three
     assert not list(tmp_path.iterdir())
     assert compare(r"\frac12", "0.5") == RIGHT  # in the same worker or in a new one
 
@@ -115,7 +115,7 @@ def test_without_the_parents_filter_the_worker_still_holds(tmp_path: Path, monke
     for name in ("import", "megabyte of braces", "fractions in fractions", "surrogate"):
         start = time.monotonic()
         assert not worker.compare("2", HOSTILE[name]).same
-        assert time.monotonic() - start < 8  # a new worker may have to start first
+        assert time.monotonic() - start < 15  # a new worker may have to start first
     assert not list(tmp_path.iterdir()) and worker.compare("2", "4/2") == RIGHT
     worker.close()
 
@@ -161,13 +161,22 @@ def test_a_worker_that_died_is_replaced(worker: MathProcess) -> None:
     assert worker.compare("1/2", "0.5") == RIGHT
     first = worker.pid
     assert first is not None
-    os.kill(first, signal.SIGKILL)
-    while _is_running(first):
-        time.sleep(0.01)
+    os.kill(first, signal.SIGKILL)  # it may still be ending when it is asked
     assert worker.compare("1/2", "0.5") == RIGHT and worker.pid != first
     worker.close()
     worker.close()
     assert worker.compare("1/2", "0.5") == RIGHT
+
+
+def test_a_stopped_worker_is_not_a_wrong_answer(worker: MathProcess) -> None:
+    """As long as a busy machine needs by the clock, here three seconds where two of computing are allowed."""
+    assert worker.compare("1/2", "0.5") == RIGHT
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    timer = threading.Timer(3, os.kill, (worker.pid, signal.SIGCONT))
+    timer.start()
+    assert worker.compare("1/3", "2/6") == RIGHT
+    timer.join()
 
 
 def test_a_worker_that_cannot_start_says_so(tmp_path: Path) -> None:

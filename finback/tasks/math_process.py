@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from finback.config import UserError
 WORKER = Path(__file__).with_name("math_worker.py")
 MAX_CHARACTERS = 500  # characters of an answer
 _DEEPEST = 12  # braces within braces
+_PATIENCE = 10  # seconds by the clock for each second of computing
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def compare(gold: str, answer: str) -> Comparison:
 class MathProcess:
     """One worker, started when it is first needed and again when it has ended. Threads take turns.
 
-    `seconds` of waiting, and about as many of computing, are what one comparison may take.
+    `seconds` of computing are what one comparison may take. They are the worker's own, so a busy machine marks as an
+    idle one does; `_PATIENCE` times as many by the clock are the end of a worker that hangs.
     """
 
     def __init__(self, seconds: int = 5, megabytes: int = 1024, program: Path = WORKER) -> None:
@@ -57,13 +60,13 @@ class MathProcess:
     def compare(self, gold: str, answer: str) -> Comparison:
         request = json.dumps({"gold": gold, "answer": answer}).encode() + b"\n"
         with self._lock:
-            if self._process is not None and self._process.poll() is not None:
-                self._end()
-            reply = _asked(self._process or self._start(), request, self.seconds)
-            if reply is None:  # the time or the memory ran out
-                self._end()
-                return NOTHING
-            return Comparison(reply["same"], reply["read"])
+            for _ in range(2):  # killed from outside, it says nothing of the answer: a new worker is asked
+                reply = _asked(self._process or self._start(), request, _PATIENCE * self.seconds)
+                if reply is not None:
+                    return Comparison(reply["same"], reply["read"])
+                if self._end() != -signal.SIGKILL:
+                    break
+            return NOTHING  # the time or the memory ran out
 
     def close(self) -> None:
         if os.getpid() == self._owner:  # not in a forked process: the worker is its parent's
@@ -84,11 +87,14 @@ class MathProcess:
             raise UserError("math-verify", command[2], "its worker does not start", "pip install math-verify")
         return process
 
-    def _end(self) -> None:
+    def _end(self) -> int | None:
+        """Ends the worker, if there is one, and returns its exit status."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()  # waits, and closes the pipes
+        if process is None:
+            return None
+        process.terminate()  # not kill: by that we know a worker that something else ended
+        process.communicate()  # waits, and closes the pipes
+        return process.returncode
 
 
 def shared() -> MathProcess:
