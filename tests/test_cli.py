@@ -53,18 +53,11 @@ def test_bad_recipes(tmp_path: Path) -> None:
     assert done.returncode == 2 and "Did you mean 'toy.py'?" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        (b"", "empty"),
-        pytest.param(b"\x00\xff\xfe\x80" * 50, "UTF-8", marks=pytest.mark.slow),
-        pytest.param(b"a\0b", "NUL", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b"\x00\xff\xfe\x80" * 50, "UTF-8"), (b"a\0b", "NUL")])
 def test_a_bad_text_file(content: bytes, word: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     (tmp_path / "words.txt").write_bytes(content)
-    done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 2)
+    done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 1)
     assert done.returncode == 2 and word in done.stderr and "words.txt" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "runs").rglob("*.bin")) and not list((tmp_path / "runs").rglob("manifest.json"))

@@ -14,7 +14,7 @@ from finback.parallel.schedules import SCHEDULES
 from finback.planner import command, picture, presets
 from finback.planner.options import PlanOptions
 from finback.planner.simulate import Durations, simulate
-from tests.toy import ROOT, environment, finback, write_recipe
+from tests.toy import ROOT, environment, finback, finback_process, write_recipe
 
 V3 = ("plan", "V3", "--on", "h800:2048")
 PUBLISHED = (*V3, "--mesh", "pp=16,ep=64", "--schedule", "dualpipe")
@@ -128,16 +128,10 @@ def test_a_refusal_is_one_line_and_exit_code_2() -> None:
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
-def test_a_recipe_on_this_machine_and_on_hardware(tmp_path: Path) -> None:
+def test_a_recipe_on_this_machine_and_on_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write_recipe(tmp_path)
-    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    here = subprocess.run(
-        [sys.executable, "-m", "finback", "plan", str(recipe), "--json", "--set", "zero.steps=4"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment() | cache,
-    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    here = finback("plan", recipe, "--json", "--set", "zero.steps=4")
     assert here.returncode == 0, here.stderr
     values = json.loads(here.stdout)
     assert values["stages"]["zero"]["tokens_trained"] == 4 * 4 * 4 * 12 and "calibrate" in values["notes"][0]
@@ -216,7 +210,7 @@ def test_counts_of_tokens() -> None:
 def test_calibration_at_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     ranks = str(min(2, os.cpu_count() or 1))
-    done = finback("plan", "recipes/tiny.py", "--calibrate", "--calibration", path, "--ranks", ranks, "--json")
+    done = finback_process("plan", "recipes/tiny.py", "--calibrate", "--calibration", path, "--ranks", ranks, "--json")
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
     assert values["stages"]["base"]["step_seconds"] > 0 and values["total"]["dollars"] > 0

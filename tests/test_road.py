@@ -18,14 +18,14 @@ from finback.stages.evaluate import Exam, mtp_acceptance
 from finback.tasks.math import Chains
 from finback.tasks.task import Problem, Verdict
 from tests.road import write_road
-from tests.toy import CONFIG, ROOT, finback
+from tests.toy import CONFIG, ROOT, finback, finback_process
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished toy road, its story in summary.txt."""
     folder = tmp_path_factory.mktemp("road")
-    done = finback("run", write_road(folder), "--runs", folder / "runs", "--ranks", 2)
+    done = finback_process("run", write_road(folder), "--runs", folder / "runs", "--ranks", 2)
     assert done.returncode == 0, done.stderr
     (folder / "summary.txt").write_text(done.stdout)
     return folder

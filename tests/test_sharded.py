@@ -15,7 +15,7 @@ from finback.runs.folder import StageRun
 from finback.stages.pretrain import Pretrain, Probe
 from finback.tasks.math import Chains
 from finback.train.rates import Phase
-from tests.toy import CONFIG, WORDS, finback
+from tests.toy import CONFIG, WORDS, finback_process
 
 RECIPE = """
 from pathlib import Path
@@ -43,7 +43,7 @@ def run(folder: Path, name: str, layout: str, ranks: int = 2, **settings: Any) -
     (folder / "words.txt").write_text(WORDS, encoding="utf-8")
     path = folder / f"{name}.py"
     path.write_text(RECIPE.replace("LAYOUT", layout), encoding="utf-8")
-    done = finback("run", path, "--runs", folder / "runs", "--ranks", ranks)
+    done = finback_process("run", path, "--runs", folder / "runs", "--ranks", ranks)
     assert done.returncode == 0, done.stderr
     return read_lines(folder / "runs" / name / "base" / "metrics.jsonl")
 
@@ -142,6 +142,6 @@ def test_a_layout_wants_its_ranks(tmp_path: Path, plain: tuple[Path, list[float]
         stage().run(alone)
     path = folder / "wrong.py"
     path.write_text(RECIPE.replace("LAYOUT", "Layout(dp=4)"), encoding="utf-8")
-    refused = finback("run", path, "--runs", tmp_path / "runs", "--ranks", 2)
+    refused = finback_process("run", path, "--runs", tmp_path / "runs", "--ranks", 2)
     assert refused.returncode == 2 and "pp x dp is 4, but there are 2 ranks" in refused.stderr
     assert dataclasses.replace(stage(), layout=None).layout is None

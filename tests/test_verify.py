@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from finback.report.chat import Conversation
 from finback.report.verify import Card, verify
 from tests.families import LLAMA3, build, dense
 from tests.test_checkpoint import EXAMPLES, small
+from tests.toy import finback
 
 SHARED_TEXT = ["hello world, 12 + 34 = 46. How are you today? hello hello world"]
 
@@ -200,11 +199,6 @@ def test_what_stands_in_a_tokenizers_files_is_taken_with_care(folder: Path) -> N
     assert check(verify(folder), "tokenizer").holds is False
 
 
-def finback(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "finback", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_the_command_line(folder: Path, tmp_path: Path) -> None:
     done = finback("verify", folder, "--json")
     assert done.returncode == 0, done.stderr
@@ -336,13 +330,7 @@ def smollm() -> Path:
 
 @pytest.mark.slow
 def test_smollm2_talks_and_goes_out(tmp_path: Path) -> None:
-    asked = subprocess.run(
-        [sys.executable, "-m", "finback", "chat", str(smollm()), "--temperature", "0"],
-        input="What is the capital of France?\n",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    asked = finback("chat", smollm(), "--temperature", 0, input="What is the capital of France?\n")
     assert "Paris" in asked.stdout
     assert finback("export", smollm(), tmp_path / "out", "--dtype", "fp32").returncode == 0
     card = verify(tmp_path / "out")

@@ -1,12 +1,18 @@
 """What several tests share: a model of a few thousand parameters and a recipe that runs in seconds."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 from torch import Tensor
 
+from finback.cli import main
 from finback.model.config import TINY, ModelConfig
 from finback.model.transformer import Transformer
 from finback.train.batch import Batch, of_windows
@@ -79,10 +85,30 @@ def environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT)}
 
 
-def finback(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
-    command = [sys.executable, "-m", "finback", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload, no-any-return]
+def finback(*arguments: object, input: str = "") -> subprocess.CompletedProcess[str]:
+    """The command line to its end, in this process: `python -m finback <arguments>` without a second import of torch."""
+    given, code = [str(argument) for argument in arguments], None
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        mock.patch.object(sys, "argv", ["finback", *given]),
+        mock.patch.object(sys, "stdin", io.StringIO(input)),
+        mock.patch.dict(os.environ, environment(), clear=True),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code
+        out.seek(0), err.seek(0)
+        return subprocess.CompletedProcess(given, int(code or 0), out.read(), err.read())
+
+
+def finback_process(*arguments: object, wrapper: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """The command line as a process of its own, which starts ranks; `wrapper` is a command to run it under."""
+    command = [*wrapper, sys.executable, "-m", "finback", *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def toy_model(seed: int = 0) -> Transformer:

@@ -95,7 +95,7 @@ def _start(
         command,
         env=environment,
         stdout=stream or sys.stderr,
-        stderr=stream,
+        stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         pass_fds=keep_open,
