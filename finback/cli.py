@@ -250,7 +250,7 @@ def docs(options: DocsOptions, as_json: Json = False) -> None:
     from finback.report.docs import command, questionnaire
 
     if options.questions:
-        print(questionnaire.template(), end="")
+        print(questionnaire.TEMPLATE, end="")
         return
     values, text = command.run(options)
     _print(values, text, as_json)

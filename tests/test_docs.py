@@ -397,9 +397,9 @@ def test_the_same_records_give_the_same_documents(made: Path) -> None:
 
 def test_the_template_is_an_answers_file_without_answers(tmp_path: Path) -> None:
     path = tmp_path / "answers.toml"
-    path.write_text(asked.template())
+    path.write_text(asked.TEMPLATE)
     assert asked.read(path).given == {}
-    commented = re.sub(r"^# (\w+ = )true or false$", r"\1true", asked.template(), flags=re.M)
+    commented = re.sub(r"^# (\w+ = )true or false$", r"\1true", asked.TEMPLATE, flags=re.M)
     commented = re.sub(r"^# (\w+ = )0.0$", r"\g<1>2.5", commented, flags=re.M)
     path.write_text(re.sub(r'= ""$', '= "x"', commented.replace("[]", '["en"]'), flags=re.M))
     assert set(asked.read(path).given) == {q.key for q in QUESTIONS}, "every question has its line"
@@ -451,7 +451,7 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert docs(as_json=True) == 0
     told = json.loads(capsys.readouterr().out)
     assert str(run / "documents" / "report.html") in told["files"] and told["complete"] is False
-    assert docs(questions=True) == 0 and capsys.readouterr().out == asked.template()
+    assert docs(questions=True) == 0 and capsys.readouterr().out == asked.TEMPLATE
     (tmp_path / "other.toml").write_text("[x]\ny = 1")
     with pytest.raises(UserError, match="nobody asks"):
         docs(answers=tmp_path / "other.toml")

@@ -201,7 +201,7 @@ def test_what_fits_nowhere_says_so() -> None:
 
 
 def test_every_number_of_the_hardware_table_has_its_source() -> None:
-    for machine in MACHINES:
+    for machine in MACHINES.values():
         facts = {k: v for k, v in vars(machine).items() if v is not None and k != "name"}
         assert {"memory", "bf16"} <= set(facts)
         assert all(fact.value > 0 and len(fact.source) > 8 for fact in facts.values()), machine.name

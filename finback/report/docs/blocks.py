@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finback.report.docs.facts import MISSING, NOT_PROVIDED
@@ -130,20 +131,7 @@ def _plain(text: str) -> str:
 
 # ---- HTML ----------------------------------------------------------------------------------------------------------
 
-STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  background: light-dark(#ffffff, #15171c); color: light-dark(#1a1e26, #e9ebef) }
-h1, h2, h3 { line-height: 1.25 } h2 { margin-top: 2.5rem; border-bottom: 1px solid light-dark(#dde1e8, #323742) }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 0.9rem }
-th, td { text-align: left; vertical-align: top; padding: 0.25rem 0.6rem; overflow-wrap: anywhere;
-  border-bottom: 1px solid light-dark(#dde1e8, #323742) } td { min-width: 3.5rem }
-td:first-child { overflow-wrap: normal } .wide { margin: 0.8rem 0 }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; padding: 0.7rem; border-radius: 8px; font-size: 0.85rem;
-  background: light-dark(#f6f7f9, #1c1f26) }
-figure { margin: 1.2rem 0 } svg { width: 100%; height: auto } mark { background: light-dark(#fdf4e0, #352c18);
-  color: light-dark(#7d5200, #e7b95a) } nav a { margin-right: 1rem } a { color: light-dark(#2a55cc, #93b2ff) }
-"""
+TEMPLATES = Path(__file__).parent / "templates"
 # a page that can reach nothing, whatever a model or a data set has written into it
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -153,11 +141,12 @@ def page(title: str, blocks: Sequence[Block]) -> str:
     heads = [b for b in blocks if isinstance(b, Heading) and b.level == 2]
     links = "".join(f'<a href="#{_anchor(h.text)}">{html.escape(h.text)}</a>' for h in heads)
     body = "\n".join(_html(block) for block in blocks)
+    style = (TEMPLATES / "page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<nav>{links}</nav>\n"
+        f"<title>{html.escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<nav>{links}</nav>\n"
         f"<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 

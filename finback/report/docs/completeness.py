@@ -12,25 +12,10 @@ from finback.report.docs.blocks import Block, display, missing
 from finback.report.docs.facts import MISSING, RunFacts
 from finback.report.docs.questionnaire import Answers
 
-# Licences that let anybody use, change and pass on, for any purpose.
-OPEN = (
-    "MIT",
-    "Apache-2.0",
-    "BSD-2-Clause",
-    "BSD-3-Clause",
-    "ISC",
-    "0BSD",
-    "Unlicense",
-    "CC0-1.0",
-    "CC-BY-4.0",
-    "CC-BY-SA-4.0",
-    "MPL-2.0",
-    "GPL-2.0",
-    "GPL-3.0",
-    "AGPL-3.0",
-    "LGPL-3.0",
-    "OpenMDW-1.0",
-)
+# licences that let anybody use, change and pass on, for any purpose
+PERMISSIVE = ("MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "0BSD", "Unlicense")
+OPEN_WORKS = ("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "OpenMDW-1.0")
+COPYLEFT = ("MPL-2.0", "GPL-2.0", "GPL-3.0", "AGPL-3.0", "LGPL-3.0")
 UNSAID = ("unstated", "unknown", "")
 
 
@@ -76,7 +61,7 @@ def contradictions(run: RunFacts, answers: Answers) -> list[str]:
     """Licences against limits of use, against money, and against the licences of what went in."""
     licence = answers("model.licence")
     found = []
-    is_open = family(display(licence)) in map(family, OPEN)
+    is_open = family(display(licence)) in (*PERMISSIVE, *OPEN_WORKS, *COPYLEFT)
     if is_open and answers("model.use_limits") is not MISSING:
         found.append(
             f"model.licence {licence} is open, but model.use_limits forbids uses: the exemption for open models is lost"
@@ -112,9 +97,7 @@ def forbids(theirs: str, ours: str) -> str:
         return "forbids derivatives"
     if "NC" in parts and "NC" not in family(ours).upper().split("-"):
         return "forbids commercial use"
-    if "SA" in parts:
-        return "asks for the same licence"
-    if parts & {"GPL", "AGPL"}:
+    if parts & {"SA", "GPL", "AGPL"}:
         return "asks for the same licence"
     if "PROPRIETARY" in name or "ALL RIGHTS" in theirs.upper():
         return "reserves all rights"

@@ -5,56 +5,11 @@ Its files are the shards of token ids, which stay in the run folder.
 
 from typing import Any
 
-from finback.report.docs import technical
+from finback.report.docs import technical, templates
 from finback.report.docs.blocks import display
 from finback.report.docs.facts import MISSING, RunFacts, StageFacts
 from finback.report.docs.questionnaire import Answers
 from finback.runs.provenance import sha256
-
-SHARD = "application/octet-stream"
-CONTEXT: dict[str, Any] = {
-    "@language": "en",
-    "@vocab": "https://schema.org/",
-    "arrayShape": "cr:arrayShape",
-    "citeAs": "cr:citeAs",
-    "column": "cr:column",
-    "conformsTo": "dct:conformsTo",
-    "containedIn": "cr:containedIn",
-    "cr": "http://mlcommons.org/croissant/",
-    "rai": "http://mlcommons.org/croissant/RAI/",
-    "data": {"@id": "cr:data", "@type": "@json"},
-    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-    "dct": "http://purl.org/dc/terms/",
-    "description": {"@container": "@language"},
-    "equivalentProperty": "cr:equivalentProperty",
-    "examples": {"@id": "cr:examples", "@type": "@json"},
-    "extract": "cr:extract",
-    "field": "cr:field",
-    "fileProperty": "cr:fileProperty",
-    "fileObject": "cr:fileObject",
-    "fileSet": "cr:fileSet",
-    "format": "cr:format",
-    "includes": "cr:includes",
-    "isArray": "cr:isArray",
-    "isLiveDataset": "cr:isLiveDataset",
-    "jsonPath": "cr:jsonPath",
-    "key": "cr:key",
-    "md5": "cr:md5",
-    "name": {"@container": "@language"},
-    "parentField": "cr:parentField",
-    "path": "cr:path",
-    "recordSet": "cr:recordSet",
-    "references": "cr:references",
-    "regex": "cr:regex",
-    "repeated": "cr:repeated",
-    "replace": "cr:replace",
-    "samplingRate": "cr:samplingRate",
-    "sc": "https://schema.org/",
-    "separator": "cr:separator",
-    "source": "cr:source",
-    "subField": "cr:subField",
-    "transform": "cr:transform",
-}
 
 
 def documents(run: RunFacts, answers: Answers, date: str) -> dict[str, dict[str, Any]]:
@@ -68,35 +23,17 @@ def documents(run: RunFacts, answers: Answers, date: str) -> dict[str, dict[str,
 
 def _data_set(stage: StageFacts, name: str, record: dict[str, Any], answers: Answers, date: str) -> dict[str, Any]:
     keys = [k for k in technical.source_keys(stage, name) if k != "licence"]
-    facts = "; ".join(f"{k.replace('_', ' ')}: {display(record.get(k, MISSING))}" for k in keys)
-    return {
-        "@context": CONTEXT,
-        "@type": "sc:Dataset",
-        "@id": name,
+    values = {
         "name": name,
-        "conformsTo": ["http://mlcommons.org/croissant/1.1", "http://mlcommons.org/croissant/RAI/1.0"],
-        "description": f"Text for training a language model, as token ids, prepared by finback in stage {stage.name}. {facts}.",
-        "license": display(record.get("licence", MISSING)),
-        "datePublished": date,
-        "version": "1.0.0",
-        "inLanguage": _languages(answers),
-        "url": display(answers("model.download")),
-        "creator": {"@type": "sc:Organization", "name": display(answers("provider.name"))},
-        "citeAs": f"{name}, prepared by finback",
-        "distribution": _files(stage, name),
-        "rai:dataCollection": display(answers("data.collection")),
-        "rai:dataCollectionType": [display(answers("data.collection"))],
-        "rai:dataBiases": [display(answers("data.bias"))],
-        "rai:dataLimitations": [display(answers("use.limits"))],
-        "rai:dataUseCases": ["training of language models"],
-        "rai:personalSensitiveInformation": [display(answers("data.personal"))],
-        "rai:dataPreprocessingProtocol": [display(record.get("documents", MISSING))],
+        "stage": stage.name,
+        "date": date,
+        "facts": "; ".join(f"{k.replace('_', ' ')}: {display(record.get(k, MISSING))}" for k in keys),
+        "licence": display(record.get("licence", MISSING)),
+        "documents": display(record.get("documents", MISSING)),
+        "languages": answers("model.languages") or [],
+        "files": _files(stage, name),
     }
-
-
-def _languages(answers: Answers) -> list[str]:
-    languages = answers("model.languages")
-    return [] if languages is MISSING else list(languages)
+    return dict(templates.json_values("croissant", values, answers))
 
 
 def _files(stage: StageFacts, name: str) -> list[dict[str, Any]]:
@@ -109,7 +46,7 @@ def _files(stage: StageFacts, name: str) -> list[dict[str, Any]]:
             "name": path.name,
             "contentUrl": f"{stage.name}/{path.name}",
             "contentSize": f"{path.stat().st_size} B",
-            "encodingFormat": SHARD,
+            "encodingFormat": "application/octet-stream",
             "sha256": sha256(path),
             "description": "Token ids of the stage's tokenizer.json, little-endian, one document after the other.",
         }

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from finback.report.docs.blocks import Figure
+from finback.report.docs.blocks import TEMPLATES, Figure
 from finback.runs import metrics_table
 from finback.runs.metrics_table import MetricsTable
 from finback.runs.reader import StageFolder
@@ -13,14 +13,7 @@ from finback.runs.thinning import Line, thin
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 720, 260, 64, 36, 12, 12
 POINTS = 400  # drawn at most of one line
-COLOURS = (("#2a55cc", "#93b2ff"), ("#c2500a", "#ffa56b"), ("#14713f", "#6fcf97"), ("#8633c9", "#cf9bff"))
-STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#5b6474}.g{stroke:#dde1e8}"
-    + "".join(f".s{i}{{stroke:{light}}}" for i, (light, _) in enumerate(COLOURS))
-    + "@media(prefers-color-scheme:dark){text{fill:#9aa3b2}.g{stroke:#323742}"
-    + "".join(f".s{i}{{stroke:{dark}}}" for i, (_, dark) in enumerate(COLOURS))
-    + "}"
-)
+COLOURS = 4  # classes s0 to s3 of curves.css
 Point = tuple[float, float]
 
 
@@ -32,10 +25,8 @@ def of_stage(stage: StageFolder) -> list[Figure]:
     steps[rows.astype(np.int64)] = numbers
     for title, names in stage.declaration.curves.items():
         lines = {name: line for name in names if len((line := _line(table, steps, name))[0])}
-        dense = (
-            not any(lines["max_violation"][1]) if "max_violation" in lines else False
-        )  # no routers to be out of balance
-        if lines and not dense:
+        # a dense model has no routers to be out of balance
+        if lines and ("max_violation" not in lines or any(lines["max_violation"][1])):
             title = f"{stage.name}: {title}"
             found.append(Figure(f"{stage.name}-{names[0]}", title, draw(lines, title)))
     return found
@@ -66,9 +57,10 @@ def draw(lines: dict[str, tuple[Line, Line]], title: str) -> str:
     """An SVG of one or several lines, {name: (x, y)}, whose axis of y begins at 0 where it is not far away."""
     xs, ys = (np.concatenate([line[axis] for line in lines.values()]).tolist() for axis in (0, 1))
     x_range, y_range = (min(xs), max(xs)), (min(*ys, 0.0) if min(ys) < max(ys) / 2 else min(ys), max(ys))
+    style = (TEMPLATES / "curves.css").read_text(encoding="utf-8").replace("\n", "")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style>",
+        f"<title>{html.escape(title)}</title><style>{style}</style>",
     ]
     for value in ticks(*y_range):
         y = _place(value, y_range, HEIGHT - BOTTOM, TOP)
@@ -82,7 +74,7 @@ def draw(lines: dict[str, tuple[Line, Line]], title: str) -> str:
             f"{_place(x, x_range, LEFT, WIDTH - RIGHT):.1f},{_place(y, y_range, HEIGHT - BOTTOM, TOP):.1f}"
             for x, y in zip(*line, strict=True)
         )
-        colour = i % len(COLOURS)
+        colour = i % COLOURS
         parts.append(f'<polyline class="s{colour}" fill="none" stroke-width="1.8" points="{path}"/>')
         x = LEFT + 150 * i
         parts.append(

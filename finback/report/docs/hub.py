@@ -5,8 +5,8 @@ from typing import Any
 
 from finback.checkpoint.hf_config import family_of
 from finback.report import model_card as card
-from finback.report.docs import compute, technical
-from finback.report.docs.blocks import Block, Heading, Paragraph, display, facts, markdown, records
+from finback.report.docs import compute, technical, templates
+from finback.report.docs.blocks import Block, Paragraph, facts, markdown, records
 from finback.report.docs.facts import MISSING, RunFacts
 from finback.report.docs.questionnaire import Answers
 
@@ -35,58 +35,19 @@ def _header(run: RunFacts, answers: Answers) -> list[str]:
 def blocks(run: RunFacts, answers: Answers) -> list[Block]:
     """What stands below the header."""
     exams = [(str(exam.get("task", MISSING)), exam) for _, exam in run.exams]
-    keys = ("exam", "n", "accuracy", "interval")
     sources = [
-        (n, {"sha256": "none: written by a program", **r} if "sha256" not in technical.source_keys(s, n) else r)
-        for s, n, r in run.sources
+        (n, r if technical.is_read(s, n) else {"sha256": "none: written by a program", **r}) for s, n, r in run.sources
     ]
-    return [
-        Heading(display(answers("model.name")), 1),
-        facts(
-            [
-                ("provider", answers("provider.name")),
-                ("contact", answers("provider.contact")),
-                ("version", answers("model.version")),
-                ("licence", answers("model.licence")),
-                ("limits of use", answers("model.use_limits")),
-                ("languages", answers("model.languages")),
-            ]
-        ),
-        Heading("Uses"),
-        facts(
-            [
-                ("intended", answers("use.intended")),
-                ("not fit for", answers("use.excluded")),
-                ("acceptable use", answers("use.policy")),
-                ("integration", answers("use.integration")),
-            ]
-        ),
-        Heading("Architecture"),
-        facts(card.architecture(run.model)),
-        Heading("Training data"),
-        records(("licence", "sha256", "documents"), sources, "data set")
-        if sources
-        else Paragraph("No record of its data: NOT PROVIDED"),
-        Heading("Evaluation"),
-        records(keys, exams, "task") if exams else Paragraph("No evaluation of this model was made: NOT PROVIDED"),
-        Paragraph("Shares of correct answers with 95 % intervals (Wilson), on held-out problems."),
-        Heading("Compute and energy"),
-        _resources(run, answers),
-        Heading("Limits"),
-        facts(
-            [("known limits", answers("use.limits")), ("bias", answers("data.bias")), ("risks", answers("use.risks"))]
-        ),
-        Heading("Files"),
-        facts(run.files or [("weights", MISSING)], ("file", "SHA-256")),
-    ]
-
-
-def _resources(run: RunFacts, answers: Answers) -> Block:
-    return facts(
-        [
-            ("training compute (FLOP)", compute.of(run, answers).training),
-            ("device-hours", sum(s.device_hours for s in run.lineage)),
-            ("energy (Wh)", sum(s.watt_hours for s in run.lineage)),
-            ("hardware", run.chosen.begun("machine")),
-        ]
-    )
+    data = records(("licence", "sha256", "documents"), sources, "data set")
+    evaluation = records(("exam", "n", "accuracy", "interval"), exams, "task")
+    values = {
+        "architecture": [facts(card.architecture(run.model))],
+        "data": [data if sources else Paragraph("No record of its data: NOT PROVIDED")],
+        "evaluation": [evaluation if exams else Paragraph("No evaluation of this model was made: NOT PROVIDED")],
+        "compute": compute.of(run, answers).training,
+        "hours": sum(s.device_hours for s in run.lineage),
+        "energy": sum(s.watt_hours for s in run.lineage),
+        "hardware": run.chosen.begun("machine"),
+        "files": [technical.files(run)],
+    }
+    return templates.blocks("model_card", values, answers)

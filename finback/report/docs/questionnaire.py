@@ -1,5 +1,6 @@
-"""What only people know: the questions, and their answers out of a TOML file. No torch here."""
+"""What only people know: the questions of questionnaire.toml, and answers out of such a file. No torch here."""
 
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any, Literal
 from finback.config import UserError, did_you_mean
 from finback.report.docs.facts import MISSING
 
+Kind = Literal["text", "list", "yes or no", "number"]
+
 
 @dataclass(frozen=True)
 class Question:
@@ -15,61 +18,17 @@ class Question:
 
     key: str
     text: str
-    kind: Literal["text", "list", "yes or no", "number"] = "text"
-    needed: bool = True
+    kind: Kind
+    needed: bool
 
 
-QUESTIONS = (
-    Question("provider.name", "Legal name of whoever publishes the model"),
-    Question("provider.contact", "Address for questions about the model, e.g. an e-mail address"),
-    Question("provider.representative", "Authorised representative in the EU, if there is one", needed=False),
-    Question("provider.commercial", "Is the model published in the course of a commercial activity?", "yes or no"),
-    Question("model.name", "Name under which the model is published"),
-    Question("model.version", "Its version"),
-    Question("model.licence", "Its licence, as an SPDX identifier such as MIT or Apache-2.0"),
-    Question("model.licence_link", "Where the licence's text is", needed=False),
-    Question("model.use_limits", "Uses that its terms forbid; leave empty for none", needed=False),
-    Question("model.monetised", "Is access to it paid for, in money or in data?", "yes or no"),
-    Question("model.released", "Date of its release, YYYY-MM-DD"),
-    Question("model.eu_date", "Date on which it was placed on the EU's market, YYYY-MM-DD", needed=False),
-    Question("model.distribution", "How it is distributed, e.g. as weights on a public hub"),
-    Question("model.download", "Where it is downloaded, as an address"),
-    Question("model.languages", 'Languages it is meant for, ISO 639-1, e.g. ["en"]', "list"),
-    Question("model.category", "Category of its licence and further assets released with it", needed=False),
-    Question("use.intended", "Tasks that it is meant for, and kinds of systems it fits"),
-    Question("use.excluded", "Uses and systems that it does not fit"),
-    Question("use.policy", "Acceptable-use policy: its text or where it is"),
-    Question("use.integration", "What is needed to build it into a system: hardware, software, instructions"),
-    Question("use.limits", "Known limits beyond those that the evaluations show"),
-    Question("use.risks", "Risks to safety, and what was done about them", needed=False),
-    Question("training.rationale", "Why it was trained as it was: the decisions behind architecture and stages"),
-    Question(
-        "training.experiments",
-        "Compute of other experiments, in FLOP, if it is to be published",
-        "number",
-        needed=False,
-    ),
-    Question("data.collection", "How the data were obtained and chosen, and by what right"),
-    Question("data.latest", "Month of the newest data, MM/YYYY"),
-    Question(
-        "data.crawled", "Was any of it crawled from the web by or for you? If so: crawler, purpose, period, sites"
-    ),
-    Question("data.user_data", "Data from users of your services, or none"),
-    Question("data.licensed", "Data licensed from rightsholders or bought, or none"),
-    Question("data.continuous", "Does training go on with new data after release?", "yes or no"),
-    Question("data.bias", "What was done to find and lessen bias"),
-    Question("data.unsuitable", "What was done to find and remove unlawful or unsuitable content"),
-    Question("data.personal", "Personal or sensitive information in the data, or none"),
-    Question("data.synthetic_public", "Are the answers sampled for training published?", "yes or no", needed=False),
-    Question("copyright.owner", "Who answers for the copyright policy"),
-    Question("copyright.reservations", "How reservations of rights (robots.txt, RFC 9309, and others) were respected"),
-    Question("copyright.infringing", "What keeps the model from giving back protected works"),
-    Question("copyright.complaints", "Where rightsholders complain, and how complaints are handled"),
-    Question("copyright.signatory", "Was the EU's Code of Practice signed?", "yes or no", needed=False),
-    Question("base.name", "Name of the model that training began from, if from another's", needed=False),
-    Question("base.licence", "Its licence, as an SPDX identifier", needed=False),
-    Question("base.flop", "Its training compute in FLOP, if known", "number", needed=False),
-    Question("base.systemic", "Has it systemic risk under the AI Act?", "yes or no", needed=False),
+# the file that people fill in; every line of it may stay as it is
+TEMPLATE = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+_KINDS: dict[str, Kind] = {'""': "text", "[]": "list", "true or false": "yes or no", "0.0": "number"}
+QUESTIONS = tuple(
+    Question(f"{section}.{name}", text, _KINDS[empty], not optional)
+    for section, lines in re.findall(r"^\[(\w+)\]\n((?:.+\n)+)", TEMPLATE, re.M)
+    for text, optional, name, empty in re.findall(r"^# (.+?)( \(optional\))?\n(?:# )?(\w+) = (.+)$", lines, re.M)
 )
 _KNOWN = {question.key: question for question in QUESTIONS}
 _FORMS = {"text": str, "list": list, "yes or no": bool, "number": (int, float)}
@@ -121,18 +80,3 @@ def _checked(key: str, value: Any) -> Any:
         example = {"text": '"words"', "list": '["en", "de"]', "yes or no": "true", "number": "3.3e24"}[kind]
         raise UserError("--answers", f"{key} = {value!r}", f"expected {kind}", f"Write {example}, say.")
     return value
-
-
-def template() -> str:
-    """The file to fill in; every line of it may stay as it is."""
-    lines = ["# Answers for `finback docs`. What stays empty is printed as NOT PROVIDED.", ""]
-    section = ""
-    for question in QUESTIONS:
-        here, _, name = question.key.partition(".")
-        if here != section:
-            lines += ["", f"[{here}]"] if section else [f"[{here}]"]
-            section = here
-        lines.append(f"# {question.text}" + ("" if question.needed else " (optional)"))
-        empty = {"text": '""', "list": "[]", "yes or no": "true or false", "number": "0.0"}[question.kind]
-        lines.append(f"{'' if question.kind in ('text', 'list') else '# '}{name} = {empty}")
-    return "\n".join(lines) + "\n"

@@ -1,8 +1,10 @@
 """The model and its data as SPDX 3.0.1 with the profiles for AI and data sets, as JSON-LD. No torch here."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
+from finback.report.docs import templates
 from finback.report.docs.blocks import display
 from finback.report.docs.facts import MISSING, NOT_PROVIDED, RunFacts, StageFacts
 from finback.report.docs.questionnaire import Answers
@@ -14,30 +16,25 @@ Element = dict[str, Any]
 
 def document(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
     """The whole document; what a profile demands and nobody has answered is left out and named in a comment."""
-    graph: list[Element] = [
-        {
-            "type": "CreationInfo",
-            "@id": "_:made",
-            "specVersion": "3.0.1",
-            "created": moment,
-            "createdBy": [_id("provider")],
-            "comment": "Written by finback from the records of a run.",
-        },
-        _element("Organization", "provider", name=display(answers("provider.name"))),
-    ]
-    graph.append(_package(run, answers))
+    made = {
+        "type": "CreationInfo",
+        "@id": "_:made",
+        "specVersion": "3.0.1",
+        "created": moment,
+        "createdBy": [_id("provider")],
+        "comment": "Written by finback from the records of a run.",
+    }
+    provider = _element("Organization", "provider", name=display(answers("provider.name")))
+    package = _package(run, answers)
     data = [_data_set(stage, name, record, answers) for stage, name, record in run.sources]
-    graph += data
+    graph = [made, provider, package, *data]
     if data:
         graph.append(_relation("trained", "model", "trainedOn", [d["spdxId"] for d in data]))
     graph += _licensed("model", answers("model.licence"))
-    for (stage, name, record), element in zip(run.sources, data, strict=True):
-        key = f"data-{stage.name}-{name}"
-        assert element["spdxId"] == _id(key), "a licence goes with its data set"
-        graph += _licensed(key, record.get("licence", MISSING))
+    for stage, name, record in run.sources:
+        graph += _licensed(f"data-{stage.name}-{name}", record.get("licence", MISSING))
     named = [e["spdxId"] for e in graph if "spdxId" in e]
-    whole = "comment" not in graph[2]
-    profiles = ["core", "simpleLicensing", "software", *(["ai"] if whole else [])]
+    profiles = ["core", "simpleLicensing", "software", *(["ai"] if "comment" not in package else [])]
     graph.append(
         _element("SpdxDocument", "document", rootElement=[_id("model")], element=named, profileConformance=profiles)
     )
@@ -56,51 +53,37 @@ def _relation(name: str, source: str, kind: str, to: list[str]) -> Element:
     return _element("Relationship", name, **{"from": _id(source), "relationshipType": kind, "to": to})
 
 
-def _pairs(values: list[tuple[str, Any]]) -> list[Element]:
+def _pairs(values: Iterable[tuple[str, Any]]) -> list[Element]:
     return [{"type": "DictionaryEntry", "key": key, "value": display(value)} for key, value in values]
+
+
+def _hashes(*digests: str) -> list[Element]:
+    return [{"type": "Hash", "algorithm": "sha256", "hashValue": digest} for digest in digests]
 
 
 def _package(run: RunFacts, answers: Answers) -> Element:
     """The AIPackage. Release, place and version must be known; a comment names those that are not."""
-    optional: dict[str, Any] = {
+    demanded = {
         "releaseTime": _moment(answers("model.released")),
         "software_downloadLocation": _address(answers("model.download")),
         "software_packageVersion": answers("model.version"),
         "suppliedBy": MISSING if answers("provider.name") is MISSING else _id("provider"),
-        "software_primaryPurpose": "model",
     }
-    holes = [name for name, value in optional.items() if value is MISSING]
+    holes = ", ".join(name for name, value in demanded.items() if value is MISSING)
     energy = [_energy(s) for s in run.lineage if s.watt_hours is not MISSING]
-    accuracies = [
-        (f"accuracy: {exam.get('exam', NOT_PROVIDED)}", exam.get("accuracy", MISSING)) for _, exam in run.exams
-    ]
-    package = _element(
-        "ai_AIPackage",
-        "model",
-        name=display(answers("model.name")),
-        verifiedUsing=[{"type": "Hash", "algorithm": "sha256", "hashValue": digest} for _, digest in run.files],
-        ai_typeOfModel=[dict(architecture(run.model))["family"]],
-        ai_domain=["text generation"],
-        ai_hyperparameter=_pairs(
-            [
-                (f"{s.name}.{k}", v)
-                for s in run.chain
-                for k, v in s.config.items()
-                if not isinstance(v, (dict, list)) and k != "name"
-            ]
-        ),
-        ai_metric=_pairs(accuracies),
-        ai_informationAboutApplication=display(answers("use.intended")),
-        ai_informationAboutTraining="; ".join(f"{s.name} ({s.type})" for s in run.lineage),
-        ai_limitation=display(answers("use.limits")),
-        ai_modelDataPreprocessing=[f"{n}: {display(r.get('documents', MISSING))}" for _, n, r in run.sources],
-        ai_useSensitivePersonalInformation="noAssertion",
-        **{name: value for name, value in optional.items() if value is not MISSING},
-    )
-    if energy:
-        package["ai_energyConsumption"] = {"type": "ai_EnergyConsumption", "ai_trainingEnergyConsumption": energy}
-    if holes:
-        package["comment"] = f"{NOT_PROVIDED}: {', '.join(holes)}"
+    knobs = ((f"{s.name}.{k}", v) for s in run.chain for k, v in s.config.items() if k != "name")
+    accuracies = ((f"accuracy: {e.get('exam', NOT_PROVIDED)}", e.get("accuracy", MISSING)) for _, e in run.exams)
+    values = demanded | {
+        "hashes": _hashes(*(digest for _, digest in run.files)),
+        "family": dict(architecture(run.model))["family"],
+        "knobs": _pairs((name, value) for name, value in knobs if not isinstance(value, (dict, list))),
+        "metrics": _pairs(accuracies),
+        "stages": "; ".join(f"{s.name} ({s.type})" for s in run.lineage),
+        "cleaning": [f"{n}: {display(r.get('documents', MISSING))}" for _, n, r in run.sources],
+        "energy": {"type": "ai_EnergyConsumption", "ai_trainingEnergyConsumption": energy} if energy else MISSING,
+        "comment": f"{NOT_PROVIDED}: {holes}" if holes else MISSING,
+    }
+    package = templates.json_values("spdx_model", values, answers)
     return {key: value for key, value in package.items() if value != []}
 
 
@@ -114,23 +97,14 @@ def _energy(stage: StageFacts) -> Element:
 
 def _data_set(stage: StageFacts, name: str, record: dict[str, Any], answers: Answers) -> Element:
     digest, documents = record.get("sha256"), (record.get("documents") or {}).get("kept")
-    element = _element(
-        "dataset_DatasetPackage",
-        f"data-{stage.name}-{name}",
-        name=name,
-        software_primaryPurpose="data",
-        dataset_datasetType=["text"],
-        dataset_dataCollectionProcess=display(answers("data.collection")),
-        dataset_knownBias=[display(answers("data.bias"))],
-        dataset_dataPreprocessing=[display(record.get("documents", MISSING))],
-        dataset_hasSensitivePersonalInformation="noAssertion",
-        dataset_intendedUse="training",
-    )
-    if digest:
-        element["verifiedUsing"] = [{"type": "Hash", "algorithm": "sha256", "hashValue": digest}]
-    if isinstance(documents, int):
-        element["dataset_datasetSize"] = documents
-    return element
+    values = {
+        "id": _id(f"data-{stage.name}-{name}"),
+        "name": name,
+        "documents": display(record.get("documents", MISSING)),
+        "hashes": _hashes(digest) if digest else MISSING,
+    }
+    size = {"dataset_datasetSize": documents} if isinstance(documents, int) else {}
+    return dict(templates.json_values("spdx_data_set", values, answers)) | size
 
 
 def _licensed(name: str, licence: Any) -> list[Element]:
