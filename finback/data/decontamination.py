@@ -18,10 +18,10 @@ class Decontaminator:
     def __init__(self, held_out: Mapping[str, Sequence[str]], trained: Mapping[str, Sequence[str]], ngram: int) -> None:
         self.ngram = ngram
         self.whole = {_plain(q): task for task, asked in held_out.items() for q in asked}
-        self.grams = {g: task for task, asked in held_out.items() for q in asked for g in _grams(q, ngram)}
+        self.grams = {g: task for task, asked in held_out.items() for q in asked for g in grams(q, ngram)}
         for asked in trained.values():
             for question in asked:
-                for gram in _grams(question, ngram):
+                for gram in grams(question, ngram):
                     self.grams.pop(gram, None)
 
     def find(self, document: Document) -> str | None:
@@ -34,7 +34,7 @@ class Decontaminator:
             for part in {text, *text.split("\n")}:
                 if task := self.whole.get(_plain(part)):
                     yield task, True
-            for gram in _grams(text, self.ngram) if self.grams else ():
+            for gram in grams(text, self.ngram) if self.grams else ():
                 if task := self.grams.get(gram):
                     yield task, False
 
@@ -43,6 +43,7 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(" .?!")
 
 
-def _grams(text: str, n: int) -> list[str]:
+def grams(text: str, n: int) -> list[str]:
+    """All runs of n words of a text; case and punctuation do not count."""
     words = re.findall(r"\w+", text.casefold())
     return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]

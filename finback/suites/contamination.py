@@ -14,7 +14,7 @@ from typing import Any
 
 from finback.config import UserError, did_you_mean
 from finback.data import pack
-from finback.data.decontamination import Decontaminator
+from finback.data.decontamination import Decontaminator, grams
 from finback.data.messages import Message
 from finback.data.sources import Document
 from finback.data.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def check(suite: Suite, data: str | Path, ngram: int = 13, sources: tuple[str, .
                 found[name].add(number)
                 exact |= {number} if whole else set()
     every = sorted(set().union(*found.values()), key=int)
-    short = sum(len(_words(problem.question)) < ngram for problem in suite.problems)
+    short = sum(not grams(problem.question, ngram) for problem in suite.problems)
     return Contamination(
         suite=suite.name,
         data=str(data),
@@ -123,13 +123,5 @@ def _split(tokenizer: Tokenizer, ids: list[int]) -> Document:
 
 def _shared(questions: dict[str, list[str]], ngram: int) -> dict[str, list[str]]:
     """The runs of n words that more than one question has, as texts."""
-    runs = Counter(run for (question,) in questions.values() for run in {*_runs(_words(question), ngram)})
+    runs = Counter(run for (question,) in questions.values() for run in {*grams(question, ngram)})
     return {"shared": [run for run, n in runs.items() if n > 1]}
-
-
-def _runs(words: list[str], n: int) -> Iterator[str]:
-    return (" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())

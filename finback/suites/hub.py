@@ -34,8 +34,10 @@ class HubDataset:
 
     def records(self, at: str = "") -> tuple[Record, ...]:
         """All records, from the hub or from `at`; UserError names the file, the line and the field that is wrong."""
+        if not at and self.files:
+            return read("hub:json", "", "train", files=f"hf://datasets/{self.repo}@{self.revision}/{self.files}")
         if not at:
-            return self._downloaded()
+            return read(f"hub:{self.repo}", self.subset, self.split, self.revision)
         if not Path(at).is_dir():
             return read(at, "", "")
         if self.files:
@@ -46,16 +48,15 @@ class HubDataset:
         """What a table says about the source."""
         place = at or f"hub:{self.repo}"
         parts = (self.files or self.subset, self.split) if not at or Path(at).is_dir() else ()
-        return " ".join(part for part in (place, *parts, "" if at else self._commit()) if part)
+        commit = f"@{self.revision}" if self.revision else "(its newest revision)"
+        return " ".join(part for part in (place, *parts, "" if at else commit) if part)
 
-    def _commit(self) -> str:
-        return f"@{self.revision}" if self.revision else "(its newest revision)"
 
-    def _downloaded(self) -> tuple[Record, ...]:
-        if self.files:
-            address = f"hf://datasets/{self.repo}@{self.revision}/{self.files}"
-            return read("hub:json", "", "train", files=address)
-        return read(f"hub:{self.repo}", self.subset, self.split, self.revision)
+# The published sets, by our names for them.
+KNOWN = {
+    name: HubDataset(**fields)
+    for name, fields in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
+}
 
 
 def digest(rows: Iterable[Any]) -> str:

@@ -1,7 +1,6 @@
 """LiveCodeBench: competition problems with dates, judged by what a program prints or a method returns. No torch here."""
 
 import base64
-import binascii
 import io
 import json
 import pickle
@@ -14,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from finback.config import UserError
-from finback.suites.hub import HubDataset, digest
+from finback.suites.hub import KNOWN, digest
 from finback.suites.problems import ProblemList, distinct, pick
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.code import program, same, verdict
@@ -23,9 +22,7 @@ from finback.tasks.sandbox import Limits, shared
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
 # The repository is a script and six files, one for each release; the sixth goes to April 2025.
-ORIGIN = HubDataset(
-    "livecodebench/code_generation_lite", "", "test", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505", files="test6.jsonl"
-)
+ORIGIN = KNOWN["livecodebench"]
 LIMITS = Limits(wall=10.0, cpu=6.0, memory=1 << 30)  # LiveCodeBench gives each test 6 seconds
 PROMPT = "{question}\n\nThink first. Then write the whole program in Python, in one ```python block."
 EXTRACTION = "the last fenced block, or all of the answer"
@@ -67,16 +64,13 @@ def load(at: str, problems: int | None, seed: int, since: str = "", until: str =
     pairs = [_problem(record) for record in records]
     known = {problem.key: judged for problem, judged in reversed(pairs)}
     chosen = pick(distinct(problem for problem, _ in pairs), problems, seed)
+    rows = ([p.question, known[p.key].method, known[p.key].tests] for p in chosen)
     days = sorted(str(problem.tags["date"]) for problem in chosen)
     return Suite(
         name="livecodebench",
         problems=chosen,
         task=ProblemList("livecodebench", chosen, partial(judge, known), waits=True),
-        source=SuiteSource(
-            ORIGIN.name(at),
-            ORIGIN.licence,
-            digest([p.question, known[p.key].method, known[p.key].tests] for p in chosen),
-        ),
+        source=SuiteSource(ORIGIN.name(at), ORIGIN.licence, digest(rows)),
         prompt=PROMPT,
         extraction=EXTRACTION,
         metric="pass@1",
@@ -121,8 +115,12 @@ def _problem(record: Record) -> tuple[Problem, CodeTests]:
 def _method(record: Record) -> str:
     """The method's name, from the metadata or else from the starter code."""
     starter = record.text("starter_code").strip()
-    found = _json(record, "metadata").get("func_name") if record.fields.get("metadata") else None
-    if not found:
+    metadata = _parsed(record.fields.get("metadata") or {})
+    if not isinstance(metadata, dict):
+        raise UserError(
+            f"{record.where} metadata", record.fields["metadata"], "not a JSON object", "Correct the record."
+        )
+    if not (found := metadata.get("func_name")):
         match = re.search(r"class Solution[^\n]*:\s*def\s+(\w+)", starter)
         found = match[1] if match else ""
     if not isinstance(found, str) or not found.isidentifier():
@@ -135,9 +133,8 @@ def _values(record: Record, test: dict[str, str]) -> tuple[list[Any], Any]:
     try:
         return [json.loads(line) for line in test["input"].split("\n") if line.strip()], json.loads(test["output"])
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{record.where} test_cases", test["input"][:60], f"not JSON ({error})", "Correct the record."
-        ) from None
+        where, problem = f"{record.where} test_cases", f"not JSON ({error})"
+        raise UserError(where, test["input"][:60], problem, "Correct the record.") from None
 
 
 def _tests(record: Record, name: str) -> list[dict[str, str]]:
@@ -145,7 +142,7 @@ def _tests(record: Record, name: str) -> list[dict[str, str]]:
     value = record.value(name)
     if isinstance(value, str) and not value.lstrip().startswith("["):
         value = _unpacked(record, name, value)
-    tests = json.loads(value) if isinstance(value, str) and _is_json(value) else value
+    tests = _parsed(value)
     right = isinstance(tests, list) and all(
         isinstance(t, dict) and isinstance(t.get("input"), str) and isinstance(t.get("output"), str) for t in tests
     )
@@ -169,35 +166,17 @@ def _unpacked(record: Record, name: str, value: str) -> Any:
         if unpacker.unconsumed_tail:
             raise ValueError(f"more than {_LARGEST >> 20} MiB")
         return _Plain(io.BytesIO(raw)).load()
-    except (
-        ValueError,
-        binascii.Error,
-        zlib.error,
-        pickle.UnpicklingError,
-        EOFError,
-        IndexError,
-        KeyError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except (ValueError, LookupError, EOFError, AttributeError, TypeError, zlib.error, pickle.UnpicklingError) as error:
         problem = f"not base64 of a compressed pickled text ({error})"
         raise UserError(f"{record.where} {name}", value[:60], problem, "Take the file as it is on the hub.") from None
 
 
-def _is_json(value: str) -> bool:
+def _parsed(value: Any) -> Any:
+    """The value of a JSON text; whatever is none as it stands."""
     try:
-        json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _json(record: Record, name: str) -> dict[str, Any]:
-    value = record.fields[name]
-    found = json.loads(value) if isinstance(value, str) and _is_json(value) else value
-    if not isinstance(found, dict):
-        raise UserError(f"{record.where} {name}", value, "not a JSON object", "Correct the record.")
-    return found
+        return value
 
 
 def _contest_date(record: Record) -> date:

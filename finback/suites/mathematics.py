@@ -2,7 +2,7 @@ r"""GSM8K, MATH-500, AIME: questions whose answer is a number or a formula, aske
 
 from dataclasses import dataclass
 
-from finback.suites.hub import HubDataset
+from finback.suites.hub import KNOWN, HubDataset
 from finback.suites.problems import ProblemList, distinct, fingerprint, pick, sound
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks import answers
@@ -25,28 +25,10 @@ class MathSet:
 
 
 SETS = {
-    "gsm8k": MathSet(
-        HubDataset("openai/gsm8k", "main", "test", "cc7b047b6e5bb11b4f1af84efc572db110a51b3c", "MIT"),
-        "question",
-        "answer",
-    ),
-    "math500": MathSet(
-        HubDataset("HuggingFaceH4/MATH-500", "", "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"),
-        "problem",
-        "answer",
-    ),
-    "aime24": MathSet(
-        HubDataset("Maxwell-Jia/AIME_2024", "", "train", "8d88b2876a82a080e2f172cc9b25d0d9d2cb4792"),
-        "Problem",
-        "Answer",
-        chance=0.001,  # one of 000 to 999
-    ),
-    "aime25": MathSet(
-        HubDataset("math-ai/aime25", "", "test", "563bb8404243c5f09de6ec262f2db674fe5bce9b", "Apache-2.0"),
-        "problem",
-        "answer",
-        chance=0.001,
-    ),
+    "gsm8k": MathSet(KNOWN["gsm8k"], "question", "answer"),
+    "math500": MathSet(KNOWN["math500"], "problem", "answer"),
+    "aime24": MathSet(KNOWN["aime24"], "Problem", "Answer", chance=0.001),  # one of 000 to 999
+    "aime25": MathSet(KNOWN["aime25"], "problem", "answer", chance=0.001),
 }
 
 

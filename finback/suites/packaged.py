@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +29,12 @@ _CHOICE = re.compile(r"^[ \t]*([A-J])[.:)][ \t]*(\S.*)$", re.MULTILINE)
 _MIT = "MIT"
 
 
-@dataclass(frozen=True)
-class PackagedSet:
-    """A file of the package, and how one of its lines is read: into a problem and its choices, none for a number."""
-
-    file: str
-    read: Callable[[Record], tuple[Problem, list[str]]]
-
-
 def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
     """The items called `name`, or others of their form from `at`."""
-    items, source = SETS[name], at
+    (file, as_problem), source = SETS[name], at
     if not at:
-        at, version = _path(name), importlib.metadata.version("evals")
-        source = f"evals {version} {items.file}"
-    pairs = [items.read(record) for record in read(at, "", "")]
+        at, source = _path(name), f"evals {importlib.metadata.version('evals')} {file}"
+    pairs = [as_problem(record) for record in read(at, "", "")]
     if name == "evals-aime":
         math_set = MathSet(HubDataset("", licence=_MIT), "question", "answer", chance=0.001)
         return mathematics.made(name, pick(distinct(p for p, _ in pairs), problems, seed), math_set, source)
@@ -54,7 +44,7 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
 
 def _path(name: str) -> str:
     spec = importlib.util.find_spec("evals")
-    path = Path(spec.origin).parent / "registry" / "data" / SETS[name].file if spec and spec.origin else None
+    path = Path(spec.origin).parent / "registry" / "data" / SETS[name][0] if spec and spec.origin else None
     if path is None or not path.is_file():
         raise UserError("suite", name, "the package evals is not installed", "pip install --no-deps evals")
     return str(path)
@@ -63,19 +53,15 @@ def _path(name: str) -> str:
 def _asked(record: Record) -> tuple[str, str]:
     """What the user says, and the ideal answer; the system's turn repeats what our prompt asks for."""
     turns: Any = record.fields.get("input")
-    prompts = (
-        [t.get("content") for t in turns if isinstance(t, dict) and t.get("role") == "user"]
-        if isinstance(turns, list)
-        else []
-    )
+    listed = turns if isinstance(turns, list) else []
+    prompts = [t.get("content") for t in listed if isinstance(t, dict) and t.get("role") == "user"]
     if len(prompts) != 1 or not isinstance(prompts[0], str):
         raise UserError(f"{record.where} input", turns, "not one turn of a user", "Correct the record.")
     return prompts[0].strip(), record.text("ideal").strip()
 
 
 def _chat(record: Record) -> tuple[Problem, list[str]]:
-    question, ideal = _asked(record)
-    return _lettered(record, question, ideal)
+    return _lettered(record, *_asked(record))
 
 
 def _plain(record: Record) -> tuple[Problem, list[str]]:
@@ -107,10 +93,11 @@ def _number(record: Record) -> tuple[Problem, list[str]]:
     return Problem(question, ideal, canonical(question)), []
 
 
-SETS = {
-    "evals-mmlu": PackagedSet("sandbagging/samples-non-ast.jsonl", _plain),
-    "evals-logiqa": PackagedSet("logiqa/logiqa.jsonl", _chat),
-    "evals-quartz": PackagedSet("quartz/samples.jsonl", _chat),
-    "evals-born-first": PackagedSet("born_first/born_first.jsonl", _yes_or_no),
-    "evals-aime": PackagedSet("aime_evaluation/samples.jsonl", _number),
+# A file of the package, and how one of its lines is read: into a problem and its choices, none for a number.
+SETS: dict[str, tuple[str, Callable[[Record], tuple[Problem, list[str]]]]] = {
+    "evals-mmlu": ("sandbagging/samples-non-ast.jsonl", _plain),
+    "evals-logiqa": ("logiqa/logiqa.jsonl", _chat),
+    "evals-quartz": ("quartz/samples.jsonl", _chat),
+    "evals-born-first": ("born_first/born_first.jsonl", _yes_or_no),
+    "evals-aime": ("aime_evaluation/samples.jsonl", _number),
 }

@@ -5,6 +5,7 @@ as Python and some pay for junk, so no text of a model ever reaches them: an ans
 value, such as an exact number, and is right if that equals the value of the gold answer.
 """
 
+import json
 import math
 import random
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, make_dataclass
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from finback.config import UserError, check_fields, did_you_mean
@@ -87,44 +89,24 @@ def _roles(text: str) -> Hashable | None:
     return frozenset(pairs) if is_clean else None
 
 
-# Only data sets whose answer is unique; their own scorers compare texts or numbers, some with partial credit.
-_NAMES: dict[Form, str] = {
-    _number: """basic_arithmetic binary_alternation chain_sum circuit_logic count_bits count_primes
-        decimal_chain_sum gcd gsm_symbolic largest_island lcm leg_counting letter_counting maze
-        number_sequence products rectangle_count rotten_oranges self_reference simple_equations
-        simple_geometry""",
-    _numbers: "number_filtering number_sorting",
-    _fraction: "dice fraction_simplification",
-    _probability: "coin_flip",
-    _factors: "prime_factorization",
-    _text: """ab arc_1d binary_matrix emoji_mystery futoshiki manipulate_matrix mini_sudoku modulo_grid
-        path_star rearc rotate_matrix spiral_matrix string_insertion string_manipulation string_splitting
-        string_synthesis sudoku""",
-    _word: """acre base_conversion bitwise_arithmetic caesar_cipher calendar_arithmetic color_cube_rotation
-        course_schedule family_relationships figlet_font needle_haystack spell_backward zebra_puzzles""",
-    _items: "game_of_life word_sequence_reversal word_sorting",
-    _roles: "knights_knaves",
+_FORMS: dict[str, Form] = {
+    "number": _number,
+    "numbers": _numbers,
+    "fraction": _fraction,
+    "probability": _probability,
+    "factors": _factors,
+    "text": _text,
+    "word": _word,
+    "items": _items,
+    "roles": _roles,
     # Any solution counts: it has the value of the gold answer and uses the same numbers, each as often.
-    evaluate: "countdown puzzle24",
+    "arithmetic": evaluate,
 }
-_REASONS = {
-    "has no gold answer": "boxnet graph_color propositional_logic rubiks_cube rush_hour",
-    "has several right answers to a question": """codeio cryptarithm group_anagrams jugs kakurasu knight_swap
-        letter_jumble n_queens palindrome_generation palindrome_partitioning quantum_lock sentence_reordering
-        shortest_path sokoban survo tower_of_hanoi tsumego word_ladder""",
-    "has right answers that can be written in several ways": """complex_arithmetic intermediate_integration
-        polynomial_multiplication simple_integration""",
-    "has rounded gold answers": """advanced_geometry decimal_arithmetic number_format polynomial_equations
-        pool_matrix power_function""",
-    "has wrong gold answers": "aiw mahjong_puzzle syllogism time_intervals",
-    "has a scorer that accepts anything, so no published result can be compared": "game_of_life_halting",
-    "varies a fixed list of tasks, which training and evaluation would share": "arc_agi",
-    "draws other problems in every process": "isomorphic_strings list_functions ransom_note",
-    "prints to the terminal while it generates": "bf",
-    "is a mixture": "composite",
-}
-SUPPORTED: dict[str, Form] = {name: form for form, names in _NAMES.items() for name in names.split()}
-REFUSED: dict[str, str] = {name: reason for reason, names in _REASONS.items() for name in names.split()}
+# The data sets by the form of their answers, and those that are refused by the reason. Only those whose answer is unique
+# are supported; their own scorers compare texts or numbers, some with partial credit.
+_DATASETS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+SUPPORTED: dict[str, Form] = {name: _FORMS[form] for form, names in _DATASETS["forms"].items() for name in names}
+REFUSED: dict[str, str] = {name: reason for reason, names in _DATASETS["refused"].items() for name in names}
 
 # Where a generator is wrong or ambiguous now and then, its metadata show it; such problems are not asked.
 _SOUND: dict[str, Callable[[str, dict[str, Any]], bool]] = {
