@@ -15,11 +15,13 @@ import yaml
 from finback import cli
 from finback.config import UserError
 from finback.parallel.mesh import World
+from finback.planner.plan_vs_actual import plan_and_actual
 from finback.report.docs import blocks as page
 from finback.report.docs import build, completeness, compute, curves, facts
 from finback.report.docs import questionnaire as asked
 from finback.report.docs.facts import MISSING, NOT_PROVIDED
 from finback.report.docs.questionnaire import QUESTIONS, Answers
+from finback.report.summary import summarize
 from finback.runs.declaration import DECLARATION
 from finback.runs.files import read_json, read_lines, write_json, write_lines
 from finback.runs.reader import StageFolder
@@ -340,6 +342,27 @@ def test_a_torn_or_foreign_folder_is_refused(file: str, text: str | None, proble
     (run / file).unlink() if text is None else (run / file).write_text(text)
     with pytest.raises(UserError, match=problem):
         facts.read(run, "zero")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "problem"),
+    [
+        ("summary.json", lambda found: {"recipe": "toy"}, "not a recipe's stages"),
+        ("summary.json", lambda found: found | {"stages": {"base": None}}, "not a recipe's stages"),
+        ("summary.json", lambda found: {"stages": {}}, "not a recipe's stages"),
+        ("summary.json", lambda found: found | {"stages": {"base": {"cost": {}}}}, "does not say what base cost"),
+        ("base/config.json", lambda found: None, "not an object"),
+        ("after/manifest.json", lambda found: found | {"results": {}}, "does not hold an evaluation's results"),
+        ("after/manifest.json", lambda found: found | {"results": None}, "does not hold an evaluation's results"),
+    ],
+)
+def test_a_damaged_record_is_named_by_the_summary_and_the_plan(file: str, change: Any, problem: str, run: Path) -> None:
+    write_json(run / file, change(read_json(run / file)))
+    with pytest.raises(UserError, match=f"{file}.*{problem}"):
+        summarize(run)
+    if file != "after/manifest.json" and "cost" not in problem:  # the plan reads ledgers, and no results
+        with pytest.raises(UserError, match=f"{file}.*{problem}"):
+            plan_and_actual(run, run / "no-calibration.json")
 
 
 def test_a_folder_that_is_not_there_or_a_stage_without_a_model_is_refused(made: Path, tmp_path: Path) -> None:

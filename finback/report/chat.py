@@ -54,16 +54,12 @@ class Conversation:
             response = parse_response("".join(made))
             self.messages.append(Message("assistant", response.answer, response.reasoning))
 
-    def forget(self) -> None:
-        """Start a new dialogue."""
-        self.messages = []
-
     def command(self, line: str) -> str:
         """Obey a line that begins with a slash; what there is to say about it. UserError when it is unknown."""
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         if word == "/new" and not rest:
-            self.forget()
+            self.messages = []
             return "a new dialogue"
         if word == "/think" and rest in THINKING:
             self.think = THINKING[rest]
@@ -115,8 +111,7 @@ def loop(options: ChatOptions, as_json: bool, color: bool) -> None:
             continue
         try:
             if line.startswith("/"):
-                answer = conversation.command(line.strip())
-                print(answer, file=sys.stderr)
+                print(conversation.command(line.strip()), file=sys.stderr)
                 continue
             if as_json:
                 "".join(conversation.reply(line.strip()))
@@ -134,17 +129,13 @@ def loop(options: ChatOptions, as_json: bool, color: bool) -> None:
 
 
 def _ask(person: bool) -> str | None:
-    if person:
-        try:
-            return input("you: ")
-        except EOFError:
-            print()
-            return None
-        except KeyboardInterrupt:
-            print()
-            return None
-    line = sys.stdin.readline()
-    return line or None
+    if not person:
+        return sys.stdin.readline() or None
+    try:
+        return input("you: ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
 
 
 def _print(pieces: Iterator[str], color: bool) -> None:

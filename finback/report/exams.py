@@ -2,28 +2,41 @@
 
 from typing import Any
 
-from finback.runs.reader import StageFolder
+from finback.runs.files import MANIFEST, is_number
+from finback.runs.reader import StageFolder, torn
 from finback.runs.terminal import table
 
 MANY = 3  # evaluated models from which on a summary has one row per model
+MEASURED = ("n", "accuracy", "mean_tokens", "thinks")  # numbers of every exam
+
+
+def scored(stage: StageFolder) -> tuple[str, list[dict[str, Any]]]:
+    """The model that an evaluation examined, and its exams' results; UserError where the manifest has none."""
+    match stage.results:
+        case {"model": model, "evaluations": [_, *_] as exams} if all(map(_is_result, exams)):
+            return str(model), exams
+    raise torn(stage.folder / MANIFEST, "does not hold an evaluation's results")
+
+
+def _is_result(exam: Any) -> bool:
+    match exam:
+        case {"exam": str(), "interval": [low, high], **measured}:
+            return all(map(is_number, (low, high, *map(measured.get, MEASURED))))
+    return False
 
 
 def accuracy_table(exams: list[StageFolder]) -> str:
     """One line per evaluated model: every exam's accuracy with its interval, then length, thinking and language."""
-    taken = [(stage.results["model"], stage.results["evaluations"]) for stage in exams]
+    taken = [scored(stage) for stage in exams]
     names = list(dict.fromkeys(e["exam"] for _, evaluations in taken for e in evaluations))
     has_language = any("language" in e for _, evaluations in taken for e in evaluations)
     rows = []
     for model, evaluations in taken:
         found, first = {e["exam"]: e for e in evaluations}, evaluations[0]
-        row = [
-            model,
-            *(share(found.get(name)) for name in names),
-            f"{first['mean_tokens']:.1f}",
-            f"{first['thinks']:.0%}",
-        ]
-        language = first.get("language")
-        rows.append([*row, "-" if language is None else f"{language:.1%}"] if has_language else row)
+        language = f"{first['language']:.1%}" if is_number(first.get("language")) else "-"
+        shares = [share(found.get(name)) for name in names]
+        row = [model, *shares, f"{first['mean_tokens']:.1f}", f"{first['thinks']:.0%}"]
+        rows.append([*row, language] if has_language else row)
     head = ["model", *names, "tokens", "thinks", *(["language"] if has_language else [])]
     return f"held-out problems\n{table(rows, head)}"
 
@@ -37,13 +50,13 @@ def share(exam: dict[str, Any] | None) -> str:
 
 def first_exam(exams: list[StageFolder]) -> str:
     """The name of the first exam that a run's first evaluation gave."""
-    return str(exams[0].results["evaluations"][0]["exam"])
+    return str(scored(exams[0])[1][0]["exam"])
 
 
 def first_problem(exams: list[StageFolder]) -> str:
     """The first problem of the first exam, and what every model answered, right or not."""
     name = first_exam(exams)
-    given = [(stage.results["model"], records[0]) for stage in exams if (records := stage.answers(name))]
+    given = [(scored(stage)[0], records[0]) for stage in exams if (records := stage.answers(name))]
     if not given:
         return ""
     problem = given[0][1]
@@ -56,9 +69,8 @@ def problem_pairs(before: StageFolder, after: StageFolder, labels: tuple[str, st
     name = first_exam([before])
     pairs = zip(before.answers(name), after.answers(name), strict=False)
     return [
-        f"{then['question']}  (gold: {then['gold']})\n{answer_line(labels[0], then, width)}\n"
-        f"{answer_line(labels[1], now, width)}"
-        for then, now in list(pairs)[:most]
+        "\n".join([f"{pair[0]['question']}  (gold: {pair[0]['gold']})", *map(answer_line, labels, pair, [width] * 2)])
+        for pair in list(pairs)[:most]
     ]
 
 

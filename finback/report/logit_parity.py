@@ -31,17 +31,11 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
     import transformers
 
     try:
-        options = {}
+        options: dict[str, Any] = {}
         if is_fp8(read_config(path)):
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        options |= {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
         theirs, info = loaded[0].float().eval(), loaded[1]  # dequantized FP8 comes as bf16
     except ImportError as error:  # FP8 needs accelerate
         return None, f"not compared: {error}", []
@@ -49,7 +43,7 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
         return False, f"transformers does not load it ({type(error).__name__}: {str(error)[:200]})", []
     left = [f"{kind}: {name}" for kind in ("missing_keys", "mismatched_keys") for name in info[kind]]
     if left:
-        return (False, f"transformers finds {len(left)} keys missing or mismatched", [str(item) for item in left])
+        return False, f"transformers finds {len(left)} keys missing or mismatched", left
 
     def states(tokens: Tensor) -> States:
         out = theirs(tokens, output_hidden_states=True)
@@ -95,9 +89,9 @@ def finback_states(model: Transformer, tokens: Tensor) -> States:
     """Logits and the residual stream of one of ours."""
     seen: list[Tensor] = []
     hooks = [
-        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach())) for block in model.blocks
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        for module in (*model.blocks, model.norm)
     ]
-    hooks.append(model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach())))
     try:
         logits = model.logits(model(tokens))
     finally:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError, did_you_mean
-from finback.report.exams import answer_line, first_exam, problem_pairs
+from finback.report.exams import answer_line, first_exam, problem_pairs, scored
 from finback.runs import reader
 
 
@@ -54,6 +54,6 @@ def _before_after(root: Path, count: int) -> list[str]:
     exams = [s for s in reader.stages(root) if s.kind == "evaluation" and s.is_finished]
     if len(exams) < 2:
         return []
-    labels = exams[0].results["model"], exams[-1].results["model"]
+    labels = scored(exams[0])[0], scored(exams[-1])[0]
     lines = problem_pairs(exams[0], exams[-1], labels, count, width=14)
     return [f"Held-out problems of the exam '{first_exam(exams)}', before and after:", *lines] if lines else []

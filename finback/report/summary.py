@@ -3,15 +3,25 @@
 from pathlib import Path
 from typing import Any
 
-from finback.report.exams import MANY, accuracy_table, first_exam, first_problem, problem_pairs, share
+from finback.report.exams import MANY, accuracy_table, first_exam, first_problem, problem_pairs, scored, share
 from finback.runs import reader
 from finback.runs.declaration import DECLARATION
-from finback.runs.files import SUMMARY
+from finback.runs.files import SUMMARY, is_number
 from finback.runs.progress import clock
 from finback.runs.reader import StageFolder
 from finback.runs.terminal import table
 
 SAMPLES = 3
+PAID = {
+    "wall_seconds",
+    "tokens_trained",
+    "tokens_generated",
+    "tokens_per_second",
+    "mfu",
+    "energy_wh",
+    "money_usd",
+    "basis",
+}
 PLANTED = "Pre-training planted both habits, guessing and thinking; RL selects the one that pays and sharpens it."
 
 
@@ -24,7 +34,7 @@ def summarize(root: Path) -> str:
         for kind in ("evaluation", "reinforcement learning", "pre-training")
     )
     older = [stage.name for stage in stages if DECLARATION not in stage.config_json]
-    parts = [_costs(finished)]
+    parts = [_costs(finished, root / SUMMARY)]
     if older:
         parts.append(
             f"Made by an older finback, so only costs are shown here: {', '.join(older)}. Results: {root / SUMMARY}"
@@ -34,13 +44,12 @@ def summarize(root: Path) -> str:
         parts += [accuracy_table(exams), first_problem(exams)]
     elif len(exams) >= 2:
         before, after = exams[0], exams[-1]
-        parts += [_before_after(before.results, after.results), _gain(before.results, after.results)]
+        parts += [_before_after(before, after), _gain(scored(before)[1][0], scored(after)[1][0])]
         if parts[-1] and learning and trained:
             parts[-1] += f"\n{PLANTED}"
         problems = problem_pairs(before, after, ("before", "after"), SAMPLES, width=6)
-        parts.append(
-            "\n\n".join([f"The first {SAMPLES} held-out problems of the exam '{first_exam(exams)}':", *problems])
-        )
+        title = f"The first {SAMPLES} held-out problems of the exam '{first_exam(exams)}':"
+        parts.append("\n\n".join([title, *problems]))
     if learning and (picture := draw(root, learning)):
         parts.append(f"Picture: {picture}")
     if len(exams) >= MANY:
@@ -51,8 +60,11 @@ def summarize(root: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _costs(stages: dict[str, Any]) -> str:
-    costs = {name: stage["cost"] for name, stage in stages.items()}
+def _costs(stages: dict[str, Any], path: Path) -> str:
+    costs = {name: stage.get("cost") for name, stage in stages.items()}
+    for name, paid in costs.items():
+        if not isinstance(paid, dict) or not paid.keys() >= PAID:
+            raise reader.torn(path, f"does not say what {name} cost")
     seconds, money = (sum(c[key] for c in costs.values()) for key in ("wall_seconds", "money_usd"))
     rows = [
         [
@@ -71,12 +83,11 @@ def _costs(stages: dict[str, Any]) -> str:
     return f"{shown}\nEnergy and money are an {next(iter(costs.values()))['basis']}." if costs else shown
 
 
-def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:
-    heads = [f"{word}: {Path(r['model']).name}"[:20] for word, r in (("before", before), ("after", after))]
-    then = {e["exam"]: e for e in before["evaluations"]}
-    rows = [
-        [e["exam"], str(e["n"]), share(then[e["exam"]]), share(e)] for e in after["evaluations"] if e["exam"] in then
-    ]
+def _before_after(before: StageFolder, after: StageFolder) -> str:
+    (old, then), (new, now) = scored(before), scored(after)
+    heads = [f"{word}: {Path(model).name}"[:20] for word, model in (("before", old), ("after", new))]
+    known = {e["exam"]: e for e in then}
+    rows = [[e["exam"], str(e["n"]), share(known[e["exam"]]), share(e)] for e in now if e["exam"] in known]
     metrics = [
         ("response tokens", "mean_tokens", "{:.1f}"),
         ("cut off", "truncated", "{:.1%}"),
@@ -85,20 +96,17 @@ def _before_after(before: dict[str, Any], after: dict[str, Any]) -> str:
         ("  right when guessing", "accuracy_guessing", "{:.1%}"),
         ("MTP drafts accepted", "mtp_acceptance", "{:.0%}"),
     ]
-    first = before["evaluations"][0], after["evaluations"][0]
     for label, key, form in metrics:
-        rows.append([label, "", *(form.format(e[key]) if e.get(key) is not None else "-" for e in first)])
-    for source, value in after.get("bits_per_byte", {}).items():
-        old = before.get("bits_per_byte", {}).get(source)
-        if value is not None and old is not None:
-            rows.append([f"bits per byte, {source}", "", f"{old:.3f}", f"{value:.3f}"])
+        rows.append([label, "", *(form.format(e[key]) if is_number(e.get(key)) else "-" for e in (then[0], now[0]))])
+    bits = [stage.results.get("bits_per_byte") or {} for stage in (before, after)]
+    sources = [source for source in bits[1] if all(is_number(each.get(source)) for each in bits)]
+    rows += [[f"bits per byte, {source}", "", *(f"{each[source]:.3f}" for each in bits)] for source in sources]
     return table(rows, ("held-out problems", "n", *heads))
 
 
-def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Split the change in sampled accuracy into thinking more often and thinking better."""
-    a, b = before["evaluations"][0], after["evaluations"][0]
-    if None in (a["accuracy_thinking"], a["accuracy_guessing"], b["accuracy_thinking"]):
+def _gain(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """Split the change in an exam's accuracy into thinking more often and thinking better."""
+    if not all(map(is_number, (a.get("accuracy_thinking"), a.get("accuracy_guessing"), b.get("accuracy_thinking")))):
         return ""
     often = (b["thinks"] - a["thinks"]) * (a["accuracy_thinking"] - a["accuracy_guessing"])
     better = b["thinks"] * (b["accuracy_thinking"] - a["accuracy_thinking"])
@@ -113,7 +121,9 @@ def _gain(before: dict[str, Any], after: dict[str, Any]) -> str:
 def draw(root: Path, learning: list[StageFolder]) -> Path | None:
     """Write learning.png: accuracy and response length over RL steps; None when nothing was logged."""
     path = root / "learning.png"
-    if path.is_file() and _is_newer(path, [stage.metrics_file for stage in learning]):
+    logs = [stage.metrics_file for stage in learning]
+    drawn = path.stat().st_mtime_ns if path.is_file() else 0
+    if all(log.is_file() and log.stat().st_mtime_ns <= drawn for log in logs):  # nothing was logged since then
         return path
     logged = {stage.name: stage.metrics() for stage in learning}
     steps = [record for records in logged.values() for record in records]
@@ -144,9 +154,3 @@ def draw(root: Path, learning: list[StageFolder]) -> Path | None:
     pyplot.close(figure)
     temporary.replace(path)
     return path
-
-
-def _is_newer(picture: Path, logs: list[Path]) -> bool:
-    """Whether nothing was logged since a picture was drawn."""
-    drawn = picture.stat().st_mtime_ns
-    return all(log.is_file() and log.stat().st_mtime_ns <= drawn for log in logs)

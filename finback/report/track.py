@@ -5,9 +5,9 @@ They are fed from metrics.jsonl, while a run goes on or long after, so that no s
 
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from finback.config import UserError
 from finback.runs import reader
@@ -18,53 +18,31 @@ from finback.runs.reader import StageFolder
 Viewer = Literal["tensorboard", "trackio", "wandb"]
 
 
-class Tracker(Protocol):
-    """What takes a stage's numbers."""
-
-    def log(self, step: int, numbers: dict[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+Log = Callable[[int, dict[str, float]], None]  # takes a step's numbers
 
 
-class _TensorBoard:
-    """One folder of events per stage, beside each other so that they show as runs."""
-
-    def __init__(self, run: str, stage: str, knobs: dict[str, Any], out: Path) -> None:
-        try:
+def _open(to: Viewer, run: str, stage: StageFolder, out: Path) -> tuple[Log, Callable[[], None]]:
+    """What takes a stage's numbers, and what ends it."""
+    try:
+        if to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard") from None
-        self.writer = SummaryWriter(str(out / run / stage))
-        self.writer.add_text("knobs", "\n".join(f"    {k}: {v}" for k, v in knobs.items()))
+        else:
+            module = importlib.import_module(to)
+    except ImportError:
+        raise UserError("--to", to, "the package is not installed", f"pip install {to}") from None
+    if to == "tensorboard":  # one folder of events per stage, beside each other so that they show as runs
+        writer = SummaryWriter(str(out / run / stage.name))
+        writer.add_text("knobs", "\n".join(f"    {k}: {v}" for k, v in stage.config.items()))
 
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        for name, value in numbers.items():
-            self.writer.add_scalar(name, value, step)
+        def write(step: int, numbers: dict[str, float]) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self.writer.close()
-
-
-class _Logger:
-    """trackio and wandb, whose interface is one and the same; wandb stays offline unless the user's own settings differ."""
-
-    def __init__(self, package: str, run: str, stage: str, knobs: dict[str, Any], out: Path) -> None:
-        try:
-            self.module = importlib.import_module(package)
-        except ImportError:
-            raise _missing(package) from None
-        offline = {"mode": "offline", "dir": str(out)} if package == "wandb" else {}
-        self.module.init(project=run, name=stage, config=knobs, **offline)
-
-    def log(self, step: int, numbers: dict[str, float]) -> None:
-        self.module.log(numbers, step=step)
-
-    def close(self) -> None:
-        self.module.finish()
-
-
-def _missing(package: str) -> UserError:
-    return UserError("--to", package, "the package is not installed", f"pip install {package}")
+        return write, writer.close
+    # trackio and wandb have one interface; wandb stays offline unless the user's own settings differ
+    offline = {"mode": "offline", "dir": str(out)} if to == "wandb" else {}
+    module.init(project=run, name=stage.name, config=stage.config, **offline)
+    return lambda step, numbers: module.log(numbers, step=step), module.finish
 
 
 def track(root: Path, to: Viewer, out: Path, follow: bool = False, every: float = 2.0) -> dict[str, int]:
@@ -75,15 +53,11 @@ def track(root: Path, to: Viewer, out: Path, follow: bool = False, every: float 
     reader.recipe(root)
     sent: dict[str, int] = {}
     for stage in _logging(root, follow, every):
-        tracker: Tracker = (
-            _TensorBoard(root.name, stage.name, stage.config, out)
-            if to == "tensorboard"
-            else _Logger(to, root.name, stage.name, stage.config, out)
-        )
+        log, close = _open(to, root.name, stage, out)
         try:
-            sent[stage.name] = _send(stage, tracker, follow, every)
+            sent[stage.name] = _send(stage, log, follow, every)
         finally:
-            tracker.close()
+            close()
     return sent
 
 
@@ -102,7 +76,7 @@ def _logging(root: Path, follow: bool, every: float) -> Iterator[StageFolder]:
         time.sleep(every)
 
 
-def _send(stage: StageFolder, tracker: Tracker, follow: bool, every: float) -> int:
+def _send(stage: StageFolder, log: Log, follow: bool, every: float) -> int:
     """Send a stage's metrics as they are logged; those of a run that is rewound are sent again."""
     lines, tail = 0, Tail(stage.metrics_file)
     while True:
@@ -110,8 +84,8 @@ def _send(stage: StageFolder, tracker: Tracker, follow: bool, every: float) -> i
         tail.restarted()
         while piece := tail.piece():
             for record in records(piece):
-                numbers = {k: v for k, v in record.items() if k != "step" and is_number(v)}
-                tracker.log(int(record["step"]), {k: float(v) for k, v in numbers.items()})
+                numbers = {k: float(v) for k, v in record.items() if k != "step" and is_number(v)}
+                log(int(record["step"]), numbers)
                 lines += 1
         if over or not follow:
             return lines

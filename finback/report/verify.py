@@ -4,9 +4,11 @@ Nothing is taken on trust: names and shapes against the config, counts against t
 originals, text through the tokenizer and back, logits against transformers where that is installed.
 """
 
+import dataclasses
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from torch import Tensor
 
 from finback.checkpoint import models, names
 from finback.checkpoint.audit import Audit, differing_copies, examine
+from finback.checkpoint.hf_config import read_config
 from finback.checkpoint.shards import Weights
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.kernels import fp8
 from finback.model.count import parameters
-from finback.report.logit_parity import against_finback, against_transformers, shortage
+from finback.report.logit_parity import Finding, against_finback, against_transformers, shortage
 from finback.runs.files import is_checkpoint
 
 SAMPLE = "In 2024, 3.14 × 2 = 6.28;\n\tdef f(x): return x**2  # naïve café 北京 🐋\r\n  <b>end</b>"
@@ -56,7 +59,7 @@ class Card:
             "model": self.model,
             "family": self.family,
             "holds": self.holds,
-            "checks": [{"name": c.name, "holds": c.holds, "text": c.text, "details": c.details} for c in self.checks],
+            "checks": [dataclasses.asdict(c) for c in self.checks],
         }
 
     def as_text(self) -> str:
@@ -79,13 +82,16 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
         raise UserError("FOLDER", str(path), problem, "Stages' models go out with `finback export`.")
     weights, audit = examine(path)
     config = audit.config
-    checks = [_tensors(audit, weights), _parameters(audit, weights), *_routers(audit, weights), _mtp(audit)]
-    copies = _copies(audit, weights)
-    checks += [copies, _tokenizer(path, config.vocab_size)]
-    whole = audit.holds and copies.holds is not False
-    if whole and (short := shortage(config)):
-        checks += [_values(_stored(audit, weights)), Check("logits", None, f"not compared: {short}")]
-    elif whole:
+    depth, copies = config.num_nextn_predict_layers, _copies(audit, weights)
+    mtp = Check("MTP", None, f"{depth} layer(s) loaded" if depth else "none")
+    checks = [_tensors(audit, weights), _parameters(audit, weights), *_routers(audit, weights), mtp, copies]
+    checks.append(_tokenizer(path, config.vocab_size))
+    if not audit.holds or copies.holds is False:
+        checks.append(Check("logits", None, "not compared: the tensors do not hold"))
+    elif short := shortage(config):  # what is too large to build is read one tensor at a time
+        stored = ((name, weights.read(name)) for name in audit.loaded)
+        checks += [_values(stored), Check("logits", None, f"not compared: {short}")]
+    else:
         quantized = [spec.shape for spec in weights.specs.values() if spec.dtype == "F8_E4M3"]
         # transformers dequantizes FP8 to bf16; so do we where the two are compared
         model = models.load(path, weights="bf16" if quantized else "fp32").eval()
@@ -97,9 +103,8 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
             checks.append(_agrees("transformers", against_transformers(model, path, max_kl)))
         if against is not None:
             checks.append(_agrees(str(against), against_finback(model, models.load(against).eval(), max_kl)))
-    else:
-        checks.append(Check("logits", None, "not compared: the tensors do not hold"))
-    return Card(str(path), _family(path), checks)
+    family = "GGUF" if path.suffix == ".gguf" else str(read_config(path)["model_type"])
+    return Card(str(path), family, checks)
 
 
 def write(card: Card, path: Path) -> None:
@@ -108,16 +113,11 @@ def write(card: Card, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _family(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return "GGUF"
-    return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
-
-
 def _tensors(audit: Audit, weights: Weights) -> Check:
     """Every tensor of the files is loaded, skipped for a reason, or the check fails."""
     dtypes = Counter(weights.specs[n].dtype for n in audit.loaded)
-    text = f"{len(weights.specs):,} in the files: {len(audit.loaded):,} loaded ({_counts(dtypes)})"
+    counts = ", ".join(f"{n:,} {dtype}" for dtype, n in sorted(dtypes.items()))
+    text = f"{len(weights.specs):,} in the files: {len(audit.loaded):,} loaded ({counts})"
     reasons = Counter(audit.skipped.values())
     details = [f"skipped {n:,}: {reason}" for reason, n in reasons.items()] + audit.notes
     details += [f"MISSING {n}" for n in audit.missing] + [f"UNEXPECTED {n}" for n in audit.unexpected]
@@ -126,19 +126,11 @@ def _tensors(audit: Audit, weights: Weights) -> Check:
     return Check("tensors", audit.holds, text + (f", {bad:,} NOT as config.json has it" if bad else ""), details)
 
 
-def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{n:,} {kind}" for kind, n in sorted(counter.items()))
-
-
 def _parameters(audit: Audit, weights: Weights) -> Check:
     """The elements in the files against the closed form."""
-    config = audit.config
-    found = 0
-    for name in audit.loaded:
-        if not name.endswith("e_score_correction_bias"):
-            found += torch.Size(weights.specs[name].shape).numel()
-    expected = parameters(config)
-    active = parameters(config, active=True, mtp=False)
+    counted = [name for name in audit.loaded if not name.endswith("e_score_correction_bias")]
+    found = sum(math.prod(weights.specs[name].shape) for name in counted)
+    expected, active = parameters(audit.config), parameters(audit.config, active=True, mtp=False)
     text = f"{found:,} counted, {expected:,} by the closed form, {active:,} active per token"
     return Check("parameters", found == expected, text)
 
@@ -156,11 +148,6 @@ def _routers(audit: Audit, weights: Weights) -> list[Check]:
     return [Check("router bias", len(biases) == wanted, text, note)]
 
 
-def _mtp(audit: Audit) -> Check:
-    depth = audit.config.num_nextn_predict_layers
-    return Check("MTP", None, f"{depth} layer(s) loaded" if depth else "none")
-
-
 def _copies(audit: Audit, weights: Weights) -> Check:
     """Tensors that are skipped as copies really are copies."""
     originals = names.copies(audit.config)
@@ -169,20 +156,10 @@ def _copies(audit: Audit, weights: Weights) -> Check:
     return Check("copies", not different if copies else None, f"{len(copies)} repeated tensors", different)
 
 
-def _stored(audit: Audit, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the files one at a time, for what is too large to build."""
-    for name in audit.loaded:
-        yield name, weights.read(name)
-
-
 def _values(tensors: Iterable[tuple[str, Tensor]]) -> Check:
     """No weight is NaN or infinite."""
-    bad = [n for n, t in tensors if not _finite(t)]
+    bad = [n for n, t in tensors if not torch.isfinite(t.float()).all()]
     return Check("values", not bad, "all finite" if not bad else "not finite:", bad)
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor.float()).all())
 
 
 def _tokenizer(path: Path, rows: int) -> Check:
@@ -204,6 +181,6 @@ def _tokenizer(path: Path, rows: int) -> Check:
     return Check("tokenizer", same and fits, text, details)
 
 
-def _agrees(other: str, found: tuple[bool | None, str, list[str]]) -> Check:
+def _agrees(other: str, found: Finding) -> Check:
     holds, text, details = found
     return Check("logits", holds, f"against {other}: {text}", details)

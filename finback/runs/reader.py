@@ -170,10 +170,14 @@ def recipe(root: Path, lenient: bool = False) -> dict[str, Any]:
 
 
 def summary(root: Path) -> dict[str, Any]:
-    """Results and costs of all finished stages; UserError where none has finished."""
+    """Results and costs of all finished stages; UserError where none has finished, or where they are not listed."""
     if not has_summary(root):
         raise UserError("run", str(root), "holds no summary.json", "Name a folder such as runs/tiny.")
-    return _object(root, SUMMARY)
+    found = _object(root, SUMMARY)
+    stages = found.get("stages")
+    if "recipe" not in found or not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
+        raise torn(root / SUMMARY, "not a recipe's stages")
+    return found
 
 
 def has_summary(root: Path) -> bool:
