@@ -219,8 +219,8 @@ def test_a_given_mfu_is_the_plans() -> None:
 
 def test_bills_by_hand() -> None:
     bill = cost.bill(TINY, Workload(rows=8, length=100), 9.0, 8e5, hardware.Site(H800, 4, KNOWN), 2.5)
-    assert (bill.steps, bill.seconds, bill.device_hours, bill.dollars) == (1000, 9000, 10, 25)
-    assert bill.kwh == pytest.approx(10 * 0.7 * 1.58) and bill.co2_kg == pytest.approx(10 * 0.7 * 1.58 * 0.436)
+    assert [bill[key] for key in ("steps", "seconds", "device_hours", "dollars")] == [1000, 9000, 10, 25]
+    assert bill["kwh"] == pytest.approx(10 * 0.7 * 1.58) and bill["co2_kg"] == pytest.approx(10 * 0.7 * 1.58 * 0.436)
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,7 @@ def test_layouts_that_cannot_be(change: dict[str, int], word: str) -> None:
     with pytest.raises(UserError, match=word):
         rows = change.pop("rows", 15360)
         work = dataclasses.replace(cost.V3_WORKLOAD, rows=rows)
-        _, error = recommend.laid_out(V3, work, change, H800, 1)
-        assert error is not None
-        raise error
+        recommend.laid_out(V3, work, change, H800, 1)
 
 
 @pytest.mark.parametrize(

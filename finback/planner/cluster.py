@@ -52,23 +52,21 @@ def plan(
     step = cost.step(c, judged.work, machine, share.value, known, options.skew)
     bill = cost.bill(c, judged.work, step.seconds, tokens, site, options.price)
     price = machine.price.value if options.price is None and machine.price else options.price
+    facts = {key: value for key, value in dataclasses.asdict(machine).items() if isinstance(value, dict)}
+    # how much of the bill each part of a step stands for; in dollars where there is a price, else as shares
+    sensitivity = {part: x * (bill["dollars"] or 1.0) for part, x in step.shares().items()}
+    tokens_per_step = work.rows * work.length
     values = {
         "model": model_values(name, c, work.length),
-        "machine": machine_values(machine, devices),
-        "assumptions": {key: dataclasses.asdict(fact) for key, fact in known.items()}
-        | {"efficiency": dataclasses.asdict(share)},
-        "batch": {
-            "rows": work.rows,
-            "length": work.length,
-            "tokens_per_step": work.rows * work.length,
-            "source": source,
-        },
+        "machine": {"name": machine.name, "devices": devices, "facts": facts},
+        "assumptions": {key: dataclasses.asdict(fact) for key, fact in (known | {"efficiency": share}).items()},
+        "batch": {"rows": work.rows, "length": work.length, "tokens_per_step": tokens_per_step, "source": source},
         "layout": layout_values(judged.work, given or bool(options.mesh)),
         "memory": memory_values(judged, machine, known),
         "step": step_values(step),
         "schedules": schedule_values(c, judged.work, machine, share.value, known, options.skew),
-        "run": dataclasses.asdict(bill) | {"price": price, "sensitivity": sensitivity(step, bill.dollars)},
-        "serving": dataclasses.asdict(memory.serving(c, devices, machine.memory.value, work.precision, known)),
+        "run": bill | {"price": price, "sensitivity": sensitivity},
+        "serving": memory.serving(c, devices, machine.memory.value, work.precision, known),
         "skew": options.skew,
         "remarks": remarks(c, judged.work, machine, known),
     }
@@ -94,10 +92,11 @@ def _search(c: ModelConfig, work: Workload, site: Site, options: PlanOptions) ->
     if options.mesh:
         change |= parse_mesh(options.mesh, site.devices)
         fixed |= {"pp", "dp", "ep", "sharding"}
-    start, error = recommend.laid_out(c, work, change, site.machine, options.micro_rows)
-    if error is not None and options.mesh:
-        raise error
-    if error is not None:
+    try:
+        start = recommend.laid_out(c, work, change, site.machine, options.micro_rows)
+    except UserError:
+        if options.mesh:
+            raise
         start = dataclasses.replace(work, layout=dataclasses.replace(work.layout, **change))
     share = cost.efficiency(c, start, site.machine, site.known, options.skew)
     return Search(start, site, frozenset(fixed), options.micro_rows, share.value)
@@ -113,46 +112,39 @@ def by_flops(flops: float, site: Site, options: PlanOptions) -> dict[str, Any]:
 
 def model_values(name: str, c: ModelConfig, length: int) -> dict[str, Any]:
     """Parameters and FLOPs of a model by the papers' rule and term by term."""
-    terms = dataclasses.asdict(token_flops(c, length / 2, mtp=True))
+    plain, active = parameters(c, mtp=False), parameters(c, active=True, mtp=False)
+    embedding = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size
     return {
         "name": name,
-        "parameters": parameters(c, mtp=False),
-        "parameters_with_router_biases": parameters(c, mtp=False) + router_biases(c),
+        "parameters": plain,
+        "parameters_with_router_biases": plain + router_biases(c),
         "parameters_with_mtp": parameters(c),
-        "active": parameters(c, active=True, mtp=False),
-        "active_without_input_embedding": parameters(c, active=True, mtp=False)
-        - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size),
+        "active": active,
+        "active_without_input_embedding": active - embedding,
         "training_flops_per_token": training_flops(c, length / 2, mtp=False),
         "training_flops_per_token_with_mtp": training_flops(c, length / 2, mtp=True),
         "forward_flops_per_token": forward_flops(c, length / 2),
-        "forward_products_with_mtp": terms,
+        "forward_products_with_mtp": dataclasses.asdict(token_flops(c, length / 2, mtp=True)),
         "counting": f"2 FLOPs per weight met, attention over T/2 = {length / 2:g} keys, training 3 x forward",
         "cache_bytes_per_token": cache_bytes(c),
     }
 
 
-def machine_values(machine: Machine, devices: int) -> dict[str, Any]:
-    """A machine's facts, those that are known."""
-    facts = {k: v for k, v in dataclasses.asdict(machine).items() if isinstance(v, dict)}
-    return {"name": machine.name, "devices": devices, "facts": facts}
-
-
 def layout_values(work: Workload, given: bool) -> dict[str, Any]:
     """The mesh and how a step runs on it, and the knobs of a stage that trains so."""
     layout = work.layout
-    values = dataclasses.asdict(work) | {"tensor_parallelism": "not supported; V3 trains without it"}
-    return (
-        values.pop("layout")
-        | values
-        | {
-            "devices": layout.ranks,
-            "stages": layout.stages,
-            "micro_rows": work.micro_rows,
-            "mesh": layout.mesh(),
-            "given": given,
-            "knobs": work.knobs(),
-        }
-    )
+    values = dataclasses.asdict(work)
+    return {
+        **values.pop("layout"),
+        **values,
+        "tensor_parallelism": "not supported; V3 trains without it",
+        "devices": layout.ranks,
+        "stages": layout.stages,
+        "micro_rows": work.micro_rows,
+        "mesh": layout.mesh(),
+        "given": given,
+        "knobs": work.knobs(),
+    }
 
 
 def memory_values(judged: JudgedWorkload, machine: Machine, known: dict[str, Fact]) -> dict[str, Any]:
@@ -211,11 +203,6 @@ def schedule_values(
             "fits": judged.fits,
         }
     return found
-
-
-def sensitivity(step: Step, dollars: float | None) -> dict[str, float]:
-    """How much of the bill each part of a step stands for; in dollars where there is a price, else as shares."""
-    return {name: share * (dollars or 1.0) for name, share in step.shares().items()}
 
 
 def remarks(c: ModelConfig, work: Workload, machine: Machine, known: dict[str, Fact]) -> list[str]:

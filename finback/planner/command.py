@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
+from finback.model.config import V3
 from finback.parallel import launch
 from finback.planner import calibration_file, cluster, hardware, picture, presets, published, render
 from finback.planner.options import PlanOptions
@@ -36,17 +37,14 @@ def preset(options: PlanOptions) -> tuple[dict[str, Any], str]:
     site = hardware.site(options.on, options.assume)
     work = cluster.workload(rows, length, site, options)
     planned = cluster.plan(found.name, found.model, work, tokens, site, options, found.source)
-    claims = published.claims(dict(hardware.ASSUMPTIONS)) if _is_v3s(planned) else []
+    # what DeepSeek published is shown beside the plan of it
+    is_v3s = found.model == V3 and published.is_v3s(planned.work.layout)
+    claims = published.claims(dict(hardware.ASSUMPTIONS)) if is_v3s else []
     planned.values["published"] = [vars(claim) | {"off": claim.off} for claim in claims]
     text = render.plan_text(planned.values, claims)
     if image is not None:
         text += "\n\n" + _draw(found.name, planned, image)
     return planned.values, text
-
-
-def _is_v3s(planned: cluster.ClusterPlan) -> bool:
-    """Whether what was planned is what DeepSeek published: then both are shown side by side."""
-    return planned.values["model"]["name"] == "DeepSeek-V3" and published.is_v3s(planned.work.layout)
 
 
 def _draw(name: str, planned: cluster.ClusterPlan, image: Path) -> str:
@@ -79,12 +77,8 @@ def measure(rank: int, ranks: int, threads: int, path: Path) -> None:
 
     torch.set_num_threads(threads)
     world = World.join(rank, ranks)
-    calibrate.calibrate(world, path, print if rank == 0 else _nothing)
+    calibrate.calibrate(world, path, print if rank == 0 else lambda _: None)
     world.leave()
-
-
-def _nothing(text: str) -> None:
-    """Other ranks are silent."""
 
 
 def calibrated(path: Path) -> tuple[dict[str, Any], str]:

@@ -196,30 +196,21 @@ def _solve(
     return value
 
 
-@dataclass(frozen=True)
-class Bill:
-    """What a number of tokens costs; None where no price or power is known."""
-
-    tokens: float
-    # counted as the papers do
-    flops: float
-    steps: float
-    seconds: float
-    device_hours: float
-    dollars: float | None
-    kwh: float | None
-    co2_kg: float | None
-
-
-def bill(c: ModelConfig, work: Workload, step_seconds: float, tokens: float, site: Site, price: float | None) -> Bill:
-    """Cost of training `tokens` tokens at a step time."""
+def bill(
+    c: ModelConfig, work: Workload, step_seconds: float, tokens: float, site: Site, price: float | None
+) -> dict[str, Any]:
+    """Cost of training `tokens` tokens at a step time: steps, FLOPs counted as the papers do, and what `spending` says."""
     steps = tokens / (work.rows * work.length)
     flops = tokens * training_flops(c, work.length / 2, mtp=False)
-    return Bill(tokens, flops, steps, steps * step_seconds, **spending(steps * step_seconds, site, price))
+    spent = spending(steps * step_seconds, site, price)
+    return {"tokens": tokens, "flops": flops, "steps": steps, "seconds": steps * step_seconds, **spent}
 
 
 def spending(seconds: float, site: Site, price: float | None) -> dict[str, Any]:
-    """Device-hours, money and energy; energy is the devices' rated power times the site's PUE."""
+    """Device-hours, money and energy, None where no price or power is known.
+
+    Energy is the devices' rated power times the site's PUE.
+    """
     hours, watts = seconds * site.devices / 3600, site.machine.watts
     price = site.machine.price.value if price is None and site.machine.price else price
     kwh = None if watts is None else hours * watts.value * site.known["pue"].value / 1000

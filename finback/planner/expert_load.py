@@ -32,8 +32,7 @@ class Load:
 def popularity(experts: int, zipf: float, seed: int) -> tuple[float, ...]:
     """Shares 1 / place^zipf, experts in random places; 0 makes all equal."""
     shares = 1 / np.arange(1, experts + 1) ** zipf
-    shares = np.random.default_rng(seed).permutation(shares / shares.sum())
-    return tuple(float(share) for share in shares)
+    return tuple(np.random.default_rng(seed).permutation(shares / shares.sum()).tolist())
 
 
 def simulate(
@@ -56,8 +55,10 @@ def simulate(
     row = np.arange(tokens)
     on_own_node = met_nodes[row, own // node].sum()
     reached = met_ranks.sum() - met_ranks[row, own].sum()  # copies that must get to another rank
-    # some land at their first stop, the same place on the other node, and need no second
-    landed = sum(met_ranks[row, place].sum() for place in _landings(own, node, nodes, ranks))
+    # some land at their first stop, the same place on the other node, and need no second; where the last node is not full
+    # nothing lands by luck
+    steps = range(1, nodes) if nodes * node == ranks else ()
+    landed = sum(met_ranks[row, (own + step * node) % ranks].sum() for step in steps)
     return Load(
         max_over_mean=float(per_rank.max() * ranks),
         per_rank=tuple(per_rank.tolist()),
@@ -87,12 +88,3 @@ def _met(index: np.ndarray, size: int) -> np.ndarray:
     met = np.zeros((len(index), size), dtype=bool)
     met[np.arange(len(index))[:, None], index] = True
     return met
-
-
-def _landings(own: np.ndarray, node: int, nodes: int, ranks: int) -> list[np.ndarray]:
-    """For each step to another node, the rank there with the token's own place in its node."""
-    return [
-        (own + step * node) % (nodes * node)
-        for step in range(1, nodes)
-        if nodes * node == ranks  # otherwise the last node is not full, and nothing lands by luck
-    ]

@@ -189,24 +189,19 @@ def _states(work: Workload, mine: RankStages) -> tuple[float, float, float, floa
     return per_weight * shared, per_gradient * shared, optimizer, gathered
 
 
-@dataclass(frozen=True)
-class Serving:
-    """What serving takes of each device where experts are shared out over all and the rest is on each."""
+def serving(
+    c: ModelConfig, devices: int, memory: float, precision: Precision, known: dict[str, Fact]
+) -> dict[str, float]:
+    """What serving takes of each device where experts are shared out over all and the rest is on each.
 
-    # bytes
-    weights: float
-    cache_bytes_per_token: float
-    # that the cache holds on one device
-    tokens: float
-    fits: bool
-
-
-def serving(c: ModelConfig, devices: int, memory: float, precision: Precision, known: dict[str, Fact]) -> Serving:
-    """Weights in one byte for FP8, else two or four; the cache in bf16, beside a tenth left free."""
+    Bytes of weights, in one byte for FP8, else two or four, of the cache in bf16 for each token, and tokens that the cache
+    of one device holds beside a tenth left free.
+    """
     width = {"fp32": 4.0, "bf16": 2.0, "fp8": 1 + 4 / 128**2}[precision]
     plain, routed = stage_parameters(c, split_layers(c, 1)[0], shared_ends=True)
     over = min(devices, c.n_routed_experts) if c.n_routed_experts else 1
     weights = width * (plain + routed / over)
     free = memory * (1 - known["margin"].value) - known["reserve"].value - weights
     per_token = cache_bytes(c, 4 if precision == "fp32" else 2)
-    return Serving(weights, per_token, max(free, 0.0) / per_token, free > 0)
+    tokens = max(free, 0.0) / per_token
+    return {"weights": weights, "cache_bytes_per_token": per_token, "tokens": tokens, "fits": free > 0}

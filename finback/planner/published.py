@@ -43,31 +43,27 @@ def _of_models() -> list[Claim]:
     causal = "3 x (2 x parameters met without the input embedding + attention over T/2 keys), T = 4096, without MTP"
     v3, v2 = (training_flops(model, 2048, mtp=False) / 1e9 for model in (V3, V2))
     isca = "arXiv 2505.09343"
+    size, cache = parameters(V3, mtp=False) + router_biases(V3), "latent and rotary key, bf16, 61 layers"
+    without, tensors = "without the MTP module, with the routers' biases", "sum over the released tensors"
     return [
-        Claim(
-            "V3 parameters",
-            671_026_419_200,
-            parameters(V3, mtp=False) + router_biases(V3),
-            "without the MTP module, with the routers' biases",
-            "sum over the released tensors",
-        ),
+        Claim("V3 parameters", 671_026_419_200, size, without, tensors),
         Claim("V3 GFLOPs per token", 250.5, v3, causal, f"{isca}, table 2 (250)"),
         Claim("V2 GFLOPs per token", 155.3, v2, causal, f"{isca}, table 2 (155)"),
-        Claim(
-            "V3 cache bytes per token",
-            70_272,
-            cache_bytes(V3),
-            "latent and rotary key, bf16, 61 layers",
-            f"{isca}, table 1",
-        ),
+        Claim("V3 cache bytes per token", 70_272, cache_bytes(V3), cache, f"{isca}, table 1"),
     ]
 
 
 def _of_runs(known: dict[str, Fact]) -> list[Claim]:
-    h800, _ = hardware.find("h800")
+    h800, work = hardware.MACHINES["h800"], cost.V3_WORKLOAD
     assert h800.price is not None and h800.mfu is not None, "V3's machine is known"
-    hours, price = pretraining_hours(known), h800.price.value
-    total = hours + sum(extension_hours()) + POST_TRAINING_HOURS
+    # V3's published layout, the schedule simulated
+    step = cost.step(V3, work, h800, cost.efficiency(V3, work, h800, known).value, known)
+    site, price = hardware.Site(h800, work.layout.ranks, known), h800.price.value
+    hours = cost.bill(V3, work, step.seconds, V3_TOKENS, site, None)["device_hours"]
+    # context extension at the MFU of pre-training
+    speed = h800.bf16.value * h800.mfu.value * 3600
+    extended = [1000 * rows * n * training_flops(V3, n / 2, mtp=False) / speed for rows, n in EXTENSION]
+    total = hours + sum(extended) + POST_TRAINING_HOURS
     r1 = sum(devices * h for devices, h in R1_RUNS) + R1_DATA_HOURS
     mfu = f"FLOPs over MFU {h800.mfu.value:.2%} of the bf16 peak"
     parts = "context extension at the same MFU and its own lengths; post-training's 5K hours as published"
@@ -78,22 +74,6 @@ def _of_runs(known: dict[str, Fact]) -> list[Claim]:
         Claim("V3 dollars in all", 5.576e6, total * price, f"{mfu}; {parts}; ${price:g} per hour", f"{v3}, table 1"),
         Claim("R1 dollars", 294e3, r1 * price, made, "R1 supplement, B.4.4"),
     ]
-
-
-def pretraining_hours(known: dict[str, Fact]) -> float:
-    """H800-hours of V3's 14.8T tokens by its published layout, the schedule simulated."""
-    h800, _ = hardware.find("h800")
-    work, site = cost.V3_WORKLOAD, hardware.Site(h800, cost.V3_WORKLOAD.layout.ranks, known)
-    step = cost.step(V3, work, h800, cost.efficiency(V3, work, h800, known).value, known)
-    return cost.bill(V3, work, step.seconds, V3_TOKENS, site, None).device_hours
-
-
-def extension_hours() -> list[float]:
-    """H800-hours of V3's two extension phases, at the MFU of pre-training."""
-    h800, _ = hardware.find("h800")
-    assert h800.mfu is not None, "V3's machine has an MFU"
-    speed = h800.bf16.value * h800.mfu.value * 3600
-    return [1000 * rows * length * training_flops(V3, length / 2, mtp=False) / speed for rows, length in EXTENSION]
 
 
 def is_v3s(layout: Layout) -> bool:

@@ -55,8 +55,10 @@ def recommend(c: ModelConfig, search: Search) -> JudgedWorkload:
     fitting: list[tuple[float, JudgedWorkload]] = []
     least: JudgedWorkload | None = None
     refused: UserError | None = None
-    for work, error in candidates(c, search):
-        if error is not None:
+    for start, change in candidates(c, search):
+        try:
+            work = laid_out(c, start, change, search.site.machine, search.micro_rows)
+        except UserError as error:
             refused = refused or error
             continue
         judged = judge(c, work, search.site.machine, search.site.known)
@@ -74,8 +76,8 @@ def recommend(c: ModelConfig, search: Search) -> JudgedWorkload:
     return next(judged for seconds, judged in fitting if seconds <= 1.01 * best)
 
 
-def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, UserError | None]]:
-    """Every layout of so many devices that leaves the fixed fields alone, plain ones first; why it cannot be, if so."""
+def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, dict[str, Any]]]:
+    """Steps and changes of their layout: all for so many devices that leave the fixed fields alone, plain ones first."""
     start, devices, fixed = search.work, search.site.devices, search.fixed
     slots = c.num_hidden_layers + c.num_nextn_predict_layers
     powers = [2**n for n in range(12)]
@@ -97,34 +99,27 @@ def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, UserE
         if sharding == "fsdp" and (pp > 1 or dp == 1) and "sharding" not in fixed:
             continue
         change = {"pp": pp, "dp": dp, "ep": ep, "sharding": sharding, "schedule": schedule}
-        yield laid_out(
-            c, dataclasses.replace(start, recompute=recompute), change, search.site.machine, search.micro_rows
-        )
+        yield dataclasses.replace(start, recompute=recompute), change
 
 
-def laid_out(
-    c: ModelConfig, work: Workload, change: dict[str, Any], machine: Machine, micro_rows: int
-) -> tuple[Workload, UserError | None]:
+def laid_out(c: ModelConfig, work: Workload, change: dict[str, Any], machine: Machine, micro_rows: int) -> Workload:
     """A step under another mesh, with what follows from it: nodes, micro-batches, the dtype that travels.
 
-    Where it cannot be the error is there as well.
+    UserError where it cannot be.
     """
-    try:
-        sizes = dataclasses.replace(work.layout, micro_batches=1, nodes=1, gather="fp32", **change)
-        if work.rows % (sizes.dp * micro_rows):
-            problem = f"does not divide among dp = {sizes.dp} ranks of {micro_rows} at a time"
-            remedy = f"Use a multiple of {sizes.dp * micro_rows}."
-            raise UserError("rows", work.rows, problem, remedy)
-        layout = dataclasses.replace(
-            sizes,
-            micro_batches=work.rows // (sizes.dp * micro_rows),
-            nodes=max(1, sizes.ep // traffic.per_node(machine)),
-            gather="bf16" if sizes.sharding == "fsdp" and work.precision != "fp32" else "fp32",
-        )
-        layout.check(c, work.rows)
-    except UserError as error:
-        return work, error
-    return dataclasses.replace(work, layout=layout), None
+    sizes = dataclasses.replace(work.layout, micro_batches=1, nodes=1, gather="fp32", **change)
+    at_once = sizes.dp * micro_rows
+    if work.rows % at_once:
+        problem = f"does not divide among dp = {sizes.dp} ranks of {micro_rows} at a time"
+        raise UserError("rows", work.rows, problem, f"Use a multiple of {at_once}.")
+    layout = dataclasses.replace(
+        sizes,
+        micro_batches=work.rows // at_once,
+        nodes=max(1, sizes.ep // traffic.per_node(machine)),
+        gather="bf16" if sizes.sharding == "fsdp" and work.precision != "fp32" else "fp32",
+    )
+    layout.check(c, work.rows)
+    return dataclasses.replace(work, layout=layout)
 
 
 def estimate(c: ModelConfig, work: Workload, search: Search) -> float:
