@@ -80,9 +80,8 @@ class Corpus:
             kept = document_filter.sift(self._checked(source, files, bytes_read), note)
             self._store(source.name, (mix(sign(*each)) for each in kept), progress, lambda: bytes_read.count)
         if not document_filter.counts.kept:
-            raise UserError(
-                f"{self.stage_run.name}.text", source.name, "nothing left after cleaning", "Give more text."
-            )
+            where = f"{self.stage_run.name}.text"
+            raise UserError(where, source.name, "nothing left after cleaning", "Give more text.")
         record = provenance(source, files) | {"documents": asdict(document_filter.counts)}
         write_json(done, {"record": record, "kept": document_filter.counts.kept, "rng": rng.getstate()})
         return record
@@ -146,9 +145,9 @@ class Corpus:
     def _checked(self, source: Source, files: list[Path], bytes_read: BytesRead) -> Iterator[CheckedDocument]:
         if self.executor.workers and files:
             folder = self.folder / f"{source.name}.reading"
-            reading = ReadPass(source, tuple(files), self.rules, folder)
+            reading = ReadPass(folder, files, source, self.rules)
             self._each(reading, len(files), folder, f"files of {source.name}")
-            return chain.from_iterable(read_checked(reading.part(i)) for i in range(len(files)))
+            return chain.from_iterable(map(read_checked, reading.parts()))
         documents = (source.read(path, bytes_read) for path in files) if files else [source.documents()]
         return (check(document, self.rules) for document in chain.from_iterable(documents))
 
@@ -158,15 +157,13 @@ class Corpus:
         if not self.executor.workers:
             return encode_sides(self.read(name), tokenizer, validates, fim, seed)
         segments, folder = self._segments(name), self.folder / f"{name}.encoding"
-        encoding = EncodePass(tuple(segments), tokenizer.path, validates, fim, seed, folder)
+        encoding = EncodePass(folder, segments, tokenizer.path, validates, fim, seed)
         self._each(encoding, len(segments), folder, f"segments of {name}")
-        return chain.from_iterable(read_encoded(encoding.part(i)) for i in range(len(segments)))
+        return chain.from_iterable(map(read_encoded, encoding.parts()))
 
-    def _each(self, task: datatrove_executor.PartitionedTask, pieces: int, folder: Path, what: str) -> None:
-        progress = Progress(self.stage_run, pieces, what)
-        datatrove_executor.each(
-            task, pieces, self.executor.workers, folder, lambda done: self._show(progress, done, "")
-        )
+    def _each(self, task: Callable[[int], None], pieces: int, folder: Path, what: str) -> None:
+        progress, workers = Progress(self.stage_run, pieces, what), self.executor.workers
+        datatrove_executor.each(task, pieces, workers, folder, lambda done: self._show(progress, done, ""))
 
     def _segments(self, name: str) -> list[Path]:
         return DocumentWriter(self.folder, name, self.executor.segment_documents).paths(self.documents[name])

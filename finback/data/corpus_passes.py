@@ -2,9 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,45 +20,45 @@ TRAIN = -1  # in place of the bytes of a document on the validation side
 
 
 @dataclass(frozen=True)
-class ReadPass:
-    """A piece is a file of a source: read, normalised and checked by the rules that need no other document."""
+class _Pass:
+    """Work that is cut into a piece for each file; each leaves a part in the folder."""
 
-    source: Source
-    files: tuple[Path, ...]
-    rules: CleaningRules
     folder: Path
+    files: Sequence[Path]
 
-    def __call__(self, piece: int) -> None:
-        with _AtomicPath(self.part(piece)) as part, part.open("w", encoding="ascii") as handle:
-            for raw in self.source.read(self.files[piece]):
-                handle.write(_dump(check(raw, self.rules)) + "\n")
-
-    def part(self, piece: int) -> Path:
-        """What the piece leaves."""
-        return self.folder / f"{piece:05}.part"
+    def parts(self) -> list[Path]:
+        """What the pieces leave, in order."""
+        return [self.folder / f"{piece:05}.part" for piece in range(len(self.files))]
 
 
 @dataclass(frozen=True)
-class EncodePass:
+class ReadPass(_Pass):
+    """A piece is a file of a source: read, normalised and checked by the rules that need no other document."""
+
+    source: Source
+    rules: CleaningRules
+
+    def __call__(self, piece: int) -> None:
+        with _atomic(self.parts()[piece]) as handle:
+            for raw in self.source.read(self.files[piece]):
+                handle.write(_dump(check(raw, self.rules)).encode("ascii") + b"\n")
+
+
+@dataclass(frozen=True)
+class EncodePass(_Pass):
     """A piece is a file of stored documents: its ids, and the side each document is on."""
 
-    files: tuple[Path, ...]
     tokenizer: Path
     validates: bool
     fim: float
     seed: int
-    folder: Path
 
     def __call__(self, piece: int) -> None:
         documents = document_store.read_documents(self.files[piece])
         found = list(encode_sides(documents, Tokenizer(self.tokenizer), self.validates, self.fim, self.seed))
         ids, counted = [ids for ids, _ in found], [n for _, n in found]
-        with _AtomicPath(self.part(piece)) as part, part.open("wb") as handle:
+        with _atomic(self.parts()[piece]) as handle:
             np.savez(handle, ids=np.concatenate(ids), sizes=[len(i) for i in ids], counted=counted)
-
-    def part(self, piece: int) -> Path:
-        """What the piece leaves."""
-        return self.folder / f"{piece:05}.part"
 
 
 def encode_sides(
@@ -85,16 +87,8 @@ def read_checked(path: Path) -> Iterator[CheckedDocument]:
 
 def _dump(checked: CheckedDocument) -> str:
     signature = None if checked.signature is None else checked.signature.tobytes().hex()
-    return json.dumps(
-        [
-            document_store.dump_document(checked.document),
-            checked.fault,
-            checked.redacted,
-            checked.key.hex(),
-            signature,
-            checked.task,
-        ]
-    )
+    document, key = document_store.dump_document(checked.document), checked.key.hex()
+    return json.dumps([document, checked.fault, checked.redacted, key, signature, checked.task])
 
 
 def _load(line: str) -> CheckedDocument:
@@ -103,17 +97,13 @@ def _load(line: str) -> CheckedDocument:
     return CheckedDocument(document_store.load_document(document), fault, redacted, bytes.fromhex(key), signed, task)
 
 
-class _AtomicPath:
-    """A path to write to that takes its true name when all is written; another process may be at the same piece."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.temporary = path, path.with_name(f"{path.name}.{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+@contextmanager
+def _atomic(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when all is written; another process may be at the same piece."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as handle:
+            yield handle
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from finback.config import UserError
 from finback.runs.files import read_json, write_json
@@ -27,11 +27,8 @@ from finback.runs.files import read_json, write_json
 ERROR = "error.json"
 RUN = f"from {__name__} import serve; serve()"
 
-
-class PartitionedTask(Protocol):
-    """Work that can be cut into numbered pieces; it is sent to other processes."""
-
-    def __call__(self, piece: int) -> None: ...
+# does a numbered piece of some work; it is sent to other processes
+PartitionedTask = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,9 @@ class _Step:
 
 def each(task: PartitionedTask, pieces: int, workers: int, folder: Path, show: Callable[[int], None]) -> None:
     """Do all pieces of a task that are not marked as done in `folder`; `show` receives how many are."""
-    _demand()
+    if importlib.util.find_spec("datatrove") is None:
+        problem = "the package is not installed"
+        raise UserError("workers", "datatrove", problem, "pip install 'finback[data]', or leave workers at 0.")
     folder.mkdir(exist_ok=True)
     (folder / ERROR).unlink(missing_ok=True)
     with (folder / "executor.log").open("wb") as log:
@@ -96,9 +95,3 @@ def _failure(folder: Path) -> Exception:
         return UserError(*read_json(folder / ERROR))
     log = (folder / "executor.log").read_text(encoding="utf-8", errors="replace")
     return RuntimeError(f"datatrove's executor failed:\n{log[-4000:]}")
-
-
-def _demand() -> None:
-    if importlib.util.find_spec("datatrove") is None:
-        problem = "the package is not installed"
-        raise UserError("workers", "datatrove", problem, "pip install 'finback[data]', or leave workers at 0.")

@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -18,13 +19,9 @@ def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, fim: float = 0.0, seed: int = 0
 ) -> Iterator[tuple[Document, np.ndarray]]:
     """Documents with their ids, bos and eos included; a share `fim` of the plain texts that train asks for the middle."""
-    batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == TOGETHER:
-            yield from _encoded(batch, tokenizer, fim, seed)
-            batch = []
-    yield from _encoded(batch, tokenizer, fim, seed)
+    remaining = iter(documents)
+    while batch := list(islice(remaining, TOGETHER)):
+        yield from _encoded(batch, tokenizer, fim, seed)
 
 
 def _encoded(

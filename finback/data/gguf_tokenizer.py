@@ -45,13 +45,10 @@ def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_words))
     if rules.startswith(("qwen", "deepseek-r1-qwen")):
         bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated")
-            for pattern in (deepseek_splits if rules == "deepseek-v3" else _RULES[rules])
-        ]
-        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    patterns = deepseek_splits if rules == "deepseek-v3" else _RULES[rules]
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
     bpe.decoder = decoders.ByteLevel()
     added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in (_CONTROL, _USER_DEFINED)]
     bpe.add_tokens([AddedToken(t, normalized=False, special=k == _CONTROL) for t, k in added])

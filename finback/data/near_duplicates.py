@@ -1,6 +1,5 @@
 """Near duplicates by MinHash and locality-sensitive hashing (Broder 1997); datasketch does both."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ class NearDuplicates:
         check_fields(self, "near")
         check_positive(self, "near", "shingle", "permutations")
         if not 0 < self.threshold < 1:
-            raise UserError(
-                "near.threshold", self.threshold, "not between 0 and 1", "Repeats that are exact go anyway."
-            )
+            remedy = "Repeats that are exact go anyway."
+            raise UserError("near.threshold", self.threshold, "not between 0 and 1", remedy)
 
 
 class MinHashSigner:
@@ -74,21 +72,16 @@ class SignatureIndex:
         self.signatures.append(signature)
 
     def load(self, path: Path, source: str) -> None:
-        """Remember what an earlier, interrupted call kept of a source."""
-        for name, signature in _stored(path, self.near.permutations):
-            self.add(f"{source}:{name}", signature)
+        """Remember what an earlier, interrupted call kept of a source, as `dump_signature` wrote it."""
+        with path.open("rb") as handle:
+            while block := handle.read(8 + 4 * self.near.permutations):
+                number = int.from_bytes(block[:8], "little")
+                self.add(f"{source}:{number}", np.frombuffer(block[8:], dtype="<u4"))
 
 
-def dump_signature(name: int, signature: np.ndarray) -> bytes:
+def dump_signature(number: int, signature: np.ndarray) -> bytes:
     """A signature as `SignatureIndex.load` reads it."""
-    return name.to_bytes(8, "little") + signature.tobytes()
-
-
-def _stored(path: Path, permutations: int) -> Iterator[tuple[int, np.ndarray]]:
-    size = 8 + 4 * permutations
-    with path.open("rb") as handle:
-        while block := handle.read(size):
-            yield int.from_bytes(block[:8], "little"), np.frombuffer(block[8:], dtype="<u4")
+    return number.to_bytes(8, "little") + signature.tobytes()
 
 
 def _sketch(signature: np.ndarray) -> Any:
@@ -99,7 +92,6 @@ def _library() -> Any:
     try:
         import datasketch
     except ImportError:
-        raise UserError(
-            "near", "MinHash", "the package `datasketch` is not installed", "pip install 'finback[data]'"
-        ) from None
+        problem = "the package `datasketch` is not installed"
+        raise UserError("near", "MinHash", problem, "pip install 'finback[data]'") from None
     return datasketch

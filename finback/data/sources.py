@@ -4,10 +4,11 @@ import glob
 import hashlib
 import importlib.util
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from finback.config import UserError, check_fields
 from finback.data import readers
@@ -30,30 +31,28 @@ class Document:
         return "\n".join(f"{m.reasoning}\n{m.content}" if m.reasoning else m.content for m in self.messages)
 
 
-class Source(Protocol):
+class Source(ABC):
     """Real text: what the prepare stage needs of it."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
+    licence: str
 
-    @property
-    def licence(self) -> str: ...
-
+    @abstractmethod
     def files(self) -> list[Path]:
         """The files it is read from, in order; none for a source that only a library can reach."""
-        ...
 
+    @abstractmethod
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         """The documents of one of its files; all files, one after the other, are the source."""
-        ...
 
     def documents(self) -> Iterator[Document]:
         """All documents, in the same order every time."""
-        ...
+        for path in self.files():
+            yield from self.read(path)
 
 
 @dataclass(frozen=True)
-class Chitchat:
+class Chitchat(Source):
     """The BYU Chit Chat corpus: 7,168 typed English dialogues, shipped by the chitchat-dataset package (MIT)."""
 
     name: str = "chitchat"
@@ -65,9 +64,6 @@ class Chitchat:
             raise UserError("source", self.name, "the package is not installed", "pip install chitchat-dataset")
         return [Path(spec.origin).parent / "dataset.json"]
 
-    def documents(self) -> Iterator[Document]:
-        return self.read(self.files()[0])
-
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         for dialogue in json.loads(path.read_text(encoding="utf-8")).values():
             turns = [" ".join(line["text"] for line in turn) for turn in dialogue["messages"]]
@@ -76,7 +72,7 @@ class Chitchat:
 
 
 @dataclass(frozen=True)
-class Files:
+class Files(Source):
     """A user's own text: .jsonl, .parquet, or anything else as plain text; also with .gz or .zst behind it.
 
     A record has "text", or "messages" (role, content, reasoning_content), or "question" and "answer". Plain text is
@@ -105,10 +101,6 @@ class Files:
             found += matches
         return found
 
-    def documents(self) -> Iterator[Document]:
-        for path in self.files():
-            yield from self.read(path)
-
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         where = f"{self.name}.paths"
         if readers.kind(path) == ".parquet":
@@ -127,7 +119,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Hub:
+class Hub(Source):
     """A data set of the Hugging Face hub, or of a folder that `datasets` reads; records as in Files' JSONL."""
 
     # owner/name
@@ -154,9 +146,8 @@ class Hub:
         try:
             import datasets
         except ImportError:
-            raise UserError(
-                f"{self.name}.path", self.path, "the package `datasets` is not installed", "pip install 'finback[hub]'"
-            ) from None
+            problem = "the package `datasets` is not installed"
+            raise UserError(f"{self.name}.path", self.path, problem, "pip install 'finback[hub]'") from None
         try:
             return datasets.load_dataset(self.path, self.subset, split=self.split)
         except Exception as error:  # the library and the network raise many kinds
@@ -194,9 +185,8 @@ def _from_record(record: Any, where: str, shown: str) -> Document:
             return Document((Message("user", record["question"]), _message(answer)))
         if isinstance(record.get("text"), str):
             return Document(text=record["text"])
-    raise UserError(
-        where, shown[:60], "no field that can be learnt from", 'Give "text", "question" and "answer", or "messages".'
-    )
+    remedy = 'Give "text", "question" and "answer", or "messages".'
+    raise UserError(where, shown[:60], "no field that can be learnt from", remedy)
 
 
 def _is_message(value: Any) -> bool:

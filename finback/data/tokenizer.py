@@ -75,13 +75,9 @@ class Tokenizer:
     @property
     def specials(self) -> dict[str, str]:
         """bos_token, eos_token, pad_token and unk_token as far as they are named."""
-        named = {n: _content(self.settings.get(n)) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
         ours = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-        return {
-            n: t
-            for n, t in (ours | {n: t for n, t in named.items() if t}).items()
-            if self._full.token_to_id(t) is not None
-        }
+        named = {n: _content(self.settings.get(n)) or ours.get(n) for n in (*ours, "unk_token")}
+        return {n: t for n, t in named.items() if t and self._full.token_to_id(t) is not None}
 
     @property
     def adds_bos(self) -> bool:
@@ -191,9 +187,8 @@ def _plain_template(given: Any, path: Path) -> str | None:
     if isinstance(given, list):
         given = next((t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), None)
     if not isinstance(given, str | None):
-        raise UserError(
-            "chat_template", str(path), "neither a text nor a list of named texts", "Correct tokenizer_config.json."
-        )
+        problem = "neither a text nor a list of named texts"
+        raise UserError("chat_template", str(path), problem, "Correct tokenizer_config.json.")
     return given
 
 
