@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from finback.config import UserError
 from finback.data import pack, tokenizer
-from finback.data.clean import CleaningCounts, clean
+from finback.data.clean import CleaningCounts, CleaningRules, DocumentFilter, check
 from finback.data.loader import Loader
 from finback.data.messages import Message, Response, encode_document, encode_prompt, parse_response
 from finback.data.sources import Chitchat, Document, Files, digest
@@ -237,9 +237,15 @@ def test_chitchat_yields_its_dialogues_in_turns() -> None:
         assert roles == (["user", "assistant"] * len(roles))[: len(roles)] and not document.text
 
 
+def clean(*documents: Document) -> tuple[list[Document], CleaningCounts]:
+    document_filter = DocumentFilter("documents")
+    kept = document_filter.sift(check(document, CleaningRules()) for document in documents)
+    return [checked.document for _, checked in kept], document_filter.counts
+
+
 def cleaned(*texts: str) -> tuple[list[str], CleaningCounts]:
-    counts = CleaningCounts()
-    return [d.text for d in clean([Document(text=t) for t in texts], counts)], counts
+    kept, counts = clean(*(Document(text=text) for text in texts))
+    return [document.text for document in kept], counts
 
 
 def test_repeats_and_empty_documents_are_dropped_and_counted() -> None:
@@ -286,8 +292,7 @@ def test_dialogues_stay_in_turns() -> None:
     roles = ("user", "assistant")
     messages = tuple(Message(roles[i % 2], text) for i, text in enumerate(said))  # type: ignore[arg-type]
     lonely = Document((Message("user", "hello?"), Message("assistant", " ")))
-    counts = CleaningCounts()
-    kept = list(clean([Document(messages), lonely], counts))
+    kept, counts = clean(Document(messages), lonely)
     assert (counts.read, counts.empty) == (2, 1 + (not kept))
     for document in kept:
         turns = document.messages

@@ -11,7 +11,7 @@ import pytest
 
 import finback
 from finback.config import UserError
-from finback.data.clean import CleaningCounts, clean
+from finback.data.clean import CleaningRules, DocumentFilter, check
 from finback.parallel.mesh import World
 from finback.runs.folder import StageRun
 from finback.runs.recipe import load
@@ -241,7 +241,8 @@ def test_the_quickstart_never_trains_on_a_problem_that_it_is_examined_on() -> No
         seen += [m.content for document in documents for m in document.messages if m.role == "user"]
     rng = random.Random(run.seed("interleave"))
     for source in prepare.text:  # type: ignore[attr-defined]
-        dialogues = list(clean(source.documents(), CleaningCounts()))
+        checked = (check(document, CleaningRules()) for document in source.documents())
+        dialogues = [kept.document for _, kept in DocumentFilter(source.name).sift(checked)]
         mixed = [_interleave(d, prepare.tasks[0], prepare.interleave, rng) for d in dialogues]  # type: ignore[attr-defined]
         new = [m.content for a, b in zip(dialogues, mixed, strict=True) if a != b for m in b.messages]
         sums = [text for text in new if re.fullmatch(r"[0-9+-]+=\?", text)]

@@ -145,14 +145,6 @@ class DocumentFilter:
         return ("near_duplicate", like) if like else ("", "")
 
 
-def clean(documents: Iterable[Document], counts: CleaningCounts) -> Iterator[Document]:
-    """Normalise, redact addresses, drop empty documents and exact repeats (case and spacing ignored)."""
-    document_filter = DocumentFilter("")
-    document_filter.counts = counts
-    for _, checked in document_filter.sift(check(document, CleaningRules()) for document in documents):
-        yield checked.document
-
-
 def _normalise(document: Document, counts: CleaningCounts) -> Document:
     messages: list[Message] = []
     for m in document.messages:

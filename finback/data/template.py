@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,24 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from finback.config import UserError
 
 # What our own exports carry: the prompt of messages.py in DeepSeek's form, in Jinja. Chains of earlier turns are left out.
-OWN = (
-    "{{ bos_token }}"
-    "{%- set ns = namespace(first=true) -%}"
-    "{%- for message in messages if message['role'] == 'system' -%}"
-    "{{ ('' if ns.first else '\\n\\n') + message['content'] }}{%- set ns.first = false -%}"
-    "{%- endfor -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{ '<｜User｜>' + message['content'] }}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{%- set said = message['content'] -%}"
-    "{%- if '</think>' in said -%}{%- set said = said.split('</think>')[-1] -%}{%- endif -%}"
-    "{{ '<｜Assistant｜>' + said + eos_token }}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<｜Assistant｜>' }}{%- endif -%}"
-)
-
-
+OWN = "".join(Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8").splitlines())
 # shows how a template writes a call
 CALL_PROBE: Sequence[Mapping[str, Any]] = (
     {"role": "user", "content": "?"},

@@ -36,7 +36,8 @@ from finback.tasks.records import Record, read
 
 _FILES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 _PLAIN = (*mathematics.SETS, *choice.SETS, *code.SETS, *packaged.SETS)
-_OTHERS = ("livecodebench", "chains", "needle", "safety", "bits-per-byte")
+_MADE = {"chains": chains, "needle": needle, "safety": safety}
+_OTHERS = ("livecodebench", "bits-per-byte", *_MADE)
 
 
 def names() -> list[str]:
@@ -68,34 +69,26 @@ def load(spec: str, problems: int | None, seed: int) -> Suite:
     if name.endswith(_FILES):
         return _own(head, options, problems, seed)
     family, _, part = name.partition(":")
-    if family == "gym" and part:
-        _only(spec, at)
+    if at and (part or name in _MADE):
+        raise UserError("suite", spec, "is made from a seed, not read from a path", "Leave out @ and what follows.")
+    if family == "gym":
         return gym.load(part, options, problems, seed)
-    if family == "language" and part:
-        _only(spec, at)
-        _known(spec, options)
-        return languages.load(part, problems, seed)
-    if name in _OTHERS:
-        return _other(name, spec, at, options, problems, seed)
+    if name in _MADE:
+        return _MADE[name].load(options, problems, seed)
+    if name == "livecodebench":
+        _known(spec, options, "since", "until")
+        return livecodebench.load(at, problems, seed, options.get("since", ""), options.get("until", ""))
     if name in choice.SETS:
         _known(spec, options, "subset")
         return choice.load(name, at, problems, seed, options.get("subset", ""))
     _known(spec, options)
+    if family == "language":
+        return languages.load(part, problems, seed)
+    if name == "bits-per-byte":
+        return compression.load(at, problems, seed)
     if name in mathematics.SETS:
         return mathematics.load(name, at, problems, seed)
     return (code if name in code.SETS else packaged).load(name, at, problems, seed)
-
-
-def _other(name: str, spec: str, at: str, options: dict[str, str], problems: int | None, seed: int) -> Suite:
-    if name == "livecodebench":
-        _known(spec, options, "since", "until")
-        return livecodebench.load(at, problems, seed, options.get("since", ""), options.get("until", ""))
-    if name == "bits-per-byte":
-        _known(spec, options)
-        return compression.load(at, problems, seed)
-    _only(spec, at)
-    makers = {"needle": needle, "safety": safety, "chains": chains}
-    return makers[name].load(options, problems, seed)
 
 
 def _own(path: str, options: dict[str, str], problems: int | None, seed: int) -> Suite:
@@ -138,20 +131,13 @@ def _options(spec: str, query: str) -> dict[str, str]:
     try:
         return dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True)) if query else {}
     except ValueError:
-        raise UserError(
-            "suite", spec, "what follows ? is no list of options", "Write NAME?OPTION=VALUE&OPTION=VALUE."
-        ) from None
+        problem = "what follows ? is no list of options"
+        raise UserError("suite", spec, problem, "Write NAME?OPTION=VALUE&OPTION=VALUE.") from None
 
 
 def _known(spec: str, options: dict[str, str], *known: str) -> None:
     for name in options.keys() - set(known):
         raise UserError("suite", spec, f"has no option {name!r}", did_you_mean(name, known))
-
-
-def _only(spec: str, at: str) -> None:
-    """A suite that is made here has no path."""
-    if at:
-        raise UserError("suite", spec, "is made from a seed, not read from a path", "Leave out @ and what follows.")
 
 
 def _near(name: str) -> str:

@@ -37,7 +37,13 @@ class Compressed(NamedTuple):
 
 def load(at: str, problems: int | None, seed: int) -> Suite:
     """Passages of the packaged dialogues' validation side, or the records of `at` with a "text" each."""
-    texts, name, licence = _given(at) if at else _packaged()
+    if at:
+        texts, name, licence = [record.text("text") for record in read(at, "", "")], at, "unknown"
+        if not all(map(str.strip, texts)):
+            raise UserError("bits-per-byte", at, "a text is empty", "Correct the file.")
+    else:
+        texts = [text for text in dialogues.texts() if is_validation(text)]
+        name, licence = f"{dialogues.name()}, validation side", dialogues.LICENCE
     passages = [Problem(text, "", canonical(text)) for text in dict.fromkeys(texts)]
     chosen = pick(passages, DEFAULT if problems is None else problems, seed)
     return Suite(
@@ -85,15 +91,3 @@ def _pieces(model: "Transformer", tokenizer: "Tokenizer", text: str) -> list[lis
     ids, window = tokenizer.encode(text), model.config.max_position_embeddings - 1
     first = tokenizer.bos if tokenizer.bos >= 0 else tokenizer.eos
     return [[first, *ids[start : start + window]] for start in range(0, len(ids), window)]
-
-
-def _packaged() -> tuple[list[str], str, str]:
-    validation = [text for text in dialogues.texts() if is_validation(text)]
-    return validation, f"{dialogues.name()}, validation side", dialogues.LICENCE
-
-
-def _given(at: str) -> tuple[list[str], str, str]:
-    texts = [record.text("text") for record in read(at, "", "")]
-    if not all(map(str.strip, texts)):
-        raise UserError("bits-per-byte", at, "a text is empty", "Correct the file.")
-    return texts, at, "unknown"

@@ -5,25 +5,24 @@ gym:NAME?level=hard  steps of its curriculum, all its knobs at once: easy 0, med
 gym:NAME?max_terms=3 any field of its settings
 """
 
-import dataclasses
 import importlib.metadata
 import random
 import re
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any
 
 from finback.config import UserError, did_you_mean, parse
 from finback.suites.problems import ProblemList, fingerprint
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.answers import boxed
-from finback.tasks.gym import SUPPORTED, Gym, Setting
-from finback.tasks.task import NO_ANSWER, Problem, Verdict, draw
+from finback.tasks.gym import SUPPORTED, Gym, Setting, setting_types
+from finback.tasks.task import NO_ANSWER, Problem, Verdict, draw_distinct
 
 LEVELS = {"easy": 0, "medium": 1, "hard": 2}
 PROMPT = "{question}\n\nThink step by step. Give your final answer, and nothing else, between <answer> and </answer>."
 EXTRACTION = r"<answer>, or \boxed{}, or all of the answer; two different ones are none"
 DEFAULT = 100  # problems
-_TAG = re.compile(r"</?answer>")
+_TAG = re.compile(r"(</?answer>)")
 _MISSES = 1000  # draws in a row that bring nothing new: then these are all the problems there are
 _LONGEST = 100_000  # characters of an answer that are looked at
 
@@ -35,17 +34,14 @@ def load(dataset: str, options: dict[str, str], problems: int | None, seed: int)
     checked = Gym(dataset)  # refuses a data set that cannot be judged
     settings = (_at_level(dataset, level) if level else {}) | _read(dataset, options)
     task = Gym(dataset, settings) if settings else checked
-    made = _made(task, problems or DEFAULT, seed)
-    name = f"gym:{dataset}" + (f"?level={level}" if level else "")
+    made = tuple(draw_distinct(task, "held_out", problems or DEFAULT, random.Random(seed), _MISSES))
+    name, version = f"gym:{dataset}", importlib.metadata.version("reasoning-gym")
+    name += f"?level={level}" if level else ""
     return Suite(
         name=name,
         problems=made,
         task=ProblemList(name, made, partial(judge, task)),
-        source=SuiteSource(
-            f"reasoning-gym {importlib.metadata.version('reasoning-gym')} {dataset} seed {seed}",
-            "Apache-2.0",
-            fingerprint(made),
-        ),
+        source=SuiteSource(f"reasoning-gym {version} {dataset} seed {seed}", "Apache-2.0", fingerprint(made)),
         prompt="{question}" if bare else PROMPT,
         extraction=EXTRACTION,
         notes={"settings": ", ".join(f"{k}={v}" for k, v in sorted(settings.items()))} if settings else {},
@@ -72,24 +68,9 @@ def _found(answer: str) -> str | None:
 
 def _tagged(answer: str) -> list[str]:
     """What stands between <answer> and the next </answer>, in one pass: a text may hold thousands of tags."""
-    found, start = list[str](), -1
-    for tag in _TAG.finditer(answer):
-        if tag[0] == "<answer>":
-            start = tag.end()
-        elif start >= 0:
-            found.append(answer[start : tag.start()])
-            start = -1
-    return found
-
-
-def _made(task: Gym, n: int, seed: int) -> tuple[Problem, ...]:
-    """Up to n held-out problems with different canonical forms."""
-    rng, found, misses = random.Random(seed), dict[str, Problem](), 0
-    while len(found) < n and misses < _MISSES:
-        problem = draw(task, "held_out", rng)
-        misses = misses + 1 if problem.key in found else 0
-        found.setdefault(problem.key, problem)
-    return tuple(found.values())
+    parts = _TAG.split(answer)  # texts and the tags between them
+    found = zip(parts[1::2], parts[2::2], parts[3::2], strict=False)
+    return [text for before, text, after in found if (before, after) == ("<answer>", "</answer>")]
 
 
 def _at_level(dataset: str, level: str) -> dict[str, Setting]:
@@ -106,29 +87,21 @@ def _at_level(dataset: str, level: str) -> dict[str, Setting]:
     for name, attribute in curriculum.attributes.items():
         last = len(attribute.levels) - 1
         curriculum.set_attr_level(name, min(int(level) if steps is None else steps, last))
-    return _settings(curriculum.generate_configuration({}))
+    return _settings(dataset, curriculum.generate_configuration({}))
 
 
-def _settings(config: Any) -> dict[str, Setting]:
+def _settings(dataset: str, config: Any) -> dict[str, Setting]:
     """The fields of a config that differ from its defaults, as Gym takes them."""
-    found: dict[str, Setting] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        default = field.default if field.default is not dataclasses.MISSING else None
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if field.name not in ("seed", "size") and value != default and value is not None:
-            found[field.name] = tuple(value) if isinstance(value, list) else value
-    return found
+    own, given = vars(type(config)()), vars(config)
+    changed = {name: given[name] for name in setting_types(dataset) if given[name] not in (own[name], None)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in changed.items()}
 
 
 def _read(dataset: str, options: dict[str, str]) -> dict[str, Setting]:
     """Knobs from text, by the types of the generator's own settings."""
     if not options:
         return {}
-    from reasoning_gym.factory import DATASETS
-
-    hints = {name: hint for name, hint in get_type_hints(DATASETS[dataset][1]).items() if name not in ("seed", "size")}
+    hints = setting_types(dataset)
     if unknown := [name for name in options if name not in hints]:
         near = did_you_mean(unknown[0], [*hints, "level", "bare"])
         raise UserError(f"gym:{dataset}", unknown[0], "no such option", near)

@@ -62,8 +62,6 @@ def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
     depths = _numbers("depths", options.get("depths", ""), DEPTHS, 0, 100)
     cells = [(length, depth) for length in lengths for depth in depths]
     n = REPEATS * len(cells) if problems is None else problems
-    if n < 1:
-        raise UserError("problems", n, "not above 0", "Use 1 or more.")
     made = tuple(_problem(*cells[i % len(cells)], random.Random(f"{seed} {i}")) for i in range(n))
     return Suite(
         name="needle",

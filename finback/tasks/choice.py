@@ -63,9 +63,8 @@ class Choice(RecordTask):
         is_list = isinstance(listed, list) and all(isinstance(c, (str, int, float)) for c in listed)
         choices = [" ".join(str(choice).split()) for choice in listed] if is_list else []
         if not 2 <= len(choices) <= len(LETTERS) or not all(choices) or len(set(choices)) < len(choices):
-            raise UserError(
-                f"{record.where} {self.choices_field}", listed, "not 2 to 10 different texts", "Correct the record."
-            )
+            where = f"{record.where} {self.choices_field}"
+            raise UserError(where, listed, "not 2 to 10 different texts", "Correct the record.")
         return choices
 
 

@@ -147,8 +147,7 @@ class Gym:
             remedy = "Choose one whose answers can be compared exactly, such as 'chain_sum' or 'countdown'."
             raise UserError("gym.dataset", self.dataset, f"this data set {REFUSED[self.dataset]}", remedy)
         if self.dataset not in SUPPORTED:
-            near = did_you_mean(self.dataset, SUPPORTED)
-            raise UserError("gym.dataset", self.dataset, "no such data set", near)
+            raise UserError("gym.dataset", self.dataset, "no such data set", did_you_mean(self.dataset, SUPPORTED))
         if self.settings:  # without any, do not wait for the import
             _check_settings(self.dataset, self.settings)
 
@@ -188,11 +187,16 @@ def _classes(dataset: str) -> tuple[Any, Any]:
     return DATASETS[dataset]
 
 
+def setting_types(dataset: str) -> dict[str, Any]:
+    """The type of each setting of a generator."""
+    hints = get_type_hints(_classes(dataset)[1])
+    return {name: hint for name, hint in hints.items() if name not in ("seed", "size")}
+
+
 def _config(dataset: str, settings: dict[str, Setting], **others: int) -> Any:
-    config_class = _classes(dataset)[1]
-    hints = get_type_hints(config_class)
-    lists = {k: list(v) for k, v in settings.items() if isinstance(v, tuple) and _is_list(hints[k])}
-    return config_class(**{**settings, **lists}, **others)
+    types = setting_types(dataset)
+    lists = {k: list(v) for k, v in settings.items() if isinstance(v, tuple) and _is_list(types[k])}
+    return _classes(dataset)[1](**{**settings, **lists}, **others)
 
 
 def _is_list(hint: Any) -> bool:
@@ -200,13 +204,12 @@ def _is_list(hint: Any) -> bool:
 
 
 def _check_settings(dataset: str, settings: dict[str, Setting]) -> None:
-    hints = get_type_hints(_classes(dataset)[1])
-    known = hints.keys() - {"seed", "size"}
-    for key in settings.keys() - known:
-        near = did_you_mean(key, known)
+    types = setting_types(dataset)
+    for key in settings.keys() - types.keys():
+        near = did_you_mean(key, types)
         raise UserError(f"gym.settings.{key}", settings[key], f"{dataset} has no such setting", near)
     # Only the given ones: some defaults of reasoning-gym do not fit their own annotations.
-    typed = [(key, tuple if _is_list(hints[key]) else hints[key]) for key in settings]
+    typed = [(key, tuple if _is_list(types[key]) else types[key]) for key in settings]
     check_fields(make_dataclass("Settings", typed)(**settings), "gym.settings")
     try:
         _config(dataset, settings, seed=0, size=1).validate()

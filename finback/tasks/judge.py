@@ -101,12 +101,10 @@ class Judge:
         pair = ("4", "I will not say.")
         request = _request(self.rubric, "How much is 2 + 2?", *pair)
         if self._ask({pair: request})[pair] is None:
-            raise UserError(
-                "judge.model",
-                self.model,
-                "its replies hold no 1, 2 or 0",
-                "Choose a model that follows instructions, or raise judge.max_tokens if it is cut off while it thinks.",
+            remedy = (
+                "Choose a model that follows instructions, or raise judge.max_tokens if it is cut off while it thinks."
             )
+            raise UserError("judge.model", self.model, "its replies hold no 1, 2 or 0", remedy)
 
     def _ask(self, requests: dict[tuple[str, str], tuple[str, str]]) -> dict[tuple[str, str], float | None]:
         limit = RateLimit(threading.Event())
@@ -153,10 +151,8 @@ def _request(rubric: str, question: str, first: str, second: str) -> tuple[str, 
     question, first, second = (_CONTROL.sub(lambda m: m[0] + " ", text) for text in (question, first, second))
     digest = hashlib.blake2b("\0".join((question, first, second)).encode("utf-8", "replace"), digest_size=8)
     mark = f"==={digest.hexdigest()}==="
-    return (
-        _ROLE.format(rubric=rubric, mark=mark),
-        _PARTS.format(mark=mark, question=question, first=first, second=second),
-    )
+    material = _PARTS.format(mark=mark, question=question, first=first, second=second)
+    return _ROLE.format(rubric=rubric, mark=mark), material
 
 
 def _content(reply: Any) -> str:

@@ -69,9 +69,8 @@ def consistency(chain: str, target: str = "en", others: tuple[str, ...] = EUROPE
     # Programs and formulas are written in Latin letters in every language; other letters cannot hide in them.
     foreign = sum(w.size for w in words(text) if w.script not in {"LATIN", *scripts})
     foreign += sum(w.size for w in all_words if w.script == "LATIN" and "LATIN" not in scripts)
-    right = sum(
-        word.size for word, is_right in zip(own, _in_target(prose, own, target, others), strict=True) if is_right
-    )
+    verdicts = _in_target(prose, own, target, others)
+    right = sum(word.size for word, is_right in zip(own, verdicts, strict=True) if is_right)
     total = foreign + sum(word.size for word in own)
     return right / total if total else None
 
@@ -92,7 +91,7 @@ def _in_target(text: str, own: list[Word], target: str, others: tuple[str, ...])
     rivals = tuple(sorted({o for o in others if o != target and _scripts(o) & _scripts(target)}))
     if not rivals:
         return [True] * len(own)
-    detector, codes = _detector((target, *rivals))
+    detector, (wanted, *unwanted) = _detector((target, *rivals))
     verdicts = []
     for start, end in _sentences(text, own):
         # A sentence of few words is judged together with its neighbours.
@@ -101,7 +100,8 @@ def _in_target(text: str, own: list[Word], target: str, others: tuple[str, ...])
             first = max(low, min(place - _WINDOW // 2, high - _WINDOW))
             last = min(high, first + _WINDOW) - 1
             window = text[own[first].start : own[last].end]
-            verdicts.append(_is_target(detector, codes, window))
+            values = {v.language: v.value for v in detector.compute_language_confidence_values(window)}
+            verdicts.append(max(values[other] for other in unwanted) <= _CLEAR * values[wanted])
     return verdicts
 
 
@@ -112,19 +112,13 @@ def _sentences(text: str, own: list[Word]) -> list[tuple[int, int]]:
     return list(zip(breaks, [*breaks[1:], len(own)], strict=True)) if own else []
 
 
-def _is_target(detector: Any, codes: dict[str, Any], window: str) -> bool:
-    values = {v.language: v.value for v in detector.compute_language_confidence_values(window)}
-    target, *rivals = (values[language] for language in codes.values())
-    return max(rivals) <= _CLEAR * target
-
-
 @lru_cache(maxsize=8)
-def _detector(names: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+def _detector(names: tuple[str, ...]) -> tuple[Any, list[Any]]:
     """lingua for these languages alone: each has models to load, which takes a second or two at the first text."""
     from lingua import LanguageDetectorBuilder
 
-    codes = {name: known(name) for name in names}
-    return LanguageDetectorBuilder.from_languages(*codes.values()).build(), codes
+    languages = [known(name) for name in names]
+    return LanguageDetectorBuilder.from_languages(*languages).build(), languages
 
 
 def known(name: str, field: str = "language") -> Any:

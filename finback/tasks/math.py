@@ -34,9 +34,8 @@ class Chains:
     def __post_init__(self) -> None:
         check_fields(self, "chains")
         if not 2 <= self.min_terms <= self.max_terms:
-            raise UserError(
-                "chains.min_terms", self.min_terms, f"not in 2..max_terms ({self.max_terms})", "Correct the range."
-            )
+            problem = f"not in 2..max_terms ({self.max_terms})"
+            raise UserError("chains.min_terms", self.min_terms, problem, "Correct the range.")
         if self.largest < 1:
             raise UserError("chains.largest", self.largest, "terms run from 1 to largest", "Set it to at least 1.")
 

@@ -75,12 +75,9 @@ class Questions(RecordTask):
             else:
                 yield problem, record
         if len(faults) > _FAILING * len(records):
-            raise UserError(
-                "questions.source",
-                self.source,
-                f"the gold answers of {len(faults)} of {len(records)} records fail the check, first {faults[0]}",
-                r"Mark each final answer with #### or \boxed{}, correct it, or give a `checker` of your own.",
-            )
+            failure = f"the gold answers of {len(faults)} of {len(records)} records fail the check, first {faults[0]}"
+            remedy = r"Mark each final answer with #### or \boxed{}, correct it, or give a `checker` of your own."
+            raise UserError("questions.source", self.source, failure, remedy)
 
     def _problem(self, record: Record) -> Problem:
         question = record.text(self.question_field).strip()

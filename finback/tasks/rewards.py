@@ -38,18 +38,15 @@ class Reward:
         check_fields(self, "reward")
         check_not_negative(self, "reward", "accuracy", "form", "think", "language", "brevity", "preference")
         if self.accuracy > 0 and self.extra >= self.accuracy:
-            raise UserError(
-                "reward.accuracy",
-                self.accuracy,
-                f"form, think, language and preference add up to {self.extra:g}: a wrong answer could earn as much as a right one",
-                "Weigh accuracy higher or the others lower; only their proportions matter.",
-            )
+            total = f"form, think, language and preference add up to {self.extra:g}"
+            problem = f"{total}: a wrong answer could earn as much as a right one"
+            remedy = "Weigh accuracy higher or the others lower; only their proportions matter."
+            raise UserError("reward.accuracy", self.accuracy, problem, remedy)
         if self.language:
             known(self.target, "reward.target")
         if (self.preference > 0) != (self.judge is not None):
-            raise UserError(
-                "reward.preference", self.preference, "a preference and a judge go together", "Give both or none."
-            )
+            problem = "a preference and a judge go together"
+            raise UserError("reward.preference", self.preference, problem, "Give both or none.")
 
     @property
     def extra(self) -> float:

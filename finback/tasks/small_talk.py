@@ -62,9 +62,8 @@ def _corpus() -> tuple[list[str], frozenset[str]]:
     """How dialogues begin, and the words that occur a few times."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or spec.origin is None:
-        raise UserError(
-            "small_talk", "chitchat_dataset", "the package is not installed", "pip install chitchat-dataset"
-        )
+        problem, remedy = "the package is not installed", "pip install chitchat-dataset"
+        raise UserError("small_talk", "chitchat_dataset", problem, remedy)
     text = (Path(spec.origin).parent / "dataset.json").read_text(encoding="utf-8")
     begins: set[str] = set()
     counts: Counter[str] = Counter()

@@ -71,16 +71,11 @@ class Mixture:
         if not self.tasks:
             raise UserError("mixture.tasks", self.tasks, "nothing to mix", "Name at least one task.")
         if any(isinstance(task, Mixture) for task in self.tasks):
-            raise UserError(
-                "mixture.tasks", self.name, "holds another mixture", "Name its tasks here, with their weights."
-            )
+            remedy = "Name its tasks here, with their weights."
+            raise UserError("mixture.tasks", self.name, "holds another mixture", remedy)
         if self.weights and (len(self.weights) != len(self.tasks) or min(self.weights) <= 0):
-            raise UserError(
-                "mixture.weights",
-                self.weights,
-                f"not one positive weight for each of {len(self.tasks)} tasks",
-                "Correct it.",
-            )
+            problem = f"not one positive weight for each of {len(self.tasks)} tasks"
+            raise UserError("mixture.weights", self.weights, problem, "Correct it.")
 
     @property
     def name(self) -> str:
@@ -130,19 +125,19 @@ def judged(task: Task, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
 
 def distinct(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
     """n problems of one side of the split with n different canonical forms, the same for the same seed."""
-    rng, seen, problems = random.Random(seed), set[str](), list[Problem]()
-    misses = 0
-    while len(problems) < n:
+    found = draw_distinct(task, split, n, random.Random(seed), misses=10_000)
+    if len(found) < n:
+        problem = f"task {task.name!r} has only about {len(found)} distinct {split} problems"
+        raise UserError("problems", n, problem, "Ask for fewer or widen the task's ranges.")
+    return found
+
+
+def draw_distinct(task: Task, split: Split, n: int, rng: random.Random, misses: int) -> list[Problem]:
+    """Up to n problems with different canonical forms; fewer where `misses` draws in a row bring nothing new."""
+    found: dict[str, Problem] = {}
+    missed = 0
+    while len(found) < n and missed < misses:
         problem = draw(task, split, rng)
-        misses = misses + 1 if problem.key in seen else 0
-        if misses > 10_000:
-            raise UserError(
-                "problems",
-                n,
-                f"task {task.name!r} has only about {len(problems)} distinct {split} problems",
-                "Ask for fewer or widen the task's ranges.",
-            )
-        if problem.key not in seen:
-            seen.add(problem.key)
-            problems.append(problem)
-    return problems
+        missed = missed + 1 if problem.key in found else 0
+        found.setdefault(problem.key, problem)
+    return list(found.values())
