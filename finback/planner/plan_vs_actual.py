@@ -69,7 +69,7 @@ def _ranks(begun: list[StageFolder]) -> int:
 
 def text(values: dict[str, Any]) -> str:
     """Plan and ledger as a table; a plan's tokens are the most that a stage can take."""
-    rows = [["stage", "", "trains", "generates", "FLOPs", "time", "$"]]
+    rows = []
     for name, stage in values["stages"].items():
         for label in ("plan", "actual"):
             s = stage[label] or dict.fromkeys(SPENT)
@@ -77,6 +77,6 @@ def text(values: dict[str, Any]) -> str:
             amounts = [big(s[k]) if s[k] else "-" for k in ("tokens_trained", "tokens_generated", "flops")]
             time = span(s["seconds"]) if s["seconds"] else "-"
             rows.append([name if label == "plan" else "", label, *amounts, time, dollars])
-    lines = ["Plan and actual; a plan has the most tokens that a stage can take:"]
-    lines.append(table(rows[1:], rows[0], indent=2))
-    return "\n".join([*lines, *(f"note: {text}" for text in values["notes"])])
+    title = "Plan and actual; a plan has the most tokens that a stage can take:"
+    shown = table(rows, ("stage", "", "trains", "generates", "FLOPs", "time", "$"), indent=2)
+    return "\n".join([title, shown, *(f"note: {text}" for text in values["notes"])])

@@ -11,12 +11,11 @@ from typing import Any
 
 from finback.config import UserError
 from finback.model.count import forward_flops, parameters, training_flops
-from finback.parallel.layout import Layout
 from finback.planner import calibration_file, cluster, hardware, this_machine
 from finback.planner.hardware import Site
 from finback.planner.options import PlanOptions
 from finback.planner.planned_stage import PlannedStage, planned_stages
-from finback.planner.this_machine import RankMemory, Shape
+from finback.planner.this_machine import Shape
 from finback.planner.workload import Precision
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
 from finback.runs.recipe import Recipe, config_json
@@ -45,23 +44,20 @@ def plan_configs(
     if known is None and not options.on:
         notes = ["not calibrated: run `finback plan --calibrate` once, and times are known"]
     notes += [f"{stage}: {note}" for stage, values in stages.items() for note in values.get("notes", ())]
-    sums = ("seconds", "device_hours", "dollars", "kwh", "flops")
+    total: dict[str, float | None] = {}
+    for key in ("seconds", "device_hours", "dollars", "kwh", "flops"):
+        given = [values[key] for values in stages.values() if values.get(key) is not None]
+        total[key] = sum(given) if given else None
+    basis = {"dollars_per_core_hour": DOLLARS_PER_CORE_HOUR, "watts_per_core": WATTS_PER_CORE}
     return {
         "recipe": name,
         "on": options.on or f"this machine, {ranks} ranks",
         "stages": stages,
-        "total": {key: _total([s.get(key) for s in stages.values()]) for key in sums},
+        "total": total,
         "notes": notes,
         "calibration": known and {k: known[k] for k in ("date", "cpu", "torch", "ranks")},
-        "basis": None
-        if options.on
-        else {"dollars_per_core_hour": DOLLARS_PER_CORE_HOUR, "watts_per_core": WATTS_PER_CORE},
+        "basis": None if options.on else basis,
     }
-
-
-def _total(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) if known else None
 
 
 def _counted(stage: PlannedStage) -> dict[str, Any]:
@@ -100,7 +96,10 @@ def _measured(compute: str) -> Precision:
 
 
 def pretraining(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dict[str, Any]:
-    """Seconds and memory of a pre-training stage on this machine, step by step."""
+    """Seconds and memory of a pre-training stage on this machine, step by step.
+
+    A layout is planned without times where this machine runs another number of ranks.
+    """
     knobs, notes = stage.knobs, []
     if knobs["batch_size"] % ranks:
         problem = f"does not divide among {ranks} ranks"
@@ -109,22 +108,23 @@ def pretraining(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dic
         notes.append("FP8 is emulated on this machine, and takes longer than the bf16 that it is planned as")
     if knobs["compile"]:
         notes.append("compiled blocks take 0.85 to 0.95 of the time planned, after up to a minute at the first step")
-    if stage.layout is not None:
-        values = _laid_out_here(stage, stage.layout, calibration, ranks)
-    else:
-        values = _whole_copies(stage, calibration, ranks)
-    return values | {"notes": notes}
+    if stage.layout is None:
+        return _whole_copies(stage, calibration, ranks) | {"notes": notes}
+    if stage.layout.ranks != ranks:
+        return {"how": f"needs {stage.layout.ranks} ranks, here are {ranks}", "notes": notes}
+    # one rank a core
+    precision = _measured(knobs["compute"])
+    options = PlanOptions(precision=precision, optimizer=knobs["optimizer"])
+    return _laid_out(stage, calibration_file.site(calibration, ranks, precision), options) | {"notes": notes}
 
 
 def _whole_copies(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dict[str, Any]:
     """Pre-training with the whole model on every rank."""
     knobs, model, process = stage.knobs, stage.model, calibration["process_bytes"]
     assert model is not None, "a stage that trains has a model"
-    auto = knobs["compute"] == "auto"
+    auto, rows = knobs["compute"] == "auto", knobs["batch_size"] // ranks
     shapes = {
-        name: Shape(
-            model, knobs["batch_size"] // ranks, stage.length, name, ranks, knobs["recompute"], knobs["optimizer"]
-        )
+        name: Shape(model, rows, stage.length, name, ranks, knobs["recompute"], knobs["optimizer"])
         for name in (("fp32", "bf16") if auto else (_measured(knobs["compute"]),))
     }
     parts = {name: this_machine.seconds(shape, calibration["measured"]) for name, shape in shapes.items()}
@@ -134,7 +134,7 @@ def _whole_copies(stage: PlannedStage, calibration: Calibrated, ranks: int) -> d
     step, tokens = sum(parts[compute].values()), knobs["batch_size"] * stage.length
     memory = this_machine.memory(shapes[compute], process)
     if auto:  # both are tried first, side by side
-        memory = max(memory, this_machine.trial(shapes["fp32"], shapes["bf16"], process), key=_all)
+        memory = max(memory, this_machine.trial(shapes["fp32"], shapes["bf16"], process), key=lambda m: m.total)
     return {
         "compute": compute,
         "step_seconds": step,
@@ -146,19 +146,6 @@ def _whole_copies(stage: PlannedStage, calibration: Calibrated, ranks: int) -> d
         "fits": memory.total * ranks < calibration["memory_bytes"],
         "how": "step by step, from the calibration",
     }
-
-
-def _all(memory: RankMemory) -> float:
-    return memory.total
-
-
-def _laid_out_here(stage: PlannedStage, layout: Layout, calibration: Calibrated, ranks: int) -> dict[str, Any]:
-    """Pre-training by a layout, one rank a core; without times where this machine runs another number of ranks."""
-    if layout.ranks != ranks:
-        return {"how": f"needs {layout.ranks} ranks, here are {ranks}"}
-    precision = _measured(stage.knobs["compute"])
-    options = PlanOptions(precision=precision, optimizer=stage.knobs["optimizer"])
-    return _laid_out(stage, calibration_file.site(calibration, ranks, precision), options)
 
 
 def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str, Any]:
@@ -196,12 +183,8 @@ def _laid_out(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str
         work = dataclasses.replace(work, layout=given, recompute=recompute)
     tokens = stage.work.tokens_trained
     found = cluster.plan(stage.name, model, work, tokens, site, options, given=given is not None).values
-    run = found["run"]
     return {
-        "seconds": run["seconds"],
-        "device_hours": run["device_hours"],
-        "dollars": run["dollars"],
-        "kwh": run["kwh"],
+        **{key: found["run"][key] for key in ("seconds", "device_hours", "dollars", "kwh")},
         "fits": found["memory"]["fits"],
         "mfu": found["step"]["mfu"],
         "memory_bytes": max(r["total"] for r in found["memory"]["ranks"]),

@@ -26,6 +26,13 @@ PARTS = {
     "exchange": "gradients and weights",
 }
 
+SENT = {
+    "dispatch_network": "all-to-all between nodes",
+    "dispatch_link": "within nodes",
+    "pipeline": "to the next stage",
+    "exchange": "gradients and weights",
+}
+
 
 def big(value: float | None, unit: str = "") -> str:
     """1.48e13 -> 14.8 T; beyond that as 3.86e+24."""
@@ -49,17 +56,9 @@ def span(seconds: float) -> str:
 
 def plan_text(values: dict[str, Any], claims: Sequence[Claim] = ()) -> str:
     """The whole plan of one model on named hardware."""
-    sections = [
-        _model(values),
-        _layout(values),
-        _memory(values),
-        _time(values),
-        _schedules(values),
-        _run(values),
-        _basis(values),
-    ]
+    sections = [part(values) for part in (_model, _layout, _memory, _time, _schedules, _run, _basis)]
     if claims:
-        sections.append(["Beside what is published (ours by the rule in the JSON):", *_claims(claims)])
+        sections.append(["Beside what is published (ours by the rule in the JSON):", _claims(claims)])
     return "\n\n".join("\n".join(section) for section in sections if section)
 
 
@@ -89,8 +88,7 @@ def _layout(v: dict[str, Any]) -> list[str]:
         f"  {layout['precision']}, {layout['optimizer']}; {b['rows']:,} rows of {b['length']:,} tokens a step, "
         f"{layout['micro_batches']:,} micro-batches of {layout['micro_rows']} per pipeline; no tensor parallelism",
     ]
-    routing = v["step"]["routing"]
-    if routing:
+    if routing := v["step"]["routing"]:
         lines.append(
             f"  a token's experts lie on {routing['nodes']:.2f} nodes, {routing['remote_nodes']:.2f} of them not its own"
             + (f"; the fullest expert rank has {routing['max_over_mean']:.2f} x the mean" if v["skew"] else "")
@@ -101,33 +99,24 @@ def _layout(v: dict[str, Any]) -> list[str]:
 def _memory(v: dict[str, Any]) -> list[str]:
     m = v["memory"]
     names = ("weights", "gradients", "optimizer", "activations", "working", "reserve", "total")
-    ranks = m["ranks"]
-    shown = sorted({0, m["worst_rank"], len(ranks) - 1})
-    rows = [["pipeline rank", *names]]
-    rows += [[str(r), *(f"{ranks[r][name] / 1e9:.1f}" for name in names)] for r in shown]
+    shown = sorted({0, m["worst_rank"], len(m["ranks"]) - 1})
+    rows = [[str(r), *(f"{m['ranks'][r][name] / 1e9:.1f}" for name in names)] for r in shown]
     verdict = "fits" if m["fits"] else "DOES NOT FIT"
     return [
         f"Memory in GB of {m['device_bytes'] / 1e9:.0f}: {verdict} ({m['free_share']:.1%} free, {m['margin']:.0%} wanted)",
-        table(rows[1:], rows[0], indent=2),
+        table(rows, ("pipeline rank", *names), indent=2),
     ]
 
 
 def _time(v: dict[str, Any]) -> list[str]:
-    s = v["step"]
-    sent = s["traffic"]
-    rows = [
-        [text, f"{s['shares'][name] * s['seconds']:.4g} s", f"{s['shares'][name]:.1%}"]
-        for name, text in PARTS.items()
-        if s["shares"][name] > 5e-4
-    ]
+    s, shares, sent = v["step"], v["step"]["shares"], v["step"]["traffic"]
+    shown = {name: text for name, text in PARTS.items() if shares[name] > 5e-4}
+    rows = [[text, f"{shares[name] * s['seconds']:.4g} s", f"{shares[name]:.1%}"] for name, text in shown.items()]
     lines = [
         f"Step: {s['seconds']:.4g} s, MFU {s['mfu']:.1%} ({s['efficiency']:.1%} while computing)",
         table(rows, indent=2),
     ]
-    parts = ("dispatch_network", "dispatch_link", "pipeline", "exchange")
-    words = ("all-to-all between nodes", "within nodes", "to the next stage", "gradients and weights")
-    amounts = [f"{word} {big(sent[part], 'B')}" for part, word in zip(parts, words, strict=True) if sent[part]]
-    if amounts:
+    if amounts := [f"{word} {big(sent[part], 'B')}" for part, word in SENT.items() if sent[part]]:
         lines.append(f"  each device sends per step: {', '.join(amounts)}")
     return lines
 
@@ -135,33 +124,23 @@ def _time(v: dict[str, Any]) -> list[str]:
 def _schedules(v: dict[str, Any]) -> list[str]:
     if not v["schedules"]:
         return []
-    rows = [["schedule", "step", "bubble", "weights", "in flight", "memory", "fits"]]
+    rows = []
     for name, s in v["schedules"].items():
         if "refused" in s:
             rows.append([name, "refused", *[""] * 5])
             continue
-        rows.append(
-            [
-                name,
-                f"{s['step_seconds']:.2f} s",
-                f"{s['bubble_share']:.1%}",
-                f"{s['parameters']} x",
-                f"{s['in_flight']:.1f}",
-                f"{s['memory_bytes'] / 1e9:.1f} GB",
-                "yes" if s["fits"] else "no",
-            ]
-        )
-    return [
-        "The same mesh under each schedule (bubble with what unequal stages add):",
-        table(rows[1:], rows[0], indent=2),
-    ]
+        time = [f"{s['step_seconds']:.2f} s", f"{s['bubble_share']:.1%}"]
+        memory = [f"{s['parameters']} x", f"{s['in_flight']:.1f}", f"{s['memory_bytes'] / 1e9:.1f} GB"]
+        rows.append([name, *time, *memory, "yes" if s["fits"] else "no"])
+    heads = ("schedule", "step", "bubble", "weights", "in flight", "memory", "fits")
+    return ["The same mesh under each schedule (bubble with what unequal stages add):", table(rows, heads, indent=2)]
 
 
 def _run(v: dict[str, Any]) -> list[str]:
     r, serving = v["run"], v["serving"]
-    dollars = (
-        "no price known, give --price" if r["dollars"] is None else f"${r['dollars']:,.0f} at ${r['price']:g} an hour"
-    )
+    dollars = "no price known, give --price"
+    if r["dollars"] is not None:
+        dollars = f"${r['dollars']:,.0f} at ${r['price']:g} an hour"
     energy = "" if r["kwh"] is None else f"; {big(r['kwh'] * 1e3, 'Wh')}, {r['co2_kg'] / 1e3:,.4g} t CO2e"
     lines = [
         f"Run of {big(r['tokens'])} tokens: {r['steps']:,.0f} steps, {span(r['seconds'])}, "
@@ -184,14 +163,12 @@ def _basis(v: dict[str, Any]) -> list[str]:
     return ["Where the numbers are from (change one with --assume NAME=VALUE):", *rows]
 
 
-def _claims(claims: Sequence[Claim]) -> list[str]:
-    rows = [["", "published", "here", "off"]]
-    places = [1 if claim.published < 1000 else 0 for claim in claims]
-    rows += [
-        [c.what, f"{c.published:,.{n}f}", f"{c.ours:,.{n}f}", f"{c.off:+.2%}"]
-        for c, n in zip(claims, places, strict=True)
-    ]
-    return [table(rows[1:], rows[0], indent=2)]
+def _claims(claims: Sequence[Claim]) -> str:
+    rows = []
+    for c in claims:
+        places = 1 if c.published < 1000 else 0
+        rows.append([c.what, f"{c.published:,.{places}f}", f"{c.ours:,.{places}f}", f"{c.off:+.2%}"])
+    return table(rows, ("", "published", "here", "off"), indent=2)
 
 
 def recipe_text(values: dict[str, Any]) -> str:

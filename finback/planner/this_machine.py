@@ -7,6 +7,7 @@ tests/test_plan_here.py holds the formulas to the trainer.
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -93,10 +94,12 @@ def saved_bytes(shape: Shape) -> float:
     total += (1 + depths) * (n * (2 * a * c.hidden_size + 4) + 4 * c.vocab_size * c.hidden_size)  # norm, loss
     total += depths * n * (4 * a * c.hidden_size + 8)  # MTP's two norms and what it joins
     if shape.compute != "fp32":  # weights are cast, and the cast is saved unless its product is done again
-        again = {"none": 0, "attention": len(_layers(c)) * sum(a * b for a, b in attention_matrices(c))}
-        total += 2 * (
-            muon_parameters(c) - again.get(shape.recompute, muon_parameters(c) - depths * 2 * c.hidden_size**2)
-        )
+        cast = {
+            "none": muon_parameters(c),
+            "attention": muon_parameters(c) - len(_layers(c)) * sum(a * b for a, b in attention_matrices(c)),
+            "block": depths * 2 * c.hidden_size**2,
+        }
+        total += 2 * cast[shape.recompute]
     return total
 
 
@@ -162,14 +165,12 @@ def memory(shape: Shape, process: float) -> RankMemory:
     muon = muon_parameters(c) if shape.optimizer == "muon" else 0
     # directions, updates, and one group at work; what a backward pass has freed is in pieces too small for these
     at_update = 4 * 2 * muon + 3 * max(_groups(c).values(), default=0) if muon else 0
-    working = max(_backward_bytes(c) + _again_bytes(shape), at_update) + _compiled_bytes(shape)
-    return RankMemory(process, 4.0 * p, 4.0 * p, 4.0 * muon + 8.0 * (p - muon), saved_bytes(shape), working)
-
-
-def _again_bytes(shape: Shape) -> float:
-    """What one layer keeps while it is done again."""
     whole = dataclasses.replace(shape, recompute="none")
-    return max(_layer_bytes(whole, moe) - _layer_bytes(shape, moe) for moe in _layers(shape.model))
+    again = max(
+        _layer_bytes(whole, moe) - _layer_bytes(shape, moe) for moe in _layers(c)
+    )  # kept while it is done again
+    working = max(_backward_bytes(c) + again, at_update) + _compiled_bytes(shape)
+    return RankMemory(process, 4.0 * p, 4.0 * p, 4.0 * muon + 8.0 * (p - muon), saved_bytes(shape), working)
 
 
 def _compiled_bytes(shape: Shape) -> float:
@@ -196,9 +197,9 @@ def _backward_bytes(c: ModelConfig) -> float:
 
 def _groups(c: ModelConfig) -> dict[tuple[int, int], int]:
     """Shape -> bytes of all matrices of that shape: Newton-Schulz takes them as one batch."""
-    groups: dict[tuple[int, int], int] = {}
+    groups: Counter[tuple[int, int]] = Counter()
     for number, a, b in matrices(c):
-        groups[a, b] = groups.get((a, b), 0) + 4 * number * a * b
+        groups[a, b] += 4 * number * a * b
     return groups
 
 
@@ -256,11 +257,10 @@ def exchanged_bytes(shape: Shape) -> float:
 
 def seconds(shape: Shape, measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Seconds of a step by part; `measured` holds the seconds per unit that calibration found, by part and dtype."""
-    forward_backward = measured[f"passes_{shape.compute}"]
-    at_update = measured[f"update_{shape.compute}"]
-    exchange = measured["exchange"]
-    return {
-        "passes": sum(forward_backward.get(name, 0.0) * value for name, value in passes(shape).items()),
-        "update": sum(at_update.get(name, 0.0) * value for name, value in update(shape).items()),
-        "exchange": exchange["fixed"] + exchange["byte"] * exchanged_bytes(shape) if shape.ranks > 1 else 0.0,
+    exchange, found = measured["exchange"], {}
+    for part, work in (("passes", passes(shape)), ("update", update(shape))):
+        costs = measured[f"{part}_{shape.compute}"]
+        found[part] = sum(costs.get(name, 0.0) * value for name, value in work.items())
+    return found | {
+        "exchange": exchange["fixed"] + exchange["byte"] * exchanged_bytes(shape) if shape.ranks > 1 else 0.0
     }
