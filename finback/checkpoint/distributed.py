@@ -67,7 +67,8 @@ class Steps:
         step, meta, written = self.pending
         self.pending = None
         written.result()
-        part, whole = _part(self.folder, step), _whole(self.folder, step)
+        part = _part(self.folder, step)
+        whole = part.with_suffix("")
         digests = self._digests(part, sorted(path.name for path in part.glob("*.safetensors")))
         if dist.get_rank() == 0:
             write_json(part / MANIFEST, {"meta": meta, "sha256": digests})
@@ -84,14 +85,15 @@ class Steps:
         Several sets of tensors may name the same. A damaged checkpoint is passed over; UserError when all are damaged, or
         when it is of another model.
         """
-        found: list[Path] = self._agree(_found(self.folder))
-        for path in found:
+        box = [_found(self.folder)]
+        dist.broadcast_object_list(box, src=0, group=self.group)  # what rank 0 has found
+        for path in box[0]:
             if self._is_intact(path):
                 metas = [self.load(path, each) for each in tensors]
-                return _step(path), metas[0]
-        if found:
+                return int(path.name.removeprefix("step-")), metas[0]
+        if box[0]:
             remedy = "Delete it to start the stage again."
-            raise UserError("checkpoint", str(found[0]), "its files do not match their digests", remedy)
+            raise UserError("checkpoint", str(box[0][0]), "its files do not match their digests", remedy)
         return None
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -118,12 +120,6 @@ class Steps:
         all_of_them: list[dict[str, str]] = [{} for _ in range(size)]
         dist.all_gather_object(all_of_them, mine, group=self.group)
         return {name: digest for some in all_of_them for name, digest in some.items()}
-
-    def _agree(self, found: list[Path]) -> list[Path]:
-        """What rank 0 has found."""
-        box = [found]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
 
 
 def newest(folder: Path) -> Path:
@@ -166,16 +162,8 @@ def _tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadat
     return {name: entry for name, entry in about if isinstance(entry, TensorStorageMetadata)}
 
 
-def _whole(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08}"
-
-
 def _part(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08}.part"
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 def _found(folder: Path) -> list[Path]:

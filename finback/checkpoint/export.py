@@ -1,6 +1,7 @@
 """A Transformer out to a Hugging Face folder: what transformers, vLLM and SGLang load, in fp32, bf16 or DeepSeek's FP8."""
 
 import json
+import math
 import shutil
 import tempfile
 from collections import Counter
@@ -55,9 +56,8 @@ def export(
     needed = sum(size for _, size in _sizes(model.config, fmt))
     free = shutil.disk_usage(folder.parent).free
     if free < 1.05 * needed:
-        raise UserError(
-            "folder", str(folder), f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free", "Use another disk."
-        )
+        problem = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        raise UserError("folder", str(folder), problem, "Use another disk.")
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         _write_weights(model, unfinished, fmt, shard_bytes)
@@ -135,9 +135,7 @@ def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
     found = shapes(config)
     found |= {copy: found[original] for copy, original in _copies(config).items()}
     for name, shape in found.items():
-        count = 1
-        for n in shape:
-            count *= n
+        count = math.prod(shape)
         if fmt == "fp8" and is_quantized(name):
             yield name, count + 4 * fp8.blocks(shape[0]) * fp8.blocks(shape[1])
         else:

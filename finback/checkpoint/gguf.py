@@ -4,7 +4,6 @@ The gguf library dequantizes tensors, one at a time. Beyond names two things dif
 rows are stored for interleaved rotation, and Llama 3's frequency scaling is a tensor instead of a setting.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finback.checkpoint.hf_config import model_config
-from finback.checkpoint.shards import Spec
+from finback.checkpoint.shards import Spec, Weights
 from finback.config import UserError
 from finback.model.rope import inverse_frequencies
 
@@ -54,21 +53,17 @@ def open_gguf(path: Path) -> Any:
         raise UserError("model", str(path), f"not a whole GGUF file ({error})", "Download it again.") from None
 
 
-_MISSING = object()
+def field(reader: Any, name: str, *default: Any) -> Any:
+    """A metadata value of a GGUF file; UserError where it is missing and there is no default."""
+    if (found := reader.fields.get(name)) is not None:
+        return found.contents()
+    if not default:
+        raise UserError("GGUF", name, "missing from the file's metadata", "Use a complete file.")
+    return default[0]
 
 
-def field(reader: Any, name: str, default: Any = _MISSING) -> Any:
-    """A metadata value of a GGUF file."""
-    found = reader.fields.get(name)
-    if found is None:
-        if default is _MISSING:
-            raise UserError("GGUF", name, "missing from the file's metadata", "Use a complete file.")
-        return default
-    return found.contents()
-
-
-class GGUF:
-    """A GGUF file with the interface of Shards; `raw` is the config.json it amounts to."""
+class GGUF(Weights):
+    """A GGUF file, whose tensors are dequantized as they are read; `raw` is the config.json it amounts to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,26 +93,13 @@ class GGUF:
             return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
         return values
 
-    def read_into(self, name: str, into: Tensor) -> None:
-        """One tensor's values into a tensor of its shape."""
-        into.copy_(self.read(name))
-
-    def scale(self, name: str) -> Tensor | None:
-        """None: `read` has dequantized everything."""
-        return None
-
-    def by_file(self) -> Iterator[str]:
-        """All names."""
-        yield from self.specs
-
 
 def _name(theirs: str) -> str:
     """GGUF's name -> Hugging Face's; unknown ones stay as they are and are then reported as unexpected."""
     if theirs in _TOP:
         return _TOP[theirs]
-    if theirs.startswith("blk.") and theirs.count(".") == 3:
-        _, layer, part, kind = theirs.split(".")
-        if part in _BLOCK:
+    match theirs.split("."):
+        case ["blk", layer, part, kind] if part in _BLOCK:
             return f"model.layers.{layer}.{_BLOCK[part]}.{kind}"
     return theirs
 
@@ -159,9 +141,7 @@ def _raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, A
         raw["rope_scaling"] = {
             "rope_type": kind,
             "factor": get("rope.scaling.factor"),
-            "original_max_position_embeddings": get(
-                "rope.scaling.original_context_length", raw["max_position_embeddings"]
-            ),
+            "original_max_position_embeddings": get("rope.scaling.original_context_length", get("context_length")),
         }
     if _FREQUENCIES in tensors:
         raw["rope_scaling"] = _llama3(torch.tensor(tensors[_FREQUENCIES].data), raw, path)

@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from finback.config import UserError, did_you_mean
 from finback.model.config import ModelConfig
@@ -27,7 +27,8 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 COMMON = (*SIZES, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range")
 MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MOE = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
-GATE = ("n_group", "topk_group", "scoring_func", "norm_topk_prob", "routed_scaling_factor")
+GROUPS = ("n_group", "topk_group")
+GATE = (*GROUPS, "scoring_func", "norm_topk_prob", "routed_scaling_factor")
 LAYERS = ("first_k_dense_replace", "num_nextn_predict_layers")
 
 
@@ -53,8 +54,8 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
         problem = f"not a family that finback knows{own_code}"
         raise UserError("config.json model_type", family, problem, did_you_mean(str(family), ARCHITECTURES))
     fields = _Fields(raw)
-    fields.demand("hidden_act", "silu", default="silu")
-    fields.demand("mlp_bias", False, default=False)
+    fields.demand("hidden_act", "silu")
+    fields.demand("mlp_bias", False)
     common: dict[str, Any] = {name: fields.integer(name) for name in SIZES} | {
         "max_position_embeddings": fields.integer("max_position_embeddings", 4096),
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
@@ -76,27 +77,27 @@ class _Fields:
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._value(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
-            self.refuse(name, f"not a whole number up to {LARGEST:,}", "Correct config.json.")
-        return int(value)
+            self.refuse(name, f"not a whole number up to {LARGEST:,}")
+        return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            self.refuse(name, "not a number", "Correct config.json.")
+            self.refuse(name, "not a number")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._value(name, default)
         if not isinstance(value, bool):
-            self.refuse(name, "neither true nor false", "Correct config.json.")
-        return bool(value)
+            self.refuse(name, "neither true nor false")
+        return value
 
-    def demand(self, name: str, wanted: Any, default: Any) -> None:
-        """Refuse any value but the one that finback implements."""
-        if self._value(name, default) != wanted:
+    def demand(self, name: str, wanted: Any) -> None:
+        """Refuse any value but the one that finback implements, which need not be said."""
+        if self._value(name, wanted) != wanted:
             self.refuse(name, f"finback runs {wanted!r} only", "Use another checkpoint.")
 
-    def refuse(self, name: str, problem: str, remedy: str) -> None:
+    def refuse(self, name: str, problem: str, remedy: str = "Correct config.json.") -> NoReturn:
         raise UserError(f"config.json {name}", self.raw.get(name), problem, remedy)
 
     def _value(self, name: str, default: Any) -> Any:
@@ -108,8 +109,8 @@ class _Fields:
 
 def _latent(fields: _Fields, family: str) -> dict[str, Any]:
     """What DeepSeek's configs say beyond the common fields."""
-    fields.demand("attention_bias", False, default=False)
-    fields.demand("moe_layer_freq", 1, default=1)
+    fields.demand("attention_bias", False)
+    fields.demand("moe_layer_freq", 1)
     rank = fields.raw.get("q_lora_rank")
     found: dict[str, Any] = {name: fields.integer(name) for name in MLA} | {
         "attention": "mla",
@@ -117,9 +118,8 @@ def _latent(fields: _Fields, family: str) -> dict[str, Any]:
         "rope_interleaved": fields.flag("rope_interleave", True),
     }
     layers, dense = fields.integer("num_hidden_layers"), fields.integer("first_k_dense_replace")
-    mtp = 0
-    if family == "deepseek_v3":
-        mtp = fields.integer("num_nextn_predict_layers", fields.raw.get("num_mtp_layers") or 0)
+    declared = fields.raw.get("num_mtp_layers") or 0
+    mtp = fields.integer("num_nextn_predict_layers", declared) if family == "deepseek_v3" else 0
     found["num_nextn_predict_layers"] = mtp
     if not fields.raw.get("n_routed_experts") or dense >= layers + mtp:
         return found
@@ -130,25 +130,21 @@ def _latent(fields: _Fields, family: str) -> dict[str, Any]:
 
 def _v2_gate(fields: _Fields) -> dict[str, Any]:
     """Softmax affinities, chosen greedily or within the best groups; weights are not normalised."""
-    fields.demand("scoring_func", "softmax", default="softmax")
-    fields.demand("norm_topk_prob", False, default=False)
+    fields.demand("scoring_func", "softmax")
+    fields.demand("norm_topk_prob", False)
     method = fields.raw.get("topk_method", "greedy")
     if method not in ("greedy", "group_limited_greedy"):
-        fields.refuse("topk_method", "V2 has greedy and group_limited_greedy", "Correct config.json.")
+        fields.refuse("topk_method", "V2 has greedy and group_limited_greedy")
     found: dict[str, Any] = {"scoring_func": "softmax", "norm_topk_prob": False}
-    return found | ({"n_group": 1, "topk_group": 1} if method == "greedy" else _groups(fields))
+    return found | ({"n_group": 1, "topk_group": 1} if method == "greedy" else {n: fields.integer(n) for n in GROUPS})
 
 
 def _v3_gate(fields: _Fields) -> dict[str, Any]:
     """Sigmoid affinities with a selection bias."""
-    fields.demand("scoring_func", "sigmoid", default="sigmoid")
-    fields.demand("topk_method", "noaux_tc", default="noaux_tc")
+    fields.demand("scoring_func", "sigmoid")
+    fields.demand("topk_method", "noaux_tc")
     normalised = fields.flag("norm_topk_prob", True)
-    return {"scoring_func": "sigmoid", "norm_topk_prob": normalised} | _groups(fields)
-
-
-def _groups(fields: _Fields) -> dict[str, Any]:
-    return {"n_group": fields.integer("n_group"), "topk_group": fields.integer("topk_group")}
+    return {"scoring_func": "sigmoid", "norm_topk_prob": normalised} | {n: fields.integer(n) for n in GROUPS}
 
 
 def _grouped(fields: _Fields, family: str) -> dict[str, Any]:
@@ -173,13 +169,11 @@ def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
     raw = fields.raw
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(given, dict):
-        fields.refuse("rope_scaling", "not an object", "Correct config.json.")
-    rope = _Fields(
-        {"rope_theta": raw.get("rope_theta"), "partial_rotary_factor": raw.get("partial_rotary_factor")} | given
-    )
+        fields.refuse("rope_scaling", "not an object")
+    rope = _Fields({name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")} | given)
     theta = rope.number("rope_theta", 10000.0)
     if theta <= 1:
-        rope.refuse("rope_theta", "not above 1", "Correct config.json.")
+        rope.refuse("rope_theta", "not above 1")
     if rope.number("partial_rotary_factor", 1.0) != 1.0:
         rope.refuse("partial_rotary_factor", "finback rotates whole heads", "Use another checkpoint.")
     kind = given.get("rope_type") or given.get("type") or "default"

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,19 +35,26 @@ class Spec:
 class Weights(Protocol):
     """Tensors under Hugging Face's names, wherever they come from: Shards, or a GGUF file."""
 
-    @property
-    def specs(self) -> dict[str, Spec]: ...
+    specs: dict[str, Spec]
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> Tensor:
+        """One tensor as it is stored."""
+        ...
 
-    def read_into(self, name: str, into: Tensor) -> None: ...
+    def read_into(self, name: str, into: Tensor) -> None:
+        """One tensor's values into a contiguous tensor of its shape."""
+        into.copy_(self.read(name))
 
-    def scale(self, name: str) -> Tensor | None: ...
+    def scale(self, name: str) -> Tensor | None:
+        """The factors of an FP8 tensor; None for a plain tensor."""
+        return self.read(name + SCALE).float() if name + SCALE in self.specs else None
 
-    def by_file(self) -> Iterator[str]: ...
+    def by_file(self) -> Iterator[str]:
+        """All names, in the order in which they are read fastest."""
+        yield from self.specs
 
 
-class Shards:
+class Shards(Weights):
     """All tensors of a folder by name. Opening it reads every header, so a torn file is found before anything loads."""
 
     def __init__(self, folder: Path) -> None:
@@ -60,7 +67,7 @@ class Shards:
         else:
             self.files = sorted(folder.glob("*.safetensors"))
         if not self.files:
-            raise _nothing(folder)
+            _refuse(folder)
         if (folder / BESIDE).is_file() and folder / BESIDE not in self.files:
             self.files.append(folder / BESIDE)
         for file in self.files:
@@ -86,7 +93,6 @@ class Shards:
             self.specs[name] = Spec(entry["dtype"], tuple(entry["shape"]), file, start)
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored."""
         spec = self.specs[name]
         dtype = element_type(spec.dtype)
         assert dtype is not None, f"{name}: the audit lets no {spec.dtype} pass"
@@ -95,12 +101,12 @@ class Shards:
         return tensor
 
     def read_into(self, name: str, into: Tensor) -> None:
-        """One tensor's values into a contiguous tensor of its shape: straight from the file where the dtypes agree."""
+        """Straight from the file where the dtypes agree."""
         spec = self.specs[name]
         if element_type(spec.dtype) == into.dtype:
             self._read_bytes(spec, into)
         else:
-            into.copy_(self.read(name))
+            super().read_into(name, into)
 
     @staticmethod
     def _read_bytes(spec: Spec, into: Tensor) -> None:
@@ -113,10 +119,6 @@ class Shards:
                 if not count:
                     raise UserError("weights", str(spec.file), "the file ends early", "Download it again.")
                 done += count
-
-    def scale(self, name: str) -> Tensor | None:
-        """The factors of an FP8 tensor, which may lie in another file; None for a plain tensor."""
-        return self.read(name + SCALE).float() if name + SCALE in self.specs else None
 
     def by_file(self) -> Iterator[str]:
         """All names, file after file and from front to back, so that each file is read in one go."""
@@ -145,24 +147,15 @@ def _read_index(path: Path) -> dict[str, str]:
     return dict(found)
 
 
-def _nothing(folder: Path) -> UserError:
-    """Why a folder has no weights that finback reads."""
-    if pickles := sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))):
-        return UserError(
-            "weights",
-            str(folder / pickles[0]),
-            "a pickle, which can run any program when it is opened",
-            "Use the .safetensors files of the same model, or convert it where you trust it.",
-        )
-    return UserError("weights", str(folder), "no .safetensors file there", "Download the weights into the folder.")
+def _refuse(folder: Path) -> NoReturn:
+    """The UserError of a folder that has no weights that finback reads."""
+    if pickles := sorted(p for kind in ("bin", "pt", "pth") for p in folder.glob(f"*.{kind}")):
+        remedy = "Use the .safetensors files of the same model, or convert it where you trust it."
+        raise UserError("weights", str(pickles[0]), "a pickle, which can run any program when it is opened", remedy)
+    raise UserError("weights", str(folder), "no .safetensors file there", "Download the weights into the folder.")
 
 
 def element_type(dtype: str) -> torch.dtype | None:
     """torch's dtype for safetensors' word, None for what no weight is kept in."""
-    return {
-        "F32": torch.float32,
-        "BF16": torch.bfloat16,
-        "F16": torch.float16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F64": torch.float64,
-    }.get(dtype)
+    plain = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return (plain | {"F8_E4M3": torch.float8_e4m3fn}).get(dtype)

@@ -7,26 +7,23 @@ from finback.model.count import parameters
 
 def write_card(config: ModelConfig, name: str, origin: str, fmt: str) -> str:
     """Markdown with Hugging Face's header. It claims nothing that was not counted; quality is for evaluations to say."""
-    family = family_of(config)
-    rows = [f"| {name} | {value} |" for name, value in (*architecture(config), ("weights", fmt))]
-    lines = [
-        "---",
-        *front_matter(family),
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"Exported by finback from `{origin}`.",
-        "",
-        "| | |",
-        "|---|---|",
-        *rows,
-        "",
-        "The licence of the data and of the model it started from applies; this card does not know it.",
-        "Its answers may be wrong.",
-        "",
-    ]
-    return "\n".join(lines)
+    header = "\n".join(front_matter(family_of(config)))
+    rows = "\n".join(f"| {name} | {value} |" for name, value in (*architecture(config), ("weights", fmt)))
+    return f"""---
+{header}
+---
+
+# {name}
+
+Exported by finback from `{origin}`.
+
+| | |
+|---|---|
+{rows}
+
+The licence of the data and of the model it started from applies; this card does not know it.
+Its answers may be wrong.
+"""
 
 
 def front_matter(family: str) -> list[str]:
@@ -37,12 +34,8 @@ def front_matter(family: str) -> list[str]:
 def architecture(config: ModelConfig) -> list[tuple[str, str]]:
     """Names and values of what a model is made of."""
     total, active = parameters(config, mtp=False), parameters(config, active=True, mtp=False)
-    experts = (
-        f"{config.n_routed_experts} routed experts, {config.num_experts_per_tok} per token, "
-        f"{config.n_shared_experts} shared"
-        if config.n_routed_experts
-        else "dense"
-    )
+    experts = f"{config.n_routed_experts} routed experts, {config.num_experts_per_tok} per token"
+    experts = f"{experts}, {config.n_shared_experts} shared" if config.n_routed_experts else "dense"
     return [
         ("family", family_of(config)),
         ("parameters", f"{total:,}, {active:,} active per token"),
