@@ -18,7 +18,7 @@ def trl_loss(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
     rows, length = new.shape
     settings = {
         "delta": None,
-        "use_bias_correction_kl": False,
+        "use_bias_correction_kl": knobs["unbiased_kl"],
         "steps_per_generation": 1,
         "report_to": [],
         "epsilon_high": 0.2,

@@ -1,6 +1,6 @@
 """The machinery around GRPO's formulas, on a toy model; the formulas themselves are in test_policy.py."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from finback.config import UserError
 from finback.data import tokenizer
 from finback.parallel.mesh import World
 from finback.report.export import export_model
+from finback.rollouts import rl_health
 from finback.rollouts.rollouts import Rollout
 from finback.runs.files import read_lines
 from finback.runs.folder import StageRun
@@ -27,7 +28,7 @@ from finback.tasks.rewards import Reward
 from finback.tasks.task import Problem, Verdict
 from finback.train import loop
 from finback.train.grpo_loss import Objective, advantages
-from tests.toy import WORDS, toy_model
+from tests.toy import ROOT, WORDS, toy_model
 
 
 def reinforcement(folder: Path, **knobs: object) -> Reinforcement:
@@ -110,6 +111,89 @@ def test_groups_without_differences_carry_no_gradient(tmp_path: Path) -> None:
     flat = Reward(accuracy=0.0, form=0.0)
     metrics = step(reinforcement(tmp_path, reward=flat))
     assert metrics["groups_with_gradient"] == metrics["tokens_with_gradient"] == metrics["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-12])
+def test_the_average_is_over_all_tokens_of_the_step(beta: float, tmp_path: Path) -> None:
+    """Groups without differences have no gradient but count, with a divergence and without (TRL's loss_type="dapo")."""
+    gradients = []
+    for average in ("token", "answer"):  # all answers of this model are as long as may be: the averages must agree
+        objective = Objective(beta=beta, average=average)  # type: ignore[arg-type]
+        r = reinforcement(tmp_path, objective=objective, max_grad_norm=1e9)
+        calls = iter(range(4))
+
+        def earned(group: list[Rollout], calls: Iterator[int] = calls) -> list[dict[str, float]]:
+            last = next(calls) == 3
+            return [{"accuracy": float(last and k == 0), "form": 0.0} for k in range(len(group))]
+
+        r.sampler.rewarded = earned  # type: ignore[method-assign]
+        metrics = step(r)
+        assert metrics["groups_with_gradient"] == 0.25 and metrics["truncated"] == 1 and metrics["grad_norm"] > 0
+        gradients.append(gradient(r))
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_guides_row_of_r1_is_what_the_paper_says() -> None:
+    """8,192 answers at a time, 16 updates of 32 questions each, and a new reference every 400 updates."""
+    guide = (ROOT / "docs/guides/r1-road.md").read_text(encoding="utf-8")
+    (row,) = [line.split("|") for line in guide.splitlines() if line.startswith("| R1 |")]
+    aim, knobs = (cell.strip(" `") for cell in row[2:4])
+    r1: GRPO = eval(f"GRPO(name='r1', start='base', task=Chains(), objective=Objective({aim}), {knobs})")
+    assert r1.prompts_per_step / r1.updates == 32 and r1.prompts_per_step * r1.num_generations == 8192
+    assert r1.updates * r1.reference_steps == 400
+    assert r1.objective == Objective(epsilon_low=10, epsilon_high=10, average="answer", beta=0.001)
+
+
+SOUND = {"truncated": 0.1, "groups_with_gradient": 0.5, "accuracy": 0.5, "well_formed": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({}, None),
+        ({"groups_with_gradient": 0.0}, "earn the same"),
+        ({"groups_with_gradient": 0.0, "accuracy": 0.0}, "no answer is right"),
+        ({"groups_with_gradient": 0.0, "accuracy": 0.0, "well_formed": 0.0}, "no answer has the form"),
+        ({"groups_with_gradient": 0.0, "accuracy": 1.0}, "ask harder questions"),
+        ({"truncated": 1.0}, "every answer was cut off"),
+    ],
+)
+def test_why_a_step_taught_nothing(metrics: dict[str, float], words: str | None) -> None:
+    found = rl_health.cause(SOUND | metrics)
+    assert words in found if words else found == ""
+
+
+def saying(r: Reinforcement, metrics: dict[str, float]) -> Reinforcement:
+    """A run whose steps all say this of their answers."""
+    describe = r.sampler.describe
+    r.sampler.describe = lambda *groups: describe(*groups) | SOUND | metrics  # type: ignore[method-assign]
+    return r
+
+
+def test_rl_that_teaches_nothing_says_so_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nothing = {"groups_with_gradient": 0.0, "accuracy": 0.0}
+    r = saying(reinforcement(tmp_path, steps=50, patience=7), nothing)
+    r.run.quiet = False
+    with pytest.raises(
+        UserError, match=r"zero\.patience = 7: nothing was learnt in the last 7 steps: no answer is right"
+    ):
+        loop.run(r)
+    assert capsys.readouterr().err.count("warning: nothing was learnt in 5 steps") == 1
+    assert len(read_lines(r.run.folder / "metrics.jsonl")) == 7
+    again = saying(reinforcement(tmp_path, steps=50, patience=9), nothing)
+    with pytest.raises(UserError, match="in the last 9 steps"):  # goes on from where it stopped
+        loop.run(again)
+    assert len(read_lines(r.run.folder / "metrics.jsonl")) == 9
+
+
+def test_rl_whose_every_answer_is_right_is_done(tmp_path: Path) -> None:
+    r = saying(reinforcement(tmp_path, steps=50, patience=6), {"groups_with_gradient": 0.0, "accuracy": 1.0})
+    assert loop.run(r)["steps"] == 6
+
+
+def test_defaults_follow_the_model_and_the_precision() -> None:
+    assert (rl_health.max_gap(None, "fp32"), rl_health.max_gap(None, "bf16")) == (1e-2, 0.2)
+    assert rl_health.max_gap(0.5, "fp32") == 0.5
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere(tmp_path: Path) -> None:

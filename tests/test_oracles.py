@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finback.train.grpo_loss import Objective, advantages, divergence, share, surrogate, total
+from finback.train.grpo_loss import Objective, advantages, divergence, ratio, share, surrogate, total
 from tests.toy import ROOT
 
 pytestmark = pytest.mark.slow
@@ -28,23 +28,28 @@ def tensors(seed: int) -> dict[str, Tensor]:
         "old": old,
         "reference": new + torch.randn(new.shape, generator=rng, dtype=torch.float64) * 0.5,
         "mask": (torch.arange(LONGEST) < lengths[:, None]).double(),
-        "advantage": torch.tensor([1.2, -0.8, 2.0, -2.5, 0.4, -0.1], dtype=torch.float64),
+        "advantage": torch.tensor([1.2, -0.8, 2.0, -2.5, 0.0, 0.0], dtype=torch.float64),
     }
 
 
 def ours(t: dict[str, Tensor], aim: Objective) -> tuple[float, Tensor]:
-    """The loss as the GRPO stage puts it together, and its gradient."""
+    """The loss as the GRPO stage puts it together, and its gradient; only answers with an advantage are looked at."""
     new = t["new"].clone().requires_grad_()
+    tokens, answers = float(t["mask"].sum()), len(new)
+    looked_at = (t["advantage"] != 0) | (aim.beta > 0)
+    leaf, t = new, {name: value[looked_at] for name, value in t.items()}
+    new = new[looked_at]
     loss, _ = surrogate(new, t["old"], t["advantage"], t["mask"], aim)
     if "importance" in t:
         loss = loss * t["importance"]
     if aim.beta:
-        loss = loss + aim.beta * divergence(new, t["reference"], aim.kl_estimator)
-    whole = share(aim.average, float(t["mask"].sum()), len(new), LONGEST)
+        kl = divergence(new, t["reference"], aim.kl_estimator)
+        loss = loss + aim.beta * (kl * ratio(new, t["old"], t["mask"], aim) if aim.unbiased_kl else kl)
+    whole = share(aim.average, tokens, answers, LONGEST)
     value = total(loss, t["mask"], aim.average) / whole
     value.backward()
-    assert new.grad is not None
-    return value.item(), new.grad
+    assert leaf.grad is not None
+    return value.item(), leaf.grad
 
 
 def asked(cases: list[dict[str, Any]]) -> list[Any]:
@@ -73,6 +78,9 @@ TRL = [
         Objective(average="answer", ratio="sequence", epsilon_low=0.1, epsilon_high=0.1),
     ),
     ({"loss_type": "dapo", "importance": 2.0}, Objective(importance_cap=2.0)),
+    # as TRL corrects the divergence by default
+    ({"loss_type": "dapo", "beta": 0.04, "unbiased_kl": True}, Objective(beta=0.04, unbiased_kl=True)),
+    ({"loss_type": "dapo", "beta": 1e-12, "unbiased_kl": True}, Objective(beta=1e-12, unbiased_kl=True)),
 ]
 
 
@@ -82,7 +90,7 @@ def test_losses_and_gradients_are_trls() -> None:
         t = tensors(seed)
         if cap := knobs.pop("importance", None):
             t["importance"] = (t["old"] - t["reference"]).exp().clamp(max=cap)
-        defaults = {"level": "token", "beta": 0.0, "low": 0.2, "high": 0.2, "longest": LONGEST}
+        defaults = {"level": "token", "beta": 0.0, "low": 0.2, "high": 0.2, "longest": LONGEST, "unbiased_kl": False}
         cases.append({"oracle": "trl_loss", "tensors": t, "knobs": defaults | knobs})
         expected.append(ours(t, aim))
     agree(asked(cases), expected)

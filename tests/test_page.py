@@ -464,6 +464,10 @@ def test_alerts(tmp_path: Path) -> None:
     gaps = [{"step": i, "reward": 0.1, "gap_max": 0.02 if i > 7 else 1e-6} for i in range(1, 20)]
     assert alerts_of(tmp_path, gaps, max_gap=0.01) == [("gap", "gap_max", 8)]
     assert alerts_of(tmp_path, gaps, max_gap=0.1) == []
+    sound = {"truncated": 0.0, "groups_with_gradient": 0.5, "accuracy": 0.5, "well_formed": 1.0, "reward": 0.5}
+    idle = [{"step": s, **sound, "groups_with_gradient": 0.5 * (s < 4)} for s in range(1, 9)]
+    assert alerts_of(tmp_path, idle) == [("idle", "groups_with_gradient", 8)]
+    assert alerts_of(tmp_path, idle[:7]) == []
     assert alerts_of(tmp_path, calm, running=True) == []
     long_ago = time.time() - 3600
     (tmp_path / "x").write_text("")

@@ -7,6 +7,7 @@ import random
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from finback.config import UserError, as_json
 from finback.tasks import answers
 from finback.tasks.questions import Questions
+from finback.tasks.rewards import Reward
 from finback.tasks.task import Problem, Task, Verdict, distinct, is_held_out
 from tests.test_math_process import HOSTILE
 
@@ -176,28 +178,75 @@ def test_hostile_answers(gold: str, attack: str, tmp_path: Path, monkeypatch: py
 
 
 def count(record: dict[str, Any], answer: str) -> float:
-    """A function of a user: as many letters as were asked for; half of them earn half."""
-    return len(answer) / record["letters"]
+    """A function of a user: as many letters as were asked for; half of them earn half, and more nothing."""
+    return len(answer) / record["letters"] * (len(answer) <= record["letters"])
 
 
 def test_an_own_function(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"question": "Write three letters.", "letters": 3})
     task = Questions(path, checker=count)
     problem = task.draw(random.Random(0))
-    assert problem.answer == "" and task.check(problem, "abc") == RIGHT
-    assert task.check(problem, "ab") == JUNK  # no partial credit
+    assert problem.answer == "" and task.check(problem, "abc").correct and task.check(problem, "abcd").score == 0
+    some = task.check(problem, "ab")
+    assert not some.correct and some.score == pytest.approx(2 / 3)
+    assert Reward().parts(some, "", False, 1, 2) == pytest.approx({"accuracy": 2 / 3, "form": 0.0})
     assert as_json(task)["checker"] == "count"
     assert task.check(Problem("?", "?", "of another file"), "abc") == JUNK
 
 
-def test_a_function_that_fails_hangs_or_scribbles_is_wrong(tmp_path: Path) -> None:
+def test_named_parts_of_a_score(tmp_path: Path) -> None:
+    def check(record: dict[str, Any], answer: str) -> dict[str, float]:
+        return {"length": 0.25 * (len(answer) == 5), "words": 0.75 * (answer == record["answer"])}
+
+    task = Questions(write(tmp_path / "a.jsonl", CAPITAL), checker=check)
+    problem = task.draw(random.Random(0))
+    assert task.check(problem, "Paris") == Verdict(True, True, {"length": 0.25, "words": 0.75})
+    assert task.check(problem, "Milan") == Verdict(False, True, {"length": 0.25, "words": 0.0})
+    assert not task.check(problem, "Rome").well_formed
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, Any], str], Any], str]] = {
+    "missing key": (lambda record, answer: record["gold"] == answer, "raised KeyError: 'gold'"),
+    "swapped arguments": (lambda answer, record: record["answer"] == answer, "raised TypeError"),
+    "no return": (lambda record, answer: None, "returned None; return True, False, a number"),
+    "not a number": (lambda record, answer: float("nan"), "returned nan"),
+    "over one": (lambda record, answer: 2.0, "returned 2.0"),
+    "negative": (lambda record, answer: -1, "returned -1"),
+    "parts over one": (lambda record, answer: {"a": 1.0, "b": 0.5}, "returned {'a': 1.0, 'b': 0.5}"),
+    "words": (lambda record, answer: "yes", "returned 'yes'"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_function_that_fails_is_heard(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check, words = FAULTS[fault]
+    task = Questions(write(tmp_path / "a.jsonl", {"question": "Capital?"}), checker=check, label="capitals")
+    problem = task.draw(random.Random(0))
+    assert [task.check(problem, f"Paris {i}") for i in range(3)] == [JUNK] * 3
+    said = capsys.readouterr().err
+    assert said.count("the checker of 'capitals' failed") == 1
+    assert words in said and "a.jsonl:1" in said and "'Paris 0'" in said
+    with pytest.raises(UserError, match=r"questions\.checker = 'capitals': 4 of 4 calls failed; first: it "):
+        task.check(problem, "Paris 3")
+
+
+def test_one_call_in_a_hundred_may_fail(tmp_path: Path) -> None:
+    task = Questions(write(tmp_path / "a.jsonl", {"question": "?"}), checker=lambda record, answer: int(answer) == 1)
+    problem = task.draw(random.Random(0))
+    for i in range(1000):
+        assert task.check(problem, "one" if i % 100 == 99 else "1").correct == (i % 100 != 99)
+    with pytest.raises(UserError, match="11 of 1001 calls failed"):
+        task.check(problem, "one")
+
+
+def test_a_function_that_hangs_or_scribbles_is_wrong(tmp_path: Path) -> None:
     def scribble(record: dict[str, Any], answer: str) -> bool:
         if answer == "hang":
             while True:
                 with contextlib.suppress(Exception):
                     time.sleep(0.01)
         right: bool = record.pop("answer") == answer
-        return right or 1 / 0 > 0
+        return right
 
     task = Questions(write(tmp_path / "a.jsonl", CAPITAL), checker=scribble, timeout=0.2)
     problem = task.draw(random.Random(0))

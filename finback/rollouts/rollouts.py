@@ -79,6 +79,7 @@ def record(r: Rollout) -> dict[str, Any]:
         "answer": r.response.answer,
         "thinks": r.response.thinks,
         "correct": r.verdict.correct,
+        **({"checks": r.verdict.parts} if r.verdict.parts else {}),
         "tokens": len(r.completion.tokens),
         "finish": r.completion.finish_reason,
     }

@@ -37,7 +37,7 @@ class Stage:
     name: str
 
     # limits of the running and not of the result: these may change in a half-finished stage
-    free: ClassVar[frozenset[str]] = frozenset({"checkpoint_steps", "max_gap", "workers"})
+    free: ClassVar[frozenset[str]] = frozenset({"checkpoint_steps", "max_gap", "patience", "workers"})
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)

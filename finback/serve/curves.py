@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from finback.rollouts import rl_health
 from finback.runs.ledger import dollars
 from finback.runs.metrics_table import MetricsTable
 from finback.runs.reader import StageFolder
@@ -107,8 +108,8 @@ def _left(line: Line, seconds: Line, total: float) -> float | None:
 
 
 def alerts(stage: StageFolder, table: MetricsTable, running: bool) -> list[dict[str, Any]]:
-    """What a person should look at: values that are NaN or infinite, spikes, a gap between trainer and engine, a stall."""
-    found = [*_non_finite(table), *_gaps(stage, table)]
+    """What a person should look at: NaN, spikes, trainer and engine apart, RL that teaches nothing, a stall."""
+    found = [*_non_finite(table), *_gaps(stage, table), *_idle(table)]
     for name in () if "reward" in table.columns else ("loss", "grad_norm"):
         found += _spikes(table, name)
     if running:
@@ -155,16 +156,29 @@ def _spikes(table: MetricsTable, name: str) -> list[dict[str, Any]]:
 
 
 def _gaps(stage: StageFolder, table: MetricsTable) -> list[dict[str, Any]]:
-    allowed = stage.config.get("max_gap")
     rows, values = table.column("gap_max")
-    if not isinstance(allowed, int | float) or not len(values):
+    if not len(values):
         return []
+    allowed = rl_health.max_gap(stage.config.get("max_gap"), stage.config.get("compute"))
     over = np.flatnonzero(values > allowed)
     if not len(over):
         return []
     step = int(axis(table, "step", 1.0)[int(rows[over[0]])])
     text = f"trainer and engine disagree by {values[over[0]]:.2g} at step {step}, more than max_gap {allowed:g}"
     return [{"kind": "gap", "name": "gap_max", "step": step, "text": text}]
+
+
+def _idle(table: MetricsTable) -> list[dict[str, Any]]:
+    """RL whose last steps taught nothing."""
+    names = ("truncated", "groups_with_gradient", "accuracy", "well_formed")
+    columns = [table.column(name)[1][-rl_health.NOTICED :] for name in names]
+    if min(map(len, columns)) < rl_health.NOTICED:
+        return []
+    causes = [rl_health.cause(dict(zip(names, map(float, row), strict=True))) for row in zip(*columns, strict=True)]
+    if not all(causes):
+        return []
+    text = f"the last {len(causes)} steps taught nothing: {causes[-1]}"
+    return [{"kind": "idle", "name": names[1], "step": int(axis(table, "step", 1.0)[-1]), "text": text}]
 
 
 def _stall(stage: StageFolder, table: MetricsTable) -> list[dict[str, Any]]:

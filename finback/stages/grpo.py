@@ -34,8 +34,8 @@ class GRPO(Stage):
     num_generations: int = 8
     reward: Reward = field(default_factory=Reward)
     objective: Objective = field(default_factory=Objective)
-    # for two thirds of the steps, then linearly down to final_lr times it
-    lr: float = 3e-4
+    # for two thirds of the steps, then linearly down to final_lr times it; None: 3e-4, from 50 million parameters on 2e-6
+    lr: float | None = None
     # steps over which lr rises to its value
     warmup: int = 0
     final_lr: float = 0.1
@@ -65,8 +65,10 @@ class GRPO(Stage):
     bias_speed: float = 0.0
     # control: hand each answer another answer's reward
     shuffle_rewards: bool = False
-    # stop when trainer and engine disagree by more, in nats per token on average
-    max_gap: float = 1e-2
+    # stop when trainer and engine disagree by more, in nats per token on average; None: 1e-2 in fp32, 0.2 in bf16
+    max_gap: float | None = None
+    # stop after so many steps in a row that taught nothing, with success if every answer was right; 0: never
+    patience: int = 20
     # of trainer and engine alike; bf16 makes the gap a thousand times as large
     compute: Literal["fp32", "bf16"] = "fp32"
     # padded tokens per backward pass
@@ -85,11 +87,13 @@ class GRPO(Stage):
             "epochs",
             "micro_tokens",
         )
-        check_positive(self, self.name, *counts, "max_grad_norm", "max_gap")
+        check_positive(self, self.name, *counts, "max_grad_norm", *(["max_gap"] if self.max_gap is not None else []))
         # lr = 0 only watches: the gap between trainer and engine must then stay flat
         check_not_negative(
-            self, self.name, "lr", "warmup", "resample", "reference_steps", "bias_speed", "overlong_penalty"
+            self, self.name, "warmup", "resample", "reference_steps", "bias_speed", "overlong_penalty", "patience"
         )
+        if self.lr is not None:
+            check_not_negative(self, self.name, "lr")
         check_share(self, self.name, "final_lr")
         if self.num_generations < 2:
             problem = "an answer is judged against its group"

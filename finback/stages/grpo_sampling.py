@@ -1,6 +1,7 @@
 """GRPO's asking: groups of answers to each question, what they earn, and their advantages."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,11 @@ class GroupSampler:
         n, right, formed, thinks, length, cut, varied, *parts = self.world.sum_(
             torch.tensor(sums, dtype=torch.float64)
         ).tolist()
+        graded: Counter[str] = Counter()
+        for r in rollouts:
+            graded.update(r.verdict.parts)
+        graded_by_rank = self.world.gather(dict(graded))
+        checks = sorted({name for one in graded_by_rank for name in one})
         return {
             "reward": sum(parts) / n,
             **{f"reward_{k}": v / n for k, v in zip(names, parts, strict=True)},
@@ -157,4 +163,5 @@ class GroupSampler:
             "truncated": cut / n,
             "groups_with_gradient": varied / self.stage.prompts_per_step,
             "answers": n,
+            **{f"check_{name}": sum(one.get(name, 0.0) for one in graded_by_rank) / n for name in checks},
         }

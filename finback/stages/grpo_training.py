@@ -15,6 +15,7 @@ from finback.engine.engine import Engine
 from finback.model.count import forward_flops_of, training_flops_of
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.rollouts import rl_health
 from finback.rollouts.rollouts import Rollout, batches, learnable
 from finback.runs.folder import StageRun
 from finback.stages.grpo_sampling import Group, GroupSampler
@@ -29,8 +30,11 @@ from finback.train.trainer import Frozen, ReplicatedTrainer, demand_finite
 if TYPE_CHECKING:
     from finback.stages.grpo import GRPO
 
-# (batches, how many answers they stand for) of one update
-Share = tuple[list[Batch], int]
+# (answers to learn from with their advantages, how many answers and how many of their tokens they stand for) of one update
+Share = tuple[list[tuple[Rollout, float]], int, int]
+
+LARGE = 50_000_000  # parameters
+SMALL_LR, LARGE_LR = 3e-4, 2e-6  # of the quickstart; of R1-Zero's kind on open checkpoints
 
 
 class Reinforcement:
@@ -57,7 +61,14 @@ class Reinforcement:
         self.sampler = GroupSampler(stage, run, self.engine, self.tokenizer)
         self.total, self.unit = float(stage.steps), "steps"
         self.steps_done = 0
+        # steps in a row that taught nothing
+        self.idle = 0
+        self.learnt_out = False
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
+        size = sum(p.numel() for p in self.model.parameters())
+        self.peak_lr = stage.lr if stage.lr is not None else (SMALL_LR if size < LARGE else LARGE_LR)
+        if stage.lr is None:
+            run.say(f"{run.name:10} lr = {self.peak_lr:g}, the default for {size:,} parameters")
 
     def loop(self) -> Loop:
         return Loop(self.run, self.trainer, self, self.stage.checkpoint_steps, COMPUTE[self.stage.compute])
@@ -66,20 +77,20 @@ class Reinforcement:
         return self.steps_done
 
     def finished(self) -> bool:
-        return self.steps_done >= self.stage.steps
+        return self.learnt_out or self.steps_done >= self.stage.steps
 
     def step(self, loop: Loop) -> dict[str, Any]:
         stage, trainer, lr = self.stage, self.trainer, self.lr(loop.step)
         asked, groups = self.sampler.sample(loop.step)
         begin = time.perf_counter()
         rows = [self._learnable(share) for share in self._shares(groups)]
-        work = [(self._batches(pairs), answers) for pairs, answers in rows]
+        work = [(self._batches(pairs), answers, tokens) for pairs, answers, tokens in rows]
         seen, worst, norm = torch.zeros(7, dtype=torch.float64), 0.0, 0.0
         self.model.train()
         for epoch in range(stage.epochs):
-            for number, (parts, answers) in enumerate(work):
+            for number, (parts, *counts) in enumerate(work):
                 # later the weights are not those any more that the engine sampled with
-                sums, gap, norm = self._update(parts, answers, loop.step, fresh=epoch == number == 0)
+                sums, gap, norm = self._update(parts, counts, loop.step, fresh=epoch == number == 0)
                 seen, worst = seen + sums, max(worst, gap)
         health = trainer.balance(stage.bias_speed)
         if self.reference is not None and stage.reference_steps and loop.step % stage.reference_steps == 0:
@@ -87,7 +98,7 @@ class Reinforcement:
         loss, clipped, entropy, kl, tokens, gap, compared = self.world.sum_(seen).tolist()
         with_gradient, tokens, compared = tokens, max(tokens, 1.0), max(compared, 1.0)
         metrics = self.sampler.describe(asked, groups)
-        self._account(loop, [r for group in asked for r in group.rollouts], [r for pairs, _ in rows for r, _ in pairs])
+        self._account(loop, [r for group in asked for r in group.rollouts], [r for pairs, *_ in rows for r, _ in pairs])
         self.sampler.write_samples(asked, loop.step)
         self.steps_done = loop.step
         return metrics | {
@@ -110,7 +121,7 @@ class Reinforcement:
         stage = self.stage
         third = stage.steps // 3
         factor = rates.warmup(step, stage.warmup)
-        return stage.lr * factor * rates.decay(step, stage.steps - third, third, stage.final_lr)
+        return self.peak_lr * factor * rates.decay(step, stage.steps - third, third, stage.final_lr)
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
@@ -119,13 +130,18 @@ class Reinforcement:
         each = len(groups) // self.stage.updates
         return [groups[start : start + each] for start in range(0, len(groups), each)]
 
-    def _learnable(self, share: list[Group]) -> tuple[list[tuple[Rollout, float]], int]:
-        """One update's answers with their advantages, and how many answers they stand for."""
+    def _learnable(self, share: list[Group]) -> Share:
+        """One update's answers with their advantages, and how many answers and tokens the averages are over.
+
+        An answer without advantage adds nothing to the sum of a loss without divergence and is not looked at, but counts:
+        otherwise a step with one useful group would move the model as far as a step with many (DAPO eq. 8, Dr. GRPO).
+        """
         pairs = [pair for g in share for pair in zip(g.rollouts, g.advantages, strict=True)]
         if self.stage.mask_truncated:
             pairs = [(r, a) for r, a in pairs if r.completion.finish_reason != "length"]
         rollouts, advantages = [r for r, _ in pairs], [a for _, a in pairs]
-        return learnable(rollouts, advantages, all_rows=self.stage.objective.beta > 0), len(pairs)
+        tokens = sum(len(r.completion.tokens) for r in rollouts)
+        return learnable(rollouts, advantages, all_rows=self.stage.objective.beta > 0), len(pairs), tokens
 
     def _batches(self, pairs: list[tuple[Rollout, float]]) -> list[Batch]:
         """The batches of one update, with what they need of other models."""
@@ -151,19 +167,21 @@ class Reinforcement:
 
     # ---- updates ---------------------------------------------------------------------------------------------------
 
-    def _update(self, parts: list[Batch], answers: int, step: int, fresh: bool) -> tuple[Tensor, float, float]:
-        """One optimizer step; sums over this rank's tokens, its largest gap, and the gradient's norm."""
+    def _update(self, parts: list[Batch], counts: list[int], step: int, fresh: bool) -> tuple[Tensor, float, float]:
+        """One optimizer step; sums over this rank's tokens, its largest gap, and the gradient's norm.
+
+        counts: this rank's answers and their tokens, those without advantage included.
+        """
         stage, trainer = self.stage, self.trainer
-        mine = torch.tensor([sum(float(b.learnt.sum()) for b in parts), float(answers)], dtype=torch.float64)
-        tokens, all_answers = self.world.sum_(mine).tolist()
-        whole = grpo_loss.share(stage.objective.average, tokens, all_answers, stage.max_tokens)
+        answers, tokens = self.world.sum_(torch.tensor(counts, dtype=torch.float64)).tolist()
+        whole = grpo_loss.share(stage.objective.average, tokens, answers, stage.max_tokens)
         trainer.zero()
         seen, worst = torch.zeros(7, dtype=torch.float64), 0.0
         for batch in parts:
             sums, gap = self._backward(batch, whole, fresh)
             seen, worst = seen + sums, max(worst, gap)
         norm = trainer.finish(stage.max_grad_norm)
-        demand_finite(norm, f"{stage.name}.lr", stage.lr, step)
+        demand_finite(norm, f"{stage.name}.lr", self.peak_lr, step)
         if tokens and norm > 0:
             trainer.update(self.lr(step))
         return seen, worst, norm
@@ -181,6 +199,7 @@ class Reinforcement:
         kl = torch.zeros_like(new)
         if batch.reference_logprobs is not None:
             kl = grpo_loss.divergence(new, batch.reference_logprobs, objective.kl_estimator)
+            kl = kl * grpo_loss.ratio(new, old, mask, objective) if objective.unbiased_kl else kl
             loss = loss + objective.beta * kl
         loss = grpo_loss.total(loss, mask, objective.average) / whole
         loss.backward()  # type: ignore[no-untyped-call]
@@ -216,19 +235,32 @@ class Reinforcement:
         return f"accuracy {metrics['accuracy']:.0%}  thinks {metrics['thinks']:.0%}  {metrics['length']:.0f} tokens"
 
     def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
-        """UserError where trainer and engine disagree."""
-        if not metrics["gap_mean"] <= self.stage.max_gap:  # also when it is NaN
+        """UserError where trainer and engine disagree, or where RL has taught nothing for `patience` steps."""
+        stage = self.stage
+        allowed = rl_health.max_gap(stage.max_gap, stage.compute)
+        if not metrics["gap_mean"] <= allowed:  # also when it is NaN
             problem = f"trainer and engine differ by {metrics['gap_mean']:.2g} nats per token at step {loop.step}"
             remedy = "They must be the same model: report this with the run folder, or raise max_gap knowingly."
-            raise UserError(f"{self.stage.name}.max_gap", self.stage.max_gap, problem, remedy)
+            raise UserError(f"{stage.name}.max_gap", allowed, problem, remedy)
+        cause = rl_health.cause(metrics)
+        self.idle = self.idle + 1 if cause else 0
+        if self.idle == rl_health.NOTICED:
+            self.run.say(f"{self.run.name:10} warning: nothing was learnt in {self.idle} steps: {cause}")
+        if stage.patience and self.idle >= stage.patience:
+            self.learnt_out = metrics["accuracy"] >= 1
+            if not self.learnt_out:
+                loop.checkpoint()
+                remedy = "Mend the cause, or raise patience (0: never stop) and run the same command to go on."
+                problem = f"nothing was learnt in the last {self.idle} steps: {cause}"
+                raise UserError(f"{stage.name}.patience", stage.patience, problem, remedy)
 
     def state(self) -> dict[str, Any]:
-        return {"totals": self.totals, "steps_done": self.steps_done}
+        return {"totals": self.totals, "steps_done": self.steps_done, "idle": self.idle, "learnt_out": self.learnt_out}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.totals = {k: int(v) for k, v in state["totals"].items()}
-        self.steps_done = state["steps_done"]
+        self.steps_done, self.idle, self.learnt_out = state["steps_done"], state["idle"], state["learnt_out"]
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         self.trainer.export(self.run, self.run.folder, self.tokenizer)
-        return {"steps": loop.step, **self.totals}
+        return {"steps": loop.step, "lr": self.peak_lr, **self.totals}

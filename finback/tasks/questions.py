@@ -6,16 +6,18 @@ way, but two different ones earn nothing. What is compared, and how, depends on 
 - a number with a number, exactly; a fraction with an integer never, since 6/2 would answer "What is 6/2?"
 - words with words, without regard to case
 - anything else as mathematics, by math-verify in a worker
-- or by the user's own function, which then is all that counts
+- or by the user's own function, which then is all that counts, and may grade
 """
 
 import copy
 import re
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -25,12 +27,13 @@ from finback.tasks.records import Record, RecordTask, read
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
 _LONGEST_GOLD = 200  # characters; longer ones are prose, which nothing here can compare
-_RIGHT = 0.99  # what a user's function must give: a reward here is 0 or 1, so that no partial credit can be farmed
+_RIGHT = 0.99  # the score from which an answer that a user's function grades counts as right
 _ANNOTATION = re.compile(r"<<[0-9+\-*/.=()% ]*>>")  # GSM8K's calculator: 48/2=<<48/2=24>>24
-_FAILING = 0.01  # the share of records whose own gold answer may fail the check
+_FAILING = 0.01  # the share of records whose own gold answer may fail the check, and of calls that may fail
+_FEW = 3  # so many calls may fail however few there were
 
-# A user's function: the record, the text after the thinking -> right or wrong.
-Check = Callable[[dict[str, Any], str], bool | float]
+# A user's function: the record, the text after the thinking -> right or wrong, a score from 0 to 1, or its named parts.
+Check = Callable[[dict[str, Any], str], bool | float | Mapping[str, float]]
 
 
 class _Late(BaseException):
@@ -42,8 +45,10 @@ class Questions(RecordTask):
     """One problem per record; its canonical form is the question, so copies lie on one side of the split.
 
     Of copies of a question, the first counts. Up to 1 % of records may fail the check with their own gold answer:
-    they are left out. A function should depend on nothing but its arguments; what it takes longer than `timeout` seconds for,
-    or raises at, is wrong. (The time is limited in the main thread only.)
+    they are left out. A function should depend on nothing but its arguments. A call of it fails where it raises, takes longer
+    than `timeout` seconds (in the main thread) or returns something else than a bool, a number from 0 to 1, or a dict of
+    such numbers that add up to at most 1: the answer is then wrong, the first such call is shown, and more than 1 % of
+    them end the run with UserError.
     """
 
     # a function of your own
@@ -61,8 +66,13 @@ class Questions(RecordTask):
         _, record = self.by_key.get(problem.key, (None, None))
         if record is None:  # of another file
             return NO_ANSWER
-        correct = not self._objection(record, answer)
-        return Verdict(correct=correct, well_formed=correct)
+        verdict, fault = self._called(record, answer)
+        self._calls.note(fault, self.name, record.where, answer)
+        return verdict
+
+    @cached_property
+    def _calls(self) -> "_Calls":
+        return _Calls()
 
     def problems(self) -> Iterator[tuple[Problem, Record]]:
         """Each problem with its record; those whose own gold answer fails are left out."""
@@ -94,22 +104,68 @@ class Questions(RecordTask):
     def _fault(self, record: Record, problem: Problem) -> str:
         """Why the gold answer of a record is of no use, or ""."""
         if self.checker is not None:
-            return self._objection(record, problem.answer) if problem.answer else ""
+            verdict, fault = self._called(record, problem.answer) if problem.answer else (Verdict(True, True), "")
+            fault = fault or ("" if verdict.score else "gives nothing for it")
+            return fault and f"the checker {fault}"
         if len(problem.answer) > _LONGEST_GOLD:
             return f"the gold answer has more than {_LONGEST_GOLD} characters, so it is no final answer"
         return "" if answers.check(problem, problem.answer).correct else f"{problem.answer!r} is not one final answer"
 
-    def _objection(self, record: Record, answer: str) -> str:
-        """Why the user's function does not count an answer as right, or ""."""
+    def _called(self, record: Record, answer: str) -> tuple[Verdict, str]:
+        """What the user's function says of an answer, and why the call failed, or ""."""
         assert self.checker is not None
         try:
             with _limited(self.timeout):
                 value = self.checker(copy.deepcopy(record.fields), answer)
-            return "" if float(value) >= _RIGHT else f"the checker gave {value!r}"
+            return _graded(value), ""
         except _Late:
-            return f"the checker took more than {self.timeout} s"
+            return NO_ANSWER, f"took more than {self.timeout} s"
+        except _NoScoreError:
+            wanted = "True, False, a number from 0 to 1, or a dict of such numbers that add up to at most 1"
+            return NO_ANSWER, f"returned {value!r:.60}; return {wanted}"
         except Exception as error:  # the function is the user's, the text a model's
-            return f"the checker raised {type(error).__name__}: {error}"
+            return NO_ANSWER, f"raised {type(error).__name__}: {error}"
+
+
+class _NoScoreError(Exception):
+    """A function returned what is neither a verdict nor a score."""
+
+
+def _graded(value: Any) -> Verdict:
+    """The verdict of what a user's function returned."""
+    value = value.item() if hasattr(value, "item") else value  # of numpy and torch
+    if isinstance(value, bool):
+        return Verdict(correct=value, well_formed=value)
+    parts = {"score": value} if not isinstance(value, Mapping) else value
+    if not all(isinstance(k, str) and isinstance(v, int | float) and 0 <= v <= 1 for k, v in parts.items()):
+        raise _NoScoreError
+    score = sum(parts.values())
+    if not parts or score > 1 + 1e-6:
+        raise _NoScoreError
+    return Verdict(score >= _RIGHT, score > 0, {name: float(part) for name, part in parts.items()})
+
+
+@dataclass
+class _Calls:
+    """How often a user's function was called, and how often that failed."""
+
+    made: int = 0
+    failed: int = 0
+    first: str = ""
+
+    def note(self, fault: str, task: str, where: str, answer: str) -> None:
+        """Count a call; show the first that fails, UserError when too many have."""
+        self.made += 1
+        if not fault:
+            return
+        self.failed += 1
+        if not self.first:
+            self.first = f"it {fault}, for {where} and the answer {answer[:200]!r}"
+            print(f"warning: the checker of {task!r} failed: {self.first}", file=sys.stderr)
+        if self.failed > max(_FEW, _FAILING * self.made):
+            problem = f"{self.failed} of {self.made} calls failed; first: {self.first}"
+            remedy = "Make it return False or 0 for text that is no answer, whatever the text."
+            raise UserError("questions.checker", task, problem, remedy)
 
 
 @contextmanager

@@ -20,8 +20,9 @@ class Reward:
     at all. `language` is R1's language consistency: the share of the chain's words that are in `target`.
     """
 
+    # for a right answer; where the check is graded, times the score
     accuracy: float = 1.0
-    # for a well-formed answer that is wrong; a right one has no need of it
+    # for a well-formed answer that is wrong; one that earns something for its accuracy has no need of it
     form: float = 0.1
     # for a chain that was opened, closed and has something in it
     think: float = 0.0
@@ -61,8 +62,8 @@ class Reward:
         earned = dict.fromkeys(self.names, 0.0)
         if not (verdict.correct or verdict.well_formed) or (thinks and not chain.strip()):
             return earned
-        earned["accuracy"] = self.accuracy if verdict.correct else 0.0
-        earned["form"] = 0.0 if verdict.correct else self.form
+        earned["accuracy"] = self.accuracy * verdict.score
+        earned["form"] = 0.0 if verdict.score else self.form
         if self.think and thinks:
             earned["think"] = self.think
         if self.language and thinks:

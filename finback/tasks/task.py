@@ -31,10 +31,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check says of an answer: right or not, and whether it is an answer of the asked form at all."""
+    """What a check says of an answer: right or not, and whether it is an answer of the asked form at all.
+
+    A graded check says more than yes or no: `parts` are what it gives for what, each in [0, 1], at most 1 together.
+    """
 
     correct: bool
     well_formed: bool
+    parts: dict[str, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def score(self) -> float:
+        """How right the answer is, from 0 to 1."""
+        return sum(self.parts.values()) if self.parts else float(self.correct)
 
 
 NO_ANSWER = Verdict(correct=False, well_formed=False)
@@ -54,7 +63,7 @@ class Task(Protocol):
         ...
 
     def check(self, problem: Problem, answer: str) -> Verdict:
-        """Judge the text after the thinking; must neither raise nor execute anything for any text."""
+        """Judge the text after the thinking; must execute none of it, and raise for no text (UserError: to end the run)."""
         ...
 
 

@@ -35,6 +35,8 @@ class Objective:
     beta: float = 0.0
     # k1's gradient is zero on average: it only adds noise, but others have it
     kl_estimator: Literal["k1", "k3"] = "k3"
+    # times ρ, which makes k3's gradient that of the divergence (V3.2, 2512.02556; TRL's default)
+    unbiased_kl: bool = False
     # cap of the trainer's over the engine's probability as a weight (truncated importance sampling)
     importance_cap: float | None = None
 
@@ -60,17 +62,22 @@ def advantages(rewards: Tensor, normalise: bool = True) -> Tensor:
     return torch.where(differs, scaled, torch.zeros_like(centred))
 
 
+def ratio(new: Tensor, old: Tensor, mask: Tensor, objective: Objective) -> Tensor:
+    """ρ of every token; new, old, mask (answers, tokens) are log-probabilities and 1 where a token counts."""
+    log_ratio = (new - old).clamp(-20, 20)  # exp stays finite
+    if objective.ratio == "sequence":
+        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
+    return log_ratio.exp()
+
+
 def surrogate(new: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """-min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) per token (R1 eq. 1), and where the clip acted.
 
     new, old, mask (answers, tokens) are log-probabilities and 1 where a token counts, advantage (answers,).
     """
-    log_ratio = (new - old).clamp(-20, 20)  # exp stays finite
-    if objective.ratio == "sequence":
-        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
-    ratio, weight = log_ratio.exp(), advantage[:, None]
-    plain = ratio * weight
-    clipped = torch.minimum(plain, ratio.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high) * weight)
+    rho, weight = ratio(new, old, mask, objective), advantage[:, None]
+    plain = rho * weight
+    clipped = torch.minimum(plain, rho.clamp(1 - objective.epsilon_low, 1 + objective.epsilon_high) * weight)
     if objective.dual_clip is not None:
         clipped = torch.where(weight < 0, torch.maximum(clipped, objective.dual_clip * weight), clipped)
     return -clipped, (clipped != plain) & (mask > 0)
