@@ -6,9 +6,9 @@ chains?min_terms=8&max_terms=8  any field of finback.tasks.math.Chains
 
 from typing import get_type_hints
 
-from finback.config import UserError, did_you_mean, parse
+from finback.config import parse
 from finback.suites.problems import ProblemList, fingerprint
-from finback.suites.suite import Suite, SuiteSource
+from finback.suites.suite import Suite, SuiteSource, check_options
 from finback.tasks.math import Chains
 from finback.tasks.task import distinct
 
@@ -19,8 +19,7 @@ TERMS = {"min_terms": "5", "max_terms": "7"}
 def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
     """Distinct held-out sums; the question is put as it stands, as training put it."""
     hints = get_type_hints(Chains)
-    if unknown := [name for name in options if name not in hints]:
-        raise UserError("chains", unknown[0], "no such option", did_you_mean(unknown[0], hints))
+    check_options("chains", options, hints)
     task = Chains(**{name: parse(text, hints[name], f"chains.{name}") for name, text in (TERMS | options).items()})
     made = tuple(distinct(task, "held_out", problems or DEFAULT, seed))
     return Suite(

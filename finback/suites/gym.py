@@ -13,7 +13,7 @@ from typing import Any
 
 from finback.config import UserError, did_you_mean, parse
 from finback.suites.problems import ProblemList, fingerprint
-from finback.suites.suite import Suite, SuiteSource
+from finback.suites.suite import Suite, SuiteSource, check_options
 from finback.tasks.answers import boxed
 from finback.tasks.gym import SUPPORTED, Gym, Setting, setting_types
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, draw_distinct
@@ -102,7 +102,5 @@ def _read(dataset: str, options: dict[str, str]) -> dict[str, Setting]:
     if not options:
         return {}
     hints = setting_types(dataset)
-    if unknown := [name for name in options if name not in hints]:
-        near = did_you_mean(unknown[0], [*hints, "level", "bare"])
-        raise UserError(f"gym:{dataset}", unknown[0], "no such option", near)
+    check_options(f"gym:{dataset}", options, [*hints, "level", "bare"])
     return {name: parse(text, hints[name], f"gym:{dataset}.{name}") for name, text in options.items()}

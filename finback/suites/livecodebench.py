@@ -117,9 +117,8 @@ def _method(record: Record) -> str:
     starter = record.text("starter_code").strip()
     metadata = _parsed(record.fields.get("metadata") or {})
     if not isinstance(metadata, dict):
-        raise UserError(
-            f"{record.where} metadata", record.fields["metadata"], "not a JSON object", "Correct the record."
-        )
+        where = f"{record.where} metadata"
+        raise UserError(where, record.fields["metadata"], "not a JSON object", "Correct the record.")
     if not (found := metadata.get("func_name")):
         match = re.search(r"class Solution[^\n]*:\s*def\s+(\w+)", starter)
         found = match[1] if match else ""

@@ -9,10 +9,10 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from finback.config import UserError, did_you_mean
+from finback.config import UserError
 from finback.suites import dialogues
 from finback.suites.problems import ProblemList, fingerprint
-from finback.suites.suite import Suite, SuiteSource
+from finback.suites.suite import Suite, SuiteSource, check_options
 from finback.tasks import answers
 from finback.tasks.task import Problem, Verdict
 
@@ -55,9 +55,7 @@ _NUMBER = re.compile(r"(?<![\d.,])(?:\d{7}|\d,\d{3},\d{3})(?![.,]?\d)")
 
 def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
     """Questions for each of the `lengths` and `depths`, lists with commas; `problems` of them in turn."""
-    near = [name for name in options if name not in ("lengths", "depths")]
-    if near:
-        raise UserError("needle", near[0], "no such option", did_you_mean(near[0], ("lengths", "depths")))
+    check_options("needle", options, ("lengths", "depths"))
     lengths = _numbers("lengths", options.get("lengths", ""), LENGTHS, 50, _LONGEST)
     depths = _numbers("depths", options.get("depths", ""), DEPTHS, 0, 100)
     cells = [(length, depth) for length in lengths for depth in depths]

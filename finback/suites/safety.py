@@ -13,9 +13,9 @@ import re
 from functools import partial
 from pathlib import Path
 
-from finback.config import UserError, did_you_mean
+from finback.config import UserError
 from finback.suites.problems import ProblemList, fingerprint, pick
-from finback.suites.suite import Suite, SuiteSource
+from finback.suites.suite import Suite, SuiteSource, check_options
 from finback.tasks.judge import Judge
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
@@ -45,10 +45,7 @@ _LONGEST = 100_000  # characters of an answer that are looked at
 
 def load(options: dict[str, str], problems: int | None, seed: int) -> Suite:
     """Prompts of three kinds in equal halves; `judge` and `model` name an OpenAI-compatible server's judge."""
-    known = ("judge", "model", "key_file")
-    for name in options:
-        if name not in known:
-            raise UserError("safety", name, "no such option", did_you_mean(name, known))
+    check_options("safety", options, ("judge", "model", "key_file"))
     if options and not (options.get("judge") and options.get("model")):
         raise UserError("safety", options, "a judge has an address and a model", "Write safety?judge=URL&model=NAME.")
     judge = Judge(options["judge"], options["model"], options.get("key_file"), RUBRIC) if options else None

@@ -1,8 +1,9 @@
 """A suite is a fixed list of questions, and all that another person needs to ask them in the same way. No torch here."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from finback.config import UserError, check_fields
+from finback.config import UserError, check_fields, did_you_mean
 from finback.tasks.task import Problem, Task
 
 
@@ -51,3 +52,9 @@ class Suite:
         """The messages that put one question to a chat model."""
         turn = {"role": "user", "content": self.prompt.replace("{question}", problem.question)}
         return [{"role": "system", "content": self.system}, turn] if self.system else [turn]
+
+
+def check_options(name: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """UserError for the first option of a suite that it does not know."""
+    if unknown := [option for option in options if option not in known]:
+        raise UserError(name, unknown[0], "no such option", did_you_mean(unknown[0], known))
