@@ -190,7 +190,9 @@ def test_weights_that_travel_in_bf16_train_like_those_in_fp32(tmp_path: Path) ->
     """In a bf16 model a matrix is rounded before its product either way; only the gains of norms are rounded as well."""
     on_ranks(2, _rounded, str(tmp_path / "out.json"))
     exact, rounded = (torch.tensor(n) for n in json.loads((tmp_path / "out.json").read_text()))
-    assert 0 < (exact - rounded).abs().max() < 0.02
+    assert 0 < (exact - rounded)[:, :-1].abs().max() < 0.02
+    # the norm of the gradient is about 2.5; by how much it is off depends on the processor's bf16 products
+    assert ((exact - rounded)[:, -1] / exact[:, -1]).abs().max() < 2**-5
 
 
 def _levels() -> None:
