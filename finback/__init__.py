@@ -12,43 +12,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finback.api import Results, compare, plan, run
-    from finback.engine.llm import LLM, Output
-    from finback.engine.open import load
-    from finback.engine.request import SamplingParams
-    from finback.model.config import ModelConfig
-    from finback.stages.distill import Distill
-    from finback.stages.evaluate import Evaluate, Exam
-    from finback.stages.extend import Extend
-    from finback.stages.grpo import GRPO
-    from finback.stages.prepare import Prepare
-    from finback.stages.pretrain import Pretrain
-    from finback.stages.reject import Reject
-    from finback.stages.sft import SFT
-    from finback.tasks.task import Task
+    from finback.api import Results as Results
+    from finback.api import compare as compare
+    from finback.api import plan as plan
+    from finback.api import run as run
+    from finback.engine.llm import LLM as LLM
+    from finback.engine.llm import Output as Output
+    from finback.engine.open import load as load
+    from finback.engine.request import SamplingParams as SamplingParams
+    from finback.model.config import ModelConfig as ModelConfig
+    from finback.stages.distill import Distill as Distill
+    from finback.stages.evaluate import Evaluate as Evaluate
+    from finback.stages.evaluate import Exam as Exam
+    from finback.stages.extend import Extend as Extend
+    from finback.stages.grpo import GRPO as GRPO
+    from finback.stages.prepare import Prepare as Prepare
+    from finback.stages.pretrain import Pretrain as Pretrain
+    from finback.stages.reject import Reject as Reject
+    from finback.stages.sft import SFT as SFT
+    from finback.tasks.task import Task as Task
 
 __version__ = "0.1.0"
-__all__ = [
-    "GRPO",
-    "LLM",
-    "SFT",
-    "Distill",
-    "Evaluate",
-    "Exam",
-    "Extend",
-    "ModelConfig",
-    "Output",
-    "Prepare",
-    "Pretrain",
-    "Reject",
-    "Results",
-    "SamplingParams",
-    "Task",
-    "compare",
-    "load",
-    "plan",
-    "run",
-]
 
 _MODULES = {
     "api": ("Results", "compare", "plan", "run"),
@@ -61,6 +45,7 @@ _MODULES = {
     **{f"stages.{n.lower()}": (n,) for n in ("Prepare", "Pretrain", "Extend", "SFT", "GRPO", "Reject", "Distill")},
 }
 _MODULE_OF = {name: f"finback.{module}" for module, names in _MODULES.items() for name in names}
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

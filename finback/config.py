@@ -27,31 +27,29 @@ class UserError(ValueError):
         return type(self), (self.field, self.value, self.problem, self.remedy)  # so that other processes can raise it
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """'Did you mean …?' for a near miss, otherwise the list of what is known."""
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """'Did you mean …?' for a near miss, `otherwise` or the list of what is known for anything else."""
     known = sorted(set(known))
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known) or 'none'}."
+    return f"Did you mean {near[0]!r}?" if near else otherwise or f"Known: {', '.join(known) or 'none'}."
 
 
-def check_fields(config: Any, where: str) -> None:
-    """Raise UserError for the first field of a dataclass whose value does not fit its annotation.
+def check_fields(config: Any, where: str = "", but: Sequence[str] = ()) -> None:
+    """Raise UserError for the first field of a dataclass, `but` some, whose value does not fit its annotation.
 
-    `where` is the stage that the field is of, or "--" for options of the command line: UserError then names the flag. An `int` passes for a `float`, infinity and nan do not; a list does not pass for a tuple (it would make the config
-    unhashable).
+    `where` is the stage that the field is of, if any, or "--" for options of the command line: UserError then names the
+    flag. An `int` passes for a `float`, infinity and nan do not; a list does not pass for a tuple (it would make the
+    config unhashable).
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if not _fits(value, hints[field.name]):
-            hint = hints[field.name]
+        value, hint, name = getattr(config, field.name), hints[field.name], _name(where, field.name)
+        if field.name not in but and not _fits(value, hint):
             literal = next((h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is typing.Literal), None)
             if literal is not None and isinstance(value, str):
-                problem, remedy = f"expected {_say(literal)}", did_you_mean(value, map(str, typing.get_args(literal)))
-            else:
-                problem = f"expected {_say(hint)}, got {_kind(value)}"
-                remedy = "Correct it." if where == "--" else "Correct the value in the recipe."
-            raise UserError(_name(where, field.name), value, problem, remedy)
+                raise _no_choice(name, value, literal)
+            remedy = "Correct it." if where in ("", "--") else "Correct the value in the recipe."
+            raise UserError(name, value, f"expected {_say(hint)}, got {_kind(value)}", remedy)
 
 
 def check_positive(config: Any, where: str, *names: str) -> None:
@@ -75,8 +73,7 @@ def check_share(config: Any, where: str, *names: str) -> None:
     """Raise UserError for the first of the named fields that is not in 0..1."""
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
-            problem = "a share is between 0 and 1"
-            raise UserError(f"{where}.{name}", getattr(config, name), problem, "Correct it.")
+            raise UserError(_name(where, name), getattr(config, name), "a share is between 0 and 1", "Correct it.")
 
 
 def override(config: Any, path: Sequence[str], text: str, where: str) -> Any:
@@ -88,9 +85,8 @@ def override(config: Any, path: Sequence[str], text: str, where: str) -> Any:
     if rest:
         inner = getattr(config, head)
         if not dataclasses.is_dataclass(inner):
-            raise UserError(
-                ".".join([where, *path]), text, f"{where}.{head} has no fields", f"Set {where}.{head} itself."
-            )
+            remedy = f"Set {where}.{head} itself."
+            raise UserError(".".join([where, *path]), text, f"{where}.{head} has no fields", remedy)
         return dataclasses.replace(config, **{head: override(inner, rest, text, f"{where}.{head}")})
     hint = typing.get_type_hints(type(config))[head]
     return dataclasses.replace(config, **{head: parse(text, hint, f"{where}.{head}")})
@@ -105,7 +101,7 @@ def parse(text: str, hint: Any, field: str) -> Any:
         return parse(text, next(a for a in args if a is not type(None)), field)
     if origin is typing.Literal:
         if text not in args:
-            raise UserError(field, text, f"expected {_say(hint)}", did_you_mean(text, map(str, args)))
+            raise _no_choice(field, text, hint)
         return text
     if origin is tuple:
         return tuple(parse(part.strip(), args[0], field) for part in text.split(",") if part.strip())
@@ -132,7 +128,12 @@ def as_json(value: Any) -> Any:
 
 def _name(where: str, field: str) -> str:
     """A field as the user knows it: stage.field, or the flag of the command line."""
-    return f"--{field.replace('_', '-')}" if where == "--" else f"{where}.{field}"
+    return f"--{field.replace('_', '-')}" if where == "--" else f"{where}.{field}".removeprefix(".")
+
+
+def _no_choice(field: str, value: str, literal: Any) -> UserError:
+    remedy = did_you_mean(value, map(str, typing.get_args(literal)), "Use one of them.")
+    return UserError(field, value, f"expected {_say(literal)}", remedy)
 
 
 def _integer(text: str) -> int:

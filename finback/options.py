@@ -1,6 +1,7 @@
 """Options of the verbs as dataclasses: defaults, help and checks in one place, and the command line made of them.
 
-A field whose annotation carries a `typer.Option` or `typer.Argument` is also an option of the command. No torch here.
+A field whose annotation carries a help text, a `typer.Option` or a `typer.Argument` is also an option of the command. No
+torch here.
 """
 
 import dataclasses
@@ -15,9 +16,7 @@ import typer
 
 from finback.config import UserError, check_fields, did_you_mean
 
-Dtype = Annotated[
-    Literal["auto", "fp32", "bf16", "int8"], typer.Option(help="auto, fp32, bf16, or int8 (weights alone, rounded).")
-]
+Dtype = Annotated[Literal["auto", "fp32", "bf16", "int8"], "auto, fp32, bf16, or int8 (weights alone, rounded)."]
 Settings = Annotated[
     tuple[str, ...], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")
 ]
@@ -75,15 +74,12 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
     """An annotated parameter with a type that typer knows."""
-    kind, *more = get_args(hint)
+    kind, more = get_args(hint)
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=list(default) if isinstance(default, tuple) else default,
-        annotation=Annotated[_for_typer(kind), *more],
-    )
+    default = list(default) if isinstance(default, tuple) else default
+    annotation: Any = Annotated[_for_typer(kind), typer.Option(help=more) if isinstance(more, str) else more]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _for_typer(hint: Any) -> Any:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from finback.data import tokenizer as tokenizers
 from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Request, SamplingParams
 from finback.model.transformer import Transformer
-from finback.serve import server, watch
+from finback.serve import http
 from finback.serve.options import ServeOptions
 from finback.serve.server import Server, build
 from tests.toy import CONFIG
@@ -100,8 +101,8 @@ def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
     """A real server on a real socket, and a client for it."""
     made = ServeOptions(**{"model": Path("toy"), "page": False} | options)
     app = build(engine, engine.tokenizer or small_tokenizer(), made)
-    listener = watch.listen("127.0.0.1", 0)
-    runner = Server(app.state.service, server.configuration(app))
+    listener = http.listen("127.0.0.1", 0)
+    runner = Server(app)
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     base = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -115,6 +116,27 @@ def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
         runner.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive(), "the server does not end"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture(scope="module")
+def client(engine: Scripted) -> Iterator[httpx.Client]:
+    with served(engine, aliases=("toy-chat",)) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(engine: Scripted) -> Iterator[None]:
+    """Each test finds an engine without a script, and leaves one that is done."""
+    engine.script, engine.pace = None, 0.0
+    engine.seen.clear()
+    yield
+    wait_for(lambda: not engine.busy)
+    assert engine.leaked == 0
 
 
 def wait_for(condition: Any, seconds: float = 20) -> float:

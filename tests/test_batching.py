@@ -200,7 +200,7 @@ def test_cancelling_frees_pages_at_once() -> None:
     requests = [engine.submit(PROMPT, SamplingParams(1.0, 100), i) for i in range(4)]
     for _ in range(3):
         engine.step()
-    assert (engine.running, engine.waiting) == (2, 2)
+    assert (engine.running, len(engine.scheduler.waiting)) == (2, 2)
     for s in requests:
         engine.cancel(s)
     assert engine.pages.free == engine.pages.count and not engine.busy

@@ -132,7 +132,7 @@ def test_an_override_changes_one_field_of_a_copy() -> None:
         ("rate", "fast", "base.rate = 'fast': expected float. Write for example 0.5 or 3e-4."),
         ("shuffle", "yes", "base.shuffle = 'yes': expected bool. Write for example true or false."),
         ("compute", "bf61", "base.compute = 'bf61': expected one of auto, fp32, bf16. Did you mean 'bf16'?"),
-        ("compute", "int8", "base.compute = 'int8': expected one of auto, fp32, bf16. Known: auto, bf16, fp32."),
+        ("compute", "int8", "base.compute = 'int8': expected one of auto, fp32, bf16. Use one of them."),
         ("sizes", "1,two", "base.sizes = 'two': expected int. Write for example 100 or 2e6."),
         ("limit", "all", "base.limit = 'all': expected int. Write for example 100 or 2e6."),
         (

@@ -1,6 +1,7 @@
 """The engine against the plain loop: same tokens, same log-probabilities, whatever else is in the batch."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -115,11 +116,16 @@ def test_narrowing_is_that_of_transformers(k: int, p: float, m: float, temperatu
 
 @pytest.mark.parametrize(
     ("knob", "message"),
-    [({"top_p": 0.0}, "top_p = 0.0: not above 0"), ({"top_k": -1}, "top_k = -1"), ({"min_p": 2.0}, "min_p = 2.0")],
+    [
+        ({"top_p": 0.0}, "top_p = 0.0: not above 0"),
+        ({"top_k": -1}, "top_k = -1"),
+        ({"min_p": 2.0}, "min_p = 2.0"),
+        ({"temperature": "hot"}, "^temperature = 'hot': expected float, got str"),
+    ],
 )
-def test_impossible_narrowing_is_refused(knob: dict[str, float], message: str) -> None:
+def test_impossible_narrowing_is_refused(knob: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        SamplingParams(**knob)  # type: ignore[arg-type]
+        SamplingParams(**knob)
 
 
 def test_too_long_a_request_is_refused() -> None:

@@ -11,7 +11,7 @@ from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS
 
 from finback.serve import openapi
-from finback.serve.auth import digests
+from finback.serve.http import digests
 from tests.serving import KEY, Scripted, served, wait_for
 
 DOCUMENT = schemathesis.openapi.from_dict(openapi.document())

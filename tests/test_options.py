@@ -39,7 +39,7 @@ def test_the_command_line_gives_the_same_object_as_python() -> None:
 
     assert made(command, "toy") == [(ServeOptions(model=MODEL), ())]
     words = "toy --alias a --alias b --no-reuse --allow-host h --reasoning none --also x/y --set a.b=1 --tokens 9"
-    given = {"aliases": ["a", "b"], "reuse": False, "hosts": ["h"], "reasoning_field": "none", "also": ["x/y"]}
+    given = {"aliases": ["a", "b"], "reuse": False, "hosts": ["h"], "reasoning": "none", "also": ["x/y"]}
     assert made(command, *words.split()) == [(ServeOptions(model="toy", tokens=9, **given), ("a.b=1",))]  # type: ignore[arg-type]
 
 
@@ -63,7 +63,8 @@ def test_help_and_defaults_are_the_fields(verb: str, kind: type[Options]) -> Non
     fields = {f.name: f.default for f in dataclasses.fields(kind) if hasattr(hints[f.name], "__metadata__")}
     assert set(parameters) == set(fields)
     for name, parameter in parameters.items():
-        assert parameter.help.startswith(hints[name].__metadata__[0].help), name
+        said = hints[name].__metadata__[0]
+        assert parameter.help.startswith(getattr(said, "help", said)), name
         required = fields[name] is dataclasses.MISSING
         assert parameter.required == required
         assert required or (parameter.default or None) == (fields[name] or None), name
@@ -73,6 +74,8 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     (ServeOptions, {"model": MODEL, "rows": 0}, r"--rows = 0: not above 0\. Use 1 or more"),
     (ServeOptions, {"model": MODEL, "queue": -1}, "--queue = -1: negative"),
     (ServeOptions, {"model": MODEL, "dtype": "int3"}, r"--dtype = 'int3': expected one of .* Did you mean 'int8'"),
+    (ServeOptions, {"model": MODEL, "dtype": "xx"}, r"--dtype = 'xx': expected one of .*int8\. Use one of them\.$"),
+    (ServeOptions, {"model": MODEL, "reasoning": "nope"}, "--reasoning = 'nope': expected one of both, deepseek"),
     (ServeOptions, {"model": MODEL, "drain": math.nan}, "--drain = nan: expected float"),
     (ServeOptions, {"model": MODEL, "also": ["a/toy"]}, "--also = .*two models of one name"),
     (PlanOptions, {"on": 8}, "--on = 8: expected str, got int"),

@@ -25,7 +25,7 @@ from finback.runs.reader import StageFolder
 from finback.runs.samples import SampleIndex
 from finback.runs.thinning import smooth, thin
 from finback.serve import curves, server, watch
-from finback.serve.auth import digests
+from finback.serve.http import digests
 from finback.serve.options import ListenOptions, ServeOptions
 from finback.serve.page import POLICY, WEB, Page
 from finback.serve.runs import Runs

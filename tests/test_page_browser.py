@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from finback.serve.auth import digests
+from finback.serve.http import digests
 from tests.serving import CHAT, KEY, Scripted, served, wait_for
 from tests.test_page import served_two
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import uvicorn
 
-from finback.serve import watch
+from finback.serve import http, watch
 from finback.serve.options import ListenOptions
 from tests.serving import wait_for
 from tests.test_page import HOSTILE, make_run, write
@@ -42,7 +42,7 @@ LOOK = "() => document.dispatchEvent(new Event('visibilitychange'))"  # somebody
 @contextmanager
 def watching(root: Path) -> Iterator[Any]:
     """`finback watch` on a real socket."""
-    listener = watch.listen("127.0.0.1", 0)
+    listener = http.listen("127.0.0.1", 0)
     app = watch.build(root, ListenOptions())
     runner = uvicorn.Server(uvicorn.Config(app, ws="none", lifespan="off", log_config=None, access_log=False))
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)

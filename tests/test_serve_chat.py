@@ -1,34 +1,27 @@
 """Chat completions on the wire: the envelope, choices, sampling, log-probabilities, what things cost."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import pytest
 
-from finback.serve.auth import digests
-from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, served, small_tokenizer, streamed, summed, wait_for
+from finback.serve.http import digests
+from tests.serving import (
+    CHAT,
+    HELLO,
+    KEY,
+    OTHER,
+    Scripted,
+    client,
+    engine,
+    nothing_is_left,
+    served,
+    small_tokenizer,
+    streamed,
+    summed,
+)
 
-
-@pytest.fixture(scope="module")
-def engine() -> Scripted:
-    return Scripted()
-
-
-@pytest.fixture(scope="module")
-def client(engine: Scripted) -> Iterator[httpx.Client]:
-    with served(engine, aliases=("toy-chat",)) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(engine: Scripted) -> Iterator[None]:
-    engine.script, engine.pace = None, 0.0
-    engine.seen.clear()
-    yield
-    wait_for(lambda: not engine.busy)
-    assert engine.leaked == 0
+__all__ = ["client", "engine", "nothing_is_left"]  # fixtures
 
 
 def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:

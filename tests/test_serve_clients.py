@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finback.serve.auth import digests
+from finback.serve.http import digests
 from tests.serving import KEY, Scripted, served, small_tokenizer
 
 PYTHON = Path(sys.prefix) / "clients" / "bin" / "python"

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from finback.serve.auth import digests
+from finback.serve.http import digests
 from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, events, served, streamed, summed, wait_for
 
 TEXT = " ".join(map(str, range(40)))

@@ -11,9 +11,9 @@ import pytest
 from starlette.routing import Route
 
 from finback.config import UserError
-from finback.serve import server, watch
-from finback.serve.auth import digests, secured
+from finback.serve import http, server
 from finback.serve.errors import ApiError
+from finback.serve.http import digests, secured
 from finback.serve.middleware import OPEN, Quota, owner_of, salt
 from finback.serve.options import ListenOptions, ServeOptions
 from finback.serve.server import build
@@ -90,7 +90,7 @@ def test_an_open_door_to_the_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_port_that_is_taken_is_a_users_error(tmp_path: Path) -> None:
-    listener = watch.listen("127.0.0.1", 0)
+    listener = http.listen("127.0.0.1", 0)
     with pytest.raises(UserError, match="host:port"):
         server.run(ServeOptions(model=tmp_path / "none", port=listener.getsockname()[1]))
     listener.close()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from finback.serve.auth import digests
+from finback.serve.http import digests
 from tests.serving import KEY, Scripted, served
 from tests.test_serve_thinking import CALLS, TOOLS
 

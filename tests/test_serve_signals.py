@@ -18,12 +18,12 @@ LONG = HELLO | {"max_tokens": 800, "ignore_eos": True}
 PROGRAM = """
 import sys
 from pathlib import Path
-from finback.serve import server, watch
+from finback.serve import http, server
 from finback.serve.options import ServeOptions
 from tests.serving import Scripted, small_tokenizer
 options = ServeOptions(model=Path("toy"), page=False, drain=float(sys.argv[1]))
 app = server.build(Scripted(pace=0.02), small_tokenizer(), options)
-listener = watch.listen("127.0.0.1", 0)
+listener = http.listen("127.0.0.1", 0)
 server.serve(app, listener)
 """
 

@@ -1,35 +1,16 @@
 """Text completions on the wire: prompts in every form, echo, log-probabilities, filling in."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from finback.data.tokenizer import BOS, FIM
-from tests.serving import Scripted, served, small_tokenizer, streamed, wait_for
+from tests.serving import Scripted, client, engine, nothing_is_left, small_tokenizer, streamed
+
+__all__ = ["client", "engine", "nothing_is_left"]  # fixtures
 
 PATH = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def engine() -> Scripted:
-    return Scripted()
-
-
-@pytest.fixture(scope="module")
-def client(engine: Scripted) -> Iterator[httpx.Client]:
-    with served(engine) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(engine: Scripted) -> Iterator[None]:
-    engine.script = None
-    engine.seen.clear()
-    yield
-    wait_for(lambda: not engine.busy)
-    assert engine.leaked == 0
 
 
 def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:

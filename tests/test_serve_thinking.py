@@ -2,37 +2,33 @@
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from finback.data.tokenizer import THINK
-from finback.serve.auth import digests
-from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, events, served, small_tokenizer, streamed, summed, wait_for
+from finback.serve.http import digests
+from tests.serving import (
+    CHAT,
+    HELLO,
+    KEY,
+    OTHER,
+    Scripted,
+    client,
+    engine,
+    events,
+    nothing_is_left,
+    served,
+    small_tokenizer,
+    streamed,
+    summed,
+    wait_for,
+)
+
+__all__ = ["client", "engine", "nothing_is_left"]  # fixtures
 
 CHAIN = "<think>4+5=9</think>It is 9."
-
-
-@pytest.fixture(scope="module")
-def engine() -> Scripted:
-    return Scripted()
-
-
-@pytest.fixture(scope="module")
-def client(engine: Scripted) -> Iterator[httpx.Client]:
-    with served(engine, aliases=("toy-chat",)) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(engine: Scripted) -> Iterator[None]:
-    engine.script, engine.pace = None, 0.0
-    engine.seen.clear()
-    yield
-    wait_for(lambda: not engine.busy)
-    assert engine.leaked == 0
 
 
 def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:
@@ -52,7 +48,7 @@ def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:
     ],
 )
 def test_the_chain_is_shown_as_configured(field: str, names: tuple[str, ...], content: str) -> None:
-    with served(Scripted(CHAIN), reasoning_field=field) as client:
+    with served(Scripted(CHAIN), reasoning=field) as client:
         message = ask(client, max_tokens=64)["choices"][0]["message"]
         assert message == {"role": "assistant", "content": content} | dict.fromkeys(names, "4+5=9")
         assert summed(streamed(client, **HELLO | {"max_tokens": 64})) == message | {"finish_reason": "stop"}
@@ -189,5 +185,5 @@ def test_an_answer_follows_its_schema(client: httpx.Client, effort: str | None) 
 
 def test_a_hidden_chain_is_kept_alive_too() -> None:
     slow = Scripted("<think>4+5=9 4+5=9</think>9", pace=0.05)
-    with served(slow, keep_alive=0.12, reasoning_field="none") as client:
+    with served(slow, keep_alive=0.12, reasoning="none") as client:
         assert ": keep-alive" in streamed(client, **HELLO | {"max_tokens": 64})

@@ -1,7 +1,6 @@
 """Calls that a request demands: a model of random weights makes them, in every form, and nothing else."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,21 @@ from finback.data.tokenizer import THINK, Tokenizer
 from finback.serve.chat_output import Parser
 from finback.serve.tool_calls import ToolForm
 from finback.serve.tool_choice import form_of
-from tests.serving import CHAT, HELLO, Scripted, served, small_tokenizer, streamed, summed, wait_for
+from tests.serving import (
+    CHAT,
+    HELLO,
+    Scripted,
+    client,
+    engine,
+    nothing_is_left,
+    served,
+    small_tokenizer,
+    streamed,
+    summed,
+)
 from tests.test_messages import END_CALL, QWEN3, R1, TOOL_MARKS, V31
+
+__all__ = ["client", "engine", "nothing_is_left"]  # fixtures
 
 ODD = "</tool_call>" + END_CALL  # marks that are only a text
 PLACE = {
@@ -51,26 +63,6 @@ def words(template: str | None, marks: tuple[str, ...], folder: Path) -> Tokeniz
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return Tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Scripted:
-    return Scripted()
-
-
-@pytest.fixture(scope="module")
-def client(engine: Scripted) -> Iterator[httpx.Client]:
-    with served(engine) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(engine: Scripted) -> Iterator[None]:
-    engine.script = None
-    engine.seen.clear()
-    yield
-    wait_for(lambda: not engine.busy)
-    assert engine.leaked == 0
 
 
 def named(name: str) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 import functools
 import json
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from finback.config import UserError
@@ -19,24 +20,14 @@ class Grammars:
         self.tokenizer, self.vocab = tokenizer, vocab
 
     @functools.cached_property
-    def _library(self) -> Any:
-        try:
-            import llguidance
-        except ImportError:
-            raise UserError(
-                "response_format", "json", "needs the package llguidance", "pip install llguidance."
-            ) from None
-        return llguidance
-
-    @functools.cached_property
-    def _vocabulary(self) -> Any:
+    def _vocabulary(self) -> LLTokenizer:
         stops = list(self.tokenizer.stops) or None
         state = json.loads(self.tokenizer.as_json())
         for token in state["added_tokens"]:
             # where only one text can follow, llguidance takes a mark that stands in it for the token, and then fails
             if token["content"].startswith("<") and token["content"] not in state["model"]["vocab"]:
                 token["content"] = f"<{token['id']}\0>"
-        return self._library.LLTokenizer(json.dumps(state), n_vocab=self.vocab, eos_token=stops)
+        return LLTokenizer(json.dumps(state), n_vocab=self.vocab, eos_token=stops)
 
     def constraint(self, schema: str) -> "Constraint":
         """A constraint for one answer; UserError when the schema is none."""
@@ -46,17 +37,15 @@ class Grammars:
             raise UserError("response_format", schema[:80], f"not JSON ({error})", "Send a JSON schema.") from None
         if not isinstance(parsed, dict | bool):
             raise UserError("response_format", schema[:80], "not a JSON schema", "Send an object.")
-        return self._constraint("response_format", "json_schema", schema)
+        return self._constraint("response_format", LLMatcher.grammar_from_json_schema, schema)
 
     def lark(self, grammar: str) -> "Constraint":
         """A constraint by a Lark grammar of the calls that an answer makes; UserError when it is no grammar."""
-        return self._constraint("tools", "lark", grammar)
+        return self._constraint("tools", LLMatcher.grammar_from_lark, grammar)
 
-    def _constraint(self, field: str, kind: str, text: str) -> "Constraint":
-        matcher_type = self._library.LLMatcher
+    def _constraint(self, field: str, compiled: Callable[[str], str], text: str) -> "Constraint":
         try:
-            grammar = getattr(matcher_type, f"grammar_from_{kind}")(text)
-            matcher = matcher_type(self._vocabulary, grammar, log_level=0)
+            matcher = LLMatcher(self._vocabulary, compiled(text), log_level=0)
         except ValueError as error:
             raise UserError(field, text[:80], str(error), "Simplify the schema.") from None
         if matcher.is_error():
@@ -68,7 +57,7 @@ class Grammars:
 class Constraint:
     """Where one answer stands in its grammar."""
 
-    def __init__(self, matcher: Any) -> None:
+    def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
     def allowed(self) -> Tensor:

@@ -20,7 +20,6 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """All text so far."""
         return "".join(self.pieces)
 
     def push(self, tokens: Sequence[int]) -> int | None:
@@ -58,7 +57,7 @@ class Detokenizer:
             self._emit(text[:place])
             self._pending = ""
             return True
-        withheld = max((_overlap(text, stop) for stop in self.stops), default=0)
+        withheld = overlap(text, self.stops)
         self._pending = text[len(text) - withheld :]
         self._emit(text[: len(text) - withheld])
         return False
@@ -68,6 +67,7 @@ class Detokenizer:
             self.pieces.append(text)
 
 
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` begin `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+def overlap(text: str, marks: Sequence[str], start: int = 0) -> int:
+    """How many characters at the end of a text, from `start` on, may be the beginning of one of the marks."""
+    longest = min(max(map(len, marks), default=1) - 1, len(text) - start)
+    return next((n for n in range(longest, 0, -1) if any(mark.startswith(text[-n:]) for mark in marks)), 0)

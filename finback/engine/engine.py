@@ -70,10 +70,9 @@ class Engine:
         self.pages = Pages(-(-tokens // PAGE), PAGE)
         drafts = self.speculation is not None
         pool = Pool(model.config, self.pages.count + 1, model.compute, device, drafts=drafts)
-        longest = min(model.config.max_position_embeddings, self.pages.count * PAGE) + PAGE
         # serving wants newcomers in at once, a large batch of prompts wants them read together
         patience = max(1, self.config.rows // 8) if self.config.tokens is None else 1
-        self.scheduler = Scheduler(self.pages, self.config.rows, longest, self.config.reuse, patience)
+        self.scheduler = Scheduler(self.pages, self.config.rows, self.capacity + PAGE, self.config.reuse, patience)
         self.runner = Runner(model, self.scheduler, pool, self.sampler, self.config.chunk, self.speculation)
 
     # ---- one request at a time -------------------------------------------------------------------------------------------
@@ -144,11 +143,6 @@ class Engine:
         self.sampler.close_thinking(request)
 
     @property
-    def waiting(self) -> int:
-        """Requests that have not entered the batch."""
-        return len(self.scheduler.waiting)
-
-    @property
     def running(self) -> int:
         """Requests in the batch."""
         return len(self.scheduler.running)
@@ -190,7 +184,7 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         seeds: Sequence[int],
-        thinking: Sequence[bool] | None = None,
+        thinking: Sequence[bool] = (),
     ) -> list[Request]:
         """A finished request for each prompt, in order; `thinking` says which prompts have opened the chain."""
         opened = thinking or [False] * len(prompts)

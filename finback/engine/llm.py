@@ -1,11 +1,13 @@
 """A model that answers, for Python: `finback.LLM("runs/tiny").chat("8-3+5+4-6=?")`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finback.checkpoint.models import InferenceDtype
+from finback.config import UserError
 from finback.data.messages import Response, encode_prompt, parse_response
 from finback.data.openai_messages import read_messages
 from finback.data.tokenizer import THINK
@@ -15,6 +17,7 @@ from finback.engine.request import FinishReason, Request, SamplingParams
 from finback.engine.sampler import without_thinking
 
 Messages = str | Sequence[Mapping[str, Any]]  # a user's question, or a dialogue in OpenAI's form
+Prompts = str | Sequence[str] | Sequence[Sequence[int]]  # a text, or several, or their ids
 ADVISED = ("temperature", "top_p", "top_k", "min_p")  # what generation_config.json may recommend
 LONGEST = 1024  # tokens of an answer, unless somebody asks for more
 
@@ -52,19 +55,13 @@ class LLM:
         values = {"temperature": 0.7} | {n: known[n] for n in ADVISED if known.get(n) is not None}
         return SamplingParams(**values | {n: v for n, v in chosen.items() if v is not None})
 
-    def generate(
-        self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
-        sampling_params: SamplingParams | None = None,
-        seed: int = 0,
-    ) -> list[Output]:
+    def generate(self, prompts: Prompts, sampling_params: SamplingParams | None = None, seed: int = 0) -> list[Output]:
         """Continue each prompt, a text or token ids, as it stands; prompt i takes random numbers of seed + i."""
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        begin = [self.tokenizer.bos] if self.tokenizer.adds_bos else []
-        ids = [[*begin, *self.tokenizer.encode(t)] if isinstance(t, str) else list(t) for t in texts]
+        is_one = isinstance(prompts, str) or not isinstance(prompts, Iterable)
+        ids = [self._ids(prompt) for prompt in ([prompts] if is_one else prompts)]
         params = sampling_params or self._fitting(max(map(len, ids), default=0))
         done = self.engine.finished(ids, params, [seed + i for i in range(len(ids))])
-        return [_output(request, Response("", _text(request), thinks=False, closed=True)) for request in done]
+        return [_output(request, Response("", request.text, thinks=False, closed=True)) for request in done]
 
     def chat(
         self,
@@ -79,7 +76,7 @@ class LLM:
         """
         ids, opened, params = self._prompt(messages, sampling_params, think)
         (request,) = self.engine.finished([ids], params, [seed], [opened])
-        return _output(request, parse_response(THINK + _text(request) if opened else _text(request)))
+        return _output(request, parse_response(THINK + request.text if opened else request.text))
 
     def stream(
         self,
@@ -112,13 +109,18 @@ class LLM:
         params = params or self._fitting(len(ids))
         return ids, opened, without_thinking(params, self.tokenizer) if think is False else params
 
+    def _ids(self, prompt: Any) -> list[int]:
+        """The ids of a prompt; UserError where it is neither a text nor ids."""
+        if isinstance(prompt, str):
+            return [*([self.tokenizer.bos] if self.tokenizer.adds_bos else []), *self.tokenizer.encode(prompt)]
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            remedy = "Give a list of texts, or of lists of ids."
+            raise UserError("prompts", prompt, "neither a text nor a list of token ids", remedy) from None
+
     def _fitting(self, prompt: int) -> SamplingParams:
         return self.defaults(max_tokens=max(1, min(LONGEST, self.window - prompt)))
-
-
-def _text(request: Request) -> str:
-    assert request.detokenizer is not None, "the engine has a tokenizer"
-    return request.detokenizer.text
 
 
 def _output(request: Request, response: Response) -> Output:

@@ -35,13 +35,6 @@ def open_engine(
         window = model.config.max_position_embeddings
         room = max(1024, min(window, affordable(model, 2)), min(config.rows * window, affordable(model, 4)))
         config = replace(config, tokens=room)
-    return Engine(model, stop_ids(tokenizer), config, tokenizer), tokenizer
-
-
-def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end an answer.
-
-    In DeepSeek's form the mark of a new turn is one of them: a small model sometimes goes on with the next turn.
-    """
+    # In DeepSeek's form the mark of a new turn ends an answer too: a small model sometimes goes on with the next turn.
     turns = () if tokenizer.template else (tokenizer.ids[mark] for mark in (USER, ASSISTANT) if mark in tokenizer.ids)
-    return (*tokenizer.stops, *turns)
+    return Engine(model, (*tokenizer.stops, *turns), config, tokenizer), tokenizer

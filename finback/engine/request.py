@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finback.config import UserError
+from finback.config import UserError, check_fields
 
 if TYPE_CHECKING:
     from finback.engine.constrain import Constraint
@@ -61,6 +61,7 @@ class SamplingParams:
     grammar: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, but=("logit_bias", "stop", "stop_token_ids"))  # any sequences, and a bias may be infinite
         least = 0 if self.prompt_logprobs is not None else 1
         checks = (
             ("temperature", self.temperature >= 0, "negative", "Use 0 for greedy or a positive number."),
@@ -154,6 +155,12 @@ class Request:
     _present: Tensor | None = None
 
     @property
+    def text(self) -> str:
+        """The answer's text so far; the engine must have a tokenizer."""
+        assert self.detokenizer is not None, "the engine has no tokenizer"
+        return self.detokenizer.text
+
+    @property
     def length(self) -> int:
         """Prompt and answer so far, in tokens."""
         return len(self.prompt) + len(self.tokens)
@@ -178,9 +185,9 @@ class Request:
             return self.prompt[start:stop]
         return self.prompt[start:n] + self.tokens[max(0, start - n) : stop - n]
 
-    def uniform(self, ahead: int = 0) -> float:
-        """The random number, in [0, 1), of the next token but `ahead`: a function of seed and place alone."""
-        index = len(self.tokens) + ahead
+    def uniform(self) -> float:
+        """The random number, in [0, 1), of the next token: a function of seed and place alone."""
+        index = len(self.tokens)
         if self._random is None or index >= len(self._random):
             self._random = uniforms(self.seed, max(64, 2 * index))
         return self._random[index]

@@ -1,32 +1,29 @@
 """Forward passes: pieces of prompts, single tokens, and MTP's guesses at the tokens after them."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from finback.engine.request import FinishReason, Request
-from finback.engine.sampler import Sampler, sample_ids, top_logprobs
+from finback.engine.sampler import Sampler, sample, top_logprobs
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Cache, Pool
 from finback.model.transformer import Transformer
 
 
+@dataclass(frozen=True, eq=False)
 class Runner:
     """Runs a scheduler's requests through the model; `chunk` is how many prompt tokens one pass reads at most."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        scheduler: Scheduler,
-        pool: Pool,
-        sampler: Sampler,
-        chunk: int,
-        speculation: Speculation | None,
-    ) -> None:
-        self.model, self.scheduler, self.pool, self.sampler = model, scheduler, pool, sampler
-        self.chunk, self.speculation = chunk, speculation
+    model: Transformer
+    scheduler: Scheduler
+    pool: Pool
+    sampler: Sampler
+    chunk: int
+    speculation: Speculation | None
 
     def read_prompts(self) -> list[Request]:
         """One piece of the prompts that are not read yet; the requests that got their first token by it."""
@@ -164,7 +161,8 @@ class Runner:
             logits = self.model.logits(states.flatten(0, 1)[at])
             # with the very number that the token itself will be drawn with: alike distributions, alike choices
             uniform = torch.tensor([r.uniform() for r in guessers], device=device)
-            guesses = sample_ids(logits, self.sampler.batch(guessers, logits), uniform)
+            batch = self.sampler.batch(guessers, logits)
+            guesses = logits.argmax(dim=-1) if batch.all_greedy else sample(logits, batch, uniform)[0]
             for r, token in zip(guessers, guesses.tolist(), strict=True):
                 r.draft = token
 

@@ -60,7 +60,13 @@ class Sampler:
                 tokens[i] = r.forced.popleft()
                 temperature = r.sampling.temperature if r.sampling.temperature >= COLD else 1
                 logprobs[i] = float((processed[i] / temperature).log_softmax(-1)[tokens[i]])
-        self._report(rows, logits, tokens)
+        asking = [i for i, r in enumerate(rows) if r.sampling.top_logprobs is not None]
+        if asking:
+            counts = [rows[i].sampling.top_logprobs or 0 for i in asking]
+            asked = logits[torch.tensor(asking, device=logits.device)]
+            lines = top_logprobs(asked, [tokens[i] for i in asking], counts)
+            for i, line in zip(asking, lines, strict=True):
+                rows[i].top_logprobs.append(line)
         now, ended = time.perf_counter(), []
         for r, token, logprob, free in zip(rows, tokens, logprobs, map(operator.not_, forced), strict=True):
             r.append(token, logprob, now)
@@ -94,18 +100,6 @@ class Sampler:
         if p.logit_bias:
             ids, values = zip(*p.logit_bias, strict=True)
             logits[torch.tensor(ids, device=logits.device)] += torch.tensor(values, device=logits.device)
-
-    @staticmethod
-    def _report(rows: list[Request], logits: Tensor, tokens: list[int]) -> None:
-        """Note alternatives to the tokens of those rows that ask for them."""
-        asking = [i for i, r in enumerate(rows) if r.sampling.top_logprobs is not None]
-        if asking:
-            counts = [rows[i].sampling.top_logprobs or 0 for i in asking]
-            found = top_logprobs(
-                logits[torch.tensor(asking, device=logits.device)], [tokens[i] for i in asking], counts
-            )
-            for i, line in zip(asking, found, strict=True):
-                rows[i].top_logprobs.append(line)
 
     def _follow(self, r: Request, token: int, free: bool) -> FinishReason | None:
         """What follows from a token: the chain opens or closes, the grammar moves on, the answer ends.
@@ -158,8 +152,6 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams], vocab: int, device: torch.device) -> "SamplingBatch":
-        """Columns for these rows."""
-
         def column(values: list[float], off: float) -> Tensor | None:
             return None if all(v == off for v in values) else torch.tensor(values, device=device)[:, None]
 
@@ -196,11 +188,6 @@ def sample(logits: Tensor, batch: SamplingBatch, uniform: Tensor) -> tuple[Tenso
         if batch.greedy is not None:
             tokens = torch.where(batch.greedy, logits.argmax(dim=-1), tokens)
     return tokens, logp.gather(1, tokens[:, None]).squeeze(1)
-
-
-def sample_ids(logits: Tensor, batch: SamplingBatch, uniform: Tensor) -> Tensor:
-    """The tokens that `sample` would choose, without their log-probabilities."""
-    return logits.argmax(dim=-1) if batch.all_greedy else sample(logits, batch, uniform)[0]
 
 
 def narrow(p: Tensor, batch: SamplingBatch) -> Tensor:

@@ -21,6 +21,7 @@ from finback.engine.request import Request
 from finback.serve import tool_calls
 from finback.serve.incremental import Delta, DeltaCollector, Fence, IncrementalReader, ParsedCall, Wait, fresh_id
 from finback.serve.logprobs import TokenTexts
+from finback.serve.options import ReasoningField
 from finback.serve.tool_calls import OPENERS, ToolForm
 from finback.serve.worker import OutputDelta
 
@@ -29,13 +30,14 @@ REASONING = {
     "deepseek": ("reasoning_content",),
     "openrouter": ("reasoning",),
 }
-FIELDS = (*REASONING, "inline", "none")
 
 
 class ChatChoice:
-    """One choice of a chat response; `field`, one of FIELDS, says where the chain of thought is shown."""
+    """One choice of a chat response; `field` says where the chain of thought is shown."""
 
-    def __init__(self, index: int, request: Request, parser: "Parser", field: str, texts: TokenTexts | None) -> None:
+    def __init__(
+        self, index: int, request: Request, parser: "Parser", field: ReasoningField, texts: TokenTexts | None
+    ) -> None:
         self.index, self.request, self.parser, self.field, self.texts = index, request, parser, field, texts
         self.finish: str | None = None
         self._tokens = 0  # whose log-probabilities are sent
@@ -43,7 +45,6 @@ class ChatChoice:
         self._is_inline = False  # inside <think> in the content
 
     def start(self) -> dict[str, Any]:
-        """The choice in the first chunk."""
         return self._choice({"role": "assistant", "content": ""}, None)
 
     def take(self, delta: OutputDelta) -> list[dict[str, Any]]:

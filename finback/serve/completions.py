@@ -6,10 +6,8 @@ scheduler -> runner -> model/transformer -> sampler, and comes back by worker ->
 
 import asyncio
 import json
-import logging
 import secrets
 import time
-import traceback
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,17 +18,15 @@ from starlette.types import Receive, Scope, Send
 from finback.engine.request import Request as EngineRequest
 from finback.engine.request import TokenLogprobs
 from finback.serve.chat_output import ChatChoice
-from finback.serve.errors import ApiError
+from finback.serve.errors import ApiError, log_failure
 from finback.serve.logprobs import TokenTexts
 from finback.serve.metrics import timings, usage
 from finback.serve.middleware import salt
 from finback.serve.prepare import SEEDS, PreparedRequest
 from finback.serve.protocol import ChatRequest, CompletionRequest, read
 from finback.serve.resumable import KEEP_ALIVE, SSE, ResumableStream, until_disconnect
-from finback.serve.service import ActiveRequest, Service, service_of
+from finback.serve.service import Service, service_of
 from finback.serve.worker import OutputDelta, OutputStream
-
-log = logging.getLogger("finback.serve")
 
 DONE = b"data: [DONE]\n\n"
 
@@ -70,9 +66,9 @@ class Completions:
         prepared = await asyncio.to_thread(service.preparer.prepare, body, seed)
         if prepared.is_constrained:
             await service.schemas.check(prepared)
-        outputs = await service.worker.submit(prepared.choices, salt(owner, body.user_id))
+        outputs = await service.worker.submit(prepared.choices, owner, salt(owner, body.user_id))
         response = CompletionResponse(service, prepared, outputs, isinstance(body, ChatRequest))
-        service.active[response.id] = ActiveRequest(owner, outputs)
+        service.active[response.id] = outputs
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         try:
             if isinstance(to, ResumableStream):
@@ -100,7 +96,7 @@ class CompletionResponse:
         self.created = int(time.time())
         texts = service.token_texts if prepared.logprobs else None
         self.choices: list[ChatChoice | TextChoice] = [
-            ChatChoice(i, request, prepared.parser(), service.options.reasoning_field, texts)
+            ChatChoice(i, request, prepared.parser(), service.options.reasoning, texts)
             if is_chat
             else TextChoice(i, request, prepared.echo[i] if prepared.echo else None, texts)
             for i, request in enumerate(outputs.requests)
@@ -108,24 +104,20 @@ class CompletionResponse:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every choice has ended."""
         return all(choice.finish is not None for choice in self.choices)
 
     async def whole(self) -> dict[str, Any]:
         """The response as one object, once all of it is generated."""
         while not self.is_finished:
             await self._next()
+        cost = {"usage": usage(self.outputs.requests), "timings": timings(self.outputs.requests)}
         choices = [choice.whole() for choice in self.choices]
-        return self._envelope("chat.completion") | {
-            "choices": choices,
-            "usage": usage(self.outputs.requests),
-            "timings": timings(self.outputs.requests),
-        }
+        return self._envelope("chat.completion") | {"choices": choices} | cost
 
     async def events(self, include_usage: bool) -> AsyncIterator[bytes]:
         """The response as server-sent events; an error is one of them, since the headers are out by then."""
         try:
-            if starts := [delta for choice in self.choices if (delta := choice.start())]:
+            if starts := [choice.start() for choice in self.choices if isinstance(choice, ChatChoice)]:
                 yield b"".join(self._chunk([delta], include_usage) for delta in starts)
             sent = time.monotonic()
             while not self.is_finished:
@@ -146,8 +138,7 @@ class CompletionResponse:
         except ApiError as error:
             yield _event(error.body)
         except Exception as error:  # a stream never ends without a word
-            trace = "".join(traceback.format_tb(error.__traceback__))
-            log.error("%s failed: %s\n%s", self.id, type(error).__name__, trace)
+            log_failure(self.id, error)
             yield _event(ApiError(500, "the server failed").body)
 
     async def _next(self) -> list[dict[str, Any]]:
@@ -186,9 +177,6 @@ class TextChoice:
         self._chunks: list[dict[str, Any]] = []
         self._tokens = 0  # whose log-probabilities are sent
         self._characters = 0  # where the next token begins in the text
-
-    def start(self) -> None:
-        """A text completion has no role to announce."""
 
     def take(self, delta: OutputDelta) -> list[dict[str, Any]]:
         """The choices of the chunks that this output makes."""

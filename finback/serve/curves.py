@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from finback.runs.ledger import dollars
 from finback.runs.metrics_table import MetricsTable
 from finback.runs.reader import StageFolder
 from finback.runs.thinning import Line, smooth, thin
+
+Alert = tuple[str, str, int | None, str]  # its kind, whose values, from which step on, and in words
 
 AXES = ("step", "tokens", "time", "cost")
 QUIET = 120.0  # seconds without a line after which a running stage has stalled, and no less than 20 steps' time
@@ -113,29 +116,26 @@ def alerts(stage: StageFolder, table: MetricsTable, running: bool) -> list[dict[
     for name in () if "reward" in table.columns else ("loss", "grad_norm"):
         found += _spikes(table, name)
     if running:
-        found += _stall(stage, table)
-    return found
+        found += _stall(table)
+    return [dict(zip(("kind", "name", "step", "text"), alert, strict=True)) for alert in found]
 
 
-def _non_finite(table: MetricsTable) -> list[dict[str, Any]]:
-    found, steps = [], axis(table, "step", 1.0)
+def _non_finite(table: MetricsTable) -> Iterator[Alert]:
+    steps = axis(table, "step", 1.0)
     for name, (rows, numbers) in table.columns.items():
         bad = np.flatnonzero(~np.isfinite(np.array(numbers)))
         if len(bad):
             step = int(steps[int(rows[bad[0]])])
-            found.append(
-                {"kind": "nan", "name": name, "step": step, "text": f"{name} is NaN or infinite at step {step}"}
-            )
-    return found
+            yield "nan", name, step, f"{name} is NaN or infinite at step {step}"
 
 
-def _spikes(table: MetricsTable, name: str) -> list[dict[str, Any]]:
+def _spikes(table: MetricsTable, name: str) -> Iterator[Alert]:
     """The highest values that stand far above the stretch before theirs, by its median and median deviation."""
     rows, y = table.column(name)
     whole = np.append(y, np.full(-len(y) % BLOCK, np.nan)).reshape(-1, BLOCK)
     known = np.isfinite(whole[:-1]).any(axis=1)  # stretches that say what is usual
     if not known.any():
-        return []
+        return
     before, after = whole[:-1][known], whole[1:][known]
     before = np.where(np.isfinite(before), before, np.nan)
     middle = np.nanmedian(before, axis=1)
@@ -147,50 +147,43 @@ def _spikes(table: MetricsTable, name: str) -> list[dict[str, Any]]:
     over = np.flatnonzero(value > limit)
     size = value[over] / np.maximum(np.abs(middle[over]), 1e-12)
     first = (np.flatnonzero(known) + 1) * BLOCK  # where each later stretch begins
-    steps, found = axis(table, "step", 1.0), []
+    steps = axis(table, "step", 1.0)
     for i in over[np.argsort(-size)][:LISTED]:
         step = int(steps[int(rows[first[i] + top[i]])])
-        text = f"{name} rose to {value[i]:.3g} at step {step}, from about {middle[i]:.3g}"
-        found.append({"kind": "spike", "name": name, "step": step, "text": text})
-    return found
+        yield "spike", name, step, f"{name} rose to {value[i]:.3g} at step {step}, from about {middle[i]:.3g}"
 
 
-def _gaps(stage: StageFolder, table: MetricsTable) -> list[dict[str, Any]]:
-    rows, values = table.column("gap_max")
-    if not len(values):
-        return []
+def _gaps(stage: StageFolder, table: MetricsTable) -> Iterator[Alert]:
     allowed = rl_health.max_gap(stage.config.get("max_gap"), stage.config.get("compute"))
+    rows, values = table.column("gap_max")
     over = np.flatnonzero(values > allowed)
-    if not len(over):
-        return []
-    step = int(axis(table, "step", 1.0)[int(rows[over[0]])])
-    text = f"trainer and engine disagree by {values[over[0]]:.2g} at step {step}, more than max_gap {allowed:g}"
-    return [{"kind": "gap", "name": "gap_max", "step": step, "text": text}]
+    if len(over):
+        step = int(axis(table, "step", 1.0)[int(rows[over[0]])])
+        text = f"trainer and engine disagree by {values[over[0]]:.2g} at step {step}, more than max_gap {allowed:g}"
+        yield "gap", "gap_max", step, text
 
 
-def _idle(table: MetricsTable) -> list[dict[str, Any]]:
+def _idle(table: MetricsTable) -> Iterator[Alert]:
     """RL whose last steps taught nothing."""
     names = ("truncated", "groups_with_gradient", "accuracy", "well_formed")
     columns = [table.column(name)[1][-rl_health.NOTICED :] for name in names]
     if min(map(len, columns)) < rl_health.NOTICED:
-        return []
+        return
     causes = [rl_health.cause(dict(zip(names, map(float, row), strict=True))) for row in zip(*columns, strict=True)]
-    if not all(causes):
-        return []
-    text = f"the last {len(causes)} steps taught nothing: {causes[-1]}"
-    return [{"kind": "idle", "name": names[1], "step": int(axis(table, "step", 1.0)[-1]), "text": text}]
+    if all(causes):
+        text = f"the last {len(causes)} steps taught nothing: {causes[-1]}"
+        yield "idle", names[1], int(axis(table, "step", 1.0)[-1]), text
 
 
-def _stall(stage: StageFolder, table: MetricsTable) -> list[dict[str, Any]]:
+def _stall(table: MetricsTable) -> Iterator[Alert]:
     seconds = _seconds(table)
     usual = float(np.median(np.diff(seconds[-50:]))) if len(seconds) > 2 else 0.0
     try:
         silent = time.time() - table.tail.path.stat().st_mtime
     except OSError:
-        return []
-    if silent < max(QUIET, 20 * usual):
-        return []
-    return [{"kind": "stall", "name": "step", "step": None, "text": f"nothing logged for {silent / 60:.0f} minutes"}]
+        return
+    if silent >= max(QUIET, 20 * usual):
+        yield "stall", "step", None, f"nothing logged for {silent / 60:.0f} minutes"
 
 
 def _plain(values: Line) -> list[float | None]:

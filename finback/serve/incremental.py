@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+from finback.engine.detokenizer import overlap
+
 T = TypeVar("T")
 Wait = Generator[None, None, T]  # yields for more text, returns what was read
 
@@ -110,7 +112,7 @@ class IncrementalReader:
                 self._at += len(tag)
                 return "", tag
             whole = [place for t in tags if (place := self._text.find(t, self._at)) >= 0]
-            stop = min(whole, default=len(self._text) - self._torn(tags))
+            stop = min(whole, default=len(self._text) - overlap(self._text, tags, self._at))
             if self.ended and not whole and torn:
                 stop = len(self._text)
             if stop > self._at or self.ended:
@@ -137,13 +139,6 @@ class IncrementalReader:
                 return ours >= 0 and not 0 <= theirs < ours
             yield
 
-    def _torn(self, tags: Sequence[str]) -> int:
-        """How many unread characters at the end may begin a tag."""
-        left = len(self._text) - self._at
-        longest = max(map(len, tags), default=1) - 1
-        sizes = range(min(longest, left), 0, -1)
-        return next((n for n in sizes if any(t.startswith(self._text[-n:]) for t in tags)), 0)
-
 
 class Fence:
     """Whether the end of a Markdown text lies in a code fence, after CommonMark; any indentation may precede one."""
@@ -153,7 +148,6 @@ class Fence:
         self._line: list[str] = []  # pieces of the last line
 
     def push(self, text: str) -> None:
-        """Go on with the text."""
         first, *others = text.split("\n")
         self._line.append(first)
         for line in others:
@@ -211,7 +205,6 @@ class DeltaCollector:
         return new
 
     def think(self, text: str) -> None:
-        """More of the chain."""
         if shown := self._shown(text):
             self.reasoning.append(shown)
             self._add(Delta("reasoning", shown))
@@ -221,7 +214,6 @@ class DeltaCollector:
         self._blank = ""
 
     def text(self, text: str) -> None:
-        """More of the answer."""
         self.fence.push(text)
         if shown := self._shown(text) if self._waits else text:
             if self._called and not self.content:
@@ -231,7 +223,6 @@ class DeltaCollector:
             self._add(Delta("content", shown))
 
     def call(self, name: str) -> None:
-        """A call begins."""
         self._blank, self._called, self.fence = "", True, Fence()
         self._left_out = self._single_call and bool(self.calls)
         if self._left_out:
@@ -240,7 +231,6 @@ class DeltaCollector:
         self._new.append(Delta("tool", "", len(self.calls) - 1, name, self.calls[-1][0]))
 
     def arguments(self, text: str) -> None:
-        """More of the last call's arguments."""
         if self._left_out:
             return
         self.calls[-1][2].append(text)

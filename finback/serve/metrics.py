@@ -3,6 +3,7 @@
 No torch here.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,15 @@ if TYPE_CHECKING:
 
 TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+TOTALS = {
+    "prompt_tokens": "Prompt tokens of accepted requests.",
+    "prompt_tokens_cached": "Prompt tokens found in the cache.",
+    "generated_tokens": "Tokens made.",
+    "drafted_tokens": "Tokens that MTP drafted.",
+    "accepted_tokens": "Drafts that were right.",
+    "cancelled": "Choices whose client left before the end.",
+    "failed_steps": "Passes of the model that failed.",
+}
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -24,9 +34,7 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Count a value."""
-        place = next((i for i, bound in enumerate(self.bounds) if value <= bound), len(self.bounds))
-        self.counts[place] += times
+        self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
     def lines(self, name: str) -> list[str]:
@@ -43,47 +51,28 @@ class Metrics:
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, int]] = Counter()  # (route, status)
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
-        self.drafted = self.accepted = self.cancelled = self.failures = 0
+        self.totals: Counter[str] = Counter()  # by the names of TOTALS
         self.first_token, self.gap = Histogram(TTFT), Histogram(GAP)
-
-    def count_cancelled(self, choices: int) -> None:
-        """Count choices whose client left before the end."""
-        self.cancelled += choices
-
-    def count_failures(self, steps: int) -> None:
-        """Count passes of the model that failed."""
-        self.failures += steps
 
     def observe(self, request: "Request", new_tokens: int, gap: float | None, finish: str | None) -> None:
         """Count an output of one choice; `gap` is the seconds since the one before, None for the first."""
-        self.generated_tokens += new_tokens
+        self.totals["generated_tokens"] += new_tokens
         if new_tokens and gap is None:
             self.first_token.observe(request.first - request.submitted)
         elif new_tokens and gap is not None:
             self.gap.observe(gap / new_tokens, new_tokens)
         if finish is not None:
-            self.drafted += request.drafted
-            self.accepted += request.accepted
+            self.totals.update(drafted_tokens=request.drafted, accepted_tokens=request.accepted)
             if request.leader is None:
-                self.prompt_tokens += len(request.prompt)
-                self.cached_tokens += request.cached
+                self.totals.update(prompt_tokens=len(request.prompt), prompt_tokens_cached=request.cached)
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
         """All of it, with `gauges` (name -> what it is, value) as they stand now."""
         lines = _head("finback_requests_total", "counter", "Requests by route and status.")
         for (route, status), count in sorted(self.requests.items()):
             lines.append(f'finback_requests_total{{route="{route}",status="{status}"}} {count}')
-        for name, text, value in (
-            ("prompt_tokens", "Prompt tokens of accepted requests.", self.prompt_tokens),
-            ("prompt_tokens_cached", "Prompt tokens found in the cache.", self.cached_tokens),
-            ("generated_tokens", "Tokens made.", self.generated_tokens),
-            ("drafted_tokens", "Tokens that MTP drafted.", self.drafted),
-            ("accepted_tokens", "Drafts that were right.", self.accepted),
-            ("cancelled", "Choices whose client left before the end.", self.cancelled),
-            ("failed_steps", "Passes of the model that failed.", self.failures),
-        ):
-            lines += [*_head(f"finback_{name}_total", "counter", text), f"finback_{name}_total {value}"]
+        for name, text in TOTALS.items():
+            lines += [*_head(f"finback_{name}_total", "counter", text), f"finback_{name}_total {self.totals[name]}"]
         for name, (text, number) in gauges.items():
             lines += [*_head(f"finback_{name}", "gauge", text), f"finback_{name} {number:g}"]
         for name, text, histogram in (

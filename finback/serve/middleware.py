@@ -3,10 +3,8 @@
 import hashlib
 import hmac
 import ipaddress
-import logging
 import secrets
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,17 +12,16 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finback.serve import page
-from finback.serve.errors import ApiError, bad
+from finback.serve.errors import ApiError, bad, log, log_failure
 from finback.serve.metrics import Metrics
 from finback.serve.options import LOOPBACK, ListenOptions, ServeOptions
 
 if TYPE_CHECKING:
     from finback.engine.engine import Engine
-
-log = logging.getLogger("finback.serve")
 
 OPEN = frozenset({"/health"})  # the only paths that need no key; beside the page's, where it is on
 GONE = 499  # nginx's number for a client that left before the answer
@@ -65,39 +62,22 @@ class AccessMiddleware:
             await send(message)
 
         try:
-            await self._enter(scope, count_in, count_out)
+            self._check(scope)
+            app = Response(status_code=204) if self._is_preflight(scope) else self.app
+            await app(scope, count_in, count_out)
         except ClientDisconnect:  # in the middle of its request
             pass
-        except Exception as error:  # the last line: no message is logged, it may quote what somebody wrote
-            trace = "".join(traceback.format_tb(error.__traceback__))
-            log.error("%s failed: %s\n%s", ident, type(error).__name__, trace)
+        except Exception as error:  # the last line
+            refusal = error if isinstance(error, ApiError) else ApiError(500, "the server failed")
+            if refusal is not error:
+                log_failure(ident, error)
             if not status:
-                await ApiError(500, "the server failed").response(scope, receive, count_out)
+                await refusal.response(scope, receive, count_out)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self.metrics.requests[route, status or GONE] += 1
-            log.info(
-                "%s %s %s %d in=%d out=%d %.3fs",
-                ident,
-                scope["method"],
-                route,
-                status or GONE,
-                received,
-                sent,
-                time.perf_counter() - began,
-            )
-
-    async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            self._check(scope)
-        except ApiError as error:
-            await error.response(scope, receive, send)
-            return
-        if self._is_preflight(scope):
-            await send({"type": "http.response.start", "status": 204, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-            return
-        await self.app(scope, receive, send)
+            route, status = getattr(scope.get("route"), "path", "other"), status or GONE
+            self.metrics.requests[route, status] += 1
+            line = f"{ident} {scope['method']} {route} {status} in={received} out={sent}"
+            log.info("%s %.3fs", line, time.perf_counter() - began)
 
     def _check(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
@@ -109,15 +89,13 @@ class AccessMiddleware:
         if origin is not None:
             self._check_origin(origin.decode("latin-1"), by_name.get(b"host", b"").decode("latin-1"))
         owner = owner_of(headers, self.options.keys)
-        if owner is None and not self._is_open(scope["path"]) and not self._is_preflight(scope):
+        is_open = scope["path"] in OPEN or (self.options.page and page.is_public(scope["path"]))
+        if owner is None and not is_open and not self._is_preflight(scope):
             raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
         scope.setdefault("state", {})["owner"] = owner or b""
         length = by_name.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self.options.body:
             raise self._too_large()
-
-    def _is_open(self, path: str) -> bool:
-        return path in OPEN or (self.options.page and page.is_public(path))
 
     def _check_host(self, host: str) -> None:
         """Refuse foreign names: by one that resolves here, a stranger's page would share the server's origin."""
@@ -137,9 +115,8 @@ class AccessMiddleware:
             return
         scheme, _, rest = origin.partition("://")
         if scheme not in ("http", "https") or rest.lower() != host.lower():
-            raise ApiError(
-                403, "pages of this Origin may not ask; allow it with --allow-origin", code="origin_not_allowed"
-            )
+            problem = "pages of this Origin may not ask; allow it with --allow-origin"
+            raise ApiError(403, problem, code="origin_not_allowed")
 
     def _is_preflight(self, scope: Scope) -> bool:
         """Whether a browser asks if a page of another, configured, origin may send the request."""
@@ -242,7 +219,6 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        """Choices that wait."""
         return max(0, self.choices - self.engine.running)
 
     def is_full(self, choices: int = 1) -> bool:

@@ -5,13 +5,15 @@ No torch here.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from finback.config import UserError, check_not_negative, check_positive
 from finback.options import Dtype, Options
 
+# where a response has the chain of thought: in reasoning_content, in reasoning, in both, in the content, or nowhere
+ReasoningField = Literal["both", "deepseek", "openrouter", "inline", "none"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -19,19 +21,15 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class ListenOptions(Options):
     """How a server is reached, and by whom."""
 
-    host: Annotated[str, typer.Option(help="Where to listen; other than loopback needs a key.")] = "127.0.0.1"
+    host: Annotated[str, "Where to listen; other than loopback needs a key."] = "127.0.0.1"
     port: int = 8000
-    key_file: Annotated[
-        Path | None, typer.Option(help="API keys, one a line, or their SHA-256; also FINBACK_API_KEY.")
-    ] = None
-    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without a key.")] = False
+    key_file: Annotated[Path | None, "API keys, one a line, or their SHA-256; also FINBACK_API_KEY."] = None
+    insecure: Annotated[bool, Option("--insecure", help="Listen beyond loopback without a key.")] = False
     # names in the Host header beside localhost and `host`; "*" allows any
-    hosts: Annotated[
-        tuple[str, ...], typer.Option("--allow-host", help="A name the server is reached by; repeatable.")
-    ] = ()
+    hosts: Annotated[tuple[str, ...], Option("--allow-host", help="A name the server is reached by; repeatable.")] = ()
     # one more key, which no file holds
     api_key: str = field(default="", repr=False)
-    # SHA-256 of each API key, as auth.secured reads them; none: open to whoever reaches the server
+    # SHA-256 of each API key, as http.secured reads them; none: open to whoever reaches the server
     keys: tuple[bytes, ...] = ()
     # other sites whose pages may ask, such as https://chat.example.org
     origins: tuple[str, ...] = ()
@@ -47,45 +45,34 @@ class ListenOptions(Options):
 class WatchOptions(ListenOptions):
     """What `finback watch` shows."""
 
-    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of run folders, or one run folder.")] = Path(
-        "runs"
-    )
-    port: Annotated[int, typer.Option(help="Which port; 0 is any that is free.")] = 8001
-    show: Annotated[bool, typer.Option("--open", help="Open a browser at the page.")] = False
+    runs: Annotated[Path, Argument(metavar="RUNS", help="A folder of run folders, or one run folder.")] = Path("runs")
+    port: Annotated[int, "Which port; 0 is any that is free."] = 8001
+    show: Annotated[bool, Option("--open", help="Open a browser at the page.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(ListenOptions):
     """What a server answers with, and how much it takes on."""
 
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")
-    ]
-    port: Annotated[int, typer.Option(help="Which port.")] = 8000
-    name: Annotated[str, typer.Option(help="What requests call the model; default its folder.")] = ""
-    aliases: Annotated[tuple[str, ...], typer.Option("--alias", help="Another name for it; repeatable.")] = ()
+    model: Annotated[Path, Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")]
+    port: Annotated[int, "Which port."] = 8000
+    name: Annotated[str, "What requests call the model; default its folder."] = ""
+    aliases: Annotated[tuple[str, ...], Option("--alias", help="Another name for it; repeatable.")] = ()
     dtype: Dtype = "auto"
-    rows: Annotated[int, typer.Option(help="Answers made at a time.")] = 32
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens the cache holds; default what a quarter of the free memory does.")
-    ] = None
-    chunk: Annotated[int, typer.Option(help="Prompt tokens read between two steps of the others.")] = 256
-    queue: Annotated[int, typer.Option(help="Answers that may wait; beyond, requests get 503.")] = 64
-    reuse: Annotated[bool, typer.Option(help="Read the beginnings that prompts share once.")] = True
-    speculate: Annotated[bool, typer.Option(help="Draft with the model's MTP module, if it has one.")] = True
-    origins: Annotated[
-        tuple[str, ...], typer.Option("--allow-origin", help="A site whose pages may ask; repeatable.")
-    ] = ()
-    # deepseek: reasoning_content; openrouter: reasoning; inline: in content
-    reasoning_field: Annotated[
-        str, typer.Option("--reasoning", help="Where chains go: both, deepseek, openrouter, inline or none.")
-    ] = "both"
-    rate: Annotated[int, typer.Option(help="Requests per key and minute; 0 is any number.")] = 0
-    concurrent: Annotated[int, typer.Option(help="Requests per key at a time; 0 is any number.")] = 0
-    drain: Annotated[float, typer.Option(help="Seconds that running answers get after SIGTERM.")] = 30.0
-    also: Annotated[tuple[Path, ...], typer.Option(metavar="MODEL", help="One more model; repeatable.")] = ()
-    page: Annotated[bool, typer.Option(help="Show the web page at /.")] = True
-    runs: Annotated[Path, typer.Option(help="Folder of the run folders that the page shows.")] = Path("runs")
+    rows: Annotated[int, "Answers made at a time."] = 32
+    tokens: Annotated[int | None, "Tokens the cache holds; default what a quarter of the free memory does."] = None
+    chunk: Annotated[int, "Prompt tokens read between two steps of the others."] = 256
+    queue: Annotated[int, "Answers that may wait; beyond, requests get 503."] = 64
+    reuse: Annotated[bool, "Read the beginnings that prompts share once."] = True
+    speculate: Annotated[bool, "Draft with the model's MTP module, if it has one."] = True
+    origins: Annotated[tuple[str, ...], Option("--allow-origin", help="A site whose pages may ask; repeatable.")] = ()
+    reasoning: Annotated[ReasoningField, "Where chains go: both, deepseek, openrouter, inline or none."] = "both"
+    rate: Annotated[int, "Requests per key and minute; 0 is any number."] = 0
+    concurrent: Annotated[int, "Requests per key at a time; 0 is any number."] = 0
+    drain: Annotated[float, "Seconds that running answers get after SIGTERM."] = 30.0
+    also: Annotated[tuple[Path, ...], Option(metavar="MODEL", help="One more model; repeatable.")] = ()
+    page: Annotated[bool, "Show the web page at /."] = True
+    runs: Annotated[Path, "Folder of the run folders that the page shows."] = Path("runs")
     # prompts x n of one request
     choices: int = 64
     # silence in a stream after which a comment is sent
@@ -104,9 +91,8 @@ class ServeOptions(ListenOptions):
         check_not_negative(self, "--", "queue", "rate", "concurrent", "drain")
         names = self.others
         if len(names) < len(self.also) or {self.name, *self.aliases} & set(names):
-            raise UserError(
-                "--also", list(map(str, self.also)), "two models of one name", "Call the first with --name."
-            )
+            others = list(map(str, self.also))
+            raise UserError("--also", others, "two models of one name", "Call the first with --name.")
 
     @property
     def others(self) -> dict[str, Path]:

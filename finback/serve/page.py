@@ -71,10 +71,9 @@ class Page:
 
     def routes(self, *, chat: bool) -> list[Route]:
         """`chat` False: without a model, the runs are all there is."""
-        found = [Route(STATIC + "{digest}/{name:path}", self.static)]
-        if chat:
-            return [Route(CHAT, self._shell("chat.html")), Route(RUNS, self._shell("runs.html")), *found]
-        return [Route(CHAT, self._shell("watch.html")), Route(RUNS, self._shell("watch.html")), *found]
+        first, second = ("chat.html", "runs.html") if chat else ("watch.html", "watch.html")
+        static = Route(STATIC + "{digest}/{name:path}", self.static)
+        return [Route(CHAT, self._shell(first)), Route(RUNS, self._shell(second)), static]
 
     async def static(self, request: Request) -> Response:
         """One file. Under its own digest it never changes; under an older one it is what it is now."""

@@ -1,7 +1,6 @@
 """From a validated request to the engine's input: prompts as token ids, and sampling params."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +42,6 @@ class PreparedRequest:
 
     @property
     def schema(self) -> str | None:
-        """The JSON schema that the choices follow."""
         return self.choices[0].sampling.schema
 
     @property
@@ -52,7 +50,6 @@ class PreparedRequest:
         return self.tool_choice is not None or self.schema is not None
 
     def parser(self) -> Parser:
-        """A parser for the output of one choice."""
         form = self.tool_choice.form if self.tool_choice else None
         return Parser(self.is_thinking, self.tools, form, constrained=self.is_constrained, single_call=self.single_call)
 
@@ -88,22 +85,13 @@ class RequestPreparer:
         think = _thinks(request)
         if think and request.thinking is None and THINK not in self.tokenizer.ids:
             think = None  # an effort is not a demand; a model without think tokens answers without a chain
-        ids, opened = encode_prompt(
-            messages,
-            self.tokenizer,
-            tools=read_tools(tools),
-            think=think,
-            continue_last=last.role == "assistant" and bool(last.prefix),
-        )
+        begun = last.role == "assistant" and bool(last.prefix)
+        ids, opened = encode_prompt(messages, self.tokenizer, tools=read_tools(tools), think=think, continue_last=begun)
         limit = self._limit(len(ids), request.max_completion_tokens or request.max_tokens, "messages")
-        sampling = self._sampling(
-            request,
-            limit,
-            schema=schema,
-            grammar=tool_choice.grammar if tool_choice else None,
-            thinking_budget=_thinking_budget(request, limit),
-            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        )
+        demanded = {"schema": schema, "grammar": tool_choice.grammar if tool_choice else None}
+        alternatives = (request.top_logprobs or 0) if request.logprobs else None
+        budget = _thinking_budget(request, limit)
+        sampling = self._sampling(request, limit, thinking_budget=budget, top_logprobs=alternatives, **demanded)
         if think is False:
             sampling = without_thinking(sampling, self.tokenizer)
         choices = self._choices(ids, sampling, seed, request.n or 1, 0, opened)
@@ -139,9 +127,6 @@ class RequestPreparer:
             # training texts and dialogues begin with it; ids are used unchanged
             start = [self.tokenizer.bos] if self.tokenizer.adds_bos else []
         else:
-            # the decoder takes no others; the engine checks against the model's vocabulary
-            if not all(0 <= token < 1 << 31 for token in prompt):
-                raise bad("not token ids of this model", "prompt")
             ids, text, start = prompt, self.tokenizer.decode(prompt) if request.echo else "", []
         if request.suffix:
             lacking = [mark for mark in FIM if mark not in self.tokenizer.ids]
@@ -178,18 +163,12 @@ class RequestPreparer:
 
     def _sampling(self, request: GenerationRequest, limit: int, **more: Any) -> SamplingParams:
         given = {n: getattr(request, n) for n in CHOSEN if getattr(request, n) is not None}
-        values: Mapping[str, Any] = self.defaults | given
-        bias = tuple((int(token), value) for token, value in (request.logit_bias or {}).items())
+        values: dict[str, Any] = {**self.defaults, **given, "max_tokens": limit, "stop": request.stops}
+        values["top_k"] = max(0, int(values.get("top_k", 0)))
+        values["logit_bias"] = tuple((int(token), value) for token, value in (request.logit_bias or {}).items())
+        values["stop_token_ids"] = tuple(request.stop_token_ids or ())
         try:
-            return SamplingParams(
-                **{**values, "top_k": max(0, int(values.get("top_k", 0)))},
-                max_tokens=limit,
-                logit_bias=bias,
-                stop=request.stops,
-                stop_token_ids=tuple(request.stop_token_ids or ()),
-                ignore_eos=bool(request.ignore_eos),
-                **more,
-            )
+            return SamplingParams(**values, ignore_eos=bool(request.ignore_eos), **more)
         except UserError as error:
             raise bad(f"{error.field}: {error.problem}. {error.remedy}", error.field) from None
 
@@ -203,7 +182,6 @@ class RequestPreparer:
 
 
 def _schema(request: ChatRequest) -> str | None:
-    """The JSON schema that the answer has to follow."""
     form = request.response_format
     if form is not None and form.type == "json_schema" and form.json_schema is not None:
         return json.dumps(form.json_schema.schema_, ensure_ascii=False)
@@ -224,9 +202,8 @@ def _thinks(request: ChatRequest) -> bool | None:
 
 def _thinking_budget(request: ChatRequest, limit: int) -> int | None:
     """The longest chain of thought in tokens, of an answer of `limit`; None: no bound but that."""
-    if request.thinking_budget is not None:
-        return request.thinking_budget
-    if request.thinking is not None and request.thinking.budget_tokens is not None:
-        return request.thinking.budget_tokens
+    for budget in (request.thinking_budget, request.thinking.budget_tokens if request.thinking else None):
+        if budget is not None:
+            return budget
     share = EFFORT.get(request.reasoning_effort or "max")
     return None if share is None else max(1, int(limit * share))

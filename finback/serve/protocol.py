@@ -8,7 +8,7 @@ import json
 import re
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request
 
 from finback.serve.errors import bad, from_pydantic
@@ -19,7 +19,7 @@ _BROKEN = re.compile("[\0\ud800-\udfff]")  # no tokenizer takes half a surrogate
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 Name = Annotated[str, Field(max_length=256)]
 Form = TypeVar("Form", bound=BaseModel)
 
@@ -51,9 +51,7 @@ class GenerationRequest(RequestPart):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias], Field(max_length=1024)] | None = (
-        None
-    )
+    logit_bias: Annotated[Biases, Field(max_length=1024)] | None = None
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
@@ -68,7 +66,6 @@ class GenerationRequest(RequestPart):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
@@ -155,15 +152,8 @@ def small(schema: dict[str, Any]) -> dict[str, Any]:
 class JsonSchema(RequestPart):
     """OpenAI's wrapping of a schema."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
-
     name: Annotated[str, Field(max_length=64)] | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-
-    @field_validator("schema_")
-    @classmethod
-    def _is_small(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return small(value)
+    schema_: Annotated[dict[str, Any], AfterValidator(small)] = Field(alias="schema")
 
 
 class NamedFunction(RequestPart):
@@ -192,9 +182,6 @@ class ResponseFormat(RequestPart):
         return self
 
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"]
-
-
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
@@ -211,7 +198,7 @@ class ChatRequest(GenerationRequest):
     response_format: ResponseFormat | None = None
     thinking: ThinkingParam | None = None
     chat_template_kwargs: TemplateSwitches | None = None
-    reasoning_effort: Effort | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = None
     thinking_budget: Annotated[int, Field(ge=0, lt=1 << 31)] | None = Field(
         None, description="tokens of the chain of thought; then it is closed"
     )
@@ -251,13 +238,6 @@ async def read(request: Request, form: type[Form]) -> Form:
 
 def _validated(raw: bytes, form: type[Form]) -> Form:
     try:
-        return form.model_validate(_json_object(raw))
-    except ValidationError as error:
-        raise from_pydantic(error) from None
-
-
-def _json_object(raw: bytes) -> dict[str, Any]:
-    try:
         found = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
     except UnicodeDecodeError as error:
         raise bad(f"the body is not UTF-8 (byte {error.start})", code="invalid_json") from None
@@ -269,7 +249,10 @@ def _json_object(raw: bytes) -> dict[str, Any]:
         raise bad("the body is not a JSON object", code="invalid_json")
     if depth(found) > DEPTH:
         raise bad(f"the body nests deeper than {DEPTH}", code="invalid_json")
-    return found
+    try:
+        return form.model_validate(found)
+    except ValidationError as error:
+        raise from_pydantic(error) from None
 
 
 def depth(value: Any) -> int:

@@ -63,7 +63,6 @@ class ResumableStream:
         self._wake()
 
     def stop(self) -> None:
-        """End the work."""
         if self._task is not None:
             self._task.cancel()
 

@@ -72,22 +72,15 @@ class SchemaChecker:
             raise bad(f"the schema cannot be followed: {first}", param)
 
     async def _start(self) -> asyncio.subprocess.Process:
-        pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "finback.serve.schema_child",
-            stdin=pipe,
-            stdout=pipe,
-            stderr=asyncio.subprocess.DEVNULL,
-            limit=1 << 20,
-        )
+        command = (sys.executable, "-m", "finback.serve.schema_child")
+        pipe, quiet = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+        start = asyncio.create_subprocess_exec
+        process = await start(*command, stdin=pipe, stdout=pipe, stderr=quiet, limit=1 << 20)
         assert process.stdout is not None, "started with pipes"
         await process.stdout.readline()  # it is there
         return process
 
     async def close(self) -> None:
-        """End the process."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):

@@ -7,30 +7,20 @@ middle of that.
 
 import json
 import sys
-from typing import Any
+
+from llguidance import LLMatcher
 
 
 def main() -> None:
     """Answer line by line until the input ends."""
-    matcher = _matcher()
     print("ready", flush=True)
     for line in sys.stdin:
-        problem = ""
-        if matcher is not None:
-            try:
-                kind, text = json.loads(line)
-                problem = matcher.validate_grammar(getattr(matcher, f"grammar_from_{kind}")(text))
-            except Exception as error:
-                problem = str(error) or type(error).__name__
+        try:
+            kind, text = json.loads(line)
+            problem = LLMatcher.validate_grammar(getattr(LLMatcher, f"grammar_from_{kind}")(text))
+        except Exception as error:
+            problem = str(error) or type(error).__name__
         print(json.dumps(problem), flush=True)
-
-
-def _matcher() -> Any:
-    try:
-        import llguidance
-    except ImportError:  # the engine will say so
-        return None
-    return llguidance.LLMatcher
 
 
 if __name__ == "__main__":

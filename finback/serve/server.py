@@ -1,4 +1,4 @@
-"""Builds the server, runs it, and drains it at the end."""
+"""The server: its paths and what each does, how it is built, run, and drained at the end."""
 
 import dataclasses
 import logging
@@ -9,25 +9,30 @@ from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.open import open_engine
-from finback.serve import auth
-from finback.serve.errors import HANDLERS, bad
-from finback.serve.middleware import AccessMiddleware
+from finback.serve import metrics, openapi
+from finback.serve.completions import Completions
+from finback.serve.errors import ApiError, bad
+from finback.serve.http import application, configuration, listen, secured, url
 from finback.serve.options import ServeOptions
 from finback.serve.page import Page
-from finback.serve.routes import routes
-from finback.serve.service import Service
-from finback.serve.watch import Planned, Watch, listen, url
+from finback.serve.protocol import ChatRequest, CompletionRequest, ControlRequest, read
+from finback.serve.resumable import until_disconnect
+from finback.serve.service import Service, service_of
+from finback.serve.watch import Planned, Watch
 
-GRACE = 5.0  # seconds for the last bytes, once every answer has ended
+PREFIXES = ("/v1", "", "/beta")  # OpenAI's, and DeepSeek's two
 
 
 def build(
@@ -56,17 +61,15 @@ def build(
             await each.schemas.close()
             each.worker.close()
 
-    access = Middleware(AccessMiddleware, options=options, metrics=service.metrics)
     shown = [*Page().routes(chat=True), *Watch(options.runs, planned).routes()] if options.page else []
-    app = Starlette(routes=[*routes(), *shown], middleware=[access], exception_handlers=HANDLERS, lifespan=lifespan)
-    app.router.redirect_slashes = False  # a redirect would lose the body
+    app = application([*routes(), *shown], options, service.metrics, lifespan)
     app.state.service = service
     return app
 
 
 def run(options: ServeOptions, planned: Planned | None = None) -> None:
     """Serve the models that the options name until a signal ends it."""
-    o = auth.secured(options)
+    o = secured(options)
     listener = listen(o.host, o.port)  # before the model is read: a port that is taken shows at once
     # Not in this thread: torch keeps threads for each that has used it, and OpenMP, which then counts more threads
     # than cores, lets the engine's sleep after every product. Measured: 45 instead of 29 ms a step.
@@ -80,36 +83,25 @@ def run(options: ServeOptions, planned: Planned | None = None) -> None:
 def serve(app: Starlette, listener: socket.socket) -> None:
     """Answer on a socket until a signal comes; returns when running requests have ended or had their time."""
     service: Service = app.state.service
-    _log_to_stderr()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name, level in (("finback.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers, logger.propagate = [handler], False
     names = ", ".join(each.options.name for each in service.all)
     print(f"serving {names} at {url(listener)}/v1", file=sys.stderr, flush=True)
     if service.options.page:
         print(f"the page is at {url(listener)}/", file=sys.stderr, flush=True)
-    Server(service, configuration(app)).run(sockets=[listener])
-
-
-def configuration(app: Starlette) -> uvicorn.Config:
-    """How uvicorn runs the application; ours is the only log."""
-    return uvicorn.Config(
-        app,
-        http=HttpProtocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(GRACE),
-        backlog=1024,
-    )
+    Server(app).run(sockets=[listener])
 
 
 class Server(uvicorn.Server):
     """uvicorn, but it goes on answering (with 503) while running requests end."""
 
-    def __init__(self, service: Service, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.service = service
+    def __init__(self, app: Starlette) -> None:
+        super().__init__(configuration(app))
+        self.service: Service = app.state.service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends the process on the spot."""
@@ -123,24 +115,80 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-class HttpProtocol(H11Protocol):
-    """uvicorn's, with its one reply of its own in the shape of all others."""
+def routes() -> list[Route]:
+    """All of them but /health; every one needs a key."""
+    found = [Route("/ready", ready), Route("/metrics", show_metrics), Route("/openapi.json", show_openapi)]
+    for prefix in PREFIXES:
+        found += [
+            Route(f"{prefix}/models", models),
+            Route(f"{prefix}/models/{{name:path}}", model),
+            Route(f"{prefix}/chat/completions", Completions(ChatRequest), methods=["POST"]),
+            Route(f"{prefix}/chat/completions/{{id}}/control", control, methods=["POST"]),
+            Route(f"{prefix}/chat/completions/{{id}}/stream", Resume(), methods=["GET"]),
+            Route(f"{prefix}/completions", Completions(CompletionRequest), methods=["POST"]),
+        ]
+    return found
 
-    def send_400_response(self, msg: str) -> None:
-        """Refuse what is not HTTP."""
-        content = bad(msg, code="invalid_http").response.body
-        head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nx-should-retry: false\r\n"
-            f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
-        )
-        self.transport.write(head.encode() + bytes(content))
-        self.transport.close()
+
+class Resume:
+    """The endpoint that goes on with a resumable stream, behind the last event that its reader has."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the rest, for the key that sent the request; ApiError 404 where there is no such stream any more."""
+        request = Request(scope, receive)
+        ident = request.path_params["id"]
+        stream = service_of(scope).streams.get(ident)
+        if stream is None or stream.owner != scope["state"]["owner"]:
+            raise ApiError(404, f"no answer {ident!r} is stored", "id")
+        text = request.query_params.get("after") or request.headers.get("last-event-id") or "0"
+        if not (text.isascii() and text.isdigit() and len(text) < 16):
+            raise bad("not the number of an event", "after")
+        await until_disconnect(receive, stream.serve(int(text), send))
 
 
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name, level in (("finback.serve", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.setLevel(level)
-        logger.handlers, logger.propagate = [handler], False
+async def control(request: Request) -> Response:
+    """Close the chains of thought of an active request, or end it, for the key that has sent it."""
+    service, body = service_of(request.scope), await read(request, ControlRequest)
+    ident = request.path_params["id"]
+    service = next((each for each in service.all if ident in each.active), service)
+    outputs = service.active.get(ident)
+    if outputs is None or outputs.owner != request.state.owner:
+        raise ApiError(404, f"no running request {ident!r}", "id")
+    if body.action == "answer_now":
+        service.worker.answer_now(outputs)
+    else:
+        outputs.fail(ApiError(409, "it was stopped", code="stopped"))
+    return JSONResponse({"id": ident, "object": "chat.completion.control", "action": body.action})
+
+
+async def models(request: Request) -> Response:
+    """The models, each under each of its names."""
+    served = service_of(request.scope).all
+    listed = [_model(service, name) for service in served for name in service.names]
+    return JSONResponse({"object": "list", "data": listed})
+
+
+async def model(request: Request) -> Response:
+    name = request.path_params["name"]
+    return JSONResponse(_model(service_of(request.scope).named(name), name))
+
+
+async def ready(request: Request) -> Response:
+    problem = service_of(request.scope).why_not_ready()
+    if problem is not None:
+        raise ApiError(503, problem, code="not_ready")
+    return JSONResponse({"status": "ready"})
+
+
+async def show_metrics(request: Request) -> Response:
+    service = service_of(request.scope)
+    return PlainTextResponse(service.metrics.text(service.gauges()), media_type=metrics.CONTENT_TYPE)
+
+
+async def show_openapi(request: Request) -> Response:
+    return JSONResponse(openapi.document())
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    made = {"created": service.created, "owned_by": "finback"}
+    return {"id": name, "object": "model", **made, "max_model_len": service.engine.capacity}

@@ -1,14 +1,12 @@
 """What the routes share: each served model with its worker, its active requests, and whether it is ready."""
 
 import time
-from dataclasses import dataclass
 
 from starlette.types import Scope
 
-from finback.config import UserError, did_you_mean
+from finback.config import did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
-from finback.serve.chat_output import FIELDS
 from finback.serve.errors import ApiError
 from finback.serve.logprobs import TokenTexts
 from finback.serve.metrics import Metrics
@@ -20,14 +18,6 @@ from finback.serve.schema_check import SchemaChecker
 from finback.serve.worker import OutputStream, Worker
 
 
-@dataclass(frozen=True)
-class ActiveRequest:
-    """A request that can still be controlled, by its owner."""
-
-    owner: bytes
-    outputs: OutputStream
-
-
 class Service:
     """One model, served. All of it belongs to the event loop but the engine, which the worker's thread owns.
 
@@ -37,23 +27,19 @@ class Service:
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, options: ServeOptions, first: "Service | None" = None
     ) -> None:
-        if options.reasoning_field not in FIELDS:
-            remedy = did_you_mean(options.reasoning_field, FIELDS)
-            raise UserError("reasoning_field", options.reasoning_field, "no such form", remedy)
         self.engine, self.tokenizer, self.options = engine, tokenizer, options
         self.created = int(time.time())
-        self.window = min(engine.model.config.max_position_embeddings, engine.pages.count * engine.pages.size)
         self.all: list[Service] = first.all if first else []  # the models of this server
         self.all.append(self)
         self.metrics: Metrics = first.metrics if first else Metrics()
         self.worker = Worker(engine, self.metrics)
         self.token_texts = TokenTexts(tokenizer)
-        self.preparer = RequestPreparer(tokenizer, self.window, self.token_texts.longest)
+        self.preparer = RequestPreparer(tokenizer, engine.capacity, self.token_texts.longest)
         self.schemas = SchemaChecker()
         quota: Quota = first.admission.quota if first else Quota(options.rate, options.concurrent)
         self.admission: Admission = Admission(engine, options, quota)
-        # by the id of the response
-        self.active: dict[str, ActiveRequest] = {}
+        # what can still be controlled, by the id of the response
+        self.active: dict[str, OutputStream] = {}
         # a stream that has ended stays for a while
         self.streams: dict[str, ResumableStream] = first.streams if first else {}
 
@@ -73,7 +59,7 @@ class Service:
 
     def _place(self, outputs: OutputStream) -> int:
         """Position among the requests that have not started, from 1; 0 for one that has."""
-        waiting = [each.outputs for each in self.active.values() if not each.outputs.started]
+        waiting = [each for each in self.active.values() if not each.started]
         return waiting.index(outputs) + 1 if outputs in waiting else 0
 
     def named(self, name: str | None) -> "Service":
@@ -119,8 +105,8 @@ class Service:
             return False
         if any(service.admission.requests for service in self.all) and time.monotonic() - since < self.options.drain:
             return False
-        for active in (each for service in self.all for each in service.active.values()):
-            active.outputs.fail(ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5))
+        for outputs in (each for service in self.all for each in service.active.values()):
+            outputs.fail(ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5))
         return True
 
     def gauges(self) -> dict[str, tuple[str, float]]:

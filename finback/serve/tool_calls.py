@@ -7,10 +7,9 @@ character; a call that breaks off keeps what it had. A stretch of text is never 
 import json
 from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Protocol
 
 from finback.data.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
-from finback.serve.incremental import IncrementalReader, Wait
+from finback.serve.incremental import DeltaCollector, IncrementalReader, Wait
 
 QWEN_BEGIN, QWEN_END = "<tool_call>", "</tool_call>"
 OPENERS = (CALLS_BEGIN, QWEN_BEGIN)
@@ -32,21 +31,8 @@ class ToolForm(StrEnum):
         return QWEN_BEGIN if self is ToolForm.QWEN else CALLS_BEGIN
 
 
-class ToolCallSink(Protocol):
-    """Where what was read goes."""
-
-    def call(self, name: str) -> None:
-        """A call begins."""
-
-    def arguments(self, text: str) -> None:
-        """The next piece of the arguments of the call that began last."""
-
-    def text(self, text: str) -> None:
-        """No markup after all."""
-
-
 def read(
-    reader: IncrementalReader, opener: str, form: ToolForm | None, sink: ToolCallSink, constrained: bool = False
+    reader: IncrementalReader, opener: str, form: ToolForm | None, sink: DeltaCollector, constrained: bool = False
 ) -> Wait[None]:
     """Read the calls that begin with `opener`, which has just been read; in Qwen's form one, else all of them.
 
@@ -65,7 +51,7 @@ def is_whole(arguments: str) -> bool:
     return json_text.is_whole
 
 
-def _deepseek(reader: IncrementalReader, form: ToolForm | None, sink: ToolCallSink, constrained: bool) -> Wait[None]:
+def _deepseek(reader: IncrementalReader, form: ToolForm | None, sink: DeltaCollector, constrained: bool) -> Wait[None]:
     """<calls begin> calls <calls end>; where the last mark is missing, what follows is text."""
     undecided: str = CALLS_BEGIN  # given back with what follows unless that is a call
     called = False
@@ -85,7 +71,7 @@ def _deepseek(reader: IncrementalReader, form: ToolForm | None, sink: ToolCallSi
 
 
 def _deepseek_call(
-    reader: IncrementalReader, form: ToolForm | None, sink: ToolCallSink, constrained: bool
+    reader: IncrementalReader, form: ToolForm | None, sink: DeltaCollector, constrained: bool
 ) -> Wait[bool]:
     """What follows <call begin>, its end included; False if it is no call."""
     name = yield from _deepseek_name(reader, form)
@@ -114,7 +100,7 @@ def _deepseek_name(reader: IncrementalReader, form: ToolForm | None) -> Wait[str
     return name.strip()
 
 
-def _deepseek_arguments(reader: IncrementalReader, sink: ToolCallSink, constrained: bool) -> Wait[None]:
+def _deepseek_arguments(reader: IncrementalReader, sink: DeltaCollector, constrained: bool) -> Wait[None]:
     """JSON up to the call's end, without the code fence and the blanks around it."""
     yield from reader.blank()
     if (yield from reader.match(("```",))):
@@ -141,7 +127,7 @@ def _deepseek_arguments(reader: IncrementalReader, sink: ToolCallSink, constrain
         sink.arguments(_NOTHING)
 
 
-def _qwen(reader: IncrementalReader, sink: ToolCallSink) -> Wait[None]:
+def _qwen(reader: IncrementalReader, sink: DeltaCollector) -> Wait[None]:
     """One call, <tool_call> read already: a JSON object with "name" and "arguments" in any order."""
     reader.mark(len(QWEN_BEGIN))
     yield from reader.blank()
@@ -162,7 +148,7 @@ def _qwen(reader: IncrementalReader, sink: ToolCallSink) -> Wait[None]:
     sink.text(junk)
 
 
-def _qwen_members(reader: IncrementalReader, sink: ToolCallSink) -> Wait[tuple[bool, bool, bool]]:
+def _qwen_members(reader: IncrementalReader, sink: DeltaCollector) -> Wait[tuple[bool, bool, bool]]:
     """The members of the object: whether they hold a name, hold arguments, and end with the object's brace."""
     early: list[str] = []  # arguments before the name
     named = argued = False
@@ -224,8 +210,12 @@ class _Json:
     def push(self, text: str) -> int:
         """How many of these characters still belong to the value."""
         for place, character in enumerate(text):
-            if self._in_string:
-                self._quoted(character)
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string and character == '"':
+                self._in_string = self.is_quoting = False
+            elif self._in_string:
+                self._escaped, self.is_quoting = character == "\\", self.is_quoting and character != "\n"
             elif character == '"':
                 self._in_string = self.is_quoting = True
                 continue
@@ -243,16 +233,6 @@ class _Json:
                 self.is_whole = True
                 return place + 1
         return len(text)
-
-    def _quoted(self, character: str) -> None:
-        if self._escaped:
-            self._escaped = False
-        elif character == "\\":
-            self._escaped = True
-        elif character == '"':
-            self._in_string = self.is_quoting = False
-        elif character == "\n":
-            self.is_quoting = False
 
 
 def _string(pieces: list[str]) -> str:

@@ -1,24 +1,22 @@
 """The JSON interface to run folders, read-only, and `finback watch`, which serves it with its page alone. No torch here."""
 
 import asyncio
+import functools
 import math
-import socket
 import sys
 import threading
 import time
 import webbrowser
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import uvicorn
 from pydantic_core import to_json
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from finback.config import UserError
@@ -26,10 +24,10 @@ from finback.runs import reader
 from finback.runs.metrics_table import MetricsTable, outline
 from finback.runs.reader import StageFolder
 from finback.runs.samples import MOST, SampleIndex, shown
-from finback.serve import auth, curves
-from finback.serve.errors import HANDLERS, ApiError, bad
+from finback.serve import curves
+from finback.serve.errors import ApiError, bad
+from finback.serve.http import application, configuration, listen, secured, url
 from finback.serve.metrics import Metrics
-from finback.serve.middleware import AccessMiddleware
 from finback.serve.options import ListenOptions, WatchOptions
 from finback.serve.page import Page
 from finback.serve.runs import Runs, cores, overview
@@ -40,7 +38,6 @@ OUTLINE = 600  # lines that stand for a file which is still being read
 OPENED = 32  # files whose columns or index stay in memory
 POINTS = 4000  # most points of one curve in one reply
 
-Read = TypeVar("Read", MetricsTable, SampleIndex)
 Planned = Callable[[Path], dict[str, dict[str, float]]]  # of a run folder: by stage its seconds, dollars and flops
 
 
@@ -49,20 +46,14 @@ class Watch:
 
     def __init__(self, root: Path, planned: Planned | None = None) -> None:
         self.runs, self.planned = Runs(root), planned
-        self._plans: dict[tuple[Path, int], dict[str, dict[str, float]]] = {}
-        self._read: OrderedDict[Path, MetricsTable | SampleIndex] = OrderedDict()
+        self._plan = functools.lru_cache(1)(self._planned)  # worked out anew when another stage has begun
+        self._open = functools.lru_cache(OPENED)(lambda kind, path: kind(path))
         self._lock = threading.Lock()  # requests are answered by several threads
 
     def routes(self) -> list[Route]:
-        """Paths that only read."""
-        return [
-            Route("/api/runs", self._reply(self.all_runs)),
-            Route("/api/run", self._reply(self.one_run)),
-            Route("/api/series", self._reply(self.series)),
-            Route("/api/heat", self._reply(self.heat)),
-            Route("/api/rollouts", self._reply(self.rollouts)),
-            Route("/api/follow", self._reply(self.follow)),
-        ]
+        found = {"runs": self.all_runs, "run": self.one_run, "series": self.series, "heat": self.heat}
+        found |= {"rollouts": self.rollouts, "follow": self.follow}
+        return [Route(f"/api/{name}", self._reply(answer)) for name, answer in found.items()]
 
     def all_runs(self, asked: "Asked") -> dict[str, Any]:
         """Every run, with its stages."""
@@ -82,24 +73,15 @@ class Watch:
         found = overview(asked.text("run"), root, begun)
         until, plans = time.monotonic() + A_LOOK, self._plan(root, len(begun))
         for entry, stage in zip(found["stages"], begun, strict=True):
-            entry |= {
-                "config": stage.config,
-                "results": stage.results if stage.is_finished else None,
-                "keys": [],
-                "nested": [],
-                "alerts": [],
-                "plan": plans.get(stage.name),
-            }
+            results = stage.results if stage.is_finished else None
+            entry |= {"config": stage.config, "results": results, "plan": plans.get(stage.name)}
+            entry |= {"keys": [], "nested": [], "alerts": []}
             if entry["has_metrics"]:
                 table = self._table(stage, until - time.monotonic())
-                entry |= {
-                    "keys": [n for n in table.columns if n != "step"],
-                    "nested": list(table.nested),
-                    "share": table.share,
-                    "rows": table.rows,
-                    "alerts": curves.alerts(stage, table, entry["state"] == "running"),
-                    "progress": curves.progress(stage, table),
-                }
+                entry["keys"] = [n for n in table.columns if n != "step"]
+                entry |= {"nested": list(table.nested), "share": table.share, "rows": table.rows}
+                entry["alerts"] = curves.alerts(stage, table, entry["state"] == "running")
+                entry["progress"] = curves.progress(stage, table)
         return found
 
     def series(self, asked: "Asked") -> dict[str, Any]:
@@ -146,41 +128,30 @@ class Watch:
                 answers = self._samples(stage, exam).of_question(question)
                 if answers:
                     model = str(stage.config.get("start", "")) if exam else stage.name
-                    found.append(
-                        {"stage": stage.name, "exam": exam, "model": model, "records": [shown(r) for r in answers]}
-                    )
+                    records = [shown(r) for r in answers]
+                    found.append({"stage": stage.name, "exam": exam, "model": model, "records": records})
         return {"question": question, "said": found}
 
-    def _plan(self, root: Path, begun: int) -> dict[str, dict[str, float]]:
-        """What the stages were planned to take; worked out anew when another has begun."""
-        if self.planned is None:
-            return {}
-        if (root, begun) not in self._plans:
-            self._plans = {(root, begun): {}}
-            with suppress(UserError):  # a recipe that is gone: the run can be shown without
-                self._plans[root, begun] = self.planned(root)
-        return self._plans[root, begun]
+    def _planned(self, root: Path, begun: int) -> dict[str, dict[str, float]]:
+        """What the stages were planned to take, of which so many have begun."""
+        with suppress(UserError):  # a recipe that is gone: the run can be shown without
+            return self.planned(root) if self.planned else {}
+        return {}
 
     def _stage(self, asked: "Asked") -> StageFolder:
         return self.runs.stage(asked.text("run"), asked.text("stage"))
 
     def _table(self, stage: StageFolder, seconds: float = AT_ONCE) -> MetricsTable:
-        return self._opened(stage.metrics_file, MetricsTable, seconds)
+        table: MetricsTable = self._open(MetricsTable, stage.metrics_file)
+        table.update(seconds)
+        return table
 
     def _samples(self, stage: StageFolder, exam: str, seconds: float = AT_ONCE) -> SampleIndex:
         if exam and exam not in stage.exams:
             raise ApiError(404, "no such exam", "exam")
-        return self._opened(stage.answers_file(exam), SampleIndex, seconds)
-
-    def _opened(self, path: Path, kind: type[Read], seconds: float) -> Read:
-        found = self._read.pop(path, None)
-        if not isinstance(found, kind):
-            found = kind(path)
-        found.update(seconds)
-        self._read[path] = found
-        while len(self._read) > OPENED:
-            self._read.popitem(last=False)
-        return found
+        samples: SampleIndex = self._open(SampleIndex, stage.answers_file(exam))
+        samples.update(seconds)
+        return samples
 
     def _reply(self, answer: Callable[["Asked"], dict[str, Any]]) -> Callable[[Request], Any]:
         def locked(asked: Asked) -> dict[str, Any]:
@@ -229,49 +200,16 @@ class Asked:
 
 def build(root: Path, options: ListenOptions, planned: Planned | None = None) -> Starlette:
     """The ASGI application of `finback watch`: the page of the runs, their JSON, and /health."""
-
-    async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
-
-    routes = [Route("/health", health), *Page().routes(chat=False), *Watch(root, planned).routes()]
-    access = Middleware(AccessMiddleware, options=options, metrics=Metrics())
-    app = Starlette(routes=routes, middleware=[access], exception_handlers=HANDLERS)
-    app.router.redirect_slashes = False
-    return app
+    return application([*Page().routes(chat=False), *Watch(root, planned).routes()], options, Metrics())
 
 
 def run(options: WatchOptions, planned: Planned | None = None) -> None:
     """Serve the page of the runs until a signal ends it."""
     if not options.runs.is_dir():
         raise UserError("runs", str(options.runs), "no such folder", "Name a runs folder, or a run in it.")
-    options = auth.secured(options)
+    options = secured(options)
     listener = listen(options.host, options.port)
     print(f"watching {options.runs} at {url(listener)}/", file=sys.stderr, flush=True)
     if options.show:
         webbrowser.open(f"{url(listener)}/")
-    config = uvicorn.Config(
-        build(options.runs, options, planned),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=1,
-    )
-    uvicorn.Server(config).run(sockets=[listener])
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address; UserError when it is taken or no address of this machine."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)  # type: ignore[arg-type]
-    except (OSError, OverflowError) as error:
-        raise UserError("host:port", f"{host}:{port}", str(error), "Name another, or end what uses it.") from None
-
-
-def url(listener: socket.socket) -> str:
-    """Where a socket is reached by HTTP."""
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    uvicorn.Server(configuration(build(options.runs, options, planned))).run(sockets=[listener])

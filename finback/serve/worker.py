@@ -6,11 +6,9 @@ come back with one call into the event loop, however many requests have a part i
 
 import asyncio
 import contextlib
-import logging
 import queue
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,10 +17,8 @@ from typing import TypeVar
 
 from finback.engine.engine import Engine
 from finback.engine.request import FinishReason, Request, SamplingParams
-from finback.serve.errors import ApiError
+from finback.serve.errors import ApiError, log, log_failure
 from finback.serve.metrics import Metrics
-
-log = logging.getLogger("finback.serve")
 
 T = TypeVar("T")
 
@@ -56,6 +52,8 @@ class OutputDelta:
 class OutputStream:
     """The engine's requests behind one HTTP request, and their deltas in order of arrival, each with its choice."""
 
+    # the digest of the key it was sent with
+    owner: bytes
     requests: list[Request] = field(default_factory=list)
     error: ApiError | None = None
     _deltas: deque[tuple[int, OutputDelta]] = field(default_factory=deque)
@@ -107,7 +105,7 @@ class Worker:
         self.engine, self.metrics = engine, metrics
         self.failure: str | None = None  # why the last step failed, until one succeeds
         self.stepped = time.monotonic()  # when the last step ended, or work came after a pause
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._active: dict[Request, _Delivered] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -139,9 +137,9 @@ class Worker:
         """Whether there is work and no step has ended for `limit` seconds."""
         return self.active > 0 and time.monotonic() - self.stepped > limit
 
-    async def submit(self, choices: list[ChoiceInput], salt: bytes) -> OutputStream:
+    async def submit(self, choices: list[ChoiceInput], owner: bytes, salt: bytes) -> OutputStream:
         """Queue the choices of one request, all or none; UserError when one can never be served."""
-        outputs, accepted = OutputStream(), Future[None]()
+        outputs, accepted = OutputStream(owner), Future[None]()
         self._work.put(lambda: self._submit(outputs, choices, salt, accepted))
         try:
             await asyncio.wrap_future(accepted)
@@ -156,7 +154,7 @@ class Worker:
 
     def answer_now(self, outputs: OutputStream) -> None:
         """Have a request's open chains of thought closed."""
-        self._work.put(lambda: self._close_thinking(outputs))
+        self._work.put(lambda: list(map(self.engine.close_thinking, outputs.requests)))
 
     # ---- in the thread ---------------------------------------------------------------------------------------------
 
@@ -173,7 +171,7 @@ class Worker:
             except queue.Empty:
                 self._try(self._step)
 
-    def _try(self, work: Callable[[], None]) -> None:
+    def _try(self, work: Callable[[], object]) -> None:
         try:
             work()
         except Exception as error:  # whatever a kernel may raise; the server outlives it
@@ -221,18 +219,13 @@ class Worker:
         unfinished = [r for r in outputs.requests if self._active.pop(r, None) is not None]
         for request in unfinished:
             self.engine.cancel(request)
-        self._call(self.metrics.count_cancelled, len(unfinished))
-
-    def _close_thinking(self, outputs: OutputStream) -> None:
-        for request in outputs.requests:
-            self.engine.close_thinking(request)
+        self._call(self.metrics.totals.update, {"cancelled": len(unfinished)})
 
     def _fail(self, error: Exception) -> None:
         """End everything that was under way; the next request finds an empty engine."""
         self.failure = type(error).__name__
-        # where it failed, without the message: it may quote what somebody wrote
-        log.error("a step failed: %s\n%s", self.failure, "".join(traceback.format_tb(error.__traceback__)))
-        self._call(self.metrics.count_failures, 1)
+        log_failure("a step", error)
+        self._call(self.metrics.totals.update, {"failed_steps": 1})
         streams = {delivered.stream for delivered in self._active.values()}
         try:
             for request in self._active:
