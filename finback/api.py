@@ -82,13 +82,13 @@ def plan(what: What = "", **options: Any) -> Results:
 
 def compare(*models: str | Path, tasks: Iterable[str], **options: Any) -> Results:
     """Ask models the same questions; `options` are those of `finback compare`, and `out` the folder that it continues."""
-    from finback.comparison import command
+    from finback.comparison import compare as comparing
     from finback.comparison.options import CompareOptions
 
     check_names(CompareOptions, options)
     wanted = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     chosen = CompareOptions(models=models, tasks=wanted, **options)  # type: ignore[arg-type] # made paths there
-    report, text, _ = command.run(chosen, os.environ)
+    report, text, _ = comparing.run(chosen, os.environ)
     return Results(report, text)
 
 

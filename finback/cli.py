@@ -90,10 +90,10 @@ def version(
 @with_options
 def run(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. recipes/tiny.py.")],
-    runs: Annotated[Path, typer.Option(help="Folder that holds the run folders.")] = Path("runs"),
+    runs: Annotated[Path, "Folder that holds the run folders."] = Path("runs"),
     settings: Settings = (),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    ranks: Annotated[int, typer.Option(help="Processes; 0 means one per GPU or, without any, per core.")] = 0,
+    seed: Annotated[int, "Seed of everything random."] = 0,
+    ranks: Annotated[int, "Processes; 0 means one per GPU or, without any, per core."] = 0,
     as_json: Json = False,
 ) -> None:
     """Run a recipe, or continue it: finished stages are kept, an interrupted one resumes."""
@@ -108,10 +108,8 @@ def run(
 
     text = summary.summarize(root)
     if as_json:
-        print(json.dumps(reader.summary(root), ensure_ascii=False))
         print(text, file=sys.stderr)
-    else:
-        print(text)
+    _print(reader.summary(root), text, as_json)
 
 
 @app.command()
@@ -138,9 +136,9 @@ def show(
     samples: Annotated[
         bool, typer.Option("--samples", help="Show the model's answers in RL, and their rewards.")
     ] = False,
-    stage: Annotated[str, typer.Option(help="With --samples: of this stage alone.")] = "",
-    step: Annotated[int, typer.Option(help="With --samples: of this step; else first, middle, last.")] = 0,
-    count: Annotated[int, typer.Option(help="With --samples: questions per step.")] = 2,
+    stage: Annotated[str, "With --samples: of this stage alone."] = "",
+    step: Annotated[int, "With --samples: of this step; else first, middle, last."] = 0,
+    count: Annotated[int, "With --samples: questions per step."] = 2,
     as_json: Json = False,
 ) -> None:
     """Show a run's results or samples, a recipe's knobs, or the source of a stage, which is its documentation."""
@@ -157,16 +155,14 @@ def show(
         from finback.planner import calibration_file, plan_vs_actual
 
         beside = plan_vs_actual.plan_and_actual(path, calibration_file.default_path(os.environ))
-        if as_json:
-            print(json.dumps(reader.summary(path) | {"plan_and_actual": beside}, ensure_ascii=False))
-        else:
-            print(f"{summary.summarize(path)}\n\n{plan_vs_actual.text(beside)}")
+        values = reader.summary(path) | {"plan_and_actual": beside} if as_json else {}
+        _print(values, "" if as_json else f"{summary.summarize(path)}\n\n{plan_vs_actual.text(beside)}", as_json)
     elif path.suffix == ".py":
         plan = recipes.load(path, settings)
-        print(json.dumps(outline.knobs(plan), ensure_ascii=False) if as_json else outline.outline(plan))
+        _print(outline.knobs(plan), outline.outline(plan), as_json)
     else:
         source = outline.stage_source(what)
-        print(json.dumps({"stage": what, "source": source}) if as_json else source)
+        _print({"stage": what, "source": source}, source, as_json)
 
 
 @app.command()
@@ -221,9 +217,9 @@ def compare(options: comparing.CompareOptions, as_json: Json = False) -> None:
 
     Answers are kept in --out, and the same command asks only what is missing. Exit code 1 if requests failed for good.
     """
-    from finback.comparison import command
+    from finback.comparison.compare import run
 
-    report, text, complete = command.run(options, os.environ)
+    report, text, complete = run(options, os.environ)
     _print(report, text, as_json)
     if not complete:
         print("some requests failed; the same command asks them again", file=sys.stderr)

@@ -74,19 +74,15 @@ class Client(AbstractContextManager["Client"]):
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def get_json(self, path: str) -> Any:
-        """The JSON value at a path; RequestFailed if there is none."""
-        with self._open("GET", path) as (_, chunks):
-            return parse_json(self._bytes_without_key(chunks))
-
-    def post_json(self, path: str, body: Any) -> Any:
-        """The JSON value that the server replies with; RequestFailed if it sends none."""
-        with self._open("POST", path, body) as (_, chunks):
-            return parse_json(self._bytes_without_key(chunks))
+    def reply(self, path: str, body: Any = None) -> Any:
+        """The JSON value that the server replies with to a body, or without one has there; RequestFailed if it has none."""
+        with self._open(path, body) as (_, chunks):
+            # before any of it is cut for a message, the key is gone from it
+            return parse_json(self._bytes_without_key(b"".join(chunks)))
 
     def stream(self, path: str, body: Any) -> Iterator[bytes]:
         """The data of each server-sent event as it arrives; a reply that is no stream is one event, followed by DONE."""
-        with self._open("POST", path, body) as (response, chunks):
+        with self._open(path, body) as (response, chunks):
             if "text/event-stream" in response.headers.get("Content-Type", ""):
                 yield from _events(chunks)
             else:
@@ -97,13 +93,11 @@ class Client(AbstractContextManager["Client"]):
         """A text in which the key, which some servers repeat, is not shown."""
         return text.replace(self._key, "[key]") if self._key else text
 
-    def _bytes_without_key(self, chunks: Iterator[bytes]) -> bytes:
-        """A whole body; before any of it is cut for a message, the key is gone from it."""
-        body = b"".join(chunks)
+    def _bytes_without_key(self, body: bytes) -> bytes:
         return body.replace(self._key.encode(), b"[key]") if self._key else body
 
     @contextmanager
-    def _open(self, method: str, path: str, body: Any = None) -> Iterator[tuple["httpx.Response", Iterator[bytes]]]:
+    def _open(self, path: str, body: Any) -> Iterator[tuple["httpx.Response", Iterator[bytes]]]:
         """A response with status 200 and its body in pieces; every fault of the connection becomes RequestFailed."""
         import httpx
 
@@ -117,11 +111,11 @@ class Client(AbstractContextManager["Client"]):
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         try:
-            content = json.dumps(body) if body is not None else None
+            method, content = ("GET", None) if body is None else ("POST", json.dumps(body))
             with self._http.stream(method, url, content=content, headers=headers) as response:
                 chunks = self._chunks(response, until)
                 if response.status_code != 200:
-                    raise _refusal(response, chunks, self._key)
+                    raise self._refusal(response, chunks)
                 yield response, chunks
         except RequestFailed as error:
             shown = self.without_key(str(error))
@@ -131,6 +125,15 @@ class Client(AbstractContextManager["Client"]):
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             cause = _cause(error)
             raise RequestFailed(self.without_key(f"{type(cause).__name__}: {cause}")) from None
+
+    def _refusal(self, response: "httpx.Response", chunks: Iterator[bytes]) -> RequestFailed:
+        """What another status means for this request and for the next ones; the key is taken out, then it is cut."""
+        status, start = response.status_code, b""
+        while len(start) < 400 + len(self._key) and (chunk := next(chunks, b"")):
+            start += chunk
+        text = " ".join(self._bytes_without_key(start)[:400].decode("utf-8", "replace").split())
+        final, wait = status < 500 and status not in _TRANSIENT, retry_after(response.headers.get("Retry-After"))
+        return RequestFailed(f"HTTP {status} {text}".strip(), final, status in _BUSY, wait)
 
     def _chunks(self, response: "httpx.Response", until: float | None) -> Iterator[bytes]:
         size = 0
@@ -242,21 +245,6 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
             yield from (line.rstrip(b"\r") for line in lines)
     if rest:
         yield bytes(rest)
-
-
-def _refusal(response: "httpx.Response", chunks: Iterator[bytes], key: str) -> RequestFailed:
-    """What a status other than 200 means for this request and for the next ones; the key is taken out, then it is cut."""
-    status, body_start = response.status_code, b""
-    for chunk in chunks:
-        body_start += chunk
-        if len(body_start) >= 400 + len(key):
-            break
-    shown = body_start.replace(key.encode(), b"[key]") if key else body_start
-    text = " ".join(shown[:400].decode("utf-8", "replace").split())
-    final = status < 500 and status not in _TRANSIENT
-    return RequestFailed(
-        f"HTTP {status} {text}".strip(), final, status in _BUSY, retry_after(response.headers.get("Retry-After"))
-    )
 
 
 def _cause(error: BaseException) -> BaseException:

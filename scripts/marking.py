@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finback.comparison.answer_store import Answer
-from finback.comparison.contestant import Price
+from finback.comparison.contestant import Answer, Price
 from finback.comparison.judging import judge_answers
 from finback.suites import choice as choice_suites
 from finback.suites import function_tests

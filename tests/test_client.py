@@ -49,7 +49,7 @@ def test_the_key_stands_in_no_error_and_no_log(caplog: pytest.LogCaptureFixture)
         Client(fake.url, "top-secret") as client,
         pytest.raises(RequestFailed, match=r"no JSON but b'key \[key\]'"),
     ):
-        client.post_json(CHAT, BODY)
+        client.reply(CHAT, BODY)
     assert "top-secret" not in caplog.text
 
 
@@ -69,9 +69,9 @@ def test_silence_and_nobody_there() -> None:
     with faking(lambda n, body: Reply(delay=1.0)) as fake:
         assert str(failure(fake, timeout=0.2)) == "TimeoutError: timed out"
     with Client("http://127.0.0.1:9/v1") as client, pytest.raises(RequestFailed, match=r"^ConnectionRefusedError"):
-        client.get_json("/models")
+        client.reply("/models")
     with Client(f"http://{'é' * 70}/v1") as client, pytest.raises(RequestFailed, match=r"^InvalidURL"):
-        client.get_json("/models")
+        client.reply("/models")
 
 
 def test_a_reply_has_a_maximal_size() -> None:
@@ -79,7 +79,7 @@ def test_a_reply_has_a_maximal_size() -> None:
         for _ in range(2):
             assert str(failure(fake, max_bytes=1000)) == "a reply of more than 1,000 bytes"
         with Client(fake.url, max_bytes=1_000_000) as client:
-            assert client.post_json(CHAT, BODY)["choices"][0]["message"]["content"] == "x" * 10_000
+            assert client.reply(CHAT, BODY)["choices"][0]["message"]["content"] == "x" * 10_000
 
 
 def test_events_come_as_they_are_sent() -> None:
@@ -164,18 +164,18 @@ def test_a_command_does_not_wait_for_httpx() -> None:
 @pytest.mark.parametrize("key", ["SECRET\n", " SECRET\r\n"])
 def test_a_keys_line_break_is_not_part_of_it(key: str) -> None:
     with Client("http://127.0.0.1:9/v1", key) as client, pytest.raises(RequestFailed) as failed:
-        client.get_json("/x")
+        client.reply("/x")
     assert "SECRET" not in str(failed.value) and "refused" in str(failed.value)
 
 
 @pytest.mark.parametrize("key", ["SEC\nRET", "schlüssel"])
 def test_a_key_that_no_header_can_carry_is_not_shown(key: str) -> None:
     with Client("http://127.0.0.1:9/v1", key) as client, pytest.raises(RequestFailed, match="cannot carry") as failed:
-        client.get_json("/x")
+        client.reply("/x")
     assert failed.value.final and key not in str(failed.value)
 
 
 def test_a_host_that_is_no_name_is_named() -> None:
     with Client("http://a..b/v1") as client, pytest.raises(RequestFailed, match=r"InvalidURL: 'a\.\.b'") as failed:
-        client.get_json("/x")
+        client.reply("/x")
     assert failed.value.final

@@ -16,10 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from finback import cli
-from finback.comparison import command, picture, table
-from finback.comparison.answer_store import Answer, AnswerStore, Failure, parse_answer
-from finback.comparison.compare import compare
-from finback.comparison.contestant import Price, distinct, prices
+from finback.comparison import picture, table
+from finback.comparison.compare import compare, protocol
+from finback.comparison.contestant import Answer, AnswerStore, Failure, Price, distinct, parse_answer, prices
 from finback.comparison.options import CompareOptions, spread
 from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
 from finback.config import UserError
@@ -66,7 +65,7 @@ def choices(n: int = 40, name: str = "choices") -> Suite:
 
 
 def scores_of(says: Says, suite: Suite, out: Path, samples: int = 1, **more: Any) -> dict[str, Any]:
-    report = compare([Actor("a", says, **more)], [suite], SamplingProtocol(samples=samples), out, quiet=True)
+    report = compare([Actor("a", says, **more)], [suite], SamplingProtocol(samples=samples), out)
     return dict(report["scores"][0])
 
 
@@ -134,7 +133,7 @@ def test_a_failure_is_no_mistake(tmp_path: Path) -> None:
         return Failure(ask, "HTTP 500") if ask.place % 2 else gold(ask)
 
     actors = [Actor("fails", says), Actor("knows half", lambda ask: "0" if ask.place % 2 else gold(ask))]
-    report = compare(actors, [sums(20)], SamplingProtocol(samples=1), tmp_path, quiet=True)
+    report = compare(actors, [sums(20)], SamplingProtocol(samples=1), tmp_path)
     fails, half = report["scores"]
     assert (fails["accuracy"], fails["n"], fails["failed"]) == (1.0, 10, 10) and half["accuracy"] == 0.5
     (pair,) = report["pairs"]  # on the questions that both have answered they are alike
@@ -151,7 +150,7 @@ def test_no_ranking_where_the_questions_do_not_tell(tmp_path: Path) -> None:
         return lambda ask: gold(ask) if ask.place < n else "0"
 
     actors = [Actor("A", knows(30)), Actor("B", knows(28)), Actor("C", knows(5))]
-    report = compare(actors, [sums(40)], SamplingProtocol(samples=1), tmp_path, quiet=True)
+    report = compare(actors, [sums(40)], SamplingProtocol(samples=1), tmp_path)
     better = {(p["one"], p["other"]): p["better"] for p in report["pairs"]}
     assert better == {("A", "B"): None, ("A", "C"): "A", ("B", "C"): "B"}
     text = table.render(report)
@@ -169,7 +168,7 @@ def test_language(tmp_path: Path) -> None:
     s = scores_of(lambda ask: said[ask.place] + gold(ask), sums(4, language="ru"), tmp_path)
     assert s["language"] == pytest.approx(2 / 3)
     assert "67% of words in the asked language" in table.render(
-        compare([Actor("a", gold)], [sums(4, language="ru")], SamplingProtocol(samples=1), tmp_path, quiet=True)
+        compare([Actor("a", gold)], [sums(4, language="ru")], SamplingProtocol(samples=1), tmp_path)
     )
     assert scores_of(gold, sums(4), tmp_path / "none")["language"] is None
 
@@ -206,11 +205,11 @@ def test_bits_per_byte_are_measured_and_kept(tmp_path: Path) -> None:
     local, far = Actor("local", gold), Actor("far", gold)
     local.compress = compress  # type: ignore[attr-defined]
     for _ in range(2):
-        report = compare([local, far], [sums(3), texts], SamplingProtocol(samples=1), tmp_path, quiet=True)
+        report = compare([local, far], [sums(3), texts], SamplingProtocol(samples=1), tmp_path)
         assert [c["bits_per_byte"] for c in report["compression"]] == [1.25, None]
         assert {s["suite"] for s in report["scores"]} == {"sums"} and len(measured) == 1
     assert "local | 1.2500 " in table.render(report) and "far   | –" in table.render(report)
-    assert compare([far], [texts], SamplingProtocol(samples=1), tmp_path, quiet=True)["scores"] == []
+    assert compare([far], [texts], SamplingProtocol(samples=1), tmp_path)["scores"] == []
 
 
 # what is kept
@@ -247,9 +246,9 @@ def test_the_same_seed_for_all_contestants() -> None:
 
 def test_answers_are_kept_and_only_missing_ones_asked(tmp_path: Path) -> None:
     first = Actor("a", gold)
-    compare([first], [sums(3)], SamplingProtocol(samples=2), tmp_path, quiet=True)
+    compare([first], [sums(3)], SamplingProtocol(samples=2), tmp_path)
     again = Actor("a", gold)
-    report = compare([again], [sums(3), sums(2, "more")], SamplingProtocol(samples=3), tmp_path, quiet=True)
+    report = compare([again], [sums(3), sums(2, "more")], SamplingProtocol(samples=3), tmp_path)
     asked = [(a.suite.name, a.place, a.sample) for a in again.asked]
     assert asked == [("sums", i, 2) for i in range(3)] + [("more", i, s) for i in range(2) for s in range(3)]
     assert [s["answers"] for s in report["scores"]] == [9, 6]
@@ -286,7 +285,7 @@ def test_ctrl_c_keeps_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         scores_of(says, sums(5), tmp_path)
     assert "2 of 5 answers of a are stored" in capsys.readouterr().err
     again = Actor("a", gold)
-    compare([again], [sums(5)], SamplingProtocol(samples=1), tmp_path, quiet=True)
+    compare([again], [sums(5)], SamplingProtocol(samples=1), tmp_path)
     assert [a.place for a in again.asked] == [2, 3, 4]
 
 
@@ -488,7 +487,7 @@ def test_bad_options(words: list[object], said: str, catalogue: list[Any], tmp_p
 
 def test_samples_by_default() -> None:
     def samples(**given: Any) -> int:
-        return command.protocol(CompareOptions(published=True, **given)).samples
+        return protocol(CompareOptions(published=True, **given)).samples
 
     assert samples() == 4 and samples(temperature=0.0) == 1 and samples(samples=16) == 16
 
@@ -508,7 +507,7 @@ def test_a_picture_of_anything(tmp_path: Path) -> None:
         Actor("gone", lambda ask: Failure(ask, "HTTP 500")),
     ]
     suites = [choices(8, f"suite {i}") for i in range(2)]
-    report = compare(actors, suites, SamplingProtocol(samples=1), tmp_path, quiet=True)
+    report = compare(actors, suites, SamplingProtocol(samples=1), tmp_path)
     picture.draw(report, tmp_path / "many.png")
     picture.draw(report | {"suites": report["suites"][:1]}, tmp_path / "one.png")
     assert (tmp_path / "many.png").stat().st_size > (tmp_path / "one.png").stat().st_size > 5000

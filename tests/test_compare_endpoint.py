@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from finback.comparison.answer_store import Answer, Failure
+from finback.client import Retries
 from finback.comparison.compare import compare
-from finback.comparison.contestant import Price
+from finback.comparison.contestant import Answer, Failure, Price
 from finback.comparison.endpoint import HOPELESS, Endpoint
 from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
 from finback.config import UserError
 from tests.comparing import Behaviour, Fake, Reply, faking, right, sums
 
 RULES = SamplingProtocol(samples=1, max_tokens=64)
-FAST: dict[str, Any] = {"backoff": 0.01, "timeout": 0.5, "tries": 3}
+FAST: dict[str, Any] = {"retries": Retries(3, backoff=0.01), "timeout": 0.5}
 
 
 def some(n: int = 4, **more: Any) -> list[EvalRequest]:
@@ -107,7 +107,7 @@ def test_a_hopeless_endpoint_is_left_alone() -> None:
 
 
 def test_nobody_there() -> None:
-    endpoint = Endpoint("http://127.0.0.1:9/v1", "m", tries=2, backoff=0.001)
+    endpoint = Endpoint("http://127.0.0.1:9/v1", "m", retries=Retries(2, backoff=0.001))
     found = list(endpoint.answers(some(20), RULES))
     assert len(found) == 20 and all(isinstance(f, Failure) and "Refused" in f.problem for f in found)
 
@@ -222,13 +222,13 @@ def test_what_failed_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
 
     with faking(behave) as fake:
         endpoint = Endpoint(fake.url, "m", price=Price(None, 1.0, 2.0), **FAST)
-        report = compare([endpoint], [sums(6)], RULES, tmp_path, quiet=True)
+        report = compare([endpoint], [sums(6)], RULES, tmp_path)
         (score,) = report["scores"]
         assert (score["n"], score["failed"], score["accuracy"]) == (4, 2, 1.0)  # not 4 of 6
         assert {f["question"] for f in report["failures"]} == {"sums:2", "sums:3"}
         assert "2 answers failed" in score["flags"][0]
         down, before = False, len(fake.bodies)
-        report = compare([endpoint], [sums(6)], RULES, tmp_path, quiet=True)
+        report = compare([endpoint], [sums(6)], RULES, tmp_path)
         assert (report["scores"][0]["n"], report["failures"]) == (6, [])
         assert sorted(fake.asked[before:]) == ["2+1=", "3+1="]
         assert report["scores"][0]["dollars_per_answer"] == pytest.approx((7 * 1 + 5 * 2) / 1e6)

@@ -16,7 +16,7 @@ import torch
 
 from finback.checkpoint.export import export
 from finback.comparison import local
-from finback.comparison.answer_store import Answer, Failure
+from finback.comparison.contestant import Answer, Failure
 from finback.comparison.endpoint import Endpoint
 from finback.comparison.local import Local, digest_of
 from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
@@ -68,16 +68,18 @@ def in_process(
     folder: Path, wanted: list[EvalRequest], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[Any], dict[str, list[int]]]:
     """Answers of the built-in engine, and their tokens by question."""
-    tokens: dict[str, list[int]] = {}
-    plain = local.to_answer
+    names = {ask.seed: ask.suite.problems[ask.place].key for ask in wanted}
+    rows: dict[str, request.Request] = {}
+    plain = Engine.submit
 
-    def note(row: request.Request, ask: EvalRequest, opened: bool, busy: float) -> Answer:
-        tokens[ask.suite.problems[ask.place].key] = list(row.tokens)
-        return plain(row, ask, opened, busy)
+    def note(engine: Engine, prompt: Any, sampling: Any, seed: int, **more: Any) -> request.Request:
+        rows[names[seed]] = row = plain(engine, prompt, sampling, seed, **more)
+        return row
 
     with monkeypatch.context() as patch:
-        patch.setattr(local, "to_answer", note)
-        return list(Local(folder, "toy", "fp32").answers(wanted, GREEDY)), tokens
+        patch.setattr(Engine, "submit", note)
+        found = list(Local(folder, "toy", "fp32").answers(wanted, GREEDY))
+    return found, {name: list(row.tokens) for name, row in rows.items()}
 
 
 def over_our_server(

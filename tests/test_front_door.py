@@ -63,7 +63,7 @@ def test_names_are_the_same_whatever_was_imported_before(tmp_path: Path) -> None
 import sys, types, finback
 assert "torch" not in sys.modules and set(finback.__all__) < set(dir(finback))
 before = {name: getattr(finback, name) for name in finback.__all__}
-import finback.cli, finback.planner.command, finback.comparison.command, finback.runs.recipe
+import finback.cli, finback.planner.command, finback.comparison.compare, finback.runs.recipe
 for name, value in before.items():
     assert getattr(finback, name) is value and callable(value) and not isinstance(value, types.ModuleType), name
 """
@@ -118,6 +118,9 @@ def test_stages_are_planned_and_several_ranks_need_a_file(tmp_path: Path) -> Non
         (lambda path: finback.run([Pressed(name="a")], path, settings="a.name"), "--set = 'a.name'"),
         (lambda path: finback.run([Pressed(name="a")], path, ranks=-1), "ranks = -1"),
         (lambda path: finback.load(path, dtype="fp99"), "dtype = 'fp99'"),
+        (lambda path: finback.LLM(path).generate([1]), "prompts = 1: neither a text nor a list of token ids"),
+        (lambda path: finback.LLM(path).generate(1), "prompts = 1: neither a text"),
+        (lambda path: finback.LLM(path).generate([["a"]]), "prompts = .'a'.: neither a text"),
     ],
 )
 def test_what_python_asks_wrongly_is_named(call: Any, words: str, tmp_path: Path) -> None:

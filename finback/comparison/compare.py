@@ -1,33 +1,146 @@
-"""Contestants x suites -> one report: ask what is not known yet, judge all of it, and report what the scores show.
+"""`finback compare`: contestants x suites -> one report. Ask what is not known yet, judge all of it, and say what it shows.
 
 One contestant after the other, so that two models are never in memory together. No torch here.
 """
 
+import json
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from finback import __version__
-from finback.comparison.answer_store import Answer, AnswerStore, Failure
-from finback.comparison.contestant import Contestant
+from finback.comparison import picture, table
+from finback.comparison.contestant import Answer, AnswerStore, Contestant, Failure, Price, by_endpoint, distinct, prices
+from finback.comparison.endpoint import Endpoint
 from finback.comparison.judging import judge_answers
-from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
+from finback.comparison.options import CompareOptions
+from finback.comparison.protocol import SAMPLES, EvalRequest, SamplingProtocol, eval_requests
 from finback.comparison.score import Score, pairs, score
 from finback.config import UserError, as_json
+from finback.runs import terminal
 from finback.runs.files import read_json, write_json
-from finback.runs.folder import prepare_folder
+from finback.runs.folder import locked, prepare_folder
 from finback.runs.progress import ProgressLine
+from finback.suites import catalogue
+from finback.suites import contamination as overlaps
+from finback.suites import published as tables
 from finback.suites.compression import METRIC
 from finback.suites.suite import Suite
 
+KEY = "FINBACK_ENDPOINT_KEY"  # not OPENAI_API_KEY: that one is OpenAI's, and not for every address
 ANSWERS = "answers"  # the folder of stored answers within --out
 SURE = 20  # after a tenth of all answers, or so many, the time left is shown
 
 
+def run(options: CompareOptions, environment: Mapping[str, str]) -> tuple[dict[str, Any], str, bool]:
+    """The report, its text, and whether every request was answered; all of it is in `options.out` too."""
+    if options.tasks or not options.published:
+        prepare_folder(options.out)
+        with locked(options.out):
+            report = _measured(options, environment)
+    else:
+        report = {"published": published([])}
+    # tables as wide as a terminal, if the text goes to one, and else in Markdown
+    text = table.render(report, terminal.table if sys.stdout.isatty() else table.markdown)
+    return report, text, not report.get("failures")
+
+
+def _measured(options: CompareOptions, environment: Mapping[str, str]) -> dict[str, Any]:
+    contestants, rules = open_all(options, environment), protocol(options)
+    if options.harness:
+        from finback.comparison import harness
+
+        report = harness.measure(contestants, options.tasks, rules, options, environment)
+    else:
+        suites = [catalogue.load(spec, options.problems, rules.seed) for spec in options.tasks]
+        report = compare(contestants, suites, rules, options.out)
+        if options.contamination:
+            checked = [overlaps.check(suite, folder) for suite in suites for folder in options.contamination]
+            report["contamination"] = [each.as_json() for each in checked]
+    if options.published:
+        report["published"] = published([suite["name"] for suite in report["suites"]])
+    write(report, options.out)
+    return report
+
+
+def protocol(options: CompareOptions) -> SamplingProtocol:
+    """The protocol; where nobody says how many samples, four, or one if they would all be alike."""
+    o, samples = options, options.samples or (SAMPLES if options.temperature else 1)
+    return SamplingProtocol(samples, o.temperature, o.top_p, o.max_tokens, o.seed, o.think)
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """compare.json, compare.md, and compare.png where there is something to draw."""
+    write_json(out / "compare.json", report)
+    part = out / "compare.md.part"
+    part.write_text(table.render(report) + "\n", encoding="utf-8")
+    part.replace(out / "compare.md")
+    if any(score["accuracy"] is not None for score in report["scores"]):
+        picture.draw(report, out / "compare.png")
+
+
+def open_all(options: CompareOptions, environment: Mapping[str, str]) -> list[Contestant]:
+    """Contestants in the order of the command line, files before endpoints; nothing is loaded or contacted yet."""
+    same = {"concurrency": options.concurrency, "rate": options.rate, "timeout": options.timeout}
+    endpoints = [Endpoint.parse(text, **same) for text in options.endpoints]
+    models = [(path, _label(path)) for path in options.models]
+    names = distinct([*(name for _, name in models), *(e.name for e in endpoints)])
+    own, theirs = names[: len(models)], names[len(models) :]
+    into, out_of = prices(options.price_in, "--price-in", theirs), prices(options.price_out, "--price-out", theirs)
+    keys, extra = _keys(options.key_env, theirs, environment), _extra(options.extra)
+    opened: list[Contestant] = []
+    if models:
+        from finback.checkpoint.models import find_model
+        from finback.comparison.local import Local, price_here
+
+        price = price_here(options.price_hour)
+        paths = [find_model(path) for path, _ in models]
+        opened += [Local(p, name, options.dtype, options.rows, price) for p, name in zip(paths, own, strict=True)]
+    for endpoint, name in zip(endpoints, theirs, strict=True):
+        basis = f"${into.get(name, math.nan):g} in, ${out_of.get(name, math.nan):g} out per million tokens, as given"
+        price = Price(None, into.get(name), out_of.get(name), basis) if name in into and name in out_of else Price()
+        opened.append(replace(endpoint, name=name, key=keys.get(name, ""), extra=extra, price=price))
+    return opened
+
+
+def _label(path: Path) -> str:
+    """What a model is called in tables: its path, or for a long one its last parts."""
+    text = str(path).rstrip("/")
+    return text if len(text) <= 40 else "/".join(path.resolve().parts[-2:])
+
+
+def _keys(given: Sequence[str], names: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """The keys by endpoint, from the environment; for all the same, or one named."""
+
+    def key(variable: str, whole: str) -> str:
+        if not environment.get(variable):
+            raise UserError("--key-env", variable, "no such environment variable, or empty", "Export it first.")
+        return environment[variable]
+
+    return dict.fromkeys(names, environment.get(KEY, "")) | by_endpoint(given, "--key-env", names, key)
+
+
+def _extra(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError("--extra", text, "not a JSON object", """Write for example '{"reasoning_effort": "high"}'.""")
+    return value
+
+
+def published(suites: Sequence[str]) -> list[dict[str, Any]]:
+    """Published scores on the questions of these suites; all there are where no suite is named."""
+    return [asdict(row) for name in suites or [""] for row in tables.rows(name)]
+
+
 def compare(
-    contestants: Sequence[Contestant], suites: Sequence[Suite], rules: SamplingProtocol, out: Path, quiet: bool = False
+    contestants: Sequence[Contestant], suites: Sequence[Suite], rules: SamplingProtocol, out: Path
 ) -> dict[str, Any]:
     """Ask everybody everything and return the report; KeyboardInterrupt leaves what was answered on disk."""
     _demand_distinct([c.name for c in contestants], "contestants")
@@ -42,9 +155,11 @@ def compare(
         identities[contestant.name] = contestant.identity
         wanted = eval_requests(asked, rules, contestant.identity)
         store = AnswerStore(out / ANSWERS, contestant.name, contestant.identity)
-        failed = gather(contestant, wanted, rules, store, quiet)
+        failed = gather(contestant, wanted, rules, store)
         measured += compression(contestant, texts, store.path.with_suffix(".bits.json"))
-        failures += [_failure(contestant.name, each) for each in failed]
+        for ask, problem in ((each.ask, each.problem) for each in failed):
+            found = {"suite": ask.suite.name, "question": ask.suite.problems[ask.place].key, "sample": ask.sample}
+            failures.append({"contestant": contestant.name, **found, "problem": problem})
         scores += _scores(contestant, asked, wanted, store, failed, rules.seed)
     return {
         "finback": __version__,
@@ -59,20 +174,16 @@ def compare(
 
 
 def gather(
-    contestant: Contestant,
-    wanted: Sequence[EvalRequest],
-    rules: SamplingProtocol,
-    store: AnswerStore,
-    quiet: bool = False,
+    contestant: Contestant, wanted: Sequence[EvalRequest], rules: SamplingProtocol, store: AnswerStore
 ) -> list[Failure]:
     """Have a contestant answer what is not stored yet; the requests that failed."""
     missing = [ask for ask in wanted if ask.key not in store.answers]
+    failures: list[Failure] = []
+    if not missing:
+        return failures
     progress = ProgressLine(contestant.name, len(missing), "answers", sure=min(SURE, len(missing) / 10))
     earlier = f"{len(wanted) - len(missing):,} from before" if len(missing) < len(wanted) else ""
-    failures: list[Failure] = []
     dollars: float | None = 0.0
-    if not missing:
-        return []
     try:
         for done, each in enumerate(store.save(contestant.answers(missing, rules)), 1):
             if isinstance(each, Failure):
@@ -80,9 +191,8 @@ def gather(
             elif dollars is not None:
                 price = contestant.price.of(each)
                 dollars = None if price is None else dollars + price
-            if not quiet:
-                notes = (f"{len(failures)} failed" if failures else "", earlier)
-                progress.draw(done, done, dollars, ", ".join(filter(None, notes)), end=done == len(missing))
+            notes = (f"{len(failures)} failed" if failures else "", earlier)
+            progress.draw(done, done, dollars, ", ".join(filter(None, notes)), end=done == len(missing))
     except KeyboardInterrupt:
         there = sum(ask.key in store.answers for ask in wanted)
         print(
@@ -141,17 +251,6 @@ def describe(suite: Suite) -> dict[str, Any]:
         "metric": suite.metric,
         "chance": suite.chance,
         "notes": dict(suite.notes),
-    }
-
-
-def _failure(contestant: str, failure: Failure) -> dict[str, Any]:
-    ask = failure.ask
-    return {
-        "contestant": contestant,
-        "suite": ask.suite.name,
-        "question": ask.suite.problems[ask.place].key,
-        "sample": ask.sample,
-        "problem": failure.problem,
     }
 
 

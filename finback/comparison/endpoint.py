@@ -1,8 +1,11 @@
 """A model behind an OpenAI-compatible server: several requests at a time, each tried again until there is an answer.
 
-What comes to nothing in the end is a failure of the server, never a wrong answer of the model. No torch here.
+A reply, streamed or whole, counts only when it is complete: a stream that ends without saying so, a chunk that is no
+JSON, or an error behind a status of 200 is no answer. What comes to nothing in the end is a failure of the server, never a
+wrong answer of the model. No torch here.
 """
 
+import json
 import queue
 import threading
 import time
@@ -10,14 +13,82 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finback.client import Client, RateLimit, RequestFailed, Retries, check_url
-from finback.comparison.answer_store import Answer, Failure, parse_answer
-from finback.comparison.chat_completion import ChatCompletion, complete
-from finback.comparison.contestant import Price
+from finback.client import DONE, Client, RateLimit, RequestFailed, Retries, check_url, parse_json
+from finback.comparison.contestant import Answer, Failure, Price, parse_answer
 from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.config import UserError, check_positive
 
 HOPELESS = 8  # failures without one answer after which the rest is not tried
+# what a server calls its own failure, rather than an end of the answer
+_BROKEN = frozenset({"error", "abort", "cancelled", "insufficient_system_resource"})
+_FINISH = {"": "stop", "end_turn": "stop", "eos": "stop", "max_tokens": "length"}
+
+
+@dataclass
+class ChatCompletion:
+    """What came back; counts are None where the server gives none."""
+
+    content: str = ""
+    reasoning: str = ""
+    finish: str = ""
+    prompt_tokens: int | None = None
+    tokens: int | None = None
+    model: str = ""
+
+    def add(self, chunk: Any) -> None:
+        """Take a whole completion or a chunk of one; RequestFailed if it is none."""
+        if not isinstance(chunk, dict):
+            raise RequestFailed(f"no chat completion but {str(chunk)[:100]}")
+        if error := chunk.get("error"):
+            raise RequestFailed(f"error in the reply: {json.dumps(error)[:200]}")
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
+            self.prompt_tokens, self.tokens = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        self.model = str(chunk.get("model") or self.model)
+        choices = chunk.get("choices")
+        if not isinstance(choices, list):
+            raise RequestFailed(f"no choices in {json.dumps(chunk)[:100]}")
+        for choice in choices[:1]:
+            self._take(choice)
+
+    def _take(self, choice: Any) -> None:
+        message = (choice.get("delta") or choice.get("message")) if isinstance(choice, dict) else None
+        if not isinstance(message, dict) and not (isinstance(choice, dict) and choice.get("finish_reason")):
+            raise RequestFailed(f"no message in {json.dumps(choice)[:100]}")
+        message = message if isinstance(message, dict) else {}
+        self.content += _text(message.get("content"))
+        # both names may be there with the same text
+        reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
+        self.reasoning += reasoning or _text(message.get("reasoning_details"))
+        self.finish = str(choice.get("finish_reason") or self.finish)
+
+
+def complete(client: Client, body: dict[str, Any]) -> ChatCompletion:
+    """Send one request and read its reply to the end; RequestFailed when there is no answer."""
+    reply = ChatCompletion()
+    for event in client.stream("/chat/completions", body):
+        if event == DONE:
+            break
+        reply.add(parse_json(event))
+    else:
+        if not reply.finish:
+            raise RequestFailed("the stream ended without finish_reason or [DONE]")
+    if reply.finish in _BROKEN:
+        raise RequestFailed(f"the server broke off with finish_reason {reply.finish!r}")
+    reply.finish = _FINISH.get(reply.finish, reply.finish)
+    return reply
+
+
+def _count(usage: dict[str, Any], name: str) -> int | None:
+    value = usage.get(name)
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _text(value: Any) -> str:
+    """A text, or the texts of a list of parts; null, which stands where there is nothing, is none."""
+    if isinstance(value, list):
+        return "".join(_text(part.get("text")) for part in value if isinstance(part, dict))
+    return value if isinstance(value, str) else ""
 
 
 @dataclass
@@ -36,15 +107,11 @@ class Endpoint:
     rate: float = 0.0
     # seconds that the server may be silent
     timeout: float = 300.0
-    tries: int = 6
-    # after 429 and 503, which say "later"
-    busy_tries: int = 40
-    # seconds before the second try, doubled each time
-    backoff: float = 1.0
+    retries: Retries = Retries()
 
     def __post_init__(self) -> None:
         check_url(self.url, "--endpoint", "http://127.0.0.1:8000/v1#MODEL", query=True)
-        check_positive(self, "endpoint", "concurrency", "timeout", "tries", "busy_tries", "backoff")
+        check_positive(self, "endpoint", "concurrency", "timeout")
         self.name = self.name or self.model
 
     @classmethod
@@ -52,9 +119,8 @@ class Endpoint:
         """From URL#MODEL."""
         url, mark, model = text.partition("#")
         if not mark or not model:
-            raise UserError(
-                "--endpoint", text, "names no model", "Write URL#MODEL, as in http://127.0.0.1:8000/v1#tiny."
-            )
+            remedy = "Write URL#MODEL, as in http://127.0.0.1:8000/v1#tiny."
+            raise UserError("--endpoint", text, "names no model", remedy)
         return cls(url, model, **more)
 
     @property
@@ -65,19 +131,23 @@ class Endpoint:
     def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
         """As they come; leaving the iterator stops asking."""
         left, found = iter(asks), queue.SimpleQueue[Answer | Failure | BaseException]()
-        lock, tally, limit = threading.Lock(), _Tally(), RateLimit(threading.Event(), self.rate)
+        lock, limit = threading.Lock(), RateLimit(threading.Event(), self.rate)
+        first: list[Answer | Failure] = []  # outcomes, HOPELESS at most
 
         def work(client: Client) -> None:
             while not limit.stop.is_set():
                 with lock:
                     ask = next(left, None)
-                    hopeless = tally.hopeless
+                    failures = [each.problem for each in first if isinstance(each, Failure)]
                 if ask is None:
                     return
                 try:
-                    each = Failure(ask, hopeless) if hopeless else self._answer(ask, rules, client, limit)
+                    if len(failures) == HOPELESS:
+                        found.put(Failure(ask, f"not asked, for {HOPELESS} before it failed: {failures[-1]}"))
+                        continue
+                    each = self._answer(ask, rules, client, limit)
                     with lock:
-                        tally.note(each)
+                        first.extend([each] if len(first) < HOPELESS else [])
                     found.put(each)
                 except BaseException as error:  # a defect of ours, to be raised where somebody sees it
                     found.put(error)
@@ -104,20 +174,12 @@ class Endpoint:
             return complete(client, body)
 
         try:
-            reply, tries = Retries(self.tries, self.busy_tries, self.backoff).send(request, limit)
+            reply, tries = self.retries.send(request, limit)
         except RequestFailed as error:
             return Failure(ask, client.without_key(str(error)))
-        return parse_answer(
-            ask,
-            reply.content,
-            reply.reasoning,
-            finish=reply.finish,
-            prompt_tokens=reply.prompt_tokens,
-            tokens=reply.tokens,
-            seconds=time.monotonic() - began,
-            tries=tries,
-            model=reply.model,
-        )
+        same = {name: getattr(reply, name) for name in ("finish", "prompt_tokens", "tokens", "model")}
+        spent = time.monotonic() - began
+        return parse_answer(ask, reply.content, reply.reasoning, seconds=spent, tries=tries, **same)
 
     def _body(self, ask: EvalRequest, rules: SamplingProtocol) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -136,20 +198,3 @@ class Endpoint:
             body["thinking"] = {"type": "enabled" if rules.think else "disabled"}
             body["chat_template_kwargs"] = {"thinking": rules.think, "enable_thinking": rules.think}
         return {name: value for name, value in (body | self.extra).items() if value is not None}
-
-
-@dataclass
-class _Tally:
-    """How an endpoint has done so far; `hopeless` says why the rest need not be tried, if that is so."""
-
-    answered: bool = False
-    failed: int = 0
-    hopeless: str = ""
-
-    def note(self, each: Answer | Failure) -> None:
-        """One more answer, or failure."""
-        self.answered = self.answered or isinstance(each, Answer)
-        if isinstance(each, Failure):
-            self.failed += 1
-            if self.failed >= HOPELESS and not self.answered and not self.hopeless:
-                self.hopeless = f"not asked, for {HOPELESS} before it failed: {each.problem}"

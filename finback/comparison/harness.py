@@ -56,11 +56,7 @@ def measure(
     return {
         "finback": __version__,
         "protocol": as_json(rules),
-        "suites": [],
-        "scores": [],
-        "pairs": [],
-        "compression": [],
-        "failures": [],
+        **{part: [] for part in ("suites", "scores", "pairs", "compression", "failures")},
         "contestants": [{"name": c.name, "identity": c.identity, "price": c.price.basis} for c in contestants],
         "harness": rows,
     }
@@ -124,7 +120,7 @@ class _LmEval:
             "base_url": f"{contestant.url.rstrip('/')}/chat/completions",
             "model": contestant.model,
             "num_concurrent": contestant.concurrency,
-            "max_retries": contestant.tries,
+            "max_retries": contestant.retries.tries,
             "timeout": int(contestant.timeout),
         }
         return self._run("local-chat-completions", arguments, folder, contestant.key)
@@ -137,7 +133,8 @@ class _LmEval:
         Tokenizer(contestant.path).export(tokenizer)
         chat = self.options.harness_chat
         with serving(contestant, folder / "serve.log", self.environment) as base:
-            window = _window(base)
+            with Client(base, timeout=10) as client:
+                window = int(client.reply("/v1/models")["data"][0]["max_model_len"])
             arguments = {
                 "base_url": f"{base}/v1/{'chat/completions' if chat else 'completions'}",
                 "model": NAME,
@@ -197,16 +194,9 @@ def _wait(server: "subprocess.Popen[bytes]", base: str, contestant: "Local", log
     while time.monotonic() - began < STARTING and server.poll() is None:
         try:
             with Client(base, timeout=10) as client:
-                client.get_json("/ready")
+                client.reply("/ready")
             return
         except RequestFailed:
             time.sleep(0.1)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     raise UserError("MODEL", contestant.name, "the server for it did not start", f"Its log: {lines[-1:] or 'empty'}.")
-
-
-def _window(base: str) -> int:
-    """How many tokens the served model reads."""
-    with Client(base, timeout=10) as client:
-        model = client.get_json("/v1/models")["data"][0]
-    return int(model.get("max_model_len") or model.get("context_length") or 2048)

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finback.comparison.answer_store import Answer
-from finback.comparison.contestant import Price
+from finback.comparison.contestant import Answer, Price
 from finback.suites.suite import Suite
 from finback.tasks.answers import compact, final_answer
 from finback.tasks.language import consistency

@@ -1,5 +1,6 @@
 """A model in files, answered by the built-in engine: as many questions at a time as the cache holds."""
 
+import functools
 import gc
 import hashlib
 import time
@@ -13,8 +14,7 @@ import torch
 
 from finback import __version__
 from finback.checkpoint.models import InferenceDtype
-from finback.comparison.answer_store import Answer, Failure, parse_answer
-from finback.comparison.contestant import Price
+from finback.comparison.contestant import Answer, Failure, Price, parse_answer
 from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.data.messages import encode_prompt
 from finback.data.openai_messages import read_messages
@@ -30,14 +30,8 @@ from finback.suites.suite import Suite
 
 # what a model's answers depend on, in the folders of stages and in Hugging Face's
 PATTERNS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "model.json",
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
+    *("*.safetensors", "*.safetensors.index.json", "model.json", "config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
 )
 
 
@@ -50,20 +44,13 @@ class Local:
     dtype: InferenceDtype = "auto"
     rows: int = 32
     price: Price = field(default_factory=Price)
-    _files: str = ""
 
-    @property
+    @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """The digest of its files, and what computes."""
-        self._files = self._files or digest_of(self.path)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        return {
-            "sha256": self._files,
-            "dtype": self.dtype,
-            "device": device,
-            "finback": __version__,
-            "torch": torch.__version__,
-        }
+        versions = {"finback": __version__, "torch": torch.__version__}
+        return {"sha256": digest_of(self.path), "dtype": self.dtype, "device": device, **versions}
 
     def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
         """As they are whole; the model is gone from memory when the iterator ends."""
@@ -119,26 +106,12 @@ def _answers(
                 busy[row] += spent / len(at_work)
             for row in [row for row in at_work if row.finish_reason is not None]:
                 ask, opened = under_way.pop(row)
-                yield to_answer(row, ask, opened, busy.pop(row))
+                cost: dict[str, Any] = {"prompt_tokens": len(row.prompt), "tokens": len(row.tokens)}
+                cost |= {"seconds": row.last - row.started, "busy": busy.pop(row)}
+                yield parse_answer(ask, row.text, opened=opened, finish=row.finish_reason, **cost)
     finally:
         for row in under_way:
             engine.cancel(row)
-
-
-def to_answer(row: Request, ask: EvalRequest, opened: bool, busy: float) -> Answer:
-    assert row.detokenizer is not None and row.finish_reason is not None, (
-        "the engine has a tokenizer, and the answer has ended"
-    )
-    return parse_answer(
-        ask,
-        row.detokenizer.text,
-        opened=opened,
-        finish=row.finish_reason,
-        prompt_tokens=len(row.prompt),
-        tokens=len(row.tokens),
-        seconds=row.last - row.started,
-        busy=busy,
-    )
 
 
 def digest_of(path: Path) -> str:

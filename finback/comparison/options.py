@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 from typer.core import TyperCommand
 
 from finback.config import UserError, check_not_negative, check_positive
@@ -17,66 +17,58 @@ class CompareOptions(Options):
     """Who is asked what, how, and at what price."""
 
     models: Annotated[
-        tuple[Path, ...], typer.Argument(metavar="MODEL...", help="Runs, stages, Hugging Face folders, .gguf files.")
+        tuple[Path, ...], Argument(metavar="MODEL...", help="Runs, stages, Hugging Face folders, .gguf files.")
     ] = ()
     tasks: Annotated[
         tuple[str, ...],
-        typer.Option(metavar="TASK...", help="Suites by name, such as gsm8k, or JSONL files; as many as you like."),
+        Option(metavar="TASK...", help="Suites by name, such as gsm8k, or JSONL files; as many as you like."),
     ] = ()
     endpoints: Annotated[
         tuple[str, ...],
-        typer.Option("--endpoint", metavar="URL#MODEL", help="A model behind an OpenAI-compatible API; repeatable."),
+        Option("--endpoint", metavar="URL#MODEL", help="A model behind an OpenAI-compatible API; repeatable."),
     ] = ()
-    problems: Annotated[int | None, typer.Option(help="Questions of each suite; default all.")] = None
-    samples: Annotated[int | None, typer.Option(help="Answers to each question; default 4, or 1 if greedy.")] = None
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.6
-    top_p: Annotated[float, typer.Option(help="Likeliest tokens up to this probability.")] = 0.95
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, its chain included.")] = 32768
-    seed: Annotated[int, typer.Option(help="Same seed, same questions and, from models here, same answers.")] = 0
-    think: Annotated[
-        bool | None, typer.Option("--think/--no-think", help="Open the chain of thought, or ask for none.")
-    ] = None
-    out: Annotated[Path, typer.Option(help="Folder for answers, tables and the picture; it is what is continued.")] = (
-        Path("compare")
+    problems: Annotated[int | None, "Questions of each suite; default all."] = None
+    samples: Annotated[int | None, "Answers to each question; default 4, or 1 if greedy."] = None
+    temperature: Annotated[float, "0 is greedy."] = 0.6
+    top_p: Annotated[float, "Likeliest tokens up to this probability."] = 0.95
+    max_tokens: Annotated[int, "Longest answer, its chain included."] = 32768
+    seed: Annotated[int, "Same seed, same questions and, from models here, same answers."] = 0
+    think: Annotated[bool | None, Option("--think/--no-think", help="Open the chain of thought, or ask for none.")] = (
+        None
     )
+    out: Annotated[Path, "Folder for answers, tables and the picture; it is what is continued."] = Path("compare")
     price_in: Annotated[
-        tuple[str, ...], typer.Option(metavar="[MODEL=]DOLLARS", help="An endpoint's price of a million prompt tokens.")
+        tuple[str, ...], Option(metavar="[MODEL=]DOLLARS", help="An endpoint's price of a million prompt tokens.")
     ] = ()
     price_out: Annotated[
-        tuple[str, ...], typer.Option(metavar="[MODEL=]DOLLARS", help="The same for a million tokens of answers.")
+        tuple[str, ...], Option(metavar="[MODEL=]DOLLARS", help="The same for a million tokens of answers.")
     ] = ()
-    price_hour: Annotated[
-        float | None, typer.Option(help="What this machine costs an hour, in dollars; default an estimate.")
-    ] = None
+    price_hour: Annotated[float | None, "What this machine costs an hour, in dollars; default an estimate."] = None
     key_env: Annotated[
         tuple[str, ...],
-        typer.Option(
+        Option(
             metavar="[MODEL=]VARIABLE", help="Environment variable with an endpoint's key; also FINBACK_ENDPOINT_KEY."
         ),
     ] = ()
     extra: Annotated[
-        str, typer.Option(metavar="JSON", help="Fields for every request to an endpoint; null takes one out.")
+        str, Option(metavar="JSON", help="Fields for every request to an endpoint; null takes one out.")
     ] = ""
-    concurrency: Annotated[int, typer.Option(help="Requests to an endpoint at a time.")] = 8
-    rate: Annotated[float, typer.Option(help="Requests to an endpoint per minute; 0 is any number.")] = 0.0
-    timeout: Annotated[float, typer.Option(help="Seconds that an endpoint may be silent.")] = 300.0
-    rows: Annotated[int, typer.Option(help="Answers that a model here makes at a time.")] = 32
+    concurrency: Annotated[int, "Requests to an endpoint at a time."] = 8
+    rate: Annotated[float, "Requests to an endpoint per minute; 0 is any number."] = 0.0
+    timeout: Annotated[float, "Seconds that an endpoint may be silent."] = 300.0
+    rows: Annotated[int, "Answers that a model here makes at a time."] = 32
     dtype: Dtype = "auto"
-    harness: Annotated[
-        str, typer.Option(metavar="lm-eval TASK...", help="Have lm-evaluation-harness ask its own tasks.")
-    ] = ""
-    harness_python: Annotated[
-        Path | None, typer.Option(help="The Python in which the harness is installed; default this one.")
-    ] = None
-    harness_chat: Annotated[
-        bool, typer.Option("--harness-chat", help="Ask models here as a chat, not as a text to go on with.")
-    ] = False
-    published: Annotated[bool, typer.Option("--published", help="Print published scores beside what was measured.")] = (
-        False
+    harness: Annotated[str, Option(metavar="lm-eval TASK...", help="Have lm-evaluation-harness ask its own tasks.")] = (
+        ""
     )
+    harness_python: Annotated[Path | None, "The Python in which the harness is installed; default this one."] = None
+    harness_chat: Annotated[
+        bool, Option("--harness-chat", help="Ask models here as a chat, not as a text to go on with.")
+    ] = False
+    published: Annotated[bool, Option("--published", help="Print published scores beside what was measured.")] = False
     contamination: Annotated[
         tuple[Path, ...],
-        typer.Option(metavar="FOLDER", help="A prepare stage: say which questions its text holds; repeatable."),
+        Option(metavar="FOLDER", help="A prepare stage: say which questions its text holds; repeatable."),
     ] = ()
 
     def __post_init__(self) -> None:
@@ -104,12 +96,7 @@ def spread(words: Sequence[str]) -> list[str]:
     found: list[str] = []
     option, taken = "", 0
     for word in words:
-        if word.startswith("--") or (word.startswith("-") and len(word) == 2):
-            option, taken = word, 0
-            found.append(word)
-            continue
-        taken += 1
-        if (option == "--tasks" and taken > 1) or (option == "--harness" and taken > 1):
-            found.append("--tasks")
-        found.append(word)
+        is_option = word.startswith("--") or (word.startswith("-") and len(word) == 2)
+        option, taken = (word, 0) if is_option else (option, taken + 1)
+        found += ["--tasks", word] if taken > 1 and option in ("--tasks", "--harness") else [word]
     return found

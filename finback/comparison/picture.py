@@ -49,17 +49,9 @@ def _suite(axes: Any, name: str, scores: list[dict[str, Any]], names: list[str],
             axes.axhline(y, color=colour, linestyle="--", linewidth=1.2, label=f"{s['contestant']} (no price)")
             axes.axhspan(low, high, color=colour, alpha=0.12, linewidth=0)
         else:
-            axes.errorbar(
-                [cost],
-                [y],
-                yerr=[[max(0.0, y - low)], [max(0.0, high - y)]],
-                color=colour,
-                marker=shape,
-                markersize=7,
-                capsize=3,
-                linestyle="none",
-                label=s["contestant"],
-            )
+            style = {"color": colour, "marker": shape, "markersize": 7, "capsize": 3, "linestyle": "none"}
+            error = [[max(0.0, y - low)], [max(0.0, high - y)]]
+            axes.errorbar([cost], [y], yerr=error, label=s["contestant"], **style)
     if chance is not None:
         axes.axhline(100 * chance, color="#999999", linestyle=":", linewidth=1, label="blind guessing")
     if costs and min(costs) > 0 and max(costs) / min(costs) > 5:

@@ -1,5 +1,6 @@
 """A report as Markdown: one table for each suite, then what the differences show. No torch here."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,20 +8,9 @@ from finback.suites.statistics import LEVEL
 
 NONE = "–"
 HEAD = (
-    "model",
-    f"pass@1 ({LEVEL:.0%} interval)",
-    "majority",
-    "pass@k",
-    "n x k",
-    "cut off",
-    "no answer found",
-    "tokens",
-    "s/answer",
-    "$/answer",
-    "$/solved",
-    "remarks",
-)
-
+    f"model, pass@1 ({LEVEL:.0%} interval), majority, pass@k, n x k, cut off, no answer found, tokens, s/answer, $/answer, "
+    "$/solved, remarks"
+).split(", ")
 
 Tabulate = Callable[[Sequence[Sequence[str]], Sequence[str]], str]  # rows and their headers as text
 
@@ -144,9 +134,8 @@ def _harness(rows: Sequence[dict[str, Any]], table: Tabulate) -> str:
         value = f"{row['value']:.4g}"
         if row["interval"] is not None:
             value += f" ({row['interval'][0]:.4g} to {row['interval'][1]:.4g})"
-        lines.append(
-            [row["contestant"], row["task"], row["metric"], value, str(row["n"]), str(row["shots"]), row["by"]]
-        )
+        by = (str(row["n"]), str(row["shots"]), row["by"])
+        lines.append([row["contestant"], row["task"], row["metric"], value, *by])
     return f"## Measured by lm-evaluation-harness\n\n{table(lines, head)}"
 
 
@@ -156,9 +145,7 @@ def _contestant(c: dict[str, Any]) -> str:
 
 
 def _failures(failures: Sequence[dict[str, Any]]) -> str:
-    counts: dict[tuple[str, str], int] = {}
-    for f in failures:
-        counts[f["contestant"], f["problem"]] = counts.get((f["contestant"], f["problem"]), 0) + 1
+    counts = Counter((f["contestant"], f["problem"]) for f in failures)
     lines = [f"- {name}: {count} x {problem}" for (name, problem), count in sorted(counts.items())]
     return "## Failed\n\nThe same command asks these again, and only these.\n\n" + "\n".join(lines)
 

@@ -113,7 +113,7 @@ class Judge:
         def ask(request: tuple[str, str]) -> float | None:
             messages = [{"role": role, "content": text} for role, text in zip(("system", "user"), request, strict=True)]
             body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
-            return _read(retries.send(lambda: _content(client.post_json("/chat/completions", body)), limit)[0])
+            return _read(retries.send(lambda: _content(client.reply("/chat/completions", body)), limit)[0])
 
         with (
             Client(self.url, self._key(), self.timeout, deadline=self.timeout) as client,
