@@ -92,9 +92,8 @@ def load(path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype 
     if is_checkpoint(path):
         return load_audited(path, compute, weights)[0]
     problem = "holds no model" if path.exists() else "no such file or folder"
-    raise UserError(
-        "model", str(path), problem, "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
-    )
+    remedy = "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
+    raise UserError("model", str(path), problem, remedy)
 
 
 def find_model(path: Path) -> Path:
@@ -104,9 +103,8 @@ def find_model(path: Path) -> Path:
     found = [folder for folder in finished_stages(path) if (folder / "model.json").is_file()]
     if not found:
         problem = "holds no finished model" if path.exists() else "no such file or folder"
-        raise UserError(
-            "MODEL", str(path), problem, "Name a run such as runs/tiny, a Hugging Face folder, or a .gguf file."
-        )
+        remedy = "Name a run such as runs/tiny, a Hugging Face folder, or a .gguf file."
+        raise UserError("MODEL", str(path), problem, remedy)
     return found[-1]
 
 

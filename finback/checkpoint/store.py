@@ -77,9 +77,8 @@ def load_newest(
     A damaged newest file falls back to the one before, which `say` reports; if none is whole, the error of the newest
     is raised.
     """
-    paths = sorted(folder.glob("step-*.safetensors"), reverse=True)
     trouble: UserError | None = None
-    for path in paths:
+    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
             tensors, meta = load(path)
         except UserError as error:

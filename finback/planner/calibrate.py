@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from finback.kernels.probe import gemm_peak
@@ -90,11 +91,11 @@ def calibrate(world: World, path: Path, say: Callable[[str], None]) -> dict[str,
     cpu = torch.device("cpu")
     process = _process_bytes(world)
     gemm = {
-        name: {str(size): _sum(world, gemm_peak(dtype, cpu, size, 0.1)) for size in GEMM_SIZES}
+        name: {str(size): sum(world.gather(gemm_peak(dtype, cpu, size, 0.1))) for size in GEMM_SIZES}
         for name, dtype in COMPUTE.items()
     }
     say(f"products: {', '.join(f'{n} {max(v.values()) / 1e9:,.0f} GFLOP/s' for n, v in gemm.items())}")
-    bandwidth = _sum(world, _bandwidth())
+    bandwidth = sum(world.gather(_bandwidth()))
     say(f"memory: {bandwidth / 1e9:,.1f} GB/s")
     steps = _steps(world, begin, say)
     measured = {"exchange": _exchange(world)}
@@ -103,8 +104,9 @@ def calibrate(world: World, path: Path, say: Callable[[str], None]) -> dict[str,
         for name in COMPUTE:
             rows = [s for s in steps if s["shape"].compute == name]
             work = [features(s["shape"]) for s in rows]
-            measured[f"{part}_{name}"] = fit(work, [s[part] for s in rows])
-            errors[f"{part}_{name}"] = _worst(work, [s[part] for s in rows], measured[f"{part}_{name}"])
+            taken, key = [s[part] for s in rows], f"{part}_{name}"
+            measured[key] = fit(work, taken)
+            errors[key] = _worst(work, taken, measured[key])
     result = {
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -114,7 +116,7 @@ def calibrate(world: World, path: Path, say: Callable[[str], None]) -> dict[str,
         "python": platform.python_version(),
         "ranks": world.size,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "memory_bytes": _physical_memory(),
+        "memory_bytes": int(psutil.virtual_memory().total),
         "gemm_flops_per_second": gemm,
         "memory_bytes_per_second": bandwidth,
         "process_bytes": process,
@@ -130,10 +132,6 @@ def calibrate(world: World, path: Path, say: Callable[[str], None]) -> dict[str,
         write_json(path, result)
     world.barrier()
     return result
-
-
-def _sum(world: World, value: float) -> float:
-    return sum(world.gather(value))
 
 
 def _bandwidth(size: int = 1 << 24, rounds: int = 5) -> float:
@@ -179,8 +177,7 @@ def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.
     tokens = torch.randint(shape.model.vocab_size, (shape.rows, width), generator=generator)
     depths = shape.model.num_nextn_predict_layers
     batch, terms = of_windows(tokens, depths), LossTerms([float(shape.rows * shape.length)] * (1 + depths))
-    passes: list[float] = []
-    update: list[float] = []
+    taken: dict[str, list[float]] = {"passes": [], "update": []}
     started = time.perf_counter()
     for round_ in range(rounds + 1):
         world.barrier()
@@ -192,11 +189,11 @@ def time_step(shape: Shape, world: World, rounds: int = 3, enough: float = math.
         muon.step(0.0)
         adam.step(0.0)
         if round_:
-            passes.append(middle - begin)
-            update.append(time.perf_counter() - middle)
+            taken["passes"].append(middle - begin)
+            taken["update"].append(time.perf_counter() - middle)
             if world.any(time.perf_counter() - started > enough):
                 break
-    return {"passes": _undisturbed(passes), "update": _undisturbed(update)}
+    return {part: _undisturbed(seconds) for part, seconds in taken.items()}
 
 
 def _undisturbed(taken: Sequence[float]) -> float:
@@ -258,11 +255,11 @@ def _training_rates(world: World, steps: Sequence[dict[str, Any]]) -> dict[str, 
     rates: dict[str, float] = {}
     for name in COMPUTE:
         chosen = [s for s in steps if s["shape"].compute == name]
-        flops = [
-            sum(v for k, v in this_machine.passes(s["shape"]).items() if k in ("products", "attention")) for s in chosen
-        ]
-        taken = [s["passes"] + s["update"] for s in chosen]
-        rates[name] = world.size * statistics.median(f / t for f, t in zip(flops, taken, strict=True))
+        work = [this_machine.passes(s["shape"]) for s in chosen]
+        speeds = (
+            (w["products"] + w["attention"]) / (s["passes"] + s["update"]) for w, s in zip(work, chosen, strict=True)
+        )
+        rates[name] = world.size * statistics.median(speeds)
     return rates
 
 
@@ -283,9 +280,3 @@ def peak_bytes() -> float:
         return float(fields[fields.index("VmHWM:") + 1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-def _physical_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().total)

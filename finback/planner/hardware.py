@@ -60,6 +60,7 @@ MACHINES = {name: Machine(name, **_facts(table)) for name, table in _TABLES["mac
 # what a plan needs beyond the machine; every one can be changed with --assume NAME=VALUE
 ASSUMPTIONS = _facts(_TABLES["assumptions"])
 SHARES = ("overlap", "margin", "efficiency", "mfu")
+MAY_BE_ZERO = ("imbalance", "reserve", "overlap", "margin", "co2")
 OF_MACHINE = ("memory", "link", "network", "watts", "mfu")  # facts of a machine that --assume replaces
 
 
@@ -97,25 +98,20 @@ def assumptions(settings: Sequence[str], machine: Machine) -> tuple[dict[str, Fa
     """
     known = dict(ASSUMPTIONS)
     for setting in settings:
-        name, equals, text = setting.partition("=")
+        name, _, text = setting.partition("=")
         if name not in (names := {*known, "efficiency", *OF_MACHINE}):
             raise UserError("--assume", setting, f"no assumption {name!r}", did_you_mean(name, names))
-        fact = Fact(_number(setting, text if equals else ""), "given with --assume")
-        if name in SHARES and fact.value > 1:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < math.inf or (value == 0 and name not in MAY_BE_ZERO):
+            raise UserError("--assume", setting, "not a number above 0", f"Write for example {name}=0.2.")
+        if name in SHARES and value > 1:
             raise UserError("--assume", setting, "more than the whole", "Use a share between 0 and 1.")
+        fact = Fact(value, "given with --assume")
         if name in OF_MACHINE:
             machine = dataclasses.replace(machine, **{name: fact})  # type: ignore[arg-type]
         if name not in OF_MACHINE or name == "mfu":
             known[name] = fact
     return known, machine
-
-
-def _number(setting: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    name = setting.partition("=")[0]
-    if not 0 <= value < math.inf or (value == 0 and name not in ("imbalance", "reserve", "overlap", "margin", "co2")):
-        raise UserError("--assume", setting, "not a number above 0", f"Write for example {name}=0.2.")
-    return value

@@ -91,9 +91,8 @@ def layer_activation(c: ModelConfig, moe: bool, precision: Precision, recompute:
     """Bytes per token that one layer keeps until its backward pass."""
     if recompute == "block":
         return _widths(precision)[0] * c.hidden_size
-    return attention_activation(c, precision, recompute) + feed_forward_activation(
-        c, moe, precision, recompute, imbalance
-    )
+    feed_forward = feed_forward_activation(c, moe, precision, recompute, imbalance)
+    return attention_activation(c, precision, recompute) + feed_forward
 
 
 def _widths(precision: Precision) -> tuple[float, float]:

@@ -81,9 +81,8 @@ def wire(machine: Machine, devices: int, inside: bool) -> float:
     name = "link" if inside and machine.node else "network"
     fact = machine.link if name == "link" else machine.network
     if fact is None:
-        raise UserError(
-            "--on", machine.name, f"no source gives the {name}'s speed", f"Give bytes/s: --assume {name}=50e9."
-        )
+        problem = f"no source gives the {name}'s speed"
+        raise UserError("--on", machine.name, problem, f"Give bytes/s: --assume {name}=50e9.")
     return fact.value
 
 

@@ -1,6 +1,5 @@
 """One training step as the planner computes with it: a layout, its batch, and how it is computed. No torch here."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,9 +42,8 @@ class Workload:
 
     def knobs(self) -> str:
         """What a Pretrain stage is given to train so."""
-        default = Layout()
-        values = {f.name: getattr(self.layout, f.name) for f in dataclasses.fields(Layout)}
-        changed = ", ".join(f"{k}={v!r}" for k, v in values.items() if v != getattr(default, k)).replace("'", '"')
+        default = vars(Layout())
+        changed = ", ".join(f"{k}={v!r}" for k, v in vars(self.layout).items() if v != default[k]).replace("'", '"')
         return f'layout=Layout({changed}), recompute="{self.recompute}"'
 
 
@@ -61,9 +59,8 @@ def parse_mesh(text: str, devices: int) -> dict[str, Any]:
             raise UserError("--mesh", text, f"{part!r} is not one whole number above 0", "Write pp=16,ep=64.")
         found[name] = int(value)
     if found.pop("tp", 1) != 1:
-        raise UserError(
-            "--mesh", text, "tensor parallelism is not supported, V3 trains without it", "Use ep, pp and zero or fsdp."
-        )
+        problem = "tensor parallelism is not supported, V3 trains without it"
+        raise UserError("--mesh", text, problem, "Use ep, pp and zero or fsdp.")
     if "fsdp" in found:
         if "dp" in found or "zero" in found:
             raise UserError("--mesh", text, "fsdp is dp with zero=3", "Give one of the two.")
@@ -74,7 +71,6 @@ def parse_mesh(text: str, devices: int) -> dict[str, Any]:
     pp = found.setdefault("pp", max(devices // found["dp"], 1) if "dp" in found else 1)
     found.setdefault("dp", max(devices // pp, 1))
     if pp * found["dp"] != devices:
-        raise UserError(
-            "--mesh", text, f"pp · dp = {pp} · {found['dp']} are not {devices} devices", "Change it, or --on."
-        )
+        problem = f"pp · dp = {pp} · {found['dp']} are not {devices} devices"
+        raise UserError("--mesh", text, problem, "Change it, or --on.")
     return found | {"sharding": sharding}

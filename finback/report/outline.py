@@ -18,10 +18,8 @@ def outline(recipe: Recipe) -> str:
     lines = [f"recipe {recipe.name}"]
     for stage in recipe.stages:
         work = stage.work()
-        lines.append(
-            f"\n{stage.name}: {type(stage).__name__}, trains on at most {work.tokens_trained:,} tokens, "
-            f"generates at most {work.tokens_generated:,}"
-        )
+        most = f"trains on at most {work.tokens_trained:,} tokens, generates at most {work.tokens_generated:,}"
+        lines.append(f"\n{stage.name}: {type(stage).__name__}, {most}")
         lines += [f"  {f.name} = {getattr(stage, f.name)!r}" for f in dataclasses.fields(stage) if f.name != "name"]
     return "\n".join(lines)
 

@@ -48,7 +48,7 @@ def examine(run: RunFacts, answers: Answers, now: datetime) -> Completeness:
     """What the documents would lack. Holes that an answer would fill are named by their question alone."""
     date = now.date().isoformat()
     stand_in = {"text": "-", "list": ["-"], "yes or no": True, "number": 1.0}
-    filled = Answers({**{q.key: stand_in[q.kind] for q in QUESTIONS}, **answers.given})
+    filled = Answers({q.key: stand_in[q.kind] for q in QUESTIONS} | answers.given)
     found = completeness.check(run, answers, drafts(run, filled, date).values())
     return dataclasses.replace(found, contradictions=completeness.contradictions(run, answers))
 
@@ -58,7 +58,7 @@ def write(run: RunFacts, answers: Answers, out: Path, now: datetime) -> list[Pat
     if out.exists() and not _is_ours(out):
         raise UserError("--out", str(out), "exists and holds something else", "Name a folder that does not exist.")
     texts = documents(run, answers, now)
-    part, old = (out.with_name(f"{out.name}.{word}") for word in ("part", "old"))
+    part, old = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.old")
     shutil.rmtree(part, ignore_errors=True)
     try:
         _fill(part, texts, run, now)
