@@ -25,7 +25,7 @@ from finback.report.summary import summarize
 from finback.runs.declaration import DECLARATION
 from finback.runs.files import read_json, read_lines, write_json, write_lines
 from finback.runs.reader import StageFolder
-from finback.runs.recipe import claim, execute, load, summary
+from finback.runs.recipe import claim, execute, load, write_summary
 from tests.toy import write_recipe
 
 NOW = datetime(2026, 3, 1, 12, 30, tzinfo=UTC)
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root.mkdir(parents=True)
     claim(recipe, root, 0)
     execute(recipe, root, 0, World(), watch=lambda run: None, quiet=True)
-    write_json(root / "summary.json", summary(recipe, root, 0))
+    write_summary(recipe, root, 0)
     return root
 
 

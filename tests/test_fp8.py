@@ -12,7 +12,7 @@ from torch import Tensor
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.kernels import fp8, fp8_hopper, fp8_train, native, reference
-from finback.kernels.fp8_products import Emulated, Operand, Scaled, round_, round_e5m6, round_tiles
+from finback.kernels.fp8_products import Emulated, Operand, Products, round_, round_e5m6, round_tiles
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
 from finback.model.config import TINY
 from finback.model.moe import MoE
@@ -175,7 +175,7 @@ def test_powers_of_two_cost_nothing_when_tiles_turn() -> None:
 def test_one_product_is_the_promoted_one_but_for_the_order_of_summation(shape: tuple[int, int, int]) -> None:
     m, n, k = shape
     a, b, w = heavy(m, k), heavy(n, k, seed=5), heavy(n, k, seed=9)
-    plain, fast = Scaled(), Emulated()
+    plain, fast = Products(), Emulated()
     for right, other in ((plain.tiles(b), fast.tiles(b)), (plain.blocks(w), fast.blocks(w))):
         left = plain.tiles(a)
         # factors in fp64 to the very end
@@ -187,22 +187,42 @@ def test_one_product_is_the_promoted_one_but_for_the_order_of_summation(shape: t
             assert ((got.double() - exact).abs() <= bound).all()
 
 
+def tensor_core_sum(a: Tensor, b: Tensor) -> Tensor:
+    """a (m, k) · b (n, k)^T of E4M3 numbers as Hopper's tensor cores add up, from its description (V3 3.3.2 and ISCA).
+
+    An instruction takes 32 products. They and the running sum are shifted to the exponent of the largest of them, and
+    bits below 13 of its fraction are cut off; so is the new sum, kept in 1 + 8 + 13 bits. Needs (m, n, 32) numbers.
+    """
+    total = a.new_zeros(a.size(0), b.size(0), 1)
+    for start in range(0, a.size(1), 32):
+        part = slice(start, start + 32)
+        terms = torch.cat([total, a[:, None, part] * b[None, :, part]], dim=-1)
+        unit = _last_bit(terms.abs().amax(dim=-1, keepdim=True))
+        total = (terms / unit).trunc().sum(dim=-1, keepdim=True) * unit
+        unit = _last_bit(total.abs())
+        total = (total / unit).trunc() * unit
+    return total.squeeze(-1)
+
+
+def _last_bit(x: Tensor) -> Tensor:
+    """The weight of the 13th fraction bit of numbers as large as x."""
+    exponent = torch.frexp(x).exponent - 1
+    return torch.ldexp(torch.ones_like(x), exponent - 13)
+
+
 def test_tensor_cores_by_hand() -> None:
     """13 bits behind the leading one: 2^-13 beside 1 stays, 2^-14 does not; negative ones are cut towards 0."""
     for small, kept in ((2**-6, 1 + 2**-13), (2**-7, 1.0)):
         a, b = torch.tensor([[1.0, small]]), torch.tensor([[1.0, 2**-7]])
-        assert reference.tensor_core_sum(a, b).item() == kept
-        assert reference.tensor_core_sum(-a, b).item() == -kept
+        assert tensor_core_sum(a, b).item() == kept
+        assert tensor_core_sum(-a, b).item() == -kept
     # cut off together, though 16 of them are worth keeping
-    assert (
-        reference.tensor_core_sum(torch.tensor([[1.0] + 16 * [2**-7]]), torch.tensor([[1.0] + 16 * [2**-7]])).item()
-        == 1
-    )
+    assert tensor_core_sum(torch.tensor([[1.0] + 16 * [2**-7]]), torch.tensor([[1.0] + 16 * [2**-7]])).item() == 1
     # the next instruction's products meet the running sum
     late = torch.zeros(1, 64)
     late[0, 0], late[0, 40] = 1.0, 2**-7
-    assert reference.tensor_core_sum(late, late).item() == 1.0
-    assert reference.tensor_core_sum(torch.zeros(2, 64), torch.ones(3, 64)).tolist() == [[0.0] * 3] * 2
+    assert tensor_core_sum(late, late).item() == 1.0
+    assert tensor_core_sum(torch.zeros(2, 64), torch.ones(3, 64)).tolist() == [[0.0] * 3] * 2
 
 
 def test_promotion_is_why_fourteen_bits_are_enough() -> None:
@@ -210,9 +230,9 @@ def test_promotion_is_why_fourteen_bits_are_enough() -> None:
     a, b = (normal(16, 4096, seed=s).abs() for s in (0, 1))
     one, other = fp8.quantize_tiles(a), fp8.quantize_tiles(b)
     exact = reference.fp8_product(*one, *other).double()
-    promoted = reference.fp8_product(*one, *other, accumulate=reference.tensor_core_sum)
+    promoted = reference.fp8_product(*one, *other, accumulate=tensor_core_sum)
     whole = fp8.e4m3(a * 64), fp8.e4m3(b * 64)  # one factor for all, as without promotion
-    unpromoted = reference.tensor_core_sum(*(t.float() for t in whole))
+    unpromoted = tensor_core_sum(*(t.float() for t in whole))
     true = whole[0].double() @ whole[1].double().T
     wrong = ((unpromoted - true) / true).abs().max().item()
     right = ((promoted - exact) / exact).abs().max().item()
@@ -238,7 +258,7 @@ def test_tiles_take_outliers_that_one_factor_cannot() -> None:
 @pytest.mark.parametrize("numerics", [LINEAR, AFTER_ATTENTION])
 def test_linear_is_three_products_with_the_papers_tiles(numerics: Numerics) -> None:
     x, w = heavy(2, 100, 300), normal(200, 300, seed=3)
-    p = Scaled()
+    p = Products()
     y, (d_x, d_w) = grad_of(lambda x, w: fp8_train.linear(x, w, replace(numerics, products=p)), x, w)
     rows, grad = x.flatten(0, 1), heavy(2, 100, 200, seed=77).flatten(0, 1)
     two = numerics.input_power_of_two
@@ -292,7 +312,7 @@ def test_experts_in_fp8_fast_against_plain_and_near_fp32(dtype: torch.dtype) -> 
     gate_up, down = 0.1 * normal(4, 140, 130, seed=1), 0.1 * normal(4, 130, 70, seed=2)
     index = torch.rand(300, 4, generator=torch.Generator().manual_seed(4)).topk(2, dim=1).indices
     y, found = {}, {}
-    for name, products in (("fast", Emulated()), ("plain", Scaled()), ("exact", Exact())):
+    for name, products in (("fast", Emulated()), ("plain", Products()), ("exact", Exact())):
         numerics = replace(ROUTED, products=products)
         y[name], found[name] = grad_of(
             lambda *a, n=numerics: fp8_train.routed_experts(a[0], index, *a[1:], n), x, weight, gate_up, down
@@ -379,8 +399,8 @@ def test_exactly_the_papers_modules_are_in_fp8() -> None:
         f"{b}.feed_forward.{n}" for b, found in blocks.items() for n in found
     }
     modules = dict(model.named_modules())
-    holders = {n: m.experts if isinstance(m, MoE) else m for n, m in modules.items()}
-    places = {n: replace(m.numerics, products=None) for n, m in holders.items() if hasattr(m, "numerics")}
+    holders = {n: m.experts.keywords if isinstance(m, MoE) else vars(m) for n, m in modules.items()}
+    places = {n: replace(given["numerics"], products=None) for n, given in holders.items() if "numerics" in given}
     assert {n for n, place in places.items() if place == AFTER_ATTENTION} == {f"{b}.attention.out" for b in blocks}
     assert {n for n, place in places.items() if place == ROUTED} == {
         "blocks.1.feed_forward",
@@ -407,7 +427,7 @@ def test_the_models_gradient_in_fp8_is_near(compute: torch.dtype) -> None:
     """
     config = replace(TINY, num_hidden_layers=2, initializer_range=0.05, n_routed_experts=2)
     found: dict[str, tuple[float, dict[str, Tensor]]] = {}
-    for name, products in (("none", None), ("fast", Emulated()), ("plain", Scaled())):
+    for name, products in (("none", None), ("fast", Emulated()), ("plain", Products())):
         model = Transformer(config, compute).initialise(0).train()
         model = model if products is None else use_fp8(model, products)
         loss = backward(model, tokens(2, 64, 1024), 0.3, 1e-4).main.item()
@@ -488,7 +508,7 @@ def test_hopper_multiplies_as_the_plain_form(shape: tuple[int, int, int]) -> Non
         pytest.skip(lacks)
     m, n, k = shape
     a, b = heavy(m, k).cuda(), heavy(n, k, seed=5).cuda()
-    plain, fast = Scaled(), Scaled(fp8_hopper.product)
+    plain, fast = Products(), Products(fp8_hopper.product)
     for right in (plain.tiles(b), plain.blocks(b)):
         left = plain.tiles(a)
         wanted = plain.multiply(left, right)

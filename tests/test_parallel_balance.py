@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finback.config import UserError
-from finback.parallel.eplb import pack, place, replicate
+from finback.parallel.eplb import place, replicate
+from finback.parallel.layout import pack
 
 LOAD = torch.tensor(
     [[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86], [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27]]
@@ -25,8 +26,8 @@ def test_the_published_placement() -> None:
 
 
 def test_packing_and_copying_by_hand() -> None:
-    assert pack([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
-    assert pack([9, 1, 1, 1], 2) == [[0, 3], [1, 2]], "a full bin takes no more, however light the item"
+    assert pack([5, 1, 4, 2], 2, 2) == [[0, 1], [2, 3]]
+    assert pack([9, 1, 1, 1], 2, 2) == [[0, 3], [1, 2]], "a full bin takes no more, however light the item"
     assert replicate([6, 3, 1], 6) == [0, 1, 2, 0, 0, 1], "6 is halved, then 3.0 ties with 3 and is first"
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
-from finback.parallel.layout import Layout, share, split_layers
-from finback.parallel.owners import Owners, assign
+from finback.parallel.layout import Layout, pack, share, split_layers
+from finback.parallel.owners import Owners
 from finback.parallel.pipeline import cut
 from finback.parallel.shard import blank, initial_values, local
 from finback.train.sharded_trainer import ShardedTrainer
@@ -140,7 +140,7 @@ def _owners() -> None:
 
 def test_matrices_are_put_together_and_handed_back() -> None:
     on_ranks(2, _owners)
-    assert assign([4, 9, 5, 1], 2) == [1, 0, 1, 0]
+    assert pack([4, 9, 5, 1], 2, room=4) == [[1, 3], [2, 0]]
     assert [share(5, 3, m) for m in range(3)] == [(0, 2), (2, 4), (4, 5)]
     assert share(2, 4, 3) == (2, 2)
 

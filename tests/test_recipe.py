@@ -17,7 +17,7 @@ from finback.parallel.mesh import World
 from finback.runs.files import read_json, read_lines, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun, prepare_folder
 from finback.runs.ledger import cost, spent
-from finback.runs.recipe import Recipe, Stage, claim, execute, load, overridden, summary
+from finback.runs.recipe import Recipe, Stage, claim, execute, load, overridden, write_summary
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.prepare import TaskText
 from finback.stages.pretrain import Probe
@@ -405,8 +405,8 @@ def test_a_summary_holds_what_is_finished(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "ledger.jsonl").write_text(LEDGER)
     write_json(tmp_path / "a" / "manifest.json", {"stage": "a", "files": [], "results": {"x": 1}})
-    told = summary(plan, tmp_path, seed=3)
-    assert told == {
+    write_summary(plan, tmp_path, seed=3)
+    assert read_json(tmp_path / "summary.json") == {
         "recipe": "notes",
         "seed": 3,
         "stages": {"a": {"stage": "Note", "results": {"x": 1}, "text": "", "cost": cost(tmp_path / "a")}},
@@ -468,9 +468,13 @@ def test_a_line_ends_only_at_a_newline(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "exam.jsonl") == records
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "recipe.json").write_text('{"recipe": "no')
-    with pytest.raises(UserError, match=rf"^run folder = '{tmp_path}/recipe.json': damaged \(.*\)\. Delete it and run"):
+@pytest.mark.parametrize("text", ['{"recipe": "no', "null", "[1]", '"text"'])
+@pytest.mark.parametrize("name", ["recipe.json", "a/config.json"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "a").mkdir()
+    write_json(tmp_path / "recipe.json", {"recipe": "notes", "seed": 0})
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"^run folder = '{tmp_path}/{name}': damaged \(.*\)\. Delete it and run"):
         claim(recipe(Note(name="a")), tmp_path, 0)
 
 

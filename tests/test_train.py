@@ -117,7 +117,9 @@ def test_newton_schulz_makes_singular_values_near_one() -> None:
 def test_muon_step_by_hand() -> None:
     p = torch.nn.Parameter(torch.eye(4))
     p.grad = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0]))
-    Muon([("w", p)], World(), momentum=0.0, weight_decay=0.5).step(lr=0.1)
+    muon = Muon([("w", p)], World(), weight_decay=0.5)
+    muon.momentum = 0.0
+    muon.step(lr=0.1)
     orthogonal = newton_schulz(p.grad[None])[0]
     torch.testing.assert_close(p.detach(), torch.eye(4) * 0.95 - 0.1 * 0.2 * 2.0 * orthogonal)
 

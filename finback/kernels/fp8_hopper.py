@@ -27,15 +27,10 @@ def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     rows, columns = a.size(0), b.size(0)
     in_blocks = b_scale.size(0) != columns
     tile = F.ScalingType.BlockWise1x128
-    out = F.scaled_mm(
-        _padded(a),
-        _padded(b).T,
-        _of_tiles(a_scale, a.size(0)),
-        tile,
-        _of_blocks(b_scale) if in_blocks else _of_tiles(b_scale, columns),
-        F.ScalingType.BlockWise128x128 if in_blocks else tile,
-        output_dtype=torch.float32,
-    )
+    right = _of_blocks(b_scale) if in_blocks else _of_tiles(b_scale, columns)
+    kind = F.ScalingType.BlockWise128x128 if in_blocks else tile
+    factors = _of_tiles(a_scale, rows), tile, right, kind
+    out = F.scaled_mm(_padded(a), _padded(b).T, *factors, output_dtype=torch.float32)
     return out[:rows, :columns]
 
 

@@ -7,7 +7,6 @@ count as padded with zeros, which change neither a largest magnitude nor a sum; 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,58 +18,44 @@ from finback.kernels.fp8 import BLOCK
 Operand = tuple[Tensor, ...]
 
 
-class Products(Protocol):
-    """What FP8 training needs of a kind of arithmetic. All of them see the same quantized numbers."""
-
-    def tiles(self, x: Tensor, power_of_two: bool = False) -> Operand:
-        """x (rows, k) in tiles of 1 x 128."""
-
-    def columns(self, x: Tensor, power_of_two: bool = False) -> Operand:
-        """The transpose of x (k, rows): tiles of 128 x 1 of x."""
-
-    def blocks(self, weight: Tensor) -> Operand:
-        """weight (..., rows, k) in blocks of 128 x 128."""
-
-    def keep(self, x: Tensor) -> Tensor:
-        """What is left of x (rows, k) kept in E5M6, in fp32."""
-
-    def multiply(self, a: Operand, b: Operand) -> Tensor:
-        """a (m, k) · b (n, k)^T -> (m, n) in fp32."""
-
-    def dequantize(self, operand: Operand) -> Tensor:
-        """What a `tiles` operand stands for, (rows, k) in fp32."""
-
-
 Multiply = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """Operands are (E4M3 values, factors); `product` takes two of them, as reference.fp8_product, the plain form."""
+class Products:
+    """What FP8 training needs of a kind of arithmetic, in the plain form. All forms see the same quantized numbers.
+
+    Operands are (E4M3 values, factors); `product` takes two of them, as reference.fp8_product.
+    """
 
     product: Multiply = reference.fp8_product
 
     def tiles(self, x: Tensor, power_of_two: bool = False) -> Operand:
+        """x (rows, k) in tiles of 1 x 128."""
         return fp8.quantize_tiles(x, power_of_two)
 
     def columns(self, x: Tensor, power_of_two: bool = False) -> Operand:
+        """The transpose of x (k, rows): tiles of 128 x 1 of x."""
         return fp8.quantize_tiles(x.T.contiguous(), power_of_two)
 
     def blocks(self, weight: Tensor) -> Operand:
+        """weight (..., rows, k) in blocks of 128 x 128."""
         return fp8.quantize(weight)
 
     def keep(self, x: Tensor) -> Tensor:
+        """What is left of x (rows, k) kept in E5M6, in fp32."""
         return round_e5m6(x)
 
     def multiply(self, a: Operand, b: Operand) -> Tensor:
+        """a (m, k) · b (n, k)^T -> (m, n) in fp32."""
         return self.product(*a, *b)
 
     def dequantize(self, operand: Operand) -> Tensor:
+        """What a `tiles` operand stands for, (rows, k) in fp32."""
         return fp8.dequantize_tiles(*operand)
 
 
-@dataclass(frozen=True)
-class Emulated:
+class Emulated(Products):
     """Operands are (values ⊙ factors,) in fp32, multiplied in one go: fast anywhere.
 
     Sums over tiles promoted to fp32 are sums in fp32, so the results are those of the plain form up to the order of
@@ -86,9 +71,6 @@ class Emulated:
     def blocks(self, weight: Tensor) -> Operand:
         return (fp8.dequantize(*fp8.quantize(weight), torch.float32),)
 
-    def keep(self, x: Tensor) -> Tensor:
-        return round_e5m6(x)
-
     def multiply(self, a: Operand, b: Operand) -> Tensor:
         return a[0] @ b[0].T
 
@@ -99,20 +81,15 @@ class Emulated:
 def round_tiles(x: Tensor, dim: int, power_of_two: bool = False) -> Tensor:
     """What E4M3 leaves of x (rows, columns), in tiles of 128 along `dim`; fp32. Twin: quantize_tiles and back."""
     if x.device.type == "cpu" and x.dtype in native.DTYPES and native.library() is not None:
-        return _round_natively(x.contiguous(), dim, power_of_two)
+        out = torch.empty_like(x := x.contiguous(), dtype=torch.float32)  # in one pass instead of a dozen
+        native.call("round_tiles", x.dtype == torch.bfloat16, x, out, *x.shape, dim == 0, power_of_two)
+        return out
     size = x.size(dim)
     fp32 = F.pad(x.float(), (0, -size % BLOCK) if dim == 1 else (0, 0, 0, -size % BLOCK))
     tiles = fp32.unflatten(dim, (-1, BLOCK))
     scale = fp8.factors(tiles.abs().amax(dim=dim + 1, keepdim=True), fp8.LARGEST, power_of_two)
     rounded = round_(tiles / scale, fraction=3, exponent=-6).mul_(scale)
     return rounded.flatten(dim, dim + 1).narrow(dim, 0, size)
-
-
-def _round_natively(x: Tensor, dim: int, power_of_two: bool) -> Tensor:
-    """In one pass instead of a dozen."""
-    out = torch.empty_like(x, dtype=torch.float32)
-    native.call("round_tiles", x.dtype == torch.bfloat16, x, out, *x.shape, dim == 0, power_of_two)
-    return out
 
 
 def round_e5m6(x: Tensor) -> Tensor:

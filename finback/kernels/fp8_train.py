@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finback.kernels import fp8_hopper
-from finback.kernels.fp8_products import Emulated, Operand, Products, Scaled
+from finback.kernels.fp8_products import Emulated, Operand, Products
 from finback.kernels.moe_gemm import Blocks, layout
 
 
@@ -62,7 +62,7 @@ def products_for(x: Tensor, numerics: Numerics) -> Products:
     """The arithmetic for a tensor: what is asked for, else Hopper's where there is one, else the emulator."""
     if numerics.products is not None:
         return numerics.products
-    return Scaled(fp8_hopper.product) if fp8_hopper.missing(x.device) is None else Emulated()
+    return Products(fp8_hopper.product) if fp8_hopper.missing(x.device) is None else Emulated()
 
 
 class _Fp8Linear(torch.autograd.Function):

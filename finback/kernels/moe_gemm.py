@@ -65,9 +65,15 @@ class _GroupedExperts(torch.autograd.Function):
     ) -> Tensor:
         """`multiple` is that of the loop's blocks of rows, None has all of them multiplied at once."""
         n, k = index.shape
-        slots, blocks, size = (
-            _grouped(index, gate_up.size(0), x) if multiple is None else _looped(index, gate_up.size(0), multiple)
-        )
+        blocks: Blocks | Tensor
+        if multiple is None:
+            rounded = 16 // x.element_size()
+            slots, _, ends = _places(index, gate_up.size(0), rounded, least=1)
+            # a number of rows that is surely enough: only the device knows it
+            blocks, size = ends.int(), index.numel() + gate_up.size(0) * rounded
+        else:
+            slots, looped = layout(index, gate_up.size(0), multiple)
+            blocks, size = looped, looped[-1][2]
         w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
         rows = x.new_zeros(size, x.size(1)).index_copy_(0, slots, x.repeat_interleave(k, dim=0))
         hidden = _per_expert(rows, w_in.transpose(1, 2), blocks)
@@ -101,19 +107,6 @@ class _GroupedExperts(torch.autograd.Function):
         d_gate_up = _outer_per_expert(d_hidden, rows, blocks, w_in).to(parameter_dtype)
         d_x = _per_expert(d_hidden, w_in, blocks)[slots].view(n, k, d).sum(1)
         return d_x, None, d_weight, d_gate_up, d_down, None
-
-
-def _looped(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks | Tensor, int]:
-    """For the loop: slots, blocks, and how many rows they have."""
-    slots, blocks = layout(index, experts, multiple)
-    return slots, blocks, blocks[-1][2]
-
-
-def _grouped(index: Tensor, experts: int, x: Tensor) -> tuple[Tensor, Blocks | Tensor, int]:
-    """For grouped_mm: slots, the ends of blocks, and a number of rows that is surely enough: only the device knows it."""
-    multiple = 16 // x.element_size()
-    slots, _, ends = _places(index, experts, multiple, least=1)
-    return slots, ends.int(), index.numel() + experts * multiple
 
 
 def layout(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks]:

@@ -15,7 +15,6 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16)
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # not -ffast-math: linked into a library it would change how the whole process rounds
-FLAGS = (
+FLAGS = [
     "-O3",
     "-march=native",
     "-fopenmp",
@@ -33,7 +32,7 @@ FLAGS = (
     "-fno-signed-zeros",
     "-std=c++17",
     "-fPIC",
-)
+]
 
 
 # what each kernel takes: p pointer, i whole number, f fraction
@@ -56,20 +55,8 @@ def ready(x: Tensor) -> bool:
 
 def call(name: str, *arguments: Tensor | float | None) -> None:
     """Run a kernel; tensors are passed as their addresses, and have the dtypes and layouts its wrapper made sure of."""
-    function = _functions()[name]
+    function = getattr(library(), f"finback_{name}")
     function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
-
-
-@cache
-def _functions() -> dict[str, Any]:
-    loaded = library()
-    assert loaded is not None, "callers ask library() first"
-    found = {}
-    for name, kinds in SIGNATURES.items():
-        function = getattr(loaded, f"finback_{name}")
-        function.argtypes, function.restype = [KINDS[kind] for kind in kinds], None
-        found[name] = function
-    return found
 
 
 @cache
@@ -81,17 +68,20 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_built(compiler)))
+        loaded = ctypes.CDLL(str(_built(compiler)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home
         print(f"finback: no native kernels ({error}); the plain ones are slower", file=sys.stderr)
         return None
+    for name, kinds in SIGNATURES.items():
+        function = getattr(loaded, f"finback_{name}")
+        function.argtypes, function.restype = [KINDS[kind] for kind in kinds], None
+    return loaded
 
 
 def _built(compiler: str) -> Path:
     """The compiled library for this source, these flags and this processor."""
-    key = hashlib.sha256(
-        b"\0".join((SOURCE.read_bytes(), " ".join((compiler, *FLAGS)).encode(), _processor().encode()))
-    )
+    built_of = SOURCE.read_bytes(), " ".join((compiler, *FLAGS)).encode(), _processor().encode()
+    key = hashlib.sha256(b"\0".join(built_of))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finback"
     target = folder / f"kernels-{key.hexdigest()[:16]}.so"
     if target.is_file():
@@ -100,16 +90,8 @@ def _built(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / target.name
         # OpenMP's symbols stay open: torch has loaded its own runtime, and two of them fight for the cores
-        subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-c", "-o", f"{made}.o"],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        subprocess.run(
-            [compiler, "-shared", f"{made}.o", "-o", str(made)], check=True, capture_output=True, text=True, timeout=120
-        )
+        for step in ([*FLAGS, str(SOURCE), "-c", "-o", f"{made}.o"], ["-shared", f"{made}.o", "-o", str(made)]):
+            subprocess.run([compiler, *step], check=True, capture_output=True, text=True, timeout=120)
         made.replace(target)  # whole or not at all: several ranks may build at once
     return target
 

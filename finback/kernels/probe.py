@@ -1,10 +1,13 @@
 """What this machine can do, measured: the GEMM peak that MFU is counted against, and the quicker form of experts."""
 
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
 from finback.kernels import moe_gemm
+from finback.kernels.moe_gemm import Experts
 
 LEAST = 8  # products
 
@@ -37,12 +40,21 @@ def experts_seconds(
     weight = torch.rand(tokens, choices, device=device)
     sizes = (experts, 2 * width, hidden), (experts, hidden, width)
     gate_up, down = (torch.randn(size, device=device).requires_grad_() for size in sizes)
+
+    def turn(form: Experts) -> None:
+        form(x, index, weight, gate_up, down).sum().backward()  # type: ignore[no-untyped-call]
+        gate_up.grad[0, 0, 0].item()  # type: ignore[index]  # reading a value waits for the GPU
+
     forms = {"loop": moe_gemm.routed_experts, "grouped_mm": moe_gemm.grouped_experts}
-    best = dict.fromkeys(forms, float("inf"))
-    for _ in range(6):  # in turns, so that another program's burst hits both
-        for name, form in forms.items():
+    return fastest({name: partial(turn, form) for name, form in forms.items()})
+
+
+def fastest(works: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of each work in the fastest of six turns, so that another program's burst hits all of them."""
+    best = dict.fromkeys(works, float("inf"))
+    for _ in range(6):
+        for name, work in works.items():
             begin = time.perf_counter()
-            form(x, index, weight, gate_up, down).sum().backward()  # type: ignore[no-untyped-call]
-            gate_up.grad[0, 0, 0].item()  # type: ignore[index]  # reading a value waits for the GPU
+            work()
             best[name] = min(best[name], time.perf_counter() - begin)
     return best

@@ -68,29 +68,6 @@ def exact_sum(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.T
 
 
-def tensor_core_sum(a: Tensor, b: Tensor) -> Tensor:
-    """a (m, k) · b (n, k)^T of E4M3 numbers as Hopper's tensor cores add up, from its description (V3 3.3.2 and ISCA).
-
-    An instruction takes 32 products. They and the running sum are shifted to the exponent of the largest of them, and
-    bits below 13 of its fraction are cut off; so is the new sum, kept in 1 + 8 + 13 bits. Needs (m, n, 32) numbers.
-    """
-    total = a.new_zeros(a.size(0), b.size(0), 1)
-    for start in range(0, a.size(1), 32):
-        part = slice(start, start + 32)
-        terms = torch.cat([total, a[:, None, part] * b[None, :, part]], dim=-1)
-        unit = _last_bit(terms.abs().amax(dim=-1, keepdim=True))
-        total = (terms / unit).trunc().sum(dim=-1, keepdim=True) * unit
-        unit = _last_bit(total.abs())
-        total = (total / unit).trunc() * unit
-    return total.squeeze(-1)
-
-
-def _last_bit(x: Tensor) -> Tensor:
-    """The weight of the 13th fraction bit of numbers as large as x."""
-    exponent = torch.frexp(x).exponent - 1
-    return torch.ldexp(torch.ones_like(x), exponent - 13)
-
-
 def fp8_product(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, accumulate: Callable[[Tensor, Tensor], Tensor] = exact_sum
 ) -> Tensor:

@@ -25,18 +25,11 @@ class Pool:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        pages: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        size: int = PAGE,
-        drafts: bool = False,
+        self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device, drafts: bool = False
     ) -> None:
-        layers = config.num_hidden_layers + drafts
-        self.size = size
+        layers, self.size = config.num_hidden_layers + drafts, PAGE
         # the system hands out the memory as it is touched, so a large pool costs nothing until it is used
-        self.data = torch.zeros(layers, pages * size, config.cache_elements, dtype=dtype, device=device)
+        self.data = torch.zeros(layers, pages * self.size, config.cache_elements, dtype=dtype, device=device)
 
     @property
     def bytes_per_token(self) -> int:

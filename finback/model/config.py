@@ -1,14 +1,16 @@
-"""What a model is: one flat dataclass, its checks, and the presets as values.
+"""What a model is: one flat dataclass, its checks, and the presets of presets.json as values.
 
 Field names are those of Hugging Face `config.json` files, which all implementations share. No torch here.
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, check_fields
-from finback.model.rope_scaling import KINDS, RopeScaling, Yarn
+from finback.model.rope_scaling import KINDS, RopeScaling
 
 
 @dataclass(frozen=True)
@@ -62,43 +64,42 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
-        if self.attention == "mla":
-            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-                _require(getattr(self, name) > 0, name, getattr(self, name), "latent attention needs it", "Set it > 0.")
-            _even(self.qk_rope_head_dim, "qk_rope_head_dim")
-        else:
-            for name in ("num_key_value_heads", "head_dim"):
-                _require(getattr(self, name) > 0, name, getattr(self, name), "GQA needs it", "Set it > 0.")
-            _even(self.head_dim, "head_dim")
-            _require(
-                self.num_nextn_predict_layers == 0 and self.n_routed_experts == 0,
-                "attention",
-                "gqa",
+        is_mla = self.attention == "mla"
+        needed = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        for name in needed if is_mla else ("num_key_value_heads", "head_dim"):
+            asks = "latent attention needs it" if is_mla else "GQA needs it"
+            self._require(getattr(self, name) > 0, name, asks, "Set it > 0.")
+        rotated = "qk_rope_head_dim" if is_mla else "head_dim"
+        self._require(self.rope_dim % 2 == 0, rotated, "rotary pairs need an even number", "Use an even number.")
+        if not is_mla:
+            plain = self.num_nextn_predict_layers == 0 and self.n_routed_experts == 0
+            problem, remedy = (
                 "experts and MTP come with latent attention only",
                 'Use attention="mla", or leave them out.',
             )
-            _require(
-                self.num_attention_heads % self.num_key_value_heads == 0,
-                "num_key_value_heads",
-                self.num_key_value_heads,
-                f"does not divide {self.num_attention_heads} heads",
-                "Use a divisor.",
+            self._require(plain, "attention", problem, remedy)
+            heads, shared = self.num_attention_heads, self.num_key_value_heads
+            self._require(
+                heads % shared == 0, "num_key_value_heads", f"does not divide {heads} heads", "Use a divisor."
             )
         if self.n_routed_experts:
             self._check_experts()
 
     def _check_experts(self) -> None:
         experts, groups, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok
-        _require(groups > 0, "n_group", groups, "not above 0", "Use 1 or more.")
-        _require(experts % groups == 0, "n_group", groups, f"does not divide {experts} experts", "Use a divisor.")
-        _require(0 < self.topk_group <= groups, "topk_group", self.topk_group, f"not in 1..{groups}", "Lower it.")
+        self._require(groups > 0, "n_group", "not above 0", "Use 1 or more.")
+        self._require(experts % groups == 0, "n_group", f"does not divide {experts} experts", "Use a divisor.")
+        self._require(0 < self.topk_group <= groups, "topk_group", f"not in 1..{groups}", "Lower it.")
         reachable = experts // groups * self.topk_group
-        _require(0 < k <= reachable, "num_experts_per_tok", k, f"not in 1..{reachable}", "Lower it.")
-        _require(self.moe_intermediate_size > 0, "moe_intermediate_size", 0, "experts need a width", "Set it > 0.")
+        self._require(0 < k <= reachable, "num_experts_per_tok", f"not in 1..{reachable}", "Lower it.")
+        self._require(self.moe_intermediate_size > 0, "moe_intermediate_size", "experts need a width", "Set it > 0.")
         # V3's group score is the sum of a group's two best affinities
-        _require(
-            groups == 1 or experts // groups >= 2, "n_group", groups, "leaves one expert per group", "Use fewer groups."
-        )
+        pairs = groups == 1 or experts // groups >= 2
+        self._require(pairs, "n_group", "leaves one expert per group", "Use fewer groups.")
+
+    def _require(self, ok: bool, name: str, problem: str, remedy: str) -> None:
+        if not ok:
+            raise UserError(f"model.{name}", getattr(self, name), problem, remedy)
 
     @property
     def qk_head_dim(self) -> int:
@@ -132,135 +133,15 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_json(fields: dict[str, Any]) -> ModelConfig:
-    """A config from what `to_json` made."""
-    scaling = fields["rope_scaling"]
+    """A config from what `to_json` made; a field that is left out has its default."""
+    scaling = fields.get("rope_scaling")
     if scaling is not None:
         scaling = dict(scaling)
         scaling = KINDS[scaling.pop("rope_type", "yarn")](**scaling)
     return ModelConfig(**fields | {"rope_scaling": scaling})
 
 
-def _require(ok: bool, name: str, value: object, problem: str, remedy: str) -> None:
-    if not ok:
-        raise UserError(f"model.{name}", value, problem, remedy)
-
-
-def _even(value: int, name: str) -> None:
-    _require(value % 2 == 0, name, value, "rotary pairs need an even number", "Use an even number.")
-
-
-# The quickstart's model: V3's layout at 1.4 M parameters (0.8 M active).
-TINY = ModelConfig(
-    vocab_size=1024,
-    hidden_size=128,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    intermediate_size=256,
-    q_lora_rank=96,
-    kv_lora_rank=64,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_routed_experts=8,
-    n_shared_experts=1,
-    num_experts_per_tok=2,
-    moe_intermediate_size=64,
-    first_k_dense_replace=1,
-    routed_scaling_factor=1.0,
-    num_nextn_predict_layers=1,
-    max_position_embeddings=1024,
-    initializer_range=0.02,  # 0.006 suits width 7168; at width 128 it starts too flat
-)
-
-# A few hours on one GPU: 0.3 B parameters.
-SMALL = ModelConfig(
-    vocab_size=32768,
-    hidden_size=768,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    intermediate_size=2048,
-    q_lora_rank=384,
-    kv_lora_rank=192,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
-    n_routed_experts=32,
-    n_shared_experts=1,
-    num_experts_per_tok=4,
-    moe_intermediate_size=256,
-    first_k_dense_replace=1,
-    n_group=4,
-    topk_group=2,
-    routed_scaling_factor=1.0,
-    num_nextn_predict_layers=1,
-)
-
-V2_LITE = ModelConfig(
-    vocab_size=102400,
-    hidden_size=2048,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    intermediate_size=10944,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    n_routed_experts=64,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-    moe_intermediate_size=1408,
-    first_k_dense_replace=1,
-    scoring_func="softmax",
-    norm_topk_prob=False,
-    rope_scaling=Yarn(mscale=0.707, mscale_all_dim=0.707),
-    max_position_embeddings=163840,
-)
-
-V2 = ModelConfig(
-    vocab_size=102400,
-    hidden_size=5120,
-    num_hidden_layers=60,
-    num_attention_heads=128,
-    intermediate_size=12288,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    n_routed_experts=160,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-    moe_intermediate_size=1536,
-    first_k_dense_replace=1,
-    n_group=8,
-    topk_group=3,
-    scoring_func="softmax",
-    norm_topk_prob=False,
-    routed_scaling_factor=16.0,
-    rope_scaling=Yarn(mscale=0.707, mscale_all_dim=0.707),
-    max_position_embeddings=163840,
-)
-
-V3 = ModelConfig(
-    vocab_size=129280,
-    hidden_size=7168,
-    num_hidden_layers=61,
-    num_attention_heads=128,
-    intermediate_size=18432,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    n_routed_experts=256,
-    n_shared_experts=1,
-    num_experts_per_tok=8,
-    moe_intermediate_size=2048,
-    first_k_dense_replace=3,
-    n_group=8,
-    topk_group=4,
-    routed_scaling_factor=2.5,
-    num_nextn_predict_layers=1,
-    rope_scaling=Yarn(),
-    max_position_embeddings=163840,
-)
+# TINY: the quickstart's model, V3's layout at 1.4 M parameters (0.8 M active). An initializer_range of 0.006 suits width 7168; at
+# width 128 it starts too flat. SMALL: a few hours on one GPU, 0.3 B parameters.
+_PRESETS = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
+TINY, SMALL, V2_LITE, V2, V3 = (from_json(_PRESETS[name]) for name in ("TINY", "SMALL", "V2_LITE", "V2", "V3"))

@@ -12,11 +12,8 @@ def attention_parameters(c: ModelConfig) -> int:
     if c.attention == "gqa":
         kv = 2 * c.num_key_value_heads
         matrices = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + kv)
-        biases = {
-            "none": 0,
-            "qkv": c.head_dim * (c.num_attention_heads + kv),
-            "all": c.head_dim * (c.num_attention_heads + kv) + c.hidden_size,
-        }
+        qkv = c.head_dim * (c.num_attention_heads + kv)
+        biases = {"none": 0, "qkv": qkv, "all": qkv + c.hidden_size}
         return matrices + biases[c.attention_bias] + (2 * c.head_dim if c.qk_norm else 0)
     heads, d = c.num_attention_heads, c.hidden_size
     query = d * heads * c.qk_head_dim

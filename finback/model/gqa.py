@@ -40,7 +40,7 @@ class GQA(nn.Module):
         query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
         mask = None if attention_mask is None else attention_mask[:, None]
         if cache is not None:
-            cache.append(_flat(key, value))
+            cache.append(torch.cat([key.flatten(2), value.flatten(2)], dim=-1))
             if cache.few and not cache.fresh:
                 values_at = c.num_key_value_heads * c.head_dim
                 read = cache.attend(query, c.num_key_value_heads, c.head_dim, values_at, self.scale)
@@ -49,15 +49,9 @@ class GQA(nn.Module):
                 stored = cache.stored().to(x.dtype).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim))
                 key, value = stored.chunk(2, dim=2)
                 mask = cache.mask()[:, None]
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=True,
-        )
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        is_causal = mask is None
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=self.scale, enable_gqa=True)
         return self.out(out.transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +60,3 @@ class GQA(nn.Module):
         query = self.query(x).unflatten(-1, (c.num_attention_heads, c.head_dim))
         key, value = self.key_value(x).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim)).chunk(2, dim=2)
         return query, key, value
-
-
-def _flat(key: Tensor, value: Tensor) -> Tensor:
-    """(b, t, kv heads, head_dim) twice -> cache entries (b, t, elements), keys first."""
-    return torch.cat([key.flatten(2), value.flatten(2)], dim=-1)

@@ -93,6 +93,18 @@ def balance_loss(affinity: Tensor, index: Tensor, experts_per_token: int, paddin
     return (f * (experts / experts_per_token) * p).sum(dim=-1).mean()
 
 
+def take_balance_losses(model: nn.Module) -> list[Tensor]:
+    """Those of the MoE layers that this training pass has met, bottom first.
+
+    They are taken from the layers: one that the next pass leaves out (MTP's at weight 0) must not hand in an old one.
+    """
+    met = [m for m in model.modules() if isinstance(m, MoE) and m.balance is not None]
+    losses = [m.balance for m in met if m.balance is not None]
+    for moe in met:
+        moe.balance = None
+    return losses
+
+
 class MoE(nn.Module):
     """y = Σ_shared FFN(x) + Σ_topk g_i FFN_i(x) (V3 eq. 12); no token is ever dropped."""
 

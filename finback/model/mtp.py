@@ -1,9 +1,10 @@
 """Multi-token prediction: one more block that predicts the token after the next (V3 2.2)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
 
@@ -23,16 +24,7 @@ class MTP(nn.Module):
         self.block = block
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        embedded: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        padding_mask: Tensor | None,
-        cache: LayerCache | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """hidden and embedded (b, t, d) -> (b, t, d); positions stay those of `hidden`. See Block for the rest."""
+    def forward(self, hidden: Tensor, embedded: Tensor, *context: Any) -> Tensor:
+        """hidden and embedded (b, t, d) -> (b, t, d); positions stay those of `hidden`. context: as Block.forward takes it."""
         joined = torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], dim=-1)
-        return self.norm(self.block(self.project(joined), cos, sin, cache, padding_mask, attention_mask))
+        return self.norm(self.block(self.project(joined), *context))

@@ -4,9 +4,10 @@ A dozen small operations each, whose own cost would be more than half of a small
 the kernels do not serve a pass: see Cache.native.
 """
 
+import torch
 from torch import Tensor
 
-from finback.kernels import decode
+from finback.kernels import native
 from finback.model.cache import LayerCache
 from finback.model.mla import MLA
 from finback.model.pack import PackedGQA
@@ -27,12 +28,18 @@ class NativeMLA(MLA):
     ) -> Tensor:
         if cache is None or not cache.native or self.kv_up.weight.dtype != x.dtype:
             return super().forward(x, cos, sin, cache, attention_mask)
-        c = self.config
-        q, kv = self.project(x)
-        heads = decode.LatentHeads(
-            c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.rope_interleaved, self.kv_norm.eps, self.scale
+        c, rows, gain = self.config, cache, self.kv_norm.weight.float()
+        q, kv = (t.contiguous() for t in self.project(x))
+        count, new, heads = q.size(0), q.size(1), c.num_attention_heads
+        out = q.new_empty(count, new, heads * c.v_head_dim)
+        sizes = count, new, heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
+        native.call(
+            "latent",
+            q.dtype == torch.bfloat16,
+            *(q, kv, self.kv_up.weight, rows.entries, out, rows.slots, rows.table, rows.lengths, rows.starts),
+            *(cos, sin, gain, c.rope_interleaved, *sizes, rows.size, rows.table.size(1), self.kv_norm.eps, self.scale),
         )
-        return self.out(decode.latent(q, kv, self.kv_up.weight, self.kv_norm.weight, cos, sin, cache, heads))
+        return self.out(out)
 
 
 class NativeGQA(PackedGQA):
@@ -43,7 +50,16 @@ class NativeGQA(PackedGQA):
     ) -> Tensor:
         if cache is None or not cache.native:
             return super().forward(x, cos, sin, cache, attention_mask)
-        c = self.config
-        gains = (self.query_norm.weight, self.key_norm.weight) if c.qk_norm else None
-        heads = decode.GroupedHeads(c.num_key_value_heads, c.head_dim, c.rms_norm_eps, self.scale)
-        return self.out(decode.grouped_query(self.stacked(x), gains, cos, sin, cache, heads))
+        c, rows = self.config, cache
+        qkv: Tensor = self.stacked(x).contiguous()
+        gains = (self.query_norm.weight.float(), self.key_norm.weight.float()) if c.qk_norm else (None, None)
+        count, new, heads = qkv.size(0), qkv.size(1), c.num_attention_heads
+        out = qkv.new_empty(count, new, heads * c.head_dim)
+        sizes = count, new, heads, c.num_key_value_heads, c.head_dim, rows.size, rows.table.size(1)
+        native.call(
+            "grouped_query",
+            qkv.dtype == torch.bfloat16,
+            *(qkv, rows.entries, out, rows.slots, rows.table, rows.lengths, rows.starts, cos, sin, *gains),
+            *(*sizes, c.rms_norm_eps, self.scale),
+        )
+        return self.out(out)

@@ -8,7 +8,7 @@ V3 (3.2.3) recomputes norms and up-projections, which lies between the first two
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -38,12 +38,9 @@ class Recomputed(nn.Module):
         run: Callable[..., Tensor] = super().forward
         if cache is not None or not torch.is_grad_enabled():
             return run(x, cos, sin, cache, *masks)
-
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), _uncounted(self)
-
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
-        result: Tensor = checkpoint(run, x, cos, sin, None, *masks, **options)
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        again = lambda: (nullcontext(), _uncounted(self))  # noqa: E731
+        result: Tensor = checkpoint(run, x, cos, sin, None, *masks, **options, context_fn=again)
         return result
 
 

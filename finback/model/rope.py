@@ -31,8 +31,13 @@ def _yarn(freq: Tensor, yarn: Yarn, theta: float) -> Tensor:
     if yarn.factor <= 1:
         return freq
     dim = 2 * len(freq)
-    low = max(math.floor(_pair_turning(yarn.beta_fast, yarn, dim, theta)), 0)
-    high = min(math.ceil(_pair_turning(yarn.beta_slow, yarn, dim, theta)), dim - 1)
+
+    def pair_turning(turns: float) -> float:
+        """The (fractional) index of the pair that makes `turns` turns within the original window."""
+        return dim * math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
     ramp = ((torch.arange(len(freq), dtype=torch.float64, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
     return freq / yarn.factor * ramp + freq * (1 - ramp)
 
@@ -42,11 +47,6 @@ def _llama3(freq: Tensor, s: Llama3Rope) -> Tensor:
     turns = s.original_max_position_embeddings * freq / (2 * math.pi)
     unscaled = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
     return freq / s.factor * (1 - unscaled) + freq * unscaled
-
-
-def _pair_turning(turns: float, yarn: Yarn, dim: int, theta: float) -> float:
-    """The (fractional) index of the pair that makes `turns` turns within the original window."""
-    return dim * math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns)) / (2 * math.log(theta))
 
 
 def softmax_scale(config: ModelConfig) -> float:

@@ -22,8 +22,7 @@ class Yarn:
 
     def __post_init__(self) -> None:
         check_fields(self, "rope_scaling")
-        names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
-        check_positive(self, "rope_scaling", *names)
+        check_positive(self, "rope_scaling", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
     @property
     def gain(self) -> float:
@@ -50,9 +49,8 @@ class Llama3Rope:
         check_fields(self, "rope_scaling")
         check_positive(self, "rope_scaling", "factor", "low_freq_factor", "original_max_position_embeddings")
         if self.high_freq_factor <= self.low_freq_factor:
-            raise UserError(
-                "rope_scaling.high_freq_factor", self.high_freq_factor, "not above low_freq_factor", "Raise it."
-            )
+            field = "rope_scaling.high_freq_factor"
+            raise UserError(field, self.high_freq_factor, "not above low_freq_factor", "Raise it.")
 
 
 @dataclass(frozen=True)

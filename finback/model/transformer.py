@@ -11,7 +11,7 @@ from finback.model.config import ModelConfig
 from finback.model.gqa import GQA
 from finback.model.layers import Linear, RMSNorm, SwiGLU, initialise
 from finback.model.mla import MLA
-from finback.model.moe import MoE, Router
+from finback.model.moe import MoE, Router, take_balance_losses
 from finback.model.mtp import MTP
 from finback.model.rope import rotation
 
@@ -102,20 +102,21 @@ class Transformer(nn.Module):
         documents that share a row, each in one piece: none sees another, and each counts its positions from 0.
         """
         x = self.embed[tokens].to(self.compute)
-        attention_mask = None
-        if cache is not None:
-            cos, sin = self.cos[cache.positions], self.sin[cache.positions]
-        elif document_ids is not None:
-            cos, sin, attention_mask = self._document_mask(document_ids)
-        else:
-            cos, sin = self.cos[None, : tokens.size(1)], self.sin[None, : tokens.size(1)]
+        cos, sin, attention_mask = self._positions(tokens.size(1), cache, document_ids)
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache.layer(index) if cache is not None else None, padding_mask, attention_mask)
         return self.norm(x)
 
-    def _document_mask(self, document_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For document_ids (b, t): cos and sin (b, t, r / 2) of positions within each, and who sees whom (b, t, t)."""
-        index = torch.arange(document_ids.size(1), device=document_ids.device)
+    def _positions(
+        self, length: int, cache: Cache | None, document_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cos and sin (b or 1, t, r / 2) of the positions that are read; with document_ids (b, t) those within each
+        document, and who sees whom (b, t, t)."""
+        if cache is not None:
+            return self.cos[cache.positions], self.sin[cache.positions], None
+        if document_ids is None:
+            return self.cos[None, :length], self.sin[None, :length], None
+        index = torch.arange(length, device=document_ids.device)
         begins = torch.ones_like(document_ids, dtype=torch.bool)
         begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         positions = index - torch.where(begins, index, 0).cummax(dim=1).values
@@ -138,12 +139,10 @@ class Transformer(nn.Module):
         length = hidden.size(1)
         assert tokens.size(1) >= length + len(self.mtp), "MTP needs one more token per depth than the trunk read"
         outputs = []
-        cos, sin, attention_mask = self.cos[None, :length], self.sin[None, :length], None
-        if document_ids is not None:
-            cos, sin, attention_mask = self._document_mask(document_ids)
+        cos, sin, attention_mask = self._positions(length, None, document_ids)
         for depth, module in enumerate(self.mtp, start=1):
             embedded = self.embed[tokens[:, depth : depth + length]].to(self.compute)
-            hidden = module(hidden, embedded, cos, sin, padding_mask, None, attention_mask)
+            hidden = module(hidden, embedded, cos, sin, None, padding_mask, attention_mask)
             outputs.append(hidden)
         return outputs
 
@@ -153,9 +152,8 @@ class Transformer(nn.Module):
         hidden (b, t, d) are the trunk's outputs of the cache's positions, tokens (b, t) the ones that follow each; the
         result (b, t, d) predicts the token after those.
         """
-        embedded = self.embed[tokens].to(self.compute)
-        cos, sin = self.cos[cache.positions], self.sin[cache.positions]
-        drafted: Tensor = self.mtp[0](hidden, embedded, cos, sin, None, cache.layer(-1))
+        cos, sin, _ = self._positions(tokens.size(1), cache, None)
+        drafted: Tensor = self.mtp[0](hidden, self.embed[tokens].to(self.compute), cos, sin, cache.layer(-1))
         return drafted
 
     def with_config(self, config: ModelConfig, compute: torch.dtype) -> "Transformer":
@@ -171,13 +169,6 @@ class Transformer(nn.Module):
         return [m for m in self.modules() if isinstance(m, Router)]
 
     def balance_loss(self) -> Tensor:
-        """Mean over MoE layers of this training pass's sequence-wise balance loss, before alpha; 0 if dense.
-
-        It is taken from the layers: one that the next pass leaves out (MTP's at weight 0) must not hand in an old one.
-        """
-        losses = []
-        for module in self.modules():
-            if isinstance(module, MoE) and module.balance is not None:
-                losses.append(module.balance)
-                module.balance = None
+        """Mean over MoE layers of this training pass's sequence-wise balance loss, before alpha; 0 if dense."""
+        losses = take_balance_losses(self)
         return torch.stack(losses).mean() if losses else torch.zeros((), device=self.embed.device)

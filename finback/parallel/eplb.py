@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finback.config import UserError
+from finback.parallel.layout import pack
 
 
 @dataclass(frozen=True)
@@ -60,25 +61,13 @@ def _layer(load: list[float], slots: int, groups: int, nodes: int, gpus: int) ->
     size = len(load) // groups
     of_group = [sum(load[g * size : (g + 1) * size]) for g in range(groups)]
     placed: list[int] = []
-    for members in pack(of_group, nodes):
+    for members in pack(of_group, nodes, groups // nodes):
         experts = [g * size + i for g in members for i in range(size)]
         copied = replicate([load[e] for e in experts], slots // nodes)
         copies = [copied.count(i) for i in range(len(experts))]
         weights = [load[experts[i]] / copies[i] for i in copied]
-        placed += [experts[copied[item]] for gpu in pack(weights, gpus // nodes) for item in gpu]
+        placed += [experts[copied[item]] for gpu in pack(weights, gpus // nodes, slots // gpus) for item in gpu]
     return placed
-
-
-def pack(weights: list[float], bins: int) -> list[list[int]]:
-    """Items into bins of equally many, the heaviest first, each into the lightest bin with room."""
-    room = len(weights) // bins
-    packed: list[list[int]] = [[] for _ in range(bins)]
-    total = [0.0] * bins
-    for item in sorted(range(len(weights)), key=lambda i: -weights[i]):
-        lightest = min((b for b in range(bins) if len(packed[b]) < room), key=lambda b: total[b])
-        packed[lightest].append(item)
-        total[lightest] += weights[item]
-    return packed
 
 
 def replicate(load: list[float], slots: int) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any
 from finback.config import UserError
 from finback.parallel import launch
 from finback.runs import recipe as recipes
+from finback.runs.files import MANIFEST
 from finback.runs.folder import Interrupted, StageRun, locked, prepare_folder
 from finback.runs.recipe import Recipe
 
@@ -43,7 +44,7 @@ def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Se
         prepare_folder(root)
         with locked(root) as handle:
             recipes.claim(recipe, root, seed)
-            if recipes.is_finished(recipe, root):
+            if all((root / stage.name / MANIFEST).is_file() for stage in recipe.stages):
                 pass
             elif arguments is None:
                 _here(recipe, root, seed)

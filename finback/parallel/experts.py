@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from finback.kernels import moe_gemm
 from finback.model.moe import MoE
-from finback.parallel.mesh import Mesh
+from finback.parallel.mesh import Mesh, swap
 
 
 def spread_experts(model: nn.Module, mesh: Mesh) -> None:
@@ -38,14 +38,12 @@ class Exchange:
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """x (n, d), index and weight (n, k) over all experts, gate_up and down of the local ones -> (n, d)."""
         local = [w.to_local() if isinstance(w, DTensor) else w for w in (gate_up, down)]
-        return self._along(0, self.experts, x, index, weight, local[0], local[1])
+        return self._along(0, self.experts, x, index, weight, local)
 
-    def _along(
-        self, level: int, span: int, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor
-    ) -> Tensor:
+    def _along(self, level: int, span: int, x: Tensor, index: Tensor, weight: Tensor, local: list[Tensor]) -> Tensor:
         """Experts 0..span, spread over the axes from `level` on; -1 in `index` is a choice that lies elsewhere."""
         if level == len(self.axes):
-            return _chosen_here(self.form, x, index, weight, gate_up, down)
+            return _chosen_here(self.form, x, index, weight, *local)
         group = self.axes[level]
         per_member = span // group.size()
         member, token = copies(index, group.size(), per_member)
@@ -56,8 +54,8 @@ class Exchange:
         dist.all_to_all_single(received, sent, group=group)
         splits = sent.tolist(), received.tolist()
         rows, weights = _Swap.apply(group, *splits, x[token], weight[token])
-        chosen = _swap(there, *splits, group)
-        y = self._along(level + 1, per_member, rows, chosen, weights, gate_up, down)
+        chosen = swap(there, *splits, group)
+        y = self._along(level + 1, per_member, rows, chosen, weights, local)
         (back,) = _Swap.apply(group, *reversed(splits), y)
         return torch.zeros_like(x).index_add(0, token, back)
 
@@ -95,16 +93,9 @@ class _Swap(torch.autograd.Function):
         ctx: Any, group: dist.ProcessGroup, sent: list[int], received: list[int], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.way = sent, received, group
-        return tuple(_swap(t, sent, received, group) for t in tensors)
+        return tuple(swap(t, sent, received, group) for t in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         sent, received, group = ctx.way
-        return None, None, None, *(_swap(g, received, sent, group) for g in grads)
-
-
-def _swap(t: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send rows, sent[m] of them to member m in order; returns received[m] from each."""
-    out = t.new_empty(sum(received), *t.shape[1:])
-    dist.all_to_all_single(out, t.contiguous(), received, sent, group=group)
-    return out
+        return None, None, None, *(swap(g, received, sent, group) for g in grads)

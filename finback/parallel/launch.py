@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import Any
 
 INTERRUPTED = 130
 
@@ -31,10 +31,7 @@ def gpus() -> int:
 def core_ranks(limit: int = 8) -> int:
     """Ranks on a CPU, as a power of two: one of one thread per core is measured faster than threads (docs/log.md)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = 1
-    while ranks * 2 <= min(cores, limit):
-        ranks *= 2
-    return ranks
+    return 1 << min(cores, limit).bit_length() - 1
 
 
 def threads(ranks: int) -> int:
@@ -65,8 +62,11 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
     previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         for rank, stream in enumerate([None, *output]):
-            command = [sys.executable, "-m", "finback", *arguments]
-            children.append(_start(command, _environment(rank, ranks, port), stream, keep_open))
+            command, environment = [sys.executable, "-m", "finback", *arguments], _environment(rank, ranks, port)
+            own: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "start_new_session": True}
+            shown = stream or sys.stderr
+            process = subprocess.Popen(command, env=environment, stdout=shown, pass_fds=keep_open, **own)
+            children.append(process)
         failed = wait(children)
     finally:
         for child in children:
@@ -85,21 +85,6 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
         print(f"rank {failed} was killed (signal {-code}); run the same command to continue", file=sys.stderr)
         return 1
     return code
-
-
-def _start(
-    command: list[str], environment: dict[str, str], stream: IO[bytes] | None, keep_open: tuple[int, ...]
-) -> subprocess.Popen[bytes]:
-    """A rank whose output goes to `stream`, or to this process's standard error."""
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=stream or sys.stderr,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        pass_fds=keep_open,
-    )
 
 
 def wait(children: list[subprocess.Popen[bytes]]) -> int | None:

@@ -5,6 +5,7 @@ own, and `ep` of them share one set of experts, so that V3's 2,048 devices are p
 parallelism: V3 trains without it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -157,3 +158,14 @@ def share(length: int, members: int, member: int) -> tuple[int, int]:
     """Where a member's part of `length` experts or rows begins and ends: equal parts rounded up, the last short or empty."""
     part = -(-length // members)
     return min(member * part, length), min((member + 1) * part, length)
+
+
+def pack(weights: Sequence[float], bins: int, room: int) -> list[list[int]]:
+    """Items into bins of at most `room`, the heaviest first, each into the lightest bin that is not full."""
+    packed: list[list[int]] = [[] for _ in range(bins)]
+    total = [0.0] * bins
+    for item in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        lightest = min((b for b in range(bins) if len(packed[b]) < room), key=lambda b: total[b])
+        packed[lightest].append(item)
+        total[lightest] += weights[item]
+    return packed

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from finback.config import UserError
 from finback.parallel.layout import Layout
+from finback.runs.folder import StageRun
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,7 @@ class Mesh:
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""
-        kind = self.dp.device_type
-        return (
-            torch.device(kind, torch.get_device_module(kind).current_device()) if kind != "cpu" else torch.device(kind)
-        )
+        return default_device() if self.dp.device_type == "cuda" else torch.device("cpu")
 
 
 class World:
@@ -61,19 +59,15 @@ class World:
             torch.cuda.set_device(_local(rank, size, torch.cuda.device_count()))
         if size > 1:
             # A stage may keep one rank busy for long while the others wait, so the limit is generous.
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                rank=rank,
-                world_size=size,
-                timeout=datetime.timedelta(hours=4),
-                store=_fresh_store(size),
-            )
+            backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", datetime.timedelta(hours=4)
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit, store=_fresh_store(size))
         return cls(rank, size)
 
-    @property
-    def together(self) -> bool:
-        """Whether torch.distributed connects the ranks, one included."""
-        return dist.is_initialized()
+    @classmethod
+    def of(cls, run: StageRun) -> "World":
+        """The ranks of a stage that exchanges tensors."""
+        assert isinstance(run.ranks, cls), "a stage that exchanges tensors runs on a World"
+        return run.ranks
 
     def leave(self) -> None:
         """End the group."""
@@ -93,8 +87,6 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on all ranks if it is on one."""
-        if self.size == 1:
-            return flag
         return bool(self.sum_(torch.tensor(float(flag))).item() > 0)
 
     def gather(self, value: Any) -> list[Any]:
@@ -104,6 +96,21 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+
+def swap(t: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send rows, sent[m] of them to member m in order; returns received[m] from each."""
+    out = t.new_empty(sum(received), *t.shape[1:])
+    dist.all_to_all_single(out, t.contiguous(), received, sent, group=group)
+    return out
+
+
+def flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """One fp32 buffer for the gradients of all, which become views of it, so that they travel in one go."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = gradient.view_as(p)
+    return flat
 
 
 def default_device() -> torch.device:

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finback.parallel.layout import share
+from finback.parallel.layout import pack, share
+from finback.parallel.mesh import swap
 
 
 class Owners:
@@ -19,8 +20,8 @@ class Owners:
     def __init__(self, shapes: Sequence[tuple[int, int]], group: dist.ProcessGroup) -> None:
         self.shapes, self.group = shapes, group
         self.rank, self.size = group.rank(), group.size()
-        owner = assign([rows * columns * min(rows, columns) for rows, columns in shapes], self.size)
-        self.owned = [[i for i, o in enumerate(owner) if o == member] for member in range(self.size)]
+        work = [rows * columns * min(rows, columns) for rows, columns in shapes]
+        self.owned = [sorted(owned) for owned in pack(work, self.size, room=len(work))]
 
     def apply(self, function: Callable[[list[Tensor]], list[Tensor]], parts: list[Tensor]) -> list[Tensor]:
         """This rank's rows of all matrices -> its rows of what `function` makes of the whole ones, shapes kept."""
@@ -28,7 +29,7 @@ class Owners:
         to_owners = [sum(self._numels(owned, self.rank)) for owned in self.owned]
         to_me = [sum(self._numels(mine, member)) for member in members]
         flat = torch.cat([parts[i].flatten() for owned in self.owned for i in owned])
-        blocks = self._swap(flat, to_owners, to_me)
+        blocks = swap(flat, to_owners, to_me, self.group).split(to_me)
         rows = [block.split(self._numels(mine, member)) for member, block in enumerate(blocks)]
         wholes = [torch.cat([r[at] for r in rows]).view(self.shapes[i]) for at, i in enumerate(mine)]
         made = [
@@ -36,7 +37,7 @@ class Owners:
             for i, whole in zip(mine, function(wholes), strict=True)
         ]
         back = torch.cat([flat.new_empty(0), *(whole[member] for member in members for whole in made)])
-        blocks = self._swap(back, to_me, to_owners)
+        blocks = swap(back, to_me, to_owners, self.group).split(to_owners)
         result = {}
         for owned, block in zip(self.owned, blocks, strict=True):
             for i, part in zip(owned, block.split(self._numels(owned, self.rank)), strict=True):
@@ -50,17 +51,3 @@ class Owners:
 
     def _numels(self, indices: list[int], member: int) -> list[int]:
         return [self._numel(i, member) for i in indices]
-
-    def _swap(self, flat: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, ...]:
-        out = flat.new_empty(sum(received))
-        dist.all_to_all_single(out, flat, received, sent, group=self.group)
-        return out.split(received)
-
-
-def assign(costs: list[int], members: int) -> list[int]:
-    """A member for each cost, the dearest first, each to the one with least so far."""
-    total, owner = [0] * members, [0] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        owner[index] = min(range(members), key=lambda m: total[m])
-        total[owner[index]] += costs[index]
-    return owner

@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage as TorchStage
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
 from finback.model.config import ModelConfig
-from finback.model.moe import MoE
+from finback.model.moe import take_balance_losses
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout, split_layers
 from finback.parallel.mesh import Mesh
@@ -76,25 +76,18 @@ class PipelineStage(nn.Module):
             return x, balance + self._balance()
 
         def mean_balance(with_mtp: bool) -> Tensor:
-            return (balance + self._balance()).squeeze(0) / max(1, _moe_layers(model.config, with_mtp))
+            c = model.config
+            layers = c.num_hidden_layers + (c.num_nextn_predict_layers if with_mtp else 0)
+            return (balance + self._balance()).squeeze(0) / max(1, sum(map(c.is_moe, range(layers))))
 
         total, losses = self.loss(model, model.norm(x), tokens, mean_balance)
         self.losses.append(losses)
         return total
 
     def _balance(self) -> Tensor | float:
-        """The sum over this stage's MoE layers that the pass has met, taken from them (see Transformer.balance_loss)."""
-        losses = []
-        for module in self.model.modules():
-            if isinstance(module, MoE) and module.balance is not None:
-                losses.append(module.balance)
-                module.balance = None
+        """The sum over this stage's MoE layers that the pass has met."""
+        losses = take_balance_losses(self.model)
         return torch.stack(losses).sum() if losses else 0.0
-
-
-def _moe_layers(config: ModelConfig, with_mtp: bool) -> int:
-    layers = config.num_hidden_layers + (config.num_nextn_predict_layers if with_mtp else 0)
-    return sum(config.is_moe(layer) for layer in range(layers))
 
 
 class Pipeline:
@@ -111,18 +104,10 @@ class Pipeline:
         width = length + 1 + config.num_nextn_predict_layers
         tokens = torch.empty(micro, width, dtype=torch.long, device=device)
         loss = torch.empty((), device=device, requires_grad=True)
-        pieces = [
-            TorchStage(
-                stage,
-                index,
-                layout.stages,
-                device,
-                tokens if stage.is_first else carried,
-                loss if stage.is_last else carried,
-                group=mesh.pp.get_group(),
-            )
-            for stage, index in zip(stages, layout.stages_of(mesh.pp.get_local_rank()), strict=True)
-        ]
+        pieces = []
+        for stage, index in zip(stages, layout.stages_of(mesh.pp.get_local_rank()), strict=True):
+            ends = tokens if stage.is_first else carried, loss if stage.is_last else carried
+            pieces.append(TorchStage(stage, index, layout.stages, device, *ends, group=mesh.pp.get_group()))
         self.schedule = _Tabled(pieces, layout)
 
     def run(self, tokens: Tensor) -> Tensor:
@@ -144,7 +129,7 @@ class _Tabled(_PipelineScheduleRuntime):  # type: ignore[misc]  # torch leaves i
 
     def __init__(self, stages: list[Any], layout: Layout) -> None:
         # gradients are scaled once, by the step, for all its ranks
-        super().__init__(stages, layout.micro_batches, loss_fn=_as_it_is, scale_grads=False)
+        super().__init__(stages, layout.micro_batches, loss_fn=lambda output, _: output, scale_grads=False)
         table = layout.pipeline.table(layout.pp, layout.micro_batches)
         self.pipeline_order = {rank: [action(slot) for slot in slots] for rank, slots in enumerate(table)}
         self._prepare_schedule_with_comms(self.pipeline_order)
@@ -159,10 +144,6 @@ def action(slot: Slot) -> _Action:
     if len(slot) == 1:
         return single(slot[0])
     return _Action(slot[0].stage, _ComputationType.OVERLAP_F_B, None, tuple(single(op) for op in slot))
-
-
-def _as_it_is(output: Tensor, target: Tensor) -> Tensor:
-    return output
 
 
 @torch.no_grad()

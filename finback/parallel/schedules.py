@@ -5,17 +5,8 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from finback.config import UserError, did_you_mean
-from finback.parallel.pipeline_tables import (
-    Slot,
-    Table,
-    dualpipe,
-    dualpipe_v,
-    interleaved,
-    one_f_one_b,
-    operations,
-    zb1p,
-    zb_v,
-)
+from finback.parallel import pipeline_tables as tables
+from finback.parallel.pipeline_tables import Slot, Table, operations
 
 
 class Schedule(NamedTuple):
@@ -83,12 +74,12 @@ class Schedule(NamedTuple):
 
 ScheduleName = Literal["1f1b", "zb1p", "interleaved", "zbv", "dualpipev", "dualpipe"]
 SCHEDULES: dict[str, Schedule] = {
-    "1f1b": Schedule("1F1B", one_f_one_b, "line", False, False),
-    "zb1p": Schedule("ZB1P", zb1p, "line", True, False),
-    "interleaved": Schedule("Interleaved 1F1B", interleaved, "loop", False, False),
-    "zbv": Schedule("ZB-V", zb_v, "fold", True, False),
-    "dualpipev": Schedule("DualPipeV", dualpipe_v, "fold", True, True),
-    "dualpipe": Schedule("DualPipe", dualpipe, "both ways", True, True),
+    "1f1b": Schedule("1F1B", tables.one_f_one_b, "line", False, False),
+    "zb1p": Schedule("ZB1P", tables.zb1p, "line", True, False),
+    "interleaved": Schedule("Interleaved 1F1B", tables.interleaved, "loop", False, False),
+    "zbv": Schedule("ZB-V", tables.zb_v, "fold", True, False),
+    "dualpipev": Schedule("DualPipeV", tables.dualpipe_v, "fold", True, True),
+    "dualpipe": Schedule("DualPipe", tables.dualpipe, "both ways", True, True),
 }
 
 

@@ -5,9 +5,10 @@ checkpoints work on parts alone and know nothing of the two.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from finback.model.mtp import MTP
 from finback.model.rope import rotation
 from finback.model.transformer import Block, Transformer
 from finback.parallel.layout import Layout, share
-from finback.parallel.mesh import Mesh
+from finback.parallel.mesh import Mesh, flat_gradients
 
 
 @dataclass
@@ -79,7 +80,9 @@ def fill(models: list[Transformer], values: Iterable[tuple[str, Tensor]], mesh: 
                 _set(model, name, _own(value, mesh, fsdp))
     assert not any(missing), f"no values for {missing}"
     for model in models:
-        _fill_buffers(model, mesh.device)
+        model.cos, model.sin = (t.to(mesh.device) for t in rotation(model.config, model.config.max_position_embeddings))
+        for router in model.routers():
+            router.bias, router.load = (torch.zeros_like(b, device=mesh.device) for b in (router.bias, router.load))
 
 
 def _own(value: Tensor, mesh: Mesh, fsdp: bool) -> nn.Parameter:
@@ -98,29 +101,25 @@ def _set(model: Transformer, name: str, parameter: nn.Parameter) -> None:
         model.head.weight = parameter
 
 
-def _fill_buffers(model: Transformer, device: torch.device) -> None:
-    model.cos, model.sin = (t.to(device) for t in rotation(model.config, model.config.max_position_embeddings))
-    for router in model.routers():
-        router.bias, router.load = (torch.zeros_like(b, device=device) for b in (router.bias, router.load))
-
-
-class Sharding(Protocol):
+class Sharding(ABC):
     """How the parameters of this rank's stages are shared."""
 
     # of each stage
     parts: list[list[ShardedParameter]]
 
+    @abstractmethod
     def zero(self) -> None:
         """Forget all gradients."""
 
+    @abstractmethod
     def reduce(self) -> None:
         """After the last backward pass of a step: each part's gradient is the sum over the ranks that hold the whole."""
 
-    def publish(self) -> None:
+    def publish(self) -> None:  # noqa: B027 - where passes read the parts themselves nothing is to be done
         """After parts have changed: let forward passes see it."""
 
 
-class FullyShard:
+class FullyShard(Sharding):
     """FSDP2: block by block, a parameter is whole only while it is used. Experts are cut among the edp ranks alone."""
 
     def __init__(self, roots: list[nn.Module], models: list[Transformer], layout: Layout, mesh: Mesh) -> None:
@@ -129,20 +128,14 @@ class FullyShard:
             _fully_shard(root, model, layout, mesh)
         self.parts = [[ShardedParameter(n, p) for n, p in model.named_parameters()] for model in models]
 
-    def _all(self) -> Iterator[ShardedParameter]:
-        return (part for stage in self.parts for part in stage)
-
     def zero(self) -> None:
-        for part in self._all():
+        for part in chain(*self.parts):
             part.value.grad = None
 
     def reduce(self) -> None:
-        for part in self._all():
+        for part in chain(*self.parts):
             if part.value.grad is None:  # a module that the step did not need
                 part.value.grad = torch.zeros_like(part.value)
-
-    def publish(self) -> None:
-        pass
 
 
 def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh) -> None:
@@ -154,13 +147,8 @@ def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh
 
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, over: str = "dp") -> None:
         axis = mesh.dp if over == "dp" else mesh.edp
-        fully_shard(
-            module,
-            mesh=axis,
-            reshard_after_forward=reshard_after,
-            mp_policy=policy,
-            shard_placement_fn=lambda p: Shard(_cut(p, axis.size())),
-        )
+        how = {"mesh": axis, "reshard_after_forward": reshard_after, "mp_policy": policy}
+        fully_shard(module, **how, shard_placement_fn=lambda p: Shard(_cut(p, axis.size())))  # type: ignore[call-overload]
 
     modules = list(model.modules())
     for moe in [m for m in modules if isinstance(m, MoE)]:  # the inner modules first
@@ -191,14 +179,14 @@ def _cut(parameter: Tensor, members: int) -> int:
     return 1 if parameter.ndim == 3 and len(local(parameter)) % members else 0
 
 
-class ZeroOne:
+class ZeroOne(Sharding):
     """ZeRO-1: parameters and gradients are whole on every rank that uses them, an optimiser sees its part of each."""
 
     def __init__(self, models: list[Transformer], mesh: Mesh) -> None:
         parameters = [p for model in models for p in model.parameters()]
         experts = [p for p in parameters if p.ndim == 3]
         others = [p for p in parameters if p.ndim != 3]
-        self.shared = [(axis, ps, _flat_gradients(ps)) for axis, ps in ((mesh.dp, others), (mesh.edp, experts)) if ps]
+        self.shared = [(axis, ps, flat_gradients(ps)) for axis, ps in ((mesh.dp, others), (mesh.edp, experts)) if ps]
         self.parts = [[ShardedParameter(n, _view(p, mesh)) for n, p in model.named_parameters()] for model in models]
 
     def zero(self) -> None:
@@ -224,14 +212,6 @@ class ZeroOne:
                     t.copy_(values.view_as(t))
 
 
-def _flat_gradients(parameters: list[nn.Parameter]) -> Tensor:
-    """One buffer for the gradients of all, so that they travel in one go."""
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-    for p, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad = gradient.view_as(p)
-    return flat
-
-
 def _narrow(whole: Tensor, members: int, member: int) -> Tensor:
     dim = _cut(whole, members)
     start, stop = share(whole.size(dim), members, member)
@@ -252,16 +232,10 @@ def _view(parameter: nn.Parameter, mesh: Mesh) -> nn.Parameter:
             shape[0] *= mesh.ep.size()
     stride = torch.empty(shape, device="meta").stride()
     assert parameter.grad is not None, "gradients come first"
+    members, me = axis.size(), axis.get_local_rank()
     value, gradient = (
-        DTensor.from_local(
-            _narrow(t, axis.size(), axis.get_local_rank()),
-            where,
-            placements,
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=stride,
-        )
-        for t in (parameter.detach(), parameter.grad)
+        DTensor.from_local(t, where, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        for t in (_narrow(parameter.detach(), members, me), _narrow(parameter.grad, members, me))
     )
     part = nn.Parameter(value)
     part.grad = gradient

@@ -43,7 +43,14 @@ def rollout(
     """Answer each problem once; `think` opens the chain for the model. An answer cut off in its chain is wrong."""
     asked = [encode_prompt([Message("user", p.question)], tokenizer, think=think or None) for p in problems]
     prompts = [ids for ids, _ in asked]
-    _check_window(engine.model.config.max_position_embeddings, prompts, problems, sampling.max_tokens)
+    window = engine.model.config.max_position_embeddings
+    # before anything is answered: a question too long is the task's fault, not that of an engine's request
+    for ids, problem in zip(prompts, problems, strict=True):
+        if len(ids) + sampling.max_tokens > window:
+            shown = problem.question if len(problem.question) <= 60 else f"{problem.question[:60]}…"
+            needs = f"its {len(ids)} tokens and max_tokens = {sampling.max_tokens}"
+            remedy = "Leave out such questions, lower max_tokens, or take a model with a longer window."
+            raise UserError("question", shown, f"{needs} are more than the {window} that the model reads", remedy)
     completions = engine.generate(prompts, sampling, seeds)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
     responses = [parse_response(THINK * opened + text) for text, (_, opened) in zip(texts, asked, strict=True)]
@@ -55,19 +62,6 @@ def rollout(
         Rollout(p, prompt, c, r, next(verdicts) if ok else NO_ANSWER)
         for p, prompt, c, r, ok in zip(problems, prompts, completions, responses, whole, strict=True)
     ]
-
-
-def _check_window(window: int, prompts: Sequence[list[int]], problems: Sequence[Problem], answer: int) -> None:
-    """Before anything is answered: a question too long is the task's fault, not that of an engine's request."""
-    for prompt, problem in zip(prompts, problems, strict=True):
-        if len(prompt) + answer > window:
-            shown = problem.question if len(problem.question) <= 60 else f"{problem.question[:60]}…"
-            raise UserError(
-                "question",
-                shown,
-                f"its {len(prompt)} tokens and max_tokens = {answer} are more than the {window} that the model reads",
-                "Leave out such questions, lower max_tokens, or take a model with a longer window.",
-            )
 
 
 def record(r: Rollout) -> dict[str, Any]:
@@ -83,12 +77,6 @@ def record(r: Rollout) -> dict[str, Any]:
         "tokens": len(r.completion.tokens),
         "finish": r.completion.finish_reason,
     }
-
-
-def learnable(rollouts: Sequence[Rollout], advantages: Sequence[float], all_rows: bool) -> list[tuple[Rollout, float]]:
-    """Answers to learn from, longest first: those without advantage only with `all_rows` (a divergence acts on them too)."""
-    rows = [(r, float(a)) for r, a in zip(rollouts, advantages, strict=True) if a != 0 or all_rows]
-    return sorted(rows, key=lambda pair: -pair[0].length)
 
 
 def batches(rows: Sequence[tuple[Rollout, float]], micro_tokens: int) -> list[Batch]:
@@ -111,12 +99,8 @@ def _padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
         padding_mask[row, :end] = True
         labels[row, prompt - 1 : end - 1] = torch.tensor(r.completion.tokens)
         logprobs[row, prompt - 1 : end - 1] = torch.tensor(r.completion.logprobs)
-    return Batch(
-        # nothing is predicted from the last token
-        tokens[:, :-1],
-        labels[:, :-1],
-        shape[1] - 1,
-        padding_mask[:, :-1],
-        rollout_logprobs=logprobs[:, :-1],
-        advantages=torch.tensor([a for _, a in rows]),
-    )
+    tokens, labels, mask, logprobs = (
+        t[:, :-1] for t in (tokens, labels, padding_mask, logprobs)
+    )  # the last predicts nothing
+    advantages = torch.tensor([a for _, a in rows])
+    return Batch(tokens, labels, shape[1] - 1, mask, rollout_logprobs=logprobs, advantages=advantages)

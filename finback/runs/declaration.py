@@ -1,6 +1,5 @@
 """What a stage declares of the folder it leaves, so that readers need neither its class nor a table of classes."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -37,10 +36,6 @@ class Declaration:
     def samples(self) -> bool:
         """Whether answers are sampled to learn from."""
         return "flops_generation" in self.ledger
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values; `from_json` takes them back."""
-        return dataclasses.asdict(self)
 
 
 def from_json(raw: Any) -> Declaration:

@@ -18,22 +18,19 @@ METRICS, SAMPLES, ROUTER = "metrics.jsonl", "samples.jsonl", "router.jsonl"
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a file by `value` as JSON, atomically: readers see the old or the new text, also after a crash."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as handle:
-        json.dump(value, handle, indent=1, ensure_ascii=False)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    _replace(path, [json.dumps(value, indent=1, ensure_ascii=False), "\n"])
 
 
 def write_lines(path: Path, records: Iterable[Any]) -> None:
     """Replace a file by records as JSONL, one to a line, as atomically as `write_json`."""
+    _replace(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _replace(path: Path, texts: Iterable[str]) -> None:
     temporary = path.with_name(path.name + ".part")
     # half a surrogate pair, which a model's or a stranger's JSON may hold, becomes JSON's escape for it
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as handle:
-        for record in records:
-            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        handle.writelines(texts)
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)
@@ -45,6 +42,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError("run folder", str(path), f"damaged ({error})", "Delete it and run the recipe again.") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The same of a file that holds an object; UserError too when it holds anything else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError("run folder", str(path), "damaged (not an object)", "Delete it and run the recipe again.")
+    return found
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

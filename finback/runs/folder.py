@@ -95,25 +95,13 @@ class StageRun:
             "metered": self._energy.method,
             "inputs": {start: provenance.digest(self.input(start)) for start in inputs},
         }
-        self._append(LEDGER, began)
+        self.append(LEDGER, began)
 
     def log(self, step: int, **metrics: Any) -> None:
         """Append one line to metrics.jsonl."""
         if self._energy is not None:
             self._energy.read_if_due()
-        self._append(METRICS, {"step": step, **metrics})
-
-    def log_samples(self, records: list[dict[str, Any]]) -> None:
-        """Append the answers of a step, each with its "step", to samples.jsonl."""
-        self._append(SAMPLES, *records)
-
-    def log_router(self, record: dict[str, Any]) -> None:
-        """Append loads and biases of the routers, with their "step", to router.jsonl."""
-        self._append(ROUTER, record)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """What `log` has written so far."""
-        return read_lines(self.folder / METRICS)
+        self.append(METRICS, {"step": step, **metrics})
 
     def rewind(self, step: int) -> None:
         """Forget logged steps from `step` on: they are about to be done again."""
@@ -132,9 +120,10 @@ class StageRun:
         joules = self._energy.take() if self._energy is not None else None
         if joules is not None:
             spent |= {"joules": joules, "metered_core_seconds": seconds * self.ranks.size}
-        self._append(LEDGER, {"seconds": seconds, "cores": self.ranks.size, **spent})
+        self.append(LEDGER, {"seconds": seconds, "cores": self.ranks.size, **spent})
 
-    def _append(self, name: str, *records: dict[str, Any]) -> None:
+    def append(self, name: str, *records: dict[str, Any]) -> None:
+        """Append lines to one of the folder's files; those of a step have its number as "step"."""
         if not self.is_writer:
             return
         with (self.folder / name).open("a+b") as handle:
@@ -180,9 +169,8 @@ def prepare_folder(root: Path) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            "runs", str(root), f"cannot be written to ({error.strerror})", "Choose another folder with --runs."
-        ) from None
+        problem = f"cannot be written to ({error.strerror})"
+        raise UserError("runs", str(root), problem, "Choose another folder with --runs.") from None
     free = shutil.disk_usage(root).free
     if free < NEEDED_BYTES:
         problem = f"only {free / 2**20:.0f} MB free, {NEEDED_BYTES / 2**20:.0f} MB needed"

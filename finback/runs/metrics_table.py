@@ -55,15 +55,38 @@ class Tail:
         return whole
 
 
-class MetricsTable:
-    """One stage's metrics: for each name the rows that have it and its values; nested lists stay as they are."""
+class Following:
+    """What is known of the lines of a file, read on from where the last look ended."""
+
+    complete = False  # whether all of the file is known
 
     def __init__(self, path: Path) -> None:
         self.tail = Tail(path)
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
-        self.rows, self.complete = 0, False
+    def clear(self) -> None:
+        """Forget everything."""
+
+    def take(self, lines: bytes, place: int) -> None:
+        """Learn whole lines, which begin at a place of the file."""
+
+    def update(self, seconds: float) -> None:
+        """Read what is new, for about this long; call again for the rest."""
+        if self.tail.restarted():
+            self.clear()
+        end, self.complete = time.monotonic() + seconds, False
+        while lines := self.tail.piece():
+            self.take(lines, self.tail.offset - len(lines))
+            if time.monotonic() > end:
+                return
+        self.complete = True
+
+
+class MetricsTable(Following):
+    """One stage's metrics: for each name the rows that have it and its values; nested lists stay as they are."""
+
+    def clear(self) -> None:
+        self.rows = 0
         self.columns: dict[str, tuple[array[int], array[float]]] = {}
         self.nested: dict[str, tuple[list[int], list[Any]]] = {}
 
@@ -71,17 +94,6 @@ class MetricsTable:
     def share(self) -> float:
         """How much of the file has been read."""
         return 1.0 if self.complete else self.tail.offset / max(1, self.tail.size)
-
-    def update(self, seconds: float) -> None:
-        """Read what is new, for about this long; call again for the rest."""
-        if self.tail.restarted():
-            self._clear()
-        end, self.complete = time.monotonic() + seconds, False
-        while lines := self.tail.piece():
-            self._take(records(lines))
-            if time.monotonic() > end:
-                return
-        self.complete = True
 
     def column(self, name: str) -> tuple[Line, Line]:
         """Rows and values of a name, both empty where it was never logged."""
@@ -105,8 +117,8 @@ class MetricsTable:
         place = np.searchsorted(rows, np.arange(self.rows), side="right") - 1
         return np.where(place >= 0, values[np.maximum(place, 0)], 0.0)
 
-    def _take(self, found: list[dict[str, Any]]) -> None:
-        begin = 0
+    def take(self, lines: bytes, place: int) -> None:
+        found, begin = records(lines), 0
         while begin < len(found):  # stretches of records with the same names go in column by column
             names = found[begin].keys()
             end = begin + 1
@@ -145,7 +157,7 @@ def read(path: Path) -> MetricsTable:
 def outline(path: Path, lines: int) -> MetricsTable:
     """A table of single lines spread evenly over a file, the first and the last among them: how its curves will look."""
     table = MetricsTable(path)
-    table._take(records(b"".join(_spread(path, lines))))
+    table.take(b"".join(_spread(path, lines)), 0)
     return table
 
 

@@ -16,20 +16,9 @@ from typing import Any
 
 from finback.config import UserError
 from finback.runs import declaration as declarations
+from finback.runs import files
 from finback.runs.declaration import DECLARATION, Declaration
-from finback.runs.files import (
-    CONFIG,
-    LEDGER,
-    LOCK,
-    MANIFEST,
-    METRICS,
-    RECIPE,
-    ROUTER,
-    SAMPLES,
-    SUMMARY,
-    read_json,
-    read_lines,
-)
+from finback.runs.files import CONFIG, LEDGER, LOCK, MANIFEST, METRICS, RECIPE, ROUTER, SAMPLES, SUMMARY
 
 MOST_BYTES = 4 << 20  # of a JSON file that is read leniently
 
@@ -128,7 +117,7 @@ class StageFolder:
         return self._lines(self.answers_file(exam).name)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
-        return read_lines(self.folder / name) if plain_file(self.folder, name) else []
+        return files.read_lines(self.folder / name) if plain_file(self.folder, name) else []
 
 
 def stages(root: Path, lenient: bool = False) -> list[StageFolder]:
@@ -202,8 +191,8 @@ def is_locked(root: Path) -> bool:
 
 def changed(root: Path) -> float:
     """When something in a run was last written, in seconds since 1970."""
-    files = (folder / name for folder in inside(root, lenient=True) for name in (METRICS, MANIFEST, CONFIG))
-    return max([_time_of(root / RECIPE), *map(_time_of, files)])
+    written = (folder / name for folder in inside(root, lenient=True) for name in (METRICS, MANIFEST, CONFIG))
+    return max([_time_of(root / RECIPE), *map(_time_of, written)])
 
 
 def plain_file(folder: Path, name: str) -> bool:
@@ -227,7 +216,7 @@ def _object(folder: Path, name: str, lenient: bool = False) -> dict[str, Any]:
     path = folder / name
     if not plain_file(folder, name):
         return {}
-    found = _lenient(path) if lenient else read_json(path)
+    found = _lenient(path) if lenient else files.read_json(path)
     if not isinstance(found, dict):
         raise torn(path, "not an object")
     return found

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from finback.config import UserError, as_json, check_fields, did_you_mean, override
 from finback.runs.declaration import DECLARATION, Declaration
-from finback.runs.files import CONFIG, MANIFEST, RECIPE, SUMMARY, is_checkpoint, read_json, write_json
+from finback.runs.files import CONFIG, MANIFEST, RECIPE, SUMMARY, is_checkpoint, read_object, write_json
 from finback.runs.folder import Interrupted, Ranks, StageRun
 from finback.runs.ledger import cost, spent
 
@@ -44,9 +44,14 @@ class Stage:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
             raise UserError("name", self.name, "not a folder name", "Use lower-case letters, digits, - and _.")
 
+    def wrong(self, knob: str, problem: str, remedy: str) -> UserError:
+        """The error of a knob's value."""
+        return UserError(f"{self.name}.{knob}", getattr(self, knob), problem, remedy)
+
     def inputs(self) -> tuple[str, ...]:
-        """Names of earlier stages, or paths of finished ones, that this stage reads."""
-        return ()
+        """Names of earlier stages, or paths of finished ones, that this stage reads: by default the model of `start`."""
+        start = getattr(self, "start", "")
+        return (start,) if start else ()
 
     def work(self) -> Work:
         """Tokens this stage will train on and generate, at most."""
@@ -95,9 +100,8 @@ class Recipe:
             problem = "is the stage itself" if start == stage else "comes later in the recipe"
             raise UserError(f"{stage} input", start, problem, "A stage can only read earlier ones; reorder them.")
         hint = did_you_mean(start, earlier) if earlier else "It is the first stage."
-        raise UserError(
-            f"{stage} input", start, "neither an earlier stage, the folder of a finished one nor a checkpoint", hint
-        )
+        problem = "neither an earlier stage, the folder of a finished one nor a checkpoint"
+        raise UserError(f"{stage} input", start, problem, hint)
 
 
 def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
@@ -157,7 +161,8 @@ def overridden(given: Sequence[Stage], settings: Sequence[str]) -> tuple[Stage, 
 
 def config_json(stage: Stage) -> dict[str, Any]:
     """What config.json holds: the knobs, and what readers have to know: its declaration, inputs and announced work."""
-    declared = stage.declaration().to_json() | {"inputs": stage.inputs(), "work": dataclasses.asdict(stage.work())}
+    declared = dataclasses.asdict(stage.declaration())
+    declared |= {"inputs": stage.inputs(), "work": dataclasses.asdict(stage.work())}
     return dict(as_json(stage)) | {DECLARATION: declared}
 
 
@@ -170,7 +175,7 @@ def claim(recipe: Recipe, root: Path, seed: int) -> None:
     marker = root / RECIPE
     mine = {"recipe": recipe.name, "seed": seed}
     if marker.is_file():
-        theirs = read_json(marker)
+        theirs = read_object(marker)
         for field, value in mine.items():
             if theirs.get(field) != value:
                 problem = f"belongs to {field} {theirs.get(field)!r}, this is {value!r}"
@@ -186,7 +191,7 @@ def claim(recipe: Recipe, root: Path, seed: int) -> None:
 def _check_knobs(stage: Stage, path: Path) -> None:
     if not path.is_file():
         return
-    then, now = read_json(path), json.loads(json.dumps(as_json(stage)))
+    then, now = read_object(path), json.loads(json.dumps(as_json(stage)))
     defaults = {f.name: as_json(f.default) for f in dataclasses.fields(stage) if f.default is not MISSING}
     for field in sorted((set(then) | set(now)) - stage.free - {DECLARATION}):
         # a knob that came with a later version had its default before there was one
@@ -221,27 +226,13 @@ def execute(
             raise Interrupted
 
 
-def summary(recipe: Recipe, root: Path, seed: int) -> dict[str, Any]:
-    """What summary.json holds: for each finished stage its results, a text on them, and what they cost."""
+def write_summary(recipe: Recipe, root: Path, seed: int) -> None:
+    """Write summary.json: for each finished stage its results, a text on them, and what they cost."""
     stages = {}
     for stage in recipe.stages:
         folder = root / stage.name
         if (folder / MANIFEST).is_file():
-            results = read_json(folder / MANIFEST)["results"]
-            stages[stage.name] = {
-                "stage": type(stage).__name__,
-                "results": results,
-                "text": stage.describe(results),
-                "cost": cost(folder),
-            }
-    return {"recipe": recipe.name, "seed": seed, "stages": stages}
-
-
-def write_summary(recipe: Recipe, root: Path, seed: int) -> None:
-    """Write summary.json."""
-    write_json(root / SUMMARY, summary(recipe, root, seed))
-
-
-def is_finished(recipe: Recipe, root: Path) -> bool:
-    """Whether every stage has its manifest."""
-    return all((root / stage.name / MANIFEST).is_file() for stage in recipe.stages)
+            results = read_object(folder / MANIFEST)["results"]
+            about = {"stage": type(stage).__name__, "results": results, "text": stage.describe(results)}
+            stages[stage.name] = about | {"cost": cost(folder)}
+    write_json(root / SUMMARY, {"recipe": recipe.name, "seed": seed, "stages": stages})

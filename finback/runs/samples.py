@@ -1,47 +1,29 @@
 """Answers of a model, of RL steps or of an exam, found by step or by question. No torch here."""
 
 import json
-import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from finback.runs.files import is_number
-from finback.runs.metrics_table import Tail, records
+from finback.runs.metrics_table import Following, records
 
 MOST = 512  # records in one reply
 NEWEST = 4 << 20  # bytes at the end of a file in which its last step is looked for
 
 
-class SampleIndex:
+class SampleIndex(Following):
     """An index of a JSONL file of answers; the answers themselves stay on disk."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.tail = path, Tail(path)
-        self._clear()
-
-    def _clear(self) -> None:
-        self.complete = False  # whether all of the file is in the index
+    def clear(self) -> None:
         self.by_step: defaultdict[int, list[int]] = defaultdict(list)  # places in the file
         self.by_question: defaultdict[str, list[int]] = defaultdict(list)
 
-    def update(self, seconds: float) -> None:
-        """Read what is new, for about this long."""
-        if self.tail.restarted():
-            self._clear()
-        end, self.complete = time.monotonic() + seconds, False
-        while lines := self.tail.piece():
-            self._take(lines.split(b"\n")[:-1], self.tail.offset - len(lines))
-            if time.monotonic() > end:
-                return
-        self.complete = True
-
     def newest(self) -> list[dict[str, Any]]:
         """Answers of the last step in the file, which may not be in the index yet."""
-        if self.path.is_symlink() or not self.path.is_file():
+        if self.tail.path.is_symlink() or not self.tail.path.is_file():
             return []
-        with self.path.open("rb") as handle:
-            handle.seek(max(0, self.path.stat().st_size - NEWEST))
+        with self.tail.path.open("rb") as handle:
+            handle.seek(max(0, self.tail.path.stat().st_size - NEWEST))
             found = records(b"\n".join(handle.read().split(b"\n")[1:-1]))
         return [r for r in found if _step(r) == _step(found[-1])]
 
@@ -59,23 +41,23 @@ class SampleIndex:
         found = [q for q in self.by_question if low in q.lower()]
         return sorted(found, key=lambda q: -len(self.by_question[q]))[:most]
 
-    def _take(self, lines: list[bytes], place: int) -> None:
-        """Put lines that begin at a place of the file into the index."""
-        heads = records(b"\n".join(map(_head, lines)))
-        are_whole = len(heads) == len(lines)
-        found = [[head] for head in heads] if are_whole else [records(line) for line in lines]
-        for line, read in zip(lines, found, strict=True):
+    def take(self, lines: bytes, place: int) -> None:
+        split = lines.split(b"\n")[:-1]
+        heads = records(b"\n".join(map(_head, split)))
+        are_whole = len(heads) == len(split)
+        found = [[head] for head in heads] if are_whole else [records(line) for line in split]
+        for line, read in zip(split, found, strict=True):
             for record in read:
                 self.by_step[_step(record)].append(place)
                 self.by_question[str(record.get("question", ""))].append(place)
             place += len(line) + 1
 
     def _read(self, places: list[int]) -> list[dict[str, Any]]:
-        if not places or self.path.is_symlink():
+        if not places or self.tail.path.is_symlink():
             return []
         lines = []
         try:
-            with self.path.open("rb") as handle:
+            with self.tail.path.open("rb") as handle:
                 for place in places[:MOST]:
                     handle.seek(place)
                     lines.append(handle.readline())

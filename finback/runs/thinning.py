@@ -20,8 +20,8 @@ def thin(x: Line, y: Line, points: int) -> NDArray[np.int64]:
     edges = np.searchsorted(x, np.linspace(begin, end, buckets + 1)[:-1] if end > begin else [begin])
     starts = np.unique(edges)
     finite = np.isfinite(y)
-    low = _first_where(np.where(finite, y, np.inf), starts, np.minimum)
-    high = _first_where(np.where(finite, -y, np.inf), starts, np.minimum)
+    low = _first_lowest(np.where(finite, y, np.inf), starts)
+    high = _first_lowest(np.where(finite, -y, np.inf), starts)
     places = [low, high, np.array([0, len(x) - 1])]
     if not finite.all():
         bad = np.flatnonzero(~finite)
@@ -29,9 +29,9 @@ def thin(x: Line, y: Line, points: int) -> NDArray[np.int64]:
     return np.unique(np.concatenate(places)).astype(np.int64)
 
 
-def _first_where(y: Line, starts: NDArray[np.int64], reduce: np.ufunc) -> NDArray[np.int64]:
-    """For each stretch the first place at which its extreme stands."""
-    extremes = reduce.reduceat(y, starts)
+def _first_lowest(y: Line, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each stretch the first place at which its lowest value stands."""
+    extremes = np.minimum.reduceat(y, starts)
     lengths = np.diff(np.append(starts, len(y)))
     hits = np.flatnonzero(y == np.repeat(extremes, lengths))
     owner = np.searchsorted(starts, hits, side="right")

@@ -8,24 +8,32 @@ import numpy as np
 import torch
 
 from finback.data import pack
+from finback.model.count import forward_flops_of
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.runs.files import read_json
 
-LENGTH = 128  # tokens of a window
+LENGTH, MOST = 128, 128  # tokens of a window, windows of a source
+
+
+def bits_by_source(
+    model: Transformer, data: Path, sources: Iterable[str], world: World
+) -> tuple[dict[str, float | None], float]:
+    """Compression of each source's validation text in bits per byte, None where it has none; and the FLOPs it took.
+
+    Every rank gets the same numbers.
+    """
+    windows = {name: _windows(data / f"{name}.valid.bin") for name in sources}
+    found = {
+        name: _bits_per_byte(model, data, name, count, world) if count else None for name, count in windows.items()
+    }
+    return found, sum(windows.values()) * forward_flops_of(model.config, [LENGTH])
 
 
 @torch.no_grad()
-def bits_per_byte(model: Transformer, data: Path, source: str, world: World, rows: int = 128) -> float | None:
-    """Compression of a source's validation text, in bits per byte of text; None where the source has no validation text.
-
-    Up to `rows` windows of LENGTH tokens; every rank gets the same number.
-    """
-    path = data / f"{source}.valid.bin"
-    count = _windows(path, rows)
-    if not count:
-        return None
-    shard = pack.read(path)
+def _bits_per_byte(model: Transformer, data: Path, source: str, count: int, world: World) -> float:
+    """Of `count` windows of LENGTH tokens, spread evenly over a source's validation text."""
+    shard = pack.read(data / f"{source}.valid.bin")
     record = read_json(data / "sources.json")[source]
     starts = np.linspace(0, len(shard) - LENGTH - 1, count).astype(int)
     mine = [int(s) for s in starts[world.rank :: world.size]]
@@ -42,18 +50,7 @@ def bits_per_byte(model: Transformer, data: Path, source: str, world: World, row
     return nats / math.log(2) * record["valid_tokens"] / record["valid_bytes"]
 
 
-def tokens_compressed(data: Path, source: str, rows: int = 128) -> int:
-    """How many tokens `bits_per_byte` reads of a source."""
-    return _windows(data / f"{source}.valid.bin", rows) * LENGTH
-
-
-def _windows(path: Path, most: int) -> int:
+def _windows(path: Path) -> int:
     """How many windows of a shard are looked at; each wants the token behind it too."""
     tokens = len(pack.read(path)) if path.stat().st_size else 0
-    return min(most, tokens // LENGTH) if tokens > LENGTH else 0
-
-
-def bits_by_source(model: Transformer, data: Path, sources: Iterable[str], world: World) -> dict[str, float]:
-    """Bits per byte of each source's validation text, of those that have some."""
-    found = {name: bits_per_byte(model, data, name, world) for name in sources}
-    return {name: bits for name, bits in found.items() if bits is not None}
+    return min(MOST, tokens // LENGTH) if tokens > LENGTH else 0

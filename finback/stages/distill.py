@@ -8,7 +8,7 @@ questions of a task and the teacher corrects it where it actually goes.
 import dataclasses
 import random
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from finback.rollouts.rollouts import rollout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Work
-from finback.stages.fine_tuning import Batches, FineTuning, begin, demand_window, depths
+from finback.stages.fine_tuning import Batches, FineTuning, begin
 from finback.stages.sft import SFT, LessonBatches
 from finback.tasks import task as tasks
 from finback.tasks.task import Task
@@ -79,35 +79,32 @@ class Distill(SFT):
 
     def training(self, run: StageRun) -> FineTuning:
         trainer, tokenizer = begin(self, run)
-        if self.task is None:  # on-policy every answer has a row of its own
-            demand_window(self, trainer.model.config)
-        teacher = DistillationTeacher(self, run, trainer.model, tokenizer)
-        mtp = depths(self, trainer.model.config)
+        model = trainer.model
+        teacher = DistillationTeacher(self, run, model, tokenizer)
         batches: Batches = (
-            LessonBatches(self, run, tokenizer, mtp)
-            if self.task is None
-            else (OnPolicyBatches(self, run, tokenizer, trainer.model, mtp))
+            LessonBatches(self, run, tokenizer, model.config)
+            if self.task is None  # on-policy every answer has a row of its own
+            else OnPolicyBatches(self, run, tokenizer, model)
         )
-        return FineTuning(self, run, trainer, tokenizer, batches, teacher)
+        return FineTuning(self, trainer, batches, teacher)
 
 
 class DistillationTeacher:
     """The main loss of a student that learns from a teacher's probabilities."""
 
     def __init__(self, stage: Distill, run: StageRun, student: Transformer, tokenizer: Tokenizer) -> None:
-        assert isinstance(run.ranks, World), "training exchanges gradients over a World"
         self.stage, self.student, self.vocab = stage, student, tokenizer.vocab_size
         folder = run.input(stage.teacher)
-        self.model = models.load(folder).eval().to(run.ranks.device)
+        self.model = models.load(folder).eval().to(World.of(run).device)
         self.config = self.model.config
         longest, window = stage.seq_len if stage.task is None else stage.max_tokens, self.config.max_position_embeddings
         if longest > window:
             problem = f"reads {window} tokens, lessons may have {longest}"
             remedy = "Shorten seq_len or max_tokens, or take another teacher."
-            raise UserError(f"{stage.name}.teacher", stage.teacher, problem, remedy)
+            raise stage.wrong("teacher", problem, remedy)
         if tokenizer.as_json() != Tokenizer(folder).as_json():
             remedy = "Their probabilities cannot be compared: sample traces with a reject stage and use SFT."
-            raise UserError(f"{stage.name}.teacher", stage.teacher, "has another tokenizer than the student", remedy)
+            raise stage.wrong("teacher", "has another tokenizer than the student", remedy)
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The divergence summed over labels, SFT's loss mixed in as asked."""
@@ -116,16 +113,12 @@ class DistillationTeacher:
         with torch.no_grad():
             theirs = self.model(tokens, document_ids=document_ids)[learnt]
         ours = hidden[learnt]
-        parts = [
-            distillation(
-                # heads may be padded, and differently
-                self.student.logits(ours[i : i + CHUNK])[:, : self.vocab],
-                self.model.logits(theirs[i : i + CHUNK])[:, : self.vocab],
-                stage.divergence,
-                stage.top_k,
-            ).sum()
-            for i in range(0, len(ours), CHUNK)
-        ]
+        parts = []
+        for chunk in (slice(i, i + CHUNK) for i in range(0, len(ours), CHUNK)):
+            # heads may be padded, and differently
+            student, teacher = self.student.logits(ours[chunk]), self.model.logits(theirs[chunk])
+            both = student[:, : self.vocab], teacher[:, : self.vocab]
+            parts.append(distillation(*both, stage.divergence, stage.top_k).sum())
         soft = torch.stack(parts).sum() if parts else hidden.sum() * 0
         if not stage.hard:
             return soft
@@ -133,17 +126,15 @@ class DistillationTeacher:
         return (1 - stage.hard) * soft + stage.hard * hard
 
 
-class OnPolicyBatches:
+class OnPolicyBatches(Batches):
     """The student's own answers to each step's questions."""
 
     generates = True
 
-    def __init__(self, stage: Distill, run: StageRun, tokenizer: Tokenizer, student: Transformer, depths: int) -> None:
-        self.stage, self.run, self.tokenizer, self.student, self.depths = stage, run, tokenizer, student, depths
-        assert isinstance(run.ranks, World), "training exchanges gradients over a World"
-        self.world, self.steps = run.ranks, stage.steps
+    def __init__(self, stage: Distill, run: StageRun, tokenizer: Tokenizer, student: Transformer) -> None:
+        super().__init__(stage, run, tokenizer, student.config)
+        self.stage, self.student, self.steps = stage, student, stage.steps
         self.engine = Engine(student, tokenizer.stops)
-        self.results: dict[str, Any] = {}
 
     def batch(self, step: int) -> tuple[Batch | None, int]:
         """This rank's answers to the questions of a step."""

@@ -16,10 +16,10 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.rollouts import Rollout, record, rollout
 from finback.runs.declaration import Declaration
-from finback.runs.files import read_json, write_json, write_lines
+from finback.runs.files import read_object, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Stage, Work
-from finback.stages.compress import LENGTH, bits_per_byte, tokens_compressed
+from finback.stages.compress import bits_by_source
 from finback.suites import catalogue, compression
 from finback.suites.statistics import wilson
 from finback.suites.suite import Suite
@@ -66,13 +66,8 @@ class Exam:
         if suite:
             object.__setattr__(self, "task", OfSuite(suite))
         check_fields(self, "exam")
-        if not re.fullmatch(r"\w[\w .-]*", self.name) or self.name in (
-            "config",
-            "manifest",
-            "metrics",
-            "ledger",
-            "samples",
-        ):  # it names a file
+        taken = "config", "manifest", "metrics", "ledger", "samples"  # it names a file
+        if not re.fullmatch(r"\w[\w .-]*", self.name) or self.name in taken:
             raise UserError("exam.name", self.name, "not a free file name", "Use letters, digits, spaces, . and -.")
         check_positive(self, f"exam {self.name}", "problems", "max_tokens")
         check_not_negative(self, f"exam {self.name}", "temperature")
@@ -110,8 +105,7 @@ class Evaluate(Stage):
         )
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        world = run.ranks
-        assert isinstance(world, World), "evaluation gathers answers over a World"
+        world = World.of(run)
         model, tokenizer = load(run.input(self.start))
         model = model.to(world.device)
         self._check_sources(run)
@@ -121,10 +115,8 @@ class Evaluate(Stage):
             if run.check_stop():
                 raise Interrupted
         if self.data:
-            source = run.input(self.data)
-            results["bits_per_byte"] = {s: bits_per_byte(model, source, s, world) for s in self.sources}
-            windows = sum(tokens_compressed(source, s) for s in self.sources) // LENGTH
-            run.account(flops_evaluation=windows * forward_flops_of(model.config, [LENGTH]))
+            results["bits_per_byte"], flops = bits_by_source(model, run.input(self.data), self.sources, world)
+            run.account(flops_evaluation=flops)
         return results
 
     def _check_sources(self, run: StageRun) -> None:
@@ -139,7 +131,7 @@ class Evaluate(Stage):
         """One exam's scores; written to <exam>.json, so that an interrupted evaluation does not repeat it."""
         path = run.folder / f"{exam.name}.json"
         if path.is_file():
-            return dict(read_json(path))
+            return read_object(path)
         assert exam.task is not None, "an exam has a task or a suite"
         task, problems, suite = questions(exam, run.seed("exam", exam.task.name))
         mine = range(world.rank, len(problems), world.size)
@@ -152,21 +144,18 @@ class Evaluate(Stage):
         flops = forward_flops_of(model.config, lengths)
         if accepted[1]:  # drafts are looked at by reading everything once more
             flops += forward_flops_of(model.config, lengths, mtp=True)
-        gathered = world.gather((list(mine), [record(r) for r in answered], accepted, flops))
-        rows = sorted(
-            (i, record) for indices, records, *_ in gathered for i, record in zip(indices, records, strict=True)
-        )
-        records = [record for _, record in rows]
+        gathered = world.gather((list(zip(mine, map(record, answered), strict=True)), accepted, flops))
+        records = [found for _, found in sorted(pair for rank in gathered for pair in rank[0])]
         result = {"exam": exam.name, "task": exam.task.name, "temperature": exam.temperature, **scores(records)}
         if suite:
             result["suite"] = {"source": suite.source.name, "digest": suite.source.digest, "chance": suite.chance}
         if language := exam.language or (suite.language if suite else ""):
             result["language"] = language_of(records, language)
-        drafts = sum(g[2][1] for g in gathered)
+        drafts = sum(g[1][1] for g in gathered)
         if drafts:
-            result["mtp_acceptance"] = sum(g[2][0] for g in gathered) / drafts
+            result["mtp_acceptance"] = sum(g[1][0] for g in gathered) / drafts
         generated = sum(r["tokens"] for r in records)
-        flops = sum(g[3] for g in gathered)
+        flops = sum(g[2] for g in gathered)
         run.account(tokens_generated=generated, flops=flops, flops_evaluation=flops)
         world.barrier()  # nobody looks for the file below before everybody has looked
         if run.is_writer:

@@ -29,11 +29,9 @@ class Extend(Pretrain):
         if self.model is not None:
             raise UserError(f"{self.name}.model", "given", "extension goes on with a model", "Give `start` instead.")
         if self.seq_len > self.window:
-            raise UserError(
-                f"{self.name}.seq_len", self.seq_len, f"rows longer than the window of {self.window}", "Shorten them."
-            )
+            raise self.wrong("seq_len", f"rows longer than the window of {self.window}", "Shorten them.")
         if self.factor is not None and self.factor < 1:
-            raise UserError(f"{self.name}.factor", self.factor, "shortens the window", "Use 1 or more.")
+            raise self.wrong("factor", "shortens the window", "Use 1 or more.")
 
     def declaration(self) -> Declaration:
         return dataclasses.replace(super().declaration(), objective="the same on longer texts")
@@ -42,11 +40,11 @@ class Extend(Pretrain):
         """`start`'s config with the longer window, and YaRN over its old one."""
         if self.window < config.max_position_embeddings:
             problem = f"{self.start!r} reads {config.max_position_embeddings} already"
-            raise UserError(f"{self.name}.window", self.window, problem, "Use a longer one.")
+            raise self.wrong("window", problem, "Use a longer one.")
         scaling = config.rope_scaling
         if self.factor is not None:
             if scaling is not None:
                 problem = f"{self.start!r} is scaled already ({scaling})"
-                raise UserError(f"{self.name}.factor", self.factor, problem, "Leave it out: the scaling stays.")
+                raise self.wrong("factor", problem, "Leave it out: the scaling stays.")
             scaling = Yarn(factor=self.factor, original_max_position_embeddings=config.max_position_embeddings)
         return dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=self.window)

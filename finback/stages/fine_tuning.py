@@ -1,12 +1,11 @@
 """Fine-tuning step by step, for SFT and distillation: they differ in where batches come from and in the main loss."""
 
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from finback.checkpoint import models
-from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
 from finback.model.count import forward_flops_of, training_flops_of
@@ -14,69 +13,46 @@ from finback.parallel.mesh import World
 from finback.runs.folder import StageRun
 from finback.train import rates
 from finback.train.batch import Batch
-from finback.train.loop import Loop
+from finback.train.loop import Loop, Training
 from finback.train.loss import LossTerms
 from finback.train.optim import Adam
 from finback.train.precision import COMPUTE
 from finback.train.trainer import ReplicatedTrainer, Trainer, demand_finite
 
 if TYPE_CHECKING:
+    from finback.stages.distill import DistillationTeacher
     from finback.stages.sft import SFT
 
 
-class Batches(Protocol):
+class Batches(ABC):
     """Where the batches of a fine-tuning run come from."""
 
     steps: int
     # whether the model itself makes what is learnt, at a step's cost
-    generates: bool
-    # what there is to say of them in the stage's results
-    results: dict[str, Any]
+    generates = False
 
+    def __init__(self, stage: "SFT", run: StageRun, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self.run, self.tokenizer, self.world = run, tokenizer, World.of(run)
+        # how many MTP modules are trained
+        self.depths = config.num_nextn_predict_layers if stage.mtp_weight else 0
+        # what there is to say of them in the stage's results
+        self.results: dict[str, Any] = {}
+
+    @abstractmethod
     def batch(self, step: int) -> tuple[Batch | None, int]:
         """This rank's rows of a step (from 1 on), None where it has none, and how many rows all ranks have."""
-        ...
 
 
-class Teacher(Protocol):
-    """A main loss that asks another model."""
-
-    config: ModelConfig
-
-    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Summed over the batch's labels, from the student's last states (rows, seq_len, d)."""
-        ...
-
-
-class FineTuning:
+class FineTuning(Training):
     """The state of one fine-tuning run; a Loop calls its steps."""
 
     def __init__(
-        self,
-        stage: "SFT",
-        run: StageRun,
-        trainer: Trainer,
-        tokenizer: Tokenizer,
-        batches: Batches,
-        teacher: Teacher | None = None,
+        self, stage: "SFT", trainer: Trainer, batches: Batches, teacher: "DistillationTeacher | None" = None
     ) -> None:
-        self.stage, self.run, self.trainer, self.tokenizer = stage, run, trainer, tokenizer
-        self.batches, self.teacher = batches, teacher
-        assert isinstance(run.ranks, World), "training exchanges gradients over a World"
-        self.world = run.ranks
+        super().__init__(batches.run, trainer, batches.steps, stage.checkpoint_steps, COMPUTE[stage.compute])
+        self.stage, self.tokenizer, self.batches, self.teacher = stage, batches.tokenizer, batches, teacher
         self.config = trainer.model.config
-        self.depths = depths(stage, self.config)
-        self.total, self.unit = float(batches.steps), "steps"
-        self.steps_done, self.tokens = 0, 0
-
-    def loop(self) -> Loop:
-        return Loop(self.run, self.trainer, self, self.stage.checkpoint_steps, COMPUTE[self.stage.compute])
-
-    def done(self) -> float:
-        return self.steps_done
-
-    def finished(self) -> bool:
-        return self.steps_done >= self.batches.steps
+        self.depths, self.tokens = batches.depths, 0
 
     def step(self, loop: Loop) -> dict[str, Any]:
         """One update; the loss is the mean over all labels of the step, whatever the number of ranks."""
@@ -93,13 +69,12 @@ class FineTuning:
         losses = trainer.backward(on_device, terms)
         norm = trainer.finish(stage.max_grad_norm)
         demand_finite(norm, f"{stage.name}.lr", stage.lr, loop.step)
-        lr = stage.lr * rates.cosine(loop.step / self.batches.steps, stage.warmup, stage.final_lr)
+        lr = stage.lr * rates.cosine(loop.step / self.total, stage.warmup, stage.final_lr)
         trainer.update(lr)
         if stage.bias_speed:
             trainer.balance(stage.bias_speed)
         else:  # nobody asks for the loads, so ranks need not add them up
             trainer.forget_loads()
-        self.steps_done = loop.step
         loss, mtp, _ = losses.tolist()
         return {"loss": loss, "mtp_loss": mtp, "grad_norm": norm, "lr": lr, "labels": labels}
 
@@ -125,14 +100,11 @@ class FineTuning:
     def note(self, metrics: dict[str, Any]) -> str:
         return f"loss {metrics['loss']:.3f}"
 
-    def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
-        """Nothing: SFT looks at the model at the end."""
-
     def state(self) -> dict[str, Any]:
-        return {"steps_done": self.steps_done, "tokens": self.tokens}
+        return {"tokens": self.tokens}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.steps_done, self.tokens = state["steps_done"], state["tokens"]
+        self.tokens = state["tokens"]
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         self.trainer.export(self.run, self.run.folder, self.tokenizer)
@@ -141,20 +113,7 @@ class FineTuning:
 
 def begin(stage: "SFT", run: StageRun) -> tuple[ReplicatedTrainer, Tokenizer]:
     """The trainer and the tokenizer of `stage.start`."""
-    assert isinstance(run.ranks, World), "training exchanges gradients over a World"
-    folder = run.input(stage.start)
-    model = models.load(folder, COMPUTE[stage.compute]).to(run.ranks.device).train()
+    folder, world = run.input(stage.start), World.of(run)
+    model = models.load(folder, COMPUTE[stage.compute]).to(world.device).train()
     adam = Adam(list(model.named_parameters()), betas=(0.9, 0.95), weight_decay=stage.weight_decay)
-    return ReplicatedTrainer(model, run.ranks, [adam]), Tokenizer(folder)
-
-
-def depths(stage: "SFT", config: ModelConfig) -> int:
-    """How many MTP modules are trained."""
-    return config.num_nextn_predict_layers if stage.mtp_weight else 0
-
-
-def demand_window(stage: "SFT", config: ModelConfig) -> None:
-    """UserError where rows are longer than the model reads."""
-    window = config.max_position_embeddings
-    if stage.seq_len > window:
-        raise UserError(f"{stage.name}.seq_len", stage.seq_len, f"the model reads {window} tokens", "Lower it.")
+    return ReplicatedTrainer(model, world, [adam]), Tokenizer(folder)

@@ -10,7 +10,7 @@ loss touch the trunk. Router biases move only where `bias_speed` says so.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finback.config import UserError, check_not_negative, check_positive, check_share
+from finback.config import check_not_negative, check_positive, check_share
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
@@ -77,49 +77,26 @@ class GRPO(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = (
-            "steps",
-            "prompts_per_step",
-            "num_generations",
-            "max_tokens",
-            "checkpoint_steps",
-            "updates",
-            "epochs",
-            "micro_tokens",
-        )
-        check_positive(self, self.name, *counts, "max_grad_norm", *(["max_gap"] if self.max_gap is not None else []))
+        counts = "steps", "prompts_per_step", "num_generations", "max_tokens", "checkpoint_steps", "updates", "epochs"
+        check_positive(self, self.name, *counts, "micro_tokens", "max_grad_norm", "max_gap")
         # lr = 0 only watches: the gap between trainer and engine must then stay flat
-        check_not_negative(
-            self, self.name, "warmup", "resample", "reference_steps", "bias_speed", "overlong_penalty", "patience"
-        )
-        if self.lr is not None:
-            check_not_negative(self, self.name, "lr")
+        others = "lr", "warmup", "resample", "reference_steps", "bias_speed", "overlong_penalty", "patience"
+        check_not_negative(self, self.name, *others)
         check_share(self, self.name, "final_lr")
         if self.num_generations < 2:
-            problem = "an answer is judged against its group"
-            raise UserError(f"{self.name}.num_generations", self.num_generations, problem, "Use 2 or more.")
+            raise self.wrong("num_generations", "an answer is judged against its group", "Use 2 or more.")
         if self.temperature <= 0:
-            raise UserError(
-                f"{self.name}.temperature", self.temperature, "greedy answers do not differ within a group", "Use 1.0."
-            )
+            raise self.wrong("temperature", "greedy answers do not differ within a group", "Use 1.0.")
         if self.prompts_per_step % self.updates:
-            problem = f"does not divide {self.prompts_per_step} prompts"
-            raise UserError(f"{self.name}.updates", self.updates, problem, "Use a divisor.")
+            raise self.wrong("updates", f"does not divide {self.prompts_per_step} prompts", "Use a divisor.")
         if not 0 <= self.overlong <= self.max_tokens:
-            raise UserError(
-                f"{self.name}.overlong", self.overlong, f"not in 0..max_tokens ({self.max_tokens})", "Lower it."
+            raise self.wrong("overlong", f"not in 0..max_tokens ({self.max_tokens})", "Lower it.")
+        accuracy, extra = self.reward.accuracy, self.reward.extra
+        if self.overlong and self.overlong_penalty + extra >= accuracy > 0:
+            problem = f"with what a wrong answer can earn ({extra:g}) no less than accuracy ({accuracy:g})"
+            raise self.wrong(
+                "overlong_penalty", f"{problem}: a right answer could earn less than a wrong one", "Lower it."
             )
-        if self.overlong and self.overlong_penalty + self.reward.extra >= self.reward.accuracy > 0:
-            raise UserError(
-                f"{self.name}.overlong_penalty",
-                self.overlong_penalty,
-                f"with what a wrong answer can earn ({self.reward.extra:g}) no less than accuracy ({self.reward.accuracy:g}): "
-                "a right answer could earn less than a wrong one",
-                "Lower it.",
-            )
-
-    def inputs(self) -> tuple[str, ...]:
-        return (self.start,)
 
     def work(self) -> Work:
         tokens = self.steps * self.prompts_per_step * self.num_generations * self.max_tokens

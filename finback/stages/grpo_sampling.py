@@ -13,6 +13,7 @@ from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.parallel.mesh import World
 from finback.rollouts.rollouts import Rollout, record, rollout
+from finback.runs.files import SAMPLES
 from finback.runs.folder import StageRun
 from finback.tasks import task as tasks
 from finback.tasks.task import Problem
@@ -46,8 +47,7 @@ class GroupSampler:
 
     def __init__(self, stage: "GRPO", run: StageRun, engine: Engine, tokenizer: Tokenizer) -> None:
         self.stage, self.run, self.engine, self.tokenizer = stage, run, engine, tokenizer
-        assert isinstance(run.ranks, World), "RL exchanges gradients over a World"
-        self.world = run.ranks
+        self.world = World.of(run)
 
     def sample(self, step: int) -> tuple[list[Group], list[Group]]:
         """All groups that were asked, and those that are learnt from, with their advantages; in order."""
@@ -72,15 +72,10 @@ class GroupSampler:
         """Answer each problem num_generations times; answer k of a problem uses random numbers of (its seed, k)."""
         stage = self.stage
         count = range(stage.num_generations)
-        rollouts = rollout(
-            self.engine,
-            self.tokenizer,
-            stage.task,
-            [p for p in problems for _ in count],
-            [self.run.seed(*seed, k) for seed in seeds for k in count],
-            SamplingParams(stage.temperature, stage.max_tokens),
-            stage.think,
-        )
+        asked = [p for p in problems for _ in count]
+        each = [self.run.seed(*s, k) for s in seeds for k in count]
+        sampling = SamplingParams(stage.temperature, stage.max_tokens)
+        rollouts = rollout(self.engine, self.tokenizer, stage.task, asked, each, sampling, stage.think)
         answers = [rollouts[start : start + len(count)] for start in range(0, len(rollouts), len(count))]
         return [Group(group, self.rewarded(group)) for group in answers]
 
@@ -121,46 +116,39 @@ class GroupSampler:
 
     def write_samples(self, asked: list[Group], step: int) -> None:
         """Append every answer of the step, with what it earns, to samples.jsonl."""
-        mine = [
-            {"step": step, **record(r), "reward": parts, "advantage": round(advantage, 4) if group.advantages else None}
-            for group in asked
-            for r, parts, advantage in zip(
-                group.rollouts, group.parts, group.advantages or [0.0] * len(group.rollouts), strict=True
-            )
-        ]
-        self.run.log_samples([r for rank in self.world.gather(mine) for r in rank])
+        mine = []
+        for group in asked:
+            advantages: list[float | None] = [round(a, 4) for a in group.advantages] or [None] * len(group.rollouts)
+            for r, parts, advantage in zip(group.rollouts, group.parts, advantages, strict=True):
+                mine.append({"step": step, **record(r), "reward": parts, "advantage": advantage})
+        self.run.append(SAMPLES, *(r for rank in self.world.gather(mine) for r in rank))
 
     def describe(self, asked: list[Group], learnt: list[Group]) -> dict[str, Any]:
         """Means over all ranks' answers of a step, those to replaced questions included."""
         rollouts = [r for group in asked for r in group.rollouts]
         earned = [parts for group in asked for parts in group.parts]
         names = [*self.stage.reward.names, *(["overlong"] if self.stage.overlong else [])]
-        sums = [
-            len(rollouts),
-            sum(r.verdict.correct for r in rollouts),
-            sum(r.verdict.well_formed for r in rollouts),
-            sum(r.response.thinks for r in rollouts),
-            sum(len(r.completion.tokens) for r in rollouts),
-            sum(r.completion.finish_reason == "length" for r in rollouts),
-            sum(group.differs for group in learnt),
-            *(sum(parts[name] for parts in earned) for name in names),
-        ]
-        n, right, formed, thinks, length, cut, varied, *parts = self.world.sum_(
-            torch.tensor(sums, dtype=torch.float64)
-        ).tolist()
+        counts = {
+            "answers": len(rollouts),
+            "accuracy": sum(r.verdict.correct for r in rollouts),
+            "well_formed": sum(r.verdict.well_formed for r in rollouts),
+            "thinks": sum(r.response.thinks for r in rollouts),
+            "length": sum(len(r.completion.tokens) for r in rollouts),
+            "truncated": sum(r.completion.finish_reason == "length" for r in rollouts),
+            "groups_with_gradient": sum(group.differs for group in learnt),
+            **{f"reward_{name}": sum(parts[name] for parts in earned) for name in names},
+        }
+        sums = self.world.sum_(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist()
+        found = dict(zip(counts, sums, strict=True))
+        n, varied = found.pop("answers"), found.pop("groups_with_gradient")
         graded: Counter[str] = Counter()
         for r in rollouts:
             graded.update(r.verdict.parts)
         graded_by_rank = self.world.gather(dict(graded))
         checks = sorted({name for one in graded_by_rank for name in one})
         return {
-            "reward": sum(parts) / n,
-            **{f"reward_{k}": v / n for k, v in zip(names, parts, strict=True)},
-            "accuracy": right / n,
-            "well_formed": formed / n,
-            "thinks": thinks / n,
-            "length": length / n,
-            "truncated": cut / n,
+            "reward": sum(found[f"reward_{name}"] for name in names) / n,
+            **{name: total / n for name, total in found.items()},
             "groups_with_gradient": varied / self.stage.prompts_per_step,
             "answers": n,
             **{f"check_{name}": sum(one.get(name, 0.0) for one in graded_by_rank) / n for name in checks},

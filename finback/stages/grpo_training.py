@@ -16,12 +16,12 @@ from finback.model.count import forward_flops_of, training_flops_of
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts import rl_health
-from finback.rollouts.rollouts import Rollout, batches, learnable
+from finback.rollouts.rollouts import Rollout, batches
 from finback.runs.folder import StageRun
 from finback.stages.grpo_sampling import Group, GroupSampler
 from finback.train import grpo_loss, rates
 from finback.train.batch import Batch
-from finback.train.loop import Loop
+from finback.train.loop import Loop, Training
 from finback.train.loss import token_logprobs
 from finback.train.optim import Adam
 from finback.train.precision import COMPUTE
@@ -37,30 +37,28 @@ LARGE = 50_000_000  # parameters
 SMALL_LR, LARGE_LR = 3e-4, 2e-6  # of the quickstart; of R1-Zero's kind on open checkpoints
 
 
-class Reinforcement:
+class Reinforcement(Training):
     """Samples, gives advantages, learns; a Loop calls its steps."""
 
+    trainer: ReplicatedTrainer
+
     def __init__(self, stage: "GRPO", run: StageRun) -> None:
-        self.stage, self.run = stage, run
-        assert isinstance(run.ranks, World), "RL exchanges gradients over a World"
-        self.world = run.ranks
-        share = stage.prompts_per_step // stage.updates
-        if share % self.world.size:
-            problem = f"{share} questions per update do not divide among {self.world.size} ranks"
-            raise UserError(f"{stage.name}.prompts_per_step", stage.prompts_per_step, problem, "Use --ranks.")
-        folder = run.input(stage.start)
-        self.tokenizer = Tokenizer(folder)
-        self.model = models.load(folder, COMPUTE[stage.compute]).to(self.world.device)
+        world, share = World.of(run), stage.prompts_per_step // stage.updates
+        if share % world.size:
+            problem = f"{share} questions per update do not divide among {world.size} ranks"
+            raise stage.wrong("prompts_per_step", problem, "Use --ranks.")
+        folder, dtype = run.input(stage.start), COMPUTE[stage.compute]
+        self.stage, self.tokenizer = stage, Tokenizer(folder)
+        self.model = models.load(folder, dtype).to(world.device)
         # the MTP modules stay as they are
         named = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
         self.reference = Frozen(copy.deepcopy(self.model), "reference") if stage.objective.beta else None
         extras = [self.reference] if self.reference is not None else []
         adam = Adam(named, betas=(0.9, 0.95), weight_decay=0.0)
-        self.trainer = ReplicatedTrainer(self.model, self.world, [adam], named, extras)
+        trainer = ReplicatedTrainer(self.model, world, [adam], named, extras)
+        super().__init__(run, trainer, stage.steps, stage.checkpoint_steps, dtype)
         self.engine = Engine(self.model, self.tokenizer.stops)
         self.sampler = GroupSampler(stage, run, self.engine, self.tokenizer)
-        self.total, self.unit = float(stage.steps), "steps"
-        self.steps_done = 0
         # steps in a row that taught nothing
         self.idle = 0
         self.learnt_out = False
@@ -70,20 +68,15 @@ class Reinforcement:
         if stage.lr is None:
             run.say(f"{run.name:10} lr = {self.peak_lr:g}, the default for {size:,} parameters")
 
-    def loop(self) -> Loop:
-        return Loop(self.run, self.trainer, self, self.stage.checkpoint_steps, COMPUTE[self.stage.compute])
-
-    def done(self) -> float:
-        return self.steps_done
-
-    def finished(self) -> bool:
-        return self.learnt_out or self.steps_done >= self.stage.steps
+    def finished(self, loop: Loop) -> bool:
+        return self.learnt_out or super().finished(loop)
 
     def step(self, loop: Loop) -> dict[str, Any]:
         stage, trainer, lr = self.stage, self.trainer, self.lr(loop.step)
         asked, groups = self.sampler.sample(loop.step)
         begin = time.perf_counter()
-        rows = [self._learnable(share) for share in self._shares(groups)]
+        each = len(groups) // stage.updates
+        rows = [self._learnable(groups[start : start + each]) for start in range(0, len(groups), each)]
         work = [(self._batches(pairs), answers, tokens) for pairs, answers, tokens in rows]
         seen, worst, norm = torch.zeros(7, dtype=torch.float64), 0.0, 0.0
         self.model.train()
@@ -100,7 +93,6 @@ class Reinforcement:
         metrics = self.sampler.describe(asked, groups)
         self._account(loop, [r for group in asked for r in group.rollouts], [r for pairs, *_ in rows for r, _ in pairs])
         self.sampler.write_samples(asked, loop.step)
-        self.steps_done = loop.step
         return metrics | {
             "loss": loss / (stage.epochs * stage.updates),
             "clip_share": clipped / tokens,
@@ -125,13 +117,8 @@ class Reinforcement:
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
-    def _shares(self, groups: list[Group]) -> list[list[Group]]:
-        """This rank's groups, one list for each of the step's updates."""
-        each = len(groups) // self.stage.updates
-        return [groups[start : start + each] for start in range(0, len(groups), each)]
-
     def _learnable(self, share: list[Group]) -> Share:
-        """One update's answers with their advantages, and how many answers and tokens the averages are over.
+        """One update's answers with their advantages, longest first, and how many answers and tokens the averages are over.
 
         An answer without advantage adds nothing to the sum of a loss without divergence and is not looked at, but counts:
         otherwise a step with one useful group would move the model as far as a step with many (DAPO eq. 8, Dr. GRPO).
@@ -139,9 +126,10 @@ class Reinforcement:
         pairs = [pair for g in share for pair in zip(g.rollouts, g.advantages, strict=True)]
         if self.stage.mask_truncated:
             pairs = [(r, a) for r, a in pairs if r.completion.finish_reason != "length"]
-        rollouts, advantages = [r for r, _ in pairs], [a for _, a in pairs]
-        tokens = sum(len(r.completion.tokens) for r in rollouts)
-        return learnable(rollouts, advantages, all_rows=self.stage.objective.beta > 0), len(pairs), tokens
+        tokens = sum(len(r.completion.tokens) for r, _ in pairs)
+        # a divergence acts on those without advantage too
+        learnt = [(r, a) for r, a in pairs if a != 0 or self.stage.objective.beta > 0]
+        return sorted(learnt, key=lambda pair: -pair[0].length), len(pairs), tokens
 
     def _batches(self, pairs: list[tuple[Rollout, float]]) -> list[Batch]:
         """The batches of one update, with what they need of other models."""
@@ -252,14 +240,14 @@ class Reinforcement:
                 loop.checkpoint()
                 remedy = "Mend the cause, or raise patience (0: never stop) and run the same command to go on."
                 problem = f"nothing was learnt in the last {self.idle} steps: {cause}"
-                raise UserError(f"{stage.name}.patience", stage.patience, problem, remedy)
+                raise stage.wrong("patience", problem, remedy)
 
     def state(self) -> dict[str, Any]:
-        return {"totals": self.totals, "steps_done": self.steps_done, "idle": self.idle, "learnt_out": self.learnt_out}
+        return {"totals": self.totals, "idle": self.idle, "learnt_out": self.learnt_out}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.totals = {k: int(v) for k, v in state["totals"].items()}
-        self.steps_done, self.idle, self.learnt_out = state["steps_done"], state["idle"], state["learnt_out"]
+        self.idle, self.learnt_out = state["idle"], state["learnt_out"]
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         self.trainer.export(self.run, self.run.folder, self.tokenizer)

@@ -19,7 +19,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.runs.declaration import Declaration
 from finback.runs.files import write_json
 from finback.runs.folder import StageRun
-from finback.runs.recipe import Stage, Work
+from finback.runs.recipe import Stage
 from finback.tasks import task as tasks
 from finback.tasks.task import Split, Task
 
@@ -119,29 +119,23 @@ class Prepare(Stage):
         names = [s.name for s in (*self.text, *self.tasks)]
         bad = [name for name in names if not re.fullmatch(r"[\w-]+", name)]
         if bad:
-            raise UserError(
-                f"{self.name}.text", bad[0], "not a file name", "Name sources with letters, digits, - and _."
-            )
+            remedy = "Name sources with letters, digits, - and _."
+            raise UserError(f"{self.name}.text", bad[0], "not a file name", remedy)
         if not names or len(set(names)) < len(names):
             raise UserError(f"{self.name}.text", names, "sources need distinct names, and one at least", "Name them.")
         check_share(self, self.name, "fim")
         if self.workers < 0:
-            raise UserError(f"{self.name}.workers", self.workers, "below 0", "Use 0 for this process alone.")
+            raise self.wrong("workers", "below 0", "Use 0 for this process alone.")
         check_positive(self, self.name, "shard_tokens")
 
     def inputs(self) -> tuple[str, ...]:
         return (self.vocabulary,) if self.vocabulary else ()
 
-    def work(self) -> Work:
-        return Work()
-
     def declaration(self) -> Declaration:
         return Declaration("data", results=("sources",))
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        results: dict[str, Any] = {}
-        if run.is_writer:
-            results = self._prepare(run)
+        results = self._prepare(run) if run.is_writer else {}
         run.ranks.barrier()
         return results
 
@@ -149,12 +143,9 @@ class Prepare(Stage):
         """Sources one after the other, then the tokenizer, then shards; what an interrupted call finished stays."""
         decontaminator = self.decontaminate.decontaminator(run) if self.decontaminate else None
         signer = MinHashSigner(self.near, run.seed("near")) if self.near else None
-        corpus = Corpus(
-            run,
-            CleaningRules(self.quality, decontaminator, signer),
-            SignatureIndex(self.near) if self.near else None,
-            ExecutorConfig(self.workers, shard_tokens=self.shard_tokens),
-        )
+        rules = CleaningRules(self.quality, decontaminator, signer)
+        index = SignatureIndex(self.near) if self.near else None
+        corpus = Corpus(run, rules, index, ExecutorConfig(self.workers, shard_tokens=self.shard_tokens))
         if not corpus.claim(self.text):
             (run.folder / "tokenizer.json").unlink(missing_ok=True)
         record = self._collect(run, corpus)
@@ -190,7 +181,7 @@ class Prepare(Stage):
             if given.eos < 0:
                 problem = "its tokenizer names no token that ends a text"
                 remedy = "Put eos_token into its tokenizer_config.json."
-                raise UserError(f"{self.name}.vocabulary", self.vocabulary, problem, remedy)
+                raise self.wrong("vocabulary", problem, remedy)
             given.save(run.folder)
             return Tokenizer(run.folder)
         if not path.is_file():

@@ -21,6 +21,9 @@ from finback.train import loop, rates
 from finback.train.precision import ExpertKernel
 from finback.train.rates import Level, Phase
 
+# Knobs that want the whole model on every rank: with a layout they stay at their defaults.
+WHOLE = "probe", "ema_decay", "batch_size_start", "packing", "document_mask", "valid_tokens", "optimizer"
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -118,16 +121,16 @@ class Pretrain(Stage):
             raise UserError(f"{self.name}.phases", len(self.phases), problem, "Give one of the two.")
         if self.batch_size_start and (self.batch_size_start > self.batch_size or not self.ramp_tokens):
             problem = f"a ramp leads up to batch_size ({self.batch_size}) over ramp_tokens ({self.ramp_tokens:,})"
-            raise UserError(f"{self.name}.batch_size_start", self.batch_size_start, problem, "Correct one of them.")
+            raise self.wrong("batch_size_start", problem, "Correct one of them.")
         if self.keep_best and not self.valid_tokens:
-            raise UserError(f"{self.name}.keep_best", True, "nothing says which is best", "Set valid_tokens as well.")
+            raise self.wrong("keep_best", "nothing says which is best", "Set valid_tokens as well.")
         if self.expert_kernel == "grouped_mm" and (self.compute == "fp8" or self.layout is not None):
             problem = "is for experts in fp32 or bf16 on ranks that hold the whole model"
-            raise UserError(f"{self.name}.expert_kernel", self.expert_kernel, problem, "Use auto or loop.")
+            raise self.wrong("expert_kernel", problem, "Use auto or loop.")
         if self.compile:
-            _check_compile(self)
+            self._check_compile()
         if self.layout is not None:
-            _check_layout(self)
+            self._check_layout()
 
     def _check_numbers(self) -> None:
         counts = ("max_tokens", "batch_size", "seq_len", "checkpoint_steps", "keep", "router_steps", "spike_patience")
@@ -136,6 +139,23 @@ class Pretrain(Stage):
         check_not_negative(self, self.name, *names, "weight_decay", "balance_alpha", "spike_sigma")
         check_share(self, self.name, "final_lr", "ema_decay")
         rates.check_levels(self, self.name, "mtp_weight", "bias_speed")
+
+    def _check_compile(self) -> None:
+        """UserError for the first knob that does not go with compiled blocks."""
+        for name, wrong in (("compute", "fp8"), ("recompute", "attention")):
+            if getattr(self, name) == wrong:
+                raise self.wrong(name, "cannot be compiled", "Change it, or leave out compile.")
+        if self.layout is not None:
+            raise self.wrong("compile", "is for ranks that hold the whole model", "Leave it out, or the layout.")
+
+    def _check_layout(self) -> None:
+        """UserError for the first knob that a layout cannot serve."""
+        for name in WHOLE:
+            if getattr(self, name) != getattr(Pretrain, name):
+                problem = "wants the whole model on every rank, which a layout does not give it"
+                raise self.wrong(name, problem, "Leave it out, or the layout.")
+        if self.compute == "fp8":
+            raise self.wrong("compute", "is not exchanged between ranks yet", "Use bf16 or fp32.")
 
     @property
     def limit(self) -> int:
@@ -153,29 +173,19 @@ class Pretrain(Stage):
         return config
 
     def inputs(self) -> tuple[str, ...]:
-        return (self.data, self.start) if self.start else (self.data,)
+        return (self.data, *super().inputs())
 
     def work(self) -> Work:
         return Work(tokens_trained=self.limit)
 
     def declaration(self) -> Declaration:
+        probed = "probe_reached", "probe_best", "probe_passed_at_tokens"
+        results = "tokens", "steps", "precision", *probed, "tokens_by_source", "router_last_100_steps", "bits_per_byte"
         return Declaration(
             "pre-training",
             objective="next token and multi-token prediction",
             ledger=("tokens_trained", "flops", "flops_training", "flops_recomputed", "flops_evaluation"),
-            results=(
-                "tokens",
-                "steps",
-                "precision",
-                "probe_reached",
-                "probe_best",
-                "probe_passed_at_tokens",
-                "tokens_by_source",
-                "router_last_100_steps",
-                "bits_per_byte",
-                "skipped_steps",
-                "rewinds",
-            ),
+            results=(*results, "skipped_steps", "rewinds"),
             curves={"loss": ("loss", "mtp_loss"), "router health: max violation": ("max_violation",)},
             length="max_tokens",
         )
@@ -190,44 +200,9 @@ class Pretrain(Stage):
             end = f"DID NOT PASS ITS PROBE (best {results['probe_best']:.0%}): expect little from what follows"
         bits = ", ".join(f"{source} {value:.2f}" for source, value in results["bits_per_byte"].items()) or "-"
         text = f"Pre-training {self.name!r} {end}; {results['tokens']:,} tokens; bits per byte of unseen text: {bits}."
-        if not router["max_violation"]:  # a dense model
-            return text
-        return (
-            f"{text}\nRouter, worst of the last 100 steps: max violation {router['max_violation']:.2f}, "
-            f"{router['idle_experts']} experts without a token."
-        )
+        violation, idle = router["max_violation"], router["idle_experts"]
+        worst = f"\nRouter, worst of the last 100 steps: max violation {violation:.2f}, {idle} experts without a token."
+        return text + worst if violation else text  # a dense model has none
 
     def run(self, run: StageRun) -> dict[str, Any]:
         return loop.run(set_up(self, run))
-
-
-# Knobs that want the whole model on every rank, and what they are without a layout.
-WHOLE = {
-    "probe": None,
-    "ema_decay": 0.0,
-    "batch_size_start": 0,
-    "packing": "stream",
-    "document_mask": False,
-    "valid_tokens": 0,
-    "optimizer": "muon",
-}
-
-
-def _check_compile(stage: "Pretrain") -> None:
-    """UserError for the first knob that does not go with compiled blocks."""
-    for name, wrong in (("compute", "fp8"), ("recompute", "attention")):
-        if getattr(stage, name) == wrong:
-            raise UserError(f"{stage.name}.{name}", wrong, "cannot be compiled", "Change it, or leave out compile.")
-    if stage.layout is not None:
-        problem = "is for ranks that hold the whole model"
-        raise UserError(f"{stage.name}.compile", True, problem, "Leave it out, or the layout.")
-
-
-def _check_layout(stage: "Pretrain") -> None:
-    """UserError for the first knob that a layout cannot serve."""
-    for name, without in WHOLE.items():
-        if getattr(stage, name) != without:
-            problem = "wants the whole model on every rank, which a layout does not give it"
-            raise UserError(f"{stage.name}.{name}", getattr(stage, name), problem, "Leave it out, or the layout.")
-    if stage.compute == "fp8":
-        raise UserError(f"{stage.name}.compute", "fp8", "is not exchanged between ranks yet", "Use bf16 or fp32.")

@@ -1,11 +1,12 @@
 """What pre-training begins with: the first weights, the precision, and the trainer that its layout asks for."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from finback.checkpoint import models
 from finback.config import UserError
@@ -28,15 +29,13 @@ if TYPE_CHECKING:
 
 def set_up(stage: "Pretrain", run: StageRun) -> Pretraining:
     """The training of a stage, on its layout or with the whole model on every rank."""
-    assert isinstance(run.ranks, World), "training exchanges gradients over a World"
-    return _replicated(stage, run, run.ranks) if stage.layout is None else _sharded(stage, run, run.ranks)
+    return (_replicated if stage.layout is None else _sharded)(stage, run, World.of(run))
 
 
 def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     for name in ("batch_size", "batch_size_start"):
         if getattr(stage, name) % world.size:
-            problem = f"does not divide among {world.size} ranks"
-            raise UserError(f"{stage.name}.{name}", getattr(stage, name), problem, "Use --ranks.")
+            raise stage.wrong(name, f"does not divide among {world.size} ranks", "Use --ranks.")
     config, values = _beginning(stage, run)
     precision = _choose_precision(stage, config, run, world)
     dtype = dtype_of(precision)
@@ -53,9 +52,13 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
     others = Adam([(n, p) for n, p in named if not is_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0)
     average = EMA(model, stage.ema_decay) if stage.ema_decay else None
-    optimizers = _for_matrices(stage, matrices, world, dtype), others
-    trainer = ReplicatedTrainer(model, world, optimizers, extras=[average] if average else [])
-    return Pretraining(stage, run, trainer, config, precision, average)
+    first: Muon | Adam
+    if stage.optimizer == "adamw":
+        first = Adam(matrices, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
+    else:
+        first = Muon(matrices, world, weight_decay=stage.weight_decay, compute=dtype)
+    trainer = ReplicatedTrainer(model, world, (first, others), extras=[average] if average else [])
+    return Pretraining(stage, run, trainer, precision, average)
 
 
 def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
@@ -67,7 +70,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
     config, start = _beginning(stage, run)
-    if not world.together:
+    if not dist.is_initialized():
         problem = "needs ranks that communicate"
         raise UserError(f"{stage.name}.layout", str(stage.layout), problem, "Use --ranks or torchrun.")
     values: int | Iterator[tuple[str, Tensor]] = (
@@ -85,7 +88,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         trainer.take_router_biases(start)
     for model in trainer.models:
         use_recompute(model, stage.recompute)
-    return Pretraining(stage, run, trainer, config, precision)
+    return Pretraining(stage, run, trainer, precision)
 
 
 def _beginning(stage: "Pretrain", run: StageRun) -> tuple[ModelConfig, int | Transformer]:
@@ -96,17 +99,9 @@ def _beginning(stage: "Pretrain", run: StageRun) -> tuple[ModelConfig, int | Tra
     folder = run.input(stage.start)
     if Tokenizer(folder).as_json() != tokenizer.as_json():
         problem = f"has another tokenizer than the data of {stage.data!r}"
-        raise UserError(f"{stage.name}.start", stage.start, problem, "Give the prepare stage this model's tokenizer.")
+        raise stage.wrong("start", problem, "Give the prepare stage this model's tokenizer.")
     model = models.load(folder)
     return stage.adapted(model.config), model
-
-
-def _for_matrices(
-    stage: "Pretrain", named: list[tuple[str, nn.Parameter]], world: World, dtype: torch.dtype
-) -> Muon | Adam:
-    if stage.optimizer == "adamw":
-        return Adam(named, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
-    return Muon(named, world, weight_decay=stage.weight_decay, compute=dtype)
 
 
 def _compile(stage: "Pretrain", run: StageRun, model: Transformer) -> None:
@@ -115,41 +110,45 @@ def _compile(stage: "Pretrain", run: StageRun, model: Transformer) -> None:
     problem = compiling.why_not()
     if problem:
         remedy = "Install g++ and Python's headers (Debian: apt-get install g++ python3-dev), or leave it out."
-        raise UserError(f"{stage.name}.compile", True, f"does not work here: {problem}", remedy)
+        raise stage.wrong("compile", f"does not work here: {problem}", remedy)
     compiling.compile_blocks(model)
     run.say(f"{stage.name:10} blocks are compiled in the first step, which may take a minute")
 
 
 def _use_expert_kernel(stage: "Pretrain", run: StageRun, world: World, model: Transformer) -> None:
-    """The knob's kernel; on GPUs "auto" is decided once by all ranks and written down, so that resuming cannot differ."""
-    path, tokens = run.folder / "expert_kernel.json", stage.batch_size * stage.seq_len // world.size
-    if stage.expert_kernel != "auto" or world.device.type != "cuda":
-        use_expert_kernel(model, stage.expert_kernel, tokens)
-        return
-    if path.is_file():
-        chosen = str(read_json(path)["chosen"])
-    else:
+    """The knob's kernel; "auto" is decided on GPUs alone."""
+    kernel, tokens = stage.expert_kernel, stage.batch_size * stage.seq_len // world.size
+
+    def choose() -> dict[str, Any]:
         measured = world.gather(choose_expert_kernel(model, tokens))
-        chosen = "grouped_mm" if set(measured) == {"grouped_mm"} else "loop"
-        if run.is_writer:
-            write_json(path, {"chosen": chosen})
-        world.barrier()
-    use_expert_kernel(model, chosen)  # type: ignore[arg-type]
+        return {"chosen": "grouped_mm" if set(measured) == {"grouped_mm"} else "loop"}
+
+    if kernel == "auto" and world.device.type == "cuda":
+        kernel = _decided(run, "expert_kernel", choose)
+    use_expert_kernel(model, kernel, tokens)
 
 
 def _choose_precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: World) -> str:
-    """fp32 or bf16, decided once per stage and written down, so that resuming cannot differ."""
-    path = run.folder / "precision.json"
-    if stage.compute != "auto":
-        return stage.compute
+    """fp32 or bf16 where the knob leaves it open."""
+
+    def choose() -> dict[str, Any]:
+        measured = rates(config, stage.batch_size // world.size, stage.seq_len, world.device)
+        # bf16 must win clearly, and on every rank: it costs digits
+        chosen = "bf16" if all(world.gather(measured["bf16"] > 1.15 * measured["fp32"])) else "fp32"
+        text = ", ".join(f"{name} {rate:,.0f}" for name, rate in measured.items())
+        run.say(f"{stage.name:10} computes in {chosen}: {text} tokens/s per rank")
+        return {"chosen": chosen, "tokens_per_second_per_rank": measured}
+
+    return _decided(run, "precision", choose) if stage.compute == "auto" else stage.compute
+
+
+def _decided(run: StageRun, name: str, choose: Callable[[], dict[str, Any]]) -> Any:
+    """What all ranks choose together, once per stage, and written down, so that resuming cannot differ."""
+    path = run.folder / f"{name}.json"
     if path.is_file():
-        return str(read_json(path)["chosen"])
-    measured = rates(config, stage.batch_size // world.size, stage.seq_len, world.device)
-    # bf16 must win clearly, and on every rank: it costs digits
-    chosen = "bf16" if all(world.gather(measured["bf16"] > 1.15 * measured["fp32"])) else "fp32"
+        return read_json(path)["chosen"]
+    found = choose()
     if run.is_writer:
-        write_json(path, {"chosen": chosen, "tokens_per_second_per_rank": measured})
+        write_json(path, found)
     run.ranks.barrier()
-    text = ", ".join(f"{name} {rate:,.0f}" for name, rate in measured.items())
-    run.say(f"{stage.name:10} computes in {chosen}: {text} tokens/s per rank")
-    return chosen
+    return found["chosen"]

@@ -4,22 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finback.config import UserError
 from finback.data.loader import Loader
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
-from finback.model.config import ModelConfig
 from finback.model.count import forward_flops_of, recomputed_flops, training_flops_of
-from finback.parallel.mesh import World
 from finback.rollouts.rollouts import rollout
+from finback.runs.files import METRICS, ROUTER, read_lines
 from finback.runs.folder import StageRun
-from finback.stages.compress import LENGTH, bits_by_source, tokens_compressed
+from finback.stages.compress import bits_by_source
 from finback.tasks import task as tasks
 from finback.train import rates, router_health
 from finback.train.batch import Batch, of_rows
 from finback.train.ema import EMA
-from finback.train.loop import Loop
+from finback.train.loop import Loop, Training
 from finback.train.loss import LossTerms
 from finback.train.precision import dtype_of
 from finback.train.spikes import Spikes
@@ -32,28 +30,23 @@ STATE = ("decay_start", "passed_at", "best_probe", "tokens", "best_bits", "skipp
 REWINDS = 5  # after so many the weights or the rates are at fault, and no other data will help
 
 
-class Pretraining:
+class Pretraining(Training):
     """The state of one pre-training run; a Loop calls its steps, a Trainer holds the model."""
 
+    unit = "tokens"
+
     def __init__(
-        self,
-        stage: "Pretrain",
-        run: StageRun,
-        trainer: Trainer,
-        config: ModelConfig,
-        precision: str,
-        average: EMA | None = None,
+        self, stage: "Pretrain", run: StageRun, trainer: Trainer, precision: str, average: EMA | None = None
     ) -> None:
-        self.stage, self.run, self.trainer, self.config, self.precision = stage, run, trainer, config, precision
-        assert isinstance(run.ranks, World), "training exchanges gradients over a World"
-        self.world, self.average = run.ranks, average
+        super().__init__(run, trainer, stage.limit, stage.checkpoint_steps, dtype_of(precision))
+        self.keep, self.stage, self.config = stage.keep, stage, trainer.model.config
+        self.precision, self.average = precision, average
         self.folder = run.input(stage.data)
         self.tokenizer = Tokenizer(self.folder)
-        self.depths = config.num_nextn_predict_layers
+        self.depths = self.config.num_nextn_predict_layers
         extra, order = 1 + self.depths, run.seed("order")
         self.loader = Loader(self.folder, stage.mixture, stage.seq_len, extra, order, stage.packing)
         self.spikes = Spikes(stage.spike_sigma, stage.spike_patience)
-        self.total, self.unit = float(stage.limit), "tokens"
         self.tokens = 0
         self.decay_start: int | None = None
         # tokens when the probe was passed
@@ -62,20 +55,13 @@ class Pretraining:
         self.best_bits: float | None = None
         self.skipped, self.rewinds = 0, 0
 
-    def loop(self) -> Loop:
-        return Loop(
-            self.run, self.trainer, self, self.stage.checkpoint_steps, dtype_of(self.precision), self.stage.keep
-        )
-
-    def done(self) -> float:
+    def done(self, loop: Loop) -> float:
         return self.tokens
 
-    def finished(self) -> bool:
+    def finished(self, loop: Loop) -> bool:
         if self.stage.phases:
             return self.tokens >= self.stage.limit
-        if self.decay_start is not None:
-            return self.tokens >= self.decay_start + self.stage.decay_tokens
-        return False
+        return self.decay_start is not None and self.tokens >= self.decay_start + self.stage.decay_tokens
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -104,7 +90,7 @@ class Pretraining:
         health = trainer.balance(rates.level(stage.bias_speed, self.tokens))
         if trainer.is_whole and trainer.routers and loop.step % stage.router_steps == 0:
             described = {"step": loop.step, "tokens": self.tokens, **router_health.describe(health, trainer.routers)}
-            self.run.log_router(described)
+            self.run.append(ROUTER, described)
         return metrics | {"lr": self.lrs[0], "max_violation": health.violation, "idle_experts": health.idle}
 
     def _batch(self, rows: int, loop: Loop) -> tuple[Batch, list[float]]:
@@ -185,10 +171,9 @@ class Pretraining:
         found = self.trainer.whole(self.run)
         if found is None:
             return {}
-        bits = bits_by_source(found[0], self.folder, self.loader.shares, found[1])
-        windows = sum(tokens_compressed(self.folder, name) for name in bits) // LENGTH
-        loop.spend(evaluation=windows * forward_flops_of(self.config, [LENGTH]))
-        return bits
+        bits, flops = bits_by_source(found[0], self.folder, self.loader.shares, found[1])
+        loop.spend(evaluation=flops)
+        return {name: value for name, value in bits.items() if value is not None}
 
     def _maybe_validate(self, loop: Loop, before: int) -> None:
         """Compress validation text every `valid_tokens`, and keep the model that does it best if asked to."""
@@ -220,12 +205,10 @@ class Pretraining:
         stage, run, here = self.stage, self.run, loop.step
         state = loop.restore()
         if state is None or self.rewinds >= REWINDS:
-            raise UserError(
-                f"{stage.name}.muon_lr",
-                stage.muon_lr,
-                f"{self.spikes.in_a_row} steps in a row up to {here} were not to be learnt from, after {self.rewinds} rewinds",
-                "Lower the learning rates, or raise spike_sigma if these losses are what the data are like.",
-            )
+            row = f"{self.spikes.in_a_row} steps in a row up to {here}"
+            problem = f"{row} were not to be learnt from, after {self.rewinds} rewinds"
+            remedy = "Lower the learning rates, or raise spike_sigma if these losses are what the data are like."
+            raise stage.wrong("muon_lr", problem, remedy)
         self.spikes.load_state(state["spikes"])
         for name in ("tokens", "decay_start", "passed_at"):
             setattr(self, name, state[name])
@@ -244,7 +227,7 @@ class Pretraining:
             save(run.folder / "average", self.average.model(self.trainer.model), self.tokenizer)
         bits = self.bits_per_byte(loop)
         loop.account()
-        late = [r for r in run.metrics() if "max_violation" in r][-100:]
+        late = [r for r in read_lines(run.folder / METRICS) if "max_violation" in r][-100:]
         return {
             "tokens": self.tokens,
             "steps": loop.step,

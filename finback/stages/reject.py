@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finback.config import UserError, check_not_negative, check_positive, check_share
-from finback.data.tokenizer import Tokenizer
+from finback.config import check_not_negative, check_positive, check_share
 from finback.engine.engine import Engine
 from finback.engine.open import load
 from finback.engine.request import SamplingParams
@@ -65,9 +64,6 @@ class Reject(Stage):
         if self.language:
             known(self.language, f"{self.name}.language")
 
-    def inputs(self) -> tuple[str, ...]:
-        return (self.start,)
-
     def work(self) -> Work:
         return Work(tokens_generated=self.prompts * self.num_generations * self.max_tokens)
 
@@ -80,23 +76,24 @@ class Reject(Stage):
 
     def describe(self, results: dict[str, Any]) -> str:
         reasons = ", ".join(f"{n:,} {why}" for why, n in results["reasons"].items())
-        return (
-            f"Rejection sampling '{self.name}' kept {results['kept']:,} of {results['sampled']:,} answers: {reasons}."
-        )
+        kept, sampled = results["kept"], results["sampled"]
+        return f"Rejection sampling '{self.name}' kept {kept:,} of {sampled:,} answers: {reasons}."
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        world = run.ranks
-        assert isinstance(world, World), "rejection sampling gathers answers over a World"
+        world = World.of(run)
         model, tokenizer = load(run.input(self.start))
         model = model.to(world.device)
-        engine = Engine(model, tokenizer.stops)
+        engine, sampling = Engine(model, tokenizer.stops), SamplingParams(self.temperature, self.max_tokens)
+        count = range(self.num_generations)
         problems = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))
         progress = Progress(run, self.prompts, "questions", spent(run.folder)["seconds"])
         for start in range(0, self.prompts, CHUNK):
             path = run.folder / f"part-{start:08}.json"
             if not path.is_file():
                 mine = range(start + world.rank, min(start + CHUNK, self.prompts), world.size)
-                answers = self._answer(run, engine, tokenizer, [problems[i] for i in mine], mine)
+                asked = [problems[i] for i in mine for _ in count]
+                seeds = [run.seed("answer", i, k) for i in mine for k in count]
+                answers = rollout(engine, tokenizer, self.task, asked, seeds, sampling, self.think)
                 made = sum(len(r.completion.tokens) for r in answers)
                 spent_here = forward_flops_of(model.config, [r.length for r in answers])
                 judged = dict(zip(mine, self._judge(answers), strict=True))
@@ -111,14 +108,6 @@ class Reject(Stage):
             if run.check_stop():
                 raise Interrupted
         return self._collect(run) if run.is_writer else {}
-
-    def _answer(
-        self, run: StageRun, engine: Engine, tokenizer: Tokenizer, problems: Sequence[tasks.Problem], mine: range
-    ) -> list[Rollout]:
-        count = range(self.num_generations)
-        seeds = [run.seed("answer", i, k) for i in mine for k in count]
-        sampling = SamplingParams(self.temperature, self.max_tokens)
-        return rollout(engine, tokenizer, self.task, [p for p in problems for _ in count], seeds, sampling, self.think)
 
     def _judge(self, answers: list[Rollout]) -> list[dict[str, Any]]:
         """For each question: how many answers were right, which of them are good, and why others are not."""
@@ -135,17 +124,9 @@ class Reject(Stage):
                 reasons[reason or "good"] += 1
                 if not reason:
                     good.append(trace)
-            right = sum(r.verdict.correct for r in group)
-            problem = group[0].problem
-            found.append(
-                {
-                    "question": problem.question,
-                    "key": problem.key,
-                    "right": right,
-                    "good": good,
-                    "reasons": dict(reasons),
-                }
-            )
+            asked, right = group[0].problem, sum(r.verdict.correct for r in group)
+            judged = {"right": right, "good": good, "reasons": dict(reasons)}
+            found.append({"question": asked.question, "key": asked.key, **judged})
         return found
 
     def _reason(self, r: Rollout) -> str:
@@ -164,42 +145,39 @@ class Reject(Stage):
 
     def _collect(self, run: StageRun) -> dict[str, Any]:
         """Choose by difficulty and write traces.jsonl."""
-        parts = sorted(run.folder.glob("part-*.json"))
-        found = [question for path in parts for question in read_json(path)]
+        parts, samples = sorted(run.folder.glob("part-*.json")), self.num_generations
+        found, sampled = [question for path in parts for question in read_json(path)], self.prompts * samples
         reasons: Counter[str] = Counter()
         for question in found:
             reasons.update(question["reasons"])
-        kept = choose(found, self.num_generations, self.keep, self.easy, random.Random(run.seed("choice")))
+        kept = choose(found, samples, self.keep, self.easy, random.Random(run.seed("choice")))
         if not kept:
-            problem = f"nothing to keep of {self.prompts * self.num_generations} answers ({dict(reasons)})"
-            remedy = "Use a better model, easier questions, or keep more."
-            raise UserError(f"{self.name}.start", self.start, problem, remedy)
-        write_lines(run.folder / "traces.jsonl", [_line(q, t, self.num_generations) for q, t in kept])
-        solved = Counter(_difficulty(q["right"], self.num_generations) for q in found)
-        run.say(
-            f"{self.name:10} kept {len(kept):,} of {self.prompts * self.num_generations:,} answers; "
-            + ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
-        )
+            problem = f"nothing to keep of {sampled} answers ({dict(reasons)})"
+            raise self.wrong("start", problem, "Use a better model, easier questions, or keep more.")
+        write_lines(run.folder / "traces.jsonl", [_line(q, t, samples) for q, t in kept])
+        why = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+        run.say(f"{self.name:10} kept {len(kept):,} of {sampled:,} answers; {why}")
         return {
             "kept": len(kept),
-            "sampled": self.prompts * self.num_generations,
+            "sampled": sampled,
             "reasons": dict(reasons),
-            "questions_by_difficulty": dict(solved),
-            "kept_by_difficulty": dict(Counter(_difficulty(q["right"], self.num_generations) for q, _ in kept)),
+            "questions_by_difficulty": dict(Counter(_difficulty(q["right"], samples) for q in found)),
+            "kept_by_difficulty": dict(Counter(_difficulty(q["right"], samples) for q, _ in kept)),
         }
 
 
-def choose(
-    found: Sequence[dict[str, Any]], samples: int, keep: int, easy: float, rng: random.Random
-) -> list[tuple[dict[str, Any], dict[str, str]]]:
+Trace = tuple[dict[str, Any], dict[str, str]]  # a question as `_judge` has it, and a good answer to it
+
+
+def choose(found: Sequence[dict[str, Any]], samples: int, keep: int, easy: float, rng: random.Random) -> list[Trace]:
     """Traces in random order: of each question more the rarer it was solved, and no more than a share of easy ones.
 
     A question solved in a share p of its samples gives up to 1 + (keep - 1)(1 - p) traces, rounded up. A chain that
     occurs with another question as well, word for word, is kept once.
     """
     seen: set[str] = set()
-    hard: list[tuple[dict[str, Any], dict[str, str]]] = []
-    always: list[tuple[dict[str, Any], dict[str, str]]] = []
+    hard: list[Trace] = []
+    always: list[Trace] = []
     for question in found:
         traces = list(question["good"])
         rng.shuffle(traces)

@@ -14,11 +14,11 @@ from finback.data.messages import Lesson, lessons
 from finback.data.rows import arrange
 from finback.data.sources import Chitchat, Document, Files, Hub
 from finback.data.tokenizer import Tokenizer
-from finback.parallel.mesh import World
+from finback.model.config import ModelConfig
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
-from finback.runs.recipe import Stage, Work
-from finback.stages.fine_tuning import FineTuning, begin, demand_window, depths
+from finback.runs.recipe import Stage
+from finback.stages.fine_tuning import Batches, FineTuning, begin
 from finback.stages.prepare import TaskText, origin
 from finback.train import loop
 from finback.train.batch import Batch, of_lessons
@@ -26,7 +26,10 @@ from finback.train.batch import Batch, of_lessons
 
 @dataclass(frozen=True, kw_only=True)
 class SFT(Stage):
-    """Train a model on dialogues; R1 took 2 to 3 epochs of cosine 5e-5 -> 5e-6, here for models a thousandth as large."""
+    """Train a model on dialogues; how much work it is, the lessons say.
+
+    R1 took 2 to 3 epochs of cosine 5e-5 -> 5e-6; the defaults are for models a thousandth as large.
+    """
 
     start: str
     # reject stages whose traces are lessons
@@ -69,10 +72,7 @@ class SFT(Stage):
                 raise UserError(f"{self.name}.limits", name, "no such source", f"Known: {', '.join(known)}.")
 
     def inputs(self) -> tuple[str, ...]:
-        return (self.start, *self.traces)
-
-    def work(self) -> Work:
-        return Work()  # known only when the lessons are
+        return (*super().inputs(), *self.traces)
 
     def declaration(self) -> Declaration:
         results = ("steps", "tokens", "lessons", "rows", "filled", "lessons_by_source", "too_long")
@@ -90,21 +90,19 @@ class SFT(Stage):
     def training(self, run: StageRun) -> FineTuning:
         """The training that `run` runs."""
         trainer, tokenizer = begin(self, run)
-        demand_window(self, trainer.model.config)
-        batches = LessonBatches(self, run, tokenizer, depths(self, trainer.model.config))
-        return FineTuning(self, run, trainer, tokenizer, batches)
+        batches = LessonBatches(self, run, tokenizer, trainer.model.config)
+        return FineTuning(self, trainer, batches)
 
 
-class LessonBatches:
+class LessonBatches(Batches):
     """A stage's lessons, arranged into the rows of all epochs."""
 
-    generates = False
-
-    def __init__(self, stage: SFT, run: StageRun, tokenizer: Tokenizer, depths: int) -> None:
-        self.stage, self.run, self.tokenizer, self.depths = stage, run, tokenizer, depths
-        assert isinstance(run.ranks, World), "training exchanges gradients over a World"
-        self.world = run.ranks
-        self.results: dict[str, Any] = {}
+    def __init__(self, stage: SFT, run: StageRun, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        window = config.max_position_embeddings
+        if stage.seq_len > window:
+            raise stage.wrong("seq_len", f"the model reads {window} tokens", "Lower it.")
+        super().__init__(stage, run, tokenizer, config)
+        self.stage = stage
         self.lessons = self._lessons()
         rng = random.Random(run.seed("rows"))
         lengths = [len(lesson.ids) for lesson in self.lessons]
@@ -143,9 +141,8 @@ class LessonBatches:
 
     def _messages(self, document: Document) -> list[Any]:
         if not document.messages:
-            raise UserError(
-                f"{self.stage.name}.text", document.text[:60], "text without turns", "SFT learns from dialogues."
-            )
+            problem, remedy = "text without turns", "SFT learns from dialogues."
+            raise UserError(f"{self.stage.name}.text", document.text[:60], problem, remedy)
         if self.stage.chains:
             return list(document.messages)
         return [type(m)(m.role, m.content) for m in document.messages]

@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from finback.model.cache import LayerCache
 from finback.model.layers import SwiGLU
@@ -42,28 +41,32 @@ def compile_blocks(model: Transformer) -> Transformer:
     return model
 
 
+def _in_training(part: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that runs compiled where gradients are taken and nothing is cached."""
+
+    def run(*arguments: Any) -> Any:
+        trains = torch.is_grad_enabled() and not any(isinstance(a, LayerCache) for a in arguments)
+        return (compiled(part) if trains else part)(*arguments)
+
+    return run
+
+
 class CompiledBlock(Block):
     """A block whose attention and norms are compiled in one piece."""
 
-    def attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        attend = compiled(Block.attend) if cache is None and torch.is_grad_enabled() else Block.attend
-        return attend(self, x, cos, sin, cache, attention_mask)
+    attend = _in_training(Block.attend)
 
 
 class CompiledMoE(MoE):
     """A mixture of experts whose router and balance loss are compiled."""
 
-    def route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        return (compiled(MoE.route) if torch.is_grad_enabled() else MoE.route)(self, x, padding_mask)
+    route = _in_training(MoE.route)
 
 
 class CompiledSwiGLU(SwiGLU):
     """A compiled feed-forward."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (compiled(SwiGLU.forward) if torch.is_grad_enabled() else SwiGLU.forward)(self, x)
+    forward = _in_training(SwiGLU.forward)
 
 
 def why_not() -> str:
@@ -88,10 +91,3 @@ def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
     inductor.compile_threads = 1  # in this process: helpers would outlive a rank that is killed
     result: Callable[..., Any] = torch.compile(part)
     return result
-
-
-def count() -> int:
-    """How many graphs this process has compiled."""
-    import torch._dynamo.utils as dynamo
-
-    return int(dynamo.counters["stats"]["unique_graphs"])

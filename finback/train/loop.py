@@ -1,9 +1,10 @@
 """The one loop of all training stages: resume, step, log, progress, stop, checkpoint, ledger."""
 
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -16,46 +17,54 @@ from finback.runs.progress import Progress
 from finback.train.trainer import Trainer
 
 
-class Training(Protocol):
-    """What a stage hands the loop."""
+class Training(ABC):
+    """What a stage hands the loop; `total` says how much there is to do, in `unit`."""
 
-    # how much there is to do, and its unit
-    total: float
-    unit: str
+    unit = "steps"
+    # checkpoints that stay, the newest
+    keep = store.KEEP
 
-    def done(self) -> float:
-        """How much of `total` is done."""
-        ...
-
-    def finished(self) -> bool: ...
-
-    def step(self, loop: "Loop") -> dict[str, Any]:
-        """One step, number loop.step; its metrics. What it costs goes to loop.spend."""
-        ...
-
-    def note(self, metrics: dict[str, Any]) -> str:
-        """What the progress line says of the step."""
-        ...
-
-    def after(self, loop: "Loop", metrics: dict[str, Any]) -> None:
-        """Look at the model, or raise UserError, once the step is logged and before it is saved."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """What the next step depends on besides tensors, as JSON."""
-        ...
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
-        ...
+    def __init__(
+        self, run: StageRun, trainer: Trainer, total: float, checkpoint_steps: int, dtype: torch.dtype
+    ) -> None:
+        """dtype: of the matrix products, for MFU. checkpoint_steps: steps between checkpoints."""
+        self.run, self.world, self.trainer, self.total = run, World.of(run), trainer, float(total)
+        self.checkpoint_steps, self.dtype = checkpoint_steps, dtype
 
     def loop(self) -> "Loop":
         """The loop that runs it."""
-        ...
+        return Loop(self)
 
+    def done(self, loop: "Loop") -> float:
+        """How much of `total` is done."""
+        return loop.step
+
+    def finished(self, loop: "Loop") -> bool:
+        """Whether there is no step left to take."""
+        return self.done(loop) >= self.total
+
+    @abstractmethod
+    def step(self, loop: "Loop") -> dict[str, Any]:
+        """One step, number loop.step; its metrics. What it costs goes to loop.spend."""
+
+    @abstractmethod
+    def note(self, metrics: dict[str, Any]) -> str:
+        """What the progress line says of the step."""
+
+    def after(self, loop: "Loop", metrics: dict[str, Any]) -> None:  # noqa: B027 - most do not look
+        """Look at the model, or raise UserError, once the step is logged and before it is saved."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on besides tensors and its number, as JSON."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+    @abstractmethod
     def finish(self, loop: "Loop") -> dict[str, Any]:
         """Write the model once training is finished; the stage's results."""
-        ...
 
 
 def run(training: Training) -> dict[str, Any]:
@@ -68,20 +77,8 @@ def run(training: Training) -> dict[str, Any]:
 class Loop:
     """Runs a stage's training from wherever an interrupted run left off."""
 
-    def __init__(
-        self,
-        run: StageRun,
-        trainer: Trainer,
-        training: Training,
-        checkpoint_steps: int,
-        dtype: torch.dtype,
-        keep: int = store.KEEP,
-    ) -> None:
-        """dtype: of the matrix products, for MFU. checkpoint_steps, keep: steps between checkpoints, how many stay."""
-        assert isinstance(run.ranks, World), "training exchanges gradients over a World"
-        self.run, self.world, self.trainer, self.training = run, run.ranks, trainer, training
-        self.checkpoint_steps, self.keep = checkpoint_steps, keep
-        self.dtype = dtype
+    def __init__(self, training: Training) -> None:
+        self.training, self.run, self.trainer = training, training.run, training.trainer
         self.step = self.saved = 0
         # spent since the last line of the ledger; FLOPs by purpose, and `flops`, those that MFU is of
         self.usage: defaultdict[str, float] = defaultdict(float)
@@ -90,7 +87,7 @@ class Loop:
     @cached_property
     def peak(self) -> float:
         """FLOPs per second of all ranks, by the matrix products measured on this one."""
-        return gemm_peak(self.dtype, self.world.device) * self.world.size
+        return gemm_peak(self.training.dtype, self.training.world.device) * self.training.world.size
 
     def spend(self, tokens: int = 0, generated: int = 0, **flops: float) -> None:
         """Account for tokens trained on and generated, and for FLOPs by purpose (runs/ledger.py), of all ranks."""
@@ -112,14 +109,14 @@ class Loop:
         run.rewind(self.step + 1)
         progress = Progress(run, training.total, training.unit, spent(run.folder)["seconds"])
         mark = time.perf_counter()
-        while not training.finished():
+        while not training.finished(self):
             metrics = self.advance(mark)
             mark = time.perf_counter()
             run.log(self.step, **metrics)
-            progress.show(training.done(), training.note(metrics))
+            progress.show(training.done(self), training.note(metrics))
             training.after(self, metrics)
             stop = run.check_stop()
-            if stop or self.step % self.checkpoint_steps == 0:
+            if stop or self.step % training.checkpoint_steps == 0:
                 self.checkpoint()
             if stop:
                 self.trainer.settle()
@@ -140,7 +137,7 @@ class Loop:
     def checkpoint(self, always: bool = False) -> None:
         """Save what the next step depends on, if it is not saved yet, and account for what was spent since then."""
         if always or self.step != self.saved:
-            self.trainer.save(self.run, self.step, self.training.state(), self.keep)
+            self.trainer.save(self.run, self.step, self.training.state(), self.training.keep)
             self.saved = self.step
         self.account()
 

@@ -1,26 +1,23 @@
 """Muon for matrices, AdamW for the rest; gradients in one buffer so that ranks exchange them in one go."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finback.parallel.mesh import World
+from finback.parallel.mesh import World, flat_gradients
 
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_STEPS, MOMENTUM = 5, 0.95
+Named = Sequence[tuple[str, nn.Parameter]]  # parameters by name
 
 
 class Gradients:
     """All gradients of some parameters as views of one flat fp32 buffer."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        total = sum(p.numel() for p in parameters)
-        self.flat = torch.zeros(total, device=parameters[0].device)
-        start = 0
-        for p in parameters:
-            p.grad = self.flat[start : start + p.numel()].view_as(p)
-            start += p.numel()
+        self.flat = flat_gradients(parameters)
 
     def zero(self) -> None:
         """Forget all gradients."""
@@ -48,16 +45,12 @@ class Muon:
     `compute` is the dtype of Newton-Schulz, whose result need only be roughly orthogonal: bf16 where that is fast.
     """
 
+    momentum = MOMENTUM
+
     def __init__(
-        self,
-        named: list[tuple[str, nn.Parameter]],
-        world: World,
-        momentum: float = 0.95,
-        weight_decay: float = 0.05,
-        compute: torch.dtype = torch.float32,
+        self, named: Named, world: World, weight_decay: float = 0.05, compute: torch.dtype = torch.float32
     ) -> None:
-        self.compute = compute
-        self.named, self.world, self.momentum, self.weight_decay = named, world, momentum, weight_decay
+        self.named, self.world, self.weight_decay, self.compute = named, world, weight_decay, compute
         self.buffers = {name: torch.zeros_like(p) for name, p in named}
         shapes: dict[tuple[int, ...], list[int]] = {}
         for index, (_, p) in enumerate(named):
@@ -69,13 +62,7 @@ class Muon:
         """Update all matrices from their gradients."""
         if not self.named:
             return
-        for name, p in self.named:
-            assert p.grad is not None, f"{name} has no gradient"
-            self.buffers[name].mul_(self.momentum).add_(p.grad)
-        directions = [
-            torch.cat([self._direction(i).reshape(-1, *self.named[i][1].shape[-2:]) for i in group])
-            for group in self.groups
-        ]
+        directions = [torch.cat([self._direction(*self.named[i]) for i in group]) for group in self.groups]
         for group, update in zip(self.groups, self._orthogonal(directions), strict=True):
             update.mul_(0.2 * math.sqrt(max(update.shape[-2:])))
             start = 0
@@ -85,11 +72,11 @@ class Muon:
                 p.mul_(1 - lr * self.weight_decay).add_(update[start : start + count].view_as(p), alpha=-lr)
                 start += count
 
-    def _direction(self, index: int) -> Tensor:
-        """Nesterov momentum of one parameter."""
-        name, p = self.named[index]
+    def _direction(self, name: str, p: nn.Parameter) -> Tensor:
+        """Nesterov momentum of one parameter, as a stack of matrices; it moves on by the gradient."""
         assert p.grad is not None, f"{name} has no gradient"
-        return p.grad.add(self.buffers[name], alpha=self.momentum)
+        buffer = self.buffers[name].mul_(self.momentum).add_(p.grad)
+        return p.grad.add(buffer, alpha=self.momentum).reshape(-1, *p.shape[-2:])
 
     def _orthogonal(self, stacks: list[Tensor]) -> list[Tensor]:
         """Newton-Schulz on this rank's share of each stack (n, a, b); one exchange hands all ranks the whole."""
@@ -130,7 +117,7 @@ def newton_schulz(stack: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
 class Adam:
     """torch's fused AdamW, with a state that is saved under parameter names."""
 
-    def __init__(self, named: list[tuple[str, nn.Parameter]], betas: tuple[float, float], weight_decay: float) -> None:
+    def __init__(self, named: Named, betas: tuple[float, float], weight_decay: float) -> None:
         self.named = named
         self.mine = [self.share(p) for _, p in named]
         self.inner = torch.optim.AdamW(self.mine, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)

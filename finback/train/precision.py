@@ -1,8 +1,7 @@
 """What pays on this machine, for this model, decided by timing: bf16, grouped products; and which may be in FP8."""
 
-import math
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from finback.config import UserError
 from finback.kernels import fp8_train, moe_gemm
 from finback.kernels.fp8_products import Products
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
-from finback.kernels.probe import experts_seconds
+from finback.kernels.probe import experts_seconds, fastest
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, SwiGLU
 from finback.model.moe import MoE
@@ -37,15 +36,14 @@ def rates(config: ModelConfig, rows: int, length: int, device: torch.device) -> 
     tokens = torch.randint(config.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0))
     batch = of_windows(tokens, config.num_nextn_predict_layers).to(device)
     terms = LossTerms([float(rows * length)] * (1 + config.num_nextn_predict_layers))
-    contestants = {name: Transformer(config, dtype).initialise(0).to(device).train() for name, dtype in COMPUTE.items()}
-    best = dict.fromkeys(COMPUTE, math.inf)
-    for _ in range(6):  # in turns, so that another program's burst hits both
-        for name, model in contestants.items():
-            begin = time.perf_counter()
-            losses = training_losses(model, batch, terms)
-            losses.total(terms).backward()  # type: ignore[no-untyped-call]
-            losses.main.item()  # a GPU computes asynchronously: reading a value waits for it
-            best[name] = min(best[name], time.perf_counter() - begin)
+
+    def turn(model: Transformer) -> None:
+        losses = training_losses(model, batch, terms)
+        losses.total(terms).backward()  # type: ignore[no-untyped-call]
+        losses.main.item()  # a GPU computes asynchronously: reading a value waits for it
+
+    models = {name: Transformer(config, dtype).initialise(0).to(device).train() for name, dtype in COMPUTE.items()}
+    best = fastest({name: partial(turn, model) for name, model in models.items()})
     return {name: rows * length / seconds for name, seconds in best.items()}
 
 
@@ -91,7 +89,7 @@ def use_fp8(model: Transformer, products: Products | None = None) -> Transformer
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             assert module.experts is moe_gemm.routed_experts, "experts on several ranks do not train in FP8"
-            module.experts = Fp8Experts(replace(ROUTED, products=products))
+            module.experts = partial(fp8_train.routed_experts, numerics=replace(ROUTED, products=products))
         elif isinstance(module, SwiGLU):
             recast(module, Fp8SwiGLU).numerics = replace(LINEAR, products=products)
         elif isinstance(module, Linear) and ".attention." in name:
@@ -117,13 +115,3 @@ class Fp8SwiGLU(SwiGLU):
 
     def forward(self, x: Tensor) -> Tensor:
         return fp8_train.swiglu(x, self.gate_up.weight, self.down.weight, self.numerics)
-
-
-@dataclass(frozen=True)
-class Fp8Experts:
-    """Routed experts whose products run in FP8."""
-
-    numerics: Numerics
-
-    def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return fp8_train.routed_experts(x, index, weight, gate_up, down, self.numerics)

@@ -57,9 +57,8 @@ def check_levels(config: object, where: str, *names: str) -> None:
         pairs = value if isinstance(value, tuple) else ((0, value),)
         starts = [start for start, _ in pairs]
         if not pairs or starts[0] != 0 or starts != sorted(set(starts)):
-            raise UserError(
-                f"{where}.{name}", value, "pairs of (token, value) begin at token 0 and go up", "Order them."
-            )
+            problem = "pairs of (token, value) begin at token 0 and go up"
+            raise UserError(f"{where}.{name}", value, problem, "Order them.")
         if min(v for _, v in pairs) < 0:
             raise UserError(f"{where}.{name}", value, "negative", "Use 0 or more.")
 

@@ -22,12 +22,6 @@ class Health:
     idle: int
     loads: list[Tensor]
 
-    @classmethod
-    def of(cls, loads: list[Tensor]) -> "Health":
-        """The health that all layers' loads show."""
-        violation = max((max_violation(load) for load in loads), default=0.0)
-        return cls(violation, sum(int((load == 0).sum()) for load in loads), loads)
-
     @property
     def shares(self) -> list[list[float]]:
         """Each expert's share of its layer's load; nothing for models with too many of them for a log."""
@@ -45,7 +39,8 @@ def balance(routers: Sequence[Router], world: World, speed: float) -> Health:
     for router in routers:
         loads.append(world.sum_(router.load).clone())
         router.update_bias(speed)
-    return Health.of(loads)
+    violation = max((max_violation(load) for load in loads), default=0.0)
+    return Health(violation, sum(int((load == 0).sum()) for load in loads), loads)
 
 
 def forget(routers: Sequence[Router]) -> None:

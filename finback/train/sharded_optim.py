@@ -1,7 +1,6 @@
 """Muon and AdamW for parameters of which a rank holds a share. Apart from optim.py: DTensor takes half a second to import."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from finback.parallel.owners import Owners
 from finback.parallel.shard import like, local
-from finback.train.optim import Adam, newton_schulz
+from finback.train.optim import MOMENTUM, Adam, Named, newton_schulz
 
 
 class ShardedMuon:
@@ -20,14 +19,8 @@ class ShardedMuon:
     each, orthogonalised there and handed back. A state can be loaded on ranks that share parameters otherwise.
     """
 
-    def __init__(
-        self,
-        named: Sequence[tuple[str, nn.Parameter]],
-        momentum: float = 0.95,
-        weight_decay: float = 0.05,
-        compute: torch.dtype = torch.float32,
-    ) -> None:
-        self.named, self.momentum, self.weight_decay, self.compute = named, momentum, weight_decay, compute
+    def __init__(self, named: Named, weight_decay: float, compute: torch.dtype) -> None:
+        self.named, self.weight_decay, self.compute = named, weight_decay, compute
         self.buffers = [torch.zeros_like(local(p.detach())) for _, p in named]
         groups: dict[dist.ProcessGroup, list[int]] = {}
         for index, (_, p) in enumerate(named):
@@ -40,11 +33,8 @@ class ShardedMuon:
 
     def _shapes(self, indices: list[int]) -> list[tuple[int, int]]:
         """Those of all matrices of these parameters, of which this rank has some rows."""
-        shapes: list[tuple[int, int]] = []
-        for i in indices:
-            p = self.named[i][1]
-            shapes += [(p.size(-2), p.size(-1))] * (len(self.buffers[i]) if p.ndim == 3 else 1)
-        return shapes
+        parts = [(self.named[i][1], self.buffers[i]) for i in indices]
+        return [(p.size(-2), p.size(-1)) for p, mine in parts for _ in range(len(mine) if p.ndim == 3 else 1)]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -53,8 +43,8 @@ class ShardedMuon:
         for (name, p), buffer in zip(self.named, self.buffers, strict=True):
             assert p.grad is not None, f"{name} has no gradient"
             gradient = local(p.grad)
-            buffer.mul_(self.momentum).add_(gradient)
-            directions.append(gradient.add(buffer, alpha=self.momentum))
+            buffer.mul_(MOMENTUM).add_(gradient)
+            directions.append(gradient.add(buffer, alpha=MOMENTUM))
         for indices, owners in (*self.cut, (self.whole, None)):
             stacks = [directions[i].reshape(-1, *directions[i].shape[-2:]) for i in indices]
             matrices = [matrix for stack in stacks for matrix in stack]

@@ -1,6 +1,6 @@
 """Training a model that lies on many ranks by a layout; the same losses and updates as ReplicatedTrainer on one."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,15 @@ class ShardedTrainer(Trainer):
         self.model = self.models[0]
         self.routers: list[Router] = [router for model in self.models for router in model.routers()]
         self.is_whole = layout.pp == 1
-        self.sharding: Sharding = (
-            FullyShard(roots, self.models, layout, self.mesh)
-            if layout.sharding == "fsdp"
-            else ZeroOne(self.models, self.mesh)
-        )
+        self.sharding: Sharding
+        if layout.sharding == "fsdp":
+            self.sharding = FullyShard(roots, self.models, layout, self.mesh)
+        else:
+            self.sharding = ZeroOne(self.models, self.mesh)
         self.parts = [part for stage in self.sharding.parts for part in stage]
-        self._mark_copies()
+        for number, parts in zip(self.stages, self.sharding.parts, strict=True):
+            for part in parts:
+                part.is_copy = part.name == "embed" and number > 0
         stages = [root for root in roots if isinstance(root, PipelineStage)]
         self.pipeline = Pipeline(stages, layout, self.mesh, rows // layout.dp, seq_len) if stages else None
         self.optimizers = [self._optimizers(stage) for stage in self.sharding.parts]
@@ -78,10 +80,9 @@ class ShardedTrainer(Trainer):
         models = [blank(config, self.compute) for _ in self.stages]
         roots: list[nn.Module] = list(models)
         if self.layout.pp > 1:
-            models = [cut(model, stage, count) for model, stage in zip(models, self.stages, strict=True)]
-            roots = [
-                PipelineStage(model, stage, count, self._loss) for model, stage in zip(models, self.stages, strict=True)
-            ]
+            numbered = list(zip(models, self.stages, strict=True))
+            models = [cut(model, number, count) for model, number in numbered]
+            roots = [PipelineStage(model, number, count, self._loss) for model, number in numbered]
         values = initial_values(config, values) if isinstance(values, int) else values
         fill(models, values, self.mesh, fsdp=self.layout.sharding == "fsdp")
         for model in models:
@@ -101,11 +102,6 @@ class ShardedTrainer(Trainer):
             for name, buffer in mine.named_buffers():
                 if name.endswith("router.bias"):
                     buffer.copy_(model.get_buffer(name))
-
-    def _mark_copies(self) -> None:
-        for stage, parts in zip(self.stages, self.sharding.parts, strict=True):
-            for part in parts:
-                part.is_copy = part.name == "embed" and stage > 0
 
     def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon, ShardedAdam]:
         matrices = [(p.name, p.value) for p in parts if is_matrix(p.name, p.value)]
@@ -178,10 +174,6 @@ class ShardedTrainer(Trainer):
         dist.all_reduce(idle)
         return Health(worst.item(), round(idle.item()), loads)
 
-    def forget_loads(self) -> None:
-        for router in self.routers:
-            router.load.zero_()
-
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def steps(self, run: StageRun) -> Steps:
@@ -218,8 +210,7 @@ class ShardedTrainer(Trainer):
 
     def load(self, steps: Steps) -> tuple[int, dict[str, Any]] | None:
         """Take up the newest of these checkpoints."""
-        copies = {n: t for i in range(len(self.models)) for n, t in self._state(i) if self._is_copy(n, i)}
-        found = steps.load_newest(self.state(), copies)
+        found = steps.load_newest(self.state(), self._state(copies=True))
         self.sharding.publish()
         return found
 
@@ -228,21 +219,19 @@ class ShardedTrainer(Trainer):
 
         Tensors are the state itself: reading a checkpoint into them changes it.
         """
-        state = {
-            n: t for stage in range(len(self.models)) for n, t in self._state(stage) if not self._is_copy(n, stage)
-        }
+        state = self._state(copies=False)
         for model in self.models:
             names = (n for n, _ in model.named_buffers() if n.endswith("router.bias"))
             state |= {f"model.{name}": model.get_buffer(name) for name in names}
         return state
 
-    def _is_copy(self, name: str, stage: int) -> bool:
-        return self.stages[stage] > 0 and (name == "model.embed" or name.startswith("adam.embed."))
-
-    def _state(self, stage: int) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and their optimizers' state; DCP's safetensors have no tensors without a dimension."""
-        muon, adam = self.optimizers[stage]
-        for part in self.sharding.parts[stage]:
-            yield f"model.{part.name}", part.value.detach()
-        for name, tensor in (muon.state() | adam.state()).items():
-            yield name, tensor if tensor.ndim else tensor.view(1)
+    def _state(self, copies: bool) -> dict[str, Tensor]:
+        """Parameters and their optimizers' state: those that an earlier stage has as well, or all others."""
+        found: dict[str, Tensor] = {}
+        for number, parts, (muon, adam) in zip(self.stages, self.sharding.parts, self.optimizers, strict=True):
+            tensors = {f"model.{part.name}": part.value.detach() for part in parts} | muon.state() | adam.state()
+            for name, tensor in tensors.items():
+                if copies == (number > 0 and (name == "model.embed" or name.startswith("adam.embed."))):
+                    # DCP's safetensors have no tensors without a dimension
+                    found[name] = tensor if tensor.ndim else tensor.view(1)
+        return found

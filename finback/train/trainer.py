@@ -28,11 +28,9 @@ class Stateful(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name; names differ between all parts of one trainer."""
-        ...
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take them back out of a checkpoint's tensors."""
-        ...
 
 
 class Optimizer(Stateful, Protocol):
@@ -77,9 +75,9 @@ class Trainer(ABC):
     def balance(self, speed: float) -> Health:
         """Move the routers' biases by the loads of the step (V3 2.1.2), at speed 0 not at all, and forget the loads."""
 
-    @abstractmethod
     def forget_loads(self) -> None:
         """Drop the loads of a step that is not learnt from."""
+        router_health.forget(self.routers)
 
     @abstractmethod
     def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int) -> None:
@@ -129,8 +127,7 @@ class ReplicatedTrainer(Trainer):
         self.gradients = Gradients([p for _, p in named or list(model.named_parameters())])
         self.optimizers, self.extras = optimizers, extras
         # a frozen MTP module's routers stay as they are
-        names = {n for n, _ in named} if named is not None else None
-        frozen = names is not None and not any(n.startswith("mtp.") for n in names)
+        frozen = named is not None and not any(n.startswith("mtp.") for n, _ in named)
         self.routers = [m for m in (model.blocks if frozen else model).modules() if isinstance(m, Router)]
 
     def zero(self) -> None:
@@ -153,9 +150,6 @@ class ReplicatedTrainer(Trainer):
 
     def balance(self, speed: float) -> Health:
         return router_health.balance(self.routers, self.world, speed)
-
-    def forget_loads(self) -> None:
-        router_health.forget(self.routers)
 
     def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int = store.KEEP) -> None:
         if run.is_writer:
