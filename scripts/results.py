@@ -154,6 +154,21 @@ def smollm2(report: Report) -> Rows:
         yield f"SmolLM2-135M-Instruct, answers to five suites, {how}", figure
 
 
+def coverage(report: Report) -> Rows:
+    for grid, what in (
+        ("scores", "single scores"),
+        ("r1_protocol", "single scores, 30 questions x 64 samples, 2 and 98 % right"),
+        ("differences", "differences"),
+    ):
+        found = report[grid]["all"]
+        shares = percents((found["mean"], found["min"], found["mean_before"], found["min_before"]), 1).split(", ")
+        yield (
+            f"coverage of 95 % intervals, {what}, {found['cells']} cells: mean, minimum; target 94, 90; of the bootstrap before",
+            "{}, {} %; {}, {} %".format(*shares),
+        )
+        yield "their mean width; of the bootstrap before", f"{found['width']:.3f}; {found['width_before']:.3f}"
+
+
 def checkpoint(report: Report) -> Rows:
     for source in ("bf16", "fp8"):
         for made in report[f"from_{source}"]["imports"]:

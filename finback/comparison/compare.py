@@ -160,7 +160,7 @@ def compare(
         for ask, problem in ((each.ask, each.problem) for each in failed):
             found = {"suite": ask.suite.name, "question": ask.suite.problems[ask.place].key, "sample": ask.sample}
             failures.append({"contestant": contestant.name, **found, "problem": problem})
-        scores += _scores(contestant, asked, wanted, store, failed, rules.seed)
+        scores += _scores(contestant, asked, wanted, store, failed)
     return {
         "finback": __version__,
         "protocol": as_json(rules),
@@ -223,7 +223,6 @@ def _scores(
     wanted: Sequence[EvalRequest],
     store: AnswerStore,
     failed: Sequence[Failure],
-    seed: int,
 ) -> list[Score]:
     answered: dict[str, list[tuple[int, Answer]]] = defaultdict(list)
     for ask in wanted:
@@ -233,7 +232,7 @@ def _scores(
     for suite in suites:
         judged = judge_answers(suite, answered[suite.name], contestant.price)
         lost = sum(each.ask.suite.name == suite.name for each in failed)
-        found.append(score(contestant.name, suite, judged, lost, seed))
+        found.append(score(contestant.name, suite, judged, lost))
     return found
 
 

@@ -14,7 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from finback import __version__
 from finback.client import Client, RequestFailed
@@ -25,6 +28,7 @@ from finback.comparison.protocol import SamplingProtocol, digest
 from finback.config import UserError, as_json
 from finback.runs.files import read_json
 from finback.runs.folder import prepare_folder
+from finback.suites.intervals import LEVEL, limits_of_moments, student
 
 if TYPE_CHECKING:
     from finback.comparison.local import Local
@@ -35,7 +39,6 @@ NAME = "finback"  # what a model here is called while it is served
 # a server must not outlive a comparison that was killed
 START = "from finback.parallel import launch; launch.die_with_parent({parent}); from finback.cli import main; main()"
 STARTING = 600.0  # seconds that a model may take to load
-Z = 1.959964
 
 
 def measure(
@@ -89,20 +92,33 @@ def results(found: dict[str, Any], contestant: str) -> list[dict[str, Any]]:
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
-            spread = Z * error if isinstance(error, int | float) else None
+            n = counts.get("effective")
             rows.append(
                 {
                     "contestant": contestant,
                     "task": task,
                     "metric": metric if kind == "none" else key,
                     "value": value,
-                    "interval": None if spread is None else (value - spread, value + spread),
-                    "n": counts.get("effective"),
+                    "interval": interval(value, error, n) if isinstance(error, int | float) else None,
+                    "n": n,
                     "shots": (found.get("n-shot") or {}).get(task),
                     "by": f"lm-eval {found.get('lm_eval_version', '')}".strip(),
                 }
             )
     return rows
+
+
+def interval(value: float, error: float, n: int | None) -> tuple[float, float]:
+    """The interval of a metric from its standard error; of a share or a score in 0..1 over n questions, as for suites here."""
+    if n is not None and n > 1:
+        # no scores in 0..1 vary more: 1e-9 is for rounding
+        if 0 <= value <= 1 and error**2 * (n - 1) <= value * (1 - value) + 1e-9:
+            low, high = limits_of_moments(np.array(value), np.array(n * error**2), n)
+            return float(low), float(high)
+        spread = student((1 + LEVEL) / 2, n - 1) * error
+    else:
+        spread = NormalDist().inv_cdf((1 + LEVEL) / 2) * error
+    return value - spread, value + spread
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from finback.comparison.judging import JudgedAnswer
 from finback.suites import statistics
+from finback.suites.intervals import LEVEL
 from finback.suites.statistics import Difference
 from finback.suites.suite import Suite
 
@@ -51,7 +52,7 @@ class Score:
         return {name: value for name, value in vars(self).items() if name != "by_question"}
 
 
-def score(contestant: str, suite: Suite, judged: Sequence[JudgedAnswer], failed: int, seed: int) -> Score:
+def score(contestant: str, suite: Suite, judged: Sequence[JudgedAnswer], failed: int) -> Score:
     """Sum up the judged answers of one contestant on one suite."""
     groups: dict[int, list[JudgedAnswer]] = defaultdict(list)
     for each in judged:
@@ -60,7 +61,7 @@ def score(contestant: str, suite: Suite, judged: Sequence[JudgedAnswer], failed:
     solved = sum(j.verdict.correct for j in judged)
     total = _total([j.dollars for j in judged])
     accuracy = _mean(list(by_question.values()))
-    interval = statistics.interval(list(by_question.values()), seed) if by_question else None
+    interval = statistics.interval(list(by_question.values())) if by_question else None
     return Score(
         contestant,
         suite.name,
@@ -101,7 +102,7 @@ def pairs(scores: Sequence[Score], seed: int) -> list[dict[str, Any]]:
 
 
 def _pair(one: Score, other: Score, gap: Difference, raised: float) -> dict[str, Any]:
-    is_clear = gap.is_significant and raised <= 1 - statistics.LEVEL
+    is_clear = gap.is_significant and raised <= 1 - LEVEL
     better = (one if gap.mean > 0 else other).contestant if is_clear else None
     return {
         "suite": one.suite,

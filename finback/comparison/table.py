@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from finback.suites.statistics import LEVEL
+from finback.suites.intervals import LEVEL
 
 NONE = "–"
 HEAD = (

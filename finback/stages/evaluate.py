@@ -21,7 +21,7 @@ from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Stage, Work
 from finback.stages.compress import bits_by_source
 from finback.suites import catalogue, compression
-from finback.suites.statistics import wilson
+from finback.suites.statistics import interval
 from finback.suites.suite import Suite
 from finback.tasks import task as tasks
 from finback.tasks.language import consistency, known
@@ -188,7 +188,7 @@ def scores(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "n": n,
         "accuracy": right / n,
-        "interval": wilson(right / n, n),
+        "interval": interval([float(r["correct"]) for r in records]),
         "mean_tokens": sum(r["tokens"] for r in records) / n,
         "truncated": sum(r["finish"] == "length" for r in records) / n,
         "thinks": len(groups[True]) / n,

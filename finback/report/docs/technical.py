@@ -186,7 +186,7 @@ def _evaluations(run: RunFacts) -> list[Block]:
     ]
     blocks: list[Block] = [Paragraph("No evaluation was made: NOT PROVIDED")]
     if found:
-        method = Paragraph("Shares of correct answers with their 95 % intervals (Wilson), on held-out problems.")
+        method = Paragraph("Shares of correct answers with their 95 % intervals (mid-P), on held-out problems.")
         blocks = [method, records((*GIVEN, *MEASURED, *more), found, "model")]
     return blocks + ([facts(compressed)] if compressed else [])
 
