@@ -19,6 +19,7 @@ from finback.planner import calibrate, calibration_file, recipe_plan, render, th
 from finback.planner.options import PlanOptions
 from finback.planner.planned_stage import PlannedStage, planned_stages
 from finback.planner.this_machine import Shape
+from finback.runs import processor
 from finback.runs import recipe as recipes
 from finback.runs.recipe import config_json
 from finback.stages.pretrain import Pretrain
@@ -179,7 +180,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_calibration_is_kept_and_read(calibration: Path) -> None:
     found = calibration_file.read(calibration)
-    assert found["torch"] == torch.__version__ and found["cpu"] == calibration_file.cpu_name() and found["ranks"] == 1
+    assert found["torch"] == torch.__version__ and found["cpu"] == processor.name() and found["ranks"] == 1
     assert found["date"].endswith("UTC") and found["process_bytes"] > 50e6
     for dtype in ("fp32", "bf16"):
         assert found["gemm_flops_per_second"][dtype]["64"] > 1e8

@@ -52,11 +52,11 @@ def test_sigterm_drains_and_a_second_signal_ends_it() -> None:
             lines = response.iter_lines()
             first = next(lines)
             child.send_signal(signal.SIGTERM)
-            wait_for(lambda: client.get("/ready").status_code == 503, 2)
+            wait_for(lambda: client.get("/ready").status_code == 503, 20)
             assert client.post(CHAT, json=HELLO).status_code == 503
             chunks = events(iter([first, *lines]))
         assert chunks[-1] == "[DONE]" and summed(chunks)["finish_reason"] == "length"
-        assert child.wait(timeout=5) == 0
+        assert child.wait(timeout=20) == 0
 
     with process(drain=0.5) as (child, client):
         with client.stream("POST", CHAT, json=LONG | {"stream": True}) as response:
@@ -66,11 +66,11 @@ def test_sigterm_drains_and_a_second_signal_ends_it() -> None:
             began = time.monotonic()
             *_, last = events(lines)
         assert last["error"]["code"] == "shutting_down"
-        assert child.wait(timeout=5) == 0 and time.monotonic() - began < 3
+        assert child.wait(timeout=20) == 0 and time.monotonic() - began < 12  # the answer alone takes 16 s
 
     with process(drain=60) as (child, client), client.stream("POST", CHAT, json=LONG | {"stream": True}) as response:
         next(response.iter_lines())
         child.send_signal(signal.SIGTERM)
-        wait_for(lambda: client.get("/ready").status_code == 503, 2)
+        wait_for(lambda: client.get("/ready").status_code == 503, 20)
         os.kill(child.pid, signal.SIGTERM)
-        assert child.wait(timeout=1) == 128 + signal.SIGTERM
+        assert child.wait(timeout=20) == 128 + signal.SIGTERM

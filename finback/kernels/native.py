@@ -8,7 +8,6 @@ callers take the plain form.
 import ctypes
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from finback.runs import processor
 
 DTYPES = (torch.float32, torch.bfloat16)
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -80,7 +81,13 @@ def library() -> ctypes.CDLL | None:
 
 def _built(compiler: str) -> Path:
     """The compiled library for this source, these flags and this processor."""
-    built_of = SOURCE.read_bytes(), " ".join((compiler, *FLAGS)).encode(), _processor().encode()
+    # -march=native depends on the processor, and a cache folder may be shared by machines that differ
+    built_of = (
+        SOURCE.read_bytes(),
+        " ".join((compiler, *FLAGS)).encode(),
+        processor.name().encode(),
+        *(f.encode() for f in sorted(processor.features())),
+    )
     key = hashlib.sha256(b"\0".join(built_of))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finback"
     target = folder / f"kernels-{key.hexdigest()[:16]}.so"
@@ -94,13 +101,3 @@ def _built(compiler: str) -> Path:
             subprocess.run([compiler, *step], check=True, capture_output=True, text=True, timeout=120)
         made.replace(target)  # whole or not at all: several ranks may build at once
     return target
-
-
-def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by machines that differ."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    lines = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
-    return "\n".join(lines[:2])

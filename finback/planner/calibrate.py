@@ -27,8 +27,9 @@ from finback.model.config import TINY, ModelConfig
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.planner import this_machine
-from finback.planner.calibration_file import FORMAT, cpu_name
+from finback.planner.calibration_file import FORMAT
 from finback.planner.this_machine import Shape
+from finback.runs import processor
 from finback.runs.files import write_json
 from finback.stages import pretrain  # noqa: F401 - its libraries belong to what a rank's process takes
 from finback.train.batch import of_windows
@@ -110,7 +111,7 @@ def calibrate(world: World, path: Path, say: Callable[[str], None]) -> dict[str,
     result = {
         "format": FORMAT,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": cpu_name(),
+        "cpu": processor.name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),

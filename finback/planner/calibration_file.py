@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
 from finback.planner.hardware import ASSUMPTIONS, Fact, Machine, Site
+from finback.runs import processor
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
 
 FORMAT = "finback-calibration-3"
@@ -83,14 +83,6 @@ def site(calibration: dict[str, Any], ranks: int, precision: str) -> Site:
     return Site(here, ranks, ASSUMPTIONS | {name: Fact(value, source) for name, value in known.items()})
 
 
-def cpu_name() -> str:
-    """The processor's name as the operating system reports it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -99,7 +91,7 @@ def cores() -> int:
 def doubts(calibration: dict[str, Any], torch_version: str | None = None) -> list[str]:
     """What may make a calibration wrong for a run here and now."""
     found = []
-    if calibration["cpu"] != cpu_name():
+    if calibration["cpu"] != processor.name():
         found.append(f"calibrated on another processor: {calibration['cpu']}")
     if torch_version is not None and calibration["torch"] != torch_version:
         found.append(f"calibrated with torch {calibration['torch']}, this is {torch_version}")

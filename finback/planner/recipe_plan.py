@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from finback.config import UserError
+from finback.model.config import ModelConfig
 from finback.model.count import forward_flops, parameters, training_flops
 from finback.planner import calibration_file, cluster, hardware, this_machine
 from finback.planner.hardware import Site
@@ -17,6 +18,7 @@ from finback.planner.options import PlanOptions
 from finback.planner.planned_stage import PlannedStage, planned_stages
 from finback.planner.this_machine import Shape
 from finback.planner.workload import Precision
+from finback.runs import processor
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, WATTS_PER_CORE
 from finback.runs.recipe import Recipe, config_json
 
@@ -90,8 +92,10 @@ def _here(stage: PlannedStage, options: PlanOptions, calibration: Calibrated | N
     return values
 
 
-def _measured(compute: str) -> Precision:
+def _measured(compute: str, model: ModelConfig | None = None) -> Precision:
     """The arithmetic of those that calibration times by which another is planned; FP8 is emulated in bf16."""
+    if compute == "auto" and model is not None:
+        compute = processor.precision(model.hidden_size)
     return "fp32" if compute in ("fp32", "auto") else "bf16"
 
 
@@ -113,7 +117,7 @@ def pretraining(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dic
     if stage.layout.ranks != ranks:
         return {"how": f"needs {stage.layout.ranks} ranks, here are {ranks}", "notes": notes}
     # one rank a core
-    precision = _measured(knobs["compute"])
+    precision = _measured(knobs["compute"], stage.model)
     options = PlanOptions(precision=precision, optimizer=knobs["optimizer"])
     return _laid_out(stage, calibration_file.site(calibration, ranks, precision), options) | {"notes": notes}
 
@@ -122,23 +126,15 @@ def _whole_copies(stage: PlannedStage, calibration: Calibrated, ranks: int) -> d
     """Pre-training with the whole model on every rank."""
     knobs, model, process = stage.knobs, stage.model, calibration["process_bytes"]
     assert model is not None, "a stage that trains has a model"
-    auto, rows = knobs["compute"] == "auto", knobs["batch_size"] // ranks
-    shapes = {
-        name: Shape(model, rows, stage.length, name, ranks, knobs["recompute"], knobs["optimizer"])
-        for name in (("fp32", "bf16") if auto else (_measured(knobs["compute"]),))
-    }
-    parts = {name: this_machine.seconds(shape, calibration["measured"]) for name, shape in shapes.items()}
-    compute = next(iter(shapes))
-    if auto and parts["bf16"]["passes"] * 1.15 < parts["fp32"]["passes"]:  # as training chooses: bf16 must win clearly
-        compute = "bf16"
-    step, tokens = sum(parts[compute].values()), knobs["batch_size"] * stage.length
-    memory = this_machine.memory(shapes[compute], process)
-    if auto:  # both are tried first, side by side
-        memory = max(memory, this_machine.trial(shapes["fp32"], shapes["bf16"], process), key=lambda m: m.total)
+    compute, rows = _measured(knobs["compute"], model), knobs["batch_size"] // ranks
+    shape = Shape(model, rows, stage.length, compute, ranks, knobs["recompute"], knobs["optimizer"])
+    parts = this_machine.seconds(shape, calibration["measured"])
+    step, tokens = sum(parts.values()), knobs["batch_size"] * stage.length
+    memory = this_machine.memory(shape, process)
     return {
         "compute": compute,
         "step_seconds": step,
-        "parts": parts[compute],
+        "parts": parts,
         "tokens_per_second": tokens / step,
         "seconds": stage.work.tokens_trained / tokens * step,
         "memory": dataclasses.asdict(memory) | {"total": memory.total},

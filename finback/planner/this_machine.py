@@ -183,12 +183,6 @@ def _compiled_bytes(shape: Shape) -> float:
     return COMPILED * min(6 * math.ceil(shape.tokens / BLOCK_MULTIPLE), MOST_COMPILED)
 
 
-def trial(fp32: Shape, bf16: Shape, process: float) -> RankMemory:
-    """Peak memory while train/precision.py times both dtypes: two models with their gradients, no optimizer yet."""
-    p, most = parameters(fp32.model), max(saved_bytes(fp32), saved_bytes(bf16))
-    return RankMemory(process, 8.0 * p, 8.0 * p, 0.0, most, _backward_bytes(fp32.model))
-
-
 def _backward_bytes(c: ModelConfig) -> float:
     """What a backward pass needs for the moment: gradients of embedding, head and one layer's experts, logits."""
     stacks = max((4 * n * a * b for n, a, b in matrices(c)), default=0)

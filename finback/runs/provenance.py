@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finback import __version__
+from finback.runs import processor
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers")
 
@@ -70,14 +71,11 @@ def _git(folder: Path, *words: str) -> str | None:
 
 def machine() -> dict[str, Any]:
     """The processor and its GPUs, by name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     torch = cuda()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cpus": len(names) or None,
+        "cpu": processor.name(),
+        "cpus": processor.cores(),
         "gpus": gpus,
         "system": f"{platform.system()} {platform.release()}",
     }

@@ -94,7 +94,7 @@ class Pretrain(Stage):
     layout: Layout | None = None
     # activations made again in the backward pass
     recompute: Policy = "none"
-    # auto: bf16 where a timed step says it pays; fp8: DeepSeek's, on Hopper, and emulated elsewhere to see what it does
+    # auto: bf16 where the processor multiplies it itself and hidden_size is 128 or more; fp8: DeepSeek's, on Hopper, and emulated elsewhere to see what it does
     compute: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     # products of the routed experts: one expert after another, or all in one call; auto: on a GPU what a timed pass says
     expert_kernel: ExpertKernel = "auto"

@@ -15,12 +15,13 @@ from finback.model.config import ModelConfig
 from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.runs import processor
 from finback.runs.files import read_json, write_json
 from finback.runs.folder import StageRun
 from finback.stages.pretraining import Pretraining
 from finback.train.ema import EMA
 from finback.train.optim import Adam, Muon, is_matrix
-from finback.train.precision import choose_expert_kernel, dtype_of, rates, use_expert_kernel, use_fp8
+from finback.train.precision import choose_expert_kernel, dtype_of, use_expert_kernel, use_fp8
 from finback.train.trainer import ReplicatedTrainer
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         if getattr(stage, name) % world.size:
             raise stage.wrong(name, f"does not divide among {world.size} ranks", "Use --ranks.")
     config, values = _beginning(stage, run)
-    precision = _choose_precision(stage, config, run, world)
+    precision = _precision(stage, config, run, world.device)
     dtype = dtype_of(precision)
     if isinstance(values, int):
         model = Transformer(config, dtype).initialise(values)
@@ -128,18 +129,13 @@ def _use_expert_kernel(stage: "Pretrain", run: StageRun, world: World, model: Tr
     use_expert_kernel(model, kernel, tokens)
 
 
-def _choose_precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: World) -> str:
-    """fp32 or bf16 where the knob leaves it open."""
-
-    def choose() -> dict[str, Any]:
-        measured = rates(config, stage.batch_size // world.size, stage.seq_len, world.device)
-        # bf16 must win clearly, and on every rank: it costs digits
-        chosen = "bf16" if all(world.gather(measured["bf16"] > 1.15 * measured["fp32"])) else "fp32"
-        text = ", ".join(f"{name} {rate:,.0f}" for name, rate in measured.items())
-        run.say(f"{stage.name:10} computes in {chosen}: {text} tokens/s per rank")
-        return {"chosen": chosen, "tokens_per_second_per_rank": measured}
-
-    return _decided(run, "precision", choose) if stage.compute == "auto" else stage.compute
+def _precision(stage: "Pretrain", config: ModelConfig, run: StageRun, device: torch.device) -> str:
+    """The knob's precision, or what pays on this device for a model of this width."""
+    if stage.compute != "auto":
+        return stage.compute
+    able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else None
+    # a stage that goes on elsewhere goes on as it began
+    return str(_decided(run, "precision", lambda: {"chosen": processor.precision(config.hidden_size, able)}))
 
 
 def _decided(run: StageRun, name: str, choose: Callable[[], dict[str, Any]]) -> Any:

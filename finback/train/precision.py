@@ -11,14 +11,11 @@ from finback.config import UserError
 from finback.kernels import fp8_train, moe_gemm
 from finback.kernels.fp8_products import Products
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
-from finback.kernels.probe import experts_seconds, fastest
-from finback.model.config import ModelConfig
+from finback.kernels.probe import experts_seconds
 from finback.model.layers import Linear, SwiGLU
 from finback.model.moe import MoE
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
-from finback.train.batch import of_windows
-from finback.train.loss import LossTerms, training_losses
 
 ExpertKernel = Literal["auto", "loop", "grouped_mm"]
 MARGIN = 1.15  # times as fast the other form must be: noise decides nothing
@@ -28,23 +25,6 @@ COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def dtype_of(precision: str) -> torch.dtype:
     """Of what goes from one operator to the next."""
     return torch.float32 if precision == "fp32" else torch.bfloat16
-
-
-def rates(config: ModelConfig, rows: int, length: int, device: torch.device) -> dict[str, float]:
-    """Tokens per second of forward and backward passes of `rows` rows, per dtype; the fastest of six turns each."""
-    width = length + 1 + config.num_nextn_predict_layers
-    tokens = torch.randint(config.vocab_size, (rows, width), generator=torch.Generator().manual_seed(0))
-    batch = of_windows(tokens, config.num_nextn_predict_layers).to(device)
-    terms = LossTerms([float(rows * length)] * (1 + config.num_nextn_predict_layers))
-
-    def turn(model: Transformer) -> None:
-        losses = training_losses(model, batch, terms)
-        losses.total(terms).backward()  # type: ignore[no-untyped-call]
-        losses.main.item()  # a GPU computes asynchronously: reading a value waits for it
-
-    models = {name: Transformer(config, dtype).initialise(0).to(device).train() for name, dtype in COMPUTE.items()}
-    best = fastest({name: partial(turn, model) for name, model in models.items()})
-    return {name: rows * length / seconds for name, seconds in best.items()}
 
 
 def choose_expert_kernel(model: Transformer, tokens: int) -> Literal["loop", "grouped_mm"]:
