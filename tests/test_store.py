@@ -71,6 +71,15 @@ def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path) -> None:
     assert same(store.load(path)[0], tensors(1)) and store.load(path)[1] == {}
 
 
+def test_equal_content_is_equal_in_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    found = set()
+    for _ in range(20):  # safetensors orders metadata by a hash that is new in every call
+        store.save(path, tensors(), META)
+        found.add(path.read_bytes())
+    assert len(found) == 1
+
+
 def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
     weight = torch.randn(4, 4)
     store.save(tmp_path / "a.safetensors", {"embed": weight, "head": weight, "row": weight[1]}, {})

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,11 +27,24 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     try:
         save_file(tensors, temporary, metadata=header)
         with temporary.open("rb+") as handle:
+            _sort_metadata(handle)
+            handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise as_os_error(error, path) from None
+
+
+def _sort_metadata(handle: BinaryIO) -> None:
+    """Put the header's metadata in order: safetensors writes them in a random one, so equal runs would differ in bytes."""
+    size = int.from_bytes(handle.read(8), "little")
+    header = json.loads(handle.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= size, "the same header in another order"
+    handle.seek(8)
+    handle.write(text.ljust(size))
 
 
 def as_os_error(error: Exception, path: Path) -> Exception:
