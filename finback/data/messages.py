@@ -36,6 +36,8 @@ class Message:
     name: str | None = None
     # whether the answer goes on from here
     prefix: bool = False
+    # whether training learns the turn or only reads it
+    learnt: bool = True
 
     def to_openai(self) -> dict[str, Any]:
         """The message in OpenAI's form, which templates read; DeepSeek's name for the reasoning."""
@@ -125,19 +127,19 @@ def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[s
     return pieces if messages and messages[-1].role == "assistant" else [*pieces, EOS]
 
 
-def lessons(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Lesson]:
-    """The lessons of a dialogue: every answer behind the very prompt that asks for it.
+def lessons(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Tool] = ()) -> list[Lesson]:
+    """The lessons of a dialogue: every answer that is `learnt` behind the very prompt that asks for it.
 
     In DeepSeek's form one lesson teaches the last answer and all whose prompts it begins with; those whose reasoning it
     leaves out have lessons of their own. A template may reshape past turns, so there each answer has its own.
     """
-    turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+    turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.learnt]
     if not turns:
         raise UserError("messages", len(messages), "nothing that an assistant says", "Give it something to learn.")
     if tokenizer.template is not None:
-        return [_template_lesson(messages[:i], messages[i], tokenizer) for i in turns]
+        return [_template_lesson(messages[:i], messages[i], tokenizer, tools) for i in turns]
     tokenizer.require(*FORM, THINK, END_THINK)
-    prompts = [_prompt_pieces(messages[:i]) for i in turns]
+    prompts = [_prompt_pieces(messages[:i], tools) for i in turns]
     answers = [_answer_pieces(messages[i], with_reasoning=True) for i in turns]
     whole = prompts[-1] + answers[-1]
     within: list[tuple[int, int]] = []
@@ -213,14 +215,14 @@ def _lesson(pieces: Sequence[str], answers: Sequence[tuple[int, int]], tokenizer
     return Lesson(ids, labels)
 
 
-def _template_lesson(asked: Sequence[Message], answer: Message, tokenizer: Tokenizer) -> Lesson:
+def _template_lesson(asked: Sequence[Message], answer: Message, tokenizer: Tokenizer, tools: Sequence[Tool]) -> Lesson:
     """The template's prompt, then the answer as the model should give it."""
     if answer.tool_calls:
         problem = "calls are not learnt in the form of a chat template"
         remedy = "Leave them out, or use a model without a template."
         raise UserError("messages", [call.name for call in answer.tool_calls], problem, remedy)
     think = True if answer.reasoning else None
-    text = _render(asked, tokenizer, (), think)
+    text = _render(asked, tokenizer, tools, think)
     reply, _ = _template_reply(text, answer, think, is_whole=True)
     ends = [token for token in (tokenizer.eos, *tokenizer.stops) if token >= 0]
     if not ends:

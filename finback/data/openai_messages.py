@@ -55,7 +55,7 @@ def _message(given: Any, where: str) -> Message:
     reasoning = ""
     if role == "assistant":
         calls = _calls(message.get("tool_calls"), f"{where}.tool_calls")
-        for name in ("reasoning", "reasoning_content"):
+        for name in ("thinking", "reasoning", "reasoning_content"):
             reasoning = _text(message.get(name) or "", f"{where}.{name}") or reasoning
     prefix = message.get("prefix") or False
     _demand(isinstance(prefix, bool), f"{where}.prefix", prefix, "neither true nor false", "Use true.")
@@ -65,27 +65,36 @@ def _message(given: Any, where: str) -> Message:
     names = {n: message.get(n) for n in ("tool_call_id", "name")}
     for name, value in names.items():
         _demand(isinstance(value, str | None), f"{where}.{name}", value, "not a text", "Send a text.")
+    weight = message.get("weight")
+    _demand(weight in (None, 0, 1), f"{where}.weight", weight, "neither 0 nor 1", "Leave it out, or use 0 or 1.")
+    answer, thought = _content(content, f"{where}.content", role == "assistant")
     return Message(
         "system" if role == "developer" else role,
-        _content(content, f"{where}.content"),
-        reasoning,
+        answer,
+        reasoning or thought,
         calls,
         names["tool_call_id"],
         names["name"],
         prefix,
+        weight != 0,
     )
 
 
-def _content(content: Any, where: str) -> str:
-    """One text of a text or of text parts."""
+def _content(content: Any, where: str, thinks: bool) -> tuple[str, str]:
+    """One text of a text or of text parts, and one of the parts that are an assistant's chain of thought."""
     if not isinstance(content, list | tuple):
-        return _text(content, where)
-    texts = []
+        return _text(content, where), ""
+    texts, thoughts = [], []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
-        _demand(kind == "text", f"{where}[{i}].type", kind, "the model reads text only", 'Send parts of type "text".')
+        if thinks and kind in ("thinking", "reasoning"):
+            value = part.get(kind, part.get("text"))
+            thoughts.append(_content(value, f"{where}[{i}].{kind}", thinks=False)[0])
+            continue
+        is_text = kind in ("text", "input_text", "output_text")
+        _demand(is_text, f"{where}[{i}].type", kind, "the model reads text only", 'Send parts of type "text".')
         texts.append(_text(part.get("text"), f"{where}[{i}].text"))
-    return "".join(texts)
+    return "".join(texts), "".join(thoughts)
 
 
 def _calls(given: Any, where: str) -> tuple[ToolCall, ...]:

@@ -1,7 +1,10 @@
-"""Files to lines, paragraphs and records, one at a time: text, JSON lines and parquet, plain or compressed."""
+"""Files to lines, paragraphs and records, one at a time: text, JSON, tables and parquet, plain or compressed."""
 
+import csv
 import gzip
 import io
+import itertools
+import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,8 +14,37 @@ from typing import Any, BinaryIO
 
 from finback.config import UserError
 
+# what holds records and no plain text
+RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
-FIELDS = ("messages", "question", "answer", "reasoning_content", "text")  # what a record is read for
+# what a record is read for
+FIELDS = (
+    *(
+        "messages",
+        "conversations",
+        "conversation",
+        "text",
+        "question",
+        "prompt",
+        "instruction",
+        "query",
+        "problem",
+        "input",
+    ),
+    *(
+        "answer",
+        "response",
+        "output",
+        "completion",
+        "solution",
+        "context",
+        "system",
+        "system_prompt",
+        "history",
+        "tools",
+    ),
+    *("functions", "choices", "options", "reasoning_content", "reasoning", "thinking", "weight"),
+)
 
 
 @dataclass
@@ -23,8 +55,14 @@ class BytesRead:
 
 
 def kind(path: Path) -> str:
-    """The ending that says what a file holds: .jsonl for all of a.jsonl, a.jsonl.gz and a.jsonl.zst."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    """The ending that says what a file holds: .jsonl for all of a.jsonl, a.JSONL, a.ndjson, a.jsonl.gz and a.jsonl.zst."""
+    ending = (Path(path.stem).suffix if is_compressed(path) else path.suffix).lower()
+    return ".jsonl" if ending == ".ndjson" else ending
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the name says so."""
+    return path.suffix.lower() in COMPRESSED
 
 
 def lines(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterator[str]:
@@ -40,6 +78,97 @@ def lines(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterat
             yield text.removesuffix("\n")
     if blank:
         raise UserError(where, str(path), "the file is empty", "Remove it from the list or fill it.")
+
+
+def records(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterator[tuple[str, Any]]:
+    """A file's records and where each stands, such as a.jsonl:12; a UserError in place of one that cannot be read."""
+    ending = kind(path)
+    assert ending in RECORDS, f"{path} holds no records"
+    if ending == ".parquet":
+        yield from ((f"{path}[{i}]", record) for i, record in enumerate(parquet(path, where, bytes_read)))
+    elif ending == ".jsonl":
+        yield from _json_lines(path, lines(path, where, bytes_read))
+    elif ending == ".json":
+        yield from _json_list(path, where, "\n".join(lines(path, where, bytes_read)))
+    else:
+        yield from _table(path, lines(path, where, bytes_read), "\t" if ending == ".tsv" else ",")
+
+
+def _json_lines(path: Path, given: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(given, start=1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except (ValueError, RecursionError) as error:  # also too deep, or a number of too many digits
+                yield f"{path}:{number}", _no_json(line, error, "Write one JSON object per line.")
+
+
+def _json_list(path: Path, where: str, text: str) -> Iterator[tuple[str, Any]]:
+    """The objects of a list, or of the one list in an object; JSON lines under this name are read as such."""
+    begin = text[:1000].lstrip()[:1]
+    if begin != "[":
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError):
+            yield from _json_lines(path, text.split("\n"))
+            return
+        listed = [v for v in whole.values() if _is_list(v)] if isinstance(whole, dict) else []
+        is_record = len(listed) != 1 or not {*FIELDS}.isdisjoint(whole)
+        yield from [(f"{path}:1", whole)] if is_record else ((f"{path}[{i}]", r) for i, r in enumerate(listed[0]))
+        return
+    decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
+    while (place := _skip(text, place)) < len(text) and text[place] != "]":
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            record, place = decoder.raw_decode(text, place)
+            place = _skip(text, place)
+            if text[place : place + 1] not in (",", "]"):
+                raise ValueError("a comma or the end of the list is missing")
+        except (ValueError, RecursionError) as error:
+            at = f"{path}:{1 + text.count(chr(10), 0, place)}"
+            raise _no_json(text[place:], error, "Write a list of JSON objects.", at) from None
+        place += text[place] == ","
+        yield f"{path}:{line}", record
+    if text[place : place + 1] != "]" or text[place + 1 :].strip():
+        problem = "the list of records does not end, or something stands behind it"
+        raise UserError(where, str(path), problem, "Correct the file, or leave it out.")
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _skip(text: str, place: int) -> int:
+    """Where the next character that is no white space stands."""
+    while text[place : place + 1].isspace():
+        place += 1
+    return place
+
+
+def _no_json(text: str, error: Exception, remedy: str, where: str = "record") -> UserError:
+    return UserError(where, text[:60], f"not JSON ({getattr(error, 'msg', error)})", remedy)
+
+
+def _table(path: Path, given: Iterable[str], separator: str) -> Iterator[tuple[str, Any]]:
+    """Rows by the names of their columns; semicolons are found by themselves."""
+    csv.field_size_limit(1 << 30)  # chains of thought are longer than csv allows by default
+    numbered = (f"{line}\n" for line in given)
+    head = next(numbered, "")
+    separator = ";" if separator not in head and ";" in head else separator
+    reader = csv.DictReader(itertools.chain([head], numbered), delimiter=separator, strict=True)
+    try:
+        names = reader.fieldnames or ()
+        if len({*names}) < len(names):
+            raise UserError(f"{path}:1", head[:60], "two columns have one name", "Rename one of them.")
+        for row in reader:
+            at = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                problem = f"not one value for each of the {len(names)} columns"
+                yield at, UserError("record", str(row)[:60], problem, "Correct the line.")
+            else:
+                yield at, row
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}", str(path), f"not a table ({error})", "Correct the line.") from None
 
 
 def paragraphs(given: Iterable[str]) -> Iterator[str]:
@@ -86,10 +215,10 @@ def _pyarrow(path: Path, where: str) -> Any:
 def _opened(path: Path, where: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The bytes of a file, and the file on the disk that they come from."""
     with path.open("rb") as raw:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             with gzip.open(raw) as handle:
                 yield handle, raw  # type: ignore[misc]
-        elif path.suffix == ".zst":
+        elif path.suffix.lower() == ".zst":
             with _pyarrow(path, where).CompressedInputStream(raw, "zstd") as stream:
                 yield io.BufferedReader(stream, 1 << 20), raw  # type: ignore[misc]
         else:
@@ -100,7 +229,7 @@ def _next(handle: BinaryIO, path: Path, where: str) -> bytes:
     try:
         return handle.readline()
     except (EOFError, zlib.error, OSError) as error:
-        if path.suffix not in COMPRESSED:
+        if not is_compressed(path):
             raise
         raise _damaged(path, where, error) from None
 

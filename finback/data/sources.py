@@ -139,10 +139,11 @@ class Hub(Source):
         return iter(())
 
     def documents(self) -> Iterator[Document]:
-        for number, row in enumerate(self._load()):
+        for number, row in enumerate(self.rows()):
             yield _from_record(dict(row), f"{self.path}[{number}]", str(row))
 
-    def _load(self) -> Any:
+    def rows(self) -> Any:
+        """The records, in order."""
         try:
             import datasets
         except ImportError:

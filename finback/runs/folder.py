@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -58,6 +58,8 @@ class StageRun:
     def __init__(self, root: Path, name: str, seed: int, ranks: Ranks, quiet: bool = False) -> None:
         self.root, self.folder, self.name, self.ranks, self.quiet = root, root / name, name, ranks, quiet
         self.base_seed = seed
+        # those of the whole recipe, as far as it is known
+        self.stages: Sequence[Any] = ()
         self.stop_requested = False
         self._mark = time.perf_counter()
         self._energy: Energy | None = None

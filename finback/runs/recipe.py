@@ -207,6 +207,7 @@ def execute(
     """Run every unfinished stage in order; `watch` learns of each StageRun before it starts (to stop it)."""
     for stage in recipe.stages:
         run = StageRun(root, stage.name, seed, ranks, quiet)
+        run.stages = recipe.stages
         if (run.folder / MANIFEST).is_file():
             run.say(f"{stage.name:10} done before")
             run.tidy()

@@ -84,8 +84,8 @@ class Decontaminate:
         held_out, trained = dict[str, list[str]](), dict[str, list[str]]()
         for task in self.tasks:  # two may have one name
             seed = run.seed("exam", task.name)
-            held_out.setdefault(task.name, []).extend(_questions(task, "held_out", self.problems, seed))
-            trained.setdefault(task.name, []).extend(_questions(task, "train", self.problems, seed))
+            held_out.setdefault(task.name, []).extend(drawn_questions(task, "held_out", self.problems, seed))
+            trained.setdefault(task.name, []).extend(drawn_questions(task, "train", self.problems, seed))
         return Decontaminator(held_out, trained, self.ngram)
 
 
@@ -198,7 +198,7 @@ def origin(source: Source | TaskText, documents: int) -> dict[str, Any]:
     return provenance(source, source.files()) | {"documents": {"kept": documents}}
 
 
-def _questions(task: Task, side: Split, most: int, seed: int) -> list[str]:
+def drawn_questions(task: Task, side: Split, most: int, seed: int) -> list[str]:
     """All that is drawn until there are `most` distinct problems, with and without what a task writes around them."""
     rng, keys, found, misses = random.Random(seed), set[str](), list[str](), 0
     while len(keys) < most and misses < 1000:

@@ -1,25 +1,26 @@
 """Supervised fine-tuning: the next token of an assistant's messages, in packed rows, over some epochs (R1 B.4.2).
 
-Lessons come from the traces of a reject stage, from JSONL dialogues, from the hub, from the packaged dialogues, and
-from the gold answers of tasks. Rows hold several lessons that do not see each other.
+Lessons come from the traces of a reject stage, from files of records in the forms of data/dialogues.py, from the hub, from
+the packaged dialogues, and from the gold answers of tasks. Dialogues with questions of the recipe's exams are left out. Rows
+hold several lessons that do not see each other.
 """
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finback.config import UserError, check_not_negative, check_positive, check_share
-from finback.data.messages import Lesson, lessons
+from finback.data.messages import Lesson
 from finback.data.rows import arrange
-from finback.data.sources import Chitchat, Document, Files, Hub
+from finback.data.sources import Chitchat, Files, Hub
 from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage
 from finback.stages.fine_tuning import Batches, FineTuning, begin
-from finback.stages.prepare import TaskText, origin
+from finback.stages.lessons import LessonReader
+from finback.stages.prepare import TaskText
 from finback.train import loop
 from finback.train.batch import Batch, of_lessons
 
@@ -75,7 +76,8 @@ class SFT(Stage):
         return (*super().inputs(), *self.traces)
 
     def declaration(self) -> Declaration:
-        results = ("steps", "tokens", "lessons", "rows", "filled", "lessons_by_source", "too_long")
+        counts = ("lessons_by_source", "too_long", "unusable", "contaminated", "empty_answers")
+        results = ("steps", "tokens", "lessons", "rows", "filled", *counts)
         return Declaration(
             "fine-tuning",
             objective="next token of given answers",
@@ -121,42 +123,18 @@ class LessonBatches(Batches):
 
     def _lessons(self) -> list[Lesson]:
         """All lessons that fit into a row, and how many there are of each source."""
-        found: list[Lesson] = []
-        counts: dict[str, int] = {}
-        for name, documents in self._sources():
-            here = [lesson for d in documents for lesson in lessons(self._messages(d), self.tokenizer)]
-            counts[name] = len(here)
-            found += here
+        reader = LessonReader(self.stage, self.run, self.tokenizer)
+        by_source = reader.read()
+        counts = {name: len(here) for name, here in by_source.items()}
+        found = [lesson for here in by_source.values() for lesson in here]
         fits = [lesson for lesson in found if len(lesson.ids) <= self.stage.seq_len]
         if not fits:
             problem = f"no lesson of at most {self.stage.seq_len} tokens"
             remedy = "Give it traces or text, or longer rows."
             raise UserError(f"{self.stage.name}.traces", list(counts), problem, remedy)
-        self.results |= {"lessons_by_source": counts, "too_long": len(found) - len(fits)}
+        self.results |= reader.results | {"lessons_by_source": counts, "too_long": len(found) - len(fits)}
         self.run.say(
             f"{self.stage.name:10} {len(fits):,} lessons: {', '.join(f'{k} {v:,}' for k, v in counts.items())}"
             + (f"; {len(found) - len(fits):,} longer than a row left out" if len(found) > len(fits) else "")
         )
         return fits
-
-    def _messages(self, document: Document) -> list[Any]:
-        if not document.messages:
-            problem, remedy = "text without turns", "SFT learns from dialogues."
-            raise UserError(f"{self.stage.name}.text", document.text[:60], problem, remedy)
-        if self.stage.chains:
-            return list(document.messages)
-        return [type(m)(m.role, m.content) for m in document.messages]
-
-    def _sources(self) -> Iterator[tuple[str, list[Document]]]:
-        traces = [Files((str(self.run.input(s) / "traces.jsonl"),), name=s) for s in self.stage.traces]
-        for source in (*traces, *self.stage.text):
-            seed = self.run.seed("tasks", source.name)
-            given = source.generate(seed) if isinstance(source, TaskText) else source.documents()
-            documents = [d for d in given if not d.messages or any(m.role == "assistant" for m in d.messages)]
-            if source.name not in self.stage.traces:
-                self.results.setdefault("sources", {})[source.name] = origin(source, len(documents))
-            limit = self.stage.limits.get(source.name)
-            if limit is not None:
-                random.Random(self.run.seed("limit", source.name)).shuffle(documents)
-                documents = documents[:limit]
-            yield source.name, documents

@@ -75,7 +75,7 @@ class RecordTask:
         return self.label or self.source.rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
     def draw(self, rng: random.Random) -> Problem:
-        return rng.choice(self._problems)
+        return rng.choice(self.all_problems)
 
     def problems(self) -> Iterator[tuple[Problem, Any]]:
         """The problems of the records, each with what its check needs to know."""
@@ -90,7 +90,8 @@ class RecordTask:
         return found
 
     @cached_property
-    def _problems(self) -> tuple[Problem, ...]:
+    def all_problems(self) -> tuple[Problem, ...]:
+        """Each problem once, of either side of the split."""
         return tuple(problem for problem, _ in self.by_key.values())
 
 

@@ -1,0 +1,144 @@
+"""What SFT learns from: the dialogues of its sources as lessons, and what of them could not be used, by name."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from finback.config import UserError
+from finback.data import readers
+from finback.data.dialogues import Dialogue, read_dialogue
+from finback.data.messages import Lesson, lessons
+from finback.data.sources import Chitchat, Document, Files, Hub
+from finback.data.tokenizer import Tokenizer
+from finback.runs.files import write_lines
+from finback.runs.folder import StageRun
+from finback.stages.exam_questions import ExamQuestions
+from finback.stages.prepare import TaskText, origin
+
+if TYPE_CHECKING:
+    from finback.stages.sft import SFT
+
+SHOWN = 5  # of the records that cannot be used; unusable.jsonl in the stage's folder has all
+Source = Chitchat | Files | Hub | TaskText
+
+
+@dataclass
+class _Reading:
+    """What one source gives: dialogues and where they stand, and where and why a record cannot be used."""
+
+    name: str
+    dialogues: list[tuple[str, Dialogue]] = field(default_factory=list)
+    unusable: list[dict[str, str]] = field(default_factory=list)
+    # dialogues with a question of an exam, by exam
+    contaminated: Counter[str] = field(default_factory=Counter)
+    empty: int = 0
+
+    def refuse(self, where: str, error: UserError) -> None:
+        """Note a record that cannot be used."""
+        self.unusable.append({"source": self.name, "where": where, "why": f"{error.field}: {error.problem}"})
+
+
+class LessonReader:
+    """Reads a stage's sources; `results` says what was found in them."""
+
+    def __init__(self, stage: "SFT", run: StageRun, tokenizer: Tokenizer) -> None:
+        self.stage, self.run, self.tokenizer = stage, run, tokenizer
+        self.results: dict[str, Any] = {"unusable": {}, "contaminated": {}, "empty_answers": 0}
+        self.exams = ExamQuestions(run)
+
+    def read(self) -> dict[str, list[Lesson]]:
+        """The lessons of each source."""
+        found: dict[str, list[Lesson]] = {}
+        unusable: list[dict[str, str]] = []
+        traces = [Files((str(self.run.input(s) / "traces.jsonl"),), name=s) for s in self.stage.traces]
+        for source in (*traces, *self.stage.text):
+            reading = self._read(source)
+            kept, limit = len(reading.dialogues), self.stage.limits.get(source.name)
+            if limit is not None:
+                random.Random(self.run.seed("limit", source.name)).shuffle(reading.dialogues)
+                del reading.dialogues[limit:]
+            before = len(reading.unusable)
+            found[source.name] = self._taught(reading)
+            kept -= len(reading.unusable) - before
+            self._report(reading, source, kept, len(found[source.name]))
+            unusable += reading.unusable
+        if self.run.is_writer and unusable:
+            write_lines(self.run.folder / "unusable.jsonl", unusable)
+        return found
+
+    def _read(self, source: Source) -> _Reading:
+        reading, is_trace = _Reading(source.name), source.name in self.stage.traces
+        for where, record in self._records(source):
+            try:
+                if isinstance(record, UserError):
+                    raise record
+                dialogue = record if isinstance(record, Dialogue) else read_dialogue(record)
+            except UserError as error:
+                reading.refuse(where, error)
+                continue
+            if isinstance(source, Files | Hub) and (exam := self.exams.find(dialogue.messages, is_trace)):
+                reading.contaminated[exam] += 1
+            else:
+                reading.dialogues.append((where, dialogue))
+        return reading
+
+    def _taught(self, reading: _Reading) -> list[Lesson]:
+        found: list[Lesson] = []
+        for where, dialogue in reading.dialogues:
+            messages = [m if self.stage.chains else replace(m, reasoning="") for m in dialogue.messages]
+            try:
+                found += lessons(messages, self.tokenizer, dialogue.tools)
+                reading.empty += dialogue.empty
+            except UserError as error:  # what the model's template cannot write
+                reading.refuse(where, error)
+        return found
+
+    def _records(self, source: Source) -> Iterator[tuple[str, Any]]:
+        """Where each record stands, and what it holds."""
+        if isinstance(source, Hub):
+            yield from ((f"{source.path}[{i}]", dict(row)) for i, row in enumerate(source.rows()))
+        elif isinstance(source, Files):
+            for path in source.files():
+                if readers.kind(path) in readers.RECORDS:
+                    yield from readers.records(path, f"{source.name}.paths")
+                else:
+                    self._refuse_text(next(source.read(path)))
+        else:
+            seed = self.run.seed("tasks", source.name)
+            given = source.generate(seed) if isinstance(source, TaskText) else source.documents()
+            for i, document in enumerate(given):
+                if any(m.role == "assistant" for m in document.messages):  # some dialogues end with their first turn
+                    yield f"{source.name}[{i}]", Dialogue(document.messages)
+
+    def _refuse_text(self, document: Document) -> None:
+        problem, remedy = "text without turns", "SFT learns from dialogues."
+        raise UserError(f"{self.stage.name}.text", document.text[:60], problem, remedy)
+
+    def _report(self, reading: _Reading, source: Source, kept: int, taught: int) -> None:
+        """Into the results, and onto stderr what was left out; UserError where that is everything."""
+        name, unusable, contaminated = reading.name, reading.unusable, reading.contaminated
+        shown = [f"{each['where']} ({each['why']})" for each in unusable[:SHOWN]]
+        left_out = {"unusable": len(unusable), "contaminated": contaminated.total(), "empty_answers": reading.empty}
+        if name not in self.stage.traces:
+            about = origin(source, kept)
+            about["documents"] |= {why: n for why, n in left_out.items() if n}
+            self.results.setdefault("sources", {})[name] = about
+        self.results["empty_answers"] += reading.empty
+        if unusable:
+            self.results["unusable"][name] = {"records": len(unusable), "first": shown}
+            self._warn(f"{len(unusable):,} records of {name} cannot be used: {'; '.join(shown)}")
+        if contaminated:
+            self.results["contaminated"][name] = dict(contaminated)
+            exams = ", ".join(f"{exam} ({n:,})" for exam, n in contaminated.items())
+            self._warn(f"{contaminated.total():,} records of {name} hold questions of exams and are left out: {exams}")
+        if reading.empty:
+            self._warn(f"{reading.empty:,} empty answers of {name} are not learnt")
+        if not taught and (unusable or contaminated):
+            first = shown[0] if shown else f"all hold questions of the exam {next(iter(contaminated))}"
+            problem = f"nothing in it can be learnt: {first}"
+            raise UserError(f"{self.stage.name}.text", name, problem, "Correct it, or leave it out.")
+
+    def _warn(self, text: str) -> None:
+        self.run.say(f"{self.stage.name:10} warning: {text}")
