@@ -6,6 +6,7 @@ fit, and says what would. No torch here: `finback show` and bad input must answe
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -74,6 +75,19 @@ def check_share(config: Any, where: str, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(_name(where, name), getattr(config, name), "a share is between 0 and 1", "Correct it.")
+
+
+def check_characters(record: dict[str, Any], written: str, where: str) -> None:
+    """Raise UserError for the first field of a JSON object with half a character, which `written` JSON can escape."""
+    if "\\ud" not in written.lower():  # text in UTF-8 holds whole characters only
+        return
+    for name, value in record.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            problem = "half a character (a lone surrogate)"
+            raise UserError(f"{where} {name!a}", half, problem, "Write whole characters, or leave it out.") from None
 
 
 def override(config: Any, path: Sequence[str], text: str, where: str) -> Any:

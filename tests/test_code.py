@@ -102,6 +102,7 @@ def test_problems_lie_on_one_side_of_the_split(tmp_path: Path) -> None:
     [
         ("{", "{FILE}:1 = '{': no JSON (Expecting property name"),
         ("[1]", "{FILE}:1 = [1]: no JSON object. Correct the data file."),
+        ('{"question": "\\ud800"}', "{FILE}:1 'question' = '\\ud800': half a character"),
         ({"question": " "}, "{FILE}:1: question = ' ': expected a text."),
         ({"tests": []}, "{FILE}:1: tests = []: expected a list of tests."),
         ({"answer": 1}, "{FILE}:1: answer = 1: no such field. Known: entry, question, solution, tests."),

@@ -90,6 +90,14 @@ def test_parquet_rows_are_records(tmp_path: Path) -> None:
         list(Files((str(tmp_path / "c.parquet"),)).documents())
 
 
+@pytest.mark.parametrize("record", ['{"text": "a \\ud800"}', '{"messages": [{"role": "user", "content": "\\uDFff"}]}'])
+def test_half_a_character_is_named_with_its_line(record: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "whole \\ud83d\\udc0b"}\n' + record)
+    with pytest.raises(UserError, match=rf"^{path}:2 '(text|messages)' = '.ud[8f].*': half a character"):
+        list(Files((str(path),)).documents())
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])
 def test_without_pyarrow_its_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).write_bytes(b"x")

@@ -36,6 +36,12 @@ def test_a_file_is_read_once_and_again_when_it_changed(tmp_path: Path) -> None:
         ('{"question": "a", "answer": "  "}\n', r"a\.jsonl:1 answer = '  ': expected text"),
         ("[" * 100_000, r"not JSON"),
         ("\udcff", r"not UTF-8 text \(byte 0\)"),
+        (
+            '{"question": "a"}\n{"question": "\\ud83d", "answer": "b"}\n',
+            r"a\.jsonl:2 'question' = '\\ud83d': half a char",
+        ),
+        ('{"question": "a", "answer": "b", "choices": ["\\uDC00"]}', r"a\.jsonl:1 'choices' = .*half a character"),
+        ('{"question": "a", "answer": NaN}', r"a\.jsonl:1 answer = nan: expected text"),
     ],
 )
 def test_bad_files_are_named(text: str, message: str, tmp_path: Path) -> None:
@@ -70,8 +76,14 @@ def test_a_table_and_a_packed_file_hold_the_same_records(tmp_path: Path) -> None
         writer = csv.DictWriter(file, ["question", "answer"])
         writer.writeheader()
         writer.writerows(rows)
+    with (tmp_path / "a.TSV").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["question", "answer"], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    for name in ("a.csv", "a.jsonl.gz"):
+    (tmp_path / "a.ndjson").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.JSONL").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("a.csv", "a.TSV", "a.jsonl.gz", "a.ndjson", "a.JSONL"):
         assert [record.fields for record in read(str(tmp_path / name), "", "")] == rows
     assert read(str(tmp_path / "a.csv"), "", "")[1].where == f"{tmp_path}/a.csv:4"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finback.config import UserError, check_fields
+from finback.config import UserError, check_characters, check_fields
 from finback.data import readers
 from finback.data.messages import Message, parse_response
 from finback.data.readers import BytesRead
@@ -173,6 +173,8 @@ def _from_json(line: str, where: str) -> Document:
     except (ValueError, RecursionError) as error:  # also too deep, or a number of too many digits
         problem = f"not JSON ({getattr(error, 'msg', error)})"
         raise UserError(where, line[:60], problem, "Write one JSON object per line.") from None
+    if isinstance(record, dict):
+        check_characters(record, line, where)
     return _from_record(record, where, line)
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from finback.config import UserError, check_fields, did_you_mean
+from finback.config import UserError, check_characters, check_fields, did_you_mean
 from finback.tasks.sandbox import Limits, Outcome, shared
 from finback.tasks.task import NO_ANSWER, Problem, Verdict
 
@@ -156,6 +156,7 @@ def _item(line: str, where: str) -> _Item:
         _refuse(where, line, f"no JSON ({error})")
     if not isinstance(data, dict):
         _refuse(where, data, "no JSON object")
+    check_characters(data, line, where)
     for key in data.keys() - _LINE:
         raise UserError(f"{where}: {key}", _short(data[key]), "no such field", did_you_mean(key, _LINE))
     question, entry, solution = data.get("question"), data.get("entry"), data.get("solution", "")

@@ -4,15 +4,16 @@ import csv
 import gzip
 import io
 import json
+import math
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finback.config import UserError, did_you_mean
+from finback.config import UserError, check_characters, did_you_mean
 from finback.tasks.task import Problem
 
 _HUB = "hub:"
@@ -36,7 +37,8 @@ class Record(NamedTuple):
         """The text (or number) of the first of these fields that is there; it must not be empty."""
         name = next((name for name in names if name in self.fields), names[0])
         value = self.value(name)
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if is_number or (isinstance(value, str) and value.strip()):
             return str(value)
         raise UserError(f"{self.where} {name}", value, "expected text", "Correct or remove the record.")
 
@@ -57,7 +59,7 @@ class Record(NamedTuple):
 class RecordTask:
     """A task with one problem for each record; of problems with the same canonical form the first counts."""
 
-    # a .jsonl, .json or .parquet file, or hub:owner/name
+    # a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, or hub:owner/name
     source: str
     # of a data set of the hub, such as main
     subset: str = ""
@@ -113,10 +115,12 @@ def read(source: str, subset: str, split: str, revision: str = "", files: str = 
 @lru_cache(maxsize=16)
 def _from_file(source: str, changed: int, size: int) -> tuple[Record, ...]:
     path = Path(source)
-    readers = {".jsonl": _lines, ".json": _list, ".parquet": _parquet, ".csv": _table}
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind not in readers or (path.suffix == ".gz" and kind == ".parquet"):
-        remedy = "Use .jsonl (one JSON object per line), .json (a list of them), .csv or .parquet."
+    tables = {".csv": partial(_table, separator=","), ".tsv": partial(_table, separator="\t")}
+    readers: dict[str, Callable[[Path], Iterator[Record]]]
+    readers = {".jsonl": _lines, ".ndjson": _lines, ".json": _list, ".parquet": _parquet, **tables}
+    kind = (Path(path.stem).suffix if _is_packed(path) else path.suffix).lower()
+    if kind not in readers or (_is_packed(path) and kind == ".parquet"):
+        remedy = "Use .jsonl (one JSON object per line), .json (a list of them), .csv, .tsv or .parquet."
         raise UserError("source", source, "not a kind of file that can be read", remedy)
     records = tuple(readers[kind](path))
     if not records:
@@ -124,22 +128,29 @@ def _from_file(source: str, changed: int, size: int) -> tuple[Record, ...]:
     return records
 
 
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
 def _lines(path: Path) -> Iterator[Record]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
-            yield _record(_json(line, f"{path}:{number}", "Write one JSON object per line."), f"{path}:{number}")
+            where = f"{path}:{number}"
+            yield _record(_json(line, where, "Write one JSON object per line."), where, line)
 
 
 def _list(path: Path) -> Iterator[Record]:
-    values = _json(_text(path), str(path), "Write a list of JSON objects.")
+    text = _text(path)
+    values = _json(text, str(path), "Write a list of JSON objects.")
     if not isinstance(values, list):
         raise UserError("source", str(path), "not a list", "Write a list of JSON objects, or use .jsonl.")
     for number, value in enumerate(values, start=1):
-        yield _record(value, f"{path}: record {number}")
+        yield _record(value, f"{path}: record {number}", text)
 
 
-def _table(path: Path) -> Iterator[Record]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+def _table(path: Path, separator: str) -> Iterator[Record]:
+    csv.field_size_limit(1 << 30)  # a worked solution may be longer than csv allows by default
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=separator, strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -182,9 +193,10 @@ def _from_hub(source: str, subset: str, split: str, revision: str, files: str) -
     return tuple(_record(dict(row), f"{source} {split}: record {n}") for n, row in enumerate(rows, start=1))
 
 
-def _record(value: Any, where: str) -> Record:
+def _record(value: Any, where: str, written: str = "") -> Record:
     if not isinstance(value, dict):
         raise UserError(where, value, "not a JSON object", 'Write for example {"question": "…", "answer": "…"}.')
+    check_characters(value, written, where)
     return Record(where, value)
 
 
@@ -198,7 +210,7 @@ def _json(text: str, where: str, remedy: str) -> Any:
 
 def _text(path: Path) -> str:
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = gzip.decompress(path.read_bytes()) if _is_packed(path) else path.read_bytes()
         return raw.decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         problem = f"not a whole gzip file ({error})"
