@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from finback.config import check_fields, check_share
+from finback.data import privacy
 from finback.data.decontamination import Decontaminator
 from finback.data.messages import Message
 from finback.data.near_duplicates import MinHashSigner, SignatureIndex
+from finback.data.readers import trim
 from finback.data.sources import Document
 
 # categories Cc, without newline and tab, and Cs; those that are spaces (a form feed) separate words
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w[\w.]*")
-_PHONE = re.compile(r"(?<!\d)(?:\+?\d{1,2}[ .-])?\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}(?!\d)")
 
 
 @dataclass
@@ -72,6 +72,8 @@ class CleaningRules:
     quality: Quality | None = None
     decontaminator: Decontaminator | None = None
     signer: MinHashSigner | None = None
+    # make every message one line, of a source whose spacing means nothing
+    one_line: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ class CheckedDocument:
 
 
 def check(raw: Document, rules: CleaningRules) -> CheckedDocument:
-    """Normalise a document, redact addresses, and apply the rules that need no other document."""
+    """Normalise a document, redact private data, and apply the rules that need no other document."""
     counts = CleaningCounts()
-    document = _normalise(raw, counts)
+    document = _normalise(raw, counts, rules.one_line)
     plain = document.plain
     key = " ".join(plain.casefold().split())
     fault, task = "", None
@@ -145,22 +147,29 @@ class DocumentFilter:
         return ("near_duplicate", like) if like else ("", "")
 
 
-def _normalise(document: Document, counts: CleaningCounts) -> Document:
+def _normalise(document: Document, counts: CleaningCounts, one_line: bool) -> Document:
+    def text(given: str) -> str:
+        return _text(given, counts, one_line)
+
     messages: list[Message] = []
     for m in document.messages:
-        text = _text(m.content, counts, one_line=True)
-        if not text:
+        content, calls = text(m.content), tuple(replace(c, arguments=text(c.arguments)) for c in m.tool_calls)
+        if not content and not calls:
             break  # what follows would answer nothing
-        messages.append(replace(m, content=text))
+        name = m.name and text(m.name)
+        messages.append(replace(m, content=content, reasoning=text(m.reasoning), tool_calls=calls, name=name))
     if document.messages and len(messages) < 2:
         return Document()  # a dialogue needs someone to answer
     return Document(tuple(messages), _text(document.text, counts, one_line=False))
 
 
 def _text(text: str, counts: CleaningCounts, one_line: bool) -> str:
-    text = _CONTROL.sub(lambda c: " " if c[0].isspace() else "", text.replace("\r\n", "\n"))
-    text = unicodedata.normalize("NFC", text)
-    clean, n = _EMAIL.subn("[email]", text)
-    clean, m = _PHONE.subn("[phone]", clean)
-    counts.redacted += n + m
-    return " ".join(clean.split()) if one_line else clean.strip()
+    """A text in NFC without control characters and private data; lines and their indentation stay."""
+    if not text:
+        return ""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _CONTROL.sub(lambda c: " " if c[0].isspace() else "", text)
+    clean, found = privacy.redact(unicodedata.normalize("NFC", text))
+    counts.redacted += found
+    return " ".join(clean.split()) if one_line else trim(clean)

@@ -11,7 +11,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -143,13 +143,14 @@ class Corpus:
         return dict(found["record"])
 
     def _checked(self, source: Source, files: list[Path], bytes_read: BytesRead) -> Iterator[CheckedDocument]:
+        rules = replace(self.rules, one_line=not source.has_layout)
         if self.executor.workers and files:
             folder = self.folder / f"{source.name}.reading"
-            reading = ReadPass(folder, files, source, self.rules)
+            reading = ReadPass(folder, files, source, rules)
             self._each(reading, len(files), folder, f"files of {source.name}")
             return chain.from_iterable(map(read_checked, reading.parts()))
         documents = (source.read(path, bytes_read) for path in files) if files else [source.documents()]
-        return (check(document, self.rules) for document in chain.from_iterable(documents))
+        return (check(document, rules) for document in chain.from_iterable(documents))
 
     def _encoded(
         self, name: str, tokenizer: Tokenizer, validates: bool, fim: float, seed: int

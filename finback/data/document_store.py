@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from finback.data.messages import Message
 from finback.data.sources import Document
+from finback.data.tools import ToolCall
 
 SEGMENT = 20_000  # documents of one file, which one worker encodes
 
@@ -55,10 +56,25 @@ def read_documents(path: Path) -> Iterator[Document]:
 
 def dump_document(document: Document) -> str:
     """One line that holds a document; lone surrogates survive as JSON's escapes."""
-    return json.dumps([document.text, *([m.role, m.content, m.reasoning] for m in document.messages)])
+    return json.dumps([document.text, *map(_dump_message, document.messages)])
 
 
 def load_document(line: str) -> Document:
     """The document of a line."""
     text, *messages = json.loads(line)
-    return Document(tuple(Message(*message) for message in messages), text)
+    return Document(tuple(map(_load_message, messages)), text)
+
+
+def _dump_message(message: Message) -> list[Any]:
+    """What most messages have, then what those of tools have besides."""
+    plain = [message.role, message.content, message.reasoning]
+    calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]
+    rest = [calls, message.tool_call_id, message.name, message.prefix]
+    return [*plain, *rest] if any(rest) else plain
+
+
+def _load_message(fields: list[Any]) -> Message:
+    if len(fields) == 3:
+        return Message(*fields)
+    role, content, reasoning, calls, *rest = fields
+    return Message(role, content, reasoning, tuple(ToolCall(*call) for call in calls), *rest)

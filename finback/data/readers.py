@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ FIELDS = (
     ),
     *("functions", "choices", "options", "reasoning_content", "reasoning", "thinking", "weight"),
 )
+_BLANK_LINES = re.compile(r"\s*\n")
 
 
 @dataclass
@@ -179,9 +181,18 @@ def paragraphs(given: Iterable[str]) -> Iterator[str]:
         if line:
             part.append(line)
         elif part:
-            yield "\n".join(part).strip()
+            yield trim("\n".join(part))
             part = []
-    yield "\n".join(part).strip()
+    yield trim("\n".join(part))
+
+
+def trim(text: str) -> str:
+    """A text without blank lines and spaces around it; the indentation of the first of several lines stays."""
+    text = text.rstrip()
+    if "\n" not in text:
+        return text.strip()
+    blank = _BLANK_LINES.match(text)
+    return trim(text[blank.end() :]) if blank else text
 
 
 def parquet(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterator[dict[str, Any]]:

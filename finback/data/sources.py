@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from finback.config import UserError, check_characters, check_fields
 from finback.data import readers
@@ -36,6 +36,8 @@ class Source(ABC):
 
     name: str
     licence: str
+    # whether line breaks and indentation say something
+    has_layout: ClassVar[bool] = True
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -57,6 +59,7 @@ class Chitchat(Source):
 
     name: str = "chitchat"
     licence: str = "MIT"
+    has_layout: ClassVar[bool] = False
 
     def files(self) -> list[Path]:
         spec = importlib.util.find_spec("chitchat_dataset")
@@ -114,7 +117,9 @@ class Files(Source):
                     yield _from_json(line, f"{path}:{number}")
             return
         whole = self.split == "files"
-        texts = ["\n".join(line.removesuffix("\r") for line in lines).strip()] if whole else readers.paragraphs(lines)
+        texts = (
+            [readers.trim("\n".join(line.removesuffix("\r") for line in lines))] if whole else readers.paragraphs(lines)
+        )
         yield from (Document(text=text) for text in texts if text)
 
 
