@@ -16,6 +16,7 @@ from finback.data.messages import Message
 from finback.data.package_sources import AWS, GOOGLE, POSTGRES, PYTHON, WORDNET
 from finback.data.readers import BytesRead
 from finback.data.sources import Document, Files
+from finback.data.tools import ToolCall
 
 TEXT = "One\nline.\r\n\r\nTwo: 鲸.\n\n\n  Three \n"
 RECORDS = [
@@ -113,6 +114,8 @@ def test_without_pyarrow_its_files_are_refused(name: str, tmp_path: Path, monkey
 @given(st.lists(st.tuples(st.text(st.characters()), st.lists(st.tuples(st.text(), st.text())))))
 def test_stored_documents_come_back(tmp_path_factory: pytest.TempPathFactory, given: list) -> None:  # type: ignore[type-arg]
     documents = [Document(tuple(Message("assistant", a, b) for a, b in said), text) for text, said in given]
+    call = ToolCall("sing", '{"song": 1}', "7")
+    documents += [Document((Message("assistant", "a", "b", (call,), learnt=False), Message("tool", "c", name="sing")))]
     written = document_store.DocumentWriter(tmp_path_factory.getbasetemp(), "stored", segment=3)
     with written:
         for document in documents:

@@ -70,7 +70,7 @@ def _dump_message(message: Message) -> list[Any]:
     plain = [message.role, message.content, message.reasoning]
     calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]
     rest = [calls, message.tool_call_id, message.name, message.prefix]
-    return [*plain, *rest] if any(rest) else plain
+    return [*plain, *rest, message.learnt] if any(rest) or not message.learnt else plain
 
 
 def _load_message(fields: list[Any]) -> Message:
