@@ -144,6 +144,38 @@ def measure(cell: Cell, repetitions: int, seed: int, compared: int = 100) -> Fou
     )
 
 
+def enumerate_pairs(n: int) -> dict[str, float]:
+    """Coverage without chance where each of two models answers n questions once, over all shares of gained and lost questions.
+
+    Every count of gained and of lost questions has a probability, and either is in the interval or not. `single` is one model alone.
+    """
+    counts = np.array([(gained, lost) for gained in range(n + 1) for lost in range(n + 1 - gained)])
+    place = np.arange(n)
+    is_gained, is_either = place < counts[:, :1], place < counts.sum(axis=1, keepdims=True)
+    low, high = limits_of_difference(np.where(is_gained, 1.0, np.where(is_either, -1.0, 0.0)))
+    factorial = np.array([math.lgamma(i + 1) for i in range(n + 1)])
+    gained, lost = counts.T
+    ways = factorial[n] - factorial[gained] - factorial[lost] - factorial[n - gained - lost]
+    shares = np.concatenate([[0.002, 0.005, 0.01], np.arange(0.02, 0.99, 0.02), [0.99, 0.995]])
+    covered, single = [], []
+    for p in shares:
+        for q in shares[shares <= 1 - p + 1e-9]:
+            alike = max(1 - p - q, 1e-12)
+            chance = np.exp(ways + gained * math.log(p) + lost * math.log(q) + (n - gained - lost) * math.log(alike))
+            covered.append(chance[(low <= p - q) & (p - q <= high)].sum())
+    right = np.arange(n + 1)
+    low, high = limits_of_mean((place < right[:, None]).astype(float))
+    for p in np.linspace(0.002, 0.998, 499):
+        chance = np.exp(factorial[n] - factorial - factorial[::-1] + right * math.log(p) + (n - right) * math.log1p(-p))
+        single.append(chance[(low <= p) & (p <= high)].sum())
+    return {
+        "mean": float(np.mean(covered)),
+        "min": float(min(covered)),
+        "mean_single": float(np.mean(single)),
+        "min_single": float(min(single)),
+    }
+
+
 def before(values: np.ndarray, is_single: bool, rng: np.random.Generator, resamples: int = 1000) -> Limits:
     """The intervals that finback had before: percentiles of a bootstrap over questions, Wilson's formula near 0 and 1."""
     n, mean, variance = values.shape[1], values.mean(axis=1), values.var(axis=1, ddof=1)
@@ -226,6 +258,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/coverage.json")
     arguments = parser.parse_args()
     results = header("coverage", {"repetitions": arguments.repetitions, "seed": arguments.seed, "level": LEVEL})
+    results["one_answer_each"] = {str(n): enumerate_pairs(n) for n in (*range(5, 21), 30, 60, 100)}
+    for n, exact in results["one_answer_each"].items():
+        print(f"{n} questions, one answer each, exactly: mean {exact['mean']:.1%}, min {exact['min']:.1%}")
     for place, (name, cells) in enumerate(
         {"r1_protocol": protocol_cells(), "scores": single_cells(), "differences": pair_cells()}.items()
     ):

@@ -76,9 +76,13 @@ def test_a_difference_by_hand() -> None:
     # never seen to gain or lose: either may yet happen, as often as 0 of 5 allow
     once = 1 - 0.05 ** (1 / 5)
     assert limits([0] * 5) == pytest.approx((-once, once))
-    # always gained: 1 - sqrt((1 - l)^2 + u^2), l = 0.05^(1/6) of 6 of 6 and u = 1 - l of 0 of 6
+    # always gained: l = 0.05^(1/6) of 6 of 6 and u = 1 - l of 0 of 6, which would exclude each other's increase: 1 - (1 - l) - u
     sixth = 1 - 0.05 ** (1 / 6)
-    assert limits([1] * 6) == pytest.approx((1 - math.sqrt(2) * sixth, 1))
+    assert limits([1] * 6) == pytest.approx((1 - 2 * sixth, 1))
+    # 5 gained, 15 alike: 0.09786 to 0.47022 of 5 of 20 and 0 to 0.13911 of 0 of 20; the correlation of 0.09786 and 0.13911 is
+    # -sqrt(0.09786 x 0.13911 / (0.90214 x 0.86089)) = -0.13239
+    low = 0.25 - math.sqrt(0.15214**2 + 0.13911**2 + 2 * 0.13239 * 0.15214 * 0.13911)
+    assert limits([1] * 5 + [0] * 15) == pytest.approx((low, 0.47022), abs=2e-5)
     # half gained, half lost: both 1 of 2, 0.025 to 0.975, the correlation -1: arms add up
     assert limits([1, -1]) == pytest.approx((-0.95, 0.95))
 
@@ -179,6 +183,13 @@ def coverage() -> ModuleType:
     return module
 
 
+def test_coverage_of_every_way_in_which_two_can_differ(coverage: ModuleType) -> None:
+    for n in (5, 6, 12, 30):
+        found = coverage.enumerate_pairs(n)
+        assert found["mean"] >= 0.95 and found["min"] >= 0.91, n
+        assert found["min_single"] >= 0.91
+
+
 def test_coverage_at_the_protocol_of_r1(coverage: ModuleType) -> None:
     found = [coverage.measure(cell, 400, 1000 + i) for i, cell in enumerate(coverage.protocol_cells())]
     assert len(found) == 16 and min(f.coverage for f in found) >= 0.92
@@ -204,6 +215,7 @@ def test_the_committed_coverage_is_within_its_bounds(coverage: ModuleType) -> No
     }
     results = json.loads((ROOT / "benchmarks/results/coverage.json").read_text(encoding="utf-8"))
     assert results["differences"]["all"]["cells"] == len(cells)
+    assert min(found["min"] for found in results["one_answer_each"].values()) >= 0.9
     for grid in ("r1_protocol", "scores", "differences"):
         found = results[grid]["all"]
         assert found["mean"] >= 0.94 and found["min"] >= 0.9 and found["narrowest"] > 0

@@ -54,20 +54,28 @@ def limits_of_difference(gaps: np.ndarray, level: float = LEVEL) -> Limits:
     """
     n, size = gaps.shape[-1], abs(gaps)
     largest = ((gaps**2).sum(axis=-1) + _IMAGINED) / (size.sum(axis=-1) + _IMAGINED)
-    means, variances, limits = [], [], []
+    means, limits = [], []
     for part in (np.maximum(gaps, 0), np.maximum(-gaps, 0)):
         means.append(part.mean(axis=-1))
-        variances.append(part.var(axis=-1))
-        unbiased = variances[-1] * n / max(n - 1, 1)
-        limits.append(limits_of_moments(means[-1], unbiased, n, level, largest))
+        variance = part.var(axis=-1) * n / max(n - 1, 1)
+        limits.append(limits_of_moments(means[-1], variance, n, level, largest))
     (gained, lost), (gained_limits, lost_limits) = means, limits
-    scale = np.sqrt(variances[0] * variances[1])
-    # a question is gained or lost, never both
-    correlation = np.maximum(-1.0, -gained * lost / np.where(scale > 0, scale, np.inf))
     mean = gained - lost
-    down = _square_and_add(gained - gained_limits[0], lost_limits[1] - lost, correlation)
-    up = _square_and_add(gained_limits[1] - gained, lost - lost_limits[0], correlation)
-    return np.maximum(mean - down, -1.0), np.minimum(mean + up, 1.0)
+    low = mean - _arm(gained, gained_limits[0], lost, lost_limits[1], largest)
+    high = mean + _arm(lost, lost_limits[0], gained, gained_limits[1], largest)
+    return np.maximum(low, -1.0), np.minimum(high, 1.0)
+
+
+def _arm(less: np.ndarray, fewest: np.ndarray, more: np.ndarray, most: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """How far a difference may be off if one mean is as low as its limit `fewest` and the other as high as `most`.
+
+    A question is gained or lost, never both, which correlates the two means: at these limits, as nothing is seen of it where no
+    question was lost yet.
+    """
+    free = np.maximum((largest - fewest) * (largest - most), 1e-12)
+    correlation = -np.minimum(1.0, np.sqrt(fewest * most / free))
+    down, up = less - fewest, most - more
+    return np.sqrt(down**2 + up**2 - 2 * correlation * down * up)
 
 
 def mid_p(right: np.ndarray, n: np.ndarray, level: float = LEVEL) -> Limits:
@@ -89,10 +97,6 @@ def student(p: float, degrees: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / degrees ** (i + 1) for i, term in enumerate(terms))
-
-
-def _square_and_add(one: np.ndarray, other: np.ndarray, correlation: np.ndarray) -> np.ndarray:
-    return np.sqrt(one**2 + other**2 - 2 * correlation * one * other)
 
 
 def _lower(right: np.ndarray, n: np.ndarray, tail: float) -> np.ndarray:
