@@ -104,6 +104,10 @@ class Files(Source):
             found += matches
         return found
 
+    def content_files(self) -> dict[str, list[Path]]:
+        """The files that a field names."""
+        return {"paths": self.files()}
+
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         where = f"{self.name}.paths"
         if readers.kind(path) == ".parquet":

@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from finback.config import UserError, as_json, check_fields, did_you_mean, override
+from finback.runs import contents
 from finback.runs.declaration import DECLARATION, Declaration
 from finback.runs.files import CONFIG, MANIFEST, RECIPE, SUMMARY, is_checkpoint, read_object, write_json
 from finback.runs.folder import Interrupted, Ranks, StageRun
 from finback.runs.ledger import cost, spent
+
+CONTENTS = "contents"  # the key in a begun stage's declaration
+_REMEDY = "Choose another folder with --runs, or delete that stage's folder and those after it."
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Stage:
 
     # limits of the running and not of the result: these may change in a half-finished stage
     free: ClassVar[frozenset[str]] = frozenset({"checkpoint_steps", "max_gap", "patience", "workers"})
+    # knobs whose files the stage itself reads again where they changed
+    watched: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_fields(self, self.name)
@@ -166,6 +172,12 @@ def config_json(stage: Stage) -> dict[str, Any]:
     return dict(as_json(stage)) | {DECLARATION: declared}
 
 
+def begun_json(stage: Stage) -> dict[str, Any]:
+    """What config.json holds once the stage is begun: also digests of the files and the code that its knobs name."""
+    config = config_json(stage)
+    return config | {DECLARATION: config[DECLARATION] | {CONTENTS: contents.digests(stage)}}
+
+
 def claim(recipe: Recipe, root: Path, seed: int) -> None:
     """Check that a run folder belongs to this recipe, seed and knobs, and say so in it if it is new.
 
@@ -197,8 +209,11 @@ def _check_knobs(stage: Stage, path: Path) -> None:
         # a knob that came with a later version had its default before there was one
         was = then.get(field, defaults.get(field))
         if was != now.get(field):
-            remedy = "Choose another folder with --runs, or delete that stage's folder and those after it."
-            raise UserError(f"{stage.name}.{field}", now.get(field), f"{path.parent} was made with {was!r}", remedy)
+            raise UserError(f"{stage.name}.{field}", now.get(field), f"{path.parent} was made with {was!r}", _REMEDY)
+    if found := contents.changed(then.get(DECLARATION, {}).get(CONTENTS), contents.digests(stage)):
+        knob, before, digest = found
+        problem = f"the content is another than {path.parent} was made with, sha256 {before[:12]}"
+        raise UserError(f"{stage.name}.{knob}", f"sha256 {digest[:12]}", problem, _REMEDY)
 
 
 def execute(
@@ -214,7 +229,7 @@ def execute(
             continue
         if run.is_writer:
             run.folder.mkdir(exist_ok=True)
-            write_json(run.folder / CONFIG, config_json(stage))
+            write_json(run.folder / CONFIG, begun_json(stage))
         ranks.barrier()
         watch(run)
         run.begin(recipe.file, stage.inputs())

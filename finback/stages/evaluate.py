@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import InitVar, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ class OfSuite:
     @property
     def name(self) -> str:
         return self.spec
+
+    def content_files(self) -> dict[str, list[Path]]:
+        """The files that a field names; packaged suites have none of their own."""
+        name = self.spec.partition("?")[0]
+        found = [path for path in map(Path, (name, name.partition("@")[0])) if path.is_file()]
+        return {"spec": found[:1]}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from finback.config import UserError, check_fields, check_positive, check_share
 from finback.data import pack, tokenizer
@@ -113,6 +113,8 @@ class Prepare(Stage):
     workers: int = 0
     # tokens of one file of a shard
     shard_tokens: int = pack.LARGE
+
+    watched: ClassVar[frozenset[str]] = frozenset({"text"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

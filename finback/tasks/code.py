@@ -54,6 +54,10 @@ class Code:
     def name(self) -> str:
         return self.label or f"code-{Path(self.path).stem}"
 
+    def content_files(self) -> dict[str, list[Path]]:
+        """The files that a field names."""
+        return {"path": [Path(self.path)]}
+
     @property
     def waits(self) -> bool:
         """A check waits for another process, so several are made at a time."""

@@ -76,6 +76,10 @@ class RecordTask:
     def name(self) -> str:
         return self.label or self.source.rsplit("/", 1)[-1].rsplit(".", 1)[0]
 
+    def content_files(self) -> dict[str, list[Path]]:
+        """The files that a field names."""
+        return {} if self.source.startswith(_HUB) else {"source": [Path(self.source)]}
+
     def draw(self, rng: random.Random) -> Problem:
         return rng.choice(self.all_problems)
 
