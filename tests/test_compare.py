@@ -122,10 +122,12 @@ def test_who_says_nothing_or_always_the_same_is_flagged(
     assert (s["accuracy"], s["flags"]) == (accuracy, flags)
 
 
-def test_always_the_same_is_no_fault_where_it_is_right(tmp_path: Path) -> None:
+def test_always_the_same_is_flagged_though_it_is_right(tmp_path: Path) -> None:
     suite = choices()
     suite = dataclasses.replace(suite, problems=tuple(dataclasses.replace(p, answer="3") for p in suite.problems))
-    assert scores_of(lambda ask: "3", suite, tmp_path)["flags"] == []
+    s = scores_of(lambda ask: "3", suite, tmp_path)
+    said = "always says '3', as 100% of the gold answers do: such questions show nothing"
+    assert (s["accuracy"], s["flags"]) == (1, [said])
 
 
 def test_a_failure_is_no_mistake(tmp_path: Path) -> None:

@@ -231,8 +231,8 @@ def _scores(
     found = []
     for suite in suites:
         judged = judge_answers(suite, answered[suite.name], contestant.price)
-        lost = sum(each.ask.suite.name == suite.name for each in failed)
-        found.append(score(contestant.name, suite, judged, lost))
+        lost = [each.problem for each in failed if each.ask.suite.name == suite.name]
+        found.append(score(contestant.name, suite, judged, lost, contestant.identity.get("model", "")))
     return found
 
 

@@ -10,10 +10,11 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from finback.comparison.endings import before_stop_token, ending
 from finback.comparison.protocol import EvalRequest, SamplingProtocol, digest
 from finback.config import UserError
 from finback.data.messages import parse_response
@@ -39,11 +40,11 @@ class Answer:
     text: str
     # whether the chain has an end
     closed: bool
-    # "stop", "length", or what else a server calls it
+    # "stop", "length", or what else a server calls it; "" where it calls it nothing
     finish: str
     # None where a server does not say
     prompt_tokens: int | None
-    # chain and answer together
+    # chain and answer together, whatever a server counts where
     tokens: int | None
     # from when it was begun until it was whole
     seconds: float
@@ -55,8 +56,18 @@ class Answer:
 
     @property
     def whole(self) -> bool:
-        """Whether it came to its end; only then it is judged."""
-        return self.finish == "stop" and self.closed
+        """Whether it came to its end; only then it is judged. An end of an unknown name is one."""
+        return ending(self.finish) in ("stop", "refused", "tools", "unknown") and self.closed
+
+    @property
+    def said(self) -> str:
+        """The text that is judged: up to the first stop token that a server has left in it."""
+        return before_stop_token(self.text)[0]
+
+    @property
+    def stop_token(self) -> str:
+        """The first stop token in the text, "" if there is none."""
+        return before_stop_token(self.text)[1]
 
 
 @dataclass(frozen=True)
@@ -69,7 +80,8 @@ class Failure:
 
 def parse_answer(ask: EvalRequest, text: str, reasoning: str = "", opened: bool = False, **more: Any) -> Answer:
     """An answer from a reply, with its chain in the text or beside it; `opened` says that the prompt opened one."""
-    if not reasoning and not text.lstrip().startswith(THINK) and (opened or END_THINK in text):
+    unopened = text.lstrip().startswith(END_THINK) if reasoning else opened or END_THINK in text
+    if unopened and not text.lstrip().startswith(THINK):
         text = THINK + text  # servers that know nothing of chains leave out what the prompt ended with
     response = parse_response(text)
     thinking = reasoning.strip() or response.reasoning
@@ -160,10 +172,11 @@ class AnswerStore:
         slug = "".join(c if c.isalnum() else "-" for c in name).strip("-")[-60:]
         self.path = folder / f"{slug}-{digest(identity)[:8]}.jsonl"
         known = {field.name for field in fields(Answer)}
+        needed = {field.name for field in fields(Answer) if field.default is MISSING}
         self.answers: dict[str, Answer] = {}
         for line in read_lines(self.path):
-            if isinstance(line, dict) and known <= line.keys():
-                self.answers[line["key"]] = Answer(**{name: line[name] for name in known})
+            if isinstance(line, dict) and needed <= line.keys():
+                self.answers[line["key"]] = Answer(**{name: line[name] for name in known & line.keys()})
 
     def save(self, found: Iterator[Answer | Failure]) -> Iterator[Answer | Failure]:
         """Pass on what comes; every answer is in the file before it is passed on."""

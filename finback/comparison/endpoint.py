@@ -15,13 +15,11 @@ from typing import Any
 
 from finback.client import DONE, Client, RateLimit, RequestFailed, Retries, check_url, parse_json
 from finback.comparison.contestant import Answer, Failure, Price, parse_answer
+from finback.comparison.endings import ending
 from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.config import UserError, check_positive
 
 HOPELESS = 8  # failures without one answer after which the rest is not tried
-# what a server calls its own failure, rather than an end of the answer
-_BROKEN = frozenset({"error", "abort", "cancelled", "insufficient_system_resource"})
-_FINISH = {"": "stop", "end_turn": "stop", "eos": "stop", "max_tokens": "length"}
 
 
 @dataclass
@@ -30,7 +28,14 @@ class ChatCompletion:
 
     content: str = ""
     reasoning: str = ""
+    # in the server's words
     finish: str = ""
+    # what OpenAI's servers say beside the content when a model declines
+    refusal: str = ""
+    calls_tools: bool = False
+    # of several samples only the first is read
+    index: Any = None
+    has_choice: bool = False
     prompt_tokens: int | None = None
     tokens: int | None = None
     model: str = ""
@@ -42,25 +47,45 @@ class ChatCompletion:
         if error := chunk.get("error"):
             raise RequestFailed(f"error in the reply: {json.dumps(error)[:200]}")
         usage = chunk.get("usage")
-        if isinstance(usage, dict):
-            self.prompt_tokens, self.tokens = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        if isinstance(usage, dict) and usage:
+            self.prompt_tokens, self.tokens = billed(usage)
         self.model = str(chunk.get("model") or self.model)
         choices = chunk.get("choices")
         if not isinstance(choices, list):
             raise RequestFailed(f"no choices in {json.dumps(chunk)[:100]}")
-        for choice in choices[:1]:
-            self._take(choice)
+        for choice in choices:
+            index = choice.get("index") if isinstance(choice, dict) else None
+            if not self.has_choice or index == self.index:
+                self.index = index
+                self._take(choice)
 
     def _take(self, choice: Any) -> None:
         message = (choice.get("delta") or choice.get("message")) if isinstance(choice, dict) else None
         if not isinstance(message, dict) and not (isinstance(choice, dict) and choice.get("finish_reason")):
             raise RequestFailed(f"no message in {json.dumps(choice)[:100]}")
+        self.has_choice = True
         message = message if isinstance(message, dict) else {}
         self.content += _text(message.get("content"))
+        self.refusal += _text(message.get("refusal"))
+        self.calls_tools |= bool(message.get("tool_calls") or message.get("function_call"))
         # both names may be there with the same text
         reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
         self.reasoning += reasoning or _text(message.get("reasoning_details"))
-        self.finish = str(choice.get("finish_reason") or self.finish)
+        finish = choice.get("finish_reason")
+        finish = finish.get("type") if isinstance(finish, dict) else finish
+        self.finish = str(finish or self.finish)
+
+    def end(self, max_tokens: int | None) -> None:
+        """Once all is there: RequestFailed if that is no answer; an end that the server does not name is found."""
+        if not self.has_choice:
+            raise RequestFailed("choices is empty: a reply without an answer")
+        if ending(self.finish) == "broken":
+            raise RequestFailed(f"the server broke off with finish_reason {self.finish!r}")
+        if not self.content.strip() and ending(self.finish) == "stop":
+            self.finish = "refusal" if self.refusal else "tool_calls" if self.calls_tools else self.finish
+        self.content = self.content or self.refusal
+        if not self.finish and max_tokens is not None and (self.tokens or 0) >= max_tokens:
+            self.finish = "length"
 
 
 def complete(client: Client, body: dict[str, Any]) -> ChatCompletion:
@@ -73,15 +98,42 @@ def complete(client: Client, body: dict[str, Any]) -> ChatCompletion:
     else:
         if not reply.finish:
             raise RequestFailed("the stream ended without finish_reason or [DONE]")
-    if reply.finish in _BROKEN:
-        raise RequestFailed(f"the server broke off with finish_reason {reply.finish!r}")
-    reply.finish = _FINISH.get(reply.finish, reply.finish)
+    longest = body.get("max_completion_tokens", body.get("max_tokens"))
+    reply.end(longest if isinstance(longest, int) else None)
     return reply
 
 
-def _count(usage: dict[str, Any], name: str) -> int | None:
-    value = usage.get(name)
-    return value if isinstance(value, int) and value >= 0 else None
+def billed(usage: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Prompt tokens and tokens of chain and answer, as a bill counts them; None for what the server does not say.
+
+    Some servers leave the chain out of `completion_tokens` and have it in `total_tokens`, or in its details alone. What
+    the total has beyond both is the chain, unless it is just what was read from a cache.
+    """
+    prompt, made = _count(usage, "prompt_tokens", "input_tokens"), _count(usage, "completion_tokens", "output_tokens")
+    total = _count(usage, "total_tokens")
+    thought = (
+        _count(usage.get("completion_tokens_details"), "reasoning_tokens") or _count(usage, "reasoning_tokens") or 0
+    )
+    details = usage.get("prompt_tokens_details")
+    cached = _count(details, "cached_tokens") or _count(usage, "cache_read_input_tokens") or 0
+    cached += _count(usage, "cache_creation_input_tokens") or 0
+    if total is not None and prompt is not None:
+        rest = total - prompt - (made or 0)
+        if made is not None and cached and rest == cached != thought:
+            prompt, rest = total - made, 0
+        made = (made or 0) + max(0, rest)
+    elif total is not None and made is not None:
+        prompt = max(0, total - made)
+    if made is not None and thought > made:  # in no sum at all
+        made += thought
+    return prompt, made
+
+
+def _count(usage: Any, *names: str) -> int | None:
+    """The first of these that is a whole number, not below 0."""
+    values = [usage.get(name) for name in names] if isinstance(usage, dict) else []
+    found = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v >= 0 and v == v // 1]
+    return int(found[0]) if found else None
 
 
 def _text(value: Any) -> str:

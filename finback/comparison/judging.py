@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finback.comparison.contestant import Answer, Price
+from finback.comparison.endings import ending
 from finback.suites.suite import Suite
 from finback.tasks.answers import compact, final_answer
 from finback.tasks.language import consistency
@@ -29,23 +30,28 @@ class JudgedAnswer:
     @property
     def is_cut(self) -> bool:
         """Whether the tokens were used up before it ended."""
-        return self.answer.finish == "length"
+        return ending(self.answer.finish) == "length"
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing, neither in the chain nor behind it."""
-        return not (self.answer.text or self.answer.thinking)
+        return not (self.answer.said or self.answer.thinking)
+
+    @property
+    def is_reasoning_only(self) -> bool:
+        """Whether a chain came to an end, or was given up, and no answer follows it."""
+        return bool(self.answer.thinking) and not self.answer.said and not self.is_cut
 
     @property
     def shown(self) -> str:
         """The vote, or how a longer answer begins."""
-        return self.vote or self.answer.text[:_LONGEST_VOTE]
+        return self.vote or self.answer.said[:_LONGEST_VOTE]
 
 
 def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Price) -> list[JudgedAnswer]:
     """Judge answers, given with the places of their questions. One that is cut off, or lost in its chain, is wrong."""
     whole = [pair for pair in answers if pair[1].whole]
-    asked = [(suite.problems[place], a.text) for place, a in whole]
+    asked = [(suite.problems[place], a.said) for place, a in whole]
     verdicts = dict(zip([id(a) for _, a in whole], judged(suite.task, asked), strict=True))
     return [
         JudgedAnswer(
@@ -62,5 +68,5 @@ def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Pr
 
 def vote(a: Answer) -> str | None:
     """What an answer counts for in a vote; nothing where it has no end or no short final answer."""
-    final = final_answer(a.text) if a.whole else None
+    final = final_answer(a.said) if a.whole else None
     return compact(final).lower().rstrip(".") if final is not None and len(final) <= _LONGEST_VOTE else None

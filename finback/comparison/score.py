@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finback.comparison import remarks
 from finback.comparison.judging import JudgedAnswer
 from finback.suites import statistics
 from finback.suites.intervals import LEVEL
 from finback.suites.statistics import Difference
 from finback.suites.suite import Suite
-
-SAME = 0.95  # share of alike answers from which on a contestant "always" gives them
-_FEWEST = 5  # questions from which on it is flagged
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,14 @@ class Score:
     dollars_per_solved: float | None
     language: float | None
     tries: float | None
+    # how many ended how, in the servers' words; null where they say nothing
+    endings: dict[str, int] = field(default_factory=dict)
+    # the share that is a chain of thought and no answer
+    reasoning_only: float = 0.0
+    # how many hold a stop token, by the first of these
+    stop_tokens: dict[str, int] = field(default_factory=dict)
+    # how many a model answered, by the name that the server gives it
+    answered_by: dict[str, int] = field(default_factory=dict)
     flags: list[str] = field(default_factory=list)
     by_question: dict[int, float] = field(default_factory=dict, repr=False)
 
@@ -52,8 +58,10 @@ class Score:
         return {name: value for name, value in vars(self).items() if name != "by_question"}
 
 
-def score(contestant: str, suite: Suite, judged: Sequence[JudgedAnswer], failed: int) -> Score:
-    """Sum up the judged answers of one contestant on one suite."""
+def score(
+    contestant: str, suite: Suite, judged: Sequence[JudgedAnswer], failed: Sequence[str] = (), model: str = ""
+) -> Score:
+    """Sum up the judged answers of one contestant on one suite; `failed` says why others did not come, `model` is who was asked."""
     groups: dict[int, list[JudgedAnswer]] = defaultdict(list)
     for each in judged:
         groups[each.place].append(each)
@@ -67,7 +75,7 @@ def score(contestant: str, suite: Suite, judged: Sequence[JudgedAnswer], failed:
         suite.name,
         len(groups),
         len(judged),
-        failed,
+        len(failed),
         accuracy,
         interval,
         _majority(suite, groups),
@@ -83,7 +91,11 @@ def score(contestant: str, suite: Suite, judged: Sequence[JudgedAnswer], failed:
         dollars_per_solved=total / solved if total is not None and solved else None,
         language=_mean([j.language for j in judged if j.language is not None]),
         tries=_mean([j.answer.tries for j in judged]),
-        flags=_flags(suite, judged, failed, interval),
+        endings=dict(Counter(j.answer.finish or "null" for j in judged)),
+        reasoning_only=_mean([j.is_reasoning_only for j in judged]) or 0.0,
+        stop_tokens=dict(Counter(j.answer.stop_token for j in judged if j.answer.stop_token)),
+        answered_by=dict(Counter(j.answer.model for j in judged if j.answer.model)),
+        flags=remarks.of(suite, judged, failed, interval, model),
         by_question=by_question,
     )
 
@@ -130,34 +142,6 @@ def _pass_at(groups: dict[int, list[JudgedAnswer]]) -> dict[int, float]:
     ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64) if k <= fewest} | ({fewest} if fewest else set()))
     counts = [(len(group), sum(j.verdict.correct for j in group)) for group in groups.values()]
     return {k: sum(statistics.pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
-
-
-def _flags(
-    suite: Suite, judged: Sequence[JudgedAnswer], failed: int, interval: tuple[float, float] | None
-) -> list[str]:
-    """What a reader must know before believing the score."""
-    flags = [f"{failed} answers failed: the score is of the rest"] if failed else []
-    if not judged:
-        return [*flags, "no answers"]
-    if (_mean([j.is_empty for j in judged]) or 0) >= SAME:
-        flags.append("answers nothing")
-    same = _always(suite, judged)
-    if same is not None:
-        flags.append(f"always says {same[:30]!r}")
-    if suite.chance is not None and interval is not None and interval[0] <= suite.chance:
-        flags.append(f"not above chance ({suite.chance:.0%})")
-    return flags
-
-
-def _always(suite: Suite, judged: Sequence[JudgedAnswer]) -> str | None:
-    """The one answer that nearly all questions get, if they should have had several."""
-    asked = {j.place for j in judged}
-    gold = Counter(suite.problems[place].answer for place in asked)
-    # programs have no gold answers to compare; where one answer is nearly always right, saying it is no fault
-    if len(asked) < _FEWEST or max(gold.values()) >= SAME * len(asked):
-        return None
-    text, times = Counter(j.shown for j in judged).most_common(1)[0]
-    return text if text and times >= SAME * len(judged) else None
 
 
 def _mean(values: Sequence[float]) -> float | None:
