@@ -1,5 +1,7 @@
 """The ledger: what was spent by purpose, on what, with what, and energy where the machine can be asked."""
 
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,11 @@ from finback.parallel.mesh import World
 from finback.planner import plan_vs_actual, recipe_plan
 from finback.planner.options import PlanOptions
 from finback.runs import energy as counters
-from finback.runs import provenance
-from finback.runs.files import read_lines, write_json
+from finback.runs import ledger, provenance
+from finback.runs.files import read_lines, write_json, write_lines
 from finback.runs.folder import StageRun
 from finback.runs.ledger import cost, spent
+from finback.runs.reader import StageFolder
 from finback.runs.recipe import config_json, load
 from tests.toy import CONFIG, ROOT
 
@@ -150,11 +153,11 @@ def test_flops_are_told_apart_by_purpose(tmp_path: Path) -> None:
 
 
 def test_metered_energy_takes_the_place_of_the_estimate(tmp_path: Path) -> None:
-    ledger = (
+    text = (
         '{"seconds": 0, "cores": 2, "metered": "RAPL"}\n{"seconds": 10, "cores": 2, "joules": 500, "metered_core_seconds": 20}\n'
         '{"seconds": 30, "cores": 2}\n'
     )
-    (tmp_path / "ledger.jsonl").write_text(ledger)
+    (tmp_path / "ledger.jsonl").write_text(text)
     told = cost(tmp_path)
     # 500 J metered, and 60 core-seconds at 12 W that were not
     assert told["energy_wh"] == round((500 + 60 * 12) / 3600, 3)
@@ -222,3 +225,100 @@ def test_a_folder_that_cannot_be_planned_still_shows_its_ledger(tmp_path: Path) 
     damaged, unplanned = found["notes"]
     assert "damaged" in damaged and unplanned.startswith("no plan: ")
     assert "note: no plan: " in plan_vs_actual.text(found)
+
+
+def test_a_counter_that_was_reset_adds_nothing(tmp_path: Path) -> None:
+    for before, after, gap in (
+        (200_000_000_000, 0, 1),
+        (200_000_000_000, 5_000_000, 100),
+        (90, 0, 60),
+        (1 << 37, 7, 0),
+    ):
+        energy = counters.Energy(powercap(tmp_path, package_0=before))
+        powercap(tmp_path, package_0=after)
+        energy.read(energy.at + gap)
+        assert energy.joules == 0 and energy.take() is None, "it is estimated instead"
+        powercap(tmp_path, package_0=after + 2_000_000)
+        assert energy.take() == 2, "and counts on from where it is"
+    energy = counters.Energy(powercap(tmp_path, package_0=TURN - 9_000_000_000))
+    powercap(tmp_path, package_0=6_000_000_000)
+    energy.read(energy.at + 60)
+    assert energy.certain and energy.joules == 15_000, "250 W over the turn"
+    energy = counters.Energy(powercap(tmp_path, package_0=0))
+    powercap(tmp_path, package_0=150_000_000_000)
+    energy.read(energy.at + 60)
+    assert energy.take() is None, "2,500 W cannot be"
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("-5\n")
+    assert energy.take() is None
+
+
+@pytest.mark.parametrize("later", [400, 10**9, None])
+def test_a_gpu_that_was_reset_or_lost_adds_nothing(
+    later: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = Gpus()
+    monkeypatch.setattr(counters, "cuda", lambda: gpus)
+    monkeypatch.setitem(sys.modules, "pynvml", gpus)
+    energy = counters.Energy(tmp_path / "none")
+    gpus.millijoules = {"GPU-b": 6000} | ({} if later is None else {"GPU-a": later})
+    energy.read()
+    assert energy.joules == 1 and energy.take() is None
+    gpus.millijoules["GPU-a"] = 3000
+    energy.read()
+    gpus.millijoules["GPU-a"] = 5000
+    energy.take()
+    gpus.millijoules["GPU-a"] = 6000
+    assert energy.take() == 1
+
+
+def test_energy_follows_cpu_time_and_not_the_load_of_the_machine(tmp_path: Path) -> None:
+    quiet, loaded = ({"seconds": s, "cores": 2, "cpu_seconds": 390.0} for s in (200.0, 380.0))
+    for name, line in (("quiet", quiet), ("loaded", loaded)):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "ledger.jsonl", [line])
+    assert cost(tmp_path / "quiet")["energy_wh"] == cost(tmp_path / "loaded")["energy_wh"] == 390 * 12 / 3600
+    assert ledger.watt_hours([{"seconds": 300.0, "cores": 2}]) == 2, "an older ledger has wall time alone"
+    half = {"seconds": 10.0, "cores": 2, "joules": 36, "metered_core_seconds": 10.0, "cpu_seconds": 6.0}
+    assert ledger.watt_hours([half]) == pytest.approx((36 + 3 * 12) / 3600)
+
+
+def test_cpu_time_is_that_of_the_process_and_of_its_children(tmp_path: Path) -> None:
+    run, other = stage_run(tmp_path), counters.CpuTime([("elsewhere", 1)])
+    assert other.take() is None, "nobody here can be asked"
+    run.begin(None, ())
+    began = sum(os.times()[:4])
+    subprocess.run([sys.executable, "-S", "-c", "sum(range(2_000_000))"], check=True)
+    sum(range(1_000_000))
+    run.account()
+    mine = sum(os.times()[:4]) - began
+    busy = read_lines(run.folder / "ledger.jsonl")[-1]["cpu_seconds"]
+    assert busy > 0 and abs(busy - mine) < 0.15, "in ticks of a hundredth"
+    twice = counters.CpuTime([(platform.node(), os.getpid()), ("elsewhere", 7)])
+    assert twice.share == 0.5, "a rank elsewhere counts as one here"
+
+
+BAD = ("-5", "NaN", "Infinity", "-Infinity", "1e999", '"7"', "null", "true", "[1]", "1" + "0" * 400)
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("key", ["joules", "seconds", "cores", "tokens_trained", "flops_training", "cpu_seconds"])
+def test_an_amount_that_cannot_be_is_left_out_and_said(key: str, value: str, tmp_path: Path) -> None:
+    good = '{"seconds": 10, "cores": 2, "metered_core_seconds": 20, "joules": 500, "tokens_trained": 7, "flops_training": 3}'
+    (tmp_path / "ledger.jsonl").write_text(f'{good}\n{{"metered": "", "{key}": {value}}}\n')
+    found, told = ledger.read(tmp_path), cost(tmp_path)
+    (fault,) = found.faults
+    assert fault.startswith(f"line 2 of ledger.jsonl says {key} = ") and fault in told["basis"]
+    assert told["energy_wh"] == round(500 / 3600, 3) and told["tokens_trained"] == 7
+    assert StageFolder(tmp_path, {}).ledger() == found.lines and StageFolder(tmp_path, {}).ledger_faults == [fault]
+
+
+def test_torn_lines_are_said_but_for_the_last(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    deep = "[" * 100_000
+    path.write_bytes(
+        b'{"seconds": 3, "cores": 1}\n{"seconds": 4, "co\n[]\n\xff\xfe\n' + deep.encode() + b'\n{"seconds": 5'
+    )
+    assert cost(tmp_path)["wall_seconds"] == 3
+    assert [fault.split(" of")[0] for fault in ledger.read(tmp_path).faults] == [f"line {n}" for n in (2, 3, 4, 5)]
+    path.write_text("7" * 5000 + "\n")
+    assert cost(tmp_path)["wall_seconds"] == 0

@@ -64,7 +64,7 @@ def _plan(name: str, begun: list[StageFolder], calibration: Path) -> tuple[dict[
 def _ranks(begun: list[StageFolder]) -> int:
     """How many ranks the run had, by its ledgers."""
     cores = [line.get("cores", 1) for stage in begun for line in stage.ledger()]
-    return int(max(cores, default=1))
+    return max(1, int(max(cores, default=1)))
 
 
 def text(values: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ Only rank 0 writes. Files are replaced as a whole, never rewritten in place.
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 import time
@@ -25,7 +26,7 @@ from typing import Any, Protocol, TextIO
 
 from finback.config import UserError
 from finback.runs import provenance
-from finback.runs.energy import Energy
+from finback.runs.energy import CpuTime, Energy
 from finback.runs.files import LEDGER, LOCK, MANIFEST, METRICS, ROUTER, SAMPLES, read_lines, write_json, write_lines
 from finback.runs.ledger import FLOPS
 
@@ -47,6 +48,8 @@ class Ranks(Protocol):
 
     def any(self, flag: bool) -> bool: ...
 
+    def gather(self, value: Any) -> list[Any]: ...
+
 
 class Interrupted(Exception):
     """Work stopped at a safe point because the user asked; running the recipe again continues from there."""
@@ -63,6 +66,7 @@ class StageRun:
         self.stop_requested = False
         self._mark = time.perf_counter()
         self._energy: Energy | None = None
+        self._cpu: CpuTime | None = None
         self._line: TextIO = sys.stderr
 
     @property
@@ -87,9 +91,10 @@ class StageRun:
 
     def begin(self, recipe: Path | None, inputs: Iterable[str]) -> None:
         """Write down what works from now on, on what and from what; start reading the counters of energy."""
+        processes = self.ranks.gather((platform.node(), os.getpid()))
         if not self.is_writer:
             return
-        self._energy = Energy()
+        self._energy, self._cpu = Energy(), CpuTime(processes)
         began = {
             "seconds": 0.0,
             "cores": self.ranks.size,
@@ -112,7 +117,7 @@ class StageRun:
                 write_lines(path, [r for r in read_lines(path) if r["step"] < step])
 
     def account(self, **spent: float) -> None:
-        """Append what was spent since the last call to ledger.jsonl; wall seconds and metered joules are added here.
+        """Append what was spent since the last call to ledger.jsonl; wall and CPU seconds and metered joules are added here.
 
         FLOPs by purpose are named flops_<one of FLOPS>; `flops` are those that MFU is of.
         """
@@ -122,6 +127,9 @@ class StageRun:
         joules = self._energy.take() if self._energy is not None else None
         if joules is not None:
             spent |= {"joules": joules, "metered_core_seconds": seconds * self.ranks.size}
+        busy = self._cpu.take() if self._cpu is not None else None
+        if busy is not None:
+            spent["cpu_seconds"] = busy
         self.append(LEDGER, {"seconds": seconds, "cores": self.ranks.size, **spent})
 
     def append(self, name: str, *records: dict[str, Any]) -> None:

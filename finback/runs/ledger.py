@@ -1,10 +1,12 @@
 """The bill: what ledger.jsonl records of a stage, summed up and priced. No torch here."""
 
+import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finback.runs.files import LEDGER, is_number, read_lines
+from finback.runs.files import LEDGER, is_number
 
 # Stated estimates, used where the machine cannot be asked; summary.json repeats them beside every figure.
 WATTS_PER_CORE = 12.0
@@ -16,6 +18,10 @@ BASIS = (
     "(a common on-demand cloud price); nothing was metered"
 )
 
+# what a ledger must say in numbers, beside tokens_* and flops_*
+AMOUNTS = ("seconds", "cores", "cpu_seconds", "joules", "metered_core_seconds", "flops", "peak_flops")
+MOST = 1e30  # of anything: no machine has done or will do more
+
 # FLOPs by what they were for, as the EU's guidelines on general-purpose models distinguish them (annex, 117-133)
 FLOPS = {
     "training": "forward and backward passes that update parameters",
@@ -26,9 +32,47 @@ FLOPS = {
 }
 
 
+@dataclass(frozen=True)
+class Ledger:
+    """A ledger as far as it can be believed: every number of `lines` is finite and not negative; `faults` in words."""
+
+    lines: list[dict[str, Any]]
+    faults: list[str]
+
+
+def read(folder: Path) -> Ledger:
+    """A stage's ledger. What cannot be is left out and named; half a last line, which a kill leaves, is no fault."""
+    path, lines, faults = folder / LEDGER, [], []
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            line = None
+            if number == len(texts):
+                continue
+        if not isinstance(line, dict):
+            faults.append(f"line {number} of {LEDGER} is torn, and left out")
+            continue
+        bad = [key for key, value in line.items() if not _is_believed(key, value)]
+        faults += [f"line {number} of {LEDGER} says {key} = {str(line[key])[:40]}, which is left out" for key in bad]
+        lines.append({key: value for key, value in line.items() if key not in bad})
+    return Ledger(lines, faults)
+
+
+def _is_believed(key: str, value: Any) -> bool:
+    """Whether an entry is words, or an amount where it must be or is one."""
+    is_amount = key in AMOUNTS or key.startswith(("flops_", "tokens_"))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0 <= value <= MOST  # NaN is neither
+    return not is_amount
+
+
 def spent(folder: Path) -> dict[str, float]:
     """Sums over a stage's ledger: seconds, core-seconds, and whatever else was accounted, as far as it is numbers."""
-    return sums(read_lines(folder / LEDGER))
+    return sums(read(folder).lines)
 
 
 def sums(ledger: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -42,6 +86,18 @@ def sums(ledger: Iterable[dict[str, Any]]) -> dict[str, float]:
     return total
 
 
+def watt_hours(ledger: Iterable[dict[str, Any]]) -> float:
+    """Energy: metered as far as it was; else by the CPU time of the run's processes, or in ledgers without it by wall time."""
+    joules = 0.0
+    for line in ledger:
+        wall = line.get("seconds", 0.0) * line.get("cores", 0)
+        metered = line.get("metered_core_seconds", 0.0) if "joules" in line else 0.0
+        joules += line.get("joules", 0.0)
+        if metered < wall:
+            joules += line.get("cpu_seconds", wall) * (1 - metered / wall) * WATTS_PER_CORE
+    return joules / 3600
+
+
 def dollars(core_seconds: float) -> float:
     """What they cost, by the estimate."""
     return core_seconds / 3600 * DOLLARS_PER_CORE_HOUR
@@ -49,11 +105,11 @@ def dollars(core_seconds: float) -> float:
 
 def cost(folder: Path) -> dict[str, Any]:
     """Wall time, throughput, FLOPs, MFU, energy and money of one stage, from its ledger."""
-    total = spent(folder)
+    ledger = read(folder)
+    total = sums(ledger.lines)
     seconds, hours = total["seconds"], total["core_seconds"] / 3600
     tokens = total.get("tokens_trained", 0) + total.get("tokens_generated", 0)
     flops, peak_flops = total.get("flops", 0), total.get("peak_flops", 0)
-    energy, basis = _energy(folder, total)
     return {
         "wall_seconds": round(seconds, 2),
         "tokens_trained": int(total.get("tokens_trained", 0)),
@@ -62,24 +118,22 @@ def cost(folder: Path) -> dict[str, Any]:
         "flops": flops,
         "mfu": round(flops / peak_flops, 4) if peak_flops else None,
         "mfu_basis": "model FLOPs over the GEMM peak measured on this machine, all ranks at once, times wall time",
-        "energy_wh": round(energy, 3),
+        "energy_wh": round(watt_hours(ledger.lines), 3),
         "money_usd": round(hours * DOLLARS_PER_CORE_HOUR, 5),
-        "basis": basis,
+        "basis": "; ".join([_basis(ledger.lines, total), *ledger.faults]),
         "device_hours": hours,
         "flops_by": {name: total[f"flops_{name}"] for name in FLOPS if f"flops_{name}" in total},
     }
 
 
-def _energy(folder: Path, total: dict[str, float]) -> tuple[float, str]:
-    """Watt-hours, metered as far as they were and estimated for the rest; and how one knows, money's price included."""
-    metered = total.get("metered_core_seconds", 0.0)
-    estimated = max(0.0, total["core_seconds"] - metered)
-    energy = (total.get("joules", 0.0) + estimated * WATTS_PER_CORE) / 3600
+def _basis(lines: list[dict[str, Any]], total: dict[str, float]) -> str:
+    """How energy and money are known."""
+    metered = sum(line.get("metered_core_seconds", 0.0) for line in lines if "joules" in line)
     if not metered:
-        return energy, BASIS
-    methods = sorted({m for line in read_lines(folder / LEDGER) if (m := line.get("metered"))})
-    share = metered / total["core_seconds"]
-    return energy, (
+        return BASIS
+    methods = sorted({str(method) for line in lines if (method := line.get("metered"))})
+    share = min(1.0, metered / total["core_seconds"]) if total["core_seconds"] else 1.0
+    return (
         f"estimate: ${DOLLARS_PER_CORE_HOUR:g} per core-hour (a common on-demand cloud price); energy of {share:.0%} of "
         f"the time metered by {', '.join(methods)}, of the whole machine, the rest at {WATTS_PER_CORE:g} W per busy core"
     )

@@ -17,8 +17,10 @@ from typing import Any
 from finback.config import UserError
 from finback.runs import declaration as declarations
 from finback.runs import files
+from finback.runs import ledger as ledgers
 from finback.runs.declaration import DECLARATION, Declaration
 from finback.runs.files import CONFIG, LEDGER, LOCK, MANIFEST, METRICS, RECIPE, ROUTER, SAMPLES, SUMMARY
+from finback.runs.ledger import Ledger
 
 MOST_BYTES = 4 << 20  # of a JSON file that is read leniently
 
@@ -109,8 +111,17 @@ class StageFolder:
         return self._lines(ROUTER)
 
     def ledger(self) -> list[dict[str, Any]]:
-        """What it was made with, and what was spent between checkpoints."""
-        return self._lines(LEDGER)
+        """What it was made with, and what was spent between checkpoints, as far as it can be believed."""
+        return self._ledger.lines
+
+    @property
+    def ledger_faults(self) -> list[str]:
+        """What of it cannot be, and was left out."""
+        return self._ledger.faults
+
+    @property
+    def _ledger(self) -> Ledger:
+        return ledgers.read(self.folder) if plain_file(self.folder, LEDGER) else Ledger([], [])
 
     def answers(self, exam: str = "") -> list[dict[str, Any]]:
         """Answers to an exam, or those of RL's steps."""

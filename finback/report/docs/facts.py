@@ -13,7 +13,7 @@ from finback.model import config as models
 from finback.model.config import ModelConfig
 from finback.runs import reader
 from finback.runs.files import read_json
-from finback.runs.ledger import WATTS_PER_CORE
+from finback.runs.ledger import watt_hours
 from finback.runs.provenance import sha256
 from finback.runs.reader import StageFolder
 
@@ -70,12 +70,10 @@ class StageFacts(StageFolder):
     @property
     def watt_hours(self) -> Any:
         """Metered as far as it was, estimated for the rest; MISSING where it was metered and nobody knows how much."""
-        hours = self.device_hours
         metered = (self.spent("metered_core_seconds"), self.spent("joules"))
-        if hours is MISSING or (self.begun("metered") and MISSING in metered):
+        if self.device_hours is MISSING or (self.begun("metered") and MISSING in metered):
             return MISSING
-        counted, joules = (value or 0.0 for value in metered)
-        return joules / 3600 + max(0.0, hours - counted / 3600) * WATTS_PER_CORE
+        return watt_hours(self.spent_lines)
 
     def begun(self, key: str) -> Any:
         """A word of the ledger's newest beginning: when, with what software, on what machine, from which commit."""

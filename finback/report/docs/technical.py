@@ -101,7 +101,7 @@ def _stage(stage: StageFacts) -> list[Block]:
 
 
 def _cost(run: RunFacts) -> dict[str, list[Block]]:
-    spent = ("seconds", "device-hours", "energy (Wh)", "money ($)")
+    spent = ("seconds", "CPU seconds", "device-hours", "energy (Wh)", "money ($)")
     head = ("stage", "kind", *spent, "tokens trained", "tokens generated", "FLOP on them", "MFU")
     flops = tuple((s.name, *(_due(s, f"flops_{name}") for name in FLOPS)) for s in run.stages)
     basis = dict.fromkeys(cost(stage.folder)["basis"] for stage in run.stages)
@@ -137,6 +137,7 @@ def _cost_row(stage: StageFacts) -> tuple[str, ...]:
         stage.name,
         stage.type,
         display(seconds),
+        display(stage.spent("cpu_seconds")),
         display(hours),
         display(stage.watt_hours),
         display(hours * DOLLARS_PER_CORE_HOUR),
