@@ -106,7 +106,8 @@ def scores(cell: Cell, rate: np.ndarray, rng: np.random.Generator) -> np.ndarray
     if not cell.is_graded:
         return rng.binomial(cell.samples, rate) / cell.samples
     # a beta distribution has no parameter of 0
-    drawn = rng.beta(*np.maximum([2 * rate, 2 * (1 - rate)], 1e-9)[..., None], (*rate.shape, cell.samples))
+    up, down = (np.maximum(2 * share, 1e-9)[..., None] for share in (rate, 1 - rate))
+    drawn: np.ndarray = rng.beta(up, down, size=(*rate.shape, cell.samples))
     return drawn.mean(axis=-1)
 
 

@@ -54,7 +54,7 @@ def stage(precision: str, options: argparse.Namespace) -> Pretrain:
         seq_len=options.length,
         muon_lr=options.lr,
         adam_lr=options.lr,
-        compute=precision,
+        compute=precision,  # type: ignore[arg-type]
     )
 
 

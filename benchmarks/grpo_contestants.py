@@ -22,8 +22,9 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.rollouts import Rollout
 from finback.runs.folder import StageRun
-from finback.stages.grpo import GRPO, _Reinforcement
-from finback.stages.grpo_sampling import Group
+from finback.stages.grpo import GRPO
+from finback.stages.grpo_sampling import Group, GroupSampler
+from finback.stages.grpo_training import Reinforcement
 from finback.tasks import task as tasks
 from finback.tasks.math import Chains
 
@@ -61,18 +62,18 @@ def _stage_run(settings: Settings, world: World) -> StageRun:
     return run
 
 
-class _HashRewarded(_Reinforcement):
-    """The stage's own step with the benchmark's reward."""
+class _HashRewarded(GroupSampler):
+    """The stage's own sampling with the benchmark's reward."""
 
     rollout_seconds = 0.0
 
-    def _sample(self) -> tuple[list[Group], list[Group]]:
+    def sample(self, step: int) -> tuple[list[Group], list[Group]]:
         begin = time.perf_counter()
-        asked, kept = super()._sample()
+        found = super().sample(step)
         self.rollout_seconds += time.perf_counter() - begin
-        return asked, kept
+        return found
 
-    def _earned(self, group: list[Rollout]) -> list[dict[str, float]]:
+    def rewarded(self, group: list[Rollout]) -> list[dict[str, float]]:
         return [{"accuracy": reward(r.completion.tokens), "form": 0.0} for r in group]
 
 
@@ -89,27 +90,28 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
         max_tokens=settings["tokens"],
         compute=settings["precision"],
         max_gap=1.0,
+        patience=0,
     )
-    trainer = _HashRewarded(stage, _stage_run(settings, world))
-    if settings["fixed"]:
-        trainer.engine = Engine(trainer.model, stops=())
+    run = _stage_run(settings, world)
+    training = Reinforcement(stage, run)
+    engine = Engine(training.model, stops=()) if settings["fixed"] else training.engine
+    training.sampler = sampler = _HashRewarded(stage, run, engine, training.tokenizer)
+    loop = training.loop()
 
     def step() -> dict[str, float]:
-        metrics = trainer._train_step()
-        trainer._check_gap(metrics)
+        metrics = loop.advance()
+        training.after(loop, metrics)
         return metrics
 
     begin = time.perf_counter()
     step()
-    pipe.send(
-        {"parameters": sum(p.numel() for _, p in trainer.named), "warm_step_seconds": time.perf_counter() - begin}
-    )
+    pipe.send({"parameters": count(training.model), "warm_step_seconds": time.perf_counter() - begin})
     while True:
-        trainer.rollout_seconds = 0.0
+        sampler.rollout_seconds = 0.0
         metrics = [step() for _ in range(pipe.recv())][-1]
         pipe.send(
             {
-                "rollout_seconds": trainer.rollout_seconds,
+                "rollout_seconds": sampler.rollout_seconds,
                 "mean_length": metrics["length"],
                 "groups_with_gradient": metrics["groups_with_gradient"],
                 "grad_norm": metrics["grad_norm"],

@@ -1,5 +1,7 @@
 """An interpolated Kneser-Ney model of token n-grams (Chen and Goodman 1998, eq. 28), to compare a neural one with."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,7 +41,7 @@ class KneserNey:
 
     def _discount(self) -> None:
         """Per order: the discount, and of each context its total and its weight for the order below."""
-        self.discounts, self.totals, self.backed = list[float](), list[Floats](), list[Floats]()
+        self.discounts, self.totals, self.backed = list[float](), list[NDArray[Any]](), list[NDArray[Any]]()
         for n, (keys, counts) in enumerate(zip(self.keys, self.counts, strict=True), start=1):
             once, twice = float((counts == 1).sum()), float((counts == 2).sum())
             discount = once / (once + 2 * twice) if once else 0.5

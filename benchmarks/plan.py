@@ -168,8 +168,8 @@ def compare(
         mixture={"chitchat": 1.0},
         batch_size=rows,
         seq_len=length,
-        compute=compute,
-        max_tokens=steps * rows * length,  # type: ignore[arg-type]
+        compute=compute,  # type: ignore[arg-type]
+        max_tokens=steps * rows * length,
     )
     said = recipe_plan.pretraining(planned_stages([config_json(stage)])[0], calibration, ranks)
     found = run(config, steps, ranks, data)

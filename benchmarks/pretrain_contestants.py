@@ -16,7 +16,7 @@ import torch
 from driver import CORES, Contestant, Settings
 from gemm import DTYPES, LAYOUTS
 from sizes import SIZES
-from torch import Tensor, nn
+from torch import nn
 from twin import count, twin
 
 from finback.data.loader import Loader
@@ -25,7 +25,9 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.runs.folder import StageRun
 from finback.stages.pretrain import Pretrain
+from finback.stages.pretrain_setup import set_up
 from finback.stages.pretraining import Pretraining
+from finback.train.batch import of_rows
 
 LENGTH = 128
 # steps: oneDNN compiles bf16 products for block sizes as it meets them
@@ -47,8 +49,9 @@ def config_of(settings: Settings) -> ModelConfig:
 def finback_worker(pipe: Connection, settings: Settings) -> None:
     """The pre-training stage's own step."""
     world = World.join(settings["rank"], settings["ranks"])
-    trainer = _trainer(settings, world)
-    _serve(pipe, count(trainer.model), lambda: trainer._train_step()["loss"], WARMUP[settings["size"]])
+    training = _training(settings, world)
+    loop = training.loop()
+    _serve(pipe, count(training.trainer.model), lambda: loop.advance()["loss"], WARMUP[settings["size"]])
 
 
 def _stage_run(settings: Settings, world: World) -> StageRun:
@@ -57,7 +60,7 @@ def _stage_run(settings: Settings, world: World) -> StageRun:
     return run
 
 
-def _trainer(settings: Settings, world: World) -> Pretraining:
+def _training(settings: Settings, world: World) -> Pretraining:
     stage = Pretrain(
         name="base",
         data="prepare",
@@ -71,9 +74,7 @@ def _trainer(settings: Settings, world: World) -> Pretraining:
     )
     if settings["optimiser"] == "adamw":  # at the peer's rate, for all parameters
         stage = dataclasses.replace(stage, adam_lr=1e-3)
-    trainer = Pretraining(stage, _stage_run(settings, world))
-    trainer.model.train()
-    return trainer
+    return set_up(stage, _stage_run(settings, world))
 
 
 # transformers' side
@@ -115,8 +116,8 @@ def _peer_step(model: nn.Module, settings: Settings) -> Callable[[], float]:
     autocast = settings["precision"] == "bf16 autocast"
 
     def step() -> float:
-        tokens: Tensor = loader.batch(settings["rows"], rank, ranks)
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        batch = of_rows(loader.draw(settings["rows"], rank, ranks, document_ids=False), LENGTH)
+        inputs, targets = batch.tokens.contiguous(), batch.labels.contiguous()
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             loss = forward(input_ids=inputs, labels=targets, shift_labels=targets).loss
         loss.backward()

@@ -13,6 +13,8 @@ from typing import Any
 
 from driver import CORES, Settings, say
 
+from finback.runs import processor
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -29,20 +31,17 @@ def versus(label: str, over: str, under: str, ours: Sequence[float], theirs: Seq
 
 def machine() -> dict[str, Any]:
     """What was measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    known = processor.fields()
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
     versions = {n: installed[n] for n in ("torch", "transformers", "trl", "accelerate") if n in installed}
     return {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
-        "cpu_family_model": f"{fields.get('cpu family', '?')}/{fields.get('model', '?')}",
+        "cpu": processor.name(),
+        "cpu_family_model": "/".join(known.get(field, ["?"])[0] for field in ("cpu family", "model")),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cores_used": CORES,
         "system": platform.system(),
         "python": platform.python_version(),
-        **versions,
-    }
+    } | versions
 
 
 def header(benchmark: str, settings: Settings) -> dict[str, Any]:

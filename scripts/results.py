@@ -210,7 +210,7 @@ def table(rows: str, file: str, command: str) -> Iterator[str]:
 
 
 def render() -> str:
-    lines = []
+    lines = list[str]()
     for line in TEMPLATE.read_text(encoding="utf-8").splitlines():
         lines += table(*line.strip("{}").split(" ", 2)) if line.startswith("{") else [line]
     return "\n".join(lines) + "\n"

@@ -87,7 +87,7 @@ def runs_page(page: Page, address: str, run: str, name: str, out: Path) -> None:
     page.locator(".card").first.wait_for()
     if not run:
         run = page.locator(".card h2").first.inner_text()
-    views = (
+    views: tuple[tuple[str, dict[str, str], str], ...] = (
         ("runs", {}, ".card"),
         ("run", {"run": run, "view": "stages"}, ".stages"),
         ("curves", {"run": run, "view": "curves", "stages": STAGES}, ".chart canvas"),

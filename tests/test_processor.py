@@ -17,10 +17,10 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n"
 def test_precision_follows_from_the_processor_and_the_width(
     cpuinfo: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor._fields.cache_clear()
+    processor.fields.cache_clear()
     monkeypatch.setattr(Path, "read_text", lambda *a, **k: cpuinfo)
     assert (processor.precision(TINY.hidden_size), processor.precision(96)) == (chosen, "fp32")
     assert processor.cores() == cpuinfo.count("processor")
     monkeypatch.undo()
-    processor._fields.cache_clear()
+    processor.fields.cache_clear()
     assert processor.precision(4096, bf16=True) == "bf16" and processor.precision(4096, bf16=False) == "fp32"

@@ -8,7 +8,7 @@ WIDE_ENOUGH = 128  # hidden_size from which bf16 gained on every processor measu
 
 
 @cache
-def _fields() -> dict[str, list[str]]:
+def fields() -> dict[str, list[str]]:
     """/proc/cpuinfo as its fields, one value a core; empty where there is none."""
     found: dict[str, list[str]] = {}
     try:
@@ -23,17 +23,17 @@ def _fields() -> dict[str, list[str]]:
 
 def name() -> str:
     """The processor's name as the operating system reports it."""
-    return _fields().get("model name", [platform.processor() or platform.machine()])[0]
+    return fields().get("model name", [platform.processor() or platform.machine()])[0]
 
 
 def cores() -> int | None:
     """How many cores the system has, where it says so."""
-    return len(_fields().get("processor", [])) or None
+    return len(fields().get("processor", [])) or None
 
 
 def features() -> frozenset[str]:
     """The instruction sets it has, by Linux's names."""
-    return frozenset(" ".join((_fields().get("flags") or _fields().get("Features") or [""])[:1]).split())
+    return frozenset(" ".join((fields().get("flags") or fields().get("Features") or [""])[:1]).split())
 
 
 def multiplies_bf16() -> bool:
