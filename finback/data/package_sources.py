@@ -6,17 +6,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, check_fields
+from finback.data.html_text import plain
 from finback.data.readers import BytesRead
 from finback.data.sources import Document, Source
-
-BLOCKS = re.compile("p|div|li|d[tdl]|br|t[rd]|h[1-6]|pre|[uo]l|table|section|blockquote")
-SKIPPED = ("script", "style", "nav", "head")
-NAVIGATION = frozenset(("navheader", "navfooter", "sphinxsidebar", "related", "footer", "headerlink"))
 
 
 @dataclass(frozen=True)
@@ -115,44 +111,3 @@ def _wordnet(path: Path) -> Iterator[str]:
 def _page(path: Path) -> Iterator[str]:
     if not path.name.startswith(("genindex", "contents")):  # lists of links
         yield plain(path.read_text(encoding="utf-8", errors="replace"))
-
-
-def plain(html: str) -> str:
-    """The words of a page or of a piece of HTML, a line for each block, spacing as in print."""
-    parser = _Words()
-    parser.feed(html)
-    parser.close()
-    lines = (" ".join(line.split()) for line in "".join(parser.found).split("\n"))
-    return re.sub(r"\n{2,}", "\n", "\n".join(lines)).strip()
-
-
-class _Words(HTMLParser):
-    """Collects text outside of what only helps to find one's way."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.found: list[str] = []
-        self.hidden: list[str] = []  # the open elements since one that is skipped
-        self.verbatim = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        classes = " ".join(value or "" for name, value in attrs if name == "class").split()
-        if tag in ("br", "img", "meta", "link", "input", "hr", "col"):
-            self.found.append("\n" if tag == "br" and not self.hidden else "")
-        elif self.hidden or tag in SKIPPED or NAVIGATION & set(classes):
-            self.hidden.append(tag)
-        elif BLOCKS.fullmatch(tag):
-            self.found.append("\n")
-            self.verbatim += tag == "pre"
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in self.hidden:
-            while self.hidden and self.hidden.pop() != tag:
-                pass  # elements that nobody closed
-        elif not self.hidden and BLOCKS.fullmatch(tag):
-            self.found.append("\n")
-            self.verbatim -= tag == "pre" and self.verbatim > 0
-
-    def handle_data(self, data: str) -> None:
-        if not self.hidden:
-            self.found.append(data if self.verbatim else re.sub(r"\s+", " ", data))

@@ -201,7 +201,7 @@ def parquet(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iter
     before, size, done = bytes_read.count, path.stat().st_size, 0
     arrow = _pyarrow(path, where)
     try:
-        table = arrow.parquet.ParquetFile(path)
+        table = arrow.parquet.ParquetFile(arrow.BufferReader(content(path, where)) if is_compressed(path) else path)
         columns = [name for name in table.schema_arrow.names if name in FIELDS]
         for batch in table.iter_batches(1000, columns=columns or None):
             for row in batch.to_pylist():  # what a row has not, its columns hold as None
@@ -209,7 +209,7 @@ def parquet(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iter
             done += batch.num_rows
             bytes_read.count = before + size * done / table.metadata.num_rows
     except (arrow.ArrowInvalid, OSError) as error:
-        raise _damaged(path, where, error) from None
+        raise damaged(path, where, error) from None
 
 
 def _pyarrow(path: Path, where: str) -> Any:
@@ -242,11 +242,23 @@ def _next(handle: BinaryIO, path: Path, where: str) -> bytes:
     except (EOFError, zlib.error, OSError) as error:
         if not is_compressed(path):
             raise
-        raise _damaged(path, where, error) from None
+        raise damaged(path, where, error) from None
 
 
-def _damaged(path: Path, where: str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0][:200]
+def content(path: Path, where: str) -> bytes:
+    """A file's bytes, unpacked."""
+    try:
+        with _opened(path, where) as (handle, _):
+            return handle.read()
+    except (EOFError, zlib.error, OSError) as error:
+        if not is_compressed(path):
+            raise
+        raise damaged(path, where, error) from None
+
+
+def damaged(path: Path, where: str, error: Exception) -> UserError:
+    """What is said of a file that does not hold what its name says."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return UserError(where, str(path), f"damaged ({reason})", "Download it again or leave it out.")
 
 

@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from finback.config import UserError, check_characters, check_fields
-from finback.data import readers
+from finback.data import formatted, readers
+from finback.data.dialogues import read_dialogue
 from finback.data.messages import Message, parse_response
 from finback.data.readers import BytesRead
+
+# what turns a record or a message into more than texts that follow each other
+_BESIDE = ("system", "system_prompt", "reasoning", "thinking", "choices", "options", "tools", "functions", "history")
+_IN_MESSAGE = ("reasoning", "thinking", "tool_calls", "function_call")
 
 
 @dataclass(frozen=True)
@@ -109,22 +114,29 @@ class Files(Source):
         return {"paths": self.files()}
 
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
-        where = f"{self.name}.paths"
-        if readers.kind(path) == ".parquet":
-            for number, record in enumerate(readers.parquet(path, where, bytes_read)):
-                yield _from_record(record, f"{path}[{number}]", str(record))
-            return
-        lines = readers.lines(path, where, bytes_read)
-        if readers.kind(path) == ".jsonl":
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _from_json(line, f"{path}:{number}")
-            return
-        whole = self.split == "files"
-        texts = (
-            [readers.trim("\n".join(line.removesuffix("\r") for line in lines))] if whole else readers.paragraphs(lines)
-        )
-        yield from (Document(text=text) for text in texts if text)
+        where, ending = f"{self.name}.paths", readers.kind(path)
+        formatted.check_name(path, where)
+        if ending in readers.RECORDS:
+            for at, record in readers.records(path, where, bytes_read):
+                if isinstance(record, UserError):
+                    raise UserError(at, record.value, record.problem, record.remedy)
+                document = _from_record(record, at)
+                try:
+                    document.plain.encode()
+                except UnicodeEncodeError:  # half a character: in which field?
+                    check_characters(record, json.dumps(record), at)
+                yield document
+        elif ending in formatted.FORMATTED:
+            yield Document(text=formatted.read(path, where, bytes_read))
+        else:
+            lines = formatted.check_text(readers.lines(path, where, bytes_read), path, where)
+            whole = self.split == "files"
+            texts = (
+                [readers.trim("\n".join(line.removesuffix("\r") for line in lines))]
+                if whole
+                else readers.paragraphs(lines)
+            )
+            yield from (Document(text=text) for text in texts if text)
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,7 @@ class Hub(Source):
 
     def documents(self) -> Iterator[Document]:
         for number, row in enumerate(self.rows()):
-            yield _from_record(dict(row), f"{self.path}[{number}]", str(row))
+            yield _from_record(dict(row), f"{self.path}[{number}]")
 
     def rows(self) -> Any:
         """The records, in order."""
@@ -176,29 +188,32 @@ def digest(files: list[Path]) -> str:
     return total.hexdigest()
 
 
-def _from_json(line: str, where: str) -> Document:
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also too deep, or a number of too many digits
-        problem = f"not JSON ({getattr(error, 'msg', error)})"
-        raise UserError(where, line[:60], problem, "Write one JSON object per line.") from None
+def _from_record(record: Any, where: str) -> Document:
+    shown = json.dumps(record, ensure_ascii=False, default=str)[:60]
     if isinstance(record, dict):
-        check_characters(record, line, where)
-    return _from_record(record, where, line)
-
-
-def _from_record(record: Any, where: str, shown: str) -> Document:
-    if isinstance(record, dict):
+        has_more = any(record.get(name) for name in _BESIDE)
         messages = record.get("messages")  # the richest form first: many sets carry the same as text too
-        if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
+        if isinstance(messages, list) and messages and all(_is_message(m) for m in messages) and not has_more:
             return Document(tuple(_message(m) for m in messages))
-        if isinstance(record.get("question"), str) and isinstance(record.get("answer"), str):
+        if isinstance(record.get("question"), str) and isinstance(record.get("answer"), str) and not has_more:
             answer = record | {"role": "assistant", "content": record["answer"]}
             return Document((Message("user", record["question"]), _message(answer)))
+        if isinstance(record.get("text"), str) and not isinstance(messages, list):
+            return Document(text=record["text"])
+        try:
+            found = read_dialogue(record)
+        except UserError as error:
+            if has_more:
+                raise UserError(where, shown, f"{error.field}: {error.problem}", error.remedy) from None
+        else:
+            if found.tools:
+                problem = "its tools are described apart from what is said"
+                raise UserError(where, shown, problem, "Write them into the system message, or leave them out.")
+            return Document(found.messages)
         if isinstance(record.get("text"), str):
             return Document(text=record["text"])
     remedy = 'Give "text", "question" and "answer", or "messages".'
-    raise UserError(where, shown[:60], "no field that can be learnt from", remedy)
+    raise UserError(where, shown, "no field that can be learnt from", remedy)
 
 
 def _is_message(value: Any) -> bool:
@@ -206,6 +221,7 @@ def _is_message(value: Any) -> bool:
         isinstance(value, dict)
         and value.get("role") in ("system", "user", "assistant")
         and isinstance(value.get("content"), str)
+        and not any(value.get(name) for name in _IN_MESSAGE)
     )
 
 
