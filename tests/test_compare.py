@@ -163,6 +163,25 @@ def test_no_ranking_where_the_questions_do_not_tell(tmp_path: Path) -> None:
         assert (low <= 0 <= high) == (pair["better"] is None)
 
 
+@pytest.mark.parametrize(("without", "spoken"), [(4, True), (5, False)])
+def test_no_verdict_where_answers_lack_the_form(without: int, spoken: bool, tmp_path: Path) -> None:
+    """Above a tenth of 40 answers that are none of the asked form, a difference may be one of form."""
+
+    def says(ask: EvalRequest) -> str:
+        return gold(ask) if ask.place < 5 else "I wonder" if ask.place < 5 + without else "0"
+
+    actors = [Actor("right", gold), Actor("loose", says)]
+    report = compare(actors, [sums(40)], SamplingProtocol(samples=1), tmp_path)
+    (pair,) = report["pairs"]
+    assert pair["better"] == ("right" if spoken else None)
+    assert pair["no_answer"] == ({} if spoken else {"loose": 5 / 40})
+    text = table.render(report)
+    assert ("right is better" in text) == spoken and "no answer of the asked form" in text
+    assert ("no verdict, for 12% of the answers of loose are none of the asked form; +87.5 points" in text) != spoken
+    (pair,) = compare(actors, [sums(40)], SamplingProtocol(samples=1), tmp_path, 0.5)["pairs"]
+    assert pair["better"] == "right"
+
+
 def test_language(tmp_path: Path) -> None:
     russian = "<think>Прибавим один к числу и прочтём сумму</think>"
     english = "<think>We add one to the number and read it</think>"
@@ -478,6 +497,7 @@ def test_published_alone_needs_no_model(catalogue: list[Any], tmp_path: Path) ->
         (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--price-in", "n=1"], "no such endpoint"),
         (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--top-p", 0], "top_p"),
         (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--rate", "nan"], "--rate"),
+        (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--max-no-answer", 10], "Write a share"),
         (["--endpoint", "http://a/v1#m", "--tasks", "sums", "--harness", "other"], "lm-eval"),
         (["no/such/model", "--tasks", "sums"], "no/such/model"),
     ],

@@ -208,14 +208,40 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert suite.problems[0].question == "1+1?"
 
 
-def test_questions_of_ones_own_are_put_as_training_put_them(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "2"}))
-    suite = catalogue.load(f"{tmp_path}/a.jsonl", None, 0)
-    assert suite.ask(suite.problems[0]) == [{"role": "user", "content": "1+1?"}]
-    boxed = catalogue.load(f"{tmp_path}/a.jsonl?prompt=boxed", None, 0)
-    assert "step by step" in boxed.ask(boxed.problems[0])[0]["content"]
-    with pytest.raises(UserError, match="has no prompt 'box'"):
-        catalogue.load(f"{tmp_path}/a.jsonl?prompt=box", None, 0)
+@pytest.mark.parametrize(
+    ("record", "usual", "known"),
+    [
+        ({"question": "1+1?", "answer": "2"}, "boxed", ["boxed", "plain"]),
+        (
+            {"question": "1+1?", "choices": ["1", "2"], "answer": "B"},
+            'line of the form "Answer: X"',
+            ["boxed", "plain"],
+        ),
+        (
+            {"question": "1+1?", "tests": [{"stdin": "", "stdout": "2"}]},
+            "whole program in one ```python block",
+            ["plain"],
+        ),
+    ],
+)
+def test_questions_of_ones_own_are_asked_for_a_form(
+    record: dict[str, Any], usual: str, known: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(record))
+
+    def put(query: str) -> str:
+        suite = catalogue.load(f"{path}{query}", None, 0)
+        return suite.ask(suite.problems[0])[0]["content"]
+
+    assert usual in put("") and put("").startswith(("1+1?", "Answer"))
+    assert put("?prompt=plain") == "1+1?" + ("\nA. 1\nB. 2" if "choices" in record else "")
+    for prompt in ("boxed", "box"):
+        if prompt in known:
+            assert "step by step" in put(f"?prompt={prompt}") and "\\boxed{}" in put(f"?prompt={prompt}")
+            continue
+        with pytest.raises(UserError, match=f"has no prompt '{prompt}'.*Use .*prompt=plain"):
+            put(f"?prompt={prompt}")
 
 
 def test_the_quickstarts_sums_are_held_out() -> None:

@@ -19,7 +19,7 @@ from finback.comparison.endpoint import Endpoint
 from finback.comparison.judging import judge_answers
 from finback.comparison.options import CompareOptions
 from finback.comparison.protocol import SAMPLES, EvalRequest, SamplingProtocol, eval_requests
-from finback.comparison.score import Score, pairs, score
+from finback.comparison.score import MAX_NO_ANSWER, Score, pairs, score
 from finback.config import UserError, as_json
 from finback.runs import terminal
 from finback.runs.files import read_json, write_json
@@ -57,7 +57,7 @@ def _measured(options: CompareOptions, environment: Mapping[str, str]) -> dict[s
         report = harness.measure(contestants, options.tasks, rules, options, environment)
     else:
         suites = [catalogue.load(spec, options.problems, rules.seed) for spec in options.tasks]
-        report = compare(contestants, suites, rules, options.out)
+        report = compare(contestants, suites, rules, options.out, options.max_no_answer)
         if options.contamination:
             checked = [overlaps.check(suite, folder) for suite in suites for folder in options.contamination]
             report["contamination"] = [each.as_json() for each in checked]
@@ -140,7 +140,11 @@ def published(suites: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def compare(
-    contestants: Sequence[Contestant], suites: Sequence[Suite], rules: SamplingProtocol, out: Path
+    contestants: Sequence[Contestant],
+    suites: Sequence[Suite],
+    rules: SamplingProtocol,
+    out: Path,
+    max_no_answer: float = MAX_NO_ANSWER,
 ) -> dict[str, Any]:
     """Ask everybody everything and return the report; KeyboardInterrupt leaves what was answered on disk."""
     _demand_distinct([c.name for c in contestants], "contestants")
@@ -167,7 +171,8 @@ def compare(
         "suites": [describe(suite) for suite in suites],
         "contestants": [{"name": c.name, "identity": identities[c.name], "price": c.price.basis} for c in contestants],
         "scores": [each.as_json() for each in scores],
-        "pairs": pairs(scores, rules.seed),
+        "pairs": pairs(scores, rules.seed, max_no_answer),
+        "max_no_answer": max_no_answer,
         "compression": measured,
         "failures": failures,
     }

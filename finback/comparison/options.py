@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 from typer.core import TyperCommand
 
+from finback.comparison.score import MAX_NO_ANSWER
 from finback.config import UserError, check_not_negative, check_positive
 from finback.options import Dtype, Options
 
@@ -37,6 +38,9 @@ class CompareOptions(Options):
         None
     )
     out: Annotated[Path, "Folder for answers, tables and the picture; it is what is continued."] = Path("compare")
+    max_no_answer: Annotated[
+        float, "Share of a model's answers without one of the asked form above which no verdict is spoken; 1 is never."
+    ] = MAX_NO_ANSWER
     price_in: Annotated[
         tuple[str, ...], Option(metavar="[MODEL=]DOLLARS", help="An endpoint's price of a million prompt tokens.")
     ] = ()
@@ -80,7 +84,9 @@ class CompareOptions(Options):
         if self.tasks and not self.models and not self.endpoints:
             raise UserError("MODEL", [], "nobody to ask", "Name models, or an --endpoint URL#MODEL.")
         check_positive(self, "--", "problems", "samples", "max_tokens", "concurrency", "rows")
-        check_not_negative(self, "--", "rate", "price_hour", "timeout")
+        check_not_negative(self, "--", "rate", "price_hour", "timeout", "max_no_answer")
+        if self.max_no_answer > 1:
+            raise UserError("--max-no-answer", self.max_no_answer, "above 1", "Write a share, such as 0.1.")
 
 
 class Spread(TyperCommand):

@@ -12,6 +12,8 @@ from finback.suites.intervals import LEVEL
 from finback.suites.statistics import Difference
 from finback.suites.suite import Suite
 
+MAX_NO_ANSWER = 0.1  # share of answers not of the asked form above which no verdict is spoken
+
 
 @dataclass(frozen=True)
 class Score:
@@ -30,6 +32,7 @@ class Score:
     majority: float | None
     pass_at: dict[int, float]
     cut: float
+    # no answer of the asked form
     unparseable: float
     empty: float
     tokens: float | None
@@ -100,8 +103,12 @@ def score(
     )
 
 
-def pairs(scores: Sequence[Score], seed: int) -> list[dict[str, Any]]:
-    """Every two contestants on every suite, by the questions that both have answered; p raised for their number."""
+def pairs(scores: Sequence[Score], seed: int, max_no_answer: float = MAX_NO_ANSWER) -> list[dict[str, Any]]:
+    """Every two contestants on every suite, by the questions that both have answered; p raised for their number.
+
+    Of two of which one gives more than `max_no_answer` answers without the asked form, none is called better: such a
+    difference may be one of form.
+    """
     found: list[tuple[Score, Score, Difference]] = []
     for i, one in enumerate(scores):
         for other in scores[i + 1 :]:
@@ -110,11 +117,12 @@ def pairs(scores: Sequence[Score], seed: int) -> list[dict[str, Any]]:
                 gap = statistics.paired([one.by_question[q] for q in both], [other.by_question[q] for q in both], seed)
                 found.append((one, other, gap))
     raised = statistics.holm([gap.p for *_, gap in found])
-    return [_pair(one, other, gap, p) for (one, other, gap), p in zip(found, raised, strict=True)]
+    return [_pair(one, other, gap, p, max_no_answer) for (one, other, gap), p in zip(found, raised, strict=True)]
 
 
-def _pair(one: Score, other: Score, gap: Difference, raised: float) -> dict[str, Any]:
-    is_clear = gap.is_significant and raised <= 1 - LEVEL
+def _pair(one: Score, other: Score, gap: Difference, raised: float, max_no_answer: float) -> dict[str, Any]:
+    formless = {each.contestant: each.unparseable for each in (one, other) if each.unparseable > max_no_answer}
+    is_clear = gap.is_significant and raised <= 1 - LEVEL and not formless
     better = (one if gap.mean > 0 else other).contestant if is_clear else None
     return {
         "suite": one.suite,
@@ -126,6 +134,8 @@ def _pair(one: Score, other: Score, gap: Difference, raised: float) -> dict[str,
         "p": gap.p,
         "p_holm": raised,
         "better": better,
+        # who gives too few answers of the asked form for a verdict, and the share of those without
+        "no_answer": formless,
     }
 
 

@@ -8,8 +8,8 @@ from finback.suites.intervals import LEVEL
 
 NONE = "–"
 HEAD = (
-    f"model, pass@1 ({LEVEL:.0%} interval), majority, pass@k, n x k, cut off, no answer found, tokens, s/answer, $/answer, "
-    "$/solved, remarks"
+    f"model, pass@1 ({LEVEL:.0%} interval), majority, pass@k, n x k, cut off, no answer of the asked form, tokens, "
+    "s/answer, $/answer, $/solved, remarks"
 ).split(", ")
 
 Tabulate = Callable[[Sequence[Sequence[str]], Sequence[str]], str]  # rows and their headers as text
@@ -51,6 +51,9 @@ def pair(each: dict[str, Any]) -> str:
     gap = f"{100 * each['difference']:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), n = {each['n']}"
     p_values = f"p = {each['p']:.2g}" + (f", {each['p_holm']:.2g} for all pairs" if each["p"] != each["p_holm"] else "")
     verdict = f"{each['better']} is better" if each["better"] else "cannot be distinguished"
+    if each["no_answer"]:
+        shares = " and ".join(f"{share:.0%} of the answers of {name}" for name, share in each["no_answer"].items())
+        verdict = f"no verdict, for {shares} are none of the asked form"
     return f"{each['suite']}: {each['one']} against {each['other']}: {verdict}; {gap}, {p_values}"
 
 

@@ -5,8 +5,9 @@ of a file of one's own:
 
 gsm8k · math500 · aime24 · aime25 · gpqa · mmlu · mmlu-pro · ceval?subset=… · humaneval · mbpp · livecodebench?since=…
 gym:chain_sum?level=hard · chains?min_terms=8&max_terms=8 · needle?lengths=1000,4000&depths=0,50 · language:zh · safety · bits-per-byte · evals-logiqa
-mine.jsonl (question and answer; with choices; or with tests, as finback.tasks.code has them). Questions are put as they stand;
-mine.jsonl?prompt=boxed asks for steps and \\boxed{} as R1 was asked
+mine.jsonl (question and answer; with choices; or with tests, as finback.tasks.code has them). Questions are put with steps and
+\\boxed{} asked for, as R1 was asked (?prompt=boxed), choices with a last line, programs with a block; ?prompt=plain puts them as
+they stand
 """
 
 from dataclasses import replace
@@ -94,20 +95,29 @@ def load(spec: str, problems: int | None, seed: int) -> Suite:
 def _own(path: str, options: dict[str, str], problems: int | None, seed: int) -> Suite:
     """A user's file; what its first record holds says what it is."""
     _known(path, options, "question", "answer", "prompt")
-    prompt = options.get("prompt", "")
-    if prompt not in ("", "boxed"):
-        raise UserError("suite", path, f"has no prompt {prompt!r}", "Use prompt=boxed, or leave it out.")
-    records, name = read(path, "", ""), Path(path).name.split(".")[0]
+    prompt, records = options.pop("prompt", ""), read(path, "", "")
+    is_code = "tests" in records[0].fields
+    if prompt not in ("", "plain", *([] if is_code else ["boxed"])):
+        remedy = f"Use {'' if is_code else 'prompt=boxed or '}prompt=plain, or leave it out."
+        raise UserError("suite", path, f"has no prompt {prompt!r}", remedy)
+    suite = _asked(path, records, options, problems, seed)
+    return replace(suite, prompt={"": suite.prompt, "plain": "{question}", "boxed": mathematics.BOXED}[prompt])
+
+
+def _asked(path: str, records: tuple[Record, ...], options: dict[str, str], problems: int | None, seed: int) -> Suite:
+    """The suite of a user's records, each put with what asks for its form of answer."""
+    name = Path(path).name.split(".")[0]
     if "tests" in records[0].fields:
+        _known(path, options)
         return _programs(name, path, records, problems, seed)
     if "choices" in records[0].fields:
+        _known(path, options)
         asked = [choice.problem(record, choice.own) for record in records]
         return choice.made(name, choice.ChoiceSet(HubDataset(path), choice.own), asked, problems, seed, path)
     fields = options.get("question", "question"), options.get("answer", "answer")
     math_set = mathematics.MathSet(HubDataset(path), *fields)
     questions = distinct(mathematics.problem(record, math_set) for record in records)
-    suite = mathematics.made(name, pick(questions, problems, seed), math_set, path)
-    return suite if prompt else replace(suite, prompt="{question}")
+    return mathematics.made(name, pick(questions, problems, seed), math_set, path)
 
 
 def _programs(name: str, path: str, records: tuple[Record, ...], problems: int | None, seed: int) -> Suite:
