@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from finback.config import UserError
-from finback.data.messages import IGNORE, Message, Response, encode_prompt, parse_response
+from finback.data.messages import IGNORE, Response, parse_response
 from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import Completion, SamplingParams
+from finback.rollouts.drawing import Window
 from finback.tasks.task import NO_ANSWER, Problem, Task, Verdict, judged
 from finback.train.batch import Batch
 
@@ -41,16 +41,12 @@ def rollout(
     think: bool = False,
 ) -> list[Rollout]:
     """Answer each problem once; `think` opens the chain for the model. An answer cut off in its chain is wrong."""
-    asked = [encode_prompt([Message("user", p.question)], tokenizer, think=think or None) for p in problems]
+    window = Window(tokenizer, engine.model.config, sampling.max_tokens, think)
+    asked = [window.prompt(problem) for problem in problems]
     prompts = [ids for ids, _ in asked]
-    window = engine.model.config.max_position_embeddings
-    # before anything is answered: a question too long is the task's fault, not that of an engine's request
-    for ids, problem in zip(prompts, problems, strict=True):
-        if len(ids) + sampling.max_tokens > window:
-            shown = problem.question if len(problem.question) <= 60 else f"{problem.question[:60]}…"
-            needs = f"its {len(ids)} tokens and max_tokens = {sampling.max_tokens}"
-            remedy = "Leave out such questions, lower max_tokens, or take a model with a longer window."
-            raise UserError("question", shown, f"{needs} are more than the {window} that the model reads", remedy)
+    for ids, problem in zip(prompts, problems, strict=True):  # before anything is answered
+        if len(ids) + sampling.max_tokens > window.size:
+            raise window.too_long(problem)
     completions = engine.generate(prompts, sampling, seeds)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
     responses = [parse_response(THINK * opened + text) for text, (_, opened) in zip(texts, asked, strict=True)]

@@ -8,7 +8,7 @@ questions of a task and the teacher corrects it where it actually goes.
 import dataclasses
 import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,13 +21,13 @@ from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.rollouts.drawing import QuestionOrder, Window
 from finback.rollouts.rollouts import rollout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Work
 from finback.stages.fine_tuning import Batches, FineTuning, begin
 from finback.stages.sft import SFT, LessonBatches
-from finback.tasks import task as tasks
 from finback.tasks.task import Task
 from finback.train.batch import Batch, of_lessons
 from finback.train.loss import cross_entropy, distillation
@@ -74,7 +74,7 @@ class Distill(SFT):
         given = super().declaration()
         spent, results = (*given.ledger, "flops_auxiliary"), given.results
         if self.task is not None:  # the student samples its lessons
-            spent, results = (*spent, "tokens_generated", "flops_generation"), ("steps", "tokens")
+            spent, results = (*spent, "tokens_generated", "flops_generation"), ("steps", "tokens", "too_long")
         return dataclasses.replace(given, objective="a teacher's probabilities", ledger=spent, results=results)
 
     def training(self, run: StageRun) -> FineTuning:
@@ -135,13 +135,23 @@ class OnPolicyBatches(Batches):
         super().__init__(stage, run, tokenizer, student.config)
         self.stage, self.student, self.steps = stage, student, stage.steps
         self.engine = Engine(student, tokenizer.stops)
+        assert stage.task is not None, "on-policy distillation answers a task"
+        window = Window(tokenizer, student.config, stage.max_tokens)
+        self.order = QuestionOrder(stage.task, window, run.seed, lambda text: run.say(f"{run.name:10} {text}"))
+
+    def state(self) -> dict[str, Any]:
+        return self.order.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.order.load_state(state)
 
     def batch(self, step: int) -> tuple[Batch | None, int]:
         """This rank's answers to the questions of a step."""
         stage, run = self.stage, self.run
-        assert stage.task is not None, "on-policy distillation answers a task"
+        assert stage.task is not None, "checked at the beginning"
         rng = random.Random(run.seed("questions", step))
-        problems = [tasks.draw(stage.task, "train", rng) for _ in range(stage.prompts_per_step)]
+        problems = [self.order.draw(rng) for _ in range(stage.prompts_per_step)]
+        self.results["too_long"] = self.order.too_long
         mine = range(self.world.rank, stage.prompts_per_step, self.world.size)
         seeds = [run.seed("answer", step, i) for i in mine]
         sampling = SamplingParams(stage.temperature, stage.max_tokens)

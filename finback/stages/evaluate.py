@@ -15,6 +15,7 @@ from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.rollouts.drawing import Window
 from finback.rollouts.rollouts import Rollout, record, rollout
 from finback.runs.declaration import Declaration
 from finback.runs.files import read_object, write_json, write_lines
@@ -140,7 +141,10 @@ class Evaluate(Stage):
         if path.is_file():
             return read_object(path)
         assert exam.task is not None, "an exam has a task or a suite"
-        task, problems, suite = questions(exam, run.seed("exam", exam.task.name))
+        task, drawn, suite = questions(exam, run.seed("exam", exam.task.name))
+        window = Window(tokenizer, model.config, exam.max_tokens, exam.think)
+        problems = window.fitting(drawn)
+        too_long = len(drawn) - len(problems)
         mine = range(world.rank, len(problems), world.size)
         seeds = [run.seed("exam answer", exam.name, i) for i in mine]
         sampling = SamplingParams(exam.temperature, exam.max_tokens)
@@ -154,6 +158,9 @@ class Evaluate(Stage):
         gathered = world.gather((list(zip(mine, map(record, answered), strict=True)), accepted, flops))
         records = [found for _, found in sorted(pair for rank in gathered for pair in rank[0])]
         result = {"exam": exam.name, "task": exam.task.name, "temperature": exam.temperature, **scores(records)}
+        if too_long:
+            result["too_long"] = too_long
+            run.say(f"{self.name:10} {exam.name}: {window.remark(too_long)}")
         if suite:
             result["suite"] = {"source": suite.source.name, "digest": suite.source.digest, "chance": suite.chance}
         if language := exam.language or (suite.language if suite else ""):

@@ -42,6 +42,13 @@ class Batches(ABC):
     def batch(self, step: int) -> tuple[Batch | None, int]:
         """This rank's rows of a step (from 1 on), None where it has none, and how many rows all ranks have."""
 
+    def state(self) -> dict[str, Any]:
+        """What the next steps' rows depend on beside their number."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most depend on nothing
+        """Go on where another one stopped."""
+
 
 class FineTuning(Training):
     """The state of one fine-tuning run; a Loop calls its steps."""
@@ -101,10 +108,11 @@ class FineTuning(Training):
         return f"loss {metrics['loss']:.3f}"
 
     def state(self) -> dict[str, Any]:
-        return {"tokens": self.tokens}
+        return {"tokens": self.tokens, "batches": self.batches.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.tokens = state["tokens"]
+        self.batches.load_state(state["batches"])
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         self.trainer.export(self.run, self.run.folder, self.tokenizer)

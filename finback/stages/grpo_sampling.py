@@ -12,15 +12,18 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.parallel.mesh import World
+from finback.rollouts.drawing import QuestionOrder, Window
 from finback.rollouts.rollouts import Rollout, record, rollout
 from finback.runs.files import SAMPLES
 from finback.runs.folder import StageRun
-from finback.tasks import task as tasks
 from finback.tasks.task import Problem
 from finback.train import grpo_loss
 
 if TYPE_CHECKING:
     from finback.stages.grpo import GRPO
+
+# what the random numbers of a question depend on
+Seed = tuple[str | int, ...]
 
 
 @dataclass
@@ -48,27 +51,33 @@ class GroupSampler:
     def __init__(self, stage: "GRPO", run: StageRun, engine: Engine, tokenizer: Tokenizer) -> None:
         self.stage, self.run, self.engine, self.tokenizer = stage, run, engine, tokenizer
         self.world = World.of(run)
+        window = Window(tokenizer, engine.model.config, stage.max_tokens, stage.think)
+        self.order = QuestionOrder(stage.task, window, run.seed, lambda text: run.say(f"{run.name:10} {text}"))
 
     def sample(self, step: int) -> tuple[list[Group], list[Group]]:
         """All groups that were asked, and those that are learnt from, with their advantages; in order."""
         stage, world = self.stage, self.world
         rng = random.Random(self.run.seed("questions", step))
-        problems = [tasks.draw(stage.task, "train", rng) for _ in range(stage.prompts_per_step)]
+        problems = [self.order.draw(rng) for _ in range(stage.prompts_per_step)]
         mine = range(world.rank, stage.prompts_per_step, world.size)
         groups = self.ask([problems[i] for i in mine], [("answer", step, i) for i in mine])
         asked = list(groups)
         for turn in range(stage.resample):
             idle = [place for place, group in enumerate(groups) if not group.differs]
-            seeds = [("again", step, turn, mine[place]) for place in idle]
-            rngs = [random.Random(self.run.seed("question", *seed)) for seed in seeds]
-            others = self.ask([tasks.draw(stage.task, "train", rng) for rng in rngs], seeds)
+            others = self.ask(*self._others([("again", step, turn, mine[place]) for place in idle]))
             for place, group in zip(idle, others, strict=True):
                 groups[place] = group
             asked += others
         self.give_advantages(groups, step)
         return asked, groups
 
-    def ask(self, problems: list[Problem], seeds: Sequence[tuple[object, ...]]) -> list[Group]:
+    def _others(self, mine: list[Seed]) -> tuple[list[Problem], list[Seed]]:
+        """A question for each seed of this rank; all ranks draw all ranks' questions, so that the order stays one."""
+        every = sorted(seed for rank in self.world.gather(mine) for seed in rank)
+        drawn = {seed: self.order.draw(random.Random(self.run.seed("question", *seed))) for seed in every}
+        return [drawn[seed] for seed in mine], mine
+
+    def ask(self, problems: list[Problem], seeds: Sequence[Seed]) -> list[Group]:
         """Answer each problem num_generations times; answer k of a problem uses random numbers of (its seed, k)."""
         stage = self.stage
         count = range(stage.num_generations)

@@ -243,12 +243,14 @@ class Reinforcement(Training):
                 raise stage.wrong("patience", problem, remedy)
 
     def state(self) -> dict[str, Any]:
-        return {"totals": self.totals, "idle": self.idle, "learnt_out": self.learnt_out}
+        questions = self.sampler.order.state()
+        return {"totals": self.totals, "idle": self.idle, "learnt_out": self.learnt_out, "questions": questions}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.totals = {k: int(v) for k, v in state["totals"].items()}
         self.idle, self.learnt_out = state["idle"], state["learnt_out"]
+        self.sampler.order.load_state(state["questions"])
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         self.trainer.export(self.run, self.run.folder, self.tokenizer)
-        return {"steps": loop.step, "lr": self.peak_lr, **self.totals}
+        return {"steps": loop.step, "lr": self.peak_lr, "too_long": self.sampler.order.too_long, **self.totals}

@@ -9,6 +9,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of, recomputed_flops, training_flops_of
+from finback.rollouts.drawing import Window
 from finback.rollouts.rollouts import rollout
 from finback.runs.files import METRICS, ROUTER, read_lines
 from finback.runs.folder import StageRun
@@ -155,7 +156,11 @@ class Pretraining(Training):
                 )
 
     def _probe(self, probe: "Probe", loop: Loop) -> float:
-        problems = tasks.distinct(probe.task, "train", probe.problems, self.run.seed("probe"))
+        window = Window(self.tokenizer, self.config, probe.max_tokens, think=True)
+        drawn = tasks.distinct(probe.task, "train", probe.problems, self.run.seed("probe"))
+        problems = window.fitting(drawn)
+        if len(problems) < len(drawn):
+            self.run.say(f"{self.stage.name:10} probe: {window.remark(len(drawn) - len(problems))}")
         mine = problems[self.world.rank :: self.world.size]
         engine = Engine(self.trainer.model, self.tokenizer.stops)
         sampling = SamplingParams(temperature=0.0, max_tokens=probe.max_tokens)
@@ -164,7 +169,7 @@ class Pretraining(Training):
         sums = torch.tensor([sum(r.verdict.correct for r in judged), flops], dtype=torch.float64)
         right, evaluation = self.world.sum_(sums).tolist()
         loop.spend(evaluation=evaluation)
-        return float(right) / probe.problems
+        return float(right) / len(problems)
 
     def bits_per_byte(self, loop: Loop) -> dict[str, float]:
         """How well the model compresses each source's validation text; {} on ranks that hold no whole model."""

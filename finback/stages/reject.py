@@ -16,6 +16,7 @@ from finback.engine.open import load
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
 from finback.parallel.mesh import World
+from finback.rollouts.drawing import Window
 from finback.rollouts.rollouts import Rollout, rollout
 from finback.runs.declaration import Declaration
 from finback.runs.files import read_json, write_json, write_lines
@@ -71,7 +72,7 @@ class Reject(Stage):
         return Declaration(
             "rejection sampling",
             ledger=("tokens_generated", "flops", "flops_generation"),
-            results=("kept", "sampled", "reasons", "questions_by_difficulty", "kept_by_difficulty"),
+            results=("kept", "sampled", "reasons", "questions_by_difficulty", "kept_by_difficulty", "too_long"),
         )
 
     def describe(self, results: dict[str, Any]) -> str:
@@ -85,12 +86,17 @@ class Reject(Stage):
         model = model.to(world.device)
         engine, sampling = Engine(model, tokenizer.stops), SamplingParams(self.temperature, self.max_tokens)
         count = range(self.num_generations)
-        problems = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))
-        progress = Progress(run, self.prompts, "questions", spent(run.folder)["seconds"])
-        for start in range(0, self.prompts, CHUNK):
+        drawn = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))
+        window = Window(tokenizer, model.config, self.max_tokens, self.think)
+        problems = window.fitting(drawn)
+        too_long = len(drawn) - len(problems)
+        if too_long:
+            run.say(f"{self.name:10} {window.remark(too_long)}")
+        progress = Progress(run, len(problems), "questions", spent(run.folder)["seconds"])
+        for start in range(0, len(problems), CHUNK):
             path = run.folder / f"part-{start:08}.json"
             if not path.is_file():
-                mine = range(start + world.rank, min(start + CHUNK, self.prompts), world.size)
+                mine = range(start + world.rank, min(start + CHUNK, len(problems)), world.size)
                 asked = [problems[i] for i in mine for _ in count]
                 seeds = [run.seed("answer", i, k) for i in mine for k in count]
                 answers = rollout(engine, tokenizer, self.task, asked, seeds, sampling, self.think)
@@ -104,10 +110,10 @@ class Reject(Stage):
                 total, flops = (sum(numbers) for numbers in zip(*(g[1:] for g in gathered), strict=True))
                 run.account(tokens_generated=total, flops=flops, flops_generation=flops)
             world.barrier()  # nobody looks for the next file before everybody has looked for this one
-            progress.show(min(start + CHUNK, self.prompts))
+            progress.show(min(start + CHUNK, len(problems)))
             if run.check_stop():
                 raise Interrupted
-        return self._collect(run) if run.is_writer else {}
+        return self._collect(run) | {"too_long": too_long} if run.is_writer else {}
 
     def _judge(self, answers: list[Rollout]) -> list[dict[str, Any]]:
         """For each question: how many answers were right, which of them are good, and why others are not."""
@@ -146,7 +152,8 @@ class Reject(Stage):
     def _collect(self, run: StageRun) -> dict[str, Any]:
         """Choose by difficulty and write traces.jsonl."""
         parts, samples = sorted(run.folder.glob("part-*.json")), self.num_generations
-        found, sampled = [question for path in parts for question in read_json(path)], self.prompts * samples
+        found = [question for path in parts for question in read_json(path)]
+        sampled = len(found) * samples
         reasons: Counter[str] = Counter()
         for question in found:
             reasons.update(question["reasons"])

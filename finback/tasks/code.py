@@ -68,6 +68,11 @@ class Code:
         """All problems of the file, in its order."""
         return tuple(item.problem for item in _load(self.path).values())
 
+    @property
+    def all_problems(self) -> tuple[Problem, ...]:
+        """The same, as tasks of records name them."""
+        return self.problems
+
     def draw(self, rng: random.Random) -> Problem:
         return rng.choice(self.problems)
 

@@ -96,8 +96,16 @@ class Mixture:
         return any(getattr(task, "waits", False) for task in self.tasks)
 
     def draw(self, rng: random.Random) -> Problem:
+        place = self.place(rng)
+        return self.tagged(self.tasks[place].draw(rng), place)
+
+    def place(self, rng: random.Random) -> int:
+        """Which task the next problem comes from."""
         (place,) = rng.choices(range(len(self.tasks)), self.weights or None)
-        problem = self.tasks[place].draw(rng)
+        return place
+
+    def tagged(self, problem: Problem, place: int) -> Problem:
+        """A problem of that task, so that `check` knows whose it is."""
         return replace(problem, tags={**problem.tags, "part": place})
 
     def check(self, problem: Problem, answer: str) -> Verdict:

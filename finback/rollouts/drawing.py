@@ -1,0 +1,130 @@
+"""Which questions are asked: those that a model's window holds, and of a file each once before one comes again."""
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from finback.config import UserError
+from finback.data.messages import Message, encode_prompt
+from finback.data.tokenizer import Tokenizer
+from finback.model.config import ModelConfig
+from finback.tasks import task as tasks
+from finback.tasks.task import Mixture, Problem, Task, is_held_out
+
+TRIES = 1000  # questions in a row that may be too long before a task is given up
+
+
+class Window:
+    """What a model reads at most, question and answer together."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, max_tokens: int, think: bool = False) -> None:
+        self.tokenizer, self.size, self.max_tokens, self.think = (
+            tokenizer,
+            config.max_position_embeddings,
+            max_tokens,
+            think,
+        )
+
+    def prompt(self, problem: Problem) -> tuple[list[int], bool]:
+        """Ids that ask a question, and whether they end inside a chain of thought."""
+        return encode_prompt([Message("user", problem.question)], self.tokenizer, think=self.think or None)
+
+    def fits(self, problem: Problem) -> bool:
+        """Whether a question leaves room for max_tokens of an answer."""
+        return len(self.prompt(problem)[0]) + self.max_tokens <= self.size
+
+    def fitting(self, problems: Sequence[Problem]) -> list[Problem]:
+        """The problems that fit, in their order; UserError if there are some and none fits."""
+        kept = [problem for problem in problems if self.fits(problem)]
+        if problems and not kept:
+            raise self.too_long(problems[0])
+        return kept
+
+    def too_long(self, problem: Problem) -> UserError:
+        """Says that a question does not fit: the task's fault, not that of an engine's request which the user never made."""
+        shown = problem.question if len(problem.question) <= 60 else f"{problem.question[:60]}…"
+        needs = f"its {len(self.prompt(problem)[0])} tokens and max_tokens = {self.max_tokens}"
+        remedy = "Leave out such questions, lower max_tokens, or take a model with a longer window."
+        return UserError("question", shown, f"{needs} are more than the {self.size} that the model reads", remedy)
+
+    def remark(self, left_out: int) -> str:
+        """What there is to say of questions that were left out."""
+        return f"{left_out:,} questions left out: with max_tokens = {self.max_tokens} longer than the {self.size} tokens of the window"
+
+
+class QuestionOrder:
+    """A task's training questions in the order in which training asks them.
+
+    Those of a file come in epochs, each in an order of its own that follows from the seed and the epoch's number, so that none
+    comes again before all others have come; those that do not fit the window are left out before the first. Generated ones
+    are drawn at random; those that do not fit are passed over. `state` is all that resuming needs.
+    """
+
+    def __init__(self, task: Task, window: Window, seed: Callable[..., int], say: Callable[[str], None]) -> None:
+        self.task, self.window, self.seed, self.say = task, window, seed, say
+        parts = task.tasks if isinstance(task, Mixture) else (task,)
+        listed = {place: _listed(part) for place, part in enumerate(parts)}
+        self.lists = {place: window.fitting(problems) for place, problems in listed.items() if problems}
+        # questions that were left out
+        self.too_long = sum(map(len, listed.values())) - sum(map(len, self.lists.values()))
+        # how many were drawn of each list
+        self.drawn = dict.fromkeys(self.lists, 0)
+        self._orders: dict[int, tuple[int, list[int]]] = {}
+        if self.too_long:
+            say(window.remark(self.too_long))
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether what is drawn depends on what was drawn before."""
+        return bool(self.lists)
+
+    def draw(self, rng: random.Random) -> Problem:
+        """The next question; `rng` draws generated ones, and which task of a mixture it is of."""
+        for _ in range(TRIES):
+            problem, place = self._next(rng)
+            if place in self.lists or self.window.fits(problem):
+                return problem
+            if not self.too_long:
+                self.say(self.window.remark(1).replace("left out", "and later ones left out"))
+            self.too_long += 1
+        raise self.window.too_long(problem)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values from which `load_state` goes on."""
+        return {"drawn": list(self.drawn.values()), "too_long": self.too_long}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where another one stopped."""
+        self.drawn = dict(zip(self.lists, map(int, state["drawn"]), strict=True))
+        self.too_long = int(state["too_long"])
+
+    def _next(self, rng: random.Random) -> tuple[Problem, int]:
+        if not self.lists:
+            return tasks.draw(self.task, "train", rng), -1
+        if not isinstance(self.task, Mixture):
+            return self._of_list(0), 0
+        for _ in range(100_000):
+            place = self.task.place(rng)
+            problem = self._of_list(place) if place in self.lists else self.task.tasks[place].draw(rng)
+            if place in self.lists or not is_held_out(problem.key):
+                return self.task.tagged(problem, place), place
+        raise UserError("task", self.task.name, "no train problem in 100,000 draws", "Widen the task's ranges.")
+
+    def _of_list(self, place: int) -> Problem:
+        problems = self.lists[place]
+        epoch, position = divmod(self.drawn[place], len(problems))
+        self.drawn[place] += 1
+        if self._orders.get(place, (-1, []))[0] != epoch:
+            order = list(range(len(problems)))
+            random.Random(self.seed("order", place, epoch)).shuffle(order)
+            self._orders[place] = epoch, order
+        return problems[self._orders[place][1][position]]
+
+
+def _listed(task: Task) -> list[Problem]:
+    """All training problems of a task that has a list of them; none of one that makes them."""
+    every: Sequence[Problem] = getattr(task, "all_problems", ())
+    kept = [problem for problem in every if not is_held_out(problem.key)]
+    if every and not kept:
+        raise UserError("task", task.name, "none of its problems is of the training side", "Give more records.")
+    return kept
