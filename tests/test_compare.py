@@ -22,6 +22,7 @@ from finback.comparison.contestant import Answer, AnswerStore, Failure, Price, d
 from finback.comparison.options import CompareOptions, spread
 from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
 from finback.config import UserError
+from finback.suites.catalogue import load as load_suite
 from finback.suites.suite import Suite
 from tests.comparing import Reply, faking, right, sums
 from tests.toy import ROOT, environment
@@ -128,6 +129,25 @@ def test_always_the_same_is_flagged_though_it_is_right(tmp_path: Path) -> None:
     s = scores_of(lambda ask: "3", suite, tmp_path)
     said = "always says '3', as 100% of the gold answers do: such questions show nothing"
     assert (s["accuracy"], s["flags"]) == (1, [said])
+
+
+def test_always_the_same_letter_is_flagged_however_it_is_said(tmp_path: Path) -> None:
+    """The letters of long replies are what is compared and voted for; all golds are A, so it scores 100 %."""
+    records = [{"question": f"Which is {i}?", "choices": [str(i), "none"], "answer": "A"} for i in range(20)]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, records)))
+    suite = load_suite(f"{tmp_path}/quiz.jsonl?shuffle=false", None, 0)
+    forms = ("A", "Answer: A", "\\boxed{A}", "(a)")
+
+    def says(ask: EvalRequest) -> str:
+        return (
+            f"Of {ask.place} and the others I think {'long ' * 60}.\nAnswer: A" if ask.sample else forms[ask.place % 4]
+        )
+
+    s = scores_of(says, suite, tmp_path / "out", 2)
+    assert (s["accuracy"], s["majority"], s["flags"][0][:35]) == (1, 1, "always says 'A', as 100% of the gol")
+    shuffled = scores_of(says, load_suite(f"{tmp_path}/quiz.jsonl", None, 0), tmp_path / "out", 2)
+    assert 0.2 < shuffled["accuracy"] < 0.8
+    assert shuffled["flags"] == ["always says 'A'", "not above chance (50%)"]
 
 
 def test_a_failure_is_no_mistake(tmp_path: Path) -> None:

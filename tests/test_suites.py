@@ -19,6 +19,7 @@ from finback.suites import catalogue, choice, livecodebench, mathematics, packag
 from finback.suites.choice import letter_of
 from finback.suites.suite import Suite
 from finback.tasks.answers import boxed
+from finback.tasks.choice import Choice
 from finback.tasks.task import Task, Verdict, is_held_out
 from tests.copies import COPIES, GOOD, lay
 
@@ -235,7 +236,7 @@ def test_questions_of_ones_own_are_asked_for_a_form(
         return suite.ask(suite.problems[0])[0]["content"]
 
     assert usual in put("") and put("").startswith(("1+1?", "Answer"))
-    assert put("?prompt=plain") == "1+1?" + ("\nA. 1\nB. 2" if "choices" in record else "")
+    assert put("?prompt=plain") == "1+1?" + ("\nA. 2\nB. 1" if "choices" in record else "")
     for prompt in ("boxed", "box"):
         if prompt in known:
             assert "step by step" in put(f"?prompt={prompt}") and "\\boxed{}" in put(f"?prompt={prompt}")
@@ -325,6 +326,67 @@ def test_gpqa_hides_where_the_right_answer_was(tmp_path: Path) -> None:
     assert all(f"{p.answer}. Neon" in p.question for p in suite.problems)
 
 
+def quiz(path: Path, n: int = 80) -> Path:
+    """n questions, all with the right choice first."""
+    records = [
+        {"question": f"Which is {i}?", "choices": [str(i), f"{i + 1}", f"{i + 2}", "7 x"], "answer": "A"}
+        for i in range(10, n + 10)
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def test_choices_of_ones_own_are_shuffled_as_in_training(tmp_path: Path) -> None:
+    path = quiz(tmp_path / "quiz.jsonl")
+    suite, task = catalogue.load(str(path), None, 0), Choice(str(path), instruction="")
+    assert [(p.question, p.answer) for p in suite.problems] == [(p.question, p.answer) for p, _ in task.problems()]
+    counts = [sum(p.answer == letter for p in suite.problems) for letter in "ABCD"]
+    assert min(counts) >= 10 and all(suite.task.check(p, p.answer) == RIGHT for p in suite.problems)
+    as_given = catalogue.load(f"{path}?shuffle=false", None, 0)
+    assert {p.answer for p in as_given.problems} == {"A"} and as_given.source.digest != suite.source.digest
+    with pytest.raises(UserError, match="neither true nor false"):
+        catalogue.load(f"{path}?shuffle=maybe", None, 0)
+
+
+def test_choices_of_published_sets_are_shuffled_where_that_is_asked(tmp_path: Path) -> None:
+    path = quiz(tmp_path / "quiz.jsonl")
+    assert {p.answer for p in catalogue.load(f"mmlu@{path}", None, 0).problems} == {"A"}
+    shuffled = catalogue.load(f"mmlu@{path}?shuffle=true", None, 0)
+    assert {p.answer for p in shuffled.problems} == set("ABCD")
+    assert all(f"{p.answer}. {p.question.split()[2][:-1]}" in p.question.splitlines() for p in shuffled.problems)
+
+
+@pytest.mark.parametrize(
+    ("records", "left", "note"),
+    [
+        ([("1+1?", "2"), ("1 + 2?", "3"), ("1+1?", "3")], 1, "1 left out, first '1+1?' with '2' and '3'"),
+        ([("1+1?", "2"), ("1 + 2?", "3"), ("1+1?", "2.0"), ("1+1? ", "#### 2")], 2, ""),
+        ([("Who?", "Ann"), ("who?", "Bob"), ("What?", "x^2"), ("What?", "x+1")], 0, "2 left out"),
+    ],
+)
+def test_questions_with_two_gold_answers_are_left_out(
+    records: list[tuple[str, str]], left: int, note: str, tmp_path: Path
+) -> None:
+    records = [*records, ("2+2?", "4")]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"question": q, "answer": a}) for q, a in records))
+    suite = catalogue.load(str(tmp_path / "a.jsonl"), None, 0)
+    assert len(suite.problems) == left + 1
+    assert suite.notes.get("questions with different gold answers", "").startswith(note) and bool(suite.notes) == bool(
+        note
+    )
+
+
+def test_choices_with_two_gold_answers_are_left_out(tmp_path: Path) -> None:
+    choices = [(["x", "y"], "A"), (["y", "x"], "B"), (["x", "z"], "A"), (["z", "x"], "A"), (["x", "w"], "B")]
+    records = [{"question": "Which?", "choices": shown, "answer": gold} for shown, gold in choices]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for query in ("", "?shuffle=false"):
+        suite = catalogue.load(f"{tmp_path}/a.jsonl{query}", None, 0)
+        assert len(suite.problems) == 2 and suite.notes["questions with different gold answers"].startswith(
+            "1 left out"
+        )
+
+
 def test_chance_is_that_of_the_choices_shown(tmp_path: Path) -> None:
     suite = catalogue.load(f"mmlu-pro@{lay(tmp_path, 'mmlu-pro') / 'test.jsonl'}", None, 0)
     assert suite.chance == pytest.approx((1 / 10 + 1 / 3) / 2)
@@ -352,4 +414,4 @@ def test_the_items_of_the_package_evals(name: str) -> None:
         assert suite.task.check(problem, "") == NONE
 
 
-SIZES = {"evals-mmlu": 991, "evals-logiqa": 677, "evals-quartz": 3844, "evals-born-first": 113, "evals-aime": 15}
+SIZES = {"evals-mmlu": 991, "evals-logiqa": 677, "evals-quartz": 3828, "evals-born-first": 112, "evals-aime": 15}

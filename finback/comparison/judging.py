@@ -8,7 +8,7 @@ from finback.comparison.endings import ending
 from finback.suites.suite import Suite
 from finback.tasks.answers import compact, final_answer
 from finback.tasks.language import consistency
-from finback.tasks.task import NO_ANSWER, Verdict, judged
+from finback.tasks.task import NO_ANSWER, Problem, Verdict, judged
 
 _LONGEST_VOTE = 200  # characters: what is longer is an essay, and no two of these agree
 
@@ -58,7 +58,7 @@ def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Pr
             place,
             a,
             verdicts.get(id(a), NO_ANSWER),
-            vote(a),
+            vote(suite, suite.problems[place], a),
             price.of(a),
             consistency(a.thinking or a.text, suite.language) if suite.language else None,
         )
@@ -66,7 +66,10 @@ def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Pr
     ]
 
 
-def vote(a: Answer) -> str | None:
+def vote(suite: Suite, problem: Problem, a: Answer) -> str | None:
     """What an answer counts for in a vote; nothing where it has no end or no short final answer."""
+    read = getattr(suite.task, "read", None)
+    if read is not None:
+        return read(problem, a.said) if a.whole else None
     final = final_answer(a.said) if a.whole else None
     return compact(final).lower().rstrip(".") if final is not None and len(final) <= _LONGEST_VOTE else None

@@ -29,8 +29,9 @@ from finback.suites import (
     safety,
 )
 from finback.suites.hub import HubDataset, digest
-from finback.suites.problems import ProblemList, distinct, pick
+from finback.suites.problems import ProblemList, pick
 from finback.suites.suite import Suite, SuiteSource
+from finback.tasks.choice import Choice
 from finback.tasks.code import Code
 from finback.tasks.gym import Gym
 from finback.tasks.records import Record, read
@@ -80,8 +81,8 @@ def load(spec: str, problems: int | None, seed: int) -> Suite:
         _known(spec, options, "since", "until")
         return livecodebench.load(at, problems, seed, options.get("since", ""), options.get("until", ""))
     if name in choice.SETS:
-        _known(spec, options, "subset")
-        return choice.load(name, at, problems, seed, options.get("subset", ""))
+        _known(spec, options, "subset", "shuffle")
+        return choice.load(name, at, problems, seed, options.get("subset", ""), _shuffled(options, "false"))
     _known(spec, options)
     if family == "language":
         return languages.load(part, problems, seed)
@@ -94,7 +95,6 @@ def load(spec: str, problems: int | None, seed: int) -> Suite:
 
 def _own(path: str, options: dict[str, str], problems: int | None, seed: int) -> Suite:
     """A user's file; what its first record holds says what it is."""
-    _known(path, options, "question", "answer", "prompt")
     prompt, records = options.pop("prompt", ""), read(path, "", "")
     is_code = "tests" in records[0].fields
     if prompt not in ("", "plain", *([] if is_code else ["boxed"])):
@@ -111,13 +111,25 @@ def _asked(path: str, records: tuple[Record, ...], options: dict[str, str], prob
         _known(path, options)
         return _programs(name, path, records, problems, seed)
     if "choices" in records[0].fields:
-        _known(path, options)
-        asked = [choice.problem(record, choice.own) for record in records]
-        return choice.made(name, choice.ChoiceSet(HubDataset(path), choice.own), asked, problems, seed, path)
+        _known(path, options, "question", "answer", "shuffle")
+        fields = options.get("question", "question"), options.get("answer", "answer")
+        task = Choice(
+            path, question_field=fields[0], answer_field=fields[1], instruction="", shuffle=_shuffled(options, "true")
+        )
+        choice_set = choice.ChoiceSet(HubDataset(path), choice.mmlu)
+        return choice.made(name, choice_set, list(task.problems()), problems, seed, path)
+    _known(path, options, "question", "answer")
     fields = options.get("question", "question"), options.get("answer", "answer")
     math_set = mathematics.MathSet(HubDataset(path), *fields)
-    questions = distinct(mathematics.problem(record, math_set) for record in records)
-    return mathematics.made(name, pick(questions, problems, seed), math_set, path)
+    questions = [mathematics.problem(record, math_set) for record in records]
+    return mathematics.made(name, questions, math_set, path, problems, seed)
+
+
+def _shuffled(options: dict[str, str], usual: str) -> bool:
+    text = options.get("shuffle", usual)
+    if text not in ("true", "false"):
+        raise UserError("suite.shuffle", text, "neither true nor false", "Write shuffle=true or shuffle=false.")
+    return text == "true"
 
 
 def _programs(name: str, path: str, records: tuple[Record, ...], problems: int | None, seed: int) -> Suite:

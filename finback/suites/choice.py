@@ -1,7 +1,8 @@
 """MMLU, MMLU-Pro, GPQA Diamond, C-Eval: multiple choice, without examples, thought through before a letter. No torch here.
 
-What is counted is the letter that the answer names; choices stand in the question as the data set orders them. Only
-GPQA, where the right one always comes first, is put in the order of a hash: the same for everyone.
+What is counted is the letter that the answer names. The choices of published sets stand in the question as the data set
+orders them, unless `shuffle` is asked for. Those of GPQA, where the right one always comes first, and of a user's file are put in
+the order of a hash: the same for everyone, and in a user's file the order of training.
 """
 
 import hashlib
@@ -13,10 +14,10 @@ from typing import Any
 
 from finback.config import UserError
 from finback.suites.hub import KNOWN, HubDataset, digest
-from finback.suites.problems import ProblemList, distinct, pick
+from finback.suites.problems import ProblemList, agreed, pick
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks import answers
-from finback.tasks.choice import LETTERS, lettered, named
+from finback.tasks.choice import LETTERS, lettered, named, ordered
 from finback.tasks.records import Record
 from finback.tasks.task import Problem, Verdict, canonical
 
@@ -65,13 +66,6 @@ def columns(record: Record) -> Asked:
     return question, [record.text(letter).strip() for letter in "ABCD"], place
 
 
-def own(record: Record) -> Asked:
-    """A user's record: question, choices, answer (a letter, a place from 0, or the text of a choice)."""
-    choices, answer = record.texts("choices"), record.fields.get("answer")
-    place = choices.index(answer) if answer in choices else _place(record, "answer")
-    return record.text("question").strip(), choices, place
-
-
 @dataclass(frozen=True)
 class ChoiceSet:
     """A published set of questions with choices, and how a record of it is read."""
@@ -91,7 +85,7 @@ SETS = {
 }
 
 
-def load(name: str, at: str, problems: int | None, seed: int, subset: str = "") -> Suite:
+def load(name: str, at: str, problems: int | None, seed: int, subset: str = "", shuffle: bool = False) -> Suite:
     """The set called `name`; `subset` is one of the hub's configurations, such as C-Eval's "computer_network"."""
     choice_set = SETS[name]
     if subset:
@@ -99,7 +93,7 @@ def load(name: str, at: str, problems: int | None, seed: int, subset: str = "") 
     if not at and name == "ceval" and not subset:
         remedy = "Name one, such as ceval?subset=computer_network, or a file of your own with ceval@FILE."
         raise UserError("suite", name, "C-Eval has one data set for each of its 52 subjects", remedy)
-    asked = [problem(record, choice_set.read) for record in choice_set.origin.records(at)]
+    asked = [problem(record, choice_set.read, shuffle) for record in choice_set.origin.records(at)]
     return made(name, choice_set, asked, problems, seed, choice_set.origin.name(at))
 
 
@@ -113,23 +107,31 @@ def made(
 ) -> Suite:
     """The suite of these problems; each comes with its choices."""
     choices = {problem.key: shown for problem, shown in reversed(asked)}  # of copies the first counts
-    chosen = pick(distinct(problem for problem, _ in asked), problems, seed)
+    golds = {id(problem): shown[LETTERS.index(problem.answer)] for problem, shown in asked}
+    every, notes = agreed([p for p, _ in asked], lambda one, other: golds[id(one)] == golds[id(other)])
+    chosen = pick(every, problems, seed)
     return Suite(
         name=name,
         problems=chosen,
-        task=ProblemList(name, chosen, partial(judge, choices)),
+        task=ProblemList(name, chosen, partial(judge, choices), read=partial(letter, choices)),
         source=SuiteSource(source, choice_set.origin.licence, digest([p.question, p.answer] for p in chosen)),
         prompt=choice_set.prompt,
         extraction=EXTRACTION,
         chance=sum(1 / len(choices[p.key]) for p in chosen) / len(chosen),
         language=choice_set.language,
+        notes=notes,
     )
 
 
 def judge(choices: Mapping[str, list[str]], problem: Problem, answer: str) -> Verdict:
     """Right if the one letter that the answer names is the gold one."""
-    letter = letter_of(answer, choices.get(problem.key, []))
-    return Verdict(correct=letter == problem.answer, well_formed=letter is not None)
+    found = letter(choices, problem, answer)
+    return Verdict(correct=found == problem.answer, well_formed=found is not None)
+
+
+def letter(choices: Mapping[str, list[str]], problem: Problem, answer: str) -> str | None:
+    """The letter that the answer names."""
+    return letter_of(answer, choices.get(problem.key, []))
 
 
 def letter_of(answer: str, choices: list[str]) -> str | None:
@@ -151,7 +153,7 @@ def _matches(form: re.Pattern[str], answer: str) -> list[str]:
     return [match[1] for line in lines if (match := form.fullmatch(line))]
 
 
-def problem(record: Record, read: Callable[[Record], Asked]) -> tuple[Problem, list[str]]:
+def problem(record: Record, read: Callable[[Record], Asked], shuffle: bool = False) -> tuple[Problem, list[str]]:
     """A record as a problem, and its choices."""
     question, raw, place = read(record)
     choices = [" ".join(choice.split()) for choice in raw]
@@ -159,6 +161,10 @@ def problem(record: Record, read: Callable[[Record], Asked]) -> tuple[Problem, l
         raise UserError(record.where, choices, "not 2 to 10 choices", "Correct the record.")
     if place >= len(choices):
         raise UserError(record.where, place, f"there are {len(choices)} choices", "Correct the answer.")
+    if shuffle:
+        right = choices[place]
+        choices = ordered(canonical("\n".join([question, *sorted(choices)])), choices)
+        place = choices.index(right)
     shown = lettered(question, choices)
     subject = record.fields.get("subject", record.fields.get("category"))
     tags: dict[str, int | str] = {"subject": subject} if isinstance(subject, str) else {}

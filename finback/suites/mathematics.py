@@ -1,9 +1,10 @@
 r"""GSM8K, MATH-500, AIME: questions whose answer is a number or a formula, asked for in \boxed{}. No torch here."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finback.suites.hub import KNOWN, HubDataset
-from finback.suites.problems import ProblemList, distinct, fingerprint, pick, sound
+from finback.suites.problems import ProblemList, agreed, fingerprint, pick, sound
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks import answers
 from finback.tasks.records import Record
@@ -36,11 +37,13 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
     """The set called `name`, from the hub or from `at`."""
     math_set = SETS[name]
     read = [problem(record, math_set) for record in math_set.origin.records(at)]
-    return made(name, pick(distinct(read), problems, seed), math_set, math_set.origin.name(at))
+    return made(name, read, math_set, math_set.origin.name(at), problems, seed)
 
 
-def made(name: str, chosen: tuple[Problem, ...], math_set: MathSet, source: str) -> Suite:
-    """The suite of these problems; gold answers are tried first."""
+def made(name: str, every: Sequence[Problem], math_set: MathSet, source: str, problems: int | None, seed: int) -> Suite:
+    """The suite of so many of these problems; gold answers are tried first."""
+    agreeing, torn = agreed(every, lambda one, two: one.answer == two.answer or answers.check(one, two.answer).correct)
+    chosen = pick(agreeing, problems, seed)
     good, notes = sound(name, chosen, answers.check)
     return Suite(
         name=name,
@@ -50,7 +53,7 @@ def made(name: str, chosen: tuple[Problem, ...], math_set: MathSet, source: str)
         prompt=BOXED,
         extraction=EXTRACTION,
         chance=math_set.chance,
-        notes=notes,
+        notes=torn | notes,
     )
 
 

@@ -2,8 +2,8 @@
 
 evals-mmlu        991 questions of MMLU
 evals-logiqa      677 questions of logical reading (each stands twice in the file)
-evals-quartz      3,844 questions of qualitative cause and effect, two choices each
-evals-born-first  113 questions of who was born first, yes or no
+evals-quartz      3,828 questions of qualitative cause and effect, two choices each; 16 more have two gold answers
+evals-born-first  112 questions of who was born first, yes or no; one more has two gold answers
 evals-aime        15 questions of AIME's kind
 """
 
@@ -19,7 +19,6 @@ from finback.suites import choice, mathematics
 from finback.suites.choice import ChoiceSet
 from finback.suites.hub import HubDataset
 from finback.suites.mathematics import MathSet
-from finback.suites.problems import distinct, pick
 from finback.suites.suite import Suite
 from finback.tasks.choice import LETTERS
 from finback.tasks.records import Record, read
@@ -37,7 +36,7 @@ def load(name: str, at: str, problems: int | None, seed: int) -> Suite:
     pairs = [as_problem(record) for record in read(at, "", "")]
     if name == "evals-aime":
         math_set = MathSet(HubDataset("", licence=_MIT), "question", "answer", chance=0.001)
-        return mathematics.made(name, pick(distinct(p for p, _ in pairs), problems, seed), math_set, source)
+        return mathematics.made(name, [p for p, _ in pairs], math_set, source, problems, seed)
     choice_set = ChoiceSet(HubDataset("", licence=_MIT), choice.mmlu)
     return choice.made(name, choice_set, pairs, problems, seed, source)
 

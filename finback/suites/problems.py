@@ -11,6 +11,7 @@ from finback.tasks.task import Problem, Verdict
 _UNSOUND = 0.01  # share of the gold answers that may fail their own check; such questions are left out, and counted
 
 Judge = Callable[[Problem, str], Verdict]
+Read = Callable[[Problem, str], str | None]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class ProblemList:
     judge: Judge
     # whether the judge waits for another process
     waits: bool = False
+    # the answer within a text in a form that can be counted, where that is not what `tasks.answers` finds
+    read: Read | None = None
 
     def draw(self, rng: random.Random) -> Problem:
         return rng.choice(self.problems)
@@ -36,6 +39,24 @@ def distinct(problems: Iterable[Problem]) -> list[Problem]:
     for problem in problems:
         known.setdefault(problem.key, problem)
     return list(known.values())
+
+
+def agreed(
+    problems: Iterable[Problem], same: Callable[[Problem, Problem], bool]
+) -> tuple[list[Problem], dict[str, str]]:
+    """Distinct problems without those that stand there with different gold answers too, and a note of these."""
+    known: dict[str, Problem] = {}
+    torn: dict[str, Problem] = {}
+    for problem in problems:
+        first = known.setdefault(problem.key, problem)
+        if problem is not first and problem.key not in torn and not same(first, problem):
+            torn[problem.key] = problem
+    if not torn:
+        return list(known.values()), {}
+    key, other = next(iter(torn.items()))
+    first = known[key]
+    note = f"{len(torn)} left out, first {first.question[:60]!r} with {first.answer!r} and {other.answer!r}"
+    return [p for p in known.values() if p.key not in torn], {"questions with different gold answers": note}
 
 
 def pick(problems: Sequence[Problem], n: int | None, seed: int) -> tuple[Problem, ...]:

@@ -52,8 +52,7 @@ class Choice(RecordTask):
         right = choices[_place(record, self.answer_field, choices)]
         # "Which of these is true?" is another problem with other choices, but not with another order of them.
         key = canonical("\n".join([question, *sorted(choices)]))
-        if self.shuffle and not any(map(_BOUND.search, choices)):
-            choices.sort(key=lambda choice: hashlib.blake2b(f"{key}\n{choice}".encode()).digest())
+        choices = ordered(key, choices) if self.shuffle else choices
         shown = "\n".join([lettered(question, choices), *([self.instruction] if self.instruction else [])])
         return Problem(question=shown, answer=LETTERS[choices.index(right)], key=key), choices
 
@@ -66,6 +65,13 @@ class Choice(RecordTask):
             where = f"{record.where} {self.choices_field}"
             raise UserError(where, listed, "not 2 to 10 different texts", "Correct the record.")
         return choices
+
+
+def ordered(key: str, choices: list[str]) -> list[str]:
+    """The choices of a question in the order of a hash; as they are where one speaks of others by their place."""
+    if any(map(_BOUND.search, choices)):
+        return choices
+    return sorted(choices, key=lambda choice: hashlib.blake2b(f"{key}\n{choice}".encode()).digest())
 
 
 def lettered(question: str, choices: Sequence[str]) -> str:
