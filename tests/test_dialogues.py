@@ -76,6 +76,8 @@ CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": 
         # questions and answers
         ({"question": "4+5?", "answer": 9}, (USER, ANSWER)),
         ({"question": "4+5?", "answer": 4.5}, (USER, Message("assistant", "4.5"))),
+        ({"question": "4+5?", "answer": 1e-7}, (USER, Message("assistant", "1e-7"))),
+        ({"question": "4+5?", "answer": 1e22}, (USER, Message("assistant", "1e22"))),
         ({"query": "4+5?", "response": "9"}, (USER, ANSWER)),
         ({"problem": "4+5?", "solution": "9"}, (USER, ANSWER)),
         ({"input": "4+5?", "output": "9"}, (USER, ANSWER)),
@@ -98,6 +100,7 @@ CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": 
             (Message("system", "be kind"), USER, ANSWER),
         ),
         ({"messages": [ASKED, {"role": "assistant", "content": 9}]}, (USER, ANSWER)),
+        ({"conversations": [ASKED, {**SAID, "train": False}, ASKED, SAID]}, (USER, UNLEARNT, USER, ANSWER)),
         ({"messages": [ASKED, {**SAID, "weight": 0}, ASKED, {**SAID, "weight": 1}]}, (USER, UNLEARNT, USER, ANSWER)),
         (
             {
@@ -126,7 +129,13 @@ CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": 
         *(({"question": "4+5?", "answer": "9", name: "five more"}, (USER, THOUGHT)) for name in dialogues.REASONING),
         *(
             ({"prompt": "4+5?", "completion": text}, (USER, THOUGHT))
-            for text in ("<think>five more</think>9", "\n<think>\nfive more\n</think>\n\n9", "five more</think>9")
+            for text in (
+                "<think>five more</think>9",
+                "\n<think>\nfive more\n</think>\n\n9",
+                "five more</think>9",
+                "<thinking>five more</thinking>\n9",
+                "<THINK> five more </ think>9",
+            )
         ),
         ({"question": "4+5?", "answer": "<think>\n\n</think>\n\n9"}, (USER, ANSWER)),
         ({"question": "4+5?", "answer": "9", "reasoning": "<think>five more</think>"}, (USER, THOUGHT)),
@@ -176,6 +185,7 @@ def test_a_record_gives_the_turns_that_were_meant(record: dict[str, Any], turns:
             {"question": "Which?", "answer": "B", "choices": ["4", "9"]},
             "choices: choices that the question does not show",
         ),
+        ({"prompt": "4+5?", "completion": "8", "label": False}, "label: a completion that is no example"),
         ({"messages": [ASKED]}, "messages: nothing that an assistant says"),
         ({"messages": [ASKED, {**SAID, "weight": 0}]}, "messages: every answer has weight 0"),
         ({"messages": [ASKED, {**SAID, "weight": 0.5}]}, r"messages\[1\].weight: neither 0 nor 1"),
@@ -296,12 +306,23 @@ def test_lines_that_are_no_records_are_named_and_the_others_read(tmp_path: Path)
         ("a.csv", 'question,answer\n"x,y\n', r"a\.csv:\d+ = .*not a table"),
         ("a.csv", "answer,answer\n1,2\n", "two columns have one name"),
         ("a.csv", "", "the file is empty"),
+        ("a.csv", "question,answer\n", "the file has no records"),
+        ("a.json", "[]", "the file has no records"),
     ],
 )
 def test_files_that_cannot_be_read_are_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         list(readers.records(tmp_path / name, "mine"))
+
+
+def test_whole_numbers_in_a_column_of_floats_are_whole(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"question": ["a", "b", "c"], "answer": [4.0, 4.5, None]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    (_, one), (_, two), (_, three) = readers.records(tmp_path / "a.parquet", "mine")
+    assert read_dialogue(one).messages[1].content == "4" and read_dialogue(two).messages[1].content == "4.5"
+    assert three == {"question": "c"}
 
 
 def test_columns_of_parquet_are_those_that_dialogues_use() -> None:

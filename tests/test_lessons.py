@@ -96,6 +96,22 @@ def test_an_exams_questions_are_not_learnt(tmp_path: Path, capfd: pytest.Capture
         read(tmp_path, path, Exam("all", suite=str(path)))
 
 
+def test_exams_of_one_name_in_several_stages_are_all_looked_at(tmp_path: Path) -> None:
+    one, two = (write(tmp_path / f"{q}.jsonl", {"question": f"{q}5?", "answer": "9"}) for q in "ab")
+    path = write(tmp_path / "mine.jsonl", GOOD, *({"question": f"{q}5?", "answer": "9"} for q in "ab"))
+    stages = [
+        Evaluate(name=name, start="base", exams=(Exam("file", suite=str(asked)),))
+        for name, asked in (("before", one), ("after", two), ("again", two))
+    ]
+    stage_folder(tmp_path, 1, "base")
+    stage = SFT(name="tuned", start="base", text=(Files((str(path),), name="mine"),))
+    run = StageRun(tmp_path, "tuned", 0, World(), quiet=True)
+    run.folder.mkdir()
+    run.stages = stages
+    reader = LessonReader(stage, run, Tokenizer(tmp_path / "base"))
+    assert len(reader.read()["mine"]) == 1 and reader.results["contaminated"] == {"mine": {"file": 2}}
+
+
 def test_an_exams_question_is_found_in_other_words_around_it(tmp_path: Path) -> None:
     long = "A whale swims four miles to the harbour and five miles back to the river. How far does it swim in all?"
     asked = write(tmp_path / "exam.jsonl", {"question": long, "answer": "9"}, {"question": "4+5?", "answer": "9"})
@@ -111,6 +127,29 @@ def test_an_exams_question_is_found_in_other_words_around_it(tmp_path: Path) -> 
     )
     lessons, results = read(tmp_path, write(tmp_path / "mine.jsonl", *records), Exam("file", suite=str(asked)))
     assert len(lessons) == 1 and results["contaminated"] == {"mine": {"file": 2}}
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "found"),
+    [
+        ("Who wrote Hamlet?", "Question: Who  wrote hamlet? Answer:", True),
+        ("Who wrote Hamlet?", "Who wrote Hamlet? Think first.\nGo.", True),
+        ("Who wrote Hamlet", "Tell me: who wrote Hamlet.", True),
+        ("Who wrote Hamlet", "Who wrote Hamlet and when?", False),
+        ("Who wrote Hamlet", "Who wrote Hamlets?", False),
+        ("北京是哪一个国家的首都城市呢", "请回答北京是哪一个国家的首都城市呢请快", True),
+        ("What is 8 minus 3 plus 5?", "What is 8 minus 3 plus 5 plus 4?", False),
+        ("What is 1 and 1 more?", "What is 11 and 1 more?", False),
+        ("8-3+5+4-6+2=?", "Sum: 8-3+5+4-6+2=?", False),
+    ],
+)
+def test_an_exams_short_question_is_found_within_a_line(question: str, text: str, found: bool, tmp_path: Path) -> None:
+    asked = write(
+        tmp_path / "exam.jsonl", {"question": question, "answer": "9"}, {"question": "Another one", "answer": "9"}
+    )
+    path = write(tmp_path / "mine.jsonl", GOOD, {"question": text, "answer": "9"})
+    _, results = read(tmp_path, path, Exam("file", suite=str(asked)))
+    assert results["contaminated"] == ({"mine": {"file": 1}} if found else {})
 
 
 def test_a_choices_question_is_found_without_its_choices(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ SECOND = ("input", "context")  # what an instruction is about
 SYSTEM = ("system", "system_prompt")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CHOICES = ("choices", "options")
-BESIDE = (*SYSTEM, *REASONING, *CHOICES, *SECOND, "tools", "functions", "history", "weight")
+BESIDE = (*SYSTEM, *REASONING, *CHOICES, *SECOND, "tools", "functions", "history", "weight", "label")
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -49,6 +49,11 @@ _ROLES = {
     "observation": "tool",
 }
 _CALL = "function_call"
+_EXPONENT = re.compile(r"e\+?(-?)0*(\d+)")  # 1e-07 is nobody's way to write 1e-7
+# how others mark a chain of thought at the beginning of an answer
+_OTHERS = re.compile(
+    r"\s*<\s*(think|thinking|thought|thoughts|reasoning)\s*>(.*?)<\s*/\s*\1\s*>", re.DOTALL | re.IGNORECASE
+)
 # of a chain of thought, but for those that are quoted
 _MARK = re.compile(r"(?<![`'\"])</?think>")
 _REMEDY = "Correct the record, or leave it out."
@@ -103,6 +108,8 @@ def _said(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     if asked is None or answered is None:
         known, remedy = ", ".join(map(str, record))[:200], "Give messages, or a question and its answer."
         raise UserError("record", known, "no field that can be learnt from", remedy)
+    if record.get("label") is False:
+        raise UserError("label", False, "a completion that is no example", _REMEDY)
     if choices := next((name for name in CHOICES if _there(record, name)), None):
         remedy = "Write the choices into the question."
         raise UserError(choices, record[choices], "choices that the question does not show", remedy)
@@ -154,6 +161,8 @@ def _turn(given: Any, where: str) -> dict[str, Any]:
     chains = {name: str(given[name]).strip() for name in REASONING if _there(given, name)}
     if len({*chains.values()}) > 1:
         raise UserError(f"{where}.{next(iter(chains))}", list(chains), "two chains of thought", _REMEDY)
+    if given.get("train") is False:  # axolotl's way to say so
+        turn["weight"] = 0
     if role == _CALL:
         turn |= {"role": "assistant", "content": "", "tool_calls": _calls(content, where)}
     elif role == "assistant":
@@ -224,7 +233,7 @@ def _text(value: Any, where: str) -> str:
     """A text, or a number as it is written."""
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if isinstance(value, str) or (is_number and math.isfinite(value)):
-        return str(value)
+        return _EXPONENT.sub(r"e\1\2", str(value)) if isinstance(value, float) else str(value)
     raise UserError(where, value, "expected a text", _REMEDY)
 
 
@@ -250,6 +259,7 @@ def _split(message: Message, where: str) -> Message:
 
 def _reasoning(text: str, where: str) -> tuple[str, str]:
     """A chain without its marks, and what stands behind it."""
+    text = _OTHERS.sub(_usual, text, count=1) if _OTHERS.match(text) else text
     if not _MARK.search(text):
         return (text if text.strip() else ""), ""
     return _apart(text.strip().removeprefix(THINK), f"{where}.reasoning")
@@ -257,6 +267,7 @@ def _reasoning(text: str, where: str) -> tuple[str, str]:
 
 def _answer(text: str, where: str) -> tuple[str, str]:
     """The chain that an answer begins with, "" without one, and the answer; templates open a chain before the answer begins."""
+    text = _OTHERS.sub(_usual, text, count=1) if _OTHERS.match(text) else text
     if not _MARK.search(text):
         return "", text
     begun = text.strip()
@@ -265,6 +276,10 @@ def _answer(text: str, where: str) -> tuple[str, str]:
     if END_THINK not in begun:
         raise UserError(f"{where}.content", text[:60], "its chain of thought never ends", _REMEDY)
     return _apart(begun.removeprefix(THINK), f"{where}.content")
+
+
+def _usual(match: re.Match[str]) -> str:
+    return f"{THINK}{match[2]}{END_THINK}"
 
 
 def _apart(text: str, where: str) -> tuple[str, str]:

@@ -44,7 +44,7 @@ FIELDS = (
         "history",
         "tools",
     ),
-    *("functions", "choices", "options", "reasoning_content", "reasoning", "thinking", "weight"),
+    *("functions", "choices", "options", "reasoning_content", "reasoning", "thinking", "weight", "label"),
 )
 _BLANK_LINES = re.compile(r"\s*\n")
 
@@ -84,6 +84,15 @@ def lines(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterat
 
 def records(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterator[tuple[str, Any]]:
     """A file's records and where each stands, such as a.jsonl:12; a UserError in place of one that cannot be read."""
+    count = 0
+    for each in _records(path, where, bytes_read):
+        count += 1
+        yield each
+    if not count:
+        raise UserError(where, str(path), "the file has no records", "Remove it from the list or fill it.")
+
+
+def _records(path: Path, where: str, bytes_read: BytesRead | None) -> Iterator[tuple[str, Any]]:
     ending = kind(path)
     assert ending in RECORDS, f"{path} holds no records"
     if ending == ".parquet":
@@ -205,11 +214,16 @@ def parquet(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iter
         columns = [name for name in table.schema_arrow.names if name in FIELDS]
         for batch in table.iter_batches(1000, columns=columns or None):
             for row in batch.to_pylist():  # what a row has not, its columns hold as None
-                yield {name: value for name, value in row.items() if value is not None}
+                yield {name: _whole(value) for name, value in row.items() if value is not None}
             done += batch.num_rows
             bytes_read.count = before + size * done / table.metadata.num_rows
     except (arrow.ArrowInvalid, OSError) as error:
         raise damaged(path, where, error) from None
+
+
+def _whole(value: Any) -> Any:
+    """A whole number that a column of floats holds, as pandas makes them where a value is missing."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else value
 
 
 def _pyarrow(path: Path, where: str) -> Any:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from finback.data.decontamination import Decontaminator, grams
 from finback.data.messages import Message
@@ -14,6 +14,9 @@ from finback.tasks.records import RecordTask
 from finback.tasks.task import Problem, canonical, is_held_out
 
 NGRAM = 13  # words in a row, as GPT-3's appendix C
+START, LETTERS = 12, 6  # characters
+_PART = {*"abcdefghijklmnopqrstuvwxyz0123456789+-*/=^%"}
+_BEGINS = re.compile(r"(?<![a-z0-9+\-*/=^%])\S")
 PROBLEMS = 1000  # of a generated task's training side, whose words are the task's and no exam's
 
 
@@ -22,9 +25,14 @@ class ExamQuestions:
 
     def __init__(self, run: StageRun) -> None:
         self.run = run
-        self.exams = [exam for stage in run.stages if isinstance(stage, Evaluate) for exam in stage.exams]
+        self.exams: list[Exam] = []
+        for exam in (exam for stage in run.stages if isinstance(stage, Evaluate) for exam in stage.exams):
+            if exam not in self.exams:  # other stages may have the same exam, or another one of this name
+                self.exams.append(exam)
         self._decontaminator: Decontaminator | None = None
+        self._asked: dict[int, list[Problem]] = {}
         self._keys: dict[str, str] | None = None
+        self._embedded: _Embedded | None = None
 
     def find(self, messages: Sequence[Message], is_trace: bool) -> str | None:
         """The exam that has a question of the dialogue, if there is one.
@@ -36,7 +44,10 @@ class ExamQuestions:
         if is_trace:
             asked = (canonical(m.content) for m in messages if m.role == "user")
             return next((self.keys[key] for key in asked if key in self.keys), None)
-        return self.decontaminator.find(Document(tuple(messages)))
+        found = self.decontaminator.find(Document(tuple(messages)))
+        return found or next(
+            filter(None, (self.embedded.find(m.content) for m in messages if m.role != "system")), None
+        )
 
     @property
     def keys(self) -> dict[str, str]:
@@ -52,19 +63,29 @@ class ExamQuestions:
         if self._decontaminator is None:
             held_out, trained = dict[str, list[str]](), dict[str, list[str]]()
             for exam in self.exams:
-                problems = list(self._problems(exam))
-                held_out[exam.name] = [text for problem in problems for text in _texts(problem)]
-                trained[exam.name] = list(self._wording(exam, problems))
+                problems = self._problems(exam)
+                held_out.setdefault(exam.name, []).extend(text for problem in problems for text in _texts(problem))
+                trained.setdefault(exam.name, []).extend(self._wording(exam, problems))
             self._decontaminator = Decontaminator(held_out, trained, NGRAM)
         return self._decontaminator
 
-    def _problems(self, exam: Exam) -> Iterator[Problem]:
+    @property
+    def embedded(self) -> "_Embedded":
+        """Of the same questions, with words before and behind them in one line."""
+        if self._embedded is None:
+            self._embedded = _Embedded((t, e.name) for e in self.exams for p in self._problems(e) for t in _texts(p))
+        return self._embedded
+
+    def _problems(self, exam: Exam) -> list[Problem]:
         """Those that the exam asks; of a file all that are held out."""
-        if isinstance(exam.task, RecordTask):
-            yield from (problem for problem in exam.task.all_problems if is_held_out(problem.key))
-        else:
+        place = self.exams.index(exam)
+        if place not in self._asked:
             assert exam.task is not None, "an exam has a task or a suite"
-            yield from questions(exam, self.run.seed("exam", exam.task.name))[1]
+            if isinstance(exam.task, RecordTask):
+                self._asked[place] = [p for p in exam.task.all_problems if is_held_out(p.key)]
+            else:
+                self._asked[place] = questions(exam, self.run.seed("exam", exam.task.name))[1]
+        return self._asked[place]
 
     def _wording(self, exam: Exam, problems: Sequence[Problem]) -> Iterator[str]:
         """Texts whose runs of words say nothing of a question: training questions', or what many questions share."""
@@ -73,6 +94,38 @@ class ExamQuestions:
             yield from (run for run, n in shared.items() if n > 1)
         elif exam.task is not None:
             yield from drawn_questions(exam.task, "train", PROBLEMS, self.run.seed("exam", exam.task.name))
+
+
+class _Embedded:
+    """Finds questions of few words within a line, such as "Question: Who wrote Hamlet? Answer:"; sums are too much like each other.
+
+    A question is meant that has 12 characters and 6 letters at least. Before it and behind it stands no part of a word or of a
+    sum; one that ends without a mark ends a line or a sentence.
+    """
+
+    def __init__(self, questions: Iterable[tuple[str, str]]) -> None:
+        self.by_start: dict[str, list[tuple[str, str]]] = {}
+        for text, exam in questions:
+            question = _laid_out(text)
+            if len(question) >= START and sum(map(str.isalpha, question)) >= LETTERS:
+                self.by_start.setdefault(question[:START], []).append((question, exam))
+
+    def find(self, text: str) -> str | None:
+        """The exam whose question stands in the text."""
+        whole = _laid_out(text)
+        for match in _BEGINS.finditer(whole):
+            for question, exam in self.by_start.get(whole[match.start() : match.start() + START], ()):
+                behind = whole[match.start() + len(question) :][:1]
+                ends = not question[-1].isalnum() or not (behind in _PART or (behind == " " and question[-1].isascii()))
+                if whole.startswith(question, match.start()) and (not behind or ends):
+                    return exam
+        return None
+
+
+def _laid_out(text: str) -> str:
+    """Lines with single spaces, whatever case."""
+    lines = (" ".join(line.split()) for line in text.casefold().split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
 def _texts(problem: Problem) -> tuple[str, ...]:
