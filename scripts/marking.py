@@ -26,8 +26,9 @@ from finback.suites.function_tests import FunctionTests
 from finback.suites.problems import ProblemList
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks import answers
-from finback.tasks.choice import LETTERS, Choice
+from finback.tasks.choice import Choice
 from finback.tasks.code import Code
+from finback.tasks.letters import LETTERS
 from finback.tasks.questions import Questions
 from finback.tasks.task import Problem, Task, Verdict, canonical
 
@@ -70,8 +71,8 @@ def rows(path: Path = TABLE) -> list[Row]:
     return [Row(**{**row, "choices": tuple(row.get("choices", ()))}) for row in found]
 
 
-def marked(table: Sequence[Row], folder: Path) -> list[Mark]:
-    """Every row, marked by both; `folder` takes the files that tasks read."""
+def marked(table: Sequence[Row], folder: Path, compared: bool = True) -> list[Mark]:
+    """Every row, marked by both, or by the task alone; `folder` takes the files that tasks read."""
     ways = {"choice": choices, "code": programs}
     marks = list[Mark]()
     for kind in dict.fromkeys(row.kind for row in table):
@@ -79,10 +80,10 @@ def marked(table: Sequence[Row], folder: Path) -> list[Mark]:
         task, suite = ways.get(kind, mathematics)(some, folder)
         by_key = {problem.question: place for place, problem in enumerate(suite.problems)}
         asked = [(by_key[row.asked], answer(row)) for row in some]
-        compared = judge_answers(suite, asked, Price())
-        for row, (place, _), judged in zip(some, asked, compared, strict=True):
+        judged = judge_answers(suite, asked, Price()) if compared else []
+        for i, (row, (place, _)) in enumerate(zip(some, asked, strict=True)):
             verdict = task(suite.problems[place], row)
-            marks.append(Mark(row, (verdict.correct, judged.verdict.correct)))
+            marks.append(Mark(row, (verdict.correct, *(j.verdict.correct for j in judged[i : i + 1]))))
     return marks
 
 
@@ -195,7 +196,7 @@ def main() -> None:
     if options.failures:
         for mark in marks:
             if mark.failed:
-                who = "" if len(set(mark.paid)) == 1 else f" task {mark.paid[0]}, suite {mark.paid[1]}"
+                who = "" if len(set(mark.paid)) == 1 else f" (task and suite: {mark.paid})"
                 fault = "right, not paid" if mark.row.right else "wrong, PAID"
                 print(f"{mark.row.kind}: {fault}: {mark.row.gold!r} <- {mark.row.answer!r}{who}")
     print("\n".join(summary(marks)))

@@ -16,10 +16,10 @@ import pytest
 
 from finback.config import UserError
 from finback.suites import catalogue, choice, livecodebench, mathematics, packaged
-from finback.suites.choice import letter_of
 from finback.suites.suite import Suite
 from finback.tasks.answers import boxed
 from finback.tasks.choice import Choice
+from finback.tasks.letters import named
 from finback.tasks.task import Task, Verdict, is_held_out
 from tests.copies import COPIES, GOOD, lay
 
@@ -284,7 +284,7 @@ CHOICES = ["ant", "bee", "cat", "dog"]
         ("Answer:", None),
         ("Answer: not B", None),
         ("The ant is B, the bee C", None),
-        ("Ｂ", None),
+        ("Ｂ", "B"),
         ("Answer: \u0412", None),
         ("The answer is B.", "B"),
         ("So the correct answer is (b)\nsince bees hum", "B"),
@@ -298,8 +298,8 @@ CHOICES = ["ant", "bee", "cat", "dog"]
     ],
 )
 def test_the_letter_of_an_answer(answer: str, letter: str | None) -> None:
-    assert letter_of(answer, CHOICES) == letter
-    assert letter_of(answer, []) is None
+    assert named(answer, CHOICES) == letter
+    assert named(answer, []) is None
 
 
 def test_boxes_are_found_in_one_pass() -> None:

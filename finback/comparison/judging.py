@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from finback.comparison.contestant import Answer, Price
 from finback.comparison.endings import ending
 from finback.suites.suite import Suite
-from finback.tasks.answers import compact, final_answer
+from finback.tasks.answers import final_answer, spelling
 from finback.tasks.language import consistency
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, judged
 
@@ -72,4 +72,4 @@ def vote(suite: Suite, problem: Problem, a: Answer) -> str | None:
     if read is not None:
         return read(problem, a.said) if a.whole else None
     final = final_answer(a.said) if a.whole else None
-    return compact(final).lower().rstrip(".") if final is not None and len(final) <= _LONGEST_VOTE else None
+    return spelling(final).lower() if final is not None and len(final) <= _LONGEST_VOTE else None

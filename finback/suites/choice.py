@@ -6,7 +6,6 @@ the order of a hash: the same for everyone, and in a user's file the order of tr
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +15,8 @@ from finback.config import UserError
 from finback.suites.hub import KNOWN, HubDataset, digest
 from finback.suites.problems import ProblemList, agreed, pick
 from finback.suites.suite import Suite, SuiteSource
-from finback.tasks import answers
-from finback.tasks.choice import LETTERS, lettered, named, ordered
+from finback.tasks.choice import lettered, ordered
+from finback.tasks.letters import LETTERS, named
 from finback.tasks.records import Record
 from finback.tasks.task import Problem, Verdict, canonical
 
@@ -29,13 +28,6 @@ CHINESE = "请回答下面的单项选择题。请先逐步思考，最后一行
 EXTRACTION = (
     r'the letter in \boxed{} or in the last line "Answer: X", else "The answer is X", or all of the answer; '
     "two different ones are none"
-)
-_LONGEST = 100_000  # characters of an answer that are looked at
-_LINE = re.compile(
-    r"(?:the |my )?(?:final |correct )?(?:answer|答案)(?: is|是|为)?[ \t]*[:：][ \t]*(.{1,300})", re.IGNORECASE
-)
-_SENTENCE = re.compile(
-    r"(?:(?:so|thus|therefore|hence),? )?(?:the |my )?(?:final |correct )?answer is[ \t]+(.{1,300})", re.IGNORECASE
 )
 
 Asked = tuple[str, list[str], int]  # the question, its choices, the place of the right one
@@ -131,26 +123,7 @@ def judge(choices: Mapping[str, list[str]], problem: Problem, answer: str) -> Ve
 
 def letter(choices: Mapping[str, list[str]], problem: Problem, answer: str) -> str | None:
     """The letter that the answer names."""
-    return letter_of(answer, choices.get(problem.key, []))
-
-
-def letter_of(answer: str, choices: list[str]) -> str | None:
-    r"""The letter in \boxed{}, else in the lines "Answer: X" (all the same), else what the whole answer names."""
-    if len(answer) > _LONGEST or not choices:
-        return None
-    if answers.boxed(answer):
-        return named(answer, choices)
-    lines = _matches(_LINE, answer) or _matches(_SENTENCE, answer)
-    letters = [named(line.strip(" \t*_`"), choices) for line in lines]
-    if not letters:
-        return named(answer, choices)
-    named_letters = {letter for letter in letters if letter}
-    return letters[-1] if len(named_letters) == 1 else None  # a last line that says nothing clear is no answer
-
-
-def _matches(form: re.Pattern[str], answer: str) -> list[str]:
-    lines = (line.strip(" \t*_#>`") for line in answer.splitlines())
-    return [match[1] for line in lines if (match := form.fullmatch(line))]
+    return named(answer, choices.get(problem.key, []))
 
 
 def problem(record: Record, read: Callable[[Record], Asked], shuffle: bool = False) -> tuple[Problem, list[str]]:

@@ -16,7 +16,9 @@ from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.records import Record
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
-EXTRACTION = "the last fenced block, or all of the answer; a body alone continues the question"
+EXTRACTION = (
+    "the last Python block that defines the function, or all of the answer; a body alone continues the question"
+)
 FUNCTION = (
     "Complete this Python function. Reply with the whole function, imports included, in one ```python block.\n\n"
     "```python\n{question}\n```"

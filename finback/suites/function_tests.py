@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from finback.config import UserError
-from finback.tasks.code import program
+from finback.tasks.fences import program
 from finback.tasks.sandbox import Limits, shared
 from finback.tasks.task import NO_ANSWER, Verdict
 
@@ -75,7 +75,7 @@ class FunctionTests:
 
 def judge(function: FunctionTests, answer: str, limits: Limits = LIMITS) -> Verdict:
     """Whether the program in an answer passes the tests; well-formed if it is Python."""
-    text = program(answer) if len(answer) <= _LONGEST else ""
+    text = program(answer, function.entry) if len(answer) <= _LONGEST else ""
     if not text.strip():
         return NO_ANSWER
     calls = _recorded(function)

@@ -16,7 +16,8 @@ from finback.config import UserError
 from finback.suites.hub import KNOWN, digest
 from finback.suites.problems import ProblemList, distinct, pick
 from finback.suites.suite import Suite, SuiteSource
-from finback.tasks.code import program, same, verdict
+from finback.tasks.code import same, verdict
+from finback.tasks.fences import program
 from finback.tasks.records import Record
 from finback.tasks.sandbox import Limits, shared
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
@@ -25,7 +26,7 @@ from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 ORIGIN = KNOWN["livecodebench"]
 LIMITS = Limits(wall=10.0, cpu=6.0, memory=1 << 30)  # LiveCodeBench gives each test 6 seconds
 PROMPT = "{question}\n\nThink first. Then write the whole program in Python, in one ```python block."
-EXTRACTION = "the last fenced block, or all of the answer"
+EXTRACTION = "the last Python block, or all of the answer"
 _PRINTS = "It reads from standard input and prints to standard output."
 _METHOD = "Complete this class:\n\n```python\n{starter}\n```"
 _LONGEST = 100_000  # characters of an answer
@@ -81,7 +82,8 @@ def load(at: str, problems: int | None, seed: int, since: str = "", until: str =
 
 def judge(known: Mapping[str, CodeTests], problem: Problem, answer: str) -> Verdict:
     """All tests, in the sandbox; what is expected stays outside."""
-    judged, source = known.get(problem.key), program(answer) if len(answer) <= _LONGEST else ""
+    judged = known.get(problem.key)
+    source = program(answer, "Solution" if judged and judged.method else "") if len(answer) <= _LONGEST else ""
     if judged is None or not source.strip():
         return NO_ANSWER
     if not judged.method:

@@ -12,7 +12,9 @@ from finback.tasks.task import Problem, canonical
 
 # What R1's model card asks for in mathematics (its README, "Usage Recommendations").
 BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
-EXTRACTION = r"\boxed{}, or ####, or all of the answer; two different ones are none"
+EXTRACTION = (
+    r"\boxed{}, or ####, or <answer>, or what follows \"The answer is\", or all of it; two different ones are none"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def made(name: str, every: Sequence[Problem], math_set: MathSet, source: str, pr
     """The suite of so many of these problems; gold answers are tried first."""
     agreeing, torn = agreed(every, lambda one, two: one.answer == two.answer or answers.check(one, two.answer).correct)
     chosen = pick(agreeing, problems, seed)
-    good, notes = sound(name, chosen, answers.check)
+    good, notes = sound(name, chosen, answers.fault)
     return Suite(
         name=name,
         problems=tuple(good),

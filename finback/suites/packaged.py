@@ -20,7 +20,7 @@ from finback.suites.choice import ChoiceSet
 from finback.suites.hub import HubDataset
 from finback.suites.mathematics import MathSet
 from finback.suites.suite import Suite
-from finback.tasks.choice import LETTERS
+from finback.tasks.letters import LETTERS
 from finback.tasks.records import Record, read
 from finback.tasks.task import Problem, canonical
 

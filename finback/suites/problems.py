@@ -9,6 +9,7 @@ from finback.suites.hub import digest
 from finback.tasks.task import Problem, Verdict
 
 _UNSOUND = 0.01  # share of the gold answers that may fail their own check; such questions are left out, and counted
+_LISTED = 20  # of them that an error names
 
 Judge = Callable[[Problem, str], Verdict]
 Read = Callable[[Problem, str], str | None]
@@ -68,15 +69,16 @@ def pick(problems: Sequence[Problem], n: int | None, seed: int) -> tuple[Problem
     return tuple(problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), n)))
 
 
-def sound(name: str, problems: Sequence[Problem], judge: Judge) -> tuple[list[Problem], dict[str, str]]:
-    """The problems whose own gold answer is accepted, and a note of how many are not."""
-    good = [problem for problem in problems if judge(problem, problem.answer).correct]
+def sound(name: str, problems: Sequence[Problem], fault: Callable[[str], str]) -> tuple[list[Problem], dict[str, str]]:
+    """The problems whose gold answer is of use, and a note of how many are not; `fault` says why, or ""."""
+    good = [problem for problem in problems if not fault(problem.answer)]
     bad = len(problems) - len(good)
     if bad > max(1, _UNSOUND * len(problems)) or not good:
-        good_keys = {problem.key for problem in good}
-        first = next(problem for problem in problems if problem.key not in good_keys)
-        problem = f"{bad} of {len(problems)} gold answers fail their own check, first this"
-        raise UserError(f"suite {name}", first.answer, problem, "Correct the file, or name one of the right form.")
+        bad_golds = [problem.answer for problem in problems if fault(problem.answer)]
+        problem = (
+            f"{bad} of {len(problems)} gold answers fail their own check: {', '.join(map(repr, bad_golds[:_LISTED]))}"
+        )
+        raise UserError(f"suite {name}", bad_golds[0], problem, "Correct the file, or name one of the right form.")
     return good, {"left out": f"{bad}, whose own gold answer fails the check"} if bad else {}
 
 

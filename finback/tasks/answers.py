@@ -1,156 +1,171 @@
-r"""The final answer within a text, and what it says: a number, plain words, or mathematics. Nothing is evaluated.
+r"""Marking: a model's final answer against the gold one. RL, exams, suites and compare share it. Nothing is evaluated here.
 
-A final answer stands in \boxed{}, after ####, or is the whole text. No torch here.
+What is compared, and how, depends on the gold answer alone: a date, a time or a phone number as such, a number exactly
+and with its unit, words as words, anything else as mathematics by math-verify in a worker.
 """
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
-from finback.tasks import math_process
+from finback.tasks import math_process, replies
+from finback.tasks.formulas import compact, formula, measured
+from finback.tasks.labels import Label, label
+from finback.tasks.notation import unwrapped
+from finback.tasks.quantity import Number, number
+from finback.tasks.replies import boxed
 from finback.tasks.task import NO_ANSWER, Problem, Verdict
+from finback.tasks.wording import is_name, is_wording, words
 
-_LONGEST = 100_000  # characters of an answer that are looked at
-_LONGEST_BOX = 2000  # characters of a box that count as an answer
-_BRACES = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{|[{}]")
-_NUMBER = re.compile(
-    r"(?:[a-zA-Z]\s*=\s*)?(?P<sign>[+-]?)\s*(?:\\?\$|[€£¥])?\s*"
-    r"(?P<digits>[0-9]{1,3}(?:(?:,|\{,\}|\\,)[0-9]{3}){1,30}|[0-9]{1,100})?(?P<rest>\.[0-9]{1,100})?"
-    r"(?P<unit>(?![0-9.,{]).{0,60})",
-    re.DOTALL,
-)
-_UNIT = re.compile(r"\\?%|°|\^\{?\\circ\}?|cm|mm|km|kg|mg|ml|mph|\s*[\u3040-\u9fff]{1,6}|\s+[^\W\d_]{2,50}")
-# Words that change a number, or are a second one: 12 thousand is not 12, and "12 thirteen" is a guess.
-_NO_UNIT = re.compile(
-    r"\b(?:and|or|to|not|dozen|hundred|thousand|[mbtr]+illion|squared|cubed|factorial|zero|one|two|three|four|five|six|"
-    r"seven|eight|nine|ten|eleven|twelve|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)s?\b|[十百千万萬亿億]",
-    re.IGNORECASE,
-)
-_WORDS = re.compile(r"[^\W\d_]+(?:[ '’.-]{1,2}[^\W\d_]+){0,9}\.?")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
+__all__ = ["boxed", "check", "compact", "fault", "final_answer", "gold", "number", "spelling", "words"]
+
+_LONGEST = 100_000  # characters of a reply that are looked at
+_LONGEST_ANSWER = 2000  # characters of an answer
+_LONGEST_SENTENCE = 80  # characters; a longer text that states its answer is a worked solution
+_MOST = 20  # spellings of one answer in a reply
+
+
+class _Gold(NamedTuple):
+    """A gold answer as what it is: one of these, or mathematics."""
+
+    label: Label | None
+    number: Number | None
+    words: str | None
 
 
 def final_answer(text: str) -> str | None:
     r"""What a model gives as its answer; None if it gives two different ones, nothing, or far too much."""
     if len(text) > _LONGEST:
         return None
-    found = boxed(text) or re.findall(r"####(?!#)([^\n]*)", text) or [text]
-    answers = [unwrap(answer) for answer in found]
-    return answers[-1] if len({compact(answer) for answer in answers}) == 1 and answers[-1] else None
+    found = replies.marked(text)
+    if len(found) == 1 and len(found[0]) < len(text):
+        found = replies.boxed(found[0]) or replies.stated(found[0]) or found
+    if not found:
+        found = [replies.sentence(said) for said in replies.stated(text)] or replies.emphasized(text) or [text]
+    answers = list(dict.fromkeys(answer.strip() for answer in found))
+    if not all(answers) or replies.NOTHING in answers or len(answers) > _MOST:
+        return None
+    return answers[-1] if len(answers) == 1 or len({spelling(answer) for answer in answers}) == 1 else None
 
 
 def check(problem: Problem, answer: str) -> Verdict:
-    """Judge an answer by the gold answer alone."""
-    given, gold = final_answer(answer), problem.answer
-    if given is None:
+    """Judge a reply by the gold answer alone."""
+    given = final_answer(answer)
+    if given is None or len(given) > _LONGEST_ANSWER:
         return NO_ANSWER
-    as_number, as_words = number(gold), words(gold)
-    if as_number is not None:
-        value = number(given)
-        if value is not None or as_number.value.denominator == 1:
-            return Verdict(value is not None and as_number.equals(value), well_formed=value is not None)
-    elif as_words is not None:
-        return Verdict(words(given) == as_words, well_formed=words(given) is not None)
-    if compact(given) == compact(gold):
-        return Verdict(correct=True, well_formed=True)
-    if not is_single(given) or _is_copied(given, problem.question):
-        return NO_ANSWER
-    comparison = math_process.compare(gold, given)
-    return Verdict(comparison.same, comparison.read)
-
-
-def unwrap(text: str) -> str:
-    r"""Without white space and a pair of $, $$, \( \), \[ \] or ** around it."""
-    text = text.strip()
-    for left, right in (("**", "**"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
-            text = text[len(left) : -len(right)].strip()
-    return text
+    said = replies.predicate(unwrapped(given), anyone=_read(problem.answer).number is not None)
+    verdicts = [_compared(problem, each) for each in (given, said) if each]
+    return next((v for v in verdicts if v.correct), max(verdicts, key=lambda v: v.well_formed))
 
 
 def gold(text: str) -> tuple[str, str]:
     """The answer of a worked solution, and the reasoning that leads to it ("" where the text is the answer)."""
     reasoning, mark, answer = text.rpartition("####")
     if mark:
-        return unwrap(answer), reasoning.strip()
+        return unwrapped(answer), reasoning.strip()
     found = boxed(text)
     if found:
-        return unwrap(found[-1]), text.strip() if len(text.strip()) > len(found[-1]) + len("\\boxed{}") else ""
-    return unwrap(text), ""
+        return unwrapped(found[-1]), text.strip() if len(text.strip()) > len(found[-1]) + len("\\boxed{}") else ""
+    is_long = len(text) > _LONGEST_SENTENCE or "\n" in text.strip()
+    stated = final_answer(text) if replies.stated(text) else replies.predicate(unwrapped(text), anyone=True)
+    is_said = stated is not None and (bool(replies.stated(text)) or bool(label(stated) or number(stated)))
+    if stated is not None and is_said:
+        return unwrapped(stated), text.strip() if is_long else ""
+    return unwrapped(text), ""
 
 
-def boxed(text: str) -> list[str]:
-    r"""The contents of every \boxed{} and \fbox{} whose braces close, the innermost where they are nested."""
-    found, opened = (list[str](), list[int]())  # opened: where the content of each open brace starts, -1 if no box's
-    for match in _BRACES.finditer(text):
-        if match[0] != "}":
-            opened.append(match.end() if len(match[0]) > 1 else -1)
-        elif opened and (start := opened.pop()) >= 0:
-            content = text[start : match.start()] if match.start() - start < _LONGEST_BOX else "boxed"
-            if "boxed" not in content and "\\fbox" not in content:
-                found.append(content.strip())
-    return found
+@lru_cache(maxsize=100_000)
+def fault(gold: str) -> str:
+    """Why a gold answer is of no use, or "": it must be one that the parsers read, or only its very words would pay."""
+    read = _read(gold)
+    if read.label or read.number or read.words is not None:
+        return ""
+    wanted = formula(gold, like=gold)
+    is_sum = wanted is not None and "=" in wanted and not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", wanted))
+    if wanted is None or is_sum or not formula(gold) or not math_process.compare(wanted, wanted).same:
+        return f"{gold!r} is not one final answer"
+    return ""
 
 
-def compact(text: str) -> str:
-    r"""A form in which spaces, \left, \right and \dfrac do not count, to see whether two answers are written alike."""
-    text = re.sub(r"\\left|\\right|\\[,;:! ]|\s|\$", "", text)
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    return re.sub(r"\\frac\{(\w+)\}\{(\w+)\}|\\frac(\d)(\d)", lambda m: "/".join(g for g in m.groups() if g), text)
+def spelling(text: str) -> str:
+    """A form in which answers that are written differently but say the same are often one, to count them."""
+    if len(text) > _LONGEST_ANSWER:
+        return text
+    if (value := number(text)) is not None:
+        return str(value)
+    if (said := words(text)) is not None:
+        return said
+    return compact(formula(text) or text)
 
 
-class Number(NamedTuple):
-    """An exact value and the word that follows it, if one does."""
-
-    value: Fraction
-    unit: str
-
-    def equals(self, other: "Number") -> bool:
-        """12 is 12 hours, but 12 minutes is not."""
-        return self.value == other.value and (self.unit == other.unit or not (self.unit and other.unit))
+@lru_cache(maxsize=100_000)
+def _read(gold: str) -> _Gold:
+    if found := label(gold):
+        return _Gold(found, None, None)
+    value = number(gold)
+    return _Gold(None, value, words(gold) if value is None and is_wording(gold) else None)
 
 
-def number(text: str) -> Number | None:
-    r"""An integer or a decimal, exactly: 1,234 is 1234. A currency sign, a unit and "x =" may stand beside it.
-
-    $12, 12 dollars, 12 \text{ cm} and 12 % are all read as 12. A unit is a sign or words, in \text{} or not; words for
-    numbers are none, nor are letters close to the number: 12x is not 12.
-    """
-    text = unwrap(text.strip().removesuffix("."))
-    match = _NUMBER.fullmatch(text) if len(text) <= 300 else None
-    if match is None or not (match["digits"] or match["rest"]):
-        return None
-    unit = re.sub(r"(?<=[^\W\d_])\^\{?[23]\}?$", "", _TEXT.sub(r" \1", match["unit"]).rstrip())
-    joined = re.sub(r"(?<=\w)[\s.]+(?=\w)", "", unit)
-    if unit and (_NO_UNIT.search(unit) or not _UNIT.fullmatch(joined)):
-        return None
-    digits = re.sub(r"[^0-9]", "", match["digits"] or "0")
-    return Number(Fraction(f"{match['sign']}{digits}{match['rest'] or ''}"), _name(unit))
-
-
-def _name(unit: str) -> str:
-    """One name for a unit that can be written in several ways."""
-    name = unit.strip().lower().removesuffix("s")
-    if "%" in name:
-        return "percent"
-    return "degree" if "circ" in name or name == "°" else name
+def _compared(problem: Problem, given: str) -> Verdict:
+    wanted = _read(problem.answer)
+    if wanted.label is not None:
+        found = label(given)
+        return Verdict(found is not None and wanted.label.equals(found), well_formed=found is not None)
+    if wanted.number is not None:
+        verdict = _counted(problem, wanted.number, given)
+        if verdict is not None:
+            return verdict
+    if wanted.words is not None:
+        said = words(given)
+        if said == wanted.words or is_name(problem.answer):
+            is_one = said is not None and (", " not in said or ", " in wanted.words)
+            return Verdict(said == wanted.words, well_formed=is_one)
+    return _derived(problem, given)
 
 
-def words(text: str) -> str | None:
-    """A short text of words alone, such as a name. Case does not count in ASCII (beyond it, the Kelvin sign is a k)."""
-    text = " ".join(_TEXT.sub(r"\1", unwrap(text)).split())
-    if len(text) == 3 and text[0] == "(" and text[2] == ")":
-        text = text[1]
-    if len(text) > 100 or not _WORDS.fullmatch(text):
-        return None
-    text = text.removesuffix(".")
-    return text.lower() if text.isascii() else text
+def _counted(problem: Problem, wanted: Number, given: str) -> Verdict | None:
+    """The verdict on a number; None where mathematics may say the same in another way."""
+    value = number(given)
+    is_whole = wanted.value.denominator == 1 and wanted.form != "fraction"
+    if value is not None and is_whole and value.form == "fraction" and value.value.denominator == 1:
+        return NO_ANSWER  # 6/2 would answer "What is 6/2?"
+    if value is not None and value.form in ("power", "fraction") and _is_copied(given, problem.question):
+        value = value if value.form == "fraction" else None
+    if value is not None:
+        return Verdict(wanted.equals(value), well_formed=True)
+    return NO_ANSWER if is_whole and wanted.form != "power" else None
 
 
-def is_single(text: str) -> bool:
-    r"""Whether no second answer hides where math-verify does not look: in \text{}, or behind another $."""
-    has_second = any(re.search(r"\d|\b(?:or|maybe|not)\b\s*\S", part) for part in _TEXT.findall(text))
-    return not has_second and "$" not in text.replace("\\$", "")
+def _derived(problem: Problem, given: str) -> Verdict:
+    """The verdict of math-verify, where both are single expressions."""
+    if label(given) is not None:
+        return NO_ANSWER  # 7:3:1 is no fraction
+    (wanted_text, wanted_unit), (given_text, given_unit) = measured(problem.answer), measured(given)
+    if wanted_unit and given_unit and not set(wanted_unit) & set(given_unit):
+        return Verdict(correct=False, well_formed=True)
+    wanted = formula(wanted_text, like=wanted_text)
+    found = formula(given_text, like=wanted_text)
+    if wanted is None or found is None:
+        return NO_ANSWER
+    if compact(found) == compact(wanted):
+        return Verdict(correct=True, well_formed=True)
+    if _is_copied(found, problem.question):
+        return NO_ANSWER
+    if (value := number(given_text)) is not None and value.variable == "" and value.form != "sum":
+        found = _exact(value.value) if value.form != "decimal" else found
+    comparison = _same(wanted, found)
+    return Verdict(comparison.same, comparison.read)
+
+
+@lru_cache(maxsize=10_000)
+def _same(wanted: str, found: str) -> math_process.Comparison:
+    """A group of answers to one question says the same few things."""
+    return math_process.compare(wanted, found)
+
+
+def _exact(value: Fraction) -> str:
+    return str(value.numerator) if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _is_copied(answer: str, question: str) -> bool:

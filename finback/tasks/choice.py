@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from finback.config import UserError, check_fields
-from finback.tasks import answers
+from finback.tasks.letters import LETTERS, named
 from finback.tasks.records import Record, RecordTask, read
 from finback.tasks.task import Problem, Verdict, canonical
 
-LETTERS = "ABCDEFGHIJ"
-_NAMED = re.compile(r"(?:(?:the )?(?:final )?answer(?: is)?\s*:?\s*)?\(?\b([A-J])\b\)?[.:)]?", re.IGNORECASE)
-_LABELLED = re.compile(r"\(?([A-J])[.:)]\)?\s+(\S.*)", re.IGNORECASE | re.DOTALL)
 # Choices that speak of others by their place stay where they are.
 _BOUND = re.compile(r"\b(?:above|below|preceding|following)\b|\b[A-J](?:,| and| or| &) [A-J]\b")
 
@@ -77,34 +74,6 @@ def ordered(key: str, choices: list[str]) -> list[str]:
 def lettered(question: str, choices: Sequence[str]) -> str:
     """A question with its choices below it, A. to J."""
     return "\n".join([question, *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))])
-
-
-def named(answer: str, choices: list[str]) -> str | None:
-    """The one letter that an answer names, or whose choice it repeats."""
-    text = answers.final_answer(answer)
-    if text is None or len(text) > 2000:
-        return None
-    text = " ".join(re.sub(r"\\(?:text|textbf|mathrm)\s*\{([^{}]*)\}", r"\1", text).split())
-    letters = LETTERS[: len(choices)]
-    match, labelled = _NAMED.fullmatch(text), _LABELLED.fullmatch(text)
-    if match and match[1].upper() in letters:
-        return match[1].upper()
-    letter = labelled[1].upper() if labelled else ""
-    repeated = _letter(labelled[2] if labelled else text, choices)
-    return repeated if repeated is not None and letter in ("", repeated) else None
-
-
-def _letter(text: str, choices: list[str]) -> str | None:
-    """The letter of the choice that a text repeats; case and a full stop do not count where that is no ambiguity."""
-    exact = [i for i, choice in enumerate(choices) if choice == text]
-    alike = [i for i, choice in enumerate(choices) if _plain(choice) == _plain(text)]
-    found = exact or alike
-    return LETTERS[found[0]] if len(found) == 1 else None
-
-
-def _plain(text: str) -> str:
-    text = text.removesuffix(".")
-    return text.lower() if text.isascii() else text
 
 
 def _place(record: Record, name: str, choices: list[str]) -> int:

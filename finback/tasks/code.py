@@ -7,7 +7,6 @@ which owns the whole sandbox can still do no more than answer.
 import json
 import keyword
 import random
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from finback.config import UserError, check_characters, check_fields, did_you_mean
+from finback.tasks.fences import program
 from finback.tasks.sandbox import Limits, Outcome, shared
 from finback.tasks.task import NO_ANSWER, Problem, Verdict
 
 _LONGEST = 100_000  # characters of an answer; no honest program comes near
-_FENCE = re.compile(r"[ \t]{0,3}```[ \t]*([^\n`]*)")
 _LINE, _STDIN, _CALL = {"question", "tests", "entry", "solution"}, {"stdin", "stdout"}, {"args", "expected"}
 
 
@@ -79,7 +78,8 @@ class Code:
     def check(self, problem: Problem, answer: str) -> Verdict:
         if len(answer) > _LONGEST:
             return NO_ANSWER
-        item, source, sandbox = _load(self.path)[problem.key], program(answer), shared(self.isolation)
+        item, sandbox = _load(self.path)[problem.key], shared(self.isolation)
+        source = program(answer, item.entry or "")
         if not source.strip():
             return NO_ANSWER
         if item.entry is not None:
@@ -99,21 +99,6 @@ def verdict(runs: Iterable[tuple[Outcome, bool]]) -> Verdict:
         if seen.reason != "ok" or not is_right:
             return Verdict(correct=False, well_formed=compiled)
     return Verdict(correct=True, well_formed=True)
-
-
-def program(answer: str) -> str:
-    """The last fenced block of an answer, even if its end is missing; all of the answer if it has none."""
-    blocks = list[list[str]]()
-    block: list[str] | None = None
-    for line in answer.split("\n"):
-        fence = _FENCE.fullmatch(line.rstrip("\r"))
-        if block is None and fence:
-            blocks.append(block := [])
-        elif block is not None and fence and not fence[1].strip():
-            block = None
-        elif block is not None:
-            block.append(line)
-    return "\n".join(blocks[-1]) if blocks else answer
 
 
 def same(value: Any, expected: Any) -> bool:

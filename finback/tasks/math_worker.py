@@ -18,6 +18,8 @@ from typing import Any, TextIO
 
 _READS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv")  # what an import may ask for
 _REFUSED = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "signal.", "tempfile.", "urllib.")
+_DIGITS = 320  # at which numbers are compared that are not fractions
+_EXACT = 1e-300  # relative; what differs by less is the same number
 _CLOSE = 1e-6  # relative; for an answer in decimals, such as 1.414214 for the root of 2
 
 
@@ -69,14 +71,83 @@ def _parse(text: str) -> Any:
 
 
 def _is_same(gold: Any, answer: Any) -> bool:
+    """Whether two expressions are equal: numbers and what is made of them exactly, the rest as math-verify has it."""
     from math_verify import verify
+    from sympy import Eq, FiniteSet, Interval, MatrixBase, Symbol, Tuple
+    from sympy.core.function import AppliedUndef
 
-    return _is_comparable(gold, answer) and verify(gold, answer, timeout_seconds=None)
+    if isinstance(answer, Eq) and isinstance(answer.lhs, (Symbol, AppliedUndef)) and _is_number(gold):
+        answer = answer.rhs
+    if isinstance(gold, Eq) and isinstance(gold.lhs, (Symbol, AppliedUndef)) and _is_number(answer):
+        gold = gold.rhs
+    if _is_number(gold) and _is_number(answer):
+        return _is_number_same(gold, answer)
+    if not _is_comparable(gold, answer):
+        return False
+    if isinstance(gold, FiniteSet) and isinstance(answer, FiniteSet):
+        return _is_set_same(list(gold.args), list(answer.args))
+    if isinstance(gold, Interval) and isinstance(answer, Interval):
+        is_open = (gold.left_open, gold.right_open) == (answer.left_open, answer.right_open)
+        return is_open and _is_same(gold.start, answer.start) and _is_same(gold.end, answer.end)
+    if isinstance(gold, MatrixBase) and isinstance(answer, MatrixBase):
+        return gold.shape == answer.shape and all(map(_is_same, gold, answer))
+    if isinstance(gold, Tuple) and isinstance(answer, Tuple):
+        return len(gold) == len(answer) and all(map(_is_same, gold, answer))
+    return bool(verify(gold, answer, timeout_seconds=None)) and _is_numerically_same(gold, answer)
+
+
+def _is_number(value: Any) -> bool:
+    return bool(getattr(value, "is_number", False))
+
+
+def _is_number_same(gold: Any, answer: Any) -> bool:
+    """Exactly, or to 300 digits where roots are involved; to six digits if the answer is in decimals."""
+    from sympy import Float, Rational, nan, nsimplify, zoo
+
+    gold, answer = gold.doit(), answer.doit()
+    if isinstance(gold, Rational) and isinstance(answer, Rational):
+        return bool(gold == answer)
+    if not (gold.is_finite and answer.is_finite):
+        return bool(gold == answer and gold not in (nan, zoo))
+    is_decimal = bool(answer.atoms(Float))
+    one, two = (_parts(nsimplify(value, rational=True) if value.atoms(Float) else value) for value in (gold, answer))
+    size = max(abs(part) for part in (*one, *two))
+    return all(abs(a - b) <= size * (_CLOSE if is_decimal else _EXACT) for a, b in zip(one, two, strict=True))
+
+
+def _parts(value: Any) -> Any:
+    """Real and imaginary part to _DIGITS digits."""
+    return value.evalf(_DIGITS, maxn=20 * _DIGITS).as_real_imag()
+
+
+def _is_set_same(gold: list[Any], answer: list[Any]) -> bool:
+    """Whether each element of one has its own in the other, in any order."""
+    if len(gold) != len(answer):
+        return False
+    rest = list(answer)
+    for element in gold:
+        found = next((i for i, other in enumerate(rest) if _is_same(element, other)), None)
+        if found is None:
+            return False
+        del rest[found]
+    return True
+
+
+def _is_numerically_same(gold: Any, answer: Any) -> bool:
+    """Whether two expressions agree at a point, relative to their size: math-verify rounds 10^{-20} x to 0."""
+    from sympy import Expr, Rational
+
+    if not (isinstance(gold, Expr) and isinstance(answer, Expr)) or gold.free_symbols != answer.free_symbols:
+        return True
+    symbols = sorted(gold.free_symbols, key=str)
+    point = {symbol: Rational(37 + 11 * i, 29) for i, symbol in enumerate(symbols)}
+    one, two = gold.subs(point), answer.subs(point)
+    return not (_is_number(one) and _is_number(two)) or _is_number_same(one, two)
 
 
 def _is_comparable(gold: Any, answer: Any) -> bool:
-    """Without what math-verify lets pass: 2 = 3 for 3, the pair (1, 2) for the set {1, 2}, 2e-7 for 1e-7."""
-    from sympy import And, Eq, FiniteSet, Float, Or, Set, Symbol, Tuple
+    """Without what math-verify lets pass: 2 = 3 for 3, the pair (1, 2) for the set {1, 2}."""
+    from sympy import And, Eq, FiniteSet, Or, Set, Symbol, Tuple
     from sympy.core.function import AppliedUndef
     from sympy.core.relational import Relational
 
@@ -85,9 +156,6 @@ def _is_comparable(gold: Any, answer: Any) -> bool:
         return isinstance(answer, Eq) and isinstance(answer.lhs, (Symbol, AppliedUndef))
     if isinstance(gold, sets) and isinstance(answer, sets):
         return isinstance(gold, FiniteSet) == isinstance(answer, FiniteSet)
-    numbers = getattr(gold, "is_number", False) and getattr(answer, "is_number", False)
-    if numbers and answer.atoms(Float):
-        return math.isclose(complex(gold).real, complex(answer).real, rel_tol=_CLOSE)
     return True
 
 

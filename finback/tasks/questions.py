@@ -3,8 +3,10 @@ r"""Questions with answers from a user's file or the Hugging Face hub, such as G
 A gold answer is what stands after ####, or in the last \boxed{}, or the whole answer. A model's answer is read the same
 way, but two different ones earn nothing. What is compared, and how, depends on the gold answer alone:
 
-- a number with a number, exactly; a fraction with an integer never, since 6/2 would answer "What is 6/2?"
-- words with words, without regard to case
+- a date, a time of day, a phone number as such
+- a number with a number, exactly; a fraction with an integer never, since 6/2 would answer "What is 6/2?". Units and
+  currencies count where the gold answer has one, and are converted: 12 hours are 720 minutes; a bare 12 will do
+- words with words, without regard to case, quotation marks and articles
 - anything else as mathematics, by math-verify in a worker
 - or by the user's own function, which then is all that counts, and may grade
 """
@@ -30,6 +32,7 @@ _LONGEST_GOLD = 200  # characters; longer ones are prose, which nothing here can
 _RIGHT = 0.99  # the score from which an answer that a user's function grades counts as right
 _ANNOTATION = re.compile(r"<<[0-9+\-*/.=()% ]*>>")  # GSM8K's calculator: 48/2=<<48/2=24>>24
 _FAILING = 0.01  # the share of records whose own gold answer may fail the check, and of calls that may fail
+_LISTED = 20  # of them that an error names
 _FEW = 3  # so many calls may fail however few there were
 
 # A user's function: the record, the text after the thinking -> right or wrong, a score from 0 to 1, or its named parts.
@@ -85,7 +88,8 @@ class Questions(RecordTask):
             else:
                 yield problem, record
         if len(faults) > _FAILING * len(records):
-            failure = f"the gold answers of {len(faults)} of {len(records)} records fail the check, first {faults[0]}"
+            listed = "; ".join(faults[:_LISTED]) + ("; …" if len(faults) > _LISTED else "")
+            failure = f"the gold answers of {len(faults)} of {len(records)} records fail the check: {listed}"
             remedy = r"Mark each final answer with #### or \boxed{}, correct it, or give a `checker` of your own."
             raise UserError("questions.source", self.source, failure, remedy)
 
@@ -109,7 +113,7 @@ class Questions(RecordTask):
             return fault and f"the checker {fault}"
         if len(problem.answer) > _LONGEST_GOLD:
             return f"the gold answer has more than {_LONGEST_GOLD} characters, so it is no final answer"
-        return "" if answers.check(problem, problem.answer).correct else f"{problem.answer!r} is not one final answer"
+        return answers.fault(problem.answer)
 
     def _called(self, record: Record, answer: str) -> tuple[Verdict, str]:
         """What the user's function says of an answer, and why the call failed, or ""."""

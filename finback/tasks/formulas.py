@@ -1,0 +1,156 @@
+r"""Mathematics as math-verify reads it: one expression in LaTeX, without words or a second answer. No torch here."""
+
+import re
+
+from finback.tasks.notation import latex, plain, unstyled, unwrapped
+from finback.tasks.units import COUNTED, Unit, units
+
+_NAMES = (
+    "sin cos tan cot sec csc log ln exp sqrt lim max min mod gcd lcm arcsin arccos arctan sinh cosh tanh det dim ker deg "
+    "adj arg Re Im"
+)
+_FUNCTIONS = frozenset(_NAMES.split())
+_WORDS = ("or", "is", "no", "to", "if")
+_DOLLARS = re.compile(r"\$([^$]+)\$")
+_BETWEEN = re.compile(r"\s*(?:[,;]\s*)?(?:and|or)?\s*(?<=\S)\s*")
+_JOINT = re.compile(r"\s*(?:,|;)?\s*\b(?:and|or)\b\s*|\s*(?:\\vee|\\lor|\\land|\\wedge)(?![a-zA-Z])\s*|\s*;\s*")
+_OR = re.compile(r"\bor\b|\\vee|\\lor")
+_ASSIGNED = re.compile(r"([a-zA-Z](?:_\{?\w+\}?)?)\s*=\s*([^=]+)")
+_POINT = re.compile(r"\(?\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\)?\s*=\s*(?=[\[({\\])")
+_MEMBER = re.compile(r"[a-zA-Z]\s*\\in\s*")
+_INTERVAL = re.compile(r"\s*(?:\\left)?\s*[(\[].*,.*[)\]]\s*$", re.DOTALL)
+_OPEN, _SHUT = {">": "(", "\\ge": "["}, {"<": ")", "\\le": "]"}
+_TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+_TAIL = re.compile(
+    r"(?P<head>.*[\d}\)a-zA-Z])"
+    r"(?:\s*\\(?:text|mathrm|textrm|mbox)\s*\{(?P<styled>[^{}]*)\}(?P<power>\^\{?\d\}?)?"
+    r"|\s+(?P<bare>[a-z]{2,}(?: ?/ ?[a-z]+| [a-z]+)*))\s*",
+    re.DOTALL,
+)
+
+
+def formula(text: str, like: str = "") -> str | None:
+    """An expression for math-verify; None if there are words in it that `like` does not have, or two answers."""
+    one = _one_formula(unwrapped(plain(text)))
+    listed = _listed(unwrapped(latex(unstyled(one)))) if one is not None else None
+    if not listed:
+        return None
+    found = _both_signs(listed)
+    if _INTERVAL.match(like) and (interval := _interval(found)):
+        return interval
+    for sign, prefix in (("=", _POINT), (r"\in", _MEMBER)):
+        if sign not in like and (match := prefix.match(found)):
+            found = found[match.end() :]
+    allowed = _FUNCTIONS | _letters(like)
+    return found if all(word in allowed or (len(word) < 3 and word not in _WORDS) for word in _letters(found)) else None
+
+
+def _interval(text: str) -> str | None:
+    r"""x \ge 0 as [0, \infty), 1 < x \le 2 as (1, 2], x < 1 or x > 2 as their union; None if it is neither."""
+    found = list[str]()
+    for part in re.split(r"\\text \{ or \}|\\text\{ or \}|\s+or\s+", text):
+        tokens = [t.strip() for t in re.split(r"(<|>|\\le(?![a-zA-Z])|\\ge(?![a-zA-Z]))", part)]
+        if len(tokens) == 3:
+            left, sign, right = tokens
+            if not re.fullmatch("[a-zA-Z]", left):
+                left, right, sign = right, left, _TURNED.get(sign, sign)
+            ends = (f"{_OPEN[sign]}{right}", "\\infty)") if sign in _OPEN else ("(-\\infty", f"{right}{_SHUT[sign]}")
+        elif len(tokens) == 5 and tokens[1] in _SHUT and tokens[3] in _SHUT:
+            left = tokens[2]
+            ends = (f"{_OPEN[_TURNED[tokens[1]]]}{tokens[0]}", f"{tokens[4]}{_SHUT[tokens[3]]}")
+        else:
+            return None
+        if not re.fullmatch("[a-zA-Z]", left):
+            return None
+        found.append(",".join(ends))
+    return r" \cup ".join(found)
+
+
+def measured(text: str) -> tuple[str, tuple[Unit, ...]]:
+    r"""An expression and the unit behind it: 3\pi \text{ cm}."""
+    match = _TAIL.fullmatch(unwrapped(plain(text)))
+    if match is None:
+        return text, ()
+    styled = match["styled"]
+    unit = units(f"{styled}{match['power'] or ''}" if styled is not None else match["bare"])
+    if not unit or not unit[0]:
+        return text, ()
+    is_thing = unit[0].dimension[0][0].startswith(COUNTED) and styled is None and match["head"][-1].isalpha()
+    return (text, ()) if is_thing else (match["head"], unit)
+
+
+def compact(text: str) -> str:
+    r"""A form in which spaces, \left, \right and \dfrac do not count, to see whether two answers are written alike."""
+    text = re.sub(r"\\left|\\right|\\[,;:! ]|\s|\$", "", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    return re.sub(
+        r"(?<!\d)(?:\\frac\{(\w+)\}\{(\w+)\}|\\frac(\d)(\d))", lambda m: "/".join(g for g in m.groups() if g), text
+    )
+
+
+def _one_formula(text: str) -> str | None:
+    """Text whose pairs of $ are joined by words such as "and" alone: behind another $ a second answer would hide."""
+    if "$" not in text.replace("\\$", ""):
+        return text
+    parts = _DOLLARS.split(text)[::2]
+    if parts[0].strip() or parts[-1].strip(" .") or not all(_BETWEEN.fullmatch(part) for part in parts[1:-1]):
+        return None
+    return _DOLLARS.sub(r" \1 ", text)
+
+
+def _listed(text: str) -> str | None:
+    r"""x = 1 or x = 2, and 1 and 2, as \{1, 2\}. "1 or 2" without a variable is two guesses, so it is None."""
+    if not _JOINT.search(text):
+        parts = _split(text)
+    else:
+        parts = [part for some in _JOINT.split(text) for part in _split(some) if part.strip()]
+    if len(parts) < 2:
+        return text
+    assigned = [_ASSIGNED.fullmatch(part.strip()) for part in parts]
+    names = {match[1] for match in assigned if match}
+    has_or = bool(_OR.search(text))
+    if assigned[0] and len(names) == 1:  # x = 1 or x = 2; x = 1, 2
+        if has_or and not all(assigned):
+            return None
+        values = [match[2] if match else part for match, part in zip(assigned, parts, strict=True)]
+        return "\\{" + ", ".join(value.strip() for value in values) + "\\}"
+    if has_or:
+        is_range = all(re.search(r"[<>]|\\[lg]e\b", part) for part in parts)
+        return r" \text{ or } ".join(parts) if is_range else None
+    if names:  # a = 2, b = 3
+        return ", ".join(sorted(part.strip() for part in parts)) if len(names) > 1 else None
+    return "\\{" + ", ".join(part.strip() for part in parts) + "\\}"
+
+
+def _split(text: str) -> list[str]:
+    """The parts between commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
+
+
+def _both_signs(text: str) -> str:
+    r"""Each element with \pm as two: 1 \pm \sqrt2 is \{1 + \sqrt2, 1 - \sqrt2\}."""
+    if r"\pm" not in text or text.count(r"\pm") > 2:
+        return text
+    match = re.fullmatch(r"([a-zA-Z])\s*=\s*(.*)", text)
+    text = match[2] if match else text
+    inner = text[2:-2] if text.startswith("\\{") and text.endswith("\\}") else text
+    parts = list[str]()
+    for part in _split(inner):
+        signs = (("+", "-"), ("-", "+")) if r"\pm" in part else (("", ""),)
+        parts += [part.replace(r"\pm", one).replace(r"\mp", other).strip().removeprefix("+") for one, other in signs]
+    return "\\{" + ", ".join(parts) + "\\}"
+
+
+def _letters(text: str) -> set[str]:
+    """Runs of letters that are neither commands nor names of environments."""
+    text = re.sub(
+        r"\\(?:begin|end)\s*\{[a-zA-Z*]+\}(?:\{[lcr|]+\})?|\\(?:mathbb|mathcal)\s*\{[A-Z]\}|\\[a-zA-Z]+", " ", text
+    )
+    return set(re.findall(r"[^\W\d_]+", text))

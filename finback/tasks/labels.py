@@ -1,0 +1,121 @@
+"""Dates, times of day, and strings of digits such as phone numbers: what looks like a sum or a fraction and is none. No torch here."""
+
+import re
+from typing import NamedTuple
+
+from finback.tasks.notation import plain, unstyled, unwrapped
+
+_MONTHS = (
+    "jan january januar janvier enero января январь",
+    "feb february februar février febrero февраля февраль",
+    "mar march märz mars marzo марта март",
+    "apr april avril abril апреля апрель",
+    "may mai mayo мая май",
+    "jun june juni juin junio июня июнь",
+    "jul july juli juillet julio июля июль",
+    "aug august août agosto августа август",
+    "sep sept september septembre septiembre сентября сентябрь",
+    "oct october oktober octobre octubre октября октябрь",
+    "nov november novembre noviembre ноября ноябрь",
+    "dec december dezember décembre diciembre декабря декабрь",
+)
+_MONTH = {name: number for number, names in enumerate(_MONTHS, start=1) for name in names.split()}
+_NAME = r"(?P<name>[^\W\d_]{3,10})\.?"
+_DAY = r"(?P<day>[0-9]{1,2})(?:st|nd|rd|th|er)?\.?"
+_YEAR = r"(?P<year>[0-9]{4})(?:\s*(?:AD|CE|г\.?|года))?"
+_DATES = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?P<year>[0-9]{4})(?P<s>[-/.])(?P<month>[0-9]{1,2})(?P=s)(?P<day>[0-9]{1,2})",
+        r"(?P<year>[0-9]{4})-(?P<month>[0-9]{2})",
+        r"(?P<year>[0-9]{4})\s*年\s*(?:(?P<month>[0-9]{1,2})\s*月\s*(?:(?P<day>[0-9]{1,2})\s*日)?)?",
+        r"(?P<month>[0-9]{1,2})\s*月\s*(?P<day>[0-9]{1,2})\s*日",
+        r"(?P<day>[0-9]{1,2})\.\s?(?P<month>[0-9]{1,2})\.\s?(?P<year>[0-9]{4})",
+        r"(?P<first>[0-9]{1,2})/(?P<second>[0-9]{1,2})/(?P<year>[0-9]{4})",
+        rf"(?:the\s+)?{_DAY}\s+(?:of\s+|de\s+)?{_NAME}(?:,?\s+(?:de\s+)?{_YEAR})?",
+        rf"{_NAME}\s+{_DAY}(?:,?\s+{_YEAR})?",
+        rf"{_NAME},?\s+(?:of\s+)?{_YEAR}",
+    )
+]
+_ERA = re.compile(r"(?:the year )?([0-9]{1,4})\s*(?:B\.?\s*C\.?(?:\s*E\.?)?|v\.\s?Chr\.?)", re.IGNORECASE)
+_WEEKDAY = re.compile(r"(?:on\s+)?(?:(?:mon|tues|wednes|thurs|fri|satur|sun)day,?\s+)?(?:on\s+)?", re.IGNORECASE)
+_TIME = re.compile(
+    r"(?:at\s+)?(?P<h>[0-9]{1,2})(?:\s*:\s*(?P<m>[0-9]{2})(?:\s*:\s*(?P<s>[0-9]{2}))?)?\s*(?P<half>[ap]\.?\s*m\.?|[AP]M)?(?:\s*o'clock)?",
+    re.IGNORECASE,
+)
+_RATIO = re.compile(r"[0-9]{1,9}(?:\s*:\s*[0-9]{1,9}){1,5}")
+_DIGITS = re.compile(r"(?:(?:ISBN|tel|phone)[:\s]*)?(?P<all>\+?\(?[0-9][0-9() .-]*[0-9X])", re.IGNORECASE)
+_DOTTED = re.compile(r"v?[0-9]{1,9}(?:\.[0-9]{1,9}){2,9}")
+
+
+class Label(NamedTuple):
+    """A kind and what must be the same; of a time also what its clock shows."""
+
+    kind: str
+    value: tuple[int | str | None, ...]
+    shown: tuple[int, ...] = ()
+    # whether a time says which half of the day is meant
+    is_whole: bool = True
+
+    def equals(self, other: "Label") -> bool:
+        """Whether `other` says the same: where the gold answer leaves the half of the day open, any will do."""
+        if self.kind != other.kind:
+            return False
+        return self.value == other.value or (not self.is_whole and bool(self.shown) and self.shown == other.shown)
+
+
+def label(text: str) -> Label | None:
+    """The date, the time or the string of digits that a text is; None if it is something else."""
+    if len(text) > 200:
+        return None
+    text = unwrapped(unstyled(unwrapped(plain(text))))
+    return _date(text) or _time(text) or _digits(text)
+
+
+def _date(text: str) -> Label | None:
+    if era := _ERA.fullmatch(text):
+        return Label("date", (-int(era[1]), None, None))
+    text = text[found.end() :] if (found := _WEEKDAY.match(text)) else text
+    for pattern in _DATES:
+        match = pattern.fullmatch(text)
+        if match is None:
+            continue
+        parts = match.groupdict()
+        if parts.get("first"):
+            first, second = int(parts["first"]), int(parts["second"])
+            parts["month"], parts["day"] = map(str, (second, first) if first > 12 else (first, second))
+        if parts.get("name"):
+            parts["month"] = str(_MONTH.get(parts["name"].lower(), 0))
+        year, month, day = (int(parts[p]) if parts.get(p) else None for p in ("year", "month", "day"))
+        if month is None or not 1 <= month <= 12 or (day is not None and not 1 <= day <= 31):
+            continue
+        return Label("date", (year, month, day))
+    return None
+
+
+def _time(text: str) -> Label | None:
+    match = _TIME.fullmatch(text)
+    if match is None or not (match["m"] or match["half"]):
+        ratio = _RATIO.fullmatch(text)
+        return Label("ratio", tuple(int(part) for part in text.split(":"))) if ratio else None
+    h, m, s = (int(match[part] or 0) for part in ("h", "m", "s"))
+    half = re.sub(r"[^apm]", "", (match["half"] or "").lower())
+    if h > 24 or m > 59 or s > 59 or (half and not 1 <= h <= 12):
+        return Label("ratio", tuple(int(part) for part in re.findall(r"\d+", text))) if not half else None
+    seconds = ((h % 12 + 12 * (half == "pm") if half else h) * 60 + m) * 60 + s
+    return Label("time", (seconds,), (h, m, s), is_whole=bool(half))
+
+
+def _digits(text: str) -> Label | None:
+    if _DOTTED.fullmatch(text):
+        groups = text.split(".")
+        is_grouped = 1 <= len(groups[0]) <= 3 and all(len(group) == 3 for group in groups[1:])
+        return None if is_grouped and groups[0].isdecimal() else Label("digits", (text.lower(),))
+    match = _DIGITS.fullmatch(text)
+    if match is None or "." in text:
+        return None
+    groups = re.findall(r"[0-9X]+", match["all"])
+    is_phone = len(groups) > 1 and (sum(map(len, groups)) >= 7 or match["all"].startswith("+"))
+    if "-" in match["all"] or (is_phone and not re.fullmatch(r"[0-9]{1,3}(?: [0-9]{3})+", match["all"])):
+        return Label("digits", ("+" * match["all"].startswith("+") + "".join(groups),)) if len(groups) > 1 else None
+    return None

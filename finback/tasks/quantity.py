@@ -1,0 +1,282 @@
+r"""Numbers as people write them, exactly, with the unit or currency beside them. No torch here.
+
+1,234.5 is 1.234,5 and 1 234,5; 1½, 5 \times 10^3, 1.5 million, 50 % and 2 h 30 min are numbers too. Nothing is computed:
+24/2 is a fraction, and no answer where the gold one is a whole number.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from finback.tasks.notation import latex, plain, unstyled, unwrapped
+from finback.tasks.units import COUNTED, Unit, known, product, units
+
+_CLOSE = Fraction(1, 10**6)  # relative; for decimals of a number that has no end in decimals
+_LARGEST = 400  # decimal exponent
+_NONE = (Unit((), Fraction(1)),)
+_GROUPED = (
+    r"[0-9]{1,3}(?:,[0-9]{3}){1,30}(?:\.[0-9]{1,60})?|[0-9]{1,2}(?:,[0-9]{2}){1,20},[0-9]{3}(?:\.[0-9]{1,60})?|"
+    r"[0-9]{1,3}(?:\.[0-9]{3}){2,30}(?:,[0-9]{1,60})?|[0-9]{1,3}(?:\.[0-9]{3}){1,30},[0-9]{1,60}|"
+    r"[0-9]{1,3}(?: [0-9]{3}){1,30}(?:[.,][0-9]{1,60})?|[0-9]{1,3}(?:['_][0-9]{3}){1,30}(?:\.[0-9]{1,60})?"
+)
+_DECIMAL = r"[0-9]{1,100}(?:\.[0-9]{1,100})?|\.[0-9]{1,100}"
+_FRACTION = (
+    r"\\frac\s*\{\s*(?P<n1>[+-]?[0-9]{1,60})\s*\}\s*\{\s*(?P<d1>[+-]?[0-9]{1,60})\s*\}"
+    r"|(?P<n2>[0-9]{1,60})\s*/\s*(?P<d2>[0-9]{1,60})(?![0-9./])"
+)
+_MIXED = (
+    r"(?P<whole>[0-9]{1,30})\s*"
+    r"(?:\\frac\s*\{(?P<n3>[0-9]{1,30})\}\s*\{(?P<d3>[0-9]{1,30})\}|\s(?P<n4>[0-9]{1,30})/(?P<d4>[0-9]{1,30})(?![0-9]))"
+)
+_REPEATING = r"(?P<before>[0-9]{0,60})\.(?P<fixed>[0-9]{0,60})\\(?:overline|bar)\s*\{?(?P<cycle>[0-9]{1,60})\}?"
+_TIMES_TEN = (
+    r"(?:[eE](?P<exp1>[+-]?[0-9]{1,4}))(?![0-9])"
+    r"|\s*(?:\\times|\\cdot|[x*])\s*10\s*\^\s*(?:\{\s*(?P<exp2>[+-]?[0-9]{1,4})\s*\}|(?P<exp3>[+-]?[0-9]{1,4})(?![0-9.]))"
+)
+_MAGNITUDE = re.compile(
+    rf"(?:{_MIXED}|{_FRACTION}|{_REPEATING}"
+    rf"|(?P<number>{_GROUPED}|[0-9]{{1,60}},[0-9]{{1,60}}|{_DECIMAL})(?![0-9]|[,.][0-9])(?:{_TIMES_TEN})?)"
+)
+_SCALES = {
+    "hundred": 2,
+    "thousand": 3,
+    "k": 3,
+    "million": 6,
+    "millions": 6,
+    "mn": 6,
+    "mio": 6,
+    "lakh": 5,
+    "crore": 7,
+    "billion": 9,
+    "bn": 9,
+    "trillion": 12,
+    "千": 3,
+    "万": 4,
+    "萬": 4,
+    "百万": 6,
+    "亿": 8,
+    "億": 8,
+    "万亿": 12,
+    "兆": 12,
+    "тыс": 3,
+    "млн": 6,
+    "млрд": 9,
+}
+_SCALE = re.compile(r"\s*(" + "|".join(sorted(_SCALES, key=len, reverse=True)) + r")(?![a-zA-Z^])\.?")
+_CURRENCY = re.compile(
+    r"(US\$|[A-Z]{0,2}\$|[€£¥₹₽₩]|(?:USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|KRW)(?![a-zA-Z])|Rs\.?|人民币)\s*"
+)
+_VARIABLE = re.compile(r"([a-zA-Z](?:_\{?\w\}?)?|[a-z]\([a-z]\))\s*(?:=|\\approx|(?:equals|is)(?=\s))\s*")
+_LEAD = re.compile(
+    r"^(?:=|≈|\\approx|(?:approximately|approx\.?|about|roughly|exactly|in|at|the year|in the year|year)(?=\s))\s*",
+    re.IGNORECASE,
+)
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORD_VALUES = {
+    **{word: i for i, word in enumerate(_SMALL.split())},
+    **{word: 10 * i for i, word in enumerate(_TENS.split(), start=2)},
+}
+_PART = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*([^\W\d_]{1,12}|°)\.?(?:\s*(?:,|and)?\s*)")
+
+
+class Number(NamedTuple):
+    """An exact value, what its unit can mean, and how it was written."""
+
+    value: Fraction
+    units: tuple[Unit, ...] = _NONE
+    # of "x ="
+    variable: str = ""
+    # "whole", "decimal", "fraction", "power", "sum" (2 h 30 min)
+    form: str = "whole"
+
+    def __str__(self) -> str:
+        names = "·".join(f"{name}^{power}" if power != 1 else name for name, power in self.unit.dimension)
+        return f"{self.value * self.unit.factor} {names}".strip()
+
+    @property
+    def unit(self) -> Unit:
+        return self.units[0]
+
+    def equals(self, other: "Number") -> bool:
+        """Whether `other` answers this: 12 is 12 hours and 720 minutes, but 12 minutes is not 12 hours."""
+        if self.variable and other.variable and self.variable != other.variable:
+            return False
+        if self.unit.dimension and other.unit.dimension:
+            return any(_match(self, other, one, two) for one in self.units for two in other.units)
+        shares = [unit.factor for unit in (*self.units, *other.units) if unit.dimension == (("share", 1),)]
+        if not shares:
+            return "sum" not in (self.form, other.form) and _same(self.value, other)
+        # Beside a bare number, 50 % is 50 and a half; where 0.5 is asked for, 0.5 % is not it.
+        if self.unit.dimension:
+            return _same(self.value, other) or _same(self.value * shares[0], other)
+        return _same(self.value / shares[0], other) or (abs(self.value) >= 1 and _same(self.value, other))
+
+
+def number(text: str) -> Number | None:
+    """What a text says if it is one number and nothing else; None if it is not."""
+    if len(text) > 600:
+        return None
+    text = _tidy(text)
+    match = _VARIABLE.match(text)
+    variable, text = (match[1], text[match.end() :]) if match else ("", text)
+    found = _sum(text) or _single(text)
+    return found._replace(variable=variable) if found else None
+
+
+def _tidy(text: str) -> str:
+    text = latex(unstyled(unwrapped(plain(text))))
+    for _ in range(2):  # in the year 2001
+        text = _LEAD.sub("", unwrapped(text), count=1)
+    while (inner := re.fullmatch(r"\((.*)\)|\{(.*)\}", text)) and not re.search(
+        r"[(){},]", inner[1] or inner[2] or ","
+    ):
+        text = (inner[1] or inner[2]).strip()
+    return text
+
+
+def _single(text: str) -> Number | None:
+    text, sign, currency = text.strip(), 1, ""
+    for _ in range(2):  # -$5 and $-5
+        if text[:1] in ("+", "-") and text[1:2] not in ("+", "-"):
+            sign, text = (-sign if text[0] == "-" else sign), text[1:].lstrip()
+        if not currency and (match := _CURRENCY.match(text)):
+            currency, text = match[1], text[match.end() :]
+    match = _MAGNITUDE.match(text)
+    value, form, rest = _value(match, text) if match else _spelt(text)
+    if value is None:
+        return None
+    while scale := _SCALE.match(rest):
+        value, rest = value * 10 ** _SCALES[scale[1]], rest[scale.end() :]
+    if dozen := re.match(r"\s*dozens?\b", rest):
+        value, rest = value * 12, rest[dozen.end() :]
+    if currency and (short := re.match(r"\s*([KMB])\b", rest)):
+        value, rest = value * 1000 ** ("KMB".index(short[1]) + 1), rest[short.end() :]
+    if (
+        (again := re.fullmatch(r"\s*\(([^()]{1,40})\)", rest))
+        and (same := _single(again[1]))
+        and same.value == sign * value
+    ):
+        rest = ""  # 8 (eight)
+    glued = (
+        rest[:1].isalpha()
+        and rest[:1].isascii()
+        and not re.match(r"(?:[mgshLNJWVK]|[^\W\d_]{2,})(?![\w^])|\w+[/^]|rad|mol", rest)
+    )
+    meant = units(rest) if not glued else None
+    if meant is not None and currency:
+        meant = _money(currency, meant)
+    if meant == known("€") and match and re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", match[0]):
+        value *= 1000  # 1.500 € is no price of half a cent
+    return Number(sign * value, meant, form=form) if meant else None
+
+
+def _value(match: re.Match[str], text: str) -> tuple[Fraction | None, str, str]:
+    """The magnitude of a match: its value, how it is written, and the text behind it."""
+    groups, rest = match.groupdict(), text[match.end() :]
+    for i in "1234":
+        if groups[f"d{i}"] is not None:
+            if not int(groups[f"d{i}"]):
+                return None, "", ""
+            part = Fraction(int(groups[f"n{i}"]), int(groups[f"d{i}"]))
+            return (part + int(groups["whole"]) if i in "34" else part), "fraction", rest
+    if groups["cycle"] is not None:
+        fixed, cycle = groups["fixed"], groups["cycle"]
+        tail = Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(fixed))
+        return Fraction(f"{groups['before'] or 0}.{fixed or 0}") + tail, "fraction", rest
+    value = _decimal(groups["number"])
+    exponent = next((int(groups[f"exp{i}"]) for i in "123" if groups[f"exp{i}"]), None)
+    if exponent is None and (power := re.match(r"\s*\^\s*(?:\{\s*([+-]?\d{1,4})\s*\}|([+-]?\d{1,4})(?![\d.]))", rest)):
+        if groups["number"] != "10":
+            return None, "", ""
+        value, exponent, rest = Fraction(1), int(power[1] or power[2]), rest[power.end() :]
+    if exponent is not None:
+        return (value * Fraction(10) ** exponent, "power", rest) if abs(exponent) <= _LARGEST else (None, "", "")
+    return value, "whole" if value.denominator == 1 else "decimal", rest
+
+
+def _decimal(digits: str) -> Fraction:
+    """The last of several kinds of separators is the decimal one; a lone comma separates thousands where three digits follow."""
+    if "," in digits and "." in digits:
+        thousands = "," if digits.rindex(".") > digits.rindex(",") else "."
+        digits = digits.replace(thousands, "").replace(",", ".")
+    elif digits.count(".") > 1:
+        digits = digits.replace(".", "")
+    elif "," in digits and not re.fullmatch(r"[1-9]\d{0,2}(?:,\d{2})*(?:,\d{3})+", digits):
+        digits = digits.replace(",", ".")
+    return Fraction(re.sub("[ ,'_]", "", digits))
+
+
+def _spelt(text: str) -> tuple[Fraction | None, str, str]:
+    """A number in English words, such as twenty-five or one hundred and five."""
+    match = re.match(r"[a-zA-Z]+(?:[ -][a-zA-Z]+){0,8}", text)
+    tokens = re.split(r"([ -])", match[0].lower()) if match else []
+    total, part, used = 0, -1, 0
+    for i, token in enumerate(tokens):
+        if token in _WORD_VALUES:
+            value = _WORD_VALUES[token]
+            if part > 0 and not (
+                (part % 10 == 0 and part % 100 >= 20 and value < 10) or (part % 100 == 0 and part > 0)
+            ):
+                return None, "", ""
+            part = max(part, 0) + value
+        elif token == "hundred" and 0 < part < 100:
+            part *= 100
+        elif token in ("thousand", "million", "billion") and part > 0:
+            total, part = total + part * 10 ** _SCALES[token], 0
+        elif token not in (" ", "-", "and") or (token == "and" and part % 100):
+            break
+        if token not in (" ", "-", "and"):
+            used = i + 1
+    if part < 0:
+        return None, "", ""
+    return Fraction(total + part), "whole", text[len("".join(tokens[:used])) :]
+
+
+def _sum(text: str) -> Number | None:
+    """2 hours and 30 minutes, 6 ft 2 in: parts of one kind, each smaller than the one before."""
+    parts, at = list[tuple[Fraction, Unit]](), 0
+    while match := _PART.match(text, at):
+        meanings = known(match[2])
+        if not meanings or not match[0]:
+            return None
+        parts.append((Fraction(match[1]), meanings[0]))
+        at = match.end()
+    factors = [unit.factor for _, unit in parts]
+    kinds = {unit.dimension for _, unit in parts}
+    if len(parts) < 2 or at < len(text) or len(kinds) > 1 or factors != sorted(set(factors), reverse=True):
+        return None
+    return Number(sum((v * u.factor for v, u in parts), Fraction(0)), (Unit(kinds.pop(), Fraction(1)),), form="sum")
+
+
+def _money(sign: str, behind: tuple[Unit, ...]) -> tuple[Unit, ...] | None:
+    """The unit of a number with a currency sign before it; a name of the same currency may stand behind it too."""
+    sign = sign if known(sign) else "$" if sign.endswith("$") else sign.rstrip(".")
+    meant = known(sign)
+    if behind == _NONE or behind[0].dimension[0][0].startswith(COUNTED):
+        return meant
+    if all(power < 0 for _, power in behind[0].dimension):  # $18 per day
+        return tuple(product(unit, each) for unit in meant for each in behind)
+    return tuple(unit for unit in meant if unit in behind) or None
+
+
+def _match(gold: Number, given: Number, one: Unit, two: Unit) -> bool:
+    if one.dimension != two.dimension:  # "red apples" are apples
+        short, long = sorted((one.dimension, two.dimension), key=len)
+        is_counted = short[0][0].startswith(COUNTED)
+        return is_counted and long[-len(short) :] == short and _same(gold.value, given)
+    return _same(gold.value * one.factor / two.factor, given)
+
+
+def _same(value: Fraction, given: Number) -> bool:
+    """Exactly; nearly where decimals stand for a value that has none, such as 0.333333 for a third."""
+    if value == given.value:
+        return True
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return rest > 1 and given.form == "decimal" and abs(given.value - value) <= _CLOSE * abs(value)

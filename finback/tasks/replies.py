@@ -1,0 +1,167 @@
+r"""Where the answer stands in a whole reply: \boxed{}, after ####, in <answer>, after "The answer is", or all of it. No torch here."""
+
+import re
+
+_LONGEST_BOX = 2000  # characters of a box that count as an answer
+_BRACES = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{|[{}]")
+_NOUN = (
+    r"(?:answer|option|choice|ans)|ответ|respuesta|réponse|antwort|resposta|risposta|odpowiedź|antwoord|svar|cevap|đáp án|उत्तर|"
+    r"الإجابة|الاجابة|الجواب|απάντηση|答案|答え|答|正解|答复|정답|답|正确选项|正确答案"
+)
+_WHICH = (
+    r"(?:final|correct|right|best|true|most likely|most appropriate|full|complete|overall|short|exact|numerical|my|"
+    r"правильный|верный|окончательный|правильна|最终|最后|正确|最終的な|최종|सही|अंतिम)"
+)
+_LINE = re.compile(
+    rf"(?<![^\W_])(?:{_WHICH}\s*){{0,3}}(?:{_NOUN})(?:\s+(?:correcta|finale|final|correcte|corretta|الصحيحة|النهائية|الصحيح))?"
+    rf"(?:\s*\([^()\n]{{0,30}}\))?[*_\s]{{0,4}}(?:[:：=】]|[ \t]+[-–—](?=\s))[*_ \t]{{0,4}}",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(
+    rf"(?<![^\W_])(?:{_WHICH}\s+){{0,3}}(?:answer|result|option|choice|solution)(?:\s+(?:to|of|for|here)\b[^.:\n]{{0,80}}?)?\s+"
+    r"(?:is|was|would be|must be|should be|will be|becomes|equals)(?:\s+(?:therefore|thus|then|simply|clearly|option|choice|letter))?\s*:?\s+|"
+    r"(?:respuesta|resposta|risposta)(?:\s+\w+)?\s+(?:es|é|è)\s*:?\s+|réponse(?:\s+\w+)?\s+est\s*:?\s+|antwort\s+(?:ist|lautet)\s*:?\s+|"
+    r"ответ\s*[-–—]\s+|(?:答案|选项)(?:应该|应|就)?[是为爲為选]\s*[:：]?\s*|(?:答え|正解)は\s*[:：]?\s*|(?:정답|답)은\s*|उत्तर\s+|"
+    r"(?:الإجابة|الجواب)(?:\s+\w+)?\s+(?:هي|هو)\s*:?\s*|απάντηση\s+είναι\s*:?\s*",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(rf"[#*\s]*(?:the\s+)?(?:{_WHICH}\s*){{0,3}}(?:{_NOUN})[*\s:：]*", re.IGNORECASE)
+_DENIED = re.compile(
+    r"(?:\bnot|n't|\bnever|\bhardly|\bdoubt\w*|\bunlikely|\bwrong|\bincorrect|\bmistaken|\bdeny|\bimpossible|\bunsure|\bwhether|\bbefore|"
+    r"\bopposite|\bfalse|不|没|非|не)\s*[^,;:.\n，。；：]{0,40}$",
+    re.IGNORECASE,
+)
+_END = re.compile(
+    r"(?<=[^\W\d_][^\W_])[.!?](?=\s+[^a-z\s])|(?<=[\d)}\]$*%°\"'])[.!?](?=\s+[A-Z])|(?<=[^\s.]{3})[.!?](?=\s+[A-Z])|[。！？](?=.)|।(?=.)"
+)
+_TAIL = re.compile(r"(?:です|だ|でした|입니다|이다|है|हैं)?\s*[.。।!！]?\s*$")
+_BOLD = re.compile(r"[ \t>]*(?:\*\*|__)(?!\s)([^*\n]{1,200}?)(?:\*\*|__)[.。]?[ \t]*")
+_PREDICATE = re.compile(
+    r"(?:(?:so|thus|hence|therefore|then|finally|in total|altogether),?\s+)*"
+    r"(?P<of>(?:the|this|that|its|his|her|their|our|there|it|we|i|you)\b[^.!?;:,=<>\n]{0,80}?|it'?)\s*"
+    r"(?:\b(?:is|are|was|were|equals|gets?|gives?|have|has|need|needs|sold|found)|'s)\s+(?P<what>\S.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_ANYONE = re.compile(
+    r"(?:(?i:so|thus|hence|therefore|then|finally|in total|altogether),?\s+)*(?P<of>(?:I|[a-zA-Z][a-z]+)\s[^.!?;:,=<>\d\n\\^_+*/|(){}]{1,60}?)\s+(?P<what>\\?[$€£¥₹]?\d\S*(?:\s[^.!?;:=<>\n]*)?)"
+)
+_NAMED = re.compile(r"(?P<of>[^\W\d_][^.!?;:,=<>\n]{0,40}?)\s*[:：]\s*(?P<what>\S[^\n:：]*)")
+_UNSURE = re.compile(
+    r"\b(?:not?|wrong|incorrect|false|opposite|except|never|least|possible|question|example|than|grader|key|under|over|below|above|nearly|almost|up|from|after|before|less|fewer|more|most|between|around|until|minus|plus|or)\b|n't",
+    re.IGNORECASE,
+)
+_SECOND = re.compile(
+    r"[.!?\n—-]\s*(?:no|wait|actually|sorry|oops|correction|or|alternatively|hmm+|scratch|on second thought|rather)\b",
+    re.IGNORECASE,
+)
+_MOST = 50  # lines in bold type that are looked at
+NOTHING = "?"  # what a reply says that denies an answer
+
+
+def boxed(text: str) -> list[str]:
+    r"""The contents of every \boxed{} and \fbox{} whose braces close, the innermost where they are nested."""
+    found, opened = (list[str](), list[int]())  # opened: where the content of each open brace starts, -1 if no box's
+    for match in _BRACES.finditer(text):
+        if match[0] != "}":
+            opened.append(match.end() if len(match[0]) > 1 else -1)
+        elif opened and (start := opened.pop()) >= 0:
+            content = text[start : match.start()] if match.start() - start < _LONGEST_BOX else "boxed"
+            if "boxed" not in content and "\\fbox" not in content:
+                found.append(content.strip())
+    return found
+
+
+def marked(text: str) -> list[str]:
+    """What a reply marks as its answer, in the clearest way that occurs in it; [] if nothing is marked."""
+    return boxed(text) or re.findall(r"####(?!#)([^\n]*)", text) or _tagged(text)
+
+
+def _tagged(text: str) -> list[str]:
+    """The contents of <answer></answer>."""
+    parts = [part.rpartition("<answer>") for part in text.split("</answer>")[:-1]]
+    return [content.strip() for _, tag, content in parts if tag]
+
+
+def stated(text: str) -> list[str]:
+    """The rest of the line behind each "Answer:" and, from the first of these on or if there is none, "the answer is"."""
+    lines = [(m.start(), m.end(), True) for m in _LINE.finditer(text) if _is_line(text, m)]
+    sentences = [(m.start(), m.end(), False) for m in _SENTENCE.finditer(text)]
+    first = lines[0][0] if lines else 0
+    marks = sorted([*lines, *(mark for mark in sentences if mark[0] >= first)])
+    found = list[str]()
+    for i, (start, end, is_line) in enumerate(marks):
+        if i and start < marks[i - 1][1]:
+            continue
+        ends = [
+            text.find("\n", end),
+            marks[i + 1][0] if i + 1 < len(marks) and marks[i + 1][0] > end else -1,
+            len(text),
+        ]
+        said = text[end : min(e for e in ends if e >= 0)].strip()
+        if i + 1 < len(marks) and re.fullmatch(
+            r"(?:(?:so|thus|hence|therefore|the|that|my|our|is)\b,?\s*)+", said, re.IGNORECASE
+        ):
+            continue  # Final answer: The final answer is 18.
+        if not said and not (is_line and (said := _below(text, end))):
+            continue
+        followed = i + 1 < len(marks) and "\n" not in text[end : marks[i + 1][0]]
+        if followed and len(said.split()) > 4:  # Answer: first we add them … The answer is 12.
+            continue
+        if said.count("**") % 2:  # it began before "Answer:"
+            said = said.replace("**", "", 1)
+        line = text[text.rfind("\n", 0, start) + 1 : start]
+        if i + 1 == len(marks) and _SECOND.search(text, end):
+            said = NOTHING  # The answer is 12. No, 13.
+        found.append(NOTHING if _DENIED.search(line[-80:]) else said)
+    return found or _headed(text)
+
+
+def emphasized(text: str) -> list[str]:
+    """Lines that are bold as a whole, but for headings."""
+    lines = [match[1] for line in text.split("\n") if (match := _BOLD.fullmatch(line))]
+    return [
+        line
+        for line in lines[:_MOST]
+        if not line.endswith((":", "："))
+        and not re.match(r"(?i)(?:step|solution|explanation|example|answer|note)\b", line)
+    ]
+
+
+def sentence(text: str) -> str:
+    """The first sentence of what was stated, without the verb that ends it in Japanese, Korean or Hindi."""
+    text = re.split(r",?\s+(?:since|because)\s|，?因为", text.strip())[0] or text
+    end = _END.search(text)
+    return _TAIL.sub("", text[: end.start()] if end else text)
+
+
+def predicate(text: str, anyone: bool = False) -> str | None:
+    """What one sentence says of its subject: "The capital is Paris." and "Capital: Paris" say Paris.
+
+    The subject may be `anyone` where a number is asked for: "Ann has 8 left."
+    """
+    for pattern in (_PREDICATE, _NAMED, *([_ANYONE] if anyone else [])):
+        match = pattern.fullmatch(text.strip().replace("**", ""))
+        if match:
+            return match["what"] if not _UNSURE.search(match["of"]) else None
+    return None
+
+
+def _is_line(text: str, match: re.Match[str]) -> bool:
+    """Whether "Answer:" begins its line or a sentence, marks of emphasis and words such as "So the" aside."""
+    before = text[text.rfind("\n", 0, match.start()) + 1 : match.start()]
+    if not match[0].rstrip("*_ \t").endswith((":", "：", "=", "】")) or re.match(r"(?i)option|choice", match[0]):
+        return not before.strip(" \t*_#>`-") and not re.match(r"(?i)(?:option|choice)", match[0])
+    return bool(re.fullmatch(r"(?:.*[.!?;。]\s*)?[\s*_#>`\-\d.)【]*(?:[^\W\d_]+,?\s+){0,3}[*_]*", before[-60:]))
+
+
+def _below(text: str, at: int) -> str:
+    """The last line, if nothing but it follows."""
+    rest = text[at:].strip(" \t\n*_")
+    return rest if rest and "\n" not in rest else ""
+
+
+def _headed(text: str) -> list[str]:
+    """The last line under a heading such as **Final Answer**."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    is_headed = len(lines) > 1 and len(lines[-2]) < 60 and _HEADING.fullmatch(lines[-2])
+    return [lines[-1]] if is_headed else []

@@ -1,0 +1,195 @@
+"""Units, currencies and words for magnitudes: what a unit measures, and how it converts. No torch here."""
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+COUNTED = "a "  # begins the dimension of what is no unit, such as apples
+
+
+class Unit(NamedTuple):
+    """What a unit measures, as powers of base units, and how many of these it is. A word measures itself."""
+
+    dimension: tuple[tuple[str, int], ...]
+    factor: Fraction
+
+    def __bool__(self) -> bool:
+        return bool(self.dimension)
+
+
+# name of the dimension: symbol or names, each with its factor (1 if none is given)
+_TABLE = """
+length: in|inch|inches|″=0.0254 ft|foot|feet=0.3048 yd|yard|yards=0.9144 mi|mile|miles=1609.344 米 公里|千米|км=1000 厘米|см=0.01 毫米|мм=0.001 м|метр|метров
+mass: lb|lbs=453.59237 oz|ounce|ounces=28.349523125 t|ton|tons|tonne|tonnes=1000000 kilo|kilos|кг|公斤|千克=1000 克|г
+time: s|sec|secs|second|seconds|秒|сек min|mins|minute|minutes|分钟|分鐘|мин=60 h|hr|hrs|hour|hours|小时|小時|часов|часа|час=3600 day|days|天=86400 week|weeks=604800
+month: month|months year|years|yr|yrs=12
+angle: °|degree|degrees|deg arcmin|arcminute|arcminutes=1/60
+radian: rad|radian|radians
+celsius: °C|degC|celsius
+fahrenheit: °F|degF|fahrenheit
+kelvin: K|kelvin|kelvins
+share: %|percent|pct|percentage|процентов=1/100 ‰|permille=1/1000
+dollar: $|dollar|dollars|usd|US$|buck|bucks|美元 ¢|cent|cents=1/100
+euro: €|euro|euros|eur|欧元 cent|cents=1/100
+sterling: £|pound|pounds|gbp|英镑 p|pence|penny=1/100
+yen: ¥|yen|jpy|円|日元
+yuan: ¥|yuan|cny|rmb|元|人民币 角=1/10
+rupee: ₹|rupee|rupees|inr|rs
+won: ₩|won|krw
+ruble: ₽|ruble|rubles|rouble|roubles|rub|руб|рублей
+franc: chf|franc|francs
+area: acre|acres ha|hectare|hectares=2.4710538146717
+speed-in-knots: knot|knots|kn
+bytes: byte|bytes|B bit|bits=1/8 KB|kilobyte|kilobytes=1000 MB|megabyte|megabytes=1000000 GB|gigabyte|gigabytes=1000000000
+"""
+_PREFIXED = """
+m|meter|metre|meters|metres length 1
+g|gram|grams|gramme|grammes mass 1
+s time 1
+l|L|liter|litre|liters|litres length3 1/1000
+J|joule|joules energy 1
+Wh energy 3600
+cal|calorie|calories food-energy 1
+N|newton|newtons force 1
+W|watt|watts power 1
+Pa|pascal|pascals pressure 1
+Hz|hertz frequency 1
+V|volt|volts voltage 1
+A|amp|amps|ampere|amperes current 1
+Ω|ohm|ohms resistance 1
+eV electronvolt 1
+mol|mole|moles amount 1
+"""
+_PREFIXES = {
+    "": 0,
+    "k": 3,
+    "c": -2,
+    "m": -3,
+    "d": -1,
+    "µ": -6,
+    "μ": -6,
+    "u": -6,
+    "n": -9,
+    "p": -12,
+    "M": 6,
+    "G": 9,
+    "T": 12,
+}
+_LONG = {"kilo": 3, "centi": -2, "milli": -3, "deci": -1, "micro": -6, "nano": -9, "mega": 6, "giga": 9}
+_SHORT = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "bpm": "beat/min", "rpm": "revolution/min", "sqft": "ft^2"}
+# Words that change a number, or are a second one, or say that it is none: "12 or so" is not 12.
+_NO_UNIT = re.compile(
+    r"(?:and|or|to|not?|but|than|if|is|are|was|isn't|be|maybe|perhaps|possibly|except|without|instead|rather|could|would|might|"
+    r"should|doubled|tripled|halved|wrong|incorrect|false|minus|plus|times|over|dozen|hundred|thousand|[mbtr]+illion|squared|cubed|factorial|bce?|"
+    r"b\.c\.?(?:e\.?)?|or so|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|oder|und|ou|et|y|o|или|и|не)s?",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(
+    r"(?P<over>/|per\b)|(?P<name>[^\W\d_]+\$?|[°%‰$€£¥₹₩₽¢″](?:[CF]\b)?)(?P<power>\^\{?-?\d\}?)?\.?|(?P<dot>\\cdot|[*·])"
+)
+
+
+@lru_cache
+def _units() -> dict[str, tuple[Unit, ...]]:
+    """Every name with what it can mean: a pound is money or a mass. Symbols keep their case, names have none."""
+    found: dict[str, list[Unit]] = {}
+    for line in _TABLE.strip().split("\n"):
+        dimension, _, entries = line.partition(": ")
+        for entry in entries.split():
+            names, _, factor = entry.partition("=")
+            for name in names.split("|"):
+                found.setdefault(name, []).append(Unit(((dimension, 1),), Fraction(factor or "1")))
+    for line in _PREFIXED.strip().split("\n"):
+        names, dimension, factor = line.split()
+        power = int(dimension[-1]) if dimension[-1].isdigit() else 1
+        for name in names.split("|"):
+            prefixes = {**_LONG, "": 0} if len(name) > 3 and name.islower() else _PREFIXES
+            for prefix, ten in prefixes.items():
+                unit = Unit(((dimension.rstrip("3"), power),), Fraction(factor) * Fraction(10) ** ten)
+                known = found.setdefault(prefix + name, [])
+                if not known:
+                    known.append(unit)
+    found["pound"].append(Unit((("mass", 1),), Fraction("453.59237")))
+    found["pounds"].append(found["pound"][-1])
+    return {name: tuple(units) for name, units in found.items()}
+
+
+def known(name: str) -> tuple[Unit, ...]:
+    """What a name can mean, () if it is no unit here."""
+    units = _units()
+    return units.get(name) or units.get(name.lower()) or ()
+
+
+@lru_cache(maxsize=4096)
+def units(text: str) -> tuple[Unit, ...] | None:
+    """What the text behind a number can mean; None if it is no unit. Several words that are none name a thing counted."""
+    text = re.sub(
+        r"\\frac\{([^{}\d]+)\}\{([^{}\d]+)\}",
+        r"\1/\2",
+        text.replace("\\mu ", "µ").replace("\\Omega", "Ω").replace("per cent", "percent").strip(),
+    )
+    text = text.strip(" ()[]").replace("\\ ", " ")
+    if not text:
+        return ((Unit((), Fraction(1))),)
+    if len(text) > 60 or any(text != "times" and _NO_UNIT.fullmatch(word) for word in re.split(r"[\s,]+", text)):
+        return _measured(text) if len(text) <= 60 else None
+    return _measured(text) or _counted(text)
+
+
+def _measured(text: str) -> tuple[Unit, ...] | None:
+    """A product of known units: km/h, m s^{-1}, square meters, meters per second squared."""
+    text = re.sub(r"\b(?:square|sq\.?)\s+(\w+)", r"\1^2", text, flags=re.IGNORECASE)
+    text = re.sub(r"\b(?:cubic|cu\.?)\s+(\w+)", r"\1^3", text, flags=re.IGNORECASE)
+    text = re.sub(r"^(?:every|each|an?)\s+(?=(?:second|minute|hour|day|week|month|year)$)", "per ", text)
+    text = re.sub(r"(?<=[^\W\d_])\s+squared\b", "^2", text)
+    text = re.sub(r"(?<=[^\W\d_])\s+cubed\b", "^3", text)
+    text = re.sub(
+        r"°\s*(?=[CF]\b)|\bdegrees?\s+(?=(?:celsius|fahrenheit)\b)",
+        lambda m: "°" if "°" in m[0] else "",
+        text,
+        flags=re.IGNORECASE,
+    )
+    text = " ".join(_SHORT.get(word.lower(), word) for word in text.split())
+    found, at, sign = [Unit((), Fraction(1))], 0, 1
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if text[at] == " ":
+            at += 1
+            continue
+        if match is None:
+            return None
+        at = match.end()
+        if match["over"]:
+            sign = -1
+        elif match["name"]:
+            power = sign * int(re.sub(r"[^-\d]", "", match["power"])) if match["power"] else sign
+            meanings = known(match["name"])
+            found = [product(unit, meaning, power) for unit in found for meaning in meanings]
+            if not found:
+                return None
+    return tuple(found) if any(unit.dimension for unit in found) else None
+
+
+def product(one: Unit, other: Unit, power: int = 1) -> Unit:
+    """One unit times a power of another."""
+    powers = dict(one.dimension)
+    for name, exponent in other.dimension:
+        powers[name] = powers.get(name, 0) + exponent * power
+    return Unit(tuple(sorted((n, e) for n, e in powers.items() if e)), one.factor * other.factor**power)
+
+
+def _counted(text: str) -> tuple[Unit, ...] | None:
+    """Words for things, each in the singular."""
+    words = re.sub(r"\^\{?[23]\}?", "", text.rstrip(".")).split()
+    if not 1 <= len(words) <= 6 or not all(re.fullmatch(r"[^\W\d_]+(?:['-][^\W\d_]+)*[,.]?|/", word) for word in words):
+        return None
+    if re.search(r"[十百千万萬亿億或和不]", text) or (len(words[0]) == 1 and words[0].isascii()):
+        return None
+    return (Unit(tuple((COUNTED + _singular(word), 1) for word in words), Fraction(1)),)
+
+
+def _singular(word: str) -> str:
+    word = word.lower().rstrip(".,")
+    return word.removesuffix("es") if word.endswith(("xes", "ches", "shes", "sses")) else word.removesuffix("s")

@@ -1,0 +1,76 @@
+"""Answers in words, of any script: case, quotation marks, articles and the full stop do not count. No torch here."""
+
+import re
+import unicodedata
+
+from finback.tasks.notation import plain, unstyled, unwrapped
+
+_LONGEST = 120  # characters; longer ones are prose, which cannot be compared
+_MATHEMATICS = re.compile(r"[=<>^+|\\{}]|\d\s*[*/]|[*/]\s*\d|^[\d.,\s()/*-]+$")
+_NAMES = "sin cos tan cot sec csc log ln exp sqrt pi inf infty infinity lim max min mod gcd lcm arcsin arccos arctan"
+_FUNCTIONS = frozenset(_NAMES.split())
+_FORMULA = re.compile(r"(?:[A-Z][a-z]?(?:_?\{?\d{1,2}\}?)?){1,8}(?:\^?\{?\d?[+-]\}?)?")  # of chemistry: H_2O
+_NUMERAL = re.compile(
+    r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty)\b", re.IGNORECASE
+)
+_ARTICLE = re.compile(r"^(?:the|an?|at|in)\s+(?=\S{2})")
+_ENDS = ".!?。！？।؟،,;:"
+
+
+def words(text: str) -> str | None:
+    """A short text in the form in which it is compared; None if it is none."""
+    if len(text) > 4 * _LONGEST:
+        return None
+    text = _bare(text)
+    if formula := _formula(text):
+        return formula
+    if len(text) > _LONGEST or not any(map(str.isalpha, text)) or _MATHEMATICS.search(text):
+        return None
+    text = _ARTICLE.sub("", text.casefold(), count=1)
+    text = re.sub(r",?\s+and\s+|[,、]\s*", ", ", text)
+    return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def is_wording(gold: str) -> bool:
+    """Whether an answer is to be compared as words: it is no formula, and has a word in it."""
+    text = _bare(gold)
+    if _formula(text):
+        return True
+    if words(gold) is None or not (text[0].isalpha() or text[0] in "(\"'" or re.search(r"[^\W\d_]{4}", text)):
+        return False
+    letters = re.findall(r"[^\W\d_]+(?:[\u0300-\u036f\u0900-\u0dff\u064b-\u065f]+[^\W\d_]*)*", text)
+    if all(word.lower() in _FUNCTIONS or len(word) == 1 for word in letters) and len(text) > 1:
+        return False
+    if re.search(r"(?i)\b(?:or)\b", text) and (_NUMERAL.search(text) or re.search(r"\d", text)):
+        return False  # two answers
+    return not re.search(r"[(),]", text) or any(len(word) > 2 for word in letters)  # f(a, b) is mathematics
+
+
+def is_name(gold: str) -> bool:
+    """Whether words are certainly no product of variables, as xy is."""
+    text = _bare(gold)
+    return (
+        not text.isascii()
+        or bool(_formula(text))
+        or " " in text
+        or len(text) > 3
+        or any(v in text.lower() for v in "aeiou")
+    )
+
+
+def _bare(text: str) -> str:
+    text = unwrapped(unstyled(unwrapped(plain(text), _ENDS)), _ENDS)
+    inner = re.fullmatch(r"\(([^()]*)\)", text)
+    return unwrapped(inner[1] if inner else text, _ENDS)
+
+
+def _formula(text: str) -> str | None:
+    """A chemical formula on one line, case kept: CO is no cobalt."""
+    text = "".join(str(unicodedata.digit(c)) if c in "₀₁₂₃₄₅₆₇₈₉" else c for c in text.replace(" ", ""))
+    if (
+        not _FORMULA.fullmatch(text)
+        or not re.search(r"[A-Z][a-z]?_?\{?\d", text)
+        or not re.search(r"[A-Z].*[A-Z]|_", text)
+    ):
+        return None
+    return re.sub(r"[_{}^]", "", text)
