@@ -1,6 +1,8 @@
 """Documents of a run: every fact is a record's or an answer's, the forms are valid, and nothing is half-written."""
 
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -66,6 +68,7 @@ def filled(**changed: Any) -> Answers:
     """An answer to every question; names with __ for the dot."""
     given: dict[str, Any] = {"text": "words of the provider", "list": ["en"], "yes or no": False, "number": 1e20}
     answers = {q.key: given[q.kind] for q in QUESTIONS if q.key != "model.use_limits"}
+    answers |= {"base.licence": "MIT", "model.eu_date": "2026-02-01", "data.latest": "12/2025"}
     answers |= {"model.licence": "MIT", "model.released": "2026-02-01", "model.download": "https://example.org/m"}
     return Answers(answers | {k.replace("__", "."): v for k, v in changed.items()})
 
@@ -424,6 +427,14 @@ def test_the_template_is_an_answers_file_without_answers(tmp_path: Path) -> None
     assert asked.read(path).given == {}
     commented = re.sub(r"^# (\w+ = )true or false$", r"\1true", asked.TEMPLATE, flags=re.M)
     commented = re.sub(r"^# (\w+ = )0.0$", r"\g<1>2.5", commented, flags=re.M)
+    for name, value in (
+        ("licence", "MIT"),
+        ("released", "2026-02-01"),
+        ("eu_date", "2026-02-01"),
+        ("latest", "02/2026"),
+    ):
+        commented = commented.replace(f'\n{name} = ""', f'\n{name} = "{value}"')
+    commented = commented.replace('\ndownload = ""', '\ndownload = "https://example.org"')
     path.write_text(re.sub(r'= ""$', '= "x"', commented.replace("[]", '["en"]'), flags=re.M))
     assert set(asked.read(path).given) == {q.key for q in QUESTIONS}, "every question has its line"
 
@@ -520,3 +531,181 @@ def test_the_page_opens_in_a_browser(scheme: Any, paper: str, made: Path, tmp_pa
         assert opened.locator("svg").count() == opened.locator("figure").count() > 5
         browser.close()
     assert said == [] and asked_for == [f"file://{tmp_path}/report.html"]
+
+
+def numbers(text: str, *names: str) -> list[str]:
+    """The cells of the first row of a Markdown table that begins with these cells."""
+    row = next(line for line in text.splitlines() if line.startswith(f"| {' | '.join(names)} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")][len(names) :]
+
+
+def test_what_a_paper_says_follows_from_the_run_folder_alone(made: Path) -> None:
+    def loaded(name: str) -> Any:
+        return json.loads((made / name).read_text())
+
+    found = texts(made, filled())
+    ledgers = {p.parent.name: [json.loads(x) for x in p.read_text().splitlines()] for p in made.glob("*/ledger.jsonl")}
+    mine = ("prepare", "base", "taught", "zero")  # what the model comes from; a student's and exams' costs are theirs
+    spent = {stage: [line for line in lines if line["seconds"]] for stage, lines in ledgers.items()}
+    hours = sum(line["seconds"] * line["cores"] for s in mine for line in spent[s]) / 3600
+    watt_hours = sum(line["cpu_seconds"] for s in mine for line in spent[s]) * 12 / 3600
+    training = sum(line.get("flops_training", 0) for s in ("base", "taught", "zero") for line in spent[s])
+    card, form = found["MODEL_CARD.md"], found["eu/model_documentation_form.md"]
+    assert float(numbers(card, "device-hours")[0]) == pytest.approx(hours, rel=1e-3)
+    assert float(numbers(card, "energy (Wh)")[0]) == pytest.approx(watt_hours, rel=1e-3)
+    assert float(numbers(card, "training compute (FLOP)")[0].replace(",", "")) == pytest.approx(training, rel=1e-3)
+    assert float(numbers(form, "energy of training (MWh)")[0]) == pytest.approx(watt_hours / 1e6, rel=1e-3)
+    shown = sum(e["activityEnergyCost"]["value"] for e in energies(found["bom.cdx.json"]))
+    assert shown == pytest.approx(watt_hours / 1000)
+    base, taught, data = (loaded(f"{s}/manifest.json")["results"] for s in ("base", "taught", "prepare"))
+    read = base["tokens"] + taught["tokens"]
+    prepared = sum(record["train_tokens"] for record in data["sources"].values())
+    summary = found["eu/training_content_summary.md"]
+    assert numbers(summary, "size of the text read in training")[0].endswith(f"({read:,})") and read != prepared
+    assert all(f"{prepared:,}" not in text for text in found.values())
+    for name, count in base["tokens_by_source"].items():
+        assert numbers(form, f"{name}: tokens read in training")[0] == f"{count:,}"
+        assert f"| {data['sources'][name]['train_tokens']:,} |" not in summary
+        assert numbers(summary, name)[2] == f"{count:,}"
+    with (made / "zero" / "model.safetensors").open("rb") as handle:
+        tensors = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+    sizes = {
+        n: math.prod(t["shape"]) for n, t in tensors.items() if n != "__metadata__" and not n.endswith("router.bias")
+    }
+    parameters, mtp = sum(sizes.values()), sum(size for name, size in sizes.items() if name.startswith("mtp."))
+    assert 0 < mtp < parameters
+    counted = (f"{parameters:,}, {mtp:,} of them in MTP layers", f"{parameters:,}")
+    assert all(numbers(found[name], "parameters")[0].startswith(counted[0]) for name in ("MODEL_CARD.md", "report.md"))
+    assert numbers(form, "total parameters, MTP included")[0] == counted[1]
+    assert numbers(found["report.md"], "all parameters, MTP included")[0] == counted[1]
+    assert {"name": "finback:parameters", "value": counted[1]} in properties(found["bom.cdx.json"])
+    assert all(f"{parameters - mtp:,}" not in text for text in found.values()), "one count, whatever it is of"
+    for name, digest in re.findall(r"^\| (\S+) \| ([0-9a-f]{64}) \|$", card, re.M):
+        assert hashlib.sha256((made / "zero" / name).read_bytes()).hexdigest() == digest
+    for exam in ("sampled", "greedy"):
+        answers = [json.loads(line) for line in (made / "after" / f"{exam}.jsonl").read_text().splitlines()]
+        share = sum(a["correct"] for a in answers) / len(answers)
+        row = next(line.split(" | ") for line in card.splitlines() if f"| {exam} |" in line)
+        assert (row[2], float(row[3])) == (str(len(answers)), pytest.approx(share, rel=1e-3))
+
+
+def energies(bom: str) -> list[dict[str, Any]]:
+    card = json.loads(bom)["metadata"]["component"]["modelCard"]
+    return list(card["considerations"]["environmentalConsiderations"]["energyConsumptions"])
+
+
+def properties(bom: str) -> list[dict[str, str]]:
+    return list(json.loads(bom)["metadata"]["component"]["properties"])
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "/srv/me/secret",
+        "~/secret",
+        "../secret",
+        "C:\\\\Users\\\\me\\\\secret",
+        "file:///srv/me/secret",
+        "/srv/my own/secret",
+    ],
+)
+def test_no_paper_names_a_place_of_the_machine(place: str, run: Path) -> None:
+    plain = place.replace("\\\\", "\\")
+    for path in (run / "prepare" / "manifest.json", *run.glob("*/config.json")):
+        path.write_text(path.read_text().replace(str(run.parent), place).replace("words.txt", "of-patients.txt"))
+    for name in ("base", "taught"):
+        path = run / name / "config.json"
+        path.write_text(path.read_text().replace('"start": ""', f'"start": "{place}/base-model"'))
+    lines = read_lines(run / "base" / "ledger.jsonl")
+    lines[0]["inputs"] = {f"{plain}/base-model": "0" * 64}
+    write_lines(run / "base" / "ledger.jsonl", lines)
+    value = read_json(run / "prepare" / "manifest.json")
+    value["results"]["sources"]["words"]["files"] = [f"{plain}/of-patients.txt"] * 3
+    value["results"]["note"] = f"read from {plain}/of-patients.txt, all of it"
+    write_json(run / "prepare" / "manifest.json", value)
+    for name, text in texts(run, filled()).items():
+        assert "srv" not in text and "Users\\" not in text and "secret/" not in text and "secret\\" not in text, name
+        assert "~/" not in text and "../" not in text and not re.search(r"[\s\"(>](/tmp|/home|/root|/work)\b", text), (
+            name
+        )
+    summary = texts(run, filled())["eu/training_content_summary.md"]
+    assert numbers(summary, "words")[3] == "3 files of the provider's" and "of-patients" not in summary
+
+
+def test_a_data_set_is_named_by_its_link(run: Path) -> None:
+    value = read_json(run / "prepare" / "manifest.json")
+    words = value["results"]["sources"]["words"]
+    for change, link in (
+        ({"hub": "org/some.words"}, "https://huggingface.co/datasets/org/some.words"),
+        ({"hub": "/data/mine"}, "1 file of the provider's"),
+        ({"package": "text-of", "version": "1.2"}, "https://pypi.org/project/text-of/1.2"),
+    ):
+        value["results"]["sources"]["words"] = words | change
+        write_json(run / "prepare" / "manifest.json", value)
+        found = texts(run, filled())
+        assert numbers(found["eu/training_content_summary.md"], "words")[3].replace("\\", "") == link
+        assert ("datasets:" in found["MODEL_CARD.md"].split("---")[1]) == ("huggingface" in link)
+        assert (link in found["bom.cdx.json"]) == link.startswith("https")
+
+
+def test_identifiers_are_this_documents_own_and_new_when_it_is(made: Path) -> None:
+    run, later = facts.read(made, "zero"), NOW.replace(year=2027)
+
+    def named(answers: Answers, now: datetime = NOW, model: str = "zero") -> tuple[set[str], str]:
+        found = build.documents(facts.read(made, model), answers, now)
+        graph = json.loads(found["model.spdx3.json"])["@graph"]
+        names = [element["spdxId"] for element in graph if "spdxId" in element]
+        assert len(names) == len(set(names)) and all(re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", name) for name in names)
+        assert set(re.findall(r"urn:(?:uuid|within)[^\"]*", found["model.spdx3.json"])) == set(names), (
+            "every reference is to one of them"
+        )
+        return set(names), json.loads(found["bom.cdx.json"])["serialNumber"]
+
+    names, serial = named(filled())
+    assert named(filled()) == named(filled(), later) == (names, serial), "the time alone makes no other document"
+    for other in (named(filled(model__version="2")), named(filled(use__limits="more")), named(filled(), model="small")):
+        assert not other[0] & names and other[1] != serial
+    assert run.chosen.name == "zero"
+
+
+def test_stages_and_data_sets_whose_names_run_together_stay_apart(run: Path) -> None:
+    for stage, name in (("taught", "x-y"), ("base", "y")):
+        path = run / stage / "manifest.json"
+        value = read_json(path)
+        value["results"]["sources"] = {name: {"licence": "MIT", "documents": {"kept": 1}}}
+        write_json(path, value)
+    graph = json.loads(texts(run, filled())["model.spdx3.json"])["@graph"]
+    names = [element["spdxId"] for element in graph if "spdxId" in element]
+    assert len(names) == len(set(names))
+
+
+def test_open_licences_are_known_however_they_are_spelt(made: Path) -> None:
+    found = facts.read(made, "zero")
+    for licence in ("apache 2.0", "Apache License, Version 2.0", "gplv3", "CC BY-SA 4.0", "mit", "MIT OR Apache-2.0"):
+        said = completeness.contradictions(found, Answers({"model.licence": licence, "model.use_limits": "no weapons"}))
+        assert any("model.use_limits forbids uses" in text for text in said), licence
+        said = completeness.contradictions(found, Answers({"model.licence": licence, "model.use_limits": "None."}))
+        assert not any("use_limits" in text for text in said), licence
+    for licence in ("CC-BY-NC-4.0", "LicenseRef-Llama-3", "proprietary"):
+        limited = Answers({"model.licence": licence, "model.use_limits": "no weapons"})
+        assert not any("is open" in text for text in completeness.contradictions(found, limited))
+    local = Answers({"model.licence": "MIT", "data.collection": "see /home/me/notes.txt", "data.latest": "03/2026"})
+    told = completeness.contradictions(found, Answers(local.given | {"model.released": "2026-02-01"}))
+    assert told == [
+        "data.collection names a file of a machine, which nobody else can read",
+        "data.latest 03/2026 is after model.released 2026-02-01",
+    ]
+    assert told[0] in build.outcome([], build.examine(found, local, NOW)), "said where papers are written too"
+
+
+def test_ledgers_that_cannot_be_are_named_by_the_check(run: Path) -> None:
+    with (run / "base" / "ledger.jsonl").open("a") as handle:
+        handle.write('{"seconds": 1, "cores": 1, "joules": -5}\n{"seconds": NaN, "cores": 1}\n{"sec\n')
+    examined = build.examine(facts.read(run, "zero"), filled(), NOW)
+    count = len(read_lines(run / "base" / "ledger.jsonl"))
+    assert [text.split(" says ")[-1] for text in examined.unrecorded[:3]] == [
+        "joules = -5, which is left out",
+        "seconds = nan, which is left out",
+        f"base: line {count + 1} of ledger.jsonl is torn, and left out",
+    ]
+    assert "nan" not in texts(run, filled())["MODEL_CARD.md"] and "joules = -5" in texts(run, filled())["report.md"]

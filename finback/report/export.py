@@ -30,10 +30,15 @@ def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
             tokenizer.export(part)
         elif (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", part / "generation_config.json")
-        card = write_card(model.config, folder.name, str(source), fmt)
+        card = write_card(model.config, folder.name, _public(source), fmt)
         (part / "README.md").write_text(card, encoding="utf-8")
 
     return weights.export(model, folder, fmt, extras, _settings(source, tokenizer, fmt))
+
+
+def _public(source: Path) -> str:
+    """A model by its name and its run's: a card goes out, and tells nobody where things lie here."""
+    return "/".join(source.resolve().parts[-2:]) if (source / "model.json").is_file() else source.resolve().name
 
 
 def _settings(source: Path, tokenizer: Tokenizer | None, fmt: Format) -> dict[str, Any]:

@@ -33,12 +33,14 @@ def front_matter(family: str) -> list[str]:
 
 def architecture(config: ModelConfig) -> list[tuple[str, str]]:
     """Names and values of what a model is made of."""
-    total, active = parameters(config, mtp=False), parameters(config, active=True, mtp=False)
+    total, active = parameters(config), parameters(config, active=True, mtp=False)
+    mtp = total - parameters(config, mtp=False)
+    inside = f", {mtp:,} of them in MTP layers" if mtp else ""
     experts = f"{config.n_routed_experts} routed experts, {config.num_experts_per_tok} per token"
     experts = f"{experts}, {config.n_shared_experts} shared" if config.n_routed_experts else "dense"
     return [
         ("family", family_of(config)),
-        ("parameters", f"{total:,}, {active:,} active per token"),
+        ("parameters", f"{total:,}{inside}; {active:,} active per token, MTP left out"),
         ("layers", f"{config.num_hidden_layers}, width {config.hidden_size}, {experts}"),
         ("MTP layers", str(config.num_nextn_predict_layers)),
         ("context", f"{config.max_position_embeddings:,} tokens"),

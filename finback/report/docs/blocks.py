@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.report.docs.facts import MISSING, NOT_PROVIDED
+from finback.report.docs.public import without_paths
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,15 @@ def display(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) < 1e6 else f"{value:.4g}"
     if isinstance(value, dict):
-        return "; ".join(f"{k}: {display(v)}" for k, v in value.items()) or "none"
+        return "; ".join(f"{without_paths(str(k))}: {display(v)}" for k, v in value.items()) or "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(display, value)) or "none"
-    return str(value)
+    return without_paths(str(value))
+
+
+def words(answer: Any) -> str:
+    """An answer as people read it: their own words, as they are."""
+    return answer if isinstance(answer, str) else display(answer)
 
 
 def facts(rows: Iterable[tuple[str, Any]], head: tuple[str, str] = ("fact", "value")) -> TableBlock:

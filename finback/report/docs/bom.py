@@ -1,10 +1,11 @@
 """The bill of materials of a model: CycloneDX 1.7 with a model card (ML-BOM). No torch here."""
 
+import json
 import uuid
 from typing import Any
 
 from finback.model.count import parameters
-from finback.report.docs import technical, templates
+from finback.report.docs import registries, technical, templates
 from finback.report.docs.blocks import display
 from finback.report.docs.facts import MISSING, NOT_PROVIDED, RunFacts, StageFacts
 from finback.report.docs.questionnaire import Answers
@@ -17,12 +18,13 @@ SPACE = uuid.UUID("2b1f4f5e-5a0e-4f7e-9a55-0f6d9a5c3c11")  # of serial numbers t
 
 def cyclonedx(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
     """The document as JSON values; `moment` is its time, ISO 8601."""
-    data = [_data(stage, name, record) for stage, name, record in run.sources]
+    data = [_data(run, stage, name, record) for stage, name, record in run.sources]
     software = run.chosen.begun("software")
     components = data + [_library(name, version) for name, version in (software or {}).items()]
     values = {
-        "serial": uuid.uuid5(SPACE, " ".join(digest for _, digest in run.files)),
-        "moment": moment,
+        "serial": "",
+        "moment": "",
+        "licences": _licences(answers("model.licence")),
         "files": [{"type": "file", "name": file, "hashes": _hashes(digest)} for file, digest in run.files],
         "approach": LEARNING.get(run.chosen.kind, "self-supervised"),
         **dict(architecture(run.model)),
@@ -37,7 +39,20 @@ def cyclonedx(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
         "components": components,
         "dependencies": [component["bom-ref"] for component in components],
     }
-    return dict(templates.json_values("bom", values, answers))
+    made = templates.json_values("bom", values, answers)
+    # another number when anything but the time is another
+    serial = uuid.uuid5(SPACE, json.dumps(made, sort_keys=True))
+    return made | {"serialNumber": f"urn:uuid:{serial}", "metadata": made["metadata"] | {"timestamp": moment}}
+
+
+def _licences(licence: Any) -> list[dict[str, Any]]:
+    """A licence by its identifier, as an expression, or in the words of a record."""
+    known = registries.licence(str(licence)) if licence is not MISSING else ""
+    if " " in known:
+        return [{"expression": known}]
+    if known and not known.startswith(("LicenseRef-", "DocumentRef-")):
+        return [{"license": {"id": known}}]
+    return [{"license": {"name": display(licence)}}]  # readers look up what it is
 
 
 def _hashes(digest: str) -> list[dict[str, str]]:
@@ -71,15 +86,16 @@ def _energy(stage: StageFacts) -> dict[str, Any]:
     }
 
 
-def _data(stage: StageFacts, name: str, record: dict[str, Any]) -> dict[str, Any]:
+def _data(run: RunFacts, stage: StageFacts, name: str, record: dict[str, Any]) -> dict[str, Any]:
     """A data set that was read or written, with its digest if it has one."""
     digest = record.get("sha256")
-    facts = [(k, record.get(k, MISSING)) for k in technical.source_keys(stage, name) if k != "licence"]
+    known = record | {"tokens_read": run.tokens_read(stage, name)}
+    facts = [(k, known.get(k, MISSING)) for k in technical.source_keys(stage, name) if k != "licence"]
     component: dict[str, Any] = {
         "type": "data",
         "bom-ref": f"data:{stage.name}/{name}",
         "name": name,
-        "licenses": [{"license": {"name": display(record.get("licence", MISSING))}}],  # readers look up what it is
+        "licenses": _licences(record.get("licence", MISSING)),
         "data": [
             {
                 "type": "dataset",
@@ -88,7 +104,8 @@ def _data(stage: StageFacts, name: str, record: dict[str, Any]) -> dict[str, Any
             }
         ],
     }
-    return component | ({"hashes": _hashes(digest)} if digest else {})
+    found = {"externalReferences": [{"type": "distribution", "url": url}]} if (url := technical.link(record)) else {}
+    return component | ({"hashes": _hashes(digest)} if digest else {}) | found
 
 
 def _library(name: str, version: str) -> dict[str, Any]:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from finback.report.docs import compute
 from finback.report.docs.blocks import Block, display, missing
 from finback.report.docs.facts import MISSING, RunFacts
+from finback.report.docs.public import names_a_path
 from finback.report.docs.questionnaire import Answers
+from finback.report.docs.registries import day, is_open, month, parts_of
 
-# licences that let anybody use, change and pass on, for any purpose
-PERMISSIVE = ("MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "0BSD", "Unlicense")
-OPEN_WORKS = ("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "OpenMDW-1.0")
-COPYLEFT = ("MPL-2.0", "GPL-2.0", "GPL-3.0", "AGPL-3.0", "LGPL-3.0")
 UNSAID = ("unstated", "unknown", "")
+NONE = ("none", "no", "no limits", "n/a", "-", "nothing")  # how people say that there are no limits
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def check(run: RunFacts, answers: Answers, documents: Iterable[Sequence[Block]])
     asked = answers.unanswered(bool(run.base))
     return Completeness(
         [f"{q.key}: {q.text}" for q in asked],
-        list(dict.fromkeys(hole for blocks in documents for hole in missing(blocks))),
+        [*run.faults, *dict.fromkeys(hole for blocks in documents for hole in missing(blocks))],
         contradictions(run, answers),
         compute.verdicts(run, answers),
     )
@@ -61,13 +60,19 @@ def contradictions(run: RunFacts, answers: Answers) -> list[str]:
     """Licences against limits of use, against money, and against the licences of what went in."""
     licence = answers("model.licence")
     found = []
-    is_open = family(display(licence)) in (*PERMISSIVE, *OPEN_WORKS, *COPYLEFT)
-    if is_open and answers("model.use_limits") is not MISSING:
-        found.append(
-            f"model.licence {licence} is open, but model.use_limits forbids uses: the exemption for open models is lost"
-        )
-    if is_open and answers("model.monetised") is True:
-        found.append(f"model.licence {licence} is open, but access is paid for: the exemption for open models is lost")
+    limits = answers("model.use_limits")
+    if licence is not MISSING and is_open(str(licence)):
+        lost = f"model.licence {licence} is open, but {{}}: the exemption for open models is lost"
+        if limits is not MISSING and str(limits).strip(" .").lower() not in NONE:
+            found.append(lost.format("model.use_limits forbids uses"))
+        if answers("model.monetised") is True:
+            found.append(lost.format("access is paid for"))
+    for key, answer in answers.given.items():
+        if any(
+            names_a_path(text) for text in (answer if isinstance(answer, list) else [answer]) if isinstance(text, str)
+        ):
+            found.append(f"{key} names a file of a machine, which nobody else can read")
+    found += _order(answers)
     given = [(f"data set {name}", record.get("licence", MISSING)) for _, name, record in run.sources]
     if run.base:
         given.append(("the base model", answers("base.licence")))
@@ -79,9 +84,19 @@ def contradictions(run: RunFacts, answers: Answers) -> list[str]:
     return found
 
 
+def _order(answers: Answers) -> list[str]:
+    """Data that are newer than the model."""
+    released, latest = answers("model.released"), answers("data.latest")
+    if MISSING in (released, latest) or not (released := day(str(released))) or not (latest := month(str(latest))):
+        return []
+    newer = (latest[3:], latest[:2]) > (released[:4], released[5:7])
+    return [f"data.latest {latest} is after model.released {released}"] if newer else []
+
+
 def family(licence: str) -> str:
-    """GPL-3.0-or-later -> GPL-3.0: a licence without what follows its number."""
-    return re.sub(r"-(only|or-later)$|\+$", "", licence.partition(" ")[0])
+    """gplv3 or later -> GPL-3.0: a licence without what follows its number."""
+    (name, *_), *_ = parts_of(licence)
+    return re.sub(r"-(only|or-later)$|\+$", "", name.partition(" ")[0])
 
 
 def forbids(theirs: str, ours: str) -> str:
@@ -89,6 +104,14 @@ def forbids(theirs: str, ours: str) -> str:
 
     Whether a model is a derivative of its data is not settled: this errs on the side of asking.
     """
+    whys = [next(filter(None, (_forbids(part, ours) for part in each)), "") for each in parts_of(theirs)]
+    return "" if "" in whys else whys[0]
+
+
+def _forbids(theirs: str, ours: str) -> str:
+    """The same of one licence; where ours leaves a choice, each must be allowed."""
+    if len(parts_of(ours)) > 1 or len(parts_of(ours)[0]) > 1:
+        return next((why for each in parts_of(ours) for part in each if (why := _forbids(theirs, part))), "")
     name = family(theirs).upper()
     if family(theirs) == family(ours):
         return ""

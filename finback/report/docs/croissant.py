@@ -22,7 +22,7 @@ def documents(run: RunFacts, answers: Answers, date: str) -> dict[str, dict[str,
 
 
 def _data_set(stage: StageFacts, name: str, record: dict[str, Any], answers: Answers, date: str) -> dict[str, Any]:
-    keys = [k for k in technical.source_keys(stage, name) if k != "licence"]
+    keys = [k for k in technical.source_keys(stage, name) if k not in ("licence", "tokens_read")]
     values = {
         "name": name,
         "stage": stage.name,

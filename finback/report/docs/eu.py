@@ -59,12 +59,15 @@ def form(run: RunFacts, answers: Answers, date: str) -> list[Block]:
 def _counted(run: RunFacts) -> list[tuple[str, str, str]]:
     """Rows of how many documents each data set has, and of what cleaning counted."""
     rows = []
-    for _, name, record in run.sources:
+    for stage, name, record in run.sources:
         number = (record.get("documents") or {}).get("kept")
         points = MISSING if number is None else f"{_two_digits(number):,} documents (to two digits)"
         rows.append((f"{name}: number of data points", display(points), SHARED["office"]))
         cleaned = display(record.get("documents", MISSING))
         rows.append((f"{name}: what cleaning counted", cleaned, SHARED["office"]))
+        if stage.kind == "data":
+            read = display(run.tokens_read(stage, name))
+            rows.append((f"{name}: tokens read in training", read, SHARED["office"]))
     return rows
 
 
@@ -88,14 +91,13 @@ def _kinds(run: RunFacts) -> str:
 
 def summary(run: RunFacts, answers: Answers, date: str) -> list[Block]:
     """The public summary of training content: owed by open models too."""
-    tokens = [record.get("train_tokens", MISSING) for stage, _, record in run.sources if stage.kind == "data"]
     read = [source for source in run.sources if technical.is_read(*source[:2])]
     values = SHARED | {
         "date": date,
         "base": answers("base.name") if run.base else "no other model",
-        "size": _bin(sum(tokens) if tokens else MISSING),
-        "read": _listed(read),
-        "made": _listed([source for source in run.sources if source not in read]),
+        "size": _bin(run.all_tokens_read),
+        "read": _listed(run, read),
+        "made": _listed(run, [source for source in run.sources if source not in read]),
         "generating": _generating(run),
     }
     return templates.blocks("summary", values, answers)
@@ -109,16 +111,17 @@ def _bin(tokens: Any) -> Any:
     return f"{sizes[(tokens >= 1e9) + (tokens > 1e13)]} tokens ({tokens:,})"
 
 
-def _listed(sources: list[Any]) -> list[Block]:
+def _listed(run: RunFacts, sources: list[Any]) -> list[Block]:
     """A table of data sets."""
     rows = []
     for stage, name, record in sources:
         terms = [display(record.get(key, MISSING)) for key in ("licence", "documents")]
-        tokens = display(record.get("train_tokens", MISSING))
-        origin = record.get("package") or record.get("hub") or record.get("files")
+        own = not technical.is_read(stage, name)
+        origin = "written by finback's own programs" if own else technical.origin(record)
+        tokens = display(run.tokens_read(stage, name))
         learnt = tokens if stage.kind == "data" else f"learnt from in stage {stage.name}"
-        rows.append((name, *terms, learnt, display(origin or "written by finback's own programs")))
-    head = ("data set", "licence", "documents", "tokens", "from")
+        rows.append((name, *terms, learnt, origin))
+    head = ("data set", "licence", "documents", "tokens read in training", "from")
     return [TableBlock(head, tuple(rows)) if rows else Paragraph("None by the run's records.")]
 
 

@@ -12,7 +12,7 @@ from finback.config import UserError
 from finback.model import config as models
 from finback.model.config import ModelConfig
 from finback.runs import reader
-from finback.runs.files import read_json
+from finback.runs.files import is_number, read_json
 from finback.runs.ledger import watt_hours
 from finback.runs.provenance import sha256
 from finback.runs.reader import StageFolder
@@ -57,7 +57,7 @@ class StageFacts(StageFolder):
 
     def spent(self, key: str) -> Any:
         """The sum over the ledger; MISSING where no line has it."""
-        values = [line[key] for line in self.spent_lines if isinstance(line.get(key), (int, float))]
+        values = [line[key] for line in self.spent_lines if is_number(line.get(key))]
         return sum(values) if values else MISSING
 
     @property
@@ -150,6 +150,28 @@ class RunFacts:
             for name, record in records.items() if isinstance(records, dict) else ():
                 found.append((stage, name, record if isinstance(record, dict) else {}))
         return found
+
+    def tokens_read(self, stage: StageFacts, name: str) -> Any:
+        """How many tokens of a prepared data set the model was trained on, those read twice counted twice."""
+        readers = [
+            s for s in self.chain if s.config.get("data") == stage.name and "tokens_by_source" in s.declaration.results
+        ]
+        counts = [s.result("tokens_by_source") for s in readers]
+        if not all(isinstance(count, dict) for count in counts):
+            return MISSING
+        return sum(int(count.get(name, 0)) for count in counts)
+
+    @property
+    def all_tokens_read(self) -> Any:
+        """Tokens of all data sets that the model was trained on; answers that it sampled itself are no data set."""
+        readers = [s for s in self.chain if s.kind == "pre-training" or isinstance(s.results.get("sources"), dict)]
+        counts = [s.result("tokens") for s in readers if s.kind != "data"]
+        return sum(map(int, counts)) if counts and MISSING not in counts else MISSING
+
+    @property
+    def faults(self) -> list[str]:
+        """What its ledgers say that cannot be."""
+        return [f"{stage.name}: {fault}" for stage in self.stages for fault in stage.ledger_faults]
 
     @property
     def exams(self) -> list[tuple[StageFacts, dict[str, Any]]]:

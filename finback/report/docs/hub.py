@@ -5,10 +5,11 @@ from typing import Any
 
 from finback.checkpoint.hf_config import family_of
 from finback.report import model_card as card
-from finback.report.docs import compute, technical, templates
+from finback.report.docs import compute, registries, technical, templates
 from finback.report.docs.blocks import Block, Paragraph, facts, markdown, records
 from finback.report.docs.facts import MISSING, RunFacts
 from finback.report.docs.questionnaire import Answers
+from finback.report.docs.registries import hub_licence
 
 
 def model_card(run: RunFacts, answers: Answers) -> str:
@@ -19,11 +20,13 @@ def model_card(run: RunFacts, answers: Answers) -> str:
 
 def _header(run: RunFacts, answers: Answers) -> list[str]:
     """YAML of what people answered and records name; JSON's strings and lists are YAML's as well."""
-    sets = [str(record["hub"]) for _, _, record in run.sources if "hub" in record]
+    sets = [str(record["hub"]) for _, _, record in run.sources if "hub" in record and technical.link(record)]
     licence = answers("model.licence")
+    word = MISSING if licence is MISSING else hub_licence(registries.licence(str(licence)) or str(licence))
     pairs: list[tuple[str, Any]] = [
         ("language", answers("model.languages")),
-        ("license", MISSING if licence is MISSING else str(licence).lower()),
+        ("license", word),
+        ("license_name", licence if word == "other" else MISSING),
         ("license_link", answers("model.licence_link")),
         ("datasets", sets or MISSING),
         ("base_model", answers("base.name") if run.base else MISSING),

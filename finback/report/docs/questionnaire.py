@@ -1,5 +1,6 @@
 """What only people know: the questions of questionnaire.toml, and answers out of such a file. No torch here."""
 
+import math
 import re
 import tomllib
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, did_you_mean
+from finback.report.docs import registries
 from finback.report.docs.facts import MISSING
 
 Kind = Literal["text", "list", "yes or no", "number"]
@@ -31,6 +33,16 @@ QUESTIONS = tuple(
     for text, optional, name, empty in re.findall(r"^# (.+?)( \(optional\))?\n(?:# )?(\w+) = (.+)$", lines, re.M)
 )
 _KNOWN = {question.key: question for question in QUESTIONS}
+# answers that are looked up, and kept in one spelling
+_LOOKED_UP = {
+    "model.licence": "licence",
+    "base.licence": "licence",
+    "model.languages": "languages",
+    "model.released": "day",
+    "model.eu_date": "day",
+    "data.latest": "month",
+    "model.download": "address",
+}
 _FORMS = {"text": str, "list": list, "yes or no": bool, "number": (int, float)}
 
 
@@ -64,7 +76,7 @@ def read(path: Path) -> Answers:
             key = section if name is None else f"{section}.{name}"
             if key not in _KNOWN:
                 raise UserError("--answers", key, "nobody asks for this", did_you_mean(key, _KNOWN))
-            if value not in ("", []):
+            if value not in ("", []) and not (isinstance(value, str) and not value.strip()):
                 given[key] = _checked(key, value)
     return Answers(given)
 
@@ -79,4 +91,18 @@ def _checked(key: str, value: Any) -> Any:
     if not fits:
         example = {"text": '"words"', "list": '["en", "de"]', "yes or no": "true", "number": "3.3e24"}[kind]
         raise UserError("--answers", f"{key} = {value!r}", f"expected {kind}", f"Write {example}, say.")
-    return value
+    if kind == "number" and not (math.isfinite(value) and value >= 0):
+        raise UserError("--answers", f"{key} = {value!r}", "not a number from 0 up", "Write 3.3e24, say.")
+    form = _LOOKED_UP.get(key, "")
+    return [_looked_up(key, form, v) for v in value] if kind == "list" else _looked_up(key, form, value)
+
+
+def _looked_up(key: str, form: str, value: Any) -> Any:
+    """An answer in the spelling of its register; UserError where that does not have it."""
+    if not form:
+        return value
+    found = registries.FORMS[form](value)
+    if not found:
+        problem = {"licence": "no licence of SPDX's list", "languages": "no language of BCP 47"}.get(form, f"no {form}")
+        raise UserError("--answers", f"{key} = {value!r}", problem, registries.said_of(form, value))
+    return found

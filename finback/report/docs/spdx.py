@@ -1,16 +1,20 @@
 """The model and its data as SPDX 3.0.1 with the profiles for AI and data sets, as JSON-LD. No torch here."""
 
+import json
 import re
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from finback.report.docs import templates
-from finback.report.docs.blocks import display
+from finback.report.docs import registries, templates
+from finback.report.docs.blocks import display, words
 from finback.report.docs.facts import MISSING, NOT_PROVIDED, RunFacts, StageFacts
 from finback.report.docs.questionnaire import Answers
 from finback.report.model_card import architecture
 
 CONTEXT = "https://spdx.org/rdf/3.0.1/spdx-context.jsonld"
+SPACE = uuid.UUID("b1c0a2de-2f0a-4a43-9f6a-6d6c7a1a5f0e")
+LOCAL = "urn:within-this-document:"
 Element = dict[str, Any]
 
 
@@ -24,7 +28,7 @@ def document(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
         "createdBy": [_id("provider")],
         "comment": "Written by finback from the records of a run.",
     }
-    provider = _element("Organization", "provider", name=display(answers("provider.name")))
+    provider = _element("Organization", "provider", name=words(answers("provider.name")))
     package = _package(run, answers)
     data = [_data_set(stage, name, record, answers) for stage, name, record in run.sources]
     graph = [made, provider, package, *data]
@@ -32,17 +36,34 @@ def document(run: RunFacts, answers: Answers, moment: str) -> dict[str, Any]:
         graph.append(_relation("trained", "model", "trainedOn", [d["spdxId"] for d in data]))
     graph += _licensed("model", answers("model.licence"))
     for stage, name, record in run.sources:
-        graph += _licensed(f"data-{stage.name}-{name}", record.get("licence", MISSING))
+        graph += _licensed(f"data/{stage.name}/{name}", record.get("licence", MISSING))
     named = [e["spdxId"] for e in graph if "spdxId" in e]
     profiles = ["core", "simpleLicensing", "software", *(["ai"] if "comment" not in package else [])]
     graph.append(
         _element("SpdxDocument", "document", rootElement=[_id("model")], element=named, profileConformance=profiles)
     )
-    return {"@context": CONTEXT, "@graph": graph}
+    return {"@context": CONTEXT, "@graph": _named(graph)}
+
+
+def _named(graph: list[Element]) -> list[Element]:
+    """The same with identifiers that no other document has, and this one as long as only its time is another."""
+    made, *others = graph
+    text = json.dumps([made | {"created": ""}, *others], sort_keys=True)
+    space = uuid.uuid5(SPACE, text)
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: renamed(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return list(map(renamed, value))
+        return f"urn:uuid:{uuid.uuid5(space, value)}" if str(value).startswith(LOCAL) else value
+
+    return [renamed(element) for element in graph]
 
 
 def _id(name: str) -> str:
-    return f"urn:spdx:finback:{re.sub(r'[^A-Za-z0-9.-]', '-', name)}"
+    """The name of an element within its document, until all of it is known."""
+    return f"{LOCAL}{name}"
 
 
 def _element(kind: str, key: str, **fields: Any) -> Element:
@@ -74,6 +95,7 @@ def _package(run: RunFacts, answers: Answers) -> Element:
     knobs = ((f"{s.name}.{k}", v) for s in run.chain for k, v in s.config.items() if k != "name")
     accuracies = ((f"accuracy: {e.get('exam', NOT_PROVIDED)}", e.get("accuracy", MISSING)) for _, e in run.exams)
     values = demanded | {
+        "id": _id("model"),
         "hashes": _hashes(*(digest for _, digest in run.files)),
         "family": dict(architecture(run.model))["family"],
         "knobs": _pairs((name, value) for name, value in knobs if not isinstance(value, (dict, list))),
@@ -98,7 +120,7 @@ def _energy(stage: StageFacts) -> Element:
 def _data_set(stage: StageFacts, name: str, record: dict[str, Any], answers: Answers) -> Element:
     digest, documents = record.get("sha256"), (record.get("documents") or {}).get("kept")
     values = {
-        "id": _id(f"data-{stage.name}-{name}"),
+        "id": _id(f"data/{stage.name}/{name}"),
         "name": name,
         "documents": display(record.get("documents", MISSING)),
         "hashes": _hashes(digest) if digest else MISSING,
@@ -112,11 +134,13 @@ def _licensed(name: str, licence: Any) -> list[Element]:
     if licence is MISSING:
         return []
     words = str(licence)
-    if re.fullmatch(r"[A-Za-z0-9.+-]+", words) and words not in ("unstated", "unknown"):
-        made = _element("simplelicensing_LicenseExpression", f"licence-{name}", simplelicensing_licenseExpression=words)
+    if expression := registries.licence(words):
+        made = _element(
+            "simplelicensing_LicenseExpression", f"licence/{name}", simplelicensing_licenseExpression=expression
+        )
     else:
-        made = _element("simplelicensing_SimpleLicensingText", f"licence-{name}", simplelicensing_licenseText=words)
-    return [made, _relation(f"licensed-{name}", name, "hasDeclaredLicense", [made["spdxId"]])]
+        made = _element("simplelicensing_SimpleLicensingText", f"licence/{name}", simplelicensing_licenseText=words)
+    return [made, _relation(f"licensed/{name}", name, "hasDeclaredLicense", [made["spdxId"]])]
 
 
 def _moment(date: Any) -> Any:

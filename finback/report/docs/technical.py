@@ -1,6 +1,8 @@
 """The technical report: architecture, data, recipe, cost, training, evaluations, samples, limits. No torch here."""
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 from finback.model.count import forward_flops, parameters, training_flops
@@ -17,15 +19,18 @@ from finback.report.docs.blocks import (
     records,
 )
 from finback.report.docs.facts import BEGUN, MISSING, RunFacts, StageFacts
+from finback.report.docs.public import counted
 from finback.report.docs.questionnaire import Answers
 from finback.report.model_card import architecture
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR, FLOPS, cost
 
-GENERATED = ("licence", "documents", "train_tokens", "valid_tokens", "valid_bytes")
+GENERATED = ("licence", "documents", "train_tokens", "tokens_read", "valid_tokens", "valid_bytes")
+LABELS = {"train_tokens": "train tokens that were prepared", "tokens_read": "tokens read in training"}
 READ = (*GENERATED[:1], "sha256", "bytes", *GENERATED[1:])
 GIVEN = ("exam", "task", "temperature", "n")
 MEASURED = ("accuracy", "interval", "mean_tokens", "truncated", "thinks", "accuracy_thinking", "accuracy_guessing")
 SAMPLES = 3
+HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def report(run: RunFacts, answers: Answers) -> list[Block]:
@@ -34,7 +39,7 @@ def report(run: RunFacts, answers: Answers) -> list[Block]:
         "stage": run.chosen.name,
         "recipe": run.recipe,
         "seed": run.seed,
-        "base": run.base or "random weights",
+        "base": base(run, answers) or "random weights",
         **_architecture(run),
         "data": _data(run),
         "stages": [block for stage in run.stages for block in _stage(stage)],
@@ -48,6 +53,11 @@ def report(run: RunFacts, answers: Answers) -> list[Block]:
         "files": [files(run)],
     }
     return templates.blocks("report", values, answers)
+
+
+def base(run: RunFacts, answers: Answers) -> Any:
+    """The model from elsewhere that it began as: by the name that people gave it, or the checkpoint's own."""
+    return run.base and (answers("base.name") or run.base)
 
 
 def _architecture(run: RunFacts) -> dict[str, list[Block]]:
@@ -76,11 +86,31 @@ def source_keys(stage: StageFacts, name: str) -> list[str]:
     return [k for k in keys if stage.kind == "data" or not ("tokens" in k or "valid" in k)]
 
 
+def link(record: dict[str, Any]) -> str:
+    """Where everybody finds a data set; empty for files of the provider's."""
+    if package := record.get("package"):
+        return "/".join(filter(None, ("https://pypi.org/project", str(package), record.get("version"))))
+    hub = str(record.get("hub", ""))
+    # `datasets` reads folders as well
+    return f"https://huggingface.co/datasets/{hub}" if HUB.fullmatch(hub) and not Path(hub).exists() else ""
+
+
+def origin(record: dict[str, Any]) -> str:
+    """What people outside may know of where a data set is from."""
+    files = record.get("files")
+    number = counted({"files": files})["files"] if isinstance(files, list) else "a folder of the provider's"
+    return link(record) or str(number)
+
+
 def _data(run: RunFacts) -> list[Block]:
     blocks: list[Block] = []
     for stage, name, record in run.sources:
-        rows = [(key.replace("_", " "), record.get(key, MISSING)) for key in source_keys(stage, name)]
-        extra = [(key, record[key]) for key in ("package", "version", "hub", "split") if key in record]
+        known = record | {"tokens_read": run.tokens_read(stage, name)}
+        rows = [(LABELS.get(key, key.replace("_", " ")), known.get(key, MISSING)) for key in source_keys(stage, name)]
+        extra: list[tuple[str, Any]] = [
+            (key, record[key]) for key in ("package", "version", "hub", "split") if key in record
+        ]
+        extra += [("from", origin(record))] if is_read(stage, name) else []
         blocks += [Heading(f"{name} (stage {stage.name})", 3), facts([*rows, *extra])]
     lost = [s.name for s in run.lineage if s.kind == "data" and "sources" not in s.results]
     return blocks + [facts([(f"sources of {name}", MISSING)]) for name in lost]
@@ -88,7 +118,7 @@ def _data(run: RunFacts) -> list[Block]:
 
 def _stage(stage: StageFacts) -> list[Block]:
     """Its knobs and what it returned, but for what has tables of its own, if it is there."""
-    knobs = [(k, v) for k, v in stage.config.items() if k not in ("type", "name", "model")]
+    knobs = [(k, counted(v)) for k, v in stage.config.items() if k not in ("type", "name", "model")]
     keys = dict.fromkeys((*stage.declaration.results, *stage.results))
     files = stage.recorded("files")
     rows = [
@@ -153,7 +183,8 @@ def _due(stage: StageFacts, key: str) -> str:
     value = stage.spent(key)
     if value is MISSING and stage.kind != "other" and key not in stage.declaration.ledger:
         return "none"
-    return display(value if value is MISSING or isinstance(value, int) else float(value))
+    counts = value is not MISSING and key.startswith("tokens_")
+    return display(int(value) if counts else value if value is MISSING or isinstance(value, int) else float(value))
 
 
 def _training(run: RunFacts) -> list[Block]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from finback.report.docs.blocks import TEMPLATES, Block, BulletList, Heading, Paragraph, TableBlock, display
+from finback.report.docs.blocks import TEMPLATES, Block, BulletList, Heading, Paragraph, TableBlock, display, words
 from finback.report.docs.facts import MISSING
 from finback.report.docs.questionnaire import Answers
 
@@ -63,4 +63,4 @@ def json_values(name: str, values: Mapping[str, Any], answers: Answers) -> Any:
 
 def _said(text: str, values: Mapping[str, Any], answers: Answers) -> str:
     """A text with the values of its names."""
-    return NAME.sub(lambda name: display(values[name[1]] if name[1] in values else answers(name[1])), text)
+    return NAME.sub(lambda name: display(values[name[1]]) if name[1] in values else words(answers(name[1])), text)
