@@ -16,6 +16,7 @@ from finback.runs.folder import StageRun
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.lessons import LessonReader
 from finback.stages.sft import SFT
+from finback.suites import catalogue
 from finback.tasks.choice import Choice
 from finback.tasks.math import Chains
 from finback.tasks.questions import Questions
@@ -168,3 +169,10 @@ def test_traces_with_a_files_question_are_left_out(tmp_path: Path) -> None:
     run.stages = (Evaluate(name="after", start="tuned", exams=(Exam("file", suite=str(asked)),)),)
     reader = LessonReader(stage, run, Tokenizer(tmp_path / "base"))
     assert len(reader.read()["kept"]) == 40 and reader.results["contaminated"] == {"kept": {"file": 20}}
+
+
+def test_a_table_is_an_exam_too(tmp_path: Path) -> None:
+    path = tmp_path / "quiz.TSV"
+    path.write_text("question\tanswer\n4+5?\t9\n5+6?\t11\n")
+    problems = catalogue.load(str(path), None, 0).problems
+    assert [(p.key, p.answer) for p in problems] == [("4+5?", "9"), ("5+6?", "11")]

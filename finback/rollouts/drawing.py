@@ -94,7 +94,9 @@ class QuestionOrder:
         return {"drawn": list(self.drawn.values()), "too_long": self.too_long}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where another one stopped."""
+        """Go on where another one stopped; begin where that was a version which kept no order."""
+        if not state:
+            return
         self.drawn = dict(zip(self.lists, map(int, state["drawn"]), strict=True))
         self.too_long = int(state["too_long"])
 

@@ -112,7 +112,7 @@ class FineTuning(Training):
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.tokens = state["tokens"]
-        self.batches.load_state(state["batches"])
+        self.batches.load_state(state.get("batches", {}))
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         self.trainer.export(self.run, self.run.folder, self.tokenizer)

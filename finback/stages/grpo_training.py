@@ -249,7 +249,7 @@ class Reinforcement(Training):
     def load_state(self, state: dict[str, Any]) -> None:
         self.totals = {k: int(v) for k, v in state["totals"].items()}
         self.idle, self.learnt_out = state["idle"], state["learnt_out"]
-        self.sampler.order.load_state(state["questions"])
+        self.sampler.order.load_state(state.get("questions", {}))
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         self.trainer.export(self.run, self.run.folder, self.tokenizer)

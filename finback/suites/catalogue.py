@@ -36,7 +36,19 @@ from finback.tasks.code import Code
 from finback.tasks.gym import Gym
 from finback.tasks.records import Record, read
 
-_FILES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
+_FILES = (
+    ".jsonl",
+    ".json",
+    ".csv",
+    ".parquet",
+    ".jsonl.gz",
+    ".json.gz",
+    ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
+    ".ndjson",
+    ".ndjson.gz",
+)
 _PLAIN = (*mathematics.SETS, *choice.SETS, *code.SETS, *packaged.SETS)
 _MADE = {"chains": chains, "needle": needle, "safety": safety}
 _OTHERS = ("livecodebench", "bits-per-byte", *_MADE)
@@ -51,7 +63,7 @@ def names() -> list[str]:
 def check(spec: str) -> None:
     """UserError if no suite has this name; nothing is read for it."""
     name = spec.partition("?")[0].partition("@")[0]
-    if not name.endswith(_FILES) and name not in names() and not name.startswith("gym:"):
+    if not name.lower().endswith(_FILES) and name not in names() and not name.startswith("gym:"):
         raise UserError("suite", spec, "no such suite", _near(name))
     if name.startswith("gym:"):
         Gym(name.removeprefix("gym:"))  # says why one that cannot be judged is refused
@@ -68,7 +80,7 @@ def load(spec: str, problems: int | None, seed: int) -> Suite:
     head, _, query = spec.partition("?")
     name, _, at = head.partition("@")
     options = _options(spec, query)
-    if name.endswith(_FILES):
+    if name.lower().endswith(_FILES):
         return _own(head, options, problems, seed)
     family, _, part = name.partition(":")
     if at and (part or name in _MADE):
