@@ -135,6 +135,18 @@ def test_a_recipe_on_this_machine_and_on_hardware(tmp_path: Path, monkeypatch: p
     assert here.returncode == 0, here.stderr
     values = json.loads(here.stdout)
     assert values["stages"]["zero"]["tokens_trained"] == 4 * 4 * 4 * 12 and "calibrate" in values["notes"][0]
+    said = finback("plan", recipe, "--on", "h800:8").stdout
+    assert (
+        "Where the numbers are from (change one with --assume NAME=VALUE):" in said and "launch 5e-06: assumed" in said
+    )
+    assert "note: base, before, zero, after: small matrices reach less" in said and ": rough: FLOPs at the rate" in said
+    away = finback("plan", recipe, "--on", "h800:8", "--json")
+    values = json.loads(away.stdout)
+    zero = values["stages"]["zero"]
+    # 8 steps of 12 tokens and an update, one after the other, through 2 layers and 1 MTP module of 40 kernels of 5 us
+    assert zero["seconds"] == pytest.approx(8 * (12 + 3) * 3 * 40 * 5e-6)
+    assert (zero["tokens_generated"] + zero["tokens_trained"]) / zero["seconds"] < 1e6
+    assert values["machine"]["facts"]["bf16"]["source"] and values["assumptions"]["efficiency"]["source"]
     away = finback("plan", recipe, "--on", "4090", "--price", "0.5", "--json")
     values = json.loads(away.stdout)
     assert values["stages"]["base"]["plan"]["memory"]["fits"] and values["total"]["dollars"] > 0

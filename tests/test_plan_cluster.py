@@ -293,3 +293,63 @@ def test_assumptions_change_what_they_say() -> None:
     a100, devices = hardware.find("a100:16")
     with pytest.raises(UserError, match="--assume network"):
         traffic.of(TINY, Workload(Layout(dp=devices), rows=16, length=64), a100)
+
+
+LLAMA = ModelConfig(
+    vocab_size=128256,
+    hidden_size=16384,
+    num_hidden_layers=126,
+    num_attention_heads=128,
+    intermediate_size=53248,
+    attention="gqa",
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=8192,
+)
+
+
+def planned_remarks(c: ModelConfig, on: str, rows: int, length: int, **options: Any) -> list[str]:
+    given = PlanOptions(on=on, **options)
+    site = hardware.site(on, given.assume)
+    return list(cluster.plan("x", c, cluster.workload(rows, length, site, given), 1e12, site, given).values["remarks"])
+
+
+def test_what_has_no_basis_is_said() -> None:
+    llama = "\n".join(planned_remarks(LLAMA, "h100:16384", 16384, 8192, mesh="pp=16", precision="bf16"))
+    assert all(
+        word in llama
+        for word in ("no basis: efficiency is that of V3", "38 to 43 %", "on 16,384", "it does not fit", "H800 alone")
+    )
+    poor = planned_remarks(V3, "h800:2048", 15360, 4096, mesh="pp=16,ep=64", schedule="1f1b", recompute="block")
+    assert not any("less than half" in text for text in poor)
+    worst = planned_remarks(V3, "h800:2048", 2048, 4096, mesh="pp=16,ep=64", schedule="1f1b", recompute="block")
+    assert any("less than half of the 38.9% that V3 reached" in text for text in worst)
+    known = "\n".join(planned_remarks(LLAMA, "h100:1024", 1024, 8192, mesh="pp=16", assume=("mfu=0.4",)))
+    assert "efficiency" not in known and "less than half" not in known, "who gives it knows it"
+    published = planned_remarks(
+        V3, "h800:2048", 15360, 4096, mesh="pp=16,ep=64", schedule="dualpipe", recompute="selective"
+    )
+    assert published == [], "V3's own plan has a basis"
+
+
+def test_small_steps_have_a_floor() -> None:
+    site = hardware.site("h800:8", ())
+    layers = TINY.num_hidden_layers + TINY.num_nextn_predict_layers
+    assert cost.least_seconds(TINY, 100, site) == pytest.approx(100 * layers * 40 * 5e-6)
+    weights = 2 * parameters(V3, active=True, mtp=False)
+    assert cost.least_seconds(V3, 1, hardware.site("h800:8", ())) == pytest.approx(
+        max(weights / 3.35e12 / 8, 62 * 40 * 5e-6)
+    )
+    work = Workload(Layout(dp=8, sharding="zero1"), rows=32, length=128)
+    slow, fast = (
+        cost.step(TINY, work, H800, 0.5, hardware.assumptions([f"launch={launch}"], H800)[0])
+        for launch in ("5e-6", "0")
+    )
+    passes = work.layout.micro_batches
+    assert slow.seconds >= 3 * layers * 40 * 5e-6 * passes > fast.seconds
+    large = cost.V3_WORKLOAD
+    times = [
+        cost.step(V3, large, H800, 0.5, hardware.assumptions([f"launch={launch}"], H800)[0]).seconds
+        for launch in ("5e-6", "0")
+    ]
+    assert times[0] == times[1], "V3's kernels are long"

@@ -8,7 +8,7 @@ from finback.config import UserError
 from finback.model.config import V3, ModelConfig
 from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops, training_flops
 from finback.parallel.schedules import ScheduleName
-from finback.planner import cost, memory, recommend
+from finback.planner import cost, memory, recommend, remarks
 from finback.planner.cost import Step
 from finback.planner.hardware import Fact, Machine, Site
 from finback.planner.options import PlanOptions
@@ -68,7 +68,7 @@ def plan(
         "run": bill | {"price": price, "sensitivity": sensitivity},
         "serving": memory.serving(c, devices, machine.memory.value, work.precision, known),
         "skew": options.skew,
-        "remarks": remarks(c, judged.work, machine, known),
+        "remarks": remarks.of_step(c, judged, site, step),
     }
     return ClusterPlan(values, step, judged.work)
 
@@ -102,11 +102,14 @@ def _search(c: ModelConfig, work: Workload, site: Site, options: PlanOptions) ->
     return Search(start, site, frozenset(fixed), options.micro_rows, share.value)
 
 
-def by_flops(flops: float, site: Site, options: PlanOptions) -> dict[str, Any]:
-    """Cost of so many FLOPs at the machine's MFU, or else at the efficiency that others' is from: rough."""
+def by_flops(flops: float, site: Site, options: PlanOptions, least: float = 0.0) -> dict[str, Any]:
+    """Cost of so many FLOPs at the machine's MFU, or else at the efficiency that others' is from: rough.
+
+    `least` seconds are what it takes however small its products are.
+    """
     machine, devices, known = site.machine, site.devices, site.known
     share = known.get("mfu") or machine.mfu or cost.efficiency(V3, cost.V3_WORKLOAD, machine, known)
-    seconds = flops / (machine.bf16.value * share.value * devices)
+    seconds = max(flops / (machine.bf16.value * share.value * devices), least)
     return {"seconds": seconds, **cost.spending(seconds, site, options.price), "how": "rough"}
 
 
@@ -202,21 +205,4 @@ def schedule_values(
             "memory_bytes": judged.worst.total,
             "fits": judged.fits,
         }
-    return found
-
-
-def remarks(c: ModelConfig, work: Workload, machine: Machine, known: dict[str, Fact]) -> list[str]:
-    """What a reader should know before trusting the numbers."""
-    found = []
-    if "efficiency" not in known and "mfu" not in known:
-        if machine.name != "h800":
-            found.append("efficiency was measured on H800 alone; give --assume mfu=… if you know this machine's")
-        if work.precision != "fp8":
-            found.append(
-                "efficiency is that of V3's FP8 training; in bf16 less is reached (NeMo Automodel: 250 TFLOPS on H100, 25 %)"
-            )
-        if c.hidden_size < 2048:
-            found.append("small matrices reach less of the peak than V3's, which the efficiency is from")
-    if work.layout.sharding == "fsdp":
-        found.append("FSDP's gathering is taken to hide behind compute as far as there is any")
     return found

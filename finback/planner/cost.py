@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from finback.model.config import V3, ModelConfig
-from finback.model.count import TokenFlops, token_flops, training_flops
+from finback.model.count import TokenFlops, parameters, token_flops, training_flops
 from finback.parallel.layout import Layout, StageLayers, split_layers
 from finback.planner import hardware, traffic
 from finback.planner.hardware import Fact, Machine, Site
@@ -27,6 +27,9 @@ V3_WORKLOAD = Workload(
     recompute="selective",
     precision="fp8",
 )
+
+
+KERNELS = 40  # of a layer's forward pass: norms, projections, rotary parts, attention, router, experts, sums
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class StageFlops:
     attention: float
     # what is done again in the backward pass
     again: float
+    # layers, whose kernels are started one after the other
+    layers: int
 
 
 def stage_flops(c: ModelConfig, stage: StageLayers, work: Workload, imbalance: float) -> StageFlops:
@@ -93,7 +98,7 @@ def stage_flops(c: ModelConfig, stage: StageLayers, work: Workload, imbalance: f
         query = (c.q_lora_rank or 0) * c.qk_head_dim
         latent = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
         again = 2 * layers * c.num_attention_heads * (query + latent)
-    return StageFlops(linear, attention, again)
+    return StageFlops(linear, attention, again, layers)
 
 
 @lru_cache(maxsize=64)
@@ -150,6 +155,9 @@ def durations_of(
         sum(getattr(s, name) for s in every) / len(every) for name in ("linear", "attention", "again")
     )
     whole = 3 * linear + 3 * attention + again
+    # small micro-batches wait for their kernels to start, forward and twice as many backward
+    started = 3 * launch_seconds(sum(s.layers for s in every) / len(every), known)
+    per_flop = max(per_flop, started / whole)
     compute = whole * per_flop
     one_way = sent.dispatch_seconds / (2 * work.passes)
     open_ = (1 - known["overlap"].value) * 2 * one_way
@@ -162,6 +170,19 @@ def durations_of(
         scale=tuple((3 * s.linear + 3 * s.attention + s.again) / whole for s in every),
     )
     return durations, compute
+
+
+def launch_seconds(layers: float, known: dict[str, Fact]) -> float:
+    """What a forward pass through so many layers takes at least, whatever the size of its products."""
+    return KERNELS * layers * known["launch"].value if "launch" in known else 0.0
+
+
+def least_seconds(c: ModelConfig, passes: float, site: Site) -> float:
+    """Of so many forward passes one after the other: kernels start, and weights are read by all devices at once."""
+    layers = c.num_hidden_layers + c.num_nextn_predict_layers
+    bandwidth, active = site.machine.memory_bandwidth, parameters(c, active=True, mtp=False)
+    reading = 2 * active / (bandwidth.value * site.devices) if bandwidth else 0.0
+    return passes * max(launch_seconds(layers, site.known), reading)
 
 
 def efficiency(c: ModelConfig, work: Workload, machine: Machine, known: dict[str, Fact], skew: float = 0.0) -> Fact:

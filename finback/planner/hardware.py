@@ -60,7 +60,7 @@ MACHINES = {name: Machine(name, **_facts(table)) for name, table in _TABLES["mac
 # what a plan needs beyond the machine; every one can be changed with --assume NAME=VALUE
 ASSUMPTIONS = _facts(_TABLES["assumptions"])
 SHARES = ("overlap", "margin", "efficiency", "mfu")
-MAY_BE_ZERO = ("imbalance", "reserve", "overlap", "margin", "co2")
+MAY_BE_ZERO = ("launch", "imbalance", "reserve", "overlap", "margin", "co2")
 OF_MACHINE = ("memory", "link", "network", "watts", "mfu")  # facts of a machine that --assume replaces
 
 

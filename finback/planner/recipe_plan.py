@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from finback.config import UserError
-from finback.model.config import ModelConfig
+from finback.model.config import V3, ModelConfig
 from finback.model.count import forward_flops, parameters, training_flops
-from finback.planner import calibration_file, cluster, hardware, this_machine
+from finback.planner import calibration_file, cluster, cost, hardware, remarks, this_machine
 from finback.planner.hardware import Site
 from finback.planner.options import PlanOptions
 from finback.planner.planned_stage import PlannedStage, planned_stages
@@ -37,15 +37,15 @@ def plan_configs(
     """`plan` of the stages whose config.json these are."""
     planned = planned_stages(configs)
     known = None if options.on else calibration
-    if options.on:
-        site = hardware.site(options.on, options.assume)
+    site = hardware.site(options.on, options.assume) if options.on else None
+    if site is not None:
         stages = {stage.name: _on_hardware(stage, site, options) for stage in planned}
     else:
         stages = {stage.name: _here(stage, options, known, ranks) for stage in planned}
     notes = [] if known is None else calibration_file.doubts(known)
     if known is None and not options.on:
         notes = ["not calibrated: run `finback plan --calibrate` once, and times are known"]
-    notes += [f"{stage}: {note}" for stage, values in stages.items() for note in values.get("notes", ())]
+    notes += _notes(stages)
     total: dict[str, float | None] = {}
     for key in ("seconds", "device_hours", "dollars", "kwh", "flops"):
         given = [values[key] for values in stages.values() if values.get(key) is not None]
@@ -59,6 +59,31 @@ def plan_configs(
         "notes": notes,
         "calibration": known and {k: known[k] for k in ("date", "cpu", "torch", "ranks")},
         "basis": None if options.on else basis,
+        **({} if site is None else _origins(stages, site)),
+    }
+
+
+def _notes(stages: dict[str, Any]) -> list[str]:
+    """What is to be said of stages, once for all of which it is."""
+    found: dict[str, list[str]] = {}
+    for stage, values in stages.items():
+        for note in values.get("notes", ()):
+            found.setdefault(note, []).append(stage)
+    return [f"{', '.join(names)}: {note}" for note, names in found.items()]
+
+
+def _origins(stages: dict[str, Any], site: Site) -> dict[str, Any]:
+    """Where the numbers are from: the machine's facts, and what is assumed."""
+    facts = {key: value for key, value in dataclasses.asdict(site.machine).items() if isinstance(value, dict)}
+    planned = [values["plan"]["assumptions"] for values in stages.values() if "plan" in values]
+    assumed = {key: dataclasses.asdict(fact) for key, fact in site.known.items()}
+    if not planned and site.machine.mfu is None:
+        share = cost.efficiency(V3, cost.V3_WORKLOAD, site.machine, site.known)
+        assumed["efficiency"] = dataclasses.asdict(share)
+    return {
+        "machine": {"name": site.machine.name, "devices": site.devices, "facts": facts},
+        "assumptions": planned[-1] if planned else assumed,
+        "rough": any(values.get("how") == ROUGH for values in stages.values()),
     }
 
 
@@ -84,7 +109,10 @@ def _here(stage: PlannedStage, options: PlanOptions, calibration: Calibrated | N
         values |= pretraining(stage, calibration, ranks)
     elif flops := values["flops"]:
         rate = calibration["training_flops_per_second"][_measured(stage.knobs.get("compute", "fp32"))]
-        values |= {"seconds": flops / rate * calibration["ranks"] / ranks, "how": ROUGH}
+        here = calibration_file.site(calibration, ranks, "fp32")
+        least = _least(stage, dataclasses.replace(here, known=here.known | {"launch": hardware.ASSUMPTIONS["launch"]}))
+        seconds = max(flops / rate * calibration["ranks"] / ranks, least)
+        values |= {"seconds": seconds, "how": ROUGH, "notes": [remarks.ROUGH]}
     if seconds := float(values.get("seconds") or 0):
         price = DOLLARS_PER_CORE_HOUR if options.price is None else options.price
         hours = seconds * ranks / 3600
@@ -119,7 +147,8 @@ def pretraining(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dic
     # one rank a core
     precision = _measured(knobs["compute"], stage.model)
     options = PlanOptions(precision=precision, optimizer=knobs["optimizer"])
-    return _laid_out(stage, calibration_file.site(calibration, ranks, precision), options) | {"notes": notes}
+    planned = _laid_out(stage, calibration_file.site(calibration, ranks, precision), options)
+    return planned | {"notes": [*notes, *planned["notes"]]}
 
 
 def _whole_copies(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dict[str, Any]:
@@ -148,8 +177,12 @@ def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[
     values = _counted(stage)
     if stage.model is None:
         return values
+    known = remarks.of_model(stage.model, "bf16", site)
     if not stage.pretrains:
-        return values | (cluster.by_flops(values["flops"], site, options) if values["flops"] else {})
+        if not values["flops"]:
+            return values
+        rough = cluster.by_flops(values["flops"], site, options, _least(stage, site))
+        return values | rough | {"notes": [*known, remarks.ROUGH]}
     try:
         return values | _laid_out(stage, site, options)
     except UserError as error:
@@ -157,7 +190,30 @@ def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[
             raise
         # another stage of the recipe may well fit this mesh; MFU does not count MTP
         counted = training_flops(stage.model, stage.length / 2, mtp=False) * stage.work.tokens_trained
-        return values | cluster.by_flops(counted, site, options) | {"refused": str(error)}
+        notes = [
+            *known,
+            f"no basis: no layout is possible ({error}), so it is FLOPs at the MFU that V3 reached on its own",
+        ]
+        rough = cluster.by_flops(counted, site, options, _least(stage, site))
+        return values | rough | {"refused": str(error), "notes": notes}
+
+
+def _least(stage: PlannedStage, site: Site) -> float:
+    """Seconds that a stage takes however small its products are, by the passes that follow one another.
+
+    A step generates one token of all its answers at a time, then updates; one without steps counts as one.
+    """
+    knobs, work = stage.knobs, stage.work
+    assert stage.model is not None, "a stage without a model takes no passes"
+    limits = [int(exam.get("max_tokens") or 0) for exam in knobs.get("exams") or () if isinstance(exam, dict)]
+    length = sum(limits) or int(knobs.get("max_tokens") or 0)
+    steps = int(knobs.get("steps") or 1)
+    generating = length * (1 + int(knobs.get("resample") or 0)) if work.tokens_generated else 0
+    rows = int(knobs.get("batch_size") or 0) * stage.length
+    updates = int(knobs.get("updates") or 1) * int(knobs.get("epochs") or 1) * steps
+    if work.tokens_trained and rows and "steps" not in knobs:
+        updates = -(-work.tokens_trained // rows)
+    return cost.least_seconds(stage.model, steps * generating + (3 * updates if work.tokens_trained else 0), site)
 
 
 def _laid_out(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str, Any]:
@@ -186,5 +242,6 @@ def _laid_out(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str
         "memory_bytes": max(r["total"] for r in found["memory"]["ranks"]),
         "layout": found["layout"]["mesh"],
         "how": "step by step",
+        "notes": found["remarks"],
         "plan": found,
     }

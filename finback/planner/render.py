@@ -156,7 +156,7 @@ def _run(v: dict[str, Any]) -> list[str]:
 
 def _basis(v: dict[str, Any]) -> list[str]:
     facts = v["machine"]["facts"]
-    used = {"memory", "bf16", "link", "network", "watts", "price"}
+    used = {"memory", "bf16", "link", "network", "watts", "price", *(["mfu"] if v.get("rough") else [])}
     rows = [f"  {k} {big(f['value'], UNITS.get(k, ''))}: {f['source']}" for k, f in facts.items() if k in used]
     rows += [f"  {k} {f['value']:.4g}: {f['source']}" for k, f in v["assumptions"].items()]
     rows += [f"  note: {text}" for text in v["remarks"]]
@@ -179,7 +179,10 @@ def recipe_text(values: dict[str, Any]) -> str:
     if basis := values["basis"]:
         per_hour = f"${basis['dollars_per_core_hour']:g} and {basis['watts_per_core']:g} W per core and hour"
         lines.append(f"Money and energy by {per_hour}, estimates.")
-    return "\n".join([*lines, *(f"note: {text}" for text in values["notes"])])
+    lines += [f"note: {text}" for text in values["notes"]]
+    if "machine" in values:
+        lines += ["", *_basis(values | {"remarks": []})]
+    return "\n".join(lines)
 
 
 def _stage(name: str, s: dict[str, Any]) -> list[str]:
