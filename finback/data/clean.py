@@ -11,6 +11,7 @@ import numpy as np
 
 from finback.config import check_fields, check_share
 from finback.data import privacy
+from finback.data.blocks import blocks, squeeze
 from finback.data.decontamination import Decontaminator
 from finback.data.messages import Message
 from finback.data.near_duplicates import MinHashSigner, SignatureIndex
@@ -56,13 +57,16 @@ class Quality:
 
     def fault(self, text: str) -> str:
         """Why a text is dropped: the name of a count, or nothing."""
-        if len(text.split()) < self.min_words:
+        if sum(len(block.split()) for block in blocks(text)) < self.min_words:
             return "short"
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         if len(lines) - len(set(lines)) > self.max_repeated_lines * len(lines):
             return "repetitive"
-        signs = "".join(text.split())
-        return "few_letters" if sum(map(str.isalpha, signs)) < self.min_letters * len(signs) else ""
+        letters = signs = 0
+        for block in blocks(text):
+            shown = "".join(block.split())
+            letters, signs = letters + sum(map(str.isalpha, shown)), signs + len(shown)
+        return "few_letters" if letters < self.min_letters * signs else ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def check(raw: Document, rules: CleaningRules) -> CheckedDocument:
     counts = CleaningCounts()
     document = _normalise(raw, counts, rules.one_line)
     plain = document.plain
-    key = " ".join(plain.casefold().split())
+    key = squeeze(plain.casefold())
     fault, task = "", None
     if not key:
         fault = "one_turn" if len(raw.messages) == 1 else "empty"
@@ -172,4 +176,4 @@ def _text(text: str, counts: CleaningCounts, one_line: bool) -> str:
     text = _CONTROL.sub(lambda c: " " if c[0].isspace() else "", text)
     clean, found = privacy.redact(unicodedata.normalize("NFC", text))
     counts.redacted += found
-    return " ".join(clean.split()) if one_line else trim(clean)
+    return squeeze(clean) if one_line else trim(clean)

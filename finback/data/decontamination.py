@@ -3,7 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from finback.data.blocks import runs, squeeze
 from finback.data.sources import Document
+
+_WORD = re.compile(r"\w+")
 
 
 class Decontaminator:
@@ -34,16 +37,15 @@ class Decontaminator:
             for part in {text, *text.split("\n")}:
                 if task := self.whole.get(_plain(part)):
                     yield task, True
-            for gram in grams(text, self.ngram) if self.grams else ():
+            for gram in runs(text.casefold(), _WORD, self.ngram) if self.grams else ():
                 if task := self.grams.get(gram):
                     yield task, False
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(" .?!")
+    return squeeze(text.casefold()).rstrip(" .?!")
 
 
 def grams(text: str, n: int) -> list[str]:
     """All runs of n words of a text; case and punctuation do not count."""
-    words = re.findall(r"\w+", text.casefold())
-    return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return list(runs(text.casefold(), _WORD, n))

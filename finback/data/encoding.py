@@ -2,7 +2,8 @@
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -30,8 +31,17 @@ def _encoded(
     pieces = [_pieces(document, tokenizer, fim, seed) for document in batch]
     texts = [p for each in pieces for p in each if not isinstance(p, SpecialToken)]
     encoded = iter(tokenizer.encode_batch(texts))
+    marks: dict[str, Sequence[int]] = {}
     for document, each in zip(batch, pieces, strict=True):
-        yield document, np.asarray(tokenizer.encode_pieces(each, lambda _: next(encoded)), dtype="<u4")
+        ids = array("I")
+        for piece in each:
+            if not isinstance(piece, SpecialToken):
+                ids.extend(next(encoded))
+            else:
+                if piece not in marks:
+                    marks[piece] = tokenizer.encode_pieces([piece])
+                ids.extend(marks[piece])
+        yield document, np.array(ids, dtype="<u4")
 
 
 def _pieces(document: Document, tokenizer: Tokenizer, fim: float, seed: int) -> list[str]:

@@ -1,12 +1,18 @@
 """Near duplicates by MinHash and locality-sensitive hashing (Broder 1997); datasketch does both."""
 
+import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finback.config import UserError, check_fields, check_positive
+from finback.data.blocks import runs, squeeze
+
+TOGETHER = 20_000  # shingles that are hashed at a time
+_WORD = re.compile(r"\S+")
 
 
 @dataclass(frozen=True)
@@ -40,12 +46,12 @@ class MinHashSigner:
     def sign(self, text: str) -> np.ndarray:
         """A text's signature; one that is shorter than a shingle is one shingle."""
         sketch = self.empty.copy()
-        sketch.update_batch([s.encode("utf-8", "surrogatepass") for s in self._shingles(text)])
+        shingles = runs(text.casefold(), _WORD, self.near.shingle)
+        some = set(islice(shingles, TOGETHER)) or {squeeze(text.casefold())}
+        while some:
+            sketch.update_batch([s.encode("utf-8", "surrogatepass") for s in some])
+            some = set(islice(shingles, TOGETHER))
         return np.asarray(sketch.hashvalues, dtype="<u4")
-
-    def _shingles(self, text: str) -> set[str]:
-        words, size = text.casefold().split(), self.near.shingle
-        return {" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1))}
 
 
 class SignatureIndex:

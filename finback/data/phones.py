@@ -6,6 +6,7 @@ No torch here.
 """
 
 import re
+from array import array
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -33,6 +34,7 @@ _GROUP = re.compile(r"\d+")
 _AMERICAN = re.compile(
     rf"(?:\(\d{{3}}\)[ ]?[ .{_DASH}]?|\d{{3}}[{_SPACE}.{_DASH}])\d{{3}}[{_SPACE}.{_DASH}]\d{{4}}(?!\d)"
 )
+_AMERICAN_HERE = re.compile(rf"(?:1[{_SPACE}.{_DASH}])?(?:{_AMERICAN.pattern})")
 _THOUSANDS = re.compile(rf"\d{{1,3}}(?:[{_SPACE}.]\d{{3}})+")
 _YEAR = re.compile(r"\((?:19|20)\d\d\)")
 # a word for a telephone, then at most a few that lead to the number
@@ -80,16 +82,20 @@ class _Run:
         self.text, self.start = text, start
         # where the number before this run ends
         self.last = last
-        self.groups = [match.span() for match in _GROUP.finditer(text, start, end)]
+        # where each group of digits begins and ends; a run may be as long as a file
+        self.begins, self.ends = array("q"), array("q")
+        for match in _GROUP.finditer(text, start, end):
+            self.begins.append(match.start())
+            self.ends.append(match.end())
         self.dated = {match.start(): match.end() for match in _DATE.finditer(text, start, end)}
 
     def numbers(self) -> Iterator[tuple[int, int]]:
         """Where each number begins and ends."""
         i, explained = 0, True  # whether all that stands before in this run is a number or a date
-        while i < len(self.groups):
-            begin = self.groups[i][0]
+        while i < len(self.begins):
+            begin = self.begins[i]
             if begin in self.dated:
-                while i < len(self.groups) and self.groups[i][0] < self.dated[begin]:
+                while i < len(self.begins) and self.begins[i] < self.dated[begin]:
                     i += 1
                 continue
             j = self._number_at(i, explained) if i == 0 or self._gap(i) else None
@@ -102,23 +108,25 @@ class _Run:
 
     def _gap(self, i: int) -> bool:
         """Whether a number may begin with group i: something that parts numbers stands before it."""
-        between = self.text[self.groups[i - 1][1] : self.groups[i][0]]
+        between = self.text[self.ends[i - 1] : self.begins[i]]
         return any(c in between for c in f"{_SPACE}/")
 
     def _begin(self, i: int) -> int:
-        begin = self.groups[i][0]
+        begin = self.begins[i]
         if i == 0:
             return self.start
         return begin - (self.text[begin - 1] == "(")
 
     def _end(self, i: int, j: int) -> int:
         """Behind group j, and behind the bracket that closes there."""
-        end = self.groups[j][1]
+        end = self.ends[j]
         return end + (self.text[end : end + 1] == ")" and "(" in self.text[self._begin(i) : end])
 
     def _number_at(self, i: int, explained: bool) -> int | None:
         """The last group of the longest number that begins with group i."""
         begin = self._begin(i)
+        if i and not explained and not _AMERICAN_HERE.match(self.text, begin):
+            return None  # behind what is no number only this form speaks for itself
         lines = self.text[max(0, begin - 60) : begin].rsplit("\n", 2)
         before, above = lines[-1], "\n".join(lines[-2:])  # "Phone:" may stand on the line above
         words = before if before.strip() else above
@@ -129,7 +137,7 @@ class _Run:
         weak = explained and (called or not (_BEFORE_WEAK.search(before) or _NAMED_ELSE.search(before)))
         asian = bool(_ASIAN.search(before[-10:]))
         possible = None
-        sizes = list(accumulate(end - begin for begin, end in self.groups[i : i + 8]))
+        sizes = list(accumulate(self.ends[k] - self.begins[k] for k in range(i, min(i + 8, len(self.begins)))))
         for j in (i + n for n in reversed(range(len(sizes))) if 7 <= sizes[n] <= 15):
             end = self._end(i, j)
             shown = self.text[begin:end]
@@ -146,7 +154,7 @@ class _Run:
         return possible
 
     def _may_end(self, j: int, end: int) -> bool:
-        return not _BEHIND_ANY.match(self.text, end) if j == len(self.groups) - 1 else self._gap(j + 1)
+        return not _BEHIND_ANY.match(self.text, end) if j == len(self.begins) - 1 else self._gap(j + 1)
 
     def _is_national(self, shown: str, j: int, called: bool, asian: bool) -> bool:
         """Whether digits without a country code are a number, by their form or by the word before them."""
@@ -163,7 +171,7 @@ class _Run:
             fits = inside is not None and 2 <= len(inside[1]) <= 5 and not _YEAR.search(shown)
             return fits and 8 <= len(digits) <= 12 and len(groups) > 1 and is_known(digits)
         if re.match("0[1-9]", digits) and groups[0] > 1 and 9 <= len(digits) <= 12:
-            listed = j + 1 < len(self.groups) and self.groups[j + 1][1] - self.groups[j + 1][0] == groups[-1] < 3
+            listed = j + 1 < len(self.begins) and self.ends[j + 1] - self.begins[j + 1] == groups[-1] < 3
             decimal = "." in shown and len(groups) == 2
             long_enough = len(groups) > 1 or len(digits) > 9
             return not listed and not decimal and long_enough and not _is_list(shown) and is_known(digits)

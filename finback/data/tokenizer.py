@@ -2,7 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from finback.config import UserError
+from finback.data.blocks import BLOCK, pieces
 from finback.data.template import OWN, Template
 
 
@@ -36,6 +39,7 @@ SPLITS = (
 )
 
 SMALLEST = 3 + 256 + len(ADDED)  # specials, bytes, added tokens
+TOGETHER = 2 * BLOCK  # characters that are encoded at a time
 LARGEST = 2**20  # several times what any published model has
 
 
@@ -125,9 +129,23 @@ class Tokenizer:
         """Ids of plain text."""
         return self._bare.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many plain texts, on all cores."""
-        return [e.ids for e in self._bare.encode_batch(texts, add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Ids of many plain texts, on all cores; few at a time where they are long, for a token takes 300 bytes until then."""
+        if sum(map(len, texts)) <= TOGETHER:
+            return [e.ids for e in self._bare.encode_batch(texts, add_special_tokens=False)]
+        found = [array("I") for _ in texts]
+        parts = ((i, part) for i, text in enumerate(texts) for part in (pieces(text) if self._has_seams else [text]))
+        for batch in _batches(parts):
+            encoded = self._bare.encode_batch([part for _, part in batch], add_special_tokens=False)
+            for (i, _), each in zip(batch, encoded, strict=True):
+                found[i].extend(each.ids)
+        return found
+
+    @cached_property
+    def _has_seams(self) -> bool:
+        """Whether a text has the tokens of its parts where words meet; a vocabulary that puts a space before all has not."""
+        halves = (("a", " b"), ("a\n", "b"))
+        return all(self.encode(a + b) == self.encode(a) + self.encode(b) for a, b in halves)
 
     def encode_marked(self, text: str) -> list[int]:
         """Ids of a text whose special tokens mean what they say; for templates, never for a user's words."""
@@ -159,6 +177,19 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ids; added tokens such as <think> stay, bos, eos and pad go when `skip_special`."""
         return self._full.decode(list(ids), skip_special_tokens=skip_special)
+
+
+def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Numbered texts in lists of TOGETHER characters, a text that is longer in a list of its own."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for part in parts:
+        if batch and size + len(part[1]) > TOGETHER:
+            yield batch
+            batch, size = [], 0
+        batch.append(part)
+        size += len(part[1])
+    yield batch
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -236,7 +267,7 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     apart = re.compile(r"(?<=\d)(?=\d)")
-    model.train_from_iterator((apart.sub(" ", text) for text in texts), trainer)
+    model.train_from_iterator((apart.sub(" ", part) for text in texts for part in pieces(text)), trainer)
     model.add_tokens([AddedToken(token, normalized=False, special=False) for token in ADDED])
     model.save(str(path))
     return Tokenizer(path)
