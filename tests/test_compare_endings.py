@@ -70,6 +70,11 @@ def test_an_end_without_a_name_is_a_cut_where_all_tokens_are_used(tmp_path: Path
     [
         ({"content": None, "reasoning_content": "1, I think"}, "4 reasoning only, without an answer"),
         ({"content": "", "reasoning": "1, I think"}, "4 reasoning only, without an answer"),
+        ({"content": None, "thinking": "1, I think"}, "4 reasoning only, without an answer"),
+        (
+            {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "1"}]}]},
+            "4 reasoning only, without an answer",
+        ),
         ({"content": "<think>1, I think</think>"}, "4 reasoning only, without an answer"),
         ({"content": "<think>1, I think"}, "4 reasoning only, without an answer"),
         ({"content": ""}, "answers nothing"),

@@ -1,7 +1,9 @@
 """lm-evaluation-harness as the one who asks: how it is called and read, and the real one where it is installed."""
 
+import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from finback.checkpoint.export import export
 from finback.comparison import harness, table
 from finback.comparison.endpoint import Endpoint
 from finback.comparison.local import Local
 from finback.comparison.options import CompareOptions
 from finback.comparison.protocol import SamplingProtocol
 from finback.config import UserError
+from finback.model.transformer import Transformer
 from finback.suites import statistics
 from tests.serving import small_tokenizer
 from tests.test_serve_clients import CHOOSE, GENERATE
@@ -107,11 +111,6 @@ def test_a_server_that_does_not_start(tmp_path: Path) -> None:
 @pytest.mark.skipif(not CLIENTS.is_file(), reason="no clients installed; `make test-slow` does it")
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_real_one_through_the_command(chat: bool, tmp_path: Path) -> None:
-    import dataclasses
-
-    from finback.checkpoint.export import export
-    from finback.model.transformer import Transformer
-
     lines = [json.dumps({"question": f"{i}+{i}=", "answer": str(2 * i)}) for i in range(6)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for name, text in (("sums", GENERATE), ("choices", CHOOSE)):
@@ -149,3 +148,65 @@ def test_the_real_one_through_the_command(chat: bool, tmp_path: Path) -> None:
     rows = {row["task"]: row for row in json.loads(done.stdout)["harness"]}
     assert rows["sums"]["metric"] == "exact_match" and rows["sums"]["n"] == 6
     assert chat or 0 <= rows["choices"]["value"] <= 1
+
+
+PARITY = """
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: FOLDER/quiz.jsonl}
+test_split: train
+fewshot_split: train
+num_fewshot: SHOTS
+output_type: multiple_choice
+doc_to_text: "TEXT"
+doc_to_choice: CHOICES
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+TEXTS = {
+    "texts": ("Question: {{question}}\\nAnswer:", '"{{choices}}"'),
+    "letters": (
+        "{{question}}\\nA. {{choices[0]}}\\nB. {{choices[1]}}\\nC. {{choices[2]}}\\nAnswer:",
+        '["A", "B", "C"]',
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CLIENTS.is_file(), reason="no clients installed; `make test-slow` does it")
+@pytest.mark.parametrize("shots", [0, 3])
+def test_the_real_one_scores_choices_as_we_do(shots: int, tmp_path: Path) -> None:
+    """acc and acc_norm of the harness and of `?score=` on the same questions, to the digit."""
+    rng = random.Random(5)
+    words = ["4", "5", "whale", "the whale", "sang 4+5", "9=9", "The whale sang.", "whales", "+ 5"]
+    records = [
+        {"question": f"Which of {i}?", "choices": rng.sample(words, 3), "answer": rng.randrange(3)} for i in range(40)
+    ]
+    (tmp_path / "quiz.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    for form, (text, choices) in TEXTS.items():
+        filled = PARITY.replace("NAME", form).replace("FOLDER", str(tmp_path)).replace("SHOTS", str(shots))
+        (tmp_path / f"{form}.yaml").write_text(filled.replace("TEXT", text).replace("CHOICES", choices))
+    config = dataclasses.replace(CONFIG, vocab_size=small_tokenizer().vocab_size, initializer_range=0.3)
+    config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    export(Transformer(config).initialise(4).eval(), tmp_path / "toy", "fp32", small_tokenizer().export)
+    more = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "finback", "compare", str(tmp_path / "toy"), "--dtype", "fp32", "--json"]
+
+    def report(*words: str) -> Any:
+        done = subprocess.run(
+            [*command, *words], cwd=ROOT, env=environment() | more, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    asked = [str(tmp_path / f"{form}.yaml") for form in TEXTS]
+    harness = ["--harness", "lm-eval", *asked, "--harness-python", str(CLIENTS), "--seed", "1234"]
+    theirs = {
+        (row["task"], row["metric"]): row["value"]
+        for row in report(*harness, "--out", str(tmp_path / "theirs"))["harness"]
+    }
+    forms = {"texts": ("texts", "acc"), "texts-normalized": ("texts", "acc_norm"), "letters": ("letters", "acc")}
+    specs = [f"{tmp_path}/quiz.jsonl?score={form}&shots={shots}&shuffle=false" for form in forms]
+    scores = report("--tasks", *specs, "--out", str(tmp_path / "ours"))["scores"]
+    assert [s["accuracy"] for s in scores] == [pytest.approx(theirs[key], abs=1e-12) for key in forms.values()]
+    assert theirs["texts", "acc"] != theirs["texts", "acc_norm"]

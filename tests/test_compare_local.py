@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import json
 import random
 import shutil
 import threading
@@ -16,15 +17,19 @@ import torch
 
 from finback.checkpoint.export import export
 from finback.comparison import local
+from finback.comparison.compare import compare
 from finback.comparison.contestant import Answer, Failure
 from finback.comparison.endpoint import Endpoint
 from finback.comparison.local import Local, digest_of
 from finback.comparison.protocol import EvalRequest, SamplingProtocol, eval_requests
+from finback.config import UserError
 from finback.data.tokenizer import ASSISTANT, THINK, USER, Tokenizer
 from finback.engine import request
 from finback.engine.engine import Engine, EngineConfig
-from finback.engine.open import open_engine
+from finback.engine.open import load, open_engine
 from finback.model.transformer import Transformer
+from finback.stages.evaluate import Exam, questions
+from finback.suites import catalogue, likelihood
 from finback.suites.suite import Suite, SuiteSource
 from finback.tasks.task import Problem
 from tests.comparing import Reply, Sums, faking, sums
@@ -254,3 +259,67 @@ def test_the_digest_follows_what_is_in_the_files(folder: Path, tmp_path: Path) -
         before = digest_of(copy)
         (copy / name).write_text((copy / name).read_text() + " ")
         assert digest_of(copy) != before, name
+
+
+def quiz(path: Path, n: int = 12) -> Path:
+    """Choices of several lengths, so that the likeliest differs from the likeliest per character."""
+    rng = random.Random(3)
+    words = ["4", "5", "whale", "the whale", "sang 4+5", "9=9", "The whale sang."]
+    records = [
+        {"question": f"Which of {i}?", "choices": rng.sample(words, 2 + i % 3), "answer": i % 2} for i in range(n)
+    ]
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def test_choices_by_their_likelihood(folder: Path, tmp_path: Path) -> None:
+    """The likeliest continuation worked out anew, token by token, from one row at a time."""
+    path, model, tokenizer = quiz(tmp_path / "quiz.jsonl"), *load(folder)
+    right: dict[str, list[bool]] = {form: [] for form in likelihood.FORMS}
+    for record in map(json.loads, path.read_text().splitlines()):
+        letters = "ABCD"[: len(record["choices"])]
+        shown = "".join(f"\n{letter}. {text}" for letter, text in zip(letters, record["choices"], strict=True))
+        for form in likelihood.FORMS:
+            context = (
+                f"{record['question']}{shown}\nAnswer:"
+                if form == "letters"
+                else f"Question: {record['question']}\nAnswer:"
+            )
+            scores = []
+            for text in letters if form == "letters" else record["choices"]:
+                ids, begun = tokenizer.encode(f"{context} {text}"), len(tokenizer.encode(context))
+                with torch.no_grad():
+                    logp = model.logits(model(torch.tensor([ids]))).log_softmax(-1)[0]
+                total = sum(logp[i - 1, ids[i]].item() for i in range(begun, len(ids)))
+                scores.append(total / len(text) if form == "texts-normalized" else total)
+            right[form].append(scores.index(max(scores)) == record["answer"])
+    contestant = Local(folder, "toy", "fp32")
+    suites = [catalogue.load(f"{path}?score={form}&shuffle=false", None, 0) for form in likelihood.FORMS]
+    report = compare([contestant], suites, SamplingProtocol(samples=4), tmp_path / "out")
+    assert [s["accuracy"] for s in report["scores"]] == [sum(right[form]) / 12 for form in likelihood.FORMS]
+    assert len({tuple(values) for values in right.values()}) > 1 and report["scores"][0]["answers"] == 12
+    with pytest.raises(UserError, match="scored by log-likelihood, which m does not show"):
+        compare([Endpoint("http://127.0.0.1:9/v1", "m")], suites, SamplingProtocol(), tmp_path / "no")
+
+
+def test_examples_before_a_question(tmp_path: Path) -> None:
+    path = quiz(tmp_path / "quiz.jsonl")
+    suite = catalogue.load(f"{path}?score=texts&shots=2&shuffle=false", None, 0)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    rng = random.Random(1234)  # the harness's seed, one draw after the other
+    for problem, record in zip(suite.problems, records, strict=True):
+        others = [r for r in rng.sample(records, 3) if r != record][:2]
+        put = [f"Question: {r['question']}\nAnswer: {r['choices'][r['answer']]}" for r in others]
+        assert problem.question == "\n\n".join([*put, f"Question: {record['question']}\nAnswer:"])
+    some = catalogue.load(f"{path}?score=texts&shots=2&shuffle=false", 5, 0)
+    assert all(problem in suite.problems for problem in some.problems)
+    for query, said in (
+        ("score=words", "no such way to score"),
+        ("score=texts&shots=12", "Ask for fewer"),
+        ("shots=2", "nothing is scored"),
+        ("score=texts&prompt=plain", "Leave out one"),
+    ):
+        with pytest.raises(UserError, match=said):
+            catalogue.load(f"{path}?{query}", None, 0)
+    with pytest.raises(UserError, match="an exam generates"):
+        questions(Exam("quiz", suite=f"{path}?score=texts"), 0)

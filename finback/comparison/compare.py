@@ -149,6 +149,10 @@ def compare(
     """Ask everybody everything and return the report; KeyboardInterrupt leaves what was answered on disk."""
     _demand_distinct([c.name for c in contestants], "contestants")
     _demand_distinct([suite.name for suite in suites], "--tasks")
+    for contestant in contestants:
+        for suite in (s for s in suites if s.continuations and not hasattr(contestant, "compress")):
+            problem = f"is scored by log-likelihood, which {contestant.name} does not show"
+            raise UserError("--tasks", suite.name, problem, "Compare models in files, or leave out ?score.")
     prepare_folder(out)
     scores: list[Score] = []
     failures: list[dict[str, Any]] = []

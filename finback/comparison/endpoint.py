@@ -68,9 +68,10 @@ class ChatCompletion:
         self.content += _text(message.get("content"))
         self.refusal += _text(message.get("refusal"))
         self.calls_tools |= bool(message.get("tool_calls") or message.get("function_call"))
-        # both names may be there with the same text
-        reasoning = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
-        self.reasoning += reasoning or _text(message.get("reasoning_details"))
+        # several names may be there with the same text
+        names = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
+        given = (_text(message.get(name)) for name in names)
+        self.reasoning += next(filter(None, given), "") or _thoughts(message.get("content"))
         finish = choice.get("finish_reason")
         finish = finish.get("type") if isinstance(finish, dict) else finish
         self.finish = str(finish or self.finish)
@@ -141,6 +142,12 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return "".join(_text(part.get("text")) for part in value if isinstance(part, dict))
     return value if isinstance(value, str) else ""
+
+
+def _thoughts(content: Any) -> str:
+    """The chain among the parts of a content."""
+    parts = content if isinstance(content, list) else []
+    return "".join(_text(part.get("thinking")) for part in parts if isinstance(part, dict))
 
 
 @dataclass

@@ -60,7 +60,7 @@ def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Pr
             verdicts.get(id(a), NO_ANSWER),
             vote(suite, suite.problems[place], a),
             price.of(a),
-            consistency(a.thinking or a.text, suite.language) if suite.language else None,
+            consistency(a.thinking or a.said, suite.language) if suite.language else None,
         )
         for place, a in answers
     ]

@@ -23,8 +23,10 @@ from finback.engine.engine import Engine
 from finback.engine.open import ANSWERING, load, open_engine
 from finback.engine.request import Request, SamplingParams
 from finback.engine.sampler import without_thinking
+from finback.model.transformer import Transformer
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
 from finback.runs.provenance import sha256
+from finback.suites import likelihood
 from finback.suites.compression import measure
 from finback.suites.suite import Suite
 
@@ -54,6 +56,10 @@ class Local:
 
     def answers(self, asks: Sequence[EvalRequest], rules: SamplingProtocol) -> Iterator[Answer | Failure]:
         """As they are whole; the model is gone from memory when the iterator ends."""
+        scored = [ask for ask in asks if ask.suite.continuations]
+        if scored:
+            yield from _likeliest(*load(self.path, self.dtype), scored)
+        asks = [ask for ask in asks if not ask.suite.continuations]
         if not asks:
             return
         config = replace(ANSWERING, rows=self.rows, chunk=2048)
@@ -71,6 +77,21 @@ class Local:
         """Bits per byte of each suite's text."""
         model, tokenizer = load(self.path, self.dtype)
         return [measure(model, tokenizer, suite).bits_per_byte for suite in texts]
+
+
+def _likeliest(model: Transformer, tokenizer: Tokenizer, asks: Sequence[EvalRequest]) -> Iterator[Answer]:
+    """The letter of the likeliest choice for each question."""
+    for ask in asks:
+        problem, began = ask.suite.problems[ask.place], time.perf_counter()
+        found = likelihood.measure(model, tokenizer, problem.question, ask.suite.continuations[problem.key])
+        spent = time.perf_counter() - began
+        cost: dict[str, Any] = {
+            "prompt_tokens": found.prompt_tokens,
+            "tokens": found.tokens,
+            "seconds": spent,
+            "busy": spent,
+        }
+        yield parse_answer(ask, found.letter, finish="stop", **cost)
 
 
 def _answers(

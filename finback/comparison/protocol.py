@@ -64,7 +64,8 @@ def eval_requests(
         }
         for place, problem in enumerate(suite.problems):
             messages = tuple(suite.ask(problem))
-            for sample in range(protocol.samples):
+            # a likelihood is the same each time
+            for sample in range(1 if suite.continuations else protocol.samples):
                 seed = _seed(protocol.seed, suite.name, problem.key, sample)
                 # two suites may hold a question twice: the place distinguishes its answers
                 key = digest({**same, "place": place, "messages": messages, "seed": seed, "sample": sample})

@@ -189,6 +189,11 @@ def questions(exam: Exam, seed: int) -> tuple[Task, list[Problem], Suite | None]
     if suite.metric == compression.METRIC:
         remedy = "Name `data` and `sources` of the stage, for bits per byte."
         raise UserError(f"exam {exam.name}.suite", exam.task.spec, "asks nothing", remedy)
+    if suite.continuations:
+        remedy = "Leave out score, or compare the stage with `finback compare`."
+        raise UserError(
+            f"exam {exam.name}.suite", exam.task.spec, "is scored by likelihood, and an exam generates", remedy
+        )
     assert not suite.system, "an exam has no system prompt"
     put = [replace(problem, question=suite.ask(problem)[-1]["content"]) for problem in suite.problems]
     return suite.task, put, suite

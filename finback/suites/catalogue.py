@@ -7,7 +7,8 @@ gsm8k · math500 · aime24 · aime25 · gpqa · mmlu · mmlu-pro · ceval?subset
 gym:chain_sum?level=hard · chains?min_terms=8&max_terms=8 · needle?lengths=1000,4000&depths=0,50 · language:zh · safety · bits-per-byte · evals-logiqa
 mine.jsonl (question and answer; with choices; or with tests, as finback.tasks.code has them). Questions are put with steps and
 \\boxed{} asked for, as R1 was asked (?prompt=boxed), choices with a last line, programs with a block; ?prompt=plain puts them as
-they stand
+they stand; choices with ?score=letters, texts or texts-normalized are scored by their log-likelihood, as finback.suites.likelihood
+says
 """
 
 from dataclasses import replace
@@ -22,6 +23,7 @@ from finback.suites import (
     compression,
     gym,
     languages,
+    likelihood,
     livecodebench,
     mathematics,
     needle,
@@ -112,6 +114,8 @@ def _own(path: str, options: dict[str, str], problems: int | None, seed: int) ->
     if prompt not in ("", "plain", *([] if is_code else ["boxed"])):
         remedy = f"Use {'' if is_code else 'prompt=boxed or '}prompt=plain, or leave it out."
         raise UserError("suite", path, f"has no prompt {prompt!r}", remedy)
+    if prompt and "score" in options:
+        raise UserError("suite", path, "has a prompt, and is scored by likelihood", "Leave out one of the two.")
     suite = _asked(path, records, options, problems, seed)
     return replace(suite, prompt={"": suite.prompt, "plain": "{question}", "boxed": mathematics.BOXED}[prompt])
 
@@ -123,13 +127,15 @@ def _asked(path: str, records: tuple[Record, ...], options: dict[str, str], prob
         _known(path, options)
         return _programs(name, path, records, problems, seed)
     if "choices" in records[0].fields:
-        _known(path, options, "question", "answer", "shuffle")
+        _known(path, options, "question", "answer", "shuffle", "score", "shots")
         fields = options.get("question", "question"), options.get("answer", "answer")
         task = Choice(
             path, question_field=fields[0], answer_field=fields[1], instruction="", shuffle=_shuffled(options, "true")
         )
         choice_set = choice.ChoiceSet(HubDataset(path), choice.mmlu)
-        return choice.made(name, choice_set, list(task.problems()), problems, seed, path)
+        asked, (form, shots) = list(task.problems()), likelihood.options(options)
+        suite = choice.made(name, choice_set, asked, problems, seed, path)
+        return likelihood.scored(replace(suite, name=f"{name}:{form}"), asked, form, shots) if form else suite
     _known(path, options, "question", "answer")
     fields = options.get("question", "question"), options.get("answer", "answer")
     math_set = mathematics.MathSet(HubDataset(path), *fields)

@@ -19,6 +19,15 @@ class SuiteSource:
 
 
 @dataclass(frozen=True)
+class Continuations:
+    """The texts that may follow a question: the likeliest is the answer, by the letter of its place."""
+
+    texts: tuple[str, ...]
+    # divide log-likelihoods by the number of characters
+    normalize: bool
+
+
+@dataclass(frozen=True)
 class Suite:
     """Questions with gold answers, how they are put, how the answer is found and what is counted."""
 
@@ -38,6 +47,8 @@ class Suite:
     # ISO 639-1: also report the share of the chains' words that is in it
     language: str = ""
     stop: tuple[str, ...] = ()
+    # by a problem's key, where choices are scored by their log-likelihood and nothing is generated
+    continuations: dict[str, Continuations] = field(default_factory=dict)
     # conditions worth printing beside the score
     notes: dict[str, str] = field(default_factory=dict)
 
