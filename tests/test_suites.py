@@ -367,8 +367,12 @@ def test_choices_of_published_sets_are_shuffled_where_that_is_asked(tmp_path: Pa
 def test_questions_with_two_gold_answers_are_left_out(
     records: list[tuple[str, str]], left: int, note: str, tmp_path: Path
 ) -> None:
-    records = [*records, ("2+2?", "4")]
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"question": q, "answer": a}) for q, a in records))
+    lines = [json.dumps({"question": q, "answer": a}) for q, a in records]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    if not left:
+        with pytest.raises(UserError, match="every question has several gold answers"):
+            catalogue.load(str(tmp_path / "a.jsonl"), None, 0)
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, json.dumps({"question": "2+2?", "answer": "4"})]))
     suite = catalogue.load(str(tmp_path / "a.jsonl"), None, 0)
     assert len(suite.problems) == left + 1
     assert suite.notes.get("questions with different gold answers", "").startswith(note) and bool(suite.notes) == bool(

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from finback.config import UserError
 from finback.suites.hub import digest
 from finback.suites.suite import Continuations, Suite
-from finback.tasks.choice import LETTERS, lettered
+from finback.tasks.choice import lettered
+from finback.tasks.letters import LETTERS
 from finback.tasks.task import Problem
 
 if TYPE_CHECKING:

@@ -57,6 +57,8 @@ def agreed(
     key, other = next(iter(torn.items()))
     first = known[key]
     note = f"{len(torn)} left out, first {first.question[:60]!r} with {first.answer!r} and {other.answer!r}"
+    if len(torn) == len(known):
+        raise UserError("suite", first.question[:60], "every question has several gold answers", "Correct the file.")
     return [p for p in known.values() if p.key not in torn], {"questions with different gold answers": note}
 
 
