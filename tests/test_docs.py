@@ -709,3 +709,14 @@ def test_ledgers_that_cannot_be_are_named_by_the_check(run: Path) -> None:
         f"base: line {count + 1} of ledger.jsonl is torn, and left out",
     ]
     assert "nan" not in texts(run, filled())["MODEL_CARD.md"] and "joules = -5" in texts(run, filled())["report.md"]
+
+
+@pytest.mark.parametrize("count", ["many", None, float("nan"), -5, [1]])
+def test_a_count_that_cannot_be_is_not_provided(count: Any, run: Path) -> None:
+    path = run / "base" / "manifest.json"
+    value = read_json(path)
+    value["results"] |= {"tokens": count, "tokens_by_source": {"words": count, "chains": 608}}
+    path.write_text(json.dumps(value))
+    summary = texts(run, filled())["eu/training_content_summary.md"]
+    assert numbers(summary, "size of the text read in training") == [NOT_PROVIDED]
+    assert numbers(summary, "words")[2] == NOT_PROVIDED and numbers(summary, "chains")[2] == "608"

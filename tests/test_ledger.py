@@ -322,3 +322,12 @@ def test_torn_lines_are_said_but_for_the_last(tmp_path: Path) -> None:
     assert [fault.split(" of")[0] for fault in ledger.read(tmp_path).faults] == [f"line {n}" for n in (2, 3, 4, 5)]
     path.write_text("7" * 5000 + "\n")
     assert cost(tmp_path)["wall_seconds"] == 0
+
+
+def test_energy_without_its_gpus_says_so(tmp_path: Path) -> None:
+    began: dict[str, Any] = {"seconds": 3.0, "cores": 1, "machine": {"gpus": ["H200"]}, "metered": ""}
+    for metered, said in (("", True), ("RAPL of processor packages and memory", True), ("NVML of 1 GPUs", False)):
+        write_lines(tmp_path / "ledger.jsonl", [began | {"metered": metered}])
+        assert ("GPUs took is NOT in it" in cost(tmp_path)["basis"]) == said
+    write_lines(tmp_path / "ledger.jsonl", [began | {"machine": {"gpus": []}}, {"machine": "old"}])
+    assert "GPUs" not in cost(tmp_path)["basis"]

@@ -120,10 +120,19 @@ def cost(folder: Path) -> dict[str, Any]:
         "mfu_basis": "model FLOPs over the GEMM peak measured on this machine, all ranks at once, times wall time",
         "energy_wh": round(watt_hours(ledger.lines), 3),
         "money_usd": round(hours * DOLLARS_PER_CORE_HOUR, 5),
-        "basis": "; ".join([_basis(ledger.lines, total), *ledger.faults]),
+        "basis": "; ".join([_basis(ledger.lines, total), *_left_out(ledger.lines), *ledger.faults]),
         "device_hours": hours,
         "flops_by": {name: total[f"flops_{name}"] for name in FLOPS if f"flops_{name}" in total},
     }
+
+
+def _left_out(lines: list[dict[str, Any]]) -> list[str]:
+    """What the energy lacks: GPUs that could not be asked."""
+    machines = [line["machine"] for line in lines if isinstance(line.get("machine"), dict)]
+    asked = any("NVML" in str(line.get("metered")) for line in lines)
+    if asked or not any(machine.get("gpus") for machine in machines):
+        return []
+    return ["what its GPUs took is NOT in it (pynvml can ask them)"]
 
 
 def _basis(lines: list[dict[str, Any]], total: dict[str, float]) -> str:

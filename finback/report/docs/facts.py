@@ -159,14 +159,14 @@ class RunFacts:
         counts = [s.result("tokens_by_source") for s in readers]
         if not all(isinstance(count, dict) for count in counts):
             return MISSING
-        return sum(int(count.get(name, 0)) for count in counts)
+        return _tokens([count.get(name, 0) for count in counts])
 
     @property
     def all_tokens_read(self) -> Any:
         """Tokens of all data sets that the model was trained on; answers that it sampled itself are no data set."""
         readers = [s for s in self.chain if s.kind == "pre-training" or isinstance(s.results.get("sources"), dict)]
         counts = [s.result("tokens") for s in readers if s.kind != "data"]
-        return sum(map(int, counts)) if counts and MISSING not in counts else MISSING
+        return _tokens(counts) if counts else MISSING
 
     @property
     def faults(self) -> list[str]:
@@ -179,6 +179,11 @@ class RunFacts:
         mine = [s for s in self.stages if s.kind == "evaluation" and s.config.get("start") == self.chosen.name]
         lists = [(s, s.results.get("evaluations")) for s in mine]
         return [(s, e) for s, es in lists if isinstance(es, list) for e in es if isinstance(e, dict)]
+
+
+def _tokens(counts: list[Any]) -> Any:
+    """Their sum; MISSING where one of them is no count."""
+    return sum(map(int, counts)) if all(is_number(count) and count >= 0 for count in counts) else MISSING
 
 
 def read(root: Path, model: str = "") -> RunFacts:
