@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from finback.tasks import math_process, replies
-from finback.tasks.formulas import compact, formula, measured
+from finback.tasks.formulas import alike, compact, formula, measured
 from finback.tasks.labels import Label, label
 from finback.tasks.notation import unwrapped
 from finback.tasks.quantity import Number, number
@@ -103,7 +103,7 @@ def spelling(text: str) -> str:
 def _read(gold: str) -> _Gold:
     if found := label(gold):
         return _Gold(found, None, None)
-    value = number(gold)
+    value = number(gold, strict=True)
     return _Gold(None, value, words(gold) if value is None and is_wording(gold) else None)
 
 
@@ -154,7 +154,7 @@ def _derived(problem: Problem, given: str) -> Verdict:
         return NO_ANSWER
     if (value := number(given_text)) is not None and value.variable == "" and value.form != "sum":
         found = _exact(value.value) if value.form != "decimal" else found
-    comparison = _same(wanted, found)
+    comparison = _same(*alike(wanted, found))
     return Verdict(comparison.same, comparison.read)
 
 

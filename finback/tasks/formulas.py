@@ -2,7 +2,7 @@ r"""Mathematics as math-verify reads it: one expression in LaTeX, without words 
 
 import re
 
-from finback.tasks.notation import latex, plain, unstyled, unwrapped
+from finback.tasks.notation import latex, plain, undollared, unstyled, unwrapped
 from finback.tasks.units import COUNTED, Unit, units
 
 _NAMES = (
@@ -36,13 +36,20 @@ def formula(text: str, like: str = "") -> str | None:
     if not listed:
         return None
     found = _both_signs(listed)
-    if _INTERVAL.match(like) and (interval := _interval(found)):
-        return interval
     for sign, prefix in (("=", _POINT), (r"\in", _MEMBER)):
         if sign not in like and (match := prefix.match(found)):
             found = found[match.end() :]
     allowed = _FUNCTIONS | _letters(like)
     return found if all(word in allowed or (len(word) < 3 and word not in _WORDS) for word in _letters(found)) else None
+
+
+def alike(one: str, other: str) -> tuple[str, str]:
+    """Two expressions, the one that is a range of a variable as an interval if the other is an interval."""
+    if _INTERVAL.match(one):
+        return one, _interval(other) or other
+    if _INTERVAL.match(other):
+        return _interval(one) or one, other
+    return one, other
 
 
 def _interval(text: str) -> str | None:
@@ -68,7 +75,7 @@ def _interval(text: str) -> str | None:
 
 def measured(text: str) -> tuple[str, tuple[Unit, ...]]:
     r"""An expression and the unit behind it: 3\pi \text{ cm}."""
-    match = _TAIL.fullmatch(unwrapped(plain(text)))
+    match = _TAIL.fullmatch(undollared(unwrapped(plain(text))))
     if match is None:
         return text, ()
     styled = match["styled"]
@@ -151,6 +158,8 @@ def _both_signs(text: str) -> str:
 def _letters(text: str) -> set[str]:
     """Runs of letters that are neither commands nor names of environments."""
     text = re.sub(
-        r"\\(?:begin|end)\s*\{[a-zA-Z*]+\}(?:\{[lcr|]+\})?|\\(?:mathbb|mathcal)\s*\{[A-Z]\}|\\[a-zA-Z]+", " ", text
+        r"\\text\{ or \}|\\(?:begin|end)\s*\{[a-zA-Z*]+\}(?:\{[lcr|]+\})?|\\(?:mathbb|mathcal)\s*\{[A-Z]\}|\\[a-zA-Z]+",
+        " ",
+        text,
     )
     return set(re.findall(r"[^\W\d_]+", text))

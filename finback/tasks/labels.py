@@ -45,7 +45,7 @@ _TIME = re.compile(
 )
 _RATIO = re.compile(r"[0-9]{1,9}(?:\s*:\s*[0-9]{1,9}){1,5}")
 _DIGITS = re.compile(r"(?:(?:ISBN|tel|phone)[:\s]*)?(?P<all>\+?\(?[0-9][0-9() .-]*[0-9X])", re.IGNORECASE)
-_DOTTED = re.compile(r"v?[0-9]{1,9}(?:\.[0-9]{1,9}){2,9}")
+_DOTTED = re.compile(r"[vV]?[0-9]{1,9}(?:\.[0-9]{1,9}){2,9}")
 
 
 class Label(NamedTuple):

@@ -14,7 +14,7 @@ _MOST = 200  # statements, or lines
 _STOPS = ".!,;:。！、"
 _INTRODUCED = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|and|clearly|obviously|definitely|certainly|finally),?\s+)*(?:(?:it|this|that)(?:\s+is|'s|\s+must be)\s+|i(?:'d|\s+would)?\s+(?:choose|pick|select|say|go with)\s+|"
-    r"(?:因此|所以|故|本题)?(?:应该|应)?选(?:择|项)?[：:]?\s*)?(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|letter|answer|选项|答案)?\s*[:：]?\s*",
+    r"(?:因此|所以|故|本题)?(?:应该|应)?选(?:择|项)?[：:]?\s*)?(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|letter|answer|选项|答案|\s)*[:：]?\s*",
     re.IGNORECASE,
 )
 _LETTER = re.compile(r"[(\[{]?\s*([A-Ja-j])\s*[)\]}]?\s*(?:[.:,、)\-–—]|\s)*\s*(.*)", re.DOTALL)
@@ -73,8 +73,8 @@ def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None
         letter = _within(labelled[1], choices)
         return letter if letter and _is_of(letter, labelled[2], behind != " ", choices) else None
     praised = re.fullmatch(rf"(.+?){_PRAISED.pattern}", bare, re.IGNORECASE | re.DOTALL)
-    said = praised[1] if praised else replies.predicate(text)
-    return _choice(said, choices, again=False) if said and again else None
+    said = [each for each in (praised and praised[1], replies.predicate(text)) if each and again]
+    return next((letter for each in said if (letter := _choice(each, choices, again=False))), None)
 
 
 def _is_of(letter: str, rest: str, is_marked: bool, choices: Sequence[str]) -> bool:

@@ -91,6 +91,12 @@ def unwrapped(text: str, stops: str = ".,;:") -> str:
     return text
 
 
+def undollared(text: str) -> str:
+    """Mathematics without its pair of $ where words follow, such as a unit."""
+    match = re.fullmatch(r"\$([^$]+)\$(\s*[^\W\d_%°][^$]*)", text)
+    return match[1] + match[2] if match else text
+
+
 def unstyled(text: str) -> str:
     r"""LaTeX without what only looks: \text{}, \mathbf{}, \left, \dfrac, thin spaces, {,}; ^\circ is °, \% is %."""
     before = None

@@ -8,7 +8,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from finback.tasks.notation import latex, plain, unstyled, unwrapped
+from finback.tasks.notation import latex, plain, undollared, unstyled, unwrapped
 from finback.tasks.units import COUNTED, Unit, known, product, units
 
 _CLOSE = Fraction(1, 10**6)  # relative; for decimals of a number that has no end in decimals
@@ -68,7 +68,7 @@ _CURRENCY = re.compile(
 )
 _VARIABLE = re.compile(r"([a-zA-Z](?:_\{?\w\}?)?|[a-z]\([a-z]\))\s*(?:=|\\approx|(?:equals|is)(?=\s))\s*")
 _LEAD = re.compile(
-    r"^(?:=|≈|\\approx|(?:approximately|approx\.?|about|roughly|exactly|in|at|the year|in the year|year)(?=\s))\s*",
+    r"^(?:=>?|≈|→|⇒|∴|\\(?:approx|Rightarrow|implies|therefore)(?![a-zA-Z])|(?:approximately|approx\.?|about|roughly|exactly|in|at|the year|in the year|year)(?=\s))\s*",
     re.IGNORECASE,
 )
 _SMALL = (
@@ -116,19 +116,22 @@ class Number(NamedTuple):
         return _same(self.value / shares[0], other) or (abs(self.value) >= 1 and _same(self.value, other))
 
 
-def number(text: str) -> Number | None:
-    """What a text says if it is one number and nothing else; None if it is not."""
+def number(text: str, strict: bool = False) -> Number | None:
+    """What a text says if it is one number and nothing else; None if it is not.
+
+    `strict` is for gold answers: 2k and 5m are products of variables there.
+    """
     if len(text) > 600:
         return None
     text = _tidy(text)
     match = _VARIABLE.match(text)
     variable, text = (match[1], text[match.end() :]) if match else ("", text)
-    found = _sum(text) or _single(text)
+    found = _sum(text) or _single(text, strict)
     return found._replace(variable=variable) if found else None
 
 
 def _tidy(text: str) -> str:
-    text = latex(unstyled(unwrapped(plain(text))))
+    text = latex(unstyled(unwrapped(undollared(unwrapped(plain(text))))))
     for _ in range(2):  # in the year 2001
         text = _LEAD.sub("", unwrapped(text), count=1)
     while (inner := re.fullmatch(r"\((.*)\)|\{(.*)\}", text)) and not re.search(
@@ -138,7 +141,7 @@ def _tidy(text: str) -> str:
     return text
 
 
-def _single(text: str) -> Number | None:
+def _single(text: str, strict: bool = False) -> Number | None:
     text, sign, currency = text.strip(), 1, ""
     for _ in range(2):  # -$5 and $-5
         if text[:1] in ("+", "-") and text[1:2] not in ("+", "-"):
@@ -149,7 +152,9 @@ def _single(text: str) -> Number | None:
     value, form, rest = _value(match, text) if match else _spelt(text)
     if value is None:
         return None
-    while scale := _SCALE.match(rest):
+    while (scale := _SCALE.match(rest)) and not (
+        strict and scale[0].isascii() and scale[0].isalpha() and len(scale[0]) < 3
+    ):
         value, rest = value * 10 ** _SCALES[scale[1]], rest[scale.end() :]
     if dozen := re.match(r"\s*dozens?\b", rest):
         value, rest = value * 12, rest[dozen.end() :]
@@ -161,12 +166,7 @@ def _single(text: str) -> Number | None:
         and same.value == sign * value
     ):
         rest = ""  # 8 (eight)
-    glued = (
-        rest[:1].isalpha()
-        and rest[:1].isascii()
-        and not re.match(r"(?:[mgshLNJWVK]|[^\W\d_]{2,})(?![\w^])|\w+[/^]|rad|mol", rest)
-    )
-    meant = units(rest) if not glued else None
+    meant = units(rest) if _is_apart(rest, strict) else None
     if meant is not None and currency:
         meant = _money(currency, meant)
     if meant == known("€") and match and re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", match[0]):
@@ -250,6 +250,15 @@ def _sum(text: str) -> Number | None:
     if len(parts) < 2 or at < len(text) or len(kinds) > 1 or factors != sorted(set(factors), reverse=True):
         return None
     return Number(sum((v * u.factor for v, u in parts), Fraction(0)), (Unit(kinds.pop(), Fraction(1)),), form="sum")
+
+
+def _is_apart(rest: str, strict: bool) -> bool:
+    """Whether the letters behind a number can be a unit: 12 n and 12n are products, 12 m and 12m are not, nor is 12km."""
+    glued = re.match(r"[a-zA-Z]+", rest)
+    if glued is None:
+        return True
+    name = glued[0]
+    return bool(known(name)) and (len(name) > 1 or (not strict and name in "mgshLNJWVK"))
 
 
 def _money(sign: str, behind: tuple[Unit, ...]) -> tuple[Unit, ...] | None:

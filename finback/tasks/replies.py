@@ -42,12 +42,17 @@ _PREDICATE = re.compile(
     r"(?:\b(?:is|are|was|were|equals|gets?|gives?|have|has|need|needs|sold|found)|'s)\s+(?P<what>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
+_FOUND = re.compile(
+    r"(?P<of>(?:∴|so|thus|hence|therefore|then|finally)?,?\s*(?:(?:we|i)\s+(?:find|get|have|obtain|conclude|see|deduce)(?:\s+that)?:?\s+)?)"
+    r"(?P<what>[a-zA-Z](?:_\{?\w\}?)?\s*[=<>≤≥\\].*)",
+    re.IGNORECASE,
+)
 _ANYONE = re.compile(
     r"(?:(?i:so|thus|hence|therefore|then|finally|in total|altogether),?\s+)*(?P<of>(?:I|[a-zA-Z][a-z]+)\s[^.!?;:,=<>\d\n\\^_+*/|(){}]{1,60}?)\s+(?P<what>\\?[$€£¥₹]?\d\S*(?:\s[^.!?;:=<>\n]*)?)"
 )
-_NAMED = re.compile(r"(?P<of>[^\W\d_][^.!?;:,=<>\n]{0,40}?)\s*[:：]\s*(?P<what>\S[^\n:：]*)")
+_NAMED = re.compile(r"(?P<of>[^\W\d_][^.!?;:,=<>\n]{0,40}?)\s*(?:[:：]|(?<=[^\W\d_]{3})\s*=)\s*(?P<what>\S[^\n:：]*)")
 _UNSURE = re.compile(
-    r"\b(?:not?|wrong|incorrect|false|opposite|except|never|least|possible|question|example|than|grader|key|under|over|below|above|nearly|almost|up|from|after|before|less|fewer|more|most|between|around|until|minus|plus|or)\b|n't",
+    r"\b(?:not?|wrong|incorrect|false|opposite|except|never|least|possible|question|example|than|grader|key|under|over|below|above|nearly|almost|up|from|after|before|less|fewer|more|most|between|around|until|minus|plus|or|doubt\w*|unsure|unlikely|deny|denies|mistaken|if|whether)\b|n't",
     re.IGNORECASE,
 )
 _SECOND = re.compile(
@@ -139,7 +144,7 @@ def predicate(text: str, anyone: bool = False) -> str | None:
 
     The subject may be `anyone` where a number is asked for: "Ann has 8 left."
     """
-    for pattern in (_PREDICATE, _NAMED, *([_ANYONE] if anyone else [])):
+    for pattern in (_FOUND, _PREDICATE, _NAMED, *([_ANYONE] if anyone else [])):
         match = pattern.fullmatch(text.strip().replace("**", ""))
         if match:
             return match["what"] if not _UNSURE.search(match["of"]) else None

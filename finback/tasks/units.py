@@ -20,9 +20,9 @@ class Unit(NamedTuple):
 
 # name of the dimension: symbol or names, each with its factor (1 if none is given)
 _TABLE = """
-length: in|inch|inches|″=0.0254 ft|foot|feet=0.3048 yd|yard|yards=0.9144 mi|mile|miles=1609.344 米 公里|千米|км=1000 厘米|см=0.01 毫米|мм=0.001 м|метр|метров
+length: in|inch|inches|″|\"=0.0254 ft|foot|feet|'=0.3048 yd|yard|yards=0.9144 mi|mile|miles=1609.344 米 公里|千米|км=1000 厘米|см=0.01 毫米|мм=0.001 м|метр|метров
 mass: lb|lbs=453.59237 oz|ounce|ounces=28.349523125 t|ton|tons|tonne|tonnes=1000000 kilo|kilos|кг|公斤|千克=1000 克|г
-time: s|sec|secs|second|seconds|秒|сек min|mins|minute|minutes|分钟|分鐘|мин=60 h|hr|hrs|hour|hours|小时|小時|часов|часа|час=3600 day|days|天=86400 week|weeks=604800
+time: s|sec|secs|second|seconds|秒|сек min|mins|minute|minutes|分钟|分鐘|мин=60 h|hr|hrs|hour|hours|小时|小時|часов|часа|час|ч=3600 day|days|天=86400 week|weeks=604800
 month: month|months year|years|yr|yrs=12
 angle: °|degree|degrees|deg arcmin|arcminute|arcminutes=1/60
 radian: rad|radian|radians
@@ -87,7 +87,7 @@ _NO_UNIT = re.compile(
     re.IGNORECASE,
 )
 _TOKEN = re.compile(
-    r"(?P<over>/|per\b)|(?P<name>[^\W\d_]+\$?|[°%‰$€£¥₹₩₽¢″](?:[CF]\b)?)(?P<power>\^\{?-?\d\}?)?\.?|(?P<dot>\\cdot|[*·])"
+    r"(?P<over>/|per\b)|(?P<name>[^\W\d_]+\$?|[°%‰$€£¥₹₩₽¢″'\"](?:[CF]\b)?)(?P<power>\^\{?-?\d\}?)?\.?|(?P<dot>\\cdot|[*·])"
 )
 
 
@@ -145,12 +145,8 @@ def _measured(text: str) -> tuple[Unit, ...] | None:
     text = re.sub(r"^(?:every|each|an?)\s+(?=(?:second|minute|hour|day|week|month|year)$)", "per ", text)
     text = re.sub(r"(?<=[^\W\d_])\s+squared\b", "^2", text)
     text = re.sub(r"(?<=[^\W\d_])\s+cubed\b", "^3", text)
-    text = re.sub(
-        r"°\s*(?=[CF]\b)|\bdegrees?\s+(?=(?:celsius|fahrenheit)\b)",
-        lambda m: "°" if "°" in m[0] else "",
-        text,
-        flags=re.IGNORECASE,
-    )
+    for letter, scale in (("C", "celsius"), ("F", "fahrenheit")):
+        text = re.sub(rf"(?:°|\bdegrees?)\s*(?:{scale}|{letter})\b", f"°{letter}", text, flags=re.IGNORECASE)
     text = " ".join(_SHORT.get(word.lower(), word) for word in text.split())
     found, at, sign = [Unit((), Fraction(1))], 0, 1
     while at < len(text):
@@ -182,7 +178,7 @@ def product(one: Unit, other: Unit, power: int = 1) -> Unit:
 
 def _counted(text: str) -> tuple[Unit, ...] | None:
     """Words for things, each in the singular."""
-    words = re.sub(r"\^\{?[23]\}?", "", text.rstrip(".")).split()
+    words = re.sub(r"(?<=\w\w)\^\{?[23]\}?$", "", text.rstrip(".")).split()
     if not 1 <= len(words) <= 6 or not all(re.fullmatch(r"[^\W\d_]+(?:['-][^\W\d_]+)*[,.]?|/", word) for word in words):
         return None
     if re.search(r"[十百千万萬亿億或和不]", text) or (len(words[0]) == 1 and words[0].isascii()):

@@ -10,6 +10,7 @@ _MATHEMATICS = re.compile(r"[=<>^+|\\{}]|\d\s*[*/]|[*/]\s*\d|^[\d.,\s()/*-]+$")
 _NAMES = "sin cos tan cot sec csc log ln exp sqrt pi inf infty infinity lim max min mod gcd lcm arcsin arccos arctan"
 _FUNCTIONS = frozenset(_NAMES.split())
 _FORMULA = re.compile(r"(?:[A-Z][a-z]?(?:_?\{?\d{1,2}\}?)?){1,8}(?:\^?\{?\d?[+-]\}?)?")  # of chemistry: H_2O
+_ON_THE_LINE = str.maketrans("₀₁₂₃₄₅₆₇₈₉⁺⁻²³", "0123456789+-23")
 _NUMERAL = re.compile(
     r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty)\b", re.IGNORECASE
 )
@@ -65,12 +66,10 @@ def _bare(text: str) -> str:
 
 
 def _formula(text: str) -> str | None:
-    """A chemical formula on one line, case kept: CO is no cobalt."""
-    text = "".join(str(unicodedata.digit(c)) if c in "₀₁₂₃₄₅₆₇₈₉" else c for c in text.replace(" ", ""))
-    if (
-        not _FORMULA.fullmatch(text)
-        or not re.search(r"[A-Z][a-z]?_?\{?\d", text)
-        or not re.search(r"[A-Z].*[A-Z]|_", text)
-    ):
+    """A chemical formula on one line, case kept: CO is no cobalt. It has two elements and a number, or a charge."""
+    text = text.replace(" ", "").translate(_ON_THE_LINE)
+    is_ion = bool(re.search(r"[+-]\}?$", text))
+    is_compound = re.search(r"[A-Z][a-z]?_?\{?\d", text) and re.search(r"[A-Z].*[A-Z]|_", text)
+    if not _FORMULA.fullmatch(text) or not (is_ion or is_compound):
         return None
     return re.sub(r"[_{}^]", "", text)
