@@ -159,6 +159,7 @@ def test_without_a_compiler_it_says_so(prepared: Path, monkeypatch: pytest.Monke
     assert type(toy_model().blocks[0]) is Block
 
 
+@pytest.mark.slow
 def test_why_not_names_what_is_missing(tmp_path: Path) -> None:
     """In a process of its own, since torch remembers a compiler that it has found."""
     code = "from finback.train.compiling import why_not; print(why_not())"

@@ -138,6 +138,7 @@ def test_the_record_says_what_was_read_and_what_became_of_it(made: tuple[Path, P
     assert not (folder / "work").exists() and len(list(folder.glob("prose.train*.bin"))) > 1
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_same_files(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +316,7 @@ def test_a_vocabulary_beyond_16_bits_has_wider_words(tmp_path: Path, made: tuple
     assert words.decode(shard[:].tolist()) == "".join((text / "0.txt").read_text().split("\n\n"))
 
 
+@pytest.mark.slow
 def test_a_corpus_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 5,000 documents no more live at a time than are encoded together."""
     lines = [json.dumps({"text": f"{i} {text}"}) for i, text in enumerate(sentences(1, 5000))]

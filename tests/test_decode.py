@@ -151,6 +151,7 @@ def test_bf16_is_rounded_as_torch_rounds() -> None:
         assert out.item() == value.bfloat16().item()
 
 
+@pytest.mark.slow
 def test_without_kernels_everything_still_runs() -> None:
     code = (
         "from tests.test_batching import *\nfrom finback.kernels import native\nassert native.library() is None\n"

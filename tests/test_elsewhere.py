@@ -115,6 +115,7 @@ def test_everything_lies_where_the_model_is(tmp_path: Path, monkeypatch: pytest.
     assert bits[0] == pytest.approx(bits[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_text_is_measured_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = small_tokenizer()
     suite = compression.load("", 3, 0)

@@ -146,6 +146,7 @@ for name in sorted(SUPPORTED.keys() - {SLOW}):
 """
 
 
+@pytest.mark.slow
 def test_same_problems_in_another_process() -> None:
     """Some generators walk through sets, whose order differs from process to process; those must be refused."""
     root = str(Path(finback.__path__[0]).parent)

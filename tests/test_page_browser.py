@@ -228,7 +228,9 @@ def test_branches(opened: Opened) -> None:
 COUNTING = "<think>" + " ".join(map(str, range(60))) + "</think>" + " ".join(map(str, range(100, 200)))
 
 
-@pytest.mark.parametrize("said", ["8 9 10", "109 110 111"])  # in the chain, and in the answer
+@pytest.mark.parametrize(
+    "said", [pytest.param("8 9 10", marks=pytest.mark.slow), "109 110 111"]
+)  # in the chain, and in the answer
 def test_a_reload_in_mid_stream_loses_nothing(opened: Opened, said: str) -> None:
     with talking(COUNTING, pace=0.01) as client:
         page = opened(client)
@@ -451,6 +453,7 @@ def test_what_is_not_yet_on_the_disk_outlives_a_reload(opened: Opened) -> None:
         expect(page.locator(".sidebar .name")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_a_long_chat_leaves_its_end_behind(opened: Opened) -> None:
     with talking(LONG, pace=0.01) as client:
         page = opened(client)

@@ -218,6 +218,7 @@ def test_summary_holds_what_is_promised(finished: Path) -> None:
     assert "DID NOT PASS ITS PROBE" in finback("show", finished / "runs/toy").stdout
 
 
+@pytest.mark.slow
 def test_no_socket_is_opened_at_run_time(tmp_path: Path) -> None:
     """One rank, in a process where opening any socket raises."""
     recipe = write_recipe(tmp_path)

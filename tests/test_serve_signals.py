@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
+import pytest
 
 from tests.serving import CHAT, HELLO, events, summed, wait_for
 from tests.toy import ROOT, environment
@@ -45,7 +46,7 @@ def process(drain: float) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]
         child.communicate()
 
 
-def test_sigterm_drains_and_a_second_signal_ends_it() -> None:
+def test_sigterm_drains() -> None:
     with process(drain=20) as (child, client):
         request = HELLO | {"max_tokens": 40, "ignore_eos": True, "stream": True}
         with client.stream("POST", CHAT, json=request) as response:
@@ -58,6 +59,9 @@ def test_sigterm_drains_and_a_second_signal_ends_it() -> None:
         assert chunks[-1] == "[DONE]" and summed(chunks)["finish_reason"] == "length"
         assert child.wait(timeout=20) == 0
 
+
+@pytest.mark.slow
+def test_sigterm_ends_what_takes_too_long_and_a_second_signal_everything() -> None:
     with process(drain=0.5) as (child, client):
         with client.stream("POST", CHAT, json=LONG | {"stream": True}) as response:
             lines = response.iter_lines()

@@ -10,6 +10,7 @@ import pytest
 from finback.config import UserError
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
+from finback.runs import recipe as recipes
 from finback.runs.files import read_json, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.pretrain import Pretrain, Probe
@@ -37,22 +38,29 @@ recipe = [
 """
 
 
-def run(folder: Path, name: str, layout: str, ranks: int = 2, **settings: Any) -> list[dict[str, Any]]:
-    """A recipe's metrics with a layout."""
-    folder.mkdir(exist_ok=True)
+def write(folder: Path, name: str, layout: str) -> Path:
+    """A recipe with a layout, and its text."""
     (folder / "words.txt").write_text(WORDS, encoding="utf-8")
     path = folder / f"{name}.py"
     path.write_text(RECIPE.replace("LAYOUT", layout), encoding="utf-8")
-    done = finback_process("run", path, "--runs", folder / "runs", "--ranks", ranks)
+    return path
+
+
+def run(folder: Path, name: str, layout: str) -> list[dict[str, Any]]:
+    """Its metrics, on two ranks."""
+    done = finback_process("run", write(folder, name, layout), "--runs", folder / "runs", "--ranks", 2)
     assert done.returncode == 0, done.stderr
     return read_lines(folder / "runs" / name / "base" / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
-    """The losses of whole copies on two ranks."""
+    """The losses of the whole model on one rank, in this process."""
     folder = tmp_path_factory.mktemp("many")
-    return folder, [r["loss"] for r in run(folder, "plain", "None")]
+    recipe, root = recipes.load(write(folder, "plain", "None")), folder / "runs/plain"
+    root.mkdir(parents=True)
+    recipes.execute(recipe, root, 0, World(), lambda run: None, quiet=True)
+    return folder, [r["loss"] for r in read_lines(root / "base" / "metrics.jsonl")]
 
 
 LAYOUTS = {
@@ -140,8 +148,11 @@ def test_a_layout_wants_its_ranks(tmp_path: Path, plain: tuple[Path, list[float]
     alone = StageRun(root, "alone", 0, World(), quiet=True)
     with pytest.raises(UserError, match=r"base\.layout = .*needs ranks that communicate"):
         stage().run(alone)
-    path = folder / "wrong.py"
-    path.write_text(RECIPE.replace("LAYOUT", "Layout(dp=4)"), encoding="utf-8")
+    assert dataclasses.replace(stage(), layout=None).layout is None
+
+
+@pytest.mark.slow
+def test_a_layout_of_other_ranks_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "wrong", "Layout(dp=4)")
     refused = finback_process("run", path, "--runs", tmp_path / "runs", "--ranks", 2)
     assert refused.returncode == 2 and "pp x dp is 4, but there are 2 ranks" in refused.stderr
-    assert dataclasses.replace(stage(), layout=None).layout is None

@@ -82,9 +82,11 @@ def marked(text: str) -> list[str]:
 
 
 def _tagged(text: str) -> list[str]:
-    """The contents of <answer></answer>."""
-    parts = [part.rpartition("<answer>") for part in text.split("</answer>")[:-1]]
-    return [content.strip() for _, tag, content in parts if tag]
+    """The contents of <answer></answer>, and a few words behind them, which may be another answer."""
+    *parts, behind = text.split("</answer>")
+    found = [content.strip() for _, tag, content in (part.rpartition("<answer>") for part in parts) if tag]
+    is_short = len(behind.split()) <= 3 and not behind.rstrip().endswith(("!", ":"))
+    return [*found, behind.strip()] if found and is_short and behind.strip("\t\n .*_`") else found
 
 
 def stated(text: str) -> list[str]:
