@@ -23,10 +23,11 @@ _WORDS: dict[Ending, str] = {
     "internal_error overloaded disconnected insufficient_system_resource",
 }
 _ENDINGS: dict[str, Ending] = {word: ending for ending, words in _WORDS.items() for word in words.split()}
-# <|im_end|>, <|eot_id|>, <｜end▁of▁sentence｜>, the marks of a next turn, </s> where nothing else follows; quoted ones are meant
+# <|im_end|>, <|eot_id|>, <｜end▁of▁sentence｜>, the marks of a turn, </s> where nothing else follows; quoted ones are meant
 _STOP_TOKEN = re.compile(
-    r"(?<![\"'`])(?:<[|｜](?:[^|｜<>\s]{0,30}(?:end|eo[dmst])[^|｜<>\s]{0,30}|return|im_start|start_header_id|user|observation)[|｜]>"
-    r"|<(?:end_of_turn|start_of_turn|eos|eos_token|eot|eod)>|\[(?:/INST|EOS)\]|</s>(?=\s*(?:$|<s>|\[INST\])))",
+    r"(?<![\"'`])(?:<\|start_header_id\|>(?:assistant<\|end_header_id\|>)?|<\|(?:im_)?start\|>(?:assistant\b)?|<\|channel\|>(?:final\b)?"
+    r"|<[|｜](?:[^|｜<>\s]{0,30}(?:end|eo[dmst])[^|｜<>\s]{0,30}|return|message|user|observation)[|｜]>"
+    r"|<(?:end_of_turn|start_of_turn|eos|eos_token|eot|eod)>|\[(?:/INST|EOS)\]|</s>(?=\s*(?:$|</?s>|\[INST\])))",
     re.IGNORECASE,
 )
 
