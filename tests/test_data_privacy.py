@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,16 @@ def test_many_numbers_and_none_take_no_longer_than_reading() -> None:
         assert redact(text) == (text, 0)
     assert redact("0171 1234567\n" * 500) == ("[phone]\n" * 500, 500)
     assert time.process_time() - start < 10
+
+
+def test_a_long_run_of_numbers_is_held_once() -> None:
+    """The places of its groups, 16 bytes each; not a stack of what was tried."""
+    text = "123456 " * 30_000
+    tracemalloc.start()
+    assert redact(text) == (text, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * len(text)
 
 
 def test_without_phonenumbers_a_number_is_not_let_through(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,7 @@ class Corpus:
     def claim(self, sources: Sequence[Source]) -> bool:
         """Whether what an interrupted call left can be used: if it was made from the files that are there now."""
         stamps = {s.name: [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in s.files()] for s in sources}
+        self._name_shared(sources)
         path = self.folder / "stamps.json"
         if path.is_file() and read_json(path) == stamps:
             return True
@@ -67,6 +68,17 @@ class Corpus:
         self.folder.mkdir()
         write_json(path, stamps)
         return False
+
+    def _name_shared(self, sources: Sequence[Source]) -> None:
+        """Say which files two sources have: each of them is then learnt twice."""
+        owners: dict[Path, str] = {}
+        for source in sources:
+            files = [path.resolve() for path in source.files()]
+            if shared := [path for path in files if path in owners]:
+                both = f"{source.name} and {owners[shared[0]]} both read {shared[0]}"
+                more = f" and {len(shared) - 1:,} more" if len(shared) > 1 else ""
+                self.stage_run.say(f"{self.stage_run.name:10} {both}{more}")
+            owners |= dict.fromkeys(files, source.name)
 
     def gather(self, source: Source, mix: Callable[[Document], Document], rng: random.Random) -> Record:
         """Read and clean a source; `mix` may change what is kept, and draws from `rng` alone."""
@@ -83,6 +95,10 @@ class Corpus:
             where = f"{self.stage_run.name}.text"
             raise UserError(where, source.name, "nothing left after cleaning", "Give more text.")
         record = provenance(source, files) | {"documents": asdict(document_filter.counts)}
+        if skipped := source.skipped():
+            record["skipped"] = skipped
+            named = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+            self.stage_run.say(f"{self.stage_run.name:10} {source.name}: {len(skipped):,} ways not gone ({named})")
         write_json(done, {"record": record, "kept": document_filter.counts.kept, "rng": rng.getstate()})
         return record
 

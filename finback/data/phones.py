@@ -19,7 +19,7 @@ _DASH = "\\-\u2010-\u2015"
 _SEPARATOR = rf"[{_SPACE}.{_DASH}/()]"
 # the shortest number has seven digits: these alone are looked for in every text
 _SEVEN = re.compile(rf"\d(?:{_SEPARATOR}{{0,3}}\d){{6}}")
-_RUN = re.compile(rf"(?:[+＋][{_SPACE}]?)?\(?[+＋]?\d(?:{_SEPARATOR}{{0,3}}\d){{6,}}\)?")
+_RUN = re.compile(rf"(?:[+＋][{_SPACE}]?)?\(?[+＋]?\d(?:{_SEPARATOR}{{0,3}}\d){{6,}}+\)?")
 _LATIN = r"0-9A-Za-z_\u00c0-\u058f"
 # what a number is part of something else behind or before: a name, a sum of money, an expression
 _BEFORE_ANY = re.compile(rf"(?:[{_LATIN}$€£¥₹\\]|[{_LATIN}][-/])$")

@@ -1,6 +1,5 @@
 """Where training text comes from: each source names its licence and yields documents in a fixed order."""
 
-import glob
 import hashlib
 import importlib.util
 import json
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from finback.config import UserError, check_characters, check_fields
-from finback.data import formatted, readers
+from finback.data import file_globs, formatted, readers
 from finback.data.dialogues import read_dialogue
 from finback.data.messages import Message, parse_response
 from finback.data.readers import BytesRead
@@ -47,6 +46,10 @@ class Source(ABC):
     @abstractmethod
     def files(self) -> list[Path]:
         """The files it is read from, in order; none for a source that only a library can reach."""
+
+    def skipped(self) -> dict[str, str]:
+        """Further names of its files and links that lead nowhere, and what is said of each."""
+        return {}
 
     @abstractmethod
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
@@ -99,15 +102,10 @@ class Files(Source):
             raise UserError(f"{self.name}.paths", self.paths, "no files named", "Name files or globs.")
 
     def files(self) -> list[Path]:
-        found: list[Path] = []
-        for pattern in self.paths:
-            here = Path(pattern).is_file()  # a name may look like a glob
-            names = [pattern] if here else glob.glob(pattern, recursive=True)  # noqa: PTH207 - never raises
-            matches = sorted(path for path in map(Path, names) if path.is_file())
-            if not matches:
-                raise UserError(f"{self.name}.paths", pattern, "no such file", "Correct the path or glob.")
-            found += matches
-        return found
+        return file_globs.find(self.paths, f"{self.name}.paths")[0]
+
+    def skipped(self) -> dict[str, str]:
+        return file_globs.find(self.paths, f"{self.name}.paths")[1]
 
     def content_files(self) -> dict[str, list[Path]]:
         """The files that a field names."""
