@@ -44,7 +44,7 @@ _TIME = re.compile(
     re.IGNORECASE,
 )
 _RATIO = re.compile(r"[0-9]{1,9}(?:\s*:\s*[0-9]{1,9}){1,5}")
-_DIGITS = re.compile(r"(?:(?:ISBN|tel|phone)[:\s]*)?(?P<all>\+?\(?[0-9][0-9() .-]*[0-9X])", re.IGNORECASE)
+_DIGITS = re.compile(r"(?:(?:ISBN|tel|phone)[:\s]*)?(?P<all>\+?\(?[0-9][0-9() .-]*(?:[0-9]|-X))", re.IGNORECASE)
 _DOTTED = re.compile(r"[vV]?[0-9]{1,9}(?:\.[0-9]{1,9}){2,9}")
 
 
@@ -112,7 +112,7 @@ def _digits(text: str) -> Label | None:
         is_grouped = 1 <= len(groups[0]) <= 3 and all(len(group) == 3 for group in groups[1:])
         return None if is_grouped and groups[0].isdecimal() else Label("digits", (text.lower(),))
     match = _DIGITS.fullmatch(text)
-    if match is None or "." in text:
+    if match is None or "." in text or match["all"].endswith("x"):
         return None
     groups = re.findall(r"[0-9X]+", match["all"])
     is_phone = len(groups) > 1 and (sum(map(len, groups)) >= 7 or match["all"].startswith("+"))

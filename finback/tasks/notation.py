@@ -78,13 +78,9 @@ def unwrapped(text: str, stops: str = ".,;:") -> str:
         before, text = text, text.strip()
         for left, right in _AROUND:
             inner = text[len(left) : -len(right)]
-            if (
-                inner.strip()
-                and text.startswith(left)
-                and text.endswith(right)
-                and left not in inner
-                and right not in inner
-            ):
+            is_around = text.startswith(left) and text.endswith(right) and bool(inner.strip())
+            bare = inner.replace("\\$", "")  # an escaped one ends no mathematics
+            if is_around and left not in bare and right not in bare and not inner.endswith("\\"):
                 text = inner.strip()
         if text[-1:] in stops and text[-2:] not in ("..", "\\,", "\\;", "\\:"):
             text = text[:-1]

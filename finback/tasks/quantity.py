@@ -37,6 +37,7 @@ _MAGNITUDE = re.compile(
     rf"(?:{_MIXED}|{_FRACTION}|{_REPEATING}"
     rf"|(?P<number>{_GROUPED}|[0-9]{{1,60}},[0-9]{{1,60}}|{_DECIMAL})(?![0-9]|[,.][0-9])(?:{_TIMES_TEN})?)"
 )
+_LISTED = r"[0-9]+,[0-9]{1,2}|[0-9]+,[0-9]{4,}|0,[0-9]+"  # as a gold answer, 1,2 is a list
 _SCALES = {
     "hundred": 2,
     "thousand": 3,
@@ -149,6 +150,8 @@ def _single(text: str, strict: bool = False) -> Number | None:
         if not currency and (match := _CURRENCY.match(text)):
             currency, text = match[1], text[match.end() :]
     match = _MAGNITUDE.match(text)
+    if strict and match and re.fullmatch(_LISTED, match[0]):
+        return None
     value, form, rest = _value(match, text) if match else _spelt(text)
     if value is None:
         return None
