@@ -54,8 +54,8 @@ def check(problem: Problem, answer: str) -> Verdict:
     given = final_answer(answer)
     if given is None or len(given) > _LONGEST_ANSWER:
         return NO_ANSWER
-    said = replies.predicate(unwrapped(given), anyone=_read(problem.answer).number is not None)
-    verdicts = [_compared(problem, each) for each in (given, said) if each]
+    said = replies.predicates(unwrapped(given), anyone=_read(problem.answer).number is not None)
+    verdicts = [_compared(problem, each) for each in (given, *said)]
     return next((v for v in verdicts if v.correct), max(verdicts, key=lambda v: v.well_formed))
 
 
@@ -68,9 +68,11 @@ def gold(text: str) -> tuple[str, str]:
     if found:
         return unwrapped(found[-1]), text.strip() if len(text.strip()) > len(found[-1]) + len("\\boxed{}") else ""
     is_long = len(text) > _LONGEST_SENTENCE or "\n" in text.strip()
-    stated = final_answer(text) if replies.stated(text) else replies.predicate(unwrapped(text), anyone=True)
-    is_said = stated is not None and (bool(replies.stated(text)) or bool(label(stated) or number(stated)))
-    if stated is not None and is_said:
+    stated = final_answer(text) if replies.stated(text) else None
+    if stated is None:
+        said = replies.predicates(unwrapped(text), anyone=True)
+        stated = next((each for each in said if label(each) or number(each)), None)
+    if stated is not None:
         return unwrapped(stated), text.strip() if is_long else ""
     return unwrapped(text), ""
 

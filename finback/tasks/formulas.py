@@ -17,6 +17,7 @@ _JOINT = re.compile(r"\s*(?:,|;)?\s*\b(?:and|or)\b\s*|\s*(?:\\vee|\\lor|\\land|\
 _OR = re.compile(r"\bor\b|\\vee|\\lor")
 _ASSIGNED = re.compile(r"([a-zA-Z](?:_\{?\w+\}?)?)\s*=\s*([^=]+)")
 _POINT = re.compile(r"\(?\s*[a-zA-Z](?:\s*,\s*[a-zA-Z])*\s*\)?\s*=\s*(?=[\[({\\])")
+_NAMED = re.compile(r"(?:\\angle\s*)?[A-Z]{1,3}(?:\(\w+\))?\s*=\s*(?=[^=]+$)")
 _MEMBER = re.compile(r"[a-zA-Z]\s*\\in\s*")
 _INTERVAL = re.compile(r"\s*(?:\\left)?\s*[(\[].*,.*[)\]]\s*$", re.DOTALL)
 _OPEN, _SHUT = {">": "(", "\\ge": "["}, {"<": ")", "\\le": "]"}
@@ -36,7 +37,7 @@ def formula(text: str, like: str = "") -> str | None:
     if not listed:
         return None
     found = _both_signs(listed)
-    for sign, prefix in (("=", _POINT), (r"\in", _MEMBER)):
+    for sign, prefix in (("=", _POINT), ("=", _NAMED), (r"\in", _MEMBER)):
         if sign not in like and (match := prefix.match(found)):
             found = found[match.end() :]
     allowed = _FUNCTIONS | _letters(like)
@@ -44,12 +45,23 @@ def formula(text: str, like: str = "") -> str | None:
 
 
 def alike(one: str, other: str) -> tuple[str, str]:
-    """Two expressions, the one that is a range of a variable as an interval if the other is an interval."""
+    """Two expressions, a range of a variable as an interval if the other is one, and x = 1, y = 2 as a tuple."""
+    one, other = (_tuple(one) or one, other) if other.startswith("(") else (one, other)
+    one, other = (one, _tuple(other) or other) if one.startswith("(") else (one, other)
     if _INTERVAL.match(one):
         return one, _interval(other) or other
     if _INTERVAL.match(other):
         return _interval(one) or one, other
     return one, other
+
+
+def _tuple(text: str) -> str | None:
+    """x = 1, y = 2 as (1, 2), in the order of the variables' names; None if it is something else."""
+    assigned = [_ASSIGNED.fullmatch(part.strip()) for part in _split(text)]
+    if len(assigned) < 2 or not all(assigned):
+        return None
+    values = {match[1]: match[2] for match in assigned if match}
+    return f"({', '.join(values[name] for name in sorted(values))})" if len(values) == len(assigned) else None
 
 
 def _interval(text: str) -> str | None:
@@ -117,8 +129,6 @@ def _listed(text: str) -> str | None:
     names = {match[1] for match in assigned if match}
     has_or = bool(_OR.search(text))
     if assigned[0] and len(names) == 1:  # x = 1 or x = 2; x = 1, 2
-        if has_or and not all(assigned):
-            return None
         values = [match[2] if match else part for match, part in zip(assigned, parts, strict=True)]
         return "\\{" + ", ".join(value.strip() for value in values) + "\\}"
     if has_or:

@@ -13,7 +13,7 @@ _LONGEST, _LONGEST_NAME = 100_000, 2000  # characters of a reply, and of what na
 _MOST = 200  # statements, or lines
 _STOPS = ".!,;:。！、"
 _INTRODUCED = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then|and|clearly|obviously|definitely|certainly|finally),?\s+)*(?:(?:it|this|that)(?:\s+is|'s|\s+must be)\s+|i(?:'d|\s+would)?\s+(?:choose|pick|select|say|go with)\s+|"
+    r"(?:(?:so|thus|hence|therefore|then|and|clearly|obviously|definitely|certainly|finally),?\s+)*(?:(?:it|this|that)(?:\s+is|'s|\s+must be)\s+|i(?:'d|\s+would)?\s+(?:choose|pick|select|say|answer|go with)\s+|"
     r"(?:因此|所以|故|本题)?(?:应该|应)?选(?:择|项)?[：:]?\s*)?(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|letter|answer|选项|答案|\s)*[:：]?\s*",
     re.IGNORECASE,
 )
@@ -73,7 +73,7 @@ def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None
         letter = _within(labelled[1], choices)
         return letter if letter and _is_of(letter, labelled[2], behind != " ", choices) else None
     praised = re.fullmatch(rf"(.+?){_PRAISED.pattern}", bare, re.IGNORECASE | re.DOTALL)
-    said = [each for each in (praised and praised[1], replies.predicate(text)) if each and again]
+    said = [each for each in (praised and praised[1], *replies.predicates(text)) if each and again]
     return next((letter for each in said if (letter := _choice(each, choices, again=False))), None)
 
 

@@ -99,6 +99,7 @@ def unstyled(text: str) -> str:
     while before != text:
         # a unit close to its number is a word of its own: 12\text{cm} is no product
         before, text = text, re.sub(rf"(?<![_^{{\d])(\d+)\s*(?=\\(?:{_STYLES})\b)", r"\1 ", text)
+        text = re.sub(rf"(\\[a-zA-Z]+)(?=\\(?:{_STYLES})\b)", r"\1 ", text)  # \mu\text{m}
         text = _STYLE.sub(r"\1", text)
     text = _GAPS.sub(" ", _INVISIBLE.sub("", text))
     for pattern, written in _WRITTEN:

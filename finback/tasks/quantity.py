@@ -67,7 +67,9 @@ _SCALE = re.compile(r"\s*(" + "|".join(sorted(_SCALES, key=len, reverse=True)) +
 _CURRENCY = re.compile(
     r"(US\$|[A-Z]{0,2}\$|[€£¥₹₽₩]|(?:USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|KRW)(?![a-zA-Z])|Rs\.?|人民币)\s*"
 )
-_VARIABLE = re.compile(r"([a-zA-Z](?:_\{?\w\}?)?|[a-z]\([a-z]\))\s*(?:=|\\approx|(?:equals|is)(?=\s))\s*")
+_VARIABLE = re.compile(
+    r"([a-zA-Z](?:_\{?\w\}?)?|[a-z]\([a-z]\)|[A-Z]{2,3}|[A-Z]\(\w+\))\s*(?:=|\\approx|(?:equals|is)(?=\s))\s*"
+)
 _LEAD = re.compile(
     r"^(?:=>?|≈|→|⇒|∴|\\(?:approx|Rightarrow|implies|therefore)(?![a-zA-Z])|(?:approximately|approx\.?|about|roughly|exactly|in|at|the year|in the year|year)(?=\s))\s*",
     re.IGNORECASE,

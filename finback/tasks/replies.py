@@ -36,16 +36,24 @@ _END = re.compile(
 )
 _TAIL = re.compile(r"(?:です|だ|でした|입니다|이다|है|हैं)?\s*[.。।!！]?\s*$")
 _BOLD = re.compile(r"[ \t>]*(?:\*\*|__)(?!\s)([^*\n]{1,200}?)(?:\*\*|__)[.。]?[ \t]*")
+_LED = re.compile(
+    r"(?:(?:∴|so|thus|hence|therefore|then|finally|overall|in total|altogether|in conclusion|of the \w+|综上(?:所述)?|因此|所以),?\s+|"
+    r"(?:综上(?:所述)?|因此|所以)[，,]\s*)+",
+    re.IGNORECASE,
+)
 _PREDICATE = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then|finally|in total|altogether),?\s+)*"
-    r"(?P<of>(?:the|this|that|its|his|her|their|our|there|it|we|i|you)\b[^.!?;:,=<>\n]{0,80}?|it'?)\s*"
-    r"(?:\b(?:is|are|was|were|equals|gets?|gives?|have|has|need|needs|sold|found)|'s)\s+(?P<what>\S.*)",
+    r"(?P<of>(?:the|this|that|its|his|her|their|our|there|it|we|i|you)\b[^.!?;:,=<>\n]{0,80}?)\s+"
+    r"(?:is|are|was|were|equals|gets?|gives?|have|has|need|needs|sold|found)\s+(?P<what>\S.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_CONTRACTED = re.compile(r"(?P<of>it|that|he|she|there)'s\s+(?P<what>\S.*)", re.IGNORECASE | re.DOTALL)
+_FOREIGN = re.compile(
+    r"(?P<of>(?:la|el|los|le|les|die|der|das|il|lo|o|os|as|es|это)\b[^.!?;:,=<>\n]{0,60}?)\s+(?:es|est|ist|sind|é|è|son|sont|war|fue|era)\s+"
+    r"(?P<what>\S.*)|(?P<zh>[^。，；：,\n是不非]{1,30})是(?P<zhwhat>[^是\n，,]+)",
     re.IGNORECASE | re.DOTALL,
 )
 _FOUND = re.compile(
-    r"(?P<of>(?:∴|so|thus|hence|therefore|then|finally)?,?\s*(?:(?:we|i)\s+(?:find|get|have|obtain|conclude|see|deduce)(?:\s+that)?:?\s+)?)"
-    r"(?P<what>[a-zA-Z](?:_\{?\w\}?)?\s*[=<>≤≥\\].*)",
-    re.IGNORECASE,
+    r"(?P<of>(?:we|i)\s+(?:find|get|have|obtain|conclude|see|deduce)(?:\s+that)?:?)\s+(?P<what>\S.*)", re.IGNORECASE
 )
 _ANYONE = re.compile(
     r"(?:(?i:so|thus|hence|therefore|then|finally|in total|altogether),?\s+)*(?P<of>(?:I|[a-zA-Z][a-z]+)\s[^.!?;:,=<>\d\n\\^_+*/|(){}]{1,60}?)\s+(?P<what>\\?[$€£¥₹]?\d\S*(?:\s[^.!?;:=<>\n]*)?)"
@@ -136,21 +144,25 @@ def emphasized(text: str) -> list[str]:
 
 def sentence(text: str) -> str:
     """The first sentence of what was stated, without the verb that ends it in Japanese, Korean or Hindi."""
-    text = re.split(r",?\s+(?:since|because)\s|，?因为", text.strip())[0] or text
+    text = re.split(r",?\s+(?:since|because)\s|,\s+(?:as|which|where|when)\s|，?因为", text.strip())[0] or text
     end = _END.search(text)
     return _TAIL.sub("", text[: end.start()] if end else text)
 
 
-def predicate(text: str, anyone: bool = False) -> str | None:
-    """What one sentence says of its subject: "The capital is Paris." and "Capital: Paris" say Paris.
+def predicates(text: str, anyone: bool = False) -> list[str]:
+    """What one sentence may say of its subject: "The capital is Paris." and "Capital: Paris" say Paris.
 
     The subject may be `anyone` where a number is asked for: "Ann has 8 left."
     """
-    for pattern in (_FOUND, _PREDICATE, _NAMED, *([_ANYONE] if anyone else [])):
-        match = pattern.fullmatch(text.strip().replace("**", ""))
+    text = text.strip().replace("**", "")
+    bare = _LED.sub("", text, count=1) if _LED.match(text) else text
+    found = [bare] if bare != text else []
+    for pattern in (_FOUND, _PREDICATE, _CONTRACTED, _FOREIGN, _NAMED, *([_ANYONE] if anyone else [])):
+        match = pattern.fullmatch(bare)
         if match:
-            return match["what"] if not _UNSURE.search(match["of"]) else None
-    return None
+            of, *_, what = (group for group in match.groups() if group is not None)
+            found += [] if _UNSURE.search(of) else [what]
+    return found
 
 
 def _is_line(text: str, match: re.Match[str]) -> bool:
