@@ -13,7 +13,7 @@ _LONGEST, _LONGEST_NAME = 100_000, 2000  # characters of a reply, and of what na
 _MOST = 200  # statements, or lines
 _STOPS = ".!,;:。！、"
 _INTRODUCED = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then|and|clearly|obviously|definitely|certainly|finally),?\s+)*(?:(?:it|this|that)(?:\s+is|'s|\s+must be)\s+|i(?:'d|\s+would)?\s+(?:choose|pick|select|say|answer|go with)\s+|"
+    r"(?:(?:so|thus|hence|therefore|then|and|clearly|obviously|definitely|certainly|finally),?\s+)*(?:(?:it|this|that)(?:\s+is|'s|\s+must be)\s+|(?:i|we)(?:'d|\s+would)?\s+(?:choose|pick|select|say|answer|go with)\s+|"
     r"(?:因此|所以|故|本题)?(?:应该|应)?选(?:择|项)?[：:]?\s*)?(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|letter|answer|选项|答案|\s)*[:：]?\s*",
     re.IGNORECASE,
 )
@@ -69,7 +69,10 @@ def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None
     if (repeated := _repeated(bare, choices)) is not None:
         return repeated
     behind = bare[labelled.end(1) :][:1] if labelled else ""
-    if labelled and labelled[1].isupper() and not behind.isalnum():
+    is_listed = (
+        behind in (")", ".") and labelled is not None and _repeated(labelled[2], choices) is not None
+    )  # b) green
+    if labelled and (labelled[1].isupper() or is_listed) and not behind.isalnum():
         letter = _within(labelled[1], choices)
         return letter if letter and _is_of(letter, labelled[2], behind != " ", choices) else None
     praised = re.fullmatch(rf"(.+?){_PRAISED.pattern}", bare, re.IGNORECASE | re.DOTALL)
