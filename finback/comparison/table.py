@@ -54,6 +54,7 @@ def pair(each: dict[str, Any]) -> str:
     if each["no_answer"]:
         shares = " and ".join(f"{share:.0%} of the answers of {name}" for name, share in each["no_answer"].items())
         verdict = f"no verdict, for {shares} are none of the asked form"
+        p_values += "; a model taught on bare questions is asked so with FILE?prompt=plain"
     return f"{each['suite']}: {each['one']} against {each['other']}: {verdict}; {gap}, {p_values}"
 
 

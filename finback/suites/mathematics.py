@@ -13,7 +13,7 @@ from finback.tasks.task import Problem, canonical
 # What R1's model card asks for in mathematics (its README, "Usage Recommendations").
 BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 EXTRACTION = (
-    r"\boxed{}, or ####, or <answer>, or what follows \"The answer is\", or all of it; two different ones are none"
+    r'\boxed{}, or ####, or <answer>, or what follows "The answer is", or all of it; two different ones are none'
 )
 
 
