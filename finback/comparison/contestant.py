@@ -60,7 +60,7 @@ class Answer:
         return ending(self.finish) in ("stop", "refused", "tools", "unknown") and self.closed
 
     @property
-    def said(self) -> str:
+    def content(self) -> str:
         """The text that is judged: up to the first stop token that a server has left in it."""
         return before_stop_token(self.text)[0]
 

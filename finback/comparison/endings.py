@@ -43,7 +43,7 @@ def before_stop_token(text: str) -> tuple[str, str]:
     start, first = 0, ""
     for match in _STOP_TOKEN.finditer(text):
         first = first or match[0]
-        if said := text[start : match.start()].strip():
-            return said, first
+        if before := text[start : match.start()].strip():
+            return before, first
         start = match.end()
     return text[start:].strip(), first

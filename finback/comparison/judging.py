@@ -35,23 +35,23 @@ class JudgedAnswer:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing, neither in the chain nor behind it."""
-        return not (self.answer.said or self.answer.thinking)
+        return not (self.answer.content or self.answer.thinking)
 
     @property
     def is_reasoning_only(self) -> bool:
         """Whether a chain came to an end, or was given up, and no answer follows it."""
-        return bool(self.answer.thinking) and not self.answer.said and not self.is_cut
+        return bool(self.answer.thinking) and not self.answer.content and not self.is_cut
 
     @property
     def shown(self) -> str:
         """The vote, or how a longer answer begins."""
-        return self.vote or self.answer.said[:_LONGEST_VOTE]
+        return self.vote or self.answer.content[:_LONGEST_VOTE]
 
 
 def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Price) -> list[JudgedAnswer]:
     """Judge answers, given with the places of their questions. One that is cut off, or lost in its chain, is wrong."""
     whole = [pair for pair in answers if pair[1].whole]
-    asked = [(suite.problems[place], a.said) for place, a in whole]
+    asked = [(suite.problems[place], a.content) for place, a in whole]
     verdicts = dict(zip([id(a) for _, a in whole], judged(suite.task, asked), strict=True))
     return [
         JudgedAnswer(
@@ -60,7 +60,7 @@ def judge_answers(suite: Suite, answers: Sequence[tuple[int, Answer]], price: Pr
             verdicts.get(id(a), NO_ANSWER),
             vote(suite, suite.problems[place], a),
             price.of(a),
-            consistency(a.thinking or a.said, suite.language) if suite.language else None,
+            consistency(a.thinking or a.content, suite.language) if suite.language else None,
         )
         for place, a in answers
     ]
@@ -70,6 +70,6 @@ def vote(suite: Suite, problem: Problem, a: Answer) -> str | None:
     """What an answer counts for in a vote; nothing where it has no end or no short final answer."""
     read = getattr(suite.task, "read", None)
     if read is not None:
-        return read(problem, a.said) if a.whole else None
-    final = final_answer(a.said) if a.whole else None
+        return read(problem, a.content) if a.whole else None
+    final = final_answer(a.content) if a.whole else None
     return spelling(final).lower() if final is not None and len(final) <= _LONGEST_VOTE else None

@@ -69,9 +69,9 @@ def _endings(judged: Sequence[JudgedAnswer]) -> list[str]:
     """Ends that are neither an end of the answer nor that of its tokens, by the server's words for them."""
     words = [j.answer.finish for j in judged]
     found = []
-    for kind, said in _SAYS.items():
+    for kind, remark in _SAYS.items():
         if those := [word for word in words if ending(word) == kind]:
-            found.append(f"{len(those)} {said} ({_counted(those)})")
+            found.append(f"{len(those)} {remark} ({_counted(those)})")
     if n := sum(not word for word in words):
         found.append(f"{n} without a finish reason, judged as whole")
     return found

@@ -87,12 +87,12 @@ def _checked(messages: list[Message], tools: Sequence[Tool]) -> Dialogue:
         if message.role == "user" and not message.content.strip():
             raise UserError(f"messages[{i}].content", message.content, "empty", _REMEDY)
     is_empty = [m.role == "assistant" and not m.content.strip() and not m.tool_calls for m in messages]
-    taught = tuple(replace(m, learnt=m.learnt and not none) for m, none in zip(messages, is_empty, strict=True))
-    if not any(m.role == "assistant" and m.learnt for m in taught):
+    learnt = tuple(replace(m, learnt=m.learnt and not none) for m, none in zip(messages, is_empty, strict=True))
+    if not any(m.role == "assistant" and m.learnt for m in learnt):
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
         wrong = "the answer is empty" if any(is_empty) else "every answer has weight 0"
         raise UserError("messages", len(messages), wrong if answers else "nothing that an assistant says", _REMEDY)
-    return Dialogue(taught, tuple(tools), sum(is_empty))
+    return Dialogue(learnt, tuple(tools), sum(is_empty))
 
 
 # ---- the forms ----------------------------------------------------------------------------------------------------------

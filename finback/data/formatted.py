@@ -67,19 +67,19 @@ def check_name(path: Path, where: str) -> None:
 
 def check_text(lines: Iterator[str], path: Path, where: str) -> Iterator[str]:
     """The lines of a plain text; UserError if it begins as something else does."""
-    held: list[str] = []
+    first: list[str] = []
     size = 0
     for line in lines:
-        held.append(line)
+        first.append(line)
         size += len(line) + 1
         if size >= _BEGIN:
             break
-    begin = "\n".join(held)[:_BEGIN].lstrip()
+    begin = "\n".join(first)[:_BEGIN].lstrip()
     signs = _SIGNS[:-1] if readers.kind(path) in _MARKDOWN else _SIGNS
     for sign, what, remedy in signs:
         if sign.match(begin):
             raise UserError(where, str(path), f"holds {what}, not plain text", remedy)
-    yield from held
+    yield from first
     yield from lines
 
 

@@ -116,7 +116,7 @@ class LessonReader:
         problem, remedy = "text without turns", "SFT learns from dialogues."
         raise UserError(f"{self.stage.name}.text", document.text[:60], problem, remedy)
 
-    def _report(self, reading: _Reading, source: Source, kept: int, taught: int) -> None:
+    def _report(self, reading: _Reading, source: Source, kept: int, learnt: int) -> None:
         """Into the results, and onto stderr what was left out; UserError where that is everything."""
         name, unusable, contaminated = reading.name, reading.unusable, reading.contaminated
         shown = [f"{each['where']} ({each['why']})" for each in unusable[:SHOWN]]
@@ -135,7 +135,7 @@ class LessonReader:
             self._warn(f"{contaminated.total():,} records of {name} hold questions of exams and are left out: {exams}")
         if reading.empty:
             self._warn(f"{reading.empty:,} empty answers of {name} are not learnt")
-        if not taught and (unusable or contaminated):
+        if not learnt and (unusable or contaminated):
             first = shown[0] if shown else f"all hold questions of the exam {next(iter(contaminated))}"
             problem = f"nothing in it can be learnt: {first}"
             raise UserError(f"{self.stage.name}.text", name, problem, "Correct it, or leave it out.")

@@ -42,7 +42,7 @@ def final_answer(text: str) -> str | None:
     if len(found) == 1 and len(found[0]) < len(text):
         found = replies.boxed(found[0]) or replies.stated(found[0]) or found
     if not found:
-        found = [replies.sentence(said) for said in replies.stated(text)] or replies.emphasized(text) or [text]
+        found = [replies.sentence(each) for each in replies.stated(text)] or replies.emphasized(text) or [text]
     answers = list(dict.fromkeys(answer.strip() for answer in found))
     if not all(answers) or replies.NOTHING in answers or len(answers) > _MOST:
         return None
@@ -54,8 +54,8 @@ def check(problem: Problem, answer: str) -> Verdict:
     given = final_answer(answer)
     if given is None or len(given) > _LONGEST_ANSWER:
         return NO_ANSWER
-    said = replies.predicates(unwrapped(given), anyone=_read(problem.answer).number is not None)
-    verdicts = [_compared(problem, each) for each in (given, *said)]
+    claims = replies.predicates(unwrapped(given), anyone=_read(problem.answer).number is not None)
+    verdicts = [_compared(problem, each) for each in (given, *claims)]
     return next((v for v in verdicts if v.correct), max(verdicts, key=lambda v: v.well_formed))
 
 
@@ -70,8 +70,8 @@ def gold(text: str) -> tuple[str, str]:
     is_long = len(text) > _LONGEST_SENTENCE or "\n" in text.strip()
     stated = final_answer(text) if replies.stated(text) else None
     if stated is None:
-        said = replies.predicates(unwrapped(text), anyone=True)
-        stated = next((each for each in said if label(each) or number(each)), None)
+        claims = replies.predicates(unwrapped(text), anyone=True)
+        stated = next((each for each in claims if label(each) or number(each)), None)
     if stated is not None:
         return unwrapped(stated), text.strip() if is_long else ""
     return unwrapped(text), ""
@@ -96,8 +96,8 @@ def spelling(text: str) -> str:
         return text
     if (value := number(text)) is not None:
         return str(value)
-    if (said := words(text)) is not None:
-        return said
+    if (wording := words(text)) is not None:
+        return wording
     return compact(formula(text) or text)
 
 
@@ -119,10 +119,10 @@ def _compared(problem: Problem, given: str) -> Verdict:
         if verdict is not None:
             return verdict
     if wanted.words is not None:
-        said = words(given)
-        if said == wanted.words or is_name(problem.answer):
-            is_one = said is not None and (", " not in said or ", " in wanted.words)
-            return Verdict(said == wanted.words, well_formed=is_one)
+        wording = words(given)
+        if wording == wanted.words or is_name(problem.answer):
+            is_one = wording is not None and (", " not in wording or ", " in wanted.words)
+            return Verdict(wording == wanted.words, well_formed=is_one)
     return _derived(problem, given)
 
 

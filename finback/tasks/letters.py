@@ -76,8 +76,8 @@ def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None
         letter = _within(labelled[1], choices)
         return letter if letter and _is_of(letter, labelled[2], behind != " ", choices) else None
     praised = re.fullmatch(rf"(.+?){_PRAISED.pattern}", bare, re.IGNORECASE | re.DOTALL)
-    said = [each for each in (praised and praised[1], *replies.predicates(text)) if each and again]
-    return next((letter for each in said if (letter := _choice(each, choices, again=False))), None)
+    claims = [each for each in (praised and praised[1], *replies.predicates(text)) if each and again]
+    return next((letter for each in claims if (letter := _choice(each, choices, again=False))), None)
 
 
 def _is_of(letter: str, rest: str, is_marked: bool, choices: Sequence[str]) -> bool:

@@ -112,22 +112,22 @@ def stated(text: str) -> list[str]:
             marks[i + 1][0] if i + 1 < len(marks) and marks[i + 1][0] > end else -1,
             len(text),
         ]
-        said = text[end : min(e for e in ends if e >= 0)].strip()
+        content = text[end : min(e for e in ends if e >= 0)].strip()
         if i + 1 < len(marks) and re.fullmatch(
-            r"(?:(?:so|thus|hence|therefore|the|that|my|our|is)\b,?\s*)+", said, re.IGNORECASE
+            r"(?:(?:so|thus|hence|therefore|the|that|my|our|is)\b,?\s*)+", content, re.IGNORECASE
         ):
             continue  # Final answer: The final answer is 18.
-        if not said and not (is_line and (said := _below(text, end))):
+        if not content and not (is_line and (content := _below(text, end))):
             continue
         followed = i + 1 < len(marks) and "\n" not in text[end : marks[i + 1][0]]
-        if followed and len(said.split()) > 4:  # Answer: first we add them … The answer is 12.
+        if followed and len(content.split()) > 4:  # Answer: first we add them … The answer is 12.
             continue
-        if said.count("**") % 2:  # it began before "Answer:"
-            said = said.replace("**", "", 1)
+        if content.count("**") % 2:  # it began before "Answer:"
+            content = content.replace("**", "", 1)
         line = text[text.rfind("\n", 0, start) + 1 : start]
         if i + 1 == len(marks) and _SECOND.search(text, end):
-            said = NOTHING  # The answer is 12. No, 13.
-        found.append(NOTHING if _DENIED.search(line[-80:]) else said)
+            content = NOTHING  # The answer is 12. No, 13.
+        found.append(NOTHING if _DENIED.search(line[-80:]) else content)
     return found or _headed(text)
 
 

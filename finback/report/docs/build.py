@@ -90,8 +90,8 @@ def outcome(files: Sequence[Path], examined: Completeness) -> str:
     """What was written, and what it lacks."""
     lacks = len(examined.unanswered) + len(examined.unrecorded) + len(examined.contradictions)
     end = "Complete." if examined.holds else f"{lacks} things are missing or contradict each other; --check lists them."
-    said = [f"contradiction: {text}" for text in examined.contradictions]
-    return "\n".join([*map(str, files), *said, end])
+    notes = [f"contradiction: {text}" for text in examined.contradictions]
+    return "\n".join([*map(str, files), *notes, end])
 
 
 def _is_ours(folder: Path) -> bool:
