@@ -14,38 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finback.config import UserError
+from finback.data.dialogues import BESIDE, LISTS, PAIRS
 
 # what holds records and no plain text
 RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
 # what a record is read for
-FIELDS = (
-    *(
-        "messages",
-        "conversations",
-        "conversation",
-        "text",
-        "question",
-        "prompt",
-        "instruction",
-        "query",
-        "problem",
-        "input",
-    ),
-    *(
-        "answer",
-        "response",
-        "output",
-        "completion",
-        "solution",
-        "context",
-        "system",
-        "system_prompt",
-        "history",
-        "tools",
-    ),
-    *("functions", "choices", "options", "reasoning_content", "reasoning", "thinking", "weight", "label"),
-)
+FIELDS = frozenset(("text", *LISTS, *PAIRS, *(name for names in PAIRS.values() for name in names), *BESIDE))
 _BLANK_LINES = re.compile(r"\s*\n")
 
 
@@ -124,7 +99,7 @@ def _json_list(path: Path, where: str, text: str) -> Iterator[tuple[str, Any]]:
             yield from _json_lines(path, text.split("\n"))
             return
         listed = [v for v in whole.values() if _is_list(v)] if isinstance(whole, dict) else []
-        is_record = len(listed) != 1 or not {*FIELDS}.isdisjoint(whole)
+        is_record = len(listed) != 1 or not FIELDS.isdisjoint(whole)
         yield from [(f"{path}:1", whole)] if is_record else ((f"{path}[{i}]", r) for i, r in enumerate(listed[0]))
         return
     decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0

@@ -18,12 +18,8 @@ class Window:
     """What a model reads at most, question and answer together."""
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, max_tokens: int, think: bool = False) -> None:
-        self.tokenizer, self.size, self.max_tokens, self.think = (
-            tokenizer,
-            config.max_position_embeddings,
-            max_tokens,
-            think,
-        )
+        self.tokenizer, self.size = tokenizer, config.max_position_embeddings
+        self.max_tokens, self.think = max_tokens, think
 
     def prompt(self, problem: Problem) -> tuple[list[int], bool]:
         """Ids that ask a question, and whether they end inside a chain of thought."""

@@ -42,7 +42,9 @@ def rollout(
 ) -> list[Rollout]:
     """Answer each problem once; `think` opens the chain for the model. An answer cut off in its chain is wrong."""
     window = Window(tokenizer, engine.model.config, sampling.max_tokens, think)
-    asked = [window.prompt(problem) for problem in problems]
+    # a group's answers are to one question, which is encoded once
+    encoded = {question: window.prompt(p) for question, p in {p.question: p for p in problems}.items()}
+    asked = [encoded[problem.question] for problem in problems]
     prompts = [ids for ids, _ in asked]
     for ids, problem in zip(prompts, problems, strict=True):  # before anything is answered
         if len(ids) + sampling.max_tokens > window.size:

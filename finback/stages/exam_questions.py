@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 from finback.data.decontamination import Decontaminator, grams
 from finback.data.messages import Message
@@ -29,10 +30,7 @@ class ExamQuestions:
         for exam in (exam for stage in run.stages if isinstance(stage, Evaluate) for exam in stage.exams):
             if exam not in self.exams:  # other stages may have the same exam, or another one of this name
                 self.exams.append(exam)
-        self._decontaminator: Decontaminator | None = None
         self._asked: dict[int, list[Problem]] = {}
-        self._keys: dict[str, str] | None = None
-        self._embedded: _Embedded | None = None
 
     def find(self, messages: Sequence[Message], is_trace: bool) -> str | None:
         """The exam that has a question of the dialogue, if there is one.
@@ -49,32 +47,26 @@ class ExamQuestions:
             filter(None, (self.embedded.find(m.content) for m in messages if m.role != "system")), None
         )
 
-    @property
+    @cached_property
     def keys(self) -> dict[str, str]:
         """Whole questions, in canonical form, of exams that are not generated; to their exams."""
-        if self._keys is None:
-            given = [exam for exam in self.exams if isinstance(exam.task, OfSuite | RecordTask)]
-            self._keys = {canonical(q): exam.name for exam in given for p in self._problems(exam) for q in _texts(p)}
-        return self._keys
+        given = [exam for exam in self.exams if isinstance(exam.task, OfSuite | RecordTask)]
+        return {canonical(q): exam.name for exam in given for p in self._problems(exam) for q in _texts(p)}
 
-    @property
+    @cached_property
     def decontaminator(self) -> Decontaminator:
         """Of the questions of all exams."""
-        if self._decontaminator is None:
-            held_out, trained = dict[str, list[str]](), dict[str, list[str]]()
-            for exam in self.exams:
-                problems = self._problems(exam)
-                held_out.setdefault(exam.name, []).extend(text for problem in problems for text in _texts(problem))
-                trained.setdefault(exam.name, []).extend(self._wording(exam, problems))
-            self._decontaminator = Decontaminator(held_out, trained, NGRAM)
-        return self._decontaminator
+        held_out, trained = dict[str, list[str]](), dict[str, list[str]]()
+        for exam in self.exams:
+            problems = self._problems(exam)
+            held_out.setdefault(exam.name, []).extend(text for problem in problems for text in _texts(problem))
+            trained.setdefault(exam.name, []).extend(self._wording(exam, problems))
+        return Decontaminator(held_out, trained, NGRAM)
 
-    @property
+    @cached_property
     def embedded(self) -> "_Embedded":
         """Of the same questions, with words before and behind them in one line."""
-        if self._embedded is None:
-            self._embedded = _Embedded((t, e.name) for e in self.exams for p in self._problems(e) for t in _texts(p))
-        return self._embedded
+        return _Embedded((t, e.name) for e in self.exams for p in self._problems(e) for t in _texts(p))
 
     def _problems(self, exam: Exam) -> list[Problem]:
         """Those that the exam asks; of a file all that are held out."""
