@@ -14,8 +14,8 @@ import pytest
 from finback.config import UserError
 from finback.data import html_text
 from finback.data.messages import Message
-from finback.data.readers import BytesRead
 from finback.data.sources import Document, Files
+from finback.readers import BytesRead
 
 WHALE, KRILL = "Blue whales sing.", "They eat krill,\nfour tons a day."
 DIALOGUE = Document((Message("user", "4+5?"), Message("assistant", "9")))

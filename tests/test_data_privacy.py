@@ -13,9 +13,9 @@ from finback.data.clean import CleaningRules, check
 from finback.data.messages import Message
 from finback.data.phones import is_known
 from finback.data.privacy import redact
-from finback.data.readers import trim
 from finback.data.sources import Document
 from finback.data.tools import ToolCall
+from finback.readers import trim
 
 MARKS = ("[email]", "[ip]", "[phone]")
 LINES = [

@@ -14,9 +14,9 @@ from finback.config import UserError
 from finback.data import document_store, package_sources
 from finback.data.messages import Message
 from finback.data.package_sources import AWS, GOOGLE, POSTGRES, PYTHON, WORDNET
-from finback.data.readers import BytesRead
 from finback.data.sources import Document, Files
 from finback.data.tools import ToolCall
+from finback.readers import BytesRead
 
 TEXT = "One\nline.\r\n\r\nTwo: 鲸.\n\n\n  Three \n"
 RECORDS = [

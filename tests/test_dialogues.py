@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from finback import readers
 from finback.config import UserError
-from finback.data import dialogues, readers, tokenizer
+from finback.data import dialogues, tokenizer
 from finback.data.dialogues import read_dialogue
 from finback.data.messages import IGNORE, Message, lessons
 from finback.data.openai_messages import read_messages
@@ -320,9 +321,10 @@ def test_whole_numbers_in_a_column_of_floats_are_whole(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = arrow.table({"question": ["a", "b", "c"], "answer": [4.0, 4.5, None]})
     parquet.write_table(table, tmp_path / "a.parquet")
-    (_, one), (_, two), (_, three) = readers.records(tmp_path / "a.parquet", "mine")
+    (_, one), (_, two), (_, three) = readers.records(tmp_path / "a.parquet", "mine", fields=dialogues.FIELDS)
     assert read_dialogue(one).messages[1].content == "4" and read_dialogue(two).messages[1].content == "4.5"
     assert three == {"question": "c"}
+    assert [*readers.records(tmp_path / "a.parquet", "mine")][2][1] == {"question": "c", "answer": None}
 
 
 def test_columns_of_parquet_are_those_that_dialogues_use() -> None:
@@ -332,4 +334,4 @@ def test_columns_of_parquet_are_those_that_dialogues_use() -> None:
         *dialogues.PAIRS,
         *(n for each in dialogues.PAIRS.values() for n in each),
     }
-    assert names <= {*readers.FIELDS}
+    assert names <= {*dialogues.FIELDS}

@@ -83,7 +83,21 @@ def test_a_table_and_a_packed_file_hold_the_same_records(tmp_path: Path) -> None
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     (tmp_path / "a.ndjson").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "a.JSONL").write_text("\n".join(map(json.dumps, rows)))
-    for name in ("a.csv", "a.TSV", "a.jsonl.gz", "a.ndjson", "a.JSONL"):
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": rows}))
+    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, rows)))
+    names = ["a.csv", "a.TSV", "a.jsonl.gz", "a.ndjson", "a.JSONL", "a.json", "b.json"]
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        pass
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+        (tmp_path / "b.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+        with pyarrow.CompressedOutputStream(str(tmp_path / "a.csv.zst"), "zstd") as packed:
+            packed.write((tmp_path / "a.csv").read_bytes())
+        names += ["a.parquet", "b.parquet.gz", "a.csv.zst"]
+    for name in names:
         assert [record.fields for record in read(str(tmp_path / name), "", "")] == rows
     assert read(str(tmp_path / "a.csv"), "", "")[1].where == f"{tmp_path}/a.csv:4"
 
@@ -92,10 +106,12 @@ def test_a_table_and_a_packed_file_hold_the_same_records(tmp_path: Path) -> None
     ("name", "content", "message"),
     [
         ("a.csv", b"question,answer\nx\n", r"a\.csv:2 = .*not one value for each of the 2 columns"),
-        ("a.csv", b'question,answer\n"x,y\n', r"a\.csv:1 = .*not CSV"),
+        ("a.csv", b'question,answer\n"x,y\n', r"a\.csv:1 = .*not a table"),
         ("a.jsonl.gz", b"{}", "not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 999, mtime=0)[:20], "not a whole gzip file"),
-        ("a.parquet.gz", b"", "not a kind of file"),
+        ("a.jsonl.zst", b"{}", "not a whole zstd file"),
+        ("a.parquet.gz", gzip.compress(b"no", mtime=0), "not parquet"),
+        ("a.txt.gz", b"", "not a kind of file"),
     ],
 )
 def test_bad_tables_and_packed_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:

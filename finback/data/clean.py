@@ -15,8 +15,8 @@ from finback.data.blocks import blocks, squeeze
 from finback.data.decontamination import Decontaminator
 from finback.data.messages import Message
 from finback.data.near_duplicates import MinHashSigner, SignatureIndex
-from finback.data.readers import trim
 from finback.data.sources import Document
+from finback.readers import trim
 
 # categories Cc, without newline and tab, and Cs; those that are spaces (a form feed) separate words
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")

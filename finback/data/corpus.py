@@ -25,9 +25,9 @@ from finback.data.corpus_passes import EncodePass, ReadPass, encode_sides, read_
 from finback.data.document_store import DocumentWriter
 from finback.data.near_duplicates import SignatureIndex
 from finback.data.package_sources import PackageSource
-from finback.data.readers import BytesRead
 from finback.data.sources import Document, Hub, Source, digest
 from finback.data.tokenizer import Tokenizer
+from finback.readers import BytesRead
 from finback.runs.files import read_json, write_json
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.progress import Progress

@@ -38,6 +38,8 @@ SYSTEM = ("system", "system_prompt")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CHOICES = ("choices", "options")
 BESIDE = (*SYSTEM, *REASONING, *CHOICES, *SECOND, "tools", "functions", "history", "weight", "label")
+# what a record is read for
+FIELDS = frozenset(("text", *LISTS, *PAIRS, *(name for names in PAIRS.values() for name in names), *BESIDE))
 _ROLES = {
     "human": "user",
     "gpt": "assistant",

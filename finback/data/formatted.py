@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finback import readers
 from finback.config import UserError
-from finback.data import html_text, readers
-from finback.data.readers import BytesRead
+from finback.data import html_text
+from finback.readers import BytesRead
 
 PAGES = (".html", ".htm", ".xhtml")
 FORMATTED = (*PAGES, ".pdf", ".docx")

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from finback.config import UserError, check_fields
 from finback.data.html_text import plain
-from finback.data.readers import BytesRead
 from finback.data.sources import Document, Source
+from finback.readers import BytesRead
 
 
 @dataclass(frozen=True)

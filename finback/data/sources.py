@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from finback import readers
 from finback.config import UserError, check_characters, check_fields
-from finback.data import file_globs, formatted, readers
-from finback.data.dialogues import read_dialogue
+from finback.data import file_globs, formatted
+from finback.data.dialogues import FIELDS, read_dialogue
 from finback.data.messages import Message, parse_response
-from finback.data.readers import BytesRead
+from finback.readers import BytesRead
 
 # what turns a record or a message into more than texts that follow each other
 _BESIDE = ("system", "system_prompt", "reasoning", "thinking", "choices", "options", "tools", "functions", "history")
@@ -115,7 +116,7 @@ class Files(Source):
         where, ending = f"{self.name}.paths", readers.kind(path)
         formatted.check_name(path, where)
         if ending in readers.RECORDS:
-            for at, record in readers.records(path, where, bytes_read):
+            for at, record in readers.records(path, where, bytes_read, FIELDS):
                 if isinstance(record, UserError):
                     raise UserError(at, record.value, record.problem, record.remedy)
                 document = _from_record(record, at)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from finback import readers
 from finback.config import UserError
-from finback.data import readers
-from finback.data.dialogues import Dialogue, read_dialogue
+from finback.data.dialogues import FIELDS, Dialogue, read_dialogue
 from finback.data.messages import Lesson, lessons
 from finback.data.sources import Chitchat, Document, Files, Hub
 from finback.data.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ class LessonReader:
         elif isinstance(source, Files):
             for path in source.files():
                 if readers.kind(path) in readers.RECORDS:
-                    yield from readers.records(path, f"{source.name}.paths")
+                    yield from readers.records(path, f"{source.name}.paths", fields=FIELDS)
                 else:
                     self._refuse_text(next(source.read(path)))
         else:

@@ -1,18 +1,15 @@
 """The records of a user's data: JSON objects from a file or from the Hugging Face hub, read once. No torch here."""
 
-import csv
-import gzip
-import io
 import json
 import math
 import random
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finback import readers
 from finback.config import UserError, check_characters, did_you_mean
 from finback.tasks.task import Problem
 
@@ -59,7 +56,7 @@ class Record(NamedTuple):
 class RecordTask:
     """A task with one problem for each record; of problems with the same canonical form the first counts."""
 
-    # a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, or hub:owner/name
+    # a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, also with .gz or .zst behind it, or hub:owner/name
     source: str
     # of a data set of the hub, such as main
     subset: str = ""
@@ -119,64 +116,12 @@ def read(source: str, subset: str, split: str, revision: str = "", files: str = 
 @lru_cache(maxsize=16)
 def _from_file(source: str, changed: int, size: int) -> tuple[Record, ...]:
     path = Path(source)
-    tables = {".csv": partial(_table, separator=","), ".tsv": partial(_table, separator="\t")}
-    readers: dict[str, Callable[[Path], Iterator[Record]]]
-    readers = {".jsonl": _lines, ".ndjson": _lines, ".json": _list, ".parquet": _parquet, **tables}
-    kind = (Path(path.stem).suffix if _is_packed(path) else path.suffix).lower()
-    if kind not in readers or (_is_packed(path) and kind == ".parquet"):
+    if readers.kind(path) not in readers.RECORDS:
         remedy = "Use .jsonl (one JSON object per line), .json (a list of them), .csv, .tsv or .parquet."
         raise UserError("source", source, "not a kind of file that can be read", remedy)
-    records = tuple(readers[kind](path))
-    if not records:
+    if not size:
         raise UserError("source", source, "the file has no records", "Fill it or name another.")
-    return records
-
-
-def _is_packed(path: Path) -> bool:
-    return path.suffix.lower() == ".gz"
-
-
-def _lines(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield _record(_json(line, where, "Write one JSON object per line."), where, line)
-
-
-def _list(path: Path) -> Iterator[Record]:
-    text = _text(path)
-    values = _json(text, str(path), "Write a list of JSON objects.")
-    if not isinstance(values, list):
-        raise UserError("source", str(path), "not a list", "Write a list of JSON objects, or use .jsonl.")
-    for number, value in enumerate(values, start=1):
-        yield _record(value, f"{path}: record {number}", text)
-
-
-def _table(path: Path, separator: str) -> Iterator[Record]:
-    csv.field_size_limit(1 << 30)  # a worked solution may be longer than csv allows by default
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=separator, strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                problem = f"not one value for each of the {len(reader.fieldnames or ())} columns"
-                raise UserError(f"{path}:{reader.line_num}", row, problem, "Correct the line.")
-            yield Record(f"{path}:{reader.line_num}", row)
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}", str(path), f"not CSV ({error})", "Correct the line.") from None
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError("source", str(path), "reading parquet takes the package pyarrow", _INSTALL) from None
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError("source", str(path), f"not parquet ({error})", "Name another file.") from None
-    for number, row in enumerate(rows, start=1):
-        yield _record(row, f"{path}: record {number}")
+    return tuple(_record(value, where) for where, value in readers.records(path, "source"))
 
 
 @lru_cache(maxsize=16)
@@ -197,30 +142,10 @@ def _from_hub(source: str, subset: str, split: str, revision: str, files: str) -
     return tuple(_record(dict(row), f"{source} {split}: record {n}") for n, row in enumerate(rows, start=1))
 
 
-def _record(value: Any, where: str, written: str = "") -> Record:
+def _record(value: Any, where: str) -> Record:
+    if isinstance(value, UserError):
+        raise UserError(where, value.value, value.problem, value.remedy)
     if not isinstance(value, dict):
         raise UserError(where, value, "not a JSON object", 'Write for example {"question": "…", "answer": "…"}.')
-    check_characters(value, written, where)
+    check_characters(value, json.dumps(value, default=str), where)
     return Record(where, value)
-
-
-def _json(text: str, where: str, remedy: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also too deep, or a number of too many digits
-        problem = f"not JSON ({getattr(error, 'msg', error)})"
-        raise UserError(where, text[:60], problem, remedy) from None
-
-
-def _text(path: Path) -> str:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if _is_packed(path) else path.read_bytes()
-        return raw.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        problem = f"not a whole gzip file ({error})"
-        raise UserError("source", str(path), problem, "Name another file.") from None
-    except UnicodeDecodeError as error:
-        problem = f"not UTF-8 text (byte {error.start})"
-        raise UserError("source", str(path), problem, "Convert it to UTF-8.") from None
-    except OSError as error:
-        raise UserError("source", str(path), str(error.strerror), "Make the file readable.") from None

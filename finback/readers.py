@@ -1,4 +1,7 @@
-"""Files to lines, paragraphs and records, one at a time: text, JSON, tables and parquet, plain or compressed."""
+"""Files to lines, paragraphs and records, one at a time: text, JSON, tables and parquet, plain or compressed. No torch here.
+
+Training text, SFT's dialogues and questions with answers are all read here; what their records hold is for their readers to say.
+"""
 
 import csv
 import gzip
@@ -7,20 +10,17 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from finback.config import UserError
-from finback.data.dialogues import BESIDE, LISTS, PAIRS
 
 # what holds records and no plain text
 RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSED = (".gz", ".zst")
-# what a record is read for
-FIELDS = frozenset(("text", *LISTS, *PAIRS, *(name for names in PAIRS.values() for name in names), *BESIDE))
 _BLANK_LINES = re.compile(r"\s*\n")
 
 
@@ -57,25 +57,33 @@ def lines(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterat
         raise UserError(where, str(path), "the file is empty", "Remove it from the list or fill it.")
 
 
-def records(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterator[tuple[str, Any]]:
-    """A file's records and where each stands, such as a.jsonl:12; a UserError in place of one that cannot be read."""
+def records(
+    path: Path, where: str, bytes_read: BytesRead | None = None, fields: Collection[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """A file's records and where each stands, such as a.jsonl:12; a UserError in place of one that cannot be read.
+
+    `fields` are those that the records are read for, none: all. Columns of parquet that are not among them are not read, and an
+    object in a .json file that has one of them is a record, though it holds a list of objects too.
+    """
     count = 0
-    for each in _records(path, where, bytes_read):
+    for each in _records(path, where, bytes_read, fields):
         count += 1
         yield each
     if not count:
         raise UserError(where, str(path), "the file has no records", "Remove it from the list or fill it.")
 
 
-def _records(path: Path, where: str, bytes_read: BytesRead | None) -> Iterator[tuple[str, Any]]:
+def _records(
+    path: Path, where: str, bytes_read: BytesRead | None, fields: Collection[str]
+) -> Iterator[tuple[str, Any]]:
     ending = kind(path)
     assert ending in RECORDS, f"{path} holds no records"
     if ending == ".parquet":
-        yield from ((f"{path}[{i}]", record) for i, record in enumerate(parquet(path, where, bytes_read)))
+        yield from ((f"{path}[{i}]", record) for i, record in enumerate(_parquet(path, where, bytes_read, fields)))
     elif ending == ".jsonl":
         yield from _json_lines(path, lines(path, where, bytes_read))
     elif ending == ".json":
-        yield from _json_list(path, where, "\n".join(lines(path, where, bytes_read)))
+        yield from _json_list(path, where, "\n".join(lines(path, where, bytes_read)), fields)
     else:
         yield from _table(path, lines(path, where, bytes_read), "\t" if ending == ".tsv" else ",")
 
@@ -89,7 +97,7 @@ def _json_lines(path: Path, given: Iterable[str]) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", _no_json(line, error, "Write one JSON object per line.")
 
 
-def _json_list(path: Path, where: str, text: str) -> Iterator[tuple[str, Any]]:
+def _json_list(path: Path, where: str, text: str, fields: Collection[str]) -> Iterator[tuple[str, Any]]:
     """The objects of a list, or of the one list in an object; JSON lines under this name are read as such."""
     begin = text[:1000].lstrip()[:1]
     if begin != "[":
@@ -98,8 +106,10 @@ def _json_list(path: Path, where: str, text: str) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError):
             yield from _json_lines(path, text.split("\n"))
             return
-        listed = [v for v in whole.values() if _is_list(v)] if isinstance(whole, dict) else []
-        is_record = len(listed) != 1 or not FIELDS.isdisjoint(whole)
+        if not whole or not isinstance(whole, dict):
+            raise UserError(where, str(path), "not a list", "Write a list of JSON objects, or use .jsonl.")
+        listed = [value for value in whole.values() if _is_list(value)]
+        is_record = len(listed) != 1 or any(name in fields for name in whole)
         yield from [(f"{path}:1", whole)] if is_record else ((f"{path}[{i}]", r) for i, r in enumerate(listed[0]))
         return
     decoder, place, line, counted = json.JSONDecoder(), text.index("[") + 1, 1, 0
@@ -179,21 +189,21 @@ def trim(text: str) -> str:
     return trim(text[blank.end() :]) if blank else text
 
 
-def parquet(path: Path, where: str, bytes_read: BytesRead | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a parquet file as records, a thousand in memory; columns that nothing is learnt from are not read."""
+def _parquet(path: Path, where: str, bytes_read: BytesRead | None, fields: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a parquet file as records, a thousand in memory; of columns that are not read for themselves None is left out."""
     bytes_read = bytes_read or BytesRead()
     before, size, done = bytes_read.count, path.stat().st_size, 0
     arrow = _pyarrow(path, where)
     try:
         table = arrow.parquet.ParquetFile(arrow.BufferReader(content(path, where)) if is_compressed(path) else path)
-        columns = [name for name in table.schema_arrow.names if name in FIELDS]
+        columns = [name for name in table.schema_arrow.names if name in fields]
         for batch in table.iter_batches(1000, columns=columns or None):
             for row in batch.to_pylist():  # what a row has not, its columns hold as None
-                yield {name: _whole(value) for name, value in row.items() if value is not None}
+                yield {name: _whole(value) for name, value in row.items() if not fields or value is not None}
             done += batch.num_rows
             bytes_read.count = before + size * done / table.metadata.num_rows
-    except (arrow.ArrowInvalid, OSError) as error:
-        raise damaged(path, where, error) from None
+    except (arrow.ArrowException, OSError) as error:
+        raise damaged(path, where, error, "not parquet: ") from None
 
 
 def _whole(value: Any) -> Any:
@@ -214,7 +224,7 @@ def _pyarrow(path: Path, where: str) -> Any:
 @contextmanager
 def _opened(path: Path, where: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The bytes of a file, and the file on the disk that they come from."""
-    with path.open("rb") as raw:
+    with _open(path, where) as raw:
         if path.suffix.lower() == ".gz":
             with gzip.open(raw) as handle:
                 yield handle, raw  # type: ignore[misc]
@@ -225,13 +235,18 @@ def _opened(path: Path, where: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield raw, raw
 
 
+def _open(path: Path, where: str) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(where, str(path), str(error.strerror), "Make the file readable, or leave it out.") from None
+
+
 def _next(handle: BinaryIO, path: Path, where: str) -> bytes:
     try:
         return handle.readline()
     except (EOFError, zlib.error, OSError) as error:
-        if not is_compressed(path):
-            raise
-        raise damaged(path, where, error) from None
+        raise _not_whole(path, where, error) from None
 
 
 def content(path: Path, where: str) -> bytes:
@@ -240,15 +255,18 @@ def content(path: Path, where: str) -> bytes:
         with _opened(path, where) as (handle, _):
             return handle.read()
     except (EOFError, zlib.error, OSError) as error:
-        if not is_compressed(path):
-            raise
-        raise damaged(path, where, error) from None
+        raise _not_whole(path, where, error) from None
 
 
-def damaged(path: Path, where: str, error: Exception) -> UserError:
+def _not_whole(path: Path, where: str, error: Exception) -> UserError:
+    packed = {".gz": "not a whole gzip file: ", ".zst": "not a whole zstd file: "}
+    return damaged(path, where, error, packed.get(path.suffix.lower(), ""))
+
+
+def damaged(path: Path, where: str, error: Exception, what: str = "") -> UserError:
     """What is said of a file that does not hold what its name says."""
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return UserError(where, str(path), f"damaged ({reason})", "Download it again or leave it out.")
+    return UserError(where, str(path), f"damaged ({what}{reason})", "Download it again or leave it out.")
 
 
 def _text(line: bytes, position: int, path: Path, where: str) -> str:
