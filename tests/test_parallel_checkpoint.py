@@ -1,14 +1,17 @@
 """Checkpoints of many ranks: on another mesh, while training goes on, damaged, of another model."""
 
 import dataclasses
+import errno
 import json
+import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from finback.checkpoint.distributed import Steps, whole_model
+from finback.checkpoint.distributed import MANIFEST, Steps, whole_model
 from finback.config import UserError
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
@@ -74,8 +77,17 @@ def test_checkpoints_continue_on_any_mesh(tmp_path: Path, before: Layout, after:
     resumes(tmp_path, before, *after)
 
 
+def on_first(work: Callable[[], Any]) -> None:
+    """Do something on rank 0, between two barriers."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        work()
+    dist.barrier()
+
+
 def _damaged(folder: str) -> None:
-    many, steps = ShardedTrainer(MANY, Layout(dp=2), SHAPE, 5), Steps(Path(folder))
+    said: list[str] = []
+    many, steps = ShardedTrainer(MANY, Layout(dp=2), SHAPE, 5), Steps(Path(folder), say=said.append)
     for step in (1, 2):
         steps.save(step, many.state(), {"step": step})
     victim = sorted((Path(folder) / "step-00000002").glob("*.safetensors"))[1]
@@ -85,10 +97,16 @@ def _damaged(folder: str) -> None:
         victim.write_bytes(content)
     dist.barrier()
     assert steps.load_newest(many.state()) == (1, {"step": 1}), "a flipped bit: the one before is taken"
-    dist.barrier()
-    if dist.get_rank() == 0:
-        next((Path(folder) / "step-00000001").glob("*.safetensors")).unlink()
-    dist.barrier()
+    assert said == [f"{folder}/step-00000002: its files do not match their digests; the checkpoint before it is used"]
+    manifest, wrong = Path(folder) / "step-00000002" / MANIFEST, "its manifest.json is missing or damaged"
+    whole = manifest.read_text()
+    for text in ("", "[]", whole[:-20], whole.replace('"step": 2', '"step": 3'), whole.replace('"digest"', '"digesu"')):
+        on_first(lambda text=text: manifest.write_text(text))
+        assert steps.load_newest(many.state()) == (1, {"step": 1}) and wrong in said[-1]
+    on_first(manifest.unlink)
+    assert steps.load_newest(many.state()) == (1, {"step": 1}) and len(said) == 7
+    on_first(lambda: manifest.write_text(whole))
+    on_first(next((Path(folder) / "step-00000001").glob("*.safetensors")).unlink)
     with pytest.raises(UserError, match="its files do not match their digests"):
         steps.load_newest(many.state())
     smaller = ShardedTrainer(dataclasses.replace(MANY, vocab_size=300), Layout(dp=2), SHAPE, 5)
@@ -98,3 +116,24 @@ def _damaged(folder: str) -> None:
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     on_ranks(2, _damaged, str(tmp_path / "steps"))
+
+
+def _full(folder: str) -> None:
+    """The system refuses rank 1 files of more than 4 KB, as a quota would."""
+    many, steps = ShardedTrainer(MANY, Layout(dp=2), SHAPE, 5), Steps(Path(folder))
+    steps.save(1, many.state(), {"step": 1})
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    with pytest.raises(OSError, match=r"rank 1") as caught:
+        steps.save(2, many.state(), {"step": 2})
+    assert caught.value.errno == errno.EFBIG
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    dist.barrier()
+    assert sorted(p.name for p in Path(folder).iterdir()) == ["step-00000001"]
+    assert steps.load_newest(many.state()) == (1, {"step": 1})
+    steps.save(2, many.state(), {"step": 2})
+    assert steps.load_newest(many.state()) == (2, {"step": 2})
+
+
+def test_a_rank_whose_disk_is_full_ends_the_checkpoint_on_all(tmp_path: Path) -> None:
+    on_ranks(2, _full, str(tmp_path / "steps"))

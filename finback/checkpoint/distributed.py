@@ -2,12 +2,15 @@
 
 Each rank writes one safetensors file with its shares and where they lie in the whole; nothing is pickled. A checkpoint
 is a folder step-<n> that gets its name when it is whole: until then it is called step-<n>.part, and `manifest.json`, with
-the digest of every file, is written last. All ranks must see the same file system.
+the digest of every file and of itself, is written last. All ranks must see the same file system.
 """
 
+import hashlib
+import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from finback.checkpoint.store import KEEP
+from finback.checkpoint.store import KEEP, as_os_error
 from finback.config import UserError
 from finback.model.config import ModelConfig
-from finback.runs.files import read_json, write_json
+from finback.runs.files import read_json, read_object, write_json
 from finback.runs.provenance import sha256
 
 MANIFEST = "manifest.json"
@@ -35,8 +39,9 @@ class Steps:
     Tensors are DTensors, or plain where all ranks that name them hold the same.
     """
 
-    def __init__(self, folder: Path, keep: int = KEEP) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int = KEEP, say: Callable[[str], None] = lambda _: None) -> None:
+        """say: where a damaged checkpoint is reported that another stands in for."""
+        self.folder, self.keep, self.say = folder, keep, say
         # its own group: a checkpoint is written while the ranks exchange other tensors
         self.group = dist.new_group(backend="gloo")
         self.pending: tuple[int, dict[str, Any], Future[Any]] | None = None
@@ -50,10 +55,13 @@ class Steps:
         """Start writing: tensors are copied before this returns, and may change afterwards. `finish` makes it whole."""
         self.finish()
         part = _part(self.folder, step)
-        if dist.get_rank() == 0:
-            shutil.rmtree(part, ignore_errors=True)
+
+        def clear() -> None:
+            for old in self.folder.glob("step-*.part"):  # of a run that was killed
+                shutil.rmtree(old, ignore_errors=True)
             part.mkdir(parents=True)
-        dist.barrier(self.group)
+
+        self._on_first(clear)
         writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
         apart = {name: _apart(t.detach()) for name, t in tensors.items()}
         written = state_dict_saver.async_save(apart, storage_writer=writer, process_group=self.group)
@@ -66,34 +74,61 @@ class Steps:
             return
         step, meta, written = self.pending
         self.pending = None
-        written.result()
         part = _part(self.folder, step)
-        whole = part.with_suffix("")
+        try:
+            written.result()
+            self._complete(part, meta)
+        except (CheckpointException, OSError) as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(part, ignore_errors=True)
+            raise _disk_error(error, part) from None
+
+    def _complete(self, part: Path, meta: dict[str, Any]) -> None:
+        """Write the manifest of a checkpoint whose tensors are on the disk, and give it its name."""
         digests = self._digests(part, sorted(path.name for path in part.glob("*.safetensors")))
-        if dist.get_rank() == 0:
-            write_json(part / MANIFEST, {"meta": meta, "sha256": digests})
+
+        def name() -> None:
+            write_json(part / MANIFEST, {"meta": meta, "sha256": digests, "digest": _own_digest(meta, digests)})
+            whole = part.with_suffix("")
             shutil.rmtree(whole, ignore_errors=True)
             part.replace(whole)
             _sync(self.folder)
             for old in _found(self.folder)[self.keep :]:
                 shutil.rmtree(old)
-        dist.barrier(self.group)
+
+        self._on_first(name)
+
+    def _on_first(self, work: Callable[[], None]) -> None:
+        """Do something on rank 0 while the others wait; all of them get the OSError that it ends with."""
+        trouble: list[OSError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                work()
+            except OSError as error:
+                trouble = [error]
+        dist.broadcast_object_list(trouble, src=0, group=self.group)
+        if trouble[0] is not None:
+            raise trouble[0]
 
     def load_newest(self, *tensors: dict[str, Tensor]) -> tuple[int, dict[str, Any]] | None:
         """Read the newest whole checkpoint into tensors, in place; its step and meta, or None where there is none.
 
-        Several sets of tensors may name the same. A damaged checkpoint is passed over; UserError when all are damaged, or
-        when it is of another model.
+        Several sets of tensors may name the same. A damaged checkpoint is reported and passed over; UserError when all
+        are damaged, or when it is of another model.
         """
         box = [_found(self.folder)]
         dist.broadcast_object_list(box, src=0, group=self.group)  # what rank 0 has found
+        first = ""
         for path in box[0]:
-            if self._is_intact(path):
+            trouble = self._trouble(path)
+            if not trouble:
                 metas = [self.load(path, each) for each in tensors]
                 return int(path.name.removeprefix("step-")), metas[0]
+            first = first or trouble
+            if path != box[0][-1]:
+                self.say(f"{path}: {trouble}; the checkpoint before it is used")
         if box[0]:
-            remedy = "Delete it to start the stage again."
-            raise UserError("checkpoint", str(box[0][0]), "its files do not match their digests", remedy)
+            raise UserError("checkpoint", str(box[0][0]), first, "Delete it to start the stage again.")
         return None
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -108,10 +143,17 @@ class Steps:
         state_dict_loader.load(dict(tensors), storage_reader=reader, process_group=self.group)
         return dict(read_json(path / MANIFEST)["meta"])
 
-    def _is_intact(self, path: Path) -> bool:
-        declared = read_json(path / MANIFEST)["sha256"]
+    def _trouble(self, path: Path) -> str:
+        """What is wrong with a checkpoint, the same on every rank; empty where nothing is."""
+        box = [_declared(path)]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        declared = box[0]
+        if declared is None:
+            return f"its {MANIFEST} is missing or damaged"
         there = sorted(file.name for file in path.glob("*.safetensors"))
-        return bool(there == sorted(declared) and self._digests(path, there) == declared)
+        if there == sorted(declared) and self._digests(path, there) == declared:
+            return ""
+        return "its files do not match their digests"
 
     def _digests(self, folder: Path, names: list[str]) -> dict[str, str]:
         """SHA-256 of each file, the work shared among ranks."""
@@ -167,8 +209,36 @@ def _part(folder: Path, step: int) -> Path:
 
 
 def _found(folder: Path) -> list[Path]:
-    """Whole checkpoints, newest first."""
-    return sorted((p.parent for p in folder.glob(f"step-*/{MANIFEST}") if not p.parent.suffix), reverse=True)
+    """Checkpoints that were whole when they got their names, newest first."""
+    return sorted((p for p in folder.glob("step-*") if p.is_dir() and not p.suffix), reverse=True)
+
+
+def _declared(path: Path) -> dict[str, str] | None:
+    """The digests of a checkpoint's files by its manifest; None where that is damaged."""
+    try:
+        found = read_object(path / MANIFEST)
+    except (UserError, OSError):
+        return None
+    meta, digests = found.get("meta"), found.get("sha256")
+    older = set(found) == {"meta", "sha256"}  # manifests had no digest of their own at first
+    if not isinstance(meta, dict) or not isinstance(digests, dict):
+        return None
+    return digests if older or found.get("digest") == _own_digest(meta, digests) else None
+
+
+def _own_digest(meta: dict[str, Any], digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps([meta, digests]).encode()).hexdigest()
+
+
+def _disk_error(error: BaseException, path: Path) -> BaseException:
+    """The OSError behind a failure of DCP, which every rank gets, with the path; any other error as it is."""
+    if not isinstance(error, CheckpointException):
+        return error
+    for rank, (cause, _) in sorted(error.failures.items()):
+        cause = as_os_error(cause, path) if isinstance(cause, Exception) else cause
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return OSError(cause.errno, cause.strerror, f"{cause.filename or path} (rank {rank})")
+    return error
 
 
 def _sync(folder: Path) -> None:

@@ -178,7 +178,7 @@ class ShardedTrainer(Trainer):
 
     def steps(self, run: StageRun) -> Steps:
         """The run's checkpoints, made at the first call, on all ranks."""
-        self._steps = self._steps or Steps(run.folder / SHARDS)
+        self._steps = self._steps or Steps(run.folder / SHARDS, say=run.say)
         return self._steps
 
     def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int = KEEP) -> None:
