@@ -3,18 +3,20 @@
 import math
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from finback.model import logprobs
 from finback.model.config import TINY, V2_LITE, V3
 from finback.model.count import forward_flops, parameters, training_flops
 from finback.model.moe import balance_loss, max_violation
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.train import rates
-from finback.train.loss import cross_entropy, token_logprobs
+from finback.train.loss import cross_entropy
 from finback.train.optim import Adam, Gradients, Muon, is_matrix, newton_schulz
 from tests.toy import CONFIG, backward, toy_model
 
@@ -35,12 +37,48 @@ def test_chunked_cross_entropy_equals_torch() -> None:
 
 
 def test_token_logprobs_and_entropy() -> None:
-    hidden, head = torch.eye(2), torch.tensor([[0.0, 2.0], [0.0, 0.0]])
-    logp, entropy = token_logprobs(hidden, head, torch.tensor([0, 0]), temperature=2.0)
+    model = toy_model()
+    with torch.no_grad():  # of all tokens but two the logits are far below
+        model.head.weight.zero_()[:2, :2] = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+        model.head.weight[2:, 2] = -1000.0
+    hidden = torch.eye(2, model.config.hidden_size)
+    hidden[:, 2] = 1.0
+    logp, entropy = logprobs.token_logprobs(model, hidden, torch.tensor([0, 0]), temperature=2.0)
     assert logp[0].item() == pytest.approx(math.log(0.5))
     p = 1 / (1 + math.exp(-1))  # scores (2, 0) / 2
     assert logp[1].item() == pytest.approx(math.log(p))
     assert entropy[1].item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p), abs=1e-6)
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_log_probabilities_in_chunks_are_those_at_once(compute: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And at once they are, to the bit, log_softmax of all logits."""
+    model, generator = toy_model().train(), torch.Generator().manual_seed(3)
+    model.compute = compute
+    hidden = torch.randn(600, model.config.hidden_size, generator=generator).to(compute)
+    tokens, weight = torch.randint(0, 320, (600,), generator=generator), torch.randn(600, generator=generator)
+
+    def gradients(function: Any) -> list[torch.Tensor]:
+        states = hidden.clone().requires_grad_()
+        model.head.weight.grad = None
+        logp, entropy = function(states)
+        (logp * weight).sum().backward()
+        return [logp.detach(), entropy, states.grad, model.head.weight.grad]
+
+    def plain(states: torch.Tensor) -> Any:
+        logp = ((states @ model.head.weight.to(compute).T).float() / 0.7).log_softmax(-1)
+        return logp.gather(1, tokens[:, None]).squeeze(1), -(logp.exp() * logp).sum(-1).detach()
+
+    expected = gradients(plain)
+    for a, b in zip(gradients(lambda h: logprobs.token_logprobs(model, h, tokens, 0.7)), expected, strict=True):
+        assert torch.equal(a, b)
+    monkeypatch.setattr(logprobs, "ELEMENTS", 320 * 64)
+    held: list[int] = []
+    model.head.register_forward_hook(lambda *arguments: held.append(len(arguments[2])))
+    found = gradients(lambda h: logprobs.token_logprobs(model, h, tokens, 0.7))
+    assert sorted(held) == [24] * 2 + [64] * 18  # forward, and again backward
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= (1e-6 if compute == torch.float32 else 1e-2) * b.abs().max()
 
 
 def test_training_loss_is_next_token_plus_weighted_mtp() -> None:

@@ -19,6 +19,7 @@ from finback.data.rows import arrange
 from finback.data.sources import Files
 from finback.data.template import Template
 from finback.data.tokenizer import Tokenizer
+from finback.model import logprobs
 from finback.parallel.mesh import World
 from finback.runs.files import read_lines
 from finback.runs.folder import Interrupted, StageRun
@@ -242,6 +243,22 @@ def test_a_student_comes_closer_to_its_teacher(tmp_path: Path, form: str) -> Non
     loop.run(t)
     losses = [r["loss"] for r in read_lines(tmp_path / "tuned/metrics.jsonl")]
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_divergence_in_chunks_is_that_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = tune(tmp_path, Distill, teacher="other", mtp_weight=0.0, hard=0.25)
+    batch, model = t.batches.batch(1)[0], t.trainer.model
+    assert batch is not None and isinstance(t.teacher, DistillationTeacher)
+    tokens, _, document_ids = batch.inputs
+    found = []
+    for elements in (logprobs.ELEMENTS, 320 * 8):
+        monkeypatch.setattr(logprobs, "ELEMENTS", elements)
+        model.zero_grad()
+        loss = t.teacher.loss(model(tokens, document_ids=document_ids), batch)
+        loss.backward()
+        found.append([loss.detach(), model.embed.grad.clone(), model.head.weight.grad.clone()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_on_policy_the_student_is_corrected_where_it_goes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from finback.data import pack
 from finback.model.count import forward_flops_of
+from finback.model.logprobs import token_logprobs
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.runs.files import read_json
@@ -43,8 +44,8 @@ def _bits_per_byte(model: Transformer, data: Path, source: str, count: int, worl
     for begin in range(0, len(mine), 16):
         windows = np.stack([shard[s : s + LENGTH + 1] for s in mine[begin : begin + 16]]).astype(np.int64)
         tokens = torch.from_numpy(windows).to(model.embed.device)
-        logp = model.logits(model(tokens[:, :-1])).log_softmax(dim=-1)
-        total -= logp.gather(2, tokens[:, 1:, None]).double().sum().cpu()
+        logp, _ = token_logprobs(model, model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        total -= logp.double().sum().cpu()
     model.train(was_training)
     nats = world.sum_(total).item() / (count * LENGTH)
     return nats / math.log(2) * record["valid_tokens"] / record["valid_bytes"]

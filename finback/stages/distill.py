@@ -19,6 +19,7 @@ from finback.data.messages import IGNORE, Lesson
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
+from finback.model.logprobs import in_chunks, rows_at_once
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import QuestionOrder, Window
@@ -32,7 +33,7 @@ from finback.tasks.task import Task
 from finback.train.batch import Batch, of_lessons
 from finback.train.loss import cross_entropy, distillation
 
-CHUNK = 512  # tokens whose logits, the student's and the teacher's, are held at once
+CHUNK = 512  # tokens whose logits, the student's and the teacher's, are held at once, or fewer of a large vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,14 +113,14 @@ class DistillationTeacher:
         tokens, _, document_ids = batch.inputs
         with torch.no_grad():
             theirs = self.model(tokens, document_ids=document_ids)[learnt]
-        ours = hidden[learnt]
-        parts = []
-        for chunk in (slice(i, i + CHUNK) for i in range(0, len(ours), CHUNK)):
+
+        def summed(ours: Tensor, theirs: Tensor) -> tuple[Tensor]:
             # heads may be padded, and differently
-            student, teacher = self.student.logits(ours[chunk]), self.model.logits(theirs[chunk])
-            both = student[:, : self.vocab], teacher[:, : self.vocab]
-            parts.append(distillation(*both, stage.divergence, stage.top_k).sum())
-        soft = torch.stack(parts).sum() if parts else hidden.sum() * 0
+            student, teacher = (m.logits(t)[:, : self.vocab] for m, t in ((self.student, ours), (self.model, theirs)))
+            return (distillation(student, teacher, stage.divergence, stage.top_k).sum()[None],)
+
+        rows = min(CHUNK, rows_at_once(self.vocab))
+        soft = in_chunks(summed, rows, hidden[learnt], theirs)[0].sum() if len(theirs) else hidden.sum() * 0
         if not stage.hard:
             return soft
         hard = cross_entropy(hidden.flatten(0, 1), self.student.head.weight, batch.labels_at(0).flatten())

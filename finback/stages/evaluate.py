@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finback.config import UserError, check_fields, check_not_negative, check_positive, did_you_mean
 from finback.data.tokenizer import Tokenizer
@@ -13,6 +14,7 @@ from finback.engine.engine import Engine
 from finback.engine.open import load
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
+from finback.model.logprobs import in_chunks, rows_at_once
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import Window
@@ -238,13 +240,20 @@ def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, in
         longest = max(map(len, rows))
         tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows]).to(model.embed.device)
         hidden = model(tokens)
-        trunk = model.logits(hidden).argmax(dim=-1)
+        trunk = _likeliest(model, hidden)
         behind = tokens.new_zeros(len(rows), len(model.mtp) - 1)  # only the first depth's drafts are looked at
         further = model.mtp_hidden_states(hidden[:, :-1], torch.cat([tokens, behind], dim=1))
-        draft = model.logits(further[0]).argmax(dim=-1)
+        draft = _likeliest(model, further[0])
         for row, r in enumerate(rollouts[start : start + 64]):
             # draft i predicts token i + 2, as does the trunk at i + 1
             first, last = len(r.prompt) - 1, len(rows[row]) - 2
             agree = draft[row, first:last] == trunk[row, first + 1 : last + 1]
             accepted, drafts = accepted + int(agree.sum()), drafts + max(0, last - first)
     return accepted, drafts
+
+
+def _likeliest(model: Transformer, hidden: Tensor) -> Tensor:
+    """The likeliest token of each state (b, t, d) -> (b, t)."""
+    rows = rows_at_once(model.config.vocab_size)
+    (ids,) = in_chunks(lambda states: (model.logits(states).argmax(dim=-1),), rows, hidden.flatten(0, 1))
+    return ids.view(hidden.shape[:2])

@@ -13,6 +13,7 @@ from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.model.count import forward_flops_of, training_flops_of
+from finback.model.logprobs import token_logprobs
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts import rl_health
@@ -22,7 +23,6 @@ from finback.stages.grpo_sampling import Group, GroupSampler
 from finback.train import grpo_loss, rates
 from finback.train.batch import Batch
 from finback.train.loop import Loop, Training
-from finback.train.loss import token_logprobs
 from finback.train.optim import Adam
 from finback.train.precision import COMPUTE
 from finback.train.trainer import Frozen, ReplicatedTrainer, demand_finite
@@ -148,9 +148,7 @@ class Reinforcement(Training):
         """Log-probabilities of the labels (rows, seq_len), 0 elsewhere, and their entropies (labels,)."""
         tokens, padding_mask, _ = batch.inputs
         hidden, learnt = model(tokens, padding_mask=padding_mask), batch.learnt
-        logprobs, entropy = token_logprobs(
-            hidden[learnt], model.head.weight, batch.labels[learnt], self.stage.temperature
-        )
+        logprobs, entropy = token_logprobs(model, hidden[learnt], batch.labels[learnt], self.stage.temperature)
         return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(learnt, logprobs), entropy
 
     # ---- updates ---------------------------------------------------------------------------------------------------

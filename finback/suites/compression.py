@@ -68,6 +68,8 @@ def measure(model: "Transformer", tokenizer: "Tokenizer", suite: Suite, rows: in
     """
     import torch
 
+    from finback.model.logprobs import token_logprobs
+
     was_training = model.training
     model.eval()
     bits, tokens = 0.0, 0
@@ -78,10 +80,10 @@ def measure(model: "Transformer", tokenizer: "Tokenizer", suite: Suite, rows: in
             batch = pieces[begin : begin + rows]
             longest = max(map(len, batch))
             ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in batch]).to(model.embed.device)
-            logp = model.logits(model(ids[:, :-1])).float().log_softmax(dim=-1)
-            token_logprobs = logp.gather(2, ids[:, 1:, None])[..., 0].double()
+            logp, _ = token_logprobs(model, model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+            picked = logp.view(len(batch), -1).double()
             for row, piece in enumerate(batch):
-                bits -= token_logprobs[row, : len(piece) - 1].sum().item() / math.log(2)
+                bits -= picked[row, : len(piece) - 1].sum().item() / math.log(2)
                 tokens += len(piece) - 1
     model.train(was_training)
     return Compressed(bits, sum(len(p.question.encode()) for p in suite.problems), tokens)

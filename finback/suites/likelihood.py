@@ -72,6 +72,8 @@ def measure(model: "Transformer", tokenizer: "Tokenizer", context: str, given: C
     """The log-likelihood of each continuation behind a context, of which the last part counts if it is too long."""
     import torch
 
+    from finback.model.logprobs import token_logprobs
+
     begun = len(tokenizer.encode(context))
     window = model.config.max_position_embeddings
     wholes = [tokenizer.encode(f"{context} {text}") for text in given.texts]
@@ -82,8 +84,8 @@ def measure(model: "Transformer", tokenizer: "Tokenizer", context: str, given: C
             batch = [whole[-window - 1 :] for whole in wholes[start : start + _ROWS]]
             longest = max(map(len, batch))
             ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch]).to(model.embed.device)
-            logp = model.logits(model(ids[:, :-1])).float().log_softmax(dim=-1)
-            picked = logp.gather(2, ids[:, 1:, None])[..., 0].double()
+            logp, _ = token_logprobs(model, model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+            picked = logp.view(len(batch), -1).double()
             for i, (row, count) in enumerate(zip(batch, counts[start : start + _ROWS], strict=True)):
                 logprobs.append(picked[i, max(0, len(row) - 1 - count) : len(row) - 1].sum().item())
     compared = [p / len(text) if given.normalize else p for p, text in zip(logprobs, given.texts, strict=True)]

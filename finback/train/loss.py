@@ -1,4 +1,4 @@
-"""The training loss, put together in one place: next token, multi-token prediction, balance; and RL's log-probabilities.
+"""The training loss, put together in one place: next token, multi-token prediction, balance; and the divergence of distillation.
 
 Cross-entropy never holds the logits of all tokens.
 """
@@ -115,18 +115,6 @@ def token_losses(model: Transformer, hidden: Tensor, batch: Batch, terms: LossTe
         for depth, states in enumerate(model.mtp_hidden_states(hidden, batch.tokens, padding_mask, document_ids), 1):
             mtp = mtp + summed(states, depth) / (counts[depth] * len(model.mtp))
     return main, mtp
-
-
-def token_logprobs(hidden: Tensor, head: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature) of the given tokens, and the entropy of that distribution (no gradient).
-
-    hidden (n, d), head (vocab, d), tokens (n,) -> (n,), (n,), both fp32.
-    """
-    logits = (hidden @ head.to(hidden.dtype).T).float() / temperature
-    logp = logits.log_softmax(dim=-1)
-    with torch.no_grad():
-        entropy = -(logp.exp() * logp).sum(dim=-1)
-    return logp.gather(1, tokens[:, None]).squeeze(1), entropy
 
 
 def distillation(student: Tensor, teacher: Tensor, form: Literal["forward", "reverse"], top_k: int = 0) -> Tensor:

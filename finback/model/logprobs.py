@@ -1,0 +1,55 @@
+"""Log-probabilities of tokens, without the logits (tokens x vocabulary) of a long row ever being whole.
+
+Up to ELEMENTS numbers, tokens times vocabulary, all are made at once. Beyond that a chunk of rows is made at a time, and where
+gradients are taken it is made again in the backward pass.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from finback.model.transformer import Transformer
+
+ELEMENTS = 2**25  # numbers in a matrix of logits: 128 MB in fp32, 259 rows of V3's vocabulary
+
+Chunked = Callable[..., tuple[Tensor, ...]]
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Rows of logits that are held at a time."""
+    return max(1, ELEMENTS // vocab_size)
+
+
+def in_chunks(function: Chunked, rows: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """function(*tensors), of at most `rows` rows at a time, results put together along the first dimension.
+
+    All tensors have as many rows. What the function makes of several chunks is not kept for the backward pass.
+    """
+    if len(tensors[0]) <= rows:
+        return function(*tensors)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    again = torch.is_grad_enabled()
+    pieces = zip(*(t.split(rows) for t in tensors), strict=True)
+    made = [checkpoint(function, *piece, **options) if again else function(*piece) for piece in pieces]
+    return tuple(torch.cat(parts) for parts in zip(*made, strict=True))
+
+
+def token_logprobs(
+    model: Transformer, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) of the given tokens, and the entropy of that distribution (no gradient).
+
+    hidden (n, d) are the model's last states, tokens (n,) -> (n,), (n,), both fp32.
+    """
+
+    def picked(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logp = (model.logits(states) / temperature).log_softmax(dim=-1)
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(dim=-1)
+        return logp.gather(1, ids[:, None]).squeeze(1), entropy
+
+    logp, entropy = in_chunks(picked, rows_at_once(model.config.vocab_size), hidden, tokens)
+    return logp, entropy
