@@ -29,7 +29,8 @@ def trl_loss(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (new, torch.zeros_like(new), None),
         top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
+        off_policy_mask_threshold=knobs["off_policy"],
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
         importance_sampling_level=knobs["level"],
         beta=knobs["beta"],
         epsilon_low=knobs["low"],
@@ -58,6 +59,8 @@ def trl_loss(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
         "ref_per_token_logps": t["reference"],
         "num_items_in_batch": t["mask"].sum(),
     }
+    if "engine" in t:
+        inputs["sampling_per_token_logps"] = t["engine"]
     if "importance" in t:
         inputs["importance_sampling_ratio"] = t["importance"]
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
@@ -96,6 +99,26 @@ def verl_loss(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
     loss.backward()
     assert new.grad is not None
     return [loss.item(), new.grad.tolist()]
+
+
+def verl_weights(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
+    """compute_rollout_correction_weights for log-probabilities of trainer and engine."""
+    from verl.trainer.ppo import rollout_corr_helper as helper
+
+    found, _ = helper.compute_rollout_correction_weights(
+        t["old"] - t["reference"], t["mask"], knobs["level"], knobs["threshold"]
+    )
+    return found.tolist()
+
+
+def verl_rejection(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:
+    """compute_rollout_rejection_mask: the response mask that is left."""
+    from verl.trainer.ppo import rollout_corr_helper as helper
+
+    found, _ = helper.compute_rollout_rejection_mask(
+        t["old"] - t["reference"], t["mask"], knobs["option"], knobs["threshold"]
+    )
+    return found.tolist()
 
 
 def verl_advantages(t: dict[str, torch.Tensor], knobs: dict[str, Any]) -> list[Any]:

@@ -20,6 +20,7 @@ from finback.stages.pretrain import Pretrain
 from finback.stages.sft import SFT
 from finback.suites import compression
 from finback.tasks.math import Chains
+from finback.train.correction import Correction
 from finback.train.grpo_loss import Objective
 from tests.elsewhere import DEVICE, elsewhere
 from tests.serving import small_tokenizer
@@ -67,7 +68,7 @@ STAGES: tuple[Stage, ...] = (
         num_generations=4,
         max_tokens=8,
         resample=1,
-        objective=Objective(beta=0.01, importance_cap=2.0),
+        objective=Objective(beta=0.01, correction=Correction(mode="token_truncate")),
         bias_speed=0.001,
         max_gap=1e-4,
     ),

@@ -27,8 +27,11 @@ from finback.tasks.math import Chains
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Problem, Verdict
 from finback.train import loop
+from finback.train.correction import Correction
 from finback.train.grpo_loss import Objective, advantages
 from tests.toy import ROOT, WORDS, toy_model
+
+TRUNCATED = Correction(mode="token_truncate")
 
 
 def reinforcement(folder: Path, **knobs: object) -> Reinforcement:
@@ -266,7 +269,9 @@ def gradient_after(folder: Path, **knobs: object) -> torch.Tensor:
 def test_knobs_that_say_nothing_at_the_first_update_change_nothing(tmp_path: Path) -> None:
     plain = gradient_after(tmp_path)
     for aim in (
-        Objective(importance_cap=2.0),
+        Objective(correction=TRUNCATED),
+        Objective(correction=Correction(mode="sequence_mask", clip_min=0.5, geometric_mask=(0.9, 1.1))),
+        Objective(correction=Correction(off_policy_mask_threshold=1e-3)),
         Objective(dual_clip=3.0),
         Objective(beta=0.1),
         Objective(epsilon_high=10.0),
@@ -354,7 +359,7 @@ def test_rl_in_bf16_keeps_fp32_masters_and_a_gap_that_bf16_explains(tmp_path: Pa
 
 def test_biases_move_only_when_asked_and_by_the_load_of_the_update_alone(tmp_path: Path) -> None:
     r = with_varied_rewards(
-        reinforcement(tmp_path, bias_speed=0.01, lr=0.0, objective=Objective(beta=0.1, importance_cap=2.0))
+        reinforcement(tmp_path, bias_speed=0.01, lr=0.0, objective=Objective(beta=0.1, correction=TRUNCATED))
     )
     before = [router.bias.clone() for router in r.model.routers()]
     metrics = step(r)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finback.train.grpo_loss import Objective, advantages, divergence, ratio, share, surrogate, total
+from finback.train.correction import Correction, geometric_mask, importance_weights
+from finback.train.grpo_loss import Objective, advantages, share, terms, total
 from tests.toy import ROOT
 
 pytestmark = pytest.mark.slow
@@ -39,14 +40,9 @@ def ours(t: dict[str, Tensor], aim: Objective) -> tuple[float, Tensor]:
     looked_at = (t["advantage"] != 0) | (aim.beta > 0)
     leaf, t = new, {name: value[looked_at] for name, value in t.items()}
     new = new[looked_at]
-    loss, _ = surrogate(new, t["old"], t["advantage"], t["mask"], aim)
-    if "importance" in t:
-        loss = loss * t["importance"]
-    if aim.beta:
-        kl = divergence(new, t["reference"], aim.kl_estimator)
-        loss = loss + aim.beta * (kl * ratio(new, t["old"], t["mask"], aim) if aim.unbiased_kl else kl)
+    found = terms(new, t["old"], t.get("engine", t["old"]), t["reference"], t["advantage"], t["mask"], aim)
     whole = share(aim.average, tokens, answers, LONGEST)
-    value = total(loss, t["mask"], aim.average) / whole
+    value = total(found.loss, t["mask"], aim.average) / whole
     value.backward()
     assert leaf.grad is not None
     return value.item(), leaf.grad
@@ -77,7 +73,11 @@ TRL = [
         {"loss_type": "grpo", "level": "sequence", "low": 0.1, "high": 0.1},
         Objective(average="answer", ratio="sequence", epsilon_low=0.1, epsilon_high=0.1),
     ),
-    ({"loss_type": "dapo", "importance": 2.0}, Objective(importance_cap=2.0)),
+    ({"loss_type": "dapo", "importance": 2.0}, Objective(correction=Correction(mode="token_truncate"))),
+    (
+        {"loss_type": "grpo", "off_policy": 0.3},
+        Objective(average="answer", correction=Correction(off_policy_mask_threshold=0.3)),
+    ),
     # as TRL corrects the divergence by default
     ({"loss_type": "dapo", "beta": 0.04, "unbiased_kl": True}, Objective(beta=0.04, unbiased_kl=True)),
     ({"loss_type": "dapo", "beta": 1e-12, "unbiased_kl": True}, Objective(beta=1e-12, unbiased_kl=True)),
@@ -89,8 +89,12 @@ def test_losses_and_gradients_are_trls() -> None:
     for seed, (knobs, aim) in enumerate(TRL):
         t = tensors(seed)
         if cap := knobs.pop("importance", None):
-            t["importance"] = (t["old"] - t["reference"]).exp().clamp(max=cap)
+            t["engine"] = t["reference"]
+            t["importance"] = (t["old"] - t["engine"]).exp().clamp(max=cap)
+        if "off_policy" in knobs:
+            t["engine"] = t["reference"]
         defaults = {"level": "token", "beta": 0.0, "low": 0.2, "high": 0.2, "longest": LONGEST, "unbiased_kl": False}
+        defaults["off_policy"] = None
         cases.append({"oracle": "trl_loss", "tensors": t, "knobs": defaults | knobs})
         expected.append(ours(t, aim))
     agree(asked(cases), expected)
@@ -128,3 +132,35 @@ def test_advantages_are_verls_but_for_the_kind_of_std() -> None:
     expected = advantages(rewards) * math.sqrt(7 / 8) * std / (std + 1e-6)
     torch.testing.assert_close(expected, normal, atol=1e-5, rtol=0)
     torch.testing.assert_close(advantages(rewards, normalise=False), plain, atol=1e-5, rtol=0)
+
+
+WEIGHTS = [
+    Correction(mode="token_truncate"),
+    Correction(mode="sequence_truncate", clip_max=3.0),
+    Correction(mode="token_mask", clip_min=0.5, clip_max=1.6),
+    Correction(mode="sequence_mask", clip_min=0.5, clip_max=5.0),
+]
+
+
+def test_weights_are_verls() -> None:
+    cases, expected = [], []
+    for seed, correction in enumerate(WEIGHTS):
+        t = tensors(seed + 80)
+        level, form = correction.mode.split("_")
+        low, high = correction.clip_min, correction.clip_max
+        threshold = f"{high}" if form == "truncate" else f"{low}_{high}"
+        cases.append({"oracle": "verl_weights", "tensors": t, "knobs": {"level": level, "threshold": threshold}})
+        expected.append(importance_weights(t["old"], t["reference"], t["mask"], correction))
+    for found, (weights, cut) in zip(asked(cases), expected, strict=True):
+        torch.testing.assert_close(weights, torch.tensor(found, dtype=torch.float64), atol=1e-6, rtol=0)
+        assert cut.any() and not cut.all()
+
+
+def test_the_geometric_mask_is_verls() -> None:
+    """verl tests -d, so that its bounds are ours turned over."""
+    t, bounds = tensors(90), (0.8, 1.3)
+    knobs = {"option": "seq_mean_k1", "threshold": f"{1 / bounds[1]}_{1 / bounds[0]}"}
+    (found,) = asked([{"oracle": "verl_rejection", "tensors": t, "knobs": knobs}])
+    kept = geometric_mask(t["old"], t["reference"], t["mask"], bounds)
+    assert 0 < kept.sum() < len(kept)
+    assert torch.equal(kept[:, None] * t["mask"], torch.tensor(found, dtype=torch.float64))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from finback.config import UserError
-from finback.train.grpo_loss import Objective, advantages, divergence, share, surrogate, total
+from finback.train.correction import Correction, geometric_mask, importance_weights, off_policy_mask
+from finback.train.grpo_loss import Objective, advantages, divergence, share, surrogate, terms, total
 
 LOG = math.log
 
@@ -104,3 +105,78 @@ def test_ratios_at_the_old_policy_give_the_policy_gradient() -> None:
         if aim.epsilon_low:
             torch.testing.assert_close(new.grad, torch.tensor([[-1.5] * 3, [0.5] * 3]))
         assert clipped.sum() == 0
+
+
+# d = 0.2, -0.1, 1.0 and padding: the numbers that verl 0.9.1 gives
+ENGINE = torch.tensor([[-1.0, -2.0, -3.0, 0.0]])
+TRAINER = torch.tensor([[-0.8, -2.1, -2.0, 0.0]])
+MASK = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("correction", "weights", "cut"),
+    [
+        (Correction(), [1, 1, 1], [0, 0, 0]),
+        (Correction(mode="token_truncate"), [1.2214, 0.9048, 2], [0, 0, 1]),
+        (Correction(mode="token_truncate", clip_min=0.95), [1.2214, 0.95, 2], [0, 1, 1]),
+        (Correction(mode="sequence_truncate"), [2, 2, 2], [1, 1, 1]),
+        (Correction(mode="sequence_truncate", clip_max=4.0), [3.0042, 3.0042, 3.0042], [0, 0, 0]),
+        (Correction(mode="token_mask", clip_min=0.5), [1.2214, 0.9048, 0], [0, 0, 1]),
+        (Correction(mode="sequence_mask", clip_min=0.5, clip_max=5.0), [3.0042, 3.0042, 3.0042], [0, 0, 0]),
+        (Correction(mode="sequence_mask", clip_min=0.5, clip_max=3.0), [0, 0, 0], [1, 1, 1]),
+    ],
+)
+def test_importance_weights_by_hand(correction: Correction, weights: list[float], cut: list[int]) -> None:
+    found, acted = importance_weights(TRAINER, ENGINE, MASK, correction)
+    torch.testing.assert_close(found, torch.tensor([[*weights, 0.0]], dtype=torch.float32), atol=1e-4, rtol=0)
+    assert acted.int().tolist() == [[*cut, 0]]
+
+
+def test_masks_of_answers_by_hand() -> None:
+    """The mean of d is 0.36667, its exponential 1.4429; V3.2 masks bad answers that have become unlikely."""
+    kept = [
+        bool(geometric_mask(TRAINER, ENGINE, MASK, bounds)) for bounds in ((0.999, 1.001), (0.5, 1.44), (0.5, 1.45))
+    ]
+    assert kept == [False, False, True]
+    new, engine, mask = (t.expand(3, 4) for t in (ENGINE, TRAINER, MASK))  # mean b - p = 0.36667
+    advantage = torch.tensor([1.0, 0.0, -1.0])
+    assert off_policy_mask(new, engine, advantage, mask, 0.36).tolist() == [True, True, False]
+    assert off_policy_mask(new, engine, advantage, mask, 0.37).all()
+    assert off_policy_mask(engine, new, advantage, mask, 0.36).all(), "more likely than before"
+
+
+def test_corrections_weigh_the_surrogate_alone() -> None:
+    """A = -1 at ρ = 1: every token costs its weight, a masked answer its divergence alone; the mask carries no gradient."""
+    new = TRAINER.clone().requires_grad_()
+    aim = Objective(correction=Correction(mode="token_truncate", off_policy_mask_threshold=0.1), beta=0.5)
+    bad = torch.tensor([-1.0])
+    found = terms(new, TRAINER, ENGINE, TRAINER - 1, bad, MASK, aim)
+    k3 = math.exp(-1)
+    expected = torch.tensor([[1.2214 + k3 / 2, 0.9048 + k3 / 2, 2 + k3 / 2]])
+    torch.testing.assert_close(found.loss[:, :3].detach(), expected, atol=1e-4, rtol=0)
+    assert found.masked.sum() == 0 and found.cut.int().tolist() == [[0, 0, 1, 0]]
+    farther = terms(new - 2, TRAINER, ENGINE, None, bad, MASK, aim)
+    assert farther.loss.detach().abs().sum() == 0 and farther.masked.int().tolist() == [[1, 1, 1, 0]]
+    farther.loss.sum().backward()
+    assert new.grad is not None and new.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"mode": "icepop"}, r"objective\.correction\.mode = 'icepop'"),
+        ({"clip_max": 0.9}, r"clip_max = 0\.9: below 1"),
+        ({"clip_min": 1.5}, r"clip_min = 1\.5"),
+        ({"clip_min": 0.0}, r"clip_min = 0\.0: not above 0"),
+        ({"geometric_mask": (1.1, 1.2)}, r"geometric_mask = \(1\.1, 1\.2\)"),
+        ({"off_policy_mask_threshold": -1.0}, r"off_policy_mask_threshold = -1\.0"),
+    ],
+)
+def test_impossible_corrections_are_named(knobs: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Correction(**knobs)  # type: ignore[arg-type]
+
+
+def test_the_old_knob_names_the_new_one() -> None:
+    with pytest.raises(UserError, match=r'importance_cap = 3\.0: .*Correction\(mode="token_truncate", clip_max=3\)'):
+        Objective(importance_cap=3.0)

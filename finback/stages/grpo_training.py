@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # (answers to learn from with their advantages, how many answers and how many of their tokens they stand for) of one update
 Share = tuple[list[tuple[Rollout, float]], int, int]
 
+SUMS = 9  # over tokens: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared, weights cut, masked answers' tokens
 LARGE = 50_000_000  # parameters
 SMALL_LR, LARGE_LR = 3e-4, 2e-6  # of the quickstart; of R1-Zero's kind on open checkpoints
 
@@ -78,7 +79,7 @@ class Reinforcement(Training):
         each = len(groups) // stage.updates
         rows = [self._learnable(groups[start : start + each]) for start in range(0, len(groups), each)]
         work = [(self._batches(pairs), answers, tokens) for pairs, answers, tokens in rows]
-        seen, worst, norm = torch.zeros(7, dtype=torch.float64), 0.0, 0.0
+        seen, worst, norm = torch.zeros(SUMS, dtype=torch.float64), 0.0, 0.0
         self.model.train()
         for epoch in range(stage.epochs):
             for number, (parts, *counts) in enumerate(work):
@@ -88,11 +89,13 @@ class Reinforcement(Training):
         health = trainer.balance(stage.bias_speed)
         if self.reference is not None and stage.reference_steps and loop.step % stage.reference_steps == 0:
             self.reference.refresh(self.model)
-        loss, clipped, entropy, kl, tokens, gap, compared = self.world.sum_(seen).tolist()
+        loss, clipped, entropy, kl, tokens, gap, compared, cut, masked = self.world.sum_(seen).tolist()
         with_gradient, tokens, compared = tokens, max(tokens, 1.0), max(compared, 1.0)
         metrics = self.sampler.describe(asked, groups)
         self._account(loop, [r for group in asked for r in group.rollouts], [r for pairs, *_ in rows for r, _ in pairs])
         self.sampler.write_samples(asked, loop.step)
+        if stage.objective.correction.acts:
+            metrics |= {"weights_cut": cut / tokens, "answers_masked": masked / tokens}
         return metrics | {
             "loss": loss / (stage.epochs * stage.updates),
             "clip_share": clipped / tokens,
@@ -137,7 +140,7 @@ class Reinforcement(Training):
         parts = [batch.to(self.world.device) for batch in batches(pairs, stage.micro_tokens)]
         self.model.eval()  # what is only looked at does not count as load
         with torch.no_grad():
-            if stage.objective.importance_cap is not None:
+            if stage.objective.correction.needs_trainer:
                 parts = [replace(b, old_logprobs=self._logprobs(self.model, b)[0]) for b in parts]
             if self.reference is not None:
                 parts = [replace(b, reference_logprobs=self._logprobs(self.reference.model, b)[0]) for b in parts]
@@ -162,7 +165,7 @@ class Reinforcement(Training):
         answers, tokens = self.world.sum_(torch.tensor(counts, dtype=torch.float64)).tolist()
         whole = grpo_loss.share(stage.objective.average, tokens, answers, stage.max_tokens)
         trainer.zero()
-        seen, worst = torch.zeros(7, dtype=torch.float64), 0.0
+        seen, worst = torch.zeros(SUMS, dtype=torch.float64), 0.0
         for batch in parts:
             sums, gap = self._backward(batch, whole, fresh)
             seen, worst = seen + sums, max(worst, gap)
@@ -173,27 +176,22 @@ class Reinforcement(Training):
         return seen, worst, norm
 
     def _backward(self, batch: Batch, whole: float, fresh: bool) -> tuple[Tensor, float]:
-        """Add one batch's gradient: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared; largest gap."""
+        """Add one batch's gradient; its sums in the order of SUMS, and its largest gap."""
         objective, learnt = self.stage.objective, batch.learnt
         mask, engine, advantages = learnt.float(), batch.rollout_logprobs, batch.advantages
         assert engine is not None and advantages is not None, "a batch of answers"
         new, entropy = self._logprobs(self.model, batch)
-        old = engine if batch.old_logprobs is None else batch.old_logprobs
-        loss, clipped = grpo_loss.surrogate(new, old, advantages, mask, objective)
-        if batch.old_logprobs is not None and objective.importance_cap is not None:
-            loss = loss * (batch.old_logprobs - engine).exp().clamp(max=objective.importance_cap)
-        kl = torch.zeros_like(new)
-        if batch.reference_logprobs is not None:
-            kl = grpo_loss.divergence(new, batch.reference_logprobs, objective.kl_estimator)
-            kl = kl * grpo_loss.ratio(new, old, mask, objective) if objective.unbiased_kl else kl
-            loss = loss + objective.beta * kl
-        loss = grpo_loss.total(loss, mask, objective.average) / whole
+        old, reference = batch.old_logprobs, batch.reference_logprobs
+        terms = grpo_loss.terms(new, old, engine, reference, advantages, mask, objective)
+        loss = grpo_loss.total(terms.loss, mask, objective.average) / whole
         loss.backward()  # type: ignore[no-untyped-call]
-        own = new.detach() if fresh else old  # the trainer's view of what the engine sampled
+        before = engine if old is None else old
+        own = new.detach() if fresh else before  # the trainer's view of what the engine sampled
         gap = (own - engine)[learnt].abs()
-        compared = learnt.sum() if fresh or batch.old_logprobs is not None else learnt.sum() * 0
-        divergence = (kl.detach() * mask).sum()
-        sums = [loss.detach(), clipped.sum(), entropy.sum(), divergence, learnt.sum(), gap.sum(), compared]
+        compared = learnt.sum() if fresh or old is not None else learnt.sum() * 0
+        divergence = (terms.divergence.detach() * mask).sum()
+        counts = [terms.clipped.sum(), entropy.sum(), divergence, learnt.sum(), gap.sum(), compared]
+        sums = [loss.detach(), *counts, terms.cut.sum(), terms.masked.sum()]
         return torch.stack([s.double() for s in sums]).cpu(), float(gap.max())
 
     # ---- accounting, stopping and going on -------------------------------------------------------------------------
@@ -203,7 +201,7 @@ class Reinforcement(Training):
         stage, config = self.stage, self.model.config
         lengths = [r.length for r in learnt]
         # logprobs of the same answers under the reference model, and under the policy before its updates
-        passes = (self.reference is not None) + (stage.objective.importance_cap is not None)
+        passes = (self.reference is not None) + stage.objective.correction.needs_trainer
         mine = [
             sum(lengths) * stage.epochs,
             sum(len(r.completion.tokens) for r in asked),

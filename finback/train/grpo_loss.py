@@ -1,15 +1,18 @@
 """GRPO's formulas as pure functions: group advantages, the clipped surrogate with its variants, KL, averaging.
 
+What engine and trainer do not agree on is corrected by train/correction.py.
+
 Letters: A advantage, ρ = π_new / π_old of a token, ε clip, o an answer of |o| tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from finback.config import UserError, check_fields, check_not_negative, check_positive
+from finback.config import UserError, check_fields, check_not_negative
+from finback.train.correction import Correction, geometric_mask, importance_weights, off_policy_mask
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,19 @@ class Objective:
     kl_estimator: Literal["k1", "k3"] = "k3"
     # times ρ, which makes k3's gradient that of the divergence (V3.2, 2512.02556; TRL's default)
     unbiased_kl: bool = False
-    # cap of the trainer's over the engine's probability as a weight (truncated importance sampling)
-    importance_cap: float | None = None
+    # weights and masks for what trainer and engine differ by
+    correction: Correction = Correction()
+    # where truncated importance sampling stood before it was one of the corrections
+    importance_cap: InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, importance_cap: float | None) -> None:
         check_fields(self, "objective")
+        if importance_cap is not None:
+            remedy = f'Write correction=Correction(mode="token_truncate", clip_max={importance_cap:g}).'
+            raise UserError("objective.importance_cap", importance_cap, "is one of the corrections now", remedy)
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError("objective.dual_clip", self.dual_clip, "not above 1", "The usual value is 3.")
         check_not_negative(self, "objective", "epsilon_low", "epsilon_high", "beta")
-        if self.importance_cap is not None:
-            check_positive(self, "objective", "importance_cap")
 
 
 def advantages(rewards: Tensor, normalise: bool = True) -> Tensor:
@@ -90,6 +96,51 @@ def divergence(new: Tensor, reference: Tensor, form: Literal["k1", "k3"]) -> Ten
         return new - reference
     gap = (reference - new).clamp(-20, 20)
     return gap.exp() - gap - 1
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the loss is made of, each (answers, tokens)."""
+
+    # before averaging, the divergence included
+    loss: Tensor
+    # without its weight beta
+    divergence: Tensor
+    # bool: where the clip acted, where a bound changed a weight, and which tokens' answers are masked
+    clipped: Tensor
+    cut: Tensor
+    masked: Tensor
+
+
+def terms(
+    new: Tensor,
+    old: Tensor | None,
+    engine: Tensor,
+    reference: Tensor | None,
+    advantage: Tensor,
+    mask: Tensor,
+    objective: Objective,
+) -> Terms:
+    """The loss of every token from log-probabilities (answers, tokens): under the weights that are trained, under those before
+    the update (None: the engine's are taken for them), the engine's, and the reference model's if there is one.
+
+    Corrections weigh the surrogate and leave the divergence alone.
+    """
+    fix, before = objective.correction, engine if old is None else old
+    loss, clipped = surrogate(new, before, advantage, mask, objective)
+    weight, cut = importance_weights(before, engine, mask, fix)
+    keep = torch.ones_like(advantage, dtype=torch.bool)
+    if fix.geometric_mask is not None:
+        keep &= geometric_mask(before, engine, mask, fix.geometric_mask)
+    if fix.off_policy_mask_threshold is not None:
+        keep &= off_policy_mask(new, engine, advantage, mask, fix.off_policy_mask_threshold)
+    loss = (loss * weight).masked_fill(~keep[:, None], 0.0)
+    kl = torch.zeros_like(new)
+    if reference is not None:
+        kl = divergence(new, reference, objective.kl_estimator)
+        kl = kl * ratio(new, before, mask, objective) if objective.unbiased_kl else kl
+        loss = loss + objective.beta * kl
+    return Terms(loss, kl, clipped, cut, ~keep[:, None] & (mask > 0))
 
 
 def total(per_token: Tensor, mask: Tensor, average: Literal["token", "answer", "constant"]) -> Tensor:

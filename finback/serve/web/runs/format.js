@@ -69,6 +69,8 @@ const NAMES = {
   thinks: "Share that thinks",
   truncated: "Share cut off",
   clip_share: "Share clipped",
+  weights_cut: "Share of weights cut",
+  answers_masked: "Share of tokens in masked answers",
   max_violation: "Expert load, largest excess",
   idle_experts: "Idle experts",
   balance: "Balance loss",
