@@ -155,13 +155,17 @@ PROSE = "How many songs does a blue whale sing in one year if it sings three of 
         (Document((Message("user", "12 + 7 = "), Message("assistant", "19"))), True),
         (Document(text="Homework\n 12 + 7 =\n13 + 7 ="), True),
         (Document(text="12 - 7 ="), False),  # another sum
+        (Document(text="Question: who wrote  Hamlet? Answer: he."), True),  # no n-gram, and no line of its own
+        (Document((Message("system", "Who wrote Hamlet? Or so."), Message("user", "Hi"))), False),
+        (Document(text="She, who wrote Hamlet? Not I."), True),
+        (Document(text="Who wrote Hamlets?"), False),
         (Document(text="What is 12 + 7 = 19?"), False),
         (Document(text="Answer this question with care and give the number alone behind four number signs"), False),
     ],
 )
 def test_questions_are_found_by_hand(document: Document, found: bool) -> None:
     frame = " Answer this question with care and give the number alone behind four number signs."
-    held, trained = {"t": [PROSE + frame, "12 + 7 ="]}, {"t": ["How old is she?" + frame]}
+    held, trained = {"t": [PROSE + frame, "12 + 7 =", "Who wrote Hamlet?"]}, {"t": ["How old is she?" + frame]}
     assert Decontaminator(held, trained, 13).find(document) == ("t" if found else None)
 
 

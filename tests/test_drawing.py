@@ -11,13 +11,21 @@ import pytest
 from finback.config import UserError
 from finback.data import tokenizer
 from finback.data.tokenizer import Tokenizer
+from finback.engine.engine import Engine
+from finback.engine.open import load
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import QuestionOrder, Window
 from finback.runs.files import read_lines
 from finback.runs.folder import StageRun
 from finback.stages.distill import Distill
 from finback.stages.evaluate import Evaluate, Exam
+from finback.stages.exam_questions import ExamQuestions
+from finback.stages.grpo import GRPO
+from finback.stages.grpo_sampling import GroupSampler
+from finback.stages.lessons import LessonReader
+from finback.stages.prepare import TaskText
 from finback.stages.reject import Reject
+from finback.stages.sft import SFT
 from finback.tasks import task as tasks
 from finback.tasks.code import Code
 from finback.tasks.math import Chains
@@ -124,6 +132,11 @@ def test_generated_questions_that_are_too_long_are_passed_over(words: Tokenizer)
     assert of.too_long > 5 and of.state()["too_long"] == of.too_long and len(said) == 2
 
 
+def loaded(folder: Path) -> tuple[Engine, Tokenizer]:
+    model, words = load(folder)
+    return Engine(model, words.stops), words
+
+
 # ---- in the stages ------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +163,40 @@ def test_rl_asks_a_files_questions_in_epochs_and_resumes_in_them(tmp_path: Path)
     again = reinforcement(tmp_path / "b", task=task, steps=5, resample=1)
     loop.run(again)
     assert asked(again.run.folder) == every
+
+
+def test_questions_that_an_exam_asks_are_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    task = questions(tmp_path, 12)
+    asked_too = [json.loads(line) for line in Path(task.source).read_text().splitlines()][:3]
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text("\n".join(map(json.dumps, [*asked_too, {"question": "else", "answer": "1"}])))
+    stage_folder(tmp_path, 1, "base")
+    run = StageRun(tmp_path, "zero", 0, World())
+    run.folder.mkdir()
+    run.stages = (Evaluate(name="after", start="zero", exams=(Exam("file", suite=str(exam)),)),)
+    # a mixture's generated problems are held out by their hash
+    mixed = Mixture((task, Chains(2, 3)))
+    sampler = GroupSampler(GRPO(name="zero", start="base", task=mixed), run, *loaded(tmp_path / "base"))
+    assert sampler.order.contaminated == {"file": 3}
+    drawn_ = [sampler.order.draw(random.Random(i)) for i in range(60)]
+    found = {p.question for p in drawn_ if p.tags["part"] == 0}
+    assert len(found) == 9 and found.isdisjoint(record["question"] for record in asked_too)
+    assert "3 questions left out that exams ask: file (3)" in capfd.readouterr().err
+    exams = ExamQuestions(run)
+    assert len(exams.without(task, tasks.distinct(task, "train", 12, 0))) == 9 and exams.left_out == {"file": 3}
+    made = TaskText((task,), 40)
+    kept = list(ExamQuestions(run).outside(made.tasks, made.generate(0)))
+    assert 0 < len(kept) < 40 and found >= {document.messages[0].content for document in kept}
+    reader = LessonReader(SFT(name="tuned", start="base", text=(made,)), run, Tokenizer(tmp_path / "base"))
+    assert (
+        reader.read()
+        and reader.results["contaminated"]["tasks"]["file"]
+        == 40 - reader.results["sources"]["tasks"]["documents"]["kept"]
+    )
+    exam.write_text(Path(task.source).read_text())
+    run.stages = (Evaluate(name="after", start="zero", exams=(Exam("all", suite=str(exam)),)),)
+    with pytest.raises(UserError, match=r"none of its problems is of the training side: exams ask all 12 \(all\)"):
+        GroupSampler(GRPO(name="zero", start="base", task=task), run, *loaded(tmp_path / "base"))
 
 
 def test_on_policy_distillation_asks_a_files_questions_in_epochs(tmp_path: Path) -> None:

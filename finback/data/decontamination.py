@@ -1,12 +1,15 @@
 """Decontamination: finding the questions of an exam in training text."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from finback.data.blocks import runs, squeeze
 from finback.data.sources import Document
 
+START, LETTERS = 12, 6  # characters that a question has at least which is looked for within a line
 _WORD = re.compile(r"\w+")
+_PART = {*"abcdefghijklmnopqrstuvwxyz0123456789+-*/=^%"}
+_BEGINS = re.compile(r"(?<![a-z0-9+\-*/=^%])\S")
 
 
 class Decontaminator:
@@ -15,7 +18,7 @@ class Decontaminator:
     n-grams (GPT-3 appendix C took 13, R1's data 10) find long questions in prose whatever their punctuation; those that
     questions of the training side share are a task's wording and betray nothing. Short questions have no n-gram; they
     are found where a message, a text or a line of either is the question and nothing else, signs included, for sums are
-    made of signs.
+    made of signs; and those made of words within a line too.
     """
 
     def __init__(self, held_out: Mapping[str, Sequence[str]], trained: Mapping[str, Sequence[str]], ngram: int) -> None:
@@ -26,10 +29,14 @@ class Decontaminator:
             for question in asked:
                 for gram in grams(question, ngram):
                     self.grams.pop(gram, None)
+        self.embedded = _Embedded((q, task) for task, asked in held_out.items() for q in asked)
 
     def find(self, document: Document) -> str | None:
         """The task whose question the document holds, if it does."""
-        return next((task for task, _ in self.hits(document)), None)
+        said = [m.content for m in document.messages if m.role != "system"] or [document.text]
+        return next((task for task, _ in self.hits(document)), None) or next(
+            filter(None, map(self.embedded.find, said)), None
+        )
 
     def hits(self, document: Document) -> Iterator[tuple[str, bool]]:
         """Every trace of a question in the document: its task, and whether the question stands there whole."""
@@ -40,6 +47,43 @@ class Decontaminator:
             for gram in runs(text.casefold(), _WORD, self.ngram) if self.grams else ():
                 if task := self.grams.get(gram):
                     yield task, False
+
+
+class _Embedded:
+    """Finds questions of few words within a line, such as "Question: Who wrote Hamlet? Answer:"; sums are too much like each other.
+
+    A question is meant that has 12 characters and 6 letters at least. Before it and behind it stands no part of a word or of a
+    sum; one that ends without a mark ends a line or a sentence.
+    """
+
+    def __init__(self, questions: Iterable[tuple[str, str]]) -> None:
+        self.tasks: dict[str, str] = {}
+        # how long the questions are that begin so
+        self.lengths: dict[str, set[int]] = {}
+        for text, task in questions:
+            question = _laid_out(text)
+            if len(question) >= START and sum(map(str.isalpha, question)) >= LETTERS:
+                self.tasks.setdefault(question, task)
+                self.lengths.setdefault(question[:START], set()).add(len(question))
+
+    def find(self, text: str) -> str | None:
+        """The task whose question stands in the text."""
+        if not self.tasks:
+            return None
+        whole = _laid_out(text)
+        for match in _BEGINS.finditer(whole):
+            start = match.start()
+            for length in self.lengths.get(whole[start : start + START], ()):
+                question, behind = whole[start : start + length], whole[start + length : start + length + 1]
+                ends = not question[-1].isalnum() or not (behind in _PART or (behind == " " and question[-1].isascii()))
+                if question in self.tasks and (not behind or ends):
+                    return self.tasks[question]
+        return None
+
+
+def _laid_out(text: str) -> str:
+    """Lines with single spaces, whatever case."""
+    return "\n".join(filter(None, map(squeeze, text.casefold().split("\n"))))
 
 
 def _plain(text: str) -> str:

@@ -1,6 +1,7 @@
 """Which questions are asked: those that a model's window holds, and of a file each once before one comes again."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,14 +53,24 @@ class QuestionOrder:
     """A task's training questions in the order in which training asks them.
 
     Those of a file come in epochs, each in an order of its own that follows from the seed and the epoch's number, so that none
-    comes again before all others have come; those that do not fit the window are left out before the first. Generated ones
-    are drawn at random; those that do not fit are passed over. `state` is all that resuming needs.
+    comes again before all others have come; those that do not fit the window or that an exam asks (`exam` names it) are left
+    out before the first. Generated ones are drawn at random; those that do not fit are passed over. `state` is all that
+    resuming needs.
     """
 
-    def __init__(self, task: Task, window: Window, seed: Callable[..., int], say: Callable[[str], None]) -> None:
-        self.task, self.window, self.seed, self.say = task, window, seed, say
+    def __init__(
+        self,
+        task: Task,
+        window: Window,
+        seed: Callable[..., int],
+        say: Callable[[str], None],
+        exam: Callable[[Problem], str | None] = lambda problem: None,
+    ) -> None:
+        self.task, self.window, self.seed, self.say, self.exam = task, window, seed, say, exam
+        # questions that exams ask, by exam
+        self.contaminated: Counter[str] = Counter()
         parts = task.tasks if isinstance(task, Mixture) else (task,)
-        listed = {place: _listed(part) for place, part in enumerate(parts)}
+        listed = {place: self._listed(part) for place, part in enumerate(parts)}
         self.lists = {place: window.fitting(problems) for place, problems in listed.items() if problems}
         # questions that were left out
         self.too_long = sum(map(len, listed.values())) - sum(map(len, self.lists.values()))
@@ -68,6 +79,8 @@ class QuestionOrder:
         self._orders: dict[int, tuple[int, list[int]]] = {}
         if self.too_long:
             say(window.remark(self.too_long))
+        if self.contaminated:
+            say(exam_remark(self.contaminated))
 
     @property
     def is_listed(self) -> bool:
@@ -118,11 +131,25 @@ class QuestionOrder:
             self._orders[place] = epoch, order
         return problems[self._orders[place][1][position]]
 
+    def _listed(self, task: Task) -> list[Problem]:
+        """All training problems of a task that has a list of them; none of one that makes them."""
+        every: Sequence[Problem] = getattr(task, "all_problems", ())
+        train = [problem for problem in every if not is_held_out(problem.key)]
+        kept = []
+        for problem in train:
+            if exam := self.exam(problem):
+                self.contaminated[exam] += 1
+            else:
+                kept.append(problem)
+        if every and not kept:
+            asked = f": exams ask all {len(train)} ({', '.join(self.contaminated)})" if train else ""
+            raise UserError(
+                "task", task.name, f"none of its problems is of the training side{asked}", "Give more records."
+            )
+        return kept
 
-def _listed(task: Task) -> list[Problem]:
-    """All training problems of a task that has a list of them; none of one that makes them."""
-    every: Sequence[Problem] = getattr(task, "all_problems", ())
-    kept = [problem for problem in every if not is_held_out(problem.key)]
-    if every and not kept:
-        raise UserError("task", task.name, "none of its problems is of the training side", "Give more records.")
-    return kept
+
+def exam_remark(left_out: Counter[str], what: str = "questions") -> str:
+    """What there is to say of training questions that exams ask too, by exam."""
+    exams = ", ".join(f"{exam} ({n:,})" for exam, n in left_out.items())
+    return f"{left_out.total():,} {what} left out that exams ask: {exams}"

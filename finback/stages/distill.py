@@ -27,6 +27,7 @@ from finback.rollouts.rollouts import rollout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Work
+from finback.stages.exam_questions import ExamQuestions
 from finback.stages.fine_tuning import Batches, FineTuning, begin
 from finback.stages.sft import SFT, LessonBatches
 from finback.tasks.task import Task
@@ -75,7 +76,8 @@ class Distill(SFT):
         given = super().declaration()
         spent, results = (*given.ledger, "flops_auxiliary"), given.results
         if self.task is not None:  # the student samples its lessons
-            spent, results = (*spent, "tokens_generated", "flops_generation"), ("steps", "tokens", "too_long")
+            spent = (*spent, "tokens_generated", "flops_generation")
+            results = ("steps", "tokens", "too_long", "contaminated")
         return dataclasses.replace(given, objective="a teacher's probabilities", ledger=spent, results=results)
 
     def training(self, run: StageRun) -> FineTuning:
@@ -138,7 +140,10 @@ class OnPolicyBatches(Batches):
         self.engine = Engine(student, tokenizer.stops)
         assert stage.task is not None, "on-policy distillation answers a task"
         window = Window(tokenizer, student.config, stage.max_tokens)
-        self.order = QuestionOrder(stage.task, window, run.seed, lambda text: run.say(f"{run.name:10} {text}"))
+        self.order = QuestionOrder(
+            stage.task, window, run.seed, lambda text: run.say(f"{run.name:10} {text}"), ExamQuestions(run).asks
+        )
+        self.results["contaminated"] = dict(self.order.contaminated)
 
     def state(self) -> dict[str, Any]:
         return self.order.state()

@@ -108,7 +108,7 @@ class GRPO(Stage):
             "reinforcement learning",
             objective="rewards that are checked by programs",
             ledger=spent,
-            results=("steps", "lr", "too_long", "tokens_trained", "tokens_generated"),
+            results=("steps", "lr", "too_long", "contaminated", "tokens_trained", "tokens_generated"),
             curves={
                 "share of answers": ("accuracy", "thinks", "well_formed", "truncated"),
                 "reward": ("reward",),

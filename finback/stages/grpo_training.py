@@ -249,4 +249,6 @@ class Reinforcement(Training):
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         self.trainer.export(self.run, self.run.folder, self.tokenizer)
-        return {"steps": loop.step, "lr": self.peak_lr, "too_long": self.sampler.order.too_long, **self.totals}
+        order = self.sampler.order
+        left_out = {"too_long": order.too_long, "contaminated": dict(order.contaminated)}
+        return {"steps": loop.step, "lr": self.peak_lr, **left_out, **self.totals}

@@ -16,6 +16,7 @@ from finback.runs.files import write_lines
 from finback.runs.folder import StageRun
 from finback.stages.exam_questions import ExamQuestions
 from finback.stages.prepare import TaskText, origin
+from finback.tasks.task import is_listed
 
 if TYPE_CHECKING:
     from finback.stages.sft import SFT
@@ -69,7 +70,12 @@ class LessonReader:
         return found
 
     def _read(self, source: Source) -> _Reading:
-        reading, is_trace = _Reading(source.name), source.name in self.stage.traces
+        reading = _Reading(source.name)
+        is_looked_at = isinstance(source, Files | Hub)
+        if isinstance(source, TaskText):
+            is_looked_at = any(map(is_listed, source.tasks))
+        # written from training questions
+        is_made = isinstance(source, TaskText) or source.name in self.stage.traces
         for where, record in self._records(source):
             try:
                 if isinstance(record, UserError):
@@ -78,7 +84,7 @@ class LessonReader:
             except UserError as error:
                 reading.refuse(where, error)
                 continue
-            if isinstance(source, Files | Hub) and (exam := self.exams.find(dialogue.messages, is_trace)):
+            if is_looked_at and (exam := self.exams.find(dialogue.messages, is_made)):
                 reading.contaminated[exam] += 1
             else:
                 reading.dialogues.append((where, dialogue))

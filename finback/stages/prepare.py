@@ -20,8 +20,9 @@ from finback.runs.declaration import Declaration
 from finback.runs.files import write_json
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage
+from finback.stages.exam_questions import ExamQuestions
 from finback.tasks import task as tasks
-from finback.tasks.task import Split, Task
+from finback.tasks.task import Task
 
 SAMPLE = 20_000  # documents of each source that the tokenizer learns from
 
@@ -84,8 +85,8 @@ class Decontaminate:
         held_out, trained = dict[str, list[str]](), dict[str, list[str]]()
         for task in self.tasks:  # two may have one name
             seed = run.seed("exam", task.name)
-            held_out.setdefault(task.name, []).extend(drawn_questions(task, "held_out", self.problems, seed))
-            trained.setdefault(task.name, []).extend(drawn_questions(task, "train", self.problems, seed))
+            held_out.setdefault(task.name, []).extend(tasks.drawn_questions(task, "held_out", self.problems, seed))
+            trained.setdefault(task.name, []).extend(tasks.drawn_questions(task, "train", self.problems, seed))
         return Decontaminator(held_out, trained, self.ngram)
 
 
@@ -171,8 +172,12 @@ class Prepare(Stage):
 
         record = {source.name: corpus.gather(source, mix, rng) for source in self.text}
         for made in self.tasks:
-            documents = made.generate(run.seed("tasks", made.name))
+            exams = ExamQuestions(run)
+            documents = exams.outside(made.tasks, made.generate(run.seed("tasks", made.name)))
             record[made.name] = corpus.generate(made.name, made.licence, documents, made.documents)
+            if exams.left_out:
+                record[made.name]["documents"]["contaminated"] = exams.left_out.total()
+                run.say(f"{self.name:10} {made.name}: {exams.remark('documents')}")
         return record
 
     def _tokenizer(self, run: StageRun, corpus: Corpus) -> Tokenizer:
@@ -198,17 +203,6 @@ def origin(source: Source | TaskText, documents: int) -> dict[str, Any]:
     if isinstance(source, TaskText):
         return {"licence": source.licence, "documents": {"kept": documents}}
     return provenance(source, source.files()) | {"documents": {"kept": documents}}
-
-
-def drawn_questions(task: Task, side: Split, most: int, seed: int) -> list[str]:
-    """All that is drawn until there are `most` distinct problems, with and without what a task writes around them."""
-    rng, keys, found, misses = random.Random(seed), set[str](), list[str](), 0
-    while len(keys) < most and misses < 1000:
-        problem = tasks.draw(task, side, rng)
-        misses = misses + 1 if problem.key in keys else 0
-        keys.add(problem.key)
-        found += problem.key, problem.question
-    return found
 
 
 def _interleave(document: Document, made: TaskText, share: float, rng: random.Random) -> Document:

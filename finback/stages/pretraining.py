@@ -14,6 +14,7 @@ from finback.rollouts.rollouts import rollout
 from finback.runs.files import METRICS, ROUTER, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.compress import bits_by_source
+from finback.stages.exam_questions import ExamQuestions
 from finback.tasks import task as tasks
 from finback.train import rates, router_health
 from finback.train.batch import Batch, of_rows
@@ -157,10 +158,16 @@ class Pretraining(Training):
 
     def _probe(self, probe: "Probe", loop: Loop) -> float:
         window = Window(self.tokenizer, self.config, probe.max_tokens, think=True)
-        drawn = tasks.distinct(probe.task, "train", probe.problems, self.run.seed("probe"))
-        problems = window.fitting(drawn)
-        if len(problems) < len(drawn):
-            self.run.say(f"{self.stage.name:10} probe: {window.remark(len(drawn) - len(problems))}")
+        drawn, exams = (
+            tasks.distinct(probe.task, "train", probe.problems, self.run.seed("probe")),
+            ExamQuestions(self.run),
+        )
+        own = exams.without(probe.task, drawn)  # what ends training by an exam's questions would choose a model by them
+        problems = window.fitting(own)
+        if len(problems) < len(own):
+            self.run.say(f"{self.stage.name:10} probe: {window.remark(len(own) - len(problems))}")
+        if exams.left_out:
+            self.run.say(f"{self.stage.name:10} probe: {exams.remark()}")
         mine = problems[self.world.rank :: self.world.size]
         engine = Engine(self.trainer.model, self.tokenizer.stops)
         sampling = SamplingParams(temperature=0.0, max_tokens=probe.max_tokens)

@@ -24,6 +24,7 @@ from finback.runs.folder import Interrupted, StageRun
 from finback.runs.ledger import spent
 from finback.runs.progress import Progress
 from finback.runs.recipe import Stage, Work
+from finback.stages.exam_questions import ExamQuestions
 from finback.tasks import task as tasks
 from finback.tasks.language import consistency, known
 from finback.tasks.readable import Readable
@@ -72,7 +73,10 @@ class Reject(Stage):
         return Declaration(
             "rejection sampling",
             ledger=("tokens_generated", "flops", "flops_generation"),
-            results=("kept", "sampled", "reasons", "questions_by_difficulty", "kept_by_difficulty", "too_long"),
+            results=(
+                *("kept", "sampled", "reasons", "questions_by_difficulty", "kept_by_difficulty"),
+                *("too_long", "contaminated"),
+            ),
         )
 
     def describe(self, results: dict[str, Any]) -> str:
@@ -87,9 +91,12 @@ class Reject(Stage):
         engine, sampling = Engine(model, tokenizer.stops), SamplingParams(self.temperature, self.max_tokens)
         count = range(self.num_generations)
         drawn = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))
-        window = Window(tokenizer, model.config, self.max_tokens, self.think)
-        problems = window.fitting(drawn)
-        too_long = len(drawn) - len(problems)
+        exams, window = ExamQuestions(run), Window(tokenizer, model.config, self.max_tokens, self.think)
+        own = exams.without(self.task, drawn)
+        problems = window.fitting(own)
+        too_long = len(own) - len(problems)
+        if exams.left_out:
+            run.say(f"{self.name:10} {exams.remark()}")
         if too_long:
             run.say(f"{self.name:10} {window.remark(too_long)}")
         progress = Progress(run, len(problems), "questions", spent(run.folder)["seconds"])
@@ -113,7 +120,8 @@ class Reject(Stage):
             progress.show(min(start + CHUNK, len(problems)))
             if run.check_stop():
                 raise Interrupted
-        return self._collect(run) | {"too_long": too_long} if run.is_writer else {}
+        left_out = {"too_long": too_long, "contaminated": dict(exams.left_out)}
+        return self._collect(run) | left_out if run.is_writer else {}
 
     def _judge(self, answers: list[Rollout]) -> list[dict[str, Any]]:
         """For each question: how many answers were right, which of them are good, and why others are not."""

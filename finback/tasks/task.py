@@ -123,6 +123,11 @@ def is_held_out(key: str) -> bool:
     return int.from_bytes(digest, "big") % HELD_OUT == 0
 
 
+def is_listed(task: Task) -> bool:
+    """Whether a task's problems are those of a list, such as a file's, and not made."""
+    return hasattr(type(task), "all_problems")
+
+
 def draw(task: Task, split: Split, rng: random.Random) -> Problem:
     """The next problem of one side of the split."""
     for _ in range(100_000):
@@ -158,3 +163,14 @@ def draw_distinct(task: Task, split: Split, n: int, rng: random.Random, misses: 
         missed = missed + 1 if problem.key in found else 0
         found.setdefault(problem.key, problem)
     return list(found.values())
+
+
+def drawn_questions(task: Task, side: Split, most: int, seed: int) -> list[str]:
+    """All that is drawn until there are `most` distinct problems, with and without what a task writes around them."""
+    rng, keys, found, misses = random.Random(seed), set[str](), list[str](), 0
+    while len(keys) < most and misses < 1000:
+        problem = draw(task, side, rng)
+        misses = misses + 1 if problem.key in keys else 0
+        keys.add(problem.key)
+        found += problem.key, problem.question
+    return found
