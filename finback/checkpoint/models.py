@@ -14,10 +14,11 @@ from torch import Tensor
 
 from finback.checkpoint import names, store
 from finback.checkpoint.audit import Audit, differs, examine
-from finback.checkpoint.shards import Weights
+from finback.checkpoint.shards import SINGLE, Shards, Weights
+from finback.checkpoint.shares import SLICE, Stored
 from finback.config import UserError, did_you_mean
 from finback.kernels import fp8, packed
-from finback.model.config import from_json, to_json
+from finback.model.config import ModelConfig, from_json, to_json
 from finback.model.layers import Linear
 from finback.model.moe import MoE
 from finback.model.pack import pack
@@ -27,7 +28,6 @@ from finback.runs.files import is_checkpoint, read_json, write_json
 from finback.runs.reader import finished_stages
 
 READERS = min(4, os.cpu_count() or 1)
-SLICE = 8 * fp8.BLOCK  # rows of an FP8 matrix that are dequantized at once
 LARGE = 50_000_000  # bytes of weights below which fp32 costs little, and is exact
 InferenceDtype = Literal["auto", "fp32", "bf16", "int8"]
 WeightDtype = Literal["fp32", "bf16", "fp8"]  # fp8: FP8 matrices stay as they are, the rest is bf16
@@ -89,11 +89,15 @@ def load(path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype 
         tensors, _ = store.load(path / "model.safetensors")
         model.load_state_dict(tensors)
         return model
-    if is_checkpoint(path):
-        return load_audited(path, compute, weights)[0]
-    problem = "holds no model" if path.exists() else "no such file or folder"
-    remedy = "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
-    raise UserError("model", str(path), problem, remedy)
+    _demand_checkpoint(path)
+    return load_audited(path, compute, weights)[0]
+
+
+def _demand_checkpoint(path: Path) -> None:
+    if not is_checkpoint(path):
+        problem = "holds no model" if path.exists() else "no such file or folder"
+        remedy = "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
+        raise UserError("model", str(path), problem, remedy)
 
 
 def find_model(path: Path) -> Path:
@@ -112,17 +116,41 @@ def load_audited(
     path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype = "fp32"
 ) -> tuple[Transformer, Audit]:
     """Read a folder or a .gguf file; UserError unless its weights are exactly those of its config."""
+    shards, result = _audited(path)
+    model = Transformer(result.config, compute, torch.float32 if weights == "fp32" else torch.bfloat16)
+    if weights == "fp8":
+        _make_room_for_fp8(model, shards)
+    fill(model, shards)
+    return model, result
+
+
+def _audited(path: Path) -> tuple[Weights, Audit]:
+    """The weights at a path, whose values are not read; UserError unless they are those of its config."""
     shards, result = examine(path)
     result.demand(str(path))
     if "lm_head.weight" in result.skipped and differs(shards, "lm_head.weight", "model.embed_tokens.weight"):
         problem = "config.json ties it to model.embed_tokens.weight, but its values differ"
         remedy = "Set tie_word_embeddings to false if the head is its own; otherwise download the file again."
         raise UserError("lm_head.weight", str(path), problem, remedy)
-    model = Transformer(result.config, compute, torch.float32 if weights == "fp32" else torch.bfloat16)
-    if weights == "fp8":
-        _make_room_for_fp8(model, shards)
-    fill(model, shards)
-    return model, result
+    return shards, result
+
+
+def stored(path: Path) -> tuple[ModelConfig, Stored]:
+    """The model at a path, to be read share by share, whatever wrote it; UserError as for `load`."""
+    if not (path / "model.json").is_file():
+        _demand_checkpoint(path)
+        weights, result = _audited(path)
+        return result.config, Stored(weights, names.table(result.config))
+    config, shards = from_json(read_json(path / "model.json")), Shards(path)
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+    for name, shape in wanted.items():
+        found = shards.specs[name].shape if name in shards.specs else "missing"
+        if found != shape:
+            problem = f"{found}, where model.json calls for {shape}"
+            raise UserError(name, str(path), problem, "Run the stage that made it again.")
+    store.verify(path / SINGLE, shards.specs, shards.read)
+    return config, Stored(shards, {name: (name,) for name in wanted})
 
 
 def fill(model: Transformer, shards: Weights) -> None:

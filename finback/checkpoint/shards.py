@@ -19,6 +19,7 @@ from finback.config import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BESIDE = "model-mtp.safetensors"  # MTP layers of exports whose layer number transformers does not ignore
+PIECE = 1 << 20  # numbers that are converted at a time
 SCALE = "_scale_inv"  # an FP8 tensor's factors carry its name and this ending
 
 
@@ -44,6 +45,10 @@ class Weights(Protocol):
     def read_into(self, name: str, into: Tensor) -> None:
         """One tensor's values into a contiguous tensor of its shape."""
         into.copy_(self.read(name))
+
+    def read_range(self, name: str, start: int, into: Tensor) -> None:
+        """The numbers of one tensor from number `start` on, counted row by row, into a flat tensor."""
+        into.copy_(self.read(name).flatten()[start : start + len(into)])
 
     def scale(self, name: str) -> Tensor | None:
         """The factors of an FP8 tensor; None for a plain tensor."""
@@ -108,11 +113,26 @@ class Shards(Weights):
         else:
             super().read_into(name, into)
 
+    def read_range(self, name: str, start: int, into: Tensor) -> None:
+        """Straight from the file where the dtypes agree, else PIECE numbers at a time."""
+        spec = self.specs[name]
+        dtype = element_type(spec.dtype)
+        assert dtype is not None, f"{name}: the audit lets no {spec.dtype} pass"
+        if dtype == into.dtype and into.device.type == "cpu":
+            self._read_bytes(spec, into, start * dtype.itemsize)
+            return
+        for begin in range(0, len(into), PIECE):
+            part = into[begin : begin + PIECE]
+            scratch = torch.empty(len(part), dtype=dtype)
+            self._read_bytes(spec, scratch, (start + begin) * dtype.itemsize)
+            part.copy_(scratch)
+
     @staticmethod
-    def _read_bytes(spec: Spec, into: Tensor) -> None:
+    def _read_bytes(spec: Spec, into: Tensor, skip: int = 0) -> None:
+        """Fill a contiguous tensor with the bytes of a stored one from byte `skip` on."""
         view = memoryview(into.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with io.FileIO(str(spec.file)) as file:  # one of its own, so that several threads may read
-            file.seek(spec.start)
+            file.seek(spec.start + skip)
             done = 0
             while done < len(view):
                 count = file.readinto(view[done:])

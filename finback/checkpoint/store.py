@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,6 +67,18 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(text)
 
 
+def verify(path: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+    """UserError unless a file's tensors, of which `read` gives one at a time, are what `save` wrote."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            header = handle.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError("checkpoint", str(path), f"cannot be read ({error})", _REMEDY) from None
+    found = _digest_of(((name, read(name)) for name in sorted(names)), header.get("meta", ""))
+    if header.get("digest") != found:
+        raise UserError("checkpoint", str(path), "its content does not match its digest", _REMEDY)
+
+
 _REMEDY = "Delete it: the run continues from the checkpoint before, or from the start of the stage."
 
 
@@ -116,8 +128,12 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _digest(tensors: dict[str, Tensor], meta: str) -> str:
+    return _digest_of(sorted(tensors.items()), meta)
+
+
+def _digest_of(tensors: Iterable[tuple[str, Tensor]], meta: str) -> str:
     total = hashlib.sha256(meta.encode())
-    for name in sorted(tensors):
-        total.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
-        total.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data if tensors[name].numel() else b"")
+    for name, tensor in tensors:
+        total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return total.hexdigest()

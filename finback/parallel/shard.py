@@ -6,7 +6,6 @@ checkpoints work on parts alone and know nothing of the two.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from finback.model.config import ModelConfig
-from finback.model.layers import initialise
+from finback.checkpoint.shares import Share
 from finback.model.moe import MoE
 from finback.model.mtp import MTP
 from finback.model.rope import rotation
@@ -54,51 +53,23 @@ def like(tensor: Tensor, part: Tensor) -> Tensor:
     )
 
 
-def blank(config: ModelConfig, compute: torch.dtype) -> Transformer:
-    """A model without memory behind its parameters."""
-    with torch.device("meta"):
-        return Transformer(config, compute)
+def share_of(name: str, tensor: Tensor) -> Share:
+    """What of a DTensor lies on this rank, and where; of a plain tensor all of it."""
+    shape, offset = tuple(tensor.shape), (0,) * tensor.ndim
+    if isinstance(tensor, DTensor):
+        _, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    return Share(name, shape, offset, local(tensor.detach()))
 
 
-def initial_values(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The values that Transformer.initialise(seed) gives, one parameter at a time, so that no rank holds them all."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in blank(config, torch.float32).named_parameters():
-        holder = nn.Module()
-        holder.register_parameter(name.rpartition(".")[2], nn.Parameter(torch.empty(parameter.shape)))
-        initialise(holder, config.initializer_range, generator)
-        yield name, next(holder.parameters()).detach()
-
-
-def fill(models: list[Transformer], values: Iterable[tuple[str, Tensor]], mesh: Mesh, fsdp: bool) -> None:
-    """Give blank models, or what pipeline stages keep of them, their values; of experts this rank's alone."""
-    missing = [{n for n, _ in model.named_parameters()} for model in models]
-    for name, value in values:
-        for model, names in zip(models, missing, strict=True):
-            if name in names:
-                names.remove(name)
-                _set(model, name, _own(value, mesh, fsdp))
-    assert not any(missing), f"no values for {missing}"
-    for model in models:
-        model.cos, model.sin = (t.to(mesh.device) for t in rotation(model.config, model.config.max_position_embeddings))
-        for router in model.routers():
-            router.bias, router.load = (torch.zeros_like(b, device=mesh.device) for b in (router.bias, router.load))
-
-
-def _own(value: Tensor, mesh: Mesh, fsdp: bool) -> nn.Parameter:
-    if value.ndim == 3 and mesh.ep.size() > 1:  # a stack of experts
-        start, stop = share(len(value), mesh.ep.size(), mesh.ep.get_local_rank())
-        mine = value[start:stop].to(mesh.device, copy=True)
-        # FSDP learns from a DTensor that it is given a part; ZeRO-1 leaves parameters as they are
-        return nn.Parameter(DTensor.from_local(mine, mesh.ep, [Shard(0)], run_check=False) if fsdp else mine)
-    return nn.Parameter(value.to(mesh.device, copy=True))
-
-
-def _set(model: Transformer, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
-    if name == "embed" and model.config.tie_word_embeddings and "head" in dict(model.named_children()):
-        model.head.weight = parameter
+def materialise(root: nn.Module, model: Transformer, device: torch.device) -> None:
+    """Give a blank model, shared already or not, memory for what this rank holds of it; parameters have no values yet."""
+    root.to_empty(device=device)
+    if model.config.tie_word_embeddings and "head" in dict(model.named_children()):
+        model.head.weight = model.embed  # to_empty parts what is shared
+    model.cos, model.sin = (t.to(device) for t in rotation(model.config, model.config.max_position_embeddings))
+    for router in model.routers():
+        router.bias.zero_()
+        router.load.zero_()
 
 
 class Sharding(ABC):
@@ -123,9 +94,10 @@ class FullyShard(Sharding):
     """FSDP2: block by block, a parameter is whole only while it is used. Experts are cut among the edp ranks alone."""
 
     def __init__(self, roots: list[nn.Module], models: list[Transformer], layout: Layout, mesh: Mesh) -> None:
-        """roots hold the models and are what is called."""
+        """roots hold the models, which are blank, and are what is called."""
         for root, model in zip(roots, models, strict=True):
             _fully_shard(root, model, layout, mesh)
+            materialise(root, model, mesh.device)
         self.parts = [[ShardedParameter(n, p) for n, p in model.named_parameters()] for model in models]
 
     def zero(self) -> None:
@@ -183,6 +155,8 @@ class ZeroOne(Sharding):
     """ZeRO-1: parameters and gradients are whole on every rank that uses them, an optimiser sees its part of each."""
 
     def __init__(self, models: list[Transformer], mesh: Mesh) -> None:
+        for model in models:
+            materialise(model, model, mesh.device)
         parameters = [p for model in models for p in model.parameters()]
         experts = [p for p in parameters if p.ndim == 3]
         others = [p for p in parameters if p.ndim != 3]

@@ -1,14 +1,15 @@
 """What pre-training begins with: the first weights, the precision, and the trainer that its layout asks for."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from finback.checkpoint import models
+from finback.checkpoint.shares import Stored
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
@@ -37,13 +38,17 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     for name in ("batch_size", "batch_size_start"):
         if getattr(stage, name) % world.size:
             raise stage.wrong(name, f"does not divide among {world.size} ranks", "Use --ranks.")
-    config, values = _beginning(stage, run)
+    if stage.model is not None:
+        config, start = _fresh(stage, stage.model, run), None
+    else:
+        start = models.load(_start(stage, run))
+        config = stage.adapted(start.config)
     precision = _precision(stage, config, run, world.device)
     dtype = dtype_of(precision)
-    if isinstance(values, int):
-        model = Transformer(config, dtype).initialise(values)
+    if start is None:
+        model = Transformer(config, dtype).initialise(run.seed("weights"))
     else:
-        model = values.with_config(config, dtype)
+        model = start.with_config(config, dtype)
     model = (use_fp8(model) if precision == "fp8" else model).to(world.device)
     use_recompute(model, stage.recompute).train()
     _use_expert_kernel(stage, run, world, model)
@@ -70,13 +75,15 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     precision = stage.compute
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
-    config, start = _beginning(stage, run)
+    values: int | Stored = run.seed("weights")
+    if stage.model is not None:
+        config = _fresh(stage, stage.model, run)
+    else:
+        config, values = models.stored(_start(stage, run))
+        config = stage.adapted(config)
     if not dist.is_initialized():
         problem = "needs ranks that communicate"
         raise UserError(f"{stage.name}.layout", str(stage.layout), problem, "Use --ranks or torchrun.")
-    values: int | Iterator[tuple[str, Tensor]] = (
-        start if isinstance(start, int) else ((n, p.detach()) for n, p in start.named_parameters())
-    )
     shape = stage.batch_size, stage.seq_len
     try:
         trainer = ShardedTrainer(config, stage.layout, shape, values, stage.weight_decay, dtype_of(precision), device)
@@ -85,24 +92,23 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
             raise
         field = f"{stage.name}.batch_size"  # what the recipe calls a step's rows
         raise UserError(field, error.value, error.problem, error.remedy) from None
-    if not isinstance(start, int):
-        trainer.take_router_biases(start)
     for model in trainer.models:
         use_recompute(model, stage.recompute)
     return Pretraining(stage, run, trainer, precision)
 
 
-def _beginning(stage: "Pretrain", run: StageRun) -> tuple[ModelConfig, int | Transformer]:
-    """The config, and the seed of random weights or the model of `start`, checked to share the data's tokenizer."""
-    tokenizer = Tokenizer(run.input(stage.data))
-    if stage.model is not None:
-        return dataclasses.replace(stage.model, vocab_size=tokenizer.vocab_size), run.seed("weights")
+def _fresh(stage: "Pretrain", model: ModelConfig, run: StageRun) -> ModelConfig:
+    """The config of a model that begins with random weights."""
+    return dataclasses.replace(model, vocab_size=Tokenizer(run.input(stage.data)).vocab_size)
+
+
+def _start(stage: "Pretrain", run: StageRun) -> Path:
+    """The folder of `start`, checked to share the data's tokenizer."""
     folder = run.input(stage.start)
-    if Tokenizer(folder).as_json() != tokenizer.as_json():
+    if Tokenizer(folder).as_json() != Tokenizer(run.input(stage.data)).as_json():
         problem = f"has another tokenizer than the data of {stage.data!r}"
         raise stage.wrong("start", problem, "Give the prepare stage this model's tokenizer.")
-    model = models.load(folder)
-    return stage.adapted(model.config), model
+    return folder
 
 
 def _compile(stage: "Pretrain", run: StageRun, model: Transformer) -> None:

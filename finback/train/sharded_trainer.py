@@ -1,24 +1,25 @@
 """Training a model that lies on many ranks by a layout; the same losses and updates as ReplicatedTrainer on one."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from finback.checkpoint.distributed import Steps, newest, whole_model
+from finback.checkpoint.shares import Seeded, Values
 from finback.checkpoint.store import KEEP
 from finback.model.config import ModelConfig
 from finback.model.moe import Router, max_violation
 from finback.model.transformer import Transformer
-from finback.parallel.experts import spread_experts
+from finback.parallel.build import build
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh, World
-from finback.parallel.pipeline import Pipeline, PipelineStage, cut, is_twice, sum_copies
-from finback.parallel.shard import FullyShard, ShardedParameter, Sharding, ZeroOne, blank, fill, finish, initial_values
+from finback.parallel.pipeline import Pipeline, PipelineStage, is_twice, sum_copies
+from finback.parallel.shard import ShardedParameter, finish
 from finback.runs.folder import StageRun
 from finback.train.batch import Batch, of_windows
 from finback.train.loss import Losses, LossTerms, token_losses, training_losses
@@ -38,14 +39,14 @@ class ShardedTrainer(Trainer):
         config: ModelConfig,
         layout: Layout,
         shape: tuple[int, int],
-        values: Iterable[tuple[str, Tensor]] | int,
+        values: Values | int,
         weight_decay: float = 0.05,
         compute: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> None:
         """shape: (rows of a step over all ranks, tokens of a row that the trunk reads).
 
-        `values` of all parameters by name, or the seed of random ones; torch.distributed must have been started.
+        `values` of parameters and router biases, or the seed of random ones; torch.distributed must have been started.
         """
         rows, seq_len = shape
         layout.check_trainable(config, rows, dist.get_world_size())
@@ -54,15 +55,11 @@ class ShardedTrainer(Trainer):
         self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank(), layout.dp
         # of the step at hand, for the loss at the end of a pipeline
         self.terms = LossTerms([1.0])
-        self.models, roots = self._build(values)
+        values = Seeded(config, values) if isinstance(values, int) else values
+        self.models, roots, self.sharding = build(config, layout, self.mesh, values, compute, self._loss)
         self.model = self.models[0]
         self.routers: list[Router] = [router for model in self.models for router in model.routers()]
         self.is_whole = layout.pp == 1
-        self.sharding: Sharding
-        if layout.sharding == "fsdp":
-            self.sharding = FullyShard(roots, self.models, layout, self.mesh)
-        else:
-            self.sharding = ZeroOne(self.models, self.mesh)
         self.parts = [part for stage in self.sharding.parts for part in stage]
         for number, parts in zip(self.stages, self.sharding.parts, strict=True):
             for part in parts:
@@ -74,34 +71,10 @@ class ShardedTrainer(Trainer):
         # the whole model of a checkpoint, as far as it was asked for
         self._whole: tuple[Path, Transformer] | None = None
 
-    def _build(self, values: Iterable[tuple[str, Tensor]] | int) -> tuple[list[Transformer], list[nn.Module]]:
-        """This rank's models, one per stage, and what is called in their place."""
-        config, count = self.config, self.layout.stages
-        models = [blank(config, self.compute) for _ in self.stages]
-        roots: list[nn.Module] = list(models)
-        if self.layout.pp > 1:
-            numbered = list(zip(models, self.stages, strict=True))
-            models = [cut(model, number, count) for model, number in numbered]
-            roots = [PipelineStage(model, number, count, self._loss) for model, number in numbered]
-        values = initial_values(config, values) if isinstance(values, int) else values
-        fill(models, values, self.mesh, fsdp=self.layout.sharding == "fsdp")
-        for model in models:
-            spread_experts(model, self.mesh)
-            model.train()
-        return models, roots
-
     @property
     def stages(self) -> list[int]:
         """The numbers of this rank's pipeline stages."""
         return list(self.layout.stages_of(self.mesh.pp.get_local_rank()))
-
-    @torch.no_grad()
-    def take_router_biases(self, model: Transformer) -> None:
-        """Those of a model to go on with; biases are buffers, which `values` do not hold."""
-        for mine in self.models:
-            for name, buffer in mine.named_buffers():
-                if name.endswith("router.bias"):
-                    buffer.copy_(model.get_buffer(name))
 
     def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon, ShardedAdam]:
         matrices = [(p.name, p.value) for p in parts if is_matrix(p.name, p.value)]

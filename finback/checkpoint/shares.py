@@ -1,0 +1,166 @@
+"""Values for shares of a model, drawn from a seed or read out of files, so that no rank ever holds more than is its own.
+
+A share says where its numbers lie in the whole tensor. What fills it knows nothing of ranks or of how they share.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint.shards import Weights
+from finback.kernels import fp8
+from finback.model.config import ModelConfig
+from finback.model.transformer import Transformer
+
+# Numbers that are drawn at a time. A multiple of 16: torch draws normal numbers in blocks of 16, so that pieces are drawn
+# as the whole would be.
+DRAWN = 1 << 20
+SLICE = 8 * fp8.BLOCK  # rows of an FP8 matrix that are dequantized at once
+
+
+@dataclass(frozen=True)
+class Share:
+    """A box of a tensor: what of it lies here, and where that is in the whole."""
+
+    # as Transformer.state_dict has it
+    name: str
+    # of the whole
+    shape: tuple[int, ...]
+    # where the box begins, in each dimension
+    offset: tuple[int, ...]
+    # the box, contiguous; filling it changes what it is a view of
+    local: Tensor
+
+    def runs(self) -> Iterator[tuple[int, Tensor]]:
+        """The pieces of the box that are contiguous in the whole: where each begins there, flat, and a flat view of it."""
+        flat = self.local.detach().view(-1)
+        done = 0
+        for start, length in runs(self.shape, self.offset, tuple(self.local.shape)):
+            yield start, flat[done : done + length]
+            done += length
+
+
+def runs(shape: tuple[int, ...], offset: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Where a box of these sizes lies in a tensor that is stored row by row: (start, length) of its pieces, in order."""
+    cut = max((d for d, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole), default=0)
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    length = math.prod(sizes[cut:])
+    base = sum(o * s for o, s in zip(offset, strides, strict=True))
+    if length:
+        for index in itertools.product(*(range(size) for size in sizes[:cut])):
+            yield base + sum(i * s for i, s in zip(index, strides, strict=False)), length
+
+
+class Values(Protocol):
+    """Where the numbers of a model come from."""
+
+    def fill(self, shares: Sequence[Share]) -> None:
+        """Give all these shares their numbers; of one tensor there may be several."""
+        ...
+
+
+class Seeded(Values):
+    """The weights that Transformer.initialise(seed) gives, to the bit; router biases are 0.
+
+    Every rank draws all numbers and keeps its own: a generator cannot skip.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+
+    @torch.no_grad()
+    def fill(self, shares: Sequence[Share]) -> None:
+        wanted: dict[str, list[Share]] = {}
+        for share in shares:
+            wanted.setdefault(share.name, []).append(share)
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.device("meta"):
+            model = Transformer(self.config)
+        for name, parameter in model.named_parameters():
+            mine = wanted.pop(name, [])
+            if parameter.ndim < 2:
+                for share in mine:
+                    share.local.detach().fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            targets = [run for share in mine for run in share.runs()]
+            for begin, numbers in drawn(parameter.numel(), self.config.initializer_range, generator):
+                _take(targets, begin, numbers)
+        for name, left in wanted.items():
+            assert name.endswith("router.bias"), f"the model has no {name}"
+            for share in left:
+                share.local.zero_()
+
+
+def drawn(count: int, std: float, generator: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """`count` normal numbers in pieces, each with where it begins; in all the same numbers as in one piece."""
+    begin = 0
+    while begin < count:
+        length = min(DRAWN, count - begin)
+        if count - begin - length < 16:  # the last block must not be torn
+            length = count - begin
+        yield begin, torch.empty(length).normal_(0.0, std, generator=generator)
+        begin += length
+
+
+def _take(targets: Iterable[tuple[int, Tensor]], begin: int, numbers: Tensor) -> None:
+    """Copy what of numbers, which begin at `begin`, belongs into each target."""
+    end = begin + len(numbers)
+    for start, view in targets:
+        first, last = max(start, begin), min(start + len(view), end)
+        if first < last:
+            view[first - start : last - start] = numbers[first - begin : last - begin]
+
+
+class Stored(Values):
+    """Out of files, of each tensor only the bytes that are asked for; FP8 is dequantized a few rows at a time."""
+
+    def __init__(self, weights: Weights, names: Mapping[str, tuple[str, ...]]) -> None:
+        """names: of each of our tensors the stored ones that it is made of, equal parts in the order of its rows."""
+        self.weights, self.names = weights, names
+
+    @torch.no_grad()
+    def fill(self, shares: Sequence[Share]) -> None:
+        wanted: dict[str, list[tuple[int, Tensor]]] = {}
+        for share in shares:
+            if share.name not in self.names:
+                assert share.name.endswith("router.bias"), f"no stored tensor for {share.name}"
+                share.local.zero_()  # a family that has none
+                continue
+            parts = self.names[share.name]
+            size = math.prod(share.shape) // len(parts)
+            for start, view in share.runs():
+                done = 0
+                while done < len(view):
+                    number, at = divmod(start + done, size)
+                    stop = min(len(view), done + size - at)
+                    wanted.setdefault(parts[number], []).append((at, view[done:stop]))
+                    done = stop
+        for name in self.weights.by_file():
+            self._read(name, wanted.pop(name, []))
+        assert not wanted, f"not stored: {sorted(wanted)}"
+
+    def _read(self, name: str, pieces: list[tuple[int, Tensor]]) -> None:
+        scale = self.weights.scale(name) if pieces else None
+        for start, into in pieces:
+            if scale is None:
+                self.weights.read_range(name, start, into)
+            else:
+                self._dequantize(name, scale, start, into)
+
+    def _dequantize(self, name: str, scale: Tensor, start: int, into: Tensor) -> None:
+        """Rows of an FP8 matrix; those that share a block with the first are read as well."""
+        columns = self.weights.specs[name].shape[1]
+        assert start % columns == 0 and len(into) % columns == 0, "whole rows"
+        out = into.view(-1, columns)
+        first, end = start // columns, start // columns + len(out)
+        for row in range(first - first % fp8.BLOCK, end, SLICE):
+            stop = min(row + SLICE, end)
+            values = torch.empty(stop - row, columns, dtype=torch.float8_e4m3fn)
+            self.weights.read_range(name, row * columns, values.view(-1))
+            rows = fp8.dequantize(values, scale[row // fp8.BLOCK : fp8.blocks(stop)], torch.float32)
+            out[max(row, first) - first : stop - first] = rows[max(0, first - row) :].to(into.device)

@@ -1,0 +1,92 @@
+"""This rank's share of a model, from a config and a layout: nothing of it ever lies whole on one rank.
+
+Models are made without memory, cut to this rank's stages and experts, shared out, and only then given memory and values.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from finback.checkpoint.shares import Share, Values
+from finback.model.config import ModelConfig
+from finback.model.moe import MoE
+from finback.model.transformer import Transformer
+from finback.parallel.experts import spread_experts
+from finback.parallel.layout import Layout, share
+from finback.parallel.mesh import Mesh
+from finback.parallel.pipeline import Loss, PipelineStage, cut
+from finback.parallel.shard import FullyShard, Sharding, ZeroOne, share_of
+
+
+class Built(NamedTuple):
+    """The models of this rank's stages, what is called in their place, and how their parameters are shared."""
+
+    models: list[Transformer]
+    roots: list[nn.Module]
+    sharding: Sharding
+
+
+def build(
+    config: ModelConfig,
+    layout: Layout,
+    mesh: Mesh,
+    values: Values,
+    compute: torch.dtype = torch.float32,
+    loss: Loss | None = None,
+) -> Built:
+    """This rank's share with its values, in training mode. A pipeline needs the loss at its end."""
+    stages = layout.stages_of(mesh.pp.get_local_rank())
+    models = [blank(config, compute) for _ in stages]
+    roots: list[nn.Module] = list(models)
+    if layout.pp > 1:
+        assert loss is not None, "a pipeline ends with a loss"
+        models = [cut(model, number, layout.stages) for model, number in zip(models, stages, strict=True)]
+        ends = zip(models, stages, strict=True)
+        roots = [PipelineStage(model, number, layout.stages, loss) for model, number in ends]
+    fsdp = layout.sharding == "fsdp"
+    for model in models:
+        _keep_own_experts(model, mesh, fsdp)
+        spread_experts(model, mesh)
+        model.train()
+    sharding = FullyShard(roots, models, layout, mesh) if fsdp else ZeroOne(models, mesh)
+    values.fill(shares(models, mesh))
+    return Built(models, roots, sharding)
+
+
+def blank(config: ModelConfig, compute: torch.dtype) -> Transformer:
+    """A model without memory behind its parameters."""
+    with torch.device("meta"):
+        return Transformer(config, compute)
+
+
+def _keep_own_experts(model: Transformer, mesh: Mesh, fsdp: bool) -> None:
+    """Leave a blank model the experts that are this rank's."""
+    if mesh.ep.size() == 1:
+        return
+    for moe in [m for m in model.modules() if isinstance(m, MoE)]:
+        for name in ("gate_up", "down"):
+            whole: nn.Parameter = getattr(moe, name)
+            start, stop = share(len(whole), mesh.ep.size(), mesh.ep.get_local_rank())
+            mine = whole.detach()[start:stop]
+            # FSDP learns from a DTensor that it is given a part; ZeRO-1 leaves parameters as they are
+            part = DTensor.from_local(mine, mesh.ep, [Shard(0)], run_check=False) if fsdp else mine
+            setattr(moe, name, nn.Parameter(part))
+
+
+def shares(models: list[Transformer], mesh: Mesh) -> list[Share]:
+    """What this rank holds of parameters and router biases. Copies, of ZeRO-1 and of embeddings at both ends, count too."""
+    return [share for model in models for share in _shares(model, mesh)]
+
+
+def _shares(model: Transformer, mesh: Mesh) -> list[Share]:
+    found = []
+    for name, parameter in model.named_parameters():
+        mine = share_of(name, parameter)
+        if parameter.ndim == 3 and not isinstance(parameter, DTensor):  # experts that only the ep axis cuts
+            members, member, (experts, *rest) = mesh.ep.size(), mesh.ep.get_local_rank(), mine.shape
+            mine = Share(name, (members * experts, *rest), (member * experts, 0, 0), mine.local)
+        found.append(mine)
+    biases = [(n, b) for n, b in model.named_buffers() if n.endswith("router.bias")]
+    return found + [share_of(name, bias) for name, bias in biases]
