@@ -24,6 +24,7 @@ from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Pool
 from finback.model.native import use_native
+from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
 
 
@@ -41,6 +42,8 @@ class EngineConfig:
     reuse: bool = False
     # draft with the MTP module, if the model has one
     speculate: bool = False
+    # note the experts that each token is sent to
+    return_routed_experts: bool = False
 
 
 class Engine:
@@ -61,6 +64,9 @@ class Engine:
         self.speculation = Speculation() if config.speculate and len(model.mtp) else None
         self.grammars = Grammars(tokenizer, model.config.vocab_size) if tokenizer else None
         self.sampler = Sampler(self.stops, tokenizer)
+        if config.return_routed_experts and not model.config.n_routed_experts:
+            raise UserError("return_routed_experts", True, "the model has no routed experts", "Leave it out.")
+        self.routing = trace_routers(model) if config.return_routed_experts else None
         self._weights = self._version()
         self._set_up(config.tokens or 0)
 
@@ -69,11 +75,14 @@ class Engine:
         model, device = self.model, self.model.embed.device
         self.pages = Pages(-(-tokens // PAGE), PAGE)
         drafts = self.speculation is not None
-        pool = Pool(model.config, self.pages.count + 1, model.compute, device, drafts=drafts)
+        routes = self.routing is not None
+        pool = Pool(model.config, self.pages.count + 1, model.compute, device, drafts=drafts, routes=routes)
         # serving wants newcomers in at once, a large batch of prompts wants them read together
         patience = max(1, self.config.rows // 8) if self.config.tokens is None else 1
         self.scheduler = Scheduler(self.pages, self.config.rows, self.capacity + PAGE, self.config.reuse, patience)
-        self.runner = Runner(model, self.scheduler, pool, self.sampler, self.config.chunk, self.speculation)
+        sizes = self.config.chunk, self.speculation
+        self.runner = Runner(model, self.scheduler, pool, self.sampler, *sizes, self.routing)
+        self.scheduler.on_preempt = self.runner.keep_routes
 
     # ---- one request at a time -------------------------------------------------------------------------------------------
 

@@ -91,6 +91,9 @@ class Completion:
     tokens: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    # ids of the experts that each token but the last was sent to, (prompt + answer - 1, layers, k), uint8 or uint16, 0 in dense
+    # layers; where the engine records them
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -142,6 +145,8 @@ class Request:
     # places of the tokens whose drafts were accepted
     accepted_at: list[int] = field(default_factory=list)
     preempted: int = 0
+    # (tokens, layers, k) the experts of what was read before it was preempted, or before it finished
+    routes: Tensor | None = None
     submitted: float = field(default_factory=time.perf_counter)
     # when it first entered the batch
     started: float = 0.0
@@ -218,7 +223,11 @@ class Request:
     def completion(self) -> Completion:
         """What came of it, once it has finished."""
         assert self.finish_reason is not None, "still running"
-        return Completion(self.tokens, self.logprobs, self.finish_reason)
+        routes, last = None, self.length - 1
+        if self.routes is not None and len(self.routes) >= last:  # not of one that was cancelled before it had read all
+            ids = self.routes[:last].cpu().numpy()
+            routes = ids.view(np.uint16) if ids.dtype == np.int16 else ids
+        return Completion(self.tokens, self.logprobs, self.finish_reason, routes)
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:

@@ -11,12 +11,16 @@ from finback.engine.sampler import Sampler, sample, top_logprobs
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Cache, Pool
+from finback.model.routing import Routing
 from finback.model.transformer import Transformer
 
 
 @dataclass(frozen=True, eq=False)
 class Runner:
-    """Runs a scheduler's requests through the model; `chunk` is how many prompt tokens one pass reads at most."""
+    """Runs a scheduler's requests through the model; `chunk` is how many prompt tokens one pass reads at most.
+
+    With `routing` the pool keeps the experts of each token beside its entries, so that a prefix found in the cache has them too.
+    """
 
     model: Transformer
     scheduler: Scheduler
@@ -24,6 +28,7 @@ class Runner:
     sampler: Sampler
     chunk: int
     speculation: Speculation | None
+    routing: Routing | None = None
 
     def read_prompts(self) -> list[Request]:
         """One piece of the prompts that are not read yet; the requests that got their first token by it."""
@@ -123,7 +128,33 @@ class Runner:
     def _forward(self, rows: list[Request], tokens: Tensor, counts: list[int]) -> Tensor:
         """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) behind what each row has computed."""
         cache = self._cache(rows, [r.computed for r in rows], tokens.size(1), counts)
-        return self.model(tokens.to(self.model.embed.device), cache)
+        tokens = tokens.to(self.model.embed.device)
+        if self.routing is None or self.pool.routes is None:
+            return self.model(tokens, cache)
+        with self.routing.recording(self.pool.routes, cache.slots, self._known_routes(rows, tokens.size(1), counts)):
+            return self.model(tokens, cache)
+
+    def _known_routes(self, rows: list[Request], new: int, counts: list[int]) -> Tensor | None:
+        """(rows, new, layers, k) the experts of tokens that are read again after preemption, so that they take the same; -1
+        elsewhere."""
+        again = [(i, r) for i, r in enumerate(rows) if r.routes is not None and r.computed < len(r.routes)]
+        if not again:
+            return None
+        assert self.pool.routes is not None, "routes are recorded"
+        shape = len(rows), new, *self.pool.routes.shape[1:]
+        given = torch.full(shape, -1, dtype=torch.int16, device=self.pool.routes.device)
+        for line, r in again:
+            assert r.routes is not None, "read before"
+            known = r.routes[r.computed : r.computed + counts[line]]
+            given[line, : len(known)] = known.to(given.dtype)
+        return given
+
+    def keep_routes(self, r: Request) -> None:
+        """Take the experts of what a request has computed from its pages, which it is about to let go."""
+        # what was being read again after preemption is known to its end
+        if self.pool.routes is not None and (r.routes is None or len(r.routes) < r.computed):
+            pages = torch.tensor(r.pages, dtype=torch.long, device=self.pool.routes.device)
+            r.routes = self.pool.routes.unflatten(0, (-1, self.pool.size))[pages].flatten(0, 1)[: r.computed]
 
     def _cache(
         self, rows: list[Request], lengths: list[int], new: int, counts: list[int], starts: list[int] | None = None
@@ -171,6 +202,7 @@ class Runner:
             self._end_with(r, reason)
 
     def _end_with(self, r: Request, reason: FinishReason) -> None:
+        self.keep_routes(r)
         self.scheduler.publish(r)
         self.scheduler.finish(r, reason)
         if r.detokenizer is not None:

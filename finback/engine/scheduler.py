@@ -1,6 +1,7 @@
 """Scheduling: admission in the order of arrival, pages for the next tokens, and preemption when none are left."""
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Scheduler:
         self.table: Tensor = torch.zeros(rows, -(-longest // pages.size), dtype=torch.long)
         self._lines = self.table.numpy()
         self._slots = list(range(rows - 1, -1, -1))
+        # called with a request before it loses its pages by being preempted
+        self.on_preempt: Callable[[Request], None] = lambda request: None
         self._refused: tuple[Request, int, int] | None = None  # who lacked pages, when so many were free
 
     def admit(self) -> None:
@@ -96,6 +99,7 @@ class Scheduler:
 
     def preempt(self, request: Request) -> None:
         """Send a running request back to the head of the queue; its tokens are read again later."""
+        self.on_preempt(request)
         self._leave(request)
         request.preempted += 1
         self.waiting.appendleft(request)

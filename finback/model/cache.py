@@ -21,15 +21,28 @@ FEW = 8  # new tokens per row up to which pages are read in place rather than ga
 class Pool:
     """Storage for all layers, (layers, pages · size, elements); see ModelConfig.cache_elements for the last.
 
-    Page 0 is nobody's: the entries of padding go there. `drafts` adds a layer for the first MTP module.
+    Page 0 is nobody's: the entries of padding go there. `drafts` adds a layer for the first MTP module; `routes` room for the
+    experts that each token is sent to.
     """
 
     def __init__(
-        self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device, drafts: bool = False
+        self,
+        config: ModelConfig,
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        drafts: bool = False,
+        routes: bool = False,
     ) -> None:
         layers, self.size = config.num_hidden_layers + drafts, PAGE
         # the system hands out the memory as it is touched, so a large pool costs nothing until it is used
         self.data = torch.zeros(layers, pages * self.size, config.cache_elements, dtype=dtype, device=device)
+        # (pages · size, layers, k), 0 in dense layers
+        self.routes: Tensor | None = None
+        if routes:
+            shape = pages * self.size, config.num_hidden_layers, config.num_experts_per_tok
+            ids = torch.uint8 if config.n_routed_experts <= 256 else torch.int16
+            self.routes = torch.zeros(shape, dtype=ids, device=device)
 
     @property
     def bytes_per_token(self) -> int:

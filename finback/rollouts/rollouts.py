@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finback.data.messages import IGNORE, Response, parse_response
 from finback.data.tokenizer import THINK, Tokenizer
@@ -100,5 +101,20 @@ def _padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
     tokens, labels, mask, logprobs = (
         t[:, :-1] for t in (tokens, labels, padding_mask, logprobs)
     )  # the last predicts nothing
-    advantages = torch.tensor([a for _, a in rows])
-    return Batch(tokens, labels, shape[1] - 1, mask, rollout_logprobs=logprobs, advantages=advantages)
+    advantages, routes = torch.tensor([a for _, a in rows]), _routes([r for r, _ in rows], shape[1] - 1)
+    return Batch(
+        *(tokens, labels, shape[1] - 1, mask), rollout_logprobs=logprobs, advantages=advantages, routed_experts=routes
+    )
+
+
+def _routes(rows: Sequence[Rollout], seq_len: int) -> Tensor | None:
+    """(rows, seq_len, layers, k) the experts of all tokens but the last, which nobody reads; None where not all have them."""
+    found = [r.completion.routed_experts for r in rows]
+    known = [ids for ids in found if ids is not None]
+    if len(known) < len(found):
+        return None
+    routes = torch.full((len(rows), seq_len, *known[0].shape[1:]), -1, dtype=torch.int16)
+    for row, (r, ids) in enumerate(zip(rows, known, strict=True)):
+        assert len(ids) == r.length - 1, f"experts of {len(ids)} tokens, {r.length - 1} are read"
+        routes[row, : len(ids)] = torch.from_numpy(ids.astype("int16"))
+    return routes

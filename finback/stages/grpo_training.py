@@ -2,6 +2,7 @@
 
 import copy
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from finback.checkpoint import models
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
-from finback.engine.engine import Engine
+from finback.engine.engine import Engine, EngineConfig
 from finback.model.count import forward_flops_of, training_flops_of
 from finback.model.logprobs import token_logprobs
 from finback.model.transformer import Transformer
@@ -58,7 +59,9 @@ class Reinforcement(Training):
         adam = Adam(named, betas=(0.9, 0.95), weight_decay=0.0)
         trainer = ReplicatedTrainer(self.model, world, [adam], named, extras)
         super().__init__(run, trainer, stage.steps, stage.checkpoint_steps, dtype)
-        self.engine = Engine(self.model, self.tokenizer.stops)
+        if stage.routing_replay and not self.model.config.n_routed_experts:
+            raise stage.wrong("routing_replay", "the model has no routed experts", "Leave it out.")
+        self.engine = Engine(self.model, self.tokenizer.stops, EngineConfig(return_routed_experts=stage.routing_replay))
         self.sampler = GroupSampler(stage, run, self.engine, self.tokenizer)
         # steps in a row that taught nothing
         self.idle = 0
@@ -141,7 +144,7 @@ class Reinforcement(Training):
         self.model.eval()  # what is only looked at does not count as load
         with torch.no_grad():
             if stage.objective.correction.needs_trainer:
-                parts = [replace(b, old_logprobs=self._logprobs(self.model, b)[0]) for b in parts]
+                parts = [replace(b, old_logprobs=self._replayed_logprobs(b)[0]) for b in parts]
             if self.reference is not None:
                 parts = [replace(b, reference_logprobs=self._logprobs(self.reference.model, b)[0]) for b in parts]
         self.model.train()
@@ -153,6 +156,16 @@ class Reinforcement(Training):
         hidden, learnt = model(tokens, padding_mask=padding_mask), batch.learnt
         logprobs, entropy = token_logprobs(model, hidden[learnt], batch.labels[learnt], self.stage.temperature)
         return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(learnt, logprobs), entropy
+
+    def _replayed_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `_logprobs` of the trained model, with the experts that the engine took."""
+        with self._replaying(batch):
+            return self._logprobs(self.model, batch)
+
+    def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
+        """What is computed within takes the engine's experts, backward passes included."""
+        routing = self.engine.routing
+        return nullcontext() if routing is None else routing.replaying(batch.routed_experts)
 
     # ---- updates ---------------------------------------------------------------------------------------------------
 
@@ -167,7 +180,8 @@ class Reinforcement(Training):
         trainer.zero()
         seen, worst = torch.zeros(SUMS, dtype=torch.float64), 0.0
         for batch in parts:
-            sums, gap = self._backward(batch, whole, fresh)
+            with self._replaying(batch):
+                sums, gap = self._backward(batch, whole, fresh)
             seen, worst = seen + sums, max(worst, gap)
         norm = trainer.finish(stage.max_grad_norm)
         demand_finite(norm, f"{stage.name}.lr", self.peak_lr, step)

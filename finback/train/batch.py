@@ -36,6 +36,8 @@ class Batch:
     reference_logprobs: Tensor | None = None
     # (rows,) of the answers
     advantages: Tensor | None = None
+    # (rows, seq_len, layers, k), -1 where the router chooses itself: the experts that the engine sent each token to
+    routed_experts: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on another device."""
