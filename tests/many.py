@@ -1,33 +1,39 @@
 """What the tests of many ranks share: a model with experts, and processes that meet over gloo."""
 
 import dataclasses
+import json
 import math
 import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from finback.data.rows import PADDING, Row
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
 from finback.parallel.launch import free_port
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
-from finback.train.batch import of_windows
+from finback.train.batch import Batch, of_rows
 from finback.train.loss import LossTerms
-from finback.train.optim import Adam, Gradients, Muon, is_matrix
-from finback.train.sharded_trainer import ShardedTrainer
-from tests.toy import CONFIG, backward
+from finback.train.optim import Adam, Muon, is_matrix
+from finback.train.sharded_trainer import ShardedOptions, ShardedTrainer
+from finback.train.trainer import ReplicatedTrainer, Trainer
+from tests.toy import CONFIG
 
 MANY = dataclasses.replace(
     CONFIG, num_hidden_layers=4, n_routed_experts=8, n_group=2, topk_group=1, initializer_range=0.15
 )
 
-SHAPE = ROWS, SEQ_LEN = 8, 16
+ROWS, SEQ_LEN, STEPS = 8, 16, 20
 MTP_WEIGHT, BALANCE_ALPHA, BIAS_SPEED, MAX_GRAD_NORM = 0.3, 0.05, 0.02, 1.0
 LR = 3e-3
 Numbers = list[list[float]]  # of each step: loss, MTP loss, balance loss, norm of the gradient
@@ -58,58 +64,99 @@ def _run(rank: int, ranks: int, port: int, work: Callable[..., Any], arguments: 
     dist.destroy_process_group()
 
 
-def batches(config: ModelConfig, steps: int) -> Iterator[Tensor]:
+@dataclass(frozen=True)
+class Way:
+    """What is trained, and how, on one rank or on many."""
+
+    config: ModelConfig = MANY
+    optimizer: Literal["muon", "adamw"] = "muon"
+    # rows of the steps, over and over
+    rows: tuple[int, ...] = (ROWS,)
+    # documents that share rows and do not see each other, padding behind them
+    packed: bool = False
+
+    @property
+    def options(self) -> ShardedOptions:
+        return ShardedOptions(optimizer=self.optimizer)
+
+
+def batches(way: Way, steps: int) -> Iterator[Batch]:
     """All rows of each step, the same for all who ask."""
-    generator = torch.Generator().manual_seed(6)
-    width = SEQ_LEN + 1 + config.num_nextn_predict_layers
-    yield from torch.randint(0, 320, (steps, ROWS, width), generator=generator)
+    random = np.random.default_rng(6)
+    width = SEQ_LEN + 1 + way.config.num_nextn_predict_layers
+    for step in range(steps):
+        rows = []
+        for _ in range(way.rows[step % len(way.rows)]):
+            size = int(random.choice([width, width - 3, SEQ_LEN - 4])) if way.packed else width
+            document_ids = np.where(np.arange(width) < size, random.random(width) < 0.2, False).cumsum()
+            document_ids[size:] = PADDING
+            rows.append(Row(random.integers(0, 320, width), document_ids if way.packed else None, size))
+        yield of_rows(rows, SEQ_LEN)
 
 
-def on_one(config: ModelConfig, steps: int = 20) -> tuple[Numbers, dict[str, Tensor]]:
-    """The plain twin: backward, Muon, AdamW and the bias update on one rank, as one thread like each of many."""
+def on_one(way: Way, steps: int = STEPS) -> tuple[Numbers, dict[str, Tensor]]:
+    """The plain twin: the whole model on one rank, as one thread like each of many."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = Transformer(config).initialise(5).train()
+    model = Transformer(way.config).initialise(5).train()
     named = list(model.named_parameters())
-    gradients = Gradients([p for _, p in named])
-    muon = Muon([(n, p) for n, p in named if is_matrix(n, p)], World())
+    matrices = [(n, p) for n, p in named if is_matrix(n, p)]
+    first = Muon(matrices, World()) if way.optimizer == "muon" else Adam(matrices, (0.9, 0.95), 0.05)
     adam = Adam([(n, p) for n, p in named if not is_matrix(n, p)], (0.9, 0.95), 0.0)
-    numbers = []
-    for batch in batches(config, steps):
-        gradients.zero()
-        losses = backward(model, batch, MTP_WEIGHT, BALANCE_ALPHA)
-        norm = gradients.finish(World(), MAX_GRAD_NORM)
-        muon.step(LR)
-        adam.step(LR)
-        for router in model.routers():
-            router.update_bias(BIAS_SPEED)
-        numbers.append([losses.main.item(), losses.mtp.item(), losses.balance.item(), norm])
+    numbers = continued(ReplicatedTrainer(model, World(), (first, adam)), way, 0, steps)
     torch.set_num_threads(threads)
     return numbers, model.state_dict()
 
 
-def continued(many: ShardedTrainer, begin: int, end: int) -> Numbers:
-    """The same on many ranks, steps begin..end."""
-    numbers = []
-    for index, batch in enumerate(batches(many.config, end)):
-        if index >= begin:
-            numbers.append(step(many, batch))
-    return numbers
+def on_many(layout: Layout, way: Way = Way(), seed: int = 5) -> ShardedTrainer:
+    """This rank's share of the same."""
+    return ShardedTrainer(way.config, layout, max(way.rows), seed, way.options)
 
 
-def step(many: ShardedTrainer, windows: Tensor, mtp_weight: float = MTP_WEIGHT) -> list[float]:
-    """One step on a step's rows: losses over all ranks, norm of the gradient; none where that is not finite."""
-    counts = [float(ROWS * SEQ_LEN)] * (1 + many.config.num_nextn_predict_layers)
-    batch = of_windows(windows[many.data_rank :: many.data_ranks], many.config.num_nextn_predict_layers)
-    many.zero()
-    losses = many.backward(batch, LossTerms(counts, mtp_weight, BALANCE_ALPHA, 1 / many.data_ranks))
-    norm = many.finish(MAX_GRAD_NORM)
+def continued(trainer: Trainer, way: Way, begin: int, end: int) -> Numbers:
+    """Steps begin..end of either."""
+    return [step(trainer, batch) for number, batch in enumerate(batches(way, end)) if number >= begin]
+
+
+def step(trainer: Trainer, batch: Batch, mtp_weight: float = MTP_WEIGHT) -> list[float]:
+    """One step on a step's rows: losses over all ranks, norm of the gradient; no update where that is not finite."""
+    counts = batch.counts(trainer.model.config.num_nextn_predict_layers).tolist()
+    mine = slice(trainer.data_rank, None, trainer.data_ranks)
+    batch = dataclasses.replace(batch, **{name: t[mine] for name, t in batch.tensors().items()})
+    trainer.zero()
+    losses = trainer.backward(batch, LossTerms(counts, mtp_weight, BALANCE_ALPHA, 1 / trainer.data_ranks))
+    norm = trainer.finish(MAX_GRAD_NORM)
     if math.isfinite(norm):
-        many.update(LR, LR)
-        many.balance(BIAS_SPEED)
+        trainer.update(LR, LR)
+        trainer.balance(BIAS_SPEED)
     else:
-        many.forget_loads()
+        trainer.forget_loads()
     return [*losses.tolist(), norm]
+
+
+def _train(layout: Layout, way: Way, out: str) -> None:
+    many = on_many(layout, way)
+    numbers = continued(many, way, 0, STEPS)
+    biases = {n: t.tolist() for n, t in many.state().items() if n.endswith("router.bias")}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, biases)
+    if dist.get_rank() == 0:
+        assert all(some[name] == biases[name] for some in everyone for name in some if name in biases)
+        merged = {name: bias for some in everyone for name, bias in some.items()}
+        Path(out).write_text(json.dumps([numbers, merged]))
+
+
+def agrees(one: dict[Way, tuple[Numbers, dict[str, Tensor]]], layout: Layout, tmp_path: Path, way: Way = Way()) -> None:
+    """A layout trains like one rank, whose numbers `one` keeps for other layouts."""
+    if way not in one:
+        one[way] = on_one(way)
+    numbers, state = one[way]
+    on_ranks(layout.ranks, _train, layout, way, str(tmp_path / "out.json"))
+    found, biases = json.loads((tmp_path / "out.json").read_text())
+    check(found, numbers)
+    assert biases.keys() == {f"model.{n}" for n in state if n.endswith("router.bias")}
+    for name, bias in biases.items():
+        torch.testing.assert_close(torch.tensor(bias), state[name.removeprefix("model.")], atol=1e-6, rtol=0)
 
 
 def pipeline(schedule: Any, **more: Any) -> Layout:

@@ -15,27 +15,26 @@ from finback.checkpoint.distributed import MANIFEST, Steps, whole_model
 from finback.config import UserError
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
-from finback.train.sharded_trainer import ShardedTrainer
-from tests.many import MANY, SHAPE, check, continued, on_one, on_ranks, pipeline
+from tests.many import MANY, Way, check, continued, on_many, on_one, on_ranks, pipeline
 
 
 def _read(layout: Layout, folder: str, out: str) -> None:
-    many, steps = ShardedTrainer(MANY, layout, SHAPE, 99), Steps(Path(folder))
+    many, steps = on_many(layout, seed=99), Steps(Path(folder))
     assert many.load(steps) == (4, {"loader": [7]})
-    numbers = continued(many, 4, 20)
+    numbers = continued(many, Way(), 4, 20)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(numbers))
 
 
 def _write(layout: Layout, folder: str) -> None:
     """Two checkpoints, the second while training goes on, and what is left of a third that was killed."""
-    many, steps = ShardedTrainer(MANY, layout, SHAPE, 5), Steps(Path(folder))
+    many, steps = on_many(layout), Steps(Path(folder))
     assert many.load(steps) is None
-    continued(many, 0, 3)
+    continued(many, Way(), 0, 3)
     steps.save(3, many.state(), {"loader": [5]})
-    continued_from_3 = continued(many, 3, 4)
+    continued_from_3 = continued(many, Way(), 3, 4)
     steps.begin(4, many.state(), {"loader": [7]})
-    assert continued(many, 4, 5) != continued_from_3
+    assert continued(many, Way(), 4, 5) != continued_from_3
     steps.finish()
     steps.finish()
     if dist.get_rank() == 0:
@@ -48,7 +47,7 @@ def resumes(tmp_path: Path, before: Layout, *after: Layout) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-00000004", "step-00000009.part"]
     files = {p.suffix for p in folder.rglob("*") if p.is_file()}
     assert files == {".safetensors", ".json"}, "nothing is pickled"
-    numbers, _ = on_one(MANY)
+    numbers, _ = on_one(Way())
     for layout in after:
         on_ranks(layout.ranks, _read, layout, str(folder), str(tmp_path / "out.json"))
         check(json.loads((tmp_path / "out.json").read_text()), numbers[4:])
@@ -58,7 +57,7 @@ def test_a_checkpoint_continues_on_another_mesh(tmp_path: Path) -> None:
     resumes(tmp_path, Layout(dp=2, ep=2, sharding="zero1"), pipeline("zbv", sharding="zero1"))
     model = Transformer(MANY)
     model.load_state_dict(whole_model(tmp_path / "steps" / "step-00000004", MANY))
-    _, after_four = on_one(MANY, 4)
+    _, after_four = on_one(Way(), 4)
     for name, tensor in model.state_dict().items():
         assert (tensor - after_four[name]).abs().max() <= 2e-4, name
 
@@ -87,7 +86,7 @@ def on_first(work: Callable[[], Any]) -> None:
 
 def _damaged(folder: str) -> None:
     said: list[str] = []
-    many, steps = ShardedTrainer(MANY, Layout(dp=2), SHAPE, 5), Steps(Path(folder), say=said.append)
+    many, steps = on_many(Layout(dp=2)), Steps(Path(folder), say=said.append)
     for step in (1, 2):
         steps.save(step, many.state(), {"step": step})
     victim = sorted((Path(folder) / "step-00000002").glob("*.safetensors"))[1]
@@ -109,7 +108,7 @@ def _damaged(folder: str) -> None:
     on_first(next((Path(folder) / "step-00000001").glob("*.safetensors")).unlink)
     with pytest.raises(UserError, match="its files do not match their digests"):
         steps.load_newest(many.state())
-    smaller = ShardedTrainer(dataclasses.replace(MANY, vocab_size=300), Layout(dp=2), SHAPE, 5)
+    smaller = on_many(Layout(dp=2), Way(dataclasses.replace(MANY, vocab_size=300)))
     with pytest.raises(UserError, match=r"model\.embed is \(320, 32\), not \(300, 32\)"):
         steps.load(Path(folder) / "step-00000002", smaller.state())
 
@@ -120,7 +119,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 def _full(folder: str) -> None:
     """The system refuses rank 1 files of more than 4 KB, as a quota would."""
-    many, steps = ShardedTrainer(MANY, Layout(dp=2), SHAPE, 5), Steps(Path(folder))
+    many, steps = on_many(Layout(dp=2)), Steps(Path(folder))
     steps.save(1, many.state(), {"step": 1})
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))

@@ -20,8 +20,8 @@ from finback.parallel.layout import Layout, pack, share, split_layers
 from finback.parallel.owners import Owners
 from finback.parallel.pipeline import cut
 from finback.parallel.shard import local
-from finback.train.sharded_trainer import ShardedTrainer
-from tests.many import MANY, SHAPE, Numbers, batches, check, continued, on_one, on_ranks, pipeline, step
+from finback.train.sharded_trainer import ShardedOptions, ShardedTrainer
+from tests.many import MANY, ROWS, Numbers, Way, agrees, batches, continued, on_many, on_ranks, pipeline, step
 
 TIED = dataclasses.replace(MANY, tie_word_embeddings=True)
 TIED_PLAIN = dataclasses.replace(TIED, num_nextn_predict_layers=0)
@@ -29,34 +29,10 @@ PLAIN = dataclasses.replace(MANY, num_nextn_predict_layers=0, n_shared_experts=0
 FEW = dataclasses.replace(MANY, n_routed_experts=5, n_group=1)  # not equally many for each of two ranks
 
 
-def _train(layout: Layout, config: ModelConfig, out: str) -> None:
-    many = ShardedTrainer(config, layout, SHAPE, 5)
-    numbers = continued(many, 0, 20)
-    biases = {n: t.tolist() for n, t in many.state().items() if n.endswith("router.bias")}
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, biases)
-    if dist.get_rank() == 0:
-        assert all(some[name] == biases[name] for some in everyone for name in some if name in biases)
-        merged = {name: bias for some in everyone for name, bias in some.items()}
-        Path(out).write_text(json.dumps([numbers, merged]))
-
-
 @pytest.fixture(scope="module")
-def one() -> dict[ModelConfig, tuple[Numbers, dict[str, Tensor]]]:
+def one() -> dict[Way, tuple[Numbers, dict[str, Tensor]]]:
     """What one rank makes of a model in 20 steps, once it was asked for."""
     return {}
-
-
-def agrees(one: dict[Any, Any], layout: Layout, tmp_path: Path, config: ModelConfig = MANY) -> None:
-    if config not in one:
-        one[config] = on_one(config)
-    numbers, state = one[config]
-    on_ranks(layout.ranks, _train, layout, config, str(tmp_path / "out.json"))
-    found, biases = json.loads((tmp_path / "out.json").read_text())
-    check(found, numbers)
-    assert biases.keys() == {f"model.{n}" for n in state if n.endswith("router.bias")}
-    for name, bias in biases.items():
-        torch.testing.assert_close(torch.tensor(bias), state[name.removeprefix("model.")], atol=1e-6, rtol=0)
 
 
 def name_of(layout: Layout) -> str:
@@ -92,6 +68,31 @@ def test_two_ranks_train_like_one(one: dict[Any, Any], layout: Layout, tmp_path:
     agrees(one, layout, tmp_path)
 
 
+PACKED = Way(optimizer="adamw", rows=(4, 4, 8), packed=True)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp=2, ep=2, micro_batches=2),
+        pipeline("zbv"),
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in (
+                Layout(dp=2, sharding="zero1", micro_batches=2),
+                *(pipeline(s) for s in ("1f1b", "zb1p", "interleaved", "dualpipev")),
+                pipeline("zbv", micro_batches=8),
+                pipeline("dualpipev", dp=2, ep=2, sharding="zero1"),
+            )
+        ),
+    ],
+    ids=name_of,
+)
+def test_packed_rows_a_ramp_and_adamw_do_too(one: dict[Any, Any], layout: Layout, tmp_path: Path) -> None:
+    """Steps of 4 and 8 rows: some pipelines have half as many micro-batches in the small ones, some smaller ones."""
+    agrees(one, layout, tmp_path, PACKED)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", TWO + FOUR, ids=name_of)
 def test_every_layout_trains_like_one_rank(one: dict[Any, Any], layout: Layout, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_every_layout_trains_like_one_rank(one: dict[Any, Any], layout: Layout, 
 )
 def test_other_models_do_too(one: dict[Any, Any], config: ModelConfig, layout: Layout, tmp_path: Path) -> None:
     """A head that is the embedding, no MTP and no shared expert, fewer experts than can be dealt out evenly."""
-    agrees(one, layout, tmp_path, config)
+    agrees(one, layout, tmp_path, Way(config))
 
 
 def _owners() -> None:
@@ -160,10 +161,10 @@ def test_stages_have_every_parameter_once() -> None:
 
 
 def _not_finite() -> None:
-    many = ShardedTrainer(MANY, Layout(dp=2, ep=2, sharding="zero1"), SHAPE, 5)
+    many = on_many(Layout(dp=2, ep=2, sharding="zero1"))
     many.models[0].norm.weight.data[3] = float("nan")
     before = {name: local(t).clone() for name, t in many.state().items()}
-    assert math.isnan(step(many, next(batches(MANY, 1)))[-1])
+    assert math.isnan(step(many, next(batches(Way(), 1)))[-1])
     for name, tensor in many.state().items():
         assert torch.equal(local(tensor).nan_to_num(9.0), before[name].nan_to_num(9.0)), name
     assert not any(router.load.any() for router in many.routers)
@@ -176,8 +177,9 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
 def _rounded(out: str) -> None:
     numbers = []
     for gather in ("fp32", "bf16"):
-        many = ShardedTrainer(MANY, Layout(dp=2, gather=gather), SHAPE, 5, compute=torch.bfloat16)  # type: ignore[arg-type]
-        numbers.append(continued(many, 0, 5))
+        layout, options = Layout(dp=2, gather=gather), ShardedOptions(compute="bf16")  # type: ignore[arg-type]
+        many = ShardedTrainer(MANY, layout, ROWS, 5, options)
+        numbers.append(continued(many, Way(), 0, 5))
         router = many.routers[0].weight
         assert router.dtype == torch.float32 and all(p.value.dtype == torch.float32 for p in many.parts)
     if dist.get_rank() == 0:
@@ -196,10 +198,10 @@ def test_weights_that_travel_in_bf16_train_like_those_in_fp32(tmp_path: Path) ->
 
 def _levels(start: str) -> None:
     """A pipeline whose MTP loss is left out from some step on, and one that goes on with learnt biases."""
-    many = ShardedTrainer(MANY, pipeline("1f1b"), SHAPE, models.stored(Path(start))[1])
+    many = ShardedTrainer(MANY, pipeline("1f1b"), ROWS, models.stored(Path(start))[1])
     assert all(router.bias.tolist() == list(range(8)) for router in many.routers)
     for weight in (0.3, 0.3, 0.0, 0.0):
-        losses = step(many, next(batches(MANY, 1)), mtp_weight=weight)
+        losses = step(many, next(batches(Way(), 1)), mtp_weight=weight)
         assert (losses[1] > 0) == (weight > 0) and math.isfinite(losses[-1])
 
 

@@ -132,7 +132,6 @@ def stage(**knobs: Any) -> Pretrain:
     ("knobs", "words"),
     [
         ({"ema_decay": 0.9}, r"base\.ema_decay = 0\.9: wants the whole model"),
-        ({"document_mask": True}, r"base\.document_mask"),
         ({"phases": (), "probe": Probe(Chains(2, 3), 0.5)}, r"base\.probe"),
         ({"compute": "fp8"}, r"base\.compute = 'fp8'"),
     ],

@@ -5,8 +5,8 @@ own, and `ep` of them share one set of experts, so that V3's 2,048 devices are p
 parallelism: V3 trains without it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from finback.config import UserError, check_fields, check_positive
@@ -74,6 +74,21 @@ class Layout:
         zero = {"ddp": 0, "zero1": 1, "fsdp": 3}[self.sharding]
         return f"pp={self.pp},dp={self.dp},ep={self.ep},zero={zero}"
 
+    def at(self, rows: int, most: int) -> "Layout":
+        """The layout of a step of `rows` rows in a run whose fullest steps have `most`: with fewer micro-batches.
+
+        They stay as large as those of a full step where they fill the pipeline; else there are as many, and smaller.
+        """
+        fewer, rest = divmod(self.micro_batches * rows, most)
+        if rest or not fewer or (self.pp > 1 and self._unfilled(fewer) is not None):
+            return self
+        return replace(self, micro_batches=fewer)
+
+    def check_steps(self, c: ModelConfig, sizes: Iterable[int], most: int) -> None:
+        """`check` for every number of rows that steps of a run have, up to `most`."""
+        for rows in sizes:
+            self.at(rows, most).check(c, rows)
+
     def check(self, c: ModelConfig, rows: int) -> None:
         """Raise UserError unless the model and the `rows` of one step fit."""
         if rows % (self.dp * self.micro_batches):
@@ -111,14 +126,21 @@ class Layout:
         if self.stages > most:
             problem = f"{self.schedule} makes {self.stages} stages, and {most} can have a layer"
             raise UserError("layout.pp", self.pp, problem, "Lower it.")
-        self.pipeline.check(self.pp, self.micro_batches)
-        if self.micro_batches < self.stages:
-            problem = f"fewer than the {self.stages} stages that they are to fill"
-            raise UserError("layout.micro_batches", self.micro_batches, problem, "Raise it.")
+        unfilled = self._unfilled(self.micro_batches)
+        if unfilled is not None:
+            raise unfilled
         if self.pipeline.splits and c.tie_word_embeddings and c.num_nextn_predict_layers:
             # autograd cannot do the gradient of such a weight apart from that of what lies between its uses
             problem = "its split backward pass cannot have a head tied to the embedding that MTP reads"
             raise UserError("layout.schedule", self.schedule, problem, 'Use "1f1b" or "interleaved", or untie.')
+
+    def _unfilled(self, micro_batches: int) -> UserError | None:
+        """Why so many micro-batches do not go through the pipeline; None if they do."""
+        if micro_batches < self.stages:
+            problem = f"fewer than the {self.stages} stages that they are to fill"
+            unfilled = UserError("layout.micro_batches", micro_batches, problem, "Raise it.")
+            return self.pipeline.refusal(self.pp, micro_batches) or unfilled
+        return self.pipeline.refusal(self.pp, micro_batches)
 
 
 @dataclass(frozen=True)

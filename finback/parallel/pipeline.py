@@ -9,6 +9,7 @@ its parts and one backward pass all gradients.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline_tables import Op, Slot
 from finback.parallel.shard import ShardedParameter, local
 
-# The last stage's model, final hidden states (b, t, d), tokens (b, t + 1 + depths), and what says the mean balance loss
-# over all MoE layers, with the MTP modules' or without -> the loss, and its parts (main, MTP, balance) without gradient
-Loss = Callable[[Transformer, Tensor, Tensor, Callable[[bool], Tensor]], tuple[Tensor, Tensor]]
+# A batch's tensors by name, (b, t + depths): tokens, labels, and where there are any padding_mask and document_ids
+Rows = dict[str, Tensor]
+# The last stage's model, final hidden states (b, t, d), the micro-batch, and what says the mean balance loss over all
+# MoE layers, with the MTP modules' or without -> the loss, and its parts (main, MTP, balance) without gradient
+Loss = Callable[[Transformer, Tensor, Rows, Callable[[bool], Tensor]], tuple[Tensor, Tensor]]
 
 
 def cut(model: Transformer, stage: int, stages: int) -> Transformer:
@@ -49,7 +52,7 @@ def is_twice(config: ModelConfig) -> bool:
 
 
 class PipelineStage(nn.Module):
-    """A cut model with one call: what the stage before made and the step's tokens -> what the stage after takes."""
+    """A cut model with one call: what the stage before made and the step's rows -> what the stage after takes."""
 
     def __init__(self, model: Transformer, stage: int, stages: int, loss: Loss) -> None:
         super().__init__()
@@ -57,21 +60,24 @@ class PipelineStage(nn.Module):
         self.is_first, self.is_last = stage == 0, stage == stages - 1
         self.losses: list[Tensor] = []  # (main, MTP, balance) of each micro-batch since they were last taken
 
-    def forward(self, *carried: Tensor, tokens: Tensor) -> Any:
+    def forward(self, *carried: Tensor, **rows: Tensor) -> Any:
         """carried: hidden states (b, t, d) and the sum of balance losses (1,), but nothing of use at the first stage.
 
-        tokens (b, t + 1 + depths). The last stage gives the loss, a scalar.
+        rows: see `Rows`. The last stage gives the loss, a scalar.
         """
-        model = self.model
-        length = tokens.size(1) - 1 - model.config.num_nextn_predict_layers
+        model, tokens = self.model, rows["tokens"]
+        length = tokens.size(1) - model.config.num_nextn_predict_layers
+        padding_mask, document_ids = (
+            rows[n][:, :length] if n in rows else None for n in ("padding_mask", "document_ids")
+        )
         if self.is_first:
             x = model.embed[tokens[:, :length]].to(model.compute)
             balance = torch.zeros(1, device=x.device)
         else:
             x, balance = carried
-        cos, sin = model.cos[None, :length], model.sin[None, :length]
+        cos, sin, attention_mask = model._positions(length, None, document_ids)
         for block in model.blocks.values():  # type: ignore[operator]
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, None, padding_mask, attention_mask)
         if not self.is_last:
             return x, balance + self._balance()
 
@@ -80,7 +86,7 @@ class PipelineStage(nn.Module):
             layers = c.num_hidden_layers + (c.num_nextn_predict_layers if with_mtp else 0)
             return (balance + self._balance()).squeeze(0) / max(1, sum(map(c.is_moe, range(layers))))
 
-        total, losses = self.loss(model, model.norm(x), tokens, mean_balance)
+        total, losses = self.loss(model, model.norm(x), rows, mean_balance)
         self.losses.append(losses)
         return total
 
@@ -93,35 +99,44 @@ class PipelineStage(nn.Module):
 class Pipeline:
     """This rank's stages and the schedule that runs them."""
 
-    def __init__(self, stages: list[PipelineStage], layout: Layout, mesh: Mesh, rows: int, length: int) -> None:
-        """rows and length of what the trunk reads on this rank; rows are cut into layout.micro_batches."""
-        self.stages = stages
-        model = stages[0].model
-        config, device = model.config, mesh.device
-        micro = rows // layout.micro_batches
-        hidden = torch.empty(micro, length, config.hidden_size, dtype=model.compute, device=device)
-        carried = hidden.requires_grad_(), torch.empty(1, device=device, requires_grad=True)
-        width = length + 1 + config.num_nextn_predict_layers
-        tokens = torch.empty(micro, width, dtype=torch.long, device=device)
-        loss = torch.empty((), device=device, requires_grad=True)
-        pieces = []
-        for stage, index in zip(stages, layout.stages_of(mesh.pp.get_local_rank()), strict=True):
-            ends = tokens if stage.is_first else carried, loss if stage.is_last else carried
-            pieces.append(TorchStage(stage, index, layout.stages, device, *ends, group=mesh.pp.get_group()))
-        self.schedule = _Tabled(pieces, layout)
+    def __init__(self, stages: list[PipelineStage], layout: Layout, mesh: Mesh) -> None:
+        self.stages, self.layout, self.mesh = stages, layout, mesh
+        # for rows of the last step's shape, and for its number of micro-batches
+        self.shape: tuple[int, ...] = ()
+        self.schedule: _Tabled | None = None
 
-    def run(self, tokens: Tensor) -> Tensor:
+    def run(self, rows: Rows, micro_batches: int) -> Tensor:
         """Add the gradients of the losses of all micro-batches; (main, MTP, balance), summed over them.
 
-        tokens (rows, length + 1 + depths) are the same on all ranks of the pipeline. Zeros but on the last stage's rank.
+        rows are the same on all ranks of the pipeline. Zeros but on the last stage's rank.
         """
+        tokens = rows["tokens"]
+        shape = micro_batches, *tokens.shape
+        if self.schedule is None or shape != self.shape:
+            self.shape, self.schedule = shape, self._schedule(*shape)
         start = (tokens,) if self.stages[0].is_first else ()
         for stage in self.stages:
             stage.losses.clear()
         target = tokens if self.stages[-1].is_last else None  # unused: the last stage's output is the loss
-        self.schedule.step(*start, target=target, tokens=tokens, return_outputs=False)
+        fields: dict[str, Any] = dict(rows)
+        self.schedule.step(*start, target=target, return_outputs=False, **fields)
         found = self.stages[-1].losses
         return torch.stack(found).sum(0) if found else torch.zeros(3, device=tokens.device)
+
+    def _schedule(self, micro_batches: int, rows: int, width: int) -> "_Tabled":
+        """For so many rows of so many tokens, MTP's among them; what is sent has fixed shapes."""
+        model, device = self.stages[0].model, self.mesh.device
+        config, micro, layout = model.config, rows // micro_batches, self.layout
+        length = width - config.num_nextn_predict_layers
+        hidden = torch.empty(micro, length, config.hidden_size, dtype=model.compute, device=device)
+        carried = hidden.requires_grad_(), torch.empty(1, device=device, requires_grad=True)
+        tokens = torch.empty(micro, width, dtype=torch.long, device=device)
+        loss = torch.empty((), device=device, requires_grad=True)
+        pieces = []
+        for stage, index in zip(self.stages, layout.stages_of(self.mesh.pp.get_local_rank()), strict=True):
+            ends = tokens if stage.is_first else carried, loss if stage.is_last else carried
+            pieces.append(TorchStage(stage, index, layout.stages, device, *ends, group=self.mesh.pp.get_group()))
+        return _Tabled(pieces, replace(layout, micro_batches=micro_batches))
 
 
 class _Tabled(_PipelineScheduleRuntime):  # type: ignore[misc]  # torch leaves it untyped

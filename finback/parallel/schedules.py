@@ -28,10 +28,16 @@ class Schedule(NamedTuple):
 
     def check(self, ranks: int, micro_batches: int) -> None:
         """UserError unless so many micro-batches can go through so many ranks."""
+        refusal = self.refusal(ranks, micro_batches)
+        if refusal is not None:
+            raise refusal
+
+    def refusal(self, ranks: int, micro_batches: int) -> UserError | None:
+        """What `check` raises, None where the schedule can run so."""
         if self.placement == "both ways":
             for field, value in (("layout.pp", ranks), ("layout.micro_batches", micro_batches)):
                 if value % 2:
-                    raise UserError(field, value, "DualPipe needs an even number", "Use an even one, or zb1p.")
+                    return UserError(field, value, "DualPipe needs an even number", "Use an even one, or zb1p.")
         least = 2 * ranks if self.overlaps else 1
         rounds = max(1, micro_batches // ranks) if self.placement == "loop" else 1
         problem, remedy = "", ""
@@ -40,8 +46,7 @@ class Schedule(NamedTuple):
             remedy = "Raise the rows, or use fewer pipeline ranks or 1f1b."
         elif micro_batches % rounds:
             problem, remedy = f"interleaved runs them in {rounds} equal rounds", f"Use a multiple of {ranks}."
-        if problem:
-            raise UserError("layout.micro_batches", micro_batches, problem, remedy)
+        return UserError("layout.micro_batches", micro_batches, problem, remedy) if problem else None
 
     def stages(self, ranks: int) -> int:
         """Stages a micro-batch passes."""

@@ -22,7 +22,7 @@ from finback.train.precision import ExpertKernel
 from finback.train.rates import Level, Phase
 
 # Knobs that want the whole model on every rank: with a layout they stay at their defaults.
-WHOLE = "probe", "ema_decay", "batch_size_start", "packing", "document_mask", "valid_tokens", "optimizer"
+WHOLE = "probe", "ema_decay", "valid_tokens"
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,11 @@ class Pretrain(Stage):
     def limit(self) -> int:
         """Tokens after which it ends at the latest."""
         return sum(phase.tokens for phase in self.phases) or self.max_tokens
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """All numbers of rows that steps have."""
+        return rates.ramp_sizes(self.batch_size_start, self.batch_size)
 
     def batch_size_at(self, tokens: int) -> int:
         """Rows of the step that follows after `tokens` tokens."""

@@ -68,7 +68,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
 
 
 def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
-    from finback.train.sharded_trainer import ShardedTrainer  # a second of imports that only it needs
+    from finback.train.sharded_trainer import ShardedOptions, ShardedTrainer  # a second of imports that only it needs
 
     assert stage.layout is not None, "without a layout there is nothing to share out"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,14 +84,15 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     if not dist.is_initialized():
         problem = "needs ranks that communicate"
         raise UserError(f"{stage.name}.layout", str(stage.layout), problem, "Use --ranks or torchrun.")
-    shape = stage.batch_size, stage.seq_len
+    options = ShardedOptions(stage.optimizer, stage.weight_decay, precision)
     try:
-        trainer = ShardedTrainer(config, stage.layout, shape, values, stage.weight_decay, dtype_of(precision), device)
+        trainer = ShardedTrainer(config, stage.layout, stage.batch_size, values, options, device)
+        stage.layout.check_steps(config, stage.batch_sizes, stage.batch_size)
     except UserError as error:
         if error.field != "rows":
             raise
-        field = f"{stage.name}.batch_size"  # what the recipe calls a step's rows
-        raise UserError(field, error.value, error.problem, error.remedy) from None
+        field = "batch_size" if error.value == stage.batch_size else "batch_size_start"  # where a step's rows come from
+        raise UserError(f"{stage.name}.{field}", error.value, error.problem, error.remedy) from None
     for model in trainer.models:
         use_recompute(model, stage.recompute)
     return Pretraining(stage, run, trainer, precision)

@@ -106,7 +106,8 @@ class Pretraining(Training):
         else:
             mine = torch.cat([batch.counts(self.depths), torch.zeros(1, dtype=torch.float64)])
             mine[-1] = training_flops_of(self.config, batch.lengths())
-            *counts, flops = self.world.sum_(mine).tolist()
+            same = self.world.size // trainer.data_ranks  # ranks of a pipeline read the same rows
+            *counts, flops = (self.world.sum_(mine) / same).tolist()
             counts = [max(1.0, count) for count in counts]
         again = recomputed_flops(self.config, (stage.seq_len + 1) / 2, stage.recompute)
         loop.spend(tokens=rows * stage.seq_len, training=flops, recomputed=rows * stage.seq_len * again)

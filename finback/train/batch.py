@@ -41,12 +41,16 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on another device."""
-        moved: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
         return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is, by field."""
+        return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
 
     def chunk(self, parts: int) -> list["Batch"]:
         """The same rows as `parts` batches of equally many."""
-        each: dict[str, Any] = {name: t.chunk(parts) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        each: dict[str, Any] = {name: t.chunk(parts) for name, t in self.tensors().items()}
         return [replace(self, **{name: pieces[i] for name, pieces in each.items()}) for i in range(parts)]
 
     @property

@@ -73,6 +73,11 @@ def ramp(tokens: int, first: int, last: int, over: int) -> int:
     return min(last, int((first + (last - first) * tokens / over) // first) * first)
 
 
+def ramp_sizes(first: int, last: int) -> list[int]:
+    """All numbers of rows that `ramp` comes to; first 0: there is no ramp."""
+    return [*range(first, last, first), last] if first else [last]
+
+
 def warmup(tokens: int, warmup_tokens: int) -> float:
     """Factor that rises linearly to 1 over warmup_tokens."""
     return min(1.0, tokens / warmup_tokens) if warmup_tokens > 0 else 1.0

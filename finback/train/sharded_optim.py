@@ -83,6 +83,10 @@ def _cut_among(parameter: Tensor) -> dist.ProcessGroup | None:
 class ShardedAdam(Adam):
     """AdamW works number by number: of a shared parameter it is given this rank's share."""
 
+    def __init__(self, named: Named, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(named, betas, weight_decay)
+        self.begin()
+
     def share(self, parameter: nn.Parameter) -> Tensor:
         """This rank's share, the parameter's own memory."""
         return local(parameter.detach()) if isinstance(parameter, DTensor) else parameter

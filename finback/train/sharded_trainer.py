@@ -1,9 +1,9 @@
 """Training a model that lies on many ranks by a layout; the same losses and updates as ReplicatedTrainer on one."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,13 @@ from finback.model.transformer import Transformer
 from finback.parallel.build import build
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh, World
-from finback.parallel.pipeline import Pipeline, PipelineStage, is_twice, sum_copies
+from finback.parallel.pipeline import Pipeline, PipelineStage, Rows, is_twice, sum_copies
 from finback.parallel.shard import ShardedParameter, finish
 from finback.runs.folder import StageRun
-from finback.train.batch import Batch, of_windows
+from finback.train.batch import Batch
 from finback.train.loss import Losses, LossTerms, token_losses, training_losses
 from finback.train.optim import is_matrix
+from finback.train.precision import dtype_of
 from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam, ShardedMuon
 from finback.train.trainer import Trainer
@@ -31,26 +32,36 @@ from finback.train.trainer import Trainer
 SHARDS = "sharded"  # the folder of its checkpoints within a stage's
 
 
+@dataclass(frozen=True)
+class ShardedOptions:
+    """How a sharded model computes and is updated: the knobs of Pretrain that have these names."""
+
+    # for hidden matrices; the rest is AdamW's
+    optimizer: Literal["muon", "adamw"] = "muon"
+    # of hidden matrices
+    weight_decay: float = 0.05
+    compute: Literal["fp32", "bf16", "fp8"] = "fp32"
+
+
 class ShardedTrainer(Trainer):
-    """This rank's share of a model and of its optimizers: Muon for hidden matrices, AdamW for the rest."""
+    """This rank's share of a model and of its optimizers."""
 
     def __init__(
         self,
         config: ModelConfig,
         layout: Layout,
-        shape: tuple[int, int],
+        rows: int,
         values: Values | int,
-        weight_decay: float = 0.05,
-        compute: torch.dtype = torch.float32,
+        options: ShardedOptions = ShardedOptions(),
         device: str = "cpu",
     ) -> None:
-        """shape: (rows of a step over all ranks, tokens of a row that the trunk reads).
+        """rows: those of a full step over all ranks.
 
         `values` of parameters and router biases, or the seed of random ones; torch.distributed must have been started.
         """
-        rows, seq_len = shape
         layout.check_trainable(config, rows, dist.get_world_size())
-        self.config, self.layout, self.compute, self.weight_decay = config, layout, compute, weight_decay
+        self.config, self.layout, self.rows, self.options = config, layout, rows, options
+        self.compute = dtype_of(options.compute)
         self.mesh = Mesh.of(layout, device)
         self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank(), layout.dp
         # of the step at hand, for the loss at the end of a pipeline
@@ -65,7 +76,7 @@ class ShardedTrainer(Trainer):
             for part in parts:
                 part.is_copy = part.name == "embed" and number > 0
         stages = [root for root in roots if isinstance(root, PipelineStage)]
-        self.pipeline = Pipeline(stages, layout, self.mesh, rows // layout.dp, seq_len) if stages else None
+        self.pipeline = Pipeline(stages, layout, self.mesh) if stages else None
         self.optimizers = [self._optimizers(stage) for stage in self.sharding.parts]
         self._steps: Steps | None = None
         # the whole model of a checkpoint, as far as it was asked for
@@ -76,13 +87,15 @@ class ShardedTrainer(Trainer):
         """The numbers of this rank's pipeline stages."""
         return list(self.layout.stages_of(self.mesh.pp.get_local_rank()))
 
-    def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon, ShardedAdam]:
+    def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon | ShardedAdam, ShardedAdam]:
+        """Of hidden matrices, and of the rest."""
         matrices = [(p.name, p.value) for p in parts if is_matrix(p.name, p.value)]
         others = [(p.name, p.value) for p in parts if not is_matrix(p.name, p.value)]
-        muon = ShardedMuon(matrices, weight_decay=self.weight_decay, compute=self.compute)
-        adam = ShardedAdam(others, betas=(0.9, 0.95), weight_decay=0.0)
-        adam.begin()
-        return muon, adam
+        decay, betas = self.options.weight_decay, (0.9, 0.95)
+        adam = ShardedAdam(others, betas=betas, weight_decay=0.0)
+        if self.options.optimizer == "adamw":
+            return ShardedAdam(matrices, betas=betas, weight_decay=decay), adam
+        return ShardedMuon(matrices, weight_decay=decay, compute=self.compute), adam
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -92,11 +105,11 @@ class ShardedTrainer(Trainer):
     def backward(self, batch: Batch | None, terms: LossTerms) -> Tensor:
         """As for every trainer; this rank's rows are cut into the layout's micro-batches."""
         assert batch is not None, "on a layout every rank has rows in every step"
-        parts = self.layout.micro_batches
+        parts = self.layout.at(len(batch.tokens) * self.data_ranks, self.rows).micro_batches
         self.terms = terms = replace(terms, row_share=terms.row_share / parts)
         if self.pipeline is not None:
-            assert terms.main_loss is None and batch.padding_mask is None and batch.document_ids is None, "windows only"
-            losses = self.pipeline.run(torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1))
+            assert terms.main_loss is None, "a pipeline ends with cross-entropy"
+            losses = self.pipeline.run(batch.tensors(), parts)
         else:
             losses = torch.zeros(3, device=self.mesh.device)
             for micro in batch.chunk(parts):
@@ -107,11 +120,11 @@ class ShardedTrainer(Trainer):
         return losses.cpu()
 
     def _loss(
-        self, model: Transformer, hidden: Tensor, tokens: Tensor, mean_balance: Callable[[bool], Tensor]
+        self, model: Transformer, hidden: Tensor, rows: Rows, mean_balance: Callable[[bool], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The loss at the end of a pipeline, and its parts (3,)."""
         terms = self.terms
-        main, mtp = token_losses(model, hidden, of_windows(tokens, model.config.num_nextn_predict_layers), terms)
+        main, mtp = token_losses(model, hidden, Batch(**rows, seq_len=hidden.size(1)), terms)
         losses = Losses(main, mtp, mean_balance(terms.mtp_weight > 0) * terms.row_share)
         return losses.total(terms), losses.detached()
 
@@ -122,11 +135,10 @@ class ShardedTrainer(Trainer):
         return finish(self.parts, max_norm)
 
     def update(self, *lrs: float) -> None:
-        """Muon's learning rate and AdamW's."""
-        muon_lr, adam_lr = lrs
-        for muon, adam in self.optimizers:
-            muon.step(muon_lr)
-            adam.step(adam_lr)
+        """The learning rates of hidden matrices and of the rest."""
+        for stage in self.optimizers:
+            for optimizer, lr in zip(stage, lrs, strict=True):
+                optimizer.step(lr)
         self.sharding.publish()
 
     def balance(self, speed: float) -> Health:
@@ -201,8 +213,8 @@ class ShardedTrainer(Trainer):
     def _state(self, copies: bool) -> dict[str, Tensor]:
         """Parameters and their optimizers' state: those that an earlier stage has as well, or all others."""
         found: dict[str, Tensor] = {}
-        for number, parts, (muon, adam) in zip(self.stages, self.sharding.parts, self.optimizers, strict=True):
-            tensors = {f"model.{part.name}": part.value.detach() for part in parts} | muon.state() | adam.state()
+        for number, parts, (matrices, others) in zip(self.stages, self.sharding.parts, self.optimizers, strict=True):
+            tensors = {f"model.{part.name}": part.value.detach() for part in parts} | matrices.state() | others.state()
             for name, tensor in tensors.items():
                 if copies == (number > 0 and (name == "model.embed" or name.startswith("adam.embed."))):
                     # DCP's safetensors have no tensors without a dimension
