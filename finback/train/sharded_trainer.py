@@ -67,7 +67,7 @@ class ShardedTrainer(Trainer):
         # of the step at hand, for the loss at the end of a pipeline
         self.terms = LossTerms([1.0])
         values = Seeded(config, values) if isinstance(values, int) else values
-        self.models, roots, self.sharding = build(config, layout, self.mesh, values, compute, self._loss)
+        self.models, roots, self.sharding = build(config, layout, self.mesh, values, self.compute, self._loss)
         self.model = self.models[0]
         self.routers: list[Router] = [router for model in self.models for router in model.routers()]
         self.is_whole = layout.pp == 1
