@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 
 from finback.config import UserError
-from finback.data.sources import Files
+from finback.data.clean import CleaningRules
+from finback.data.corpus import Corpus, ExecutorConfig
+from finback.data.sources import Files, Hub
+from finback.hub import HubRows
 from finback.parallel.mesh import World
 from finback.runs.contents import code_digest
 from finback.runs.files import read_json
@@ -27,7 +31,7 @@ class Reads(Stage):
     """Names what it reads and does nothing with it."""
 
     task: Task | None = None
-    text: tuple[Files, ...] = field(default_factory=tuple)
+    text: tuple[Files | Hub, ...] = field(default_factory=tuple)
 
     def run(self, run: StageRun) -> dict[str, Any]:
         return {}
@@ -65,6 +69,60 @@ def test_a_changed_file_is_refused_when_a_run_goes_on(tmp_path: Path) -> None:
         assert read_json(runs / name / "again" / "reads" / "config.json") == config
         path.unlink()  # a finished stage needs it no longer
         begin(runs / name, stage)
+
+
+def test_a_data_set_of_the_hub_that_moved_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its commit, online or in the cache; where neither can be told, as without a network, a run goes on."""
+    commits: list[str | None] = ["a" * 40]
+    asked: list[Any] = []
+
+    def load_dataset_builder(name: str, subset: str | None, **given: str | None) -> Any:
+        asked.append((name, subset, given["revision"]))
+        if commits[0] is None:
+            raise ConnectionError("no network")
+        return types.SimpleNamespace(hash=commits[0])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset_builder=load_dataset_builder))
+    stages = Reads(name="reads", task=Questions("hub:openai/gsm8k", subset="main"), text=(Hub("a/b@v1"),))
+    begin(tmp_path / "runs", stages)
+    assert asked == [("openai/gsm8k", "main", None), ("a/b", None, "v1")]
+    commits[0] = None
+    begin(tmp_path / "runs", stages)
+    commits[0] = "b" * 40
+    text = r"^reads\.task\.source = 'commit b{12}': the content is another than .*reads was made with, commit a{12}\."
+    with pytest.raises(UserError, match=text):
+        begin(tmp_path / "runs", stages)
+
+
+def test_a_folder_read_as_a_data_set_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(LINE)
+    source = Hub(str(folder))
+    assert [document.messages[1].content for document in source.documents()] == ["9"]
+    begin(tmp_path / "runs", Reads(name="reads", text=(source,)))
+    (folder / "train.jsonl").touch()
+    begin(tmp_path / "runs", Reads(name="reads", text=(source,)))
+    prepare = Corpus(StageRun(tmp_path, "prepare", 0, World(), quiet=True), CleaningRules(), None, ExecutorConfig())
+    prepare.stage_run.folder.mkdir()
+    assert [prepare.claim([source]) for _ in range(2)] == [False, True]
+    (folder / "train.jsonl").write_text(LINE.replace("9", "8"))
+    assert not prepare.claim([source]), "what an interrupted call made of other rows is not gone on with"
+    assert [document.messages[1].content for document in source.documents()] == ["8"]
+    with pytest.raises(UserError, match=r"^reads\.text\.0\.path = 'sha256 .*': the content is another than"):
+        begin(tmp_path / "runs", Reads(name="reads", text=(source,)))
+
+
+def test_another_commit_than_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = types.SimpleNamespace(cache_files=[{"filename": f"/cache/a___b/default/0.0.0/{'c' * 40}/b-train.arrow"}])
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: rows))
+    assert HubRows("a/b@main").load("x") is HubRows("a/b@" + "c" * 40).load("x") is rows
+    with pytest.raises(UserError, match=r"^x = 'a/b@d+': the cache has commit c{12} of it, not d{12}\."):
+        HubRows("a/b@" + "d" * 40).load("x")
 
 
 RECIPE = '''

@@ -14,7 +14,7 @@ import finback
 PACKAGE = Path(finback.__path__[0])
 LAYERS = (  # lowest first; names on one line do not know each other
     "config",
-    "options client readers",
+    "options client readers hub",
     "runs",
     "kernels",
     "model",

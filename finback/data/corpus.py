@@ -59,7 +59,10 @@ class Corpus:
 
     def claim(self, sources: Sequence[Source]) -> bool:
         """Whether what an interrupted call left can be used: if it was made from the files that are there now."""
-        stamps = {s.name: [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in s.files()] for s in sources}
+        stamps: Record = {
+            s.name: [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in s.files()] for s in sources
+        }
+        stamps |= {s.name: s.content_versions() for s in sources if isinstance(s, Hub)}
         self._name_shared(sources)
         path = self.folder / "stamps.json"
         if path.is_file() and read_json(path) == stamps:
@@ -232,7 +235,8 @@ def provenance(source: Source, files: list[Path]) -> Record:
         "sha256": digest(files) if files else None,
     }
     if isinstance(source, Hub):
-        record |= {"hub": source.path, "split": source.split}
+        name = source.path if Path(source.path).exists() else source.path.partition("@")[0]
+        record |= {"hub": name, "split": source.split, "version": source.content_versions()["path"]}
     if isinstance(source, PackageSource):
         record["package"] = source.package
         if source.module:

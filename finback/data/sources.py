@@ -14,6 +14,7 @@ from finback.config import UserError, check_characters, check_fields
 from finback.data import file_globs, formatted
 from finback.data.dialogues import FIELDS, read_dialogue
 from finback.data.messages import Message, parse_response
+from finback.hub import HubRows
 from finback.readers import BytesRead
 
 # what turns a record or a message into more than texts that follow each other
@@ -142,7 +143,7 @@ class Files(Source):
 class Hub(Source):
     """A data set of the Hugging Face hub, or of a folder that `datasets` reads; records as in Files' JSONL."""
 
-    # owner/name
+    # owner/name, or owner/name@revision
     path: str
     split: str = "train"
     subset: str | None = None
@@ -153,7 +154,7 @@ class Hub(Source):
         check_fields(self, self.name)
 
     def files(self) -> list[Path]:
-        return []  # the hub's own cache, known by fingerprint only
+        return []  # the hub's own cache
 
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:
         return iter(())
@@ -164,17 +165,15 @@ class Hub(Source):
 
     def rows(self) -> Any:
         """The records, in order."""
-        try:
-            import datasets
-        except ImportError:
-            problem = "the package `datasets` is not installed"
-            raise UserError(f"{self.name}.path", self.path, problem, "pip install 'finback[hub]'") from None
-        try:
-            return datasets.load_dataset(self.path, self.subset, split=self.split)
-        except Exception as error:  # the library and the network raise many kinds
-            problem = f"cannot be loaded ({str(error).splitlines()[0][:200]})"
-            remedy = "Check the name, the split and the network; a gated set wants `hf auth login`."
-            raise UserError(f"{self.name}.path", self.path, problem, remedy) from None
+        return self._hub.load(f"{self.name}.path")
+
+    def content_versions(self) -> dict[str, str]:
+        """The versions of what fields name that are no files."""
+        return {"path": self._hub.version()}
+
+    @property
+    def _hub(self) -> HubRows:
+        return HubRows(self.path, self.subset or "", self.split)
 
 
 def digest(files: list[Path]) -> str:

@@ -1,6 +1,7 @@
 """What a stage depends on beside its knobs: what the files hold that they name, and the code of the functions in them.
 
-No torch here. Knobs tell which files they are by a method `content_files`: the field, and the paths that it names.
+No torch here. Knobs tell which files they are by a method `content_files`: the field, and the paths that it names; and of what is no
+file, such as a data set of the hub, the version by `content_versions`.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ FILES = "files"
 
 
 def digests(stage: Any) -> dict[str, dict[str, str]]:
-    """SHA-256 by knob, such as task.source, of files and of code; files that are not there have none."""
+    """SHA-256 by knob, such as task.source, of files and of code, and versions; what is not there has none."""
     found: dict[str, dict[str, str]] = {FILES: {}, CODE: {}}
     for field in dataclasses.fields(stage):
         if field.name not in stage.watched:
@@ -43,6 +44,12 @@ def changed(then: Any, now: dict[str, dict[str, str]]) -> tuple[str, str, str] |
     return None
 
 
+def shown(digest: str) -> str:
+    """A digest or a version, as short as a person can tell it from another."""
+    kind, _, rest = digest.rpartition(" ")
+    return f"{kind or 'sha256'} {rest[:12]}"
+
+
 def _within(value: Any, knob: str) -> Iterator[tuple[str, str, str]]:
     if isinstance(value, list | tuple):
         for i, each in enumerate(value):
@@ -53,6 +60,8 @@ def _within(value: Any, knob: str) -> Iterator[tuple[str, str, str]]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         if hasattr(value, "content_files"):
             yield from _files(value, knob)
+        if hasattr(value, "content_versions"):
+            yield from ((FILES, f"{knob}.{field}", v) for field, v in value.content_versions().items() if v)
         if _is_users(cls := type(value)):
             yield CODE, knob, code_digest(cls)
         for field in dataclasses.fields(value):

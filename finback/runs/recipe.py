@@ -212,8 +212,8 @@ def _check_knobs(stage: Stage, path: Path) -> None:
             raise UserError(f"{stage.name}.{field}", now.get(field), f"{path.parent} was made with {was!r}", _REMEDY)
     if found := contents.changed(then.get(DECLARATION, {}).get(CONTENTS), contents.digests(stage)):
         knob, before, digest = found
-        problem = f"the content is another than {path.parent} was made with, sha256 {before[:12]}"
-        raise UserError(f"{stage.name}.{knob}", f"sha256 {digest[:12]}", problem, _REMEDY)
+        problem = f"the content is another than {path.parent} was made with, {contents.shown(before)}"
+        raise UserError(f"{stage.name}.{knob}", contents.shown(digest), problem, _REMEDY)
 
 
 def execute(

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from finback import readers
 from finback.config import UserError, check_characters, did_you_mean
+from finback.hub import HubRows
 from finback.tasks.task import Problem
 
 _HUB = "hub:"
-_INSTALL = "pip install finback[hub]"
 
 
 class Record(NamedTuple):
@@ -57,6 +57,7 @@ class RecordTask:
     """A task with one problem for each record; of problems with the same canonical form the first counts."""
 
     # a .jsonl, .ndjson, .json, .csv, .tsv or .parquet file, also with .gz or .zst behind it, or hub:owner/name
+    # (hub:owner/name@revision)
     source: str
     # of a data set of the hub, such as main
     subset: str = ""
@@ -76,6 +77,12 @@ class RecordTask:
     def content_files(self) -> dict[str, list[Path]]:
         """The files that a field names."""
         return {} if self.source.startswith(_HUB) else {"source": [Path(self.source)]}
+
+    def content_versions(self) -> dict[str, str]:
+        """The versions of what fields name that are no files."""
+        if not self.source.startswith(_HUB):
+            return {}
+        return {"source": HubRows(self.source.removeprefix(_HUB), self.subset, self.split).version()}
 
     def draw(self, rng: random.Random) -> Problem:
         return rng.choice(self.all_problems)
@@ -126,19 +133,7 @@ def _from_file(source: str, changed: int, size: int) -> tuple[Record, ...]:
 
 @lru_cache(maxsize=16)
 def _from_hub(source: str, subset: str, split: str, revision: str, files: str) -> tuple[Record, ...]:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("source", source, "the package datasets is not installed", _INSTALL) from None
-    try:
-        rows = datasets.load_dataset(
-            source.removeprefix(_HUB), subset or None, split=split, revision=revision or None, data_files=files or None
-        )
-    except Exception as error:  # the package raises its own, those of the hub, of HTTP and of the file system
-        reason = " ".join(str(error).split())[:300]
-        problem = f"the hub did not give subset {subset!r}, split {split!r}: {reason}"
-        remedy = "Check the name, the subset and the split, or the connection; or name a file that you have."
-        raise UserError("source", source, problem, remedy) from None
+    rows = HubRows(source.removeprefix(_HUB), subset, split, revision, files).load("source")
     return tuple(_record(dict(row), f"{source} {split}: record {n}") for n, row in enumerate(rows, start=1))
 
 

@@ -1,0 +1,86 @@
+"""Data sets of the Hugging Face hub by the package `datasets`: their rows, and at which commit they stand. No torch here."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finback.config import UserError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REMEDY = "Check the name, the subset, the split and the connection (a gated set wants `hf auth login`), or name a file that you have."
+
+
+@dataclass(frozen=True)
+class HubRows:
+    """One split of a data set: owner/name, owner/name@revision, or a folder that `datasets` reads."""
+
+    name: str
+    subset: str = ""
+    split: str = "train"
+    # a commit, a tag or a branch; "" is what stands behind @, else the newest
+    revision: str = ""
+    # read instead of what the data set says of itself
+    files: str = ""
+
+    def load(self, field: str) -> Any:
+        """The rows in order; UserError about `field` where the hub or the cache does not give them."""
+        datasets, (name, revision) = self._library(field), self._named()
+        subset, files = self.subset or None, self.files or None
+        try:
+            rows = datasets.load_dataset(name, subset, split=self.split, revision=revision, data_files=files)
+        except Exception as error:  # the package raises its own, those of the hub, of HTTP and of the file system
+            reason = " ".join(str(error).split())[:300]
+            problem = f"the hub did not give subset {self.subset!r}, split {self.split!r}: {reason}"
+            raise UserError(field, self.name, problem, _REMEDY) from None
+        made = getattr(rows, "cache_files", ())
+        commit = Path(made[0]["filename"]).parent.name if made else ""
+        pinned = _COMMIT.fullmatch(revision or "") and _COMMIT.fullmatch(commit)
+        if pinned and revision != commit:  # without a network the package takes the newest commit that it has
+            problem = f"the cache has commit {commit[:12]} of it, not {str(revision)[:12]}"
+            raise UserError(field, self.name, problem, "Go online once, or name the commit that you have.")
+        return rows
+
+    def version(self) -> str:
+        """What tells whether the rows are others than they were: "commit …", or a folder's SHA-256; "" where neither can be told.
+
+        Without a network it is the commit in the cache, which is the one that would be read.
+        """
+        if Path(self.name).is_dir():
+            return _digest(Path(self.name))
+        name, revision = self._named()
+        try:
+            datasets = self._library("")
+            builder = datasets.load_dataset_builder(
+                name, self.subset or None, revision=revision, data_files=self.files or None
+            )
+        except Exception:  # whoever reads the rows says what is wrong
+            return ""
+        return f"commit {builder.hash}" if builder.hash else ""
+
+    def _named(self) -> tuple[str, str | None]:
+        """The name for the package, and the revision."""
+        if Path(self.name).exists():
+            return self.name, self.revision or None
+        name, _, revision = self.name.partition("@")
+        return name, self.revision or revision or None
+
+    def _library(self, field: str) -> Any:
+        try:
+            import datasets
+        except ImportError:
+            problem = "the package datasets is not installed"
+            raise UserError(field, self.name, problem, "pip install finback[hub]") from None
+        return datasets
+
+
+def _digest(folder: Path) -> str:
+    """SHA-256 of the names and contents of a folder's files, hidden ones left out."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            with path.open("rb") as handle:
+                whole.update(f"{name}\0{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
