@@ -12,18 +12,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from finback.checkpoint import names, store
+from finback.checkpoint import names, peft, peft_export, store
 from finback.checkpoint.audit import Audit, differs, examine
 from finback.checkpoint.shards import SINGLE, Shards, Weights
 from finback.checkpoint.shares import SLICE, Stored
 from finback.config import UserError, did_you_mean
 from finback.kernels import fp8, packed
 from finback.model.config import ModelConfig, from_json, to_json
+from finback.model.frozen import freeze
 from finback.model.layers import Linear
+from finback.model.lora import AdaptedTransformer, LoRA, adapter_parameters, add_lora, merge
 from finback.model.moe import MoE
 from finback.model.pack import pack
 from finback.model.quantized import make_room_for_fp8
 from finback.model.transformer import Transformer
+from finback.runs import adapters
 from finback.runs.files import is_checkpoint, read_json, write_json
 from finback.runs.reader import finished_stages
 
@@ -35,19 +38,31 @@ WeightDtype = Literal["fp32", "bf16", "fp8"]  # fp8: FP8 matrices stay as they a
 
 def save(folder: Path, model: Transformer) -> None:
     """Write a model with its config into a stage's folder; the tokenizer is the stage's to add."""
+    if isinstance(model, AdaptedTransformer):
+        peft_export.save(folder, model)
+    else:
+        store.save(folder / "model.safetensors", dict(model.state_dict()), {})
     write_json(folder / "model.json", to_json(model.config))
-    store.save(folder / "model.safetensors", dict(model.state_dict()), {})
 
 
 def tensors_of(model: Transformer) -> dict[str, Tensor]:
-    """A model's part of a step checkpoint, apart from the optimisers' by prefix; `restore` takes it back."""
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    """A model's part of a step checkpoint, apart from the optimisers' by prefix; `restore` takes it back.
+
+    Of a model with an adapter that is the adapter: its base is where it was.
+    """
+    learnt = dict(adapter_parameters(model)) if isinstance(model, AdaptedTransformer) else model.state_dict()
+    return {f"model.{name}": tensor for name, tensor in learnt.items()}
 
 
+@torch.no_grad()
 def restore(model: Transformer, tensors: dict[str, Tensor]) -> None:
     """Load what `tensors_of` put into a step checkpoint; other tensors in it are ignored."""
     mine = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    model.load_state_dict(mine)
+    if not isinstance(model, AdaptedTransformer):
+        model.load_state_dict(mine)
+        return
+    for name, parameter in adapter_parameters(model):
+        parameter.copy_(mine[name])
 
 
 def load_for_inference(path: Path, dtype: InferenceDtype = "auto") -> Transformer:
@@ -74,6 +89,7 @@ def load_for_inference(path: Path, dtype: InferenceDtype = "auto") -> Transforme
 
 
 def _size(path: Path) -> int:
+    path = adapters.places(path)[0]
     files = path.glob("*.safetensors") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 
@@ -81,8 +97,16 @@ def _size(path: Path) -> int:
 def load(path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype = "fp32") -> Transformer:
     """Read the model at a path, whatever wrote it; UserError when there is none.
 
-    `compute` is the dtype of activations, `weights` that of parameters; training wants fp32 for both.
+    `compute` is the dtype of activations, `weights` that of parameters; training wants fp32 for both. An adapter is merged
+    into its base, as that was when the adapter learnt.
     """
+    base, adapter = adapters.places(path)
+    if adapter is not None:
+        stored, exact = peft.read(adapter), weights == "fp32"
+        model = load(base, compute, "fp32" if exact and stored.lora.base == "fp32" else "bf16")
+        stored.check_base(base, peft.digest(model))
+        found = peft.attach(freeze(model, stored.lora.base), stored)
+        return merge(found, torch.float32 if exact else torch.bfloat16)
     if (path / "model.json").is_file():
         dtype = torch.float32 if weights == "fp32" else torch.bfloat16
         model = Transformer(from_json(read_json(path / "model.json")), compute, dtype)
@@ -100,9 +124,33 @@ def _demand_checkpoint(path: Path) -> None:
         raise UserError("model", str(path), problem, remedy)
 
 
+def load_for_training(path: Path, lora: LoRA | None, compute: torch.dtype, seed: int) -> Transformer:
+    """The model at a path, whole in fp32, or frozen with an adapter: a new one, or its own to go on with."""
+    if lora is None:
+        return load(path, compute)
+    base, adapter = adapters.places(path)
+    model = load(base, compute, "fp32" if lora.base == "fp32" else "bf16")
+    digest = peft.digest(model)
+    freeze(model, lora.base)
+    if adapter is None:
+        found = add_lora(model, lora, seed)
+    else:
+        stored = peft.read(adapter)
+        stored.check_base(base, digest)
+        has = stored.lora
+        if (has.rank, has.alpha, has.rs) != (lora.rank, lora.alpha, lora.rs):
+            problem = f"{adapter} has rank={has.rank}, alpha={has.alpha:g}, rs={has.rs}"
+            remedy = "Use the same to go on with it, or start from the merged model that `finback export` writes."
+            raise UserError("adapter", f"rank={lora.rank}, alpha={lora.alpha:g}, rs={lora.rs}", problem, remedy)
+        found = peft.attach(model, stored)
+        found.lora = lora
+    found.base, found.base_digest = str(base.resolve()), digest
+    return found
+
+
 def find_model(path: Path) -> Path:
     """The model that a path means: `path` itself, or the newest finished stage in it that made a model."""
-    if (path / "model.json").is_file() or (path.exists() and is_checkpoint(path)):
+    if (path / "model.json").is_file() or (path.exists() and is_checkpoint(path)) or adapters.places(path)[1]:
         return path
     found = [folder for folder in finished_stages(path) if (folder / "model.json").is_file()]
     if not found:

@@ -20,10 +20,13 @@ KEEP = 2
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and JSON-able meta to one file, atomically; a kill at any moment leaves the old file or the new."""
-    tensors = _apart(tensors)
+    tensors, text = _apart(tensors), json.dumps(meta)
+    write(path, tensors, {"meta": text, "digest": _digest(tensors, text)})
+
+
+def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file whose header has these metadata, atomically; equal ones have equal bytes."""
     temporary = path.with_name(path.name + ".part")
-    text = json.dumps(meta)
-    header = {"meta": text, "digest": _digest(tensors, text)}
     try:
         save_file(tensors, temporary, metadata=header)
         with temporary.open("rb+") as handle:

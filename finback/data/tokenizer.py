@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from finback.config import UserError
 from finback.data.blocks import BLOCK, pieces
 from finback.data.template import OWN, Template
+from finback.runs.adapters import tokenizer_place
 
 
 class SpecialToken(str):
@@ -52,7 +53,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = tokenizer_place(path)
         text, self.settings, self.generation = _read(path)
         try:
             self._full = tokenizers.Tokenizer.from_str(text)

@@ -76,9 +76,9 @@ class _GroupedExperts(torch.autograd.Function):
             blocks, size = looped, looped[-1][2]
         w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
         rows = x.new_zeros(size, x.size(1)).index_copy_(0, slots, x.repeat_interleave(k, dim=0))
-        hidden = _per_expert(rows, w_in.transpose(1, 2), blocks)
+        hidden = per_expert(rows, w_in.transpose(1, 2), blocks)
         gate, up = hidden.chunk(2, dim=-1)
-        y = _per_expert(F.silu(gate).mul_(up), w_out.transpose(1, 2), blocks)[slots].view(n, k, -1)
+        y = per_expert(F.silu(gate).mul_(up), w_out.transpose(1, 2), blocks)[slots].view(n, k, -1)
         ctx.save_for_backward(rows, slots, hidden, y, weight, w_in, w_out)
         ctx.blocks = blocks
         ctx.dtypes = gate_up.dtype, weight.dtype
@@ -97,15 +97,15 @@ class _GroupedExperts(torch.autograd.Function):
         gate, up = hidden.chunk(2, dim=-1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
-        d_down = _outer_per_expert(d_y, silu * up, blocks, w_out).to(parameter_dtype)
-        d_act = _per_expert(d_y, w_out, blocks)
+        d_down = outer_per_expert(d_y, silu * up, blocks, w_out).to(parameter_dtype)
+        d_act = per_expert(d_y, w_out, blocks)
         d_hidden = torch.empty_like(hidden)
         d_gate, d_up = d_hidden.chunk(2, dim=-1)
         torch.mul(d_act, silu, out=d_up)
         # silu'(g) = s + silu·(1 - s)
         torch.mul(d_act.mul_(up), sigmoid.addcmul_(silu, 1 - sigmoid), out=d_gate)
-        d_gate_up = _outer_per_expert(d_hidden, rows, blocks, w_in).to(parameter_dtype)
-        d_x = _per_expert(d_hidden, w_in, blocks)[slots].view(n, k, d).sum(1)
+        d_gate_up = outer_per_expert(d_hidden, rows, blocks, w_in).to(parameter_dtype)
+        d_x = per_expert(d_hidden, w_in, blocks)[slots].view(n, k, d).sum(1)
         return d_x, None, d_weight, d_gate_up, d_down, None
 
 
@@ -135,7 +135,7 @@ def _places(index: Tensor, experts: int, multiple: int, least: int) -> tuple[Ten
     return slots, sizes, ends
 
 
-def _per_expert(rows: Tensor, weights: Tensor, blocks: Blocks | Tensor) -> Tensor:
+def per_expert(rows: Tensor, weights: Tensor, blocks: Blocks | Tensor) -> Tensor:
     """rows (m, a) times weights[e] (a, b) of the expert that owns each block of rows -> (m, b).
 
     blocks as `layout` gives them, or where each ends for one grouped product, which leaves rows behind the last undefined.
@@ -148,7 +148,7 @@ def _per_expert(rows: Tensor, weights: Tensor, blocks: Blocks | Tensor) -> Tenso
     return out
 
 
-def _outer_per_expert(left: Tensor, right: Tensor, blocks: Blocks | Tensor, like: Tensor) -> Tensor:
+def outer_per_expert(left: Tensor, right: Tensor, blocks: Blocks | Tensor, like: Tensor) -> Tensor:
     """Σ over each expert's rows of left ⊗ right -> (experts, a, b), shaped like the weights; their gradient."""
     if isinstance(blocks, Tensor):
         return F.grouped_mm(left.T, right, offs=blocks)

@@ -29,6 +29,7 @@ class NativeMLA(MLA):
         if cache is None or not cache.native or self.kv_up.weight.dtype != x.dtype:
             return super().forward(x, cos, sin, cache, attention_mask)
         c, rows, gain = self.config, cache, self.kv_norm.weight.float()
+        kv_up = self.kv_up.matrix(x.dtype)  # with an adapter that lies on it
         q, kv = (t.contiguous() for t in self.project(x))
         count, new, heads = q.size(0), q.size(1), c.num_attention_heads
         out = q.new_empty(count, new, heads * c.v_head_dim)
@@ -36,7 +37,7 @@ class NativeMLA(MLA):
         native.call(
             "latent",
             q.dtype == torch.bfloat16,
-            *(q, kv, self.kv_up.weight, rows.entries, out, rows.slots, rows.table, rows.lengths, rows.starts),
+            *(q, kv, kv_up, rows.entries, out, rows.slots, rows.table, rows.lengths, rows.starts),
             *(cos, sin, gain, c.rope_interleaved, *sizes, rows.size, rows.table.size(1), self.kv_norm.eps, self.scale),
         )
         return self.out(out)

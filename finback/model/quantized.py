@@ -1,4 +1,4 @@
-"""Weights that stay as they were quantized, in a model that only answers; products run in the dtype of activations."""
+"""Weights that stay as they were quantized: products run in the dtype of activations, on one matrix dequantized at a time."""
 
 from collections.abc import Iterable
 
@@ -6,38 +6,68 @@ import torch
 from torch import Tensor, nn
 
 from finback.kernels import fp8, moe_gemm
+from finback.kernels.formats import FP8, Format
 from finback.model.layers import Linear
 from finback.model.moe import MoE
 from finback.model.replace import recast
 
 
-class Fp8WeightLinear(Linear):
-    """A linear map whose weight is E4M3 with a factor per block of 128 x 128."""
+class QuantizedLinear(Linear):
+    """A linear map whose weight is packed values with factors."""
 
+    format: Format
     weight_scale: Tensor
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        return fp8.dequantize(self.weight, self.weight_scale, dtype)
+        return self.format.dequantize(self.weight, self.weight_scale, dtype)
 
 
-class Fp8WeightMoE(MoE):
-    """Routed experts whose weights are E4M3; only those that are asked are dequantized."""
+class QuantizedMoE(MoE):
+    """Routed experts whose weights are packed values with factors; only those that are asked are dequantized."""
 
+    format: Format
     gate_up_scale: Tensor
     down_scale: Tensor
 
     def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
         met, index = index.unique(return_inverse=True)
-        gate_up = fp8.dequantize(gate_up[met], self.gate_up_scale[met], x.dtype)
-        down = fp8.dequantize(down[met], self.down_scale[met], x.dtype)
+        gate_up = self.format.dequantize(gate_up[met], self.gate_up_scale[met], x.dtype)
+        down = self.format.dequantize(down[met], self.down_scale[met], x.dtype)
         return moe_gemm.routed_experts(x, index, weight, gate_up, down)
+
+
+def expert_matrix(moe: MoE, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+    """One expert's gate_up (2m, d) or down (d, m), as `name` says, in the dtype of the arithmetic."""
+    values: Tensor = getattr(moe, name)[expert]
+    if not isinstance(moe, QuantizedMoE):
+        return values.to(dtype)
+    return moe.format.dequantize(values, getattr(moe, f"{name}_scale")[expert], dtype)
+
+
+@torch.no_grad()
+def quantize(module: Linear | MoE, form: Format) -> None:
+    """Pack a module's matrices, in place; expert stacks one expert after the other, so that no second copy is needed."""
+    names = ("gate_up", "down") if isinstance(module, MoE) else ("weight",)
+    for name in names:
+        whole = getattr(module, name).detach()
+        parts = [form.quantize(matrix) for matrix in whole] if whole.ndim > 2 else [form.quantize(whole)]
+        values, scale = (torch.stack(p) if whole.ndim > 2 else p[0] for p in zip(*parts, strict=True))
+        _store(module, name, form, values, scale)
 
 
 def make_room_for_fp8(module: Linear | MoE, names: Iterable[str]) -> None:
     """Give a module FP8 parameters of these names without values, and buffers for their factors, in place of its own."""
-    recast(module, Fp8WeightMoE if isinstance(module, MoE) else Fp8WeightLinear)
     for name in names:
         shape = getattr(module, name).shape
-        setattr(module, name, nn.Parameter(torch.empty(shape, dtype=torch.float8_e4m3fn), requires_grad=False))
         factors = torch.empty(*shape[:-2], fp8.blocks(shape[-2]), fp8.blocks(shape[-1]))
-        module.register_buffer(f"{name}_scale", factors)
+        _store(module, name, FP8, torch.empty(shape, dtype=torch.float8_e4m3fn), factors)
+
+
+def _store(module: Linear | MoE, name: str, form: Format, values: Tensor, scale: Tensor) -> None:
+    """Values and factors in the place of a parameter."""
+    if isinstance(module, MoE):
+        recast(module, QuantizedMoE).format = form
+    else:
+        recast(module, QuantizedLinear).format = form
+    setattr(module, name, nn.Parameter(values, requires_grad=False))
+    module.register_buffer(f"{name}_scale", scale)

@@ -1,0 +1,222 @@
+"""Adapters out of PEFT's files, adapter_config.json and adapter_model.safetensors, onto their base.
+
+Of fused experts PEFT lays A out with the expert slowest, (E · rank, in), and B with the expert fastest, (out, E · rank).
+Read both alike and every expert but the first is wrong, without an error.
+"""
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from finback.checkpoint import names
+from finback.config import UserError
+from finback.model.config import ModelConfig
+from finback.model.frozen import BaseFormat
+from finback.model.layers import Linear
+from finback.model.lora import GROUPS, AdaptedTransformer, LoRA, LowRank, adapted, matrices, put_on, put_on_experts
+from finback.model.moe import MoE
+from finback.model.transformer import Transformer
+from finback.runs import adapters
+from finback.runs.adapters import CONFIG_FILE, WEIGHTS_FILE
+from finback.runs.files import read_object
+
+PREFIX = "base_model.model."
+# what changes a model otherwise than LoRA does, and its value where it does not
+REFUSED: dict[str, Any] = {
+    **{"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False},
+    **{"use_qalora": False, "use_bdlora": None, "layer_replication": None, "trainable_token_indices": None},
+    **{"alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None},
+}
+# ways of drawing A and B that leave the base as it is
+INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga", "mica")
+REMEDY = "Merge it into its base where it was made, and name the merged model."
+Pair = tuple[Tensor, Tensor]  # A (rank, in), B (out, rank)
+
+
+@dataclass
+class StoredAdapter:
+    """An adapter's files: its config, and its pairs by PEFT's name of the matrix; pairs are taken out as they are used."""
+
+    folder: Path
+    lora: LoRA
+    raw: dict[str, Any]
+    # digest of the base's weights; empty where PEFT wrote it
+    base_digest: str
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    def check_base(self, base: Path, base_digest: str) -> None:
+        """UserError where the adapter was made for another base than this: by its weights, or by its name if PEFT made it."""
+        made_for = str(self.raw.get(adapters.BASE) or "")
+        if self.base_digest:
+            if self.base_digest != base_digest:
+                problem = f"its weights are not those that {self.folder} was made for"
+                raise UserError("base", str(base), problem, f"Name {made_for or 'that one'}.")
+        elif made_for and Path(made_for).name.lower() != base.resolve().name.lower():
+            problem = f"{self.folder} was made for {made_for}"
+            remedy = f"Name that one, or correct {adapters.BASE} in {CONFIG_FILE} if they are the same."
+            raise UserError("base", str(base), problem, remedy)
+
+    def take(self, name: str) -> Pair | None:
+        """The pair of a matrix; A with the true scale over the adapter's own in it."""
+        a, b = (self.tensors.pop(f"{PREFIX}{name}.lora_{each}.weight", None) for each in "AB")
+        if a is None or b is None:
+            if a is not None or b is not None:
+                raise self.wrong(name, "lacks one of lora_A and lora_B")
+            return None
+        return a.float(), b.float()
+
+    def correction(self, name: str, rank: int) -> float:
+        """The scale of a matrix by the patterns of the config, over the adapter's own."""
+        patterns = self.raw.get("alpha_pattern") or {}
+        found = [v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", name)]
+        alpha = float(found[0]) if found else self.lora.alpha
+        return alpha / (math.sqrt(rank) if self.lora.rs else rank) / self.lora.scale
+
+    def wrong(self, name: str, problem: str) -> UserError:
+        """The error of an adapter that does not belong to the base."""
+        base = self.raw.get(adapters.BASE) or "a base that it does not name"
+        return UserError("adapter", str(self.folder), f"{name}: {problem}", f"It was made for {base}: name that one.")
+
+
+def read(folder: Path) -> StoredAdapter:
+    """An adapter's files; UserError where it does more than LoRA does."""
+    raw = read_object(folder / CONFIG_FILE)
+    if raw.get("peft_type", "LORA") != "LORA":
+        raise UserError("adapter", str(folder), f"{raw['peft_type']}, not LoRA", REMEDY)
+    for key, harmless in REFUSED.items():
+        if (value := raw.get(key, harmless)) not in (harmless, [], {}):
+            raise UserError(f"adapter {key}", value, f"{folder} does more than LoRA", REMEDY)
+    if (init := raw.get("init_lora_weights", True)) not in INITS:
+        raise UserError("adapter init_lora_weights", init, f"{folder} has changed its base", REMEDY)
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as handle:
+            meta = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError("adapter", str(folder / WEIGHTS_FILE), f"cannot be read ({error})", "Copy it again.") from None
+    form = meta.get("base_format", "fp32")
+    base: BaseFormat = form if form in get_args(BaseFormat) else "fp32"  # type: ignore[assignment]
+    targets = tuple(meta["targets"].split(",")) if "targets" in meta else GROUPS
+    try:
+        lora = LoRA(int(raw["r"]), float(raw["lora_alpha"]), bool(raw.get("use_rslora")), targets, base)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"not LoRA's settings ({error})"
+        raise UserError("adapter", str(folder / CONFIG_FILE), problem, "Copy it again.") from None
+    return StoredAdapter(folder, lora, raw, meta.get("base_digest", ""), tensors)
+
+
+def attach(model: Transformer, stored: StoredAdapter) -> AdaptedTransformer:
+    """Put a stored adapter on its base, which is frozen, in place; UserError where it belongs to another one."""
+    if not stored.tensors:
+        raise UserError("adapter", str(stored.folder), "holds no weights", "Copy it again.")
+    for name, module, _, _ in matrices(model):
+        if isinstance(module, MoE):
+            _attach_experts(module, name, model.config, stored)
+        else:
+            _attach_linear(module, name, model.config, stored)
+    if stored.tensors:
+        left = next(iter(stored.tensors)).removeprefix(PREFIX)
+        known = {"embed_tokens", "lm_head", "gate"} & set(left.split("."))
+        problem = (
+            "adapters of embeddings, head and routers are not supported" if known else "the base has no such matrix"
+        )
+        raise stored.wrong(left, problem)
+    return adapted(model, stored.lora)
+
+
+def _attach_linear(module: Linear, name: str, config: ModelConfig, stored: StoredAdapter) -> None:
+    theirs = names.table(config)[f"{name}.weight"]
+    pairs = {place: pair for place, n in enumerate(theirs) if (pair := stored.take(n.removesuffix(".weight")))}
+    if not pairs:
+        return
+    rank = max(len(a) for a, _ in pairs.values())
+    adapter = put_on(module, tuple(pairs), len(theirs), rank, stored.lora.scale)
+    for i, (place, (a, b)) in enumerate(pairs.items()):
+        its = theirs[place].removesuffix(".weight")
+        _fill(adapter, i, a, b * stored.correction(its, len(a)), its, stored)
+
+
+def _attach_experts(module: MoE, name: str, config: ModelConfig, stored: StoredAdapter) -> None:
+    experts, stem = len(module.gate_up), experts_of(names.table(config), name)
+    inner, outer = stored.take(f"{stem}.base_layer"), stored.take(stem)
+    if inner is None and outer is not None and _targets_only(stored.raw, "gate_up_proj"):
+        inner, outer = outer, None
+    gate_up = None if inner is None else _unpacked(inner, experts, f"{stem}.gate_up_proj", stored)
+    down = None if outer is None else _unpacked(outer, experts, f"{stem}.down_proj", stored)
+    single = [[stored.take(f"{stem}.{e}.{part}_proj") for part in ("gate", "up", "down")] for e in range(experts)]
+    if any(pair for pairs in single for pair in pairs):
+        gate_up, down = _of_single(single, stem, stored)
+    if gate_up is None and down is None:
+        return
+    ranks = tuple(1 if each is None else each[0].size(1) for each in (gate_up, down))
+    made = put_on_experts(module, (ranks[0], ranks[1]), stored.lora.scale)
+    for adapter, found, part in zip(made, (gate_up, down), ("gate_up_proj", "down_proj"), strict=True):
+        for e in range(experts if found is not None else 0):
+            assert found is not None, "counted above"
+            _fill(adapter, e, found[0][e], found[1][e], f"{stem}.{part}", stored)
+
+
+def _targets_only(raw: dict[str, Any], parameter: str) -> bool:
+    """Whether of fused experts this parameter alone has an adapter: its name is then that of down's."""
+    targets = [str(t).rpartition(".")[2] for t in raw.get("target_parameters") or ()]
+    return parameter in targets and "down_proj" not in targets
+
+
+def _unpacked(pair: Pair, experts: int, name: str, stored: StoredAdapter) -> Pair:
+    """A (E · r, in) and B (out, E · r) -> (E, r, in) and (E, out, r), B with the correction of its scale."""
+    a, b = pair
+    if len(a) % experts or b.size(1) != len(a):
+        raise stored.wrong(name, f"{tuple(a.shape)} and {tuple(b.shape)} are not those of {experts} experts")
+    rank = len(a) // experts
+    b = b.reshape(len(b), rank, experts).permute(2, 0, 1) * stored.correction(name, rank)
+    return a.reshape(experts, rank, -1), b
+
+
+def _of_single(single: list[list[Pair | None]], stem: str, stored: StoredAdapter) -> tuple[Pair, Pair]:
+    """Adapters of gate, up and down apart, expert by expert -> stacks for gate_up, of the ranks' sum, and down."""
+    stacks: list[list[Tensor]] = [[], [], [], []]
+    for e, pairs in enumerate(single):
+        scaled: list[Pair] = []
+        for pair, part in zip(pairs, ("gate", "up", "down"), strict=True):
+            if pair is None:
+                raise stored.wrong(f"{stem}.{e}", "lacks one of gate_proj, up_proj and down_proj")
+            scaled.append((pair[0], pair[1] * stored.correction(f"{stem}.{e}.{part}_proj", len(pair[0]))))
+        (gate_a, gate_b), (up_a, up_b), (down_a, down_b) = scaled
+        made = torch.cat([gate_a, up_a]), torch.block_diag(gate_b, up_b), down_a, down_b
+        for stack, tensor in zip(stacks, made, strict=True):
+            stack.append(tensor)
+    gate_up_a, gate_up_b, a, b = (torch.stack(stack) for stack in stacks)
+    return (gate_up_a, gate_up_b), (a, b)
+
+
+def _fill(adapter: LowRank, place: int, a: Tensor, b: Tensor, name: str, stored: StoredAdapter) -> None:
+    """One pair into its place; a smaller rank is filled up with zeros."""
+    into_a, into_b, rank = adapter.a.data[place], adapter.b.data[place], len(a)
+    if (a.size(-1), len(b), b.size(-1)) != (into_a.size(-1), len(into_b), rank):
+        shapes = f"lora_B {tuple(b.shape)} · lora_A {tuple(a.shape)}"
+        raise stored.wrong(name, f"{shapes} is not of the base's {len(into_b)} x {into_a.size(-1)}")
+    into_a[:rank].copy_(a)
+    into_b[:, :rank].copy_(b)
+
+
+def digest(model: Transformer) -> str:
+    """Tells one base from another: of some of each matrix's values, in bf16, before it is quantized."""
+    total = hashlib.sha256()
+    for name, module, _, _ in matrices(model):
+        for each in ("gate_up", "down") if isinstance(module, MoE) else ("weight",):
+            flat = getattr(module, each).detach().flatten()
+            some = flat[:: max(1, len(flat) // 256)].to(torch.bfloat16).view(torch.int16)
+            total.update(name.encode() + some.cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def experts_of(table: dict[str, tuple[str, ...]], name: str) -> str:
+    """Their name of the routed experts of a layer: model.layers.L.mlp.experts."""
+    return table[f"{name}.gate_up"][0].rpartition(".0.")[0]

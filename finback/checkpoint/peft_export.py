@@ -1,0 +1,109 @@
+"""Adapters into PEFT's files: what they are called there, how experts are packed (peft.py), and what they are put on."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from finback.checkpoint import names, store
+from finback.checkpoint.peft import PREFIX, experts_of
+from finback.model.lora import AdaptedTransformer, LoraLinear, LoraMoE, LowRank, matrices
+from finback.model.moe import MoE
+from finback.runs import adapters
+from finback.runs.adapters import CONFIG_FILE, WEIGHTS_FILE
+from finback.runs.files import write_json
+
+
+def save(folder: Path, model: AdaptedTransformer) -> None:
+    """Write a model's adapter into a folder: PEFT's two files, the same bytes for the same adapter."""
+    lora, targets, ranks = model.lora, Targets(model), dict[str, int]()
+    tensors: dict[str, Tensor] = {}
+    for name, a, b in pairs(model):
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+    for name, adapter in targets.adapters:
+        if adapter.a.size(1) != lora.rank:
+            ranks[name] = adapter.a.size(1)
+    alphas = {n: lora.scale * (math.sqrt(r) if lora.rs else r) for n, r in ranks.items()}
+    raw = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        adapters.BASE: adapters.base_name(folder, Path(model.base)) if model.base else None,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.rs,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "target_modules": targets.modules,
+        "target_parameters": targets.parameters,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+    meta = {"base_digest": model.base_digest, "base_format": lora.base, "targets": ",".join(lora.targets)}
+    on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    store.write(folder / WEIGHTS_FILE, on_cpu, {"format": "pt", **meta})
+    write_json(folder / CONFIG_FILE, raw)
+
+
+def pairs(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """PEFT's name of each adapted matrix, A and B as its files have them."""
+    table = names.table(model.config)
+    for name, module, _, _ in matrices(model):
+        if isinstance(module, LoraLinear):
+            for i, place in enumerate(module.adapter.places):
+                theirs = table[f"{name}.weight"][place].removesuffix(".weight")
+                yield theirs, module.adapter.a[i].detach(), module.adapter.b[i].detach()
+        elif isinstance(module, LoraMoE):
+            stem = experts_of(table, name)
+            for suffix, adapter in ((".base_layer", module.gate_up_adapter), ("", module.down_adapter)):
+                a, b = adapter.a.detach(), adapter.b.detach()
+                yield stem + suffix, a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
+class Targets:
+    """What PEFT must be told to put an adapter on, so that it makes this one's matrices and no others.
+
+    In a model with experts PEFT takes a module called gate_proj for the routed experts' matrix of old, wherever it is. So
+    there feed-forwards are named by their parameters.
+    """
+
+    def __init__(self, model: AdaptedTransformer) -> None:
+        table, is_moe = names.table(model.config), bool(model.config.n_routed_experts)
+        # every matrix by its full name, and its adapter if it has one
+        found: list[tuple[str, LowRank | None]] = []
+        for name, module, group, parts in matrices(model):
+            if isinstance(module, MoE):
+                stem = experts_of(table, name)
+                its = {
+                    part: module.adapter(part) if isinstance(module, LoraMoE) else None for part in ("gate_up", "down")
+                }
+                found += [(f"{stem}.{part}_proj", adapter) for part, adapter in its.items()]
+                continue
+            adapter = module.adapter if isinstance(module, LoraLinear) else None
+            ending = ".weight" if is_moe and group == "mlp" else ""
+            for place in range(len(parts)):
+                its = adapter if adapter is not None and place in adapter.places else None
+                found.append((table[f"{name}.weight"][place].removesuffix(".weight") + ending, its))
+        self.adapters = [(name, adapter) for name, adapter in found if adapter is not None]
+        taken = {name for name, _ in self.adapters}
+        left = {_leaf(name) for name, adapter in found if adapter is None}
+        # by the end of a name, where all of that name have an adapter
+        short = sorted({name if _leaf(name) in left else _leaf(name) for name in taken})
+        self.modules = [name for name in short if not self._is_parameter(name)]
+        self.parameters = [name for name in short if self._is_parameter(name)]
+
+    @staticmethod
+    def _is_parameter(name: str) -> bool:
+        return name.endswith((".weight", "experts.gate_up_proj", "experts.down_proj"))
+
+
+def _leaf(name: str) -> str:
+    """The end of a name by which PEFT knows it: q_proj; mlp.gate_proj.weight and mlp.experts.down_proj of parameters."""
+    words = name.split(".")
+    if name.endswith(".weight"):
+        return ".".join(words[-3:])
+    return ".".join(words[-3:] if "experts" in words else words[-1:])

@@ -1,0 +1,79 @@
+"""Formats of weights that are only read: each packs matrices (..., rows, columns) into values and factors, and back.
+
+fp8   E4M3, a factor per block of 128 x 128 (kernels/fp8.py)
+int8  whole numbers of -127..127, a factor per row
+nf4   two numbers in a byte: of 16 levels at the quantiles of a normal distribution, a factor per 64 numbers of a row
+      (QLoRA, arXiv 2305.14314; the bytes are bitsandbytes' where rows are whole blocks long)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finback.kernels import fp8
+
+NF4_BLOCK = 64
+NF4_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One of them."""
+
+    name: str
+    # weight (..., rows, columns) -> values and factors, both with the leading dimensions and rows of the weight or blocks of them
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
+    # values, factors and a dtype -> the weight
+    dequantize: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+
+
+def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (..., rows, columns) -> int8 values of that shape and factors (..., rows, 1), fp32: largest magnitude / 127."""
+    fp32 = weight.float()
+    scale = fp32.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+    return (fp32 / scale).round_().to(torch.int8), scale
+
+
+def from_int8(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `int8` packed."""
+    return values.float().mul_(scale).to(dtype)
+
+
+def nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (..., rows, columns) -> bytes (..., rows, columns / 2), the first number in the high half of each, and factors
+    (..., rows, ⌈columns / 64⌉), fp32: a block's largest magnitude. `columns` must be even."""
+    columns = weight.size(-1)
+    assert columns % 2 == 0, "two numbers share a byte"
+    fp32 = F.pad(weight.float(), (0, -columns % NF4_BLOCK)).unflatten(-1, (-1, NF4_BLOCK))
+    scale = fp32.abs().amax(dim=-1)
+    levels = torch.tensor(NF4_LEVELS, device=weight.device)
+    unit = (fp32 / scale.clamp(min=1e-30)[..., None]).flatten(-2)[..., :columns].contiguous()
+    # the nearest level, by the middles between them
+    codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    return codes[..., ::2] << 4 | codes[..., 1::2], scale
+
+
+def from_nf4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `nf4` packed."""
+    levels = torch.tensor(NF4_LEVELS, device=values.device)
+    pairs = torch.cartesian_prod(levels, levels)  # of each byte
+    flat = pairs.index_select(0, values.flatten().int())
+    numbers = flat.view(*values.shape[:-1], 2 * values.size(-1))
+    columns = numbers.size(-1)
+    if columns % NF4_BLOCK:
+        return numbers.mul_(scale.repeat_interleave(NF4_BLOCK, dim=-1)[..., :columns]).to(dtype)
+    numbers.unflatten(-1, (-1, NF4_BLOCK)).mul_(scale[..., None])
+    return numbers.to(dtype)
+
+
+FP8 = Format("fp8", fp8.quantize, fp8.dequantize)
+INT8 = Format("int8", int8, from_int8)
+NF4 = Format("nf4", nf4, from_nf4)
+FORMATS = {form.name: form for form in (FP8, INT8, NF4)}

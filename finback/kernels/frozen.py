@@ -1,0 +1,91 @@
+"""Products with weights that are not learnt, however they are stored.
+
+A backward pass needs of them the gradient of the input alone. So nothing but the weights themselves is kept for it: what is
+dequantized, or cast to the dtype of the arithmetic, is made again, one matrix at a time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finback.kernels import moe_gemm
+from finback.kernels.moe_gemm import Blocks
+
+# a stored weight (out, in) in the dtype of the arithmetic, and that of an expert
+Matrix = Callable[[torch.dtype], Tensor]
+Matrices = Callable[[int, torch.dtype], Tensor]
+# rows (m, in), laid out by expert in blocks -> (m, out)
+Product = Callable[[Tensor, Blocks], Tensor]
+
+
+def linear(x: Tensor, matrix: Matrix) -> Tensor:
+    """x (..., in) times the transpose of matrix(dtype) (out, in) -> (..., out)."""
+    return _Linear.apply(x, matrix)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
+        ctx.matrix = matrix
+        return F.linear(x, matrix(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] @ ctx.matrix(grads[0].dtype), None
+
+
+def routed_experts(x: Tensor, index: Tensor, weight: Tensor, experts: int, gate_up: Product, down: Product) -> Tensor:
+    """As reference.routed_experts, by two products of all experts: x (n, d), index and weight (n, k) -> (n, d)."""
+    n, k = index.shape
+    by_shape = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
+    slots, blocks = moe_gemm.layout(index, experts, moe_gemm.BLOCK_MULTIPLE if by_shape else 1)
+    rows = x.new_zeros(blocks[-1][2], x.size(1)).index_copy(0, slots, x.repeat_interleave(k, dim=0))
+    gate, up = gate_up(rows, blocks).chunk(2, dim=-1)
+    y = down(F.silu(gate) * up, blocks)[slots].view(n, k, -1)
+    return (y * weight.to(x.dtype)[:, :, None]).sum(1)
+
+
+def per_expert(rows: Tensor, blocks: Blocks, width: int, matrices: Matrices) -> Tensor:
+    """rows (m, in) times the transpose of matrices(e, dtype) (width, in) of the expert that owns each block -> (m, width)."""
+    return _PerExpert.apply(rows, blocks, width, matrices)
+
+
+class _PerExpert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, blocks: Blocks, width: int, matrices: Matrices) -> Tensor:
+        ctx.blocks, ctx.matrices, ctx.shape = blocks, matrices, rows.shape
+        out = rows.new_empty(len(rows), width)
+        for expert, start, stop in blocks:
+            torch.mm(rows[start:stop], matrices(expert, rows.dtype).T, out=out[start:stop])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0].contiguous()
+        d_rows = grad.new_empty(ctx.shape)
+        for expert, start, stop in ctx.blocks:
+            torch.mm(grad[start:stop], ctx.matrices(expert, grad.dtype), out=d_rows[start:stop])
+        return d_rows, None, None, None
+
+
+def learnt_per_expert(rows: Tensor, weights: Tensor, blocks: Blocks) -> Tensor:
+    """rows (m, in) times the transpose of weights[e] (experts, out, in), which are learnt: the adapters' two factors."""
+    return _LearntPerExpert.apply(rows, weights, blocks)
+
+
+class _LearntPerExpert(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, blocks: Blocks) -> Tensor:
+        ctx.save_for_backward(rows, weights)
+        ctx.blocks = blocks
+        return moe_gemm.per_expert(rows, weights.to(rows.dtype).transpose(1, 2), blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows, weights), grad = ctx.saved_tensors, grads[0].contiguous()
+        d_rows = moe_gemm.per_expert(grad, weights.to(grad.dtype), ctx.blocks)
+        d_weights = moe_gemm.outer_per_expert(grad, rows, ctx.blocks, weights)
+        return d_rows, d_weights.to(weights.dtype), None

@@ -1,0 +1,93 @@
+"""A base that is not learnt: no gradients of its weights, no copy of them kept for a backward pass, any format of them."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from finback.kernels import frozen
+from finback.kernels.formats import FORMATS
+from finback.kernels.frozen import Product
+from finback.model.layers import Linear
+from finback.model.moe import MoE
+from finback.model.quantized import QuantizedLinear, QuantizedMoE, expert_matrix, quantize
+from finback.model.replace import recast
+from finback.model.transformer import Transformer
+
+# how a frozen base lies in memory; int8 and nf4 are for the matrices of blocks, the rest of the model is then bf16
+BaseFormat = Literal["fp32", "bf16", "int8", "nf4"]
+
+
+class FrozenLinear(Linear):
+    """A linear map whose weight is not learnt."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = frozen.linear(x, super().matrix)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class FrozenMoE(MoE):
+    """A mixture of experts whose router and experts are not learnt."""
+
+    def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
+        if not self.is_adapted and not torch.is_grad_enabled():
+            y: Tensor = super().experts(x, index, weight, gate_up, down)
+            return y
+        return frozen.routed_experts(x, index, weight, len(gate_up), self.product("gate_up"), self.product("down"))
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether its products are others than the weights say."""
+        return False
+
+    def product(self, name: str) -> Product:
+        """Rows laid out by expert times each expert's gate_up or down."""
+        c = self.config
+        width = 2 * c.moe_intermediate_size if name == "gate_up" else c.hidden_size
+        return lambda rows, blocks: frozen.per_expert(
+            rows, blocks, width, lambda expert, dtype: expert_matrix(self, name, expert, dtype)
+        )
+
+
+def freeze(model: Transformer, form: BaseFormat) -> Transformer:
+    """Have a model's weights stay as they are, in place, in fp32 or bf16 as it has them, or quantized from there.
+
+    Embedding, head, norms and routers are not quantized, nor are MTP modules.
+    """
+    blocks = set(model.blocks.modules())
+    for module in list(model.modules()):
+        if isinstance(module, Linear | MoE):
+            if form in FORMATS and module in blocks:
+                quantize(module, FORMATS[form])
+            recast(module, FrozenMoE if isinstance(module, MoE) else FrozenLinear)
+    return model.requires_grad_(False)
+
+
+def base_dtype(form: BaseFormat) -> torch.dtype:
+    """The dtype in which a base of this format is read."""
+    return torch.float32 if form == "fp32" else torch.bfloat16
+
+
+def thaw(module: Linear | MoE, name: str, weight: Tensor) -> None:
+    """Give a module a plain weight in the place of what it had under this name, its factors included."""
+    if hasattr(module, f"{name}_scale"):
+        delattr(module, f"{name}_scale")
+    setattr(module, name, nn.Parameter(weight))
+
+
+@torch.no_grad()
+def unfreeze(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """A plain model again, in place, its parameters in `dtype`; the opposite of `freeze` but for what quantizing has lost."""
+    for module in list(model.modules()):
+        if isinstance(module, QuantizedLinear) and hasattr(module, "weight_scale"):
+            thaw(module, "weight", module.matrix(dtype))
+        elif isinstance(module, QuantizedMoE) and hasattr(module, "gate_up_scale"):
+            for name in ("gate_up", "down"):
+                experts = range(len(module.gate_up))
+                thaw(module, name, torch.stack([expert_matrix(module, name, e, dtype) for e in experts]))
+        if isinstance(module, Linear | MoE):
+            module.__class__ = MoE if isinstance(module, MoE) else Linear
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.__class__ = Transformer
+    return model.requires_grad_(True)

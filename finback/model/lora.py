@@ -1,0 +1,277 @@
+"""LoRA (arXiv 2106.09685): a frozen base and, for chosen matrices, a product of two thin ones that is learnt and added.
+
+    y = W x + alpha / rank · B A x        A (rank, in) random, B (out, rank) zero
+
+It is put on from outside, on attention, feed-forwards and routed experts, for MLA and GQA alike. Where several matrices of
+the papers are one here (gate and up, key and value), each has an A of its own, as in PEFT; gate and up of a routed expert,
+which PEFT fuses too, share one.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finback.config import UserError, check_fields, check_positive, did_you_mean
+from finback.kernels import frozen
+from finback.kernels.frozen import Product
+from finback.kernels.moe_gemm import Blocks
+from finback.model.frozen import BaseFormat, FrozenLinear, FrozenMoE, thaw, unfreeze
+from finback.model.layers import Linear
+from finback.model.moe import MoE
+from finback.model.quantized import expert_matrix
+from finback.model.replace import recast
+from finback.model.transformer import Transformer
+
+GROUPS = ("attention", "mlp", "experts")
+# PEFT's names of the matrices that a linear map of ours is made of, in row order
+_MLA = {"q_down": ("q_a_proj",), "q_up": ("q_b_proj",), "kv_down": ("kv_a_proj_with_mqa",), "kv_up": ("kv_b_proj",)}
+_GQA = {"query": ("q_proj",), "key_value": ("k_proj", "v_proj")}
+_MLP = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+_OUT = {"out": ("o_proj",)}
+NAMES = sorted({name for table in (_MLA, _GQA, _MLP, _OUT) for names in table.values() for name in names})
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """An adapter: its shape, what it is put on, and how the frozen base lies in memory."""
+
+    rank: int = 16
+    # what is learnt counts alpha / rank times
+    alpha: float = 32.0
+    # rank-stabilised (arXiv 2312.03732): alpha / sqrt(rank) times
+    rs: bool = False
+    # "attention", "mlp" (dense layers and shared experts), "experts" (the routed ones), or PEFT's names such as "q_proj"
+    targets: tuple[str, ...] = GROUPS
+    # QLoRA: "nf4" takes 4.5 bits a weight, "int8" 8; "bf16" is exact where the files are
+    base: BaseFormat = "bf16"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "adapter")
+        check_positive(self, "adapter", "rank", "alpha")
+        for target in self.targets:
+            if target not in (*GROUPS, *NAMES):
+                raise UserError(
+                    "adapter.targets", target, "no such part of a model", did_you_mean(target, (*GROUPS, *NAMES))
+                )
+        if not self.targets:
+            raise UserError("adapter.targets", self.targets, "an adapter of nothing", f"Use {', '.join(GROUPS)}.")
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rs else self.rank)
+
+    def takes(self, group: str, name: str) -> bool:
+        """Whether it is put on a matrix of this group, which PEFT calls so."""
+        return group in self.targets or name in self.targets
+
+
+class LowRank(nn.Module):
+    """scale · B A for n matrices: a (n, rank, in), b (n, out, rank), in fp32 whatever the base is in.
+
+    Of a linear map that is made of `parts` equally high matrices these are the ones at `places`.
+    """
+
+    def __init__(
+        self, sizes: tuple[int, int], rank: int, scale: float, places: tuple[int, ...], parts: int, like: Tensor
+    ) -> None:
+        """sizes: (out, in) of one matrix. `like` says on which device."""
+        super().__init__()
+        n = len(places)
+        self.a = nn.Parameter(torch.zeros(n, rank, sizes[1], dtype=torch.float32, device=like.device))
+        self.b = nn.Parameter(torch.zeros(n, sizes[0], rank, dtype=torch.float32, device=like.device))
+        self.scale, self.is_on = scale, True
+        self.places, self.parts = places, parts
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """A as PEFT draws it (Kaiming's uniform with a = sqrt(5): up to 1 / sqrt(in)), B zero."""
+        bound = 1 / math.sqrt(self.a.size(-1))
+        self.a.copy_(torch.empty(self.a.shape).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., parts · out)."""
+        n, rank, _ = self.a.shape
+        h = F.linear(x, self.a.flatten(0, 1).to(x.dtype))
+        if self.parts == 1:
+            return F.linear(h, self.b[0].to(x.dtype)) * self.scale
+        y = torch.einsum("...nr,nor->...no", h.unflatten(-1, (n, rank)), self.b.to(x.dtype)) * self.scale
+        return self._spread(y, -2).flatten(-2)
+
+    def per_expert(self, rows: Tensor, blocks: Blocks) -> Tensor:
+        """rows (m, in) laid out by expert -> (m, out); matrix e is expert e's."""
+        low = frozen.learnt_per_expert(rows, self.a, blocks)
+        return frozen.learnt_per_expert(low, self.b, blocks) * self.scale
+
+    def delta(self) -> Tensor:
+        """What is added to the weights, (parts, out, in) in fp32."""
+        return self._spread(torch.bmm(self.b, self.a) * self.scale, 0)
+
+    def _spread(self, made: Tensor, dim: int) -> Tensor:
+        """Zeros for the parts that have no adapter; `dim` counts those that have."""
+        if len(self.places) == self.parts:
+            return made
+        shape = list(made.shape)
+        shape[dim] = self.parts
+        return made.new_zeros(shape).index_copy(dim, torch.tensor(self.places, device=made.device), made)
+
+
+class LoraLinear(FrozenLinear):
+    """A frozen linear map with an adapter."""
+
+    adapter: LowRank
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.adapter(x) if self.adapter.is_on else y
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight with the adapter in it, summed in fp32: what MLA absorbs and what merging keeps."""
+        if not self.adapter.is_on:
+            return super().matrix(dtype)
+        return (super().matrix(torch.float32) + self.adapter.delta().flatten(0, 1)).to(dtype)
+
+
+class LoraMoE(FrozenMoE):
+    """Frozen routed experts with an adapter for each."""
+
+    gate_up_adapter: LowRank
+    down_adapter: LowRank
+
+    @property
+    def is_adapted(self) -> bool:
+        return self.gate_up_adapter.is_on
+
+    def product(self, name: str) -> Product:
+        base, adapter = super().product(name), self.adapter(name)
+        if not self.is_adapted:
+            return base
+        return lambda rows, blocks: base(rows, blocks) + adapter.per_expert(rows, blocks)
+
+    def adapter(self, name: str) -> LowRank:
+        """That of gate_up or of down."""
+        return self.gate_up_adapter if name == "gate_up" else self.down_adapter
+
+    def merged(self, name: str, dtype: torch.dtype) -> Tensor:
+        """gate_up or down of all experts with the adapter in it, summed in fp32."""
+        experts = range(len(self.gate_up))
+        delta = self.adapter(name).delta()
+        return torch.stack([(expert_matrix(self, name, e, torch.float32) + delta[e]).to(dtype) for e in experts])
+
+
+class AdaptedTransformer(Transformer):
+    """A model whose base is frozen and whose adapter is learnt."""
+
+    lora: LoRA
+    # the path of the base, and a digest of its weights
+    base: str
+    base_digest: str
+
+
+def add_lora(model: Transformer, lora: LoRA, seed: int = 0) -> AdaptedTransformer:
+    """Put an adapter on a model that is frozen, in place; it changes nothing until it has learnt."""
+    generator, known = torch.Generator().manual_seed(seed), set[str]()
+    for _, module, group, parts in matrices(model):
+        known |= {group, *parts}
+        places = tuple(place for place, part in enumerate(parts) if lora.takes(group, part))
+        if not places:
+            continue
+        made: tuple[LowRank, ...]
+        if isinstance(module, MoE):
+            made = put_on_experts(module, (lora.rank, lora.rank), lora.scale)
+        else:
+            made = (put_on(module, places, len(parts), lora.rank, lora.scale),)
+        for adapter in made:
+            adapter.draw(generator)
+    if not adapter_parameters(model):
+        problem = "this model has none of these parts"
+        raise UserError("adapter.targets", lora.targets, problem, f"It has {', '.join(sorted(known))}.")
+    return adapted(model, lora)
+
+
+def put_on(module: Linear, places: tuple[int, ...], parts: int, rank: int, scale: float) -> LowRank:
+    """Give a linear map of so many `parts` an adapter, zero, for those at `places`."""
+    out, inputs = module.matrix(torch.float32).shape
+    adapter = LowRank((out // parts, inputs), rank, scale, places, parts, module.weight)
+    recast(module, LoraLinear).adapter = adapter
+    return adapter
+
+
+def put_on_experts(module: MoE, ranks: tuple[int, int], scale: float) -> tuple[LowRank, LowRank]:
+    """Give routed experts adapters, zero, for gate_up and for down."""
+    hidden, width, experts = module.config.hidden_size, module.config.moe_intermediate_size, len(module.gate_up)
+    places = tuple(range(experts))
+    gate_up = LowRank((2 * width, hidden), ranks[0], scale, places, experts, module.gate_up)
+    down = LowRank((hidden, width), ranks[1], scale, places, experts, module.down)
+    found = recast(module, LoraMoE)
+    found.gate_up_adapter, found.down_adapter = gate_up, down
+    return gate_up, down
+
+
+def adapted(model: Transformer, lora: LoRA) -> AdaptedTransformer:
+    """A model as one that has an adapter, in place."""
+    whole = recast(model, AdaptedTransformer)
+    whole.lora, whole.base, whole.base_digest = lora, "", ""
+    return whole
+
+
+def matrices(model: Transformer) -> Iterator[tuple[str, Linear | MoE, str, tuple[str, ...]]]:
+    """What an adapter may be put on, bottom first: name, module, group, and PEFT's names of its matrices in row order.
+
+    MTP modules are none of it: checkpoints elsewhere have no place for their adapters.
+    """
+    c = model.config
+    attention = _OUT | (_GQA if c.attention == "gqa" else _MLA)
+    if c.attention == "mla" and c.q_lora_rank is None:
+        attention |= {"q_up": ("q_proj",)}
+    for name, module in list(model.blocks.named_modules(prefix="blocks")):
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, MoE):
+            yield name, module, "experts", ("experts",)
+        elif isinstance(module, Linear) and ".attention." in name:
+            yield name, module, "attention", attention[leaf]
+        elif isinstance(module, Linear):
+            yield name, module, "mlp", _MLP[leaf]
+
+
+def adapter_parameters(model: Transformer) -> list[tuple[str, nn.Parameter]]:
+    """What is learnt of a model with an adapter, by name; empty for any other model."""
+    adapters = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRank)]
+    return [(f"{name}.{leaf}", p) for name, module in adapters for leaf, p in module.named_parameters()]
+
+
+@contextmanager
+def without_adapter(model: Transformer) -> Iterator[None]:
+    """The base alone, as long as it lasts."""
+    adapters = [module for module in model.modules() if isinstance(module, LowRank)]
+    for adapter in adapters:
+        adapter.is_on = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_on = True
+
+
+@torch.no_grad()
+def merge(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """Add the adapter to the base for good, in place, matrix by matrix; a plain model, its parameters in `dtype`.
+
+    A quantized base counts as what it was dequantized to in training.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, LoraLinear):
+            weight = module.matrix(dtype)
+            del module.adapter
+            thaw(module, "weight", weight)
+        elif isinstance(module, LoraMoE):
+            merged = {name: module.merged(name, dtype) for name in ("gate_up", "down")}
+            del module.gate_up_adapter, module.down_adapter
+            for name, weight in merged.items():
+                thaw(module, name, weight)
+    return unfreeze(model, dtype)

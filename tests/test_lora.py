@@ -1,0 +1,196 @@
+"""LoRA put on from outside: what it computes, what it learns, what stays frozen; and the formats of a frozen base."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from finback.config import UserError
+from finback.engine.engine import Engine
+from finback.engine.request import SamplingParams
+from finback.kernels import formats
+from finback.model.config import ModelConfig
+from finback.model.frozen import BaseFormat, base_dtype, freeze, unfreeze
+from finback.model.lora import (
+    AdaptedTransformer,
+    LoRA,
+    LoraLinear,
+    LoraMoE,
+    adapter_parameters,
+    add_lora,
+    merge,
+    without_adapter,
+)
+from finback.model.transformer import Transformer
+from finback.train.batch import of_windows
+from finback.train.loss import LossTerms, training_losses
+from tests.toy import CONFIG
+
+MLA = dataclasses.replace(CONFIG, initializer_range=0.15)
+# V2-Lite takes queries from the hidden state
+LITE = dataclasses.replace(MLA, q_lora_rank=None, scoring_func="softmax")
+GQA = ModelConfig(
+    *(320, 32, 2, 4, 48),
+    attention="gqa",
+    num_key_value_heads=2,
+    head_dim=8,
+    attention_bias="qkv",
+    qk_norm=True,
+    tie_word_embeddings=True,
+    max_position_embeddings=256,
+    initializer_range=0.15,
+)
+CONFIGS = {"mla": MLA, "lite": LITE, "gqa": GQA}
+ROWS = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+def base_of(family: str, form: BaseFormat = "fp32") -> Transformer:
+    model = Transformer(CONFIGS[family]).initialise(0).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(base_dtype(form))
+    return model
+
+
+def adapted(family: str, lora: LoRA, learnt: bool = True) -> AdaptedTransformer:
+    """A base with an adapter that has learnt something."""
+    model = add_lora(freeze(base_of(family, lora.base), lora.base), lora, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in adapter_parameters(model):
+        if learnt and name.endswith(".b"):
+            parameter.data.normal_(0, 0.3, generator=generator)
+    return model
+
+
+def logits(model: Transformer) -> Tensor:
+    with torch.no_grad():
+        return model.logits(model(ROWS))
+
+
+def backward(model: Transformer) -> None:
+    batch = of_windows(ROWS, 0)
+    training_losses(model.train(), batch, terms := LossTerms([float(batch.learnt.sum())], 0.0)).total(terms).backward()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_fresh_adapter_changes_nothing_and_a_learnt_one_is_the_merged_model(family: str) -> None:
+    plain = logits(base_of(family))
+    lora = LoRA(rank=3, alpha=5.0, base="fp32")
+    torch.testing.assert_close(logits(adapted(family, lora, learnt=False)), plain, atol=1e-5, rtol=0)
+    model = adapted(family, lora)
+    found = logits(model)
+    assert (found - plain).abs().max() > 0.1, "the adapter counts"
+    with without_adapter(model):
+        torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=0)
+    whole = merge(copy.deepcopy(model), torch.float32)
+    assert type(whole) is Transformer and not adapter_parameters(whole)
+    assert {type(m).__name__ for m in whole.modules()} == {type(m).__name__ for m in base_of(family).modules()}
+    assert whole.state_dict().keys() == base_of(family).state_dict().keys()
+    torch.testing.assert_close(logits(whole), found, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("form", ["fp32", "nf4"])
+def test_gradients_are_those_of_the_merged_weights(family: str, form: BaseFormat) -> None:
+    """dL/dA = s B^T dL/dW and dL/dB = s dL/dW A^T, where dL/dW is the plain model's; nothing else has a gradient."""
+    model = adapted(family, LoRA(rank=3, alpha=5.0, base=form))
+    plain = merge(copy.deepcopy(model), torch.float32)
+    for m in (model, plain):
+        backward(m)
+    assert all(p.grad is None for n, p in model.named_parameters() if "adapter" not in n)
+    seen = 0
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear | LoraMoE):
+            names = ("gate_up", "down") if isinstance(module, LoraMoE) else ("weight",)
+            for each in names:
+                adapter = module.adapter(each) if isinstance(module, LoraMoE) else module.adapter
+                grad = plain.get_parameter(f"{name}.{each}").grad
+                assert grad is not None and adapter.a.grad is not None and adapter.b.grad is not None
+                grad = grad.view(len(adapter.b), -1, adapter.a.size(-1))
+                expected = torch.bmm(adapter.b.transpose(1, 2), grad), torch.bmm(grad, adapter.a.transpose(1, 2))
+                for found, wanted in zip((adapter.a.grad, adapter.b.grad), expected, strict=True):
+                    torch.testing.assert_close(found, wanted * 5 / 3, atol=1e-5, rtol=1e-4)
+                seen += 1
+    assert seen == {"mla": 16, "lite": 14, "gqa": 10}[family]
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8", "nf4"])
+def test_a_frozen_base_computes_with_what_it_is_dequantized_to(form: BaseFormat) -> None:
+    model = freeze(base_of("mla", form), form)
+    plain = unfreeze(copy.deepcopy(model), torch.float32)
+    torch.testing.assert_close(logits(model), logits(plain), atol=1e-5, rtol=0)
+    exact = base_of("mla", "bf16").state_dict()
+    errors = [(plain.state_dict()[n] - w).abs().max() / w.abs().max() for n, w in exact.items() if "gate_up" in n]
+    assert max(errors) <= {"bf16": 0, "int8": 1 / 127, "nf4": 0.153}[form]
+    stored = sum(p.numel() * p.element_size() for p in model.blocks.parameters()) + sum(
+        b.numel() * 4 for n, b in model.blocks.named_buffers() if n.endswith("_scale")
+    )
+    per_weight = stored / sum(p.numel() for p in plain.blocks.parameters())
+    assert per_weight < {"bf16": 2.01, "int8": 1.3, "nf4": 0.75}[form], "bytes, norms and factors of tiny rows included"
+
+
+def test_the_engine_answers_as_the_merged_model_does() -> None:
+    """Prompts in expanded and tokens in absorbed form, where the adapter is on the very matrix that is absorbed."""
+    prompts = [[5, 6, 7, 8, 9], [17] * 20]
+    for family in ("mla", "gqa"):
+        model = adapted(family, LoRA(rank=3, alpha=5.0, base="fp32"))
+        merged = merge(copy.deepcopy(model), torch.float32)
+        for sampling in (SamplingParams(0.0, 12), SamplingParams(1.0, 12)):
+            ours, theirs = (Engine(m, [1]).generate(prompts, sampling, [1, 2]) for m in (model, merged))
+            assert [c.tokens for c in ours] == [c.tokens for c in theirs]
+            for one, other in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+def test_targets_are_groups_or_names_of_matrices() -> None:
+    def names(family: str, *targets: str) -> set[str]:
+        model = adapted(family, LoRA(rank=2, targets=targets))
+        return {n.split(".", 2)[2].rpartition(".")[0] for n, _ in adapter_parameters(model)}
+
+    assert names("mla", "experts") == {"feed_forward.gate_up_adapter", "feed_forward.down_adapter"}
+    assert names("mla", "kv_b_proj", "q_a_proj") == {"attention.kv_up.adapter", "attention.q_down.adapter"}
+    assert names("gqa", "v_proj", "up_proj") == {"attention.key_value.adapter", "feed_forward.gate_up.adapter"}
+    model = adapted("gqa", LoRA(rank=2, targets=("v_proj",), base="fp32"))
+    layer = model.blocks[0].attention.key_value
+    assert isinstance(layer, LoraLinear)
+    key, value = (layer.matrix(torch.float32) - layer.weight).chunk(2)
+    assert not key.any() and value.any(), "the adapter is on the values' half alone"
+    whole = merge(copy.deepcopy(model), torch.float32)
+    torch.testing.assert_close(logits(model), logits(whole), atol=2e-5, rtol=0)
+
+
+def test_scale_is_alpha_over_rank_or_over_its_root() -> None:
+    assert LoRA(rank=16, alpha=32.0).scale == 2 and LoRA(rank=16, alpha=32.0, rs=True).scale == 8
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for wrong, text in (
+        ({"rank": 0}, r"adapter\.rank = 0: not above 0"),
+        ({"alpha": -1.0}, r"adapter\.alpha = -1\.0"),
+        ({"targets": ("attn",)}, r"adapter\.targets = 'attn': no such part of a model.*attention"),
+        ({"targets": ()}, "an adapter of nothing"),
+        ({"base": "nf5"}, r"adapter\.base = 'nf5'"),
+    ):
+        with pytest.raises(UserError, match=text):
+            LoRA(**wrong)
+    with pytest.raises(UserError, match=r"has none of these parts.*down_proj.*q_proj"):
+        adapted("gqa", LoRA(targets=("experts",)))
+
+
+def test_nf4_packs_by_hand_and_loses_what_it_must() -> None:
+    weight = torch.zeros(2, 128)
+    weight[0, 0], weight[0, 1], weight[0, 64], weight[1, 127] = 1.0, -1.0, 0.5, -3.0
+    values, scale = formats.nf4(weight)
+    assert values.shape == (2, 64) and scale.tolist() == [[1.0, 0.5], [0.0, 3.0]]
+    # level 7 is zero, 15 is the block's largest magnitude; the first of two numbers is in the high half
+    assert values[0, 0] == 0xF0 and values[0, 32] == 0xF7 and values[1, 63] == 0x70 and values[0, 1] == 0x77
+    assert torch.equal(formats.from_nf4(values, scale, torch.float32), weight)
+    normal = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    error = (formats.from_nf4(*formats.nf4(normal), torch.float32) - normal).abs().mean().item()
+    assert 0.0720 < error < 0.0735, "as bitsandbytes has it (0.0725 to 0.073)"
+    short = torch.randn(3, 72)  # a block cut off at the end
+    assert (formats.from_nf4(*formats.nf4(short), torch.float32) - short).abs().max() < 0.5
+    values, scale = formats.int8(normal)
+    assert values.abs().max() == 127
+    assert ((formats.from_int8(values, scale, torch.float32) - normal).abs() <= scale * 0.501).all()
