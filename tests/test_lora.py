@@ -37,7 +37,6 @@ GQA = ModelConfig(
     num_key_value_heads=2,
     head_dim=8,
     attention_bias="qkv",
-    qk_norm=True,
     tie_word_embeddings=True,
     max_position_embeddings=256,
     initializer_range=0.15,

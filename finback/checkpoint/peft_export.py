@@ -86,8 +86,9 @@ class Targets:
             adapter = module.adapter if isinstance(module, LoraLinear) else None
             ending = ".weight" if is_moe and group == "mlp" else ""
             for place in range(len(parts)):
-                its = adapter if adapter is not None and place in adapter.places else None
-                found.append((table[f"{name}.weight"][place].removesuffix(".weight") + ending, its))
+                has = adapter is not None and place in adapter.places
+                full = table[f"{name}.weight"][place].removesuffix(".weight") + ending
+                found.append((full, adapter if has else None))
         self.adapters = [(name, adapter) for name, adapter in found if adapter is not None]
         taken = {name for name, _ in self.adapters}
         left = {_leaf(name) for name, adapter in found if adapter is None}

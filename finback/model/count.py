@@ -73,9 +73,9 @@ def forward_flops_of(c: ModelConfig, lengths: Iterable[int], mtp: bool = False) 
     return tokens * forward_flops(c, pairs / tokens, mtp) if tokens else 0.0
 
 
-def training_flops_of(c: ModelConfig, lengths: Iterable[int], mtp: bool = True) -> float:
-    """Forward and backward: three times the forward pass."""
-    return 3 * forward_flops_of(c, lengths, mtp)
+def training_flops_of(c: ModelConfig, lengths: Iterable[int], mtp: bool = True, frozen: bool = False) -> float:
+    """Forward and backward: three times the forward pass, twice where weights are frozen, adapters not counted."""
+    return (2 if frozen else 3) * forward_flops_of(c, lengths, mtp)
 
 
 def training_flops(c: ModelConfig, context: float, mtp: bool = True) -> float:

@@ -55,8 +55,9 @@ def base_name(folder: Path, base: Path) -> str:
 
 def _base_of(adapter: Path) -> Path:
     name = read_object(adapter / CONFIG_FILE).get(BASE) or ""
-    for root in (*adapter.resolve().parents, Path()):
-        if name and (root / name).exists() and (root / RECIPE).is_file() != (root == Path()):
+    roots = [root for root in adapter.resolve().parents if (root / RECIPE).is_file()]
+    for root in (*roots, Path()):
+        if name and (root / name).exists():
             return root / name
     problem = f"the base of {adapter} is not here" if name else f"{adapter} does not say what its base is"
     raise UserError(BASE, name, problem, f"Name it: BASE+{adapter}")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from finback.config import UserError
-from finback.runs import provenance
+from finback.runs import adapters, provenance
 from finback.runs.energy import CpuTime, Energy
 from finback.runs.files import LEDGER, LOCK, MANIFEST, METRICS, ROUTER, SAMPLES, read_lines, write_json, write_lines
 from finback.runs.ledger import FLOPS
@@ -81,8 +81,11 @@ class StageRun:
     def input(self, start: str) -> Path:
         """The folder of an earlier stage, or what `start` names: a finished stage elsewhere, or a checkpoint.
 
-        `base/average` is what lies within an earlier stage: another form of its model.
+        `base/average` is what lies within an earlier stage: another form of its model. Of base+adapter, both are looked up.
         """
+        base, adapter = adapters.split(start)
+        if adapter:
+            return Path(f"{self.input(base)}+{self.input(adapter)}")
         stage, _, within = start.partition("/")
         inside = self.root / start
         if (self.root / stage / MANIFEST).is_file() and (not within or inside.is_dir()):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from finback.config import UserError, as_json, check_fields, did_you_mean, override
-from finback.runs import contents
+from finback.runs import adapters, contents
 from finback.runs.declaration import DECLARATION, Declaration
 from finback.runs.files import CONFIG, MANIFEST, RECIPE, SUMMARY, is_checkpoint, read_object, write_json
 from finback.runs.folder import Interrupted, Ranks, StageRun
@@ -56,8 +56,7 @@ class Stage:
 
     def inputs(self) -> tuple[str, ...]:
         """Names of earlier stages, or paths of finished ones, that this stage reads: by default the model of `start`."""
-        start = getattr(self, "start", "")
-        return (start,) if start else ()
+        return tuple(filter(None, adapters.split(getattr(self, "start", ""))))
 
     def work(self) -> Work:
         """Tokens this stage will train on and generate, at most."""
@@ -100,7 +99,9 @@ class Recipe:
     @staticmethod
     def _check_input(stage: str, start: str, earlier: Sequence[str], later: Sequence[str]) -> None:
         path = Path(start)
-        if start.partition("/")[0] in earlier or (path / MANIFEST).is_file() or (path.exists() and is_checkpoint(path)):
+        if start.partition("/")[0] in earlier or (path / MANIFEST).is_file() or adapters.is_adapter(path):
+            return
+        if path.exists() and is_checkpoint(path):
             return
         if start in later:
             problem = "is the stage itself" if start == stage else "comes later in the recipe"

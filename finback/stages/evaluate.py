@@ -102,7 +102,7 @@ class Evaluate(Stage):
             raise UserError(f"{self.name}.exams", names, "exams need distinct names, and one at least", "Name them.")
 
     def inputs(self) -> tuple[str, ...]:
-        return (self.start, self.data) if self.data else (self.start,)
+        return (*super().inputs(), self.data) if self.data else super().inputs()
 
     def work(self) -> Work:
         return Work(tokens_generated=sum(e.problems * e.max_tokens for e in self.exams))

@@ -9,6 +9,7 @@ from finback.checkpoint import models
 from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
 from finback.model.count import forward_flops_of, training_flops_of
+from finback.model.lora import adapter_parameters
 from finback.parallel.mesh import World
 from finback.runs.folder import StageRun
 from finback.train import rates
@@ -34,7 +35,7 @@ class Batches(ABC):
     def __init__(self, stage: "SFT", run: StageRun, tokenizer: Tokenizer, config: ModelConfig) -> None:
         self.run, self.tokenizer, self.world = run, tokenizer, World.of(run)
         # how many MTP modules are trained
-        self.depths = config.num_nextn_predict_layers if stage.mtp_weight else 0
+        self.depths = config.num_nextn_predict_layers if stage.mtp_weight and stage.adapter is None else 0
         # what there is to say of them in the stage's results
         self.results: dict[str, Any] = {}
 
@@ -72,7 +73,8 @@ class FineTuning(Training):
         # a mean over rows, of which the last step of an epoch has fewer than ranks want
         share = 0.0 if batch is None else len(batch.tokens) / rows
         counts = [max(labels, 1.0)] * (1 + self.depths)
-        terms = LossTerms(counts, stage.mtp_weight, stage.balance_alpha, share, main_loss)
+        mtp_weight = stage.mtp_weight if self.depths else 0.0
+        terms = LossTerms(counts, mtp_weight, stage.balance_alpha, share, main_loss)
         losses = trainer.backward(on_device, terms)
         norm = trainer.finish(stage.max_grad_norm)
         demand_finite(norm, f"{stage.name}.lr", stage.lr, loop.step)
@@ -92,7 +94,7 @@ class FineTuning(Training):
             lengths = batch.lengths()
             forward = forward_flops_of(self.config, lengths) if self.batches.generates else 0.0
             asked = forward_flops_of(self.teacher.config, lengths) if self.teacher is not None else 0.0
-            training = training_flops_of(self.config, lengths, mtp=self.depths > 0)
+            training = training_flops_of(self.config, lengths, self.depths > 0, frozen=self.stage.adapter is not None)
             mine += torch.tensor([int(batch.learnt.sum()), sum(lengths), training, forward, asked])
         labels, tokens, training, generation, auxiliary = self.world.sum_(mine).tolist()
         self.tokens += int(tokens)
@@ -122,6 +124,8 @@ class FineTuning(Training):
 def begin(stage: "SFT", run: StageRun) -> tuple[ReplicatedTrainer, Tokenizer]:
     """The trainer and the tokenizer of `stage.start`."""
     folder, world = run.input(stage.start), World.of(run)
-    model = models.load(folder, COMPUTE[stage.compute]).to(world.device).train()
-    adam = Adam(list(model.named_parameters()), betas=(0.9, 0.95), weight_decay=stage.weight_decay)
-    return ReplicatedTrainer(model, world, [adam]), Tokenizer(folder)
+    model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
+    model = model.to(world.device).train()
+    named = adapter_parameters(model) or list(model.named_parameters())
+    adam = Adam(named, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
+    return ReplicatedTrainer(model, world, [adam], named), Tokenizer(folder)

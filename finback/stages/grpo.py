@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finback.config import check_not_negative, check_positive, check_share
+from finback.model.lora import LoRA
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
@@ -34,7 +35,8 @@ class GRPO(Stage):
     num_generations: int = 8
     reward: Reward = field(default_factory=Reward)
     objective: Objective = field(default_factory=Objective)
-    # for two thirds of the steps, then linearly down to final_lr times it; None: 3e-4, from 50 million parameters on 2e-6
+    # for two thirds of the steps, then linearly down to final_lr times it; None: 3e-4, from 50 million parameters on 2e-6,
+    # ten times that for an adapter
     lr: float | None = None
     # steps over which lr rises to its value
     warmup: int = 0
@@ -75,6 +77,8 @@ class GRPO(Stage):
     compute: Literal["fp32", "bf16"] = "fp32"
     # padded tokens per backward pass
     micro_tokens: int = 4096
+    # learn an adapter on a frozen base instead of all weights; the reference model is then the base alone
+    adapter: LoRA | None = None
     checkpoint_steps: int = 5
 
     def __post_init__(self) -> None:
@@ -89,6 +93,8 @@ class GRPO(Stage):
             raise self.wrong("num_generations", "an answer is judged against its group", "Use 2 or more.")
         if self.temperature <= 0:
             raise self.wrong("temperature", "greedy answers do not differ within a group", "Use 1.0.")
+        if self.adapter is not None and self.bias_speed:
+            raise self.wrong("bias_speed", "moves biases of a base that an adapter leaves as it is", "Use 0.")
         if self.prompts_per_step % self.updates:
             raise self.wrong("updates", f"does not divide {self.prompts_per_step} prompts", "Use a divisor.")
         if not 0 <= self.overlong <= self.max_tokens:

@@ -1,6 +1,5 @@
 """GRPO's learning: log-probabilities, the clipped surrogate, updates; the state of one RL run between its steps."""
 
-import copy
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -13,8 +12,9 @@ from finback.checkpoint import models
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
-from finback.model.count import forward_flops_of, training_flops_of
+from finback.model.count import forward_flops_of, parameters, training_flops_of
 from finback.model.logprobs import token_logprobs
+from finback.model.lora import adapter_parameters
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts import rl_health
@@ -26,7 +26,8 @@ from finback.train.batch import Batch
 from finback.train.loop import Loop, Training
 from finback.train.optim import Adam
 from finback.train.precision import COMPUTE
-from finback.train.trainer import Frozen, ReplicatedTrainer, demand_finite
+from finback.train.reference import reference_of
+from finback.train.trainer import ReplicatedTrainer, demand_finite
 
 if TYPE_CHECKING:
     from finback.stages.grpo import GRPO
@@ -37,6 +38,7 @@ Share = tuple[list[tuple[Rollout, float]], int, int]
 SUMS = 9  # over tokens: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared, weights cut, masked answers' tokens
 LARGE = 50_000_000  # parameters
 SMALL_LR, LARGE_LR = 3e-4, 2e-6  # of the quickstart; of R1-Zero's kind on open checkpoints
+ADAPTER = 10  # times as much for LoRA, at any rank (Schulman et al. 2025, "LoRA Without Regret")
 
 
 class Reinforcement(Training):
@@ -51,10 +53,11 @@ class Reinforcement(Training):
             raise stage.wrong("prompts_per_step", problem, "Use --ranks.")
         folder, dtype = run.input(stage.start), COMPUTE[stage.compute]
         self.stage, self.tokenizer = stage, Tokenizer(folder)
-        self.model = models.load(folder, dtype).to(world.device)
+        self.model = models.load_for_training(folder, stage.adapter, dtype, run.seed("adapter")).to(world.device)
         # the MTP modules stay as they are
-        named = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
-        self.reference = Frozen(copy.deepcopy(self.model), "reference") if stage.objective.beta else None
+        whole = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
+        named = adapter_parameters(self.model) or whole
+        self.reference = reference_of(self.model, "reference") if stage.objective.beta else None
         extras = [self.reference] if self.reference is not None else []
         adam = Adam(named, betas=(0.9, 0.95), weight_decay=0.0)
         trainer = ReplicatedTrainer(self.model, world, [adam], named, extras)
@@ -67,8 +70,9 @@ class Reinforcement(Training):
         self.idle = 0
         self.learnt_out = False
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
-        size = sum(p.numel() for p in self.model.parameters())
-        self.peak_lr = stage.lr if stage.lr is not None else (SMALL_LR if size < LARGE else LARGE_LR)
+        size = parameters(self.model.config)
+        usual = (SMALL_LR if size < LARGE else LARGE_LR) * (1 if stage.adapter is None else ADAPTER)
+        self.peak_lr = usual if stage.lr is None else stage.lr
         if stage.lr is None:
             run.say(f"{run.name:10} lr = {self.peak_lr:g}, the default for {size:,} parameters")
 
@@ -146,7 +150,8 @@ class Reinforcement(Training):
             if stage.objective.correction.needs_trainer:
                 parts = [replace(b, old_logprobs=self._replayed_logprobs(b)[0]) for b in parts]
             if self.reference is not None:
-                parts = [replace(b, reference_logprobs=self._logprobs(self.reference.model, b)[0]) for b in parts]
+                with self.reference.asked() as model:
+                    parts = [replace(b, reference_logprobs=self._logprobs(model, b)[0]) for b in parts]
         self.model.train()
         return parts
 
@@ -219,7 +224,7 @@ class Reinforcement(Training):
         mine = [
             sum(lengths) * stage.epochs,
             sum(len(r.completion.tokens) for r in asked),
-            stage.epochs * training_flops_of(config, lengths, mtp=False),
+            stage.epochs * training_flops_of(config, lengths, mtp=False, frozen=stage.adapter is not None),
             forward_flops_of(config, [r.length for r in asked]),
             passes * forward_flops_of(config, lengths),
         ]

@@ -15,6 +15,7 @@ from finback.data.rows import arrange
 from finback.data.sources import Chitchat, Files, Hub
 from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
+from finback.model.lora import LoRA
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage
@@ -57,6 +58,8 @@ class SFT(Stage):
     # of the routers' biases
     bias_speed: float = 0.0
     compute: Literal["fp32", "bf16"] = "fp32"
+    # learn an adapter on a frozen base instead of all weights; MTP modules are then not trained
+    adapter: LoRA | None = None
     checkpoint_steps: int = 50
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class SFT(Stage):
         check_positive(self, self.name, *counts, "lr", "max_grad_norm")
         check_share(self, self.name, "warmup", "final_lr")
         check_not_negative(self, self.name, "weight_decay", "mtp_weight", "balance_alpha", "bias_speed")
+        if self.adapter is not None and self.bias_speed:
+            raise self.wrong("bias_speed", "moves biases of a base that an adapter leaves as it is", "Use 0.")
         known = [*self.traces, *(source.name for source in self.text)]
         if len(set(known)) < len(known):
             raise UserError(f"{self.name}.text", known, "two sources have one name", "Rename one of them.")

@@ -30,7 +30,9 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
         weight = head.to(hidden.dtype)
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        d_hidden = torch.empty_like(hidden)
+        # a head that is not learnt needs no gradient, which is as large as itself
+        d_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=hidden.device)
         for start in range(0, hidden.size(0), CHUNK):
             rows = slice(start, start + CHUNK)
@@ -46,14 +48,15 @@ class _CrossEntropy(torch.autograd.Function):
             gradient[torch.arange(len(label), device=label.device), label.clamp(min=0)] -= valid.float()
             gradient = gradient.to(h.dtype)
             torch.mm(gradient, weight, out=d_hidden[rows])
-            d_head += (gradient.T @ h).to(d_head.dtype)
+            if d_head is not None:
+                d_head += (gradient.T @ h).to(d_head.dtype)
         ctx.save_for_backward(d_hidden, d_head)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
-        return d_hidden * grads[0].to(d_hidden.dtype), d_head * grads[0], None
+        return d_hidden * grads[0].to(d_hidden.dtype), None if d_head is None else d_head * grads[0], None
 
 
 # The main loss summed over a batch's labels, from the trunk's last states (rows, seq_len, d) and the batch.

@@ -176,21 +176,3 @@ def demand_finite(norm: float, field: str, lr: float, step: int) -> None:
     """UserError where a gradient's norm is NaN or infinite."""
     if not math.isfinite(norm):
         raise UserError(field, lr, f"the gradient is not finite at step {step}", "Lower it.")
-
-
-class Frozen:
-    """A model that a checkpoint keeps beside the trained one: GRPO's reference model."""
-
-    def __init__(self, model: Transformer, prefix: str) -> None:
-        self.model, self.prefix = model.eval(), prefix
-
-    def refresh(self, model: Transformer) -> None:
-        """Take over another model's weights."""
-        self.model.load_state_dict(model.state_dict())
-
-    def state(self) -> dict[str, Tensor]:
-        return {f"{self.prefix}.{name}": tensor for name, tensor in self.model.state_dict().items()}
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        start = f"{self.prefix}."
-        self.model.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})

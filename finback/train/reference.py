@@ -1,0 +1,88 @@
+"""The reference model of RL: a copy of the policy as it began, or, where that learns an adapter, its own base."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+from torch import Tensor
+
+from finback.model.lora import AdaptedTransformer, adapter_parameters, without_adapter
+from finback.model.transformer import Transformer
+from finback.train.trainer import Stateful
+
+
+def reference_of(policy: Transformer, prefix: str) -> "Reference":
+    """The reference model of a policy that has learnt nothing yet; `prefix` is for its names in a checkpoint."""
+    if isinstance(policy, AdaptedTransformer):
+        return FormerAdapter(policy, prefix)
+    return Frozen(copy.deepcopy(policy), prefix)
+
+
+class Reference(Stateful, Protocol):
+    """A reference model: what it takes to ask it, and what of it a checkpoint keeps."""
+
+    def asked(self) -> AbstractContextManager[Transformer]:
+        """The model, as long as it lasts."""
+        ...
+
+    def refresh(self, model: Transformer) -> None:
+        """Take over what another model has learnt."""
+
+
+class Frozen:
+    """A model that a checkpoint keeps beside the trained one: a reference model."""
+
+    def __init__(self, model: Transformer, prefix: str) -> None:
+        self.model, self.prefix = model.eval(), prefix
+
+    def asked(self) -> AbstractContextManager[Transformer]:
+        return nullcontext(self.model)
+
+    def refresh(self, model: Transformer) -> None:
+        """Take over another model's weights."""
+        self.model.load_state_dict(model.state_dict())
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{self.prefix}.{name}": tensor for name, tensor in self.model.state_dict().items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        start = f"{self.prefix}."
+        self.model.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+
+
+class FormerAdapter:
+    """The reference model of a policy that learns an adapter: its base with the adapter off, or as that was before."""
+
+    def __init__(self, policy: AdaptedTransformer, prefix: str) -> None:
+        self.policy, self.prefix = policy, prefix
+        # the adapter as it was, by name; None where it changed nothing yet
+        self.kept: dict[str, Tensor] | None = None
+        if any(p.any() for name, p in adapter_parameters(policy) if name.endswith(".b")):
+            self.refresh(policy)
+
+    @contextmanager
+    def asked(self) -> Iterator[Transformer]:
+        if self.kept is None:
+            with without_adapter(self.policy):
+                yield self.policy
+            return
+        learnt = {name: (p, p.data) for name, p in adapter_parameters(self.policy)}
+        for name, (parameter, _) in learnt.items():
+            parameter.data = self.kept[name]
+        try:
+            yield self.policy
+        finally:
+            for parameter, data in learnt.values():
+                parameter.data = data
+
+    def refresh(self, model: Transformer) -> None:
+        self.kept = {name: p.detach().clone() for name, p in adapter_parameters(model)}
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{self.prefix}.{name}": tensor for name, tensor in (self.kept or {}).items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        start, device = f"{self.prefix}.", self.policy.embed.device
+        found = {n.removeprefix(start): t.to(device) for n, t in tensors.items() if n.startswith(start)}
+        self.kept = found or None
