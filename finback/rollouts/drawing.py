@@ -65,9 +65,12 @@ class QuestionOrder:
         seed: Callable[..., int],
         say: Callable[[str], None],
         exam: Callable[[Problem], str | None] = lambda problem: None,
+        validation: frozenset[str] = frozenset(),
     ) -> None:
+        """validation: keys of the questions of a validation set, which are not asked."""
         self.task, self.window, self.seed, self.say, self.exam = task, window, seed, say, exam
-        # questions that exams ask, by exam
+        self.validation = validation
+        # questions that exams or the validation set ask, by exam
         self.contaminated: Counter[str] = Counter()
         parts = task.tasks if isinstance(task, Mixture) else (task,)
         listed = {place: self._listed(part) for place, part in enumerate(parts)}
@@ -91,6 +94,8 @@ class QuestionOrder:
         """The next question; `rng` draws generated ones, and which task of a mixture it is of."""
         for _ in range(TRIES):
             problem, place = self._next(rng)
+            if problem.key in self.validation:
+                continue
             if place in self.lists or self.window.fits(problem):
                 return problem
             if not self.too_long:
@@ -137,7 +142,7 @@ class QuestionOrder:
         train = [problem for problem in every if not is_held_out(problem.key)]
         kept = []
         for problem in train:
-            if exam := self.exam(problem):
+            if exam := "validation" if problem.key in self.validation else self.exam(problem):
                 self.contaminated[exam] += 1
             else:
                 kept.append(problem)

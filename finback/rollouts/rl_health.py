@@ -1,9 +1,11 @@
 """Whether RL is sound: how far trainer and engine may be apart, which steps teach nothing and why. No torch here."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NOTICED = 5  # steps in a row that teach nothing after which it is said
+_ASKED = 64  # questions that a comparison of accuracies wants
 _MAX_GAP = {"fp32": 1e-2, "bf16": 0.2}  # nats per token; sound runs differ by 1e-5 and by 0.03 to 0.06
 
 
@@ -28,3 +30,26 @@ def cause(metrics: Mapping[str, float]) -> str:
     if metrics["accuracy"] <= 0:
         return "no answer is right: ask easier questions, start from a better model, or check the golds and the checker"
     return "all answers to a question earn the same: raise num_generations or the temperature, or ask questions of another difficulty"
+
+
+def lost(rows: Sequence[Mapping[str, float]], num_generations: int) -> str:
+    """What RL has cost in accuracy, by the answers of its first tenth of the steps and of its last; "" where nothing for sure.
+
+    Every step asks new questions. A tenth has to ask 64 at least, and the loss to be more than twice its standard error, at
+    which a question's answers count as one.
+    """
+    steps = [row for row in rows if "accuracy" in row]
+    tenth = len(steps) // 10
+    if not tenth:
+        return ""
+    first, last = (_accuracy(part) for part in (steps[:tenth], steps[-tenth:]))
+    asked = sum(row["answers"] for row in steps[-tenth:]) / num_generations
+    error = math.sqrt((first * (1 - first) + last * (1 - last)) / asked)
+    if asked < _ASKED or first - last <= 2 * error:
+        return ""
+    return f"the model answers worse than before: {first:.1%} right in the first {tenth} steps, {last:.1%} in the last"
+
+
+def _accuracy(rows: Sequence[Mapping[str, float]]) -> float:
+    """The share of right answers."""
+    return sum(row["accuracy"] * row["answers"] for row in rows) / sum(row["answers"] for row in rows)

@@ -27,6 +27,7 @@ from finback.rollouts.rollouts import rollout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Work
+from finback.stages import validation
 from finback.stages.exam_questions import ExamQuestions
 from finback.stages.fine_tuning import Batches, FineTuning, begin
 from finback.stages.sft import SFT, LessonBatches
@@ -78,6 +79,7 @@ class Distill(SFT):
         if self.task is not None:  # the student samples its lessons
             spent = (*spent, "tokens_generated", "flops_generation")
             results = ("steps", "tokens", "too_long", "contaminated")
+            results += ("validation",) * (self.validation is not None)
         return dataclasses.replace(given, objective="a teacher's probabilities", ledger=spent, results=results)
 
     def training(self, run: StageRun) -> FineTuning:
@@ -140,9 +142,8 @@ class OnPolicyBatches(Batches):
         self.engine = Engine(student, tokenizer.stops)
         assert stage.task is not None, "on-policy distillation answers a task"
         window = Window(tokenizer, student.config, stage.max_tokens)
-        self.order = QuestionOrder(
-            stage.task, window, run.seed, lambda text: run.say(f"{run.name:10} {text}"), ExamQuestions(run).asks
-        )
+        say, held_out = lambda text: run.say(f"{run.name:10} {text}"), validation.keys(stage.validation, run)
+        self.order = QuestionOrder(stage.task, window, run.seed, say, ExamQuestions(run).asks, held_out)
         self.results["contaminated"] = dict(self.order.contaminated)
 
     def state(self) -> dict[str, Any]:

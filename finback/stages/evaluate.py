@@ -20,12 +20,12 @@ from finback.parallel.mesh import World
 from finback.rollouts.drawing import Window
 from finback.rollouts.rollouts import Rollout, record, rollout
 from finback.runs.declaration import Declaration
-from finback.runs.files import read_object, write_json, write_lines
+from finback.runs.files import read_lines, read_object, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Stage, Work
 from finback.stages.compress import bits_by_source
 from finback.suites import catalogue, compression
-from finback.suites.statistics import interval
+from finback.suites.statistics import interval, paired
 from finback.suites.suite import Suite
 from finback.tasks import task as tasks
 from finback.tasks.language import consistency, known
@@ -170,6 +170,9 @@ class Evaluate(Stage):
         drafts = sum(g[1][1] for g in gathered)
         if drafts:
             result["mtp_acceptance"] = sum(g[1][0] for g in gathered) / drafts
+        if parent := self._parent(exam, run):
+            before = [float(r["correct"]) for r in read_lines(run.root / parent[1] / f"{exam.name}.jsonl")]
+            result["before"] = compared(parent[0], before, [float(r["correct"]) for r in records])
         generated = sum(r["tokens"] for r in records)
         flops = sum(g[2] for g in gathered)
         run.account(tokens_generated=generated, flops=flops, flops_evaluation=flops)
@@ -179,7 +182,24 @@ class Evaluate(Stage):
             write_json(path, result)
         low, high = result["interval"]
         run.say(f"{self.name:10} {exam.name}: {result['accuracy']:.1%} ({low:.1%} to {high:.1%}), n = {result['n']}")
+        if result.get("before", {}).get("worse"):
+            run.say(f"{self.name:10} warning: {_loss(self.start, result)}")
         return result
+
+    def _parent(self, exam: Exam, run: StageRun) -> tuple[str, str] | None:
+        """The stage that `start` was trained from, and the stage that gave that one the same exam before."""
+        trained = next((stage for stage in run.stages if stage.name == self.start), None)
+        parent = getattr(trained, "start", "")
+        for stage in run.stages:
+            took = isinstance(stage, Evaluate) and stage.start == parent and exam in stage.exams
+            if took and (run.root / stage.name / f"{exam.name}.jsonl").is_file():
+                return parent, stage.name
+        return None
+
+    def describe(self, results: dict[str, Any]) -> str:
+        return "\n".join(
+            _loss(self.start, result) for result in results["evaluations"] if result.get("before", {}).get("worse")
+        )
 
 
 def questions(exam: Exam, seed: int) -> tuple[Task, list[Problem], Suite | None]:
@@ -199,6 +219,21 @@ def questions(exam: Exam, seed: int) -> tuple[Task, list[Problem], Suite | None]
     assert not suite.system, "an exam has no system prompt"
     put = [replace(problem, question=suite.ask(problem)[-1]["content"]) for problem in suite.problems]
     return suite.task, put, suite
+
+
+def compared(model: str, before: list[float], after: list[float]) -> dict[str, Any]:
+    """What training made of the model that it started from, by the same problems."""
+    difference = paired(after, before, seed=0)
+    gained = {"difference": difference.mean, "interval": (difference.low, difference.high)}
+    return {"model": model, "accuracy": sum(before) / len(before), **gained, "worse": difference.high < 0}
+
+
+def _loss(model: str, result: dict[str, Any]) -> str:
+    before, (low, high) = result["before"], result["before"]["interval"]
+    return (
+        f"Training made {model!r} worse than {before['model']!r} on {result['exam']}: {before['accuracy']:.1%} before, "
+        f"{result['accuracy']:.1%} after ({100 * low:+.1f} to {100 * high:+.1f} points)."
+    )
 
 
 def scores(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from finback.model.count import forward_flops_of, training_flops_of
 from finback.model.lora import adapter_parameters
 from finback.parallel.mesh import World
 from finback.runs.folder import StageRun
+from finback.stages.validation import Validator
 from finback.train import rates
 from finback.train.batch import Batch
 from finback.train.loop import Loop, Training
@@ -61,6 +62,19 @@ class FineTuning(Training):
         self.stage, self.tokenizer, self.batches, self.teacher = stage, batches.tokenizer, batches, teacher
         self.config = trainer.model.config
         self.depths, self.tokens = batches.depths, 0
+        run, tokenizer = batches.run, batches.tokenizer
+        self.validator = None if stage.validation is None else Validator(stage.validation, run, trainer, tokenizer)
+
+    def finished(self, loop: Loop) -> bool:
+        return super().finished(loop) or (self.validator is not None and self.validator.stopped)
+
+    def before(self, loop: Loop) -> None:
+        if self.validator is not None:
+            self.validator.before(loop)
+
+    def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
+        if self.validator is not None:
+            self.validator.after(loop)
 
     def step(self, loop: Loop) -> dict[str, Any]:
         """One update; the loss is the mean over all labels of the step, whatever the number of ranks."""
@@ -110,15 +124,21 @@ class FineTuning(Training):
         return f"loss {metrics['loss']:.3f}"
 
     def state(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "batches": self.batches.state()}
+        validator = {} if self.validator is None else self.validator.state()
+        return {"tokens": self.tokens, "batches": self.batches.state(), "validator": validator}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.tokens = state["tokens"]
         self.batches.load_state(state.get("batches", {}))
+        if self.validator is not None:
+            self.validator.load_state(state["validator"])
 
     def finish(self, loop: Loop) -> dict[str, Any]:
+        found = {"steps": loop.step, "tokens": self.tokens, **self.batches.results}
+        if self.validator is not None:
+            return found | self.validator.finish(loop)
         self.trainer.export(self.run, self.run.folder, self.tokenizer)
-        return {"steps": loop.step, "tokens": self.tokens, **self.batches.results}
+        return found
 
 
 def begin(stage: "SFT", run: StageRun) -> tuple[ReplicatedTrainer, Tokenizer]:

@@ -15,7 +15,9 @@ from finback.model.lora import LoRA
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
+from finback.stages import validation
 from finback.stages.grpo_training import Reinforcement
+from finback.stages.validation import Validation
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Task
 from finback.train import loop
@@ -28,15 +30,18 @@ class GRPO(Stage):
 
     start: str
     task: Task
+    # at most, with a validation set
     steps: int = 60
+    # says when to stop and which model to keep
+    validation: Validation | None = None
     # questions per step, over all ranks
     prompts_per_step: int = 32
     # answers per question
     num_generations: int = 8
     reward: Reward = field(default_factory=Reward)
     objective: Objective = field(default_factory=Objective)
-    # for two thirds of the steps, then linearly down to final_lr times it; None: 3e-4, from 50 million parameters on 2e-6,
-    # ten times that for an adapter
+    # level, and linearly down to final_lr times it over the last third of the steps or once the validation set stops it;
+    # None: 3e-4, from 50 million parameters on 2e-6, ten times that for an adapter
     lr: float | None = None
     # steps over which lr rises to its value
     warmup: int = 0
@@ -108,11 +113,12 @@ class GRPO(Stage):
 
     def work(self) -> Work:
         tokens = self.steps * self.prompts_per_step * self.num_generations * self.max_tokens
-        return Work(tokens_trained=tokens * self.epochs, tokens_generated=tokens * (1 + self.resample))
+        validated = self.validation.generates(self.steps) if self.validation is not None else 0
+        return Work(tokens_trained=tokens * self.epochs, tokens_generated=tokens * (1 + self.resample) + validated)
 
     def declaration(self) -> Declaration:
         spent = ("tokens_trained", "tokens_generated", "flops", "flops_training", "flops_generation", "flops_auxiliary")
-        return Declaration(
+        given = Declaration(
             "reinforcement learning",
             objective="rewards that are checked by programs",
             ledger=spent,
@@ -126,6 +132,7 @@ class GRPO(Stage):
                 "router health: max violation": ("max_violation",),
             },
         )
+        return validation.declared(self.validation, given)
 
     def run(self, run: StageRun) -> dict[str, Any]:
         return loop.run(Reinforcement(self, run))

@@ -16,6 +16,7 @@ from finback.rollouts.drawing import QuestionOrder, Window
 from finback.rollouts.rollouts import Rollout, record, rollout
 from finback.runs.files import SAMPLES
 from finback.runs.folder import StageRun
+from finback.stages import validation
 from finback.stages.exam_questions import ExamQuestions
 from finback.tasks.task import Problem
 from finback.train import grpo_loss
@@ -53,9 +54,8 @@ class GroupSampler:
         self.stage, self.run, self.engine, self.tokenizer = stage, run, engine, tokenizer
         self.world = World.of(run)
         window = Window(tokenizer, engine.model.config, stage.max_tokens, stage.think)
-        self.order = QuestionOrder(
-            stage.task, window, run.seed, lambda text: run.say(f"{run.name:10} {text}"), ExamQuestions(run).asks
-        )
+        say, held_out = lambda text: run.say(f"{run.name:10} {text}"), validation.keys(stage.validation, run)
+        self.order = QuestionOrder(stage.task, window, run.seed, say, ExamQuestions(run).asks, held_out)
 
     def sample(self, step: int) -> tuple[list[Group], list[Group]]:
         """All groups that were asked, and those that are learnt from, with their advantages; in order."""

@@ -19,8 +19,10 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts import rl_health
 from finback.rollouts.rollouts import Rollout, batches
+from finback.runs.files import METRICS, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.grpo_sampling import Group, GroupSampler
+from finback.stages.validation import Validator
 from finback.train import grpo_loss, rates
 from finback.train.batch import Batch
 from finback.train.loop import Loop, Training
@@ -66,6 +68,9 @@ class Reinforcement(Training):
             raise stage.wrong("routing_replay", "the model has no routed experts", "Leave it out.")
         self.engine = Engine(self.model, self.tokenizer.stops, EngineConfig(return_routed_experts=stage.routing_replay))
         self.sampler = GroupSampler(stage, run, self.engine, self.tokenizer)
+        self.validator = None if stage.validation is None else Validator(stage.validation, run, trainer, self.tokenizer)
+        # the step after which the learning rate falls, and over how many; the last third, or once the validation set stops it
+        self.decay = stage.steps - stage.steps // 3, stage.steps // 3
         # steps in a row that taught nothing
         self.idle = 0
         self.learnt_out = False
@@ -78,6 +83,10 @@ class Reinforcement(Training):
 
     def finished(self, loop: Loop) -> bool:
         return self.learnt_out or super().finished(loop)
+
+    def before(self, loop: Loop) -> None:
+        if self.validator is not None:
+            self.validator.before(loop)
 
     def step(self, loop: Loop) -> dict[str, Any]:
         stage, trainer, lr = self.stage, self.trainer, self.lr(loop.step)
@@ -120,10 +129,8 @@ class Reinforcement(Training):
 
     def lr(self, step: int) -> float:
         """A step's learning rate: up over the warm-up, level, and down over the last third."""
-        stage = self.stage
-        third = stage.steps // 3
-        factor = rates.warmup(step, stage.warmup)
-        return self.peak_lr * factor * rates.decay(step, stage.steps - third, third, stage.final_lr)
+        factor = rates.warmup(step, self.stage.warmup) * rates.decay(step, *self.decay, self.stage.final_lr)
+        return self.peak_lr * factor
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
@@ -256,18 +263,47 @@ class Reinforcement(Training):
                 remedy = "Mend the cause, or raise patience (0: never stop) and run the same command to go on."
                 problem = f"nothing was learnt in the last {self.idle} steps: {cause}"
                 raise stage.wrong("patience", problem, remedy)
+        if self.validator is not None:
+            self.validator.after(loop)
+            if self.validator.stopped and loop.step < self.decay[0]:
+                self._set_decay(loop.step, loop.step // 2)
+                self.run.say(
+                    f"{self.run.name:10} validation has stopped rising: {loop.step // 2:,} more steps at a falling rate"
+                )
+
+    def _set_decay(self, start: int, length: int) -> None:
+        """Let the rate fall after `start` steps, over `length` of them or as many as there are, and end there."""
+        length = min(length, self.stage.steps - start)
+        self.decay, self.total = (start, length), float(start + length)
 
     def state(self) -> dict[str, Any]:
         questions = self.sampler.order.state()
-        return {"totals": self.totals, "idle": self.idle, "learnt_out": self.learnt_out, "questions": questions}
+        stopping = {"decay": self.decay, "validator": {} if self.validator is None else self.validator.state()}
+        return {
+            "totals": self.totals,
+            "idle": self.idle,
+            "learnt_out": self.learnt_out,
+            "questions": questions,
+            **stopping,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.totals = {k: int(v) for k, v in state["totals"].items()}
         self.idle, self.learnt_out = state["idle"], state["learnt_out"]
         self.sampler.order.load_state(state.get("questions", {}))
+        self._set_decay(*state.get("decay", self.decay))
+        if self.validator is not None:
+            self.validator.load_state(state["validator"])
 
     def finish(self, loop: Loop) -> dict[str, Any]:
-        self.trainer.export(self.run, self.run.folder, self.tokenizer)
         order = self.sampler.order
         left_out = {"too_long": order.too_long, "contaminated": dict(order.contaminated)}
-        return {"steps": loop.step, "lr": self.peak_lr, **left_out, **self.totals}
+        found = {"steps": loop.step, "lr": self.peak_lr, **left_out, **self.totals}
+        if self.validator is not None:
+            return found | self.validator.finish(loop)
+        self.trainer.export(self.run, self.run.folder, self.tokenizer)
+        if self.run.is_writer:
+            lost = rl_health.lost(list(read_lines(self.run.folder / METRICS)), self.stage.num_generations)
+            if lost:
+                self.run.say(f"{self.run.name:10} warning: {lost}")
+        return found

@@ -14,9 +14,10 @@ from finback.data.sources import Chitchat, Document, Files, Hub
 from finback.data.tokenizer import Tokenizer
 from finback.runs.files import write_lines
 from finback.runs.folder import StageRun
+from finback.stages import validation
 from finback.stages.exam_questions import ExamQuestions
 from finback.stages.prepare import TaskText, origin
-from finback.tasks.task import is_listed
+from finback.tasks.task import canonical, is_listed
 
 if TYPE_CHECKING:
     from finback.stages.sft import SFT
@@ -47,7 +48,7 @@ class LessonReader:
     def __init__(self, stage: "SFT", run: StageRun, tokenizer: Tokenizer) -> None:
         self.stage, self.run, self.tokenizer = stage, run, tokenizer
         self.results: dict[str, Any] = {"unusable": {}, "contaminated": {}, "empty_answers": 0}
-        self.exams = ExamQuestions(run)
+        self.exams, self.validation = ExamQuestions(run), validation.keys(stage.validation, run)
 
     def read(self) -> dict[str, list[Lesson]]:
         """The lessons of each source."""
@@ -84,7 +85,10 @@ class LessonReader:
             except UserError as error:
                 reading.refuse(where, error)
                 continue
-            if is_looked_at and (exam := self.exams.find(dialogue.messages, is_made)):
+            exam = self.exams.find(dialogue.messages, is_made) if is_looked_at else None
+            if exam is None and any(canonical(m.content) in self.validation for m in dialogue.messages):
+                exam = "validation"
+            if exam is not None:
                 reading.contaminated[exam] += 1
             else:
                 reading.dialogues.append((where, dialogue))

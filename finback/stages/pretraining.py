@@ -6,15 +6,14 @@ import torch
 
 from finback.data.loader import Loader
 from finback.data.tokenizer import Tokenizer
-from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
-from finback.model.count import forward_flops_of, recomputed_flops, training_flops_of
+from finback.model.count import recomputed_flops, training_flops_of
 from finback.rollouts.drawing import Window
-from finback.rollouts.rollouts import rollout
 from finback.runs.files import METRICS, ROUTER, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.compress import bits_by_source
 from finback.stages.exam_questions import ExamQuestions
+from finback.stages.validation import answered
 from finback.tasks import task as tasks
 from finback.train import rates, router_health
 from finback.train.batch import Batch, of_rows
@@ -169,15 +168,11 @@ class Pretraining(Training):
             self.run.say(f"{self.stage.name:10} probe: {window.remark(len(own) - len(problems))}")
         if exams.left_out:
             self.run.say(f"{self.stage.name:10} probe: {exams.remark()}")
-        mine = problems[self.world.rank :: self.world.size]
-        engine = Engine(self.trainer.model, self.tokenizer.stops)
         sampling = SamplingParams(temperature=0.0, max_tokens=probe.max_tokens)
-        judged = rollout(engine, self.tokenizer, probe.task, mine, [0] * len(mine), sampling, think=True)
-        flops = forward_flops_of(self.config, [r.length for r in judged])
-        sums = torch.tensor([sum(r.verdict.correct for r in judged), flops], dtype=torch.float64)
-        right, evaluation = self.world.sum_(sums).tolist()
-        loop.spend(evaluation=evaluation)
-        return float(right) / len(problems)
+        given = self.tokenizer, probe.task, problems, [0] * len(problems), sampling, True, self.world
+        right, flops = answered(self.trainer.model, *given)
+        loop.spend(evaluation=flops)
+        return sum(right) / len(right)
 
     def bits_per_byte(self, loop: Loop) -> dict[str, float]:
         """How well the model compresses each source's validation text; {} on ranks that hold no whole model."""

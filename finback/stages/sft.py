@@ -19,9 +19,11 @@ from finback.model.lora import LoRA
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage
+from finback.stages import validation
 from finback.stages.fine_tuning import Batches, FineTuning, begin
 from finback.stages.lessons import LessonReader
 from finback.stages.prepare import TaskText
+from finback.stages.validation import Validation
 from finback.train import loop
 from finback.train.batch import Batch, of_lessons
 
@@ -57,6 +59,8 @@ class SFT(Stage):
     balance_alpha: float = 1e-4
     # of the routers' biases
     bias_speed: float = 0.0
+    # says when to stop and which model to keep
+    validation: Validation | None = None
     compute: Literal["fp32", "bf16"] = "fp32"
     # learn an adapter on a frozen base instead of all weights; MTP modules are then not trained
     adapter: LoRA | None = None
@@ -82,14 +86,17 @@ class SFT(Stage):
 
     def declaration(self) -> Declaration:
         counts = ("lessons_by_source", "too_long", "unusable", "contaminated", "empty_answers")
-        results = ("steps", "tokens", "lessons", "rows", "filled", *counts)
-        return Declaration(
+        results: tuple[str, ...] = ("steps", "tokens", "lessons", "rows", "filled", *counts)
+        if self.text:
+            results = (*results, "sources")
+        given = Declaration(
             "fine-tuning",
             objective="next token of given answers",
             ledger=("tokens_trained", "flops", "flops_training"),
-            results=(*results, "sources") if self.text else results,
+            results=results,
             curves={"loss": ("loss", "mtp_loss")},
         )
+        return validation.declared(self.validation, given)
 
     def run(self, run: StageRun) -> dict[str, Any]:
         return loop.run(self.training(run))

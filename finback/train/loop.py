@@ -43,6 +43,9 @@ class Training(ABC):
         """Whether there is no step left to take."""
         return self.done(loop) >= self.total
 
+    def before(self, loop: "Loop") -> None:  # noqa: B027 - most do not look
+        """Look at the model before the first step."""
+
     @abstractmethod
     def step(self, loop: "Loop") -> dict[str, Any]:
         """One step, number loop.step; its metrics. What it costs goes to loop.spend."""
@@ -106,7 +109,9 @@ class Loop:
         if state is not None:
             training.load_state(state)
             run.say(f"{run.name:10} resumed at step {self.step:,}")
-        run.rewind(self.step + 1)
+        run.rewind(self.step + 1 if state is not None else 0)
+        if state is None:
+            training.before(self)
         progress = Progress(run, training.total, training.unit, spent(run.folder)["seconds"])
         mark = time.perf_counter()
         while not training.finished(self):
@@ -115,6 +120,7 @@ class Loop:
             run.log(self.step, **metrics)
             progress.show(training.done(self), training.note(metrics))
             training.after(self, metrics)
+            progress.total = training.total  # which a validation set may shorten
             stop = run.check_stop()
             if stop or self.step % training.checkpoint_steps == 0:
                 self.checkpoint()

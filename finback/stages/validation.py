@@ -1,0 +1,195 @@
+"""A validation set while training: scored every so many steps, it says which model to keep and when to stop.
+
+Its questions are of the task's training side, so they are no exam's, and training leaves them out.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from finback.config import check_fields, check_not_negative, check_positive
+from finback.data.tokenizer import Tokenizer
+from finback.engine.engine import Engine
+from finback.engine.request import SamplingParams
+from finback.model.count import forward_flops_of
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import World
+from finback.rollouts.drawing import Window
+from finback.rollouts.rollouts import rollout
+from finback.runs.declaration import Declaration
+from finback.runs.folder import BEST, StageRun
+from finback.stages.exam_questions import ExamQuestions
+from finback.suites.statistics import paired
+from finback.tasks import task as tasks
+from finback.tasks.task import Problem, Task, canonical
+from finback.train.loop import Loop
+from finback.train.trainer import Trainer
+
+STATE = "first", "last", "best", "scored", "best_step", "stale"
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Distinct problems of a task, answered before the first step, every `every_steps` and after the last one.
+
+    The stage keeps the model that answers best. After `patience` scores in a row without a new best, GRPO lets its learning
+    rate fall over half as many steps as it has taken, and SFT and distillation end.
+    """
+
+    task: Task
+    problems: int = 200
+    every_steps: int = 20
+    # 0: train to the last step whatever the scores
+    patience: int = 3
+    # 0: the likeliest answer
+    temperature: float = 0.0
+    # open the chain for the model
+    think: bool = False
+    max_tokens: int = 96
+
+    def __post_init__(self) -> None:
+        check_fields(self, "validation")
+        check_positive(self, "validation", "problems", "every_steps", "max_tokens")
+        check_not_negative(self, "validation", "patience", "temperature")
+
+    def questions(self, run: StageRun) -> list[Problem]:
+        """The set, the same for the same seed of a recipe, whichever stage asks."""
+        drawn = tasks.distinct(self.task, "train", self.problems, run.seed("validation", self.task.name))
+        return ExamQuestions(run).without(self.task, drawn)
+
+    def generates(self, steps: int) -> int:
+        """Tokens that the answers have at most, over so many steps."""
+        return (2 + steps // self.every_steps) * self.problems * self.max_tokens
+
+
+def declared(validation: Validation | None, given: Declaration) -> Declaration:
+    """A stage's declaration with what a validation set adds to it."""
+    if validation is None:
+        return given
+    ledger, results = (*given.ledger, "flops_evaluation"), (*given.results, "validation")
+    return replace(given, ledger=ledger, results=results, curves={"validation": ("validation",)} | dict(given.curves))
+
+
+def keys(validation: Validation | None, run: StageRun) -> frozenset[str]:
+    """Canonical forms of the questions that a stage must not learn."""
+    if validation is None:
+        return frozenset()
+    return frozenset(key for p in validation.questions(run) for key in (p.key, canonical(p.question)))
+
+
+def answered(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    task: Task,
+    problems: Sequence[Problem],
+    seeds: Sequence[int],
+    sampling: SamplingParams,
+    think: bool,
+    world: World,
+) -> tuple[list[float], float]:
+    """Whether each problem is answered rightly, 0 or 1, and the FLOPs of it; ranks share the problems."""
+    mine = range(world.rank, len(problems), world.size)
+    engine = Engine(model, tokenizer.stops)
+    asked, drawn = [problems[i] for i in mine], [seeds[i] for i in mine]
+    judged = rollout(engine, tokenizer, task, asked, drawn, sampling, think)
+    flops = forward_flops_of(model.config, [r.length for r in judged])
+    found = torch.zeros(len(problems) + 1, dtype=torch.float64)
+    for i, r in zip(mine, judged, strict=True):
+        found[i] = float(r.verdict.correct)
+    found[-1] = flops
+    *right, flops = world.sum_(found).tolist()
+    return right, float(flops)
+
+
+class Validator:
+    """Scores the model of one training run, and keeps the best one in a folder within the stage's."""
+
+    def __init__(self, validation: Validation, run: StageRun, trainer: Trainer, tokenizer: Tokenizer) -> None:
+        self.validation, self.run, self.trainer = validation, run, trainer
+        self.tokenizer, self.world = tokenizer, World.of(run)
+        # whether each problem was answered rightly: before the first step, by the newest model, by the best one
+        self.first: list[float] = []
+        self.last: list[float] = []
+        self.best: list[float] = []
+        self.scored = self.best_step = 0
+        # scores in a row that were no new best
+        self.stale = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the scores have stopped rising."""
+        return 0 < self.validation.patience <= self.stale
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """Those that fit the model's window."""
+        validation = self.validation
+        window = Window(self.tokenizer, self.trainer.model.config, validation.max_tokens, validation.think)
+        drawn = validation.questions(self.run)
+        fitting = window.fitting(drawn)
+        if len(fitting) < len(drawn):
+            self.run.say(f"{self.run.name:10} validation: {window.remark(len(drawn) - len(fitting))}")
+        return fitting
+
+    def before(self, loop: Loop) -> None:
+        """Score the model that the stage starts from; it is no candidate for the best one."""
+        self.first = self._score(loop)
+
+    def after(self, loop: Loop, last: bool = False) -> None:
+        """Score the model after a step where it is time, or the last one; a new best one is written down."""
+        if self.scored == loop.step or not (last or loop.step % self.validation.every_steps == 0):
+            return
+        self.last = self._score(loop)
+        self.stale += 1
+        if not self.best or _mean(self.last) > _mean(self.best):
+            self.best, self.best_step, self.stale = self.last, loop.step, 0
+            self.trainer.export(self.run, self.run.folder / BEST, self.tokenizer)
+            self.world.barrier()
+            loop.checkpoint()  # from here on the folder holds what the state says
+
+    def _score(self, loop: Loop) -> list[float]:
+        """One answer to each problem by the model as it is."""
+        validation, run, model = self.validation, self.run, self.trainer.model
+        sampling = SamplingParams(validation.temperature, validation.max_tokens)
+        seeds = [run.seed("validation answer", i) for i in range(len(self.problems))]
+        was_training = model.training
+        given = self.problems, seeds, sampling, validation.think, self.world
+        right, flops = answered(model, self.tokenizer, validation.task, *given)
+        model.train(was_training)
+        loop.spend(evaluation=flops)
+        self.scored = loop.step
+        run.log(loop.step, validation=_mean(right))
+        known = f" (best {_mean(self.best):.1%}, at step {self.best_step:,})" if self.best else ""
+        run.say(f"{self.run.name:10} step {loop.step:,}: validation {_mean(right):.1%}{known}")
+        return right
+
+    def finish(self, loop: Loop) -> dict[str, Any]:
+        """Write the best model as the stage's; the results, and a warning where training has made the model worse."""
+        self.after(loop, last=True)
+        if self.run.is_writer:
+            shutil.copytree(self.run.folder / BEST, self.run.folder, dirs_exist_ok=True)
+        self.world.barrier()
+        before, after = _mean(self.first), _mean(self.best)
+        is_worse = paired(self.best, self.first, seed=0).high < 0
+        if is_worse:
+            text = f"the model is worse than before: validation {before:.1%}, now {after:.1%} at its best"
+            self.run.say(f"{self.run.name:10} warning: {text}")
+        found = {"problems": len(self.first), "before": before, "after": after, "step": self.best_step}
+        return {"validation": found | {"worse": is_worse}}
+
+    def state(self) -> dict[str, Any]:
+        """What the next scores depend on."""
+        return {name: getattr(self, name) for name in STATE}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where another one stopped."""
+        for name in STATE:
+            setattr(self, name, state[name])
+
+
+def _mean(right: Sequence[float]) -> float:
+    return sum(right) / len(right)
