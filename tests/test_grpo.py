@@ -469,10 +469,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(value: float, tmp_path: Pat
 def test_the_learning_rate_is_what_its_knob_says(tmp_path: Path) -> None:
     """Up to lr over the warm-up, lr for two thirds of the steps, then down to final_lr times it."""
     r = reinforcement(tmp_path, steps=30, lr=1e-3, warmup=4, final_lr=0.1)
-    rates = [r.lr(step) for step in range(1, 31)]
+    rates = [r.stopping.lr(step) for step in range(1, 31)]
     assert rates[:4] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3])
     assert set(rates[3:20]) == {1e-3} and rates[24] == pytest.approx(5.5e-4) and rates[29] == pytest.approx(1e-4)
-    assert reinforcement(tmp_path, steps=1, lr=1e-3).lr(1) == 1e-3
+    assert reinforcement(tmp_path, steps=1, lr=1e-3).stopping.lr(1) == 1e-3
     assert step(r)["lr"] == pytest.approx(2.5e-4)
 
 

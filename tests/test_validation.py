@@ -47,13 +47,13 @@ def test_rl_stops_when_the_scores_do_and_keeps_the_best_model(tmp_path: Path, mo
     scripted(monkeypatch, 2, 5, 8, 8, 3, 7, 6)
     r = with_varied_rewards(reinforcement(tmp_path, steps=60, lr=1e-3, validation=SET))
     kept: dict[int, torch.Tensor] = {}
-    finished = r.validator.after  # type: ignore[union-attr]
+    finished = r.stopping.validator.after  # type: ignore[union-attr]
 
     def watched(looped: Any, last: bool = False) -> None:
         kept[looped.step] = torch.cat([p.detach().flatten() for p in r.model.state_dict().values()])
         finished(looped, last)
 
-    monkeypatch.setattr(r.validator, "after", watched)
+    monkeypatch.setattr(r.stopping.validator, "after", watched)
     results = loop.run(r)
     assert scores(r.run.folder) == {0: 0.2, 2: 0.5, 4: 0.8, 6: 0.8, 8: 0.3, 10: 0.7, 12: 0.6}
     assert results["steps"] == 12

@@ -9,21 +9,18 @@ import torch
 from torch import Tensor
 
 from finback.checkpoint import models
-from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
-from finback.model.count import forward_flops_of, parameters, training_flops_of
+from finback.model.count import forward_flops_of, training_flops_of
 from finback.model.logprobs import token_logprobs
 from finback.model.lora import adapter_parameters
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.rollouts import rl_health
 from finback.rollouts.rollouts import Rollout, batches
-from finback.runs.files import METRICS, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.grpo_sampling import Group, GroupSampler
-from finback.stages.validation import Validator
-from finback.train import grpo_loss, rates
+from finback.stages.grpo_stopping import Stopping
+from finback.train import grpo_loss
 from finback.train.batch import Batch
 from finback.train.loop import Loop, Training
 from finback.train.optim import Adam
@@ -38,9 +35,6 @@ if TYPE_CHECKING:
 Share = tuple[list[tuple[Rollout, float]], int, int]
 
 SUMS = 9  # over tokens: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared, weights cut, masked answers' tokens
-LARGE = 50_000_000  # parameters
-SMALL_LR, LARGE_LR = 3e-4, 2e-6  # of the quickstart; of R1-Zero's kind on open checkpoints
-ADAPTER = 10  # times as much for LoRA, at any rank (Schulman et al. 2025, "LoRA Without Regret")
 
 
 class Reinforcement(Training):
@@ -68,28 +62,17 @@ class Reinforcement(Training):
             raise stage.wrong("routing_replay", "the model has no routed experts", "Leave it out.")
         self.engine = Engine(self.model, self.tokenizer.stops, EngineConfig(return_routed_experts=stage.routing_replay))
         self.sampler = GroupSampler(stage, run, self.engine, self.tokenizer)
-        self.validator = None if stage.validation is None else Validator(stage.validation, run, trainer, self.tokenizer)
-        # the step after which the learning rate falls, and over how many; the last third, or once the validation set stops it
-        self.decay = stage.steps - stage.steps // 3, stage.steps // 3
-        # steps in a row that taught nothing
-        self.idle = 0
-        self.learnt_out = False
+        self.stopping = Stopping(stage, run, trainer, self.tokenizer)
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
-        size = parameters(self.model.config)
-        usual = (SMALL_LR if size < LARGE else LARGE_LR) * (1 if stage.adapter is None else ADAPTER)
-        self.peak_lr = usual if stage.lr is None else stage.lr
-        if stage.lr is None:
-            run.say(f"{run.name:10} lr = {self.peak_lr:g}, the default for {size:,} parameters")
 
     def finished(self, loop: Loop) -> bool:
-        return self.learnt_out or super().finished(loop)
+        return self.stopping.learnt_out or super().finished(loop)
 
     def before(self, loop: Loop) -> None:
-        if self.validator is not None:
-            self.validator.before(loop)
+        self.stopping.before(loop)
 
     def step(self, loop: Loop) -> dict[str, Any]:
-        stage, trainer, lr = self.stage, self.trainer, self.lr(loop.step)
+        stage, trainer, lr = self.stage, self.trainer, self.stopping.lr(loop.step)
         asked, groups = self.sampler.sample(loop.step)
         begin = time.perf_counter()
         each = len(groups) // stage.updates
@@ -126,11 +109,6 @@ class Reinforcement(Training):
             "expert_load": health.shares,
             "update_seconds": time.perf_counter() - begin,
         }
-
-    def lr(self, step: int) -> float:
-        """A step's learning rate: up over the warm-up, level, and down over the last third."""
-        factor = rates.warmup(step, self.stage.warmup) * rates.decay(step, *self.decay, self.stage.final_lr)
-        return self.peak_lr * factor
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
@@ -196,9 +174,9 @@ class Reinforcement(Training):
                 sums, gap = self._backward(batch, whole, fresh)
             seen, worst = seen + sums, max(worst, gap)
         norm = trainer.finish(stage.max_grad_norm)
-        demand_finite(norm, f"{stage.name}.lr", self.peak_lr, step)
+        demand_finite(norm, f"{stage.name}.lr", self.stopping.peak_lr, step)
         if tokens and norm > 0:
-            trainer.update(self.lr(step))
+            trainer.update(self.stopping.lr(step))
         return seen, worst, norm
 
     def _backward(self, batch: Batch, whole: float, fresh: bool) -> tuple[Tensor, float]:
@@ -245,65 +223,20 @@ class Reinforcement(Training):
         return f"accuracy {metrics['accuracy']:.0%}  thinks {metrics['thinks']:.0%}  {metrics['length']:.0f} tokens"
 
     def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
-        """UserError where trainer and engine disagree, or where RL has taught nothing for `patience` steps."""
-        stage = self.stage
-        allowed = rl_health.max_gap(stage.max_gap, stage.compute)
-        if not metrics["gap_mean"] <= allowed:  # also when it is NaN
-            problem = f"trainer and engine differ by {metrics['gap_mean']:.2g} nats per token at step {loop.step}"
-            remedy = "They must be the same model: report this with the run folder, or raise max_gap knowingly."
-            raise UserError(f"{stage.name}.max_gap", allowed, problem, remedy)
-        cause = rl_health.cause(metrics)
-        self.idle = self.idle + 1 if cause else 0
-        if self.idle == rl_health.NOTICED:
-            self.run.say(f"{self.run.name:10} warning: nothing was learnt in {self.idle} steps: {cause}")
-        if stage.patience and self.idle >= stage.patience:
-            self.learnt_out = metrics["accuracy"] >= 1
-            if not self.learnt_out:
-                loop.checkpoint()
-                remedy = "Mend the cause, or raise patience (0: never stop) and run the same command to go on."
-                problem = f"nothing was learnt in the last {self.idle} steps: {cause}"
-                raise stage.wrong("patience", problem, remedy)
-        if self.validator is not None:
-            self.validator.after(loop)
-            if self.validator.stopped and loop.step < self.decay[0]:
-                self._set_decay(loop.step, loop.step // 2)
-                self.run.say(
-                    f"{self.run.name:10} validation has stopped rising: {loop.step // 2:,} more steps at a falling rate"
-                )
-
-    def _set_decay(self, start: int, length: int) -> None:
-        """Let the rate fall after `start` steps, over `length` of them or as many as there are, and end there."""
-        length = min(length, self.stage.steps - start)
-        self.decay, self.total = (start, length), float(start + length)
+        self.stopping.after(loop, metrics)
+        self.total = float(self.stopping.total)
 
     def state(self) -> dict[str, Any]:
-        questions = self.sampler.order.state()
-        stopping = {"decay": self.decay, "validator": {} if self.validator is None else self.validator.state()}
-        return {
-            "totals": self.totals,
-            "idle": self.idle,
-            "learnt_out": self.learnt_out,
-            "questions": questions,
-            **stopping,
-        }
+        return {"totals": self.totals, "questions": self.sampler.order.state(), **self.stopping.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.totals = {k: int(v) for k, v in state["totals"].items()}
-        self.idle, self.learnt_out = state["idle"], state["learnt_out"]
         self.sampler.order.load_state(state.get("questions", {}))
-        self._set_decay(*state.get("decay", self.decay))
-        if self.validator is not None:
-            self.validator.load_state(state["validator"])
+        self.stopping.load_state(state)
+        self.total = float(self.stopping.total)
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         order = self.sampler.order
         left_out = {"too_long": order.too_long, "contaminated": dict(order.contaminated)}
-        found = {"steps": loop.step, "lr": self.peak_lr, **left_out, **self.totals}
-        if self.validator is not None:
-            return found | self.validator.finish(loop)
-        self.trainer.export(self.run, self.run.folder, self.tokenizer)
-        if self.run.is_writer:
-            lost = rl_health.lost(list(read_lines(self.run.folder / METRICS)), self.stage.num_generations)
-            if lost:
-                self.run.say(f"{self.run.name:10} warning: {lost}")
-        return found
+        written = self.stopping.finish(loop)
+        return {"steps": loop.step, "lr": self.stopping.peak_lr, **left_out, **self.totals, **written}
