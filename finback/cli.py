@@ -8,6 +8,7 @@ kernels/native.py, which looks for a compiler.
 import errno
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 def main() -> None:
     """Run a command; turn every foreseen failure into one line and an exit code."""
+    if "RANK" in os.environ:  # until the run can stop at a safe point
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
     except UserError as error:

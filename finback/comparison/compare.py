@@ -23,7 +23,8 @@ from finback.comparison.score import MAX_NO_ANSWER, Score, pairs, score
 from finback.config import UserError, as_json
 from finback.runs import terminal
 from finback.runs.files import read_json, write_json
-from finback.runs.folder import locked, prepare_folder
+from finback.runs.folder import prepare_folder
+from finback.runs.lock import locked
 from finback.runs.progress import ProgressLine
 from finback.suites import catalogue
 from finback.suites import contamination as overlaps

@@ -4,20 +4,29 @@ No torch here before a stage needs it.
 """
 
 import contextlib
+import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from finback.config import UserError
+from finback.config import UserError, as_json
 from finback.parallel import launch
+from finback.runs import contents, lock, provenance
 from finback.runs import recipe as recipes
 from finback.runs.files import MANIFEST
-from finback.runs.folder import Interrupted, StageRun, locked, prepare_folder
+from finback.runs.folder import Interrupted, StageRun, prepare_folder
 from finback.runs.recipe import Recipe
+
+if TYPE_CHECKING:
+    from finback.parallel.mesh import World
+
+SLOW_DISK = 10.0  # seconds in which a network file system shows what another machine has written
+USERS_MISTAKE = 2
 
 
 class RankFailed(Exception):
@@ -42,7 +51,7 @@ def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Se
             return False
     else:
         prepare_folder(root)
-        with locked(root) as handle:
+        with lock.locked(root) as handle:
             recipes.claim(recipe, root, seed)
             if all((root / stage.name / MANIFEST).is_file() for stage in recipe.stages):
                 pass
@@ -74,30 +83,95 @@ def _here(recipe: Recipe, root: Path, seed: int) -> None:
 
 def _join(recipe: Recipe, root: Path, seed: int) -> None:
     """Run the stages as one rank among several."""
-    if "FINBACK_PARENT" in os.environ:
-        launch.die_with_parent(int(os.environ["FINBACK_PARENT"]))
+    launch.follow_parent()
     import torch
 
     from finback.parallel.mesh import World
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with _stopping() as watch:
-        world = World.join(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        if "FINBACK_PARENT" not in os.environ:  # under torchrun nobody has prepared the folder
-            if world.rank == 0:
-                prepare_folder(root)
-                recipes.claim(recipe, root, seed)
-            world.barrier()
+        world = World.join(rank, size, _declared(recipe, seed), lambda: watch.pressed)
         try:
-            recipes.execute(recipe, root, seed, world, watch)
+            with _owned(recipe, root, seed, world):
+                recipes.execute(recipe, root, seed, world, watch)
+                world.barrier()
         except Interrupted:
-            world.barrier()  # whoever starts the ranks may end all of them when the first has ended: the writer is not done
+            launch.dismiss_agent()
+            world.leave()
+            raise
+        except BaseException as error:
+            _end_all(world, error)
             raise
         world.leave()
 
 
+def _declared(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What must be the same on all ranks: versions, seed, and every knob with the files and the code that it names."""
+    found: dict[str, Any] = {f"version of {name}": version for name, version in provenance.software().items()}
+    found |= {"recipe": recipe.name, "seed": seed, "stages": [stage.name for stage in recipe.stages]}
+    for stage in recipe.stages:
+        found[stage.name] = type(stage).__name__
+        found |= _flat(stage.name, as_json(stage))
+        for kind, knobs in contents.digests(stage).items():
+            found |= {f"{stage.name}.{knob}, {kind}": f"sha256 {digest[:12]}" for knob, digest in knobs.items()}
+    return dict(json.loads(json.dumps(found)))
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """The leaves of nested knobs, as stage.knob.knob."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {path: leaf for key, each in value.items() for path, leaf in _flat(f"{name}.{key}", each).items()}
+
+
+@contextlib.contextmanager
+def _owned(recipe: Recipe, root: Path, seed: int, world: "World") -> Iterator[None]:
+    """The run folder is this run's, and the same on all ranks; a parent that started them has seen to that."""
+    if "FINBACK_PARENT" in os.environ:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        if world.rank == 0:
+            prepare_folder(root)
+            stack.enter_context(lock.locked(root, launch.job()))
+            if world.heartbeat is not None:
+                world.heartbeat.at_end = lambda: lock.release(root)
+            recipes.claim(recipe, root, seed)
+        _check_shared(root, world)
+        yield
+
+
+def _check_shared(root: Path, world: "World") -> None:
+    """UserError on all ranks unless all see what rank 0 has just written into the folder."""
+    written = world.gather(lock.owner(root))[0]
+    until = time.monotonic() + SLOW_DISK
+    while (seen := lock.owner(root)) != written and time.monotonic() < until:
+        time.sleep(0.2)
+    blind = [rank for rank, sees in enumerate(world.gather(seen == written)) if not sees]
+    if blind:
+        problem = f"rank {blind[0]} does not see the file that rank 0 has written there"
+        raise UserError("runs", str(root), problem, "Name a folder that all machines share, by the same path.")
+
+
+def _end_all(world: "World", error: BaseException) -> None:
+    """End all ranks with the message of the first that fails; RankFailed where that is another than this one."""
+    beat = world.heartbeat
+    if beat is None:
+        return
+    if world.has_lost_a_rank(error):
+        ending = beat.reason()
+        lost = f"rank {world.rank} lost its connection to another rank ({str(error).splitlines()[0]})"
+        print(f"error: {ending.text if ending else lost}", file=sys.stderr)
+        raise RankFailed(ending.code if ending else 1) from None
+    if isinstance(error, UserError | OSError):
+        beat.tell(f"rank {world.rank}: {error}", USERS_MISTAKE)
+    else:
+        beat.tell(f"rank {world.rank} failed with {type(error).__name__}: {error}", 1)
+
+
 class _Stop:
-    """Passes a wish to stop on to the stage that runs, and to those after it."""
+    """Passes a wish to stop, by SIGINT or SIGTERM, on to the stage that runs, and to those after it."""
 
     def __init__(self, say: bool) -> None:
         self.pressed, self.say = False, say
@@ -107,11 +181,11 @@ class _Stop:
         """Watch a stage that is about to start."""
         self.stage, stage.stop_requested = stage, self.pressed
 
-    def press(self, *_: Any) -> None:
-        """Take a SIGINT; where nobody above does, the second one interrupts at once."""
-        if self.say and self.pressed:
+    def press(self, number: int, _: Any) -> None:
+        """Take a signal; where nobody above does, a second SIGINT interrupts at once."""
+        if self.say and self.pressed and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.say:
+        if self.say and not self.pressed:
             print("\nstopping at the next safe point; press Ctrl-C again to stop at once", file=sys.stderr)
         self.pressed = True
         if self.stage is not None:
@@ -120,13 +194,14 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stopping(say: bool = False) -> Iterator[_Stop]:
-    """SIGINT asks the running stage to stop, as long as this lasts; only the main thread can take it."""
+    """SIGINT and SIGTERM ask the running stage to stop, as long as this lasts; only the main thread can take them."""
     stop = _Stop(say)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGINT, stop.press)
+    before = {number: signal.signal(number, stop.press) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

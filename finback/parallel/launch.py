@@ -1,5 +1,6 @@
 """Start this machine's ranks and watch over them: signals go on to them, none outlives its parent. No torch here."""
 
+import math
 import os
 import signal
 import socket
@@ -11,9 +12,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 INTERRUPTED = 130
+# exit codes of a rank that was asked to leave: at a safe point, or before it could take the signal
+LEFT = (INTERRUPTED, -signal.SIGTERM)
+PARTING = 5.0  # seconds after which the others are asked to leave as well
 
 
 def default_ranks() -> int:
@@ -42,22 +46,23 @@ def threads(ranks: int) -> int:
 def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()) -> int:
     """Run `python -m finback <arguments>` as `ranks` processes that find each other as under torchrun.
 
-    Returns 0 when all succeed, otherwise the exit code of the first that fails; the others are then stopped. The
-    first Ctrl-C asks the ranks to stop at a safe point, the second kills them. `keep_open` file descriptors are
+    Returns 0 when all succeed, otherwise the exit code of the first that fails; the others are then stopped. SIGTERM and
+    the first Ctrl-C ask the ranks to stop at a safe point, the second Ctrl-C kills them. `keep_open` file descriptors are
     inherited, so that a lock lives as long as the last rank.
     """
-    port, presses = free_port(), 0
+    port, presses, asked = free_port(), 0, False
     children: list[subprocess.Popen[bytes]] = []
     # Only rank 0 writes to the terminal; another rank's output is shown when it was the one to fail.
     output = [tempfile.TemporaryFile() for _ in range(1, ranks)]  # noqa: SIM115 - read at the end
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal presses
-        presses += 1
-        if presses == 1:
+        nonlocal presses, asked
+        presses += number == signal.SIGINT
+        if not asked:
             print("\nstopping at the next safe point; press Ctrl-C again to stop at once", file=sys.stderr)
+        asked = True
         for child in children:
-            child.send_signal(signal.SIGINT if presses == 1 else signal.SIGKILL)
+            child.send_signal(signal.SIGTERM if presses < 2 else signal.SIGKILL)
 
     previous = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -75,14 +80,18 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
                 child.wait()
         for s, handler in previous.items():
             signal.signal(s, handler)
-    if presses:
+    if presses > 1 or (failed is None and (asked or any(child.returncode for child in children))):
         return INTERRUPTED
-    code = children[failed].returncode if failed is not None else max(child.returncode for child in children)
-    if failed:
-        output[failed - 1].seek(0)
-        sys.stderr.write(output[failed - 1].read().decode(errors="replace"))
+    return _failure(failed, children[failed].returncode, output) if failed is not None else 0
+
+
+def _failure(rank: int, code: int, output: Sequence[IO[bytes]]) -> int:
+    """Show what a rank has said that failed, and that it was killed where it was; the exit code for it."""
+    if rank:
+        output[rank - 1].seek(0)
+        sys.stderr.write(output[rank - 1].read().decode(errors="replace"))
     if code < 0:
-        print(f"rank {failed} was killed (signal {-code}); run the same command to continue", file=sys.stderr)
+        print(f"rank {rank} was killed (signal {-code}); run the same command to continue", file=sys.stderr)
         return 1
     return code
 
@@ -90,11 +99,13 @@ def launch(arguments: Sequence[str], ranks: int, keep_open: tuple[int, ...] = ()
 def wait(children: list[subprocess.Popen[bytes]]) -> int | None:
     """Wait until all have ended well or at a safe point, or return the first that has not.
 
-    One that stopped at a safe point is no failure: another may still be writing the checkpoint of that point.
+    One that stopped at a safe point is no failure: another may still be writing the checkpoint of that point. If one was
+    asked to that has not met the others yet, they do not know, and are asked a few seconds later.
     """
+    left: float | None = None
     while True:
         codes = [child.poll() for child in children]
-        bad = [rank for rank, code in enumerate(codes) if code not in (None, 0, INTERRUPTED)]
+        bad = [rank for rank, code in enumerate(codes) if code not in (None, 0, *LEFT)]
         if bad:
             # A rank that lost its peer fails a moment later; the peer that died is the reason.
             time.sleep(0.3)
@@ -103,6 +114,12 @@ def wait(children: list[subprocess.Popen[bytes]]) -> int | None:
             return (refused or killed or bad)[0]
         if None not in codes:
             return None
+        if left is None and any(code in LEFT for code in codes):
+            left = time.monotonic()
+        elif left is not None and time.monotonic() - left > PARTING:
+            left = math.inf
+            for child in children:
+                child.send_signal(signal.SIGTERM)
         time.sleep(0.05)
 
 
@@ -121,6 +138,14 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
+def follow_parent() -> None:
+    """End this rank soon after the launcher or torchrun agent has gone that started it."""
+    if "FINBACK_PARENT" in os.environ:
+        die_with_parent(int(os.environ["FINBACK_PARENT"]))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())
+
+
 def die_with_parent(parent: int) -> None:
     """End this process soon after its parent has gone, however the parent went."""
 
@@ -130,6 +155,25 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def dismiss_agent() -> None:
+    """Ask the torchrun agent to leave that started this rank: it would start ranks again that were asked to stop.
+
+    In a second, which an agent that was asked itself has left before.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0":
+        command = ["sh", "-c", f"sleep 1; kill -TERM {os.getppid()}"]
+        quiet = subprocess.DEVNULL
+        subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+def job() -> str:
+    """What names the job of this rank, the same when its ranks are started again; empty where nothing does."""
+    get = os.environ.get
+    if get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return f"torchrun {get('TORCHELASTIC_RUN_ID')} at {get('MASTER_ADDR')}:{get('MASTER_PORT')}"
+    return f"slurm {get('SLURM_JOB_ID')}.{get('SLURM_STEP_ID')}" if get("SLURM_JOB_ID") else ""
 
 
 def free_port() -> int:

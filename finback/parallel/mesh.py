@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch._C import _distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from finback.config import UserError
+from finback.parallel.heartbeat import Heartbeat, wait_of
 from finback.parallel.layout import Layout
+from finback.parallel.meeting import ARRIVAL, Party, meet
 from finback.runs.folder import StageRun
 
 
@@ -50,18 +53,36 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
         self.device = device or default_device()  # where a stage computes
+        self.heartbeat: Heartbeat | None = None
 
     @classmethod
-    def join(cls, rank: int, size: int) -> "World":
-        """Meet the other ranks at MASTER_ADDR:MASTER_PORT, as torchrun and the CLI's own launcher set them."""
+    def join(
+        cls,
+        rank: int,
+        size: int,
+        declared: Mapping[str, Any] | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> "World":
+        """Meet the other ranks at MASTER_ADDR:MASTER_PORT, as torchrun and the CLI's own launcher set them.
+
+        declared: what must be the same on all ranks, as JSON; UserError on all of them where it is not. stopping: whether
+        this rank has been asked to leave; Interrupted on all of them then.
+        """
         cuda = torch.cuda.is_available()
         if cuda:
             torch.cuda.set_device(_local(rank, size, torch.cuda.device_count()))
+        world = cls(rank, size)
         if size > 1:
+            wait = wait_of(os.environ)
+            party = Party(rank, size, {"device": world.device.type, **(declared or {})}, stopping, wait)
+            store, address = _store(rank, size, ARRIVAL * wait)
+            name, world.heartbeat = meet(store, party, address)
             # A stage may keep one rank busy for long while the others wait, so the limit is generous.
             backend, limit = "cpu:gloo,cuda:nccl" if cuda else "gloo", datetime.timedelta(hours=4)
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit, store=_fresh_store(size))
-        return cls(rank, size)
+            # of this meeting alone: in torchrun's store there are still the addresses of ranks that died (pytorch issue 135712)
+            fresh = c10d.PrefixStore(name, store)
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=limit, store=fresh)
+        return world
 
     @classmethod
     def of(cls, run: StageRun) -> "World":
@@ -71,8 +92,14 @@ class World:
 
     def leave(self) -> None:
         """End the group."""
+        if self.heartbeat is not None:
+            self.heartbeat.leave()
         if self.size > 1:
             dist.destroy_process_group()
+
+    def has_lost_a_rank(self, error: BaseException) -> bool:
+        """Whether this is how an exchange fails of which another rank has gone."""
+        return self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -118,18 +145,16 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _fresh_store(size: int) -> Any:
-    """Where the ranks of this attempt find each other; None for the usual place.
-
-    torchrun hands ranks that it starts again the store of those that died, whose addresses are still in it
-    (pytorch issue 135712). On one machine its count of restarts numbers the attempts; machines count for themselves.
-    """
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not agents or os.environ.get("LOCAL_WORLD_SIZE") != str(size):
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = c10d.TCPStore(address, port, size, is_master=False)
-    return c10d.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+def _store(rank: int, size: int, seconds: float) -> tuple[Any, tuple[str, int]]:
+    """Where the ranks find each other, torchrun's or rank 0's own, and its address."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = datetime.timedelta(seconds=seconds)
+    try:
+        return c10d.TCPStore(*address, size, is_host, limit, wait_for_workers=False), address
+    except dist.DistNetworkError:
+        problem = "is in use on this machine" if is_host else f"nobody answers at {address[0]} in {seconds:.0f} s"
+        raise UserError("MASTER_PORT", address[1], problem, "Start rank 0 there, on a port that is free.") from None
 
 
 def _local(rank: int, size: int, gpus: int) -> int:

@@ -12,7 +12,7 @@ from finback.config import UserError
 # of a run folder; folder.py says what each holds
 RECIPE, SUMMARY = "recipe.json", "summary.json"
 CONFIG, LEDGER, MANIFEST = "config.json", "ledger.jsonl", "manifest.json"
-LOCK = ".lock"  # locked while a recipe runs
+LOCK, OWNER = ".lock", ".owner.json"  # locked while a recipe runs; who runs it
 METRICS, SAMPLES, ROUTER = "metrics.jsonl", "samples.jsonl", "router.jsonl"
 
 

@@ -19,15 +19,14 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from finback.config import UserError
 from finback.runs import adapters, provenance
 from finback.runs.energy import CpuTime, Energy
-from finback.runs.files import LEDGER, LOCK, MANIFEST, METRICS, ROUTER, SAMPLES, read_lines, write_json, write_lines
+from finback.runs.files import LEDGER, MANIFEST, METRICS, ROUTER, SAMPLES, read_lines, write_json, write_lines
 from finback.runs.ledger import FLOPS
 
 STEPPED = (METRICS, SAMPLES, ROUTER)  # files whose lines belong to steps
@@ -189,25 +188,3 @@ def prepare_folder(root: Path) -> None:
     if free < NEEDED_BYTES:
         problem = f"only {free / 2**20:.0f} MB free, {NEEDED_BYTES / 2**20:.0f} MB needed"
         raise UserError("runs", str(root), problem, "Free some space or choose another disk with --runs.")
-
-
-@contextmanager
-def locked(root: Path) -> Iterator[int]:
-    """Keep a second run out of a folder; the descriptor lets the ranks hold it too, until the last of them ends."""
-    with (root / LOCK).open("a+") as handle:
-        _lock(handle.fileno(), root)
-        yield handle.fileno()
-
-
-def _lock(descriptor: int, root: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no advisory locks on Windows
-        return
-    for _ in range(50):  # ranks of a killed run need a moment to notice
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.1)
-    raise UserError("runs", str(root), "another run is at work in this folder", "Wait for it or stop it.")

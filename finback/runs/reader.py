@@ -21,6 +21,7 @@ from finback.runs import ledger as ledgers
 from finback.runs.declaration import DECLARATION, Declaration
 from finback.runs.files import CONFIG, LEDGER, LOCK, MANIFEST, METRICS, RECIPE, ROUTER, SAMPLES, SUMMARY
 from finback.runs.ledger import Ledger
+from finback.runs.lock import is_busy_elsewhere
 
 MOST_BYTES = 4 << 20  # of a JSON file that is read leniently
 
@@ -196,8 +197,8 @@ def is_locked(root: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        return False
-    return False
+        pass  # none was ever at work here, or this file system has no locks
+    return is_busy_elsewhere(root)
 
 
 def changed(root: Path) -> float:

@@ -233,6 +233,8 @@ def execute(
             write_json(run.folder / CONFIG, begun_json(stage))
         ranks.barrier()
         watch(run)
+        if run.check_stop():
+            raise Interrupted
         run.begin(recipe.file, stage.inputs())
         results = stage.run(run)
         run.finish(results)

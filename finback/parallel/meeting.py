@@ -1,0 +1,268 @@
+"""How ranks meet: all come, and all are about to do the same, or each of them says what differs. No torch here.
+
+Rank 0 listens and writes into the store where; the others call it and declare what they are about to do. A store outlives
+ranks that are started again, so what rank 0 writes names the meeting as well.
+"""
+
+import ipaddress
+import json
+import os
+import platform
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from finback.config import UserError
+from finback.parallel.heartbeat import DEFAULT_WAIT, GRACE, WAIT, Heartbeat, Line, readable
+from finback.runs.folder import Interrupted
+
+ARRIVAL = 5  # times as long as later a rank is waited for at the start: some import slowly
+KEY = "finback/meeting"
+TURN = 0.1  # seconds between two looks
+
+
+class Store(Protocol):
+    """What is needed of torch's TCPStore."""
+
+    def set(self, key: str, value: str, /) -> Any: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def check(self, keys: list[str], /) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Party:
+    """A rank that comes to a meeting."""
+
+    rank: int
+    size: int
+    # must be the same on all ranks
+    declared: Mapping[str, Any]
+    # whether it has been asked to leave
+    stopping: Callable[[], bool] = lambda: False
+    # seconds that a rank may be silent
+    wait: float = DEFAULT_WAIT
+
+    @property
+    def all_declared(self) -> dict[str, Any]:
+        """Also what every rank has, whatever it is to do."""
+        return {"WORLD_SIZE": self.size, **self.declared}
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({platform.node()}, pid {os.getpid()})"
+
+
+def meet(store: Store, party: Party, address: tuple[str, int]) -> tuple[str, Heartbeat]:
+    """Wait until all ranks are here: the meeting's name and this rank's heartbeat.
+
+    UserError on all of them where they have not declared the same, Interrupted on all where one was asked to leave.
+    address: of the store.
+    """
+    name, lines = (_receive if party.rank == 0 else _call)(store, party, address)
+    return name, Heartbeat(party.rank, party.wait, lines)
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any], who: str) -> UserError | None:
+    """The first field in which another rank declares another value than rank 0, and the names of the next."""
+    names = [n for n in [*mine, *(n for n in theirs if n not in mine)] if mine.get(n) != theirs.get(n)]
+    if not names:
+        return None
+    first, *rest = names
+    more = f"; {len(rest)} more differ: {', '.join(rest[:3])}" if rest else ""
+    remedy = "Start all ranks with the same recipe, settings, seed and versions."
+    return UserError(first, mine.get(first), f"on rank 0, but {who} has {theirs.get(first)!r}{more}", remedy)
+
+
+class _Patience:
+    """Says who is waited for, again and again, and gives up in the end; rank 0 before the others, which it tells."""
+
+    def __init__(self, party: Party) -> None:
+        self.party, self.begin, self.said = party, time.monotonic(), 1
+        self.most = ARRIVAL if party.rank == 0 else ARRIVAL + 1
+
+    def look(self, missing: Callable[[], str]) -> None:
+        """UserError after so many waits."""
+        waited = time.monotonic() - self.begin
+        if waited < self.said * self.party.wait:
+            return
+        problem = f"{missing()} in {waited:.0f} s"
+        if self.said >= self.most:
+            raise UserError("WORLD_SIZE", self.party.size, problem, f"See what became of it; {WAIT} changes the wait.")
+        print(f"{self.party}: {problem}", file=sys.stderr, flush=True)
+        self.said += 1
+
+
+# ---- rank 0 ----------------------------------------------------------------------------------------------------------
+
+
+class _Host:
+    """Takes in the calls of the other ranks."""
+
+    def __init__(self, server: socket.socket, name: str, party: Party) -> None:
+        self.server, self.name, self.party = server, name, party
+        self.lines: list[Line] = []
+        self.came: dict[int, Line] = {}
+        self.error: UserError | Interrupted | None = None
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.came) >= self.party.size - 1
+
+    def missing(self) -> str:
+        absent = [str(rank) for rank in range(1, self.party.size) if rank not in self.came]
+        return f"rank{'s' * (len(absent) > 1)} {', '.join(absent[:8])} of {self.party.size} did not come"
+
+    def turn(self) -> None:
+        """Take what has come; UserError where a rank differs from this one."""
+        for ready in readable(self.lines, TURN, self.server):
+            if ready is self.server:
+                self.lines.append(Line(self.server.accept()[0], -1))
+                continue
+            for message in ready.read():
+                self._admit(ready, message)
+        for line in [line for line in self.lines if line.closed]:
+            line.socket.close()
+            if self.came.get(line.rank) is line:
+                del self.came[line.rank]
+        self.lines = [line for line in self.lines if not line.closed]
+
+    def _admit(self, line: Line, hello: dict[str, Any]) -> None:
+        if hello.get("meeting") != self.name:  # of another start, or no rank at all
+            line.closed = True
+            return
+        line.rank, line.who = hello["rank"], hello["who"]
+        self.came[line.rank] = line
+        if self.error is not None:
+            self._answer(line)
+        elif hello["stop"]:
+            raise Interrupted
+        elif error := differences(self.party.all_declared, hello["declared"], line.who):
+            raise error
+
+    def refuse(self, error: UserError | Interrupted) -> None:
+        """Tell all ranks, those as well that come in the next seconds."""
+        self.error, until = error, time.monotonic() + GRACE
+        for line in self.lines:
+            self._answer(line)
+        while not self.is_full and time.monotonic() < until:
+            self.turn()
+        for line in self.lines:
+            line.socket.close()
+
+    def _answer(self, line: Line) -> None:
+        if isinstance(self.error, UserError):
+            line.send(wrong=[self.error.field, self.error.value, self.error.problem, self.error.remedy])
+        else:
+            line.send(go=self.error is None)
+
+    def welcome(self) -> list[Line]:
+        """Let all ranks go on; their lines."""
+        for line in self.came.values():
+            self._answer(line)
+        return [self.came[rank] for rank in sorted(self.came)]
+
+
+def _receive(store: Store, party: Party, address: tuple[str, int]) -> tuple[str, list[Line]]:
+    """Every other rank's line."""
+    patience = _Patience(party)
+    seen_as, bind = _own_address(address)
+    with _listening(bind, party.size) as server:
+        host = _Host(server, secrets.token_hex(8), party)
+        store.set(KEY, json.dumps([host.name, seen_as, server.getsockname()[1]]))
+        try:
+            while not host.is_full:
+                if party.stopping():
+                    raise Interrupted
+                host.turn()
+                patience.look(host.missing)
+        except (UserError, Interrupted) as error:
+            host.refuse(error)
+            raise
+    return host.name, host.welcome()
+
+
+def _own_address(store: tuple[str, int]) -> tuple[str, str]:
+    """Under which other ranks reach this process, and which of its addresses to listen on.
+
+    The address with which it would call the store; the store's own where that is this machine, as the others find it.
+    """
+    family, kind, _, _, where = socket.getaddrinfo(*store, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:  # nothing is sent
+        probe.connect(where)
+        mine = probe.getsockname()[0]
+    if not ipaddress.ip_address(mine.partition("%")[0]).is_loopback:
+        return mine, mine
+    is_local = store[0] == "localhost" or _is_loopback(store[0])
+    return store[0], mine if is_local else ""
+
+
+def _is_loopback(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        return False
+
+
+def _listening(bind: str, ranks: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+    return socket.create_server((bind, 0), family=family, backlog=ranks)
+
+
+# ---- the others ------------------------------------------------------------------------------------------------------
+
+
+def _call(store: Store, party: Party, address: tuple[str, int]) -> tuple[str, list[Line]]:
+    """This rank's line to rank 0; it calls again until the rank 0 answers that the store names."""
+    patience = _Patience(party)
+    while True:
+        meeting = _meeting(store)
+        line = _dial(meeting) if meeting is not None else None
+        if meeting is not None and line is not None:
+            name, is_in = str(meeting[0]), False
+            try:
+                is_in = _ask(line, name, party, patience, lambda name=name: name == (_meeting(store) or [""])[0])  # type: ignore[misc]
+            finally:
+                if not is_in:
+                    line.socket.close()
+            if is_in:
+                return name, [line]
+        if party.stopping() and time.monotonic() - patience.begin > GRACE:
+            raise Interrupted
+        patience.look(lambda: "rank 0 did not answer")
+        time.sleep(TURN)
+
+
+def _meeting(store: Store) -> list[Any] | None:
+    """Its name, and host and port of rank 0."""
+    return json.loads(store.get(KEY)) if store.check([KEY]) else None  # type: ignore[no-any-return]
+
+
+def _dial(meeting: list[Any]) -> Line | None:
+    try:
+        return Line(socket.create_connection((meeting[1], meeting[2]), timeout=GRACE))
+    except OSError:  # of an earlier start, or not there yet
+        return None
+
+
+def _ask(line: Line, name: str, party: Party, patience: _Patience, is_current: Callable[[], bool]) -> bool:
+    """Declare what this rank is about to do; True once all may go on, False where it is to call again."""
+    told = None
+    while not line.closed and is_current():
+        if told != party.stopping():
+            told = party.stopping()
+            hello = {"rank": party.rank, "who": str(party), "declared": party.all_declared, "stop": told}
+            line.send(meeting=name, **hello)
+        for _ in readable([line], TURN):
+            for message in line.read():
+                if "wrong" in message:
+                    raise UserError(*message["wrong"])
+                if not message["go"]:
+                    raise Interrupted
+                return True
+        patience.look(lambda: "rank 0 has let nobody go on, for it waits for others,")
+    return False
