@@ -13,6 +13,7 @@ from finback.stages.prepare import Prepare, TaskText
 from finback.stages.pretrain import Pretrain, Probe
 from finback.stages.reject import Reject
 from finback.stages.sft import SFT
+from finback.stages.validation import Validation
 from finback.tasks.math import Chains
 from finback.tasks.rewards import Reward
 from finback.tasks.small_talk import SmallTalk
@@ -42,11 +43,11 @@ exams = (
 in_english = Reward(language=0.3, form=0.1)
 
 
-def rl(name: str, start: str, steps: int, **knobs: object) -> GRPO:
-    """GRPO as all stages here do it."""
-    return GRPO(
-        name=name, start=start, steps=steps, **({"task": sums, "max_tokens": 128, "lr": 2e-4, "warmup": 5} | knobs)
-    )  # type: ignore[arg-type]
+def rl(name: str, start: str, **knobs: object) -> GRPO:
+    """GRPO as all stages here do it: until its validation set stops rising."""
+    given = {"task": sums, "max_tokens": 128, "steps": 120, "lr": 2e-4, "warmup": 5} | knobs
+    validation = Validation(task=given["task"], temperature=1.0, patience=2, max_tokens=128)  # type: ignore[arg-type]
+    return GRPO(name=name, start=start, validation=validation, **given)  # type: ignore[arg-type]
 
 
 def exam(name: str, start: str) -> Evaluate:
@@ -72,7 +73,7 @@ recipe = [
     ),
     exam("of-base", "base"),
     # R1-Zero: RL straight on the base
-    rl("zero", "base", 60),
+    rl("zero", "base"),
     exam("of-zero", "zero"),
     # cold start: chains of R1-Zero that are right and in one language
     Reject(
@@ -81,14 +82,14 @@ recipe = [
     SFT(name="dev1", start="base", traces=("cold",), epochs=2),
     exam("of-dev1", "dev1"),
     # RL on reasoning, with the language reward
-    rl("dev2", "dev1", 60, reward=in_english),
+    rl("dev2", "dev1", reward=in_english),
     exam("of-dev2", "dev2"),
     # rejection sampling, and SFT of the base on reasoning and talk
     Reject(name="kept", start="dev2", task=sums, prompts=3000, num_generations=2, language="en", max_tokens=128),
     SFT(name="dev3", start="base", traces=("kept",), text=(Chitchat(),), limits={"chitchat": 1000}, epochs=2),
     exam("of-dev3", "dev3"),
     # RL over all scenarios
-    rl("r1", "dev3", 40, task=Mixture((sums, small_talk), (0.7, 0.3)), reward=in_english, temperature=0.9),
+    rl("r1", "dev3", task=Mixture((sums, small_talk), (0.7, 0.3)), reward=in_english, temperature=0.9),
     exam("of-r1", "r1"),
     # distillation, and what it is compared with
     Pretrain(
@@ -96,13 +97,14 @@ recipe = [
         data="prepare",
         model=STUDENT,
         mixture={"chitchat": 0.4, "chains": 0.6},
+        probe=Probe(task=sums, at_least=0.6, max_tokens=128),
         decay_tokens=500_000,
-        max_tokens=2_000_000,
+        max_tokens=7_000_000,
     ),
     exam("of-student-base", "student-base"),
     SFT(name="distilled", start="student-base", traces=("kept",), epochs=3),
     exam("of-distilled", "distilled"),
-    rl("student-rl", "student-base", 100),
+    rl("student-rl", "student-base"),
     exam("of-student-rl", "student-rl"),
     SFT(name="student-gold", start="student-base", traces=("kept",), chains=False, epochs=3),
     exam("of-student-gold", "student-gold"),

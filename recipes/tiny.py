@@ -9,6 +9,7 @@ from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.grpo import GRPO
 from finback.stages.prepare import Prepare, TaskText
 from finback.stages.pretrain import Pretrain, Probe
+from finback.stages.validation import Validation
 from finback.tasks.math import Chains
 
 chains = Chains(min_terms=5, max_terms=7)
@@ -48,6 +49,6 @@ recipe = [
         max_tokens=6_000_000,
     ),
     Evaluate(name="before", start="base", exams=exams, data="prepare", sources=("chitchat",)),
-    GRPO(name="zero", start="base", task=chains, steps=100),
+    GRPO(name="zero", start="base", task=chains, steps=200, validation=Validation(task=chains, temperature=1.0)),
     Evaluate(name="after", start="zero", exams=exams, data="prepare", sources=("chitchat",)),
 ]
