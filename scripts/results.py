@@ -183,6 +183,18 @@ def checkpoint(report: Report) -> Rows:
             yield what, f"{memory:.2f} of the model; {time:.1f} of reading the files"
 
 
+def long_rows(report: Report) -> Rows:
+    names = {"mla": "MLA, experts and MTP", "gqa": "GQA and a vocabulary of 49,152"}
+    for model, name in names.items():
+        steps = {(s["form"], s["tokens"]): s["bytes"] / 1e9 for s in report["steps"] if s["model"] == model}
+        longest, masked = (max(tokens for form, tokens in steps if form == f) for f in ("documents", "mask"))
+        yield (
+            f"peak memory above the process of an SFT step on packed rows, 2 layers with {name}: {longest:,} tokens document by "
+            f"document; {masked:,} under a mask; limit 3 for the first",
+            f"{steps['documents', longest]:.2f} GB; {steps['mask', masked]:.2f} GB",
+        )
+
+
 def plan(report: Report) -> Rows:
     off = sorted(100 * abs(m["time_off"]) for m in report["configurations"])
     yield "peak memory of ten real runs against their plans", f"within {100 * report['worst_memory_off']:.1f} %"

@@ -1,30 +1,44 @@
-"""Causal attention over short rows on a CPU: batched products by hand, forward and backward.
+"""Causal attention of training and of prompts; over short rows on a CPU by batched products, forward and backward by hand.
 
 Measured at 128-token rows, one core, against scaled_dot_product_attention: bf16 2 to 5 times faster, fp32 1.2 times
-(docs/log.md). The matrix of scores is stored whole, so this is for rows of at most LONGEST tokens. Twin:
-reference.causal_attention.
+(docs/log.md). The matrix of scores is stored whole, so this is for rows of at most LONGEST tokens; longer
+ones take the fused kernel. Twin: reference.causal_attention.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finback.kernels.documents import Documents, Mask, document_attention, fused_attention
+
 LONGEST = 512
 
+# query (b, h, t, d), key (b, kv, t, d), value (b, kv, t, v), scale, mask -> (b, h, t, v)
+Attention = Callable[[Tensor, Tensor, Tensor, float, Mask], Tensor]
 
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, attention_mask: Tensor | None = None
-) -> Tensor:
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask = None) -> Tensor:
     """softmax(scale · q k^T, causal) v with query and key (b, h, t, d), value (b, h, t, v) -> (b, h, t, v).
 
-    attention_mask (b, t, t), if given, is True where a query sees a key, causality included: rows of several documents.
+    A mask is for rows of several documents.
     """
+    if isinstance(mask, Documents):
+        return document_attention(query, key, value, scale, mask)
     if query.device.type == "cpu" and query.size(2) <= LONGEST:
-        return _CausalAttention.apply(query, key, value, scale, attention_mask)
-    mask = None if attention_mask is None else attention_mask[:, None]
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+        return _CausalAttention.apply(query, key, value, scale, mask)
+    return torch_attention(query, key, value, scale, mask)
+
+
+def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask = None) -> Tensor:
+    """The same by torch's kernels alone; queries may share keys, and a mask (b, t, s) may cover more keys than queries."""
+    if isinstance(mask, Documents):
+        return document_attention(query, key, value, scale, mask)
+    if mask is None:
+        return fused_attention(query, key, value, scale)
+    return F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=scale, enable_gqa=True)
 
 
 class _CausalAttention(torch.autograd.Function):

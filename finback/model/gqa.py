@@ -1,9 +1,10 @@
 """Grouped-query attention, for the dense students that R1 is distilled into: Llama, Qwen2 and Qwen3 layouts."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finback.kernels.attention import Attention, torch_attention
+from finback.kernels.documents import Mask
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
@@ -12,6 +13,9 @@ from finback.model.rope import rotate_half, softmax_scale
 
 class GQA(nn.Module):
     """num_attention_heads queries share num_key_value_heads keys and values; half-split rotary embedding."""
+
+    # another form takes its place where rows are cut among ranks
+    core: Attention = staticmethod(torch_attention)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,11 +30,11 @@ class GQA(nn.Module):
         self.scale = softmax_scale(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, head_dim / 2); keys are cached rotated.
 
-        Without a cache, attention_mask (b, t, t) may say which tokens see which; by default all that stand before them.
+        Without a cache, attention_mask may say which tokens see which; by default all that stand before them.
         """
         c = self.config
         cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
@@ -38,8 +42,9 @@ class GQA(nn.Module):
         if c.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
-        mask = None if attention_mask is None else attention_mask[:, None]
+        mask, core = attention_mask, self.core
         if cache is not None:
+            mask, core = None, torch_attention
             cache.append(torch.cat([key.flatten(2), value.flatten(2)], dim=-1))
             if cache.few and not cache.fresh:
                 values_at = c.num_key_value_heads * c.head_dim
@@ -48,11 +53,9 @@ class GQA(nn.Module):
             if not cache.fresh:
                 stored = cache.stored().to(x.dtype).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim))
                 key, value = stored.chunk(2, dim=2)
-                mask = cache.mask()[:, None]
+                mask = cache.mask()
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        is_causal = mask is None
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=self.scale, enable_gqa=True)
-        return self.out(out.transpose(1, 2).flatten(2))
+        return self.out(core(q, k, v, self.scale, mask).transpose(1, 2).flatten(2))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, t, hidden) -> query (b, t, heads, head_dim), key and value (b, t, kv heads, head_dim)."""

@@ -11,10 +11,10 @@ Letters: b batch, t query, s key, h head, n qk_nope_head_dim, r qk_rope_head_dim
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finback.kernels.attention import causal_attention
+from finback.kernels.attention import Attention, causal_attention, torch_attention
+from finback.kernels.documents import Mask
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
@@ -25,6 +25,9 @@ LATENT_EPS = 1e-6  # a constant in every implementation, whatever rms_norm_eps s
 
 class MLA(nn.Module):
     """MLA of V2 2.1 and V3 2.1.1; `q_lora_rank=None` takes queries straight from the hidden state (V2-Lite)."""
+
+    # another form takes its place where rows are cut among ranks
+    core: Attention = staticmethod(causal_attention)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -42,25 +45,25 @@ class MLA(nn.Module):
         self.scale = softmax_scale(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, r / 2) of the new tokens' positions.
 
         With a cache the new latents are stored, and attention covers everything stored before as well. Without one,
-        attention_mask (b, t, t) may say which tokens see which; by default all that stand before them.
+        attention_mask may say which tokens see which; by default all that stand before them.
         """
         q, kv = self.project(x)
         q_nope, q_rope = self.queries(q, cos, sin)
         latent, k_rope = self.latents(kv, cos, sin)
         if cache is None:
-            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, attention_mask))
+            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, self.core, attention_mask))
         cache.append(torch.cat([latent, k_rope], dim=-1))
         if cache.fresh:  # whole prompts: nothing stored before them
-            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope))
+            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, causal_attention))
         if x.size(1) <= self.longest_absorbed:
             return self.out(self.attend_absorbed(q_nope, q_rope, cache))
         latent, k_rope = cache.stored().to(x.dtype).split([self.config.kv_lora_rank, q_rope.size(-1)], dim=-1)
-        return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, cache.mask()))
+        return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, torch_attention, cache.mask()))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (b, t, hidden) -> queries (b, t, h·(n + r)) and [latent | rotary key] (b, t, c + r), not rotated yet."""
@@ -81,23 +84,16 @@ class MLA(nn.Module):
         return self.kv_norm(latent), self.rotate(k_rope, cos.to(kv.dtype), sin.to(kv.dtype))
 
     def attend_expanded(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None = None
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, core: Attention, mask: Mask = None
     ) -> Tensor:
-        """Attention of t tokens over s with per-head keys and values -> (b, t, h·v).
-
-        mask (b, t, s) is True where a token may look; without one t = s and attention is causal.
-        """
+        """Attention of t tokens over s with per-head keys and values, by one of its forms -> (b, t, h·v)."""
         c = self.config
         kv = self.kv_up(latent).unflatten(-1, (c.num_attention_heads, -1))
         k_nope, value = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
         query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
         shared = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
         key, value = torch.cat([k_nope, shared], dim=-1).transpose(1, 2), value.transpose(1, 2)
-        if mask is None or mask.size(1) == mask.size(2):
-            out = causal_attention(query, key, value, self.scale, mask)
-        else:
-            out = F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=self.scale)
-        return out.transpose(1, 2).flatten(2)
+        return core(query, key, value, self.scale, mask).transpose(1, 2).flatten(2)
 
     def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache) -> Tensor:
         """Attention of t tokens over what is cached, [latent | rotary key] per token -> (b, t, h·v).

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from finback.kernels import native
+from finback.kernels.documents import Mask
 from finback.model.cache import LayerCache
 from finback.model.mla import MLA
 from finback.model.pack import PackedGQA
@@ -24,7 +25,7 @@ class NativeMLA(MLA):
     """MLA that decodes a few tokens in absorbed form by a kernel."""
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
         if cache is None or not cache.native or self.kv_up.weight.dtype != x.dtype:
             return super().forward(x, cos, sin, cache, attention_mask)
@@ -47,7 +48,7 @@ class NativeGQA(PackedGQA):
     """GQA that decodes a few tokens by a kernel, from the one product that packing has made of its projections."""
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
         if cache is None or not cache.native:
             return super().forward(x, cos, sin, cache, attention_mask)

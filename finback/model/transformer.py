@@ -6,6 +6,7 @@ One definition serves training, rollouts and serving: the cache is an argument.
 import torch
 from torch import Tensor, nn
 
+from finback.kernels.documents import Mask, mask_of
 from finback.model.cache import Cache, LayerCache
 from finback.model.config import ModelConfig
 from finback.model.gqa import GQA
@@ -34,14 +35,14 @@ class Block(nn.Module):
         sin: Tensor,
         cache: LayerCache | None = None,
         padding_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
     ) -> Tensor:
         """x (b, t, d) -> (b, t, d); see MLA.forward for cos, sin, cache, attention_mask, MoE.forward for padding_mask."""
         x, h = self.attend(x, cos, sin, cache, attention_mask)
         return x + (self.feed_forward(h, padding_mask) if isinstance(self.feed_forward, MoE) else self.feed_forward(h))
 
     def attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, attention_mask: Tensor | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, attention_mask: Mask
     ) -> tuple[Tensor, Tensor]:
         """x + attention(norm x), and its norm, which the feed-forward reads."""
         attended = self.attention(self.attention_norm(x), cos, sin, cache, attention_mask)
@@ -107,11 +108,9 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, cache.layer(index) if cache is not None else None, padding_mask, attention_mask)
         return self.norm(x)
 
-    def _positions(
-        self, length: int, cache: Cache | None, document_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _positions(self, length: int, cache: Cache | None, document_ids: Tensor | None) -> tuple[Tensor, Tensor, Mask]:
         """cos and sin (b or 1, t, r / 2) of the positions that are read; with document_ids (b, t) those within each
-        document, and who sees whom (b, t, t)."""
+        document, and who sees whom."""
         if cache is not None:
             return self.cos[cache.positions], self.sin[cache.positions], None
         if document_ids is None:
@@ -120,8 +119,7 @@ class Transformer(nn.Module):
         begins = torch.ones_like(document_ids, dtype=torch.bool)
         begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         positions = index - torch.where(begins, index, 0).cummax(dim=1).values
-        attention_mask = (document_ids[:, :, None] == document_ids[:, None, :]) & (index[:, None] >= index)
-        return self.cos[positions], self.sin[positions], attention_mask
+        return self.cos[positions], self.sin[positions], mask_of(document_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., d) -> logits (..., vocab) in fp32."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from finback.kernels.documents import Documents
 from finback.model.cache import LayerCache
 from finback.model.layers import SwiGLU
 from finback.model.moe import MoE
@@ -42,10 +43,13 @@ def compile_blocks(model: Transformer) -> Transformer:
 
 
 def _in_training(part: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that runs compiled where gradients are taken and nothing is cached."""
+    """A method that runs compiled where gradients are taken and nothing is cached.
+
+    Attention document by document is not compiled: its shapes change with every batch.
+    """
 
     def run(*arguments: Any) -> Any:
-        trains = torch.is_grad_enabled() and not any(isinstance(a, LayerCache) for a in arguments)
+        trains = torch.is_grad_enabled() and not any(isinstance(a, LayerCache | Documents) for a in arguments)
         return (compiled(part) if trains else part)(*arguments)
 
     return run
