@@ -18,6 +18,8 @@ from torch import Tensor
 
 from finback.data.rows import PADDING, Row
 from finback.model.config import ModelConfig
+from finback.model.logprobs import text_logprobs
+from finback.model.recompute import Policy
 from finback.model.transformer import Transformer
 from finback.parallel.launch import free_port
 from finback.parallel.layout import Layout
@@ -25,7 +27,8 @@ from finback.parallel.mesh import World
 from finback.train.batch import Batch, of_rows
 from finback.train.loss import LossTerms
 from finback.train.optim import Adam, Muon, is_matrix
-from finback.train.sharded_trainer import ShardedOptions, ShardedTrainer
+from finback.train.sharded_options import ShardedOptions
+from finback.train.sharded_trainer import ShardedTrainer
 from finback.train.trainer import ReplicatedTrainer, Trainer
 from tests.toy import CONFIG
 
@@ -74,10 +77,19 @@ class Way:
     rows: tuple[int, ...] = (ROWS,)
     # documents that share rows and do not see each other, padding behind them
     packed: bool = False
+    ema_decay: float = 0.0
+    compute: Literal["fp32", "fp8"] = "fp32"
+    recompute: Policy = "none"
+    compile: bool = False
+    # rows in another order, which changes nothing but how sums and FP8's tiles are made
+    reversed: bool = False
+    # after these steps the model is looked at
+    looks: tuple[int, ...] = ()
 
     @property
     def options(self) -> ShardedOptions:
-        return ShardedOptions(optimizer=self.optimizer)
+        names = [f.name for f in dataclasses.fields(ShardedOptions) if hasattr(self, f.name)]
+        return ShardedOptions(**{name: getattr(self, name) for name in names})
 
 
 def batches(way: Way, steps: int) -> Iterator[Batch]:
@@ -91,19 +103,24 @@ def batches(way: Way, steps: int) -> Iterator[Batch]:
             document_ids = np.where(np.arange(width) < size, random.random(width) < 0.2, False).cumsum()
             document_ids[size:] = PADDING
             rows.append(Row(random.integers(0, 320, width), document_ids if way.packed else None, size))
-        yield of_rows(rows, SEQ_LEN)
+        yield of_rows(rows[::-1] if way.reversed else rows, SEQ_LEN)
 
 
 def on_one(way: Way, steps: int = STEPS) -> tuple[Numbers, dict[str, Tensor]]:
     """The plain twin: the whole model on one rank, as one thread like each of many."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model = Transformer(way.config).initialise(5).train()
+    model = way.options.put_on(Transformer(way.config, way.options.dtype).initialise(5)).train()
     named = list(model.named_parameters())
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
-    first = Muon(matrices, World()) if way.optimizer == "muon" else Adam(matrices, (0.9, 0.95), 0.05)
+    first = (
+        Muon(matrices, World(), compute=way.options.dtype)
+        if way.optimizer == "muon"
+        else Adam(matrices, (0.9, 0.95), 0.05)
+    )
     adam = Adam([(n, p) for n, p in named if not is_matrix(n, p)], (0.9, 0.95), 0.0)
-    numbers = continued(ReplicatedTrainer(model, World(), (first, adam)), way, 0, steps)
+    trainer = ReplicatedTrainer(model, World(), (first, adam), ema_decay=way.ema_decay)
+    numbers = continued(trainer, way, 0, steps)
     torch.set_num_threads(threads)
     return numbers, model.state_dict()
 
@@ -114,8 +131,24 @@ def on_many(layout: Layout, way: Way = Way(), seed: int = 5) -> ShardedTrainer:
 
 
 def continued(trainer: Trainer, way: Way, begin: int, end: int) -> Numbers:
-    """Steps begin..end of either."""
-    return [step(trainer, batch) for number, batch in enumerate(batches(way, end)) if number >= begin]
+    """Steps begin..end of either, and looks at it in between."""
+    numbers = []
+    for number, batch in enumerate(batches(way, end)):
+        if number >= begin:
+            numbers.append(step(trainer, batch))
+            if number in way.looks:
+                numbers.append(looked(trainer))
+    return numbers
+
+
+def looked(trainer: Trainer) -> list[float]:
+    """Mean log-probabilities of a text: of the model where it lies, of its average, and of it whole on every rank."""
+    tokens = torch.arange(3 * 20).view(3, 20)
+    found = [trainer.text_logprobs(tokens)]
+    with trainer.averaged():
+        found.append(trainer.text_logprobs(tokens))
+    found.append(text_logprobs(trainer.gathered(), tokens))
+    return [*(logp.mean().item() for logp in found), 0.0]
 
 
 def step(trainer: Trainer, batch: Batch, mtp_weight: float = MTP_WEIGHT) -> list[float]:
@@ -128,13 +161,17 @@ def step(trainer: Trainer, batch: Batch, mtp_weight: float = MTP_WEIGHT) -> list
     norm = trainer.finish(MAX_GRAD_NORM)
     if math.isfinite(norm):
         trainer.update(LR, LR)
+        trainer.average()
         trainer.balance(BIAS_SPEED)
     else:
         trainer.forget_loads()
     return [*losses.tolist(), norm]
 
 
-def _train(layout: Layout, way: Way, out: str) -> None:
+def trained(layout: Layout, way: Way, out: str) -> None:
+    """Train on every rank; rank 0 writes the numbers and all router biases."""
+    if way.compile:
+        warnings.simplefilter("default")  # torch's compiler uses what torch calls deprecated
     many = on_many(layout, way)
     numbers = continued(many, way, 0, STEPS)
     biases = {n: t.tolist() for n, t in many.state().items() if n.endswith("router.bias")}
@@ -151,7 +188,7 @@ def agrees(one: dict[Way, tuple[Numbers, dict[str, Tensor]]], layout: Layout, tm
     if way not in one:
         one[way] = on_one(way)
     numbers, state = one[way]
-    on_ranks(layout.ranks, _train, layout, way, str(tmp_path / "out.json"))
+    on_ranks(layout.ranks, trained, layout, way, str(tmp_path / "out.json"))
     found, biases = json.loads((tmp_path / "out.json").read_text())
     check(found, numbers)
     assert biases.keys() == {f"model.{n}" for n in state if n.endswith("router.bias")}
@@ -165,6 +202,6 @@ def pipeline(schedule: Any, **more: Any) -> Layout:
 
 
 def check(found: Numbers, expected: Numbers) -> None:
-    """Losses within 1e-5; gradients are a thousand sums and a little further apart."""
+    """Losses and the gradient's norm within 1e-5."""
     off = (torch.tensor(found) - torch.tensor(expected)).abs().amax(dim=0)
-    assert off[:3].max() <= 1e-5 and off[3] <= 1e-4, off
+    assert off.max() <= 1e-5, off

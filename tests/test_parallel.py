@@ -53,8 +53,7 @@ def test_layouts_that_can_be() -> None:
     with pytest.raises(UserError, match=r"layout\.ep = 4: does not divide 0 experts"):
         Layout(dp=4, ep=4).check_trainable(dataclasses.replace(MANY, n_routed_experts=0), 8, 4)
     tied = dataclasses.replace(MANY, tie_word_embeddings=True)
-    with pytest.raises(UserError, match=r"layout\.schedule = 'zbv'"):
-        Layout(pp=2, micro_batches=4, schedule="zbv").check_trainable(tied, 4, 2)
+    Layout(pp=2, micro_batches=4, schedule="zbv").check_trainable(tied, 4, 2)
     for planned in (Layout(pp=2, micro_batches=4, schedule="dualpipe"), Layout(dp=2, sharding="ddp")):
         planned.check(MANY, 8)
         with pytest.raises(UserError, match="can be planned, not trained"):

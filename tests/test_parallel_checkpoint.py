@@ -17,26 +17,31 @@ from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
 from tests.many import MANY, Way, check, continued, on_many, on_one, on_ranks, pipeline
 
+AVERAGED = Way(ema_decay=0.5, looks=(18,))
+
 
 def _read(layout: Layout, folder: str, out: str) -> None:
-    many, steps = on_many(layout, seed=99), Steps(Path(folder))
+    many, steps = on_many(layout, AVERAGED, seed=99), Steps(Path(folder))
     assert many.load(steps) == (4, {"loader": [7]})
-    numbers = continued(many, Way(), 4, 20)
+    numbers = continued(many, AVERAGED, 4, 20)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(numbers))
 
 
 def _write(layout: Layout, folder: str) -> None:
     """Two checkpoints, the second while training goes on, and what is left of a third that was killed."""
-    many, steps = on_many(layout), Steps(Path(folder))
+    many, steps = on_many(layout, AVERAGED), Steps(Path(folder))
     assert many.load(steps) is None
-    continued(many, Way(), 0, 3)
+    continued(many, AVERAGED, 0, 3)
     steps.save(3, many.state(), {"loader": [5]})
-    continued_from_3 = continued(many, Way(), 3, 4)
+    continued_from_3 = continued(many, AVERAGED, 3, 4)
     steps.begin(4, many.state(), {"loader": [7]})
-    assert continued(many, Way(), 4, 5) != continued_from_3
+    assert continued(many, AVERAGED, 4, 5) != continued_from_3
     steps.finish()
     steps.finish()
+    numbers = continued(many, AVERAGED, 5, 6)
+    assert many.load(steps) == (4, {"loader": [7]}), "back, in place"
+    assert continued(many, AVERAGED, 4, 6)[1:] == numbers
     if dist.get_rank() == 0:
         (Path(folder) / "step-00000009.part").mkdir()
 
@@ -47,7 +52,7 @@ def resumes(tmp_path: Path, before: Layout, *after: Layout) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000003", "step-00000004", "step-00000009.part"]
     files = {p.suffix for p in folder.rglob("*") if p.is_file()}
     assert files == {".safetensors", ".json"}, "nothing is pickled"
-    numbers, _ = on_one(Way())
+    numbers, _ = on_one(AVERAGED)
     for layout in after:
         on_ranks(layout.ranks, _read, layout, str(folder), str(tmp_path / "out.json"))
         check(json.loads((tmp_path / "out.json").read_text()), numbers[4:])
@@ -57,7 +62,7 @@ def test_a_checkpoint_continues_on_another_mesh(tmp_path: Path) -> None:
     resumes(tmp_path, Layout(dp=2, ep=2, sharding="zero1"), pipeline("zbv", sharding="zero1"))
     model = Transformer(MANY)
     model.load_state_dict(whole_model(tmp_path / "steps" / "step-00000004", MANY))
-    _, after_four = on_one(Way(), 4)
+    _, after_four = on_one(AVERAGED, 4)
     for name, tensor in model.state_dict().items():
         assert (tensor - after_four[name]).abs().max() <= 2e-4, name
 

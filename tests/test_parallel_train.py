@@ -20,8 +20,23 @@ from finback.parallel.layout import Layout, pack, share, split_layers
 from finback.parallel.owners import Owners
 from finback.parallel.pipeline import cut
 from finback.parallel.shard import local
-from finback.train.sharded_trainer import ShardedOptions, ShardedTrainer
-from tests.many import MANY, ROWS, Numbers, Way, agrees, batches, continued, on_many, on_ranks, pipeline, step
+from finback.train.sharded_options import ShardedOptions
+from finback.train.sharded_trainer import ShardedTrainer
+from tests.many import (
+    MANY,
+    ROWS,
+    Numbers,
+    Way,
+    agrees,
+    batches,
+    continued,
+    on_many,
+    on_one,
+    on_ranks,
+    pipeline,
+    step,
+    trained,
+)
 
 TIED = dataclasses.replace(MANY, tie_word_embeddings=True)
 TIED_PLAIN = dataclasses.replace(TIED, num_nextn_predict_layers=0)
@@ -68,7 +83,7 @@ def test_two_ranks_train_like_one(one: dict[Any, Any], layout: Layout, tmp_path:
     agrees(one, layout, tmp_path)
 
 
-PACKED = Way(optimizer="adamw", rows=(4, 4, 8), packed=True)
+PACKED = Way(optimizer="adamw", rows=(4, 4, 8), packed=True, ema_decay=0.5, looks=(6, 19))
 
 
 @pytest.mark.parametrize(
@@ -82,15 +97,73 @@ PACKED = Way(optimizer="adamw", rows=(4, 4, 8), packed=True)
                 Layout(dp=2, sharding="zero1", micro_batches=2),
                 *(pipeline(s) for s in ("1f1b", "zb1p", "interleaved", "dualpipev")),
                 pipeline("zbv", micro_batches=8),
-                pipeline("dualpipev", dp=2, ep=2, sharding="zero1"),
+                pipeline("1f1b", dp=2, ep=2, sharding="zero1", micro_batches=2),
             )
         ),
     ],
     ids=name_of,
 )
-def test_packed_rows_a_ramp_and_adamw_do_too(one: dict[Any, Any], layout: Layout, tmp_path: Path) -> None:
-    """Steps of 4 and 8 rows: some pipelines have half as many micro-batches in the small ones, some smaller ones."""
+def test_packed_rows_a_ramp_adamw_and_looks_do_too(one: dict[Any, Any], layout: Layout, tmp_path: Path) -> None:
+    """Steps of 4 and 8 rows, an average of the weights, and evaluation in between: some pipelines have half as many micro-batches in the small ones, some smaller ones."""
     agrees(one, layout, tmp_path, PACKED)
+
+
+AGAIN, TIES = Way(recompute="block"), Way(TIED)  # two ways in which a backward pass cannot be split
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "way"),
+    [
+        (Layout(dp=2, ep=2), AGAIN),
+        *((pipeline(s), way) for s in ("zb1p", "zbv", "dualpipev") for way in (AGAIN, TIES)),
+        (pipeline("zbv", sharding="zero1"), Way(recompute="attention")),
+    ],
+    ids=lambda value: name_of(value) if isinstance(value, Layout) else value.recompute,
+)
+def test_a_backward_pass_that_cannot_be_split_is_not(layout: Layout, way: Way, tmp_path: Path) -> None:
+    agrees({}, layout, tmp_path, way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(dp=2, sharding="zero1"), pipeline("zbv")], ids=name_of)
+def test_compiled_blocks_do_too(one: dict[Any, Any], layout: Layout, tmp_path: Path) -> None:
+    """Against one rank that compiles nothing; torch's compiler uses what it calls deprecated."""
+    agrees({Way(compile=True): on_one(Way())}, layout, tmp_path, Way(compile=True))
+
+
+@pytest.fixture(scope="module")
+def fp8() -> tuple[Numbers, Tensor]:
+    """One rank's numbers in FP8, and by how much they differ where rows come in another order: in other tiles."""
+    numbers, _ = on_one(FP8)
+    turned, _ = on_one(dataclasses.replace(FP8, reversed=True))
+    return numbers, (torch.tensor(numbers) - torch.tensor(turned)).abs().amax(dim=0)
+
+
+FP8 = Way(compute="fp8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp=2, ep=2),
+        Layout(dp=2, ep=2, sharding="zero1"),
+        Layout(dp=2, gather="bf16"),
+        pipeline("zbv"),
+        pipeline("interleaved", dp=2, ep=2),
+    ],
+    ids=name_of,
+)
+def test_fp8_differs_from_one_rank_by_its_own_noise(layout: Layout, fp8: Any, tmp_path: Path) -> None:
+    """Tiles along tokens hold others, so weights' gradients are rounded otherwise; the first loss has none of them."""
+    numbers, noise = fp8
+    on_ranks(layout.ranks, trained, layout, FP8, str(tmp_path / "out.json"))
+    found = torch.tensor(json.loads((tmp_path / "out.json").read_text())[0])
+    off = (found - torch.tensor(numbers)).abs()
+    if layout.gather == "fp32":
+        assert off[0, :3].max() <= 1e-5, off[0]
+    assert off[0, 3] <= 0.01 * found[0, 3] and (off.amax(dim=0) <= 3 * noise).all(), (off.amax(dim=0), noise)
 
 
 @pytest.mark.slow

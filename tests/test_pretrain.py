@@ -343,14 +343,14 @@ def test_an_interrupted_run_ends_with_the_same_bits(prepared: Path, monkeypatch:
 def test_the_average_of_the_weights_by_hand() -> None:
     model = toy_model()
     first = {n: p.detach().clone() for n, p in model.named_parameters()}
-    average = EMA(model, 0.75)
+    average = EMA(list(model.named_parameters()), 0.75)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
-    average.update(model)
-    averaged = average.model(model)
-    for name, p in averaged.named_parameters():
-        torch.testing.assert_close(p.detach(), first[name] + 0.25)
+    average.update()
+    with average.swapped():
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), first[name] + 0.25)
     assert all(torch.equal(p, first[n] + 1.0) for n, p in model.named_parameters())
 
 

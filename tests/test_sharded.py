@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from finback.config import UserError
 from finback.parallel.layout import Layout
@@ -24,7 +27,7 @@ from finback.data.sources import Files
 from finback.parallel.layout import Layout
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.prepare import Prepare
-from finback.stages.pretrain import Pretrain
+from finback.stages.pretrain import Pretrain, Probe
 from finback.tasks.math import Chains
 from finback.train.rates import Phase
 from tests.toy import CONFIG
@@ -32,35 +35,62 @@ from tests.toy import CONFIG
 recipe = [
     Prepare(name="prepare", text=(Files((str(Path(__file__).parent / "words.txt"),), name="words"),), vocab_size=320),
     Pretrain(name="base", data="prepare", model=CONFIG, mixture={"words": 1.0}, batch_size=8, seq_len=16, compute="fp32",
-             phases=(Phase(512, 0.0, 1.0), Phase(2048)), checkpoint_steps=6, layout=LAYOUT),
+             KNOBS, checkpoint_steps=6, layout=LAYOUT),
     Evaluate(name="after", start="base", exams=(Exam(name="sums", task=Chains(2, 3), problems=8, max_tokens=4),)),
 ]
 """
 
 
-def write(folder: Path, name: str, layout: str) -> Path:
+PHASES = "phases=(Phase(512, 0.0, 1.0), Phase(2048))"
+# what wants more of a model than a loss and its gradients
+EVERYTHING = """max_tokens=1920, decay_tokens=320, warmup_tokens=512, batch_size_start=4, ramp_tokens=1280, packing="best_fit",
+    document_mask=True, optimizer="adamw", adam_lr=3e-3, ema_decay=0.5, valid_tokens=640, keep_best=True,
+    probe=Probe(task=Chains(2, 3), at_least=0.9, problems=5, every_tokens=640, max_tokens=6)"""
+# losses that hardly move: those above their mean are called spikes
+SPIKES = "phases=(Phase(4480),), muon_lr=1e-6, adam_lr=1e-6, batch_size_start=4, ramp_tokens=1280, spike_sigma=0.01, spike_patience=2"
+KNOBS = {"everything": EVERYTHING, "spikes": SPIKES}
+
+
+def write(folder: Path, name: str, layout: str, knobs: str = PHASES) -> Path:
     """A recipe with a layout, and its text."""
     (folder / "words.txt").write_text(WORDS, encoding="utf-8")
     path = folder / f"{name}.py"
-    path.write_text(RECIPE.replace("LAYOUT", layout), encoding="utf-8")
+    path.write_text(RECIPE.replace("LAYOUT", layout).replace("KNOBS", knobs), encoding="utf-8")
     return path
 
 
-def run(folder: Path, name: str, layout: str) -> list[dict[str, Any]]:
+def run(folder: Path, name: str, layout: str, knobs: str = PHASES) -> list[dict[str, Any]]:
     """Its metrics, on two ranks."""
-    done = finback_process("run", write(folder, name, layout), "--runs", folder / "runs", "--ranks", 2)
+    done = finback_process("run", write(folder, name, layout, knobs), "--runs", folder / "runs", "--ranks", 2)
     assert done.returncode == 0, done.stderr
     return read_lines(folder / "runs" / name / "base" / "metrics.jsonl")
+
+
+def run_plainly(folder: Path, name: str, knobs: str) -> list[dict[str, Any]]:
+    """The same of the whole model on one rank, in this process."""
+    recipe, root = recipes.load(write(folder, name, "None", knobs)), folder / "runs" / name
+    root.mkdir(parents=True)
+    recipes.execute(recipe, root, 0, World(), lambda run: None, quiet=True)
+    return read_lines(root / "base" / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """The losses of the whole model on one rank, in this process."""
     folder = tmp_path_factory.mktemp("many")
-    recipe, root = recipes.load(write(folder, "plain", "None")), folder / "runs/plain"
-    root.mkdir(parents=True)
-    recipes.execute(recipe, root, 0, World(), lambda run: None, quiet=True)
-    return folder, [r["loss"] for r in read_lines(root / "base" / "metrics.jsonl")]
+    return folder, [r["loss"] for r in run_plainly(folder, "plain", PHASES)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, list[dict[str, Any]]]]:
+    """Where one rank has trained with knobs of a name, and its metrics."""
+
+    @cache
+    def trained(knobs: str) -> tuple[Path, list[dict[str, Any]]]:
+        folder = tmp_path_factory.mktemp(knobs)
+        return folder, run_plainly(folder, "whole", KNOBS[knobs])
+
+    return trained
 
 
 LAYOUTS = {
@@ -68,11 +98,12 @@ LAYOUTS = {
     "shared": "Layout(dp=2)",
     "zero1": 'Layout(dp=2, sharding="zero1")',
     "piped": "Layout(pp=2, micro_batches=2)",
+    "both": 'Layout(pp=2, micro_batches=4, schedule="zbv", sharding="zero1")',
 }
 
 
 @pytest.mark.parametrize(
-    "name", ["experts", *(pytest.param(n, marks=pytest.mark.slow) for n in ("shared", "zero1", "piped"))]
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("experts", "shared", "zero1", "piped")]
 )
 def test_a_layout_trains_as_whole_copies_do(name: str, plain: tuple[Path, list[float]]) -> None:
     folder, losses = plain
@@ -89,6 +120,33 @@ def test_a_layout_trains_as_whole_copies_do(name: str, plain: tuple[Path, list[f
     assert [json.loads(line)["question"] for line in exams[0].splitlines()]
 
 
+SLOW = [(knobs, name) for knobs in KNOBS for name in LAYOUTS if (knobs, name) != ("everything", "experts")]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "name"), [("everything", "experts"), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+)
+def test_a_layout_refuses_nothing_that_one_rank_can_do(knobs: str, name: str, whole: Any) -> None:
+    """Ramp, documents apart, AdamW, averages, validation, the best and probes; spikes and rewinding: line by line the same."""
+    folder, expected = whole(knobs)
+    found = run(folder, name, LAYOUTS[name], KNOBS[knobs])
+    timed = ("seconds", "tokens_per_second", "mfu")
+    assert len(found) == len(expected)
+    for line, one in zip(found, expected, strict=True):
+        assert line.keys() == one.keys()
+        for key in line.keys() - set(timed):
+            assert line[key] == (one[key] if isinstance(one[key], str) else pytest.approx(one[key], abs=2e-5)), key
+    seen = {"probe", "bits_per_byte_words"} if knobs == "everything" else {"skipped", "rewound_from"}
+    assert seen <= {key for line in found for key in line}
+    a, b = (read_json(folder / "runs" / n / "base/manifest.json")["results"] for n in (name, "whole"))
+    assert (a["skipped_steps"], a["rewinds"]) == (b["skipped_steps"], b["rewinds"])
+    assert a["bits_per_byte"]["words"] == pytest.approx(b["bits_per_byte"]["words"], abs=1e-5)
+    for part in ("", "average", "best") if knobs == "everything" else ("",):
+        models = [load_file(folder / "runs" / n / "base" / part / "model.safetensors") for n in (name, "whole")]
+        assert models[0].keys() == models[1].keys()
+        assert all((models[0][k].float() - t.float()).abs().max() < 1e-3 for k, t in models[1].items()), part
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_shards(plain: tuple[Path, list[float]]) -> None:
     """Stopped in the middle by a limit that is then lifted, gone on with under the same layout."""
@@ -99,8 +157,7 @@ def test_a_killed_run_goes_on_from_its_shards(plain: tuple[Path, list[float]]) -
 
     from tests.toy import environment
 
-    path = folder / "killed.py"
-    (folder / "killed.py").write_text(RECIPE.replace("LAYOUT", LAYOUTS["experts"]), encoding="utf-8")
+    path = write(folder, "killed", LAYOUTS["experts"])
     command = [sys.executable, "-m", "finback", "run", str(path), "--runs", str(folder / "runs"), "--ranks", "2"]
     child = subprocess.Popen(
         command, env=environment(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
@@ -128,17 +185,20 @@ def stage(**knobs: Any) -> Pretrain:
     return Pretrain(**settings | knobs)
 
 
-@pytest.mark.parametrize(
-    ("knobs", "words"),
-    [
-        ({"ema_decay": 0.9}, r"base\.ema_decay = 0\.9: wants the whole model"),
-        ({"phases": (), "probe": Probe(Chains(2, 3), 0.5)}, r"base\.probe"),
-        ({"compute": "fp8"}, r"base\.compute = 'fp8'"),
-    ],
-)
-def test_what_a_layout_cannot_serve_is_named(knobs: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        stage(**knobs)
+def test_no_knob_is_refused_because_of_a_layout() -> None:
+    """What one rank takes is taken with a layout; what it refuses is refused with one."""
+    probe = {"phases": (), "probe": Probe(Chains(2, 3), 0.5), "ema_decay": 0.9, "valid_tokens": 64, "keep_best": True}
+    rows = {
+        "document_mask": True,
+        "packing": "best_fit",
+        "batch_size_start": 4,
+        "ramp_tokens": 64,
+        "optimizer": "adamw",
+    }
+    for knobs in (probe, rows, {"compute": "fp8"}, {"compile": True}, {"expert_kernel": "grouped_mm"}):
+        assert stage(**knobs).layout == Layout(dp=2)
+    with pytest.raises(UserError, match=r"base\.compute = 'fp8': cannot be compiled"):
+        stage(compile=True, compute="fp8")
 
 
 def test_a_layout_wants_its_ranks(tmp_path: Path, plain: tuple[Path, list[float]]) -> None:

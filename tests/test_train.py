@@ -17,7 +17,7 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.train import rates
 from finback.train.loss import cross_entropy
-from finback.train.optim import Adam, Gradients, Muon, is_matrix, newton_schulz
+from finback.train.optim import Adam, Gradients, Muon, exact_norm, is_matrix, newton_schulz
 from tests.toy import CONFIG, backward, toy_model
 
 
@@ -34,6 +34,14 @@ def test_chunked_cross_entropy_equals_torch() -> None:
         results.append((loss, h.grad, w.grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_norm_of_many_numbers_is_exact() -> None:
+    """Of 1.4 M of them torch's own is off by 2e-5, so that clipping differs from that of ranks which share the sum."""
+    numbers = torch.randn(1_400_000, generator=torch.Generator().manual_seed(0))
+    expected = numbers.double().norm().item()
+    assert exact_norm(numbers) == pytest.approx(expected, rel=1e-6)
+    assert exact_norm(numbers[:100]) == pytest.approx(numbers[:100].double().norm().item(), rel=1e-6)
 
 
 def test_token_logprobs_and_entropy() -> None:

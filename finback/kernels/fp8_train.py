@@ -99,7 +99,7 @@ class _Fp8SwiGLU(torch.autograd.Function):
         ctx.numerics, ctx.blocks = numerics, [(0, 0, len(rows))]
         y, saved = _feed_forward(p, tiles, gate_up[None], down[None], ctx.blocks, x.dtype)
         ctx.save_for_backward(*saved)
-        return y.unflatten(0, x.shape[:-1])
+        return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])  # no view: what is returned may get hooks
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -53,3 +53,13 @@ def token_logprobs(
 
     logp, entropy = in_chunks(picked, rows_at_once(model.config.vocab_size), hidden, tokens)
     return logp, entropy
+
+
+@torch.no_grad()
+def text_logprobs(model: Transformer, tokens: Tensor) -> Tensor:
+    """tokens (n, t + 1), on any device -> the log-probability (n, t) of each but the first, without gradients."""
+    was_training, tokens = model.training, tokens.to(model.embed.device)
+    model.eval()
+    logp, _ = token_logprobs(model, model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    model.train(was_training)
+    return logp.view(len(tokens), -1)

@@ -3,7 +3,8 @@
 Models are made without memory, cut to this rank's stages and experts, shared out, and only then given memory and values.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,8 +36,12 @@ def build(
     values: Values,
     compute: torch.dtype = torch.float32,
     loss: Loss | None = None,
+    put_on: Callable[[Transformer], Any] = lambda model: model,
 ) -> Built:
-    """This rank's share with its values, in training mode. A pipeline needs the loss at its end."""
+    """This rank's share with its values, in training mode. A pipeline needs the loss at its end.
+
+    `put_on` changes in place how a model computes, while it has no experts elsewhere.
+    """
     stages = layout.stages_of(mesh.pp.get_local_rank())
     models = [blank(config, compute) for _ in stages]
     roots: list[nn.Module] = list(models)
@@ -47,6 +52,7 @@ def build(
         roots = [PipelineStage(model, number, layout.stages, loss) for model, number in ends]
     fsdp = layout.sharding == "fsdp"
     for model in models:
+        put_on(model)
         _keep_own_experts(model, mesh, fsdp)
         spread_experts(model, mesh)
         model.train()

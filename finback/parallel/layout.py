@@ -129,10 +129,6 @@ class Layout:
         unfilled = self._unfilled(self.micro_batches)
         if unfilled is not None:
             raise unfilled
-        if self.pipeline.splits and c.tie_word_embeddings and c.num_nextn_predict_layers:
-            # autograd cannot do the gradient of such a weight apart from that of what lies between its uses
-            problem = "its split backward pass cannot have a head tied to the embedding that MTP reads"
-            raise UserError("layout.schedule", self.schedule, problem, 'Use "1f1b" or "interleaved", or untie.')
 
     def _unfilled(self, micro_batches: int) -> UserError | None:
         """Why so many micro-batches do not go through the pipeline; None if they do."""

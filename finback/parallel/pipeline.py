@@ -19,7 +19,9 @@ from torch.distributed.pipelining import PipelineStage as TorchStage
 from torch.distributed.pipelining.schedules import _Action, _ComputationType, _PipelineScheduleRuntime
 
 from finback.model.config import ModelConfig
+from finback.model.logprobs import token_logprobs
 from finback.model.moe import take_balance_losses
+from finback.model.recompute import Recomputed
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout, split_layers
 from finback.parallel.mesh import Mesh
@@ -63,7 +65,7 @@ class PipelineStage(nn.Module):
     def forward(self, *carried: Tensor, **rows: Tensor) -> Any:
         """carried: hidden states (b, t, d) and the sum of balance losses (1,), but nothing of use at the first stage.
 
-        rows: see `Rows`. The last stage gives the loss, a scalar.
+        rows: see `Rows`. The last stage gives the loss, a scalar, or in evaluation the labels' log-probabilities (b, t).
         """
         model, tokens = self.model, rows["tokens"]
         length = tokens.size(1) - model.config.num_nextn_predict_layers
@@ -80,6 +82,9 @@ class PipelineStage(nn.Module):
             x = block(x, cos, sin, None, padding_mask, attention_mask)
         if not self.is_last:
             return x, balance + self._balance()
+        if not self.training:
+            labels = rows["labels"][:, :length]
+            return token_logprobs(model, model.norm(x).flatten(0, 1), labels.flatten())[0].view_as(labels)
 
         def mean_balance(with_mtp: bool) -> Tensor:
             c = model.config
@@ -89,6 +94,17 @@ class PipelineStage(nn.Module):
         total, losses = self.loss(model, model.norm(x), rows, mean_balance)
         self.losses.append(losses)
         return total
+
+    @property
+    def splits(self) -> bool:
+        """Whether the backward pass for the weights can run apart from that for the inputs.
+
+        Autograd cannot do the gradient of a weight apart from that of what lies between its uses, and what is recomputed
+        for the one pass is gone in the other.
+        """
+        model = self.model
+        between = self.is_last and model.config.tie_word_embeddings and len(model.mtp) > 0
+        return not between and not any(isinstance(module, Recomputed) for module in model.modules())
 
     def _balance(self) -> Tensor | float:
         """The sum over this stage's MoE layers that the pass has met."""
@@ -123,6 +139,29 @@ class Pipeline:
         found = self.stages[-1].losses
         return torch.stack(found).sum(0) if found else torch.zeros(3, device=tokens.device)
 
+    @torch.no_grad()
+    def text_logprobs(self, tokens: Tensor) -> Tensor:
+        """tokens (n, t + 1) -> the log-probability (n, t) of each but the first: stage after stage, told to all ranks."""
+        layout, group, me = self.layout, self.mesh.pp.get_group(), self.mesh.pp.get_local_rank()
+        config, mine = self.stages[0].model.config, dict(zip(layout.stages_of(me), self.stages, strict=True))
+        owners = dict(sorted((stage, rank) for rank in range(layout.pp) for stage in layout.stages_of(rank)))
+        labels = tokens[:, 1:]
+        rows = {"tokens": nn.functional.pad(tokens[:, :-1], (0, config.num_nextn_predict_layers)), "labels": labels}
+        balance = torch.zeros(1, device=tokens.device)  # no part of an evaluation
+        x = torch.empty(*labels.shape, config.hidden_size, dtype=self.stages[0].model.compute, device=tokens.device)
+        logp = torch.empty(labels.shape, device=tokens.device)
+        for number, owner in owners.items():
+            following = owners.get(number + 1, owner)
+            if owner == me:
+                made = mine[number](x, balance, **rows)
+                x, logp = (x, made) if mine[number].is_last else (made[0], logp)
+            if following != owner and owner == me:
+                dist.send(x, group=group, group_dst=following)
+            elif following != owner and following == me:
+                dist.recv(x, group=group, group_src=owner)
+        dist.broadcast(logp, group=group, group_src=owners[layout.stages - 1])
+        return logp
+
     def _schedule(self, micro_batches: int, rows: int, width: int) -> "_Tabled":
         """For so many rows of so many tokens, MTP's among them; what is sent has fixed shapes."""
         model, device = self.stages[0].model, self.mesh.device
@@ -135,8 +174,24 @@ class Pipeline:
         pieces = []
         for stage, index in zip(self.stages, layout.stages_of(self.mesh.pp.get_local_rank()), strict=True):
             ends = tokens if stage.is_first else carried, loss if stage.is_last else carried
-            pieces.append(TorchStage(stage, index, layout.stages, device, *ends, group=self.mesh.pp.get_group()))
+            kind = TorchStage if stage.splits else _Unsplit
+            pieces.append(kind(stage, index, layout.stages, device, *ends, group=self.mesh.pp.get_group()))
         return _Tabled(pieces, replace(layout, micro_batches=micro_batches))
+
+
+class _Unsplit(TorchStage):
+    """A stage whose whole backward pass runs where the schedule has that of its inputs: where autograd cannot part the two.
+
+    The schedule stays as it is; the time of what it has for the weights is spent earlier.
+    """
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward=True, last_backward=last_backward)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Done already."""
 
 
 class _Tabled(_PipelineScheduleRuntime):  # type: ignore[misc]  # torch leaves it untyped

@@ -89,6 +89,9 @@ class Sharding(ABC):
     def publish(self) -> None:  # noqa: B027 - where passes read the parts themselves nothing is to be done
         """After parts have changed: let forward passes see it."""
 
+    def rest(self) -> None:  # noqa: B027 - as above
+        """After forward passes that no backward pass follows: let go of what they have put together."""
+
 
 class FullyShard(Sharding):
     """FSDP2: block by block, a parameter is whole only while it is used. Experts are cut among the edp ranks alone."""
@@ -99,6 +102,7 @@ class FullyShard(Sharding):
             _fully_shard(root, model, layout, mesh)
             materialise(root, model, mesh.device)
         self.parts = [[ShardedParameter(n, p) for n, p in model.named_parameters()] for model in models]
+        self.roots = roots
 
     def zero(self) -> None:
         for part in chain(*self.parts):
@@ -108,6 +112,11 @@ class FullyShard(Sharding):
         for part in chain(*self.parts):
             if part.value.grad is None:  # a module that the step did not need
                 part.value.grad = torch.zeros_like(part.value)
+
+    def rest(self) -> None:
+        for module in chain.from_iterable(root.modules() for root in self.roots):
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import InitVar, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from finback.engine.engine import Engine
 from finback.engine.open import load
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
-from finback.model.logprobs import in_chunks, rows_at_once
+from finback.model.logprobs import in_chunks, rows_at_once, text_logprobs
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import Window
@@ -125,7 +126,9 @@ class Evaluate(Stage):
             if run.check_stop():
                 raise Interrupted
         if self.data:
-            results["bits_per_byte"], flops = bits_by_source(model, run.input(self.data), self.sources, world)
+            results["bits_per_byte"], flops = bits_by_source(
+                partial(text_logprobs, model), model.config, run.input(self.data), self.sources, world
+            )
             run.account(flops_evaluation=flops)
         return results
 

@@ -21,9 +21,6 @@ from finback.train import loop, rates
 from finback.train.precision import ExpertKernel
 from finback.train.rates import Level, Phase
 
-# Knobs that want the whole model on every rank: with a layout they stay at their defaults.
-WHOLE = "probe", "ema_decay", "valid_tokens"
-
 
 @dataclass(frozen=True)
 class Probe:
@@ -124,13 +121,11 @@ class Pretrain(Stage):
             raise self.wrong("batch_size_start", problem, "Correct one of them.")
         if self.keep_best and not self.valid_tokens:
             raise self.wrong("keep_best", "nothing says which is best", "Set valid_tokens as well.")
-        if self.expert_kernel == "grouped_mm" and (self.compute == "fp8" or self.layout is not None):
-            problem = "is for experts in fp32 or bf16 on ranks that hold the whole model"
+        if self.expert_kernel == "grouped_mm" and self.compute == "fp8":
+            problem = "is for experts in fp32 or bf16"
             raise self.wrong("expert_kernel", problem, "Use auto or loop.")
         if self.compile:
             self._check_compile()
-        if self.layout is not None:
-            self._check_layout()
 
     def _check_numbers(self) -> None:
         counts = ("max_tokens", "batch_size", "seq_len", "checkpoint_steps", "keep", "router_steps", "spike_patience")
@@ -145,17 +140,6 @@ class Pretrain(Stage):
         for name, wrong in (("compute", "fp8"), ("recompute", "attention")):
             if getattr(self, name) == wrong:
                 raise self.wrong(name, "cannot be compiled", "Change it, or leave out compile.")
-        if self.layout is not None:
-            raise self.wrong("compile", "is for ranks that hold the whole model", "Leave it out, or the layout.")
-
-    def _check_layout(self) -> None:
-        """UserError for the first knob that a layout cannot serve."""
-        for name in WHOLE:
-            if getattr(self, name) != getattr(Pretrain, name):
-                problem = "wants the whole model on every rank, which a layout does not give it"
-                raise self.wrong(name, problem, "Leave it out, or the layout.")
-        if self.compute == "fp8":
-            raise self.wrong("compute", "is not exchanged between ranks yet", "Use bf16 or fp32.")
 
     @property
     def limit(self) -> int:

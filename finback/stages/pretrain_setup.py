@@ -12,6 +12,7 @@ from finback.checkpoint import models
 from finback.checkpoint.shares import Stored
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
+from finback.model import count
 from finback.model.config import ModelConfig
 from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
@@ -20,7 +21,6 @@ from finback.runs import processor
 from finback.runs.files import read_json, write_json
 from finback.runs.folder import StageRun
 from finback.stages.pretraining import Pretraining
-from finback.train.ema import EMA
 from finback.train.optim import Adam, Muon, is_matrix
 from finback.train.precision import choose_expert_kernel, dtype_of, use_expert_kernel, use_fp8
 from finback.train.trainer import ReplicatedTrainer
@@ -53,22 +53,25 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     use_recompute(model, stage.recompute).train()
     _use_expert_kernel(stage, run, world, model)
     if stage.compile:
-        _compile(stage, run, model)
+        _check_compiler(stage, run)
+        from finback.train import compiling  # seconds of imports that only it needs
+
+        compiling.compile_blocks(model)
     named = list(model.named_parameters())
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
     others = Adam([(n, p) for n, p in named if not is_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0)
-    average = EMA(model, stage.ema_decay) if stage.ema_decay else None
     first: Muon | Adam
     if stage.optimizer == "adamw":
         first = Adam(matrices, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
     else:
         first = Muon(matrices, world, weight_decay=stage.weight_decay, compute=dtype)
-    trainer = ReplicatedTrainer(model, world, (first, others), extras=[average] if average else [])
-    return Pretraining(stage, run, trainer, precision, average)
+    trainer = ReplicatedTrainer(model, world, (first, others), ema_decay=stage.ema_decay)
+    return Pretraining(stage, run, trainer, precision)
 
 
 def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
-    from finback.train.sharded_trainer import ShardedOptions, ShardedTrainer  # a second of imports that only it needs
+    from finback.train.sharded_options import ShardedOptions
+    from finback.train.sharded_trainer import ShardedTrainer  # a second of imports that only it needs
 
     assert stage.layout is not None, "without a layout there is nothing to share out"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +87,15 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     if not dist.is_initialized():
         problem = "needs ranks that communicate"
         raise UserError(f"{stage.name}.layout", str(stage.layout), problem, "Use --ranks or torchrun.")
-    options = ShardedOptions(stage.optimizer, stage.weight_decay, precision)
+    if stage.compile:
+        _check_compiler(stage, run)
+    options = ShardedOptions(**{f.name: getattr(stage, f.name) for f in dataclasses.fields(ShardedOptions)})
+    options = dataclasses.replace(options, compute=precision)
+    if stage.probe is not None:
+        whole = 4 * count.parameters(config) / 2**20
+        run.say(
+            f"{stage.name:10} each probe puts the whole model, {whole:,.0f} MiB, together on every rank for a while"
+        )
     try:
         trainer = ShardedTrainer(config, stage.layout, stage.batch_size, values, options, device)
         stage.layout.check_steps(config, stage.batch_sizes, stage.batch_size)
@@ -93,8 +104,6 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
             raise
         field = "batch_size" if error.value == stage.batch_size else "batch_size_start"  # where a step's rows come from
         raise UserError(f"{stage.name}.{field}", error.value, error.problem, error.remedy) from None
-    for model in trainer.models:
-        use_recompute(model, stage.recompute)
     return Pretraining(stage, run, trainer, precision)
 
 
@@ -112,14 +121,14 @@ def _start(stage: "Pretrain", run: StageRun) -> Path:
     return folder
 
 
-def _compile(stage: "Pretrain", run: StageRun, model: Transformer) -> None:
+def _check_compiler(stage: "Pretrain", run: StageRun) -> None:
+    """UserError where blocks cannot be compiled here."""
     from finback.train import compiling  # seconds of imports that only it needs
 
     problem = compiling.why_not()
     if problem:
         remedy = "Install g++ and Python's headers (Debian: apt-get install g++ python3-dev), or leave it out."
         raise stage.wrong("compile", f"does not work here: {problem}", remedy)
-    compiling.compile_blocks(model)
     run.say(f"{stage.name:10} blocks are compiled in the first step, which may take a minute")
 
 

@@ -17,12 +17,11 @@ from finback.stages.validation import answered
 from finback.tasks import task as tasks
 from finback.train import rates, router_health
 from finback.train.batch import Batch, of_rows
-from finback.train.ema import EMA
 from finback.train.loop import Loop, Training
 from finback.train.loss import LossTerms
 from finback.train.precision import dtype_of
 from finback.train.spikes import Spikes
-from finback.train.trainer import Trainer, save
+from finback.train.trainer import Trainer
 
 if TYPE_CHECKING:
     from finback.stages.pretrain import Pretrain, Probe
@@ -36,12 +35,10 @@ class Pretraining(Training):
 
     unit = "tokens"
 
-    def __init__(
-        self, stage: "Pretrain", run: StageRun, trainer: Trainer, precision: str, average: EMA | None = None
-    ) -> None:
+    def __init__(self, stage: "Pretrain", run: StageRun, trainer: Trainer, precision: str) -> None:
         super().__init__(run, trainer, stage.limit, stage.checkpoint_steps, dtype_of(precision))
         self.keep, self.stage, self.config = stage.keep, stage, trainer.model.config
-        self.precision, self.average = precision, average
+        self.precision = precision
         self.folder = run.input(stage.data)
         self.tokenizer = Tokenizer(self.folder)
         self.depths = self.config.num_nextn_predict_layers
@@ -86,8 +83,7 @@ class Pretraining(Training):
             self.run.say(f"{stage.name:10} step {loop.step} skipped: loss {loss:.3f}, gradient norm {norm:.3g}")
             return metrics | {"lr": 0.0, "skipped": verdict}
         trainer.update(*self.lrs)
-        if self.average is not None:
-            self.average.update(trainer.model)
+        trainer.average()
         health = trainer.balance(rates.level(stage.bias_speed, self.tokens))
         if trainer.is_whole and trainer.routers and loop.step % stage.router_steps == 0:
             described = {"step": loop.step, "tokens": self.tokens, **router_health.describe(health, trainer.routers)}
@@ -170,16 +166,15 @@ class Pretraining(Training):
             self.run.say(f"{self.stage.name:10} probe: {exams.remark()}")
         sampling = SamplingParams(temperature=0.0, max_tokens=probe.max_tokens)
         given = self.tokenizer, probe.task, problems, [0] * len(problems), sampling, True, self.world
-        right, flops = answered(self.trainer.model, *given)
+        right, flops = answered(self.trainer.gathered(), *given)
         loop.spend(evaluation=flops)
         return sum(right) / len(right)
 
     def bits_per_byte(self, loop: Loop) -> dict[str, float]:
-        """How well the model compresses each source's validation text; {} on ranks that hold no whole model."""
-        found = self.trainer.whole(self.run)
-        if found is None:
-            return {}
-        bits, flops = bits_by_source(found[0], self.folder, self.loader.shares, found[1])
+        """How well the model compresses each source's validation text."""
+        trainer, sources = self.trainer, self.loader.shares
+        part = trainer.data_rank, trainer.data_ranks
+        bits, flops = bits_by_source(trainer.text_logprobs, self.config, self.folder, sources, self.world, part)
         loop.spend(evaluation=flops)
         return {name: value for name, value in bits.items() if value is not None}
 
@@ -231,8 +226,9 @@ class Pretraining(Training):
         """Write the model, its average beside it, and say what came of the training."""
         stage, run = self.stage, self.run
         self.trainer.export(run, run.folder, self.tokenizer)
-        if self.average is not None and run.is_writer:
-            save(run.folder / "average", self.average.model(self.trainer.model), self.tokenizer)
+        if stage.ema_decay:
+            with self.trainer.averaged():
+                self.trainer.export(run, run.folder / "average", self.tokenizer)
         bits = self.bits_per_byte(loop)
         loop.account()
         late = [r for r in read_lines(run.folder / METRICS) if "max_violation" in r][-100:]

@@ -1,39 +1,50 @@
 """The running average of a model's weights (V3 3.2.3): steadier than the weights themselves, ready before the decay."""
 
-import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from finback.model.transformer import Transformer
+CPU = torch.device("cpu")
 
 
 class EMA:
-    """w̄ <- decay · w̄ + (1 - decay) · w for every parameter, in fp32 on the CPU."""
+    """w̄ <- decay · w̄ + (1 - decay) · w for tensors by name, in fp32 on `device`."""
 
-    def __init__(self, model: Transformer, decay: float) -> None:
-        self.decay = decay
-        self.weights = {n: p.detach().float().cpu().clone() for n, p in model.named_parameters()}
+    def __init__(self, named: Sequence[tuple[str, Tensor]], decay: float, device: torch.device = CPU) -> None:
+        self.decay, self.tensors = decay, [t.detach() for _, t in named]
+        self.names = [name for name, _ in named]
+        self.averages = [t.to(device, torch.float32, copy=True) for t in self.tensors]
 
     @torch.no_grad()
-    def update(self, model: Transformer) -> None:
-        """Take the model's weights into the average."""
-        now = [p.detach().float().cpu() for p in model.parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), now, 1 - self.decay)
+    def update(self) -> None:
+        """Take the tensors into the average."""
+        now = [t.to(average.device, torch.float32) for t, average in zip(self.tensors, self.averages, strict=True)]
+        torch._foreach_lerp_(self.averages, now, 1 - self.decay)
 
-    def model(self, model: Transformer) -> Transformer:
-        """A copy of `model` with the averaged weights; buffers, the routers' biases among them, are its own."""
-        averaged = copy.deepcopy(model)
-        with torch.no_grad():
-            for name, p in averaged.named_parameters():
-                p.copy_(self.weights[name])
-        return averaged
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Let the tensors be the average, in place, and the average keep them, to the bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for tensor, average in zip(self.tensors, self.averages, strict=True):
+            assert tensor.dtype == torch.float32, "what is swapped keeps its digits"
+            before = tensor.clone()
+            tensor.copy_(average)
+            average.copy_(before)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
-        return {f"average.{name}": t for name, t in self.weights.items()}
+        return {f"average.{name}": t for name, t in zip(self.names, self.averages, strict=True)}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take the average back from a checkpoint."""
-        for name, t in self.weights.items():
-            t.copy_(tensors[f"average.{name}"])
+        for name, t in self.state().items():
+            t.copy_(tensors[name])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from finback.parallel.mesh import World, flat_gradients
 
 NEWTON_SCHULZ_STEPS, MOMENTUM = 5, 0.95
+NORM_PIECE = 2**16  # numbers whose squares are added up in fp32
 Named = Sequence[tuple[str, nn.Parameter]]  # parameters by name
 
 
@@ -26,10 +27,19 @@ class Gradients:
     def finish(self, world: World, max_norm: float) -> float:
         """Sum over ranks, clip to the global norm `max_norm`; returns the norm before clipping."""
         world.sum_(self.flat)
-        norm = float(self.flat.norm())
+        norm = exact_norm(self.flat)
         if math.isfinite(norm) and norm > max_norm:
             self.flat.mul_(max_norm / norm)
         return norm
+
+
+def exact_norm(flat: Tensor) -> float:
+    """The Euclidean norm of many numbers (n,): of pieces, then of their norms.
+
+    torch adds up a float tensor's squares on a CPU in a few fp32 sums: a norm of 1.4 M numbers is off by 2e-5 of its size,
+    that of 200 M by 3 %.
+    """
+    return float(torch.stack(torch._foreach_norm(flat.split(NORM_PIECE))).double().norm())
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:

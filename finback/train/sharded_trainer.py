@@ -1,9 +1,10 @@
 """Training a model that lies on many ranks by a layout; the same losses and updates as ReplicatedTrainer on one."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,35 +13,29 @@ from torch import Tensor
 from finback.checkpoint.distributed import Steps, newest, whole_model
 from finback.checkpoint.shares import Seeded, Values
 from finback.checkpoint.store import KEEP
+from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
+from finback.model.logprobs import text_logprobs
 from finback.model.moe import Router, max_violation
 from finback.model.transformer import Transformer
 from finback.parallel.build import build
+from finback.parallel.gather import gather
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh, World
 from finback.parallel.pipeline import Pipeline, PipelineStage, Rows, is_twice, sum_copies
-from finback.parallel.shard import ShardedParameter, finish
+from finback.parallel.shard import ShardedParameter, finish, like, local
 from finback.runs.folder import StageRun
 from finback.train.batch import Batch
+from finback.train.ema import EMA
 from finback.train.loss import Losses, LossTerms, token_losses, training_losses
 from finback.train.optim import is_matrix
-from finback.train.precision import dtype_of
 from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam, ShardedMuon
-from finback.train.trainer import Trainer
+from finback.train.sharded_options import ShardedOptions
+from finback.train.trainer import Trainer, save
 
+PLAIN = ShardedOptions()
 SHARDS = "sharded"  # the folder of its checkpoints within a stage's
-
-
-@dataclass(frozen=True)
-class ShardedOptions:
-    """How a sharded model computes and is updated: the knobs of Pretrain that have these names."""
-
-    # for hidden matrices; the rest is AdamW's
-    optimizer: Literal["muon", "adamw"] = "muon"
-    # of hidden matrices
-    weight_decay: float = 0.05
-    compute: Literal["fp32", "bf16", "fp8"] = "fp32"
 
 
 class ShardedTrainer(Trainer):
@@ -52,7 +47,7 @@ class ShardedTrainer(Trainer):
         layout: Layout,
         rows: int,
         values: Values | int,
-        options: ShardedOptions = ShardedOptions(),
+        options: ShardedOptions = PLAIN,
         device: str = "cpu",
     ) -> None:
         """rows: those of a full step over all ranks.
@@ -61,13 +56,14 @@ class ShardedTrainer(Trainer):
         """
         layout.check_trainable(config, rows, dist.get_world_size())
         self.config, self.layout, self.rows, self.options = config, layout, rows, options
-        self.compute = dtype_of(options.compute)
         self.mesh = Mesh.of(layout, device)
         self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank(), layout.dp
         # of the step at hand, for the loss at the end of a pipeline
         self.terms = LossTerms([1.0])
         values = Seeded(config, values) if isinstance(values, int) else values
-        self.models, roots, self.sharding = build(config, layout, self.mesh, values, self.compute, self._loss)
+        self.models, self.roots, self.sharding = build(
+            config, layout, self.mesh, values, options.dtype, self._loss, options.put_on
+        )
         self.model = self.models[0]
         self.routers: list[Router] = [router for model in self.models for router in model.routers()]
         self.is_whole = layout.pp == 1
@@ -75,9 +71,12 @@ class ShardedTrainer(Trainer):
         for number, parts in zip(self.stages, self.sharding.parts, strict=True):
             for part in parts:
                 part.is_copy = part.name == "embed" and number > 0
-        stages = [root for root in roots if isinstance(root, PipelineStage)]
+        stages = [root for root in self.roots if isinstance(root, PipelineStage)]
         self.pipeline = Pipeline(stages, layout, self.mesh) if stages else None
         self.optimizers = [self._optimizers(stage) for stage in self.sharding.parts]
+        if options.ema_decay:
+            stages_of_parts = [[(p.name, local(p.value)) for p in parts] for parts in self.sharding.parts]
+            self.averages = [EMA(named, options.ema_decay, self.mesh.device) for named in stages_of_parts]
         self._steps: Steps | None = None
         # the whole model of a checkpoint, as far as it was asked for
         self._whole: tuple[Path, Transformer] | None = None
@@ -95,7 +94,7 @@ class ShardedTrainer(Trainer):
         adam = ShardedAdam(others, betas=betas, weight_decay=0.0)
         if self.options.optimizer == "adamw":
             return ShardedAdam(matrices, betas=betas, weight_decay=decay), adam
-        return ShardedMuon(matrices, weight_decay=decay, compute=self.compute), adam
+        return ShardedMuon(matrices, weight_decay=decay, compute=self.options.dtype), adam
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -159,6 +158,32 @@ class ShardedTrainer(Trainer):
         dist.all_reduce(idle)
         return Health(worst.item(), round(idle.item()), loads)
 
+    # ---- looking at it ---------------------------------------------------------------------------------------------
+
+    def text_logprobs(self, tokens: Tensor) -> Tensor:
+        """Share by share, as training reads."""
+        for root in self.roots:
+            root.eval()
+        tokens = tokens.to(self.mesh.device)
+        logp = text_logprobs(self.model, tokens) if self.pipeline is None else self.pipeline.text_logprobs(tokens)
+        for root in self.roots:
+            root.train()
+        self.sharding.rest()
+        return logp
+
+    def gathered(self) -> Transformer:
+        model = self.options.put_on(Transformer(self.config, self.options.dtype)).to(self.mesh.device)
+        held: dict[str, Tensor] = {p.name: p.value for p in self.parts if not p.is_copy}
+        gather(held | self._biases(), self.mesh, model)
+        return model
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        with super().averaged():
+            self.sharding.publish()
+            yield
+        self.sharding.publish()
+
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def steps(self, run: StageRun) -> Steps:
@@ -188,6 +213,11 @@ class ShardedTrainer(Trainer):
             self._whole = path, model
         return self._whole[1], World()
 
+    def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
+        model = self.gathered()
+        if run.is_writer:
+            save(folder, model, tokenizer)
+
     def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
         """The newest checkpoint, whatever layout wrote it."""
         self.settle()
@@ -204,19 +234,24 @@ class ShardedTrainer(Trainer):
 
         Tensors are the state itself: reading a checkpoint into them changes it.
         """
-        state = self._state(copies=False)
-        for model in self.models:
-            names = (n for n, _ in model.named_buffers() if n.endswith("router.bias"))
-            state |= {f"model.{name}": model.get_buffer(name) for name in names}
-        return state
+        return self._state(copies=False) | {f"model.{name}": bias for name, bias in self._biases().items()}
+
+    def _biases(self) -> dict[str, Tensor]:
+        """The routers' biases on this rank."""
+        return {n: b for model in self.models for n, b in model.named_buffers() if n.endswith("router.bias")}
 
     def _state(self, copies: bool) -> dict[str, Tensor]:
-        """Parameters and their optimizers' state: those that an earlier stage has as well, or all others."""
+        """Parameters, their averages and optimizers' state: those that an earlier stage has as well, or all others."""
         found: dict[str, Tensor] = {}
-        for number, parts, (matrices, others) in zip(self.stages, self.sharding.parts, self.optimizers, strict=True):
+        everything = zip(self.stages, self.sharding.parts, self.optimizers, strict=True)
+        for at, (number, parts, (matrices, others)) in enumerate(everything):
             tensors = {f"model.{part.name}": part.value.detach() for part in parts} | matrices.state() | others.state()
+            for average in self.averages[at : at + 1]:
+                averages = zip(average.state().items(), parts, strict=True)
+                tensors |= {name: like(tensor, part.value) for (name, tensor), part in averages}
             for name, tensor in tensors.items():
-                if copies == (number > 0 and (name == "model.embed" or name.startswith("adam.embed."))):
+                twice = name in ("model.embed", "average.embed") or name.startswith("adam.embed.")
+                if copies == (number > 0 and twice):
                     # DCP's safetensors have no tensors without a dimension
                     found[name] = tensor if tensor.ndim else tensor.view(1)
         return found

@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from finback.checkpoint import models, store
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
+from finback.model.logprobs import text_logprobs
 from finback.model.moe import Router
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.runs.folder import StageRun
 from finback.train import router_health
 from finback.train.batch import Batch
+from finback.train.ema import EMA
 from finback.train.loss import LossTerms, training_losses
 from finback.train.optim import Gradients
 from finback.train.router_health import Health
@@ -53,6 +56,8 @@ class Trainer(ABC):
     # those of the layers that this rank holds, and whether these are all layers
     routers: list[Router]
     is_whole: bool = True
+    # running averages of the weights that lie here
+    averages: Sequence[EMA] = ()
 
     @abstractmethod
     def zero(self) -> None:
@@ -91,6 +96,27 @@ class Trainer(ABC):
         """Wait for a checkpoint that is still being written."""
 
     @abstractmethod
+    def text_logprobs(self, tokens: Tensor) -> Tensor:
+        """As model/logprobs.py has it; all ranks call it equally often, those of one data_rank with the same tokens."""
+
+    @abstractmethod
+    def gathered(self) -> Transformer:
+        """The model as it is now, whole on every rank, to generate with; not to be kept."""
+
+    def average(self) -> None:
+        """Take the weights into their running averages, where there are any."""
+        for average in self.averages:
+            average.update()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the weights be their running averages."""
+        with ExitStack() as stack:
+            for average in self.averages:
+                stack.enter_context(average.swapped())
+            yield
+
+    @abstractmethod
     def whole(self, run: StageRun) -> tuple[Transformer, World] | None:
         """The whole model after training and the ranks that hold it; None on ranks that hold none of them."""
 
@@ -111,7 +137,8 @@ def save(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
 class ReplicatedTrainer(Trainer):
     """The whole model on every rank; ranks share a step's rows and sum their gradients.
 
-    named: the parameters to train (all of them by default). extras: what else a checkpoint keeps.
+    named: the parameters to train (all of them by default). extras: what else a checkpoint keeps. ema_decay: of a running
+    average of all weights.
     """
 
     def __init__(
@@ -121,11 +148,13 @@ class ReplicatedTrainer(Trainer):
         optimizers: Sequence[Optimizer],
         named: Sequence[tuple[str, nn.Parameter]] | None = None,
         extras: Sequence[Stateful] = (),
+        ema_decay: float = 0.0,
     ) -> None:
         self.model, self.world = model, world
         self.data_rank, self.data_ranks = world.rank, world.size
         self.gradients = Gradients([p for _, p in named or list(model.named_parameters())])
-        self.optimizers, self.extras = optimizers, extras
+        self.averages = [EMA(list(model.named_parameters()), ema_decay)] if ema_decay else []
+        self.optimizers, self.extras = optimizers, [*extras, *self.averages]
         # a frozen MTP module's routers stay as they are
         frozen = named is not None and not any(n.startswith("mtp.") for n, _ in named)
         self.routers = [m for m in (model.blocks if frozen else model).modules() if isinstance(m, Router)]
@@ -167,6 +196,12 @@ class ReplicatedTrainer(Trainer):
         for part in (*self.optimizers, *self.extras):
             part.load_state(tensors)
         return step, meta
+
+    def text_logprobs(self, tokens: Tensor) -> Tensor:
+        return text_logprobs(self.model, tokens)
+
+    def gathered(self) -> Transformer:
+        return self.model
 
     def whole(self, run: StageRun) -> tuple[Transformer, World]:
         return self.model, self.world
