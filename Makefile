@@ -44,10 +44,10 @@ $(VENV)/.clients: $(VENV)/.dev
 	$(VENV)/clients/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'lm_eval[api]==0.4.13' transformers==5.23.0 llm==0.36
 	touch $@
 
-# the peers whose losses ours are compared with
+# the peers whose losses and adapters ours are compared with
 $(VENV)/.oracles: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)/oracles
-	$(VENV)/oracles/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 verl==0.9.1
+	$(VENV)/oracles/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 verl==0.9.1 peft==0.21.2
 	touch $@
 
 test-slow: $(VENV)/.slow $(VENV)/.clients $(VENV)/.oracles

@@ -29,8 +29,8 @@ from finback.train.loss import LossTerms, training_losses
 from tests.toy import CONFIG
 
 MLA = dataclasses.replace(CONFIG, initializer_range=0.15)
-# V2-Lite takes queries from the hidden state
-LITE = dataclasses.replace(MLA, q_lora_rank=None, scoring_func="softmax")
+# queries straight from the hidden state, as V2-Lite has them
+LITE = dataclasses.replace(MLA, q_lora_rank=None)
 GQA = ModelConfig(
     *(320, 32, 2, 4, 48),
     attention="gqa",
@@ -45,20 +45,20 @@ CONFIGS = {"mla": MLA, "lite": LITE, "gqa": GQA}
 ROWS = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-def base_of(family: str, form: BaseFormat = "fp32") -> Transformer:
-    model = Transformer(CONFIGS[family]).initialise(0).eval()
+def base_of(family: str, form: BaseFormat = "fp32", std: float = 0.15) -> Transformer:
+    model = Transformer(dataclasses.replace(CONFIGS[family], initializer_range=std)).initialise(0).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(base_dtype(form))
     return model
 
 
-def adapted(family: str, lora: LoRA, learnt: bool = True) -> AdaptedTransformer:
+def adapted(family: str, lora: LoRA, learnt: bool = True, std: float = 0.15) -> AdaptedTransformer:
     """A base with an adapter that has learnt something."""
-    model = add_lora(freeze(base_of(family, lora.base), lora.base), lora, seed=3)
+    model = add_lora(freeze(base_of(family, lora.base, std), lora.base), lora, seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, parameter in adapter_parameters(model):
         if learnt and name.endswith(".b"):
-            parameter.data.normal_(0, 0.3, generator=generator)
+            parameter.data.normal_(0, 2 * std, generator=generator)
     return model
 
 

@@ -11,6 +11,7 @@ from finback.checkpoint.hf_config import read_config
 from finback.checkpoint.models import WeightDtype, find_model
 from finback.data.tokenizer import Tokenizer
 from finback.report.model_card import write_card
+from finback.runs.adapters import tokenizer_place
 
 # no more memory than the result needs; FP8 that came in goes out as it is
 _WEIGHTS: dict[Format, WeightDtype] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
@@ -22,8 +23,9 @@ def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
     weights.check_target(folder)
     own = (source / "model.json").is_file()
     model = models.load(source, weights="fp32" if own else _WEIGHTS[fmt])
-    has_tokenizer = source.suffix == ".gguf" or (source / "tokenizer.json").is_file()
-    tokenizer = Tokenizer(source) if has_tokenizer else None
+    place = tokenizer_place(source)
+    has_tokenizer = place.suffix == ".gguf" or (place / "tokenizer.json").is_file()
+    tokenizer = Tokenizer(place) if has_tokenizer else None
 
     def extras(part: Path) -> None:
         if tokenizer is not None:
