@@ -110,7 +110,7 @@ def test_a_layout_trains_as_whole_copies_do(name: str, plain: tuple[Path, list[f
     log = run(folder, name, LAYOUTS[name])
     assert len(log) == 20 and [r["loss"] for r in log] == pytest.approx(losses, abs=1e-5)
     stage = folder / "runs" / name / "base"
-    assert (stage / "model.safetensors").is_file() and not (stage / "sharded").exists()
+    assert (stage / "model.safetensors.index.json").is_file() and not (stage / "sharded").exists()
     bits = [
         read_json(folder / "runs" / n / "base/manifest.json")["results"]["bits_per_byte"]["words"]
         for n in (name, "plain")

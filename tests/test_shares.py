@@ -7,16 +7,20 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from finback.checkpoint import models, shares
-from finback.checkpoint.export import export
+from finback.checkpoint.export import Format, export
 from finback.checkpoint.shares import Seeded, Share, Values, runs
+from finback.checkpoint.tensor_file import TensorFile
 from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
 from finback.parallel.build import build
 from finback.parallel.build import shares as shares_of
+from finback.parallel.export import export_shares, save_shares
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh
 from tests.many import MANY, on_ranks, pipeline
@@ -77,8 +81,8 @@ def test_a_seed_gives_every_share_what_one_rank_draws(members: int) -> None:
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "bf16", "fp8"])
-def test_files_give_every_share_what_one_rank_reads(tmp_path: Path, fmt: str) -> None:
-    export(model(WIDE), tmp_path / "out", fmt, shard_bytes=200_000)  # type: ignore[arg-type]
+def test_files_give_every_share_what_one_rank_reads(tmp_path: Path, fmt: Format) -> None:
+    export(model(WIDE), tmp_path / "out", fmt, shard_bytes=200_000)
     whole = models.load(tmp_path / "out").state_dict()
     config, values = models.stored(tmp_path / "out")
     assert config == models.load(tmp_path / "out").config
@@ -107,40 +111,119 @@ def test_a_stages_own_file_gives_shares_and_is_checked(tmp_path: Path) -> None:
 
 
 LAYOUTS = [
-    Layout(dp=4),
     Layout(dp=4, ep=2),
-    Layout(dp=4, ep=2, sharding="zero1"),
     pipeline("interleaved", dp=2, ep=2),
+    Layout(dp=4),
+    Layout(dp=4, ep=2, sharding="zero1"),
     pipeline("1f1b", dp=2, sharding="zero1"),
 ]
+FORMATS: tuple[Format, ...] = ("fp32", "bf16", "fp8")
 
 
-def _built(folder: str) -> None:
-    whole = models.load(Path(folder)).state_dict()
-    config, stored = models.stored(Path(folder))
-    sources: list[tuple[Values, dict[str, Tensor]]] = [(stored, whole), (Seeded(config, 3), _seeded(config))]
-    for layout in LAYOUTS:
+def _together(folder: str, layouts: int) -> None:
+    for number, layout in enumerate(LAYOUTS[:layouts]):
         mesh = Mesh.of(layout, "cpu")
-        for values, expected in sources:
-            made = build(config, layout, mesh, values, loss=lambda *_: (torch.zeros(()), torch.zeros(3)))
-            mine = shares_of(made.models, mesh)
-            agree(mine, expected)
-            for each in made.models:
-                assert torch.equal(each.cos, Transformer(config).cos), "buffers are there as well"
-                assert not any(router.load.any() for router in each.routers())
+        _fill(Path(folder) / "quantized", layout, mesh)
+        _export(Path(folder), number, layout, mesh)
+    _fail(Path(folder), mesh, layout)
+
+
+def _made(config: ModelConfig, layout: Layout, mesh: Mesh, values: Values) -> list[Share]:
+    made = build(config, layout, mesh, values, loss=lambda *_: (torch.zeros(()), torch.zeros(3)))
+    for each in made.models:
+        assert torch.equal(each.cos, Transformer(config).cos), "buffers are there as well"
+        assert not any(router.load.any() for router in each.routers())
+    return shares_of(made.models, mesh)
+
+
+def _fill(folder: Path, layout: Layout, mesh: Mesh) -> None:
+    """Out of FP8 files, and from a seed, against what one rank has."""
+    whole = models.load(folder).state_dict()
+    config, stored = models.stored(folder)
+    seeded = Transformer(config).initialise(3).state_dict()
+    for values, expected in ((stored, whole), (Seeded(config, 3), seeded)):
+        mine = _made(config, layout, mesh, values)
+        agree(mine, expected)
+        if layout == Layout(dp=4):
             held = sum(share.local.numel() for share in mine)
-            if layout == Layout(dp=4):
-                assert held < 0.27 * sum(tensor.numel() for tensor in whole.values())
-            everyone: list[set[str]] = [set()] * 4
-            dist.all_gather_object(everyone, {share.name for share in mine})
-            assert set.union(*everyone) == whole.keys() - ({"head.weight"} if config.tie_word_embeddings else set())
+            assert held < 0.27 * sum(tensor.numel() for tensor in whole.values())
+        everyone: list[set[str]] = [set()] * 4
+        dist.all_gather_object(everyone, {share.name for share in mine})
+        tied = {"head.weight"} if config.tie_word_embeddings else set()
+        assert set.union(*everyone) == whole.keys() - tied
 
 
-def _seeded(config: ModelConfig) -> dict[str, Tensor]:
-    return Transformer(config).initialise(3).state_dict()
+def _export(folder: Path, number: int, layout: Layout, mesh: Mesh) -> None:
+    config, stored = models.stored(folder / "start")
+    mine = _made(config, layout, mesh, stored)
+    for fmt in FORMATS if number < 2 else FORMATS[:1]:
+        export_shares(config, mine, folder / f"{number}-{fmt}", fmt, shard_bytes=60_000)
+    save_shares(config, mine, folder / f"{number}")
 
 
-@pytest.mark.parametrize("config", [WIDE, pytest.param(TIED, marks=pytest.mark.slow)], ids=["wide", "tied"])
-def test_ranks_fill_their_shares_alone(tmp_path: Path, config: ModelConfig) -> None:
-    export(model(config), tmp_path / "out", "fp8")
-    on_ranks(4, _built, str(tmp_path / "out"))
+def _fail(folder: Path, mesh: Mesh, layout: Layout) -> None:
+    """A full disk on one rank, and a folder that is taken: all ranks stop, and leave nothing."""
+    config, stored = models.stored(folder / "start")
+    mine = _made(config, layout, mesh, stored)
+    full = OSError(28, "No space left on device")
+    for function, name in ((export_shares, "full"), (save_shares, "full-own")):
+        with (
+            mock.patch.object(TensorFile, "write", side_effect=full if dist.get_rank() == 2 else None),
+            mock.patch.object(TensorFile, "close", return_value=""),
+            pytest.raises(OSError, match=r"No space left.*rank 2"),
+        ):
+            function(config, mine, folder / name)
+    with pytest.raises(UserError, match="start': exists and is not empty"):
+        export_shares(config, mine, folder / "start")
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def together(tmp_path: Path, config: ModelConfig, layouts: int) -> Transformer:
+    """Fill and export on four ranks; the model on one, whose exports all of theirs are."""
+    whole = model(config)
+    (tmp_path / "start").mkdir()
+    models.save(tmp_path / "start", whole)
+    export(whole, tmp_path / "quantized", "fp8")
+    on_ranks(4, _together, str(tmp_path), layouts)
+    for fmt in FORMATS:
+        export(whole, tmp_path / fmt, fmt)
+    for number in range(layouts):
+        for fmt in FORMATS if number < 2 else FORMATS[:1]:
+            folder = tmp_path / f"{number}-{fmt}"
+            found, expected = _tensors(folder), _tensors(tmp_path / fmt)
+            assert found.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert tensor.dtype == found[name].dtype and torch.equal(tensor.float(), found[name].float()), name
+            assert (folder / "config.json").read_text() == (tmp_path / fmt / "config.json").read_text()
+            assert len(list(folder.glob("*.safetensors"))) >= 4, "all ranks write"
+        for name, tensor in models.load(tmp_path / f"{number}").state_dict().items():
+            assert torch.equal(tensor, whole.state_dict()[name]), name
+    assert not list(tmp_path.rglob(".*")) and not list((tmp_path / "full-own").iterdir()), "nothing unfinished is left"
+    assert not (tmp_path / "full").exists()
+    return whole
+
+
+def test_ranks_fill_and_write_together_what_one_does(tmp_path: Path) -> None:
+    whole = together(tmp_path, WIDE, 2)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "0-fp32")
+    tokens = torch.arange(3, 19)[None]
+    torch.testing.assert_close(theirs(tokens).logits, whole.eval().logits(whole(tokens)), atol=1e-5, rtol=0)
+    victim = sorted((tmp_path / "1").glob("*.safetensors"))[1]
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    for read in (models.load, models.stored):
+        with pytest.raises(UserError, match="does not match its digest"):
+            read(tmp_path / "1")
+    victim.unlink()
+    with pytest.raises(UserError, match="the file is missing"):
+        models.load(tmp_path / "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [WIDE, TIED], ids=["wide", "tied"])
+def test_every_layout_does(tmp_path: Path, config: ModelConfig) -> None:
+    together(tmp_path, config, len(LAYOUTS))

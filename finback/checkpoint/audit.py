@@ -48,13 +48,13 @@ class Audit:
                 raise UserError(found[0], where, problem, "`finback verify` lists every tensor.")
 
 
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face tensors that a model consists of, and their shapes; builds no weights."""
+def shapes(config: ModelConfig, biases: bool = False) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face tensors that a model consists of (see names.table), and their shapes; builds no weights."""
     with torch.device("meta"):
         model = Transformer(config)
     found = {}
     state = model.state_dict()
-    for ours, theirs in names.table(config).items():
+    for ours, theirs in names.table(config, biases).items():
         shape = state[ours].shape
         if len(theirs) == 1:
             found[theirs[0]] = tuple(shape)

@@ -45,7 +45,21 @@ def export(
     exists with something in it or the disk is too small.
     """
     folder = check_target(folder)
-    raw = raw_config(model.config, "float32" if fmt == "fp32" else "bfloat16") | (settings or {})
+    unfinished = begin(folder, model.config, fmt)
+    try:
+        _write_weights(model, unfinished, fmt, shard_bytes)
+        complete(unfinished, folder, config_json(model.config, fmt, settings), extras)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise as_os_error(error, folder) from None
+        raise
+    return sorted(folder.iterdir())
+
+
+def config_json(config: ModelConfig, fmt: Format, settings: dict[str, Any] | None) -> dict[str, Any]:
+    """What config.json holds."""
+    raw = raw_config(config, "float32" if fmt == "fp32" else "bfloat16") | (settings or {})
     if fmt == "fp8":
         raw["quantization_config"] = {
             "quant_method": "fp8",
@@ -53,27 +67,28 @@ def export(
             "activation_scheme": "dynamic",
             "weight_block_size": [128, 128],
         } | raw.get("quantization_config", {})
-    needed = sum(size for _, size in _sizes(model.config, fmt))
+    return raw
+
+
+def begin(folder: Path, config: ModelConfig, fmt: Format) -> Path:
+    """A new folder beside the one that is to be; UserError when the disk is too small."""
+    needed = sum(size for _, size in _sizes(config, fmt))
     free = shutil.disk_usage(folder.parent).free
     if free < 1.05 * needed:
         problem = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         raise UserError("folder", str(folder), problem, "Use another disk.")
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        _write_weights(model, unfinished, fmt, shard_bytes)
-        (unfinished / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        if extras:
-            extras(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's own is for its owner alone
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise as_os_error(error, folder) from None
-        raise
-    return sorted(folder.iterdir())
+    return Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+
+
+def complete(unfinished: Path, folder: Path, raw: dict[str, Any], extras: Callable[[Path], None] | None) -> None:
+    """Add what belongs beside the weights, and give the folder its name."""
+    (unfinished / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    if extras:
+        extras(unfinished)
+    unfinished.chmod(0o755)  # mkdtemp's own is for its owner alone
+    if folder.exists():
+        folder.rmdir()
+    unfinished.rename(folder)
 
 
 def check_target(folder: Path) -> Path:
@@ -96,7 +111,7 @@ def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
         for index, name in enumerate(theirs):
             piece = part(state[ours], index, len(theirs))
             if factors is None:
-                yield from _cast(name, piece, fmt)
+                yield from cast(name, piece, fmt)
                 continue
             scale = part(factors, index, len(theirs))
             if fmt == "fp8":  # kept in FP8: the same values go out again
@@ -104,17 +119,18 @@ def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
                 yield name, piece.contiguous()
             else:
                 yield name, fp8.dequantize(piece, scale, _DTYPES[fmt])
-    for copy, original in _copies(config).items():
+    for copy, original in copies(config).items():
         tensor = state["embed" if original == "model.embed_tokens.weight" else "head.weight"]
-        yield from _cast(copy, tensor.clone(), fmt)  # safetensors refuses two names for one memory
+        yield from cast(copy, tensor.clone(), fmt)  # safetensors refuses two names for one memory
 
 
-def _copies(config: ModelConfig) -> dict[str, str]:
+def copies(config: ModelConfig) -> dict[str, str]:
     """The copies that go into a file: MTP's, which other engines read; a tied head does not."""
     return {copy: original for copy, original in names.copies(config).items() if copy != "lm_head.weight"}
 
 
-def _cast(name: str, tensor: Tensor, fmt: Format) -> Iterator[tuple[str, Tensor]]:
+def cast(name: str, tensor: Tensor, fmt: Format) -> Iterator[tuple[str, Tensor]]:
+    """What is stored of a tensor, as `stored_as` announces it."""
     if name.endswith("e_score_correction_bias"):
         yield name, tensor.float().contiguous()
     elif fmt == "fp8" and is_quantized(name):
@@ -130,33 +146,49 @@ def is_quantized(name: str) -> bool:
     return name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight")) and not name.endswith("eh_proj.weight")
 
 
+def stored_as(name: str, shape: tuple[int, ...], fmt: Format) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtypes and shapes that a file has of a tensor: its own, and in FP8 those of its factors."""
+    if name.endswith("e_score_correction_bias"):
+        return {name: (torch.float32, shape)}
+    if fmt != "fp8" or not is_quantized(name):
+        return {name: (_DTYPES[fmt], shape)}
+    factors = fp8.blocks(shape[0]), fp8.blocks(shape[1])
+    return {name + SCALE: (torch.float32, factors), name: (torch.float8_e4m3fn, shape)}
+
+
 def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
     """Bytes of each tensor of an export, in the order of `tensors`."""
     found = shapes(config)
-    found |= {copy: found[original] for copy, original in _copies(config).items()}
+    found |= {copy: found[original] for copy, original in copies(config).items()}
     for name, shape in found.items():
-        count = math.prod(shape)
-        if fmt == "fp8" and is_quantized(name):
-            yield name, count + 4 * fp8.blocks(shape[0]) * fp8.blocks(shape[1])
-        else:
-            yield name, count * (4 if fmt == "fp32" or name.endswith("correction_bias") else 2)
+        yield name, size(name, shape, fmt)
+
+
+def size(name: str, shape: tuple[int, ...], fmt: Format) -> int:
+    """Bytes of a tensor in a file, factors included."""
+    return sum(math.prod(s) * dtype.itemsize for dtype, s in stored_as(name, shape, fmt).values())
+
+
+def lies_beside(config: ModelConfig) -> tuple[str, ...]:
+    """How the names begin of what transformers would call unexpected: MTP layers, whose files no index names."""
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    return tuple(f"model.layers.{layer}." for layer in layers if layer != RELEASED_MTP_LAYER)
 
 
 def _plan(config: ModelConfig, fmt: Format, shard_bytes: int) -> dict[str, str]:
     """Which file each tensor goes into: one, or numbered shards; MTP layers beside them unless transformers lets them be."""
-    layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
-    apart = tuple(f"model.layers.{layer}." for layer in layers if layer != RELEASED_MTP_LAYER)
+    apart = lies_beside(config)
     groups: list[list[str]] = [[]]
     beside, filled = [], 0
-    for name, size in _sizes(config, fmt):
+    for name, count in _sizes(config, fmt):
         if name.startswith(apart):  # never, when there are none
             beside.append(name)
             continue
-        if filled and filled + size > shard_bytes:
+        if filled and filled + count > shard_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += size
+        filled += count
     n = len(groups)
     files = [SINGLE] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
     plan = {name: file for file, group in zip(files, groups, strict=True) for name in group}
@@ -178,6 +210,11 @@ def _write_weights(model: Transformer, folder: Path, fmt: Format, shard_bytes: i
             save_file(pending.pop(file), folder / file, metadata={"format": "pt"})
     indexed = {name: file for name, file in weight_map.items() if file != BESIDE}
     if SINGLE not in indexed.values():
-        total = sum((folder / file).stat().st_size for file in set(indexed.values()))
-        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": indexed}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(folder, indexed)
+
+
+def write_index(folder: Path, weight_map: dict[str, str], **about: Any) -> None:
+    """Which file has which tensor."""
+    total = sum((folder / file).stat().st_size for file in set(weight_map.values()))
+    index = {"metadata": {"total_size": total, **about}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from finback.checkpoint import names, peft, peft_export, store
-from finback.checkpoint.audit import Audit, differs, examine
-from finback.checkpoint.shards import SINGLE, Shards, Weights
+from finback.checkpoint.audit import Audit, differs, examine, shapes
+from finback.checkpoint.shards import INDEX, SINGLE, Shards, Weights
 from finback.checkpoint.shares import SLICE, Stored
 from finback.config import UserError, did_you_mean
 from finback.kernels import fp8, packed
@@ -28,6 +28,7 @@ from finback.model.quantized import make_room_for_fp8
 from finback.model.transformer import Transformer
 from finback.runs import adapters
 from finback.runs.files import is_checkpoint, read_json, write_json
+from finback.runs.provenance import sha256
 from finback.runs.reader import finished_stages
 
 READERS = min(4, os.cpu_count() or 1)
@@ -41,8 +42,9 @@ def save(folder: Path, model: Transformer) -> None:
     if isinstance(model, AdaptedTransformer):
         peft_export.save(folder, model)
     else:
-        store.save(folder / "model.safetensors", dict(model.state_dict()), {})
+        store.save(folder / SINGLE, dict(model.state_dict()), {})
     write_json(folder / "model.json", to_json(model.config))
+    (folder / INDEX).unlink(missing_ok=True)  # of what many ranks wrote there before
 
 
 def tensors_of(model: Transformer) -> dict[str, Tensor]:
@@ -110,7 +112,10 @@ def load(path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype 
     if (path / "model.json").is_file():
         dtype = torch.float32 if weights == "fp32" else torch.bfloat16
         model = Transformer(from_json(read_json(path / "model.json")), compute, dtype)
-        tensors, _ = store.load(path / "model.safetensors")
+        if (path / INDEX).is_file():
+            fill(model, _own_shards(path, model.config), biases=True)
+            return model
+        tensors, _ = store.load(path / SINGLE)
         model.load_state_dict(tensors)
         return model
     _demand_checkpoint(path)
@@ -183,13 +188,19 @@ def _audited(path: Path) -> tuple[Weights, Audit]:
     return shards, result
 
 
-def stored(path: Path) -> tuple[ModelConfig, Stored]:
-    """The model at a path, to be read share by share, whatever wrote it; UserError as for `load`."""
+def stored(path: Path, rank: int = 0, size: int = 1) -> tuple[ModelConfig, Stored]:
+    """The model at a path, to be read share by share, whatever wrote it; UserError as for `load`.
+
+    Of many files with digests a rank verifies its part.
+    """
     if not (path / "model.json").is_file():
         _demand_checkpoint(path)
         weights, result = _audited(path)
         return result.config, Stored(weights, names.table(result.config))
-    config, shards = from_json(read_json(path / "model.json")), Shards(path)
+    config = from_json(read_json(path / "model.json"))
+    if (path / INDEX).is_file():
+        return config, Stored(_own_shards(path, config, rank, size), names.table(config, biases=True))
+    shards = Shards(path)
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
     for name, shape in wanted.items():
@@ -201,10 +212,27 @@ def stored(path: Path) -> tuple[ModelConfig, Stored]:
     return config, Stored(shards, {name: (name,) for name in wanted})
 
 
-def fill(model: Transformer, shards: Weights) -> None:
+def _own_shards(path: Path, config: ModelConfig, rank: int = 0, size: int = 1) -> Shards:
+    """What many ranks wrote as a stage's own form; UserError where tensors are lacking, or a file of this rank's part is
+    not what its digest says."""
+    shards, wanted = Shards(path), shapes(config, biases=True)
+    found = {name: spec.shape for name, spec in shards.specs.items()}
+    remedy = "Run the stage that made it again."
+    if found != wanted:
+        name = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))[0]
+        problem = f"{found.get(name, 'missing')}, where model.json calls for {wanted.get(name, 'none')}"
+        raise UserError(name, str(path), problem, remedy)
+    digests = read_json(path / INDEX)["metadata"]["sha256"]
+    for file in shards.files[rank::size]:
+        if sha256(file) != digests.get(file.name):
+            raise UserError("model", str(file), "its content does not match its digest", remedy)
+    return shards
+
+
+def fill(model: Transformer, shards: Weights, biases: bool = False) -> None:
     """Copy every tensor of the name table into the model, in the order in which the files hold them."""
     targets: dict[str, tuple[str, int, int]] = {}
-    for ours, theirs in names.table(model.config).items():
+    for ours, theirs in names.table(model.config, biases).items():
         for index, name in enumerate(theirs):
             targets[name] = ours, index, len(theirs)
     state = model.state_dict(keep_vars=True)

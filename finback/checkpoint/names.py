@@ -24,17 +24,20 @@ _GQA: _Names = {
 }
 
 
-def table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Every tensor of a model, buffers included: our name -> the Hugging Face tensors it is made of, in row order."""
+def table(config: ModelConfig, biases: bool = False) -> dict[str, tuple[str, ...]]:
+    """Every tensor of a model, buffers included: our name -> the Hugging Face tensors it is made of, in row order.
+
+    biases: of all routers; published files of softmax gates have none, a model of ours that trained so has.
+    """
     names: dict[str, tuple[str, ...]] = {"embed": ("model.embed_tokens.weight",), "norm.weight": ("model.norm.weight",)}
     if not config.tie_word_embeddings:
         names["head.weight"] = ("lm_head.weight",)
     for layer in range(config.num_hidden_layers):
-        names |= _block(config, f"blocks.{layer}.", layer)
+        names |= _block(config, f"blocks.{layer}.", layer, biases)
     for depth in range(config.num_nextn_predict_layers):
         layer = config.num_hidden_layers + depth
         prefix, theirs = f"mtp.{depth}.", f"model.layers.{layer}."
-        names |= _block(config, prefix + "block.", layer)
+        names |= _block(config, prefix + "block.", layer, biases)
         names |= {
             prefix + "embed_norm.weight": (theirs + "enorm.weight",),
             prefix + "hidden_norm.weight": (theirs + "hnorm.weight",),
@@ -73,7 +76,7 @@ def _gqa(config: ModelConfig) -> _Names:
     return names
 
 
-def _block(config: ModelConfig, ours: str, layer: int) -> dict[str, tuple[str, ...]]:
+def _block(config: ModelConfig, ours: str, layer: int, biases: bool) -> dict[str, tuple[str, ...]]:
     theirs = f"model.layers.{layer}."
     names: _Names = {
         "attention_norm.weight": ("input_layernorm.weight",),
@@ -87,7 +90,7 @@ def _block(config: ModelConfig, ours: str, layer: int) -> dict[str, tuple[str, .
     if config.is_moe(layer):
         experts = range(config.n_routed_experts)
         names["feed_forward.router.weight"] = ("mlp.gate.weight",)
-        if config.scoring_func == "sigmoid":
+        if config.scoring_func == "sigmoid" or biases:
             names["feed_forward.router.bias"] = ("mlp.gate.e_score_correction_bias",)
         names["feed_forward.gate_up"] = tuple(
             f"mlp.experts.{e}.{part}_proj.weight" for e in experts for part in ("gate", "up")

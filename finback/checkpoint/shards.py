@@ -19,6 +19,7 @@ from finback.config import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BESIDE = "model-mtp.safetensors"  # MTP layers of exports whose layer number transformers does not ignore
+ALL_BESIDE = "model-mtp*.safetensors"  # many ranks write several
 PIECE = 1 << 20  # numbers that are converted at a time
 SCALE = "_scale_inv"  # an FP8 tensor's factors carry its name and this ending
 
@@ -73,8 +74,7 @@ class Shards(Weights):
             self.files = sorted(folder.glob("*.safetensors"))
         if not self.files:
             _refuse(folder)
-        if (folder / BESIDE).is_file() and folder / BESIDE not in self.files:
-            self.files.append(folder / BESIDE)
+        self.files += [file for file in sorted(folder.glob(ALL_BESIDE)) if file not in self.files]
         for file in self.files:
             self._read_header(file)
         lost = sorted(set(indexed) - set(self.specs))

@@ -82,7 +82,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     if stage.model is not None:
         config = _fresh(stage, stage.model, run)
     else:
-        config, values = models.stored(_start(stage, run))
+        config, values = models.stored(_start(stage, run), world.rank, world.size)
         config = stage.adapted(config)
     if not dist.is_initialized():
         problem = "needs ranks that communicate"

@@ -18,7 +18,8 @@ from finback.model.config import ModelConfig
 from finback.model.logprobs import text_logprobs
 from finback.model.moe import Router, max_violation
 from finback.model.transformer import Transformer
-from finback.parallel.build import build
+from finback.parallel.build import build, shares
+from finback.parallel.export import save_shares
 from finback.parallel.gather import gather
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh, World
@@ -214,9 +215,8 @@ class ShardedTrainer(Trainer):
         return self._whole[1], World()
 
     def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
-        model = self.gathered()
-        if run.is_writer:
-            save(folder, model, tokenizer)
+        """Written by all ranks, share by share."""
+        save_shares(self.config, shares(self.models, self.mesh), folder, tokenizer.save)
 
     def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
         """The newest checkpoint, whatever layout wrote it."""

@@ -1,0 +1,73 @@
+"""A safetensors file that is written tensor by tensor, in any order: its size and its header are known before its values."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Contents = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # by name, what a file's tensors are
+WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+
+
+class TensorFile:
+    """Opens a new file with room for all its tensors; a full disk shows then. `close` puts it on the disk."""
+
+    def __init__(self, path: Path, tensors: Contents) -> None:
+        # widest first, as safetensors sorts them, so that every tensor begins at a multiple of its width
+        order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self.places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name in order:
+            dtype, shape = tensors[name]
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": WORDS[dtype], "shape": list(shape), "data_offsets": [start, end]}
+            self.places[name] = start, end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self.path, self.base, self.left = path, 8 + len(text), set(order)
+        self.handle = path.open("wb")
+        try:
+            self.handle.write(len(text).to_bytes(8, "little") + text)
+            self.handle.flush()
+            _reserve(self.handle.fileno(), self.base + end)
+        except OSError:
+            self.handle.close()
+            raise
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """One tensor, of the dtype and shape that were announced."""
+        start, end = self.places[name]
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        assert len(values) == end - start, f"{name} is of another size than announced"
+        self.handle.seek(self.base + start)
+        self.handle.write(values.numpy().data)
+        self.left.remove(name)
+
+    def close(self) -> str:
+        """Make it last; SHA-256 of the whole."""
+        assert not self.left, f"{self.path} lacks {sorted(self.left)}"
+        self.handle.flush()
+        os.fsync(self.handle.fileno())
+        self.handle.close()
+        with self.path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the room on the disk, where the system can; otherwise the file's size alone."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (
+            errno.EINVAL,
+            errno.EOPNOTSUPP,
+        ):  # not of this file system
+            raise
+        os.ftruncate(descriptor, size)

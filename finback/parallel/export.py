@@ -1,0 +1,288 @@
+"""A sharded model out to files, written by all ranks: each stored tensor is put together on one rank that has a part of it.
+
+A rank holds its share and the tensor at hand, a matrix of one expert at most where there are experts. All ranks must see
+the same file system, and none writes into another's file. What one of them cannot write is an error on all of them, and
+the unfinished folder goes.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finback.checkpoint import export, names
+from finback.checkpoint.audit import shapes
+from finback.checkpoint.export import Format
+from finback.checkpoint.shards import BESIDE, INDEX, SINGLE
+from finback.checkpoint.shares import Share
+from finback.checkpoint.tensor_file import Contents, TensorFile
+from finback.config import UserError
+from finback.model.config import ModelConfig, to_json
+from finback.runs.files import write_json
+
+Result = TypeVar("Result")
+Held = dict[str, list[tuple[int, int]]]  # of each of our tensors the runs of numbers that a rank holds: (start, stop)
+SHARD_BYTES = 5_000_000_000
+
+
+class Piece(NamedTuple):
+    """Numbers start..stop of one of our tensors, on a rank."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+class Entry(NamedTuple):
+    """A stored tensor: numbers start..stop of one of ours, the rank that writes it, and where its numbers are."""
+
+    name: str
+    shape: tuple[int, ...]
+    ours: str
+    start: int
+    owner: int
+    pieces: list[Piece]
+
+
+def export_shares(
+    config: ModelConfig,
+    shares: Sequence[Share],
+    folder: Path,
+    fmt: Format = "bf16",
+    extras: Callable[[Path], None] | None = None,
+    settings: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """As checkpoint.export.export does: a Hugging Face folder, tensor by tensor that of one rank. For all ranks at once.
+
+    shares: what this rank holds, of parameters and router biases; together the ranks hold all. `extras` and `settings`
+    are asked for on rank 0 alone.
+    """
+    group = dist.new_group(backend="gloo")
+    folder = on_first(lambda: export.check_target(folder), group)
+    unfinished = on_first(lambda: export.begin(folder, config, fmt), group)
+    try:
+        weight_map, _ = _write(config, shares, unfinished, fmt, shard_bytes, group)
+
+        def complete() -> None:
+            if SINGLE not in weight_map.values():
+                export.write_index(unfinished, weight_map)
+            export.complete(unfinished, folder, export.config_json(config, fmt, settings), extras)
+
+        on_first(complete, group)
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def save_shares(
+    config: ModelConfig, shares: Sequence[Share], folder: Path, extras: Callable[[Path], None] | None = None
+) -> None:
+    """A stage's own form of a model, in fp32, for models.load and models.stored: files under Hugging Face's names.
+
+    Into a folder that may hold other things; without the index, which comes last, it holds no model. For all ranks at once.
+    """
+    group = dist.new_group(backend="gloo")
+    unfinished = folder / ".model"
+
+    def begin() -> None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+    def complete(weight_map: dict[str, str], digests: dict[str, str]) -> None:
+        export.write_index(unfinished, weight_map, sha256=digests)
+        if extras:
+            extras(folder)
+        write_json(folder / "model.json", to_json(config))
+        for file in [folder / INDEX, *folder.glob("model-*.safetensors")]:  # of an earlier model, index first
+            file.unlink(missing_ok=True)
+        for file in sorted(unfinished.iterdir(), key=lambda path: path.name == INDEX):
+            file.replace(folder / file.name)
+        unfinished.rmdir()
+
+    on_first(begin, group)
+    try:
+        weight_map, digests = _write(config, shares, unfinished, None, SHARD_BYTES, group)
+        on_first(lambda: complete(weight_map, digests), group)
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _write(
+    config: ModelConfig,
+    shares: Sequence[Share],
+    folder: Path,
+    fmt: Format | None,
+    shard_bytes: int,
+    group: dist.ProcessGroup,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Write all files (fmt None: a stage's own); which tensor is in which, and their digests. OSError on all ranks."""
+    mine: dict[str, list[tuple[int, Tensor]]] = {}
+    for share in shares:
+        mine.setdefault(share.name, []).extend(share.runs())
+    held: list[Held] = [{} for _ in range(dist.get_world_size())]
+    spans = {name: [(start, start + len(view)) for start, view in found] for name, found in mine.items()}
+    dist.all_gather_object(held, spans, group=group)
+    entries = plan(config, held, fmt)
+    files = arrange(config, entries, fmt, shard_bytes)
+    writer = _Writer(folder, {e.name: e.shape for e in entries}, files, fmt or "fp32")
+    for entry in entries:
+        tensor = _gather(entry, mine.get(entry.ours, []), writer.fmt, group)
+        if tensor is not None:
+            writer.write(entry.name, tensor)
+    agree(writer.trouble, group)
+    digests: list[dict[str, str]] = [{} for _ in held]
+    dist.all_gather_object(digests, writer.digests, group=group)
+    beside = () if fmt is None else export.lies_beside(config)
+    indexed = [e for e in entries if not e.name.startswith(beside)]  # never, when there are none
+    weight_map = {kept: files[e.name] for e in indexed for kept in export.stored_as(e.name, e.shape, writer.fmt)}
+    return weight_map, {file: digest for some in digests for file, digest in some.items()}
+
+
+def plan(config: ModelConfig, held: list[Held], fmt: Format | None) -> list[Entry]:
+    """Every stored tensor in the order of the name table, the same on all ranks; bytes are spread evenly over owners."""
+    sizes = shapes(config, biases=fmt is None)
+    table = names.table(config, biases=fmt is None)
+    load: Counter[int] = Counter()
+    found: dict[str, Entry] = {}
+    for ours, theirs in table.items():
+        everyone = sorted((*span, rank) for rank, spans in enumerate(held) for span in spans.get(ours, ()))
+        for index, name in enumerate(theirs):
+            shape = sizes[name]
+            count = torch.Size(shape).numel()
+            start = index * count
+            owner, pieces = _owned(everyone, start, start + count, load, ours)
+            load[owner] += export.size(name, shape, fmt or "fp32")
+            found[name] = Entry(name, shape, ours, start, owner, pieces)
+    for copy, original in export.copies(config).items() if fmt is not None else ():
+        found[copy] = found[original]._replace(name=copy)
+        load[found[copy].owner] += export.size(copy, found[copy].shape, fmt or "fp32")
+    return list(found.values())
+
+
+def _owned(
+    everyone: list[tuple[int, int, int]], start: int, stop: int, load: Counter[int], ours: str
+) -> tuple[int, list[Piece]]:
+    """Who writes numbers start..stop of a tensor, one of those that hold some; and the pieces that make them up."""
+    there = [(max(a, start), min(b, stop), rank) for a, b, rank in everyone if a < stop and b > start]
+    assert there, f"no rank holds {ours}"
+    owner = min({rank for _, _, rank in there}, key=lambda rank: (load[rank], rank))
+    pieces, at = [], start
+    while at < stop:
+        covering = [(rank != owner, rank, b) for a, b, rank in there if a <= at < b]
+        assert covering, f"no rank holds number {at} of {ours}"
+        _, rank, end = min(covering)
+        pieces.append(Piece(rank, at, end))
+        at = end
+    return owner, pieces
+
+
+def arrange(config: ModelConfig, entries: list[Entry], fmt: Format | None, shard_bytes: int) -> dict[str, str]:
+    """The file of each stored tensor: each owner has its own, of about shard_bytes at most; MTP layers lie beside."""
+    apart = export.lies_beside(config) if fmt is not None else ()
+    groups: dict[tuple[bool, int, int], list[str]] = {}  # (beside, owner, number)
+    filled: Counter[tuple[bool, int]] = Counter()
+    number: Counter[tuple[bool, int]] = Counter()
+    for entry in entries:
+        whose = entry.name.startswith(apart), entry.owner
+        size = export.size(entry.name, entry.shape, fmt or "fp32")
+        if filled[whose] and filled[whose] + size > shard_bytes:
+            number[whose] += 1
+            filled[whose] = 0
+        filled[whose] += size
+        groups.setdefault((*whose, number[whose]), []).append(entry.name)
+    found: dict[str, str] = {}
+    for is_beside, stem, single in ((False, "model", None if fmt is None else SINGLE), (True, "model-mtp", BESIDE)):
+        some = [groups[key] for key in sorted(groups) if key[0] == is_beside]
+        for i, group in enumerate(some, start=1):
+            alone = single if len(some) == 1 else None
+            found |= dict.fromkeys(group, alone or f"{stem}-{i:05}-of-{len(some):05}.safetensors")
+    return found
+
+
+def _gather(entry: Entry, mine: list[tuple[int, Tensor]], fmt: Format, group: dist.ProcessGroup) -> Tensor | None:
+    """The whole tensor on its owner, None elsewhere; in bf16 if it is stored so, else in fp32."""
+    rank = dist.get_rank()
+    dtype = torch.float32 if fmt != "bf16" or entry.name.endswith("e_score_correction_bias") else torch.bfloat16
+    if rank != entry.owner:
+        for piece in entry.pieces:
+            if piece.rank == rank:
+                dist.send(_own(mine, piece).to("cpu", dtype).contiguous(), entry.owner, group=group)
+        return None
+    whole = torch.empty(entry.shape, dtype=dtype)
+    flat, waiting = whole.view(-1), []
+    for piece in entry.pieces:
+        into = flat[piece.start - entry.start : piece.stop - entry.start]
+        if piece.rank == rank:
+            into.copy_(_own(mine, piece))
+        else:
+            waiting.append(dist.irecv(into, piece.rank, group=group))
+    for work in waiting:
+        assert work is not None, "this rank is of the group"
+        work.wait()
+    return whole
+
+
+def _own(mine: list[tuple[int, Tensor]], piece: Piece) -> Tensor:
+    start, view = next((s, v) for s, v in mine if s <= piece.start and piece.stop <= s + len(v))
+    return view[piece.start - start : piece.stop - start]
+
+
+class _Writer:
+    """This rank's files. After an error it writes no more, and goes on taking part in what the others do."""
+
+    def __init__(self, folder: Path, sizes: dict[str, tuple[int, ...]], files: dict[str, str], fmt: Format) -> None:
+        self.folder, self.fmt, self.files = folder, fmt, files
+        self.contents: dict[str, Contents] = {}
+        for name, file in files.items():
+            self.contents[file] = {**self.contents.get(file, {}), **export.stored_as(name, sizes[name], fmt)}
+        self.open: dict[str, TensorFile] = {}
+        self.digests: dict[str, str] = {}
+        self.trouble: OSError | None = None
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        if self.trouble is not None:
+            return
+        file = self.files[name]
+        try:
+            if file not in self.open:
+                self.open[file] = TensorFile(self.folder / file, self.contents[file])
+            for stored, values in export.cast(name, tensor, self.fmt):
+                self.open[file].write(stored, values)
+            if not self.open[file].left:
+                self.digests[file] = self.open.pop(file).close()
+        except OSError as error:
+            where = f"{error.filename or self.folder / file} (rank {dist.get_rank()})"
+            self.trouble = OSError(error.errno, error.strerror, where)
+
+
+def agree(trouble: Exception | None, group: dist.ProcessGroup) -> None:
+    """Raise on all ranks what the first of them has met."""
+    everyone: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, trouble, group=group)
+    for error in everyone:
+        if error is not None:
+            raise error
+
+
+def on_first(work: Callable[[], Result], group: dist.ProcessGroup) -> Result:
+    """Do something on rank 0 while the others wait; its result, or its UserError or OSError, on all of them."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except (UserError, OSError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, group=group)
+    if box[1] is not None:
+        raise box[1]
+    result: Result = box[0]
+    return result
