@@ -2,23 +2,29 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from finback.checkpoint import models
 from finback.config import UserError
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
 from finback.runs import recipe as recipes
 from finback.runs.files import read_json, read_lines
-from finback.runs.folder import StageRun
+from finback.runs.folder import Interrupted, StageRun
 from finback.stages.pretrain import Pretrain, Probe
 from finback.tasks.math import Chains
 from finback.train.rates import Phase
+from tests.many import on_ranks
 from tests.toy import CONFIG, WORDS, finback_process
 
 RECIPE = """
@@ -170,6 +176,86 @@ def test_a_killed_run_goes_on_from_its_shards(plain: tuple[Path, list[float]]) -
     time.sleep(1)  # its ranks follow it
     log = run(folder, "killed", LAYOUTS["experts"])
     assert [r["loss"] for r in log] == pytest.approx(losses, abs=1e-5)
+
+
+AVERAGED = f"{PHASES}, ema_decay=0.5"
+
+
+def _continued(folder: str, layouts: list[str], stops: list[int]) -> None:
+    """The recipe under one layout after the other, in one run folder, until so many steps are done."""
+    world, root = World(dist.get_rank(), dist.get_world_size()), Path(folder) / "runs" / "change"
+    for layout, stop in zip(layouts, stops, strict=True):
+        if world.rank == 0:
+            write(Path(folder), "change", layout, AVERAGED)
+            root.mkdir(parents=True, exist_ok=True)
+            recipes.claim(recipes.load(Path(folder) / "change.py"), root, 0)
+        world.barrier()
+
+        def watch(run: StageRun, stop: int = stop) -> None:
+            log = run.log
+
+            def count(step: int, **metrics: Any) -> None:
+                log(step, **metrics)
+                run.stop_requested = step == stop
+
+            run.log = count  # type: ignore[method-assign]
+
+        with suppress(Interrupted):
+            recipes.execute(recipes.load(Path(folder) / "change.py"), root, 0, world, watch)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stage on one rank to its end."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    run_plainly(folder, "change", AVERAGED)
+    return folder / "runs/change/base"
+
+
+def _check_continued(stage: Path, unbroken: Path) -> None:
+    """Losses within 1e-5, the data and the router biases those of the unbroken run, and so the model and its average."""
+    log, expected = (read_lines(folder / "metrics.jsonl") for folder in (stage, unbroken))
+    assert [r["step"] for r in log] == list(range(1, 21))
+    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in expected], abs=1e-5)
+    results, meant = (read_json(folder / "manifest.json")["results"] for folder in (stage, unbroken))
+    assert results["tokens_by_source"] == meant["tokens_by_source"]
+    for within in ("", "average"):
+        mine, theirs = (models.load(folder / within).state_dict() for folder in (stage, unbroken))
+        for name, tensor in theirs.items():
+            assert (mine[name] - tensor).abs().max() <= 2e-4, name
+    biases = [name for name in theirs if name.endswith("router.bias")]
+    assert len(biases) == 2 and all(theirs[name].any() and torch.equal(mine[name], theirs[name]) for name in biases)
+    assert not (stage / "sharded").exists() and not list(stage.glob("step-*"))
+
+
+def test_a_layout_may_change_while_a_stage_is_half_done(
+    tmp_path: Path, unbroken: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    layouts = ["None", "Layout(dp=2, ep=2)", "Layout(pp=2, micro_batches=2)", "None"]
+    on_ranks(2, _continued, str(tmp_path), layouts, [4, 9, 14, 0])
+    _check_continued(tmp_path / "runs/change/base", unbroken)
+    said = [line for line in capfd.readouterr().err.splitlines() if "no longer to the bit" in line]
+    assert len(said) == 3 and "goes on as Layout(pp=2, dp=1" in said[1] and "begun as Layout(pp=1, dp=2" in said[1]
+
+
+CHANGES = {
+    "fsdp and ep": (4, "Layout(dp=4, ep=2)"),
+    "zero1": (2, 'Layout(dp=2, ep=2, sharding="zero1")'),
+    "pipeline": (4, 'Layout(pp=2, dp=2, micro_batches=2, schedule="1f1b")'),
+    "whole": (2, "None"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", CHANGES)
+def test_a_checkpoint_of_any_layout_goes_on_under_the_others(tmp_path: Path, unbroken: Path, before: str) -> None:
+    ranks, layout = CHANGES[before]
+    on_ranks(ranks, _continued, str(tmp_path / "begun"), [layout], [9])
+    for after, (ranks, layout) in CHANGES.items():
+        if after != before:
+            shutil.copytree(tmp_path / "begun", tmp_path / after)
+            on_ranks(ranks, _continued, str(tmp_path / after), [layout], [0])
+            _check_continued(tmp_path / after / "runs/change/base", unbroken)
 
 
 def stage(**knobs: Any) -> Pretrain:

@@ -134,7 +134,7 @@ class Steps:
     def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Read some or all tensors of a checkpoint, in place, however they were shared when it was written."""
         reader = HuggingFaceStorageReader(str(path))
-        known = _tensors(reader)
+        known = tensors_in(reader)
         for name, tensor in tensors.items():
             size = known[name].size if name in known else None
             if size != tensor.shape:
@@ -164,9 +164,21 @@ class Steps:
         return {name: digest for some in all_of_them for name, digest in some.items()}
 
 
-def newest(folder: Path) -> Path:
-    """The newest whole checkpoint of a run."""
-    return _found(folder)[0]
+def open_newest(folder: Path, say: Callable[[str], None]) -> tuple[HuggingFaceStorageReader, Path, dict[str, Any]]:
+    """The newest whole checkpoint of a run and its meta, verified by one process. UserError where all are damaged."""
+    found = _found(folder)
+    for path in found:
+        declared = _declared(path)
+        if declared is not None and all(_is_intact(path / name, digest) for name, digest in declared.items()):
+            return HuggingFaceStorageReader(str(path)), path, dict(read_json(path / MANIFEST)["meta"])
+        if path != found[-1]:
+            say(f"{path}: its files do not match their digests; the checkpoint before it is used")
+    problem = "its files do not match their digests"
+    raise UserError("checkpoint", str(found[0]), problem, "Delete it to start the stage again.")
+
+
+def _is_intact(file: Path, digest: str) -> bool:
+    return file.is_file() and sha256(file) == digest
 
 
 def whole_model(path: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -177,7 +189,7 @@ def whole_model(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     reader = HuggingFaceStorageReader(str(path))
     tensors = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in _tensors(reader).items()
+        for name, about in tensors_in(reader).items()
         if name.startswith("model.")
     }
     with warnings.catch_warnings():
@@ -199,7 +211,8 @@ def _apart(tensor: Tensor) -> Tensor:
     return DTensor.from_local(mine, *where, run_check=False, shape=shape, stride=stride)
 
 
-def _tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+def tensors_in(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+    """What a checkpoint holds, by name."""
     about = reader.read_metadata().state_dict_metadata.items()
     return {name: entry for name, entry in about if isinstance(entry, TensorStorageMetadata)}
 

@@ -61,12 +61,14 @@ class Weights(Protocol):
 
 
 class Shards(Weights):
-    """All tensors of a folder by name. Opening it reads every header, so a torn file is found before anything loads."""
+    """All tensors of a folder, or of one file, by name. Opening it reads every header, so a torn file is found before anything loads."""
 
     def __init__(self, folder: Path) -> None:
         self.specs: dict[str, Spec] = {}
         indexed = _read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
-        if indexed:
+        if folder.is_file():
+            self.files = [folder]
+        elif indexed:
             self.files = [folder / name for name in sorted(set(indexed.values()))]
         elif (folder / SINGLE).is_file():
             self.files = [folder / SINGLE]

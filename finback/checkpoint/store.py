@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finback.config import UserError
 
+Content = TypeVar("Content")
 KEEP = 2
 
 
@@ -63,26 +64,27 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise UserError("checkpoint", str(path), f"cannot be read ({error})", _REMEDY) from None
+        raise UserError("checkpoint", str(path), f"cannot be read ({error})", REMEDY) from None
     text = header.get("meta", "")
     if header.get("digest") != _digest(tensors, text):
-        raise UserError("checkpoint", str(path), "its content does not match its digest", _REMEDY)
+        raise UserError("checkpoint", str(path), "its content does not match its digest", REMEDY)
     return tensors, json.loads(text)
 
 
-def verify(path: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
-    """UserError unless a file's tensors, of which `read` gives one at a time, are what `save` wrote."""
+def verify(path: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Any]:
+    """The meta of a file; UserError unless its tensors, of which `read` gives one at a time, are what `save` wrote."""
     try:
         with safe_open(path, framework="pt") as handle:
             header = handle.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError("checkpoint", str(path), f"cannot be read ({error})", _REMEDY) from None
-    found = _digest_of(((name, read(name)) for name in sorted(names)), header.get("meta", ""))
-    if header.get("digest") != found:
-        raise UserError("checkpoint", str(path), "its content does not match its digest", _REMEDY)
+        raise UserError("checkpoint", str(path), f"cannot be read ({error})", REMEDY) from None
+    text = header.get("meta", "")
+    if header.get("digest") != _digest_of(((name, read(name)) for name in sorted(names)), text):
+        raise UserError("checkpoint", str(path), "its content does not match its digest", REMEDY)
+    return dict(json.loads(text))
 
 
-_REMEDY = "Delete it: the run continues from the checkpoint before, or from the start of the stage."
+REMEDY = "Delete it: the run continues from the checkpoint before, or from the start of the stage."
 
 
 def save_step(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int = KEEP) -> None:
@@ -105,15 +107,22 @@ def load_newest(
     A damaged newest file falls back to the one before, which `say` reports; if none is whole, the error of the newest
     is raised.
     """
+    return newest(folder, say, load)
+
+
+def newest(
+    folder: Path, say: Callable[[str], None], load: Callable[[Path], tuple[Content, dict[str, Any]]]
+) -> tuple[int, Content, dict[str, Any]] | None:
+    """The same with whatever `load` makes of a file; UserError from it says that the file is damaged."""
     trouble: UserError | None = None
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
-            tensors, meta = load(path)
+            content, meta = load(path)
         except UserError as error:
             trouble = trouble or error
             say(f"{path} {error.problem}: the checkpoint before it is used")
             continue
-        return int(path.stem.removeprefix("step-")), tensors, meta
+        return int(path.stem.removeprefix("step-")), content, meta
     if trouble is not None:
         raise trouble
     return None

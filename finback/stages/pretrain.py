@@ -6,7 +6,7 @@ at `max_tokens` and says so.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from finback.config import UserError, check_fields, check_not_negative, check_positive, check_share
 from finback.model.config import ModelConfig
@@ -40,6 +40,9 @@ class Probe:
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Stage):
     """Train a model from scratch, or go on with one, on the shards of a prepare stage."""
+
+    # how a model lies on ranks says nothing of what it learns: it may change while the stage is half done
+    free: ClassVar[frozenset[str]] = Stage.free | {"layout"}
 
     # a prepare stage, or the folder of one
     data: str

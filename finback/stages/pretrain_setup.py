@@ -77,7 +77,7 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = stage.compute
     if precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
+        precision = _decided(run, "precision", lambda: {"chosen": "bf16" if device == "cuda" else "fp32"})
     values: int | Stored = run.seed("weights")
     if stage.model is not None:
         config = _fresh(stage, stage.model, run)

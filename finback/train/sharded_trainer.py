@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finback.checkpoint.distributed import Steps, newest, whole_model
+from finback.checkpoint import resharding
+from finback.checkpoint.distributed import Steps
 from finback.checkpoint.shares import Seeded, Values
 from finback.checkpoint.store import KEEP
 from finback.data.tokenizer import Tokenizer
@@ -22,9 +23,9 @@ from finback.parallel.build import build, shares
 from finback.parallel.export import save_shares
 from finback.parallel.gather import gather
 from finback.parallel.layout import Layout
-from finback.parallel.mesh import Mesh, World
+from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline import Pipeline, PipelineStage, Rows, is_twice, sum_copies
-from finback.parallel.shard import ShardedParameter, finish, like, local
+from finback.parallel.shard import ShardedParameter, finish, like, local, share_of
 from finback.runs.folder import StageRun
 from finback.train.batch import Batch
 from finback.train.ema import EMA
@@ -33,10 +34,10 @@ from finback.train.optim import is_matrix
 from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam, ShardedMuon
 from finback.train.sharded_options import ShardedOptions
-from finback.train.trainer import Trainer, save
+from finback.train.trainer import Trainer
 
 PLAIN = ShardedOptions()
-SHARDS = "sharded"  # the folder of its checkpoints within a stage's
+WHOLE = "whole copies"  # what ranks without a layout hold
 
 
 class ShardedTrainer(Trainer):
@@ -79,8 +80,6 @@ class ShardedTrainer(Trainer):
             stages_of_parts = [[(p.name, local(p.value)) for p in parts] for parts in self.sharding.parts]
             self.averages = [EMA(named, options.ema_decay, self.mesh.device) for named in stages_of_parts]
         self._steps: Steps | None = None
-        # the whole model of a checkpoint, as far as it was asked for
-        self._whole: tuple[Path, Transformer] | None = None
 
     @property
     def stages(self) -> list[int]:
@@ -189,39 +188,42 @@ class ShardedTrainer(Trainer):
 
     def steps(self, run: StageRun) -> Steps:
         """The run's checkpoints, made at the first call, on all ranks."""
-        self._steps = self._steps or Steps(run.folder / SHARDS, say=run.say)
+        self._steps = self._steps or Steps(run.folder / resharding.SHARDED, say=run.say)
         return self._steps
 
     def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int = KEEP) -> None:
         """Start writing a checkpoint, while training goes on; the one before it is whole by then."""
         steps = self.steps(run)
         steps.keep = keep
-        steps.begin(step, self.state(), meta)
+        steps.begin(step, self.state(), meta | {"layout": str(self.layout)})
 
     def settle(self) -> None:
         if self._steps is not None:
             self._steps.finish()
 
-    def whole(self, run: StageRun) -> tuple[Transformer, World] | None:
-        """Put together in the writer's memory, out of the last checkpoint."""
-        self.settle()
-        if not run.is_writer:
-            return None
-        path = newest(self.steps(run).folder)
-        if self._whole is None or self._whole[0] != path:
-            model = Transformer(self.config)
-            model.load_state_dict(whole_model(path, self.config))
-            self._whole = path, model
-        return self._whole[1], World()
-
     def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
         """Written by all ranks, share by share."""
+        self.settle()
         save_shares(self.config, shares(self.models, self.mesh), folder, tokenizer.save)
 
     def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint, whatever layout wrote it."""
+        """The newest checkpoint, whatever layout wrote it, or one rank."""
         self.settle()
-        return self.load(self.steps(run))
+        steps, (of_one, of_many) = self.steps(run), resharding.newest(run.folder)
+        found = self._load_whole(run) if of_one > of_many else self.load(steps)
+        before, now = ("" if found is None else found[1].get("layout", WHOLE)), str(self.layout)
+        if found is not None and before != now:
+            run.say(
+                f"{run.name:10} goes on as {now}, begun as {before}: the same within rounding, no longer to the bit"
+            )
+        return found
+
+    def _load_whole(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
+        states = (self.state(), self._state(copies=True))
+        mine = [share_of(name, tensor) for state in states for name, tensor in state.items()]
+        found = resharding.fill(run.folder, mine, run.say)
+        self.sharding.publish()
+        return found
 
     def load(self, steps: Steps) -> tuple[int, dict[str, Any]] | None:
         """Take up the newest of these checkpoints."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from finback.checkpoint import models, store
+from finback.checkpoint import models, resharding, store
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.model.logprobs import text_logprobs
@@ -117,14 +117,8 @@ class Trainer(ABC):
             yield
 
     @abstractmethod
-    def whole(self, run: StageRun) -> tuple[Transformer, World] | None:
-        """The whole model after training and the ranks that hold it; None on ranks that hold none of them."""
-
     def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
-        """Write the whole model and its tokenizer into a folder, by the writer alone."""
-        found = self.whole(run)
-        if run.is_writer and found is not None:
-            save(folder, found[0], tokenizer)
+        """Write the model as it is now and its tokenizer into a folder, for models.load."""
 
 
 def save(folder: Path, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -188,10 +182,15 @@ class ReplicatedTrainer(Trainer):
             store.save_step(run.folder, step, tensors, meta, keep)
 
     def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
-        found = store.load_newest(run.folder, run.say)
+        of_one, of_many = resharding.newest(run.folder)
+        found = resharding.read(run.folder, run.say) if of_many > of_one else store.load_newest(run.folder, run.say)
         if found is None:
             return None
         step, tensors, meta = found
+        if of_many > of_one:
+            run.say(f"{run.name:10} goes on with whole copies: the same within rounding, no longer to the bit")
+            if self.model.config.tie_word_embeddings:
+                tensors["model.head.weight"] = tensors["model.embed"]
         models.restore(self.model, tensors)
         for part in (*self.optimizers, *self.extras):
             part.load_state(tensors)
@@ -203,8 +202,9 @@ class ReplicatedTrainer(Trainer):
     def gathered(self) -> Transformer:
         return self.model
 
-    def whole(self, run: StageRun) -> tuple[Transformer, World]:
-        return self.model, self.world
+    def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
+        if run.is_writer:
+            save(folder, self.model, tokenizer)
 
 
 def demand_finite(norm: float, field: str, lr: float, step: int) -> None:
