@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from finback.data import tokenizer as tokenizers
 from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
@@ -116,27 +115,6 @@ def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
         runner.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive(), "the server does not end"
-
-
-@pytest.fixture(scope="module")
-def engine() -> Scripted:
-    return Scripted()
-
-
-@pytest.fixture(scope="module")
-def client(engine: Scripted) -> Iterator[httpx.Client]:
-    with served(engine, aliases=("toy-chat",)) as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(engine: Scripted) -> Iterator[None]:
-    """Each test finds an engine without a script, and leaves one that is done."""
-    engine.script, engine.pace = None, 0.0
-    engine.seen.clear()
-    yield
-    wait_for(lambda: not engine.busy)
-    assert engine.leaked == 0
 
 
 def wait_for(condition: Any, seconds: float = 20) -> float:

@@ -4,24 +4,12 @@ import threading
 from typing import Any
 
 import httpx
+import pytest
 
 from finback.serve.http import digests
-from tests.serving import (
-    CHAT,
-    HELLO,
-    KEY,
-    OTHER,
-    Scripted,
-    client,
-    engine,
-    nothing_is_left,
-    served,
-    small_tokenizer,
-    streamed,
-    summed,
-)
+from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, served, small_tokenizer, streamed, summed
 
-__all__ = ["client", "engine", "nothing_is_left"]  # fixtures
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 
 def ask(client: httpx.Client, **request: Any) -> dict[str, Any]:

@@ -13,11 +13,6 @@ from tests.serving import CHAT, HELLO, Scripted, served, wait_for
 
 
 @pytest.fixture(scope="module")
-def engine() -> Scripted:
-    return Scripted()
-
-
-@pytest.fixture(scope="module")
 def client(engine: Scripted) -> Iterator[httpx.Client]:
     with served(engine, aliases=("alias/of-toy",)) as client:
         yield client

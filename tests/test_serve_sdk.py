@@ -12,11 +12,6 @@ from tests.test_serve_thinking import CALLS, TOOLS
 
 
 @pytest.fixture(scope="module")
-def engine() -> Scripted:
-    return Scripted()
-
-
-@pytest.fixture(scope="module")
 def client(engine: Scripted) -> Iterator[openai.OpenAI]:
     with (
         served(engine, keys=digests([KEY])) as raw,

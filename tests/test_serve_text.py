@@ -6,9 +6,9 @@ import httpx
 import pytest
 
 from finback.data.tokenizer import BOS, FIM
-from tests.serving import Scripted, client, engine, nothing_is_left, small_tokenizer, streamed
+from tests.serving import Scripted, small_tokenizer, streamed
 
-__all__ = ["client", "engine", "nothing_is_left"]  # fixtures
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 PATH = "/v1/completions"
 

@@ -9,24 +9,9 @@ import pytest
 
 from finback.data.tokenizer import THINK
 from finback.serve.http import digests
-from tests.serving import (
-    CHAT,
-    HELLO,
-    KEY,
-    OTHER,
-    Scripted,
-    client,
-    engine,
-    events,
-    nothing_is_left,
-    served,
-    small_tokenizer,
-    streamed,
-    summed,
-    wait_for,
-)
+from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, events, served, small_tokenizer, streamed, summed, wait_for
 
-__all__ = ["client", "engine", "nothing_is_left"]  # fixtures
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 CHAIN = "<think>4+5=9</think>It is 9."
 

@@ -11,21 +11,10 @@ from finback.data.tokenizer import THINK, Tokenizer
 from finback.serve.chat_output import Parser
 from finback.serve.tool_calls import ToolForm
 from finback.serve.tool_choice import form_of
-from tests.serving import (
-    CHAT,
-    HELLO,
-    Scripted,
-    client,
-    engine,
-    nothing_is_left,
-    served,
-    small_tokenizer,
-    streamed,
-    summed,
-)
+from tests.serving import CHAT, HELLO, Scripted, served, small_tokenizer, streamed, summed
 from tests.test_messages import END_CALL, QWEN3, R1, TOOL_MARKS, V31
 
-__all__ = ["client", "engine", "nothing_is_left"]  # fixtures
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
 
 ODD = "</tool_call>" + END_CALL  # marks that are only a text
 PLACE = {

@@ -1,0 +1,42 @@
+"""Fixtures of several test files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import httpx
+
+    from tests.serving import Scripted
+
+
+@pytest.fixture(scope="module")
+def engine() -> Scripted:
+    """An engine that says what a test wants."""
+    from tests.serving import Scripted  # most tests need no server
+
+    return Scripted()
+
+
+@pytest.fixture(scope="module")
+def client(engine: Scripted) -> Iterator[httpx.Client]:
+    """A client of a server around it."""
+    from tests.serving import served
+
+    with served(engine, aliases=("toy-chat",)) as client:
+        yield client
+
+
+@pytest.fixture
+def nothing_is_left(engine: Scripted) -> Iterator[None]:
+    """A test finds an engine without a script, and leaves one that is done."""
+    from tests.serving import wait_for
+
+    engine.script, engine.pace = None, 0.0
+    engine.seen.clear()
+    yield
+    wait_for(lambda: not engine.busy)
+    assert engine.leaked == 0
