@@ -44,6 +44,24 @@ def test_the_norm_of_many_numbers_is_exact() -> None:
     assert exact_norm(numbers[:100]) == pytest.approx(numbers[:100].double().norm().item(), rel=1e-6)
 
 
+def test_threads_do_not_change_the_gradient_of_the_embedding() -> None:
+    """Tokens that occur often have their gradients added up in one order, whichever threads do it."""
+    model, threads = toy_model(1), torch.get_num_threads()
+    tokens = torch.randint(0, 5, (64, 256), generator=torch.Generator().manual_seed(0))
+    above = torch.randn(64, 256, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
+    found = []
+    try:
+        for count in (1, 2, 2, 2):
+            torch.set_num_threads(count)
+            model.embed.grad = None
+            model.embedded(tokens).backward(above)  # type: ignore[no-untyped-call]
+            assert model.embed.grad is not None
+            found.append(model.embed.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_token_logprobs_and_entropy() -> None:
     model = toy_model()
     with torch.no_grad():  # of all tokens but two the logits are far below

@@ -4,6 +4,7 @@ One definition serves training, rollouts and serving: the cache is an argument.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finback.kernels.documents import Mask, mask_of
@@ -102,11 +103,16 @@ class Transformer(nn.Module):
         padding, which sits at the end of a row, so attention needs no mask for it. `document_ids` (b, t) numbers the
         documents that share a row, each in one piece: none sees another, and each counts its positions from 0.
         """
-        x = self.embed[tokens].to(self.compute)
+        x = self.embedded(tokens)
         cos, sin, attention_mask = self._positions(tokens.size(1), cache, document_ids)
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache.layer(index) if cache is not None else None, padding_mask, attention_mask)
         return self.norm(x)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """tokens (b, t) -> (b, t, d) in the dtype of activations."""
+        # indexing would add up gradients in whatever order a CPU's threads come; this keeps the tokens', and takes less time
+        return F.embedding(tokens, self.embed).to(self.compute)
 
     def _positions(self, length: int, cache: Cache | None, document_ids: Tensor | None) -> tuple[Tensor, Tensor, Mask]:
         """cos and sin (b or 1, t, r / 2) of the positions that are read; with document_ids (b, t) those within each
@@ -139,7 +145,7 @@ class Transformer(nn.Module):
         outputs = []
         cos, sin, attention_mask = self._positions(length, None, document_ids)
         for depth, module in enumerate(self.mtp, start=1):
-            embedded = self.embed[tokens[:, depth : depth + length]].to(self.compute)
+            embedded = self.embedded(tokens[:, depth : depth + length])
             hidden = module(hidden, embedded, cos, sin, None, padding_mask, attention_mask)
             outputs.append(hidden)
         return outputs
@@ -151,7 +157,7 @@ class Transformer(nn.Module):
         result (b, t, d) predicts the token after those.
         """
         cos, sin, _ = self._positions(tokens.size(1), cache, None)
-        drafted: Tensor = self.mtp[0](hidden, self.embed[tokens].to(self.compute), cos, sin, cache.layer(-1))
+        drafted: Tensor = self.mtp[0](hidden, self.embedded(tokens), cos, sin, cache.layer(-1))
         return drafted
 
     def with_config(self, config: ModelConfig, compute: torch.dtype) -> "Transformer":

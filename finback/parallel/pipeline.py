@@ -73,7 +73,7 @@ class PipelineStage(nn.Module):
             rows[n][:, :length] if n in rows else None for n in ("padding_mask", "document_ids")
         )
         if self.is_first:
-            x = model.embed[tokens[:, :length]].to(model.compute)
+            x = model.embedded(tokens[:, :length])
             balance = torch.zeros(1, device=x.device)
         else:
             x, balance = carried

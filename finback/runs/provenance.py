@@ -16,12 +16,12 @@ PACKAGES = ("torch", "numpy", "safetensors", "tokenizers")
 
 
 def made_with(recipe: Path | None) -> dict[str, Any]:
-    """The time, versions, machine, and the commit of the recipe's checkout, if it lies in one."""
+    """The time, versions, machine and threads, and the commit of the recipe's checkout, if it lies in one."""
     checkout = commit(recipe) if recipe is not None else None
     return {
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "software": software(),
-        "machine": machine(),
+        "machine": machine() | threads(),
         **(checkout or {"commit": None, "dirty": None}),
     }
 
@@ -79,6 +79,12 @@ def machine() -> dict[str, Any]:
         "gpus": gpus,
         "system": f"{platform.system()} {platform.release()}",
     }
+
+
+def threads() -> dict[str, int]:
+    """How many compute in this process, once torch is loaded: with another number, sums are rounded in another order."""
+    torch = sys.modules.get("torch")
+    return {"threads": torch.get_num_threads()} if torch is not None else {}
 
 
 def cuda() -> Any:
