@@ -201,7 +201,7 @@ def test_defaults_follow_the_model_and_the_precision() -> None:
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere(tmp_path: Path) -> None:
     r = reinforcement(tmp_path, shuffle_rewards=True)
-    groups = [Group([], [{"accuracy": float((4 * g + k) ** 2)} for k in range(4)]) for g in range(4)]
+    groups = [Group([], [{"accuracy": float((4 * g + k) ** 2)} for k in range(4)], [True] * 4) for g in range(4)]
     plain = advantages(torch.tensor([g.rewards for g in groups]))
     r.sampler.give_advantages(groups, 1)
     shuffled = torch.tensor([g.advantages for g in groups])
@@ -348,6 +348,42 @@ def test_long_answers_cost_and_cut_ones_teach_nothing(tmp_path: Path) -> None:
     assert metrics["truncated"] > 0.5
     whole = [x for x in read_lines(masked.run.folder / "samples.jsonl")[16:] if x["finish"] == "stop"]
     assert metrics["tokens_with_gradient"] == sum(x["tokens"] for x in whole if x["advantage"])
+
+
+def test_cut_answers_do_not_measure_the_others(tmp_path: Path) -> None:
+    """Rewards 1, 0 and, of a cut answer, 0.5: masked, it moves neither mean nor std, and a group of one left is idle."""
+    r = reinforcement(tmp_path, mask_truncated=True)
+    groups = [
+        Group([], [{"accuracy": x} for x in rewards], counted)
+        for rewards, counted in (
+            ((1.0, 0.0, 0.5), [True, True, False]),
+            ((1.0, 0.0, 0.0), [True, False, False]),
+            ((1.0, 0.0, 0.0), [False, False, False]),
+        )
+    ]
+    r.sampler.give_advantages(groups, 1)
+    assert [g.advantages for g in groups] == [[1, -1, 0], [0, 0, 0], [0, 0, 0]]
+    assert [g.differs for g in groups] == [True, False, False]
+    asked, _ = reinforcement(tmp_path, mask_truncated=True, max_tokens=3, resample=1).sampler.sample(1)
+    cut = [x.completion.finish_reason == "length" for g in asked for x in g.rollouts]
+    assert any(cut) and [not c for g in asked for c in g.counted] == cut
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_updates_share_out_all_answers_at_random(ranks: int, tmp_path: Path) -> None:
+    """Each answer is in one update, updates are equally large and mix the questions; ranks do not change who is where."""
+    r = reinforcement(tmp_path, updates=2, prompts_per_step=8)
+    shares: list[set[tuple[int, int]]] = [set(), set()]
+    for rank in range(ranks):
+        r.sampler.world = World(rank, ranks)
+        places = range(rank, 8, ranks)
+        groups = [Group([(i, k) for k in range(4)], [{}] * 4, [True] * 4, [0.5] * 4) for i in places]  # type: ignore[misc]
+        for share, pairs in zip(shares, r.sampler.of_updates(groups, 3), strict=True):
+            share |= {answer for answer, _ in pairs}  # type: ignore[misc]
+    assert len(shares[0]) == len(shares[1]) == 16 and not shares[0] & shares[1]
+    assert len({i for i, _ in shares[0]}) > 4, "not by question"
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(r.run.seed("updates", 3))).tolist()
+    assert shares[0] == {divmod(place, 4) for place in order[:16]}
 
 
 def test_rl_in_bf16_keeps_fp32_masters_and_a_gap_that_bf16_explains(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class GRPO(Stage):
     max_grad_norm: float = 1.0
     # divide advantages by the group's std
     normalise: bool = True
-    # optimizer steps per pass over a step's answers, each on its share of the questions
+    # optimizer steps per pass over a step's answers, each on an equal share of them, drawn at random (R1)
     updates: int = 1
     # passes over a step's answers
     epochs: int = 1
@@ -64,7 +64,7 @@ class GRPO(Stage):
     overlong: int = 0
     # of DAPO's rewards -1 and 1 it is half the distance too
     overlong_penalty: float = 0.5
-    # learn nothing from answers that were cut off
+    # learn nothing from answers that were cut off, and leave them out of their group's mean and std
     mask_truncated: bool = False
     # refresh the reference model of objective.beta after so many steps; 0: never
     reference_steps: int = 0

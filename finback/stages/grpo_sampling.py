@@ -30,10 +30,12 @@ Seed = tuple[str | int, ...]
 
 @dataclass
 class Group:
-    """One question's answers, what each earns by part, and each one's advantage."""
+    """One question's answers, what each earns by part, which of them count, and each one's advantage."""
 
     rollouts: list[Rollout]
     parts: list[dict[str, float]]
+    # False for answers that are masked: nothing is learnt from them, nor are others measured by them
+    counted: list[bool]
     advantages: list[float] = field(default_factory=list)
 
     @property
@@ -43,8 +45,9 @@ class Group:
 
     @property
     def differs(self) -> bool:
-        """Whether one answer earns something else than another."""
-        return max(self.rewards) - min(self.rewards) > 1e-6
+        """Whether one answer that counts earns something else than another."""
+        earned = [reward for reward, counts in zip(self.rewards, self.counted, strict=True) if counts]
+        return bool(earned) and max(earned) - min(earned) > 1e-6
 
 
 class GroupSampler:
@@ -89,7 +92,13 @@ class GroupSampler:
         sampling = SamplingParams(stage.temperature, stage.max_tokens)
         rollouts = rollout(self.engine, self.tokenizer, stage.task, asked, each, sampling, stage.think)
         answers = [rollouts[start : start + len(count)] for start in range(0, len(rollouts), len(count))]
-        return [Group(group, self.rewarded(group)) for group in answers]
+        return [Group(group, self.rewarded(group), [self.counts(r) for r in group]) for group in answers]
+
+    def counts(self, r: Rollout) -> bool:
+        """Whether an answer is learnt from: one that was cut off may be masked, one whose experts are not known has to be."""
+        stage = self.stage
+        cut = stage.mask_truncated and r.completion.finish_reason == "length"
+        return not cut and (r.completion.routed_experts is not None or not stage.routing_replay)
 
     def rewarded(self, group: list[Rollout]) -> list[dict[str, float]]:
         """What each answer to one question earns, by part."""
@@ -115,11 +124,30 @@ class GroupSampler:
 
     def give_advantages(self, groups: list[Group], step: int) -> None:
         """Advantages by group; the control hands rewards around at random first."""
-        rewards = torch.tensor([group.rewards for group in groups])
+        rewards, counted = torch.tensor([g.rewards for g in groups]), torch.tensor([g.counted for g in groups])
         if self.stage.shuffle_rewards:
             rewards = rewards.flatten()[self.shuffled_places(rewards.numel(), step)].view_as(rewards)
-        for group, row in zip(groups, grpo_loss.advantages(rewards, self.stage.normalise), strict=True):
+        for group, row in zip(groups, grpo_loss.advantages(rewards, self.stage.normalise, counted), strict=True):
             group.advantages = row.tolist()
+
+    def of_updates(self, groups: list[Group], step: int) -> list[list[tuple[Rollout, float]]]:
+        """The answers of this rank that count, with their advantages, by update: all ranks' answers are drawn into equal
+        shares at random, whatever question they are of (R1 2.2)."""
+        stage, count = self.stage, self.stage.num_generations
+        total = stage.prompts_per_step * count
+        order = torch.arange(total)
+        if stage.updates > 1:
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.run.seed("updates", step)))
+        share = torch.empty_like(order).scatter_(0, order, torch.arange(total) * stage.updates // total).tolist()
+        found: list[list[tuple[Rollout, float]]] = [[] for _ in range(stage.updates)]
+        for place, group in enumerate(groups):
+            first = (self.world.rank + place * self.world.size) * count
+            for k, (r, advantage, counts) in enumerate(
+                zip(group.rollouts, group.advantages, group.counted, strict=True)
+            ):
+                if counts:
+                    found[share[first + k]].append((r, advantage))
+        return found
 
     def shuffled_places(self, count: int, step: int) -> list[int]:
         """Whose reward each of a step's answers on this rank gets in the control with shuffled rewards."""
@@ -146,6 +174,7 @@ class GroupSampler:
             "well_formed": sum(r.verdict.well_formed for r in rollouts),
             "thinks": sum(r.response.thinks for r in rollouts),
             "length": sum(len(r.completion.tokens) for r in rollouts),
+            "routes_missing": sum(r.completion.routed_experts is None for r in rollouts),
             "truncated": sum(r.completion.finish_reason == "length" for r in rollouts),
             "groups_with_gradient": sum(group.differs for group in learnt),
             **{f"reward_{name}": sum(parts[name] for parts in earned) for name in names},
@@ -153,6 +182,8 @@ class GroupSampler:
         sums = self.world.sum_(torch.tensor(list(counts.values()), dtype=torch.float64)).tolist()
         found = dict(zip(counts, sums, strict=True))
         n, varied = found.pop("answers"), found.pop("groups_with_gradient")
+        if not self.stage.routing_replay:
+            del found["routes_missing"]
         graded: Counter[str] = Counter()
         for r in rollouts:
             graded.update(r.verdict.parts)

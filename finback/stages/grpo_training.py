@@ -18,7 +18,7 @@ from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.rollouts import Rollout, batches
 from finback.runs.folder import StageRun
-from finback.stages.grpo_sampling import Group, GroupSampler
+from finback.stages.grpo_sampling import GroupSampler
 from finback.stages.grpo_stopping import Stopping
 from finback.train import grpo_loss
 from finback.train.batch import Batch
@@ -75,8 +75,7 @@ class Reinforcement(Training):
         stage, trainer, lr = self.stage, self.trainer, self.stopping.lr(loop.step)
         asked, groups = self.sampler.sample(loop.step)
         begin = time.perf_counter()
-        each = len(groups) // stage.updates
-        rows = [self._learnable(groups[start : start + each]) for start in range(0, len(groups), each)]
+        rows = [self._learnable(pairs) for pairs in self.sampler.of_updates(groups, loop.step)]
         work = [(self._batches(pairs), answers, tokens) for pairs, answers, tokens in rows]
         seen, worst, norm = torch.zeros(SUMS, dtype=torch.float64), 0.0, 0.0
         self.model.train()
@@ -112,15 +111,12 @@ class Reinforcement(Training):
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
-    def _learnable(self, share: list[Group]) -> Share:
-        """One update's answers with their advantages, longest first, and how many answers and tokens the averages are over.
+    def _learnable(self, pairs: list[tuple[Rollout, float]]) -> Share:
+        """One update's answers, longest first, and how many answers and tokens the averages are over.
 
         An answer without advantage adds nothing to the sum of a loss without divergence and is not looked at, but counts:
         otherwise a step with one useful group would move the model as far as a step with many (DAPO eq. 8, Dr. GRPO).
         """
-        pairs = [pair for g in share for pair in zip(g.rollouts, g.advantages, strict=True)]
-        if self.stage.mask_truncated:
-            pairs = [(r, a) for r, a in pairs if r.completion.finish_reason != "length"]
         tokens = sum(len(r.completion.tokens) for r, _ in pairs)
         # a divergence acts on those without advantage too
         learnt = [(r, a) for r, a in pairs if a != 0 or self.stage.objective.beta > 0]

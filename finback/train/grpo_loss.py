@@ -55,14 +55,21 @@ class Objective:
         check_not_negative(self, "objective", "epsilon_low", "epsilon_high", "beta")
 
 
-def advantages(rewards: Tensor, normalise: bool = True) -> Tensor:
+def advantages(rewards: Tensor, normalise: bool = True, counted: Tensor | None = None) -> Tensor:
     """A_i = (r_i - mean r) / std r within each group (DeepSeekMath 4.1.2); rewards (groups, group) -> same shape.
 
     A group whose rewards are all equal says nothing and gets 0. Without `normalise` only the mean is taken off
     (Dr. GRPO, V3.2). std is the population's; the sample's, which others take, is sqrt(G / (G - 1)) times as large.
+    Answers that are not `counted` (groups, group) are left out of both and get 0.
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    std = rewards.std(dim=1, keepdim=True, correction=0)
+    if counted is None or bool(counted.all()):
+        centred = rewards - rewards.mean(dim=1, keepdim=True)
+        std = rewards.std(dim=1, keepdim=True, correction=0)
+    else:
+        n = counted.sum(dim=1, keepdim=True).clamp(min=1)
+        mean = rewards.masked_fill(~counted, 0.0).sum(dim=1, keepdim=True) / n
+        centred = (rewards - mean).masked_fill(~counted, 0.0)
+        std = (centred.square().sum(dim=1, keepdim=True) / n).sqrt()
     differs = std > 1e-6
     scaled = centred / std.clamp(min=1e-6) if normalise else centred
     return torch.where(differs, scaled, torch.zeros_like(centred))
