@@ -154,6 +154,17 @@ def smollm2(report: Report) -> Rows:
         yield f"SmolLM2-135M-Instruct, answers to five suites, {how}", figure
 
 
+def replay(report: Report) -> Rows:
+    def of(name: str, field: str) -> str:
+        return ", ".join(f"{seed[name][field]:.1e}" for seed in report["seeds"])
+
+    what = "trainer/engine gap in 100 RL steps of a mixture of experts on two ranks, nats per token, three seeds"
+    worst = of("replayed", "gap_mean_of_the_worst_step"), of("replayed", "gap_max")
+    yield f"{what}: experts replayed, fp32: mean of the worst step, target 1e-5; largest, target 1e-4", "; ".join(worst)
+    for name, form in (("replayed-bf16", "replayed"), ("native-bf16", "chosen again")):
+        yield f"the same in bf16, experts {form}: mean; largest", f"{of(name, 'gap_mean')}; {of(name, 'gap_max')}"
+
+
 def coverage(report: Report) -> Rows:
     exact = report["one_answer_each"].values()
     least = percents((min(e["min_single"] for e in exact), min(e["min"] for e in exact)), 1).replace(", ", "; ")

@@ -180,7 +180,67 @@ def test_a_follower_waits_and_reads_nothing_twice() -> None:
     leader = engine.submit(PROMPT, SamplingParams(1.0, 4), 0)
     followers = [engine.submit(PROMPT, SamplingParams(1.0, 4), i, leader=leader) for i in range(1, 4)]
     finish(engine)
-    assert leader.cached == 0 and all(f.cached == 48 for f in followers)
+    assert leader.cached == 0 and all(f.cached == len(PROMPT) for f in followers)
+
+
+def prompt_tokens_read(engine: Engine) -> list[int]:
+    """How many tokens of prompts each of the engine's passes reads, padding left out."""
+    read: list[int] = []
+    forward = engine.runner._forward
+
+    def counted(rows: list[Request], tokens: Tensor, counts: list[int]) -> Tensor:
+        read.append(sum(min(n, len(r.prompt) - r.computed) for r, n in zip(rows, counts, strict=True) if not r.tokens))
+        return forward(rows, tokens, counts)
+
+    object.__setattr__(engine.runner, "_forward", counted)
+    return read
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "config",
+    [
+        EngineConfig(),
+        EngineConfig(tokens=2048, reuse=True, chunk=16),
+        EngineConfig(speculate=True),
+        EngineConfig(rows=3),
+        EngineConfig(rows=8, tokens=10 * PAGE),
+    ],
+    ids=["plain", "pages shared, in pieces", "drafting", "few rows", "short of memory"],
+)
+@pytest.mark.parametrize("size", [1, 16, 51])
+def test_a_group_reads_its_prompt_once(size: int, config: EngineConfig, kind: str) -> None:
+    """Pages that only the prompt fills are shared, the one that answers begin in is copied; nothing else changes."""
+    model, sampling, prompt = MODELS[kind], SamplingParams(0.9, 20), PROMPT[:size]
+    engine = Engine(model, (), config)
+    if engine.speculation is not None:
+        engine.speculation.choose = lambda rows: "draft"  # type: ignore[method-assign]
+    engine._prepare([size + 20] * 4 + [23])
+    read = prompt_tokens_read(engine)
+    done = engine.generate([prompt, [9, 9, 9], prompt, prompt, prompt], sampling, [1, 2, 3, 4, 5])
+    for completion, seed in zip([done[0], *done[2:]], [1, 3, 4, 5], strict=True):
+        tokens, logprobs = naive(model, prompt, sampling, seed)
+        assert completion.tokens == tokens
+        assert np.abs(np.array(completion.logprobs) - logprobs).max() <= 1e-4
+    assert engine.pages.free == engine.pages.count and not engine.scheduler._leaders
+    if config.tokens != 10 * PAGE:
+        assert sum(read) == size + 3
+    if engine.speculation is not None:
+        assert sum(r.drafted for r in engine.finished([prompt] * 3, sampling, [1, 2, 3])[1:])
+
+
+def test_followers_go_on_without_their_leader() -> None:
+    engine = Engine(MODELS["mla"], (), EngineConfig(rows=2, tokens=1024, chunk=16))
+    sampling, expected = SamplingParams(0.9, 8), naive(MODELS["mla"], PROMPT, SamplingParams(0.9, 8), 2)[0]
+    for steps in (1, 5):  # cancelled while it reads, and when it has read
+        leader = engine.submit(PROMPT, sampling, 1)
+        followers = [engine.submit(PROMPT, sampling, seed, leader=leader) for seed in (2, 3, 4)]
+        for _ in range(steps):
+            engine.step()
+        engine.cancel(leader)
+        engine.cancel(followers[2])
+        finish(engine)
+        assert followers[0].tokens == expected and engine.pages.free == engine.pages.count
 
 
 def test_new_weights_make_old_pages_unfindable() -> None:

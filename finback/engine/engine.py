@@ -99,7 +99,7 @@ class Engine:
         """Queue a prompt; `step` makes its tokens. UserError when it could never be served.
 
         `salt` (64 bytes at most) keeps its cached pages from requests with another one; it waits until `leader` has
-        read its prompt, so that both read it once; `thinking` says that the prompt has opened the chain of thought.
+        read its prompt, so that both read it once (where it is the same one, all of it); `thinking` says that the prompt has opened the chain of thought.
         """
         self._check_length(len(prompt), sampling.max_tokens)
         self._check_ids(prompt, "prompt")
@@ -114,6 +114,8 @@ class Engine:
             elif sampling.grammar is not None:
                 request.constraint = self.grammars.lark(sampling.grammar)
         self.sampler.limit_thinking(request)
+        if leader is not None:
+            self.scheduler.follow(request, leader)
         self.scheduler.waiting.append(request)
         return request
 
@@ -170,7 +172,7 @@ class Engine:
         now = time.perf_counter()
         for request in self.scheduler.running:
             request.started = request.started or now
-        changed = self.runner.read_prompts()
+        changed = self.runner.begin_forked() + self.runner.read_prompts()
         fresh = set(changed)
         rows = [s for s in self.scheduler.running if not s.reads and s not in fresh]
         # a page may be missing; whoever steps back for it is not in `running` any more
@@ -206,9 +208,12 @@ class Engine:
         # similar lengths together: padding costs as much as tokens do
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         requests: dict[int, Request] = {}
+        leaders: dict[tuple[int, ...], Request] = {}  # a prompt that several have is read by the first of them
         try:
             for i in order:
-                requests[i] = self.submit(prompts[i], sampling, seeds[i], thinking=opened[i])
+                leader = leaders.get(tuple(prompts[i]))
+                requests[i] = self.submit(prompts[i], sampling, seeds[i], leader=leader, thinking=opened[i])
+                leaders.setdefault(tuple(prompts[i]), requests[i])
             while self.busy:
                 self.step()
         finally:  # interrupted: nothing of it may be left in the batch

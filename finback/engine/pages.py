@@ -52,6 +52,12 @@ class Pages:
                 else:
                     self._blank.append(page)
 
+    def hold(self, pages: Sequence[int]) -> None:
+        """Hold pages that somebody holds already once more."""
+        for page in pages:
+            assert self._holders[page] > 0, f"page {page} is nobody's"
+            self._holders[page] += 1
+
     def find(self, digest: bytes) -> int | None:
         """The page published under a digest, held from now on by the caller too."""
         page = self._page.get(digest)

@@ -96,6 +96,16 @@ class Completion:
     routed_experts: np.ndarray | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """A prompt that one request has read for others with the same one: they begin behind it and read nothing."""
+
+    # held until all of them have begun; each takes a copy of the last one, which it will write to
+    pages: list[int]
+    # (d,) the trunk's last state of the prompt's last token
+    hidden: Tensor
+
+
 @dataclass(eq=False)
 class Request:
     """A request on its way through the engine; identity is the request's, the lists grow as tokens are made."""
@@ -107,6 +117,11 @@ class Request:
     salt: bytes = b""
     # wait until this one has read the prompt that both begin with
     leader: "Request | None" = None
+    # requests that wait to begin behind this one's prompt, which is theirs too, and what they need of it
+    followers: int = 0
+    prefix: Prefix | None = None
+    # whether it is one of its leader's followers
+    follows: bool = False
     # holds the answer's text, where the engine has a tokenizer
     detokenizer: "Detokenizer | None" = None
     constraint: "Constraint | None" = None

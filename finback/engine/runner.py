@@ -45,6 +45,7 @@ class Runner:
             if r.sampling.prompt_logprobs is not None and start < len(r.prompt) - 1:
                 self._prompt_logprobs(r, hidden[line], start, count)
         whole = [line for line, r in enumerate(rows) if r.computed == r.length]
+        self._lead([(rows[line], hidden[line, counts[line] - 1]) for line in whole])
         done = [rows[line] for line in whole if rows[line].sampling.max_tokens > 0]
         if done:
             last = torch.tensor([line for line in whole if rows[line].sampling.max_tokens > 0], device=hidden.device)
@@ -58,6 +59,29 @@ class Runner:
             if r.finish_reason is None:
                 self.scheduler.publish(r)
         return [rows[line] for line in whole]
+
+    def _lead(self, read: list[tuple[Request, Tensor]]) -> None:
+        """Keep what followers begin with of those requests that have read their prompts just now, with their states (d,)."""
+        for r, state in read:
+            if r.followers and not r.tokens:
+                self.scheduler.lead(r, state.clone())
+
+    def begin_forked(self) -> list[Request]:
+        """First tokens for the requests whose prompts others have read for them; these requests."""
+        forked, self.scheduler.forked = self.scheduler.forked, []
+        if not forked:
+            return []
+        rows = [r for r, _ in forked]
+        self.pool.copy([p.pages[-1] for _, p in forked], [r.pages[len(p.pages) - 1] for r, p in forked])
+        known = list(dict.fromkeys(p for _, p in forked))
+        hidden = torch.stack([p.hidden for p in known])
+        each = torch.tensor([known.index(p) for _, p in forked], device=hidden.device)
+        self._sample(rows, self.model.logits(hidden)[each])
+        self._draft(rows, hidden[each][:, None], [len(r.prompt) - 1 for r in rows], [1] * len(rows))
+        for r in rows:
+            if r.finish_reason is None:
+                self.scheduler.publish(r)
+        return rows
 
     def _pieces(self) -> tuple[list[Request], list[int]]:
         """The requests whose prompts are read next, and how much of each: the oldest first, `chunk` tokens in all."""
@@ -97,6 +121,7 @@ class Runner:
         logits = self.model.logits(hidden)
         for r in rows:
             r.computed += 1
+        self._lead(list(zip(rows, hidden[:, 0], strict=True)))  # of a prompt the last token may be read here
         self._sample(rows, logits[:, 0])
         right = [
             line

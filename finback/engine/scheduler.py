@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finback.engine.pages import Pages, digest
-from finback.engine.request import FinishReason, Request
+from finback.engine.request import FinishReason, Prefix, Request
 
 
 class Scheduler:
@@ -25,6 +25,9 @@ class Scheduler:
         self.table: Tensor = torch.zeros(rows, -(-longest // pages.size), dtype=torch.long)
         self._lines = self.table.numpy()
         self._slots = list(range(rows - 1, -1, -1))
+        # requests that read no prompt because another has read it for them, and what they begin with
+        self.forked: list[tuple[Request, Prefix]] = []
+        self._leaders: list[Request] = []  # whose prefixes are held
         # called with a request before it loses its pages by being preempted
         self.on_preempt: Callable[[Request], None] = lambda request: None
         self._refused: tuple[Request, int, int] | None = None  # who lacked pages, when so many were free
@@ -45,19 +48,32 @@ class Scheduler:
             if state == self._refused or not self._enter(request):
                 self._refused = state
                 self.waiting.appendleft(request)
+                if not self.running and self._drop_prefixes():
+                    continue
                 break
         self.waiting.extendleft(reversed(held_back))
 
     def _enter(self, request: Request) -> bool:
-        found = self._find(request) if self.reuse and request.sampling.prompt_logprobs is None else []
+        prefix, size = (
+            request.leader.prefix if request.leader is not None and request.follows else None,
+            self.pages.size,
+        )
+        if prefix is not None:
+            found = prefix.pages[:-1]
+            self.pages.hold(found)
+        else:
+            found = self._find(request) if self.reuse and request.sampling.prompt_logprobs is None else []
         needed = self._pages_for(min(request.length + 1, request.end)) - len(found)
         # every running request will soon want a page; taking the last ones would only preempt somebody
         if needed > self.pages.free - len(self.running):
             self.pages.release(found)
             return False
-        size = self.pages.size
         request.pages = found + [self.pages.take() for _ in range(needed)]
         request.computed, request.published = len(found) * size, len(found)
+        if prefix is not None:
+            self.forked.append((request, prefix))
+            request.computed, request.published = len(request.prompt), 0
+        self.stop_following(request)
         if not request.preempted:
             request.cached = min(request.computed, len(request.prompt))
         request.slot = self._slots.pop()
@@ -88,6 +104,8 @@ class Scheduler:
         """
         while len(request.pages) < self._pages_for(tokens):
             if self.pages.free == 0:
+                if self._drop_prefixes():
+                    continue
                 youngest = self.running[-1]
                 self.preempt(youngest)
                 if youngest is request:
@@ -96,6 +114,43 @@ class Scheduler:
             self._lines[request.slot, len(request.pages)] = page = self.pages.take()
             request.pages.append(page)
         return True
+
+    def follow(self, request: Request, leader: Request) -> None:
+        """Have a request that waits begin behind its leader's prompt, where that is its own and not read yet."""
+        same = request.prompt == leader.prompt and request.salt == leader.salt
+        alone = request.sampling.prompt_logprobs is not None or request.sampling.max_tokens == 0
+        if same and not alone and leader.finish_reason is None and not leader.tokens:
+            request.follows = True
+            leader.followers += 1
+
+    def lead(self, request: Request, hidden: Tensor) -> None:
+        """Keep for its followers what a request has read, and the last state (d,) of its prompt."""
+        pages = request.pages[: self._pages_for(len(request.prompt))]
+        self.pages.hold(pages)
+        request.prefix = Prefix(pages, hidden)
+        self._leaders.append(request)
+
+    def stop_following(self, request: Request) -> None:
+        """Note that a request needs its leader's prefix no more; the last one lets go of it."""
+        leader = request.leader
+        if leader is not None and request.follows:
+            request.follows = False
+            leader.followers -= 1
+            if leader.followers == 0:
+                self._let_go(leader)
+
+    def _let_go(self, leader: Request) -> None:
+        if leader.prefix is not None:
+            self.pages.release(leader.prefix.pages)
+            self._leaders.remove(leader)
+            leader.prefix = None
+
+    def _drop_prefixes(self) -> bool:
+        """Let go of all prefixes for want of pages; those who wait for one read their prompts themselves."""
+        found = list(self._leaders)
+        for leader in found:
+            self._let_go(leader)
+        return bool(found)
 
     def preempt(self, request: Request) -> None:
         """Send a running request back to the head of the queue; its tokens are read again later."""
@@ -117,6 +172,7 @@ class Scheduler:
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request, wherever it stands; its pages are free at once."""
         request.finish_reason = reason
+        self.stop_following(request)
         if request.slot >= 0:
             self._leave(request)
         elif request in self.waiting:

@@ -44,6 +44,16 @@ class Pool:
             ids = torch.uint8 if config.n_routed_experts <= 256 else torch.int16
             self.routes = torch.zeros(shape, dtype=ids, device=device)
 
+    def copy(self, pages: Sequence[int], to: Sequence[int]) -> None:
+        """Write what stands in some pages to others."""
+        device = self.data.device
+        source, target = (torch.tensor(list(numbers), device=device) for numbers in (pages, to))
+        stored = self.data.unflatten(1, (-1, self.size))
+        stored[:, target] = stored[:, source]
+        if self.routes is not None:
+            routes = self.routes.unflatten(0, (-1, self.size))
+            routes[target] = routes[source]
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes one token occupies over all layers (70,272 for V3 in bf16 without drafts)."""
