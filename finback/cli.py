@@ -5,7 +5,6 @@ traceback), 130 interrupted (run the same command to continue). Only this file r
 kernels/native.py, which looks for a compiler.
 """
 
-import errno
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from finback.planner.options import PlanOptions
 from finback.report.options import ChatOptions, DocsOptions, ExportOptions, TrackOptions, VerifyOptions
 from finback.runs import reader
 from finback.runs import recipe as recipes
+from finback.runs.files import disk_trouble
 from finback.runs.folder import Interrupted
 from finback.serve.options import ServeOptions, WatchOptions
 
@@ -50,12 +50,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        text = disk_trouble(error)
+        if not text:
             raise
-        code = _fail(
-            f"{error.filename or 'disk'}: {error.strerror}. Nothing is half-written; mend it and run the same "
-            "command to continue."
-        )
+        code = _fail(text)
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own complaints about the command line
             raise

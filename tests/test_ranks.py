@@ -22,6 +22,8 @@ from finback.parallel.meeting import KEY, Party, meet
 from finback.runs import lock, reader
 from finback.runs.files import OWNER
 from finback.runs.folder import Interrupted
+from tests import faults
+from tests.toy import environment, finback_process
 
 
 @pytest.fixture(autouse=True)
@@ -251,3 +253,37 @@ def test_another_machine_s_claim_is_respected(tmp_path: Path, monkeypatch: pytes
     with lock.locked(tmp_path, "torchrun a"):  # its own predecessor, on a machine that has gone
         found = lock.owner(tmp_path)
     assert found is not None and found["job"] == "torchrun a"
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_broken_again_and_again_over_two_agents_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Each kind of fault once; `python -m tests.faults` does thirty."""
+    found = faults.main(tmp_path / "faults", len(faults.KINDS), 0)
+    assert found["wrong"] == [] and set(found["events"]) == set(faults.KINDS)
+
+
+def limited(child: subprocess.Popen[str], rank: str) -> None:
+    """Let a rank write no file of more than 8 KB from now on, as a full disk would."""
+    until(lambda: [p for p in psutil.Process(child.pid).children() if p.environ().get("RANK") == rank])
+    process = next(p for p in psutil.Process(child.pid).children() if p.environ().get("RANK") == rank)
+    process.rlimit(psutil.RLIMIT_FSIZE, (8192, psutil.RLIM_INFINITY))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "rank"), [("None", "0"), ("Layout(dp=2, ep=2)", "1")])
+def test_a_full_disk_on_one_rank_ends_all_with_a_word(tmp_path: Path, layout: str, rank: str) -> None:
+    faults.write(tmp_path / "full", 40)
+    recipe = tmp_path / "full" / "faults.py"
+    recipe.write_text(recipe.read_text().replace("Layout(dp=2, ep=2)", layout))
+    command = [sys.executable, "-m", "finback", "run", str(recipe), "--runs", str(tmp_path), "--ranks", "2"]
+    child = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+    until(lambda: (tmp_path / "faults/base/metrics.jsonl").is_file())
+    limited(child, rank)
+    _, said = child.communicate(timeout=100)
+    assert child.returncode == 2 and "Traceback" not in said and "File too large. Nothing is half-written" in said
+    left = [p.name for p in (tmp_path / "faults/base").rglob("*") if ".part" in p.name or p.name.startswith(".tmp")]
+    assert left == []
+    assert finback_process("run", recipe, "--runs", tmp_path, "--ranks", 2).returncode == 0

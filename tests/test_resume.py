@@ -135,6 +135,20 @@ def test_stopped_and_killed_it_ends_with_the_same_bits(finished: Path, tmp_path:
     assert kill_and_finish(finished, tmp_path, moments, [partial(press, 1), partial(press, 2), kill]) == 3
 
 
+def ask(whom: str, child: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the parent, or to one of the ranks alone: all of them stop at a safe point."""
+    ranks = [p for p in psutil.Process(child.pid).children() if p.environ().get("RANK") == whom]
+    (ranks[0] if ranks else child).send_signal(signal.SIGTERM)
+    assert child.wait(60) == 130
+
+
+@pytest.mark.slow
+def test_asked_by_sigterm_it_stops_at_a_safe_point(finished: Path, tmp_path: Path) -> None:
+    moments = [("base", 0.8), ("base", 0.8), ("zero", 0.5), ("zero", 0.5)]
+    ends = [partial(ask, whom) for whom in ("parent", "1", "0", "parent")]
+    assert kill_and_finish(finished, tmp_path, moments, ends) >= 3
+
+
 @pytest.mark.slow
 def test_torn_checkpoints_are_passed_over(finished: Path, tmp_path: Path) -> None:
     # RL ends soon after its second checkpoint, and may be over before the kill

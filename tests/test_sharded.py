@@ -22,8 +22,10 @@ from finback.runs import recipe as recipes
 from finback.runs.files import read_json, read_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.stages.pretrain import Pretrain, Probe
+from finback.stages.pretrain_setup import set_up
 from finback.tasks.math import Chains
 from finback.train.rates import Phase
+from finback.train.sharded_trainer import ShardedTrainer
 from tests.many import on_ranks
 from tests.toy import CONFIG, WORDS, finback_process
 
@@ -36,6 +38,7 @@ from finback.stages.prepare import Prepare
 from finback.stages.pretrain import Pretrain, Probe
 from finback.tasks.math import Chains
 from finback.train.rates import Phase
+from finback.train.sharded_trainer import ShardedTrainer
 from tests.toy import CONFIG
 
 recipe = [
@@ -291,8 +294,9 @@ def test_a_layout_wants_its_ranks(tmp_path: Path, plain: tuple[Path, list[float]
     folder, _ = plain
     root = folder / "runs" / "plain"
     alone = StageRun(root, "alone", 0, World(), quiet=True)
-    with pytest.raises(UserError, match=r"base\.layout = .*needs ranks that communicate"):
+    with pytest.raises(UserError, match=r"base\.layout = 'pp=1,dp=2.*: pp x dp is 2, but there is 1 rank.*--ranks 2"):
         stage().run(alone)
+    assert not isinstance(set_up(stage(layout=Layout()), alone).trainer, ShardedTrainer), "on one rank it is none"
     assert dataclasses.replace(stage(), layout=None).layout is None
 
 
@@ -301,3 +305,4 @@ def test_a_layout_of_other_ranks_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "wrong", "Layout(dp=4)")
     refused = finback_process("run", path, "--runs", tmp_path / "runs", "--ranks", 2)
     assert refused.returncode == 2 and "pp x dp is 4, but there are 2 ranks" in refused.stderr
+    assert "--ranks 4" in refused.stderr

@@ -18,7 +18,7 @@ from finback.config import UserError, as_json
 from finback.parallel import launch
 from finback.runs import contents, lock, provenance
 from finback.runs import recipe as recipes
-from finback.runs.files import MANIFEST
+from finback.runs.files import MANIFEST, disk_trouble
 from finback.runs.folder import Interrupted, StageRun, prepare_folder
 from finback.runs.recipe import Recipe
 
@@ -97,8 +97,11 @@ def _join(recipe: Recipe, root: Path, seed: int) -> None:
                 recipes.execute(recipe, root, seed, world, watch)
                 world.barrier()
         except Interrupted:
-            launch.dismiss_agent()
+            # whoever starts the ranks may end all of them when the first has ended: the writer is not done
+            with contextlib.suppress(RuntimeError):
+                world.barrier()
             world.leave()
+            launch.dismiss_agent(is_asked=watch.pressed)
             raise
         except BaseException as error:
             _end_all(world, error)
@@ -164,8 +167,8 @@ def _end_all(world: "World", error: BaseException) -> None:
         lost = f"rank {world.rank} lost its connection to another rank ({str(error).splitlines()[0]})"
         print(f"error: {ending.text if ending else lost}", file=sys.stderr)
         raise RankFailed(ending.code if ending else 1) from None
-    if isinstance(error, UserError | OSError):
-        beat.tell(f"rank {world.rank}: {error}", USERS_MISTAKE)
+    if text := str(error) if isinstance(error, UserError) else disk_trouble(error):
+        beat.tell(f"rank {world.rank}: {text}", USERS_MISTAKE)
     else:
         beat.tell(f"rank {world.rank} failed with {type(error).__name__}: {error}", 1)
 
@@ -204,4 +207,5 @@ def _stopping(say: bool = False) -> Iterator[_Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == stop.press:  # else somebody has decided otherwise
+                signal.signal(number, handler)

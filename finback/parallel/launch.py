@@ -157,15 +157,21 @@ def die_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def dismiss_agent() -> None:
+def dismiss_agent(is_asked: bool) -> None:
     """Ask the torchrun agent to leave that started this rank: it would start ranks again that were asked to stop.
 
-    In a second, which an agent that was asked itself has left before.
+    If this rank was asked itself, most likely by its agent, then in a second, which such an agent has left before.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK") == "0":
-        command = ["sh", "-c", f"sleep 1; kill -TERM {os.getppid()}"]
-        quiet = subprocess.DEVNULL
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") != "0":
+        return
+    agent, quiet = os.getppid(), subprocess.DEVNULL
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent passes it on
+    if is_asked:
+        command = ["sh", "-c", f"sleep 1; kill -TERM {agent}"]
         subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+    else:
+        os.kill(agent, signal.SIGTERM)
 
 
 def job() -> str:

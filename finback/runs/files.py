@@ -1,5 +1,6 @@
 """JSON and JSONL files of a run folder: written whole (temporary file, fsync, rename), read with damage reported."""
 
+import errno
 import json
 import math
 import os
@@ -14,6 +15,8 @@ RECIPE, SUMMARY = "recipe.json", "summary.json"
 CONFIG, LEDGER, MANIFEST = "config.json", "ledger.jsonl", "manifest.json"
 LOCK, OWNER = ".lock", ".owner.json"  # locked while a recipe runs; who runs it
 METRICS, SAMPLES, ROUTER = "metrics.jsonl", "samples.jsonl", "router.jsonl"
+
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -34,6 +37,14 @@ def _replace(path: Path, texts: Iterable[str]) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(path)
+
+
+def disk_trouble(error: BaseException) -> str:
+    """What a user can mend of an error in writing: a full disk, a quota, a folder that is read only; else empty."""
+    if not isinstance(error, OSError) or error.errno not in _MENDABLE:
+        return ""
+    remedy = "Nothing is half-written; mend it and run the same command to continue."
+    return f"{error.filename or 'disk'}: {error.strerror}. {remedy}"
 
 
 def read_json(path: Path) -> Any:

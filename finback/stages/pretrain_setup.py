@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from finback.checkpoint import models
 from finback.checkpoint.shares import Stored
@@ -31,13 +30,21 @@ if TYPE_CHECKING:
 
 def set_up(stage: "Pretrain", run: StageRun) -> Pretraining:
     """The training of a stage, on its layout or with the whole model on every rank."""
-    return (_replicated if stage.layout is None else _sharded)(stage, run, World.of(run))
+    world = World.of(run)
+    if stage.layout is not None and stage.layout.ranks != world.size:
+        there = f"there are {world.size} ranks" if world.size > 1 else "there is 1 rank"
+        problem, ranks = f"pp x dp is {stage.layout.ranks}, but {there}", stage.layout.ranks
+        remedy = f"Start it with --ranks {ranks}, or with so many by torchrun, or change the layout."
+        raise UserError(f"{stage.name}.layout", stage.layout.mesh(), problem, remedy)
+    # a layout of one rank is none
+    return (_replicated if world.size == 1 or stage.layout is None else _sharded)(stage, run, world)
 
 
 def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     for name in ("batch_size", "batch_size_start"):
         if getattr(stage, name) % world.size:
-            raise stage.wrong(name, f"does not divide among {world.size} ranks", "Use --ranks.")
+            remedy = f"Use a multiple of {world.size}, or other --ranks."
+            raise stage.wrong(name, f"does not divide among {world.size} ranks", remedy)
     if stage.model is not None:
         config, start = _fresh(stage, stage.model, run), None
     else:
@@ -84,9 +91,6 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     else:
         config, values = models.stored(_start(stage, run), world.rank, world.size)
         config = stage.adapted(config)
-    if not dist.is_initialized():
-        problem = "needs ranks that communicate"
-        raise UserError(f"{stage.name}.layout", str(stage.layout), problem, "Use --ranks or torchrun.")
     if stage.compile:
         _check_compiler(stage, run)
     options = ShardedOptions(**{f.name: getattr(stage, f.name) for f in dataclasses.fields(ShardedOptions)})
@@ -100,9 +104,11 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         trainer = ShardedTrainer(config, stage.layout, stage.batch_size, values, options, device)
         stage.layout.check_steps(config, stage.batch_sizes, stage.batch_size)
     except UserError as error:
-        if error.field != "rows":
+        field = error.field
+        if field == "rows":  # where a step's rows come from
+            field = "batch_size" if error.value == stage.batch_size else "batch_size_start"
+        elif not field.startswith("layout."):
             raise
-        field = "batch_size" if error.value == stage.batch_size else "batch_size_start"  # where a step's rows come from
         raise UserError(f"{stage.name}.{field}", error.value, error.problem, error.remedy) from None
     return Pretraining(stage, run, trainer, precision)
 
