@@ -22,8 +22,8 @@ def measure(seed: int, runs: Path) -> dict[str, Any]:
     gaps = {}
     for name, stage in stages.items():
         if stage["stage"] == "GRPO":
-            lines = (folder / "r1" / name / "metrics.jsonl").read_text().splitlines()
-            gaps[name] = max(json.loads(line)["gap_max"] for line in lines)
+            lines = map(json.loads, (folder / "r1" / name / "metrics.jsonl").read_text().splitlines())
+            gaps[name] = max(line["gap_max"] for line in lines if "gap_max" in line)
     return {
         "seed": seed,
         "probe_reached": stages["base"]["results"]["probe_reached"],

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LIMITS = {"before": 0.50, "after": 0.85, "greedy": 0.92, "growth": 1.5, "gap": 1e-4}
+LIMITS = {"before": 0.50, "after": 0.85, "greedy": 0.95, "growth": 1.5, "gap": 1e-4}
 
 
 def finback(*arguments: str) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def measure(seed: int, runs: Path, with_control: bool) -> dict[str, Any]:
     late = [r for r in pretraining if "loss" in r][-100:]
     controlled = control(seed, folder) if with_control else None
     growth = after["sampled"]["mean_tokens"] / before["sampled"]["mean_tokens"]
-    gap = max(r["gap_max"] for r in log)
+    gap = max(r["gap_max"] for r in log if "gap_max" in r)
     return {
         "seed": seed,
         "probe_reached": stages["base"]["results"]["probe_reached"],
@@ -52,7 +52,7 @@ def measure(seed: int, runs: Path, with_control: bool) -> dict[str, Any]:
         "holds": {
             "before <= 50 %": before["sampled"]["accuracy"] <= LIMITS["before"],
             "after >= 85 %": after["sampled"]["accuracy"] >= LIMITS["after"],
-            "greedy >= 92 %": after["greedy"]["accuracy"] >= LIMITS["greedy"],
+            "greedy >= 95 %": after["greedy"]["accuracy"] >= LIMITS["greedy"],
             "length x 1.5": growth >= LIMITS["growth"],
             "gap <= 1e-4": gap <= LIMITS["gap"],
             "control gains nothing": controlled["sampled"]["interval"][0] <= before["sampled"]["interval"][1]

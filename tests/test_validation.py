@@ -10,9 +10,11 @@ import torch
 from finback.checkpoint import models
 from finback.config import UserError
 from finback.model.transformer import Transformer
+from finback.report.summary import draw
 from finback.rollouts import rl_health
 from finback.rollouts.rollouts import Rollout
 from finback.runs.files import read_lines, write_lines
+from finback.runs.reader import StageFolder
 from finback.stages import validation
 from finback.stages.grpo_sampling import GroupSampler
 from finback.stages.grpo_training import Reinforcement
@@ -59,6 +61,7 @@ def test_rl_stops_when_the_scores_do_and_keeps_the_best_model(tmp_path: Path, mo
     assert results["steps"] == 12
     assert results["validation"] == {"problems": 10, "before": 0.2, "after": 0.8, "step": 4, "worse": False}
     assert torch.equal(weights(r.run.folder), kept[4]) and not torch.equal(kept[4], kept[12])
+    assert draw(tmp_path, [StageFolder(r.run.folder, {})]) is not None, "the picture of RL takes no score for a step"
     rates = [row["lr"] for row in read_lines(r.run.folder / "metrics.jsonl") if "lr" in row]
     assert rates[:8] == [1e-3] * 8 and rates[8:] == pytest.approx([7.75e-4, 5.5e-4, 3.25e-4, 1e-4])
 

@@ -125,7 +125,7 @@ def draw(root: Path, learning: list[StageFolder]) -> Path | None:
     drawn = path.stat().st_mtime_ns if path.is_file() else 0
     if all(log.is_file() and log.stat().st_mtime_ns <= drawn for log in logs):  # nothing was logged since then
         return path
-    logged = {stage.name: stage.metrics() for stage in learning}
+    logged = {stage.name: [r for r in stage.metrics() if "accuracy" in r] for stage in learning}
     steps = [record for records in logged.values() for record in records]
     if not steps:
         return None
