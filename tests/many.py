@@ -110,6 +110,14 @@ def on_one(way: Way, steps: int = STEPS) -> tuple[Numbers, dict[str, Tensor]]:
     """The plain twin: the whole model on one rank, as one thread like each of many."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    trainer = one_rank(way)
+    numbers = continued(trainer, way, 0, steps)
+    torch.set_num_threads(threads)
+    return numbers, trainer.model.state_dict()
+
+
+def one_rank(way: Way) -> ReplicatedTrainer:
+    """The whole model, its gradients and optimizers."""
     model = way.options.put_on(Transformer(way.config, way.options.dtype).initialise(5)).train()
     named = list(model.named_parameters())
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
@@ -119,10 +127,7 @@ def on_one(way: Way, steps: int = STEPS) -> tuple[Numbers, dict[str, Tensor]]:
         else Adam(matrices, (0.9, 0.95), 0.05)
     )
     adam = Adam([(n, p) for n, p in named if not is_matrix(n, p)], (0.9, 0.95), 0.0)
-    trainer = ReplicatedTrainer(model, World(), (first, adam), ema_decay=way.ema_decay)
-    numbers = continued(trainer, way, 0, steps)
-    torch.set_num_threads(threads)
-    return numbers, model.state_dict()
+    return ReplicatedTrainer(model, World(), (first, adam), ema_decay=way.ema_decay)
 
 
 def on_many(layout: Layout, way: Way = Way(), seed: int = 5) -> ShardedTrainer:
@@ -155,7 +160,8 @@ def step(trainer: Trainer, batch: Batch, mtp_weight: float = MTP_WEIGHT) -> list
     """One step on a step's rows: losses over all ranks, norm of the gradient; no update where that is not finite."""
     counts = batch.counts(trainer.model.config.num_nextn_predict_layers).tolist()
     mine = slice(trainer.data_rank, None, trainer.data_ranks)
-    batch = dataclasses.replace(batch, **{name: t[mine] for name, t in batch.tensors().items()})
+    share: dict[str, Any] = {name: t[mine] for name, t in batch.tensors().items()}
+    batch = dataclasses.replace(batch, **share)
     trainer.zero()
     losses = trainer.backward(batch, LossTerms(counts, mtp_weight, BALANCE_ALPHA, 1 / trainer.data_ranks))
     norm = trainer.finish(MAX_GRAD_NORM)
