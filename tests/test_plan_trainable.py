@@ -1,5 +1,6 @@
 """Whatever can be trained can be planned, over the trainer's own lists of choices; what is recommended can be trained."""
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -8,12 +9,14 @@ import pytest
 
 from finback.config import UserError
 from finback.model.config import TINY, V2_LITE, V3, ModelConfig
+from finback.model.count import parameters
 from finback.parallel.layout import Layout
-from finback.planner import cluster, hardware, recipe_plan
+from finback.planner import cluster, hardware, memory, recipe_plan
 from finback.planner.options import PlanOptions
-from finback.planner.workload import Optimizer, Precision, Recompute
+from finback.planner.workload import Optimizer, Precision, Recompute, Workload
 from finback.runs.recipe import config_json
-from finback.stages.pretrain import Pretrain
+from finback.stages.pretrain import Pretrain, Probe
+from finback.tasks.math import Chains
 
 # choices about the data, which change no amount of work
 OF_DATA = {"packing", "document_mask", "keep_best"}
@@ -105,7 +108,9 @@ def test_what_can_be_trained_can_be_planned(layout: Layout | None) -> None:
         for values in (away, here):
             assert values["seconds"] > 0 and values["memory_bytes"] > 0 and "refused" not in values, stage
         if layout is not None:
-            assert printed(away["plan"]["layout"]["knobs"]) == {"layout": layout, "recompute": stage.recompute}
+            compute = "bf16" if stage.compute == "auto" else stage.compute
+            same = {"layout": layout, "recompute": stage.recompute, "compute": compute}
+            assert printed(away["plan"]["layout"]["knobs"]) == same
         if stage.compute in ("fp32", "bf16"):
             assert away["plan"]["layout"]["precision"] == stage.compute
     assert seen, "no stage accepts this layout"
@@ -127,4 +132,56 @@ def test_what_is_recommended_can_be_trained(on: str, model: ModelConfig, rows: i
     found = cluster.plan("x", model, work, 1e9, site, options)
     found.work.layout.check_trainable(model, rows, site.devices)
     knobs = printed(found.values["layout"]["knobs"])
-    assert knobs["layout"] == found.work.layout and knobs["recompute"] in choices(Pretrain)["recompute"]
+    assert (
+        knobs.get("layout", found.work.layout) == found.work.layout
+        and knobs["recompute"] in choices(Pretrain)["recompute"]
+    )
+
+
+EVERYTHING: dict[str, Any] = {
+    "ema_decay": 0.9,
+    "probe": Probe(Chains(2, 3), 0.5),
+    "document_mask": True,
+    "batch_size_start": 1024,
+    "ramp_tokens": 10**9,
+}
+
+
+@pytest.mark.parametrize(
+    ("on", "knobs"), [("h100:1", {}), ("h100:16", {"compile": True}), ("h100:16", EVERYTHING | {"compute": "fp8"})]
+)
+def test_what_is_recommended_for_a_stage_it_takes(on: str, knobs: dict[str, Any]) -> None:
+    """The printed knobs go into the stage, and every step of its ramp fits the layout."""
+    stage = Pretrain(name="base", data="x", model=V2_LITE, mixture={"a": 1.0}, batch_size=4096, seq_len=4096, **knobs)
+    found = recipe_plan.plan_configs("r", [config_json(stage)], PlanOptions(on=on), None, 1)["stages"]["base"]
+    assert "refused" not in found
+    taken = dataclasses.replace(stage, **printed(found["plan"]["layout"]["knobs"]))
+    devices = int(on.split(":")[1])
+    assert (taken.layout is None) == (devices == 1)
+    if taken.layout is not None:
+        taken.layout.check_trainable(V2_LITE, stage.batch_size, devices)
+        taken.layout.check_steps(V2_LITE, stage.batch_sizes, stage.batch_size)
+
+
+def test_averages_and_probes_are_counted() -> None:
+    """Four bytes for each number of a rank's share; and after a step the whole model, where that is more than its activations."""
+    layout = Layout(pp=2, dp=4, ep=2, micro_batches=2, sharding="zero1")
+    plain = Workload(layout, rows=8, length=64, precision="fp32")
+    known = hardware.ASSUMPTIONS
+    before, after = (
+        memory.rank_memory(TINY, dataclasses.replace(plain, averaged=averaged), known) for averaged in (False, True)
+    )
+    for a, b, mine in zip(before, after, memory.rank_stages(TINY, layout), strict=True):
+        assert b.optimizer - a.optimizer == pytest.approx(4 * (mine.plain / 4 + mine.routed / 2))
+    probed = memory.rank_memory(TINY, dataclasses.replace(plain, probed=True), known)
+    for rank in probed:
+        assert rank.activations + rank.working == pytest.approx(4 * parameters(TINY))
+
+
+def test_a_ramp_leaves_layouts_out() -> None:
+    """Steps of 384 rows divide among 16 ranks, those of 24 rows do not."""
+    site, options = hardware.site("h100:16", ()), PlanOptions(mesh="dp=16")
+    work = cluster.workload(384, 4096, site, options)
+    assert cluster.plan("x", V2_LITE, work, 1e9, site, options).work.layout.dp == 16
+    with pytest.raises(UserError, match="rows = 24: does not divide among dp = 16 ranks"):
+        cluster.plan("x", V2_LITE, dataclasses.replace(work, rows_start=24), 1e9, site, options)

@@ -60,6 +60,7 @@ class PipelineStage(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
         self.is_first, self.is_last = stage == 0, stage == stages - 1
+        self.is_compiled = False
         self.losses: list[Tensor] = []  # (main, MTP, balance) of each micro-batch since they were last taken
 
     def forward(self, *carried: Tensor, **rows: Tensor) -> Any:
@@ -99,12 +100,16 @@ class PipelineStage(nn.Module):
     def splits(self) -> bool:
         """Whether the backward pass for the weights can run apart from that for the inputs.
 
-        Autograd cannot do the gradient of a weight apart from that of what lies between its uses, and what is recomputed
-        for the one pass is gone in the other.
+        Autograd cannot do the gradient of a weight apart from that of what lies between its uses; and what is recomputed
+        for the one pass, or lent to it by the compiler, is gone in the other.
         """
         model = self.model
         between = self.is_last and model.config.tie_word_embeddings and len(model.mtp) > 0
-        return not between and not any(isinstance(module, Recomputed) for module in model.modules())
+        return (
+            not between
+            and not self.is_compiled
+            and not any(isinstance(module, Recomputed) for module in model.modules())
+        )
 
     def _balance(self) -> Tensor | float:
         """The sum over this stage's MoE layers that the pass has met."""

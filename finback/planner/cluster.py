@@ -44,7 +44,7 @@ def plan(
     if work.precision == "fp8" and machine.fp8 is None:
         raise UserError("--precision", "fp8", f"{machine.name} has no FP8 products", "Use bf16.")
     if given:
-        work.layout.check(c, work.rows)
+        work.check(c)
         judged = recommend.judge(c, work, machine, known)
     else:
         judged = recommend.recommend(c, _search(c, work, site, options))

@@ -1,7 +1,7 @@
 """Memory of each rank in training, and what is left for the cache in serving. No torch here.
 
 Bytes per parameter (V3 3.3.3): compute weights 2 (one bf16 copy, or two FP8 ones: Hopper reads a matrix and its transpose
-apart), gradients 4, master weights 4, AdamW moments 2 + 2 (Muon: momentum 2). In fp32 the weights are their own
+apart), gradients 4, master weights 4, AdamW moments 2 + 2 (Muon: momentum 2), their average 4. In fp32 the weights are their own
 masters and moments are fp32. Activations per token follow from what each policy keeps of a layer:
 
   none       all that a backward pass reads
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from finback.model.config import ModelConfig
-from finback.model.count import cache_bytes, layer_parameters
+from finback.model.count import cache_bytes, layer_parameters, parameters
 from finback.parallel.layout import Layout, StageLayers, split_layers
 from finback.parallel.schedules import in_flight
 from finback.planner.hardware import Fact
@@ -33,7 +33,7 @@ class Memory:
     optimizer: float
     # of all micro-batches in flight
     activations: float
-    # logits, one layer done again, layers gathered by FSDP
+    # logits, one layer done again, layers gathered by FSDP; or a probe's whole model
     working: float
     reserve: float
     # micro-batches, in stages of mean size
@@ -167,6 +167,8 @@ def rank_memory(c: ModelConfig, work: Workload, known: dict[str, Fact]) -> list[
         again = max(whole[c.is_moe(n)] - some[c.is_moe(n)] for n in mine.layers) * tokens
         weights, gradients, optimizer, gathered = _states(work, mine)
         working = logits + again + gathered
+        if work.probed:  # after a step, when its activations are gone
+            working = max(working, 4.0 * parameters(c) - alive)
         found.append(Memory(weights, gradients, optimizer, alive, working, known["reserve"].value, alive / mean))
     return found
 
@@ -180,6 +182,7 @@ def _states(work: Workload, mine: RankStages) -> tuple[float, float, float, floa
     per_weight, per_gradient, per_state = parameter_bytes(work.precision, work.optimizer)
     copies = layout.pipeline.copies
     of_plain, of_routed = (1, 1) if layout.sharding == "ddp" else (layout.dp * copies, layout.edp * copies)
+    per_state += 4 * work.averaged  # in fp32
     optimizer = per_state * (plain / of_plain + routed / of_routed)
     if layout.sharding != "fsdp":
         return per_weight * (plain + routed), per_gradient * (plain + routed), optimizer, 0.0

@@ -221,10 +221,20 @@ def _laid_out(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[str
     knobs, given, model = stage.knobs, None if options.mesh else stage.layout, stage.model
     assert model is not None, "a stage that trains has a model"
     own = None if knobs["compute"] == "auto" else knobs["compute"]
+    if own is None and (given is not None or knobs["compile"]):  # what auto is on a GPU, and what can be compiled
+        own = "bf16"
     options = dataclasses.replace(
         options, precision=options.precision or own, optimizer=options.optimizer or knobs["optimizer"]
     )
-    work = cluster.workload(options.rows or knobs["batch_size"], options.length or stage.length, site, options)
+    rows = options.rows or knobs["batch_size"]
+    work = dataclasses.replace(
+        cluster.workload(rows, options.length or stage.length, site, options),
+        rows_start=0 if options.rows else knobs["batch_size_start"],
+        averaged=knobs["ema_decay"] > 0,
+        probed=knobs["probe"] is not None,
+        masked=knobs["document_mask"],
+        compiled=knobs["compile"],
+    )
     if given is not None:
         if given.ranks != site.devices:
             problem = f"the recipe's layout has {given.ranks} ranks, not {site.devices}"

@@ -85,6 +85,8 @@ def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, dict[
     eps = [p for p in powers if c.n_routed_experts and c.n_routed_experts % p == 0] or [1]
     eps = [start.layout.ep] if "ep" in fixed else eps
     recomputes: Sequence[Recompute] = ("none", "attention", "block")
+    if start.compiled:
+        recomputes = ("none", "block")
     if start.layout.schedule == "dualpipe":  # V3's own schedule is not trained here: V3's recomputation goes with it
         recomputes = ("none", "selective", "block")
     shardings: Sequence[Sharding] = ("zero1", "fsdp")
@@ -118,8 +120,9 @@ def laid_out(c: ModelConfig, work: Workload, change: dict[str, Any], machine: Ma
         nodes=max(1, sizes.ep // traffic.per_node(machine)),
         gather="bf16" if sizes.sharding == "fsdp" and work.precision != "fp32" else "fp32",
     )
-    layout.check(c, work.rows)
-    return dataclasses.replace(work, layout=layout)
+    found = dataclasses.replace(work, layout=layout)
+    found.check(c)
+    return found
 
 
 def estimate(c: ModelConfig, work: Workload, search: Search) -> float:

@@ -45,6 +45,16 @@ def of_step(c: ModelConfig, judged: JudgedWorkload, site: Site, step: Step) -> l
     found = of_model(c, work.precision, site)
     if work.layout.sharding == "fsdp":
         found.append("FSDP's gathering is taken to hide behind compute as far as there is any")
+    if work.precision == "fp8" and work.layout.ep > 1 and work.layout.pipeline.copies == 1:
+        found.append(
+            "tokens are planned to go to their experts in FP8, as V3's; finback sends them in bf16, twice the bytes"
+        )
+    if work.masked:
+        found.append("documents apart: attention is planned over whole rows; document by document it takes less")
+    if work.probed:
+        found.append(
+            "a probe puts the whole model, in fp32, together on every rank; its memory is counted, its time is not"
+        )
     if not judged.fits:
         found.append("no basis: it does not fit, so time and money are those of a run that cannot be made")
     slots = c.num_hidden_layers + c.num_nextn_predict_layers

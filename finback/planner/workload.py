@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from finback.config import UserError, did_you_mean
+from finback.model.config import ModelConfig
 from finback.parallel.layout import Layout
+from finback.train.rates import ramp_sizes
 
 # as Pretrain.recompute has them; "selective" is V3's own, for plans: norms, up-projections and SwiGLU are done again
 Recompute = Literal["none", "attention", "block", "selective"]
@@ -24,6 +26,21 @@ class Workload:
     recompute: Recompute = "none"
     precision: Precision = "bf16"
     optimizer: Optimizer = "adamw"
+    # of the first steps, where there is a ramp; 0: none
+    rows_start: int = 0
+    # a running average of the weights is kept
+    averaged: bool = False
+    # the whole model is put together on every rank now and then, to generate
+    probed: bool = False
+    # documents of a row do not see each other
+    masked: bool = False
+    # blocks are compiled, which neither FP8 nor recomputed attention can be
+    compiled: bool = False
+
+    def check(self, c: ModelConfig) -> None:
+        """UserError unless the model and every step's rows fit the layout."""
+        self.layout.check(c, self.rows)
+        self.layout.check_steps(c, ramp_sizes(self.rows_start, self.rows), self.rows)
 
     @property
     def micro_rows(self) -> int:
@@ -44,7 +61,9 @@ class Workload:
         """What a Pretrain stage is given to train so."""
         default = vars(Layout())
         changed = ", ".join(f"{k}={v!r}" for k, v in vars(self.layout).items() if v != default[k]).replace("'", '"')
-        return f'layout=Layout({changed}), recompute="{self.recompute}"'
+        rest = f'recompute="{self.recompute}", compute="{self.precision}"'
+        # one rank needs no layout
+        return rest if self.layout.ranks == 1 else f"layout=Layout({changed}), {rest}"
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, Any]:

@@ -74,6 +74,8 @@ class ShardedTrainer(Trainer):
             for part in parts:
                 part.is_copy = part.name == "embed" and number > 0
         stages = [root for root in self.roots if isinstance(root, PipelineStage)]
+        for stage in stages:
+            stage.is_compiled = options.compile
         self.pipeline = Pipeline(stages, layout, self.mesh) if stages else None
         self.optimizers = [self._optimizers(stage) for stage in self.sharding.parts]
         if options.ema_decay:
