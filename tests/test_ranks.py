@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from finback.config import UserError
-from finback.parallel import heartbeat, meeting
+from finback.parallel import heartbeat, meeting, torchrun
 from finback.parallel.heartbeat import Heartbeat, Line, wait_of
 from finback.parallel.meeting import KEY, Party, meet
 from finback.runs import lock, reader
@@ -186,6 +189,24 @@ def test_the_wait_is_a_number() -> None:
     for wrong in ("soon", "0", "nan", "-1"):
         with pytest.raises(UserError, match=r"FINBACK_RANK_TIMEOUT = '.*': not a number of seconds"):
             wait_of({heartbeat.WAIT: wrong})
+
+
+def test_torchrun_ends_with_its_ranks_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ending(error: BaseException | None) -> int:
+        def main() -> None:
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr("torch.distributed.run.main", main)
+        return torchrun.main()
+
+    def failed(code: int) -> ChildFailedError:
+        return ChildFailedError("finback", {1: ProcessFailure(1, 7, code, "none")})
+
+    codes = [ending(e) for e in (None, SignalException("asked", signal.SIGTERM), failed(2), failed(130), failed(-9))]
+    assert codes == [0, 130, 2, 130, 1] and capsys.readouterr().err == "rank 1 was killed (signal 9)\n"
 
 
 # ---- one run in a folder -----------------------------------------------------------------------------------------------

@@ -200,7 +200,7 @@ class Corpus:
     def _show(self, progress: Progress, done: float, note: str) -> None:
         run = self.stage_run
         progress.show(done, note)
-        if run.stop_requested and run.ranks.size == 1:  # others wait at a barrier and do not hear of it
+        if run.stop_requested:
             raise Interrupted
 
     @contextmanager

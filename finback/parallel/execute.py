@@ -91,7 +91,11 @@ def _join(recipe: Recipe, root: Path, seed: int) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with _stopping() as watch:
-        world = World.join(rank, size, _declared(recipe, seed), lambda: watch.pressed)
+        try:
+            world = World.join(rank, size, _declared(recipe, seed), lambda: watch.pressed)
+        except Interrupted:
+            launch.dismiss_agent(is_asked=watch.pressed)
+            raise
         try:
             with _owned(recipe, root, seed, world):
                 recipes.execute(recipe, root, seed, world, watch)

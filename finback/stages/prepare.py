@@ -18,7 +18,7 @@ from finback.data.sources import Chitchat, Document, Files, Hub, Source
 from finback.data.tokenizer import Tokenizer
 from finback.runs.declaration import Declaration
 from finback.runs.files import write_json
-from finback.runs.folder import StageRun
+from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Stage
 from finback.stages.exam_questions import ExamQuestions
 from finback.tasks import task as tasks
@@ -138,9 +138,14 @@ class Prepare(Stage):
         return Declaration("data", results=("sources",))
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        results = self._prepare(run) if run.is_writer else {}
-        run.ranks.barrier()
-        return results
+        results: dict[str, Any] | None = {}
+        try:
+            results = self._prepare(run) if run.is_writer else {}
+        except Interrupted:
+            results = None
+        if run.ranks.any(results is None):  # the others have waited here for the writer
+            raise Interrupted
+        return results or {}
 
     def _prepare(self, run: StageRun) -> dict[str, Any]:
         """Sources one after the other, then the tokenizer, then shards; what an interrupted call finished stays."""
