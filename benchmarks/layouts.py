@@ -122,11 +122,9 @@ def table() -> Iterator[Case]:
         for ep, s in zip((2, 1), SHARDINGS, strict=True)
     ]
     layouts += [Layout(pp=4, schedule=schedule, micro_batches=8) for schedule in ("1f1b", "zb1p")]
-    if "cp" in vars(Layout()):  # context parallelism, where layouts have it
-        cut: dict[str, Any] = {"cp": 2}
-        layouts += [Layout(**cut, sharding=s) for s in SHARDINGS]
-        layouts += [Layout(dp=2, **cut), Layout(dp=2, ep=4, **cut)]
-        layouts += [Layout(pp=2, micro_batches=4, schedule=schedule, **cut) for schedule in PIPELINES]
+    layouts += [Layout(cp=2, sharding=s) for s in SHARDINGS]
+    layouts += [Layout(dp=2, cp=2), Layout(dp=2, cp=2, ep=4)]
+    layouts += [Layout(pp=2, cp=2, micro_batches=4, schedule=schedule) for schedule in PIPELINES]
     for number, layout in enumerate(layouts):
         yield Case(layout, Way())
         if number % 2 == 0:
@@ -145,7 +143,7 @@ def on_rank(case: Case, steps: int, out: str) -> None:
         chosen.append({name: seen[0] for name, seen in taken(routers, rows).items()})
     biases = {name.removesuffix(".bias"): bias for name, bias in many._biases().items()}
     everyone: list[Any] = [None] * dist.get_world_size()
-    context = many.mesh.cp.get_local_rank() if hasattr(many.mesh, "cp") else 0
+    context = 0 if many.mesh.cp is None else many.mesh.cp.get_local_rank()
     dist.all_gather_object(everyone, ((many.data_rank, context), chosen, biases))
     if dist.get_rank() == 0:
         torch.save((numbers, everyone), out)

@@ -229,7 +229,7 @@ def test_bills_by_hand() -> None:
         ("pp=15", "not 2048 devices"),
         ("pp=16,dp=64", "not 2048 devices"),
         ("pp=16,tp=8", "tensor parallelism"),
-        ("pq=16", "Known: dp, ep"),
+        ("pq=16", "Known: cp, dp, ep"),
         ("pp=x", "whole number"),
         ("pp=0", "whole number"),
         ("pp", "whole number"),

@@ -108,11 +108,12 @@ LAYOUTS = {
     "zero1": 'Layout(dp=2, sharding="zero1")',
     "piped": "Layout(pp=2, micro_batches=2)",
     "both": 'Layout(pp=2, micro_batches=4, schedule="zbv", sharding="zero1")',
+    "context": "Layout(cp=2, ep=2)",
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("experts", "shared", "zero1", "piped")]
+    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("experts", "shared", "zero1", "piped", "context")]
 )
 def test_a_layout_trains_as_whole_copies_do(name: str, plain: tuple[Path, list[float]]) -> None:
     folder, losses = plain

@@ -81,16 +81,29 @@ def balance_loss(affinity: Tensor, index: Tensor, experts_per_token: int, paddin
 
     affinity (b, t, experts), index (b, t, k), padding_mask (b, t) or None. The gradient flows through P alone.
     """
-    experts = affinity.size(-1)
+    chosen, share = expert_shares(affinity, index, padding_mask)
+    if padding_mask is None:
+        return balance_of(chosen.mean(dim=1), share.mean(dim=1), experts_per_token)
+    length = padding_mask.sum(dim=1, keepdim=True).to(affinity.dtype).clamp(min=1)
+    return balance_of(chosen.sum(dim=1) / length, share.sum(dim=1) / length, experts_per_token)
+
+
+def expert_shares(affinity: Tensor, index: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of each token, 1 for the experts that it chose, and every expert's share of its affinity: (b, t, experts) both.
+
+    0 for padding; arguments as above.
+    """
     share = affinity / (affinity.sum(dim=-1, keepdim=True) + 1e-20)
     chosen = torch.zeros_like(affinity).scatter(2, index, 1.0)
     if padding_mask is None:
-        f, p = chosen.mean(dim=1), share.mean(dim=1)
-    else:
-        keep = padding_mask[:, :, None].to(affinity.dtype)
-        length = keep.sum(dim=1).clamp(min=1)
-        f, p = (chosen * keep).sum(dim=1) / length, (share * keep).sum(dim=1) / length
-    return (f * (experts / experts_per_token) * p).sum(dim=-1).mean()
+        return chosen, share
+    keep = padding_mask[:, :, None].to(affinity.dtype)
+    return chosen * keep, share * keep
+
+
+def balance_of(f: Tensor, p: Tensor, experts_per_token: int) -> Tensor:
+    """Σ_i f_i P_i, f scaled by experts / k, from (b, experts) both; the mean over sequences."""
+    return (f * (f.size(-1) / experts_per_token) * p).sum(dim=-1).mean()
 
 
 def take_balance_losses(model: nn.Module) -> list[Tensor]:

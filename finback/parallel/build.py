@@ -14,6 +14,7 @@ from finback.checkpoint.shares import Share, Values
 from finback.model.config import ModelConfig
 from finback.model.moe import MoE
 from finback.model.transformer import Transformer
+from finback.parallel.context import spread_context
 from finback.parallel.experts import spread_experts
 from finback.parallel.layout import Layout, share
 from finback.parallel.mesh import Mesh
@@ -55,6 +56,8 @@ def build(
         put_on(model)
         _keep_own_experts(model, mesh, fsdp)
         spread_experts(model, mesh)
+        if mesh.cp is not None:
+            spread_context(model, mesh.cp.get_group())
         model.train()
     sharding = FullyShard(roots, models, layout, mesh) if fsdp else ZeroOne(models, mesh)
     values.fill(shares(models, mesh))

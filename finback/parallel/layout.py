@@ -1,8 +1,8 @@
 """How a model lies on many ranks: what the planner computes with and prints, and what a stage's `layout` takes.
 
 No torch here. `pp` ranks hold a stage of the pipeline each. The `dp` ranks that hold the same stage read rows of their
-own, and `ep` of them share one set of experts, so that V3's 2,048 devices are pp=16, dp=128, ep=64. There is no tensor
-parallelism: V3 trains without it.
+own, and `ep` of them share one set of experts, so that V3's 2,048 devices are pp=16, dp=128, ep=64. With `cp` each of them is
+as many ranks, which read parts of the same rows: long ones. There is no tensor parallelism: V3 trains without it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,9 @@ class Layout:
     pp: int = 1
     # data-parallel ranks that hold the same stage; each reads rows of its own
     dp: int = 1
-    # those of them that share one set of experts; a divisor of dp
+    # ranks among which the tokens of each row are cut; so many in place of each data-parallel one
+    cp: int = 1
+    # those of dp x cp that share one set of experts; a divisor of that
     ep: int = 1
     # nodes on which the ep ranks lie: a token crosses to each of them once
     nodes: int = 1
@@ -39,7 +41,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         check_fields(self, "layout")
-        check_positive(self, "layout", "pp", "dp", "ep", "nodes", "micro_batches")
+        check_positive(self, "layout", "pp", "dp", "cp", "ep", "nodes", "micro_batches")
         if self.ep % self.nodes:
             raise UserError("layout.nodes", self.nodes, f"does not divide ep = {self.ep}", "Use a divisor.")
         if self.gather == "bf16" and self.sharding != "fsdp":
@@ -48,12 +50,22 @@ class Layout:
     @property
     def ranks(self) -> int:
         """Processes, one for each device."""
-        return self.pp * self.dp
+        return self.pp * self.holders
+
+    @property
+    def holders(self) -> int:
+        """Ranks that hold the same stage, and share out its parameters."""
+        return self.dp * self.cp
 
     @property
     def edp(self) -> int:
-        """Data-parallel ranks that hold the same experts."""
-        return self.dp // self.ep
+        """Those of them that hold the same experts."""
+        return self.holders // self.ep
+
+    @property
+    def _held(self) -> str:
+        """What their number is, in the knobs' names."""
+        return "dp x cp" if self.cp > 1 else "dp"
 
     @property
     def pipeline(self) -> Schedule:
@@ -72,7 +84,8 @@ class Layout:
     def mesh(self) -> str:
         """The sizes as --mesh takes them."""
         zero = {"ddp": 0, "zero1": 1, "fsdp": 3}[self.sharding]
-        return f"pp={self.pp},dp={self.dp},ep={self.ep},zero={zero}"
+        context = f"cp={self.cp}," if self.cp > 1 else ""
+        return f"pp={self.pp},dp={self.dp},{context}ep={self.ep},zero={zero}"
 
     def at(self, rows: int, most: int) -> "Layout":
         """The layout of a step of `rows` rows in a run whose fullest steps have `most`: with fewer micro-batches.
@@ -94,14 +107,23 @@ class Layout:
         if rows % (self.dp * self.micro_batches):
             problem = f"does not divide among dp = {self.dp} ranks with {self.micro_batches} micro-batches each"
             raise UserError("rows", rows, problem, f"Use a multiple of {self.dp * self.micro_batches}.")
+        if c.num_attention_heads % self.cp:
+            problem = f"does not divide {c.num_attention_heads} heads, of which each rank attends with its share"
+            raise UserError("layout.cp", self.cp, problem, "Use a divisor.")
         self._check_experts(c)
         if self.pp > 1:
             self._check_pipeline(c)
 
+    def check_length(self, length: int) -> None:
+        """Raise UserError unless rows of `length` tokens can be cut."""
+        if length % self.cp:
+            problem = f"does not divide rows of {length:,} tokens, of which each rank has its part"
+            raise UserError("layout.cp", self.cp, problem, "Use a divisor, or other rows.")
+
     def check_trainable(self, c: ModelConfig, rows: int, ranks: int) -> None:
         """`check`, and raise UserError unless so many ranks are there and training can do all that is asked."""
         if self.ranks != ranks:
-            problem = f"pp x dp is {self.ranks}, but there are {ranks} ranks"
+            problem = f"pp x {self._held} is {self.ranks}, but there are {ranks} ranks"
             raise UserError("layout.dp", self.dp, problem, "Start as many as the product says, or change it.")
         for name, value, instead in (("schedule", "dualpipe", "dualpipev"), ("sharding", "ddp", "zero1")):
             if getattr(self, name) == value:
@@ -112,12 +134,15 @@ class Layout:
         experts = c.n_routed_experts
         if self.ep > 1 and (experts == 0 or experts % self.ep):
             raise UserError("layout.ep", self.ep, f"does not divide {experts} experts", "Use a divisor.")
-        if self.dp % self.ep:
-            raise UserError("layout.ep", self.ep, f"does not divide dp = {self.dp}", "Use a divisor of it.")
+        if self.holders % self.ep:
+            problem = f"does not divide {self._held} = {self.holders}"
+            raise UserError("layout.ep", self.ep, problem, "Use a divisor of it.")
         if experts and experts // self.ep % self.edp:  # then an expert's rows are cut, and cut evenly
             for name in ("moe_intermediate_size", "hidden_size"):
                 if getattr(c, name) % self.edp:
-                    problem = f"dp / ep = {self.edp} divides neither {experts // self.ep} experts nor model.{name}"
+                    problem = (
+                        f"{self._held} / ep = {self.edp} divides neither {experts // self.ep} experts nor model.{name}"
+                    )
                     raise UserError("layout.dp", self.dp, problem, "Use a divisor of one of them.")
 
     def _check_pipeline(self, c: ModelConfig) -> None:

@@ -30,16 +30,22 @@ class Mesh:
     local: DeviceMesh
     # node and local as one
     ep: DeviceMesh
-    # edp, node and local as one
+    # edp, node and local as one: ranks that hold the same stage
     dp: DeviceMesh
+    # those of them that have parts of the same rows; None where rows are whole
+    cp: DeviceMesh | None
 
     @classmethod
     def of(cls, layout: Layout, device: str) -> "Mesh":
-        """The ranks in order: those of one stage are neighbours, and among them those that share experts."""
+        """The ranks in order: those of one stage are neighbours, and among them those that share experts, or rows."""
         shape = (layout.pp, layout.edp, layout.nodes, layout.ep // layout.nodes)
         whole = init_device_mesh(device, shape, mesh_dim_names=("pp", "edp", "node", "local"))
         experts, data = whole["node", "local"]._flatten("ep"), whole["edp", "node", "local"]._flatten("dp")
-        return cls(whole["pp"], whole["edp"], whole["node"], whole["local"], experts, data)
+        context: DeviceMesh | None = None
+        if layout.cp > 1:
+            sizes, names = (layout.pp * layout.dp, layout.cp), ("rows", "cp")
+            context = init_device_mesh(device, sizes, mesh_dim_names=names)["cp"]
+        return cls(whole["pp"], whole["edp"], whole["node"], whole["local"], experts, data, context)
 
     @property
     def device(self) -> torch.device:

@@ -189,7 +189,7 @@ def schedule_values(
     for name in get_args(ScheduleName):
         other = dataclasses.replace(work, layout=dataclasses.replace(work.layout, schedule=name))
         try:
-            other.layout.check(c, other.rows)
+            other.check(c)
         except UserError as error:
             found[name] = {"refused": str(error)}
             continue

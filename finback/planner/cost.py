@@ -159,13 +159,13 @@ def durations_of(
     started = 3 * launch_seconds(sum(s.layers for s in every) / len(every), known)
     per_flop = max(per_flop, started / whole)
     compute = whole * per_flop
-    one_way = sent.dispatch_seconds / (2 * work.passes)
+    one_way, around = sent.dispatch_seconds / (2 * work.passes), sent.context_seconds / (2 * work.passes)
     open_ = (1 - known["overlap"].value) * 2 * one_way
     durations = Durations(
-        f=(linear + attention) * per_flop + one_way,
-        b=(2 * linear + 2 * attention + again) * per_flop + one_way,
+        f=(linear + attention) * per_flop + one_way + around,
+        b=(2 * linear + 2 * attention + again) * per_flop + one_way + around,
         w=linear * per_flop,
-        both=max(compute, 2 * one_way) + open_ if work.layout.pipeline.overlaps else None,
+        both=max(compute, 2 * one_way) + open_ + 2 * around if work.layout.pipeline.overlaps else None,
         send=sent.send_seconds,
         scale=tuple((3 * s.linear + 3 * s.attention + s.again) / whole for s in every),
     )

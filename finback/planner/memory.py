@@ -181,12 +181,12 @@ def _states(work: Workload, mine: RankStages) -> tuple[float, float, float, floa
     layout, plain, routed = work.layout, mine.plain, mine.routed
     per_weight, per_gradient, per_state = parameter_bytes(work.precision, work.optimizer)
     copies = layout.pipeline.copies
-    of_plain, of_routed = (1, 1) if layout.sharding == "ddp" else (layout.dp * copies, layout.edp * copies)
+    of_plain, of_routed = (1, 1) if layout.sharding == "ddp" else (layout.holders * copies, layout.edp * copies)
     per_state += 4 * work.averaged  # in fp32
     optimizer = per_state * (plain / of_plain + routed / of_routed)
     if layout.sharding != "fsdp":
         return per_weight * (plain + routed), per_gradient * (plain + routed), optimizer, 0.0
-    shared = plain / layout.dp + routed / layout.edp
+    shared = plain / layout.holders + routed / layout.edp
     gathered = 2 * per_weight * (plain + routed) / len(mine.layers)
     return per_weight * shared, per_gradient * shared, optimizer, gathered
 

@@ -27,7 +27,7 @@ class PlanOptions(Options):
     mesh: Annotated[
         str,
         typer.Option(
-            help="E.g. pp=16,ep=64; also dp, fsdp, zero. Default the recipe's layout, else the fastest that fits."
+            help="E.g. pp=16,ep=64; also dp, cp, fsdp, zero. Default the recipe's layout, else the fastest that fits."
         ),
     ] = ""
     schedule: Annotated[str, typer.Option(help="1f1b, zb1p, interleaved, zbv, dualpipev, or V3's dualpipe.")] = ""

@@ -133,8 +133,9 @@ def pretraining(stage: PlannedStage, calibration: Calibrated, ranks: int) -> dic
     A layout is planned without times where this machine runs another number of ranks.
     """
     knobs, notes = stage.knobs, []
-    if knobs["batch_size"] % ranks:
-        problem = f"does not divide among {ranks} ranks"
+    readers = ranks if stage.layout is None else stage.layout.dp
+    if knobs["batch_size"] % readers:
+        problem = f"does not divide among {readers} ranks"
         raise UserError(f"{stage.name}.batch_size", knobs["batch_size"], problem, "Use --ranks.")
     if knobs["compute"] == "fp8":
         notes.append("FP8 is emulated on this machine, and takes longer than the bf16 that it is planned as")

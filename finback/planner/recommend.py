@@ -79,9 +79,10 @@ def recommend(c: ModelConfig, search: Search) -> JudgedWorkload:
 def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, dict[str, Any]]]:
     """Steps and changes of their layout: all for so many devices that leave the fixed fields alone, plain ones first."""
     start, devices, fixed = search.work, search.site.devices, search.fixed
+    cp = start.layout.cp  # given, or 1
     slots = c.num_hidden_layers + c.num_nextn_predict_layers
     powers = [2**n for n in range(12)]
-    pps = [start.layout.pp] if "pp" in fixed else [p for p in powers if devices % p == 0 and p <= slots]
+    pps = [start.layout.pp] if "pp" in fixed else [p for p in powers if devices % (p * cp) == 0 and p <= slots]
     eps = [p for p in powers if c.n_routed_experts and c.n_routed_experts % p == 0] or [1]
     eps = [start.layout.ep] if "ep" in fixed else eps
     recomputes: Sequence[Recompute] = ("none", "attention", "block")
@@ -95,10 +96,10 @@ def candidates(c: ModelConfig, search: Search) -> Iterator[tuple[Workload, dict[
     shardings = (start.layout.sharding,) if "sharding" in fixed else shardings
     schedules = (start.layout.schedule,) if "schedule" in fixed else schedules
     for pp, ep, recompute, sharding, schedule in itertools.product(pps, eps, recomputes, shardings, schedules):
-        dp = devices // pp
-        if dp % ep or (pp == 1 and schedule != schedules[0]):
+        dp = devices // (pp * cp)
+        if not dp or (dp * cp) % ep or (pp == 1 and schedule != schedules[0]):
             continue
-        if sharding == "fsdp" and (pp > 1 or dp == 1) and "sharding" not in fixed:
+        if sharding == "fsdp" and (pp > 1 or dp * cp == 1) and "sharding" not in fixed:
             continue
         change = {"pp": pp, "dp": dp, "ep": ep, "sharding": sharding, "schedule": schedule}
         yield dataclasses.replace(start, recompute=recompute), change

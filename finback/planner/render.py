@@ -29,6 +29,7 @@ PARTS = {
 SENT = {
     "dispatch_network": "all-to-all between nodes",
     "dispatch_link": "within nodes",
+    "context": "heads for tokens around attention",
     "pipeline": "to the next stage",
     "exchange": "gradients and weights",
 }

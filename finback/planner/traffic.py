@@ -5,6 +5,7 @@ token once to each node that holds one of its experts and hands it on within the
 to experts, in bf16 back.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,11 +26,14 @@ class Traffic:
     dispatch_network: float = 0.0
     # all-to-all within nodes
     dispatch_link: float = 0.0
+    # heads for tokens around attention, of rows that are cut
+    context: float = 0.0
     # activations and their gradients to the next stage
     pipeline: float = 0.0
     # gradients summed, weights handed out
     exchange: float = 0.0
     dispatch_seconds: float = 0.0
+    context_seconds: float = 0.0
     # of one micro-batch to the next stage
     send_seconds: float = 0.0
     exchange_seconds: float = 0.0
@@ -58,8 +62,25 @@ def of(c: ModelConfig, work: Workload, machine: Machine, skew: float = 0.0) -> T
         handed = work.micro_tokens * c.hidden_size * back
         passed = 2 * work.passes * handed
         handed /= wire(machine, layout.ranks, inside=layout.ranks <= per_node(machine))
+    context = _context(c, work, back)
+    around = context / wire(machine, layout.cp, inside=layout.cp <= per_node(machine)) if context else 0.0
     exchanged, exchange_seconds = _exchange(c, work, machine)
-    return Traffic(network, link, passed, exchanged, seconds, handed, exchange_seconds, load)
+    return Traffic(network, link, context, passed, exchanged, seconds, around, handed, exchange_seconds, load)
+
+
+def _context(c: ModelConfig, work: Workload, width: float) -> float:
+    """Bytes that a rank sends around attention: queries, keys, values and what comes of them, forward and backward.
+
+    `width` bytes a number; a rank keeps its own share. What is done again is sent again.
+    """
+    cp, heads = work.layout.cp, c.num_attention_heads
+    if c.attention == "mla":
+        numbers = heads * 2 * (c.qk_head_dim + c.v_head_dim)
+    else:  # keys that fewer ranks have than there are go to several
+        numbers = 2 * c.head_dim * (heads + math.lcm(c.num_key_value_heads, cp))
+    layers = (c.num_hidden_layers + c.num_nextn_predict_layers) / work.layout.stages
+    ways = 3 if work.recompute in ("attention", "block") else 2
+    return ways * work.passes * work.micro_tokens * layers * numbers * width * (cp - 1) / cp
 
 
 @lru_cache(maxsize=64)
@@ -89,13 +110,14 @@ def wire(machine: Machine, devices: int, inside: bool) -> float:
 def _exchange(c: ModelConfig, work: Workload, machine: Machine) -> tuple[float, float]:
     """Bytes and seconds of summing gradients and handing out weights, on the rank that has most to send."""
     layout, copies = work.layout, work.layout.pipeline.copies
-    if layout.dp * copies == 1:
+    if layout.holders * copies == 1:
         return 0.0, 0.0
     per_weight, per_gradient, _ = parameter_bytes(work.precision, work.optimizer)
     once = 2 * per_gradient if layout.sharding == "ddp" else per_gradient + per_weight
     times = 1
     if layout.sharding == "fsdp":  # weights are gathered for each pass of each micro-batch
         once, times = per_gradient + 2 * (4 if layout.gather == "fp32" else 2), layout.micro_batches
-    shared = [((rank.plain, layout.dp * copies), (rank.routed, layout.edp * copies)) for rank in rank_stages(c, layout)]
+    groups = layout.holders * copies, layout.edp * copies
+    shared = [((rank.plain, groups[0]), (rank.routed, groups[1])) for rank in rank_stages(c, layout)]
     most = once * times * max(sum(size * (group - 1) / group for size, group in sizes) for sizes in shared)
     return most, most / wire(machine, layout.ranks, inside=layout.ranks <= per_node(machine))

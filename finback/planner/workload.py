@@ -39,6 +39,7 @@ class Workload:
 
     def check(self, c: ModelConfig) -> None:
         """UserError unless the model and every step's rows fit the layout."""
+        self.layout.check_length(self.length)
         self.layout.check(c, self.rows)
         self.layout.check_steps(c, ramp_sizes(self.rows_start, self.rows), self.rows)
 
@@ -49,8 +50,8 @@ class Workload:
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens of one micro-batch."""
-        return self.micro_rows * self.length
+        """Tokens of one micro-batch that a rank has."""
+        return self.micro_rows * self.length // self.layout.cp
 
     @property
     def passes(self) -> int:
@@ -71,7 +72,7 @@ def parse_mesh(text: str, devices: int) -> dict[str, Any]:
     found: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
-        known = ("pp", "dp", "fsdp", "ep", "tp", "zero")
+        known = ("pp", "dp", "fsdp", "cp", "ep", "tp", "zero")
         if name not in known:
             raise UserError("--mesh", text, f"no dimension {name!r}", did_you_mean(name, known))
         if not (equals and value.isdecimal()) or (int(value) == 0 and name != "zero") or name in found:
@@ -87,9 +88,12 @@ def parse_mesh(text: str, devices: int) -> dict[str, Any]:
     sharding = {0: "ddp", 1: "zero1", 3: "fsdp"}.get(zero := found.pop("zero", 1))
     if sharding is None:
         raise UserError("--mesh", text, f"zero={zero} is not supported", "Use zero=0, 1 or 3.")
-    pp = found.setdefault("pp", max(devices // found["dp"], 1) if "dp" in found else 1)
-    found.setdefault("dp", max(devices // pp, 1))
-    if pp * found["dp"] != devices:
-        problem = f"pp · dp = {pp} · {found['dp']} are not {devices} devices"
+    cp = found.get("cp", 1)
+    pp = found.setdefault("pp", max(devices // (found["dp"] * cp), 1) if "dp" in found else 1)
+    found.setdefault("dp", max(devices // (pp * cp), 1))
+    if pp * found["dp"] * cp != devices:
+        names = "pp · dp · cp" if cp > 1 else "pp · dp"
+        sizes = f"{pp} · {found['dp']}" + (f" · {cp}" if cp > 1 else "")
+        problem = f"{names} = {sizes} are not {devices} devices"
         raise UserError("--mesh", text, problem, "Change it, or --on.")
     return found | {"sharding": sharding}

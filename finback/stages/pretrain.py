@@ -129,6 +129,8 @@ class Pretrain(Stage):
             raise self.wrong("expert_kernel", problem, "Use auto or loop.")
         if self.compile:
             self._check_compile()
+        if self.layout is not None:
+            self.layout.check_length(self.seq_len)
 
     def _check_numbers(self) -> None:
         counts = ("max_tokens", "batch_size", "seq_len", "checkpoint_steps", "keep", "router_steps", "spike_patience")

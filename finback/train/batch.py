@@ -53,6 +53,17 @@ class Batch:
         each: dict[str, Any] = {name: t.chunk(parts) for name, t in self.tensors().items()}
         return [replace(self, **{name: pieces[i] for name, pieces in each.items()}) for i in range(parts)]
 
+    def part(self, member: int, members: int) -> "Batch":
+        """The same rows cut along the sequence: this member's of as many equal parts, and the tokens behind it that MTP reads."""
+        length, rest = divmod(self.seq_len, members)
+        assert not rest, "a row's tokens divide among the members"
+        start, parts = member * length, self.tensors()
+        for name, t in parts.items():
+            if t.ndim > 1:  # all but what is of whole rows
+                parts[name] = t[:, start : start + length + t.size(1) - self.seq_len]
+        each: dict[str, Any] = dict(parts)
+        return replace(self, **each, seq_len=length)
+
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What the trunk reads: tokens, padding_mask and document_ids, each (rows, seq_len) or None."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from finback.model.logprobs import text_logprobs
 from finback.model.moe import Router, max_violation
 from finback.model.transformer import Transformer
 from finback.parallel.build import build, shares
+from finback.parallel.context import in_parts
 from finback.parallel.export import save_shares
 from finback.parallel.gather import gather
 from finback.parallel.layout import Layout
@@ -59,7 +61,7 @@ class ShardedTrainer(Trainer):
         layout.check_trainable(config, rows, dist.get_world_size())
         self.config, self.layout, self.rows, self.options = config, layout, rows, options
         self.mesh = Mesh.of(layout, device)
-        self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank(), layout.dp
+        self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank() // layout.cp, layout.dp
         # of the step at hand, for the loss at the end of a pipeline
         self.terms = LossTerms([1.0])
         values = Seeded(config, values) if isinstance(values, int) else values
@@ -106,6 +108,8 @@ class ShardedTrainer(Trainer):
     def backward(self, batch: Batch | None, terms: LossTerms) -> Tensor:
         """As for every trainer; this rank's rows are cut into the layout's micro-batches."""
         assert batch is not None, "on a layout every rank has rows in every step"
+        if self.mesh.cp is not None:
+            batch = batch.part(self.mesh.cp.get_local_rank(), self.layout.cp)
         parts = self.layout.at(len(batch.tokens) * self.data_ranks, self.rows).micro_batches
         self.terms = terms = replace(terms, row_share=terms.row_share / parts)
         if self.pipeline is not None:
@@ -155,7 +159,7 @@ class ShardedTrainer(Trainer):
                 router.update_bias(speed)
             loads = list(summed)
             worst[0] = max(max_violation(load) for load in loads)
-            idle[0] = (summed == 0).sum() / self.layout.dp  # every data rank counts the same
+            idle[0] = (summed == 0).sum() / self.layout.holders  # each of them counts the same
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         dist.all_reduce(idle)
         return Health(worst.item(), round(idle.item()), loads)
@@ -166,8 +170,8 @@ class ShardedTrainer(Trainer):
         """Share by share, as training reads."""
         for root in self.roots:
             root.eval()
-        tokens = tokens.to(self.mesh.device)
-        logp = text_logprobs(self.model, tokens) if self.pipeline is None else self.pipeline.text_logprobs(tokens)
+        read = partial(text_logprobs, self.model) if self.pipeline is None else self.pipeline.text_logprobs
+        logp = in_parts(read, tokens.to(self.mesh.device), self.mesh.cp)
         for root in self.roots:
             root.train()
         self.sharding.rest()

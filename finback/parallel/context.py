@@ -1,0 +1,129 @@
+"""Context parallelism: each rank of a group has an equal part of every row, in order, and attention sees whole rows.
+
+Norms, projections, feed-forwards, experts and losses are of a token alone and need no other part. Before attention heads are
+exchanged for tokens, so that a rank has all tokens of its share of the heads, and back afterwards (DeepSpeed-Ulysses,
+2309.14509): two all-to-alls forward, two backward. Positions, documents and the balance loss are those of whole rows. Twin: the
+same model on whole rows.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from finback.kernels.attention import Attention
+from finback.kernels.documents import Mask
+from finback.model.cache import Cache
+from finback.model.gqa import GQA
+from finback.model.mla import MLA
+from finback.model.moe import MoE, balance_of, expert_shares
+from finback.model.replace import recast
+from finback.model.transformer import Transformer
+
+
+def spread_context(model: Transformer, group: dist.ProcessGroup) -> None:
+    """Have a model read, from now on and in place, this rank's part of rows that lie on the ranks of a group."""
+    recast(model, ContextTransformer).group = group
+    for module in list(model.modules()):
+        if isinstance(module, MLA | GQA):
+            module.core = HeadExchange(group, module.core)
+        elif isinstance(module, MoE):
+            recast(module, ContextMoE).group = group
+
+
+class ContextTransformer(Transformer):
+    """A model whose passes without a cache read a part of each row."""
+
+    group: dist.ProcessGroup
+
+    def _positions(self, length: int, cache: Cache | None, document_ids: Tensor | None) -> tuple[Tensor, Tensor, Mask]:
+        """cos and sin of this part's tokens, document_ids (b, t) being theirs; the mask is of whole rows."""
+        if cache is not None:
+            return super()._positions(length, cache, document_ids)
+        members, start = self.group.size(), self.group.rank() * length
+        whole = None if document_ids is None else _whole(document_ids, self.group)
+        cos, sin, mask = super()._positions(members * length, None, whole)
+        return cos[:, start : start + length], sin[:, start : start + length], mask
+
+
+class ContextMoE(MoE):
+    """A mixture of experts whose balance loss is that of whole rows."""
+
+    group: dist.ProcessGroup
+
+    def route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As for every MoE; the parts' losses add up to that of whole rows."""
+        index, weight, affinity = self.router(x.flatten(0, 1))
+        shape = x.shape[:2]
+        chosen, share = expert_shares(affinity.unflatten(0, shape), index.unflatten(0, shape), padding_mask)
+        tokens = torch.ones(shape, device=x.device) if padding_mask is None else padding_mask
+        # P is linear in the parts, f is not
+        counts = torch.cat([chosen.sum(dim=1), tokens.sum(dim=1, keepdim=True).to(chosen.dtype)], dim=1)
+        dist.all_reduce(counts, group=self.group)
+        length = counts[:, -1:].clamp(min=1)
+        f, p = counts[:, :-1] / length, share.sum(dim=1) / length
+        return index, weight, balance_of(f, p, self.config.num_experts_per_tok)
+
+
+class HeadExchange:
+    """Attention of tokens that lie on several ranks; called like `form`, which computes whole rows of some heads."""
+
+    def __init__(self, group: dist.ProcessGroup, form: Attention) -> None:
+        self.group, self.form = group, form
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is compiled around it ends before it
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask = None) -> Tensor:
+        """query (b, h, t, d), key and value (b, kv, t, d) of this rank's t tokens; the mask is of whole rows -> (b, h, t, v)."""
+        members = self.group.size()
+        copies = members // math.gcd(members, key.size(1))  # a key whose queries go to several ranks goes to each
+        key, value = (t.repeat_interleave(copies, dim=1) if copies > 1 else t for t in (key, value))
+        q, k, v = _HeadsForTokens.apply(self.group, 1, 2, query, key, value)
+        (out,) = _HeadsForTokens.apply(self.group, 2, 1, self.form(q, k, v, scale, mask))
+        return out
+
+
+class _HeadsForTokens(torch.autograd.Function):
+    """(b, h, t, d) -> (b, h / members, members · t, d) of several tensors, or back; their gradients the other way.
+
+    One function for all of them, so that every rank's backward pass makes the same exchanges in the same order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, cut: int, joined: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.way = group, cut, joined
+        return tuple(_exchanged(t, group, cut, joined) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        group, cut, joined = ctx.way
+        return None, None, None, *(_exchanged(g, group, joined, cut) for g in grads)
+
+
+def _exchanged(tensor: Tensor, group: dist.ProcessGroup, cut: int, joined: int) -> Tensor:
+    """Cut along one dimension, a part for each member, and put what comes from them together along another."""
+    sent = torch.stack(tensor.chunk(group.size(), dim=cut))
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return torch.cat(received.unbind(0), dim=joined)
+
+
+def in_parts(read: Callable[[Tensor], Tensor], tokens: Tensor, axis: DeviceMesh | None) -> Tensor:
+    """read(tokens) for a `read` that takes parts of rows, where there are any: tokens (n, t + 1) -> (n, t), whole."""
+    if axis is None:
+        return read(tokens)
+    length, members, member = tokens.size(1) - 1, axis.size(), axis.get_local_rank()
+    part = -(-length // members)
+    padded = F.pad(tokens, (0, part * members - length))  # which no token before it sees
+    return _whole(read(padded[:, member * part : (member + 1) * part + 1]), axis.get_group())[:, :length]
+
+
+def _whole(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Rows (b, members · t) from everybody's part (b, t), without gradient."""
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return torch.cat(parts, dim=1)
