@@ -46,7 +46,7 @@ CHECKPOINT_STEPS = 5
 STEPS_PER_EVENT = 14
 PATIENCE = 15  # seconds that a rank may be silent
 WITHIN = 60.0  # seconds in which the others say why they end
-LIMIT = 180.0  # seconds in which training goes on or everything has ended: torchrun gives a stopped rank 30 of them
+LIMIT = 240.0  # seconds in which training goes on or everything has ended: torchrun gives a stopped rank 30 of them
 KINDS = (
     "kill rank",
     "stop rank",
@@ -93,7 +93,7 @@ class Cluster:
         where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{self.port}", "--rdzv-id", self.root.name]
         sizes = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", str(self.restarts)]
         what = ["-m", "finback", "run", str(self.root / "faults.py"), "--runs", str(self.root / "runs")]
-        command = [sys.executable, "-m", "torch.distributed.run", *sizes, *where, *what]
+        command = [sys.executable, "-m", "finback.parallel.torchrun", *sizes, *where, *what]
         self.starts += 1
         variables = environment() | {"FINBACK_RANK_TIMEOUT": str(PATIENCE), "OMP_NUM_THREADS": "1"}
         with self.log.open("ab") as log:

@@ -194,6 +194,8 @@ def test_the_wait_is_a_number() -> None:
 def test_torchrun_ends_with_its_ranks_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
     def ending(error: BaseException | None) -> int:
         def main() -> None:
             if error is not None:

@@ -177,8 +177,8 @@ def dismiss_agent(is_asked: bool) -> None:
 def job() -> str:
     """What names the job of this rank, the same when its ranks are started again; empty where nothing does."""
     get = os.environ.get
-    if get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return f"torchrun {get('TORCHELASTIC_RUN_ID')} at {get('MASTER_ADDR')}:{get('MASTER_PORT')}"
+    if get("TORCHELASTIC_RUN_ID", "none") != "none":
+        return f"torchrun {get('TORCHELASTIC_RUN_ID')}"
     return f"slurm {get('SLURM_JOB_ID')}.{get('SLURM_STEP_ID')}" if get("SLURM_JOB_ID") else ""
 
 

@@ -2,8 +2,13 @@
 
 Of a rank that fails torchrun makes a traceback of its own and exit code 1, and so of a signal. The ranks have said what there is to
 say: here it ends with 2 for a user's mistake and 130 where it was asked to leave.
+
+The store of ranks is made anew with every start of them: torchrun's shared one lies with the agent that was first, and where another takes
+that place after it has gone, agents send their ranks to different stores, and these do not meet.
 """
 
+import os
+import signal
 import sys
 
 from torch.distributed import run
@@ -15,9 +20,11 @@ from finback.parallel.launch import INTERRUPTED
 
 def main() -> int:
     """Run torchrun's own main; the exit code."""
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     try:
         run.main()
     except (SignalException, KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a rank may ask as well
         return INTERRUPTED
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
