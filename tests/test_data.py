@@ -194,6 +194,14 @@ def test_files_that_are_not_text_are_refused(name: str, content: bytes, message:
         list(files(tmp_path, name, content).documents())
 
 
+def test_letters_without_an_end_are_learnt_from_in_parts(tmp_path: Path) -> None:
+    """The time that a word takes grows with the square of its length: a megabyte of letters took hours."""
+    run = "".join(random.Random(0).choices("abcdefgh", k=3000))
+    cut = " ".join(run[i : i + 1024] for i in range(0, len(run), 1024))
+    one, two = (tokenizer.train([text], 320, tmp_path / "t.json").as_json() for text in (run, cut))
+    assert one == two
+
+
 def test_globs_find_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.txt", "a.txt", "c.md", "deep/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -41,6 +41,9 @@ SPLITS = (
 
 SMALLEST = 3 + 256 + len(ADDED)  # specials, bytes, added tokens
 TOGETHER = 2 * BLOCK  # characters that are encoded at a time
+TRAINED = 1 << 15  # characters that are learnt from at a time: split into words they take 600 times as many bytes
+# between digits, and within what is no word any more
+_APART = re.compile(r"(?<=\d)(?=\d)|[^\W\d_]{1024}(?=[^\W\d_])|[^\w\s]{1024}(?=[^\w\s])")
 LARGEST = 2**20  # several times what any published model has
 
 
@@ -251,7 +254,8 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
     """Train a tokenizer of vocab_size entries on texts and write its tokenizer.json.
 
     Digits are split one by one while merges are learnt, so numbers stay runs of single digits (arithmetic is then
-    learnt in fewer tokens; docs/log.md); the split rules themselves stay DeepSeek's.
+    learnt in fewer tokens; docs/log.md); the split rules themselves stay DeepSeek's. What runs on for 1,024 letters or signs without a
+    space, such as data written in letters, is cut: the time that a word takes grows with the square of its length.
     """
     if not SMALLEST < vocab_size <= LARGEST:
         raise UserError("vocab_size", vocab_size, f"not in {SMALLEST + 1}..{LARGEST}", "Use a value in that range.")
@@ -267,8 +271,8 @@ def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    apart = re.compile(r"(?<=\d)(?=\d)")
-    model.train_from_iterator((apart.sub(" ", part) for text in texts for part in pieces(text)), trainer)
+    parts = (part for text in texts for part in pieces(text, TRAINED))
+    model.train_from_iterator((_APART.sub(r"\g<0> ", part) for part in parts), trainer)
     model.add_tokens([AddedToken(token, normalized=False, special=False) for token in ADDED])
     model.save(str(path))
     return Tokenizer(path)
