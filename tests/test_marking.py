@@ -86,6 +86,9 @@ def test_compare_runs_the_function_that_was_asked_for() -> None:
         ("\\text{east}", "\\text{east}"),
         ("x \\le 5", "x \\le 5"),
         ("2024-05-01", "2024-05-01"),
+        (r"\triangle ABC", r"\triangle ABC"),
+        (r"\{x \mid x > 2\}", r"\{x \mid x > 2\}"),
+        (r"\{n \in \mathbb{Z} : n > 2\}", r"\{n \in \mathbb{Z} : n > 2\}"),
     ],
 )
 def test_a_gold_passes_by_what_is_read_not_by_its_spelling(gold: str, read: str | None) -> None:

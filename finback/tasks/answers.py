@@ -10,9 +10,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from finback.tasks import math_process, replies
-from finback.tasks.formulas import alike, compact, formula, measured
+from finback.tasks.formulas import alike, compact, formula, is_notation, measured
 from finback.tasks.labels import Label, label
-from finback.tasks.notation import unwrapped
+from finback.tasks.notation import REALS, unwrapped
 from finback.tasks.quantity import Number, number
 from finback.tasks.replies import boxed
 from finback.tasks.task import NO_ANSWER, Problem, Verdict
@@ -85,6 +85,8 @@ def fault(gold: str) -> str:
         return ""
     wanted = formula(gold, like=gold)
     is_sum = wanted is not None and "=" in wanted and not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", wanted))
+    if wanted is not None and is_notation(wanted):
+        return ""
     if wanted is None or is_sum or not formula(gold) or not math_process.compare(wanted, wanted).same:
         return f"{gold!r} is not one final answer"
     return ""
@@ -106,7 +108,8 @@ def _read(gold: str) -> _Gold:
     if found := label(gold):
         return _Gold(found, None, None)
     value = number(gold, strict=True)
-    return _Gold(None, value, words(gold) if value is None and is_wording(gold) else None)
+    is_set = REALS.fullmatch(unwrapped(gold))
+    return _Gold(None, value, words(gold) if value is None and not is_set and is_wording(gold) else None)
 
 
 def _compared(problem: Problem, given: str) -> Verdict:

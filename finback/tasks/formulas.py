@@ -2,7 +2,7 @@ r"""Mathematics as math-verify reads it: one expression in LaTeX, without words 
 
 import re
 
-from finback.tasks.notation import latex, plain, undollared, unstyled, unwrapped
+from finback.tasks.notation import REALS, latex, plain, undollared, unstyled, unwrapped
 from finback.tasks.units import COUNTED, Unit, units
 
 _NAMES = (
@@ -22,6 +22,16 @@ _MEMBER = re.compile(r"[a-zA-Z]\s*\\in\s*")
 _INTERVAL = re.compile(r"\s*(?:\\left)?\s*[(\[].*,.*[)\]]\s*$", re.DOTALL)
 _OPEN, _SHUT = {">": "(", "\\ge": "["}, {"<": ")", "\\le": "]"}
 _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
+_FRENCH = re.compile(r"([\[\]])([^\[\](){}]+)[,;]([^\[\](){}]+)([\[\]])")  # ]0, 1] and [0, 1[
+# \{x \in \mathbb{R} \mid x > 2\} of the real numbers; what follows the bar may be a range of x
+_BUILDER = re.compile(
+    r"\\?\{\s*([a-zA-Z])\s*(?:(?:\\in\s*)(?:\\mathbb\s*\{?\s*R\s*\}?|R)\s*)?(?:\\mid(?![a-zA-Z])|\||:)\s*(.+?)\s*\\?\}",
+    re.DOTALL,
+)
+_OTHER_BUILDER = re.compile(
+    r"\\?\{\s*([a-zA-Z](?:\s*\\in\s*[^|:]+?)?|\([a-z](?:\s*,\s*[a-z])+\))\s*(?:\\mid(?![a-zA-Z])|\||:)\s*(.+?)\s*\\?\}",
+    re.DOTALL,
+)
 _TAIL = re.compile(
     r"(?P<head>.*[\d}\)a-zA-Z])"
     r"(?:\s*\\(?:text|mathrm|textrm|mbox)\s*\{(?P<styled>[^{}]*)\}(?P<power>\^\{?\d\}?)?"
@@ -33,6 +43,10 @@ _TAIL = re.compile(
 def formula(text: str, like: str = "") -> str | None:
     """An expression for math-verify; None if there are words in it that `like` does not have, or two answers."""
     one = _one_formula(unwrapped(plain(text)))
+    if one is not None and REALS.fullmatch(unwrapped(unstyled(one))):
+        return r"\mathbb{R}"
+    if one is not None and (found := _as_set(unwrapped(latex(unstyled(one))))):
+        return found
     listed = _listed(unwrapped(latex(unstyled(one)))) if one is not None else None
     if not listed:
         return None
@@ -83,6 +97,25 @@ def _interval(text: str) -> str | None:
             return None
         found.append(",".join(ends))
     return r" \cup ".join(found)
+
+
+def _as_set(text: str) -> str | None:
+    r"""]0, 1] as (0, 1], numbers of a range in set-builder notation as an interval, other such sets with \mid; else None."""
+    if (french := _FRENCH.fullmatch(text)) and (french[1], french[4]) != ("[", "]"):
+        _, low, high, _ = french.groups()
+        return f"{'[' if french[1] == '[' else '('}{low},{high}{']' if french[4] == ']' else ')'}"
+    if built := _BUILDER.fullmatch(text):
+        found = _interval(built[2])
+        if found and built[1] in re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", built[2])):
+            return found
+    if built := _OTHER_BUILDER.fullmatch(text):
+        return rf"\{{{built[1].strip()} \mid {built[2].strip()}\}}"
+    return None
+
+
+def is_notation(formula: str) -> bool:
+    """Whether a formula is a set in set-builder notation, which nothing computes: it is right as it is written."""
+    return bool(_OTHER_BUILDER.fullmatch(formula))
 
 
 def measured(text: str) -> tuple[str, tuple[Unit, ...]]:

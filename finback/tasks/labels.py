@@ -40,9 +40,14 @@ _DATES = [
 _ERA = re.compile(r"(?:the year )?([0-9]{1,4})\s*(?:B\.?\s*C\.?(?:\s*E\.?)?|v\.\s?Chr\.?)", re.IGNORECASE)
 _WEEKDAY = re.compile(r"(?:on\s+)?(?:(?:mon|tues|wednes|thurs|fri|satur|sun)day,?\s+)?(?:on\s+)?", re.IGNORECASE)
 _TIME = re.compile(
-    r"(?:at\s+)?(?P<h>[0-9]{1,2})(?:\s*:\s*(?P<m>[0-9]{2})(?:\s*:\s*(?P<s>[0-9]{2}))?)?\s*(?P<half>[ap]\.?\s*m\.?|[AP]M)?(?:\s*o'clock)?",
+    r"(?:at\s+)?(?P<h>[0-9]{1,2})(?:\s*(?::|(?<=[0-9])h(?=[0-9])|(?<=[0-9])\.(?=[0-9]{2}\s*[ap]\.?\s*m\b))\s*(?P<m>[0-9]{2})(?:\s*:\s*(?P<s>[0-9]{2}))?)?\s*(?P<half>[ap]\.?\s*m\.?|[AP]M)?(?:\s*o'clock)?",
     re.IGNORECASE,
 )
+_CLOCK = re.compile(
+    r"(?:at\s+)?(?P<part>half|(?:a\s+)?quarter)\s+(?P<way>past|to)\s+(?P<hour>[a-z]+|[0-9]{1,2})(?:\s*(?P<half>[ap])\.?\s*m\.?)?",
+    re.IGNORECASE,
+)
+_HOURS = "one two three four five six seven eight nine ten eleven twelve"
 _RATIO = re.compile(r"[0-9]{1,9}(?:\s*:\s*[0-9]{1,9}){1,5}")
 _DIGITS = re.compile(r"(?:(?:ISBN|tel|phone)[:\s]*)?(?P<all>\+?\(?[0-9][0-9() .-]*(?:[0-9]|-X))", re.IGNORECASE)
 _DOTTED = re.compile(r"[vV]?[0-9]{1,9}(?:\.[0-9]{1,9}){2,9}")
@@ -94,7 +99,9 @@ def _date(text: str) -> Label | None:
 
 
 def _time(text: str) -> Label | None:
-    match = _TIME.fullmatch(text)
+    for words, half in ((r"in the morning", "am"), (r"in the (?:afternoon|evening)", "pm")):
+        text = re.sub(rf"(?<=[\w'])\s+{words}$", f" {half}", text, flags=re.IGNORECASE)
+    match = _TIME.fullmatch(_shown(text))
     if match is None or not (match["m"] or match["half"]):
         ratio = _RATIO.fullmatch(text)
         return Label("ratio", tuple(int(part) for part in text.split(":"))) if ratio else None
@@ -104,6 +111,21 @@ def _time(text: str) -> Label | None:
         return Label("ratio", tuple(int(part) for part in re.findall(r"\d+", text))) if not half else None
     seconds = ((h % 12 + 12 * (half == "pm") if half else h) * 60 + m) * 60 + s
     return Label("time", (seconds,), (h, m, s), is_whole=bool(half))
+
+
+def _shown(text: str) -> str:
+    """What a clock shows of half past two, a quarter to three pm."""
+    match, hours = _CLOCK.fullmatch(text), _HOURS.split()
+    if match is None:
+        return text
+    hour = match["hour"].lower()
+    number = int(hour) if hour.isdigit() else hours.index(hour) + 1 if hour in hours else 0
+    if not 1 <= number <= 12 or (match["part"].lower() == "half" and match["way"].lower() == "to"):
+        return text
+    number = (number + 10) % 12 + 1 if match["way"].lower() == "to" else number
+    minutes = 30 if match["part"].lower() == "half" else 15 if match["way"].lower() == "past" else 45
+    # a quarter to twelve is before noon as its hour is
+    return f"{number}:{minutes} {match['half'].lower()}m" if match["half"] else f"{number}:{minutes}"
 
 
 def _digits(text: str) -> Label | None:

@@ -23,7 +23,18 @@ _PRAISED = re.compile(
     r"\s*,?\s*(?:is|was)\s+(?:the\s+)?(?:correct|right|true|best)?\s*(?:answer|option|choice|one)?\s*[.!]?",
     re.IGNORECASE,
 )
+_TAGGED = re.compile(r"(\S.*?)\s*[(\[]([A-J])[)\]]", re.DOTALL)
+# It can't be A, C or D, so it must be B.
+_CONCLUDED = re.compile(
+    r"[^.\n]*(?:\b(?:not|cannot|neither|wrong|incorrect|ruled? out|eliminate\w*)|n't)\b[^.\n]*(?:,|;|—)\s*(?:and\s+)?(?:so|hence|thus|therefore)\s+"
+    r"(?:it|that|the (?:correct |right )?answer)\s+(?:must be|has to be|can only be|is)\s+([^,;.\n]+)",
+    re.IGNORECASE,
+)
 _REASON = re.compile(r"(?:because|since|as|due to|given|which|for)\b|因为|由于", re.IGNORECASE)
+# B, because A and C are too cold
+_OTHERS_FAIL = re.compile(
+    r"(?:because|since|as)\s+(?:[A-J](?:,?\s+and\s+|,\s+|\s+))+(?:is|are)\s+too\s[^.,;\n]*", re.IGNORECASE
+)
 _DOUBT = re.compile(
     r"\b(?:or|not|no|none|wrong|incorrect|false|but|however|maybe|perhaps|wait|actually|either|neither|both|unless|except|could|might|also|instead)\b"
     r"|n't|[?或不]",
@@ -61,6 +72,10 @@ def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None
         return _within(alone[1], choices)
     if (repeated := _repeated(text, choices)) is not None:
         return repeated
+    if (tagged := _TAGGED.fullmatch(text)) and _repeated(tagged[1], choices) == tagged[2]:
+        return tagged[2]  # Paris (B)
+    if again and (concluded := _CONCLUDED.fullmatch(text)):
+        return _choice(concluded[1], choices, again=False)
     introduced = _INTRODUCED.match(text)
     bare = unwrapped(text[introduced.end() :] if introduced else text, _STOPS)
     alone, labelled = _ALONE.fullmatch(bare), _LETTER.fullmatch(bare)
@@ -86,6 +101,8 @@ def _is_of(letter: str, rest: str, is_marked: bool, choices: Sequence[str]) -> b
     inner = re.fullmatch(r"\((.*?)\)|\[(.*?)\]", rest, re.DOTALL)
     rest = unwrapped((inner[1] or inner[2] or "") if inner else rest, _STOPS)
     if _repeated(rest, choices) == letter or _PRAISED.fullmatch(rest):
+        return True
+    if _OTHERS_FAIL.fullmatch(rest):
         return True
     is_reason = bool(_REASON.match(rest)) or (is_marked and len(rest.split()) > 3)
     others = [choice for i, choice in enumerate(choices) if LETTERS[i] != letter]

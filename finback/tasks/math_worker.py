@@ -81,13 +81,16 @@ def _parse(text: str) -> Any:
 def _is_same(gold: Any, answer: Any) -> bool:
     """Whether two expressions are equal: numbers and what is made of them exactly, the rest as math-verify has it."""
     from math_verify import verify
-    from sympy import Eq, FiniteSet, Interval, MatrixBase, Symbol, Tuple
+    from sympy import Eq, Expr, FiniteSet, Interval, MatrixBase, Symbol, Tuple
     from sympy.core.function import AppliedUndef
 
     if isinstance(answer, Eq) and isinstance(answer.lhs, (Symbol, AppliedUndef)) and _is_number(gold):
         answer = answer.rhs
     if isinstance(gold, Eq) and isinstance(gold.lhs, (Symbol, AppliedUndef)) and _is_number(answer):
         gold = gold.rhs
+    if isinstance(gold, Eq) and isinstance(gold.lhs, Symbol) and isinstance(answer, Expr) and not gold.rhs.is_number:
+        # y = 2x + 1 is asked for, 2x + 1 is said
+        return gold.lhs not in gold.rhs.free_symbols | answer.free_symbols and _is_same(gold.rhs, answer)
     if _is_number(gold) and _is_number(answer):
         return _is_number_same(gold, answer)
     if not _is_comparable(gold, answer):

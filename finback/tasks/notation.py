@@ -59,6 +59,7 @@ _WRITTEN = (
     (re.compile(r"(?<!\\)\\([%$#&_])"), r"\1"),
     (re.compile(r"\\log_\{?e\}?(?![a-zA-Z])"), r"\\ln "),
 )
+REALS = re.compile(r"(?:the\s+set\s+of\s+)?(?:(?:all|any)\s+)?(?:the\s+)?real\s+numbers?|all\s+reals", re.IGNORECASE)
 _PAIRS = r"** **|__ __|$$ $$|$ $|\( \)|\[ \]|``` ```|` `|* *|_ _|' '|【 】"
 _AROUND = [*(pair.split() for pair in _PAIRS.split("|")), ['"', '"']]
 

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from finback.tasks.notation import latex, plain, undollared, unstyled, unwrapped
+from finback.tasks.spelt import spelt
 from finback.tasks.units import COUNTED, Unit, known, product, units
 
 _CLOSE = Fraction(1, 10**6)  # relative; for decimals of a number that has no end in decimals
@@ -74,16 +75,8 @@ _LEAD = re.compile(
     r"^(?:=>?|≈|→|⇒|∴|\\(?:approx|Rightarrow|implies|therefore)(?![a-zA-Z])|(?:approximately|approx\.?|about|roughly|exactly|in|at|the year|in the year|year)(?=\s))\s*",
     re.IGNORECASE,
 )
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-)
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_WORD_VALUES = {
-    **{word: i for i, word in enumerate(_SMALL.split())},
-    **{word: 10 * i for i, word in enumerate(_TENS.split(), start=2)},
-}
-_PART = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*([^\W\d_]{1,12}|°)\.?(?:\s*(?:,|and)?\s*)")
+_MINUS = re.compile(r"(?:minus|negative)\s+(?=[\w.$€£\\])", re.IGNORECASE)
+_PART = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*([^\W\d_]{1,12}|[°'\"′″])\.?(?:\s*(?:,|and)?\s*)")
 
 
 class Number(NamedTuple):
@@ -146,6 +139,8 @@ def _tidy(text: str) -> str:
 
 def _single(text: str, strict: bool = False) -> Number | None:
     text, sign, currency = text.strip(), 1, ""
+    if said := _MINUS.match(text):
+        sign, text = -1, text[said.end() :]
     for _ in range(2):  # -$5 and $-5
         if text[:1] in ("+", "-") and text[1:2] not in ("+", "-"):
             sign, text = (-sign if text[0] == "-" else sign), text[1:].lstrip()
@@ -154,7 +149,7 @@ def _single(text: str, strict: bool = False) -> Number | None:
     match = _MAGNITUDE.match(text)
     if strict and match and re.fullmatch(_LISTED, match[0]):
         return None
-    value, form, rest = _value(match, text) if match else _spelt(text)
+    value, form, rest = _value(match, text) if match else spelt(text)
     if value is None:
         return None
     while (scale := _SCALE.match(rest)) and not (
@@ -163,7 +158,9 @@ def _single(text: str, strict: bool = False) -> Number | None:
         value, rest = value * 10 ** _SCALES[scale[1]], rest[scale.end() :]
     if dozen := re.match(r"\s*dozens?\b", rest):
         value, rest = value * 12, rest[dozen.end() :]
-    if currency and (short := re.match(r"\s*([KMB])\b", rest)):
+    if (currency and (short := re.match(r"\s*([KMB])\b", rest))) or (
+        not strict and (short := re.match(r"(M)\b", rest))
+    ):
         value, rest = value * 1000 ** ("KMB".index(short[1]) + 1), rest[short.end() :]
     if (
         (again := re.fullmatch(r"\s*\(([^()]{1,40})\)", rest))
@@ -172,6 +169,8 @@ def _single(text: str, strict: bool = False) -> Number | None:
     ):
         rest = ""  # 8 (eight)
     meant = units(rest) if _is_apart(rest, strict) else None
+    if strict and not match and form == "fraction" and meant and str(meant[0].dimension).startswith(f"(('{COUNTED}"):
+        return None  # Half Moon
     if meant is not None and currency:
         meant = _money(currency, meant)
     if meant == known("€") and match and re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", match[0]):
@@ -213,32 +212,6 @@ def _decimal(digits: str) -> Fraction:
     elif "," in digits and not re.fullmatch(r"[1-9]\d{0,2}(?:,\d{2})*(?:,\d{3})+", digits):
         digits = digits.replace(",", ".")
     return Fraction(re.sub("[ ,'_]", "", digits))
-
-
-def _spelt(text: str) -> tuple[Fraction | None, str, str]:
-    """A number in English words, such as twenty-five or one hundred and five."""
-    match = re.match(r"[a-zA-Z]+(?:[ -][a-zA-Z]+){0,8}", text)
-    tokens = re.split(r"([ -])", match[0].lower()) if match else []
-    total, part, used = 0, -1, 0
-    for i, token in enumerate(tokens):
-        if token in _WORD_VALUES:
-            value = _WORD_VALUES[token]
-            if part > 0 and not (
-                (part % 10 == 0 and part % 100 >= 20 and value < 10) or (part % 100 == 0 and part > 0)
-            ):
-                return None, "", ""
-            part = max(part, 0) + value
-        elif token == "hundred" and 0 < part < 100:
-            part *= 100
-        elif token in ("thousand", "million", "billion") and part > 0:
-            total, part = total + part * 10 ** _SCALES[token], 0
-        elif token not in (" ", "-", "and") or (token == "and" and part % 100):
-            break
-        if token not in (" ", "-", "and"):
-            used = i + 1
-    if part < 0:
-        return None, "", ""
-    return Fraction(total + part), "whole", text[len("".join(tokens[:used])) :]
 
 
 def _sum(text: str) -> Number | None:

@@ -3,6 +3,10 @@ r"""Where the answer stands in a whole reply: \boxed{}, after ####, in <answer>,
 import re
 
 _LONGEST_BOX = 2000  # characters of a box that count as an answer
+_OBJECT = re.compile(
+    r"\s*(?:```(?:json)?\s*)?\{\s*\"(?:final[_ ]?)?(?:answer|ans|result|choice)\"\s*:\s*(?:\"([^\"\\\n]{1,200})\"|(-?[0-9][0-9.eE+-]{0,60}))\s*\}\s*(?:```\s*)?",
+    re.IGNORECASE,
+)
 _BRACES = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{|[{}]")
 _NOUN = (
     r"(?:answer|option|choice|ans)|ответ|respuesta|réponse|antwort|resposta|risposta|odpowiedź|antwoord|svar|cevap|đáp án|उत्तर|"
@@ -86,7 +90,13 @@ def boxed(text: str) -> list[str]:
 
 def marked(text: str) -> list[str]:
     """What a reply marks as its answer, in the clearest way that occurs in it; [] if nothing is marked."""
-    return boxed(text) or re.findall(r"####(?!#)([^\n]*)", text) or _tagged(text)
+    return boxed(text) or re.findall(r"####(?!#)([^\n]*)", text) or _tagged(text) or _json(text)
+
+
+def _json(text: str) -> list[str]:
+    """The answer of an object that is the whole reply: {"answer": 12}."""
+    match = _OBJECT.fullmatch(text)
+    return [match[1] or match[2]] if match else []
 
 
 def _tagged(text: str) -> list[str]:

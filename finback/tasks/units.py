@@ -20,7 +20,7 @@ class Unit(NamedTuple):
 
 # name of the dimension: symbol or names, each with its factor (1 if none is given)
 _TABLE = """
-length: in|inch|inches|″|\"=0.0254 ft|foot|feet|'=0.3048 yd|yard|yards=0.9144 mi|mile|miles=1609.344 米 公里|千米|км=1000 厘米|см=0.01 毫米|мм=0.001 м|метр|метров
+length: in|inch|inches|″|\"=0.0254 ft|foot|feet|'|′=0.3048 yd|yard|yards=0.9144 mi|mile|miles=1609.344 米 公里|千米|км=1000 厘米|см=0.01 毫米|мм=0.001 м|метр|метров
 mass: lb|lbs=453.59237 oz|ounce|ounces=28.349523125 t|ton|tons|tonne|tonnes=1000000 kilo|kilos|кг|公斤|千克=1000 克|г
 time: s|sec|secs|second|seconds|秒|сек min|mins|minute|minutes|分钟|分鐘|мин=60 h|hr|hrs|hour|hours|小时|小時|часов|часа|час|ч=3600 day|days|天=86400 week|weeks=604800
 month: month|months year|years|yr|yrs=12
@@ -47,17 +47,17 @@ _PREFIXED = """
 m|meter|metre|meters|metres length 1
 g|gram|grams|gramme|grammes mass 1
 s time 1
-l|L|liter|litre|liters|litres length3 1/1000
-J|joule|joules energy 1
-Wh energy 3600
+l|L|liter|litre|liters|litres length^3 1/1000
+J|joule|joules length^2*mass*time^-2 1000
+Wh length^2*mass*time^-2 3600000
 cal|calorie|calories food-energy 1
-N|newton|newtons force 1
-W|watt|watts power 1
-Pa|pascal|pascals pressure 1
-Hz|hertz frequency 1
-V|volt|volts voltage 1
+N|newton|newtons length*mass*time^-2 1000
+W|watt|watts length^2*mass*time^-3 1000
+Pa|pascal|pascals length^-1*mass*time^-2 1000
+Hz|hertz time^-1 1
+V|volt|volts current^-1*length^2*mass*time^-3 1000
 A|amp|amps|ampere|amperes current 1
-Ω|ohm|ohms resistance 1
+Ω|ohm|ohms current^-2*length^2*mass*time^-3 1000
 eV electronvolt 1
 mol|mole|moles amount 1
 """
@@ -103,11 +103,11 @@ def _units() -> dict[str, tuple[Unit, ...]]:
                 found.setdefault(name, []).append(Unit(((dimension, 1),), Fraction(factor or "1")))
     for line in _PREFIXED.strip().split("\n"):
         names, dimension, factor = line.split()
-        power = int(dimension[-1]) if dimension[-1].isdigit() else 1
+        powers = [part.partition("^") for part in dimension.split("*")]
         for name in names.split("|"):
             prefixes = {**_LONG, "": 0} if len(name) > 3 and name.islower() else _PREFIXES
             for prefix, ten in prefixes.items():
-                unit = Unit(((dimension.rstrip("3"), power),), Fraction(factor) * Fraction(10) ** ten)
+                unit = Unit(tuple((n, int(e or 1)) for n, _, e in powers), Fraction(factor) * Fraction(10) ** ten)
                 known = found.setdefault(prefix + name, [])
                 if not known:
                     known.append(unit)

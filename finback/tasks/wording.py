@@ -15,6 +15,12 @@ _NUMERAL = re.compile(
     r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty)\b", re.IGNORECASE
 )
 _ARTICLE = re.compile(r"^(?:the|an?|at|in)\s+(?=\S{2})")
+# what is written behind a person's name: (1867-1934)
+_LIFE = re.compile(r"(?<=[^\W\d_]{2})([*_]{0,2}) \((?:born |b\. |c\. )?[0-9]{3,4}(?:\s*-\s*[0-9]{3,4})?\)$")
+_YES = re.compile(
+    r"(?:(?P<yes>yes)|no),\s+(?:it|they|he|she|there|that|this|you|we|i)\s+(?:is|are|was|were|does|do|did|can|could|has|have|will|would|am)(?P<not>n't| not)?"
+)
+_DRAWN = re.compile(r"(\\triangle|△|\\angle|∠)\s*\{?\s*([A-Z](?:\s*[A-Z]){2})\s*\}?")  # and the letters of its corners
 _ENDS = ".!?。！？।؟،,;:"
 
 
@@ -28,6 +34,8 @@ def words(text: str) -> str | None:
     if len(text) > _LONGEST or not any(map(str.isalpha, text)) or _MATHEMATICS.search(text):
         return None
     text = _ARTICLE.sub("", text.casefold(), count=1)
+    if (short := _YES.fullmatch(text)) and bool(short["yes"]) != bool(short["not"]):
+        return "yes" if short["yes"] else "no"
     text = re.sub(r",?\s+and\s+|[,、]\s*", ", ", text)
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
@@ -60,7 +68,10 @@ def is_name(gold: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    text = unwrapped(unstyled(unwrapped(plain(text), _ENDS)), _ENDS)
+    text = unwrapped(_LIFE.sub(r"\1", unstyled(unwrapped(plain(text), _ENDS))), _ENDS)
+    if drawn := _DRAWN.fullmatch(text):
+        shape = "angle" if drawn[1] in ("∠", r"\angle") else "triangle"
+        return f"{shape} {''.join(drawn[2].split())}"
     inner = re.fullmatch(r"\(([^()]*)\)", text)
     return unwrapped(inner[1] if inner else text, _ENDS)
 
