@@ -123,6 +123,17 @@ def test_a_task_of_ones_own_is_forty_lines_and_runs(walked: Path, tmp_path: Path
     assert "held out" in done.stdout
 
 
+@pytest.mark.slow
+def test_adapters_are_taught_by_their_recipe(tmp_path: Path) -> None:
+    less = ("base.max_tokens=20000", "base.decay_tokens=4000", "base.warmup_tokens=2000", "rl.steps=2", "rl.patience=0")
+    settings = [word for text in less for word in ("--set", text)]
+    done = finback("run", ROOT / "recipes/lora.py", "--runs", tmp_path, "--ranks", 1, *settings)
+    assert done.returncode == 0, done.stderr
+    written = {path.name for path in (tmp_path / "lora/rl").iterdir()}
+    assert "adapter_model.safetensors" in written and "model.safetensors" not in written
+    assert "sums" in done.stdout
+
+
 def test_exams_cannot_take_the_names_of_the_stages_own_files() -> None:
     for name in ("config", "manifest", "ledger", "metrics", "samples", "..", " "):
         with pytest.raises(UserError, match=r"exam\.name"):

@@ -26,6 +26,11 @@ Policy = Literal["none", "attention", "block"]
 KINDS: dict[Policy, tuple[type[nn.Module], ...]] = {"none": (), "attention": (MLA, GQA), "block": (Block,)}
 
 
+def policy_of(asked: Policy | None, adapted: bool) -> Policy:
+    """What is asked for; else blocks where an adapter is learnt, for the sake of memory, and otherwise nothing."""
+    return asked or ("block" if adapted else "none")
+
+
 def use_recompute(model: Transformer, policy: Policy) -> Transformer:
     """Have the model's blocks keep from now on what the policy says, in place."""
     return recast_modules(model, KINDS[policy], Recomputed)

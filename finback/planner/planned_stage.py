@@ -9,6 +9,7 @@ from typing import Any
 from finback.model.config import ModelConfig, from_json
 from finback.model.rope_scaling import KINDS
 from finback.parallel.layout import Layout
+from finback.runs import adapters
 from finback.runs.declaration import DECLARATION
 from finback.runs.files import is_checkpoint, read_json
 from finback.runs.recipe import Work
@@ -65,6 +66,7 @@ def _model(knobs: dict[str, Any], earlier: dict[str, PlannedStage]) -> ModelConf
     start = knobs.get("start")
     if not isinstance(start, str):
         return None
+    start = adapters.split(start)[0]
     return earlier[start].model if start in earlier else _stored_model(Path(start))
 
 
@@ -72,6 +74,8 @@ def _stored_model(path: Path) -> ModelConfig | None:
     """The model of a finished stage or of a checkpoint in Hugging Face's form; None for what must be opened to know."""
     if (path / "model.json").is_file():
         return from_json(read_json(path / "model.json"))
+    if adapters.is_adapter(path):
+        return _stored_model(adapters.places(path)[0])
     if path.is_dir() and is_checkpoint(path):
         from finback.checkpoint import hf_config
 

@@ -12,7 +12,7 @@ from typing import Any
 from finback.config import UserError
 from finback.model.config import V3, ModelConfig
 from finback.model.count import forward_flops, parameters, training_flops
-from finback.planner import calibration_file, cluster, cost, hardware, remarks, this_machine
+from finback.planner import calibration_file, cluster, cost, hardware, remarks, this_machine, tuning
 from finback.planner.hardware import Site
 from finback.planner.options import PlanOptions
 from finback.planner.planned_stage import PlannedStage, planned_stages
@@ -93,6 +93,8 @@ def _counted(stage: PlannedStage) -> dict[str, Any]:
     if model is None:
         return values
     trained = training_flops(model, stage.length / 2, mtp=stage.pretrains) * stage.work.tokens_trained
+    if stage.knobs.get("adapter"):  # a frozen weight has no gradient
+        trained *= 2 / 3
     generated = forward_flops(model, stage.length / 2) * stage.work.tokens_generated
     return values | {
         "parameters": parameters(model),
@@ -179,9 +181,12 @@ def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[
     if stage.model is None:
         return values
     known = remarks.of_model(stage.model, "bf16", site)
+    if tuning.is_tuned(stage):
+        values |= tuning.judged(stage, site.machine.memory.value, site.known["reserve"].value, site.known)
+        known += [values["change"]] if "change" in values else []
     if not stage.pretrains:
         if not values["flops"]:
-            return values
+            return values | {"notes": known[-1:] if "change" in values else []}
         rough = cluster.by_flops(values["flops"], site, options, _least(stage, site))
         return values | rough | {"notes": [*known, remarks.ROUGH]}
     try:

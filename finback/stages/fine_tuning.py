@@ -8,8 +8,9 @@ import torch
 from finback.checkpoint import models
 from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
-from finback.model.count import forward_flops_of, training_flops_of
+from finback.model.count import forward_flops_of, recomputed_flops_of, training_flops_of
 from finback.model.lora import adapter_parameters
+from finback.model.recompute import use_recompute
 from finback.parallel.mesh import World
 from finback.runs.folder import StageRun
 from finback.stages.validation import Validator
@@ -103,16 +104,17 @@ class FineTuning(Training):
 
     def _account(self, batch: Batch | None, loop: Loop) -> float:
         """Labels of the step over all ranks; what it costs goes to the ledger."""
-        mine = torch.zeros(5, dtype=torch.float64)
+        mine, policy = torch.zeros(6, dtype=torch.float64), self.stage.recomputes
         if batch is not None:
             lengths = batch.lengths()
             forward = forward_flops_of(self.config, lengths) if self.batches.generates else 0.0
             asked = forward_flops_of(self.teacher.config, lengths) if self.teacher is not None else 0.0
             training = training_flops_of(self.config, lengths, self.depths > 0, frozen=self.stage.adapter is not None)
-            mine += torch.tensor([int(batch.learnt.sum()), sum(lengths), training, forward, asked])
-        labels, tokens, training, generation, auxiliary = self.world.sum_(mine).tolist()
+            again = recomputed_flops_of(self.config, lengths, policy or "none", self.depths > 0)
+            mine += torch.tensor([int(batch.learnt.sum()), sum(lengths), training, forward, asked, again])
+        labels, tokens, training, generation, auxiliary, again = self.world.sum_(mine).tolist()
         self.tokens += int(tokens)
-        flops = {"training": training}
+        flops = {"training": training} | ({"recomputed": again} if policy else {})
         if self.batches.generates:
             flops["generation"] = generation
         if self.teacher is not None:
@@ -145,7 +147,7 @@ def begin(stage: "SFT", run: StageRun) -> tuple[ReplicatedTrainer, Tokenizer]:
     """The trainer and the tokenizer of `stage.start`."""
     folder, world = run.input(stage.start), World.of(run)
     model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
-    model = model.to(world.device).train()
+    model = use_recompute(model.to(world.device), stage.recomputes or "none").train()
     named = adapter_parameters(model) or list(model.named_parameters())
     adam = Adam(named, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
     return ReplicatedTrainer(model, world, [adam], named), Tokenizer(folder)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from finback.config import check_not_negative, check_positive, check_share
 from finback.model.lora import LoRA
+from finback.model.recompute import Policy, policy_of
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
@@ -84,6 +85,8 @@ class GRPO(Stage):
     micro_tokens: int = 4096
     # learn an adapter on a frozen base instead of all weights; the reference model is then the base alone
     adapter: LoRA | None = None
+    # what the backward pass makes again instead of keeping it; None: blocks where an adapter is learnt, else nothing
+    recompute: Policy | None = None
     checkpoint_steps: int = 5
 
     def __post_init__(self) -> None:
@@ -111,13 +114,20 @@ class GRPO(Stage):
                 "overlong_penalty", f"{problem}: a right answer could earn less than a wrong one", "Lower it."
             )
 
+    @property
+    def recomputes(self) -> Policy | None:
+        """The policy, None where nothing is made again."""
+        policy = policy_of(self.recompute, self.adapter is not None)
+        return None if policy == "none" else policy
+
     def work(self) -> Work:
         tokens = self.steps * self.prompts_per_step * self.num_generations * self.max_tokens
         validated = self.validation.generates(self.steps) if self.validation is not None else 0
         return Work(tokens_trained=tokens * self.epochs, tokens_generated=tokens * (1 + self.resample) + validated)
 
     def declaration(self) -> Declaration:
-        spent = ("tokens_trained", "tokens_generated", "flops", "flops_training", "flops_generation", "flops_auxiliary")
+        spent: tuple[str, ...] = ("tokens_trained", "tokens_generated", "flops", "flops_training", "flops_generation")
+        spent += ("flops_auxiliary", *(("flops_recomputed",) if self.recomputes else ()))
         given = Declaration(
             "reinforcement learning",
             objective="rewards that are checked by programs",

@@ -11,9 +11,10 @@ from torch import Tensor
 from finback.checkpoint import models
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
-from finback.model.count import forward_flops_of, training_flops_of
+from finback.model.count import forward_flops_of, recomputed_flops_of, training_flops_of
 from finback.model.logprobs import token_logprobs
 from finback.model.lora import adapter_parameters
+from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.rollouts import Rollout, batches
@@ -53,6 +54,7 @@ class Reinforcement(Training):
         # the MTP modules stay as they are
         whole = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
         named = adapter_parameters(self.model) or whole
+        use_recompute(self.model, stage.recomputes or "none")
         self.reference = reference_of(self.model, "reference") if stage.objective.beta else None
         extras = [self.reference] if self.reference is not None else []
         adam = Adam(named, betas=(0.9, 0.95), weight_decay=0.0)
@@ -208,12 +210,14 @@ class Reinforcement(Training):
             stage.epochs * training_flops_of(config, lengths, mtp=False, frozen=stage.adapter is not None),
             forward_flops_of(config, [r.length for r in asked]),
             passes * forward_flops_of(config, lengths),
+            stage.epochs * recomputed_flops_of(config, lengths, stage.recomputes or "none", mtp=False),
         ]
         sums = self.world.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
         trained, generated = int(sums[0]), int(sums[1])
         self.totals["tokens_trained"] += trained
         self.totals["tokens_generated"] += generated
-        loop.spend(trained, generated, training=sums[2], generation=sums[3], auxiliary=sums[4])
+        again = {"recomputed": sums[5]} if stage.recomputes else {}
+        loop.spend(trained, generated, training=sums[2], generation=sums[3], auxiliary=sums[4], **again)
 
     def note(self, metrics: dict[str, Any]) -> str:
         return f"accuracy {metrics['accuracy']:.0%}  thinks {metrics['thinks']:.0%}  {metrics['length']:.0f} tokens"

@@ -16,6 +16,7 @@ from finback.data.sources import Chitchat, Files, Hub
 from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
 from finback.model.lora import LoRA
+from finback.model.recompute import Policy, policy_of
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage
@@ -64,6 +65,8 @@ class SFT(Stage):
     compute: Literal["fp32", "bf16"] = "fp32"
     # learn an adapter on a frozen base instead of all weights; MTP modules are then not trained
     adapter: LoRA | None = None
+    # what the backward pass makes again instead of keeping it; None: blocks where an adapter is learnt, else nothing
+    recompute: Policy | None = None
     checkpoint_steps: int = 50
 
     def __post_init__(self) -> None:
@@ -81,6 +84,12 @@ class SFT(Stage):
             if name not in known:
                 raise UserError(f"{self.name}.limits", name, "no such source", f"Known: {', '.join(known)}.")
 
+    @property
+    def recomputes(self) -> Policy | None:
+        """The policy, None where nothing is made again."""
+        policy = policy_of(self.recompute, self.adapter is not None)
+        return None if policy == "none" else policy
+
     def inputs(self) -> tuple[str, ...]:
         return (*super().inputs(), *self.traces)
 
@@ -92,7 +101,7 @@ class SFT(Stage):
         given = Declaration(
             "fine-tuning",
             objective="next token of given answers",
-            ledger=("tokens_trained", "flops", "flops_training"),
+            ledger=("tokens_trained", "flops", "flops_training", *(("flops_recomputed",) if self.recomputes else ())),
             results=results,
             curves={"loss": ("loss", "mtp_loss")},
         )

@@ -1,0 +1,79 @@
+"""Memory of fine-tuning by all weights and by adapters, against the trainer's own tensors; what fits a card, and what to change."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from finback.checkpoint.hf_config import raw_config
+from finback.config import as_json
+from finback.model.config import ModelConfig, to_json
+from finback.model.count import adapter_size
+from finback.model.lora import LoRA, adapter_parameters
+from finback.planner import tuning
+from tests.test_lora import CONFIGS, adapted
+from tests.toy import finback
+
+QWEN_7B = ModelConfig(
+    *(152064, 3584, 28, 28, 18944),
+    attention="gqa",
+    num_key_value_heads=4,
+    head_dim=128,
+    attention_bias="qkv",
+    max_position_embeddings=32768,
+)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    "targets", [("attention", "mlp", "experts"), ("attention",), ("mlp",), ("q_proj", "kv_b_proj")]
+)
+def test_the_size_of_an_adapter_in_closed_form(family: str, targets: tuple[str, ...]) -> None:
+    if targets == ("q_proj", "kv_b_proj") and family == "mla":
+        targets = ("kv_b_proj",)
+    model = adapted(family, LoRA(rank=3, targets=targets))
+    built = sum(p.numel() for _, p in adapter_parameters(model))
+    assert adapter_size(CONFIGS[family], 3, targets) == built
+
+
+@pytest.mark.parametrize("base", ["bf16", "int8", "nf4"])
+def test_weights_of_a_frozen_base_are_those_that_lie_in_memory(base: str) -> None:
+    config = replace(CONFIGS["gqa"], hidden_size=128, head_dim=32, intermediate_size=192)
+    CONFIGS["wide"] = config
+    try:
+        model = adapted("wide", LoRA(rank=4, base=base))  # type: ignore[arg-type]
+    finally:
+        del CONFIGS["wide"]
+    held = {p.data_ptr(): p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()]}
+    rotary = sum(b.numel() * 4 for n, b in model.named_buffers() if n in ("cos", "sin"))
+    knobs = {"adapter": {"rank": 4, "targets": ("attention", "mlp"), "base": base}, "batch_size": 1, "seq_len": 8}
+    planned = tuning.memory(config, knobs, 0.0)
+    assert planned.weights == pytest.approx(sum(held.values()) - rotary, rel=0.03)
+    assert planned.optimizer == 2 * planned.gradients == 8 * adapter_size(config, 4, ("attention", "mlp"))
+
+
+def test_a_7b_on_one_card(tmp_path: Path) -> None:
+    """All weights never fit 24 GB; the plan says which knobs make it fit, and with them it does."""
+    folder = tmp_path / "qwen"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw_config(QWEN_7B, "bfloat16")))
+    (folder / "model.json").write_text(json.dumps(to_json(QWEN_7B)))
+    common = f'SFT(name="sft", start={str(folder)!r}, text=(TaskText(name="t", tasks=(Chains(2, 3),), documents=9),), '
+    head = "from finback.model.lora import LoRA\nfrom finback.stages.prepare import TaskText\n"
+    head += "from finback.stages.sft import SFT\nfrom finback.tasks.math import Chains\n"
+
+    def planned(knobs: str) -> dict[str, object]:
+        (tmp_path / "r.py").write_text(f"{head}recipe = [{common}{knobs})]\n")
+        done = finback("plan", tmp_path / "r.py", "--on", "4090", "--json")
+        assert done.returncode == 0, done.stderr
+        found: dict[str, object] = json.loads(done.stdout)["stages"]["sft"]
+        return found
+
+    whole = planned("")
+    assert not whole["fits"] and float(str(whole["memory_bytes"])) > 16 * 7.6e9
+    assert "adapter=LoRA() it takes" in str(whole["change"]) and str(whole["change"]) in str(whole["notes"])
+    assert 'LoRA(base="nf4") it takes' in str(planned("batch_size=32, compute='bf16'")["change"])
+    small = planned('adapter=LoRA(base="nf4"), compute="bf16"')
+    assert small["fits"] and float(str(small["memory_bytes"])) < 21.6e9
+    assert "change" not in small and as_json(LoRA())["rank"] == 16
