@@ -19,7 +19,7 @@ from finback.tasks.math import Chains
 from finback.train.grpo_loss import Objective
 
 task = Chains(min_terms=2, max_terms=3)
-exams = (Exam(name="sums", task=task, problems=200, max_tokens=32),)
+exams = (Exam(name="sums", task=task, problems=80, max_tokens=32),)
 adapter = LoRA(rank=16, base="nf4")
 
 recipe = [

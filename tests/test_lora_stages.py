@@ -158,5 +158,5 @@ def test_rl_of_an_adapter_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_default_rate_of_an_adapter(tmp_path: Path) -> None:
-    assert reinforcement(tmp_path, adapter=EXACT).peak_lr == pytest.approx(3e-3)
+    assert reinforcement(tmp_path, adapter=EXACT).stopping.peak_lr == pytest.approx(3e-3)
     assert step(reinforcement(tmp_path, adapter=LoRA(rank=2, base="int8")))["gap_max"] <= 1e-4

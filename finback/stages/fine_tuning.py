@@ -16,6 +16,7 @@ from finback.runs.folder import StageRun
 from finback.stages.validation import Validator
 from finback.train import rates
 from finback.train.batch import Batch
+from finback.train.heap import return_large_blocks
 from finback.train.loop import Loop, Training
 from finback.train.loss import LossTerms
 from finback.train.optim import Adam
@@ -146,6 +147,8 @@ class FineTuning(Training):
 def begin(stage: "SFT", run: StageRun) -> tuple[ReplicatedTrainer, Tokenizer]:
     """The trainer and the tokenizer of `stage.start`."""
     folder, world = run.input(stage.start), World.of(run)
+    if stage.adapter is not None:
+        return_large_blocks()
     model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
     model = use_recompute(model.to(world.device), stage.recomputes or "none").train()
     named = adapter_parameters(model) or list(model.named_parameters())

@@ -23,6 +23,7 @@ from finback.stages.grpo_sampling import GroupSampler
 from finback.stages.grpo_stopping import Stopping
 from finback.train import grpo_loss
 from finback.train.batch import Batch
+from finback.train.heap import return_large_blocks
 from finback.train.loop import Loop, Training
 from finback.train.optim import Adam
 from finback.train.precision import COMPUTE
@@ -50,6 +51,8 @@ class Reinforcement(Training):
             raise stage.wrong("prompts_per_step", problem, "Use --ranks.")
         folder, dtype = run.input(stage.start), COMPUTE[stage.compute]
         self.stage, self.tokenizer = stage, Tokenizer(folder)
+        if stage.adapter is not None:
+            return_large_blocks()
         self.model = models.load_for_training(folder, stage.adapter, dtype, run.seed("adapter")).to(world.device)
         # the MTP modules stay as they are
         whole = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
