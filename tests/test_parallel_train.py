@@ -20,6 +20,7 @@ from finback.parallel.layout import Layout, pack, share, split_layers
 from finback.parallel.owners import Owners
 from finback.parallel.pipeline import cut
 from finback.parallel.shard import local
+from finback.train import sharded_optim
 from finback.train.sharded_options import ShardedOptions
 from finback.train.sharded_trainer import ShardedTrainer
 from tests.many import (
@@ -212,6 +213,14 @@ def _owners() -> None:
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, [tuple(s) for s in seen])
     assert sorted(s for some in everyone for s in some) == sorted(shapes), "each has one owner"
+    losses = []
+    for most in (4096, sharded_optim.BATCH):  # a few matrices at a time, as large models are updated
+        sharded_optim.BATCH = most
+        many = ShardedTrainer(MANY, Layout(dp=2), ROWS, 5)
+        losses.append(torch.tensor(continued(many, Way(), 0, 3)))
+        muon = many.optimizers[0][0]
+        assert isinstance(muon, sharded_optim.ShardedMuon) and (len(muon.batches) > 5) == (most == 4096)
+    assert (losses[0] - losses[1]).abs().max() <= 1e-5
 
 
 def test_matrices_are_put_together_and_handed_back() -> None:

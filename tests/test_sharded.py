@@ -254,12 +254,16 @@ CHANGES = {
 @pytest.mark.parametrize("before", CHANGES)
 def test_a_checkpoint_of_any_layout_goes_on_under_the_others(tmp_path: Path, unbroken: Path, before: str) -> None:
     ranks, layout = CHANGES[before]
-    on_ranks(ranks, _continued, str(tmp_path / "begun"), [layout], [9])
+    work, begun = tmp_path / "work", tmp_path / "begun"  # the recipe names its files by where they lie
+    work.mkdir()
+    on_ranks(ranks, _continued, str(work), [layout], [9])
+    work.rename(begun)
     for after, (ranks, layout) in CHANGES.items():
         if after != before:
-            shutil.copytree(tmp_path / "begun", tmp_path / after)
-            on_ranks(ranks, _continued, str(tmp_path / after), [layout], [0])
-            _check_continued(tmp_path / after / "runs/change/base", unbroken)
+            shutil.copytree(begun, work)
+            on_ranks(ranks, _continued, str(work), [layout], [0])
+            _check_continued(work / "runs/change/base", unbroken)
+            shutil.rmtree(work)
 
 
 def stage(**knobs: Any) -> Pretrain:

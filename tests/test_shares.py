@@ -1,6 +1,7 @@
 """A model filled and written share by share: the same numbers as on one rank, none of which holds more than its own."""
 
 import dataclasses
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -90,6 +91,14 @@ def test_files_give_every_share_what_one_rank_reads(tmp_path: Path, fmt: Format)
         parts = boxes(whole, members)
         values.fill(parts)
         agree(parts, whole)
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    for field, value, words in (
+        ("num_hidden_layers", 3, r"missing, with \d+ more: the weights are not those of config.json"),
+        ("intermediate_size", 304, r"shape \[300, 160\] where config.json calls for \[304, 160\]"),
+    ):
+        (tmp_path / "out/config.json").write_text(json.dumps(raw | {field: value}))
+        with pytest.raises(UserError, match=words):
+            models.stored(tmp_path / "out")
 
 
 def test_a_stages_own_file_gives_shares_and_is_checked(tmp_path: Path) -> None:

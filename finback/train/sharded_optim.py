@@ -11,6 +11,9 @@ from finback.parallel.owners import Owners
 from finback.parallel.shard import like, local
 from finback.train.optim import MOMENTUM, Adam, Named, newton_schulz
 
+# numbers of whole parameters that are updated at a time: it bounds what an update needs beside the state
+BATCH = 1 << 27
+
 
 class ShardedMuon:
     """Muon for parameters of which this rank holds a share (DTensors); momentum is held for that share alone.
@@ -27,9 +30,27 @@ class ShardedMuon:
             group = _cut_among(p)
             if group is not None:
                 groups.setdefault(group, []).append(index)
-        self.cut = [(indices, Owners(self._shapes(indices), group)) for group, indices in groups.items()]
         apart = {i for indices in groups.values() for i in indices}
-        self.whole = [i for i in range(len(named)) if i not in apart]
+        whole = [i for i in range(len(named)) if i not in apart]
+        cut = [(part, group) for group, indices in groups.items() for part in self._parts(indices)]
+        # what is updated at a time, and who puts the matrices together where they are cut
+        self.batches: list[tuple[list[int], Owners | None]] = [
+            *((indices, Owners(self._shapes(indices), group)) for indices, group in cut),
+            *((indices, None) for indices in self._parts(whole)),
+        ]
+
+    def _parts(self, indices: list[int]) -> list[list[int]]:
+        """In order, BATCH numbers or one parameter each, the same on all ranks of a mesh."""
+        parts: list[list[int]] = []
+        filled = BATCH
+        for index in indices:
+            count = self.named[index][1].numel()
+            if filled + count > BATCH:
+                parts.append([])
+                filled = 0
+            parts[-1].append(index)
+            filled += count
+        return parts
 
     def _shapes(self, indices: list[int]) -> list[tuple[int, int]]:
         """Those of all matrices of these parameters, of which this rank has some rows."""
@@ -39,20 +60,23 @@ class ShardedMuon:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update this rank's share of all matrices from its share of their gradients."""
-        directions = []
-        for (name, p), buffer in zip(self.named, self.buffers, strict=True):
-            assert p.grad is not None, f"{name} has no gradient"
-            gradient = local(p.grad)
-            buffer.mul_(MOMENTUM).add_(gradient)
-            directions.append(gradient.add(buffer, alpha=MOMENTUM))
-        for indices, owners in (*self.cut, (self.whole, None)):
-            stacks = [directions[i].reshape(-1, *directions[i].shape[-2:]) for i in indices]
+        for indices, owners in self.batches:
+            directions = [self._direction(i) for i in indices]
+            stacks = [direction.reshape(-1, *direction.shape[-2:]) for direction in directions]
             matrices = [matrix for stack in stacks for matrix in stack]
             updates = iter(self._updates(matrices) if owners is None else owners.apply(self._updates, matrices))
             for i, stack in zip(indices, stacks, strict=True):
                 mine = local(self.named[i][1].detach())
                 update = torch.stack([next(updates) for _ in stack]) if len(stack) else stack
                 mine.mul_(1 - lr * self.weight_decay).add_(update.view_as(mine), alpha=-lr)
+
+    def _direction(self, index: int) -> Tensor:
+        """Nesterov momentum of this rank's share of a parameter; it moves on by the gradient."""
+        name, p = self.named[index]
+        assert p.grad is not None, f"{name} has no gradient"
+        gradient = local(p.grad)
+        buffer = self.buffers[index].mul_(MOMENTUM).add_(gradient)
+        return gradient.add(buffer, alpha=MOMENTUM)
 
     def _updates(self, matrices: list[Tensor]) -> list[Tensor]:
         """Orthogonalised and scaled, equal shapes as one batch."""

@@ -1,0 +1,202 @@
+"""What a rank holds: a synthetic checkpoint streamed in, trained two steps and exported, by one rank and by FSDP2 on several.
+
+Random numbers in Hugging Face's form, 2 GB of fp32 by default. Peaks are resident memory above what the process had after
+its imports, once the ranks had met. The export of the ranks has to load in transformers with finback's logits, and its
+tensors are compared with those of the one-rank export. Checkpoints of both lie in a temporary folder: three times the size.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+import torch.distributed as dist
+
+from finback.checkpoint import export as one_rank
+from finback.checkpoint import models
+from finback.checkpoint.audit import shapes
+from finback.checkpoint.shards import SINGLE, Shards
+from finback.checkpoint.tensor_file import TensorFile
+from finback.model.config import TINY, ModelConfig
+from finback.parallel.launch import free_port
+from finback.parallel.layout import Layout
+from finback.parallel.mesh import World
+from finback.train.batch import of_windows
+from finback.train.loss import LossTerms
+from finback.train.optim import Adam, Muon, is_matrix
+from finback.train.trainer import ReplicatedTrainer, Trainer
+
+ROWS, SEQ_LEN, STEPS, LR = 8, 16, 2, 1e-4
+LIMIT = 0.35
+
+
+def config(layers: int) -> ModelConfig:
+    """V3's architecture without MTP; about 107 MB a layer in fp32."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 128, "n_routed_experts": 64}
+    heads = {"num_attention_heads": 8, "q_lora_rank": 256, "kv_lora_rank": 128}
+    head = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+    gate = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 1}
+    rest = {"num_hidden_layers": layers, "num_nextn_predict_layers": 0, "vocab_size": 8192}
+    return dataclasses.replace(TINY, **sizes, **heads, **head, **gate, **rest, initializer_range=0.02)
+
+
+def make(folder: Path, layers: int) -> None:
+    """Write the checkpoint, one tensor in memory at a time."""
+    c = config(layers)
+    wanted = shapes(c)
+    folder.mkdir()
+    file = TensorFile(folder / SINGLE, {name: (torch.float32, shape) for name, shape in wanted.items()})
+    generator = torch.Generator().manual_seed(1)
+    for name, shape in wanted.items():
+        values = torch.empty(shape).normal_(0, 0.02, generator=generator)
+        file.write(name, values + 1 if name.endswith("norm.weight") else values)
+    file.close()
+    (folder / "config.json").write_text(json.dumps(one_rank.config_json(c, "fp32", None)))
+
+
+def resident(what: str) -> int:
+    """Bytes by /proc/self/status: VmRSS now, VmHWM at most so far."""
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(what)
+    )
+
+
+def train(trainer: Trainer, config: ModelConfig) -> list[float]:
+    """Losses of the steps."""
+    generator, losses = torch.Generator().manual_seed(2), []
+    for windows in torch.randint(0, config.vocab_size, (STEPS, ROWS, SEQ_LEN + 1), generator=generator):
+        batch = of_windows(windows[trainer.data_rank :: trainer.data_ranks], 0)
+        trainer.zero()
+        found = trainer.backward(batch, LossTerms([float(ROWS * SEQ_LEN)], row_share=1 / trainer.data_ranks))
+        trainer.finish(1.0)
+        trainer.update(LR, LR)
+        trainer.balance(0.001)
+        losses.append(found[0].item())
+    return losses
+
+
+def on_one(folder: Path, out: Path, optimizer: str) -> list[float]:
+    """As a stage without a layout does it."""
+    model = models.load(folder).train()
+    named = list(model.named_parameters())
+    matrices = [(n, p) for n, p in named if is_matrix(n, p)]
+    first = Muon(matrices, World()) if optimizer == "muon" else Adam(matrices, (0.9, 0.95), 0.05)
+    adam = Adam([(n, p) for n, p in named if not is_matrix(n, p)], (0.9, 0.95), 0.0)
+    losses = train(ReplicatedTrainer(model, World(), (first, adam)), model.config)
+    one_rank.export(model, out, "fp32")
+    return losses
+
+
+def on_many(folder: Path, out: Path, optimizer: str) -> list[float]:
+    """As a stage with a layout does it."""
+    from finback.parallel.build import shares
+    from finback.parallel.export import export_shares
+    from finback.train.sharded_options import ShardedOptions
+    from finback.train.sharded_trainer import ShardedTrainer
+
+    c, values = models.stored(folder)
+    options = ShardedOptions(optimizer="muon" if optimizer == "muon" else "adamw")
+    trainer = ShardedTrainer(c, Layout(dp=dist.get_world_size()), ROWS, values, options)
+    losses = train(trainer, c)
+    export_shares(c, shares(trainer.models, trainer.mesh), out, "fp32")
+    return losses
+
+
+def child(folder: Path, out: Path, optimizer: str, rank: int, ranks: int) -> None:
+    """One rank; prints its figures."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        import finback.parallel.export
+        import finback.train.sharded_trainer  # noqa: F401 - before memory is counted
+
+        dist.init_process_group("gloo", rank=rank, world_size=ranks)
+        dist.barrier()
+    before, begin = resident("VmRSS"), time.perf_counter()
+    losses = (on_one if ranks == 1 else on_many)(folder, out, optimizer)
+    peak = resident("VmHWM") - before
+    print(json.dumps({"peak": peak, "before": before, "losses": losses, "seconds": time.perf_counter() - begin}))
+
+
+def measure(folder: Path, out: Path, optimizer: str, ranks: int) -> list[dict[str, Any]]:
+    """The figures of all ranks."""
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | meet | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--child", str(folder), str(out), optimizer]
+    children = [
+        subprocess.Popen([*command, str(rank), str(ranks)], env=environment, stdout=subprocess.PIPE)
+        for rank in range(ranks)
+    ]
+    found = [process.communicate()[0] for process in children]
+    assert all(process.returncode == 0 for process in children), "a rank failed"
+    return [dict(json.loads(text.splitlines()[-1])) for text in found]
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Over all tensors, of which both have the same."""
+    ours, theirs = Shards(one), Shards(other)
+    assert ours.specs.keys() == theirs.specs.keys(), "other tensors"
+    return max((ours.read(name) - theirs.read(name)).abs().max().item() for name in ours.specs)
+
+
+def loads(folder: Path) -> float:
+    """How far transformers' logits of an export are from finback's."""
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(64)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
+        model = models.load(folder).eval()
+        return float((model.logits(model(tokens)) - theirs).abs().max())
+
+
+def main() -> None:
+    """Measure and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=19)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of hidden matrices")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints go for a while")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    results = record.header(
+        "shares",
+        {"ranks": options.ranks, "optimizer": options.optimizer, "rows": ROWS, "seq_len": SEQ_LEN, "steps": STEPS},
+    )
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        make(folder / "start", options.layers)
+        results["checkpoint_bytes"] = size = (folder / "start" / SINGLE).stat().st_size
+        [one] = measure(folder / "start", folder / "one", options.optimizer, 1)
+        many = measure(folder / "start", folder / "many", options.optimizer, options.ranks)
+        peak = max(rank["peak"] for rank in many)
+        results |= {
+            "one_rank": one,
+            "ranks": many,
+            "one_rank_over_checkpoint": one["peak"] / size,
+            "rank_over_one_rank": peak / one["peak"],
+            "limit": LIMIT,
+            "memory_holds": peak <= LIMIT * one["peak"],
+            "largest_loss_difference": max(abs(a - b) for a, b in zip(one["losses"], many[0]["losses"], strict=True)),
+            "largest_weight_difference": largest_difference(folder / "one", folder / "many"),
+            "largest_logit_difference_to_transformers": loads(folder / "many"),
+            "files": sorted(path.name for path in (folder / "many").glob("*.safetensors")),
+        }
+    print(json.dumps(results, indent=1))
+    record.write(results, options.out)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]), int(sys.argv[6]))
+    else:
+        main()
