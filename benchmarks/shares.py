@@ -40,12 +40,14 @@ LIMIT = 0.35
 
 def config(layers: int) -> ModelConfig:
     """V3's architecture without MTP; about 107 MB a layer in fp32."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 128, "n_routed_experts": 64}
-    heads = {"num_attention_heads": 8, "q_lora_rank": 256, "kv_lora_rank": 128}
-    head = {"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
-    gate = {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 1}
-    rest = {"num_hidden_layers": layers, "num_nextn_predict_layers": 0, "vocab_size": 8192}
-    return dataclasses.replace(TINY, **sizes, **heads, **head, **gate, **rest, initializer_range=0.02)
+    sizes: dict[str, Any] = {
+        **{"hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 128, "n_routed_experts": 64},
+        **{"num_attention_heads": 8, "q_lora_rank": 256, "kv_lora_rank": 128},
+        **{"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
+        **{"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 1},
+        **{"num_hidden_layers": layers, "num_nextn_predict_layers": 0, "vocab_size": 8192},
+    }
+    return dataclasses.replace(TINY, **sizes, initializer_range=0.02)
 
 
 def make(folder: Path, layers: int) -> None:
