@@ -93,7 +93,7 @@ def test_files_give_every_share_what_one_rank_reads(tmp_path: Path, fmt: Format)
         agree(parts, whole)
     raw = json.loads((tmp_path / "out/config.json").read_text())
     for field, value, words in (
-        ("num_hidden_layers", 3, r"missing, with \d+ more: the weights are not those of config.json"),
+        ("num_nextn_predict_layers", 2, r"missing, with \d+ more: the weights are not those of config.json"),
         ("intermediate_size", 304, r"shape \[300, 160\] where config.json calls for \[304, 160\]"),
     ):
         (tmp_path / "out/config.json").write_text(json.dumps(raw | {field: value}))
