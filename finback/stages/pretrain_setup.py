@@ -33,7 +33,8 @@ def set_up(stage: "Pretrain", run: StageRun) -> Pretraining:
     world = World.of(run)
     if stage.layout is not None and stage.layout.ranks != world.size:
         there = f"there are {world.size} ranks" if world.size > 1 else "there is 1 rank"
-        problem, ranks = f"pp x dp is {stage.layout.ranks}, but {there}", stage.layout.ranks
+        product, ranks = "pp x dp x cp" if stage.layout.cp > 1 else "pp x dp", stage.layout.ranks
+        problem = f"{product} is {ranks}, but {there}"
         remedy = f"Start it with --ranks {ranks}, or with so many by torchrun, or change the layout."
         raise UserError(f"{stage.name}.layout", stage.layout.mesh(), problem, remedy)
     # a layout of one rank is none
