@@ -11,6 +11,6 @@ chains = Chains(min_terms=5, max_terms=7)
 exams = (Exam(name="sampled", task=chains), Exam(name="greedy", task=chains, temperature=0.0))
 
 recipe = [
-    GRPO(name="zero", start="runs/tiny/base", task=chains, steps=100, shuffle_rewards=True),
+    GRPO(name="zero", start="runs/tiny/base", task=chains, steps=200, shuffle_rewards=True),
     Evaluate(name="after", start="zero", exams=exams),
 ]
