@@ -56,7 +56,8 @@ EVERYTHING = """max_tokens=1920, decay_tokens=320, warmup_tokens=512, batch_size
     document_mask=True, optimizer="adamw", adam_lr=3e-3, ema_decay=0.5, valid_tokens=640, keep_best=True,
     probe=Probe(task=Chains(2, 3), at_least=0.9, problems=5, every_tokens=640, max_tokens=6)"""
 # losses that hardly move: those above their mean are called spikes
-SPIKES = "phases=(Phase(4480),), muon_lr=1e-6, adam_lr=1e-6, batch_size_start=4, ramp_tokens=1280, spike_sigma=0.01, spike_patience=2"
+SPIKES = """max_tokens=4480, decay_tokens=640, warmup_tokens=512, batch_size_start=4, ramp_tokens=1280, packing="best_fit",
+    document_mask=True, optimizer="adamw", adam_lr=1e-6, spike_sigma=0.01, spike_patience=2"""
 KNOBS = {"everything": EVERYTHING, "spikes": SPIKES}
 
 
