@@ -51,7 +51,7 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> None:
     for child in children:
         child.start()
     for child in children:
-        child.join(240)
+        child.join(600)
     hung = [child for child in children if child.is_alive()]
     for child in hung:
         child.kill()
