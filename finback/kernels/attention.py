@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finback.kernels.documents import Documents, Mask, document_attention, fused_attention
+from finback.kernels.documents import Documents, Mask, Prefixed, document_attention, fused_attention
+from finback.kernels.prefixes import prefixed_attention
 
 LONGEST = 512
 
@@ -27,6 +28,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
     """
     if isinstance(mask, Documents):
         return document_attention(query, key, value, scale, mask)
+    if isinstance(mask, Prefixed):
+        return prefixed_attention(query, key, value, scale, mask)
     if query.device.type == "cpu" and query.size(2) <= LONGEST:
         return _CausalAttention.apply(query, key, value, scale, mask)
     return torch_attention(query, key, value, scale, mask)
@@ -36,6 +39,8 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mas
     """The same by torch's kernels alone; queries may share keys, and a mask (b, t, s) may cover more keys than queries."""
     if isinstance(mask, Documents):
         return document_attention(query, key, value, scale, mask)
+    if isinstance(mask, Prefixed):
+        return prefixed_attention(query, key, value, scale, mask)
     if mask is None:
         return fused_attention(query, key, value, scale)
     return F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=scale, enable_gqa=True)

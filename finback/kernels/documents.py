@@ -23,15 +23,29 @@ class Documents:
     lengths: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Prefixed:
+    """Rows that begin with a prefix which all documents behind it see."""
+
+    # of each row: tokens of its prefix, then of each document behind it; together they fill the row
+    rows: tuple[tuple[int, ...], ...]
+
+
 # What a token may look at, besides itself only what stands before it: (b, t, t) True where a query sees a key, or its
-# document's tokens; None: all of them
-Mask = Tensor | Documents | None
+# document's tokens, or those of a prefix too; None: all of them
+Mask = Tensor | Documents | Prefixed | None
 
 
-def mask_of(document_ids: Tensor) -> Tensor | Documents:
-    """What the tokens of packed rows see; document_ids (b, t) numbers the documents of a row, each in one piece."""
+def mask_of(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor | Documents | Prefixed:
+    """What the tokens of packed rows see; document_ids (b, t) numbers the documents of a row, each in one piece.
+
+    prefixes (b,): the first so many tokens of a row are document 0, which the others see too.
+    """
     if document_ids.size(1) <= LONGEST_MASKED:
-        return masked(document_ids)
+        return masked(document_ids, prefixes)
+    if prefixes is not None:
+        rows = zip(document_ids, prefixes.tolist(), strict=True)
+        return Prefixed(tuple((n, *_runs(ids[n:])) for ids, n in rows))
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     starts = begins.flatten().nonzero().squeeze(1)
@@ -39,10 +53,18 @@ def mask_of(document_ids: Tensor) -> Tensor | Documents:
     return Documents(tuple((ends - starts).tolist()))
 
 
-def masked(document_ids: Tensor) -> Tensor:
+def masked(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor:
     """The same as a matrix (b, t, t)."""
     index = torch.arange(document_ids.size(1), device=document_ids.device)
-    return (document_ids[:, :, None] == document_ids[:, None, :]) & (index[:, None] >= index)
+    visible = document_ids[:, :, None] == document_ids[:, None, :]
+    if prefixes is not None:
+        visible = visible | (index < prefixes[:, None, None])
+    return visible & (index[:, None] >= index)
+
+
+def _runs(ids: Tensor) -> list[int]:
+    """Lengths of a row's documents."""
+    return list(torch.unique_consecutive(ids, return_counts=True)[1].tolist())
 
 
 def document_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Documents) -> Tensor:

@@ -96,15 +96,17 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         padding_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        prefixes: Tensor | None = None,
     ) -> Tensor:
         """tokens (b, t) -> final hidden states (b, t, d) after the last norm; `logits` maps them to logits.
 
         With a cache the tokens continue what each row holds. `padding_mask` (b, t) is True for tokens, False for
         padding, which sits at the end of a row, so attention needs no mask for it. `document_ids` (b, t) numbers the
-        documents that share a row, each in one piece: none sees another, and each counts its positions from 0.
+        documents that share a row, each in one piece: none sees another, and each counts its positions from 0. With
+        `prefixes` (b,) the first so many tokens of a row, its document 0, stand before each of the others.
         """
         x = self.embedded(tokens)
-        cos, sin, attention_mask = self._positions(tokens.size(1), cache, document_ids)
+        cos, sin, attention_mask = self._positions(tokens.size(1), cache, document_ids, prefixes)
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, cache.layer(index) if cache is not None else None, padding_mask, attention_mask)
         return self.norm(x)
@@ -114,7 +116,9 @@ class Transformer(nn.Module):
         # indexing would add up gradients in whatever order a CPU's threads come; this keeps the tokens', and takes less time
         return F.embedding(tokens, self.embed).to(self.compute)
 
-    def _positions(self, length: int, cache: Cache | None, document_ids: Tensor | None) -> tuple[Tensor, Tensor, Mask]:
+    def _positions(
+        self, length: int, cache: Cache | None, document_ids: Tensor | None, prefixes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Mask]:
         """cos and sin (b or 1, t, r / 2) of the positions that are read; with document_ids (b, t) those within each
         document, and who sees whom."""
         if cache is not None:
@@ -125,7 +129,9 @@ class Transformer(nn.Module):
         begins = torch.ones_like(document_ids, dtype=torch.bool)
         begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         positions = index - torch.where(begins, index, 0).cummax(dim=1).values
-        return self.cos[positions], self.sin[positions], mask_of(document_ids)
+        if prefixes is not None:  # padding may lie beyond the last position there is
+            positions = (positions + prefixes[:, None] * (document_ids > 0)).clamp(max=len(self.cos) - 1)
+        return self.cos[positions], self.sin[positions], mask_of(document_ids, prefixes)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., d) -> logits (..., vocab) in fp32."""

@@ -1,7 +1,7 @@
 """Problems -> completions -> verdicts, what evaluation, probes and RL all do; and completions -> training batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,13 +83,15 @@ def batches(rows: Sequence[tuple[Rollout, float]], micro_tokens: int) -> list[Ba
     made, start = [], 0
     while start < len(rows):
         stop = min(len(rows), start + max(1, micro_tokens // rows[start][0].length))
-        made.append(_padded(rows[start:stop]))
+        batch = padded(rows[start:stop])
+        made.append(replace(batch, routed_experts=_routes([r for r, _ in rows[start:stop]], batch.seq_len)))
         start = stop
     return made
 
 
-def _padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
-    shape = len(rows), rows[0][0].length
+def padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
+    """A row for each answer, its prompt included, without the experts that it was sent to."""
+    shape = len(rows), max(r.length for r, _ in rows)
     tokens, padding_mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
     labels, logprobs = torch.full(shape, IGNORE), torch.zeros(shape)
     for row, (r, _) in enumerate(rows):
@@ -101,20 +103,23 @@ def _padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
     tokens, labels, mask, logprobs = (
         t[:, :-1] for t in (tokens, labels, padding_mask, logprobs)
     )  # the last predicts nothing
-    advantages, routes = torch.tensor([a for _, a in rows]), _routes([r for r, _ in rows], shape[1] - 1)
-    return Batch(
-        *(tokens, labels, shape[1] - 1, mask), rollout_logprobs=logprobs, advantages=advantages, routed_experts=routes
-    )
+    advantages = torch.tensor([a for _, a in rows])
+    return Batch(tokens, labels, shape[1] - 1, mask, rollout_logprobs=logprobs, advantages=advantages)
 
 
 def _routes(rows: Sequence[Rollout], seq_len: int) -> Tensor | None:
-    """(rows, seq_len, layers, k) the experts of all tokens but the last, which nobody reads; None where not all have them."""
-    found = [r.completion.routed_experts for r in rows]
-    known = [ids for ids in found if ids is not None]
-    if len(known) < len(found):
+    """(rows, seq_len, layers, k) of all tokens that are read, -1 for padding; None where not all rows have them."""
+    known = [ids for r in rows if (ids := routes_of(r)) is not None]
+    if len(known) < len(rows):
         return None
     routes = torch.full((len(rows), seq_len, *known[0].shape[1:]), -1, dtype=torch.int16)
-    for row, (r, ids) in enumerate(zip(rows, known, strict=True)):
-        assert len(ids) == r.length - 1, f"experts of {len(ids)} tokens, {r.length - 1} are read"
-        routes[row, : len(ids)] = torch.from_numpy(ids.astype("int16"))
+    for row, ids in enumerate(known):
+        routes[row, : len(ids)] = ids
     return routes
+
+
+def routes_of(r: Rollout) -> Tensor | None:
+    """(tokens, layers, k) the experts of all tokens but the last, which nobody reads, where they are known."""
+    ids = r.completion.routed_experts
+    assert ids is None or len(ids) == r.length - 1, "experts for all tokens but the last"
+    return None if ids is None else torch.from_numpy(ids.astype("int16"))

@@ -69,6 +69,8 @@ class GRPO(Stage):
     mask_truncated: bool = False
     # refresh the reference model of objective.beta after so many steps; 0: never
     reference_steps: int = 0
+    # have the update read each prompt once for all its answers: quicker where prompts are long
+    share_prompts: bool = False
     # have the update send each token to the experts that the engine sent it to (R3, V3.2's "keep routing")
     routing_replay: bool = False
     # of the routers' biases; 0 leaves them as pre-training left them

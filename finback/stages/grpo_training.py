@@ -18,6 +18,7 @@ from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.rollouts import Rollout, batches
+from finback.rollouts.shared_prompts import shared_batches
 from finback.runs.folder import StageRun
 from finback.stages.grpo_sampling import GroupSampler
 from finback.stages.grpo_stopping import Stopping
@@ -95,7 +96,9 @@ class Reinforcement(Training):
         loss, clipped, entropy, kl, tokens, gap, compared, cut, masked = self.world.sum_(seen).tolist()
         with_gradient, tokens, compared = tokens, max(tokens, 1.0), max(compared, 1.0)
         metrics = self.sampler.describe(asked, groups)
-        self._account(loop, [r for group in asked for r in group.rollouts], [r for pairs, *_ in rows for r, _ in pairs])
+        spared = [n for parts, *_ in work for batch in parts for n in batch.spared()]
+        learnt = [r for pairs, *_ in rows for r, _ in pairs]
+        self._account(loop, [r for group in asked for r in group.rollouts], learnt, spared)
         self.sampler.write_samples(asked, loop.step)
         if stage.objective.correction.acts:
             metrics |= {"weights_cut": cut / tokens, "answers_masked": masked / tokens}
@@ -130,7 +133,8 @@ class Reinforcement(Training):
     def _batches(self, pairs: list[tuple[Rollout, float]]) -> list[Batch]:
         """The batches of one update, with what they need of other models."""
         stage = self.stage
-        parts = [batch.to(self.world.device) for batch in batches(pairs, stage.micro_tokens)]
+        form = shared_batches if stage.share_prompts else batches
+        parts = [batch.to(self.world.device) for batch in form(pairs, stage.micro_tokens)]
         self.model.eval()  # what is only looked at does not count as load
         with torch.no_grad():
             if stage.objective.correction.needs_trainer:
@@ -144,8 +148,13 @@ class Reinforcement(Training):
     def _logprobs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the labels (rows, seq_len), 0 elsewhere, and their entropies (labels,)."""
         tokens, padding_mask, _ = batch.inputs
-        hidden, learnt = model(tokens, padding_mask=padding_mask), batch.learnt
-        logprobs, entropy = token_logprobs(model, hidden[learnt], batch.labels[learnt], self.stage.temperature)
+        learnt, shared = batch.learnt, batch.shared
+        if shared is None:
+            states = model(tokens, padding_mask=padding_mask)[learnt]
+        else:
+            read = model(shared.tokens, None, shared.padding_mask, shared.document_ids, shared.prefixes)
+            states = read.flatten(0, 1)[shared.places]
+        logprobs, entropy = token_logprobs(model, states, batch.labels[learnt], self.stage.temperature)
         return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(learnt, logprobs), entropy
 
     def _replayed_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -156,7 +165,8 @@ class Reinforcement(Training):
     def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
         """What is computed within takes the engine's experts, backward passes included."""
         routing = self.engine.routing
-        return nullcontext() if routing is None else routing.replaying(batch.routed_experts)
+        read = batch if batch.shared is None else batch.shared
+        return nullcontext() if routing is None else routing.replaying(read.routed_experts)
 
     # ---- updates ---------------------------------------------------------------------------------------------------
 
@@ -201,19 +211,20 @@ class Reinforcement(Training):
 
     # ---- accounting, stopping and going on -------------------------------------------------------------------------
 
-    def _account(self, loop: Loop, asked: list[Rollout], learnt: list[Rollout]) -> None:
-        """Tokens and FLOPs of the step, all ranks' together."""
-        stage, config = self.stage, self.model.config
+    def _account(self, loop: Loop, asked: list[Rollout], learnt: list[Rollout], spared: list[int]) -> None:
+        """Tokens and FLOPs of the step, all ranks' together; `spared` are the lengths of prompts that were not read again."""
+        stage, config, frozen = self.stage, self.model.config, self.stage.adapter is not None
         lengths = [r.length for r in learnt]
         # logprobs of the same answers under the reference model, and under the policy before its updates
         passes = (self.reference is not None) + stage.objective.correction.needs_trainer
+        read = ((1, lengths), (-1, spared))
         mine = [
             sum(lengths) * stage.epochs,
             sum(len(r.completion.tokens) for r in asked),
-            stage.epochs * training_flops_of(config, lengths, mtp=False, frozen=stage.adapter is not None),
+            stage.epochs * sum(s * training_flops_of(config, n, mtp=False, frozen=frozen) for s, n in read),
             forward_flops_of(config, [r.length for r in asked]),
-            passes * forward_flops_of(config, lengths),
-            stage.epochs * recomputed_flops_of(config, lengths, stage.recomputes or "none", mtp=False),
+            passes * sum(s * forward_flops_of(config, n) for s, n in read),
+            stage.epochs * sum(s * recomputed_flops_of(config, n, stage.recomputes or "none", mtp=False) for s, n in read),
         ]
         sums = self.world.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
         trained, generated = int(sums[0]), int(sums[1])

@@ -13,6 +13,29 @@ from finback.data.rows import Row
 
 
 @dataclass(frozen=True)
+class SharedRows:
+    """The tokens of a batch of answers in rows that begin with the prompt of all their answers."""
+
+    # each (rows, tokens)
+    tokens: Tensor
+    padding_mask: Tensor
+    document_ids: Tensor
+    # (rows,) tokens of the prompt without its last
+    prefixes: Tensor
+    # (rows,) how many answers follow
+    answers: Tensor
+    # where, in the rows one behind the other, the batch's labels are predicted, answer by answer
+    places: Tensor
+    # (rows, tokens, layers, k), as the batch's
+    routed_experts: Tensor | None
+
+    def to(self, device: torch.device) -> "SharedRows":
+        """The same on another device."""
+        moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in vars(self).items()}
+        return SharedRows(**moved)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows to learn from. Every tensor but `advantages` is aligned with the positions that are read.
 
@@ -38,11 +61,13 @@ class Batch:
     advantages: Tensor | None = None
     # (rows, seq_len, layers, k), -1 where the router chooses itself: the experts that the engine sent each token to
     routed_experts: Tensor | None = None
+    # the same answers in rows that share prompts, which the trunk reads instead
+    shared: SharedRows | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on another device."""
         moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
-        return replace(self, **moved)
+        return replace(self, **moved, shared=None if self.shared is None else self.shared.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is, by field."""
@@ -63,6 +88,13 @@ class Batch:
                 parts[name] = t[:, start : start + length + t.size(1) - self.seq_len]
         each: dict[str, Any] = dict(parts)
         return replace(self, **each, seq_len=length)
+
+    def spared(self) -> list[int]:
+        """Lengths of the prompts that are not read again, because other answers of their row have them."""
+        if self.shared is None:
+            return []
+        rows = zip(self.shared.prefixes.tolist(), self.shared.answers.tolist(), strict=True)
+        return [prefix for prefix, answers in rows for _ in range(answers - 1)]
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -129,7 +129,8 @@ class ShardedTrainer(Trainer):
     ) -> tuple[Tensor, Tensor]:
         """The loss at the end of a pipeline, and its parts (3,)."""
         terms = self.terms
-        main, mtp = token_losses(model, hidden, Batch(**rows, seq_len=hidden.size(1)), terms)
+        tensors: dict[str, Any] = dict(rows)
+        main, mtp = token_losses(model, hidden, Batch(**tensors, seq_len=hidden.size(1)), terms)
         losses = Losses(main, mtp, mean_balance(terms.mtp_weight > 0) * terms.row_share)
         return losses.total(terms), losses.detached()
 

@@ -1,0 +1,78 @@
+"""Answers to one prompt in one row: the prompt is read once, and the answers behind it see it and not each other.
+
+A row holds the prompt without its last token, then each answer behind a copy of that token, which predicts the answer's first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from finback.rollouts.rollouts import Rollout, padded, routes_of
+from finback.train.batch import Batch, SharedRows
+
+Pair = tuple[Rollout, float]
+
+
+def shared_batches(rows: Sequence[Pair], micro_tokens: int) -> list[Batch]:
+    """Answers with their advantages as batches of at most micro_tokens padded tokens, each prompt read once in its row.
+
+    A row that would be longer than that becomes several.
+    """
+    groups: dict[tuple[int, ...], list[Pair]] = {}
+    for pair in rows:
+        groups.setdefault(tuple(pair[0].prompt), []).append(pair)
+    lines = sorted((line for g in groups.values() for line in _lines(g, micro_tokens)), key=_width, reverse=True)
+    made, start = [], 0
+    while start < len(lines):
+        stop = min(len(lines), start + max(1, micro_tokens // _width(lines[start])))
+        made.append(_batch(lines[start:stop]))
+        start = stop
+    return made
+
+
+def _lines(group: list[Pair], micro_tokens: int) -> list[list[Pair]]:
+    lines: list[list[Pair]] = [[]]
+    for pair in group:
+        if lines[-1] and _width([*lines[-1], pair]) > micro_tokens:
+            lines.append([])
+        lines[-1].append(pair)
+    return lines
+
+
+def _width(line: list[Pair]) -> int:
+    """Tokens that a row of these answers reads."""
+    return len(line[0][0].prompt) - 1 + sum(len(r.completion.tokens) for r, _ in line)
+
+
+def _batch(lines: list[list[Pair]]) -> Batch:
+    batch = padded([pair for line in lines for pair in line])
+    shape = len(lines), _width(lines[0])
+    tokens, document_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    padding_mask, places = torch.zeros(shape, dtype=torch.bool), list[Tensor]()
+    known = [routes_of(r) for line in lines for r, _ in line]
+    routes: Tensor | None = None
+    if known[0] is not None:
+        routes = torch.full((*shape, *known[0].shape[1:]), -1, dtype=torch.int16)
+    number = 0
+    for row, line in enumerate(lines):
+        prompt = line[0][0].prompt
+        end = len(prompt) - 1
+        tokens[row, :end] = torch.tensor(prompt[:-1])
+        if routes is not None and (ids := known[number]) is not None:
+            routes[row, :end] = ids[:end]
+        for document, (r, _) in enumerate(line, start=1):
+            start, end = end, end + len(r.completion.tokens)
+            tokens[row, start:end] = torch.tensor([prompt[-1], *r.completion.tokens[:-1]])
+            document_ids[row, start:end] = document
+            places.append(torch.arange(start, end) + row * shape[1])
+            if routes is not None and (ids := known[number]) is not None:
+                routes[row, start:end] = ids[len(prompt) - 1 :]
+            number += 1
+        padding_mask[row, :end] = True
+        document_ids[row, end:] = len(line) + 1
+    prefixes = torch.tensor([len(line[0][0].prompt) - 1 for line in lines])
+    answers = torch.tensor([len(line) for line in lines])
+    shared = SharedRows(tokens, padding_mask, document_ids, prefixes, answers, torch.cat(places), routes)
+    return replace(batch, shared=shared)
