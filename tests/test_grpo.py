@@ -12,6 +12,7 @@ from finback.checkpoint import models
 from finback.checkpoint.export import export
 from finback.config import UserError
 from finback.data import tokenizer
+from finback.model import logprobs
 from finback.parallel.mesh import World
 from finback.report.export import export_model
 from finback.rollouts import rl_health
@@ -386,6 +387,31 @@ def test_updates_share_out_all_answers_at_random(ranks: int, tmp_path: Path) -> 
     assert shares[0] == {divmod(place, 4) for place in order[:16]}
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_probabilities_are_counted_among_what_could_be_drawn(share: bool, tmp_path: Path) -> None:
+    """With top-k and top-p trainer and engine agree token by token, and a mass that is left out is none of the ratio's."""
+    knobs = {"top_k": 40, "top_p": 0.8, "lr": 1e-2, "share_prompts": share, "micro_tokens": 60, "updates": 2}
+    r = with_varied_rewards(reinforcement(tmp_path, objective=Objective(beta=0.01), **knobs))
+    asked, _ = r.sampler.sample(7)
+    done = [x.completion for g in asked for x in g.rollouts]
+    sizes = {len(ids) for c in done for ids in c.sampling_mask or ()}
+    assert len(sizes) > 1 and min(sizes) >= 1 and max(sizes) <= 40
+    assert all(t in set(ids) for c in done for t, ids in zip(c.tokens, c.sampling_mask or (), strict=True))
+    metrics = steps(r, 2)
+    assert all(m["gap_max"] <= 1e-4 for m in metrics) and metrics[0]["entropy"] < 4
+    plain = reinforcement(tmp_path)
+    (completion, *_) = (x.completion for g in plain.sampler.sample(7)[0] for x in g.rollouts)
+    assert completion.sampling_mask is None
+
+
+def test_log_probabilities_among_some_ids_by_hand(tmp_path: Path) -> None:
+    """p = 1/2, 1/4, 1/8, 1/8 over four ids; among the first and the third 4/5 and 1/5."""
+    logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]] * 2).log()
+    kept = torch.tensor([[0, 2, -1], [3, 1, 0]], dtype=torch.int32)
+    found = logprobs.only(logits, kept).softmax(-1)
+    torch.testing.assert_close(found, torch.tensor([[0.8, 0, 0.2, 0], [4 / 7, 2 / 7, 0, 1 / 7]]))
+
+
 def test_rl_in_bf16_keeps_fp32_masters_and_a_gap_that_bf16_explains(tmp_path: Path) -> None:
     r = with_varied_rewards(reinforcement(tmp_path, compute="bf16", lr=1e-3, max_tokens=16))
     metrics = steps(r, 2)
@@ -457,6 +483,8 @@ def test_a_judge_decides_where_no_check_can(tmp_path: Path) -> None:
     ("knobs", "words"),
     [
         ({"temperature": 0.0}, "zero.temperature = 0.0"),
+        ({"top_p": 0.0}, r"zero\.top_p = 0\.0"),
+        ({"top_k": -1}, r"zero\.top_k = -1"),
         ({"num_generations": 1}, "zero.num_generations = 1"),
         ({"updates": 3}, "zero.updates = 3"),
         ({"overlong": 11}, "zero.overlong = 11"),

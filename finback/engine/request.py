@@ -49,6 +49,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     # go on to max_tokens; for measuring
     ignore_eos: bool = False
+    # note which tokens top_k, top_p and min_p leave at each place, and give log-probabilities among these (V3.2's keep-sampling-mask)
+    return_sampling_mask: bool = False
     # report this many alternatives for each token, at temperature 1
     top_logprobs: int | None = None
     # the same for every prompt token behind the first
@@ -94,6 +96,8 @@ class Completion:
     # ids of the experts that each token but the last was sent to, (prompt + answer - 1, layers, k), uint8 or uint16, 0 in dense
     # layers; where the engine records them
     routed_experts: np.ndarray | None = None
+    # ids that could be drawn for each token, where asked for
+    sampling_mask: list[np.ndarray] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +131,8 @@ class Request:
     constraint: "Constraint | None" = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    # the ids that each token was drawn from, if asked for
+    sampling_mask: list[np.ndarray] = field(default_factory=list)
     # one per token, its own first, if asked for
     top_logprobs: list[TokenLogprobs] = field(default_factory=list)
     # the same for prompt tokens 1, 2, …
@@ -242,7 +248,8 @@ class Request:
         if self.routes is not None and len(self.routes) >= last:  # not of one that was cancelled before it had read all
             ids = self.routes[:last].cpu().numpy()
             routes = ids.view(np.uint16) if ids.dtype == np.int16 else ids
-        return Completion(self.tokens, self.logprobs, self.finish_reason, routes)
+        mask = self.sampling_mask if self.sampling.return_sampling_mask else None
+        return Completion(self.tokens, self.logprobs, self.finish_reason, routes, mask)
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:

@@ -54,6 +54,8 @@ class Sampler:
         uniform = torch.tensor([r.uniform() for r in rows], device=logits.device)
         sampled, logp = sample(processed, self.batch(rows, logits), uniform)
         tokens, logprobs = sampled.tolist(), logp.tolist()
+        if any(r.sampling.return_sampling_mask for r in rows):
+            self._note_masks(rows, processed, tokens, logprobs)
         forced = [bool(r.forced) for r in rows]
         for i, r in enumerate(rows):
             if forced[i]:
@@ -73,6 +75,16 @@ class Sampler:
             if reason := self._follow(r, token, free):
                 ended.append((r, reason))
         return ended
+
+    def _note_masks(self, rows: list[Request], logits: Tensor, tokens: list[int], logprobs: list[float]) -> None:
+        """Note what each of the rows that ask for it could draw, and put the log-probability among that in the place of its own."""
+        batch = self.batch(rows, logits)
+        left = narrow((logits / batch.temperature).log_softmax(dim=-1).exp(), batch)
+        for i, r in enumerate(rows):
+            if r.sampling.return_sampling_mask and r.sampling.temperature >= COLD and not r.forced:
+                kept = left[i].nonzero().squeeze(1)
+                r.sampling_mask.append(kept.to(torch.int32).cpu().numpy())
+                logprobs[i] = float((left[i, tokens[i]] / left[i].sum()).log())
 
     def batch(self, rows: list[Request], logits: Tensor) -> "SamplingBatch":
         """The rows' parameters as tensors; those of the last call as long as nothing has changed."""

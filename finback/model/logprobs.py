@@ -38,21 +38,34 @@ def in_chunks(function: Chunked, rows: int, *tensors: Tensor) -> tuple[Tensor, .
 
 
 def token_logprobs(
-    model: Transformer, hidden: Tensor, tokens: Tensor, temperature: float = 1.0
+    model: Transformer, hidden: Tensor, tokens: Tensor, temperature: float = 1.0, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) of the given tokens, and the entropy of that distribution (no gradient).
 
-    hidden (n, d) are the model's last states, tokens (n,) -> (n,), (n,), both fp32.
+    hidden (n, d) are the model's last states, tokens (n,) -> (n,), (n,), both fp32. kept (n, any), filled up with -1: the ids that
+    the distribution is over, all others being impossible.
     """
 
-    def picked(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logp = (model.logits(states) / temperature).log_softmax(dim=-1)
+    def picked(states: Tensor, ids: Tensor, *kept: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model.logits(states) / temperature
+        for allowed in kept:
+            logits = only(logits, allowed)
+        logp = logits.log_softmax(dim=-1)
         with torch.no_grad():
             entropy = -(logp.exp() * logp).sum(dim=-1)
         return logp.gather(1, ids[:, None]).squeeze(1), entropy
 
-    logp, entropy = in_chunks(picked, rows_at_once(model.config.vocab_size), hidden, tokens)
+    tensors = (hidden, tokens) if kept is None else (hidden, tokens, kept)
+    logp, entropy = in_chunks(picked, rows_at_once(model.config.vocab_size), *tensors)
     return logp, entropy
+
+
+def only(logits: Tensor, kept: Tensor) -> Tensor:
+    """logits (n, vocab) with the least number that there is where an id is not `kept` (n, any), which is filled up with -1."""
+    vocab = logits.size(1)
+    allowed = torch.zeros(len(logits), vocab + 1, dtype=torch.bool, device=logits.device)
+    allowed.scatter_(1, kept.long().masked_fill(kept < 0, vocab), True)
+    return logits.masked_fill(~allowed[:, :vocab], torch.finfo(logits.dtype).min)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,7 +105,18 @@ def padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
         t[:, :-1] for t in (tokens, labels, padding_mask, logprobs)
     )  # the last predicts nothing
     advantages = torch.tensor([a for _, a in rows])
-    return Batch(tokens, labels, shape[1] - 1, mask, rollout_logprobs=logprobs, advantages=advantages)
+    kept = _kept([ids for r, _ in rows for ids in r.completion.sampling_mask or ()])
+    return Batch(tokens, labels, shape[1] - 1, mask, rollout_logprobs=logprobs, advantages=advantages, kept=kept)
+
+
+def _kept(masks: list[np.ndarray]) -> Tensor | None:
+    """(tokens, most) the ids that each of the answers' tokens was drawn from, filled up with -1."""
+    if not masks:
+        return None
+    kept = torch.full((len(masks), max(map(len, masks))), -1, dtype=torch.int32)
+    for row, ids in enumerate(masks):
+        kept[row, : len(ids)] = torch.from_numpy(ids)
+    return kept
 
 
 def _routes(rows: Sequence[Rollout], seq_len: int) -> Tensor | None:

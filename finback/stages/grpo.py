@@ -48,6 +48,9 @@ class GRPO(Stage):
     warmup: int = 0
     final_lr: float = 0.1
     temperature: float = 1.0
+    # only the k likeliest tokens, 0: all, and those that together reach this probability; the update counts probabilities among them
+    top_k: int = 0
+    top_p: float = 1.0
     # per answer
     max_tokens: int = 96
     # open the chain for the model, as R1's own template does
@@ -96,7 +99,7 @@ class GRPO(Stage):
         counts = "steps", "prompts_per_step", "num_generations", "max_tokens", "checkpoint_steps", "updates", "epochs"
         check_positive(self, self.name, *counts, "micro_tokens", "max_grad_norm", "max_gap")
         # lr = 0 only watches: the gap between trainer and engine must then stay flat
-        others = "lr", "warmup", "resample", "reference_steps", "bias_speed", "overlong_penalty", "patience"
+        others = "lr", "top_k", "warmup", "resample", "reference_steps", "bias_speed", "overlong_penalty", "patience"
         check_not_negative(self, self.name, *others)
         check_share(self, self.name, "final_lr")
         if self.num_generations < 2:
@@ -105,6 +108,8 @@ class GRPO(Stage):
             raise self.wrong("temperature", "greedy answers do not differ within a group", "Use 1.0.")
         if self.adapter is not None and self.bias_speed:
             raise self.wrong("bias_speed", "moves biases of a base that an adapter leaves as it is", "Use 0.")
+        if not 0 < self.top_p <= 1:
+            raise self.wrong("top_p", "not above 0 and up to 1", "Use 1 for all tokens.")
         if self.prompts_per_step % self.updates:
             raise self.wrong("updates", f"does not divide {self.prompts_per_step} prompts", "Use a divisor.")
         if not 0 <= self.overlong <= self.max_tokens:

@@ -89,7 +89,10 @@ class GroupSampler:
         count = range(stage.num_generations)
         asked = [p for p in problems for _ in count]
         each = [self.run.seed(*s, k) for s in seeds for k in count]
-        sampling = SamplingParams(stage.temperature, stage.max_tokens)
+        narrowed = stage.top_k > 0 or stage.top_p < 1
+        sampling = SamplingParams(
+            *(stage.temperature, stage.max_tokens, stage.top_k, stage.top_p), return_sampling_mask=narrowed
+        )
         rollouts = rollout(self.engine, self.tokenizer, stage.task, asked, each, sampling, stage.think)
         answers = [rollouts[start : start + len(count)] for start in range(0, len(rollouts), len(count))]
         return [Group(group, self.rewarded(group), [self.counts(r) for r in group]) for group in answers]

@@ -154,7 +154,7 @@ class Reinforcement(Training):
         else:
             read = model(shared.tokens, None, shared.padding_mask, shared.document_ids, shared.prefixes)
             states = read.flatten(0, 1)[shared.places]
-        logprobs, entropy = token_logprobs(model, states, batch.labels[learnt], self.stage.temperature)
+        logprobs, entropy = token_logprobs(model, states, batch.labels[learnt], self.stage.temperature, batch.kept)
         return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(learnt, logprobs), entropy
 
     def _replayed_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:

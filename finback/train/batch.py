@@ -61,6 +61,8 @@ class Batch:
     advantages: Tensor | None = None
     # (rows, seq_len, layers, k), -1 where the router chooses itself: the experts that the engine sent each token to
     routed_experts: Tensor | None = None
+    # (labels that are learnt, any), filled up with -1: the ids that each was drawn from, None: all
+    kept: Tensor | None = None
     # the same answers in rows that share prompts, which the trunk reads instead
     shared: SharedRows | None = None
 
