@@ -41,13 +41,15 @@ class ContextTransformer(Transformer):
 
     group: dist.ProcessGroup
 
-    def _positions(self, length: int, cache: Cache | None, document_ids: Tensor | None) -> tuple[Tensor, Tensor, Mask]:
+    def _positions(
+        self, length: int, cache: Cache | None, document_ids: Tensor | None, prefixes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Mask]:
         """cos and sin of this part's tokens, document_ids (b, t) being theirs; the mask is of whole rows."""
         if cache is not None:
-            return super()._positions(length, cache, document_ids)
+            return super()._positions(length, cache, document_ids, prefixes)
         members, start = self.group.size(), self.group.rank() * length
         whole = None if document_ids is None else _whole(document_ids, self.group)
-        cos, sin, mask = super()._positions(members * length, None, whole)
+        cos, sin, mask = super()._positions(members * length, None, whole, prefixes)
         return cos[:, start : start + length], sin[:, start : start + length], mask
 
 

@@ -224,7 +224,8 @@ class Reinforcement(Training):
             stage.epochs * sum(s * training_flops_of(config, n, mtp=False, frozen=frozen) for s, n in read),
             forward_flops_of(config, [r.length for r in asked]),
             passes * sum(s * forward_flops_of(config, n) for s, n in read),
-            stage.epochs * sum(s * recomputed_flops_of(config, n, stage.recomputes or "none", mtp=False) for s, n in read),
+            stage.epochs
+            * sum(s * recomputed_flops_of(config, n, stage.recomputes or "none", mtp=False) for s, n in read),
         ]
         sums = self.world.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
         trained, generated = int(sums[0]), int(sums[1])
