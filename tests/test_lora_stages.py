@@ -30,7 +30,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 def test_sft_learns_an_adapter_and_writes_it_alone(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{}")
-    t = tune(tmp_path, adapter=replace(EXACT, base="bf16"), lr=1e-2, epochs=8)
+    t = tune(tmp_path, adapter=replace(EXACT, base="bf16"), lr=2e-2, epochs=4)
     model = t.trainer.model
     before = {n: p.clone() for n, p in model.state_dict().items()}
     results = loop.run(t)
