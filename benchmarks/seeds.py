@@ -7,12 +7,12 @@ Continues where it was interrupted, as every run does.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from record import machine
 
 LIMITS = {"before": 0.50, "after": 0.85, "greedy": 0.95, "growth": 1.5, "gap": 1e-4}
 
@@ -104,8 +104,7 @@ def main() -> None:
     for seed in arguments.seeds:
         rows.append(measure(seed, arguments.runs, len(rows) < arguments.controls))
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        arguments.out.write_text(json.dumps({"machine": machine, "limits": LIMITS, "seeds": rows}, indent=1) + "\n")
+        arguments.out.write_text(json.dumps({"machine": machine(), "limits": LIMITS, "seeds": rows}, indent=1) + "\n")
         print(table(rows))
 
 
