@@ -16,7 +16,6 @@ from finback.config import UserError
 from finback.data.messages import IGNORE
 from finback.model.recompute import Policy, use_recompute
 from finback.model.transformer import Block, Transformer
-from finback.parallel.layout import Layout
 from finback.runs.folder import Interrupted
 from finback.train import compiling
 from finback.train.batch import Batch
@@ -140,12 +139,7 @@ def test_a_compiled_run_goes_on_with_the_same_bits(prepared: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("knobs", "words"),
-    [
-        ({"compute": "fp8"}, "base.compute"),
-        ({"recompute": "attention"}, "base.recompute"),
-        ({"layout": Layout(dp=2)}, "base.compile"),
-    ],
+    ("knobs", "words"), [({"compute": "fp8"}, "base.compute"), ({"recompute": "attention"}, "base.recompute")]
 )
 def test_what_cannot_be_compiled_is_named(knobs: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):

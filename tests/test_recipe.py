@@ -328,14 +328,26 @@ def test_an_interrupted_stage_is_done_again_and_those_before_it_are_not(tmp_path
     assert (tmp_path / "calls").read_text() == "abb"
 
 
-def test_a_request_to_stop_waits_for_the_end_of_the_stage(tmp_path: Path) -> None:
-    def press(run: StageRun) -> None:
+def test_a_request_to_stop_waits_for_the_end_of_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it comes before the stage has begun."""
+    log = StageRun.log
+
+    def press(run: StageRun, step: int, **metrics: Any) -> None:
         run.stop_requested = True
+        log(run, step, **metrics)
 
     plan = recipe(Note(name="a"), Note(name="b"))
+    monkeypatch.setattr(StageRun, "log", press)
     with pytest.raises(Interrupted):
-        execute(plan, tmp_path, 0, World(), press, quiet=True)
+        run_all(plan, tmp_path)
     assert (tmp_path / "a" / "manifest.json").is_file() and not (tmp_path / "b").exists()
+
+    def press_early(run: StageRun) -> None:
+        run.stop_requested = True
+
+    with pytest.raises(Interrupted):
+        execute(plan, tmp_path, 0, World(), press_early, quiet=True)
+    assert (tmp_path / "calls").read_text() == "a" and not (tmp_path / "b" / "manifest.json").exists()
 
 
 def test_a_folder_of_another_recipe_or_seed_is_refused(tmp_path: Path) -> None:

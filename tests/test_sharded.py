@@ -232,14 +232,10 @@ def _check_continued(stage: Path, unbroken: Path) -> None:
     assert not (stage / "sharded").exists() and not list(stage.glob("step-*"))
 
 
-def test_a_layout_may_change_while_a_stage_is_half_done(
-    tmp_path: Path, unbroken: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_layout_may_change_while_a_stage_is_half_done(tmp_path: Path, unbroken: Path) -> None:
     layouts = ["None", "Layout(dp=2, ep=2)", "Layout(pp=2, micro_batches=2)", "None"]
     on_ranks(2, _continued, str(tmp_path), layouts, [4, 9, 14, 0])
     _check_continued(tmp_path / "runs/change/base", unbroken)
-    said = [line for line in capfd.readouterr().err.splitlines() if "no longer to the bit" in line]
-    assert len(said) == 3 and "goes on as Layout(pp=2, dp=1" in said[1] and "begun as Layout(pp=1, dp=2" in said[1]
 
 
 CHANGES = {
