@@ -204,7 +204,9 @@ def test_a_recipe_is_planned_by_its_calibration(calibration: Path, tmp_path: Pat
     text = render.recipe_text(values)
     assert all(name in text for name in values["stages"]) and "rough" in text
     two = recipe_plan.plan(recipe, PlanOptions(), found, 2)["stages"]["base"]
-    assert two["parts"]["passes"] < base["parts"]["passes"]
+    assert two["parts"]["passes"] <= base["parts"]["passes"], (
+        "equal where the measured time does not depend on the rows"
+    )
 
 
 def test_without_a_calibration_work_is_known_and_time_is_not(tmp_path: Path) -> None:
