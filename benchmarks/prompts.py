@@ -24,7 +24,7 @@ from finback.model.config import TINY
 from finback.model.logprobs import token_logprobs
 from finback.model.transformer import Transformer
 from finback.rollouts.rollouts import Rollout, batches
-from finback.rollouts.shared_prompts import shared_batches
+from finback.rollouts.shared_prompts import predicting, shared_batches
 from finback.tasks.task import NO_ANSWER, Problem
 from finback.train.batch import Batch
 
@@ -50,13 +50,7 @@ def update(model: Transformer, parts: list[Batch]) -> tuple[Tensor, Tensor]:
     model.zero_grad()
     found = []
     for batch in parts:
-        shared, learnt = batch.shared, batch.learnt
-        if shared is None:
-            states = model(batch.tokens, padding_mask=batch.padding_mask)[learnt]
-        else:
-            read = model(shared.tokens, None, shared.padding_mask, shared.document_ids, shared.prefixes)
-            states = read.flatten(0, 1)[shared.places]
-        logprobs, _ = token_logprobs(model, states, batch.labels[learnt])
+        logprobs, _ = token_logprobs(model, predicting(model, batch), batch.labels[batch.learnt])
         logprobs.mean().backward()
         found.append(logprobs.detach())
     return torch.cat(found), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -16,7 +16,7 @@ from finback.model.config import ModelConfig
 from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
 from finback.rollouts.rollouts import Rollout, batches
-from finback.rollouts.shared_prompts import shared_batches
+from finback.rollouts.shared_prompts import predicting, shared_batches
 from finback.tasks.task import NO_ANSWER, Problem
 from finback.train.grpo_loss import Objective
 from tests.test_batching import DENSE
@@ -92,12 +92,7 @@ def test_log_probabilities_and_gradients_are_those_of_plain_rows(
         model.zero_grad()
         logprobs = {}
         for batch in form(rollouts(), 40):
-            learnt, shared = batch.learnt, batch.shared
-            if shared is None:
-                states = model(batch.tokens, padding_mask=batch.padding_mask)[learnt]
-            else:
-                read = model(shared.tokens, None, shared.padding_mask, shared.document_ids, shared.prefixes)
-                states = read.flatten(0, 1)[shared.places]
+            learnt, states = batch.learnt, predicting(model, batch)
             logp = model.logits(states).log_softmax(-1).gather(1, batch.labels[learnt][:, None]).squeeze(1)
             assert batch.advantages is not None
             weight = batch.advantages[:, None].expand_as(batch.labels)[learnt]

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from finback.model.transformer import Transformer
 from finback.rollouts.rollouts import Rollout, padded, routes_of
 from finback.train.batch import Batch, SharedRows
 
@@ -30,6 +31,17 @@ def shared_batches(rows: Sequence[Pair], micro_tokens: int) -> list[Batch]:
         made.append(_batch(lines[start:stop]))
         start = stop
     return made
+
+
+def predicting(model: Transformer, batch: Batch) -> Tensor:
+    """What the model makes of the places at which a batch of answers has its labels, (labels, hidden), whichever rows it reads."""
+    shared = batch.shared
+    if shared is None:
+        tokens, padding_mask, _ = batch.inputs
+        states: Tensor = model(tokens, padding_mask=padding_mask)[batch.learnt]
+        return states
+    read: Tensor = model(shared.tokens, None, shared.padding_mask, shared.document_ids, shared.prefixes)
+    return read.flatten(0, 1)[shared.places]
 
 
 def _lines(group: list[Pair], micro_tokens: int) -> list[list[Pair]]:

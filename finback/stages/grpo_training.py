@@ -18,7 +18,7 @@ from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.rollouts import Rollout, batches
-from finback.rollouts.shared_prompts import shared_batches
+from finback.rollouts.shared_prompts import predicting, shared_batches
 from finback.runs.folder import StageRun
 from finback.stages.grpo_sampling import GroupSampler
 from finback.stages.grpo_stopping import Stopping
@@ -75,7 +75,7 @@ class Reinforcement(Training):
         return self.stopping.learnt_out or super().finished(loop)
 
     def before(self, loop: Loop) -> None:
-        self.stopping.before(loop)
+        self.stopping.validator.before(loop)
 
     def step(self, loop: Loop) -> dict[str, Any]:
         stage, trainer, lr = self.stage, self.trainer, self.stopping.lr(loop.step)
@@ -147,15 +147,9 @@ class Reinforcement(Training):
 
     def _logprobs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the labels (rows, seq_len), 0 elsewhere, and their entropies (labels,)."""
-        tokens, padding_mask, _ = batch.inputs
-        learnt, shared = batch.learnt, batch.shared
-        if shared is None:
-            states = model(tokens, padding_mask=padding_mask)[learnt]
-        else:
-            read = model(shared.tokens, None, shared.padding_mask, shared.document_ids, shared.prefixes)
-            states = read.flatten(0, 1)[shared.places]
+        learnt, states = batch.learnt, predicting(model, batch)
         logprobs, entropy = token_logprobs(model, states, batch.labels[learnt], self.stage.temperature, batch.kept)
-        return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(learnt, logprobs), entropy
+        return torch.zeros(learnt.shape, device=learnt.device).masked_scatter(learnt, logprobs), entropy
 
     def _replayed_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As `_logprobs` of the trained model, with the experts that the engine took."""
