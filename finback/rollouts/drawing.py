@@ -142,7 +142,7 @@ class QuestionOrder:
         train = [problem for problem in every if not is_held_out(problem.key)]
         kept = []
         for problem in train:
-            if exam := "validation" if problem.key in self.validation else self.exam(problem):
+            if exam := self.exam(problem) or ("validation" if problem.key in self.validation else None):
                 self.contaminated[exam] += 1
             else:
                 kept.append(problem)

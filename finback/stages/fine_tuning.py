@@ -65,18 +65,16 @@ class FineTuning(Training):
         self.config = trainer.model.config
         self.depths, self.tokens = batches.depths, 0
         run, tokenizer = batches.run, batches.tokenizer
-        self.validator = None if stage.validation is None else Validator(stage.validation, run, trainer, tokenizer)
+        self.validator = Validator(stage.validation, run, trainer, tokenizer)
 
     def finished(self, loop: Loop) -> bool:
-        return super().finished(loop) or (self.validator is not None and self.validator.stopped)
+        return super().finished(loop) or self.validator.stopped
 
     def before(self, loop: Loop) -> None:
-        if self.validator is not None:
-            self.validator.before(loop)
+        self.validator.before(loop)
 
     def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
-        if self.validator is not None:
-            self.validator.after(loop)
+        self.validator.after(loop)
 
     def step(self, loop: Loop) -> dict[str, Any]:
         """One update; the loss is the mean over all labels of the step, whatever the number of ranks."""
@@ -127,21 +125,16 @@ class FineTuning(Training):
         return f"loss {metrics['loss']:.3f}"
 
     def state(self) -> dict[str, Any]:
-        validator = {} if self.validator is None else self.validator.state()
-        return {"tokens": self.tokens, "batches": self.batches.state(), "validator": validator}
+        return {"tokens": self.tokens, "batches": self.batches.state(), "validator": self.validator.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.tokens = state["tokens"]
         self.batches.load_state(state.get("batches", {}))
-        if self.validator is not None:
-            self.validator.load_state(state["validator"])
+        self.validator.load_state(state.get("validator", {}))
 
     def finish(self, loop: Loop) -> dict[str, Any]:
-        found = {"steps": loop.step, "tokens": self.tokens, **self.batches.results}
-        if self.validator is not None:
-            return found | self.validator.finish(loop)
-        self.trainer.export(self.run, self.run.folder, self.tokenizer)
-        return found
+        written = self.validator.finish(loop)
+        return {"steps": loop.step, "tokens": self.tokens, **self.batches.results, **written}
 
 
 def begin(stage: "SFT", run: StageRun) -> tuple[ReplicatedTrainer, Tokenizer]:

@@ -25,8 +25,8 @@ class Stopping:
     """Watches one RL run: the gap between trainer and engine, steps that teach nothing, and the validation set."""
 
     def __init__(self, stage: "GRPO", run: StageRun, trainer: Trainer, tokenizer: Tokenizer) -> None:
-        self.stage, self.run, self.trainer, self.tokenizer = stage, run, trainer, tokenizer
-        self.validator = None if stage.validation is None else Validator(stage.validation, run, trainer, tokenizer)
+        self.stage, self.run = stage, run
+        self.validator = Validator(stage.validation, run, trainer, tokenizer)
         # the step after which the learning rate falls, and over how many; the last third, or once the validation set stops it
         self.decay = stage.steps - stage.steps // 3, stage.steps // 3
         # steps in a row that taught nothing
@@ -48,11 +48,6 @@ class Stopping:
         factor = rates.warmup(step, self.stage.warmup) * rates.decay(step, *self.decay, self.stage.final_lr)
         return self.peak_lr * factor
 
-    def before(self, loop: Loop) -> None:
-        """Score the model that the stage starts from."""
-        if self.validator is not None:
-            self.validator.before(loop)
-
     def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
         """UserError where trainer and engine disagree, or where RL has taught nothing for `patience` steps."""
         stage = self.stage
@@ -72,35 +67,29 @@ class Stopping:
                 remedy = "Mend the cause, or raise patience (0: never stop) and run the same command to go on."
                 problem = f"nothing was learnt in the last {self.idle} steps: {cause}"
                 raise stage.wrong("patience", problem, remedy)
-        if self.validator is not None:
-            self.validator.after(loop)
-            if self.validator.stopped and loop.step < self.decay[0]:
-                length = min(loop.step // 2, stage.steps - loop.step)
-                self.decay = loop.step, length
-                self.run.say(
-                    f"{self.run.name:10} validation has stopped rising: {length:,} more steps at a falling rate"
-                )
+        self.validator.after(loop)
+        if self.validator.stopped and loop.step < self.decay[0]:
+            length = min(loop.step // 2, stage.steps - loop.step)
+            self.decay = loop.step, length
+            self.run.say(f"{self.run.name:10} validation has stopped rising: {length:,} more steps at a falling rate")
 
     def state(self) -> dict[str, Any]:
         """What the next steps depend on."""
-        validator = {} if self.validator is None else self.validator.state()
-        return {"idle": self.idle, "learnt_out": self.learnt_out, "decay": self.decay, "validator": validator}
+        own = {"idle": self.idle, "learnt_out": self.learnt_out, "decay": self.decay}
+        return own | {"validator": self.validator.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where another one stopped."""
         self.idle, self.learnt_out = state["idle"], state["learnt_out"]
         start, length = state.get("decay", self.decay)
         self.decay = start, length
-        if self.validator is not None:
-            self.validator.load_state(state["validator"])
+        self.validator.load_state(state.get("validator", {}))
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         """Write the model that stays, and a warning where it is worse than before; what the validation set says of it."""
-        if self.validator is not None:
-            return self.validator.finish(loop)
-        self.trainer.export(self.run, self.run.folder, self.tokenizer)
-        if self.run.is_writer:
+        found = self.validator.finish(loop)
+        if not found and self.run.is_writer:
             lost = rl_health.lost(list(read_lines(self.run.folder / METRICS)), self.stage.num_generations)
             if lost:
                 self.run.say(f"{self.run.name:10} warning: {lost}")
-        return {}
+        return found

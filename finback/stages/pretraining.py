@@ -12,9 +12,9 @@ from finback.rollouts.drawing import Window
 from finback.runs.files import METRICS, ROUTER, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.compress import bits_by_source
-from finback.stages.exam_questions import ExamQuestions
-from finback.stages.validation import answered
+from finback.stages.validation import answered, askable
 from finback.tasks import task as tasks
+from finback.tasks.task import Problem
 from finback.train import rates, router_health
 from finback.train.batch import Batch, of_rows
 from finback.train.loop import Loop, Training
@@ -50,6 +50,8 @@ class Pretraining(Training):
         # tokens when the probe was passed
         self.passed_at: int | None = None
         self.best_probe = 0.0
+        # what the probe asks, drawn when it is first asked
+        self.probed: list[Problem] = []
         self.best_bits: float | None = None
         self.skipped, self.rewinds = 0, 0
 
@@ -153,17 +155,11 @@ class Pretraining(Training):
                 )
 
     def _probe(self, probe: "Probe", loop: Loop) -> float:
-        window = Window(self.tokenizer, self.config, probe.max_tokens, think=True)
-        drawn, exams = (
-            tasks.distinct(probe.task, "train", probe.problems, self.run.seed("probe")),
-            ExamQuestions(self.run),
-        )
-        own = exams.without(probe.task, drawn)  # what ends training by an exam's questions would choose a model by them
-        problems = window.fitting(own)
-        if len(problems) < len(own):
-            self.run.say(f"{self.stage.name:10} probe: {window.remark(len(own) - len(problems))}")
-        if exams.left_out:
-            self.run.say(f"{self.stage.name:10} probe: {exams.remark()}")
+        if not self.probed:
+            window = Window(self.tokenizer, self.config, probe.max_tokens, think=True)
+            drawn = tasks.distinct(probe.task, "train", probe.problems, self.run.seed("probe"))
+            self.probed = askable(probe.task, drawn, window, self.run, "probe")
+        problems = self.probed
         sampling = SamplingParams(temperature=0.0, max_tokens=probe.max_tokens)
         given = self.tokenizer, probe.task, problems, [0] * len(problems), sampling, True, self.world
         right, flops = answered(self.trainer.gathered(), *given)

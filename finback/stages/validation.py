@@ -6,7 +6,6 @@ Its questions are of the task's training side, so they are no exam's, and traini
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,9 +56,8 @@ class Validation:
         check_not_negative(self, "validation", "patience", "temperature")
 
     def questions(self, run: StageRun) -> list[Problem]:
-        """The set, the same for the same seed of a recipe, whichever stage asks."""
-        drawn = tasks.distinct(self.task, "train", self.problems, run.seed("validation", self.task.name))
-        return ExamQuestions(run).without(self.task, drawn)
+        """The set, the same for the same seed of a recipe, whichever stage asks; also those that an exam asks."""
+        return tasks.distinct(self.task, "train", self.problems, run.seed("validation", self.task.name))
 
     def generates(self, steps: int) -> int:
         """Tokens that the answers have at most, over so many steps."""
@@ -79,6 +77,21 @@ def keys(validation: Validation | None, run: StageRun) -> frozenset[str]:
     if validation is None:
         return frozenset()
     return frozenset(key for p in validation.questions(run) for key in (p.key, canonical(p.question)))
+
+
+def askable(task: Task, drawn: Sequence[Problem], window: Window, run: StageRun, what: str) -> list[Problem]:
+    """A task's drawn problems that no exam asks and that fit the window; it is said which of `what` are left out.
+
+    Whoever ended training by an exam's questions would choose a model by them.
+    """
+    exams = ExamQuestions(run)
+    own = exams.without(task, drawn)
+    kept = window.fitting(own)
+    if len(kept) < len(own):
+        run.say(f"{run.name:10} {what}: {window.remark(len(own) - len(kept))}")
+    if exams.left_out:
+        run.say(f"{run.name:10} {what}: {exams.remark()}")
+    return kept
 
 
 def answered(
@@ -106,11 +119,15 @@ def answered(
 
 
 class Validator:
-    """Scores the model of one training run, and keeps the best one in a folder within the stage's."""
+    """Scores the model of one training run, and keeps the best one in a folder within the stage's.
 
-    def __init__(self, validation: Validation, run: StageRun, trainer: Trainer, tokenizer: Tokenizer) -> None:
+    Without a validation set it scores nothing, and the last model stays.
+    """
+
+    def __init__(self, validation: Validation | None, run: StageRun, trainer: Trainer, tokenizer: Tokenizer) -> None:
         self.validation, self.run, self.trainer = validation, run, trainer
         self.tokenizer, self.world = tokenizer, World.of(run)
+        self.problems: list[Problem] = []
         # whether each problem was answered rightly: before the first step, by the newest model, by the best one
         self.first: list[float] = []
         self.last: list[float] = []
@@ -122,28 +139,19 @@ class Validator:
     @property
     def stopped(self) -> bool:
         """Whether the scores have stopped rising."""
-        return 0 < self.validation.patience <= self.stale
-
-    @cached_property
-    def problems(self) -> list[Problem]:
-        """Those that fit the model's window."""
-        validation = self.validation
-        window = Window(self.tokenizer, self.trainer.model.config, validation.max_tokens, validation.think)
-        drawn = validation.questions(self.run)
-        fitting = window.fitting(drawn)
-        if len(fitting) < len(drawn):
-            self.run.say(f"{self.run.name:10} validation: {window.remark(len(drawn) - len(fitting))}")
-        return fitting
+        return self.validation is not None and 0 < self.validation.patience <= self.stale
 
     def before(self, loop: Loop) -> None:
         """Score the model that the stage starts from; it is no candidate for the best one."""
-        self.first = self._score(loop)
+        if self.validation is not None:
+            self.first = self._score(self.validation, loop)
 
     def after(self, loop: Loop, last: bool = False) -> None:
         """Score the model after a step where it is time, or the last one; a new best one is written down."""
-        if self.scored == loop.step or not (last or loop.step % self.validation.every_steps == 0):
+        validation = self.validation
+        if validation is None or self.scored == loop.step or not (last or loop.step % validation.every_steps == 0):
             return
-        self.last = self._score(loop)
+        self.last = self._score(validation, loop)
         self.stale += 1
         if not self.best or _mean(self.last) > _mean(self.best):
             self.best, self.best_step, self.stale = self.last, loop.step, 0
@@ -151,9 +159,12 @@ class Validator:
             self.world.barrier()
             loop.checkpoint()  # from here on the folder holds what the state says
 
-    def _score(self, loop: Loop) -> list[float]:
+    def _score(self, validation: Validation, loop: Loop) -> list[float]:
         """One answer to each problem by the model as it is."""
-        validation, run, model = self.validation, self.run, self.trainer.model
+        run, model = self.run, self.trainer.model
+        if not self.problems:
+            window = Window(self.tokenizer, model.config, validation.max_tokens, validation.think)
+            self.problems = askable(validation.task, validation.questions(run), window, run, "validation")
         sampling = SamplingParams(validation.temperature, validation.max_tokens)
         seeds = [run.seed("validation answer", i) for i in range(len(self.problems))]
         was_training = model.training
@@ -169,6 +180,9 @@ class Validator:
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         """Write the best model as the stage's; the results, and a warning where training has made the model worse."""
+        if self.validation is None:
+            self.trainer.export(self.run, self.run.folder, self.tokenizer)
+            return {}
         self.after(loop, last=True)
         if self.run.is_writer:
             shutil.copytree(self.run.folder / BEST, self.run.folder, dirs_exist_ok=True)
@@ -187,8 +201,8 @@ class Validator:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where another one stopped."""
-        for name in STATE:
-            setattr(self, name, state[name])
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 def _mean(right: Sequence[float]) -> float:
