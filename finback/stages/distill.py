@@ -22,15 +22,14 @@ from finback.engine.request import SamplingParams
 from finback.model.logprobs import in_chunks, rows_at_once
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.rollouts.drawing import QuestionOrder, Window
+from finback.rollouts.drawing import Window
 from finback.rollouts.rollouts import rollout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Work
-from finback.stages import validation
-from finback.stages.exam_questions import ExamQuestions
 from finback.stages.fine_tuning import Batches, FineTuning, begin
 from finback.stages.sft import SFT, LessonBatches
+from finback.stages.validation import training_questions
 from finback.tasks.task import Task
 from finback.train.batch import Batch, of_lessons
 from finback.train.loss import cross_entropy, distillation
@@ -142,8 +141,7 @@ class OnPolicyBatches(Batches):
         self.engine = Engine(student, tokenizer.stops)
         assert stage.task is not None, "on-policy distillation answers a task"
         window = Window(tokenizer, student.config, stage.max_tokens)
-        say, held_out = lambda text: run.say(f"{run.name:10} {text}"), validation.keys(stage.validation, run)
-        self.order = QuestionOrder(stage.task, window, run.seed, say, ExamQuestions(run).asks, held_out)
+        self.order = training_questions(stage.task, stage.validation, window, run)
         self.results["contaminated"] = dict(self.order.contaminated)
 
     def state(self) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.parallel.mesh import World
-from finback.rollouts.drawing import QuestionOrder, Window
+from finback.rollouts.drawing import Window
 from finback.rollouts.rollouts import Rollout, record, rollout
 from finback.runs.files import SAMPLES
 from finback.runs.folder import StageRun
-from finback.stages import validation
-from finback.stages.exam_questions import ExamQuestions
+from finback.stages.validation import training_questions
 from finback.tasks.task import Problem
 from finback.train import grpo_loss
 
@@ -57,8 +56,7 @@ class GroupSampler:
         self.stage, self.run, self.engine, self.tokenizer = stage, run, engine, tokenizer
         self.world = World.of(run)
         window = Window(tokenizer, engine.model.config, stage.max_tokens, stage.think)
-        say, held_out = lambda text: run.say(f"{run.name:10} {text}"), validation.keys(stage.validation, run)
-        self.order = QuestionOrder(stage.task, window, run.seed, say, ExamQuestions(run).asks, held_out)
+        self.order = training_questions(stage.task, stage.validation, window, run)
 
     def sample(self, step: int) -> tuple[list[Group], list[Group]]:
         """All groups that were asked, and those that are learnt from, with their advantages; in order."""

@@ -14,7 +14,6 @@ from finback.data.sources import Chitchat, Document, Files, Hub
 from finback.data.tokenizer import Tokenizer
 from finback.runs.files import write_lines
 from finback.runs.folder import StageRun
-from finback.stages import validation
 from finback.stages.exam_questions import ExamQuestions
 from finback.stages.prepare import TaskText, origin
 from finback.tasks.task import canonical, is_listed
@@ -48,7 +47,8 @@ class LessonReader:
     def __init__(self, stage: "SFT", run: StageRun, tokenizer: Tokenizer) -> None:
         self.stage, self.run, self.tokenizer = stage, run, tokenizer
         self.results: dict[str, Any] = {"unusable": {}, "contaminated": {}, "empty_answers": 0}
-        self.exams, self.validation = ExamQuestions(run), validation.keys(stage.validation, run)
+        self.exams = ExamQuestions(run)
+        self.validation = frozenset() if stage.validation is None else stage.validation.keys(run)
 
     def read(self) -> dict[str, list[Lesson]]:
         """The lessons of each source."""

@@ -17,7 +17,7 @@ from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.rollouts.drawing import Window
+from finback.rollouts.drawing import QuestionOrder, Window
 from finback.rollouts.rollouts import rollout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import BEST, StageRun
@@ -59,6 +59,10 @@ class Validation:
         """The set, the same for the same seed of a recipe, whichever stage asks; also those that an exam asks."""
         return tasks.distinct(self.task, "train", self.problems, run.seed("validation", self.task.name))
 
+    def keys(self, run: StageRun) -> frozenset[str]:
+        """Canonical forms of the questions, which a stage must not learn."""
+        return frozenset(key for p in self.questions(run) for key in (p.key, canonical(p.question)))
+
     def generates(self, steps: int) -> int:
         """Tokens that the answers have at most, over so many steps."""
         return (2 + steps // self.every_steps) * self.problems * self.max_tokens
@@ -72,11 +76,12 @@ def declared(validation: Validation | None, given: Declaration) -> Declaration:
     return replace(given, ledger=ledger, results=results, curves={"validation": ("validation",)} | dict(given.curves))
 
 
-def keys(validation: Validation | None, run: StageRun) -> frozenset[str]:
-    """Canonical forms of the questions that a stage must not learn."""
-    if validation is None:
-        return frozenset()
-    return frozenset(key for p in validation.questions(run) for key in (p.key, canonical(p.question)))
+def training_questions(task: Task, validation: Validation | None, window: Window, run: StageRun) -> QuestionOrder:
+    """A task's questions in the order in which they are learnt, but for those of exams and of the validation set."""
+    held_out = frozenset() if validation is None else validation.keys(run)
+    return QuestionOrder(
+        task, window, run.seed, lambda text: run.say(f"{run.name:10} {text}"), ExamQuestions(run).asks, held_out
+    )
 
 
 def askable(task: Task, drawn: Sequence[Problem], window: Window, run: StageRun, what: str) -> list[Problem]:
