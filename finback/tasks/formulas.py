@@ -43,11 +43,15 @@ _TAIL = re.compile(
 def formula(text: str, like: str = "") -> str | None:
     """An expression for math-verify; None if there are words in it that `like` does not have, or two answers."""
     one = _one_formula(unwrapped(plain(text)))
-    if one is not None and REALS.fullmatch(unwrapped(unstyled(one))):
+    if one is None:
+        return None
+    one = unstyled(one)
+    if REALS.fullmatch(unwrapped(one)):
         return r"\mathbb{R}"
-    if one is not None and (found := _as_set(unwrapped(latex(unstyled(one))))):
+    one = unwrapped(latex(one))
+    if found := _as_set(one):
         return found
-    listed = _listed(unwrapped(latex(unstyled(one)))) if one is not None else None
+    listed = _listed(one)
     if not listed:
         return None
     found = _both_signs(listed)
