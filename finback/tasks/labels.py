@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 from finback.tasks.notation import plain, unstyled, unwrapped
+from finback.tasks.spelt import WORD_VALUES
 
 _MONTHS = (
     "jan january januar janvier enero января январь",
@@ -47,7 +48,6 @@ _CLOCK = re.compile(
     r"(?:at\s+)?(?P<part>half|(?:a\s+)?quarter)\s+(?P<way>past|to)\s+(?P<hour>[a-z]+|[0-9]{1,2})(?:\s*(?P<half>[ap])\.?\s*m\.?)?",
     re.IGNORECASE,
 )
-_HOURS = "one two three four five six seven eight nine ten eleven twelve"
 _RATIO = re.compile(r"[0-9]{1,9}(?:\s*:\s*[0-9]{1,9}){1,5}")
 _DIGITS = re.compile(r"(?:(?:ISBN|tel|phone)[:\s]*)?(?P<all>\+?\(?[0-9][0-9() .-]*(?:[0-9]|-X))", re.IGNORECASE)
 _DOTTED = re.compile(r"[vV]?[0-9]{1,9}(?:\.[0-9]{1,9}){2,9}")
@@ -115,15 +115,15 @@ def _time(text: str) -> Label | None:
 
 def _shown(text: str) -> str:
     """What a clock shows of half past two, a quarter to three pm."""
-    match, hours = _CLOCK.fullmatch(text), _HOURS.split()
+    match = _CLOCK.fullmatch(text)
     if match is None:
         return text
-    hour = match["hour"].lower()
-    number = int(hour) if hour.isdigit() else hours.index(hour) + 1 if hour in hours else 0
-    if not 1 <= number <= 12 or (match["part"].lower() == "half" and match["way"].lower() == "to"):
+    part, way, hour = (match[name].lower() for name in ("part", "way", "hour"))
+    number = int(hour) if hour.isdigit() else WORD_VALUES.get(hour, 0)
+    if not 1 <= number <= 12 or (part == "half" and way == "to"):
         return text
-    number = (number + 10) % 12 + 1 if match["way"].lower() == "to" else number
-    minutes = 30 if match["part"].lower() == "half" else 15 if match["way"].lower() == "past" else 45
+    number = (number + 10) % 12 + 1 if way == "to" else number
+    minutes = 30 if part == "half" else 15 if way == "past" else 45
     # a quarter to twelve is before noon as its hour is
     return f"{number}:{minutes} {match['half'].lower()}m" if match["half"] else f"{number}:{minutes}"
 

@@ -8,12 +8,12 @@ _SMALL = (
     "eighteen nineteen"
 )
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_WORD_VALUES = {
+WORD_VALUES = {
     **{word: i for i, word in enumerate(_SMALL.split())},
     **{word: 10 * i for i, word in enumerate(_TENS.split(), start=2)},
 }
 _THOUSANDS = {"thousand": 1, "million": 2, "billion": 3}
-_COUNTS = {"a": 1, "an": 1, **{word: value for word, value in _WORD_VALUES.items() if 0 < value < 20}}
+_COUNTS = {"a": 1, "an": 1, **{word: value for word, value in WORD_VALUES.items() if 0 < value < 20}}
 _PLACES, _PLACE_NAMES = (3, 5, 6, 7, 8, 9, 10), "third fifth sixth seventh eighth ninth tenth"
 _PART_NAMES = {
     **dict.fromkeys(("half", "halves"), 2),
@@ -39,8 +39,8 @@ def spelt(text: str) -> tuple[Fraction | None, str, str]:
     tokens = re.split(r"([ -])", match[0].lower()) if match else []
     total, part, used = 0, -1, 0
     for i, token in enumerate(tokens):
-        if token in _WORD_VALUES:
-            value = _WORD_VALUES[token]
+        if token in WORD_VALUES:
+            value = WORD_VALUES[token]
             if part > 0 and not (
                 (part % 10 == 0 and part % 100 >= 20 and value < 10) or (part % 100 == 0 and part > 0)
             ):
