@@ -26,7 +26,7 @@ class HubRows:
 
     def load(self, field: str) -> Any:
         """The rows in order; UserError about `field` where the hub or the cache does not give them."""
-        datasets, (name, revision) = self._library(field), self._named()
+        datasets, (name, revision) = self._library(field), self.named()
         subset, files = self.subset or None, self.files or None
         try:
             rows = datasets.load_dataset(name, subset, split=self.split, revision=revision, data_files=files)
@@ -49,7 +49,7 @@ class HubRows:
         """
         if Path(self.name).is_dir():
             return _digest(Path(self.name))
-        name, revision = self._named()
+        name, revision = self.named()
         try:
             datasets = self._library("")
             builder = datasets.load_dataset_builder(
@@ -59,7 +59,7 @@ class HubRows:
             return ""
         return f"commit {builder.hash}" if builder.hash else ""
 
-    def _named(self) -> tuple[str, str | None]:
+    def named(self) -> tuple[str, str | None]:
         """The name for the package, and the revision."""
         if Path(self.name).exists():
             return self.name, self.revision or None

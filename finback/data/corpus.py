@@ -235,8 +235,8 @@ def provenance(source: Source, files: list[Path]) -> Record:
         "sha256": digest(files) if files else None,
     }
     if isinstance(source, Hub):
-        name = source.path if Path(source.path).exists() else source.path.partition("@")[0]
-        record |= {"hub": name, "split": source.split, "version": source.content_versions()["path"]}
+        name, _ = source.hub.named()
+        record |= {"hub": name, "split": source.split, "version": source.hub.version()}
     if isinstance(source, PackageSource):
         record["package"] = source.package
         if source.module:

@@ -165,14 +165,15 @@ class Hub(Source):
 
     def rows(self) -> Any:
         """The records, in order."""
-        return self._hub.load(f"{self.name}.path")
+        return self.hub.load(f"{self.name}.path")
 
     def content_versions(self) -> dict[str, str]:
         """The versions of what fields name that are no files."""
-        return {"path": self._hub.version()}
+        return {"path": self.hub.version()}
 
     @property
-    def _hub(self) -> HubRows:
+    def hub(self) -> HubRows:
+        """The rows by the package `datasets`."""
         return HubRows(self.path, self.subset or "", self.split)
 
 
