@@ -4,12 +4,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 from finback.config import UserError
 from finback.data.decontamination import Decontaminator, grams
 from finback.data.messages import Message
 from finback.data.sources import Document
-from finback.rollouts.drawing import exam_remark
+from finback.rollouts.drawing import Window, exam_remark
 from finback.runs.folder import StageRun
 from finback.stages.evaluate import Evaluate, Exam, OfSuite, questions
 from finback.tasks.code import Code
@@ -110,6 +111,24 @@ class ExamQuestions:
             yield from (run for run, n in shared.items() if n > 1)
         elif exam.task is not None:
             yield from drawn_questions(exam.task, "train", PROBLEMS, self.run.seed("exam", exam.task.name))
+
+
+def askable(
+    task: Task, drawn: Sequence[Problem], window: Window, run: StageRun, what: str = ""
+) -> tuple[list[Problem], dict[str, Any]]:
+    """A task's drawn problems that no exam asks and that fit the window, and how many do not; it is said of `what`.
+
+    Also of problems that only end training or choose a model: by an exam's questions they would choose for the exam.
+    """
+    exams = ExamQuestions(run)
+    own = exams.without(task, drawn)
+    kept = window.fitting(own)
+    if exams.left_out:
+        run.say(f"{run.name:10} {what}{exams.remark()}")
+    too_long = len(own) - len(kept)
+    if too_long:
+        run.say(f"{run.name:10} {what}{window.remark(too_long)}")
+    return kept, {"too_long": too_long, "contaminated": dict(exams.left_out)}
 
 
 def _texts(problem: Problem) -> tuple[str, ...]:

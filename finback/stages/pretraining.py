@@ -12,7 +12,8 @@ from finback.rollouts.drawing import Window
 from finback.runs.files import METRICS, ROUTER, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.compress import bits_by_source
-from finback.stages.validation import answered, askable
+from finback.stages.exam_questions import askable
+from finback.stages.validation import answered
 from finback.tasks import task as tasks
 from finback.tasks.task import Problem
 from finback.train import rates, router_health
@@ -158,7 +159,7 @@ class Pretraining(Training):
         if not self.probed:
             window = Window(self.tokenizer, self.config, probe.max_tokens, think=True)
             drawn = tasks.distinct(probe.task, "train", probe.problems, self.run.seed("probe"))
-            self.probed = askable(probe.task, drawn, window, self.run, "probe")
+            self.probed, _ = askable(probe.task, drawn, window, self.run, "probe: ")
         problems = self.probed
         sampling = SamplingParams(temperature=0.0, max_tokens=probe.max_tokens)
         given = self.tokenizer, probe.task, problems, [0] * len(problems), sampling, True, self.world

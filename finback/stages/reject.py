@@ -24,7 +24,7 @@ from finback.runs.folder import Interrupted, StageRun
 from finback.runs.ledger import spent
 from finback.runs.progress import Progress
 from finback.runs.recipe import Stage, Work
-from finback.stages.exam_questions import ExamQuestions
+from finback.stages.exam_questions import askable
 from finback.tasks import task as tasks
 from finback.tasks.language import consistency, known
 from finback.tasks.readable import Readable
@@ -91,14 +91,8 @@ class Reject(Stage):
         engine, sampling = Engine(model, tokenizer.stops), SamplingParams(self.temperature, self.max_tokens)
         count = range(self.num_generations)
         drawn = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))
-        exams, window = ExamQuestions(run), Window(tokenizer, model.config, self.max_tokens, self.think)
-        own = exams.without(self.task, drawn)
-        problems = window.fitting(own)
-        too_long = len(own) - len(problems)
-        if exams.left_out:
-            run.say(f"{self.name:10} {exams.remark()}")
-        if too_long:
-            run.say(f"{self.name:10} {window.remark(too_long)}")
+        window = Window(tokenizer, model.config, self.max_tokens, self.think)
+        problems, left_out = askable(self.task, drawn, window, run)
         progress = Progress(run, len(problems), "questions", spent(run.folder)["seconds"])
         for start in range(0, len(problems), CHUNK):
             path = run.folder / f"part-{start:08}.json"
@@ -120,7 +114,6 @@ class Reject(Stage):
             progress.show(min(start + CHUNK, len(problems)))
             if run.check_stop():
                 raise Interrupted
-        left_out = {"too_long": too_long, "contaminated": dict(exams.left_out)}
         return self._collect(run) | left_out if run.is_writer else {}
 
     def _judge(self, answers: list[Rollout]) -> list[dict[str, Any]]:

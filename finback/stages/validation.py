@@ -21,7 +21,7 @@ from finback.rollouts.drawing import QuestionOrder, Window
 from finback.rollouts.rollouts import rollout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import BEST, StageRun
-from finback.stages.exam_questions import ExamQuestions
+from finback.stages.exam_questions import ExamQuestions, askable
 from finback.suites.statistics import paired
 from finback.tasks import task as tasks
 from finback.tasks.task import Problem, Task, canonical
@@ -82,21 +82,6 @@ def training_questions(task: Task, validation: Validation | None, window: Window
     return QuestionOrder(
         task, window, run.seed, lambda text: run.say(f"{run.name:10} {text}"), ExamQuestions(run).asks, held_out
     )
-
-
-def askable(task: Task, drawn: Sequence[Problem], window: Window, run: StageRun, what: str) -> list[Problem]:
-    """A task's drawn problems that no exam asks and that fit the window; it is said which of `what` are left out.
-
-    Whoever ended training by an exam's questions would choose a model by them.
-    """
-    exams = ExamQuestions(run)
-    own = exams.without(task, drawn)
-    kept = window.fitting(own)
-    if len(kept) < len(own):
-        run.say(f"{run.name:10} {what}: {window.remark(len(own) - len(kept))}")
-    if exams.left_out:
-        run.say(f"{run.name:10} {what}: {exams.remark()}")
-    return kept
 
 
 def answered(
@@ -169,7 +154,7 @@ class Validator:
         run, model = self.run, self.trainer.model
         if not self.problems:
             window = Window(self.tokenizer, model.config, validation.max_tokens, validation.think)
-            self.problems = askable(validation.task, validation.questions(run), window, run, "validation")
+            self.problems, _ = askable(validation.task, validation.questions(run), window, run, "validation: ")
         sampling = SamplingParams(validation.temperature, validation.max_tokens)
         seeds = [run.seed("validation answer", i) for i in range(len(self.problems))]
         was_training = model.training
