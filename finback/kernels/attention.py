@@ -26,11 +26,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
     A mask is for rows of several documents.
     """
-    if isinstance(mask, Documents):
-        return document_attention(query, key, value, scale, mask)
-    if isinstance(mask, Prefixed):
-        return prefixed_attention(query, key, value, scale, mask)
-    if query.device.type == "cpu" and query.size(2) <= LONGEST:
+    dense = not isinstance(mask, Documents | Prefixed)
+    if dense and query.device.type == "cpu" and query.size(2) <= LONGEST:
         return _CausalAttention.apply(query, key, value, scale, mask)
     return torch_attention(query, key, value, scale, mask)
 
