@@ -46,11 +46,7 @@ def mask_of(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor | Do
     if prefixes is not None:
         rows = zip(document_ids, prefixes.tolist(), strict=True)
         return Prefixed(tuple((n, *_runs(ids[n:])) for ids, n in rows))
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    starts = begins.flatten().nonzero().squeeze(1)
-    ends = torch.cat([starts[1:], starts.new_tensor([document_ids.numel()])])
-    return Documents(tuple((ends - starts).tolist()))
+    return Documents(tuple(n for ids in document_ids for n in _runs(ids)))
 
 
 def masked(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor:
@@ -77,15 +73,15 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, 
     return form(q, k, v, scale, documents.lengths).unflatten(0, (query.size(0), -1)).transpose(1, 2)
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention without a matrix of scores, shapes as above.
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Causal attention without a matrix of scores, or attention under a mask (t, s); shapes as above.
 
     torch's kernel for CPUs wants values as wide as keys, and would make the matrix otherwise.
     """
     width, missing = value.size(-1), key.size(-1) - value.size(-1)
     if missing > 0 and value.device.type == "cpu":
         value = F.pad(value, (0, missing))
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
     return out[..., :width]
 
 

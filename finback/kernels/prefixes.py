@@ -5,7 +5,6 @@ that autograd adds up their gradients. Twin: causal attention with the matrix th
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from finback.kernels.documents import Prefixed, fused_attention
@@ -39,8 +38,6 @@ def _like(query: Tensor, value: Tensor) -> Tensor:
 
 def _behind(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of the last tokens of longer texts: query (b, h, t, d), key (b, kv, s, d), value (b, kv, s, v)."""
-    new, width, missing = query.size(2), value.size(-1), key.size(-1) - value.size(-1)
-    if missing > 0 and value.device.type == "cpu":  # as fused_attention
-        value = F.pad(value, (0, missing))
-    seen = torch.ones(new, key.size(2), dtype=torch.bool, device=query.device).tril(key.size(2) - new)
-    return F.scaled_dot_product_attention(query, key, value, seen, scale=scale, enable_gqa=True)[..., :width]
+    new, whole = query.size(2), key.size(2)
+    seen = torch.ones(new, whole, dtype=torch.bool, device=query.device).tril(whole - new)
+    return fused_attention(query, key, value, scale, seen)
