@@ -68,24 +68,19 @@ def measure(model: "Transformer", tokenizer: "Tokenizer", suite: Suite, rows: in
     """
     import torch
 
-    from finback.model.logprobs import token_logprobs
+    from finback.model.logprobs import text_logprobs
 
-    was_training = model.training
-    model.eval()
     bits, tokens = 0.0, 0
     pieces = [piece for problem in suite.problems for piece in _pieces(model, tokenizer, problem.question)]
     pieces.sort(key=len)
-    with torch.no_grad():
-        for begin in range(0, len(pieces), rows):
-            batch = pieces[begin : begin + rows]
-            longest = max(map(len, batch))
-            ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in batch]).to(model.embed.device)
-            logp, _ = token_logprobs(model, model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-            picked = logp.view(len(batch), -1).double()
-            for row, piece in enumerate(batch):
-                bits -= picked[row, : len(piece) - 1].sum().item() / math.log(2)
-                tokens += len(piece) - 1
-    model.train(was_training)
+    for begin in range(0, len(pieces), rows):
+        batch = pieces[begin : begin + rows]
+        longest = max(map(len, batch))
+        ids = torch.tensor([piece + [0] * (longest - len(piece)) for piece in batch])
+        picked = text_logprobs(model, ids).double()
+        for row, piece in enumerate(batch):
+            bits -= picked[row, : len(piece) - 1].sum().item() / math.log(2)
+            tokens += len(piece) - 1
     return Compressed(bits, sum(len(p.question.encode()) for p in suite.problems), tokens)
 
 

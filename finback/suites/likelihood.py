@@ -72,22 +72,20 @@ def measure(model: "Transformer", tokenizer: "Tokenizer", context: str, given: C
     """The log-likelihood of each continuation behind a context, of which the last part counts if it is too long."""
     import torch
 
-    from finback.model.logprobs import token_logprobs
+    from finback.model.logprobs import text_logprobs
 
     begun = len(tokenizer.encode(context))
     window = model.config.max_position_embeddings
     wholes = [tokenizer.encode(f"{context} {text}") for text in given.texts]
     counts = [len(whole) - begun for whole in wholes]
     logprobs = list[float]()
-    with torch.no_grad():
-        for start in range(0, len(wholes), _ROWS):
-            batch = [whole[-window - 1 :] for whole in wholes[start : start + _ROWS]]
-            longest = max(map(len, batch))
-            ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch]).to(model.embed.device)
-            logp, _ = token_logprobs(model, model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-            picked = logp.view(len(batch), -1).double()
-            for i, (row, count) in enumerate(zip(batch, counts[start : start + _ROWS], strict=True)):
-                logprobs.append(picked[i, max(0, len(row) - 1 - count) : len(row) - 1].sum().item())
+    for start in range(0, len(wholes), _ROWS):
+        batch = [whole[-window - 1 :] for whole in wholes[start : start + _ROWS]]
+        longest = max(map(len, batch))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in batch])
+        picked = text_logprobs(model, ids).double()
+        for i, (row, count) in enumerate(zip(batch, counts[start : start + _ROWS], strict=True)):
+            logprobs.append(picked[i, max(0, len(row) - 1 - count) : len(row) - 1].sum().item())
     compared = [p / len(text) if given.normalize else p for p, text in zip(logprobs, given.texts, strict=True)]
     return Measured(LETTERS[compared.index(max(compared))], logprobs, begun, sum(counts))
 
