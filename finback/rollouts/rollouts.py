@@ -1,8 +1,8 @@
 """Problems -> completions -> verdicts, what evaluation, probes and RL all do; and completions -> training batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from finback.engine.request import Completion, SamplingParams
 from finback.rollouts.drawing import Window
 from finback.tasks.task import NO_ANSWER, Problem, Task, Verdict, judged
 from finback.train.batch import Batch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,20 @@ def record(r: Rollout) -> dict[str, Any]:
 
 def batches(rows: Sequence[tuple[Rollout, float]], micro_tokens: int) -> list[Batch]:
     """Answers with their advantages, longest first, as batches of at most micro_tokens padded tokens."""
-    made, start = [], 0
-    while start < len(rows):
-        stop = min(len(rows), start + max(1, micro_tokens // rows[start][0].length))
-        batch = padded(rows[start:stop])
-        made.append(replace(batch, routed_experts=_routes([r for r, _ in rows[start:stop]], batch.seq_len)))
-        start = stop
+    made = []
+    for part in in_parts(rows, lambda pair: pair[0].length, micro_tokens):
+        batch = padded(part)
+        made.append(replace(batch, routed_experts=_routes([r for r, _ in part], batch.seq_len)))
     return made
+
+
+def in_parts(rows: Sequence[T], width: Callable[[T], int], micro_tokens: int) -> Iterator[Sequence[T]]:
+    """Rows, longest first, in parts of at most micro_tokens tokens once each is padded to its part's first."""
+    start = 0
+    while start < len(rows):
+        stop = start + max(1, micro_tokens // width(rows[start]))
+        yield rows[start:stop]
+        start = stop
 
 
 def padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finback.model.transformer import Transformer
-from finback.rollouts.rollouts import Rollout, padded, routes_of
+from finback.rollouts.rollouts import Rollout, in_parts, padded, routes_of
 from finback.train.batch import Batch, SharedRows
 
 Pair = tuple[Rollout, float]
@@ -25,12 +25,7 @@ def shared_batches(rows: Sequence[Pair], micro_tokens: int) -> list[Batch]:
     for pair in rows:
         groups.setdefault(tuple(pair[0].prompt), []).append(pair)
     lines = sorted((line for g in groups.values() for line in _lines(g, micro_tokens)), key=_width, reverse=True)
-    made, start = [], 0
-    while start < len(lines):
-        stop = min(len(lines), start + max(1, micro_tokens // _width(lines[start])))
-        made.append(_batch(lines[start:stop]))
-        start = stop
-    return made
+    return [_batch(part) for part in in_parts(lines, _width, micro_tokens)]
 
 
 def predicting(model: Transformer, batch: Batch) -> Tensor:
@@ -58,30 +53,28 @@ def _width(line: list[Pair]) -> int:
     return len(line[0][0].prompt) - 1 + sum(len(r.completion.tokens) for r, _ in line)
 
 
-def _batch(lines: list[list[Pair]]) -> Batch:
+def _batch(lines: Sequence[list[Pair]]) -> Batch:
     batch = padded([pair for line in lines for pair in line])
     shape = len(lines), _width(lines[0])
     tokens, document_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     padding_mask, places = torch.zeros(shape, dtype=torch.bool), list[Tensor]()
-    known = [routes_of(r) for line in lines for r, _ in line]
+    known = [[routes_of(r) for r, _ in line] for line in lines]
     routes: Tensor | None = None
-    if known[0] is not None:
-        routes = torch.full((*shape, *known[0].shape[1:]), -1, dtype=torch.int16)
-    number = 0
+    if (first := known[0][0]) is not None:
+        routes = torch.full((*shape, *first.shape[1:]), -1, dtype=torch.int16)
     for row, line in enumerate(lines):
         prompt = line[0][0].prompt
         end = len(prompt) - 1
         tokens[row, :end] = torch.tensor(prompt[:-1])
-        if routes is not None and (ids := known[number]) is not None:
+        if routes is not None and (ids := known[row][0]) is not None:
             routes[row, :end] = ids[:end]
-        for document, (r, _) in enumerate(line, start=1):
+        for document, ((r, _), ids) in enumerate(zip(line, known[row], strict=True), start=1):
             start, end = end, end + len(r.completion.tokens)
             tokens[row, start:end] = torch.tensor([prompt[-1], *r.completion.tokens[:-1]])
             document_ids[row, start:end] = document
             places.append(torch.arange(start, end) + row * shape[1])
-            if routes is not None and (ids := known[number]) is not None:
+            if routes is not None and ids is not None:
                 routes[row, start:end] = ids[len(prompt) - 1 :]
-            number += 1
         padding_mask[row, :end] = True
         document_ids[row, end:] = len(line) + 1
     prefixes = torch.tensor([len(line[0][0].prompt) - 1 for line in lines])
