@@ -25,22 +25,12 @@ from finback.planner.options import PlanOptions
 from finback.planner.workload import Workload, parse_mesh
 from finback.train.batch import Batch
 from finback.train.loss import LossTerms, training_losses
+from tests import toy
 from tests.many import MANY, SEQ_LEN, Way, batches, on_one, on_ranks, pipeline, trained
 
 MANY_HEADS = dataclasses.replace(MANY, num_attention_heads=4, num_nextn_predict_layers=2)
 EXTENDED = dataclasses.replace(MANY_HEADS, rope_scaling=Yarn(factor=4.0, original_max_position_embeddings=64))
-DENSE = dataclasses.replace(
-    MANY,
-    attention="gqa",
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=4,
-    n_routed_experts=0,
-    n_group=1,
-    topk_group=1,
-    num_nextn_predict_layers=0,
-    rope_interleaved=False,
-)
+DENSE = dataclasses.replace(toy.DENSE, num_hidden_layers=4, num_attention_heads=8, head_dim=4, initializer_range=0.15)
 PACKED = Way(MANY_HEADS, rows=(4, 8), packed=True, looks=(19,))
 
 

@@ -16,19 +16,8 @@ from finback.kernels.documents import Documents, document_attention, fused_atten
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
 from finback.train.batch import of_windows
-from finback.train.loss import LossTerms, training_losses
-from tests.toy import CONFIG, ROOT, environment
+from tests.toy import CONFIG, DENSE, ROOT, backward_batch, environment
 
-DENSE = dataclasses.replace(
-    CONFIG,
-    attention="gqa",
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    n_routed_experts=0,
-    num_nextn_predict_layers=0,
-    rope_interleaved=False,
-)
 IDS = torch.tensor([[0] * 9 + [1] + [2] * 14, [0] * 14 + [1] * 9 + [7]])
 
 
@@ -74,9 +63,7 @@ def test_a_model_reads_packed_rows_the_same_without_a_mask(
     for longest in (documents.LONGEST_MASKED, 8):
         monkeypatch.setattr(documents, "LONGEST_MASKED", longest)
         model.zero_grad()
-        terms = LossTerms([48.0, 48.0])
-        losses = training_losses(model, batch, terms)
-        losses.total(terms).backward()
+        losses = backward_batch(model, batch, torch.tensor([48.0, 48.0]))
         found.append([losses.detached(), *(p.grad.clone() for p in model.parameters())])
     close(*found)
 

@@ -25,8 +25,7 @@ from finback.model.lora import (
 )
 from finback.model.transformer import Transformer
 from finback.train.batch import of_windows
-from finback.train.loss import LossTerms, training_losses
-from tests.toy import CONFIG
+from tests.toy import CONFIG, backward_batch
 
 MLA = dataclasses.replace(CONFIG, initializer_range=0.15)
 # queries straight from the hidden state, as V2-Lite has them
@@ -69,7 +68,7 @@ def logits(model: Transformer) -> Tensor:
 
 def backward(model: Transformer) -> None:
     batch = of_windows(ROWS, 0)
-    training_losses(model.train(), batch, terms := LossTerms([float(batch.learnt.sum())], 0.0)).total(terms).backward()
+    backward_batch(model.train(), batch, batch.counts(0), mtp_weight=0.0)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

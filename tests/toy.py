@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -37,6 +38,18 @@ CONFIG = ModelConfig(
         "moe_intermediate_size": 16,
         "max_position_embeddings": 256,
     }
+)
+
+# a dense student's layout, with queries that share keys
+DENSE = replace(
+    CONFIG,
+    attention="gqa",
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    n_routed_experts=0,
+    num_nextn_predict_layers=0,
+    rope_interleaved=False,
 )
 
 RECIPE = """
@@ -113,9 +126,7 @@ def finback_process(*arguments: object, wrapper: Sequence[str] = ()) -> subproce
 
 def toy_model(seed: int = 0) -> Transformer:
     """Random weights with some spread, so that tokens, experts and heads differ."""
-    import dataclasses
-
-    return Transformer(dataclasses.replace(CONFIG, initializer_range=0.15)).initialise(seed).eval()
+    return Transformer(replace(CONFIG, initializer_range=0.15)).initialise(seed).eval()
 
 
 def backward(
