@@ -56,12 +56,6 @@ def lessons(tokens: int, vocab_size: int) -> list[Lesson]:
     return found
 
 
-def status(field: str) -> int:
-    """Bytes of a field of this process's status."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def step(name: str, form: str, tokens: int) -> dict[str, Any]:
     """One step in this process."""
     torch.set_num_threads(1)
@@ -69,7 +63,7 @@ def step(name: str, form: str, tokens: int) -> dict[str, Any]:
         documents.LONGEST_MASKED = tokens
     config, world = MODELS[name], World()
     row = lessons(tokens, config.vocab_size)
-    before = status("VmRSS")
+    before = record.resident("VmRSS")
     model = Transformer(config).initialise(0).train()
     trainer = ReplicatedTrainer(model, world, [Adam(list(model.named_parameters()), (0.9, 0.95), 0.0)])
     batch = of_lessons([row], config.num_nextn_predict_layers)
@@ -81,7 +75,7 @@ def step(name: str, form: str, tokens: int) -> dict[str, Any]:
     trainer.update(1e-3)
     seconds = time.perf_counter() - begin
     found = {"loss": losses[0].item(), "grad_norm": norm, "documents": len(row), "seconds": seconds}
-    return {"model": name, "form": form, "tokens": tokens, "bytes": status("VmHWM") - before, **found}
+    return {"model": name, "form": form, "tokens": tokens, "bytes": record.resident("VmHWM") - before, **found}
 
 
 def main() -> None:

@@ -44,6 +44,12 @@ def machine() -> dict[str, Any]:
     } | versions
 
 
+def resident(field: str) -> int:
+    """Bytes by /proc/self/status: VmRSS now, VmHWM at most so far."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
 def header(benchmark: str, settings: Settings) -> dict[str, Any]:
     """The first fields of a results file."""
     return {

@@ -64,15 +64,6 @@ def make(folder: Path, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(one_rank.config_json(c, "fp32", None)))
 
 
-def resident(what: str) -> int:
-    """Bytes by /proc/self/status: VmRSS now, VmHWM at most so far."""
-    return next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(what)
-    )
-
-
 def train(trainer: Trainer, config: ModelConfig) -> list[float]:
     """Losses of the steps."""
     generator, losses = torch.Generator().manual_seed(2), []
@@ -123,9 +114,9 @@ def child(folder: Path, out: Path, optimizer: str, rank: int, ranks: int) -> Non
 
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
         dist.barrier()
-    before, begin = resident("VmRSS"), time.perf_counter()
+    before, begin = record.resident("VmRSS"), time.perf_counter()
     losses = (on_one if ranks == 1 else on_many)(folder, out, optimizer)
-    peak = resident("VmHWM") - before
+    peak = record.resident("VmHWM") - before
     print(json.dumps({"peak": peak, "before": before, "losses": losses, "seconds": time.perf_counter() - begin}))
 
 
