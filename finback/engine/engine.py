@@ -80,8 +80,8 @@ class Engine:
         # serving wants newcomers in at once, a large batch of prompts wants them read together
         patience = max(1, self.config.rows // 8) if self.config.tokens is None else 1
         self.scheduler = Scheduler(self.pages, self.config.rows, self.capacity + PAGE, self.config.reuse, patience)
-        sizes = self.config.chunk, self.speculation
-        self.runner = Runner(model, self.scheduler, pool, self.sampler, *sizes, self.routing)
+        chunk = self.config.chunk
+        self.runner = Runner(model, self.scheduler, pool, self.sampler, chunk, self.speculation, self.routing)
         self.scheduler.on_preempt = self.runner.keep_routes
 
     # ---- one request at a time -------------------------------------------------------------------------------------------

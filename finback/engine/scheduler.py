@@ -54,10 +54,8 @@ class Scheduler:
         self.waiting.extendleft(reversed(held_back))
 
     def _enter(self, request: Request) -> bool:
-        prefix, size = (
-            request.leader.prefix if request.leader is not None and request.follows else None,
-            self.pages.size,
-        )
+        size = self.pages.size
+        prefix = request.leader.prefix if request.leader is not None and request.follows else None
         if prefix is not None:
             found = prefix.pages[:-1]
             self.pages.hold(found)
