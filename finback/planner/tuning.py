@@ -61,15 +61,14 @@ def memory(c: ModelConfig, knobs: dict[str, Any], reserve: float) -> TuningMemor
     adapter, precision = knobs.get("adapter"), knobs.get("compute", "fp32")
     whole, width = parameters(c), 4 if precision == "fp32" else 2
     policy: Recompute = knobs.get("recompute") or ("block" if adapter else "none")
-    sizes = [
-        number * rows * columns for n in range(c.num_hidden_layers) for _, _, number, rows, columns in adaptable(c, n)
-    ]
-    largest = max(rows * columns for n in range(c.num_hidden_layers) for _, _, _, rows, columns in adaptable(c, n))
+    every = [found for n in range(c.num_hidden_layers) for found in adaptable(c, n)]
+    in_blocks = sum(number * rows * columns for _, _, number, rows, columns in every)
+    largest = max(rows * columns for *_, rows, columns in every)
     logits = ROWS * c.vocab_size * (4 + 2 * width)
     if adapter:
         learnt, base = adapter_size(c, adapter["rank"], adapter["targets"]), adapter.get("base", "bf16")
-        rest = WIDTHS["fp32" if base == "fp32" else "bf16"] * (whole - sum(sizes))
-        weights = WIDTHS[base] * sum(sizes) + rest + 4.0 * learnt
+        rest = WIDTHS["fp32" if base == "fp32" else "bf16"] * (whole - in_blocks)
+        weights = WIDTHS[base] * in_blocks + rest + 4.0 * learnt
         # a matrix in the dtype of the arithmetic, and on the way there in fp32
         working: float = logits + (0 if base == precision else (4 + width) * largest)
     else:
