@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from finback.runs.files import read_json, read_object, write_json
 from finback.runs.provenance import sha256
 
 MANIFEST = "manifest.json"
+Result = TypeVar("Result")
 
 
 class Steps:
@@ -61,7 +62,7 @@ class Steps:
                 shutil.rmtree(old, ignore_errors=True)
             part.mkdir(parents=True)
 
-        self._on_first(clear)
+        on_first(clear, self.group)
         writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
         apart = {name: _apart(t.detach()) for name, t in tensors.items()}
         written = state_dict_saver.async_save(apart, storage_writer=writer, process_group=self.group)
@@ -96,19 +97,7 @@ class Steps:
             for old in _found(self.folder)[self.keep :]:
                 shutil.rmtree(old)
 
-        self._on_first(name)
-
-    def _on_first(self, work: Callable[[], None]) -> None:
-        """Do something on rank 0 while the others wait; all of them get the OSError that it ends with."""
-        trouble: list[OSError | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                work()
-            except OSError as error:
-                trouble = [error]
-        dist.broadcast_object_list(trouble, src=0, group=self.group)
-        if trouble[0] is not None:
-            raise trouble[0]
+        on_first(name, self.group)
 
     def load_newest(self, *tensors: dict[str, Tensor]) -> tuple[int, dict[str, Any]] | None:
         """Read the newest whole checkpoint into tensors, in place; its step and meta, or None where there is none.
@@ -162,6 +151,21 @@ class Steps:
         all_of_them: list[dict[str, str]] = [{} for _ in range(size)]
         dist.all_gather_object(all_of_them, mine, group=self.group)
         return {name: digest for some in all_of_them for name, digest in some.items()}
+
+
+def on_first(work: Callable[[], Result], group: dist.ProcessGroup) -> Result:
+    """Do something on rank 0 while the others wait; its result, or its UserError or OSError, on all of them."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except (UserError, OSError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, group=group)
+    if box[1] is not None:
+        raise box[1]
+    result: Result = box[0]
+    return result
 
 
 def open_newest(folder: Path, say: Callable[[str], None]) -> tuple[HuggingFaceStorageReader, Path, dict[str, Any]]:

@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,14 @@ from torch import Tensor
 
 from finback.checkpoint import export, names
 from finback.checkpoint.audit import shapes
+from finback.checkpoint.distributed import on_first
 from finback.checkpoint.export import Format
 from finback.checkpoint.shards import BESIDE, INDEX, SINGLE
 from finback.checkpoint.shares import Share
 from finback.checkpoint.tensor_file import Contents, TensorFile
-from finback.config import UserError
 from finback.model.config import ModelConfig, to_json
 from finback.runs.files import write_json
 
-Result = TypeVar("Result")
 Held = dict[str, list[tuple[int, int]]]  # of each of our tensors the runs of numbers that a rank holds: (start, stop)
 SHARD_BYTES = 5_000_000_000
 
@@ -271,18 +270,3 @@ def agree(trouble: Exception | None, group: dist.ProcessGroup) -> None:
     for error in everyone:
         if error is not None:
             raise error
-
-
-def on_first(work: Callable[[], Result], group: dist.ProcessGroup) -> Result:
-    """Do something on rank 0 while the others wait; its result, or its UserError or OSError, on all of them."""
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = work()
-        except (UserError, OSError) as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0, group=group)
-    if box[1] is not None:
-        raise box[1]
-    result: Result = box[0]
-    return result
