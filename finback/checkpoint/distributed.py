@@ -105,19 +105,18 @@ class Steps:
         Several sets of tensors may name the same. A damaged checkpoint is reported and passed over; UserError when all
         are damaged, or when it is of another model.
         """
-        box = [_found(self.folder)]
-        dist.broadcast_object_list(box, src=0, group=self.group)  # what rank 0 has found
+        there = on_first(lambda: _found(self.folder), self.group)
         first = ""
-        for path in box[0]:
+        for path in there:
             trouble = self._trouble(path)
             if not trouble:
                 metas = [self.load(path, each) for each in tensors]
                 return int(path.name.removeprefix("step-")), metas[0]
             first = first or trouble
-            if path != box[0][-1]:
+            if path != there[-1]:
                 self.say(f"{path}: {trouble}; the checkpoint before it is used")
-        if box[0]:
-            raise UserError("checkpoint", str(box[0][0]), first, "Delete it to start the stage again.")
+        if there:
+            raise UserError("checkpoint", str(there[0]), first, "Delete it to start the stage again.")
         return None
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -134,9 +133,7 @@ class Steps:
 
     def _trouble(self, path: Path) -> str:
         """What is wrong with a checkpoint, the same on every rank; empty where nothing is."""
-        box = [_declared(path)]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        declared = box[0]
+        declared = on_first(lambda: _declared(path), self.group)
         if declared is None:
             return f"its {MANIFEST} is missing or damaged"
         there = sorted(file.name for file in path.glob("*.safetensors"))
