@@ -122,7 +122,7 @@ class Steps:
     def load(self, path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Read some or all tensors of a checkpoint, in place, however they were shared when it was written."""
         reader = HuggingFaceStorageReader(str(path))
-        known = tensors_in(reader)
+        known = _tensors(reader)
         for name, tensor in tensors.items():
             size = known[name].size if name in known else None
             if size != tensor.shape:
@@ -165,13 +165,13 @@ def on_first(work: Callable[[], Result], group: dist.ProcessGroup) -> Result:
     return result
 
 
-def open_newest(folder: Path, say: Callable[[str], None]) -> tuple[HuggingFaceStorageReader, Path, dict[str, Any]]:
+def newest(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
     """The newest whole checkpoint of a run and its meta, verified by one process. UserError where all are damaged."""
     found = _found(folder)
     for path in found:
         declared = _declared(path)
         if declared is not None and all(_is_intact(path / name, digest) for name, digest in declared.items()):
-            return HuggingFaceStorageReader(str(path)), path, dict(read_json(path / MANIFEST)["meta"])
+            return path, dict(read_json(path / MANIFEST)["meta"])
         if path != found[-1]:
             say(f"{path}: its files do not match their digests; the checkpoint before it is used")
     problem = "its files do not match their digests"
@@ -187,17 +187,23 @@ def whole_model(path: Path, config: ModelConfig) -> dict[str, Tensor]:
 
     Only the model is read. Whoever writes a checkpoint puts "model." before its names.
     """
+    model = {name.removeprefix("model."): tensor for name, tensor in read_whole(path, "model.").items()}
+    return model | {"head.weight": model["embed"]} if config.tie_word_embeddings else model
+
+
+def read_whole(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin so, as one rank has them; needs no process group."""
     reader = HuggingFaceStorageReader(str(path))
     tensors = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in tensors_in(reader).items()
-        if name.startswith("model.")
+        for name, about in _tensors(reader).items()
+        if name.startswith(prefix)
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
         state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
-    model = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    return model | {"head.weight": model["embed"]} if config.tie_word_embeddings else model
+    # DCP's safetensors have no tensors without a dimension
+    return {n: t.view(()) if n.startswith("adam.") and n.endswith(".step") else t for n, t in tensors.items()}
 
 
 def _apart(tensor: Tensor) -> Tensor:
@@ -212,7 +218,7 @@ def _apart(tensor: Tensor) -> Tensor:
     return DTensor.from_local(mine, *where, run_check=False, shape=shape, stride=stride)
 
 
-def tensors_in(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+def _tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
     """What a checkpoint holds, by name."""
     about = reader.read_metadata().state_dict_metadata.items()
     return {name: entry for name, entry in about if isinstance(entry, TensorStorageMetadata)}

@@ -4,13 +4,11 @@ Both kinds of checkpoint have the same names, those of one rank. From layout to 
 """
 
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from finback.checkpoint import store
@@ -63,18 +61,7 @@ def _opened(path: Path) -> tuple[Shards, dict[str, Any]]:
 
 def read(folder: Path, say: Callable[[str], None] = lambda _: None) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
     """All tensors of the newest of many ranks' checkpoints, whole; its step and meta. Needs no process group."""
-    from torch.distributed.checkpoint import state_dict_loader  # seconds of imports
+    from finback.checkpoint import distributed  # seconds of imports
 
-    from finback.checkpoint import distributed
-
-    reader, path, meta = distributed.open_newest(folder / SHARDED, say)
-    tensors = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in distributed.tensors_in(reader).items()
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
-        state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
-    # DCP's safetensors have no tensors without a dimension
-    tensors = {n: t.view(()) if n.startswith("adam.") and n.endswith(".step") else t for n, t in tensors.items()}
-    return int(path.name.removeprefix("step-")), tensors, meta
+    path, meta = distributed.newest(folder / SHARDED, say)
+    return int(path.name.removeprefix("step-")), distributed.read_whole(path), meta
