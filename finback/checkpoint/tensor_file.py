@@ -1,7 +1,6 @@
 """A safetensors file that is written tensor by tensor, in any order: its size and its header are known before its values."""
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from finback.runs.provenance import sha256
 
 Contents = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # by name, what a file's tensors are
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
@@ -56,8 +57,7 @@ class TensorFile:
         self.handle.flush()
         os.fsync(self.handle.fileno())
         self.handle.close()
-        with self.path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
+        return sha256(self.path)
 
 
 def _reserve(descriptor: int, size: int) -> None:
