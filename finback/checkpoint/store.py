@@ -22,7 +22,7 @@ KEEP = 2
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Write tensors and JSON-able meta to one file, atomically; a kill at any moment leaves the old file or the new."""
     tensors, text = _apart(tensors), json.dumps(meta)
-    write(path, tensors, {"meta": text, "digest": _digest(tensors, text)})
+    write(path, tensors, {"meta": text, "digest": _digest(sorted(tensors.items()), text)})
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
@@ -65,10 +65,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise UserError("checkpoint", str(path), f"cannot be read ({error})", REMEDY) from None
-    text = header.get("meta", "")
-    if header.get("digest") != _digest(tensors, text):
-        raise UserError("checkpoint", str(path), "its content does not match its digest", REMEDY)
-    return tensors, json.loads(text)
+    return tensors, _meta(path, header, sorted(tensors.items()))
 
 
 def verify(path: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> dict[str, Any]:
@@ -78,8 +75,13 @@ def verify(path: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> d
             header = handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError("checkpoint", str(path), f"cannot be read ({error})", REMEDY) from None
+    return _meta(path, header, ((name, read(name)) for name in sorted(names)))
+
+
+def _meta(path: Path, header: dict[str, str], tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
+    """What a header holds beside the digest; UserError where that is of other tensors than these, in order."""
     text = header.get("meta", "")
-    if header.get("digest") != _digest_of(((name, read(name)) for name in sorted(names)), text):
+    if header.get("digest") != _digest(tensors, text):
         raise UserError("checkpoint", str(path), "its content does not match its digest", REMEDY)
     return dict(json.loads(text))
 
@@ -139,11 +141,7 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _digest(tensors: dict[str, Tensor], meta: str) -> str:
-    return _digest_of(sorted(tensors.items()), meta)
-
-
-def _digest_of(tensors: Iterable[tuple[str, Tensor]], meta: str) -> str:
+def _digest(tensors: Iterable[tuple[str, Tensor]], meta: str) -> str:
     total = hashlib.sha256(meta.encode())
     for name, tensor in tensors:
         total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
