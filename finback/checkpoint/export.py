@@ -29,6 +29,7 @@ Format = Literal["bf16", "fp32", "fp8"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 # transformers ignores the MTP layer of the released models by its number, and calls any other unexpected
 RELEASED_MTP_LAYER = 61
+SHARD_BYTES = 5_000_000_000  # of a file at most
 
 
 def export(
@@ -37,7 +38,7 @@ def export(
     fmt: Format = "bf16",
     extras: Callable[[Path], None] | None = None,
     settings: dict[str, Any] | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> list[Path]:
     """Write weights and config.json; `extras` adds tokenizer, card and the like. The folder appears when complete.
 

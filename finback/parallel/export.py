@@ -18,7 +18,7 @@ from torch import Tensor
 from finback.checkpoint import export, names
 from finback.checkpoint.audit import shapes
 from finback.checkpoint.distributed import on_first
-from finback.checkpoint.export import Format
+from finback.checkpoint.export import SHARD_BYTES, Format
 from finback.checkpoint.shards import BESIDE, INDEX, SINGLE
 from finback.checkpoint.shares import Share
 from finback.checkpoint.tensor_file import Contents, TensorFile
@@ -26,7 +26,6 @@ from finback.model.config import ModelConfig, to_json
 from finback.runs.files import write_json
 
 Held = dict[str, list[tuple[int, int]]]  # of each of our tensors the runs of numbers that a rank holds: (start, stop)
-SHARD_BYTES = 5_000_000_000
 
 
 class Piece(NamedTuple):
