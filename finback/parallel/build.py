@@ -19,7 +19,7 @@ from finback.parallel.experts import spread_experts
 from finback.parallel.layout import Layout, share
 from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline import Loss, PipelineStage, cut
-from finback.parallel.shard import FullyShard, Sharding, ZeroOne, share_of
+from finback.parallel.shard import FullyShard, Sharding, ZeroOne, router_biases, share_of
 
 
 class Built(NamedTuple):
@@ -97,5 +97,4 @@ def _shares(model: Transformer, mesh: Mesh) -> list[Share]:
             members, member, (experts, *rest) = mesh.ep.size(), mesh.ep.get_local_rank(), mine.shape
             mine = Share(name, (members * experts, *rest), (member * experts, 0, 0), mine.local)
         found.append(mine)
-    biases = [(n, b) for n, b in model.named_buffers() if n.endswith("router.bias")]
-    return found + [share_of(name, bias) for name, bias in biases]
+    return found + [share_of(name, bias) for name, bias in router_biases(model).items()]

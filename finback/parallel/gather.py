@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import Mesh
+from finback.parallel.shard import router_biases
 
 
 @torch.no_grad()
@@ -20,8 +21,7 @@ def gather(held: dict[str, Tensor], mesh: Mesh, into: Transformer) -> None:
     names: list[list[str]] = [[] for _ in range(mesh.pp.size())]
     dist.all_gather_object(names, list(held), group=group)
     owners = {name: rank for rank in reversed(range(len(names))) for name in names[rank]}
-    wanted: dict[str, Tensor] = dict(into.named_parameters())
-    wanted |= {name: buffer for name, buffer in into.named_buffers() if name.endswith("router.bias")}
+    wanted: dict[str, Tensor] = dict(into.named_parameters()) | router_biases(into)
     for name, target in wanted.items():
         if owners[name] == mesh.pp.get_local_rank():
             mine = held[name].detach()

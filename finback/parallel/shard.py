@@ -61,6 +61,11 @@ def share_of(name: str, tensor: Tensor) -> Share:
     return Share(name, shape, offset, local(tensor.detach()))
 
 
+def router_biases(model: Transformer) -> dict[str, Tensor]:
+    """What a model has beside its parameters that belongs to its weights, by name."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith("router.bias")}
+
+
 def materialise(root: nn.Module, model: Transformer, device: torch.device) -> None:
     """Give a blank model, shared already or not, memory for what this rank holds of it; parameters have no values yet."""
     root.to_empty(device=device)

@@ -27,7 +27,7 @@ from finback.parallel.gather import gather
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline import Pipeline, PipelineStage, Rows, is_twice, sum_copies
-from finback.parallel.shard import ShardedParameter, finish, like, local, share_of
+from finback.parallel.shard import ShardedParameter, finish, like, local, router_biases, share_of
 from finback.runs.folder import StageRun
 from finback.train.batch import Batch
 from finback.train.ema import EMA
@@ -247,7 +247,7 @@ class ShardedTrainer(Trainer):
 
     def _biases(self) -> dict[str, Tensor]:
         """The routers' biases on this rank."""
-        return {n: b for model in self.models for n, b in model.named_buffers() if n.endswith("router.bias")}
+        return {name: bias for model in self.models for name, bias in router_biases(model).items()}
 
     def _state(self, copies: bool) -> dict[str, Tensor]:
         """Parameters, their averages and optimizers' state: those that an earlier stage has as well, or all others."""
