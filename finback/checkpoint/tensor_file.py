@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from finback.runs.provenance import sha256
 
-Contents = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # by name, what a file's tensors are
+Contents = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # by name, what a file's tensors are
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 
 

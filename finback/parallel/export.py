@@ -241,7 +241,7 @@ class _Writer:
         self.folder, self.fmt, self.files = folder, fmt, files
         self.contents: dict[str, Contents] = {}
         for name, file in files.items():
-            self.contents[file] = {**self.contents.get(file, {}), **export.stored_as(name, sizes[name], fmt)}
+            self.contents.setdefault(file, {}).update(export.stored_as(name, sizes[name], fmt))
         self.open: dict[str, TensorFile] = {}
         self.digests: dict[str, str] = {}
         self.trouble: OSError | None = None
