@@ -7,7 +7,8 @@ the unfinished folder goes.
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def export_shares(
     group = dist.new_group(backend="gloo")
     folder = on_first(lambda: export.check_target(folder), group)
     unfinished = on_first(lambda: export.begin(folder, config, fmt), group)
-    try:
+    with _gone_on_error(unfinished):
         weight_map, _ = _write(config, shares, unfinished, fmt, shard_bytes, group)
 
         def complete() -> None:
@@ -73,10 +74,6 @@ def export_shares(
             export.complete(unfinished, folder, export.config_json(config, fmt, settings), extras)
 
         on_first(complete, group)
-    except BaseException:
-        if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def save_shares(
@@ -105,9 +102,16 @@ def save_shares(
         unfinished.rmdir()
 
     on_first(begin, group)
-    try:
+    with _gone_on_error(unfinished):
         weight_map, digests = _write(config, shares, unfinished, None, SHARD_BYTES, group)
         on_first(lambda: complete(weight_map, digests), group)
+
+
+@contextmanager
+def _gone_on_error(unfinished: Path) -> Iterator[None]:
+    """Leave nothing of a folder in which something fails."""
+    try:
+        yield
     except BaseException:
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
