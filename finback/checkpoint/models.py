@@ -24,7 +24,7 @@ from finback.model.layers import Linear
 from finback.model.lora import AdaptedTransformer, LoRA, adapter_parameters, add_lora, merge
 from finback.model.moe import MoE
 from finback.model.pack import pack
-from finback.model.quantized import make_room_for_fp8
+from finback.model.quantized import make_room_for_fp8, matrix_names
 from finback.model.transformer import Transformer
 from finback.runs import adapters
 from finback.runs.files import is_checkpoint, read_json, write_json
@@ -287,7 +287,7 @@ def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:
     for prefix, module in model.named_modules():
         if not isinstance(module, Linear | MoE):
             continue
-        kinds = ("gate_up", "down") if isinstance(module, MoE) else ("weight",)
+        kinds = matrix_names(module)
         found = [k for k in kinds if f"{prefix}.{k}" in stored]
         # blocks of parts that share a matrix line up only when each part is a whole number of blocks high
         matrices = len(module.gate_up) if isinstance(module, MoE) else 1

@@ -22,6 +22,7 @@ from finback.model.frozen import BaseFormat
 from finback.model.layers import Linear
 from finback.model.lora import GROUPS, AdaptedTransformer, LoRA, LowRank, adapted, matrices, put_on, put_on_experts
 from finback.model.moe import MoE
+from finback.model.quantized import matrix_names
 from finback.model.transformer import Transformer
 from finback.runs import adapters
 from finback.runs.adapters import CONFIG_FILE, WEIGHTS_FILE
@@ -210,7 +211,7 @@ def digest(model: Transformer) -> str:
     """Tells one base from another: of some of each matrix's values, in bf16, before it is quantized."""
     total = hashlib.sha256()
     for name, module, _, _ in matrices(model):
-        for each in ("gate_up", "down") if isinstance(module, MoE) else ("weight",):
+        for each in matrix_names(module):
             flat = getattr(module, each).detach().flatten()
             some = flat[:: max(1, len(flat) // 256)].to(torch.bfloat16).view(torch.int16)
             total.update(name.encode() + some.cpu().numpy().tobytes())

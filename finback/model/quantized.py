@@ -44,11 +44,15 @@ def expert_matrix(moe: MoE, name: str, expert: int, dtype: torch.dtype) -> Tenso
     return moe.format.dequantize(values, getattr(moe, f"{name}_scale")[expert], dtype)
 
 
+def matrix_names(module: Linear | MoE) -> tuple[str, ...]:
+    """Names of the parameters that are a module's matrices."""
+    return ("gate_up", "down") if isinstance(module, MoE) else ("weight",)
+
+
 @torch.no_grad()
 def quantize(module: Linear | MoE, form: Format) -> None:
     """Pack a module's matrices, in place; expert stacks one expert after the other, so that no second copy is needed."""
-    names = ("gate_up", "down") if isinstance(module, MoE) else ("weight",)
-    for name in names:
+    for name in matrix_names(module):
         whole = getattr(module, name).detach()
         parts = [form.quantize(matrix) for matrix in whole] if whole.ndim > 2 else [form.quantize(whole)]
         values, scale = (torch.stack(p) if whole.ndim > 2 else p[0] for p in zip(*parts, strict=True))
