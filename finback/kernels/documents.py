@@ -46,7 +46,12 @@ def mask_of(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor | Do
     if prefixes is not None:
         rows = zip(document_ids, prefixes.tolist(), strict=True)
         return Prefixed(tuple((n, *_runs(ids[n:])) for ids, n in rows))
-    return Documents(tuple(n for ids in document_ids for n in _runs(ids)))
+    # all rows at once: a device is waited for once, not row by row
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    starts = begins.flatten().nonzero().squeeze(1)
+    ends = torch.cat([starts[1:], starts.new_tensor([document_ids.numel()])])
+    return Documents(tuple((ends - starts).tolist()))
 
 
 def masked(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor:
