@@ -121,7 +121,7 @@ def _declared(recipe: Recipe, seed: int) -> dict[str, Any]:
         found[stage.name] = type(stage).__name__
         found |= _flat(stage.name, as_json(stage))
         for kind, knobs in contents.digests(stage).items():
-            found |= {f"{stage.name}.{knob}, {kind}": f"sha256 {digest[:12]}" for knob, digest in knobs.items()}
+            found |= {f"{stage.name}.{knob}, {kind}": contents.shown(digest) for knob, digest in knobs.items()}
     return dict(json.loads(json.dumps(found)))
 
 
