@@ -16,7 +16,7 @@ import torch
 from driver import CORES, say
 from record import header, spread, write
 
-from finback.checkpoint import models
+from finback.checkpoint import inference
 from finback.data.messages import Message, encode_prompt
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(CORES)
-    model, tokenizer = models.load_for_inference(options.model, "fp32"), Tokenizer(options.model)
+    model, tokenizer = inference.load_for_inference(options.model, "fp32"), Tokenizer(options.model)
     problems = tasks.distinct(Chains(6, 8), "held_out", options.prompts, 1)
     prompts = [encode_prompt([Message("user", p.question)], tokenizer)[0] for p in problems]
     results = header("drafts", {"model": str(options.model), "rounds": options.rounds, "prompts": options.prompts})

@@ -28,12 +28,12 @@ def prompts(rows: int, length: int, vocab: int) -> list[list[int]]:
 def finback(model: str, setting: str) -> Callable[[int, int, int], Answer]:
     import torch
 
-    from finback.checkpoint import models
+    from finback.checkpoint import inference
     from finback.engine.engine import Engine, EngineConfig
     from finback.engine.request import SamplingParams
 
     torch.set_num_threads(THREADS)
-    loaded = moe(setting) if model == "moe" else models.load_for_inference(Path(model), setting)  # type: ignore[arg-type]
+    loaded = moe(setting) if model == "moe" else inference.load_for_inference(Path(model), setting)  # type: ignore[arg-type]
 
     def work(rows: int, prompt: int, new: int) -> Answer:
         engine = Engine(loaded, (), EngineConfig(rows=rows, tokens=rows * (prompt + new + 32), chunk=512))

@@ -7,7 +7,7 @@ import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,14 +16,13 @@ from finback.checkpoint import names, peft, peft_export, store
 from finback.checkpoint.audit import Audit, differs, examine, shapes
 from finback.checkpoint.shards import INDEX, SINGLE, Shards, Weights
 from finback.checkpoint.shares import SLICE, Stored
-from finback.config import UserError, did_you_mean
-from finback.kernels import fp8, packed
+from finback.config import UserError
+from finback.kernels import fp8
 from finback.model.config import ModelConfig, from_json, to_json
 from finback.model.frozen import freeze
 from finback.model.layers import Linear
 from finback.model.lora import AdaptedTransformer, LoRA, adapter_parameters, add_lora, merge
 from finback.model.moe import MoE
-from finback.model.pack import pack
 from finback.model.quantized import make_room_for_fp8, matrix_names
 from finback.model.transformer import Transformer
 from finback.runs import adapters
@@ -32,8 +31,6 @@ from finback.runs.provenance import sha256
 from finback.runs.reader import finished_stages
 
 READERS = min(4, os.cpu_count() or 1)
-LARGE = 50_000_000  # bytes of weights below which fp32 costs little, and is exact
-InferenceDtype = Literal["auto", "fp32", "bf16", "int8"]
 WeightDtype = Literal["fp32", "bf16", "fp8"]  # fp8: FP8 matrices stay as they are, the rest is bf16
 
 
@@ -65,35 +62,6 @@ def restore(model: Transformer, tensors: dict[str, Tensor]) -> None:
         return
     for name, parameter in adapter_parameters(model):
         parameter.copy_(mine[name])
-
-
-def load_for_inference(path: Path, dtype: InferenceDtype = "auto") -> Transformer:
-    """Read the model at a path for answering alone, laid out as this machine reads it fastest.
-
-    bf16 and int8 (weights only, for CPUs) are packed: such a model cannot be trained or saved. "auto" is bf16 where the
-    machine computes in it, and fp32 elsewhere and for small models.
-    """
-    if dtype not in get_args(InferenceDtype):
-        raise UserError("dtype", dtype, "not a format", did_you_mean(str(dtype), get_args(InferenceDtype)))
-    cuda = torch.cuda.is_available()
-    if dtype == "auto":
-        fast = cuda or packed.available("bf16")
-        dtype = "bf16" if fast and _size(path) >= LARGE else "fp32"
-    if dtype == "fp32":
-        model = load(path)
-        return (model.to("cuda") if cuda else model).eval()
-    if not cuda and not packed.available(dtype):
-        raise UserError("--dtype", dtype, "this processor has no fast products for it", "Use fp32.")
-    if cuda and dtype == "int8":
-        raise UserError("--dtype", dtype, "for CPUs only", "Use bf16.")
-    model = load(path, torch.bfloat16, "bf16").eval()
-    return model.to("cuda") if cuda else pack(model, dtype)
-
-
-def _size(path: Path) -> int:
-    path = adapters.places(path)[0]
-    files = path.glob("*.safetensors") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def load(path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype = "fp32") -> Transformer:

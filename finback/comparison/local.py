@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from finback import __version__
-from finback.checkpoint.models import InferenceDtype
+from finback.checkpoint.inference import InferenceDtype
 from finback.comparison.contestant import Answer, Failure, Price, parse_answer
 from finback.comparison.protocol import EvalRequest, SamplingProtocol
 from finback.data.messages import encode_prompt

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finback.checkpoint.models import InferenceDtype
+from finback.checkpoint.inference import InferenceDtype
 from finback.config import UserError
 from finback.data.messages import Response, encode_prompt, parse_response
 from finback.data.openai_messages import read_messages

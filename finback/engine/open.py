@@ -3,7 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from finback.checkpoint.models import InferenceDtype, find_model, load_for_inference
+from finback.checkpoint.inference import InferenceDtype, load_for_inference
+from finback.checkpoint.models import find_model
 from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
 from finback.engine.engine import Engine, EngineConfig, affordable
 from finback.model.transformer import Transformer

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finback.checkpoint.models import InferenceDtype, find_model
+from finback.checkpoint.inference import InferenceDtype
+from finback.checkpoint.models import find_model
 from finback.config import UserError
 from finback.data.messages import Message, parse_response
 from finback.data.tokenizer import END_THINK, THINK

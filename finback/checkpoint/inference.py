@@ -1,0 +1,45 @@
+"""Models that only answer, laid out as the machine reads them fastest."""
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from finback.checkpoint.models import load
+from finback.config import UserError, did_you_mean
+from finback.kernels import packed
+from finback.model.pack import pack
+from finback.model.transformer import Transformer
+from finback.runs import adapters
+
+LARGE = 50_000_000  # bytes of weights below which fp32 costs little, and is exact
+InferenceDtype = Literal["auto", "fp32", "bf16", "int8"]
+
+
+def load_for_inference(path: Path, dtype: InferenceDtype = "auto") -> Transformer:
+    """Read the model at a path for answering alone, laid out as this machine reads it fastest.
+
+    bf16 and int8 (weights only, for CPUs) are packed: such a model cannot be trained or saved. "auto" is bf16 where the
+    machine computes in it, and fp32 elsewhere and for small models.
+    """
+    if dtype not in get_args(InferenceDtype):
+        raise UserError("dtype", dtype, "not a format", did_you_mean(str(dtype), get_args(InferenceDtype)))
+    cuda = torch.cuda.is_available()
+    if dtype == "auto":
+        fast = cuda or packed.available("bf16")
+        dtype = "bf16" if fast and _size(path) >= LARGE else "fp32"
+    if dtype == "fp32":
+        model = load(path)
+        return (model.to("cuda") if cuda else model).eval()
+    if not cuda and not packed.available(dtype):
+        raise UserError("--dtype", dtype, "this processor has no fast products for it", "Use fp32.")
+    if cuda and dtype == "int8":
+        raise UserError("--dtype", dtype, "for CPUs only", "Use bf16.")
+    model = load(path, torch.bfloat16, "bf16").eval()
+    return model.to("cuda") if cuda else pack(model, dtype)
+
+
+def _size(path: Path) -> int:
+    path = adapters.places(path)[0]
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
