@@ -94,7 +94,7 @@ def finback_worker(pipe: Connection, settings: Settings) -> None:
     )
     run = _stage_run(settings, world)
     training = Reinforcement(stage, run)
-    engine = Engine(training.model, stops=()) if settings["fixed"] else training.engine
+    engine = Engine(training.model, stops=()) if settings["fixed"] else training.rollouts
     training.sampler = sampler = _HashRewarded(stage, run, engine, training.tokenizer)
     loop = training.loop()
 

@@ -86,7 +86,7 @@ STAGES: tuple[Stage, ...] = (
 
 def numbers(root: Path) -> dict[str, list[dict[str, Any]]]:
     """What every stage logged, without what depends on the clock."""
-    timed = ("seconds", "tokens_per_second", "mfu", "update_seconds")
+    timed = ("seconds", "tokens_per_second", "mfu", "update_seconds", "sync_seconds", "generated_per_second")
     return {
         stage.name: [
             {k: v for k, v in line.items() if k not in timed and isinstance(v, float | int)}

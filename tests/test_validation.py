@@ -9,9 +9,9 @@ import torch
 
 from finback.checkpoint import models
 from finback.config import UserError
-from finback.model.transformer import Transformer
 from finback.report.summary import draw
 from finback.rollouts import rl_health
+from finback.rollouts.here import EngineRollouts
 from finback.rollouts.rollouts import Rollout
 from finback.runs.files import read_lines, write_lines
 from finback.runs.reader import StageFolder
@@ -87,8 +87,8 @@ def test_a_killed_run_scores_and_keeps_the_same(tmp_path: Path, monkeypatch: pyt
         knobs = {"steps": 6, "lr": 1e-2, "validation": often, "checkpoint_steps": 2}
         return reinforcement(root, **knobs)
 
-    def answered(model: Transformer, *_: Any) -> tuple[list[float], float]:
-        total = float(model.head.weight.detach().double().sum())
+    def answered(rollouts: EngineRollouts, *_: Any) -> tuple[list[float], float]:
+        total = float(rollouts.engine.model.head.weight.detach().double().sum())
         return [float(int(total * 1e6 * (i + 1)) % 3 == 0) for i in range(10)], 1.0
 
     def rewarded(_: GroupSampler, group: list[Rollout]) -> list[dict[str, float]]:

@@ -23,6 +23,7 @@ from finback.engine.sampler import Sampler
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Pool
+from finback.model.config import ModelConfig
 from finback.model.native import use_native
 from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
@@ -118,6 +119,11 @@ class Engine:
             self.scheduler.follow(request, leader)
         self.scheduler.waiting.append(request)
         return request
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Of the model that answers."""
+        return self.model.config
 
     @property
     def capacity(self) -> int:

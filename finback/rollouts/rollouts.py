@@ -10,9 +10,9 @@ from torch import Tensor
 
 from finback.data.messages import IGNORE, Response, parse_response
 from finback.data.tokenizer import THINK, Tokenizer
-from finback.engine.engine import Engine
 from finback.engine.request import Completion, SamplingParams
 from finback.rollouts.drawing import Window
+from finback.rollouts.generation import Generator
 from finback.tasks.task import NO_ANSWER, Problem, Task, Verdict, judged
 from finback.train.batch import Batch
 
@@ -36,7 +36,7 @@ class Rollout:
 
 
 def rollout(
-    engine: Engine,
+    generator: Generator,
     tokenizer: Tokenizer,
     task: Task,
     problems: Sequence[Problem],
@@ -45,7 +45,7 @@ def rollout(
     think: bool = False,
 ) -> list[Rollout]:
     """Answer each problem once; `think` opens the chain for the model. An answer cut off in its chain is wrong."""
-    window = Window(tokenizer, engine.model.config, sampling.max_tokens, think)
+    window = Window(tokenizer, generator.model_config, sampling.max_tokens, think)
     # a group's answers are to one question, which is encoded once
     encoded = {question: window.prompt(p) for question, p in {p.question: p for p in problems}.items()}
     asked = [encoded[problem.question] for problem in problems]
@@ -53,7 +53,7 @@ def rollout(
     for ids, problem in zip(prompts, problems, strict=True):  # before anything is answered
         if len(ids) + sampling.max_tokens > window.size:
             raise window.too_long(problem)
-    completions = engine.generate(prompts, sampling, seeds)
+    completions = generator.generate(prompts, sampling, seeds)
     texts = [tokenizer.decode(completion.tokens) for completion in completions]
     responses = [parse_response(THINK * opened + text) for text, (_, opened) in zip(texts, asked, strict=True)]
     # an answer that was cut off, or whose chain never ends, is not even looked at

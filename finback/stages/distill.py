@@ -17,12 +17,13 @@ from finback.checkpoint import models
 from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.data.messages import IGNORE, Lesson
 from finback.data.tokenizer import Tokenizer
-from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.model.logprobs import in_chunks, rows_at_once
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import Window
+from finback.rollouts.generation import PolicyModel
+from finback.rollouts.here import Here
 from finback.rollouts.rollouts import rollout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
@@ -33,6 +34,7 @@ from finback.stages.validation import training_questions
 from finback.tasks.task import Task
 from finback.train.batch import Batch, of_lessons
 from finback.train.loss import cross_entropy, distillation
+from finback.train.trainer import Trainer
 
 CHUNK = 512  # tokens whose logits, the student's and the teacher's, are held at once, or fewer of a large vocabulary
 
@@ -55,6 +57,8 @@ class Distill(SFT):
     prompts_per_step: int = 32
     temperature: float = 1.0
     max_tokens: int = 96
+    # on-policy: where the student's answers are generated, by the engine in each rank or by servers
+    rollouts: Here = Here()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +92,7 @@ class Distill(SFT):
         batches: Batches = (
             LessonBatches(self, run, tokenizer, model.config)
             if self.task is None  # on-policy every answer has a row of its own
-            else OnPolicyBatches(self, run, tokenizer, model)
+            else OnPolicyBatches(self, run, tokenizer, trainer)
         )
         return FineTuning(self, trainer, batches, teacher)
 
@@ -135,12 +139,14 @@ class OnPolicyBatches(Batches):
 
     generates = True
 
-    def __init__(self, stage: Distill, run: StageRun, tokenizer: Tokenizer, student: Transformer) -> None:
-        super().__init__(stage, run, tokenizer, student.config)
-        self.stage, self.student, self.steps = stage, student, stage.steps
-        self.engine = Engine(student, tokenizer.stops)
+    def __init__(self, stage: Distill, run: StageRun, tokenizer: Tokenizer, trainer: Trainer) -> None:
+        super().__init__(stage, run, tokenizer, trainer.model.config)
+        self.stage, self.student, self.steps = stage, trainer.model, stage.steps
+        self.sampling = SamplingParams(stage.temperature, stage.max_tokens)
+        policy = PolicyModel(trainer.gathered, trainer.model.config, tokenizer, run, stage.compute)
+        self.rollouts = stage.rollouts.open(policy, self.sampling)
         assert stage.task is not None, "on-policy distillation answers a task"
-        window = Window(tokenizer, student.config, stage.max_tokens)
+        window = Window(tokenizer, trainer.model.config, stage.max_tokens)
         self.order = training_questions(stage.task, stage.validation, window, run)
         self.results["contaminated"] = dict(self.order.contaminated)
 
@@ -159,8 +165,10 @@ class OnPolicyBatches(Batches):
         self.results["too_long"] = self.order.too_long
         mine = range(self.world.rank, stage.prompts_per_step, self.world.size)
         seeds = [run.seed("answer", step, i) for i in mine]
-        sampling = SamplingParams(stage.temperature, stage.max_tokens)
-        answers = rollout(self.engine, self.tokenizer, stage.task, [problems[i] for i in mine], seeds, sampling)
+        assert self.rollouts is not None, "opened at the beginning"
+        self.rollouts.update(step - 1)
+        asked = [problems[i] for i in mine]
+        answers = rollout(self.rollouts, self.tokenizer, stage.task, asked, seeds, self.sampling)
         made = [
             [Lesson(r.prompt + r.completion.tokens, [IGNORE] * len(r.prompt) + r.completion.tokens)] for r in answers
         ]

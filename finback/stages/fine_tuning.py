@@ -12,7 +12,9 @@ from finback.model.count import forward_flops_of, recomputed_flops_of, training_
 from finback.model.lora import adapter_parameters
 from finback.model.recompute import use_recompute
 from finback.parallel.mesh import World
+from finback.rollouts.generation import Rollouts
 from finback.runs.folder import StageRun
+from finback.stages.generation_costs import generation_costs
 from finback.stages.validation import Validator
 from finback.train import rates
 from finback.train.batch import Batch
@@ -34,6 +36,8 @@ class Batches(ABC):
     steps: int
     # whether the model itself makes what is learnt, at a step's cost
     generates = False
+    # what it makes that with
+    rollouts: Rollouts | None = None
 
     def __init__(self, stage: "SFT", run: StageRun, tokenizer: Tokenizer, config: ModelConfig) -> None:
         self.run, self.tokenizer, self.world = run, tokenizer, World.of(run)
@@ -65,7 +69,7 @@ class FineTuning(Training):
         self.config = trainer.model.config
         self.depths, self.tokens = batches.depths, 0
         run, tokenizer = batches.run, batches.tokenizer
-        self.validator = Validator(stage.validation, run, trainer, tokenizer)
+        self.validator = Validator(stage.validation, run, trainer, tokenizer, batches.rollouts)
 
     def finished(self, loop: Loop) -> bool:
         return super().finished(loop) or self.validator.stopped
@@ -99,7 +103,8 @@ class FineTuning(Training):
         else:  # nobody asks for the loads, so ranks need not add them up
             trainer.forget_loads()
         loss, mtp, _ = losses.tolist()
-        return {"loss": loss, "mtp_loss": mtp, "grad_norm": norm, "lr": lr, "labels": labels}
+        costs = generation_costs(self.batches.rollouts, loop) if self.batches.rollouts is not None else {}
+        return {"loss": loss, "mtp_loss": mtp, "grad_norm": norm, "lr": lr, "labels": labels, **costs}
 
     def _account(self, batch: Batch | None, loop: Loop) -> float:
         """Labels of the step over all ranks; what it costs goes to the ledger."""
@@ -134,6 +139,8 @@ class FineTuning(Training):
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         written = self.validator.finish(loop)
+        if self.batches.rollouts is not None:
+            self.batches.rollouts.close()
         return {"steps": loop.step, "tokens": self.tokens, **self.batches.results, **written}
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from finback.config import check_not_negative, check_positive, check_share
+from finback.engine.request import SamplingParams
 from finback.model.lora import LoRA
 from finback.model.recompute import Policy, policy_of
+from finback.rollouts.here import Here
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
@@ -78,6 +80,8 @@ class GRPO(Stage):
     routing_replay: bool = False
     # of the routers' biases; 0 leaves them as pre-training left them
     bias_speed: float = 0.0
+    # where answers are generated: by the engine in each rank, or by servers
+    rollouts: Here = Here()
     # control: hand each answer another answer's reward
     shuffle_rewards: bool = False
     # stop when trainer and engine disagree by more, in nats per token on average; None: 1e-2 in fp32, 0.2 in bf16
@@ -120,6 +124,12 @@ class GRPO(Stage):
             raise self.wrong(
                 "overlong_penalty", f"{problem}: a right answer could earn less than a wrong one", "Lower it."
             )
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How answers are drawn; what top-k and top-p leave is noted, for the update counts probabilities among it."""
+        narrowed = self.top_k > 0 or self.top_p < 1
+        return SamplingParams(self.temperature, self.max_tokens, self.top_k, self.top_p, return_sampling_mask=narrowed)
 
     @property
     def recomputes(self) -> Policy | None:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finback.data.tokenizer import Tokenizer
-from finback.engine.engine import Engine
-from finback.engine.request import SamplingParams
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import Window
+from finback.rollouts.generation import Generator
 from finback.rollouts.rollouts import Rollout, record, rollout
 from finback.runs.files import SAMPLES
 from finback.runs.folder import StageRun
@@ -50,12 +49,12 @@ class Group:
 
 
 class GroupSampler:
-    """Samples this rank's groups of a step, by an engine on the very weights that are trained."""
+    """Samples this rank's groups of a step, by whatever answers with the weights that are trained."""
 
-    def __init__(self, stage: "GRPO", run: StageRun, engine: Engine, tokenizer: Tokenizer) -> None:
-        self.stage, self.run, self.engine, self.tokenizer = stage, run, engine, tokenizer
+    def __init__(self, stage: "GRPO", run: StageRun, generator: Generator, tokenizer: Tokenizer) -> None:
+        self.stage, self.run, self.generator, self.tokenizer = stage, run, generator, tokenizer
         self.world = World.of(run)
-        window = Window(tokenizer, engine.model.config, stage.max_tokens, stage.think)
+        window = Window(tokenizer, generator.model_config, stage.max_tokens, stage.think)
         self.order = training_questions(stage.task, stage.validation, window, run)
 
     def sample(self, step: int) -> tuple[list[Group], list[Group]]:
@@ -87,11 +86,7 @@ class GroupSampler:
         count = range(stage.num_generations)
         asked = [p for p in problems for _ in count]
         each = [self.run.seed(*s, k) for s in seeds for k in count]
-        narrowed = stage.top_k > 0 or stage.top_p < 1
-        sampling = SamplingParams(
-            *(stage.temperature, stage.max_tokens, stage.top_k, stage.top_p), return_sampling_mask=narrowed
-        )
-        rollouts = rollout(self.engine, self.tokenizer, stage.task, asked, each, sampling, stage.think)
+        rollouts = rollout(self.generator, self.tokenizer, stage.task, asked, each, stage.sampling, stage.think)
         answers = [rollouts[start : start + len(count)] for start in range(0, len(rollouts), len(count))]
         return [Group(group, self.rewarded(group), [self.counts(r) for r in group]) for group in answers]
 

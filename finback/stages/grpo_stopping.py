@@ -6,6 +6,7 @@ from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.model.count import parameters
 from finback.rollouts import rl_health
+from finback.rollouts.generation import Rollouts
 from finback.runs.files import METRICS, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.validation import Validator
@@ -24,9 +25,11 @@ ADAPTER = 10  # times as much for LoRA, at any rank (Schulman et al. 2025, "LoRA
 class Stopping:
     """Watches one RL run: the gap between trainer and engine, steps that teach nothing, and the validation set."""
 
-    def __init__(self, stage: "GRPO", run: StageRun, trainer: Trainer, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, stage: "GRPO", run: StageRun, trainer: Trainer, tokenizer: Tokenizer, rollouts: Rollouts
+    ) -> None:
         self.stage, self.run = stage, run
-        self.validator = Validator(stage.validation, run, trainer, tokenizer)
+        self.validator = Validator(stage.validation, run, trainer, tokenizer, rollouts)
         # the step after which the learning rate falls, and over how many; the last third, or once the validation set stops it
         self.decay = stage.steps - stage.steps // 3, stage.steps // 3
         # steps in a row that taught nothing

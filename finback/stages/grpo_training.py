@@ -10,16 +10,18 @@ from torch import Tensor
 
 from finback.checkpoint import models
 from finback.data.tokenizer import Tokenizer
-from finback.engine.engine import Engine, EngineConfig
 from finback.model.count import forward_flops_of, recomputed_flops_of, training_flops_of
 from finback.model.logprobs import token_logprobs
 from finback.model.lora import adapter_parameters
 from finback.model.recompute import use_recompute
+from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.rollouts.generation import PolicyModel
 from finback.rollouts.rollouts import Rollout, batches
 from finback.rollouts.shared_prompts import predicting, shared_batches
 from finback.runs.folder import StageRun
+from finback.stages.generation_costs import generation_costs
 from finback.stages.grpo_sampling import GroupSampler
 from finback.stages.grpo_stopping import Stopping
 from finback.train import grpo_loss
@@ -66,9 +68,19 @@ class Reinforcement(Training):
         super().__init__(run, trainer, stage.steps, stage.checkpoint_steps, dtype)
         if stage.routing_replay and not self.model.config.n_routed_experts:
             raise stage.wrong("routing_replay", "the model has no routed experts", "Leave it out.")
-        self.engine = Engine(self.model, self.tokenizer.stops, EngineConfig(return_routed_experts=stage.routing_replay))
-        self.sampler = GroupSampler(stage, run, self.engine, self.tokenizer)
-        self.stopping = Stopping(stage, run, trainer, self.tokenizer)
+        # what is replayed of the experts that the answers were sent to
+        self.routing = trace_routers(self.model) if stage.routing_replay else None
+        policy = PolicyModel(
+            trainer.gathered,
+            self.model.config,
+            self.tokenizer,
+            run,
+            stage.compute,
+            return_routed_experts=stage.routing_replay,
+        )
+        self.rollouts = stage.rollouts.open(policy, stage.sampling)
+        self.sampler = GroupSampler(stage, run, self.rollouts, self.tokenizer)
+        self.stopping = Stopping(stage, run, trainer, self.tokenizer, self.rollouts)
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
 
     def finished(self, loop: Loop) -> bool:
@@ -79,6 +91,7 @@ class Reinforcement(Training):
 
     def step(self, loop: Loop) -> dict[str, Any]:
         stage, trainer, lr = self.stage, self.trainer, self.stopping.lr(loop.step)
+        self.rollouts.update(loop.step - 1)
         asked, groups = self.sampler.sample(loop.step)
         begin = time.perf_counter()
         rows = [self._learnable(pairs) for pairs in self.sampler.of_updates(groups, loop.step)]
@@ -115,6 +128,7 @@ class Reinforcement(Training):
             "max_violation": health.violation,
             "expert_load": health.shares,
             "update_seconds": time.perf_counter() - begin,
+            **generation_costs(self.rollouts, loop),
         }
 
     # ---- batches ---------------------------------------------------------------------------------------------------
@@ -158,9 +172,8 @@ class Reinforcement(Training):
 
     def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
         """What is computed within takes the engine's experts, backward passes included."""
-        routing = self.engine.routing
         read = batch if batch.shared is None else batch.shared
-        return nullcontext() if routing is None else routing.replaying(read.routed_experts)
+        return nullcontext() if self.routing is None else self.routing.replaying(read.routed_experts)
 
     # ---- updates ---------------------------------------------------------------------------------------------------
 
@@ -248,4 +261,5 @@ class Reinforcement(Training):
         order = self.sampler.order
         left_out = {"too_long": order.too_long, "contaminated": dict(order.contaminated)}
         written = self.stopping.finish(loop)
+        self.rollouts.close()
         return {"steps": loop.step, "lr": self.stopping.peak_lr, **left_out, **self.totals, **written}

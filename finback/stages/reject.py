@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from finback.config import check_not_negative, check_positive, check_share
-from finback.engine.engine import Engine
 from finback.engine.open import load
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import Window
+from finback.rollouts.generation import PolicyModel
+from finback.rollouts.here import Here
 from finback.rollouts.rollouts import Rollout, rollout
 from finback.runs.declaration import Declaration
 from finback.runs.files import read_json, write_json, write_lines
@@ -57,6 +58,8 @@ class Reject(Stage):
     keep: int = 2
     # largest share of what is kept that may come from questions which were always solved
     easy: float = 1.0
+    # where answers are generated: by the engine in each rank, or by servers that have the model already
+    rollouts: Here = Here()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +91,9 @@ class Reject(Stage):
         world = World.of(run)
         model, tokenizer = load(run.input(self.start))
         model = model.to(world.device)
-        engine, sampling = Engine(model, tokenizer.stops), SamplingParams(self.temperature, self.max_tokens)
+        sampling = SamplingParams(self.temperature, self.max_tokens)
+        rollouts = self.rollouts.open(PolicyModel(lambda: model, model.config, tokenizer, run, learns=False), sampling)
+        rollouts.update(0)
         count = range(self.num_generations)
         drawn = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))
         window = Window(tokenizer, model.config, self.max_tokens, self.think)
@@ -100,7 +105,7 @@ class Reject(Stage):
                 mine = range(start + world.rank, min(start + CHUNK, len(problems)), world.size)
                 asked = [problems[i] for i in mine for _ in count]
                 seeds = [run.seed("answer", i, k) for i in mine for k in count]
-                answers = rollout(engine, tokenizer, self.task, asked, seeds, sampling, self.think)
+                answers = rollout(rollouts, tokenizer, self.task, asked, seeds, sampling, self.think)
                 made = sum(len(r.completion.tokens) for r in answers)
                 spent_here = forward_flops_of(model.config, [r.length for r in answers])
                 judged = dict(zip(mine, self._judge(answers), strict=True))

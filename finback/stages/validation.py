@@ -12,12 +12,12 @@ import torch
 
 from finback.config import check_fields, check_not_negative, check_positive
 from finback.data.tokenizer import Tokenizer
-from finback.engine.engine import Engine
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
-from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import QuestionOrder, Window
+from finback.rollouts.generation import Rollouts
+from finback.rollouts.here import EngineRollouts
 from finback.rollouts.rollouts import rollout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import BEST, StageRun
@@ -85,7 +85,7 @@ def training_questions(task: Task, validation: Validation | None, window: Window
 
 
 def answered(
-    model: Transformer,
+    rollouts: Rollouts,
     tokenizer: Tokenizer,
     task: Task,
     problems: Sequence[Problem],
@@ -96,10 +96,9 @@ def answered(
 ) -> tuple[list[float], float]:
     """Whether each problem is answered rightly, 0 or 1, and the FLOPs of it; ranks share the problems."""
     mine = range(world.rank, len(problems), world.size)
-    engine = Engine(model, tokenizer.stops)
     asked, drawn = [problems[i] for i in mine], [seeds[i] for i in mine]
-    judged = rollout(engine, tokenizer, task, asked, drawn, sampling, think)
-    flops = forward_flops_of(model.config, [r.length for r in judged])
+    judged = rollout(rollouts, tokenizer, task, asked, drawn, sampling, think)
+    flops = forward_flops_of(rollouts.model_config, [r.length for r in judged])
     found = torch.zeros(len(problems) + 1, dtype=torch.float64)
     for i, r in zip(mine, judged, strict=True):
         found[i] = float(r.verdict.correct)
@@ -114,8 +113,16 @@ class Validator:
     Without a validation set it scores nothing, and the last model stays.
     """
 
-    def __init__(self, validation: Validation | None, run: StageRun, trainer: Trainer, tokenizer: Tokenizer) -> None:
-        self.validation, self.run, self.trainer = validation, run, trainer
+    def __init__(
+        self,
+        validation: Validation | None,
+        run: StageRun,
+        trainer: Trainer,
+        tokenizer: Tokenizer,
+        rollouts: Rollouts | None = None,
+    ) -> None:
+        """rollouts: what answers; without it an engine here, for as long as it answers."""
+        self.validation, self.run, self.trainer, self.rollouts = validation, run, trainer, rollouts
         self.tokenizer, self.world = tokenizer, World.of(run)
         self.problems: list[Problem] = []
         # whether each problem was answered rightly: before the first step, by the newest model, by the best one
@@ -152,14 +159,16 @@ class Validator:
     def _score(self, validation: Validation, loop: Loop) -> list[float]:
         """One answer to each problem by the model as it is."""
         run, model = self.run, self.trainer.model
+        rollouts = self.rollouts or EngineRollouts(self.trainer.gathered, model.config, self.tokenizer)
+        rollouts.update(loop.step)
         if not self.problems:
-            window = Window(self.tokenizer, model.config, validation.max_tokens, validation.think)
+            window = Window(self.tokenizer, rollouts.model_config, validation.max_tokens, validation.think)
             self.problems, _ = askable(validation.task, validation.questions(run), window, run, "validation: ")
         sampling = SamplingParams(validation.temperature, validation.max_tokens)
         seeds = [run.seed("validation answer", i) for i in range(len(self.problems))]
         was_training = model.training
         given = self.problems, seeds, sampling, validation.think, self.world
-        right, flops = answered(model, self.tokenizer, validation.task, *given)
+        right, flops = answered(rollouts, self.tokenizer, validation.task, *given)
         model.train(was_training)
         loop.spend(evaluation=flops)
         self.scored = loop.step

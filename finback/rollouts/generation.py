@@ -1,0 +1,122 @@
+"""Where answers are generated: what stands between the stages that learn and whatever generates for them.
+
+A stage's knob (a `Backend`: `Here`, `Servers`) is opened with a `PolicyModel` and gives `Rollouts`: prompts, sampling parameters and
+seeds in; completions out, with the log-probabilities with which they were drawn and the version of the weights.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from finback.data.tokenizer import Tokenizer
+from finback.engine.request import Completion, SamplingParams
+from finback.model.config import ModelConfig
+from finback.model.transformer import Transformer
+from finback.runs.folder import StageRun
+
+
+class Generator(Protocol):
+    """Whatever answers prompts; an Engine is one too."""
+
+    @property
+    def model_config(self) -> ModelConfig: ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] alone."""
+
+
+@dataclass(frozen=True)
+class PolicyModel:
+    """The model that answers, for whatever generates with it."""
+
+    # its weights as they are now, whole; all ranks call it at once, and nobody keeps what it returns
+    weights: Callable[[], Transformer]
+    config: ModelConfig
+    tokenizer: Tokenizer
+    run: StageRun
+    # precision of the trainer's products, "fp32" or "bf16"
+    compute: str = "fp32"
+    # False: it is what it is, and what generates with it elsewhere has it already
+    learns: bool = True
+    # note the experts that each token is sent to
+    return_routed_experts: bool = False
+
+
+@dataclass
+class Tally:
+    """What one rank's generating has cost: weights that were sent, tokens that were made, and seconds of either."""
+
+    sync_bytes: int = 0
+    sync_seconds: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Rollouts(ABC):
+    """Generates with a policy. `update` is for all ranks at once; each rank generates for itself."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.model_config = config
+        # after how many updates of the policy its weights are those that answer; -1: before the first look at them
+        self.version = -1
+        self._tally = Tally()
+
+    def update(self, version: int) -> None:
+        """Have answers come from the policy's weights as they are now, after `version` updates.
+
+        Nothing happens where they do already. UserError where what generates cannot have them.
+        """
+        if version == self.version:
+            return
+        begin = time.perf_counter()
+        self._tally.sync_bytes += self._take_weights(version)
+        self._tally.sync_seconds += time.perf_counter() - begin
+        self.version = version
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """One completion per prompt, in order. Completion i uses random numbers of seeds[i] alone."""
+        found = dict(self.stream(prompts, sampling, seeds))
+        return [found[i] for i in range(len(prompts))]
+
+    def stream(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, Completion]]:
+        """The same, each with its place as soon as it is done; every place comes once."""
+        begin = time.perf_counter()
+        for place, completion in self._answers(prompts, sampling, seeds):
+            self._tally.tokens += len(completion.tokens)
+            now = time.perf_counter()
+            self._tally.seconds += now - begin
+            yield place, completion
+            begin = time.perf_counter()
+
+    def take_tally(self) -> Tally:
+        """What was spent since the last call."""
+        found, self._tally = self._tally, Tally()
+        return found
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Let go of connections."""
+
+    @abstractmethod
+    def _take_weights(self, version: int) -> int:
+        """Look at the policy's weights; bytes that had to travel for it."""
+
+    @abstractmethod
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, Completion]]: ...
+
+
+class Backend(ABC):
+    """A stage's knob that says where its answers are generated."""
+
+    @abstractmethod
+    def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
+        """What generates for a stage that samples so; UserError where it cannot. Its first `update` is the caller's."""
