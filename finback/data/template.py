@@ -30,6 +30,8 @@ CALL_PROBE: Sequence[Mapping[str, Any]] = (
     },
 )
 
+ANSWER_PROBE = "finback-probe"  # shows what a template writes behind an answer
+
 
 class _Generation(jinja2.ext.Extension):
     """{% generation %}…{% endgeneration %}: marks assistant text for training masks; rendering ignores the mark."""
@@ -46,26 +48,21 @@ class _Generation(jinja2.ext.Extension):
 
 
 class Template:
-    """A chat template; `specials` are bos_token and the like, which templates write out."""
+    """A chat template; `specials` are bos_token and the like, which templates write out.
 
-    def __init__(self, source: str, specials: Mapping[str, str]) -> None:
+    `with_tools` is another one for dialogues that have tools, as folders with several templates name it.
+    """
+
+    def __init__(self, source: str, specials: Mapping[str, str], with_tools: str | None = None) -> None:
         self.specials = dict(specials)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        try:
-            self._template = environment.from_string(source)
-        except Exception as error:
-            where = f"line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else "as a whole"
-            raise UserError("chat_template", where, str(error), "Correct the template in the model's folder.") from None
+        self._template = _compiled(source)
+        self._with_tools = _compiled(with_tools) if with_tools else self._template
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any) -> str:
         """The text of a dialogue; `variables` are whatever a template asks for beside messages (tools, …)."""
         try:
-            return self._template.render(
+            template = self._with_tools if variables.get("tools") else self._template
+            return template.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 **{"tools": None, "documents": None} | self.specials | variables,
@@ -99,6 +96,15 @@ class Template:
             return quoted[0]
         raise refusals[0]
 
+    def after_answer(self) -> str:
+        """What is written behind an answer that ends a dialogue; empty where the template does not say."""
+        dialogue = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER_PROBE}]
+        try:
+            _, probe, after = self.render(dialogue, add_generation_prompt=False).rpartition(ANSWER_PROBE)
+        except UserError:
+            return ""
+        return after if probe else ""
+
     def _writes_none(self) -> bool:
         """Whether the template writes out the content of a turn that only calls though it is None."""
         try:
@@ -109,6 +115,20 @@ class Template:
         except UserError:
             return False
         return none > empty
+
+
+def _compiled(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source)
+    except Exception as error:
+        where = f"line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else "as a whole"
+        raise UserError("chat_template", where, str(error), "Correct the template in the model's folder.") from None
 
 
 def _shaped(message: Mapping[str, Any], empty: str | None, as_objects: bool) -> Mapping[str, Any]:

@@ -13,8 +13,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from finback.config import UserError
+from finback.data import tokenizer_files
 from finback.data.blocks import BLOCK, pieces
 from finback.data.template import OWN, Template
+from finback.data.tokenizer_files import CONFIG, GENERATION, TokenizerFiles
 from finback.runs.adapters import tokenizer_place
 
 
@@ -50,21 +52,21 @@ LARGEST = 2**20  # several times what any published model has
 class Tokenizer:
     """Text to ids and back, from a tokenizer.json, a folder that holds one, or a GGUF file.
 
-    `encode` treats special tokens in the text as plain characters: a user cannot forge them. A folder's
-    tokenizer_config.json, chat_template.jinja and generation_config.json give the end-of-sequence tokens and
-    the chat template; without a template, a vocabulary with DeepSeek's marks is written in DeepSeek's form (messages.py).
+    `encode` treats special tokens in the text as plain characters: a user cannot forge them. A folder's other files give
+    more special tokens, the tokens that end an answer and the chat template (tokenizer_files.py); without a template, a
+    vocabulary with DeepSeek's marks is written in DeepSeek's form (messages.py).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path = tokenizer_place(path)
-        text, self.settings, self.generation = _read(path)
+        files = self._files = _read(path)
+        self.settings, self.generation = files.settings, files.generation
         try:
-            self._full = tokenizers.Tokenizer.from_str(text)
+            self._full = tokenizers.Tokenizer.from_str(files.text)
         except Exception as error:  # the library raises nothing more precise
             raise UserError("tokenizer", str(path), f"damaged ({error})", "Restore tokenizer.json.") from None
-        bare = json.loads(text)
-        bare["added_tokens"] = []
-        self._bare = tokenizers.Tokenizer.from_str(json.dumps(bare))
+        is_more = tokenizer_files.add_tokens(self._full, self.settings, path)
+        self._bare, self._moved = _without_marks(self._full.to_str() if is_more else files.text, self._full)
         for each in (self._full, self._bare):  # a file may carry both; texts are neither cut nor padded here
             each.no_truncation()
             each.no_padding()
@@ -73,18 +75,20 @@ class Tokenizer:
         self.vocab_size = self._full.get_vocab_size()
         self.bos, self.pad = self._special("bos", BOS), self._special("pad", PAD)
         self.eos = self._special("eos", EOS)
-        self.stops = self._stops()
-        source = _plain_template(self.settings.get("chat_template"), path)
+        source, with_tools = tokenizer_files.templates(self.settings, path)
         # our own template is written from ids, which a user's words cannot forge
-        self.template = None if source in (None, OWN) else Template(source, self.specials)
+        self.template = None if source in (None, OWN) else Template(source, self.specials, with_tools)
+        self.ends = self._ends()
+        self.stops = tuple(sorted({number for given in self.ends.values() for number in given}))
         marks = (BOS, EOS, *ADDED) if self.template is None else ()
         self.lacks = [token for token in marks if token not in self.ids]  # why it cannot write a dialogue
 
     @property
     def specials(self) -> dict[str, str]:
-        """bos_token, eos_token, pad_token and unk_token as far as they are named."""
+        """bos_token, eos_token, pad_token, unk_token and the like, as far as they are named."""
         ours = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-        named = {n: _content(self.settings.get(n)) or ours.get(n) for n in (*ours, "unk_token")}
+        names = (*ours, *(name for name in self.settings if name.endswith("_token")))
+        named = {n: tokenizer_files.content(self.settings.get(n)) or ours.get(n) for n in names}
         return {n: t for n, t in named.items() if t and self._full.token_to_id(t) is not None}
 
     @property
@@ -92,16 +96,32 @@ class Tokenizer:
         """Whether a text to be continued begins with bos, as training texts do."""
         return self.bos >= 0 and bool(self.settings.get("add_bos_token", True))
 
+    @property
+    def largest_id(self) -> int:
+        """The highest id that a text can be given: a vocabulary may have holes."""
+        return max(self._full.get_vocab().values())
+
+    @property
+    def added(self) -> list[str]:
+        """The texts of all added tokens, special or not."""
+        return [token.content for token in self._full.get_added_tokens_decoder().values()]
+
     def _special(self, name: str, default: str) -> int:
         """The id of bos, eos or pad; -1 where the vocabulary has none."""
-        number = self._full.token_to_id(_content(self.settings.get(f"{name}_token")) or default)
+        number = self._full.token_to_id(tokenizer_files.content(self.settings.get(f"{name}_token")) or default)
         return -1 if number is None else number
 
-    def _stops(self) -> tuple[int, ...]:
-        """Ids that end an answer: eos, and what generation_config.json adds to it (Llama 3 has three)."""
-        given = self.generation.get("eos_token_id", [])
-        given = given if isinstance(given, list) else [given]
-        return tuple(sorted({n for n in (self.eos, *given) if isinstance(n, int) and n >= 0}))
+    def _ends(self) -> dict[str, tuple[int, ...]]:
+        """Ids that end an answer, by what says so: the tokenizer, its generation settings (Llama 3 has three), the template.
+
+        Base models of Qwen end a text with one token and a dialogue, by their template, with another.
+        """
+        found: dict[str, tuple[int, ...]] = {"tokenizer": (self.eos,) if self.eos >= 0 else ()}
+        found["generation"] = tokenizer_files.ids(self.generation.get("eos_token_id"))
+        if self.template is not None and (text := self.template.after_answer().lstrip()):
+            first = self.encode_marked(text)[:1]
+            found["template"] = tuple(n for n in first if n in self._full.get_added_tokens_decoder())
+        return found
 
     def export(self, folder: Path) -> None:
         """As `save`, with all that other programs need to know of a tokenizer that was trained here."""
@@ -113,14 +133,14 @@ class Tokenizer:
         if not self.lacks and self.template is None:
             settings["chat_template"] = OWN
         self.settings = settings | self.settings
-        generation = {"bos_token_id": self.bos, "eos_token_id": list(self.stops)} | self.generation
+        generation = {"bos_token_id": self.bos} | self.generation | {"eos_token_id": list(self.stops)}
         self.generation = {k: v for k, v in generation.items() if v not in (-1, [])}
         self.save(folder)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and the files that came with it, in Hugging Face's form."""
         (folder / "tokenizer.json").write_text(self._full.to_str(pretty=True), encoding="utf-8")
-        for name, content in (("tokenizer_config.json", self.settings), ("generation_config.json", self.generation)):
+        for name, content in ((CONFIG, self.settings), (GENERATION, self.generation)):
             if content:
                 text = json.dumps(content, indent=2, ensure_ascii=False)
                 (folder / name).write_text(text + "\n", encoding="utf-8")
@@ -131,19 +151,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text."""
-        return self._bare.encode(text, add_special_tokens=False).ids
+        return self._moved_ids(self._bare.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
         """Ids of many plain texts, on all cores; few at a time where they are long, for a token takes 300 bytes until then."""
         if sum(map(len, texts)) <= TOGETHER:
-            return [e.ids for e in self._bare.encode_batch(texts, add_special_tokens=False)]
+            return [self._moved_ids(e.ids) for e in self._bare.encode_batch(texts, add_special_tokens=False)]
         found = [array("I") for _ in texts]
         parts = ((i, part) for i, text in enumerate(texts) for part in (pieces(text) if self._has_seams else [text]))
         for batch in _batches(parts):
             encoded = self._bare.encode_batch([part for _, part in batch], add_special_tokens=False)
             for (i, _), each in zip(batch, encoded, strict=True):
-                found[i].extend(each.ids)
+                found[i].extend(self._moved_ids(each.ids))
         return found
+
+    def _moved_ids(self, ids: list[int]) -> list[int]:
+        return [self._moved.get(number, number) for number in ids] if self._moved else ids
 
     @cached_property
     def _has_seams(self) -> bool:
@@ -196,58 +219,24 @@ def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
     yield batch
 
 
-def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """tokenizer.json's text, tokenizer_config.json with the template in it, generation_config.json."""
+def _read(path: Path) -> TokenizerFiles:
+    """What a folder, a tokenizer.json or a GGUF file holds; a template that lies beside a GGUF file counts before its own."""
     if path.suffix == ".gguf":
         from finback.data import gguf_tokenizer  # brings torch, which workers that encode text need not load
 
         text, settings = gguf_tokenizer.convert(path, SPLITS)
-        return text, settings, {}
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError("tokenizer", str(file), "no such file", "Run the prepare stage or name another folder.")
-    folder = file.parent
-    settings = _json(folder / "tokenizer_config.json")
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        settings["chat_template"] = _text(template)
-    generation = _json(folder / "generation_config.json")
-    if "eos_token_id" not in generation and "eos_token_id" in (config := _json(folder / "config.json")):
-        generation["eos_token_id"] = config["eos_token_id"]
-    return _text(file), settings, generation
+        tokenizer_files.add_templates(path.parent, settings)
+        return TokenizerFiles(text, settings, {})
+    return tokenizer_files.read(path)
 
 
-def _plain_template(given: Any, path: Path) -> str | None:
-    """The template for dialogues: the only one, or of several named ones the default."""
-    if isinstance(given, list):
-        given = next((t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), None)
-    if not isinstance(given, str | None):
-        problem = "neither a text nor a list of named texts"
-        raise UserError("chat_template", str(path), problem, "Correct tokenizer_config.json.")
-    return given
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(path.name, str(path), f"not JSON ({error})", "Download it again, or delete it.") from None
-    return found if isinstance(found, dict) else {}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(path.name, str(path), f"not UTF-8 ({error})", "Download it again.") from None
-
-
-def _content(token: Any) -> str | None:
-    """A special token as configs write it: its text, or an object that holds it; anything else is none."""
-    found = token.get("content") if isinstance(token, dict) else token
-    return found if isinstance(found, str) else None
+def _without_marks(text: str, full: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+    """The tokenizer of plain text: of the added tokens only those that are spaces and line breaks, and their ids here and there."""
+    bare = json.loads(text)
+    bare["added_tokens"] = [t for t in bare["added_tokens"] if not t["special"] and not t["content"].strip()]
+    found = tokenizers.Tokenizer.from_str(json.dumps(bare))
+    pairs = [(found.token_to_id(t["content"]), full.token_to_id(t["content"])) for t in bare["added_tokens"]]
+    return found, {here: there for here, there in pairs if here is not None and there is not None and here != there}
 
 
 def train(texts: Iterable[str], vocab_size: int, path: Path) -> Tokenizer:

@@ -10,6 +10,7 @@ from finback.checkpoint.export import Format
 from finback.checkpoint.hf_config import read_config
 from finback.checkpoint.models import WeightDtype, find_model
 from finback.data.tokenizer import Tokenizer
+from finback.data.tokenizer_files import ids as ids_of
 from finback.report.model_card import write_card
 from finback.runs.adapters import tokenizer_place
 
@@ -50,6 +51,8 @@ def _settings(source: Path, tokenizer: Tokenizer | None, fmt: Format) -> dict[st
     found: dict[str, Any] = {n: raw[n] for n in names if raw.get(n) is not None}
     if tokenizer is not None:
         ids = dict(zip(names, (tokenizer.bos, tokenizer.eos, tokenizer.pad), strict=True))
+        if tokenizer.eos >= 0 and tokenizer.eos not in ids_of(found.get("eos_token_id")):
+            found.pop("eos_token_id", None)  # the tokenizer knows better
         found = {n: i for n, i in ids.items() if i >= 0} | found
     if fmt == "fp8" and "quantization_config" in raw:
         found["quantization_config"] = raw["quantization_config"]

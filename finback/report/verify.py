@@ -24,10 +24,9 @@ from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.kernels import fp8
 from finback.model.count import parameters
+from finback.report import tokenizer_parity
 from finback.report.logit_parity import Finding, against_finback, against_transformers, shortage
 from finback.runs.files import is_checkpoint
-
-SAMPLE = "In 2024, 3.14 × 2 = 6.28;\n\tdef f(x): return x**2  # naïve café 北京 🐋\r\n  <b>end</b>"
 
 
 @dataclass
@@ -163,22 +162,22 @@ def _values(tensors: Iterable[tuple[str, Tensor]]) -> Check:
 
 
 def _tokenizer(path: Path, rows: int) -> Check:
-    """A text through the tokenizer and back; its ids fit the embedding."""
+    """Whether the tokenizer works, is the model's own, knows how an answer ends, and is the one that transformers builds."""
     if path.is_dir() and not (path / "tokenizer.json").is_file():
         return Check("tokenizer", None, "none in the folder")
     try:
         tokenizer = Tokenizer(path)
     except UserError as error:
         return Check("tokenizer", False, str(error))
-    same = tokenizer.decode(tokenizer.encode(SAMPLE), skip_special=False) == SAMPLE
-    fits = tokenizer.vocab_size <= rows
     written = "its own template" if tokenizer.template else "DeepSeek's form" if not tokenizer.lacks else "no template"
     text = (
         f"{tokenizer.vocab_size:,} entries for {rows:,} rows, dialogues in {written}, ends at {list(tokenizer.stops)}"
     )
-    details = [] if same else ["a text does not come back as it went in"]
-    details += [] if fits else ["more entries than the model has rows"]
-    return Check("tokenizer", same and fits, text, details)
+    raw = read_config(path) if path.is_dir() else {}
+    faults = tokenizer_parity.faults(tokenizer, rows)
+    found, parity, details = tokenizer_parity.against_transformers(tokenizer, path)
+    remarks = tokenizer_parity.remarks(tokenizer, raw)
+    return Check("tokenizer", not faults and found is not False, f"{text}; {parity}", [*faults, *details, *remarks])
 
 
 def _agrees(other: str, found: Finding) -> Check:

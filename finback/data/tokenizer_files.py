@@ -1,0 +1,165 @@
+"""Where a model's tokenizer keeps what it is: the files of a Hugging Face folder, put together as transformers does.
+
+tokenizer.json holds vocabulary and rules. Special tokens, ends and templates may lie in seven other places; which of them
+wins is the order of `PreTrainedTokenizerBase._from_pretrained` (transformers 5.23).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from finback.config import UserError
+
+CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
+STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What the files of a tokenizer say."""
+
+    # the text of tokenizer.json
+    text: str
+    # tokenizer_config.json, with special_tokens_map.json, added_tokens.json and the templates in it
+    settings: dict[str, Any]
+    generation: dict[str, Any]
+    # config.json's eos_token_id, which counts where generation_config.json has none
+    config_ends: tuple[int, ...] = ()
+
+
+def read(path: Path) -> TokenizerFiles:
+    """The files of a folder, or of the folder that a tokenizer.json lies in."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError("tokenizer", str(file), "no such file", "Run the prepare stage or name another folder.")
+    folder = file.parent
+    settings = read_json(folder / CONFIG)
+    if "added_tokens_decoder" not in settings:
+        _add_legacy(folder, settings)
+    add_templates(folder, settings)
+    generation = read_json(folder / GENERATION)
+    config_ends = ids(read_json(folder / "config.json").get("eos_token_id"))
+    if generation.get("eos_token_id") is None and config_ends:
+        generation["eos_token_id"] = list(config_ends) if len(config_ends) > 1 else config_ends[0]
+    return TokenizerFiles(read_text(file), settings, generation, config_ends)
+
+
+def _add_legacy(folder: Path, settings: dict[str, Any]) -> None:
+    """special_tokens_map.json goes over tokenizer_config.json; added_tokens.json becomes `added_tokens_decoder`."""
+    for name, value in read_json(folder / "special_tokens_map.json").items():
+        if name == "extra_special_tokens" and isinstance(value, list):
+            had = settings.get(name) or []
+            value = [*had, *(each for each in value if each not in had)]
+        settings[name] = value
+    special = {content(token) for token in _named(settings)}
+    found = {
+        str(number): {"content": text, "normalized": text not in special, "special": text in special}
+        for text, number in read_json(folder / "added_tokens.json").items()
+    }
+    if found:
+        settings["added_tokens_decoder"] = found
+
+
+def add_templates(folder: Path, settings: dict[str, Any]) -> None:
+    """Put the chat templates that lie in a folder into the settings, over those that are there.
+
+    chat_template.json is for processors: it counts where nothing else does, as in vLLM and llama.cpp's converter.
+    """
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {each.stem: each for each in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    found = {name: read_text(file) for name, file in files.items() if file.is_file()}
+    if list(found) == ["default"]:
+        settings["chat_template"] = found["default"]
+    elif found:
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in found.items()]
+    elif "chat_template" not in settings and (given := read_json(folder / "chat_template.json").get("chat_template")):
+        settings["chat_template"] = given
+
+
+def templates(settings: dict[str, Any], path: Path) -> tuple[str | None, str | None]:
+    """The template for dialogues (the only one, or of several named ones the default), and that for dialogues with tools."""
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        given = {t["name"]: t.get("template") for t in given if isinstance(t, dict) and "name" in t}
+    named = given if isinstance(given, dict) else {"default": given}
+    found = named.get("default"), named.get("tool_use")
+    if not all(isinstance(text, str | None) for text in found):
+        problem = "neither a text nor a list of named texts"
+        raise UserError("chat_template", str(path), problem, f"Correct {CONFIG}.")
+    return found
+
+
+def add_tokens(tokenizer: tokenizers.Tokenizer, settings: dict[str, Any], path: Path) -> bool:
+    """Give a tokenizer the tokens that its files name beside tokenizer.json, and say whether there were any.
+
+    Those that the vocabulary lacks get the next free ids, whatever id the files say.
+    """
+    decoder = settings.get("added_tokens_decoder") or {}
+    try:
+        listed = [_token(decoder[number]) for number in sorted(decoder, key=int)]
+    except (LookupError, TypeError, ValueError) as error:
+        problem = f"not a table of ids and tokens ({error})"
+        raise UserError("added_tokens_decoder", str(path), problem, f"Correct {CONFIG}.") from None
+    known = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    new = [token for token in listed if repr(token) not in known]
+    texts = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *new)}
+    for given in _named(settings):
+        text = content(given)
+        if text and text not in texts:
+            texts.add(text)
+            new.append(_token({**(given if isinstance(given, dict) else {"content": text}), "special": True}))
+    if new:
+        tokenizer.add_tokens(new)
+    return bool(new)
+
+
+def _named(settings: dict[str, Any]) -> Iterator[Any]:
+    """Special tokens that the settings name: the usual ones, a model's own, and the extra ones."""
+    yield from (settings.get(name) for name in STANDARD)
+    yield from (value for name, value in settings.items() if name.endswith("_token") and name not in STANDARD)
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if isinstance(extra, dict | list):
+        yield from extra.values() if isinstance(extra, dict) else extra
+
+
+def _token(given: dict[str, Any]) -> AddedToken:
+    """A token as configs write it; an object without flags is as tokenizers makes it of its text."""
+    flags = {name: bool(given[name]) for name in _FLAGS if name in given}
+    return AddedToken(given["content"], **flags)
+
+
+def content(token: Any) -> str | None:
+    """A special token as configs write it: its text, or an object that holds it; anything else is none."""
+    found = token.get("content") if isinstance(token, dict) else token
+    return found if isinstance(found, str) else None
+
+
+def ids(given: Any) -> tuple[int, ...]:
+    """Token ids as configs write them: one, a list, or none."""
+    listed = given if isinstance(given, list) else [given]
+    return tuple(n for n in listed if isinstance(n, int) and not isinstance(n, bool) and n >= 0)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file, or no object in it."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(path.name, str(path), f"not JSON ({error})", "Download it again, or delete it.") from None
+    return found if isinstance(found, dict) else {}
+
+
+def read_text(path: Path) -> str:
+    """A text; UserError when it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(path.name, str(path), f"not UTF-8 ({error})", "Download it again.") from None
