@@ -42,14 +42,14 @@ def common(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def deepseek(draw: st.DrawFn, version: int) -> Any:
+def deepseek(draw: st.DrawFn, version: float) -> Any:
     heads = draw(st.sampled_from([2, 4]))
     groups = draw(st.sampled_from([1, 2, 4]))
     fields = draw(common()) | {
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "kv_lora_rank": draw(st.sampled_from([16, 24])),
-        "q_lora_rank": draw(st.sampled_from([None, 20])),
+        "q_lora_rank": 20 if version == 3.2 else draw(st.sampled_from([None, 20])),
         "qk_nope_head_dim": draw(st.sampled_from([8, 16])),
         "qk_rope_head_dim": draw(st.sampled_from([8, 16])),
         "v_head_dim": draw(st.sampled_from([8, 24])),
@@ -67,6 +67,12 @@ def deepseek(draw: st.DrawFn, version: int) -> Any:
     if version == 2:
         method = draw(st.sampled_from(["greedy", "group_limited_greedy"]))
         return transformers.DeepseekV2Config(**fields, topk_method=method, head_dim=fields["qk_rope_head_dim"])
+    if version == 3.2:
+        # fewer heads make many scores zero, and which of equal ones is picked is anybody's choice
+        fields |= {"index_n_heads": 16, "index_head_dim": fields["qk_rope_head_dim"] + draw(st.sampled_from([0, 8]))}
+        fields |= {"index_topk": draw(st.sampled_from([3, 8, 40])), "norm_topk_prob": draw(st.booleans())}
+        kind = transformers.GlmMoeDsaConfig if draw(st.booleans()) else transformers.DeepseekV32Config
+        return kind(**fields)
     return transformers.DeepseekV3Config(
         **fields,
         norm_topk_prob=draw(st.booleans()),
@@ -103,6 +109,7 @@ def dense(draw: st.DrawFn, family: str) -> Any:
 FAMILIES = {
     "deepseek_v2": deepseek(2),
     "deepseek_v3": deepseek(3),
+    "deepseek_v32": deepseek(3.2),
     "llama": dense("llama"),
     "qwen2": dense("qwen2"),
     "qwen3": dense("qwen3"),

@@ -1,5 +1,6 @@
 """A request comes out the same however it is run: alone, in company, in pieces, from the cache, preempted, drafted."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -38,7 +39,9 @@ DENSE = ModelConfig(
     max_position_embeddings=256,
     initializer_range=0.15,
 )
+SPARSE = dataclasses.replace(CONFIG, index_topk=20, index_n_heads=16, index_head_dim=8, initializer_range=0.15)
 MODELS = {"mla": toy_model(), "gqa": Transformer(DENSE).initialise(0).eval()}
+MODELS["dsa"] = Transformer(SPARSE).initialise(0).eval()
 PROMPT = [1, *range(40, 90)]  # four pages
 
 

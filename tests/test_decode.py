@@ -19,7 +19,7 @@ from finback.model.native import NativeGQA, NativeMLA, use_native
 from finback.model.pack import PackedGQA, pack
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
-from tests.test_model import DENSE, TOY, random_model
+from tests.test_model import DENSE, SPARSE, TOY, random_model
 from tests.toy import environment
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler: the plain lines are what runs")
@@ -68,7 +68,7 @@ def test_decoding_equals_the_plain_lines(config: ModelConfig, monkeypatch: pytes
     assert (fast - plain).abs().max() <= 1e-4 and fast.abs().max() > 0.1
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("config", [*CONFIGS.values(), SPARSE], ids=[*CONFIGS, "sparse"])
 def test_a_packed_model_answers_as_before(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 packed against bf16 plain, both against fp32: packing adds nothing to what bf16 costs."""
     exact = passes(random_model(config))

@@ -12,10 +12,13 @@ from torch import Tensor
 from finback.checkpoint.hf_config import raw_config
 from finback.checkpoint.names import table
 from finback.config import UserError
-from finback.kernels import attention, decode, moe_gemm, native, norm, reference
+from finback.kernels import attention, decode, documents, moe_gemm, native, norm, reference
 from finback.kernels.probe import experts_seconds
+from finback.model import dsa
 from finback.model.cache import PAGE, Cache, Pool
-from finback.model.config import TINY, V2_LITE, V3, ModelConfig
+from finback.model.config import TINY, V2_LITE, V3, V3_2, ModelConfig
+from finback.model.dsa import pick
+from finback.model.lora import learnt_parameters
 from finback.model.mla import MLA
 from finback.model.moe import MoE
 from finback.model.rope import softmax_scale
@@ -44,6 +47,8 @@ TOY = dataclasses.replace(
     routed_scaling_factor=2.5,
     num_nextn_predict_layers=1,
 )
+# of 16 heads no score is zero by chance
+SPARSE = dataclasses.replace(TOY, index_topk=9, index_n_heads=16, index_head_dim=16)
 DENSE = ModelConfig(
     vocab_size=97,
     hidden_size=48,
@@ -126,7 +131,7 @@ def pool_for(config: ModelConfig, rows: int, tokens: int) -> tuple[Pool, torch.T
 
 
 @pytest.mark.parametrize("native_kernels", [True, False])
-@pytest.mark.parametrize("config", [*PARITY, DENSE])
+@pytest.mark.parametrize("config", [*PARITY, SPARSE, DENSE])
 def test_cached_decoding_equals_the_whole(
     config: ModelConfig, native_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +158,7 @@ def test_cached_decoding_equals_the_whole(
         assert (model.logits(hidden[:, 0]) - whole[left, at]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("config", [TOY, DENSE, dataclasses.replace(TOY, kv_lora_rank=8)])
+@pytest.mark.parametrize("config", [TOY, SPARSE, DENSE, dataclasses.replace(TOY, kv_lora_rank=8)])
 @pytest.mark.parametrize("piece", [4, 15, 20])
 def test_chunked_prefill_equals_the_whole(config: ModelConfig, piece: int) -> None:
     model = random_model(config)
@@ -163,6 +168,41 @@ def test_chunked_prefill_equals_the_whole(config: ModelConfig, piece: int) -> No
         whole = model(tokens)
         pieces = [model(tokens[:, at : at + piece], Cache(pool, table, [at, at], piece)) for at in range(0, 60, piece)]
     assert (torch.cat(pieces, dim=1) - whole).abs().max() <= 1e-4
+
+
+def test_the_latest_of_equal_scores_are_picked() -> None:
+    """By hand: three of those that are seen, whatever padding stands before them."""
+    scores = torch.tensor([[[0.0, 3.0, 0.0, 0.0, 9.0], [0.0, 3.0, 0.0, 0.0, 9.0], [-1.0, -2.0, 5.0, 6.0, 7.0]]])
+    seen = torch.tensor([[[True] * 4 + [False], [False] * 3 + [True] * 2, [True] * 5]])
+    expected = [[False, True, True, True, False], [False] * 3 + [True] * 2, [False, False, True, True, True]]
+    assert pick(scores, seen, 3).tolist() == [expected]
+    assert pick(scores, seen, 5).tolist() == seen.tolist()
+
+
+def test_long_rows_are_picked_from_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few queries, and rows of documents too long for a matrix, give what is given at once."""
+    model = random_model(SPARSE)
+    tokens = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(6))
+    numbers = torch.arange(60).repeat(2, 1) // 25
+    prefixes, behind = torch.tensor([12, 20]), torch.tensor([[0] * 12 + [1] * 20 + [2] * 28, [0] * 20 + [1] * 40])
+    masks = [{}, {"document_ids": numbers}, {"document_ids": behind, "prefixes": prefixes}]
+    with torch.no_grad():
+        once = [model(tokens, **mask) for mask in masks]
+        monkeypatch.setattr(dsa, "SCORES", 60 * 16 * 2 * 7)
+        monkeypatch.setattr(documents, "LONGEST_MASKED", 8)
+        for whole, mask in zip(once, masks, strict=True):
+            assert (model(tokens, **mask) - whole).abs().max() <= 1e-5
+    assert (once[0] - once[1]).abs().max() > 0.01
+
+
+def test_what_is_learnt_of_a_sparse_model_is_what_the_loss_reaches() -> None:
+    model = random_model(SPARSE).train()
+    tokens = torch.randint(0, 97, (2, 31), generator=torch.Generator().manual_seed(6))
+    hidden = model(tokens[:, :30])
+    (hidden.square().sum() + model.mtp_hidden_states(hidden, tokens)[0].square().sum()).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {name for name, _ in learnt_parameters(model)} - {"head.weight"}
+    assert not any("indexer" in name for name in reached) and "mtp.0.block.attention.kv_up.weight" in reached
 
 
 def test_the_short_form_of_attention_is_taken_where_it_saves_products() -> None:
@@ -206,7 +246,11 @@ def test_yarn_softmax_scale_of_v3() -> None:
     assert softmax_scale(V3) == pytest.approx(0.135234, abs=1e-6)
 
 
-@pytest.mark.parametrize(("config", "total"), [(V3, 671_026_419_200), (V2_LITE, 15_706_484_224)], ids=["V3", "V2_LITE"])
+@pytest.mark.parametrize(
+    ("config", "total"),
+    [(V3, 671_026_419_200), (V3_2, 671_877_944_064), (V2_LITE, 15_706_484_224)],
+    ids=["V3", "V3.2", "V2_LITE"],
+)
 def test_parameter_totals(config: ModelConfig, total: int) -> None:
     """Totals of the specification, section 2.3, without the MTP module."""
     with torch.device("meta"):
@@ -217,7 +261,7 @@ def test_parameter_totals(config: ModelConfig, total: int) -> None:
 
 
 def test_name_table_covers_every_tensor() -> None:
-    for config in (TOY, DENSE, dataclasses.replace(TOY, q_lora_rank=None)):
+    for config in (TOY, SPARSE, DENSE, dataclasses.replace(TOY, q_lora_rank=None)):
         with torch.device("meta"):
             state = Transformer(config).state_dict()
         names = set(state) - ({"head.weight"} if config.tie_word_embeddings else set())
@@ -307,6 +351,9 @@ def test_mtp_at_depth_one_by_hand() -> None:
         ({"hidden_size": 1.5}, "hidden_size"),
         ({"kv_lora_rank": 0}, "kv_lora_rank"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim"),
+        ({"index_topk": 4}, "index_n_heads"),
+        ({"index_topk": 4, "index_n_heads": 2, "index_head_dim": 6}, "index_head_dim"),
+        ({"index_topk": 4, "q_lora_rank": None}, "index_topk"),
     ],
 )
 def test_impossible_configs_name_the_field(change: dict[str, object], field: str) -> None:
@@ -314,7 +361,7 @@ def test_impossible_configs_name_the_field(change: dict[str, object], field: str
         dataclasses.replace(TOY, **change)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("config", [TOY, DENSE], ids=["mla", "gqa"])
+@pytest.mark.parametrize("config", [TOY, SPARSE, DENSE], ids=["mla", "dsa", "gqa"])
 def test_documents_in_one_row_are_read_as_if_alone(config: ModelConfig) -> None:
     """Hidden states, MTP's too, and gradients of two packed documents are those of the two on their own."""
     model = random_model(config).train()

@@ -18,10 +18,14 @@ LARGEST = 1_000_000_000  # of any whole number in a config; beyond it is damage
 ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+SPARSE = ("deepseek_v32", "glm_moe_dsa")
+LATENT = ("deepseek_v2", "deepseek_v3", *SPARSE)
 # fields that are called alike in a config.json and in ModelConfig
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 COMMON = (*SIZES, "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "initializer_range")
@@ -29,6 +33,7 @@ MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MOE = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
 GROUPS = ("n_group", "topk_group")
 GATE = (*GROUPS, "scoring_func", "norm_topk_prob", "routed_scaling_factor")
+INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
 LAYERS = ("first_k_dense_replace", "num_nextn_predict_layers")
 
 
@@ -64,7 +69,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     }
     theta, scaling = _rope(fields)
     common |= {"rope_theta": theta, "rope_scaling": scaling}
-    family_fields = _latent(fields, family) if family.startswith("deepseek") else _grouped(fields, family)
+    family_fields = _latent(fields, family) if family in LATENT else _grouped(fields, family)
     return ModelConfig(**common | family_fields)
 
 
@@ -119,13 +124,25 @@ def _latent(fields: _Fields, family: str) -> dict[str, Any]:
     }
     layers, dense = fields.integer("num_hidden_layers"), fields.integer("first_k_dense_replace")
     declared = fields.raw.get("num_mtp_layers") or 0
-    mtp = fields.integer("num_nextn_predict_layers", declared) if family == "deepseek_v3" else 0
+    mtp = 0 if family == "deepseek_v2" else fields.integer("num_nextn_predict_layers", declared)
     found["num_nextn_predict_layers"] = mtp
+    if family in SPARSE:
+        found |= _indexer(fields, family)
     if not fields.raw.get("n_routed_experts") or dense >= layers + mtp:
         return found
     found |= {name: fields.integer(name) for name in MOE} | {"first_k_dense_replace": dense}
     found["routed_scaling_factor"] = fields.number("routed_scaling_factor")
     return found | (_v2_gate(fields) if family == "deepseek_v2" else _v3_gate(fields))
+
+
+def _indexer(fields: _Fields, family: str) -> dict[str, Any]:
+    """DSA's indexer, one for each layer."""
+    # GLM-5 may give several layers one indexer, by any of three fields
+    for name, shared in (("indexer_types", "shared"), ("index_topk_pattern", "S")):
+        if shared in (fields.raw.get(name) or ()):
+            fields.refuse(name, "finback gives each layer an indexer of its own", "Use another checkpoint.")
+    fields.demand("index_topk_freq", 1)
+    return {name: fields.integer(name) for name in INDEXER} | {"index_rope_interleaved": family == "glm_moe_dsa"}
 
 
 def _v2_gate(fields: _Fields) -> dict[str, Any]:
@@ -238,8 +255,10 @@ def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "attention_bias": False,
         "moe_layer_freq": 1,
         "rope_interleave": config.rope_interleaved,
-        "topk_method": "noaux_tc" if family == "deepseek_v3" else "group_limited_greedy",
+        "topk_method": "group_limited_greedy" if family == "deepseek_v2" else "noaux_tc",
     }
+    if family in SPARSE:
+        raw |= {name: getattr(config, name) for name in INDEXER}
     if not config.n_routed_experts:
         # the format has no dense models: every layer is among the dense first ones
         every = config.num_hidden_layers + config.num_nextn_predict_layers
@@ -257,6 +276,10 @@ def family_of(config: ModelConfig) -> str:
             raise UserError("model.scoring_func", "softmax", problem, "Train with sigmoid affinities.")
         if softmax and not config.rope_interleaved:
             raise UserError("model.rope_interleaved", False, "DeepSeek-V2 is interleaved", "Use sigmoid affinities.")
+        if config.index_topk:
+            if softmax:
+                raise UserError("model.scoring_func", "softmax", "models with an indexer use sigmoid", "Use it.")
+            return "glm_moe_dsa" if config.index_rope_interleaved else "deepseek_v32"
         return "deepseek_v2" if softmax else "deepseek_v3"
     if config.qk_norm:
         if config.attention_bias == "qkv":

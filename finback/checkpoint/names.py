@@ -17,6 +17,13 @@ _MLA: _Names = {
     "kv_up.weight": ("self_attn.kv_b_proj.weight",),
     "out.weight": ("self_attn.o_proj.weight",),
 }
+_DSA: _Names = {
+    "indexer.query.weight": ("self_attn.indexer.wq_b.weight",),
+    "indexer.key.weight": ("self_attn.indexer.wk.weight",),
+    "indexer.key_norm.weight": ("self_attn.indexer.k_norm.weight",),
+    "indexer.key_norm.bias": ("self_attn.indexer.k_norm.bias",),
+    "indexer.weight.weight": ("self_attn.indexer.weights_proj.weight",),
+}
 _GQA: _Names = {
     "query.weight": ("self_attn.q_proj.weight",),
     "key_value.weight": ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -86,6 +93,8 @@ def _block(config: ModelConfig, ours: str, layer: int, biases: bool) -> dict[str
     if config.attention == "mla" and config.q_lora_rank is None:
         attention = {k: v for k, v in attention.items() if k not in ("q_down.weight", "q_norm.weight")}
         attention["q_up.weight"] = ("self_attn.q_proj.weight",)
+    if config.index_topk:
+        attention |= _DSA
     names |= {f"attention.{k}": v for k, v in attention.items()}
     if config.is_moe(layer):
         experts = range(config.n_routed_experts)

@@ -63,6 +63,37 @@ def masked(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor:
     return visible & (index[:, None] >= index)
 
 
+def longest(mask: Mask, length: int) -> int:
+    """The most tokens that one token of rows of this length may see."""
+    if isinstance(mask, Documents):
+        return max(mask.lengths)
+    if isinstance(mask, Prefixed):
+        return max(row[0] + max(row[1:], default=0) for row in mask.rows)
+    return length
+
+
+def visible(mask: Mask, part: slice, keys: int, device: torch.device) -> Tensor:
+    """(b or 1, part, keys) True where the queries of a part of the rows may look."""
+    if isinstance(mask, Tensor):
+        return mask[:, part]
+    index = torch.arange(keys, device=device)
+    before = (index <= index[part, None])[None]
+    if mask is None:
+        return before
+    if isinstance(mask, Documents):
+        ids = _numbered(mask.lengths, device).unflatten(0, (-1, keys))
+        return before & (ids[:, part, None] == ids[:, None, :])
+    ids = torch.stack([_numbered(row, device) for row in mask.rows])
+    prefixes = torch.tensor([row[0] for row in mask.rows], device=device)
+    return before & ((ids[:, part, None] == ids[:, None, :]) | (index < prefixes[:, None, None]))
+
+
+def _numbered(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """The number of each token's document."""
+    sizes = torch.tensor(lengths, device=device)
+    return torch.arange(len(lengths), device=device).repeat_interleave(sizes)
+
+
 def _runs(ids: Tensor) -> list[int]:
     """Lengths of a row's documents."""
     return list(torch.unique_consecutive(ids, return_counts=True)[1].tolist())

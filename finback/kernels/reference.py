@@ -58,9 +58,9 @@ def paged_attention(query: Tensor, rows: PagedRows, groups: int, value_dim: int,
     return torch.einsum("bghts,bsgv->btghv", weights, values).flatten(2, 3)
 
 
-def gather_pages(rows: PagedRows) -> Tensor:
-    """The rows' entries in order, (rows, pages · size, elements)."""
-    return rows.entries.unflatten(0, (-1, rows.size))[rows.table].flatten(1, 2)
+def gather_pages(rows: PagedRows, start: int = 0) -> Tensor:
+    """The rows' entries in order, each from element `start` on, (rows, pages · size, elements)."""
+    return rows.entries[:, start:].unflatten(0, (-1, rows.size))[rows.table].flatten(1, 2)
 
 
 def exact_sum(a: Tensor, b: Tensor) -> Tensor:

@@ -117,9 +117,19 @@ class LayerCache(PagedRows):
         form = decode.paged_attention if self.native else reference.paged_attention
         return form(query, self, groups, value_dim, value_at, scale)
 
-    def stored(self) -> Tensor:
-        """Everything the rows hold, new tokens included: (rows, slots, elements)."""
-        return reference.gather_pages(self)
+    @property
+    def reach(self) -> int:
+        """Slots of a row's pages: no row holds more tokens."""
+        return self.table.size(1) * self.size
+
+    def stored(self, start: int = 0) -> Tensor:
+        """Everything the rows hold, new tokens included, of each entry from `start` on: (rows, slots, elements)."""
+        return reference.gather_pages(self, start)
+
+    def at(self, place: Tensor) -> Tensor:
+        """The entries at places of the rows' slots: place (rows, new, n) -> (rows, new, n, elements)."""
+        pages = self.table.gather(1, (place // self.size).flatten(1)).view_as(place)
+        return self.entries[pages * self.size + place % self.size]
 
     def mask(self) -> Tensor:
         """(rows, new, slots): True where a new token may look."""

@@ -31,6 +31,12 @@ class ModelConfig:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    # DSA (V3.2 2.1): how many tokens an indexer picks for each to look at, its heads and their width; 0: all
+    index_topk: int = 0
+    index_n_heads: int = 0
+    index_head_dim: int = 0
+    # pairs (0,1), (2,3), … of the indexer are rotated, as GLM-5 has it, and V3.2 has not
+    index_rope_interleaved: bool = False
     # GQA, for dense students
     num_key_value_heads: int = 0
     head_dim: int = 0
@@ -84,6 +90,16 @@ class ModelConfig:
             )
         if self.n_routed_experts:
             self._check_experts()
+        if self.index_topk:
+            self._check_indexer()
+
+    def _check_indexer(self) -> None:
+        latent = self.attention == "mla" and self.q_lora_rank is not None
+        problem = "an indexer asks with the query latent of latent attention"
+        self._require(latent, "index_topk", problem, 'Use attention="mla" and a q_lora_rank, or 0.')
+        self._require(self.index_n_heads > 0, "index_n_heads", "an indexer needs heads", "Set it > 0.")
+        least = self.qk_rope_head_dim
+        self._require(self.index_head_dim >= least, "index_head_dim", f"below the {least} rotated", "Raise it.")
 
     def _check_experts(self) -> None:
         experts, groups, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok
@@ -113,9 +129,10 @@ class ModelConfig:
 
     @property
     def cache_elements(self) -> int:
-        """Cached numbers per token and layer: latent + rotary key for MLA (V2 2.1.4), keys + values for GQA."""
+        """Cached numbers per token and layer: latent + rotary key for MLA (V2 2.1.4), and DSA's key; keys + values for GQA."""
         if self.attention == "mla":
-            return self.kv_lora_rank + self.qk_rope_head_dim
+            indexed = self.index_head_dim if self.index_topk else 0
+            return self.kv_lora_rank + self.qk_rope_head_dim + indexed
         return 2 * self.num_key_value_heads * self.head_dim
 
     def is_moe(self, layer: int) -> bool:
@@ -144,4 +161,6 @@ def from_json(fields: dict[str, Any]) -> ModelConfig:
 # TINY: the quickstart's model, V3's layout at 1.4 M parameters (0.8 M active). An initializer_range of 0.006 suits width 7168; at
 # width 128 it starts too flat. SMALL: a few hours on one GPU, 0.3 B parameters.
 _PRESETS = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
-TINY, SMALL, V2_LITE, V2, V3 = (from_json(_PRESETS[name]) for name in ("TINY", "SMALL", "V2_LITE", "V2", "V3"))
+TINY, SMALL, V2_LITE, V2, V3, V3_2 = (
+    from_json(_PRESETS[name]) for name in ("TINY", "SMALL", "V2_LITE", "V2", "V3", "V3_2")
+)

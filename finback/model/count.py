@@ -20,7 +20,15 @@ def attention_parameters(c: ModelConfig) -> int:
     if c.q_lora_rank is not None:
         query = d * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * heads * c.qk_head_dim
     latent = d * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
-    return query + latent + c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim) + heads * c.v_head_dim * d
+    main = query + latent + c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim) + heads * c.v_head_dim * d
+    return main + (_indexer_matrices(c) + 2 * c.index_head_dim if c.index_topk else 0)
+
+
+def _indexer_matrices(c: ModelConfig) -> int:
+    """DSA's projections: queries from the query latent, one key and a weight per head from the hidden state."""
+    assert c.q_lora_rank is not None, "an indexer asks with the query latent"
+    heads, width = c.index_n_heads, c.index_head_dim
+    return c.q_lora_rank * heads * width + c.hidden_size * (width + heads)
 
 
 def layer_parameters(c: ModelConfig, layer: int, active: bool) -> int:
@@ -99,8 +107,7 @@ def forward_flops(c: ModelConfig, context: float, mtp: bool = False) -> float:
     if mtp:
         met += head * c.num_nextn_predict_layers  # the head runs once more per depth
         layers += c.num_nextn_predict_layers
-    value = c.v_head_dim if c.attention == "mla" else c.head_dim
-    return 2 * met + 2 * context * c.num_attention_heads * (c.qk_head_dim + value) * layers
+    return 2 * met + _score_flops(c, context) * layers
 
 
 def forward_flops_of(c: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> float:
@@ -168,11 +175,10 @@ def token_flops(c: ModelConfig, context: float, mtp: bool = False) -> TokenFlops
     depths = c.num_nextn_predict_layers if mtp else 0
     layers = c.num_hidden_layers + depths
     moe = sum(c.is_moe(layer) for layer in range(layers))
-    value = c.v_head_dim if c.attention == "mla" else c.head_dim
     expert = 3 * c.hidden_size * c.moe_intermediate_size
     return TokenFlops(
         attention_linear=2 * layers * _attention_matrices(c),
-        attention_scores=2 * layers * context * c.num_attention_heads * (c.qk_head_dim + value),
+        attention_scores=layers * _score_flops(c, context),
         dense=2 * (layers - moe) * 3 * c.hidden_size * c.intermediate_size,
         experts=2 * moe * c.num_experts_per_tok * expert,
         shared=2 * moe * c.n_shared_experts * expert,
@@ -186,7 +192,21 @@ def _attention_matrices(c: ModelConfig) -> int:
     """One layer's attention without the gains of its norms and without biases."""
     if c.attention == "gqa":
         return c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    return attention_parameters(c) - c.kv_lora_rank - (c.q_lora_rank or 0)
+    norms = c.kv_lora_rank + (c.q_lora_rank or 0) + (2 * c.index_head_dim if c.index_topk else 0)
+    return attention_parameters(c) - norms
+
+
+def _score_flops(c: ModelConfig, context: float) -> float:
+    """Products of one layer's queries with keys and weights with values, for a token that could look at `context` keys.
+
+    On average over rows of T = 2 · context tokens DSA looks at min(i, k) of i, and its indexer at all of them once T > k.
+    """
+    value = c.v_head_dim if c.attention == "mla" else c.head_dim
+    k, row = c.index_topk, 2 * context
+    indexed = 0.0
+    if k and row > k:
+        context, indexed = k - k * k / (2 * row), context * c.index_n_heads * c.index_head_dim
+    return 2 * (context * c.num_attention_heads * (c.qk_head_dim + value) + indexed)
 
 
 def cache_bytes(c: ModelConfig, bytes_per_element: float = 2) -> float:

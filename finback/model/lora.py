@@ -233,6 +233,8 @@ def matrices(model: Transformer) -> Iterator[tuple[str, Linear | MoE, str, tuple
         leaf = name.rpartition(".")[2]
         if isinstance(module, MoE):
             yield name, module, "experts", ("experts",)
+        elif ".indexer." in name:  # nothing that is learnt here reaches it
+            continue
         elif isinstance(module, Linear) and ".attention." in name:
             yield name, module, "attention", attention[leaf]
         elif isinstance(module, Linear):
@@ -243,6 +245,15 @@ def adapter_parameters(model: Transformer) -> list[tuple[str, nn.Parameter]]:
     """What is learnt of a model with an adapter, by name; empty for any other model."""
     adapters = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRank)]
     return [(f"{name}.{leaf}", p) for name, module in adapters for leaf, p in module.named_parameters()]
+
+
+def learnt_parameters(model: Transformer) -> list[tuple[str, nn.Parameter]]:
+    """What a loss on tokens teaches, by name: the adapter where there is one, else all but DSA's indexers.
+
+    Which tokens an indexer picks has no gradient (V3.2 2.1.1), and an optimizer would only let its weights decay.
+    """
+    everything = [(name, p) for name, p in model.named_parameters() if ".indexer." not in name]
+    return adapter_parameters(model) or everything
 
 
 @contextmanager

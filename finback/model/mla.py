@@ -58,17 +58,22 @@ class MLA(nn.Module):
         if cache is None:
             return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, self.core, attention_mask))
         cache.append(torch.cat([latent, k_rope], dim=-1))
-        if cache.fresh:  # whole prompts: nothing stored before them
-            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, causal_attention))
-        if x.size(1) <= self.longest_absorbed:
-            return self.out(self.attend_absorbed(q_nope, q_rope, cache))
-        latent, k_rope = cache.stored().to(x.dtype).split([self.config.kv_lora_rank, q_rope.size(-1)], dim=-1)
-        return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, torch_attention, cache.mask()))
+        return self.out(self.attend_stored(q_nope, q_rope, latent, k_rope, cache))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (b, t, hidden) -> queries (b, t, h·(n + r)) and [latent | rotary key] (b, t, c + r), not rotated yet."""
-        q = self.q_up(x if self.config.q_lora_rank is None else self.q_norm(self.q_down(x)))
+        q, kv = self.inputs(x)
+        return self.q_of(q), kv
+
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed query latent (b, t, q_lora_rank), or the queries where there is none; and [latent | rotary key]."""
+        q: Tensor = self.q_up(x) if self.config.q_lora_rank is None else self.q_norm(self.q_down(x))
         return q, self.kv_down(x)
+
+    def q_of(self, latent: Tensor) -> Tensor:
+        """Queries (b, t, h·(n + r)) from what `inputs` gives."""
+        q: Tensor = latent if self.config.q_lora_rank is None else self.q_up(latent)
+        return q
 
     def queries(self, q: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """q (b, t, h·(n + r)) -> q_nope (b, t, h, n) and rotated q_rope (b, t, h, r)."""
@@ -87,13 +92,30 @@ class MLA(nn.Module):
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, core: Attention, mask: Mask = None
     ) -> Tensor:
         """Attention of t tokens over s with per-head keys and values, by one of its forms -> (b, t, h·v)."""
+        key, value = self.expanded(latent, k_rope)
+        query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
+        return core(query, key, value, self.scale, mask).transpose(1, 2).flatten(2)
+
+    def expanded(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """latent (b, s, c), rotary key (b, s, r) -> keys (b, h, s, n + r) and values (b, h, s, v)."""
         c = self.config
         kv = self.kv_up(latent).unflatten(-1, (c.num_attention_heads, -1))
         k_nope, value = kv.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
         shared = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
-        key, value = torch.cat([k_nope, shared], dim=-1).transpose(1, 2), value.transpose(1, 2)
-        return core(query, key, value, self.scale, mask).transpose(1, 2).flatten(2)
+        return torch.cat([k_nope, shared], dim=-1).transpose(1, 2), value.transpose(1, 2)
+
+    def attend_stored(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, cache: LayerCache
+    ) -> Tensor:
+        """Attention of t new tokens, which are stored already, over all that is stored, in the cheaper form -> (b, t, h·v)."""
+        if cache.fresh:  # whole prompts: nothing stored before them
+            return self.attend_expanded(q_nope, q_rope, latent, k_rope, causal_attention)
+        if q_nope.size(1) <= self.longest_absorbed:
+            return self.attend_absorbed(q_nope, q_rope, cache)
+        c = self.config
+        stored = cache.stored()[..., : c.kv_lora_rank + c.qk_rope_head_dim].to(q_nope.dtype)
+        latent, k_rope = stored.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        return self.attend_expanded(q_nope, q_rope, latent, k_rope, torch_attention, cache.mask())
 
     def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache) -> Tensor:
         """Attention of t tokens over what is cached, [latent | rotary key] per token -> (b, t, h·v).

@@ -10,15 +10,20 @@ from torch import Tensor
 from finback.kernels import native
 from finback.kernels.documents import Mask
 from finback.model.cache import LayerCache
+from finback.model.dsa import DSA
 from finback.model.mla import MLA
 from finback.model.pack import PackedGQA
-from finback.model.replace import recast_modules
+from finback.model.replace import recast, recast_modules, replace_modules
 from finback.model.transformer import Transformer
 
 
 def use_native(model: Transformer) -> Transformer:
-    """Have the model's attention decode by the C++ kernels from now on, in place; training stays as it is."""
-    return recast_modules(recast_modules(model, MLA, NativeMLA), PackedGQA, NativeGQA)
+    """Have the model's attention decode by the C++ kernels from now on, in place; training stays as it is.
+
+    DSA has none of its own: it reads other tokens for each query.
+    """
+    replace_modules(model, MLA, lambda _, module: module if isinstance(module, DSA) else recast(module, NativeMLA))
+    return recast_modules(model, PackedGQA, NativeGQA)
 
 
 class NativeMLA(MLA):

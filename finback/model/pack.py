@@ -36,11 +36,11 @@ class PackedMLA(MLA):
 
     stacked: nn.Module
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         c, both = self.config, self.stacked(x)
         size = c.kv_lora_rank + c.qk_rope_head_dim
         q = both[..., :-size]
-        return q if c.q_lora_rank is None else self.q_up(self.q_norm(q)), both[..., -size:]
+        return q if c.q_lora_rank is None else self.q_norm(q), both[..., -size:]
 
 
 class PackedGQA(GQA):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from finback.kernels.documents import Mask, mask_of
 from finback.model.cache import Cache, LayerCache
 from finback.model.config import ModelConfig
+from finback.model.dsa import DSA
 from finback.model.gqa import GQA
 from finback.model.layers import Linear, RMSNorm, SwiGLU, initialise
 from finback.model.mla import MLA
@@ -18,13 +19,20 @@ from finback.model.mtp import MTP
 from finback.model.rope import rotation
 
 
+def attention_kind(config: ModelConfig) -> type[MLA] | type[GQA]:
+    """The attention that a config asks for."""
+    if config.attention == "gqa":
+        return GQA
+    return DSA if config.index_topk else MLA
+
+
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm x), then x + feed-forward(norm x)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = MLA(config) if config.attention == "mla" else GQA(config)
+        self.attention = attention_kind(config)(config)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         moe = config.is_moe(layer)
         self.feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)

@@ -128,6 +128,9 @@ class Layout:
         for name, value, instead in (("schedule", "dualpipe", "dualpipev"), ("sharding", "ddp", "zero1")):
             if getattr(self, name) == value:
                 raise UserError(f"layout.{name}", value, "can be planned, not trained", f'Use "{instead}".')
+        if c.index_topk:
+            problem = "an indexer, which training on many ranks leaves out so far"
+            raise UserError("model.index_topk", c.index_topk, problem, "Use ranks with the whole model: no layout.")
         self.check(c, rows)
 
     def _check_experts(self, c: ModelConfig) -> None:

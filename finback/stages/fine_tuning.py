@@ -9,7 +9,7 @@ from finback.checkpoint import models
 from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
 from finback.model.count import forward_flops_of, recomputed_flops_of, training_flops_of
-from finback.model.lora import adapter_parameters
+from finback.model.lora import learnt_parameters
 from finback.model.recompute import use_recompute
 from finback.parallel.mesh import World
 from finback.rollouts.generation import Rollouts
@@ -151,6 +151,6 @@ def begin(stage: "SFT", run: StageRun) -> tuple[ReplicatedTrainer, Tokenizer]:
         return_large_blocks()
     model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
     model = use_recompute(model.to(world.device), stage.recomputes or "none").train()
-    named = adapter_parameters(model) or list(model.named_parameters())
+    named = learnt_parameters(model)
     adam = Adam(named, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
     return ReplicatedTrainer(model, world, [adam], named), Tokenizer(folder)

@@ -12,7 +12,7 @@ from finback.checkpoint import models
 from finback.data.tokenizer import Tokenizer
 from finback.model.count import forward_flops_of, recomputed_flops_of, training_flops_of
 from finback.model.logprobs import token_logprobs
-from finback.model.lora import adapter_parameters
+from finback.model.lora import learnt_parameters
 from finback.model.recompute import use_recompute
 from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
@@ -58,8 +58,7 @@ class Reinforcement(Training):
             return_large_blocks()
         self.model = models.load_for_training(folder, stage.adapter, dtype, run.seed("adapter")).to(world.device)
         # the MTP modules stay as they are
-        whole = [(n, p) for n, p in self.model.named_parameters() if not n.startswith("mtp.")]
-        named = adapter_parameters(self.model) or whole
+        named = [(n, p) for n, p in learnt_parameters(self.model) if not n.startswith("mtp.")]
         use_recompute(self.model, stage.recomputes or "none")
         self.reference = reference_of(self.model, "reference") if stage.objective.beta else None
         extras = [self.reference] if self.reference is not None else []

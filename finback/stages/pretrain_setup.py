@@ -51,6 +51,11 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     else:
         start = models.load(_start(stage, run))
         config = stage.adapted(start.config)
+    if config.index_topk:
+        problem = f"picks {config.index_topk} tokens by an indexer, which pre-training does not teach"
+        raise stage.wrong(
+            "model" if stage.model is not None else "start", problem, "Use index_topk=0: dense attention."
+        )
     precision = _precision(stage, config, run, world.device)
     dtype = dtype_of(precision)
     if start is None:

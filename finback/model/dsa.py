@@ -1,0 +1,168 @@
+"""DeepSeek Sparse Attention (DSA, V3.2 2.1): MLA that looks at the few tokens which a lightning indexer picks.
+
+The indexer is a small attention of its own: many heads of queries from MLA's query latent, one key per token, no values. It
+scores every earlier token (V3.2 eq. 1), and the main attention of a token sees the `index_topk` best alone, itself
+included if it is among them. Up to `index_topk` tokens there is nothing to choose, and DSA is MLA.
+
+The release also multiplies the indexer's queries and keys by a Hadamard matrix and stores them in FP8. The matrix is
+orthogonal and leaves scores as they are, so both are left out here, as in transformers.
+
+Letters: those of mla.py, j head of the indexer, e index_head_dim, k index_topk.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finback.kernels.attention import torch_attention
+from finback.kernels.documents import Mask, longest, visible
+from finback.model.cache import FEW, LayerCache
+from finback.model.config import ModelConfig
+from finback.model.layers import Linear
+from finback.model.mla import MLA
+from finback.model.rope import rotate_half, rotate_interleaved
+
+SCORES = 2**24  # of all of the indexer's heads that are in memory at once
+
+
+class Indexer(nn.Module):
+    """I[t, s] = Σ_j w[t, j] · ReLU(q[t, j] · k[s]) (V3.2 eq. 1), with w scaled by (j e)^-1/2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        assert c.q_lora_rank is not None, "queries of the indexer come from MLA's query latent"
+        self.query = Linear(c.q_lora_rank, c.index_n_heads * c.index_head_dim)
+        self.key = Linear(c.hidden_size, c.index_head_dim)
+        self.key_norm = nn.LayerNorm(c.index_head_dim, eps=1e-6)
+        self.weight = Linear(c.hidden_size, c.index_n_heads)
+        self.rotate = rotate_interleaved if c.index_rope_interleaved else rotate_half
+
+    def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (b, t, hidden) -> what a token leaves in the cache for later ones, (b, t, e), rotated."""
+        key = F.layer_norm(self.key(x).float(), (self.config.index_head_dim,), *self._norm(), self.key_norm.eps)
+        return self._rotated(key, cos, sin).to(x.dtype)
+
+    def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x (b, t, hidden) and MLA's query latent (b, t, q_lora_rank) -> queries (b, t, j, e) and weights (b, t, j), fp32."""
+        c = self.config
+        query = self.query(q_latent).float().unflatten(-1, (c.index_n_heads, c.index_head_dim))
+        scale = (c.index_n_heads * c.index_head_dim) ** -0.5
+        return self._rotated(query, cos[:, :, None], sin[:, :, None]), self.weight(x).float() * scale
+
+    @staticmethod
+    def scores(query: Tensor, weight: Tensor, key: Tensor) -> Tensor:
+        """query (b, t, j, e), weight (b, t, j), key (b, s, e) -> (b, t, s) in fp32."""
+        products = torch.einsum("btje,bse->btjs", query, key.float()).relu_()
+        return torch.einsum("btj,btjs->bts", weight, products)
+
+    def _norm(self) -> tuple[Tensor, Tensor]:
+        return self.key_norm.weight.float(), self.key_norm.bias.float()
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The first r of the last dimension rotated, the rest as it is."""
+        c = self.config
+        turned, rest = x.split([c.qk_rope_head_dim, c.index_head_dim - c.qk_rope_head_dim], dim=-1)
+        return torch.cat([self.rotate(turned, cos, sin), rest], dim=-1)
+
+
+class DSA(MLA):
+    """MLA over the tokens that an Indexer picks, in MLA's two forms."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.indexer = Indexer(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
+    ) -> Tensor:
+        """As MLA.forward. A cache keeps [latent | rotary key | the indexer's key] of each token.
+
+        What is picked carries no gradient to the indexer, which learns from the main attention's weights alone (V3.2 2.1.1).
+        """
+        c = self.config
+        q_latent, kv = self.inputs(x)
+        q_nope, q_rope = self.queries(self.q_of(q_latent), cos, sin)
+        latent, k_rope = self.latents(kv, cos, sin)
+        if cache is None and longest(attention_mask, x.size(1)) <= c.index_topk:  # nothing to choose
+            return self.out(self.attend_expanded(q_nope, q_rope, latent, k_rope, self.core, attention_mask))
+        with torch.no_grad():
+            key = self.indexer.keys(x, cos, sin)
+        if cache is not None:
+            cache.append(torch.cat([latent, k_rope, key], dim=-1))
+            if cache.reach <= c.index_topk:
+                return self.out(self.attend_stored(q_nope, q_rope, latent, k_rope, cache))
+        with torch.no_grad():
+            asked = self.indexer.queries(x, q_latent, cos, sin)
+        if cache is None or cache.fresh:
+            return self.out(self._attend_blocks(q_nope, q_rope, latent, k_rope, (*asked, key), attention_mask))
+        if x.size(1) <= min(FEW, self.longest_absorbed):
+            return self.out(self._attend_chosen(q_nope, q_rope, cache, *asked))
+        sizes = [c.kv_lora_rank, c.qk_rope_head_dim, c.index_head_dim]
+        latent, k_rope, key = cache.stored().to(x.dtype).split(sizes, dim=-1)
+        return self.out(self._attend_blocks(q_nope, q_rope, latent, k_rope, (*asked, key), cache.mask()))
+
+    def _attend_blocks(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        indexed: tuple[Tensor, Tensor, Tensor],
+        mask: Mask,
+    ) -> Tensor:
+        """Attention of t tokens over s under the indexer's mask, a block of queries after the other -> (b, t, h·v)."""
+        key, value = self.expanded(latent, k_rope)
+        query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
+        asked, weight, indexer_key = indexed
+        read = []
+        for part in self._parts(query.size(2), latent.size(1), len(query)):
+            seen = visible(mask, part, latent.size(1), query.device)
+            with torch.no_grad():
+                scores = self.indexer.scores(asked[:, part], weight[:, part], indexer_key)
+                picked = pick(scores, seen, self.config.index_topk)
+            read.append(torch_attention(query[:, :, part], key, value, self.scale, picked))
+        return torch.cat(read, dim=2).transpose(1, 2).flatten(2)
+
+    def _attend_chosen(
+        self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache, asked: Tensor, weight: Tensor
+    ) -> Tensor:
+        """Attention of a few new tokens over the entries that are picked, which alone are read -> (b, t, h·v)."""
+        c, entry = self.config, self.config.kv_lora_rank + q_rope.size(-1)
+        with torch.no_grad():
+            scores = self.indexer.scores(asked, weight, cache.stored(entry).to(q_nope.dtype))
+            picked = pick(scores, cache.mask(), c.index_topk)
+            counts, place = picked.to(torch.int8).sort(dim=-1, descending=True, stable=True)
+            most = min(c.index_topk, picked.size(-1))
+            counts, place = counts[..., :most].bool(), place[..., :most]
+        stored = cache.at(place)[..., :entry].to(q_nope.dtype)  # (b, t, k, c + r)
+        w_uk, w_uv = self.absorbed_weights(q_nope.dtype)
+        query = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], dim=-1)
+        weights = (torch.einsum("bthc,btkc->bthk", query, stored).float() * self.scale).masked_fill(
+            ~counts[:, :, None], float("-inf")
+        )
+        read = torch.einsum("bthk,btkc->bthc", weights.softmax(dim=-1).to(query.dtype), stored[..., : c.kv_lora_rank])
+        return torch.einsum("bthc,hvc->bthv", read, w_uv).flatten(2)
+
+    def _parts(self, queries: int, keys: int, rows: int) -> Iterator[slice]:
+        """Blocks of queries whose scores of all heads fit SCORES."""
+        size = max(1, SCORES // (rows * keys * self.config.index_n_heads))
+        for start in range(0, queries, size):
+            yield slice(start, min(start + size, queries))
+
+
+def pick(scores: Tensor, seen: Tensor, k: int) -> Tensor:
+    """True for the k highest scores (b, t, s) among those that are seen, for all of them where they are fewer.
+
+    Equal scores, which ReLU makes of zeros, are taken from the latest on: what is picked depends neither on padding nor on how
+    many tokens are computed at once.
+    """
+    if k >= scores.size(-1):
+        return seen.expand_as(scores)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    least = scores.topk(k, dim=-1).values[..., -1:]
+    above, equal = scores > least, (scores == least) & seen
+    room = k - above.sum(dim=-1, keepdim=True)
+    return above | (equal & (equal.flip(-1).cumsum(dim=-1).flip(-1) <= room))
