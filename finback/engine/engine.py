@@ -7,7 +7,7 @@ company, read at once or in pieces, with a prefix found in the cache, preempted,
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -119,6 +119,16 @@ class Engine:
             self.scheduler.follow(request, leader)
         self.scheduler.waiting.append(request)
         return request
+
+    def use(self, model: Transformer) -> None:
+        """Go on with other weights of the same model. Requests under way keep what they have read with the old ones."""
+        assert model.config == self.model.config and model.compute == self.model.compute, "another model"
+        self.model = use_native(model)
+        self.routing = trace_routers(model) if self.config.return_routed_experts else None
+        self.runner = replace(self.runner, model=model, routing=self.routing)
+        self.scheduler.on_preempt = self.runner.keep_routes
+        self.pages.forget()
+        self._weights = self._version()
 
     @property
     def model_config(self) -> ModelConfig:

@@ -44,7 +44,9 @@ class EngineRollouts(Rollouts):
 
     def _take_weights(self, version: int) -> int:
         model = self.weights()
-        if self._engine is None or self._engine.model is not model:
+        if self._engine is not None and self._engine.model is not model:
+            self._engine.use(model)
+        elif self._engine is None:
             self._engine = Engine(model, self.tokenizer.stops, self.engine_config)
         return 0
 

@@ -18,7 +18,7 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 STATUSES = {
     400: ("invalid_value", "The request does not fit; `param` names the field."),
     401: ("invalid_api_key", "The API key is missing or wrong."),
-    403: ("forbidden", "The Host or Origin is not allowed."),
+    403: ("forbidden", "The Host or Origin is not allowed, or the server was started without this path."),
     404: ("not_found", "No such path, model or running request."),
     405: ("method_not_allowed", "The path takes other methods."),
     413: ("request_too_large", "The body is too large."),

@@ -1,4 +1,4 @@
-"""This server's interface as an OpenAPI document: requests from protocol.py, the rest from openapi.json. No torch here."""
+"""This server's interface as an OpenAPI document: requests from protocol.py and trainer_protocol.py, the rest from openapi.json. No torch here."""
 
 import functools
 import json
@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 from finback import __version__
 from finback.serve.errors import STATUSES
 from finback.serve.protocol import ChatRequest, CompletionRequest, ControlRequest
+from finback.serve.trainer_protocol import TokenizeRequest, TokensRequest, UpdateWeightsRequest
 
 REF = "#/components/schemas/"
 
@@ -19,7 +20,7 @@ def document() -> dict[str, Any]:
     """The whole document; every operation may also end with each of the errors."""
     document: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     document["info"]["version"] = __version__
-    forms = (ChatRequest, CompletionRequest, ControlRequest)
+    forms = (ChatRequest, CompletionRequest, ControlRequest, TokensRequest, TokenizeRequest, UpdateWeightsRequest)
     _, definitions = models_json_schema([(form, "validation") for form in forms], ref_template=REF + "{model}")
     document["components"]["schemas"] |= definitions["$defs"]
     content = {"application/json": {"schema": {"$ref": REF + "Error"}}}

@@ -72,6 +72,12 @@ class ServeOptions(ListenOptions):
     drain: Annotated[float, "Seconds that running answers get after SIGTERM."] = 30.0
     also: Annotated[tuple[Path, ...], Option(metavar="MODEL", help="One more model; repeatable.")] = ()
     page: Annotated[bool, "Show the web page at /."] = True
+    return_routed_experts: Annotated[
+        bool, Option("--enable-return-routed-experts", help="Note each token's experts for /inference/v1/generate.")
+    ] = False
+    allow_weight_updates: Annotated[
+        Path | None, Option(metavar="FOLDER", help="Take other weights from within it while running, when asked.")
+    ] = None
     runs: Annotated[Path, "Folder of the run folders that the page shows."] = Path("runs")
     # prompts x n of one request
     choices: int = 64

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.open import open_engine
-from finback.serve import metrics, openapi
+from finback.serve import generate, metrics, openapi, weights
 from finback.serve.completions import Completions
 from finback.serve.errors import ApiError, bad
 from finback.serve.http import application, configuration, listen, secured, url
@@ -73,7 +73,7 @@ def run(options: ServeOptions, planned: Planned | None = None) -> None:
     listener = listen(o.host, o.port)  # before the model is read: a port that is taken shows at once
     # Not in this thread: torch keeps threads for each that has used it, and OpenMP, which then counts more threads
     # than cores, lets the engine's sleep after every product. Measured: 45 instead of 29 ms a step.
-    config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate)
+    config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate, o.return_routed_experts)
     with ThreadPoolExecutor(1) as reader:
         engine, tokenizer = reader.submit(open_engine, o.model, o.dtype, config).result()
         others = {name: reader.submit(open_engine, path, o.dtype, config).result() for name, path in o.others.items()}
@@ -118,6 +118,7 @@ class Server(uvicorn.Server):
 def routes() -> list[Route]:
     """All of them but /health; every one needs a key."""
     found = [Route("/ready", ready), Route("/metrics", show_metrics), Route("/openapi.json", show_openapi)]
+    found += [*generate.routes(), *weights.routes()]
     for prefix in PREFIXES:
         found += [
             Route(f"{prefix}/models", models),

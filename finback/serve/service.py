@@ -1,5 +1,6 @@
 """What the routes share: each served model with its worker, its active requests, and whether it is ready."""
 
+import asyncio
 import time
 
 from starlette.types import Scope
@@ -36,6 +37,8 @@ class Service:
         self.token_texts = TokenTexts(tokenizer)
         self.preparer = RequestPreparer(tokenizer, engine.capacity, self.token_texts.longest)
         self.schemas = SchemaChecker()
+        # one after the other takes other weights
+        self.updating = asyncio.Lock()
         quota: Quota = first.admission.quota if first else Quota(options.rate, options.concurrent)
         self.admission: Admission = Admission(engine, options, quota)
         # what can still be controlled, by the id of the response

@@ -6,6 +6,7 @@ come back with one call into the event loop, however many requests have a part i
 
 import asyncio
 import contextlib
+import hashlib
 import queue
 import threading
 import time
@@ -17,10 +18,12 @@ from typing import TypeVar
 
 from finback.engine.engine import Engine
 from finback.engine.request import FinishReason, Request, SamplingParams
+from finback.model.transformer import Transformer
 from finback.serve.errors import ApiError, log, log_failure
 from finback.serve.metrics import Metrics
 
 T = TypeVar("T")
+DEFAULT_VERSION = "default"  # of the weights that a server began with, as vLLM calls them
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class OutputStream:
     # the digest of the key it was sent with
     owner: bytes
     requests: list[Request] = field(default_factory=list)
+    # versions of the weights that made the first choice, each with the place of its first token
+    versions: list[tuple[str, int]] = field(default_factory=list)
     error: ApiError | None = None
     _deltas: deque[tuple[int, OutputDelta]] = field(default_factory=deque)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -105,6 +110,7 @@ class Worker:
         self.engine, self.metrics = engine, metrics
         self.failure: str | None = None  # why the last step failed, until one succeeds
         self.stepped = time.monotonic()  # when the last step ended, or work came after a pause
+        self.version = DEFAULT_VERSION  # of the weights
         self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._active: dict[Request, _Delivered] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -147,6 +153,12 @@ class Worker:
             self.cancel(outputs)
             raise
         return outputs
+
+    async def use(self, model: Transformer, version: str) -> None:
+        """Go on with other weights from the next step on."""
+        done = Future[None]()
+        self._work.put(lambda: self._use(model, version, done))
+        await asyncio.wrap_future(done)
 
     def cancel(self, outputs: OutputStream) -> None:
         """Free whatever a request still holds."""
@@ -202,6 +214,9 @@ class Worker:
         try:
             if self._stuck:
                 raise ApiError(503, "the engine has failed; the server must be restarted", retry_after=30)
+            outputs.versions.append((self.version, 0))
+            if self.version != DEFAULT_VERSION:  # what one version has cached is not another's
+                salt += hashlib.blake2b(self.version.encode(), digest_size=16).digest()
             for c in choices:
                 leader = None if c.leader is None else outputs.requests[c.leader]
                 outputs.requests.append(
@@ -214,6 +229,15 @@ class Worker:
             return
         self._active |= {request: _Delivered(outputs, i) for i, request in enumerate(outputs.requests)}
         accepted.set_result(None)
+
+    def _use(self, model: Transformer, version: str, done: Future[None]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        self.engine.use(model)
+        self.version = version
+        for stream in {delivered.stream for delivered in self._active.values()}:
+            stream.versions.append((version, len(stream.requests[0].tokens)))
+        done.set_result(None)
 
     def _cancel(self, outputs: OutputStream) -> None:
         unfinished = [r for r in outputs.requests if self._active.pop(r, None) is not None]

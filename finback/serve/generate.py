@@ -1,0 +1,136 @@
+"""Generation for trainers, by token ids: vLLM's POST /inference/v1/generate, and POST /tokenize to compare vocabularies.
+
+Nothing of a text is looked at: no template, no generation_config.json, no stops but those that the request names and,
+without `ignore_eos`, the model's own. Log-probabilities are those with which tokens were drawn, at the temperature and among
+what top-k, top-p and min-p leave (vLLM's processed_logprobs).
+"""
+
+import asyncio
+import base64
+import io
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from finback.engine.request import Request as EngineRequest
+from finback.engine.request import SamplingParams
+from finback.serve.metrics import usage
+from finback.serve.middleware import salt
+from finback.serve.prepare import SEEDS
+from finback.serve.protocol import read
+from finback.serve.resumable import until_disconnect
+from finback.serve.service import Service, service_of
+from finback.serve.trainer_protocol import TokenizeRequest, TokensRequest
+from finback.serve.worker import ChoiceInput
+
+
+class TokenGeneration:
+    """The endpoint that answers token ids with token ids."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; however it ends, the engine keeps nothing of it."""
+        service, owner = service_of(scope), scope["state"]["owner"]
+        service.refuse_if_all_busy()
+        body = await read(Request(scope, receive), TokensRequest)
+        service = service.named(body.model)
+        with service.admission.admitted(owner, 1):
+            await until_disconnect(receive, _respond(service, owner, body, send))
+
+
+async def _respond(service: Service, owner: bytes, body: TokensRequest, send: Send) -> None:
+    seed = secrets.randbelow(SEEDS) if body.sampling_params.seed is None else body.sampling_params.seed % SEEDS
+    choice = ChoiceInput(body.token_ids, _sampling(service, body), seed)
+    outputs = await service.worker.submit([choice], owner, salt(owner, body.cache_salt))
+    (request,), finish = outputs.requests, None
+    try:
+        while finish is None:
+            for _, delta in await outputs.next():
+                service.metrics.observe(request, delta.new, delta.gap, delta.finish)
+                finish = delta.finish
+    finally:
+        service.worker.cancel(outputs)
+    # of thousands of tokens the experts alone are megabytes
+    content = await asyncio.to_thread(_content, body, request, outputs.versions)
+    await JSONResponse(content)({"type": "http"}, _no_body, send)
+
+
+def _sampling(service: Service, body: TokensRequest) -> SamplingParams:
+    p, room = body.sampling_params, service.engine.capacity - len(body.token_ids)
+    narrows = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+    return SamplingParams(
+        p.temperature,
+        max(1, room) if p.max_tokens is None else p.max_tokens,
+        max(0, p.top_k),
+        p.top_p,
+        p.min_p,
+        stop_token_ids=tuple(p.stop_token_ids or ()),
+        ignore_eos=p.ignore_eos,
+        return_sampling_mask=narrows and p.logprobs is not None,
+    )
+
+
+def _content(body: TokensRequest, request: EngineRequest, versions: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    made, asked = request.completion(), body.sampling_params
+    stopped_by = made.tokens[-1] if made.finish_reason == "stop" else None
+    choice: dict[str, Any] = {
+        "index": 0,
+        "token_ids": made.tokens,
+        "finish_reason": made.finish_reason,
+        "stop_reason": stopped_by if stopped_by in (asked.stop_token_ids or ()) else None,
+        "logprobs": None,
+        "routed_experts": None if made.routed_experts is None else _npy(made.routed_experts),
+        "sampling_mask": None if made.sampling_mask is None else [ids.tolist() for ids in made.sampling_mask],
+        "weight_versions": _spans(versions, len(made.tokens)),
+    }
+    if asked.logprobs is not None:
+        pairs = zip(made.tokens, made.logprobs, strict=True)
+        own = [{"token_id": token, "logprob": logprob, "rank": None} for token, logprob in pairs]
+        choice["logprobs"] = {"content": [each | {"top_logprobs": [each]} for each in own]}
+    return {
+        "request_id": body.request_id or f"generate-{secrets.token_hex(12)}",
+        "model": body.model,
+        "choices": [choice],
+        "prompt_token_ids": body.token_ids if body.return_token_ids else None,
+        "usage": usage([request]),
+    }
+
+
+def _npy(array: np.ndarray) -> str:
+    """An array as .npy in base64."""
+    written = io.BytesIO()
+    np.save(written, array)
+    return base64.b64encode(written.getvalue()).decode("ascii")
+
+
+def _spans(versions: Sequence[tuple[str, int]], count: int) -> list[dict[str, Any]]:
+    """Which weights made which of `count` tokens, without those that made none."""
+    ends = [*(start for _, start in versions[1:]), count]
+    spans = [(v, start, min(end, count)) for (v, start), end in zip(versions, ends, strict=True)]
+    return [{"version": v, "start": start, "end": end} for v, start, end in spans if start < end]
+
+
+async def tokenize(request: Request) -> Response:
+    """The ids of a text, in which marks of the vocabulary are plain characters."""
+    body = await read(request, TokenizeRequest)
+    service = service_of(request.scope).named(body.model)
+    words = service.tokenizer
+    ids = await asyncio.to_thread(words.encode, body.prompt)
+    start = [words.bos] if body.add_special_tokens and words.adds_bos else []
+    return JSONResponse({"count": len(start + ids), "max_model_len": service.engine.capacity, "tokens": start + ids})
+
+
+def routes() -> list[Route]:
+    return [
+        Route("/inference/v1/generate", TokenGeneration(), methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+    ]
+
+
+async def _no_body() -> Any:
+    raise AssertionError("a JSON response reads nothing")
