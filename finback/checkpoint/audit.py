@@ -12,10 +12,12 @@ from finback.checkpoint import names
 from finback.checkpoint.gguf import GGUF
 from finback.checkpoint.hf_config import model_config, read_config
 from finback.checkpoint.shards import SCALE, Shards, Weights, element_type
+from finback.checkpoint.stored_names import as_named
 from finback.config import UserError
 from finback.kernels import fp8
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
+from finback.runs.files import is_gguf
 
 
 @dataclass
@@ -66,7 +68,7 @@ def shapes(config: ModelConfig, biases: bool = False) -> dict[str, tuple[int, ..
 
 def examine(path: Path) -> tuple[Weights, Audit]:
     """The weights at a path and what would become of each of their tensors; reads no values."""
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         file = GGUF(path)
         result = audit(model_config(file.raw), file, quantized=False)
         result.notes.append(f"GGUF, dequantized from {', '.join(file.kinds)}")
@@ -74,6 +76,7 @@ def examine(path: Path) -> tuple[Weights, Audit]:
     raw = read_config(path)
     config, quantized = model_config(raw), is_fp8(raw)
     shards = Shards(path)
+    shards.specs = as_named(shards.specs, config)
     return shards, audit(config, shards, quantized)
 
 

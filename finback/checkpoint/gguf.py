@@ -4,6 +4,7 @@ The gguf library dequantizes tensors, one at a time. Beyond names two things dif
 rows are stored for interleaved rotation, and Llama 3's frequency scaling is a tensor instead of a setting.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ def open_gguf(path: Path) -> Any:
         raise UserError("model", str(path), "no such file", "Name a .gguf file.")
     try:
         return gguf.GGUFReader(path)
+    except PermissionError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise UserError("model", str(path), problem, "Give yourself the right to read it.") from None
     except Exception as error:  # the library raises whatever numpy raises on a short file
         raise UserError("model", str(path), f"not a whole GGUF file ({error})", "Download it again.") from None
 
@@ -62,18 +66,43 @@ def field(reader: Any, name: str, *default: Any) -> Any:
     return default[0]
 
 
+def open_parts(path: Path) -> list[Any]:
+    """Readers of a file and of those that belong to it; the first of a split model names all of them, and is the one to name."""
+    first = open_gguf(path)
+    count = int(field(first, "split.count", 1))
+    if count <= 1:
+        return [first]
+    stem = re.fullmatch(r"(.*)-\d{5}-of-\d{5}", path.stem)
+    parts = [
+        path.with_name(f"{stem[1] if stem else path.stem}-{n:05}-of-{count:05}{path.suffix}")
+        for n in range(1, count + 1)
+    ]
+    if path != parts[0]:
+        problem = f"part {int(field(first, 'split.no', 0)) + 1} of {count}"
+        raise UserError(
+            "model", str(path), problem, f"Name the first one, as it was called when it was split: {parts[0].name}"
+        )
+    readers = [first, *map(open_gguf, parts[1:])]
+    found, wanted = sum(len(reader.tensors) for reader in readers), field(first, "split.tensors.count", None)
+    if wanted is not None and found != wanted:
+        problem = f"{count} parts with {found} tensors, where the first says {wanted}"
+        raise UserError("model", str(path), problem, "Download all parts again.")
+    return readers
+
+
 class GGUF(Weights):
     """A GGUF file, whose tensors are dequantized as they are read; `raw` is the config.json it amounts to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        reader = open_gguf(path)
-        self.tensors = {_name(t.name): t for t in reader.tensors if t.name != _FREQUENCIES}
-        self.raw = _raw_config(reader, {t.name: t for t in reader.tensors}, path)
+        readers = open_parts(path)
+        stored = {t.name: t for reader in readers for t in reader.tensors}
+        self.tensors = {_name(name): t for name, t in stored.items() if name != _FREQUENCIES}
+        self.raw = _raw_config(readers[0], stored, path)
         self.specs = {
             name: Spec("F32", tuple(int(n) for n in reversed(t.shape)), path) for name, t in self.tensors.items()
         }
-        self.kinds = sorted({t.tensor_type.name for t in reader.tensors})
+        self.kinds = sorted({t.tensor_type.name for t in stored.values()})
 
     def read(self, name: str) -> Tensor:
         """One tensor, dequantized to fp32."""

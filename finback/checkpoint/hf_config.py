@@ -44,6 +44,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("model", str(folder), "has no config.json", "Name the folder that holds config.json.") from None
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise UserError("config.json", str(path), problem, "Give yourself the right to read it.") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError("config.json", str(path), f"not JSON ({error})", "Download the file again.") from None
     if not isinstance(raw, dict):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finback.checkpoint import names, peft, peft_export, store
 from finback.checkpoint.audit import Audit, differs, examine, shapes
+from finback.checkpoint.places import demand_checkpoint
 from finback.checkpoint.shards import INDEX, SINGLE, Shards, Weights
 from finback.checkpoint.shares import SLICE, Stored
 from finback.config import UserError
@@ -30,6 +31,7 @@ from finback.runs.files import is_checkpoint, read_json, write_json
 from finback.runs.provenance import sha256
 from finback.runs.reader import finished_stages
 
+NAME_A_MODEL = "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
 READERS = min(4, os.cpu_count() or 1)
 WeightDtype = Literal["fp32", "bf16", "fp8"]  # fp8: FP8 matrices stay as they are, the rest is bf16
 
@@ -86,15 +88,8 @@ def load(path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype 
         tensors, _ = store.load(path / SINGLE)
         model.load_state_dict(tensors)
         return model
-    _demand_checkpoint(path)
+    demand_checkpoint(path, "model", NAME_A_MODEL)
     return load_audited(path, compute, weights)[0]
-
-
-def _demand_checkpoint(path: Path) -> None:
-    if not is_checkpoint(path):
-        problem = "holds no model" if path.exists() else "no such file or folder"
-        remedy = "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
-        raise UserError("model", str(path), problem, remedy)
 
 
 def load_for_training(path: Path, lora: LoRA | None, compute: torch.dtype, seed: int) -> Transformer:
@@ -127,9 +122,8 @@ def find_model(path: Path) -> Path:
         return path
     found = [folder for folder in finished_stages(path) if (folder / "model.json").is_file()]
     if not found:
-        problem = "holds no finished model" if path.exists() else "no such file or folder"
         remedy = "Name a run such as runs/tiny, a Hugging Face folder, or a .gguf file."
-        raise UserError("MODEL", str(path), problem, remedy)
+        demand_checkpoint(path, "MODEL", remedy, "holds no finished model")
     return found[-1]
 
 
@@ -162,7 +156,7 @@ def stored(path: Path, rank: int = 0, size: int = 1) -> tuple[ModelConfig, Store
     Of many files with digests a rank verifies its part.
     """
     if not (path / "model.json").is_file():
-        _demand_checkpoint(path)
+        demand_checkpoint(path, "model", NAME_A_MODEL)
         weights, result = _audited(path)
         return result.config, Stored(weights, names.table(result.config))
     config = from_json(read_json(path / "model.json"))

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from finback.checkpoint.places import is_pointer
 from finback.config import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -65,7 +66,7 @@ class Shards(Weights):
 
     def __init__(self, folder: Path) -> None:
         self.specs: dict[str, Spec] = {}
-        indexed = _read_index(folder / INDEX) if (folder / INDEX).is_file() else {}
+        indexed = _read_index(folder / INDEX) if _is_current(folder / INDEX) else {}
         if folder.is_file():
             self.files = [folder]
         elif indexed:
@@ -151,12 +152,24 @@ class Shards(Weights):
 def _check(file: Path) -> None:
     """Let the safetensors library judge a file: its header, its length, and that the tensors cover it exactly."""
     try:
+        if is_pointer(file):
+            problem = "git's pointer to the file, not the file"
+            raise UserError("weights", str(file), problem, "Run `git lfs pull` in the folder.")
         with safe_open(file, framework="pt"):
             pass
     except FileNotFoundError:
         raise UserError("weights", str(file), "the file is missing", "Download it again.") from None
+    except PermissionError as error:
+        problem = f"cannot be read ({error.strerror or error})"
+        raise UserError("weights", str(file), problem, "Give yourself the right to read it.") from None
     except (SafetensorError, OSError) as error:
         raise UserError("weights", str(file), f"not a whole safetensors file ({error})", "Download it again.") from None
+
+
+def _is_current(index: Path) -> bool:
+    """Whether an index is there and no newer single file beside it, which is then what was saved last."""
+    single = index.with_name(SINGLE)
+    return index.is_file() and not (single.is_file() and single.stat().st_mtime_ns > index.stat().st_mtime_ns)
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from finback.data.blocks import BLOCK, pieces
 from finback.data.template import OWN, Template
 from finback.data.tokenizer_files import CONFIG, GENERATION, TokenizerFiles
 from finback.runs.adapters import tokenizer_place
+from finback.runs.files import is_gguf
 
 
 class SpecialToken(str):
@@ -221,7 +222,7 @@ def _batches(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
 
 def _read(path: Path) -> TokenizerFiles:
     """What a folder, a tokenizer.json or a GGUF file holds; a template that lies beside a GGUF file counts before its own."""
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         from finback.data import gguf_tokenizer  # brings torch, which workers that encode text need not load
 
         text, settings = gguf_tokenizer.convert(path, SPLITS)

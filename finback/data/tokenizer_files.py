@@ -16,6 +16,15 @@ from tokenizers import AddedToken
 from finback.config import UserError
 
 CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
+OTHER_FORMS = (
+    "tokenizer.model",
+    "tiktoken.model",
+    "tekken.json",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
 STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -36,9 +45,13 @@ class TokenizerFiles:
 def read(path: Path) -> TokenizerFiles:
     """The files of a folder, or of the folder that a tokenizer.json lies in."""
     file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError("tokenizer", str(file), "no such file", "Run the prepare stage or name another folder.")
     folder = file.parent
+    if not file.is_file():
+        if kept := other_forms(folder):
+            problem = f"not there: the folder has its tokenizer only as {', '.join(kept)}"
+            remedy = "Where sentencepiece or tiktoken is installed, `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` makes it."
+            raise UserError("tokenizer", str(file), problem, remedy)
+        raise UserError("tokenizer", str(file), "no such file", "Run the prepare stage or name another folder.")
     settings = read_json(folder / CONFIG)
     if "added_tokens_decoder" not in settings:
         _add_legacy(folder, settings)
@@ -48,6 +61,11 @@ def read(path: Path) -> TokenizerFiles:
     if generation.get("eos_token_id") is None and config_ends:
         generation["eos_token_id"] = list(config_ends) if len(config_ends) > 1 else config_ends[0]
     return TokenizerFiles(read_text(file), settings, generation, config_ends)
+
+
+def other_forms(folder: Path) -> list[str]:
+    """Files of a folder that hold a tokenizer in a form that finback does not read."""
+    return [name for name in OTHER_FORMS if (folder / name).is_file()]
 
 
 def _add_legacy(folder: Path, settings: dict[str, Any]) -> None:
@@ -163,3 +181,6 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(path.name, str(path), f"not UTF-8 ({error})", "Download it again.") from None
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise UserError(path.name, str(path), problem, "Give yourself the right to read it.") from None

@@ -10,9 +10,11 @@ from finback.checkpoint.export import Format
 from finback.checkpoint.hf_config import read_config
 from finback.checkpoint.models import WeightDtype, find_model
 from finback.data.tokenizer import Tokenizer
+from finback.data.tokenizer_files import CONFIG, GENERATION, other_forms
 from finback.data.tokenizer_files import ids as ids_of
 from finback.report.model_card import write_card
 from finback.runs.adapters import tokenizer_place
+from finback.runs.files import is_gguf
 
 # no more memory than the result needs; FP8 that came in goes out as it is
 _WEIGHTS: dict[Format, WeightDtype] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
@@ -25,18 +27,27 @@ def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:
     own = (source / "model.json").is_file()
     model = models.load(source, weights="fp32" if own else _WEIGHTS[fmt])
     place = tokenizer_place(source)
-    has_tokenizer = place.suffix == ".gguf" or (place / "tokenizer.json").is_file()
+    has_tokenizer = is_gguf(place) or (place / "tokenizer.json").is_file()
     tokenizer = Tokenizer(place) if has_tokenizer else None
 
     def extras(part: Path) -> None:
         if tokenizer is not None:
             tokenizer.export(part)
-        elif (source / "generation_config.json").is_file():
-            shutil.copyfile(source / "generation_config.json", part / "generation_config.json")
+        else:
+            _copy_tokenizer(place, part)
         card = write_card(model.config, folder.name, _public(source), fmt)
         (part / "README.md").write_text(card, encoding="utf-8")
 
     return weights.export(model, folder, fmt, extras, _settings(source, tokenizer, fmt))
+
+
+def _copy_tokenizer(place: Path, to: Path) -> None:
+    """A tokenizer that finback does not read goes out as it came in, its settings too."""
+    settings = (GENERATION, CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+    kept = other_forms(place)
+    for name in (*kept, *(settings if kept else (GENERATION,))):
+        if (place / name).is_file():
+            shutil.copyfile(place / name, to / name)
 
 
 def _public(source: Path) -> str:

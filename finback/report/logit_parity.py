@@ -14,6 +14,7 @@ from finback.checkpoint.hf_config import read_config
 from finback.model.config import ModelConfig
 from finback.model.count import parameters
 from finback.model.transformer import Transformer
+from finback.runs.files import is_gguf
 
 ROWS, LENGTH = 2, 48
 Finding = tuple[bool | None, str, list[str]]
@@ -22,7 +23,7 @@ States = tuple[Tensor, list[Tensor]]  # logits, and the residual stream before e
 
 def against_transformers(model: Transformer, path: Path, max_kl: float) -> Finding:
     """Compare with what transformers makes of the same files, in fp32."""
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return None, "not compared: export it first, then verify the export", []
     if importlib.util.find_spec("transformers") is None:
         return None, "not compared: transformers is not installed", []

@@ -9,6 +9,7 @@ from typing import Any
 from finback.data.tokenizer import Tokenizer
 from finback.data.tokenizer_files import ids
 from finback.report.logit_parity import Finding
+from finback.runs.files import is_gguf
 
 SAMPLE = "In 2024, 3.14 × 2 = 6.28;\n\tdef f(x): return x**2  # naïve café 北京 🐋\r\n  <b>end</b>"
 TEXTS = 1000
@@ -157,7 +158,7 @@ def remarks(tokenizer: Tokenizer, raw: dict[str, Any]) -> list[str]:
 
 def against_transformers(tokenizer: Tokenizer, path: Path) -> Finding:
     """Compare the ids of TEXTS texts with AutoTokenizer's."""
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return None, "not compared with transformers: export it first", []
     if importlib.util.find_spec("transformers") is None:
         return None, "not compared with transformers, which is not installed", []

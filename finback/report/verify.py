@@ -19,14 +19,16 @@ from torch import Tensor
 from finback.checkpoint import models, names
 from finback.checkpoint.audit import Audit, differing_copies, examine
 from finback.checkpoint.hf_config import read_config
+from finback.checkpoint.places import demand_checkpoint
 from finback.checkpoint.shards import Weights
 from finback.config import UserError
+from finback.data import tokenizer_files
 from finback.data.tokenizer import Tokenizer
 from finback.kernels import fp8
 from finback.model.count import parameters
 from finback.report import tokenizer_parity
 from finback.report.logit_parity import Finding, against_finback, against_transformers, shortage
-from finback.runs.files import is_checkpoint
+from finback.runs.files import is_gguf
 
 
 @dataclass
@@ -76,9 +78,8 @@ class Card:
 
 def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Card:
     """Check a Hugging Face folder or a GGUF file, with another checkpoint beside it when `against` is given."""
-    if not path.exists() or not is_checkpoint(path):
-        problem = "neither a Hugging Face folder nor a .gguf file" if path.exists() else "no such file or folder"
-        raise UserError("FOLDER", str(path), problem, "Stages' models go out with `finback export`.")
+    problem = "neither a Hugging Face folder nor a .gguf file"
+    demand_checkpoint(path, "FOLDER", "Stages' models go out with `finback export`.", problem)
     weights, audit = examine(path)
     config = audit.config
     depth, copies = config.num_nextn_predict_layers, _copies(audit, weights)
@@ -102,7 +103,7 @@ def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Car
             checks.append(_agrees("transformers", against_transformers(model, path, max_kl)))
         if against is not None:
             checks.append(_agrees(str(against), against_finback(model, models.load(against).eval(), max_kl)))
-    family = "GGUF" if path.suffix == ".gguf" else str(read_config(path)["model_type"])
+    family = "GGUF" if is_gguf(path) else str(read_config(path)["model_type"])
     return Card(str(path), family, checks)
 
 
@@ -164,7 +165,8 @@ def _values(tensors: Iterable[tuple[str, Tensor]]) -> Check:
 def _tokenizer(path: Path, rows: int) -> Check:
     """Whether the tokenizer works, is the model's own, knows how an answer ends, and is the one that transformers builds."""
     if path.is_dir() and not (path / "tokenizer.json").is_file():
-        return Check("tokenizer", None, "none in the folder")
+        kept = tokenizer_files.other_forms(path)
+        return Check("tokenizer", None, f"only as {', '.join(kept)}" if kept else "none in the folder")
     try:
         tokenizer = Tokenizer(path)
     except UserError as error:

@@ -83,17 +83,22 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, by its name."""
+    return path.suffix.lower() == ".gguf"
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a model from elsewhere: a GGUF file, or a folder whose config.json is not a stage's.
 
-    A damaged config.json counts too, so that a user learns what is wrong with it.
+    A config.json that is damaged or cannot be read counts too, so that a user learns what is wrong with it.
     """
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return True
     try:
         raw = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    except ValueError:
+    except (OSError, ValueError):
         return True
     return not isinstance(raw, dict) or any(k in raw for k in ("model_type", "architectures", "auto_map"))

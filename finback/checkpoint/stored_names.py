@@ -1,0 +1,64 @@
+"""Tensors as folders of other habits store them, under the names and in the parts that the table of names has.
+
+A view of the files' headers: nothing is read or copied. What transformers does on loading is its rule: the prefix `model.` may be
+missing, experts, queries and gates may be fused, and of a tied pair either may be the one that is stored.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+
+from finback.checkpoint.shards import Spec
+from finback.model.config import ModelConfig
+
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+_TRUNK = ("layers.", "embed_tokens.", "norm.")
+_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+
+
+def as_named(specs: dict[str, Spec], config: ModelConfig) -> dict[str, Spec]:
+    """The specs of a folder by the table's names; names that are nobody's habit stay as they are."""
+    found: dict[str, Spec] = {}
+    is_bare = not any(name.startswith("model.") for name in specs)
+    for name, spec in specs.items():
+        if is_bare and name.startswith(_TRUNK):
+            name = f"model.{name}"
+        found |= dict(_parts(name, spec, config))
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and embedding not in found and head in found:
+        found[embedding] = found.pop(head)
+    return found
+
+
+def _parts(name: str, spec: Spec, config: ModelConfig) -> Iterator[tuple[str, Spec]]:
+    """The tensors that a fused one is made of, each a range of its rows; any other as it is."""
+    if (fused := _EXPERTS.fullmatch(name)) and len(spec.shape) == 3 and spec.dtype in WIDTHS:
+        kinds = ("gate", "up") if fused[2] == "gate_up_proj" else ("down",)
+        height = spec.shape[1] // len(kinds)
+        for expert in range(spec.shape[0]):
+            for place, kind in enumerate(kinds):
+                part = _rows(spec, expert * spec.shape[1] + place * height, height)
+                yield f"{fused[1]}.{expert}.{kind}_proj.weight", part
+        return
+    stem, _, kind = name.rpartition(".")
+    if stem.endswith("self_attn.qkv_proj") and config.attention == "gqa":
+        query, shared = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        sizes = {"q_proj": query, "k_proj": shared, "v_proj": shared}
+    elif stem.endswith("mlp.gate_up_proj") and spec.shape:
+        sizes = dict.fromkeys(("gate_proj", "up_proj"), spec.shape[0] // 2)
+    else:
+        sizes = {}
+    if not sizes or sum(sizes.values()) != spec.shape[0] or spec.dtype not in WIDTHS:
+        yield name, spec
+        return
+    start = 0
+    for part_name, height in sizes.items():
+        yield f"{stem.rpartition('.')[0]}.{part_name}.{kind}", _rows(spec, start, height)
+        start += height
+
+
+def _rows(spec: Spec, start: int, height: int) -> Spec:
+    """`height` rows of a stored tensor from row `start` on, leading dimensions counted as rows."""
+    columns = math.prod(spec.shape[-1:]) if len(spec.shape) > 1 else 1
+    shape = (height, spec.shape[-1]) if len(spec.shape) > 1 else (height,)
+    return Spec(spec.dtype, shape, spec.file, spec.start + start * columns * WIDTHS[spec.dtype])
