@@ -5,16 +5,15 @@ transformers 5. What finback would have to guess or could not run is refused wit
 """
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+from finback.checkpoint.hf_fields import Fields
 from finback.config import UserError, did_you_mean
 from finback.model.config import ModelConfig
 from finback.model.rope_scaling import LinearRope, Llama3Rope, RopeScaling, Yarn
 
-LARGEST = 1_000_000_000  # of any whole number in a config; beyond it is damage
 ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -61,7 +60,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
         own_code = " and brings its own code, which finback never runs" if "auto_map" in raw else ""
         problem = f"not a family that finback knows{own_code}"
         raise UserError("config.json model_type", family, problem, did_you_mean(str(family), ARCHITECTURES))
-    fields = _Fields(raw)
+    fields = Fields(raw)
     fields.demand("hidden_act", "silu")
     fields.demand("mlp_bias", False)
     common: dict[str, Any] = {name: fields.integer(name) for name in SIZES} | {
@@ -76,46 +75,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**common | family_fields)
 
 
-class _Fields:
-    """A raw config whose values are checked as they are taken."""
-
-    def __init__(self, raw: dict[str, Any]) -> None:
-        self.raw = raw
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self._value(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
-            self.refuse(name, f"not a whole number up to {LARGEST:,}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self._value(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            self.refuse(name, "not a number")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._value(name, default)
-        if not isinstance(value, bool):
-            self.refuse(name, "neither true nor false")
-        return value
-
-    def demand(self, name: str, wanted: Any) -> None:
-        """Refuse any value but the one that finback implements, which need not be said."""
-        if self._value(name, wanted) != wanted:
-            self.refuse(name, f"finback runs {wanted!r} only", "Use another checkpoint.")
-
-    def refuse(self, name: str, problem: str, remedy: str = "Correct config.json.") -> NoReturn:
-        raise UserError(f"config.json {name}", self.raw.get(name), problem, remedy)
-
-    def _value(self, name: str, default: Any) -> Any:
-        value = self.raw.get(name)
-        if value is None and default is None:
-            self.refuse(name, "missing", "Restore it; it cannot be guessed.")
-        return default if value is None else value
-
-
-def _latent(fields: _Fields, family: str) -> dict[str, Any]:
+def _latent(fields: Fields, family: str) -> dict[str, Any]:
     """What DeepSeek's configs say beyond the common fields."""
     fields.demand("attention_bias", False)
     fields.demand("moe_layer_freq", 1)
@@ -138,7 +98,7 @@ def _latent(fields: _Fields, family: str) -> dict[str, Any]:
     return found | (_v2_gate(fields) if family == "deepseek_v2" else _v3_gate(fields))
 
 
-def _indexer(fields: _Fields, family: str) -> dict[str, Any]:
+def _indexer(fields: Fields, family: str) -> dict[str, Any]:
     """DSA's indexer, one for each layer."""
     # GLM-5 may give several layers one indexer, by any of three fields
     for name, shared in (("indexer_types", "shared"), ("index_topk_pattern", "S")):
@@ -148,7 +108,7 @@ def _indexer(fields: _Fields, family: str) -> dict[str, Any]:
     return {name: fields.integer(name) for name in INDEXER} | {"index_rope_interleaved": family == "glm_moe_dsa"}
 
 
-def _v2_gate(fields: _Fields) -> dict[str, Any]:
+def _v2_gate(fields: Fields) -> dict[str, Any]:
     """Softmax affinities, chosen greedily or within the best groups; weights are not normalised."""
     fields.demand("scoring_func", "softmax")
     fields.demand("norm_topk_prob", False)
@@ -159,7 +119,7 @@ def _v2_gate(fields: _Fields) -> dict[str, Any]:
     return found | ({"n_group": 1, "topk_group": 1} if method == "greedy" else {n: fields.integer(n) for n in GROUPS})
 
 
-def _v3_gate(fields: _Fields) -> dict[str, Any]:
+def _v3_gate(fields: Fields) -> dict[str, Any]:
     """Sigmoid affinities with a selection bias."""
     fields.demand("scoring_func", "sigmoid")
     fields.demand("topk_method", "noaux_tc")
@@ -167,7 +127,7 @@ def _v3_gate(fields: _Fields) -> dict[str, Any]:
     return {"scoring_func": "sigmoid", "norm_topk_prob": normalised} | {n: fields.integer(n) for n in GROUPS}
 
 
-def _grouped(fields: _Fields, family: str) -> dict[str, Any]:
+def _grouped(fields: Fields, family: str) -> dict[str, Any]:
     """What the dense families say beyond the common fields."""
     heads = fields.integer("num_attention_heads")
     windows = fields.raw.get("layer_types") or []
@@ -184,13 +144,13 @@ def _grouped(fields: _Fields, family: str) -> dict[str, Any]:
     }
 
 
-def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
+def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from either spelling."""
     raw = fields.raw
     given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(given, dict):
         fields.refuse("rope_scaling", "not an object")
-    rope = _Fields({name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")} | given)
+    rope = Fields({name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")} | given)
     theta = rope.number("rope_theta", 10000.0)
     if theta <= 1:
         rope.refuse("rope_theta", "not above 1")
