@@ -118,7 +118,7 @@ class DSA(MLA):
         query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
         asked, weight, indexer_key = indexed
         read = []
-        for part in self._parts(query.size(2), latent.size(1), len(query)):
+        for part in self.parts(query.size(2), latent.size(1), len(query)):
             seen = visible(mask, part, latent.size(1), query.device)
             with torch.no_grad():
                 scores = self.indexer.scores(asked[:, part], weight[:, part], indexer_key)
@@ -146,7 +146,7 @@ class DSA(MLA):
         read = torch.einsum("bthk,btkc->bthc", weights.softmax(dim=-1).to(query.dtype), stored[..., : c.kv_lora_rank])
         return torch.einsum("bthc,hvc->bthv", read, w_uv).flatten(2)
 
-    def _parts(self, queries: int, keys: int, rows: int) -> Iterator[slice]:
+    def parts(self, queries: int, keys: int, rows: int) -> Iterator[slice]:
         """Blocks of queries whose scores of all heads fit SCORES."""
         size = max(1, SCORES // (rows * keys * self.config.index_n_heads))
         for start in range(0, queries, size):

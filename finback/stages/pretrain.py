@@ -166,6 +166,15 @@ class Pretrain(Stage):
         """The config of `start` as it is gone on with."""
         return config
 
+    @property
+    def attends_densely(self) -> bool:
+        """Whether a sparse model's tokens look at all earlier ones while it is trained."""
+        return False
+
+    def learns(self, name: str) -> bool:
+        """Whether it teaches a parameter of this name."""
+        return True
+
     def inputs(self) -> tuple[str, ...]:
         return (self.data, *super().inputs())
 

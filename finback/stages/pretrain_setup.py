@@ -13,6 +13,7 @@ from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.model import count
 from finback.model.config import ModelConfig
+from finback.model.dsa_training import teach_indexers, with_indexers
 from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
@@ -51,17 +52,9 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     else:
         start = models.load(_start(stage, run))
         config = stage.adapted(start.config)
-    if config.index_topk:
-        problem = f"picks {config.index_topk} tokens by an indexer, which pre-training does not teach"
-        raise stage.wrong(
-            "model" if stage.model is not None else "start", problem, "Use index_topk=0: dense attention."
-        )
     precision = _precision(stage, config, run, world.device)
     dtype = dtype_of(precision)
-    if start is None:
-        model = Transformer(config, dtype).initialise(run.seed("weights"))
-    else:
-        model = start.with_config(config, dtype)
+    model = _with_values(stage, config, dtype, start, run.seed("weights"))
     model = (use_fp8(model) if precision == "fp8" else model).to(world.device)
     use_recompute(model, stage.recompute).train()
     _use_expert_kernel(stage, run, world, model)
@@ -70,7 +63,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         from finback.train import compiling  # seconds of imports that only it needs
 
         compiling.compile_blocks(model)
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if stage.learns(n)]
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
     others = Adam([(n, p) for n, p in named if not is_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0)
     first: Muon | Adam
@@ -78,8 +71,28 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         first = Adam(matrices, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
     else:
         first = Muon(matrices, world, weight_decay=stage.weight_decay, compute=dtype)
-    trainer = ReplicatedTrainer(model, world, (first, others), ema_decay=stage.ema_decay)
+    trainer = ReplicatedTrainer(model, world, (first, others), named, ema_decay=stage.ema_decay)
     return Pretraining(stage, run, trainer, precision)
+
+
+def _with_values(
+    stage: "Pretrain", config: ModelConfig, compute: torch.dtype, start: Transformer | None, seed: int
+) -> Transformer:
+    """A model with random weights or with those of `start`; what a stage does not teach is frozen."""
+    if start is None:
+        model = Transformer(config, compute).initialise(seed)
+    elif config.index_topk and not start.config.index_topk:
+        model = with_indexers(start, config, compute, seed)
+    else:
+        model = start.with_config(config, compute)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(stage.learns(name))
+    if config.index_topk:
+        for knob, refused in (("compile", True), ("compute", "fp8")):
+            if getattr(stage, knob) == refused:
+                raise stage.wrong(knob, "is not for models with an indexer", "Leave it out.")
+        teach_indexers(model, stage.attends_densely)
+    return model
 
 
 def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:

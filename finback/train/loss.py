@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from finback.data.messages import IGNORE
+from finback.model.dsa_training import take_divergences
 from finback.model.transformer import Transformer
 from finback.train.batch import Batch
 
@@ -86,10 +87,13 @@ class Losses:
     main: Tensor
     mtp: Tensor
     balance: Tensor
+    # of DSA's indexers, where they are taught; it shares no parameter with the others
+    indexer: Tensor | None = None
 
     def total(self, terms: LossTerms) -> Tensor:
-        """L_main + λ/D Σ_k L_mtp^k + α L_bal; `mtp` is the mean over depths already."""
-        return self.main + terms.mtp_weight * self.mtp + terms.balance_alpha * self.balance
+        """L_main + λ/D Σ_k L_mtp^k + α L_bal, and the indexers' divergence; `mtp` is the mean over depths already."""
+        total = self.main + terms.mtp_weight * self.mtp + terms.balance_alpha * self.balance
+        return total if self.indexer is None else total + self.indexer
 
     def detached(self) -> Tensor:
         """(main, MTP, balance) without gradient, (3,) fp32 on the device of the first."""
@@ -101,7 +105,9 @@ def training_losses(model: Transformer, batch: Batch, terms: LossTerms) -> Losse
     tokens, padding_mask, document_ids = batch.inputs
     hidden = model(tokens, padding_mask=padding_mask, document_ids=document_ids)
     main, mtp = token_losses(model, hidden, batch, terms)
-    return Losses(main, mtp, model.balance_loss() * terms.row_share)
+    indexer = take_divergences(model)
+    balance = model.balance_loss() * terms.row_share
+    return Losses(main, mtp, balance, None if indexer is None else indexer * terms.row_share)
 
 
 def token_losses(model: Transformer, hidden: Tensor, batch: Batch, terms: LossTerms) -> tuple[Tensor, Tensor]:
