@@ -38,10 +38,10 @@ ROWS, SEQ_LEN, STEPS, LR = 8, 16, 2, 1e-4
 LIMIT = 0.35
 
 
-def config(layers: int) -> ModelConfig:
-    """V3's architecture without MTP; about 107 MB a layer in fp32."""
+def config(layers: int, experts: int) -> ModelConfig:
+    """V3's architecture without MTP; about 107 MB a layer of 64 experts in fp32."""
     sizes: dict[str, Any] = {
-        **{"hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 128, "n_routed_experts": 64},
+        **{"hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 128, "n_routed_experts": experts},
         **{"num_attention_heads": 8, "q_lora_rank": 256, "kv_lora_rank": 128},
         **{"qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
         **{"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "first_k_dense_replace": 1},
@@ -50,9 +50,8 @@ def config(layers: int) -> ModelConfig:
     return dataclasses.replace(TINY, **sizes, initializer_range=0.02)
 
 
-def make(folder: Path, layers: int) -> None:
+def make(folder: Path, c: ModelConfig) -> None:
     """Write the checkpoint, one tensor in memory at a time."""
-    c = config(layers)
     wanted = shapes(c)
     folder.mkdir()
     file = TensorFile(folder / SINGLE, {name: (torch.float32, shape) for name, shape in wanted.items()})
@@ -156,6 +155,7 @@ def main() -> None:
     """Measure and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=19)
+    parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of hidden matrices")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go for a while")
@@ -167,7 +167,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
-        make(folder / "start", options.layers)
+        make(folder / "start", config(options.layers, options.experts))
         results["checkpoint_bytes"] = size = (folder / "start" / SINGLE).stat().st_size
         [one] = measure(folder / "start", folder / "one", options.optimizer, 1)
         many = measure(folder / "start", folder / "many", options.optimizer, options.ranks)

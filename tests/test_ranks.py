@@ -90,6 +90,9 @@ def test_ranks_that_agree_meet_and_end_with_the_message_of_one(capsys: pytest.Ca
     found = together(*(Party(rank, 3, {"seed": 1}) for rank in range(3)), store=stale)
     assert len({name for name, _ in found}) == 1 and found[0][0] != "of an earlier start"
     beats: list[Heartbeat] = [beat for _, beat in found]
+    names = [[line.who for line in beat.lines] for beat in beats]
+    parties = [str(Party(rank, 3, {})) for rank in range(3)]
+    assert names == [parties[1:], parties[:1], parties[:1]], "who is named if it goes, and its machine"
     beats[2].tell("rank 2: base.batch_size = 3: odd", 2)
     for beat in beats:
         ending = beat.reason(60)

@@ -158,7 +158,7 @@ class _Host:
         if isinstance(self.error, UserError):
             line.send(wrong=[self.error.field, self.error.value, self.error.problem, self.error.remedy])
         else:
-            line.send(go=self.error is None)
+            line.send(go=self.error is None, who=str(self.party))
 
     def welcome(self) -> list[Line]:
         """Let all ranks go on; their lines."""
@@ -263,6 +263,7 @@ def _ask(line: Line, name: str, party: Party, patience: _Patience, is_current: C
                     raise UserError(*message["wrong"])
                 if not message["go"]:
                     raise Interrupted
+                line.who = message["who"]
                 return True
         patience.look(lambda: "rank 0 has let nobody go on, for it waits for others,")
     return False
