@@ -17,6 +17,7 @@ import psutil
 import pytest
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
 
 from finback.config import UserError
 from finback.parallel import heartbeat, meeting, torchrun
@@ -212,6 +213,10 @@ def test_torchrun_ends_with_its_ranks_exit_code(
 
     codes = [ending(e) for e in (None, SignalException("asked", signal.SIGTERM), failed(2), failed(130), failed(-9))]
     assert codes == [0, 130, 2, 130, 1] and capsys.readouterr().err == "rank 1 was killed (signal 9)\n"
+    assert [ending(RendezvousTimeoutError()), ending(RendezvousConnectionError("no"))] == [1, 1]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("error: the agents did not meet (RendezvousTimeoutError). Start the same line on every")
+    assert said[1].startswith("error: nobody answers at --rdzv-endpoint. ") and len(said) == 2
 
 
 # ---- one run in a folder -----------------------------------------------------------------------------------------------
