@@ -3,6 +3,9 @@
 Random numbers in Hugging Face's form, 2 GB of fp32 by default. Peaks are resident memory above what the process had after
 its imports, once the ranks had met. The export of the ranks has to load in transformers with finback's logits, and its
 tensors are compared with those of the one-rank export. Checkpoints of both lie in a temporary folder: three times the size.
+
+A router's near tie is decided by rounding, so tokens that went to other experts than on one rank are named, and where there are
+some one rank trains again with the choices that the ranks made: what of the losses' difference is left is not the ties'.
 """
 
 import argparse
@@ -19,6 +22,8 @@ from typing import Any
 import record
 import torch
 import torch.distributed as dist
+from layouts import taken, ties, watch
+from torch import Tensor
 
 from finback.checkpoint import export as one_rank
 from finback.checkpoint import models
@@ -26,16 +31,24 @@ from finback.checkpoint.audit import shapes
 from finback.checkpoint.shards import SINGLE, Shards
 from finback.checkpoint.tensor_file import TensorFile
 from finback.model.config import TINY, ModelConfig
+from finback.model.moe import Router
+from finback.model.replace import recast
+from finback.model.transformer import Transformer
+from finback.parallel.build import shares
+from finback.parallel.export import export_shares
 from finback.parallel.launch import free_port
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
 from finback.train.batch import of_windows
 from finback.train.loss import LossTerms
 from finback.train.optim import Adam, Muon, is_matrix
+from finback.train.sharded_options import ShardedOptions
+from finback.train.sharded_trainer import ShardedTrainer
 from finback.train.trainer import ReplicatedTrainer, Trainer
 
 ROWS, SEQ_LEN, STEPS, LR = 8, 16, 2, 1e-4
 LIMIT = 0.35
+Choices = list[dict[str, tuple[Tensor, Tensor]]]  # of each step, by router: as layouts.taken has them
 
 
 def config(layers: int, experts: int) -> ModelConfig:
@@ -63,9 +76,18 @@ def make(folder: Path, c: ModelConfig) -> None:
     (folder / "config.json").write_text(json.dumps(one_rank.config_json(c, "fp32", None)))
 
 
-def train(trainer: Trainer, config: ModelConfig) -> list[float]:
-    """Losses of the steps."""
-    generator, losses = torch.Generator().manual_seed(2), []
+class GivenRouter(Router):
+    """A router whose choices (n, k), step by step, somebody else has made."""
+
+    given: list[Tensor]
+
+    def select(self, affinity: Tensor) -> Tensor:
+        return self.given.pop(0)
+
+
+def train(trainer: Trainer, config: ModelConfig, models: list[Transformer]) -> tuple[list[float], Choices]:
+    """Losses of the steps, and what the routers chose."""
+    generator, losses, chosen, routers = torch.Generator().manual_seed(2), [], [], watch(models)
     for windows in torch.randint(0, config.vocab_size, (STEPS, ROWS, SEQ_LEN + 1), generator=generator):
         batch = of_windows(windows[trainer.data_rank :: trainer.data_ranks], 0)
         trainer.zero()
@@ -74,63 +96,83 @@ def train(trainer: Trainer, config: ModelConfig) -> list[float]:
         trainer.update(LR, LR)
         trainer.balance(0.001)
         losses.append(found[0].item())
-    return losses
+        chosen.append(taken(routers, len(batch.tokens)))
+    return losses, chosen
 
 
-def on_one(folder: Path, out: Path, optimizer: str) -> list[float]:
+def on_one(folder: Path, out: Path, optimizer: str, given: Path | None) -> tuple[list[float], Choices]:
     """As a stage without a layout does it."""
     model = models.load(folder).train()
+    if given is not None:
+        choices = torch.load(given)
+        for name, router in [(n, m) for n, m in model.named_modules() if isinstance(m, Router)]:
+            recast(router, GivenRouter).given = [step[name] for step in choices]
     named = list(model.named_parameters())
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
     first = Muon(matrices, World()) if optimizer == "muon" else Adam(matrices, (0.9, 0.95), 0.05)
     adam = Adam([(n, p) for n, p in named if not is_matrix(n, p)], (0.9, 0.95), 0.0)
-    losses = train(ReplicatedTrainer(model, World(), (first, adam)), model.config)
+    found = train(ReplicatedTrainer(model, World(), (first, adam)), model.config, [model])
     one_rank.export(model, out, "fp32")
-    return losses
+    return found
 
 
-def on_many(folder: Path, out: Path, optimizer: str) -> list[float]:
+def on_many(folder: Path, out: Path, optimizer: str) -> tuple[list[float], Choices]:
     """As a stage with a layout does it."""
-    from finback.parallel.build import shares
-    from finback.parallel.export import export_shares
-    from finback.train.sharded_options import ShardedOptions
-    from finback.train.sharded_trainer import ShardedTrainer
-
     c, values = models.stored(folder)
     options = ShardedOptions(optimizer="muon" if optimizer == "muon" else "adamw")
     trainer = ShardedTrainer(c, Layout(dp=dist.get_world_size()), ROWS, values, options)
-    losses = train(trainer, c)
+    found = train(trainer, c, trainer.models)
     export_shares(c, shares(trainer.models, trainer.mesh), out, "fp32")
-    return losses
+    return found
 
 
-def child(folder: Path, out: Path, optimizer: str, rank: int, ranks: int) -> None:
-    """One rank; prints its figures."""
+def child(folder: Path, out: Path, optimizer: str, rank: int, ranks: int, given: Path | None) -> None:
+    """One rank; prints its figures, and writes beside its export what its routers chose."""
     torch.set_num_threads(1)
     if ranks > 1:
-        import finback.parallel.export
-        import finback.train.sharded_trainer  # noqa: F401 - before memory is counted
-
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
         dist.barrier()
     before, begin = record.resident("VmRSS"), time.perf_counter()
-    losses = (on_one if ranks == 1 else on_many)(folder, out, optimizer)
+    losses, chosen = on_one(folder, out, optimizer, given) if ranks == 1 else on_many(folder, out, optimizer)
     peak = record.resident("VmHWM") - before
+    torch.save(chosen, out.with_suffix(f".{rank}"))
     print(json.dumps({"peak": peak, "before": before, "losses": losses, "seconds": time.perf_counter() - begin}))
 
 
-def measure(folder: Path, out: Path, optimizer: str, ranks: int) -> list[dict[str, Any]]:
+def measure(folder: Path, out: Path, optimizer: str, ranks: int, given: Path | None = None) -> list[dict[str, Any]]:
     """The figures of all ranks."""
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     environment = os.environ | meet | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--child", str(folder), str(out), optimizer]
     children = [
-        subprocess.Popen([*command, str(rank), str(ranks)], env=environment, stdout=subprocess.PIPE)
+        subprocess.Popen([*command, str(rank), str(ranks), str(given or "")], env=environment, stdout=subprocess.PIPE)
         for rank in range(ranks)
     ]
     found = [process.communicate()[0] for process in children]
     assert all(process.returncode == 0 for process in children), "a rank failed"
     return [dict(json.loads(text.splitlines()[-1])) for text in found]
+
+
+def ties_of(folder: Path, optimizer: str, one: list[float], many: list[float], ranks: int) -> dict[str, Any]:
+    """Tokens that the ranks sent to other experts than one rank did, and losses of one rank that sends them as they do."""
+    here: Choices = torch.load(folder / "one.0")
+    there: list[Choices] = [torch.load(folder / f"many.{rank}") for rank in range(ranks)]
+    theirs = [[{name: index for name, (index, _) in step.items()} for step in chosen] for chosen in there]
+    elsewhere = ties(here, [((rank, 0), chosen, {}) for rank, chosen in enumerate(theirs)], ranks)
+    found: dict[str, Any] = {"tokens_elsewhere": len(elsewhere), "ties": elsewhere[:20]}
+    if elsewhere:
+        # row r of a step is row r // ranks of data rank r % ranks
+        rows = [{name: torch.stack([c[s][name] for c in theirs], 1) for name in theirs[0][s]} for s in range(STEPS)]
+        torch.save([{name: t.flatten(0, 2) for name, t in step.items()} for step in rows], folder / "given.pt")
+        [again] = measure(folder / "start", folder / "again", optimizer, 1, folder / "given.pt")
+        found["losses_of_one_rank_with_their_choices"] = again["losses"]
+        found["largest_loss_difference_then"] = farthest(again["losses"], many)
+    return {"largest_loss_difference": farthest(one, many), **found}
+
+
+def farthest(ours: list[float], theirs: list[float]) -> float:
+    """The largest difference of losses."""
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 
 def largest_difference(one: Path, other: Path) -> float:
@@ -163,7 +205,8 @@ def main() -> None:
     options = parser.parse_args()
     results = record.header(
         "shares",
-        {"ranks": options.ranks, "optimizer": options.optimizer, "rows": ROWS, "seq_len": SEQ_LEN, "steps": STEPS},
+        {name: getattr(options, name) for name in ("layers", "experts", "ranks", "optimizer")}
+        | {"rows": ROWS, "seq_len": SEQ_LEN, "steps": STEPS},
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
@@ -179,7 +222,7 @@ def main() -> None:
             "rank_over_one_rank": peak / one["peak"],
             "limit": LIMIT,
             "memory_holds": peak <= LIMIT * one["peak"],
-            "largest_loss_difference": max(abs(a - b) for a, b in zip(one["losses"], many[0]["losses"], strict=True)),
+            **ties_of(folder, options.optimizer, one["losses"], many[0]["losses"], options.ranks),
             "largest_weight_difference": largest_difference(folder / "one", folder / "many"),
             "largest_logit_difference_to_transformers": loads(folder / "many"),
             "files": sorted(path.name for path in (folder / "many").glob("*.safetensors")),
@@ -190,6 +233,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], int(sys.argv[5]), int(sys.argv[6]))
+        start, export, optimizer, rank, ranks, given = sys.argv[2:]
+        child(Path(start), Path(export), optimizer, int(rank), int(ranks), Path(given) if given else None)
     else:
         main()
