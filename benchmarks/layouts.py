@@ -1,8 +1,8 @@
 """Every way to lay a model on ranks against one rank: losses, gradient norms, router biases, and ties of routers.
 
-    python benchmarks/layouts.py            # --only PATTERN, --steps, --out FILE
+    python benchmarks/layouts.py            # --only PATTERN, --again, --steps, --out FILE
 
-A table of layouts (pp x dp x ep x sharding x schedule, with document masks or without, in fp32 and in emulated FP8) trains a
+A line is written when it is done, and one that is there already and holds is not run again unless --again says so. A table of layouts (pp x dp x ep x sharding x schedule, with document masks or without, in fp32 and in emulated FP8) trains a
 tiny mixture of experts for 20 steps over gloo, as tests/many.py does, and is compared step by step with one rank. Within
 1e-5 in fp32; in FP8 within three times the noise that another order of the rows makes on one rank.
 
@@ -218,32 +218,41 @@ def compared(case: Case, steps: int, known: dict[Any, Any]) -> dict[str, Any]:
     }
 
 
+def earlier(out: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The lines that an earlier call with the same settings has written, by name."""
+    if not out.is_file():
+        return {}
+    found = json.loads(out.read_text(encoding="utf-8"))
+    same = {name: found["settings"].get(name) for name in settings} == settings
+    return {line["name"]: line for line in found["table"]} if same else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="names of lines, with * and ?")
+    parser.add_argument("--again", action="store_true", help="run lines again that are there and hold")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=record.RESULTS / "layouts.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = record.header("layouts", {"steps": options.steps, "only": options.only, "limit": LIMIT, "near": NEAR})
-    known: dict[Any, Any] = {}
-    lines: list[dict[str, Any]] = []
-    for case in table():
-        if not fnmatch.fnmatch(case.name, options.only):
+    settings = {"steps": options.steps, "limit": LIMIT, "near": NEAR}
+    results, lines = record.header("layouts", settings), earlier(options.out, settings)
+    cases, known = {case.name: case for case in table()}, dict[Any, Any]()
+    for name, case in cases.items():
+        if not fnmatch.fnmatch(name, options.only) or (name in lines and lines[name]["holds"] and not options.again):
             continue
         try:
-            lines.append(compared(case, options.steps, known))
+            lines[name] = compared(case, options.steps, known)
         except AssertionError as error:  # a rank has failed, and said why
-            lines.append({"name": case.name, "failed": str(error), "holds": False})
-        line = lines[-1]
+            lines[name] = {"name": name, "failed": str(error), "holds": False}
+        line = lines[name]
         shown = line.get("failed") or f"loss {line['loss']:.1e} norm {line['grad_norm']:.1e} bias {line['bias']:.1e}"
-        say(
-            f"{case.name:70} {'holds' if line['holds'] else 'DOES NOT HOLD'} {shown} {line.get('tokens_elsewhere', '')}"
-        )
-        total = {"lines": len(lines), "hold": sum(bool(at["holds"]) for at in lines)}
+        say(f"{name:70} {'holds' if line['holds'] else 'DOES NOT HOLD'} {shown} {line.get('tokens_elsewhere', '')}")
+        ordered = [lines[name] for name in cases if name in lines]
+        total = {"lines": len(ordered), "of": len(cases), "hold": sum(bool(at["holds"]) for at in ordered)}
         part = options.out.with_suffix(".part")
-        part.write_text(json.dumps(results | {"total": total, "table": lines}, indent=1) + "\n", encoding="utf-8")
-    options.out.with_suffix(".part").replace(options.out)
+        part.write_text(json.dumps(results | {"total": total, "table": ordered}, indent=1) + "\n", encoding="utf-8")
+        part.replace(options.out)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from finback.checkpoint import models
 from finback.config import UserError
-from finback.model.config import ModelConfig
+from finback.model.config import V3, ModelConfig
 from finback.model.transformer import Transformer
 from finback.parallel.build import blank
 from finback.parallel.layout import Layout, pack, share, split_layers
 from finback.parallel.owners import Owners
-from finback.parallel.pipeline import cut
+from finback.parallel.pipeline import PipelineStage, cut
 from finback.parallel.shard import local
 from finback.train import sharded_optim
 from finback.train.sharded_options import ShardedOptions
@@ -85,16 +85,19 @@ def test_two_ranks_train_like_one(one: dict[Any, Any], layout: Layout, tmp_path:
 
 
 PACKED = Way(optimizer="adamw", rows=(4, 4, 8), packed=True, ema_decay=0.5, looks=(6, 19))
+FEWER = dataclasses.replace(PACKED, rows=(2, 4, 8))  # the first are too few to fill a pipeline
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "way"),
     [
-        Layout(dp=2, ep=2, micro_batches=2),
-        pipeline("zbv"),
+        (Layout(dp=2, ep=2, micro_batches=2), PACKED),
+        (pipeline("dualpipev"), FEWER),
+        *(pytest.param(pipeline(s), FEWER, marks=pytest.mark.slow) for s in ("1f1b", "zb1p", "interleaved", "zbv")),
         *(
-            pytest.param(layout, marks=pytest.mark.slow)
+            pytest.param(layout, PACKED, marks=pytest.mark.slow)
             for layout in (
+                pipeline("zbv"),
                 Layout(dp=2, sharding="zero1", micro_batches=2),
                 *(pipeline(s) for s in ("1f1b", "zb1p", "interleaved", "dualpipev")),
                 pipeline("zbv", micro_batches=8),
@@ -102,14 +105,35 @@ PACKED = Way(optimizer="adamw", rows=(4, 4, 8), packed=True, ema_decay=0.5, look
             )
         ),
     ],
-    ids=name_of,
+    ids=lambda value: name_of(value) if isinstance(value, Layout) else "-".join(map(str, value.rows)),
 )
-def test_packed_rows_a_ramp_adamw_and_looks_do_too(one: dict[Any, Any], layout: Layout, tmp_path: Path) -> None:
-    """Steps of 4 and 8 rows, an average of the weights, and evaluation in between: some pipelines have half as many micro-batches in the small ones, some smaller ones."""
-    agrees(one, layout, tmp_path, PACKED)
+def test_packed_rows_a_ramp_adamw_and_looks_do_too(
+    one: dict[Any, Any], layout: Layout, way: Way, tmp_path: Path
+) -> None:
+    """Steps of 2, 4 and 8 rows, an average of the weights, and evaluation in between: in small steps some pipelines have
+    fewer micro-batches, some smaller ones, and DualPipeV's stages run ZB-V where one is left."""
+    agrees(one, layout, tmp_path, way)
 
 
-AGAIN, TIES = Way(recompute="block"), Way(TIED)  # two ways in which a backward pass cannot be split
+def test_small_steps_go_through_v3s_pipeline() -> None:
+    """3,072 rows are 24 for each of 128 pipelines: too few for DualPipe on 16 ranks, which wants 32 micro-batches."""
+    large = Layout(pp=16, dp=128, ep=64, schedule="dualpipe", micro_batches=120, sharding="zero1")
+    for rows, micro_batches, schedule in ((3072, 24, "zb1p"), (6144, 48, "dualpipe"), (15360, 120, "dualpipe")):
+        assert large.at(rows, 15360) == dataclasses.replace(large, micro_batches=micro_batches, schedule=schedule)
+    folded = dataclasses.replace(large, schedule="dualpipev")
+    assert folded.at(3072, 15360) == dataclasses.replace(folded, micro_batches=24, schedule="zbv")
+    for layout in (large, folded):
+        layout.check_steps(V3, [3072, 6144, 9216, 12288, 15360], 15360)
+    with pytest.raises(UserError, match=r"layout\.micro_batches = 24: DualPipe on 16 ranks needs at least 32"):
+        dataclasses.replace(large, micro_batches=24).check(V3, 3072)
+    with pytest.raises(UserError, match="rows = 64: does not divide among dp = 128"):  # half a row for each pipeline
+        large.check_steps(V3, [64, 15360], 15360)
+
+
+# ways in which a backward pass cannot be split
+AGAIN, TIES, DEPTHS = Way(recompute="block"), Way(TIED), Way(dataclasses.replace(MANY, num_nextn_predict_layers=2))
+ATTENTION = Way(recompute="attention")
+WHOLE = {AGAIN: "block", TIES: "tied", DEPTHS: "two-mtp", ATTENTION: "attention"}
 
 
 @pytest.mark.slow
@@ -117,13 +141,22 @@ AGAIN, TIES = Way(recompute="block"), Way(TIED)  # two ways in which a backward 
     ("layout", "way"),
     [
         (Layout(dp=2, ep=2), AGAIN),
-        *((pipeline(s), way) for s in ("zb1p", "zbv", "dualpipev") for way in (AGAIN, TIES)),
-        (pipeline("zbv", sharding="zero1"), Way(recompute="attention")),
+        *((pipeline(s), way) for s in ("zb1p", "zbv", "dualpipev") for way in (AGAIN, TIES, DEPTHS)),
+        (pipeline("zbv", sharding="zero1"), ATTENTION),
     ],
-    ids=lambda value: name_of(value) if isinstance(value, Layout) else value.recompute,
+    ids=lambda value: name_of(value) if isinstance(value, Layout) else WHOLE[value],
 )
 def test_a_backward_pass_that_cannot_be_split_is_not(layout: Layout, way: Way, tmp_path: Path) -> None:
     agrees({}, layout, tmp_path, way)
+
+
+@pytest.mark.parametrize(
+    ("way", "splits"), [(Way(), True), (Way(TIED_PLAIN), True), (TIES, False), (DEPTHS, False), (AGAIN, False)]
+)
+def test_the_last_stage_splits_its_backward_pass_where_it_uses_the_embedding_once(way: Way, splits: bool) -> None:
+    models = [cut(way.options.put_on(blank(way.config, torch.float32)), number, 4) for number in range(4)]
+    stages = [PipelineStage(model, number, 4, lambda *_: None) for number, model in enumerate(models)]
+    assert stages[3].splits == splits and stages[0].splits == (way is not AGAIN)
 
 
 @pytest.mark.slow

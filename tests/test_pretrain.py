@@ -1,6 +1,7 @@
 """The loop of pre-training: schedules in tokens, ramps, spikes, averages, routers' health, recomputation, extension."""
 
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -24,9 +25,10 @@ from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Recipe
 from finback.stages.extend import Extend
 from finback.stages.prepare import Prepare
-from finback.stages.pretrain import Pretrain
+from finback.stages.pretrain import Pretrain, Probe
 from finback.stages.pretrain_setup import set_up
 from finback.stages.pretraining import Pretraining
+from finback.tasks.math import Chains
 from finback.train import loop, rates, router_health, trainer
 from finback.train.batch import Batch, of_rows
 from finback.train.ema import EMA
@@ -127,6 +129,36 @@ def test_a_ramp_takes_more_rows_and_counts_their_tokens(prepared: Path) -> None:
     assert rows[0] == 2 and rows[-1] == 8 and sorted(rows) == rows and {4, 6} <= set(rows)
     assert [r["tokens"] for r in log] == [16 * sum(rows[: i + 1]) for i in range(len(rows))]
     assert sum(results["tokens_by_source"].values()) == results["tokens"] == log[-1]["tokens"]
+
+
+def test_a_probe_is_asked_once_for_each_of_its_lengths(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while steps are small, and after going back to weights that were asked before."""
+    asked: list[int] = []
+
+    def probe(training: Pretraining, *_: object) -> float:
+        asked.append(training.tokens)
+        return 0.0
+
+    monkeypatch.setattr(Pretraining, "_probe", probe)
+    knobs: dict[str, Any] = {"probe": Probe(task=Chains(2, 3), at_least=0.9, every_tokens=160), "phases": ()}
+    ramp = {"batch_size": 8, "batch_size_start": 2, "ramp_tokens": 640}
+    end = {"warmup_tokens": 64, "decay_tokens": 320, "max_tokens": 1280}
+    broken_at(monkeypatch, 6, 7, 8)
+    results, log, _ = trained(prepared, "probed", **knobs, **ramp, **end)
+    assert results["rewinds"] == 1 and [r["step"] for r in log if "rewound_from" in r] == [5]
+    # 2 rows of 16 tokens at a time up to the checkpoint at 160, of which 6 to 8 are taken back; 4, 6 and 8 rows later on
+    looked = [r["tokens"] for r in log if "probe" in r]
+    assert looked == sorted(set(looked)) and looked[0] == 160
+    learnt = [0, *(r["tokens"] for r in log if "loss" in r)]
+    crossed = [b for a, b in itertools.pairwise(learnt) if a // 160 < b // 160 and a < 960]
+    assert looked == crossed == list(dict.fromkeys(asked))
+    assert len(asked) - len(looked) <= 1, "only what was taken back is asked again"
+
+
+def test_a_window_below_that_of_validation_is_compressed_in_shorter_pieces(prepared: Path) -> None:
+    short = dataclasses.replace(CONFIG, max_position_embeddings=16)
+    results, _, _ = trained(prepared, "short", model=short, phases=(Phase(64),))
+    assert 0 < results["bits_per_byte"]["words"] < 10
 
 
 def test_weights_and_speeds_follow_their_levels(prepared: Path) -> None:

@@ -148,6 +148,8 @@ def test_a_layout_refuses_nothing_that_one_rank_can_do(knobs: str, name: str, wh
             assert line[key] == (one[key] if isinstance(one[key], str) else pytest.approx(one[key], abs=2e-5)), key
     seen = {"probe", "bits_per_byte_words"} if knobs == "everything" else {"skipped", "rewound_from"}
     assert seen <= {key for line in found for key in line}
+    routers = [read_lines(folder / "runs" / n / "base/router.jsonl") for n in (name, "whole")]
+    assert routers[0] == routers[1] and routers[0], "of all layers, wherever they lie"
     a, b = (read_json(folder / "runs" / n / "base/manifest.json")["results"] for n in (name, "whole"))
     assert (a["skipped_steps"], a["rewinds"]) == (b["skipped_steps"], b["rewinds"])
     assert a["bits_per_byte"]["words"] == pytest.approx(b["bits_per_byte"]["words"], abs=1e-5)

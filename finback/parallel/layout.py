@@ -90,20 +90,27 @@ class Layout:
     def at(self, rows: int, most: int) -> "Layout":
         """The layout of a step of `rows` rows in a run whose fullest steps have `most`: with fewer micro-batches.
 
-        They stay as large as those of a full step where they fill the pipeline; else there are as many, and smaller.
+        They stay as large as those of a full step where they fill the pipeline; else there are as many, and smaller. Rows that
+        are too few for either leave ranks idle, under the schedule that its own falls back on.
         """
         fewer, rest = divmod(self.micro_batches * rows, most)
-        if rest or not fewer or (self.pp > 1 and self._unfilled(fewer) is not None):
+        if rest or not fewer:
             return self
-        return replace(self, micro_batches=fewer)
+        small = replace(self, micro_batches=fewer)
+        if self.pp == 1 or small._unfilled() is None:
+            return small
+        falls_back = replace(small, schedule=self.pipeline.small)
+        if rows % (self.dp * self.micro_batches) == 0 or falls_back.pipeline.refusal(self.pp, fewer) is not None:
+            return self
+        return falls_back
 
     def check_steps(self, c: ModelConfig, sizes: Iterable[int], most: int) -> None:
         """`check` for every number of rows that steps of a run have, up to `most`."""
         for rows in sizes:
-            self.at(rows, most).check(c, rows)
+            self.at(rows, most).check(c, rows, is_full=rows == most)
 
-    def check(self, c: ModelConfig, rows: int) -> None:
-        """Raise UserError unless the model and the `rows` of one step fit."""
+    def check(self, c: ModelConfig, rows: int, is_full: bool = True) -> None:
+        """Raise UserError unless the model and the `rows` of one step fit; a full one has to fill the pipeline."""
         if rows % (self.dp * self.micro_batches):
             problem = f"does not divide among dp = {self.dp} ranks with {self.micro_batches} micro-batches each"
             raise UserError("rows", rows, problem, f"Use a multiple of {self.dp * self.micro_batches}.")
@@ -112,7 +119,7 @@ class Layout:
             raise UserError("layout.cp", self.cp, problem, "Use a divisor.")
         self._check_experts(c)
         if self.pp > 1:
-            self._check_pipeline(c)
+            self._check_pipeline(c, is_full)
 
     def check_length(self, length: int) -> None:
         """Raise UserError unless rows of `length` tokens can be cut."""
@@ -148,23 +155,23 @@ class Layout:
                     )
                     raise UserError("layout.dp", self.dp, problem, "Use a divisor of one of them.")
 
-    def _check_pipeline(self, c: ModelConfig) -> None:
+    def _check_pipeline(self, c: ModelConfig, is_full: bool) -> None:
         # all MTP modules lie on the last stage
         most = c.num_hidden_layers + (c.num_nextn_predict_layers > 0)
         if self.stages > most:
             problem = f"{self.schedule} makes {self.stages} stages, and {most} can have a layer"
             raise UserError("layout.pp", self.pp, problem, "Lower it.")
-        unfilled = self._unfilled(self.micro_batches)
+        unfilled = self._unfilled() if is_full else self.pipeline.refusal(self.pp, self.micro_batches)
         if unfilled is not None:
             raise unfilled
 
-    def _unfilled(self, micro_batches: int) -> UserError | None:
-        """Why so many micro-batches do not go through the pipeline; None if they do."""
-        if micro_batches < self.stages:
+    def _unfilled(self) -> UserError | None:
+        """Why its micro-batches do not go through the pipeline, or do not fill it; None if they do."""
+        refused = self.pipeline.refusal(self.pp, self.micro_batches)
+        if refused is None and self.micro_batches < self.stages:
             problem = f"fewer than the {self.stages} stages that they are to fill"
-            unfilled = UserError("layout.micro_batches", micro_batches, problem, "Raise it.")
-            return self.pipeline.refusal(self.pp, micro_batches) or unfilled
-        return self.pipeline.refusal(self.pp, micro_batches)
+            return UserError("layout.micro_batches", self.micro_batches, problem, "Raise it.")
+        return refused
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ its parts and one backward pass all gradients.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,16 +99,13 @@ class PipelineStage(nn.Module):
     def splits(self) -> bool:
         """Whether the backward pass for the weights can run apart from that for the inputs.
 
-        Autograd cannot do the gradient of a weight apart from that of what lies between its uses; and what is recomputed
-        for the one pass, or lent to it by the compiler, is gone in the other.
+        Autograd cannot do the gradient of a weight apart from that of what lies between its uses: the last stage's embedding
+        has one for each MTP module and one for a tied head. And what is recomputed for the one pass, or lent to it by the
+        compiler, is gone in the other.
         """
         model = self.model
-        between = self.is_last and model.config.tie_word_embeddings and len(model.mtp) > 0
-        return (
-            not between
-            and not self.is_compiled
-            and not any(isinstance(module, Recomputed) for module in model.modules())
-        )
+        uses = len(model.mtp) + model.config.tie_word_embeddings if self.is_last else 0
+        return uses < 2 and not self.is_compiled and not any(isinstance(m, Recomputed) for m in model.modules())
 
     def _balance(self) -> Tensor | float:
         """The sum over this stage's MoE layers that the pass has met."""
@@ -122,19 +118,18 @@ class Pipeline:
 
     def __init__(self, stages: list[PipelineStage], layout: Layout, mesh: Mesh) -> None:
         self.stages, self.layout, self.mesh = stages, layout, mesh
-        # for rows of the last step's shape, and for its number of micro-batches
-        self.shape: tuple[int, ...] = ()
+        # of the last step, its layout, and the shape of its tokens
+        self.kind: tuple[Layout, torch.Size] | None = None
         self.schedule: _Tabled | None = None
 
-    def run(self, rows: Rows, micro_batches: int) -> Tensor:
+    def run(self, rows: Rows, layout: Layout) -> Tensor:
         """Add the gradients of the losses of all micro-batches; (main, MTP, balance), summed over them.
 
-        rows are the same on all ranks of the pipeline. Zeros but on the last stage's rank.
+        rows are the same on all ranks of the pipeline, `layout` is the step's (Layout.at). Zeros but on the last stage's rank.
         """
         tokens = rows["tokens"]
-        shape = micro_batches, *tokens.shape
-        if self.schedule is None or shape != self.shape:
-            self.shape, self.schedule = shape, self._schedule(*shape)
+        if self.schedule is None or (layout, tokens.shape) != self.kind:
+            self.kind, self.schedule = (layout, tokens.shape), self._schedule(layout, *tokens.shape)
         start = (tokens,) if self.stages[0].is_first else ()
         for stage in self.stages:
             stage.losses.clear()
@@ -167,10 +162,10 @@ class Pipeline:
         dist.broadcast(logp, group=group, group_src=owners[layout.stages - 1])
         return logp
 
-    def _schedule(self, micro_batches: int, rows: int, width: int) -> "_Tabled":
+    def _schedule(self, layout: Layout, rows: int, width: int) -> "_Tabled":
         """For so many rows of so many tokens, MTP's among them; what is sent has fixed shapes."""
         model, device = self.stages[0].model, self.mesh.device
-        config, micro, layout = model.config, rows // micro_batches, self.layout
+        config, micro = model.config, rows // layout.micro_batches
         length = width - config.num_nextn_predict_layers
         hidden = torch.empty(micro, length, config.hidden_size, dtype=model.compute, device=device)
         carried = hidden.requires_grad_(), torch.empty(1, device=device, requires_grad=True)
@@ -181,7 +176,7 @@ class Pipeline:
             ends = tokens if stage.is_first else carried, loss if stage.is_last else carried
             kind = TorchStage if stage.splits else _Unsplit
             pieces.append(kind(stage, index, layout.stages, device, *ends, group=self.mesh.pp.get_group()))
-        return _Tabled(pieces, replace(layout, micro_batches=micro_batches))
+        return _Tabled(pieces, layout)
 
 
 class _Unsplit(TorchStage):

@@ -20,6 +20,8 @@ class Schedule(NamedTuple):
     splits: bool
     # whether F and B of two micro-batches hide each other's communication
     overlaps: bool
+    # what steps with too few micro-batches for it run on the same stages; DualPipe's, one way
+    small: "ScheduleName"
 
     def table(self, ranks: int, micro_batches: int) -> Table:
         """Every rank's slots; UserError where the schedule cannot run so."""
@@ -79,12 +81,12 @@ class Schedule(NamedTuple):
 
 ScheduleName = Literal["1f1b", "zb1p", "interleaved", "zbv", "dualpipev", "dualpipe"]
 SCHEDULES: dict[str, Schedule] = {
-    "1f1b": Schedule("1F1B", tables.one_f_one_b, "line", False, False),
-    "zb1p": Schedule("ZB1P", tables.zb1p, "line", True, False),
-    "interleaved": Schedule("Interleaved 1F1B", tables.interleaved, "loop", False, False),
-    "zbv": Schedule("ZB-V", tables.zb_v, "fold", True, False),
-    "dualpipev": Schedule("DualPipeV", tables.dualpipe_v, "fold", True, True),
-    "dualpipe": Schedule("DualPipe", tables.dualpipe, "both ways", True, True),
+    "1f1b": Schedule("1F1B", tables.one_f_one_b, "line", False, False, "1f1b"),
+    "zb1p": Schedule("ZB1P", tables.zb1p, "line", True, False, "zb1p"),
+    "interleaved": Schedule("Interleaved 1F1B", tables.interleaved, "loop", False, False, "interleaved"),
+    "zbv": Schedule("ZB-V", tables.zb_v, "fold", True, False, "zbv"),
+    "dualpipev": Schedule("DualPipeV", tables.dualpipe_v, "fold", True, True, "zbv"),
+    "dualpipe": Schedule("DualPipe", tables.dualpipe, "both ways", True, True, "zb1p"),
 }
 
 

@@ -92,9 +92,9 @@ class Pretraining(Training):
         trainer.update(*self.lrs)
         trainer.average()
         health = trainer.balance(rates.level(stage.bias_speed, self.tokens))
-        if trainer.is_whole and trainer.routers and loop.step % stage.router_steps == 0:
-            described = {"step": loop.step, "tokens": self.tokens, **router_health.describe(health, trainer.routers)}
-            self.run.append(ROUTER, described)
+        if health.loads and loop.step % stage.router_steps == 0:
+            described = router_health.describe(health, trainer.biases())
+            self.run.append(ROUTER, {"step": loop.step, "tokens": self.tokens, **described})
         return metrics | {"lr": self.lrs[0], "max_violation": health.violation, "idle_experts": health.idle}
 
     def _batch(self, rows: int, loop: Loop) -> tuple[Batch, list[float]]:
@@ -133,18 +133,19 @@ class Pretraining(Training):
     # ---- looking at it ---------------------------------------------------------------------------------------------
 
     def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
-        if metrics.get("skipped") == "rewind":
+        if metrics.get("skipped") == "rewind":  # to a model that has been looked at
             self._rewind(loop)
-        self._maybe_probe(loop)
-        self._maybe_validate(loop, self.tokens - metrics["batch_size"] * self.stage.seq_len)
+            return
+        before = self.tokens - metrics["batch_size"] * self.stage.seq_len
+        self._maybe_probe(loop, before)
+        self._maybe_validate(loop, before)
 
-    def _maybe_probe(self, loop: Loop) -> None:
-        """Start the decay when the probe is passed, or when only the decay still fits."""
+    def _maybe_probe(self, loop: Loop, before: int) -> None:
+        """Start the decay when the probe is passed, or when only the decay still fits; `before` tokens was the last look."""
         stage, probe, run = self.stage, self.stage.probe, self.run
         if self.decay_start is not None or stage.phases:
             return
-        per_step = stage.batch_size * stage.seq_len
-        if probe and self.tokens // probe.every_tokens > (self.tokens - per_step) // probe.every_tokens:
+        if probe and self.tokens // probe.every_tokens > before // probe.every_tokens:
             accuracy = self._probe(probe, loop)
             self.best_probe = max(self.best_probe, accuracy)
             run.log(loop.step, tokens=self.tokens, probe=accuracy)

@@ -49,14 +49,13 @@ def forget(routers: Sequence[Router]) -> None:
         router.load.zero_()
 
 
-def describe(health: Health, routers: Sequence[Router]) -> dict[str, Any]:
+def describe(health: Health, biases: Sequence[Tensor]) -> dict[str, Any]:
     """A line for router.jsonl: each layer's violation, shares of its load and biases (of large models no shares)."""
     shares = health.shares
-    biases = [router.bias.tolist() for router in routers] if shares else []
     return {
         "max_violation": [round(max_violation(load), 4) for load in health.loads],
         "idle": [int((load == 0).sum()) for load in health.loads],
-        "bias_spread": [round(float(r.bias.max() - r.bias.min()), 5) for r in routers],
+        "bias_spread": [round(float(b.max() - b.min()), 5) for b in biases],
         "load": shares,
-        "bias": [[round(x, 5) for x in layer] for layer in biases],
+        "bias": [[round(x, 5) for x in bias.tolist()] for bias in biases] if shares else [],
     }

@@ -24,7 +24,7 @@ from finback.parallel.build import build, shares
 from finback.parallel.context import in_parts
 from finback.parallel.export import save_shares
 from finback.parallel.gather import gather
-from finback.parallel.layout import Layout
+from finback.parallel.layout import Layout, split_layers
 from finback.parallel.mesh import Mesh
 from finback.parallel.pipeline import Pipeline, PipelineStage, Rows, is_twice, sum_copies
 from finback.parallel.shard import ShardedParameter, finish, like, local, router_biases, share_of
@@ -70,7 +70,6 @@ class ShardedTrainer(Trainer):
         )
         self.model = self.models[0]
         self.routers: list[Router] = [router for model in self.models for router in model.routers()]
-        self.is_whole = layout.pp == 1
         self.parts = [part for stage in self.sharding.parts for part in stage]
         for number, parts in zip(self.stages, self.sharding.parts, strict=True):
             for part in parts:
@@ -110,11 +109,12 @@ class ShardedTrainer(Trainer):
         assert batch is not None, "on a layout every rank has rows in every step"
         if self.mesh.cp is not None:
             batch = batch.part(self.mesh.cp.get_local_rank(), self.layout.cp)
-        parts = self.layout.at(len(batch.tokens) * self.data_ranks, self.rows).micro_batches
+        layout = self.layout.at(len(batch.tokens) * self.data_ranks, self.rows)
+        parts = layout.micro_batches
         self.terms = terms = replace(terms, row_share=terms.row_share / parts)
         if self.pipeline is not None:
             assert terms.main_loss is None, "a pipeline ends with cross-entropy"
-            losses = self.pipeline.run(batch.tensors(), parts)
+            losses = self.pipeline.run(batch.tensors(), layout)
         else:
             losses = torch.zeros(3, device=self.mesh.device)
             for micro in batch.chunk(parts):
@@ -148,22 +148,36 @@ class ShardedTrainer(Trainer):
         self.sharding.publish()
 
     def balance(self, speed: float) -> Health:
-        """As for every trainer; the health's loads are those of this rank's stages."""
-        routers, device = self.routers, self.mesh.device
-        worst, idle = torch.zeros(1, device=device), torch.zeros(1, device=device)
-        loads: list[Tensor] = []
-        if routers:
-            summed = torch.stack([router.load for router in routers])
-            dist.all_reduce(summed, group=self.mesh.dp.get_group())
-            for router, load in zip(routers, summed, strict=True):
-                router.load.copy_(load)
-                router.update_bias(speed)
-            loads = list(summed)
-            worst[0] = max(max_violation(load) for load in loads)
-            idle[0] = (summed == 0).sum() / self.layout.holders  # each of them counts the same
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        dist.all_reduce(idle)
-        return Health(worst.item(), round(idle.item()), loads)
+        """As for every trainer."""
+        loads = self._by_layer([router.load for router in self.routers])
+        if len(loads):
+            dist.all_reduce(loads)
+        for layer, router in zip(self._moe_layers(), self.routers, strict=True):
+            router.load.copy_(loads[layer])
+            router.update_bias(speed)
+        violation = max((max_violation(load) for load in loads), default=0.0)
+        return Health(violation, int((loads == 0).sum()), list(loads))
+
+    def biases(self) -> list[Tensor]:
+        biases = self._by_layer([router.bias for router in self.routers])
+        if len(biases):
+            dist.all_reduce(biases, group=self.mesh.pp.get_group())
+        return list(biases)
+
+    def _moe_layers(self) -> list[int]:
+        """Which of the layers with experts lie here, counted among those alone; MTP modules are the last."""
+        c, stages = self.config, split_layers(self.config, self.layout.stages)
+        layers = [layer for number in self.stages for layer in stages[number].layers]
+        return [layer - c.first_k_dense_replace for layer in layers if c.is_moe(layer)]
+
+    def _by_layer(self, mine: list[Tensor]) -> Tensor:
+        """A tensor of each router here -> of all routers (layers, experts), zeros for those that lie elsewhere."""
+        c = self.config
+        layers = sum(map(c.is_moe, range(c.num_hidden_layers + c.num_nextn_predict_layers)))
+        found = torch.zeros(layers, c.n_routed_experts, device=self.mesh.device)
+        for layer, tensor in zip(self._moe_layers(), mine, strict=True):
+            found[layer] = tensor
+        return found
 
     # ---- looking at it ---------------------------------------------------------------------------------------------
 

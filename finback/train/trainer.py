@@ -53,9 +53,8 @@ class Trainer(ABC):
     # which of data_ranks equal shares of a step's rows this rank reads
     data_rank: int
     data_ranks: int
-    # those of the layers that this rank holds, and whether these are all layers
+    # those of the layers that this rank holds
     routers: list[Router]
-    is_whole: bool = True
     # running averages of the weights that lie here
     averages: Sequence[EMA] = ()
 
@@ -79,6 +78,10 @@ class Trainer(ABC):
     @abstractmethod
     def balance(self, speed: float) -> Health:
         """Move the routers' biases by the loads of the step (V3 2.1.2), at speed 0 not at all, and forget the loads."""
+
+    def biases(self) -> list[Tensor]:
+        """The biases of all routers, bottom to top, wherever they lie; for all ranks at once."""
+        return [router.bias for router in self.routers]
 
     def forget_loads(self) -> None:
         """Drop the loads of a step that is not learnt from."""
