@@ -1,57 +1,200 @@
-"""DeepSeek-V3's pre-training as its report gives it, to be planned, not run.
+"""DeepSeek-V3's pre-training as its report gives it: 14.8T tokens, then context extension to 32K and to 128K (4.1 to 4.3).
 
-    finback plan recipes/v3.py --on h800:2048 --mesh pp=16,ep=64 --schedule dualpipe
+    finback plan recipes/v3.py --on h800:2048 --recompute selective
+    finback run recipes/v3.py --set size=tiny --ranks 4
 
-14.8T tokens of 4096 each, then context extension: 1000 steps at 32K and 1000 at 128K (report 4.2 and 4.3). The ramp of the
-batch over the first 469B tokens is left out, and so is post-training, whose tokens are not published.
+V3's corpus is not published, so it can be planned at its size, not run. `size=tiny` makes the model, the rows and the tokens small
+and leaves every phase and knob where it is: a minute or two on two CPU cores. Its layouts want four ranks; on one, give none:
+
+    finback run recipes/v3.py --set size=tiny --ranks 1 \\
+        --set pretrain.layout=none --set extend-32k.layout=none --set extend-128k.layout=none
+
+What the report does not say: the shape of the ramp, the decay of the average, how ranks lay and documents were masked in the
+extension. Post-training is recipes/r1.py's.
 """
 
+import dataclasses
+import os
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from finback.config import UserError
-from finback.data.sources import Chitchat
-from finback.model.config import V3
+from finback.data.sources import Chitchat, Files
+from finback.model.config import V3, ModelConfig
+from finback.parallel.layout import Layout
+from finback.parallel.schedules import ScheduleName
 from finback.runs.folder import StageRun
+from finback.runs.recipe import Stage
+from finback.stages.extend import Extend
 from finback.stages.prepare import Prepare
 from finback.stages.pretrain import Pretrain
-
-REFUSAL = UserError("recipe", "v3", "is there to be planned", "Use finback plan recipes/v3.py --on h800:2048.")
+from finback.train.rates import Phase
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(Prepare):
-    """V3's corpus is not published; only the size of its vocabulary matters to a plan."""
+    """V3's corpus, of which only the size of the vocabulary matters to a plan."""
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        raise REFUSAL
+        problem, remedy = (
+            "is there to be planned: V3's corpus is not published",
+            "Use finback plan, or --set size=tiny.",
+        )
+        raise UserError("size", "v3", problem, remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned(Pretrain):
-    """Pre-training that is too large to be started here."""
+class Size:
+    """What is large in V3's recipe."""
 
-    def run(self, run: StageRun) -> dict[str, Any]:
-        raise REFUSAL
+    model: ModelConfig
+    # tokens of a row, and how many of these the two extensions' rows have
+    length: int
+    longer: tuple[int, int] = (8, 32)
+    # rows of a step: at first, after the ramp, and in each extension
+    rows: tuple[int, int, int, int]
+    # tokens that V3's trillion stands for, of the first 2,000 steps, and of the ramp
+    trillion: float
+    warmup: int
+    ramp: int
+    extension_steps: int
+    lr: float
+    # ranks of pre-training; in the extensions some of dp are cp
+    pp: int
+    dp: int
+    ep: int
+    nodes: int
+    cp: tuple[int, int]
+    schedule: ScheduleName
+
+    def layout(self, rows: int, cp: int = 1) -> Layout:
+        """A row for each micro-batch, ZeRO-1."""
+        dp = self.dp // cp
+        mesh = {"pp": self.pp, "dp": dp, "cp": cp, "ep": self.ep, "nodes": self.nodes}
+        return Layout(**mesh, micro_batches=rows // dp, schedule=self.schedule, sharding="zero1")
 
 
-def phase(name: str, rows: int, length: int, tokens: float) -> Planned:
-    """One phase of pre-training."""
-    return Planned(
-        name=name,
-        data="prepare",
-        model=V3,
-        mixture={"chitchat": 1.0},
-        batch_size=rows,
-        seq_len=length,
-        max_tokens=int(tokens),
-        compute="fp8",
-    )
+SIZES = {
+    "v3": Size(
+        model=dataclasses.replace(V3, rope_scaling=None, max_position_embeddings=4096),
+        length=4096,
+        rows=(3072, 15360, 1920, 480),
+        trillion=1e12,
+        warmup=2000 * 3072 * 4096,
+        ramp=469_000_000_000,
+        extension_steps=1000,
+        lr=2.2e-4,
+        pp=16,
+        dp=128,
+        ep=64,
+        nodes=8,
+        cp=(8, 32),
+        schedule="dualpipe",
+    ),
+    "tiny": Size(
+        model=dataclasses.replace(
+            V3,
+            rope_scaling=None,
+            max_position_embeddings=16,
+            vocab_size=512,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=128,
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            n_group=4,
+            topk_group=2,
+            initializer_range=0.15,  # so small a model with 0.006 sends all tokens to the same experts
+        ),
+        length=16,
+        rows=(4, 20, 4, 4),
+        trillion=300,
+        warmup=128,
+        ramp=1280,
+        extension_steps=2,
+        lr=2e-3,
+        pp=2,
+        dp=2,
+        ep=2,
+        nodes=1,
+        cp=(2, 2),
+        schedule="dualpipev",
+    ),
+}
+
+CODE = Files(
+    (str(Path(os.__file__).parent / "[a-m]*.py"),), split="files", name="code", licence="PSF-2.0 (Python's own library)"
+)
 
 
-recipe = [
-    Corpus(name="prepare", text=(Chitchat(),), vocab_size=V3.vocab_size),
-    phase("pretrain", 15360, 4096, 14.8e12),
-    phase("extend-32k", 1920, 32768, 1000 * 1920 * 32768),
-    phase("extend-128k", 480, 131072, 1000 * 480 * 131072),
-]
+def recipe(size: Literal["v3", "tiny"] = "v3") -> list[Stage]:
+    """Its stages at V3's size, or at one that two cores train in minutes."""
+    s = SIZES[size]
+    first, full, *extended = s.rows
+
+    def trillions(count: float) -> int:
+        return round(count * s.trillion)
+
+    low = 7.3e-6 / 2.2e-4
+    common: dict[str, Any] = {
+        "data": "prepare",
+        "mixture": {"chitchat": 0.5, "code": 0.5},
+        "packing": "best_fit",
+        "optimizer": "adamw",
+        "adam_lr": s.lr,
+        "weight_decay": 0.1,
+        "compute": "fp8",
+        "ema_decay": 0.999,
+    }
+    stages: list[Stage] = [
+        (Corpus if size == "v3" else Prepare)(
+            name="prepare", text=(Chitchat(), CODE), vocab_size=s.model.vocab_size, fim=0.1
+        ),
+        Pretrain(
+            name="pretrain",
+            model=s.model,
+            seq_len=s.length,
+            batch_size=full,
+            batch_size_start=first,
+            ramp_tokens=s.ramp,
+            phases=(
+                Phase(s.warmup, 0.0, 1.0),
+                Phase(trillions(10) - s.warmup),
+                Phase(trillions(4.3), 1.0, 0.1, "cosine"),
+                Phase(trillions(0.333), 0.1, 0.1),
+                Phase(trillions(0.167), low, low),
+            ),
+            mtp_weight=((0, 0.3), (trillions(10), 0.1)),
+            bias_speed=((0, 0.001), (trillions(14.3), 0.0)),
+            layout=s.layout(full),
+            **common,
+        ),
+    ]
+    names = "extend-32k", "extend-128k"
+    for at, (name, rows, longer, cp) in enumerate(zip(names, extended, s.longer, s.cp, strict=True)):
+        stages.append(
+            Extend(
+                name=name,
+                start=names[at - 1] if at else "pretrain",
+                # YaRN by 40 from the start, so the window is that of config.json in the end
+                window=s.length * (40 if at else longer),
+                factor=None if at else 40.0,
+                seq_len=s.length * longer,
+                batch_size=rows,
+                phases=(Phase(s.extension_steps * rows * s.length * longer, low, low),),
+                document_mask=True,
+                mtp_weight=0.1,
+                bias_speed=0.0,
+                layout=s.layout(rows, cp),
+                **common,
+            )
+        )
+    return stages

@@ -185,13 +185,20 @@ def test_a_recipes_own_layout_is_planned(tmp_path: Path) -> None:
 
 
 def test_v3s_recipe_is_planned_and_does_not_run(tmp_path: Path) -> None:
-    done = finback(
-        "plan", "recipes/v3.py", "--on", "h800:2048", "--mesh", "pp=16,ep=64", "--schedule", "dualpipe", "--json"
-    )
-    values = json.loads(done.stdout)
+    # V3's own recomputation; its average of the weights lay on the CPU, here it leaves room for none but blocks'
+    command = "plan", "recipes/v3.py", "--on", "h800:2048", "--recompute", "selective", "--json"
+    values = json.loads(finback(*command, "--mesh", "pp=16,ep=64", "--schedule", "dualpipe").stdout)
     post_training = 5e3 * 2
     assert values["total"]["dollars"] + post_training == pytest.approx(5.576e6, rel=0.1)
-    assert values["stages"]["extend-128k"]["refused"]
+    assert values["stages"]["extend-128k"]["refused"], "480 rows do not divide among 128 ranks"
+    # by its own layouts, whose ranks cut rows of the extensions, every phase is planned step by step
+    own = json.loads(finback(*command).stdout)
+    phases = [own["stages"][name] for name in ("pretrain", "extend-32k", "extend-128k")]
+    assert all(phase["how"] == "step by step" for phase in phases)
+    assert [phase["layout"] for phase in phases] == [
+        f"pp=16,dp={dp},{cp}ep=64,zero=1" for dp, cp in ((128, ""), (16, "cp=8,"), (4, "cp=32,"))
+    ]
+    assert own["total"]["dollars"] + post_training == pytest.approx(5.576e6, rel=0.03)
     run = finback("run", ROOT / "recipes" / "v3.py", "--runs", tmp_path, "--ranks", 1)
     assert run.returncode == 2 and "is there to be planned" in run.stderr and "Traceback" not in run.stderr
 

@@ -262,6 +262,32 @@ def test_mistakes_in_settings_are_named(setting: str, message: str) -> None:
         load(TINY_RECIPE, [setting])
 
 
+MADE = """
+from typing import Literal
+from tests.test_recipe import Note
+
+def recipe(size: Literal["large", "small"] = "large", steps: int = 7) -> list[Note]:
+    return [Note(name="a", steps=steps if size == "large" else 1)]
+"""
+
+
+def test_a_recipe_may_have_knobs_of_its_own(tmp_path: Path) -> None:
+    """Parameters of the function that makes the stages; those of stages come on top."""
+    path = tmp_path / "made.py"
+    path.write_text(MADE, encoding="utf-8")
+    assert load(path).stages == (Note(name="a", steps=7),)
+    assert load(path, ["size=small", "a.stop=true"]).stages == (Note(name="a", steps=1, stop=True),)
+    assert load(path, ["steps=2e1"]).stages == (Note(name="a", steps=20),)
+    for setting, message in (
+        ("size=smal", "size = 'smal': expected one of large, small. Did you mean 'small'?"),
+        ("steps=five", "steps = 'five': expected int. Write for example 100 or 2e6."),
+        ("sizes=small", "--set = 'sizes=small': the recipe has no knob 'sizes'. Did you mean 'size'?"),
+        ("size", "size = '': expected one of large, small. Use one of them."),
+    ):
+        with refusal(message):
+            load(path, [setting])
+
+
 @pytest.mark.parametrize(
     "setting",
     [

@@ -1,21 +1,24 @@
 """Recipes and stages: what is to be done, in which order, and doing it once.
 
 A stage is a frozen dataclass: its fields are the knobs, `work()` says how much it will train and generate, `run()`
-does it. A recipe is a Python file whose `recipe` is a list of stages. The same list is run, priced and shown.
+does it. A recipe is a Python file whose `recipe` is a list of stages, or a function that makes it, whose parameters are
+knobs of the recipe itself. The same list is run, priced and shown.
 """
 
 import dataclasses
+import inspect
 import json
 import re
 import runpy
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from finback.config import UserError, as_json, check_fields, did_you_mean, override
+from finback.config import UserError, as_json, check_fields, did_you_mean, override, parse
 from finback.runs import adapters, contents
 from finback.runs.declaration import DECLARATION, Declaration
 from finback.runs.files import CONFIG, MANIFEST, RECIPE, SUMMARY, is_checkpoint, read_object, write_json
@@ -112,12 +115,19 @@ class Recipe:
 
 
 def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
-    """Run a recipe file, apply `stage.field=value` texts and check the list; a mistake is reported with its line."""
+    """Run a recipe file, apply `stage.field=value` texts and check the list; a mistake is reported with its line.
+
+    Where the recipe is a function, a `name=value` text gives one of its parameters.
+    """
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError("recipe", str(path), "no such file", did_you_mean(path.name, near))
     try:
         stages = runpy.run_path(str(path)).get("recipe")
+        if inspect.isfunction(stages):
+            own = [setting for setting in settings if "." not in setting.partition("=")[0]]
+            settings = [setting for setting in settings if setting not in own]
+            stages = stages(**_own_knobs(stages, own))
     except UserError:
         raise
     except Exception as error:
@@ -126,6 +136,18 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
         raise UserError("recipe", str(path), "does not define `recipe`, a list of stages", "See recipes/tiny.py.")
     # checked as changed: --set may name another start
     return Recipe(path.stem, overridden(stages, settings), path)
+
+
+def _own_knobs(recipe: Callable[..., Any], settings: Sequence[str]) -> dict[str, Any]:
+    """What `name=value` texts give a recipe's own parameters."""
+    hints, known = typing.get_type_hints(recipe), inspect.signature(recipe).parameters
+    found = {}
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in known:
+            raise UserError("--set", setting, f"the recipe has no knob {name!r}", did_you_mean(name, known))
+        found[name] = parse(text, hints[name], name)
+    return found
 
 
 def _mistake(path: Path, error: Exception) -> UserError:
