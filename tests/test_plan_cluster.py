@@ -17,6 +17,7 @@ from finback.planner import cluster, cost, expert_load, hardware, memory, publis
 from finback.planner.hardware import ASSUMPTIONS, MACHINES
 from finback.planner.options import PlanOptions
 from finback.planner.workload import Workload, parse_mesh
+from finback.train import loss
 
 H800, _ = hardware.find("h800:2048")
 KNOWN = dict(ASSUMPTIONS)
@@ -88,6 +89,39 @@ def test_memory_by_hand() -> None:
     assert memory.attention_activation(c, "bf16", "selective") == 2 * (4 + 5 + 6 + 2) + 2 * 2 * 3 + 4 * 2
     assert memory.feed_forward_activation(c, False, "bf16", "selective", 0.0) == 2 * 4 + 2 * 2 * 7
     assert memory.layer_activation(c, False, "bf16", "block", 0.0) == 2 * 4
+
+
+def test_what_cross_entropy_takes_by_hand() -> None:
+    """A vocabulary of 1000 and a width of 4; 300 tokens are a chunk of 256 and one of 44."""
+    assert memory.CHUNK == loss.CHUNK
+    c = dataclasses.replace(TINY, vocab_size=1000, hidden_size=4, num_nextn_predict_layers=0)
+    # kept: gradients of 300 x 4 states and of the head; for a moment 256 x 1000 logits
+    assert memory.cross_entropy(c, 300, "fp32", 1) == 4 * (300 * 4 + 4000) + 4 * 256 * 1000
+    # in bf16 logits have a gradient beside them, and the head a copy
+    in_bf16 = 2 * 300 * 4 + 4 * 4000 + (4 + 2) * 256 * 1000 + 2 * 4000
+    assert memory.cross_entropy(c, 300, "bf16", 1) == in_bf16
+    assert memory.cross_entropy(c, 10, "fp32", 1) == 4 * (10 * 4 + 4000) + 4 * 10 * 1000
+    # two MTP modules keep as much each; the scaled gradient of a wide head is more than logits
+    wide = dataclasses.replace(c, hidden_size=512, num_nextn_predict_layers=2)
+    assert memory.cross_entropy(wide, 10, "fp8", 2) == 2 * 3 * (2 * 10 * 512 + 4 * 512_000) + 4 * 512_000
+    # V3: 7.4 GB of head gradients for each micro-batch between F and B, and ZB1P puts off W on the last of 16 ranks
+    head = V3.vocab_size * V3.hidden_size
+    last = [memory.rank_memory(V3, scheduled(name), KNOWN)[15].working for name in ("1f1b", "zb1p")]
+    assert last[1] - last[0] == pytest.approx(15 * 2 * (4 * head + 2 * 4096 * V3.hidden_size))
+    assert memory.rank_memory(V3, scheduled("1f1b"), KNOWN)[0].working < 4 * head, "only where the head lies"
+
+
+def test_what_finback_sends_to_experts_is_bf16() -> None:
+    """That of V3's own schedule, which is planned alone, is FP8 with a scale per 128 numbers."""
+    layout = Layout(pp=2, dp=2, ep=2, micro_batches=4, sharding="zero1")
+    ours, theirs = (
+        traffic.of(TINY, Workload(dataclasses.replace(layout, schedule=s), 8, 64, precision="fp8"), H800)
+        for s in ("zb1p", "dualpipe")
+    )
+    assert ours.load is not None
+    sent = 4 * 64 * 2 * TINY.hidden_size * ours.load.forwarded  # 4 x 64 tokens, half of 3 MoE layers and MTP's
+    assert ours.dispatch_link == pytest.approx(sent * 2 * (2 + 2))
+    assert theirs.dispatch_link == pytest.approx(sent * 2 * (1 + 4 / 128 + 2))
 
 
 def test_states_by_hand() -> None:
@@ -320,7 +354,7 @@ def test_what_has_no_basis_is_said() -> None:
         word in llama
         for word in ("no basis: efficiency is that of V3", "38 to 43 %", "on 16,384", "it does not fit", "H800 alone")
     )
-    poor = planned_remarks(V3, "h800:2048", 15360, 4096, mesh="pp=16,ep=64", schedule="1f1b", recompute="block")
+    poor = planned_remarks(V3, "h800:2048", 15360, 4096, mesh="pp=16,ep=64", schedule="zb1p", recompute="block")
     assert not any("less than half" in text for text in poor)
     worst = planned_remarks(V3, "h800:2048", 2048, 4096, mesh="pp=16,ep=64", schedule="1f1b", recompute="block")
     assert any("less than half of the 38.9% that V3 reached" in text for text in worst)

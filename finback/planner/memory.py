@@ -22,6 +22,7 @@ from finback.planner.hardware import Fact
 from finback.planner.workload import Optimizer, Precision, Recompute, Workload
 
 SCALE = 4 / 128  # an fp32 scale for each 128 numbers in FP8
+CHUNK = 256  # rows of logits that cross-entropy holds at a time (train/loss.py)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Memory:
     optimizer: float
     # of all micro-batches in flight
     activations: float
-    # logits, one layer done again, layers gathered by FSDP; or a probe's whole model
+    # cross-entropy, one layer done again, layers gathered by FSDP; or a probe's whole model
     working: float
     reserve: float
     # micro-batches, in stages of mean size
@@ -95,6 +96,19 @@ def layer_activation(c: ModelConfig, moe: bool, precision: Precision, recompute:
     return attention_activation(c, precision, recompute) + feed_forward
 
 
+def cross_entropy(c: ModelConfig, tokens: int, precision: Precision, in_flight: int) -> float:
+    """Bytes that the trunk's loss and each MTP module's take, with so many micro-batches of `tokens` in flight at the head.
+
+    Each has the gradients of its hidden states and of the head from its forward to its backward pass. On top come a chunk of logits,
+    and where activations are not in fp32 their gradient and a copy of the head; or the head's gradient once more, scaled.
+    """
+    a, size = _widths(precision)[0], c.vocab_size * c.hidden_size
+    kept = (1 + c.num_nextn_predict_layers) * (a * c.hidden_size * tokens + 4.0 * size)
+    rounded = a if a < 4 else 0.0
+    forward = (4 + rounded) * c.vocab_size * min(CHUNK, tokens) + rounded * size
+    return in_flight * kept + max(forward, 4.0 * size)
+
+
 def _widths(precision: Precision) -> tuple[float, float]:
     """Bytes of an activation, and of one that is saved to feed a product."""
     return {"fp32": (4.0, 4.0), "bf16": (2.0, 2.0), "fp8": (2.0, 1 + SCALE)}[precision]
@@ -127,7 +141,6 @@ class RankStages:
     """What one pipeline rank holds of the model."""
 
     layers: tuple[int, ...]
-    has_head: bool
     # parameters outside routed experts, the same on every data-parallel rank
     plain: int
     # parameters of its share of the routed experts
@@ -144,7 +157,7 @@ def rank_stages(c: ModelConfig, layout: Layout) -> list[RankStages]:
         sizes = [stage_parameters(c, stage, shared_ends) for stage in mine]
         layers = tuple(layer for stage in mine for layer in stage.layers)
         routed = sum(size[1] for size in sizes) / layout.ep
-        found.append(RankStages(layers, any(s.has_head for s in mine), sum(size[0] for size in sizes), routed))
+        found.append(RankStages(layers, sum(size[0] for size in sizes), routed))
     return found
 
 
@@ -162,11 +175,11 @@ def rank_memory(c: ModelConfig, work: Workload, known: dict[str, Fact]) -> list[
     found = []
     for moment, mine in zip(moments, rank_stages(c, layout), strict=True):
         alive = max(sum(count * saved[stage] for stage, count in stages) for stages in moment)
-        # the logits in fp32 and their gradient
-        logits = 6 * c.vocab_size * tokens if mine.has_head else 0.0
+        at_head = max(dict(stages).get(len(saved) - 1, 0) for stages in moment)
+        loss = cross_entropy(c, tokens, work.precision, at_head) if at_head else 0.0
         again = max(whole[c.is_moe(n)] - some[c.is_moe(n)] for n in mine.layers) * tokens
         weights, gradients, optimizer, gathered = _states(work, mine)
-        working = logits + again + gathered
+        working = loss + again + gathered
         if work.probed:  # after a step, when its activations are gone
             working = max(working, 4.0 * parameters(c) - alive)
         found.append(Memory(weights, gradients, optimizer, alive, working, known["reserve"].value, alive / mean))

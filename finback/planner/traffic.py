@@ -1,8 +1,8 @@
 """What each device sends in a step, over which wire, and how long it takes. No torch here.
 
 Ranks are placed with data and expert parallelism innermost, so that an expert group fills whole nodes. All-to-all sends a
-token once to each node that holds one of its experts and hands it on within the node (V3 2.1.2, 3.2.2): in FP8 on the way
-to experts, in bf16 back.
+token once to each node that holds one of its experts and hands it on within the node (V3 2.1.2, 3.2.2), out and back in the dtype of
+activations. V3 sends FP8 out.
 """
 
 import math
@@ -45,8 +45,11 @@ def of(c: ModelConfig, work: Workload, machine: Machine, skew: float = 0.0) -> T
     """Traffic of one step; `skew` is the Zipf exponent of expert popularity."""
     layout = work.layout
     network = link = seconds = 0.0
-    # bytes of a number on its way to an expert, and of any other
-    out, back = {"fp32": (4.0, 4.0), "bf16": (2.0, 2.0), "fp8": (1 + SCALE, 2.0)}[work.precision]
+    out = back = 4.0 if work.precision == "fp32" else 2.0  # bytes of a number on its way to an expert, and of any other
+    if (
+        work.precision == "fp8" and layout.schedule == "dualpipe"
+    ):  # V3's own schedule, not trained here, and its dispatch
+        out = 1 + SCALE
     load = None
     if layout.ep > 1:
         load = spread(c, layout.ep, min(per_node(machine), layout.ep), skew)
