@@ -20,9 +20,11 @@ from finback.model.rope_scaling import Yarn
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.report.export import export_model
+from finback.runs import processor
 from finback.runs.files import read_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Recipe
+from finback.stages import pretrain_setup
 from finback.stages.extend import Extend
 from finback.stages.prepare import Prepare
 from finback.stages.pretrain import Pretrain, Probe
@@ -153,6 +155,20 @@ def test_a_probe_is_asked_once_for_each_of_its_lengths(prepared: Path, monkeypat
     crossed = [b for a, b in itertools.pairwise(learnt) if a // 160 < b // 160 and a < 960]
     assert looked == crossed == list(dict.fromkeys(asked))
     assert len(asked) - len(looked) <= 1, "only what was taken back is asked again"
+
+
+@pytest.mark.parametrize(("others", "chosen"), [("bf16", "bf16"), ("fp32", "fp32")])
+def test_ranks_choose_one_precision(others: str, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the rank which cannot do the other; written down for the stage that goes on."""
+    monkeypatch.setattr(processor, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(World, "gather", lambda world, mine: [mine, others])
+    run = StageRun(tmp_path, "base", 0, World(), quiet=True)
+    run.folder.mkdir()
+    wide = dataclasses.replace(CONFIG, hidden_size=128)
+    for _ in range(2):
+        assert pretrain_setup._precision(pretrain(compute="auto"), wide, run, World()) == chosen
+        monkeypatch.setattr(World, "gather", lambda world, mine: [mine, "bf16"])
+    assert pretrain_setup._precision(pretrain(compute="fp8"), wide, run, World()) == "fp8"
 
 
 def test_a_window_below_that_of_validation_is_compressed_in_shorter_pieces(prepared: Path) -> None:

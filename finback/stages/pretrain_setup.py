@@ -52,7 +52,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
     else:
         start = models.load(_start(stage, run))
         config = stage.adapted(start.config)
-    precision = _precision(stage, config, run, world.device)
+    precision = _precision(stage, config, run, world)
     dtype = dtype_of(precision)
     model = _with_values(stage, config, dtype, start, run.seed("weights"))
     model = (use_fp8(model) if precision == "fp8" else model).to(world.device)
@@ -101,15 +101,13 @@ def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
 
     assert stage.layout is not None, "without a layout there is nothing to share out"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = stage.compute
-    if precision == "auto":
-        precision = _decided(run, "precision", lambda: {"chosen": "bf16" if device == "cuda" else "fp32"})
     values: int | Stored = run.seed("weights")
     if stage.model is not None:
         config = _fresh(stage, stage.model, run)
     else:
         config, values = models.stored(_start(stage, run), world.rank, world.size)
         config = stage.adapted(config)
+    precision = _precision(stage, config, run, world)
     if stage.compile:
         _check_compiler(stage, run)
     options = ShardedOptions(**{f.name: getattr(stage, f.name) for f in dataclasses.fields(ShardedOptions)})
@@ -170,13 +168,18 @@ def _use_expert_kernel(stage: "Pretrain", run: StageRun, world: World, model: Tr
     use_expert_kernel(model, kernel, tokens)
 
 
-def _precision(stage: "Pretrain", config: ModelConfig, run: StageRun, device: torch.device) -> str:
-    """The knob's precision, or what pays on this device for a model of this width."""
+def _precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: World) -> str:
+    """The knob's precision, or what pays on all ranks' devices for a model of this width."""
     if stage.compute != "auto":
         return stage.compute
-    able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else None
+    able = torch.cuda.is_bf16_supported(including_emulation=False) if world.device.type == "cuda" else None
+
+    def choose() -> dict[str, Any]:
+        found = world.gather(processor.precision(config.hidden_size, able))
+        return {"chosen": "bf16" if set(found) == {"bf16"} else "fp32"}
+
     # a stage that goes on elsewhere goes on as it began
-    return str(_decided(run, "precision", lambda: {"chosen": processor.precision(config.hidden_size, able)}))
+    return str(_decided(run, "precision", choose))
 
 
 def _decided(run: StageRun, name: str, choose: Callable[[], dict[str, Any]]) -> Any:
