@@ -124,7 +124,9 @@ def elsewhere(one: Path, other: Path, phase: str) -> tuple[list[dict[str, Any]],
     """Tokens that went to other experts than on one rank, and how many choices were nearly tied there."""
     [(_, _, whole)] = [torch.load(one.parent / f"{phase}-0.pt")]
     ranks = [torch.load(path) for path in sorted(other.parent.glob(f"{phase}-*.pt"))]
-    indices = [(at, [{name: seen[0] for name, seen in step.items()} for step in found], {}) for at, _, found in ranks]
+    indices: list[Any] = [
+        (at, [{name: seen[0] for name, seen in step.items()} for step in found], {}) for at, _, found in ranks
+    ]
     near = sum(int((margin < layouts.NEAR).sum()) for step in whole for _, margin in step.values())
     return layouts.ties(whole, indices, ranks[0][1]), near
 

@@ -43,9 +43,9 @@ def bits_by_source(
     return found, sum(windows.values()) * forward_flops_of(config, [length])
 
 
-def _bits_per_byte(read: Reader, path: Path, windows: tuple[int, int], part: tuple[int, int], world: World) -> float:
+def _bits_per_byte(read: Reader, path: Path, sizes: tuple[int, int], part: tuple[int, int], world: World) -> float:
     """Of so many windows of so many tokens, spread evenly over a source's validation text."""
-    shard, (count, length) = pack.read(path), windows
+    shard, (count, length) = pack.read(path), sizes
     record = read_json(path.with_name("sources.json"))[path.name.removesuffix(".valid.bin")]
     starts = np.linspace(0, len(shard) - length - 1, count).astype(int)
     number, parts = part

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -27,6 +27,8 @@ from finback.train.trainer import ReplicatedTrainer
 
 if TYPE_CHECKING:
     from finback.stages.pretrain import Pretrain
+
+Precision = Literal["fp32", "bf16", "fp8"]
 
 
 def set_up(stage: "Pretrain", run: StageRun) -> Pretraining:
@@ -168,7 +170,7 @@ def _use_expert_kernel(stage: "Pretrain", run: StageRun, world: World, model: Tr
     use_expert_kernel(model, kernel, tokens)
 
 
-def _precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: World) -> str:
+def _precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: World) -> Precision:
     """The knob's precision, or what pays on all ranks' devices for a model of this width."""
     if stage.compute != "auto":
         return stage.compute
@@ -179,7 +181,7 @@ def _precision(stage: "Pretrain", config: ModelConfig, run: StageRun, world: Wor
         return {"chosen": "bf16" if set(found) == {"bf16"} else "fp32"}
 
     # a stage that goes on elsewhere goes on as it began
-    return str(_decided(run, "precision", choose))
+    return cast(Precision, _decided(run, "precision", choose))
 
 
 def _decided(run: StageRun, name: str, choose: Callable[[], dict[str, Any]]) -> Any:
