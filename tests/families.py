@@ -25,6 +25,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 
+UNCUT = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}
+
 
 @st.composite
 def common(draw: st.DrawFn) -> dict[str, Any]:
@@ -106,6 +108,121 @@ def dense(draw: st.DrawFn, family: str) -> Any:
     return transformers.Qwen3Config(**fields, attention_bias=draw(st.booleans()))
 
 
+@st.composite
+def grouped(draw: st.DrawFn, family: str) -> Any:
+    """Families whose attention has windows, layers without positions, norms elsewhere, or experts behind it."""
+    kv = draw(st.sampled_from([1, 2]))
+    layers = draw(st.integers(2, 4))
+    plain = {"rope_type": "default"}
+    fields = draw(common()) | {
+        "num_hidden_layers": layers,
+        "num_attention_heads": kv * draw(st.sampled_from([1, 2])),
+        "num_key_value_heads": kv,
+        "head_dim": 16,
+        "tie_word_embeddings": draw(st.booleans()),
+        "rope_parameters": {"rope_theta": 1000.0}
+        | draw(st.sampled_from([plain, LLAMA3, {"rope_type": "dynamic", "factor": 2.0}, UNCUT])),
+    }
+    window = draw(st.sampled_from([3, 7, 40]))
+    kinds = [draw(st.sampled_from(["full_attention", "sliding_attention"])) for _ in range(layers)]
+    biased = draw(st.booleans())
+    experts = {
+        "num_experts_per_tok": draw(st.integers(1, 3)),
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": draw(st.booleans()),
+    }
+    if family == "mistral":
+        return transformers.MistralConfig(**fields, sliding_window=draw(st.sampled_from([None, window])))
+    if family in ("qwen2", "qwen3"):
+        kind = transformers.Qwen2Config if family == "qwen2" else transformers.Qwen3Config
+        first = draw(st.integers(0, layers))
+        return kind(**fields, use_sliding_window=True, sliding_window=window, max_window_layers=first)
+    if family == "smollm3":
+        rotated = draw(st.sampled_from([None, [int(kind == "full_attention") for kind in kinds]]))
+        slides = draw(st.booleans())
+        return transformers.SmolLM3Config(
+            **fields,
+            attention_bias=biased,
+            no_rope_layers=rotated,
+            no_rope_layer_interval=2,
+            use_sliding_window=slides,
+            sliding_window=window if slides else None,
+        )
+    if family == "qwen3_moe":
+        return transformers.Qwen3MoeConfig(
+            **fields | experts,
+            num_experts=8,
+            attention_bias=biased,
+            decoder_sparse_step=draw(st.sampled_from([1, 1, 2])),
+            mlp_only_layers=draw(st.sampled_from([[], [0], [1]])),
+            use_sliding_window=draw(st.booleans()),
+            sliding_window=window,
+        )
+    if family == "glm4_moe":
+        return transformers.Glm4MoeConfig(
+            **fields | experts,
+            attention_bias=biased,
+            use_qk_norm=draw(st.booleans()),
+            partial_rotary_factor=0.5,
+            n_routed_experts=8,
+            n_shared_experts=draw(st.integers(1, 2)),
+            n_group=2,
+            topk_group=draw(st.integers(1, 2)),
+            first_k_dense_replace=draw(st.integers(0, 2)),
+            routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+            num_mtp_layers=0,
+        )
+    if family == "phi3":
+        share = draw(st.sampled_from([1.0, 0.5]))
+        return transformers.Phi3Config(
+            **fields
+            | {
+                "num_attention_heads": 2 * kv,
+                "hidden_size": 32 * kv,  # 16 to a head, which phi3 does not let one say
+                "num_key_value_heads": kv,
+                "partial_rotary_factor": share,
+                "rope_parameters": draw(st.sampled_from([plain, long_rope(int(8 * share))])) | {"rope_theta": 1000.0},
+                "original_max_position_embeddings": 12,
+                "sliding_window": draw(st.sampled_from([None, window])),
+            }
+        )
+    if family == "olmo2":
+        return transformers.Olmo2Config(**fields, attention_bias=biased)
+    own = {"sliding_attention": plain | {"rope_theta": 500.0}, "full_attention": fields["rope_parameters"]}
+    return transformers.Olmo3Config(
+        **fields | {"rope_parameters": own}, layer_types=kinds, sliding_window=window, attention_bias=biased
+    )
+
+
+def long_rope(pairs: int) -> dict[str, Any]:
+    short, long = ([1.0 + step * i for i in range(pairs)] for step in (0.1, 0.7))
+    return {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+
+
+@st.composite
+def glm4_moe_lite(draw: st.DrawFn) -> Any:
+    config = draw(deepseek(3))
+    names = (*common_names(), *("num_attention_heads", "num_key_value_heads", "kv_lora_rank", "q_lora_rank"))
+    names += ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts")
+    names += (
+        "moe_intermediate_size",
+        "num_experts_per_tok",
+        "routed_scaling_factor",
+        "rope_parameters",
+        "norm_topk_prob",
+    )
+    layers = [draw(st.sampled_from(["dense", "sparse"])) for _ in range(config.num_hidden_layers)]
+    return transformers.Glm4MoeLiteConfig(**{n: getattr(config, n) for n in names}, mlp_layer_types=layers)
+
+
+def common_names() -> tuple[str, ...]:
+    """What `common` draws."""
+    return (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
+        *("rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"),
+    )
+
+
 FAMILIES = {
     "deepseek_v2": deepseek(2),
     "deepseek_v3": deepseek(3),
@@ -113,6 +230,12 @@ FAMILIES = {
     "llama": dense("llama"),
     "qwen2": dense("qwen2"),
     "qwen3": dense("qwen3"),
+}
+OTHERS = {
+    "glm4_moe_lite": glm4_moe_lite(),
+    "qwen2 with windows": grouped("qwen2"),
+    "qwen3 with windows": grouped("qwen3"),
+    **{name: grouped(name) for name in ("qwen3_moe", "mistral", "smollm3", "glm4_moe", "phi3", "olmo2", "olmo3")},
 }
 
 
@@ -135,7 +258,11 @@ def spell_as_released(folder: Path) -> None:
     """Rewrite config.json as the releases spell rotary settings: rope_theta and rope_scaling."""
     path = folder / "config.json"
     raw = json.loads(path.read_text())
+    if "full_attention" in raw["rope_parameters"]:  # of layers that differ
+        return
     rope = raw.pop("rope_parameters")
+    if "partial_rotary_factor" in rope:
+        raw["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     raw["rope_theta"] = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
     if kind != "default":

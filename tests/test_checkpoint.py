@@ -20,12 +20,14 @@ from finback.checkpoint.hf_config import model_config, raw_config
 from finback.checkpoint.models import load_audited as load
 from finback.checkpoint.shards import BESIDE, INDEX, SCALE, Shards
 from finback.config import UserError
-from finback.engine.engine import Engine
+from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import SamplingParams
 from finback.kernels import fp8
 from finback.model.config import ModelConfig
+from finback.model.rope_scaling import LinearRope, Yarn
 from finback.model.transformer import Transformer
-from tests.families import FAMILIES, build, spell_as_released
+from finback.report.logit_parity import against_transformers
+from tests.families import FAMILIES, OTHERS, build, spell_as_released
 
 EXAMPLES = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -34,14 +36,38 @@ EXAMPLES = settings(max_examples=20, deadline=None, derandomize=True, suppress_h
 @EXAMPLES
 @given(data=st.data())
 def test_logits_and_greedy_text_are_those_of_transformers(family: str, data: st.DataObject) -> None:
-    config = data.draw(FAMILIES[family])
-    theirs = build(config, data.draw(st.integers(0, 1000)))
+    agrees(data.draw(FAMILIES[family]), data.draw(st.integers(0, 1000)), data.draw(st.booleans()))
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@settings(EXAMPLES, max_examples=3)
+@given(data=st.data())
+def test_other_families_agree_too(family: str, data: st.DataObject) -> None:
+    agrees(data.draw(OTHERS[family]), data.draw(st.integers(0, 1000)), data.draw(st.booleans()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERS)
+@EXAMPLES
+@given(data=st.data())
+def test_other_families_agree_on_more_configs(family: str, data: st.DataObject) -> None:
+    agrees(data.draw(OTHERS[family]), data.draw(st.integers(0, 1000)), data.draw(st.booleans()))
+
+
+def agrees(config: Any, seed: int, released: bool, model_type: str = "") -> None:
+    """A random model out of transformers' files computes what it does there, and so does our export of it."""
+    theirs = build(config, seed)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        if data.draw(st.booleans()):
+        if released:
             spell_as_released(Path(folder))
+        if model_type:
+            edit(model_type=model_type)(Path(folder))
         ours, audit = load(Path(folder))
         assert audit.holds and not audit.unexpected
+        if model_type:
+            held, text, _ = against_transformers(ours.eval(), Path(folder), 1e-9)
+            assert held, text
         back = transformers_loads(ours.eval(), Path(folder) / "out")
     tokens = torch.randint(3, config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -75,7 +101,8 @@ def same_greedy_text(ours: Any, theirs: Any, tokens: torch.Tensor) -> None:
             eos_token_id=None,
             pad_token_id=2,
         )[:, longest:]
-    mine = Engine(ours, stops=()).generate(prompts, SamplingParams(temperature=0.0, max_tokens=32), [0, 0, 0])
+    engine = Engine(ours, stops=(), config=EngineConfig(chunk=4))  # the longest prompt in pieces
+    mine = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=32), [0, 0, 0])
     for prompt, ours_, their_ in zip(prompts, (c.tokens for c in mine), made.tolist(), strict=True):
         apart = next((i for i, pair in enumerate(zip(ours_, their_, strict=True)) if len(set(pair)) == 2), None)
         if apart is not None:
@@ -84,11 +111,76 @@ def same_greedy_text(ours: Any, theirs: Any, tokens: torch.Tensor) -> None:
             assert logits[their_[apart]] - logits[ours_[apart]] <= 1e-5, f"token {apart} is no tie"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_kimi_is_deepseek_under_another_name() -> None:
+    config = transformers.DeepseekV3Config(
+        **{"vocab_size": 60, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "q_lora_rank": 20},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8},
+        **{"qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 1},
+        **{"topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "routed_scaling_factor": 2.827},
+        **{"num_experts_per_tok": 3, "max_position_embeddings": 64, "num_nextn_predict_layers": 0},
+        rope_parameters={
+            "rope_theta": 50000.0,
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    )
+    agrees(config, 0, released=True, model_type="kimi_k2")
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (  # tried with transformers 5.23: rope_scaling whole, the base beside it
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_theta": 7.0},
+            },
+            {"rope_theta": 5e5, "rope_scaling": LinearRope(2.0)},
+        ),
+        ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0}}, {"rope_theta": 7.0, "rope_scaling": None}),
+        (
+            {
+                "original_max_position_embeddings": 8,
+                "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+            },
+            {"rope_scaling": Yarn(2.0, 8, mscale_all_dim=0.0)},
+        ),
+        ({"model_type": "qwen3"}, {"head_dim": 128}),
+        ({"model_type": "smollm3"}, {"rope_theta": 2e6, "tie_word_embeddings": True, "nope_layers": (3,)}),
+        ({"model_type": "mistral"}, {"sliding_window": 4096, "max_position_embeddings": 131072}),
+        ({"model_type": "mistral", "sliding_window": None}, {"sliding_window": None}),
+        (
+            {"model_type": "olmo3", "rope_theta": 9e3},
+            {"rope_theta": 9e3, "local_rope_theta": 5e5, "sliding_window": 4096},
+        ),
+    ],
+)
+def test_what_a_config_leaves_out_is_as_in_transformers(raw: dict[str, Any], expected: dict[str, Any]) -> None:
+    sizes = {
+        "vocab_size": 60,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    raw = {"model_type": "llama", "num_key_value_heads": 2} | sizes | raw
+    config = model_config(raw)
+    assert {name: getattr(config, name) for name in expected} == expected
+    theirs = transformers.AutoConfig.for_model(**raw)
+    own = {name: value for name, value in expected.items() if hasattr(theirs, name) and name != "rope_theta"}
+    assert {name: getattr(theirs, name) for name in own if name != "rope_scaling"} == {
+        name: value for name, value in own.items() if name != "rope_scaling"
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES | OTHERS)
 @EXAMPLES
 @given(data=st.data())
 def test_a_config_survives_writing_and_reading(family: str, data: st.DataObject) -> None:
-    config = model_config(data.draw(FAMILIES[family]).to_dict())
+    config = model_config(data.draw((FAMILIES | OTHERS)[family]).to_dict())
     assert model_config(raw_config(config, "float32")) == config
 
 
@@ -394,6 +486,7 @@ def tensors_edit(change: Any) -> Any:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (edit(model_type="qwen3_next"), "config.json model_type = 'qwen3_next': not run: three of its four layers are"),
         (damage_truncate, "weights = .*model.safetensors': not a whole safetensors file .*Download it again"),
         (damage_header, "weights = .*model.safetensors': not a whole safetensors file"),
         (damage_index, "weights = .*gone.safetensors': the file is missing"),
@@ -466,7 +559,10 @@ def test_an_export_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     ("changes", "message"),
     [
         ({"scoring_func": "softmax"}, "DeepSeek-V2 has neither normalised weights nor MTP"),
-        ({"attention": "gqa", "num_key_value_heads": 1, "head_dim": 8}, "experts and MTP come with latent attention"),
+        (
+            {"attention": "gqa", "num_key_value_heads": 1, "head_dim": 8, "scoring_func": "softmax"},
+            "n_shared_experts = 1: the family of such experts has 0",
+        ),
     ],
 )
 def test_models_that_no_family_covers_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from tests.many import MANY, SEQ_LEN, Way, batches, on_one, on_ranks, pipeline, 
 MANY_HEADS = dataclasses.replace(MANY, num_attention_heads=4, num_nextn_predict_layers=2)
 EXTENDED = dataclasses.replace(MANY_HEADS, rope_scaling=Yarn(factor=4.0, original_max_position_embeddings=64))
 DENSE = dataclasses.replace(toy.DENSE, num_hidden_layers=4, num_attention_heads=8, head_dim=4, initializer_range=0.15)
+WINDOWS = dataclasses.replace(DENSE, sliding_window=9, layer_types=("sliding_attention", "full_attention") * 2)
+MIXED = dataclasses.replace(WINDOWS, nope_layers=(1,), partial_rotary_factor=0.5, local_rope_theta=300.0, norms="post")
 PACKED = Way(MANY_HEADS, rows=(4, 8), packed=True, looks=(19,))
 
 
@@ -63,6 +65,8 @@ def one() -> dict[Any, Any]:
                 (Layout(cp=2), Way()),
                 (Layout(cp=2), Way(DENSE)),
                 (Layout(cp=4), Way(DENSE, packed=True)),
+                (Layout(cp=2), Way(WINDOWS, packed=True)),
+                (pipeline("1f1b", cp=2), Way(MIXED, packed=True)),
                 (Layout(cp=4, ep=4), PACKED),
                 (Layout(dp=2, cp=2), PACKED),
                 (Layout(dp=2, cp=2, ep=2), PACKED),

@@ -30,6 +30,9 @@ CONFIGS = {
     "dense": DENSE,
     "dense, norms": dataclasses.replace(DENSE, qk_norm=True, tie_word_embeddings=False),
     "dense, biases": dataclasses.replace(DENSE, attention_bias="qkv"),
+    "dense, windows": dataclasses.replace(
+        DENSE, sliding_window=9, layer_types=("sliding_attention", "full_attention"), local_rope_theta=300.0
+    ),
 }
 
 

@@ -40,7 +40,11 @@ GQA = ModelConfig(
     max_position_embeddings=256,
     initializer_range=0.15,
 )
-CONFIGS = {"mla": MLA, "lite": LITE, "gqa": GQA}
+EXPERTS = dataclasses.replace(
+    GQA, attention_bias="none", qk_norm=True, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+)
+POST = dataclasses.replace(GQA, norms="post", sliding_window=6, nope_layers=(1,), partial_rotary_factor=0.5)
+CONFIGS = {"mla": MLA, "lite": LITE, "gqa": GQA, "experts": EXPERTS, "post": POST}
 ROWS = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -110,7 +114,7 @@ def test_gradients_are_those_of_the_merged_weights(family: str, form: BaseFormat
                 for found, wanted in zip((adapter.a.grad, adapter.b.grad), expected, strict=True):
                     torch.testing.assert_close(found, wanted * 5 / 3, atol=1e-5, rtol=1e-4)
                 seen += 1
-    assert seen == {"mla": 16, "lite": 14, "gqa": 10}[family]
+    assert seen == {"mla": 16, "lite": 14, "gqa": 10, "experts": 10, "post": 10}[family]
 
 
 @pytest.mark.parametrize("form", ["bf16", "int8", "nf4"])
@@ -131,7 +135,7 @@ def test_a_frozen_base_computes_with_what_it_is_dequantized_to(form: BaseFormat)
 def test_the_engine_answers_as_the_merged_model_does() -> None:
     """Prompts in expanded and tokens in absorbed form, where the adapter is on the very matrix that is absorbed."""
     prompts = [[5, 6, 7, 8, 9], [17] * 20]
-    for family in ("mla", "gqa"):
+    for family in ("mla", "gqa", "experts", "post"):
         model = adapted(family, LoRA(rank=3, alpha=5.0, base="fp32"))
         merged = merge(copy.deepcopy(model), torch.float32)
         for sampling in (SamplingParams(0.0, 12), SamplingParams(1.0, 12)):

@@ -17,6 +17,7 @@ from finback.kernels.probe import experts_seconds
 from finback.model import dsa
 from finback.model.cache import PAGE, Cache, Pool
 from finback.model.config import TINY, V2_LITE, V3, V3_2, ModelConfig
+from finback.model.count import parameters
 from finback.model.dsa import pick
 from finback.model.lora import learnt_parameters
 from finback.model.mla import MLA
@@ -59,6 +60,30 @@ DENSE = ModelConfig(
     num_key_value_heads=2,
     head_dim=12,
     tie_word_embeddings=True,
+)
+# layers that differ: windows, a base of their own, none rotated, half of each head rotated, norms behind the parts
+MIXED = dataclasses.replace(
+    DENSE,
+    num_hidden_layers=3,
+    tie_word_embeddings=False,
+    partial_rotary_factor=0.5,
+    nope_layers=(2,),
+    sliding_window=7,
+    layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+    local_rope_theta=300.0,
+    qk_norm=True,
+    qk_norm_over="projection",
+    norms="post",
+)
+EXPERTS = dataclasses.replace(
+    DENSE,
+    num_hidden_layers=3,
+    n_routed_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=20,
+    scoring_func="softmax",
+    dense_layers=(1,),
+    qk_norm=True,
 )
 PARITY = [
     TOY,
@@ -131,7 +156,7 @@ def pool_for(config: ModelConfig, rows: int, tokens: int) -> tuple[Pool, torch.T
 
 
 @pytest.mark.parametrize("native_kernels", [True, False])
-@pytest.mark.parametrize("config", [*PARITY, SPARSE, DENSE])
+@pytest.mark.parametrize("config", [*PARITY, SPARSE, DENSE, MIXED, EXPERTS])
 def test_cached_decoding_equals_the_whole(
     config: ModelConfig, native_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +183,7 @@ def test_cached_decoding_equals_the_whole(
         assert (model.logits(hidden[:, 0]) - whole[left, at]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("config", [TOY, SPARSE, DENSE, dataclasses.replace(TOY, kv_lora_rank=8)])
+@pytest.mark.parametrize("config", [TOY, SPARSE, DENSE, MIXED, dataclasses.replace(TOY, kv_lora_rank=8)])
 @pytest.mark.parametrize("piece", [4, 15, 20])
 def test_chunked_prefill_equals_the_whole(config: ModelConfig, piece: int) -> None:
     model = random_model(config)
@@ -268,6 +293,34 @@ def test_name_table_covers_every_tensor() -> None:
         assert set(table(config)) == names
 
 
+@pytest.mark.parametrize("config", [TOY, DENSE, MIXED, EXPERTS], ids=["mla", "gqa", "mixed", "experts"])
+def test_the_closed_form_counts_every_parameter(config: ModelConfig) -> None:
+    model = Transformer(config)
+    assert parameters(config) == sum(p.numel() for p in model.parameters())
+    assert {name for name in model.state_dict() if name != "head.weight"} <= table(config).keys() | {"head.weight"} | {
+        name for name in model.state_dict() if name.endswith("router.bias")
+    }
+
+
+@pytest.mark.parametrize("length", [5, 23])
+def test_a_window_is_what_a_mask_says(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of plain rows, of documents by either form, and of a prefix that documents share."""
+    rng = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, heads, length, 8, generator=rng) for heads in (4, 2, 2))
+    ids = torch.tensor([[0] * 4 + [1] * (length - 4)])
+    prefixes = torch.tensor([4])
+    near = torch.arange(length)[:, None] - torch.arange(length) < 6
+    for document_ids, prefix in ((None, None), (ids, None), (ids, prefixes)):
+        seen = torch.ones(length, length).tril().bool()[None]
+        seen = seen if document_ids is None else documents.masked(document_ids, prefix)
+        expected = attention.torch_attention(q, k, v, 0.3, seen & near)
+        for longest in (512, 1):
+            monkeypatch.setattr(documents, "LONGEST_MASKED", longest)
+            mask = None if document_ids is None else documents.mask_of(document_ids, prefix)
+            found = attention.torch_attention(q, k, v, 0.3, documents.Windowed(mask, 6))
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("experts", [moe_gemm.routed_experts, moe_gemm.grouped_experts])
 def test_grouped_experts_equal_the_loop(experts: moe_gemm.Experts) -> None:
     """Outputs and gradients of both forms of the products are those of the plain lines."""
@@ -354,6 +407,11 @@ def test_mtp_at_depth_one_by_hand() -> None:
         ({"index_topk": 4}, "index_n_heads"),
         ({"index_topk": 4, "index_n_heads": 2, "index_head_dim": 6}, "index_head_dim"),
         ({"index_topk": 4, "q_lora_rank": None}, "index_topk"),
+        ({"sliding_window": 4}, "sliding_window"),
+        (dataclasses.asdict(MIXED) | {"sliding_window": None}, "sliding_window"),
+        (dataclasses.asdict(MIXED) | {"layer_types": ("full_attention",)}, "layer_types"),
+        (dataclasses.asdict(MIXED) | {"partial_rotary_factor": 1.5}, "partial_rotary_factor"),
+        (dataclasses.asdict(EXPERTS) | {"norms": "post"}, "norms"),
     ],
 )
 def test_impossible_configs_name_the_field(change: dict[str, object], field: str) -> None:
@@ -361,7 +419,7 @@ def test_impossible_configs_name_the_field(change: dict[str, object], field: str
         dataclasses.replace(TOY, **change)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("config", [TOY, SPARSE, DENSE], ids=["mla", "dsa", "gqa"])
+@pytest.mark.parametrize("config", [TOY, SPARSE, DENSE, MIXED], ids=["mla", "dsa", "gqa", "mixed"])
 def test_documents_in_one_row_are_read_as_if_alone(config: ModelConfig) -> None:
     """Hidden states, MTP's too, and gradients of two packed documents are those of the two on their own."""
     model = random_model(config).train()

@@ -20,6 +20,7 @@ from finback.checkpoint.hf_config import raw_config
 from finback.checkpoint.models import part, scale_name
 from finback.checkpoint.shards import BESIDE, INDEX, SCALE, SINGLE
 from finback.checkpoint.store import as_os_error
+from finback.checkpoint.stored_names import fuse, fused, fused_shapes
 from finback.config import UserError
 from finback.kernels import fp8
 from finback.model.config import ModelConfig
@@ -73,6 +74,8 @@ def config_json(config: ModelConfig, fmt: Format, settings: dict[str, Any] | Non
 
 def begin(folder: Path, config: ModelConfig, fmt: Format) -> Path:
     """A new folder beside the one that is to be; UserError when the disk is too small."""
+    if fmt == "fp8" and fused(config):
+        raise UserError("format", fmt, "this family joins matrices that have factors of their own", "Use bf16.")
     needed = sum(size for _, size in _sizes(config, fmt))
     free = shutil.disk_usage(folder.parent).free
     if free < 1.05 * needed:
@@ -106,6 +109,11 @@ def check_target(folder: Path) -> Path:
 
 def tensors(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and tensors, one at a time, FP8 factors before their tensors and MTP's copies at the end."""
+    yield from fuse(_apart(model, fmt), model.config)
+
+
+def _apart(model: Transformer, fmt: Format) -> Iterator[tuple[str, Tensor]]:
+    """The same by the table of names."""
     config, state = model.config, model.state_dict()
     for ours, theirs in names.table(config).items():
         factors = state.get(scale_name(ours))
@@ -159,7 +167,7 @@ def stored_as(name: str, shape: tuple[int, ...], fmt: Format) -> dict[str, tuple
 
 def _sizes(config: ModelConfig, fmt: Format) -> Iterator[tuple[str, int]]:
     """Bytes of each tensor of an export, in the order of `tensors`."""
-    found = shapes(config)
+    found = fused_shapes(shapes(config), config)
     found |= {copy: found[original] for copy, original in copies(config).items()}
     for name, shape in found.items():
         yield name, size(name, shape, fmt)

@@ -30,6 +30,15 @@ _GQA: _Names = {
     "out.weight": ("self_attn.o_proj.weight",),
 }
 
+_PRE_NORMS: _Names = {
+    "attention_norm.weight": ("input_layernorm.weight",),
+    "feed_forward_norm.weight": ("post_attention_layernorm.weight",),
+}
+_POST_NORMS: _Names = {
+    "attention.norm.weight": ("post_attention_layernorm.weight",),
+    "feed_forward.norm.weight": ("post_feedforward_layernorm.weight",),
+}
+
 
 def table(config: ModelConfig, biases: bool = False) -> dict[str, tuple[str, ...]]:
     """Every tensor of a model, buffers included: our name -> the Hugging Face tensors it is made of, in row order.
@@ -85,30 +94,29 @@ def _gqa(config: ModelConfig) -> _Names:
 
 def _block(config: ModelConfig, ours: str, layer: int, biases: bool) -> dict[str, tuple[str, ...]]:
     theirs = f"model.layers.{layer}."
-    names: _Names = {
-        "attention_norm.weight": ("input_layernorm.weight",),
-        "feed_forward_norm.weight": ("post_attention_layernorm.weight",),
-    }
+    is_pre = config.norms == "pre"
+    names: _Names = dict(_PRE_NORMS if is_pre else _POST_NORMS)
+    parts = ("attention.", "feed_forward.") if is_pre else ("attention.inner.", "feed_forward.inner.")
     attention: _Names = dict(_MLA if config.attention == "mla" else _gqa(config))
     if config.attention == "mla" and config.q_lora_rank is None:
         attention = {k: v for k, v in attention.items() if k not in ("q_down.weight", "q_norm.weight")}
         attention["q_up.weight"] = ("self_attn.q_proj.weight",)
     if config.index_topk:
         attention |= _DSA
-    names |= {f"attention.{k}": v for k, v in attention.items()}
+    names |= {parts[0] + k: v for k, v in attention.items()}
     if config.is_moe(layer):
         experts = range(config.n_routed_experts)
-        names["feed_forward.router.weight"] = ("mlp.gate.weight",)
+        names[parts[1] + "router.weight"] = ("mlp.gate.weight",)
         if config.scoring_func == "sigmoid" or biases:
-            names["feed_forward.router.bias"] = ("mlp.gate.e_score_correction_bias",)
-        names["feed_forward.gate_up"] = tuple(
+            names[parts[1] + "router.bias"] = ("mlp.gate.e_score_correction_bias",)
+        names[parts[1] + "gate_up"] = tuple(
             f"mlp.experts.{e}.{part}_proj.weight" for e in experts for part in ("gate", "up")
         )
-        names["feed_forward.down"] = tuple(f"mlp.experts.{e}.down_proj.weight" for e in experts)
+        names[parts[1] + "down"] = tuple(f"mlp.experts.{e}.down_proj.weight" for e in experts)
         if config.n_shared_experts:
-            names |= _swiglu("feed_forward.shared.", "mlp.shared_experts.")
+            names |= _swiglu(parts[1] + "shared.", "mlp.shared_experts.")
     else:
-        names |= _swiglu("feed_forward.", "mlp.")
+        names |= _swiglu(parts[1], "mlp.")
     return {ours + k: tuple(theirs + part for part in v) for k, v in names.items()}
 
 

@@ -8,6 +8,10 @@ import math
 import re
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor
+
+from finback.checkpoint.hf_config import family_of
 from finback.checkpoint.shards import Spec
 from finback.model.config import ModelConfig
 
@@ -55,6 +59,42 @@ def _parts(name: str, spec: Spec, config: ModelConfig) -> Iterator[tuple[str, Sp
     for part_name, height in sizes.items():
         yield f"{stem.rpartition('.')[0]}.{part_name}.{kind}", _rows(spec, start, height)
         start += height
+
+
+def fused(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Tensors that a model's family keeps in one: its name -> the names of its parts, in row order."""
+    if family_of(config) != "phi3":
+        return {}
+    found = {}
+    for layer in range(config.num_hidden_layers):
+        attention, mlp = (f"model.layers.{layer}.{part}." for part in ("self_attn", "mlp"))
+        found[attention + "qkv_proj.weight"] = tuple(f"{attention}{part}_proj.weight" for part in "qkv")
+        found[mlp + "gate_up_proj.weight"] = tuple(f"{mlp}{part}_proj.weight" for part in ("gate", "up"))
+    return found
+
+
+def fuse(tensors: Iterator[tuple[str, Tensor]], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as a model's family keeps them; the parts of one come one after the other."""
+    whole = fused(config)
+    place = {part: name for name, parts in whole.items() for part in parts}
+    held: list[Tensor] = []
+    for name, tensor in tensors:
+        if name not in place:
+            yield name, tensor
+            continue
+        held.append(tensor)
+        if name == whole[place[name]][-1]:
+            yield place[name], torch.cat(held)
+            held = []
+
+
+def fused_shapes(shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of such tensors, in the order in which `fuse` gives them."""
+    found = dict(shapes)
+    for name, parts in fused(config).items():
+        rows = [found.pop(part) for part in parts]
+        found[name] = (sum(shape[0] for shape in rows), *rows[0][1:])
+    return found
 
 
 def _rows(spec: Spec, start: int, height: int) -> Spec:

@@ -25,6 +25,7 @@ from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Pool
 from finback.model.config import ModelConfig
 from finback.model.native import use_native
+from finback.model.rope_scaling import LongRope
 from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
 
@@ -80,7 +81,9 @@ class Engine:
         pool = Pool(model.config, self.pages.count + 1, model.compute, device, drafts=drafts, routes=routes)
         # serving wants newcomers in at once, a large batch of prompts wants them read together
         patience = max(1, self.config.rows // 8) if self.config.tokens is None else 1
-        self.scheduler = Scheduler(self.pages, self.config.rows, self.capacity + PAGE, self.config.reuse, patience)
+        # under LongRoPE what is stored of a prefix depends on how much follows it
+        reuse = self.config.reuse and not isinstance(model.config.rope_scaling, LongRope)
+        self.scheduler = Scheduler(self.pages, self.config.rows, self.capacity + PAGE, reuse, patience)
         chunk = self.config.chunk
         self.runner = Runner(model, self.scheduler, pool, self.sampler, chunk, self.speculation, self.routing)
         self.scheduler.on_preempt = self.runner.keep_routes

@@ -186,7 +186,7 @@ class Runner:
     ) -> Cache:
         used = -(-(max(lengths) + new) // PAGE)
         table = self.scheduler.table[[r.slot for r in rows], :used].to(self.model.embed.device)
-        return Cache(self.pool, table, lengths, new, counts, starts)
+        return Cache(self.pool, table, lengths, new, counts, starts, [r.length for r in rows])
 
     def _draft(self, rows: list[Request], hidden: Tensor, starts: list[int], counts: list[int]) -> None:
         """Bring MTP's entries up to date and guess the token after the last one of each row.

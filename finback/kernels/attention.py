@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finback.kernels.documents import Documents, Mask, Prefixed, document_attention, fused_attention
+from finback.kernels.documents import (
+    Documents,
+    Mask,
+    Prefixed,
+    Windowed,
+    document_attention,
+    fused_attention,
+    unwindowed,
+)
 from finback.kernels.prefixes import prefixed_attention
 
 LONGEST = 512
@@ -26,7 +34,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
     A mask is for rows of several documents.
     """
-    dense = not isinstance(mask, Documents | Prefixed)
+    dense = mask is None or isinstance(mask, Tensor)
     if dense and query.device.type == "cpu" and query.size(2) <= LONGEST:
         return _CausalAttention.apply(query, key, value, scale, mask)
     return torch_attention(query, key, value, scale, mask)
@@ -34,12 +42,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
 def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask = None) -> Tensor:
     """The same by torch's kernels alone; queries may share keys, and a mask (b, t, s) may cover more keys than queries."""
+    if isinstance(mask, Windowed):
+        mask = unwindowed(mask, query.size(2), query.device)
     if isinstance(mask, Documents):
         return document_attention(query, key, value, scale, mask)
     if isinstance(mask, Prefixed):
         return prefixed_attention(query, key, value, scale, mask)
     if mask is None:
         return fused_attention(query, key, value, scale)
+    assert isinstance(mask, Tensor), "a window lies in no other"
     return F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=scale, enable_gqa=True)
 
 

@@ -31,9 +31,18 @@ class Prefixed:
     rows: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True)
+class Windowed:
+    """A token sees the last `size` tokens, itself included, of those that it would see."""
+
+    # what it would see
+    within: "Tensor | Documents | Prefixed | None"
+    size: int
+
+
 # What a token may look at, besides itself only what stands before it: (b, t, t) True where a query sees a key, or its
 # document's tokens, or those of a prefix too; None: all of them
-Mask = Tensor | Documents | Prefixed | None
+Mask = Tensor | Documents | Prefixed | Windowed | None
 
 
 def mask_of(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor | Documents | Prefixed:
@@ -74,6 +83,7 @@ def longest(mask: Mask, length: int) -> int:
 
 def visible(mask: Mask, part: slice, keys: int, device: torch.device) -> Tensor:
     """(b or 1, part, keys) True where the queries of a part of the rows may look."""
+    assert not isinstance(mask, Windowed), "a window is made a matrix before"
     if isinstance(mask, Tensor):
         return mask[:, part]
     index = torch.arange(keys, device=device)
@@ -92,6 +102,15 @@ def _numbered(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """The number of each token's document."""
     sizes = torch.tensor(lengths, device=device)
     return torch.arange(len(lengths), device=device).repeat_interleave(sizes)
+
+
+def unwindowed(mask: Windowed, length: int, device: torch.device) -> Mask:
+    """What the tokens of rows of this length see, as one of the other masks: a matrix, unless no window ends within a row."""
+    if longest(mask.within, length) <= mask.size:
+        return mask.within
+    index = torch.arange(length, device=device)
+    near = index[:, None] - index < mask.size
+    return visible(mask.within, slice(None), length, device) & near
 
 
 def _runs(ids: Tensor) -> list[int]:

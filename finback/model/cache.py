@@ -5,7 +5,7 @@ request is the engine's business; here they are storage that attention layers re
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ class Cache:
     """The rows of one forward pass: `new` tokens each, behind the `lengths` that their pages hold already.
 
     table (rows, pages) names each row's pages in order. Rows may bring fewer tokens than `new`: `counts` says how
-    many, the others are padding at the end and are not written. Entries before starts (rows,) are not seen.
+    many, the others are padding at the end and are not written. Entries before starts (rows,) are not seen. `reaches`
+    (rows,) are the tokens that rows are known to have in all, at least those that are stored after this pass.
     """
 
     def __init__(
@@ -75,11 +76,15 @@ class Cache:
         new: int,
         counts: Sequence[int] | None = None,
         starts: Sequence[int] | None = None,
+        reaches: Sequence[int] | None = None,
     ) -> None:
         self.pool, self.table = pool, table.contiguous()
         device = table.device
         self.fresh = not any(lengths)  # nothing was stored before this pass
         self.lengths = torch.tensor(lengths, device=device)
+        known = reaches or [0] * len(lengths)
+        stored = (n + k for n, k in zip(lengths, counts or [new] * len(lengths), strict=True))
+        self.reaches = torch.tensor([max(pair) for pair in zip(known, stored, strict=True)], device=device)
         self.starts = None if starts is None else torch.tensor(starts, device=device)
         self.positions = self.lengths[:, None] + torch.arange(new, device=device)  # (rows, new)
         pages = (self.positions // pool.size).clamp(max=table.size(1) - 1)
@@ -131,9 +136,16 @@ class LayerCache(PagedRows):
         pages = self.table.gather(1, (place // self.size).flatten(1)).view_as(place)
         return self.entries[pages * self.size + place % self.size]
 
-    def mask(self) -> Tensor:
-        """(rows, new, slots): True where a new token may look."""
+    def last(self, window: int) -> "LayerCache":
+        """The same of which one new token per row sees the last `window` entries, its own included."""
+        starts = (self.lengths + 1 - window).clamp(min=0)
+        return replace(self, starts=starts if self.starts is None else starts.maximum(self.starts))
+
+    def mask(self, window: int | None = None) -> Tensor:
+        """(rows, new, slots): True where a new token may look; with a window at its last entries alone."""
         slot = torch.arange(self.table.size(1) * self.size, device=self.table.device)
         reach = self.lengths[:, None] + torch.arange(len(self.slots) // len(self.lengths), device=self.table.device)
         seen = slot <= reach[:, :, None]
+        if window is not None:
+            seen = seen & (slot > reach[:, :, None] - window)
         return seen if self.starts is None else seen & (slot >= self.starts[:, None, None])

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, check_fields
-from finback.model.rope_scaling import KINDS, RopeScaling
+from finback.model.rope_scaling import KINDS, LongRope, RopeScaling
+
+_GQA_ONLY = ("partial_rotary_factor", "nope_layers", "sliding_window", "layer_types", "local_rope_theta")
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,26 @@ class ModelConfig:
     head_dim: int = 0
     # qkv: Qwen2; all: the output projection too
     attention_bias: Literal["none", "qkv", "all"] = "none"
-    # RMSNorm over each head's query and key (Qwen3)
+    # RMSNorm over each head's query and key (Qwen3), or over those of all heads at once (OLMo 2)
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "projection"] = "head"
+    # GQA: this share of a head's dimensions is rotated, from the first on
+    partial_rotary_factor: float = 1.0
+    # GQA: layers (0-based) that are not rotated at all
+    nope_layers: tuple[int, ...] = ()
+    # GQA: tokens that a sliding layer sees, itself included; all layers are sliding where layer_types is empty
+    sliding_window: int | None = None
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
+    # base of the sliding layers, which then have no rope_scaling; None: they rotate as the others
+    local_rope_theta: float | None = None
     # DeepSeekMoE; n_routed_experts = 0 makes every layer dense
     n_routed_experts: int = 0
     n_shared_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
-    # this many layers at the bottom stay dense
+    # this many layers at the bottom stay dense, and these further up
     first_k_dense_replace: int = 0
+    dense_layers: tuple[int, ...] = ()
     n_group: int = 1
     topk_group: int = 1
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
@@ -62,6 +75,8 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     # MLA: pairs (0,1), (2,3), …; GQA is half-split as Llama and Qwen are
     rope_interleaved: bool = True
+    # where a block's norms stand: before attention and feed-forward, or behind them (OLMo 2)
+    norms: Literal["pre", "post"] = "pre"
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -77,18 +92,16 @@ class ModelConfig:
             self._require(getattr(self, name) > 0, name, asks, "Set it > 0.")
         rotated = "qk_rope_head_dim" if is_mla else "head_dim"
         self._require(self.rope_dim % 2 == 0, rotated, "rotary pairs need an even number", "Use an even number.")
-        if not is_mla:
-            plain = self.num_nextn_predict_layers == 0 and self.n_routed_experts == 0
-            problem, remedy = (
-                "experts and MTP come with latent attention only",
-                'Use attention="mla", or leave them out.',
-            )
-            self._require(plain, "attention", problem, remedy)
-            heads, shared = self.num_attention_heads, self.num_key_value_heads
-            self._require(
-                heads % shared == 0, "num_key_value_heads", f"does not divide {heads} heads", "Use a divisor."
-            )
+        if is_mla:
+            is_long = isinstance(self.rope_scaling, LongRope)
+            self._require(not is_long, "rope_scaling", "LongRoPE is of GQA alone", "Use yarn.")
+            for name in _GQA_ONLY:
+                is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
+                self._require(is_default, name, "of GQA alone", 'Leave it out, or use attention="gqa".')
+        else:
+            self._check_gqa()
         if self.n_routed_experts:
+            self._require(self.norms == "pre", "norms", "experts have theirs before them", 'Use "pre".')
             self._check_experts()
         if self.index_topk:
             self._check_indexer()
@@ -100,6 +113,26 @@ class ModelConfig:
         self._require(self.index_n_heads > 0, "index_n_heads", "an indexer needs heads", "Set it > 0.")
         least = self.qk_rope_head_dim
         self._require(self.index_head_dim >= least, "index_head_dim", f"below the {least} rotated", "Raise it.")
+
+    def _check_gqa(self) -> None:
+        if isinstance(self.rope_scaling, LongRope):
+            pairs = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
+            problem = f"needs factors for {self.rope_dim // 2} rotary pairs, in layers that rotate alike"
+            fits = pairs == {self.rope_dim // 2} and self.local_rope_theta is None
+            self._require(fits, "rope_scaling", problem, "Correct it.")
+        heads, shared, layers = self.num_attention_heads, self.num_key_value_heads, self.num_hidden_layers
+        self._require(heads % shared == 0, "num_key_value_heads", f"does not divide {heads} heads", "Use a divisor.")
+        is_share = 0 < self.partial_rotary_factor <= 1
+        self._require(is_share, "partial_rotary_factor", "not above 0 and up to 1", "Correct it.")
+        self._require(
+            self.sliding_window is None or self.sliding_window > 0, "sliding_window", "not above 0", "Set it > 0."
+        )
+        fits = not self.layer_types or len(self.layer_types) >= layers
+        self._require(fits, "layer_types", f"not one for each of {layers} layers", "Name the kind of each layer.")
+        sliding = "sliding_attention" in self.layer_types
+        self._require(
+            not sliding or self.sliding_window is not None, "sliding_window", "sliding layers need it", "Set it."
+        )
 
     def _check_experts(self) -> None:
         experts, groups, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok
@@ -125,7 +158,12 @@ class ModelConfig:
     @property
     def rope_dim(self) -> int:
         """How many dimensions of a head are rotated."""
-        return self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
+        return self.qk_rope_head_dim if self.attention == "mla" else int(self.head_dim * self.partial_rotary_factor)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens layer `layer` sees, None for all."""
+        is_sliding = not self.layer_types or "sliding_attention" in self.layer_types[layer : layer + 1]
+        return self.sliding_window if is_sliding else None
 
     @property
     def cache_elements(self) -> int:
@@ -137,7 +175,8 @@ class ModelConfig:
 
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` (0-based; the MTP module counts on from the last) has routed experts."""
-        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+        is_dense = layer < self.first_k_dense_replace or layer in self.dense_layers
+        return self.n_routed_experts > 0 and not is_dense
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
@@ -154,8 +193,10 @@ def from_json(fields: dict[str, Any]) -> ModelConfig:
     scaling = fields.get("rope_scaling")
     if scaling is not None:
         scaling = dict(scaling)
+        scaling = {name: tuple(value) if isinstance(value, list) else value for name, value in scaling.items()}
         scaling = KINDS[scaling.pop("rope_type", "yarn")](**scaling)
-    return ModelConfig(**fields | {"rope_scaling": scaling})
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return ModelConfig(**fields | lists | {"rope_scaling": scaling})
 
 
 # TINY: the quickstart's model, V3's layout at 1.4 M parameters (0.8 M active). An initializer_range of 0.006 suits width 7168; at

@@ -14,7 +14,8 @@ def attention_parameters(c: ModelConfig) -> int:
         matrices = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + kv)
         qkv = c.head_dim * (c.num_attention_heads + kv)
         biases = {"none": 0, "qkv": qkv, "all": qkv + c.hidden_size}
-        return matrices + biases[c.attention_bias] + (2 * c.head_dim if c.qk_norm else 0)
+        normed = 2 * c.head_dim if c.qk_norm_over == "head" else qkv - c.num_key_value_heads * c.head_dim
+        return matrices + biases[c.attention_bias] + (normed if c.qk_norm else 0)
     heads, d = c.num_attention_heads, c.hidden_size
     query = d * heads * c.qk_head_dim
     if c.q_lora_rank is not None:

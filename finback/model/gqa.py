@@ -1,32 +1,51 @@
-"""Grouped-query attention, for the dense students that R1 is distilled into: Llama, Qwen2 and Qwen3 layouts."""
+"""Grouped-query attention: of the dense students that R1 is distilled into, and of other families' layers."""
 
 import torch
 from torch import Tensor, nn
 
 from finback.kernels.attention import Attention, torch_attention
-from finback.kernels.documents import Mask
+from finback.kernels.documents import Mask, Windowed
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
-from finback.model.rope import rotate_half, softmax_scale
+from finback.model.rope import rotate_first, rotate_half, rotate_nothing, softmax_scale
+
+
+class HeadsNorm(RMSNorm):
+    """RMSNorm over all heads at once of x (..., heads, head_dim)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(-2)).view_as(x)
 
 
 class GQA(nn.Module):
-    """num_attention_heads queries share num_key_value_heads keys and values; half-split rotary embedding."""
+    """num_attention_heads queries share num_key_value_heads keys and values; half-split rotary embedding.
+
+    Layers may differ: some see a window only, some are not rotated, some rotate by a base of their own.
+    """
 
     # another form takes its place where rows are cut among ranks
     core: Attention = staticmethod(torch_attention)
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         c = self.config = config
+        self.window = c.window(layer)
+        self.rotate = rotate_half if c.rope_dim == c.head_dim else rotate_first
+        if layer in c.nope_layers:
+            self.rotate = rotate_nothing
+        # which half of each row of the tables is this layer's, where they hold two kinds
+        self.own = None if c.local_rope_theta is None else int(self.window is not None)
         bias = c.attention_bias != "none"
         self.query = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias)
         self.key_value = Linear(c.hidden_size, 2 * c.num_key_value_heads * c.head_dim, bias)
         self.out = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias == "all")
-        if c.qk_norm:
+        if c.qk_norm and c.qk_norm_over == "head":
             self.query_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.key_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        elif c.qk_norm:
+            self.query_norm = HeadsNorm(c.num_attention_heads * c.head_dim, c.rms_norm_eps)
+            self.key_norm = HeadsNorm(c.num_key_value_heads * c.head_dim, c.rms_norm_eps)
         self.scale = softmax_scale(config)
 
     def forward(
@@ -36,26 +55,34 @@ class GQA(nn.Module):
 
         Without a cache, attention_mask may say which tokens see which; by default all that stand before them.
         """
-        c = self.config
-        cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
+        c, window = self.config, self.window
+        cos, sin = (self.angles(t)[:, :, None].to(x.dtype) for t in (cos, sin))
         query, key, value = self.project(x)
         if c.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
+        query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
         mask, core = attention_mask, self.core
         if cache is not None:
             mask, core = None, torch_attention
             cache.append(torch.cat([key.flatten(2), value.flatten(2)], dim=-1))
-            if cache.few and not cache.fresh:
+            if cache.few and not cache.fresh and (window is None or x.size(1) == 1):
+                cache = cache if window is None else cache.last(window)
                 values_at = c.num_key_value_heads * c.head_dim
                 read = cache.attend(query, c.num_key_value_heads, c.head_dim, values_at, self.scale)
                 return self.out(read.flatten(2))
             if not cache.fresh:
                 stored = cache.stored().to(x.dtype).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim))
                 key, value = stored.chunk(2, dim=2)
-                mask = cache.mask()
+                mask, window = cache.mask(window), None
+        if window is not None:
+            assert not isinstance(mask, Windowed), "a window lies in no other"
+            mask = Windowed(mask, window)
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         return self.out(core(q, k, v, self.scale, mask).transpose(1, 2).flatten(2))
+
+    def angles(self, table: Tensor) -> Tensor:
+        """This layer's part of cos or sin (b or 1, t, ...)."""
+        return table if self.own is None else table.chunk(2, dim=-1)[self.own]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (b, t, hidden) -> query (b, t, heads, head_dim), key and value (b, t, kv heads, head_dim)."""

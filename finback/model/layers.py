@@ -1,5 +1,7 @@
 """Norm, linear map, SwiGLU and initialisation: what every layer is made of."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +24,31 @@ class RMSNorm(nn.Module):
     def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, and its norm."""
         return add_rms_norm(x, y, self.weight, self.eps)
+
+
+class NoNorm(nn.Module):
+    """What stands in the place of a norm where a block has none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, twice."""
+        total = x + y
+        return total, total
+
+
+class Normed(nn.Module):
+    """norm(inner(x)): an attention or a feed-forward whose output is normed before it is added (OLMo 2, arXiv 2501.00656)."""
+
+    def __init__(self, inner: nn.Module, size: int, eps: float) -> None:
+        super().__init__()
+        self.inner = inner
+        self.norm = RMSNorm(size, eps)
+
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        y: Tensor = self.norm(self.inner(x, *context))
+        return y
 
 
 class Linear(nn.Module):

@@ -14,6 +14,7 @@ from finback.model.dsa import DSA
 from finback.model.mla import MLA
 from finback.model.pack import PackedGQA
 from finback.model.replace import recast, recast_modules, replace_modules
+from finback.model.rope import rotate_half
 from finback.model.transformer import Transformer
 
 
@@ -55,9 +56,12 @@ class NativeGQA(PackedGQA):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
-        if cache is None or not cache.native:
+        c, window = self.config, self.window
+        is_usual = self.rotate is rotate_half and c.qk_norm_over == "head" and (window is None or x.size(1) == 1)
+        if cache is None or not cache.native or not is_usual:
             return super().forward(x, cos, sin, cache, attention_mask)
-        c, rows = self.config, cache
+        rows = cache if window is None else cache.last(window)
+        cos, sin = self.angles(cos).contiguous(), self.angles(sin).contiguous()
         qkv: Tensor = self.stacked(x).contiguous()
         gains = (self.query_norm.weight.float(), self.key_norm.weight.float()) if c.qk_norm else (None, None)
         count, new, heads = qkv.size(0), qkv.size(1), c.num_attention_heads

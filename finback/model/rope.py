@@ -1,18 +1,19 @@
 """Rotary position embedding, interleaved as in DeepSeek's weights or half-split as in Llama's, and its scalings."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from finback.model.config import ModelConfig
-from finback.model.rope_scaling import LinearRope, Llama3Rope, Yarn
+from finback.model.rope_scaling import LinearRope, Llama3Rope, LongRope, Yarn
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position for each rotary pair, (rope_dim / 2,), scaled as configured."""
-    dim, scaling = config.rope_dim, config.rope_scaling
-    freq = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+    scaling = config.rope_scaling
+    freq = plain_frequencies(config.rope_dim, config.rope_theta)
     if isinstance(scaling, Yarn):
         freq = _yarn(freq, scaling, config.rope_theta)
     elif isinstance(scaling, Llama3Rope):
@@ -20,6 +21,11 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     elif isinstance(scaling, LinearRope):
         freq = freq / scaling.factor
     return freq.float()
+
+
+def plain_frequencies(dim: int, theta: float) -> Tensor:
+    """theta^(-2i / dim) for each rotary pair i, (dim / 2,) in fp64."""
+    return theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
 
 
 def _yarn(freq: Tensor, yarn: Yarn, theta: float) -> Tensor:
@@ -36,8 +42,9 @@ def _yarn(freq: Tensor, yarn: Yarn, theta: float) -> Tensor:
         """The (fractional) index of the pair that makes `turns` turns within the original window."""
         return dim * math.log(yarn.original_max_position_embeddings / (2 * math.pi * turns)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_turning(yarn.beta_slow)), dim - 1)
+    first, last = pair_turning(yarn.beta_fast), pair_turning(yarn.beta_slow)
+    low, high = (math.floor(first), math.ceil(last)) if yarn.truncate else (first, last)
+    low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(len(freq), dtype=torch.float64, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
     return freq / yarn.factor * ramp + freq * (1 - ramp)
 
@@ -58,10 +65,36 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def rotation(config: ModelConfig, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin tables, (length, rope_dim / 2) each, in fp32."""
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), inverse_frequencies(config))
-    gain = config.rope_scaling.gain if isinstance(config.rope_scaling, Yarn) else 1.0
-    return angles.cos() * gain, angles.sin() * gain
+    """cos and sin tables, (length, rope_dim / 2) each, in fp32; `first_row` says where they begin.
+
+    Beside each row lies that of sliding layers, if they have their own; below all of them those of long rows, under LongRoPE.
+    """
+    scaling, positions = config.rope_scaling, torch.arange(length, dtype=torch.float32, device="cpu")
+    if isinstance(scaling, LongRope):
+        plain, gain = plain_frequencies(config.rope_dim, config.rope_theta), scaling.attention_factor
+        factors = (
+            torch.tensor(f, dtype=torch.float64, device="cpu") for f in (scaling.short_factor, scaling.long_factor)
+        )
+        angles = torch.cat([torch.outer(positions, (plain / factor).float()) for factor in factors])
+        return angles.cos() * gain, angles.sin() * gain
+    angles = torch.outer(positions, inverse_frequencies(config))
+    gain = scaling.gain if isinstance(scaling, Yarn) else 1.0
+    cos, sin = angles.cos() * gain, angles.sin() * gain
+    if config.local_rope_theta is None:
+        return cos, sin
+    angles = torch.outer(positions, plain_frequencies(config.rope_dim, config.local_rope_theta).float())
+    return torch.cat([cos, angles.cos()], dim=-1), torch.cat([sin, angles.sin()], dim=-1)
+
+
+Reach = TypeVar("Reach", int, Tensor)
+
+
+def first_row(config: ModelConfig, reach: Reach) -> Reach | int:
+    """Where in the tables the positions of rows begin that have so many tokens: at 0, but for long ones under LongRoPE."""
+    scaling = config.rope_scaling
+    if not isinstance(scaling, LongRope):
+        return 0
+    return (reach > scaling.original_max_position_embeddings) * config.max_position_embeddings
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -72,6 +105,17 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.cat([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+
+
+def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first dimensions of x (..., head_dim), as many as cos and sin are for; the others have no position."""
+    turned, rest = x.split([2 * cos.size(-1), x.size(-1) - 2 * cos.size(-1)], dim=-1)
+    return torch.cat([rotate_half(turned, cos, sin), rest], dim=-1)
+
+
+def rotate_nothing(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x as it is: of a layer without positions (NoPE, arXiv 2305.19466)."""
+    return x
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ class Yarn:
     mscale_all_dim: float = 1.0
     # what cos and sin are multiplied with; None: from the two above
     attention_factor: float | None = None
+    # whether the ends of the ramp are whole pairs (gpt-oss: not)
+    truncate: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "rope_scaling")
@@ -64,6 +66,42 @@ class LinearRope:
         check_positive(self, "rope_scaling", "factor")
 
 
-RopeScaling = Yarn | Llama3Rope | LinearRope
+@dataclass(frozen=True)
+class DynamicRope:
+    """Dynamic NTK scaling: the base grows with rows longer than the window, which no row is here; within it nothing changes."""
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling")
+        check_positive(self, "rope_scaling", "factor")
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """LongRoPE (arXiv 2402.13753): each frequency divided by a factor of its own, in longer rows by another one."""
+
+    # one for each rotary pair: of rows within the window of pre-training, and of those that reach beyond it
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    original_max_position_embeddings: int = 4096
+    # what cos and sin are multiplied with
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, "rope_scaling")
+        check_positive(self, "rope_scaling", "original_max_position_embeddings", "attention_factor")
+        for name in ("short_factor", "long_factor"):
+            if not all(factor > 0 for factor in getattr(self, name)):
+                raise UserError(f"rope_scaling.{name}", getattr(self, name), "not above 0", "Correct it.")
+
+
+RopeScaling = Yarn | Llama3Rope | LinearRope | DynamicRope | LongRope
 # by their `rope_type`
-KINDS: dict[str, type[RopeScaling]] = {"yarn": Yarn, "llama3": Llama3Rope, "linear": LinearRope}
+KINDS: dict[str, type[RopeScaling]] = {
+    "yarn": Yarn,
+    "llama3": Llama3Rope,
+    "linear": LinearRope,
+    "dynamic": DynamicRope,
+    "longrope": LongRope,
+}

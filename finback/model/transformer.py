@@ -12,18 +12,18 @@ from finback.model.cache import Cache, LayerCache
 from finback.model.config import ModelConfig
 from finback.model.dsa import DSA
 from finback.model.gqa import GQA
-from finback.model.layers import Linear, RMSNorm, SwiGLU, initialise
+from finback.model.layers import Linear, NoNorm, Normed, RMSNorm, SwiGLU, initialise
 from finback.model.mla import MLA
 from finback.model.moe import MoE, Router, take_balance_losses
 from finback.model.mtp import MTP
-from finback.model.rope import rotation
+from finback.model.rope import first_row, rotation
 
 
-def attention_kind(config: ModelConfig) -> type[MLA] | type[GQA]:
+def attention_of(config: ModelConfig, layer: int) -> MLA | GQA:
     """The attention that a config asks for."""
     if config.attention == "gqa":
-        return GQA
-    return DSA if config.index_topk else MLA
+        return GQA(config, layer)
+    return DSA(config) if config.index_topk else MLA(config)
 
 
 class Block(nn.Module):
@@ -31,11 +31,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = attention_kind(config)(config)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         moe = config.is_moe(layer)
-        self.feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
+        feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
+        self.attention_norm, self.attention = normed(attention_of(config, layer), config)
+        self.feed_forward_norm, self.feed_forward = normed(feed_forward, config)
 
     def forward(
         self,
@@ -56,6 +55,12 @@ class Block(nn.Module):
         """x + attention(norm x), and its norm, which the feed-forward reads."""
         attended = self.attention(self.attention_norm(x), cos, sin, cache, attention_mask)
         return self.feed_forward_norm.add(x, attended)
+
+
+def normed(module: nn.Module, config: ModelConfig) -> tuple[RMSNorm | NoNorm, nn.Module]:
+    """The norm before a part of a block, and the part, with a norm behind it where the config has it there."""
+    size, eps = config.hidden_size, config.rms_norm_eps
+    return (RMSNorm(size, eps), module) if config.norms == "pre" else (NoNorm(), Normed(module, size, eps))
 
 
 class Transformer(nn.Module):
@@ -130,16 +135,23 @@ class Transformer(nn.Module):
         """cos and sin (b or 1, t, r / 2) of the positions that are read; with document_ids (b, t) those within each
         document, and who sees whom."""
         if cache is not None:
-            return self.cos[cache.positions], self.sin[cache.positions], None
+            rows = cache.positions + first_row(self.config, cache.reaches[:, None])
+            return self.cos[rows], self.sin[rows], None
         if document_ids is None:
-            return self.cos[None, :length], self.sin[None, :length], None
+            first = first_row(self.config, length)
+            return self.cos[None, first : first + length], self.sin[None, first : first + length], None
         index = torch.arange(length, device=document_ids.device)
         begins = torch.ones_like(document_ids, dtype=torch.bool)
         begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         positions = index - torch.where(begins, index, 0).cummax(dim=1).values
         if prefixes is not None:  # padding may lie beyond the last position there is
-            positions = (positions + prefixes[:, None] * (document_ids > 0)).clamp(max=len(self.cos) - 1)
-        return self.cos[positions], self.sin[positions], mask_of(document_ids, prefixes)
+            positions = (positions + prefixes[:, None] * (document_ids > 0)).clamp(
+                max=self.config.max_position_embeddings - 1
+            )
+        documents = begins.cumsum(dim=1) - 1
+        ends = torch.zeros_like(positions).scatter_reduce(1, documents, positions, "amax")
+        rows = positions + first_row(self.config, ends.gather(1, documents) + 1)
+        return self.cos[rows], self.sin[rows], mask_of(document_ids, prefixes)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., d) -> logits (..., vocab) in fp32."""

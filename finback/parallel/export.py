@@ -22,7 +22,9 @@ from finback.checkpoint.distributed import on_first
 from finback.checkpoint.export import SHARD_BYTES, Format
 from finback.checkpoint.shards import BESIDE, INDEX, SINGLE
 from finback.checkpoint.shares import Share
+from finback.checkpoint.stored_names import fused
 from finback.checkpoint.tensor_file import Contents, TensorFile
+from finback.config import UserError
 from finback.model.config import ModelConfig, to_json
 from finback.runs.files import write_json
 
@@ -63,6 +65,10 @@ def export_shares(
     are asked for on rank 0 alone.
     """
     group = dist.new_group(backend="gloo")
+    if fused(config):
+        raise UserError(
+            "layout", config.attention, "ranks do not join the matrices of Phi-3", "Export it from one rank."
+        )
     folder = on_first(lambda: export.check_target(folder), group)
     unfinished = on_first(lambda: export.begin(folder, config, fmt), group)
     with _gone_on_error(unfinished):

@@ -105,7 +105,9 @@ def stage_flops(c: ModelConfig, stage: StageLayers, work: Workload, imbalance: f
 def _layer(c: ModelConfig, moe: bool, length: int) -> TokenFlops:
     """One layer of a kind, and the head."""
     first = 0 if moe and c.n_routed_experts else 1
-    one = dataclasses.replace(c, num_hidden_layers=1, first_k_dense_replace=first, num_nextn_predict_layers=0)
+    one = dataclasses.replace(
+        c, num_hidden_layers=1, first_k_dense_replace=first, dense_layers=(), num_nextn_predict_layers=0
+    )
     return token_flops(one, length / 2)
 
 

@@ -17,6 +17,7 @@ from finback.model.transformer import Transformer
 from finback.runs.files import is_gguf
 
 ROWS, LENGTH = 2, 48
+TWINS = {"kimi_k2": "deepseek_v3"}  # families that transformers has under another name alone
 Finding = tuple[bool | None, str, list[str]]
 States = tuple[Tensor, list[Tensor]]  # logits, and the residual stream before each block and after the last
 
@@ -33,7 +34,11 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
 
     try:
         options: dict[str, Any] = {}
-        if is_fp8(read_config(path)):
+        raw = read_config(path)
+        if twin := TWINS.get(raw["model_type"]):
+            said = {name: value for name, value in raw.items() if name not in ("model_type", "auto_map")}
+            options["config"] = transformers.AutoConfig.for_model(twin, **said)
+        if is_fp8(raw):
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
         options |= {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
