@@ -74,7 +74,9 @@ def agrees(config: Any, seed: int, released: bool, model_type: str = "") -> None
         expected = theirs(tokens).logits
         assert (ours.logits(ours(tokens)) - expected).abs().max() <= 1e-4
         assert (back(tokens).logits - expected).abs().max() <= 1e-4
-    same_greedy_text(ours, theirs, tokens)
+    is_long = "longrope" in str(config.rope_parameters)  # which transformers chooses for a batch, and padding counts
+    for some in ((0,), (1,), (2,)) if is_long else ((0, 1, 2),):
+        same_greedy_text(ours, theirs, tokens, some)
 
 
 def transformers_loads(ours: Any, folder: Path) -> Any:
@@ -87,9 +89,9 @@ def transformers_loads(ours: Any, folder: Path) -> Any:
     return model.eval()
 
 
-def same_greedy_text(ours: Any, theirs: Any, tokens: torch.Tensor) -> None:
+def same_greedy_text(ours: Any, theirs: Any, tokens: torch.Tensor, some: tuple[int, ...]) -> None:
     """32 tokens after prompts of unequal length, padded on the left there; a tie of their two best logits may go either way."""
-    prompts = [tokens[0, :5].tolist(), tokens[1, :9].tolist(), tokens[2, :1].tolist()]
+    prompts = [[tokens[0, :5].tolist(), tokens[1, :9].tolist(), tokens[2, :1].tolist()][row] for row in some]
     longest = max(map(len, prompts))
     padded = torch.tensor([[2] * (longest - len(p)) + p for p in prompts])
     with torch.no_grad():
@@ -102,7 +104,7 @@ def same_greedy_text(ours: Any, theirs: Any, tokens: torch.Tensor) -> None:
             pad_token_id=2,
         )[:, longest:]
     engine = Engine(ours, stops=(), config=EngineConfig(chunk=4))  # the longest prompt in pieces
-    mine = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=32), [0, 0, 0])
+    mine = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=32), [0] * len(prompts))
     for prompt, ours_, their_ in zip(prompts, (c.tokens for c in mine), made.tolist(), strict=True):
         apart = next((i for i, pair in enumerate(zip(ours_, their_, strict=True)) if len(set(pair)) == 2), None)
         if apart is not None:

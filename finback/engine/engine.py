@@ -187,6 +187,8 @@ class Engine:
         """Read some prompt tokens and make one more token for everybody else; the requests with something new."""
         if not self.busy:
             return []
+        if isinstance(scaling := self.model.config.rope_scaling, LongRope):
+            self.scheduler.outgrow(scaling.original_max_position_embeddings)
         self.scheduler.admit()
         now = time.perf_counter()
         for request in self.scheduler.running:

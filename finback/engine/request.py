@@ -166,6 +166,8 @@ class Request:
     # places of the tokens whose drafts were accepted
     accepted_at: list[int] = field(default_factory=list)
     preempted: int = 0
+    # whether it has grown beyond a window within which what is stored of it is different (LongRoPE)
+    outgrown: bool = False
     # (tokens, layers, k) the experts of what was read before it was preempted, or before it finished
     routes: Tensor | None = None
     submitted: float = field(default_factory=time.perf_counter)

@@ -157,6 +157,13 @@ class Scheduler:
         request.preempted += 1
         self.waiting.appendleft(request)
 
+    def outgrow(self, window: int) -> None:
+        """Send requests back whose answers have just reached beyond `window` tokens: what is stored of them is read again."""
+        for request in list(self.running):
+            if not request.outgrown and len(request.prompt) <= window < request.length:
+                request.outgrown = True
+                self.preempt(request)
+
     def publish(self, request: Request) -> None:
         """Let others find the pages that have become full."""
         size = self.pages.size
