@@ -136,6 +136,9 @@ CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": 
                 "five more</think>9",
                 "<thinking>five more</thinking>\n9",
                 "<THINK> five more </ think>9",
+                "<|begin_of_thought|>five more<|end_of_thought|>\n\n<|begin_of_solution|> 9 <|end_of_solution|>",
+                "<|begin_of_thought|>\nfive more\n<|end_of_thought|>\n9",
+                "[THINK]five more[/THINK]9",
             )
         ),
         ({"question": "4+5?", "answer": "<think>\n\n</think>\n\n9"}, (USER, ANSWER)),
@@ -197,6 +200,22 @@ def test_a_record_gives_the_turns_that_were_meant(record: dict[str, Any], turns:
         ({"conversations": [{"from": "martian", "value": "a"}, {"from": "gpt", "value": "9"}]}, "no such role"),
         ({"conversations": [{"from": "function_call", "value": "add(4)"}]}, "function_call: no JSON of a call"),
         ({"messages": [ASKED, {"role": "tool", "content": "9"}, SAID]}, r"messages\[1\].role: no tool was called"),
+        *(
+            (
+                {
+                    "messages": [
+                        ASKED,
+                        {
+                            "role": "assistant",
+                            "content": None,
+                            "tool_calls": [{"function": {"name": "add", "arguments": bad}}],
+                        },
+                    ]
+                },
+                r"messages\[1\].tool_calls: no JSON object of arguments",
+            )
+            for bad in ('{"a": 4', "4, 5", "[4, 5]")
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, SAID]}, "the model reads text only"),
         ({"question": "4+5?", "answer": "<think>five more"}, "its chain of thought never ends"),
         ({"question": "4+5?", "answer": "<think>a</think>b<think>c</think>9"}, "more than one chain of thought"),

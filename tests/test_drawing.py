@@ -10,6 +10,7 @@ import pytest
 
 from finback.config import UserError
 from finback.data import tokenizer
+from finback.data.messages import Message
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
 from finback.engine.open import load
@@ -30,7 +31,7 @@ from finback.tasks import task as tasks
 from finback.tasks.code import Code
 from finback.tasks.math import Chains
 from finback.tasks.questions import Questions
-from finback.tasks.task import Mixture, Problem, Task, is_held_out
+from finback.tasks.task import Mixture, Problem, Task, Verdict, is_held_out
 from finback.train import loop
 from tests.test_grpo import reinforcement
 from tests.test_tuning import stage_folder, tune
@@ -163,6 +164,29 @@ def test_rl_asks_a_files_questions_in_epochs_and_resumes_in_them(tmp_path: Path)
     again = reinforcement(tmp_path / "b", task=task, steps=5, resample=1)
     loop.run(again)
     assert asked(again.run.folder) == every
+
+
+class Cities:
+    """A user's own task whose problems are those of a list."""
+
+    name = "cities"
+    all_problems = tuple(Problem(f"Where is city {i}?", str(i), f"where is city {i}?") for i in range(80))
+
+    def draw(self, rng: random.Random) -> Problem:
+        return rng.choice(self.all_problems)
+
+    def check(self, problem: Problem, answer: str) -> Verdict:
+        return Verdict(problem.answer == answer, True)
+
+
+@pytest.mark.parametrize("task", [Cities(), Mixture((Cities(), Chains(2, 3)))])
+def test_any_list_of_an_exam_is_looked_for(task: Any, tmp_path: Path) -> None:
+    run = StageRun(tmp_path, "zero", 0, World())
+    held_out = [problem for problem in Cities.all_problems if is_held_out(problem.key)]
+    asked = len(held_out) if isinstance(task, Cities) else 8
+    run.stages = (Evaluate(name="after", start="zero", exams=(Exam("cities", task=task, problems=asked),)),)
+    found = [p for p in held_out if ExamQuestions(run).find((Message("user", p.question),), is_made=True) == "cities"]
+    assert len(held_out) > 4 and (found == held_out if isinstance(task, Cities) else found)
 
 
 def test_questions_that_an_exam_asks_are_left_out(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finback.config import UserError, as_json
@@ -205,6 +208,15 @@ def test_named_parts_of_a_score(tmp_path: Path) -> None:
     assert not task.check(problem, "Rome").well_formed
 
 
+class _Unshown:
+    def __repr__(self) -> str:
+        raise ValueError("no text")
+
+
+async def _awaited(record: dict[str, Any], answer: str) -> bool:
+    return True
+
+
 FAULTS: dict[str, tuple[Callable[[dict[str, Any], str], Any], str]] = {
     "missing key": (lambda record, answer: record["gold"] == answer, "raised KeyError: 'gold'"),
     "swapped arguments": (lambda answer, record: record["answer"] == answer, "raised TypeError"),
@@ -214,7 +226,31 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any], str], Any], str]] = {
     "negative": (lambda record, answer: -1, "returned -1"),
     "parts over one": (lambda record, answer: {"a": 1.0, "b": 0.5}, "returned {'a': 1.0, 'b': 0.5}"),
     "words": (lambda record, answer: "yes", "returned 'yes'"),
+    "a pair": (lambda record, answer: (True, "right"), "returned (True, 'right')"),
+    "a list of numbers": (lambda record, answer: np.array([0.5, 0.5]), "raised ValueError"),
+    "NaN of numpy": (lambda record, answer: np.float32("nan"), "returned nan"),
+    "a part that is none": (lambda record, answer: {"form": None}, "returned {'form': None}"),
+    "no parts": (lambda record, answer: {}, "returned {}"),
+    "an end": (lambda record, answer: sys.exit(3), "raised SystemExit: 3"),
+    "nothing that can be shown": (lambda record, answer: _Unshown(), "returned an object of _Unshown"),
+    "async": (_awaited, "returned a coroutine (it is async)"),
 }
+SCORES: list[Any] = [
+    np.bool_(True),
+    np.float32(1),
+    Fraction(1),
+    Decimal(1),
+    {"a": np.float32(0.5), "b": Fraction(1, 2)},
+]
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_numbers_of_other_kinds_are_scores(score: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = Questions(write(tmp_path / "a.jsonl", CAPITAL), checker=lambda record, answer: score if answer else False)
+    assert task.check(task.draw(random.Random(0)), "Paris").correct and not capsys.readouterr().err
+    task = Questions(write(tmp_path / "a.jsonl", CAPITAL), checker=lambda record, answer: score, label="generous")
+    assert task.check(task.draw(random.Random(0)), "Paris").correct
+    assert "the checker of 'generous' pays for an empty answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -54,8 +54,11 @@ _CALL = "function_call"
 _EXPONENT = re.compile(r"e\+?(-?)0*(\d+)")  # 1e-07 is nobody's way to write 1e-7
 # how others mark a chain of thought at the beginning of an answer
 _OTHERS = re.compile(
-    r"\s*<\s*(think|thinking|thought|thoughts|reasoning)\s*>(.*?)<\s*/\s*\1\s*>", re.DOTALL | re.IGNORECASE
+    r"\s*(?:<\s*(think|thinking|thought|thoughts|reasoning)\s*>(.*?)<\s*/\s*\1\s*>|"
+    r"<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>|\[THINK\](.*?)\[/THINK\])",
+    re.DOTALL | re.IGNORECASE,
 )
+_SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>\s*)?", re.DOTALL)
 # of a chain of thought, but for those that are quoted
 _MARK = re.compile(r"(?<![`'\"])</?think>")
 _REMEDY = "Correct the record, or leave it out."
@@ -88,6 +91,9 @@ def _checked(messages: list[Message], tools: Sequence[Tool]) -> Dialogue:
     for i, message in enumerate(messages):
         if message.role == "user" and not message.content.strip():
             raise UserError(f"messages[{i}].content", message.content, "empty", _REMEDY)
+        bad = [call.arguments for call in message.tool_calls if not isinstance(_parsed(call.arguments), Mapping)]
+        if bad and message.learnt:
+            raise UserError(f"messages[{i}].tool_calls", bad[0][:60], "no JSON object of arguments", _REMEDY)
     is_empty = [m.role == "assistant" and not m.content.strip() and not m.tool_calls for m in messages]
     learnt = tuple(replace(m, learnt=m.learnt and not none) for m, none in zip(messages, is_empty, strict=True))
     if not any(m.role == "assistant" and m.learnt for m in learnt):
@@ -269,7 +275,9 @@ def _reasoning(text: str, where: str) -> tuple[str, str]:
 
 def _answer(text: str, where: str) -> tuple[str, str]:
     """The chain that an answer begins with, "" without one, and the answer; templates open a chain before the answer begins."""
-    text = _OTHERS.sub(_usual, text, count=1) if _OTHERS.match(text) else text
+    if others := _OTHERS.match(text):
+        solution = _SOLUTION.fullmatch(text, others.end())
+        text = _usual(others) + (solution[1] if solution else text[others.end() :])
     if not _MARK.search(text):
         return "", text
     begun = text.strip()
@@ -281,7 +289,7 @@ def _answer(text: str, where: str) -> tuple[str, str]:
 
 
 def _usual(match: re.Match[str]) -> str:
-    return f"{THINK}{match[2]}{END_THINK}"
+    return f"{THINK}{next(each for each in match.groups()[1:] if each is not None)}{END_THINK}"
 
 
 def _apart(text: str, where: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from finback.data.messages import Message, encode_prompt
 from finback.data.tokenizer import Tokenizer
 from finback.model.config import ModelConfig
 from finback.tasks import task as tasks
-from finback.tasks.task import Mixture, Problem, Task, is_held_out
+from finback.tasks.task import Mixture, Problem, Task, is_held_out, listed
 
 TRIES = 1000  # questions in a row that may be too long before a task is given up
 
@@ -138,7 +138,7 @@ class QuestionOrder:
 
     def _listed(self, task: Task) -> list[Problem]:
         """All training problems of a task that has a list of them; none of one that makes them."""
-        every: Sequence[Problem] = getattr(task, "all_problems", ())
+        every = listed(task)
         train = [problem for problem in every if not is_held_out(problem.key)]
         kept = []
         for problem in train:

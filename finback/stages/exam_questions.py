@@ -13,9 +13,7 @@ from finback.data.sources import Document
 from finback.rollouts.drawing import Window, exam_remark
 from finback.runs.folder import StageRun
 from finback.stages.evaluate import Evaluate, Exam, OfSuite, questions
-from finback.tasks.code import Code
-from finback.tasks.records import RecordTask
-from finback.tasks.task import Mixture, Problem, Task, canonical, drawn_questions, is_held_out, is_listed
+from finback.tasks.task import Mixture, Problem, Task, canonical, drawn_questions, is_held_out, is_listed, listed
 
 NGRAM = 13  # words in a row, as GPT-3's appendix C
 PROBLEMS = 1000  # of a generated task's training side, whose words are the task's and no exam's
@@ -80,7 +78,7 @@ class ExamQuestions:
     @cached_property
     def keys(self) -> dict[str, str]:
         """Whole questions, in canonical form, of exams that are not generated; to their exams."""
-        given = [exam for exam in self.exams if isinstance(exam.task, OfSuite | RecordTask | Code)]
+        given = [exam for exam in self.exams if isinstance(exam.task, OfSuite) or (exam.task and _has_list(exam.task))]
         return {canonical(q): exam.name for exam in given for p in self._problems(exam) for q in _texts(p)}
 
     @cached_property
@@ -98,8 +96,8 @@ class ExamQuestions:
         place = self.exams.index(exam)
         if place not in self._asked:
             assert exam.task is not None, "an exam has a task or a suite"
-            if isinstance(exam.task, RecordTask | Code):
-                self._asked[place] = [p for p in exam.task.all_problems if is_held_out(p.key)]
+            if not isinstance(exam.task, OfSuite) and is_listed(exam.task):
+                self._asked[place] = [p for p in listed(exam.task) if is_held_out(p.key)]
             else:
                 self._asked[place] = questions(exam, self.run.seed("exam", exam.task.name))[1]
         return self._asked[place]
@@ -111,6 +109,11 @@ class ExamQuestions:
             yield from (run for run, n in shared.items() if n > 1)
         elif exam.task is not None:
             yield from drawn_questions(exam.task, "train", PROBLEMS, self.run.seed("exam", exam.task.name))
+
+
+def _has_list(task: Task) -> bool:
+    """Whether a task, or a part of a mixture, takes its problems from a list."""
+    return any(map(is_listed, task.tasks)) if isinstance(task, Mixture) else is_listed(task)
 
 
 def askable(

@@ -12,11 +12,11 @@ from typing import NamedTuple
 from finback.tasks import math_process, replies
 from finback.tasks.formulas import alike, compact, formula, is_notation, measured
 from finback.tasks.labels import Label, label
-from finback.tasks.notation import REALS, unwrapped
+from finback.tasks.notation import EXCEPT, NO_SOLUTION, REALS, unwrapped
 from finback.tasks.quantity import Number, number
 from finback.tasks.replies import boxed
 from finback.tasks.task import NO_ANSWER, Problem, Verdict
-from finback.tasks.wording import is_name, is_wording, words
+from finback.tasks.wording import glossed, is_name, is_wording, words
 
 __all__ = ["boxed", "check", "compact", "fault", "final_answer", "gold", "number", "spelling", "words"]
 
@@ -24,6 +24,10 @@ _LONGEST = 100_000  # characters of a reply that are looked at
 _LONGEST_ANSWER = 2000  # characters of an answer
 _LONGEST_SENTENCE = 80  # characters; a longer text that states its answer is a worked solution
 _MOST = 20  # spellings of one answer in a reply
+_LONGEST_CHAIN = 4  # parts before the last of a chain of equals
+
+
+_RADIANS = re.compile(r"(.*(?:\\pi|π).*?)\s*(?:\\(?:text|mathrm)\{\s*rad(?:ian)?s?\s*\}|rad(?:ian)?s?)?", re.DOTALL)
 
 
 class _Gold(NamedTuple):
@@ -54,9 +58,24 @@ def check(problem: Problem, answer: str) -> Verdict:
     given = final_answer(answer)
     if given is None or len(given) > _LONGEST_ANSWER:
         return NO_ANSWER
-    claims = replies.predicates(unwrapped(given), anyone=_read(problem.answer).number is not None)
+    wanted = _read(problem.answer)
+    claims = replies.predicates(unwrapped(given), anyone=wanted.number is not None or wanted.label is not None)
     verdicts = [_compared(problem, each) for each in (given, *claims)]
+    is_sum = wanted.label is None and wanted.words is None and (wanted.number or "=" not in problem.answer)
+    if is_sum and not any(v.correct for v in verdicts):
+        verdicts += [_chained(problem, each) for each in (given, *claims) if "=" in each]
     return next((v for v in verdicts if v.correct), max(verdicts, key=lambda v: v.well_formed))
+
+
+def _chained(problem: Problem, given: str) -> Verdict:
+    r"""The verdict on the end of a chain of equals, 24 + 8 = 32 or n = \frac{9}{3} = 3, where each part is equal to it."""
+    *parts, last = re.split(r"(?<![<>!=\\])=(?!=)", unwrapped(given))
+    verdict = _compared(problem, last)
+    if not verdict.correct or len(parts) > _LONGEST_CHAIN:
+        return NO_ANSWER
+    parts = parts[1:] if len(parts) > 1 and re.fullmatch(r"\s*[a-zA-Z](?:_\{?\w\}?)?\s*", parts[0]) else parts
+    end, *sides = (formula(re.sub(r"[€£]|\\?\$", "", part)) for part in (last, *parts))
+    return verdict if end and all(side and _same(end, side).same for side in sides) else NO_ANSWER
 
 
 def gold(text: str) -> tuple[str, str]:
@@ -108,14 +127,14 @@ def _read(gold: str) -> _Gold:
     if found := label(gold):
         return _Gold(found, None, None)
     value = number(gold, strict=True)
-    is_set = REALS.fullmatch(unwrapped(gold))
+    is_set = any(form.fullmatch(unwrapped(gold)) for form in (REALS, EXCEPT, NO_SOLUTION))
     return _Gold(None, value, words(gold) if value is None and not is_set and is_wording(gold) else None)
 
 
 def _compared(problem: Problem, given: str) -> Verdict:
     wanted = _read(problem.answer)
     if wanted.label is not None:
-        found = label(given)
+        found = label(given, like=wanted.label)
         return Verdict(found is not None and wanted.label.equals(found), well_formed=found is not None)
     if wanted.number is not None:
         verdict = _counted(problem, wanted.number, given)
@@ -123,6 +142,7 @@ def _compared(problem: Problem, given: str) -> Verdict:
             return verdict
     if wanted.words is not None:
         wording = words(given)
+        wording = wording if wording == wanted.words else words(glossed(given, problem.answer))
         if wording == wanted.words or is_name(problem.answer):
             is_one = wording is not None and (", " not in wording or ", " in wanted.words)
             return Verdict(wording == wanted.words, well_formed=is_one)
@@ -139,6 +159,10 @@ def _counted(problem: Problem, wanted: Number, given: str) -> Verdict | None:
         value = value if value.form == "fraction" else None
     if value is not None:
         return Verdict(wanted.equals(value), well_formed=True)
+    if wanted.unit.dimension == (("angle", 1),) and (turned := _RADIANS.fullmatch(unwrapped(given))):
+        found = formula(turned[1])  # 60° is \frac{\pi}{3}
+        whole = wanted.value * wanted.unit.factor / 180
+        return Verdict(bool(found) and _same(f"{_exact(whole)} \\pi", found or "").same, well_formed=bool(found))
     return NO_ANSWER if is_whole and wanted.form != "power" else None
 
 
@@ -148,7 +172,10 @@ def _derived(problem: Problem, given: str) -> Verdict:
         return NO_ANSWER  # 7:3:1 is no fraction
     (wanted_text, wanted_unit), (given_text, given_unit) = measured(problem.answer), measured(given)
     if wanted_unit and given_unit and not set(wanted_unit) & set(given_unit):
-        return Verdict(correct=False, well_formed=True)
+        sizes = [two.factor / one.factor for one in wanted_unit for two in given_unit if one.dimension == two.dimension]
+        if not sizes:
+            return Verdict(correct=False, well_formed=True)
+        given_text = rf"{_exact(sizes[0])} \cdot ({given_text})"  # 500\sqrt{2} cm
     wanted = formula(wanted_text, like=wanted_text)
     found = formula(given_text, like=wanted_text)
     if wanted is None or found is None:

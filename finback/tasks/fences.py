@@ -33,6 +33,11 @@ class _Block:
         """Whether it says so or says nothing."""
         return bool(_PYTHON.fullmatch(self.info.strip()))
 
+    @property
+    def is_page(self) -> bool:
+        """Whether it is Markdown, which may hold blocks of its own."""
+        return bool(re.fullmatch(r"(?i)markdown|md", self.info.strip()))
+
 
 def program(answer: str, entry: str = "") -> str:
     """The last Python block that defines `entry`, or else does something; the last block, or all of the answer, if none does.
@@ -42,6 +47,7 @@ def program(answer: str, entry: str = "") -> str:
     blocks = _blocks(answer, entry)
     if not blocks:
         return _unfenced(answer, entry)
+    blocks = [inner for block in blocks for inner in _within(block, entry) or [block]]
     python = [block for block in blocks if block.is_python]
     named = [block for block in python if block.info.strip()]
     for some in (named, python, blocks):
@@ -55,6 +61,12 @@ def program(answer: str, entry: str = "") -> str:
             if _acts(block.text):
                 return block.text
     return blocks[-1].text
+
+
+def _within(block: _Block, entry: str) -> list[_Block]:
+    """The blocks in a block of Markdown, or in one without a name if one of them defines what is asked."""
+    inner = _blocks(block.text, entry) if block.is_page or not block.info.strip() else []
+    return inner if block.is_page or any(entry and defines(each.text, entry) for each in inner) else []
 
 
 def defines(source: str, entry: str) -> bool:
@@ -79,6 +91,9 @@ def _blocks(answer: str, entry: str) -> list[_Block]:
             block = None
         else:
             block.lines.append(_inner(line, block.before))
+    if block is not None:  # its end may have words behind it
+        ends = [i for i, line in enumerate(block.lines) if line.startswith(block.mark + " ")]
+        block.lines = block.lines[: ends[0]] if ends else block.lines
     for block in blocks:
         dedented = textwrap.dedent(block.text)
         # A body alone, which continues the question, keeps its indentation.
@@ -105,7 +120,7 @@ def _acts(source: str) -> bool:
 def _unfenced(answer: str, entry: str) -> str:
     """Code without a fence, cut out of the sentences around it; all of the answer where no definition begins."""
     lines = _dedented(answer.replace("\r\n", "\n").split("\n"))
-    starts = [i for i, line in enumerate(lines) if _BEGINS.match(line)]
+    starts = [i for i, line in enumerate(lines) if _BEGINS.match(line) or (entry and defines(line, entry))]
     if not starts or (entry and not defines("\n".join(lines), entry)):
         return answer
     first = min(starts)

@@ -2,7 +2,7 @@ r"""Mathematics as math-verify reads it: one expression in LaTeX, without words 
 
 import re
 
-from finback.tasks.notation import REALS, latex, plain, undollared, unstyled, unwrapped
+from finback.tasks.notation import EXCEPT, NO_SOLUTION, REALS, latex, plain, undollared, unstyled, unwrapped
 from finback.tasks.units import COUNTED, Unit, units
 
 _NAMES = (
@@ -22,7 +22,14 @@ _MEMBER = re.compile(r"[a-zA-Z]\s*\\in\s*")
 _INTERVAL = re.compile(r"\s*(?:\\left)?\s*[(\[].*,.*[)\]]\s*$", re.DOTALL)
 _OPEN, _SHUT = {">": "(", "\\ge": "["}, {"<": ")", "\\le": "]"}
 _TURNED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
-_FRENCH = re.compile(r"([\[\]])([^\[\](){}]+)[,;]([^\[\](){}]+)([\[\]])")  # ]0, 1] and [0, 1[
+_FRENCH = re.compile(r"([\[\]])([^\[\]()]+)[,;]([^\[\]()]+)([\[\]])")  # ]0, 1] and [0, 1[
+# the point (2, 3), P(2, 3)
+_KIND = re.compile(
+    r"^(?:(?i:the\s+)?(?i:(?:ordered\s+)?(?:point|vertex|vector|pair|triple|interval|set)(?:\s+is)?)\s+|"
+    r"(?!C\s*\(\s*\d+\s*,\s*\d+\s*\))[A-Z](?=\s*\(\s*[^()A-Za-z,]+,))\s*(?=[\[({\\])"
+)
+_ROWS = re.compile(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])*\s*\]")
+_CHOSEN = re.compile(r"C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)|(?:\{\}\s*)?[\^_]\{?(\d+)\}?\s*C_\{?(\d+)\}?")
 # \{x \in \mathbb{R} \mid x > 2\} of the real numbers; what follows the bar may be a range of x
 _BUILDER = re.compile(
     r"\\?\{\s*([a-zA-Z])\s*(?:(?:\\in\s*)(?:\\mathbb\s*\{?\s*R\s*\}?|R)\s*)?(?:\\mid(?![a-zA-Z])|\||:)\s*(.+?)\s*\\?\}",
@@ -32,6 +39,7 @@ _OTHER_BUILDER = re.compile(
     r"\\?\{\s*([a-zA-Z](?:\s*\\in\s*[^|:]+?)?|\([a-z](?:\s*,\s*[a-z])+\))\s*(?:\\mid(?![a-zA-Z])|\||:)\s*(.+?)\s*\\?\}",
     re.DOTALL,
 )
+_GAP = re.compile(r"(?<=[\d})a-zA-Z])\s+(?=[a-zA-Zµ°]{2})")
 _TAIL = re.compile(
     r"(?P<head>.*[\d}\)a-zA-Z])"
     r"(?:\s*\\(?:text|mathrm|textrm|mbox)\s*\{(?P<styled>[^{}]*)\}(?P<power>\^\{?\d\}?)?"
@@ -45,9 +53,16 @@ def formula(text: str, like: str = "") -> str | None:
     one = _one_formula(unwrapped(plain(text)))
     if one is None:
         return None
-    one = unstyled(one)
+    one = _KIND.sub("", unstyled(one))
     if REALS.fullmatch(unwrapped(one)):
         return r"\mathbb{R}"
+    if NO_SOLUTION.fullmatch(unwrapped(one)):
+        return r"\emptyset"
+    if but := EXCEPT.fullmatch(unwrapped(one)):
+        one = rf"\mathbb{{R}}\setminus\{{{but[1]}\}}"
+    if _ROWS.fullmatch(one):  # [[1, 2], [3, 4]]
+        rows = [" & ".join(row.split(",")) for row in re.findall(r"\[([^\[\]]*)\]", one)]
+        one = r"\begin{pmatrix}" + r" \\ ".join(rows) + r"\end{pmatrix}"
     one = unwrapped(latex(one))
     if found := _as_set(one):
         return found
@@ -63,7 +78,15 @@ def formula(text: str, like: str = "") -> str | None:
 
 
 def alike(one: str, other: str) -> tuple[str, str]:
-    """Two expressions, a range of a variable as an interval if the other is one, and x = 1, y = 2 as a tuple."""
+    """Two expressions, a range of a variable as an interval if the other is one, and x = 1, y = 2 as a tuple.
+
+    C(10, 3) is a number of choices where the other is no point.
+    """
+    one, other = (_without(one) if "setminus" in other else one), (_without(other) if "setminus" in one else other)
+    if not (_INTERVAL.match(one) or _INTERVAL.match(other)):
+        one, other = (
+            _CHOSEN.sub(lambda m: rf"\binom{{{m[1] or m[3]}}}{{{m[2] or m[4]}}}", each) for each in (one, other)
+        )
     one, other = (_tuple(one) or one, other) if other.startswith("(") else (one, other)
     one, other = (one, _tuple(other) or other) if one.startswith("(") else (one, other)
     if _INTERVAL.match(one):
@@ -71,6 +94,11 @@ def alike(one: str, other: str) -> tuple[str, str]:
     if _INTERVAL.match(other):
         return _interval(one) or one, other
     return one, other
+
+
+def _without(text: str) -> str:
+    r"""x \ne 2 as \mathbb{R}\setminus\{2\}."""
+    return re.sub(r"^[a-z]\s*\\ne\s+([^,]+)$", r"\\mathbb{R}\\setminus\\{\1\\}", text)
 
 
 def _tuple(text: str) -> str | None:
@@ -92,7 +120,11 @@ def _interval(text: str) -> str | None:
             if not re.fullmatch("[a-zA-Z]", left):
                 left, right, sign = right, left, _TURNED.get(sign, sign)
             ends = (f"{_OPEN[sign]}{right}", "\\infty)") if sign in _OPEN else ("(-\\infty", f"{right}{_SHUT[sign]}")
-        elif len(tokens) == 5 and tokens[1] in _SHUT and tokens[3] in _SHUT:
+        elif (
+            len(tokens) == 5 and (tokens[1] in _SHUT) == (tokens[3] in _SHUT) and {tokens[1], tokens[3]} <= set(_TURNED)
+        ):
+            if tokens[1] in _OPEN:  # 3 > x > 1
+                tokens = [tokens[4], _TURNED[tokens[3]], tokens[2], _TURNED[tokens[1]], tokens[0]]
             left = tokens[2]
             ends = (f"{_OPEN[_TURNED[tokens[1]]]}{tokens[0]}", f"{tokens[4]}{_SHUT[tokens[3]]}")
         else:
@@ -105,9 +137,10 @@ def _interval(text: str) -> str | None:
 
 def _as_set(text: str) -> str | None:
     r"""]0, 1] as (0, 1], numbers of a range in set-builder notation as an interval, other such sets with \mid; else None."""
-    if (french := _FRENCH.fullmatch(text)) and (french[1], french[4]) != ("[", "]"):
-        _, low, high, _ = french.groups()
-        return f"{'[' if french[1] == '[' else '('}{low},{high}{']' if french[4] == ']' else ')'}"
+    french = [_FRENCH.fullmatch(part.strip()) for part in re.split(r"\\cup(?![a-zA-Z])", text)]
+    if all(french) and any((each[1], each[4]) != ("[", "]") for each in french if each):
+        ranges = [(each[1] == "[", f"{each[2]},{each[3]}", each[4] == "]") for each in french if each]
+        return r" \cup ".join(f"{'[' if low else '('}{ends}{']' if high else ')'}" for low, ends, high in ranges)
     if built := _BUILDER.fullmatch(text):
         found = _interval(built[2])
         if found and built[1] in re.findall("[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", built[2])):
@@ -124,7 +157,13 @@ def is_notation(formula: str) -> bool:
 
 def measured(text: str) -> tuple[str, tuple[Unit, ...]]:
     r"""An expression and the unit behind it: 3\pi \text{ cm}."""
-    match = _TAIL.fullmatch(undollared(unwrapped(plain(text))))
+    plainly = undollared(unwrapped(plain(text)))
+    spaced = " ".join(re.sub(r"\\[,;: ]|~", " ", latex(unstyled(plainly))).split())
+    for gap in list(_GAP.finditer(spaced))[:8]:  # 4\pi square centimeters
+        behind = units(spaced[gap.end() :])
+        if behind and behind[0] and not behind[0].is_counted:
+            return spaced[: gap.start()], behind
+    match = _TAIL.fullmatch(plainly)
     if match is None:
         return text, ()
     styled = match["styled"]
@@ -156,6 +195,8 @@ def _one_formula(text: str) -> str | None:
 
 def _listed(text: str) -> str | None:
     r"""x = 1 or x = 2, and 1 and 2, as \{1, 2\}. "1 or 2" without a variable is two guesses, so it is None."""
+    if text.startswith("\\{") or (text.startswith("{") and text.endswith("}")):
+        text = re.sub(r",?\s+and\s+", ", ", text)  # {1, 2, and 3}
     if not _JOINT.search(text):
         parts = _split(text)
     else:

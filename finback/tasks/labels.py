@@ -35,13 +35,20 @@ _DATES = [
         r"(?P<first>[0-9]{1,2})/(?P<second>[0-9]{1,2})/(?P<year>[0-9]{4})",
         rf"(?:the\s+)?{_DAY}\s+(?:of\s+|de\s+)?{_NAME}(?:,?\s+(?:de\s+)?{_YEAR})?",
         rf"{_NAME}\s+{_DAY}(?:,?\s+{_YEAR})?",
-        rf"{_NAME},?\s+(?:of\s+)?{_YEAR}",
+        rf"{_NAME},?\s+(?:of\s+|de\s+)?{_YEAR}",
     )
 ]
 _ERA = re.compile(r"(?:the year )?([0-9]{1,4})\s*(?:B\.?\s*C\.?(?:\s*E\.?)?|v\.\s?Chr\.?)", re.IGNORECASE)
-_WEEKDAY = re.compile(r"(?:on\s+)?(?:(?:mon|tues|wednes|thurs|fri|satur|sun)day,?\s+)?(?:on\s+)?", re.IGNORECASE)
+_DAYS = "monday mon|tuesday tue tues|wednesday wed|thursday thu thur thurs|friday fri|saturday|sunday"  # Sun and Sat are words
+_WEEKDAYS = {name: day for day, names in enumerate(_DAYS.split("|"), start=1) for name in names.split()}
+_WEEKDAY = re.compile(rf"(?:(?:on|an?|the|next|le|el|am|on a)\s+)?({'|'.join(_WEEKDAYS)})\.?", re.IGNORECASE)
+_BEFORE_DATE = re.compile(
+    r"(?:(?:on|in|le|el|il|am|im|em)\s+)?(?:(?:mon|tues|wednes|thurs|fri|satur|sun)day,?\s+)?(?:on\s+)?", re.IGNORECASE
+)
+_MONTH_OF = re.compile(r"(?P<month>0?[1-9]|1[0-2])/(?P<year>[0-9]{4})")  # 10/1917, which by itself is a fraction
+_HALVES = {"noon": 12, "midday": 12, "midnight": 0}
 _TIME = re.compile(
-    r"(?:at\s+)?(?P<h>[0-9]{1,2})(?:\s*(?::|(?<=[0-9])h(?=[0-9])|(?<=[0-9])\.(?=[0-9]{2}\s*[ap]\.?\s*m\b))\s*(?P<m>[0-9]{2})(?:\s*:\s*(?P<s>[0-9]{2}))?)?\s*(?P<half>[ap]\.?\s*m\.?|[AP]M)?(?:\s*o'clock)?",
+    r"(?:at\s+)?(?P<h>[0-9]{1,2})(?:\s*(?::|(?<=[0-9])h(?=[0-9])|(?<=[0-9])\.(?=[0-9]{2}\s*[ap]\.?\s*m\b))\s*(?P<m>[0-9]{2})(?:\s*:\s*(?P<s>[0-9]{2}))?)?\s*(?P<half>[ap]\.?\s*m\.?|[AP]M)?(?P<clock>\s*o'clock|\s*Uhr)?",
     re.IGNORECASE,
 )
 _CLOCK = re.compile(
@@ -69,18 +76,29 @@ class Label(NamedTuple):
         return self.value == other.value or (not self.is_whole and bool(self.shown) and self.shown == other.shown)
 
 
-def label(text: str) -> Label | None:
-    """The date, the time or the string of digits that a text is; None if it is something else."""
+def label(text: str, like: Label | None = None) -> Label | None:
+    """The date, the time or the string of digits that a text is; None if it is something else.
+
+    Beside a label that it may be `like`, 10/1917 is a month, 9783161484100 a string of digits and "3 to 2" a ratio.
+    """
     if len(text) > 200:
         return None
     text = unwrapped(unstyled(unwrapped(plain(text))))
+    if like is not None and like.kind == "date" and (month := _MONTH_OF.fullmatch(text)):
+        return Label("date", (int(month["year"]), int(month["month"]), None))
+    if like is not None and like.kind == "digits" and re.fullmatch(r"\+?[0-9]{6,20}", text):
+        return Label("digits", (text,))
+    if like is not None and like.kind == "ratio" and re.fullmatch(r"[0-9]{1,9}(?:\s+to\s+[0-9]{1,9})+", text):
+        return Label("ratio", tuple(int(part) for part in text.split("to")))
+    if day := _WEEKDAY.fullmatch(text):
+        return Label("weekday", (_WEEKDAYS[day[1].lower()],))
     return _date(text) or _time(text) or _digits(text)
 
 
 def _date(text: str) -> Label | None:
+    text = text[found.end() :] if (found := _BEFORE_DATE.match(text)) else text
     if era := _ERA.fullmatch(text):
         return Label("date", (-int(era[1]), None, None))
-    text = text[found.end() :] if (found := _WEEKDAY.match(text)) else text
     for pattern in _DATES:
         match = pattern.fullmatch(text)
         if match is None:
@@ -101,8 +119,11 @@ def _date(text: str) -> Label | None:
 def _time(text: str) -> Label | None:
     for words, half in ((r"in the morning", "am"), (r"in the (?:afternoon|evening)", "pm")):
         text = re.sub(rf"(?<=[\w'])\s+{words}$", f" {half}", text, flags=re.IGNORECASE)
+    if named := re.fullmatch(r"(?:at\s+)?(?:12(?::00)?\s+)?(noon|midday|midnight)", text, re.IGNORECASE):
+        hour = _HALVES[named[1].lower()]
+        return Label("time", (hour * 3600,), (hour, 0, 0))
     match = _TIME.fullmatch(_shown(text))
-    if match is None or not (match["m"] or match["half"]):
+    if match is None or not (match["m"] or match["half"] or match["clock"]):
         ratio = _RATIO.fullmatch(text)
         return Label("ratio", tuple(int(part) for part in text.split(":"))) if ratio else None
     h, m, s = (int(match[part] or 0) for part in ("h", "m", "s"))
@@ -117,7 +138,9 @@ def _shown(text: str) -> str:
     """What a clock shows of half past two, a quarter to three pm."""
     match = _CLOCK.fullmatch(text)
     if match is None:
-        return text
+        return re.sub(
+            r"\b[a-z]+(?=\s+o'clock)", lambda m: str(WORD_VALUES.get(m[0].lower(), m[0])), text, flags=re.IGNORECASE
+        )
     part, way, hour = (match[name].lower() for name in ("part", "way", "hour"))
     number = int(hour) if hour.isdigit() else WORD_VALUES.get(hour, 0)
     if not 1 <= number <= 12 or (part == "half" and way == "to"):

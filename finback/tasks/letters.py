@@ -13,21 +13,35 @@ _LONGEST, _LONGEST_NAME = 100_000, 2000  # characters of a reply, and of what na
 _MOST = 200  # statements, or lines
 _STOPS = ".!,;:。！、"
 _INTRODUCED = re.compile(
-    r"(?:(?:so|thus|hence|therefore|then|and|clearly|obviously|definitely|certainly|finally),?\s+)*(?:(?:it|this|that)(?:\s+is|'s|\s+must be)\s+|(?:i|we)(?:'d|\s+would)?\s+(?:choose|pick|select|say|answer|go with)\s+|"
-    r"(?:因此|所以|故|本题)?(?:应该|应)?选(?:择|项)?[：:]?\s*)?(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|letter|answer|选项|答案|\s)*[:：]?\s*",
+    r"(?:(?:i'm|i am)\s+(?:\w+\s+)?(?:confident|sure|certain)\s+(?:that\s+)?)?(?:(?:so|thus|hence|therefore|then|and|clearly|obviously|definitely|certainly|finally),?\s+)*(?:(?:it|this|that)(?:\s+is|'s|\s+must be)\s+|(?:i|we)(?:'d|\s+would)?\s+(?:choose|pick|select|say|answer|go with)\s+|"
+    r"(?:因此|所以|故|本题)?(?:应该|应)?选(?:择|项)?[：:]?\s*)?(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|letter|answer|选项|答案|\s)*[:：]?\s*"
+    r"(?:(?:(?:[ao]|la|el|le|die|der|das)\s+)?(?:letra|réponse|respuesta|risposta|resposta|Antwort|ответ|lettre|lettera|literę|litera|opción|opção|opzione|optie|вариант|буква|字母|选项|Buchstabe|Option)\s*|"
+    r"(?:la|el|le|il|die|der|das|de|den)\s+(?=[A-J](?!\w)))?",
     re.IGNORECASE,
 )
 _LETTER = re.compile(r"[(\[{]?\s*([A-Ja-j])\s*[)\]}]?\s*(?:[.:,、)\-–—]|\s)*\s*(.*)", re.DOTALL)
 _ALONE = re.compile(r"[(\[{]?\s*([A-Ja-j])\s*[)\]}]?\s*[.:)]?")
 _PRAISED = re.compile(
-    r"\s*,?\s*(?:is|was)\s+(?:the\s+)?(?:correct|right|true|best)?\s*(?:answer|option|choice|one)?\s*[.!]?",
+    r"\s*,?\s*(?:is|was)\s+(?:the\s+)?(?:correct|right|true|best)?\s*(?:answer|option|choice|one)?\s*[.!]?|\s*是?(?:正确|對|对)(?:的|答案|选项)?[。.]?|"
+    r"\s*が正解(?:です)?[。.]?|\s+(?:es|est|ist|è|é)\s+(?:la\s+|die\s+|a\s+)?(?:correct[ao]|correcte|richtig|corretta)[.]?",
     re.IGNORECASE,
 )
-_TAGGED = re.compile(r"(\S.*?)\s*[(\[]([A-J])[)\]]", re.DOTALL)
+_TAGGED = re.compile(r"(\S.*?)\s*[(\[](?:(?:option|choice|answer)\s+)?([A-J])[)\]]", re.DOTALL | re.IGNORECASE)
 # It can't be A, C or D, so it must be B.
 _CONCLUDED = re.compile(
-    r"[^.\n]*(?:\b(?:not|cannot|neither|wrong|incorrect|ruled? out|eliminate\w*)|n't)\b[^.\n]*(?:,|;|—)\s*(?:and\s+)?(?:so|hence|thus|therefore)\s+"
-    r"(?:it|that|the (?:correct |right )?answer)\s+(?:must be|has to be|can only be|is)\s+([^,;.\n]+)",
+    r"[^.\n]*(?:\b(?:not|cannot|neither|wrong|incorrect|ruled? out|eliminate\w*)|n't)\b[^.\n]*(?:,|;|—|\.)\s*(?:and\s+)?(?:so|hence|thus|therefore)\s+"
+    r"(?:(?:it|that|the (?:correct |right )?answer)\s+(?:must be|has to be|can only be|is)\s+|it's\s+|(?=\(?[A-J]\)?\.?$))([^,;.\n]+)",
+    re.IGNORECASE,
+)
+# The pressure falls.
+_SUBJECT = re.compile(
+    r"(?i:it|he|she|this|that|the(?: (?!(?:not?|never|hardly|rarely|or|and|n?either)\b)[a-z]+){1,5})"
+    r"(?<! of)(?<! in)(?<! near)(?<! from)(?<! with)(?<! to)(?<! for)(?<! by)(?<! like)(?<! the)(?<! that)\s+(?P<verb>[a-z]+s\b.*)"
+)
+# behind a letter that stood alone
+_RETRACTED = re.compile(
+    r"\b(?:wait|actually|but|however|instead|rather|correction|sorry|guess|wrong|incorrect|false|maybe|perhaps|could|might|also|either|or)\b|"
+    r"\bno[,.:!]|\bnot\s+[A-J]\b|[?？]|不|错",
     re.IGNORECASE,
 )
 _REASON = re.compile(r"(?:because|since|as|due to|given|which|for)\b|因为|由于", re.IGNORECASE)
@@ -49,7 +63,7 @@ def named(answer: str, choices: Sequence[str]) -> str | None:
     found = replies.marked(answer)
     if len(found) == 1 and len(found[0]) < len(answer):
         found = replies.stated(found[0]) or found
-    found = found or replies.stated(answer)
+    found = found or [replies.untailed(each) for each in replies.stated(answer)]
     if len(found) > _MOST:
         return None
     if found:
@@ -59,7 +73,12 @@ def named(answer: str, choices: Sequence[str]) -> str | None:
         return letter
     lines = [line for line in answer.split("\n") if line.strip()]
     letters = [_choice(line, choices) for line in lines] if 1 < len(lines) < _MOST else []
-    return letters[-1] if letters and len({letter for letter in letters if letter}) == 1 else None
+    if len({letter for letter in letters if letter}) != 1:
+        return None
+    is_first = (
+        letters[0] and _ALONE.fullmatch(unwrapped(lines[0], _STOPS)) and not any(map(_RETRACTED.search, lines[1:]))
+    )
+    return letters[0] if is_first else letters[-1]  # a letter, and then why
 
 
 def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None:
@@ -72,8 +91,8 @@ def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None
         return _within(alone[1], choices)
     if (repeated := _repeated(text, choices)) is not None:
         return repeated
-    if (tagged := _TAGGED.fullmatch(text)) and _repeated(tagged[1], choices) == tagged[2]:
-        return tagged[2]  # Paris (B)
+    if (tagged := _TAGGED.fullmatch(text)) and _repeated(tagged[1], choices) == tagged[2].upper():
+        return tagged[2].upper()  # Paris (B)
     if again and (concluded := _CONCLUDED.fullmatch(text)):
         return _choice(concluded[1], choices, again=False)
     introduced = _INTRODUCED.match(text)
@@ -87,11 +106,18 @@ def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None
     is_listed = (
         behind in (")", ".") and labelled is not None and _repeated(labelled[2], choices) is not None
     )  # b) green
-    if labelled and (labelled[1].isupper() or is_listed) and not behind.isalnum():
+    if (
+        labelled
+        and (labelled[1].isupper() or is_listed)
+        and behind != "'"
+        and not (behind.isascii() and behind.isalnum())
+    ):
         letter = _within(labelled[1], choices)
         return letter if letter and _is_of(letter, labelled[2], behind != " ", choices) else None
+    if (said := _SUBJECT.fullmatch(text)) and (repeated := _repeated(said["verb"], choices)):
+        return repeated
     praised = re.fullmatch(rf"(.+?){_PRAISED.pattern}", bare, re.IGNORECASE | re.DOTALL)
-    claims = [each for each in (praised and praised[1], *replies.predicates(text)) if each and again]
+    claims = [each for each in (praised and praised[1], *replies.predicates(text, anyone=True)) if each and again]
     return next((letter for each in claims if (letter := _choice(each, choices, again=False))), None)
 
 

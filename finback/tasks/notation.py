@@ -25,7 +25,7 @@ _SIGN_NAMES = (
 )
 _SIGNS = {
     **{sign: f"\\{name} " for sign, name in zip(_SIGN_ORDER.split(), _SIGN_NAMES.split(), strict=True)},
-    **{"÷": "/", "∛": "\\sqrt[3]", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}"},
+    **{"÷": "/", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]", "⟨": "(", "⟩": ")", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}"},
 }
 _STYLES = (
     "text|textbf|textit|textrm|texttt|textsf|textnormal|emph|mathrm|mathbf|mathit|mathsf|mathtt|mathnormal|boldsymbol|"
@@ -51,6 +51,9 @@ _WRITTEN = (
     (re.compile(r"\\(?:geqslant|geq)(?![a-zA-Z])"), r"\\ge"),
     (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne"),
     (re.compile(r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}"), r"\\emptyset"),
+    (re.compile(r"\\langle(?![a-zA-Z])"), "("),
+    (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
+    (re.compile(r"\\cr(?![a-zA-Z])"), r"\\\\"),
     (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
     (re.compile(r"\\(?:euro|texteuro|EUR)(?![a-zA-Z])"), "€"),
@@ -60,6 +63,14 @@ _WRITTEN = (
     (re.compile(r"\\log_\{?e\}?(?![a-zA-Z])"), r"\\ln "),
 )
 REALS = re.compile(r"(?:the\s+set\s+of\s+)?(?:(?:all|any)\s+)?(?:the\s+)?real\s+numbers?|all\s+reals", re.IGNORECASE)
+EXCEPT = re.compile(
+    r"(?:(?:all|any)\s+)?(?:the\s+)?real(?:\s+number)?s?\s+(?:except(?:\s+for)?|other\s+than|but|excluding|without)\s+(?:[a-z]\s*=\s*)?(.+)",
+    re.IGNORECASE,
+)
+NO_SOLUTION = re.compile(
+    r"(?:there\s+(?:is|are|exists?)\s+)?no\s+(?:real\s+)?(?:solutions?|roots?)(?:\s+exists?)?|(?:the\s+)?empty\s+set",
+    re.IGNORECASE,
+)
 _PAIRS = r"** **|__ __|$$ $$|$ $|\( \)|\[ \]|``` ```|` `|* *|_ _|' '|【 】"
 _AROUND = [*(pair.split() for pair in _PAIRS.split("|")), ['"', '"']]
 
@@ -90,8 +101,8 @@ def unwrapped(text: str, stops: str = ".,;:") -> str:
 
 def undollared(text: str) -> str:
     """Mathematics without its pair of $ where words follow, such as a unit."""
-    match = re.fullmatch(r"\$([^$]+)\$(\s*[^\W\d_%°][^$]*)", text)
-    return match[1] + match[2] if match else text
+    match = re.fullmatch(r"(?:\$([^$]+)\$|\\\((.+?)\\\))(\s*[^\W\d_%°][^$]*)", text)
+    return (match[1] or match[2]) + match[3] if match else text
 
 
 def unstyled(text: str) -> str:
@@ -125,10 +136,10 @@ def _fraction(char: str) -> str:
 
 def _keyboard(text: str) -> str:
     """** for powers, sqrt(3), pi and infinity in letters, the root of a number without braces."""
-    text = text.replace("**", "^")
+    text = text.replace("**", "^").replace("<=", "\\le ").replace(">=", "\\ge ").replace(" != ", " \\ne ")
     text = re.sub(r"(?<![a-zA-Z\\])(?:\\?sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
-    text = re.sub(r"\\sqrt(\[3\]|\s)\s*(\d+|[a-zA-Z])", lambda m: f"\\sqrt{m[1].strip()}{{{m[2]}}}", text)
+    text = re.sub(r"\\sqrt(\[\d\]|\s)\s*(\d+|[a-zA-Z])", lambda m: f"\\sqrt{m[1].strip()}{{{m[2]}}}", text)
     text = re.sub(r"(?<![a-zA-Z\\])(pi|infty|ln|log|sin|cos|tan|exp)(?![a-zA-Z])", r"\\\1 ", text)
     text = re.sub(r"(?<![a-zA-Z\\])(?:infinity|inf)(?![a-zA-Z])", r"\\infty ", text, flags=re.IGNORECASE)
     return text.strip()

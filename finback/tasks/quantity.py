@@ -9,8 +9,8 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from finback.tasks.notation import latex, plain, undollared, unstyled, unwrapped
-from finback.tasks.spelt import spelt
-from finback.tasks.units import COUNTED, Unit, known, product, units
+from finback.tasks.spelt import figures, spelt
+from finback.tasks.units import COUNTED, SCALE, SCALES, Unit, known, product, units
 
 _CLOSE = Fraction(1, 10**6)  # relative; for decimals of a number that has no end in decimals
 _LARGEST = 400  # decimal exponent
@@ -27,7 +27,7 @@ _FRACTION = (
 )
 _MIXED = (
     r"(?P<whole>[0-9]{1,30})\s*"
-    r"(?:\\frac\s*\{(?P<n3>[0-9]{1,30})\}\s*\{(?P<d3>[0-9]{1,30})\}|\s(?P<n4>[0-9]{1,30})/(?P<d4>[0-9]{1,30})(?![0-9]))"
+    r"(?:(?:\+\s*)?\\frac\s*\{(?P<n3>[0-9]{1,30})\}\s*\{(?P<d3>[0-9]{1,30})\}|\s(?:and\s+)?(?P<n4>[0-9]{1,30})/(?P<d4>[0-9]{1,30})(?![0-9]))"
 )
 _REPEATING = r"(?P<before>[0-9]{0,60})\.(?P<fixed>[0-9]{0,60})\\(?:overline|bar)\s*\{?(?P<cycle>[0-9]{1,60})\}?"
 _TIMES_TEN = (
@@ -39,43 +39,24 @@ _MAGNITUDE = re.compile(
     rf"|(?P<number>{_GROUPED}|[0-9]{{1,60}},[0-9]{{1,60}}|{_DECIMAL})(?![0-9]|[,.][0-9])(?:{_TIMES_TEN})?)"
 )
 _LISTED = r"[0-9]+,[0-9]{1,2}|[0-9]+,[0-9]{4,}|0,[0-9]+"  # as a gold answer, 1,2 is a list
-_SCALES = {
-    "hundred": 2,
-    "thousand": 3,
-    "k": 3,
-    "million": 6,
-    "millions": 6,
-    "mn": 6,
-    "mio": 6,
-    "lakh": 5,
-    "crore": 7,
-    "billion": 9,
-    "bn": 9,
-    "trillion": 12,
-    "千": 3,
-    "万": 4,
-    "萬": 4,
-    "百万": 6,
-    "亿": 8,
-    "億": 8,
-    "万亿": 12,
-    "兆": 12,
-    "тыс": 3,
-    "млн": 6,
-    "млрд": 9,
-}
-_SCALE = re.compile(r"\s*(" + "|".join(sorted(_SCALES, key=len, reverse=True)) + r")(?![a-zA-Z^])\.?")
 _CURRENCY = re.compile(
     r"(US\$|[A-Z]{0,2}\$|[€£¥₹₽₩]|(?:USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|KRW)(?![a-zA-Z])|Rs\.?|人民币)\s*"
 )
 _VARIABLE = re.compile(
-    r"([a-zA-Z](?:_\{?\w\}?)?|[a-z]\([a-z]\)|[A-Z]{2,3}|[A-Z]\(\w+\))\s*(?:=|\\approx|(?:equals|is)(?=\s))\s*"
+    r"((?:m\s*)?\\angle\s*[A-Z]{1,3}|\\(?:theta|alpha|beta|gamma|phi|lambda|omega|mu)(?![a-zA-Z])|[a-zA-Z](?:_\{?\w\}?)?|[a-z]\(\w{1,6}\)|[A-Z]{2,3}|[A-Z]\(\w+\))\s*(?:=|\\approx|(?:equals|is)(?=\s))\s*"
 )
 _LEAD = re.compile(
-    r"^(?:=>?|≈|→|⇒|∴|\\(?:approx|Rightarrow|implies|therefore)(?![a-zA-Z])|(?:approximately|approx\.?|about|roughly|exactly|in|at|the year|in the year|year)(?=\s))\s*",
+    r"^(?:=>?|≈|→|⇒|∴|\\(?:approx|Rightarrow|implies|therefore)(?![a-zA-Z])|(?:approximately|approx\.?|about|roughly|exactly|in|at|the year|in the year|year|AD|en|im Jahre?|an?\s+(?:total|speed|velocity|distance|length|height|width|depth|area|volume|mass|weight|"
+    r"cost|price|profit|sum|probability|temperature|time|duration|score|radius|diameter|perimeter|value|rate|average|mean)\s+of)(?=\s)|(?:一共|总共|總共|共)有?)\s*",
     re.IGNORECASE,
 )
 _MINUS = re.compile(r"(?:minus|negative)\s+(?=[\w.$€£\\])", re.IGNORECASE)
+# 1h40, 1:40 h, 6 foot 3: the last unit is left out
+_SHORT = re.compile(r"(\d{1,3})(?:\s*(h|hr|hrs|hours?|['′]|ft|foot|feet)\s*(\d{1,2})|:([0-5]\d)\s*(?:h|hr|hrs|hours))")
+# an hour and a half
+_AND_PART = re.compile(
+    r"(\w[\w-]{0,20}) ([a-z]{1,12}) and ((?:a|an|one|two|three) (?:half|thirds?|quarters?))", re.IGNORECASE
+)
 _PART = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)\s*([^\W\d_]{1,12}|[°'\"′″])\.?(?:\s*(?:,|and)?\s*)")
 
 
@@ -86,7 +67,7 @@ class Number(NamedTuple):
     units: tuple[Unit, ...] = _NONE
     # of "x ="
     variable: str = ""
-    # "whole", "decimal", "fraction", "power", "sum" (2 h 30 min)
+    # "whole", "decimal", "fraction", "power", "sum" (2 h 30 min), "begun 3" (0.333...)
     form: str = "whole"
 
     def __str__(self) -> str:
@@ -122,7 +103,7 @@ def number(text: str, strict: bool = False) -> Number | None:
     text = _tidy(text)
     match = _VARIABLE.match(text)
     variable, text = (match[1], text[match.end() :]) if match else ("", text)
-    found = _sum(text) or _single(text, strict)
+    found = _sum(text) or _single(text, strict) or (None if strict else _begun(text))
     return found._replace(variable=variable) if found else None
 
 
@@ -147,15 +128,21 @@ def _single(text: str, strict: bool = False) -> Number | None:
         if not currency and (match := _CURRENCY.match(text)):
             currency, text = match[1], text[match.end() :]
     match = _MAGNITUDE.match(text)
-    if strict and match and re.fullmatch(_LISTED, match[0]):
+    if (
+        strict
+        and match
+        and not currency
+        and re.fullmatch(_LISTED, match[0])
+        and not re.match(r"\s*[€£]", text[match.end() :])
+    ):
         return None
     value, form, rest = _value(match, text) if match else spelt(text)
     if value is None:
         return None
-    while (scale := _SCALE.match(rest)) and not (
-        strict and scale[0].isascii() and scale[0].isalpha() and len(scale[0]) < 3
+    while (scale := SCALE.match(rest)) and not (
+        strict and not currency and scale[0].isascii() and scale[0].isalpha() and len(scale[0]) < 3
     ):
-        value, rest = value * 10 ** _SCALES[scale[1]], rest[scale.end() :]
+        value, rest = value * 10 ** SCALES[scale[1]], rest[scale.end() :]
     if dozen := re.match(r"\s*dozens?\b", rest):
         value, rest = value * 12, rest[dozen.end() :]
     if (currency and (short := re.match(r"\s*([KMB])\b", rest))) or (
@@ -169,8 +156,9 @@ def _single(text: str, strict: bool = False) -> Number | None:
     ):
         rest = ""  # 8 (eight)
     meant = units(rest) if _is_apart(rest, strict) else None
-    if strict and not match and form == "fraction" and meant and str(meant[0].dimension).startswith(f"(('{COUNTED}"):
-        return None  # Half Moon
+    is_title = not match and (form == "fraction" or rest.lstrip()[:1].isupper())
+    if strict and is_title and meant and any(each.is_counted for each in meant):
+        return None  # Half Moon, Seven Samurai
     if meant is not None and currency:
         meant = _money(currency, meant)
     if meant == known("€") and match and re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", match[0]):
@@ -215,19 +203,34 @@ def _decimal(digits: str) -> Fraction:
 
 
 def _sum(text: str) -> Number | None:
-    """2 hours and 30 minutes, 6 ft 2 in: parts of one kind, each smaller than the one before."""
-    parts, at = list[tuple[Fraction, Unit]](), 0
+    """2 hours and 30 minutes, 6 ft 2 in, one dollar and five cents, 1h40: parts of one kind, each smaller than the one before."""
+    if extra := _AND_PART.fullmatch(text):
+        first, more, meant = number(re.sub(r"(?i)^an?$", "1", extra[1])), spelt(extra[3])[0], units(extra[2])
+        return Number(first.value + more, meant, form="decimal") if first and more and meant and meant[0] else None
+    if short := _SHORT.fullmatch(text):
+        smaller = "min" if not short[2] or short[2][0] == "h" else "in"
+        text = f"{short[1]} {short[2] or 'h'} {short[3] or short[4]} {smaller}"
+    text, parts, at = figures(text), list[tuple[Fraction, tuple[Unit, ...]]](), 0
     while match := _PART.match(text, at):
         meanings = known(match[2])
         if not meanings or not match[0]:
             return None
-        parts.append((Fraction(match[1]), meanings[0]))
+        parts.append((Fraction(match[1]), meanings))
         at = match.end()
-    factors = [unit.factor for _, unit in parts]
-    kinds = {unit.dimension for _, unit in parts}
-    if len(parts) < 2 or at < len(text) or len(kinds) > 1 or factors != sorted(set(factors), reverse=True):
+    if len(parts) < 2 or at < len(text):
         return None
-    return Number(sum((v * u.factor for v, u in parts), Fraction(0)), (Unit(kinds.pop(), Fraction(1)),), form="sum")
+    for kind in (unit.dimension for unit in parts[0][1]):  # cents are of a dollar or a euro
+        factors = [unit.factor for _, meanings in parts for unit in meanings if unit.dimension == kind]
+        if len(factors) == len(parts) and factors == sorted(set(factors), reverse=True):
+            value = sum((value * factor for (value, _), factor in zip(parts, factors, strict=True)), Fraction(0))
+            return Number(value, (Unit(kind, Fraction(1)),), form="sum")
+    return None
+
+
+def _begun(text: str) -> Number | None:
+    """A decimal that goes on: 0.333..."""
+    match = re.fullmatch(r"([+-]?\d{0,20}\.(\d{3,60}))\s*(?:\.{3}|…|\\(?:[lc]?dots)(?![a-zA-Z]))", text)
+    return Number(Fraction(match[1]), form=f"begun {len(match[2])}") if match else None
 
 
 def _is_apart(rest: str, strict: bool) -> bool:
@@ -243,7 +246,7 @@ def _money(sign: str, behind: tuple[Unit, ...]) -> tuple[Unit, ...] | None:
     """The unit of a number with a currency sign before it; a name of the same currency may stand behind it too."""
     sign = sign if known(sign) else "$" if sign.endswith("$") else sign.rstrip(".")
     meant = known(sign)
-    if behind == _NONE or behind[0].dimension[0][0].startswith(COUNTED):
+    if behind == _NONE or behind[0].is_counted:
         return meant
     if all(power < 0 for _, power in behind[0].dimension):  # $18 per day
         return tuple(product(unit, each) for unit in meant for each in behind)
@@ -253,8 +256,7 @@ def _money(sign: str, behind: tuple[Unit, ...]) -> tuple[Unit, ...] | None:
 def _match(gold: Number, given: Number, one: Unit, two: Unit) -> bool:
     if one.dimension != two.dimension:  # "red apples" are apples
         short, long = sorted((one.dimension, two.dimension), key=len)
-        is_counted = short[0][0].startswith(COUNTED)
-        return is_counted and long[-len(short) :] == short and _same(gold.value, given)
+        return short[0][0].startswith(COUNTED) and long[-len(short) :] == short and _same(gold.value, given)
     return _same(gold.value * one.factor / two.factor, given)
 
 
@@ -266,4 +268,7 @@ def _same(value: Fraction, given: Number) -> bool:
     for prime in (2, 5):
         while rest % prime == 0:
             rest //= prime
+    if rest > 1 and given.form.startswith("begun"):
+        unit = Fraction(1, 10 ** int(given.form.split()[1]))
+        return 0 <= (value - given.value) * (1 if value > 0 else -1) < unit
     return rest > 1 and given.form == "decimal" and abs(given.value - value) <= _CLOSE * abs(value)

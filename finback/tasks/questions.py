@@ -12,6 +12,7 @@ way, but two different ones earn nothing. What is compared, and how, depends on 
 """
 
 import copy
+import inspect
 import re
 import signal
 import sys
@@ -19,6 +20,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from functools import cached_property
 from types import FrameType
 from typing import Any
@@ -33,6 +36,7 @@ _RIGHT = 0.99  # the score from which an answer that a user's function grades co
 _ANNOTATION = re.compile(r"<<[0-9+\-*/.=()% ]*>>")  # GSM8K's calculator: 48/2=<<48/2=24>>24
 _FAILING = 0.01  # the share of records whose own gold answer may fail the check, and of calls that may fail
 _LISTED = 20  # of them that an error names
+_PROBED = 3  # records whose empty answer a function is asked about
 _FEW = 3  # so many calls may fail however few there were
 
 # A user's function: the record, the text after the thinking -> right or wrong, a score from 0 to 1, or its named parts.
@@ -79,14 +83,18 @@ class Questions(RecordTask):
 
     def problems(self) -> Iterator[tuple[Problem, Record]]:
         """Each problem with its record; those whose own gold answer fails are left out."""
-        faults: list[str] = []
+        faults, paid = list[str](), list[bool]()
         records = read(self.source, self.subset, self.split)
         for record in records:
             problem = self._problem(record)
+            if self.checker is not None and len(paid) < _PROBED:
+                paid.append(self._called(record, "")[0].score >= _RIGHT)
             if fault := self._fault(record, problem):
                 faults.append(f"{record.where}: {fault}")
             else:
                 yield problem, record
+        if paid and all(paid):
+            print(f"warning: the checker of {self.name!r} pays for an empty answer", file=sys.stderr)
         if len(faults) > _FAILING * len(records):
             listed = "; ".join(faults[:_LISTED]) + ("; …" if len(faults) > _LISTED else "")
             failure = f"the gold answers of {len(faults)} of {len(records)} records fail the check: {listed}"
@@ -126,8 +134,8 @@ class Questions(RecordTask):
             return NO_ANSWER, f"took more than {self.timeout} s"
         except _NoScoreError:
             wanted = "True, False, a number from 0 to 1, or a dict of such numbers that add up to at most 1"
-            return NO_ANSWER, f"returned {value!r:.60}; return {wanted}"
-        except Exception as error:  # the function is the user's, the text a model's
+            return NO_ANSWER, f"returned {_shown(value)}; return {wanted}"
+        except (Exception, SystemExit) as error:  # the function is the user's, the text a model's
             return NO_ANSWER, f"raised {type(error).__name__}: {error}"
 
 
@@ -137,16 +145,33 @@ class _NoScoreError(Exception):
 
 def _graded(value: Any) -> Verdict:
     """The verdict of what a user's function returned."""
-    value = value.item() if hasattr(value, "item") else value  # of numpy and torch
+    value = _plain(value)
     if isinstance(value, bool):
         return Verdict(correct=value, well_formed=value)
-    parts = {"score": value} if not isinstance(value, Mapping) else value
+    parts = {"score": value} if not isinstance(value, Mapping) else {k: _plain(v) for k, v in value.items()}
     if not all(isinstance(k, str) and isinstance(v, int | float) and 0 <= v <= 1 for k, v in parts.items()):
         raise _NoScoreError
     score = sum(parts.values())
     if not parts or score > 1 + 1e-6:
         raise _NoScoreError
     return Verdict(score >= _RIGHT, score > 0, {name: float(part) for name, part in parts.items()})
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy, torch, fractions or decimal as one of Python's own; what is none stays."""
+    value = value.item() if hasattr(value, "item") else value
+    return float(value) if isinstance(value, (Fraction, Decimal)) else value
+
+
+def _shown(value: Any) -> str:
+    """What a function returned, for a message; a coroutine is ended, for nothing awaits it."""
+    if inspect.iscoroutine(value):
+        value.close()
+        return "a coroutine (it is async)"
+    try:
+        return f"{value!r:.60}"
+    except Exception:  # a class of the user's that cannot be shown
+        return f"an object of {type(value).__name__}"
 
 
 @dataclass

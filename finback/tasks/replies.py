@@ -10,7 +10,7 @@ _OBJECT = re.compile(
 _BRACES = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{|[{}]")
 _NOUN = (
     r"(?:answer|option|choice|ans)|ответ|respuesta|réponse|antwort|resposta|risposta|odpowiedź|antwoord|svar|cevap|đáp án|उत्तर|"
-    r"الإجابة|الاجابة|الجواب|απάντηση|答案|答え|答|正解|答复|정답|답|正确选项|正确答案"
+    r"الإجابة|الاجابة|الجواب|απάντηση|התשובה|תשובה|คำตอบ|відповідь|jawaban|jawapan|答案|答え|答|正解|答复|정답|답|正确选项|正确答案"
 )
 _WHICH = (
     r"(?:final|correct|right|best|true|most likely|most appropriate|full|complete|overall|short|exact|numerical|my|"
@@ -26,6 +26,8 @@ _SENTENCE = re.compile(
     r"(?:is|was|would be|must be|should be|will be|becomes|equals)(?:\s+(?:therefore|thus|then|simply|clearly|option|choice|letter))?\s*:?\s+|"
     r"(?:respuesta|resposta|risposta)(?:\s+\w+)?\s+(?:es|é|è)\s*:?\s+|réponse(?:\s+\w+)?\s+est\s*:?\s+|antwort\s+(?:ist|lautet)\s*:?\s+|"
     r"ответ\s*[-–—]\s+|(?:答案|选项)(?:应该|应|就)?[是为爲為选]\s*[:：]?\s*|(?:答え|正解)は\s*[:：]?\s*|(?:정답|답)은\s*|उत्तर\s+|"
+    r"(?:đáp án|câu trả lời)(?:\s+đúng)?\s+là\s*:?\s*|doğru\s+(?:cevap|yanıt)\s+|odpowied[zź](?:\s+\w+)?\s+to\s+|antwoord\s+is\s+|svar(?:et)?\s+är\s+|"
+    r"jawaban(?:nya)?(?:\s+yang\s+benar)?\s+adalah\s+|відповідь\s*[-–—]\s+|"
     r"(?:الإجابة|الجواب)(?:\s+\w+)?\s+(?:هي|هو)\s*:?\s*|απάντηση\s+είναι\s*:?\s*",
     re.IGNORECASE,
 )
@@ -47,7 +49,7 @@ _LED = re.compile(
 )
 _PREDICATE = re.compile(
     r"(?P<of>(?:the|this|that|its|his|her|their|our|there|it|we|i|you)\b[^.!?;:,=<>\n]{0,80}?)\s+"
-    r"(?:is|are|was|were|equals|gets?|gives?|have|has|need|needs|sold|found)\s+(?P<what>\S.*)",
+    r"(?:(?:will|would|must|has to|can only)\s+be|is|are|was|were|equals|gets?|gives?|have|has|need|needs|sold|found)\s+(?P<what>\S.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _CONTRACTED = re.compile(r"(?P<of>it|that|he|she|there)'s\s+(?P<what>\S.*)", re.IGNORECASE | re.DOTALL)
@@ -62,9 +64,15 @@ _FOUND = re.compile(
 _ANYONE = re.compile(
     r"(?:(?i:so|thus|hence|therefore|then|finally|in total|altogether),?\s+)*(?P<of>(?:I|[a-zA-Z][a-z]+)\s[^.!?;:,=<>\d\n\\^_+*/|(){}]{1,60}?)\s+(?P<what>\\?[$€£¥₹]?\d\S*(?:\s[^.!?;:=<>\n]*)?)"
 )
+# It happened on 5 May 1900. The train leaves at 7:15 PM.
+_WHEN = re.compile(r"(?P<of>[A-Z]\w*\s[^.!?;:,=<>\d\n]{1,60}?)\s+(?:on|at|in)\s+(?P<what>\S.*)", re.DOTALL)
+_POINTED = re.compile(
+    r"(?P<of>это|це|son|sono|es sind|ce sont|c'est|es ist|das ist|è|é|to jest|det är|det er|het is|是|這是|这是|それは)\s*(?P<what>[^\s不非].*)",
+    re.IGNORECASE | re.DOTALL,
+)
 _NAMED = re.compile(r"(?P<of>[^\W\d_][^.!?;:,=<>\n]{0,40}?)\s*(?:[:：]|(?<=[^\W\d_]{3})\s*=)\s*(?P<what>\S[^\n:：]*)")
 _UNSURE = re.compile(
-    r"\b(?:not?|wrong|incorrect|false|opposite|except|never|least|possible|question|example|than|grader|key|under|over|below|above|nearly|almost|up|from|after|before|less|fewer|more|most|between|around|until|minus|plus|or|doubt\w*|unsure|unlikely|deny|denies|mistaken|if|whether)\b|n't",
+    r"\b(?:not?|wrong|incorrect|false|opposite|except|never|at least|at most|possible|question|example|than|grader|key|under|over|below|above|nearly|almost|up|from|after|before|less|fewer|more|between|around|until|minus|plus|or|doubt\w*|unsure|unlikely|deny|denies|mistaken|if|whether)\b|n't",
     re.IGNORECASE,
 )
 _SECOND = re.compile(
@@ -156,7 +164,12 @@ def sentence(text: str) -> str:
     """The first sentence of what was stated, without the verb that ends it in Japanese, Korean or Hindi."""
     text = re.split(r",?\s+(?:since|because)\s|,\s+(?:as|which|where|when)\s|，?因为", text.strip())[0] or text
     end = _END.search(text)
-    return _TAIL.sub("", text[: end.start()] if end else text)
+    return untailed(text[: end.start()] if end else text)
+
+
+def untailed(text: str) -> str:
+    """Without the full stop, and the verb that ends a sentence in Japanese, Korean or Hindi."""
+    return _TAIL.sub("", text, count=1)
 
 
 def predicates(text: str, anyone: bool = False) -> list[str]:
@@ -167,7 +180,8 @@ def predicates(text: str, anyone: bool = False) -> list[str]:
     text = text.strip().replace("**", "")
     bare = _LED.sub("", text, count=1) if _LED.match(text) else text
     found = [bare] if bare != text else []
-    for pattern in (_FOUND, _PREDICATE, _CONTRACTED, _FOREIGN, _NAMED, *([_ANYONE] if anyone else [])):
+    found += [short] if not bare.isascii() and (short := untailed(bare)) and short != bare.rstrip(".。!！ ") else []
+    for pattern in (_FOUND, _PREDICATE, _CONTRACTED, _FOREIGN, _POINTED, _NAMED, *([_ANYONE, _WHEN] if anyone else [])):
         match = pattern.fullmatch(bare)
         if match:
             of, *_, what = (group for group in match.groups() if group is not None)

@@ -1,4 +1,4 @@
-"""Numbers in English words. No torch here."""
+"""Numbers in English words and in Chinese characters. No torch here."""
 
 import re
 from fractions import Fraction
@@ -11,30 +11,59 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 WORD_VALUES = {
     **{word: i for i, word in enumerate(_SMALL.split())},
     **{word: 10 * i for i, word in enumerate(_TENS.split(), start=2)},
+    "nought": 0,
 }
-_THOUSANDS = {"thousand": 1, "million": 2, "billion": 3}
-_COUNTS = {"a": 1, "an": 1, **{word: value for word, value in WORD_VALUES.items() if 0 < value < 20}}
-_PLACES, _PLACE_NAMES = (3, 5, 6, 7, 8, 9, 10), "third fifth sixth seventh eighth ninth tenth"
+_ORDINAL = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
+ORDINALS = {
+    **dict(enumerate(_ORDINAL, start=1)),
+    **{
+        i: f"{name.removesuffix('ve')}{'fth' if name == 'twelve' else 'th'}"
+        for i, name in enumerate(_SMALL.split())
+        if i > 9
+    },
+    **{i: f"{name[:-1]}ieth" for i, name in enumerate(_TENS.split(), start=2) for i in (10 * i,)},
+    **{
+        10 * i + j: f"{ten}-{name}"
+        for i, ten in enumerate(_TENS.split(), start=2)
+        for j, name in enumerate(_ORDINAL, start=1)
+    },
+}
+_THOUSANDS = {"thousand": 1, "million": 2, "billion": 3, "trillion": 4}
+_COUNTS = {"a": 1, "an": 1, **{word: value for word, value in WORD_VALUES.items() if value > 0}}
+_PLACE_NAMES = (
+    "third=3 fifth=5 sixth=6 seventh=7 eighth=8 ninth=9 tenth=10 eleventh=11 twelfth=12 thirteenth=13 fourteenth=14 fifteenth=15 "
+    "sixteenth=16 eighteenth=18 twentieth=20 thirtieth=30 fortieth=40 fiftieth=50 sixtieth=60 hundredth=100 thousandth=1000"
+)
 _PART_NAMES = {
     **dict.fromkeys(("half", "halves"), 2),
     **dict.fromkeys(("quarter", "quarters", "fourth", "fourths"), 4),
-    **{name + end: i for i, name in zip(_PLACES, _PLACE_NAMES.split(), strict=True) for end in ("", "s")},
+    **{name + end: int(i) for name, i in (each.split("=") for each in _PLACE_NAMES.split()) for end in ("", "s")},
 }
 # half an hour, a third, three quarters of the cake; a third alone is a place
 _PARTS = re.compile(
-    rf"(?:({'|'.join(_COUNTS)})[ -])?(?:(?<=[ -])|(?=half\b))({'|'.join(_PART_NAMES)})\b(?:\s+of)?(?:\s+an?\b)?",
+    rf"(?:({'|'.join(_COUNTS)})(?:-(one|two|three|four|five|six|seven|eight|nine))?[ -])?(?:(?<=[ -])|(?=half\b))"
+    rf"({'|'.join(sorted(_PART_NAMES, key=len, reverse=True))})\b(?:\s+of)?(?:\s+an?\b)?",
     re.IGNORECASE,
 )
+_ONE = "|".join(sorted(WORD_VALUES, key=len, reverse=True))
+_RUN = re.compile(rf"\b(?:{_ONE})(?:[ -](?:and )?(?:{_ONE}|hundred|thousand))*\b", re.IGNORECASE)
+_DIGITS = {char: i for i, char in enumerate("〇一二三四五六七八九")} | {"零": 0, "两": 2, "兩": 2}
+_POWERS = {"十": 1, "百": 2, "千": 3, "万": 4, "萬": 4, "亿": 8, "億": 8}
+_CHARACTERS = "".join((*_DIGITS, *_POWERS))
+# The characters behind a number that only say what is counted.
+_CHINESE = re.compile(rf"(百分之)?([{_CHARACTERS}]+)(?:点([{''.join(_DIGITS)}]+))?(.*)", re.DOTALL)
+_MEASURES = "个個只本人天岁歲歳次块張张元円度年月日米名种"
 
 
 def spelt(text: str) -> tuple[Fraction | None, str, str]:
-    """The number that a text begins with, in English words, how it is written, and the text behind it.
+    """The number that a text begins with, in words, how it is written, and the text behind it.
 
-    Such as twenty-five, one hundred and five, half an hour, three quarters of it.
+    Such as twenty-five, one hundred and five, half an hour, three quarters of it, two and a half; or 二百五十六.
     """
-    if share := _PARTS.match(text):
-        top = _COUNTS[(share[1] or "a").lower()]
-        return Fraction(top, _PART_NAMES[share[2].lower()]), "fraction", text[share.end() :]
+    if (share := _PARTS.match(text)) and _is_share(share):
+        return _part(share), "fraction", text[share.end() :]
+    if text and text[0] in _CHARACTERS:
+        return _chinese(text)
     match = re.match(r"[a-zA-Z]+(?:[ -][a-zA-Z]+){0,8}", text)
     tokens = re.split(r"([ -])", match[0].lower()) if match else []
     total, part, used = 0, -1, 0
@@ -56,4 +85,50 @@ def spelt(text: str) -> tuple[Fraction | None, str, str]:
             used = i + 1
     if part < 0:
         return None, "", ""
-    return Fraction(total + part), "whole", text[len("".join(tokens[:used])) :]
+    rest = text[len("".join(tokens[:used])) :]
+    if (
+        (joint := re.match(r"\s+and\s+", rest))
+        and (share := _PARTS.match(rest, joint.end()))
+        and _part(share) < 1
+        and _is_share(share)
+    ):
+        return total + part + _part(share), "fraction", rest[share.end() :]
+    return Fraction(total + part), "whole", rest
+
+
+def figures(text: str) -> str:
+    """A text with digits for its English number words: 1 hour and 40 minutes."""
+    return _RUN.sub(lambda match: str(value) if (value := spelt(match[0])[0]) is not None else match[0], text)
+
+
+def _is_share(share: re.Match[str]) -> bool:
+    """Whether it is no place: the twenty-fifth is no four."""
+    return share[3].lower().endswith("s") or (share[1] or "a").lower() not in _TENS.split()
+
+
+def _part(share: re.Match[str]) -> Fraction:
+    top = _COUNTS[(share[1] or "a").lower()] + (WORD_VALUES[share[2].lower()] if share[2] else 0)
+    return Fraction(top, _PART_NAMES[share[3].lower()])
+
+
+def _chinese(text: str) -> tuple[Fraction | None, str, str]:
+    """二百五十六, 百分之十五, 三点五; words such as 三国 are none, so little may follow."""
+    match = _CHINESE.fullmatch(text)
+    if match is None or (match[4].strip() and match[4].strip() not in _MEASURES):
+        return None, "", ""
+    total = section = digit = 0
+    for char in match[2]:
+        if char in _DIGITS:
+            if digit:
+                return None, "", ""  # 一九四九 is a year read by its digits
+            digit = _DIGITS[char]
+        elif _POWERS[char] < 4:
+            section, digit = section + (digit or 1) * 10 ** _POWERS[char], 0
+        else:
+            total, section, digit = (total + section + digit) * 10 ** _POWERS[char], 0, 0
+    value = Fraction(total + section + digit)
+    if match[3]:
+        value += Fraction(int("".join(str(_DIGITS[char]) for char in match[3])), 10 ** len(match[3]))
+    if match[1]:
+        return value, "whole", "%" + match[4]
+    return value, "whole" if value.denominator == 1 else "decimal", match[4]

@@ -128,6 +128,11 @@ def is_listed(task: Task) -> bool:
     return hasattr(type(task), "all_problems")
 
 
+def listed(task: Task) -> Sequence[Problem]:
+    """All problems of a task whose problems are those of a list, of both sides of the split; none of another task."""
+    return getattr(task, "all_problems", ()) if is_listed(task) else ()
+
+
 def draw(task: Task, split: Split, rng: random.Random) -> Problem:
     """The next problem of one side of the split."""
     for _ in range(100_000):

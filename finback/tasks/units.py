@@ -17,17 +17,22 @@ class Unit(NamedTuple):
     def __bool__(self) -> bool:
         return bool(self.dimension)
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is a word for things, such as apples."""
+        return bool(self.dimension) and self.dimension[0][0].startswith(COUNTED)
+
 
 # name of the dimension: symbol or names, each with its factor (1 if none is given)
 _TABLE = """
 length: in|inch|inches|″|\"=0.0254 ft|foot|feet|'|′=0.3048 yd|yard|yards=0.9144 mi|mile|miles=1609.344 米 公里|千米|км=1000 厘米|см=0.01 毫米|мм=0.001 м|метр|метров
 mass: lb|lbs=453.59237 oz|ounce|ounces=28.349523125 t|ton|tons|tonne|tonnes=1000000 kilo|kilos|кг|公斤|千克=1000 克|г
-time: s|sec|secs|second|seconds|秒|сек min|mins|minute|minutes|分钟|分鐘|мин=60 h|hr|hrs|hour|hours|小时|小時|часов|часа|час|ч=3600 day|days|天=86400 week|weeks=604800
-month: month|months year|years|yr|yrs=12
-angle: °|degree|degrees|deg arcmin|arcminute|arcminutes=1/60
+time: s|sec|secs|second|seconds|Sekunde|Sekunden|segundo|segundos|seconde|secondes|секунд|秒|сек min|mins|minute|minutes|Minuten|minuto|minutos|minuti|минут|минуты|минута|分钟|分鐘|мин=60 h|hr|hrs|hour|hours|Stunde|Stunden|heure|heures|hora|horas|ora|ore|小时|小時|часов|часа|час|ч=3600 day|days|Tag|Tage|jour|jours|día|días|dia|dias|дней|дня|день|天=86400 week|weeks|Woche|Wochen|semana|semanas|semaines|недель|недели|wk|wks=604800
+month: month|months|Monat|Monate|mois|mes|meses|месяцев year|years|yr|yrs|Jahr|Jahre|ans|año|años|anos|anni|лет|года|год|岁|歲|年=12
+angle: °|degree|degrees|deg|Grad|градус|градуса|градусов arcmin|arcminute|arcminutes=1/60
 radian: rad|radian|radians
-celsius: °C|degC|celsius
-fahrenheit: °F|degF|fahrenheit
+celsius: °C|degC|celsius|C
+fahrenheit: °F|degF|fahrenheit|F
 kelvin: K|kelvin|kelvins
 share: %|percent|pct|percentage|процентов=1/100 ‰|permille=1/1000
 dollar: $|dollar|dollars|usd|US$|buck|bucks|美元 ¢|cent|cents=1/100
@@ -50,6 +55,7 @@ s time 1
 l|L|liter|litre|liters|litres length^3 1/1000
 J|joule|joules length^2*mass*time^-2 1000
 Wh length^2*mass*time^-2 3600000
+Nm length^2*mass*time^-2 1000
 cal|calorie|calories food-energy 1
 N|newton|newtons length*mass*time^-2 1000
 W|watt|watts length^2*mass*time^-3 1000
@@ -77,7 +83,42 @@ _PREFIXES = {
     "T": 12,
 }
 _LONG = {"kilo": 3, "centi": -2, "milli": -3, "deci": -1, "micro": -6, "nano": -9, "mega": 6, "giga": 9}
-_SHORT = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "bpm": "beat/min", "rpm": "revolution/min", "sqft": "ft^2"}
+_SHORT = {
+    "mph": "mi/h",
+    "kph": "km/h",
+    "kmh": "km/h",
+    "bpm": "beat/min",
+    "rpm": "revolution/min",
+    "sqft": "ft^2",
+    "cc": "cm^3",
+}
+# powers of ten
+SCALES = {
+    "hundred": 2,
+    "thousand": 3,
+    "k": 3,
+    **dict.fromkeys(
+        ("million", "millions", "Million", "Millionen", "millón", "millones", "milhão", "milhões", "milioni"), 6
+    ),
+    "mn": 6,
+    "mio": 6,
+    "lakh": 5,
+    "crore": 7,
+    **dict.fromkeys(("billion", "billions", "Milliarde", "Milliarden", "milliard", "milliards", "miliardi", "bn"), 9),
+    "trillion": 12,
+    "千": 3,
+    "万": 4,
+    "萬": 4,
+    "百万": 6,
+    "亿": 8,
+    "億": 8,
+    "万亿": 12,
+    "兆": 12,
+    "тыс": 3,
+    "млн": 6,
+    "млрд": 9,
+}
+SCALE = re.compile(r"\s*(" + "|".join(sorted(SCALES, key=len, reverse=True)) + r")(?![a-zA-Z^])\.?")
 # Words that change a number, or are a second one, or say that it is none: "12 or so" is not 12.
 _NO_UNIT = re.compile(
     r"(?:and|or|to|not?|but|than|if|is|are|was|isn't|be|maybe|perhaps|possibly|except|without|instead|rather|could|would|might|"
@@ -130,7 +171,13 @@ def units(text: str) -> tuple[Unit, ...] | None:
         r"\1/\2",
         text.replace("\\mu ", "µ").replace("\\Omega", "Ω").replace("per cent", "percent").strip(),
     )
-    text = text.strip(" ()[]").replace("\\ ", " ")
+    text = re.sub(r"\bU\.?S\.?\s+(?=dollars?\b)", "", text.strip(" ()[]").replace("\\ ", " "))
+    if (
+        extent := re.fullmatch(
+            r"(.+?)\s+(?:long|tall|wide|high|deep|thick|old|away|apart|in (?:length|width|height|area|volume))", text
+        )
+    ) and (meant := _measured(extent[1])):
+        return meant  # 1.2 m long
     if not text:
         return ((Unit((), Fraction(1))),)
     if len(text) > 60 or any(text != "times" and _NO_UNIT.fullmatch(word) for word in re.split(r"[\s,]+", text)):
@@ -146,7 +193,13 @@ def _measured(text: str) -> tuple[Unit, ...] | None:
     text = re.sub(r"(?<=[^\W\d_])\s+squared\b", "^2", text)
     text = re.sub(r"(?<=[^\W\d_])\s+cubed\b", "^3", text)
     for letter, scale in (("C", "celsius"), ("F", "fahrenheit")):
-        text = re.sub(rf"(?:°|\bdegrees?)\s*(?:{scale}|{letter})\b", f"°{letter}", text, flags=re.IGNORECASE)
+        text = re.sub(
+            rf"(?:°|\b(?:degrees?|Grad|degrés|grados|gradi|градус\w*))\s*(?:{scale}|{letter})\b",
+            f"°{letter}",
+            text,
+            flags=re.IGNORECASE,
+        )
+    text = re.sub(r"(?<=[a-z])-(?=[a-z])", " ", text)  # kilowatt-hours
     text = " ".join(_SHORT.get(word.lower(), word) for word in text.split())
     found, at, sign = [Unit((), Fraction(1))], 0, 1
     while at < len(text):

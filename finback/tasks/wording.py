@@ -4,6 +4,7 @@ import re
 import unicodedata
 
 from finback.tasks.notation import plain, unstyled, unwrapped
+from finback.tasks.spelt import ORDINALS
 
 _LONGEST = 120  # characters; longer ones are prose, which cannot be compared
 _MATHEMATICS = re.compile(r"[=<>^+|\\{}]|\d\s*[*/]|[*/]\s*\d|^[\d.,\s()/*-]+$")
@@ -14,13 +15,21 @@ _ON_THE_LINE = str.maketrans("₀₁₂₃₄₅₆₇₈₉⁺⁻²³", "012345
 _NUMERAL = re.compile(
     r"\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+ty)\b", re.IGNORECASE
 )
-_ARTICLE = re.compile(r"^(?:the|an?|at|in)\s+(?=\S{2})")
+_ARTICLE = re.compile(r"^(?:(?:(?:at|in)\s+)?(?:the|an?)|at|in)\s+(?=\S{2})")
 # what is written behind a person's name: (1867-1934)
 _LIFE = re.compile(r"(?<=[^\W\d_]{2})([*_]{0,2}) \((?:born |b\. |c\. )?[0-9]{3,4}(?:\s*-\s*[0-9]{3,4})?\)$")
 _YES = re.compile(
     r"(?:(?P<yes>yes)|no),\s+(?:it|they|he|she|there|that|this|you|we|i)\s+(?:is|are|was|were|does|do|did|can|could|has|have|will|would|am)(?P<not>n't| not)?"
 )
 _DRAWN = re.compile(r"(\\triangle|△|\\angle|∠)\s*\{?\s*([A-Z](?:\s*[A-Z]){2})\s*\}?")  # and the letters of its corners
+_GLOSS = re.compile(r"(.{2,}?) \(([^()]{1,60})\)")
+_OTHERWISE = re.compile(r"\b(?:not?|never|or|and|wrong|neither|nor)\b|n't|[不非没]|\bне\b|ليس", re.IGNORECASE)
+_SHORT_NAME = re.compile(r"[A-Z][A-Za-z0-9_₀-₉{}^+-]{0,8}")  # an abbreviation or a formula of chemistry
+_PLACES = {
+    name: f"{i}{'th' if i % 100 in (11, 12, 13) else {1: 'st', 2: 'nd', 3: 'rd'}.get(i % 10, 'th')}"
+    for i, name in ORDINALS.items()
+}
+_PLACE = re.compile(rf"\b(?:{'|'.join(sorted(_PLACES, key=len, reverse=True))})\b")
 _ENDS = ".!?。！？।؟،,;:"
 
 
@@ -37,7 +46,21 @@ def words(text: str) -> str | None:
     if (short := _YES.fullmatch(text)) and bool(short["yes"]) != bool(short["not"]):
         return "yes" if short["yes"] else "no"
     text = re.sub(r",?\s+and\s+|[,、]\s*", ", ", text)
+    text = _PLACE.sub(lambda match: _PLACES[match[0]], text)  # the twenty-first century
     return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def glossed(text: str, gold: str) -> str:
+    """A name without its abbreviation or formula in brackets, or the latter without its name: carbon dioxide (CO2)."""
+    match = _GLOSS.fullmatch(_bare(text))
+    if match is None or _OTHERWISE.search(match[0]):
+        return text
+    name, behind = match[1], match[2]
+    if _SHORT_NAME.fullmatch(behind) and not behind.istitle():
+        return name if not _SHORT_NAME.fullmatch(_bare(gold)) or name == _bare(gold) else behind
+    if _SHORT_NAME.fullmatch(name) and not name.istitle():
+        return name if _SHORT_NAME.fullmatch(_bare(gold)) else behind
+    return text
 
 
 def is_wording(gold: str) -> bool:
