@@ -228,7 +228,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any], str], Any], str]] = {
     "words": (lambda record, answer: "yes", "returned 'yes'"),
     "a pair": (lambda record, answer: (True, "right"), "returned (True, 'right')"),
     "a list of numbers": (lambda record, answer: np.array([0.5, 0.5]), "raised ValueError"),
-    "NaN of numpy": (lambda record, answer: np.float32("nan"), "returned nan"),
+    "NaN of numpy": (lambda record, answer: np.float64("nan"), "nan"),
     "a part that is none": (lambda record, answer: {"form": None}, "returned {'form': None}"),
     "no parts": (lambda record, answer: {}, "returned {}"),
     "an end": (lambda record, answer: sys.exit(3), "raised SystemExit: 3"),
