@@ -1,4 +1,4 @@
-"""The command line: run, plan, show, chat, serve, watch, verify, compare, export, docs, track.
+"""The command line: help, run, plan, show, doctor, chat, serve, watch, verify, compare, export, docs, track.
 
 Progress and prose go to stderr, results to stdout. Exit codes: 0 done, 2 the user's mistake (one line, no
 traceback), 130 interrupted (run the same command to continue). Only this file reads the environment, and
@@ -7,6 +7,7 @@ kernels/native.py, which looks for a compiler.
 
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from finback import __version__
 from finback.comparison import options as comparing
-from finback.config import UserError
+from finback.config import UserError, did_you_mean
 from finback.options import Settings, with_options
 from finback.parallel import launch
 from finback.parallel.execute import RankFailed, execute
@@ -29,7 +31,25 @@ from finback.runs.files import disk_trouble
 from finback.runs.folder import Interrupted
 from finback.serve.options import ServeOptions, WatchOptions
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+HELP = {"help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(pretty_exceptions_enable=False, context_settings=HELP)
+
+WELCOME = f"""finback {__version__} builds, trains, checks and serves DeepSeek-class language models.
+
+Begin with the quickstart, minutes on a laptop: a tiny model learns to think before it answers.
+
+  finback run recipes/tiny.py      pre-train it, then let RL teach it
+  finback chat runs/tiny           talk to what came of it
+  finback watch                    look at its runs in a browser
+
+Three more to begin with:
+
+  finback run recipes/your_task.py --set zero.start=MODEL    teach an open checkpoint a task of yours
+  finback compare MODEL OTHER --tasks gsm8k                  ask both the same questions
+  finback plan v3 --on h800:2048                             what a run takes before it starts
+
+`finback help` lists all commands, `finback help COMMAND` explains one, `finback doctor` says what this machine can do."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -57,7 +77,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own complaints about the command line
             raise
-        code = _fail(error.format_message())
+        code = _fail(_complaint(error))
     _end(code or 0)
 
 
@@ -84,7 +104,27 @@ def version(
         print(__version__)
         raise typer.Exit
     if context.invoked_subcommand is None:
-        print(context.get_help())
+        print(WELCOME)
+
+
+@app.command("help")
+def help_(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help="What to explain; all commands without one.")] = "",
+) -> None:
+    """Explain a command, or list them all."""
+    above = context.parent
+    assert above is not None, "a command is below the program"
+    group = above.command
+    assert isinstance(group, typer.core.TyperGroup), "the program has commands"
+    if not command:
+        print(above.get_help())
+        return
+    if command not in group.commands:
+        raise UserError("help", command, "no such command", did_you_mean(command, group.commands))
+    chosen = group.commands[command]
+    with type(context)(chosen, info_name=command, parent=above, **HELP) as inner:
+        print(chosen.get_help(inner))
 
 
 @app.command()
@@ -132,7 +172,9 @@ def plan(options: PlanOptions, as_json: Json = False) -> None:
 @app.command()
 @with_options
 def show(
-    what: Annotated[str, typer.Argument(metavar="RUN|RECIPE|STAGE", help="A run folder, a recipe file, or a stage.")],
+    what: Annotated[
+        str, typer.Argument(metavar="RUN|RECIPE|NAME", help="A run folder, a recipe file, or what stands in a recipe.")
+    ],
     settings: Settings = (),
     samples: Annotated[
         bool, typer.Option("--samples", help="Show the model's answers in RL, and their rewards.")
@@ -142,8 +184,8 @@ def show(
     count: Annotated[int, "With --samples: questions per step."] = 2,
     as_json: Json = False,
 ) -> None:
-    """Show a run's results or samples, a recipe's knobs, or the source of a stage, which is its documentation."""
-    from finback.report import outline, summary
+    """Show a run's results or samples, a recipe's knobs, or those of anything that stands in one (GRPO, Questions, …)."""
+    from finback.report import objects, outline, summary
     from finback.report import samples as sampled
 
     path = Path(what)
@@ -162,8 +204,18 @@ def show(
         plan = recipes.load(path, settings)
         _print(outline.knobs(plan), outline.outline(plan), as_json)
     else:
-        source = outline.stage_source(what)
-        _print({"stage": what, "source": source}, source, as_json)
+        described = objects.describe(what)
+        _print(described.as_json() if as_json else {}, described.as_text(), as_json)
+
+
+@app.command()
+@with_options
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine and installation can do, what is missing, and how to get it."""
+    from finback.report import doctor as report
+
+    found = report.findings(os.environ)
+    _print(report.as_json(found), report.text(found), as_json)
 
 
 @app.command()
@@ -277,6 +329,16 @@ def _planned(root: Path) -> dict[str, dict[str, float]]:
 
 def _print(values: Any, text: str, as_json: bool) -> None:
     print(json.dumps(values, ensure_ascii=False) if as_json else text)
+
+
+def _complaint(error: Any) -> str:
+    """What click says of a command line, and where to read more."""
+    said, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+    if context is None:
+        return f"{said}."
+    if unknown := re.match(r"No such command '(.*?)'", said):
+        return f"{unknown[0]}. {did_you_mean(unknown[1], context.command.commands)} `finback help` explains them."
+    return f"{said}. `finback help {context.info_name}` explains it."
 
 
 def _fail(message: str) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
+from finback.extras import how_to_get
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REMEDY = "Check the name, the subset, the split and the connection (a gated set wants `hf auth login`), or name a file that you have."
@@ -71,7 +72,7 @@ class HubRows:
             import datasets
         except ImportError:
             problem = "the package datasets is not installed"
-            raise UserError(field, self.name, problem, "pip install finback[hub]") from None
+            raise UserError(field, self.name, problem, how_to_get("hub")) from None
         return datasets
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from finback.config import UserError
+from finback.extras import how_to_get
 
 # what holds records and no plain text
 RECORDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -217,7 +218,7 @@ def _pyarrow(path: Path, where: str) -> Any:
         import pyarrow.parquet
     except ImportError:
         problem = "the package `pyarrow` is not installed"
-        raise UserError(where, str(path), problem, "pip install 'finback[data]'") from None
+        raise UserError(where, str(path), problem, how_to_get("data")) from None
     return pyarrow
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from finback import __version__
+from finback import __version__, extras
+from finback.report import objects
+from finback.train import compiling
 from tests.toy import RECIPE, ROOT, environment, finback, write_recipe
 
 BAD = [
@@ -92,14 +94,59 @@ def test_show() -> None:
     assert recipe.returncode == 0 and "steps = 7" in recipe.stdout
     parsed = json.loads(finback("show", "recipes/tiny.py", "--json").stdout)
     assert [stage["type"] for stage in parsed["stages"]] == ["Prepare", "Pretrain", "Evaluate", "GRPO", "Evaluate"]
-    stage = finback("show", "GRPO")
-    assert stage.returncode == 0 and "steps: int" in stage.stdout
+
+
+def test_show_explains_whatever_stands_in_a_recipe() -> None:
+    """Knobs with defaults and comments, those of a base class included; a default written again keeps its meaning."""
+    stage = finback("show", "Sparsify").stdout
+    assert "index_topk: int  (must be given)\n    tokens that each will look at" in stage
+    assert "adam_lr: float = 0.001" in stage and "seq_len: int = 128\n    tokens per row" in stage
+    assert "weight_decay: float = 0.0\n    of hidden matrices" in stage
+    for name in ("Questions", "Code", "Chains", "Reward", "Objective", "Layout", "ModelConfig", "Hub", "Validation"):
+        shown = json.loads(finback("show", name, "--json").stdout)
+        assert shown["object"] == name and shown["doc"] and shown["knobs"], name
+    everything = objects.objects()
+    assert all(objects.describe(cls.__name__).as_text() for cls in everything) and len(everything) > 35
     typo = finback("show", "GPRO")
     assert typo.returncode == 2 and "'GRPO'" in typo.stderr
 
 
-def test_help_version_and_a_reader_that_leaves() -> None:
-    assert "run" in finback().stdout and "chat" in finback("--help").stdout
+def test_the_front_page_and_help() -> None:
+    assert all(words in finback().stdout for words in ("quickstart", "finback run recipes/tiny.py", "finback doctor"))
+    assert "chat" in finback("--help").stdout and finback("help", "run").stdout == finback("run", "-h").stdout
+    assert "--install-completion" in finback("help").stdout
+    for arguments, words in (
+        (("run",), "Missing argument 'RECIPE'. `finback help run` explains it."),
+        (("serv",), "No such command 'serv'. Did you mean 'serve'? `finback help` explains them."),
+        (("help", "serv"), "Did you mean 'serve'?"),
+        (("run", "recipes/tyny.py"), "Did you mean 'recipes/tiny.py'?"),
+        (("run", "nothing-like-it"), "recipes/tiny.py"),
+    ):
+        done = finback(*arguments)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert "conftest" not in finback("run", "tests/nosuch.py").stderr  # a file without a recipe is none
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every optional part is named, and what is missing comes with a command for this installation."""
+    monkeypatch.setattr(compiling, "why_not", lambda: "no compiler")
+    monkeypatch.setattr(extras, "_is_installed", lambda package: package != "pyarrow")
+    found = json.loads(finback("doctor", "--json").stdout)["findings"]
+    by_name = {finding["what"]: finding for finding in found}
+    assert set(extras.PURPOSES) < set(by_name) and {"GPU", "bf16", "C++ kernels", "Chromium"} < {*by_name, "GPU"}
+    assert not by_name["compile"]["ok"] and "g++" in by_name["compile"]["remedy"]
+    assert not by_name["data"]["ok"] and by_name["hub"]["ok"]
+    assert by_name["data"]["remedy"] == f"Run: {sys.executable} -m pip install 'pyarrow>=20'"
+    assert "finback[" not in json.dumps(found)
+
+
+def test_no_message_names_a_package_that_nobody_owns() -> None:
+    sources = [*(ROOT / "finback").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    named = [str(p) for p in sources if "pip install finback" in p.read_text() or "finback[" in p.read_text()]
+    assert [name for name in named if not name.endswith(("extras.py", "log.md"))] == []
+
+
+def test_version_and_a_reader_that_leaves() -> None:
     assert finback("--version").stdout.strip() == __version__
     command = f"{sys.executable} -m finback show recipes/tiny.py | head -c 1"
     piped = subprocess.run(command, shell=True, env=environment(), capture_output=True, text=True, cwd=ROOT)

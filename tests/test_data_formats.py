@@ -15,6 +15,7 @@ from finback.config import UserError
 from finback.data import html_text
 from finback.data.messages import Message
 from finback.data.sources import Document, Files
+from finback.extras import how_to_get
 from finback.readers import BytesRead
 
 WHALE, KRILL = "Blue whales sing.", "They eat krill,\nfour tons a day."
@@ -204,9 +205,7 @@ def test_word_files_are_read_by_python_docx(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "package"), [("a.pdf", "pypdf"), ("a.docx", "python-docx")])
 def test_a_missing_library_is_named(name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package.removeprefix("python-"), None)
-    text = (
-        f"mine.paths = '{tmp_path / name}': the package `{package}` is not installed. pip install 'finback[documents]'"
-    )
+    text = f"mine.paths = '{tmp_path / name}': the package `{package}` is not installed. {how_to_get('documents')}"
     with pytest.raises(UserError, match=f"^{re.escape(text)}$"):
         read(written(tmp_path, name, "x"))
 

@@ -16,6 +16,7 @@ from finback.data.messages import Message
 from finback.data.package_sources import AWS, GOOGLE, POSTGRES, PYTHON, WORDNET
 from finback.data.sources import Document, Files
 from finback.data.tools import ToolCall
+from finback.extras import how_to_get
 from finback.readers import BytesRead
 
 TEXT = "One\nline.\r\n\r\nTwo: 鲸.\n\n\n  Three \n"
@@ -105,7 +106,7 @@ def test_half_a_character_is_named_with_its_line(record: str, tmp_path: Path) ->
 def test_without_pyarrow_its_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    text = f"files.paths = '{tmp_path / name}': the package `pyarrow` is not installed. pip install 'finback[data]'"
+    text = f"files.paths = '{tmp_path / name}': the package `pyarrow` is not installed. {how_to_get('data')}"
     with pytest.raises(UserError, match=f"^{re.escape(text)}$"):
         list(Files((str(tmp_path / name),)).documents())
 

@@ -13,7 +13,7 @@ import finback
 
 PACKAGE = Path(finback.__path__[0])
 LAYERS = (  # lowest first; names on one line do not know each other
-    "config",
+    "config extras",
     "options client readers hub",
     "runs",
     "kernels",

@@ -14,6 +14,7 @@ from torch import Tensor
 from finback.checkpoint.hf_config import model_config
 from finback.checkpoint.shards import Spec, Weights
 from finback.config import UserError
+from finback.extras import how_to_install
 from finback.model.rope import inverse_frequencies
 
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -44,7 +45,7 @@ def open_gguf(path: Path) -> Any:
         import gguf
     except ImportError:
         raise UserError(
-            "model", str(path), "reading GGUF needs the gguf package", "Run `pip install finback[gguf]`."
+            "model", str(path), "reading GGUF needs the gguf package", how_to_install("gguf>=0.17")
         ) from None
     if not path.is_file():
         raise UserError("model", str(path), "no such file", "Name a .gguf file.")

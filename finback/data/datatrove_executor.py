@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
+from finback.extras import how_to_get
 from finback.runs.files import read_json, write_json
 
 ERROR = "error.json"
@@ -51,7 +52,7 @@ def each(task: PartitionedTask, pieces: int, workers: int, folder: Path, show: C
     """Do all pieces of a task that are not marked as done in `folder`; `show` receives how many are."""
     if importlib.util.find_spec("datatrove") is None:
         problem = "the package is not installed"
-        raise UserError("workers", "datatrove", problem, "pip install 'finback[data]', or leave workers at 0.")
+        raise UserError("workers", "datatrove", problem, f"{how_to_get('data')}, or leave workers at 0.")
     folder.mkdir(exist_ok=True)
     (folder / ERROR).unlink(missing_ok=True)
     with (folder / "executor.log").open("wb") as log:

@@ -11,6 +11,7 @@ from typing import Any
 from finback import readers
 from finback.config import UserError
 from finback.data import html_text
+from finback.extras import how_to_get
 from finback.readers import BytesRead
 
 PAGES = (".html", ".htm", ".xhtml")
@@ -179,4 +180,4 @@ def _word_text(element: Any) -> str:
 
 def _missing(package: str, path: Path, where: str) -> UserError:
     problem = f"the package `{package}` is not installed"
-    return UserError(where, str(path), problem, "pip install 'finback[documents]'")
+    return UserError(where, str(path), problem, how_to_get("documents"))

@@ -10,6 +10,7 @@ import numpy as np
 
 from finback.config import UserError, check_fields, check_positive
 from finback.data.blocks import runs, squeeze
+from finback.extras import how_to_get
 
 TOGETHER = 20_000  # shingles that are hashed at a time
 _WORD = re.compile(r"\S+")
@@ -99,5 +100,5 @@ def _library() -> Any:
         import datasketch
     except ImportError:
         problem = "the package `datasketch` is not installed"
-        raise UserError("near", "MinHash", problem, "pip install 'finback[data]'") from None
+        raise UserError("near", "MinHash", problem, how_to_get("data")) from None
     return datasketch

@@ -13,6 +13,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from finback.config import UserError
+from finback.extras import how_to_install
 
 _SPACE = " \u00a0\u2009\u202f"
 _DASH = "\\-\u2010-\u2015"
@@ -271,5 +272,5 @@ def _library() -> Any:
         import phonenumbers
     except ImportError:
         problem = "the package `phonenumbers` is not installed, which telephone numbers are found with"
-        raise UserError("text", "phone", problem, "pip install phonenumbers") from None
+        raise UserError("text", "phone", problem, how_to_install("phonenumbers")) from None
     return phonenumbers

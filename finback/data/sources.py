@@ -14,6 +14,7 @@ from finback.config import UserError, check_characters, check_fields
 from finback.data import file_globs, formatted
 from finback.data.dialogues import FIELDS, read_dialogue
 from finback.data.messages import Message, parse_response
+from finback.extras import how_to_install
 from finback.hub import HubRows
 from finback.readers import BytesRead
 
@@ -74,7 +75,7 @@ class Chitchat(Source):
     def files(self) -> list[Path]:
         spec = importlib.util.find_spec("chitchat_dataset")
         if spec is None or spec.origin is None:
-            raise UserError("source", self.name, "the package is not installed", "pip install chitchat-dataset")
+            raise UserError("source", self.name, "the package is not installed", how_to_install("chitchat-dataset"))
         return [Path(spec.origin).parent / "dataset.json"]
 
     def read(self, path: Path, bytes_read: BytesRead | None = None) -> Iterator[Document]:

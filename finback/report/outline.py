@@ -1,11 +1,10 @@
-"""What `finback show` prints of a recipe or a stage: knobs, announced work, source."""
+"""What `finback show` prints of a recipe: knobs and announced work."""
 
 import dataclasses
-import inspect
 from typing import Any
 
-from finback.config import UserError, as_json, did_you_mean
-from finback.runs.recipe import Recipe, Stage
+from finback.config import as_json
+from finback.runs.recipe import Recipe
 
 
 def knobs(recipe: Recipe) -> dict[str, Any]:
@@ -22,15 +21,3 @@ def outline(recipe: Recipe) -> str:
         lines.append(f"\n{stage.name}: {type(stage).__name__}, {most}")
         lines += [f"  {f.name} = {getattr(stage, f.name)!r}" for f in dataclasses.fields(stage) if f.name != "name"]
     return "\n".join(lines)
-
-
-def stage_source(name: str) -> str:
-    """The source of a stage class: its fields are the knobs, its comments their meaning."""
-    from finback.stages import distill, evaluate, extend, grpo, prepare, pretrain, reject, sft
-
-    modules = (prepare, pretrain, extend, sft, grpo, reject, distill, evaluate)
-    classes = {n: c for m in modules for n, c in vars(m).items() if inspect.isclass(c) and issubclass(c, Stage)}
-    classes.pop("Stage")
-    if name not in classes:
-        raise UserError("show", name, "neither a run folder, a recipe file nor a stage", did_you_mean(name, classes))
-    return inspect.getsource(classes[name])

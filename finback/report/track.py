@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from finback.config import UserError
+from finback.extras import how_to_install
 from finback.runs import reader
 from finback.runs.files import is_number
 from finback.runs.metrics_table import Tail, records
@@ -29,7 +30,7 @@ def _open(to: Viewer, run: str, stage: StageFolder, out: Path) -> tuple[Log, Cal
         else:
             module = importlib.import_module(to)
     except ImportError:
-        raise UserError("--to", to, "the package is not installed", f"pip install {to}") from None
+        raise UserError("--to", to, "the package is not installed", how_to_install(to)) from None
     if to == "tensorboard":  # one folder of events per stage, beside each other so that they show as runs
         writer = SummaryWriter(str(out / run / stage.name))
         writer.add_text("knobs", "\n".join(f"    {k}: {v}" for k, v in stage.config.items()))

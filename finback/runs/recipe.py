@@ -114,14 +114,20 @@ class Recipe:
         raise UserError(f"{stage} input", start, problem, hint)
 
 
+def _recipes_near(path: Path) -> list[str]:
+    """Files that look like recipes where a missing one was looked for, and in the folder `recipes`."""
+    folders = dict.fromkeys((path.parent, Path("recipes")))
+    files = [file for folder in folders for file in sorted(folder.glob("*.py")) if folder.is_dir()]
+    return [str(file) for file in files if re.search(r"^recipe\b.*=", file.read_text("utf-8", "replace"), re.MULTILINE)]
+
+
 def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
     """Run a recipe file, apply `stage.field=value` texts and check the list; a mistake is reported with its line.
 
     Where the recipe is a function, a `name=value` text gives one of its parameters.
     """
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError("recipe", str(path), "no such file", did_you_mean(path.name, near))
+        raise UserError("recipe", str(path), "no such file", did_you_mean(str(path), _recipes_near(path)))
     try:
         stages = runpy.run_path(str(path)).get("recipe")
         if inspect.isfunction(stages):

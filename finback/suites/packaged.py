@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
+from finback.extras import how_to_install
 from finback.suites import choice, mathematics
 from finback.suites.choice import ChoiceSet
 from finback.suites.hub import HubDataset
@@ -45,7 +46,7 @@ def _path(name: str) -> str:
     spec = importlib.util.find_spec("evals")
     path = Path(spec.origin).parent / "registry" / "data" / SETS[name][0] if spec and spec.origin else None
     if path is None or not path.is_file():
-        raise UserError("suite", name, "the package evals is not installed", "pip install --no-deps evals")
+        raise UserError("suite", name, "the package evals is not installed", how_to_install("--no-deps", "evals"))
     return str(path)
 
 

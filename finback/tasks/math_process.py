@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finback.config import UserError
+from finback.extras import how_to_install
 
 WORKER = Path(__file__).with_name("math_worker.py")
 MAX_CHARACTERS = 500  # characters of an answer
@@ -84,7 +85,7 @@ class MathProcess:
         )
         if _asked(process, b"", 120) is None:  # its imports take a second on an idle machine
             self._end()
-            raise UserError("math-verify", command[2], "its worker does not start", "pip install math-verify")
+            raise UserError("math-verify", command[2], "its worker does not start", how_to_install("math-verify"))
         return process
 
     def _end(self) -> int | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, check_fields, check_positive
+from finback.extras import how_to_get
 from finback.tasks import sandbox_child
 from finback.tasks.child_process import ChildOutput, file_of, read_json, watch
 from finback.tasks.isolation import Launch, bubble, bubblewrap, folder, pipe
@@ -29,7 +30,7 @@ Reason = Literal["ok", "error", "timeout", "memory", "output", "killed"]
 _THREADS = 64  # beside the processes that are allowed; the kernel counts both alike
 _NOT_A_BOUNDARY = (
     "finback: bubblewrap does not work here, so code that a model wrote runs in a subprocess under resource limits. "
-    "That is not a security boundary: it can read and change what its user can. pip install 'finback[sandbox]'."
+    "That is not a security boundary: it can read and change what its user can."
 )
 
 
@@ -84,10 +85,10 @@ class Sandbox:
         elif isolation not in ("bubblewrap", "rlimits", "monty"):
             raise UserError("sandbox.isolation", isolation, "no such form", "Known: bubblewrap, monty, rlimits.")
         if isolation != "monty" and (failure := why_unavailable(isolation)) is not None:
-            remedy = "pip install 'finback[sandbox]' and allow user namespaces, or run as a user that is not root."
+            remedy = f"{how_to_get('sandbox')}, and allow user namespaces, or run as a user that is not root."
             raise UserError("sandbox.isolation", isolation, failure, remedy)
         if isolation == "monty" and importlib.util.find_spec("pydantic_monty") is None:
-            raise UserError("sandbox.isolation", isolation, "not installed", "pip install 'finback[sandbox]'.")
+            raise UserError("sandbox.isolation", isolation, "not installed", how_to_get("sandbox"))
         self.isolation = isolation
 
     def run(self, source: str, stdin: str = "", limits: Limits | None = None) -> Outcome:
@@ -114,7 +115,7 @@ def shared(isolation: Literal["auto", "bubblewrap", "rlimits", "monty"] = "auto"
 @lru_cache
 def warn_of_no_boundary() -> None:
     """Say once that the form in use contains no hostile code."""
-    print(_NOT_A_BOUNDARY, file=sys.stderr)
+    print(f"{_NOT_A_BOUNDARY} {how_to_get('sandbox')}", file=sys.stderr)
 
 
 @lru_cache

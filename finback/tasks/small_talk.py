@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from finback.config import UserError, check_fields, check_positive
+from finback.extras import how_to_install
 from finback.tasks.task import NO_ANSWER, Problem, Verdict, canonical
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
@@ -62,7 +63,7 @@ def _corpus() -> tuple[list[str], frozenset[str]]:
     """How dialogues begin, and the words that occur a few times."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None or spec.origin is None:
-        problem, remedy = "the package is not installed", "pip install chitchat-dataset"
+        problem, remedy = "the package is not installed", how_to_install("chitchat-dataset")
         raise UserError("small_talk", "chitchat_dataset", problem, remedy)
     text = (Path(spec.origin).parent / "dataset.json").read_text(encoding="utf-8")
     begins: set[str] = set()

@@ -1,0 +1,59 @@
+"""Optional packages: which belong to which feature, which are here, and the command that brings the missing ones here.
+
+The name finback on PyPI is nobody's, so no message may say `pip install finback[...]`. No torch here.
+"""
+
+import importlib.metadata
+import importlib.util
+import re
+import shlex
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+# what each extra is for, in the words of a user
+PURPOSES = {
+    "data": "Parquet files, workers that share a large corpus, near-duplicates",
+    "documents": "text of PDF and Word files",
+    "hub": "models and data sets of the Hugging Face hub",
+    "track": "curves for TensorBoard",
+    "sandbox": "programs that models write, behind a security boundary",
+}
+
+
+@cache
+def requirements(extra: str) -> tuple[str, ...]:
+    """The requirements of an extra, as pip takes them."""
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    try:
+        found = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["optional-dependencies"][extra]
+        return tuple(r for r in found if "sys_platform" not in r or sys.platform == "linux")
+    except (OSError, KeyError, ValueError):  # an installed wheel has none beside it
+        pass
+    declared = importlib.metadata.requires("finback") or []
+    parts = [(r, r.partition(";")) for r in declared if re.search(rf"""extra == ['"]{re.escape(extra)}['"]""", r)]
+    return tuple(name.strip() for r, (name, _, _) in parts if "sys_platform" not in r or sys.platform == "linux")
+
+
+def missing(extra: str) -> list[str]:
+    """Those of its requirements of which no version is installed."""
+    return [r for r in requirements(extra) if not _is_installed(re.split(r"[\s<>=!~;\[]", r, maxsplit=1)[0])]
+
+
+def how_to_get(extra: str) -> str:
+    """A sentence with the command that brings what an extra misses into this installation."""
+    return how_to_install(*(r.partition(";")[0].strip() for r in missing(extra) or requirements(extra)))
+
+
+def how_to_install(*wanted: str) -> str:
+    """The same for requirements as pip takes them."""
+    return f"Run: {shlex.join([sys.executable, '-m', 'pip', 'install', *wanted])}"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

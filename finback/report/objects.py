@@ -1,0 +1,148 @@
+"""What `finback show NAME` prints of anything that stands in a recipe: its knobs with types, defaults and meaning."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import textwrap
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finback.config import UserError, did_you_mean
+from finback.runs.recipe import Stage
+
+# their modules define what a recipe may hold; subclasses are known once a module is imported
+PACKAGES = ("finback.stages", "finback.tasks", "finback.rollouts")
+MODULES = ("finback.data.sources", "finback.data.package_sources", "finback.model.config")
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One field of an object."""
+
+    name: str
+    type: str
+    # as it is written in the class; "" where it must be given
+    default: str
+    # the comment above it
+    comment: str
+
+
+@dataclass(frozen=True)
+class Described:
+    """A class, for people who write recipes."""
+
+    name: str
+    module: str
+    doc: str
+    knobs: tuple[Knob, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"object": self.name, **dataclasses.asdict(self)}
+
+    def as_text(self) -> str:
+        """For a terminal: a line a knob, what it means below it."""
+        lines = [f"{self.name} (from {self.module} import {self.name})", "", self.doc, ""]
+        for knob in self.knobs:
+            default = f" = {knob.default}" if knob.default else "  (must be given)"
+            lines.append(f"{knob.name}: {knob.type}{default}")
+            lines += textwrap.wrap(knob.comment, 96, initial_indent="    ", subsequent_indent="    ")
+        return "\n".join(lines)
+
+
+def describe(name: str) -> Described:
+    """The object of this name; UserError with the nearest names otherwise."""
+    known = {cls.__name__: cls for cls in objects()}
+    if name not in known:
+        problem = "neither a run folder, a recipe file nor anything that stands in a recipe"
+        raise UserError("show", name, problem, did_you_mean(name, known))
+    cls = known[name]
+    return Described(name, cls.__module__, inspect.cleandoc(cls.__doc__ or ""), tuple(_knobs(cls)))
+
+
+def objects() -> list[type[Any]]:
+    """All that can stand in a recipe: the stages, what their knobs hold, and the kinds of those."""
+    names = [*MODULES]
+    for package in PACKAGES:
+        names += [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}.")]
+    modules = [importlib.import_module(name) for name in names]
+    # a Task is whatever does what one does, so tasks have no base in common
+    tasks = [cls for module in modules for cls in vars(module).values() if inspect.isclass(cls) and _is_task(cls)]
+    seen: dict[type[Any], None] = {}
+    waiting: list[type[Any]] = [Stage, *tasks]
+    while waiting:
+        cls = waiting.pop()
+        if cls in seen or not cls.__module__.startswith("finback."):
+            continue
+        seen[cls] = None
+        waiting += cls.__subclasses__()
+        if dataclasses.is_dataclass(cls):
+            hints = typing.get_type_hints(cls)
+            waiting += [part for field in dataclasses.fields(cls) for part in _classes(hints[field.name])]
+    return [cls for cls in seen if dataclasses.is_dataclass(cls) and not inspect.isabstract(cls) and cls is not Stage]
+
+
+def _is_task(cls: type[Any]) -> bool:
+    return all(hasattr(cls, name) for name in ("draw", "check")) and not getattr(cls, "_is_protocol", False)
+
+
+def _classes(hint: Any) -> Iterator[type[Any]]:
+    """The classes that an annotation names, however deep."""
+    if isinstance(hint, type) and not typing.get_args(hint):
+        yield hint
+    for part in typing.get_args(hint):
+        yield from _classes(part)
+
+
+def _knobs(cls: type[Any]) -> Iterator[Knob]:
+    """Fields in the order in which they are written, a base's first; the last class that writes one has the say."""
+    written: dict[str, Knob] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base) and base.__module__.startswith("finback."):
+            written |= {knob.name: _with_comment(knob, written) for knob in _written(base)}
+    for field in dataclasses.fields(cls):
+        if field.init and field.name in written:
+            yield written[field.name]
+
+
+def _with_comment(knob: Knob, before: dict[str, Knob]) -> Knob:
+    """A field that a subclass writes again without a comment means what it meant."""
+    if knob.comment or knob.name not in before:
+        return knob
+    return dataclasses.replace(knob, comment=before[knob.name].comment)
+
+
+def _written(cls: type[Any]) -> Iterator[Knob]:
+    """The fields that a class itself writes."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    lines = source.splitlines()
+    (tree,) = ast.parse(source).body
+    assert isinstance(tree, ast.ClassDef), "the source of a class"
+    for node in tree.body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        kind = ast.unparse(node.annotation)
+        if not kind.startswith("ClassVar"):
+            yield Knob(node.target.id, kind, _default(node.value), _comment_above(lines, node.lineno - 1))
+
+
+def _default(value: ast.expr | None) -> str:
+    """As a recipe would write it: `Reward()` for a field's default_factory=Reward."""
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
+        given = {k.arg: k.value for k in value.keywords}
+        if "default_factory" in given:
+            return f"{ast.unparse(given['default_factory'])}()"
+        return ast.unparse(given["default"]) if "default" in given else ""
+    return "" if value is None else ast.unparse(value)
+
+
+def _comment_above(lines: list[str], index: int) -> str:
+    found: list[str] = []
+    while index > 0 and lines[index - 1].lstrip().startswith("#"):
+        index -= 1
+        found.insert(0, lines[index].strip().removeprefix("#").strip())
+    return " ".join(found)
