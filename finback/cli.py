@@ -224,7 +224,8 @@ def chat(options: ChatOptions, as_json: Json = False) -> None:
     """Chat with a model: one line a turn, thinking dimmed. /new forgets the dialogue, /help names more, Ctrl-D ends it."""
     from finback.report.chat import loop
 
-    loop(options, as_json, "NO_COLOR" not in os.environ)
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    loop(replace(options, kept=state / "finback" / "chats"), as_json, "NO_COLOR" not in os.environ)
 
 
 @app.command()

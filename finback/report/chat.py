@@ -1,24 +1,36 @@
 """A conversation in the terminal: one line a turn, thinking dimmed while it streams."""
 
 import contextlib
+import difflib
+import hashlib
 import json
+import re
+import select
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finback.checkpoint.inference import InferenceDtype
 from finback.checkpoint.models import find_model
-from finback.config import UserError
+from finback.config import UserError, did_you_mean
 from finback.data.messages import Message, parse_response
+from finback.data.openai_messages import read_messages
 from finback.data.tokenizer import END_THINK, THINK
 from finback.engine.llm import LLM
 from finback.engine.open import ANSWERING
 from finback.report.options import ChatOptions
+from finback.runs.files import write_json
 
 THINKING = {"on": True, "off": False, "auto": None}
-HELP = "/new forgets the dialogue, /think on|off|auto, /seed N, /save FILE (JSON lines), Ctrl-C stops a reply, Ctrl-D ends."
+HELP = (
+    "/new forgets the dialogue, /model MODEL changes who answers, /think on|off|auto, /seed N, /save FILE (JSON lines). "
+    "Ctrl-C stops a reply or clears the line, twice it ends, as Ctrl-D does. // at the start is a text that begins with /."
+)
+COMMANDS = ("/new", "/model", "/think", "/seed", "/save", "/help")
+TWICE = 1.0  # seconds between two Ctrl-C that end it
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
@@ -29,17 +41,21 @@ class Conversation:
     """
 
     def __init__(self, model: Path, seed: int, dtype: InferenceDtype = "auto", **chosen: float | None) -> None:
-        self.llm = LLM(model, dtype, replace(ANSWERING, rows=1))
-        self.sampling = self.llm.defaults(
-            **{"max_tokens": min(1024, self.llm.window // 8)} | {n: v for n, v in chosen.items() if v is not None}
-        )
-        if self.sampling.max_tokens >= self.llm.window:
-            problem = f"no room for a message: the model reads {self.llm.window} tokens"
-            raise UserError("--max-tokens", self.sampling.max_tokens, problem, "Lower it.")
+        self.dtype, self.chosen = dtype, {n: v for n, v in chosen.items() if v is not None}
+        self.use(model)
         self.seed = seed
         self.messages: list[Message] = []
         self.replies = 0
         self.think: bool | None = None
+
+    def use(self, model: Path) -> None:
+        """Let this model answer from now on; the dialogue stays. UserError where it cannot."""
+        llm = LLM(model, self.dtype, replace(ANSWERING, rows=1))
+        sampling = llm.defaults(**{"max_tokens": min(1024, llm.window // 8)} | self.chosen)
+        if sampling.max_tokens >= llm.window:
+            problem = f"no room for a message: the model reads {llm.window} tokens"
+            raise UserError("--max-tokens", sampling.max_tokens, problem, "Lower it.")
+        self.llm, self.sampling = llm, sampling
 
     def reply(self, text: str) -> Iterator[str]:
         """Pieces of the answer to `text` as they are made, tags included; remembers the answer when it is whole."""
@@ -56,7 +72,7 @@ class Conversation:
             self.messages.append(Message("assistant", response.answer, response.reasoning))
 
     def command(self, line: str) -> str:
-        """Obey a line that begins with a slash; what there is to say about it. UserError when it is unknown."""
+        """Obey a command; what there is to say about it. UserError when it is not understood."""
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         if word == "/new" and not rest:
@@ -70,9 +86,15 @@ class Conversation:
             return f"seed {rest}"
         if word == "/save" and rest:
             return self._save(Path(rest))
+        if word == "/model" and rest:
+            found = find_model(Path(rest))
+            self.use(found)
+            return f"{found} answers now"
         if word == "/help":
             return HELP
-        raise UserError("command", line, "not understood", HELP)
+        raise UserError(
+            "command", line, "not understood", did_you_mean(word, COMMANDS) if word not in COMMANDS else HELP
+        )
 
     def _save(self, path: Path) -> str:
         turns = [m.to_openai() for m in self.messages]
@@ -102,29 +124,42 @@ def loop(options: ChatOptions, as_json: bool, color: bool) -> None:
     folder = find_model(options.model)
     conversation = Conversation(folder, options.seed, options.dtype, **options.sampling())
     person = sys.stdin.isatty() and not as_json
+    kept = None
+    if options.kept is not None:
+        kept = options.kept / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
+    if options.resume and kept is not None:
+        conversation.messages = _kept(kept)
+        print(f"{len(conversation.messages)} messages of the last dialogue", file=sys.stderr)
     if person:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - lines can be edited and called back with the arrow keys
+            import readline  # lines can be edited and called back with the arrow keys
+
+            # a paste comes as one text, its line breaks included
+            readline.parse_and_bind("set enable-bracketed-paste on")
         print(f"{folder}: what it says may be wrong. /help says what else it understands.", file=sys.stderr)
     dialogue: list[dict[str, Any]] = []
     while (line := _ask(person)) is not None:
-        if not line.strip():
+        line = line.strip()
+        if not line:
             continue
         try:
-            if line.startswith("/"):
-                print(conversation.command(line.strip()), file=sys.stderr)
+            if is_command(line):
+                print(conversation.command(line), file=sys.stderr)
                 continue
+            line = line[1:] if line.startswith("//") else line
             if as_json:
-                "".join(conversation.reply(line.strip()))
+                "".join(conversation.reply(line))
             else:
-                _print(conversation.reply(line.strip()), color and sys.stdout.isatty())
+                _print(conversation.reply(line), color and sys.stdout.isatty())
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
         except KeyboardInterrupt:
             print(f"{PLAIN if color else ''} (stopped)", file=sys.stderr)
         last = conversation.messages[-1]
-        dialogue.append({"user": line.strip(), "thinking": last.reasoning, "assistant": last.content})
+        dialogue.append({"user": line, "thinking": last.reasoning, "assistant": last.content})
+        if kept is not None and (person or options.resume):
+            _keep(kept, conversation.messages)
     if as_json:
         print(json.dumps({"model": str(folder), "dialogue": dialogue}, ensure_ascii=False))
 
@@ -132,11 +167,54 @@ def loop(options: ChatOptions, as_json: bool, color: bool) -> None:
 def _ask(person: bool) -> str | None:
     if not person:
         return sys.stdin.readline() or None
+    stopped = -TWICE
+    while True:
+        try:
+            return input("you: ") + _pasted()
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print()
+            now = time.monotonic()
+            if now - stopped < TWICE:
+                return None
+            stopped = now
+            print("(the line is cleared; once more to leave)", file=sys.stderr)
+
+
+def _pasted() -> str:
+    """Further lines that were there with the first: a paste, where the terminal does not mark one itself."""
+    found = ""
+    while select.select([sys.stdin], [], [], 0)[0] and (line := sys.stdin.readline()):
+        found += "\n" + line.rstrip("\n")
+    return found
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is a command or a misspelt one, rather than a text that begins with a path."""
+    word = line.split(maxsplit=1)[0]
+    if not re.fullmatch("/[a-z]+", word) or (word not in COMMANDS and Path(word).exists()):
+        return False
+    return word in COMMANDS or bool(difflib.get_close_matches(word, COMMANDS, cutoff=0.7))
+
+
+def _keep(path: Path, messages: Sequence[Message]) -> None:
+    """Store a dialogue for --continue, for this user alone."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_json(path, [m.to_openai() for m in messages])
+    path.chmod(0o600)
+
+
+def _kept(path: Path) -> list[Message]:
+    """The dialogue that was stored; none is an empty one."""
+    if not path.is_file():
+        return []
     try:
-        return input("you: ")
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_messages(found) if found else []
+    except (OSError, ValueError) as error:
+        raise UserError("--continue", str(path), f"damaged ({error})", "Delete it, or leave out --continue.") from None
 
 
 def _print(pieces: Iterator[str], color: bool) -> None:

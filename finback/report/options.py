@@ -28,6 +28,9 @@ class ChatOptions(Options):
     ] = None
     seed: Annotated[int, typer.Option(help="Same seed, same replies.")] = 0
     dtype: Dtype = "auto"
+    resume: Annotated[bool, typer.Option("--continue", help="Go on with the last dialogue with this model.")] = False
+    # where dialogues are kept for --continue; None: nowhere
+    kept: Path | None = None
 
     def sampling(self) -> dict[str, float | None]:
         """The fields of SamplingParams."""
