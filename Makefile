@@ -41,7 +41,10 @@ $(VENV)/.slow: $(VENV)/.dev
 # clients of the server that nobody here wrote; they pin other versions of what we need, so they live apart
 $(VENV)/.clients: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)/clients
-	$(VENV)/clients/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'lm_eval[api]==0.4.13' transformers==5.23.0 llm==0.36
+	$(VENV)/clients/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 'lm_eval[api]==0.4.13' transformers==5.23.0 llm==0.36 \
+		anthropic==2.14.0 openai-agents==0.24.0 'pydantic-ai-slim[anthropic,openai]==2.68.0'
+	npm install --silent --prefix $(VENV)/clients/js ai@6.0.326 @ai-sdk/openai@3.0.141 @ai-sdk/anthropic@3.0.140 openai@6.49.0 \
+		@anthropic-ai/sdk@1.14.0 zod@4.6.7
 	touch $@
 
 # the peers whose losses and adapters ours are compared with

@@ -98,17 +98,18 @@ class Scripted(Engine):
 @contextmanager
 def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
     """A real server on a real socket, and a client for it."""
-    made = ServeOptions(**{"model": Path("toy"), "page": False} | options)
+    made = ServeOptions(**{"model": Path("toy"), "page": False, "port": 0} | options)
     app = build(engine, engine.tokenizer or small_tokenizer(), made)
-    listener = http.listen("127.0.0.1", 0)
+    listener = http.listen_as(made)
     runner = Server(app)
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    base = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    base = "http://localhost" if made.uds else http.url(listener, made)
+    transport = httpx.HTTPTransport(uds=str(made.uds) if made.uds else None, verify=False)
     headers = {"authorization": f"Bearer {KEY}"} if options.get("keys") else {}
     try:
         wait_for(lambda: runner.started)
-        with httpx.Client(base_url=base, headers=headers, timeout=60, trust_env=False) as client:
+        with httpx.Client(base_url=base, headers=headers, timeout=60, trust_env=False, transport=transport) as client:
             client.app = app  # type: ignore[attr-defined]
             yield client
     finally:

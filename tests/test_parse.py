@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from finback.serve.chat_output import Parser
-from finback.serve.incremental import Delta, ParsedCall, fresh_id
+from finback.serve.deltas import Delta, ParsedCall, fresh_id
+from finback.serve.parser import Parser
 from finback.serve.tool_calls import ToolForm
 
 QUICK = settings(max_examples=300, deadline=None, derandomize=True)
@@ -54,7 +54,8 @@ def put_together(deltas: list[Delta]) -> Said:
         if delta.kind != "tool":
             assert delta.name is None and delta.call_id is None and delta.index == 0
         elif delta.name is not None:
-            assert (delta.index, delta.call_id, delta.text) == (len(calls), str(len(calls)), "")
+            assert (delta.index, delta.text) == (len(calls), "")
+            assert delta.call_id in (str(len(calls)), f"functions.{delta.name}:{len(calls)}")  # Kimi writes its own
             calls.append((delta.name, ""))
         else:
             assert delta.call_id is None and delta.index == len(calls) - 1
@@ -216,8 +217,8 @@ ODD: list[tuple[str, Said]] = [
     ('<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', ("", "", [("f", '{"a": 1}')])),
     ('<tool_call> { "name" :"f" , "id": 7, "arguments" : {"a":1} } </tool_call> ', ("", "", [("f", '{"a":1}')])),
     ('<tool_call>{"name": "f"}</tool_call>', ("", "", [("f", "{}")])),
-    ('<tool_call>{"name": "f", "arguments": null}</tool_call>', ("", "", [("f", "null")])),
-    ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', ("", "", [("f", '"{\\"a\\": 1}"')])),
+    ('<tool_call>{"name": "f", "arguments": null}</tool_call>', ("", "", [("f", "{}")])),
+    ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', ("", "", [("f", '{"a": 1}')])),
     ('<tool_call>{"name": "f" "arguments": {}}}\n</tool_call>', ("", "", [("f", "{}")])),
     ('<tool_call>{"name": "f", "arguments": {"a": 1}\n</tool_call>', ("", "", [("f", '{"a": 1}')])),
     ('<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>b', ("", "b", [("f", '{"a": 1')])),

@@ -29,10 +29,10 @@ from tests.serving import (
 LONG = HELLO | {"max_tokens": 800, "ignore_eos": True}
 
 
-def http(request: dict[str, Any]) -> bytes:
+def http(request: dict[str, Any], path: str = CHAT) -> bytes:
     """A request as bytes."""
     body = json.dumps(request).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
@@ -76,7 +76,10 @@ def cut(client: httpx.Client, rounds: int) -> None:
             "seed": choose.randrange(99),
             "messages": [{"role": "user", "content": "Sing " * choose.choice((1, 50))}],
         }
-        sent = http(request)
+        path = choose.choice((CHAT, CHAT, "/v1/messages", "/v1/responses"))
+        if path != CHAT:
+            request |= {"model": "toy", "max_output_tokens": 40, "input": request["messages"]}
+        sent = http(request, path)
         with connect(client) as connection:
             if choose.random() < 0.2:
                 connection.sendall(sent[: choose.randrange(len(sent))])
@@ -231,3 +234,36 @@ def test_a_folder_can_be_served(tmp_path: Path) -> None:
     with served(engine) as client:
         assert client.get("/v1/models/toy").json()["max_model_len"] == 256
         assert client.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_models_of_a_folder_are_read_when_asked_for_and_leave_by_least_use(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "models", tmp_path / "elsewhere"
+    for folder in (root / "a", root / "b", root / ".hidden", elsewhere):
+        folder.mkdir(parents=True)
+        models.save(folder, small_model(256))
+        small_tokenizer().save(folder)
+    (root / "link").symlink_to(elsewhere)
+    (root / "notes").mkdir()
+    with served(Scripted("9"), models_dir=root, models_max=1, rows=2, tokens=512) as client:
+
+        def states() -> dict[str, str]:
+            return {m["id"]: m["status"]["value"] for m in client.get("/v1/models").json()["data"]}
+
+        assert states() == {"toy": "loaded", "a": "unloaded", "b": "unloaded"}
+        for name in ("a", "a", "b"):
+            reply = client.post(CHAT, json=HELLO | {"model": name})
+            assert reply.status_code == 200 and reply.json()["model"] == name
+        assert states() == {"toy": "loaded", "a": "unloaded", "b": "loaded"}
+        for name in ("link", ".hidden", "notes", "../elsewhere", "/etc", "a/../b"):
+            assert client.post(CHAT, json=HELLO | {"model": name}).status_code == 404, name
+        assert client.post(CHAT, json=HELLO).json()["model"] == "toy"
+        # one that is busy does not leave
+        service = next(s for s in client.app.state.service.all if s.options.name == "b")  # type: ignore[attr-defined]
+        service.admission.requests += 1
+        refused = client.post(CHAT, json=HELLO | {"model": "a"})
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+        service.admission.requests -= 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("finback.serve.models_folder._size", lambda path, dtype: 10**15)
+            refused = client.post(CHAT, json=HELLO | {"model": "a"})
+            assert refused.status_code == 503 and "GB of memory" in refused.json()["error"]["message"]

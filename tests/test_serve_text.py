@@ -115,7 +115,7 @@ def test_the_middle_is_filled_in(client: httpx.Client, engine: Scripted) -> None
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "logprobs": True}, "logprobs"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
-        ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": -2}, "max_tokens"),
         ({"prompt": "a", "logit_bias": {"999999": 1}}, "logit_bias"),
         ({"prompt": ["a"] * 65}, "n"),
     ],

@@ -2,12 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from finback.data.tokenizer import THINK
+from finback.data.tokenizer import END_THINK, THINK
 from finback.serve.http import digests
 from tests.serving import CHAT, HELLO, KEY, OTHER, Scripted, events, served, small_tokenizer, streamed, summed, wait_for
 
@@ -76,12 +77,16 @@ def test_effort_bounds_the_chain(
         {"chat_template_kwargs": {"enable_thinking": False}},
         {"chat_template_kwargs": {"thinking": False}},
         {"thinking": {"type": "disabled"}, "reasoning_effort": "high"},
+        {"thinking_budget": 0},
+        {"thinking": {"type": "enabled", "budget_tokens": 0}},
     ],
 )
 def test_thinking_can_be_switched_off(client: httpx.Client, engine: Scripted, request_: dict[str, Any]) -> None:
     think = small_tokenizer().ids[THINK]
-    message = ask(client, logit_bias={str(think): 100}, **request_)["choices"][0]["message"]
-    assert "reasoning_content" not in message and THINK not in message["content"]
+    close = small_tokenizer().ids[END_THINK]
+    message = ask(client, logit_bias={str(think): 100, str(close): 99}, **request_)["choices"][0]["message"]
+    assert "reasoning_content" not in message
+    assert THINK not in message["content"] and END_THINK not in message["content"]
     assert (think, -math.inf) in engine.seen[0].sampling.logit_bias
 
 
@@ -172,3 +177,83 @@ def test_a_hidden_chain_is_kept_alive_too() -> None:
     slow = Scripted("<think>4+5=9 4+5=9</think>9", pace=0.05)
     with served(slow, keep_alive=0.12, reasoning="none") as client:
         assert ": keep-alive" in streamed(client, **HELLO | {"max_tokens": 64})
+
+
+def test_stop_looks_at_the_answer_and_not_at_the_chain(client: httpx.Client, engine: Scripted) -> None:
+    engine.script = "<think>one two\n three</think>\n\none two three"
+    for stop, content in (("two", "one "), ("\n", "one two three"), (["three", "chain"], "one two ")):
+        choice = ask(client, stop=stop, max_tokens=90)["choices"][0]
+        assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("one two\n three", content)
+        assert choice["finish_reason"] == "stop"
+        assert summed(streamed(client, **HELLO | {"stop": stop, "max_tokens": 90}))["content"] == content
+
+
+def test_a_chain_that_is_begun_or_whose_opening_is_missing(client: httpx.Client, engine: Scripted) -> None:
+    engine.script = "4+5=9</think>It is 9."
+    user = {"role": "user", "content": "4+5?"}
+    for begun in ("<think>\n", "<think>"):
+        messages = [user, {"role": "assistant", "content": begun, "prefix": True}]
+        message = ask(client, messages=messages, max_tokens=90)["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == ("4+5=9", "It is 9.")
+        assert small_tokenizer().decode(engine.seen[-1].prompt).endswith(THINK)
+    engine.script = " So it is 9."
+    messages = [user, {"role": "assistant", "content": "<think>\n4+5=9\n</think>\nI see:", "prefix": True}]
+    assert ask(client, messages=messages, max_tokens=90)["choices"][0]["message"]["content"] == " So it is 9."
+    assert small_tokenizer().decode(engine.seen[-1].prompt).endswith("<think>4+5=9</think>I see:")
+    for parser, said in (("deepseek_r1", ("4+5=9", "It is 9.")), ("none", (None, "4+5=9</think>It is 9."))):
+        with served(Scripted("4+5=9</think>It is 9."), reasoning_parser=parser) as other:
+            message = ask(other, max_tokens=90)["choices"][0]["message"]
+            assert (message.get("reasoning_content"), message["content"]) == said
+
+
+def test_a_model_without_a_mark_answers_without_a_chain(tmp_path: Path) -> None:
+    from tests.test_serve_tool_choice import PLAIN, words
+
+    plain = words(PLAIN, (), tmp_path)
+    plain.ids.pop(THINK), plain.ids.pop(END_THINK)
+    with served(Scripted(words=plain)) as client:
+        reply = client.post(CHAT, json=HELLO | {"thinking": {"type": "enabled"}})
+        assert reply.status_code == 200 and "no mark" in reply.json()["notes"][0] and reply.headers["finback-note"]
+        assert client.get("/v1/models/toy").json()["thinking"] is False
+        assert "notes" not in client.post(CHAT, json=HELLO).json()
+
+
+CLOSED = {
+    "type": "object",
+    "properties": {"a": {"type": "string", "format": "cuid2", "maxLength": 3}},
+    "required": ["a"],
+}
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"response_format": {"type": "json_object", "schema": CLOSED | {"additionalProperties": False}}},
+        {"response_format": {"type": "json_schema", "schema": CLOSED | {"additionalProperties": False}}},
+        {"guided_json": json.dumps(CLOSED | {"additionalProperties": False})},
+        {"structured_outputs": {"json": CLOSED | {"additionalProperties": False}}},
+        {"json_schema": CLOSED | {"additionalProperties": False, "not": {"required": ["b"]}}},
+        {"guided_choice": ['{"a":"x"}']},
+        {"guided_regex": r'\{"a":"[a-z]/"\}'},
+        {"structured_outputs": {"grammar": 'start: "{" "\\"a\\":" "\\"b\\"" "}"'}},
+        {"grammar": 'root ::= "{" "\\"a\\":\\"" [a-z] "\\"}"'},
+    ],
+)
+def test_an_answer_is_bound_in_anybodys_words(client: httpx.Client, request_: dict[str, Any]) -> None:
+    for seed in range(2):
+        choice = ask(client, seed=seed, max_tokens=90, thinking={"type": "disabled"}, **request_)["choices"][0]
+        assert choice["finish_reason"] == "stop" and set(json.loads(choice["message"]["content"])) == {"a"}
+        assert "\n" not in choice["message"]["content"]
+
+
+def test_a_grammar_that_leads_nowhere_is_an_error_and_no_stop(client: httpx.Client, engine: Scripted) -> None:
+    """`a` may be begun, and then nothing may follow."""
+    dead = {"type": "object", "properties": {"a": {"allOf": [{"$ref": "#/$defs/b"}]}}, "required": ["a"]}
+    schema = dead | {"additionalProperties": False, "$defs": {"b": {"anyOf": [{"$ref": "#/$defs/b"}]}}}
+    response = client.post(
+        CHAT, json=HELLO | {"guided_json": schema, "max_tokens": 30, "thinking": {"type": "disabled"}}
+    )
+    assert response.status_code == 400 and response.json()["error"]["param"] == "guided_json"
+    strict = {"name": "a", "strict": True, "schema": CLOSED | {"not": {}}}
+    refused = client.post(CHAT, json=HELLO | {"response_format": {"type": "json_schema", "json_schema": strict}})
+    assert refused.status_code == 400 and "#/not" in refused.json()["error"]["message"]

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from finback.data.tokenizer import THINK, Tokenizer
-from finback.serve.chat_output import Parser
+from finback.serve.parser import Parser
 from finback.serve.tool_calls import ToolForm
 from finback.serve.tool_choice import form_of
 from tests.serving import CHAT, HELLO, Scripted, served, small_tokenizer, streamed, summed

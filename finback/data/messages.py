@@ -7,7 +7,7 @@ results are written as V3.1 writes them. A prompt is always a prefix of the less
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finback.config import UserError
@@ -110,6 +110,15 @@ def encode_prompt(
     if think:
         pieces += [THINK, begun.reasoning, *([END_THINK] if begun.content else [])]
     return tokenizer.encode_pieces([*pieces, begun.content]), bool(think) and not begun.content
+
+
+def begun_chain(message: Message) -> tuple[Message, bool]:
+    """An assistant's message with the chain of thought that its content begins with in its place; whether it is open."""
+    if not message.content.startswith(THINK):
+        return message, False
+    chain, closed, answer = message.content.removeprefix(THINK).partition(END_THINK)
+    chain = chain.removeprefix("\n")
+    return replace(message, reasoning=chain.rstrip() if closed else chain, content=answer.lstrip("\n")), not closed
 
 
 def encode_document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:

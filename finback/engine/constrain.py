@@ -65,6 +65,11 @@ class Constraint:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         return torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
 
+    @property
+    def failed(self) -> bool:
+        """Whether the grammar has come to an end that is none of an answer's: nothing may follow, and all is not said."""
+        return self._matcher.is_error() or (self._matcher.is_stopped() and not self._matcher.is_accepting())
+
     def accept(self, token: int) -> bool:
         """Take a sampled token; returns True when the answer is complete and can only end."""
         self._matcher.consume_token(token)

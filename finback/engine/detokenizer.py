@@ -17,13 +17,18 @@ class Detokenizer:
         self._ids: list[int] = []  # since the last place where text and tokens ended together, and a little before
         self._whole = 0  # of these, tokens whose text is out
         self._pending = ""  # text that may be the beginning of a stop
+        self._is_answer = True  # whether stops are looked for
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
-    def push(self, tokens: Sequence[int]) -> int | None:
-        """Add tokens, one by one; the number of those used up when a stop string is complete, else None."""
+    def push(self, tokens: Sequence[int], is_answer: bool = True) -> int | None:
+        """Add tokens, one by one; the number of those used up when a stop string is complete, else None.
+
+        In what is no answer but a chain of thought, and in the line breaks behind it, stops are not looked for.
+        """
+        self._is_answer = self._is_answer and is_answer
         for used, token in enumerate(tokens, start=1):
             self._ids.append(token)
             # decoded behind what was there before: some decoders treat the first token of a text in another way
@@ -34,7 +39,7 @@ class Detokenizer:
             if now[len(before) :]:  # a token without text, such as a special one, is no place to start again from
                 self._ids = self._ids[self._whole :]
             self._whole = len(self._ids)
-            if self._release(now[len(before) :]):
+            if self._release(now[len(before) :], is_answer):
                 return used
         return None
 
@@ -44,12 +49,16 @@ class Detokenizer:
             before = self.tokenizer.decode(self._ids[: self._whole])
             rest = self.tokenizer.decode(self._ids)[len(before) :]
             self._ids, self._whole = [], 0
-            if not self._release(rest):
+            if not self._release(rest, self._is_answer):
                 self._emit(self._pending)
                 self._pending = ""
 
-    def _release(self, new: str) -> bool:
+    def _release(self, new: str, is_answer: bool = True) -> bool:
         """Release what cannot become a stop string; returns True when one is complete."""
+        if self.stops and not self._is_answer:
+            answer = new.lstrip("\r\n") if is_answer else ""
+            self._emit(new[: len(new) - len(answer)])
+            self._is_answer, new = bool(answer), answer
         text = self._pending + new
         met = [(place, stop) for stop in self.stops if (place := text.find(stop)) >= 0]
         if met:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finback.engine.constrain import Constraint
     from finback.engine.detokenizer import Detokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]  # error: a grammar that no token can go on with
 TokenLogprobs = list[tuple[int, float]]  # (token, log-probability), likeliest first
 
 COLD = 1e-5  # logits divided by less would overflow

@@ -123,11 +123,15 @@ class Sampler:
         if chained:
             r.thinking_tokens += 1
             r.thinking = token != self._close
+        if r.constraint is not None and r.constraint.failed:
+            return "error"
         ends = (token in self.stops and not r.sampling.ignore_eos) or token in r.sampling.stop_token_ids
-        if r.detokenizer is not None and not ends and r.detokenizer.push([token]) is not None:
+        if r.detokenizer is not None and not ends and r.detokenizer.push([token], is_answer=not chained) is not None:
             ends = True
         if r.constraint is not None and free and not chained and not ends:
             ends = r.constraint.accept(token)
+            if r.constraint.failed:
+                return "error"
         if ends:
             return "stop"
         if len(r.tokens) >= r.sampling.max_tokens:

@@ -1,7 +1,9 @@
-"""Errors in OpenAI's shape, whatever raised them: {"error": {message, type, param, code}}. No torch here."""
+"""Errors in OpenAI's shape, whatever raised them: {"error": {message, type, param, code}}, or in Anthropic's. No torch here."""
 
 import logging
+import re
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,6 +16,9 @@ from finback.config import UserError
 log = logging.getLogger("finback.serve")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# the same in Anthropic's interface; other statuses of 400 and more, and of 500 and more
+ANTHROPIC = {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"} | TYPES
+ANTHROPIC_OTHERS = ("invalid_request_error", "api_error")
 # by status: the code of an error, and what it means
 STATUSES = {
     400: ("invalid_value", "The request does not fit; `param` names the field."),
@@ -21,7 +26,9 @@ STATUSES = {
     403: ("forbidden", "The Host or Origin is not allowed, or the server was started without this path."),
     404: ("not_found", "No such path, model or running request."),
     405: ("method_not_allowed", "The path takes other methods."),
+    408: ("timeout", "The request did not arrive in time."),
     413: ("request_too_large", "The body is too large."),
+    415: ("unsupported_encoding", "The body is compressed."),
     429: ("rate_limit_exceeded", "Too many requests with this key; Retry-After says when to come back."),
     431: ("headers_too_large", "The headers are too large."),
     500: ("server_error", "The server failed."),
@@ -46,11 +53,42 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
-    def response(self) -> Response:
+    def anthropic(self) -> dict[str, Any]:
+        """The error in Anthropic's shape."""
+        kind = ANTHROPIC.get(self.status, ANTHROPIC_OTHERS[self.status >= 500])
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, path: str = "") -> Response:
+        """What is sent to whoever asked for `path`."""
         headers = {"retry-after": str(self.retry_after)} if self.status in RETRYABLE else {"x-should-retry": "false"}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(self.anthropic if is_anthropic(path) else self.body, self.status, headers)
+
+
+class TooLong(ApiError):
+    """A prompt and an answer that the window does not hold."""
+
+    def __init__(self, requested: str, window: int, param: str) -> None:
+        message = (
+            f"This model's maximum context length is {window} tokens, and the request is for {requested}. "
+            "Shorten the prompt or ask for fewer tokens."
+        )
+        super().__init__(400, message, param, "context_length_exceeded")
+        self.requested, self.window = requested, window
+
+    @property
+    def anthropic(self) -> dict[str, Any]:
+        """In the words that clients read both numbers from."""
+        found = super().anthropic
+        number = re.search(r"\d+", self.requested)
+        found["error"]["message"] = f"prompt is too long: {number[0] if number else 0} tokens > {self.window} maximum"
+        return found
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether a path belongs to Anthropic's interface."""
+    return path.rstrip("/").endswith(("/messages", "/messages/count_tokens"))
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -58,14 +96,33 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param, code)
 
 
-def from_pydantic(error: ValidationError) -> ApiError:
-    """The first field that does not fit; its value is not repeated, it may be of any length."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # names in brackets are the kinds that a value might have been, not fields
-    parts = [part for part in first["loc"] if not str(part).endswith("]")]
-    param = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".") or None
-    message = first["msg"].removeprefix("Value error, ")
+def from_pydantic(error: ValidationError, body: Any) -> ApiError:
+    """The first field of a body that does not fit; its value is not repeated, it may be of any length."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    places = [_place(each["loc"], body, each["type"] == "missing") for each in found]
+    # a value may be of several kinds: what is wrong within the one that comes nearest says most
+    at = max((i for i, p in enumerate(places) if p[: len(places[0])] == places[0]), key=lambda i: len(places[i]))
+    message, param = found[at]["msg"].removeprefix("Value error, "), path_of(places[at]) or None
     return bad(f"{param}: {message}" if param else message, param)
+
+
+def path_of(parts: Sequence[str | int]) -> str:
+    """messages, 0, content -> messages[0].content"""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).removeprefix(".")
+
+
+def _place(loc: Sequence[str | int], body: Any, is_missing: bool) -> list[str | int]:
+    """Where an error is, without the kinds that a value might have been, which are no fields."""
+    found: list[str | int] = []
+    for at, part in enumerate(loc):
+        is_last = at == len(loc) - 1
+        if isinstance(body, dict) and (part in body or (is_missing and is_last)):
+            found.append(part)
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            found.append(part)
+            body = body[part]
+    return found
 
 
 def log_failure(what: str, error: BaseException) -> None:
@@ -75,12 +132,13 @@ def log_failure(what: str, error: BaseException) -> None:
 
 async def on_error(request: Request, error: Exception) -> Response:
     """The response to a refusal: ours, the engine's, or the framework's (no such path, wrong method)."""
+    path = request.url.path
     if isinstance(error, ApiError):
-        return error.response
+        return error.response(path)
     if isinstance(error, UserError):
-        return bad(str(error), error.field).response
+        return bad(str(error), error.field).response(path)
     assert isinstance(error, HTTPException)
-    response = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response
+    response = ApiError(error.status_code, f"{request.method} {path}: {error.detail}").response(path)
     response.headers.update(error.headers or {})
     return response
 

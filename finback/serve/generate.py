@@ -1,4 +1,4 @@
-"""Generation for trainers, by token ids: vLLM's POST /inference/v1/generate, and POST /tokenize to compare vocabularies.
+"""Generation for trainers, by token ids: vLLM's POST /inference/v1/generate.
 
 Nothing of a text is looked at: no template, no generation_config.json, no stops but those that the request names and,
 without `ignore_eos`, the model's own. Log-probabilities are those with which tokens were drawn, at the temperature and among
@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from finback.engine.request import Request as EngineRequest
 from finback.engine.request import SamplingParams
+from finback.serve.body import read
 from finback.serve.metrics import usage
 from finback.serve.middleware import salt
 from finback.serve.prepare import SEEDS
-from finback.serve.protocol import read
 from finback.serve.resumable import until_disconnect
 from finback.serve.service import Service, service_of
-from finback.serve.trainer_protocol import TokenizeRequest, TokensRequest
+from finback.serve.trainer_protocol import TokensRequest
 from finback.serve.worker import ChoiceInput
 
 
@@ -38,7 +38,7 @@ class TokenGeneration:
         service, owner = service_of(scope), scope["state"]["owner"]
         service.refuse_if_all_busy()
         body = await read(Request(scope, receive), TokensRequest)
-        service = service.named(body.model)
+        service = await service.reach(body.model)
         with service.admission.admitted(owner, 1):
             await until_disconnect(receive, _respond(service, owner, body, send))
 
@@ -51,7 +51,7 @@ async def _respond(service: Service, owner: bytes, body: TokensRequest, send: Se
     try:
         while finish is None:
             for _, delta in await outputs.next():
-                service.metrics.observe(request, delta.new, delta.gap, delta.finish)
+                service.metrics.observe(request, delta.new, delta.gap, delta.finish, service.options.name)
                 finish = delta.finish
     finally:
         service.worker.cancel(outputs)
@@ -115,21 +115,8 @@ def _spans(versions: Sequence[tuple[str, int]], count: int) -> list[dict[str, An
     return [{"version": v, "start": start, "end": end} for v, start, end in spans if start < end]
 
 
-async def tokenize(request: Request) -> Response:
-    """The ids of a text, in which marks of the vocabulary are plain characters."""
-    body = await read(request, TokenizeRequest)
-    service = service_of(request.scope).named(body.model)
-    words = service.tokenizer
-    ids = await asyncio.to_thread(words.encode, body.prompt)
-    start = [words.bos] if body.add_special_tokens and words.adds_bos else []
-    return JSONResponse({"count": len(start + ids), "max_model_len": service.engine.capacity, "tokens": start + ids})
-
-
 def routes() -> list[Route]:
-    return [
-        Route("/inference/v1/generate", TokenGeneration(), methods=["POST"]),
-        Route("/tokenize", tokenize, methods=["POST"]),
-    ]
+    return [Route("/inference/v1/generate", TokenGeneration(), methods=["POST"])]
 
 
 async def _no_body() -> Any:

@@ -1,13 +1,20 @@
 """How both servers stand on the network: application, uvicorn's settings, socket, and API keys as digests. No torch here."""
 
+import asyncio
+import errno
+import functools
 import hashlib
+import logging
+import os
 import re
+import resource
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -42,24 +49,98 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-def configuration(app: Starlette) -> uvicorn.Config:
+def configuration(app: Starlette, options: ListenOptions) -> uvicorn.Config:
     """How uvicorn runs the application; ours is the only log."""
     quiet: dict[str, Any] = {"log_config": None, "log_level": "warning", "access_log": False, "server_header": False}
-    return uvicorn.Config(app, http=HttpProtocol, ws="none", lifespan="on", timeout_graceful_shutdown=GRACE, **quiet)
+    if options.ssl_certfile is not None:
+        quiet |= {
+            "ssl_certfile": str(options.ssl_certfile),
+            "ssl_keyfile": options.ssl_keyfile and str(options.ssl_keyfile),
+        }
+    protocol = type("Protocol", (HttpProtocol,), {"patience": (options.head_timeout, options.body_timeout)})
+    return uvicorn.Config(app, http=protocol, ws="none", lifespan="on", timeout_graceful_shutdown=GRACE, **quiet)
+
+
+class Seldom(logging.Filter):
+    """Lets an error with a traceback through once a second: what goes wrong in a loop should not fill the disk."""
+
+    _last = float("-inf")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info is None:
+            return True
+        is_first = record.created - self._last >= 1
+        self._last = record.created if is_first else self._last
+        return is_first
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's, with its one reply of its own in the shape of all others."""
+    """uvicorn's, with its one reply of its own in the shape of all others, and an end to requests that never come.
+
+    A connection that keeps a request half sent would stay for ever, and a thousand of them leave no room for others.
+    """
+
+    # seconds for a head, and for a pause in a body
+    patience = (10.0, 30.0)
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:  # uvicorn types it by a class of its own
+        """A connection that is one too many is closed before it costs anything."""
+        super().connection_made(transport)
+        if len(self.connections) > most_connections():
+            transport.abort()
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        is_head = self._waits_for_head
+        super().data_received(data)
+        if not (is_head and self._waits_for_head):  # a head has its time as a whole
+            self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unwatch()
+
+    @property
+    def _waits_for_head(self) -> bool:
+        return self.conn.their_state is h11.IDLE
+
+    def _watch(self) -> None:
+        """Wait for what is missing of the request, if anything is."""
+        self._unwatch()
+        head, body = self.patience
+        wait = head if self._waits_for_head else body if self.conn.their_state is h11.SEND_BODY else None
+        if wait is not None:
+            self._timer = self.loop.call_later(wait, self._give_up)
+
+    def _unwatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        # an application that has begun to read finds the connection closed
+        if not self.transport.is_closing():
+            self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP."""
-        content = bad(msg, code="invalid_http").response.body
+        content = bad(msg, code="invalid_http").response().body
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nx-should-retry: false\r\n"
             f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
         )
         self.transport.write(head.encode() + bytes(content))
         self.transport.close()
+
+
+def listen_as(options: ListenOptions) -> socket.socket:
+    """The socket that the options name."""
+    return listen(options.host, options.port) if options.uds is None else listen_at(options.uds)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -71,10 +152,39 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError("host:port", f"{host}:{port}", str(error), "Name another, or end what uses it.") from None
 
 
-def url(listener: socket.socket) -> str:
+def listen_at(path: Path) -> socket.socket:
+    """A Unix socket that only this user may open; one that nobody listens on any more is replaced."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX) as probe:
+                if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                    path.unlink()
+        before = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(before)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise UserError("--uds", str(path), error.strerror or str(error), "Name another path.") from None
+    return listener
+
+
+@functools.cache
+def most_connections() -> int:
+    """How many connections fit among the files that the process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, soft * 3 // 4)
+
+
+def url(listener: socket.socket, options: ListenOptions) -> str:
     """Where a socket is reached by HTTP."""
+    if listener.family == socket.AF_UNIX:
+        return f"http+unix://{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http{'s' if options.ssl_certfile else ''}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def digests(keys: Iterable[str], file: Path | None = None) -> tuple[bytes, ...]:
@@ -104,7 +214,7 @@ def _digest(key: str) -> bytes:
 def secured(options: Listen) -> Listen:
     """The options with the digests of all keys; refuses to stand open on a network by mistake."""
     keys = (*options.keys, *digests([options.api_key] if options.api_key else [], options.key_file))
-    if options.host not in LOOPBACK and not keys and not options.insecure:
+    if options.uds is None and options.host not in LOOPBACK and not keys and not options.insecure:
         remedy = "Give --key-file or FINBACK_API_KEY, or --insecure if anybody may use it."
         raise UserError("host", options.host, "open to the network, with no API key", remedy)
     return replace(options, keys=keys, api_key="", key_file=None)

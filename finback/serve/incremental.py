@@ -1,14 +1,12 @@
-"""Text that is still arriving: read as if it were whole, its code fences, and what was found in it as deltas.
+"""Text that is still arriving: read as if it were whole, and its code fences.
 
 Readers are generators: they yield where what has come does not decide what it is, and go on when more has come. Their
 decisions depend on the text alone and never on how it was cut into pieces.
 """
 
 import re
-import uuid
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from collections.abc import Generator, Sequence
+from typing import TypeVar
 
 from finback.engine.detokenizer import overlap
 
@@ -17,33 +15,6 @@ Wait = Generator[None, None, T]  # yields for more text, returns what was read
 
 _FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)", re.DOTALL)
 _PREFIXES = ("", "b", "f", "r", "u", "B", "F", "R", "U", "rb", "br", "rf", "fr")  # of Python's strings
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a piece of text adds. A call's first delta has its name and id and no text, later ones only text."""
-
-    kind: Literal["reasoning", "content", "tool"]
-    # of a call: a fragment of the arguments' JSON text
-    text: str = ""
-    # of a call: which one, counted from 0
-    index: int = 0
-    name: str | None = None
-    call_id: str | None = None
-
-
-@dataclass(frozen=True)
-class ParsedCall:
-    """A tool call; `arguments` is JSON text as the model wrote it, which may be broken off or no JSON at all."""
-
-    id: str
-    name: str
-    arguments: str
-
-
-def fresh_id() -> str:
-    """A new call id: call_ and 24 random hex digits."""
-    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class IncrementalReader:
@@ -74,11 +45,24 @@ class IncrementalReader:
         """Unread `count` characters; they must have been read since the last wait, or since `mark`."""
         self._at -= count
 
+    @property
+    def position(self) -> int:
+        """How much is read since the mark."""
+        return self._at - self._start
+
+    def rewind(self, position: int) -> None:
+        """Unread what was read behind a position since the mark."""
+        self._at = self._start + position
+
     def peek(self) -> Wait[str]:
         """The next character, unread; "" at the end."""
         while self._at == len(self._text) and not self.ended:
             yield
         return self._text[self._at : self._at + 1]
+
+    def is_over(self) -> Wait[bool]:
+        """Whether all is read and no more comes."""
+        return not (yield from self.peek())
 
     def blank(self, characters: str | None = None) -> Wait[str]:
         """Read all of these characters that come next; None stands for whitespace."""
@@ -182,76 +166,3 @@ class Fence:
         if self._mark:
             return "" if run.startswith(self._mark) and not rest.strip() else self._mark
         return "" if run[0] == "`" and "`" in rest else run  # ```such a line``` is code, but no fence
-
-
-class DeltaCollector:
-    """Takes what a parser finds and hands it out as deltas; whitespace waits for what follows it."""
-
-    def __init__(self, tools: bool, new_id: Callable[[], str], single_call: bool) -> None:
-        self.reasoning: list[str] = []
-        self.content: list[str] = []
-        self.calls: list[tuple[str, str, list[str]]] = []
-        self.fence = Fence()  # of the content since the last call
-        self._new_id, self._single_call = new_id, single_call
-        self._left_out = False  # the call that is being read
-        self._waits = tools  # whether content's whitespace may yet belong to a call
-        self._blank = ""  # the whitespace that waits
-        self._called = False  # no content since the last call
-        self._new: list[Delta] = []
-
-    def take(self) -> list[Delta]:
-        """The deltas since the last call."""
-        new, self._new = self._new, []
-        return new
-
-    def think(self, text: str) -> None:
-        if shown := self._shown(text):
-            self.reasoning.append(shown)
-            self._add(Delta("reasoning", shown))
-
-    def end_chain(self) -> None:
-        """Drop the chain's last whitespace."""
-        self._blank = ""
-
-    def text(self, text: str) -> None:
-        self.fence.push(text)
-        if shown := self._shown(text) if self._waits else text:
-            if self._called and not self.content:
-                shown = shown.lstrip()
-            self._called = False
-            self.content.append(shown)
-            self._add(Delta("content", shown))
-
-    def call(self, name: str) -> None:
-        self._blank, self._called, self.fence = "", True, Fence()
-        self._left_out = self._single_call and bool(self.calls)
-        if self._left_out:
-            return
-        self.calls.append((self._new_id(), name, []))
-        self._new.append(Delta("tool", "", len(self.calls) - 1, name, self.calls[-1][0]))
-
-    def arguments(self, text: str) -> None:
-        if self._left_out:
-            return
-        self.calls[-1][2].append(text)
-        self._add(Delta("tool", text, len(self.calls) - 1))
-
-    def end(self) -> None:
-        """Whitespace that ends a plain answer is part of it."""
-        if self._blank and not self._called:
-            self.content.append(self._blank)
-            self._add(Delta("content", self._blank))
-        self._blank = ""
-
-    def _shown(self, text: str) -> str:
-        text = self._blank + text
-        shown = text.rstrip()
-        self._blank = text[len(shown) :]
-        return shown
-
-    def _add(self, delta: Delta) -> None:
-        last = self._new[-1] if self._new else None
-        if last and (last.kind, last.index, last.name) == (delta.kind, delta.index, None):
-            self._new[-1] = Delta(delta.kind, last.text + delta.text, delta.index)
-        else:
-            self._new.append(delta)

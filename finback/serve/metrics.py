@@ -3,10 +3,12 @@
 No torch here.
 """
 
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from finback.serve.histogram import Histogram
+from finback.serve.vllm_metrics import ModelMetrics
 
 if TYPE_CHECKING:
     from finback.engine.request import Request
@@ -25,27 +27,6 @@ TOTALS = {
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Histogram:
-    """How often values fell below each of some bounds (seconds)."""
-
-    def __init__(self, bounds: Iterable[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        self.counts[bisect_left(self.bounds, value)] += times
-        self.total += value * times
-
-    def lines(self, name: str) -> list[str]:
-        """As cumulative buckets, sum and count."""
-        found, so_far = [], 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            so_far += count
-            found.append(f'{name}_bucket{{le="{bound}"}} {so_far}')
-        return [*found, f"{name}_sum {self.total:.6f}", f"{name}_count {so_far}"]
-
-
 class Metrics:
     """What the server has done since it started; only the event loop writes here."""
 
@@ -53,9 +34,11 @@ class Metrics:
         self.requests: Counter[tuple[str, int]] = Counter()  # (route, status)
         self.totals: Counter[str] = Counter()  # by the names of TOTALS
         self.first_token, self.gap = Histogram(TTFT), Histogram(GAP)
+        self.models: dict[str, ModelMetrics] = {}  # by name
 
-    def observe(self, request: "Request", new_tokens: int, gap: float | None, finish: str | None) -> None:
+    def observe(self, request: "Request", new_tokens: int, gap: float | None, finish: str | None, model: str) -> None:
         """Count an output of one choice; `gap` is the seconds since the one before, None for the first."""
+        self.models.setdefault(model, ModelMetrics()).observe(request, new_tokens, gap, finish)
         self.totals["generated_tokens"] += new_tokens
         if new_tokens and gap is None:
             self.first_token.observe(request.first - request.submitted)

@@ -3,6 +3,8 @@
 import hashlib
 import hmac
 import ipaddress
+import math
+import re
 import secrets
 import time
 from collections import Counter
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from finback.engine.engine import Engine
 
 OPEN = frozenset({"/health"})  # the only paths that need no key; beside the page's, where it is on
+ALLOWED = b"authorization, content-type, x-api-key"  # headers of other origins' requests, unless they ask for others
+_NAMES = re.compile(rb"[A-Za-z0-9_-]+(, *[A-Za-z0-9_-]+){0,63}")  # of headers
 GONE = 499  # nginx's number for a client that left before the answer
 
 
@@ -63,6 +67,8 @@ class AccessMiddleware:
 
         try:
             self._check(scope)
+            # what it is asked for is checked as it was sent; then a slash at the end makes no difference
+            scope["path"] = scope["path"].rstrip("/") or "/"
             app = Response(status_code=204) if self._is_preflight(scope) else self.app
             await app(scope, count_in, count_out)
         except ClientDisconnect:  # in the middle of its request
@@ -72,7 +78,7 @@ class AccessMiddleware:
             if refusal is not error:
                 log_failure(ident, error)
             if not status:
-                await refusal.response(scope, receive, count_out)
+                await refusal.response(scope["path"])(scope, receive, count_out)
         finally:
             route, status = getattr(scope.get("route"), "path", "other"), status or GONE
             self.metrics.requests[route, status] += 1
@@ -84,6 +90,10 @@ class AccessMiddleware:
         if sum(len(name) + len(value) for name, value in headers) > self.options.headers:
             raise ApiError(431, f"headers of more than {self.options.headers} bytes")
         by_name = dict(headers)
+        if scope["path"].startswith(("http://", "https://")):  # as a proxy is asked
+            parts = urlsplit(scope["path"])
+            self._check_host(parts.netloc)
+            scope["path"] = parts.path or "/"
         self._check_host(by_name.get(b"host", b"").decode("latin-1"))
         origin = by_name.get(b"origin")
         if origin is not None:
@@ -93,6 +103,8 @@ class AccessMiddleware:
         if owner is None and not is_open and not self._is_preflight(scope):
             raise ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
         scope.setdefault("state", {})["owner"] = owner or b""
+        if by_name.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
+            raise ApiError(415, "a compressed body is not read; send it as it is, without Content-Encoding")
         length = by_name.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self.options.body:
             raise self._too_large()
@@ -125,15 +137,19 @@ class AccessMiddleware:
         return asks and bool(self.options.origins)
 
     def _headers(self, scope: Scope, ident: str) -> list[tuple[bytes, bytes]]:
-        found = [(b"x-request-id", ident.encode()), (b"x-content-type-options", b"nosniff")]
-        origin = dict(scope["headers"]).get(b"origin")
+        found = [(name, ident.encode()) for name in (b"x-request-id", b"request-id")]
+        found.append((b"x-content-type-options", b"nosniff"))
+        by_name = dict(scope["headers"])
+        origin, asked = by_name.get(b"origin"), by_name.get(b"access-control-request-headers", b"")
         allowed = self.options.origins
         if origin is not None and (origin.decode("latin-1") in allowed or "*" in allowed):
             found += [
                 (b"access-control-allow-origin", origin),
                 (b"vary", b"origin"),
-                (b"access-control-allow-headers", b"authorization, content-type, x-api-key"),
-                (b"access-control-allow-methods", b"GET, POST"),
+                (b"access-control-allow-headers", asked if _NAMES.fullmatch(asked) else ALLOWED),
+                (b"access-control-allow-methods", b"GET, POST, DELETE"),
+                (b"access-control-expose-headers", b"request-id, x-request-id, retry-after, finback-note"),
+                (b"access-control-max-age", b"600"),
             ]
         return found
 
@@ -209,9 +225,9 @@ class Admission:
 
     def __init__(self, engine: "Engine", options: ServeOptions, quota: Quota) -> None:
         self.engine, self.quota = engine, quota
-        self.room = engine.config.rows + options.queue
+        self.room = math.inf if options.queue is None else engine.config.rows + options.queue
         # more than can run and may wait would only wait
-        self.most_choices = min(options.choices, self.room)
+        self.most_choices = int(min(options.choices, self.room))
         # of admitted requests
         self.choices = self.requests = 0
         # since when, in monotonic time

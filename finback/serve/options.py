@@ -14,7 +14,19 @@ from finback.options import Dtype, Options
 
 # where a response has the chain of thought: in reasoning_content, in reasoning, in both, in the content, or nowhere
 ReasoningField = Literal["both", "deepseek", "openrouter", "inline", "none"]
+# where a chain of thought begins: auto where the prompt or the text opens one; deepseek_r1 always, opened or not; none nowhere
+ReasoningParser = Literal["auto", "deepseek_r1", "none"]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _number_or_none(text: str) -> int | None:
+    """A number, or none for no limit."""
+    if str(text).lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError("--queue", text, "neither a number nor none", "Use for example 64.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +35,9 @@ class ListenOptions(Options):
 
     host: Annotated[str, "Where to listen; other than loopback needs a key."] = "127.0.0.1"
     port: int = 8000
+    uds: Annotated[Path | None, "A Unix socket to listen on, in place of host and port."] = None
+    ssl_certfile: Annotated[Path | None, "A certificate chain, for https."] = None
+    ssl_keyfile: Annotated[Path | None, "Its private key, unless the chain holds it."] = None
     key_file: Annotated[Path | None, "API keys, one a line, or their SHA-256; also FINBACK_API_KEY."] = None
     insecure: Annotated[bool, Option("--insecure", help="Listen beyond loopback without a key.")] = False
     # names in the Host header beside localhost and `host`; "*" allows any
@@ -39,6 +54,16 @@ class ListenOptions(Options):
     body: int = 4 << 20
     # all header names and values together
     headers: int = 16 << 10
+    # seconds that a request's head may take, and that its body may pause
+    head_timeout: float = 10.0
+    body_timeout: float = 30.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.port < 1 << 16:
+            raise UserError("--port", self.port, "no port", "Use a number up to 65535; 0 is any that is free.")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise UserError("--ssl-keyfile", str(self.ssl_keyfile), "no certificate", "Give --ssl-certfile as well.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +87,22 @@ class ServeOptions(ListenOptions):
     rows: Annotated[int, "Answers made at a time."] = 32
     tokens: Annotated[int | None, "Tokens the cache holds; default what a quarter of the free memory does."] = None
     chunk: Annotated[int, "Prompt tokens read between two steps of the others."] = 256
-    queue: Annotated[int, "Answers that may wait; beyond, requests get 503."] = 64
+    queue: Annotated[
+        int | None, Option(parser=_number_or_none, metavar="N|none", help="Answers that may wait; beyond, 503.")
+    ] = 64
     reuse: Annotated[bool, "Read the beginnings that prompts share once."] = True
     speculate: Annotated[bool, "Draft with the model's MTP module, if it has one."] = True
     origins: Annotated[tuple[str, ...], Option("--allow-origin", help="A site whose pages may ask; repeatable.")] = ()
     reasoning: Annotated[ReasoningField, "Where chains go: both, deepseek, openrouter, inline or none."] = "both"
+    reasoning_parser: Annotated[
+        ReasoningParser, "Which text is a chain: auto, deepseek_r1 (all before </think>), none."
+    ] = "auto"
     rate: Annotated[int, "Requests per key and minute; 0 is any number."] = 0
     concurrent: Annotated[int, "Requests per key at a time; 0 is any number."] = 0
     drain: Annotated[float, "Seconds that running answers get after SIGTERM."] = 30.0
     also: Annotated[tuple[Path, ...], Option(metavar="MODEL", help="One more model; repeatable.")] = ()
+    models_dir: Annotated[Path | None, "A folder of further models, each read when a request names it."] = None
+    models_max: Annotated[int, "Of them at a time; the least used leaves."] = 4
     page: Annotated[bool, "Show the web page at /."] = True
     return_routed_experts: Annotated[
         bool, Option("--enable-return-routed-experts", help="Note each token's experts for /inference/v1/generate.")
@@ -93,7 +125,9 @@ class ServeOptions(ListenOptions):
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or Path(self.model).resolve().name)
         super().__post_init__()
-        check_positive(self, "--", "rows", "chunk", "tokens")
+        check_positive(self, "--", "rows", "chunk", "tokens", "models_max")
+        if self.models_dir is not None and not self.models_dir.is_dir():
+            raise UserError("--models-dir", str(self.models_dir), "no folder", "Name one that holds models.")
         check_not_negative(self, "--", "queue", "rate", "concurrent", "drain")
         names = self.others
         if len(names) < len(self.also) or {self.name, *self.aliases} & set(names):

@@ -1,19 +1,24 @@
 """From a validated request to the engine's input: prompts as token ids, and sampling params."""
 
-import json
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from finback.config import UserError
-from finback.data.messages import encode_prompt
+from finback.data.messages import Message, begun_chain, encode_prompt
 from finback.data.openai_messages import read_messages, read_tools
-from finback.data.tokenizer import FIM, THINK, Tokenizer
+from finback.data.tokenizer import END_THINK, FIM, THINK, Tokenizer
 from finback.engine.request import SamplingParams
 from finback.engine.sampler import without_thinking
-from finback.serve.chat_output import Parser
-from finback.serve.errors import ApiError, bad
+from finback.serve.answer_grammar import AnswerGrammar, answer_grammar
+from finback.serve.errors import ApiError, TooLong, bad
+from finback.serve.options import ReasoningParser
+from finback.serve.parser import Parser
 from finback.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from finback.serve.tool_choice import ToolChoiceGrammar, tool_choice_grammar
+from finback.serve.tool_choice import tool_grammar
+from finback.serve.translation import TranslatedRequest
 from finback.serve.worker import ChoiceInput
 
 # DeepSeek's and OpenAI's efforts as the share of max_tokens that the chain may take; None: all of it
@@ -30,73 +35,159 @@ class PreparedRequest:
     choices: list[ChoiceInput]
     # the prompt ends inside a chain of thought
     is_thinking: bool = False
-    # the output may contain tool calls
-    tools: bool = False
+    # the functions that may be called, by name, with the schemas of their arguments
+    tools: Mapping[str, Any] = field(default_factory=dict)
     # of which only the first counts
     single_call: bool = False
-    # the output must be tool calls
-    tool_choice: ToolChoiceGrammar | None = None
+    # what the output has to be
+    grammar: AnswerGrammar | None = None
     logprobs: bool = False
     # for each choice, the text of the prompt that its text begins with
     echo: list[str] = field(default_factory=list)
+    # what of the request was left out, and why
+    notes: tuple[str, ...] = ()
 
-    @property
-    def schema(self) -> str | None:
-        return self.choices[0].sampling.schema
+    # chains of thought are told apart from the rest of the output
+    chains: bool = True
 
     @property
     def is_constrained(self) -> bool:
         """Whether the choices follow a schema or a grammar."""
-        return self.tool_choice is not None or self.schema is not None
+        return self.grammar is not None
 
     def parser(self) -> Parser:
-        form = self.tool_choice.form if self.tool_choice else None
-        return Parser(self.is_thinking, self.tools, form, constrained=self.is_constrained, single_call=self.single_call)
+        form = self.grammar.form if self.grammar else None
+        return Parser(
+            self.is_thinking,
+            bool(self.tools),
+            form,
+            constrained=self.is_constrained,
+            single_call=self.single_call,
+            chains=self.chains,
+            schemas=self.tools,
+        )
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """The prompt of a chat request."""
+
+    ids: list[int]
+    # it ends inside a chain of thought
+    opened: bool
+    # whether the model is to think, None if that is up to it
+    think: bool | None
+    # the functions that it names, with the schemas of their arguments
+    tools: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 class RequestPreparer:
     """Prepares requests for one model; `window` is how many tokens prompt and completion may have together."""
 
-    def __init__(self, tokenizer: Tokenizer, window: int, longest_token: int) -> None:
-        self.tokenizer, self.window, self.longest_token = tokenizer, window, longest_token
+    def __init__(self, tokenizer: Tokenizer, window: int, longest_token: int, chains: ReasoningParser = "auto") -> None:
+        self.tokenizer, self.window, self.longest_token, self.chains = tokenizer, window, longest_token, chains
         known = tokenizer.generation
         self.defaults = {n: known[n] for n in DEFAULTS if isinstance(known.get(n), int | float)}
         SamplingParams(**self.defaults)  # a bad file is better found now than by every request
 
     def prepare(self, request: ChatRequest | CompletionRequest, seed: int) -> PreparedRequest:
         """The engine's input for a request; ApiError 400 or UserError where it cannot be served."""
-        return self._chat(request, seed) if isinstance(request, ChatRequest) else self._completion(request, seed)
+        if isinstance(request, CompletionRequest):
+            return self._completion(request, seed)
+        try:
+            return self._chat(request, seed)
+        except (ApiError, UserError) as error:
+            raise request.blamed(error) if isinstance(request, TranslatedRequest) else error from None
+
+    def prompt(self, request: ChatRequest) -> EncodedPrompt:
+        """The prompt of a chat request."""
+        last = request.messages[-1]
+        tools = [] if request.tool_choice == "none" else [t.model_dump(exclude_none=True) for t in request.tools or ()]
+        messages = read_messages([m.model_dump(exclude_none=True, exclude={"prefix"}) for m in request.messages])
+        self._refuse_endless(sum(len(m.content) for m in messages), "messages")
+        think, notes = self._thinks(request)
+        begun = last.role == "assistant" and bool(last.prefix)
+        if begun:
+            messages[-1], opens = begun_chain(messages[-1])
+            think = True if opens else think
+        if isinstance(request, TranslatedRequest):
+            messages = self._allowed(messages)
+        ids, opened = encode_prompt(messages, self.tokenizer, tools=read_tools(tools), think=think, continue_last=begun)
+        # nobody has said that it does not think, and nothing of the answer is there yet
+        has_answer = begun and bool(messages[-1].content)
+        unmarked = self.chains == "deepseek_r1" and think is not False and not has_answer
+        schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
+        return EncodedPrompt(ids, opened or unmarked, think, schemas, notes)
 
     def _chat(self, request: ChatRequest, seed: int) -> PreparedRequest:
         if request.top_logprobs is not None and not request.logprobs:
             raise bad("top_logprobs needs logprobs: true", "top_logprobs")
-        last = request.messages[-1]
-        tools = [] if request.tool_choice == "none" else [t.model_dump(exclude_none=True) for t in request.tools or ()]
-        is_free = request.tool_choice in (None, "none", "auto")
-        tool_choice = None if is_free else tool_choice_grammar(request, self.tokenizer)
+        is_demanded = request.tool_choice not in (None, "none", "auto")
         # an answer that is nothing but calls leaves nothing for a schema to constrain
-        schema = _schema(request) if tool_choice is None else None
-        if tools and schema is not None:
-            raise bad("a JSON answer and tools cannot be combined; send one of them", "response_format")
-        if schema is not None and last.prefix:
-            raise bad("a begun answer cannot follow a schema; leave out prefix", "response_format")
-        messages = read_messages([m.model_dump(exclude_none=True, exclude={"prefix"}) for m in request.messages])
-        self._refuse_endless(sum(len(m.content) for m in messages), "messages")
-        think = _thinks(request)
-        if think and request.thinking is None and THINK not in self.tokenizer.ids:
-            think = None  # an effort is not a demand; a model without think tokens answers without a chain
-        begun = last.role == "assistant" and bool(last.prefix)
-        ids, opened = encode_prompt(messages, self.tokenizer, tools=read_tools(tools), think=think, continue_last=begun)
-        limit = self._limit(len(ids), request.max_completion_tokens or request.max_tokens, "messages")
-        demanded = {"schema": schema, "grammar": tool_choice.grammar if tool_choice else None}
+        grammar = None if is_demanded else answer_grammar(request)
+        if grammar is not None and request.messages[-1].prefix:
+            raise bad("a begun answer cannot follow a schema; leave out prefix", grammar.param)
+        if is_demanded or (grammar is not None and request.tools and request.tool_choice != "none"):
+            if grammar is not None and grammar.schema is None:
+                raise bad(f"beside tools the answer can follow a JSON schema only, not {grammar.param}", grammar.param)
+            grammar = tool_grammar(request, self.tokenizer, is_demanded, grammar)
+        prompt = self.prompt(request)
+        ids = prompt.ids
+        clamps = isinstance(request, TranslatedRequest)
+        limit = self._limit(len(ids), request.max_completion_tokens or request.max_tokens, "messages", clamps)
+        demanded = {"schema": grammar.schema, "grammar": grammar.grammar} if grammar else {}
         alternatives = (request.top_logprobs or 0) if request.logprobs else None
         budget = _thinking_budget(request, limit)
         sampling = self._sampling(request, limit, thinking_budget=budget, top_logprobs=alternatives, **demanded)
-        if think is False:
-            sampling = without_thinking(sampling, self.tokenizer)
-        choices = self._choices(ids, sampling, seed, request.n or 1, 0, opened)
-        single_call = request.parallel_tool_calls is False
-        return PreparedRequest(choices, opened, bool(tools), single_call, tool_choice, bool(request.logprobs))
+        if prompt.think is False:
+            sampling = self._closed(without_thinking(sampling, self.tokenizer))
+        choices = self._choices(ids, sampling, seed, request.n or 1, 0, prompt.opened)
+        notes = (*prompt.notes, *(grammar.notes if grammar else ()))
+        return PreparedRequest(
+            choices,
+            prompt.opened,
+            prompt.tools,
+            request.parallel_tool_calls is False,
+            grammar,
+            bool(request.logprobs),
+            notes=(*notes, *(request.notes if isinstance(request, TranslatedRequest) else ())),
+            chains=self.chains != "none",
+        )
+
+    def _thinks(self, request: ChatRequest) -> tuple[bool | None, tuple[str, ...]]:
+        """Whether the model is to think, None if that is up to it; and a note where it cannot."""
+        think = _thinks(request)
+        if request.thinking_budget == 0:
+            think = False
+        if think and THINK not in self.tokenizer.ids:
+            # an effort is not a demand
+            asked = request.reasoning_effort is None
+            return None, ("the model has no mark for a chain of thought, and answers without one",) if asked else ()
+        return think, ()
+
+    def _closed(self, sampling: SamplingParams) -> SamplingParams:
+        """The same, but the answer cannot close a chain of thought that was not opened."""
+        bans = [(self.tokenizer.ids[END_THINK], -math.inf)] if END_THINK in self.tokenizer.ids else []
+        return replace(sampling, logit_bias=(*sampling.logit_bias, *bans))
+
+    def _allowed(self, messages: list[Message]) -> list[Message]:
+        """The messages; those of the system all in front, if the model's template wants them nowhere else."""
+        is_inline = any(m.role == "system" for m in messages[1:])
+        if self.tokenizer.template is None or not is_inline or self._takes_inline_system:
+            return messages
+        text = "\n\n".join(m.content for m in messages if m.role == "system")
+        return [Message("system", text), *(m for m in messages if m.role != "system")]
+
+    @cached_property
+    def _takes_inline_system(self) -> bool:
+        """Whether the template takes a system message behind others."""
+        turns = [Message(role, "?") for role in ("system", "user", "system", "user")]
+        try:
+            encode_prompt(turns, self.tokenizer)
+        except UserError:
+            return False
+        return True
 
     def _completion(self, request: CompletionRequest, seed: int) -> PreparedRequest:
         """The choices of the first prompt come first."""
@@ -144,9 +235,10 @@ class RequestPreparer:
         if least > self.window:
             raise self._too_long(f"at least {least}", param)
 
-    def _limit(self, prompt: int, wanted: int | None, param: str) -> int:
-        """How many tokens the completion may have."""
+    def _limit(self, prompt: int, wanted: int | None, param: str, clamps: bool = False) -> int:
+        """How many tokens the completion may have; at most `wanted` if it `clamps`, else just as many."""
         room = self.window - prompt
+        wanted = None if wanted == -1 or (clamps and (wanted or 0) > room) else wanted
         least = 1 if wanted is None else wanted
         if room < least:
             fits = room >= min(least, 1)  # then it is the answer that asks too much
@@ -154,12 +246,7 @@ class RequestPreparer:
         return room if wanted is None else wanted
 
     def _too_long(self, requested: str, param: str) -> ApiError:
-        return bad(
-            f"This model's maximum context length is {self.window} tokens, and the request is for {requested}. "
-            "Shorten the prompt or ask for fewer tokens.",
-            param,
-            "context_length_exceeded",
-        )
+        return TooLong(requested, self.window, param)
 
     def _sampling(self, request: GenerationRequest, limit: int, **more: Any) -> SamplingParams:
         given = {n: getattr(request, n) for n in CHOSEN if getattr(request, n) is not None}
@@ -181,17 +268,10 @@ class RequestPreparer:
         ]
 
 
-def _schema(request: ChatRequest) -> str | None:
-    form = request.response_format
-    if form is not None and form.type == "json_schema" and form.json_schema is not None:
-        return json.dumps(form.json_schema.schema_, ensure_ascii=False)
-    return '{"type":"object"}' if form is not None and form.type == "json_object" else None
-
-
 def _thinks(request: ChatRequest) -> bool | None:
     """Whether the request wants a chain of thought; None leaves it to the model."""
     if request.thinking is not None:
-        return request.thinking.type == "enabled"
+        return {"enabled": True, "disabled": False, "adaptive": None}[request.thinking.type]
     switches = request.chat_template_kwargs
     if switches is not None:
         for value in (switches.enable_thinking, switches.thinking):

@@ -1,27 +1,22 @@
-"""Bytes to requests as OpenAI and DeepSeek define them: types, ranges, limits. No torch here.
+"""Requests as OpenAI and DeepSeek define them: types, ranges, limits. No torch here.
 
 Unknown fields are ignored, as both services do. Types are strict: "1" is not a number, 1 is not a boolean.
 """
 
-import asyncio
 import json
-import re
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from starlette.requests import Request
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from finback.serve.errors import bad, from_pydantic
+from finback.serve.body import depth
 
-DEPTH = 200  # lists in lists; Python's own recursion ends at 1000
 SCHEMA_BYTES, SCHEMA_DEPTH = 64 << 10, 32
-_BROKEN = re.compile("[\0\ud800-\udfff]")  # no tokenizer takes half a surrogate pair, no C string a NUL
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Biases = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 Name = Annotated[str, Field(max_length=256)]
-Form = TypeVar("Form", bound=BaseModel)
+Unlimited = Literal[-1]  # llama.cpp's word for as much as fits
 
 
 class RequestPart(BaseModel):
@@ -43,7 +38,7 @@ class GenerationRequest(RequestPart):
     """Fields that chat and text completions share."""
 
     model: Name | None = None
-    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | Unlimited | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = Field(None, description="0 or -1: all tokens")
@@ -72,7 +67,7 @@ class GenerationRequest(RequestPart):
 class FunctionParam(RequestPart):
     """A function that the model may call."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -88,7 +83,7 @@ class ToolParam(RequestPart):
 class CalledFunctionParam(RequestPart):
     """A function and what it was called with."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Annotated[str, Field(min_length=1, max_length=128)]
     arguments: str
 
 
@@ -100,11 +95,32 @@ class ToolCallParam(RequestPart):
     function: CalledFunctionParam
 
 
+def text_only(kind: str) -> str:
+    """The kind of a text part; ValueError that names any other kind."""
+    if kind not in ("text", "input_text", "output_text", "refusal"):
+        raise ValueError(f"the model reads text only, and this is {printable(kind)!r}")
+    return kind
+
+
+def printable(text: str) -> str:
+    """The beginning of what a client sent, fit for a message."""
+    return "".join(c if c.isprintable() else "?" for c in text[:64])
+
+
 class TextPartParam(RequestPart):
     """A part of a message's content; only text is supported."""
 
-    type: Literal["text"]
-    text: str
+    type: Annotated[str, AfterValidator(text_only)]
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _has_text(self) -> "TextPartParam":
+        text = self.refusal if self.type == "refusal" else self.text
+        if text is None:
+            raise ValueError("text is missing")
+        self.type, self.text, self.refusal = "text", text, None
+        return self
 
 
 class MessageParam(RequestPart):
@@ -129,7 +145,7 @@ class MessageParam(RequestPart):
 class ThinkingParam(RequestPart):
     """DeepSeek's switch."""
 
-    type: Literal["enabled", "disabled"]
+    type: Literal["enabled", "disabled", "adaptive"] = Field(description="adaptive: as the model likes")
     budget_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
 
 
@@ -138,6 +154,7 @@ class TemplateSwitches(RequestPart):
 
     enable_thinking: bool | None = None
     thinking: bool | None = None
+    chat_template: None = Field(None, description="refused: templates are programs, and come with the model")
 
 
 def small(schema: dict[str, Any]) -> dict[str, Any]:
@@ -149,17 +166,24 @@ def small(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+Schema = Annotated[dict[str, Any], AfterValidator(small)]
+LongText = Annotated[str, Field(max_length=SCHEMA_BYTES)]
+Pattern = Annotated[str, Field(max_length=4096)]
+Choices = Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=256)]
+
+
 class JsonSchema(RequestPart):
     """OpenAI's wrapping of a schema."""
 
     name: Annotated[str, Field(max_length=64)] | None = None
-    schema_: Annotated[dict[str, Any], AfterValidator(small)] = Field(alias="schema")
+    schema_: Schema = Field(alias="schema")
+    strict: bool | None = None
 
 
 class NamedFunction(RequestPart):
     """Which function."""
 
-    name: Annotated[str, Field(max_length=64)]
+    name: Annotated[str, Field(max_length=128)]
 
 
 class NamedToolParam(RequestPart):
@@ -174,20 +198,32 @@ class ResponseFormat(RequestPart):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(None, alias="schema", description="llama.cpp's place for the schema")
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> "ResponseFormat":
-        if self.type == "json_schema" and self.json_schema is None:
+        if self.type == "json_schema" and self.json_schema is None and self.schema_ is None:
             raise ValueError("json_schema is missing")
         return self
+
+
+class StructuredOutputs(RequestPart):
+    """vLLM's ways to say what an answer has to be; one of them."""
+
+    json_: Schema | bool | LongText | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Pattern | None = None
+    choice: Choices | None = None
+    grammar: LongText | None = Field(None, description="Lark or GBNF")
+    structural_tag: None = None
 
 
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[MessageParam], Field(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | Unlimited | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | Unlimited | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[ToolParam], Field(max_length=128)] | None = None
@@ -196,6 +232,14 @@ class ChatRequest(GenerationRequest):
     )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | LongText | None = Field(None, description="vLLM's older names for the same")
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: LongText | None = None
+    grammar: LongText | None = Field(None, description="llama.cpp's GBNF")
+    json_schema: Schema | None = Field(None, description="llama.cpp's place for a schema")
+    chat_template: None = Field(None, description="refused: templates are programs, and come with the model")
     thinking: ThinkingParam | None = None
     chat_template_kwargs: TemplateSwitches | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra"] | None = None
@@ -227,57 +271,3 @@ class ControlRequest(RequestPart):
     """POST /v1/chat/completions/{id}/control."""
 
     action: Literal["answer_now", "stop"]
-
-
-async def read(request: Request, form: type[Form]) -> Form:
-    """Read and validate the body of an HTTP request; ApiError 400 names the first field that does not fit."""
-    raw = await request.body()
-    # a short body is read sooner than a thread is found
-    return _validated(raw, form) if len(raw) < 1 << 16 else await asyncio.to_thread(_validated, raw, form)
-
-
-def _validated(raw: bytes, form: type[Form]) -> Form:
-    try:
-        found = json.loads(raw.decode("utf-8"), parse_constant=_refuse)
-    except UnicodeDecodeError as error:
-        raise bad(f"the body is not UTF-8 (byte {error.start})", code="invalid_json") from None
-    except RecursionError:
-        raise bad(f"the body nests deeper than {DEPTH}", code="invalid_json") from None
-    except ValueError as error:  # not JSON, or a number of thousands of digits
-        raise bad(f"the body is not JSON ({error})", code="invalid_json") from None
-    if not isinstance(found, dict):
-        raise bad("the body is not a JSON object", code="invalid_json")
-    if depth(found) > DEPTH:
-        raise bad(f"the body nests deeper than {DEPTH}", code="invalid_json")
-    try:
-        return form.model_validate(found)
-    except ValidationError as error:
-        raise from_pydantic(error) from None
-
-
-def depth(value: Any) -> int:
-    """How deep a JSON value nests, 0 for a plain one; ApiError for a text that no tokenizer takes."""
-    deepest = 0
-    todo = [(value, 0)]
-    while todo:
-        item, level = todo.pop()
-        if isinstance(item, str):
-            if not item.isprintable() and (met := _BROKEN.search(item)):
-                raise bad(f"a text holds U+{ord(met[0]):04X}, which is no character", code="invalid_json")
-            continue
-        if isinstance(item, dict):
-            todo += [(key, level) for key in item]
-            inside: Any = item.values()
-        elif isinstance(item, list):
-            inside = item
-        else:
-            continue
-        deepest = max(deepest, level + 1)
-        if deepest > DEPTH:
-            break
-        todo += [(each, level + 1) for each in inside if isinstance(each, str | dict | list)]
-    return deepest
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not valid JSON: NaN or infinite")

@@ -25,18 +25,22 @@ class SchemaChecker:
 
     async def check(self, prepared: PreparedRequest) -> None:
         """ApiError 400 for a schema or a grammar that the engine could not follow, or not in reasonable time."""
-        if prepared.schema is not None:
-            await self._check("json_schema", prepared.schema, "response_format")
-        if prepared.tool_choice is None:
+        grammar = prepared.grammar
+        assert grammar is not None, "nothing to check"
+        if grammar.schema is not None:
+            await self._check("json_schema", grammar.schema, grammar.param)
             return
+        assert grammar.grammar is not None, "a schema or a grammar"
         try:
-            await self._check("lark", prepared.tool_choice.grammar, "tools")
+            await self._check("lark", grammar.grammar, grammar.param)
         except ApiError:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PATIENCE):
-                    for param, schema in prepared.tool_choice.schemas.items():  # which of them is to blame?
+                    for param, schema in grammar.schemas.items():  # which of them is to blame?
                         await self._check("json_schema", schema, param)
             raise
+        for param, schema in grammar.schemas.items():
+            await self._check("json_schema", schema, param)
 
     async def _check(self, kind: Literal["json_schema", "lark"], text: str, param: str) -> None:
         line = json.dumps([kind, text]).encode() + b"\n"

@@ -8,7 +8,14 @@ middle of that.
 import json
 import sys
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
+
+
+def _dead_end(grammar: str) -> str:
+    """What is wrong with a grammar by which no answer can begin."""
+    matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
+    matcher.compute_bitmask()
+    return "no answer fits it" if matcher.is_error() or (matcher.is_stopped() and not matcher.is_accepting()) else ""
 
 
 def main() -> None:
@@ -17,7 +24,10 @@ def main() -> None:
     for line in sys.stdin:
         try:
             kind, text = json.loads(line)
-            problem = LLMatcher.validate_grammar(getattr(LLMatcher, f"grammar_from_{kind}")(text))
+            grammar = getattr(LLMatcher, f"grammar_from_{kind}")(text)
+            problem = LLMatcher.validate_grammar(grammar)
+            if not problem and kind == "json_schema":
+                problem = _dead_end(grammar)
         except Exception as error:
             problem = str(error) or type(error).__name__
         print(json.dumps(problem), flush=True)

@@ -1,5 +1,6 @@
 """The server: its paths and what each does, how it is built, run, and drained at the end."""
 
+import asyncio
 import dataclasses
 import logging
 import os
@@ -8,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
@@ -18,18 +20,23 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from finback.data.tokenizer import Tokenizer
+from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.open import open_engine
-from finback.serve import generate, metrics, openapi, weights
-from finback.serve.completions import Completions
+from finback.serve import generate, metrics, openapi, vllm_metrics, weights
+from finback.serve.anthropic_reply import MESSAGES, count_tokens
+from finback.serve.body import read
+from finback.serve.completions import CHAT, TEXT
 from finback.serve.errors import ApiError, bad
-from finback.serve.http import application, configuration, listen, secured, url
+from finback.serve.http import Seldom, application, configuration, listen_as, secured, url
 from finback.serve.options import ServeOptions
 from finback.serve.page import Page
-from finback.serve.protocol import ChatRequest, CompletionRequest, ControlRequest, read
+from finback.serve.protocol import ControlRequest
+from finback.serve.reply import Generation
+from finback.serve.responses_reply import RESPONSES, cancel, input_items, input_tokens, stored
 from finback.serve.resumable import until_disconnect
 from finback.serve.service import Service, service_of
+from finback.serve.tokenizing import detokenize, tokenize
 from finback.serve.watch import Planned, Watch
 
 PREFIXES = ("/v1", "", "/beta")  # OpenAI's, and DeepSeek's two
@@ -70,7 +77,7 @@ def build(
 def run(options: ServeOptions, planned: Planned | None = None) -> None:
     """Serve the models that the options name until a signal ends it."""
     o = secured(options)
-    listener = listen(o.host, o.port)  # before the model is read: a port that is taken shows at once
+    listener = listen_as(o)  # before the model is read: a port that is taken shows at once
     # Not in this thread: torch keeps threads for each that has used it, and OpenMP, which then counts more threads
     # than cores, lets the engine's sleep after every product. Measured: 45 instead of 29 ms a step.
     config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate, o.return_routed_experts)
@@ -85,14 +92,15 @@ def serve(app: Starlette, listener: socket.socket) -> None:
     service: Service = app.state.service
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name, level in (("finback.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+    handler.addFilter(Seldom())
+    for name, level in (("finback.serve", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.setLevel(level)
         logger.handlers, logger.propagate = [handler], False
     names = ", ".join(each.options.name for each in service.all)
-    print(f"serving {names} at {url(listener)}/v1", file=sys.stderr, flush=True)
+    print(f"serving {names} at {url(listener, service.options)}/v1", file=sys.stderr, flush=True)
     if service.options.page:
-        print(f"the page is at {url(listener)}/", file=sys.stderr, flush=True)
+        print(f"the page is at {url(listener, service.options)}/", file=sys.stderr, flush=True)
     Server(app).run(sockets=[listener])
 
 
@@ -100,8 +108,8 @@ class Server(uvicorn.Server):
     """uvicorn, but it goes on answering (with 503) while running requests end."""
 
     def __init__(self, app: Starlette) -> None:
-        super().__init__(configuration(app))
         self.service: Service = app.state.service
+        super().__init__(configuration(app, self.service.options))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal drains, the second ends the process on the spot."""
@@ -121,14 +129,37 @@ def routes() -> list[Route]:
     found += [*generate.routes(), *weights.routes()]
     for prefix in PREFIXES:
         found += [
+            *messages(prefix),
+            *responses(prefix),
+            Route(f"{prefix}/tokenize", tokenize, methods=["POST"]),
+            Route(f"{prefix}/detokenize", detokenize, methods=["POST"]),
             Route(f"{prefix}/models", models),
             Route(f"{prefix}/models/{{name:path}}", model),
-            Route(f"{prefix}/chat/completions", Completions(ChatRequest), methods=["POST"]),
+            Route(f"{prefix}/chat/completions", Generation(CHAT), methods=["POST"]),
             Route(f"{prefix}/chat/completions/{{id}}/control", control, methods=["POST"]),
             Route(f"{prefix}/chat/completions/{{id}}/stream", Resume(), methods=["GET"]),
-            Route(f"{prefix}/completions", Completions(CompletionRequest), methods=["POST"]),
+            Route(f"{prefix}/completions", Generation(TEXT), methods=["POST"]),
         ]
-    return found
+    return found + [route for prefix in ("/anthropic/v1", "/anthropic") for route in messages(prefix)]
+
+
+def messages(prefix: str) -> list[Route]:
+    """Anthropic's interface; DeepSeek has it under /anthropic."""
+    return [
+        Route(f"{prefix}/messages", Generation(MESSAGES), methods=["POST"]),
+        Route(f"{prefix}/messages/count_tokens", count_tokens, methods=["POST"]),
+    ]
+
+
+def responses(prefix: str) -> list[Route]:
+    """OpenAI's newer interface."""
+    return [
+        Route(f"{prefix}/responses", Generation(RESPONSES), methods=["POST"]),
+        Route(f"{prefix}/responses/input_tokens", input_tokens, methods=["POST"]),
+        Route(f"{prefix}/responses/{{id}}", stored, methods=["GET", "DELETE"]),
+        Route(f"{prefix}/responses/{{id}}/cancel", cancel, methods=["POST"]),
+        Route(f"{prefix}/responses/{{id}}/input_items", input_items, methods=["GET"]),
+    ]
 
 
 class Resume:
@@ -166,7 +197,17 @@ async def models(request: Request) -> Response:
     """The models, each under each of its names."""
     served = service_of(request.scope).all
     listed = [_model(service, name) for service in served for name in service.names]
-    return JSONResponse({"object": "list", "data": listed})
+    folder = served[0].folder
+    if folder is not None:
+        known = {each["id"] for each in listed}
+        waiting = [name for name in await asyncio.to_thread(folder.paths) if name not in known]
+        listed = [each | {"status": {"value": "loaded"}} for each in listed]
+        listed += [
+            {"id": name, "object": "model", **_named(name, served[0]), "status": {"value": "unloaded"}}
+            for name in waiting
+        ]
+    ends = {"has_more": False, "first_id": listed[0]["id"], "last_id": listed[-1]["id"]}
+    return JSONResponse({"object": "list", "data": listed, **ends})
 
 
 async def model(request: Request) -> Response:
@@ -183,7 +224,9 @@ async def ready(request: Request) -> Response:
 
 async def show_metrics(request: Request) -> Response:
     service = service_of(request.scope)
-    return PlainTextResponse(service.metrics.text(service.gauges()), media_type=metrics.CONTENT_TYPE)
+    now = {each.options.name: each.vllm_gauges() for each in service.all}
+    text = service.metrics.text(service.gauges()) + vllm_metrics.text(service.metrics.models, now)
+    return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
 
 async def show_openapi(request: Request) -> Response:
@@ -191,5 +234,11 @@ async def show_openapi(request: Request) -> Response:
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    made = {"created": service.created, "owned_by": "finback"}
-    return {"id": name, "object": "model", **made, "max_model_len": service.engine.capacity}
+    can = {"max_model_len": service.engine.capacity, "thinking": THINK in service.tokenizer.ids}
+    return {"id": name, "object": "model", **_named(name, service), **can}
+
+
+def _named(name: str, service: Service) -> dict[str, Any]:
+    at = datetime.fromtimestamp(service.created, UTC).isoformat().replace("+00:00", "Z")
+    anthropic = {"type": "model", "display_name": name, "created_at": at}
+    return {"created": service.created, "owned_by": "finback", **anthropic}

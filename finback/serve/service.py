@@ -12,8 +12,10 @@ from finback.serve.errors import ApiError
 from finback.serve.logprobs import TokenTexts
 from finback.serve.metrics import Metrics
 from finback.serve.middleware import Admission, Quota
+from finback.serve.models_folder import ModelsFolder
 from finback.serve.options import ServeOptions
 from finback.serve.prepare import RequestPreparer
+from finback.serve.responses_store import ResponseStore
 from finback.serve.resumable import ResumableStream
 from finback.serve.schema_check import SchemaChecker
 from finback.serve.worker import OutputStream, Worker
@@ -35,12 +37,17 @@ class Service:
         self.metrics: Metrics = first.metrics if first else Metrics()
         self.worker = Worker(engine, self.metrics)
         self.token_texts = TokenTexts(tokenizer)
-        self.preparer = RequestPreparer(tokenizer, engine.capacity, self.token_texts.longest)
+        longest, chains = self.token_texts.longest, options.reasoning_parser
+        self.preparer = RequestPreparer(tokenizer, engine.capacity, longest, chains)
         self.schemas = SchemaChecker()
         # one after the other takes other weights
         self.updating = asyncio.Lock()
         quota: Quota = first.admission.quota if first else Quota(options.rate, options.concurrent)
         self.admission: Admission = Admission(engine, options, quota)
+        # further models, of a server's first
+        self.folder = ModelsFolder(options, self, Service) if first is None and options.models_dir is not None else None
+        self.used = time.monotonic()
+        self.responses: ResponseStore = first.responses if first else ResponseStore()
         # what can still be controlled, by the id of the response
         self.active: dict[str, OutputStream] = {}
         # a stream that has ended stays for a while
@@ -74,6 +81,15 @@ class Service:
                 return service
         known = [n for service in self.all for n in service.names]
         raise ApiError(404, f"no model {name!r} here. {did_you_mean(name, known)}", "model", "model_not_found")
+
+    async def reach(self, name: str | None) -> "Service":
+        """As `named`, and a model of the folder is read first if nobody has asked for it yet."""
+        folder = self.all[0].folder
+        is_here = name is None or any(name in service.names for service in self.all)
+        found = None if is_here or folder is None or name is None else await folder.load(name)
+        found = found or self.named(name)
+        found.used = time.monotonic()
+        return found
 
     def refuse_if_all_busy(self) -> None:
         """ApiError 503 when no model takes anything, before the request is read."""
@@ -111,6 +127,15 @@ class Service:
         for outputs in (each for service in self.all for each in service.active.values()):
             outputs.fail(ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5))
         return True
+
+    def vllm_gauges(self) -> dict[str, float]:
+        """The same of this model alone, under vLLM's names."""
+        pages = self.engine.pages
+        return {
+            "num_requests_running": self.engine.running,
+            "num_requests_waiting": self.admission.queued,
+            "kv_cache_usage_perc": 1 - pages.free / pages.count if pages.count else 0.0,
+        }
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """What /metrics shows beside the counters."""

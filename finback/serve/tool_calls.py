@@ -1,21 +1,54 @@
-"""Tool calls as models write them: DeepSeek V3 and R1, DeepSeek V3.1, Qwen (Hermes).
+"""Tool calls as models write them: DeepSeek V3 and R1, V3.1, V3.2 and V4, Hermes and Qwen, Qwen3-Coder, Kimi K2, GLM-4.5, Llama 3.1.
 
-The arguments of a call come out as they arrive. Markup that turns out to hold no call is given back as text, to the
-character; a call that breaks off keeps what it had. A stretch of text is never both.
+The arguments of a call come out as they arrive, those that are not written as JSON as soon as a value is whole. Markup that
+turns out to hold no call is given back as text, to the character; a call that breaks off keeps what it had. A stretch of
+text is never both.
 """
 
-import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from finback.data.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
-from finback.serve.incremental import DeltaCollector, IncrementalReader, Wait
+from finback.serve import tool_markup
+from finback.serve.deltas import DeltaCollector
+from finback.serve.incremental import IncrementalReader, Wait
+from finback.serve.json_reader import ARGUMENTS, read_members, read_value, string_of
+from finback.serve.tool_markup import DSML_OPENERS, FUNCTION, QWEN_BEGIN, QWEN_END
 
-QWEN_BEGIN, QWEN_END = "<tool_call>", "</tool_call>"
-OPENERS = (CALLS_BEGIN, QWEN_BEGIN)
-_ENDS = (CALL_END, CALL_BEGIN, CALLS_END)  # of which each ends a call in DeepSeek's forms
-_BETWEEN, _CLOSERS = ", \t\r\n", "}] \t\r\n"
+PYTHON_TAG = "<|python_tag|>"
+_CLOSERS = "}] \t\r\n"
 _NOTHING = "{}"  # the arguments of a whole call that names none: clients read them as JSON
+_KIMI_NAME = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?")
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What stands around calls, around one, and between its head and its arguments."""
+
+    calls: str
+    call: str
+    separator: str
+    end: str
+    ends: str
+
+    @property
+    def after(self) -> tuple[str, str, str]:
+        """Each of these ends a call."""
+        return (self.end, self.call, self.ends)
+
+
+DEEPSEEK = Marks(CALLS_BEGIN, CALL_BEGIN, SEPARATOR, CALL_END, CALLS_END)
+KIMI = Marks(
+    "<|tool_calls_section_begin|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    "<|tool_calls_section_end|>",
+)
+OPENERS = (CALLS_BEGIN, QWEN_BEGIN, KIMI.calls, *DSML_OPENERS, FUNCTION, PYTHON_TAG)
 
 
 class ToolForm(StrEnum):
@@ -31,215 +64,185 @@ class ToolForm(StrEnum):
         return QWEN_BEGIN if self is ToolForm.QWEN else CALLS_BEGIN
 
 
-def read(
-    reader: IncrementalReader, opener: str, form: ToolForm | None, sink: DeltaCollector, constrained: bool = False
-) -> Wait[None]:
-    """Read the calls that begin with `opener`, which has just been read; in Qwen's form one, else all of them.
+@dataclass(frozen=True)
+class CallReader:
+    """Reads calls.
 
-    `constrained`: a grammar makes JSON of all arguments, so that marks in their strings are text.
+    `form`: the only one to look for, None for all. `constrained`: a grammar makes JSON of all arguments, so that marks in
+    their strings are text. `schemas`: of the functions' arguments, by name, as far as they are known.
     """
-    if opener == QWEN_BEGIN:
-        yield from _qwen(reader, sink)
-    else:
-        yield from _deepseek(reader, form, sink, constrained)
 
+    form: ToolForm | None
+    constrained: bool
+    schemas: Mapping[str, Any]
 
-def is_whole(arguments: str) -> bool:
-    """Whether the JSON of a call that follows a grammar is complete."""
-    json_text = _Json()
-    json_text.push(arguments)
-    return json_text.is_whole
-
-
-def _deepseek(reader: IncrementalReader, form: ToolForm | None, sink: DeltaCollector, constrained: bool) -> Wait[None]:
-    """<calls begin> calls <calls end>; where the last mark is missing, what follows is text."""
-    undecided: str = CALLS_BEGIN  # given back with what follows unless that is a call
-    called = False
-    while True:
-        blank = yield from reader.blank()
-        tag = yield from reader.match((CALL_BEGIN, CALLS_END))
-        if tag != CALL_BEGIN:
-            break
-        reader.mark(len(tag))
-        is_call = yield from _deepseek_call(reader, form, sink, constrained)
-        raw = reader.marked()
-        if not is_call:
-            sink.text(undecided + blank + raw)
-        undecided, called = "", called or is_call
-    if not (called and tag):
-        sink.text(undecided + blank + tag)
-
-
-def _deepseek_call(
-    reader: IncrementalReader, form: ToolForm | None, sink: DeltaCollector, constrained: bool
-) -> Wait[bool]:
-    """What follows <call begin>, its end included; False if it is no call."""
-    name = yield from _deepseek_name(reader, form)
-    if name:
-        sink.call(name)
-        yield from _deepseek_arguments(reader, sink, constrained)
-    else:
-        yield from reader.before(_ENDS)
-    yield from reader.match((CALL_END,))
-    return bool(name)
-
-
-def _deepseek_name(reader: IncrementalReader, form: ToolForm | None) -> Wait[str]:
-    """The name, up to where the arguments begin; "" if it is missing or broken off."""
-    name = yield from reader.before((SEPARATOR, *_ENDS))
-    if not (yield from reader.match((SEPARATOR,))):
-        return ""
-    is_v3 = form is ToolForm.V3
-    if form is None and name.strip() == "function":
-        yield from reader.blank()
-        is_v3 = (yield from reader.peek()) != "{"  # a V3.1 tool may be called "function"
-    if is_v3:
-        name = yield from reader.before(("\n", "`", "{", SEPARATOR, *_ENDS))
-        if not (yield from reader.peek()):
-            return ""
-    return name.strip()
-
-
-def _deepseek_arguments(reader: IncrementalReader, sink: DeltaCollector, constrained: bool) -> Wait[None]:
-    """JSON up to the call's end, without the code fence and the blanks around it."""
-    yield from reader.blank()
-    if (yield from reader.match(("```",))):
-        yield from reader.before(("\n", "{", "[", *_ENDS))  # the fence's language
-        yield from reader.blank()
-    if constrained:
-        if (yield from reader.peek()) == "{":  # else the fence has broken off
-            yield from _value(reader, sink.arguments, _ENDS)
-        yield from reader.before(_ENDS)
-        return
-    undecided, has_arguments = "", False
-    while True:
-        text, tag = yield from reader.until(_ENDS, torn=False)
-        if not text:
-            break
-        undecided += text
-        sure = undecided.rstrip()
-        sure = sure[: max(len(sure.rstrip("`")), len(sure) - 3)].rstrip()
-        if sure:
-            sink.arguments(sure)
-        undecided, has_arguments = undecided[len(sure) :], has_arguments or bool(sure)
-    reader.back(len(tag))
-    if tag and not has_arguments:
-        sink.arguments(_NOTHING)
-
-
-def _qwen(reader: IncrementalReader, sink: DeltaCollector) -> Wait[None]:
-    """One call, <tool_call> read already: a JSON object with "name" and "arguments" in any order."""
-    reader.mark(len(QWEN_BEGIN))
-    yield from reader.blank()
-    if not (yield from reader.match(("{",))):
-        sink.text(reader.marked())  # text about calls
-        return
-    named, argued, is_whole = yield from _qwen_members(reader, sink)
-    junk = yield from (reader.blank(_CLOSERS) if is_whole else reader.before((QWEN_END,)))
-    end = yield from reader.match((QWEN_END,))
-    raw = reader.marked()
-    if not named:
-        sink.text(raw)
-        return
-    if is_whole and not argued:
-        sink.arguments(_NOTHING)
-    if is_whole:
-        junk = "" if end else junk.replace("}", "").replace("]", "")  # a brace too many is a common slip
-    sink.text(junk)
-
-
-def _qwen_members(reader: IncrementalReader, sink: DeltaCollector) -> Wait[tuple[bool, bool, bool]]:
-    """The members of the object: whether they hold a name, hold arguments, and end with the object's brace."""
-    early: list[str] = []  # arguments before the name
-    named = argued = False
-    while True:
-        yield from reader.blank(_BETWEEN)
-        if (yield from reader.match(("}",))):
-            return named, argued, True
-        if (yield from reader.peek()) != '"':
-            return named, argued, False
-        key: list[str] = []
-        is_whole = yield from _value(reader, key.append)
-        yield from reader.blank()
-        if not is_whole or not (yield from reader.match((":",))):
-            return named, argued, False
-        yield from reader.blank()
-        value: list[str] = []
-        member, takes = _string(key), value.append
-        if member == "arguments" and not argued:
-            takes, argued = (sink.arguments if named else early.append), True
-        is_whole = yield from _value(reader, takes)
-        if is_whole and member == "name" and not named and (name := _string(value)):
-            named = True
-            sink.call(name)
-            for piece in early:
-                sink.arguments(piece)
-        if not is_whole:
-            return named, argued, False
-
-
-def _value(reader: IncrementalReader, take: Callable[[str], None], ends: Sequence[str] = (QWEN_END,)) -> Wait[bool]:
-    """Hand on one JSON value, character by character as it stands; False if it breaks off.
-
-    One of `ends` ends a value except within a string, where it is text as long as the string is sound.
-    """
-    json_text = _Json()
-    while not json_text.is_whole:
-        text, tag = yield from reader.until(ends, torn=False)
-        if tag and not json_text.is_quoting:
-            reader.back(len(tag))
-            return False
-        if not (piece := text or tag):
-            return False
-        used = json_text.push(piece)
-        reader.back(len(piece) - used)
-        if used:
-            take(piece[:used])
-    return True
-
-
-class _Json:
-    """Where a JSON value ends, from its brackets and quotation marks."""
-
-    def __init__(self) -> None:
-        self.is_whole = False
-        self.is_quoting = False  # within a string without a raw newline, which JSON does not allow
-        self._depth = 0
-        self._in_string = self._escaped = False
-
-    def push(self, text: str) -> int:
-        """How many of these characters still belong to the value."""
-        for place, character in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif self._in_string and character == '"':
-                self._in_string = self.is_quoting = False
-            elif self._in_string:
-                self._escaped, self.is_quoting = character == "\\", self.is_quoting and character != "\n"
-            elif character == '"':
-                self._in_string = self.is_quoting = True
-                continue
-            elif character in "{[":
-                self._depth += 1
-                continue
-            elif self._depth == 0 and (character in ",}]" or character.isspace()):
-                self.is_whole = True  # a number or a word, which only what follows can end
-                return place
-            elif character in "}]":
-                self._depth -= 1
+    def read(self, reader: IncrementalReader, opener: str, sink: DeltaCollector) -> Wait[None]:
+        """Read the calls that begin with `opener`, which has just been read."""
+        if opener in (CALLS_BEGIN, KIMI.calls):
+            yield from self._marked(reader, DEEPSEEK if opener == CALLS_BEGIN else KIMI, sink)
+        elif opener == QWEN_BEGIN:
+            yield from self._tagged(reader, sink)
+        elif opener == PYTHON_TAG:
+            reader.mark(len(opener))
+            if (yield from bare_calls(reader, sink, self.schemas)):
+                reader.marked()
             else:
-                continue
-            if self._depth == 0 and not self._in_string:
-                self.is_whole = True
-                return place + 1
-        return len(text)
+                sink.text(reader.marked())
+        else:
+            yield from tool_markup.read(reader, opener, sink, self.schemas)
+        sink.end_call()
+
+    def _marked(self, reader: IncrementalReader, marks: Marks, sink: DeltaCollector) -> Wait[None]:
+        """<calls begin> calls <calls end>; where the last mark is missing, what follows is text."""
+        undecided: str = marks.calls  # given back with what follows unless that is a call
+        called = False
+        while True:
+            blank = yield from reader.blank()
+            tag = yield from reader.match((marks.call, marks.ends))
+            if tag != marks.call:
+                break
+            reader.mark(len(tag))
+            is_call = yield from self._marked_call(reader, marks, sink)
+            raw = reader.marked()
+            if not is_call:
+                sink.text(undecided + blank + raw)
+            undecided, called = "", called or is_call
+        if not (called and tag):
+            sink.text(undecided + blank + tag)
+
+    def _marked_call(self, reader: IncrementalReader, marks: Marks, sink: DeltaCollector) -> Wait[bool]:
+        """What follows <call begin>, its end included; False if it is no call."""
+        head = yield from self._head(reader, marks)
+        if head and marks is KIMI:
+            met = _KIMI_NAME.fullmatch(head)
+            sink.call(met[1] if met else head, head)
+        elif head:
+            sink.call(head)
+        if head:
+            yield from self._arguments(reader, marks, sink)
+        else:
+            yield from reader.before(marks.after)
+        yield from reader.match((marks.end,))
+        return bool(head)
+
+    def _head(self, reader: IncrementalReader, marks: Marks) -> Wait[str]:
+        """The name, or Kimi's id, up to where the arguments begin; "" if it is missing or broken off."""
+        name = yield from reader.before((marks.separator, *marks.after))
+        if not (yield from reader.match((marks.separator,))):
+            return ""
+        is_v3 = self.form is ToolForm.V3
+        if self.form is None and name.strip() == "function" and marks is DEEPSEEK:
+            yield from reader.blank()
+            is_v3 = (yield from reader.peek()) != "{"  # a V3.1 tool may be called "function"
+        if is_v3:
+            name = yield from reader.before(("\n", "`", "{", marks.separator, *marks.after))
+            if not (yield from reader.peek()):
+                return ""
+        return name.strip()
+
+    def _arguments(self, reader: IncrementalReader, marks: Marks, sink: DeltaCollector) -> Wait[None]:
+        """JSON up to the call's end, without the code fence and the blanks around it."""
+        yield from reader.blank()
+        if (yield from reader.match(("```",))):
+            yield from reader.before(("\n", "{", "[", *marks.after))  # the fence's language
+            yield from reader.blank()
+        if self.constrained:
+            if (yield from reader.peek()) == "{":  # else the fence has broken off
+                yield from read_value(reader, sink.arguments, marks.after)
+            yield from reader.before(marks.after)
+            return
+        undecided, has_arguments = "", False
+        while True:
+            text, tag = yield from reader.until(marks.after, torn=False)
+            if not text:
+                break
+            undecided += text
+            sure = undecided.rstrip()
+            sure = sure[: max(len(sure.rstrip("`")), len(sure) - 3)].rstrip()
+            if sure:
+                sink.arguments(sure)
+            undecided, has_arguments = undecided[len(sure) :], has_arguments or bool(sure)
+        reader.back(len(tag))
+        if tag and not has_arguments:
+            sink.arguments(_NOTHING)
+        if tag:
+            sink.end_call()
+
+    def _tagged(self, reader: IncrementalReader, sink: DeltaCollector) -> Wait[None]:
+        """One call behind <tool_call>: JSON (Hermes), <function=…> (Qwen3-Coder), or a name and its arguments (GLM)."""
+        reader.mark(len(QWEN_BEGIN))
+        yield from reader.blank()
+        if not (yield from reader.match(("{",))):
+            is_call = not self.constrained and (yield from tool_markup.tagged(reader, sink, self.schemas))
+            raw = reader.marked()
+            if not is_call:
+                sink.text(raw)  # text about calls
+            return
+        named, argued, is_whole = yield from read_members(reader, sink, (QWEN_END,))
+        junk = yield from (reader.blank(_CLOSERS) if is_whole else reader.before((QWEN_END,)))
+        end = yield from reader.match((QWEN_END,))
+        raw = reader.marked()
+        if not named:
+            sink.text(raw)
+            return
+        if is_whole and not argued:
+            sink.arguments(_NOTHING)
+        if is_whole:
+            junk = "" if end else junk.replace("}", "").replace("]", "")  # a brace too many is a common slip
+        sink.text(junk)
 
 
-def _string(pieces: list[str]) -> str:
-    """The text that a JSON string stands for; "" if it is none."""
-    raw = "".join(pieces)
-    try:
-        found = json.loads(raw, strict=False) if raw.startswith('"') else ""
-    except ValueError:
-        return ""
-    return str(found).encode("utf-8", "replace").decode()  # half a surrogate pair could not be sent on
+def bare_calls(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[str, Any]) -> Wait[bool]:
+    """Read the objects of Llama 3.1, {"name": …, "parameters": …} joined by ";", and whether there is one.
+
+    Anything else is left unread: such an object has to name a function that is known. The reader has a mark.
+    """
+    found = False
+    while True:
+        before = reader.position
+        call = yield from _bare_call(reader, schemas, found)
+        if not call:
+            reader.rewind(before)
+            return found
+        sink.call(call[0])
+        sink.arguments(call[1])
+        sink.end_call()
+        found = True
+
+
+def _bare_call(reader: IncrementalReader, schemas: Mapping[str, Any], follows: bool) -> Wait[tuple[str, str] | None]:
+    """The name and the arguments of one object, read to its end; None as soon as it cannot be a call."""
+    if not schemas:
+        return None
+    yield from reader.blank()
+    if follows and not (yield from reader.match((";",))):
+        return None
+    yield from reader.blank()
+    name, arguments, mark = "", _NOTHING, "{"
+    argued = False
+    while True:
+        if not (yield from reader.match((mark,))):
+            break
+        yield from reader.blank()
+        key: list[str] = []
+        value: list[str] = []
+        if (yield from reader.peek()) != '"' or not (yield from read_value(reader, key.append, ())):
+            return None
+        yield from reader.blank()
+        member = string_of(key)
+        if member not in ("name", "type", "id", *ARGUMENTS) or not (yield from reader.match((":",))):
+            return None
+        yield from reader.blank()
+        if not (yield from read_value(reader, value.append, ())):
+            return None
+        if member == "name":
+            name = string_of(value)
+            if name not in schemas:
+                return None
+        elif member in ARGUMENTS:
+            arguments, argued = "".join(value), True
+        yield from reader.blank()
+        mark = ","
+    if not name or not argued or not (yield from reader.match(("}",))):
+        return None
+    return name, arguments

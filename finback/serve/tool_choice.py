@@ -1,4 +1,5 @@
-"""The calls that `tool_choice` demands, as a grammar that allows nothing else once the chain of thought is closed.
+"""The calls that `tool_choice` demands, as a grammar that allows nothing else once the chain of thought is closed; or the
+calls that tools allow where the answer has to follow a schema.
 
 Marks are tokens where the vocabulary has them. The arguments follow the functions' schemas; white space between their
 parts is limited, since a model that does not want to call may go on with it for ever.
@@ -6,15 +7,16 @@ parts is limited, since a model that does not want to call may go on with it for
 
 import json
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from finback.config import did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.data.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, call_example
+from finback.serve.answer_grammar import AnswerGrammar, readable
 from finback.serve.errors import bad
 from finback.serve.protocol import ChatRequest, FunctionParam, NamedToolParam, small
-from finback.serve.tool_calls import QWEN_BEGIN, QWEN_END, ToolForm
+from finback.serve.tool_calls import ToolForm
+from finback.serve.tool_markup import QWEN_BEGIN, QWEN_END
 
 # what stands before all calls, between two, and behind all; and how one is written
 AROUND = {
@@ -32,24 +34,21 @@ BLANK = {"whitespace_pattern": "[ \\t\\n]{0,20}"}
 _MARK = re.compile(f"({'|'.join((CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, QWEN_BEGIN, QWEN_END))})")
 
 
-@dataclass(frozen=True)
-class ToolChoiceGrammar:
-    """The calls that an answer has to be: their form, the grammar (Lark), and the schemas by the fields they came in."""
-
-    form: ToolForm
-    grammar: str
-    schemas: dict[str, str]
-
-
-def tool_choice_grammar(request: ChatRequest, tokenizer: Tokenizer) -> ToolChoiceGrammar:
-    """The grammar of the calls that a request demands."""
-    demanded = _demanded(request)
-    params = {f"tools[{i}].function.parameters": function for i, function in demanded.items()}
+def tool_grammar(
+    request: ChatRequest, tokenizer: Tokenizer, is_demanded: bool, answer: AnswerGrammar | None
+) -> AnswerGrammar:
+    """The calls that a request demands; if it demands none, those that it allows in the place of the `answer`."""
+    functions_at = _demanded(request) if is_demanded else _offered(request)
+    params = {f"tools[{i}].function.parameters": function for i, function in functions_at.items()}
     schemas = {param: _schema(function, param) for param, function in params.items()}
     functions = [(function.name, schemas[param]) for param, function in params.items()]
-    several = request.tool_choice == "required" and request.parallel_tool_calls is not False
+    several = request.tool_choice in ("required", "auto", None) and request.parallel_tool_calls is not False
     form = form_of(tokenizer)
-    return ToolChoiceGrammar(form, _grammar(form, functions, several, tokenizer), schemas)
+    grammar = _grammar(form, functions, several, tokenizer, None if is_demanded else answer)
+    if answer is None or is_demanded:
+        return AnswerGrammar("tools", grammar=grammar, schemas=schemas, form=form)
+    text = {answer.param: answer.schema} if answer.schema is not None else {}
+    return AnswerGrammar("tools", grammar=grammar, schemas=text | schemas, form=form, notes=answer.notes)
 
 
 def form_of(tokenizer: Tokenizer) -> ToolForm:
@@ -62,8 +61,7 @@ def form_of(tokenizer: Tokenizer) -> ToolForm:
 
 def _demanded(request: ChatRequest) -> dict[int, FunctionParam]:
     """The functions of which one must be called, by their places among the tools."""
-    choice = request.tool_choice
-    functions = {i: tool.function for i, tool in enumerate(request.tools or ())}
+    choice, functions = request.tool_choice, _offered(request)
     if not functions:
         raise bad("a call is demanded, and there are no tools", "tool_choice")
     if not isinstance(choice, NamedToolParam):
@@ -73,6 +71,10 @@ def _demanded(request: ChatRequest) -> dict[int, FunctionParam]:
         return found
     known = [function.name for function in functions.values()]
     raise bad(f"no function {name!r} among the tools. {did_you_mean(name, known)}", "tool_choice.function.name")
+
+
+def _offered(request: ChatRequest) -> dict[int, FunctionParam]:
+    return {i: tool.function for i, tool in enumerate(request.tools or ())}
 
 
 def _schema(function: FunctionParam, param: str) -> str:
@@ -86,20 +88,28 @@ def _schema(function: FunctionParam, param: str) -> str:
     except ValueError as error:
         raise bad(f"{param}: {error}", param) from None
     closed = {"additionalProperties": False} if function.parameters is None else {}
-    return json.dumps(given | closed | {"type": "object", "x-guidance": BLANK}, ensure_ascii=False)
+    given, _ = readable(given, bool(function.strict), param)
+    return json.dumps(
+        given | closed | {"type": "object", "x-guidance": BLANK | {"coerce_one_of": True}}, ensure_ascii=False
+    )
 
 
-def _grammar(form: ToolForm, functions: list[tuple[str, str]], several: bool, tokenizer: Tokenizer) -> str:
-    """Lark: the newlines that may follow a chain, then one call or more of functions with their schemas."""
+def _grammar(
+    form: ToolForm, functions: list[tuple[str, str]], several: bool, tokenizer: Tokenizer, answer: AnswerGrammar | None
+) -> str:
+    """Lark: the newlines that may follow a chain, then one call or more of functions with their schemas, or the answer."""
     before, between, after = (_terms(text, tokenizer) for text in AROUND[form])
-    calls = f"call ({between} call)*" if several else "call"
+    calls = f"{before} call ({between} call)* {after}" if several else f"{before} call {after}"
     head, tail = CALL[form].split("ARGUMENTS")
     rules = [
         f"f{i}: {_terms(head.replace('NAME', name), tokenizer)} %json {schema} {_terms(tail, tokenizer)}"
         for i, (name, schema) in enumerate(functions)
     ]
+    if answer is not None:
+        calls = f"({calls} | answer)"
+        rules.append(f"answer: %json {answer.schema}")
     choice = " | ".join(f"f{i}" for i in range(len(functions)))
-    return "\n".join([f'start: "\\n"? "\\n"? {before} {calls} {after}', f"call: {choice}", *rules])
+    return "\n".join([f'start: "\\n"? "\\n"? {calls}', f"call: {choice}", *rules])
 
 
 def _terms(text: str, tokenizer: Tokenizer) -> str:

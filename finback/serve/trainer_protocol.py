@@ -6,8 +6,6 @@ from pydantic import Field, field_validator
 
 from finback.serve.protocol import Ids, Name, RequestPart, Token
 
-LONGEST_TEXT = 1 << 20  # characters that /tokenize takes
-
 
 class TokenSamplingParam(RequestPart):
     """vLLM's sampling parameters, as far as finback has them."""
@@ -44,14 +42,6 @@ class TokensRequest(RequestPart):
         if value:
             raise ValueError("answers by token ids come whole; leave out stream")
         return value
-
-
-class TokenizeRequest(RequestPart):
-    """POST /tokenize."""
-
-    prompt: Annotated[str, Field(max_length=LONGEST_TEXT)]
-    model: Name | None = None
-    add_special_tokens: bool = Field(True, description="begin with the token that texts begin with, if there is one")
 
 
 class UpdateWeightsRequest(RequestPart):

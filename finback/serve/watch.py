@@ -26,7 +26,7 @@ from finback.runs.reader import StageFolder
 from finback.runs.samples import MOST, SampleIndex, shown
 from finback.serve import curves
 from finback.serve.errors import ApiError, bad
-from finback.serve.http import application, configuration, listen, secured, url
+from finback.serve.http import application, configuration, listen_as, secured, url
 from finback.serve.metrics import Metrics
 from finback.serve.options import ListenOptions, WatchOptions
 from finback.serve.page import Page
@@ -208,8 +208,8 @@ def run(options: WatchOptions, planned: Planned | None = None) -> None:
     if not options.runs.is_dir():
         raise UserError("runs", str(options.runs), "no such folder", "Name a runs folder, or a run in it.")
     options = secured(options)
-    listener = listen(options.host, options.port)
-    print(f"watching {options.runs} at {url(listener)}/", file=sys.stderr, flush=True)
+    listener = listen_as(options)
+    print(f"watching {options.runs} at {url(listener, options)}/", file=sys.stderr, flush=True)
     if options.show:
-        webbrowser.open(f"{url(listener)}/")
-    uvicorn.Server(configuration(build(options.runs, options, planned))).run(sockets=[listener])
+        webbrowser.open(f"{url(listener, options)}/")
+    uvicorn.Server(configuration(build(options.runs, options, planned), options)).run(sockets=[listener])

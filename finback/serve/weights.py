@@ -12,8 +12,8 @@ from starlette.routing import Route
 from finback.checkpoint.inference import InferenceDtype, load_for_inference
 from finback.config import UserError
 from finback.model.transformer import Transformer
+from finback.serve.body import read
 from finback.serve.errors import ApiError, bad
-from finback.serve.protocol import read
 from finback.serve.service import Service, service_of
 from finback.serve.trainer_protocol import UpdateWeightsRequest
 

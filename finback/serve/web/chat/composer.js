@@ -59,6 +59,7 @@ const THINKING = {
 };
 
 function Thinking({ store }) {
+  if (!store.thinks) return null;
   const [next, text] = THINKING[store.chat.settings.thinking] ?? THINKING.auto;
   const isOn = store.chat.settings.thinking === "on";
   return html`<button type="button" class=${`button small think ${store.chat.settings.thinking}`} aria-pressed=${String(isOn)} onClick=${() => store.configure({ thinking: next })}>${text}</button>`;

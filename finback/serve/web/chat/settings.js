@@ -17,13 +17,13 @@ export function Settings({ store, onClose }) {
     <${Dialog} title="Settings" onClose=${onClose}>
       <div class="field"><label for="system">System prompt</label>
         <textarea id="system" rows="4" value=${settings.system} onInput=${set("system")} placeholder="How the model should behave, in this chat"></textarea></div>
-      <div class="field"><span class="label">Thinking</span>
+      ${store.thinks && html`<div class="field"><span class="label">Thinking</span>
         <${Segments} label="Thinking" value=${settings.thinking} onChange=${(v) => store.configure({ thinking: v })} options=${[
           ["auto", "As the model likes"],
           ["on", "On"],
           ["off", "Off"],
         ]} /></div>
-      <${Numeric} id="budget" label="Longest chain of thought" unit="tokens" hint="Then it is closed and the model answers. Empty: no bound." value=${settings.budget} onInput=${set("budget")} disabled=${settings.thinking === "off"} />
+      <${Numeric} id="budget" label="Longest chain of thought" unit="tokens" hint="Then it is closed and the model answers. Empty: no bound." value=${settings.budget} onInput=${set("budget")} disabled=${settings.thinking === "off"} />`}
       <div class="field"><span class="label">Sampling</span>
         <${Segments} label="Sampling" value=${settings.preset} onChange=${(name) => store.configure(name === "custom" ? { preset: name, sampling: { ...samplingOf(settings) } } : { preset: name })} options=${Object.entries(PRESETS).map(([name, { label }]) => [name, label])} /></div>
       ${settings.preset === "custom" && html`<div class="grid">${SAMPLING.map((row) => html`<${Knob} key=${row[0]} row=${row} store=${store} />`)}</div>`}

@@ -47,10 +47,18 @@ export class Store extends Signal {
     return [...this.answers.values()].some((answer) => answer.chat.id === this.chat.id);
   }
 
+  get model() {
+    return this.models.find((m) => m.id === this.chat.settings.model) ?? this.models[0];
+  }
+
   /** The most tokens that the chat's model takes. */
   get window() {
-    const model = this.models.find((m) => m.id === this.chat.settings.model) ?? this.models[0];
-    return model?.max_model_len ?? 0;
+    return this.model?.max_model_len ?? 0;
+  }
+
+  /** Whether the chat's model can be asked to think. */
+  get thinks() {
+    return this.model?.thinking !== false;
   }
 
   open(id) {

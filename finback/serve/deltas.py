@@ -1,0 +1,137 @@
+"""What a parser finds in a model's text, as deltas: reasoning, content, and tool calls."""
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from finback.serve.incremental import Fence
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a piece of text adds. A call's first delta has its name and id and no text, later ones only text."""
+
+    kind: Literal["reasoning", "content", "tool"]
+    # of a call: a fragment of the arguments' JSON text
+    text: str = ""
+    # of a call: which one, counted from 0
+    index: int = 0
+    name: str | None = None
+    call_id: str | None = None
+
+
+@dataclass(frozen=True)
+class ParsedCall:
+    """A tool call; `arguments` is JSON text as the model wrote it, which may be broken off or no JSON at all."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+def fresh_id() -> str:
+    """A new call id: call_ and 24 random hex digits."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+class DeltaCollector:
+    """Takes what a parser finds and hands it out as deltas; whitespace waits for what follows it."""
+
+    def __init__(self, tools: bool, new_id: Callable[[], str], single_call: bool) -> None:
+        self.reasoning: list[str] = []
+        self.content: list[str] = []
+        self.calls: list[tuple[str, str, list[str]]] = []
+        self.fence = Fence()  # of the content since the last call
+        self._new_id, self._single_call = new_id, single_call
+        self._left_out = False  # the call that is being read
+        self._waits = tools  # whether content's whitespace may yet belong to a call
+        self._blank = ""  # the whitespace that waits
+        self._called = False  # no content since the last call
+        self._held: str | None = None  # arguments that are no object as they stand
+        self._new: list[Delta] = []
+
+    def take(self) -> list[Delta]:
+        """The deltas since the last call."""
+        new, self._new = self._new, []
+        return new
+
+    def think(self, text: str) -> None:
+        if shown := self._shown(text):
+            self.reasoning.append(shown)
+            self._add(Delta("reasoning", shown))
+
+    def end_chain(self) -> None:
+        """Drop the chain's last whitespace."""
+        self._blank = ""
+
+    def text(self, text: str) -> None:
+        self.end_call()
+        self.fence.push(text)
+        if shown := self._shown(text) if self._waits else text:
+            if self._called and not self.content:
+                shown = shown.lstrip()
+            self._called = False
+            self.content.append(shown)
+            self._add(Delta("content", shown))
+
+    def call(self, name: str, ident: str | None = None) -> None:
+        """A call begins; `ident` is its id, if the model has written one."""
+        self.end_call()
+        self._blank, self._called, self.fence = "", True, Fence()
+        self._left_out = self._single_call and bool(self.calls)
+        if self._left_out:
+            return
+        is_new = ident is not None and ident not in (known for known, _, _ in self.calls)
+        self.calls.append((ident if is_new and ident else self._new_id(), name, []))
+        self._new.append(Delta("tool", "", len(self.calls) - 1, name, self.calls[-1][0]))
+
+    def arguments(self, text: str) -> None:
+        """A piece of the arguments' JSON."""
+        if self._left_out or not text:
+            return
+        if self._held is not None:
+            self._held += text
+        elif not self.calls[-1][2] and text[0] in '"n':  # a text that holds them, or null
+            self._held = text
+        else:
+            self._argue(text)
+
+    def end_call(self) -> None:
+        """The call is over: arguments in a string are taken out of it, and null is none."""
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        try:
+            value = json.loads(held)
+            inner = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            self._argue(held)
+            return
+        self._argue("{}" if inner is None else value if isinstance(inner, dict) else held)
+
+    def _argue(self, text: str) -> None:
+        self.calls[-1][2].append(text)
+        self._add(Delta("tool", text, len(self.calls) - 1))
+
+    def end(self) -> None:
+        """Whitespace that ends a plain answer is part of it."""
+        self.end_call()
+        if self._blank and not self._called:
+            self.content.append(self._blank)
+            self._add(Delta("content", self._blank))
+        self._blank = ""
+
+    def _shown(self, text: str) -> str:
+        text = self._blank + text
+        shown = text.rstrip()
+        self._blank = text[len(shown) :]
+        return shown
+
+    def _add(self, delta: Delta) -> None:
+        last = self._new[-1] if self._new else None
+        if last and (last.kind, last.index, last.name) == (delta.kind, delta.index, None):
+            self._new[-1] = Delta(delta.kind, last.text + delta.text, delta.index)
+        else:
+            self._new.append(delta)

@@ -1,0 +1,26 @@
+"""How often values fell below each of some bounds, as Prometheus has it. No torch here."""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+
+class Histogram:
+    """How often values fell below each of some bounds (seconds)."""
+
+    def __init__(self, bounds: Iterable[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+    def lines(self, name: str, label: str = "") -> list[str]:
+        """As cumulative buckets, sum and count, with one more label if there is one."""
+        found, so_far = [], 0
+        more, own = (f",{label}", f"{{{label}}}") if label else ("", "")
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            so_far += count
+            found.append(f'{name}_bucket{{le="{bound}"{more}}} {so_far}')
+        return [*found, f"{name}_sum{own} {self.total:.6f}", f"{name}_count{own} {so_far}"]

@@ -1,0 +1,96 @@
+"""Models of one folder that are read when a request names them, and leave by least use when there are too many."""
+
+import asyncio
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from finback.checkpoint.models import find_model
+from finback.config import UserError
+from finback.engine.engine import EngineConfig
+from finback.engine.open import open_engine
+from finback.serve.errors import ApiError, log
+from finback.serve.options import ServeOptions
+
+if TYPE_CHECKING:
+    from finback.serve.service import Service
+
+
+class ModelsFolder:
+    """The models within `options.models_dir`; belongs to the event loop of `first`, the model that the server began with."""
+
+    def __init__(self, options: ServeOptions, first: "Service", served: "type[Service]") -> None:
+        assert options.models_dir is not None, "no folder"
+        self.root, self.options, self.first, self.served = options.models_dir, options, first, served
+        self._loaded: list[Service] = []
+        self._lock = asyncio.Lock()  # one is read at a time
+
+    def paths(self) -> dict[str, Path]:
+        """The models by name. A request's name is looked up here, never made into a path; links lead nowhere else."""
+        found, root = {}, self.root.resolve()
+        for path in sorted(self.root.iterdir()):
+            if path.name.startswith(".") or not path.resolve().is_relative_to(root):
+                continue
+            try:
+                find_model(path)
+            except UserError:  # something else
+                continue
+            found[path.stem if path.suffix == ".gguf" else path.name] = path
+        return found
+
+    async def load(self, name: str) -> "Service | None":
+        """The model of this name, read if it has to be; None where there is none. ApiError 503 where it does not fit."""
+        path = (await asyncio.to_thread(self.paths)).get(name)
+        if path is None:
+            return None
+        async with self._lock:
+            if found := next((each for each in self.first.all if name in each.names), None):
+                return found
+            await self._make_room(name, await asyncio.to_thread(_size, path, self.options.dtype))
+            o = self.options
+            config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate)
+            reader = ThreadPoolExecutor(1)  # a thread of its own, as server.run says
+            try:
+                loop = asyncio.get_running_loop()
+                engine, tokenizer = await loop.run_in_executor(reader, open_engine, path, o.dtype, config)
+            except UserError as error:
+                raise ApiError(503, f"{name} cannot be read: {error.problem}", "model", "model_unreadable") from None
+            finally:
+                reader.shutdown(wait=False)
+            own = dataclasses.replace(o, model=path, name=name, aliases=(), also=())
+            service = self.served(engine, tokenizer, own, first=self.first)
+            service.worker.start()
+            self._loaded.append(service)
+            return service
+
+    async def _make_room(self, name: str, needed: int) -> None:
+        """Let idle models go, the longest unused first, until there are few enough and the memory suffices."""
+        idle = sorted((s for s in self._loaded if not s.admission.requests), key=lambda s: s.used)
+        while idle and (len(self._loaded) >= self.options.models_max or needed > psutil.virtual_memory().available):
+            await self._unload(idle.pop(0))
+        free = psutil.virtual_memory().available
+        log.info("loading %s: about %.2f GB, %.2f GB are free", name, needed / 1e9, free / 1e9)
+        if len(self._loaded) >= self.options.models_max:
+            raise ApiError(
+                503, f"{len(self._loaded)} models are busy, and more are not read at a time", "model", "busy"
+            )
+        if needed > free:
+            problem = f"{name} takes about {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+            raise ApiError(503, problem, "model", "insufficient_memory", retry_after=30)
+
+    async def _unload(self, service: "Service") -> None:
+        log.info("letting %s go", service.options.name)
+        self._loaded.remove(service)
+        self.first.all.remove(service)
+        await service.schemas.close()
+        await asyncio.to_thread(service.worker.close)
+
+
+def _size(path: Path, dtype: str) -> int:
+    """Bytes that a model takes at least: those of its files, which in fp32 may be read from half as many."""
+    found = find_model(path)
+    files = [found] if found.is_file() else [p for p in found.rglob("*") if p.suffix in (".safetensors", ".gguf")]
+    return sum(p.stat().st_size for p in files) * (2 if dtype == "fp32" else 1)
