@@ -20,7 +20,7 @@ NAMES = {"response_format": "output_config.format", "tool_choice.function.name":
 DROPPED = ("redacted_thinking", "tool_reference", "server_tool_use", "tool_addition", "tool_removal", "fallback")
 
 
-class Block(RequestPart):
+class ContentBlock(RequestPart):
     """A block of content."""
 
     type: str
@@ -30,10 +30,10 @@ class Block(RequestPart):
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: "str | list[Block] | dict[str, Any] | None" = None
+    content: "str | list[ContentBlock] | dict[str, Any] | None" = None
 
     @model_validator(mode="after")
-    def _is_whole(self) -> "Block":
+    def _is_whole(self) -> "ContentBlock":
         """ValueError that names a kind of block that is not read, or what one lacks."""
         is_left_out = self.type in DROPPED or self.type.endswith("_tool_result")
         needs = {"text": "text", "thinking": "thinking", "tool_use": "name", "tool_result": "tool_use_id"}
@@ -59,11 +59,11 @@ class TurnParam(RequestPart):
     """One turn of a dialogue; a system message may stand among them."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | list[ContentBlock]
 
     @property
-    def blocks(self) -> list[Block]:
-        return [Block(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+    def blocks(self) -> list[ContentBlock]:
+        return [ContentBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
 class ThinkingSwitch(RequestPart):
@@ -126,7 +126,7 @@ class CountRequest(RequestPart):
 
     model: Annotated[str, Field(max_length=256)]
     messages: Annotated[list[TurnParam], Field(min_length=1, max_length=4096)]
-    system: str | list[Block] | None = None
+    system: str | list[ContentBlock] | None = None
     tools: Annotated[list[ClientTool], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingSwitch | None = None
@@ -180,8 +180,8 @@ def _short(user: str | None) -> str | None:
     return user and user[:512]
 
 
-def _system(given: str | list[Block] | None) -> Iterator[tuple[dict[str, Any], str]]:
-    blocks = [Block(type="text", text=given)] if isinstance(given, str) else given or []
+def _system(given: str | list[ContentBlock] | None) -> Iterator[tuple[dict[str, Any], str]]:
+    blocks = [ContentBlock(type="text", text=given)] if isinstance(given, str) else given or []
     texts = [block.plain for block in blocks if not block.plain.startswith(BILLING)]
     if text := "\n\n".join(texts):
         yield {"role": "system", "content": text}, "system"
@@ -207,7 +207,7 @@ def _turns(turns: Sequence[TurnParam]) -> Iterator[tuple[dict[str, Any], str]]:
             yield {"role": turn.role, "content": text}, place
 
 
-def _call(block: Block) -> dict[str, Any]:
+def _call(block: ContentBlock) -> dict[str, Any]:
     arguments = json.dumps(block.input or {}, ensure_ascii=False)
     return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
 
