@@ -158,7 +158,7 @@ class RequestPreparer:
     def _thinks(self, request: ChatRequest) -> tuple[bool | None, tuple[str, ...]]:
         """Whether the model is to think, None if that is up to it; and a note where it cannot."""
         think = _thinks(request)
-        if request.thinking_budget == 0:
+        if 0 in (request.thinking_budget, request.thinking.budget_tokens if request.thinking else None):
             think = False
         if think and THINK not in self.tokenizer.ids:
             # an effort is not a demand
