@@ -22,7 +22,7 @@ from finback.kernels import fp8
 from finback.model.config import ModelConfig, from_json, to_json
 from finback.model.frozen import freeze
 from finback.model.layers import Linear
-from finback.model.lora import AdaptedTransformer, LoRA, adapter_parameters, add_lora, merge
+from finback.model.lora import AdaptedTransformer, LoRA, adapter_parameters, merge
 from finback.model.moe import MoE
 from finback.model.quantized import make_room_for_fp8, matrix_names
 from finback.model.transformer import Transformer
@@ -99,21 +99,7 @@ def load_for_training(path: Path, lora: LoRA | None, compute: torch.dtype, seed:
     base, adapter = adapters.places(path)
     model = load(base, compute, "fp32" if lora.base == "fp32" else "bf16")
     digest = peft.digest(model)
-    freeze(model, lora.base)
-    if adapter is None:
-        found = add_lora(model, lora, seed)
-    else:
-        stored = peft.read(adapter)
-        stored.check_base(base, digest)
-        has = stored.lora
-        if (has.rank, has.alpha, has.rs) != (lora.rank, lora.alpha, lora.rs):
-            problem = f"{adapter} has rank={has.rank}, alpha={has.alpha:g}, rs={has.rs}"
-            remedy = "Use the same to go on with it, or start from the merged model that `finback export` writes."
-            raise UserError("adapter", f"rank={lora.rank}, alpha={lora.alpha:g}, rs={lora.rs}", problem, remedy)
-        found = peft.attach(model, stored)
-        found.lora = lora
-    found.base, found.base_digest = str(base.resolve()), digest
-    return found
+    return peft.put_adapter(freeze(model, lora.base), lora, (base, adapter), digest, seed)
 
 
 def find_model(path: Path) -> Path:

@@ -7,6 +7,7 @@ Read both alike and every expert but the first is wrong, without an error.
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +21,17 @@ from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.model.frozen import BaseFormat
 from finback.model.layers import Linear
-from finback.model.lora import GROUPS, AdaptedTransformer, LoRA, LowRank, adapted, matrices, put_on, put_on_experts
+from finback.model.lora import (
+    GROUPS,
+    AdaptedTransformer,
+    LoRA,
+    LowRank,
+    adapted,
+    add_lora,
+    matrices,
+    put_on,
+    put_on_experts,
+)
 from finback.model.moe import MoE
 from finback.model.quantized import matrix_names
 from finback.model.transformer import Transformer
@@ -111,6 +122,30 @@ def read(folder: Path) -> StoredAdapter:
         problem = f"not LoRA's settings ({error})"
         raise UserError("adapter", str(folder / CONFIG_FILE), problem, "Copy it again.") from None
     return StoredAdapter(folder, lora, raw, meta.get("base_digest", ""), tensors)
+
+
+def put_adapter(
+    model: Transformer, lora: LoRA, places: tuple[Path, Path | None], base_digest: str, seed: int
+) -> AdaptedTransformer:
+    """Put a new adapter, or a stored one that goes on learning, on its base, which is frozen, in place.
+
+    places: of the base, and of the stored adapter; UserError where that belongs to another base or is of another shape.
+    """
+    base, adapter = places
+    if adapter is None:
+        found = add_lora(model, lora, seed)
+    else:
+        stored = read(adapter)
+        stored.check_base(base, base_digest)
+        has = stored.lora
+        if (has.rank, has.alpha, has.rs) != (lora.rank, lora.alpha, lora.rs):
+            problem = f"{adapter} has rank={has.rank}, alpha={has.alpha:g}, rs={has.rs}"
+            remedy = "Use the same to go on with it, or start from the merged model that `finback export` writes."
+            raise UserError("adapter", f"rank={lora.rank}, alpha={lora.alpha:g}, rs={lora.rs}", problem, remedy)
+        found = attach(model, stored)
+        found.lora = lora
+    found.base, found.base_digest = str(base.resolve()), base_digest
+    return found
 
 
 def attach(model: Transformer, stored: StoredAdapter) -> AdaptedTransformer:
@@ -207,14 +242,17 @@ def _fill(adapter: LowRank, place: int, a: Tensor, b: Tensor, name: str, stored:
     into_b[:, :rank].copy_(b)
 
 
-def digest(model: Transformer) -> str:
-    """Tells one base from another: of some of each matrix's values, in bf16, before it is quantized."""
+def digest(model: Transformer, some: Callable[[Tensor, int], Tensor] = lambda t, step: t.flatten()[::step]) -> str:
+    """Tells one base from another: of some of each matrix's values, in bf16, before it is quantized.
+
+    some(matrix, step) is every step-th of its numbers, row by row.
+    """
     total = hashlib.sha256()
     for name, module, _, _ in matrices(model):
         for each in matrix_names(module):
-            flat = getattr(module, each).detach().flatten()
-            some = flat[:: max(1, len(flat) // 256)].to(torch.bfloat16).view(torch.int16)
-            total.update(name.encode() + some.cpu().numpy().tobytes())
+            matrix = getattr(module, each).detach()
+            found = some(matrix, max(1, matrix.numel() // 256)).to(torch.bfloat16).view(torch.int16)
+            total.update(name.encode() + found.cpu().numpy().tobytes())
     return total.hexdigest()
 
 

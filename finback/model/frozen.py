@@ -29,6 +29,9 @@ class FrozenLinear(Linear):
 class FrozenMoE(MoE):
     """A mixture of experts whose router and experts are not learnt."""
 
+    # which of its experts lie here, of adapters that have all
+    held: slice = slice(None)
+
     def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
         if not self.is_adapted and not torch.is_grad_enabled():
             y: Tensor = super().experts(x, index, weight, gate_up, down)

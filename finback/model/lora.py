@@ -103,10 +103,10 @@ class LowRank(nn.Module):
         y = torch.einsum("...nr,nor->...no", h.unflatten(-1, (n, rank)), self.b.to(x.dtype)) * self.scale
         return self._spread(y, -2).flatten(-2)
 
-    def per_expert(self, rows: Tensor, blocks: Blocks) -> Tensor:
-        """rows (m, in) laid out by expert -> (m, out); matrix e is expert e's."""
-        low = frozen.learnt_per_expert(rows, self.a, blocks)
-        return frozen.learnt_per_expert(low, self.b, blocks) * self.scale
+    def per_expert(self, rows: Tensor, blocks: Blocks, held: slice) -> Tensor:
+        """rows (m, in) laid out by expert, those experts that are `held` here -> (m, out); matrix e is expert e's."""
+        low = frozen.learnt_per_expert(rows, self.a[held], blocks)
+        return frozen.learnt_per_expert(low, self.b[held], blocks) * self.scale
 
     def delta(self) -> Tensor:
         """What is added to the weights, (parts, out, in) in fp32."""
@@ -151,7 +151,7 @@ class LoraMoE(FrozenMoE):
         base, adapter = super().product(name), self.adapter(name)
         if not self.is_adapted:
             return base
-        return lambda rows, blocks: base(rows, blocks) + adapter.per_expert(rows, blocks)
+        return lambda rows, blocks: base(rows, blocks) + adapter.per_expert(rows, blocks, self.held)
 
     def adapter(self, name: str) -> LowRank:
         """That of gate_up or of down."""

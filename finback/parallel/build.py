@@ -38,13 +38,14 @@ def build(
     compute: torch.dtype = torch.float32,
     loss: Loss | None = None,
     put_on: Callable[[Transformer], Any] = lambda model: model,
+    dtype: torch.dtype = torch.float32,
 ) -> Built:
-    """This rank's share with its values, in training mode. A pipeline needs the loss at its end.
+    """This rank's share with its values, in training mode, parameters in `dtype`. A pipeline needs the loss at its end.
 
-    `put_on` changes in place how a model computes, while it has no experts elsewhere.
+    `put_on` changes in place how a model computes and what of it learns, while it has no experts elsewhere.
     """
     stages = layout.stages_of(mesh.pp.get_local_rank())
-    models = [blank(config, compute) for _ in stages]
+    models = [blank(config, compute, dtype) for _ in stages]
     roots: list[nn.Module] = list(models)
     if layout.pp > 1:
         assert loss is not None, "a pipeline ends with a loss"
@@ -64,10 +65,10 @@ def build(
     return Built(models, roots, sharding)
 
 
-def blank(config: ModelConfig, compute: torch.dtype) -> Transformer:
+def blank(config: ModelConfig, compute: torch.dtype, dtype: torch.dtype = torch.float32) -> Transformer:
     """A model without memory behind its parameters."""
     with torch.device("meta"):
-        return Transformer(config, compute)
+        return Transformer(config, compute, dtype)
 
 
 def _keep_own_experts(model: Transformer, mesh: Mesh, fsdp: bool) -> None:
@@ -81,7 +82,7 @@ def _keep_own_experts(model: Transformer, mesh: Mesh, fsdp: bool) -> None:
             mine = whole.detach()[start:stop]
             # FSDP learns from a DTensor that it is given a part; ZeRO-1 leaves parameters as they are
             part = DTensor.from_local(mine, mesh.ep, [Shard(0)], run_check=False) if fsdp else mine
-            setattr(moe, name, nn.Parameter(part))
+            setattr(moe, name, nn.Parameter(part, whole.requires_grad))
 
 
 def shares(models: list[Transformer], mesh: Mesh) -> list[Share]:

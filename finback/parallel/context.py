@@ -124,6 +124,25 @@ def in_parts(read: Callable[[Tensor], Tensor], tokens: Tensor, axis: DeviceMesh 
     return _whole(read(padded[:, member * part : (member + 1) * part + 1]), axis.get_group())[:, :length]
 
 
+def whole_rows(part: Tensor, axis: DeviceMesh | None) -> Tensor:
+    """Rows (b, members · t) from everybody's part (b, t), of which all ranks make the same; a part's gradient is that of its place."""
+    if axis is None:
+        return part
+    rows: Tensor = _WholeRows.apply(axis.get_group(), part)
+    return rows
+
+
+class _WholeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, part: Tensor) -> Tensor:
+        ctx.group = group
+        return _whole(part, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, grads[0].chunk(ctx.group.size(), dim=1)[ctx.group.rank()].contiguous()
+
+
 def _whole(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Rows (b, members · t) from everybody's part (b, t), without gradient."""
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]

@@ -13,8 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from finback.kernels import moe_gemm
+from finback.kernels import frozen, moe_gemm
+from finback.kernels.frozen import Product
+from finback.model.frozen import FrozenMoE
 from finback.model.moe import MoE
+from finback.model.replace import recast
 from finback.parallel.mesh import Mesh, swap
 
 
@@ -24,7 +27,22 @@ def spread_experts(model: nn.Module, mesh: Mesh) -> None:
     for module in model.modules():
         if isinstance(module, MoE):
             groups = [axis.get_group() for axis in axes]
+            if isinstance(module, FrozenMoE):
+                count = module.config.n_routed_experts // mesh.ep.size()
+                first = mesh.ep.get_local_rank() * count
+                recast(module, FrozenExpertsHere).held = slice(first, first + count)
             module.experts = Exchange(groups, module.config.n_routed_experts, module.experts)
+
+
+class FrozenExpertsHere(FrozenMoE):
+    """A mixture of experts that is not learnt, and of whose experts this rank has a part."""
+
+    def product(self, name: str) -> Product:
+        c = self.config
+        width = 2 * c.moe_intermediate_size if name == "gate_up" else c.hidden_size
+        return lambda rows, blocks: frozen.per_expert(
+            rows, blocks, width, lambda expert, dtype: _here(getattr(self, name))[expert].to(dtype)
+        )
 
 
 class Exchange:
@@ -37,8 +55,7 @@ class Exchange:
 
     def __call__(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """x (n, d), index and weight (n, k) over all experts, gate_up and down of the local ones -> (n, d)."""
-        local = [w.to_local() if isinstance(w, DTensor) else w for w in (gate_up, down)]
-        return self._along(0, self.experts, x, index, weight, local)
+        return self._along(0, self.experts, x, index, weight, [_here(gate_up), _here(down)])
 
     def _along(self, level: int, span: int, x: Tensor, index: Tensor, weight: Tensor, local: list[Tensor]) -> Tensor:
         """Experts 0..span, spread over the axes from `level` on; -1 in `index` is a choice that lies elsewhere."""
@@ -58,6 +75,11 @@ class Exchange:
         y = self._along(level + 1, per_member, rows, chosen, weights, local)
         (back,) = _Swap.apply(group, *reversed(splits), y)
         return torch.zeros_like(x).index_add(0, token, back)
+
+
+def _here(weights: Tensor) -> Tensor:
+    """Those of this rank's experts."""
+    return weights.to_local() if isinstance(weights, DTensor) else weights
 
 
 def copies(index: Tensor, members: int, per_member: int) -> tuple[Tensor, Tensor]:

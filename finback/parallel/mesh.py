@@ -96,6 +96,15 @@ class World:
         assert isinstance(run.ranks, cls), "a stage that exchanges tensors runs on a World"
         return run.ranks
 
+    def laid_out(self, layout: Layout | None, field: str) -> Layout | None:
+        """The layout of a model on these ranks, None where one holds all of it; UserError unless they are as many as it says."""
+        if layout is not None and layout.ranks != self.size:
+            there = f"there are {self.size} ranks" if self.size > 1 else "there is 1 rank"
+            product, ranks = "pp x dp x cp" if layout.cp > 1 else "pp x dp", layout.ranks
+            remedy = f"Start it with --ranks {ranks}, or with so many by torchrun, or change the layout."
+            raise UserError(field, layout.mesh(), f"{product} is {ranks}, but {there}", remedy)
+        return None if self.size == 1 else layout
+
     def leave(self) -> None:
         """End the group."""
         if self.heartbeat is not None:

@@ -115,7 +115,7 @@ class FullyShard(Sharding):
 
     def reduce(self) -> None:
         for part in chain(*self.parts):
-            if part.value.grad is None:  # a module that the step did not need
+            if part.value.grad is None and part.value.requires_grad:  # a module that the step did not need
                 part.value.grad = torch.zeros_like(part.value)
 
     def rest(self) -> None:

@@ -8,6 +8,7 @@ from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Completion, SamplingParams
 from finback.model.config import ModelConfig
 from finback.model.transformer import Transformer
+from finback.parallel.served_weights import ServedWeights
 from finback.rollouts.generation import Backend, PolicyModel, Rollouts
 
 
@@ -43,12 +44,14 @@ class EngineRollouts(Rollouts):
         return self._engine
 
     def _take_weights(self, version: int) -> int:
+        served = self.weights if isinstance(self.weights, ServedWeights) else None
+        before = 0 if served is None else served.bytes
         model = self.weights()
         if self._engine is not None and self._engine.model is not model:
             self._engine.use(model)
         elif self._engine is None:
             self._engine = Engine(model, self.tokenizer.stops, self.engine_config)
-        return 0
+        return 0 if served is None else served.bytes - before
 
     def _answers(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]

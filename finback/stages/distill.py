@@ -19,7 +19,6 @@ from finback.data.messages import IGNORE, Lesson
 from finback.data.tokenizer import Tokenizer
 from finback.engine.request import SamplingParams
 from finback.model.logprobs import in_chunks, rows_at_once
-from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import Window
 from finback.rollouts.generation import PolicyModel
@@ -28,8 +27,9 @@ from finback.rollouts.rollouts import rollout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Work
-from finback.stages.fine_tuning import Batches, FineTuning, begin
+from finback.stages.fine_tuning import Batches, FineTuning
 from finback.stages.sft import SFT, LessonBatches
+from finback.stages.tuning_setup import frozen_share, trainer_of
 from finback.stages.validation import training_questions
 from finback.tasks.task import Task
 from finback.train.batch import Batch, of_lessons
@@ -86,11 +86,10 @@ class Distill(SFT):
         return dataclasses.replace(given, objective="a teacher's probabilities", ledger=spent, results=results)
 
     def training(self, run: StageRun) -> FineTuning:
-        trainer, tokenizer = begin(self, run)
-        model = trainer.model
-        teacher = DistillationTeacher(self, run, model, tokenizer)
+        trainer, tokenizer = trainer_of(self, run, self.weight_decay), Tokenizer(run.input(self.start))
+        teacher = DistillationTeacher(self, run, trainer, tokenizer)
         batches: Batches = (
-            LessonBatches(self, run, tokenizer, model.config)
+            LessonBatches(self, run, tokenizer, trainer)
             if self.task is None  # on-policy every answer has a row of its own
             else OnPolicyBatches(self, run, tokenizer, trainer)
         )
@@ -100,10 +99,13 @@ class Distill(SFT):
 class DistillationTeacher:
     """The main loss of a student that learns from a teacher's probabilities."""
 
-    def __init__(self, stage: Distill, run: StageRun, student: Transformer, tokenizer: Tokenizer) -> None:
-        self.stage, self.student, self.vocab = stage, student, tokenizer.vocab_size
+    def __init__(self, stage: Distill, run: StageRun, trainer: Trainer, tokenizer: Tokenizer) -> None:
+        self.stage, self.student, self.vocab = stage, trainer.model, tokenizer.vocab_size
         folder = run.input(stage.teacher)
-        self.model = models.load(folder).eval().to(World.of(run).device)
+        if trainer.in_step:
+            self.model = frozen_share(stage, folder, trainer, torch.float32, "teacher").model
+        else:
+            self.model = models.load(folder).eval().to(World.of(run).device)
         self.config = self.model.config
         longest, window = stage.seq_len if stage.task is None else stage.max_tokens, self.config.max_position_embeddings
         if longest > window:
@@ -140,10 +142,10 @@ class OnPolicyBatches(Batches):
     generates = True
 
     def __init__(self, stage: Distill, run: StageRun, tokenizer: Tokenizer, trainer: Trainer) -> None:
-        super().__init__(stage, run, tokenizer, trainer.model.config)
+        super().__init__(stage, run, tokenizer, trainer)
         self.stage, self.student, self.steps = stage, trainer.model, stage.steps
         self.sampling = SamplingParams(stage.temperature, stage.max_tokens)
-        policy = PolicyModel(trainer.gathered, trainer.model.config, tokenizer, run, stage.compute)
+        policy = PolicyModel(trainer.served(), trainer.model.config, tokenizer, run, stage.compute)
         self.rollouts = stage.rollouts.open(policy, self.sampling)
         assert stage.task is not None, "on-policy distillation answers a task"
         window = Window(tokenizer, trainer.model.config, stage.max_tokens)
@@ -169,8 +171,8 @@ class OnPolicyBatches(Batches):
         self.rollouts.update(step - 1)
         asked = [problems[i] for i in mine]
         answers = rollout(self.rollouts, self.tokenizer, stage.task, asked, seeds, self.sampling)
-        made = [
-            [Lesson(r.prompt + r.completion.tokens, [IGNORE] * len(r.prompt) + r.completion.tokens)] for r in answers
-        ]
+        read = [(r.prompt, r.completion.tokens) for r in answers]
+        rows = [row for some in self.trainer.of_same_rows(read) for row in some]
+        made = [[Lesson(prompt + tokens, [IGNORE] * len(prompt) + tokens)] for prompt, tokens in rows]
         self.student.train()
         return of_lessons(made, self.depths) if made else None, stage.prompts_per_step

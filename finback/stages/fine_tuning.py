@@ -5,12 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finback.checkpoint import models
 from finback.data.tokenizer import Tokenizer
-from finback.model.config import ModelConfig
 from finback.model.count import forward_flops_of, recomputed_flops_of, training_flops_of
-from finback.model.lora import learnt_parameters
-from finback.model.recompute import use_recompute
 from finback.parallel.mesh import World
 from finback.rollouts.generation import Rollouts
 from finback.runs.folder import StageRun
@@ -18,12 +14,10 @@ from finback.stages.generation_costs import generation_costs
 from finback.stages.validation import Validator
 from finback.train import rates
 from finback.train.batch import Batch
-from finback.train.heap import return_large_blocks
 from finback.train.loop import Loop, Training
 from finback.train.loss import LossTerms
-from finback.train.optim import Adam
 from finback.train.precision import COMPUTE
-from finback.train.trainer import ReplicatedTrainer, Trainer, demand_finite
+from finback.train.trainer import Trainer, demand_finite
 
 if TYPE_CHECKING:
     from finback.stages.distill import DistillationTeacher
@@ -39,16 +33,19 @@ class Batches(ABC):
     # what it makes that with
     rollouts: Rollouts | None = None
 
-    def __init__(self, stage: "SFT", run: StageRun, tokenizer: Tokenizer, config: ModelConfig) -> None:
-        self.run, self.tokenizer, self.world = run, tokenizer, World.of(run)
+    def __init__(self, stage: "SFT", run: StageRun, tokenizer: Tokenizer, trainer: Trainer) -> None:
+        self.run, self.tokenizer, self.world, self.trainer = run, tokenizer, World.of(run), trainer
         # how many MTP modules are trained
-        self.depths = config.num_nextn_predict_layers if stage.mtp_weight and stage.adapter is None else 0
+        self.depths = trainer.model.config.num_nextn_predict_layers if stage.mtp_weight and stage.adapter is None else 0
         # what there is to say of them in the stage's results
         self.results: dict[str, Any] = {}
 
     @abstractmethod
     def batch(self, step: int) -> tuple[Batch | None, int]:
-        """This rank's rows of a step (from 1 on), None where it has none, and how many rows all ranks have."""
+        """This rank's rows of a step (from 1 on), None where it has none, and how many rows all ranks have.
+
+        Ranks of one data_rank have the same.
+        """
 
     def state(self) -> dict[str, Any]:
         """What the next steps' rows depend on beside their number."""
@@ -116,7 +113,8 @@ class FineTuning(Training):
             training = training_flops_of(self.config, lengths, self.depths > 0, frozen=self.stage.adapter is not None)
             again = recomputed_flops_of(self.config, lengths, policy or "none", self.depths > 0)
             mine += torch.tensor([int(batch.learnt.sum()), sum(lengths), training, forward, asked, again])
-        labels, tokens, training, generation, auxiliary, again = self.world.sum_(mine).tolist()
+        same = self.world.size // self.trainer.data_ranks
+        labels, tokens, training, generation, auxiliary, again = (self.world.sum_(mine) / same).tolist()
         self.tokens += int(tokens)
         flops = {"training": training} | ({"recomputed": again} if policy else {})
         if self.batches.generates:
@@ -142,15 +140,3 @@ class FineTuning(Training):
         if self.batches.rollouts is not None:
             self.batches.rollouts.close()
         return {"steps": loop.step, "tokens": self.tokens, **self.batches.results, **written}
-
-
-def begin(stage: "SFT", run: StageRun) -> tuple[ReplicatedTrainer, Tokenizer]:
-    """The trainer and the tokenizer of `stage.start`."""
-    folder, world = run.input(stage.start), World.of(run)
-    if stage.adapter is not None:
-        return_large_blocks()
-    model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
-    model = use_recompute(model.to(world.device), stage.recomputes or "none").train()
-    named = learnt_parameters(model)
-    adam = Adam(named, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
-    return ReplicatedTrainer(model, world, [adam], named), Tokenizer(folder)

@@ -10,16 +10,18 @@ loss touch the trunk. Router biases move only where `bias_speed` says so.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finback.config import check_not_negative, check_positive, check_share
+from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.engine.request import SamplingParams
 from finback.model.lora import LoRA
 from finback.model.recompute import Policy, policy_of
+from finback.parallel.layout import Layout
 from finback.rollouts.here import Here
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
 from finback.stages import validation
 from finback.stages.grpo_training import Reinforcement
+from finback.stages.tuning_setup import check_layout
 from finback.stages.validation import Validation
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Task
@@ -94,6 +96,8 @@ class GRPO(Stage):
     micro_tokens: int = 4096
     # learn an adapter on a frozen base instead of all weights; the reference model is then the base alone
     adapter: LoRA | None = None
+    # how a model too large for one rank lies on many, which generate with whole copies of it; None: a whole copy on each
+    layout: Layout | None = None
     # what the backward pass makes again instead of keeping it; None: blocks where an adapter is learnt, else nothing
     recompute: Policy | None = None
     checkpoint_steps: int = 5
@@ -112,6 +116,12 @@ class GRPO(Stage):
             raise self.wrong("temperature", "greedy answers do not differ within a group", "Use 1.0.")
         if self.adapter is not None and self.bias_speed:
             raise self.wrong("bias_speed", "moves biases of a base that an adapter leaves as it is", "Use 0.")
+        check_layout(self)
+        if self.layout is not None and self.layout.micro_batches > 1:
+            problem = "answers are cut by micro_tokens"
+            raise UserError(f"{self.name}.layout.micro_batches", self.layout.micro_batches, problem, "Use 1.")
+        if self.layout is not None and self.layout.cp > 1 and self.share_prompts:
+            raise self.wrong("share_prompts", "such rows are not cut along the sequence", "Leave it out, or use cp=1.")
         if not 0 < self.top_p <= 1:
             raise self.wrong("top_p", "not above 0 and up to 1", "Use 1 for all tokens.")
         if self.prompts_per_step % self.updates:

@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from finback.checkpoint import models
 from finback.data.tokenizer import Tokenizer
 from finback.model.count import forward_flops_of, recomputed_flops_of, training_flops_of
 from finback.model.logprobs import token_logprobs
-from finback.model.lora import learnt_parameters
-from finback.model.recompute import use_recompute
 from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
@@ -22,16 +19,14 @@ from finback.rollouts.rollouts import Rollout, batches
 from finback.rollouts.shared_prompts import predicting, shared_batches
 from finback.runs.folder import StageRun
 from finback.stages.generation_costs import generation_costs
-from finback.stages.grpo_sampling import GroupSampler
+from finback.stages.grpo_sampling import Group, GroupSampler
 from finback.stages.grpo_stopping import Stopping
+from finback.stages.tuning_setup import reference_model, trainer_of
 from finback.train import grpo_loss
-from finback.train.batch import Batch
-from finback.train.heap import return_large_blocks
+from finback.train.batch import Batch, idle
 from finback.train.loop import Loop, Training
-from finback.train.optim import Adam
 from finback.train.precision import COMPUTE
-from finback.train.reference import reference_of
-from finback.train.trainer import ReplicatedTrainer, demand_finite
+from finback.train.trainer import demand_finite
 
 if TYPE_CHECKING:
     from finback.stages.grpo import GRPO
@@ -45,32 +40,25 @@ SUMS = 9  # over tokens: loss, clipped, entropy, divergence, tokens, |gap|, toke
 class Reinforcement(Training):
     """Samples, gives advantages, learns; a Loop calls its steps."""
 
-    trainer: ReplicatedTrainer
-
     def __init__(self, stage: "GRPO", run: StageRun) -> None:
         world, share = World.of(run), stage.prompts_per_step // stage.updates
         if share % world.size:
             problem = f"{share} questions per update do not divide among {world.size} ranks"
             raise stage.wrong("prompts_per_step", problem, "Use --ranks.")
-        folder, dtype = run.input(stage.start), COMPUTE[stage.compute]
-        self.stage, self.tokenizer = stage, Tokenizer(folder)
-        if stage.adapter is not None:
-            return_large_blocks()
-        self.model = models.load_for_training(folder, stage.adapter, dtype, run.seed("adapter")).to(world.device)
+        self.stage, self.tokenizer = stage, Tokenizer(run.input(stage.start))
         # the MTP modules stay as they are
-        named = [(n, p) for n, p in learnt_parameters(self.model) if not n.startswith("mtp.")]
-        use_recompute(self.model, stage.recomputes or "none")
-        self.reference = reference_of(self.model, "reference") if stage.objective.beta else None
-        extras = [self.reference] if self.reference is not None else []
-        adam = Adam(named, betas=(0.9, 0.95), weight_decay=0.0)
-        trainer = ReplicatedTrainer(self.model, world, [adam], named, extras)
-        super().__init__(run, trainer, stage.steps, stage.checkpoint_steps, dtype)
+        trainer = trainer_of(stage, run, weight_decay=0.0, frozen=("mtp.",))
+        self.model = trainer.model
+        self.reference = reference_model(stage, run, trainer) if stage.objective.beta else None
+        super().__init__(run, trainer, stage.steps, stage.checkpoint_steps, COMPUTE[stage.compute])
+        # ranks that read the same answers
+        self.same = world.size // trainer.data_ranks
         if stage.routing_replay and not self.model.config.n_routed_experts:
             raise stage.wrong("routing_replay", "the model has no routed experts", "Leave it out.")
         # what is replayed of the experts that the answers were sent to
         self.routing = trace_routers(self.model) if stage.routing_replay else None
         policy = PolicyModel(
-            trainer.gathered,
+            trainer.served(),
             self.model.config,
             self.tokenizer,
             run,
@@ -93,7 +81,7 @@ class Reinforcement(Training):
         self.rollouts.update(loop.step - 1)
         asked, groups = self.sampler.sample(loop.step)
         begin = time.perf_counter()
-        rows = [self._learnable(pairs) for pairs in self.sampler.of_updates(groups, loop.step)]
+        rows = [self._learnable(pairs) for pairs in self._of_updates(groups, loop.step)]
         work = [(self._batches(pairs), answers, tokens) for pairs, answers, tokens in rows]
         seen, worst, norm = torch.zeros(SUMS, dtype=torch.float64), 0.0, 0.0
         self.model.train()
@@ -105,7 +93,7 @@ class Reinforcement(Training):
         health = trainer.balance(stage.bias_speed)
         if self.reference is not None and stage.reference_steps and loop.step % stage.reference_steps == 0:
             self.reference.refresh(self.model)
-        loss, clipped, entropy, kl, tokens, gap, compared, cut, masked = self.world.sum_(seen).tolist()
+        loss, clipped, entropy, kl, tokens, gap, compared, cut, masked = self._summed(seen)
         with_gradient, tokens, compared = tokens, max(tokens, 1.0), max(compared, 1.0)
         metrics = self.sampler.describe(asked, groups)
         spared = [n for parts, *_ in work for batch in parts for n in batch.spared()]
@@ -130,7 +118,17 @@ class Reinforcement(Training):
             **generation_costs(self.rollouts, loop),
         }
 
+    def _summed(self, mine: Tensor) -> list[float]:
+        """Sums over all ranks of what each has of its rows, those counted once that several ranks read."""
+        found: list[float] = (self.world.sum_(mine) / self.same).tolist()
+        return found
+
     # ---- batches ---------------------------------------------------------------------------------------------------
+
+    def _of_updates(self, groups: list[Group], step: int) -> list[list[tuple[Rollout, float]]]:
+        """The answers to learn from by update, those of all ranks that read the same rows."""
+        each = self.trainer.of_same_rows(self.sampler.of_updates(groups, step))
+        return [[pair for pairs in of_ranks for pair in pairs] for of_ranks in zip(*each, strict=True)]
 
     def _learnable(self, pairs: list[tuple[Rollout, float]]) -> Share:
         """One update's answers, longest first, and how many answers and tokens the averages are over.
@@ -147,7 +145,10 @@ class Reinforcement(Training):
         """The batches of one update, with what they need of other models."""
         stage = self.stage
         form = shared_batches if stage.share_prompts else batches
-        parts = [batch.to(self.world.device) for batch in form(pairs, stage.micro_tokens)]
+        parts = form(pairs, stage.micro_tokens)
+        if self.trainer.in_step:
+            parts += [idle(1)] * (max(self.world.gather(len(parts))) - len(parts))
+        parts = [batch.to(self.world.device) for batch in parts]
         self.model.eval()  # what is only looked at does not count as load
         with torch.no_grad():
             if stage.objective.correction.needs_trainer:
@@ -155,14 +156,18 @@ class Reinforcement(Training):
             if self.reference is not None:
                 with self.reference.asked() as model:
                     parts = [replace(b, reference_logprobs=self._logprobs(model, b)[0]) for b in parts]
+        self.trainer.rest()
         self.model.train()
         return parts
 
     def _logprobs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the labels (rows, seq_len), 0 elsewhere, and their entropies (labels,)."""
-        learnt, states = batch.learnt, predicting(model, batch)
-        logprobs, entropy = token_logprobs(model, states, batch.labels[learnt], self.stage.temperature, batch.kept)
-        return torch.zeros(learnt.shape, device=learnt.device).masked_scatter(learnt, logprobs), entropy
+        part = self.trainer.part(batch)
+        learnt, states = part.learnt, predicting(model, part)
+        found = token_logprobs(model, states, part.labels[learnt], self.stage.temperature, part.kept)
+        placed = (torch.zeros(learnt.shape, device=learnt.device).masked_scatter(learnt, t) for t in found)
+        logprobs, entropy = (self.trainer.whole_rows(t, batch) for t in placed)
+        return logprobs, entropy[batch.learnt]
 
     def _replayed_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As `_logprobs` of the trained model, with the experts that the engine took."""
@@ -171,8 +176,10 @@ class Reinforcement(Training):
 
     def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
         """What is computed within takes the engine's experts, backward passes included."""
-        read = batch if batch.shared is None else batch.shared
-        return nullcontext() if self.routing is None else self.routing.replaying(read.routed_experts)
+        if self.routing is None:
+            return nullcontext()
+        read = self.trainer.part(batch) if batch.shared is None else batch.shared
+        return self.routing.replaying(read.routed_experts)
 
     # ---- updates ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +189,7 @@ class Reinforcement(Training):
         counts: this rank's answers and their tokens, those without advantage included.
         """
         stage, trainer = self.stage, self.trainer
-        answers, tokens = self.world.sum_(torch.tensor(counts, dtype=torch.float64)).tolist()
+        answers, tokens = self._summed(torch.tensor(counts, dtype=torch.float64))
         whole = grpo_loss.share(stage.objective.average, tokens, answers, stage.max_tokens)
         trainer.zero()
         seen, worst = torch.zeros(SUMS, dtype=torch.float64), 0.0
@@ -213,28 +220,29 @@ class Reinforcement(Training):
         divergence = (terms.divergence.detach() * mask).sum()
         counts = [terms.clipped.sum(), entropy.sum(), divergence, learnt.sum(), gap.sum(), compared]
         sums = [loss.detach(), *counts, terms.cut.sum(), terms.masked.sum()]
-        return torch.stack([s.double() for s in sums]).cpu(), float(gap.max())
+        return torch.stack([s.double() for s in sums]).cpu(), float(gap.max()) if len(gap) else 0.0
 
     # ---- accounting, stopping and going on -------------------------------------------------------------------------
 
     def _account(self, loop: Loop, asked: list[Rollout], learnt: list[Rollout], spared: list[int]) -> None:
         """Tokens and FLOPs of the step, all ranks' together; `spared` are the lengths of prompts that were not read again."""
         stage, config, frozen = self.stage, self.model.config, self.stage.adapter is not None
-        lengths = [r.length for r in learnt]
+        lengths, once = [r.length for r in learnt], 1 / self.same
         # logprobs of the same answers under the reference model, and under the policy before its updates
         passes = (self.reference is not None) + stage.objective.correction.needs_trainer
         read = ((1, lengths), (-1, spared))
         mine = [
-            sum(lengths) * stage.epochs,
+            once * sum(lengths) * stage.epochs,
             sum(len(r.completion.tokens) for r in asked),
-            stage.epochs * sum(s * training_flops_of(config, n, mtp=False, frozen=frozen) for s, n in read),
+            once * stage.epochs * sum(s * training_flops_of(config, n, mtp=False, frozen=frozen) for s, n in read),
             forward_flops_of(config, [r.length for r in asked]),
-            passes * sum(s * forward_flops_of(config, n) for s, n in read),
-            stage.epochs
+            once * passes * sum(s * forward_flops_of(config, n) for s, n in read),
+            once
+            * stage.epochs
             * sum(s * recomputed_flops_of(config, n, stage.recomputes or "none", mtp=False) for s, n in read),
         ]
         sums = self.world.sum_(torch.tensor(mine, dtype=torch.float64)).tolist()
-        trained, generated = int(sums[0]), int(sums[1])
+        trained, generated = round(sums[0]), int(sums[1])
         self.totals["tokens_trained"] += trained
         self.totals["tokens_generated"] += generated
         again = {"recomputed": sums[5]} if stage.recomputes else {}

@@ -34,14 +34,8 @@ Precision = Literal["fp32", "bf16", "fp8"]
 def set_up(stage: "Pretrain", run: StageRun) -> Pretraining:
     """The training of a stage, on its layout or with the whole model on every rank."""
     world = World.of(run)
-    if stage.layout is not None and stage.layout.ranks != world.size:
-        there = f"there are {world.size} ranks" if world.size > 1 else "there is 1 rank"
-        product, ranks = "pp x dp x cp" if stage.layout.cp > 1 else "pp x dp", stage.layout.ranks
-        problem = f"{product} is {ranks}, but {there}"
-        remedy = f"Start it with --ranks {ranks}, or with so many by torchrun, or change the layout."
-        raise UserError(f"{stage.name}.layout", stage.layout.mesh(), problem, remedy)
-    # a layout of one rank is none
-    return (_replicated if world.size == 1 or stage.layout is None else _sharded)(stage, run, world)
+    layout = world.laid_out(stage.layout, f"{stage.name}.layout")
+    return (_replicated if layout is None else _sharded)(stage, run, world)
 
 
 def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:

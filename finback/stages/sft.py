@@ -14,19 +14,21 @@ from finback.data.messages import Lesson
 from finback.data.rows import arrange
 from finback.data.sources import Chitchat, Files, Hub
 from finback.data.tokenizer import Tokenizer
-from finback.model.config import ModelConfig
 from finback.model.lora import LoRA
 from finback.model.recompute import Policy, policy_of
+from finback.parallel.layout import Layout
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage
 from finback.stages import validation
-from finback.stages.fine_tuning import Batches, FineTuning, begin
+from finback.stages.fine_tuning import Batches, FineTuning
 from finback.stages.lessons import LessonReader
 from finback.stages.prepare import TaskText
+from finback.stages.tuning_setup import check_layout, trainer_of
 from finback.stages.validation import Validation
 from finback.train import loop
 from finback.train.batch import Batch, of_lessons
+from finback.train.trainer import Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class SFT(Stage):
     compute: Literal["fp32", "bf16"] = "fp32"
     # learn an adapter on a frozen base instead of all weights; MTP modules are then not trained
     adapter: LoRA | None = None
+    # how a model too large for one rank lies on many; None: a whole copy on each
+    layout: Layout | None = None
     # what the backward pass makes again instead of keeping it; None: blocks where an adapter is learnt, else nothing
     recompute: Policy | None = None
     checkpoint_steps: int = 50
@@ -77,6 +81,7 @@ class SFT(Stage):
         check_not_negative(self, self.name, "weight_decay", "mtp_weight", "balance_alpha", "bias_speed")
         if self.adapter is not None and self.bias_speed:
             raise self.wrong("bias_speed", "moves biases of a base that an adapter leaves as it is", "Use 0.")
+        check_layout(self)
         known = [*self.traces, *(source.name for source in self.text)]
         if len(set(known)) < len(known):
             raise UserError(f"{self.name}.text", known, "two sources have one name", "Rename one of them.")
@@ -112,19 +117,19 @@ class SFT(Stage):
 
     def training(self, run: StageRun) -> FineTuning:
         """The training that `run` runs."""
-        trainer, tokenizer = begin(self, run)
-        batches = LessonBatches(self, run, tokenizer, trainer.model.config)
+        trainer, tokenizer = trainer_of(self, run, self.weight_decay), Tokenizer(run.input(self.start))
+        batches = LessonBatches(self, run, tokenizer, trainer)
         return FineTuning(self, trainer, batches)
 
 
 class LessonBatches(Batches):
     """A stage's lessons, arranged into the rows of all epochs."""
 
-    def __init__(self, stage: SFT, run: StageRun, tokenizer: Tokenizer, config: ModelConfig) -> None:
-        window = config.max_position_embeddings
+    def __init__(self, stage: SFT, run: StageRun, tokenizer: Tokenizer, trainer: Trainer) -> None:
+        window = trainer.model.config.max_position_embeddings
         if stage.seq_len > window:
             raise stage.wrong("seq_len", f"the model reads {window} tokens", "Lower it.")
-        super().__init__(stage, run, tokenizer, config)
+        super().__init__(stage, run, tokenizer, trainer)
         self.stage = stage
         self.lessons = self._lessons()
         rng = random.Random(run.seed("rows"))
@@ -138,7 +143,7 @@ class LessonBatches(Batches):
     def batch(self, step: int) -> tuple[Batch | None, int]:
         """This rank's rows of a step; None when there are fewer rows than ranks."""
         rows = self.order[step - 1]
-        mine = rows[self.world.rank :: self.world.size]
+        mine = rows[self.trainer.data_rank :: self.trainer.data_ranks]
         batch = of_lessons([[self.lessons[i] for i in row] for row in mine], self.depths) if mine else None
         return batch, len(rows)
 

@@ -86,10 +86,32 @@ class Batch:
         assert not rest, "a row's tokens divide among the members"
         start, parts = member * length, self.tensors()
         for name, t in parts.items():
-            if t.ndim > 1:  # all but what is of whole rows
+            if name == "kept":  # of the labels that are learnt, row by row
+                learnt = self.learnt
+                here = slice(start, start + length)
+                numbers = learnt.flatten().cumsum(0).view_as(learnt) - 1
+                parts[name] = t[numbers[:, here][learnt[:, here]]]
+            elif t.ndim > 1:  # all but what is of whole rows
                 parts[name] = t[:, start : start + length + t.size(1) - self.seq_len]
         each: dict[str, Any] = dict(parts)
         return replace(self, **each, seq_len=length)
+
+    def widened(self, members: int) -> "Batch":
+        """The same rows with padding behind them, as much as it takes for their tokens to divide among the members."""
+        more = -self.seq_len % members
+        if not more:
+            return self
+        fill: dict[str, Any] = {"labels": IGNORE, "padding_mask": False, "routed_experts": -1}
+        parts = self.tensors()
+        if self.padding_mask is None:
+            parts["padding_mask"] = torch.ones_like(self.tokens, dtype=torch.bool)
+        for name, t in parts.items():
+            if name == "document_ids":
+                parts[name] = torch.cat([t, (t[:, -1:] + 1).expand(-1, more)], dim=1)
+            elif t.ndim > 1 and name != "kept":
+                parts[name] = torch.cat([t, t.new_full((len(t), more, *t.shape[2:]), fill.get(name, 0))], dim=1)
+        each: dict[str, Any] = dict(parts)
+        return replace(self, **each, seq_len=self.seq_len + more)
 
     def spared(self) -> list[int]:
         """Lengths of the prompts that are not read again, because other answers of their row have them."""
@@ -138,6 +160,14 @@ class Batch:
             for ids, mask in zip(document_ids, padding_mask, strict=True)
             for n in torch.unique_consecutive(ids[mask], return_counts=True)[1]
         ]
+
+
+def idle(length: int, depths: int = 0) -> Batch:
+    """A row of which nothing is learnt, for ranks that have none where all have to take part."""
+    shape = 1, length + depths
+    tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
+    nothing, none = torch.zeros(1, length), torch.zeros(shape, dtype=torch.bool)
+    return Batch(tokens, labels, length, none, rollout_logprobs=nothing, advantages=torch.zeros(1))
 
 
 def of_windows(windows: Tensor, depths: int) -> Batch:

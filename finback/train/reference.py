@@ -48,7 +48,10 @@ class Frozen:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         start = f"{self.prefix}."
-        self.model.load_state_dict({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})
+        found = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        if self.model.config.tie_word_embeddings:  # many ranks keep one of the two
+            found["head.weight"] = found["embed"]
+        self.model.load_state_dict(found)
 
 
 class FormerAdapter:

@@ -36,7 +36,7 @@ from finback.train.optim import is_matrix
 from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam, ShardedMuon
 from finback.train.sharded_options import ShardedOptions
-from finback.train.trainer import Trainer
+from finback.train.trainer import Stateful, Trainer
 
 PLAIN = ShardedOptions()
 WHOLE = "whole copies"  # what ranks without a layout hold
@@ -79,6 +79,7 @@ class ShardedTrainer(Trainer):
             stage.is_compiled = options.compile
         self.pipeline = Pipeline(stages, layout, self.mesh) if stages else None
         self.optimizers = [self._optimizers(stage) for stage in self.sharding.parts]
+        self.extras: list[Stateful] = []
         if options.ema_decay:
             stages_of_parts = [[(p.name, local(p.value)) for p in parts] for parts in self.sharding.parts]
             self.averages = [EMA(named, options.ema_decay, self.mesh.device) for named in stages_of_parts]
@@ -89,7 +90,7 @@ class ShardedTrainer(Trainer):
         """The numbers of this rank's pipeline stages."""
         return list(self.layout.stages_of(self.mesh.pp.get_local_rank()))
 
-    def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon | ShardedAdam, ShardedAdam]:
+    def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon | ShardedAdam, ...]:
         """Of hidden matrices, and of the rest."""
         matrices = [(p.name, p.value) for p in parts if is_matrix(p.name, p.value)]
         others = [(p.name, p.value) for p in parts if not is_matrix(p.name, p.value)]
@@ -194,9 +195,12 @@ class ShardedTrainer(Trainer):
 
     def gathered(self) -> Transformer:
         model = self.options.put_on(Transformer(self.config, self.options.dtype)).to(self.mesh.device)
-        held: dict[str, Tensor] = {p.name: p.value for p in self.parts if not p.is_copy}
-        gather(held | self._biases(), self.mesh, model)
+        self._gather(model)
         return model
+
+    def _gather(self, model: Transformer, fills: bool = True) -> int:
+        held: dict[str, Tensor] = {p.name: p.value for p in self.parts if not p.is_copy}
+        return gather(held | self._biases(), self.mesh, model, fills)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -267,8 +271,10 @@ class ShardedTrainer(Trainer):
         """Parameters, their averages and optimizers' state: those that an earlier stage has as well, or all others."""
         found: dict[str, Tensor] = {}
         everything = zip(self.stages, self.sharding.parts, self.optimizers, strict=True)
-        for at, (number, parts, (matrices, others)) in enumerate(everything):
-            tensors = {f"model.{part.name}": part.value.detach() for part in parts} | matrices.state() | others.state()
+        for at, (number, parts, optimizers) in enumerate(everything):
+            tensors = {f"model.{part.name}": part.value.detach() for part in parts}
+            for kept in (*optimizers, *(self.extras if at == 0 else ())):
+                tensors |= kept.state()
             for average in self.averages[at : at + 1]:
                 averages = zip(average.state().items(), parts, strict=True)
                 tensors |= {name: like(tensor, part.value) for (name, tensor), part in averages}

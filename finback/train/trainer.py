@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from finback.model.logprobs import text_logprobs
 from finback.model.moe import Router
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.parallel.served_weights import ServedWeights
 from finback.runs.folder import StageRun
 from finback.train import router_health
 from finback.train.batch import Batch
@@ -24,6 +25,8 @@ from finback.train.ema import EMA
 from finback.train.loss import LossTerms, training_losses
 from finback.train.optim import Gradients
 from finback.train.router_health import Health
+
+T = TypeVar("T")
 
 
 class Stateful(Protocol):
@@ -57,6 +60,10 @@ class Trainer(ABC):
     routers: list[Router]
     # running averages of the weights that lie here
     averages: Sequence[EMA] = ()
+    # what else a checkpoint keeps
+    extras: list[Stateful]
+    # whether ranks have to make equally many passes
+    in_step: bool = False
 
     @abstractmethod
     def zero(self) -> None:
@@ -105,6 +112,25 @@ class Trainer(ABC):
     @abstractmethod
     def gathered(self) -> Transformer:
         """The model as it is now, whole on every rank, to generate with; not to be kept."""
+
+    def served(self) -> ServedWeights:
+        """What an engine generates with while SFT, distillation or RL goes on."""
+        return ServedWeights(self.gathered())
+
+    def part(self, batch: Batch) -> Batch:
+        """What this rank reads of rows that it may share with others: all of them unless a layout cuts rows."""
+        return batch
+
+    def whole_rows(self, numbers: Tensor, batch: Batch) -> Tensor:
+        """Numbers (rows, tokens) of this rank's part of a batch as those of its whole rows."""
+        return numbers
+
+    def of_same_rows(self, value: T) -> list[T]:
+        """A value of each rank that reads the same rows as this one."""
+        return [value]
+
+    def rest(self) -> None:  # noqa: B027 - most put nothing together
+        """After passes that no backward pass follows: let go of what they have put together."""
 
     def average(self) -> None:
         """Take the weights into their running averages, where there are any."""

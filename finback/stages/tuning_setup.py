@@ -1,0 +1,123 @@
+"""What SFT, distillation and RL begin with: the trainer that their layout asks for, and models beside it that do not learn."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from finback.checkpoint import models
+from finback.config import UserError
+from finback.model.lora import learnt_parameters
+from finback.model.recompute import use_recompute
+from finback.parallel.layout import Layout
+from finback.parallel.mesh import World
+from finback.runs import adapters
+from finback.runs.folder import StageRun
+from finback.runs.recipe import Stage
+from finback.train.heap import return_large_blocks
+from finback.train.optim import Adam
+from finback.train.precision import COMPUTE
+from finback.train.reference import Reference, reference_of
+from finback.train.trainer import ReplicatedTrainer, Trainer
+
+if TYPE_CHECKING:
+    from finback.stages.grpo import GRPO
+    from finback.stages.sft import SFT
+    from finback.train.sharded_tuning import FrozenShare
+
+
+def check_layout(stage: "SFT | GRPO") -> None:
+    """UserError for what a layout is asked that fine-tuning and RL do not do on it."""
+    layout, adapter = stage.layout, stage.adapter
+    if layout is None:
+        return
+    for name, value, usual, remedy in (
+        ("pp", layout.pp, 1, "Use dp, cp and ep, which share out all of a model too."),
+        ("sharding", layout.sharding, "fsdp", 'Use "fsdp", which holds less.'),
+    ):
+        if value != usual:
+            raise UserError(f"{stage.name}.layout.{name}", value, "is for pre-training alone", remedy)
+    if adapter is not None and adapter.base not in ("fp32", "bf16"):
+        problem = "quantized weights are not shared out"
+        raise UserError(f"{stage.name}.adapter.base", adapter.base, problem, 'Use "bf16", or leave out layout.')
+
+
+def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: tuple[str, ...] = ()) -> Trainer:
+    """A trainer of what `stage.start` names, or of an adapter on it; what begins with a name of `frozen` stays as it is."""
+    folder, world = run.input(stage.start), World.of(run)
+    if stage.adapter is not None:
+        return_large_blocks()
+    layout = world.laid_out(stage.layout, f"{stage.name}.layout")
+    if layout is not None:
+        return _sharded(stage, run, layout, weight_decay, frozen)
+    model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
+    model = use_recompute(model.to(world.device), stage.recomputes or "none").train()
+    named = [(name, p) for name, p in learnt_parameters(model) if not name.startswith(frozen)]
+    adam = Adam(named, betas=(0.9, 0.95), weight_decay=weight_decay)
+    return ReplicatedTrainer(model, world, [adam], named)
+
+
+def _sharded(
+    stage: "SFT | GRPO", run: StageRun, layout: Layout, weight_decay: float, frozen: tuple[str, ...]
+) -> Trainer:
+    from finback.train import sharded_tuning  # a second of imports that only it needs
+
+    world, lora = World.of(run), stage.adapter
+    base, begun = adapters.places(run.input(stage.start))
+    if lora is None:
+        _check_merged(stage, "start", begun)
+    options = sharded_tuning.TuningOptions(
+        optimizer="adamw",
+        weight_decay=weight_decay,
+        compute=stage.compute,
+        recompute=stage.recomputes or "none",
+        frozen=frozen,
+        base=None if lora is None else lora.base,
+    )
+    config, values = models.stored(base, world.rank, world.size)
+    try:
+        if lora is None:
+            return sharded_tuning.ShardedTuner(config, layout, values, options, world.device.type)
+        adapter = sharded_tuning.Adapter(lora, base, begun, run.seed("adapter"))
+        return sharded_tuning.AdapterTuner(config, layout, values, adapter, options, world.device.type)
+    except UserError as error:
+        raise _of_layout(stage, error) from None
+
+
+def _of_layout(stage: Stage, error: UserError, whose: str = "") -> UserError:
+    """An error of a layout as the stage's own."""
+    if not error.field.startswith("layout."):
+        return error
+    return UserError(f"{stage.name}.{error.field}", error.value, error.problem + whose, error.remedy)
+
+
+def _check_merged(stage: Stage, knob: str, adapter: Path | None) -> None:
+    """UserError where a model that is to be shared out is a base and an adapter apart."""
+    if adapter is not None:
+        problem = "an adapter is not merged into a base that is shared out"
+        raise stage.wrong(knob, problem, "Name the merged model that `finback export` writes, or leave out layout.")
+
+
+def frozen_share(stage: Stage, path: Path, trainer: Trainer, compute: torch.dtype, prefix: str) -> "FrozenShare":
+    """The model at a path, which does not learn, shared out as the trainer's own; `prefix` is for its names in a checkpoint."""
+    from finback.train import sharded_tuning
+
+    assert isinstance(trainer, sharded_tuning.UnevenRows), "a trainer on a layout"
+    _check_merged(stage, prefix, adapters.places(path)[1])
+    config, values = models.stored(path, dist.get_rank(), dist.get_world_size())
+    try:
+        return sharded_tuning.FrozenShare(config, trainer, values, compute, prefix)
+    except UserError as error:
+        raise _of_layout(stage, error, f" of {path}") from None
+
+
+def reference_model(stage: "GRPO", run: StageRun, trainer: Trainer) -> Reference:
+    """The reference model of a policy that has learnt nothing yet; checkpoints keep it beside the policy."""
+    found: Reference
+    if trainer.in_step and stage.adapter is None:
+        found = frozen_share(stage, run.input(stage.start), trainer, COMPUTE[stage.compute], "reference")
+    else:
+        found = reference_of(trainer.model, "reference")
+    trainer.extras.append(found)
+    return found

@@ -1,0 +1,292 @@
+"""SFT, distillation and RL of a model that lies on many ranks by a layout without a pipeline: all its weights, or an adapter.
+
+Unlike those of pre-training, a step's rows need not divide among the ranks, and padding fills up what context parallelism cuts.
+Every rank makes as many passes as the others; where it has no rows, on one of which nothing is learnt. An adapter lies
+whole on every rank, its gradients are summed, and its base is shared out.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finback.checkpoint import peft
+from finback.checkpoint.shares import Values
+from finback.model.config import ModelConfig
+from finback.model.frozen import BaseFormat, base_dtype, freeze
+from finback.model.logprobs import text_logprobs
+from finback.model.lora import (
+    AdaptedTransformer,
+    LoRA,
+    LoraLinear,
+    LoraMoE,
+    adapted,
+    adapter_parameters,
+    learnt_parameters,
+    matrices,
+)
+from finback.model.moe import Router
+from finback.model.replace import recast
+from finback.model.transformer import Transformer
+from finback.parallel.build import build
+from finback.parallel.context import in_parts, whole_rows
+from finback.parallel.gather import gather, sampled
+from finback.parallel.layout import Layout
+from finback.parallel.mesh import Mesh, World
+from finback.parallel.served_weights import ServedWeights, whole_copy
+from finback.parallel.shard import ShardedParameter, Sharding, finish, local, router_biases
+from finback.runs.folder import StageRun
+from finback.train import router_health
+from finback.train.batch import Batch, idle
+from finback.train.loss import LossTerms, training_losses
+from finback.train.optim import Adam
+from finback.train.router_health import Health
+from finback.train.sharded_optim import ShardedAdam
+from finback.train.sharded_options import ShardedOptions
+from finback.train.sharded_trainer import ShardedTrainer
+from finback.train.trainer import ReplicatedTrainer, T, Trainer
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class TuningOptions(ShardedOptions):
+    """How a model computes that goes on learning, and what of it learns."""
+
+    # of all that learns
+    weight_decay: float = 0.0
+    # beginnings of the names of what stays as it is
+    frozen: tuple[str, ...] = ()
+    # an adapter is learnt on a base in this format, which is not quantized; None: the model itself
+    base: BaseFormat | None = None
+
+    @property
+    def param_dtype(self) -> torch.dtype:
+        """Of the parameters that are shared out."""
+        return torch.float32 if self.base is None else base_dtype(self.base)
+
+    def put_on(self, model: Transformer) -> Transformer:
+        super().put_on(model)
+        if self.base is not None:
+            freeze(model, self.base)
+        learnt = dict(learnt_parameters(model))
+        for name, parameter in model.named_parameters():
+            if name not in learnt or name.startswith(self.frozen):
+                parameter.requires_grad_(False)
+        return model
+
+
+class UnevenRows(Trainer):
+    """Passes over rows of which ranks may have more, fewer, or none, whole or in parts."""
+
+    layout: Layout
+    mesh: Mesh
+    sharding: Sharding
+    in_step = True
+
+    def backward(self, batch: Batch | None, terms: LossTerms) -> Tensor:
+        """As for every trainer; a rank's rows are cut into the layout's micro-batches, of which some may be idle."""
+        losses, depths = torch.zeros(3, device=self.mesh.device), len(terms.counts) - 1
+        passes = self.layout.micro_batches
+        given = [] if batch is None else [b for b in _pieces(batch, passes) if len(b.tokens)]
+        row_share = 0.0 if batch is None else terms.row_share / len(batch.tokens)
+        for micro in given:
+            losses += self._backward(micro, replace(terms, row_share=row_share * len(micro.tokens)))
+        for _ in range(passes - len(given)):
+            nothing = idle(self.layout.cp, depths).to(self.mesh.device)
+            losses += self._backward(nothing, replace(terms, row_share=0.0))
+        dist.all_reduce(losses)
+        return losses.cpu()
+
+    def _backward(self, batch: Batch, terms: LossTerms) -> Tensor:
+        found = training_losses(self.model, self.part(batch), terms)
+        found.total(terms).backward()  # type: ignore[no-untyped-call]
+        return found.detached().to(self.mesh.device)
+
+    def part(self, batch: Batch) -> Batch:
+        if self.mesh.cp is None:
+            return batch
+        return batch.widened(self.layout.cp).part(self.mesh.cp.get_local_rank(), self.layout.cp)
+
+    def whole_rows(self, numbers: Tensor, batch: Batch) -> Tensor:
+        return whole_rows(numbers, self.mesh.cp)[:, : batch.seq_len]
+
+    def of_same_rows(self, value: T) -> list[T]:
+        if self.mesh.cp is None:
+            return [value]
+        values: list[T] = [value] * self.layout.cp
+        dist.all_gather_object(values, value, group=self.mesh.cp.get_group())
+        return values
+
+    def rest(self) -> None:
+        self.sharding.rest()
+
+    def text_logprobs(self, tokens: Tensor) -> Tensor:
+        found = in_parts(lambda part: text_logprobs(self.model, part), tokens.to(self.mesh.device), self.mesh.cp)
+        self.rest()
+        return found
+
+
+def _pieces(batch: Batch, parts: int) -> list[Batch]:
+    """Rows in at most so many batches, as even as can be."""
+    size = -(-len(batch.tokens) // parts)
+    return batch.chunk(-(-len(batch.tokens) // size))
+
+
+class ShardedTuner(UnevenRows, ShardedTrainer):
+    """All weights learn, shared out with their gradients and the state of their optimizer."""
+
+    options: TuningOptions
+
+    def __init__(
+        self, config: ModelConfig, layout: Layout, values: Values, options: TuningOptions, device: str = "cpu"
+    ) -> None:
+        # rows may be as many as they like
+        super().__init__(config, layout, layout.dp * layout.micro_batches, values, options, device)
+        self.world = World(dist.get_rank(), dist.get_world_size(), self.mesh.device)
+        self._served: ServedWeights | None = None
+        if "mtp." in options.frozen:
+            self.routers = [m for m in self.model.blocks.modules() if isinstance(m, Router)]
+
+    @property
+    def learnt(self) -> list[ShardedParameter]:
+        """This rank's shares of what learns."""
+        return [part for part in self.parts if part.value.requires_grad]
+
+    def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedAdam, ...]:
+        """One, of all that learns."""
+        named = [(part.name, part.value) for part in parts if part.value.requires_grad]
+        return (ShardedAdam(named, betas=BETAS, weight_decay=self.options.weight_decay),)
+
+    def finish(self, max_norm: float) -> float:
+        self.sharding.reduce()
+        return finish(self.learnt, max_norm)
+
+    def update(self, *lrs: float) -> None:
+        super().update(*lrs)
+        self._tell()
+
+    def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
+        found = super().resume(run)
+        self._tell()
+        return found
+
+    def _tell(self) -> None:
+        """Whoever generates that the weights have changed."""
+        if self._served is not None:
+            self._served.learnt()
+
+    def balance(self, speed: float) -> Health:
+        """As for every trainer, of the routers that are trained."""
+        return router_health.balance(self.routers, self.world, speed)
+
+    def served(self) -> ServedWeights:
+        if self._served is None:
+            dtype = self.options.dtype
+            model, fills = whole_copy(self.config, dtype, dtype, self.world)
+            self._served = ServedWeights(model, partial(self._gather, fills=fills))
+        return self._served
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that is to learn: its shape, the folders of its base and of itself where it goes on, and a new one's seed."""
+
+    lora: LoRA
+    base: Path
+    begun: Path | None
+    seed: int
+
+
+class AdapterTuner(UnevenRows, ReplicatedTrainer):
+    """An adapter learns, whole on every rank like its checkpoints; its base is shared out and stays as it is."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        values: Values,
+        adapter: Adapter,
+        options: TuningOptions,
+        device: str = "cpu",
+    ) -> None:
+        layout.check_trainable(config, layout.dp * layout.micro_batches, dist.get_world_size())
+        self.config, self.layout, self.options = config, layout, options
+        self.mesh = Mesh.of(layout, device)
+        made = build(config, layout, self.mesh, values, options.dtype, put_on=options.put_on, dtype=options.param_dtype)
+        self.sharding, base = made.sharding, made.models[0]
+        self.base: dict[str, Tensor] = {part.name: part.value for part in made.sharding.parts[0]}
+        places = adapter.base, adapter.begun
+        model = peft.put_adapter(base, adapter.lora, places, peft.digest(base, sampled), adapter.seed)
+        named = adapter_parameters(model)
+        adam = Adam(named, betas=BETAS, weight_decay=options.weight_decay)
+        world = World(dist.get_rank(), dist.get_world_size(), self.mesh.device)
+        super().__init__(model, world, [adam], named)
+        self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank() // layout.cp, layout.dp
+        self._whole: ServedWeights | None = None
+
+    def gathered(self) -> Transformer:
+        return self.served()()
+
+    def served(self) -> ServedWeights:
+        """The base, which is put together once, under the very adapter that learns."""
+        if self._whole is None:
+            copy, fills = whole_copy(self.config, self.options.dtype, self.options.param_dtype, self.world)
+            received = gather(self.base | router_biases(self.model), self.mesh, copy, fills)
+            self._whole = ServedWeights(_under(self.model, freeze(copy, "bf16")))
+            self._whole.bytes = received
+        return self._whole
+
+
+def _under(learnt: Transformer, whole: Transformer) -> AdaptedTransformer:
+    """A frozen whole base under the adapter of another model, the same memory."""
+    assert isinstance(learnt, AdaptedTransformer), "a model with an adapter"
+    for (_, module, _, _), (_, other, _, _) in zip(matrices(whole), matrices(learnt), strict=True):
+        if isinstance(other, LoraLinear):
+            recast(module, LoraLinear).adapter = other.adapter
+        elif isinstance(other, LoraMoE):
+            experts = recast(module, LoraMoE)
+            experts.gate_up_adapter, experts.down_adapter = other.gate_up_adapter, other.down_adapter
+    return adapted(whole, learnt.lora)
+
+
+class FrozenShare:
+    """A model that does not learn, shared out as the one that does: a teacher, or a reference model."""
+
+    def __init__(
+        self, config: ModelConfig, trainer: UnevenRows, values: Values, compute: torch.dtype, prefix: str = "frozen"
+    ) -> None:
+        """prefix: for its names in a checkpoint."""
+        trainer.layout.check(config, trainer.layout.dp * trainer.layout.micro_batches)
+        freezing = lambda model: model.requires_grad_(False)  # noqa: E731
+        made = build(config, trainer.layout, trainer.mesh, values, compute, put_on=freezing)
+        self.model, self.sharding, self.prefix = made.models[0].eval(), made.sharding, prefix
+
+    @contextmanager
+    def asked(self) -> Iterator[Transformer]:
+        """The model, as long as it lasts."""
+        yield self.model
+        self.sharding.rest()
+
+    @torch.no_grad()
+    def refresh(self, model: Transformer) -> None:
+        """Take over what another model of the same layout has learnt, while it is shared out."""
+        theirs: dict[str, Tensor] = dict(model.named_parameters()) | router_biases(model)
+        for name, mine in self.state().items():
+            local(mine).copy_(local(theirs[name.removeprefix(f"{self.prefix}.")]))
+
+    def state(self) -> dict[str, Tensor]:
+        """Its shares, under the names that one rank gives them."""
+        mine: dict[str, Tensor] = {part.name: part.value.detach() for part in self.sharding.parts[0]}
+        return {f"{self.prefix}.{name}": tensor for name, tensor in (mine | router_biases(self.model)).items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take them back, unless they were read in place."""
+        for name, mine in self.state().items():
+            local(mine).copy_(local(tensors[name]))

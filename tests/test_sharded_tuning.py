@@ -1,0 +1,186 @@
+"""SFT, distillation and GRPO of a model that lies on several ranks: the same steps as on one, with an adapter and without."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finback.checkpoint import models
+from finback.config import UserError
+from finback.model.lora import LoRA
+from finback.parallel.layout import Layout
+from finback.runs.files import read_lines
+from finback.stages.grpo import GRPO
+from finback.stages.sft import SFT
+from finback.tasks.math import Chains
+from tests.many import on_ranks
+from tests.toy import ROOT, environment, finback_process
+from tests.tuned import LEARNT, alone, begun, on_layout, prepared
+
+FAST = ("sft", "lora grpo")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("tuned") / "runs")
+
+
+def test_stages_learn_on_two_ranks_as_on_one(root: Path) -> None:
+    """Rows, experts and the tokens of rows lie on both; one rank's last step has fewer rows than there are parts."""
+    alone(root, FAST, 2)
+    on_ranks(2, on_layout, str(root), FAST, Layout(cp=2, ep=2), 2)
+
+
+LAYOUTS = {
+    "data": Layout(dp=2),
+    "experts": Layout(dp=4, ep=2),
+    "context": Layout(cp=4),
+    "all": Layout(dp=2, cp=2, ep=4),
+}
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where one rank has done ten steps of everything."""
+    root = prepared(tmp_path_factory.mktemp("ten") / "runs")
+    alone(root, tuple(LEARNT), 10)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_steps_are_those_of_one_rank_under_every_layout(layout: str, ten: Path) -> None:
+    on_ranks(LAYOUTS[layout].ranks, on_layout, str(ten), tuple(LEARNT), LAYOUTS[layout], 10)
+
+
+@pytest.mark.slow
+def test_rows_cut_into_micro_batches_are_those_of_one_pass(ten: Path) -> None:
+    names = tuple(name for name in LEARNT if "grpo" not in name)
+    on_ranks(2, on_layout, str(ten), names, Layout(dp=2, ep=2, micro_batches=2), 10)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"layout": Layout(pp=2)}, r"tuned\.layout\.pp = 2: is for pre-training alone\. Use dp, cp and ep"),
+        ({"layout": Layout(dp=2, sharding="zero1")}, r"tuned\.layout\.sharding = 'zero1': .* Use \"fsdp\""),
+        ({"layout": Layout(dp=2), "adapter": LoRA(base="nf4")}, r"tuned\.adapter\.base = 'nf4': quantized .* \"bf16\""),
+    ],
+)
+def test_what_a_layout_does_not_do_here_is_refused(knobs: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        SFT(name="tuned", start="base", **knobs)
+    with pytest.raises(UserError, match=words):
+        GRPO(name="tuned", start="base", task=Chains(), **knobs)
+
+
+def test_rl_cuts_answers_by_tokens_and_not_along_shared_prompts() -> None:
+    with pytest.raises(UserError, match=r"rl\.layout\.micro_batches = 2: answers are cut by micro_tokens"):
+        GRPO(name="rl", start="base", task=Chains(), layout=Layout(dp=2, micro_batches=2))
+    with pytest.raises(UserError, match=r"rl\.share_prompts = True: such rows are not cut"):
+        GRPO(name="rl", start="base", task=Chains(), layout=Layout(cp=2), share_prompts=True)
+
+
+def _continued(root: str, name: str, layouts: list[Layout | None], stops: list[int]) -> None:
+    """A stage under one layout after the other, each to a step; the last one to the end, with its model written."""
+    for layout, stop in zip(layouts, stops, strict=True):
+        training = begun(Path(root), name, layout, "moved")
+        looped = training.loop()
+        state = looped.restore()
+        if state is not None:
+            training.load_state(state)
+        while looped.step < stop:
+            training.run.log(looped.step + 1, **looped.advance())
+        looped.checkpoint()
+        training.trainer.settle()
+    training.trainer.export(training.run, training.run.folder, training.tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sft", "grpo", "lora grpo"])
+def test_a_checkpoint_goes_on_under_another_layout(name: str, tmp_path: Path) -> None:
+    """One rank's numbers after a layout of experts, one of parts of rows, and whole copies; and so is the model in files."""
+    root = prepared(tmp_path / "runs")
+    alone(root, (name,), 6)
+    on_ranks(2, _continued, str(root), name, [Layout(dp=2, ep=2), Layout(cp=2), None, Layout(cp=2, ep=2)], [2, 3, 4, 6])
+    expected = torch.load(root / f"{name}.pt", weights_only=False)
+    log = read_lines(root / "moved/metrics.jsonl")
+    for line, one in zip(log, expected.metrics, strict=True):
+        assert (line["loss"], line["grad_norm"]) == pytest.approx((one["loss"], one["grad_norm"]), abs=1e-5)
+    if "lora" not in name:
+        found = models.load(root / "moved").state_dict()
+        assert all((found[n] - tensor).abs().max() <= 1e-5 for n, tensor in expected.weights.items())
+
+
+RECIPE = """
+from finback.parallel.layout import Layout
+from finback.stages.grpo import GRPO
+from finback.stages.prepare import TaskText
+from finback.stages.sft import SFT
+from finback.stages.validation import Validation
+from finback.tasks.math import Chains
+from finback.train.grpo_loss import Objective
+
+task, layout = Chains(2, 3), Layout(dp=2, ep=2)
+recipe = [
+    SFT(name="taught", start=BASE, text=(TaskText(name="sums", tasks=(task,), documents=60, think=0.0),), batch_size=3,
+        seq_len=64, epochs=1, lr=1e-3, checkpoint_steps=2, layout=layout),
+    GRPO(name="rl", start="taught", task=task, steps=6, prompts_per_step=4, num_generations=4, max_tokens=8, lr=1e-4,
+         patience=0, checkpoint_steps=1, objective=Objective(beta=0.01), reference_steps=2, layout=layout,
+         validation=Validation(task=task, problems=6, every_steps=3, max_tokens=6)),
+]
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_road_on_a_layout_ends_with_the_same_bits(tmp_path: Path) -> None:
+    root = prepared(tmp_path / "given")
+    (tmp_path / "road.py").write_text(RECIPE.replace("BASE", repr(str(root / "base"))))
+    commands = [
+        [sys.executable, "-m", "finback", "run", str(tmp_path / "road.py"), "--runs", str(tmp_path / n), "--ranks", "2"]
+        for n in ("whole", "killed")
+    ]
+    done = subprocess.run(commands[0], env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rng, kills = random.Random(0), 0
+    for stage, steps in (("taught", 2), ("rl", 1), ("rl", 3), ("rl", 5)):
+        child = subprocess.Popen(
+            commands[1], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        log = tmp_path / "killed/road" / stage / "metrics.jsonl"
+        while child.poll() is None and (not log.is_file() or len(log.read_bytes().splitlines()) < steps):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        kills += child.poll() is None
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        time.sleep(1)
+    done = subprocess.run(commands[1], env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and kills >= 3, done.stderr
+    for stage in ("taught", "rl"):
+        ours, theirs = (models.load(tmp_path / n / "road" / stage).state_dict() for n in ("killed", "whole"))
+        assert all(torch.equal(ours[n], tensor) for n, tensor in theirs.items()), stage
+        losses = [
+            [r["loss"] for r in read_lines(tmp_path / n / "road" / stage / "metrics.jsonl") if "loss" in r]
+            for n in ("killed", "whole")
+        ]
+        assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_experts_on_two_ranks_are_taught_by_their_recipe(tmp_path: Path) -> None:
+    less = ("base.max_tokens=20000", "base.decay_tokens=4000", "base.warmup_tokens=2000", "rl.steps=2", "rl.patience=0")
+    settings = [word for text in less for word in ("--set", text)]
+    done = finback_process("run", ROOT / "recipes/moe_rl.py", "--runs", tmp_path, "--ranks", 2, *settings)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "moe_rl/rl/model.safetensors.index.json").is_file() and "sums" in done.stdout
+    assert all(
+        line["sync_bytes"] > 0 for line in read_lines(tmp_path / "moe_rl/rl/metrics.jsonl") if "sync_bytes" in line
+    )

@@ -1,0 +1,184 @@
+"""What tests of fine-tuning and RL on layouts share: stages on a tiny model, run on one rank and on many, and what came of it."""
+
+import pickle
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from finback.checkpoint import models
+from finback.data import tokenizer
+from finback.model.lora import LoRA, adapter_parameters
+from finback.model.transformer import Transformer
+from finback.parallel.layout import Layout
+from finback.parallel.mesh import World
+from finback.runs.folder import StageRun
+from finback.stages.distill import Distill
+from finback.stages.grpo import GRPO
+from finback.stages.grpo_training import Reinforcement
+from finback.stages.sft import SFT
+from finback.tasks.math import Chains
+from finback.train.grpo_loss import Objective
+from finback.train.loop import Loop
+from finback.train.trainer import Trainer
+from tests.test_tuning import write_traces
+from tests.toy import CONFIG, WORDS
+
+SPREAD = replace(CONFIG, num_attention_heads=4, initializer_range=0.15)
+EXACT = LoRA(rank=4, alpha=8.0, base="fp32")
+TIMED = {"seconds", "tokens_per_second", "mfu", "generated_per_second", "update_seconds", "sync_bytes", "sync_seconds"}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A stage by name: what it is, and its knobs beside those of its kind."""
+
+    kind: type[SFT] | type[GRPO]
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+
+LESSONS = {"traces": ("kept",), "batch_size": 3, "seq_len": 48, "epochs": 4, "lr": 3e-4, "balance_alpha": 0.05}
+ANSWERS = {
+    "task": Chains(2, 3),
+    "prompts_per_step": 4,
+    "num_generations": 4,
+    "max_tokens": 10,
+    "lr": 3e-4,
+    "steps": 100,
+}
+KNOBS: dict[Any, dict[str, Any]] = {
+    SFT: LESSONS | {"bias_speed": 0.02},
+    Distill: LESSONS | {"teacher": "other", "hard": 0.3},
+    GRPO: ANSWERS | {"bias_speed": 0.02, "micro_tokens": 200},
+}
+LEARNT = {
+    "sft": Tuned(SFT),
+    "sft in pieces": Tuned(SFT, {"recompute": "block", "mtp_weight": 0.0}),
+    "distill": Tuned(Distill),
+    "grpo": Tuned(GRPO, {"objective": Objective(beta=0.1), "reference_steps": 3, "epochs": 2}),
+    "grpo by answer": Tuned(
+        GRPO, {"objective": Objective(average="answer", ratio="sequence", beta=0.0), "top_k": 20, "temperature": 0.8}
+    ),
+    "lora sft": Tuned(SFT, {"adapter": EXACT, "bias_speed": 0.0}),
+    "lora distill": Tuned(Distill, {"adapter": EXACT}),
+    "lora grpo": Tuned(GRPO, {"adapter": EXACT, "objective": Objective(beta=0.1), "bias_speed": 0.0}),
+}
+
+
+def prepared(root: Path) -> Path:
+    """A folder with two finished stages, "base" and "other", and the traces of a third."""
+    for name, seed in (("base", 1), ("other", 2)):
+        folder = root / name
+        folder.mkdir(parents=True)
+        tokenizer.train([WORDS], 320, folder / "tokenizer.json")
+        models.save(folder, Transformer(SPREAD).initialise(seed))
+        (folder / "manifest.json").write_text("{}")
+    write_traces(root)
+    return root
+
+
+def begun(root: Path, name: str, layout: Layout | None, run_name: str = "") -> Any:
+    """The training of a stage on the ranks that there are."""
+    given = LEARNT[name]
+    knobs = {"start": "base", "layout": layout} | KNOBS[given.kind] | given.knobs
+    stage = given.kind(name=run_name or "tuned", **knobs)
+    world = World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
+    run = StageRun(root, stage.name, 0, world, quiet=True)
+    run.folder.mkdir(exist_ok=True)
+    if isinstance(stage, SFT):
+        return stage.training(run)
+    return with_records(Reinforcement(stage, run), root / f"{name}.pickle")
+
+
+def with_records(r: Reinforcement, path: Path) -> Reinforcement:
+    """Let it learn from the answers of an earlier run, or note those of this one; they earn what chance gives them."""
+    ask, calls = r.sampler.ask, iter(range(10**6))
+    known = pickle.loads(path.read_bytes()) if path.is_file() else None
+    noted: dict[Any, Any] = {}
+    names = r.stage.reward.names
+
+    def recorded(problems: Any, seeds: Any) -> Any:
+        if known is not None:
+            return [known[seed] for seed in seeds]
+        for seed, group in zip(seeds, ask(problems, seeds), strict=True):
+            group.parts = [dict.fromkeys(names, float(next(calls) % 3 == 0)) for _ in group.rollouts]
+            noted[seed] = group
+        path.with_suffix(".new").write_bytes(pickle.dumps(noted))
+        return [noted[seed] for seed in seeds]
+
+    r.sampler.ask = recorded  # type: ignore[method-assign]
+    return r
+
+
+@dataclass
+class Outcome:
+    """Metrics of each step but for times, the gradient of the last one, and the weights in the end."""
+
+    metrics: list[dict[str, Any]]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def outcome(root: Path, name: str, layout: Layout | None, steps: int) -> Outcome:
+    """A stage for so many steps, from its beginning."""
+    training = begun(root, name, layout)
+    loop = Loop(training)
+    metrics = [loop.advance() for _ in range(steps)]
+    metrics = [{k: v for k, v in each.items() if k not in TIMED} for each in metrics]
+    return Outcome(metrics, gradients(training.trainer), weights(training.trainer))
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Those of the last step, whole, clipped."""
+    parts = getattr(trainer, "learnt", None)
+    named = (
+        [(n, p) for n, p in trainer.model.named_parameters()] if parts is None else [(p.name, p.value) for p in parts]
+    )
+    there: dict[str, Any] = {n: p.grad for n, p in named if p.requires_grad and p.grad is not None}
+    return {n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in there.items()}
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    """What has learnt, whole."""
+    found = adapter_parameters(trainer.model) or list(trainer.gathered().state_dict().items())
+    return {name: tensor.detach().clone() for name, tensor in found}
+
+
+def compared(found: Outcome, one: Outcome, within: float = 1e-5) -> None:
+    """Every metric, the gradients and the weights of many ranks are those of one."""
+    for step, (line, expected) in enumerate(zip(found.metrics, one.metrics, strict=True), 1):
+        assert line.keys() == expected.keys()
+        for key, value in expected.items():
+            ours, theirs = torch.tensor(line[key]), torch.tensor(value)
+            assert ours.shape == theirs.shape, key
+            size = max(1.0, *theirs.abs().flatten().tolist()) if theirs.numel() else 1.0
+            assert not theirs.numel() or (ours - theirs).abs().max() <= within * size, (step, key, line[key], value)
+    assert any(gradient.any() for gradient in one.gradients.values())
+    for part in ("gradients", "weights"):
+        ours, theirs = getattr(found, part), getattr(one, part)
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            off = (ours[name] - theirs[name]).abs().max()
+            assert off <= within, (part, name, float(off))
+
+
+def on_layout(root: str, names: tuple[str, ...], layout: Layout, steps: int) -> None:
+    """On every rank: stages under a layout against what one rank has made of them."""
+    for name in names:
+        compared(outcome(Path(root), name, layout, steps), torch.load(Path(root) / f"{name}.pt", weights_only=False))
+
+
+def alone(root: Path, names: tuple[str, ...], steps: int) -> None:
+    """What one rank makes of these stages, as one thread, into files; answers are noted for others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in names:
+        torch.save(outcome(root, name, None, steps), root / f"{name}.pt")
+        noted = root / f"{name}.new"
+        if noted.is_file():
+            noted.rename(root / f"{name}.pickle")
+    torch.set_num_threads(threads)
