@@ -7,7 +7,6 @@ kernels/native.py, which looks for a compiler.
 
 import json
 import os
-import re
 import signal
 import sys
 from dataclasses import replace
@@ -15,15 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.core
 
 from finback import __version__
 from finback.comparison import options as comparing
-from finback.config import UserError, did_you_mean
+from finback.config import UserError
 from finback.options import Settings, with_options
 from finback.parallel import launch
 from finback.parallel.execute import RankFailed, execute
 from finback.planner.options import PlanOptions
+from finback.report import front_page
 from finback.report.options import ChatOptions, DocsOptions, ExportOptions, TrackOptions, VerifyOptions
 from finback.runs import reader
 from finback.runs import recipe as recipes
@@ -31,25 +30,7 @@ from finback.runs.files import disk_trouble
 from finback.runs.folder import Interrupted
 from finback.serve.options import ServeOptions, WatchOptions
 
-HELP = {"help_option_names": ["-h", "--help"]}
-
-app = typer.Typer(pretty_exceptions_enable=False, context_settings=HELP)
-
-WELCOME = f"""finback {__version__} builds, trains, checks and serves DeepSeek-class language models.
-
-Begin with the quickstart, minutes on a laptop: a tiny model learns to think before it answers.
-
-  finback run recipes/tiny.py      pre-train it, then let RL teach it
-  finback chat runs/tiny           talk to what came of it
-  finback watch                    look at its runs in a browser
-
-Three more to begin with:
-
-  finback run recipes/your_task.py --set zero.start=MODEL    teach an open checkpoint a task of yours
-  finback compare MODEL OTHER --tasks gsm8k                  ask both the same questions
-  finback plan v3 --on h800:2048                             what a run takes before it starts
-
-`finback help` lists all commands, `finback help COMMAND` explains one, `finback doctor` says what this machine can do."""
+app = typer.Typer(pretty_exceptions_enable=False, context_settings={"help_option_names": front_page.HELP})
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -77,7 +58,7 @@ def main() -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's own complaints about the command line
             raise
-        code = _fail(_complaint(error))
+        code = _fail(front_page.complaint(error))
     _end(code or 0)
 
 
@@ -104,7 +85,7 @@ def version(
         print(__version__)
         raise typer.Exit
     if context.invoked_subcommand is None:
-        print(WELCOME)
+        print(front_page.WELCOME)
 
 
 @app.command("help")
@@ -113,18 +94,7 @@ def help_(
     command: Annotated[str, typer.Argument(metavar="COMMAND", help="What to explain; all commands without one.")] = "",
 ) -> None:
     """Explain a command, or list them all."""
-    above = context.parent
-    assert above is not None, "a command is below the program"
-    group = above.command
-    assert isinstance(group, typer.core.TyperGroup), "the program has commands"
-    if not command:
-        print(above.get_help())
-        return
-    if command not in group.commands:
-        raise UserError("help", command, "no such command", did_you_mean(command, group.commands))
-    chosen = group.commands[command]
-    with type(context)(chosen, info_name=command, parent=above, **HELP) as inner:
-        print(chosen.get_help(inner))
+    print(front_page.explained(context, command))
 
 
 @app.command()
@@ -185,27 +155,13 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a run's results or samples, a recipe's knobs, or those of anything that stands in one (GRPO, Questions, …)."""
-    from finback.report import objects, outline, summary
-    from finback.report import samples as sampled
+    from finback.report import show as report
 
-    path = Path(what)
     if samples:
-        if not path.is_dir():
-            raise UserError("show", what, "not a run folder", "Name a folder such as runs/tiny.")
-        values = {"samples": sampled.find(path, stage, step)} if as_json else {}
-        _print(values, "" if as_json else sampled.describe(path, stage, step, count), as_json)
-    elif path.is_dir():
-        from finback.planner import calibration_file, plan_vs_actual
-
-        beside = plan_vs_actual.plan_and_actual(path, calibration_file.default_path(os.environ))
-        values = reader.summary(path) | {"plan_and_actual": beside} if as_json else {}
-        _print(values, "" if as_json else f"{summary.summarize(path)}\n\n{plan_vs_actual.text(beside)}", as_json)
-    elif path.suffix == ".py":
-        plan = recipes.load(path, settings)
-        _print(outline.knobs(plan), outline.outline(plan), as_json)
+        values, text = report.samples_of(Path(what), stage, step, count, as_json)
     else:
-        described = objects.describe(what)
-        _print(described.as_json() if as_json else {}, described.as_text(), as_json)
+        values, text = report.shown(what, settings, _beside_plan, as_json)
+    _print(values, text, as_json)
 
 
 @app.command()
@@ -214,8 +170,7 @@ def doctor(as_json: Json = False) -> None:
     """Say what this machine and installation can do, what is missing, and how to get it."""
     from finback.report import doctor as report
 
-    found = report.findings(os.environ)
-    _print(report.as_json(found), report.text(found), as_json)
+    _print(*report.report(os.environ), as_json)
 
 
 @app.command()
@@ -321,6 +276,14 @@ def track(options: TrackOptions, as_json: Json = False) -> None:
     _print({"to": options.to, "lines": sent}, text, as_json)
 
 
+def _beside_plan(root: Path) -> tuple[dict[str, Any], str]:
+    """What a run took beside what it was to take, as JSON values and as text."""
+    from finback.planner import calibration_file, plan_vs_actual
+
+    beside = plan_vs_actual.plan_and_actual(root, calibration_file.default_path(os.environ))
+    return beside, plan_vs_actual.text(beside)
+
+
 def _planned(root: Path) -> dict[str, dict[str, float]]:
     """What a run's stages were to take, for the page."""
     from finback.planner import calibration_file, plan_vs_actual
@@ -330,16 +293,6 @@ def _planned(root: Path) -> dict[str, dict[str, float]]:
 
 def _print(values: Any, text: str, as_json: bool) -> None:
     print(json.dumps(values, ensure_ascii=False) if as_json else text)
-
-
-def _complaint(error: Any) -> str:
-    """What click says of a command line, and where to read more."""
-    said, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
-    if context is None:
-        return f"{said}."
-    if unknown := re.match(r"No such command '(.*?)'", said):
-        return f"{unknown[0]}. {did_you_mean(unknown[1], context.command.commands)} `finback help` explains them."
-    return f"{said}. `finback help {context.info_name}` explains it."
 
 
 def _fail(message: str) -> int:

@@ -33,6 +33,12 @@ class Finding:
     remedy: str = ""
 
 
+def report(environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """All findings as JSON values and as text."""
+    found = findings(environment)
+    return {"findings": [asdict(f) for f in found]}, text(found)
+
+
 def findings(environment: Mapping[str, str]) -> list[Finding]:
     """All of them; a few seconds, most of which torch's compiler takes. Nothing is written and no network is used."""
     return [*_machine(), *_speed(), *_features(environment)]
@@ -50,11 +56,6 @@ def text(found: list[Finding]) -> str:
     lines.append("")
     lines.append(f"{missing} of {len(found)} are not here; each is optional." if missing else "Everything is here.")
     return "\n".join(lines)
-
-
-def as_json(found: list[Finding]) -> dict[str, Any]:
-    """JSON values."""
-    return {"findings": [asdict(f) for f in found]}
 
 
 def _machine() -> Iterator[Finding]:

@@ -1,0 +1,53 @@
+"""What `finback` says where no command runs: where to begin, what a command is for, what is wrong with a command line. No torch here."""
+
+import re
+from typing import Any
+
+import typer
+import typer.core
+
+from finback import __version__
+from finback.config import UserError, did_you_mean
+
+HELP = ["-h", "--help"]
+
+WELCOME = f"""finback {__version__} builds, trains, checks and serves DeepSeek-class language models.
+
+Begin with the quickstart, minutes on a laptop: a tiny model learns to think before it answers.
+
+  finback run recipes/tiny.py      pre-train it, then let RL teach it
+  finback chat runs/tiny           talk to what came of it
+  finback watch                    look at its runs in a browser
+
+Three more to begin with:
+
+  finback run recipes/your_task.py --set zero.start=MODEL    teach an open checkpoint a task of yours
+  finback compare MODEL OTHER --tasks gsm8k                  ask both the same questions
+  finback plan v3 --on h800:2048                             what a run takes before it starts
+
+`finback help` lists all commands, `finback help COMMAND` explains one, `finback doctor` says what this machine can do."""
+
+
+def explained(context: typer.Context, command: str) -> str:
+    """The help text of a command, or of the program for ""; UserError for a name that is none."""
+    above = context.parent
+    assert above is not None, "a command is below the program"
+    group = above.command
+    assert isinstance(group, typer.core.TyperGroup), "the program has commands"
+    if not command:
+        return above.get_help()
+    if command not in group.commands:
+        raise UserError("help", command, "no such command", did_you_mean(command, group.commands))
+    chosen = group.commands[command]
+    with type(context)(chosen, info_name=command, parent=above, help_option_names=HELP) as inner:
+        return chosen.get_help(inner)
+
+
+def complaint(error: Any) -> str:
+    """What click says of a command line, and where to read more."""
+    said, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+    if context is None:
+        return f"{said}."
+    if unknown := re.match(r"No such command '(.*?)'", said):
+        return f"{unknown[0]}. {did_you_mean(unknown[1], context.command.commands)} `finback help` explains them."
+    return f"{said}. `finback help {context.info_name}` explains it."
