@@ -238,11 +238,11 @@ def compare(options: comparing.CompareOptions, as_json: Json = False) -> None:
 @app.command()
 @with_options
 def export(options: ExportOptions, as_json: Json = False) -> None:
-    """Write a model as a Hugging Face folder for transformers, vLLM and others; the folder appears when complete."""
-    from finback.report.export import export_model
+    """Write a model as a Hugging Face folder for transformers, vLLM and others, or as a GGUF file for llama.cpp and Ollama."""
+    from finback.report.export import export_as
 
     folder = options.folder
-    files = {f.name: f.stat().st_size for f in export_model(options.model, folder, options.dtype)}
+    files = {f.name: f.stat().st_size for f in export_as(options)}
     size = f"{sum(files.values()) / 1e6:,.1f} MB"
     text = f"{folder}: {len(files)} files, {size}. Check them with `finback verify {folder}`."
     _print({"folder": str(folder), "files": files}, text, as_json)

@@ -138,11 +138,12 @@ def _raw_grouped(config: ModelConfig, family: str) -> dict[str, Any]:
         raw |= {"use_qk_norm": config.qk_norm, "topk_method": "noaux_tc"}
     if family == "olmo3":
         full = {"rope_type": "default"} | (raw_rope(config.rope_scaling) if config.rope_scaling else {})
+        truncate = full.pop("truncate", True)
         local = config.rope_theta if config.local_rope_theta is None else config.local_rope_theta
         raw["rope_parameters"] = {
             FULL: full | {"rope_theta": config.rope_theta},
             SLIDING: {"rope_type": "default", "rope_theta": local},
-        }
+        } | ({} if truncate else {"truncate": False})
     return raw
 
 

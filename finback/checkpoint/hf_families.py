@@ -223,6 +223,7 @@ def _olmo3(fields: Fields) -> Found:
     if not isinstance(nested, dict):
         fields.refuse("rope_parameters", "not an object")
     full = (nested.get(FULL) or {}) | (raw.get("rope_scaling") or {})
+    full |= {"truncate": nested.get("truncate", True)}  # which transformers looks for beside the kinds of layers alone
     local = nested.get(SLIDING) or {}
     if (local.get("rope_type") or "default") != "default":
         fields.refuse("rope_parameters", "scales the sliding layers too", "Use another checkpoint.")

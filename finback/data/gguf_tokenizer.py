@@ -9,43 +9,73 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from finback.checkpoint.gguf import field, open_gguf
+from finback.checkpoint.gguf import open_gguf
+from finback.checkpoint.gguf_config import field
 from finback.config import UserError
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_RULES = {
-    "gpt-2": (_GPT2,),
-    "default": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
+RULES = {
+    "gpt-2": (GPT2,),
+    "default": (GPT2,),
+    "smollm": (r"\p{N}", GPT2),
     "llama-bpe": (_LLAMA3,),
     "llama3": (_LLAMA3,),
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
 }
-_CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
+WHOLE_WORDS = ("llama-bpe", "llama3")  # an entry of the vocabulary is taken before any merge
+NORMALIZED = ("qwen2", "deepseek-r1-qwen")
+DEEPSEEK = "deepseek-v3"
+# texts that end an answer in llama.cpp wherever they are tokens (llama-vocab.cpp)
+END_TEXTS = frozenset(
+    [
+        "<|eot_id|>",
+        "<|im_end|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "<end_of_turn>",
+        "<|endoftext|>",
+        "</s>",
+        "<|eom_id|>",
+        "<EOT>",
+        "_<EOT>",
+        "[EOT]",
+        "[EOS]",
+        "<|end_of_text|>",
+        "<end_of_utterance>",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+        "[e~[",
+    ]
+)
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # gguf.TokenType
 
 
 def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json of a GGUF file; UserError for kinds that finback does not know."""
     reader = open_gguf(path)
     model, rules = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "default")
-    if model != "gpt2" or (rules not in _RULES and rules != "deepseek-v3"):
-        remedy = f"It knows byte-level BPE with the rules {', '.join(_RULES)} and deepseek-v3."
+    if model != "gpt2" or (rules not in RULES and rules != DEEPSEEK):
+        remedy = f"It knows byte-level BPE with the rules {', '.join(RULES)} and deepseek-v3."
         raise UserError("tokenizer", f"{path}: {model}/{rules}", "not a kind that finback converts", remedy)
     tokens: list[str] = field(reader, "tokenizer.ggml.tokens")
     kinds: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
-    whole_words = rules in ("llama-bpe", "llama3")  # an entry of the vocabulary is taken before any merge
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_words))
-    if rules.startswith(("qwen", "deepseek-r1-qwen")):
+    vocabulary = {t: n for n, (t, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED}
+    bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rules in WHOLE_WORDS))
+    if rules in NORMALIZED:
         bpe.normalizer = normalizers.NFC()
-    patterns = deepseek_splits if rules == "deepseek-v3" else _RULES[rules]
+    patterns = deepseek_splits if rules == DEEPSEEK else RULES[rules]
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
@@ -55,9 +85,27 @@ def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str
     return bpe.to_str(pretty=True), _settings(reader, tokens)
 
 
+def ends(path: Path) -> list[int]:
+    """Ids at which llama.cpp and Ollama end an answer: by the file's keys, and by the texts of its marks.
+
+    gpt-oss's <|end|> ends a channel alone.
+    """
+    reader = open_gguf(path)
+    tokens: list[str] = field(reader, "tokenizer.ggml.tokens", [])
+    kinds: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
+    found = {field(reader, f"tokenizer.ggml.{name}_token_id", -1) for name in ("eos", "eot", "eom")}
+    found |= set(field(reader, "tokenizer.ggml.eos_token_ids", []))
+    marks = {token for token, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER_DEFINED)}
+    texts = END_TEXTS - ({"<|end|>"} if {"<|return|>", "<|call|>"} <= marks else set())
+    found |= {number for number, token in enumerate(tokens) if token in marks & texts}
+    return sorted(number for number in found if 0 <= number < len(tokens))
+
+
 def _settings(reader: Any, tokens: list[str]) -> dict[str, Any]:
     """What tokenizer_config.json says of it."""
     found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if (adds := field(reader, "tokenizer.ggml.add_bos_token", None)) is not None:
+        found["add_bos_token"] = bool(adds)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         number = field(reader, f"tokenizer.ggml.{key}_token_id", None)
         if number is not None and number < len(tokens):

@@ -179,6 +179,10 @@ class Tokenizer:
         """Ids of a text whose special tokens mean what they say; for templates, never for a user's words."""
         return self._full.encode(text, add_special_tokens=False).ids
 
+    def encode_whole(self, text: str) -> list[int]:
+        """The same with what the vocabulary's own post-processor puts before and behind a text."""
+        return self._full.encode(text).ids
+
     def encode_pieces(self, pieces: Iterable[str], encode: Callable[[str], list[int]] | None = None) -> list[int]:
         """Ids of special tokens, of their characters where the vocabulary lacks them, and of plain texts between them.
 
@@ -227,7 +231,8 @@ def _read(path: Path) -> TokenizerFiles:
 
         text, settings = gguf_tokenizer.convert(path, SPLITS)
         tokenizer_files.add_templates(path.parent, settings)
-        return TokenizerFiles(text, settings, {})
+        ends = gguf_tokenizer.ends(path)
+        return TokenizerFiles(text, settings, {"eos_token_id": ends} if ends else {})
     return tokenizer_files.read(path)
 
 

@@ -12,12 +12,21 @@ from finback.checkpoint.models import WeightDtype, find_model
 from finback.data.tokenizer import Tokenizer
 from finback.data.tokenizer_files import CONFIG, GENERATION, other_forms
 from finback.data.tokenizer_files import ids as ids_of
+from finback.report.gguf_file import export_gguf
 from finback.report.model_card import write_card
+from finback.report.options import ExportOptions
 from finback.runs.adapters import tokenizer_place
 from finback.runs.files import is_gguf
 
 # no more memory than the result needs; FP8 that came in goes out as it is
 _WEIGHTS: dict[Format, WeightDtype] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
+
+
+def export_as(options: ExportOptions) -> list[Path]:
+    """Export a model in the format that is asked for; the files written."""
+    if options.format == "gguf":
+        return export_gguf(options.model, options.folder, options.type)
+    return export_model(options.model, options.folder, options.dtype)
 
 
 def export_model(path: Path, folder: Path, fmt: Format) -> list[Path]:

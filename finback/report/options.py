@@ -67,10 +67,22 @@ class ExportOptions(Options):
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")
     ]
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")]
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder, or a new .gguf file.")]
     dtype: Annotated[
         Literal["bf16", "fp32", "fp8"], typer.Option(help="bf16, fp32, or fp8 (DeepSeek's 128 x 128 blocks).")
     ] = "bf16"
+    format: Annotated[
+        Literal["hf", "gguf"], typer.Option(help="A Hugging Face folder, or a file for llama.cpp and Ollama.")
+    ] = "hf"
+    type: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_0", "q4_0", "q4_k_m"],
+        typer.Option(help="How matrices of a GGUF file are stored."),
+    ] = "f16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format == "gguf" and self.folder.suffix != ".gguf":
+            raise UserError("FOLDER", str(self.folder), "not a name for a GGUF file", f"Use {self.folder}.gguf.")
 
 
 @dataclass(frozen=True, kw_only=True)

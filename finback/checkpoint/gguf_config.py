@@ -1,0 +1,143 @@
+"""GGUF's metadata as the config.json that it amounts to."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint.hf_config import model_config
+from finback.config import UserError
+from finback.model.rope import inverse_frequencies
+
+FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v3"}
+FREQUENCIES = "rope_freqs.weight"
+SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
+Get = Callable[..., Any]
+
+
+def field(reader: Any, name: str, *default: Any) -> Any:
+    """A metadata value of a GGUF file; UserError where it is missing and there is no default."""
+    if (found := reader.fields.get(name)) is not None:
+        return found.contents()
+    if not default:
+        raise UserError("GGUF", name, "missing from the file's metadata", "Use a complete file.")
+    return default[0]
+
+
+def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config.json of a file with this metadata and these tensors, by GGUF's names."""
+    arch = field(reader, "general.architecture")
+    if arch not in FAMILIES:
+        raise UserError(
+            "model", str(path), f"a GGUF file of the family {arch!r}", f"finback reads GGUF of {', '.join(FAMILIES)}."
+        )
+
+    def get(name: str, *default: Any) -> Any:
+        return field(reader, f"{arch}.{name}", *default)
+
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None:
+        raise UserError("model", str(path), "has no token_embd.weight", "Use a complete file.")
+    raw = {
+        "model_type": FAMILIES[arch],
+        "vocab_size": int(embedding.shape[1]),
+        "hidden_size": get("embedding_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": get("attention.head_count"),
+        "intermediate_size": get("feed_forward_length", 0) or get("expert_feed_forward_length", 0),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": round(get("attention.layer_norm_rms_epsilon"), 12),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "bos_token_id": field(reader, "tokenizer.ggml.bos_token_id", None),
+        "eos_token_id": field(reader, "tokenizer.ggml.eos_token_id", None),
+    }
+    raw |= _latent(get) if arch == "deepseek2" else _grouped(get, tensors)
+    if arch == "qwen3moe":
+        raw |= _experts(get, ("num_experts", "num_experts_per_tok")) | {"norm_topk_prob": True}
+    if (scaling := _scaling(get)) is not None:
+        raw["rope_scaling"] = scaling
+    if FREQUENCIES in tensors:
+        raw["rope_scaling"] = _llama3(torch.tensor(tensors[FREQUENCIES].data), raw, path)
+    return raw
+
+
+def _grouped(get: Get, tensors: dict[str, Any]) -> dict[str, Any]:
+    heads, width = get("attention.head_count"), get("embedding_length")
+    return {
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": get("attention.key_length", get("rope.dimension_count", width // heads)),
+        "attention_bias": "blk.0.attn_output.bias" in tensors,
+    }
+
+
+def _experts(get: Get, names: tuple[str, str]) -> dict[str, Any]:
+    """How many experts there are, are chosen, and their width."""
+    counts = get("expert_count", 0), get("expert_used_count", 0)
+    return dict(zip(names, counts, strict=True)) | {"moe_intermediate_size": get("expert_feed_forward_length", 0)}
+
+
+def _latent(get: Get) -> dict[str, Any]:
+    """DeepSeek-V2, V3 and Kimi, by which function their gate uses."""
+    rotated, layers = get("rope.dimension_count"), get("block_count")
+    experts = _experts(get, ("n_routed_experts", "num_experts_per_tok"))
+    # files from before the key was there are of V2, but for those that have V3's shape, as llama.cpp guesses too
+    guess = SIGMOID if (layers, experts["n_routed_experts"]) == (61, 256) else SOFTMAX
+    is_v3 = not experts["n_routed_experts"] or (get("expert_gating_func", 0) or guess) == SIGMOID
+    groups = {"n_group": get("expert_group_count", 0) or 1, "topk_group": get("expert_group_used_count", 0) or 1}
+    return (
+        experts
+        | groups
+        | {
+            "model_type": "deepseek_v3" if is_v3 else "deepseek_v2",
+            "q_lora_rank": get("attention.q_lora_rank", None),
+            "kv_lora_rank": get("attention.kv_lora_rank"),
+            "qk_rope_head_dim": rotated,
+            "qk_nope_head_dim": get("attention.key_length_mla", get("attention.key_length", 0)) - rotated,
+            "v_head_dim": get("attention.value_length_mla", get("attention.value_length", 0)),
+            "n_shared_experts": get("expert_shared_count", 0),
+            "first_k_dense_replace": get("leading_dense_block_count", 0) if experts["n_routed_experts"] else layers,
+            "routed_scaling_factor": get("expert_weights_scale", 1.0) or 1.0,
+            "norm_topk_prob": bool(get("expert_weights_norm", False)),
+            "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy",
+            "num_nextn_predict_layers": 0,
+        }
+    )
+
+
+def _scaling(get: Get) -> dict[str, Any] | None:
+    """`rope_scaling`; files of long ago say linear by its factor alone."""
+    kind, linear = get("rope.scaling.type", "none"), get("rope.scale_linear", None)
+    if kind == "none":
+        return {"rope_type": "linear", "factor": linear} if linear not in (None, 1.0) else None
+    found = {
+        "rope_type": kind,
+        "factor": get("rope.scaling.factor"),
+        "original_max_position_embeddings": get("rope.scaling.original_context_length", get("context_length")),
+    }
+    for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+        if (value := get(f"rope.scaling.{theirs}", None)) is not None:
+            found[ours] = value
+    # DeepSeek's: 0.1 times mscale_all_dim, and mscale is the same in all releases
+    if multiplier := get("rope.scaling.yarn_log_multiplier", 0.0):
+        found["mscale"] = found["mscale_all_dim"] = round(10 * multiplier, 6)
+    return found
+
+
+def _llama3(divisors: Tensor, raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The Llama 3 setting whose frequencies are these; its ramp is the releases'.
+
+    The lowest frequencies are divided by the factor, if the ramp ends before them; the releases' factors are 8 and 32.
+    """
+    plain = inverse_frequencies(model_config(raw | {"rope_scaling": None}))
+    windows = (8192, 4096, 16384, 32768, 2048, raw["max_position_embeddings"])
+    for factor, window in itertools.product((float(divisors.max()), 8.0, 32.0), windows):
+        setting = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        setting |= {"original_max_position_embeddings": window}
+        scaled = inverse_frequencies(model_config(raw | {"rope_scaling": setting}))
+        if divisors.shape == plain.shape and torch.allclose(plain / divisors, scaled, rtol=1e-4):
+            return setting
+    raise UserError(FREQUENCIES, str(path), "not the frequencies of a Llama 3 model", "Use its safetensors files.")

@@ -1,0 +1,89 @@
+"""One table between GGUF's names of tensors and Hugging Face's, and how stacked and divided tensors lie in each.
+
+GGUF keeps the experts of a layer in one tensor, and DeepSeek's up-projection of latents in two, the keys' part transposed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+    "ffn_up_shexp": "mlp.shared_experts.up_proj",
+    "ffn_down_shexp": "mlp.shared_experts.down_proj",
+}
+EXPERTS = {
+    "ffn_gate_exps": ("gate",),
+    "ffn_up_exps": ("up",),
+    "ffn_down_exps": ("down",),
+    "ffn_gate_up_exps": ("gate", "up"),
+}
+KEYS, VALUES = "attn_k_b", "attn_v_b"
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """Where a tensor of Hugging Face's lies in a GGUF file."""
+
+    stored: str
+    shape: tuple[int, ...]
+    # which matrix of a stack
+    index: int | None = None
+    # its first row in that matrix
+    start: int = 0
+    # the stored values' part of an up-projection of which `stored` is the keys' part
+    values: str = ""
+
+
+def pieces(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, StoredPart]]:
+    """Hugging Face's names of all tensors of a file, whose names and shapes (outermost first) are given.
+
+    Unknown ones keep their names and are then reported as unexpected.
+    """
+    for name, shape in shapes.items():
+        match name.split("."):
+            case ["blk", layer, part, "weight"] if part in EXPERTS and len(shape) == 3:
+                yield from _experts(name, f"model.layers.{layer}.mlp.experts.", EXPERTS[part], shape)
+            case ["blk", layer, "exp_probs_b", _]:
+                yield f"model.layers.{layer}.mlp.gate.e_score_correction_bias", StoredPart(name, shape)
+            case ["blk", layer, part, "weight"] if part == KEYS and len(shape) == 3:
+                values = name.replace(KEYS, VALUES)
+                heads, rank, keys = shape
+                joined = heads * (keys + shapes.get(values, (0, 0))[1]), rank
+                yield f"model.layers.{layer}.{BLOCK['attn_kv_b']}.weight", StoredPart(name, joined, values=values)
+            case ["blk", _, part, "weight"] if part == VALUES and name.replace(VALUES, KEYS) in shapes:
+                continue
+            case ["blk", layer, part, kind] if part in BLOCK:
+                yield f"model.layers.{layer}.{BLOCK[part]}.{kind}", StoredPart(name, shape)
+            case _:
+                yield TOP.get(name, name), StoredPart(name, shape)
+
+
+def _experts(name: str, stem: str, kinds: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[tuple[str, StoredPart]]:
+    """Each expert's matrices of a stack (experts, rows, columns), equal parts of the rows."""
+    height = shape[1] // len(kinds)
+    for expert in range(shape[0]):
+        for place, kind in enumerate(kinds):
+            yield f"{stem}{expert}.{kind}_proj.weight", StoredPart(name, (height, shape[2]), expert, place * height)

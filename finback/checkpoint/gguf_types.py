@@ -1,0 +1,49 @@
+"""How each tensor of a GGUF file is stored: what was asked for, llama.cpp's mixes, and what takes over where blocks do not fit."""
+
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from finback.checkpoint import k_quants
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_0", "q4_0", "q4_k_m"]
+BLOCK = 32  # columns of a block of the plain kinds
+FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # where columns are no multiple of 256
+DIVIDED = ("attn_v.weight", "attn_kv_b.weight", "ffn_down.weight", "ffn_down_exps.weight", "ffn_down_shexp.weight")
+
+
+def file_type(asked: GgufType) -> str:
+    """The name that LlamaFileType has for it."""
+    return "ALL_F32" if asked == "f32" else f"MOSTLY_{asked.upper()}"
+
+
+def kind_of(name: str, shape: tuple[int, ...], asked: GgufType, layers: int, tied: bool) -> str:
+    """The name of a tensor's GGMLQuantizationType: vectors and routers stay in F32."""
+    if len(shape) < 2 or name.endswith("ffn_gate_inp.weight"):
+        return "F32"
+    wanted = _mixed(name, layers, tied) if asked == "q4_k_m" else asked.upper()
+    if wanted in FALLBACK and shape[-1] % k_quants.BLOCK:
+        wanted = FALLBACK[wanted]
+    return "F16" if wanted.startswith("Q") and shape[-1] % BLOCK else wanted
+
+
+def _mixed(name: str, layers: int, tied: bool) -> str:
+    """llama.cpp's Q4_K_M: six bits for the head, and for values and down-projections in the first and last eighth of
+    the layers and in every third between."""
+    if name == "output.weight" or (tied and name == "token_embd.weight"):
+        return "Q6_K"
+    if not name.endswith(DIVIDED):
+        return "Q4_K"
+    layer, eighth = int(name.split(".")[1]), layers // 8
+    return "Q6_K" if layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2 else "Q4_K"
+
+
+def packed(tensor: Tensor, kind: str) -> Any:
+    """A tensor's values as they lie in the file."""
+    from gguf import GGMLQuantizationType, quants
+
+    if kind in FALLBACK:
+        return k_quants.quantize(tensor, kind)
+    plain = tensor.detach().float().contiguous().numpy()
+    return np.ascontiguousarray(quants.quantize(plain, GGMLQuantizationType[kind]))

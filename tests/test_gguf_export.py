@@ -1,0 +1,237 @@
+"""GGUF out and in again: what is written is read back as the same model, ids, ends and template; llama.cpp is a tier of its own."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finback.checkpoint import gguf_export, k_quants
+from finback.checkpoint.gguf_types import kind_of
+from finback.checkpoint.models import load_audited, save
+from finback.config import UserError
+from finback.data import gguf_vocabulary, tokenizer
+from finback.data.messages import Message, encode_prompt
+from finback.data.tokenizer import Tokenizer
+from finback.model.config import ModelConfig
+from finback.model.rope_scaling import LinearRope, Llama3Rope, Yarn
+from finback.model.transformer import Transformer
+from finback.report.gguf_file import export_gguf
+from tests.test_model import DENSE, EXPERTS, TOY, random_model
+from tests.toy import finback
+
+gguf = pytest.importorskip("gguf")
+YARN = Yarn(4.0, 16, mscale=0.707, mscale_all_dim=0.707)
+LATENT = dataclasses.replace(TOY, num_nextn_predict_layers=0)
+MODELS: dict[str, ModelConfig] = {
+    "V3": LATENT,
+    "V3, YaRN": dataclasses.replace(LATENT, rope_scaling=YARN, n_group=1, topk_group=1),
+    "V2-Lite": dataclasses.replace(
+        LATENT,
+        num_hidden_layers=27,
+        q_lora_rank=None,
+        scoring_func="softmax",
+        norm_topk_prob=False,
+        n_group=1,
+        topk_group=1,
+    ),
+    "V2": dataclasses.replace(
+        LATENT, scoring_func="softmax", norm_topk_prob=False, rope_scaling=YARN, n_group=1, topk_group=1
+    ),
+    "dense latent": dataclasses.replace(LATENT, n_routed_experts=0, n_shared_experts=0, tie_word_embeddings=True),
+    "llama": dataclasses.replace(DENSE, rope_scaling=Llama3Rope(5.0, original_max_position_embeddings=8192)),
+    "qwen2": dataclasses.replace(DENSE, attention_bias="qkv", rope_scaling=LinearRope(2.0)),
+    "qwen3": dataclasses.replace(DENSE, qk_norm=True, rope_scaling=Yarn(4.0, 16, mscale_all_dim=0.0)),
+    "qwen3_moe": dataclasses.replace(EXPERTS, dense_layers=()),
+}
+
+
+def filled(config: ModelConfig) -> Transformer:
+    """Random weights; gates by softmax have no biases in files."""
+    model = random_model(config)
+    for router in model.routers():
+        router.bias *= config.scoring_func == "sigmoid"
+    return model
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_what_is_written_is_read_back(config: ModelConfig, tmp_path: Path) -> None:
+    model = filled(config)
+    gguf_export.write(model, tmp_path / "m.gguf", "f32", {})
+    back, audit = load_audited(tmp_path / "m.gguf")
+    assert audit.holds and not audit.unexpected
+    tokens = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (model.logits(model(tokens)) - back.logits(back.eval()(tokens))).abs().max() <= 1e-4
+    rounded = config.rope_scaling if not isinstance(config.rope_scaling, Yarn) else back.config.rope_scaling
+    assert back.config.rope_scaling == rounded
+
+
+def test_other_forms_of_up_projections_and_experts_are_read(tmp_path: Path) -> None:
+    """Files of long ago keep kv_b whole, and give head counts and key lengths as they are in expanded form."""
+    c = MODELS["V3"]
+    model = random_model(c)
+    settings = gguf_export._settings(c, "deepseek2")
+    for name in ("key_length_mla", "value_length_mla"):
+        del settings[f"deepseek2.attention.{name}"]
+    settings |= {"deepseek2.attention.key_length": c.qk_head_dim, "deepseek2.attention.value_length": c.v_head_dim}
+    writer = gguf.GGUFWriter(tmp_path / "old.gguf", "deepseek2")
+    for name, value in settings.items():
+        gguf_export._add(writer, name, value)
+    held = dict(gguf_export.tensors(model))
+    for layer, block in enumerate(model.blocks):
+        del held[f"blk.{layer}.attn_k_b.weight"], held[f"blk.{layer}.attn_v_b.weight"]
+        held[f"blk.{layer}.attn_kv_b.weight"] = block.attention.kv_up.weight
+        if c.is_moe(layer):
+            del held[f"blk.{layer}.ffn_gate_exps.weight"], held[f"blk.{layer}.ffn_up_exps.weight"]
+            held[f"blk.{layer}.ffn_gate_up_exps.weight"] = block.feed_forward.gate_up
+    for name, tensor in held.items():
+        writer.add_tensor(name, tensor.detach().contiguous().numpy())
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    back, audit = load_audited(tmp_path / "old.gguf")
+    tokens = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert audit.holds
+        assert (model.logits(model(tokens)) - back.logits(back.eval()(tokens))).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
+def test_matrices_are_stored_as_asked(kind: Any, tmp_path: Path) -> None:
+    config = dataclasses.replace(MODELS["qwen3_moe"], hidden_size=64, moe_intermediate_size=32, head_dim=16)
+    model = filled(config)
+    gguf_export.write(model, tmp_path / "m.gguf", kind, {})
+    back, audit = load_audited(tmp_path / "m.gguf")
+    assert audit.notes == [f"GGUF, dequantized from {', '.join(sorted({'F32', kind.upper()}))}"]
+    assert torch.equal(back.blocks[0].feed_forward.router.weight, model.blocks[0].feed_forward.router.weight)
+    worst = {"f16": 2e-3, "bf16": 8e-3, "q8_0": 8e-3, "q4_0": 0.13}[kind]
+    for name, tensor in model.state_dict().items():
+        gap = (back.state_dict()[name] - tensor).abs().max()
+        assert gap <= worst * tensor.abs().max(), name
+
+
+def test_k_quants_are_read_by_the_library_and_leave_less_than_q4_1() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kinds = gguf.GGMLQuantizationType
+    for x in (
+        torch.randn(20, 512, generator=generator),
+        torch.randn(20, 512, generator=generator) ** 3,
+        torch.zeros(2, 256),
+    ):
+        size = x.square().mean().sqrt().clamp(min=1e-9)
+
+        def error(values: Any, kind: Any, x: torch.Tensor = x, size: torch.Tensor = size) -> float:
+            back = torch.from_numpy(gguf.quants.dequantize(values, kind))
+            return float((back - x).square().mean().sqrt() / size)
+
+        plain = {kind: error(gguf.quants.quantize(x.numpy(), kind), kind) for kind in (kinds.Q4_1, kinds.Q5_1)}
+        assert error(k_quants.quantize(x, "Q4_K"), kinds.Q4_K) <= plain[kinds.Q4_1]
+        assert error(k_quants.quantize(x, "Q6_K"), kinds.Q6_K) <= 0.6 * plain[kinds.Q5_1]
+
+
+def test_a_mix_has_six_bits_where_llama_cpp_has_them() -> None:
+    def found(name: str, shape: tuple[int, ...] = (8, 512), tied: bool = False) -> str:
+        return kind_of(name, shape, "q4_k_m", 16, tied)
+
+    assert found("output.weight") == "Q6_K" and found("token_embd.weight") == "Q4_K"
+    assert found("token_embd.weight", tied=True) == "Q6_K" and found("output_norm.weight", (512,)) == "F32"
+    assert [n for n in range(16) if found(f"blk.{n}.ffn_down_exps.weight") == "Q6_K"] == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert found("blk.0.attn_q.weight") == "Q4_K" and found("blk.0.ffn_gate_inp.weight") == "F32"
+    assert found("blk.0.attn_v.weight", (8, 64)) == "Q8_0" and found("blk.3.attn_v.weight", (8, 64)) == "Q5_0"
+    assert found("blk.0.attn_k_b.weight", (2, 8, 24)) == "F16"
+
+
+def test_a_mixed_file_is_read_as_the_model_up_to_its_rounding(tmp_path: Path) -> None:
+    config = dataclasses.replace(MODELS["qwen3"], hidden_size=256, intermediate_size=256, rope_scaling=None)
+    model = random_model(config)
+    gguf_export.write(model, tmp_path / "m.gguf", "q4_k_m", {})
+    back, audit = load_audited(tmp_path / "m.gguf")
+    assert audit.notes == ["GGUF, dequantized from F16, F32, Q4_K, Q6_K"]
+    for layer, worst in ((0, 0.1), (1, 0.03)):  # four bits, then six
+        down = model.blocks[layer].feed_forward.down.weight
+        assert (back.blocks[layer].feed_forward.down.weight - down).abs().max() <= worst * down.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (dataclasses.replace(DENSE, nope_layers=(1,)), "no GGUF of smollm3"),
+        (dataclasses.replace(LATENT, scoring_func="softmax", norm_topk_prob=False), "does not limit V2's experts"),
+        (dataclasses.replace(LATENT, q_lora_rank=None), "by its 26 or 27 layers"),
+        (dataclasses.replace(DENSE, sliding_window=8), "would attend to the whole context"),
+        (EXPERTS, "it has no dense layers"),
+        (dataclasses.replace(LATENT, rope_interleaved=False), "llama.cpp rotates neighbouring pairs"),
+        (
+            dataclasses.replace(LATENT, rope_scaling=dataclasses.replace(YARN, mscale=1.0)),
+            "settings that GGUF has no key",
+        ),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(config: Any, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=problem):
+        gguf_export.write(random_model(config), tmp_path / "m.gguf", "f32", {})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a stage leaves: a model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("stage")
+    tokenizer.train(["hello world, 12 + 34 = 46. How are you today? hello hello world"], 290, folder / "tokenizer.json")
+    save(folder, random_model(dataclasses.replace(LATENT, vocab_size=300)))
+    return folder
+
+
+def test_a_stage_goes_out_with_its_words_ends_and_template(stage: Path, tmp_path: Path) -> None:
+    done = finback("export", stage, tmp_path / "m.gguf", "--format", "gguf", "--type", "q8_0", "--json")
+    assert done.returncode == 0 and set(json.loads(done.stdout)["files"]) == {"m.gguf", "m.Modelfile"}, done.stderr
+    ours, written = Tokenizer(stage), Tokenizer(tmp_path / "m.gguf")
+    asked = [Message("system", "Be brief."), Message("user", "hello 12?")]
+    assert encode_prompt(asked, ours) == encode_prompt(asked, written)
+    assert (ours.stops, ours.bos, ours.eos, ours.adds_bos) == (
+        written.stops,
+        written.bos,
+        written.eos,
+        written.adds_bos,
+    )
+    modelfile = (tmp_path / "m.Modelfile").read_text()
+    assert "<｜User｜>{{ .Prompt }}" in modelfile and 'PARAMETER stop "<｜end▁of▁sentence｜>"' in modelfile
+    assert "FROM ./m.gguf" in modelfile and "{{ if .System }}{{ .System }}{{ end }}" in modelfile
+    refused = finback("export", stage, tmp_path / "m.gguf", "--format", "gguf")
+    assert refused.returncode == 2 and "exists" in refused.stderr
+    refused = finback("export", stage, tmp_path / "folder", "--format", "gguf")
+    assert refused.returncode == 2 and "not a name for a GGUF file" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"normalizer": {"type": "NFC"}}, "no name for"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, r"no name for \(Whitespace\)"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "of the kind Unigram"),
+    ],
+)
+def test_rules_that_have_no_name_are_refused(change: dict[str, Any], problem: str, stage: Path) -> None:
+    text = json.loads((stage / "tokenizer.json").read_text())
+    assert gguf_vocabulary.rules_of(text) == "deepseek-v3"
+    with pytest.raises(UserError, match=problem):
+        gguf_vocabulary.rules_of(text | change)
+
+
+def test_ends_of_a_file_are_llama_cpps(tmp_path: Path, stage: Path) -> None:
+    """eot and eom ids, Ollama's list, and marks found by their texts."""
+    found = gguf_vocabulary.keys(Tokenizer(stage), 300)
+    tokens, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    tokens[290], kinds[290], tokens[291], kinds[291] = "<|im_end|>", 3, "<|end|>", 1
+    found |= {"tokenizer.ggml.eot_token_id": 292, "tokenizer.ggml.eos_token_ids": [1, 7]}
+    gguf_export.write(random_model(dataclasses.replace(LATENT, vocab_size=300)), tmp_path / "m.gguf", "f16", found)
+    assert Tokenizer(tmp_path / "m.gguf").stops == (1, 7, 290, 292)
+
+
+def test_export_gguf_names_a_text_that_would_be_read_otherwise(stage: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(gguf_vocabulary, "rules_of", lambda text: "qwen2")
+    with pytest.raises(UserError, match="other ids than the model was taught with"):
+        export_gguf(stage, tmp_path / "m.gguf", "f16")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,73 @@
+"""Files that finback writes in a real llama.cpp, the `xllamacpp` wheel: the same log-probabilities and the same ids.
+
+`pip install xllamacpp` brings it. Each file is opened in a process of its own: one that llama.cpp does not like ends it.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finback.checkpoint import gguf_export
+from finback.data import tokenizer
+from finback.data.gguf_vocabulary import keys
+from finback.data.tokenizer import Tokenizer
+from finback.report.tokenizer_parity import texts
+from tests.test_gguf_export import MODELS, filled
+
+pytest.importorskip("xllamacpp")
+pytestmark = pytest.mark.slow
+ROWS = 320
+
+# argv: a file and what to ask; the cache in F32 and no flash attention, else log-probabilities differ by 1e-3
+ASK = """
+import json, os, sys, urllib.request
+import xllamacpp as x
+path, asked = sys.argv[1], json.loads(open(sys.argv[2]).read())
+p = x.CommonParams()
+p.model.path, p.n_ctx, p.cpuparams.n_threads, p.warmup = path, 256, 1, False
+p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
+p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = x.Server(p)
+def post(place, body):
+    request = urllib.request.Request(server.listening_address + place, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=60))
+answer = post("/completion", {"prompt": asked["ids"], "n_predict": 1, "n_probs": asked["rows"], "temperature": 0, "cache_prompt": False})
+logprobs = {t["id"]: t["logprob"] for t in answer["completion_probabilities"][0]["top_logprobs"]}
+ids = [post("/tokenize", {"content": t, "add_special": False, "parse_special": False})["tokens"] for t in asked["texts"]]
+prompt = post("/apply-template", {"messages": [{"role": "user", "content": "hello 12?"}]})["prompt"]
+print("ANSWER" + json.dumps({"logprobs": logprobs, "ids": ids, "prompt": prompt}), flush=True)
+os._exit(0)
+"""
+
+
+def ask(file: Path, ids: list[int], said: list[str]) -> dict[str, Any]:
+    question = file.with_suffix(".json")
+    question.write_text(json.dumps({"ids": ids, "rows": ROWS, "texts": said}))
+    done = subprocess.run([sys.executable, "-c", ASK, file, question], capture_output=True, text=True, timeout=300)
+    assert "ANSWER" in done.stdout, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.rpartition("ANSWER")[2])
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_and_ids_are_ours(name: str, tmp_path: Path) -> None:
+    model = filled(dataclasses.replace(MODELS[name], vocab_size=ROWS, max_position_embeddings=256))
+    tokenizer.train(
+        ["hello world, 12 + 34 = 46. How are you today? hello hello world"], 290, tmp_path / "tokenizer.json"
+    )
+    words, said = Tokenizer(tmp_path), [text for text in texts([]) if text] if name == "V3" else ["hello"]
+    gguf_export.write(model, tmp_path / "m.gguf", "f32", keys(words, ROWS))
+    ids = torch.randint(0, 288, (1, 60), generator=torch.Generator().manual_seed(1))
+    found = ask(tmp_path / "m.gguf", ids[0].tolist(), said)
+    with torch.no_grad():
+        expected = model.logits(model(ids))[0, -1].log_softmax(-1)
+    theirs = torch.tensor([found["logprobs"][str(n)] for n in range(ROWS)])
+    assert (theirs - expected).abs().max() <= 1e-3
+    assert found["ids"] == [words.encode(text) for text in said]
+    assert found["prompt"] == "<｜User｜>hello 12?<｜Assistant｜>"
