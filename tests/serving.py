@@ -6,7 +6,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,10 @@ class Scripted(Engine):
 
 
 @contextmanager
-def served(engine: Engine, **options: Any) -> Iterator[httpx.Client]:
-    """A real server on a real socket, and a client for it."""
+def served(engine: Engine, adapters: Mapping[str, Tokenizer] | None = None, **options: Any) -> Iterator[httpx.Client]:
+    """A real server on a real socket, and a client for it; `adapters` are those that the engine has."""
     made = ServeOptions(**{"model": Path("toy"), "page": False, "port": 0} | options)
-    app = build(engine, engine.tokenizer or small_tokenizer(), made)
+    app = build(engine, engine.tokenizer or small_tokenizer(), made, adapters=adapters)
     listener = http.listen_as(made)
     runner = Server(app)
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)

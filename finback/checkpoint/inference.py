@@ -1,10 +1,12 @@
 """Models that only answer, laid out as the machine reads them fastest."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
+from finback.checkpoint import peft
 from finback.checkpoint.models import load
 from finback.config import UserError, did_you_mean
 from finback.kernels import packed
@@ -16,11 +18,14 @@ LARGE = 50_000_000  # bytes of weights below which fp32 costs little, and is exa
 InferenceDtype = Literal["auto", "fp32", "bf16", "int8"]
 
 
-def load_for_inference(path: Path, dtype: InferenceDtype = "auto") -> Transformer:
+def load_for_inference(
+    path: Path, dtype: InferenceDtype = "auto", folders: Mapping[str, Path] | None = None
+) -> Transformer:
     """Read the model at a path for answering alone, laid out as this machine reads it fastest.
 
     bf16 and int8 (weights only, for CPUs) are packed: such a model cannot be trained or saved. "auto" is bf16 where the
-    machine computes in it, and fp32 elsewhere and for small models.
+    machine computes in it, and fp32 elsewhere and for small models. Adapters of `folders` are put on by their names; UserError
+    where one is not the model's.
     """
     if dtype not in get_args(InferenceDtype):
         raise UserError("dtype", dtype, "not a format", did_you_mean(str(dtype), get_args(InferenceDtype)))
@@ -28,15 +33,20 @@ def load_for_inference(path: Path, dtype: InferenceDtype = "auto") -> Transforme
     if dtype == "auto":
         fast = cuda or packed.available("bf16")
         dtype = "bf16" if fast and _size(path) >= LARGE else "fp32"
-    if dtype == "fp32":
-        model = load(path)
-        return (model.to("cuda") if cuda else model).eval()
-    if not cuda and not packed.available(dtype):
+    if dtype != "fp32" and not cuda and not packed.available(dtype):
         raise UserError("--dtype", dtype, "this processor has no fast products for it", "Use fp32.")
     if cuda and dtype == "int8":
         raise UserError("--dtype", dtype, "for CPUs only", "Use bf16.")
-    model = load(path, torch.bfloat16, "bf16").eval()
-    return model.to("cuda") if cuda else pack(model, dtype)
+    if folders and adapters.places(path)[1] is not None:
+        problem = "has an adapter in it already"
+        raise UserError("MODEL", str(path), problem, "Name its base, and this one's folder with --adapter too.")
+    model = (load(path) if dtype == "fp32" else load(path, torch.bfloat16, "bf16")).eval()
+    digest = peft.digest(model) if folders else ""
+    if cuda:
+        model = model.to("cuda")
+    elif dtype != "fp32":
+        pack(model, dtype)
+    return peft.attach_all(model, path, digest, folders) if folders else model
 
 
 def _size(path: Path) -> int:

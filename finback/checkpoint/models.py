@@ -104,7 +104,10 @@ def load_for_training(path: Path, lora: LoRA | None, compute: torch.dtype, seed:
 
 def find_model(path: Path) -> Path:
     """The model that a path means: `path` itself, or the newest finished stage in it that made a model."""
-    if (path / "model.json").is_file() or (path.exists() and is_checkpoint(path)) or adapters.places(path)[1]:
+    base, adapter = adapters.places(path)
+    if adapter is not None and adapter != path:
+        return Path(f"{find_model(base)}+{adapter}")
+    if adapter is not None or (path / "model.json").is_file() or (path.exists() and is_checkpoint(path)):
         return path
     found = [folder for folder in finished_stages(path) if (folder / "model.json").is_file()]
     if not found:

@@ -7,7 +7,7 @@ Read both alike and every expert but the first is wrong, without an error.
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -33,6 +33,7 @@ from finback.model.lora import (
     put_on_experts,
 )
 from finback.model.moe import MoE
+from finback.model.multi_lora import MultiLoraTransformer, put_adapters
 from finback.model.quantized import matrix_names
 from finback.model.transformer import Transformer
 from finback.runs import adapters
@@ -165,6 +166,21 @@ def attach(model: Transformer, stored: StoredAdapter) -> AdaptedTransformer:
         )
         raise stored.wrong(left, problem)
     return adapted(model, stored.lora)
+
+
+def attach_all(model: Transformer, base: Path, digest: str, folders: Mapping[str, Path]) -> MultiLoraTransformer:
+    """Put the adapters in some folders, by name, on their base, which only answers, in place; errors as of `attach`.
+
+    base and digest: its path, and `digest` of its weights.
+    """
+    found: dict[str, AdaptedTransformer] = {}
+    for name, folder in folders.items():
+        stored = read(folder)
+        stored.check_base(base, digest)
+        with torch.device("meta"):
+            bare = Transformer(model.config)
+        found[name] = attach(bare, stored)
+    return put_adapters(model, found)
 
 
 def _attach_linear(module: Linear, name: str, config: ModelConfig, stored: StoredAdapter) -> None:

@@ -24,6 +24,7 @@ from finback.engine.open import ANSWERING, load, open_engine
 from finback.engine.request import Request, SamplingParams
 from finback.engine.sampler import without_thinking
 from finback.model.transformer import Transformer
+from finback.runs import adapters
 from finback.runs.ledger import DOLLARS_PER_CORE_HOUR
 from finback.runs.provenance import sha256
 from finback.suites import likelihood
@@ -32,7 +33,7 @@ from finback.suites.suite import Suite
 
 # what a model's answers depend on, in the folders of stages and in Hugging Face's
 PATTERNS = (
-    *("*.safetensors", "*.safetensors.index.json", "model.json", "config.json"),
+    *("*.safetensors", "*.safetensors.index.json", "model.json", "config.json", adapters.CONFIG_FILE),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"),
 )
 
@@ -136,7 +137,14 @@ def _answers(
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a model's files, their names included."""
+    """The SHA-256 of a model's files, their names included; of an adapter those of its base too."""
+    base, adapter = adapters.places(path)
+    if adapter is not None:
+        return hashlib.sha256(f"{digest_of(base)} {_digest(adapter)}".encode()).hexdigest()
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
     files = [path] if path.is_file() else sorted({f for p in PATTERNS for f in path.glob(p)})
     if (path / "model.json").is_file():  # then config.json is a stage's, and says nothing of the model
         files = [file for file in files if file.name != "config.json"]

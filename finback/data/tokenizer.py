@@ -85,6 +85,11 @@ class Tokenizer:
         self.lacks = [token for token in marks if token not in self.ids]  # why it cannot write a dialogue
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The ids of all tokens."""
+        return self._full.get_vocab()
+
+    @property
     def specials(self) -> dict[str, str]:
         """bos_token, eos_token, pad_token, unk_token and the like, as far as they are named."""
         ours = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}

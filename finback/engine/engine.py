@@ -5,6 +5,7 @@ expanded form, single tokens in absorbed form on the paged latent cache. A reque
 company, read at once or in pieces, with a prefix found in the cache, preempted, and with or without drafts.
 """
 
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from finback.config import UserError
+from finback.config import UserError, did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.constrain import Grammars
 from finback.engine.detokenizer import Detokenizer
@@ -24,6 +25,7 @@ from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Pool
 from finback.model.config import ModelConfig
+from finback.model.multi_lora import MultiLoraTransformer
 from finback.model.native import use_native
 from finback.model.rope_scaling import LongRope
 from finback.model.routing import trace_routers
@@ -57,7 +59,7 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        stops: Sequence[int],
+        stops: Iterable[int],
         config: EngineConfig = EngineConfig(),
         tokenizer: Tokenizer | None = None,
     ) -> None:
@@ -99,18 +101,23 @@ class Engine:
         salt: bytes = b"",
         leader: Request | None = None,
         thinking: bool = False,
+        adapter: str = "",
     ) -> Request:
         """Queue a prompt; `step` makes its tokens. UserError when it could never be served.
 
         `salt` (64 bytes at most) keeps its cached pages from requests with another one; it waits until `leader` has
         read its prompt, so that both read it once (where it is the same one, all of it); `thinking` says that the prompt has opened the chain of thought.
+        `adapter` is one of the model's, by name.
         """
+        number = self._number(adapter)
         self._check_length(len(prompt), sampling.max_tokens)
         self._check_ids(prompt, "prompt")
         self._check_ids([token for token, _ in sampling.logit_bias], "logit_bias")
         if self.grammars is None and (sampling.stop or (sampling.schema, sampling.grammar) != (None, None)):
             raise UserError("sampling", "stop, schema or grammar", "needs text", "Give the engine a tokenizer.")
-        request = Request(list(prompt), sampling, seed, salt, leader, thinking=thinking)
+        if number:  # what an adapter has read is nobody else's
+            salt = hashlib.blake2b(adapter.encode(), key=salt, digest_size=32).digest()
+        request = Request(list(prompt), sampling, seed, salt, leader, thinking=thinking, adapter=number)
         if self.tokenizer is not None and self.grammars is not None:
             request.detokenizer = Detokenizer(self.tokenizer, sampling.stop)
             if sampling.schema is not None:
@@ -160,6 +167,13 @@ class Engine:
         for token in ids:
             if not 0 <= token < vocab:
                 raise UserError(field, token, f"not a token id in 0..{vocab - 1}", "Use this model's ids.")
+
+    def _number(self, adapter: str) -> int:
+        """That of an adapter on the model; UserError where there is none of this name."""
+        known = self.model.adapters if isinstance(self.model, MultiLoraTransformer) else ()
+        if adapter and adapter not in known:
+            raise UserError("adapter", adapter, "the model has no such adapter", did_you_mean(adapter, known))
+        return 1 + known.index(adapter) if adapter else 0
 
     def cancel(self, request: Request) -> None:
         """End a request; its pages are free at once. Nothing happens to one that has finished."""
@@ -217,8 +231,10 @@ class Engine:
         sampling: SamplingParams,
         seeds: Sequence[int],
         thinking: Sequence[bool] = (),
+        adapter: str = "",
     ) -> list[Request]:
-        """A finished request for each prompt, in order; `thinking` says which prompts have opened the chain."""
+        """A finished request for each prompt, in order; `thinking` says which prompts have opened the chain, `adapter` is
+        that of all of them."""
         opened = thinking or [False] * len(prompts)
         assert len(prompts) == len(seeds) == len(opened), "one seed per prompt"
         if not prompts:
@@ -233,7 +249,9 @@ class Engine:
         try:
             for i in order:
                 leader = leaders.get(tuple(prompts[i]))
-                requests[i] = self.submit(prompts[i], sampling, seeds[i], leader=leader, thinking=opened[i])
+                requests[i] = self.submit(
+                    prompts[i], sampling, seeds[i], leader=leader, thinking=opened[i], adapter=adapter
+                )
                 leaders.setdefault(tuple(prompts[i]), requests[i])
             while self.busy:
                 self.step()
@@ -244,12 +262,12 @@ class Engine:
         return [requests[i] for i in range(len(prompts))]
 
     def stream(
-        self, prompt: Sequence[int], sampling: SamplingParams, seed: int, thinking: bool = False
+        self, prompt: Sequence[int], sampling: SamplingParams, seed: int, thinking: bool = False, adapter: str = ""
     ) -> Iterator[Request]:
-        """A request, again after each step until it has finished; `thinking` as for `submit`."""
+        """A request, again after each step until it has finished; `thinking` and `adapter` as for `submit`."""
         self.model.eval()
         self._prepare([len(prompt) + sampling.max_tokens])
-        request = self.submit(prompt, sampling, seed, thinking=thinking)
+        request = self.submit(prompt, sampling, seed, thinking=thinking, adapter=adapter)
         try:
             while request.finish_reason is None:
                 self.step()

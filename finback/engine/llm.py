@@ -42,11 +42,18 @@ class LLM:
     """The model at a path (a run, a stage, a Hugging Face folder or a GGUF file) and an engine to run it.
 
     Same seed, same answers. Without sampling parameters those hold that the model's makers recommend, and an answer has
-    at most 1024 tokens.
+    at most 1024 tokens. `adapters` are folders by name; an answer may be that of the model with one of them.
     """
 
-    def __init__(self, model: str | Path, dtype: InferenceDtype = "auto", config: EngineConfig = ANSWERING) -> None:
-        self.engine, self.tokenizer = open_engine(model, dtype, config)
+    def __init__(
+        self,
+        model: str | Path,
+        dtype: InferenceDtype = "auto",
+        config: EngineConfig = ANSWERING,
+        adapters: Mapping[str, str | Path] | None = None,
+    ) -> None:
+        folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
+        self.engine, self.tokenizer = open_engine(model, dtype, config, folders)
         self.window = self.engine.capacity
 
     def defaults(self, **chosen: Any) -> SamplingParams:
@@ -55,12 +62,14 @@ class LLM:
         values = {"temperature": 0.7} | {n: known[n] for n in ADVISED if known.get(n) is not None}
         return SamplingParams(**values | {n: v for n, v in chosen.items() if v is not None})
 
-    def generate(self, prompts: Prompts, sampling_params: SamplingParams | None = None, seed: int = 0) -> list[Output]:
+    def generate(
+        self, prompts: Prompts, sampling_params: SamplingParams | None = None, seed: int = 0, adapter: str = ""
+    ) -> list[Output]:
         """Continue each prompt, a text or token ids, as it stands; prompt i takes random numbers of seed + i."""
         is_one = isinstance(prompts, str) or not isinstance(prompts, Iterable)
         ids = [self._ids(prompt) for prompt in ([prompts] if is_one else prompts)]
         params = sampling_params or self._fitting(max(map(len, ids), default=0))
-        done = self.engine.finished(ids, params, [seed + i for i in range(len(ids))])
+        done = self.engine.finished(ids, params, [seed + i for i in range(len(ids))], adapter=adapter)
         return [_output(request, Response("", request.text, thinks=False, closed=True)) for request in done]
 
     def chat(
@@ -69,13 +78,14 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         think: bool | None = None,
         seed: int = 0,
+        adapter: str = "",
     ) -> Output:
         """Answer a question or the last message of a dialogue.
 
         `think` True opens the chain of thought, False keeps the model from one, None leaves it to the model.
         """
         ids, opened, params = self._prompt(messages, sampling_params, think)
-        (request,) = self.engine.finished([ids], params, [seed], [opened])
+        (request,) = self.engine.finished([ids], params, [seed], [opened], adapter)
         return _output(request, parse_response(THINK + request.text if opened else request.text))
 
     def stream(
@@ -84,13 +94,14 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         think: bool | None = None,
         seed: int = 0,
+        adapter: str = "",
     ) -> Iterator[str]:
         """The answer of `chat` in pieces as they are made, its chain of thought between <think> and </think>."""
         ids, opened, params = self._prompt(messages, sampling_params, think)
         if opened:
             yield THINK
         sent = 0
-        for request in self.engine.stream(ids, params, seed, opened):
+        for request in self.engine.stream(ids, params, seed, opened, adapter):
             assert request.detokenizer is not None, "the engine has a tokenizer"
             new = request.detokenizer.pieces[sent:]
             sent += len(new)

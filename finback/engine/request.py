@@ -142,6 +142,8 @@ class Request:
     thinking: bool = False
     # tokens of the chain, its marks included
     thinking_tokens: int = 0
+    # the number of its adapter among the model's; 0 is the base alone
+    adapter: int = 0
     # tokens to append next, whatever the model would
     forced: deque[int] = field(default_factory=deque)
     # where it stands in the cache

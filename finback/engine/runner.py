@@ -11,6 +11,7 @@ from finback.engine.sampler import Sampler, sample, top_logprobs
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Cache, Pool
+from finback.model.multi_lora import adapters_of_rows
 from finback.model.routing import Routing
 from finback.model.transformer import Transformer
 
@@ -154,10 +155,13 @@ class Runner:
         """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) behind what each row has computed."""
         cache = self._cache(rows, [r.computed for r in rows], tokens.size(1), counts)
         tokens = tokens.to(self.model.embed.device)
-        if self.routing is None or self.pool.routes is None:
-            return self.model(tokens, cache)
-        with self.routing.recording(self.pool.routes, cache.slots, self._known_routes(rows, tokens.size(1), counts)):
-            return self.model(tokens, cache)
+        with adapters_of_rows(self.model, [r.adapter for r in rows]):
+            if self.routing is None or self.pool.routes is None:
+                return self.model(tokens, cache)
+            with self.routing.recording(
+                self.pool.routes, cache.slots, self._known_routes(rows, tokens.size(1), counts)
+            ):
+                return self.model(tokens, cache)
 
     def _known_routes(self, rows: list[Request], new: int, counts: list[int]) -> Tensor | None:
         """(rows, new, layers, k) the experts of tokens that are read again after preemption, so that they take the same; -1

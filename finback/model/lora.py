@@ -80,11 +80,11 @@ class LowRank(nn.Module):
     def __init__(
         self, sizes: tuple[int, int], rank: int, scale: float, places: tuple[int, ...], parts: int, like: Tensor
     ) -> None:
-        """sizes: (out, in) of one matrix. `like` says on which device."""
+        """sizes: (out, in) of one matrix. `like` says on which device; a base without values (meta) leaves it on the CPU."""
         super().__init__()
-        n = len(places)
-        self.a = nn.Parameter(torch.zeros(n, rank, sizes[1], dtype=torch.float32, device=like.device))
-        self.b = nn.Parameter(torch.zeros(n, sizes[0], rank, dtype=torch.float32, device=like.device))
+        n, device = len(places), "cpu" if like.is_meta else like.device
+        self.a = nn.Parameter(torch.zeros(n, rank, sizes[1], dtype=torch.float32, device=device))
+        self.b = nn.Parameter(torch.zeros(n, sizes[0], rank, dtype=torch.float32, device=device))
         self.scale, self.is_on = scale, True
         self.places, self.parts = places, parts
 
@@ -107,6 +107,10 @@ class LowRank(nn.Module):
         """rows (m, in) laid out by expert, those experts that are `held` here -> (m, out); matrix e is expert e's."""
         low = frozen.learnt_per_expert(rows, self.a[held], blocks)
         return frozen.learnt_per_expert(low, self.b[held], blocks) * self.scale
+
+    def of_expert(self, rows: Tensor, expert: int) -> Tensor:
+        """rows (m, in) of one expert -> (m, out)."""
+        return F.linear(F.linear(rows, self.a[expert].to(rows.dtype)), self.b[expert].to(rows.dtype)) * self.scale
 
     def delta(self) -> Tensor:
         """What is added to the weights, (parts, out, in) in fp32."""
@@ -196,8 +200,8 @@ def add_lora(model: Transformer, lora: LoRA, seed: int = 0) -> AdaptedTransforme
 
 def put_on(module: Linear, places: tuple[int, ...], parts: int, rank: int, scale: float) -> LowRank:
     """Give a linear map of so many `parts` an adapter, zero, for those at `places`."""
-    out, inputs = module.matrix(torch.float32).shape
-    adapter = LowRank((out // parts, inputs), rank, scale, places, parts, module.weight)
+    size = module.out_features // parts, module.in_features
+    adapter = LowRank(size, rank, scale, places, parts, module.weight)
     recast(module, LoraLinear).adapter = adapter
     return adapter
 

@@ -34,7 +34,9 @@ def pack(model: Transformer, form: Form) -> Transformer:
 class PackedMLA(MLA):
     """MLA that takes queries and latents from x by one product."""
 
-    stacked: nn.Module
+    stacked: PackedLinear
+    # the linear maps that are one product
+    inputs: list[str]
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         c, both = self.config, self.stacked(x)
@@ -46,7 +48,9 @@ class PackedMLA(MLA):
 class PackedGQA(GQA):
     """GQA that takes queries, keys and values from x by one product."""
 
-    stacked: nn.Module
+    stacked: PackedLinear
+    # the linear maps that are one product
+    inputs: list[str]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
@@ -57,9 +61,20 @@ class PackedGQA(GQA):
 
 def stack_inputs(attention: PackedMLA | PackedGQA, names: list[str], form: Form) -> None:
     """Make one product of the linear maps of these names, which are dropped."""
-    attention.stacked = _stack([getattr(attention, name) for name in names], form)
+    attention.stacked, attention.inputs = _stack([getattr(attention, name) for name in names], form), names
     for name in names:
         delattr(attention, name)
+
+
+def product_of(model: Transformer, name: str) -> tuple[nn.Module, int]:
+    """Which module makes the product of the linear map of this name, packed or not, and from which output on."""
+    above, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(above)
+    if hasattr(parent, leaf):
+        return model.get_submodule(name), 0
+    assert isinstance(parent, PackedMLA | PackedGQA) and leaf in parent.inputs, f"{name} is nowhere"
+    outputs = parent.stacked.outputs
+    return parent.stacked, sum(outputs[: parent.inputs.index(leaf)])
 
 
 def _stack(layers: list[Linear], form: Form) -> PackedLinear:

@@ -45,7 +45,7 @@ class TokenGeneration:
 
 async def _respond(service: Service, owner: bytes, body: TokensRequest, send: Send) -> None:
     seed = secrets.randbelow(SEEDS) if body.sampling_params.seed is None else body.sampling_params.seed % SEEDS
-    choice = ChoiceInput(body.token_ids, _sampling(service, body), seed)
+    choice = ChoiceInput(body.token_ids, _sampling(service, body), seed, adapter=service.adapter)
     outputs = await service.worker.submit([choice], owner, salt(owner, body.cache_salt))
     (request,), finish = outputs.requests, None
     try:

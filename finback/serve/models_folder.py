@@ -60,7 +60,7 @@ class ModelsFolder:
                 raise ApiError(503, f"{name} cannot be read: {error.problem}", "model", "model_unreadable") from None
             finally:
                 reader.shutdown(wait=False)
-            own = dataclasses.replace(o, model=path, name=name, aliases=(), also=())
+            own = dataclasses.replace(o, model=path, name=name, aliases=(), also=(), lora=())
             service = self.served(engine, tokenizer, own, first=self.first)
             service.worker.start()
             self._loaded.append(service)

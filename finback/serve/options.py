@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from finback.config import UserError, check_not_negative, check_positive
 from finback.options import Dtype, Options
+from finback.runs.adapters import CONFIG_FILE, is_adapter
 
 # where a response has the chain of thought: in reasoning_content, in reasoning, in both, in the content, or nowhere
 ReasoningField = Literal["both", "deepseek", "openrouter", "inline", "none"]
@@ -103,6 +104,10 @@ class ServeOptions(ListenOptions):
     also: Annotated[tuple[Path, ...], Option(metavar="MODEL", help="One more model; repeatable.")] = ()
     models_dir: Annotated[Path | None, "A folder of further models, each read when a request names it."] = None
     models_max: Annotated[int, "Of them at a time; the least used leaves."] = 4
+    lora: Annotated[
+        tuple[str, ...],
+        Option("--adapter", metavar="NAME=FOLDER", help="An adapter of the model, by name; repeatable."),
+    ] = ()
     page: Annotated[bool, "Show the web page at /."] = True
     return_routed_experts: Annotated[
         bool, Option("--enable-return-routed-experts", help="Note each token's experts for /inference/v1/generate.")
@@ -129,12 +134,34 @@ class ServeOptions(ListenOptions):
         if self.models_dir is not None and not self.models_dir.is_dir():
             raise UserError("--models-dir", str(self.models_dir), "no folder", "Name one that holds models.")
         check_not_negative(self, "--", "queue", "rate", "concurrent", "drain")
-        names = self.others
-        if len(names) < len(self.also) or {self.name, *self.aliases} & set(names):
+        taken = {self.name, *self.aliases}
+        if len(self.others) < len(self.also) or taken & set(self.others):
             others = list(map(str, self.also))
             raise UserError("--also", others, "two models of one name", "Call the first with --name.")
+        taken |= set(self.others)
+        for text in self.lora:
+            name, folder = _named(text)
+            if name in taken:
+                raise UserError("--adapter", text, f"something else is called {name} already", "Call it otherwise.")
+            if not is_adapter(folder):
+                remedy = "Name a folder that PEFT or a stage with an adapter has written."
+                raise UserError("--adapter", text, f"{folder} holds no {CONFIG_FILE}", remedy)
+            taken.add(name)
 
     @property
     def others(self) -> dict[str, Path]:
         """The models beside the first by name."""
         return {path.resolve().name: path for path in self.also}
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The folders of the first model's adapters by name."""
+        return dict(map(_named, self.lora))
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """NAME=FOLDER -> both."""
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise UserError("--adapter", text, "not NAME=FOLDER", "Write it as in --adapter sums=runs/lora/rl.")
+    return name, Path(folder)

@@ -1,7 +1,7 @@
 """From a validated request to the engine's input: prompts as token ids, and sampling params."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -83,10 +83,19 @@ class EncodedPrompt:
 
 
 class RequestPreparer:
-    """Prepares requests for one model; `window` is how many tokens prompt and completion may have together."""
+    """Prepares requests for one model; prompt and completion fit `window`, and `stops` end answers beside the engine's."""
 
-    def __init__(self, tokenizer: Tokenizer, window: int, longest_token: int, chains: ReasoningParser = "auto") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        window: int,
+        longest_token: int,
+        chains: ReasoningParser = "auto",
+        adapter: str = "",
+        stops: Sequence[int] = (),
+    ) -> None:
         self.tokenizer, self.window, self.longest_token, self.chains = tokenizer, window, longest_token, chains
+        self.adapter, self.stops = adapter, tuple(stops)
         known = tokenizer.generation
         self.defaults = {n: known[n] for n in DEFAULTS if isinstance(known.get(n), int | float)}
         SamplingParams(**self.defaults)  # a bad file is better found now than by every request
@@ -253,7 +262,7 @@ class RequestPreparer:
         values: dict[str, Any] = {**self.defaults, **given, "max_tokens": limit, "stop": request.stops}
         values["top_k"] = max(0, int(values.get("top_k", 0)))
         values["logit_bias"] = tuple((int(token), value) for token, value in (request.logit_bias or {}).items())
-        values["stop_token_ids"] = tuple(request.stop_token_ids or ())
+        values["stop_token_ids"] = (*(request.stop_token_ids or ()), *(() if request.ignore_eos else self.stops))
         try:
             return SamplingParams(**values, ignore_eos=bool(request.ignore_eos), **more)
         except UserError as error:
@@ -264,7 +273,8 @@ class RequestPreparer:
     ) -> list[ChoiceInput]:
         """n choices for one prompt; all but the first, which is number `place`, wait until that has read it."""
         return [
-            ChoiceInput(ids, sampling, (seed + i) % SEEDS, opened, leader=None if i == 0 else place) for i in range(n)
+            ChoiceInput(ids, sampling, (seed + i) % SEEDS, opened, None if i == 0 else place, self.adapter)
+            for i in range(n)
         ]
 
 

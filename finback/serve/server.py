@@ -22,7 +22,9 @@ from starlette.types import Receive, Scope, Send
 
 from finback.data.tokenizer import THINK, Tokenizer
 from finback.engine.engine import Engine, EngineConfig
-from finback.engine.open import open_engine
+from finback.engine.open import adapter_tokenizer, open_engine
+from finback.kernels.formats import FORMATS
+from finback.model.multi_lora import MultiLoraTransformer
 from finback.serve import generate, metrics, openapi, vllm_metrics, weights
 from finback.serve.anthropic_reply import MESSAGES, count_tokens
 from finback.serve.body import read
@@ -47,24 +49,28 @@ def build(
     tokenizer: Tokenizer,
     options: ServeOptions,
     others: Mapping[str, tuple[Engine, Tokenizer]] | None = None,
+    adapters: Mapping[str, Tokenizer] | None = None,
     planned: Planned | None = None,
 ) -> Starlette:
     """The ASGI application; the engines run between its startup and its shutdown. `others` are more models by name.
 
-    `planned` says what a run of the page was planned to take.
+    `adapters` are those of the first model, which the engine has, by name, each with its tokenizer. `planned` says what a run of the page was planned to take.
     """
     service = Service(engine, tokenizer, options)
+    alone = dataclasses.replace(options, aliases=(), also=(), lora=())
+    for name, its_tokenizer in (adapters or {}).items():
+        Service(engine, its_tokenizer, dataclasses.replace(alone, name=name), service, adapter=name)
     for name, (its_engine, its_tokenizer) in (others or {}).items():
-        Service(its_engine, its_tokenizer, dataclasses.replace(options, name=name, aliases=(), also=()), first=service)
+        Service(its_engine, its_tokenizer, dataclasses.replace(alone, name=name), service)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        for each in service.all:
+        for each in service.engines:
             each.worker.start()
         yield
         for stream in service.streams.values():
             stream.stop()
-        for each in service.all:
+        for each in service.engines:
             await each.schemas.close()
             each.worker.close()
 
@@ -82,9 +88,14 @@ def run(options: ServeOptions, planned: Planned | None = None) -> None:
     # than cores, lets the engine's sleep after every product. Measured: 45 instead of 29 ms a step.
     config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate, o.return_routed_experts)
     with ThreadPoolExecutor(1) as reader:
-        engine, tokenizer = reader.submit(open_engine, o.model, o.dtype, config).result()
+        engine, tokenizer = reader.submit(open_engine, o.model, o.dtype, config, o.adapters).result()
+        adapters = {name: adapter_tokenizer(folder, tokenizer) for name, folder in o.adapters.items()}
         others = {name: reader.submit(open_engine, path, o.dtype, config).result() for name, path in o.others.items()}
-    serve(build(engine, tokenizer, o, others, planned), listener)
+    if isinstance(engine.model, MultiLoraTransformer):
+        for name, form in engine.model.bases.items():
+            if form in FORMATS:  # what rounding had done to it is not there for the adapter to make up for
+                print(f"{name} learnt on a base in {form}; here its base is as its files have it", file=sys.stderr)
+    serve(build(engine, tokenizer, o, others, adapters, planned), listener)
 
 
 def serve(app: Starlette, listener: socket.socket) -> None:
@@ -224,7 +235,7 @@ async def ready(request: Request) -> Response:
 
 async def show_metrics(request: Request) -> Response:
     service = service_of(request.scope)
-    now = {each.options.name: each.vllm_gauges() for each in service.all}
+    now = {each.options.name: each.vllm_gauges() for each in service.engines}
     text = service.metrics.text(service.gauges()) + vllm_metrics.text(service.metrics.models, now)
     return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
@@ -234,8 +245,9 @@ async def show_openapi(request: Request) -> Response:
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
+    base = {"parent": service.all[0].options.name} if service.adapter else {}
     can = {"max_model_len": service.engine.capacity, "thinking": THINK in service.tokenizer.ids}
-    return {"id": name, "object": "model", **_named(name, service), **can}
+    return {"id": name, "object": "model", **_named(name, service), **base, **can}
 
 
 def _named(name: str, service: Service) -> dict[str, Any]:

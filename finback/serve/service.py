@@ -8,6 +8,7 @@ from starlette.types import Scope
 from finback.config import did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
+from finback.engine.open import stops_of
 from finback.serve.errors import ApiError
 from finback.serve.logprobs import TokenTexts
 from finback.serve.metrics import Metrics
@@ -24,34 +25,47 @@ from finback.serve.worker import OutputStream, Worker
 class Service:
     """One model, served. All of it belongs to the event loop but the engine, which the worker's thread owns.
 
-    With `first`, it joins that one's server: both count into the same metrics and quotas.
+    With `first`, it joins that one's server: both count into the same metrics and quotas. With `adapter`, it is that one's
+    model with an adapter, in the same engine; its tokenizer may differ in all but the vocabulary.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, options: ServeOptions, first: "Service | None" = None
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        options: ServeOptions,
+        first: "Service | None" = None,
+        adapter: str = "",
     ) -> None:
-        self.engine, self.tokenizer, self.options = engine, tokenizer, options
+        self.engine, self.tokenizer, self.options, self.adapter = engine, tokenizer, options, adapter
+        base = first if adapter else None
         self.created = int(time.time())
         self.all: list[Service] = first.all if first else []  # the models of this server
         self.all.append(self)
         self.metrics: Metrics = first.metrics if first else Metrics()
-        self.worker = Worker(engine, self.metrics)
-        self.token_texts = TokenTexts(tokenizer)
+        self.worker: Worker = base.worker if base else Worker(engine, self.metrics)
+        self.token_texts: TokenTexts = base.token_texts if base else TokenTexts(tokenizer)
         longest, chains = self.token_texts.longest, options.reasoning_parser
-        self.preparer = RequestPreparer(tokenizer, engine.capacity, longest, chains)
-        self.schemas = SchemaChecker()
+        stops = sorted(stops_of(tokenizer) - engine.stops) if adapter else ()
+        self.preparer = RequestPreparer(tokenizer, engine.capacity, longest, chains, adapter, stops)
+        self.schemas: SchemaChecker = base.schemas if base else SchemaChecker()
         # one after the other takes other weights
-        self.updating = asyncio.Lock()
+        self.updating: asyncio.Lock = base.updating if base else asyncio.Lock()
         quota: Quota = first.admission.quota if first else Quota(options.rate, options.concurrent)
-        self.admission: Admission = Admission(engine, options, quota)
+        self.admission: Admission = base.admission if base else Admission(engine, options, quota)
         # further models, of a server's first
         self.folder = ModelsFolder(options, self, Service) if first is None and options.models_dir is not None else None
         self.used = time.monotonic()
         self.responses: ResponseStore = first.responses if first else ResponseStore()
         # what can still be controlled, by the id of the response
-        self.active: dict[str, OutputStream] = {}
+        self.active: dict[str, OutputStream] = base.active if base else {}
         # a stream that has ended stays for a while
         self.streams: dict[str, ResumableStream] = first.streams if first else {}
+
+    @property
+    def engines(self) -> "list[Service]":
+        """The models of this server that have an engine of their own."""
+        return [service for service in self.all if not service.adapter]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,10 +153,10 @@ class Service:
 
     def gauges(self) -> dict[str, tuple[str, float]]:
         """What /metrics shows beside the counters."""
-        pages = [service.engine.pages for service in self.all]
+        pages = [service.engine.pages for service in self.engines]
         return {
-            "running": ("Choices that are being made.", sum(s.engine.running for s in self.all)),
-            "queued": ("Choices that wait.", sum(s.admission.queued for s in self.all)),
+            "running": ("Choices that are being made.", sum(s.engine.running for s in self.engines)),
+            "queued": ("Choices that wait.", sum(s.admission.queued for s in self.engines)),
             "pages": ("Pages of the cache.", sum(p.count for p in pages)),
             "pages_used": ("Pages that running choices hold.", sum(p.count - p.free for p in pages)),
             "ready": ("1 if requests are being answered.", float(self.why_not_ready() is None)),

@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from finback.checkpoint.inference import InferenceDtype, load_for_inference
 from finback.config import UserError
+from finback.model.multi_lora import MultiLoraTransformer
 from finback.model.transformer import Transformer
 from finback.serve.body import read
 from finback.serve.errors import ApiError, bad
@@ -32,6 +33,8 @@ async def update_weights(request: Request) -> Response:
     path = Path(body.model_path).resolve()
     if not path.is_relative_to(allowed.resolve()):
         raise bad(f"not within {allowed}, which --allow-weight-updates names", "model_path")
+    if isinstance(service.engine.model, MultiLoraTransformer):
+        raise bad("adapters lie on the weights that are served; serve them without --adapter", "model")
     version = body.weight_version or path.name
     async with service.updating:
         model = await _read(path, service)

@@ -35,6 +35,7 @@ class ChoiceInput:
     seed: int
     thinking: bool = False
     leader: int | None = None
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,9 @@ class Worker:
             for c in choices:
                 leader = None if c.leader is None else outputs.requests[c.leader]
                 outputs.requests.append(
-                    self.engine.submit(c.prompt, c.sampling, c.seed, salt=salt, leader=leader, thinking=c.thinking)
+                    self.engine.submit(
+                        c.prompt, c.sampling, c.seed, salt=salt, leader=leader, thinking=c.thinking, adapter=c.adapter
+                    )
                 )
         except Exception as error:  # goes to the client
             for request in outputs.requests:
