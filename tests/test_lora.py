@@ -45,11 +45,16 @@ EXPERTS = dataclasses.replace(
 )
 POST = dataclasses.replace(GQA, norms="post", sliding_window=6, nope_layers=(1,), partial_rotary_factor=0.5)
 CONFIGS = {"mla": MLA, "lite": LITE, "gqa": GQA, "experts": EXPERTS, "post": POST}
+SPARSE = dataclasses.replace(MLA, index_topk=20, index_n_heads=16, index_head_dim=8)
 ROWS = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
 def base_of(family: str, form: BaseFormat = "fp32", std: float = 0.15) -> Transformer:
-    model = Transformer(dataclasses.replace(CONFIGS[family], initializer_range=std)).initialise(0).eval()
+    model = (
+        Transformer(dataclasses.replace((CONFIGS | {"sparse": SPARSE})[family], initializer_range=std))
+        .initialise(0)
+        .eval()
+    )
     for parameter in model.parameters():
         parameter.data = parameter.data.to(base_dtype(form))
     return model

@@ -139,12 +139,12 @@ class DSA(MLA):
             counts, place = counts[..., :most].bool(), place[..., :most]
         stored = cache.at(place)[..., :entry].to(q_nope.dtype)  # (b, t, k, c + r)
         w_uk, w_uv = self.absorbed_weights(q_nope.dtype)
-        query = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], dim=-1)
+        query = torch.cat([self.into_latents(q_nope, w_uk), q_rope], dim=-1)
         weights = (torch.einsum("bthc,btkc->bthk", query, stored).float() * self.scale).masked_fill(
             ~counts[:, :, None], float("-inf")
         )
         read = torch.einsum("bthk,btkc->bthc", weights.softmax(dim=-1).to(query.dtype), stored[..., : c.kv_lora_rank])
-        return torch.einsum("bthc,hvc->bthv", read, w_uv).flatten(2)
+        return self.out_of_latents(read, w_uv).flatten(2)
 
     def parts(self, queries: int, keys: int, rows: int) -> Iterator[slice]:
         """Blocks of queries whose scores of all heads fit SCORES."""

@@ -123,9 +123,17 @@ class MLA(nn.Module):
         An entry is the key of all heads, its latent part their value.
         """
         w_uk, w_uv = self.absorbed_weights(q_nope.dtype)
-        query = torch.cat([torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope], dim=-1)
+        query = torch.cat([self.into_latents(q_nope, w_uk), q_rope], dim=-1)
         read = cache.attend(query, 1, self.config.kv_lora_rank, 0, self.scale)
-        return torch.einsum("bthc,hvc->bthv", read, w_uv).flatten(2)
+        return self.out_of_latents(read, w_uv).flatten(2)
+
+    def into_latents(self, q_nope: Tensor, w_uk: Tensor) -> Tensor:
+        """q_nope (b, t, h, n) -> what asks latents for it, (b, t, h, c)."""
+        return torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
+
+    def out_of_latents(self, read: Tensor, w_uv: Tensor) -> Tensor:
+        """Mixed latents (b, t, h, c) -> the heads' outputs (b, t, h, v)."""
+        return torch.einsum("bthc,hvc->bthv", read, w_uv)
 
     @property
     def longest_absorbed(self) -> int:

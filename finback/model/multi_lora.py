@@ -19,7 +19,7 @@ from finback.model.cache import LayerCache
 from finback.model.frozen import BaseFormat, FrozenMoE
 from finback.model.lora import AdaptedTransformer, LoraLinear, LoraMoE, LowRank, matrices
 from finback.model.mla import MLA
-from finback.model.native import use_native
+from finback.model.native import NativeMLA, use_native
 from finback.model.pack import product_of
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
@@ -79,31 +79,35 @@ class MultiLoraMLA(MLA):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
-        if self._absorbed():  # kernels know of one matrix for all rows
+        if isinstance(self, NativeMLA) and self._thin():  # its kernel knows of one matrix for all rows
             return MLA.forward(self, x, cos, sin, cache, attention_mask)
         return super().forward(x, cos, sin, cache, attention_mask)
 
-    def _absorbed(self) -> list[tuple[Rows, LowRank]]:
+    def into_latents(self, q_nope: Tensor, w_uk: Tensor) -> Tensor:
+        """As without adapters, and s · A^T B_UK^T q."""
+        y = super().into_latents(q_nope, w_uk)
+        for rows, low in self._thin():
+            b_uk = self._by_head(low)[:, : self.config.qk_nope_head_dim]
+            y[rows] += torch.einsum("bthn,hnr->bthr", q_nope[rows], b_uk) @ (low.a[0] * low.scale)
+        return y
+
+    def out_of_latents(self, read: Tensor, w_uv: Tensor) -> Tensor:
+        """As without adapters, and s · B_UV A c."""
+        y = super().out_of_latents(read, w_uv)
+        for rows, low in self._thin():
+            b_uv = self._by_head(low)[:, self.config.qk_nope_head_dim :]
+            y[rows] += torch.einsum("bthr,hvr->bthv", read[rows] @ (low.a[0] * low.scale).T, b_uv)
+        return y
+
+    def _thin(self) -> list[tuple[Rows, LowRank]]:
         """The adapters of kv_up that rows of this pass have."""
         found = self.kv_up
         assert isinstance(found, MultiLoraLinear), "put on together"
         return [(rows, p.low) for n, rows in found.selection.groups for p in found.pieces.get(n, ())]
 
-    def attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, cache: LayerCache) -> Tensor:
-        """As without adapters, and s · A^T B_UK^T q on the way in, s · B_UV A on the way out."""
-        c, (w_uk, w_uv) = self.config, self.absorbed_weights(q_nope.dtype)
-        thin: list[tuple[Rows, Tensor, Tensor, Tensor]] = []
-        for rows, low in self._absorbed():
-            by_head = (low.b[0] * low.scale).unflatten(0, (c.num_attention_heads, -1))
-            thin.append((rows, low.a[0], *by_head.split([c.qk_nope_head_dim, c.v_head_dim], dim=1)))
-        query = torch.einsum("bthn,hnc->bthc", q_nope, w_uk)
-        for rows, a, b_uk, _ in thin:
-            query[rows] += torch.einsum("bthn,hnr->bthr", q_nope[rows], b_uk) @ a
-        read = cache.attend(torch.cat([query, q_rope], dim=-1), 1, c.kv_lora_rank, 0, self.scale)
-        y = torch.einsum("bthc,hvc->bthv", read, w_uv)
-        for rows, a, _, b_uv in thin:
-            y[rows] += torch.einsum("bthr,hvr->bthv", read[rows] @ a.T, b_uv)
-        return y.flatten(2)
+    def _by_head(self, low: LowRank) -> Tensor:
+        """B (h, n + v, rank)."""
+        return low.b[0].unflatten(0, (self.config.num_attention_heads, -1))
 
 
 class MultiLoraMoE(FrozenMoE):

@@ -36,7 +36,7 @@ class PackedMLA(MLA):
 
     stacked: PackedLinear
     # the linear maps that are one product
-    inputs: list[str]
+    names: list[str]
 
     def inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         c, both = self.config, self.stacked(x)
@@ -50,7 +50,7 @@ class PackedGQA(GQA):
 
     stacked: PackedLinear
     # the linear maps that are one product
-    inputs: list[str]
+    names: list[str]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
@@ -61,7 +61,7 @@ class PackedGQA(GQA):
 
 def stack_inputs(attention: PackedMLA | PackedGQA, names: list[str], form: Form) -> None:
     """Make one product of the linear maps of these names, which are dropped."""
-    attention.stacked, attention.inputs = _stack([getattr(attention, name) for name in names], form), names
+    attention.stacked, attention.names = _stack([getattr(attention, name) for name in names], form), names
     for name in names:
         delattr(attention, name)
 
@@ -72,9 +72,9 @@ def product_of(model: Transformer, name: str) -> tuple[nn.Module, int]:
     parent = model.get_submodule(above)
     if hasattr(parent, leaf):
         return model.get_submodule(name), 0
-    assert isinstance(parent, PackedMLA | PackedGQA) and leaf in parent.inputs, f"{name} is nowhere"
+    assert isinstance(parent, PackedMLA | PackedGQA) and leaf in parent.names, f"{name} is nowhere"
     outputs = parent.stacked.outputs
-    return parent.stacked, sum(outputs[: parent.inputs.index(leaf)])
+    return parent.stacked, sum(outputs[: parent.names.index(leaf)])
 
 
 def _stack(layers: list[Linear], form: Form) -> PackedLinear:
