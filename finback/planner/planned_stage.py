@@ -30,6 +30,8 @@ class PlannedStage:
     knobs: dict[str, Any]
     work: Work
     model: ModelConfig | None
+    # the model whose probabilities it learns, if there is one
+    teacher: ModelConfig | None = None
 
     @property
     def length(self) -> int:
@@ -50,8 +52,8 @@ def planned_stages(configs: Iterable[dict[str, Any]]) -> list[PlannedStage]:
         declared = config[DECLARATION]
         knobs = {k: v for k, v in config.items() if k not in ("type", DECLARATION)}
         work, pretrains = Work(**_fields(declared["work"])), declared["kind"] == "pre-training"
-        model = _model(knobs, found)
-        found[knobs["name"]] = PlannedStage(knobs["name"], config["type"], pretrains, knobs, work, model)
+        model, teacher = _model(knobs, found), _named(knobs.get("teacher"), found)
+        found[knobs["name"]] = PlannedStage(knobs["name"], config["type"], pretrains, knobs, work, model, teacher)
     return list(found.values())
 
 
@@ -63,11 +65,15 @@ def _model(knobs: dict[str, Any], earlier: dict[str, PlannedStage]) -> ModelConf
         if data is not None and "vocab_size" in data.knobs:  # its tokenizer decides, at most
             model = dataclasses.replace(model, vocab_size=data.knobs["vocab_size"])
         return model
-    start = knobs.get("start")
-    if not isinstance(start, str):
+    return _named(knobs.get("start"), earlier)
+
+
+def _named(name: Any, earlier: dict[str, PlannedStage]) -> ModelConfig | None:
+    """The model of an earlier stage or of a checkpoint."""
+    if not isinstance(name, str):
         return None
-    start = adapters.split(start)[0]
-    return earlier[start].model if start in earlier else _stored_model(Path(start))
+    name = adapters.split(name)[0]
+    return earlier[name].model if name in earlier else _stored_model(Path(name))
 
 
 def _stored_model(path: Path) -> ModelConfig | None:

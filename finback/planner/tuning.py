@@ -5,6 +5,7 @@ format takes, and nothing else. Of activations each policy of memory.py keeps it
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +37,12 @@ class TuningMemory:
     weights: float
     gradients: float
     optimizer: float
-    # a copy of the policy that does not learn
+    # a copy of the policy that does not learn, or a teacher
     reference: float
     activations: float
     # logits, one layer made again, one matrix dequantized
     working: float
-    # of the answers that are sampled at a time
+    # of the answers that are sampled at a time: all of a batch, or as many as half of the room that states leave holds
     cache: float
     reserve: float
 
@@ -56,8 +57,10 @@ def is_tuned(stage: PlannedStage) -> bool:
     return "adapter" in stage.knobs and stage.model is not None
 
 
-def memory(c: ModelConfig, knobs: dict[str, Any], reserve: float) -> TuningMemory:
-    """What a stage with these knobs takes of a device that holds it alone."""
+def memory(
+    c: ModelConfig, knobs: dict[str, Any], reserve: float, room: float = math.inf, teacher: ModelConfig | None = None
+) -> TuningMemory:
+    """What a stage with these knobs, and perhaps a teacher, takes of a device that holds it alone, with so much room."""
     adapter, precision = knobs.get("adapter"), knobs.get("compute", "fp32")
     whole, width = parameters(c), 4 if precision == "fp32" else 2
     policy: Recompute = knobs.get("recompute") or ("block" if adapter else "none")
@@ -77,22 +80,27 @@ def memory(c: ModelConfig, knobs: dict[str, Any], reserve: float) -> TuningMemor
     beta = (knobs.get("objective") or {}).get("beta", 0)
     tokens = _tokens(knobs)
     activations, again = _activations(c, precision, policy)
-    return TuningMemory(
+    found = TuningMemory(
         weights=weights,
         gradients=4.0 * learnt,
         optimizer=8.0 * learnt,
-        reference=4.0 * whole if beta and not adapter else 0.0,
+        reference=(4.0 * whole if beta and not adapter else 0.0) + (4.0 * parameters(teacher) if teacher else 0.0),
         activations=tokens * activations,
         working=working + tokens * again,
-        cache=_cache(c, knobs, width),
+        cache=0.0,
         reserve=reserve,
     )
+    rows, each = _answers(knobs), int(knobs.get("max_tokens") or 0) * cache_bytes(c, width)
+    states = found.total - found.activations - found.working
+    return dataclasses.replace(found, cache=min(rows * each, max(each, (room - states) / 2)) if rows else 0.0)
 
 
 def _tokens(knobs: dict[str, Any]) -> int:
     """Of one backward pass."""
     if "micro_tokens" in knobs:  # an answer is never cut
         return max(int(knobs["micro_tokens"]), int(knobs.get("max_tokens") or 0))
+    if knobs.get("task"):  # a student's own answers
+        return int(knobs["prompts_per_step"]) * int(knobs["max_tokens"])
     return int(knobs.get("batch_size") or knobs.get("prompts_per_step") or 1) * int(knobs.get("seq_len") or 1)
 
 
@@ -105,17 +113,18 @@ def _activations(c: ModelConfig, precision: Precision, policy: Recompute) -> tup
     return sum(some), max(e - s for e, s in zip(every, some, strict=True))
 
 
-def _cache(c: ModelConfig, knobs: dict[str, Any], width: int) -> float:
-    if "num_generations" not in knobs:
-        return 0.0
-    rows = min(ROWS, int(knobs["prompts_per_step"]) * int(knobs["num_generations"]))
-    return rows * int(knobs["max_tokens"]) * cache_bytes(c, width)
+def _answers(knobs: dict[str, Any]) -> int:
+    """Those of a step that an engine makes at a time at most."""
+    if not knobs.get("task") or "prompts_per_step" not in knobs:
+        return 0
+    return min(ROWS, int(knobs["prompts_per_step"]) * int(knobs.get("num_generations") or 1))
 
 
 def judged(stage: PlannedStage, device: float, reserve: float, known: dict[str, Fact]) -> dict[str, Any]:
     """A stage's memory on a device of so many bytes, whether it fits, and what would make it fit."""
     assert stage.model is not None, "a stage that trains has a model"
-    found, room = memory(stage.model, stage.knobs, reserve), device * (1 - known["margin"].value)
+    room = device * (1 - known["margin"].value)
+    found = memory(stage.model, stage.knobs, reserve, room, stage.teacher)
     values: dict[str, Any] = {
         "memory": dataclasses.asdict(found) | {"total": found.total},
         "memory_bytes": found.total,
@@ -123,25 +132,30 @@ def judged(stage: PlannedStage, device: float, reserve: float, known: dict[str, 
     }
     if values["fits"]:
         return values
+    taken, least = changes(stage.model, stage.knobs, reserve, room, stage.teacher)
+    with_them = f"with {', '.join(taken)} it" if taken else "no knob of it takes less: it"
+    change = f"{with_them} {'takes' if least <= room else 'still takes'} {least / 1e9:,.1f} GB"
+    if least > room:
+        change += f"; take a device of {least / 1e9 / (1 - known['margin'].value):,.0f} GB or more"
     problem = f"takes {found.total / 1e9:,.1f} GB, and {room / 1e9:,.1f} of {device / 1e9:,.0f} may be used"
-    return values | {"change": f"{problem}: {_change(stage, room, reserve)}"}
+    return values | {"change": f"{problem}: {change}"}
 
 
-def _change(stage: PlannedStage, room: float, reserve: float) -> str:
-    """The fewest of STEPS that make a stage fit, in their order."""
-    assert stage.model is not None, "a stage that trains has a model"
-    knobs, taken = dict(stage.knobs), list[str]()
+def changes(
+    c: ModelConfig, knobs: dict[str, Any], reserve: float, room: float, teacher: ModelConfig | None = None
+) -> tuple[list[str], float]:
+    """The fewest of STEPS, in their order, that make a stage fit, or all of them; and the bytes that it then takes."""
+    knobs, taken = dict(knobs), list[str]()
+    total = memory(c, knobs, reserve, room, teacher).total
     for text, changed in STEPS:
         changed = {k: v for k, v in changed.items() if k in knobs and not (k == "adapter" and _is_smaller(knobs[k], v))}
-        if not changed or all(knobs[k] == v for k, v in changed.items()):
+        less = memory(c, knobs | changed, reserve, room, teacher).total
+        if total <= room or less >= total:
             continue
         if "adapter" in changed:  # in the place of what was tried before
             taken = [t for t in taken if not t.startswith(("adapter", "recompute"))]
-        knobs, taken = knobs | changed, [*taken, text]
-        total = memory(stage.model, knobs, reserve).total
-        if total <= room:
-            return f"with {', '.join(taken)} it takes {total / 1e9:,.1f} GB"
-    return f"with {', '.join(taken)} it still takes {memory(stage.model, knobs, reserve).total / 1e9:,.1f} GB; take a larger device"
+        knobs, taken, total = knobs | changed, [*taken, text], less
+    return taken, total
 
 
 def _is_smaller(adapter: dict[str, Any] | None, other: dict[str, Any]) -> bool:
