@@ -15,6 +15,7 @@ from finback.checkpoint import peft_export
 from finback.checkpoint.export import export
 from finback.checkpoint.inference import InferenceDtype, load_for_inference
 from finback.checkpoint.peft import digest
+from finback.comparison.local import digest_of
 from finback.config import UserError
 from finback.data import tokenizer as tokenizers
 from finback.data.tokenizer import Tokenizer
@@ -164,6 +165,12 @@ def test_a_server_has_adapters_under_their_names(folders: tuple[Path, dict[str, 
         sampling = llm.defaults(temperature=0.0, max_tokens=6)
         ours = both.generate(["The whale", "4+5"], sampling, adapter="" if name == "base" else name)
         assert [o.tokens for o in ours] == [o.tokens for o in llm.generate(["The whale", "4+5"], sampling)]
+
+
+def test_answers_of_an_adapter_are_kept_under_its_files_and_its_bases(folders: tuple[Path, dict[str, Path]]) -> None:
+    base, found = folders
+    ways = {digest_of(base), *(digest_of(folder) for folder in found.values())}
+    assert len(ways) == 4 and {digest_of(Path(f"{base}+{folder}")) for folder in found.values()} < ways
 
 
 def change(folder: Path, to: Path, **keys: Any) -> Path:
