@@ -48,7 +48,7 @@ recipe = [
         mtp_weight=0.0,
         adapter=adapter,
     ),
-    Evaluate(name="before", start="cold", exams=exams),
+    Evaluate(name="before", start="cold", exams=exams, dtype="auto"),
     # goes on with the same adapter; its reference model is the one that SFT has made
     GRPO(
         name="rl",
@@ -61,5 +61,5 @@ recipe = [
         objective=Objective(beta=0.001),
         adapter=adapter,
     ),
-    Evaluate(name="after", start="rl", exams=exams),
+    Evaluate(name="after", start="rl", exams=exams, dtype="auto"),
 ]

@@ -94,6 +94,14 @@ def test_teachers_count_and_answers_are_made_as_room_allows() -> None:
     assert tuning.memory(QWEN_7B, rl, 2e9, states).cache == each, "one answer at least"
 
 
+def test_a_model_that_answers_counts_too() -> None:
+    knobs = {"start": "x", "exams": [{"max_tokens": 100}, {"max_tokens": 4096}], "dtype": "fp32"}
+    whole = tuning.memory(QWEN_7B, knobs, 2e9)
+    assert whole.weights == 4 * parameters(QWEN_7B) and whole.cache == 256 * 4096 * 28 * 2 * 4 * 128 * 4
+    taken, least = tuning.changes(QWEN_7B, knobs, 2e9, 21.6e9)
+    assert taken == ['dtype="bf16"'] and 15.2e9 < least < 21.6e9
+
+
 def test_what_to_change_names_what_takes_less_and_nothing_else() -> None:
     knobs = {"adapter": tuning.ADAPTER | {"base": "nf4"}, "compute": "bf16", "recompute": None, "batch_size": 8}
     knobs |= {"seq_len": 2048}

@@ -24,6 +24,7 @@ ADAPTER = {"rank": 16, "targets": ("attention", "mlp", "experts"), "base": "bf16
 STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ('recompute="block"', {"recompute": "block"}),
     ('compute="bf16"', {"compute": "bf16"}),
+    ('dtype="bf16"', {"dtype": "bf16"}),
     ("adapter=LoRA()", {"adapter": ADAPTER, "recompute": None}),
     ('adapter=LoRA(base="nf4")', {"adapter": ADAPTER | {"base": "nf4"}}),
     ("one row at a time", {"batch_size": 1, "micro_tokens": 1}),
@@ -53,14 +54,16 @@ class TuningMemory:
 
 
 def is_tuned(stage: PlannedStage) -> bool:
-    """Whether a stage learns from where another one stopped, by all weights or by an adapter."""
-    return "adapter" in stage.knobs and stage.model is not None
+    """Whether a stage learns from where another one stopped, by all weights or by an adapter, or has its model answer."""
+    return not {"adapter", "dtype"}.isdisjoint(stage.knobs) and stage.model is not None
 
 
 def memory(
     c: ModelConfig, knobs: dict[str, Any], reserve: float, room: float = math.inf, teacher: ModelConfig | None = None
 ) -> TuningMemory:
     """What a stage with these knobs, and perhaps a teacher, takes of a device that holds it alone, with so much room."""
+    if "dtype" in knobs:
+        return _answering(c, knobs, reserve, room)
     adapter, precision = knobs.get("adapter"), knobs.get("compute", "fp32")
     whole, width = parameters(c), 4 if precision == "fp32" else 2
     policy: Recompute = knobs.get("recompute") or ("block" if adapter else "none")
@@ -90,9 +93,23 @@ def memory(
         cache=0.0,
         reserve=reserve,
     )
-    rows, each = _answers(knobs), int(knobs.get("max_tokens") or 0) * cache_bytes(c, width)
-    states = found.total - found.activations - found.working
-    return dataclasses.replace(found, cache=min(rows * each, max(each, (room - states) / 2)) if rows else 0.0)
+    each, states = int(knobs.get("max_tokens") or 0) * cache_bytes(c, width), found.total - activations * tokens
+    return dataclasses.replace(found, cache=_cache(_answers(knobs), each, room - states + found.working))
+
+
+def _answering(c: ModelConfig, knobs: dict[str, Any], reserve: float, room: float) -> TuningMemory:
+    """Of a stage that reads a model in one dtype and asks it."""
+    width = 4 if knobs["dtype"] == "fp32" else 2
+    longest = max([int(exam["max_tokens"]) for exam in knobs.get("exams") or ()] or [int(knobs.get("max_tokens") or 0)])
+    weights = float(width * parameters(c))
+    cache = _cache(ROWS, longest * cache_bytes(c, width), room - weights - reserve)
+    working = ROWS * c.vocab_size * (4.0 + width)
+    return TuningMemory(weights, 0.0, 0.0, 0.0, 0.0, working, cache, reserve)
+
+
+def _cache(rows: int, each: float, free: float) -> float:
+    """Of so many answers of so many bytes: all of them, or as many as half of what is free holds, one at least."""
+    return min(rows * each, max(each, free / 2)) if rows else 0.0
 
 
 def _tokens(knobs: dict[str, Any]) -> int:

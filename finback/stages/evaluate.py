@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finback.checkpoint.inference import InferenceDtype
 from finback.config import UserError, check_fields, check_not_negative, check_positive, did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine
@@ -95,6 +96,8 @@ class Evaluate(Stage):
     # a prepare stage, to compress the validation text of its `sources`
     data: str = ""
     sources: tuple[str, ...] = field(default_factory=tuple)
+    # of the weights: "bf16" takes half of the memory, "auto" is that where the machine computes in it and the model is not small
+    dtype: InferenceDtype = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +120,7 @@ class Evaluate(Stage):
 
     def run(self, run: StageRun) -> dict[str, Any]:
         world = World.of(run)
-        model, tokenizer = load(run.input(self.start))
+        model, tokenizer = load(run.input(self.start), self.dtype)
         model = model.to(world.device)
         self._check_sources(run)
         results: dict[str, Any] = {"model": self.start, "evaluations": []}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finback.checkpoint.inference import InferenceDtype
 from finback.config import check_not_negative, check_positive, check_share
 from finback.engine.open import load
 from finback.engine.request import SamplingParams
@@ -58,6 +59,8 @@ class Reject(Stage):
     keep: int = 2
     # largest share of what is kept that may come from questions which were always solved
     easy: float = 1.0
+    # of the weights, as for Evaluate
+    dtype: InferenceDtype = "fp32"
     # where answers are generated: by the engine in each rank, or by servers that have the model already
     rollouts: Here = Here()
 
@@ -89,7 +92,7 @@ class Reject(Stage):
 
     def run(self, run: StageRun) -> dict[str, Any]:
         world = World.of(run)
-        model, tokenizer = load(run.input(self.start))
+        model, tokenizer = load(run.input(self.start), self.dtype)
         model = model.to(world.device)
         sampling = SamplingParams(self.temperature, self.max_tokens)
         rollouts = self.rollouts.open(PolicyModel(lambda: model, model.config, tokenizer, run, learns=False), sampling)
