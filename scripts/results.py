@@ -216,6 +216,14 @@ def long_rows(report: Report) -> Rows:
         )
 
 
+def tuning_memory(report: Report) -> Rows:
+    names = {"full": "all weights", "lora": "LoRA on a bf16 base", "qlora": "LoRA on an NF4 base"}
+    for case in report["cases"]:
+        if case["case"] in names:
+            what = f"peak memory of an SFT step on one rank against its plan, {names[case['case']]}; limit 15 % off"
+            yield what, f"{case['bytes'] / 1e9:.2f} GB, {100 * case['off']:+.1f} %"
+
+
 def plan(report: Report) -> Rows:
     off = sorted(100 * abs(m["time_off"]) for m in report["configurations"])
     yield "peak memory of ten real runs against their plans", f"within {100 * report['worst_memory_off']:.1f} %"

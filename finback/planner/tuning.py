@@ -73,10 +73,11 @@ def memory(
     logits = ROWS * c.vocab_size * (4 + 2 * width)
     if adapter:
         learnt, base = adapter_size(c, adapter["rank"], adapter["targets"]), adapter.get("base", "bf16")
-        rest = WIDTHS["fp32" if base == "fp32" else "bf16"] * (whole - in_blocks)
-        weights = WIDTHS[base] * in_blocks + rest + 4.0 * learnt
-        # a matrix in the dtype of the arithmetic, and on the way there in fp32
-        working: float = logits + (0 if base == precision else (4 + width) * largest)
+        plain = "fp32" if base == "fp32" else "bf16"  # embedding, head and norms
+        weights = WIDTHS[base] * in_blocks + WIDTHS[plain] * (whole - in_blocks) + 4.0 * learnt
+        # a matrix in the dtype of the arithmetic, and on the way there in fp32; or the head in it
+        head = 0 if plain == precision else width * c.vocab_size * c.hidden_size
+        working: float = logits + max(0 if base == precision else (4 + width) * largest, head)
     else:
         learnt, weights = whole, 4.0 * whole
         working = logits + 4.0 * c.vocab_size * c.hidden_size
