@@ -104,7 +104,7 @@ def test_a_language_is_a_tag_of_bcp_47(wanted: str, spelt: str) -> None:
 )
 def test_answers_are_kept_in_one_spelling_or_refused(line: str, wanted: str | list[str] | None, tmp_path: Path) -> None:
     path, key = tmp_path / "answers.toml", f"model.{line.partition(' ')[0]}"
-    path.write_text(f"[model]\n{line}\n")
+    path.write_text(f"\ufeff[model]\n{line}\n", encoding="utf-8")  # as some editors begin a file
     if isinstance(wanted, str) and wanted.startswith("no "):
         with pytest.raises(UserError, match=wanted):
             questionnaire.read(path)

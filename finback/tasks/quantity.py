@@ -143,6 +143,7 @@ def _single(text: str, strict: bool = False) -> Number | None:
         strict and not currency and scale[0].isascii() and scale[0].isalpha() and len(scale[0]) < 3
     ):
         value, rest = value * 10 ** SCALES[scale[1]], rest[scale.end() :]
+        form = "whole" if form == "fraction" and value.denominator == 1 else form  # half a million
     if dozen := re.match(r"\s*dozens?\b", rest):
         value, rest = value * 12, rest[dozen.end() :]
     if (currency and (short := re.match(r"\s*([KMB])\b", rest))) or (

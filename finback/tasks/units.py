@@ -174,10 +174,11 @@ def units(text: str) -> tuple[Unit, ...] | None:
     text = re.sub(r"\bU\.?S\.?\s+(?=dollars?\b)", "", text.strip(" ()[]").replace("\\ ", " "))
     if (
         extent := re.fullmatch(
-            r"(.+?)\s+(?:long|tall|wide|high|deep|thick|old|away|apart|in (?:length|width|height|area|volume))", text
+            r"(.+?)\s+(?:long|tall|wide|high|deep|thick|old|away|apart|in (?:length|width|height|area|volume)|of(?: [a-z]{3,20}){1,2})",
+            text,
         )
     ) and (meant := _measured(extent[1])):
-        return meant  # 1.2 m long
+        return meant  # 1.2 m long, 250 g of flour
     if not text:
         return ((Unit((), Fraction(1))),)
     if len(text) > 60 or any(text != "times" and _NO_UNIT.fullmatch(word) for word in re.split(r"[\s,]+", text)):

@@ -65,7 +65,7 @@ class Answers:
 def read(path: Path) -> Answers:
     """Answers of a TOML file; UserError for a key nobody asks for and for a value of another kind."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError("--answers", str(path), str(error.strerror), "Write one with --questions > FILE.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
