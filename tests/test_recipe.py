@@ -145,6 +145,7 @@ def test_a_value_of_the_wrong_type_is_refused(fields: str, message: str, tmp_pat
         ("\nimport finback.stage\n", ", line 2': ModuleNotFoundError: No module named 'finback.stage'"),
         ("def make():\n    return [steps]\nrecipe = make()\n", ", line 2': NameError: name 'steps' is not defined"),
         ("\n\nimport json\njson.loads('[')\n", ", line 4': JSONDecodeError: "),
+        ("import sys\nsys.exit(2)\n", ", line 2': SystemExit: 2"),
     ],
 )
 def test_a_recipe_that_fails_names_its_line(text: str, problem: str, tmp_path: Path) -> None:

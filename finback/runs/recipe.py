@@ -136,7 +136,7 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
             stages = stages(**_own_knobs(stages, own))
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _mistake(path, error) from None
     if not isinstance(stages, list) or not all(isinstance(stage, Stage) for stage in stages):
         raise UserError("recipe", str(path), "does not define `recipe`, a list of stages", "See recipes/tiny.py.")
@@ -156,7 +156,7 @@ def _own_knobs(recipe: Callable[..., Any], settings: Sequence[str]) -> dict[str,
     return found
 
 
-def _mistake(path: Path, error: Exception) -> UserError:
+def _mistake(path: Path, error: BaseException) -> UserError:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     if isinstance(error, SyntaxError) and error.filename == str(path) and error.lineno:
         lines.append(error.lineno)
