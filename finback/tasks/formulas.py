@@ -89,6 +89,10 @@ def alike(one: str, other: str) -> tuple[str, str]:
         )
     one, other = (_tuple(one) or one, other) if other.startswith("(") else (one, other)
     one, other = (one, _tuple(other) or other) if one.startswith("(") else (one, other)
+    one, other = (
+        (_column(one) or one if "matrix}" in other else one),
+        (_column(other) or other if "matrix}" in one else other),
+    )
     if _INTERVAL.match(one):
         return one, _interval(other) or other
     if _INTERVAL.match(other):
@@ -108,6 +112,12 @@ def _tuple(text: str) -> str | None:
         return None
     values = {match[1]: match[2] for match in assigned if match}
     return f"({', '.join(values[name] for name in sorted(values))})" if len(values) == len(assigned) else None
+
+
+def _column(text: str) -> str | None:
+    r"""(1, 2) as \begin{pmatrix} 1 \\ 2 \end{pmatrix}: a vector beside one in a column; None if it is something else."""
+    match = re.fullmatch(r"\s*\(([^()]*,[^()]*)\)\s*", text)
+    return r"\begin{pmatrix}" + r" \\ ".join(_split(match[1])) + r"\end{pmatrix}" if match else None
 
 
 def _interval(text: str) -> str | None:

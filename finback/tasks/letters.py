@@ -114,7 +114,7 @@ def _choice(text: str, choices: Sequence[str], again: bool = True) -> str | None
     ):
         letter = _within(labelled[1], choices)
         return letter if letter and _is_of(letter, labelled[2], behind != " ", choices) else None
-    if (said := _SUBJECT.fullmatch(text)) and (repeated := _repeated(said["verb"], choices)):
+    if not text.endswith("?") and (said := _SUBJECT.fullmatch(text)) and (repeated := _repeated(said["verb"], choices)):
         return repeated
     praised = re.fullmatch(rf"(.+?){_PRAISED.pattern}", bare, re.IGNORECASE | re.DOTALL)
     claims = [each for each in (praised and praised[1], *replies.predicates(text, anyone=True)) if each and again]

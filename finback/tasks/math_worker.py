@@ -93,10 +93,6 @@ def _is_same(gold: Any, answer: Any) -> bool:
         return gold.lhs not in gold.rhs.free_symbols | answer.free_symbols and _is_same(gold.rhs, answer)
     if _is_number(gold) and _is_number(answer):
         return _is_number_same(gold, answer)
-    if {type(gold), type(answer)} & {Tuple} and any(isinstance(each, MatrixBase) for each in (gold, answer)):
-        matrix, row = (gold, answer) if isinstance(gold, MatrixBase) else (answer, gold)
-        # a vector written as a column and as a point
-        return matrix.shape == (len(row), 1) and all(_is_same(*pair) for pair in zip(gold, answer, strict=True))
     if not _is_comparable(gold, answer):
         return False
     if isinstance(gold, FiniteSet) and isinstance(answer, FiniteSet):

@@ -102,8 +102,11 @@ def figures(text: str) -> str:
 
 
 def _is_share(share: re.Match[str]) -> bool:
-    """Whether it is no place: the twenty-fifth is no four."""
-    return share[3].lower().endswith("s") or (share[1] or "a").lower() not in _TENS.split()
+    """Whether it is no place: the twenty-fifth is no four, and a third place no third."""
+    name, is_place = share[3].lower(), bool(re.match(r"\s+[a-z]", share.string[share.end() :], re.IGNORECASE))
+    if name.endswith("s") or name in ("half", "quarter"):
+        return True
+    return (share[1] or "a").lower() not in _TENS.split() and not (is_place and not re.search(r"\bof\b", share[0]))
 
 
 def _part(share: re.Match[str]) -> Fraction:

@@ -56,7 +56,7 @@ def glossed(text: str, gold: str) -> str:
     if match is None or _OTHERWISE.search(match[0]):
         return text
     name, behind = match[1], match[2]
-    if _SHORT_NAME.fullmatch(behind) and not behind.istitle():
+    if _SHORT_NAME.fullmatch(behind) and (len(behind) < 3 or not behind.istitle()):
         return name if not _SHORT_NAME.fullmatch(_bare(gold)) or name == _bare(gold) else behind
     if _SHORT_NAME.fullmatch(name) and not name.istitle():
         return name if _SHORT_NAME.fullmatch(_bare(gold)) else behind
@@ -66,7 +66,7 @@ def glossed(text: str, gold: str) -> str:
 def is_wording(gold: str) -> bool:
     """Whether an answer is to be compared as words: it is no formula, and has a word in it."""
     text = _bare(gold)
-    if _formula(text):
+    if _formula(text) or re.fullmatch(r"\d{1,4}(?:st|nd|rd|th)", text):
         return True
     if words(gold) is None or not (text[0].isalpha() or text[0] in "(\"'" or re.search(r"[^\W\d_]{4}", text)):
         return False
