@@ -171,11 +171,7 @@ class RunFacts:
     @property
     def faults(self) -> list[str]:
         """What its ledgers say that cannot be."""
-        found = {
-            stage.name: stage.ledger_faults if stage.spent_lines else ["nothing is in its ledger"]
-            for stage in self.stages
-        }
-        return [f"{name}: {fault}" for name, faults in found.items() for fault in faults]
+        return [f"{stage.name}: {fault}" for stage in self.stages for fault in stage.ledger_faults]
 
     @property
     def exams(self) -> list[tuple[StageFacts, dict[str, Any]]]:
