@@ -80,7 +80,8 @@ def measured(name: str) -> dict[str, Any]:
     model = use_recompute(model, "block" if adapter else "none").train()
     named = learnt_parameters(model)
     trainer = ReplicatedTrainer(model, World(), [Adam(named, (0.9, 0.95), 0.0)], named)
-    start, weights = record.resident("VmHWM") - before, record.resident("VmRSS") - before
+    start = record.resident("VmHWM") - before
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
     forget_peak()
     batch, begin = of_lessons(row, 0), time.perf_counter()
     trainer.zero()
@@ -92,7 +93,7 @@ def measured(name: str) -> dict[str, Any]:
     planned = tuning.memory(config, knobs, 0.0)
     return {
         **{"case": name, "bytes": peak, "planned": planned.total, "off": peak / planned.total - 1, "start": start},
-        **{"beside_weights": peak - weights, "seconds": seconds, "loss": loss, "grad_norm": norm},
+        **{"beside_weights": peak - sum(held.values()), "seconds": seconds, "loss": loss, "grad_norm": norm},
         "parts": dataclasses.asdict(planned),
     }
 
