@@ -20,7 +20,7 @@ from finback.checkpoint.hf_config import family_of
 from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.model.gqa import GQA
-from finback.model.layers import SwiGLU
+from finback.model.layers import RMSNorm, SwiGLU
 from finback.model.moe import MoE
 from finback.model.rope import inverse_frequencies, plain_frequencies
 from finback.model.rope_scaling import LinearRope, Llama3Rope, Yarn
@@ -216,9 +216,11 @@ def tensors(model: Transformer, meta: bool = False) -> Iterator[tuple[str, Tenso
 
 
 def _block(block: Block, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    yield "attn_norm.weight", block.attention_norm.weight
+    before, between = block.attention_norm, block.feed_forward_norm
+    assert isinstance(before, RMSNorm) and isinstance(between, RMSNorm), "of a family that GGUF knows"
+    yield "attn_norm.weight", before.weight
     yield from _grouped(block.attention, c) if isinstance(block.attention, GQA) else _latent(block.attention, c)
-    yield "ffn_norm.weight", block.feed_forward_norm.weight
+    yield "ffn_norm.weight", between.weight
     ff = block.feed_forward
     if isinstance(ff, SwiGLU):
         yield from _swiglu(ff, "")
