@@ -107,7 +107,7 @@ def padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
     for row, (r, _) in enumerate(rows):
         prompt, end = len(r.prompt), r.length
         tokens[row, :end] = torch.tensor(r.prompt + r.completion.tokens)
-        padding_mask[row, :end] = True
+        padding_mask[row, : end - 1] = True  # an answer's last token is never read, however long the rows beside it are
         labels[row, prompt - 1 : end - 1] = torch.tensor(r.completion.tokens)
         logprobs[row, prompt - 1 : end - 1] = torch.tensor(r.completion.logprobs)
     tokens, labels, mask, logprobs = (
