@@ -31,6 +31,7 @@ from finback.parallel.shard import ShardedParameter, finish, like, local, router
 from finback.runs.folder import StageRun
 from finback.train.batch import Batch
 from finback.train.ema import EMA
+from finback.train.heap import return_large_blocks
 from finback.train.loss import Losses, LossTerms, token_losses, training_losses
 from finback.train.optim import is_matrix
 from finback.train.router_health import Health
@@ -40,6 +41,8 @@ from finback.train.trainer import Stateful, Trainer
 
 PLAIN = ShardedOptions()
 WHOLE = "whole copies"  # what ranks without a layout hold
+# numbers from which a share counts as large, and bytes of a block then: smaller models would pay for it with time
+LARGE_SHARE, BLOCK = 1 << 25, 1 << 20
 
 
 class ShardedTrainer(Trainer):
@@ -74,6 +77,8 @@ class ShardedTrainer(Trainer):
         for number, parts in zip(self.stages, self.sharding.parts, strict=True):
             for part in parts:
                 part.is_copy = part.name == "embed" and number > 0
+        if sum(local(part.value).numel() for part in self.parts) >= LARGE_SHARE:
+            return_large_blocks(BLOCK)
         stages = [root for root in self.roots if isinstance(root, PipelineStage)]
         for stage in stages:
             stage.is_compiled = options.compile
