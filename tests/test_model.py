@@ -23,7 +23,7 @@ from finback.model.lora import learnt_parameters
 from finback.model.mla import MLA
 from finback.model.moe import MoE
 from finback.model.rope import softmax_scale
-from finback.model.rope_scaling import Yarn
+from finback.model.rope_scaling import LongRope, Yarn
 from finback.model.transformer import Transformer
 from finback.train.precision import ExpertKernel, use_expert_kernel
 
@@ -419,7 +419,12 @@ def test_impossible_configs_name_the_field(change: dict[str, object], field: str
         dataclasses.replace(TOY, **change)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("config", [TOY, SPARSE, DENSE, MIXED], ids=["mla", "dsa", "gqa", "mixed"])
+LONG = dataclasses.replace(
+    DENSE, rope_scaling=LongRope((1.0, 1.2, 1.4, 1.6, 1.8, 2.0), (1.0, 2.0, 3.0, 4.0, 5.0, 6.0), 11)
+)
+
+
+@pytest.mark.parametrize("config", [TOY, SPARSE, DENSE, MIXED, LONG], ids=["mla", "dsa", "gqa", "mixed", "long"])
 def test_documents_in_one_row_are_read_as_if_alone(config: ModelConfig) -> None:
     """Hidden states, MTP's too, and gradients of two packed documents are those of the two on their own."""
     model = random_model(config).train()

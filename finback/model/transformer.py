@@ -17,6 +17,7 @@ from finback.model.mla import MLA
 from finback.model.moe import MoE, Router, take_balance_losses
 from finback.model.mtp import MTP
 from finback.model.rope import first_row, rotation
+from finback.model.rope_scaling import LongRope
 
 
 def attention_of(config: ModelConfig, layer: int) -> MLA | GQA:
@@ -148,9 +149,11 @@ class Transformer(nn.Module):
             positions = (positions + prefixes[:, None] * (document_ids > 0)).clamp(
                 max=self.config.max_position_embeddings - 1
             )
-        documents = begins.cumsum(dim=1) - 1
-        ends = torch.zeros_like(positions).scatter_reduce(1, documents, positions, "amax")
-        rows = positions + first_row(self.config, ends.gather(1, documents) + 1)
+        rows = positions
+        if isinstance(self.config.rope_scaling, LongRope):
+            documents = begins.cumsum(dim=1) - 1
+            ends = torch.zeros_like(positions).scatter_reduce(1, documents, positions, "amax")
+            rows = positions + first_row(self.config, ends.gather(1, documents) + 1)
         return self.cos[rows], self.sin[rows], mask_of(document_ids, prefixes)
 
     def logits(self, hidden: Tensor) -> Tensor:
