@@ -22,7 +22,7 @@ from finback.stages.sft import SFT
 from finback.tasks.math import Chains
 from tests.many import on_ranks
 from tests.toy import ROOT, environment, finback_process
-from tests.tuned import LEARNT, alone, begun, on_layout, prepared
+from tests.tuned import LEARNT, alone, begun, on_layout, prepared, weights
 
 FAST = ("sft", "lora grpo")
 
@@ -117,6 +117,34 @@ def test_a_checkpoint_goes_on_under_another_layout(name: str, tmp_path: Path) ->
     if "lora" not in name:
         found = models.load(root / "moved").state_dict()
         assert all((found[n] - tensor).abs().max() <= 1e-5 for n, tensor in expected.weights.items())
+
+
+def _interrupted(root: str, names: tuple[str, ...]) -> None:
+    """Five steps at once, and five of which the fourth was lost once: the same bits."""
+    for name in names:
+        ends = []
+        for way, stops in (("once", (5,)), ("twice", (3, 5))):
+            for stop in stops:
+                training = begun(Path(root), name, Layout(dp=2, ep=2), f"{name} {way}".replace(" ", "_"))
+                looped = training.loop()
+                state = looped.restore()
+                if state is not None:
+                    training.load_state(state)
+                while looped.step < stop:
+                    looped.advance()
+                looped.checkpoint()
+                training.trainer.settle()
+                if stop == 3:
+                    looped.advance()
+            ends.append(weights(training.trainer))
+        assert all(torch.equal(ends[1][n], tensor) for n, tensor in ends[0].items()), name
+
+
+@pytest.mark.slow
+def test_an_interrupted_stage_ends_with_the_same_bits(tmp_path: Path) -> None:
+    root, names = prepared(tmp_path / "runs"), ("sft", "grpo", "lora grpo")
+    alone(root, names[1:], 5)
+    on_ranks(2, _interrupted, str(root), names)
 
 
 RECIPE = """
