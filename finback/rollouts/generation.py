@@ -7,7 +7,7 @@ seeds in; completions out, with the log-probabilities with which they were drawn
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from finback.data.tokenizer import Tokenizer
@@ -91,6 +91,8 @@ class Rollouts(ABC):
         begin = time.perf_counter()
         for place, completion in self._answers(prompts, sampling, seeds):
             self._tally.tokens += len(completion.tokens)
+            if not completion.versions:
+                completion = replace(completion, versions=((self.version, 0, len(completion.tokens)),))
             now = time.perf_counter()
             self._tally.seconds += now - begin
             yield place, completion

@@ -44,7 +44,7 @@ class Stage:
     name: str
 
     # limits of the running and not of the result: these may change in a half-finished stage
-    free: ClassVar[frozenset[str]] = frozenset({"checkpoint_steps", "max_gap", "patience", "workers"})
+    free: ClassVar[frozenset[str]] = frozenset({"checkpoint_steps", "max_gap", "patience", "rollouts", "workers"})
     # knobs whose files the stage itself reads again where they changed
     watched: ClassVar[frozenset[str]] = frozenset()
 

@@ -24,6 +24,7 @@ from finback.rollouts.drawing import Window
 from finback.rollouts.generation import PolicyModel
 from finback.rollouts.here import Here
 from finback.rollouts.rollouts import rollout
+from finback.rollouts.servers import Servers
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Work
@@ -58,7 +59,7 @@ class Distill(SFT):
     temperature: float = 1.0
     max_tokens: int = 96
     # on-policy: where the student's answers are generated, by the engine in each rank or by servers
-    rollouts: Here = Here()
+    rollouts: Here | Servers = Here()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +69,11 @@ class Distill(SFT):
         if self.task is not None and (self.traces or self.text):
             problem = "the lessons are the student's answers or given ones, not both"
             raise UserError(f"{self.name}.task", self.task.name, problem, "Leave out task, or traces and text.")
+
+        if self.task is None and self.rollouts != Here():
+            raise self.wrong(
+                "rollouts", "the lessons are given, and nothing is generated", "Give a task, or leave it out."
+            )
 
     def inputs(self) -> tuple[str, ...]:
         return (*super().inputs(), self.teacher)

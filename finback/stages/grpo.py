@@ -16,6 +16,7 @@ from finback.model.lora import LoRA
 from finback.model.recompute import Policy, policy_of
 from finback.parallel.layout import Layout
 from finback.rollouts.here import Here
+from finback.rollouts.servers import Servers
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage, Work
@@ -83,7 +84,7 @@ class GRPO(Stage):
     # of the routers' biases; 0 leaves them as pre-training left them
     bias_speed: float = 0.0
     # where answers are generated: by the engine in each rank, or by servers
-    rollouts: Here = Here()
+    rollouts: Here | Servers = Here()
     # control: hand each answer another answer's reward
     shuffle_rewards: bool = False
     # stop when trainer and engine disagree by more, in nats per token on average; None: 1e-2 in fp32, 0.2 in bf16

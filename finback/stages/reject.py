@@ -20,6 +20,7 @@ from finback.rollouts.drawing import Window
 from finback.rollouts.generation import PolicyModel
 from finback.rollouts.here import Here
 from finback.rollouts.rollouts import Rollout, rollout
+from finback.rollouts.servers import Servers
 from finback.runs.declaration import Declaration
 from finback.runs.files import read_json, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun
@@ -62,7 +63,7 @@ class Reject(Stage):
     # of the weights, as for Evaluate
     dtype: InferenceDtype = "fp32"
     # where answers are generated: by the engine in each rank, or by servers that have the model already
-    rollouts: Here = Here()
+    rollouts: Here | Servers = Here()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +123,7 @@ class Reject(Stage):
             progress.show(min(start + CHUNK, len(problems)))
             if run.check_stop():
                 raise Interrupted
+        rollouts.close()
         return self._collect(run) | left_out if run.is_writer else {}
 
     def _judge(self, answers: list[Rollout]) -> list[dict[str, Any]]:

@@ -11,10 +11,9 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from finback.client import Client, RateLimit, RequestFailed, Retries, check_url
+from finback.client import Client, RateLimit, RequestFailed, Retries, check_url, read_key
 from finback.config import UserError, check_fields, check_positive
 
 _LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
@@ -116,7 +115,7 @@ class Judge:
             return _read(retries.send(lambda: _content(client.reply("/chat/completions", body)), limit)[0])
 
         with (
-            Client(self.url, self._key(), self.timeout, deadline=self.timeout) as client,
+            Client(self.url, read_key(self.key_file, "judge.key_file"), self.timeout, deadline=self.timeout) as client,
             ThreadPoolExecutor(self.concurrency) as pool,
         ):
             try:
@@ -128,17 +127,6 @@ class Judge:
             finally:  # after an error the others need not be tried to the end
                 limit.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
-
-    def _key(self) -> str:
-        if self.key_file is None:
-            return ""
-        try:
-            key = Path(self.key_file).expanduser().read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError("judge.key_file", self.key_file, f"cannot be read ({error})", "Correct the path.") from None
-        if not key or len(key.split()) > 1:
-            raise UserError("judge.key_file", self.key_file, "does not hold one key", "Write the key alone into it.")
-        return key
 
 
 def _ring(n: int) -> list[tuple[int, int]]:

@@ -1,0 +1,135 @@
+"""A server that generates for a trainer, whichever program it is: what is asked of it, and what its answers have to hold.
+
+No torch here.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finback.client import Client, RequestFailed
+from finback.config import UserError
+
+# (version, first token, behind the last token) of an answer
+Span = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """What one request asks for; fields as in engine.SamplingParams."""
+
+    token_ids: Sequence[int]
+    seed: int
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    # keeps what is cached of a prompt under one version of the weights from other versions
+    cache_salt: str
+
+
+@dataclass(frozen=True)
+class TokenAnswer:
+    """What came back, in one form for all servers; None where the server does not say."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    routed_experts: np.ndarray | None = None
+    sampling_mask: list[np.ndarray] | None = None
+    versions: list[Span] | None = None
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What answers have to fit: the model that is trained, and what the stage needs of them."""
+
+    vocab_size: int
+    layers: int
+    experts_per_token: int
+    return_routed_experts: bool = False
+    return_sampling_mask: bool = False
+
+
+class GenerationServer(ABC):
+    """One server. Its methods may be called by several threads; RequestFailed where it does not answer."""
+
+    # the program
+    kind = ""
+    # what to do where answers lack something
+    without_logprobs = "Use a server that returns the log-probabilities of its tokens."
+    without_masks = "Leave out top_k and top_p."
+
+    def __init__(self, url: str, client: Client, name: str, field: str, model: ServedModel) -> None:
+        """name: what the server calls the model. field: the user's knob, which errors name."""
+        self.url, self.client, self.name, self.field, self.model = url, client, name, field, model
+        # what its answers must say of their weights; None: whatever the first one says
+        self.expected: str | None = None
+
+    def unfit(self, problem: str, remedy: str) -> UserError:
+        """Says that a run cannot use this server as it is."""
+        return UserError(self.field, self.url, f"{self.kind} server: {problem}", remedy)
+
+    @abstractmethod
+    def answer(self, prompt: TokenPrompt) -> TokenAnswer:
+        """Continue a prompt; UserError where what comes back lacks something."""
+
+    @abstractmethod
+    def load(self, folder: Path, version: str) -> None:
+        """Have it answer with the weights in a folder, under this version, and with nothing cached of earlier ones."""
+
+    def version(self) -> str | None:
+        """What it says of its weights where its answers say nothing; None where it cannot be asked."""
+        return None
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """The ids of a text, None where the server has no tokenizer."""
+        body = {"model": self.name, "prompt": text, "add_special_tokens": False}
+        try:
+            found = self.client.reply("/tokenize", body)
+        except RequestFailed as error:
+            if error.final:
+                return None
+            raise
+        ids = found.get("tokens") if isinstance(found, dict) else None
+        if not isinstance(ids, list):
+            raise RequestFailed(f"no token ids in {str(found)[:100]}")
+        return [int(token) for token in ids]
+
+    def checked(self, prompt: TokenPrompt, answer: TokenAnswer) -> TokenAnswer:
+        """The answer; UserError where it cannot be learnt from, RequestFailed where it was broken off."""
+        m, count = self.model, len(answer.tokens)
+        if answer.finish_reason not in ("stop", "length") or not count:
+            raise RequestFailed(f"an answer of {count} tokens that ended by {answer.finish_reason!r}")
+        if not all(0 <= token < m.vocab_size for token in answer.tokens):
+            remedy = "Serve the model that is trained, with its tokenizer."
+            raise self.unfit(f"answers with ids beyond the vocabulary of {m.vocab_size:,}", remedy)
+        if len(answer.logprobs) != count or not all(map(math.isfinite, answer.logprobs)):
+            raise self.unfit("its answers lack log-probabilities", self.without_logprobs)
+        if m.return_sampling_mask and (answer.sampling_mask is None or len(answer.sampling_mask) != count):
+            raise self.unfit("does not say which tokens top_k and top_p leave", self.without_masks)
+        experts, rows = answer.routed_experts, len(prompt.token_ids) + count - 1
+        if experts is not None and experts.shape != (rows, m.layers, m.experts_per_token):
+            wanted = (rows, m.layers, m.experts_per_token)
+            raise self.unfit(
+                f"routed experts of shape {experts.shape}, not {wanted}", "Serve the model that is trained."
+            )
+        return answer
+
+
+def object_of(reply: Any, *names: str | int) -> Any:
+    """What lies at a place of a JSON reply; RequestFailed where nothing does."""
+    found = reply
+    try:
+        for name in names:
+            found = found[name]
+    except (KeyError, IndexError, TypeError):
+        raise RequestFailed(f"no {'.'.join(map(str, names))} in {str(reply)[:200]}") from None
+    return found

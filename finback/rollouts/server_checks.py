@@ -1,0 +1,98 @@
+"""Whether a server answers as the model that is trained: its tokenizer, its log-probabilities, its version of the weights."""
+
+import torch
+
+from finback.client import RequestFailed
+from finback.model.logprobs import token_logprobs
+from finback.model.transformer import Transformer
+from finback.rollouts.generation import PolicyModel
+from finback.rollouts.generation_server import GenerationServer, TokenAnswer, TokenPrompt
+
+# scripts, digits, code and spaces: what tokenizers differ in
+TEXTS = (
+    "The whale sang: 4+5=9, didn't it? 3.14159 and 1,024.",
+    "    for i in range(10):\n\t\tprint(i ** 2)\r\n\n",
+    "Ünïcode, naïve café; 鯨が歌う 你好 Привет 🐋",
+)
+PROBED = 48, 16  # tokens of the prompt that is probed, and of the answer
+
+
+def check_tokenizer(server: GenerationServer, policy: PolicyModel) -> None:
+    """UserError where a text has other ids there; a server without a tokenizer is told of."""
+    for text in TEXTS:
+        try:
+            theirs = server.tokenize(text)
+        except RequestFailed as error:
+            raise server.unfit(f"does not say how it reads a text: {error}", "See its log.") from None
+        if theirs is None:
+            run, said = policy.run, f"{server.url} has no tokenizer to compare; its log-probabilities are"
+            run.say(f"{run.name:10} {said}")
+            return
+        if theirs != (ours := policy.tokenizer.encode(text)):
+            problem = f"another tokenizer: {text!r} has the ids {_shown(theirs)} there and {_shown(ours)} here"
+            raise server.unfit(problem, "Serve the model that is trained, with the tokenizer that lies beside it.")
+
+
+def probe_ids(policy: PolicyModel) -> tuple[list[int], int]:
+    """A prompt that every model can read, and how many tokens of an answer fit behind it."""
+    window, (longest, answer) = policy.config.max_position_embeddings, PROBED
+    ids = policy.tokenizer.encode(" ".join(TEXTS))
+    ids = [policy.tokenizer.bos, *ids] if policy.tokenizer.bos >= 0 else ids
+    ids = ids[: min(longest, window // 2)]
+    return ids, min(answer, window - len(ids))
+
+
+def check_logprobs(server: GenerationServer, prompt: TokenPrompt, model: Transformer, most: float) -> float:
+    """How far the server's log-probabilities are from the trainer's, in nats at most; UserError above `most`."""
+    answer = server.answer(prompt)
+    check_version(server, answer)
+    if server.model.return_routed_experts and answer.routed_experts is None:
+        remedy = "Start it with --enable-return-routed-experts, or leave out routing_replay."
+        raise server.unfit("does not say which experts it has sent tokens to", remedy)
+    ours = _scored(model, prompt, answer)
+    gap = max(abs(theirs - own) for theirs, own in zip(answer.logprobs, ours, strict=True))
+    if not gap <= most:  # also when it is NaN
+        problem = f"its log-probabilities differ from the trainer's by {gap:.2g} nats, and {most:g} is the most"
+        remedy = (
+            "It must serve this model, in this precision, with log-probabilities at the temperature and behind top_k and top_p "
+            "(vLLM: --logprobs-mode processed_logprobs), or raise rollouts.probe_gap knowingly."
+        )
+        raise server.unfit(problem, remedy)
+    return gap
+
+
+def check_version(server: GenerationServer, answer: TokenAnswer) -> None:
+    """UserError where other weights have answered than those that were sent, or first seen."""
+    said = server.version() if answer.versions is None else None
+    versions = {said} if answer.versions is None else {version for version, _, _ in answer.versions}
+    if versions == {None}:
+        return
+    server.expected = server.expected or next(iter(versions))
+    if versions != {server.expected}:
+        others = ", ".join(sorted(repr(v) for v in versions if v != server.expected))
+        problem = f"answers with weights {others}, not with {server.expected!r}, which it was given last"
+        remedy = "Nothing else may give it weights, nor start it again in mid-step. Give the same command again."
+        raise server.unfit(problem, remedy)
+
+
+@torch.no_grad()
+def _scored(model: Transformer, prompt: TokenPrompt, answer: TokenAnswer) -> list[float]:
+    """The trainer's log-probabilities of an answer's tokens, drawn as the prompt says."""
+    was_training, start = model.training, len(prompt.token_ids) - 1
+    device = model.embed.device
+    ids = torch.tensor([[*prompt.token_ids, *answer.tokens[:-1]]], device=device)
+    kept = None
+    if answer.sampling_mask is not None:
+        masks = answer.sampling_mask
+        kept = torch.full((len(masks), max(map(len, masks))), -1, dtype=torch.int32, device=device)
+        for row, mask in enumerate(masks):
+            kept[row, : len(mask)] = torch.from_numpy(mask).to(device)
+    model.eval()
+    labels = torch.tensor(answer.tokens, device=device)
+    logprobs, _ = token_logprobs(model, model(ids)[0, start:], labels, prompt.temperature, kept)
+    model.train(was_training)
+    return [float(value) for value in logprobs]
+
+
+def _shown(ids: list[int]) -> str:
+    return f"{ids[:12]}{'…' if len(ids) > 12 else ''}"

@@ -1,0 +1,211 @@
+"""vLLM, SGLang and finback as servers that generate for a trainer: their requests, replies and updates of weights.
+
+Forms of vLLM 0.32 and SGLang 0.5.23. No torch here.
+"""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finback.client import Client, RequestFailed
+from finback.rollouts.generation_server import GenerationServer, ServedModel, TokenAnswer, TokenPrompt, object_of
+
+SEEDS = 1 << 31  # of SGLang's
+
+
+class VllmServer(GenerationServer):
+    """vLLM: its token route, or completions where that is off; weights are read again by its workers (`reload_method`)."""
+
+    kind = "vLLM"
+    reload_method = "reload_weights"
+    without_logprobs = "Start it with --logprobs-mode processed_logprobs."
+    without_masks = "Start it with --return-sampling-mask and --enable-scale-out, or leave out top_k and top_p."
+    _tokens_route = True
+
+    def answer(self, prompt: TokenPrompt) -> TokenAnswer:
+        if self._tokens_route:
+            try:
+                return self.checked(prompt, self._of_tokens(prompt))
+            except RequestFailed as error:
+                if not (error.final and str(error).startswith(("HTTP 403", "HTTP 404"))):
+                    raise
+                self._tokens_route = False
+        return self.checked(prompt, self._of_completions(prompt))
+
+    def _params(self, prompt: TokenPrompt) -> dict[str, Any]:
+        return {
+            "max_tokens": prompt.max_tokens,
+            "temperature": prompt.temperature,
+            "top_k": prompt.top_k,
+            "top_p": prompt.top_p,
+            "seed": prompt.seed,
+            "stop_token_ids": list(prompt.stop_token_ids),
+            # the model's own end of sequence is among them, and nothing else ends an answer
+            "ignore_eos": True,
+            "logprobs": 1,
+        }
+
+    def _of_tokens(self, prompt: TokenPrompt) -> TokenAnswer:
+        """POST /inference/v1/generate."""
+        body = {
+            "model": self.name,
+            "token_ids": list(prompt.token_ids),
+            "sampling_params": self._params(prompt),
+            "cache_salt": prompt.cache_salt,
+        }
+        choice = object_of(self.client.reply("/inference/v1/generate", body), "choices", 0)
+        content = (choice.get("logprobs") or {}).get("content") or []
+        mask, spans = choice.get("sampling_mask"), choice.get("weight_versions")
+        return TokenAnswer(
+            list(object_of(choice, "token_ids") or []),
+            [float(each["logprob"]) for each in content],
+            str(choice.get("finish_reason")),
+            _of_npy(choice.get("routed_experts")),
+            None if mask is None else [np.array(ids, dtype=np.int32) for ids in mask],
+            None if spans is None else [(str(s["version"]), int(s["start"]), int(s["end"])) for s in spans],
+        )
+
+    def _of_completions(self, prompt: TokenPrompt) -> TokenAnswer:
+        """POST /v1/completions, which says nothing of masks and versions."""
+        body = {
+            "model": self.name,
+            "prompt": list(prompt.token_ids),
+            "return_token_ids": True,
+            "cache_salt": prompt.cache_salt,
+            **self._params(prompt),
+        }
+        choice = object_of(self.client.reply("/v1/completions", body), "choices", 0)
+        if not isinstance(choice.get("token_ids"), list):
+            raise self.unfit("its completions have no token ids", "Start it with --enable-scale-out.")
+        given = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        logprobs = [float("nan") if value is None else float(value) for value in given]
+        experts = _of_npy(choice.get("routed_experts"))
+        return TokenAnswer(choice["token_ids"], logprobs, str(choice.get("finish_reason")), experts)
+
+    def load(self, folder: Path, version: str) -> None:
+        try:
+            self.client.reply("/pause?mode=keep&clear_cache=false", {})
+        except RequestFailed as error:
+            if not error.final:
+                raise
+            remedy = "Start it with VLLM_SERVER_DEV_MODE=1, on a network that nobody else reaches."
+            raise self.unfit(f"takes no weights ({error})", remedy) from None
+        try:
+            # kwargs travel as text
+            body = {"method": self.reload_method, "kwargs": {"weights_path": str(folder)}}
+            self.client.reply("/collective_rpc", body)
+            self.client.reply("/update_weight_version", {"new_version": version})
+            self.client.reply("/reset_prefix_cache", {})
+        finally:
+            self.client.reply("/resume", {})
+
+    def version(self) -> str | None:
+        try:
+            return str(object_of(self.client.reply("/weight_info"), "weight_version"))
+        except RequestFailed as error:
+            if error.final:
+                return None
+            raise
+
+
+class DiskUpdates(GenerationServer):
+    """Takes weights by POST /update_weights_from_disk."""
+
+    def load(self, folder: Path, version: str) -> None:
+        body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
+        try:
+            reply = self.client.reply("/update_weights_from_disk", body)
+        except RequestFailed as error:
+            if not error.final:
+                raise
+            raise self.unfit(f"takes no weights ({error})", self.refusing) from None
+        if object_of(reply, "success") is not True:
+            raise RequestFailed(f"the weights were not taken: {str(reply.get('message'))[:200]}")
+
+    refusing = "See what it says of the folder, which it must see under the same path."
+
+
+class FinbackServer(DiskUpdates, VllmServer):
+    """finback's own: vLLM's token route, and SGLang's way of taking weights."""
+
+    kind = "finback"
+    refusing = "Start it with --allow-weight-updates FOLDER, which this run's folder of weights lies within."
+
+
+class SglangServer(DiskUpdates):
+    """SGLang's /generate."""
+
+    kind = "SGLang"
+    without_logprobs = "Use a version whose /generate has return_logprob."
+
+    def answer(self, prompt: TokenPrompt) -> TokenAnswer:
+        if self.model.return_sampling_mask:
+            raise self.unfit("its log-probabilities do not count what top_k and top_p leave", self.without_masks)
+        params = {
+            "max_new_tokens": prompt.max_tokens,
+            "temperature": prompt.temperature,
+            "top_k": prompt.top_k or -1,
+            "top_p": prompt.top_p,
+            "sampling_seed": prompt.seed % SEEDS,
+            "stop_token_ids": list(prompt.stop_token_ids),
+            "ignore_eos": prompt.ignore_eos,
+            "skip_special_tokens": False,
+        }
+        body = {
+            "input_ids": list(prompt.token_ids),
+            "sampling_params": params,
+            "return_logprob": True,
+            "logprob_start_len": -1,
+            "return_routed_experts": self.model.return_routed_experts,
+            "cache_salt": prompt.cache_salt,
+        }
+        meta = object_of(self.client.reply("/generate", body), "meta_info")
+        drawn = meta.get("output_token_logprobs")
+        if not isinstance(drawn, list):
+            raise self.unfit("its answers lack log-probabilities", self.without_logprobs)
+        tokens = [int(token) for _, token, *_ in drawn]
+        finish = meta.get("finish_reason")
+        spans = meta.get("weight_versions")
+        whole = None if meta.get("weight_version") is None else [(str(meta["weight_version"]), 0, len(tokens))]
+        answer = TokenAnswer(
+            tokens,
+            [float("nan") if logprob is None else float(logprob) for logprob, *_ in drawn],
+            str(finish.get("type") if isinstance(finish, dict) else finish),
+            self._experts(meta.get("routed_experts"), len(prompt.token_ids) + len(tokens) - 1),
+            None,
+            [(str(s["version"]), int(s["start"]), int(s["end"])) for s in spans] if spans else whole,
+        )
+        return self.checked(prompt, answer)
+
+    def _experts(self, given: str | None, rows: int) -> np.ndarray | None:
+        """int32 without a header, for which the model has the shape."""
+        if given is None:
+            return None
+        found = np.frombuffer(base64.b64decode(given), dtype=np.int32)
+        wanted = rows, self.model.layers, self.model.experts_per_token
+        if found.size != rows * self.model.layers * self.model.experts_per_token:
+            raise self.unfit(f"{found.size} routed experts, not {wanted}", "Serve the model that is trained.")
+        return found.reshape(wanted).astype(np.uint16)
+
+
+KINDS: dict[str, type[GenerationServer]] = {"vllm": VllmServer, "sglang": SglangServer, "finback": FinbackServer}
+
+
+def find_server(url: str, client: Client, field: str, model: ServedModel) -> GenerationServer:
+    """The server at an address, by what it says of itself; UserError where it is none of those that finback knows."""
+    cards = object_of(client.reply("/v1/models"), "data")
+    owner, name = (str(object_of(cards, 0, key)) for key in ("owned_by", "id"))
+    kind = KINDS.get(owner.lower())
+    server = (kind or VllmServer)(url, client, name, field, model)
+    if kind is None:
+        server.kind = repr(owner)
+        raise server.unfit("not a program that finback knows", "Serve with vLLM, SGLang or `finback serve`.")
+    return server
+
+
+def _of_npy(given: str | None) -> np.ndarray | None:
+    """The array that base64 of .npy holds."""
+    return None if given is None else np.load(io.BytesIO(base64.b64decode(given)), allow_pickle=False)

@@ -1,0 +1,46 @@
+"""A policy's weights as files for servers: one folder for each version, in Hugging Face's form; the newest two stay."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from finback.checkpoint.export import export
+from finback.config import UserError
+from finback.model.lora import AdaptedTransformer, merge
+from finback.model.transformer import Transformer
+
+KEEP = 2  # a server may still be reading the one before the newest
+
+
+class WeightFiles:
+    """The folders within one folder; `field` is the knob that errors name."""
+
+    def __init__(self, folder: Path, field: str) -> None:
+        self.folder, self.field = folder, field
+        self.written: list[Path] = []
+
+    def write(self, model: Transformer, name: str, fmt: Literal["fp32", "bf16"]) -> tuple[Path, int]:
+        """The new folder, which appears once it is whole, and its bytes. An adapter is merged into a copy of its base."""
+        if isinstance(model, AdaptedTransformer):
+            model = merge(copy.deepcopy(model), torch.float32 if fmt == "fp32" else torch.bfloat16)
+        path = self.folder / name
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files = export(model, path, fmt)
+        except OSError as error:
+            problem = f"weights cannot be written to it ({error.strerror or error})"
+            raise UserError(f"{self.field}.folder", str(self.folder), problem, "Name another, or free space.") from None
+        for file in files:
+            file.chmod(0o644)  # a server may run as somebody else
+        self.written.append(path)
+        while len(self.written) > KEEP:
+            shutil.rmtree(self.written.pop(0), ignore_errors=True)
+        return path, sum(file.stat().st_size for file in files)
+
+    def clear(self) -> None:
+        """Remove what was written."""
+        while self.written:
+            shutil.rmtree(self.written.pop(), ignore_errors=True)

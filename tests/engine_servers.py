@@ -1,0 +1,218 @@
+"""Servers in the wire forms of vLLM 0.32 and SGLang 0.5.23, on finback's own engine, whose faults a test can set."""
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from finback.checkpoint import models
+from finback.data.tokenizer import Tokenizer
+from finback.engine.engine import Engine, EngineConfig
+from finback.engine.request import Completion, SamplingParams
+
+Reply = dict[str, Any]
+
+
+class FakeEngineServer:
+    """What vLLM and SGLang do for a trainer. `fault` looks at each path and body before it is answered.
+
+    A fault returns None, a status, or "drop" to break the connection off.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.kind, self.tokenizer, self.stops = kind, Tokenizer(folder), ()
+        self.engine = Engine(models.load(folder), (), EngineConfig(return_routed_experts=True))
+        self.version = "default"
+        self.fault: Callable[[str, Reply], int | str | None] = lambda path, body: None
+        # what is done to a reply to a prompt before it is sent
+        self.change: Callable[[Reply], None] = lambda reply: None
+        self.paused = False
+        self.seen: list[tuple[str, Reply]] = []
+        self.answered = 0
+        self._lock = threading.Lock()
+
+    def reply(self, path: str, body: Reply) -> Reply | None:
+        """The reply of a route; None where there is no such route."""
+        route = {
+            "/v1/models": self._models,
+            "/tokenize": self._tokenize,
+            **(self._vllm if self.kind == "vllm" else self._sglang),
+        }.get(path)
+        return None if route is None else route(body)
+
+    @property
+    def _vllm(self) -> dict[str, Callable[[Reply], Reply]]:
+        return {
+            "/inference/v1/generate": self._generate,
+            "/v1/completions": self._complete,
+            "/pause": self._pause,
+            "/collective_rpc": self._rpc,
+            "/update_weight_version": self._name,
+            "/reset_prefix_cache": lambda body: {"success": not self.paused},
+            "/resume": self._resume,
+            "/weight_info": lambda body: {"weight_version": self.version},
+        }
+
+    @property
+    def _sglang(self) -> dict[str, Callable[[Reply], Reply]]:
+        return {"/generate": self._sglang_generate, "/update_weights_from_disk": self._update}
+
+    # ---- both ------------------------------------------------------------------------------------------------------
+
+    def _models(self, body: Reply) -> Reply:
+        return {"object": "list", "data": [{"id": "toy", "object": "model", "owned_by": self.kind}]}
+
+    def _tokenize(self, body: Reply) -> Reply:
+        ids = self.tokenizer.encode(body["prompt"])
+        return {"count": len(ids), "max_model_len": 256, "tokens": ids, "token_strs": None}
+
+    def _made(self, ids: list[int], sampling: SamplingParams, seed: int) -> Completion:
+        with self._lock:
+            self.answered += 1
+            return self.engine.generate([ids], sampling, [seed])[0]
+
+    def _load(self, path: str) -> None:
+        with self._lock:
+            self.engine = Engine(models.load(Path(path)), (), EngineConfig(return_routed_experts=True))
+
+    # ---- vLLM ------------------------------------------------------------------------------------------------------
+
+    def _vllm_params(self, given: Reply) -> tuple[SamplingParams, int]:
+        narrows = bool(given.get("top_k")) or given.get("top_p", 1.0) < 1
+        assert given["ignore_eos"] is True and given["logprobs"] == 1, given
+        sampling = SamplingParams(
+            *(given["temperature"], given["max_tokens"], given["top_k"], given["top_p"]),
+            stop_token_ids=tuple(given["stop_token_ids"]),
+            return_sampling_mask=narrows,
+        )
+        return sampling, given["seed"]
+
+    def _generate(self, body: Reply) -> Reply:
+        made = self._made(body["token_ids"], *self._vllm_params(body["sampling_params"]))
+        own = [{"token_id": t, "logprob": p, "rank": 1} for t, p in zip(made.tokens, made.logprobs, strict=True)]
+        written = io.BytesIO()
+        assert made.routed_experts is not None
+        np.save(written, made.routed_experts)
+        choice = {
+            "index": 0,
+            "logprobs": {"content": [{**each, "top_logprobs": [each]} for each in own]},
+            "finish_reason": made.finish_reason,
+            "stop_reason": None,
+            "token_ids": made.tokens,
+            "routed_experts": base64.b64encode(written.getvalue()).decode(),
+            "sampling_mask": None if made.sampling_mask is None else [ids.tolist() for ids in made.sampling_mask],
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(made.tokens)}],
+        }
+        return {"request_id": "generate-tokens-1", "choices": [choice], "usage": {}, "prompt_token_ids": None}
+
+    def _complete(self, body: Reply) -> Reply:
+        assert body["return_token_ids"] is True
+        made = self._made(body["prompt"], *self._vllm_params(body))
+        logprobs = {"token_logprobs": made.logprobs, "tokens": ["?"] * len(made.tokens), "top_logprobs": None}
+        choice = {"index": 0, "text": "?", "logprobs": logprobs, "finish_reason": made.finish_reason}
+        return {"id": "cmpl-1", "choices": [choice | {"token_ids": made.tokens, "prompt_token_ids": body["prompt"]}]}
+
+    def _pause(self, body: Reply) -> Reply:
+        self.paused = True
+        return {"status": "paused"}
+
+    def _resume(self, body: Reply) -> Reply:
+        self.paused = False
+        return {"status": "resumed"}
+
+    def _rpc(self, body: Reply) -> Reply:
+        assert self.paused and body["method"] == "reload_weights"
+        self._load(body["kwargs"]["weights_path"])
+        return {"results": [None]}
+
+    def _name(self, body: Reply) -> Reply:
+        self.version = body["new_version"]
+        return {"success": True, "new_version": self.version}
+
+    # ---- SGLang ----------------------------------------------------------------------------------------------------
+
+    def _sglang_generate(self, body: Reply) -> Reply:
+        assert body["return_logprob"] is True and body["logprob_start_len"] == -1
+        given = body["sampling_params"]
+        assert given["ignore_eos"] is False or given["stop_token_ids"] == []
+        sampling = SamplingParams(
+            *(given["temperature"], given["max_new_tokens"], max(0, given["top_k"]), given["top_p"]),
+            stop_token_ids=tuple(given["stop_token_ids"]),
+        )
+        made = self._made(body["input_ids"], sampling, given["sampling_seed"])
+        assert made.routed_experts is not None
+        routes = base64.b64encode(made.routed_experts.astype(np.int32).tobytes()).decode()
+        meta = {
+            "id": "1",
+            "finish_reason": {"type": made.finish_reason},
+            "weight_version": self.version,
+            "output_token_logprobs": [[p, t, None] for t, p in zip(made.tokens, made.logprobs, strict=True)],
+            "routed_experts": routes if body["return_routed_experts"] else None,
+        }
+        return {"text": "?", "output_ids": made.tokens, "meta_info": meta}
+
+    def _update(self, body: Reply) -> Reply:
+        assert body["flush_cache"] is True
+        self._load(body["model_path"])
+        self.version = body["weight_version"]
+        return {"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0}
+
+
+def _handler(server: FakeEngineServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.respond({})
+
+        def do_POST(self) -> None:
+            self.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}"))
+
+        def respond(self, body: Reply) -> None:
+            path = urlsplit(self.path).path
+            server.seen.append((path, body))
+            fault = server.fault(path, body)
+            if fault == "drop":
+                self.close_connection = True
+                return
+            found = {"error": "a fault"} if isinstance(fault, int) else server.reply(path, body)
+            if found is not None and "generate" in path + "completions" and not fault:
+                server.change(found)
+            raw = json.dumps(found or {"detail": "Not Found"}).encode()
+            self.send_response(fault if isinstance(fault, int) else 200 if found is not None else 404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            if fault == 503:
+                self.send_header("Retry-After", "0.01")
+            self.end_headers()
+            self.wfile.write(raw)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    return Handler
+
+
+@contextmanager
+def engine_server(folder: Path, kind: str = "vllm") -> Iterator[tuple[str, FakeEngineServer]]:
+    """The address of a server on the model in a folder, and the server."""
+    server = FakeEngineServer(folder, kind)
+    http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(server))
+    http.daemon_threads = True
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}", server
+    finally:
+        http.shutdown()
+        http.server_close()
+        time.sleep(0)
