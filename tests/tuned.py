@@ -63,6 +63,7 @@ LEARNT = {
     "grpo by answer": Tuned(
         GRPO, {"objective": Objective(average="answer", ratio="sequence", beta=0.0), "top_k": 20, "temperature": 0.8}
     ),
+    "grpo replayed": Tuned(GRPO, {"routing_replay": True}),
     "lora sft": Tuned(SFT, {"adapter": EXACT, "bias_speed": 0.0}),
     "lora distill": Tuned(Distill, {"adapter": EXACT}),
     "lora grpo": Tuned(GRPO, {"adapter": EXACT, "objective": Objective(beta=0.1), "bias_speed": 0.0}),
