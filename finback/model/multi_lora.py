@@ -49,7 +49,7 @@ class Selection:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class AdapterPart:
     """An adapter's part of a product: what it adds to the outputs from `start` on."""
 
     start: int
@@ -61,7 +61,7 @@ class MultiLoraLinear(nn.Module):
 
     selection: Selection
     # by the number of the adapter
-    pieces: dict[int, list[Piece]]
+    pieces: dict[int, list[AdapterPart]]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = super().forward(x)  # type: ignore[misc]  # of the module that this class lies over
@@ -192,7 +192,7 @@ def put_adapters(model: Transformer, adapters: Mapping[str, AdaptedTransformer])
             elif isinstance(module, LoraLinear):
                 low = _moved(module.adapter, model)
                 product, start = product_of(model, name)
-                _pieces(product, found.selection).setdefault(number, []).append(Piece(start, low))
+                _pieces(product, found.selection).setdefault(number, []).append(AdapterPart(start, low))
     for attention in list(model.modules()):
         if isinstance(attention, MLA) and isinstance(attention.kv_up, MultiLoraLinear):
             recast(attention, MultiLoraMLA)
@@ -203,7 +203,7 @@ def _moved(low: LowRank, model: Transformer) -> LowRank:
     return low.to(model.embed.device, model.compute).requires_grad_(False)
 
 
-def _pieces(module: nn.Module, selection: Selection) -> dict[int, list[Piece]]:
+def _pieces(module: nn.Module, selection: Selection) -> dict[int, list[AdapterPart]]:
     """What a product gets of each adapter."""
     if not isinstance(module, MultiLoraLinear):
         module = recast(module, MultiLoraLinear)
