@@ -29,6 +29,7 @@ def ratios(report: Report, names: dict[str, str]) -> Rows:
 
 def seeds(report: Report) -> Rows:
     runs, first = report["seeds"], report["seeds"][0]
+    controlled = next((run for run in runs if run["control"]), None)
 
     def exam(when: str, name: str, value: str = "accuracy") -> list[float]:
         return [run[when][name][value] for run in runs]
@@ -40,9 +41,9 @@ def seeds(report: Report) -> Rows:
     yield f"sampled accuracy on 600 held-out sums before -> after RL, seeds {numbers}", f"{gained} %"
     yield "greedy accuracy after RL, the same seeds", percents(exam("after", "greedy"), 1) + " %"
     yield "tokens per answer before -> after", " -> ".join(f"{min(v):.0f} to {max(v):.0f}" for v in lengths)
-    if first["control"]:
-        control = [first[when]["sampled"]["accuracy"] for when in ("before", "control")]
-        yield "the same RL with shuffled rewards, the first seed", percents(control, 1).replace(", ", " -> ") + " %"
+    if controlled:
+        control = [controlled[when]["sampled"]["accuracy"] for when in ("before", "control")]
+        yield f"the same RL with shuffled rewards, seed {controlled['seed']}", percents(control, 1).replace(", ", " -> ") + " %"
     gaps = ", ".join(f"{run['gap_max']:.1e}" for run in runs)
     yield "largest trainer/engine log-probability gap of a token in the RL steps, fp32; target 1e-4", gaps
     for terms in ("8 terms", "9 terms"):
