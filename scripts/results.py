@@ -43,7 +43,10 @@ def seeds(report: Report) -> Rows:
     yield "tokens per answer before -> after", " -> ".join(f"{min(v):.0f} to {max(v):.0f}" for v in lengths)
     if controlled:
         control = [controlled[when]["sampled"]["accuracy"] for when in ("before", "control")]
-        yield f"the same RL with shuffled rewards, seed {controlled['seed']}", percents(control, 1).replace(", ", " -> ") + " %"
+        yield (
+            f"the same RL with shuffled rewards, seed {controlled['seed']}",
+            percents(control, 1).replace(", ", " -> ") + " %",
+        )
     gaps = ", ".join(f"{run['gap_max']:.1e}" for run in runs)
     yield "largest trainer/engine log-probability gap of a token in the RL steps, fp32; target 1e-4", gaps
     for terms in ("8 terms", "9 terms"):
