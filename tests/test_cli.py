@@ -52,7 +52,7 @@ def test_bad_recipes(tmp_path: Path) -> None:
         assert all(word in done.stderr for word in words), (new, done.stderr)
         assert not list((tmp_path / "runs").rglob("manifest.json"))
     done = finback("run", tmp_path / "toys.py")
-    assert done.returncode == 2 and "Did you mean 'toy.py'?" in done.stderr
+    assert done.returncode == 2 and f"Did you mean '{tmp_path / 'toy.py'}'?" in done.stderr
 
 
 @pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b"\x00\xff\xfe\x80" * 50, "UTF-8"), (b"a\0b", "NUL")])
