@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import pytest
 
 from finback.checkpoint import models
 from finback.config import UserError
+from finback.data import tokenizer as tokenizers
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Completion, SamplingParams
+from finback.model.lora import LoRA
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.generation import PolicyModel, Rollouts
@@ -25,7 +27,7 @@ from finback.rollouts.servers import Servers
 from finback.runs.files import read_lines
 from finback.runs.folder import StageRun
 from finback.stages.grpo_training import Reinforcement
-from tests.engine_servers import engine_server
+from tests.engine_servers import FakeEngineServer, engine_server
 from tests.test_grpo import reinforcement, steps, with_varied_rewards
 from tests.toy import WORDS, environment
 
@@ -118,9 +120,9 @@ def asked(base: Path) -> Asked:
     return Asked(model, words, prompts, engine.generate(prompts, SAMPLING, range(len(prompts))))
 
 
-def connected(asked: Asked, folder: Path, *urls: str, sampling: SamplingParams = SAMPLING, **knobs: Any) -> Any:
+def connected(asked: Asked, root: Path, *urls: str, sampling: SamplingParams = SAMPLING, **knobs: Any) -> Any:
     """Servers for that model, as a stage opens them."""
-    run = StageRun(folder, "zero", 0, World(), quiet=False)
+    run = StageRun(root, "zero", 0, World(), quiet=False)
     run.folder.mkdir(exist_ok=True)
     policy = PolicyModel(lambda: asked.model, asked.model.config, asked.tokenizer, run, return_routed_experts=True)
     OPENED.append(Servers(urls, **QUICK | knobs).open(policy, sampling))
@@ -165,6 +167,49 @@ def test_grpo_on_a_server_is_grpo_here(
     spent = list(read_lines(r.run.folder / "ledger.jsonl"))[-1]
     assert spent["sync_bytes"] == metrics["sync_bytes"] and spent["sync_seconds"] == metrics["sync_seconds"]
     assert all(m["sync_bytes"] == 0 < m["generated_per_second"] for m in here[0])
+
+
+def test_an_adapter_is_merged_and_top_k_replayed(base: Path, tmp_path: Path) -> None:
+    with engine_server(base) as (url, server):
+        servers = Servers((url,), **QUICK)
+        found = steps(learning(tmp_path / "run", adapter=LoRA(rank=4), top_k=8, rollouts=servers), 2)
+        assert all(m["gap_max"] < 1e-4 for m in found)
+        server.change = lambda reply: reply["choices"][0].update(sampling_mask=None)
+        with pytest.raises(UserError, match=r"zero\.rollouts = .*does not say which tokens top_k and top_p leave"):
+            steps(learning(tmp_path / "again", top_k=8, rollouts=servers), 1)
+
+
+def test_top_k_is_refused_where_its_choices_are_not_known(base: Path, asked: Asked, tmp_path: Path) -> None:
+    with engine_server(base, "sglang") as (url, _), pytest.raises(UserError, match="Leave out top_k and top_p"):
+        connected(asked, tmp_path, url, sampling=replace(SAMPLING, top_k=8, return_sampling_mask=True)).update(0)
+
+
+def test_completions_do_where_the_token_route_is_off(base: Path, asked: Asked, tmp_path: Path) -> None:
+    """They say nothing of versions, which the server is asked for."""
+    with engine_server(base) as (url, server):
+        server.fault = lambda path, body: 403 if path == "/inference/v1/generate" else None
+        r = connected(asked, tmp_path, url)
+        r.policy = replace(r.policy, return_routed_experts=False)
+        r.servers[0].model = replace(r.servers[0].model, return_routed_experts=False)
+        r.update(0)
+        found = r.generate(asked.prompts, SAMPLING, range(24))
+        assert [c.tokens for c in found] == [c.tokens for c in asked.answers]
+        server.version = "other"
+        with pytest.raises(UserError, match="answers with weights 'other', not with"):
+            r.generate(asked.prompts, SAMPLING, range(24))
+
+
+def test_a_model_that_does_not_learn_is_not_sent(base: Path, asked: Asked, tmp_path: Path) -> None:
+    """Its server has it, under whatever version, and keeps it."""
+    with engine_server(base) as (url, server):
+        r = connected(asked, tmp_path, url)
+        r.policy = replace(r.policy, learns=False)
+        r.update(0)
+        asked.ask(r)
+        assert server.version == "default" and r.take_tally().sync_bytes == 0
+        server.version = "other"
+        with pytest.raises(UserError, match="answers with weights 'other', not with 'default'"):
+            r.generate(asked.prompts, SAMPLING, range(24))
 
 
 # ---- what fails ------------------------------------------------------------------------------------------------------
@@ -217,6 +262,90 @@ def test_a_server_that_dies_is_left_out_until_it_is_back(
         assert one in str(failed.value) and two in str(failed.value)
         with pytest.raises(UserError, match="no server takes the weights"):
             r.update(4)
+
+
+def other_tokenizer(server: FakeEngineServer, folder: Path) -> None:
+    server.tokenizer = tokenizers.train(["Quite another text, in which other words occur."] * 9, 300, folder / "t.json")
+
+
+def raw_logprobs(server: FakeEngineServer) -> None:
+    def raw(reply: dict[str, Any]) -> None:
+        for each in reply["choices"][0]["logprobs"]["content"]:
+            each["logprob"] -= 0.01
+
+    server.change = raw
+
+
+def without(name: str) -> Any:
+    def change(server: FakeEngineServer) -> None:
+        server.change = lambda reply: reply["choices"][0].update({name: None})
+
+    return change
+
+
+def answers_as(version: str) -> Any:
+    def change(server: FakeEngineServer) -> None:
+        spans = [{"version": version, "start": 0, "end": 9}]
+        server.change = lambda reply: reply["choices"][0].update(weight_versions=spans)
+
+    return change
+
+
+def broken(path: str, status: int) -> Any:
+    def change(server: FakeEngineServer) -> None:
+        server.fault = lambda asked, body: status if asked == path else None
+
+    return change
+
+
+def of_another_shape(server: FakeEngineServer) -> None:
+    server.change = lambda reply: reply["choices"][0].update(token_ids=[10**6])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem", "remedy"),
+    [
+        (raw_logprobs, "differ from the trainer's by 0.01", "processed_logprobs"),
+        (without("logprobs"), "lack log-probabilities", "processed_logprobs"),
+        (without("routed_experts"), "does not say which experts", "routing_replay"),
+        (answers_as("17"), "answers with weights '17', not with", "Give the same command again"),
+        (of_another_shape, "ids beyond the vocabulary of 320", "Serve the model that is trained"),
+        (broken("/pause", 404), "takes no weights", "VLLM_SERVER_DEV_MODE=1"),
+        (broken("/collective_rpc", 500), "failed: HTTP 500", "See its log"),
+        (broken("/inference/v1/generate", 400), "HTTP 400", "See its log"),
+    ],
+    ids=["raw", "no logprobs", "no experts", "stale", "vocabulary", "no control", "no reload", "refuses"],
+)
+def test_a_server_that_does_not_fit_is_named(
+    change: Any, problem: str, remedy: str, base: Path, asked: Asked, tmp_path: Path
+) -> None:
+    with engine_server(base) as (url, server):
+        change(server)
+        with pytest.raises(UserError) as failed:
+            connected(asked, tmp_path, url).update(0)
+        assert failed.value.field == "zero.rollouts" and failed.value.value == url
+        assert problem in failed.value.problem and remedy in failed.value.remedy, str(failed.value)
+        assert not server.paused
+
+
+def test_servers_that_cannot_be_used_at_all(base: Path, asked: Asked, tmp_path: Path) -> None:
+    with engine_server(base) as (url, server):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match=r"zero.rollouts.folder = .*cannot be written"):
+            connected(asked, tmp_path, url, folder=str(tmp_path / "file" / "within")).update(0)
+        other_tokenizer(server, tmp_path)
+        with pytest.raises(
+            UserError, match=r"another tokenizer: .*The whale sang.* has the ids \[.* there and \[.* here"
+        ):
+            connected(asked, tmp_path, url)
+        server.kind = "llama.cpp"
+        with pytest.raises(UserError, match="not a program that finback knows"):
+            connected(asked, tmp_path, url)
+    with pytest.raises(UserError, match=r"zero.rollouts = .*no server answers"):
+        connected(asked, tmp_path, url)
+    for urls, problem in (((), "none, or one"), ((url, url), "one of them twice"), (("10.0.0.1",), "not the url")):
+        with pytest.raises(UserError, match=problem):
+            Servers(urls)
 
 
 # ---- the real thing --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from finback.checkpoint.export import export
 from finback.config import UserError
 from finback.model.lora import AdaptedTransformer, merge
+from finback.model.moe import MoE
 from finback.model.transformer import Transformer
 
 KEEP = 2  # a server may still be reading the one before the newest
@@ -25,7 +26,10 @@ class WeightFiles:
     def write(self, model: Transformer, name: str, fmt: Literal["fp32", "bf16"]) -> tuple[Path, int]:
         """The new folder, which appears once it is whole, and its bytes. An adapter is merged into a copy of its base."""
         if isinstance(model, AdaptedTransformer):
-            model = merge(copy.deepcopy(model), torch.float32 if fmt == "fp32" else torch.bfloat16)
+            # what the last pass left behind belongs to its graph, and cannot be copied
+            losses = [m.balance for m in model.modules() if isinstance(m, MoE)]
+            left = {id(loss): loss.detach() for loss in losses if loss is not None}
+            model = merge(copy.deepcopy(model, left), torch.float32 if fmt == "fp32" else torch.bfloat16)
         path = self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
