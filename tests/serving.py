@@ -100,7 +100,7 @@ def served(engine: Engine, adapters: Mapping[str, Tokenizer] | None = None, **op
     """A real server on a real socket, and a client for it; `adapters` are those that the engine has."""
     made = ServeOptions(**{"model": Path("toy"), "page": False, "port": 0} | options)
     app = build(engine, engine.tokenizer or small_tokenizer(), made, adapters=adapters)
-    listener = http.listen_as(made)
+    listener = http.listen_as(made) if made.uds else http.listen("127.0.0.1", 0)
     runner = Server(app)
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

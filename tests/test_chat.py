@@ -1,5 +1,6 @@
 """`finback chat` as a person meets it: the line, what is a command, other models, going on later."""
 
+import io
 import os
 import pty
 import stat
@@ -80,9 +81,7 @@ def test_another_model_answers_and_a_dialogue_goes_on(model: Path, tmp_path: Pat
 
 def test_scripts_go_on_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for turns in (2, 4):
-        monkeypatch.setattr(sys, "stdin", (tmp_path / "lines").open("w+"))
-        sys.stdin.write("Hello\n")
-        sys.stdin.seek(0)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
         chat.loop(ChatOptions(model=model, max_tokens=2, resume=True, kept=tmp_path / "kept"), True, False)
         (file,) = (tmp_path / "kept").iterdir()
         assert len(chat._kept(file)) == turns

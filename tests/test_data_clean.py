@@ -191,5 +191,8 @@ def test_the_first_reason_counts_and_contaminated_text_is_noted() -> None:
 
 def test_without_datasketch_near_duplicates_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasketch", None)
-    with pytest.raises(UserError, match=r"^near = 'MinHash': the package `datasketch` is not installed\. pip install"):
+    with pytest.raises(
+        UserError,
+        match=r"^near = 'MinHash': the package `datasketch` is not installed\. Run: .* -m pip install .*'datasketch>=2'",
+    ):
         MinHashSigner(NearDuplicates(), 0)

@@ -170,7 +170,8 @@ def test_without_datatrove_workers_are_refused(tmp_path: Path, monkeypatch: pyte
     corpus(tmp_path / "text")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"^workers = 'datatrove': the package is not installed\. pip install 'finback\[data\]'"
+        UserError,
+        match=r"^workers = 'datatrove': the package is not installed\. Run: .* -m pip install 'datatrove>=0\.10'",
     ):
         run(stage(tmp_path / "text", workers=2), tmp_path / "runs")
 

@@ -52,8 +52,9 @@ def test_the_table_is_large_and_a_tenth_of_it_is_hostile() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_right_answers_are_paid_and_wrong_ones_are_not(kind: str, tmp_path: Path) -> None:
     some = [row for row in TABLE if row.kind == kind]
-    # of the plainly wrong ones every second, to save time; the script takes all
+    # of the plainly wrong ones every second, and of what costs a parser or a process a third, to save time; the script takes all
     some = [row for i, row in enumerate(some) if row.right or i % 2 or row.note == "adversarial"]
+    some = some[:: 3 if kind in ("latex", "set") else 1]
     marks = MARKING.marked(
         some, tmp_path, compared=kind not in ("code", "set")
     )  # a process for each, and the same again

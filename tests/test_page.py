@@ -100,7 +100,7 @@ def make_run(root: Path, name: str = "toy") -> Path:
 def served_two(first: Scripted, second: Scripted, **options: Any) -> Iterator[httpx.Client]:
     """A server of two models, "toy" and "other", on a real socket."""
 
-    def build(engine: Any, words: Any, given: ServeOptions) -> Any:
+    def build(engine: Any, words: Any, given: ServeOptions, adapters: Any = None) -> Any:
         return server.build(engine, words, given, {"other": (second, words)})
 
     with pytest.MonkeyPatch.context() as patch:
@@ -185,7 +185,6 @@ def test_types_caching_and_compression(client: TestClient) -> None:
         "/page.py",
         "/finback/serve/page.py",
         "/api/",
-        "/api/runs/",
         "/favicon.ico",
     ],
 )

@@ -63,14 +63,14 @@ def test_layouts_that_can_be() -> None:
 
 
 def test_small_steps_have_fewer_micro_batches_or_smaller_ones() -> None:
-    """V3's ramp on 128 data ranks, 3,072 rows to 15,360: 24 of 120 micro-batches fill 8 pipeline ranks, not 16."""
+    """V3's ramp on 128 data ranks, 3,072 rows to 15,360: 24 of 120 micro-batches fill 16 pipeline ranks by ZB-V alone."""
     v3 = Layout(pp=8, dp=128, ep=64, schedule="zb1p", micro_batches=120)
     assert v3.at(3072, 15360).micro_batches == 24 and v3.at(15360, 15360) == v3
     deep = dataclasses.replace(v3, pp=16, schedule="dualpipev")
-    assert deep.at(3072, 15360) == deep
-    deep.at(15360, 15360).check(V3, 15360)
-    with pytest.raises(UserError, match="rows = 3072: does not divide among dp = 128 ranks with 120 micro-batches"):
-        deep.check_steps(V3, ramp_sizes(3072, 15360), 15360)
+    assert deep.at(3072, 15360) == dataclasses.replace(deep, schedule="zbv", micro_batches=24)
+    deep.check_steps(V3, ramp_sizes(3072, 15360), 15360)
+    with pytest.raises(UserError, match="rows = 3000: does not divide among dp = 128 ranks with 120 micro-batches"):
+        deep.check_steps(V3, [3000], 15360)
     v3.check_steps(V3, ramp_sizes(3072, 15360), 15360)
     assert Layout(dp=2, micro_batches=2).at(6, 8).micro_batches == 2, "a half micro-batch is none"
     assert ramp_sizes(3072, 15360) == [3072, 6144, 9216, 12288, 15360] and ramp_sizes(0, 8) == [8]

@@ -166,9 +166,10 @@ def test_an_empty_recipe_is_refused(tmp_path: Path) -> None:
         load(written(tmp_path, "recipe = []"))
 
 
-def test_a_missing_recipe_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_recipe_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path, "recipe = []")
-    with refusal(f"recipe = '{tmp_path / 'mime.py'}': no such file. Did you mean 'mine.py'?"):
+    monkeypatch.chdir(tmp_path)  # where there is no folder of recipes
+    with refusal(f"recipe = '{tmp_path / 'mime.py'}': no such file. Did you mean '{tmp_path / 'mine.py'}'?"):
         load(tmp_path / "mime.py")
     with refusal(f"recipe = '{tmp_path / 'no' / 'mine.py'}': no such file. Known: none."):
         load(tmp_path / "no" / "mine.py")

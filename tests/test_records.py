@@ -138,7 +138,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     read("hub:openai/gsm8k", "main", "test", revision="abc", files="test.jsonl")
     assert asked[-1] == ("openai/gsm8k", "main", "test", "abc", "test.jsonl")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"not installed. pip install finback\[hub\]"):
+    with pytest.raises(UserError, match=r"not installed. Run: .* -m pip install .*'datasets>=3'"):
         Questions("hub:openai/other").draw(random.Random(0))
 
 

@@ -104,7 +104,11 @@ def test_hacks_earn_nothing(what: str, text: str) -> None:
     assert sum(earn(FULL, Chains(), SUM, text).values()) == 0
 
 
-@pytest.mark.parametrize(("what", "text"), HACKS, ids=[what for what, _ in HACKS])
+# of a file's question a true equation is a right answer
+OF_A_FILE = [hack for hack in HACKS if hack[0] != "the question with its answer"]
+
+
+@pytest.mark.parametrize(("what", "text"), OF_A_FILE, ids=[what for what, _ in OF_A_FILE])
 def test_hacks_earn_nothing_for_a_question_of_a_file(what: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(FILE_LINES)
     task = Questions(str(tmp_path / "q.jsonl"))

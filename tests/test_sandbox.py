@@ -138,7 +138,7 @@ def test_without_bubblewrap_it_says_once_that_this_is_no_boundary(
     assert Sandbox().isolation == Sandbox().isolation == "rlimits"
     error = capsys.readouterr().err
     assert error.count("not a security boundary") == 1 and error.count("\n") == 1
-    with pytest.raises(UserError, match=r"^sandbox\.isolation = 'bubblewrap': no\. pip install"):
+    with pytest.raises(UserError, match=r"^sandbox\.isolation = 'bubblewrap': no\. Run: .* -m pip install"):
         Sandbox("bubblewrap")
 
 

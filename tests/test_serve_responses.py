@@ -159,7 +159,7 @@ def test_tools_and_a_schema_go_together(client: httpx.Client, engine: Scripted) 
             "tools": tools,
             "text": form,
             "reasoning": {"effort": "none"},
-            "max_output_tokens": 200,
+            "max_output_tokens": 400,
         }
         for item in both(client, **request)["output"]:
             kinds.add(item["type"])

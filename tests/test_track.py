@@ -93,7 +93,9 @@ def test_a_run_is_followed_to_its_end(run: Path, tmp_path: Path, monkeypatch: py
 
 def test_what_cannot_be_tracked_is_said(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(UserError, match=r"--to = 'trackio': the package is not installed\. pip install trackio"):
+    with pytest.raises(
+        UserError, match=r"--to = 'trackio': the package is not installed\. Run: .* -m pip install trackio"
+    ):
         track(run, "trackio", tmp_path)
     with pytest.raises(UserError, match="not a run folder"):
         track(tmp_path, "trackio", tmp_path)

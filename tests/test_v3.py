@@ -68,6 +68,7 @@ def test_every_step_of_every_phase_fits_its_layout(size: str, ranks: int) -> Non
     assert as_it_stands <= knobs and all(getattr(stages[0], n) == getattr(large, n) for n in as_it_stands)
 
 
+@pytest.mark.slow
 def test_a_rank_count_that_does_not_fit_is_refused_by_its_knob(tmp_path: Path) -> None:
     """Nothing is prepared at V3's size; shrunk, the layout is named."""
     done = finback_process("run", RECIPE, "--runs", tmp_path, "--ranks", 2)
