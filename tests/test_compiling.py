@@ -74,6 +74,7 @@ def test_the_same_where_blocks_are_recomputed() -> None:
     test_the_same_loss_gradient_and_load("block")
 
 
+@pytest.mark.slow
 def test_the_same_with_documents_and_padding() -> None:
     compiled, plain = two()
     losses = [backward_batch(model, rows(), rows().counts(1), 0.3, 1e-2) for model in (compiled, plain)]

@@ -58,6 +58,7 @@ def resumes(tmp_path: Path, before: Layout, *after: Layout) -> None:
         check(json.loads((tmp_path / "out.json").read_text()), numbers[4:])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_continues_on_another_mesh(tmp_path: Path) -> None:
     resumes(tmp_path, Layout(dp=2, ep=2, sharding="zero1"), pipeline("zbv", sharding="zero1"))
     model = Transformer(MANY)

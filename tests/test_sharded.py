@@ -130,12 +130,9 @@ def test_a_layout_trains_as_whole_copies_do(name: str, plain: tuple[Path, list[f
     assert [json.loads(line)["question"] for line in exams[0].splitlines()]
 
 
-SLOW = [(knobs, name) for knobs in KNOBS for name in LAYOUTS if (knobs, name) != ("everything", "experts")]
-
-
-@pytest.mark.parametrize(
-    ("knobs", "name"), [("everything", "experts"), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("knobs", KNOBS)
 def test_a_layout_refuses_nothing_that_one_rank_can_do(knobs: str, name: str, whole: Any) -> None:
     """Ramp, documents apart, AdamW, averages, validation, the best and probes; spikes and rewinding: line by line the same."""
     folder, expected = whole(knobs)
