@@ -114,12 +114,12 @@ def padded(rows: Sequence[tuple[Rollout, float]]) -> Batch:
         t[:, :-1] for t in (tokens, labels, padding_mask, logprobs)
     )  # the last predicts nothing
     advantages = torch.tensor([a for _, a in rows])
-    kept = _kept([ids for r, _ in rows for ids in r.completion.sampling_mask or ()])
+    kept = kept_ids([ids for r, _ in rows for ids in r.completion.sampling_mask or ()])
     return Batch(tokens, labels, shape[1] - 1, mask, rollout_logprobs=logprobs, advantages=advantages, kept=kept)
 
 
-def _kept(masks: list[np.ndarray]) -> Tensor | None:
-    """(tokens, most) the ids that each of the answers' tokens was drawn from, filled up with -1."""
+def kept_ids(masks: Sequence[np.ndarray]) -> Tensor | None:
+    """(tokens, most) the ids that each of the answers' tokens was drawn from, filled up with -1; None without tokens."""
     if not masks:
         return None
     kept = torch.full((len(masks), max(map(len, masks))), -1, dtype=torch.int32)

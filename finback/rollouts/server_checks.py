@@ -7,6 +7,7 @@ from finback.model.logprobs import token_logprobs
 from finback.model.transformer import Transformer
 from finback.rollouts.generation import PolicyModel
 from finback.rollouts.generation_server import GenerationServer, TokenAnswer, TokenPrompt
+from finback.rollouts.rollouts import kept_ids
 
 # scripts, digits, code and spaces: what tokenizers differ in
 TEXTS = (
@@ -81,12 +82,8 @@ def _scored(model: Transformer, prompt: TokenPrompt, answer: TokenAnswer) -> lis
     was_training, start = model.training, len(prompt.token_ids) - 1
     device = model.embed.device
     ids = torch.tensor([[*prompt.token_ids, *answer.tokens[:-1]]], device=device)
-    kept = None
-    if answer.sampling_mask is not None:
-        masks = answer.sampling_mask
-        kept = torch.full((len(masks), max(map(len, masks))), -1, dtype=torch.int32, device=device)
-        for row, mask in enumerate(masks):
-            kept[row, : len(mask)] = torch.from_numpy(mask).to(device)
+    kept = kept_ids(answer.sampling_mask or [])
+    kept = None if kept is None else kept.to(device)
     model.eval()
     labels = torch.tensor(answer.tokens, device=device)
     logprobs, _ = token_logprobs(model, model(ids)[0, start:], labels, prompt.temperature, kept)
