@@ -221,6 +221,11 @@ class Retries:
     # seconds, whatever the server asks for
     longest_wait: float = 300.0
 
+    def wait(self, error: RequestFailed, failures: int) -> float:
+        """Seconds before the next try, after so many failures of which this is the last."""
+        asked = error.retry_after
+        return min(self.longest_wait, self.backoff * 2 ** min(failures - 1, 6) if asked is None else asked)
+
     def send(self, request: Callable[[], T], limit: RateLimit) -> tuple[T, int]:
         """What `request` returns, and the number of tries; the RequestFailed of the last try when none succeeded."""
         faults = busy = 0
@@ -230,8 +235,7 @@ class Retries:
                 return request(), faults + busy + 1
             except RequestFailed as error:
                 last, busy, faults = error, busy + error.busy, faults + (not error.busy)
-            wait = last.retry_after
-            wait = min(self.longest_wait, self.backoff * 2 ** min(faults + busy - 1, 6) if wait is None else wait)
+            wait = self.wait(last, faults + busy)
             if last.busy:
                 limit.pause(wait)
             if last.final or faults >= self.tries or busy >= self.busy_tries:

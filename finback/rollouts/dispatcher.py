@@ -111,10 +111,7 @@ class Dispatcher(Generic[T]):
         if began >= health.blamed:  # what failed with it at the same time is the same failure
             health.blamed = time.monotonic()
             health.busy, health.faults = health.busy + error.busy, health.faults + (not error.busy)
-            wait, retries = error.retry_after, self.retries
-            if wait is None:
-                wait = retries.backoff * 2 ** min(health.faults + health.busy - 1, 6)
-            health.resume = time.monotonic() + min(wait, retries.longest_wait)
+            health.resume = time.monotonic() + self.retries.wait(error, health.faults + health.busy)
         self.tries[place] += not error.busy
         if health.faults >= self.retries.tries or health.busy >= self.retries.busy_tries:
             health.problem = health.last
