@@ -105,7 +105,7 @@ def training_losses(model: Transformer, batch: Batch, terms: LossTerms) -> Losse
     tokens, padding_mask, document_ids = batch.inputs
     hidden = model(tokens, padding_mask=padding_mask, document_ids=document_ids)
     main, mtp = token_losses(model, hidden, batch, terms)
-    indexer = take_divergences(model)
+    indexer = take_divergences(model) if model.config.index_topk else None
     balance = model.balance_loss() * terms.row_share
     return Losses(main, mtp, balance, None if indexer is None else indexer * terms.row_share)
 
