@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from finback.model.transformer import Transformer
-from finback.parallel.mesh import Mesh, World
+from finback.parallel.mesh import Mesh
 from finback.parallel.shard import router_biases, share_of
 
 
@@ -44,7 +44,7 @@ def gather(held: dict[str, Tensor], mesh: Mesh, into: Transformer, fills: bool =
             received += target.itemsize * target.numel()
         if mesh.pp.size() > 1:
             dist.broadcast(target.detach(), group=group, group_src=owners[name])
-    World(dist.get_rank(), dist.get_world_size(), mesh.device).barrier()
+    mesh.world.barrier()
     return received
 
 

@@ -52,6 +52,11 @@ class Mesh:
         """Where this rank computes."""
         return default_device() if self.dp.device_type == "cuda" else torch.device("cpu")
 
+    @property
+    def world(self) -> "World":
+        """All of its ranks."""
+        return World(dist.get_rank(), dist.get_world_size(), self.device)
+
 
 class World:
     """This process's rank among `size`; every method is a no-op for one process. Same result on every rank."""

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from finback.checkpoint import models
 from finback.config import UserError
@@ -105,7 +104,8 @@ def frozen_share(stage: Stage, path: Path, trainer: Trainer, compute: torch.dtyp
 
     assert isinstance(trainer, sharded_tuning.UnevenRows), "a trainer on a layout"
     _check_merged(stage, prefix, adapters.places(path)[1])
-    config, values = models.stored(path, dist.get_rank(), dist.get_world_size())
+    world = trainer.mesh.world
+    config, values = models.stored(path, world.rank, world.size)
     try:
         return sharded_tuning.FrozenShare(config, trainer, values, compute, prefix)
     except UserError as error:

@@ -38,7 +38,7 @@ from finback.parallel.build import build
 from finback.parallel.context import in_parts, whole_rows
 from finback.parallel.gather import gather, sampled
 from finback.parallel.layout import Layout
-from finback.parallel.mesh import Mesh, World
+from finback.parallel.mesh import Mesh
 from finback.parallel.served_weights import ServedWeights, whole_copy
 from finback.parallel.shard import ShardedParameter, Sharding, finish, local, router_biases
 from finback.runs.folder import StageRun
@@ -149,7 +149,7 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
     ) -> None:
         # rows may be as many as they like
         super().__init__(config, layout, layout.dp * layout.micro_batches, values, options, device)
-        self.world = World(dist.get_rank(), dist.get_world_size(), self.mesh.device)
+        self.world = self.mesh.world
         self._served: ServedWeights | None = None
         if "mtp." in options.frozen:
             self.routers = [m for m in self.model.blocks.modules() if isinstance(m, Router)]
@@ -226,8 +226,7 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
         model = peft.put_adapter(base, adapter.lora, places, peft.digest(base, sampled), adapter.seed)
         named = adapter_parameters(model)
         adam = Adam(named, betas=BETAS, weight_decay=options.weight_decay)
-        world = World(dist.get_rank(), dist.get_world_size(), self.mesh.device)
-        super().__init__(model, world, [adam], named)
+        super().__init__(model, self.mesh.world, [adam], named)
         self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank() // layout.cp, layout.dp
         self._whole: ServedWeights | None = None
 
