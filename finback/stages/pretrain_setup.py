@@ -21,7 +21,7 @@ from finback.runs import processor
 from finback.runs.files import read_json, write_json
 from finback.runs.folder import StageRun
 from finback.stages.pretraining import Pretraining
-from finback.train.optim import Adam, Muon, is_matrix
+from finback.train.optim import BETAS, Adam, Muon, is_matrix
 from finback.train.precision import choose_expert_kernel, dtype_of, use_expert_kernel, use_fp8
 from finback.train.trainer import ReplicatedTrainer
 
@@ -61,10 +61,10 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         compiling.compile_blocks(model)
     named = [(n, p) for n, p in model.named_parameters() if stage.learns(n)]
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
-    others = Adam([(n, p) for n, p in named if not is_matrix(n, p)], betas=(0.9, 0.95), weight_decay=0.0)
+    others = Adam([(n, p) for n, p in named if not is_matrix(n, p)], betas=BETAS, weight_decay=0.0)
     first: Muon | Adam
     if stage.optimizer == "adamw":
-        first = Adam(matrices, betas=(0.9, 0.95), weight_decay=stage.weight_decay)
+        first = Adam(matrices, betas=BETAS, weight_decay=stage.weight_decay)
     else:
         first = Muon(matrices, world, weight_decay=stage.weight_decay, compute=dtype)
     trainer = ReplicatedTrainer(model, world, (first, others), named, ema_decay=stage.ema_decay)

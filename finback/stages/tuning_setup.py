@@ -15,7 +15,7 @@ from finback.runs import adapters
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage
 from finback.train.heap import return_large_blocks
-from finback.train.optim import Adam
+from finback.train.optim import BETAS, Adam
 from finback.train.precision import COMPUTE
 from finback.train.reference import Reference, reference_of
 from finback.train.trainer import ReplicatedTrainer, Trainer
@@ -53,7 +53,7 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
     model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
     model = use_recompute(model.to(world.device), stage.recomputes or "none").train()
     named = [(name, p) for name, p in learnt_parameters(model) if not name.startswith(frozen)]
-    adam = Adam(named, betas=(0.9, 0.95), weight_decay=weight_decay)
+    adam = Adam(named, betas=BETAS, weight_decay=weight_decay)
     return ReplicatedTrainer(model, world, [adam], named)
 
 

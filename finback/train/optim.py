@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from finback.parallel.mesh import World, flat_gradients
 
 NEWTON_SCHULZ_STEPS, MOMENTUM = 5, 0.95
+BETAS = (0.9, 0.95)  # of AdamW, in every kind of training
 NORM_ROW = 1024  # numbers whose squares are added up in fp32
 Named = Sequence[tuple[str, nn.Parameter]]  # parameters by name
 

@@ -33,7 +33,7 @@ from finback.train.batch import Batch
 from finback.train.ema import EMA
 from finback.train.heap import return_large_blocks
 from finback.train.loss import Losses, LossTerms, token_losses, training_losses
-from finback.train.optim import is_matrix
+from finback.train.optim import BETAS, is_matrix
 from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam, ShardedMuon
 from finback.train.sharded_options import ShardedOptions
@@ -99,10 +99,10 @@ class ShardedTrainer(Trainer):
         """Of hidden matrices, and of the rest."""
         matrices = [(p.name, p.value) for p in parts if is_matrix(p.name, p.value)]
         others = [(p.name, p.value) for p in parts if not is_matrix(p.name, p.value)]
-        decay, betas = self.options.weight_decay, (0.9, 0.95)
-        adam = ShardedAdam(others, betas=betas, weight_decay=0.0)
+        decay = self.options.weight_decay
+        adam = ShardedAdam(others, betas=BETAS, weight_decay=0.0)
         if self.options.optimizer == "adamw":
-            return ShardedAdam(matrices, betas=betas, weight_decay=decay), adam
+            return ShardedAdam(matrices, betas=BETAS, weight_decay=decay), adam
         return ShardedMuon(matrices, weight_decay=decay, compute=self.options.dtype), adam
 
     # ---- one step --------------------------------------------------------------------------------------------------

@@ -45,14 +45,12 @@ from finback.runs.folder import StageRun
 from finback.train import router_health
 from finback.train.batch import Batch, idle
 from finback.train.loss import LossTerms, training_losses
-from finback.train.optim import Adam
+from finback.train.optim import BETAS, Adam
 from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam
 from finback.train.sharded_options import ShardedOptions
 from finback.train.sharded_trainer import ShardedTrainer
 from finback.train.trainer import ReplicatedTrainer, T, Trainer
-
-BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
