@@ -92,7 +92,7 @@ class UnevenRows(Trainer):
         """As for every trainer; a rank's rows are cut into the layout's micro-batches, of which some may be idle."""
         losses, depths = torch.zeros(3, device=self.mesh.device), len(terms.counts) - 1
         passes = self.layout.micro_batches
-        given = [] if batch is None else [b for b in _pieces(batch, passes) if len(b.tokens)]
+        given = [] if batch is None else _pieces(batch, passes)
         row_share = 0.0 if batch is None else terms.row_share / len(batch.tokens)
         for micro in given:
             losses += self._backward(micro, replace(terms, row_share=row_share * len(micro.tokens)))
@@ -132,7 +132,7 @@ class UnevenRows(Trainer):
 
 
 def _pieces(batch: Batch, parts: int) -> list[Batch]:
-    """Rows in at most so many batches, as even as can be."""
+    """Rows in at most so many batches, as even as can be, none of them empty."""
     size = -(-len(batch.tokens) // parts)
     return batch.chunk(-(-len(batch.tokens) // size))
 
