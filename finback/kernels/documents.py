@@ -63,13 +63,13 @@ def mask_of(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor | Do
     return Documents(tuple((ends - starts).tolist()))
 
 
-def masked(document_ids: Tensor, prefixes: Tensor | None = None) -> Tensor:
-    """The same as a matrix (b, t, t)."""
+def masked(document_ids: Tensor, prefixes: Tensor | None = None, part: slice = slice(None)) -> Tensor:
+    """The same as a matrix (b, t, t), or its lines of a part of the rows' queries."""
     index = torch.arange(document_ids.size(1), device=document_ids.device)
-    visible = document_ids[:, :, None] == document_ids[:, None, :]
+    seen = document_ids[:, part, None] == document_ids[:, None, :]
     if prefixes is not None:
-        visible = visible | (index < prefixes[:, None, None])
-    return visible & (index[:, None] >= index)
+        seen = seen | (index < prefixes[:, None, None])
+    return seen & (index[part, None] >= index)
 
 
 def longest(mask: Mask, length: int) -> int:
@@ -86,16 +86,13 @@ def visible(mask: Mask, part: slice, keys: int, device: torch.device) -> Tensor:
     assert not isinstance(mask, Windowed), "a window is made a matrix before"
     if isinstance(mask, Tensor):
         return mask[:, part]
-    index = torch.arange(keys, device=device)
-    before = (index <= index[part, None])[None]
     if mask is None:
-        return before
+        index = torch.arange(keys, device=device)
+        return (index <= index[part, None])[None]
     if isinstance(mask, Documents):
-        ids = _numbered(mask.lengths, device).unflatten(0, (-1, keys))
-        return before & (ids[:, part, None] == ids[:, None, :])
+        return masked(_numbered(mask.lengths, device).unflatten(0, (-1, keys)), part=part)
     ids = torch.stack([_numbered(row, device) for row in mask.rows])
-    prefixes = torch.tensor([row[0] for row in mask.rows], device=device)
-    return before & ((ids[:, part, None] == ids[:, None, :]) | (index < prefixes[:, None, None]))
+    return masked(ids, torch.tensor([row[0] for row in mask.rows], device=device), part)
 
 
 def _numbered(lengths: tuple[int, ...], device: torch.device) -> Tensor:
