@@ -88,11 +88,12 @@ class Rollouts(ABC):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> Iterator[tuple[int, Completion]]:
         """The same, each with its place as soon as it is done; every place comes once."""
+        if self.version < 0:
+            self.update(0)
         begin = time.perf_counter()
         for place, completion in self._answers(prompts, sampling, seeds):
             self._tally.tokens += len(completion.tokens)
-            if not completion.versions:
-                completion = replace(completion, versions=((self.version, 0, len(completion.tokens)),))
+            completion = replace(completion, versions=((self.version, 0, len(completion.tokens)),))
             now = time.perf_counter()
             self._tally.seconds += now - begin
             yield place, completion

@@ -37,10 +37,8 @@ class EngineRollouts(Rollouts):
 
     @property
     def engine(self) -> Engine:
-        """On the weights of the last update, which the first look at it is."""
-        if self._engine is None:
-            self.update(0)
-        assert self._engine is not None, "made by the update"
+        """On the weights of the last update."""
+        assert self._engine is not None, "made by the first update"
         return self._engine
 
     def _take_weights(self, version: int) -> int:

@@ -183,9 +183,6 @@ class ServerRollouts(Rollouts):
     def _answers(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> Iterator[tuple[int, Completion]]:
-        if self.version < 0:
-            self.update(0)
-
         def ask(server: GenerationServer, place: int) -> TokenAnswer:
             answer = server.answer(self._prompt(prompts[place], sampling, seeds[place], self.version))
             server_checks.check_version(server, answer)
@@ -209,8 +206,7 @@ class ServerRollouts(Rollouts):
 
     def _completion(self, answer: TokenAnswer) -> Completion:
         finish: FinishReason = "stop" if answer.finish_reason == "stop" else "length"
-        versions = ((self.version, 0, len(answer.tokens)),)
-        return Completion(answer.tokens, answer.logprobs, finish, answer.routed_experts, answer.sampling_mask, versions)
+        return Completion(answer.tokens, answer.logprobs, finish, answer.routed_experts, answer.sampling_mask)
 
     def close(self) -> None:
         """Let go of connections, and of the files of weights."""
