@@ -22,6 +22,7 @@ from finback.engine.request import Completion, SamplingParams
 from finback.model.lora import LoRA
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.parallel.served_weights import ServedWeights
 from finback.rollouts.generation import PolicyModel, Rollouts
 from finback.rollouts.servers import Servers
 from finback.runs.files import read_lines
@@ -124,7 +125,9 @@ def connected(asked: Asked, root: Path, *urls: str, sampling: SamplingParams = S
     """Servers for that model, as a stage opens them."""
     run = StageRun(root, "zero", 0, World(), quiet=False)
     run.folder.mkdir(exist_ok=True)
-    policy = PolicyModel(lambda: asked.model, asked.model.config, asked.tokenizer, run, return_routed_experts=True)
+    policy = PolicyModel(
+        ServedWeights(asked.model), asked.model.config, asked.tokenizer, run, return_routed_experts=True
+    )
     OPENED.append(Servers(urls, **QUICK | knobs).open(policy, sampling))
     return OPENED[-1]
 

@@ -6,14 +6,14 @@ seeds in; completions out, with the log-probabilities with which they were drawn
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from finback.data.tokenizer import Tokenizer
 from finback.engine.request import Completion, SamplingParams
 from finback.model.config import ModelConfig
-from finback.model.transformer import Transformer
+from finback.parallel.served_weights import ServedWeights
 from finback.runs.folder import StageRun
 
 
@@ -34,7 +34,7 @@ class PolicyModel:
     """The model that answers, for whatever generates with it."""
 
     # its weights as they are now, whole; all ranks call it at once, and nobody keeps what it returns
-    weights: Callable[[], Transformer]
+    weights: ServedWeights
     config: ModelConfig
     tokenizer: Tokenizer
     run: StageRun

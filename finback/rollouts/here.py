@@ -1,13 +1,12 @@
 """Answers from finback's own engine in the process that learns, on the very weights that are trained."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Completion, SamplingParams
 from finback.model.config import ModelConfig
-from finback.model.transformer import Transformer
 from finback.parallel.served_weights import ServedWeights
 from finback.rollouts.generation import Backend, PolicyModel, Rollouts
 
@@ -22,14 +21,10 @@ class Here(Backend):
 
 
 class EngineRollouts(Rollouts):
-    """An engine on whatever `weights` returns: the model that is trained, or one that is put together at each update."""
+    """An engine on the model that is trained, or on a whole copy of it that is put together at each update."""
 
     def __init__(
-        self,
-        weights: Callable[[], Transformer],
-        config: ModelConfig,
-        tokenizer: Tokenizer,
-        engine: EngineConfig | None = None,
+        self, weights: ServedWeights, config: ModelConfig, tokenizer: Tokenizer, engine: EngineConfig | None = None
     ) -> None:
         super().__init__(config)
         self.weights, self.tokenizer, self.engine_config = weights, tokenizer, engine or EngineConfig()
@@ -42,14 +37,12 @@ class EngineRollouts(Rollouts):
         return self._engine
 
     def _take_weights(self, version: int) -> int:
-        served = self.weights if isinstance(self.weights, ServedWeights) else None
-        before = 0 if served is None else served.bytes
-        model = self.weights()
+        before, model = self.weights.bytes, self.weights()
         if self._engine is not None and self._engine.model is not model:
             self._engine.use(model)
         elif self._engine is None:
             self._engine = Engine(model, self.tokenizer.stops, self.engine_config)
-        return 0 if served is None else served.bytes - before
+        return self.weights.bytes - before
 
     def _answers(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]

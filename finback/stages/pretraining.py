@@ -9,6 +9,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.request import SamplingParams
 from finback.model.count import recomputed_flops, training_flops_of
 from finback.model.dsa_training import divergence
+from finback.parallel.served_weights import ServedWeights
 from finback.rollouts.drawing import Window
 from finback.rollouts.here import EngineRollouts
 from finback.runs.files import METRICS, ROUTER, read_lines
@@ -168,7 +169,7 @@ class Pretraining(Training):
         problems = self.probed
         sampling = SamplingParams(temperature=0.0, max_tokens=probe.max_tokens)
         given = self.tokenizer, probe.task, problems, [0] * len(problems), sampling, True, self.world
-        rollouts = EngineRollouts(self.trainer.gathered, self.config, self.tokenizer)
+        rollouts = EngineRollouts(ServedWeights(self.trainer.gathered()), self.config, self.tokenizer)
         rollouts.update(loop.step)
         right, flops = answered(rollouts, *given)
         loop.spend(evaluation=flops)

@@ -16,6 +16,7 @@ from finback.engine.open import load
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
 from finback.parallel.mesh import World
+from finback.parallel.served_weights import ServedWeights
 from finback.rollouts.drawing import Window
 from finback.rollouts.generation import PolicyModel
 from finback.rollouts.here import Here
@@ -96,7 +97,9 @@ class Reject(Stage):
         model, tokenizer = load(run.input(self.start), self.dtype)
         model = model.to(world.device)
         sampling = SamplingParams(self.temperature, self.max_tokens)
-        rollouts = self.rollouts.open(PolicyModel(lambda: model, model.config, tokenizer, run, learns=False), sampling)
+        rollouts = self.rollouts.open(
+            PolicyModel(ServedWeights(model), model.config, tokenizer, run, learns=False), sampling
+        )
         rollouts.update(0)
         count = range(self.num_generations)
         drawn = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))

@@ -15,6 +15,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
 from finback.parallel.mesh import World
+from finback.parallel.served_weights import ServedWeights
 from finback.rollouts.drawing import QuestionOrder, Window
 from finback.rollouts.generation import Rollouts
 from finback.rollouts.here import EngineRollouts
@@ -159,7 +160,7 @@ class Validator:
     def _score(self, validation: Validation, loop: Loop) -> list[float]:
         """One answer to each problem by the model as it is."""
         run, model = self.run, self.trainer.model
-        rollouts = self.rollouts or EngineRollouts(self.trainer.gathered, model.config, self.tokenizer)
+        rollouts = self.rollouts or EngineRollouts(ServedWeights(self.trainer.gathered()), model.config, self.tokenizer)
         rollouts.update(loop.step)
         if not self.problems:
             window = Window(self.tokenizer, rollouts.model_config, validation.max_tokens, validation.think)
