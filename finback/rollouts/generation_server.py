@@ -77,9 +77,13 @@ class GenerationServer(ABC):
         """Says that a run cannot use this server as it is."""
         return UserError(self.field, self.url, f"{self.kind} server: {problem}", remedy)
 
-    @abstractmethod
     def answer(self, prompt: TokenPrompt) -> TokenAnswer:
         """Continue a prompt; UserError where what comes back lacks something."""
+        return self._checked(prompt, self._answer(prompt))
+
+    @abstractmethod
+    def _answer(self, prompt: TokenPrompt) -> TokenAnswer:
+        """What the server says, as it comes."""
 
     @abstractmethod
     def load(self, folder: Path, version: str) -> None:
@@ -103,7 +107,7 @@ class GenerationServer(ABC):
             raise RequestFailed(f"no token ids in {str(found)[:100]}")
         return [int(token) for token in ids]
 
-    def checked(self, prompt: TokenPrompt, answer: TokenAnswer) -> TokenAnswer:
+    def _checked(self, prompt: TokenPrompt, answer: TokenAnswer) -> TokenAnswer:
         """The answer; UserError where it cannot be learnt from, RequestFailed where it was broken off."""
         m, count = self.model, len(answer.tokens)
         if answer.finish_reason not in ("stop", "length") or not count:

@@ -25,15 +25,15 @@ class VllmServer(GenerationServer):
     without_masks = "Start it with --return-sampling-mask and --enable-scale-out, or leave out top_k and top_p."
     _tokens_route = True
 
-    def answer(self, prompt: TokenPrompt) -> TokenAnswer:
+    def _answer(self, prompt: TokenPrompt) -> TokenAnswer:
         if self._tokens_route:
             try:
-                return self.checked(prompt, self._of_tokens(prompt))
+                return self._of_tokens(prompt)
             except RequestFailed as error:
                 if not (error.final and str(error).startswith(("HTTP 403", "HTTP 404"))):
                     raise
                 self._tokens_route = False
-        return self.checked(prompt, self._of_completions(prompt))
+        return self._of_completions(prompt)
 
     def _params(self, prompt: TokenPrompt) -> dict[str, Any]:
         return {
@@ -141,7 +141,7 @@ class SglangServer(DiskUpdates):
     kind = "SGLang"
     without_logprobs = "Use a version whose /generate has return_logprob."
 
-    def answer(self, prompt: TokenPrompt) -> TokenAnswer:
+    def _answer(self, prompt: TokenPrompt) -> TokenAnswer:
         if self.model.return_sampling_mask:
             raise self.unfit("its log-probabilities do not count what top_k and top_p leave", self.without_masks)
         params = {
@@ -170,7 +170,7 @@ class SglangServer(DiskUpdates):
         finish = meta.get("finish_reason")
         spans = meta.get("weight_versions")
         whole = None if meta.get("weight_version") is None else [(str(meta["weight_version"]), 0, len(tokens))]
-        answer = TokenAnswer(
+        return TokenAnswer(
             tokens,
             [float("nan") if logprob is None else float(logprob) for logprob, *_ in drawn],
             str(finish.get("type") if isinstance(finish, dict) else finish),
@@ -178,7 +178,6 @@ class SglangServer(DiskUpdates):
             None,
             [(str(s["version"]), int(s["start"]), int(s["end"])) for s in spans] if spans else whole,
         )
-        return self.checked(prompt, answer)
 
     def _experts(self, given: str | None, rows: int) -> np.ndarray | None:
         """int32 without a header, for which the model has the shape."""
