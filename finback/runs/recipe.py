@@ -117,7 +117,7 @@ class Recipe:
 def _recipes_near(path: Path) -> list[str]:
     """Files that look like recipes where a missing one was looked for, and in the folder `recipes`."""
     folders = dict.fromkeys((path.parent, Path("recipes")))
-    files = [file for folder in folders for file in sorted(folder.glob("*.py")) if folder.is_dir()]
+    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
     return [str(file) for file in files if re.search(r"^recipe\b.*=", file.read_text("utf-8", "replace"), re.MULTILINE)]
 
 
