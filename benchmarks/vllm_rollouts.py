@@ -19,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from replay import SUMS
+from replay import recipe as replayed
+
 import finback
-from finback.data.sources import Chitchat
 from finback.model.config import TINY
 from finback.report.export import export_model
 from finback.rollouts.here import Here
@@ -28,13 +30,10 @@ from finback.rollouts.servers import Servers
 from finback.runs.recipe import Stage
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.grpo import GRPO
-from finback.stages.prepare import Prepare, TaskText
 from finback.stages.pretrain import Pretrain
-from finback.tasks.math import Chains
 
 PORT = 8017
 MOST = 1e-3  # nats between trainer and vLLM, of any token, in fp32
-SUMS = Chains(2, 3)
 # attention of 32 + 32, which vLLM's CPU kernels have; MLA in absorbed form would want 512 + 64
 MODEL = dataclasses.replace(
     TINY,
@@ -65,25 +64,10 @@ ENVIRONMENT = {
 
 
 def learning(tokens: int) -> list[Stage]:
-    """Until the two ways part."""
-    return [
-        Prepare(
-            name="prepare",
-            text=(Chitchat(),),
-            tasks=(TaskText(name="chains", tasks=(SUMS,), documents=20_000, think=0.5),),
-            vocab_size=512,
-        ),
-        Pretrain(
-            name="base",
-            data="prepare",
-            model=MODEL,
-            mixture={"chitchat": 0.1, "chains": 0.9},
-            compute="fp32",
-            max_tokens=tokens,
-            decay_tokens=tokens // 6,
-            warmup_tokens=20_000,
-        ),
-    ]
+    """Until the two ways part: the text and the base of benchmarks/replay.py, of a model that vLLM has kernels for."""
+    prepare, base, *_ = replayed
+    assert isinstance(base, Pretrain)
+    return [prepare, dataclasses.replace(base, model=MODEL, max_tokens=tokens, decay_tokens=tokens // 6)]
 
 
 def reinforcement(steps: int, rollouts: Here | Servers) -> list[Stage]:
