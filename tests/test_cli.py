@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import finback as front_door
 from finback import __version__, extras
+from finback.config import UserError
 from finback.report import objects
+from finback.runs.recipe import load
 from finback.train import compiling
 from tests.toy import RECIPE, ROOT, environment, finback, write_recipe
 
@@ -55,13 +58,17 @@ def test_bad_recipes(tmp_path: Path) -> None:
     assert done.returncode == 2 and f"Did you mean '{tmp_path / 'toy.py'}'?" in done.stderr
 
 
-@pytest.mark.parametrize(("content", "word"), [(b"", "empty"), (b"\x00\xff\xfe\x80" * 50, "UTF-8"), (b"a\0b", "NUL")])
-def test_a_bad_text_file(content: bytes, word: str, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
-    (tmp_path / "words.txt").write_bytes(content)
+def test_a_bad_text_file(tmp_path: Path) -> None:
+    recipe, words = write_recipe(tmp_path), tmp_path / "words.txt"
+    words.write_bytes(b"")
     done = finback("run", recipe, "--runs", tmp_path / "runs", "--ranks", 1)
-    assert done.returncode == 2 and word in done.stderr and "words.txt" in done.stderr, done.stderr
+    assert done.returncode == 2 and "empty" in done.stderr and "words.txt" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
+    # the same in this process: each rank of a command imports torch
+    for content, problem in (b"\x00\xff\xfe\x80" * 50, "UTF-8"), (b"a\0b", "NUL"):
+        words.write_bytes(content)
+        with pytest.raises(UserError, match=f"words.txt.*{problem}"):
+            front_door.run(load(recipe).stages, tmp_path / "runs")
     assert not list((tmp_path / "runs").rglob("*.bin")) and not list((tmp_path / "runs").rglob("manifest.json"))
 
 

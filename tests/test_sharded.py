@@ -29,6 +29,7 @@ from tests.many import on_ranks
 from tests.toy import CONFIG, WORDS, finback_process
 
 RECIPE = """
+from dataclasses import replace
 from pathlib import Path
 from finback.data.sources import Files
 from finback.parallel.layout import Layout
@@ -42,7 +43,8 @@ from tests.toy import CONFIG
 
 recipe = [
     Prepare(name="prepare", text=(Files((str(Path(__file__).parent / "words.txt"),), name="words"),), vocab_size=320),
-    Pretrain(name="base", data="prepare", model=CONFIG, mixture={"words": 1.0}, batch_size=8, seq_len=16, compute="fp32",
+    Pretrain(name="base", data="prepare", model=replace(CONFIG, num_hidden_layers=3), mixture={"words": 1.0},
+             batch_size=8, seq_len=16, compute="fp32",
              KNOBS, checkpoint_steps=6, layout=LAYOUT),
     Evaluate(name="after", start="base", exams=(Exam(name="sums", task=Chains(2, 3), problems=8, max_tokens=4),)),
 ]
