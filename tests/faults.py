@@ -75,6 +75,8 @@ class Cluster:
     port: int = 0
     agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
     starts: int = 0
+    # damaged checkpoints by their folders' inodes, for another one may get the name
+    spoiled: set[int] = field(default_factory=set)
 
     @property
     def log(self) -> Path:
@@ -121,8 +123,12 @@ class Cluster:
         return int(lines[-1]["step"]) if lines else 0
 
     def checkpoint(self) -> int:
-        """The newest checkpoint that has its name."""
-        return max((int(p.name[5:]) for p in self.stage.glob("sharded/step-*") if not p.suffix), default=0)
+        """The newest whole checkpoint that has its name."""
+        return max((int(p.name[5:]) for p in self.checkpoints() if p.stat().st_ino not in self.spoiled), default=0)
+
+    def checkpoints(self) -> list[Path]:
+        """All that have their name, damaged ones too; the oldest first."""
+        return sorted((p for p in self.stage.glob("sharded/step-*") if not p.suffix), key=lambda p: int(p.name[5:]))
 
     def is_finished(self) -> bool:
         return (self.stage / "manifest.json").is_file()
@@ -219,9 +225,10 @@ class Trial:
 
     def _damage(self, kind: str) -> int:
         """Spoil the newest checkpoint; the step of the one that stands in for it."""
-        steps = sorted(p for p in self.cluster.stage.glob("sharded/step-*") if not p.suffix)
+        steps = [p for p in self.cluster.checkpoints() if p.stat().st_ino not in self.cluster.spoiled]
         if len(steps) < 2:
             return self.cluster.checkpoint()
+        self.cluster.spoiled.add(steps[-1].stat().st_ino)
         manifest, shard = steps[-1] / "manifest.json", sorted(steps[-1].glob("*.safetensors"))[0]
         if kind == "flip shard":
             content = bytearray(shard.read_bytes())

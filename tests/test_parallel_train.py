@@ -34,6 +34,7 @@ from tests.many import (
     on_many,
     on_one,
     on_ranks,
+    one_rank,
     pipeline,
     step,
     trained,
@@ -42,7 +43,9 @@ from tests.many import (
 TIED = dataclasses.replace(MANY, tie_word_embeddings=True)
 TIED_PLAIN = dataclasses.replace(TIED, num_nextn_predict_layers=0)
 PLAIN = dataclasses.replace(MANY, num_nextn_predict_layers=0, n_shared_experts=0)
-FEW = dataclasses.replace(MANY, n_routed_experts=5, n_group=1)  # not equally many for each of two ranks
+# not equally many for each of two ranks. With 5, Muon makes 1e-5 of rounding by step 14, whatever the order of rows on
+# one rank, and at step 18 that moves a token whose choice is won by 3e-5
+FEW = dataclasses.replace(MANY, n_routed_experts=7, n_group=1)
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +183,7 @@ FP8 = Way(compute="fp8")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    [
-        Layout(dp=2, ep=2),
-        Layout(dp=2, ep=2, sharding="zero1"),
-        Layout(dp=2, gather="bf16"),
-        pipeline("zbv"),
-        pipeline("interleaved", dp=2, ep=2),
-    ],
+    [Layout(dp=2, ep=2), Layout(dp=2, ep=2, sharding="zero1"), pipeline("zbv"), pipeline("interleaved", dp=2, ep=2)],
     ids=name_of,
 )
 def test_fp8_differs_from_one_rank_by_its_own_noise(layout: Layout, fp8: Any, tmp_path: Path) -> None:
@@ -195,9 +192,25 @@ def test_fp8_differs_from_one_rank_by_its_own_noise(layout: Layout, fp8: Any, tm
     on_ranks(layout.ranks, trained, layout, FP8, str(tmp_path / "out.json"))
     found = torch.tensor(json.loads((tmp_path / "out.json").read_text())[0])
     off = (found - torch.tensor(numbers)).abs()
-    if layout.gather == "fp32":
-        assert off[0, :3].max() <= 1e-5, off[0]
+    assert off[0, :3].max() <= 1e-5, off[0]
     assert off[0, 3] <= 0.01 * found[0, 3] and (off.amax(dim=0) <= 3 * noise).all(), (off.amax(dim=0), noise)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [Way(), FP8], ids=["fp32", "fp8"])
+def test_weights_that_travel_in_bf16_are_those_rounded_on_one_rank(way: Way, tmp_path: Path) -> None:
+    """The first step; FP8's scales and roundings are those of the rounded weights. Embedding, head and gates stay fp32."""
+    whole = one_rank(way)
+    with torch.no_grad():
+        for name, parameter in whole.model.named_parameters():
+            if name.startswith(("blocks.", "mtp.")) and ".router." not in name:
+                parameter.copy_(parameter.bfloat16())
+    expected = torch.tensor(step(whole, next(batches(way, 1))))
+    on_ranks(2, trained, Layout(dp=2, gather="bf16"), way, str(tmp_path / "out.json"))
+    found = torch.tensor(json.loads((tmp_path / "out.json").read_text())[0][0])
+    off = (found - expected).abs()
+    # the gradients of rounded weights are in bf16 too
+    assert off[:3].max() <= 1e-5 and off[3] <= 0.01 * expected[3], (found, expected)
 
 
 @pytest.mark.slow
