@@ -4,9 +4,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import json
 import secrets
-from collections.abc import Sequence
 from typing import Any
 
 from pydantic_core import from_json
@@ -17,10 +15,11 @@ from finback.serve.anthropic_form import CountRequest, MessagesRequest, translat
 from finback.serve.body import read
 from finback.serve.deltas import Delta
 from finback.serve.errors import ApiError
+from finback.serve.parts_reply import PartsReply, json_object
 from finback.serve.prepare import PreparedRequest
-from finback.serve.reply import Dialect, Reply, event
+from finback.serve.reply import Dialect, event
 from finback.serve.service import Service, service_of
-from finback.serve.worker import OutputDelta, OutputStream
+from finback.serve.worker import OutputStream
 
 KINDS = {"reasoning": "thinking", "content": "text", "tool": "tool_use"}
 # what a block holds at its start, and the delta that adds to it: its type and its field
@@ -37,7 +36,7 @@ ADDS = {
 _KEY = secrets.token_bytes(32)  # signs chains of thought; nobody checks it, and clients drop a chain that has none
 
 
-class MessagesReply(Reply):
+class MessagesReply(PartsReply):
     """The answer to one request."""
 
     alive = event({"type": "ping"}, "ping")
@@ -46,34 +45,15 @@ class MessagesReply(Reply):
         self, body: MessagesRequest, service: Service, prepared: PreparedRequest, outputs: OutputStream
     ) -> None:
         super().__init__(service, prepared, outputs, f"msg_{secrets.token_hex(12)}")
-        self.parser, self.request = prepared.parser(), outputs.requests[0]
-        self.finish: str | None = None
         self.blocks: list[dict[str, Any]] = []
         self._kind = ""  # of the open block
         self._text: list[str] = []  # of it
         self._input = InputGate()
         self._call = -1  # which call it is
 
-    @property
-    def is_finished(self) -> bool:
-        return self.finish is not None
-
     def begin(self) -> bytes:
         start = self._message([], None, None) | {"usage": self._usage() | {"output_tokens": 0}}
         return _named({"type": "message_start", "message": start})
-
-    def take(self, deltas: Sequence[tuple[int, OutputDelta]]) -> bytes:
-        found = b""
-        for _, delta in deltas:
-            parts = self.parser.push(delta.text) if delta.text else []
-            parts += self.parser.end() if delta.finish is not None else []
-            found += b"".join(self._part(part) for part in parts)
-            if delta.finish is not None:
-                self.finish = delta.finish
-                if not self.blocks and not self._kind:  # clients look at the first block
-                    found += self._open("text", {})
-                found += self._close()
-        return found
 
     def end(self) -> bytes:
         reason, text = self._stop()
@@ -89,6 +69,10 @@ class MessagesReply(Reply):
 
     def failed(self, error: ApiError) -> bytes:
         return event(error.anthropic, "error")
+
+    def _finished(self) -> bytes:
+        start = b"" if self.blocks or self._kind else self._open("text", {})
+        return start + self._close()
 
     def _message(self, content: list[dict[str, Any]], reason: str | None, text: str | None) -> dict[str, Any]:
         return {
@@ -112,7 +96,7 @@ class MessagesReply(Reply):
 
     def _is_whole_call(self) -> bool:
         """Whether the answer ends with a call that can be made."""
-        return self.parser.called and _object(self.parser.calls[-1].arguments) is not None
+        return self.parser.called and json_object(self.parser.calls[-1].arguments) is not None
 
     def _usage(self) -> dict[str, int]:
         prompt, cached = len(self.request.prompt), self.request.cached
@@ -124,7 +108,6 @@ class MessagesReply(Reply):
         }
 
     def _part(self, part: Delta) -> bytes:
-        """The events of one delta; blocks come one after the other."""
         kind, found = KINDS[part.kind], b""
         if kind != self._kind or part.name is not None:
             found += self._close()
@@ -153,7 +136,7 @@ class MessagesReply(Reply):
         found, block = b"", self.blocks[-1]
         if self._kind == "tool_use":
             found += self._add(self._input.end())
-            block["input"] = _object("".join(self._text)) or {}
+            block["input"] = json_object("".join(self._text)) or {}
         else:
             block[self._kind] = text = "".join(self._text)
         if self._kind == "thinking":
@@ -211,15 +194,6 @@ async def count_tokens(request: Request) -> Response:
 
 def _named(content: dict[str, Any]) -> bytes:
     return event(content, content["type"])
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """The object that a JSON text stands for; None if it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 MESSAGES = Dialect(MessagesRequest, lambda body, service, owner: translated(body), MessagesReply)

@@ -8,6 +8,7 @@ import asyncio
 import json
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from finback.serve.worker import OutputDelta, OutputStream
 NOTE = b"finback-note"  # the header that says what of a request was left out
 
 
-class Reply:
+class Reply(ABC):
     """The answer to one request; what it looks like is up to the classes of each form."""
 
     # what a stream says where it would be silent for too long
@@ -40,24 +41,25 @@ class Reply:
         self.created = int(time.time())
 
     @property
+    @abstractmethod
     def is_finished(self) -> bool:
-        raise NotImplementedError
+        """Whether all is generated."""
 
     def begin(self) -> bytes:
         """The events before anything is generated."""
         return b""
 
+    @abstractmethod
     def take(self, deltas: Sequence[tuple[int, OutputDelta]]) -> bytes:
         """The events that these outputs make, each with the number of its choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> bytes:
         """The events once all is generated."""
-        raise NotImplementedError
 
+    @abstractmethod
     def content(self) -> dict[str, Any]:
         """The answer as one object, once all is generated."""
-        raise NotImplementedError
 
     def failed(self, error: ApiError) -> bytes:
         """The event of a failure; the headers are out by then."""

@@ -1,10 +1,8 @@
 """The answers to OpenAI's Responses: items of reasoning, text and calls, whole or as events, and what is kept of them."""
 
 import asyncio
-import json
 import secrets
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -13,25 +11,25 @@ from starlette.responses import JSONResponse, Response
 from finback.serve.body import read
 from finback.serve.deltas import Delta
 from finback.serve.errors import ApiError, bad
+from finback.serve.parts_reply import PartsReply, json_object
 from finback.serve.prepare import PreparedRequest
-from finback.serve.reply import Dialect, Reply, event
+from finback.serve.reply import Dialect, event
 from finback.serve.responses_form import InputTokensRequest, ResponsesRequest, translated
 from finback.serve.service import Service, service_of
 from finback.serve.translation import TranslatedRequest
-from finback.serve.worker import OutputDelta, OutputStream
+from finback.serve.worker import OutputStream
 
 PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc", "custom_tool_call": "ctc"}
 
 
-class ResponsesReply(Reply):
+class ResponsesReply(PartsReply):
     """The answer to one request."""
 
     def __init__(
         self, body: ResponsesRequest, service: Service, prepared: PreparedRequest, outputs: OutputStream
     ) -> None:
         super().__init__(service, prepared, outputs, f"resp_{secrets.token_hex(24)}")
-        self.body, self.parser, self.request = body, prepared.parser(), outputs.requests[0]
-        self.finish: str | None = None
+        self.body = body
         self.given: list[dict[str, Any]] | None = None
         if body.store is not False:
             self.given = [raw for _, _, raw in service.responses.dialogue(outputs.owner, body)]
@@ -43,26 +41,9 @@ class ResponsesReply(Reply):
         self._spaces = {f"{t.name}__{i.name}": (t.name, i.name) for t in body.tools or () for i in t.tools or ()}
         self._custom = {t.name for t in body.tools or () if t.type == "custom"}
 
-    @property
-    def is_finished(self) -> bool:
-        return self.finish is not None
-
     def begin(self) -> bytes:
         names = ("response.created", "response.in_progress")
         return b"".join(self._event(name, response=self._response("in_progress")) for name in names)
-
-    def take(self, deltas: Sequence[tuple[int, OutputDelta]]) -> bytes:
-        found = b""
-        for _, delta in deltas:
-            parts = self.parser.push(delta.text) if delta.text else []
-            parts += self.parser.end() if delta.finish is not None else []
-            found += b"".join(self._part(part) for part in parts)
-            if delta.finish is not None:
-                self.finish = delta.finish
-                if not self.output:
-                    found += self._open("message", {})
-                found += self._close(is_last=True)
-        return found
 
     def end(self) -> bytes:
         response = self.content()
@@ -78,6 +59,10 @@ class ResponsesReply(Reply):
         code = "server_error" if error.status >= 500 else error.code
         response = self._response("failed") | {"error": {"code": code, "message": error.message}}
         return self._event("response.failed", response=response)
+
+    def _finished(self) -> bytes:
+        start = b"" if self.output else self._open("message", {})
+        return start + self._close(is_last=True)
 
     def _response(self, status: str) -> dict[str, Any]:
         body, is_done = self.body, status in ("completed", "incomplete")
@@ -121,7 +106,6 @@ class ResponsesReply(Reply):
         }
 
     def _part(self, part: Delta) -> bytes:
-        """The events of one delta; items come one after the other."""
         kind = {"reasoning": "reasoning", "content": "message"}.get(part.kind)
         found = b""
         if part.name is not None:
@@ -208,11 +192,7 @@ def _text_part(kind: str, text: str) -> dict[str, Any]:
 
 def _input(arguments: str) -> str:
     """The plain text that a custom tool was called with."""
-    try:
-        found = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    given = found.get("input") if isinstance(found, dict) else None
+    given = (json_object(arguments) or {}).get("input")
     return given if isinstance(given, str) else arguments
 
 
