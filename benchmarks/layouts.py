@@ -47,8 +47,8 @@ class WatchedRouter(Router):
 
     seen: list[tuple[Tensor, Tensor]]
 
-    def select(self, affinity: Tensor) -> Tensor:
-        index = super().select(affinity)
+    def select(self, affinity: Tensor, tokens: Tensor | None = None) -> Tensor:
+        index = super().select(affinity, tokens)
         if self.training:
             self.seen.append((index.sort(dim=-1).values, won_by(self, affinity, index)))
         return index

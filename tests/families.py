@@ -84,6 +84,42 @@ def deepseek(draw: st.DrawFn, version: float) -> Any:
 
 
 @st.composite
+def deepseek_v4(draw: st.DrawFn) -> Any:
+    """Windows, entries of few tokens and few of them, so that a short row meets every boundary."""
+    kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+    layers, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2]))
+    hashed = draw(st.integers(0, layers))
+    fields = draw(common()) | {
+        "num_hidden_layers": layers,
+        "num_attention_heads": groups * draw(st.sampled_from([1, 2])),
+        "layer_types": [draw(st.sampled_from(kinds)) for _ in range(layers)],
+        "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (layers - hashed),
+        "compress_rates": {kinds[1]: draw(st.sampled_from([2, 4])), kinds[2]: draw(st.sampled_from([5, 8, 128]))},
+        "sliding_window": draw(st.sampled_from([1, 3, 7, 40])),
+        "head_dim": draw(st.sampled_from([16, 24])),
+        "partial_rotary_factor": 0.5,
+        "q_lora_rank": 20,
+        "o_groups": groups,
+        "o_lora_rank": draw(st.sampled_from([8, 12])),
+        "index_n_heads": 16,
+        "index_head_dim": 16,
+        "index_topk": draw(st.sampled_from([1, 3, 40])),
+        "n_routed_experts": 8,
+        "num_experts_per_tok": draw(st.integers(1, 3)),
+        "moe_intermediate_size": 24,
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 1.5])),
+        "swiglu_limit": draw(st.sampled_from([0.3, 10.0])),
+        "hc_mult": draw(st.sampled_from([2, 4])),
+        "hc_sinkhorn_iters": draw(st.sampled_from([1, 20])),
+        "compress_rope_theta": 4000.0,
+        "rope_theta": 1000.0,
+        "rope_scaling": draw(st.sampled_from([None, {n: v for n, v in YARN.items() if "mscale" not in n}])),
+    }
+    del fields["intermediate_size"]
+    return transformers.DeepseekV4Config(**fields)
+
+
+@st.composite
 def dense(draw: st.DrawFn, family: str) -> Any:
     kv = draw(st.sampled_from([1, 2]))
     plain = {"rope_type": "default"}
@@ -232,6 +268,7 @@ FAMILIES = {
     "qwen3": dense("qwen3"),
 }
 OTHERS = {
+    "deepseek_v4": deepseek_v4(),
     "glm4_moe_lite": glm4_moe_lite(),
     "qwen2 with windows": grouped("qwen2"),
     "qwen3 with windows": grouped("qwen3"),
@@ -245,7 +282,9 @@ def build(config: Any, seed: int) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         with torch.no_grad():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith("tid2eid"):  # which is all zeros at first
+                tensor.copy_(torch.rand(len(tensor), config.n_routed_experts).topk(tensor.size(1)).indices)
+            elif name.endswith("e_score_correction_bias"):
                 tensor.normal_(0, 0.3)
             elif tensor.ndim == 1 and "inv_freq" not in name:
                 tensor.add_(torch.randn_like(tensor) * 0.2)
@@ -258,7 +297,7 @@ def spell_as_released(folder: Path) -> None:
     """Rewrite config.json as the releases spell rotary settings: rope_theta and rope_scaling."""
     path = folder / "config.json"
     raw = json.loads(path.read_text())
-    if "full_attention" in raw["rope_parameters"]:  # of layers that differ
+    if raw["rope_parameters"].keys() & {"full_attention", "compress"}:  # of layers that differ
         return
     rope = raw.pop("rope_parameters")
     if "partial_rotary_factor" in rope:

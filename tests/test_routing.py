@@ -172,7 +172,7 @@ def tied(model: Transformer, router: Router, text: list[int], seed: int) -> tupl
     """A bias at which engine and trainer choose differently in this text, tried token by token."""
     seen: list[Tensor] = []
     select = router.select
-    router.select = lambda affinity: (seen.append(affinity), select(affinity))[1]  # type: ignore[method-assign, func-returns-value]
+    router.select = lambda affinity, _=None: (seen.append(affinity), select(affinity))[1]  # type: ignore[method-assign, func-returns-value]
     with torch.no_grad():
         model(torch.tensor([text[:-1]]))
     del router.select  # type: ignore[method-assign]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finback.checkpoint import names
+from finback.checkpoint import names, v4_names
 from finback.checkpoint.gguf import GGUF
 from finback.checkpoint.hf_config import model_config, read_config
 from finback.checkpoint.shards import SCALE, Shards, Weights, element_type
@@ -103,6 +103,8 @@ def audit(config: ModelConfig, shards: Weights, quantized: bool) -> Audit:
             result.skipped[name] = "factors of an FP8 tensor, used with it"
         elif name in copies:
             result.skipped[name] = f"a copy of {copies[name]}"
+        elif name.startswith("mtp.") and config.attention == "compressed":
+            result.skipped[name] = "V4's MTP module, which finback leaves out"
         elif name.endswith("rotary_emb.inv_freq"):
             result.skipped[name] = "computed from the config"
         else:
@@ -121,7 +123,8 @@ def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantized: bool
     spec = shards.specs[name]
     if spec.shape != shape:
         return f"shape {list(spec.shape)} where config.json calls for {list(shape)}"
-    if element_type(spec.dtype) is None:
+    dtype = element_type(spec.dtype)
+    if dtype is None or dtype.is_floating_point == name.endswith(v4_names.TABLE):
         return f"dtype {spec.dtype}, which no weight of these families has"
     factors: Any = shards.specs.get(name + SCALE)
     if spec.dtype != "F8_E4M3":

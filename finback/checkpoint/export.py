@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finback.checkpoint import names
+from finback.checkpoint import names, v4_names
 from finback.checkpoint.audit import shapes
 from finback.checkpoint.hf_config import raw_config
 from finback.checkpoint.models import part, scale_name
@@ -76,6 +76,8 @@ def begin(folder: Path, config: ModelConfig, fmt: Format) -> Path:
     """A new folder beside the one that is to be; UserError when the disk is too small."""
     if fmt == "fp8" and fused(config):
         raise UserError("format", fmt, "this family joins matrices that have factors of their own", "Use bf16.")
+    if fmt == "fp8" and config.attention == "compressed":
+        raise UserError("format", fmt, "V4's own layout of FP8 is not written", "Use bf16.")
     needed = sum(size for _, size in _sizes(config, fmt))
     free = shutil.disk_usage(folder.parent).free
     if free < 1.05 * needed:
@@ -140,14 +142,21 @@ def copies(config: ModelConfig) -> dict[str, str]:
 
 def cast(name: str, tensor: Tensor, fmt: Format) -> Iterator[tuple[str, Tensor]]:
     """What is stored of a tensor, as `stored_as` announces it."""
-    if name.endswith("e_score_correction_bias"):
-        yield name, tensor.float().contiguous()
+    if (kept := _own_dtype(name)) is not None:
+        yield name, tensor.to(kept).contiguous()
     elif fmt == "fp8" and is_quantized(name):
         values, scale = fp8.quantize(tensor)
         yield name + SCALE, scale
         yield name, values
     else:
         yield name, tensor.to(_DTYPES[fmt]).contiguous()
+
+
+def _own_dtype(name: str) -> torch.dtype | None:
+    """The dtype that a tensor has in files of any format; None for most."""
+    if name.endswith(v4_names.TABLE):
+        return torch.int64
+    return torch.float32 if name.endswith((*names.BIASES, *v4_names.PRECISE)) else None
 
 
 def is_quantized(name: str) -> bool:
@@ -157,8 +166,8 @@ def is_quantized(name: str) -> bool:
 
 def stored_as(name: str, shape: tuple[int, ...], fmt: Format) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The dtypes and shapes that a file has of a tensor: its own, and in FP8 those of its factors."""
-    if name.endswith("e_score_correction_bias"):
-        return {name: (torch.float32, shape)}
+    if (kept := _own_dtype(name)) is not None:
+        return {name: (kept, shape)}
     if fmt != "fp8" or not is_quantized(name):
         return {name: (_DTYPES[fmt], shape)}
     factors = fp8.blocks(shape[0]), fp8.blocks(shape[1])

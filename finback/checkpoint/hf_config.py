@@ -10,6 +10,7 @@ from typing import Any
 from finback.checkpoint.hf_families import FAMILIES, FULL, GROUPS, INDEXER, MLA, MOE, REFUSED, SLIDING
 from finback.checkpoint.hf_fields import Fields
 from finback.checkpoint.hf_rope import raw_rope, read_rope
+from finback.checkpoint.hf_v4 import check_v4, raw_v4
 from finback.config import UserError, did_you_mean
 from finback.model.config import ModelConfig
 from finback.model.rope_scaling import LongRope
@@ -45,6 +46,8 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         raise _unknown(raw, name)
     family = FAMILIES[name]
+    if name == "deepseek_v4":  # which has no dense layers
+        raw = {"intermediate_size": raw.get("moe_intermediate_size", family.defaults["moe_intermediate_size"])} | raw
     fields = Fields(raw, family.defaults)
     fields.demand("hidden_act", "silu")
     fields.demand("mlp_bias", False)
@@ -54,7 +57,8 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
         "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
         "initializer_range": fields.number("initializer_range", 0.02),
     }
-    found = read_rope(fields) if name != "olmo3" else {}  # which has one for each kind of layers
+    # which have one for each kind of layers
+    found = {} if name in ("olmo3", "deepseek_v4") else read_rope(fields)
     if found.get("partial_rotary_factor", 1.0) != 1.0 and name not in PARTLY_ROTATED:
         fields.refuse("partial_rotary_factor", f"{name} rotates whole heads", "Use another checkpoint.")
     return ModelConfig(**common | found | family.read(fields))
@@ -83,6 +87,8 @@ def raw_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
     }
     raw |= {name: getattr(config, name) for name in COMMON}
+    if config.attention == "compressed":
+        return {name: value for name, value in raw.items() if name != "intermediate_size"} | raw_v4(config)
     if config.rope_scaling is not None:
         raw["rope_scaling"] = raw_rope(config.rope_scaling)
     return raw | (_raw_latent(config, family) if config.attention == "mla" else _raw_grouped(config, family))
@@ -149,6 +155,13 @@ def _raw_grouped(config: ModelConfig, family: str) -> dict[str, Any]:
 
 def family_of(config: ModelConfig) -> str:
     """The model_type under which transformers knows such a model; UserError when it knows none."""
+    if config.attention == "compressed":
+        return check_v4(config)
+    for name, plain in (("hc_mult", 0), ("swiglu_limit", None), ("num_hash_layers", 0)):
+        if getattr(config, name) != plain:
+            raise _no_family(config, name, "V4 alone has it, with compressed attention")
+    if config.n_routed_experts and config.scoring_func == "sqrtsoftplus":
+        raise _no_family(config, "scoring_func", "V4 alone has it, with compressed attention")
     if config.attention == "mla":
         return _latent_family(config)
     if config.n_routed_experts:

@@ -9,6 +9,8 @@ from typing import Any
 
 from finback.checkpoint.hf_fields import Fields
 from finback.checkpoint.hf_rope import read_rope
+from finback.checkpoint.hf_v4 import DEFAULTS as V4_DEFAULTS
+from finback.checkpoint.hf_v4 import read_v4
 
 MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 MOE = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
@@ -239,6 +241,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("DeepseekV3ForCausalLM", lambda f: _latent(f, _v3_gate, mtp=True)),
     "deepseek_v32": Family("DeepseekV32ForCausalLM", lambda f: _sparse(f, interleaved=False)),
     "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", lambda f: _sparse(f, interleaved=True)),
+    "deepseek_v4": Family("DeepseekV4ForCausalLM", read_v4, V4_DEFAULTS),
     "kimi_k2": Family("DeepseekV3ForCausalLM", lambda f: _latent(f, _v3_gate, mtp=True)),
     "glm4_moe_lite": Family(
         "Glm4MoeLiteForCausalLM", lambda f: _latent(f, _lite_gate, mtp=True), {"rms_norm_eps": 1e-5}

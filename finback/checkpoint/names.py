@@ -4,9 +4,13 @@ Ours are the paper's words; theirs fix the file format. Fused tensors of ours li
 of a tensor being equally high.
 """
 
+from finback.checkpoint import v4_names
+from finback.checkpoint.v4_names import TABLE as TABLE
 from finback.model.config import ModelConfig
 
 _Names = dict[str, tuple[str, ...]]
+
+BIASES = ("e_score_correction_bias", v4_names.BIAS)  # how the names of routers' biases end
 
 _MLA: _Names = {
     "q_down.weight": ("self_attn.q_a_proj.weight",),
@@ -45,6 +49,8 @@ def table(config: ModelConfig, biases: bool = False) -> dict[str, tuple[str, ...
 
     biases: of all routers; published files of softmax gates have none, a model of ours that trained so has.
     """
+    if config.attention == "compressed":
+        return v4_names.table(config)
     names: dict[str, tuple[str, ...]] = {"embed": ("model.embed_tokens.weight",), "norm.weight": ("model.norm.weight",)}
     if not config.tie_word_embeddings:
         names["head.weight"] = ("lm_head.weight",)
@@ -68,6 +74,8 @@ def copies(config: ModelConfig) -> dict[str, str]:
 
     DeepSeek's MTP layers carry the trunk's embedding and head once more; some tied models carry their head.
     """
+    if config.attention == "compressed":
+        return {"head.weight": "embed.weight"} if config.tie_word_embeddings else {}
     found = {}
     for depth in range(config.num_nextn_predict_layers):
         layer = f"model.layers.{config.num_hidden_layers + depth}."

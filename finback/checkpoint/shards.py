@@ -191,6 +191,6 @@ def _refuse(folder: Path) -> NoReturn:
 
 
 def element_type(dtype: str) -> torch.dtype | None:
-    """torch's dtype for safetensors' word, None for what no weight is kept in."""
+    """torch's dtype for safetensors' word, None for what neither weights nor tables are kept in."""
     plain = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return (plain | {"F8_E4M3": torch.float8_e4m3fn}).get(dtype)
+    return (plain | {"F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32}).get(dtype)

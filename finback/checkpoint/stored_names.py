@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finback.checkpoint import v4_names
 from finback.checkpoint.hf_config import family_of
 from finback.checkpoint.shards import Spec
 from finback.model.config import ModelConfig
@@ -23,12 +24,20 @@ _EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 def as_named(specs: dict[str, Spec], config: ModelConfig) -> dict[str, Spec]:
     """The specs of a folder by the table's names; names that are nobody's habit stay as they are."""
     found: dict[str, Spec] = {}
+    if config.attention == "compressed":
+        named = (pair for name, spec in specs.items() for pair in _parts(name, spec, config))
+        found = {v4_names.released(name): spec for name, spec in named}
+        return _untied(found, config, "embed.weight", "head.weight")
     is_bare = not any(name.startswith("model.") for name in specs)
     for name, spec in specs.items():
         if is_bare and name.startswith(_TRUNK):
             name = f"model.{name}"
         found |= dict(_parts(name, spec, config))
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    return _untied(found, config, "model.embed_tokens.weight", "lm_head.weight")
+
+
+def _untied(found: dict[str, Spec], config: ModelConfig, embedding: str, head: str) -> dict[str, Spec]:
+    """The specs with the embedding of a tied pair of which the head alone is stored."""
     if config.tie_word_embeddings and embedding not in found and head in found:
         found[embedding] = found.pop(head)
     return found

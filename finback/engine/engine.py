@@ -24,7 +24,7 @@ from finback.engine.sampler import Sampler
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Pool
-from finback.model.config import ModelConfig
+from finback.model.config import ModelConfig, refuse_compressed
 from finback.model.multi_lora import MultiLoraTransformer
 from finback.model.native import use_native
 from finback.model.rope_scaling import LongRope
@@ -63,6 +63,7 @@ class Engine:
         config: EngineConfig = EngineConfig(),
         tokenizer: Tokenizer | None = None,
     ) -> None:
+        refuse_compressed(model.config, "the engine")
         self.model, self.config, self.tokenizer = use_native(model), config, tokenizer
         self.stops = frozenset(token for token in stops if 0 <= token < model.config.vocab_size)
         self.speculation = Speculation() if config.speculate and len(model.mtp) else None

@@ -54,6 +54,18 @@ def torch_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mas
     return F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=scale, enable_gqa=True)
 
 
+def sink_attention(query: Tensor, entries: Tensor, sink: Tensor, scale: float, seen: Tensor) -> Tensor:
+    """Attention whose softmax has one more score per head, sink (h,), that has no value (V4 2.3.3).
+
+    query (b, h, t, c), entries (b, s, c), keys and values of all heads, seen (b, t, s) -> (b, h, t, c).
+    """
+    scores = torch.einsum("bhtc,bsc->bhts", query, entries).float() * scale
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    sinks = sink.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+    weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+    return torch.einsum("bhts,bsc->bhtc", weights.to(entries.dtype), entries)
+
+
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -101,6 +101,15 @@ def _numbered(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.arange(len(lengths), device=device).repeat_interleave(sizes)
 
 
+def positions(mask: Mask, length: int, device: torch.device) -> Tensor:
+    """(b or 1, length) The place of each token within its document."""
+    assert not isinstance(mask, Prefixed), "a document behind a prefix is in two pieces"
+    index = torch.arange(length, device=device)
+    if mask is None:
+        return index[None]
+    return index - visible(mask, slice(None), length, device).to(torch.int8).argmax(dim=2)
+
+
 def unwindowed(mask: Windowed, length: int, device: torch.device) -> Mask:
     """What the tokens of rows of this length see, as one of the other masks: a matrix, unless no window ends within a row."""
     if longest(mask.within, length) <= mask.size:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finback.kernels import native
+from finback.kernels.swiglu import clamped
 
 # rows to which blocks of experts are rounded up in bf16 on a CPU
 BLOCK_MULTIPLE = 32
@@ -22,20 +23,23 @@ Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Blocks = list[tuple[int, int, int]]  # (expert, first row, last row + 1)
 
 
-def routed_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def routed_experts(
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, limit: float | None = None
+) -> Tensor:
     """As reference.routed_experts: x (n, d), index and weight (n, k), gate_up (e, 2m, d), down (e, d, m) -> (n, d)."""
-    if len(x) <= FEW and native.ready(x) and gate_up.dtype == down.dtype and gate_up.dtype in native.DTYPES:
+    is_native = limit is None and native.ready(x) and gate_up.dtype == down.dtype and gate_up.dtype in native.DTYPES
+    if len(x) <= FEW and is_native:
         return _native(x, index, weight, gate_up, down)
     # oneDNN compiles a bf16 product anew for every shape it has not met
     by_shape = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
-    return _GroupedExperts.apply(x, index, weight, gate_up, down, BLOCK_MULTIPLE if by_shape else 1)
+    return _GroupedExperts.apply(x, index, weight, gate_up, down, BLOCK_MULTIPLE if by_shape else 1, limit)
 
 
 def grouped_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As routed_experts, all experts' products in one call of grouped_mm; for sizes that `fits_grouped`."""
     if len(x) <= FEW and native.ready(x):
         return routed_experts(x, index, weight, gate_up, down)
-    return _GroupedExperts.apply(x, index, weight, gate_up, down, None)
+    return _GroupedExperts.apply(x, index, weight, gate_up, down, None, None)
 
 
 def fits_grouped(hidden: int, width: int, dtype: torch.dtype) -> bool:
@@ -61,7 +65,14 @@ def _native(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Ten
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, multiple: int | None
+        ctx: Any,
+        x: Tensor,
+        index: Tensor,
+        weight: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        multiple: int | None,
+        limit: float | None,
     ) -> Tensor:
         """`multiple` is that of the loop's blocks of rows, None has all of them multiplied at once."""
         n, k = index.shape
@@ -77,10 +88,10 @@ class _GroupedExperts(torch.autograd.Function):
         w_in, w_out = gate_up.to(x.dtype), down.to(x.dtype)
         rows = x.new_zeros(size, x.size(1)).index_copy_(0, slots, x.repeat_interleave(k, dim=0))
         hidden = per_expert(rows, w_in.transpose(1, 2), blocks)
-        gate, up = hidden.chunk(2, dim=-1)
+        gate, up = (hidden if limit is None else clamped(hidden, limit)).chunk(2, dim=-1)
         y = per_expert(F.silu(gate).mul_(up), w_out.transpose(1, 2), blocks)[slots].view(n, k, -1)
         ctx.save_for_backward(rows, slots, hidden, y, weight, w_in, w_out)
-        ctx.blocks = blocks
+        ctx.blocks, ctx.limit = blocks, limit
         ctx.dtypes = gate_up.dtype, weight.dtype
         # not bmm: a product of one row per token costs ten times these two passes
         return (y * weight.to(x.dtype)[:, :, None]).sum(1)
@@ -94,7 +105,8 @@ class _GroupedExperts(torch.autograd.Function):
         d_weight = (y * grad[:, None]).sum(2, dtype=weight_dtype)
         d_y = (weight.to(grad.dtype)[:, :, None] * grad[:, None]).view(n * k, d)
         d_y = d_y.new_zeros(len(rows), d).index_copy_(0, slots, d_y)
-        gate, up = hidden.chunk(2, dim=-1)
+        inner = hidden if ctx.limit is None else clamped(hidden, ctx.limit)
+        gate, up = inner.chunk(2, dim=-1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
         d_down = outer_per_expert(d_y, silu * up, blocks, w_out).to(parameter_dtype)
@@ -104,9 +116,11 @@ class _GroupedExperts(torch.autograd.Function):
         torch.mul(d_act, silu, out=d_up)
         # silu'(g) = s + silu·(1 - s)
         torch.mul(d_act.mul_(up), sigmoid.addcmul_(silu, 1 - sigmoid), out=d_gate)
+        if ctx.limit is not None:
+            d_hidden.masked_fill_(inner != hidden, 0)
         d_gate_up = outer_per_expert(d_hidden, rows, blocks, w_in).to(parameter_dtype)
         d_x = per_expert(d_hidden, w_in, blocks)[slots].view(n, k, d).sum(1)
-        return d_x, None, d_weight, d_gate_up, d_down, None
+        return d_x, None, d_weight, d_gate_up, d_down, None, None
 
 
 def layout(index: Tensor, experts: int, multiple: int) -> tuple[Tensor, Blocks]:

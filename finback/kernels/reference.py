@@ -10,15 +10,20 @@ from finback.kernels import fp8
 from finback.kernels.decode import PagedRows
 
 
-def routed_experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def routed_experts(
+    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, limit: float | None = None
+) -> Tensor:
     """Σ_k weight[n, k] · SwiGLU_{index[n, k]}(x[n]), one expert after the other (V3 eq. 12).
 
-    x (n, d); index and weight (n, k); gate_up (experts, 2m, d), gate rows first; down (experts, d, m).
+    x (n, d); index and weight (n, k); gate_up (experts, 2m, d), gate rows first; down (experts, d, m). With a limit the gate
+    counts up to it, and what it multiplies between -limit and limit (V4 2.1).
     """
     out = torch.zeros_like(x)
     for expert in range(gate_up.size(0)):
         rows, slot = torch.where(index == expert)
         gate, up = F.linear(x[rows], gate_up[expert]).chunk(2, dim=-1)
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
         y = F.linear(F.silu(gate) * up, down[expert])
         out = out.index_add(0, rows, y * weight[rows, slot, None])
     return out

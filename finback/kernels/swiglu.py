@@ -7,8 +7,10 @@ from torch import Tensor
 from finback.kernels import native
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """SiLU(gate) ⊙ up for x (..., [gate | up]) -> (..., half)."""
+def swiglu(x: Tensor, limit: float | None = None) -> Tensor:
+    """SiLU(gate) ⊙ up for x (..., [gate | up]) -> (..., half); with a limit of what `clamped` makes of x."""
+    if limit is not None:
+        x = clamped(x, limit)
     if not native.ready(x):
         gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -17,3 +19,9 @@ def swiglu(x: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], width)
     native.call("swiglu", x.dtype == torch.bfloat16, x, out, out.numel() // width, width)
     return out
+
+
+def clamped(x: Tensor, limit: float) -> Tensor:
+    """x (..., [gate | up]) with gate up to the limit and up between -limit and limit (V4 2.1)."""
+    gate, up = x.chunk(2, dim=-1)
+    return torch.cat([gate.clamp(max=limit), up.clamp(min=-limit, max=limit)], dim=-1)

@@ -10,14 +10,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finback.config import UserError, check_fields
-from finback.model.rope_scaling import KINDS, LongRope, RopeScaling
+from finback.model.rope_scaling import KINDS, LongRope, RopeScaling, Yarn
 
 _GQA_ONLY = ("partial_rotary_factor", "nope_layers", "sliding_window", "layer_types", "local_rope_theta")
+SLIDING, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+
+
+_NEEDED = {
+    "mla": ("latent attention needs it", ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+    "gqa": ("GQA needs it", ("num_key_value_heads", "head_dim")),
+    "compressed": (
+        "compressed attention needs it",
+        (
+            *("q_lora_rank", "head_dim", "qk_rope_head_dim", "sliding_window", "o_groups", "o_lora_rank"),
+            *("compress_rate_csa", "compress_rate_hca"),
+        ),
+    ),
+}
+LayerType = Literal[
+    "full_attention", "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder with latent (MLA) or grouped-query attention and dense or mixture-of-experts feed-forward."""
+    """A decoder with latent (MLA), compressed (V4) or grouped-query attention and dense or mixture-of-experts feed-forward."""
 
     vocab_size: int
     hidden_size: int
@@ -25,7 +42,7 @@ class ModelConfig:
     num_attention_heads: int
     # width of the dense feed-forward layers
     intermediate_size: int
-    attention: Literal["mla", "gqa"] = "mla"
+    attention: Literal["mla", "gqa", "compressed"] = "mla"
     # MLA (V2 2.1): queries and keys have a part without and a part with rotary position; q_lora_rank None takes queries
     # straight from the hidden state (V2-Lite)
     q_lora_rank: int | None = None
@@ -33,13 +50,19 @@ class ModelConfig:
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
-    # DSA (V3.2 2.1): how many tokens an indexer picks for each to look at, its heads and their width; 0: all
+    # DSA (V3.2 2.1): how many tokens an indexer picks for each to look at, its heads and their width; 0: all. In V4 its layers
+    # of CSA have one, which picks compressed entries
     index_topk: int = 0
     index_n_heads: int = 0
     index_head_dim: int = 0
     # pairs (0,1), (2,3), … of the indexer are rotated, as GLM-5 has it, and V3.2 has not
     index_rope_interleaved: bool = False
-    # GQA, for dense students
+    # V4 (2.3): tokens that an entry of CSA and one of HCA stand for; groups of heads that are projected apart, and to what width
+    compress_rate_csa: int = 4
+    compress_rate_hca: int = 128
+    o_groups: int = 1
+    o_lora_rank: int = 0
+    # GQA, for dense students; V4 has one key, which is the value too, for all heads
     num_key_value_heads: int = 0
     head_dim: int = 0
     # qkv: Qwen2; all: the output projection too
@@ -51,9 +74,10 @@ class ModelConfig:
     partial_rotary_factor: float = 1.0
     # GQA: layers (0-based) that are not rotated at all
     nope_layers: tuple[int, ...] = ()
-    # GQA: tokens that a sliding layer sees, itself included; all layers are sliding where layer_types is empty
+    # GQA: tokens that a sliding layer sees, itself included; all layers are sliding where layer_types is empty. In V4 all layers
+    # see as many, and layer_types says what else
     sliding_window: int | None = None
-    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
+    layer_types: tuple[LayerType, ...] = ()
     # base of the sliding layers, which then have no rope_scaling; None: they rotate as the others
     local_rope_theta: float | None = None
     # DeepSeekMoE; n_routed_experts = 0 makes every layer dense
@@ -66,9 +90,17 @@ class ModelConfig:
     dense_layers: tuple[int, ...] = ()
     n_group: int = 1
     topk_group: int = 1
-    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    scoring_func: Literal["sigmoid", "softmax", "sqrtsoftplus"] = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    # this many layers at the bottom choose experts by the token's id (V4 2.1)
+    num_hash_layers: int = 0
+    # SwiGLU takes the gate up to this, and what it multiplies between -this and this; None: as they come
+    swiglu_limit: float | None = None
+    # mHC (V4 2.2): residual streams, 0 for a plain residual; steps of Sinkhorn, and what its divisions add
+    hc_mult: int = 0
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
     # MTP depth
     num_nextn_predict_layers: int = 0
     rope_theta: float = 10000.0
@@ -86,11 +118,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_fields(self, "model")
         is_mla = self.attention == "mla"
-        needed = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        for name in needed if is_mla else ("num_key_value_heads", "head_dim"):
-            asks = "latent attention needs it" if is_mla else "GQA needs it"
-            self._require(getattr(self, name) > 0, name, asks, "Set it > 0.")
-        rotated = "qk_rope_head_dim" if is_mla else "head_dim"
+        asks, needed = _NEEDED[self.attention]
+        for name in needed:
+            self._require((getattr(self, name) or 0) > 0, name, asks, "Set it > 0.")
+        rotated = "head_dim" if self.attention == "gqa" else "qk_rope_head_dim"
         self._require(self.rope_dim % 2 == 0, rotated, "rotary pairs need an even number", "Use an even number.")
         if is_mla:
             is_long = isinstance(self.rope_scaling, LongRope)
@@ -98,16 +129,36 @@ class ModelConfig:
             for name in _GQA_ONLY:
                 is_default = getattr(self, name) == type(self).__dataclass_fields__[name].default
                 self._require(is_default, name, "of GQA alone", 'Leave it out, or use attention="gqa".')
-        else:
+        elif self.attention == "gqa":
             self._check_gqa()
+        else:
+            self._check_compressed()
         if self.n_routed_experts:
             self._require(self.norms == "pre", "norms", "experts have theirs before them", 'Use "pre".')
             self._check_experts()
         if self.index_topk:
             self._check_indexer()
+        hashed = "num_hash_layers", "layers that choose by a token's id"
+        self._require(not self.num_hash_layers or self.n_routed_experts > 0, *hashed, "Use 0, or give it experts.")
+        plain = self.norms == "pre" or not self.hc_mult
+        self._require(plain, "norms", "residual streams have them before attention", 'Use "pre".')
+
+    def _check_compressed(self) -> None:
+        heads, groups, last = self.num_attention_heads, self.o_groups, self.qk_rope_head_dim
+        self._require(heads % groups == 0, "o_groups", f"does not divide {heads} heads", "Use a divisor.")
+        self._require(self.head_dim >= last, "head_dim", f"below the {last} rotated", "Raise it.")
+        kinds = set(self.layer_types) <= {SLIDING, CSA, HCA} and len(self.layer_types) >= self.num_hidden_layers
+        problem = f"not one of {SLIDING}, {CSA}, {HCA} for each layer"
+        self._require(kinds, "layer_types", problem, "Name the kind of each layer.")
+        picks = self.index_topk > 0 or CSA not in self.layer_types
+        self._require(picks, "index_topk", "layers of CSA have an indexer", "Set it > 0.")
+        problem = "the base of sliding layers, which rotate apart from the others"
+        self._require(self.local_rope_theta is not None, "local_rope_theta", problem, "Set it.")
+        is_yarn = isinstance(self.rope_scaling, Yarn | None)
+        self._require(is_yarn, "rope_scaling", "compressed layers are scaled by YaRN", "Use yarn.")
 
     def _check_indexer(self) -> None:
-        latent = self.attention == "mla" and self.q_lora_rank is not None
+        latent = self.attention != "gqa" and self.q_lora_rank is not None
         problem = "an indexer asks with the query latent of latent attention"
         self._require(latent, "index_topk", problem, 'Use attention="mla" and a q_lora_rank, or 0.')
         self._require(self.index_n_heads > 0, "index_n_heads", "an indexer needs heads", "Set it > 0.")
@@ -158,7 +209,11 @@ class ModelConfig:
     @property
     def rope_dim(self) -> int:
         """How many dimensions of a head are rotated."""
-        return self.qk_rope_head_dim if self.attention == "mla" else int(self.head_dim * self.partial_rotary_factor)
+        return int(self.head_dim * self.partial_rotary_factor) if self.attention == "gqa" else self.qk_rope_head_dim
+
+    def layer_type(self, layer: int) -> LayerType:
+        """What layer `layer` of compressed attention sees beside its window; the MTP module's, behind the last, nothing."""
+        return self.layer_types[layer] if layer < self.num_hidden_layers else "sliding_attention"
 
     def window(self, layer: int) -> int | None:
         """How many tokens layer `layer` sees, None for all."""
@@ -177,6 +232,13 @@ class ModelConfig:
         """Whether layer `layer` (0-based; the MTP module counts on from the last) has routed experts."""
         is_dense = layer < self.first_k_dense_replace or layer in self.dense_layers
         return self.n_routed_experts > 0 and not is_dense
+
+
+def refuse_compressed(config: ModelConfig, what: str) -> None:
+    """UserError where a model has V4's attention, which `what` leaves out so far."""
+    if config.attention == "compressed":
+        problem = f"{what} leaves V4's attention out so far"
+        raise UserError("model.attention", config.attention, problem, "Use a model with another.")
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
@@ -202,6 +264,6 @@ def from_json(fields: dict[str, Any]) -> ModelConfig:
 # TINY: the quickstart's model, V3's layout at 1.4 M parameters (0.8 M active). An initializer_range of 0.006 suits width 7168; at
 # width 128 it starts too flat. SMALL: a few hours on one GPU, 0.3 B parameters.
 _PRESETS = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
-TINY, SMALL, V2_LITE, V2, V3, V3_2 = (
-    from_json(_PRESETS[name]) for name in ("TINY", "SMALL", "V2_LITE", "V2", "V3", "V3_2")
+TINY, SMALL, V2_LITE, V2, V3, V3_2, V4_FLASH, V4_PRO = (
+    from_json(_PRESETS[name]) for name in ("TINY", "SMALL", "V2_LITE", "V2", "V3", "V3_2", "V4_FLASH", "V4_PRO")
 )

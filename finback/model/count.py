@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from finback.model.config import ModelConfig
+from finback.model.config import CSA, HCA, ModelConfig
 
 
-def attention_parameters(c: ModelConfig) -> int:
-    """One layer's attention, norms of the latents included."""
+def attention_parameters(c: ModelConfig, layer: int = 0) -> int:
+    """One layer's attention, norms of the latents included; compressed attention alone differs from layer to layer."""
+    if c.attention == "compressed":
+        return _compressed_matrices(c, layer) + _compressed_vectors(c, layer)
     if c.attention == "gqa":
         kv = 2 * c.num_key_value_heads
         matrices = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + kv)
@@ -25,6 +27,35 @@ def attention_parameters(c: ModelConfig) -> int:
     return main + (_indexer_matrices(c) + 2 * c.index_head_dim if c.index_topk else 0)
 
 
+def _compressed_matrices(c: ModelConfig, layer: int) -> int:
+    """V4's projections: queries and entries, groups of heads out, and what its compressed entries take."""
+    assert c.q_lora_rank is not None, "of compressed attention"
+    d, all_heads = c.hidden_size, c.num_attention_heads * c.head_dim
+    window = (d + all_heads) * c.q_lora_rank + d * c.head_dim + c.o_lora_rank * (all_heads + c.o_groups * d)
+    kind = c.layer_type(layer)
+    if kind == HCA:
+        return window + 2 * d * c.head_dim
+    if kind != CSA:
+        return window
+    asked = c.index_n_heads * (c.q_lora_rank * c.index_head_dim + d)
+    return window + 4 * d * (c.head_dim + c.index_head_dim) + asked
+
+
+def _compressed_vectors(c: ModelConfig, layer: int) -> int:
+    """Gains, sinks, and biases of the places in a window."""
+    assert c.q_lora_rank is not None, "of compressed attention"
+    window = c.q_lora_rank + c.head_dim + c.num_attention_heads
+    kind = c.layer_type(layer)
+    if kind == HCA:
+        return window + (1 + c.compress_rate_hca) * c.head_dim
+    return window + ((1 + 2 * c.compress_rate_csa) * (c.head_dim + c.index_head_dim) if kind == CSA else 0)
+
+
+def _mixture(c: ModelConfig, rows: int, scales: int) -> int:
+    """mHC's projection of all streams to so many numbers, their biases and scales."""
+    return rows * (c.hc_mult * c.hidden_size + 1) + scales if c.hc_mult else 0
+
+
 def _indexer_matrices(c: ModelConfig) -> int:
     """DSA's projections: queries from the query latent, one key and a weight per head from the hidden state."""
     assert c.q_lora_rank is not None, "an indexer asks with the query latent"
@@ -35,7 +66,7 @@ def _indexer_matrices(c: ModelConfig) -> int:
 def layer_parameters(c: ModelConfig, layer: int, active: bool) -> int:
     """One block; `active` counts only the experts a token meets. Router biases are not parameters."""
     d = c.hidden_size
-    block = attention_parameters(c) + 2 * d
+    block = attention_parameters(c, layer) + 2 * d + 2 * _mixture(c, c.hc_mult * (2 + c.hc_mult), 3)
     if not c.is_moe(layer):
         return block + 3 * d * c.intermediate_size
     experts = c.num_experts_per_tok if active else c.n_routed_experts
@@ -46,7 +77,8 @@ def parameters(c: ModelConfig, active: bool = False, mtp: bool = True) -> int:
     """All parameters, or those one token meets; the input embedding counts once, the head once unless tied."""
     layers = sum(layer_parameters(c, layer, active) for layer in range(c.num_hidden_layers))
     embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
-    return layers + embeddings + c.hidden_size + (mtp_parameters(c, active) if mtp else 0)
+    merge = _mixture(c, c.hc_mult, 1)
+    return layers + embeddings + merge + c.hidden_size + (mtp_parameters(c, active) if mtp else 0)
 
 
 def mtp_parameters(c: ModelConfig, active: bool = False) -> int:
@@ -95,8 +127,8 @@ def adapter_size(c: ModelConfig, rank: int, targets: Iterable[str]) -> int:
 
 def router_biases(c: ModelConfig) -> int:
     """Numbers in the trunk's selection biases: no parameters, but V3's files and its 671,026,419,200 include them."""
-    moe = sum(c.is_moe(layer) for layer in range(c.num_hidden_layers))
-    return moe * c.n_routed_experts if c.scoring_func == "sigmoid" else 0
+    moe = sum(c.is_moe(layer) for layer in range(c.num_hash_layers, c.num_hidden_layers))
+    return moe * c.n_routed_experts if c.scoring_func != "softmax" else 0
 
 
 def forward_flops(c: ModelConfig, context: float, mtp: bool = False) -> float:

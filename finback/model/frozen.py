@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from finback.kernels import frozen
 from finback.kernels.formats import FORMATS
 from finback.kernels.frozen import Product
+from finback.model.config import refuse_compressed
 from finback.model.layers import Linear
 from finback.model.moe import MoE
 from finback.model.quantized import QuantizedLinear, QuantizedMoE, expert_matrix, quantize
@@ -57,6 +58,7 @@ def freeze(model: Transformer, form: BaseFormat) -> Transformer:
 
     Embedding, head, norms and routers are not quantized, nor are MTP modules.
     """
+    refuse_compressed(model.config, "a frozen base")
     blocks = set(model.blocks.modules())
     for module in list(model.modules()):
         if isinstance(module, Linear | MoE):

@@ -51,6 +51,17 @@ class Normed(nn.Module):
         return y
 
 
+class UnweightedNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) over the last dimension, statistics in fp32."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.float().square().mean(dim=-1, keepdim=True) + self.eps).rsqrt().to(x.dtype)
+
+
 class Linear(nn.Module):
     """y = W x (+ b); W is (out, in), as in checkpoints. DeepSeek's models have no biases, Qwen2's attention has.
 
@@ -72,25 +83,59 @@ class Linear(nn.Module):
         return self.weight.to(dtype)
 
 
-class SwiGLU(nn.Module):
-    """down(SiLU(gate x) ⊙ up x); gate and up are one matrix, gate rows first."""
+class GroupedLinear(Linear):
+    """y_g = W_g x_g for each of some groups; the W_g (out / groups, in) are stacked in one weight (out, in)."""
 
-    def __init__(self, hidden: int, width: int) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+        super().__init__(inputs, outputs)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., groups, in) -> (..., out)."""
+        weight = self.matrix(x.dtype).unflatten(0, (self.groups, -1))
+        return torch.einsum("...gi,goi->...go", x, weight).flatten(-2)
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate x) ⊙ up x); gate and up are one matrix, gate rows first. A limit is that of kernels.swiglu."""
+
+    def __init__(self, hidden: int, width: int, limit: float | None = None) -> None:
         super().__init__()
+        self.limit = limit
         self.gate_up = Linear(hidden, 2 * width)
         self.down = Linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., hidden) -> (..., hidden)."""
-        y: Tensor = self.down(swiglu(self.gate_up(x)))
+        y: Tensor = self.down(swiglu(self.gate_up(x), self.limit))
         return y
 
 
+def precise(*shape: int) -> nn.Parameter:
+    """A parameter that is fp32 whatever dtype the model's others have."""
+    return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
+
+
+class OwnStart(nn.Module):
+    """A part of which some values do not start as `initialise` has all others start."""
+
+    def start(self, generator: torch.Generator) -> None:
+        """Set them."""
+        raise NotImplementedError
+
+
 def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
-    """Every matrix normal with `std` (V3 4.2), gains 1, biases 0; order of parameters is the seed's order."""
+    """Every matrix normal with `std` (V3 4.2), gains 1, biases 0; order of parameters is the seed's order.
+
+    Then what an OwnStart has of its own.
+    """
     for name, parameter in module.named_parameters():
         with torch.no_grad():
             if parameter.ndim >= 2:
                 parameter.normal_(0.0, std, generator=generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    for part in module.modules():
+        if isinstance(part, OwnStart):
+            with torch.no_grad():
+                part.start(generator)

@@ -1,6 +1,9 @@
 """DeepSeekMoE: a router that balances itself through a selection-only bias, routed experts, shared experts."""
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finback.kernels import moe_gemm
@@ -9,7 +12,7 @@ from finback.model.layers import SwiGLU
 
 
 class Router(nn.Module):
-    """Chooses num_experts_per_tok experts for each token (V3 eq. 12-16; V2's softmax gate by scoring_func).
+    """Chooses num_experts_per_tok experts for each token (V3 eq. 12-16; V2's and V4's affinities by scoring_func).
 
     `bias` decides who is chosen, never how much it counts, has no gradient and moves by `update_bias` alone.
     `load` adds up how many tokens each expert received since the last update.
@@ -26,18 +29,20 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(config.n_routed_experts, dtype=fp32))
         self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=fp32), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (n, d) -> chosen experts (n, k), their weights (n, k), all affinities (n, experts); all in fp32."""
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (n, d) -> chosen experts (n, k), their weights (n, k), all affinities (n, experts); all in fp32.
+
+        tokens (n,) are the ids at the trunk's bottom, for routers that go by them.
+        """
         c = self.config
-        logits = x.float() @ self.weight.float().T  # in fp32 as in V3
-        affinity = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(dim=-1)
-        index = self.select(affinity.detach())
+        affinity = affinities(x.float() @ self.weight.float().T, c.scoring_func)  # in fp32 as in V3
+        index = self.select(affinity.detach(), tokens)
         weight = affinity.gather(1, index)
         if c.norm_topk_prob:
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         return index, weight * c.routed_scaling_factor, affinity
 
-    def select(self, affinity: Tensor) -> Tensor:
+    def select(self, affinity: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Top-k of affinity + bias among the best topk_group groups of experts: (n, experts) -> (n, k).
 
         A group counts as the sum of its two best biased affinities (V3) or its single best (V2). Left-out groups
@@ -68,6 +73,13 @@ class Router(nn.Module):
             self.bias += speed * torch.sign(self.load.mean() - self.load)
             self.bias -= self.bias.mean()
         self.load.zero_()
+
+
+def affinities(logits: Tensor, scoring_func: str) -> Tensor:
+    """What a router's logits (n, experts) say of each expert: V2's softmax, V3's sigmoid or V4's sqrt(softplus)."""
+    if scoring_func == "softmax":
+        return logits.softmax(dim=-1)
+    return logits.sigmoid() if scoring_func == "sigmoid" else F.softplus(logits).sqrt()
 
 
 def max_violation(load: Tensor) -> float:
@@ -124,34 +136,38 @@ class MoE(nn.Module):
     # another form of them takes its place where experts are quantized, train in FP8 or lie on several ranks
     experts: moe_gemm.Experts = staticmethod(moe_gemm.routed_experts)
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, router: Router) -> None:
         super().__init__()
         c = self.config = config
-        self.router = Router(c)
+        self.router = router
         self.gate_up = nn.Parameter(torch.empty(c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size))
         self.down = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
         if c.n_shared_experts:
-            self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size)
+            self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size, c.swiglu_limit)
+        if c.swiglu_limit is not None:
+            self.experts = partial(moe_gemm.routed_experts, limit=c.swiglu_limit)
         self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """x (b, t, d) -> (b, t, d); `padding_mask` (b, t) is True for tokens, False for padding.
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+        """x (b, t, d) -> (b, t, d); `padding_mask` (b, t) is True for tokens, False for padding; tokens (b, t) are the ids.
 
         In training mode it also counts the load and leaves the balance loss in `self.balance`.
         """
-        tokens = x.flatten(0, 1)
+        rows, ids = x.flatten(0, 1), None if tokens is None else tokens.flatten()
         if self.training:
-            index, weight, self.balance = self.route(x, padding_mask)
+            index, weight, self.balance = self.route(x, padding_mask, ids)
             self.router.count(index, None if padding_mask is None else padding_mask.flatten())
         else:
-            index, weight, _ = self.router(tokens)
-        y = self.experts(tokens, index, weight, self.gate_up, self.down).view_as(x)
+            index, weight, _ = self.router(rows, ids)
+        y = self.experts(rows, index, weight, self.gate_up, self.down).view_as(x)
         # the sum, not a view of it: what is returned may get hooks
-        return y + self.shared(tokens).view_as(x) if self.config.n_shared_experts else y
+        return y + self.shared(rows).view_as(x) if self.config.n_shared_experts else y
 
-    def route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (b, t, d) -> chosen experts (b·t, k), their weights (b·t, k), the balance loss."""
-        index, weight, affinity = self.router(x.flatten(0, 1))
+    def route(
+        self, x: Tensor, padding_mask: Tensor | None, tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, t, d), tokens (b·t,) -> chosen experts (b·t, k), their weights (b·t, k), the balance loss."""
+        index, weight, affinity = self.router(x.flatten(0, 1), tokens)
         shape = x.shape[:2]
         balance = balance_loss(
             affinity.unflatten(0, shape), index.unflatten(0, shape), self.config.num_experts_per_tok, padding_mask

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from finback.kernels.packed import Form, PackedLinear
+from finback.model.config import refuse_compressed
 from finback.model.gqa import GQA
 from finback.model.layers import Linear, RMSNorm
 from finback.model.mla import MLA
@@ -16,6 +17,7 @@ def pack(model: Transformer, form: Form) -> Transformer:
     Afterwards it only answers: its weights cannot be trained, saved or read back. Experts, embeddings and the matrix that
     MLA absorbs keep their form.
     """
+    refuse_compressed(model.config, "packing")
     for module in list(model.modules()):
         if isinstance(module, GQA):
             stack_inputs(recast(module, PackedGQA), ["query", "key_value"], form)

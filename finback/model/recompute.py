@@ -20,10 +20,11 @@ from finback.model.gqa import GQA
 from finback.model.mla import MLA
 from finback.model.moe import MoE
 from finback.model.replace import recast_modules
+from finback.model.swa import SWA
 from finback.model.transformer import Block, Transformer
 
 Policy = Literal["none", "attention", "block"]
-KINDS: dict[Policy, tuple[type[nn.Module], ...]] = {"none": (), "attention": (MLA, GQA), "block": (Block,)}
+KINDS: dict[Policy, tuple[type[nn.Module], ...]] = {"none": (), "attention": (MLA, GQA, SWA), "block": (Block,)}
 
 
 def policy_of(asked: Policy | None, adapted: bool) -> Policy:

@@ -113,6 +113,20 @@ def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([rotate_half(turned, cos, sin), rest], dim=-1)
 
 
+def rotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the last dimensions of x (..., head_dim), as many as cos and sin are for, as `rotate_interleaved` does (V4 2.3)."""
+    rest, turned = x.split([x.size(-1) - 2 * cos.size(-1), 2 * cos.size(-1)], dim=-1)
+    return torch.cat([rest, rotate_interleaved(turned, cos, sin)], dim=-1)
+
+
+def unrotate_last(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The inverse of `rotate_last`, which lays pairs side by side again."""
+    rest, turned = x.split([x.size(-1) - 2 * cos.size(-1), 2 * cos.size(-1)], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    pairs = torch.stack([first * cos + second * sin, second * cos - first * sin], dim=-1)
+    return torch.cat([rest, pairs.flatten(-2)], dim=-1)
+
+
 def rotate_nothing(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x as it is: of a layer without positions (NoPE, arXiv 2305.19466)."""
     return x

@@ -56,10 +56,10 @@ class TracedRouter(Router):
     routing: Routing
     layer: int
 
-    def select(self, affinity: Tensor) -> Tensor:
+    def select(self, affinity: Tensor, tokens: Tensor | None = None) -> Tensor:
         """As Router.select, where nothing is given."""
         given, sink = self.routing.given, self.routing.sink
-        index = super().select(affinity)
+        index = super().select(affinity, tokens)
         if given is not None:
             ids = given[:, self.layer].to(index)
             assert ids.shape == index.shape, f"experts for {tuple(ids.shape)} choices, {tuple(index.shape)} are made"

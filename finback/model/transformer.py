@@ -9,22 +9,39 @@ from torch import Tensor, nn
 
 from finback.kernels.documents import Mask, mask_of
 from finback.model.cache import Cache, LayerCache
+from finback.model.config import CSA as CSA_LAYER
+from finback.model.config import HCA as HCA_LAYER
 from finback.model.config import ModelConfig
+from finback.model.csa import CSA
 from finback.model.dsa import DSA
 from finback.model.gqa import GQA
+from finback.model.hash_routing import HashRouter
+from finback.model.hca import HCA
 from finback.model.layers import Linear, NoNorm, Normed, RMSNorm, SwiGLU, initialise
+from finback.model.mhc import HyperConnection, OneStream, StreamMerge
 from finback.model.mla import MLA
 from finback.model.moe import MoE, Router, take_balance_losses
 from finback.model.mtp import MTP
 from finback.model.rope import first_row, rotation
 from finback.model.rope_scaling import LongRope
+from finback.model.swa import SWA
 
 
-def attention_of(config: ModelConfig, layer: int) -> MLA | GQA:
+def attention_of(config: ModelConfig, layer: int) -> MLA | GQA | SWA:
     """The attention that a config asks for."""
     if config.attention == "gqa":
         return GQA(config, layer)
-    return DSA(config) if config.index_topk else MLA(config)
+    if config.attention == "mla":
+        return DSA(config) if config.index_topk else MLA(config)
+    kinds: dict[str, type[SWA]] = {CSA_LAYER: CSA, HCA_LAYER: HCA}
+    return kinds.get(config.layer_type(layer), SWA)(config, layer)
+
+
+def feed_forward_of(config: ModelConfig, layer: int) -> MoE | SwiGLU:
+    """The feed-forward that a config asks for, and the router of its experts."""
+    if not config.is_moe(layer):
+        return SwiGLU(config.hidden_size, config.intermediate_size, config.swiglu_limit)
+    return MoE(config, HashRouter(config) if layer < config.num_hash_layers else Router(config))
 
 
 class Block(nn.Module):
@@ -32,8 +49,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        moe = config.is_moe(layer)
-        feed_forward = MoE(config) if moe else SwiGLU(config.hidden_size, config.intermediate_size)
+        feed_forward = feed_forward_of(config, layer)
         self.attention_norm, self.attention = normed(attention_of(config, layer), config)
         self.feed_forward_norm, self.feed_forward = normed(feed_forward, config)
 
@@ -45,10 +61,17 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         padding_mask: Tensor | None = None,
         attention_mask: Mask = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
-        """x (b, t, d) -> (b, t, d); see MLA.forward for cos, sin, cache, attention_mask, MoE.forward for padding_mask."""
+        """x (b, t, d) -> (b, t, d); see MLA.forward for cos, sin, cache, attention_mask, MoE.forward for the others."""
         x, h = self.attend(x, cos, sin, cache, attention_mask)
-        return x + (self.feed_forward(h, padding_mask) if isinstance(self.feed_forward, MoE) else self.feed_forward(h))
+        return x + self.feed(h, padding_mask, tokens)
+
+    def feed(self, h: Tensor, padding_mask: Tensor | None, tokens: Tensor | None) -> Tensor:
+        """What the feed-forward makes of its normed input (b, t, d)."""
+        is_moe = isinstance(self.feed_forward, MoE)
+        y: Tensor = self.feed_forward(h, padding_mask, tokens) if is_moe else self.feed_forward(h)
+        return y
 
     def attend(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None, attention_mask: Mask
@@ -58,6 +81,30 @@ class Block(nn.Module):
         return self.feed_forward_norm.add(x, attended)
 
 
+class StreamBlock(Block):
+    """The same with mHC's streams (b, t, n, d) in the place of x: each part reads a mixture of them, see mhc.py."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.attention_mix, self.feed_forward_mix = HyperConnection(config), HyperConnection(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None = None,
+        padding_mask: Tensor | None = None,
+        attention_mask: Mask = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        read, *mixtures = self.attention_mix(x)
+        attended = self.attention(self.attention_norm(read), cos, sin, cache, attention_mask)
+        x = HyperConnection.add(x, attended, *mixtures)
+        read, *mixtures = self.feed_forward_mix(x)
+        return HyperConnection.add(x, self.feed(self.feed_forward_norm(read), padding_mask, tokens), *mixtures)
+
+
 def normed(module: nn.Module, config: ModelConfig) -> tuple[RMSNorm | NoNorm, nn.Module]:
     """The norm before a part of a block, and the part, with a norm behind it where the config has it there."""
     size, eps = config.hidden_size, config.rms_norm_eps
@@ -65,7 +112,7 @@ def normed(module: nn.Module, config: ModelConfig) -> tuple[RMSNorm | NoNorm, nn
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V3's decoder, or a dense student's, from a ModelConfig.
+    """DeepSeek's decoder (V2 to V4), or a dense student's, from a ModelConfig.
 
     Built without values; call `initialise` or load weights. `compute` is the dtype of activations, `param_dtype` that of the
     parameters: fp32 masters for training, bf16 halves the memory of a model that only answers.
@@ -88,7 +135,9 @@ class Transformer(nn.Module):
 
     def _build(self, config: ModelConfig) -> None:
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        block: type[Block] = StreamBlock if config.hc_mult else Block
+        self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
+        self.merge = StreamMerge(config) if config.hc_mult else OneStream()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -119,11 +168,12 @@ class Transformer(nn.Module):
         documents that share a row, each in one piece: none sees another, and each counts its positions from 0. With
         `prefixes` (b,) the first so many tokens of a row, its document 0, stand before each of the others.
         """
-        x = self.embedded(tokens)
+        x = self.merge.widen(self.embedded(tokens))
         cos, sin, attention_mask = self._positions(tokens.size(1), cache, document_ids, prefixes)
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, cache.layer(index) if cache is not None else None, padding_mask, attention_mask)
-        return self.norm(x)
+            stored = cache.layer(index) if cache is not None else None
+            x = block(x, cos, sin, stored, padding_mask, attention_mask, tokens)
+        return self.norm(self.merge(x))
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """tokens (b, t) -> (b, t, d) in the dtype of activations."""

@@ -58,9 +58,11 @@ class ContextMoE(MoE):
 
     group: dist.ProcessGroup
 
-    def route(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def route(
+        self, x: Tensor, padding_mask: Tensor | None, tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """As for every MoE; the parts' losses add up to that of whole rows."""
-        index, weight, affinity = self.router(x.flatten(0, 1))
+        index, weight, affinity = self.router(x.flatten(0, 1), tokens)
         shape = x.shape[:2]
         chosen, share = expert_shares(affinity.unflatten(0, shape), index.unflatten(0, shape), padding_mask)
         tokens = torch.ones(shape, device=x.device) if padding_mask is None else padding_mask

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finback.config import UserError, check_fields, check_positive
-from finback.model.config import ModelConfig
+from finback.model.config import ModelConfig, refuse_compressed
 from finback.parallel.schedules import SCHEDULES, Schedule, ScheduleName
 
 Sharding = Literal["fsdp", "zero1", "ddp"]
@@ -135,6 +135,7 @@ class Layout:
         for name, value, instead in (("schedule", "dualpipe", "dualpipev"), ("sharding", "ddp", "zero1")):
             if getattr(self, name) == value:
                 raise UserError(f"layout.{name}", value, "can be planned, not trained", f'Use "{instead}".')
+        refuse_compressed(c, "training on many ranks")
         if c.index_topk:
             problem = "an indexer, which training on many ranks leaves out so far"
             raise UserError("model.index_topk", c.index_topk, problem, "Use ranks with the whole model: no layout.")

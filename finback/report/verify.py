@@ -128,7 +128,7 @@ def _tensors(audit: Audit, weights: Weights) -> Check:
 
 def _parameters(audit: Audit, weights: Weights) -> Check:
     """The elements in the files against the closed form."""
-    counted = [name for name in audit.loaded if not name.endswith("e_score_correction_bias")]
+    counted = [name for name in audit.loaded if not name.endswith((*names.BIASES, names.TABLE))]
     found = sum(math.prod(weights.specs[name].shape) for name in counted)
     expected, active = parameters(audit.config), parameters(audit.config, active=True, mtp=False)
     text = f"{found:,} counted, {expected:,} by the closed form, {active:,} active per token"
@@ -137,9 +137,10 @@ def _parameters(audit: Audit, weights: Weights) -> Check:
 
 def _routers(audit: Audit, weights: Weights) -> list[Check]:
     """The selection biases: present in every MoE layer, and not all zero."""
-    biases = [n for n in audit.loaded if n.endswith("e_score_correction_bias") and n not in audit.wrong]
-    layers = range(audit.config.num_hidden_layers + audit.config.num_nextn_predict_layers)
-    wanted = sum(audit.config.is_moe(layer) for layer in layers) if audit.config.scoring_func == "sigmoid" else 0
+    biases = [n for n in audit.loaded if n.endswith(names.BIASES) and n not in audit.wrong]
+    config = audit.config
+    layers = range(config.num_hash_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    wanted = sum(map(config.is_moe, layers)) if config.scoring_func != "softmax" else 0
     if not wanted:
         return []
     largest = max((float(weights.read(n).float().abs().max()) for n in biases), default=0.0)

@@ -83,10 +83,10 @@ def _with_values(
         model = start.with_config(config, compute)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.learns(name))
-    if config.index_topk:
+    if config.index_topk or config.attention == "compressed":
         for knob, refused in (("compile", True), ("compute", "fp8")):
             if getattr(stage, knob) == refused:
-                raise stage.wrong(knob, "is not for models with an indexer", "Leave it out.")
+                raise stage.wrong(knob, "is not for sparse attention", "Leave it out.")
         teach_indexers(model, stage.attends_densely)
     return model
 

@@ -82,7 +82,7 @@ class Pretraining(Training):
         loss, mtp, balance = losses.tolist()
         metrics = {"tokens": self.tokens, "batch_size": rows, "loss": loss, "mtp_loss": mtp, "balance": balance}
         metrics["grad_norm"] = norm
-        if self.config.index_topk:
+        if self.config.index_topk and self.config.attention == "mla":
             metrics["indexer_loss"] = sum(self.world.gather(divergence(trainer.model))) / self.world.size
         verdict = self.spikes.judge(loss, norm)
         if verdict != "learn":

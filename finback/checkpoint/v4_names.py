@@ -1,0 +1,111 @@
+"""The table of names of DeepSeek-V4: ours, and the release's, which are not those of the other families.
+
+Folders that transformers writes have a third spelling, and its modules a fourth: `released` knows both.
+"""
+
+import re
+
+from finback.model.config import CSA, SLIDING, ModelConfig
+
+_Names = dict[str, tuple[str, ...]]
+
+_SWA: _Names = {
+    "q_down.weight": ("wq_a.weight",),
+    "q_norm.weight": ("q_norm.weight",),
+    "q_up.weight": ("wq_b.weight",),
+    "entry.weight": ("wkv.weight",),
+    "entry_norm.weight": ("kv_norm.weight",),
+    "out_down.weight": ("wo_a.weight",),
+    "out.weight": ("wo_b.weight",),
+    "sink": ("attn_sink",),
+}
+_COMPRESSOR: _Names = {
+    "compressor.value.weight": ("compressor.wkv.weight",),
+    "compressor.gate.weight": ("compressor.wgate.weight",),
+    "compressor.position_bias": ("compressor.ape",),
+    "compressor.norm.weight": ("compressor.norm.weight",),
+}
+_INDEXER: _Names = {"query.weight": ("wq_b.weight",), "weight.weight": ("weights_proj.weight",), **_COMPRESSOR}
+_MIXTURE = {"weight": "fn", "bias": "base", "scale": "scale"}
+BIAS = "ffn.gate.bias"
+TABLE = "tid2eid"  # the one tensor of whole numbers
+# what stays in fp32 whatever the file's dtype
+PRECISE = ("attn_sink", "compressor.ape", BIAS, *(f"_{part}" for part in _MIXTURE.values()))
+
+
+def table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Every tensor of a V4 model: our name -> the release's tensors it is made of, in row order."""
+    names: _Names = {"embed": ("embed.weight",), "norm.weight": ("norm.weight",)} | _merge("merge.", "hc_head")
+    if not config.tie_word_embeddings:
+        names["head.weight"] = ("head.weight",)
+    for layer in range(config.num_hidden_layers):
+        names |= _block(config, f"blocks.{layer}.", f"layers.{layer}.", layer)
+    return names
+
+
+def _block(config: ModelConfig, ours: str, theirs: str, layer: int) -> _Names:
+    kind = config.layer_type(layer)
+    names: _Names = {
+        "attention_norm.weight": ("attn_norm.weight",),
+        "feed_forward_norm.weight": ("ffn_norm.weight",),
+        **_merge("attention_mix.", "hc_attn"),
+        **_merge("feed_forward_mix.", "hc_ffn"),
+        **_under("attention.", "attn.", _SWA | ({} if kind == SLIDING else _COMPRESSOR)),
+        **(_under("attention.indexer.", "attn.indexer.", _INDEXER) if kind == CSA else {}),
+        "feed_forward.router.weight": ("ffn.gate.weight",),
+        **_swiglu("feed_forward.shared.", "ffn.shared_experts."),
+    }
+    is_hashed = layer < config.num_hash_layers
+    names["feed_forward.router." + ("table" if is_hashed else "bias")] = (f"ffn.gate.{TABLE if is_hashed else 'bias'}",)
+    experts = [f"ffn.experts.{e}." for e in range(config.n_routed_experts)]
+    names["feed_forward.gate_up"] = tuple(f"{expert}{part}.weight" for expert in experts for part in ("w1", "w3"))
+    names["feed_forward.down"] = tuple(f"{expert}w2.weight" for expert in experts)
+    return _under(ours, theirs, names)
+
+
+def _under(ours: str, theirs: str, names: _Names) -> _Names:
+    return {ours + name: tuple(theirs + part for part in parts) for name, parts in names.items()}
+
+
+def _merge(ours: str, theirs: str) -> _Names:
+    return {ours + name: (f"{theirs}_{part}",) for name, part in _MIXTURE.items()}
+
+
+def _swiglu(ours: str, theirs: str) -> _Names:
+    return _under(ours, theirs, {"gate_up.weight": ("w1.weight", "w3.weight"), "down.weight": ("w2.weight",)})
+
+
+# transformers' words -> the release's, in turn; an indexer's before its compressor's
+_WORDS = [
+    (r"^model\.", ""),
+    (r"^embed_tokens\.", "embed."),
+    (r"^lm_head\.", "head."),
+    (r"^hc_head\.hc_", "hc_head_"),
+    (r"\.(attn|ffn)_hc\.", r".hc_\1_"),
+    (r"\.input_layernorm\.", ".attn_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.mlp\.", ".ffn."),
+    (r"\.attn\.compressor\.indexer\.(scorer\.)?weights_proj\.", ".attn.indexer.weights_proj."),
+    (r"\.attn\.compressor\.indexer\.q_b_proj\.", ".attn.indexer.wq_b."),
+    (r"\.attn\.compressor\.indexer\.", ".attn.indexer.compressor."),
+    (r"\.compressor\.kv_norm\.", ".compressor.norm."),
+    (r"\.compressor\.position_bias$", ".compressor.ape"),
+    (r"\.attn\.norm\.", ".attn.kv_norm."),
+    (r"\.q_a_norm\.", ".q_norm."),
+    (r"\.(q|o)_(a|b)_proj\.", r".w\1_\2."),
+    (r"\.kv_proj\.", ".wkv."),
+    (r"\.attn(.*)\.gate_proj\.", r".attn\1.wgate."),
+    (r"\.attn\.sinks$", ".attn.attn_sink"),
+    (r"\.gate\.e_score_correction_bias$", ".gate.bias"),
+    (r"\.gate_proj\.", ".w1."),
+    (r"\.down_proj\.", ".w2."),
+    (r"\.up_proj\.", ".w3."),
+]
+
+
+def released(name: str) -> str:
+    """The release's name of a tensor, from any of the spellings."""
+    for words, instead in _WORDS:
+        name = re.sub(words, instead, name)
+    return name

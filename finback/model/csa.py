@@ -1,0 +1,77 @@
+"""Compressed sparse attention (CSA, V4 2.3.1): one entry for every 4 tokens, of which an indexer picks the few that are seen.
+
+Entries overlap: a token leaves two series of values and gates, one for the entry of its own window and one for the entry of
+the window that follows, so that an entry is a mixture of 8 tokens' values and stands at every 4th. The lightning indexer is
+that of V3.2 (dsa.py) with keys that are compressed in the same way, in entries of their own and narrower.
+
+Letters: those of hca.py, j head of the indexer, e index_head_dim.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from finback.kernels.documents import Mask
+from finback.model.config import ModelConfig
+from finback.model.dsa import Indexer, pick
+from finback.model.hca import CompressedWindows, Compressor, windowed, windows_of
+from finback.model.layers import Linear
+from finback.model.rope import rotate_last
+from finback.model.swa import SWA, Far
+
+
+class OverlappingCompressor(Compressor):
+    """Entries of two windows' tokens each, the first half of the channels being the earlier window's (V4 eq. 9-12)."""
+
+    series = 2
+
+    def slots(self, value: Tensor, gate: Tensor, windows: CompressedWindows) -> tuple[Tensor, Tensor]:
+        earlier = (windows.index - self.size).clamp(min=0)
+        biases = self.position_bias.to(gate.dtype).chunk(2, dim=-1)
+        values, gates = (x.chunk(2, dim=-1) for x in (value, gate))
+        both = torch.cat([windowed(values[0], earlier), windowed(values[1], windows.index)], dim=2)
+        before = (windowed(gates[0], earlier) + biases[0]).masked_fill(~windows.follows[..., None, None], float("-inf"))
+        return both, torch.cat([before, windowed(gates[1], windows.index) + biases[1]], dim=2)
+
+
+class CompressedIndexer(nn.Module):
+    """I[t, n] = Σ_j w[t, j] · ReLU(q[t, j] · k[n]) with compressed keys (V4 eq. 13-16), w scaled by (j e)^-1/2."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        assert c.q_lora_rank is not None, "of compressed attention"
+        self.query = Linear(c.q_lora_rank, c.index_n_heads * c.index_head_dim)
+        self.weight = Linear(c.hidden_size, c.index_n_heads)
+        self.compressor = OverlappingCompressor(config, c.compress_rate_csa, c.index_head_dim)
+
+    def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x (b, t, hidden) and the query latent (b, t, q_lora_rank) -> queries (b, t, j, e) and weights (b, t, j), fp32."""
+        c = self.config
+        query = self.query(q_latent).float().unflatten(-1, (c.index_n_heads, c.index_head_dim))
+        scale = (c.index_n_heads * c.index_head_dim) ** -0.5
+        return rotate_last(query, cos[:, :, None].float(), sin[:, :, None].float()), self.weight(x).float() * scale
+
+
+class CSA(SWA):
+    """A window, and the `index_topk` compressed entries that the indexer picks; all of them where they are no more."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.compressor = OverlappingCompressor(config, config.compress_rate_csa, config.head_dim)
+        self.indexer = CompressedIndexer(config)
+
+    def far(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Far:
+        windows = windows_of(mask, x.size(1), self.compressor.size, x.device)
+        entries, length = self.compressor(x, windows, cos, sin), x.size(1)
+        if entries.size(1) <= self.config.index_topk:  # nothing to choose
+            return entries, lambda part: windows.seen(mask, part, length)
+        with torch.no_grad():
+            query, weight = self.indexer.queries(x, q_latent, cos, sin)
+            keys = self.indexer.compressor(x, windows, cos, sin)
+
+        @torch.no_grad()
+        def seen(part: slice) -> Tensor:
+            scores = Indexer.scores(query[:, part], weight[:, part], keys)
+            return pick(scores, windows.seen(mask, part, length), self.config.index_topk)
+
+        return entries, seen

@@ -1,0 +1,105 @@
+"""Manifold-constrained hyper-connections (mHC, V4 2.2): a residual of several streams in the place of one.
+
+A token has n = hc_mult hidden states X (n, d), copies of its embedding at first. Of these a part F of a block reads a mixture
+A X, and every stream gets a share of what F makes of it:
+
+    X' = B X + C F(norm(A X))        A = σ(a), C = 2 σ(c), B doubly stochastic
+
+a, c and the logits of B are linear in the streams, normed together, plus a bias. B is what Sinkhorn's steps make of them:
+rows and columns that sum to 1, so that streams are exchanged and never grow. After the last block the streams are merged.
+
+Letters: b batch, t token, n stream, d hidden_size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finback.model.config import ModelConfig
+from finback.model.layers import OwnStart, UnweightedNorm, precise
+
+
+class HyperConnection(OwnStart):
+    """The mixtures of one part of a block, computed in fp32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        rows = c.hc_mult * (2 + c.hc_mult)
+        self.weight = precise(rows, c.hc_mult * c.hidden_size)
+        self.bias = precise(rows)
+        self.scale = precise(3)  # of a, c and B's logits
+        self.norm = UnweightedNorm(c.rms_norm_eps)
+
+    def start(self, generator: torch.Generator) -> None:
+        """Mixtures hardly depend on the streams at first."""
+        self.scale.fill_(0.01)
+
+    def forward(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """streams (b, t, n, d) -> what the part reads (b, t, d), and C (b, t, n) and B (b, t, n, n) for `add`."""
+        c, n = self.config, self.config.hc_mult
+        mixed = F.linear(self.norm(streams.flatten(2).float()), self.weight.float())
+        logits, biases = (x.split([n, n, n * n], dim=-1) for x in (mixed, self.bias.float()))
+        read, write, exchange = (s * x + y for s, x, y in zip(self.scale.float(), logits, biases, strict=True))
+        shares = read.sigmoid() + c.hc_eps
+        exchanged = sinkhorn(exchange.unflatten(-1, (n, n)), c.hc_sinkhorn_iters, c.hc_eps)
+        return merged(streams, shares), 2 * write.sigmoid(), exchanged
+
+    @staticmethod
+    def add(streams: Tensor, made: Tensor, shares: Tensor, exchanged: Tensor) -> Tensor:
+        """B X + C F: streams (b, t, n, d), what the part made (b, t, d), C and B of `forward` -> (b, t, n, d).
+
+        Row j of B says where stream j goes.
+        """
+        dtype = streams.dtype
+        return shares.to(dtype)[..., None] * made[..., None, :] + exchanged.to(dtype).transpose(-1, -2) @ streams
+
+
+def sinkhorn(logits: Tensor, steps: int, eps: float) -> Tensor:
+    """A doubly stochastic matrix from logits (..., n, n): rows and columns are divided by their sums in turn."""
+    matrix = logits.softmax(dim=-1) + eps
+    matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + eps)
+    for _ in range(steps - 1):
+        matrix = matrix / (matrix.sum(dim=-1, keepdim=True) + eps)
+        matrix = matrix / (matrix.sum(dim=-2, keepdim=True) + eps)
+    return matrix
+
+
+def merged(streams: Tensor, shares: Tensor) -> Tensor:
+    """Σ_n shares[n] · streams[n]: streams (b, t, n, d), shares (b, t, n) in fp32 -> (b, t, d)."""
+    return (shares[..., None] * streams).sum(dim=2).to(streams.dtype)
+
+
+class StreamMerge(OwnStart):
+    """Streams out of one hidden state, and one hidden state out of streams: Σ_k σ(s w_k · x + b_k) X_k."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.weight = precise(c.hc_mult, c.hc_mult * c.hidden_size)
+        self.bias = precise(c.hc_mult)
+        self.scale = precise(1)
+        self.norm = UnweightedNorm(c.rms_norm_eps)
+
+    def start(self, generator: torch.Generator) -> None:
+        """As HyperConnection's."""
+        self.scale.fill_(0.01)
+
+    def widen(self, x: Tensor) -> Tensor:
+        """x (b, t, d) -> (b, t, n, d)."""
+        return x[:, :, None].expand(-1, -1, self.config.hc_mult, -1)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """streams (b, t, n, d) -> (b, t, d)."""
+        mixed = F.linear(self.norm(streams.flatten(2).float()), self.weight.float())
+        return merged(streams, (self.scale.float() * mixed + self.bias.float()).sigmoid() + self.config.hc_eps)
+
+
+class OneStream(nn.Module):
+    """What stands in the place of a StreamMerge where the residual is a single hidden state."""
+
+    def widen(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

@@ -1,0 +1,101 @@
+"""What V4's three kinds of attention share (V4 2.3): a sliding window of entries that are key and value of all heads.
+
+Each token leaves one entry (head_dim numbers), a normed projection of its hidden state, rotated in its last dimensions. Queries
+come from a latent as in MLA and are normed per head. Softmax has one more term per head, a learnt sink, which takes weight and
+gives no value. As values are rotated too, the output is rotated back by the query's own position, so that what comes of an entry
+depends on its distance alone. Groups of heads are projected apart, then together.
+
+SWA is the plain kind, a layer with a window and nothing else; hca.py and csa.py add entries that stand for many tokens.
+
+Letters: b batch, t query, s entry, h head, c head_dim, n compressed entry.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from finback.kernels.attention import sink_attention
+from finback.kernels.documents import Mask, visible
+from finback.model.cache import LayerCache
+from finback.model.config import SLIDING, ModelConfig
+from finback.model.layers import GroupedLinear, Linear, OwnStart, RMSNorm, UnweightedNorm, precise
+from finback.model.rope import rotate_last, softmax_scale, unrotate_last
+
+SCORES = 2**24  # of all heads that are in memory at once
+
+# compressed entries (b, n, c), and which of them the queries of a part of the rows see, (b or 1, part, n)
+Far = tuple[Tensor, Callable[[slice], Tensor]]
+
+
+class SWA(OwnStart):
+    """Attention over the last `sliding_window` tokens, itself included."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        c = self.config = config
+        assert c.q_lora_rank is not None and c.sliding_window is not None, "of compressed attention"
+        self.window = c.sliding_window
+        # which half of each row of the rotary tables is this layer's
+        self.own = int(c.layer_type(layer) == SLIDING)
+        self.q_down = Linear(c.hidden_size, c.q_lora_rank)
+        self.q_norm = RMSNorm(c.q_lora_rank, c.rms_norm_eps)
+        self.q_up = Linear(c.q_lora_rank, c.num_attention_heads * c.head_dim)
+        self.query_norm = UnweightedNorm(c.rms_norm_eps)
+        self.entry = Linear(c.hidden_size, c.head_dim)
+        self.entry_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.out_down = GroupedLinear(
+            c.num_attention_heads * c.head_dim // c.o_groups, c.o_groups * c.o_lora_rank, c.o_groups
+        )
+        self.out = Linear(c.o_groups * c.o_lora_rank, c.hidden_size)
+        self.sink = precise(c.num_attention_heads)
+        self.scale = softmax_scale(config)
+
+    def start(self, generator: torch.Generator) -> None:
+        """Sinks as if one more key had a score of 0."""
+        self.sink.zero_()
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
+    ) -> Tensor:
+        """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, r) of the tokens' positions, both kinds of layers'.
+
+        attention_mask may say which tokens see which; by default all that stand before them.
+        """
+        assert cache is None, "compressed attention is not cached"
+        c = self.config
+        cos, sin = (table.chunk(2, dim=-1)[self.own].to(x.dtype) for table in (cos, sin))
+        q_latent = self.q_norm(self.q_down(x))
+        query = self.query_norm(self.q_up(q_latent).unflatten(-1, (c.num_attention_heads, c.head_dim)))
+        query = rotate_last(query, cos[:, :, None], sin[:, :, None]).transpose(1, 2)
+        entries = rotate_last(self.entry_norm(self.entry(x)), cos, sin)
+        far = self.far(x, q_latent, cos, sin, attention_mask)
+        read = self.attend(query, entries, far, attention_mask).transpose(1, 2)
+        read = unrotate_last(read, cos[:, :, None], sin[:, :, None])
+        return self.out(self.out_down(read.flatten(2).unflatten(-1, (c.o_groups, -1))))
+
+    def far(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Far:
+        """The entries beside the window's: here none. x (b, t, hidden), q_latent (b, t, q_lora_rank)."""
+        none = torch.ones(1, x.size(1), 0, dtype=torch.bool, device=x.device)
+        return x.new_empty(x.size(0), 0, self.config.head_dim), lambda part: none[:, part]
+
+    def attend(self, query: Tensor, entries: Tensor, far: Far, mask: Mask) -> Tensor:
+        """query (b, h, t, c) over the entries (b, t, c) of its window and the far ones -> (b, h, t, c)."""
+        length, read = query.size(2), []
+        compressed, seen_far = far
+        index = torch.arange(length, device=query.device)
+        for part in self.parts(query, compressed.size(1)):
+            near = slice(max(0, part.start + 1 - self.window), part.stop)
+            is_near = index[part, None] - index[near] < self.window
+            seen = visible(mask, part, length, query.device)[:, :, near] & is_near
+            rows = torch.cat([entries[:, near], compressed], dim=1)
+            both = torch.cat([seen.expand(len(query), -1, -1), seen_far(part).expand(len(query), -1, -1)], dim=2)
+            read.append(sink_attention(query[:, :, part], rows, self.sink, self.scale, both))
+        return torch.cat(read, dim=2)
+
+    def parts(self, query: Tensor, compressed: int) -> Iterator[slice]:
+        """Blocks of queries (b, h, t, c) whose scores fit SCORES, no longer than what they see beside themselves."""
+        rows, heads, length = query.shape[:3]
+        size = max(1, min(self.window + compressed, SCORES // (rows * heads * (2 * self.window + compressed))))
+        for start in range(0, length, size):
+            yield slice(start, min(start + size, length))

@@ -1,0 +1,242 @@
+"""DeepSeek-V4's parts: compressed entries, mHC, hash routing, clamps; its names and configs. Logits are held in test_checkpoint."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from finback.checkpoint import names
+from finback.checkpoint.audit import shapes
+from finback.checkpoint.export import export
+from finback.checkpoint.hf_config import model_config, raw_config
+from finback.checkpoint.models import load, load_audited, save
+from finback.checkpoint.v4_names import released
+from finback.config import UserError
+from finback.engine.engine import Engine
+from finback.kernels import moe_gemm, reference
+from finback.model.config import CSA, HCA, SLIDING, V4_FLASH, V4_PRO, ModelConfig, from_json, to_json
+from finback.model.count import parameters, router_biases
+from finback.model.frozen import freeze
+from finback.model.mhc import sinkhorn
+from finback.model.recompute import use_recompute
+from finback.model.rope_scaling import Yarn
+from finback.model.transformer import Transformer
+from finback.report.verify import verify
+from tests.toy import backward
+
+V4 = ModelConfig(
+    **{"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 24},
+    **{"attention": "compressed", "q_lora_rank": 20, "head_dim": 16, "qk_rope_head_dim": 8, "sliding_window": 5},
+    **{"layer_types": (CSA, SLIDING, HCA), "compress_rate_hca": 8, "o_groups": 2, "o_lora_rank": 8, "hc_mult": 4},
+    **{"index_topk": 3, "index_n_heads": 16, "index_head_dim": 16, "rope_theta": 4000.0, "local_rope_theta": 1000.0},
+    **{"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    **{"num_hash_layers": 1, "scoring_func": "sqrtsoftplus", "swiglu_limit": 1.0, "max_position_embeddings": 64},
+    initializer_range=0.15,
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    made = Transformer(V4).initialise(0)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in made.named_parameters():
+        if name.endswith(("sink", "position_bias", "mix.bias", "mix.scale", "merge.bias", "merge.scale")):
+            parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+    return made.eval()
+
+
+def tokens_of(rows: int, length: int) -> Tensor:
+    return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_documents_that_share_a_row_are_as_alone(model: Transformer) -> None:
+    """Windows, compressed entries and what an indexer picks are of a document; each is longer than every boundary, or tiny."""
+    tokens, cuts = tokens_of(2, 48), ((0, 13, 14, 48), (0, 31, 37, 48))
+    ids = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(c).diff()) for c in cuts])
+    together = model(tokens, document_ids=ids)
+    for row, ends in enumerate(cuts):
+        for start, stop in itertools.pairwise(ends):
+            alone = model(tokens[row : row + 1, start:stop])
+            assert (together[row, start:stop] - alone[0]).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_rows_in_blocks_of_queries_are_the_same(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tokens_of(2, 40)
+    whole = model(tokens)
+    monkeypatch.setattr("finback.model.swa.SCORES", 500)
+    assert (model(tokens) - whole).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_padding_and_later_tokens_count_for_nothing(model: Transformer) -> None:
+    tokens = tokens_of(1, 40)
+    for length in (1, 4, 5, 8, 9, 23):
+        assert (model(tokens)[:, :length] - model(tokens[:, :length])).abs().max() <= 1e-5
+
+
+def test_gradients_are_those_of_recomputed_blocks_and_reach_all_but_indexers() -> None:
+    tokens = tokens_of(2, 21)
+    plain, again = Transformer(V4).initialise(0).train(), use_recompute(Transformer(V4).initialise(0).train(), "block")
+    for one in (plain, again):
+        one.logits(one(tokens)).square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert (a.grad is None) == (".indexer." in name), name
+        assert a.grad is None or torch.equal(a.grad, b.grad), name
+    loads = [router.load for router in plain.routers()]
+    assert all(load.sum() == 2 * tokens.numel() for load in loads)
+    bias = plain.routers()[0].bias.clone()
+    for router in plain.routers():
+        router.update_bias(0.1)
+    assert torch.equal(plain.routers()[0].bias, bias) and plain.routers()[1].bias.any()  # the first goes by a table
+    assert all(not router.load.any() for router in plain.routers())
+
+
+def test_sinkhorn_by_hand_and_doubly_stochastic() -> None:
+    """One step over the logits (0, ln 3; 0, 0): rows (1/4, 3/4), (1/2, 1/2), then columns divided by 3/4 and 5/4."""
+    logits = torch.tensor([[0.0, 3.0], [1.0, 1.0]]).clamp(min=1).log()
+    found = sinkhorn(logits, 1, 0.0)
+    assert torch.allclose(found, torch.tensor([[1 / 3, 3 / 5], [2 / 3, 2 / 5]]))
+    many = sinkhorn(torch.randn(7, 4, 4, generator=torch.Generator().manual_seed(0)), 20, 1e-6)
+    assert (many.sum(-1) - 1).abs().max() < 1e-3 and (many.sum(-2) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("limit", [0.4, None])
+def test_clamped_experts_are_their_twin(limit: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, gate_up, down, weight = (
+        torch.randn(shape, generator=generator) for shape in ((40, 12), (5, 16, 12), (5, 12, 8), (40, 2))
+    )
+    index = torch.rand(40, 5, generator=generator).topk(2).indices
+    results = []
+    for form in (moe_gemm.routed_experts, reference.routed_experts):
+        inputs = [t.clone().requires_grad_() for t in (x, weight, gate_up, down)]
+        out = form(inputs[0], index, *inputs[1:], limit)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for ours, plain in zip(*results, strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_counts_are_those_of_the_model_and_of_the_releases() -> None:
+    with torch.device("meta"):
+        built = Transformer(V4)
+    assert parameters(V4) == sum(p.numel() for p in built.parameters())
+    found = [parameters(c) + router_biases(c) for c in (V4_FLASH, V4_PRO)]
+    assert found == [284_332_240_471, 1_572_997_201_763]
+    active = [parameters(c, active=True) for c in (V4_FLASH, V4_PRO)]
+    assert [round(n / 1e9, 2) for n in active] == [13.80, 49.78]
+
+
+@pytest.mark.parametrize("config", [V4, V4_FLASH, V4_PRO], ids=["toy", "flash", "pro"])
+def test_configs_come_back(config: ModelConfig) -> None:
+    raw = raw_config(config, "bfloat16")
+    assert model_config(raw) == config and from_json(to_json(config)) == config
+    theirs = transformers.DeepseekV4Config(**raw)
+    kinds = list(config.layer_types)
+    assert theirs.layer_types == kinds and theirs.rope_parameters["compress"]["rope_theta"] == config.rope_theta
+    assert theirs.rope_parameters["main"]["rope_theta"] == config.local_rope_theta
+    if config is not V4:
+        assert raw["compress_ratios"][-3:] == [4, 128, 4] and isinstance(config.rope_scaling, Yarn)
+    assert model_config(theirs.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"compress_ratios": [0, 4, 64]}, "compress_ratios"),
+        ({"compress_ratios": [0, 4]}, "compress_ratios"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ({"mlp_layer_types": ["moe", "hash_moe", "moe"]}, "mlp_layer_types"),
+        ({"scoring_func": "sigmoid"}, "scoring_func"),
+        ({"norm_topk_prob": False}, "norm_topk_prob"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"o_groups": 3}, "o_groups"),
+        ({"qk_rope_head_dim": 7}, "qk_rope_head_dim"),
+        ({"compress_rates": [4]}, "compress_rates"),
+        ({"index_topk": 0}, "index_topk"),
+    ],
+)
+def test_configs_that_are_not_v4s_are_refused(change: dict[str, Any], field: str) -> None:
+    raw = {k: v for k, v in raw_config(V4, "float32").items() if k not in change}
+    if "compress_ratios" in change:
+        del raw["layer_types"]
+    with pytest.raises(UserError, match=field):
+        model_config(raw | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"scoring_func": "sigmoid"}, "scoring_func"),
+        ({"hc_mult": 0}, "hc_mult"),
+        ({"swiglu_limit": None}, "swiglu_limit"),
+        ({"first_k_dense_replace": 1}, "first_k_dense_replace"),
+    ],
+)
+def test_parts_of_v4_go_together_in_other_ways_too(change: dict[str, Any], field: str) -> None:
+    """Such models compute; only a public format for them is missing."""
+    config = dataclasses.replace(V4, **change)
+    assert Transformer(config).initialise(0)(tokens_of(1, 9)).isfinite().all()
+    with pytest.raises(UserError, match=field):
+        raw_config(config, "float32")
+
+
+def test_mhc_and_hash_routing_with_latent_attention() -> None:
+    """Residual, attention and router are parts of their own."""
+    latent = {
+        "attention": "mla",
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "head_dim": 0,
+        "o_lora_rank": 0,
+    }
+    none = {"sliding_window": None, "layer_types": (), "local_rope_theta": None, "index_topk": 0, "o_groups": 1}
+    config = dataclasses.replace(V4, **latent, **none)
+    made = Transformer(config).initialise(0)
+    assert parameters(config) == sum(p.numel() for p in made.parameters())
+    assert backward(made, tokens_of(2, 9)).main.isfinite() and len(made.routers()) == 3
+    with pytest.raises(UserError, match="hc_mult"):
+        raw_config(config, "float32")
+
+
+def test_every_name_of_transformers_modules_is_the_releases() -> None:
+    raw = raw_config(dataclasses.replace(V4, num_hash_layers=2), "float32")
+    with torch.device("meta"):
+        theirs = transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(**raw))
+    found = {released(name): tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    wanted = {n: s for n, s in shapes(model_config(raw)).items() if ".experts." not in n}
+    assert {n: s for n, s in found.items() if ".experts." not in n} == wanted
+
+
+def test_files_of_every_spelling_and_a_card(model: Transformer, tmp_path: Path) -> None:
+    """Our own form, the release's, and what transformers makes of that; verify holds, fp32 stays fp32 in a bf16 folder."""
+    save(tmp_path, model)
+    export(load(tmp_path), tmp_path / "out", "fp32")
+    card = verify(tmp_path / "out")
+    assert card.holds, card.as_text()
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    theirs.save_pretrained(tmp_path / "theirs")
+    back, audit = load_audited(tmp_path / "theirs")
+    assert audit.holds and all(torch.equal(a, model.state_dict()[n]) for n, a in back.state_dict().items())
+    export(model, tmp_path / "short", "bf16")
+    short = load(tmp_path / "short", torch.bfloat16, "bf16")
+    assert short.merge.weight.dtype == torch.float32 and short.embed.dtype == torch.bfloat16
+    assert torch.equal(short.blocks[0].attention.sink, model.blocks[0].attention.sink)
+    assert torch.equal(short.blocks[0].feed_forward.router.table, model.blocks[0].feed_forward.router.table)
+    assert names.copies(V4) == {}
+
+
+def test_what_leaves_v4_out_says_so(model: Transformer, tmp_path: Path) -> None:
+    for refused in (lambda: Engine(model, ()), lambda: freeze(model, "fp32")):
+        with pytest.raises(UserError, match=r"model\.attention"):
+            refused()
+    with pytest.raises(UserError, match="format"):
+        export(model, tmp_path / "out", "fp8")
