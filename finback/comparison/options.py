@@ -18,7 +18,8 @@ class CompareOptions(Options):
     """Who is asked what, how, and at what price."""
 
     models: Annotated[
-        tuple[Path, ...], Argument(metavar="MODEL...", help="Runs, stages, Hugging Face folders, .gguf files.")
+        tuple[Path, ...],
+        Argument(metavar="MODEL...", help="Runs, stages, Hugging Face folders, .gguf files, org/model of the hub."),
     ] = ()
     tasks: Annotated[
         tuple[str, ...],

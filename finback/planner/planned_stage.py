@@ -9,9 +9,9 @@ from typing import Any
 from finback.model.config import ModelConfig, from_json
 from finback.model.rope_scaling import KINDS
 from finback.parallel.layout import Layout
-from finback.runs import adapters
+from finback.runs import adapters, hub_models
 from finback.runs.declaration import DECLARATION
-from finback.runs.files import is_checkpoint, read_json
+from finback.runs.files import is_checkpoint, is_gguf, read_json
 from finback.runs.recipe import Work
 
 # a model and its parts, by the names that config.json has for them
@@ -73,15 +73,19 @@ def _named(name: Any, earlier: dict[str, PlannedStage]) -> ModelConfig | None:
     if not isinstance(name, str):
         return None
     name = adapters.split(name)[0]
-    return earlier[name].model if name in earlier else _stored_model(Path(name))
+    return earlier[name].model if name in earlier else stored_model(Path(name))
 
 
-def _stored_model(path: Path) -> ModelConfig | None:
-    """The model of a finished stage or of a checkpoint in Hugging Face's form; None for what must be opened to know."""
+def stored_model(path: Path) -> ModelConfig | None:
+    """The model of a finished stage or of a checkpoint in Hugging Face's form; None for what must be opened to know.
+
+    Of the hub's models the config alone is fetched.
+    """
+    path = path if is_gguf(path) else hub_models.fetched(path, wanted=hub_models.CONFIGS)
     if (path / "model.json").is_file():
         return from_json(read_json(path / "model.json"))
     if adapters.is_adapter(path):
-        return _stored_model(adapters.places(path)[0])
+        return stored_model(adapters.places(path)[0])
     if path.is_dir() and is_checkpoint(path):
         from finback.checkpoint import hf_config
 

@@ -17,6 +17,7 @@ from finback.report.model_card import write_card
 from finback.report.options import ExportOptions
 from finback.runs.adapters import tokenizer_place
 from finback.runs.files import is_gguf
+from finback.runs.hub_models import model_name
 
 # no more memory than the result needs; FP8 that came in goes out as it is
 _WEIGHTS: dict[Format, WeightDtype] = {"fp32": "fp32", "bf16": "bf16", "fp8": "fp8"}
@@ -61,7 +62,7 @@ def _copy_tokenizer(place: Path, to: Path) -> None:
 
 def _public(source: Path) -> str:
     """A model by its name and its run's: a card goes out, and tells nobody where things lie here."""
-    return "/".join(source.resolve().parts[-2:]) if (source / "model.json").is_file() else source.resolve().name
+    return "/".join(source.resolve().parts[-2:]) if (source / "model.json").is_file() else model_name(source)
 
 
 def _settings(source: Path, tokenizer: Tokenizer | None, fmt: Format) -> dict[str, Any]:

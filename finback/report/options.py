@@ -8,6 +8,7 @@ import typer
 
 from finback.config import UserError
 from finback.options import Dtype, Options
+from finback.runs.hub_models import is_name, model_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,11 @@ class ChatOptions(Options):
     """Who is talked to, and how it answers; None leaves a field of SamplingParams to the model's own settings."""
 
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run, a stage's folder, a Hugging Face folder or a .gguf file.")
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run, a stage's folder, a Hugging Face folder, a .gguf file or org/model of the hub.",
+        ),
     ]
     temperature: Annotated[
         float | None, typer.Option(help="0 is greedy; default the model's own setting, else 0.7.")
@@ -41,7 +46,9 @@ class ChatOptions(Options):
 class VerifyOptions(Options):
     """What is checked, and against what."""
 
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder or a .gguf file.")]
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder, a .gguf file or org/model of the hub.")
+    ]
     against: Annotated[
         Path | None, typer.Option(metavar="FOLDER2", help="Compare logits with this checkpoint too.")
     ] = None
@@ -56,7 +63,8 @@ class VerifyOptions(Options):
     @property
     def card(self) -> Path:
         """Where the card goes."""
-        beside = self.folder / "VERIFICATION.md" if self.folder.is_dir() else Path(f"{self.folder}.VERIFICATION.md")
+        place = model_name(self.folder) if is_name(self.folder) else self.folder
+        beside = self.folder / "VERIFICATION.md" if self.folder.is_dir() else Path(f"{place}.VERIFICATION.md")
         return self.out or beside
 
 
@@ -65,7 +73,10 @@ class ExportOptions(Options):
     """Which model goes where, and in which format."""
 
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A run, a stage, a Hugging Face folder, a .gguf file or org/model of the hub."
+        ),
     ]
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder, or a new .gguf file.")]
     dtype: Annotated[

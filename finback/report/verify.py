@@ -29,6 +29,7 @@ from finback.model.count import parameters
 from finback.report import tokenizer_parity
 from finback.report.logit_parity import Finding, against_finback, against_transformers, shortage
 from finback.runs.files import is_gguf
+from finback.runs.hub_models import fetched
 
 
 @dataclass
@@ -78,6 +79,7 @@ class Card:
 
 def verify(path: Path, against: Path | None = None, max_kl: float = 1e-4) -> Card:
     """Check a Hugging Face folder or a GGUF file, with another checkpoint beside it when `against` is given."""
+    path, against = fetched(path), None if against is None else fetched(against)
     problem = "neither a Hugging Face folder nor a .gguf file"
     demand_checkpoint(path, "FOLDER", "Stages' models go out with `finback export`.", problem)
     weights, audit = examine(path)

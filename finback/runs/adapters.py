@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finback.config import UserError
 from finback.runs.files import RECIPE, read_object
+from finback.runs.hub_models import fetched, is_name
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 BASE = "base_model_name_or_path"
@@ -24,15 +25,17 @@ def split(name: str) -> tuple[str, str]:
 
 
 def places(path: Path) -> tuple[Path, Path | None]:
-    """Where the base of a model lies, and its adapter, None where it has none; UserError where one of them is missing."""
-    base, adapter = split(str(path))
-    if adapter:
-        if not is_adapter(Path(adapter)):
+    """Where the base of a model lies, and its adapter, None where it has none; UserError where one of them is missing.
+
+    What is named as the hub's is fetched, and nothing else: not the base that an adapter from there names.
+    """
+    name, own = split(str(path))
+    path = fetched(Path(name))
+    if own:
+        if not is_adapter(adapter := fetched(Path(own))):
             problem = f"no {CONFIG_FILE} there"
-            raise UserError(
-                "adapter", adapter, problem, "Name a folder that PEFT or a stage with an adapter has written."
-            )
-        return Path(base), Path(adapter)
+            raise UserError("adapter", own, problem, "Name a folder that PEFT or a stage with an adapter has written.")
+        return path, adapter
     return (_base_of(path), path) if is_adapter(path) else (path, None)
 
 
@@ -60,4 +63,7 @@ def _base_of(adapter: Path) -> Path:
         if name and (root / name).exists():
             return root / name
     problem = f"the base of {adapter} is not here" if name else f"{adapter} does not say what its base is"
-    raise UserError(BASE, name, problem, f"Name it: BASE+{adapter}")
+    remedy = f"Name it: BASE+{adapter}"
+    if name and is_name(Path(name)):
+        remedy = f"Name it, and it is fetched from the hub: {name}+{adapter}"
+    raise UserError(BASE, name, problem, remedy)

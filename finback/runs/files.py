@@ -12,6 +12,7 @@ from finback.config import UserError
 
 # of a run folder; folder.py says what each holds
 RECIPE, SUMMARY = "recipe.json", "summary.json"
+HUB = "hub"  # in recipe.json: the commits of models of the hub, by their names
 CONFIG, LEDGER, MANIFEST = "config.json", "ledger.jsonl", "manifest.json"
 LOCK, OWNER = ".lock", ".owner.json"  # locked while a recipe runs; who runs it
 METRICS, SAMPLES, ROUTER = "metrics.jsonl", "samples.jsonl", "router.jsonl"
@@ -84,8 +85,11 @@ def is_number(value: Any) -> bool:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file, by its name."""
-    return path.suffix.lower() == ".gguf"
+    """Whether a path is a GGUF file: by its ending, or where it has none, as in a cache of downloads, by how it begins."""
+    if path.suffix or not path.is_file():
+        return path.suffix.lower() == ".gguf"
+    with path.open("rb") as handle:
+        return handle.read(4) == b"GGUF"
 
 
 def is_checkpoint(path: Path) -> bool:

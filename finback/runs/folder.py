@@ -1,6 +1,6 @@
 """The run folder: what a stage reads of earlier ones, and all that a report reads.
 
-runs/<recipe>/recipe.json            which recipe and seed this folder belongs to
+runs/<recipe>/recipe.json            which recipe and seed this folder belongs to, and which commits of the hub's models
 runs/<recipe>/<stage>/config.json    the stage's knobs, resolved
                       metrics.jsonl  one line per logged step
                       samples.jsonl  every answer of every step of RL
@@ -24,9 +24,21 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from finback.config import UserError
-from finback.runs import adapters, provenance
+from finback.runs import adapters, hub_models, provenance
 from finback.runs.energy import CpuTime, Energy
-from finback.runs.files import LEDGER, MANIFEST, METRICS, ROUTER, SAMPLES, read_lines, write_json, write_lines
+from finback.runs.files import (
+    HUB,
+    LEDGER,
+    MANIFEST,
+    METRICS,
+    RECIPE,
+    ROUTER,
+    SAMPLES,
+    read_lines,
+    read_object,
+    write_json,
+    write_lines,
+)
 from finback.runs.ledger import FLOPS
 
 STEPPED = (METRICS, SAMPLES, ROUTER)  # files whose lines belong to steps
@@ -82,6 +94,7 @@ class StageRun:
         """The folder of an earlier stage, or what `start` names: a finished stage elsewhere, or a checkpoint.
 
         `base/average` is what lies within an earlier stage: another form of its model. Of base+adapter, both are looked up.
+        A model of the hub is that of the commit at which the run was begun.
         """
         base, adapter = adapters.split(start)
         if adapter:
@@ -90,7 +103,10 @@ class StageRun:
         inside = self.root / start
         if (self.root / stage / MANIFEST).is_file() and (not within or inside.is_dir()):
             return inside
-        return Path(start)
+        path = Path(start)
+        if not hub_models.is_name(path):
+            return path
+        return hub_models.fetched(path, read_object(self.root / RECIPE).get(HUB, {}).get(start, ""))
 
     def begin(self, recipe: Path | None, inputs: Iterable[str]) -> None:
         """Write down what works from now on, on what and from what; start reading the counters of energy."""

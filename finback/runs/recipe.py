@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from finback.config import UserError, as_json, check_fields, did_you_mean, override, parse
-from finback.runs import adapters, contents
+from finback.runs import adapters, contents, hub_models
 from finback.runs.declaration import DECLARATION, Declaration
-from finback.runs.files import CONFIG, MANIFEST, RECIPE, SUMMARY, is_checkpoint, read_object, write_json
+from finback.runs.files import CONFIG, HUB, MANIFEST, RECIPE, SUMMARY, is_checkpoint, read_object, write_json
 from finback.runs.folder import Interrupted, Ranks, StageRun
 from finback.runs.ledger import cost, spent
 
@@ -104,7 +104,7 @@ class Recipe:
         path = Path(start)
         if start.partition("/")[0] in earlier or (path / MANIFEST).is_file() or adapters.is_adapter(path):
             return
-        if path.exists() and is_checkpoint(path):
+        if (path.exists() and is_checkpoint(path)) or hub_models.is_name(path):
             return
         if start in later:
             problem = "is the stage itself" if start == stage else "comes later in the recipe"
@@ -211,12 +211,12 @@ def claim(recipe: Recipe, root: Path, seed: int) -> None:
     """Check that a run folder belongs to this recipe, seed and knobs, and say so in it if it is new.
 
     Finished and half-finished stages must have the knobs they have now: mixing two recipes' stages in one folder
-    would make every number in it a lie.
+    would make every number in it a lie. Models of the hub are fetched, and stay at the commits at which they are now.
     """
     marker = root / RECIPE
     mine = {"recipe": recipe.name, "seed": seed}
-    if marker.is_file():
-        theirs = read_object(marker)
+    theirs = read_object(marker) if marker.is_file() else {}
+    if theirs:
         for field, value in mine.items():
             if theirs.get(field) != value:
                 problem = f"belongs to {field} {theirs.get(field)!r}, this is {value!r}"
@@ -225,8 +225,22 @@ def claim(recipe: Recipe, root: Path, seed: int) -> None:
         raise UserError("runs", str(root), "holds stages of an unknown recipe", "Choose another folder with --runs.")
     for stage in recipe.stages:
         _check_knobs(stage, root / stage.name / CONFIG)
-    if not marker.is_file():
+    pins = theirs.get(HUB, {})
+    mine |= {HUB: pins | new} if (new := _commits(recipe, root, pins)) or pins else {}
+    if mine != theirs:
         write_json(marker, mine)
+
+
+def _commits(recipe: Recipe, root: Path, known: dict[str, str]) -> dict[str, str]:
+    """Where the hub's models that unfinished stages begin with stand, by name, without those that are known."""
+    stages = {stage.name for stage in recipe.stages}
+    waiting = [stage for stage in recipe.stages if not (root / stage.name / MANIFEST).is_file()]
+    starts = {start for stage in waiting for start in stage.inputs()}
+    found = {}
+    for start in sorted(starts - known.keys()):
+        if start.partition("/")[0] not in stages and hub_models.is_name(Path(start)):
+            found[start] = hub_models.commit(hub_models.fetched(Path(start)))
+    return found
 
 
 def _check_knobs(stage: Stage, path: Path) -> None:

@@ -12,6 +12,7 @@ from typer import Argument, Option
 from finback.config import UserError, check_not_negative, check_positive
 from finback.options import Dtype, Options
 from finback.runs.adapters import CONFIG_FILE, is_adapter
+from finback.runs.hub_models import fetched, model_name
 
 # where a response has the chain of thought: in reasoning_content, in reasoning, in both, in the content, or nowhere
 ReasoningField = Literal["both", "deepseek", "openrouter", "inline", "none"]
@@ -80,7 +81,10 @@ class WatchOptions(ListenOptions):
 class ServeOptions(ListenOptions):
     """What a server answers with, and how much it takes on."""
 
-    model: Annotated[Path, Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder or a .gguf file.")]
+    model: Annotated[
+        Path,
+        Argument(metavar="MODEL", help="A run, a stage, a Hugging Face folder, a .gguf file or org/model of the hub."),
+    ]
     port: Annotated[int, "Which port."] = 8000
     name: Annotated[str, "What requests call the model; default its folder."] = ""
     aliases: Annotated[tuple[str, ...], Option("--alias", help="Another name for it; repeatable.")] = ()
@@ -128,7 +132,7 @@ class ServeOptions(ListenOptions):
     stalled: float = 30.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "name", self.name or Path(self.model).resolve().name)
+        object.__setattr__(self, "name", self.name or model_name(Path(self.model)))
         super().__post_init__()
         check_positive(self, "--", "rows", "chunk", "tokens", "models_max")
         if self.models_dir is not None and not self.models_dir.is_dir():
@@ -151,7 +155,7 @@ class ServeOptions(ListenOptions):
     @property
     def others(self) -> dict[str, Path]:
         """The models beside the first by name."""
-        return {path.resolve().name: path for path in self.also}
+        return {model_name(path): path for path in self.also}
 
     @property
     def adapters(self) -> dict[str, Path]:
@@ -164,4 +168,4 @@ def _named(text: str) -> tuple[str, Path]:
     name, _, folder = text.partition("=")
     if not name or not folder:
         raise UserError("--adapter", text, "not NAME=FOLDER", "Write it as in --adapter sums=runs/lora/rl.")
-    return name, Path(folder)
+    return name, fetched(Path(folder))
