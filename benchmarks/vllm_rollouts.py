@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from replay import SUMS
 from replay import recipe as replayed
 
 import finback
@@ -30,9 +29,12 @@ from finback.rollouts.servers import Servers
 from finback.runs.recipe import Stage
 from finback.stages.evaluate import Evaluate, Exam
 from finback.stages.grpo import GRPO
+from finback.stages.prepare import Prepare
 from finback.stages.pretrain import Pretrain
+from finback.tasks.math import Chains
 
 PORT = 8017
+SUMS = Chains(2, 4)  # with three terms at most there are fewer sums than the exam asks
 MOST = 1e-3  # nats between trainer and vLLM, of any token, in fp32
 # attention of 32 + 32, which vLLM's CPU kernels have; MLA in absorbed form would want 512 + 64
 MODEL = dataclasses.replace(
@@ -66,7 +68,9 @@ ENVIRONMENT = {
 def learning(tokens: int) -> list[Stage]:
     """Until the two ways part: the text and the base of benchmarks/replay.py, of a model that vLLM has kernels for."""
     prepare, base, *_ = replayed
-    assert isinstance(base, Pretrain)
+    assert isinstance(prepare, Prepare) and isinstance(base, Pretrain)
+    text = dataclasses.replace(prepare.tasks[0], tasks=(SUMS,))
+    prepare = dataclasses.replace(prepare, tasks=(text,))
     return [prepare, dataclasses.replace(base, model=MODEL, max_tokens=tokens, decay_tokens=tokens // 6)]
 
 

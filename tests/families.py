@@ -204,7 +204,7 @@ def grouped(draw: st.DrawFn, family: str) -> Any:
             n_shared_experts=draw(st.integers(1, 2)),
             n_group=2,
             topk_group=draw(st.integers(1, 2)),
-            first_k_dense_replace=draw(st.integers(0, 2)),
+            first_k_dense_replace=draw(st.integers(0, min(2, layers - 1))),  # a mixture has experts somewhere
             routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
             num_mtp_layers=0,
         )
