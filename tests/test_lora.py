@@ -15,6 +15,7 @@ from finback.model.config import ModelConfig
 from finback.model.frozen import BaseFormat, base_dtype, freeze, unfreeze
 from finback.model.lora import (
     AdaptedTransformer,
+    DoraLinear,
     LoRA,
     LoraLinear,
     LoraMoE,
@@ -80,10 +81,14 @@ def backward(model: Transformer) -> None:
     backward_batch(model.train(), batch, batch.counts(0), mtp_weight=0.0)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_a_fresh_adapter_changes_nothing_and_a_learnt_one_is_the_merged_model(family: str) -> None:
+DORA = LoRA(rank=3, alpha=5.0, targets=("attention",), dora=True, base="fp32")
+
+
+@pytest.mark.parametrize(
+    ("family", "lora"), [*((f, LoRA(rank=3, alpha=5.0, base="fp32")) for f in CONFIGS), ("mla", DORA), ("gqa", DORA)]
+)
+def test_a_fresh_adapter_changes_nothing_and_a_learnt_one_is_the_merged_model(family: str, lora: LoRA) -> None:
     plain = logits(base_of(family))
-    lora = LoRA(rank=3, alpha=5.0, base="fp32")
     torch.testing.assert_close(logits(adapted(family, lora, learnt=False)), plain, atol=1e-5, rtol=0)
     model = adapted(family, lora)
     found = logits(model)
@@ -120,6 +125,27 @@ def test_gradients_are_those_of_the_merged_weights(family: str, form: BaseFormat
                     torch.testing.assert_close(found, wanted * 5 / 3, atol=1e-5, rtol=1e-4)
                 seen += 1
     assert seen == {"mla": 16, "lite": 14, "gqa": 10, "experts": 10, "post": 10}[family]
+
+
+def test_gradients_of_dora_by_hand() -> None:
+    """With n = |W + s B A| by row, which has no gradient, W' = m / n (W + s B A): dL/dm and dL/dB out of dL/dW'."""
+    model = adapted("gqa", dataclasses.replace(DORA, targets=("q_proj", "v_proj", "o_proj")))
+    for _, parameter in adapter_parameters(model):
+        parameter.data *= 1 + 0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(6))
+    plain = merge(copy.deepcopy(model), torch.float32)
+    for m in (model, plain):
+        backward(m)
+    for name in ("query", "key_value", "out"):
+        module, whole = (m.get_submodule(f"blocks.1.attention.{name}") for m in (model, plain))
+        assert isinstance(module, DoraLinear) and module.adapter.m is not None and isinstance(whole.weight, Tensor)
+        low, bare = module.adapter, LoraLinear.matrix(module, torch.float32).detach()
+        place = slice(len(bare) // 2, None) if name == "key_value" else slice(None)  # values alone
+        bare, grad = bare[place], whole.weight.grad[place] if whole.weight.grad is not None else torch.zeros(0)
+        norm = bare.norm(dim=1)
+        assert low.m is not None and low.m.grad is not None and low.b.grad is not None
+        torch.testing.assert_close(low.m.grad[0], (grad * bare).sum(1) / norm, atol=1e-5, rtol=1e-4)
+        wanted = 5 / 3 * (low.m[0] / norm)[:, None] * grad @ low.a[0].T
+        torch.testing.assert_close(low.b.grad[0], wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["bf16", "int8", "nf4"])
@@ -181,6 +207,8 @@ def test_what_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=text):
             LoRA(**wrong)
+    with pytest.raises(UserError, match=r"adapter\.dora = True: PEFT's files have it for attention alone.*targets="):
+        adapted("mla", LoRA(dora=True))
     with pytest.raises(UserError, match=r"has none of these parts.*down_proj.*q_proj"):
         adapted("gqa", LoRA(targets=("experts",)))
 

@@ -1,6 +1,7 @@
 """Adapters in PEFT's files: merged, exported, refused. What peft itself makes of them is in test_peft.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from finback.checkpoint import models, peft_export
 from finback.checkpoint.export import export
 from finback.config import UserError
+from finback.model.lora import adapter_parameters
 from finback.model.transformer import Transformer
-from tests.test_lora import adapted, base_of, logits
+from tests.test_lora import DORA, adapted, base_of, logits
 from tests.test_lora_stages import EXACT, FILES
 from tests.toy import finback
 
@@ -48,6 +50,20 @@ def test_adapters_are_merged_and_exported(folders: tuple[Path, Path], tmp_path: 
     assert {p.dtype for p in cut.parameters()} == {torch.bfloat16} and type(cut) is Transformer
 
 
+def test_dora_is_written_read_and_goes_on(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, folder = folders[0], tmp_path / "dora"
+    folder.mkdir()
+    model = adapted("mla", DORA)
+    model.base = str(base)
+    peft_export.save(folder, model)
+    torch.testing.assert_close(logits(models.load(folder).eval()), logits(model), atol=2e-5, rtol=0)
+    again = models.load_for_training(Path(f"{base}+{folder}"), DORA, torch.float32, 0)
+    for (name, a), (_, b) in zip(adapter_parameters(model), adapter_parameters(again), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(UserError, match=r"adapter = 'rank=3, .*dora=False'.*dora=True"):
+        models.load_for_training(folder, replace(DORA, dora=False), torch.float32, 0)
+
+
 def test_experts_one_by_one_are_the_fused_ones(folders: tuple[Path, Path]) -> None:
     """As older tools wrote them: gate, up and down of each expert with adapters of their own."""
     _, folder = folders
@@ -73,7 +89,8 @@ def test_experts_one_by_one_are_the_fused_ones(folders: tuple[Path, Path]) -> No
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        ({"use_dora": True}, "adapter use_dora = True: .* does more than LoRA. Merge it"),
+        ({"use_dora": True}, "lacks a lora_magnitude_vector, or it is of another size"),
+        ({"use_qalora": True}, "adapter use_qalora = True: .* does more than LoRA. Merge it"),
         ({"bias": "all"}, "adapter bias = 'all'"),
         ({"lora_bias": True}, "adapter lora_bias"),
         ({"modules_to_save": ["lm_head"]}, r"adapter modules_to_save = \['lm_head'\]"),

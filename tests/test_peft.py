@@ -60,6 +60,8 @@ def answered(model: AdaptedTransformer) -> dict[str, Tensor]:
         for name, a, b in peft_export.pairs(model):
             stem = f"{kind}.base_model.model.{name}"
             found |= {f"{stem}.lora_A.weight": a.clone(), f"{stem}.lora_B.weight": b.clone()}
+        for name, lengths in peft_export.row_lengths(model):
+            found[f"{kind}.base_model.model.{name}.lora_magnitude_vector.weight"] = lengths.clone()
         if kind == "grad":
             for name, p in adapter_parameters(model):
                 p.data = values[name]
@@ -78,6 +80,8 @@ CASES = {
     "gqa": ("gqa", LoRA(rank=3, alpha=5.0, base="fp32")),
     "attention alone": ("mla", LoRA(rank=3, alpha=5.0, base="fp32", targets=("attention",))),
     "experts alone": ("mla", LoRA(rank=3, alpha=5.0, base="fp32", targets=("experts",))),
+    "dora": ("gqa", LoRA(rank=3, alpha=5.0, base="fp32", dora=True)),
+    "dora of attention": ("mla", LoRA(rank=4, rs=True, base="fp32", dora=True, targets=("attention",))),
     "some": ("gqa", LoRA(rank=3, alpha=5.0, base="fp32", targets=("q_proj", "v_proj", "up_proj"))),
 }
 
@@ -109,6 +113,7 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
             "alpha_pattern": {"0.self_attn.v_proj": 3},
         },
     ),
+    "dora": ("gqa", {"r": 4, "lora_alpha": 8, "target_modules": ["k_proj", "v_proj", "up_proj"], "use_dora": True}),
     "fused experts": ("mla", {"r": 3, "lora_alpha": 5, "target_modules": ATTENTION, "target_parameters": FUSED}),
     "gate_up alone": ("mla", {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": FUSED[:1]}),
     "down alone": ("mla", {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": FUSED[1:]}),
@@ -130,11 +135,12 @@ def test_adapters_made_by_peft_compute_and_learn_the_same_here(tmp_path: Path) -
         print(name)
         start = Path(f"{case['base']}+{case['out']}")
         alpha = float(settings.get("lora_alpha", 8))
-        lora = LoRA(settings["r"], alpha, settings.get("use_rslora", False), base="fp32")
+        rs, dora = settings.get("use_rslora", False), settings.get("use_dora", False)
+        lora = LoRA(settings["r"], alpha, rs, dora=dora, base="fp32")
         model = models.load_for_training(start, lora, torch.float32, 0)
         assert isinstance(model, AdaptedTransformer)
         mine = answered(model)
         torch.testing.assert_close(mine["logits"], theirs["logits"], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(logits(models.load(start).eval()), theirs["logits"], atol=2e-5, rtol=1e-5)
-        if name in ("q and v", "all linear", "fused experts"):
+        if name in ("dora", "q and v", "all linear", "fused experts"):
             agree(mine, theirs)

@@ -37,6 +37,9 @@ def test_the_size_of_an_adapter_in_closed_form(family: str, targets: tuple[str, 
     model = adapted(family, LoRA(rank=3, targets=targets))
     built = sum(p.numel() for _, p in adapter_parameters(model))
     assert adapter_size(CONFIGS[family], 3, targets) == built
+    if targets == ("attention",):
+        long = adapted(family, LoRA(rank=3, targets=targets, dora=True))
+        assert adapter_size(CONFIGS[family], 3, targets, True) == sum(p.numel() for _, p in adapter_parameters(long))
 
 
 @pytest.mark.parametrize("base", ["bf16", "int8", "nf4"])

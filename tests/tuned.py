@@ -65,6 +65,7 @@ LEARNT = {
     ),
     "grpo replayed": Tuned(GRPO, {"routing_replay": True}),
     "lora sft": Tuned(SFT, {"adapter": EXACT, "bias_speed": 0.0}),
+    "dora sft": Tuned(SFT, {"adapter": replace(EXACT, dora=True, targets=("attention",)), "bias_speed": 0.0}),
     "lora distill": Tuned(Distill, {"adapter": EXACT}),
     "lora grpo": Tuned(GRPO, {"adapter": EXACT, "objective": Objective(beta=0.1), "bias_speed": 0.0}),
 }

@@ -25,13 +25,14 @@ from finback.model.lora import (
     GROUPS,
     AdaptedTransformer,
     LoRA,
-    LowRank,
     adapted,
     add_lora,
+    learn_lengths,
     matrices,
     put_on,
     put_on_experts,
 )
+from finback.model.low_rank import LowRank
 from finback.model.moe import MoE
 from finback.model.multi_lora import MultiLoraTransformer, put_adapters
 from finback.model.quantized import matrix_names
@@ -41,10 +42,10 @@ from finback.runs.adapters import CONFIG_FILE, WEIGHTS_FILE
 from finback.runs.files import read_object
 from finback.runs.hub_models import model_name
 
-PREFIX = "base_model.model."
+PREFIX, LENGTHS = "base_model.model.", "lora_magnitude_vector"
 # what changes a model otherwise than LoRA does, and its value where it does not
 REFUSED: dict[str, Any] = {
-    **{"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False},
+    **{"lora_bias": False, "bias": "none", "modules_to_save": None, "fan_in_fan_out": False},
     **{"use_qalora": False, "use_bdlora": None, "layer_replication": None, "trainable_token_indices": None},
     **{"alora_invocation_tokens": None, "arrow_config": None, "kasa_config": None},
 }
@@ -119,7 +120,8 @@ def read(folder: Path) -> StoredAdapter:
     base: BaseFormat = form if form in get_args(BaseFormat) else "fp32"  # type: ignore[assignment]
     targets = tuple(meta["targets"].split(",")) if "targets" in meta else GROUPS
     try:
-        lora = LoRA(int(raw["r"]), float(raw["lora_alpha"]), bool(raw.get("use_rslora")), targets, base)
+        rs, dora = bool(raw.get("use_rslora")), bool(raw.get("use_dora"))
+        lora = LoRA(int(raw["r"]), float(raw["lora_alpha"]), rs, targets, dora, base)
     except (KeyError, TypeError, ValueError) as error:
         problem = f"not LoRA's settings ({error})"
         raise UserError("adapter", str(folder / CONFIG_FILE), problem, "Copy it again.") from None
@@ -139,11 +141,9 @@ def put_adapter(
     else:
         stored = read(adapter)
         stored.check_base(base, base_digest)
-        has = stored.lora
-        if (has.rank, has.alpha, has.rs) != (lora.rank, lora.alpha, lora.rs):
-            problem = f"{adapter} has rank={has.rank}, alpha={has.alpha:g}, rs={has.rs}"
+        if stored.lora.shape != lora.shape:
             remedy = "Use the same to go on with it, or start from the merged model that `finback export` writes."
-            raise UserError("adapter", f"rank={lora.rank}, alpha={lora.alpha:g}, rs={lora.rs}", problem, remedy)
+            raise UserError("adapter", lora.shape, f"{adapter} has {stored.lora.shape}", remedy)
         found = attach(model, stored)
         found.lora = lora
     found.base, found.base_digest = str(base.resolve()), base_digest
@@ -178,6 +178,9 @@ def attach_all(model: Transformer, base: Path, digest: str, folders: Mapping[str
     for name, folder in folders.items():
         stored = read(folder)
         stored.check_base(base, digest)
+        if stored.lora.dora:
+            problem = f"{folder} is DoRA, and several at a time are plain LoRA"
+            raise UserError("adapter use_dora", True, problem, f"Serve {base}+{folder}, with --also if beside others.")
         with torch.device("meta"):
             bare = Transformer(model.config)
         found[name] = attach(bare, stored)
@@ -194,6 +197,11 @@ def _attach_linear(module: Linear, name: str, config: ModelConfig, stored: Store
     for i, (place, (a, b)) in enumerate(pairs.items()):
         its = theirs[place].removesuffix(".weight")
         _fill(adapter, i, a, b * stored.correction(its, len(a)), its, stored)
+    if stored.lora.dora:
+        lengths = [stored.tensors.pop(f"{PREFIX}{theirs[p].removesuffix('.weight')}.{LENGTHS}", None) for p in pairs]
+        if any(each is None or each.shape != adapter.b[0, :, 0].shape for each in lengths):
+            raise stored.wrong(name, f"lacks a {LENGTHS}, or it is of another size")
+        learn_lengths(module, adapter, torch.stack([each.float() for each in lengths if each is not None]))
 
 
 def _attach_experts(module: MoE, name: str, config: ModelConfig, stored: StoredAdapter) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from finback.checkpoint import names, store
-from finback.checkpoint.peft import PREFIX, experts_of
-from finback.model.lora import AdaptedTransformer, LoraLinear, LoraMoE, LowRank, matrices
+from finback.checkpoint.peft import LENGTHS, PREFIX, experts_of
+from finback.model.lora import AdaptedTransformer, LoraLinear, LoraMoE, matrices
+from finback.model.low_rank import LowRank
 from finback.model.moe import MoE
 from finback.runs import adapters
 from finback.runs.adapters import CONFIG_FILE, WEIGHTS_FILE
@@ -21,6 +22,7 @@ def save(folder: Path, model: AdaptedTransformer) -> None:
     tensors: dict[str, Tensor] = {}
     for name, a, b in pairs(model):
         tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+    tensors |= {f"{PREFIX}{name}.{LENGTHS}": lengths for name, lengths in row_lengths(model)}
     for name, adapter in targets.adapters:
         if adapter.a.size(1) != lora.rank:
             ranks[name] = adapter.a.size(1)
@@ -34,7 +36,7 @@ def save(folder: Path, model: AdaptedTransformer) -> None:
         "use_rslora": lora.rs,
         "lora_dropout": 0.0,
         "bias": "none",
-        "use_dora": False,
+        "use_dora": lora.dora,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
@@ -62,6 +64,15 @@ def pairs(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor, Tensor]]:
             for suffix, adapter in ((".base_layer", module.gate_up_adapter), ("", module.down_adapter)):
                 a, b = adapter.a.detach(), adapter.b.detach()
                 yield stem + suffix, a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
+def row_lengths(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's name of each matrix whose rows' lengths are learnt (DoRA), and these."""
+    table = names.table(model.config)
+    for name, module, _, _ in matrices(model):
+        if isinstance(module, LoraLinear) and module.adapter.m is not None:
+            for place, lengths in zip(module.adapter.places, module.adapter.m.detach(), strict=True):
+                yield table[f"{name}.weight"][place].removesuffix(".weight"), lengths
 
 
 class Targets:

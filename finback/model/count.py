@@ -114,11 +114,11 @@ def adaptable(c: ModelConfig, layer: int) -> list[tuple[str, str, int, int, int]
     return found
 
 
-def adapter_size(c: ModelConfig, rank: int, targets: Iterable[str]) -> int:
-    """Numbers that LoRA learns of a model's trunk."""
+def adapter_size(c: ModelConfig, rank: int, targets: Iterable[str], dora: bool = False) -> int:
+    """Numbers that LoRA learns of a model's trunk, or DoRA, which has the lengths of rows too."""
     chosen = set(targets)
     return sum(
-        rank * number * (rows + columns)
+        number * (rank * (rows + columns) + rows * dora)
         for layer in range(c.num_hidden_layers)
         for group, name, number, rows, columns in adaptable(c, layer)
         if group in chosen or name in chosen

@@ -13,15 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finback.config import UserError, check_fields, check_positive, did_you_mean
-from finback.kernels import frozen
 from finback.kernels.frozen import Product
-from finback.kernels.moe_gemm import Blocks
 from finback.model.frozen import BaseFormat, FrozenLinear, FrozenMoE, thaw, unfreeze
 from finback.model.layers import Linear
+from finback.model.low_rank import LowRank
 from finback.model.moe import MoE
 from finback.model.quantized import expert_matrix
 from finback.model.replace import recast
@@ -47,6 +45,8 @@ class LoRA:
     rs: bool = False
     # "attention", "mlp" (dense layers and shared experts), "experts" (the routed ones), or PEFT's names such as "q_proj"
     targets: tuple[str, ...] = GROUPS
+    # DoRA (arXiv 2402.09353): each row of W + s B A also learns its length
+    dora: bool = False
     # QLoRA: "nf4" takes 4.5 bits a weight, "int8" 8; "bf16" is exact where the files are
     base: BaseFormat = "bf16"
 
@@ -66,63 +66,14 @@ class LoRA:
         """What B A x is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.rs else self.rank)
 
+    @property
+    def shape(self) -> str:
+        """What two adapters have in common of which one goes on with the other."""
+        return f"rank={self.rank}, alpha={self.alpha:g}, rs={self.rs}, dora={self.dora}"
+
     def takes(self, group: str, name: str) -> bool:
         """Whether it is put on a matrix of this group, which PEFT calls so."""
         return group in self.targets or name in self.targets
-
-
-class LowRank(nn.Module):
-    """scale · B A for n matrices: a (n, rank, in), b (n, out, rank), in fp32 whatever the base is in.
-
-    Of a linear map that is made of `parts` equally high matrices these are the ones at `places`.
-    """
-
-    def __init__(
-        self, sizes: tuple[int, int], rank: int, scale: float, places: tuple[int, ...], parts: int, like: Tensor
-    ) -> None:
-        """sizes: (out, in) of one matrix. `like` says on which device; a base without values (meta) leaves it on the CPU."""
-        super().__init__()
-        n, device = len(places), "cpu" if like.is_meta else like.device
-        self.a = nn.Parameter(torch.zeros(n, rank, sizes[1], dtype=torch.float32, device=device))
-        self.b = nn.Parameter(torch.zeros(n, sizes[0], rank, dtype=torch.float32, device=device))
-        self.scale, self.is_on = scale, True
-        self.places, self.parts = places, parts
-
-    @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> None:
-        """A as PEFT draws it (Kaiming's uniform with a = sqrt(5): up to 1 / sqrt(in)), B zero."""
-        bound = 1 / math.sqrt(self.a.size(-1))
-        self.a.copy_(torch.empty(self.a.shape).uniform_(-bound, bound, generator=generator))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., parts · out)."""
-        n, rank, _ = self.a.shape
-        h = F.linear(x, self.a.flatten(0, 1).to(x.dtype))
-        if self.parts == 1:
-            return F.linear(h, self.b[0].to(x.dtype)) * self.scale
-        y = torch.einsum("...nr,nor->...no", h.unflatten(-1, (n, rank)), self.b.to(x.dtype)) * self.scale
-        return self._spread(y, -2).flatten(-2)
-
-    def per_expert(self, rows: Tensor, blocks: Blocks, held: slice) -> Tensor:
-        """rows (m, in) laid out by expert, those experts that are `held` here -> (m, out); matrix e is expert e's."""
-        low = frozen.learnt_per_expert(rows, self.a[held], blocks)
-        return frozen.learnt_per_expert(low, self.b[held], blocks) * self.scale
-
-    def of_expert(self, rows: Tensor, expert: int) -> Tensor:
-        """rows (m, in) of one expert -> (m, out)."""
-        return F.linear(F.linear(rows, self.a[expert].to(rows.dtype)), self.b[expert].to(rows.dtype)) * self.scale
-
-    def delta(self) -> Tensor:
-        """What is added to the weights, (parts, out, in) in fp32."""
-        return self._spread(torch.bmm(self.b, self.a) * self.scale, 0)
-
-    def _spread(self, made: Tensor, dim: int) -> Tensor:
-        """Zeros for the parts that have no adapter; `dim` counts those that have."""
-        if len(self.places) == self.parts:
-            return made
-        shape = list(made.shape)
-        shape[dim] = self.parts
-        return made.new_zeros(shape).index_copy(dim, torch.tensor(self.places, device=made.device), made)
 
 
 class LoraLinear(FrozenLinear):
@@ -139,6 +90,31 @@ class LoraLinear(FrozenLinear):
         if not self.adapter.is_on:
             return super().matrix(dtype)
         return (super().matrix(torch.float32) + self.adapter.delta().flatten(0, 1)).to(dtype)
+
+
+class DoraLinear(LoraLinear):
+    """Rows of W + s B A whose lengths m are learnt: y = m / |W + s B A| · (W x + s B A x); no gradient through |·| (DoRA, 4.3)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not self.adapter.is_on:
+            return y
+        bias = 0 if self.bias is None else self.bias.to(x.dtype)
+        return (y - bias) * self._stretch().to(x.dtype) + bias
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        if not self.adapter.is_on:
+            return super().matrix(dtype)
+        return (super().matrix(torch.float32) * self._stretch()[:, None]).to(dtype)
+
+    def _stretch(self) -> Tensor:
+        """By how much rows are longer than those of W + s B A, (out,); 1 where nothing is learnt."""
+        low = self.adapter
+        assert low.m is not None, "put on together"
+        with torch.no_grad():
+            norm = super().matrix(torch.float32).norm(dim=1).view(low.parts, -1)
+            places = torch.tensor(low.places, device=norm.device)
+        return low.spread(low.m / norm[places], 0, 1.0).flatten()
 
 
 class LoraMoE(FrozenMoE):
@@ -185,11 +161,16 @@ def add_lora(model: Transformer, lora: LoRA, seed: int = 0) -> AdaptedTransforme
         places = tuple(place for place, part in enumerate(parts) if lora.takes(group, part))
         if not places:
             continue
+        if lora.dora and group != "attention" and model.config.n_routed_experts:
+            problem = "PEFT's files have it for attention alone where a model has experts"
+            raise UserError("adapter.dora", True, problem, 'Use targets=("attention",), or leave it out.')
         made: tuple[LowRank, ...]
         if isinstance(module, MoE):
             made = put_on_experts(module, (lora.rank, lora.rank), lora.scale)
         else:
             made = (put_on(module, places, len(parts), lora.rank, lora.scale),)
+            if lora.dora:
+                learn_lengths(module, made[0])
         for adapter in made:
             adapter.draw(generator)
     if not adapter_parameters(model):
@@ -204,6 +185,17 @@ def put_on(module: Linear, places: tuple[int, ...], parts: int, rank: int, scale
     adapter = LowRank(size, rank, scale, places, parts, module.weight)
     recast(module, LoraLinear).adapter = adapter
     return adapter
+
+
+def learn_lengths(module: Linear, adapter: LowRank, lengths: Tensor | None = None) -> None:
+    """Have a linear map with an adapter learn the lengths (n, out) of its rows too; by default from those that they have."""
+    if lengths is None:
+        assert isinstance(module, LoraLinear), "put on before"
+        rows = super(LoraLinear, module).matrix(torch.float32).norm(dim=1)
+        whole = rows.full_tensor() if hasattr(rows, "full_tensor") else rows  # of a matrix that many ranks hold
+        lengths = whole.view(adapter.parts, -1)[torch.tensor(adapter.places, device=whole.device)]
+    adapter.m = nn.Parameter(lengths.detach().clone())
+    recast(module, DoraLinear)
 
 
 def put_on_experts(module: MoE, ranks: tuple[int, int], scale: float) -> tuple[LowRank, LowRank]:

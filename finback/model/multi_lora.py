@@ -17,7 +17,8 @@ from finback.kernels.frozen import Product
 from finback.kernels.moe_gemm import Blocks
 from finback.model.cache import LayerCache
 from finback.model.frozen import BaseFormat, FrozenMoE
-from finback.model.lora import AdaptedTransformer, LoraLinear, LoraMoE, LowRank, matrices
+from finback.model.lora import AdaptedTransformer, LoraLinear, LoraMoE, matrices
+from finback.model.low_rank import LowRank
 from finback.model.mla import MLA
 from finback.model.native import NativeMLA, use_native
 from finback.model.pack import product_of

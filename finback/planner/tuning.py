@@ -72,12 +72,14 @@ def memory(
     largest = max(rows * columns for *_, rows, columns in every)
     logits = ROWS * c.vocab_size * (4 + 2 * width)
     if adapter:
-        learnt, base = adapter_size(c, adapter["rank"], adapter["targets"]), adapter.get("base", "bf16")
+        base, dora = adapter.get("base", "bf16"), bool(adapter.get("dora"))
+        learnt = adapter_size(c, adapter["rank"], adapter["targets"], dora)
         plain = "fp32" if base == "fp32" else "bf16"  # embedding, head and norms
         weights = WIDTHS[base] * in_blocks + WIDTHS[plain] * (whole - in_blocks) + 4.0 * learnt
-        # a matrix in the dtype of the arithmetic, and on the way there in fp32; or the head in it
+        # a matrix in the dtype of the arithmetic, and on the way there in fp32; or the head in it; DoRA sums up W + s B A
         head = 0 if plain == precision else width * c.vocab_size * c.hidden_size
-        working: float = logits + max(0 if base == precision else (4 + width) * largest, head)
+        matrix = 12 * largest if dora else 0 if base == precision else (4 + width) * largest
+        working: float = logits + max(matrix, head)
     else:
         learnt, weights = whole, 4.0 * whole
         working = logits + 4.0 * c.vocab_size * c.hidden_size

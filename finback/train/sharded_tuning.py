@@ -23,6 +23,7 @@ from finback.model.frozen import BaseFormat, base_dtype, freeze
 from finback.model.logprobs import text_logprobs
 from finback.model.lora import (
     AdaptedTransformer,
+    DoraLinear,
     LoRA,
     LoraLinear,
     LoraMoE,
@@ -246,7 +247,7 @@ def _under(learnt: Transformer, whole: Transformer) -> AdaptedTransformer:
     assert isinstance(learnt, AdaptedTransformer), "a model with an adapter"
     for (_, module, _, _), (_, other, _, _) in zip(matrices(whole), matrices(learnt), strict=True):
         if isinstance(other, LoraLinear):
-            recast(module, LoraLinear).adapter = other.adapter
+            recast(module, DoraLinear if isinstance(other, DoraLinear) else LoraLinear).adapter = other.adapter
         elif isinstance(other, LoraMoE):
             experts = recast(module, LoraMoE)
             experts.gate_up_adapter, experts.down_adapter = other.gate_up_adapter, other.down_adapter

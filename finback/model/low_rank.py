@@ -1,0 +1,66 @@
+"""What an adapter adds to matrices: the product of two thin ones, of one matrix or of several that are stored as one."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finback.kernels import frozen
+from finback.kernels.moe_gemm import Blocks
+
+
+class LowRank(nn.Module):
+    """scale · B A for n matrices: a (n, rank, in), b (n, out, rank), in fp32 whatever the base is in.
+
+    Of a linear map that is made of `parts` equally high matrices these are the ones at `places`.
+    """
+
+    def __init__(
+        self, sizes: tuple[int, int], rank: int, scale: float, places: tuple[int, ...], parts: int, like: Tensor
+    ) -> None:
+        """sizes: (out, in) of one matrix. `like` says on which device; a base without values (meta) leaves it on the CPU."""
+        super().__init__()
+        n, device = len(places), "cpu" if like.is_meta else like.device
+        self.a = nn.Parameter(torch.zeros(n, rank, sizes[1], dtype=torch.float32, device=device))
+        self.b = nn.Parameter(torch.zeros(n, sizes[0], rank, dtype=torch.float32, device=device))
+        # DoRA's lengths of rows, (n, out)
+        self.m: nn.Parameter | None = None
+        self.scale, self.is_on = scale, True
+        self.places, self.parts = places, parts
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """A as PEFT draws it (Kaiming's uniform with a = sqrt(5): up to 1 / sqrt(in)), B zero."""
+        bound = 1 / math.sqrt(self.a.size(-1))
+        self.a.copy_(torch.empty(self.a.shape).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., parts · out)."""
+        n, rank, _ = self.a.shape
+        h = F.linear(x, self.a.flatten(0, 1).to(x.dtype))
+        if self.parts == 1:
+            return F.linear(h, self.b[0].to(x.dtype)) * self.scale
+        y = torch.einsum("...nr,nor->...no", h.unflatten(-1, (n, rank)), self.b.to(x.dtype)) * self.scale
+        return self.spread(y, -2).flatten(-2)
+
+    def per_expert(self, rows: Tensor, blocks: Blocks, held: slice) -> Tensor:
+        """rows (m, in) laid out by expert, those experts that are `held` here -> (m, out); matrix e is expert e's."""
+        low = frozen.learnt_per_expert(rows, self.a[held], blocks)
+        return frozen.learnt_per_expert(low, self.b[held], blocks) * self.scale
+
+    def of_expert(self, rows: Tensor, expert: int) -> Tensor:
+        """rows (m, in) of one expert -> (m, out)."""
+        return F.linear(F.linear(rows, self.a[expert].to(rows.dtype)), self.b[expert].to(rows.dtype)) * self.scale
+
+    def delta(self) -> Tensor:
+        """What is added to the weights, (parts, out, in) in fp32."""
+        return self.spread(torch.bmm(self.b, self.a) * self.scale, 0)
+
+    def spread(self, made: Tensor, dim: int, other: float = 0.0) -> Tensor:
+        """Zeros, or what `other` says, for the parts that have no adapter; `dim` counts those that have."""
+        if len(self.places) == self.parts:
+            return made
+        shape = list(made.shape)
+        shape[dim] = self.parts
+        return made.new_full(shape, other).index_copy(dim, torch.tensor(self.places, device=made.device), made)
