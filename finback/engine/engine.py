@@ -23,8 +23,9 @@ from finback.engine.runner import Runner
 from finback.engine.sampler import Sampler
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
-from finback.model.cache import PAGE, Pool
-from finback.model.config import ModelConfig, refuse_compressed
+from finback.model.cache import PAGE
+from finback.model.compressed_cache import pool_of
+from finback.model.config import ModelConfig
 from finback.model.multi_lora import MultiLoraTransformer
 from finback.model.native import use_native
 from finback.model.rope_scaling import LongRope
@@ -63,7 +64,6 @@ class Engine:
         config: EngineConfig = EngineConfig(),
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        refuse_compressed(model.config, "the engine")
         self.model, self.config, self.tokenizer = use_native(model), config, tokenizer
         self.stops = frozenset(token for token in stops if 0 <= token < model.config.vocab_size)
         self.speculation = Speculation() if config.speculate and len(model.mtp) else None
@@ -81,12 +81,12 @@ class Engine:
         self.pages = Pages(-(-tokens // PAGE), PAGE)
         drafts = self.speculation is not None
         routes = self.routing is not None
-        pool = Pool(model.config, self.pages.count + 1, model.compute, device, drafts=drafts, routes=routes)
+        rows, count = self.config.rows, self.pages.count + 1
+        pool = pool_of(model.config, count, rows, model.compute, device, drafts=drafts, routes=routes)
         # serving wants newcomers in at once, a large batch of prompts wants them read together
         patience = max(1, self.config.rows // 8) if self.config.tokens is None else 1
-        # under LongRoPE what is stored of a prefix depends on how much follows it
-        reuse = self.config.reuse and not isinstance(model.config.rope_scaling, LongRope)
-        self.scheduler = Scheduler(self.pages, self.config.rows, self.capacity + PAGE, reuse, patience)
+        reuse = self.config.reuse and pool.reusable
+        self.scheduler = Scheduler(self.pages, rows, self.capacity + PAGE, reuse, patience)
         chunk = self.config.chunk
         self.runner = Runner(model, self.scheduler, pool, self.sampler, chunk, self.speculation, self.routing)
         self.scheduler.on_preempt = self.runner.keep_routes
@@ -295,6 +295,6 @@ class Engine:
 def affordable(model: Transformer, parts: int) -> int:
     """Tokens of cache that one of so many equal parts of the free memory could hold."""
     config, device = model.config, model.embed.device
-    each = config.num_hidden_layers * config.cache_elements * model.compute.itemsize
+    each = pool_of(config, 1, 0, model.compute, torch.device("meta")).bytes_per_token
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(free / parts / each)
+    return int(free / parts / max(each, 1))  # V4's layers with a window alone keep nothing of a token far back

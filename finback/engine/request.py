@@ -110,6 +110,8 @@ class Prefix:
     pages: list[int]
     # (d,) the trunk's last state of the prompt's last token
     hidden: Tensor
+    # what the pool kept of the row beside its pages
+    line: list[Tensor]
 
 
 @dataclass(eq=False)

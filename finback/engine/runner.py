@@ -11,6 +11,7 @@ from finback.engine.sampler import Sampler, sample, top_logprobs
 from finback.engine.scheduler import Scheduler
 from finback.engine.speculate import Speculation
 from finback.model.cache import PAGE, Cache, Pool
+from finback.model.compressed_cache import CompressedCache, CompressedPool
 from finback.model.multi_lora import adapters_of_rows
 from finback.model.routing import Routing
 from finback.model.transformer import Transformer
@@ -65,7 +66,7 @@ class Runner:
         """Keep what followers begin with of those requests that have read their prompts just now, with their states (d,)."""
         for r, state in read:
             if r.followers and not r.tokens:
-                self.scheduler.lead(r, state.clone())
+                self.scheduler.lead(r, state.clone(), self.pool.line(r.slot))
 
     def begin_forked(self) -> list[Request]:
         """First tokens for the requests whose prompts others have read for them; these requests."""
@@ -74,6 +75,8 @@ class Runner:
             return []
         rows = [r for r, _ in forked]
         self.pool.copy([p.pages[-1] for _, p in forked], [r.pages[len(p.pages) - 1] for r, p in forked])
+        for r, prefix in forked:
+            self.pool.continue_from(r.slot, prefix.line)
         known = list(dict.fromkeys(p for _, p in forked))
         hidden = torch.stack([p.hidden for p in known])
         each = torch.tensor([known.index(p) for _, p in forked], device=hidden.device)
@@ -190,6 +193,8 @@ class Runner:
     ) -> Cache:
         used = -(-(max(lengths) + new) // PAGE)
         table = self.scheduler.table[[r.slot for r in rows], :used].to(self.model.embed.device)
+        if isinstance(self.pool, CompressedPool):
+            return CompressedCache(self.pool, table, lengths, new, counts, [r.slot for r in rows])
         return Cache(self.pool, table, lengths, new, counts, starts, [r.length for r in rows])
 
     def _draft(self, rows: list[Request], hidden: Tensor, starts: list[int], counts: list[int]) -> None:

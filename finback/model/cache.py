@@ -13,6 +13,7 @@ from torch import Tensor
 from finback.kernels import decode, native, reference
 from finback.kernels.decode import PagedRows
 from finback.model.config import ModelConfig
+from finback.model.rope_scaling import LongRope
 
 PAGE = 16  # tokens; what requests share is shared in such units
 FEW = 8  # new tokens per row up to which pages are read in place rather than gathered for one large product
@@ -35,6 +36,8 @@ class Pool:
         routes: bool = False,
     ) -> None:
         layers, self.size = config.num_hidden_layers + drafts, PAGE
+        # under LongRoPE what is stored of a prefix depends on how much follows it
+        self.reusable = not isinstance(config.rope_scaling, LongRope)
         # the system hands out the memory as it is touched, so a large pool costs nothing until it is used
         self.data = torch.zeros(layers, pages * self.size, config.cache_elements, dtype=dtype, device=device)
         # (pages · size, layers, k), 0 in dense layers
@@ -53,6 +56,13 @@ class Pool:
         if self.routes is not None:
             routes = self.routes.unflatten(0, (-1, self.size))
             routes[target] = routes[source]
+
+    def line(self, row: int) -> list[Tensor]:
+        """A copy of what is kept of a running row beside its pages, for `continue_from`: here nothing."""
+        return []
+
+    def continue_from(self, row: int, line: list[Tensor]) -> None:
+        """Give a row what another had beside its pages."""
 
     @property
     def bytes_per_token(self) -> int:

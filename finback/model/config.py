@@ -222,7 +222,10 @@ class ModelConfig:
 
     @property
     def cache_elements(self) -> int:
-        """Cached numbers per token and layer: latent + rotary key for MLA (V2 2.1.4), and DSA's key; keys + values for GQA."""
+        """Cached numbers per token and layer: latent + rotary key for MLA (V2 2.1.4), and DSA's key; keys + values for GQA.
+
+        None for compressed attention, whose layers differ: see compressed_cache.py.
+        """
         if self.attention == "mla":
             indexed = self.index_head_dim if self.index_topk else 0
             return self.kv_lora_rank + self.qk_rope_head_dim + indexed

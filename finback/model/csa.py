@@ -10,13 +10,13 @@ Letters: those of hca.py, j head of the indexer, e index_head_dim.
 import torch
 from torch import Tensor, nn
 
-from finback.kernels.documents import Mask
 from finback.model.config import ModelConfig
 from finback.model.dsa import Indexer, pick
-from finback.model.hca import CompressedWindows, Compressor, windowed, windows_of
+from finback.model.hca import HCA, Compressor
 from finback.model.layers import Linear
 from finback.model.rope import rotate_last
-from finback.model.swa import SWA, Far
+from finback.model.swa import Far, Seen
+from finback.model.windows import CompressedWindows, windowed
 
 
 class OverlappingCompressor(Compressor):
@@ -52,26 +52,41 @@ class CompressedIndexer(nn.Module):
         return rotate_last(query, cos[:, :, None].float(), sin[:, :, None].float()), self.weight(x).float() * scale
 
 
-class CSA(SWA):
-    """A window, and the `index_topk` compressed entries that the indexer picks; all of them where they are no more."""
+class CSA(HCA):
+    """A window, and the `index_topk` compressed entries that the indexer picks; all of them where they are no more.
+
+    What is kept of a window is [entry | the indexer's key].
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.compressor = OverlappingCompressor(config, config.compress_rate_csa, config.head_dim)
         self.indexer = CompressedIndexer(config)
 
-    def far(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Far:
-        windows = windows_of(mask, x.size(1), self.compressor.size, x.device)
-        entries, length = self.compressor(x, windows, cos, sin), x.size(1)
-        if entries.size(1) <= self.config.index_topk:  # nothing to choose
-            return entries, lambda part: windows.seen(mask, part, length)
+    def make_compressor(self, config: ModelConfig) -> Compressor:
+        return OverlappingCompressor(config, config.compress_rate_csa, config.head_dim)
+
+    def record(self, x: Tensor) -> Tensor:
         with torch.no_grad():
-            query, weight = self.indexer.queries(x, q_latent, cos, sin)
-            keys = self.indexer.compressor(x, windows, cos, sin)
+            key = self.indexer.compressor.record(x)
+        return torch.cat([self.compressor.record(x), key], dim=-1)
+
+    def entries_of(self, record: Tensor, windows: CompressedWindows) -> Tensor:
+        c = self.config
+        left, keys, angles = record.split([4 * c.head_dim, 4 * c.index_head_dim, c.rope_dim], dim=-1)
+        with torch.no_grad():
+            key = self.indexer.compressor(keys, angles, windows)
+        return torch.cat([self.compressor(left, angles, windows), key], dim=-1)
+
+    def choose(self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], entries: Tensor, seen: Seen) -> Far:
+        entries, keys = entries.split([self.config.head_dim, self.config.index_head_dim], dim=-1)
+        if entries.size(1) <= self.config.index_topk:  # nothing to choose
+            return entries, seen
+        with torch.no_grad():
+            query, weight = self.indexer.queries(x, q_latent, *angles)
 
         @torch.no_grad()
-        def seen(part: slice) -> Tensor:
+        def picked(part: slice) -> Tensor:
             scores = Indexer.scores(query[:, part], weight[:, part], keys)
-            return pick(scores, windows.seen(mask, part, length), self.config.index_topk)
+            return pick(scores, seen(part), self.config.index_topk)
 
-        return entries, seen
+        return entries, picked

@@ -18,14 +18,17 @@ from torch import Tensor
 from finback.kernels.attention import sink_attention
 from finback.kernels.documents import Mask, visible
 from finback.model.cache import LayerCache
+from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import SLIDING, ModelConfig
 from finback.model.layers import GroupedLinear, Linear, OwnStart, RMSNorm, UnweightedNorm, precise
 from finback.model.rope import rotate_last, softmax_scale, unrotate_last
 
 SCORES = 2**24  # of all heads that are in memory at once
 
-# compressed entries (b, n, c), and which of them the queries of a part of the rows see, (b or 1, part, n)
-Far = tuple[Tensor, Callable[[slice], Tensor]]
+# (b or 1, part, entries) True for the entries that the queries of a part of the rows may see
+Seen = Callable[[slice], Tensor]
+# compressed entries (b, n, c), and which of them are seen
+Far = tuple[Tensor, Seen]
 
 
 class SWA(OwnStart):
@@ -60,35 +63,48 @@ class SWA(OwnStart):
     ) -> Tensor:
         """x (b, t, hidden) -> (b, t, hidden); cos and sin (b or 1, t, r) of the tokens' positions, both kinds of layers'.
 
-        attention_mask may say which tokens see which; by default all that stand before them.
+        With a cache the new tokens continue what it holds. Without one, attention_mask may say which tokens see which; by
+        default all that stand before them.
         """
-        assert cache is None, "compressed attention is not cached"
-        c = self.config
+        assert cache is None or isinstance(cache, CompressedLayer), "compressed attention has a cache of its own"
+        c, new = self.config, x.size(1)
         cos, sin = (table.chunk(2, dim=-1)[self.own].to(x.dtype) for table in (cos, sin))
         q_latent = self.q_norm(self.q_down(x))
         query = self.query_norm(self.q_up(q_latent).unflatten(-1, (c.num_attention_heads, c.head_dim)))
         query = rotate_last(query, cos[:, :, None], sin[:, :, None]).transpose(1, 2)
         entries = rotate_last(self.entry_norm(self.entry(x)), cos, sin)
-        far = self.far(x, q_latent, cos, sin, attention_mask)
-        read = self.attend(query, entries, far, attention_mask).transpose(1, 2)
+        far = self.far(x, q_latent, (cos, sin), attention_mask, cache)
+        if cache is None:
+            near: Seen = lambda part: visible(attention_mask, part, new, x.device)  # noqa: E731
+        else:
+            entries, near = cache.window.extended(entries), lambda part: cache.near(part, new)
+        read = self.attend(query, entries, near, far).transpose(1, 2)
         read = unrotate_last(read, cos[:, :, None], sin[:, :, None])
         return self.out(self.out_down(read.flatten(2).unflatten(-1, (c.o_groups, -1))))
 
-    def far(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Far:
-        """The entries beside the window's: here none. x (b, t, hidden), q_latent (b, t, q_lora_rank)."""
+    def far(
+        self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], mask: Mask, cache: CompressedLayer | None
+    ) -> Far:
+        """The entries beside the window's: here none.
+
+        x (b, t, hidden), q_latent (b, t, q_lora_rank), angles: cos and sin (b or 1, t, r / 2).
+        """
         none = torch.ones(1, x.size(1), 0, dtype=torch.bool, device=x.device)
         return x.new_empty(x.size(0), 0, self.config.head_dim), lambda part: none[:, part]
 
-    def attend(self, query: Tensor, entries: Tensor, far: Far, mask: Mask) -> Tensor:
-        """query (b, h, t, c) over the entries (b, t, c) of its window and the far ones -> (b, h, t, c)."""
-        length, read = query.size(2), []
+    def attend(self, query: Tensor, entries: Tensor, near: Seen, far: Far) -> Tensor:
+        """query (b, h, t, c) over the entries (b, s, c) of its window, the last t being its tokens' own, and far ones.
+
+        -> (b, h, t, c).
+        """
+        before, read = entries.size(1) - query.size(2), []
         compressed, seen_far = far
-        index = torch.arange(length, device=query.device)
+        index = torch.arange(entries.size(1), device=query.device)
         for part in self.parts(query, compressed.size(1)):
-            near = slice(max(0, part.start + 1 - self.window), part.stop)
-            is_near = index[part, None] - index[near] < self.window
-            seen = visible(mask, part, length, query.device)[:, :, near] & is_near
-            rows = torch.cat([entries[:, near], compressed], dim=1)
+            window = slice(max(0, before + part.start + 1 - self.window), before + part.stop)
+            is_near = index[before:][part, None] - index[window] < self.window
+            seen = near(part)[:, :, window] & is_near
+            rows = torch.cat([entries[:, window], compressed], dim=1)
             both = torch.cat([seen.expand(len(query), -1, -1), seen_far(part).expand(len(query), -1, -1)], dim=2)
             read.append(sink_attention(query[:, :, part], rows, self.sink, self.scale, both))
         return torch.cat(read, dim=2)

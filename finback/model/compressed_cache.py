@@ -1,0 +1,175 @@
+"""What decoding keeps of past tokens for V4: the last ones of each row whole, and of all others compressed entries.
+
+A running row has a line of rings, one of its window's entries and one of what windows that are not complete are made of, which
+take the same room however long the row gets. Compressed entries lie in pages of the pool, in the page of their window's last token,
+so that what is kept of a token far back is its share of an entry. A row's line is not shared: who begins behind another's prompt
+takes a copy of it.
+
+Letters: b row, t new token, w width, n compressed entry.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finback.model.cache import PAGE, Cache, LayerCache, Pool
+from finback.model.config import CSA, SLIDING, ModelConfig
+from finback.model.windows import CompressedWindows
+
+
+def kept_per_layer(config: ModelConfig, layer: int) -> tuple[int, int, int, int]:
+    """Of a layer: tokens of an entry (0: none), its width, tokens whose records are kept, and their width."""
+    kind = config.layer_type(layer)
+    if kind == SLIDING:
+        return 0, 0, 0, 0
+    if kind != CSA:
+        rate, width = config.compress_rate_hca, config.head_dim
+        return rate, width, rate, 2 * width + config.rope_dim
+    rate, width = config.compress_rate_csa, config.head_dim + config.index_head_dim
+    return rate, width, 2 * rate, 4 * width + config.rope_dim
+
+
+class CompressedPool(Pool):
+    """Rings for `rows` rows and pages of compressed entries, layer by layer."""
+
+    def __init__(
+        self, config: ModelConfig, pages: int, rows: int, dtype: torch.dtype, device: torch.device, routes: bool = False
+    ) -> None:
+        super().__init__(config, pages, dtype, device, routes=routes)
+        assert config.sliding_window is not None, "of compressed attention"
+        self.reusable = False  # rings are of running rows alone
+        self.rates, self.windows, self.records, self.far = [], [], [], []
+        for layer in range(config.num_hidden_layers):
+            rate, width, kept, record = kept_per_layer(config, layer)
+            self.rates.append(rate)
+            self.windows.append(torch.zeros(rows, config.sliding_window, config.head_dim, dtype=dtype, device=device))
+            self.records.append(torch.zeros(rows, kept, record, dtype=dtype, device=device))
+            per_page = -(-PAGE // rate) if rate else 0
+            self.far.append(torch.zeros(pages, per_page, width, dtype=dtype, device=device))
+
+    def copy(self, pages: Sequence[int], to: Sequence[int]) -> None:
+        """Write what stands in some pages to others."""
+        super().copy(pages, to)
+        source, target = (torch.tensor(list(numbers), device=self.data.device) for numbers in (pages, to))
+        for entries in self.far:
+            entries[target] = entries[source]
+
+    def line(self, row: int) -> list[Tensor]:
+        return [ring[row].clone() for ring in (*self.windows, *self.records)]
+
+    def continue_from(self, row: int, line: list[Tensor]) -> None:
+        for ring, kept in zip((*self.windows, *self.records), line, strict=True):
+            ring[row] = kept
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of compressed entries that one token accounts for over all layers, rings not counted."""
+        return sum(entries[0].numel() * entries.element_size() for entries in self.far) // PAGE
+
+
+def pool_of(config: ModelConfig, pages: int, rows: int, dtype: torch.dtype, device: torch.device, **more: bool) -> Pool:
+    """The pool that a config's attention needs, for `rows` running rows; drafts and routes as for Pool."""
+    if config.attention != "compressed":
+        return Pool(config, pages, dtype, device, **more)
+    assert not more.pop("drafts", False), "V4 drafts nothing"
+    return CompressedPool(config, pages, rows, dtype, device, **more)
+
+
+class CompressedCache(Cache):
+    """A Cache of a CompressedPool; `lines` (rows,) are the rows' places in its rings."""
+
+    pool: CompressedPool
+
+    def __init__(
+        self,
+        pool: CompressedPool,
+        table: Tensor,
+        lengths: Sequence[int],
+        new: int,
+        counts: Sequence[int] | None = None,
+        lines: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(pool, table, lengths, new, counts)
+        self.lines = torch.tensor(lines or list(range(len(lengths))), device=table.device)
+        self.counts = torch.tensor(counts or [new] * len(lengths), device=table.device)
+
+    def layer(self, index: int) -> "CompressedLayer":
+        """The view of one layer."""
+        pool, far = self.pool, self.pool.far[index].flatten(0, 1)
+        rows = far, self.slots, self.table, self.lengths, None, pool.size, self.fresh, self.few, False
+        window, records = (
+            Ring(ring[index], self.lines, self.lengths, self.counts) for ring in (pool.windows, pool.records)
+        )
+        return CompressedLayer(*rows, window, records, pool.rates[index], self.counts)
+
+
+@dataclass
+class Ring:
+    """The last tokens of rows, token p at p modulo the ring's size."""
+
+    # (lines, size, w)
+    store: Tensor
+    # (b,), where each row's are
+    lines: Tensor
+    # (b,), tokens before this pass, and new ones
+    lengths: Tensor
+    counts: Tensor
+
+    def extended(self, new: Tensor) -> Tensor:
+        """The last tokens in order and the new ones behind them, new (b, t, w) -> (b, size + t, w); the new ones are kept.
+
+        Where a row had fewer tokens, what stands before them is not its own.
+        """
+        size = self.store.size(1)
+        place = (self.lengths[:, None] - size + torch.arange(size, device=new.device)) % size
+        known = self.store[self.lines[:, None], place].to(new.dtype)
+        index = torch.arange(new.size(1), device=new.device)
+        kept = (index < self.counts[:, None]) & (index >= self.counts[:, None] - size)
+        row, token = kept.nonzero(as_tuple=True)
+        self.store[self.lines[row], (self.lengths[row] + token) % size] = new[row, token].to(self.store.dtype)
+        return torch.cat([known, new], dim=1)
+
+
+@dataclass
+class CompressedLayer(LayerCache):
+    """One layer of a CompressedCache; `entries` (slots, w) are compressed ones, `rate` tokens each."""
+
+    window: Ring
+    records: Ring
+    rate: int
+    counts: Tensor
+
+    def near(self, part: slice, new: int) -> Tensor:
+        """(b, part, size + new) True for the tokens before and among the new ones that a query may see, windows apart."""
+        size, device = self.window.store.size(1), self.lengths.device
+        index = torch.arange(size + new, device=device)
+        is_own = index >= size - self.lengths[:, None]
+        return is_own[:, None] & (index <= size + torch.arange(new, device=device)[part, None])
+
+    def compress(self, record: Tensor, entries_of: Callable[[Tensor, CompressedWindows], Tensor]) -> Tensor:
+        """All entries of the rows (b, n, w), those of windows that the new tokens' records (b, t, r) complete included."""
+        rows, device = self.records.extended(record), record.device
+        first, after = self.lengths // self.rate, (self.lengths + self.counts) // self.rate
+        number = first[:, None] + torch.arange(record.size(1) // self.rate + 1, device=device)
+        real = number < after[:, None]
+        start = (number * self.rate - self.lengths[:, None] + self.records.store.size(1)).clamp(min=0)
+        index = (start[:, :, None] + torch.arange(self.rate, device=device)).clamp(max=rows.size(1) - 1)
+        made = entries_of(rows, CompressedWindows(index, real, number > 0))
+        row, place = real.nonzero(as_tuple=True)
+        self.entries[self.at_entry(number)[row, place]] = made[row, place].to(self.entries.dtype)
+        every = torch.arange(int(after.max()), device=device).expand(len(after), -1)
+        return self.entries[self.at_entry(every)].to(record.dtype)
+
+    def at_entry(self, number: Tensor) -> Tensor:
+        """Where entries lie: number (b, n) of each, counted from its row's first -> (b, n)."""
+        page = (self.rate * (number + 1) - 1) // self.size
+        within = number - page * self.size // self.rate
+        pages = self.table.gather(1, page.clamp(max=self.table.size(1) - 1))
+        return pages * -(-self.size // self.rate) + within
+
+    def seen(self, part: slice, new: int, entries: int) -> Tensor:
+        """(b, part, entries) True for the entries of windows that are complete where a new token stands."""
+        reach = self.lengths[:, None] + 1 + torch.arange(new, device=self.lengths.device)[part]
+        return torch.arange(entries, device=self.lengths.device) < reach[:, :, None] // self.rate
