@@ -39,6 +39,15 @@ FRAGMENTS = [
     "$$\n",
     "$a$",
     "$$x = 1$$",
+    "$$\nx\n\ny\n$$\n",
+    "\\[\n",
+    "\\begin{align}\n",
+    "\n\\end{align}\n",
+    "**注意：**正文",
+    "3~5天",
+    "https://a.b/c，",
+    "<br>",
+    "H<sub>2</sub>O",
     "\\(b\\)",
     "\\[\nc\n\\]\n",
     "$5 and $6",
@@ -76,10 +85,12 @@ WHOLE = [
     "> a\n> b\n\n> c\nlazy\n\n- > q\n\n  r\n\ndone",
     "a | b\n-|-\n1 | 2\n\nx\n\n| c |\n|-|\n",
     "$$\na\n+ b\n- c\n$$\n\n\\[\nx\n\\]\n\n$$\nopen\n\nnever closed",
+    "so\n$$\na\n\n- b\n\n\nc\n\nd\n\ne\n$$\nthen\n\\begin{align}\nx\n\ny\n\nz\n\\end{align}\n\nf\n\ng\n\nh\n",
     "Title\n===\n\nSub\n---\n\ntext\n***\n",
     "1. a\n   ```\n   b\n\n   c\n   ```\n2. d\n\n\n\n3. e\n\npara\n\n[x]: http://y\n\n[x]\n\n[x]",
     "- a\n\n\n- b\n\n      deep\n\n  c\n\n\nd\n\n\ne\n\n\nf\n",
 ]
+FAR = "$$\nfar\n\n" + "long words\n\n" * 600 + "$$\n"  # an end that comes too late
 
 COMPARE = """async ({ parser, texts }) => {
   const { Growing, htmlOfAll } = await import(parser);
@@ -117,6 +128,7 @@ def compared(page: Any, texts: list[str], most: int) -> dict[str, Any]:
 def test_growing_equals_the_whole_for_every_prefix(opened: Opened) -> None:
     with talking() as client:
         page = opened(client)
+        assert compared(page, [FAR], 600)["wrong"] == []
         for most in (1, 12):
             rng = random.Random(most)
             texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(5, 60))) for _ in range(40 + 10 * most)]
@@ -149,18 +161,76 @@ FORMULAS = [
     ("$ x $", 0),
     ("$$\n\\begin{aligned}\na &= b \\\\\n- c &= d\n\\end{aligned}\n$$", 1),
 ]
+# text, selector, what stands there in the first answer to it: [] for nothing
+WORLD: list[tuple[str, str, list[str]]] = [
+    ("**注意：**正文", "strong", ["注意："]),
+    ("**“你好”**然后**（甲）**乙", "strong", ["“你好”", "（甲）"]),
+    (
+        "**Python (3.12)**版本, **스크립트(script)**라고, 中*强*调",
+        "strong, em",
+        ["Python (3.12)", "스크립트(script)", "强"],
+    ),
+    ("**これは「強調」**です。a * b * c", "strong, em", ["これは「強調」"]),
+    ("**bold**, *it*, 2*3*4, snake_case_name and a**(b)**c", "strong, em", ["bold", "it", "3"]),
+    ("3~5天，6~8天", "del", []),
+    ("~~旧：~~新 ~~old~~", "del", ["旧：", "old"]),
+    ("见 https://a.b/c?d=e，然后（https://f.g/h）。", "a", ["https://a.b/c?d=e", "https://f.g/h"]),
+    ("https://a.b/百科/条目。https://c.d/e.", "a", ["https://a.b/百科/条目", "https://c.d/e"]),
+    ("H<sub>2</sub>O and x<SUP>2</SUP>", "sub, sup", ["2", "2"]),
+    ("<sub onclick=x>no</sub> <div>no</div>", "sub, div > div > div", []),
+    ("one<br>two<br/>three", "br", ["", ""]),
+    ("\\begin{align}\na &= b \\\\\n\nc &= d\n\\end{align}\n\nafter", ".math:not(.wrong) > math", [""]),
+    ("so \\begin{pmatrix} a \\\\ b \\end{pmatrix} here", ".math:not(.wrong) > math", [""]),
+    ("$$\na\n\n+ b\n$$\nand\n\\[\nc\n\n\\]", ".math:not(.wrong) > math", ["", ""]),
+    ("$$ is the PID.\n\nMore words.\n\n$$ again.", ".math", []),
+]
+DIRECTIONS = "المسافة 3 كم\n\n- أول\n- second\n\nEnglish مع\n\n```\ncode\n```"
 # these cannot be drawn, and stay readable
 BROKEN = ["$\\frac{1$ and $\\undefined{x}$", "$" + "{" * 500 + "x" + "}" * 500 + "$", "$\\def\\a{\\a\\a}\\a$"]
 
 
-def test_mathematics_and_money(opened: Opened) -> None:
+def test_mathematics_money_and_texts_of_the_world(opened: Opened) -> None:
     with talking() as client:
-        page = drawn(opened, client, [*(text for text, _ in FORMULAS), *BROKEN])
+        texts = [*(text for text, _ in FORMULAS), *BROKEN, *(text for text, *_ in WORLD), DIRECTIONS]
+        page = drawn(opened, client, texts)
         answers = page.locator(".assistant")
         for i, (text, count) in enumerate(FORMULAS):
             assert answers.nth(i).locator("math").count() == count, text
             assert answers.nth(i).locator(".math.wrong").count() == 0, text
         assert "\\frac{1" in answers.nth(len(FORMULAS)).inner_text()
+        for answer, (text, where, wanted) in zip(answers.all()[-len(WORLD) - 1 :], WORLD, strict=False):
+            found = answer.locator(".prose").locator(where)
+            assert found.count() == len(wanted), text
+            assert all(not w or w == f for w, f in zip(wanted, found.all_inner_texts(), strict=True)), text
+        sides = answers.last.locator(".prose > div > *").evaluate_all(
+            "all => all.map(e => [e.tagName, getComputedStyle(e).direction])"
+        )
+        assert sides == [["P", "rtl"], ["UL", "rtl"], ["P", "ltr"], ["DIV", "ltr"]]
+        page.fill("#say", "שלום")
+        assert page.evaluate("getComputedStyle(document.getElementById('say')).direction") == "rtl"
+        composing(page)
+
+
+KEYS = """([key, more]) => document.activeElement.dispatchEvent(
+  new KeyboardEvent('keydown', { key, bubbles: true, cancelable: true, ...more }))"""
+
+
+def composing(page: Any) -> None:
+    """Enter and Escape that belong to an input method neither send nor close anything, Safari's way (229) included."""
+    before = page.locator(".message").count()
+    page.focus("#say")
+    for more in ({"isComposing": True}, {"keyCode": 229}):
+        for key in ("Enter", "Escape"):
+            page.evaluate(KEYS, [key, more])
+    assert page.input_value("#say") == "שלום" and page.locator(".message").count() == before
+    page.locator(".bubble").last.hover()
+    page.locator(".message.user [aria-label=Edit]").last.click()
+    for more in ({"isComposing": True}, {"keyCode": 229}):
+        for key in ("Enter", "Escape"):
+            page.evaluate(KEYS, [key, more])
+    expect(page.locator(".editor textarea")).to_be_focused()
+    page.evaluate(KEYS, ["Escape", {}])
+    expect(page.locator(".editor")).to_have_count(0)
 
 
 PAYLOADS = [

@@ -66,5 +66,8 @@ export function fresh() {
   return Array.from(bytes, (b) => b.toString(16).padStart(2, "0")).join("");
 }
 
+/** Whether a key belongs to the writing of a character; Safari ends that before the key that ended it, which has the code 229. */
+export const composes = (event) => event.isComposing || event.keyCode === 229;
+
 /** The address of a file of the page. */
 export const asset = (name) => new URL(name, import.meta.url).pathname;

@@ -1,6 +1,6 @@
 // Where a person writes.
 import { Glyph } from "../controls.js";
-import { html, useEffect, useRef, useState } from "../lib.js";
+import { composes, html, useEffect, useRef, useState } from "../lib.js";
 
 const DRAFTS = new Map(); // what was begun in each chat, while the page is open
 
@@ -23,7 +23,7 @@ export function Composer({ store, field }) {
     store.say(text.trim());
   };
   const pressed = (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (event.key !== "Enter" || event.shiftKey || composes(event)) return;
     event.preventDefault();
     send();
   };
@@ -37,7 +37,7 @@ export function Composer({ store, field }) {
   return html`
     <footer class="composer">
       <form onSubmit=${(event) => (event.preventDefault(), send())}>
-        <textarea id="say" ref=${field} rows="1" aria-label="Message" placeholder=${isReady ? "Ask something" : "Waiting for the server"}
+        <textarea id="say" ref=${field} rows="1" dir="auto" aria-label="Message" placeholder=${isReady ? "Ask something" : "Waiting for the server"}
           value=${text} onInput=${(event) => keep(event.target.value)} onKeyDown=${pressed}></textarea>
         <div class="row">
           <${Thinking} store=${store} />

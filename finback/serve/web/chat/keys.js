@@ -1,6 +1,6 @@
 // The keyboard: what each key does, and the list of them.
 import { Dialog } from "../controls.js";
-import { html, useLayoutEffect } from "../lib.js";
+import { composes, html, useLayoutEffect } from "../lib.js";
 
 const LIST = [
   ["Send", ["Enter"]],
@@ -20,7 +20,7 @@ const isTyping = (target) => target.closest?.("input, textarea, select, [content
 export function useKeys(actions) {
   useLayoutEffect(() => {
     const pressed = (event) => {
-      if (event.isComposing || document.querySelector("dialog[open]")) return;
+      if (composes(event) || document.querySelector("dialog[open]")) return;
       const action = actionOf(event, actions);
       if (!action) return;
       event.preventDefault();

@@ -1,6 +1,6 @@
 // One message, what can be done with it, and what it has cost.
 import { Icon } from "../controls.js";
-import { Signal, html, pure, useEffect, useLayoutEffect, useRef, useSignal, useState } from "../lib.js";
+import { Signal, composes, html, pure, useEffect, useLayoutEffect, useRef, useSignal, useState } from "../lib.js";
 import { Markdown } from "../markdown/markdown.js";
 import { copyText } from "../markdown/view.js";
 import { Notes } from "./notes.js";
@@ -24,7 +24,7 @@ export const Message = pure(function Message(props) {
 function Sent({ store, node, place, of, busy, onEdit }) {
   return html`
     <article class="message user" aria-label="You">
-      <div class="bubble">${node.content}</div>
+      <div class="bubble" dir="auto">${node.content}</div>
       <div class="tools">
         <${Branches} store=${store} node=${node} place=${place} of=${of} busy=${busy} />
         <${Copy} text=${node.content} />
@@ -117,13 +117,14 @@ function Editor({ store, node, onClose }) {
   }, []);
   const send = () => (onClose(), store.say(text.trim(), node));
   const pressed = (event) => {
+    if (composes(event)) return event.stopPropagation();
     if (event.key === "Escape") return (event.stopPropagation(), onClose());
-    if (isUser && event.key === "Enter" && !event.shiftKey && !event.isComposing && text.trim())
+    if (isUser && event.key === "Enter" && !event.shiftKey && text.trim())
       return (event.preventDefault(), send());
   };
   return html`
     <article class="message editor" aria-label="Edit">
-      <textarea ref=${field} aria-label="Edited text" rows=${Math.min(14, text.split("\n").length + 2)} value=${text} onInput=${(e) => setText(e.target.value)} onKeyDown=${pressed}></textarea>
+      <textarea ref=${field} dir="auto" aria-label="Edited text" rows=${Math.min(14, text.split("\n").length + 2)} value=${text} onInput=${(e) => setText(e.target.value)} onKeyDown=${pressed}></textarea>
       <div class="actions">
         <button type="button" class="button small" onClick=${onClose}>Cancel</button>
         <button type="button" class="button small" disabled=${!text.trim()} onClick=${() => (onClose(), store.rewrite(node, text.trim()))}>Save only</button>

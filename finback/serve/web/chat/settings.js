@@ -16,7 +16,7 @@ export function Settings({ store, onClose }) {
   return html`
     <${Dialog} title="Settings" onClose=${onClose}>
       <div class="field"><label for="system">System prompt</label>
-        <textarea id="system" rows="4" value=${settings.system} onInput=${set("system")} placeholder="How the model should behave, in this chat"></textarea></div>
+        <textarea id="system" rows="4" dir="auto" value=${settings.system} onInput=${set("system")} placeholder="How the model should behave, in this chat"></textarea></div>
       ${store.thinks && html`<div class="field"><span class="label">Thinking</span>
         <${Segments} label="Thinking" value=${settings.thinking} onChange=${(v) => store.configure({ thinking: v })} options=${[
           ["auto", "As the model likes"],

@@ -43,7 +43,7 @@ export function Sidebar({ store, shown, search, onLeave, narrow }) {
       <button type="button" class="button begin" onClick=${() => (store.begin(), onLeave(), setTimeout(() => document.getElementById("say")?.focus()))}>
         <${Glyph} name="plus" />New chat
       </button>
-      <input type="search" ref=${search} aria-label="Search the chats" placeholder="Search" value=${text} onInput=${(e) => setText(e.target.value)} />
+      <input type="search" ref=${search} dir="auto" aria-label="Search the chats" placeholder="Search" value=${text} onInput=${(e) => setText(e.target.value)} />
       <div class="list">
         ${listed.map(
           ([name, chats]) => html`
@@ -68,7 +68,7 @@ function Entry({ chat, store, onLeave, onAsk }) {
   const escape = (event) => event.key === "Escape" && open && (event.stopPropagation(), setOpen(false));
   return html`
     <li class=${isCurrent ? "current" : ""} onFocusOut=${leave} onKeyDown=${escape}>
-      <button type="button" class="name" aria-current=${isCurrent ? "page" : undefined} title=${chat.title} onClick=${() => (store.open(chat.id), onLeave())}>${chat.title}</button>
+      <button type="button" class="name" dir="auto" aria-current=${isCurrent ? "page" : undefined} title=${chat.title} onClick=${() => (store.open(chat.id), onLeave())}>${chat.title}</button>
       <${Icon} glyph="more" small label=${`More for ${chat.title}`} aria-expanded=${String(open)} onClick=${() => setOpen(!open)} />
       ${
         open &&
@@ -93,7 +93,7 @@ function Rename({ chat, store, onClose }) {
   return html`
     <${Dialog} title="Rename" onClose=${onClose}>
       <form onSubmit=${keep}>
-        <div class="field"><label for="title">Name of the chat</label><input id="title" type="text" ref=${field} value=${chat.title} maxlength="200" required /></div>
+        <div class="field"><label for="title">Name of the chat</label><input id="title" type="text" dir="auto" ref=${field} value=${chat.title} maxlength="200" required /></div>
         <div class="actions"><button type="button" class="button" onClick=${onClose}>Cancel</button><button class="button main">Rename</button></div>
       </form>
     <//>`;

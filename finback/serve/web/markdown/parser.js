@@ -1,6 +1,7 @@
 // Markdown that grows: what has been read stays read, only the end is parsed again.
 import { Marked } from "../vendor/marked.js";
-import { mathBlock, mathInline } from "./math.js";
+import { REACH, mathBlock, mathInline, mayOpen } from "./math.js";
+import { styled, tokensOf } from "./words.js";
 
 const MARKS = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
 const escaped = (text) => text.replace(/[&<>"']/g, (c) => MARKS[c]);
@@ -8,13 +9,6 @@ const escaped = (text) => text.replace(/[&<>"']/g, (c) => MARKS[c]);
 const markdown = new Marked({
   gfm: true,
   breaks: true, // models mean the lines that they write
-  tokenizer: {
-    // HTML is shown, not obeyed; references would let the end of a text change its beginning
-    html: () => undefined,
-    tag: () => undefined,
-    def: () => undefined,
-    reflink: () => undefined,
-  },
   renderer: {
     // an image would be fetched from wherever the model says
     image({ href, text }) {
@@ -29,7 +23,8 @@ const markdown = new Marked({
     },
   },
 });
-markdown.use({ extensions: [mathBlock, mathInline] });
+markdown.use({ extensions: [mathBlock, mathInline, styled] });
+const lexed = (text) => tokensOf(text, markdown.defaults);
 
 const UNSTABLE = 3; // groups at the end that may still change: a blank line can yet be absorbed by what comes
 const BLANK = /\n[ \t]*\n[ \t]*$/;
@@ -48,13 +43,24 @@ function groupsOf(tokens) {
   return group.length ? [...groups, group] : groups;
 }
 
+/** How many groups stand before the first in which a formula has begun that what comes may still end. */
+function beforeOpen(groups) {
+  let behind = 0;
+  for (const { raw } of groups) behind += raw.length;
+  const at = groups.findIndex(({ raw, tokens }) => {
+    behind -= raw.length;
+    return behind <= REACH && tokens.some(mayOpen);
+  });
+  return at < 0 ? groups.length : at;
+}
+
 const rawOf = (group) => group.map((token) => token.raw).join("");
 const normal = (text) => text.replace(/\r\n?/g, "\n");
 
 /** HTML of some tokens, not yet sanitised. */
 export const htmlOf = (tokens) => markdown.parser(tokens);
 /** The whole of a text at once: what growing has to agree with. */
-export const htmlOfAll = (text) => markdown.parser(markdown.lexer(normal(text)));
+export const htmlOfAll = (text) => markdown.parser(lexed(normal(text)));
 
 /** A text that is only ever appended to. `groups` is all of it: { raw, tokens }, the first `settled` of them for good. */
 export class Growing {
@@ -65,7 +71,7 @@ export class Growing {
   /** Go on with the text. */
   push(text) {
     this.#tail += text;
-    const groups = groupsOf(markdown.lexer(normal(this.#tail))).map((tokens) => ({ raw: rawOf(tokens), tokens }));
+    const groups = groupsOf(lexed(normal(this.#tail))).map((tokens) => ({ raw: rawOf(tokens), tokens }));
     this.groups = [...this.groups.slice(0, this.settled), ...groups];
     this.#settle(groups);
   }
@@ -75,7 +81,7 @@ export class Growing {
   }
 
   #settle(groups) {
-    const done = groups.slice(0, Math.max(0, groups.length - UNSTABLE));
+    const done = groups.slice(0, Math.max(0, Math.min(groups.length - UNSTABLE, beforeOpen(groups))));
     const raw = done.map((group) => group.raw).join("");
     if (!done.length) return;
     const tail = normal(this.#tail);

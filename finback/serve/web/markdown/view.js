@@ -20,18 +20,26 @@ const ALLOWED = {
     "h5",
     "h6",
     "hr",
+    "i",
+    "kbd",
     "li",
+    "mark",
     "ol",
     "p",
     "pre",
+    "s",
+    "small",
     "span",
     "strong",
+    "sub",
+    "sup",
     "table",
     "tbody",
     "td",
     "th",
     "thead",
     "tr",
+    "u",
     "ul",
   ],
   ALLOWED_ATTR: ["href", "start", "class", "data-tex", "data-language", "title", "align"],
@@ -57,6 +65,7 @@ function element(name, className, ...children) {
 }
 
 function drawMath(span) {
+  span.dir = "ltr";
   try {
     const display = span.classList.contains("display");
     temml.render(span.dataset.tex, span, {
@@ -198,6 +207,7 @@ export class MarkdownView {
     }
     if (before && this.#append(before, group)) return this.#colour(before, group, final);
     const box = element("div", "", clean(htmlOf(group.tokens)));
+    for (const block of box.children) block.dir = block.tagName === "PRE" ? "ltr" : "auto";
     for (const span of box.querySelectorAll("span[data-tex]")) drawMath(span);
     for (const pre of box.querySelectorAll("pre")) frameCode(pre);
     for (const table of box.querySelectorAll("table")) frameTable(table);

@@ -22,7 +22,7 @@ export function Follow({ run, place }) {
   return html`
     <p class="crumbs"><a href=${linkTo(back)}>Back to the answers</a></p>
     <section class="follow" aria-label="One prompt across training">
-      <h2>${question}</h2>
+      <h2 dir="auto">${question}</h2>
       ${error && html`<p class="notice bad" role="alert">${error}</p>`}
       ${data && !data.said.length && html`<p class="notice">Nobody was asked this.</p>`}
       ${data && html`<ol>${data.said.flatMap((answers) => bySteps(answers).map(([step, records]) => html`<${Stop} key=${`${answers.stage} ${answers.exam} ${step}`} answers=${answers} step=${step} records=${records} />`))}</ol>`}

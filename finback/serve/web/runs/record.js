@@ -12,8 +12,8 @@ export function Record({ record }) {
     <article class=${`record ${correct ? "right" : "wrong"}`}>
       <div class="verdict"><b>${correct ? "Right" : "Wrong"}</b>
         <span>${tokens} tokens</span>${ENDS[finish] && html`<span>${ENDS[finish]}</span>`}${advantage !== null && html`<span>advantage ${advantage > 0 ? "+" : ""}${value(advantage)}</span>`}</div>
-      ${thinking && html`<div class="chain">${thinking}</div>`}
-      <div class="final">${answer || html`<i>no answer</i>`}</div>
+      ${thinking && html`<div class="chain" dir="auto">${thinking}</div>`}
+      <div class="final" dir="auto">${answer || html`<i>no answer</i>`}</div>
       ${
         earned.length > 0 &&
         html`

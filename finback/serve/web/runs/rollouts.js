@@ -108,12 +108,12 @@ function Groups({ data, place, onAt }) {
         <ul>${groups.map(
           ([q, answers], i) => html`
           <li key=${q}><button type="button" aria-current=${i === at ? "true" : undefined} onClick=${() => onAt(i)}>
-            <span class="q">${q}</span><span class="right" title="right answers">${answers.filter((r) => r.correct).length}/${answers.length}</span>
+            <span class="q" dir="auto">${q}</span><span class="right" title="right answers">${answers.filter((r) => r.correct).length}/${answers.length}</span>
           </button></li>`,
         )}</ul>
       </nav>
       <section class="answers" aria-label="Answers">
-        <header><h2>${question}</h2>
+        <header><h2 dir="auto">${question}</h2>
           ${records[0].gold && html`<p class="small">Gold answer: <b>${records[0].gold}</b></p>`}
           <a class="button small" href=${linkTo({ ...place, question })}><${Glyph} name="chart" />Follow this prompt across training</a></header>
         ${records.map((record, i) => html`<${Record} key=${`${data.step} ${question} ${i}`} record=${record} />`)}
