@@ -519,7 +519,7 @@ def tensors_edit(change: Any) -> Any:
         (edit(rope_scaling={"type": "yarn", "factor": 2, "original_max_position_embeddings": -5}), "not above 0"),
         (edit(rope_scaling={"type": "ntk"}), "config.json rope_scaling = .*not a scaling that finback knows"),
         (edit(rope_scaling={"type": "yarn"}), "config.json rope_scaling = .*bad or missing 'factor'"),
-        (edit(quantization_config={"quant_method": "gptq"}), "quantization_config = .*finback reads fp8"),
+        (edit(quantization_config={"quant_method": "quark"}), "quantization_config = .*finback reads fp8"),
         (tensors_edit(lambda t: t.update({"model.extra": torch.ones(1)})), "model.extra = .*: unexpected"),
         (tensors_edit(lambda t: t.pop("model.norm.weight")), "model.norm.weight = .*: missing"),
         (

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from finback.checkpoint import names, v4_names
+from finback.checkpoint import names, packed_folders, v4_names
 from finback.checkpoint.gguf import GGUF
 from finback.checkpoint.hf_config import model_config, read_config
+from finback.checkpoint.packed_folders import PackedShards
 from finback.checkpoint.shards import SCALE, Shards, Weights, element_type
 from finback.checkpoint.stored_names import as_named
 from finback.config import UserError
@@ -75,9 +76,12 @@ def examine(path: Path) -> tuple[Weights, Audit]:
         return file, result
     raw = read_config(path)
     config, quantized = model_config(raw), is_fp8(raw)
-    shards = Shards(path)
+    files = Shards(path)
+    shards = PackedShards(files, raw["quantization_config"]) if is_packed(raw) else files
     shards.specs = as_named(shards.specs, config)
-    return shards, audit(config, shards, quantized)
+    result = audit(config, shards, quantized)
+    result.notes += [shards.note()] if isinstance(shards, PackedShards) else []
+    return shards, result
 
 
 def audit(config: ModelConfig, shards: Weights, quantized: bool) -> Audit:
@@ -154,12 +158,16 @@ def differs(weights: Weights, name: str, original: str) -> bool:
 
 
 def is_fp8(raw: dict[str, Any]) -> bool:
-    """Whether the weights are in DeepSeek's FP8 format; UserError for any other quantization."""
+    """Whether the weights are in DeepSeek's FP8 format; UserError for a quantization that is not read."""
     q = raw.get("quantization_config")
     if q is None:
         return False
-    if not isinstance(q, dict) or q.get("quant_method") != "fp8" or q.get("weight_block_size") != [128, 128]:
-        problem = "finback reads fp8 with weight_block_size [128, 128]"
-        remedy = "Use the bf16 or DeepSeek-FP8 weights of this model."
-        raise UserError("config.json quantization_config", q, problem, remedy)
-    return True
+    if isinstance(q, dict) and q.get("quant_method") == "fp8" and q.get("weight_block_size") == [128, 128]:
+        return True
+    packed_folders.check(q if isinstance(q, dict) else {})
+    return False
+
+
+def is_packed(raw: dict[str, Any]) -> bool:
+    """Whether another tool packed the weights; UserError as for `is_fp8`."""
+    return raw.get("quantization_config") is not None and not is_fp8(raw)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from finback.checkpoint import peft
-from finback.checkpoint.models import load
+from finback.checkpoint.models import WeightDtype, load
 from finback.config import UserError, did_you_mean
 from finback.kernels import packed
 from finback.model.pack import pack
@@ -15,7 +15,7 @@ from finback.model.transformer import Transformer
 from finback.runs import adapters
 
 LARGE = 50_000_000  # bytes of weights below which fp32 costs little, and is exact
-InferenceDtype = Literal["auto", "fp32", "bf16", "int8"]
+InferenceDtype = Literal["auto", "fp32", "bf16", "int8", "kept"]
 
 
 def load_for_inference(
@@ -23,6 +23,7 @@ def load_for_inference(
 ) -> Transformer:
     """Read the model at a path for answering alone, laid out as this machine reads it fastest.
 
+    "kept" leaves matrices as a quantized folder has them, each dequantized for its products, and the rest in bf16.
     bf16 and int8 (weights only, for CPUs) are packed: such a model cannot be trained or saved. "auto" is bf16 where the
     machine computes in it, and fp32 elsewhere and for small models. Adapters of `folders` are put on by their names; UserError
     where one is not the model's.
@@ -33,18 +34,19 @@ def load_for_inference(
     if dtype == "auto":
         fast = cuda or packed.available("bf16")
         dtype = "bf16" if fast and _size(path) >= LARGE else "fp32"
-    if dtype != "fp32" and not cuda and not packed.available(dtype):
+    if dtype in ("bf16", "int8") and not cuda and not packed.available(dtype):
         raise UserError("--dtype", dtype, "this processor has no fast products for it", "Use fp32.")
     if cuda and dtype == "int8":
         raise UserError("--dtype", dtype, "for CPUs only", "Use bf16.")
     if folders and adapters.places(path)[1] is not None:
         problem = "has an adapter in it already"
         raise UserError("MODEL", str(path), problem, "Name its base, and this one's folder with --adapter too.")
-    model = (load(path) if dtype == "fp32" else load(path, torch.bfloat16, "bf16")).eval()
+    weights: WeightDtype = "kept" if dtype == "kept" else "bf16"
+    model = (load(path) if dtype == "fp32" else load(path, torch.bfloat16, weights)).eval()
     digest = peft.digest(model) if folders else ""
     if cuda:
         model = model.to("cuda")
-    elif dtype != "fp32":
+    elif dtype in ("bf16", "int8"):
         pack(model, dtype)
     return peft.attach_all(model, path, digest, folders) if folders else model
 

@@ -101,9 +101,12 @@ class Shards(Weights):
             self.specs[name] = Spec(entry["dtype"], tuple(entry["shape"]), file, start)
 
     def read(self, name: str) -> Tensor:
-        spec = self.specs[name]
+        return self.read_spec(self.specs[name])
+
+    def read_spec(self, spec: Spec) -> Tensor:
+        """The tensor that a spec is of, whatever it is called."""
         dtype = element_type(spec.dtype)
-        assert dtype is not None, f"{name}: the audit lets no {spec.dtype} pass"
+        assert dtype is not None, f"the audit lets no {spec.dtype} pass"
         tensor = torch.empty(spec.shape, dtype=dtype)
         self._read_bytes(spec, tensor)
         return tensor
@@ -191,6 +194,9 @@ def _refuse(folder: Path) -> NoReturn:
 
 
 def element_type(dtype: str) -> torch.dtype | None:
-    """torch's dtype for safetensors' word, None for what neither weights nor tables are kept in."""
+    """torch's dtype for safetensors' word, None for what neither weights, packed or not, nor tables are kept in."""
     plain = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return (plain | {"F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32}).get(dtype)
+    return (
+        plain
+        | {"F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}
+    ).get(dtype)

@@ -2,6 +2,7 @@
 
 fp8   E4M3, a factor per block of 128 x 128 (kernels/fp8.py)
 int8  whole numbers of -127..127, a factor per row
+int4  whole numbers of 0..15, two in a byte; groups of a row's numbers share a factor and a zero
 nf4   two numbers in a byte: of 16 levels at the quantiles of a normal distribution, a factor per 64 numbers of a row
       (QLoRA, arXiv 2305.14314; the bytes are bitsandbytes' where rows are whole blocks long)
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from finback.kernels import fp8
 
 NF4_BLOCK = 64
+INT4_GROUP = 128
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -44,6 +46,24 @@ def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def from_int8(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """What `int8` packed."""
     return values.float().mul_(scale).to(dtype)
+
+
+def int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (..., rows, columns) -> bytes (..., rows, columns / 2), the first number in the high half of each, and factors
+    (..., rows, groups, 2), fp32: the step and the zero of each INT4_GROUP numbers, or of the row where they do not divide it."""
+    group = INT4_GROUP if weight.size(-1) % INT4_GROUP == 0 else weight.size(-1)
+    fp32 = weight.float().unflatten(-1, (-1, group))
+    low, high = fp32.amin(-1).clamp(max=0), fp32.amax(-1).clamp(min=0)
+    step = ((high - low) / 15).clamp(min=1e-12)
+    zero = (-low / step).round()
+    q = ((fp32 / step[..., None]).round_() + zero[..., None]).clamp_(0, 15).to(torch.uint8).flatten(-2)
+    return q[..., ::2] << 4 | q[..., 1::2], torch.stack([step, zero], dim=-1)
+
+
+def from_int4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `int4` packed, whatever its groups are."""
+    q = torch.stack([values >> 4, values & 15], dim=-1).flatten(-2).float().unflatten(-1, (scale.size(-2), -1))
+    return q.sub_(scale[..., 1:]).mul_(scale[..., :1]).flatten(-2).to(dtype)
 
 
 def nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,5 +95,6 @@ def from_nf4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 FP8 = Format("fp8", fp8.quantize, fp8.dequantize)
 INT8 = Format("int8", int8, from_int8)
+INT4 = Format("int4", int4, from_int4)
 NF4 = Format("nf4", nf4, from_nf4)
 FORMATS = {form.name: form for form in (FP8, INT8, NF4)}

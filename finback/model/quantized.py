@@ -56,7 +56,7 @@ def quantize(module: Linear | MoE, form: Format) -> None:
         whole = getattr(module, name).detach()
         parts = [form.quantize(matrix) for matrix in whole] if whole.ndim > 2 else [form.quantize(whole)]
         values, scale = (torch.stack(p) if whole.ndim > 2 else p[0] for p in zip(*parts, strict=True))
-        _store(module, name, form, values, scale)
+        store(module, name, form, values, scale)
 
 
 def make_room_for_fp8(module: Linear | MoE, names: Iterable[str]) -> None:
@@ -64,10 +64,10 @@ def make_room_for_fp8(module: Linear | MoE, names: Iterable[str]) -> None:
     for name in names:
         shape = getattr(module, name).shape
         factors = torch.empty(*shape[:-2], fp8.blocks(shape[-2]), fp8.blocks(shape[-1]))
-        _store(module, name, FP8, torch.empty(shape, dtype=torch.float8_e4m3fn), factors)
+        store(module, name, FP8, torch.empty(shape, dtype=torch.float8_e4m3fn), factors)
 
 
-def _store(module: Linear | MoE, name: str, form: Format, values: Tensor, scale: Tensor) -> None:
+def store(module: Linear | MoE, name: str, form: Format, values: Tensor, scale: Tensor) -> None:
     """Values and factors in the place of a parameter."""
     if isinstance(module, MoE):
         recast(module, QuantizedMoE).format = form

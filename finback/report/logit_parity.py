@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from finback.checkpoint.audit import is_fp8
+from finback.checkpoint.audit import is_fp8, is_packed
 from finback.checkpoint.hf_config import read_config
 from finback.model.config import ModelConfig
 from finback.model.count import parameters
@@ -38,6 +38,9 @@ def against_transformers(model: Transformer, path: Path, max_kl: float) -> Findi
         if twin := TWINS.get(raw["model_type"]):
             said = {name: value for name, value in raw.items() if name not in ("model_type", "auto_map")}
             options["config"] = transformers.AutoConfig.for_model(twin, **said)
+        if is_packed(raw):
+            method = raw["quantization_config"]["quant_method"]
+            return None, f"not compared: transformers computes {method} by kernels of other packages", []
         if is_fp8(raw):
             options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
         options |= {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}

@@ -1,0 +1,244 @@
+"""Folders quantized by AWQ, GPTQ, compressed-tensors or bitsandbytes: their packed tensors as the matrices that they stand for.
+
+What each writes into a folder is in docs/guides/open-checkpoints.md; `quantization_config` says which of them it was. A matrix
+that has no packed parts is as it is, whatever lists of exceptions the config holds.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint.shards import Shards, Spec, Weights
+from finback.config import UserError
+from finback.kernels import packings
+from finback.kernels.formats import INT4, INT8, NF4, NF4_BLOCK, NF4_LEVELS, Format
+from finback.kernels.packings import Grouped
+
+METHODS = ("awq", "gptq", "compressed-tensors", "bitsandbytes")
+# of a packed matrix, by the ending of its name behind the layer's
+_PARTS = {
+    "awq": ("qweight", "qzeros", "scales"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "compressed-tensors": (
+        *("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
+        *("weight_global_scale", "input_scale", "input_zero_point", "input_global_scale", "output_scale"),
+    ),
+    "bitsandbytes": (
+        *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
+        *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "SCB", "weight_format"),
+    ),
+}
+_MARKS = {  # a layer that has one of these is packed
+    "awq": ("qweight",),
+    "gptq": ("qweight",),
+    "compressed-tensors": ("weight_scale",),
+    "bitsandbytes": ("weight.absmax", "SCB"),
+}
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A packed matrix: its shape and the specs of its parts."""
+
+    shape: tuple[int, int]
+    parts: dict[str, Spec]
+
+
+class PackedShards(Weights):
+    """A folder's tensors, packed ones dequantized to fp32 as they are read, or as they are by `packed`."""
+
+    def __init__(self, shards: Shards, quantization: dict[str, Any]) -> None:
+        self.shards, self.settings = shards, quantization
+        self.method = str(quantization["quant_method"])
+        self.layers: dict[str, _Layer] = {}
+        self.specs: dict[str, Spec] = dict(shards.specs)
+        for stem in sorted(self._stems()):
+            parts = {
+                part: shards.specs[name] for part in _PARTS[self.method] if (name := f"{stem}.{part}") in shards.specs
+            }
+            for part in parts:
+                del self.specs[f"{stem}.{part}"]
+            shape = self._shape(stem, parts)
+            self.layers[f"{stem}.weight"] = _Layer(shape, parts)
+            main = min(parts.values(), key=lambda spec: (spec.file, spec.start))
+            self.specs[f"{stem}.weight"] = Spec("F32", shape, main.file, main.start)
+        if not self.layers:
+            problem = f"no tensor of the files is packed as {self.method} packs"
+            raise UserError(
+                "config.json quantization_config", self.method, problem, "Remove it, if the weights are plain."
+            )
+
+    def _stems(self) -> set[str]:
+        marks = tuple(f".{mark}" for mark in _MARKS[self.method])
+        return {name.removesuffix(mark) for name in self.shards.specs for mark in marks if name.endswith(mark)}
+
+    def note(self) -> str:
+        """What a card says of it."""
+        return f"{self.method}: {len(self.layers):,} matrices are packed; activations are not quantized here"
+
+    def by_file(self) -> Iterator[str]:
+        order = {file: number for number, file in enumerate(self.shards.files)}
+        yield from sorted(self.specs, key=lambda n: (order[self.specs[n].file], self.specs[n].start))
+
+    def read(self, name: str) -> Tensor:
+        layer = self.layers.get(name)
+        return self.shards.read(name) if layer is None else self._dequantized(layer)
+
+    def read_into(self, name: str, into: Tensor) -> None:
+        if name in self.layers:
+            into.copy_(self.read(name))
+        else:
+            self.shards.read_into(name, into)
+
+    def read_range(self, name: str, start: int, into: Tensor) -> None:
+        if name in self.layers:
+            super().read_range(name, start, into)
+        else:
+            self.shards.read_range(name, start, into)
+
+    def packed(self, name: str) -> tuple[Format, Tensor, Tensor] | None:
+        """Values and factors of a matrix in one of our formats, exactly as they are stored; None where none of them fits."""
+        layer = self.layers.get(name)
+        return None if layer is None else _kept(layer.shape, self._contents(layer))
+
+    def _shape(self, stem: str, parts: dict[str, Spec]) -> tuple[int, int]:
+        shape: tuple[int, ...] = ()
+        if "qweight" in parts:
+            words, columns = parts["qweight"].shape
+            shape = (8 * columns, words) if self.method == "awq" else (columns, words * 32 // self._bits())
+        elif "weight_packed" in parts:
+            rows, words = parts["weight_packed"].shape
+            shape = (rows, 2 * words) if parts["weight_packed"].dtype == "U8" else (rows, words * 32 // self._bits())
+            if "weight_shape" in parts:
+                shape = tuple(self.shards.read_spec(parts["weight_shape"]).tolist())
+        elif state := next((parts[p] for p in parts if "quant_state" in p), None):
+            shape = tuple(json.loads(self.shards.read_spec(state).numpy().tobytes())["shape"])
+        elif "weight" in parts:
+            shape = parts["weight"].shape
+        if len(shape) != 2:
+            raise UserError(
+                stem, str(next(iter(parts.values())).file), "packed in a way that finback does not know", _REMEDY
+            )
+        return shape[0], shape[1]
+
+    def _bits(self) -> int:
+        """Of each number; UserError unless the config names one count."""
+        found = {self.settings.get("bits")}
+        if self.method == "compressed-tensors":
+            groups = (self.settings.get("config_groups") or {}).values()
+            found = {((group or {}).get("weights") or {}).get("num_bits") for group in groups}
+        bits = found.pop() if len(found) == 1 else None
+        if bits not in (2, 3, 4, 5, 6, 7, 8) or (self.method == "awq" and bits != 4):
+            raise _wrong(self.settings, f"{bits!r} bits")
+        return int(bits)
+
+    def _contents(self, layer: _Layer) -> Grouped | tuple[Tensor, Tensor] | Parts:
+        """What the parts of a matrix say: whole numbers in groups, values and their factors, or bitsandbytes' parts."""
+        parts = {part: self.shards.read_spec(spec) for part, spec in layer.parts.items()}
+        if self.method == "awq":
+            return packings.awq(parts["qweight"], parts["qzeros"], parts["scales"])
+        if self.method == "gptq":
+            return packings.gptq(parts, self._bits(), self.settings.get("checkpoint_format") == "gptq_v2")
+        if self.method == "bitsandbytes":
+            return (parts["weight"], parts["SCB"].float()[:, None] / 127) if "SCB" in parts else parts
+        scale = parts["weight_scale"]
+        if "weight_packed" not in parts:
+            zero = parts.get("weight_zero_point")
+            values = parts["weight"]
+            if zero is not None:
+                values = values.float() - packings.spread(zero.float(), layer.shape)
+            return values, scale.float()
+        if parts["weight_packed"].dtype == torch.uint8:
+            values = packings.fp4(parts["weight_packed"])
+            if "weight_global_scale" in parts:  # NVFP4
+                return values, scale.float() / parts["weight_global_scale"].float()
+            return values, packings.powers_of_two(scale)
+        return _integers(parts, layer.shape, self._bits())
+
+    def _dequantized(self, layer: _Layer) -> Tensor:
+        found = self._contents(layer)
+        if isinstance(found, Grouped):
+            return found.matrix()
+        if isinstance(found, dict):
+            return _bitsandbytes(found, layer.shape)
+        values, scale = found
+        return values.float() * packings.spread(scale, layer.shape)
+
+
+def _integers(parts: Parts, shape: tuple[int, int], bits: int) -> Grouped:
+    """compressed-tensors' pack-quantized: numbers and zeros are stored 2^(bits - 1) above what they are, zeros packed by rows."""
+    scale = parts["weight_scale"].float().view(shape[0], -1)
+    zero = torch.full_like(scale, 1 << bits - 1)
+    if (words := parts.get("weight_zero_point")) is not None:
+        found = packings.unpack(words.T.contiguous(), bits).T if words.dtype == torch.int32 else words + (1 << bits - 1)
+        zero = found[: shape[0]].float()
+    q = packings.unpack(parts["weight_packed"], bits)[:, : shape[1]].contiguous()
+    return Grouped(q, scale, zero, parts.get("weight_g_idx"))
+
+
+def _bitsandbytes(parts: Parts, shape: tuple[int, int]) -> Tensor:
+    """4 bits: the high half of a byte first, each an entry of `quant_map`, in blocks that share a largest magnitude."""
+    levels, (scale, block) = parts["weight.quant_map"].float(), _largest(parts)
+    packed = parts["weight"].flatten()
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).flatten()
+    numbers = levels[codes.int()][: shape[0] * shape[1]]
+    return (numbers * scale.repeat_interleave(block)[: len(numbers)]).view(shape)
+
+
+def _largest(parts: Parts) -> tuple[Tensor, int]:
+    """The largest magnitude of each block, itself quantized perhaps, and how long blocks are."""
+    state = next(parts[part] for part in parts if "quant_state" in part)
+    says = json.loads(state.numpy().tobytes())
+    absmax = parts["weight.absmax"]
+    if "weight.nested_absmax" not in parts:
+        return absmax.float(), int(says["blocksize"])
+    nested = parts["weight.nested_quant_map"].float()[absmax.int()]
+    outer = parts["weight.nested_absmax"].float().repeat_interleave(int(says["nested_blocksize"]))[: len(nested)]
+    return nested * outer + float(says["nested_offset"]), int(says["blocksize"])
+
+
+def _kept(
+    shape: tuple[int, int], found: Grouped | tuple[Tensor, Tensor] | Parts
+) -> tuple[Format, Tensor, Tensor] | None:
+    rows, columns = shape
+    if isinstance(found, Grouped):
+        fits = found.group is None and not columns % 2 and int(found.q.max()) < 16
+        if not fits or columns % found.scale.size(1):
+            return None
+        q = found.q.to(torch.uint8)
+        return INT4, q[:, ::2] << 4 | q[:, 1::2], torch.stack([found.scale, found.zero], dim=-1)
+    if isinstance(found, dict):
+        scale, block = _largest(found)
+        is_ours = torch.allclose(found["weight.quant_map"].float(), torch.tensor(NF4_LEVELS))
+        if not is_ours or block != NF4_BLOCK or columns % NF4_BLOCK:
+            return None
+        return NF4, found["weight"].view(rows, columns // 2), scale.view(rows, -1)
+    values, factors = found
+    fits = values.dtype == torch.int8 and factors.numel() == rows
+    return (INT8, values, factors.view(rows, 1)) if fits else None
+
+
+_REMEDY = "Use its bf16 weights, DeepSeek's FP8, or one of the packings that finback reads."
+
+
+def _wrong(settings: dict[str, Any], problem: str) -> UserError:
+    return UserError("config.json quantization_config", settings.get("quant_method"), problem, _REMEDY)
+
+
+def check(settings: dict[str, Any]) -> None:
+    """UserError for a way of packing that is not read."""
+    method = settings.get("quant_method")
+    if method not in METHODS:
+        problem = f"finback reads fp8 with weight_block_size [128, 128], {', '.join(METHODS)}"
+        raise UserError(
+            "config.json quantization_config", settings, problem, "Use the bf16 or DeepSeek-FP8 weights of this model."
+        )
+    if method == "awq" and str(settings.get("version", "gemm")).lower() != "gemm":
+        raise _wrong(settings, f"version {settings['version']!r}: finback reads gemm")
+    if method == "gptq" and settings.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
+        raise _wrong(settings, f"checkpoint_format {settings['checkpoint_format']!r}: finback reads gptq and gptq_v2")

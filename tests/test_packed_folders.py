@@ -1,0 +1,290 @@
+"""Folders as AWQ, GPTQ, compressed-tensors and bitsandbytes write them; the packing here is written from their rules, number by number."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finback.checkpoint.export import export
+from finback.checkpoint.inference import load_for_inference
+from finback.checkpoint.models import load
+from finback.config import UserError
+from finback.kernels import formats
+from finback.model.frozen import unfreeze
+from finback.model.quantized import QuantizedLinear, QuantizedMoE
+from finback.model.transformer import Transformer
+from finback.report.verify import verify
+from tests.toy import DENSE
+
+Parts = dict[str, Tensor]
+GROUP = 32
+CONFIG = replace(DENSE, hidden_size=64, intermediate_size=128, num_hidden_layers=1, head_dim=16, initializer_range=0.15)
+EXPERTS = replace(
+    CONFIG,
+    n_routed_experts=4,
+    n_shared_experts=0,
+    first_k_dense_replace=0,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    qk_norm=True,
+    scoring_func="softmax",
+)
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def words(numbers: list[list[int]], bits: int) -> Tensor:
+    """Rows of numbers as rows of int32 words, each number's lowest bit first, numbers crossing words."""
+    packed = []
+    for row in numbers:
+        stream = sum(number << bits * place for place, number in enumerate(row))
+        count = -(-len(row) * bits // 32)
+        found = [stream >> 32 * place & 0xFFFFFFFF for place in range(count)]
+        packed.append([n - (1 << 32) if n >> 31 else n for n in found])
+    return torch.tensor(packed, dtype=torch.int32)
+
+
+def draw(w: Tensor, top: int, group: int, low: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers low..top of a matrix's shape, and scales and zeros of groups of its rows."""
+    seed = torch.Generator().manual_seed(w.numel() + top)
+    groups = w.size(1) // group
+    q = torch.randint(low, top + 1, tuple(w.shape), generator=seed)
+    scale = (torch.rand(w.size(0), groups, generator=seed) * 0.02 + 0.005).half()
+    zero = torch.randint(low, top + 1, (w.size(0), groups), generator=seed)
+    return q, scale, zero
+
+
+def by_group(q: Tensor, scale: Tensor, zero: Tensor, group: Callable[[int], int]) -> Tensor:
+    index = torch.tensor([group(column) for column in range(q.size(1))])
+    return (q - zero[:, index]).float() * scale.float()[:, index]
+
+
+def awq(w: Tensor) -> tuple[Parts, Tensor]:
+    q, scale, zero = draw(w, 15, GROUP)
+
+    def packed(numbers: Tensor) -> Tensor:
+        """Columns (in, out) -> words (in, out / 8): nibble k of a word holds the column of this place in its eight."""
+        order = (0, 2, 4, 6, 1, 3, 5, 7)
+        rows = numbers.T.tolist()
+        return words([[row[start + k] for start in range(0, len(row), 8) for k in order] for row in rows], 4)
+
+    parts = {"qweight": packed(q), "qzeros": packed(zero), "scales": scale.T.contiguous()}
+    return parts, by_group(q, scale, zero, lambda column: column // GROUP)
+
+
+def gptq(bits: int, v2: bool = False, permuted: bool = False) -> Callable[[Tensor], tuple[Parts, Tensor]]:
+    def pack(w: Tensor) -> tuple[Parts, Tensor]:
+        q, scale, zero = draw(w, (1 << bits) - 1, GROUP)
+        index = [column // GROUP for column in range(w.size(1))]
+        if permuted:
+            random.Random(0).shuffle(index)
+        stored = zero if v2 else (zero - 1) % (1 << bits)
+        parts = {
+            "qweight": words(q.tolist(), bits).T.contiguous(),
+            "qzeros": words(stored.T.tolist(), bits),
+            "scales": scale.T.contiguous(),
+            "g_idx": torch.tensor(index, dtype=torch.int32),
+        }
+        return parts, by_group(q, scale, zero, index.__getitem__)
+
+    return pack
+
+
+def integers(bits: int, symmetric: bool, group: int = GROUP) -> Callable[[Tensor], tuple[Parts, Tensor]]:
+    def pack(w: Tensor) -> tuple[Parts, Tensor]:
+        half = 1 << bits - 1
+        size = group or w.size(1)
+        q, scale, zero = draw(w, half - 1, size, -half)
+        zero = torch.zeros_like(zero) if symmetric else zero
+        parts = {
+            "weight_packed": words((q + half).tolist(), bits),
+            "weight_scale": scale,
+            "weight_shape": torch.tensor(w.shape),
+        }
+        if not symmetric:
+            parts["weight_zero_point"] = words((zero + half).T.tolist(), bits).T.contiguous()
+        return parts, by_group(q, scale, zero, lambda column: column // size)
+
+    return pack
+
+
+def int8(w: Tensor) -> tuple[Parts, Tensor]:
+    q, scale, _ = draw(w, 127, w.size(1), -127)
+    return {"weight": q.to(torch.int8), "weight_scale": scale, "input_scale": torch.ones(1)}, q * scale.float()
+
+
+def fp8(per_row: bool) -> Callable[[Tensor], tuple[Parts, Tensor]]:
+    def pack(w: Tensor) -> tuple[Parts, Tensor]:
+        scale = (w.abs().amax(1, keepdim=True) if per_row else w.abs().max().view(1)) / 448
+        values = (w / scale).to(torch.float8_e4m3fn)
+        return {"weight": values, "weight_scale": scale}, values.float() * scale
+
+    return pack
+
+
+def floats4(scales: str) -> Callable[[Tensor], tuple[Parts, Tensor]]:
+    def pack(w: Tensor) -> tuple[Parts, Tensor]:
+        q, _, _ = draw(w, 15, GROUP)
+        table = torch.tensor([*FP4, *(-each for each in FP4)])
+        bytes_ = (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8)
+        size = 16 if scales == "nvfp4" else 32
+        exponents = torch.arange(w.numel() // size).view(len(w), -1) % 5 + 118
+        if scales == "nvfp4":
+            factors = (exponents.float() / 16).to(torch.float8_e4m3fn)
+            whole = factors.float() / 70.0
+            parts = {"weight_packed": bytes_, "weight_scale": factors, "weight_global_scale": torch.tensor([70.0])}
+        else:
+            whole = 2.0 ** (exponents - 127)
+            parts = {"weight_packed": bytes_, "weight_scale": exponents.to(torch.uint8)}
+        return parts, table[q] * whole.repeat_interleave(size, dim=1)
+
+    return pack
+
+
+def bits4(nested: bool) -> Callable[[Tensor], tuple[Parts, Tensor]]:
+    def pack(w: Tensor) -> tuple[Parts, Tensor]:
+        seed = torch.Generator().manual_seed(w.numel())
+        q = torch.randint(0, 16, (w.numel(),), generator=seed)
+        levels = torch.tensor(formats.NF4_LEVELS)
+        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "shape": list(w.shape), "dtype": "float16"}
+        parts = {"weight": (q[::2] << 4 | q[1::2]).to(torch.uint8)[:, None], "weight.quant_map": levels}
+        absmax = torch.rand(w.numel() // 64, generator=seed) * 0.3
+        if nested:
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.125}
+            codes = torch.randint(0, 256, absmax.shape, generator=seed)
+            table, outer = torch.linspace(-1, 1, 256), torch.rand(-(-len(absmax) // 256), generator=seed)
+            absmax = torch.tensor([float(table[c] * outer[n // 256]) + 0.125 for n, c in enumerate(codes.tolist())])
+            parts |= {
+                "weight.absmax": codes.to(torch.uint8),
+                "weight.nested_absmax": outer,
+                "weight.nested_quant_map": table,
+            }
+        else:
+            parts["weight.absmax"] = absmax
+        text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+        parts["weight.quant_state.bitsandbytes__nf4"] = text
+        return parts, (levels[q] * absmax.repeat_interleave(64)).view(w.shape)
+
+    return pack
+
+
+def bits8(w: Tensor) -> tuple[Parts, Tensor]:
+    q, scale, _ = draw(w, 127, w.size(1), -127)
+    scb = scale.float()[:, 0] * 127
+    return {"weight": q.to(torch.int8), "SCB": scb, "weight_format": torch.tensor(0, dtype=torch.uint8)}, q * scb[
+        :, None
+    ] / 127
+
+
+def groups(bits: int) -> dict[str, Any]:
+    return {"config_groups": {"group_0": {"weights": {"num_bits": bits}}}}
+
+
+BNB = {"quant_method": "bitsandbytes"}
+CT = {"quant_method": "compressed-tensors"}
+KINDS: dict[str, tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]], bool]] = {
+    # name: quantization_config, packing, whether it can be kept
+    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, awq, True),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, gptq(4), True),
+    "gptq v2": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, gptq(4, v2=True), True),
+    "gptq by activation": ({"quant_method": "gptq", "bits": 4, "desc_act": True}, gptq(4, permuted=True), False),
+    "gptq 8": ({"quant_method": "gptq", "bits": 8}, gptq(8), False),
+    "gptq 3": ({"quant_method": "gptq", "bits": 3}, gptq(3), True),
+    "gptq 2": ({"quant_method": "gptq", "bits": 2}, gptq(2), True),
+    "w4": (CT | groups(4), integers(4, True), True),
+    "w4 asymmetric": (CT | groups(4), integers(4, False), True),
+    "w4 by row": (CT | groups(4), integers(4, True, 0), True),
+    "w8 packed": (CT | groups(8), integers(8, True), False),
+    "int8": (CT | groups(8), int8, True),
+    "fp8 by row": (CT | groups(8), fp8(True), False),
+    "fp8": (CT | groups(8), fp8(False), False),
+    "nvfp4": (CT | groups(4), floats4("nvfp4"), False),
+    "mxfp4": (CT | groups(4), floats4("mxfp4"), False),
+    "nf4": (BNB, bits4(False), True),
+    "nf4 twice": (BNB, bits4(True), True),
+    "bits8": (BNB, bits8, True),
+}
+
+
+def packed_folder(folder: Path, kind: str, config: Any = CONFIG) -> dict[str, Tensor]:
+    """A folder of this kind; what its matrices stand for, by name. The embedding, norms and head are plain."""
+    export(Transformer(config).initialise(0), folder, "fp32")
+    settings, pack, _ = KINDS[kind]
+    stored, wanted = {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            parts, wanted[name] = pack(tensor)
+            stored |= {name.removesuffix("weight") + part: value for part, value in parts.items()}
+        else:
+            stored[name] = wanted[name] = tensor
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_is_what_was_packed(kind: str, tmp_path: Path) -> None:
+    wanted = packed_folder(tmp_path / "packed", kind)
+    model = load(tmp_path / "packed")
+    export(model, tmp_path / "out", "fp32")
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor.float(), rtol=1e-6, atol=1e-8, msg=name)
+    kept = load_for_inference(tmp_path / "packed", "kept")
+    packed = [m for m in kept.modules() if isinstance(m, QuantizedLinear)]
+    assert len(packed) == (4 + 2 - 1 if KINDS[kind][2] else 0)  # keys and values are one matrix here, gate and up too
+    plain = load(tmp_path / "packed", torch.bfloat16, "bf16").eval()
+    tokens = torch.randint(320, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(kept.logits(kept(tokens)), plain.logits(plain(tokens)))
+
+
+def test_experts_stay_packed_too(tmp_path: Path) -> None:
+    packed_folder(tmp_path / "packed", "awq", EXPERTS)
+    kept, plain = load(tmp_path / "packed", weights="kept"), load(tmp_path / "packed", weights="bf16")
+    assert sum(isinstance(m, QuantizedMoE) for m in kept.modules()) == 1
+    assert sum(p.nbytes for p in kept.parameters()) < 0.75 * sum(p.nbytes for p in plain.parameters())
+    back = unfreeze(kept, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), plain.parameters(), strict=True))
+
+
+def test_int4_packs_what_it_reads() -> None:
+    weight = torch.randn(6, 256, generator=torch.Generator().manual_seed(0))
+    values, scale = formats.int4(weight)
+    back = formats.from_int4(values, scale, torch.float32)
+    assert values.shape == (6, 128) and scale.shape == (6, 2, 2)
+    assert ((back - weight).abs() <= scale[..., 0].repeat_interleave(128, dim=1) / 2 + 1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "quark"}, r"finback reads fp8 with weight_block_size \[128, 128\], awq, gptq, "),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv': finback reads gemm"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        ({"quant_method": "gptq", "bits": 5.5}, r"5\.5 bits"),
+        (BNB, "no tensor of the files is packed as bitsandbytes packs"),
+    ],
+)
+def test_other_packings_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    packed_folder(tmp_path, "gptq")
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+
+
+def test_a_card_says_what_was_packed(tmp_path: Path) -> None:
+    packed_folder(tmp_path, "gptq")
+    card = verify(tmp_path)
+    text = card.as_text()
+    assert "gptq: 7 matrices are packed; activations are not quantized here" in text
+    assert "not compared: transformers computes gptq by kernels of other packages" in text
