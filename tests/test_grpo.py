@@ -1,5 +1,6 @@
 """The machinery around GRPO's formulas, on a toy model; the formulas themselves are in test_policy.py."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from finback.checkpoint.export import export
 from finback.config import UserError
 from finback.data import tokenizer
 from finback.model import logprobs
+from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.report.export import export_model
 from finback.rollouts import rl_health
@@ -30,18 +32,19 @@ from finback.tasks.task import Problem, Verdict
 from finback.train import loop
 from finback.train.correction import Correction
 from finback.train.grpo_loss import Objective, advantages
+from tests.test_v4 import V4
 from tests.toy import ROOT, WORDS, toy_model
 
 TRUNCATED = Correction(mode="token_truncate")
 
 
-def reinforcement(folder: Path, **knobs: object) -> Reinforcement:
+def reinforcement(folder: Path, model: Transformer | None = None, **knobs: object) -> Reinforcement:
     """A GRPO run on a random toy model that was saved as a finished stage."""
     base = folder / "base"
     if not base.exists():
         base.mkdir()
         tokenizer.train([WORDS], 320, base / "tokenizer.json")
-        models.save(base, toy_model(1))
+        models.save(base, model or toy_model(1))
         (base / "manifest.json").write_text("{}")
     run = StageRun(folder, "zero", 0, World(), quiet=True)
     run.folder.mkdir(exist_ok=True)
@@ -100,6 +103,22 @@ def test_gap_stays_small_while_the_policy_moves_and_mtp_and_bias_do_not(tmp_path
     for name, tensor in r.model.state_dict().items():
         stays = name.startswith("mtp.") or name.endswith("router.bias")
         assert torch.equal(tensor, before[name]) == stays, name
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_gap_stays_small_for_compressed_attention(replay: bool, tmp_path: Path) -> None:
+    """V4: its rings and compressed entries in the engine, whole rows in the trainer; tables of hash routing stay."""
+    config = dataclasses.replace(V4, vocab_size=320, max_position_embeddings=256, initializer_range=0.05)
+    r = with_varied_rewards(
+        reinforcement(tmp_path, lr=1e-3, max_tokens=24, routing_replay=replay, model=Transformer(config).initialise(1))
+    )
+    before = {n: t.clone() for n, t in r.model.state_dict().items()}
+    assert all(m["gap_max"] <= 1e-4 and m["tokens_with_gradient"] > 0 for m in steps(r, 3))
+    moved = {n for n, t in r.model.state_dict().items() if not torch.equal(t, before[n])}
+    stays = {n for n in before if n.endswith(("router.bias", "router.table")) or ".indexer." in n}
+    assert moved == before.keys() - stays
+    with pytest.raises(UserError, match="share_prompts"):
+        reinforcement(tmp_path, share_prompts=True)
 
 
 def test_micro_batches_do_not_change_the_update(tmp_path: Path) -> None:

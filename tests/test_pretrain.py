@@ -37,6 +37,7 @@ from finback.train.ema import EMA
 from finback.train.loss import Losses, training_losses
 from finback.train.rates import Phase, along, level, ramp
 from finback.train.spikes import ENOUGH, Spikes
+from tests.test_v4 import V4
 from tests.toy import CONFIG, WORDS, backward, backward_batch, environment, toy_model
 
 TRILLION = 10**12
@@ -123,6 +124,17 @@ def test_phases_end_the_run_and_set_the_rate(prepared: Path) -> None:
     assert results["tokens"] == 1280 == pretrain().work().tokens_trained and len(log) == 20
     assert [r["lr"] for r in log[:4]] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3]) and log[-1]["lr"] == 8e-3
     assert results["probe_reached"] is None and results["skipped_steps"] == results["rewinds"] == 0
+
+
+def test_compressed_attention_learns_from_packed_rows(prepared: Path) -> None:
+    """V4's parts with documents that share rows; nothing teaches its indexers, whose weights stay."""
+    model = dataclasses.replace(V4, vocab_size=CONFIG.vocab_size)
+    _, log, folder = trained(prepared, "v4", model=model, document_mask=True, recompute="block", bias_speed=0.01)
+    assert log[-1]["loss"] < 0.95 * log[0]["loss"] and "indexer_loss" not in log[0]
+    seed = StageRun(prepared, "v4", 0, World(), quiet=True).seed("weights")
+    learnt, started = models.load(folder).state_dict(), Transformer(model).initialise(seed).state_dict()
+    stays = {n for n in learnt if ".indexer." in n or n.endswith("router.table")}
+    assert {n for n in learnt if torch.equal(learnt[n], started[n])} == stays
 
 
 def test_a_ramp_takes_more_rows_and_counts_their_tokens(prepared: Path) -> None:

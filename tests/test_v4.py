@@ -18,15 +18,17 @@ from finback.checkpoint.models import load, load_audited, save
 from finback.checkpoint.v4_names import released
 from finback.config import UserError
 from finback.kernels import moe_gemm, reference
-from finback.model.compressed_cache import CompressedCache, CompressedPool
-from finback.model.config import CSA, HCA, SLIDING, V4_FLASH, V4_PRO, ModelConfig, from_json, to_json
-from finback.model.count import parameters, router_biases
+from finback.model.compressed_cache import CompressedCache, CompressedPool, pool_of
+from finback.model.config import CSA, HCA, SLIDING, V3_2, V4_FLASH, V4_PRO, ModelConfig, from_json, to_json
+from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops
 from finback.model.frozen import freeze
 from finback.model.mhc import sinkhorn
 from finback.model.recompute import use_recompute
 from finback.model.rope_scaling import Yarn
 from finback.model.transformer import Transformer
+from finback.planner.this_machine import muon_parameters
 from finback.report.verify import verify
+from finback.train.optim import is_matrix
 from tests.toy import backward
 
 V4 = ModelConfig(
@@ -159,6 +161,33 @@ def test_counts_are_those_of_the_model_and_of_the_releases() -> None:
     assert found == [284_332_240_471, 1_572_997_201_763]
     active = [parameters(c, active=True) for c in (V4_FLASH, V4_PRO)]
     assert [round(n / 1e9, 2) for n in active] == [13.80, 49.78]
+
+
+def test_products_of_a_row_by_hand_and_shares_of_v3_2() -> None:
+    """One layer of each kind, window 5, entries of 4 (3 picked) and 8: a row of 16, context 8, so 5 - 25/32 tokens are near."""
+    near, head = 5 - 25 / 32, 2 * 4 * 2 * 16
+    sliding, csa, hca = (
+        token_flops(dataclasses.replace(V4, num_hidden_layers=1, layer_types=(kind,)), 8).attention_scores
+        for kind in (SLIDING, CSA, HCA)
+    )
+    assert sliding == pytest.approx(near * head) and hca == pytest.approx((near + 1) * head)
+    assert csa == pytest.approx((near + 3 - 9 / 8) * head + 2 * 2 * 16 * 16)
+    million = 2**19
+    assert [round(forward_flops(c, million) / forward_flops(V3_2, million), 2) for c in (V4_FLASH, V4_PRO)] == [
+        0.14,
+        0.34,
+    ]
+    assert [cache_bytes(c) for c in (V4_FLASH, V4_PRO)] == [6880, 9848]
+    pool = pool_of(V4_FLASH, 1, 0, torch.bfloat16, torch.device("meta"))
+    assert pool.bytes_per_token == 6880 + 20 * 2 * 7 * 512 // 128  # HCA's entries take the room of eight
+
+
+def test_muons_matrices_are_the_planners() -> None:
+    with torch.device("meta"):
+        built = Transformer(V4)
+    found = [p.numel() for n, p in built.named_parameters() if is_matrix(n, p)]
+    merge = V4.hc_mult**2 * V4.hidden_size
+    assert sum(found) == muon_parameters(V4) + merge
 
 
 @pytest.mark.parametrize("config", [V4, V4_FLASH, V4_PRO], ids=["toy", "flash", "pro"])

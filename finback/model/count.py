@@ -140,7 +140,7 @@ def forward_flops(c: ModelConfig, context: float, mtp: bool = False) -> float:
     if mtp:
         met += head * c.num_nextn_predict_layers  # the head runs once more per depth
         layers += c.num_nextn_predict_layers
-    return 2 * met + _score_flops(c, context) * layers
+    return 2 * met + sum(_score_flops(c, context, layer) for layer in range(layers))
 
 
 def forward_flops_of(c: ModelConfig, lengths: Iterable[int], mtp: bool = False) -> float:
@@ -177,7 +177,7 @@ def recomputed_flops_of(c: ModelConfig, lengths: Iterable[int], policy: str, mtp
 class TokenFlops:
     """FLOPs of the matrix products one token needs, forward, as a profiler counts them; norms and sums are left out."""
 
-    # projections into and out of attention
+    # projections into and out of attention, and mHC's of streams to mixtures
     attention_linear: float
     # queries with keys, weights with values
     attention_scores: float
@@ -210,8 +210,8 @@ def token_flops(c: ModelConfig, context: float, mtp: bool = False) -> TokenFlops
     moe = sum(c.is_moe(layer) for layer in range(layers))
     expert = 3 * c.hidden_size * c.moe_intermediate_size
     return TokenFlops(
-        attention_linear=2 * layers * _attention_matrices(c),
-        attention_scores=layers * _score_flops(c, context),
+        attention_linear=2 * sum(_attention_matrices(c, layer) for layer in range(layers)),
+        attention_scores=sum(_score_flops(c, context, layer) for layer in range(layers)),
         dense=2 * (layers - moe) * 3 * c.hidden_size * c.intermediate_size,
         experts=2 * moe * c.num_experts_per_tok * expert,
         shared=2 * moe * c.n_shared_experts * expert,
@@ -221,19 +221,29 @@ def token_flops(c: ModelConfig, context: float, mtp: bool = False) -> TokenFlops
     )
 
 
-def _attention_matrices(c: ModelConfig) -> int:
-    """One layer's attention without the gains of its norms and without biases."""
+def _attention_matrices(c: ModelConfig, layer: int) -> int:
+    """One layer's attention without the gains of its norms and without biases, and the projections of mHC."""
+    mixtures = 2 * (2 + c.hc_mult) * c.hc_mult**2 * c.hidden_size
+    if c.attention == "compressed":
+        return _compressed_matrices(c, layer) + mixtures
+    return _plain_matrices(c) + mixtures
+
+
+def _plain_matrices(c: ModelConfig) -> int:
+    """The same of attention that is alike in all layers, mHC left out."""
     if c.attention == "gqa":
         return c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
     norms = c.kv_lora_rank + (c.q_lora_rank or 0) + (2 * c.index_head_dim if c.index_topk else 0)
     return attention_parameters(c) - norms
 
 
-def _score_flops(c: ModelConfig, context: float) -> float:
+def _score_flops(c: ModelConfig, context: float, layer: int) -> float:
     """Products of one layer's queries with keys and weights with values, for a token that could look at `context` keys.
 
     On average over rows of T = 2 · context tokens DSA looks at min(i, k) of i, and its indexer at all of them once T > k.
     """
+    if c.attention == "compressed":
+        return _compressed_score_flops(c, context, layer)
     value = c.v_head_dim if c.attention == "mla" else c.head_dim
     k, row = c.index_topk, 2 * context
     indexed = 0.0
@@ -242,6 +252,32 @@ def _score_flops(c: ModelConfig, context: float) -> float:
     return 2 * (context * c.num_attention_heads * (c.qk_head_dim + value) + indexed)
 
 
+def _compressed_score_flops(c: ModelConfig, context: float, layer: int) -> float:
+    """The same for V4: a window, and the layer's entries, of CSA at most index_topk and the indexer's products for them."""
+    assert c.sliding_window is not None, "of compressed attention"
+    near, far, indexed = _met(context, c.sliding_window), 0.0, 0.0
+    kind = c.layer_type(layer)
+    if kind == HCA:
+        far = context / c.compress_rate_hca
+    elif kind == CSA:
+        entries = context / c.compress_rate_csa
+        far = _met(entries, c.index_topk)
+        indexed = entries * c.index_n_heads * c.index_head_dim if 2 * entries > c.index_topk else 0.0
+    return 2 * ((near + far) * c.num_attention_heads * 2 * c.head_dim + indexed)
+
+
+def _met(context: float, most: int) -> float:
+    """How many of i = 1 … 2 · context are looked at on average, where they are `most` at most."""
+    return context if 2 * context <= most else most - most * most / (4 * context)
+
+
 def cache_bytes(c: ModelConfig, bytes_per_element: float = 2) -> float:
-    """Bytes one token leaves in the cache of all trunk layers: 70,272 for V3 in bf16."""
+    """Bytes one token leaves in the cache of all trunk layers: 70,272 for V3 in bf16.
+
+    Of V4 a token's share of compressed entries; its window and open windows take the same room however many tokens there are.
+    """
+    if c.attention == "compressed":
+        kinds: list[str] = [c.layer_type(layer) for layer in range(c.num_hidden_layers)]
+        csa = kinds.count(CSA) * (c.head_dim + c.index_head_dim) / c.compress_rate_csa
+        return (csa + kinds.count(HCA) * c.head_dim / c.compress_rate_hca) * bytes_per_element
     return c.num_hidden_layers * c.cache_elements * bytes_per_element

@@ -108,7 +108,12 @@ def _layer(c: ModelConfig, moe: bool, length: int) -> TokenFlops:
     one = dataclasses.replace(
         c, num_hidden_layers=1, first_k_dense_replace=first, dense_layers=(), num_nextn_predict_layers=0
     )
-    return token_flops(one, length / 2)
+    found = token_flops(one, length / 2)
+    if c.attention != "compressed":
+        return found
+    every = token_flops(c, length / 2)  # whose layers differ in attention alone
+    mean = {name: getattr(every, name) / c.num_hidden_layers for name in ("attention_linear", "attention_scores")}
+    return dataclasses.replace(found, **mean)
 
 
 def step(

@@ -61,6 +61,9 @@ def attention_activation(c: ModelConfig, precision: Precision, recompute: Recomp
     value = c.v_head_dim if c.attention == "mla" else c.head_dim
     output = heads * value * (1.5 if precision == "fp8" else a) + 4 * heads  # and softmax's normaliser
     total = a * c.hidden_size + output + (saved * c.hidden_size if keep_all else 0)
+    if c.attention == "compressed":  # queries, entries and the records of the widest kind; mHC's streams, twice a layer
+        made = (c.q_lora_rank or 0) + heads * c.head_dim + 5 * c.head_dim
+        return total + a * (made + 2 * c.hc_mult * c.hidden_size)
     if c.attention == "gqa":
         return total + a * c.head_dim * (heads + 2 * c.num_key_value_heads)
     latents = (c.q_lora_rank or 0) + c.kv_lora_rank

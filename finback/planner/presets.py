@@ -23,6 +23,8 @@ class Preset:
 PRESETS = {
     "v3": Preset("DeepSeek-V3", models.V3, 15360, 4096, 14.8e12, "arXiv 2412.19437, 4.2"),
     "v3.2": Preset("DeepSeek-V3.2", models.V3_2, 480, 131072, 943.7e9, "DeepSeek-V3.2 report, 2.1.1: the sparse stage"),
+    "v4-flash": Preset("DeepSeek-V4-Flash", models.V4_FLASH, 18432, 4096, 32e12, "DeepSeek-V4 report, 4.2"),
+    "v4-pro": Preset("DeepSeek-V4-Pro", models.V4_PRO, 23040, 4096, 33e12, "DeepSeek-V4 report, 4.2"),
     "v2": Preset("DeepSeek-V2", models.V2, 9216, 4096, 8.1e12, "arXiv 2405.04434, 3.1"),
     "v2-lite": Preset("DeepSeek-V2-Lite", models.V2_LITE, 4608, 4096, 5.7e12, "arXiv 2405.04434, appendix B"),
     "small": Preset("small", models.SMALL, 256, 4096, 6e9, "finback's own: about 20 tokens per parameter, assumed"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from finback.kernels.attention import LONGEST
 from finback.kernels.moe_gemm import BLOCK_MULTIPLE
-from finback.model.config import ModelConfig
+from finback.model.config import CSA, HCA, ModelConfig
 from finback.model.count import parameters, token_flops
 from finback.model.recompute import Policy
 from finback.planner.workload import Optimizer
@@ -50,9 +50,11 @@ class Shape:
         return 4 if self.compute == "fp32" else 2
 
 
-def attention_matrices(c: ModelConfig) -> list[tuple[int, int]]:
+def attention_matrices(c: ModelConfig, layer: int = 0) -> list[tuple[int, int]]:
     """(rows, columns) of the matrices of one layer's attention."""
     d, heads = c.hidden_size, c.num_attention_heads
+    if c.attention == "compressed":
+        return _compressed_matrices(c, layer)
     if c.attention == "gqa":
         return [(heads * c.head_dim, d), (2 * c.num_key_value_heads * c.head_dim, d), (d, heads * c.head_dim)]
     query = [] if c.q_lora_rank is None else [(c.q_lora_rank, d)]
@@ -65,11 +67,24 @@ def attention_matrices(c: ModelConfig) -> list[tuple[int, int]]:
     ]
 
 
+def _compressed_matrices(c: ModelConfig, layer: int) -> list[tuple[int, int]]:
+    """Those of V4's attention and of its two mixtures of streams."""
+    d, q, heads, kind = c.hidden_size, c.q_lora_rank or 0, c.num_attention_heads * c.head_dim, c.layer_type(layer)
+    found = [(q, d), (heads, q), (c.head_dim, d), (c.o_groups * c.o_lora_rank, heads // c.o_groups)]
+    found += [(d, c.o_groups * c.o_lora_rank)] + 2 * [(c.hc_mult * (2 + c.hc_mult), c.hc_mult * d)]
+    if kind == HCA:
+        found += 2 * [(c.head_dim, d)]
+    if kind == CSA:
+        found += 2 * [(2 * c.head_dim, d)] + 2 * [(2 * c.index_head_dim, d)]
+        found += [(c.index_n_heads * c.index_head_dim, q), (c.index_n_heads, d)]
+    return found
+
+
 def matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
     """(how many, rows, columns) of every parameter that Muon updates, expert stacks counted one by one."""
     d, found = c.hidden_size, []
     for layer in range(c.num_hidden_layers + c.num_nextn_predict_layers):
-        found += [(1, a, b) for a, b in attention_matrices(c)]
+        found += [(1, a, b) for a, b in attention_matrices(c, layer)]
         widths = [(1, c.intermediate_size)]
         if c.is_moe(layer):
             widths = [(c.n_routed_experts, c.moe_intermediate_size)]
@@ -96,7 +111,8 @@ def saved_bytes(shape: Shape) -> float:
     if shape.compute != "fp32":  # weights are cast, and the cast is saved unless its product is done again
         cast = {
             "none": muon_parameters(c),
-            "attention": muon_parameters(c) - len(_layers(c)) * sum(a * b for a, b in attention_matrices(c)),
+            "attention": muon_parameters(c)
+            - sum(a * b for layer in range(len(_layers(c))) for a, b in attention_matrices(c, layer)),
             "block": depths * 2 * c.hidden_size**2,
         }
         total += 2 * cast[shape.recompute]
@@ -121,6 +137,10 @@ def _layer_bytes(shape: Shape, moe: bool) -> float:
         latent = 2 * c.kv_lora_rank + c.qk_rope_head_dim
         saved = a * (2 * d + query + latent + heads * (2 * c.qk_head_dim + 3 * c.v_head_dim)) + 4 * 4
         saved += heads * shape.length * a if shape.length <= LONGEST else 0
+    elif c.attention == "compressed":  # scores of the window and the streams that each part writes come beside the rest
+        seen = shape.length + c.sliding_window if c.sliding_window else shape.length
+        saved = a * (2 * d + 3 * c.num_attention_heads * c.head_dim + 8 * c.head_dim + 6 * c.hc_mult * d)
+        saved += 3 * 4 * heads * min(seen, shape.length)
     else:
         saved = a * (2 * d + c.head_dim * (2 * heads + 2 * c.num_key_value_heads)) + 4 * (2 + heads)
         if c.qk_norm:

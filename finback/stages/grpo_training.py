@@ -48,6 +48,9 @@ class Reinforcement(Training):
         self.stage, self.tokenizer = stage, Tokenizer(run.input(stage.start))
         # the MTP modules stay as they are
         trainer = trainer_of(stage, run, weight_decay=0.0, frozen=("mtp.",))
+        if stage.share_prompts and trainer.model.config.attention == "compressed":
+            problem = "the windows of V4's attention would run from a prompt into one answer alone"
+            raise stage.wrong("share_prompts", problem, "Leave it out.")
         self.model = trainer.model
         self.reference = reference_model(stage, run, trainer) if stage.objective.beta else None
         super().__init__(run, trainer, stage.steps, stage.checkpoint_steps, COMPUTE[stage.compute])

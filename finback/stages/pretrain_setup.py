@@ -59,7 +59,7 @@ def _replicated(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:
         from finback.train import compiling  # seconds of imports that only it needs
 
         compiling.compile_blocks(model)
-    named = [(n, p) for n, p in model.named_parameters() if stage.learns(n)]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [(n, p) for n, p in named if is_matrix(n, p)]
     others = Adam([(n, p) for n, p in named if not is_matrix(n, p)], betas=BETAS, weight_decay=0.0)
     first: Muon | Adam
@@ -82,7 +82,8 @@ def _with_values(
     else:
         model = start.with_config(config, compute)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(stage.learns(name))
+        is_untaught = config.attention == "compressed" and ".indexer." in name  # V4's, which no loss reaches
+        parameter.requires_grad_(stage.learns(name) and not is_untaught)
     if config.index_topk or config.attention == "compressed":
         for knob, refused in (("compile", True), ("compute", "fp8")):
             if getattr(stage, knob) == refused:

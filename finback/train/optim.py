@@ -46,8 +46,9 @@ def exact_norm(flat: Tensor) -> float:
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon updates it: hidden matrices and expert stacks, not embeddings, head, norms or routers."""
-    return parameter.ndim >= 2 and "router" not in name and name not in ("embed", "head.weight")
+    """Whether Muon updates it: hidden matrices and expert stacks, not embeddings, head, norms, routers or biases of places."""
+    other = "router" in name or name.endswith("position_bias") or name in ("embed", "head.weight")
+    return parameter.ndim >= 2 and not other
 
 
 class Muon:
