@@ -312,7 +312,12 @@ def test_two_tabs(opened: Opened) -> None:
         say(two, "from the second")
         expect(one.locator(".sidebar .name")).to_have_text(["from the second", "from the first"])
         expect(two.locator(".summary")).to_be_visible()
-        stop(two)
+        delete(one, "from the second")  # while the other tab has it written
+        expect(two.locator("h1")).to_have_text("Talk to toy")
+        engine = client.app.state.service.engine
+        wait_for(lambda: not engine.busy)
+        two.reload()
+        expect(two.locator(".sidebar .name")).to_have_text(["from the first"])
 
 
 def history(turns: int, text: str = "Say {}", title: str = "A long talk") -> dict[str, Any]:
@@ -387,13 +392,63 @@ def test_files_out_and_in_are_the_same(opened: Opened, tmp_path: Path) -> None:
         bring(page, first)
         expect(page.locator(".sidebar .name")).to_have_text("keep this")
         assert export() == first
+        page.fill("#say", "half a thou")
+        page.reload()
+        expect(page.locator("#say")).to_have_value("half a thou")
         for wrong, words in (
+            *((json.dumps(crafted(node)).encode(), "damaged") for node in CRAFTED),
             (b"{", "not JSON"),
             (b"{}", "no chats"),
             (json.dumps(first | {"chats": [{}]}).encode(), "damaged"),
         ):
             bring(page, wrong)
             expect(page.locator(".foot .notice.bad")).to_contain_text(words)
+
+
+# what one message of a file is changed to: circles, no tree, and values that cannot be drawn
+CRAFTED: list[dict[str, Any]] = [
+    {"parent": "user1"},
+    {"parent": "assistant0"},
+    {"parent": "nobody"},
+    {"parent": "__proto__"},
+    {"id": "root"},
+    {"reasoning": {"a": 1}},
+    {"state": "dreaming"},
+    {"tokens": [["a", -1, "b"]]},
+    {"timings": {"predicted_n": "many"}},
+    {"usage": 3},
+]
+
+
+def crafted(change: dict[str, Any]) -> dict[str, Any]:
+    """A file of two turns, whose second message is changed."""
+    content = history(2)
+    (chat,) = content["chats"]
+    node = chat["nodes"].pop("assistant0") | change
+    chat["nodes"][node["id"]] = node
+    return content
+
+
+# what a browser may do to IndexedDB, in turn
+BROKEN_DISKS = (
+    "IDBObjectStore.prototype.getAll = () => { throw new Error('no'); }",
+    "IDBFactory.prototype.open = () => { throw new DOMException('no', 'SecurityError'); }",
+    "Object.defineProperty(window, 'indexedDB', { value: undefined })",
+)
+
+
+def test_a_browser_that_keeps_nothing_says_so(opened: Opened) -> None:
+    with talking() as client:
+        page = opened(client)
+        for script in BROKEN_DISKS:
+            page.add_init_script(script)
+            page.reload()
+            expect(page.locator(".welcome .notice")).to_contain_text("This browser keeps nothing")
+        say(page)
+        answered(page)
+        expect(page.locator(".sidebar .notice")).to_contain_text("This browser keeps nothing")
+        delete(page, "2+2=?")
+        expect(page.locator(".sidebar .name")).to_have_count(0)
 
 
 def rename(page: Any, old: str, new: str) -> None:
@@ -601,8 +656,15 @@ def test_honest_states(opened: Opened) -> None:
         page.keyboard.press("Control+Shift+O")
         say(page, "still there?")
         expect(page.locator(".notice.bad")).to_contain_text("64 answers are waiting already")
+        page.click("button:has-text('Try again')")
+        expect(page.locator(".branches")).to_have_text("2/2")
+        expect(page.locator(".notice.bad")).to_contain_text("64 answers are waiting already")
         page.unroute(f"**{CHAT}")
-    page.click("button:has-text('Try again')")
+        with page.expect_request(f"**{CHAT}") as sent:
+            say(page, "and now?")
+        assert [m["content"] for m in sent.value.post_data_json["messages"]] == ["still there?", "and now?"]
+        answered(page)
+    say(page, "gone?")
     expect(page.locator("main > div > .notice")).to_contain_text("The server is gone")
     expect(page.locator("[aria-label=Send]")).to_be_disabled()
 

@@ -60,6 +60,15 @@ export function remember(name, value) {
   }
 }
 
+/** Keep a value no longer. */
+export function forget(name) {
+  try {
+    localStorage.removeItem(`finback.${name}`);
+  } catch {
+    // storage is off: there is nothing to forget
+  }
+}
+
 /** An identifier that no other message has. */
 export function fresh() {
   const bytes = crypto.getRandomValues(new Uint8Array(9)); // randomUUID is missing on plain http

@@ -1,18 +1,18 @@
 // Where a person writes.
 import { Glyph } from "../controls.js";
 import { composes, html, useEffect, useRef, useState } from "../lib.js";
-
-const DRAFTS = new Map(); // what was begun in each chat, while the page is open
+import { draftName, draftOf, keepDraft } from "./drafts.js";
 
 export function Composer({ store, field }) {
   const { chat, busy } = store;
-  const [text, setText] = useState(DRAFTS.get(chat.id) ?? "");
-  const before = useRef(chat.id);
-  if (before.current !== chat.id) {
-    before.current = chat.id;
-    setText(DRAFTS.get(chat.id) ?? "");
+  const draft = draftName(chat);
+  const [text, setText] = useState(draftOf(draft));
+  const before = useRef(draft);
+  if (before.current !== draft) {
+    before.current = draft;
+    setText(draftOf(draft));
   }
-  const keep = (value) => (DRAFTS.set(chat.id, value), setText(value));
+  const keep = (value) => (keepDraft(draft, value), setText(value));
   const isReady = store.server === "ready";
   const waits = useRef(false); // what was sent while the page still asked for the server goes out as soon as it answers
   const send = () => {

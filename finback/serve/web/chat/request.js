@@ -31,7 +31,8 @@ export const samplingOf = (settings) => PRESETS[settings.preset]?.values ?? sett
 /** The body of a request for the answer `node`, which goes on from the text that it already has. */
 export function bodyOf(chat, node) {
   const { settings } = chat;
-  const earlier = ancestors(chat, node).map(({ role, content }) => ({ role, content }));
+  const said = ancestors(chat, node).filter(({ role, content }) => role === "user" || content.trim()); // not what failed at once
+  const earlier = said.map(({ role, content }) => ({ role, content }));
   const messages = settings.system.trim() ? [{ role: "system", content: settings.system }, ...earlier] : earlier;
   if (node.content || node.reasoning) {
     messages.push({

@@ -117,7 +117,7 @@ function Files({ store, onAsk }) {
   return html`
     <div class="foot">
       ${problem && html`<p class="notice bad" role="alert">${problem}</p>`}
-      ${!store.storage.isLasting && store.server !== "loading" && html`<p class="notice warn">This browser keeps nothing: chats end with this tab.</p>`}
+      ${store.forgets && html`<p class="notice warn">This browser keeps nothing: chats end with this tab.</p>`}
       ${store.storageFailed && html`<p class="notice bad" role="alert">A chat could not be saved. Export it before you leave.</p>`}
       <div class="files">
         <${Icon} glyph="upload" label="Import chats" onClick=${() => field.current.click()} />

@@ -3,6 +3,7 @@ import { Signal } from "../lib.js";
 import { ended, merged } from "./tree.js";
 
 const STORE = "chats";
+const PATIENCE = 3000; // milliseconds after which a database that does not open is none
 const LEFT = "finback.left"; // what a tab that was closed had not on the disk yet: IndexedDB has no time for it then
 
 const promised = (request) =>
@@ -11,13 +12,17 @@ const promised = (request) =>
     request.onerror = () => reject(request.error);
   });
 
-function opened() {
+async function opened() {
   const request = indexedDB.open("finback", 1);
   request.onupgradeneeded = () => request.result.createObjectStore(STORE, { keyPath: "id" });
-  return promised(request);
+  const late = new Promise((_, reject) => setTimeout(() => reject(new Error("no answer")), PATIENCE));
+  return Promise.race([promised(request), late]);
 }
 
-/** Where chats are stored. Without IndexedDB they last as long as the tab. */
+/**
+ * Where chats are stored. Without IndexedDB they last as long as the tab. What has been removed leaves a mark, { id, isRemoved }:
+ * another tab that still writes to it must not bring it back.
+ */
 export class Storage {
   #database = null;
   #memory = new Map();
@@ -28,6 +33,7 @@ export class Storage {
 
   async open() {
     this.#database = await opened().catch(() => null);
+    await this.all().catch(() => (this.#database = null)); // one that opens and cannot be read is none
     if (this.#channel) this.#channel.onmessage = (event) => this.changed.notify(event.data);
     await this.#takeLeft();
   }
@@ -39,11 +45,12 @@ export class Storage {
   /** Every chat, the one that changed last first. */
   async all() {
     const found = this.#database ? await promised(this.#store("readonly").getAll()) : [...this.#memory.values()];
-    return found.sort((a, b) => b.updated - a.updated);
+    return found.filter((chat) => !chat.isRemoved).sort((a, b) => b.updated - a.updated);
   }
 
   async get(id) {
-    return this.#database ? promised(this.#store("readonly").get(id)) : this.#memory.get(id);
+    const found = this.#database ? await promised(this.#store("readonly").get(id)) : this.#memory.get(id);
+    return found?.isRemoved ? undefined : found;
   }
 
   /** Keep a chat, with what another tab may have added to it. `whole`: as it is, without a look at what was there. */
@@ -52,13 +59,13 @@ export class Storage {
       if (!this.#database) return void this.#memory.set(chat.id, chat);
       const store = this.#store("readwrite");
       const before = whole ? undefined : await promised(store.get(chat.id));
-      await promised(store.put(before ? merged(chat, before) : chat));
+      if (!before?.isRemoved) await promised(store.put(before ? merged(chat, before) : chat));
     });
   }
 
   remove(id) {
     return this.#write(id, null, async () => {
-      if (this.#database) await promised(this.#store("readwrite").delete(id));
+      if (this.#database) await promised(this.#store("readwrite").put({ id, isRemoved: true }));
       else this.#memory.delete(id);
     });
   }

@@ -2,6 +2,7 @@
 import { askJson } from "../api.js";
 import { Signal, fresh, remember, remembered } from "../lib.js";
 import { Answer } from "./answer.js";
+import { keepDraft } from "./drafts.js";
 import { SETTINGS } from "./request.js";
 import { Storage } from "./storage.js";
 import { ROOT, added, changed, choose, isRunning, newChat, path } from "./tree.js";
@@ -45,6 +46,11 @@ export class Store extends Signal {
 
   get busy() {
     return [...this.answers.values()].some((answer) => answer.chat.id === this.chat.id);
+  }
+
+  /** Whether chats end with this tab. */
+  get forgets() {
+    return !this.storage.isLasting && this.server !== "loading";
   }
 
   get model() {
@@ -121,7 +127,7 @@ export class Store extends Signal {
   }
 
   stop() {
-    for (const answer of this.answers.values()) if (answer.chat.id === this.chat.id) answer.stop();
+    this.#stopAll(this.chat.id);
   }
 
   rename(id, title) {
@@ -130,11 +136,16 @@ export class Store extends Signal {
   }
 
   async remove(id) {
-    for (const answer of this.answers.values()) if (answer.chat.id === id) answer.stop();
+    this.#stopAll(id);
     this.chats = this.chats.filter((chat) => chat.id !== id);
     if (this.chat.id === id) this.begin();
+    keepDraft(id, "");
     await this.storage.remove(id);
     this.notify();
+  }
+
+  #stopAll(id) {
+    for (const answer of this.answers.values()) if (answer.chat.id === id) answer.stop();
   }
 
   async removeAll() {
@@ -251,8 +262,9 @@ export class Store extends Signal {
   async #heard(id) {
     const found = await this.storage.get(id);
     this.chats = await this.storage.all();
+    if (!found) this.#stopAll(id); // another tab has deleted it
     // what this tab is writing itself is newer here
-    if (this.chat.id === id && !this.busy)
+    if (this.chat.id === id && (!found || !this.busy))
       this.chat = found ? this.#settled(found) : newChat({ ...this.chat.settings });
     if (this.server === "ready") this.#rejoin();
     this.notify();

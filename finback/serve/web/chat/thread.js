@@ -57,6 +57,7 @@ function Welcome({ store }) {
     <div class="empty welcome">
       <h1>${name ? `Talk to ${name}` : store.server === "loading" ? "Connecting…" : "No model yet"}</h1>
       <p>It runs on your own machine or server. What you say goes there and nowhere else.</p>
+      ${store.forgets && html`<p class="notice warn">This browser keeps nothing: chats end with this tab.</p>`}
       <div class="examples">
         ${EXAMPLES.map((text) => html`<button type="button" class="button" key=${text} disabled=${store.server !== "ready"} onClick=${() => store.say(text)}>${text}</button>`)}
       </div>
