@@ -47,6 +47,7 @@ V4_TINY = ModelConfig(
     scoring_func="sqrtsoftplus",
     swiglu_limit=10.0,
     hc_mult=4,
+    num_nextn_predict_layers=1,
     max_position_embeddings=1024,
     initializer_range=0.02,
 )

@@ -17,6 +17,7 @@ from finback.checkpoint.hf_config import model_config, raw_config
 from finback.checkpoint.models import load, load_audited, save
 from finback.checkpoint.v4_names import released
 from finback.config import UserError
+from finback.engine.engine import Engine, EngineConfig
 from finback.kernels import moe_gemm, reference
 from finback.model.compressed_cache import CompressedCache, CompressedPool, pool_of
 from finback.model.config import CSA, HCA, SLIDING, V3_2, V4_FLASH, V4_PRO, ModelConfig, from_json, to_json
@@ -50,6 +51,9 @@ def model() -> Transformer:
         if name.endswith(("sink", "position_bias", "mix.bias", "mix.scale", "merge.bias", "merge.scale")):
             parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
     return made.eval()
+
+
+PREDICTING = dataclasses.replace(V4, num_nextn_predict_layers=2)
 
 
 def tokens_of(rows: int, length: int) -> Tensor:
@@ -128,6 +132,37 @@ def test_gradients_are_those_of_recomputed_blocks_and_reach_all_but_indexers() -
     assert all(not router.load.any() for router in plain.routers())
 
 
+def test_mtp_is_a_plain_reimplementation_and_comes_back(tmp_path: Path) -> None:
+    """e_proj(enorm(emb)) + h_proj(hnorm(x_k)) for each stream, a block with a window, and a merge and a norm of its own."""
+    save(tmp_path, Transformer(PREDICTING).initialise(3))
+    export(load(tmp_path), tmp_path / "out", "fp32")
+    made, audit = load_audited(tmp_path / "out")
+    assert audit.holds and not audit.skipped and verify(tmp_path / "out").holds
+    made.eval()
+    tokens, length = tokens_of(2, 24), 22
+    with torch.no_grad():
+        hidden = made(tokens[:, :length])
+        found = made.mtp_hidden_states(hidden, tokens)
+        streams = made.embed[tokens[:, :length]][:, :, None].expand(-1, -1, 4, -1)
+        cos, sin = made.cos[None, :length], made.sin[None, :length]
+        for block in made.blocks:
+            streams = block(streams, cos, sin, tokens=tokens[:, :length])
+        for depth, module in enumerate(made.mtp, start=1):
+            embedded = module.embed_norm(made.embed[tokens[:, depth : depth + length]]) @ module.embed_project.weight.T
+            each = [module.hidden_norm(streams[:, :, k]) @ module.hidden_project.weight.T + embedded for k in range(4)]
+            streams = module.block(torch.stack(each, dim=2), cos, sin)
+            flat = streams.flatten(2)
+            scores = flat * (flat.square().mean(-1, keepdim=True) + 1e-6).rsqrt() @ module.merge.weight.T
+            shares = (scores * module.merge.scale + module.merge.bias).sigmoid() + 1e-6
+            mixed = sum(shares[..., k, None] * streams[:, :, k] for k in range(4))
+            assert torch.allclose(found[depth - 1], module.norm(mixed), atol=1e-5)
+    assert Engine(made, (), EngineConfig(tokens=64, speculate=True)).speculation is None
+    losses = backward(made.train(), tokens)
+    assert losses.mtp > 0 and all(p.grad is not None for n, p in made.named_parameters() if n.startswith("mtp."))
+    with pytest.raises(AssertionError, match="follows a pass"):
+        made.mtp_hidden_states(hidden, tokens)
+
+
 def test_sinkhorn_by_hand_and_doubly_stochastic() -> None:
     """One step over the logits (0, ln 3; 0, 0): rows (1/4, 3/4), (1/2, 1/2), then columns divided by 3/4 and 5/4."""
     logits = torch.tensor([[0.0, 3.0], [1.0, 1.0]]).clamp(min=1).log()
@@ -157,9 +192,12 @@ def test_counts_are_those_of_the_model_and_of_the_releases() -> None:
     with torch.device("meta"):
         built = Transformer(V4)
     assert parameters(V4) == sum(p.numel() for p in built.parameters())
-    found = [parameters(c) + router_biases(c) for c in (V4_FLASH, V4_PRO)]
+    with torch.device("meta"):
+        built = Transformer(PREDICTING)
+    assert parameters(PREDICTING) == sum(p.numel() for p in built.parameters())
+    found = [parameters(c, mtp=False) + router_biases(c) for c in (V4_FLASH, V4_PRO)]
     assert found == [284_332_240_471, 1_572_997_201_763]
-    active = [parameters(c, active=True) for c in (V4_FLASH, V4_PRO)]
+    active = [parameters(c, active=True, mtp=False) for c in (V4_FLASH, V4_PRO)]
     assert [round(n / 1e9, 2) for n in active] == [13.80, 49.78]
 
 
@@ -199,7 +237,7 @@ def test_configs_come_back(config: ModelConfig) -> None:
     assert theirs.layer_types == kinds and theirs.rope_parameters["compress"]["rope_theta"] == config.rope_theta
     assert theirs.rope_parameters["main"]["rope_theta"] == config.local_rope_theta
     if config is not V4:
-        assert raw["compress_ratios"][-3:] == [4, 128, 4] and isinstance(config.rope_scaling, Yarn)
+        assert raw["compress_ratios"][-3:] == [128, 4, 0] and isinstance(config.rope_scaling, Yarn)
     assert model_config(theirs.to_dict()) == config
 
 

@@ -87,7 +87,7 @@ def examine(path: Path) -> tuple[Weights, Audit]:
 def audit(config: ModelConfig, shards: Weights, quantized: bool) -> Audit:
     """Compare a folder's tensors with what the config calls for."""
     wanted = shapes(config)
-    mtp = [n for n in wanted if _layer(n) >= config.num_hidden_layers]
+    mtp = [n for n in wanted if _layer(n) >= config.num_hidden_layers or n.startswith(v4_names.MTP)]
     result = Audit(config)
     if mtp and not any(n in shards.specs for n in mtp):
         result.notes.append(
@@ -107,8 +107,6 @@ def audit(config: ModelConfig, shards: Weights, quantized: bool) -> Audit:
             result.skipped[name] = "factors of an FP8 tensor, used with it"
         elif name in copies:
             result.skipped[name] = f"a copy of {copies[name]}"
-        elif name.startswith("mtp.") and config.attention == "compressed":
-            result.skipped[name] = "V4's MTP module, which finback leaves out"
         elif name.endswith("rotary_emb.inv_freq"):
             result.skipped[name] = "computed from the config"
         else:

@@ -27,6 +27,7 @@ _COMPRESSOR: _Names = {
 }
 _INDEXER: _Names = {"query.weight": ("wq_b.weight",), "weight.weight": ("weights_proj.weight",), **_COMPRESSOR}
 _MIXTURE = {"weight": "fn", "bias": "base", "scale": "scale"}
+MTP = "mtp."  # how the names of its tensors begin
 BIAS = "ffn.gate.bias"
 TABLE = "tid2eid"  # the one tensor of whole numbers
 # what stays in fp32 whatever the file's dtype
@@ -40,6 +41,9 @@ def table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         names["head.weight"] = ("head.weight",)
     for layer in range(config.num_hidden_layers):
         names |= _block(config, f"blocks.{layer}.", f"layers.{layer}.", layer)
+    for depth in range(config.num_nextn_predict_layers):
+        ours, theirs, layer = f"mtp.{depth}.", f"{MTP}{depth}.", config.num_hidden_layers + depth
+        names |= _block(config, ours + "block.", theirs, layer) | _under(ours, theirs, _MTP)
     return names
 
 
@@ -74,6 +78,15 @@ def _merge(ours: str, theirs: str) -> _Names:
 def _swiglu(ours: str, theirs: str) -> _Names:
     return _under(ours, theirs, {"gate_up.weight": ("w1.weight", "w3.weight"), "down.weight": ("w2.weight",)})
 
+
+_MTP: _Names = {
+    "embed_norm.weight": ("enorm.weight",),
+    "hidden_norm.weight": ("hnorm.weight",),
+    "embed_project.weight": ("e_proj.weight",),
+    "hidden_project.weight": ("h_proj.weight",),
+    "norm.weight": ("norm.weight",),
+    **_merge("merge.", "hc_head"),
+}
 
 # transformers' words -> the release's, in turn; an indexer's before its compressor's
 _WORDS = [

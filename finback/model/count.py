@@ -84,7 +84,7 @@ def parameters(c: ModelConfig, active: bool = False, mtp: bool = True) -> int:
 def mtp_parameters(c: ModelConfig, active: bool = False) -> int:
     """The MTP modules without the shared embedding and head."""
     layers = range(c.num_hidden_layers, c.num_hidden_layers + c.num_nextn_predict_layers)
-    extra = 2 * c.hidden_size**2 + 3 * c.hidden_size
+    extra = 2 * c.hidden_size**2 + 3 * c.hidden_size + _mixture(c, c.hc_mult, 1)
     return sum(layer_parameters(c, layer, active) + extra for layer in layers)
 
 
@@ -190,7 +190,7 @@ class TokenFlops:
     router: float
     # logits over the vocabulary, once more per MTP depth
     head: float
-    # MTP's projection of [embedding; hidden]
+    # MTP's projection of [embedding; hidden], of every stream under mHC
     join: float
 
     @property
@@ -217,7 +217,7 @@ def token_flops(c: ModelConfig, context: float, mtp: bool = False) -> TokenFlops
         shared=2 * moe * c.n_shared_experts * expert,
         router=2 * moe * c.n_routed_experts * c.hidden_size,
         head=2 * (1 + depths) * c.vocab_size * c.hidden_size,
-        join=2 * depths * 2 * c.hidden_size**2,
+        join=2 * depths * (1 + max(1, c.hc_mult)) * c.hidden_size**2,
     )
 
 

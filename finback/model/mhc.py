@@ -80,6 +80,7 @@ class StreamMerge(OwnStart):
         self.bias = precise(c.hc_mult)
         self.scale = precise(1)
         self.norm = UnweightedNorm(c.rms_norm_eps)
+        self.left: Tensor | None = None  # the last pass's streams, which MTP goes on with
 
     def start(self, generator: torch.Generator) -> None:
         """As HyperConnection's."""
@@ -88,6 +89,16 @@ class StreamMerge(OwnStart):
     def widen(self, x: Tensor) -> Tensor:
         """x (b, t, d) -> (b, t, n, d)."""
         return x[:, :, None].expand(-1, -1, self.config.hc_mult, -1)
+
+    def leave(self, streams: Tensor) -> None:
+        """Keep the trunk's streams for the MTP modules."""
+        self.left = streams
+
+    def carried(self, hidden: Tensor) -> Tensor:
+        """What MTP goes on with: the streams that were left, once, as far as hidden (b, t, d) goes."""
+        streams, self.left = self.left, None
+        assert streams is not None, "MTP follows a pass of the trunk"
+        return streams[:, : hidden.size(1)]
 
     def forward(self, streams: Tensor) -> Tensor:
         """streams (b, t, n, d) -> (b, t, d)."""
@@ -100,6 +111,12 @@ class OneStream(nn.Module):
 
     def widen(self, x: Tensor) -> Tensor:
         return x
+
+    def leave(self, streams: Tensor) -> None:
+        """Nothing: what the trunk returns is all there is."""
+
+    def carried(self, hidden: Tensor) -> Tensor:
+        return hidden
 
     def forward(self, x: Tensor) -> Tensor:
         return x

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from finback.model.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
+from finback.model.mhc import StreamMerge
 
 
 class MTP(nn.Module):
@@ -28,3 +29,34 @@ class MTP(nn.Module):
         """hidden and embedded (b, t, d) -> (b, t, d); positions stay those of `hidden`. context: as Block.forward takes it."""
         joined = torch.cat([self.embed_norm(embedded), self.hidden_norm(hidden)], dim=-1)
         return self.norm(self.block(self.project(joined), *context))
+
+    def states(self, made: Tensor) -> Tensor:
+        """What logits are made of, (b, t, d), from what `forward` has made, which the next depth goes on with."""
+        return made
+
+
+class StreamMTP(nn.Module):
+    """The same on mHC's streams (V4 2.1): x_k = M_e RMSNorm(Emb) + M_h RMSNorm(x_k), then a block, and a merge of its own.
+
+    It goes on with the trunk's streams, not with what they are merged to.
+    """
+
+    def __init__(self, config: ModelConfig, block: nn.Module) -> None:
+        super().__init__()
+        self.embed_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.embed_project = Linear(config.hidden_size, config.hidden_size)
+        self.hidden_project = Linear(config.hidden_size, config.hidden_size)
+        self.block = block
+        self.merge = StreamMerge(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, streams: Tensor, embedded: Tensor, *context: Any) -> Tensor:
+        """streams (b, t, n, d), embedded (b, t, d) -> streams; context: as Block.forward takes it."""
+        added = self.embed_project(self.embed_norm(embedded))[:, :, None]
+        y: Tensor = self.block(self.hidden_project(self.hidden_norm(streams)) + added, *context)
+        return y
+
+    def states(self, made: Tensor) -> Tensor:
+        """What logits are made of, (b, t, d)."""
+        return self.norm(self.merge(made))

@@ -21,7 +21,7 @@ from finback.model.layers import Linear, NoNorm, Normed, RMSNorm, SwiGLU, initia
 from finback.model.mhc import HyperConnection, OneStream, StreamMerge
 from finback.model.mla import MLA
 from finback.model.moe import MoE, Router, take_balance_losses
-from finback.model.mtp import MTP
+from finback.model.mtp import MTP, StreamMTP
 from finback.model.rope import first_row, rotation
 from finback.model.rope_scaling import LongRope
 from finback.model.swa import SWA
@@ -143,7 +143,8 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             self.head.weight = self.embed
         depths = range(config.num_nextn_predict_layers)
-        self.mtp = nn.ModuleList(MTP(config, Block(config, config.num_hidden_layers + d)) for d in depths)
+        mtp: type[MTP | StreamMTP] = StreamMTP if config.hc_mult else MTP
+        self.mtp = nn.ModuleList(mtp(config, block(config, config.num_hidden_layers + d)) for d in depths)
         cos, sin = rotation(config, config.max_position_embeddings)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -173,6 +174,8 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.blocks):
             stored = cache.layer(index) if cache is not None else None
             x = block(x, cos, sin, stored, padding_mask, attention_mask, tokens)
+        if cache is None and len(self.mtp):
+            self.merge.leave(x)
         return self.norm(self.merge(x))
 
     def embedded(self, tokens: Tensor) -> Tensor:
@@ -215,18 +218,22 @@ class Transformer(nn.Module):
     ) -> list[Tensor]:
         """MTP hidden states for each depth k = 1, 2, … (V3 eq. 21-23); feed them to `logits`.
 
-        hidden (b, t, d) are the trunk's outputs for positions i; tokens (b, t + depths) run further than the trunk's
+        hidden (b, t, d) are the trunk's outputs, just made, for positions i; tokens (b, t + depths) run further than the trunk's
         input, so that depth k sees token i + k and, at position i, predicts token i + k + 1. padding_mask and document_ids (b, t)
         as for `forward`; near a document's end a prediction is of the next one, and must not be learnt from.
         """
         length = hidden.size(1)
         assert tokens.size(1) >= length + len(self.mtp), "MTP needs one more token per depth than the trunk read"
-        outputs = []
+        outputs: list[Tensor] = []
+        if not len(self.mtp):
+            return outputs
+        carried = self.merge.carried(hidden)
         cos, sin, attention_mask = self._positions(length, None, document_ids)
         for depth, module in enumerate(self.mtp, start=1):
             embedded = self.embedded(tokens[:, depth : depth + length])
-            hidden = module(hidden, embedded, cos, sin, None, padding_mask, attention_mask)
-            outputs.append(hidden)
+            assert isinstance(module, MTP | StreamMTP), "one of the two"
+            carried = module(carried, embedded, cos, sin, None, padding_mask, attention_mask)
+            outputs.append(module.states(carried))
         return outputs
 
     def draft(self, hidden: Tensor, tokens: Tensor, cache: Cache) -> Tensor:
@@ -238,6 +245,12 @@ class Transformer(nn.Module):
         cos, sin, _ = self._positions(tokens.size(1), cache, None)
         drafted: Tensor = self.mtp[0](hidden, self.embedded(tokens), cos, sin, cache.layer(-1))
         return drafted
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether an engine may guess with MTP: not from streams, which passes with a cache do not leave, nor where what is
+        cached of a wrong guess cannot be taken back."""
+        return len(self.mtp) > 0 and self.config.attention != "compressed" and not self.config.hc_mult
 
     def with_config(self, config: ModelConfig, compute: torch.dtype) -> "Transformer":
         """The same weights, shared, read by a config that differs in its window and rope scaling alone."""

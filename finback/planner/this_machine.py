@@ -92,7 +92,7 @@ def matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
         for number, width in widths:
             found += [(number, 2 * width, d), (number, d, width)]
         if layer >= c.num_hidden_layers:
-            found.append((1, d, 2 * d))
+            found += [(2, d, d)] if c.hc_mult else [(1, d, 2 * d)]
     return found
 
 
