@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from finback.checkpoint.hf_config import raw_config
-from finback.config import as_json
-from finback.model.config import ModelConfig, to_json
+from finback.config import UserError, as_json
+from finback.model.config import V3, ModelConfig, to_json
 from finback.model.count import adapter_size, parameters
 from finback.model.lora import LoRA, adapter_parameters
-from finback.planner import tuning
+from finback.parallel.layout import Layout
+from finback.planner import hardware, traffic, tuning, tuning_time
+from finback.planner.planned_stage import PlannedStage
+from finback.runs.recipe import Work
 from tests.test_lora import CONFIGS, adapted
 from tests.toy import finback
 
@@ -115,3 +118,46 @@ def test_what_to_change_names_what_takes_less_and_nothing_else() -> None:
     taken, least = tuning.changes(QWEN_7B, knobs, 2e9, 14.4e9)
     assert taken == ["one row at a time"] and least <= 14.4e9
     assert tuning.changes(QWEN_7B, knobs | {"adapter": None}, 2e9, 1e9)[0][-1] == "one row at a time"
+
+
+def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> None:
+    """By hand: Qwen2.5-7B on 4 ranks, 2 data ranks whose rows are cut in two."""
+    layout, size = Layout(dp=2, cp=2), parameters(QWEN_7B)
+    sft = {"adapter": None, "batch_size": 6, "seq_len": 512}
+    one, four = (tuning.memory(QWEN_7B, sft, 0.0, teacher=QWEN_7B, layout=given) for given in (None, layout))
+    for part in ("weights", "gradients", "optimizer", "reference"):
+        assert getattr(four, part) == getattr(one, part) / 4
+    assert four.activations == pytest.approx(one.activations / 4) and four.served == one.gathered == 0
+    # embedding and head, and two layers, in fp32 with gradients
+    layer = 3584 * (3584 + 3584 + 2 * 512 + 3 * 18944 + 2) + 3584 + 2 * 512
+    assert four.gathered == 8 * (2 * 152064 * 3584 + 2 * layer)
+    rl = {"adapter": tuning.ADAPTER, "compute": "bf16", "task": "t", "prompts_per_step": 32, "num_generations": 8}
+    rl |= {"max_tokens": 2048, "micro_tokens": 4096, "objective": {"beta": 0.1}}
+    one, four = (tuning.memory(QWEN_7B, rl, 0.0, layout=given) for given in (None, layout))
+    learnt = adapter_size(QWEN_7B, 16, ("attention", "mlp", "experts"))
+    assert four.optimizer == one.optimizer == 8 * learnt and four.weights == 2 * size / 4 + 4 * learnt
+    assert four.served == 2 * size and four.cache == one.cache / 4 and four.reference == 0
+    assert four.gathered == 2 * (2 * 152064 * 3584 + 2 * layer)
+    whole = rl | {"adapter": None}
+    taken, least = tuning.changes(QWEN_7B, whole, 2e9, 50e9, layout=layout)
+    assert taken[-1] == "adapter=LoRA()" and least < 50e9
+    assert all("nf4" not in t for t in tuning.changes(QWEN_7B, whole, 2e9, 1e9, layout=layout)[0])
+
+
+def test_a_layout_takes_time_for_what_ranks_send() -> None:
+    """All-to-all of experts by hand, nothing gathered beyond long passes, and a whole copy for each step of answers."""
+    knobs = {"compute": "bf16", "adapter": None, "task": "t", "steps": 10, "prompts_per_step": 4, "num_generations": 4}
+    knobs |= {"max_tokens": 512, "micro_tokens": 4096, "layout": {"dp": 4, "ep": 4}}
+    stage = PlannedStage("rl", "GRPO", False, knobs, Work(tokens_trained=4 * 4096 * 10), V3)
+    site = hardware.site("h800:4", ())
+    short, long = (tuning_time.beside_products(stage, site, seconds) for seconds in (0.0, 1e9))
+    link = 160e9
+    # two bytes a number out and two back, forward and backward, of 58 layers and MTP's, to what other devices hold
+    sent = 4096 * 10 * 59 * 8 * 7168 * traffic.spread(V3, 4, 4, 0.0).forwarded
+    copies = 10 * 2 * parameters(V3) * 3 / 4
+    assert long == pytest.approx((sent + copies) / link)
+    # of 10 passes: gradients in fp32, weights in fp32 twice, of all but the experts that lie here alone
+    routed = 59 * 256 * 3 * 7168 * 2048
+    assert short - long == pytest.approx(10 * 12 * (parameters(V3) - routed) * 3 / 4 / link, rel=1e-3)
+    with pytest.raises(UserError, match=r"--on = 'h800:8': the layout of rl has 4 ranks, not 8\. Use 4 devices"):
+        tuning_time.check_ranks(stage, hardware.site("h800:8", ()), "h800:8")

@@ -102,14 +102,16 @@ def _search(c: ModelConfig, work: Workload, site: Site, options: PlanOptions) ->
     return Search(start, site, frozenset(fixed), options.micro_rows, share.value)
 
 
-def by_flops(flops: float, site: Site, options: PlanOptions, least: float = 0.0) -> dict[str, Any]:
-    """Cost of so many FLOPs at the machine's MFU, or else at the efficiency that others' is from: rough.
-
-    `least` seconds are what it takes however small its products are.
-    """
+def product_seconds(flops: float, site: Site) -> float:
+    """Of so many FLOPs at the machine's MFU, or else at the efficiency that others' is from."""
     machine, devices, known = site.machine, site.devices, site.known
     share = known.get("mfu") or machine.mfu or cost.efficiency(V3, cost.V3_WORKLOAD, machine, known)
-    seconds = max(flops / (machine.bf16.value * share.value * devices), least)
+    return flops / (machine.bf16.value * share.value * devices)
+
+
+def by_flops(flops: float, site: Site, options: PlanOptions, least: float = 0.0, beside: float = 0.0) -> dict[str, Any]:
+    """Cost of so many FLOPs: rough. `least` seconds are what it takes however small its products are, `beside` come on top."""
+    seconds = max(product_seconds(flops, site), least) + beside
     return {"seconds": seconds, **cost.spending(seconds, site, options.price), "how": "rough"}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from finback.config import UserError
 from finback.model.config import V3, ModelConfig
 from finback.model.count import forward_flops, parameters, training_flops
-from finback.planner import calibration_file, cluster, cost, hardware, remarks, this_machine, tuning
+from finback.planner import calibration_file, cluster, cost, hardware, remarks, this_machine, tuning, tuning_time
 from finback.planner.hardware import Site
 from finback.planner.options import PlanOptions
 from finback.planner.planned_stage import PlannedStage, planned_stages
@@ -92,15 +92,19 @@ def _counted(stage: PlannedStage) -> dict[str, Any]:
     model, values = stage.model, {"flops": None, "stage": stage.type, **dataclasses.asdict(stage.work)}
     if model is None:
         return values
-    trained = training_flops(model, stage.length / 2, mtp=stage.pretrains) * stage.work.tokens_trained
-    if stage.knobs.get("adapter"):  # a frozen weight has no gradient
-        trained *= 2 / 3
+    trained = _trained(stage, model)
     generated = forward_flops(model, stage.length / 2) * stage.work.tokens_generated
     return values | {
         "parameters": parameters(model),
         "active": parameters(model, active=True, mtp=False),
         "flops": (trained + generated) or None,
     }
+
+
+def _trained(stage: PlannedStage, model: ModelConfig) -> float:
+    """FLOPs of a stage's training; a frozen weight has no gradient."""
+    trained = training_flops(model, stage.length / 2, mtp=stage.pretrains) * stage.work.tokens_trained
+    return trained * 2 / 3 if stage.knobs.get("adapter") else trained
 
 
 def _here(stage: PlannedStage, options: PlanOptions, calibration: Calibrated | None, ranks: int) -> dict[str, Any]:
@@ -182,13 +186,17 @@ def _on_hardware(stage: PlannedStage, site: Site, options: PlanOptions) -> dict[
         return values
     known = remarks.of_model(stage.model, "bf16", site)
     if tuning.is_tuned(stage):
+        tuning_time.check_ranks(stage, site, options.on)
+        values |= {} if stage.layout is None else {"layout": stage.layout.mesh()}
         values |= tuning.judged(stage, site.machine.memory.value, site.known["reserve"].value, site.known)
         known += [values["change"]] if "change" in values else []
     if not stage.pretrains:
         if not values["flops"]:
             return values | {"notes": known[-1:] if "change" in values else []}
-        rough = cluster.by_flops(values["flops"], site, options, _least(stage, site))
-        return values | rough | {"notes": [*known, remarks.ROUGH]}
+        computing = cluster.product_seconds(_trained(stage, stage.model), site)
+        beside = tuning_time.beside_products(stage, site, computing)
+        rough = cluster.by_flops(values["flops"], site, options, _least(stage, site), beside)
+        return values | rough | {"notes": [*known, remarks.ROUGH, *([remarks.HIDDEN] if stage.layout else [])]}
     try:
         return values | _laid_out(stage, site, options)
     except UserError as error:

@@ -12,6 +12,7 @@ ROUGH = (
     "rough: FLOPs at the rate of training, and not less than its passes take one after the other; answers of many lengths, "
     "and reading weights for few answers at a time, take longer"
 )
+HIDDEN = "FSDP's gathering is taken to hide behind compute as far as there is any"
 
 
 def of_model(c: ModelConfig, precision: Precision, site: Site) -> list[str]:
@@ -44,7 +45,7 @@ def of_step(c: ModelConfig, judged: JudgedWorkload, site: Site, step: Step) -> l
     work, known = judged.work, site.known
     found = of_model(c, work.precision, site)
     if work.layout.sharding == "fsdp":
-        found.append("FSDP's gathering is taken to hide behind compute as far as there is any")
+        found.append(HIDDEN)
     if work.precision == "fp8" and work.layout.ep > 1 and work.layout.pipeline.copies == 1:
         found.append(
             "tokens are planned to go to their experts in FP8, as V3's; finback sends them in bf16, twice the bytes"

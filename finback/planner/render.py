@@ -210,4 +210,4 @@ def _how(s: dict[str, Any]) -> str:
     if "mfu" in s:
         return f"{s['layout']}, MFU {s['mfu']:.1%}"
     unknown = "" if s.get("flops") or "parameters" not in s else "unknown before its data is there"
-    return str(s.get("how", unknown))
+    return ", ".join(filter(None, (s.get("layout"), s.get("how", unknown))))

@@ -1,0 +1,42 @@
+"""What a layout adds to the time of fine-tuning and RL: what its ranks send each other that nothing hides. No torch here."""
+
+from finback.config import UserError
+from finback.planner import traffic, tuning
+from finback.planner.hardware import Site
+from finback.planner.planned_stage import PlannedStage
+from finback.planner.workload import Workload
+
+
+def check_ranks(stage: PlannedStage, site: Site, on: str) -> None:
+    """UserError where a stage's layout is not for so many devices."""
+    if stage.layout is not None and stage.layout.ranks != site.devices:
+        problem = f"the layout of {stage.name} has {stage.layout.ranks} ranks, not {site.devices}"
+        raise UserError("--on", on, problem, f"Use {stage.layout.ranks} devices, or change the layout.")
+
+
+def beside_products(stage: PlannedStage, site: Site, computing: float) -> float:
+    """Seconds of all-to-all, of gathering beyond `computing` seconds of passes, and of whole copies to generate with.
+
+    A step's rows are taken for as long as a pass has tokens; an adapter's own gradients, which are few, are left out.
+    """
+    layout, knobs, c = stage.layout, stage.knobs, stage.model
+    if layout is None or c is None or layout.ranks == 1:
+        return 0.0
+    precision = "fp32" if knobs.get("compute", "fp32") == "fp32" else "bf16"
+    work = Workload(
+        layout=layout,
+        rows=layout.dp * layout.micro_batches,
+        length=tuning.pass_tokens(knobs, layout) * layout.cp,
+        recompute=knobs.get("recompute") or ("block" if knobs.get("adapter") else "none"),
+        precision=precision,  # type: ignore[arg-type]
+    )
+    sent, steps = traffic.of(c, work, site.machine), stage.work.tokens_trained / (work.rows * work.length)
+    width = tuning.gathered_width(layout, knobs.get("adapter"))
+    # of what traffic counts, gradients and two times weights in the dtype that travels, a frozen base has its weights alone
+    share = 2 * width / (4 + 2 * width) if knobs.get("adapter") else 1.0
+    gathering = steps * sent.exchange_seconds * share
+    wire = traffic.wire(site.machine, layout.ranks, inside=layout.ranks <= traffic.per_node(site.machine))
+    received = tuning.copy_bytes(c, knobs) * (layout.ranks - 1) / layout.ranks if tuning.generates(knobs) else 0.0
+    copies = 1 if knobs.get("adapter") or not knobs.get("task") else int(knobs.get("steps") or 1)
+    around = steps * (sent.dispatch_seconds + sent.context_seconds)
+    return around + max(gathering - computing, 0.0) + copies * received / wire
