@@ -222,6 +222,23 @@ def grouped(draw: st.DrawFn, family: str) -> Any:
                 "sliding_window": draw(st.sampled_from([None, window])),
             }
         )
+    if family == "mixtral":
+        own = {"num_local_experts": 8, "sliding_window": draw(st.sampled_from([None, window]))}
+        return transformers.MixtralConfig(**fields, **own, num_experts_per_tok=draw(st.integers(1, 3)))
+    if family == "gemma3_text":
+        wide = (
+            fields["rope_parameters"]
+            if draw(st.booleans())
+            else {"rope_theta": 1000.0, "rope_type": "linear", "factor": 8.0}
+        )
+        own = {"sliding_attention": plain | {"rope_theta": 500.0}, "full_attention": wide}
+        return transformers.Gemma3TextConfig(
+            **fields | {"rope_parameters": own, "hidden_size": 16 * fields["num_attention_heads"]},
+            layer_types=kinds,
+            sliding_window=window,
+            attention_bias=biased,
+            query_pre_attn_scalar=draw(st.sampled_from([16, 24])),
+        )
     if family == "olmo2":
         return transformers.Olmo2Config(**fields, attention_bias=biased)
     own = {"sliding_attention": plain | {"rope_theta": 500.0}, "full_attention": fields["rope_parameters"]}
@@ -272,7 +289,10 @@ OTHERS = {
     "glm4_moe_lite": glm4_moe_lite(),
     "qwen2 with windows": grouped("qwen2"),
     "qwen3 with windows": grouped("qwen3"),
-    **{name: grouped(name) for name in ("qwen3_moe", "mistral", "smollm3", "glm4_moe", "phi3", "olmo2", "olmo3")},
+    **{
+        name: grouped(name)
+        for name in ("qwen3_moe", "mixtral", "gemma3_text", "mistral", "smollm3", "glm4_moe", "phi3", "olmo2", "olmo3")
+    },
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finback.checkpoint.gguf_config import FREQUENCIES, SIGMOID, SOFTMAX
 from finback.checkpoint.gguf_types import GgufType, file_type, kind_of, packed
-from finback.checkpoint.hf_config import family_of
+from finback.checkpoint.hf_export_as import family_of
 from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.model.gqa import GQA

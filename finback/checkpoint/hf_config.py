@@ -7,13 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finback.checkpoint.hf_families import FAMILIES, FULL, GROUPS, INDEXER, MLA, MOE, REFUSED, SLIDING
+from finback.checkpoint.hf_export_as import family_of
+from finback.checkpoint.hf_families import FAMILIES, REFUSED
 from finback.checkpoint.hf_fields import Fields
+from finback.checkpoint.hf_grouped import FULL, SLIDING
+from finback.checkpoint.hf_latent import GROUPS, INDEXER, MLA, MOE
 from finback.checkpoint.hf_rope import raw_rope, read_rope
-from finback.checkpoint.hf_v4 import check_v4, raw_v4
+from finback.checkpoint.hf_v4 import raw_v4
 from finback.config import UserError, did_you_mean
 from finback.model.config import ModelConfig
-from finback.model.rope_scaling import LongRope
 
 # fields that are called alike in a config.json and in ModelConfig
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -49,7 +51,8 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
     if name == "deepseek_v4":  # which has no dense layers
         raw = {"intermediate_size": raw.get("moe_intermediate_size", family.defaults["moe_intermediate_size"])} | raw
     fields = Fields(raw, family.defaults)
-    fields.demand("hidden_act", "silu")
+    if name != "gemma3_text":
+        fields.demand("hidden_act", "silu")
     fields.demand("mlp_bias", False)
     common: dict[str, Any] = {name: fields.integer(name) for name in SIZES} | {
         "max_position_embeddings": fields.integer("max_position_embeddings", 4096),
@@ -58,7 +61,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
         "initializer_range": fields.number("initializer_range", 0.02),
     }
     # which have one for each kind of layers
-    found = {} if name in ("olmo3", "deepseek_v4") else read_rope(fields)
+    found = {} if name in ("olmo3", "gemma3_text", "deepseek_v4") else read_rope(fields)
     if found.get("partial_rotary_factor", 1.0) != 1.0 and name not in PARTLY_ROTATED:
         fields.refuse("partial_rotary_factor", f"{name} rotates whole heads", "Use another checkpoint.")
     return ModelConfig(**common | found | family.read(fields))
@@ -142,7 +145,17 @@ def _raw_grouped(config: ModelConfig, family: str) -> dict[str, Any]:
     if family == "glm4_moe":
         raw |= {name: getattr(config, name) for name in (*MOE, *GATE, *LAYERS, "partial_rotary_factor")}
         raw |= {"use_qk_norm": config.qk_norm, "topk_method": "noaux_tc"}
-    if family == "olmo3":
+    if family == "mixtral":
+        raw |= {"num_local_experts": config.n_routed_experts, "num_experts_per_tok": config.num_experts_per_tok}
+        raw["intermediate_size"] = config.moe_intermediate_size
+    if family == "gemma3_text":
+        asked = config.query_pre_attn_scalar
+        raw |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": asked or config.head_dim}
+        raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        raw["layer_types"] = list(config.layer_types) or [FULL if config.sliding_window is None else SLIDING] * len(
+            layers
+        )
+    if family in ("olmo3", "gemma3_text"):
         full = {"rope_type": "default"} | (raw_rope(config.rope_scaling) if config.rope_scaling else {})
         truncate = full.pop("truncate", True)
         local = config.rope_theta if config.local_rope_theta is None else config.local_rope_theta
@@ -151,107 +164,3 @@ def _raw_grouped(config: ModelConfig, family: str) -> dict[str, Any]:
             SLIDING: {"rope_type": "default", "rope_theta": local},
         } | ({} if truncate else {"truncate": False})
     return raw
-
-
-def family_of(config: ModelConfig) -> str:
-    """The model_type under which transformers knows such a model; UserError when it knows none."""
-    if config.attention == "compressed":
-        return check_v4(config)
-    for name, plain in (("hc_mult", 0), ("swiglu_limit", None), ("num_hash_layers", 0)):
-        if getattr(config, name) != plain:
-            raise _no_family(config, name, "V4 alone has it, with compressed attention")
-    if config.n_routed_experts and config.scoring_func == "sqrtsoftplus":
-        raise _no_family(config, "scoring_func", "V4 alone has it, with compressed attention")
-    if config.attention == "mla":
-        return _latent_family(config)
-    if config.n_routed_experts:
-        return _experts_family(config)
-    for name, is_plain in (
-        ("num_nextn_predict_layers", not config.num_nextn_predict_layers),
-        ("dense_layers", not config.dense_layers),
-    ):
-        if not is_plain:
-            raise _no_family(config, name, "no dense family has it")
-    if config.partial_rotary_factor != 1.0 or isinstance(config.rope_scaling, LongRope):
-        return _long_family(config)
-    if config.norms == "post":
-        return _post_norm_family(config)
-    if config.local_rope_theta is not None:
-        raise _no_family(config, "local_rope_theta", "no family has it with norms before attention")
-    if config.nope_layers:
-        if config.qk_norm or config.attention_bias == "qkv":
-            raise _no_family(config, "nope_layers", "no family has them with qk_norm or biases of queries alone")
-        return "smollm3"
-    if config.qk_norm:
-        if config.attention_bias == "qkv":
-            raise UserError("model.attention_bias", "qkv", "no family has it with qk_norm", "Use none or all.")
-        if config.qk_norm_over != "head":
-            raise _no_family(config, "qk_norm_over", "no family has it with norms before attention")
-        return "qwen3"
-    if config.attention_bias == "qkv":
-        return "qwen2"
-    if config.sliding_window is None:
-        return "llama"
-    if config.layer_types or config.attention_bias != "none":
-        raise _no_family(config, "sliding_window", "no family has it in some layers, or with biases")
-    return "mistral"
-
-
-def _latent_family(config: ModelConfig) -> str:
-    softmax = config.n_routed_experts and config.scoring_func == "softmax"
-    if softmax and (config.norm_topk_prob or config.num_nextn_predict_layers):
-        problem = "DeepSeek-V2 has neither normalised weights nor MTP"
-        raise UserError("model.scoring_func", "softmax", problem, "Train with sigmoid affinities.")
-    if softmax and not config.rope_interleaved:
-        raise UserError("model.rope_interleaved", False, "DeepSeek-V2 is interleaved", "Use sigmoid affinities.")
-    if config.norms != "pre":
-        raise _no_family(config, "norms", "DeepSeek's stand before attention")
-    if config.index_topk:
-        if softmax:
-            raise UserError("model.scoring_func", "softmax", "models with an indexer use sigmoid", "Use it.")
-        if config.dense_layers:
-            raise _no_family(config, "dense_layers", "no family has them with an indexer")
-        return "glm_moe_dsa" if config.index_rope_interleaved else "deepseek_v32"
-    if softmax:
-        return "deepseek_v2"
-    return "glm4_moe_lite" if config.dense_layers else "deepseek_v3"
-
-
-def _experts_family(config: ModelConfig) -> str:
-    """Of experts with grouped-query attention."""
-    softmax = config.scoring_func == "softmax"
-    absent: dict[str, Any] = {"norms": "pre", "nope_layers": (), "local_rope_theta": None, "qk_norm_over": "head"}
-    if softmax:
-        absent |= {"n_shared_experts": 0, "n_group": 1, "routed_scaling_factor": 1.0, "partial_rotary_factor": 1.0}
-        absent |= {"num_nextn_predict_layers": 0, "qk_norm": True, "layer_types": ()}
-    else:
-        absent |= {"sliding_window": None, "dense_layers": ()}
-    for name, value in absent.items():
-        if getattr(config, name) != value:
-            raise _no_family(config, name, f"the family of such experts has {value!r}")
-    if config.attention_bias == ("qkv" if softmax else "all"):
-        raise _no_family(config, "attention_bias", "the family of such experts has another")
-    return "qwen3_moe" if softmax else "glm4_moe"
-
-
-def _long_family(config: ModelConfig) -> str:
-    """Of dense models with partial rotation or LongRoPE."""
-    plain = {"norms": "pre", "nope_layers": (), "local_rope_theta": None, "qk_norm": False, "layer_types": ()}
-    for name, value in (plain | {"attention_bias": "none"}).items():
-        if getattr(config, name) != value:
-            raise _no_family(config, name, f"Phi-3, whose rotation this is, has {value!r}")
-    if not isinstance(config.rope_scaling, LongRope | None):
-        raise _no_family(config, "rope_scaling", "Phi-3, whose partial rotation this is, has LongRoPE or none")
-    return "phi3"
-
-
-def _post_norm_family(config: ModelConfig) -> str:
-    if not config.qk_norm or config.qk_norm_over != "projection" or config.nope_layers:
-        raise _no_family(config, "norms", "OLMo 2 has them with qk_norm over the whole projection")
-    if config.attention_bias == "qkv":
-        raise _no_family(config, "attention_bias", "OLMo 2 has none or all")
-    return "olmo2" if config.sliding_window is None else "olmo3"
-
-
-def _no_family(config: ModelConfig, name: str, problem: str) -> UserError:
-    return UserError(f"model.{name}", getattr(config, name), problem, "Export a model of another shape.")

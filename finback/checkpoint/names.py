@@ -34,9 +34,19 @@ _GQA: _Names = {
     "out.weight": ("self_attn.o_proj.weight",),
 }
 
+# of experts: where they are, and their matrices
+_EXPERTS = "mlp", "gate_proj", "up_proj", "down_proj"
+_MIXTRAL = "block_sparse_moe", "w1", "w3", "w2"
+
 _PRE_NORMS: _Names = {
     "attention_norm.weight": ("input_layernorm.weight",),
     "feed_forward_norm.weight": ("post_attention_layernorm.weight",),
+}
+_BOTH_NORMS: _Names = {
+    "attention_norm.weight": ("input_layernorm.weight",),
+    "attention.norm.weight": ("post_attention_layernorm.weight",),
+    "feed_forward_norm.weight": ("pre_feedforward_layernorm.weight",),
+    "feed_forward.norm.weight": ("post_feedforward_layernorm.weight",),
 }
 _POST_NORMS: _Names = {
     "attention.norm.weight": ("post_attention_layernorm.weight",),
@@ -67,6 +77,12 @@ def table(config: ModelConfig, biases: bool = False) -> dict[str, tuple[str, ...
             prefix + "norm.weight": (theirs + "shared_head.norm.weight",),
         }
     return names
+
+
+def is_mixtral(config: ModelConfig) -> bool:
+    """Whether a model's experts are Mixtral's: chosen by softmax, behind attention without norms of queries and keys."""
+    by_softmax = config.n_routed_experts > 0 and config.scoring_func == "softmax"
+    return config.attention == "gqa" and by_softmax and not config.qk_norm
 
 
 def copies(config: ModelConfig) -> dict[str, str]:
@@ -102,8 +118,8 @@ def _gqa(config: ModelConfig) -> _Names:
 
 def _block(config: ModelConfig, ours: str, layer: int, biases: bool) -> dict[str, tuple[str, ...]]:
     theirs = f"model.layers.{layer}."
+    names: _Names = dict({"pre": _PRE_NORMS, "post": _POST_NORMS, "both": _BOTH_NORMS}[config.norms])
     is_pre = config.norms == "pre"
-    names: _Names = dict(_PRE_NORMS if is_pre else _POST_NORMS)
     parts = ("attention.", "feed_forward.") if is_pre else ("attention.inner.", "feed_forward.inner.")
     attention: _Names = dict(_MLA if config.attention == "mla" else _gqa(config))
     if config.attention == "mla" and config.q_lora_rank is None:
@@ -113,14 +129,13 @@ def _block(config: ModelConfig, ours: str, layer: int, biases: bool) -> dict[str
         attention |= _DSA
     names |= {parts[0] + k: v for k, v in attention.items()}
     if config.is_moe(layer):
-        experts = range(config.n_routed_experts)
-        names[parts[1] + "router.weight"] = ("mlp.gate.weight",)
+        stem, gate, up, down = _MIXTRAL if is_mixtral(config) else _EXPERTS
+        experts = [f"{stem}.experts.{e}." for e in range(config.n_routed_experts)]
+        names[parts[1] + "router.weight"] = (f"{stem}.gate.weight",)
         if config.scoring_func == "sigmoid" or biases:
-            names[parts[1] + "router.bias"] = ("mlp.gate.e_score_correction_bias",)
-        names[parts[1] + "gate_up"] = tuple(
-            f"mlp.experts.{e}.{part}_proj.weight" for e in experts for part in ("gate", "up")
-        )
-        names[parts[1] + "down"] = tuple(f"mlp.experts.{e}.down_proj.weight" for e in experts)
+            names[parts[1] + "router.bias"] = (f"{stem}.gate.e_score_correction_bias",)
+        names[parts[1] + "gate_up"] = tuple(f"{each}{part}.weight" for each in experts for part in (gate, up))
+        names[parts[1] + "down"] = tuple(f"{each}{down}.weight" for each in experts)
         if config.n_shared_experts:
             names |= _swiglu(parts[1] + "shared.", "mlp.shared_experts.")
     else:

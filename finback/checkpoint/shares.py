@@ -15,6 +15,7 @@ from torch import Tensor
 from finback.checkpoint.shards import Weights
 from finback.kernels import fp8
 from finback.model.config import ModelConfig
+from finback.model.layers import first_value
 from finback.model.transformer import Transformer
 
 # Numbers that are drawn at a time. A multiple of 16: torch draws normal numbers in blocks of 16, so that pieces are drawn
@@ -85,7 +86,7 @@ class Seeded(Values):
             mine = wanted.pop(name, [])
             if parameter.ndim < 2:
                 for share in mine:
-                    share.local.detach().fill_(0.0 if name.endswith("bias") else 1.0)
+                    share.local.detach().fill_(first_value(model, name))
                 continue
             targets = [run for share in mine for run in share.runs()]
             for begin, numbers in drawn(parameter.numel(), self.config.initializer_range, generator):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finback.checkpoint import v4_names
-from finback.checkpoint.hf_config import family_of
+from finback.checkpoint.hf_export_as import family_of
 from finback.checkpoint.shards import Spec
 from finback.model.config import ModelConfig
 

@@ -12,7 +12,15 @@ from typing import Any, Literal
 from finback.config import UserError, check_fields
 from finback.model.rope_scaling import KINDS, LongRope, RopeScaling, Yarn
 
-_GQA_ONLY = ("partial_rotary_factor", "nope_layers", "sliding_window", "layer_types", "local_rope_theta")
+_GQA_ONLY = (
+    "partial_rotary_factor",
+    "nope_layers",
+    "sliding_window",
+    "layer_types",
+    "local_rope_theta",
+    "norm_offset",
+    "query_pre_attn_scalar",
+)
 SLIDING, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 
 
@@ -107,8 +115,14 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     # MLA: pairs (0,1), (2,3), …; GQA is half-split as Llama and Qwen are
     rope_interleaved: bool = True
-    # where a block's norms stand: before attention and feed-forward, or behind them (OLMo 2)
-    norms: Literal["pre", "post"] = "pre"
+    # where a block's norms stand: before attention and feed-forward, behind them (OLMo 2), or both (Gemma)
+    norms: Literal["pre", "post", "both"] = "pre"
+    # Gemma: norms multiply by 1 + weight, embeddings are times sqrt(hidden_size), and scores have this in the place of head_dim
+    norm_offset: bool = False
+    scale_embeddings: bool = False
+    query_pre_attn_scalar: int | None = None
+    # of dense feed-forwards: SwiGLU, or GeGLU with GELU by tanh
+    activation: Literal["silu", "gelu_tanh"] = "silu"
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
@@ -133,6 +147,10 @@ class ModelConfig:
             self._check_gqa()
         else:
             self._check_compressed()
+        is_usual = self.activation == "silu" or not self.n_routed_experts
+        self._require(is_usual, "activation", "experts have SwiGLU", 'Use "silu".')
+        asked = self.query_pre_attn_scalar
+        self._require(asked is None or asked > 0, "query_pre_attn_scalar", "not above 0", "Set it > 0.")
         if self.n_routed_experts:
             self._require(self.norms == "pre", "norms", "experts have theirs before them", 'Use "pre".')
             self._check_experts()

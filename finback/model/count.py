@@ -66,7 +66,11 @@ def _indexer_matrices(c: ModelConfig) -> int:
 def layer_parameters(c: ModelConfig, layer: int, active: bool) -> int:
     """One block; `active` counts only the experts a token meets. Router biases are not parameters."""
     d = c.hidden_size
-    block = attention_parameters(c, layer) + 2 * d + 2 * _mixture(c, c.hc_mult * (2 + c.hc_mult), 3)
+    block = (
+        attention_parameters(c, layer)
+        + (4 if c.norms == "both" else 2) * d
+        + 2 * _mixture(c, c.hc_mult * (2 + c.hc_mult), 3)
+    )
     if not c.is_moe(layer):
         return block + 3 * d * c.intermediate_size
     experts = c.num_experts_per_tok if active else c.n_routed_experts

@@ -7,7 +7,7 @@ from finback.kernels.attention import Attention, torch_attention
 from finback.kernels.documents import Mask, Windowed
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
-from finback.model.layers import Linear, RMSNorm
+from finback.model.layers import Linear, OffsetNorm, RMSNorm
 from finback.model.rope import rotate_first, rotate_half, rotate_nothing, softmax_scale
 
 
@@ -41,8 +41,9 @@ class GQA(nn.Module):
         self.key_value = Linear(c.hidden_size, 2 * c.num_key_value_heads * c.head_dim, bias)
         self.out = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, c.attention_bias == "all")
         if c.qk_norm and c.qk_norm_over == "head":
-            self.query_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-            self.key_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            norm = OffsetNorm if c.norm_offset else RMSNorm
+            self.query_norm = norm(c.head_dim, c.rms_norm_eps)
+            self.key_norm = norm(c.head_dim, c.rms_norm_eps)
         elif c.qk_norm:
             self.query_norm = HeadsNorm(c.num_attention_heads * c.head_dim, c.rms_norm_eps)
             self.key_norm = HeadsNorm(c.num_key_value_heads * c.head_dim, c.rms_norm_eps)

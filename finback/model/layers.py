@@ -19,11 +19,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.gain(), self.eps)
 
     def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, and its norm."""
-        return add_rms_norm(x, y, self.weight, self.eps)
+        return add_rms_norm(x, y, self.gain(), self.eps)
+
+    def gain(self) -> Tensor:
+        """g."""
+        return self.weight
+
+
+class OffsetNorm(RMSNorm):
+    """RMSNorm whose weight is what its gain is above 1 (Gemma)."""
+
+    def gain(self) -> Tensor:
+        return 1 + self.weight.float()
 
 
 class NoNorm(nn.Module):
@@ -41,10 +52,10 @@ class NoNorm(nn.Module):
 class Normed(nn.Module):
     """norm(inner(x)): an attention or a feed-forward whose output is normed before it is added (OLMo 2, arXiv 2501.00656)."""
 
-    def __init__(self, inner: nn.Module, size: int, eps: float) -> None:
+    def __init__(self, inner: nn.Module, norm: RMSNorm) -> None:
         super().__init__()
         self.inner = inner
-        self.norm = RMSNorm(size, eps)
+        self.norm = norm
 
     def forward(self, x: Tensor, *context: Any) -> Tensor:
         y: Tensor = self.norm(self.inner(x, *context))
@@ -111,6 +122,21 @@ class SwiGLU(nn.Module):
         return y
 
 
+class GeGLU(nn.Module):
+    """down(GELU(gate x) ⊙ up x) with GELU by tanh (Gemma); matrices as SwiGLU's."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden, 2 * width)
+        self.down = Linear(width, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., hidden) -> (..., hidden)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        y: Tensor = self.down(F.gelu(gate, approximate="tanh") * up)
+        return y
+
+
 def precise(*shape: int) -> nn.Parameter:
     """A parameter that is fp32 whatever dtype the model's others have."""
     return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
@@ -124,6 +150,12 @@ class OwnStart(nn.Module):
         raise NotImplementedError
 
 
+def first_value(module: nn.Module, name: str) -> float:
+    """Of all numbers of a vector among a module's parameters: 1 in gains, 0 in biases and in what gains are above 1."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return 0.0 if name.endswith("bias") or isinstance(owner, OffsetNorm) else 1.0
+
+
 def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:
     """Every matrix normal with `std` (V3 4.2), gains 1, biases 0; order of parameters is the seed's order.
 
@@ -134,7 +166,7 @@ def initialise(module: nn.Module, std: float, generator: torch.Generator) -> Non
             if parameter.ndim >= 2:
                 parameter.normal_(0.0, std, generator=generator)
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.fill_(first_value(module, name))
     for part in module.modules():
         if isinstance(part, OwnStart):
             with torch.no_grad():

@@ -63,7 +63,7 @@ class NativeGQA(PackedGQA):
         rows = cache if window is None else cache.last(window)
         cos, sin = self.angles(cos).contiguous(), self.angles(sin).contiguous()
         qkv: Tensor = self.stacked(x).contiguous()
-        gains = (self.query_norm.weight.float(), self.key_norm.weight.float()) if c.qk_norm else (None, None)
+        gains = (self.query_norm.gain().float(), self.key_norm.gain().float()) if c.qk_norm else (None, None)
         count, new, heads = qkv.size(0), qkv.size(1), c.num_attention_heads
         out = qkv.new_empty(count, new, heads * c.head_dim)
         sizes = count, new, heads, c.num_key_value_heads, c.head_dim, rows.size, rows.table.size(1)

@@ -58,7 +58,7 @@ def _llama3(freq: Tensor, s: Llama3Rope) -> Tensor:
 
 def softmax_scale(config: ModelConfig) -> float:
     """Scale on attention scores: d^-1/2, in MLA times mscale(mscale_all_dim)^2 under YaRN (0.135234 for V3)."""
-    scale, yarn = config.qk_head_dim**-0.5, config.rope_scaling
+    scale, yarn = (config.query_pre_attn_scalar or config.qk_head_dim) ** -0.5, config.rope_scaling
     if config.attention == "mla" and isinstance(yarn, Yarn):
         return scale * yarn.stretch(yarn.mscale_all_dim) ** 2
     return scale

@@ -17,7 +17,7 @@ from finback.model.dsa import DSA
 from finback.model.gqa import GQA
 from finback.model.hash_routing import HashRouter
 from finback.model.hca import HCA
-from finback.model.layers import Linear, NoNorm, Normed, RMSNorm, SwiGLU, initialise
+from finback.model.layers import GeGLU, Linear, NoNorm, Normed, OffsetNorm, RMSNorm, SwiGLU, initialise
 from finback.model.mhc import HyperConnection, OneStream, StreamMerge
 from finback.model.mla import MLA
 from finback.model.moe import MoE, Router, take_balance_losses
@@ -37,8 +37,10 @@ def attention_of(config: ModelConfig, layer: int) -> MLA | GQA | SWA:
     return kinds.get(config.layer_type(layer), SWA)(config, layer)
 
 
-def feed_forward_of(config: ModelConfig, layer: int) -> MoE | SwiGLU:
+def feed_forward_of(config: ModelConfig, layer: int) -> MoE | SwiGLU | GeGLU:
     """The feed-forward that a config asks for, and the router of its experts."""
+    if config.activation == "gelu_tanh":
+        return GeGLU(config.hidden_size, config.intermediate_size)
     if not config.is_moe(layer):
         return SwiGLU(config.hidden_size, config.intermediate_size, config.swiglu_limit)
     return MoE(config, HashRouter(config) if layer < config.num_hash_layers else Router(config))
@@ -108,7 +110,9 @@ class StreamBlock(Block):
 def normed(module: nn.Module, config: ModelConfig) -> tuple[RMSNorm | NoNorm, nn.Module]:
     """The norm before a part of a block, and the part, with a norm behind it where the config has it there."""
     size, eps = config.hidden_size, config.rms_norm_eps
-    return (RMSNorm(size, eps), module) if config.norms == "pre" else (NoNorm(), Normed(module, size, eps))
+    norm = OffsetNorm if config.norm_offset else RMSNorm
+    before = NoNorm() if config.norms == "post" else norm(size, eps)
+    return before, module if config.norms == "pre" else Normed(module, norm(size, eps))
 
 
 class Transformer(nn.Module):
@@ -138,7 +142,7 @@ class Transformer(nn.Module):
         block: type[Block] = StreamBlock if config.hc_mult else Block
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.num_hidden_layers))
         self.merge = StreamMerge(config) if config.hc_mult else OneStream()
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = (OffsetNorm if config.norm_offset else RMSNorm)(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.head.weight = self.embed
@@ -181,7 +185,8 @@ class Transformer(nn.Module):
     def embedded(self, tokens: Tensor) -> Tensor:
         """tokens (b, t) -> (b, t, d) in the dtype of activations."""
         # indexing would add up gradients in whatever order a CPU's threads come; this keeps the tokens', and takes less time
-        return F.embedding(tokens, self.embed).to(self.compute)
+        found = F.embedding(tokens, self.embed).to(self.compute)
+        return found * found.new_tensor(self.config.hidden_size**0.5) if self.config.scale_embeddings else found
 
     def _positions(
         self, length: int, cache: Cache | None, document_ids: Tensor | None, prefixes: Tensor | None = None

@@ -1,6 +1,6 @@
 """The model card that goes out with an export: what the files themselves can vouch for."""
 
-from finback.checkpoint.hf_config import family_of
+from finback.checkpoint.hf_export_as import family_of
 from finback.model.config import ModelConfig
 from finback.model.count import parameters
 

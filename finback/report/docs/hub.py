@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from finback.checkpoint.hf_config import family_of
+from finback.checkpoint.hf_export_as import family_of
 from finback.report import model_card as card
 from finback.report.docs import compute, registries, technical, templates
 from finback.report.docs.blocks import Block, Paragraph, facts, markdown, records

@@ -1,0 +1,141 @@
+"""Which of transformers' families a model goes out as, or why as none. No torch here."""
+
+from typing import Any
+
+from finback.checkpoint import names
+from finback.checkpoint.hf_v4 import check_v4
+from finback.config import UserError
+from finback.model.config import ModelConfig
+from finback.model.rope_scaling import LongRope
+
+
+def family_of(config: ModelConfig) -> str:
+    """The model_type under which transformers knows such a model; UserError when it knows none."""
+    if config.attention == "compressed":
+        return check_v4(config)
+    for name, plain in (("hc_mult", 0), ("swiglu_limit", None), ("num_hash_layers", 0)):
+        if getattr(config, name) != plain:
+            raise _no_family(config, name, "V4 alone has it, with compressed attention")
+    if config.n_routed_experts and config.scoring_func == "sqrtsoftplus":
+        raise _no_family(config, "scoring_func", "V4 alone has it, with compressed attention")
+    if config.attention == "mla":
+        return _latent_family(config)
+    if config.norms == "both" or config.norm_offset or config.scale_embeddings or config.activation != "silu":
+        return _gemma_family(config)
+    if config.query_pre_attn_scalar is not None:
+        raise _no_family(config, "query_pre_attn_scalar", "Gemma alone has it")
+    if config.n_routed_experts:
+        return _experts_family(config)
+    for name, is_plain in (
+        ("num_nextn_predict_layers", not config.num_nextn_predict_layers),
+        ("dense_layers", not config.dense_layers),
+    ):
+        if not is_plain:
+            raise _no_family(config, name, "no dense family has it")
+    if config.partial_rotary_factor != 1.0 or isinstance(config.rope_scaling, LongRope):
+        return _long_family(config)
+    if config.norms == "post":
+        return _post_norm_family(config)
+    if config.local_rope_theta is not None:
+        raise _no_family(config, "local_rope_theta", "no family has it with norms before attention")
+    if config.nope_layers:
+        if config.qk_norm or config.attention_bias == "qkv":
+            raise _no_family(config, "nope_layers", "no family has them with qk_norm or biases of queries alone")
+        return "smollm3"
+    if config.qk_norm:
+        if config.attention_bias == "qkv":
+            raise UserError("model.attention_bias", "qkv", "no family has it with qk_norm", "Use none or all.")
+        if config.qk_norm_over != "head":
+            raise _no_family(config, "qk_norm_over", "no family has it with norms before attention")
+        return "qwen3"
+    if config.attention_bias == "qkv":
+        return "qwen2"
+    if config.sliding_window is None:
+        return "llama"
+    if config.layer_types or config.attention_bias != "none":
+        raise _no_family(config, "sliding_window", "no family has it in some layers, or with biases")
+    return "mistral"
+
+
+def _latent_family(config: ModelConfig) -> str:
+    softmax = config.n_routed_experts and config.scoring_func == "softmax"
+    if softmax and (config.norm_topk_prob or config.num_nextn_predict_layers):
+        problem = "DeepSeek-V2 has neither normalised weights nor MTP"
+        raise UserError("model.scoring_func", "softmax", problem, "Train with sigmoid affinities.")
+    if softmax and not config.rope_interleaved:
+        raise UserError("model.rope_interleaved", False, "DeepSeek-V2 is interleaved", "Use sigmoid affinities.")
+    if config.norms != "pre":
+        raise _no_family(config, "norms", "DeepSeek's stand before attention")
+    if config.index_topk:
+        if softmax:
+            raise UserError("model.scoring_func", "softmax", "models with an indexer use sigmoid", "Use it.")
+        if config.dense_layers:
+            raise _no_family(config, "dense_layers", "no family has them with an indexer")
+        return "glm_moe_dsa" if config.index_rope_interleaved else "deepseek_v32"
+    if softmax:
+        return "deepseek_v2"
+    return "glm4_moe_lite" if config.dense_layers else "deepseek_v3"
+
+
+def _experts_family(config: ModelConfig) -> str:
+    """Of experts with grouped-query attention."""
+    if names.is_mixtral(config):
+        return _mixtral_family(config)
+    softmax = config.scoring_func == "softmax"
+    absent: dict[str, Any] = {"norms": "pre", "nope_layers": (), "local_rope_theta": None, "qk_norm_over": "head"}
+    if softmax:
+        absent |= {"n_shared_experts": 0, "n_group": 1, "routed_scaling_factor": 1.0, "partial_rotary_factor": 1.0}
+        absent |= {"num_nextn_predict_layers": 0, "qk_norm": True, "layer_types": ()}
+    else:
+        absent |= {"sliding_window": None, "dense_layers": ()}
+    for name, value in absent.items():
+        if getattr(config, name) != value:
+            raise _no_family(config, name, f"the family of such experts has {value!r}")
+    if config.attention_bias == ("qkv" if softmax else "all"):
+        raise _no_family(config, "attention_bias", "the family of such experts has another")
+    return "qwen3_moe" if softmax else "glm4_moe"
+
+
+def _mixtral_family(config: ModelConfig) -> str:
+    plain: dict[str, Any] = {"n_shared_experts": 0, "n_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True}
+    plain |= {"partial_rotary_factor": 1.0, "num_nextn_predict_layers": 0, "layer_types": (), "nope_layers": ()}
+    plain |= {"first_k_dense_replace": 0, "dense_layers": (), "local_rope_theta": None, "attention_bias": "none"}
+    for name, value in plain.items():
+        if getattr(config, name) != value:
+            raise _no_family(config, name, f"the family of such experts has {value!r}")
+    return "mixtral"
+
+
+def _gemma_family(config: ModelConfig) -> str:
+    wanted: dict[str, Any] = {"norms": "both", "norm_offset": True, "scale_embeddings": True, "activation": "gelu_tanh"}
+    wanted |= {"qk_norm": True, "qk_norm_over": "head", "partial_rotary_factor": 1.0, "nope_layers": ()}
+    wanted |= {"n_routed_experts": 0, "num_nextn_predict_layers": 0}
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise _no_family(config, name, f"Gemma 3, whose other parts it has, has {value!r}")
+    if config.attention_bias == "qkv":
+        raise _no_family(config, "attention_bias", "Gemma 3 has none or all")
+    return "gemma3_text"
+
+
+def _long_family(config: ModelConfig) -> str:
+    """Of dense models with partial rotation or LongRoPE."""
+    plain = {"norms": "pre", "nope_layers": (), "local_rope_theta": None, "qk_norm": False, "layer_types": ()}
+    for name, value in (plain | {"attention_bias": "none"}).items():
+        if getattr(config, name) != value:
+            raise _no_family(config, name, f"Phi-3, whose rotation this is, has {value!r}")
+    if not isinstance(config.rope_scaling, LongRope | None):
+        raise _no_family(config, "rope_scaling", "Phi-3, whose partial rotation this is, has LongRoPE or none")
+    return "phi3"
+
+
+def _post_norm_family(config: ModelConfig) -> str:
+    if not config.qk_norm or config.qk_norm_over != "projection" or config.nope_layers:
+        raise _no_family(config, "norms", "OLMo 2 has them with qk_norm over the whole projection")
+    if config.attention_bias == "qkv":
+        raise _no_family(config, "attention_bias", "OLMo 2 has none or all")
+    return "olmo2" if config.sliding_window is None else "olmo3"
+
+
+def _no_family(config: ModelConfig, name: str, problem: str) -> UserError:
+    return UserError(f"model.{name}", getattr(config, name), problem, "Export a model of another shape.")

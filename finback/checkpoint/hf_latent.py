@@ -1,0 +1,91 @@
+"""What configs of latent attention say beyond the common fields, and of DeepSeek's gates. No torch here."""
+
+from collections.abc import Callable
+from typing import Any
+
+from finback.checkpoint.hf_fields import Fields
+
+MLA = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+MOE = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size")
+GROUPS = ("n_group", "topk_group")
+INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
+Found = dict[str, Any]
+
+
+def latent(fields: Fields, is_moe: Callable[[Fields, Found], Found], mtp: bool) -> Found:
+    """DeepSeek's fields; is_moe reads those of the experts, unless all layers are dense."""
+    fields.demand("attention_bias", False)
+    fields.demand("moe_layer_freq", 1)
+    rank = fields.raw.get("q_lora_rank")
+    found: Found = {name: fields.integer(name) for name in MLA} | {
+        "attention": "mla",
+        "q_lora_rank": None if rank is None else fields.integer("q_lora_rank"),
+        "rope_interleaved": fields.flag("rope_interleave", True),
+    }
+    found["num_nextn_predict_layers"] = mtp_depth(fields) if mtp else 0
+    return found | is_moe(fields, found)
+
+
+def mtp_depth(fields: Fields) -> int:
+    """Layers of multi-token prediction, by either name."""
+    return fields.integer("num_nextn_predict_layers", fields.raw.get("num_mtp_layers") or 0)
+
+
+def _experts(fields: Fields, dense: int, found: Found) -> Found:
+    """The experts' numbers and sizes; nothing where every layer is among the `dense` first ones."""
+    every = fields.integer("num_hidden_layers") + found.get("num_nextn_predict_layers", 0)
+    if not fields.raw.get("n_routed_experts") or dense >= every:
+        return {}
+    sizes = {name: fields.integer(name) for name in MOE} | {"first_k_dense_replace": dense}
+    return sizes | {"routed_scaling_factor": fields.number("routed_scaling_factor")}
+
+
+def v2_gate(fields: Fields, found: Found) -> Found:
+    """Softmax affinities, chosen greedily or within the best groups; weights are not normalised."""
+    experts = _experts(fields, fields.integer("first_k_dense_replace"), found)
+    if not experts:
+        return {}
+    fields.demand("scoring_func", "softmax")
+    fields.demand("norm_topk_prob", False)
+    method = fields.raw.get("topk_method", "greedy")
+    if method not in ("greedy", "group_limited_greedy"):
+        fields.refuse("topk_method", "V2 has greedy and group_limited_greedy")
+    groups = {"n_group": 1, "topk_group": 1} if method == "greedy" else {n: fields.integer(n) for n in GROUPS}
+    return experts | {"scoring_func": "softmax", "norm_topk_prob": False} | groups
+
+
+def v3_gate(fields: Fields, found: Found, dense: int | None = None) -> Found:
+    """Sigmoid affinities with a selection bias."""
+    first = fields.integer("first_k_dense_replace") if dense is None else dense
+    experts = _experts(fields, first, found)
+    if not experts:
+        return {}
+    fields.demand("scoring_func", "sigmoid")
+    fields.demand("topk_method", "noaux_tc")
+    normalised = fields.flag("norm_topk_prob", True)
+    groups = {n: fields.integer(n) for n in GROUPS}
+    return experts | {"scoring_func": "sigmoid", "norm_topk_prob": normalised} | groups
+
+
+def sparse(fields: Fields, interleaved: bool) -> Found:
+    """DSA's indexer, one for each layer, beside V3's fields."""
+    # GLM-5 may give several layers one indexer, by any of three fields
+    for name, shared in (("indexer_types", "shared"), ("index_topk_pattern", "S")):
+        if shared in (fields.raw.get(name) or ()):
+            fields.refuse(name, "finback gives each layer an indexer of its own", "Use another checkpoint.")
+    fields.demand("index_topk_freq", 1)
+    indexer = {name: fields.integer(name) for name in INDEXER} | {"index_rope_interleaved": interleaved}
+    return latent(fields, v3_gate, mtp=True) | indexer
+
+
+def lite_gate(fields: Fields, found: Found) -> Found:
+    """GLM-4.7-Flash: V3's gate, and a list of the layers that have experts."""
+    kinds = fields.words("mlp_layer_types", ("dense", "sparse"))
+    first, further = first_run([i for i, kind in enumerate(kinds) if kind == "dense"] if kinds else [0])
+    return v3_gate(fields, found, first) | {"dense_layers": further}
+
+
+def first_run(dense: list[int]) -> tuple[int, tuple[int, ...]]:
+    """How many dense layers are at the bottom, and which are further up."""
+    first = next((i for i, layer in enumerate(sorted(dense)) if i != layer), len(dense))
+    return first, tuple(sorted(dense)[first:])
