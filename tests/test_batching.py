@@ -148,7 +148,7 @@ def test_every_way_gives_the_same(way: Callable[[Transformer], Engine], kind: st
     assert np.abs(np.array(request.logprobs) - logprobs).max() <= 1e-4
     assert engine.pages.free == engine.pages.count
     if way is after_the_same_prompt:
-        assert request.cached == (0 if kind == "v4" else 48)  # V4's windows are of running rows alone
+        assert request.cached == 48
     if way is short_of_memory:
         assert request.preempted > 0
     if way is drafting and kind == "mla":
@@ -174,6 +174,27 @@ def test_cached_pages_are_shared_only_under_the_same_salt() -> None:
         seen.append((request.cached, request.tokens))
     assert [cached for cached, _ in seen] == [0, 48, 0, 48]
     assert all(tokens == seen[0][1] for _, tokens in seen)
+
+
+def test_rows_that_are_more_than_their_pages_begin_where_a_line_is_kept() -> None:
+    """V4: behind a whole prompt, behind its answer, not behind what is shared with a longer text alone; new weights forget."""
+    engine = Engine(MODELS["v4"], (), EngineConfig(rows=4, tokens=1024, reuse=True))
+    first = engine.submit(PROMPT, SamplingParams(0.0, 30), 0)
+    finish(engine)
+    talk = [*PROMPT, *first.tokens, 7, 8, 9]
+    other = [*PROMPT[:40], *range(200, 215)]
+    for prompt, cached in ((talk, 80), (other, 0), ([*PROMPT, 5, 6], 48), (talk, 80)):
+        sampling = SamplingParams(0.9, 12)
+        request = engine.submit(prompt, sampling, 3)
+        finish(engine)
+        tokens, logprobs = naive(MODELS["v4"], prompt, sampling, 3)
+        assert request.cached == cached and request.tokens == tokens
+        assert np.abs(np.array(request.logprobs) - logprobs).max() <= 1e-4
+    assert len(engine.pages._lines) <= 8  # twice the rows
+    engine.pages.forget()
+    request = engine.submit(talk, SamplingParams(0.0, 1), 0)
+    finish(engine)
+    assert request.cached == 0 and engine.pages.free == engine.pages.count
 
 
 def test_an_answer_is_found_again_as_the_beginning_of_the_next_prompt() -> None:

@@ -19,11 +19,13 @@ from finback.checkpoint.v4_names import released
 from finback.config import UserError
 from finback.engine.engine import Engine, EngineConfig
 from finback.kernels import moe_gemm, reference
+from finback.kernels.packed import available
 from finback.model.compressed_cache import CompressedCache, CompressedPool, pool_of
 from finback.model.config import CSA, HCA, SLIDING, V3_2, V4_FLASH, V4_PRO, ModelConfig, from_json, to_json
 from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops
 from finback.model.frozen import freeze
 from finback.model.mhc import sinkhorn
+from finback.model.pack import pack
 from finback.model.recompute import use_recompute
 from finback.model.rope_scaling import Yarn
 from finback.model.transformer import Transformer
@@ -327,6 +329,19 @@ def test_files_of_every_spelling_and_a_card(model: Transformer, tmp_path: Path) 
     assert torch.equal(short.blocks[0].attention.sink, model.blocks[0].attention.sink)
     assert torch.equal(short.blocks[0].feed_forward.router.table, model.blocks[0].feed_forward.router.table)
     assert names.copies(V4) == {}
+
+
+@torch.no_grad()
+def test_packed_matrices_answer_as_bf16_does() -> None:
+    """Of a V4 too; those of groups keep their form."""
+    tokens, made = tokens_of(2, 30), Transformer(V4, torch.bfloat16, torch.bfloat16).initialise(0).eval()
+    exact = Transformer(V4).initialise(0).eval()
+    expected, plain = exact.logits(exact(tokens)), made.logits(made(tokens))
+    for form, most in (("bf16", 1.3), ("int8", 4.0)):
+        if available(form):
+            packed = pack(Transformer(V4, torch.bfloat16, torch.bfloat16).initialise(0).eval(), form)
+            off = (packed.logits(packed(tokens)) - expected).abs().median()
+            assert off <= most * (plain - expected).abs().median()
 
 
 def test_what_leaves_v4_out_says_so(model: Transformer, tmp_path: Path) -> None:

@@ -86,10 +86,9 @@ class Engine:
         # serving wants newcomers in at once, a large batch of prompts wants them read together
         patience = max(1, self.config.rows // 8) if self.config.tokens is None else 1
         reuse = self.config.reuse and pool.reusable
-        self.scheduler = Scheduler(self.pages, rows, self.capacity + PAGE, reuse, patience)
+        self.scheduler = Scheduler(self.pages, rows, self.capacity + PAGE, reuse, patience, pool.lined)
         chunk = self.config.chunk
         self.runner = Runner(model, self.scheduler, pool, self.sampler, chunk, self.speculation, self.routing)
-        self.scheduler.on_preempt = self.runner.keep_routes
 
     # ---- one request at a time -------------------------------------------------------------------------------------------
 
@@ -137,7 +136,6 @@ class Engine:
         self.model = use_native(model)
         self.routing = trace_routers(model) if self.config.return_routed_experts else None
         self.runner = replace(self.runner, model=model, routing=self.routing)
-        self.scheduler.on_preempt = self.runner.keep_routes
         self.pages.forget()
         self._weights = self._version()
 

@@ -5,6 +5,11 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from torch import Tensor
+
+# what a pool keeps of a row beside its pages; see Pool.line
+Line = list[Tensor]
+
 
 class Pages:
     """Pages 1 … count of a pool, each held by any number of requests; page 0 is for padding.
@@ -20,6 +25,8 @@ class Pages:
         self._holders = [0] * (count + 1)
         self._digest: dict[int, bytes] = {}
         self._page: dict[bytes, int] = {}
+        # behind the page of a digest, what a row was there beside its pages; oldest first
+        self._lines: OrderedDict[bytes, Line] = OrderedDict()
 
     @property
     def free(self) -> int:
@@ -71,11 +78,29 @@ class Pages:
         if digest not in self._page and page not in self._digest:
             self._page[digest], self._digest[page] = page, digest
 
+    def keep_line(self, digest: bytes, line: Line, most: int) -> None:
+        """Keep what a row is behind the page of a digest; of all, the `most` that were used last stay."""
+        self._lines[digest] = line
+        self._lines.move_to_end(digest)
+        while len(self._lines) > most:
+            self._lines.popitem(last=False)
+
+    def line(self, digest: bytes) -> Line | None:
+        """What a row was behind the page of a digest, if that is kept."""
+        if digest in self._lines:
+            self._lines.move_to_end(digest)
+        return self._lines.get(digest)
+
+    def drop_line(self, digest: bytes) -> None:
+        """Keep it no longer."""
+        self._lines.pop(digest, None)
+
     def forget(self) -> None:
         """Publish nothing any more: the weights have changed, and with them what the pages should hold."""
         self._blank += self._idle
         self._idle.clear()
         self._digest.clear()
+        self._lines.clear()
         self._page.clear()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finback.config import UserError, check_fields
+from finback.engine.pages import Line
 
 if TYPE_CHECKING:
     from finback.engine.constrain import Constraint
@@ -111,7 +112,7 @@ class Prefix:
     # (d,) the trunk's last state of the prompt's last token
     hidden: Tensor
     # what the pool kept of the row beside its pages
-    line: list[Tensor]
+    line: Line
 
 
 @dataclass(eq=False)
@@ -160,6 +161,8 @@ class Request:
     published: int = 0
     # of the tokens in those pages
     digest: bytes = b""
+    # that of the page behind which a line of its answer is kept
+    lined: bytes = b""
     # its line in the page table while it runs
     slot: int = -1
     # MTP's guess at the token after the last one

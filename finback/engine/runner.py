@@ -32,6 +32,10 @@ class Runner:
     speculation: Speculation | None
     routing: Routing | None = None
 
+    def __post_init__(self) -> None:
+        self.scheduler.on_preempt = self.keep_routes
+        self.scheduler.on_continue = lambda request, line: self.pool.continue_from(request.slot, line)
+
     def read_prompts(self) -> list[Request]:
         """One piece of the prompts that are not read yet; the requests that got their first token by it."""
         rows, counts = self._pieces()
@@ -60,6 +64,7 @@ class Runner:
         for r in rows:
             if r.finish_reason is None:
                 self.scheduler.publish(r)
+                self.scheduler.keep_line(r, self.pool.line)
         return [rows[line] for line in whole]
 
     def _lead(self, read: list[tuple[Request, Tensor]]) -> None:
@@ -96,6 +101,10 @@ class Runner:
             if not r.reads or (rows and (rows[0].computed == 0) != (r.computed == 0)):
                 continue  # prompts from their start are read in a cheaper way than others
             count = min(left, self.chunk)
+            if (
+                self.scheduler.lined and count == left and count > 1
+            ):  # stop once behind the last page that others may find
+                count = max((r.length - 1) // PAGE * PAGE - r.computed, 0) or left
             if rows and (len(rows) + 1) * max(*counts, count) > self.chunk:
                 break
             rows.append(r)
@@ -153,6 +162,7 @@ class Runner:
                 if kind == "plain":
                     r.draft, r.drafts_from = -1, r.computed
                 self.scheduler.publish(r)
+                self.scheduler.keep_line(r, self.pool.line)
 
     def _forward(self, rows: list[Request], tokens: Tensor, counts: list[int]) -> Tensor:
         """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) behind what each row has computed."""
@@ -238,6 +248,7 @@ class Runner:
     def _end_with(self, r: Request, reason: FinishReason) -> None:
         self.keep_routes(r)
         self.scheduler.publish(r)
+        self.scheduler.keep_line(r, self.pool.line)
         self.scheduler.finish(r, reason)
         if r.detokenizer is not None:
             r.detokenizer.end()

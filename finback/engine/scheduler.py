@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from finback.engine.pages import Pages, digest
+from finback.engine.pages import Line, Pages, digest
 from finback.engine.request import FinishReason, Prefix, Request
 
 
@@ -15,11 +15,15 @@ class Scheduler:
 
     `table` (rows, pages) holds the pages of each running request in the line of its slot. With `reuse`, pages are
     published and a newcomer starts behind what others with the same salt have read. `patience` rows must be free before
-    newcomers enter a batch that is running, so that many of them are read at once.
+    newcomers enter a batch that is running, so that many of them are read at once. With `lined` the pages are not all that a
+    row needs to go on from: it begins where a line of the pool is kept too.
     """
 
-    def __init__(self, pages: Pages, rows: int, longest: int, reuse: bool, patience: int = 1) -> None:
+    def __init__(
+        self, pages: Pages, rows: int, longest: int, reuse: bool, patience: int = 1, lined: bool = False
+    ) -> None:
         self.pages, self.rows, self.reuse, self.patience = pages, rows, reuse, patience
+        self.lined = reuse and lined
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.table: Tensor = torch.zeros(rows, -(-longest // pages.size), dtype=torch.long)
@@ -30,6 +34,8 @@ class Scheduler:
         self._leaders: list[Request] = []  # whose prefixes are held
         # called with a request before it loses its pages by being preempted
         self.on_preempt: Callable[[Request], None] = lambda request: None
+        # called with a request that begins behind pages, and the line that is kept there
+        self.on_continue: Callable[[Request, Line], None] = lambda request, line: None
         self._refused: tuple[Request, int, int] | None = None  # who lacked pages, when so many were free
 
     def admit(self) -> None:
@@ -77,19 +83,25 @@ class Scheduler:
         request.slot = self._slots.pop()
         self._lines[request.slot, : len(request.pages)] = request.pages
         self.running.append(request)
+        line = self.pages.line(request.digest) if self.lined and found and prefix is None else None
+        if line is not None:
+            self.on_continue(request, line)
         return True
 
     def _find(self, request: Request) -> list[int]:
         """Pages that others have filled with this request's first tokens; the last token is always left to read."""
-        size, found, name = self.pages.size, [], request.salt
+        size, found, names = self.pages.size, [], [request.salt]
         for start in range(0, (request.length - 1) // size * size, size):
-            following = digest(name, request.slice(start, start + size))
+            following = digest(names[-1], request.slice(start, start + size))
             page = self.pages.find(following)
             if page is None:
                 break
             found.append(page)
-            name = following
-        request.digest = name
+            names.append(following)
+        while self.lined and found and self.pages.line(names[-1]) is None:
+            self.pages.release([found.pop()])
+            names.pop()
+        request.digest = names[-1]
         return found
 
     def _pages_for(self, tokens: int) -> int:
@@ -121,7 +133,7 @@ class Scheduler:
             request.follows = True
             leader.followers += 1
 
-    def lead(self, request: Request, hidden: Tensor, line: list[Tensor]) -> None:
+    def lead(self, request: Request, hidden: Tensor, line: Line) -> None:
         """Keep for its followers what a request has read, the last state (d,) of its prompt, and its line of the pool."""
         pages = request.pages[: self._pages_for(len(request.prompt))]
         self.pages.hold(pages)
@@ -173,6 +185,15 @@ class Scheduler:
             request.digest = digest(name, request.slice(start, start + size))
             self.pages.publish(request.pages[request.published], request.digest)
             request.published += 1
+
+    def keep_line(self, request: Request, make: Callable[[int], Line]) -> None:
+        """Keep the line of a row that stands behind a full page, which `make` copies; of an answer the newest alone."""
+        if not self.lined or request.slot < 0 or not request.computed or request.computed % self.pages.size:
+            return
+        if request.lined:
+            self.pages.drop_line(request.lined)
+        self.pages.keep_line(request.digest, make(request.slot), 2 * self.rows)
+        request.lined = request.digest if request.computed > len(request.prompt) else b""
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request, wherever it stands; its pages are free at once."""

@@ -39,7 +39,7 @@ class CompressedPool(Pool):
     ) -> None:
         super().__init__(config, pages, dtype, device, routes=routes)
         assert config.sliding_window is not None, "of compressed attention"
-        self.reusable = False  # rings are of running rows alone
+        self.lined = True
         self.rates, self.windows, self.records, self.far = [], [], [], []
         for layer in range(config.num_hidden_layers):
             rate, width, kept, record = kept_per_layer(config, layer)

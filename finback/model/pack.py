@@ -3,9 +3,8 @@
 from torch import Tensor, nn
 
 from finback.kernels.packed import Form, PackedLinear
-from finback.model.config import refuse_compressed
 from finback.model.gqa import GQA
-from finback.model.layers import Linear, RMSNorm
+from finback.model.layers import GroupedLinear, Linear, RMSNorm
 from finback.model.mla import MLA
 from finback.model.replace import recast, replace_modules
 from finback.model.transformer import Transformer
@@ -14,10 +13,9 @@ from finback.model.transformer import Transformer
 def pack(model: Transformer, form: Form) -> Transformer:
     """Pack a bf16 model's linear maps in place, layer by layer, so that no second copy of the model is needed.
 
-    Afterwards it only answers: its weights cannot be trained, saved or read back. Experts, embeddings and the matrix that
-    MLA absorbs keep their form.
+    Afterwards it only answers: its weights cannot be trained, saved or read back. Experts, embeddings, the matrix that MLA
+    absorbs and those of V4's groups keep their form.
     """
-    refuse_compressed(model.config, "packing")
     for module in list(model.modules()):
         if isinstance(module, GQA):
             stack_inputs(recast(module, PackedGQA), ["query", "key_value"], form)
@@ -28,7 +26,8 @@ def pack(model: Transformer, form: Form) -> Transformer:
             module.float()  # as its kernel reads it
 
     def packed(name: str, layer: Linear) -> nn.Module:
-        return layer if name.endswith("kv_up") else _stack([layer], form)
+        is_apart = name.endswith("kv_up") or isinstance(layer, GroupedLinear)
+        return layer if is_apart else _stack([layer], form)
 
     return replace_modules(model, Linear, packed)
 
