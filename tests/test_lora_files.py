@@ -1,6 +1,7 @@
 """Adapters in PEFT's files: merged, exported, refused. What peft itself makes of them is in test_peft.py."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finback.checkpoint import models, peft_export
+from finback.checkpoint import models, peft, peft_export
 from finback.checkpoint.export import export
+from finback.checkpoint.quantized_base import load_quantized
+from finback.checkpoint.shares import Share, Stored
 from finback.config import UserError
+from finback.model.frozen import BaseFormat, freeze
 from finback.model.lora import adapter_parameters
 from finback.model.transformer import Transformer
 from tests.test_lora import DORA, adapted, base_of, logits
@@ -136,3 +140,32 @@ def test_adapters_of_another_base_are_refused(folders: tuple[Path, Path], tmp_pa
         models.load(Path(f"{base}+{folder}"))
     with pytest.raises(UserError, match=r"adapter = '.*nowhere': no adapter_config.json there"):
         models.load(Path(f"{base}+{tmp_path}/nowhere"))
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize("family", ["mla", "gqa"])
+def test_a_base_is_quantized_while_it_is_read(
+    family: str, form: BaseFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits and the digest of a base that is read whole first, out of both kinds of files; one matrix at a time is not packed."""
+    export(base_of(family), tmp_path / "hf", "fp32")
+    (tmp_path / "stage").mkdir()
+    models.save(tmp_path / "stage", base_of(family))
+    for folder in (tmp_path / "hf", tmp_path / "stage"):
+        whole = models.load(folder, weights="bf16")
+        digest = peft.digest(whole)
+        wanted = freeze(whole, form).state_dict()
+        plain: list[int] = []
+        fill = Stored.fill
+
+        def counted(values: Stored, shares: Sequence[Share], fill: Any = fill, plain: list[int] = plain) -> None:
+            plain.append(sum(share.local.ndim > 1 and ".blocks." in f".{share.name}" for share in shares))
+            fill(values, shares)
+
+        monkeypatch.setattr(Stored, "fill", counted)
+        model, found = load_quantized(*models.stored(folder), form, torch.float32)
+        monkeypatch.undo()
+        assert found == digest and max(plain) <= 2 and not any(p.requires_grad for p in model.parameters())
+        state = model.state_dict()
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items()), folder

@@ -17,10 +17,12 @@ from finback.checkpoint import names, peft, peft_export, store
 from finback.checkpoint.audit import Audit, differs, examine, shapes
 from finback.checkpoint.packed_folders import PackedShards
 from finback.checkpoint.places import demand_checkpoint
+from finback.checkpoint.quantized_base import load_quantized
 from finback.checkpoint.shards import INDEX, SINGLE, Shards, Weights
 from finback.checkpoint.shares import SLICE, Stored
 from finback.config import UserError
 from finback.kernels import fp8
+from finback.kernels.formats import FORMATS
 from finback.model.config import ModelConfig, from_json, to_json
 from finback.model.frozen import freeze
 from finback.model.layers import Linear
@@ -101,9 +103,13 @@ def load_for_training(path: Path, lora: LoRA | None, compute: torch.dtype, seed:
     if lora is None:
         return load(path, compute)
     base, adapter = adapters.places(path)
-    model = load(base, compute, "fp32" if lora.base == "fp32" else "bf16")
-    digest = peft.digest(model)
-    return peft.put_adapter(freeze(model, lora.base), lora, (base, adapter), digest, seed)
+    if lora.base in FORMATS:
+        model, digest = load_quantized(*stored(base), lora.base, compute)
+    else:
+        model = load(base, compute, "fp32" if lora.base == "fp32" else "bf16")
+        digest = peft.digest(model)
+        freeze(model, lora.base)
+    return peft.put_adapter(model, lora, (base, adapter), digest, seed)
 
 
 def find_model(path: Path) -> Path:

@@ -53,6 +53,11 @@ REFUSED: dict[str, Any] = {
 INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga", "mica")
 REMEDY = "Merge it into its base where it was made, and name the merged model."
 Pair = tuple[Tensor, Tensor]  # A (rank, in), B (out, rank)
+Some = Callable[[Tensor, int], Tensor]
+
+
+def _every_nth(matrix: Tensor, step: int) -> Tensor:
+    return matrix.flatten()[::step]
 
 
 @dataclass
@@ -267,18 +272,24 @@ def _fill(adapter: LowRank, place: int, a: Tensor, b: Tensor, name: str, stored:
     into_b[:, :rank].copy_(b)
 
 
-def digest(model: Transformer, some: Callable[[Tensor, int], Tensor] = lambda t, step: t.flatten()[::step]) -> str:
+def digest(model: Transformer, some: Some = _every_nth, known: Mapping[str, bytes] | None = None) -> str:
     """Tells one base from another: of some of each matrix's values, in bf16, before it is quantized.
 
-    some(matrix, step) is every step-th of its numbers, row by row.
+    some(matrix, step) is every step-th of its numbers, row by row. known: `samples` of modules that are quantized, by name.
     """
-    total = hashlib.sha256()
-    for name, module, _, _ in matrices(model):
-        for each in matrix_names(module):
-            matrix = getattr(module, each).detach()
-            found = some(matrix, max(1, matrix.numel() // 256)).to(torch.bfloat16).view(torch.int16)
-            total.update(name.encode() + found.cpu().numpy().tobytes())
-    return total.hexdigest()
+    known = known or {}
+    found = (known[name] if name in known else samples(name, module, some) for name, module, _, _ in matrices(model))
+    return hashlib.sha256(b"".join(found)).hexdigest()
+
+
+def samples(name: str, module: Linear | MoE, some: Some = _every_nth) -> bytes:
+    """What a digest has of a module's matrices."""
+    found = b""
+    for each in matrix_names(module):
+        matrix = getattr(module, each).detach()
+        values = some(matrix, max(1, matrix.numel() // 256)).to(torch.bfloat16).view(torch.int16)
+        found += name.encode() + values.cpu().numpy().tobytes()
+    return found
 
 
 def experts_of(table: dict[str, tuple[str, ...]], name: str) -> str:

@@ -46,6 +46,11 @@ class Share:
             done += length
 
 
+def whole(name: str, tensor: Tensor) -> Share:
+    """All of a tensor."""
+    return Share(name, tuple(tensor.shape), (0,) * tensor.ndim, tensor)
+
+
 def runs(shape: tuple[int, ...], offset: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Where a box of these sizes lies in a tensor that is stored row by row: (start, length) of its pieces, in order."""
     cut = max((d for d, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole), default=0)

@@ -1,5 +1,6 @@
 """A base that is not learnt: no gradients of its weights, no copy of them kept for a backward pass, any format of them."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -53,15 +54,19 @@ class FrozenMoE(MoE):
         )
 
 
-def freeze(model: Transformer, form: BaseFormat) -> Transformer:
+def freeze(
+    model: Transformer, form: BaseFormat, filled: Callable[[str, Linear | MoE], None] = lambda name, module: None
+) -> Transformer:
     """Have a model's weights stay as they are, in place, in fp32 or bf16 as it has them, or quantized from there.
 
-    Embedding, head, norms and routers are not quantized, nor are MTP modules.
+    Embedding, head, norms and routers are not quantized, nor are MTP modules. `filled` is called for each module with matrices
+    before it is frozen: it may only then give them their values, so that no more than one lies here before it is quantized.
     """
     refuse_compressed(model.config, "a frozen base")
     blocks = set(model.blocks.modules())
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
         if isinstance(module, Linear | MoE):
+            filled(name, module)
             if form in FORMATS and module in blocks:
                 quantize(module, FORMATS[form])
             recast(module, FrozenMoE if isinstance(module, MoE) else FrozenLinear)
