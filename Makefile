@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: setup quickstart test test-slow test-vllm check bench results corpora web-vendor screenshots clean
+.PHONY: setup quickstart test test-slow test-vllm test-scale check bench results corpora web-vendor screenshots clean
 
 setup: $(VENV)/.installed $(VENV)/.dev
 
@@ -67,6 +67,20 @@ $(VENV)/.vllm: $(VENV)/.dev
 test-vllm: $(VENV)/.vllm
 	$(BIN)/python benchmarks/vllm_rollouts.py --vllm $(VENV)/vllm/bin/python --seeds 0 --steps 5 --tokens 100000 \
 		--runs $(RUNS)/test-vllm --out $(RUNS)/test-vllm/result.json
+
+# Ray, beside the packages that are here. It waits 15 s for processes of its own, of which a table of addresses that its JSON schemas look
+# for would take 3: they do without
+$(VENV)/.scale: $(VENV)/.dev
+	$(BIN)/python -m venv $(VENV)/scale
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(VENV)/scale/packages.txt
+	cp $(VENV)/scale/packages.txt "$$($(VENV)/scale/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/finback.pth"
+	echo 'raise ImportError' > "$$($(VENV)/scale/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/rfc3987_syntax.py"
+	$(VENV)/scale/bin/pip install --quiet --disable-pip-version-check -c constraints.txt 'ray>=2.60'
+	touch $@
+
+# fleets of engines on a real Ray, and what becomes of them when processes die
+test-scale: $(VENV)/.scale
+	OMP_NUM_THREADS=1 $(VENV)/scale/bin/python -m pytest -m scale
 
 test-slow: $(VENV)/.slow $(VENV)/.clients $(VENV)/.oracles
 	$(BIN)/python -m pytest -m slow

@@ -105,10 +105,11 @@ def run(
     settings: Settings = (),
     seed: Annotated[int, "Seed of everything random."] = 0,
     ranks: Annotated[int, "Processes; 0 means one per GPU or, without any, per core."] = 0,
+    ray: Annotated[str, "Where fleets find Ray, e.g. auto or HOST:6379; else what they say."] = "",
     as_json: Json = False,
 ) -> None:
     """Run a recipe, or continue it: finished stages are kept, an interrupted one resumes."""
-    plan = recipes.load(recipe, settings)
+    plan = recipes.on_ray(recipes.load(recipe, settings), ray)
     root = runs / plan.name
     try:
         if not execute(plan, root, seed, ranks or launch.default_ranks(), sys.argv[1:]):
@@ -241,8 +242,7 @@ def export(options: ExportOptions, as_json: Json = False) -> None:
     """Write a model as a Hugging Face folder for transformers, vLLM and others, or as a GGUF file for llama.cpp and Ollama."""
     from finback.report.export import export_as
 
-    folder = options.folder
-    files = {f.name: f.stat().st_size for f in export_as(options)}
+    folder, files = options.folder, {f.name: f.stat().st_size for f in export_as(options)}
     size = f"{sum(files.values()) / 1e6:,.1f} MB"
     text = f"{folder}: {len(files)} files, {size}. Check them with `finback verify {folder}`."
     _print({"folder": str(folder), "files": files}, text, as_json)

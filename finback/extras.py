@@ -18,6 +18,7 @@ PURPOSES = {
     "documents": "text of PDF and Word files",
     "hub": "data sets of the Hugging Face hub",
     "track": "curves for TensorBoard",
+    "scale": "engines that generate for RL in processes of their own, on one machine or many",
     "sandbox": "programs that models write, behind a security boundary",
 }
 

@@ -23,7 +23,7 @@ from finback.model.lora import LoRA
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.parallel.served_weights import ServedWeights
-from finback.rollouts.generation import PolicyModel, Rollouts
+from finback.rollouts.generation import Backend, PolicyModel, Rollouts
 from finback.rollouts.servers import Servers
 from finback.runs.files import read_lines
 from finback.runs.folder import StageRun
@@ -121,14 +121,21 @@ def asked(base: Path) -> Asked:
     return Asked(model, words, prompts, engine.generate(prompts, SAMPLING, range(len(prompts))))
 
 
-def connected(asked: Asked, root: Path, *urls: str, sampling: SamplingParams = SAMPLING, **knobs: Any) -> Any:
-    """Servers for that model, as a stage opens them."""
+def connected(
+    asked: Asked,
+    root: Path,
+    *urls: str,
+    sampling: SamplingParams = SAMPLING,
+    fleet: Backend | None = None,
+    **knobs: Any,
+) -> Any:
+    """Servers for that model, or a fleet, as a stage opens them."""
     run = StageRun(root, "zero", 0, World(), quiet=False)
     run.folder.mkdir(exist_ok=True)
     policy = PolicyModel(
         ServedWeights(asked.model), asked.model.config, asked.tokenizer, run, return_routed_experts=True
     )
-    OPENED.append(Servers(urls, **QUICK | knobs).open(policy, sampling))
+    OPENED.append((fleet or Servers(urls, **QUICK | knobs)).open(policy, sampling))
     return OPENED[-1]
 
 

@@ -10,14 +10,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from finback.config import UserError, did_you_mean
 from finback.data.tokenizer import Tokenizer
 from finback.engine.constrain import Grammars
 from finback.engine.detokenizer import Detokenizer
-from finback.engine.pages import Pages
+from finback.engine.pages import Pages, affordable
 from finback.engine.request import Completion, Request, SamplingParams
 from finback.engine.runner import Runner
 from finback.engine.sampler import Sampler
@@ -234,30 +233,40 @@ class Engine:
     ) -> list[Request]:
         """A finished request for each prompt, in order; `thinking` says which prompts have opened the chain, `adapter` is
         that of all of them."""
-        opened = thinking or [False] * len(prompts)
-        assert len(prompts) == len(seeds) == len(opened), "one seed per prompt"
-        if not prompts:
-            return []
-        was_training = self.model.training
-        self.model.eval()
-        self._prepare([len(prompt) + sampling.max_tokens for prompt in prompts])
-        # similar lengths together: padding costs as much as tokens do
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        requests: dict[int, Request] = {}
-        leaders: dict[tuple[int, ...], Request] = {}  # a prompt that several have is read by the first of them
+        was_training, requests = self.model.training, list[Request]()
         try:
-            for i in order:
-                leader = leaders.get(tuple(prompts[i]))
-                requests[i] = self.submit(
-                    prompts[i], sampling, seeds[i], leader=leader, thinking=opened[i], adapter=adapter
-                )
-                leaders.setdefault(tuple(prompts[i]), requests[i])
+            requests = self.submit_all(prompts, sampling, seeds, thinking, adapter)
             while self.busy:
                 self.step()
         finally:  # interrupted: nothing of it may be left in the batch
-            for request in requests.values():
+            for request in requests:
                 self.cancel(request)
             self.model.train(was_training)
+        return requests
+
+    def submit_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        thinking: Sequence[bool] = (),
+        adapter: str = "",
+    ) -> list[Request]:
+        """Queue a request for each prompt, all or none; as for `finished`. Where nothing runs, the cache is made large enough."""
+        opened = thinking or [False] * len(prompts)
+        assert len(prompts) == len(seeds) == len(opened), "one seed per prompt"
+        self.model.eval()
+        self._prepare([len(prompt) + sampling.max_tokens for prompt in prompts])
+        requests: dict[int, Request] = {}
+        firsts: dict[tuple[int, ...], int] = {}  # a prompt that several have is read by the first of them
+        try:
+            # similar lengths together: padding costs as much as tokens do
+            for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
+                leader, asked = requests.get(firsts.setdefault(tuple(prompts[i]), i)), (prompts[i], sampling, seeds[i])
+                requests[i] = self.submit(*asked, leader=leader, thinking=opened[i], adapter=adapter)
+        except BaseException:
+            list(map(self.cancel, requests.values()))
+            raise
         return [requests[i] for i in range(len(prompts))]
 
     def stream(
@@ -288,11 +297,3 @@ class Engine:
     def _version(self) -> int:
         """Changes whenever a weight does."""
         return sum(parameter._version for parameter in self.model.parameters())
-
-
-def affordable(model: Transformer, parts: int) -> int:
-    """Tokens of cache that one of so many equal parts of the free memory could hold."""
-    config, device = model.config, model.embed.device
-    each = pool_of(config, 1, 0, model.compute, torch.device("meta")).bytes_per_token
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(free / parts / max(each, 1))  # V4's layers with a window alone keep nothing of a token far back

@@ -8,7 +8,8 @@ from finback.checkpoint.inference import InferenceDtype, load_for_inference
 from finback.checkpoint.models import find_model
 from finback.config import UserError
 from finback.data.tokenizer import ASSISTANT, USER, Tokenizer
-from finback.engine.engine import Engine, EngineConfig, affordable
+from finback.engine.engine import Engine, EngineConfig
+from finback.engine.pages import affordable
 from finback.model.transformer import Transformer
 
 # few requests that come one by one, and that may begin alike

@@ -5,7 +5,12 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import psutil
+import torch
 from torch import Tensor
+
+from finback.model.compressed_cache import pool_of
+from finback.model.transformer import Transformer
 
 # what a pool keeps of a row beside its pages; see Pool.line
 Line = list[Tensor]
@@ -107,3 +112,11 @@ class Pages:
 def digest(before: bytes, tokens: Sequence[int]) -> bytes:
     """The name of a page: tokens, and all that came before them. Cryptographic, for others' prompts must not collide."""
     return hashlib.blake2b(array("q", tokens).tobytes(), key=before, digest_size=16).digest()
+
+
+def affordable(model: Transformer, parts: int) -> int:
+    """Tokens of cache that one of so many equal parts of the free memory could hold."""
+    config, device = model.config, model.embed.device
+    each = pool_of(config, 1, 0, model.compute, torch.device("meta")).bytes_per_token
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(free / parts / max(each, 1))  # V4's layers with a window alone keep nothing of a token far back

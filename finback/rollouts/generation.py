@@ -1,20 +1,23 @@
 """Where answers are generated: what stands between the stages that learn and whatever generates for them.
 
-A stage's knob (a `Backend`: `Here`, `Servers`) is opened with a `PolicyModel` and gives `Rollouts`: prompts, sampling parameters and
+A stage's knob (a `Backend`: `Here`, `Servers`, `Fleet`) is opened with a `PolicyModel` and gives `Rollouts`: prompts, sampling parameters and
 seeds in; completions out, with the log-probabilities with which they were drawn and the version of the weights.
 """
 
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from finback.data.tokenizer import Tokenizer
 from finback.engine.request import Completion, SamplingParams
 from finback.model.config import ModelConfig
 from finback.parallel.served_weights import ServedWeights
 from finback.runs.folder import StageRun
+
+InFlight = Literal["none", "continue", "drop"]
 
 
 class Generator(Protocol):
@@ -44,6 +47,8 @@ class PolicyModel:
     learns: bool = True
     # note the experts that each token is sent to
     return_routed_experts: bool = False
+    # what becomes of answers under way where the weights change; none: nobody generates meanwhile
+    in_flight: InFlight = "none"
 
 
 @dataclass
@@ -57,13 +62,18 @@ class Tally:
 
 
 class Rollouts(ABC):
-    """Generates with a policy. `update` is for all ranks at once; each rank generates for itself."""
+    """Generates with a policy. `update` is for all ranks at once; each rank generates for itself.
+
+    Where the policy is `in_flight`, weights may come while others generate, each in a thread of its own.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         self.model_config = config
         # after how many updates of the policy its weights are those that answer; -1: before the first look at them
         self.version = -1
         self._tally = Tally()
+        # one thread may generate while another gives weights
+        self._counting = threading.Lock()
 
     def update(self, version: int) -> None:
         """Have answers come from the policy's weights as they are now, after `version` updates.
@@ -73,8 +83,8 @@ class Rollouts(ABC):
         if version == self.version:
             return
         begin = time.perf_counter()
-        self._tally.sync_bytes += self._take_weights(version)
-        self._tally.sync_seconds += time.perf_counter() - begin
+        sent = self._take_weights(version)
+        self._count(sync_bytes=sent, sync_seconds=time.perf_counter() - begin)
         self.version = version
 
     def generate(
@@ -92,17 +102,22 @@ class Rollouts(ABC):
             self.update(0)
         begin = time.perf_counter()
         for place, completion in self._answers(prompts, sampling, seeds):
-            self._tally.tokens += len(completion.tokens)
-            completion = replace(completion, versions=((self.version, 0, len(completion.tokens)),))
-            now = time.perf_counter()
-            self._tally.seconds += now - begin
+            if not completion.versions:
+                completion = replace(completion, versions=((self.version, 0, len(completion.tokens)),))
+            self._count(tokens=len(completion.tokens), seconds=time.perf_counter() - begin)
             yield place, completion
             begin = time.perf_counter()
 
     def take_tally(self) -> Tally:
         """What was spent since the last call."""
-        found, self._tally = self._tally, Tally()
+        with self._counting:
+            found, self._tally = self._tally, Tally()
         return found
+
+    def _count(self, **spent: float) -> None:
+        with self._counting:
+            for name, value in spent.items():
+                setattr(self._tally, name, getattr(self._tally, name) + value)
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Let go of connections."""

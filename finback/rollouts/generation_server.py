@@ -5,9 +5,8 @@ No torch here.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +71,8 @@ class GenerationServer(ABC):
         self.url, self.client, self.name, self.field, self.model = url, client, name, field, model
         # what its answers must say of their weights; None: whatever the first one says
         self.expected: str | None = None
+        # whether answers under way end where new weights come
+        self.drops = False
 
     def unfit(self, problem: str, remedy: str) -> UserError:
         """Says that a run cannot use this server as it is."""
@@ -81,13 +82,25 @@ class GenerationServer(ABC):
         """Continue a prompt; UserError where what comes back lacks something."""
         return self._checked(prompt, self._answer(prompt))
 
+    def answers(self, prompts: Sequence[TokenPrompt]) -> Iterator[tuple[int, TokenAnswer]]:
+        """Continue several, each with its place as it is done; as `answer`."""
+        for place, answer in self._answers(prompts):
+            yield place, self._checked(prompts[place], answer)
+
+    def _answers(self, prompts: Sequence[TokenPrompt]) -> Iterator[tuple[int, TokenAnswer]]:
+        for place, prompt in enumerate(prompts):
+            yield place, self._answer(prompt)
+
     @abstractmethod
     def _answer(self, prompt: TokenPrompt) -> TokenAnswer:
         """What the server says, as it comes."""
 
     @abstractmethod
-    def load(self, folder: Path, version: str) -> None:
-        """Have it answer with the weights in a folder, under this version, and with nothing cached of earlier ones."""
+    def load(self, weights: Any, version: str) -> None:
+        """Have it answer with other weights, under this version, and with nothing cached of earlier ones.
+
+        weights: the folder that they are in, or what stands for it where there are no files.
+        """
 
     def version(self) -> str | None:
         """What it says of its weights where its answers say nothing; None where it cannot be asked."""
@@ -110,6 +123,8 @@ class GenerationServer(ABC):
     def _checked(self, prompt: TokenPrompt, answer: TokenAnswer) -> TokenAnswer:
         """The answer; UserError where it cannot be learnt from, RequestFailed where it was broken off."""
         m, count = self.model, len(answer.tokens)
+        if answer.finish_reason == "abort" and self.drops:
+            raise RequestFailed("an answer that was dropped for new weights", busy=True, retry_after=0.0)
         if answer.finish_reason not in ("stop", "length") or not count:
             raise RequestFailed(f"an answer of {count} tokens that ended by {answer.finish_reason!r}")
         if not all(0 <= token < m.vocab_size for token in answer.tokens):

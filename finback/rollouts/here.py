@@ -1,22 +1,30 @@
 """Answers from finback's own engine in the process that learns, on the very weights that are trained."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Completion, SamplingParams
 from finback.model.config import ModelConfig
-from finback.parallel.served_weights import ServedWeights
+from finback.model.transformer import Transformer
+from finback.parallel.mesh import World
+from finback.parallel.served_weights import ServedWeights, whole_copy
 from finback.rollouts.generation import Backend, PolicyModel, Rollouts
+from finback.rollouts.live_engine import SIGNS, LiveEngine
+from finback.rollouts.weight_files import merged
 
 
 @dataclass(frozen=True)
 class Here(Backend):
-    """Each rank's own engine generates, in turn with learning."""
+    """Each rank's own engine generates, in turn with learning, or beside it on a copy of the weights."""
 
     def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
         engine = EngineConfig(return_routed_experts=policy.return_routed_experts)
+        if policy.in_flight != "none":
+            return LiveRollouts(policy, engine)
         return EngineRollouts(policy.weights, policy.config, policy.tokenizer, engine)
 
 
@@ -48,3 +56,36 @@ class EngineRollouts(Rollouts):
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
     ) -> Iterator[tuple[int, Completion]]:
         yield from enumerate(self.engine.generate(prompts, sampling, seeds))
+
+
+class LiveRollouts(Rollouts):
+    """An engine in a thread of its own, on a copy of the weights that each update takes over."""
+
+    def __init__(self, policy: PolicyModel, engine: EngineConfig) -> None:
+        super().__init__(policy.config)
+        self.policy = policy
+        config = replace(policy.config, num_nextn_predict_layers=0)
+        compute = torch.bfloat16 if policy.compute == "bf16" else torch.float32
+        model, _ = whole_copy(config, compute, torch.float32, World())
+        self.live = LiveEngine(Engine(model, policy.tokenizer.stops, engine))
+
+    def _take_weights(self, version: int) -> int:
+        before, found = self.policy.weights.bytes, merged(self.policy.weights(), "fp32").state_dict()
+
+        @torch.no_grad()
+        def fill(model: Transformer) -> None:
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                tensor.copy_(found[name])
+
+        self.live.take(fill, version, drop=self.policy.in_flight == "drop")
+        return self.policy.weights.bytes - before
+
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, Completion]]:
+        found = self.live.answers(prompts, sampling, seeds, SIGNS)
+        yield from (news for news in found if news is not None)
+
+    def close(self) -> None:
+        """End the thread."""
+        self.live.close()

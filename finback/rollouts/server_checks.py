@@ -1,5 +1,7 @@
 """Whether a server answers as the model that is trained: its tokenizer, its log-probabilities, its version of the weights."""
 
+from collections.abc import Collection
+
 import torch
 
 from finback.client import RequestFailed
@@ -62,15 +64,17 @@ def check_logprobs(server: GenerationServer, prompt: TokenPrompt, model: Transfo
     return gap
 
 
-def check_version(server: GenerationServer, answer: TokenAnswer) -> None:
-    """UserError where other weights have answered than those that were sent, or first seen."""
+def check_version(server: GenerationServer, answer: TokenAnswer, accepted: Collection[str] = ()) -> None:
+    """UserError where other weights have answered than those that were sent or first seen, or, of an answer that others may have
+    gone on with, than the accepted ones."""
     said = server.version() if answer.versions is None else None
     versions = {said} if answer.versions is None else {version for version, _, _ in answer.versions}
     if versions == {None}:
         return
     server.expected = server.expected or next(iter(versions))
-    if versions != {server.expected}:
-        others = ", ".join(sorted(repr(v) for v in versions if v != server.expected))
+    wanted = {server.expected, *accepted}
+    if not versions <= wanted:
+        others = ", ".join(sorted(repr(v) for v in versions if v not in wanted))
         problem = f"answers with weights {others}, not with {server.expected!r}, which it was given last"
         remedy = "Nothing else may give it weights, nor start it again in mid-step. Give the same command again."
         raise server.unfit(problem, remedy)

@@ -85,9 +85,9 @@ class VllmServer(GenerationServer):
         experts = _of_npy(choice.get("routed_experts"))
         return TokenAnswer(choice["token_ids"], logprobs, str(choice.get("finish_reason")), experts)
 
-    def load(self, folder: Path, version: str) -> None:
+    def load(self, weights: Path, version: str) -> None:
         try:
-            self.client.reply("/pause?mode=keep&clear_cache=false", {})
+            self.client.reply(f"/pause?mode={'abort' if self.drops else 'keep'}&clear_cache=false", {})
         except RequestFailed as error:
             if not error.final:
                 raise
@@ -95,7 +95,7 @@ class VllmServer(GenerationServer):
             raise self.unfit(f"takes no weights ({error})", remedy) from None
         try:
             # kwargs travel as text
-            body = {"method": self.reload_method, "kwargs": {"weights_path": str(folder)}}
+            body = {"method": self.reload_method, "kwargs": {"weights_path": str(weights)}}
             self.client.reply("/collective_rpc", body)
             self.client.reply("/update_weight_version", {"new_version": version})
             self.client.reply("/reset_prefix_cache", {})
@@ -114,8 +114,10 @@ class VllmServer(GenerationServer):
 class DiskUpdates(GenerationServer):
     """Takes weights by POST /update_weights_from_disk."""
 
-    def load(self, folder: Path, version: str) -> None:
-        body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
+    def load(self, weights: Path, version: str) -> None:
+        body: dict[str, Any] = {"model_path": str(weights), "weight_version": version, "flush_cache": True}
+        if self.drops:
+            body["abort_all_requests"] = True
         try:
             reply = self.client.reply("/update_weights_from_disk", body)
         except RequestFailed as error:

@@ -25,11 +25,7 @@ class WeightFiles:
 
     def write(self, model: Transformer, name: str, fmt: Literal["fp32", "bf16"]) -> tuple[Path, int]:
         """The new folder, which appears once it is whole, and its bytes. An adapter is merged into a copy of its base."""
-        if isinstance(model, AdaptedTransformer):
-            # what the last pass left behind belongs to its graph, and cannot be copied
-            losses = [m.balance for m in model.modules() if isinstance(m, MoE)]
-            left = {id(loss): loss.detach() for loss in losses if loss is not None}
-            model = merge(copy.deepcopy(model, left), torch.float32 if fmt == "fp32" else torch.bfloat16)
+        model = merged(model, fmt)
         path = self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -48,3 +44,13 @@ class WeightFiles:
         """Remove what was written."""
         while self.written:
             shutil.rmtree(self.written.pop(), ignore_errors=True)
+
+
+def merged(model: Transformer, fmt: Literal["fp32", "bf16"]) -> Transformer:
+    """The model itself, or a copy of it that its adapter is merged into."""
+    if not isinstance(model, AdaptedTransformer):
+        return model
+    # what the last pass left behind belongs to its graph, and cannot be copied
+    losses = [m.balance for m in model.modules() if isinstance(m, MoE)]
+    left = {id(loss): loss.detach() for loss in losses if loss is not None}
+    return merge(copy.deepcopy(model, left), torch.float32 if fmt == "fp32" else torch.bfloat16)

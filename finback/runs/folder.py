@@ -45,7 +45,7 @@ STEPPED = (METRICS, SAMPLES, ROUTER)  # files whose lines belong to steps
 
 BEST = ".best"  # the model of a stage in training that has answered its validation set best
 # what resuming needs, and nobody once a stage is finished
-SCRATCH = ("step-*.safetensors*", ".tmp*", "part-*.json*", "sharded", ".model", ".weights", BEST)
+SCRATCH = ("step-*.safetensors*", ".tmp*", "part-*.json*", "sharded", ".model", ".weights", ".answers", BEST)
 
 NEEDED_BYTES = 200 * 2**20  # free space asked for before a stage starts
 

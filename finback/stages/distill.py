@@ -21,6 +21,7 @@ from finback.engine.request import SamplingParams
 from finback.model.logprobs import in_chunks, rows_at_once
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import Window
+from finback.rollouts.fleet import Fleet
 from finback.rollouts.generation import PolicyModel
 from finback.rollouts.here import Here
 from finback.rollouts.rollouts import rollout
@@ -59,7 +60,7 @@ class Distill(SFT):
     temperature: float = 1.0
     max_tokens: int = 96
     # on-policy: where the student's answers are generated, by the engine in each rank or by servers
-    rollouts: Here | Servers = Here()
+    rollouts: Here | Servers | Fleet = Here()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ from finback.engine.request import SamplingParams
 from finback.model.lora import LoRA
 from finback.model.recompute import Policy, policy_of
 from finback.parallel.layout import Layout
+from finback.rollouts.fleet import Fleet
 from finback.rollouts.here import Here
 from finback.rollouts.servers import Servers
 from finback.runs.declaration import Declaration
@@ -84,7 +85,11 @@ class GRPO(Stage):
     # of the routers' biases; 0 leaves them as pre-training left them
     bias_speed: float = 0.0
     # where answers are generated: by the engine in each rank, or by servers
-    rollouts: Here | Servers = Here()
+    rollouts: Here | Servers | Fleet = Here()
+    # updates that a token's weights may be behind those that learn from it; 0: generating and learning take turns
+    max_staleness: int = 0
+    # what becomes of answers under way when there are new weights: they go on with them, or are begun again
+    in_flight: Literal["continue", "drop"] = "continue"
     # control: hand each answer another answer's reward
     shuffle_rewards: bool = False
     # stop when trainer and engine disagree by more, in nats per token on average; None: 1e-2 in fp32, 0.2 in bf16
@@ -109,7 +114,7 @@ class GRPO(Stage):
         check_positive(self, self.name, *counts, "micro_tokens", "max_grad_norm", "max_gap")
         # lr = 0 only watches: the gap between trainer and engine must then stay flat
         others = "lr", "top_k", "warmup", "resample", "reference_steps", "bias_speed", "overlong_penalty", "patience"
-        check_not_negative(self, self.name, *others)
+        check_not_negative(self, self.name, *others, "max_staleness")
         check_share(self, self.name, "final_lr")
         if self.num_generations < 2:
             raise self.wrong("num_generations", "an answer is judged against its group", "Use 2 or more.")
@@ -166,11 +171,17 @@ class GRPO(Stage):
                 "reward": ("reward",),
                 "tokens per answer": ("length",),
                 "entropy (nats per token)": ("entropy",),
-                "trainer against engine (nats per token)": ("gap_mean",),
+                "trainer against engine (nats per token)": ("gap_mean", "mismatch_kl"),
+                **({"age of tokens (updates)": ("staleness", "staleness_max")} if self.max_staleness else {}),
+                **({"idle share": ("trainer_idle", "engines_idle")} if self.max_staleness else {}),
                 "router health: max violation": ("max_violation",),
             },
         )
         return validation.declared(self.validation, given)
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        return loop.run(Reinforcement(self, run))
+        training = Reinforcement(self, run)
+        try:
+            return loop.run(training)
+        finally:
+            training.close()

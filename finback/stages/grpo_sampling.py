@@ -57,6 +57,18 @@ class GroupSampler:
         window = Window(tokenizer, generator.model_config, stage.max_tokens, stage.think)
         self.order = training_questions(stage.task, stage.validation, window, run)
 
+    def state(self) -> dict[str, Any]:
+        """What the questions of the next step depend on, as JSON."""
+        return self.order.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.order.load_state(state)
+
+    def close(self) -> int:
+        """Ask nothing more; tokens that were made and will not be learnt from, on this rank."""
+        return 0
+
     def sample(self, step: int) -> tuple[list[Group], list[Group]]:
         """All groups that were asked, and those that are learnt from, with their advantages; in order."""
         stage, world = self.stage, self.world

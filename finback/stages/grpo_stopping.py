@@ -55,7 +55,9 @@ class Stopping:
         """UserError where trainer and engine disagree, or where RL has taught nothing for `patience` steps."""
         stage = self.stage
         allowed = rl_health.max_gap(stage.max_gap, stage.compute)
-        if not metrics["gap_mean"] <= allowed:  # also when it is NaN
+        # older weights are another model, and not another one than was meant
+        is_older = stage.max_gap is None and metrics.get("staleness_max", 0) > 0
+        if not is_older and not metrics["gap_mean"] <= allowed:  # also when it is NaN
             problem = f"trainer and engine differ by {metrics['gap_mean']:.2g} nats per token at step {loop.step}"
             remedy = "They must be the same model: report this with the run folder, or raise max_gap knowingly."
             raise UserError(f"{stage.name}.max_gap", allowed, problem, remedy)

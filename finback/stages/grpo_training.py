@@ -19,11 +19,13 @@ from finback.rollouts.rollouts import Rollout, batches
 from finback.rollouts.shared_prompts import predicting, shared_batches
 from finback.runs.folder import StageRun
 from finback.stages.generation_costs import generation_costs
+from finback.stages.grpo_ahead import AheadSampler, staleness
 from finback.stages.grpo_sampling import Group, GroupSampler
 from finback.stages.grpo_stopping import Stopping
 from finback.stages.tuning_setup import reference_model, trainer_of
 from finback.train import grpo_loss
 from finback.train.batch import Batch, idle
+from finback.train.correction import mismatch
 from finback.train.loop import Loop, Training
 from finback.train.precision import COMPUTE
 from finback.train.trainer import demand_finite
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
 # (answers to learn from with their advantages, how many answers and how many of their tokens they stand for) of one update
 Share = tuple[list[tuple[Rollout, float]], int, int]
 
-SUMS = 9  # over tokens: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared, weights cut, masked answers' tokens
+# over tokens: loss, clipped, entropy, divergence, tokens, |gap|, tokens compared, weights cut, masked answers' tokens, KL, chi-square
+SUMS = 11
 
 
 class Reinforcement(Training):
@@ -67,9 +70,11 @@ class Reinforcement(Training):
             run,
             stage.compute,
             return_routed_experts=stage.routing_replay,
+            in_flight=stage.in_flight if stage.max_staleness else "none",
         )
         self.rollouts = stage.rollouts.open(policy, stage.sampling)
-        self.sampler = GroupSampler(stage, run, self.rollouts, self.tokenizer)
+        sampler = AheadSampler if stage.max_staleness else GroupSampler
+        self.sampler: GroupSampler = sampler(stage, run, self.rollouts, self.tokenizer)
         self.stopping = Stopping(stage, run, trainer, self.tokenizer, self.rollouts)
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
 
@@ -96,7 +101,7 @@ class Reinforcement(Training):
         health = trainer.balance(stage.bias_speed)
         if self.reference is not None and stage.reference_steps and loop.step % stage.reference_steps == 0:
             self.reference.refresh(self.model)
-        loss, clipped, entropy, kl, tokens, gap, compared, cut, masked = self._summed(seen)
+        loss, clipped, entropy, kl, tokens, gap, compared, cut, masked, engine_kl, chi2 = self._summed(seen)
         with_gradient, tokens, compared = tokens, max(tokens, 1.0), max(compared, 1.0)
         metrics = self.sampler.describe(asked, groups)
         spared = [n for parts, *_ in work for batch in parts for n in batch.spared()]
@@ -105,6 +110,10 @@ class Reinforcement(Training):
         self.sampler.write_samples(asked, loop.step)
         if stage.objective.correction.acts:
             metrics |= {"weights_cut": cut / tokens, "answers_masked": masked / tokens}
+        if isinstance(self.sampler, AheadSampler):
+            answers = [r for group in groups for r in group.rollouts]
+            metrics |= staleness(answers, loop.step - 1, stage.max_staleness, self.world) | self.sampler.take_idle()
+        seconds = time.perf_counter() - begin
         return metrics | {
             "loss": loss / (stage.epochs * stage.updates),
             "clip_share": clipped / tokens,
@@ -112,12 +121,15 @@ class Reinforcement(Training):
             "kl": kl / tokens,
             "gap_mean": gap / compared,
             "gap_max": max(self.world.gather(worst)),
+            "mismatch_kl": engine_kl / compared,
+            "mismatch_chi2": chi2 / compared,
             "grad_norm": norm,
             "lr": lr,
             "tokens_with_gradient": with_gradient,
             "max_violation": health.violation,
             "expert_load": health.shares,
-            "update_seconds": time.perf_counter() - begin,
+            "update_seconds": seconds,
+            "learnt_per_second": tokens / seconds,
             **generation_costs(self.rollouts, loop),
         }
 
@@ -222,7 +234,7 @@ class Reinforcement(Training):
         compared = learnt.sum() if fresh or old is not None else learnt.sum() * 0
         divergence = (terms.divergence.detach() * mask).sum()
         counts = [terms.clipped.sum(), entropy.sum(), divergence, learnt.sum(), gap.sum(), compared]
-        sums = [loss.detach(), *counts, terms.cut.sum(), terms.masked.sum()]
+        sums = [loss.detach(), *counts, terms.cut.sum(), terms.masked.sum(), *mismatch(own[learnt], engine[learnt])]
         return torch.stack([s.double() for s in sums]).cpu(), float(gap.max()) if len(gap) else 0.0
 
     # ---- accounting, stopping and going on -------------------------------------------------------------------------
@@ -259,17 +271,26 @@ class Reinforcement(Training):
         self.total = float(self.stopping.total)
 
     def state(self) -> dict[str, Any]:
-        return {"totals": self.totals, "questions": self.sampler.order.state(), **self.stopping.state()}
+        return {"totals": self.totals, "questions": self.sampler.state(), **self.stopping.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.totals = {k: int(v) for k, v in state["totals"].items()}
-        self.sampler.order.load_state(state.get("questions", {}))
+        self.sampler.load_state(state.get("questions", {}))
         self.stopping.load_state(state)
         self.total = float(self.stopping.total)
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         order = self.sampler.order
         left_out = {"too_long": order.too_long, "contaminated": dict(order.contaminated)}
+        unused = self.sampler.close()
+        if any(unused_there := self.world.gather(unused)):
+            loop.spend(generated=sum(unused_there))
+            self.totals["tokens_generated"] += sum(unused_there)
+            loop.account()
         written = self.stopping.finish(loop)
-        self.rollouts.close()
         return {"steps": loop.step, "lr": self.stopping.peak_lr, **left_out, **self.totals, **written}
+
+    def close(self) -> None:
+        """Let go of whoever generates."""
+        self.sampler.close()
+        self.rollouts.close()

@@ -18,6 +18,7 @@ from finback.model.count import forward_flops_of
 from finback.parallel.mesh import World
 from finback.parallel.served_weights import ServedWeights
 from finback.rollouts.drawing import Window
+from finback.rollouts.fleet import Fleet
 from finback.rollouts.generation import PolicyModel
 from finback.rollouts.here import Here
 from finback.rollouts.rollouts import Rollout, rollout
@@ -64,7 +65,7 @@ class Reject(Stage):
     # of the weights, as for Evaluate
     dtype: InferenceDtype = "fp32"
     # where answers are generated: by the engine in each rank, or by servers that have the model already
-    rollouts: Here | Servers = Here()
+    rollouts: Here | Servers | Fleet = Here()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -87,6 +87,12 @@ def off_policy_mask(new: Tensor, engine: Tensor, advantage: Tensor, mask: Tensor
     return (advantage >= 0) | (_mean(engine - new, mask) <= threshold)
 
 
+def mismatch(trainer: Tensor, engine: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over tokens (n,) of b - o, which estimates KL(engine || trainer), and of exp(2d) - 1, which estimates chi-square."""
+    log_ratio = trainer - engine
+    return -log_ratio.sum(), (2 * log_ratio.clamp(-FARTHEST, FARTHEST)).expm1().sum()
+
+
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
     """(answers,) the mean of each answer's tokens, without gradient."""
     return (values.detach() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)

@@ -1,0 +1,175 @@
+"""An engine in a thread of its own: prompts come from any thread, and weights change between two of its steps."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+
+from finback.config import UserError
+from finback.engine.engine import Engine
+from finback.engine.request import Completion, Request, SamplingParams
+from finback.model.cache import PAGE
+from finback.model.transformer import Transformer
+
+SIGNS = 1.0  # seconds between signs of life of an engine that makes long answers
+
+# what comes back of a batch: an answer with its place, or why there are no more
+_News = tuple[int, Completion] | BaseException
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Prompts that were asked together, and where their answers go."""
+
+    prompts: list[list[int]]
+    sampling: SamplingParams
+    seeds: list[int]
+    news: "queue.SimpleQueue[_News]" = field(default_factory=queue.SimpleQueue)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest request, at most."""
+        return max(map(len, self.prompts)) + self.sampling.max_tokens
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A request under way: which prompt of which batch, and which weights have made its tokens from which place on."""
+
+    batch: _Batch
+    place: int
+    versions: list[tuple[int, int]]
+
+
+class LiveEngine:
+    """Runs `engine` until it is closed. Batches that come while others are under way join them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.version = engine, -1
+        # tokens of answers that were given up for new weights
+        self.dropped = 0
+        self._steps = 0
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._active: dict[Request, _Asked] = {}
+        # batches longer than the cache has room for while others are under way
+        self._held: deque[_Batch] = deque()
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int], patience: float
+    ) -> Iterator[tuple[int, Completion] | None]:
+        """Each answer with its place, as it is done; None after `patience` seconds in which steps were made and none was.
+
+        In an idle engine the answers are those of `Engine.generate`, to the bit.
+        """
+        batch = _Batch([list(ids) for ids in prompts], sampling, list(seeds))
+        self._work.put(lambda: self._begin(batch))
+        left, steps = len(prompts), self._steps
+        try:
+            while left:
+                try:
+                    news = batch.news.get(timeout=patience)
+                except queue.Empty:
+                    if steps != (steps := self._steps):
+                        yield None
+                    continue
+                if isinstance(news, BaseException):
+                    raise news
+                left -= 1
+                yield news
+        finally:
+            if left:
+                self._work.put(lambda: self._forget(batch))
+
+    def take(self, fill: Callable[[Transformer], None], version: int, drop: bool = False) -> None:
+        """Have `fill` write other weights into the model before the next step, and wait for it.
+
+        Answers under way go on with the new weights, on what they have read with the old ones; or are begun again (drop).
+        """
+        done = Future[None]()
+
+        def work() -> None:
+            try:
+                fill(self.engine.model)
+                self._took(version, drop)
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._work.put(work)
+        done.result()
+
+    def close(self) -> None:
+        """End the thread after the step that is under way."""
+        self._work.put(None)
+
+    # ---- in the thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            try:
+                work = self._work.get_nowait() if self.engine.busy else self._work.get()
+                if work is None:
+                    return
+                work()
+            except queue.Empty:
+                self._step()
+            while self._held and not self.engine.busy:
+                self._begin(self._held.popleft())
+
+    def _begin(self, batch: _Batch) -> None:
+        if self.engine.busy and batch.longest > self.engine.pages.count * PAGE:
+            self._held.append(batch)
+            return
+        try:
+            requests = self.engine.submit_all(batch.prompts, batch.sampling, batch.seeds)
+        except UserError as error:
+            batch.news.put(error)
+            return
+        self._active |= {r: _Asked(batch, place, [(self.version, 0)]) for place, r in enumerate(requests)}
+
+    def _step(self) -> None:
+        try:
+            changed = self.engine.step()
+        except Exception as error:  # whatever a kernel may raise: those who wait hear of it
+            for asked in self._active.values():
+                asked.batch.news.put(error)
+            list(map(self.engine.cancel, self._active))
+            self._active.clear()
+            return
+        self._steps += 1
+        for request in changed:
+            if request.finish_reason is not None and request in self._active:
+                asked = self._active.pop(request)
+                made = replace(request.completion(), versions=_spans(asked.versions, len(request.tokens)))
+                asked.batch.news.put((asked.place, made))
+
+    def _took(self, version: int, drop: bool) -> None:
+        self.version = version
+        self.engine.pages.forget()
+        again = list(self._active.items()) if drop else []
+        for request, _ in again:
+            self.dropped += len(request.tokens)
+            self.engine.cancel(request)
+            del self._active[request]
+        for request, asked in self._active.items():
+            asked.versions.append((version, len(request.tokens)))
+        for _, asked in again:
+            batch, place = asked.batch, asked.place
+            new = self.engine.submit(batch.prompts[place], batch.sampling, batch.seeds[place])
+            self._active[new] = _Asked(batch, place, [(version, 0)])
+
+    def _forget(self, batch: _Batch) -> None:
+        for request in [r for r, asked in self._active.items() if asked.batch is batch]:
+            self.engine.cancel(request)
+            del self._active[request]
+        if batch in self._held:
+            self._held.remove(batch)
+
+
+def _spans(versions: list[tuple[int, int]], end: int) -> tuple[tuple[int, int, int], ...]:
+    """(version, first, behind the last) of those that have made a token."""
+    ends = [*(start for _, start in versions[1:]), end]
+    return tuple((v, start, stop) for (v, start), stop in zip(versions, ends, strict=True) if stop > start)

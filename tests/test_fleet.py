@@ -1,0 +1,146 @@
+"""A fleet on a real Ray: `Here`'s answers and weights, and what becomes of them when engines die. `make test-scale` runs it."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finback.config import UserError
+from finback.model.lora import LoRA
+from finback.rollouts.fleet import Fleet, FleetRollouts, RayEngine
+from finback.stages.grpo_training import Reinforcement
+from tests.test_rollouts import OPENED, Asked, agree, asked, base, connected, learning, sampled  # noqa: F401
+from tests.toy import ROOT
+
+pytestmark = [pytest.mark.scale, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+QUICK: dict[str, Any] = {"backoff": 0.05, "timeout": 30.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[Any]:
+    """One Ray for all tests, whose workers see this package."""
+    found = pytest.importorskip("ray")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    found.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR", namespace="finback")
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
+def weights(r: Reinforcement) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in r.model.state_dict().items()}
+
+
+def engines(rollouts: Any) -> list[RayEngine]:
+    assert isinstance(rollouts, FleetRollouts)
+    return [server for server in rollouts.servers if isinstance(server, RayEngine)]
+
+
+def pid(engine: RayEngine) -> int:
+    return int(engine.cluster.get(engine.handle().pid.remote(), 60))
+
+
+@pytest.mark.parametrize("knobs", [{"routing_replay": True}, {"top_k": 8}, {"compute": "bf16"}])
+def test_one_engine_is_here_to_the_bit(knobs: dict[str, Any], tmp_path: Path) -> None:
+    """Tokens, log-probabilities and weights of three steps."""
+    here = learning(tmp_path / "here", **knobs)
+    first = sampled(here, 3)
+    there = learning(tmp_path / "there", rollouts=Fleet(1, dtype="fp32", **QUICK), **knobs)
+    second = sampled(there, 3)
+    assert [c.tokens for c in first[1]] == [c.tokens for c in second[1]]
+    assert [c.logprobs for c in first[1]] == [c.logprobs for c in second[1]]
+    assert [c.versions for c in first[1]] == [c.versions for c in second[1]]
+    mine, theirs = weights(here), weights(there)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert second[0][0]["sync_bytes"] > 100_000
+
+
+@pytest.mark.parametrize("knobs", [{"routing_replay": True}, {"adapter": LoRA(rank=4, base="fp32")}])
+def test_two_engines_share_the_prompts(knobs: dict[str, Any], tmp_path: Path) -> None:
+    """An adapter is merged on its way to them, which rounds otherwise."""
+    here = sampled(learning(tmp_path / "here", **knobs), 3)
+    agree(sampled(learning(tmp_path / "there", rollouts=Fleet(2, **QUICK), **knobs), 3), here)
+
+
+def test_an_engine_that_dies_comes_back(asked: Asked, tmp_path: Path) -> None:  # noqa: F811
+    """It is killed in mid-answer, then between two answers; each prompt is answered once, by the weights of the day."""
+    r = connected(asked, tmp_path, fleet=Fleet(2, **QUICK))
+    r.update(0)
+    for version in range(1, 4):
+        victims = [pid(engine) for engine in engines(r)]
+        killer = threading.Timer(0.02 * version, os.kill, (victims[version % 2], signal.SIGKILL))
+        killer.start()
+        asked.ask(r)
+        killer.join()
+        r.update(version)
+        assert len(r.ready) == 2, "the one that was lost has them too"
+        asked.ask(r)
+    assert r.take_tally().tokens == 6 * sum(len(c.tokens) for c in asked.answers)
+
+
+def test_random_kills_lose_nothing(asked: Asked, tmp_path: Path) -> None:  # noqa: F811
+    """Twenty kills of engines at random times, while prompts are answered without a pause."""
+    rng, r = random.Random(0), connected(asked, tmp_path, fleet=Fleet(2, **QUICK | {"tries": 50}))
+    r.update(0)
+    end, killed = threading.Event(), 0
+
+    def kill() -> None:
+        nonlocal killed
+        while killed < 20 and not end.wait(rng.uniform(0.1, 0.6)):
+            engine = rng.choice(engines(r))
+            actor = engine._actor
+            if actor is None:
+                continue
+            try:
+                os.kill(int(engine.cluster.get(actor.pid.remote(), 60)), signal.SIGKILL)
+                killed += 1
+            except Exception:
+                continue
+        end.set()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    rounds, until = 0, time.monotonic() + 400
+    while not end.is_set() and time.monotonic() < until:
+        asked.ask(r)
+        rounds += 1
+        r.update(rounds)
+    end.set()
+    killer.join()
+    assert killed == 20
+    assert r.take_tally().tokens == rounds * sum(len(c.tokens) for c in asked.answers)
+
+
+def test_a_silent_engine_is_replaced(asked: Asked, tmp_path: Path) -> None:  # noqa: F811
+    """A stopped process answers nothing; after `timeout` another takes its place."""
+    r = connected(asked, tmp_path, fleet=Fleet(1, **QUICK | {"timeout": 4.0}))
+    r.update(0)
+    stopped = pid(engines(r)[0])
+    os.kill(stopped, signal.SIGSTOP)
+    asked.ask(r)
+    assert pid(engines(r)[0]) != stopped
+
+
+@pytest.mark.parametrize(
+    ("fleet", "text"),
+    [
+        (Fleet(1, num_gpus=1.0), r"zero\.rollouts\.num_gpus = 1\.0: 1 engines with 1 GPUs each want 1, and Ray has 0"),
+        (Fleet(64), r"zero\.rollouts\.num_cpus = 1: 64 engines with 1 CPUs each want 64, and Ray has 3"),
+    ],
+)
+def test_too_little_of_ray_is_said(fleet: Fleet, text: str, asked: Asked, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(UserError, match=text):
+        connected(asked, tmp_path, fleet=fleet)
