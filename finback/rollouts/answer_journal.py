@@ -1,4 +1,4 @@
-"""Answers on disk as they come, before anything else is done with them: what was paid for survives whoever asked. No torch here."""
+"""Answers on disk as they come, before anything else is done with them: what was paid for survives whoever asked."""
 
 import base64
 import io

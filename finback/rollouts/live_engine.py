@@ -55,7 +55,8 @@ class LiveEngine:
         self._active: dict[Request, _Asked] = {}
         # batches longer than the cache has room for while others are under way
         self._held: deque[_Batch] = deque()
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
 
     def answers(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int], patience: float
@@ -102,8 +103,9 @@ class LiveEngine:
         done.result()
 
     def close(self) -> None:
-        """End the thread after the step that is under way."""
+        """End the thread after the step that is under way; whoever waits for answers hears of it."""
         self._work.put(None)
+        self._thread.join()
 
     # ---- in the thread ---------------------------------------------------------------------------------------------
 
@@ -112,6 +114,7 @@ class LiveEngine:
             try:
                 work = self._work.get_nowait() if self.engine.busy else self._work.get()
                 if work is None:
+                    self._fail(RuntimeError("the engine was closed"))
                     return
                 work()
             except queue.Empty:
@@ -134,10 +137,7 @@ class LiveEngine:
         try:
             changed = self.engine.step()
         except Exception as error:  # whatever a kernel may raise: those who wait hear of it
-            for asked in self._active.values():
-                asked.batch.news.put(error)
-            list(map(self.engine.cancel, self._active))
-            self._active.clear()
+            self._fail(error)
             return
         self._steps += 1
         for request in changed:
@@ -145,6 +145,14 @@ class LiveEngine:
                 asked = self._active.pop(request)
                 made = replace(request.completion(), versions=_spans(asked.versions, len(request.tokens)))
                 asked.batch.news.put((asked.place, made))
+
+    def _fail(self, error: Exception) -> None:
+        """End all that is under way."""
+        for batch in {*self._held, *(asked.batch for asked in self._active.values())}:
+            batch.news.put(error)
+        list(map(self.engine.cancel, self._active))
+        self._active.clear()
+        self._held.clear()
 
     def _took(self, version: int, drop: bool) -> None:
         self.version = version

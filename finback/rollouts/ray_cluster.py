@@ -4,6 +4,8 @@ Ray itself is imported when a fleet is opened, and not before.
 """
 
 import os
+import signal
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,8 +162,11 @@ def _init(ray: Any, options: dict[str, Any], field: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": NAMESPACE}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # engines on CPUs leave CUDA_VISIBLE_DEVICES alone
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options, **quiet)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # a stage stops at a safe point, Ray's own handler at once
     except Exception as error:  # of many kinds
         address = options.get("address", "")
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -12,7 +12,7 @@ from finback.rollouts import server_checks
 from finback.rollouts.generation import Backend, PolicyModel, Rollouts
 from finback.rollouts.generation_server import GenerationServer
 from finback.rollouts.remote import RemoteRollouts
-from finback.rollouts.server_kinds import VllmServer, find_server
+from finback.rollouts.server_kinds import FinbackServer, VllmServer, find_server
 from finback.rollouts.weight_files import WeightFiles
 
 LONGEST_REPLY = 1 << 30  # bytes; the experts of a long answer alone are megabytes
@@ -85,6 +85,8 @@ class ServerRollouts(RemoteRollouts):
         if isinstance(server, VllmServer):
             server.reload_method = knobs.reload_method
         server.drops = self.policy.in_flight == "drop"
+        if server.drops and isinstance(server, FinbackServer):
+            raise server.unfit("goes on with answers under way when weights come", 'Use in_flight="continue".')
         return server
 
     def _write(self, model: Transformer, label: str) -> tuple[Path, int]:

@@ -18,6 +18,8 @@ from finback.stages.grpo_sampling import Group, GroupSampler
 if TYPE_CHECKING:
     from finback.stages.grpo import GRPO
 
+LEAVING = 5.0  # seconds for a thread that has nothing more to ask
+
 # all groups of a step that were asked, those that are learnt from, and the order of questions behind them
 _Step = tuple[list[Group], list[Group], dict[str, Any]]
 
@@ -93,6 +95,11 @@ class AheadSampler(GroupSampler):
             self._ended = True
             self._changed.notify_all()
         return self.journal.tokens(after=self._taken)
+
+    def join(self) -> None:
+        """Wait a while for the thread, once nothing answers it any more."""
+        if self._thread is not None:
+            self._thread.join(LEAVING)
 
     def _run(self, step: int) -> None:
         try:

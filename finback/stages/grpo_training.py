@@ -294,3 +294,5 @@ class Reinforcement(Training):
         """Let go of whoever generates."""
         self.sampler.close()
         self.rollouts.close()
+        if isinstance(self.sampler, AheadSampler):
+            self.sampler.join()
