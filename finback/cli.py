@@ -20,7 +20,7 @@ from finback.comparison import options as comparing
 from finback.config import UserError
 from finback.options import Settings, with_options
 from finback.parallel import launch
-from finback.parallel.execute import RankFailed, execute
+from finback.parallel.execute import RankFailed, execute, on_ray
 from finback.planner.options import PlanOptions
 from finback.report import front_page
 from finback.report.options import ChatOptions, DocsOptions, ExportOptions, TrackOptions, VerifyOptions
@@ -109,7 +109,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe, or continue it: finished stages are kept, an interrupted one resumes."""
-    plan = recipes.on_ray(recipes.load(recipe, settings), ray)
+    plan = on_ray(recipes.load(recipe, settings), ray)
     root = runs / plan.name
     try:
         if not execute(plan, root, seed, ranks or launch.default_ranks(), sys.argv[1:]):

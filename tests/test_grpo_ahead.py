@@ -1,8 +1,9 @@
 """GRPO that asks ahead: bounded staleness, answers that outlive a kill, and overlap."""
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,23 @@ import pytest
 import torch
 
 from finback.config import UserError
-from finback.engine.request import Completion, SamplingParams
+from finback.engine.engine import Engine
+from finback.engine.request import Completion, Request, SamplingParams
+from finback.parallel.execute import on_ray
 from finback.rollouts.answer_journal import FOLDER
+from finback.rollouts.fleet import Fleet
 from finback.rollouts.generation import PolicyModel, Rollouts
 from finback.rollouts.here import Here
+from finback.rollouts.live_engine import LiveEngine
 from finback.rollouts.rollouts import Rollout
 from finback.runs.files import read_lines
+from finback.runs.recipe import Recipe
+from finback.stages.grpo import GRPO
 from finback.stages.grpo_training import Reinforcement
+from finback.tasks.math import Chains
 from finback.train.correction import mismatch
 from tests.test_grpo import reinforcement, steps
+from tests.toy import toy_model
 
 
 @dataclass(frozen=True)
@@ -61,23 +70,57 @@ def made(r: Reinforcement) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("most", "in_flight"), [(1, "continue"), (3, "drop")])
-def test_no_token_is_older_than_asked_and_each_is_learnt_once(most: int, in_flight: str, tmp_path: Path) -> None:
-    r = ahead(tmp_path, max_staleness=most, in_flight=in_flight, rollouts=Slow(seconds=0.05))
-    looped = r.loop()
+def test_each_token_is_learnt_once_at_the_age_that_is_asked_for(most: int, in_flight: str, tmp_path: Path) -> None:
+    """The trainer waits until everything is made that may be: then all tokens are as old as they may be."""
+    r = ahead(tmp_path, max_staleness=most, in_flight=in_flight, rollouts=Slow())
+    looped, update = r.loop(), r._update
+
+    def later(*given: Any, **more: Any) -> Any:
+        while len(made(r)) < 16 * min(looped.step + most, 6):
+            time.sleep(0.01)
+        return update(*given, **more)
+
+    r._update = later  # type: ignore[method-assign]
     looped.train()
     lines = list(read_lines(r.run.folder / "metrics.jsonl"))
     assert [line["step"] for line in lines] == list(range(1, 7))
     for line in lines:
-        assert 0 <= line["staleness"] <= line["staleness_max"] <= min(most, line["step"] - 1)
-        assert sum(line["staleness_shares"]) == pytest.approx(1.0) and len(line["staleness_shares"]) == most + 1
-        assert 1 <= line["versions"] <= most + 1
+        age = min(line["step"] - 1, most)
+        assert line["staleness"] == line["staleness_max"] == age and line["versions"] == 1
+        assert line["staleness_shares"] == [float(i == age) for i in range(most + 1)]
         assert 0 <= line["trainer_idle"] <= 1 and 0 <= line["engines_idle"] <= 1 and line["learnt_per_second"] > 0
-    assert max(line["staleness_max"] for line in lines) > 0, "answers are made ahead"
+        assert (abs(line["mismatch_kl"]) < 1e-4) == (age == 0), "only older weights are another model"
     seeds = [seed for seed, _ in made(r)]
     assert len(set(seeds)) == len(seeds) == 6 * 16
     assert r.totals["tokens_generated"] == sum(tokens for _, tokens in made(r))
     assert len(list(read_lines(r.run.folder / "samples.jsonl"))) == 6 * 16
     r.close()
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_weights_come_between_two_steps_of_an_engine(drop: bool) -> None:
+    """Answers go on with them, and say so, or are begun again; those of the same weights are the same either way."""
+    engine = Engine(toy_model(1), ())
+    prompts, sampling = [[5, 6, 7], [8, 9], [5, 6, 7]], SamplingParams(max_tokens=8)
+    plain = engine.generate(prompts, sampling, range(3))
+    live, step, count = LiveEngine(engine), engine.step, iter(range(1000))
+    live.take(lambda model: None, 4)
+
+    def stepped() -> list[Request]:
+        if next(count) == 3:
+            live._took(5, drop)
+        return step()
+
+    engine.step = stepped  # type: ignore[method-assign]
+    found = dict(news for news in live.answers(prompts, sampling, range(3), 60) if news is not None)
+    live.close()
+    assert [found[i].tokens for i in range(3)] == [c.tokens for c in plain]
+    if drop:
+        assert live.dropped > 0 and all(c.versions == ((5, 0, 8),) for c in found.values())
+    else:
+        for c in found.values():
+            (old, start, middle), (new, again, end) = c.versions
+            assert (old, new, start, end) == (4, 5, 0, 8) and 0 < middle == again < 8
 
 
 def test_answers_outlive_a_kill(tmp_path: Path) -> None:
@@ -124,25 +167,6 @@ def test_what_nobody_learns_from_is_accounted_for(tmp_path: Path) -> None:
     r.close()
 
 
-def test_generating_and_learning_overlap(tmp_path: Path) -> None:
-    """With sleeps that make both equally long, taking turns needs twice the time; the sleeps outweigh whatever else runs."""
-    taken = {}
-    for most in (0, 1):
-        r = ahead(tmp_path / str(most), max_staleness=most, rollouts=Slow(seconds=0.5))
-        update = r._update
-
-        def slowly(*given: Any, update: Any = update, **more: Any) -> Any:
-            time.sleep(0.5)
-            return update(*given, **more)
-
-        r._update = slowly  # type: ignore[method-assign]
-        begin = time.monotonic()
-        steps(r, 6)
-        taken[most] = time.monotonic() - begin
-        r.close()
-    assert taken[1] < 0.8 * taken[0], taken  # benchmarks/overlap.py measures it: 7 / 12 without any work
-
-
 def test_mistakes_in_the_thread_are_raised_where_the_step_is_wanted(tmp_path: Path) -> None:
     r = ahead(tmp_path, max_staleness=1, rollouts=Slow())
 
@@ -159,3 +183,19 @@ def test_mismatch_by_hand() -> None:
     """verl's numbers for d = 0.2, -0.1, 1.0."""
     kl, chi2 = mismatch(torch.tensor([0.2, -0.1, 1.0]), torch.zeros(3))
     assert float(kl) / 3 == pytest.approx(-0.366667, abs=1e-6) and float(chi2) / 3 == pytest.approx(2.233204, abs=1e-5)
+
+
+def test_a_fleet_without_ray_says_so_and_an_address_reaches_all_fleets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What needs no Ray; tests/test_fleet.py has the rest."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"zero\.rollouts = 'Fleet': Ray is not installed here.*pip install"):
+        reinforcement(tmp_path, rollouts=Fleet(2))
+    stages = [GRPO(name=name, start=str(tmp_path / "base"), task=Chains(2, 3)) for name in ("one", "two")]
+    recipe = Recipe("r", (stages[0], replace(stages[1], rollouts=Fleet(2))))
+    assert on_ray(recipe, "") is recipe
+    one, two = on_ray(recipe, "10.0.0.5:6379").stages
+    assert one == stages[0] and two.rollouts == Fleet(2, address="10.0.0.5:6379")  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="no stage generates on a fleet"):
+        on_ray(Recipe("r", (stages[0],)), "auto")

@@ -4,6 +4,7 @@ No torch here before a stage needs it.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -64,6 +65,17 @@ def execute(recipe: Recipe, root: Path, seed: int, ranks: int = 1, arguments: Se
                 raise RankFailed(code)
     recipes.write_summary(recipe, root, seed)  # a kill may have come before it
     return True
+
+
+def on_ray(recipe: Recipe, address: str) -> Recipe:
+    """A recipe whose fleets join the Ray at an address; UserError where it has none. Itself without an address."""
+    fleets = [stage.name for stage in recipe.stages if hasattr(getattr(stage, "rollouts", None), "address")]
+    if address and not fleets:
+        raise UserError(
+            "--ray", address, "no stage generates on a fleet", "Give one rollouts=Fleet(2), or leave it out."
+        )
+    settings = [f"{name}.rollouts.address={address}" for name in fleets if address]
+    return dataclasses.replace(recipe, stages=recipes.overridden(recipe.stages, settings)) if settings else recipe
 
 
 def _here(recipe: Recipe, root: Path, seed: int) -> None:

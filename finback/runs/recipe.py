@@ -144,17 +144,6 @@ def load(path: Path, settings: Sequence[str] = ()) -> Recipe:
     return Recipe(path.stem, overridden(stages, settings), path)
 
 
-def on_ray(recipe: Recipe, address: str) -> Recipe:
-    """A recipe whose fleets join the Ray at an address; UserError where it has none. Itself without an address."""
-    fleets = [stage.name for stage in recipe.stages if hasattr(getattr(stage, "rollouts", None), "address")]
-    if address and not fleets:
-        raise UserError(
-            "--ray", address, "no stage generates on a fleet", "Give one rollouts=Fleet(2), or leave it out."
-        )
-    settings = [f"{name}.rollouts.address={address}" for name in fleets if address]
-    return dataclasses.replace(recipe, stages=overridden(recipe.stages, settings)) if settings else recipe
-
-
 def _own_knobs(recipe: Callable[..., Any], settings: Sequence[str]) -> dict[str, Any]:
     """What `name=value` texts give a recipe's own parameters."""
     hints, known = typing.get_type_hints(recipe), inspect.signature(recipe).parameters
