@@ -181,15 +181,32 @@ def test_stop_keeps_what_was_said_and_it_goes_on(opened: Opened) -> None:
         wait_for(lambda: not engine.busy)
 
 
+CHAIN = "document.querySelector('.chain')"
+READS_UP = f"""() => {{
+  const chain = {CHAIN}, [first] = chain.querySelector('p').childNodes;
+  chain.scrollTop = 20;
+  getSelection().setBaseAndExtent(first, 0, first, 2);
+  return String(getSelection());
+}}"""
+
+
 def test_answer_now_closes_the_chain(opened: Opened) -> None:
     # a chain, and an answer to be stopped, that outlast any patience
-    with talking("<think>" + "so " * 1000, pace=0.02, after="word " * 1000) as client:
-        page = opened(client)
+    with talking("<think>" + "so\n" * 1000, pace=0.02, after="word " * 1000) as client:
+        page = opened(client, viewport={"width": 1200, "height": 300})
         page.click(".think")
         expect(page.locator(".think")).to_have_text("Thinking: on")
         say(page)
+        # whoever reads further up, and has something selected there, stays where he is
+        wait_for(lambda: page.evaluate(f"{CHAIN}?.scrollHeight > {CHAIN}?.clientHeight + 100"), 60)
+        assert page.evaluate(READS_UP) == "so"
+        height = page.evaluate(f"{CHAIN}.scrollHeight")
+        wait_for(lambda: page.evaluate(f"{CHAIN}.scrollHeight > {height + 100}"), 60)
+        assert page.evaluate(f"[{CHAIN}.scrollTop, String(getSelection())]") == [20, "so"]
         page.click("text=Answer now")
         expect(page.locator(".summary")).to_contain_text("Thought for")
+        expect(page.locator(".assistant .prose").last).to_contain_text("word")
+        assert page.evaluate(f"[{CHAIN}.scrollTop, String(getSelection())]") == [20, "so"]
         stop(page)
 
 

@@ -111,14 +111,68 @@ COMPARE = """async ({ parser, texts }) => {
 }"""
 
 
+# the first differences between what has grown piece by piece in the document and what was drawn at once
+GROWN = """async ({ view, texts }) => {
+  const { MarkdownView } = await import(view);
+  const wrong = [];
+  for (const { text, cuts } of texts) {
+    const [grown, whole] = [0, 1].map(() => document.body.appendChild(document.createElement('div')));
+    const growing = new MarkdownView(grown);
+    for (const cut of cuts) growing.show(text.slice(0, cut), cut === text.length);
+    new MarkdownView(whole).show(text, true);
+    for (let i = 0; i < 200 && grown.innerHTML !== whole.innerHTML; i++) await new Promise((d) => setTimeout(d, 20));
+    if (grown.innerHTML !== whole.innerHTML) wrong.push([text, grown.innerHTML, whole.innerHTML]);
+    grown.remove();
+    whole.remove();
+  }
+  return wrong;
+}"""
+
+# what is kept while a table, a paragraph and a piece of code grow: the scrolled box, the selected words
+KEPT = r"""async (view) => {
+  const { MarkdownView } = await import(view);
+  const root = document.getElementById('app').appendChild(document.createElement('div'));
+  root.className = 'prose';
+  root.style.width = '200px';
+  const growing = new MarkdownView(root);
+  const found = [];
+  let text = '';
+  const add = async (more, isThere, done = false) => {
+    growing.show((text += more), done);
+    while (!isThere()) await new Promise((d) => setTimeout(d, 5));
+  };
+  const one = (selector) => root.querySelector(selector);
+  const select = (selector) => getSelection().setBaseAndExtent(one(selector).firstChild, 0, one(selector).firstChild, 3);
+  await add(`| ${'long | '.repeat(30)}\n|${'-|'.repeat(30)}\n| one `, () => one('td'));
+  one('.scroll').scrollLeft = 50;
+  select('td');
+  await add('| two', () => root.textContent.includes('two'));
+  await add(' |\n| three | *four*', () => one('td em'));
+  found.push(one('.scroll').scrollLeft, String(getSelection()));
+  await add(' |\n\nfirst **se', () => one('p'));
+  select('p');
+  await add('cond** third\n\n```python\nprint(1)\n', () => one('code'));
+  found.push(String(getSelection()), one('strong').textContent);
+  select('code');
+  await add('```\n\nend', () => one('code span'), true);
+  found.push(String(getSelection()));
+  root.remove();
+  return found;
+}"""
+
+
+def cut(text: str, most: int, rng: random.Random) -> dict[str, Any]:
+    """A text and where it is cut into pieces of up to `most` characters."""
+    cuts = [0]
+    while cuts[-1] < len(text):
+        cuts.append(min(len(text), cuts[-1] + rng.randint(1, most)))
+    return {"text": text, "cuts": cuts[1:]}
+
+
 def compared(page: Any, texts: list[str], most: int) -> dict[str, Any]:
     """The first prefix of each text at which growing and whole differ, fed in pieces of up to `most` characters."""
-    rng, given = random.Random(most), []
-    for text in texts:
-        cuts = [0]
-        while cuts[-1] < len(text):
-            cuts.append(min(len(text), cuts[-1] + rng.randint(1, most)))
-        given.append({"text": text, "cuts": cuts[1:]})
+    rng = random.Random(most)
+    given = [cut(text, most, rng) for text in texts]
     found: dict[str, Any] = page.evaluate(
         COMPARE, {"parser": f"/web/{Page().digest}/markdown/parser.js", "texts": given}
     )
@@ -131,10 +185,14 @@ def test_growing_equals_the_whole_for_every_prefix(opened: Opened) -> None:
         assert compared(page, [FAR], 600)["wrong"] == []
         for most in (1, 12):
             rng = random.Random(most)
-            texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(5, 60))) for _ in range(40 + 10 * most)]
+            texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(5, 60))) for _ in range(18 + 6 * most)]
             found = compared(page, [*WHOLE, *texts, "\n\n".join(WHOLE)], most)
             assert found["wrong"] == []
             assert found["settled"] > 30  # and it does leave most of a text alone
+        view = f"/web/{Page().digest}/markdown/view.js"
+        drawn_texts = [cut(text, 12, rng) for text in [*WHOLE, *(text for text, *_ in WORLD), *texts[:16]]]
+        assert page.evaluate(GROWN, {"view": view, "texts": drawn_texts}) == []
+        assert page.evaluate(KEPT, view) == [50, "one", "fir", "second", "pri"]
 
 
 def drawn(opened: Opened, client: Any, texts: list[str]) -> Any:

@@ -1,7 +1,8 @@
 // The chain of thought: open while it is written, then folded under "Thought for 12 s"; the person's choice is remembered.
 import { Glyph } from "../controls.js";
-import { html, remember, remembered, useEffect, useRef, useState } from "../lib.js";
+import { html, remember, remembered, useEffect, useState } from "../lib.js";
 import { Markdown } from "../markdown/markdown.js";
+import { useFollowing } from "./following.js";
 import { isRunning } from "./tree.js";
 
 /** "Thought for 12 s". */
@@ -15,18 +16,18 @@ export function label(node) {
 export function Thought({ node, answer }) {
   const writing = node.state === "thinking";
   const [chosen, setChosen] = useState(null); // for this message, while it is drawn
-  const open = chosen ?? (writing ? remembered("thinking-open", true) : remembered("thoughts-open", false));
+  const [reads, setReads] = useState(false); // somebody has scrolled up in it
+  const open = chosen ?? (writing || reads ? remembered("thinking-open", true) : remembered("thoughts-open", false));
   const change = () => {
     setChosen(!open);
     remember(writing ? "thinking-open" : "thoughts-open", !open);
   };
+  const { box, inner, away, scrolled } = useFollowing(open && writing);
+  useEffect(() => setReads(away), [away]);
   useEffect(() => {
-    if (!writing) setChosen(null); // folds when the answer begins, unless chains are to stay open
+    // folds when the answer begins, unless chains are to stay open or somebody reads further up in it
+    if (!writing) setChosen(reads && chosen !== false ? true : null);
   }, [writing]);
-  const body = useRef();
-  useEffect(() => {
-    if (writing && open && body.current) body.current.scrollTop = body.current.scrollHeight;
-  });
   return html`
     <section class=${`thought ${open ? "open" : ""}`}>
       <div class="line">
@@ -35,6 +36,7 @@ export function Thought({ node, answer }) {
         </button>
         ${writing && answer && html`<button type="button" class="button small" onClick=${() => answer.answerNow()}>Answer now</button>`}
       </div>
-      ${open && html`<div class="chain" ref=${body} tabindex="0" role="region" aria-label="Chain of thought"><${Markdown} text=${node.reasoning} done=${!isRunning(node) || !writing} /></div>`}
+      ${open && html`<div class="chain" ref=${box} onScroll=${scrolled} tabindex="0" role="region" aria-label="Chain of thought">
+        <div ref=${inner}><${Markdown} text=${node.reasoning} done=${!isRunning(node) || !writing} /></div></div>`}
     </section>`;
 }

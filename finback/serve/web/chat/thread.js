@@ -1,39 +1,19 @@
 // The messages of a chat, one under the other. It stays at the end unless the person has scrolled up.
 import { Glyph } from "../controls.js";
-import { html, useLayoutEffect, useRef, useState } from "../lib.js";
+import { html, useLayoutEffect } from "../lib.js";
+import { useFollowing } from "./following.js";
 import { Message } from "./message.js";
 import { Pair } from "./pair.js";
 import { path } from "./tree.js";
 
-const NEAR = 60; // pixels from the end that still count as the end
 const EXAMPLES = ["8-3+5+4-6=?", "Explain in one paragraph why the sky is blue.", "Write a haiku about whales."];
 
 export function Thread({ store }) {
   const { chat } = store;
-  const box = useRef();
-  const inner = useRef();
-  const follows = useRef(true);
-  const [away, setAway] = useState(false);
-  const toEnd = () => {
-    if (box.current) box.current.scrollTop = box.current.scrollHeight;
-  };
-  const scrolled = () => {
-    if (!box.current) return; // a scroll of a moment ago, and the chat is gone
-    const { scrollTop, scrollHeight, clientHeight } = box.current;
-    follows.current = scrollHeight - scrollTop - clientHeight < NEAR;
-    setAway(!follows.current);
-  };
-  useLayoutEffect(() => {
-    const seen = new ResizeObserver(() => follows.current && toEnd());
-    seen.observe(inner.current);
-    return () => seen.disconnect();
-  }, []);
+  const { box, inner, away, scrolled, toEnd } = useFollowing();
   const shown = path(chat);
   const count = shown.length;
-  useLayoutEffect(() => {
-    follows.current = true;
-    toEnd();
-  }, [count]);
+  useLayoutEffect(toEnd, [count]);
   return html`
     <main class="thread" ref=${box} onScroll=${scrolled} tabindex="0" aria-label="Messages">
       <div class="column" ref=${inner}>
@@ -47,7 +27,7 @@ export function Thread({ store }) {
         })}
         <${State} store=${store} />
       </div>
-      ${away && html`<button type="button" class="button latest" onClick=${() => ((follows.current = true), toEnd())}><${Glyph} name="down" />Latest</button>`}
+      ${away && html`<button type="button" class="button latest" onClick=${toEnd}><${Glyph} name="down" />Latest</button>`}
     </main>`;
 }
 

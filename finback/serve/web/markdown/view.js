@@ -1,7 +1,8 @@
-// Growing markdown in the document: a group is drawn again only when its text has changed.
+// Growing markdown in the document: a group is drawn again only when its text has changed, and then only what is new in it.
 import DOMPurify from "../vendor/purify.js";
 import temml from "../vendor/temml.js";
 import { coloured } from "./code.js";
+import { grow, keepingSelection } from "./grow.js";
 import { Growing, htmlOf } from "./parser.js";
 
 const ALLOWED = {
@@ -64,7 +65,10 @@ function element(name, className, ...children) {
   return found;
 }
 
+const DRAWN = new WeakSet(); // formulas
+
 function drawMath(span) {
+  DRAWN.add(span);
   span.dir = "ltr";
   try {
     const display = span.classList.contains("display");
@@ -132,7 +136,7 @@ export async function copyText(text) {
 function colour(pre) {
   const code = pre.querySelector("code");
   const text = coloured(code.textContent, code.dataset.language?.toLowerCase());
-  if (text !== undefined) code.replaceChildren(clean(text));
+  if (text !== undefined) keepingSelection(code, () => code.replaceChildren(clean(text)));
 }
 
 /** Draws one text into an element, a few milliseconds at a time. */
@@ -208,14 +212,15 @@ export class MarkdownView {
     if (before && this.#append(before, group)) return this.#colour(before, group, final);
     const box = element("div", "", clean(htmlOf(group.tokens)));
     for (const block of box.children) block.dir = block.tagName === "PRE" ? "ltr" : "auto";
-    for (const span of box.querySelectorAll("span[data-tex]")) drawMath(span);
     for (const pre of box.querySelectorAll("pre")) frameCode(pre);
     for (const table of box.querySelectorAll("table")) frameTable(table);
     for (const link of box.querySelectorAll("a[href]"))
       Object.assign(link, { target: "_blank", rel: "noopener noreferrer nofollow" });
-    if (before) before.box.replaceWith(box);
+    if (before) grow(before.box, box);
     else this.root.append(box);
-    this.#drawn[i] = { raw: group.raw, box, isColoured: false };
+    const shown = before?.box ?? box;
+    for (const span of shown.querySelectorAll("span[data-tex]")) if (!DRAWN.has(span)) drawMath(span);
+    this.#drawn[i] = { raw: group.raw, box: shown, isColoured: false };
     this.#colour(this.#drawn[i], group, final);
   }
 
