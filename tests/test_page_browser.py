@@ -210,6 +210,9 @@ def test_answer_now_closes_the_chain(opened: Opened) -> None:
         stop(page)
 
 
+GONE = "all => all.length > 0 && all.every(e => getComputedStyle(e).display === 'none')"
+
+
 def test_branches(opened: Opened) -> None:
     with talking() as client:
         page = opened(client)
@@ -225,6 +228,10 @@ def test_branches(opened: Opened) -> None:
         answered(page)
         expect(page.locator(".bubble")).to_have_text("second")
         expect(page.locator(".message.user .branches")).to_have_text("2/2")
+        page.mouse.move(0, 0)
+        page.focus("#say")
+        shown = "e => getComputedStyle(e).opacity + getComputedStyle(e.parentNode).opacity"
+        assert page.locator(".message.user .branches").evaluate(shown) == "11"  # without pointing at it
         page.click(".message.user [aria-label='Earlier version']")
         expect(page.locator(".bubble")).to_have_text("first")
         expect(page.locator(".assistant .branches")).to_have_text("2/2")
@@ -240,6 +247,17 @@ def test_branches(opened: Opened) -> None:
         prompt = client.app.state.service.engine.seen[-1].prompt
         text = client.app.state.service.tokenizer.decode(prompt)
         assert "first" in text and "my own words" in text and "second" not in text
+        page.locator("[aria-label='Edit the answer']").first.click()
+        page.fill(".editor textarea", "other words")
+        page.click("text=Save only")
+        expect(page.locator(".message")).to_have_count(4)  # what follows stays
+        expect(page.locator(".bubble").last).to_have_text("and then?")
+        expect(page.locator("#say")).to_be_focused()
+        expect(page).to_have_title("second · finback")
+        page.emulate_media(media="print")
+        room = "['.thread', '.room', '.chat'].map((s) => getComputedStyle(document.querySelector(s)).overflowY).join()"
+        assert page.evaluate(room) == "visible,visible,visible"
+        assert page.locator(".composer, .top, .sidebar, .tools").evaluate_all(GONE)
 
 
 COUNTING = "<think>" + " ".join(map(str, range(60))) + "</think>" + " ".join(map(str, range(100, 200)))
@@ -490,9 +508,17 @@ def test_rename_and_delete(opened: Opened) -> None:
         expect(page.locator(".sidebar .name")).to_have_text("new name")
         page.reload()
         expect(page.locator(".sidebar .name")).to_have_text("new name")
+        page.keyboard.press("Control+b")
+        page.keyboard.press("Control+b")
+        more = page.locator("[aria-label='More for new name']")
+        more.click()
+        page.click(".menu >> text=Rename")
+        page.keyboard.press("Escape")
+        expect(more).to_be_focused()
         delete(page, "new name")
         expect(page.locator(".sidebar .name")).to_have_count(0)
         expect(page.locator("h1")).to_have_text("Talk to toy")
+        expect(page.locator("#say")).to_be_focused()
 
 
 # from here on nothing reaches the disk before the tab is closed
@@ -574,6 +600,14 @@ def test_keyboard_only(opened: Opened) -> None:
         expect(page.locator(".menu")).to_have_count(0)
 
 
+# what a finger cannot hit: less than 44 pixels wide or high, and not a link within a text
+SMALL = """() => [...document.querySelectorAll('button, select, textarea, input:not([type=checkbox]), .check, a:not(p a, .prose a)')]
+  .filter((e) => e.checkVisibility() && !e.closest('[inert]'))
+  .map((e) => [e.getBoundingClientRect(), e.ariaLabel || e.textContent || e.id])
+  .filter(([box]) => box.width > 0 && (box.width < 44 || box.height < 44))
+  .map(([box, name]) => `${name} ${box.width} x ${box.height}`)"""
+
+
 def test_phone_width(opened: Opened) -> None:
     wide = (
         "| "
@@ -593,14 +627,17 @@ def test_phone_width(opened: Opened) -> None:
         answered(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         assert page.evaluate("document.querySelector('.thread').scrollWidth") <= 390
+        assert page.evaluate(SMALL) == []
         page.tap("[aria-label='Show the sidebar']")
         expect(page.locator(".sidebar")).to_be_visible()
+        assert page.evaluate(SMALL) == []
         page.tap(".sidebar >> text=New chat")
         expect(page.locator(".sidebar")).to_be_hidden()
         expect(page.locator(".message")).to_have_count(0)
         page.tap("[aria-label=Settings]")
         box = page.locator("dialog").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["height"] <= 844
+        assert page.evaluate(SMALL) == []
 
 
 def test_settings_reach_the_server(opened: Opened) -> None:

@@ -40,6 +40,16 @@ export const Icon = ({ glyph, label, small, ...rest }) => html`
     <${Glyph} name=${glyph} />
   </button>`;
 
+/** Give the focus back to what had it, or where that is gone to the field in which one writes. */
+export function refocus(before) {
+  setTimeout(() => {
+    const { activeElement, body } = document;
+    if (activeElement && activeElement !== body) return; // somebody has taken it
+    const isThere = before && before !== body && before.isConnected;
+    (isThere ? before : document.getElementById("say"))?.focus();
+  });
+}
+
 /** A modal dialog, open for as long as it is drawn. */
 export function Dialog({ title, onClose, children }) {
   const box = useRef();
@@ -47,7 +57,7 @@ export function Dialog({ title, onClose, children }) {
   useLayoutEffect(() => {
     const before = document.activeElement;
     box.current.showModal();
-    return () => before?.focus?.();
+    return () => refocus(before);
   }, []);
   const outside = (event) => event.target === box.current && onClose();
   return html`

@@ -43,6 +43,8 @@ function App({ store }) {
     leave: () => (panel ? false : narrow && drawer ? (setDrawer(false), true) : false),
     isBusy: () => store.busy,
   });
+  const title = Object.keys(store.chat.nodes).length ? `${store.chat.title} · finback` : "finback";
+  useEffect(() => void (document.title = title), [title]);
   useEffect(() => locked.listen(() => ((store.server = "locked"), store.notify())), []);
   useEffect(() => {
     if (store.server !== "gone") return;

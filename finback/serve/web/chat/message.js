@@ -1,5 +1,5 @@
 // One message, what can be done with it, and what it has cost.
-import { Icon } from "../controls.js";
+import { Icon, refocus } from "../controls.js";
 import { Signal, composes, html, pure, useEffect, useLayoutEffect, useRef, useSignal, useState } from "../lib.js";
 import { Markdown } from "../markdown/markdown.js";
 import { copyText } from "../markdown/view.js";
@@ -114,6 +114,7 @@ function Editor({ store, node, onClose }) {
   useLayoutEffect(() => {
     field.current.focus();
     field.current.setSelectionRange(text.length, text.length);
+    return () => refocus(null);
   }, []);
   const send = () => (onClose(), store.say(text.trim(), node));
   const pressed = (event) => {

@@ -63,11 +63,13 @@ export function Sidebar({ store, shown, search, onLeave, narrow }) {
 function Entry({ chat, store, onLeave, onAsk }) {
   const [open, setOpen] = useState(false);
   const isCurrent = store.chat.id === chat.id;
-  const act = (does) => () => (setOpen(false), does());
+  const more = useRef(); // the menu's button, which has the focus when the menu is gone
+  const close = () => (setOpen(false), more.current.querySelector("[aria-expanded]").focus());
+  const act = (does) => () => (close(), does());
   const leave = (event) => !event.currentTarget.contains(event.relatedTarget) && setOpen(false);
-  const escape = (event) => event.key === "Escape" && open && (event.stopPropagation(), setOpen(false));
+  const escape = (event) => event.key === "Escape" && open && (event.stopPropagation(), close());
   return html`
-    <li class=${isCurrent ? "current" : ""} onFocusOut=${leave} onKeyDown=${escape}>
+    <li ref=${more} class=${isCurrent ? "current" : ""} onFocusOut=${leave} onKeyDown=${escape}>
       <button type="button" class="name" dir="auto" aria-current=${isCurrent ? "page" : undefined} title=${chat.title} onClick=${() => (store.open(chat.id), onLeave())}>${chat.title}</button>
       <${Icon} glyph="more" small label=${`More for ${chat.title}`} aria-expanded=${String(open)} onClick=${() => setOpen(!open)} />
       ${

@@ -5,7 +5,7 @@ import { Answer } from "./answer.js";
 import { keepDraft } from "./drafts.js";
 import { SETTINGS } from "./request.js";
 import { Storage } from "./storage.js";
-import { ROOT, added, changed, choose, isRunning, newChat, path } from "./tree.js";
+import { ROOT, added, changed, choose, isRunning, newChat, path, rewritten } from "./tree.js";
 
 const SAVE = 1000; // milliseconds between two savings of an answer that is being written
 const STALE = 4000; // without a beat for so long, the tab that wrote an answer is gone
@@ -94,10 +94,10 @@ export class Store extends Signal {
     this.#ask(node.id);
   }
 
-  /** Change a message without asking anew: a branch of its own, with nothing behind it. */
+  /** Change a message without asking anew: a branch of its own, which what followed follows too. */
   rewrite(old, content) {
     this.#keep(
-      added(this.chat, {
+      rewritten(this.chat, old, {
         ...old,
         id: fresh(),
         content,

@@ -51,6 +51,18 @@ export function added(chat, node) {
   return { ...chat, title, nodes: { ...chat.nodes, [node.id]: node }, chosen, updated: Date.now() };
 }
 
+/** A chat with another version of a message, behind which what is shown behind the old one is shown again. */
+export function rewritten(chat, old, node) {
+  const shown = path(chat).map((step) => step.node);
+  let next = added(chat, node);
+  let parent = node.id;
+  for (const later of shown.slice(shown.findIndex((n) => n.id === old.id) + 1)) {
+    next = added(next, { ...later, id: fresh(), parent, pair: undefined });
+    parent = next.chosen[parent];
+  }
+  return next;
+}
+
 /** A chat with a message changed. */
 export const changed = (chat, id, change) => ({
   ...chat,
