@@ -202,6 +202,40 @@ def test_a_killed_road_on_a_layout_ends_with_the_same_bits(tmp_path: Path) -> No
         assert losses[0] == losses[1]
 
 
+EVEN = """
+from dataclasses import dataclass
+from finback.tasks import math
+from finback.tasks.task import Verdict
+
+@dataclass(frozen=True)
+class Even(math.Chains):
+    def check(self, problem, text):
+        return Verdict(len(text) % 2 == 0, True)
+"""
+
+
+@pytest.mark.slow
+def test_live_answers_are_one_ranks_under_every_layout(tmp_path: Path) -> None:
+    """SFT, then six steps of RL on answers that are drawn on the way: the same answers, a line each in samples.jsonl.
+
+    Rewards that all are the same leave gradients of rounding alone, which the optimizer makes as large as any: half of these
+    answers are right.
+    """
+    root, found = prepared(tmp_path / "given"), {}
+    for ranks, layout in (1, "None"), (2, "Layout(dp=2)"), (2, "Layout(dp=2, ep=2)"), (4, "Layout(dp=2, cp=2, ep=4)"):
+        recipe, text = tmp_path / f"road{len(found)}.py", RECIPE.replace("BASE", repr(str(root / "base")))
+        text = text.replace("Layout(dp=2, ep=2)", layout).replace("Chains(2, 3)", "Even(2, 3)")
+        recipe.write_text(EVEN + text.replace("epochs=1, lr=1e-3", "epochs=8, lr=3e-3"))  # so that some answers end
+        done = finback_process("run", recipe, "--runs", tmp_path, "--ranks", ranks)
+        assert done.returncode == 0, done.stderr
+        lines = read_lines(tmp_path / recipe.stem / "rl/samples.jsonl")
+        # each rank's prompts stand together
+        found[layout] = sorted((r["step"], r["question"], r["thinking"], r["answer"], r["tokens"]) for r in lines)
+        assert 0 < sum(r["correct"] for r in lines) < len(lines) == 96
+    for layout, answers in found.items():
+        assert answers == found["None"], layout
+
+
 @pytest.mark.slow
 def test_experts_on_two_ranks_are_taught_by_their_recipe(tmp_path: Path) -> None:
     less = ("base.max_tokens=20000", "base.decay_tokens=4000", "base.warmup_tokens=2000", "rl.steps=2", "rl.patience=0")
