@@ -58,13 +58,15 @@ def make_run(root: Path, name: str = "toy") -> Path:
         {"seconds": 10.0, "cores": 2, "tokens_trained": 3000},
         {"seconds": 5.0, "cores": 2, "tokens_trained": 1000},
     )
-    write(run / "base/manifest.json", {"stage": "base", "files": [], "results": {"steps": 100}})
+    results: dict[str, Any] = {"steps": 100, "probe_reached": True, "probe_best": 0.9, "bits_per_byte": {"text": 1.25}}
+    write(run / "base/manifest.json", {"stage": "base", "files": [], "results": results})
     write(run / "exam/config.json", {"type": "Evaluate", "name": "exam", "start": "base", "exams": [{"name": "sums"}]})
     write(
         run / "exam/sums.jsonl",
         {"question": "1+1=?", "gold": "2", "thinking": "", "answer": "3", "correct": False, "tokens": 2},
     )
-    write(run / "exam/manifest.json", {"stage": "exam", "files": [], "results": {}})
+    scores = [{"exam": "sums", "accuracy": 0.25, "interval": [0.1, 0.4]}]
+    write(run / "exam/manifest.json", {"stage": "exam", "files": [], "results": {"evaluations": scores}})
     write(run / "summary.json", {"stages": {"base": {}, "exam": {}}})
     write(run / "zero/config.json", {"type": "GRPO", "name": "zero", "steps": 10, "max_gap": 0.01, "group": 2})
     load = [[0.5, 0.5], [0.25, 0.75]]
@@ -242,7 +244,7 @@ def test_a_run_as_json(client: TestClient) -> None:
     base, exam, zero = run["stages"]
     assert (
         base["keys"] == ["tokens", "loss", "tokens_per_second"]
-        and base["results"] == {"steps": 100}
+        and base["results"]["steps"] == 100
         and exam["exams"] == ["sums"]
     )
     assert zero["nested"] == ["expert_load"] and zero["progress"] == {
@@ -558,8 +560,9 @@ def test_two_models_in_one_server() -> None:
 
 
 def test_watch_says_what_is_wrong(tmp_path: Path) -> None:
-    done = finback("watch", tmp_path / "none")
-    assert done.returncode == 2 and "no such folder" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "file").write_text("")
+    done = finback("watch", tmp_path / "file")
+    assert done.returncode == 2 and "not a folder" in done.stderr and "Traceback" not in done.stderr
     done = finback("watch", tmp_path, "--host", "0.0.0.0")
     assert done.returncode == 2 and "no API key" in done.stderr
 

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: see tests/tes
 AXE = (Path(__file__).parent / "data/axe.min.js").read_text(encoding="utf-8")
 
 
+ODD = "odd|name, 100 %"
 LOOK = "() => document.dispatchEvent(new Event('visibilitychange'))"  # somebody comes back to the page
 
 
@@ -58,6 +59,7 @@ def watching(root: Path) -> Iterator[Any]:
 def root(tmp_path: Path) -> Path:
     run = make_run(tmp_path)
     make_run(tmp_path, "second")
+    make_run(tmp_path, ODD)
     write(tmp_path / HOSTILE / "recipe.json", {"recipe": HOSTILE, "seed": HOSTILE})
     write(tmp_path / HOSTILE / HOSTILE / "config.json", {"type": HOSTILE, "name": HOSTILE, HOSTILE: HOSTILE})
     write(tmp_path / HOSTILE / HOSTILE / "metrics.jsonl", *({"step": i, HOSTILE: 1.0} for i in range(5)))
@@ -69,14 +71,28 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def chip(page: Any, name: str) -> Any:
+    """The mark that a stage's curves have the colour of."""
+    return page.locator(".chip", has_text=name).locator(".mark")
+
+
 def test_from_the_list_to_one_prompt_across_training(opened: Opened, root: Path) -> None:
     with watching(root) as client:
         page = opened(client)
-        expect(page.locator(".card")).to_have_count(3)
+        expect(page.locator(".card")).to_have_count(4)
+        page.fill("[aria-label='Find a run']", "toy")
+        expect(page.locator(".card")).to_have_count(3)  # by name and by recipe
+        page.select_option(".finding select", "name")
+        expect(page.locator(".card h2")).to_have_text([ODD, "second", "toy"])
         assert page.locator("text=Chat").count() == 0  # there is no model here
         page.locator(".card", has=page.locator("h2", has_text=re.compile("^toy$"))).click()
         expect(page.locator(".stages tbody > tr")).to_have_count(3)
         expect(page.locator(".stages")).to_contain_text("4 of 10 steps")
+        results = page.locator("td[data-label=Result]")
+        expect(results.nth(0)).to_have_text("probe 90.0 %bits per byte, text 1.25")
+        expect(results.nth(1)).to_have_text("sums 25.0 % 10.0 % to 40.0 %")
+        expect(results.nth(2)).to_have_text("reward, last 0.4")
+        assert "planned" not in page.locator(".stages").inner_text()
         page.click(".fold >> text=base")
         expect(page.locator(".details")).to_contain_text('"max_tokens": 4000')
         page.click(".tabs >> text=Curves")
@@ -86,8 +102,30 @@ def test_from_the_list_to_one_prompt_across_training(opened: Opened, root: Path)
         expect(page.locator(".chart h3")).to_contain_text(["Reward", "Loss", "Tokens per second"])
         page.select_option(".others", label="second · base")
         expect(page.locator(".chip[aria-pressed=true]")).to_have_count(3)
+        expect(chip(page, "toy · base")).to_have_class("mark series-2")
+        page.click(".chip >> text=toy · zero")  # the others keep their colours
+        expect(page.locator(".chip[aria-pressed=true]")).to_have_count(2)
         page.reload()
-        expect(page.locator(".chip[aria-pressed=true]")).to_have_count(3)
+        expect(page.locator(".chip[aria-pressed=true]")).to_have_count(2)
+        expect(chip(page, "toy · base")).to_have_class("mark series-2")
+        expect(chip(page, "second · base")).to_have_class("mark series-3")
+        page.locator(".chart .u-over").first.hover()
+        values = page.locator(".chart .values").first
+        expect(values).to_contain_text(re.compile(r"step \d+toy · base [\d.]+second · base [\d.]+"))
+        expect(values.locator(".series-3")).to_have_count(1)
+        page.fill("[aria-label='Find a metric']", "tokens per")
+        expect(page.locator(".chart h3")).to_have_text(["Tokens per second"])
+        with page.expect_download() as download:
+            page.click("[aria-label='Tokens per second as CSV']")
+        lines = Path(download.value.path()).read_text().splitlines()
+        assert lines[:2] == ['"step","toy · base","second · base"', "1,20,20"] and len(lines) == 101
+        with page.expect_download() as download:
+            page.click("[aria-label='Tokens per second as PNG']")
+        assert Path(download.value.path()).read_bytes()[:4] == b"\x89PNG"
+        page.select_option(".others", label=f"{ODD} · zero")
+        expect(chip(page, f"{ODD} · zero")).to_have_class("mark series-1")
+        page.reload()
+        expect(chip(page, f"{ODD} · zero")).to_have_class("mark series-1")
         page.click(".tabs >> text=Rollouts")
         expect(page.locator(".record")).to_have_count(2)
         expect(page.locator(".record").first).to_contain_text("step 4")
@@ -129,6 +167,8 @@ def test_curves_zoom_move_and_change_their_axis(opened: Opened, root: Path) -> N
         page.keyboard.up("Shift")
         wait_for_query(page, asked, "from=", other=before)
         assert float(re.findall(r"from=(-?[\d.]+)", asked[-1])[0]) < first - 5
+        page.reload()  # the stretch stands in the address
+        wait_for_query(page, asked, "from=", other=before)
         page.click("text=Show all")
         page.click(".segments >> text=Cost")
         wait_for_query(page, asked, "x=cost")
@@ -174,6 +214,7 @@ def test_names_of_runs_and_files_do_nothing(opened: Opened, root: Path) -> None:
 
 def test_empty_and_error_states(opened: Opened, tmp_path: Path) -> None:
     fcntl = pytest.importorskip("fcntl")
+    tmp_path = tmp_path / "runs"  # nobody has made that folder yet
     with watching(tmp_path) as client:
         page = opened(client, allowed="Failed to load resource|ERR_CONNECTION_REFUSED")
         address = str(client.base_url).rstrip("/")

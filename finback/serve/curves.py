@@ -16,6 +16,7 @@ from finback.runs.thinning import Line, smooth, thin
 Alert = tuple[str, str, int | None, str]  # its kind, whose values, from which step on, and in words
 
 AXES = ("step", "tokens", "time", "cost")
+RESULTS = "accuracy", "reward", "loss"  # what says how good a model is, where a stage's results do not
 QUIET = 120.0  # seconds without a line after which a running stage has stalled, and no less than 20 steps' time
 BLOCK = 50  # steps whose spread says what a spike is
 SPIKE = 12.0  # robust standard deviations above the stretch before
@@ -87,6 +88,11 @@ def _matrix(value: Any) -> list[list[float | None]]:
     if len({len(row) for row in value}) != 1:
         return []
     return [[v if isinstance(v, int | float) and math.isfinite(v) else None for v in row] for row in value]
+
+
+def latest(table: MetricsTable) -> dict[str, float | None]:
+    """The last values of the curves in `RESULTS` that there are."""
+    return {name: _plain(table.column(name)[1][-1:])[0] for name in RESULTS if name in table.columns}
 
 
 def progress(stage: StageFolder, table: MetricsTable) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Watch:
             if entry["has_metrics"]:
                 table = self._table(stage, until - time.monotonic())
                 entry["keys"] = [n for n in table.columns if n != "step"]
+                entry["last"] = curves.latest(table)
                 entry |= {"nested": list(table.nested), "share": table.share, "rows": table.rows}
                 entry["alerts"] = curves.alerts(stage, table, entry["state"] == "running")
                 entry["progress"] = curves.progress(stage, table)
@@ -205,11 +206,12 @@ def build(root: Path, options: ListenOptions, planned: Planned | None = None) ->
 
 def run(options: WatchOptions, planned: Planned | None = None) -> None:
     """Serve the page of the runs until a signal ends it."""
-    if not options.runs.is_dir():
-        raise UserError("runs", str(options.runs), "no such folder", "Name a runs folder, or a run in it.")
+    if options.runs.exists() and not options.runs.is_dir():
+        raise UserError("runs", str(options.runs), "not a folder", "Name a runs folder, or a run in it.")
     options = secured(options)
     listener = listen_as(options)
-    print(f"watching {options.runs} at {url(listener, options)}/", file=sys.stderr, flush=True)
+    later = "" if options.runs.is_dir() else " (no run has made it yet)"
+    print(f"watching {options.runs}{later} at {url(listener, options)}/", file=sys.stderr, flush=True)
     if options.show:
         webbrowser.open(f"{url(listener, options)}/")
     uvicorn.Server(configuration(build(options.runs, options, planned), options)).run(sockets=[listener])

@@ -37,12 +37,3 @@ export function asMarkdown(chat) {
   }
   return `${parts.join("\n\n")}\n`;
 }
-
-/** Hand a text to the person as a file. */
-export function download(name, text, type) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], { type }));
-  link.download = name.replace(/[^\p{L}\p{N} ._-]+/gu, "_").slice(0, 80);
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-}

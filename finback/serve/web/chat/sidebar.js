@@ -1,7 +1,8 @@
 // The chats of this browser: search, rename, delete, files in and out.
 import { Confirm, Dialog, Glyph, Icon } from "../controls.js";
+import { download } from "../files.js";
 import { asset, html, useMemo, useRef, useState } from "../lib.js";
-import { asJson, asMarkdown, download, fromJson } from "./export.js";
+import { asJson, asMarkdown, fromJson } from "./export.js";
 
 const DAY = 86400000;
 

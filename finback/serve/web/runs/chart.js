@@ -1,8 +1,10 @@
 // One metric as curves. Dragging zooms in, Shift and dragging moves, a double click shows all again.
-import { html, useEffect, useLayoutEffect, useRef } from "../lib.js";
+import { download } from "../files.js";
+import { html, render, useEffect, useLayoutEffect, useRef } from "../lib.js";
 import uPlot from "../vendor/uplot.js";
 import { colour, faint, series } from "./colours.js";
 import { clock, money, short, value } from "./format.js";
+import { asCsv, asPng } from "./save.js";
 
 const HEIGHT = 200;
 const TICKS = { step: short, tokens: short, time: clock, cost: money };
@@ -42,7 +44,7 @@ function options({ lines, axis, log, width, onZoom, onMove }) {
   const ink = { stroke: colour("ink-3"), font: "12px system-ui, sans-serif", grid, ticks: { show: false } };
   const shown = lines.flatMap((line) => {
     const css = colour(series(line.place));
-    const base = { label: line.label, spanGaps: true, points: { show: line.x.length < 3 } };
+    const base = { label: line.label, place: line.place, spanGaps: true, points: { show: line.x.length < 3 } };
     const raw = {
       ...base,
       stroke: line.smooth ? faint(css, 0.28) : css,
@@ -77,11 +79,19 @@ function options({ lines, axis, log, width, onZoom, onMove }) {
         },
       ],
       setCursor: [
-        (plot) => onMove(plot.cursor.idx === null ? null : plot.data.map((column) => column[plot.cursor.idx])),
+        ({ cursor: { idx }, data }) => onMove(idx === null ? null : data.map((column) => valueAt(column, idx))),
       ],
     },
   };
 }
+
+/** A curve's value at a row, or the one before where only others have a value there; none before its beginning and behind its end. */
+function valueAt(column, row) {
+  if (isThere(column[row]) || !column.slice(row).some(isThere)) return column[row];
+  return column.slice(0, row).findLast(isThere);
+}
+
+const isThere = (value) => value !== null && value !== undefined;
 
 function padded(_, low, high) {
   if (low === null) return [0, 1];
@@ -122,18 +132,12 @@ export function Chart({ title, lines, axis, log, range, onZoom }) {
   const plot = useRef();
   const usable = log ? lines.map(positive) : lines;
   const shape = `${axis} ${log} ${lines.map((l) => `${l.id}${Boolean(l.smooth)}${l.x.length < 3}`).join()}`;
-  const move = (row) => {
-    const live = plot.current?.series ?? [];
-    const text =
-      row === null
-        ? ""
-        : live
-            .map((s, i) => [s, row[i], i])
-            .filter(([s, v, i]) => i && !s.isRaw && v !== null && v !== undefined)
-            .map(([s, v]) => `${lines.length > 1 ? `${s.label} ` : ""}${value(v)}`)
-            .join("   ");
-    values.current.textContent = row === null ? "" : `${axis} ${TICKS[axis](row[0])}   ${text}`;
+  const move = (row) => render(row === null ? "" : html`<${At} axis=${axis} row=${row} curves=${plot.current?.series ?? []} />`, values.current);
+  const saveCsv = () => {
+    const raw = lines.map((line) => ({ ...line, smooth: undefined }));
+    download(`${title}.csv`, asCsv([axis, ...lines.map((l) => l.label)], joined(raw)), "text/csv");
   };
+  const savePng = async () => download(`${title}.png`, await asPng(plot.current, title, lines));
   useLayoutEffect(() => {
     const draw = () => {
       plot.current?.destroy();
@@ -162,9 +166,18 @@ export function Chart({ title, lines, axis, log, range, onZoom }) {
   }, [lines, range[0], range[1]]);
   return html`
     <section class="chart" aria-label=${title}>
-      <header><h3>${title}</h3><span class="values" ref=${values}></span></header>
+      <header><h3>${title}</h3><span class="values" ref=${values}></span>
+        <span class="saves"><button type="button" class="button small" onClick=${saveCsv} aria-label=${`${title} as CSV`}>CSV</button><button type="button" class="button small" onClick=${savePng} aria-label=${`${title} as PNG`}>PNG</button></span></header>
       <div ref=${box} role="img" aria-label=${summary(title, lines)}></div>
     </section>`;
+}
+
+/** The values under the pointer, each with the name and the colour of its curve. */
+function At({ axis, row, curves }) {
+  const found = curves.map((s, i) => [s, row[i]]).filter(([s, v], i) => i && !s.isRaw && isThere(v));
+  return html`<span>${axis} ${TICKS[axis](row[0])}</span>${found.map(
+    ([s, v], i) => html`<span key=${i}><span class=${`mark ${series(s.place)}`} aria-hidden="true"></span>${found.length > 1 && `${s.label} `}${value(v)}</span>`,
+  )}`;
 }
 
 /** A log scale has no place for what is not above 0. */

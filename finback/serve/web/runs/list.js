@@ -1,25 +1,42 @@
 // All runs under the folder.
-import { html } from "../lib.js";
+import { useRemembered } from "../controls.js";
+import { html, useState } from "../lib.js";
 import { ago, clock, money } from "./format.js";
 import { linkTo } from "./place.js";
 
 const WORDS = { running: "Running", done: "Done", stopped: "Stopped" };
+
+const ORDERS = {
+  changed: ["Changed last", (a, b) => b.changed - a.changed],
+  name: ["Name", (a, b) => a.name.localeCompare(b.name, "en", { numeric: true })],
+  seconds: ["Time", (a, b) => b.seconds - a.seconds],
+  money: ["Cost", (a, b) => b.money - a.money],
+};
 
 /** A state in a word and a colour. */
 export const State = ({ state }) =>
   html`<span class=${`state ${state}`}>${state === "running" && html`<span class="dot" aria-hidden="true"></span>`}${WORDS[state] ?? state}</span>`;
 
 export function List({ data }) {
+  const [text, setText] = useState("");
+  const [order, setOrder] = useRemembered("order", "changed");
   if (!data.runs.length) {
     return html`
       <div class="empty"><h1>No runs yet</h1>
         <p>Run folders under <code>${data.root}</code> will be here as soon as there is one. This makes the first:</p>
         <pre tabindex="0">finback run recipes/tiny.py</pre></div>`;
   }
+  const words = text.trim().toLowerCase();
+  const shown = data.runs.filter((run) => `${run.name} ${run.recipe} ${run.state}`.toLowerCase().includes(words));
   return html`
     <h1>Runs</h1>
     <p class="under">${data.runs.length} ${data.runs.length === 1 ? "run" : "runs"} in <code>${data.root}</code></p>
-    <ul class="cards">${data.runs.map((run) => html`<${Card} key=${run.name} run=${run} />`)}</ul>`;
+    <div class="knobs finding">
+      <input type="search" aria-label="Find a run" placeholder="Find by name, recipe or state" value=${text} onInput=${(e) => setText(e.target.value)} />
+      <label>Order <select value=${order} onChange=${(e) => setOrder(e.target.value)}>${Object.entries(ORDERS).map(([name, [label]]) => html`<option key=${name} value=${name}>${label}</option>`)}</select></label>
+    </div>
+    ${!shown.length && html`<p class="notice">No run holds this text.</p>`}
+    <ul class="cards">${shown.sort((ORDERS[order] ?? ORDERS.changed)[1]).map((run) => html`<${Card} key=${run.name} run=${run} />`)}</ul>`;
 }
 
 function Card({ run }) {

@@ -74,7 +74,7 @@ function App() {
 }
 
 function All() {
-  const { data, error } = usePolled("/api/runs", (all) => all.runs.some((r) => r.state === "running"));
+  const { data, error } = usePolled("/api/runs", (all) => !all.runs.length || all.runs.some((r) => r.state === "running"));
   useEffect(() => void (document.title = "Runs · finback"), []);
   return html`<${Trouble} error=${error} />${data ? html`<${List} data=${data} />` : !error && html`<${Loading} />`}`;
 }

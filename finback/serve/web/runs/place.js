@@ -11,3 +11,17 @@ export function go(place, replace = false) {
     dispatchEvent(new Event("hashchange"));
   } else location.hash = linkTo(place);
 }
+
+/** A stage of a run as one word of an address: names may hold any character. */
+export const stageId = (run, stage) => [run, stage].map(encodeURIComponent).join("|");
+
+/** The names [run, stage] of such a word. */
+export const stageOf = (id) => id.split("|").map(decoded);
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // written by hand
+  }
+}

@@ -3,7 +3,7 @@ import { html } from "../lib.js";
 import { Curves } from "./curves.js";
 import { clock, money } from "./format.js";
 import { State } from "./list.js";
-import { linkTo } from "./place.js";
+import { linkTo, stageId } from "./place.js";
 import { Rollouts } from "./rollouts.js";
 import { Stages } from "./stages.js";
 
@@ -25,7 +25,7 @@ export function Run({ run, place }) {
       html`
       <section class="alerts" aria-label="Alerts">
         <h2>${alerts.length === 1 ? "One thing to look at" : `${alerts.length} things to look at`}</h2>
-        <ul>${alerts.slice(0, 8).map((a, i) => html`<li key=${i}><b>${a.stage}</b> ${a.text} <a href=${linkTo({ run: run.name, view: "curves", stages: a.stage })}>Curves</a></li>`)}</ul>
+        <ul>${alerts.slice(0, 8).map((a, i) => html`<li key=${i}><b>${a.stage}</b> ${a.text} <a href=${linkTo({ run: run.name, view: "curves", stages: stageId(run.name, a.stage) })}>Curves</a></li>`)}</ul>
       </section>`
     }
     <nav class="tabs" aria-label="Views">

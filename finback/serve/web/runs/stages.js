@@ -1,9 +1,9 @@
 // The stages of a run: how far, how long, how much, and what came out.
 import { Glyph } from "../controls.js";
 import { html, useState } from "../lib.js";
-import { clock, money, percent, short, value } from "./format.js";
+import { clock, money, named, percent, short, value } from "./format.js";
 import { State } from "./list.js";
-import { linkTo } from "./place.js";
+import { linkTo, stageId } from "./place.js";
 
 const NOTHING = "–"; // a narrow page leaves it out
 
@@ -29,14 +29,14 @@ function Row({ run, stage }) {
       <td data-label="State"><${State} state=${stage.state} />${stage.state !== "done" && html`<${Progress} progress=${stage.progress} state=${stage.state} />`}</td>
       <td class=${result === NOTHING ? "none" : ""} data-label="Result">${result}</td>
       <td class=${tokens ? "n" : "n none"} data-label="Tokens" title=${`${short(stage.tokens_trained)} trained on, ${short(stage.tokens_generated)} generated`}>${tokens ? short(tokens) : NOTHING}</td>
-      <td class="n" data-label="Time">${clock(stage.seconds)}<${Plan} text=${stage.plan && clock(stage.plan.seconds)} /></td>
-      <td class="n" data-label="Cost">${money(stage.money)}<${Plan} text=${stage.plan && money(stage.plan.dollars)} /></td>
+      <td class="n" data-label="Time">${clock(stage.seconds)}<${Plan} amount=${stage.plan?.seconds} write=${clock} /></td>
+      <td class="n" data-label="Cost">${money(stage.money)}<${Plan} amount=${stage.plan?.dollars} write=${money} /></td>
     </tr>
     ${open && html`<tr class="details"><td colspan="6"><${Details} run=${run} stage=${stage} /></td></tr>`}`;
 }
 
 /** Below what was spent what had been planned, where somebody planned. */
-const Plan = ({ text }) => text && html`<div class="small">planned ${text}</div>`;
+const Plan = ({ amount, write }) => amount > 0 && html`<div class="small">planned ${write(amount)}</div>`;
 
 /** The bar of a stage that is not finished. */
 function Progress({ progress, state }) {
@@ -54,29 +54,27 @@ function Progress({ progress, state }) {
     <div class="small">${short(progress.at)} of ${short(progress.of)} ${progress.unit}${left}</div>`;
 }
 
-/** The one thing that a stage's results say first. */
-function headline({ results }) {
-  if (!results) return NOTHING;
-  if (Array.isArray(results.evaluations)) {
-    return results.evaluations.map(
-      (e, i) =>
-        html`<div key=${i}>${e.exam} <b>${percent(e.accuracy)}</b>${e.interval && html` <span class="small">${percent(e.interval[0])} to ${percent(e.interval[1])}</span>`}</div>`,
-    );
-  }
-  const numbers = Object.entries(results)
-    .filter(([, v]) => typeof v === "number")
-    .slice(0, 2);
-  if (!numbers.length) return NOTHING;
-  return numbers.map(
-    ([name, n]) =>
-      html`<div key=${name}>${name.replaceAll("_", " ")} <b>${Number.isInteger(n) ? short(n) : value(n)}</b></div>`,
+/** What came out of a stage: accuracies, the probe, bits per byte; else what its curves say last. */
+function headline({ results, last }) {
+  const rows = [];
+  for (const e of listed(results?.evaluations))
+    rows.push([e.exam, percent(e.accuracy), e.interval && `${percent(e.interval[0])} to ${percent(e.interval[1])}`]);
+  if (typeof results?.probe_reached === "boolean") rows.push(["probe", percent(results.probe_best)]);
+  for (const [source, bits] of Object.entries(results?.bits_per_byte ?? {}))
+    if (Number.isFinite(bits)) rows.push([`bits per byte, ${source}`, value(bits)]);
+  if (!rows.length) for (const [name, n] of Object.entries(last ?? {})) rows.push([`${named(name).toLowerCase()}, last`, value(n)]);
+  if (!rows.length) return NOTHING;
+  return rows.map(
+    ([name, found, interval], i) => html`<div key=${i}>${name} <b>${found}</b>${interval && html` <span class="small">${interval}</span>`}</div>`,
   );
 }
+
+const listed = (found) => (Array.isArray(found) ? found.filter((e) => Number.isFinite(e?.accuracy)) : []);
 
 function Details({ run, stage }) {
   return html`
     <div class="links">
-      ${stage.has_metrics && html`<a class="button small" href=${linkTo({ run: run.name, view: "curves", stages: stage.name })}>Curves</a>`}
+      ${stage.has_metrics && html`<a class="button small" href=${linkTo({ run: run.name, view: "curves", stages: stageId(run.name, stage.name) })}>Curves</a>`}
       ${stage.has_samples && html`<a class="button small" href=${linkTo({ run: run.name, view: "rollouts", source: stage.name })}>Rollouts</a>`}
       ${stage.exams.map((exam) => html`<a key=${exam} class="button small" href=${linkTo({ run: run.name, view: "rollouts", source: `${stage.name}/${exam}` })}>Answers: ${exam}</a>`)}
     </div>
@@ -93,7 +91,8 @@ function Against({ stage }) {
     ["Time", clock, stage.plan.seconds, stage.seconds],
     ["Cost", money, stage.plan.dollars, stage.money],
     ["FLOP", short, stage.plan.flops, stage.flops],
-  ].filter(([, , planned]) => Number.isFinite(planned));
+  ].filter(([, , planned]) => planned > 0);
+  if (!rows.length) return null;
   return html`
     <table class="against">
       <thead><tr><th scope="col">Plan against ledger</th><th scope="col" class="n">Planned</th><th scope="col" class="n">Spent</th><th scope="col" class="n">Spent / planned</th></tr></thead>
