@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +17,10 @@ import torch
 from finback.config import UserError
 from finback.model.lora import LoRA
 from finback.rollouts.fleet import Fleet, FleetRollouts, RayEngine
+from finback.runs.files import read_lines
 from finback.stages.grpo_training import Reinforcement
 from tests.test_rollouts import OPENED, Asked, agree, asked, base, connected, learning, sampled  # noqa: F401
-from tests.toy import ROOT
+from tests.toy import ROOT, environment
 
 pytestmark = [pytest.mark.scale, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 QUICK: dict[str, Any] = {"backoff": 0.05, "timeout": 30.0}
@@ -144,3 +147,44 @@ def test_a_silent_engine_is_replaced(asked: Asked, tmp_path: Path) -> None:  # n
 def test_too_little_of_ray_is_said(fleet: Fleet, text: str, asked: Asked, tmp_path: Path) -> None:  # noqa: F811
     with pytest.raises(UserError, match=text):
         connected(asked, tmp_path, fleet=fleet)
+
+
+RECIPE = """
+from finback.rollouts.fleet import Fleet
+from finback.stages.grpo import GRPO
+from finback.tasks.math import Chains
+
+recipe = [GRPO(name="zero", start={base!r}, task=Chains(2, 3), steps=8, prompts_per_step=4, num_generations=4, max_tokens=10, lr=1e-3,
+               checkpoint_steps=2, patience=0, max_gap=9.0, max_staleness=2, rollouts=Fleet(2, backoff=0.05))]
+"""
+
+
+def test_a_trainer_that_is_killed_goes_on(base: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Five kills at random steps; all steps are done once, tokens made are tokens accounted for, and engines go with it."""
+    (tmp_path / "r.py").write_text(RECIPE.format(base=str(base)))
+    command = [sys.executable, "-m", "finback", "run", str(tmp_path / "r.py"), "--runs", str(tmp_path), "--ranks", "1"]
+    stage, rng = tmp_path / "r" / "zero", random.Random(1)
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return list(read_lines(stage / name))
+
+    for kill in range(6):
+        with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, start_new_session=True) as process:
+            wanted = min(len(lines("metrics.jsonl")) // 2 * 2 + rng.randint(1, 3), 7)
+            begin = time.monotonic()
+            while kill < 5 and process.poll() is None and time.monotonic() < begin + 120:
+                if len(lines("metrics.jsonl")) >= wanted and time.monotonic() > begin + 10:
+                    break
+                time.sleep(0.02)
+            if kill < 5 and process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            _, said = process.communicate(timeout=200)
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, said.decode()
+    assert [line["step"] for line in lines("metrics.jsonl")] == list(range(1, 9))
+    samples = lines("samples.jsonl")
+    assert len(samples) == 8 * 16
+    spent = sum(line.get("tokens_generated", 0) for line in lines("ledger.jsonl"))
+    assert spent == sum(sample["tokens"] for sample in samples)
+    assert not (stage / ".answers").exists()

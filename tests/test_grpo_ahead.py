@@ -19,6 +19,7 @@ from finback.rollouts.fleet import Fleet
 from finback.rollouts.generation import PolicyModel, Rollouts
 from finback.rollouts.here import Here
 from finback.rollouts.live_engine import LiveEngine
+from finback.rollouts.rl_health import overlap, overlap_text
 from finback.rollouts.rollouts import Rollout
 from finback.runs.files import read_lines
 from finback.runs.recipe import Recipe
@@ -31,25 +32,22 @@ from tests.toy import toy_model
 
 
 @dataclass(frozen=True)
-class Slow(Here):
-    """The engine here, which takes so many seconds for each batch; counts what it makes."""
-
-    seconds: float = 0.0
+class Counted(Here):
+    """The engine here; notes the seed and the length of each answer."""
 
     def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
         opened = super().open(policy, sampling)
-        answers, seconds = opened._answers, self.seconds
+        answers = opened._answers
 
-        def slowly(
+        def counted(
             prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
         ) -> Iterator[tuple[int, Completion]]:
-            time.sleep(seconds)
             for place, completion in answers(prompts, sampling, seeds):
                 opened.made.append((seeds[place], len(completion.tokens)))  # type: ignore[attr-defined]
                 yield place, completion
 
         opened.made = []  # type: ignore[attr-defined]
-        opened._answers = slowly  # type: ignore[method-assign]
+        opened._answers = counted  # type: ignore[method-assign]
         return opened
 
 
@@ -72,7 +70,7 @@ def made(r: Reinforcement) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(("most", "in_flight"), [(1, "continue"), (3, "drop")])
 def test_each_token_is_learnt_once_at_the_age_that_is_asked_for(most: int, in_flight: str, tmp_path: Path) -> None:
     """The trainer waits until everything is made that may be: then all tokens are as old as they may be."""
-    r = ahead(tmp_path, max_staleness=most, in_flight=in_flight, rollouts=Slow())
+    r = ahead(tmp_path, max_staleness=most, in_flight=in_flight, rollouts=Counted())
     looped, update = r.loop(), r._update
 
     def later(*given: Any, **more: Any) -> Any:
@@ -94,6 +92,9 @@ def test_each_token_is_learnt_once_at_the_age_that_is_asked_for(most: int, in_fl
     assert len(set(seeds)) == len(seeds) == 6 * 16
     assert r.totals["tokens_generated"] == sum(tokens for _, tokens in made(r))
     assert len(list(read_lines(r.run.folder / "samples.jsonl"))) == 6 * 16
+    results = r.finish(looped)
+    assert results["ahead"]["staleness"] == sum(min(n, most) for n in range(6)) / 6
+    assert f"({most} at most)" in r.stage.describe(results) and "engines keep" not in r.stage.describe(results)
     r.close()
 
 
@@ -125,7 +126,7 @@ def test_weights_come_between_two_steps_of_an_engine(drop: bool) -> None:
 
 def test_answers_outlive_a_kill(tmp_path: Path) -> None:
     """A second run takes up the journal: nothing is asked twice, and what the first one learnt since its checkpoint is learnt again."""
-    first = ahead(tmp_path, max_staleness=2, checkpoint_steps=2, rollouts=Slow())
+    first = ahead(tmp_path, max_staleness=2, checkpoint_steps=2, rollouts=Counted())
     looped = first.loop()
     for _ in range(3):
         looped.advance()
@@ -137,7 +138,7 @@ def test_answers_outlive_a_kill(tmp_path: Path) -> None:
     with (first.run.folder / FOLDER / "00000005-0.jsonl").open("a") as torn:
         torn.write('{"seed": 1, "tok')
     first.sampler.close()
-    second = ahead(tmp_path, max_staleness=2, checkpoint_steps=2, rollouts=Slow())
+    second = ahead(tmp_path, max_staleness=2, checkpoint_steps=2, rollouts=Counted())
     looped = second.loop()
     state = looped.restore()
     assert state is not None and looped.step == 2
@@ -155,7 +156,7 @@ def test_answers_outlive_a_kill(tmp_path: Path) -> None:
 
 def test_what_nobody_learns_from_is_accounted_for(tmp_path: Path) -> None:
     """A run that ends early has answers for later steps."""
-    r = ahead(tmp_path, max_staleness=2, rollouts=Slow())
+    r = ahead(tmp_path, max_staleness=2, rollouts=Counted())
     looped = r.loop()
     looped.advance()
     while len(made(r)) < 3 * 16:
@@ -168,7 +169,7 @@ def test_what_nobody_learns_from_is_accounted_for(tmp_path: Path) -> None:
 
 
 def test_mistakes_in_the_thread_are_raised_where_the_step_is_wanted(tmp_path: Path) -> None:
-    r = ahead(tmp_path, max_staleness=1, rollouts=Slow())
+    r = ahead(tmp_path, max_staleness=1, rollouts=Counted())
 
     def fails(*given: object) -> None:
         raise UserError("zero.rollouts", "x", "no server is left", "Start one.")
@@ -177,6 +178,16 @@ def test_mistakes_in_the_thread_are_raised_where_the_step_is_wanted(tmp_path: Pa
     with pytest.raises(UserError, match="no server is left"):
         steps(r, 1)
     r.close()
+
+
+def test_engines_wanted_by_hand() -> None:
+    """Generating takes 8 s, learning 5 s: 1.6 times as long, so that of two engines there should be four."""
+    row = {"staleness": 1.0, "staleness_max": 1, "mismatch_kl": 0.0, "mismatch_chi2": 0.0, "trainer_idle": 0.4}
+    row |= {"engines_idle": 0.0, "generating_seconds": 8.0, "update_seconds": 5.0}
+    found = overlap([row] * 3)
+    assert found["generating"] == pytest.approx(1.6)
+    assert overlap_text("zero", found, 2).endswith("1.6 times as long as learning: 4 engines keep the trainer busy.")
+    assert overlap([{"step": 1, "update_seconds": 1.0}]) == {}
 
 
 def test_mismatch_by_hand() -> None:

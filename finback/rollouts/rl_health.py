@@ -1,6 +1,7 @@
 """Whether RL is sound: how far trainer and engine may be apart, which steps teach nothing and why. No torch here."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,29 @@ def lost(rows: Sequence[Mapping[str, float]], num_generations: int) -> str:
     if asked < _ASKED or first - last <= 2 * error:
         return ""
     return f"the model answers worse than before: {first:.1%} right in the first {tenth} steps, {last:.1%} in the last"
+
+
+def overlap(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What became of asking ahead, over the steps of a run: means of how old tokens were and of who has waited, and how many times
+    as long as learning generating takes (`generating`); so many times the engines keep the trainer busy."""
+    steps = [row for row in rows if "staleness" in row]
+    if not steps:
+        return {}
+    generating, learning = (sum(row[name] for row in steps) for name in ("generating_seconds", "update_seconds"))
+    names = "staleness", "mismatch_kl", "mismatch_chi2", "trainer_idle", "engines_idle"
+    found = {name: statistics.fmean(row[name] for row in steps) for name in names}
+    return found | {"staleness_max": max(row["staleness_max"] for row in steps), "generating": generating / learning}
+
+
+def overlap_text(stage: str, found: Mapping[str, float], engines: int) -> str:
+    """That as a sentence; engines: those of a fleet, 0 where nobody can say."""
+    text = (
+        f"'{stage}' learnt from tokens that were {found['staleness']:.1f} updates old ({found['staleness_max']:.0f} at most), at a mismatch KL of "
+        f"{found['mismatch_kl']:.2g} and chi-square of {found['mismatch_chi2']:.2g}. The trainer waited {found['trainer_idle']:.0%} of the time, "
+        f"those who answer {found['engines_idle']:.0%}; generating takes {found['generating']:.2g} times as long as learning"
+    )
+    wanted = max(1, math.ceil(engines * found["generating"] - 0.1))
+    return f"{text}: {wanted} engines keep the trainer busy." if engines else f"{text}."
 
 
 def _accuracy(rows: Sequence[Mapping[str, float]]) -> float:

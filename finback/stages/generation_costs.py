@@ -13,4 +13,5 @@ def generation_costs(rollouts: Rollouts, loop: Loop) -> dict[str, float]:
         loop.usage["sync_bytes"] += sent
         loop.usage["sync_seconds"] += waited
     speed = tokens / slowest if slowest else 0.0
-    return {"generated_per_second": speed, "sync_bytes": sent, "sync_seconds": waited}
+    costs = {"generated_per_second": speed, "generating_seconds": slowest}
+    return costs | {"sync_bytes": sent, "sync_seconds": waited}

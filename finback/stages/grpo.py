@@ -15,6 +15,7 @@ from finback.engine.request import SamplingParams
 from finback.model.lora import LoRA
 from finback.model.recompute import Policy, policy_of
 from finback.parallel.layout import Layout
+from finback.rollouts import rl_health
 from finback.rollouts.fleet import Fleet
 from finback.rollouts.here import Here
 from finback.rollouts.servers import Servers
@@ -165,7 +166,10 @@ class GRPO(Stage):
             "reinforcement learning",
             objective="rewards that are checked by programs",
             ledger=spent,
-            results=("steps", "lr", "too_long", "contaminated", "tokens_trained", "tokens_generated"),
+            results=(
+                *("steps", "lr", "too_long", "contaminated", "tokens_trained", "tokens_generated"),
+                *(("ahead",) if self.max_staleness else ()),
+            ),
             curves={
                 "share of answers": ("accuracy", "thinks", "well_formed", "truncated"),
                 "reward": ("reward",),
@@ -178,6 +182,10 @@ class GRPO(Stage):
             },
         )
         return validation.declared(self.validation, given)
+
+    def describe(self, results: dict[str, Any]) -> str:
+        engines = self.rollouts.n if isinstance(self.rollouts, Fleet) else 0
+        return rl_health.overlap_text(self.name, results["ahead"], engines) if results.get("ahead") else ""
 
     def run(self, run: StageRun) -> dict[str, Any]:
         training = Reinforcement(self, run)

@@ -15,8 +15,10 @@ from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.generation import PolicyModel
+from finback.rollouts.rl_health import overlap
 from finback.rollouts.rollouts import Rollout, batches
 from finback.rollouts.shared_prompts import predicting, shared_batches
+from finback.runs.files import METRICS, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.generation_costs import generation_costs
 from finback.stages.grpo_ahead import AheadSampler, staleness
@@ -282,13 +284,13 @@ class Reinforcement(Training):
     def finish(self, loop: Loop) -> dict[str, Any]:
         order = self.sampler.order
         left_out = {"too_long": order.too_long, "contaminated": dict(order.contaminated)}
-        unused = self.sampler.close()
-        if any(unused_there := self.world.gather(unused)):
-            loop.spend(generated=sum(unused_there))
-            self.totals["tokens_generated"] += sum(unused_there)
+        if unused := sum(self.world.gather(self.sampler.close())):
+            loop.spend(generated=unused)
+            self.totals["tokens_generated"] += unused
             loop.account()
         written = self.stopping.finish(loop)
-        return {"steps": loop.step, "lr": self.stopping.peak_lr, **left_out, **self.totals, **written}
+        ahead = {"ahead": overlap(read_lines(self.run.folder / METRICS))} if self.stage.max_staleness else {}
+        return {"steps": loop.step, "lr": self.stopping.peak_lr, **left_out, **self.totals, **ahead, **written}
 
     def close(self) -> None:
         """Let go of whoever generates."""
