@@ -118,6 +118,14 @@ def test_what_to_change_names_what_takes_less_and_nothing_else() -> None:
     taken, least = tuning.changes(QWEN_7B, knobs, 2e9, 14.4e9)
     assert taken == ["one row at a time"] and least <= 14.4e9
     assert tuning.changes(QWEN_7B, knobs | {"adapter": None}, 2e9, 1e9)[0][-1] == "one row at a time"
+    knobs |= {"adapter": None, "recompute": "block", "moments": "fp32"}
+    exact, lean, away = (tuning.memory(QWEN_7B, knobs | {"moments": m}, 0.0) for m in ("fp32", "int8", "host"))
+    scale = 2 * 4 / 256 * parameters(QWEN_7B)
+    assert lean.optimizer == exact.optimizer / 4 + scale and away.optimizer == 0
+    for room, wanted in ((lean.total, ['moments="int8"']), (away.total, ['moments="host"'])):
+        assert tuning.changes(QWEN_7B, knobs, 0.0, room)[0] == wanted
+    assert tuning.changes(QWEN_7B, knobs, 0.0, 3e10)[0][0] == "adapter=LoRA()", "in the place of lean moments"
+    assert "moments" not in str(tuning.changes(QWEN_7B, knobs, 0.0, lean.total, layout=Layout(dp=2))[0])
 
 
 def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> None:

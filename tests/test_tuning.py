@@ -30,6 +30,7 @@ from finback.stages.sft import SFT, LessonBatches
 from finback.tasks.math import Chains
 from finback.train import loop
 from finback.train.batch import of_lessons
+from finback.train.lean_adam import Moments
 from finback.train.loss import LossTerms, cross_entropy, distillation
 from tests.toy import WORDS, backward_batch, toy_model
 
@@ -182,16 +183,17 @@ def test_bare_answers_leave_the_chains_out(tmp_path: Path) -> None:
     assert not any(mark in lesson.ids for lesson in lesson_batches(bare).lessons)
 
 
-def test_an_interrupted_tuning_ends_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moments", ["fp32", "int8"])
+def test_an_interrupted_tuning_ends_with_the_same_bits(moments: Moments, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    one = tune(tmp_path / "a")
+    one = tune(tmp_path / "a", moments=moments)
     loop.run(one)
-    two = tune(tmp_path / "b").loop()
+    two = tune(tmp_path / "b", moments=moments).loop()
     for _ in range(3):
         two.advance()
     two.checkpoint()
     two.advance()  # lost
-    again = tune(tmp_path / "b")
+    again = tune(tmp_path / "b", moments=moments)
     loop.run(again)
     for a, b in zip(one.trainer.model.state_dict().values(), again.trainer.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)

@@ -22,6 +22,8 @@ from finback.planner.workload import Precision, Recompute
 
 # bytes of a weight of the blocks' matrices in a frozen base, factors included
 WIDTHS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
+# bytes of both moments of a number on the device (train/lean_adam.py), with a factor for 256 of them
+MOMENTS = {"fp32": 8.0, "int8": 2 + 2 * 4 / 256, "host": 0.0}
 QUANTIZED = ("int8", "nf4")
 ROWS = 256  # of logits at a time, and of an engine's batch
 ADAPTER = {"rank": 16, "targets": ("attention", "mlp", "experts"), "base": "bf16"}
@@ -30,7 +32,9 @@ STEPS: tuple[tuple[str, dict[str, Any]], ...] = (
     ('recompute="block"', {"recompute": "block"}),
     ('compute="bf16"', {"compute": "bf16"}),
     ('dtype="bf16"', {"dtype": "bf16"}),
-    ("adapter=LoRA()", {"adapter": ADAPTER, "recompute": None}),
+    ('moments="int8"', {"moments": "int8"}),
+    ('moments="host"', {"moments": "host"}),
+    ("adapter=LoRA()", {"adapter": ADAPTER, "recompute": None, "moments": "fp32"}),
     ('adapter=LoRA(base="nf4")', {"adapter": ADAPTER | {"base": "nf4"}}),
     ("one row at a time", {"batch_size": 1, "micro_tokens": 1}),
 )
@@ -94,7 +98,7 @@ def memory(
     found = TuningMemory(
         weights=held + 4.0 * learnt,
         gradients=4.0 * learnt,
-        optimizer=8.0 * learnt,
+        optimizer=MOMENTS[knobs.get("moments", "fp32")] * learnt,
         reference=beside / holders,
         activations=tokens * activations,
         working=working + tokens * again,
@@ -238,16 +242,22 @@ def changes(
     knobs, taken = dict(knobs), list[str]()
     total = memory(c, knobs, reserve, room, teacher, layout).total
     for text, changed in STEPS:
-        if layout is not None and (changed.get("adapter") or {}).get("base") in QUANTIZED:
-            continue  # such weights are not shared out
+        if layout is not None and (("moments" in changed and "adapter" not in changed) or _is_quantized(changed)):
+            continue  # what is not shared out
         changed = {k: v for k, v in changed.items() if k in knobs and not (k == "adapter" and _is_smaller(knobs[k], v))}
         less = memory(c, knobs | changed, reserve, room, teacher, layout).total
         if total <= room or less >= total:
             continue
         if "adapter" in changed:  # in the place of what was tried before
-            taken = [t for t in taken if not t.startswith(("adapter", "recompute"))]
+            taken = [t for t in taken if not t.startswith(("adapter", "recompute", "moments"))]
+        if "moments" in changed:
+            taken = [t for t in taken if not t.startswith("moments")]
         knobs, taken, total = knobs | changed, [*taken, text], less
     return taken, total
+
+
+def _is_quantized(changed: dict[str, Any]) -> bool:
+    return (changed.get("adapter") or {}).get("base") in QUANTIZED
 
 
 def _is_smaller(adapter: dict[str, Any] | None, other: dict[str, Any]) -> bool:

@@ -30,6 +30,7 @@ from finback.tasks.rewards import Reward
 from finback.tasks.task import Task
 from finback.train import loop
 from finback.train.grpo_loss import Objective
+from finback.train.lean_adam import Moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,8 @@ class GRPO(Stage):
     layout: Layout | None = None
     # what the backward pass makes again instead of keeping it; None: blocks where an adapter is learnt, else nothing
     recompute: Policy | None = None
+    # AdamW's: on the device in fp32, or in 8 bits each; "host": in the host's memory, and on the device as they are used
+    moments: Moments = "fp32"
     checkpoint_steps: int = 5
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from finback.stages.tuning_setup import check_layout, trainer_of
 from finback.stages.validation import Validation
 from finback.train import loop
 from finback.train.batch import Batch, of_lessons
+from finback.train.lean_adam import Moments
 from finback.train.trainer import Trainer
 
 
@@ -71,6 +72,8 @@ class SFT(Stage):
     layout: Layout | None = None
     # what the backward pass makes again instead of keeping it; None: blocks where an adapter is learnt, else nothing
     recompute: Policy | None = None
+    # AdamW's: on the device in fp32, or in 8 bits each; "host": in the host's memory, and on the device as they are used
+    moments: Moments = "fp32"
     checkpoint_steps: int = 50
 
     def __post_init__(self) -> None:

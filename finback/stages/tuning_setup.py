@@ -15,7 +15,7 @@ from finback.runs import adapters
 from finback.runs.folder import StageRun
 from finback.runs.recipe import Stage
 from finback.train.heap import return_large_blocks
-from finback.train.optim import BETAS, Adam
+from finback.train.lean_adam import adam_of
 from finback.train.precision import COMPUTE
 from finback.train.reference import Reference, reference_of
 from finback.train.trainer import ReplicatedTrainer, Trainer
@@ -37,6 +37,9 @@ def check_layout(stage: "SFT | GRPO") -> None:
     ):
         if value != usual:
             raise UserError(f"{stage.name}.layout.{name}", value, "is for pre-training alone", remedy)
+    if adapter is None and stage.moments != "fp32":
+        problem = "moments are shared out in fp32"
+        raise stage.wrong("moments", problem, 'Use "fp32", of which each rank has its share, or leave out layout.')
     if adapter is not None and adapter.base not in ("fp32", "bf16"):
         problem = "quantized weights are not shared out"
         raise UserError(f"{stage.name}.adapter.base", adapter.base, problem, 'Use "bf16", or leave out layout.')
@@ -53,8 +56,7 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
     model = models.load_for_training(folder, stage.adapter, COMPUTE[stage.compute], run.seed("adapter"))
     model = use_recompute(model.to(world.device), stage.recomputes or "none").train()
     named = [(name, p) for name, p in learnt_parameters(model) if not name.startswith(frozen)]
-    adam = Adam(named, betas=BETAS, weight_decay=weight_decay)
-    return ReplicatedTrainer(model, world, [adam], named)
+    return ReplicatedTrainer(model, world, [adam_of(named, weight_decay, stage.moments)], named)
 
 
 def _sharded(
@@ -73,6 +75,7 @@ def _sharded(
         recompute=stage.recomputes or "none",
         frozen=frozen,
         base=None if lora is None else lora.base,
+        moments=stage.moments,
     )
     config, values = models.stored(base, world.rank, world.size)
     try:

@@ -45,8 +45,9 @@ from finback.parallel.shard import ShardedParameter, Sharding, finish, local, ro
 from finback.runs.folder import StageRun
 from finback.train import router_health
 from finback.train.batch import Batch, idle
+from finback.train.lean_adam import Moments, adam_of
 from finback.train.loss import LossTerms, training_losses
-from finback.train.optim import BETAS, Adam
+from finback.train.optim import BETAS
 from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam
 from finback.train.sharded_options import ShardedOptions
@@ -64,6 +65,8 @@ class TuningOptions(ShardedOptions):
     frozen: tuple[str, ...] = ()
     # an adapter is learnt on a base in this format, which is not quantized; None: the model itself
     base: BaseFormat | None = None
+    # of an adapter
+    moments: Moments = "fp32"
 
     @property
     def param_dtype(self) -> torch.dtype:
@@ -224,7 +227,7 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
         places = adapter.base, adapter.begun
         model = peft.put_adapter(base, adapter.lora, places, peft.digest(base, sampled), adapter.seed)
         named = adapter_parameters(model)
-        adam = Adam(named, betas=BETAS, weight_decay=options.weight_decay)
+        adam = adam_of(named, options.weight_decay, options.moments)
         super().__init__(model, self.mesh.world, [adam], named)
         self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank() // layout.cp, layout.dp
         self._whole: ServedWeights | None = None

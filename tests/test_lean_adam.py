@@ -1,0 +1,92 @@
+"""AdamW with moments in eight bits and in the host's memory, against torch's own."""
+
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from finback.train import lean_adam
+from finback.train.lean_adam import EightBits, LeanAdam, Moments, levels, pack, unpack
+from finback.train.optim import Adam
+
+BETAS = (0.9, 0.95)
+
+
+def named(seed: int = 0) -> list[tuple[str, nn.Parameter]]:
+    """A matrix whose last block is short, one of a slice and a half, and one that is too small for eight bits."""
+    g = torch.Generator().manual_seed(seed)
+    return [(n, nn.Parameter(torch.randn(*s, generator=g))) for n, s in (("a", (70, 61)), ("b", (96, 64)), ("c", (9,)))]
+
+
+def gradients(parameters: list[tuple[str, nn.Parameter]], seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    for _, p in parameters:
+        p.grad = torch.randn(p.shape, generator=g) * 10.0 ** torch.randint(-4, 1, p.shape, generator=g)
+
+
+def learnt(optimizer: Adam | LeanAdam, first: int = 0, last: int = 6) -> list[torch.Tensor]:
+    for step in range(first, last):
+        gradients(list(optimizer.named), step)
+        optimizer.step(1e-2)
+    return [p.detach().clone() for _, p in optimizer.named]
+
+
+def test_moments_in_the_hosts_memory_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean_adam, "SLICE", 4096)
+    plain, host = Adam(named(), BETAS, 0.1), LeanAdam(named(), BETAS, 0.1, "host")
+    assert all(torch.equal(a, b) for a, b in zip(learnt(plain), learnt(host), strict=True))
+
+
+def test_moments_in_eight_bits_step_by_hand_and_nearly_as_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean_adam, "SLICE", 4096)
+    plain, lean = Adam(named(), BETAS, 0.1), LeanAdam(named(), BETAS, 0.1, "int8")
+    start = [p.detach().clone() for _, p in lean.named]
+    gradients(list(lean.named), 0)
+    lean.step(1e-2)
+    for (name, p), before in zip(lean.named, start, strict=True):  # the first step is lr · sign of the gradient
+        assert p.grad is not None
+        wanted = before * (1 - 1e-3) - 1e-2 * p.grad / (p.grad.abs() + 1e-8)
+        torch.testing.assert_close(p.detach(), wanted, atol=1e-6, rtol=0)
+        first, second = (each.read(slice(0, p.numel()), p.device) for each in lean.kept[name])
+        if isinstance(lean.kept[name][0], EightBits):
+            codes, scale = pack(0.1 * p.grad.flatten(), signed=True)
+            torch.testing.assert_close(first, unpack(codes, scale, signed=True))
+        assert (second >= 0).all()
+    exact, found = learnt(plain, 0, 40), learnt(lean, 1, 40)
+    assert torch.equal(exact[2], found[2]), "small ones stay exact"
+    for a, b, before in zip(exact[:2], found[:2], start[:2], strict=True):
+        assert not torch.equal(a, b)
+        assert (a - b).norm() < 0.1 * (a - before).norm()
+
+
+def test_levels_and_blocks() -> None:
+    signed, unsigned = levels(True), levels(False)
+    assert len(signed) == len(unsigned) == 256 and signed[-1] == unsigned[-1] == 1 and unsigned[0] == 0
+    # of the powers 1e-6: 0.55 in one interval or 0.325 and 0.775 in two; of 1 in 64 and 128
+    assert unsigned[1:3].tolist() == pytest.approx([3.25e-7, 7.75e-7]) and signed[128].item() == pytest.approx(5.5e-7)
+    assert signed[0].item() == pytest.approx(-(1 - 0.9 / 128)) and unsigned[-2].item() == pytest.approx(1 - 0.9 / 256)
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) ** 5
+    values[256:512] = 0
+    for sign in (True, False):
+        given = values if sign else values.abs()
+        codes, scale = pack(given, sign)
+        again = unpack(codes, scale, sign)
+        assert scale.tolist() == [block.abs().max() for block in given.split(256)] and not again[256:512].any()
+        assert ((again - given).abs() <= (0.07 if sign else 0.05) * scale.repeat_interleave(256)[:1000]).all()
+        twice = pack(again, sign)
+        if not sign:  # the largest magnitude is a level then, so nothing is lost again
+            assert torch.equal(twice[0], codes) and torch.equal(twice[1], scale)
+
+
+@pytest.mark.parametrize("moments", [m for m in get_args(Moments) if m != "fp32"])
+def test_a_state_goes_on_with_the_same_bits(moments: Moments) -> None:
+    whole = LeanAdam(named(), BETAS, 0.1, moments)
+    half = LeanAdam(named(), BETAS, 0.1, moments)
+    learnt(half, 0, 3)
+    rest = LeanAdam([(n, nn.Parameter(p.detach().clone())) for n, p in half.named], BETAS, 0.1, moments)
+    rest.load_state({name: tensor.clone() for name, tensor in half.state().items()})
+    assert all(torch.equal(a, b) for a, b in zip(learnt(whole), learnt(rest, 3), strict=True))
+    bytes_held = sum(t.numel() * t.element_size() for t in whole.state().values())
+    count = sum(p.numel() for _, p in whole.named)
+    assert bytes_held < (2.1 if moments == "int8" else 8.1) * count
