@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from finback.checkpoint import gguf_export
+from finback.checkpoint import gguf_export, models
 from finback.data import tokenizer
 from finback.data.gguf_vocabulary import keys
 from finback.data.tokenizer import Tokenizer
 from finback.report.tokenizer_parity import texts
 from tests.test_gguf_export import MODELS, filled
+from tests.test_gguf_sentencepiece import vocabulary
 
 pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.slow
@@ -37,8 +38,11 @@ server = x.Server(p)
 def post(place, body):
     request = urllib.request.Request(server.listening_address + place, json.dumps(body).encode(), {"Content-Type": "application/json"})
     return json.load(urllib.request.urlopen(request, timeout=60))
-answer = post("/completion", {"prompt": asked["ids"], "n_predict": 1, "n_probs": asked["rows"], "temperature": 0, "cache_prompt": False})
-logprobs = {t["id"]: t["logprob"] for t in answer["completion_probabilities"][0]["top_logprobs"]}
+logprobs = []
+for ids in asked["ids"]:
+    answer = post("/completion", {"prompt": ids, "n_predict": 1, "n_probs": asked["rows"], "temperature": 0, "cache_prompt": False})
+    found = answer.get("completion_probabilities")  # none where the first token ends the text, or is a piece of a letter
+    logprobs.append({t["id"]: t["logprob"] for t in found[0]["top_logprobs"]} if found else {})
 ids = [post("/tokenize", {"content": t, "add_special": False, "parse_special": False})["tokens"] for t in asked["texts"]]
 prompt = post("/apply-template", {"messages": [{"role": "user", "content": "hello 12?"}]})["prompt"]
 print("ANSWER" + json.dumps({"logprobs": logprobs, "ids": ids, "prompt": prompt}), flush=True)
@@ -46,9 +50,9 @@ os._exit(0)
 """
 
 
-def ask(file: Path, ids: list[int], said: list[str]) -> dict[str, Any]:
+def ask(file: Path, ids: list[list[int]], said: list[str], rows: int = ROWS) -> dict[str, Any]:
     question = file.with_suffix(".json")
-    question.write_text(json.dumps({"ids": ids, "rows": ROWS, "texts": said}))
+    question.write_text(json.dumps({"ids": ids, "rows": rows, "texts": said}))
     done = subprocess.run([sys.executable, "-c", ASK, file, question], capture_output=True, text=True, timeout=300)
     assert "ANSWER" in done.stdout, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.rpartition("ANSWER")[2])
@@ -64,10 +68,45 @@ def test_log_probabilities_and_ids_are_ours(name: str, tmp_path: Path) -> None:
     words, said = Tokenizer(tmp_path), [text for text in texts([]) if text] if name == "V3" else ["hello"]
     gguf_export.write(model, tmp_path / "m.gguf", "f32", keys(words, ROWS))
     ids = torch.randint(0, 288, (1, 60), generator=torch.Generator().manual_seed(1))
-    found = ask(tmp_path / "m.gguf", ids[0].tolist(), said)
+    found = ask(tmp_path / "m.gguf", ids.tolist(), said)
     with torch.no_grad():
         expected = model.logits(model(ids))[0, -1].log_softmax(-1)
-    theirs = torch.tensor([found["logprobs"][str(n)] for n in range(ROWS)])
+    theirs = torch.tensor([found["logprobs"][0][str(n)] for n in range(ROWS)])
     assert (theirs - expected).abs().max() <= 1e-3
     assert found["ids"] == [words.encode(text) for text in said]
     assert found["prompt"] == "<｜User｜>hello 12?<｜Assistant｜>"
+
+
+WIDE = dataclasses.replace(
+    MODELS["qwen3"], hidden_size=256, intermediate_size=512, head_dim=64, vocab_size=ROWS, max_position_embeddings=256
+)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "q5_0", "q4_0", "q4_k_m"])
+def test_quantized_files_mean_there_what_they_mean_here(kind: Any, tmp_path: Path) -> None:
+    """Mean KL of the next token; activations have 8 bits there, and all of them here."""
+    words = tokenizer.train(["hello world, 12 + 34 = 46."], 290, tmp_path / "tokenizer.json")
+    gguf_export.write(filled(WIDE), tmp_path / "m.gguf", kind, keys(words, ROWS))
+    ids = torch.randint(0, 288, (16, 40), generator=torch.Generator().manual_seed(2))
+    found = ask(tmp_path / "m.gguf", ids.tolist(), ["hello"])["logprobs"]
+    ours = models.load(tmp_path / "m.gguf").eval()
+    with torch.no_grad():
+        expected = ours.logits(ours(ids))[:, -1].log_softmax(-1)
+    compared = [(row, torch.tensor([each[str(n)] for n in range(ROWS)])) for row, each in enumerate(found) if each]
+    divergences = [(expected[row].exp() * (expected[row] - theirs)).sum() for row, theirs in compared]
+    assert len(divergences) >= 8 and torch.stack(divergences).mean() <= 1e-2, divergences
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_ids_are_ours(prefix: bool, tmp_path: Path) -> None:
+    pieces, scores, kinds = vocabulary()
+    named = {"model": "llama", "tokens": pieces, "scores": scores, "token_type": kinds, "add_space_prefix": prefix}
+    named |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": False}
+    given = {f"tokenizer.ggml.{name}": value for name, value in named.items()}
+    model = filled(dataclasses.replace(MODELS["llama"], vocab_size=len(pieces), max_position_embeddings=256))
+    gguf_export.write(model, tmp_path / "m.gguf", "f32", given)
+    said = [text for text in texts([]) if text and "▁" not in text]
+    found = ask(tmp_path / "m.gguf", [], said)["ids"]
+    words = Tokenizer(tmp_path / "m.gguf")
+    wrong = [text for text, ids in zip(said, found, strict=True) if words.encode(text) != ids]
+    assert not wrong, wrong[:5]

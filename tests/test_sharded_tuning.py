@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from finback.stages.grpo import GRPO
 from finback.stages.sft import SFT
 from finback.tasks.math import Chains
 from tests.many import on_ranks
-from tests.toy import ROOT, environment, finback_process
+from tests.toy import DENSE, ROOT, environment, finback_process
 from tests.tuned import LEARNT, alone, begun, on_layout, prepared, weights
 
 FAST = ("sft", "lora grpo")
@@ -58,6 +59,33 @@ def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ten_steps_are_those_of_one_rank_under_every_layout(layout: str, ten: Path) -> None:
     on_ranks(LAYOUTS[layout].ranks, on_layout, str(ten), tuple(LEARNT), LAYOUTS[layout], 10)
+
+
+_GROUPED = replace(DENSE, initializer_range=0.15)
+_EXPERTS: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
+_SLIDES: dict[str, Any] = {"sliding_window": 6, "layer_types": ("sliding_attention", "full_attention")}
+_GEMMA: dict[str, Any] = {"norms": "both", "norm_offset": True, "scale_embeddings": True, "activation": "gelu_tanh"}
+SHAPES = {
+    "gemma3_text": replace(
+        _GROUPED, **_GEMMA, **_SLIDES, qk_norm=True, query_pre_attn_scalar=24, local_rope_theta=300.0
+    ),
+    "mixtral": replace(_GROUPED, **_EXPERTS, n_shared_experts=0, scoring_func="softmax"),
+    "qwen3_moe": replace(_GROUPED, **_EXPERTS, n_shared_experts=0, scoring_func="softmax", qk_norm=True),
+    # a bias of keys that are not rotated changes no score: its gradient is rounding, of which Adam makes steps
+    "glm4_moe": replace(_GROUPED, **_EXPERTS, partial_rotary_factor=0.5),
+    "smollm3": replace(_GROUPED, nope_layers=(1,), tie_word_embeddings=True),
+    "olmo3": replace(_GROUPED, **_SLIDES, norms="post", qk_norm=True, qk_norm_over="projection"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SHAPES)
+def test_every_family_learns_on_two_ranks_as_on_one(family: str, tmp_path: Path) -> None:
+    """SFT, and RL of an adapter."""
+    root = prepared(tmp_path / "runs", SHAPES[family])
+    alone(root, FAST, 2)
+    layout = Layout(cp=2, ep=2) if SHAPES[family].n_routed_experts else Layout(cp=2)
+    on_ranks(2, on_layout, str(root), FAST, layout, 2)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from finback.checkpoint import models
 from finback.data import tokenizer
+from finback.model.config import ModelConfig
 from finback.model.lora import LoRA, adapter_parameters
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
@@ -71,13 +72,13 @@ LEARNT = {
 }
 
 
-def prepared(root: Path) -> Path:
+def prepared(root: Path, config: ModelConfig = SPREAD) -> Path:
     """A folder with two finished stages, "base" and "other", and the traces of a third."""
     for name, seed in (("base", 1), ("other", 2)):
         folder = root / name
         folder.mkdir(parents=True)
         tokenizer.train([WORDS], 320, folder / "tokenizer.json")
-        models.save(folder, Transformer(SPREAD).initialise(seed))
+        models.save(folder, Transformer(config).initialise(seed))
         (folder / "manifest.json").write_text("{}")
     write_traces(root)
     return root

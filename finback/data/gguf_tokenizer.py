@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from finback.checkpoint.gguf import open_gguf
 from finback.checkpoint.gguf_config import field
 from finback.config import UserError
+from finback.data import gguf_sentencepiece
+from finback.data.gguf_sentencepiece import added_tokens
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -31,6 +33,7 @@ RULES = {
 WHOLE_WORDS = ("llama-bpe", "llama3")  # an entry of the vocabulary is taken before any merge
 NORMALIZED = ("qwen2", "deepseek-r1-qwen")
 DEEPSEEK = "deepseek-v3"
+LLAMA3_ROWS = 128_256  # of the first Llama 3 files, which name no rules
 # texts that end an answer in llama.cpp wherever they are tokens (llama-vocab.cpp)
 END_TEXTS = frozenset(
     [
@@ -64,12 +67,16 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # gguf.TokenType
 def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
     """tokenizer.json and tokenizer_config.json of a GGUF file; UserError for kinds that finback does not know."""
     reader = open_gguf(path)
-    model, rules = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre", "default")
+    model, rules = (
+        field(reader, "tokenizer.ggml.model"),
+        field(reader, "tokenizer.ggml.pre", "") or _missing_rules(reader),
+    )
+    if model == "llama":
+        return gguf_sentencepiece.tokenizer_of(reader).to_str(pretty=True), _settings(reader, _tokens(reader))
     if model != "gpt2" or (rules not in RULES and rules != DEEPSEEK):
-        remedy = f"It knows byte-level BPE with the rules {', '.join(RULES)} and deepseek-v3."
+        remedy = f"It knows sentencepiece (llama), and byte-level BPE (gpt2) with the rules {', '.join(RULES)} and deepseek-v3."
         raise UserError("tokenizer", f"{path}: {model}/{rules}", "not a kind that finback converts", remedy)
-    tokens: list[str] = field(reader, "tokenizer.ggml.tokens")
-    kinds: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(tokens))
+    tokens, kinds = _tokens(reader), _kinds(reader)
     merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
     vocabulary = {t: n for n, (t, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind != _UNUSED}
     bpe = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rules in WHOLE_WORDS))
@@ -80,9 +87,24 @@ def convert(path: Path, deepseek_splits: tuple[str, ...]) -> tuple[str, dict[str
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
     bpe.decoder = decoders.ByteLevel()
-    added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in (_CONTROL, _USER_DEFINED)]
-    bpe.add_tokens([AddedToken(t, normalized=False, special=k == _CONTROL) for t, k in added])
+    bpe.add_tokens(added_tokens(tokens, kinds))
     return bpe.to_str(pretty=True), _settings(reader, tokens)
+
+
+def _tokens(reader: Any) -> list[str]:
+    found: list[str] = field(reader, "tokenizer.ggml.tokens")
+    return found
+
+
+def _kinds(reader: Any) -> list[int]:
+    found: list[int] = field(reader, "tokenizer.ggml.token_type", [1] * len(_tokens(reader)))
+    return found
+
+
+def _missing_rules(reader: Any) -> str:
+    """The rules of a file that names none: Llama 3's in the first files of its size of vocabulary, else llama.cpp's default."""
+    is_llama3 = field(reader, "general.architecture", "") == "llama" and len(_tokens(reader)) == LLAMA3_ROWS
+    return "llama-bpe" if is_llama3 else "default"
 
 
 def ends(path: Path) -> list[int]:

@@ -1,0 +1,75 @@
+"""Sentencepiece vocabularies of GGUF files against llama.cpp's way of merging, written out plainly, and missing names of rules."""
+
+import itertools
+from pathlib import Path
+
+import gguf
+import pytest
+
+from finback.data import gguf_tokenizer
+from finback.data.tokenizer import Tokenizer
+from finback.report.tokenizer_parity import texts
+
+WORDS = "the they then hell hello held low lower world word old cold older 12 123 ll ld ol or er en ow"
+
+
+def vocabulary() -> tuple[list[str], list[float], list[int]]:
+    """Marks, 256 bytes, letters, and every beginning and end of some words, of scores in an order of their own."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "<|im_end|>"]
+    kinds = [2, 3, 3, *[6] * 256, 4]
+    letters = sorted(set("▁" + WORDS.replace(" ", "") + "abcé,."))
+    words = [*WORDS.split(), *(f"▁{word}" for word in WORDS.split())]
+    parts = {word[a:b] for word in words for a in range(len(word)) for b in range(a + 2, len(word) + 1)}
+    whole = sorted(parts - set(letters), key=lambda part: (len(part), part[::-1]))
+    scores = [0.0] * len(pieces) + [-1000.0 - n for n in range(len(letters))] + [-float(n) for n in range(len(whole))]
+    return [*pieces, *letters, *whole], scores, kinds + [1] * (len(letters) + len(whole))
+
+
+def merged(text: str, pieces: list[str], scores: list[float], kinds: list[int], prefix: bool) -> list[int]:
+    """The pair of neighbours that makes the piece of the highest score is merged, the first of equal ones; the rest is bytes."""
+    known = {piece: n for n, piece in enumerate(pieces) if kinds[n] == 1}
+    parts = list((" " * prefix + text).replace(" ", "▁")) if text else []
+    while True:
+        pairs = [(scores[known[a + b]], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in known]
+        if not pairs:
+            break
+        at = -max(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    in_bytes = ([known[p]] if p in known else [3 + byte for byte in p.encode()] for p in parts)
+    return [number for numbers in in_bytes for number in numbers]
+
+
+def write(path: Path, prefix: bool, model: str = "llama") -> None:
+    pieces, scores, kinds = vocabulary()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(pieces)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["h e"])
+    writer.add_add_space_prefix(prefix)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_ids_are_those_of_merging_by_score(prefix: bool, tmp_path: Path) -> None:
+    write(tmp_path / "m.gguf", prefix)
+    ours = Tokenizer(tmp_path / "m.gguf")
+    pieces, scores, kinds = vocabulary()
+    asked = [text for text in texts([])[:300] if len(text) < 200 and "▁" not in text]
+    for text in (*asked, "hello older world", "  the  cold", "théy 1234 then.", "helloworld\n\tlow"):
+        assert ours.encode(text) == merged(text, pieces, scores, kinds, prefix), repr(text)
+    assert ours.decode(ours.encode("hello older wörld é")) == "hello older wörld é"
+    assert (ours.bos, ours.eos) == (1, 2) and pieces.index("<|im_end|>") in ours.stops
+
+
+def test_a_file_that_names_no_rules_has_those_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "m.gguf", True, "gpt2")
+    small = gguf_tokenizer.convert(tmp_path / "m.gguf", ())[0]
+    assert "(?i:'s|'t" not in small and "'s|'t|'re" in small
+    monkeypatch.setattr(gguf_tokenizer, "LLAMA3_ROWS", len(vocabulary()[0]))
+    assert "(?i:'s|'t" in gguf_tokenizer.convert(tmp_path / "m.gguf", ())[0]
