@@ -25,6 +25,20 @@ from tests.toy import finback
 gguf = pytest.importorskip("gguf")
 YARN = Yarn(4.0, 16, mscale=0.707, mscale_all_dim=0.707)
 LATENT = dataclasses.replace(TOY, num_nextn_predict_layers=0)
+GEMMA = dataclasses.replace(
+    DENSE,
+    num_hidden_layers=7,
+    norms="both",
+    norm_offset=True,
+    scale_embeddings=True,
+    activation="gelu_tanh",
+    qk_norm=True,
+    query_pre_attn_scalar=DENSE.head_dim,
+    sliding_window=8,
+    layer_types=tuple("full_attention" if layer == 5 else "sliding_attention" for layer in range(7)),
+    local_rope_theta=500.0,
+    rope_scaling=LinearRope(4.0),
+)
 MODELS: dict[str, ModelConfig] = {
     "V3": LATENT,
     "V3, YaRN": dataclasses.replace(LATENT, rope_scaling=YARN, n_group=1, topk_group=1),
@@ -45,6 +59,8 @@ MODELS: dict[str, ModelConfig] = {
     "qwen2": dataclasses.replace(DENSE, attention_bias="qkv", rope_scaling=LinearRope(2.0)),
     "qwen3": dataclasses.replace(DENSE, qk_norm=True, rope_scaling=Yarn(4.0, 16, mscale_all_dim=0.0)),
     "qwen3_moe": dataclasses.replace(EXPERTS, dense_layers=()),
+    "mixtral": dataclasses.replace(EXPERTS, dense_layers=(), qk_norm=False, attention_bias="none"),
+    "gemma3": GEMMA,
 }
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
+from torch.nn.functional import gelu
 
 from finback.checkpoint import gguf_export, models
 from finback.data import tokenizer
@@ -59,8 +61,16 @@ def ask(file: Path, ids: list[list[int]], said: list[str], rows: int = ROWS) -> 
     return found
 
 
+def gelu_by_table(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
+    """ggml's on a CPU: a table over fp16 numbers, of fp16 numbers."""
+    found = gelu(x.half().float(), approximate=approximate).half().float()
+    return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, found))
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_log_probabilities_and_ids_are_ours(name: str, tmp_path: Path) -> None:
+def test_log_probabilities_and_ids_are_ours(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "gemma3":
+        monkeypatch.setattr(functional, "gelu", gelu_by_table)
     model = filled(dataclasses.replace(MODELS[name], vocab_size=ROWS, max_position_embeddings=256))
     tokenizer.train(
         ["hello world, 12 + 34 = 46. How are you today? hello hello world"], 290, tmp_path / "tokenizer.json"

@@ -71,7 +71,7 @@ class GGUF(Weights):
         self.raw = raw_config(readers[0], self.stored, path)
         shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self.stored.items()}
         shapes.pop(FREQUENCIES, None)
-        self.pieces = dict(pieces(shapes))
+        self.pieces = dict(pieces(shapes, self.raw["model_type"]))
         self.specs = {name: Spec("F32", piece.shape, path) for name, piece in self.pieces.items()}
         self.kinds = sorted({t.tensor_type.name for t in self.stored.values()})
 
@@ -79,10 +79,12 @@ class GGUF(Weights):
         """One tensor, dequantized to fp32."""
         piece = self.pieces[name]
         rows = slice(piece.start, piece.start + piece.shape[0])
+        if self.raw["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
+            return self._dequantized(piece.stored) - 1  # files have the gains, and the family what they are above 1
         values = self._dequantized(piece.stored, piece.index, None if piece.index is None else rows)
         if piece.values:  # of keys (heads, rank, n) and of values (heads, v, rank)
             return torch.cat([values.transpose(1, 2), self._dequantized(piece.values)], dim=1).flatten(0, 1)
-        if self.raw["model_type"] == "llama" and ("q_proj." in name or "k_proj." in name):
+        if self.raw["model_type"] in ("llama", "mixtral") and ("q_proj." in name or "k_proj." in name):
             heads = self.raw["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             # rows were taken from [first halves | second halves] to pairs; take them back
             return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)

@@ -12,7 +12,14 @@ from finback.checkpoint.hf_config import model_config
 from finback.config import UserError
 from finback.model.rope import inverse_frequencies
 
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3moe": "qwen3_moe", "deepseek2": "deepseek_v3"}
+FAMILIES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "deepseek2": "deepseek_v3",
+    "gemma3": "gemma3_text",
+}
 FREQUENCIES = "rope_freqs.weight"
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
 Get = Callable[..., Any]
@@ -58,6 +65,11 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
     raw |= _latent(get) if arch == "deepseek2" else _grouped(get, tensors)
     if arch == "qwen3moe":
         raw |= _experts(get, ("num_experts", "num_experts_per_tok")) | {"norm_topk_prob": True}
+    if arch == "llama" and get("expert_count", 0):
+        raw |= _experts(get, ("num_local_experts", "num_experts_per_tok")) | {"model_type": "mixtral"}
+    if arch == "gemma3":
+        raw |= {"query_pre_attn_scalar": raw["head_dim"], "sliding_window": get("attention.sliding_window", 4096)}
+        raw["rope_local_base_freq"] = get("rope.freq_base_swa", 10000.0)
     if (scaling := _scaling(get)) is not None:
         raw["rope_scaling"] = scaling
     if FREQUENCIES in tensors:

@@ -6,36 +6,23 @@ latents is in two parts of which the keys' is transposed, and Llama's query and 
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from finback.checkpoint.gguf_config import FREQUENCIES, SIGMOID, SOFTMAX
+from finback.checkpoint.gguf_config import SIGMOID, SOFTMAX
+from finback.checkpoint.gguf_tensors import ARCHITECTURES, tensors
 from finback.checkpoint.gguf_types import GgufType, file_type, kind_of, packed
 from finback.checkpoint.hf_export_as import family_of
+from finback.checkpoint.hf_grouped import FULL, SLIDING
 from finback.config import UserError
 from finback.model.config import ModelConfig
-from finback.model.gqa import GQA
-from finback.model.layers import RMSNorm, SwiGLU
-from finback.model.moe import MoE
-from finback.model.rope import inverse_frequencies, plain_frequencies
-from finback.model.rope_scaling import LinearRope, Llama3Rope, Yarn
-from finback.model.transformer import Block, Transformer
+from finback.model.rope_scaling import LinearRope, Yarn
+from finback.model.transformer import Transformer
 
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-}
 LITE = (26, 27)
+GEMMA_STEP = 6  # every such layer of Gemma 3 is a full one
 
 
 def architecture_of(config: ModelConfig) -> str:
@@ -54,7 +41,14 @@ def architecture_of(config: ModelConfig) -> str:
             family == "deepseek_v2" and config.topk_group < config.n_group,
             "llama.cpp does not limit V2's experts to groups",
         ),
-        (config.sliding_window is not None, "llama.cpp would attend to the whole context, not to windows"),
+        (
+            family == "gemma3_text" and not _is_gemma3(config),
+            "llama.cpp knows it by five sliding layers to a full one, scores scaled by the width of heads, and no biases",
+        ),
+        (
+            config.sliding_window is not None and family != "gemma3_text",
+            "llama.cpp would attend to the whole context, not to windows",
+        ),
         (family == "qwen3_moe" and not config.norm_topk_prob, "llama.cpp always normalises the weights of its experts"),
         (family == "qwen3_moe" and bool(config.dense_layers or config.first_k_dense_replace), "it has no dense layers"),
         (
@@ -65,6 +59,13 @@ def architecture_of(config: ModelConfig) -> str:
         if wrong:
             raise UserError("--format", f"gguf of {family}", problem, "Export a Hugging Face folder.")
     return ARCHITECTURES[family]
+
+
+def _is_gemma3(c: ModelConfig) -> bool:
+    """Whether llama.cpp's graph is this model's."""
+    kinds = tuple(SLIDING if (layer + 1) % GEMMA_STEP else FULL for layer in range(c.num_hidden_layers))
+    found = c.layer_types or ((SLIDING if c.sliding_window else FULL),) * c.num_hidden_layers
+    return found == kinds and c.query_pre_attn_scalar in (None, c.head_dim) and c.attention_bias == "none"
 
 
 def _is_plain(config: ModelConfig) -> bool:
@@ -134,7 +135,10 @@ def _settings(c: ModelConfig, arch: str) -> dict[str, Any]:
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
         "block_count": c.num_hidden_layers,
-        "feed_forward_length": c.intermediate_size,
+        # of Mixtral's experts, in whose files it is their only width
+        "feed_forward_length": c.moe_intermediate_size
+        if arch == "llama" and c.n_routed_experts
+        else c.intermediate_size,
         "attention.head_count": c.num_attention_heads,
         "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
         "rope.freq_base": c.rope_theta,
@@ -148,6 +152,9 @@ def _settings(c: ModelConfig, arch: str) -> dict[str, Any]:
     if c.n_routed_experts:
         found |= {"expert_count": c.n_routed_experts, "expert_used_count": c.num_experts_per_tok}
         found["expert_feed_forward_length"] = c.moe_intermediate_size
+    if arch == "gemma3" and c.sliding_window is not None:
+        local = c.rope_theta if c.local_rope_theta is None else c.local_rope_theta
+        found |= {"attention.sliding_window": c.sliding_window, "rope.freq_base_swa": local}
     return {f"{arch}.{name}": value for name, value in (found | _scaling(c)).items()}
 
 
@@ -195,83 +202,3 @@ def _scaling(c: ModelConfig) -> dict[str, Any]:
     ):  # a tenth of what other architectures write (llama.cpp PR 17945)
         found["rope.scaling.yarn_log_multiplier"] = 0.1 * scaling.mscale_all_dim
     return found
-
-
-def tensors(model: Transformer, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """GGUF's names and tensors, one at a time; with `meta` their shapes alone."""
-    if meta:
-        with torch.device("meta"):
-            model = Transformer(model.config)
-    c = model.config
-    yield "token_embd.weight", model.embed
-    for number, block in enumerate(model.blocks):
-        assert isinstance(block, Block), "of a plain model"
-        for name, tensor in _block(block, c):
-            yield f"blk.{number}.{name}", tensor
-    yield "output_norm.weight", model.norm.weight
-    if not c.tie_word_embeddings:
-        yield "output.weight", model.head.weight
-    if isinstance(c.rope_scaling, Llama3Rope):
-        yield FREQUENCIES, (plain_frequencies(c.rope_dim, c.rope_theta) / inverse_frequencies(c).double()).float()
-
-
-def _block(block: Block, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    before, between = block.attention_norm, block.feed_forward_norm
-    assert isinstance(before, RMSNorm) and isinstance(between, RMSNorm), "of a family that GGUF knows"
-    yield "attn_norm.weight", before.weight
-    yield from _grouped(block.attention, c) if isinstance(block.attention, GQA) else _latent(block.attention, c)
-    yield "ffn_norm.weight", between.weight
-    ff = block.feed_forward
-    if isinstance(ff, SwiGLU):
-        yield from _swiglu(ff, "")
-        return
-    assert isinstance(ff, MoE), "a feed-forward is one of the two"
-    yield "ffn_gate_inp.weight", ff.router.weight
-    if c.scoring_func == "sigmoid":
-        yield "exp_probs_b.bias", ff.router.bias
-    gate, up = ff.gate_up.chunk(2, dim=1)
-    yield from (("ffn_gate_exps.weight", gate), ("ffn_up_exps.weight", up), ("ffn_down_exps.weight", ff.down))
-    if c.n_shared_experts:
-        yield from _swiglu(ff.shared, "_shexp")
-
-
-def _swiglu(ff: SwiGLU, ending: str) -> Iterator[tuple[str, Tensor]]:
-    gate, up = ff.gate_up.weight.chunk(2)
-    yield from ((f"ffn_gate{ending}.weight", gate), (f"ffn_up{ending}.weight", up))
-    yield f"ffn_down{ending}.weight", ff.down.weight
-
-
-def _grouped(a: GQA, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    parts: list[tuple[str, Tensor, Tensor | None, int]] = []
-    parts.append(("attn_q", a.query.weight, a.query.bias, c.num_attention_heads))
-    biases = (None, None) if a.key_value.bias is None else a.key_value.bias.chunk(2)
-    for name, weight, bias in zip(("attn_k", "attn_v"), a.key_value.weight.chunk(2), biases, strict=True):
-        parts.append((name, weight, bias, c.num_key_value_heads))
-    pairs = ARCHITECTURES[family_of(c)] == "llama"
-    for name, weight, bias, heads in parts:
-        for ending, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None:
-                is_paired = pairs and name != "attn_v"
-                yield f"{name}.{ending}", _paired(tensor, heads) if is_paired else tensor
-    yield "attn_output.weight", a.out.weight
-    if a.out.bias is not None:
-        yield "attn_output.bias", a.out.bias
-    if c.qk_norm:
-        yield from (("attn_q_norm.weight", a.query_norm.weight), ("attn_k_norm.weight", a.key_norm.weight))
-
-
-def _paired(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from [first halves | second halves] to neighbouring pairs."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
-
-
-def _latent(a: Any, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    if c.q_lora_rank is None:
-        yield "attn_q.weight", a.q_up.weight
-    else:
-        yield from (("attn_q_a.weight", a.q_down.weight), ("attn_q_a_norm.weight", a.q_norm.weight))
-        yield "attn_q_b.weight", a.q_up.weight
-    yield from (("attn_kv_a_mqa.weight", a.kv_down.weight), ("attn_kv_a_norm.weight", a.kv_norm.weight))
-    keys, values = a.absorbed_weights(a.kv_up.weight.dtype)
-    yield from (("attn_k_b.weight", keys.transpose(1, 2)), ("attn_v_b.weight", values))
-    yield "attn_output.weight", a.out.weight

@@ -14,6 +14,8 @@ TOP = {
 BLOCK = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -34,6 +36,12 @@ BLOCK = {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
+# families that call some of these otherwise
+OTHERWISE = {
+    "gemma3_text": {"ffn_norm": "pre_feedforward_layernorm"},
+    "mixtral": {"ffn_gate_inp": "block_sparse_moe.gate"},
+}
+MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
 EXPERTS = {
     "ffn_gate_exps": ("gate",),
     "ffn_up_exps": ("up",),
@@ -57,15 +65,16 @@ class StoredPart:
     values: str = ""
 
 
-def pieces(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, StoredPart]]:
+def pieces(shapes: dict[str, tuple[int, ...]], family: str) -> Iterator[tuple[str, StoredPart]]:
     """Hugging Face's names of all tensors of a file, whose names and shapes (outermost first) are given.
 
     Unknown ones keep their names and are then reported as unexpected.
     """
+    block = BLOCK | OTHERWISE.get(family, {})
     for name, shape in shapes.items():
         match name.split("."):
             case ["blk", layer, part, "weight"] if part in EXPERTS and len(shape) == 3:
-                yield from _experts(name, f"model.layers.{layer}.mlp.experts.", EXPERTS[part], shape)
+                yield from _experts(name, f"model.layers.{layer}.", family, EXPERTS[part], shape)
             case ["blk", layer, "exp_probs_b", _]:
                 yield f"model.layers.{layer}.mlp.gate.e_score_correction_bias", StoredPart(name, shape)
             case ["blk", layer, part, "weight"] if part == KEYS and len(shape) == 3:
@@ -75,15 +84,22 @@ def pieces(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, StoredPart
                 yield f"model.layers.{layer}.{BLOCK['attn_kv_b']}.weight", StoredPart(name, joined, values=values)
             case ["blk", _, part, "weight"] if part == VALUES and name.replace(VALUES, KEYS) in shapes:
                 continue
-            case ["blk", layer, part, kind] if part in BLOCK:
-                yield f"model.layers.{layer}.{BLOCK[part]}.{kind}", StoredPart(name, shape)
+            case ["blk", layer, part, kind] if part in block:
+                yield f"model.layers.{layer}.{block[part]}.{kind}", StoredPart(name, shape)
             case _:
                 yield TOP.get(name, name), StoredPart(name, shape)
 
 
-def _experts(name: str, stem: str, kinds: tuple[str, ...], shape: tuple[int, ...]) -> Iterator[tuple[str, StoredPart]]:
+def _experts(
+    name: str, stem: str, family: str, kinds: tuple[str, ...], shape: tuple[int, ...]
+) -> Iterator[tuple[str, StoredPart]]:
     """Each expert's matrices of a stack (experts, rows, columns), equal parts of the rows."""
     height = shape[1] // len(kinds)
     for expert in range(shape[0]):
         for place, kind in enumerate(kinds):
-            yield f"{stem}{expert}.{kind}_proj.weight", StoredPart(name, (height, shape[2]), expert, place * height)
+            theirs = (
+                f"block_sparse_moe.experts.{expert}.{MIXTRAL[kind]}"
+                if family == "mixtral"
+                else f"mlp.experts.{expert}.{kind}_proj"
+            )
+            yield f"{stem}{theirs}.weight", StoredPart(name, (height, shape[2]), expert, place * height)

@@ -1,0 +1,117 @@
+"""A model's tensors by GGUF's names, as llama.cpp wants them: experts stacked, absorbed up-projections, Llama's rows in pairs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint.gguf_config import FREQUENCIES
+from finback.checkpoint.hf_export_as import family_of
+from finback.model.config import ModelConfig
+from finback.model.gqa import GQA
+from finback.model.layers import GeGLU, Normed, RMSNorm, SwiGLU
+from finback.model.moe import MoE
+from finback.model.rope import inverse_frequencies, plain_frequencies
+from finback.model.rope_scaling import Llama3Rope
+from finback.model.transformer import Block, Transformer
+
+# by transformers' family
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+}
+
+
+def tensors(model: Transformer, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """GGUF's names and tensors, one at a time; with `meta` their shapes alone."""
+    if meta:
+        with torch.device("meta"):
+            model = Transformer(model.config)
+    c = model.config
+    yield "token_embd.weight", model.embed
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, Block), "of a plain model"
+        for name, tensor in _block(block, c):
+            yield f"blk.{number}.{name}", tensor
+    yield "output_norm.weight", model.norm.gain()
+    if not c.tie_word_embeddings:
+        yield "output.weight", model.head.weight
+    if isinstance(c.rope_scaling, Llama3Rope):
+        yield FREQUENCIES, (plain_frequencies(c.rope_dim, c.rope_theta) / inverse_frequencies(c).double()).float()
+
+
+def _block(block: Block, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    before, between, attention, ff = (
+        block.attention_norm,
+        block.feed_forward_norm,
+        block.attention,
+        block.feed_forward,
+    )
+    assert isinstance(before, RMSNorm) and isinstance(between, RMSNorm), "of a family that GGUF knows"
+    if isinstance(attention, Normed) and isinstance(ff, Normed):  # Gemma
+        yield from (("post_attention_norm.weight", attention.norm.gain()), ("post_ffw_norm.weight", ff.norm.gain()))
+        attention, ff = attention.inner, ff.inner
+    yield "attn_norm.weight", before.gain()
+    yield from _grouped(attention, c) if isinstance(attention, GQA) else _latent(attention, c)
+    yield "ffn_norm.weight", between.gain()
+    if isinstance(ff, SwiGLU | GeGLU):
+        yield from _swiglu(ff, "")
+        return
+    assert isinstance(ff, MoE), "a feed-forward is one of the two"
+    yield "ffn_gate_inp.weight", ff.router.weight
+    if c.scoring_func == "sigmoid":
+        yield "exp_probs_b.bias", ff.router.bias
+    gate, up = ff.gate_up.chunk(2, dim=1)
+    yield from (("ffn_gate_exps.weight", gate), ("ffn_up_exps.weight", up), ("ffn_down_exps.weight", ff.down))
+    if c.n_shared_experts:
+        yield from _swiglu(ff.shared, "_shexp")
+
+
+def _swiglu(ff: SwiGLU | GeGLU, ending: str) -> Iterator[tuple[str, Tensor]]:
+    gate, up = ff.gate_up.weight.chunk(2)
+    yield from ((f"ffn_gate{ending}.weight", gate), (f"ffn_up{ending}.weight", up))
+    yield f"ffn_down{ending}.weight", ff.down.weight
+
+
+def _grouped(a: GQA, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    parts: list[tuple[str, Tensor, Tensor | None, int]] = []
+    parts.append(("attn_q", a.query.weight, a.query.bias, c.num_attention_heads))
+    biases = (None, None) if a.key_value.bias is None else a.key_value.bias.chunk(2)
+    for name, weight, bias in zip(("attn_k", "attn_v"), a.key_value.weight.chunk(2), biases, strict=True):
+        parts.append((name, weight, bias, c.num_key_value_heads))
+    pairs = ARCHITECTURES[family_of(c)] == "llama"
+    for name, weight, bias, heads in parts:
+        for ending, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None:
+                is_paired = pairs and name != "attn_v"
+                yield f"{name}.{ending}", _paired(tensor, heads) if is_paired else tensor
+    yield "attn_output.weight", a.out.weight
+    if a.out.bias is not None:
+        yield "attn_output.bias", a.out.bias
+    if c.qk_norm:
+        yield from (("attn_q_norm.weight", a.query_norm.gain()), ("attn_k_norm.weight", a.key_norm.gain()))
+
+
+def _paired(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of each head from [first halves | second halves] to neighbouring pairs."""
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+
+
+def _latent(a: Any, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    if c.q_lora_rank is None:
+        yield "attn_q.weight", a.q_up.weight
+    else:
+        yield from (("attn_q_a.weight", a.q_down.weight), ("attn_q_a_norm.weight", a.q_norm.weight))
+        yield "attn_q_b.weight", a.q_up.weight
+    yield from (("attn_kv_a_mqa.weight", a.kv_down.weight), ("attn_kv_a_norm.weight", a.kv_norm.weight))
+    keys, values = a.absorbed_weights(a.kv_up.weight.dtype)
+    yield from (("attn_k_b.weight", keys.transpose(1, 2)), ("attn_v_b.weight", values))
+    yield "attn_output.weight", a.out.weight
