@@ -1,7 +1,7 @@
-"""Peak memory of one SFT step by all weights, LoRA and QLoRA on one rank, against `finback plan`'s count.
+"""Peak memory of one SFT step by all weights, LoRA and QLoRA on one rank and on several, against `finback plan`'s count.
 
 Each case runs in a process of its own, one thread, fp32 arithmetic. `bytes` are those above the process before it has a model, at the step's
-fullest moment; `start` the same while the model is made, its base quantized and its adapter put on. `planned` is the planner's, without its reserve.
+fullest moment, of several ranks the largest; `start` the same while the model is made, its base quantized and its adapter put on. `planned` is the planner's, without its reserve.
 The cases of SmolLM2-135M's shapes say what LoRA takes beside the weights of what all weights do (rows of 512, 8 of them): `beside_weights`.
 """
 
@@ -12,26 +12,31 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
+import torch.distributed as dist
 
+from finback.checkpoint.shares import Share, Values, whole
 from finback.data.messages import Lesson
 from finback.model.config import ModelConfig
 from finback.model.frozen import base_dtype, freeze
 from finback.model.lora import LoRA, add_lora, learnt_parameters
 from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
+from finback.parallel.launch import free_port
+from finback.parallel.layout import Layout
 from finback.parallel.mesh import World
+from finback.parallel.shard import local
 from finback.planner import tuning
 from finback.train.batch import of_lessons
 from finback.train.heap import return_large_blocks
+from finback.train.lean_adam import Moments, adam_of
 from finback.train.loss import LossTerms
-from finback.train.optim import Adam
-from finback.train.trainer import ReplicatedTrainer
+from finback.train.trainer import ReplicatedTrainer, Trainer
 
 
 def dense(vocab: int, hidden: int, layers: int, heads: int, width: int, kv: int, tied: bool = False) -> ModelConfig:
@@ -41,14 +46,48 @@ def dense(vocab: int, hidden: int, layers: int, heads: int, width: int, kv: int,
 
 SMOL = dense(49152, 576, 30, 9, 1536, 3, tied=True)
 BF16, NF4 = LoRA(), LoRA(base="nf4")
-# name -> model, adapter, rows, tokens of each; the first three have states of 1 GB and more
-CASES: dict[str, tuple[ModelConfig, LoRA | None, int, int]] = {
-    "full": (dense(8192, 1024, 4, 16, 4096, 4), None, 1, 64),
-    "lora": (dense(8192, 2048, 8, 16, 8192, 4), BF16, 1, 64),
-    "qlora": (dense(65536, 2048, 14, 16, 8192, 4), NF4, 1, 64),
-    "smol full": (SMOL, None, 8, 512),
-    "smol lora": (SMOL, BF16, 8, 512),
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and how it is taught."""
+
+    config: ModelConfig
+    adapter: LoRA | None = None
+    # of each rank, which has one row unless there are more
+    tokens: int = 64
+    rows: int = 1
+    # data ranks of a layout; 1: none
+    ranks: int = 1
+    moments: Moments = "fp32"
+
+
+FULL, LARGE = dense(8192, 1024, 4, 16, 4096, 4), dense(8192, 2048, 8, 16, 8192, 4)
+# those of SmolLM2's shapes apart, they have states of 1 GB and more
+CASES = {
+    "full": Case(FULL),
+    "full int8": Case(FULL, moments="int8"),
+    "full 2 ranks": Case(FULL, rows=2, ranks=2),
+    "full 4 ranks": Case(FULL, rows=4, ranks=4),
+    "lora": Case(LARGE, BF16),
+    "lora 2 ranks": Case(LARGE, BF16, rows=2, ranks=2),
+    "qlora": Case(dense(65536, 2048, 14, 16, 8192, 4), NF4),
+    "smol full": Case(SMOL, tokens=512, rows=8),
+    "smol lora": Case(SMOL, BF16, tokens=512, rows=8),
 }
+
+
+class Noise(Values):
+    """Numbers that are quick to make."""
+
+    def fill(self, shares: Sequence[Share]) -> None:
+        noise = torch.empty(1 << 20).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+        for share in shares:
+            if share.local.ndim > 1:
+                for part in share.local.detach().view(-1).split(len(noise)):
+                    part.copy_(noise[: len(part)])
+            else:
+                share.local.detach().fill_(1.0)
 
 
 def forget_peak() -> None:
@@ -56,46 +95,77 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def filled(model: Transformer) -> Transformer:
-    """Numbers that are quick to make in every parameter."""
-    noise = torch.empty(1 << 20).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            for part in parameter.data.view(-1).split(len(noise)):
-                part.copy_(noise[: len(part)])
-    return model
-
-
-def measured(name: str) -> dict[str, Any]:
-    """One case in this process."""
-    torch.set_num_threads(1)
-    config, adapter, rows, length = CASES[name]
-    if adapter is not None:
-        return_large_blocks()
-    row = [[Lesson(list(range(length)), list(range(length)))] for _ in range(rows)]
-    before = record.resident("VmRSS")
-    model = filled(Transformer(config, param_dtype=base_dtype(adapter.base) if adapter else torch.float32))
+def on_one(case: Case) -> ReplicatedTrainer:
+    """As a stage without a layout makes it, but for reading files."""
+    adapter = case.adapter
+    model = Transformer(case.config, param_dtype=base_dtype(adapter.base) if adapter else torch.float32)
+    Noise().fill([whole(name, parameter) for name, parameter in model.named_parameters()])
     if adapter is not None:
         model = add_lora(freeze(model, adapter.base), adapter)
-    model = use_recompute(model, "block" if adapter else "none").train()
-    named = learnt_parameters(model)
-    trainer = ReplicatedTrainer(model, World(), [Adam(named, (0.9, 0.95), 0.0)], named)
-    start = record.resident("VmHWM") - before
-    held = {t.data_ptr(): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    named = learnt_parameters(use_recompute(model, "block" if adapter else "none").train())
+    return ReplicatedTrainer(model, World(), [adam_of(named, 0.0, case.moments)], named)
+
+
+def on_many(case: Case) -> Trainer:
+    """As a stage with a layout makes it."""
+    from finback.train.sharded_tuning import Adapter, AdapterTuner, ShardedTuner, TuningOptions
+
+    adapter, layout = case.adapter, Layout(dp=case.ranks)
+    options = TuningOptions(recompute="block" if adapter else "none", base=adapter.base if adapter else None)
+    if adapter is None:
+        return ShardedTuner(case.config, layout, Noise(), options)
+    return AdapterTuner(case.config, layout, Noise(), Adapter(adapter, Path(), None, 0), options)
+
+
+def measured(name: str, rank: int) -> dict[str, Any]:
+    """One case in this process."""
+    torch.set_num_threads(1)
+    case = CASES[name]
+    if case.adapter is not None:
+        return_large_blocks()
+    if case.ranks > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=case.ranks)
+        dist.barrier()
+    row = [[Lesson(list(range(case.tokens)), list(range(case.tokens)))] for _ in range(case.rows // case.ranks)]
+    before = record.resident("VmRSS")
+    trainer = on_one(case) if case.ranks == 1 else on_many(case)
+    start, model = record.resident("VmHWM") - before, trainer.model
+    held = sum({t.data_ptr(): t.nbytes for t in map(local, [*model.parameters(), *model.buffers()])}.values())
     forget_peak()
     batch, begin = of_lessons(row, 0), time.perf_counter()
     trainer.zero()
-    loss = trainer.backward(batch, LossTerms([float(batch.learnt.sum())]))[0].item()
+    loss = trainer.backward(batch, LossTerms([float(batch.learnt.sum()) * case.ranks]))[0].item()
     norm = trainer.finish(1.0)
     trainer.update(1e-4)
     seconds, peak = time.perf_counter() - begin, record.resident("VmHWM") - before
-    knobs = {"adapter": dataclasses.asdict(adapter) if adapter else None, "batch_size": rows, "seq_len": length}
-    planned = tuning.memory(config, knobs, 0.0)
     return {
-        **{"case": name, "bytes": peak, "planned": planned.total, "off": peak / planned.total - 1, "start": start},
-        **{"beside_weights": peak - sum(held.values()), "seconds": seconds, "loss": loss, "grad_norm": norm},
-        "parts": dataclasses.asdict(planned),
+        **{"bytes": peak, "start": start, "beside_weights": peak - held},
+        **{"seconds": seconds, "loss": loss, "grad_norm": norm},
     }
+
+
+def against_plan(name: str) -> dict[str, Any]:
+    """One case in processes of its own, beside what the planner says of it."""
+    case = CASES[name]
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--child", name, "--rank", str(rank)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | meet,
+        )
+        for rank in range(case.ranks)
+    ]
+    found = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
+    worst: dict[str, Any] = max(found, key=lambda each: float(each["bytes"]))
+    knobs = {
+        **{"adapter": dataclasses.asdict(case.adapter) if case.adapter else None, "moments": case.moments},
+        **{"batch_size": case.rows, "seq_len": case.tokens},
+    }
+    planned = tuning.memory(case.config, knobs, 0.0, layout=Layout(dp=case.ranks) if case.ranks > 1 else None)
+    of_plan = {"planned": planned.total, "off": worst["bytes"] / planned.total - 1}
+    return {"case": name, **worst, **of_plan, "parts": dataclasses.asdict(planned)}
 
 
 def summaries(cases: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:
@@ -112,17 +182,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--child", choices=list(CASES), help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measured(options.child)))
+        print(json.dumps(measured(options.child, options.rank)))
         return
-    results = record.header("tuning_memory", {"models": {n: dataclasses.asdict(c[0]) for n, c in CASES.items()}})
+    results = record.header("tuning_memory", {"models": {n: dataclasses.asdict(c.config) for n, c in CASES.items()}})
     results["cases"] = []
     for name in options.cases:
-        command = [sys.executable, __file__, "--child", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
-        results["cases"].append(json.loads(done.stdout))
+        results["cases"].append(against_plan(name))
         print(results["cases"][-1], file=sys.stderr, flush=True)
         record.write(results | dict(summaries(results["cases"])), options.out)
 

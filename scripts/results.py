@@ -243,10 +243,16 @@ def long_rows(report: Report) -> Rows:
 
 
 def tuning_memory(report: Report) -> Rows:
-    names = {"full": "all weights", "lora": "LoRA on a bf16 base", "qlora": "LoRA on an NF4 base"}
+    names = {
+        **{"full": "one rank, all weights", "lora": "one rank, LoRA on a bf16 base"},
+        **{"qlora": "one rank, LoRA on an NF4 base", "full int8": "one rank, all weights with moments in 8 bits"},
+        **{f"full {n} ranks": f"each of {n} ranks, all weights" for n in (2, 4)},
+        "lora 2 ranks": "each of 2 ranks, LoRA on a bf16 base",
+    }
     for case in report["cases"]:
         if case["case"] in names:
-            what = f"peak memory of an SFT step on one rank against its plan, {names[case['case']]}; limit 15 % off"
+            where, taught = names[case["case"]].split(", ")
+            what = f"peak memory of an SFT step on {where} against its plan, {taught}; limit 15 % off"
             yield what, f"{case['bytes'] / 1e9:.2f} GB, {100 * case['off']:+.1f} %"
 
 

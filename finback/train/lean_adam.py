@@ -18,7 +18,7 @@ from finback.train.optim import BETAS, Adam, Named
 # where and how the moments lie: on the device in fp32 or in eight bits, or in fp32 in the host's memory
 Moments = Literal["fp32", "int8", "host"]
 BLOCK = 256
-SLICE = 1 << 22  # numbers that are updated at a time; a multiple of BLOCK
+SLICE = 1 << 21  # numbers that are updated at a time; a multiple of BLOCK
 SMALL = 4096  # tensors of fewer numbers stay in fp32
 KINDS = "exp_avg", "exp_avg_sq"
 
@@ -155,7 +155,7 @@ def levels(signed: bool) -> Tensor:
 
 def pack(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Flat numbers (n,) -> the nearest levels' numbers (n,), and factors (n / 256, rounded up)."""
-    padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
+    padded = _in_blocks(values)
     scale, known = padded.abs().amax(1), levels(signed).to(values.device)
     share = padded / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     codes = torch.bucketize(share, (known[1:] + known[:-1]) / 2, out_int32=True)
@@ -166,5 +166,11 @@ def pack(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def unpack(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     """The numbers that are packed so, in fp32."""
-    values = levels(signed).to(codes.device)[codes.int()]
-    return values * scale.repeat_interleave(BLOCK)[: len(codes)]
+    values = levels(signed).to(codes.device).index_select(0, _in_blocks(codes).view(-1).int())
+    return values.view(-1, BLOCK).mul_(scale[:, None]).view(-1)[: len(codes)]
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """(n,) -> (blocks, 256), the last one filled up with zeros."""
+    short = -len(values) % BLOCK
+    return (torch.nn.functional.pad(values, (0, short)) if short else values).view(-1, BLOCK)
