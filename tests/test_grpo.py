@@ -13,17 +13,19 @@ from finback.checkpoint import models
 from finback.checkpoint.export import export
 from finback.config import UserError
 from finback.data import tokenizer
+from finback.engine.request import SamplingParams
 from finback.model import logprobs
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.report.export import export_model
 from finback.rollouts import rl_health
-from finback.rollouts.rollouts import Rollout
+from finback.rollouts.rollouts import Rollout, rollout
 from finback.runs.files import read_lines
 from finback.runs.folder import StageRun
 from finback.stages.grpo import GRPO
 from finback.stages.grpo_sampling import Group
 from finback.stages.grpo_training import Reinforcement
+from finback.stages.watching import Watch
 from finback.tasks.gym import Gym
 from finback.tasks.judge import Judge
 from finback.tasks.math import Chains
@@ -461,6 +463,35 @@ def test_samples_are_kept_and_rewound(tmp_path: Path) -> None:
     lines = read_lines(path)
     assert {line["step"] for line in lines} == {1} and len(lines) == 16
     assert {"question", "gold", "thinking", "answer", "reward", "advantage", "finish"} <= lines[0].keys()
+
+
+def test_watched_prompts_are_answered_as_the_model_is_and_change_nothing(tmp_path: Path) -> None:
+    for name in ("plain", "watched"):
+        (tmp_path / name).mkdir()
+    plain = reinforcement(tmp_path / "plain")
+    watched = reinforcement(tmp_path / "watched", watch=Watch(("1+1=?", "Hello"), every_steps=2))
+    problems = [Problem(text, "2", text) for text in ("1+1=?", "Hello")]
+    said = rollout(plain.rollouts, plain.tokenizer, plain.stage.task, problems, [0, 0], SamplingParams(0.0, 10))
+    found: list[list[dict[str, Any]]] = []
+    for r in (plain, watched):
+        looped = r.loop()
+        r.before(looped)
+        found.append([])
+        for _ in range(3):
+            found[-1].append(looped.advance())
+            r.after(looped, found[-1][-1])
+    for name in ("loss", "reward", "grad_norm", "gap_max"):
+        assert [m[name] for m in found[0]] == [m[name] for m in found[1]]
+    path = watched.run.folder / "watched.jsonl"
+    lines = list(read_lines(path))
+    assert [(line["step"], line["question"]) for line in lines] == [(s, p.question) for s in (0, 2) for p in problems]
+    assert [line["answer"] for line in lines[:2]] == [r.response.answer for r in said]
+    assert all(line["correct"] is None for line in lines) and "flops_evaluation" in watched.stage.declaration().ledger
+    watched.run.rewind(2)
+    assert [line["step"] for line in read_lines(path)] == [0, 0]
+    assert watched.stage.work().tokens_generated - plain.stage.work().tokens_generated == 2 * 2 * 10
+    with pytest.raises(UserError, match="no prompts"):
+        Watch("1+1=?")  # type: ignore[arg-type]
 
 
 def test_a_prefilled_chain_is_judged_as_one(tmp_path: Path) -> None:

@@ -95,6 +95,10 @@ def make_run(root: Path, name: str = "toy") -> Path:
         for _ in range(2)
     ]
     write(run / "zero/samples.jsonl", *said)
+    watched = {"gold": "", "thinking": "", "answer": "2", "correct": None, "tokens": 1, "finish": "stop"}
+    write(
+        run / "zero/watched.jsonl", *({"step": i, "question": q} | watched for i in (0, 2) for q in ("1+1=?", "Who?"))
+    )
     return run
 
 
@@ -315,8 +319,12 @@ def test_heat_rollouts_and_one_question_followed(client: TestClient) -> None:
     assert client.get("/api/rollouts?run=toy&stage=zero&step=99").json()["records"] == []
     assert client.get("/api/rollouts?run=toy&stage=zero&find=ONERROR").json()["questions"] == [HOSTILE]
     said = client.get("/api/follow", params={"run": "toy", "question": "1+1=?"}).json()["said"]
-    assert [(s["stage"], s["exam"], s["model"]) for s in said] == [("exam", "sums", "base"), ("zero", "", "zero")]
+    zero = "zero", "", "zero"
+    assert [(s["stage"], s["exam"], s["model"]) for s in said] == [("exam", "sums", "base"), zero, zero]
     assert [r["step"] for r in said[1]["records"]] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [(r["step"], r["correct"]) for r in said[2]["records"]] == [(0, None), (2, None)]
+    found = client.get("/api/rollouts?run=toy&stage=zero&exam=watched").json()
+    assert found["steps"] == [0, 2] and [r["question"] for r in found["records"]] == ["1+1=?", "Who?"]
 
 
 def test_new_lines_are_read_on_and_torn_ones_wait(tmp_path: Path) -> None:

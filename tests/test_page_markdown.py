@@ -179,16 +179,16 @@ def compared(page: Any, texts: list[str], most: int) -> dict[str, Any]:
     return found
 
 
-def test_growing_equals_the_whole_for_every_prefix(opened: Opened) -> None:
+@pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.slow), 12])
+def test_growing_equals_the_whole_for_every_prefix(opened: Opened, most: int) -> None:
     with talking() as client:
         page = opened(client)
+        rng = random.Random(most)
+        texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(5, 60))) for _ in range(40 + 5 * most)]
+        found = compared(page, [*WHOLE, *texts, "\n\n".join(WHOLE)], most)
+        assert found["wrong"] == []
+        assert found["settled"] > 30  # and it does leave most of a text alone
         assert compared(page, [FAR], 600)["wrong"] == []
-        for most in (1, 12):
-            rng = random.Random(most)
-            texts = ["".join(rng.choices(FRAGMENTS, k=rng.randint(5, 60))) for _ in range(18 + 6 * most)]
-            found = compared(page, [*WHOLE, *texts, "\n\n".join(WHOLE)], most)
-            assert found["wrong"] == []
-            assert found["settled"] > 30  # and it does leave most of a text alone
         view = f"/web/{Page().digest}/markdown/view.js"
         drawn_texts = [cut(text, 12, rng) for text in [*WHOLE, *(text for text, *_ in WORLD), *texts[:16]]]
         assert page.evaluate(GROWN, {"view": view, "texts": drawn_texts}) == []
@@ -351,12 +351,7 @@ def test_what_a_model_says_does_nothing(opened: Opened) -> None:
             })"""
         )
         assert found == {"tags": 0, "handlers": 0, "links": []}
-
-
-def test_all_payloads_as_streams(opened: Opened) -> None:
-    """Each prefix of a payload is drawn too while it streams."""
-    with talking() as client:
-        page = opened(client)
+        # each prefix of a payload is drawn too while it streams
         found = page.evaluate(
             """async ({ view, texts }) => {
               const { MarkdownView } = await import(view);

@@ -15,7 +15,7 @@ RECIPE, SUMMARY = "recipe.json", "summary.json"
 HUB = "hub"  # in recipe.json: the commits of models of the hub, by their names
 CONFIG, LEDGER, MANIFEST = "config.json", "ledger.jsonl", "manifest.json"
 LOCK, OWNER = ".lock", ".owner.json"  # locked while a recipe runs; who runs it
-METRICS, SAMPLES, ROUTER = "metrics.jsonl", "samples.jsonl", "router.jsonl"
+METRICS, SAMPLES, ROUTER, WATCHED = "metrics.jsonl", "samples.jsonl", "router.jsonl", "watched.jsonl"
 
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 

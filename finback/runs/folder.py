@@ -4,6 +4,7 @@ runs/<recipe>/recipe.json            which recipe and seed this folder belongs t
 runs/<recipe>/<stage>/config.json    the stage's knobs, resolved
                       metrics.jsonl  one line per logged step
                       samples.jsonl  every answer of every step of RL
+                      watched.jsonl  answers to the prompts that RL watches
                       router.jsonl   loads and biases of the routers, every few steps of pre-training
                       ledger.jsonl   what it was made with, then what was spent between two checkpoints
                       manifest.json  written last: its existence means finished
@@ -34,6 +35,7 @@ from finback.runs.files import (
     RECIPE,
     ROUTER,
     SAMPLES,
+    WATCHED,
     read_lines,
     read_object,
     write_json,
@@ -41,7 +43,7 @@ from finback.runs.files import (
 )
 from finback.runs.ledger import FLOPS
 
-STEPPED = (METRICS, SAMPLES, ROUTER)  # files whose lines belong to steps
+STEPPED = (METRICS, SAMPLES, ROUTER, WATCHED)  # files whose lines belong to steps
 
 BEST = ".best"  # the model of a stage in training that has answered its validation set best
 # what resuming needs, and nobody once a stage is finished

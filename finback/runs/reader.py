@@ -19,7 +19,7 @@ from finback.runs import declaration as declarations
 from finback.runs import files
 from finback.runs import ledger as ledgers
 from finback.runs.declaration import DECLARATION, Declaration
-from finback.runs.files import CONFIG, LEDGER, LOCK, MANIFEST, METRICS, RECIPE, ROUTER, SAMPLES, SUMMARY
+from finback.runs.files import CONFIG, LEDGER, LOCK, MANIFEST, METRICS, RECIPE, ROUTER, SAMPLES, SUMMARY, WATCHED
 from finback.runs.ledger import Ledger
 from finback.runs.lock import is_busy_elsewhere
 
@@ -94,6 +94,11 @@ class StageFolder:
     def answers_file(self, exam: str = "") -> Path:
         """Answers to an exam, or those of RL's steps; for samples.SampleIndex."""
         return self.folder / (f"{exam}.jsonl" if exam else SAMPLES)
+
+    @property
+    def watches(self) -> str:
+        """As what `answers_file` knows the answers to prompts that RL watches; "" where there are none."""
+        return WATCHED.removesuffix(".jsonl") if plain_file(self.folder, WATCHED) else ""
 
     @property
     def has_metrics(self) -> bool:

@@ -84,7 +84,8 @@ def shown(record: dict[str, Any]) -> dict[str, Any]:
     return found | {
         "step": _step(record),
         "tokens": _number(record.get("tokens")),
-        "correct": record.get("correct") is True,
+        # None: nobody has judged it
+        "correct": None if "correct" in record and record["correct"] is None else record.get("correct") is True,
         "thinks": record.get("thinks") is True,
         "advantage": _number(record.get("advantage")),
         "reward": {str(k): _number(v) for k, v in reward.items()} if isinstance(reward, dict) else {},

@@ -84,6 +84,7 @@ def stage_state(stage: StageFolder, busy: bool) -> dict[str, Any]:
         "has_metrics": stage.has_metrics,
         "exams": stage.exams,
         "has_samples": stage.has_samples,
+        "watches": stage.watches,
         **{name: spent.get(name, 0) for name in ("tokens_trained", "tokens_generated", "flops")},
     }
 

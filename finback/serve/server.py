@@ -39,7 +39,7 @@ from finback.serve.responses_reply import RESPONSES, cancel, input_items, input_
 from finback.serve.resumable import until_disconnect
 from finback.serve.service import Service, service_of
 from finback.serve.tokenizing import detokenize, tokenize
-from finback.serve.watch import Planned, Watch
+from finback.serve.watch import Planned, RunsApi
 
 PREFIXES = ("/v1", "", "/beta")  # OpenAI's, and DeepSeek's two
 
@@ -74,7 +74,7 @@ def build(
             await each.schemas.close()
             each.worker.close()
 
-    shown = [*Page().routes(chat=True), *Watch(options.runs, planned).routes()] if options.page else []
+    shown = [*Page().routes(chat=True), *RunsApi(options.runs, planned).routes()] if options.page else []
     app = application([*routes(), *shown], options, service.metrics, lifespan)
     app.state.service = service
     return app

@@ -41,7 +41,7 @@ POINTS = 4000  # most points of one curve in one reply
 Planned = Callable[[Path], dict[str, dict[str, float]]]  # of a run folder: by stage its seconds, dollars and flops
 
 
-class Watch:
+class RunsApi:
     """Run folders, with what has been read of them so far; `planned` says what a run was planned to take."""
 
     def __init__(self, root: Path, planned: Planned | None = None) -> None:
@@ -108,7 +108,7 @@ class Watch:
         return curves.heat(self._table(self._stage(asked)), asked.text("key", "expert_load"), 120)
 
     def rollouts(self, asked: "Asked") -> dict[str, Any]:
-        """The answers of a step of RL, or of an exam; `find` looks for questions that contain a text."""
+        """The answers of a step of RL, to prompts that it watches, or of an exam; `find` looks for questions that contain a text."""
         stage = self._stage(asked)
         samples = self._samples(stage, asked.text("exam", ""), A_LOOK if asked.text("soon", "") else AT_ONCE)
         newest = [] if samples.complete else [shown(r) for r in samples.newest()]
@@ -125,9 +125,10 @@ class Watch:
         """Every answer to one question in a run, stage after stage: in RL's steps and in exams."""
         question, found = asked.text("question"), []
         for stage in self.runs.stages(asked.text("run")):
-            for exam in [*([""] if stage.has_samples else []), *stage.exams]:
-                answers = self._samples(stage, exam).of_question(question)
+            for name in [*([""] if stage.has_samples else []), *filter(None, [stage.watches]), *stage.exams]:
+                answers = self._samples(stage, name).of_question(question)
                 if answers:
+                    exam = name if name in stage.exams else ""
                     model = str(stage.config.get("start", "")) if exam else stage.name
                     records = [shown(r) for r in answers]
                     found.append({"stage": stage.name, "exam": exam, "model": model, "records": records})
@@ -148,7 +149,7 @@ class Watch:
         return table
 
     def _samples(self, stage: StageFolder, exam: str, seconds: float = AT_ONCE) -> SampleIndex:
-        if exam and exam not in stage.exams:
+        if exam and exam not in (stage.watches, *stage.exams):
             raise ApiError(404, "no such exam", "exam")
         samples: SampleIndex = self._open(SampleIndex, stage.answers_file(exam))
         samples.update(seconds)
@@ -201,7 +202,7 @@ class Asked:
 
 def build(root: Path, options: ListenOptions, planned: Planned | None = None) -> Starlette:
     """The ASGI application of `finback watch`: the page of the runs, their JSON, and /health."""
-    return application([*Page().routes(chat=False), *Watch(root, planned).routes()], options, Metrics())
+    return application([*Page().routes(chat=False), *RunsApi(root, planned).routes()], options, Metrics())
 
 
 def run(options: WatchOptions, planned: Planned | None = None) -> None:

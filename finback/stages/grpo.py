@@ -26,6 +26,7 @@ from finback.stages import validation
 from finback.stages.grpo_training import Reinforcement
 from finback.stages.tuning_setup import check_layout
 from finback.stages.validation import Validation
+from finback.stages.watching import Watch, declared
 from finback.tasks.rewards import Reward
 from finback.tasks.task import Task
 from finback.train import loop
@@ -43,6 +44,8 @@ class GRPO(Stage):
     steps: int = 60
     # says when to stop and which model to keep
     validation: Validation | None = None
+    # prompts whose answers are written down as they change
+    watch: Watch | None = None
     # questions per step, over all ranks
     prompts_per_step: int = 32
     # answers per question
@@ -160,7 +163,9 @@ class GRPO(Stage):
     def work(self) -> Work:
         tokens = self.steps * self.prompts_per_step * self.num_generations * self.max_tokens
         validated = self.validation.generates(self.steps) if self.validation is not None else 0
-        return Work(tokens_trained=tokens * self.epochs, tokens_generated=tokens * (1 + self.resample) + validated)
+        watched = self.watch.generates(self.steps, self.max_tokens) if self.watch is not None else 0
+        generated = tokens * (1 + self.resample) + validated + watched
+        return Work(tokens_trained=tokens * self.epochs, tokens_generated=generated)
 
     def declaration(self) -> Declaration:
         spent: tuple[str, ...] = ("tokens_trained", "tokens_generated", "flops", "flops_training", "flops_generation")
@@ -184,7 +189,7 @@ class GRPO(Stage):
                 "router health: max violation": ("max_violation",),
             },
         )
-        return validation.declared(self.validation, given)
+        return declared(self.watch, validation.declared(self.validation, given))
 
     def describe(self, results: dict[str, Any]) -> str:
         engines = self.rollouts.n if isinstance(self.rollouts, Fleet) else 0

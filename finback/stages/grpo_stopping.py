@@ -10,6 +10,7 @@ from finback.rollouts.generation import Rollouts
 from finback.runs.files import METRICS, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.validation import Validator
+from finback.stages.watching import Watcher
 from finback.train import rates
 from finback.train.loop import Loop
 from finback.train.trainer import Trainer
@@ -30,6 +31,7 @@ class Stopping:
     ) -> None:
         self.stage, self.run = stage, run
         self.validator = Validator(stage.validation, run, trainer, tokenizer, rollouts)
+        self.watcher = Watcher(stage, run, trainer, tokenizer, rollouts)
         # the step after which the learning rate falls, and over how many; the last third, or once the validation set stops it
         self.decay = stage.steps - stage.steps // 3, stage.steps // 3
         # steps in a row that taught nothing
@@ -50,6 +52,11 @@ class Stopping:
         """A step's learning rate: up over the warm-up, level, and down at the end."""
         factor = rates.warmup(step, self.stage.warmup) * rates.decay(step, *self.decay, self.stage.final_lr)
         return self.peak_lr * factor
+
+    def before(self, loop: Loop) -> None:
+        """What the model says that the run starts from."""
+        self.validator.before(loop)
+        self.watcher.look(loop)
 
     def after(self, loop: Loop, metrics: dict[str, Any]) -> None:
         """UserError where trainer and engine disagree, or where RL has taught nothing for `patience` steps."""
@@ -72,6 +79,7 @@ class Stopping:
                 remedy = "Mend the cause, or raise patience (0: never stop) and run the same command to go on."
                 problem = f"nothing was learnt in the last {self.idle} steps: {cause}"
                 raise stage.wrong("patience", problem, remedy)
+        self.watcher.look(loop)
         self.validator.after(loop)
         if self.validator.stopped and loop.step < self.decay[0]:
             length = min(loop.step // 2, stage.steps - loop.step)

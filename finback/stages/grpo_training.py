@@ -84,7 +84,7 @@ class Reinforcement(Training):
         return self.stopping.learnt_out or super().finished(loop)
 
     def before(self, loop: Loop) -> None:
-        self.stopping.validator.before(loop)
+        self.stopping.before(loop)
 
     def step(self, loop: Loop) -> dict[str, Any]:
         stage, trainer, lr = self.stage, self.trainer, self.stopping.lr(loop.step)

@@ -25,7 +25,7 @@ export function Follow({ run, place }) {
       <h2 dir="auto">${question}</h2>
       ${error && html`<p class="notice bad" role="alert">${error}</p>`}
       ${data && !data.said.length && html`<p class="notice">Nobody was asked this.</p>`}
-      ${data && html`<ol>${data.said.flatMap((answers) => bySteps(answers).map(([step, records]) => html`<${Stop} key=${`${answers.stage} ${answers.exam} ${step}`} answers=${answers} step=${step} records=${records} />`))}</ol>`}
+      ${data && html`<ol>${data.said.flatMap((answers, i) => bySteps(answers).map(([step, records]) => html`<${Stop} key=${`${i} ${step}`} answers=${answers} step=${step} records=${records} />`))}</ol>`}
     </section>`;
 }
 
@@ -42,7 +42,7 @@ function Stop({ answers, step, records }) {
   return html`
     <li class="stop">
       <header><h3>${answers.exam ? answers.model : answers.stage}</h3>
-        <span class="small">${answers.exam ? `exam “${answers.exam}”` : `step ${step}`}${records.length > 1 ? `, ${right} of ${records.length} right` : ""}</span></header>
+        <span class="small">${answers.exam ? `exam “${answers.exam}”` : `step ${step}`}${records.length > 1 && records[0].correct !== null ? `, ${right} of ${records.length} right` : ""}</span></header>
       ${shown.map((record, i) => html`<${Record} key=${i} record=${record} />`)}
       ${records.length > SHOWN && html`<button type="button" class="button small" onClick=${() => setAll(!all)}>${all ? "Fewer" : `All ${records.length} answers`}</button>`}
     </li>`;

@@ -9,8 +9,8 @@ export function Record({ record }) {
   const earned = Object.entries(reward);
   const sum = earned.reduce((total, [, n]) => total + (n ?? 0), 0);
   return html`
-    <article class=${`record ${correct ? "right" : "wrong"}`}>
-      <div class="verdict"><b>${correct ? "Right" : "Wrong"}</b>
+    <article class=${`record ${correct === null ? "" : correct ? "right" : "wrong"}`}>
+      <div class="verdict">${correct !== null && html`<b>${correct ? "Right" : "Wrong"}</b>`}
         <span>${tokens} tokens</span>${ENDS[finish] && html`<span>${ENDS[finish]}</span>`}${advantage !== null && html`<span>advantage ${advantage > 0 ? "+" : ""}${value(advantage)}</span>`}</div>
       ${thinking && html`<div class="chain" dir="auto">${thinking}</div>`}
       <div class="final" dir="auto">${answer || html`<i>no answer</i>`}</div>

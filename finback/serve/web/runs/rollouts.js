@@ -6,10 +6,11 @@ import { Follow } from "./follow.js";
 import { go, linkTo } from "./place.js";
 import { Record } from "./record.js";
 
-/** Where answers are stored in a run: [id, words] of each stage of RL and of each exam. */
+/** Where answers are stored in a run: [id, words] of each stage of RL, of what it watches, and of each exam. */
 export function sourcesOf(run) {
   return run.stages.flatMap((s) => [
     ...(s.has_samples ? [[s.name, `${s.name}, every step`]] : []),
+    ...(s.watches ? [[`${s.name}/${s.watches}`, `${s.name}, watched prompts`]] : []),
     ...s.exams.map((exam) => [`${s.name}/${exam}`, `${s.name}, exam “${exam}”`]),
   ]);
 }
@@ -108,7 +109,7 @@ function Groups({ data, place, onAt }) {
         <ul>${groups.map(
           ([q, answers], i) => html`
           <li key=${q}><button type="button" aria-current=${i === at ? "true" : undefined} onClick=${() => onAt(i)}>
-            <span class="q" dir="auto">${q}</span><span class="right" title="right answers">${answers.filter((r) => r.correct).length}/${answers.length}</span>
+            <span class="q" dir="auto">${q}</span>${answers[0].correct !== null && html`<span class="right" title="right answers">${answers.filter((r) => r.correct).length}/${answers.length}</span>`}
           </button></li>`,
         )}</ul>
       </nav>

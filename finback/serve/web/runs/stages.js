@@ -76,6 +76,7 @@ function Details({ run, stage }) {
     <div class="links">
       ${stage.has_metrics && html`<a class="button small" href=${linkTo({ run: run.name, view: "curves", stages: stageId(run.name, stage.name) })}>Curves</a>`}
       ${stage.has_samples && html`<a class="button small" href=${linkTo({ run: run.name, view: "rollouts", source: stage.name })}>Rollouts</a>`}
+      ${stage.watches && html`<a class="button small" href=${linkTo({ run: run.name, view: "rollouts", source: `${stage.name}/${stage.watches}` })}>Watched prompts</a>`}
       ${stage.exams.map((exam) => html`<a key=${exam} class="button small" href=${linkTo({ run: run.name, view: "rollouts", source: `${stage.name}/${exam}` })}>Answers: ${exam}</a>`)}
     </div>
     ${stage.plan && html`<${Against} stage=${stage} />`}
