@@ -148,8 +148,8 @@ class CompressedLayer(LayerCache):
         is_own = index >= size - self.lengths[:, None]
         return is_own[:, None] & (index <= size + torch.arange(new, device=device)[part, None])
 
-    def compress(self, record: Tensor, entries_of: Callable[[Tensor, CompressedWindows], Tensor]) -> Tensor:
-        """All entries of the rows (b, n, w), those of windows that the new tokens' records (b, t, r) complete included."""
+    def compress(self, record: Tensor, entries_of: Callable[[Tensor, CompressedWindows], Tensor]) -> int:
+        """Store the entries of windows that the new tokens' records (b, t, r) complete; how many a row has now at most."""
         rows, device = self.records.extended(record), record.device
         first, after = self.lengths // self.rate, (self.lengths + self.counts) // self.rate
         number = first[:, None] + torch.arange(record.size(1) // self.rate + 1, device=device)
@@ -159,8 +159,11 @@ class CompressedLayer(LayerCache):
         made = entries_of(rows, CompressedWindows(index, real, number > 0))
         row, place = real.nonzero(as_tuple=True)
         self.entries[self.at_entry(number)[row, place]] = made[row, place].to(self.entries.dtype)
-        every = torch.arange(int(after.max()), device=device).expand(len(after), -1)
-        return self.entries[self.at_entry(every)].to(record.dtype)
+        return int(after.max())
+
+    def read(self, number: Tensor, part: slice) -> Tensor:
+        """A part of the width of entries: number (b, n) of each, counted from its row's first -> (b, n, part)."""
+        return self.entries[:, part][self.at_entry(number)]
 
     def at_entry(self, number: Tensor) -> Tensor:
         """Where entries lie: number (b, n) of each, counted from its row's first -> (b, n)."""

@@ -10,6 +10,7 @@ Letters: those of hca.py, j head of the indexer, e index_head_dim.
 import torch
 from torch import Tensor, nn
 
+from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
 from finback.model.dsa import Indexer, pick
 from finback.model.hca import HCA, Compressor
@@ -76,6 +77,22 @@ class CSA(HCA):
         with torch.no_grad():
             key = self.indexer.compressor(keys, angles, windows)
         return torch.cat([self.compressor(left, angles, windows), key], dim=-1)
+
+    def read(
+        self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], cache: CompressedLayer, count: int
+    ) -> Far:
+        """A single new token reads all keys, and of the entries those alone that are picked."""
+        c, most = self.config, self.config.index_topk
+        if x.size(1) > 1 or count <= most:
+            return super().read(x, q_latent, angles, cache, count)
+        every = torch.arange(count, device=x.device).expand(len(x), -1)
+        with torch.no_grad():
+            keys = cache.read(every, slice(c.head_dim, None)).to(x.dtype)
+            query, weight = self.indexer.queries(x, q_latent, *angles)
+            picked = pick(Indexer.scores(query, weight, keys), cache.seen(slice(None), 1, count), most)[:, 0]
+            places = picked.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[:, :most]
+        entries = cache.read(places, slice(c.head_dim)).to(x.dtype)
+        return entries, lambda part: picked.gather(1, places)[:, None]
 
     def choose(self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], entries: Tensor, seen: Seen) -> Far:
         entries, keys = entries.split([self.config.head_dim, self.config.index_head_dim], dim=-1)

@@ -70,8 +70,7 @@ class HCA(SWA):
         length, turned = x.size(1), torch.cat(angles, dim=-1)
         record = torch.cat([self.record(x), turned.expand(len(x), -1, -1)], dim=-1)
         if cache is not None:
-            entries = cache.compress(record, self.entries_of)
-            return self.choose(x, q_latent, angles, entries, lambda part: cache.seen(part, length, entries.size(1)))
+            return self.read(x, q_latent, angles, cache, cache.compress(record, self.entries_of))
         windows = windows_of(mask, length, self.compressor.size, x.device)
         entries = self.entries_of(record, windows)
         return self.choose(x, q_latent, angles, entries, lambda part: windows.seen(mask, part, length))
@@ -84,6 +83,14 @@ class HCA(SWA):
         """Records with angles behind them -> what is kept of each window, (b, n, w)."""
         left, angles = record.split([record.size(-1) - self.config.rope_dim, self.config.rope_dim], dim=-1)
         return self.compressor(left, angles, windows)
+
+    def read(
+        self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], cache: CompressedLayer, count: int
+    ) -> Far:
+        """What is stored, the first `count` entries of each row."""
+        every, new = torch.arange(count, device=x.device).expand(len(x), -1), x.size(1)
+        entries = cache.read(every, slice(None)).to(x.dtype)
+        return self.choose(x, q_latent, angles, entries, lambda part: cache.seen(part, new, count))
 
     def choose(self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], entries: Tensor, seen: Seen) -> Far:
         """The entries that are read, and which of those that may be seen are."""
