@@ -25,6 +25,7 @@ from finback.train.grpo_loss import Objective
 from tests.elsewhere import DEVICE, elsewhere
 from tests.serving import small_tokenizer
 from tests.toy import CONFIG, WORDS
+from tests.tuned import TIMED
 
 CHAINS = Chains(2, 3)
 TALK = TaskText(name="talk", tasks=(CHAINS,), documents=40)
@@ -86,10 +87,9 @@ STAGES: tuple[Stage, ...] = (
 
 def numbers(root: Path) -> dict[str, list[dict[str, Any]]]:
     """What every stage logged, without what depends on the clock."""
-    timed = ("seconds", "tokens_per_second", "mfu", "update_seconds", "sync_seconds", "generated_per_second")
     return {
         stage.name: [
-            {k: v for k, v in line.items() if k not in timed and isinstance(v, float | int)}
+            {k: v for k, v in line.items() if k not in TIMED and isinstance(v, float | int)}
             for line in read_lines(root / stage.name / "metrics.jsonl")
         ]
         for stage in STAGES[:-1]

@@ -74,7 +74,11 @@ BAD: list[tuple[type[Options], dict[str, Any], str]] = [
     (ServeOptions, {"model": MODEL, "rows": 0}, r"--rows = 0: not above 0\. Use 1 or more"),
     (ServeOptions, {"model": MODEL, "queue": -1}, "--queue = -1: negative"),
     (ServeOptions, {"model": MODEL, "dtype": "int3"}, r"--dtype = 'int3': expected one of .* Did you mean 'int8'"),
-    (ServeOptions, {"model": MODEL, "dtype": "xx"}, r"--dtype = 'xx': expected one of .*int8\. Use one of them\.$"),
+    (
+        ServeOptions,
+        {"model": MODEL, "dtype": "xx"},
+        r"--dtype = 'xx': expected one of .*int8, kept\. Use one of them\.$",
+    ),
     (ServeOptions, {"model": MODEL, "reasoning": "nope"}, "--reasoning = 'nope': expected one of both, deepseek"),
     (ServeOptions, {"model": MODEL, "drain": math.nan}, "--drain = nan: expected float"),
     (ServeOptions, {"model": MODEL, "also": ["a/toy"]}, "--also = .*two models of one name"),

@@ -31,7 +31,17 @@ from tests.toy import CONFIG, WORDS
 
 SPREAD = replace(CONFIG, num_attention_heads=4, initializer_range=0.15)
 EXACT = LoRA(rank=4, alpha=8.0, base="fp32")
-TIMED = {"seconds", "tokens_per_second", "mfu", "generated_per_second", "update_seconds", "sync_bytes", "sync_seconds"}
+TIMED = {
+    "seconds",
+    "tokens_per_second",
+    "mfu",
+    "generated_per_second",
+    "update_seconds",
+    "sync_bytes",
+    "sync_seconds",
+    "learnt_per_second",
+    "generating_seconds",
+}
 
 
 @dataclass(frozen=True)
