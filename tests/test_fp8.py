@@ -19,7 +19,7 @@ from finback.model.moe import MoE
 from finback.model.recompute import Policy, use_recompute
 from finback.model.transformer import Transformer
 from finback.train.precision import use_fp8
-from tests.toy import CONFIG, backward, toy_model
+from tests.toy import CONFIG, DENSE, backward, toy_model
 
 SHAPES = ((1, 1), (5, 7), (128, 128), (130, 260), (256, 384))
 
@@ -417,6 +417,20 @@ def test_without_rounding_the_model_is_the_fp32_model() -> None:
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_geglu_is_in_fp8_as_linear_maps() -> None:
+    """Of Gemma, whose feed-forward has no operator of its own."""
+    config = replace(DENSE, activation="gelu_tanh", norms="both", norm_offset=True)
+    seen = Exact()
+    plain, model = (Transformer(config).initialise(1).train() for _ in range(2))
+    use_fp8(model, seen)
+    losses = [backward(each, tokens(2, 12, 320), 0.0, 0.0).main for each in (plain, model)]
+    torch.testing.assert_close(*losses)
+    names = {p.data_ptr(): n for n, p in model.named_parameters()}
+    assert {names[w.data_ptr()] for w in seen.weights} == {
+        n for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim > 1
+    }
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])

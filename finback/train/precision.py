@@ -12,7 +12,7 @@ from finback.kernels import fp8_train, moe_gemm
 from finback.kernels.fp8_products import Products
 from finback.kernels.fp8_train import AFTER_ATTENTION, LINEAR, ROUTED, Numerics
 from finback.kernels.probe import experts_seconds
-from finback.model.layers import Linear, SwiGLU
+from finback.model.layers import GeGLU, Linear, SwiGLU
 from finback.model.moe import MoE
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
@@ -72,6 +72,9 @@ def use_fp8(model: Transformer, products: Products | None = None) -> Transformer
             module.experts = partial(fp8_train.routed_experts, numerics=replace(ROUTED, products=products))
         elif isinstance(module, SwiGLU):
             recast(module, Fp8SwiGLU).numerics = replace(LINEAR, products=products)
+        elif isinstance(module, GeGLU):
+            for part in (module.gate_up, module.down):
+                recast(part, Fp8Linear).numerics = replace(LINEAR, products=products)
         elif isinstance(module, Linear) and ".attention." in name:
             numerics = AFTER_ATTENTION if name.endswith(".out") else LINEAR
             recast(module, Fp8Linear).numerics = replace(numerics, products=products)
