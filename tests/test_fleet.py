@@ -159,10 +159,11 @@ recipe = [GRPO(name="zero", start={base!r}, task=Chains(2, 3), steps=8, prompts_
 """
 
 
-def test_a_trainer_that_is_killed_goes_on(base: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_trainer_that_is_killed_goes_on(ray: Any, base: Path, tmp_path: Path) -> None:  # noqa: F811
     """Five kills at random steps; all steps are done once, tokens made are tokens accounted for, and engines go with it."""
     (tmp_path / "r.py").write_text(RECIPE.format(base=str(base)))
     command = [sys.executable, "-m", "finback", "run", str(tmp_path / "r.py"), "--runs", str(tmp_path), "--ranks", "1"]
+    command += ["--ray", ray.get_runtime_context().gcs_address]
     stage, rng = tmp_path / "r" / "zero", random.Random(1)
 
     def lines(name: str) -> list[dict[str, Any]]:
@@ -170,15 +171,12 @@ def test_a_trainer_that_is_killed_goes_on(base: Path, tmp_path: Path) -> None:  
 
     for kill in range(6):
         with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, start_new_session=True) as process:
-            wanted = min(len(lines("metrics.jsonl")) // 2 * 2 + rng.randint(1, 3), 7)
-            begin = time.monotonic()
-            while kill < 5 and process.poll() is None and time.monotonic() < begin + 120:
-                if len(lines("metrics.jsonl")) >= wanted and time.monotonic() > begin + 10:
-                    break
+            wanted = min(len(lines("metrics.jsonl")) + rng.randint(1, 2), 7)
+            while kill < 5 and process.poll() is None and len(lines("metrics.jsonl")) < wanted:
                 time.sleep(0.02)
             if kill < 5 and process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            _, said = process.communicate(timeout=200)
+            _, said = process.communicate()
         if process.returncode == 0:
             break
     assert process.returncode == 0, said.decode()
