@@ -106,7 +106,7 @@ class StageRun:
         if (self.root / stage / MANIFEST).is_file() and (not within or inside.is_dir()):
             return inside
         path = Path(start)
-        if not hub_models.is_name(path):
+        if (self.root / stage).is_dir() or not hub_models.is_name(path):  # a stage has nothing of this name
             return path
         return hub_models.fetched(path, read_object(self.root / RECIPE).get(HUB, {}).get(start, ""))
 
