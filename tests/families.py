@@ -95,7 +95,7 @@ def deepseek_v4(draw: st.DrawFn) -> Any:
         "layer_types": [draw(st.sampled_from(kinds)) for _ in range(layers)],
         "mlp_layer_types": ["hash_moe"] * hashed + ["moe"] * (layers - hashed),
         "compress_rates": {kinds[1]: draw(st.sampled_from([2, 4])), kinds[2]: draw(st.sampled_from([5, 8, 128]))},
-        "sliding_window": draw(st.sampled_from([1, 3, 7, 40])),
+        "sliding_window": draw(st.sampled_from([2, 3, 7, 40])),  # with 1 transformers breaks while it generates
         "head_dim": draw(st.sampled_from([16, 24])),
         "partial_rotary_factor": 0.5,
         "q_lora_rank": 20,
