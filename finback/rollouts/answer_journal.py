@@ -1,7 +1,5 @@
 """Answers on disk as they come, before anything else is done with them: what was paid for survives whoever asked."""
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 from finback.engine.request import Completion, SamplingParams
 from finback.model.config import ModelConfig
 from finback.rollouts.generation import Rollouts
+from finback.runs import npy
 from finback.runs.files import read_lines
 
 FOLDER = ".answers"  # within a stage's
@@ -98,7 +97,7 @@ def _written(completion: Completion) -> dict[str, Any]:
         "logprobs": completion.logprobs,
         "finish": completion.finish_reason,
         "versions": completion.versions,
-        **({} if routes is None else {"routed_experts": _npy(routes)}),
+        **({} if routes is None else {"routed_experts": npy.to_text(routes)}),
         **({} if mask is None else {"sampling_mask": [ids.tolist() for ids in mask]}),
     }
 
@@ -109,14 +108,7 @@ def _read(line: dict[str, Any]) -> Completion:
         line["tokens"],
         line["logprobs"],
         line["finish"],
-        None if routes is None else np.load(io.BytesIO(base64.b64decode(routes)), allow_pickle=False),
+        None if routes is None else npy.from_text(routes),
         None if mask is None else [np.array(ids, dtype=np.int32) for ids in mask],
         tuple((int(v), int(first), int(end)) for v, first, end in line["versions"]),
     )
-
-
-def _npy(array: np.ndarray) -> str:
-    """base64 of .npy, as vLLM sends it."""
-    written = io.BytesIO()
-    np.save(written, array)
-    return base64.b64encode(written.getvalue()).decode()

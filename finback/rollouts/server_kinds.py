@@ -4,7 +4,6 @@ Forms of vLLM 0.32 and SGLang 0.5.23. No torch here.
 """
 
 import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from finback.client import Client, RequestFailed
 from finback.rollouts.generation_server import GenerationServer, ServedModel, TokenAnswer, TokenPrompt, object_of
+from finback.runs import npy
 
 SEEDS = 1 << 31  # of SGLang's
 
@@ -63,7 +63,7 @@ class VllmServer(GenerationServer):
             list(object_of(choice, "token_ids") or []),
             [float(each["logprob"]) for each in content],
             str(choice.get("finish_reason")),
-            _of_npy(choice.get("routed_experts")),
+            _routes(choice),
             None if mask is None else [np.array(ids, dtype=np.int32) for ids in mask],
             None if spans is None else [(str(s["version"]), int(s["start"]), int(s["end"])) for s in spans],
         )
@@ -82,7 +82,7 @@ class VllmServer(GenerationServer):
             raise self.unfit("its completions have no token ids", "Start it with --enable-scale-out.")
         given = (choice.get("logprobs") or {}).get("token_logprobs") or []
         logprobs = [float("nan") if value is None else float(value) for value in given]
-        experts = _of_npy(choice.get("routed_experts"))
+        experts = _routes(choice)
         return TokenAnswer(choice["token_ids"], logprobs, str(choice.get("finish_reason")), experts)
 
     def load(self, weights: Path, version: str) -> None:
@@ -207,6 +207,7 @@ def find_server(url: str, client: Client, field: str, model: ServedModel) -> Gen
     return server
 
 
-def _of_npy(given: str | None) -> np.ndarray | None:
-    """The array that base64 of .npy holds."""
-    return None if given is None else np.load(io.BytesIO(base64.b64decode(given)), allow_pickle=False)
+def _routes(choice: dict[str, Any]) -> np.ndarray | None:
+    """The routed experts of a choice, if it has them."""
+    given = choice.get("routed_experts")
+    return None if given is None else npy.from_text(given)

@@ -6,13 +6,10 @@ what top-k, top-p and min-p leave (vLLM's processed_logprobs).
 """
 
 import asyncio
-import base64
-import io
 import secrets
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -20,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from finback.engine.request import Request as EngineRequest
 from finback.engine.request import SamplingParams
+from finback.runs import npy
 from finback.serve.body import read
 from finback.serve.metrics import usage
 from finback.serve.middleware import salt
@@ -84,7 +82,7 @@ def _content(body: TokensRequest, request: EngineRequest, versions: Sequence[tup
         "finish_reason": made.finish_reason,
         "stop_reason": stopped_by if stopped_by in (asked.stop_token_ids or ()) else None,
         "logprobs": None,
-        "routed_experts": None if made.routed_experts is None else _npy(made.routed_experts),
+        "routed_experts": None if made.routed_experts is None else npy.to_text(made.routed_experts),
         "sampling_mask": None if made.sampling_mask is None else [ids.tolist() for ids in made.sampling_mask],
         "weight_versions": _spans(versions, len(made.tokens)),
     }
@@ -99,13 +97,6 @@ def _content(body: TokensRequest, request: EngineRequest, versions: Sequence[tup
         "prompt_token_ids": body.token_ids if body.return_token_ids else None,
         "usage": usage([request]),
     }
-
-
-def _npy(array: np.ndarray) -> str:
-    """An array as .npy in base64."""
-    written = io.BytesIO()
-    np.save(written, array)
-    return base64.b64encode(written.getvalue()).decode("ascii")
 
 
 def _spans(versions: Sequence[tuple[str, int]], count: int) -> list[dict[str, Any]]:
