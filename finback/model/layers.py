@@ -1,5 +1,6 @@
 """Norm, linear map, SwiGLU and initialisation: what every layer is made of."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -142,12 +143,12 @@ def precise(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
 
 
-class OwnStart(nn.Module):
+class OwnStart(nn.Module, ABC):
     """A part of which some values do not start as `initialise` has all others start."""
 
+    @abstractmethod
     def start(self, generator: torch.Generator) -> None:
         """Set them."""
-        raise NotImplementedError
 
 
 def first_value(module: nn.Module, name: str) -> float:
