@@ -24,6 +24,7 @@ from finback.kernels.documents import (
 from finback.kernels.prefixes import prefixed_attention
 
 LONGEST = 512
+SCORES = 2**24  # of all heads, that a block of queries may have in memory at once
 
 # query (b, h, t, d), key (b, kv, t, d), value (b, kv, t, v), scale, mask -> (b, h, t, v)
 Attention = Callable[[Tensor, Tensor, Tensor, float, Mask], Tensor]

@@ -8,11 +8,11 @@ Letters: those of hca.py, j head of the indexer, e index_head_dim.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
-from finback.model.dsa import Indexer, pick
+from finback.model.dsa import IndexerQueries, pick
 from finback.model.hca import HCA, Compressor
 from finback.model.layers import Linear
 from finback.model.rope import rotate_last
@@ -34,8 +34,8 @@ class OverlappingCompressor(Compressor):
         return both, torch.cat([before, windowed(gates[1], windows.index) + biases[1]], dim=2)
 
 
-class CompressedIndexer(nn.Module):
-    """I[t, n] = Σ_j w[t, j] · ReLU(q[t, j] · k[n]) with compressed keys (V4 eq. 13-16), w scaled by (j e)^-1/2."""
+class CompressedIndexer(IndexerQueries):
+    """I[t, n] = Σ_j w[t, j] · ReLU(q[t, j] · k[n]) with compressed keys (V4 eq. 13-16)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -45,12 +45,9 @@ class CompressedIndexer(nn.Module):
         self.weight = Linear(c.hidden_size, c.index_n_heads)
         self.compressor = OverlappingCompressor(config, c.compress_rate_csa, c.index_head_dim)
 
-    def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x (b, t, hidden) and the query latent (b, t, q_lora_rank) -> queries (b, t, j, e) and weights (b, t, j), fp32."""
-        c = self.config
-        query = self.query(q_latent).float().unflatten(-1, (c.index_n_heads, c.index_head_dim))
-        scale = (c.index_n_heads * c.index_head_dim) ** -0.5
-        return rotate_last(query, cos[:, :, None].float(), sin[:, :, None].float()), self.weight(x).float() * scale
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The end of the last dimension."""
+        return rotate_last(x, cos.float(), sin.float())
 
 
 class CSA(HCA):
@@ -89,7 +86,7 @@ class CSA(HCA):
         with torch.no_grad():
             keys = cache.read(every, slice(c.head_dim, None)).to(x.dtype)
             query, weight = self.indexer.queries(x, q_latent, *angles)
-            picked = pick(Indexer.scores(query, weight, keys), cache.seen(slice(None), 1, count), most)[:, 0]
+            picked = pick(self.indexer.scores(query, weight, keys), cache.seen(slice(None), 1, count), most)[:, 0]
             places = picked.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[:, :most]
         entries = cache.read(places, slice(c.head_dim)).to(x.dtype)
         return entries, lambda part: picked.gather(1, places)[:, None]
@@ -103,7 +100,7 @@ class CSA(HCA):
 
         @torch.no_grad()
         def picked(part: slice) -> Tensor:
-            scores = Indexer.scores(query[:, part], weight[:, part], keys)
+            scores = self.indexer.scores(query[:, part], weight[:, part], keys)
             return pick(scores, seen(part), self.config.index_topk)
 
         return entries, picked

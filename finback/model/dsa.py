@@ -10,13 +10,14 @@ orthogonal and leaves scores as they are, so both are left out here, as in trans
 Letters: those of mla.py, j head of the indexer, e index_head_dim, k index_topk.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finback.kernels.attention import torch_attention
+from finback.kernels.attention import SCORES, torch_attention
 from finback.kernels.documents import Mask, longest, visible
 from finback.model.cache import FEW, LayerCache
 from finback.model.config import ModelConfig
@@ -24,10 +25,33 @@ from finback.model.layers import Linear
 from finback.model.mla import MLA
 from finback.model.rope import rotate_half, rotate_interleaved
 
-SCORES = 2**24  # of all of the indexer's heads that are in memory at once
+
+class IndexerQueries(nn.Module, ABC):
+    """What scores keys: many heads of queries from MLA's query latent, and a weight for each, scaled by (j e)^-1/2."""
+
+    config: ModelConfig
+    query: Linear
+    weight: Linear
+
+    def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x (b, t, hidden) and MLA's query latent (b, t, q_lora_rank) -> queries (b, t, j, e) and weights (b, t, j), fp32."""
+        c = self.config
+        query = self.query(q_latent).float().unflatten(-1, (c.index_n_heads, c.index_head_dim))
+        scale = (c.index_n_heads * c.index_head_dim) ** -0.5
+        return self.rotated(query, cos[:, :, None], sin[:, :, None]), self.weight(x).float() * scale
+
+    @abstractmethod
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """A part of the last dimension rotated, the rest as it is."""
+
+    @staticmethod
+    def scores(query: Tensor, weight: Tensor, key: Tensor) -> Tensor:
+        """query (b, t, j, e), weight (b, t, j), key (b, s, e) -> (b, t, s) in fp32."""
+        products = torch.einsum("btje,bse->btjs", query, key.float()).relu_()
+        return torch.einsum("btj,btjs->bts", weight, products)
 
 
-class Indexer(nn.Module):
+class Indexer(IndexerQueries):
     """I[t, s] = Σ_j w[t, j] · ReLU(q[t, j] · k[s]) (V3.2 eq. 1), with w scaled by (j e)^-1/2."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -43,26 +67,13 @@ class Indexer(nn.Module):
     def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (b, t, hidden) -> what a token leaves in the cache for later ones, (b, t, e), rotated."""
         key = F.layer_norm(self.key(x).float(), (self.config.index_head_dim,), *self._norm(), self.key_norm.eps)
-        return self._rotated(key, cos, sin).to(x.dtype)
-
-    def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x (b, t, hidden) and MLA's query latent (b, t, q_lora_rank) -> queries (b, t, j, e) and weights (b, t, j), fp32."""
-        c = self.config
-        query = self.query(q_latent).float().unflatten(-1, (c.index_n_heads, c.index_head_dim))
-        scale = (c.index_n_heads * c.index_head_dim) ** -0.5
-        return self._rotated(query, cos[:, :, None], sin[:, :, None]), self.weight(x).float() * scale
-
-    @staticmethod
-    def scores(query: Tensor, weight: Tensor, key: Tensor) -> Tensor:
-        """query (b, t, j, e), weight (b, t, j), key (b, s, e) -> (b, t, s) in fp32."""
-        products = torch.einsum("btje,bse->btjs", query, key.float()).relu_()
-        return torch.einsum("btj,btjs->bts", weight, products)
+        return self.rotated(key, cos, sin).to(x.dtype)
 
     def _norm(self) -> tuple[Tensor, Tensor]:
         return self.key_norm.weight.float(), self.key_norm.bias.float()
 
-    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The first r of the last dimension rotated, the rest as it is."""
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The first r of the last dimension."""
         c = self.config
         turned, rest = x.split([c.qk_rope_head_dim, c.index_head_dim - c.qk_rope_head_dim], dim=-1)
         return torch.cat([self.rotate(turned, cos, sin), rest], dim=-1)
@@ -147,7 +158,7 @@ class DSA(MLA):
         return self.out_of_latents(read, w_uv).flatten(2)
 
     def parts(self, queries: int, keys: int, rows: int) -> Iterator[slice]:
-        """Blocks of queries whose scores of all heads fit SCORES."""
+        """Blocks of queries whose scores of all of the indexer's heads fit SCORES."""
         size = max(1, SCORES // (rows * keys * self.config.index_n_heads))
         for start in range(0, queries, size):
             yield slice(start, min(start + size, queries))

@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from finback.kernels.attention import sink_attention
+from finback.kernels.attention import SCORES, sink_attention
 from finback.kernels.documents import Mask, visible
 from finback.model.cache import LayerCache
 from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import SLIDING, ModelConfig
 from finback.model.layers import GroupedLinear, Linear, OwnStart, RMSNorm, UnweightedNorm, precise
 from finback.model.rope import rotate_last, softmax_scale, unrotate_last
-
-SCORES = 2**24  # of all heads that are in memory at once
 
 # (b or 1, part, entries) True for the entries that the queries of a part of the rows may see
 Seen = Callable[[slice], Tensor]
