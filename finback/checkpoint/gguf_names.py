@@ -6,6 +6,8 @@ GGUF keeps the experts of a layer in one tensor, and DeepSeek's up-projection of
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from finback.checkpoint.names import EXPERTS, MIXTRAL
+
 TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -39,15 +41,10 @@ BLOCK = {
 # families that call some of these otherwise
 OTHERWISE = {
     "gemma3_text": {"ffn_norm": "pre_feedforward_layernorm"},
-    "mixtral": {"ffn_gate_inp": "block_sparse_moe.gate"},
+    "mixtral": {"ffn_gate_inp": f"{MIXTRAL[0]}.gate"},
 }
-MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
-EXPERTS = {
-    "ffn_gate_exps": ("gate",),
-    "ffn_up_exps": ("up",),
-    "ffn_down_exps": ("down",),
-    "ffn_gate_up_exps": ("gate", "up"),
-}
+# stacks of experts, and which of gate, up and down they hold
+STACKS = {"ffn_gate_exps": (0,), "ffn_up_exps": (1,), "ffn_down_exps": (2,), "ffn_gate_up_exps": (0, 1)}
 KEYS, VALUES = "attn_k_b", "attn_v_b"
 
 
@@ -73,8 +70,8 @@ def pieces(shapes: dict[str, tuple[int, ...]], family: str) -> Iterator[tuple[st
     block = BLOCK | OTHERWISE.get(family, {})
     for name, shape in shapes.items():
         match name.split("."):
-            case ["blk", layer, part, "weight"] if part in EXPERTS and len(shape) == 3:
-                yield from _experts(name, f"model.layers.{layer}.", family, EXPERTS[part], shape)
+            case ["blk", layer, part, "weight"] if part in STACKS and len(shape) == 3:
+                yield from _experts(name, f"model.layers.{layer}.", family, STACKS[part], shape)
             case ["blk", layer, "exp_probs_b", _]:
                 yield f"model.layers.{layer}.mlp.gate.e_score_correction_bias", StoredPart(name, shape)
             case ["blk", layer, part, "weight"] if part == KEYS and len(shape) == 3:
@@ -91,15 +88,12 @@ def pieces(shapes: dict[str, tuple[int, ...]], family: str) -> Iterator[tuple[st
 
 
 def _experts(
-    name: str, stem: str, family: str, kinds: tuple[str, ...], shape: tuple[int, ...]
+    name: str, stem: str, family: str, kinds: tuple[int, ...], shape: tuple[int, ...]
 ) -> Iterator[tuple[str, StoredPart]]:
     """Each expert's matrices of a stack (experts, rows, columns), equal parts of the rows."""
     height = shape[1] // len(kinds)
+    module, *matrices = MIXTRAL if family == "mixtral" else EXPERTS
     for expert in range(shape[0]):
         for place, kind in enumerate(kinds):
-            theirs = (
-                f"block_sparse_moe.experts.{expert}.{MIXTRAL[kind]}"
-                if family == "mixtral"
-                else f"mlp.experts.{expert}.{kind}_proj"
-            )
-            yield f"{stem}{theirs}.weight", StoredPart(name, (height, shape[2]), expert, place * height)
+            theirs = f"{stem}{module}.experts.{expert}.{matrices[kind]}.weight"
+            yield theirs, StoredPart(name, (height, shape[2]), expert, place * height)

@@ -34,9 +34,9 @@ _GQA: _Names = {
     "out.weight": ("self_attn.o_proj.weight",),
 }
 
-# of experts: where they are, and their matrices
-_EXPERTS = "mlp", "gate_proj", "up_proj", "down_proj"
-_MIXTRAL = "block_sparse_moe", "w1", "w3", "w2"
+# of experts: where they are, and their matrices gate, up and down
+EXPERTS = "mlp", "gate_proj", "up_proj", "down_proj"
+MIXTRAL = "block_sparse_moe", "w1", "w3", "w2"
 
 _PRE_NORMS: _Names = {
     "attention_norm.weight": ("input_layernorm.weight",),
@@ -129,7 +129,7 @@ def _block(config: ModelConfig, ours: str, layer: int, biases: bool) -> dict[str
         attention |= _DSA
     names |= {parts[0] + k: v for k, v in attention.items()}
     if config.is_moe(layer):
-        stem, gate, up, down = _MIXTRAL if is_mixtral(config) else _EXPERTS
+        stem, gate, up, down = MIXTRAL if is_mixtral(config) else EXPERTS
         experts = [f"{stem}.experts.{e}." for e in range(config.n_routed_experts)]
         names[parts[1] + "router.weight"] = (f"{stem}.gate.weight",)
         if config.scoring_func == "sigmoid" or biases:
