@@ -60,8 +60,7 @@ def model_config(raw: dict[str, Any]) -> ModelConfig:
         "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
         "initializer_range": fields.number("initializer_range", 0.02),
     }
-    # which have one for each kind of layers
-    found = {} if name in ("olmo3", "gemma3_text", "deepseek_v4") else read_rope(fields)
+    found = {} if family.reads_rope else read_rope(fields)
     if found.get("partial_rotary_factor", 1.0) != 1.0 and name not in PARTLY_ROTATED:
         fields.refuse("partial_rotary_factor", f"{name} rotates whole heads", "Use another checkpoint.")
     return ModelConfig(**common | found | family.read(fields))

@@ -88,9 +88,7 @@ def _experts_family(config: ModelConfig) -> str:
         absent |= {"num_nextn_predict_layers": 0, "qk_norm": True, "layer_types": ()}
     else:
         absent |= {"sliding_window": None, "dense_layers": ()}
-    for name, value in absent.items():
-        if getattr(config, name) != value:
-            raise _no_family(config, name, f"the family of such experts has {value!r}")
+    _demand(config, absent, "the family of such experts")
     if config.attention_bias == ("qkv" if softmax else "all"):
         raise _no_family(config, "attention_bias", "the family of such experts has another")
     return "qwen3_moe" if softmax else "glm4_moe"
@@ -100,9 +98,7 @@ def _mixtral_family(config: ModelConfig) -> str:
     plain: dict[str, Any] = {"n_shared_experts": 0, "n_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True}
     plain |= {"partial_rotary_factor": 1.0, "num_nextn_predict_layers": 0, "layer_types": (), "nope_layers": ()}
     plain |= {"first_k_dense_replace": 0, "dense_layers": (), "local_rope_theta": None, "attention_bias": "none"}
-    for name, value in plain.items():
-        if getattr(config, name) != value:
-            raise _no_family(config, name, f"the family of such experts has {value!r}")
+    _demand(config, plain, "the family of such experts")
     return "mixtral"
 
 
@@ -110,9 +106,7 @@ def _gemma_family(config: ModelConfig) -> str:
     wanted: dict[str, Any] = {"norms": "both", "norm_offset": True, "scale_embeddings": True, "activation": "gelu_tanh"}
     wanted |= {"qk_norm": True, "qk_norm_over": "head", "partial_rotary_factor": 1.0, "nope_layers": ()}
     wanted |= {"n_routed_experts": 0, "num_nextn_predict_layers": 0}
-    for name, value in wanted.items():
-        if getattr(config, name) != value:
-            raise _no_family(config, name, f"Gemma 3, whose other parts it has, has {value!r}")
+    _demand(config, wanted, "Gemma 3, whose other parts it has,")
     if config.attention_bias == "qkv":
         raise _no_family(config, "attention_bias", "Gemma 3 has none or all")
     return "gemma3_text"
@@ -120,10 +114,9 @@ def _gemma_family(config: ModelConfig) -> str:
 
 def _long_family(config: ModelConfig) -> str:
     """Of dense models with partial rotation or LongRoPE."""
-    plain = {"norms": "pre", "nope_layers": (), "local_rope_theta": None, "qk_norm": False, "layer_types": ()}
-    for name, value in (plain | {"attention_bias": "none"}).items():
-        if getattr(config, name) != value:
-            raise _no_family(config, name, f"Phi-3, whose rotation this is, has {value!r}")
+    plain: dict[str, Any] = {"norms": "pre", "nope_layers": (), "local_rope_theta": None, "qk_norm": False}
+    plain |= {"layer_types": (), "attention_bias": "none"}
+    _demand(config, plain, "Phi-3, whose rotation this is,")
     if not isinstance(config.rope_scaling, LongRope | None):
         raise _no_family(config, "rope_scaling", "Phi-3, whose partial rotation this is, has LongRoPE or none")
     return "phi3"
@@ -135,6 +128,13 @@ def _post_norm_family(config: ModelConfig) -> str:
     if config.attention_bias == "qkv":
         raise _no_family(config, "attention_bias", "OLMo 2 has none or all")
     return "olmo2" if config.sliding_window is None else "olmo3"
+
+
+def _demand(config: ModelConfig, wanted: dict[str, Any], who: str) -> None:
+    """UserError for the first field that is not what a family has."""
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise _no_family(config, name, f"{who} has {value!r}")
 
 
 def _no_family(config: ModelConfig, name: str, problem: str) -> UserError:

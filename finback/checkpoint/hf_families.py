@@ -21,6 +21,8 @@ class Family:
     architecture: str
     read: Callable[[Fields], Found]
     defaults: dict[str, Any] = field(default_factory=dict)
+    # its `read` looks for rotations itself, one for each kind of layers
+    reads_rope: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -28,7 +30,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family("DeepseekV3ForCausalLM", lambda f: latent(f, v3_gate, mtp=True)),
     "deepseek_v32": Family("DeepseekV32ForCausalLM", lambda f: sparse(f, interleaved=False)),
     "glm_moe_dsa": Family("GlmMoeDsaForCausalLM", lambda f: sparse(f, interleaved=True)),
-    "deepseek_v4": Family("DeepseekV4ForCausalLM", read_v4, V4_DEFAULTS),
+    "deepseek_v4": Family("DeepseekV4ForCausalLM", read_v4, V4_DEFAULTS, reads_rope=True),
     "kimi_k2": Family("DeepseekV3ForCausalLM", lambda f: latent(f, v3_gate, mtp=True)),
     "glm4_moe_lite": Family("Glm4MoeLiteForCausalLM", lambda f: latent(f, lite_gate, mtp=True), {"rms_norm_eps": 1e-5}),
     "llama": Family("LlamaForCausalLM", hf_grouped.grouped),
@@ -53,6 +55,7 @@ FAMILIES: dict[str, Family] = {
             "rope_theta": 1000000.0,
             "tie_word_embeddings": True,
         },
+        reads_rope=True,
     ),
     "qwen2": Family("Qwen2ForCausalLM", hf_grouped.qwen2),
     "qwen3": Family("Qwen3ForCausalLM", hf_grouped.qwen3, {"head_dim": 128}),
@@ -73,6 +76,7 @@ FAMILIES: dict[str, Family] = {
         "Olmo3ForCausalLM",
         hf_grouped.olmo3,
         {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 500000.0},
+        reads_rope=True,
     ),
 }
 # families that people ask for, and what of them is missing here
