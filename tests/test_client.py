@@ -137,7 +137,7 @@ def test_a_stop_ends_every_wait() -> None:
     assert limit.wait()
     threading.Timer(0.05, stop.set).start()
     began = time.monotonic()
-    assert not limit.wait() and time.monotonic() - began < 20
+    assert not limit.wait() and time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://a/v1", "http://", "http://a:b/v1", "http://a/v1?x=1"])

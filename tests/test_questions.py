@@ -177,7 +177,7 @@ def test_hostile_answers(gold: str, attack: str, tmp_path: Path, monkeypatch: py
     start = time.monotonic()
     for text in (HOSTILE[attack], f"\\boxed{{{HOSTILE[attack]}}}", "\\boxed{" * 30_000, "#### \n" * 10_000):
         assert not judge(gold, text).correct
-    assert time.monotonic() - start < 20 and not list(tmp_path.iterdir())
+    assert time.monotonic() - start < 60 and not list(tmp_path.iterdir())
 
 
 def count(record: dict[str, Any], answer: str) -> float:

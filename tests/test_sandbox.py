@@ -78,7 +78,7 @@ def test_the_end_is_named(text: str, limits: Limits, reason: str, sandbox: Sandb
     start = time.monotonic()
     seen = sandbox.run(text, limits=limits)
     assert seen.reason == reason and len(seen.stdout) <= limits.output
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     if reason != "output":  # it may have come to its end before it was stopped
         assert (seen.exit_code == 0) == (reason == "ok")
 
