@@ -1,12 +1,14 @@
 """Fetches the libraries of the web page from npm, at pinned versions, into finback/serve/web/vendor.
 
-Needs `npm`, which only downloads: nothing of a package is ever run. Every package is checked against its digest below
-before a file of it is taken, and vendor.json says what was taken from where, under which licence, with which SHA-256.
-`--check` compares the files that are there with vendor.json and needs no network.
+Needs `npm`, which only downloads: nothing of a package is ever run; and `pip install fonttools[woff]`, which cuts the
+font. Every package is checked against its digest below before a file of it is taken, and vendor.json says what was
+taken from where, under which licence, with which SHA-256. `--check` compares the files that are there with
+vendor.json and needs no network.
 """
 
 import argparse
 import hashlib
+import io
 import json
 import subprocess
 import tarfile
@@ -37,6 +39,14 @@ LANGUAGES = (
     "xml",
     "yaml",
 )
+# Latin, Greek, letter-like signs, arrows, operators, brackets, technical and geometric signs, the alphabets of mathematics
+MATH_CHARACTERS = (
+    *(range(0x20, 0x7F), range(0xA0, 0x180), range(0x2B0, 0x400), range(0x2000, 0x2070), range(0x20D0, 0x2100)),
+    *(range(0x2100, 0x2400), range(0x25A0, 0x2700), range(0x27C0, 0x2800), range(0x2900, 0x2C00)),
+    range(0x1D400, 0x1D800),
+)
+MATH_FONT = "STIXTwoMath.woff2"
+MATH_FEATURES = ("ssty", "dtls", "flac")  # smaller forms in exponents, letters without their dots under accents
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,13 @@ PACKAGES = (
         "4b8a8191e425658e3ea8c8c1314b0fc679c861ee3a1af2b20c7b16ba50b5133d",
         {"dist/uPlot.min.css": "uplot.css"},
     ),
+    Package(  # its MATH table is what makes brackets grow
+        "@fontsource/stix-two-math",
+        "5.3.0",
+        "OFL-1.1",
+        "948de1b5470fbbd745fedbe6135797454fe833d94feecc6f2073cd771fe2f5fd",
+        {"files/stix-two-math-latin-400-normal.woff2": MATH_FONT},
+    ),
 )
 AXE = Package(
     "axe-core",
@@ -155,7 +172,7 @@ def taken(package: Package, folder: Path, target: Path) -> dict[str, object]:
     files: dict[str, str] = {}
     with tarfile.open(archive) as tar:
         for inside, name in package.files.items():
-            content = edited(package, name, _read(tar, inside))
+            content = subset(_read(tar, inside)) if name == MATH_FONT else edited(package, name, _read(tar, inside))
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
@@ -195,6 +212,19 @@ def edited(package: Package, name: str, content: bytes) -> bytes:
         assert text.count(old) == 1, f"{name}: {old!r} is there {text.count(old)} times"
         text = text.replace(old, new)
     return (text + (f"export default {package.exports};\n" if package.exports else "")).encode()
+
+
+def subset(font: bytes) -> bytes:
+    """The characters and forms that mathematics needs; the sizes and pieces of what grows come with them."""
+    from fontTools import subset as cutter
+
+    options = cutter.Options(layout_features=list(MATH_FEATURES), flavor="woff2", hinting=False)
+    found, written = cutter.load_font(io.BytesIO(font), options), io.BytesIO()
+    cut = cutter.Subsetter(options)
+    cut.populate(unicodes=[code for some in MATH_CHARACTERS for code in some])
+    cut.subset(found)
+    cutter.save_font(found, written, options)
+    return written.getvalue()
 
 
 def damaged(target: Path) -> list[str]:

@@ -243,19 +243,34 @@ WORLD: list[tuple[str, str, list[str]]] = [
     ("$$ is the PID.\n\nMore words.\n\n$$ again.", ".math", []),
 ]
 DIRECTIONS = "المسافة 3 كم\n\n- أول\n- second\n\nEnglish مع\n\n```\ncode\n```"
+TALL = "$$\\left(\\begin{matrix}a\\\\b\\\\c\\\\d\\\\e\\end{matrix}\\right] \\left\\{\\sqrt{\\frac{\\frac{1}{2}}{\\frac{3}{4}}}\\right\\rangle$$"
+# whether the font of the page has come, and how high the signs around the matrix are beside it
+GROWN_SIGNS = """async (box) => {
+  const [font] = [...document.fonts].filter((f) => f.family.includes('of the page'));
+  const math = box.querySelector('math');
+  const high = (element) => element.getBoundingClientRect().height;
+  await font.load();
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+  const table = math.querySelector('mtable');
+  const signs = [...math.querySelectorAll('mo')].map((sign) => high(sign) / high(table));
+  return [font.status, getComputedStyle(math).fontFamily.includes(font.family.replaceAll('"', '')), signs];
+}"""
 # these cannot be drawn, and stay readable
 BROKEN = ["$\\frac{1$ and $\\undefined{x}$", "$" + "{" * 500 + "x" + "}" * 500 + "$", "$\\def\\a{\\a\\a}\\a$"]
 
 
 def test_mathematics_money_and_texts_of_the_world(opened: Opened) -> None:
     with talking() as client:
-        texts = [*(text for text, _ in FORMULAS), *BROKEN, *(text for text, *_ in WORLD), DIRECTIONS]
+        texts = [*(text for text, _ in FORMULAS), *BROKEN, TALL, *(text for text, *_ in WORLD), DIRECTIONS]
         page = drawn(opened, client, texts)
         answers = page.locator(".assistant")
         for i, (text, count) in enumerate(FORMULAS):
             assert answers.nth(i).locator("math").count() == count, text
             assert answers.nth(i).locator(".math.wrong").count() == 0, text
         assert "\\frac{1" in answers.nth(len(FORMULAS)).inner_text()
+        status, is_used, signs = answers.nth(len(FORMULAS) + len(BROKEN)).evaluate(GROWN_SIGNS)
+        assert status == "loaded" and is_used
+        assert len(signs) == 4 and min(signs[:2]) > 0.85 and 0.3 < min(signs[2:]) < max(signs[2:]) < 0.9, signs
         for answer, (text, where, wanted) in zip(answers.all()[-len(WORLD) - 1 :], WORLD, strict=False):
             found = answer.locator(".prose").locator(where)
             assert found.count() == len(wanted), text
