@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: setup quickstart test test-slow test-vllm test-scale check bench results corpora web-vendor screenshots clean
+.PHONY: setup quickstart test test-slow test-vllm test-scale check docs bench results corpora web-vendor screenshots clean
 
 setup: $(VENV)/.installed $(VENV)/.dev
 
@@ -17,6 +17,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.dev
@@ -85,10 +89,14 @@ test-scale: $(VENV)/.scale
 test-slow: $(VENV)/.slow $(VENV)/.clients $(VENV)/.oracles
 	$(BIN)/python -m pytest -m slow
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# the site, in build/site, without a network; a link that leads nowhere is an error
+docs: $(VENV)/.docs
+	$(BIN)/python scripts/build_docs.py
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/pretrain.py

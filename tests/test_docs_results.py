@@ -35,6 +35,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_the_site_shows_every_page() -> None:
+    """Each guide, concept and page of the reference has its place in the navigation, once."""
+    named = re.findall(
+        r'"((?:guides|concepts|reference|cookbook)/[\w-]+\.md)"', (ROOT / "zensical.toml").read_text(encoding="utf-8")
+    )
+    made = {f"reference/{name}.md" for name in ("stages", "parts", "commands", "http", "python")}
+    assert len(named) == len(set(named))
+    assert set(named) - made == {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/*/*.md")}
+
+
 def test_the_walks_name_files_that_are_there() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-z_]+/[a-z_/0-9.]+\.(?:py|js|cpp))`", text))

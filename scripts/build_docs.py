@@ -1,0 +1,91 @@
+"""Build the documentation as a site, offline: build/docs is what is laid out, build/site what is built from it.
+
+    python scripts/build_docs.py          warnings, links that lead nowhere among them, are errors
+    python scripts/build_docs.py --serve  looks at the site while the pages of build/docs change
+
+The pages of docs/ and of the repository's root become a tree of their own, beside the reference that scripts/reference.py
+makes. A link to another file of the repository leads to a copy of it, Python files as pages; equations are drawn by Temml,
+which the server's page ships. Nothing is fetched, and the built site fetches nothing.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import reference
+
+ROOT = Path(__file__).parent.parent
+PAGES, SITE = ROOT / "build/docs", ROOT / "build/site"
+VENDOR = ROOT / "finback/serve/web/vendor"
+LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)]*)?\))")
+FENCE = re.compile(r"(^```.*?^```\s*$)", re.M | re.S)
+EQUATIONS = """import temml from "./temml.js";
+for (const element of document.querySelectorAll(".arithmatex")) {
+  const text = element.textContent.trim();
+  temml.render(text.slice(2, -2), element, {displayMode: text.startsWith("\\\\["), throwOnError: false});
+}
+"""
+
+
+def place(path: Path) -> Path:
+    """Where a file of the repository lies among the pages, relative to them."""
+    name = path.relative_to(ROOT)
+    if name == Path("README.md"):
+        return Path("index.md")
+    if name.parts[0] == "docs":
+        return Path(*name.parts[1:])
+    if name.suffix == ".md" and len(name.parts) == 1:
+        return name
+    return Path("files", f"{name}.md" if name.suffix == ".py" else name)
+
+
+def lay_out(path: Path, seen: set[Path]) -> None:
+    """Copy a page, and all that it links to, with links that lead to the copies."""
+    if path in seen:
+        return
+    seen.add(path)
+    target = PAGES / place(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".py":
+        code = path.read_text(encoding="utf-8")
+        target.write_text(f"# {path.relative_to(ROOT)}\n\n````python\n{code}````\n", encoding="utf-8")
+        return
+    if path.suffix != ".md":
+        shutil.copyfile(path, target)
+        return
+
+    def led(match: re.Match[str]) -> str:
+        there = Path(os.path.normpath(path.parent / match[2]))
+        if not there.is_file() or not there.is_relative_to(ROOT):
+            return match[0]  # the build complains
+        lay_out(there, seen)
+        return match[1] + os.path.relpath(place(there), place(path).parent) + match[3]
+
+    parts = FENCE.split(path.read_text(encoding="utf-8"))
+    text = "".join(part if part.startswith("```") else LINK.sub(led, part) for part in parts)
+    target.write_text(text, encoding="utf-8")
+
+
+def main() -> int:
+    shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.rmtree(SITE, ignore_errors=True)
+    seen: set[Path] = set()
+    reference.write(PAGES / "reference")
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]):
+        if not path.name.endswith(".in.md"):
+            lay_out(path, seen)
+    assets = PAGES / "assets"
+    assets.mkdir()
+    (assets / "equations.js").write_text(EQUATIONS, encoding="utf-8")
+    for name in ("temml.js", "temml.css", "Temml.woff2"):
+        shutil.copyfile(VENDOR / name, assets / name)
+    program = Path(sys.executable).with_name("zensical")
+    command = ["serve"] if "--serve" in sys.argv[1:] else ["build", "--clean", "--strict"]
+    return subprocess.call([str(program), *command], cwd=ROOT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
