@@ -178,6 +178,60 @@ def test_curves_zoom_move_and_change_their_axis(opened: Opened, root: Path) -> N
         page.check("text=Log scale")
         page.mouse.move(x + 100, y)
         expect(page.locator(".chart .values").first).to_contain_text("cost $")
+        page.click(".segments >> text=Steps")
+        chart, at = page.locator(".chart .plot").first, page.locator(".chart .values").first.locator("span").first
+        page.mouse.move(0, 0)
+        chart.focus()
+        for key, wanted in (
+            ("End", "step 100"),
+            ("ArrowLeft", "step 99"),
+            ("Home", "step 1"),
+            ("ArrowRight", "step 2"),
+            ("PageDown", "step 12"),
+        ):
+            chart.press(key)
+            expect(at).to_have_text(wanted)
+        chart.press("+")  # half as wide, around the cursor
+        wait_for_query(page, asked, "from=")
+        assert re.findall(r"from=(-?[\d.]+)&to=([\d.]+)", asked[-1]) == [("-12.75", "36.75")]
+        before = asked[-1]
+        chart.press("Shift+ArrowRight")
+        wait_for_query(page, asked, "from=-0.375&to=49.125", other=before)
+        chart.press("0")
+        expect(page.locator("text=Show all")).to_have_count(0)
+
+
+def test_what_a_kill_has_torn_is_shown_as_torn(opened: Opened, tmp_path: Path) -> None:
+    run, whole = make_run(tmp_path), make_run(tmp_path, "whole")
+    write(whole / "zero/manifest.json", {"stage": "zero", "files": [], "results": {}})
+    for name, damaged in (("base", "manifest.json"), ("exam", "config.json")):
+        content = (run / name / damaged).read_bytes()
+        (run / name / damaged).write_bytes(content[: len(content) // 2])
+    with (run / "zero/ledger.jsonl").open("w") as handle:
+        handle.write('{"seconds": 1.0, "cores": 2}\n{"seconds": 1\n{"seconds": 2.0, "cores": 2}\n{"secon')
+    with (run / "zero/metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 5, "rew')  # half a line is no damage: going on rewrites it
+    with watching(tmp_path) as client:
+        torn = client.get("/api/run?run=toy").json()
+        assert [(s["name"], s["state"], s["torn"]) for s in torn["stages"]] == [
+            ("base", "torn", "manifest.json"),
+            ("exam", "torn", "config.json"),
+            ("zero", "stopped", ""),
+        ]
+        assert torn["state"] == "torn" and client.get("/api/run?run=whole").json()["state"] == "done"
+        page = opened(client, "/#run=toy")
+        expect(page.locator(".stages .state")).to_have_text(["Torn", "Torn", "Stopped"])
+        expect(page.locator(".alerts li")).to_have_text(
+            [
+                "base manifest.json is torn: delete the folder base and run the recipe again",
+                "exam config.json is torn: delete the folder exam and run the recipe again",
+                "zero line 2 of ledger.jsonl is torn, and left out",
+            ]
+        )
+        page.click(".tabs >> text=Curves")
+        expect(page.locator(".chart").first).to_be_visible()
+        page.goto(str(client.base_url).rstrip("/") + "/#")
+        expect(page.locator(".card", has_text="toy").locator(".strip .torn").first).to_be_visible()
 
 
 def wait_for_query(page: Any, asked: list[str], text: str, other: str = "") -> None:

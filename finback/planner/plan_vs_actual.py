@@ -39,7 +39,8 @@ def plan_and_actual(root: Path, calibration: Path) -> dict[str, Any]:
 
 def planned(root: Path, calibration: Path) -> dict[str, dict[str, float]]:
     """What the stages that a run has begun were to take, of `SPENT`; nothing of those that announce nothing."""
-    found, _ = _plan(root.name, reader.stages(root), calibration)
+    begun = [stage for stage in reader.stages(root, lenient=True) if not stage.torn]
+    found, _ = _plan(root.name, begun, calibration)
     return {name: {k: stage[k] for k in SPENT if stage.get(k) is not None} for name, stage in found.items() if stage}
 
 

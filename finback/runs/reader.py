@@ -1,7 +1,7 @@
 """Run folders as others read them: stages, their state, results and logs. No torch here.
 
-A page that strangers may open reads leniently: what is damaged counts as not there, and links are not followed. For
-everybody else a damaged file is a UserError.
+A page that strangers may open reads leniently: what is damaged counts as not there and makes its stage a torn one, and links
+are not followed. For everybody else a damaged file is a UserError.
 """
 
 import json
@@ -35,6 +35,8 @@ class StageFolder:
     config_json: dict[str, Any]
     # None until it is finished
     manifest: dict[str, Any] | None = None
+    # the file that is damaged or gone, if it was read leniently
+    torn: str = ""
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -148,12 +150,15 @@ def stages(root: Path, lenient: bool = False) -> list[StageFolder]:
 
 def _stage(folder: Path, lenient: bool) -> StageFolder | None:
     config = _object(folder, CONFIG, lenient)
-    is_finished = plain_file(folder, MANIFEST)
+    manifest = _object(folder, MANIFEST, lenient) if plain_file(folder, MANIFEST) else None
     if not config.get("type"):
-        if is_finished and not lenient:
+        has_begun = any(plain_file(folder, name) for name in (CONFIG, LEDGER, MANIFEST, METRICS))
+        if lenient:
+            return StageFolder(folder, {}, manifest or None, CONFIG) if has_begun else None
+        if manifest is not None:
             raise torn(folder / CONFIG, "missing, or not the knobs of a stage")
         return None
-    return StageFolder(folder, config, _object(folder, MANIFEST, lenient) if is_finished else None)
+    return StageFolder(folder, config, manifest or None, MANIFEST if manifest == {} else "")
 
 
 def finished_stages(root: Path) -> Iterator[Path]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from finback.rollouts import rl_health
+from finback.runs.files import LEDGER
 from finback.runs.ledger import dollars
 from finback.runs.metrics_table import MetricsTable
 from finback.runs.reader import StageFolder
@@ -123,6 +124,15 @@ def alerts(stage: StageFolder, table: MetricsTable, running: bool) -> list[dict[
         found += _spikes(table, name)
     if running:
         found += _stall(table)
+    return [dict(zip(("kind", "name", "step", "text"), alert, strict=True)) for alert in found]
+
+
+def damage(stage: StageFolder) -> list[dict[str, Any]]:
+    """What of a stage cannot be read: a file that a kill has torn, lines of the ledger."""
+    found = [("ledger", LEDGER, None, fault) for fault in stage.ledger_faults[:LISTED]]
+    if stage.torn:
+        text = f"{stage.torn} is torn: delete the folder {stage.name} and run the recipe again"
+        found = [("torn", stage.torn, None, text), *found]
     return [dict(zip(("kind", "name", "step", "text"), alert, strict=True)) for alert in found]
 
 

@@ -56,13 +56,14 @@ def overview(name: str, root: Path, begun: list[StageFolder]) -> dict[str, Any]:
     listed = [stage_state(stage, busy and stage is begun[-1]) for stage in begun]
     recipe = reader.recipe(root, lenient=True)
     running = any(s["state"] == "running" for s in listed)
+    torn = any(s["state"] == "torn" for s in listed)
     done = bool(listed) and all(s["state"] == "done" for s in listed) and reader.has_summary(root)
     return {
         "name": name,
         "recipe": str(recipe.get("recipe", "?")),
         "seed": recipe.get("seed"),
         "stages": listed,
-        "state": "running" if running or busy else "done" if done else "stopped",
+        "state": "running" if running or busy else "torn" if torn else "done" if done else "stopped",
         "changed": reader.changed(root),
         "seconds": sum(s["seconds"] for s in listed),
         "money": sum(s["money"] for s in listed),
@@ -77,7 +78,8 @@ def stage_state(stage: StageFolder, busy: bool) -> dict[str, Any]:
     return {
         "name": stage.name,
         "kind": stage.type,
-        "state": "done" if stage.is_finished else "running" if busy else "stopped",
+        "state": "torn" if stage.torn else "done" if stage.is_finished else "running" if busy else "stopped",
+        "torn": stage.torn,
         "seconds": spent["seconds"],
         "money": dollars(spent["core_seconds"]),
         "cores": cores(ledger),

@@ -75,13 +75,13 @@ class RunsApi:
         for entry, stage in zip(found["stages"], begun, strict=True):
             results = stage.results if stage.is_finished else None
             entry |= {"config": stage.config, "results": results, "plan": plans.get(stage.name)}
-            entry |= {"keys": [], "nested": [], "alerts": []}
+            entry |= {"keys": [], "nested": [], "alerts": curves.damage(stage)}
             if entry["has_metrics"]:
                 table = self._table(stage, until - time.monotonic())
                 entry["keys"] = [n for n in table.columns if n != "step"]
                 entry["last"] = curves.latest(table)
                 entry |= {"nested": list(table.nested), "share": table.share, "rows": table.rows}
-                entry["alerts"] = curves.alerts(stage, table, entry["state"] == "running")
+                entry["alerts"] += curves.alerts(stage, table, entry["state"] == "running")
                 entry["progress"] = curves.progress(stage, table)
         return found
 

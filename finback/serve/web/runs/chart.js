@@ -1,4 +1,4 @@
-// One metric as curves. Dragging zooms in, Shift and dragging moves, a double click shows all again.
+// One metric as curves. Dragging zooms in, Shift and dragging moves, a double click shows all again; keys do the same.
 import { download } from "../files.js";
 import { html, render, useEffect, useLayoutEffect, useRef } from "../lib.js";
 import uPlot from "../vendor/uplot.js";
@@ -126,6 +126,35 @@ function pan(plot, onZoom) {
   );
 }
 
+const WALK = { ArrowLeft: -1, ArrowRight: 1, PageUp: -0.1, PageDown: 0.1, Home: -Infinity, End: Infinity }; // rows, or a share of all
+const KEYS = "arrow keys walk, Shift and arrows move, plus and minus zoom, 0 shows all";
+
+/** The row to which a key walks from the one under the cursor; undefined for other keys. */
+function walked(plot, key) {
+  const by = WALK[key];
+  if (by === undefined) return undefined;
+  const x = plot.data[0];
+  const { min, max } = plot.scales.x;
+  const first = x.findIndex((at) => at >= min);
+  const last = x.findLastIndex((at) => at <= max);
+  const now = plot.cursor.idx ?? (by > 0 ? first - 1 : last + 1);
+  const step = Number.isInteger(by) || !Number.isFinite(by) ? by : Math.sign(by) * Math.ceil(Math.abs(by) * (last - first));
+  return Math.max(first, Math.min(last, now + step));
+}
+
+/** The stretch that a key shows, around the cursor; undefined for other keys, [null, null] for all. */
+function stretch(plot, { key, shiftKey }) {
+  const { min, max } = plot.scales.x;
+  const x = plot.data[0];
+  const wide = max - min;
+  const moved = shiftKey && { ArrowLeft: -0.25, ArrowRight: 0.25 }[key];
+  if (moved) return [min + moved * wide, max + moved * wide];
+  const half = { "+": wide / 4, "=": wide / 4, "-": wide, _: wide }[key];
+  if (key === "0" || 2 * half >= x.at(-1) - x[0]) return [null, null];
+  const middle = x[plot.cursor.idx] ?? (min + max) / 2;
+  return half ? [middle - half, middle + half] : undefined;
+}
+
 export function Chart({ title, lines, axis, log, range, onZoom }) {
   const box = useRef();
   const values = useRef();
@@ -133,6 +162,15 @@ export function Chart({ title, lines, axis, log, range, onZoom }) {
   const usable = log ? lines.map(positive) : lines;
   const shape = `${axis} ${log} ${lines.map((l) => `${l.id}${Boolean(l.smooth)}${l.x.length < 3}`).join()}`;
   const move = (row) => render(row === null ? "" : html`<${At} axis=${axis} row=${row} curves=${plot.current?.series ?? []} />`, values.current);
+  const press = (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || !usable.some((line) => line.y.length)) return;
+    const shown = stretch(plot.current, event);
+    const row = shown ? undefined : walked(plot.current, event.key);
+    if (shown) onZoom(...shown);
+    else if (row === undefined) return;
+    else plot.current.setCursor({ left: plot.current.valToPos(plot.current.data[0][row], "x"), top: HEIGHT / 2 });
+    event.preventDefault();
+  };
   const saveCsv = () => {
     const raw = lines.map((line) => ({ ...line, smooth: undefined }));
     download(`${title}.csv`, asCsv([axis, ...lines.map((l) => l.label)], joined(raw)), "text/csv");
@@ -166,9 +204,9 @@ export function Chart({ title, lines, axis, log, range, onZoom }) {
   }, [lines, range[0], range[1]]);
   return html`
     <section class="chart" aria-label=${title}>
-      <header><h3>${title}</h3><span class="values" ref=${values}></span>
+      <header><h3>${title}</h3><span class="values" ref=${values} aria-live="polite"></span>
         <span class="saves"><button type="button" class="button small" onClick=${saveCsv} aria-label=${`${title} as CSV`}>CSV</button><button type="button" class="button small" onClick=${savePng} aria-label=${`${title} as PNG`}>PNG</button></span></header>
-      <div ref=${box} role="img" aria-label=${summary(title, lines)}></div>
+      <div ref=${box} class="plot" tabindex="0" role="application" aria-roledescription="chart" aria-label=${`${summary(title, lines)}; ${KEYS}`} onKeyDown=${press}></div>
     </section>`;
 }
 

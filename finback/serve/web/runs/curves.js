@@ -118,7 +118,7 @@ export function Curves({ run, place }) {
       ${wanted.map((key) => html`<${Chart} key=${key} title=${named(key)} axis=${axis} log=${log} range=${range} onZoom=${zoom} lines=${lines.filter((l) => l.key === key)} />`)}
     </div>
     ${heat.map(([r, s]) => html`<${Heat} key=${s} run=${r} stage=${s} changed=${run} />`)}
-    <p class="small">Drag to zoom in, Shift and drag to move, double-click for all. Long curves keep the lowest and the highest value of every stretch.</p>`;
+    <p class="small">Drag to zoom in, Shift and drag to move, double-click for all; by keyboard walk with the arrow keys, move with Shift, zoom with + and −, and 0 for all. Long curves keep the lowest and the highest value of every stretch.</p>`;
 }
 
 function Chip({ id, text, chosen, onChoose }) {

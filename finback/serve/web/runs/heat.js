@@ -1,4 +1,4 @@
-// Which experts are busy: one map a layer, steps from left to right, an expert a row.
+// Which experts are busy: one map a layer, steps from left to right, an expert a row. Pointer and arrow keys ask for one field.
 import { askJson, query } from "../api.js";
 import { html, useEffect, useRef, useState } from "../lib.js";
 import { colour } from "./colours.js";
@@ -42,12 +42,20 @@ function Layer({ layer, data }) {
     const expert = Math.floor(((event.clientY - top) / height) * experts);
     if (columns[step]?.[expert] !== undefined) setAt({ step, expert });
   };
+  const press = (event) => {
+    const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    const from = at ?? { step: columns.length - 1 - by[0], expert: -by[1] };
+    const step = Math.max(0, Math.min(columns.length - 1, from.step + by[0]));
+    setAt({ step, expert: Math.max(0, Math.min(experts - 1, from.expert + by[1])) });
+  };
   const last = columns.at(-1);
   const text = `Layer ${layer + 1}: at step ${data.steps.at(-1)} the busiest expert gets ${percent(Math.max(...last))} and the idlest ${percent(Math.min(...last))}; even would be ${percent(1 / experts)}`;
   return html`
     <section class="chart">
-      <header><h3>Layer with experts ${layer + 1}</h3><span class="values">${at && `step ${data.steps[at.step]}   expert ${at.expert + 1}   ${percent(columns[at.step][at.expert] ?? 0)}`}</span></header>
-      <canvas ref=${canvas} role="img" aria-label=${text} onMouseMove=${over} onMouseLeave=${() => setAt(null)}></canvas>
+      <header><h3>Layer with experts ${layer + 1}</h3><span class="values" aria-live="polite">${at && `step ${data.steps[at.step]}   expert ${at.expert + 1}   ${percent(columns[at.step][at.expert] ?? 0)}`}</span></header>
+      <canvas ref=${canvas} tabindex="0" role="application" aria-roledescription="map" aria-label=${`${text}; arrow keys walk`} onKeyDown=${press} onMouseMove=${over} onMouseLeave=${() => setAt(null)}></canvas>
       <p class="small">Steps ${data.steps[0]} to ${data.steps.at(-1)}; ${experts} experts from top to bottom.</p>
     </section>`;
 }

@@ -4,7 +4,7 @@ import { html, useState } from "../lib.js";
 import { ago, clock, money } from "./format.js";
 import { linkTo } from "./place.js";
 
-const WORDS = { running: "Running", done: "Done", stopped: "Stopped" };
+const WORDS = { running: "Running", done: "Done", stopped: "Stopped", torn: "Torn" };
 
 const ORDERS = {
   changed: ["Changed last", (a, b) => b.changed - a.changed],

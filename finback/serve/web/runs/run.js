@@ -25,7 +25,7 @@ export function Run({ run, place }) {
       html`
       <section class="alerts" aria-label="Alerts">
         <h2>${alerts.length === 1 ? "One thing to look at" : `${alerts.length} things to look at`}</h2>
-        <ul>${alerts.slice(0, 8).map((a, i) => html`<li key=${i}><b>${a.stage}</b> ${a.text} <a href=${linkTo({ run: run.name, view: "curves", stages: stageId(run.name, a.stage) })}>Curves</a></li>`)}</ul>
+        <ul>${alerts.slice(0, 8).map((a, i) => html`<li key=${i}><b>${a.stage}</b> ${a.text}${!["torn", "ledger"].includes(a.kind) && html` <a href=${linkTo({ run: run.name, view: "curves", stages: stageId(run.name, a.stage) })}>Curves</a>`}</li>`)}</ul>
       </section>`
     }
     <nav class="tabs" aria-label="Views">

@@ -21,19 +21,21 @@ export function Stages({ run }) {
 
 function Row({ run, stage }) {
   const [open, setOpen] = useState(false);
-  const tokens = stage.tokens_trained + stage.tokens_generated;
+  const tokens = tokensOf(stage);
   const result = headline(stage);
   return html`
     <tr>
       <th scope="row"><button type="button" class="fold" aria-expanded=${String(open)} onClick=${() => setOpen(!open)}><${Glyph} name="right" />${stage.name}</button><span class="kind">${stage.kind}</span></th>
       <td data-label="State"><${State} state=${stage.state} />${stage.state !== "done" && html`<${Progress} progress=${stage.progress} state=${stage.state} />`}</td>
       <td class=${result === NOTHING ? "none" : ""} data-label="Result">${result}</td>
-      <td class=${tokens ? "n" : "n none"} data-label="Tokens" title=${`${short(stage.tokens_trained)} trained on, ${short(stage.tokens_generated)} generated`}>${tokens ? short(tokens) : NOTHING}</td>
+      <td class=${tokens || tokensOf(stage.plan) ? "n" : "n none"} data-label="Tokens" title=${`${short(stage.tokens_trained)} trained on, ${short(stage.tokens_generated)} generated`}>${tokens ? short(tokens) : NOTHING}<${Plan} amount=${tokensOf(stage.plan)} write=${(n) => `≤ ${short(n)}`} /></td>
       <td class="n" data-label="Time">${clock(stage.seconds)}<${Plan} amount=${stage.plan?.seconds} write=${clock} /></td>
       <td class="n" data-label="Cost">${money(stage.money)}<${Plan} amount=${stage.plan?.dollars} write=${money} /></td>
     </tr>
     ${open && html`<tr class="details"><td colspan="6"><${Details} run=${run} stage=${stage} /></td></tr>`}`;
 }
+
+const tokensOf = (counts) => (counts?.tokens_trained ?? 0) + (counts?.tokens_generated ?? 0);
 
 /** Below what was spent what had been planned, where somebody planned. */
 const Plan = ({ amount, write }) => amount > 0 && html`<div class="small">planned ${write(amount)}</div>`;
@@ -89,6 +91,7 @@ function Details({ run, stage }) {
 /** The plan against the ledger: what was foreseen, what it took, and how many times as much that is. */
 function Against({ stage }) {
   const rows = [
+    ["Tokens, at most", short, tokensOf(stage.plan), tokensOf(stage)],
     ["Time", clock, stage.plan.seconds, stage.seconds],
     ["Cost", money, stage.plan.dollars, stage.money],
     ["FLOP", short, stage.plan.flops, stage.flops],
