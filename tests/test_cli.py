@@ -11,6 +11,7 @@ import pytest
 import finback as front_door
 from finback import __version__, extras
 from finback.config import UserError
+from finback.model.config import ModelConfig
 from finback.report import objects
 from finback.runs.recipe import load
 from finback.train import compiling
@@ -113,6 +114,10 @@ def test_show_explains_whatever_stands_in_a_recipe() -> None:
         shown = json.loads(finback("show", name, "--json").stdout)
         assert shown["object"] == name and shown["doc"] and shown["knobs"], name
     everything = objects.objects()
+    described = [
+        objects.describe(cls.__name__) for cls in everything if cls is not ModelConfig
+    ]  # its names are Hugging Face's
+    assert [(one.name, knob.name) for one in described for knob in one.knobs if not knob.comment] == []
     assert all(objects.describe(cls.__name__).as_text() for cls in everything) and len(everything) > 35
     typo = finback("show", "GPRO")
     assert typo.returncode == 2 and "'GRPO'" in typo.stderr

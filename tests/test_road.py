@@ -14,7 +14,8 @@ from finback.report import samples
 from finback.rollouts.rollouts import Rollout
 from finback.runs import recipe as recipes
 from finback.runs.files import read_lines
-from finback.stages.evaluate import Exam, mtp_acceptance
+from finback.stages.draft_acceptance import mtp_acceptance
+from finback.stages.evaluate import Exam
 from finback.tasks.math import Chains
 from finback.tasks.task import Problem, Verdict
 from tests.road import write_road

@@ -24,9 +24,11 @@ class NearDuplicates:
     4 bytes for each permutation and about as much for the index.
     """
 
+    # estimated Jaccard index, 0 to 1, from which on a document is a duplicate
     threshold: float = 0.8
     # words in a row
     shingle: int = 5
+    # hash functions of a signature: more of them estimate better and cost more
     permutations: int = 128
 
     def __post_init__(self) -> None:

@@ -19,10 +19,13 @@ from finback.readers import BytesRead
 class PackageSource(Source):
     """Text of an installed package: a Python module's files, or those that a Debian package puts under `root`."""
 
+    # of the source, as `mixture` and the tables name it
     name: str
+    # SPDX identifier
     licence: str
     # what carries it
     package: str
+    # how its files are read
     form: Literal["aws", "google", "wordnet", "html"]
     # its files, below the module or the root
     pattern: str

@@ -68,7 +68,9 @@ class Source(ABC):
 class Chitchat(Source):
     """The BYU Chit Chat corpus: 7,168 typed English dialogues, shipped by the chitchat-dataset package (MIT)."""
 
+    # of the source, as `mixture` and the tables name it
     name: str = "chitchat"
+    # SPDX identifier, for the documents of a published model
     licence: str = "MIT"
     has_layout: ClassVar[bool] = False
 
@@ -93,10 +95,13 @@ class Files(Source):
     split into documents at blank lines, or kept whole.
     """
 
+    # files, or patterns such as notes/*.md
     paths: tuple[str, ...] = field(default_factory=tuple)
     # what a document is in a file of plain text
     split: Literal["paragraphs", "files"] = "paragraphs"
+    # of the source, as `mixture` and the tables name it
     name: str = "files"
+    # SPDX identifier, for the documents of a published model
     licence: str = "unstated"
 
     def __post_init__(self) -> None:
@@ -146,9 +151,13 @@ class Hub(Source):
 
     # owner/name, or owner/name@revision
     path: str
+    # of the data set
     split: str = "train"
+    # its configuration, such as main; None: the only one
     subset: str | None = None
+    # of the source, as `mixture` and the tables name it
     name: str = "hub"
+    # SPDX identifier, for the documents of a published model
     licence: str = "unstated"
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ NAMES = sorted({name for table in (_MLA, _GQA, _MLP, _OUT) for names in table.va
 class LoRA:
     """An adapter: its shape, what it is put on, and how the frozen base lies in memory."""
 
+    # columns of A and rows of B
     rank: int = 16
     # what is learnt counts alpha / rank times
     alpha: float = 32.0

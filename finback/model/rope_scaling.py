@@ -10,10 +10,15 @@ from finback.config import UserError, check_fields, check_positive
 class Yarn:
     """YaRN context extension (V3 report 4.3): constants as in `config.json` under `rope_scaling`."""
 
+    # the new window over the old one
     factor: float = 40.0
+    # the old window, in tokens
     original_max_position_embeddings: int = 4096
+    # dimensions that turn more often than this within the old window keep their frequency
     beta_fast: float = 32.0
+    # those that turn less often have it divided by `factor`; between the two lies a ramp
     beta_slow: float = 1.0
+    # of the temperature: cos and sin grow by 0.1 mscale ln(factor) + 1, over the same of mscale_all_dim
     mscale: float = 1.0
     # 0 where the softmax scale stays (Qwen): cos and sin then carry the whole factor
     mscale_all_dim: float = 1.0
@@ -42,9 +47,13 @@ class Yarn:
 class Llama3Rope:
     """Llama 3.1's frequency scaling: long waves divided by `factor`, short ones kept, a ramp in between."""
 
+    # what the frequencies of long waves are divided by
     factor: float = 8.0
+    # waves longer than the old window over this are long
     low_freq_factor: float = 1.0
+    # waves shorter than the old window over this are short
     high_freq_factor: float = 4.0
+    # the old window, in tokens
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
@@ -59,6 +68,7 @@ class Llama3Rope:
 class LinearRope:
     """Position interpolation (arXiv 2306.15595): every frequency divided by `factor`."""
 
+    # the new window over the old one
     factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -70,6 +80,7 @@ class LinearRope:
 class DynamicRope:
     """Dynamic NTK scaling: the base grows with rows longer than the window, which no row is here; within it nothing changes."""
 
+    # the longest row over the window
     factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -83,7 +94,9 @@ class LongRope:
 
     # one for each rotary pair: of rows within the window of pre-training, and of those that reach beyond it
     short_factor: tuple[float, ...] = ()
+    # the same for rows longer than the window of pre-training
     long_factor: tuple[float, ...] = ()
+    # the window of pre-training, in tokens
     original_max_position_embeddings: int = 4096
     # what cos and sin are multiplied with
     attention_factor: float = 1.0

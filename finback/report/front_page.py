@@ -21,7 +21,7 @@ Begin with the quickstart, minutes on a laptop: a tiny model learns to think bef
 
 Three more to begin with:
 
-  finback run recipes/your_task.py --set zero.start=MODEL    teach an open checkpoint a task of yours
+  finback run recipes/your_task.py --set rl.start=MODEL    teach an open checkpoint a task of yours
   finback compare MODEL OTHER --tasks gsm8k                  ask both the same questions
   finback plan v3 --on h800:2048                             what a run takes before it starts
 

@@ -34,11 +34,13 @@ class Fleet(Backend):
 
     # engines
     n: int
+    # what generates; vLLM and SGLang work as `Servers`
     engine: Literal["finback"] = "finback"
     # of Ray, such as 10.0.0.5:6379, or auto: the one of this machine; "": one of its own, for this run
     address: str = ""
     # of each engine: its threads, and what Ray sets aside for it
     num_cpus: int = 1
+    # GPUs that Ray sets aside for each engine
     num_gpus: float = 0.0
     # of the matrices that are sent; auto: that in which the trainer computes
     dtype: Literal["auto", "fp32", "bf16"] = "auto"

@@ -41,6 +41,7 @@ class Work:
 class Stage:
     """Base of all stages. `name` is also the name of the stage's folder."""
 
+    # unique in a recipe; the stage's folder has it, and later stages refer to it
     name: str
 
     # limits of the running and not of the result: these may change in a half-finished stage

@@ -45,7 +45,9 @@ CHUNK = 512  # tokens whose logits, the student's and the teacher's, are held at
 class Distill(SFT):
     """SFT's knobs; the labels are the teacher's probabilities. With `task` the student's own answers are the lessons."""
 
+    # a stage, a run, a Hugging Face folder or a .gguf file with the same vocabulary
     teacher: str
+    # forward: KL(teacher, student), which covers all that the teacher says; reverse: KL(student, teacher), which keeps to its likeliest
     divergence: Literal["forward", "reverse"] = "forward"
     # likeliest tokens that are distinguished; 0: the whole vocabulary
     top_k: int = 0
@@ -57,7 +59,9 @@ class Distill(SFT):
     steps: int = 100
     # of so many questions each
     prompts_per_step: int = 32
+    # on-policy: that of the student's answers
     temperature: float = 1.0
+    # on-policy: per answer
     max_tokens: int = 96
     # on-policy: where the student's answers are generated, by the engine in each rank or by servers
     rollouts: Here | Servers | Fleet = Here()

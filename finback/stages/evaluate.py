@@ -6,9 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from finback.checkpoint.inference import InferenceDtype
 from finback.config import UserError, check_fields, check_not_negative, check_positive, did_you_mean
 from finback.data.tokenizer import Tokenizer
@@ -16,16 +13,17 @@ from finback.engine.engine import Engine
 from finback.engine.open import load
 from finback.engine.request import SamplingParams
 from finback.model.count import forward_flops_of
-from finback.model.logprobs import in_chunks, rows_at_once, text_logprobs
+from finback.model.logprobs import text_logprobs
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import Window
-from finback.rollouts.rollouts import Rollout, record, rollout
+from finback.rollouts.rollouts import record, rollout
 from finback.runs.declaration import Declaration
 from finback.runs.files import read_lines, read_object, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun
 from finback.runs.recipe import Stage, Work
 from finback.stages.compress import bits_by_source
+from finback.stages.draft_acceptance import mtp_acceptance
 from finback.suites import catalogue, compression
 from finback.suites.statistics import interval, paired
 from finback.suites.suite import Suite
@@ -38,6 +36,7 @@ from finback.tasks.task import Problem, Task
 class OfSuite:
     """Questions of a suite, put and judged as `finback compare` does; a spec is what its --tasks take."""
 
+    # as --tasks takes it, such as gym:chain_sum?level=easy
     spec: str
 
     def __post_init__(self) -> None:
@@ -62,14 +61,21 @@ class Exam:
     `suite` takes the place of a task: at most `problems` of its questions, such as suite="gym:chain_sum".
     """
 
+    # of its file and its line in tables
     name: str
+    # whose held-out problems are asked
     task: Task | OfSuite | None = None
+    # how many
     problems: int = 600
+    # 0 is greedy
     temperature: float = 1.0
+    # open the chain for the model
     think: bool = False
+    # per answer, chain included
     max_tokens: int = 96
     # ISO 639-1: also report which share of the chains' words is in it (R1 2.3.2)
     language: str = ""
+    # a suite in place of a task
     suite: InitVar[str] = ""
 
     def __post_init__(self, suite: str) -> None:
@@ -91,10 +97,13 @@ class Exam:
 class Evaluate(Stage):
     """Give a model its exams; every answer is written to <exam>.jsonl."""
 
+    # a stage, a run, a Hugging Face folder or a .gguf file
     start: str
+    # with names of their own
     exams: tuple[Exam, ...]
     # a prepare stage, to compress the validation text of its `sources`
     data: str = ""
+    # of that stage
     sources: tuple[str, ...] = field(default_factory=tuple)
     # of the weights: "bf16" takes half of the memory, "auto" is that where the machine computes in it and the model is not small
     dtype: InferenceDtype = "fp32"
@@ -264,37 +273,3 @@ def language_of(records: list[dict[str, Any]], target: str) -> float | None:
     shares = [consistency(r["thinking"], target) for r in records if r["thinks"]]
     known_shares = [share for share in shares if share is not None]
     return sum(known_shares) / len(known_shares) if known_shares else None
-
-
-@torch.no_grad()
-def mtp_acceptance(model: Transformer, rollouts: list[Rollout]) -> tuple[int, int]:
-    """How many of the MTP module's drafts equal the trunk's own greedy choice, and how many drafts there were.
-
-    At each generated position the module drafts the token after the next from the actual next one; the trunk,
-    having read that token too, gives its own choice. This is the acceptance of greedy speculative decoding.
-    """
-    if not model.mtp:
-        return 0, 0
-    accepted = drafts = 0
-    for start in range(0, len(rollouts), 64):
-        rows = [r.prompt + r.completion.tokens for r in rollouts[start : start + 64]]
-        longest = max(map(len, rows))
-        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows]).to(model.embed.device)
-        hidden = model(tokens)
-        trunk = _likeliest(model, hidden)
-        behind = tokens.new_zeros(len(rows), len(model.mtp) - 1)  # only the first depth's drafts are looked at
-        further = model.mtp_hidden_states(hidden[:, :-1], torch.cat([tokens, behind], dim=1))
-        draft = _likeliest(model, further[0])
-        for row, r in enumerate(rollouts[start : start + 64]):
-            # draft i predicts token i + 2, as does the trunk at i + 1
-            first, last = len(r.prompt) - 1, len(rows[row]) - 2
-            agree = draft[row, first:last] == trunk[row, first + 1 : last + 1]
-            accepted, drafts = accepted + int(agree.sum()), drafts + max(0, last - first)
-    return accepted, drafts
-
-
-def _likeliest(model: Transformer, hidden: Tensor) -> Tensor:
-    """The likeliest token of each state (b, t, d) -> (b, t)."""
-    rows = rows_at_once(model.config.vocab_size)
-    (ids,) = in_chunks(lambda states: (model.logits(states).argmax(dim=-1),), rows, hidden.flatten(0, 1))
-    return ids.view(hidden.shape[:2])

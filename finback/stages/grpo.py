@@ -38,7 +38,9 @@ from finback.train.lean_adam import Moments
 class GRPO(Stage):
     """Reinforcement learning with checkable rewards."""
 
+    # a stage, a run, a Hugging Face folder or a .gguf file
     start: str
+    # questions and the check of an answer
     task: Task
     # at most, with a validation set
     steps: int = 60
@@ -50,22 +52,28 @@ class GRPO(Stage):
     prompts_per_step: int = 32
     # answers per question
     num_generations: int = 8
+    # what an answer is paid for
     reward: Reward = field(default_factory=Reward)
+    # the loss: clipping, averaging, divergence from a reference model, corrections
     objective: Objective = field(default_factory=Objective)
     # level, and linearly down to final_lr times it over the last third of the steps or once the validation set stops it;
     # None: 3e-4, from 50 million parameters on 2e-6, ten times that for an adapter
     lr: float | None = None
     # steps over which lr rises to its value
     warmup: int = 0
+    # where the rate ends, as a share of lr
     final_lr: float = 0.1
+    # of the answers
     temperature: float = 1.0
     # only the k likeliest tokens, 0: all, and those that together reach this probability; the update counts probabilities among them
     top_k: int = 0
+    # see top_k
     top_p: float = 1.0
     # per answer
     max_tokens: int = 96
     # open the chain for the model, as R1's own template does
     think: bool = False
+    # clip the gradient to this norm
     max_grad_norm: float = 1.0
     # divide advantages by the group's std
     normalise: bool = True
@@ -113,6 +121,7 @@ class GRPO(Stage):
     recompute: Policy | None = None
     # AdamW's: on the device in fp32, or in 8 bits each; "host": in the host's memory, and on the device as they are used
     moments: Moments = "fp32"
+    # save after so many steps
     checkpoint_steps: int = 5
 
     def __post_init__(self) -> None:

@@ -36,11 +36,17 @@ class TaskText:
     a real prompt, only the last answer then shows its chain.
     """
 
+    # they take turns
     tasks: tuple[Task, ...]
+    # how many to write
     documents: int
+    # share with a worked chain before the answer
     think: float = 0.5
+    # share that goes on with another problem
     follow_up: float = 0.0
+    # of the source, as `mixture` and the tables name it
     name: str = "tasks"
+    # SPDX identifier, for the documents of a published model
     licence: str = "MIT (generated here)"
 
     def __post_init__(self) -> None:
@@ -72,8 +78,11 @@ class Decontaminate:
     fewer, all. Questions of the training side say which words are the task's and not a problem's.
     """
 
+    # whose held-out problems stay out
     tasks: tuple[Task, ...]
+    # so many of each task
     problems: int = 1000
+    # words in a row that give a problem away
     ngram: int = 13
 
     def __post_init__(self) -> None:
@@ -98,6 +107,7 @@ class Prepare(Stage):
     text: tuple[Chitchat | Files | Hub | PackageSource, ...] = field(default_factory=tuple)
     # generated text
     tasks: tuple[TaskText, ...] = field(default_factory=tuple)
+    # entries of the tokenizer that is made, special tokens included
     vocab_size: int = 1024
     # take the tokenizer of this model, to go on training it, instead of making one
     vocabulary: str = ""
@@ -107,6 +117,7 @@ class Prepare(Stage):
     quality: Quality | None = None
     # drop near duplicates, also of earlier sources
     near: NearDuplicates | None = None
+    # keep the problems of exams out of real text
     decontaminate: Decontaminate | None = None
     # share of plain texts that ask for their middle; V3: 0.1
     fim: float = 0.0

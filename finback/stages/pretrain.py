@@ -26,10 +26,15 @@ from finback.train.rates import Level, Phase
 class Probe:
     """What pre-training must reach: greedy accuracy on training-side problems with the chain opened for it."""
 
+    # whose training-side problems are asked
     task: Task
+    # share of right answers, 0 to 1, at which the decay begins
     at_least: float
+    # how many are asked each time
     problems: int = 128
+    # trained tokens from one probe to the next
     every_tokens: int = 200_000
+    # per answer
     max_tokens: int = 96
 
     def __post_init__(self) -> None:
@@ -52,17 +57,21 @@ class Pretrain(Stage):
     start: str = ""
     # source name -> share of tokens
     mixture: dict[str, float]
+    # ends the level part of the schedule when it is passed
     probe: Probe | None = None
     # of both learning rates; () for warm-up, level and a decay that the probe begins
     phases: tuple[Phase, ...] = ()
     # hard end, decay included; with phases they say where it ends
     max_tokens: int = 4_000_000
+    # tokens over which the rates fall at the end
     decay_tokens: int = 500_000
+    # tokens over which they rise at the start
     warmup_tokens: int = 80_000
     # rows per step over all ranks
     batch_size: int = 32
     # begin with so many and come to batch_size over ramp_tokens; 0: no ramp
     batch_size_start: int = 0
+    # tokens over which the batch grows from batch_size_start
     ramp_tokens: int = 0
     # tokens per row
     seq_len: int = 128
@@ -72,15 +81,19 @@ class Pretrain(Stage):
     document_mask: bool = False
     # for hidden matrices; the rest is AdamW's with either
     optimizer: Literal["muon", "adamw"] = "muon"
+    # highest rate of the hidden matrices under Muon
     muon_lr: float = 8e-3
+    # highest rate of all that AdamW trains
     adam_lr: float = 8e-3
     # where the decay ends, as a share of the rates above
     final_lr: float = 0.05
     # of hidden matrices
     weight_decay: float = 0.05
+    # clip the gradient to this norm
     max_grad_norm: float = 1.0
     # V3: ((0, 0.3), (10T, 0.1))
     mtp_weight: Level = 0.3
+    # weight of the balance loss within a sequence (V3: 1e-4)
     balance_alpha: float = 1e-4
     # of the routers' biases; V3: ((0, 0.001), (14.3T, 0.0))
     bias_speed: Level = 0.003
@@ -106,6 +119,7 @@ class Pretrain(Stage):
     keep_best: bool = False
     # a line of router.jsonl after so many steps
     router_steps: int = 10
+    # save after so many steps
     checkpoint_steps: int = 50
     # how many checkpoints stay, the newest
     keep: int = 2

@@ -42,11 +42,17 @@ CHUNK = 128  # questions answered between two files, over all ranks
 class Reject(Stage):
     """Sample `num_generations` answers to each of `prompts` training questions and keep the good ones in traces.jsonl."""
 
+    # a stage, a run, a Hugging Face folder or a .gguf file
     start: str
+    # questions and the check of an answer
     task: Task
+    # questions to ask
     prompts: int = 1000
+    # answers to each
     num_generations: int = 4
+    # of the answers
     temperature: float = 1.0
+    # per answer
     max_tokens: int = 96
     # open the chain for the model
     think: bool = False

@@ -39,32 +39,41 @@ class SFT(Stage):
     R1 took 2 to 3 epochs of cosine 5e-5 -> 5e-6; the defaults are for models a thousandth as large.
     """
 
+    # a stage, a run, a Hugging Face folder or a .gguf file
     start: str
     # reject stages whose traces are lessons
     traces: tuple[str, ...] = ()
+    # dialogues from elsewhere
     text: tuple[Chitchat | Files | Hub | TaskText, ...] = field(default_factory=tuple)
     # source -> dialogues of it, drawn at random
     limits: dict[str, int] = field(default_factory=dict, hash=False)
     # False: leave the chains out and train on the bare answers
     chains: bool = True
+    # passes over the lessons
     epochs: int = 2
     # packed rows per step, over all ranks
     batch_size: int = 8
     # tokens per row; longer lessons are left out, and counted
     seq_len: int = 512
+    # highest learning rate, of a cosine
     lr: float = 1e-3
     # where the cosine ends, as a share of lr
     final_lr: float = 0.1
     # share of the steps
     warmup: float = 0.03
+    # AdamW's
     weight_decay: float = 0.0
+    # clip the gradient to this norm
     max_grad_norm: float = 1.0
+    # weight of the loss of multi-token prediction
     mtp_weight: float = 0.3
+    # weight of the balance loss within a sequence
     balance_alpha: float = 1e-4
     # of the routers' biases
     bias_speed: float = 0.0
     # says when to stop and which model to keep
     validation: Validation | None = None
+    # precision of the products
     compute: Literal["fp32", "bf16"] = "fp32"
     # learn an adapter on a frozen base instead of all weights; MTP modules are then not trained
     adapter: LoRA | None = None
@@ -74,6 +83,7 @@ class SFT(Stage):
     recompute: Policy | None = None
     # AdamW's: on the device in fp32, or in 8 bits each; "host": in the host's memory, and on the device as they are used
     moments: Moments = "fp32"
+    # save after so many steps
     checkpoint_steps: int = 50
 
     def __post_init__(self) -> None:

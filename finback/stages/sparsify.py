@@ -24,8 +24,10 @@ class Sparsify(Pretrain):
     index_topk: int
     # heads of an indexer, and their width, which is at least the rotary part of a head
     index_n_heads: int
+    # width of a head, at least the rotary part of one of attention
     index_head_dim: int
     optimizer: Literal["muon", "adamw"] = "adamw"
+    # of the indexers (V3.2: 1e-3)
     adam_lr: float = 1e-3
     weight_decay: float = 0.0
     # nothing else moves, routers' biases included

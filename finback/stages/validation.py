@@ -40,8 +40,11 @@ class Validation:
     rate fall over half as many steps as it has taken, and SFT and distillation end.
     """
 
+    # whose problems are asked; training leaves them out
     task: Task
+    # how many
     problems: int = 200
+    # steps from one score to the next
     every_steps: int = 20
     # 0: train to the last step whatever the scores
     patience: int = 3
@@ -49,6 +52,7 @@ class Validation:
     temperature: float = 0.0
     # open the chain for the model
     think: bool = False
+    # per answer
     max_tokens: int = 96
 
     def __post_init__(self) -> None:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 class Watch:
     """A fixed set of prompts, answered before the first step and every `every_steps` by the model as it is then."""
 
+    # as a user would write them
     prompts: tuple[str, ...]
+    # steps from one answer to the next
     every_steps: int = 5
     # 0: the likeliest answer
     temperature: float = 0.0

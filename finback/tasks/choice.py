@@ -28,7 +28,9 @@ class Choice(RecordTask):
     """
 
     instruction: str = "Answer with the letter alone."
+    # field of a record that holds the list of choices
     choices_field: str = "choices"
+    # order them by a hash of the question
     shuffle: bool = True
 
     def __post_init__(self) -> None:

@@ -40,10 +40,13 @@ class Code:
     of a function together.
     """
 
+    # of the JSONL file
     path: str
     # the name in tables, else the file's
     label: str = ""
+    # how programs are kept from the machine; auto: bubblewrap where it works, else rlimits
     isolation: Literal["auto", "bubblewrap", "rlimits", "monty"] = "auto"
+    # of time, memory and output
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

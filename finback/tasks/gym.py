@@ -136,7 +136,9 @@ class Gym:
     The canonical form of a problem is its question, so it stays on its side of the split under any settings.
     """
 
+    # its name in reasoning-gym
     dataset: str
+    # fields of its config class
     settings: dict[str, Setting] = field(default_factory=dict, hash=False)
     # the name in tables, where one data set is used with several settings
     label: str = ""

@@ -50,9 +50,11 @@ class Judge:
 
     # of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1
     url: str
+    # its name on that server
     model: str
     # a file that holds the key, if the server wants one
     key_file: str | None = None
+    # what the judge is asked to prefer
     rubric: str = HELPFUL
     # seconds for one try
     timeout: float = 120.0

@@ -26,9 +26,13 @@ class Chains:
     around the steps: English, Chinese, or either at every step, as models do that were trained for none.
     """
 
+    # fewest terms of a problem
     min_terms: int = 4
+    # most terms
     max_terms: int = 6
+    # digit that a term may be
     largest: int = 9
+    # language around the steps; "" for bare sums
     wording: Literal["", "en", "zh", "mixed"] = ""
 
     def __post_init__(self) -> None:

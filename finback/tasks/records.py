@@ -63,7 +63,9 @@ class RecordTask:
     subset: str = ""
     # likewise
     split: str = "train"
+    # field of a record that holds the question
     question_field: str = "question"
+    # field that holds the gold answer
     answer_field: str = "answer"
     # stands after every question
     instruction: str = ""

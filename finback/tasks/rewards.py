@@ -26,6 +26,7 @@ class Reward:
     form: float = 0.1
     # for a chain that was opened, closed and has something in it
     think: float = 0.0
+    # times the share of the chain's words in `target` (R1 2.3.2)
     language: float = 0.0
     # ISO 639-1
     target: str = "en"
@@ -33,6 +34,7 @@ class Reward:
     brevity: float = 0.0
     # times the judge's score among the answers of a group
     preference: float = 0.0
+    # what gives the preference
     judge: Judge | None = None
 
     def __post_init__(self) -> None:

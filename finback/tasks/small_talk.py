@@ -28,7 +28,9 @@ class SmallTalk:
     Nothing here says that a reply is apt: that is for people, or for a judge.
     """
 
+    # words of a right reply
     least: int = 3
+    # words of a right reply
     most: int = 40
     # share of the words that must occur in the corpus
     known: float = 0.9

@@ -71,8 +71,11 @@ class Task(Protocol):
 class Mixture:
     """Several tasks as one: each problem comes from one of them, by `weights` (equal ones if none are given)."""
 
+    # to draw from
     tasks: tuple[Task, ...]
+    # how often each is drawn; () for equally often
     weights: tuple[float, ...] = ()
+    # the name in tables
     label: str = "mixture"
 
     def __post_init__(self) -> None:

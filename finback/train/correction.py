@@ -28,6 +28,7 @@ class Correction:
     mode: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
     # bounds of that ratio; None: no lower one
     clip_min: float | None = None
+    # the upper one
     clip_max: float = 2.0
     # answers whose geometric mean of exp d is outside these bounds are not learnt from
     geometric_mask: tuple[float, float] | None = None

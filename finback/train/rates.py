@@ -19,9 +19,13 @@ class Phase:
     Phase(167B, 0.0332, 0.0332).
     """
 
+    # how long it is
     tokens: int
+    # share of the full rate at its first token
     start: float = 1.0
+    # share of the full rate at its last
     end: float = 1.0
+    # of the way between the two
     shape: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
