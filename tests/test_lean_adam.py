@@ -1,22 +1,30 @@
 """AdamW with moments in eight bits and in the host's memory, against torch's own."""
 
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from finback.train import lean_adam
 from finback.train.lean_adam import EightBits, LeanAdam, Moments, levels, pack, unpack
 from finback.train.optim import Adam
+from finback.train.sharded_optim import ShardedLeanAdam
+from tests.many import on_ranks
 
 BETAS = (0.9, 0.95)
 
 
 def named(seed: int = 0) -> list[tuple[str, nn.Parameter]]:
-    """A matrix whose last block is short, one of a slice and a half, and one that is too small for eight bits."""
+    """A matrix of rows of five blocks and of some slices and a half, one of short rows, and one that is too small for eight bits."""
     g = torch.Generator().manual_seed(seed)
-    return [(n, nn.Parameter(torch.randn(*s, generator=g))) for n, s in (("a", (70, 61)), ("b", (96, 64)), ("c", (9,)))]
+    return [
+        (n, nn.Parameter(torch.randn(*s, generator=g))) for n, s in (("a", (13, 1280)), ("b", (96, 64)), ("c", (64,)))
+    ]
 
 
 def gradients(parameters: list[tuple[str, nn.Parameter]], seed: int) -> None:
@@ -48,9 +56,9 @@ def test_moments_in_eight_bits_step_by_hand_and_nearly_as_exact_ones(monkeypatch
         assert p.grad is not None
         wanted = before * (1 - 1e-3) - 1e-2 * p.grad / (p.grad.abs() + 1e-8)
         torch.testing.assert_close(p.detach(), wanted, atol=1e-6, rtol=0)
-        first, second = (each.read(slice(0, p.numel()), p.device) for each in lean.kept[name])
+        first, second = (each.read(slice(None), p.device) for each in lean.kept[name])
         if isinstance(lean.kept[name][0], EightBits):
-            codes, scale = pack(0.1 * p.grad.flatten(), signed=True)
+            codes, scale = pack(0.1 * p.grad, signed=True)
             torch.testing.assert_close(first, unpack(codes, scale, signed=True))
         assert (second >= 0).all()
     exact, found = learnt(plain, 0, 40), learnt(lean, 1, 40)
@@ -67,13 +75,13 @@ def test_levels_and_blocks() -> None:
     assert unsigned[1:3].tolist() == pytest.approx([3.25e-7, 7.75e-7]) and signed[128].item() == pytest.approx(5.5e-7)
     assert signed[0].item() == pytest.approx(-(1 - 0.9 / 128)) and unsigned[-2].item() == pytest.approx(1 - 0.9 / 256)
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) ** 5
-    values[256:512] = 0
+    values[250:500] = 0  # one of four blocks of 250
     for sign in (True, False):
         given = values if sign else values.abs()
         codes, scale = pack(given, sign)
         again = unpack(codes, scale, sign)
-        assert scale.tolist() == [block.abs().max() for block in given.split(256)] and not again[256:512].any()
-        assert ((again - given).abs() <= (0.07 if sign else 0.05) * scale.repeat_interleave(256)[:1000]).all()
+        assert scale.tolist() == [block.abs().max() for block in given.split(250)] and not again[250:500].any()
+        assert ((again - given).abs() <= (0.07 if sign else 0.05) * scale.repeat_interleave(250)).all()
         twice = pack(again, sign)
         if not sign:  # the largest magnitude is a level then, so nothing is lost again
             assert torch.equal(twice[0], codes) and torch.equal(twice[1], scale)
@@ -90,3 +98,53 @@ def test_a_state_goes_on_with_the_same_bits(moments: Moments) -> None:
     bytes_held = sum(t.numel() * t.element_size() for t in whole.state().values())
     count = sum(p.numel() for _, p in whole.named)
     assert bytes_held < (2.1 if moments == "int8" else 8.1) * count
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_nearest_level_is_that_of_a_search(signed: bool) -> None:
+    """Of random numbers, of the levels, and of the middles between them and the floats on both sides."""
+    known = levels(signed)
+    middles = (known[1:] + known[:-1]) / 2
+    random = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 0, 20_000)
+    beside = [torch.nextafter(middles, torch.tensor(end)) for end in (-2.0, 2.0)]
+    values = torch.cat([torch.tensor([0.0, 1.0]), known, middles, *beside, random.clamp(-1, 1)])
+    values = (values if signed else values.abs())[:, None]  # a block each, whose factor must be 1
+    rows = torch.cat([torch.ones_like(values), values], dim=1)
+    codes, scale = pack(rows, signed)
+    expected = torch.bucketize(values, middles).clamp_min(0 if signed else (values > 0).int())
+    assert torch.equal(codes[:, 1:].int(), expected.int()) and (scale == 1).all()
+
+
+def _shared_out(expected: str) -> None:
+    """On every rank: a share of the rows has what one rank has of them, to the bit, and so has what goes on from its state."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for moments, whole in torch.load(expected, weights_only=False).items():
+        shared = [(name, nn.Parameter(distribute_tensor(p, mesh, [Shard(0)]))) for name, p in named()]
+        optimizer = ShardedLeanAdam(shared, BETAS, 0.1, moments)
+        for step in range(6):
+            if step == 3:
+                state = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+                optimizer = ShardedLeanAdam(shared, BETAS, 0.1, moments)
+                for name, tensor in optimizer.state().items():
+                    tensor.copy_(state[name])
+            plain = named()
+            gradients(plain, step)
+            for (_, mine), (_, p) in zip(shared, plain, strict=True):
+                assert p.grad is not None
+                mine.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+            optimizer.step(1e-2)
+        found = optimizer.state() | dict(shared)
+        for name, tensor in whole.items():
+            ours: Any = found[name]
+            assert torch.equal(ours.full_tensor() if isinstance(ours, DTensor) else ours, tensor), (moments, name)
+
+
+def test_ranks_with_some_rows_each_have_the_blocks_of_one(tmp_path: Path) -> None:
+    """Rows that do not divide among the ranks included."""
+    kinds: tuple[Moments, ...] = ("int8", "host")
+    one = {moments: LeanAdam(named(), BETAS, 0.1, moments) for moments in kinds}
+    for optimizer in one.values():
+        learnt(optimizer)
+    states = {m: o.state() | {n: p.detach() for n, p in o.named} for m, o in one.items()}
+    torch.save(states, tmp_path / "one.pt")
+    on_ranks(2, _shared_out, str(tmp_path / "one.pt"))

@@ -125,7 +125,9 @@ def test_what_to_change_names_what_takes_less_and_nothing_else() -> None:
     for room, wanted in ((lean.total, ['moments="int8"']), (away.total, ['moments="host"'])):
         assert tuning.changes(QWEN_7B, knobs, 0.0, room)[0] == wanted
     assert tuning.changes(QWEN_7B, knobs, 0.0, 3e10)[0][0] == "adapter=LoRA()", "in the place of lean moments"
-    assert "moments" not in str(tuning.changes(QWEN_7B, knobs, 0.0, lean.total, layout=Layout(dp=2))[0])
+    shared = tuning.memory(QWEN_7B, knobs | {"moments": "int8"}, 0.0, layout=Layout(dp=2))
+    assert shared.optimizer == lean.optimizer / 2
+    assert tuning.changes(QWEN_7B, knobs, 0.0, shared.total, layout=Layout(dp=2))[0] == ['moments="int8"']
 
 
 def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> None:

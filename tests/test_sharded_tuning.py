@@ -99,7 +99,6 @@ def test_rows_cut_into_micro_batches_are_those_of_one_pass(ten: Path) -> None:
     [
         ({"layout": Layout(pp=2)}, r"tuned\.layout\.pp = 2: is for pre-training alone\. Use dp, cp and ep"),
         ({"layout": Layout(dp=2, sharding="zero1")}, r"tuned\.layout\.sharding = 'zero1': .* Use \"fsdp\""),
-        ({"layout": Layout(dp=2), "moments": "int8"}, r"tuned\.moments = 'int8': .* in fp32\. Use \"fp32\""),
         ({"layout": Layout(dp=2), "adapter": LoRA(base="nf4")}, r"tuned\.adapter\.base = 'nf4': quantized .* \"bf16\""),
     ],
 )

@@ -69,6 +69,7 @@ KNOBS: dict[Any, dict[str, Any]] = {
 LEARNT = {
     "sft": Tuned(SFT),
     "sft in pieces": Tuned(SFT, {"recompute": "block", "mtp_weight": 0.0}),
+    "sft on the host": Tuned(SFT, {"moments": "host"}),
     "distill": Tuned(Distill),
     "grpo": Tuned(GRPO, {"objective": Objective(beta=0.1), "reference_steps": 3, "epochs": 2}),
     "grpo by answer": Tuned(

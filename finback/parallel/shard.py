@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -45,12 +46,16 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, part: Tensor) -> Tensor:
-    """A local tensor of the shape of local(part) as the same share of a whole; as it is where `part` is plain."""
+    """A local tensor of the shape of local(part) as the same share of a whole; as it is where `part` is plain.
+
+    Rows of matrices may have another length, and the tensor may lie on another device than its mesh.
+    """
     if not isinstance(part, DTensor):
         return tensor
-    return DTensor.from_local(
-        tensor, part.device_mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
-    )
+    shape = part.shape if part.ndim < 2 else torch.Size([*part.shape[:-1], tensor.size(-1)])
+    meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), tensor.dtype)
+    # not from_local, which would move it to the mesh's device
+    return DTensor(tensor, DTensorSpec(part.device_mesh, part.placements, meta), requires_grad=False)
 
 
 def share_of(name: str, tensor: Tensor) -> Share:

@@ -22,7 +22,7 @@ from finback.planner.workload import Precision, Recompute
 
 # bytes of a weight of the blocks' matrices in a frozen base, factors included
 WIDTHS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
-# bytes of both moments of a number on the device (train/lean_adam.py), with a factor for 256 of them
+# bytes of both moments of a number on the device (train/lean_adam.py), with a factor for 256 of a row at most
 MOMENTS = {"fp32": 8.0, "int8": 2 + 2 * 4 / 256, "host": 0.0}
 QUANTIZED = ("int8", "nf4")
 ROWS = 256  # of logits at a time, and of an engine's batch
@@ -242,7 +242,7 @@ def changes(
     knobs, taken = dict(knobs), list[str]()
     total = memory(c, knobs, reserve, room, teacher, layout).total
     for text, changed in STEPS:
-        if layout is not None and (("moments" in changed and "adapter" not in changed) or _is_quantized(changed)):
+        if layout is not None and _is_quantized(changed):
             continue  # what is not shared out
         changed = {k: v for k, v in changed.items() if k in knobs and not (k == "adapter" and _is_smaller(knobs[k], v))}
         less = memory(c, knobs | changed, reserve, room, teacher, layout).total

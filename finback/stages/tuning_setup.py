@@ -37,9 +37,6 @@ def check_layout(stage: "SFT | GRPO") -> None:
     ):
         if value != usual:
             raise UserError(f"{stage.name}.layout.{name}", value, "is for pre-training alone", remedy)
-    if adapter is None and stage.moments != "fp32":
-        problem = "moments are shared out in fp32"
-        raise stage.wrong("moments", problem, 'Use "fp32", of which each rank has its share, or leave out layout.')
     if adapter is not None and adapter.base not in ("fp32", "bf16"):
         problem = "quantized weights are not shared out"
         raise UserError(f"{stage.name}.adapter.base", adapter.base, problem, 'Use "bf16", or leave out layout.')

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from finback.parallel.owners import Owners
 from finback.parallel.shard import like, local
+from finback.train.lean_adam import LeanAdam
 from finback.train.optim import MOMENTUM, Adam, Named, newton_schulz
 
 # numbers of whole parameters that are updated at a time: it bounds what an update needs beside the state
@@ -135,3 +136,13 @@ class ShardedAdam(Adam):
             key: like(value, shared[key.removeprefix("adam.").rpartition(".")[0]]) if value.ndim else value
             for key, value in super().state().items()
         }
+
+
+class ShardedLeanAdam(LeanAdam):
+    """The same of moments that are kept otherwise: as shares of the whole too, in blocks that no rank parts."""
+
+    def share(self, tensor: Tensor) -> Tensor:
+        return local(tensor.detach())
+
+    def placed(self, kept: Tensor, parameter: Tensor) -> Tensor:
+        return like(kept, parameter)

@@ -35,7 +35,7 @@ from finback.train.heap import return_large_blocks
 from finback.train.loss import Losses, LossTerms, token_losses, training_losses
 from finback.train.optim import BETAS, is_matrix
 from finback.train.router_health import Health
-from finback.train.sharded_optim import ShardedAdam, ShardedMuon
+from finback.train.sharded_optim import ShardedAdam, ShardedLeanAdam, ShardedMuon
 from finback.train.sharded_options import ShardedOptions
 from finback.train.trainer import Stateful, Trainer
 
@@ -95,7 +95,7 @@ class ShardedTrainer(Trainer):
         """The numbers of this rank's pipeline stages."""
         return list(self.layout.stages_of(self.mesh.pp.get_local_rank()))
 
-    def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon | ShardedAdam, ...]:
+    def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedMuon | ShardedAdam | ShardedLeanAdam, ...]:
         """Of hidden matrices, and of the rest."""
         matrices = [(p.name, p.value) for p in parts if is_matrix(p.name, p.value)]
         others = [(p.name, p.value) for p in parts if not is_matrix(p.name, p.value)]

@@ -49,7 +49,7 @@ from finback.train.lean_adam import Moments, adam_of
 from finback.train.loss import LossTerms, training_losses
 from finback.train.optim import BETAS
 from finback.train.router_health import Health
-from finback.train.sharded_optim import ShardedAdam
+from finback.train.sharded_optim import ShardedAdam, ShardedLeanAdam
 from finback.train.sharded_options import ShardedOptions
 from finback.train.sharded_trainer import ShardedTrainer
 from finback.train.trainer import ReplicatedTrainer, T, Trainer
@@ -65,7 +65,6 @@ class TuningOptions(ShardedOptions):
     frozen: tuple[str, ...] = ()
     # an adapter is learnt on a base in this format, which is not quantized; None: the model itself
     base: BaseFormat | None = None
-    # of an adapter
     moments: Moments = "fp32"
 
     @property
@@ -161,10 +160,15 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
         """This rank's shares of what learns."""
         return [part for part in self.parts if part.value.requires_grad]
 
-    def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedAdam, ...]:
+    def _optimizers(self, parts: list[ShardedParameter]) -> tuple[ShardedAdam | ShardedLeanAdam, ...]:
         """One, of all that learns."""
-        named = [(part.name, part.value) for part in parts if part.value.requires_grad]
-        return (ShardedAdam(named, betas=BETAS, weight_decay=self.options.weight_decay),)
+        named, decay = (
+            [(part.name, part.value) for part in parts if part.value.requires_grad],
+            self.options.weight_decay,
+        )
+        if self.options.moments == "fp32":
+            return (ShardedAdam(named, BETAS, decay),)
+        return (ShardedLeanAdam(named, BETAS, decay, self.options.moments),)
 
     def finish(self, max_norm: float) -> float:
         self.sharding.reduce()
