@@ -22,10 +22,11 @@ from finback.rollouts import rl_health
 from finback.rollouts.rollouts import Rollout, rollout
 from finback.runs.files import read_lines
 from finback.runs.folder import StageRun
+from finback.stages import token_detail
 from finback.stages.grpo import GRPO
 from finback.stages.grpo_sampling import Group
 from finback.stages.grpo_training import Reinforcement
-from finback.stages.watching import Watch
+from finback.stages.watching import Watch, Watcher
 from finback.tasks.gym import Gym
 from finback.tasks.judge import Judge
 from finback.tasks.math import Chains
@@ -35,7 +36,7 @@ from finback.train import loop
 from finback.train.correction import Correction
 from finback.train.grpo_loss import Objective, advantages
 from tests.test_v4 import V4
-from tests.toy import ROOT, WORDS, toy_model
+from tests.toy import CONFIG, ROOT, WORDS, toy_model
 
 TRUNCATED = Correction(mode="token_truncate")
 
@@ -465,21 +466,47 @@ def test_samples_are_kept_and_rewound(tmp_path: Path) -> None:
     assert {"question", "gold", "thinking", "answer", "reward", "advantage", "finish"} <= lines[0].keys()
 
 
+def detail_of(r: Reinforcement, prompt: list[int], tokens: list[int]) -> tuple[list[float], list[list[list[int]]]]:
+    """How likely a plain pass of the model finds an answer's tokens, and the experts of those that it reads."""
+    sent: list[list[list[int]]] = []
+    routers = [block.feed_forward.router for block in r.model.blocks if hasattr(block.feed_forward, "router")]
+    hooks = [x.register_forward_hook(lambda _, given, made: sent.append(made[0].tolist())) for x in routers]
+    with torch.no_grad():
+        logits = r.model.head(r.model(torch.tensor([prompt + tokens])[:, :-1]))[0]
+    for hook in hooks:
+        hook.remove()
+    at = len(prompt) - 1
+    found = torch.log_softmax(logits[at:].float() / r.stage.temperature, -1).gather(1, torch.tensor(tokens)[:, None])
+    return found[:, 0].tolist(), [list(layers) for layers in zip(*(layer[at + 1 :] for layer in sent), strict=True)]
+
+
 def test_watched_prompts_are_answered_as_the_model_is_and_change_nothing(tmp_path: Path) -> None:
     for name in ("plain", "watched"):
         (tmp_path / name).mkdir()
-    plain = reinforcement(tmp_path / "plain")
-    watched = reinforcement(tmp_path / "watched", watch=Watch(("1+1=?", "Hello"), every_steps=2))
+    # of three layers with experts two are described; the first layer has none
+    model = Transformer(dataclasses.replace(CONFIG, num_hidden_layers=4, initializer_range=0.2)).initialise(1)
+    plain, watched = (
+        with_varied_rewards(reinforcement(tmp_path / name, model, lr=1e-2, watch=watch))
+        for name, watch in (("plain", None), ("watched", Watch(("1+1=?", "Hello"), every_steps=2)))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_detail, "MOST_LAYERS", 2)
+        watched.stopping.watcher = Watcher(watched)
     problems = [Problem(text, "2", text) for text in ("1+1=?", "Hello")]
     said = rollout(plain.rollouts, plain.tokenizer, plain.stage.task, problems, [0, 0], SamplingParams(0.0, 10))
     found: list[list[dict[str, Any]]] = []
+    told: list[Any] = []  # what a plain pass makes of the first watched answer at step 0 and 2, and of a learnt one
     for r in (plain, watched):
         looped = r.loop()
         r.before(looped)
+        first = (said[0].prompt, list(said[0].completion.tokens))
+        told.append(detail_of(r, *first))
         found.append([])
-        for _ in range(3):
+        for step in range(1, 4):
             found[-1].append(looped.advance())
             r.after(looped, found[-1][-1])
+            if step == 2:
+                told.append(detail_of(r, *first))
     for name in ("loss", "reward", "grad_norm", "gap_max"):
         assert [m[name] for m in found[0]] == [m[name] for m in found[1]]
     path = watched.run.folder / "watched.jsonl"
@@ -487,6 +514,19 @@ def test_watched_prompts_are_answered_as_the_model_is_and_change_nothing(tmp_pat
     assert [(line["step"], line["question"]) for line in lines] == [(s, p.question) for s in (0, 2) for p in problems]
     assert [line["answer"] for line in lines[:2]] == [r.response.answer for r in said]
     assert all(line["correct"] is None for line in lines) and "flops_evaluation" in watched.stage.declaration().ledger
+    assert "".join(lines[0]["pieces"]) == plain.tokenizer.decode(said[0].completion.tokens)
+    (now, experts), (later, _) = told[2:]
+    assert lines[0]["logprobs"] == pytest.approx(now, abs=2e-4) and "former_logprobs" not in lines[0]
+    assert lines[2]["former_logprobs"] == pytest.approx(later, abs=2e-4) and lines[2]["former_logprobs"] != now
+    assert lines[0]["expert_layers"] == [1, 3] and lines[0]["experts"] == [[a, c] for a, _, c in experts]
+    assert watched.stopping.state()["watcher"] == {"former": watched.stopping.watcher.former}
+    samples = list(read_lines(watched.run.folder / "samples.jsonl"))
+    group = [s for s in samples if "pieces" in s]
+    assert len(group) == 4 and {(s["step"], s["question"]) for s in group} == {(2, group[0]["question"])}
+    assert any(s["logprobs"] != s["new_logprobs"] for s in group if s["advantage"])
+    assert all(len(s["pieces"]) == s["tokens"] == len(s["new_logprobs"]) for s in group)
+    risen = [sum(s["new_logprobs"]) - sum(s["logprobs"]) for s in sorted(group, key=lambda s: -s["advantage"])]
+    assert risen[0] > risen[-1]  # what earned more than its group has become likelier, beside the rest
     watched.run.rewind(2)
     assert [line["step"] for line in read_lines(path)] == [0, 0]
     assert watched.stage.work().tokens_generated - plain.stage.work().tokens_generated == 2 * 2 * 10

@@ -22,7 +22,7 @@ from starlette.testclient import TestClient
 from finback.config import UserError
 from finback.runs.metrics_table import MetricsTable
 from finback.runs.reader import StageFolder
-from finback.runs.samples import SampleIndex
+from finback.runs.samples import SampleIndex, shown
 from finback.runs.thinning import smooth, thin
 from finback.serve import curves, server, watch
 from finback.serve.http import digests
@@ -94,10 +94,18 @@ def make_run(root: Path, name: str = "toy") -> Path:
         for q in ("1+1=?", HOSTILE)
         for _ in range(2)
     ]
+    said[-4] |= {"pieces": ["2"], "logprobs": [-0.7], "new_logprobs": [-0.1]}
     write(run / "zero/samples.jsonl", *said)
-    watched = {"gold": "", "thinking": "", "answer": "2", "correct": None, "tokens": 1, "finish": "stop"}
+    watched = {"gold": "", "thinking": "", "correct": None, "tokens": 2, "finish": "stop"}
+    looks: list[tuple[int, dict[str, Any]]] = [
+        (0, {"answer": "I see 2 cats", "pieces": ["I see", " 2 cats"], "logprobs": [-0.5, -1.0]}),
+        (2, {"answer": "I see two cats", "pieces": ["I see two cats"], "logprobs": [-2.0]}),
+    ]
+    looks[0][1].update(expert_layers=[1, 3], experts=[[[0, 2], [1, 3]]])
+    looks[1][1].update(former_logprobs=[-0.5, -2.0])
     write(
-        run / "zero/watched.jsonl", *({"step": i, "question": q} | watched for i in (0, 2) for q in ("1+1=?", "Who?"))
+        run / "zero/watched.jsonl",
+        *({"step": i, "question": q} | watched | said for i, said in looks for q in ("1+1=?", "Who?")),
     )
     return run
 
@@ -323,8 +331,28 @@ def test_heat_rollouts_and_one_question_followed(client: TestClient) -> None:
     assert [(s["stage"], s["exam"], s["model"]) for s in said] == [("exam", "sums", "base"), zero, zero]
     assert [r["step"] for r in said[1]["records"]] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert [(r["step"], r["correct"]) for r in said[2]["records"]] == [(0, None), (2, None)]
+    assert [s["source"] for s in said] == ["sums", "", "watched"] and said[0]["records"][0]["detail"] is None
+    first, last = (r["detail"] for r in said[2]["records"])
+    assert first["pieces"] == ["I see", " 2 cats"] and (first["before"], first["after"]) == ([-0.5, -1], [-0.5, -2])
+    assert first["layers"] == [1, 3] and first["experts"] == [[[0, 2], [1, 3]]]
+    assert last["after"] is None and last["layers"] == last["experts"] == []
     found = client.get("/api/rollouts?run=toy&stage=zero&exam=watched").json()
     assert found["steps"] == [0, 2] and [r["question"] for r in found["records"]] == ["1+1=?", "Who?"]
+    found = client.get("/api/rollouts?run=toy&stage=zero&exam=watched&step=0").json()
+    assert [r["detail"] for r in found["records"]] == [first, first]
+
+
+def test_tokens_of_an_answer_are_shown_as_far_as_they_make_sense() -> None:
+    whole = {"pieces": ["a", "b"], "logprobs": [-1.0, -2.0], "new_logprobs": [-1.0, -0.5]}
+    detail = shown(whole)["detail"]
+    assert detail["after"] == [-1, -0.5] and shown({})["detail"] is None
+    for wrong in ({"pieces": "ab"}, {"logprobs": [-1.0]}, {"logprobs": [-1.0, None]}, {"logprobs": 3}):
+        assert shown(whole | wrong)["detail"] is None
+    for lost in ({"new_logprobs": [-1.0]}, {"new_logprobs": ["x", 1]}):
+        assert shown(whole | lost)["detail"] == detail | {"after": None}
+    odd = shown(whole | {"pieces": [1, None], "expert_layers": [0], "experts": [[[1, "x"]], "y"]})["detail"]
+    assert odd["pieces"] == ["1", ""] and odd["layers"] == []
+    assert shown(whole | {"expert_layers": [0], "experts": [[[1, "x"]], [[2]]]})["detail"]["experts"] == [[[]], [[2]]]
 
 
 def test_new_lines_are_read_on_and_torn_ones_wait(tmp_path: Path) -> None:

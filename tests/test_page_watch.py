@@ -1,6 +1,7 @@
 """The page of the runs in Chromium, and what both pages owe to everybody: accessibility, in both themes."""
 
 import json
+import random
 import re
 import threading
 import time
@@ -15,6 +16,7 @@ import uvicorn
 
 from finback.serve import http, watch
 from finback.serve.options import ListenOptions
+from finback.serve.page import Page
 from tests.serving import wait_for
 from tests.test_page import HOSTILE, make_run, write
 from tests.test_page_browser import (
@@ -137,10 +139,77 @@ def test_from_the_list_to_one_prompt_across_training(opened: Opened, root: Path)
         page.go_back()
         page.select_option(".source select", "zero/watched")
         expect(page.locator(".prompts .q")).to_have_text(["1+1=?", "Who?"])
-        expect(page.locator(".record .verdict")).to_have_text(["1 tokens"])  # nobody judges it
+        expect(page.locator(".record .verdict")).to_have_text(["2 tokensBy tokens"])  # nobody judges it
         page.fill("[aria-label='Find a prompt']", "1+1")
         page.click(".found a")
         expect(page.locator(".follow h2")).to_have_text("1+1=?")
+        page.select_option(".follow select", "before")
+        watched = page.locator(".stop").last
+        expect(watched.locator("del")).to_have_text(["2"])
+        expect(watched.locator("ins")).to_have_text(["two"])
+        expect(page.locator(".stop").first.locator("del, ins")).to_have_count(0)
+        page.select_option(".follow select", label="zero, step 2, watched")
+        page.reload()  # it stands in the address
+        first = page.locator(".stop").nth(5)
+        expect(first.locator("header")).to_contain_text("changes since zero, step 2, watched")
+        expect(first.locator("del")).to_have_text(["two"])
+        expect(watched.locator("del, ins")).to_have_count(0)
+        first.locator("text=By tokens").click()
+        expect(first.locator(".tokens .text span")).to_have_class(["", "down3"])
+        first.locator(".tokens .text").press("ArrowRight")
+        odds = first.locator(".odds")
+        expect(odds).to_contain_text("61 % → 61 % at the next look (±0.0 points)")
+        expect(odds).to_contain_text("experts, layer 2: 1, 3; layer 4: 2, 4")
+        first.locator(".tokens .text span").last.hover()
+        expect(odds).to_contain_text("37 % → 14 % at the next look (−23.3 points)")
+        assert "advantage" not in odds.inner_text()
+        page.goto(str(client.base_url).rstrip("/") + "/#run=toy&view=rollouts&step=4")
+        page.locator("text=By tokens").first.click()
+        page.locator(".tokens .text span").first.hover()
+        expect(page.locator(".odds").first).to_contain_text("50 % → 90 % after the step (+40.8 points)advantage +0.5")
+
+
+DIFFERENCES = """async (file) => {
+  const { difference } = await import(file);
+  const texts = TEXTS;
+  return texts.map(([a, b]) => difference(a, b));
+}"""
+TOLD = [
+    ("12 + 30 = 41", "12 + 30 = 42", [["same", "12 + 30 = "], ["gone", "41"], ["fresh", "42"]]),
+    ("", "new words", [["fresh", "new words"]]),
+    ("the same", "the same", [["same", "the same"]]),
+    ("我们先加", "我们再加", [["same", "我们"], ["gone", "先"], ["fresh", "再"], ["same", "加"]]),
+    ("a b c d", "b c e d", [["gone", "a "], ["same", "b c"], ["fresh", " e"], ["same", " d"]]),
+]
+
+
+def test_differences_word_by_word(opened: Opened, root: Path) -> None:
+    rng = random.Random(5)
+    texts = [(a, b) for a, b, _ in TOLD]
+    texts += [tuple(" ".join(rng.choices("abc", k=rng.randint(0, 30))) for _ in range(2)) for _ in range(60)]
+    texts.append(("x " * 4000, "y " * 4000))
+    with watching(root) as client:
+        page = opened(client)
+        script = DIFFERENCES.replace("TEXTS", json.dumps(texts))
+        found = page.evaluate(script, f"/web/{Page().digest}/runs/difference.js")
+    assert found[: len(TOLD)] == [wanted for *_, wanted in TOLD]
+    for (a, b), parts in zip(texts, found, strict=True):
+        assert "".join(text for kind, text in parts if kind != "fresh") == a
+        assert "".join(text for kind, text in parts if kind != "gone") == b
+    for (a, b), parts in list(zip(texts, found, strict=True))[len(TOLD) : -1]:
+        # letters and blanks are words here, and no more of them is marked than has to be
+        assert sum(len(text) for kind, text in parts if kind == "same") == common(a, b)
+
+
+def common(a: str, b: str) -> int:
+    """How long the longest common subsequence is."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        before = row
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(before[j] + 1 if word == other else max(row[j], before[j + 1]))
+    return row[-1]
 
 
 def test_curves_zoom_move_and_change_their_axis(opened: Opened, root: Path) -> None:

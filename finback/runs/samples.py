@@ -88,8 +88,35 @@ def shown(record: dict[str, Any]) -> dict[str, Any]:
         "correct": None if "correct" in record and record["correct"] is None else record.get("correct") is True,
         "thinks": record.get("thinks") is True,
         "advantage": _number(record.get("advantage")),
+        "detail": _detail(record),
         "reward": {str(k): _number(v) for k, v in reward.items()} if isinstance(reward, dict) else {},
     }
+
+
+def continued(record: dict[str, Any], later: dict[str, Any] | None) -> dict[str, Any]:
+    """As `shown` an answer to a watched prompt, and what the look after it, if there was one, has found of its tokens."""
+    return shown(record if later is None else record | {"new_logprobs": later.get("former_logprobs")})
+
+
+def _detail(record: dict[str, Any]) -> dict[str, Any] | None:
+    """An answer's tokens: their texts, log-probabilities before and after, experts by layer; None where they are not known."""
+    pieces, before, after = (record.get(name) for name in ("pieces", "logprobs", "new_logprobs"))
+    if not isinstance(pieces, list) or not _are_numbers(before, len(pieces)):
+        return None
+    layers, experts = record.get("expert_layers"), record.get("experts")
+    sent = isinstance(experts, list) and all(isinstance(token, list) for token in experts) and _are_numbers(layers)
+    return {
+        "pieces": [_text(piece) for piece in pieces],
+        "before": before,
+        "after": after if _are_numbers(after, len(pieces)) else None,
+        "layers": layers if sent else [],
+        "experts": [[ids if _are_numbers(ids) else [] for ids in token] for token in experts or []] if sent else [],
+    }
+
+
+def _are_numbers(values: Any, count: int | None = None) -> bool:
+    """Whether it is a list of numbers, of so many where that is known."""
+    return isinstance(values, list) and all(map(is_number, values)) and count in (None, len(values))
 
 
 def _text(value: Any) -> str:

@@ -23,7 +23,7 @@ from finback.config import UserError
 from finback.runs import reader
 from finback.runs.metrics_table import MetricsTable, outline
 from finback.runs.reader import StageFolder
-from finback.runs.samples import MOST, SampleIndex, shown
+from finback.runs.samples import MOST, SampleIndex, continued, shown
 from finback.serve import curves
 from finback.serve.errors import ApiError, bad
 from finback.serve.http import application, configuration, listen_as, secured, url
@@ -119,7 +119,10 @@ class RunsApi:
             return found | {"questions": samples.questions(asked.text("find"), 50)}
         if newest and step == newest[0]["step"]:
             return found | {"records": newest[:MOST]}
-        return found | {"records": [shown(r) for r in samples.at_step(step)]}
+        is_watched = asked.text("exam", "") == stage.watches != ""
+        after = [s for s in steps if s > step][: int(is_watched)]  # what the next look found of these answers
+        later = {r.get("question"): r for s in after for r in samples.at_step(s)}
+        return found | {"records": [continued(r, later.get(r.get("question"))) for r in samples.at_step(step)]}
 
     def follow(self, asked: "Asked") -> dict[str, Any]:
         """Every answer to one question in a run, stage after stage: in RL's steps and in exams."""
@@ -130,8 +133,10 @@ class RunsApi:
                 if answers:
                     exam = name if name in stage.exams else ""
                     model = str(stage.config.get("start", "")) if exam else stage.name
-                    records = [shown(r) for r in answers]
-                    found.append({"stage": stage.name, "exam": exam, "model": model, "records": records})
+                    later = [*answers[1:], None] if name == stage.watches else [None] * len(answers)
+                    records = [continued(*pair) for pair in zip(answers, later, strict=True)]
+                    about = {"stage": stage.name, "source": name, "exam": exam, "model": model}
+                    found.append(about | {"records": records})
         return {"question": question, "said": found}
 
     def _planned(self, root: Path, begun: int) -> dict[str, dict[str, float]]:

@@ -162,13 +162,15 @@ class GroupSampler:
         generator = torch.Generator().manual_seed(self.run.seed("shuffle", step, self.world.rank))
         return torch.randperm(count, generator=generator).tolist()
 
-    def write_samples(self, asked: list[Group], step: int) -> None:
-        """Append every answer of the step, with what it earns, to samples.jsonl."""
+    def write_samples(self, asked: list[Group], step: int, details: dict[int, dict[str, Any]]) -> None:
+        """Append every answer of the step, with what it earns, to samples.jsonl; details: on some, by their id."""
         mine = []
         for group in asked:
             advantages: list[float | None] = [round(a, 4) for a in group.advantages] or [None] * len(group.rollouts)
             for r, parts, advantage in zip(group.rollouts, group.parts, advantages, strict=True):
-                mine.append({"step": step, **record(r), "reward": parts, "advantage": advantage})
+                mine.append(
+                    {"step": step, **record(r), "reward": parts, "advantage": advantage, **details.get(id(r), {})}
+                )
         self.run.append(SAMPLES, *(r for rank in self.world.gather(mine) for r in rank))
 
     def describe(self, asked: list[Group], learnt: list[Group]) -> dict[str, Any]:

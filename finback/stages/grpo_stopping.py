@@ -3,20 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from finback.config import UserError
-from finback.data.tokenizer import Tokenizer
 from finback.model.count import parameters
 from finback.rollouts import rl_health
-from finback.rollouts.generation import Rollouts
 from finback.runs.files import METRICS, read_lines
-from finback.runs.folder import StageRun
 from finback.stages.validation import Validator
 from finback.stages.watching import Watcher
 from finback.train import rates
 from finback.train.loop import Loop
-from finback.train.trainer import Trainer
 
 if TYPE_CHECKING:
-    from finback.stages.grpo import GRPO
+    from finback.stages.grpo_training import Reinforcement
 
 LARGE = 50_000_000  # parameters
 SMALL_LR, LARGE_LR = 3e-4, 2e-6  # of the quickstart; of R1-Zero's kind on open checkpoints
@@ -26,12 +22,11 @@ ADAPTER = 10  # times as much for LoRA, at any rank (Schulman et al. 2025, "LoRA
 class Stopping:
     """Watches one RL run: the gap between trainer and engine, steps that teach nothing, and the validation set."""
 
-    def __init__(
-        self, stage: "GRPO", run: StageRun, trainer: Trainer, tokenizer: Tokenizer, rollouts: Rollouts
-    ) -> None:
+    def __init__(self, training: "Reinforcement") -> None:
+        stage, run, trainer = training.stage, training.run, training.trainer
         self.stage, self.run = stage, run
-        self.validator = Validator(stage.validation, run, trainer, tokenizer, rollouts)
-        self.watcher = Watcher(stage, run, trainer, tokenizer, rollouts)
+        self.validator = Validator(stage.validation, run, trainer, training.tokenizer, training.rollouts)
+        self.watcher = Watcher(training)
         # the step after which the learning rate falls, and over how many; the last third, or once the validation set stops it
         self.decay = stage.steps - stage.steps // 3, stage.steps // 3
         # steps in a row that taught nothing
@@ -89,7 +84,7 @@ class Stopping:
     def state(self) -> dict[str, Any]:
         """What the next steps depend on."""
         own = {"idle": self.idle, "learnt_out": self.learnt_out, "decay": self.decay}
-        return own | {"validator": self.validator.state()}
+        return own | {"validator": self.validator.state(), "watcher": self.watcher.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where another one stopped."""
@@ -97,6 +92,7 @@ class Stopping:
         start, length = state.get("decay", self.decay)
         self.decay = start, length
         self.validator.load_state(state.get("validator", {}))
+        self.watcher.load_state(state.get("watcher", {}))
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         """Write the model that stays, and a warning where it is worse than before; what the validation set says of it."""

@@ -51,7 +51,6 @@ class Reinforcement(Training):
             problem = f"{share} questions per update do not divide among {world.size} ranks"
             raise stage.wrong("prompts_per_step", problem, "Use --ranks.")
         self.stage, self.tokenizer = stage, Tokenizer(run.input(stage.start))
-        # the MTP modules stay as they are
         trainer = trainer_of(stage, run, weight_decay=0.0, frozen=("mtp.",))
         if stage.share_prompts and trainer.model.config.attention == "compressed":
             problem = "the windows of V4's attention would run from a prompt into one answer alone"
@@ -77,7 +76,7 @@ class Reinforcement(Training):
         self.rollouts = stage.rollouts.open(policy, stage.sampling)
         sampler = AheadSampler if stage.max_staleness else GroupSampler
         self.sampler: GroupSampler = sampler(stage, run, self.rollouts, self.tokenizer)
-        self.stopping = Stopping(stage, run, trainer, self.tokenizer, self.rollouts)
+        self.stopping = Stopping(self)
         self.totals = {"tokens_trained": 0, "tokens_generated": 0}
 
     def finished(self, loop: Loop) -> bool:
@@ -90,6 +89,7 @@ class Reinforcement(Training):
         stage, trainer, lr = self.stage, self.trainer, self.stopping.lr(loop.step)
         self.rollouts.update(loop.step - 1)
         asked, groups = self.sampler.sample(loop.step)
+        watched = self.stopping.watcher.before(groups, loop)
         begin = time.perf_counter()
         rows = [self._learnable(pairs) for pairs in self._of_updates(groups, loop.step)]
         work = [(self._batches(pairs), answers, tokens) for pairs, answers, tokens in rows]
@@ -109,7 +109,7 @@ class Reinforcement(Training):
         spared = [n for parts, *_ in work for batch in parts for n in batch.spared()]
         learnt = [r for pairs, *_ in rows for r, _ in pairs]
         self._account(loop, [r for group in asked for r in group.rollouts], learnt, spared)
-        self.sampler.write_samples(asked, loop.step)
+        self.sampler.write_samples(asked, loop.step, self.stopping.watcher.after(watched, loop))
         if stage.objective.correction.acts:
             metrics |= {"weights_cut": cut / tokens, "answers_masked": masked / tokens}
         if isinstance(self.sampler, AheadSampler):
@@ -172,12 +172,12 @@ class Reinforcement(Training):
                 parts = [replace(b, old_logprobs=self._replayed_logprobs(b)[0]) for b in parts]
             if self.reference is not None:
                 with self.reference.asked() as model:
-                    parts = [replace(b, reference_logprobs=self._logprobs(model, b)[0]) for b in parts]
+                    parts = [replace(b, reference_logprobs=self.logprobs(model, b)[0]) for b in parts]
         self.trainer.rest()
         self.model.train()
         return parts
 
-    def _logprobs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    def logprobs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the labels (rows, seq_len), 0 elsewhere, and their entropies (labels,)."""
         part = self.trainer.part(batch)
         learnt, states = part.learnt, predicting(model, part)
@@ -187,9 +187,9 @@ class Reinforcement(Training):
         return logprobs, entropy[batch.learnt]
 
     def _replayed_logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `_logprobs` of the trained model, with the experts that the engine took."""
+        """As `logprobs` of the trained model, with the experts that the engine took."""
         with self._replaying(batch):
-            return self._logprobs(self.model, batch)
+            return self.logprobs(self.model, batch)
 
     def _replaying(self, batch: Batch) -> AbstractContextManager[None]:
         """What is computed within takes the engine's experts, backward passes included."""
@@ -225,7 +225,7 @@ class Reinforcement(Training):
         objective, learnt = self.stage.objective, batch.learnt
         mask, engine, advantages = learnt.float(), batch.rollout_logprobs, batch.advantages
         assert engine is not None and advantages is not None, "a batch of answers"
-        new, entropy = self._logprobs(self.model, batch)
+        new, entropy = self.logprobs(self.model, batch)
         old, reference = batch.old_logprobs, batch.reference_logprobs
         terms = grpo_loss.terms(new, old, engine, reference, advantages, mask, objective)
         loss = grpo_loss.total(terms.loss, mask, objective.average) / whole

@@ -1,29 +1,31 @@
 """Prompts that RL answers every so many steps, so that one sees its reasoning change. Nothing is learnt from them.
 
-The answers stand in watched.jsonl in the stage's folder, and on the page of its run.
+The answers stand in watched.jsonl in the stage's folder, and on the page of its run; with them how likely their tokens are, then and
+at the next look, and which experts they are sent to. samples.jsonl has the same of one group of answers that is learnt from.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finback.config import UserError, check_not_negative, check_positive
 from finback.data.messages import parse_response
-from finback.data.tokenizer import THINK, Tokenizer
-from finback.engine.request import SamplingParams
+from finback.data.tokenizer import THINK
+from finback.engine.request import Completion, SamplingParams
 from finback.model.count import forward_flops_of
 from finback.parallel.mesh import World
 from finback.rollouts.drawing import Window
-from finback.rollouts.generation import Rollouts
 from finback.rollouts.rollouts import Rollout, record
 from finback.runs.declaration import Declaration
 from finback.runs.files import WATCHED
-from finback.runs.folder import StageRun
+from finback.stages.token_detail import TokenDetail
 from finback.tasks.task import NO_ANSWER, Problem
 from finback.train.loop import Loop
-from finback.train.trainer import Trainer
 
 if TYPE_CHECKING:
-    from finback.stages.grpo import GRPO
+    from finback.stages.grpo_sampling import Group
+    from finback.stages.grpo_training import Reinforcement
+
+MOST_ANSWERS = 16  # of a group that are described token by token
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,27 @@ def declared(watch: Watch | None, given: Declaration) -> Declaration:
     return replace(given, ledger=(*given.ledger, "flops_evaluation"))
 
 
-class Watcher:
-    """Has the prompts of one RL run answered, if there are any."""
+@dataclass(frozen=True)
+class Seen:
+    """Answers of one group before they are learnt from: this rank's own, those of all ranks, and their tokens."""
 
-    def __init__(
-        self, stage: "GRPO", run: StageRun, trainer: Trainer, tokenizer: Tokenizer, rollouts: Rollouts
-    ) -> None:
-        self.stage, self.run, self.trainer, self.rollouts = stage, run, trainer, rollouts
-        self.tokenizer, self.world, self.watch = tokenizer, World.of(run), stage.watch
-        window = Window(tokenizer, rollouts.model_config, stage.max_tokens, stage.think)
+    mine: list[Rollout]
+    answers: list[Rollout]
+    before: list[dict[str, Any]]
+
+
+class Watcher:
+    """Has the prompts of one RL run answered, if there are any, and writes down what training does to single tokens.
+
+    Of each answer to a watched prompt: how likely its tokens are now, and at the next look. Of one group of answers to learn from,
+    in every step before a look: how likely they are before and after the step.
+    """
+
+    def __init__(self, training: "Reinforcement") -> None:
+        stage, self.run, self.trainer, self.rollouts = training.stage, training.run, training.trainer, training.rollouts
+        self.stage, self.watch = stage, stage.watch
+        self.tokenizer, self.world = training.tokenizer, World.of(self.run)
+        window = Window(self.tokenizer, self.rollouts.model_config, stage.max_tokens, stage.think)
         texts = self.watch.prompts if self.watch is not None else ()
         self.problems = [Problem(text, "", text) for text in texts]
         # each as ids, and whether they open the chain
@@ -71,27 +85,73 @@ class Watcher:
         for problem, (ids, _) in zip(self.problems, self.prompts, strict=True):
             if len(ids) + stage.max_tokens > window.size:
                 raise window.too_long(problem)
+        self.detail = TokenDetail(
+            self.trainer, self.tokenizer, training.logprobs, stage.micro_tokens, whole=stage.layout is None
+        )
+        # ids of the answers at the last look
+        self.former: list[list[int]] = []
 
     def look(self, loop: Loop) -> None:
         """One answer to each prompt, where it is time; ranks share the prompts."""
         watch, world, model = self.watch, self.world, self.trainer.model
-        if watch is None or loop.step % watch.every_steps:
+        if watch is None or not self._is_due(loop.step):
             return
         was_training = model.training
         self.rollouts.update(loop.step)
         mine = range(world.rank, len(self.prompts), world.size)
         sampling = SamplingParams(watch.temperature, self.stage.max_tokens)
         seeds = [self.run.seed("watched answer", i) for i in mine]
-        answers = self.rollouts.generate([self.prompts[i][0] for i in mine], sampling, seeds) if mine else []
+        completions = self.rollouts.generate([self.prompts[i][0] for i in mine], sampling, seeds) if mine else []
         model.train(was_training)
-        found = []
-        for i, completion in zip(mine, answers, strict=True):
-            ids, opened = self.prompts[i]
-            response = parse_response(THINK * opened + self.tokenizer.decode(completion.tokens))
-            found.append(Rollout(self.problems[i], ids, completion, response, NO_ANSWER))
-        # nobody judges them
-        lines = [{"step": loop.step, **record(r), "correct": None} for r in found]
-        every = [line for rank in world.gather(list(zip(mine, lines, strict=True))) for line in rank]
-        self.run.append(WATCHED, *(line for _, line in sorted(every, key=lambda pair: pair[0])))
-        flops = forward_flops_of(self.rollouts.model_config, [r.length for r in found])
-        loop.spend(evaluation=sum(world.gather(flops)))
+        pairs = [pair for rank in world.gather(list(zip(mine, completions, strict=True))) for pair in rank]
+        answers = [self._answer(i, completion) for i, completion in sorted(pairs, key=lambda pair: pair[0])]
+        flops = forward_flops_of(self.rollouts.model_config, [r.length for r in answers])
+        loop.spend(evaluation=flops)
+        # of an answer that is known only by its ids
+        former = [self._answer(i, Completion(ids, [0.0] * len(ids), "stop")) for i, ids in enumerate(self.former)]
+        found = self._described([*answers, *former], loop)
+        then = [d["logprobs"] for d in found[len(answers) :]] or [None] * len(answers)
+        for r, described, logprobs in zip(answers, found, then, strict=False):
+            later = {} if logprobs is None else {"former_logprobs": logprobs}
+            # nobody judges them
+            self.run.append(WATCHED, {"step": loop.step, **record(r), "correct": None} | described | later)
+        self.former = [r.completion.tokens for r in answers]
+
+    def before(self, groups: "list[Group]", loop: Loop) -> Seen | None:
+        """A group of rank 0's that is about to be learnt from, one whose answers earn differently if there is any."""
+        if not self._is_due(loop.step):
+            return None
+        chosen = [g.rollouts for g in groups if g.differs] or [g.rollouts for g in groups]
+        mine = chosen[0][:MOST_ANSWERS] if self.run.is_writer else []
+        answers = [r for rank in self.world.gather(mine) for r in rank]
+        return Seen(mine, answers, self._described(answers, loop))
+
+    def after(self, seen: Seen | None, loop: Loop) -> dict[int, dict[str, Any]]:
+        """What the step has made of that group's tokens, by the id of each answer of this rank."""
+        if seen is None:
+            return {}
+        new = [described["logprobs"] for described in self._described(seen.answers, loop)]
+        pairs = zip(seen.mine, seen.before, new, strict=False)
+        return {id(r): before | {"new_logprobs": logprobs} for r, before, logprobs in pairs}
+
+    def _is_due(self, step: int) -> bool:
+        return self.watch is not None and step % self.watch.every_steps == 0
+
+    def _answer(self, i: int, completion: Completion) -> Rollout:
+        """An answer to a prompt."""
+        ids, opened = self.prompts[i]
+        response = parse_response(THINK * opened + self.tokenizer.decode(completion.tokens))
+        return Rollout(self.problems[i], ids, completion, response, NO_ANSWER)
+
+    def _described(self, answers: list[Rollout], loop: Loop) -> list[dict[str, Any]]:
+        flops = forward_flops_of(self.rollouts.model_config, [r.length for r in answers])
+        loop.spend(evaluation=flops * self.trainer.data_ranks)
+        return self.detail.describe(answers)
+
+    def state(self) -> dict[str, Any]:
+        """What the next look depends on."""
+        return {"former": self.former}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where another one stopped."""
+        self.former = state.get("former", [])
