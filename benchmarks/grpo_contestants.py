@@ -14,8 +14,9 @@ from driver import CORES, Contestant, Settings
 from twin import count, twin
 
 from finback.checkpoint import models
-from finback.data.messages import Message, encode_prompt
+from finback.data.messages import encode_prompt
 from finback.data.tokenizer import BOS, EOS, PAD, Tokenizer
+from finback.data.turn import Message
 from finback.engine.engine import Engine
 from finback.model.config import TINY
 from finback.model.transformer import Transformer

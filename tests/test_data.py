@@ -18,9 +18,10 @@ from finback.config import UserError
 from finback.data import pack, tokenizer
 from finback.data.clean import CleaningCounts, CleaningRules, DocumentFilter, check
 from finback.data.loader import Loader
-from finback.data.messages import Message, Response, encode_document, encode_prompt, parse_response
+from finback.data.messages import Response, encode_document, encode_prompt, parse_response
 from finback.data.sources import Chitchat, Document, Files, digest
 from finback.data.tokenizer import ADDED, ASSISTANT, BOS, END_THINK, EOS, PAD, THINK, USER, Tokenizer
+from finback.data.turn import Message
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 TEXT = [

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from finback.config import UserError
 from finback.data.clean import CleaningCounts, CleaningRules, DocumentFilter, Quality, check
 from finback.data.decontamination import Decontaminator
-from finback.data.messages import Message
 from finback.data.near_duplicates import MinHashSigner, NearDuplicates, SignatureIndex, dump_signature
 from finback.data.sources import Document
+from finback.data.turn import Message
 
 WORDS = [f"w{i}" for i in range(2000)]
 

@@ -13,8 +13,8 @@ import pytest
 
 from finback.config import UserError
 from finback.data import html_text
-from finback.data.messages import Message
 from finback.data.sources import Document, Files
+from finback.data.turn import Message
 from finback.extras import how_to_get
 from finback.readers import BytesRead
 

@@ -22,10 +22,11 @@ from finback.data import document_store, pack
 from finback.data.clean import CleaningRules, Quality
 from finback.data.corpus import Corpus, ExecutorConfig
 from finback.data.encoding import TOGETHER, encode_documents
-from finback.data.messages import Message, encode_document
+from finback.data.messages import encode_document
 from finback.data.near_duplicates import NearDuplicates
 from finback.data.sources import Document, Files
 from finback.data.tokenizer import FIM, Tokenizer
+from finback.data.turn import Message
 from finback.runs.folder import Interrupted, StageRun
 from finback.stages import prepare
 from finback.stages.prepare import Decontaminate, Prepare, TaskText

@@ -10,11 +10,11 @@ import pytest
 
 from finback.config import UserError
 from finback.data.clean import CleaningRules, check
-from finback.data.messages import Message
 from finback.data.phones import is_known
 from finback.data.privacy import redact
 from finback.data.sources import Document
 from finback.data.tools import ToolCall
+from finback.data.turn import Message
 from finback.readers import trim
 
 MARKS = ("[email]", "[ip]", "[phone]")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from finback.config import UserError
 from finback.data import document_store, package_sources
-from finback.data.messages import Message
 from finback.data.package_sources import AWS, GOOGLE, POSTGRES, PYTHON, WORDNET
 from finback.data.sources import Document, Files
 from finback.data.tools import ToolCall
+from finback.data.turn import Message
 from finback.extras import how_to_get
 from finback.readers import BytesRead
 

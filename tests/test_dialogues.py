@@ -13,10 +13,11 @@ from finback import readers
 from finback.config import UserError
 from finback.data import dialogues, tokenizer
 from finback.data.dialogues import read_dialogue
-from finback.data.messages import IGNORE, Message, lessons
+from finback.data.messages import IGNORE, lessons
 from finback.data.openai_messages import read_messages
 from finback.data.tokenizer import Tokenizer
 from finback.data.tools import ToolCall
+from finback.data.turn import Message
 from tests.toy import WORDS
 
 USER, ANSWER = Message("user", "4+5?"), Message("assistant", "9")

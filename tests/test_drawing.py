@@ -10,8 +10,8 @@ import pytest
 
 from finback.config import UserError
 from finback.data import tokenizer
-from finback.data.messages import Message
 from finback.data.tokenizer import Tokenizer
+from finback.data.turn import Message
 from finback.engine.engine import Engine
 from finback.engine.open import load
 from finback.parallel.mesh import World

@@ -13,8 +13,9 @@ from finback.checkpoint.gguf_types import kind_of
 from finback.checkpoint.models import load_audited, save
 from finback.config import UserError
 from finback.data import gguf_vocabulary, tokenizer
-from finback.data.messages import Message, encode_prompt
+from finback.data.messages import encode_prompt
 from finback.data.tokenizer import Tokenizer
+from finback.data.turn import Message
 from finback.model.config import ModelConfig
 from finback.model.rope_scaling import LinearRope, Llama3Rope, Yarn
 from finback.model.transformer import Transformer

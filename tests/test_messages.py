@@ -16,9 +16,10 @@ from finback.comparison.local import Local
 from finback.comparison.protocol import SamplingProtocol, eval_requests
 from finback.config import UserError
 from finback.data import tokenizer
-from finback.data.messages import IGNORE, Message, encode_prompt, lessons
+from finback.data.messages import IGNORE, encode_prompt, lessons
 from finback.data.openai_messages import read_messages, read_tools
 from finback.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
+from finback.data.turn import Message
 from finback.engine.engine import Engine
 from finback.engine.open import open_engine
 from finback.engine.request import Request, SamplingParams

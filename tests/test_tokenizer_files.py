@@ -9,9 +9,10 @@ import transformers
 
 from finback.checkpoint.export import export
 from finback.data import tokenizer
-from finback.data.messages import Message, encode_prompt
+from finback.data.messages import encode_prompt
 from finback.data.tokenizer import Tokenizer
 from finback.data.tools import Tool
+from finback.data.turn import Message
 from finback.report.export import export_model
 from finback.report.tokenizer_parity import PIECES, texts
 from finback.report.verify import verify

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from finback.checkpoint import models
 from finback.config import UserError
 from finback.data import tokenizer
-from finback.data.messages import IGNORE, Lesson, Message, encode_document, encode_prompt, lessons
+from finback.data.messages import IGNORE, Lesson, encode_document, encode_prompt, lessons
 from finback.data.rows import arrange
 from finback.data.sources import Files
 from finback.data.template import Template
 from finback.data.tokenizer import Tokenizer
+from finback.data.turn import Message
 from finback.model import logprobs
 from finback.parallel.mesh import World
 from finback.runs.files import read_lines

@@ -19,8 +19,9 @@ from finback.checkpoint.models import load_audited
 from finback.checkpoint.shards import SCALE
 from finback.config import UserError
 from finback.data import tokenizer
-from finback.data.messages import Message, encode_document, encode_prompt
+from finback.data.messages import encode_document, encode_prompt
 from finback.data.tokenizer import Tokenizer
+from finback.data.turn import Message
 from finback.kernels import fp8
 from finback.report.chat import Conversation
 from finback.report.verify import Card, verify

@@ -13,9 +13,9 @@ from finback.config import check_fields, check_share
 from finback.data import privacy
 from finback.data.blocks import blocks, squeeze
 from finback.data.decontamination import Decontaminator
-from finback.data.messages import Message
 from finback.data.near_duplicates import MinHashSigner, SignatureIndex
 from finback.data.sources import Document
+from finback.data.turn import Message
 from finback.readers import trim
 
 # categories Cc, without newline and tab, and Cs; those that are spaces (a form feed) separate words

@@ -19,10 +19,10 @@ from decimal import Decimal
 from typing import Any
 
 from finback.config import UserError
-from finback.data.messages import Message
 from finback.data.openai_messages import read_messages, read_tools
 from finback.data.tokenizer import END_THINK, THINK
 from finback.data.tools import Tool
+from finback.data.turn import Message
 
 LISTS = ("messages", "conversations", "conversation")
 PAIRS = {

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from finback.data.messages import Message
 from finback.data.sources import Document
 from finback.data.tools import ToolCall
+from finback.data.turn import Message
 
 SEGMENT = 20_000  # documents of one file, which one worker encodes
 

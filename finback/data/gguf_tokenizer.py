@@ -107,6 +107,11 @@ def _missing_rules(reader: Any) -> str:
     return "llama-bpe" if is_llama3 else "default"
 
 
+def family(path: Path) -> str:
+    """The architecture of the model in a file."""
+    return str(field(open_gguf(path), "general.architecture", ""))
+
+
 def ends(path: Path) -> list[int]:
     """Ids at which llama.cpp and Ollama end an answer: by the file's keys, and by the texts of its marks.
 

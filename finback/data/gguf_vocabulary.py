@@ -35,7 +35,7 @@ def keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         found["eos_token_ids"] = list(tokenizer.stops)  # Ollama's key
     found["add_bos_token"] = _adds_bos(tokenizer, text)
     named = {f"tokenizer.ggml.{name}": value for name, value in found.items()}
-    template = templates(tokenizer.settings, tokenizer.path)[0] or (None if tokenizer.lacks else OWN)
+    template = templates(tokenizer.settings, tokenizer.path)[0] or (OWN if tokenizer.writes_own_form else None)
     return named | ({"tokenizer.chat_template": template} if template else {})
 
 

@@ -1,53 +1,24 @@
 """The one way from messages to token ids, and from a response back to its reasoning and answer.
 
 A tokenizer with a chat template writes dialogues by it, as transformers does; special tokens in a user's words then
-count. Without one the form is DeepSeek's, written from ids that nobody's words can forge: system messages and tools come
-first, reasoning of the past is left out except in turns that called tools since the user last spoke, and calls and their
-results are written as V3.1 writes them. A prompt is always a prefix of the lesson that teaches its answer.
+count. Without one the form is one of DeepSeek's (prompt_forms.py), written from ids that nobody's words can forge. A prompt
+is always a prefix of the lesson that teaches its answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from finback.config import UserError
+from finback.data.prompt_form import PromptForm, PromptOptions
+from finback.data.prompt_forms import OWN, form_of
 from finback.data.template import CALL_PROBE
-from finback.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
-from finback.data.tools import CALL_BEGIN, OUTPUT_BEGIN, OUTPUT_END, Tool, ToolCall, call_pieces, tool_pieces
+from finback.data.tokenizer import END_THINK, EOS, THINK, Tokenizer
+from finback.data.tools import CALL_BEGIN, Tool, tool_pieces
+from finback.data.turn import Message
 
-# what DeepSeek's form is written with, but for chains of thought and tools
-FORM = (BOS, EOS, USER, ASSISTANT)
 # the label of a token that is not learnt, as in transformers and torch
 IGNORE = -100
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a dialogue; what a role does not have is empty."""
-
-    # system, user, assistant or tool
-    role: str
-    content: str
-    # the assistant's chain of thought
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    # of a tool's result: the call it answers
-    tool_call_id: str | None = None
-    name: str | None = None
-    # whether the answer goes on from here
-    prefix: bool = False
-    # whether training learns the turn or only reads it
-    learnt: bool = True
-
-    def to_openai(self) -> dict[str, Any]:
-        """The message in OpenAI's form, which templates read; DeepSeek's name for the reasoning."""
-        optional = {
-            "name": self.name,
-            "tool_call_id": self.tool_call_id,
-            "reasoning_content": self.reasoning or None,
-            "tool_calls": [call.to_openai() for call in self.tool_calls] or None,
-        }
-        return {"role": self.role, "content": self.content} | {k: v for k, v in optional.items() if v is not None}
 
 
 @dataclass(frozen=True)
@@ -83,33 +54,57 @@ def encode_prompt(
     *,
     tools: Sequence[Tool] = (),
     think: bool | None = None,
+    effort: str | None = None,
+    reply_schema: Mapping[str, Any] | None = None,
     continue_last: bool = False,
 ) -> tuple[list[int], bool]:
     """Ids that ask for the next assistant turn, and whether they end inside a chain of thought.
 
-    `think` True opens the chain, False asks for none, None leaves it to the model. `continue_last`, or `prefix` in the
-    last message, goes on with the assistant's last message: in its reasoning if it has no content yet, else in its
-    answer, which is then an answer without reasoning unless it came with some, whatever `think` says.
-    UserError names what does not fit, as in `messages[2].content`.
+    `think` True opens the chain, False asks for none, None leaves it to the model. `effort` and `reply_schema` are told
+    in forms that have words for them. `continue_last`, or `prefix` in the last message, goes on with the assistant's
+    last message: in its reasoning if it has no content yet, else in its answer, which is then an answer without
+    reasoning unless it came with some, whatever `think` says; where the prompt says whether the model thinks, `think`
+    counts. UserError names what does not fit, as in `messages[2].content`.
     """
     begun = Message("assistant", "")
     if messages and (continue_last or messages[-1].prefix):
         *messages, begun = messages
         _check_begun(begun, len(messages))
-        think = bool(begun.reasoning) if begun.reasoning or begun.content else think
-    if tokenizer.template is not None:
+    form = None if tokenizer.template is not None else form_of(tokenizer)
+    if begun.reasoning or (begun.content and (form is None or form.thinks is None)):
+        think = bool(begun.reasoning)
+    if form is None:
         text = _render(messages, tokenizer, tools, think)
         reply, opened = _template_reply(text, begun, think)
         return tokenizer.encode_marked(text + reply), opened
-    tokenizer.require(*FORM)
-    knows_chains = {THINK, END_THINK} <= tokenizer.ids.keys()
-    pieces = _prompt_pieces(messages, tools, knows_chains)
-    if think and not knows_chains:
+    messages = _encodable(messages, form, tokenizer, think)
+    pieces = form.prompt(messages, PromptOptions(tools, think, effort, reply_schema))
+    opened = pieces[-1] is THINK
+    chain = [begun.reasoning, *([END_THINK] if begun.content else [])] if opened else []
+    return tokenizer.encode_pieces([*pieces, *chain, begun.content]), opened and not begun.content
+
+
+def _check_begun(begun: Message, place: int) -> None:
+    if begun.role != "assistant":
+        remedy = "End with an assistant's message, or ask for a new one."
+        raise UserError(f"messages[{place}].role", begun.role, "only an assistant's message can be continued", remedy)
+    if begun.tool_calls:
+        problem = "a message with calls cannot be continued"
+        remedy = "Leave them out, or send their results."
+        raise UserError(f"messages[{place}].tool_calls", [c.name for c in begun.tool_calls], problem, remedy)
+
+
+def _encodable(
+    messages: Sequence[Message], form: PromptForm, tokenizer: Tokenizer, think: bool | None
+) -> Sequence[Message]:
+    """The messages, without reasoning if the vocabulary has no marks for it; UserError where it lacks others."""
+    tokenizer.require(*form.marks)
+    if {THINK, END_THINK} <= tokenizer.ids.keys():
+        return messages
+    if think:
         problem = "the model's vocabulary has no marks for a chain of thought"
         raise UserError("think", True, problem, "Ask for an answer without one.")
-    if think:
-        pieces += [THINK, begun.reasoning, *([END_THINK] if begun.content else [])]
-    return tokenizer.encode_pieces([*pieces, begun.content]), bool(think) and not begun.content
+    return [replace(message, reasoning="") for message in messages]
 
 
 def begun_chain(message: Message) -> tuple[Message, bool]:
@@ -128,18 +123,21 @@ def encode_document(messages: Sequence[Message], tokenizer: Tokenizer) -> list[i
 
 def document_pieces(messages: Sequence[Message], tokenizer: Tokenizer) -> list[str]:
     """A dialogue as training text before its texts are encoded, so that many can be encoded together."""
-    if tokenizer.template is not None:
+    if tokenizer.template is not None or form_of(tokenizer) is not OWN:
         remedy = "Training text is written in DeepSeek's form only: use a tokenizer that the prepare stage made."
-        raise UserError("tokenizer", str(tokenizer.path), "writes dialogues by a template of its own", remedy)
-    tokenizer.require(*FORM, THINK, END_THINK)
-    pieces, _ = _turn_pieces(messages, (), set(range(len(messages))))
+        problem = (
+            "writes dialogues by a template of its own" if tokenizer.template else f"writes {tokenizer.form}'s prompts"
+        )
+        raise UserError("tokenizer", str(tokenizer.path), problem, remedy)
+    tokenizer.require(*OWN.marks, THINK, END_THINK)
+    pieces = OWN.document(messages)
     return pieces if messages and messages[-1].role == "assistant" else [*pieces, EOS]
 
 
 def lessons(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Tool] = ()) -> list[Lesson]:
     """The lessons of a dialogue: every answer that is `learnt` behind the very prompt that asks for it.
 
-    In DeepSeek's form one lesson teaches the last answer and all whose prompts it begins with; those whose reasoning it
+    Without a template one lesson teaches the last answer and all whose prompts it begins with; those whose reasoning it
     leaves out have lessons of their own. A template may reshape past turns, so there each answer has its own.
     """
     turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.learnt]
@@ -147,9 +145,9 @@ def lessons(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[T
         raise UserError("messages", len(messages), "nothing that an assistant says", "Give it something to learn.")
     if tokenizer.template is not None:
         return [_template_lesson(messages[:i], messages[i], tokenizer, tools) for i in turns]
-    tokenizer.require(*FORM, THINK, END_THINK)
-    prompts = [_prompt_pieces(messages[:i], tools) for i in turns]
-    answers = [_answer_pieces(messages[i], with_reasoning=True) for i in turns]
+    form = form_of(tokenizer)
+    tokenizer.require(*form.marks, THINK, END_THINK)
+    prompts, answers = zip(*(_taught(messages, i, form, tools) for i in turns), strict=True)
     whole = prompts[-1] + answers[-1]
     within: list[tuple[int, int]] = []
     others: list[Lesson] = []
@@ -162,53 +160,18 @@ def lessons(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[T
     return [_lesson(whole, within, tokenizer), *others]
 
 
-def _check_begun(begun: Message, place: int) -> None:
-    if begun.role != "assistant":
-        remedy = "End with an assistant's message, or ask for a new one."
-        raise UserError(f"messages[{place}].role", begun.role, "only an assistant's message can be continued", remedy)
-    if begun.tool_calls:
-        problem = "a message with calls cannot be continued"
-        remedy = "Leave them out, or send their results."
-        raise UserError(f"messages[{place}].tool_calls", [c.name for c in begun.tool_calls], problem, remedy)
+def _taught(
+    messages: Sequence[Message], turn: int, form: PromptForm, tools: Sequence[Tool]
+) -> tuple[list[str], list[str]]:
+    """The prompt for a turn, and the turn as it answers.
 
-
-def _prompt_pieces(messages: Sequence[Message], tools: Sequence[Tool] = (), knows_chains: bool = True) -> list[str]:
-    """A prompt in DeepSeek's form, special tokens and plain texts."""
-    asked = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
-    shown = {i for i, m in enumerate(messages) if knows_chains and m.tool_calls and i > asked}
-    pieces, is_answering = _turn_pieces(messages, tools, shown)
-    return pieces if is_answering else [*pieces, ASSISTANT]
-
-
-def _turn_pieces(messages: Sequence[Message], tools: Sequence[Tool], shown: set[int]) -> tuple[list[str], bool]:
-    """Turns in DeepSeek's form, with the reasoning of those that are `shown`; whether the last ones are tools' results.
-
-    After results the assistant goes on without a mark of its own.
+    Where the prompt says whether the model thinks, it does if the turn has reasoning; with tools, if any turn has: they
+    are then one dialogue in one mode.
     """
-    pieces: list[str] = [BOS, *_system_pieces(messages, tools)]
-    is_answering = False
-    for i, message in enumerate(messages):
-        if message.role == "user":
-            pieces += [USER, message.content]
-        elif message.role == "tool":
-            pieces += [OUTPUT_BEGIN, message.content, OUTPUT_END]
-        elif message.role == "assistant":
-            pieces += [*([] if is_answering else [ASSISTANT]), *_answer_pieces(message, i in shown)]
-        is_answering = message.role == "tool" or (is_answering and message.role == "system")
-    return pieces, is_answering
-
-
-def _system_pieces(messages: Sequence[Message], tools: Sequence[Tool]) -> list[str]:
-    """All system messages and the tools, a blank line between them."""
-    text = "\n\n".join(m.content for m in messages if m.role == "system")
-    if not tools:
-        return [text]
-    return [text + "\n\n" if text else "", *tool_pieces(tools)]
-
-
-def _answer_pieces(message: Message, with_reasoning: bool) -> list[str]:
-    reasoning = [THINK, message.reasoning, END_THINK] if with_reasoning and message.reasoning else []
-    return [*reasoning, message.content, *call_pieces(message.tool_calls), EOS]
+    thinks = any(m.reasoning for m in (messages if tools else [messages[turn]]))
+    think = None if form.thinks is None else thinks
+    prompt = form.prompt(messages[:turn], PromptOptions(tools, think))
+    return prompt, form.learnt(messages[turn], opened=prompt[-1] is THINK)
 
 
 def _lesson(pieces: Sequence[str], answers: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> Lesson:

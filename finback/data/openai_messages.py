@@ -2,23 +2,30 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from finback.config import UserError, did_you_mean
-from finback.data.messages import Message
 from finback.data.tools import Tool, ToolCall
+from finback.data.turn import Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+def read_messages(messages: Sequence[Mapping[str, Any]], developer: bool = False) -> list[Message]:
     """Read messages: UserError names the place, as in `messages[2].content`.
 
-    Results of one turn's calls are put in the order of the calls, since most models see no ids.
+    Results of one turn's calls are put in the order of the calls, since most models see no ids. A developer's messages
+    are the system's, as OpenAI means them, but in models that know a `developer` those that are to be answered.
     """
     if not messages:
         raise UserError("messages", [], "no messages", "Send at least one.")
     found = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    followers = [*(m.role for m in found[1:]), "assistant"]
+    found = [
+        replace(m, role="system") if m.role == "developer" and not (developer and after in ("assistant", "tool")) else m
+        for m, after in zip(found, followers, strict=True)
+    ]
     for i, message in enumerate(found):
         if message.prefix and (message.role != "assistant" or i < len(found) - 1):
             problem = "only the last message can be continued, and only the assistant's"
@@ -68,16 +75,7 @@ def _message(given: Any, where: str) -> Message:
     weight = message.get("weight")
     _demand(weight in (None, 0, 1), f"{where}.weight", weight, "neither 0 nor 1", "Leave it out, or use 0 or 1.")
     answer, thought = _content(content, f"{where}.content", role == "assistant")
-    return Message(
-        "system" if role == "developer" else role,
-        answer,
-        reasoning or thought,
-        calls,
-        names["tool_call_id"],
-        names["name"],
-        prefix,
-        weight != 0,
-    )
+    return Message(role, answer, reasoning or thought, calls, names["tool_call_id"], names["name"], prefix, weight != 0)
 
 
 def _content(content: Any, where: str, thinks: bool) -> tuple[str, str]:

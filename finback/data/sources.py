@@ -13,7 +13,8 @@ from finback import readers
 from finback.config import UserError, check_characters, check_fields
 from finback.data import file_globs, formatted
 from finback.data.dialogues import FIELDS, read_dialogue
-from finback.data.messages import Message, parse_response
+from finback.data.messages import parse_response
+from finback.data.turn import Message
 from finback.extras import how_to_install
 from finback.hub import HubRows
 from finback.readers import BytesRead

@@ -42,6 +42,12 @@ SPLITS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 
+OWN_FORM = "r1"  # of what is trained here, and of models without a template that nobody else knows
+# models that come without a template by their model_type, or in GGUF by their architecture: the form of their prompts
+# (prompt_forms.py)
+FORMS_BY_FAMILY = {"deepseek_v32": "v3.2", "deepseek32": "v3.2", "deepseek_v4": "v4", "deepseek4": "v4"}
+V41_MARK = SpecialToken("<｜System｜>")
+
 SMALLEST = 3 + 256 + len(ADDED)  # specials, bytes, added tokens
 TOGETHER = 2 * BLOCK  # characters that are encoded at a time
 TRAINED = 1 << 15  # characters that are learnt from at a time: split into words they take 600 times as many bytes
@@ -79,6 +85,7 @@ class Tokenizer:
         source, with_tools = tokenizer_files.templates(self.settings, path)
         # our own template is written from ids, which a user's words cannot forge
         self.template = None if source in (None, OWN) else Template(source, self.specials, with_tools)
+        self.form = OWN_FORM if source is not None else self._form(files.family)
         self.ends = self._ends()
         self.stops = tuple(sorted({number for given in self.ends.values() for number in given}))
         marks = (BOS, EOS, *ADDED) if self.template is None else ()
@@ -96,6 +103,11 @@ class Tokenizer:
         names = (*ours, *(name for name in self.settings if name.endswith("_token")))
         named = {n: tokenizer_files.content(self.settings.get(n)) or ours.get(n) for n in names}
         return {n: t for n, t in named.items() if t and self._full.token_to_id(t) is not None}
+
+    @property
+    def writes_own_form(self) -> bool:
+        """Whether dialogues are written in the form of what is trained here, of which others learn by a template."""
+        return self.template is None and self.form == OWN_FORM and not self.lacks
 
     @property
     def adds_bos(self) -> bool:
@@ -117,6 +129,12 @@ class Tokenizer:
         number = self._full.token_to_id(tokenizer_files.content(self.settings.get(f"{name}_token")) or default)
         return -1 if number is None else number
 
+    def _form(self, family: str) -> str:
+        """How prompts are written without a template: as `prompt_form` among the settings says, else as the family's are."""
+        form = FORMS_BY_FAMILY.get(family, OWN_FORM)
+        found = "v4.1" if form == "v4" and V41_MARK in self._full.get_vocab() else form
+        return str(self.settings.get("prompt_form") or found)
+
     def _ends(self) -> dict[str, tuple[int, ...]]:
         """Ids that end an answer, by what says so: the tokenizer, its generation settings (Llama 3 has three), the template.
 
@@ -136,7 +154,7 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             **self.specials,
         }
-        if not self.lacks and self.template is None:
+        if self.writes_own_form:
             settings["chat_template"] = OWN
         self.settings = settings | self.settings
         generation = {"bos_token_id": self.bos} | self.generation | {"eos_token_id": list(self.stops)}
@@ -144,7 +162,9 @@ class Tokenizer:
         self.save(folder)
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and the files that came with it, in Hugging Face's form."""
+        """Write tokenizer.json and the files that came with it, in Hugging Face's form; a form that is not ours is named."""
+        if self.form != OWN_FORM:
+            self.settings = {**self.settings, "prompt_form": self.form}
         (folder / "tokenizer.json").write_text(self._full.to_str(pretty=True), encoding="utf-8")
         for name, content in ((CONFIG, self.settings), (GENERATION, self.generation)):
             if content:
@@ -237,7 +257,8 @@ def _read(path: Path) -> TokenizerFiles:
         text, settings = gguf_tokenizer.convert(path, SPLITS)
         tokenizer_files.add_templates(path.parent, settings)
         ends = gguf_tokenizer.ends(path)
-        return TokenizerFiles(text, settings, {"eos_token_id": ends} if ends else {})
+        family = gguf_tokenizer.family(path)
+        return TokenizerFiles(text, settings, {"eos_token_id": ends} if ends else {}, family=family)
     return tokenizer_files.read(path)
 
 

@@ -40,6 +40,8 @@ class TokenizerFiles:
     generation: dict[str, Any]
     # config.json's eos_token_id, which counts where generation_config.json has none
     config_ends: tuple[int, ...] = ()
+    # config.json's model_type, or the architecture of a GGUF file
+    family: str = ""
 
 
 def read(path: Path) -> TokenizerFiles:
@@ -57,10 +59,11 @@ def read(path: Path) -> TokenizerFiles:
         _add_legacy(folder, settings)
     add_templates(folder, settings)
     generation = read_json(folder / GENERATION)
-    config_ends = ids(read_json(folder / "config.json").get("eos_token_id"))
+    model = read_json(folder / "config.json")
+    config_ends = ids(model.get("eos_token_id"))
     if generation.get("eos_token_id") is None and config_ends:
         generation["eos_token_id"] = list(config_ends) if len(config_ends) > 1 else config_ends[0]
-    return TokenizerFiles(read_text(file), settings, generation, config_ends)
+    return TokenizerFiles(read_text(file), settings, generation, config_ends, str(model.get("model_type", "")))
 
 
 def other_forms(folder: Path) -> list[str]:

@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finback.config import UserError
-from finback.data.template import CALL_PROBE
-from finback.data.tokenizer import SpecialToken, Tokenizer
+from finback.data.tokenizer import SpecialToken
 
 CALLS_BEGIN, CALLS_END = SpecialToken("<｜tool▁calls▁begin｜>"), SpecialToken("<｜tool▁calls▁end｜>")
 CALL_BEGIN, CALL_END = SpecialToken("<｜tool▁call▁begin｜>"), SpecialToken("<｜tool▁call▁end｜>")
@@ -68,13 +66,3 @@ def tool_pieces(tools: Sequence[Tool], fenced: bool = False) -> list[str]:
         CALL_END,
         ". Where no function helps, answer without a call.",
     ]
-
-
-def call_example(tokenizer: Tokenizer) -> str:
-    """A call of the function f as the model's dialogues show it; "" where its template fails at one."""
-    if tokenizer.template is None:
-        return "".join(call_pieces([ToolCall("f", "{}")]))
-    try:
-        return tokenizer.template.render_prompt(CALL_PROBE)
-    except UserError:
-        return ""

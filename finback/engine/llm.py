@@ -10,6 +10,7 @@ from finback.checkpoint.inference import InferenceDtype
 from finback.config import UserError
 from finback.data.messages import Response, encode_prompt, parse_response
 from finback.data.openai_messages import read_messages
+from finback.data.prompt_forms import knows_developer
 from finback.data.tokenizer import THINK
 from finback.engine.engine import EngineConfig
 from finback.engine.open import ANSWERING, open_engine
@@ -110,7 +111,8 @@ class LLM:
     def encode(self, messages: Messages, think: bool | None = None) -> tuple[list[int], bool]:
         """Ids that ask for an answer, and whether they end inside the chain of thought."""
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        return encode_prompt(read_messages(turns), self.tokenizer, think=think)
+        messages = read_messages(turns, knows_developer(self.tokenizer))
+        return encode_prompt(messages, self.tokenizer, think=think)
 
     def _prompt(
         self, messages: Messages, params: SamplingParams | None, think: bool | None

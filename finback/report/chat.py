@@ -16,9 +16,10 @@ from typing import Any
 from finback.checkpoint.inference import InferenceDtype
 from finback.checkpoint.models import find_model
 from finback.config import UserError, did_you_mean
-from finback.data.messages import Message, parse_response
+from finback.data.messages import parse_response
 from finback.data.openai_messages import read_messages
 from finback.data.tokenizer import END_THINK, THINK
+from finback.data.turn import Message
 from finback.engine.llm import LLM
 from finback.engine.open import ANSWERING
 from finback.report.options import ChatOptions

@@ -62,7 +62,7 @@ def _go_template(tokenizer: Tokenizer) -> str:
 
     Empty where there is none, or where turns depend on each other in other ways.
     """
-    template = tokenizer.template or (None if tokenizer.lacks else Template(OWN, tokenizer.specials))
+    template = tokenizer.template or (Template(OWN, tokenizer.specials) if tokenizer.writes_own_form else None)
     if template is None:
         return ""
     system, asked, answer = "finback-system", "finback-question", "finback-answer"

@@ -23,7 +23,7 @@ from finback.checkpoint.places import demand_checkpoint
 from finback.checkpoint.shards import Weights
 from finback.config import UserError
 from finback.data import tokenizer_files
-from finback.data.tokenizer import Tokenizer
+from finback.data.tokenizer import OWN_FORM, Tokenizer
 from finback.kernels import fp8
 from finback.model.count import parameters
 from finback.report import tokenizer_parity
@@ -174,7 +174,8 @@ def _tokenizer(path: Path, rows: int) -> Check:
         tokenizer = Tokenizer(path)
     except UserError as error:
         return Check("tokenizer", False, str(error))
-    written = "its own template" if tokenizer.template else "DeepSeek's form" if not tokenizer.lacks else "no template"
+    form = "DeepSeek's form" if tokenizer.form == OWN_FORM else f"DeepSeek {tokenizer.form.title()}'s form"
+    written = "its own template" if tokenizer.template else form if not tokenizer.lacks else "no template"
     text = (
         f"{tokenizer.vocab_size:,} entries for {rows:,} rows, dialogues in {written}, ends at {list(tokenizer.stops)}"
     )

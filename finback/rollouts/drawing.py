@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from finback.config import UserError
-from finback.data.messages import Message, encode_prompt
+from finback.data.messages import encode_prompt
 from finback.data.tokenizer import Tokenizer
+from finback.data.turn import Message
 from finback.model.config import ModelConfig
 from finback.tasks import task as tasks
 from finback.tasks.task import Mixture, Problem, Task, is_held_out, listed

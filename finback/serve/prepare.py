@@ -7,9 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from finback.config import UserError
-from finback.data.messages import Message, begun_chain, encode_prompt
+from finback.data.messages import begun_chain, encode_prompt
 from finback.data.openai_messages import read_messages, read_tools
+from finback.data.prompt_forms import knows_developer, tells_effort
 from finback.data.tokenizer import END_THINK, FIM, THINK, Tokenizer
+from finback.data.turn import Message
 from finback.engine.request import SamplingParams
 from finback.engine.sampler import without_thinking
 from finback.serve.answer_grammar import AnswerGrammar, answer_grammar
@@ -17,12 +19,11 @@ from finback.serve.errors import ApiError, TooLong, bad
 from finback.serve.options import ReasoningParser
 from finback.serve.parser import Parser
 from finback.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from finback.serve.thinking import reply_schema, thinking_budget, thinks
 from finback.serve.tool_choice import tool_grammar
 from finback.serve.translation import TranslatedRequest
 from finback.serve.worker import ChoiceInput
 
-# DeepSeek's and OpenAI's efforts as the share of max_tokens that the chain may take; None: all of it
-EFFORT = {"minimal": 1 / 8, "low": 1 / 8, "medium": 1 / 4, "high": 1 / 2, "xhigh": 1 / 2, "max": None, "ultra": None}
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 CHOSEN = (*DEFAULTS, "frequency_penalty", "presence_penalty")
 SEEDS = 1 << 63
@@ -113,7 +114,8 @@ class RequestPreparer:
         """The prompt of a chat request."""
         last = request.messages[-1]
         tools = [] if request.tool_choice == "none" else [t.model_dump(exclude_none=True) for t in request.tools or ()]
-        messages = read_messages([m.model_dump(exclude_none=True, exclude={"prefix"}) for m in request.messages])
+        said = [m.model_dump(exclude_none=True, exclude={"prefix"}) for m in request.messages]
+        messages = read_messages(said, knows_developer(self.tokenizer))
         self._refuse_endless(sum(len(m.content) for m in messages), "messages")
         think, notes = self._thinks(request)
         begun = last.role == "assistant" and bool(last.prefix)
@@ -122,7 +124,15 @@ class RequestPreparer:
             think = True if opens else think
         if isinstance(request, TranslatedRequest):
             messages = self._allowed(messages)
-        ids, opened = encode_prompt(messages, self.tokenizer, tools=read_tools(tools), think=think, continue_last=begun)
+        ids, opened = encode_prompt(
+            messages,
+            self.tokenizer,
+            tools=read_tools(tools),
+            think=think,
+            effort=request.reasoning_effort,
+            reply_schema=reply_schema(request),
+            continue_last=begun,
+        )
         # nobody has said that it does not think, and nothing of the answer is there yet
         has_answer = begun and bool(messages[-1].content)
         unmarked = self.chains == "deepseek_r1" and think is not False and not has_answer
@@ -147,7 +157,7 @@ class RequestPreparer:
         limit = self._limit(len(ids), request.max_completion_tokens or request.max_tokens, "messages", clamps)
         demanded = {"schema": grammar.schema, "grammar": grammar.grammar} if grammar else {}
         alternatives = (request.top_logprobs or 0) if request.logprobs else None
-        budget = _thinking_budget(request, limit)
+        budget = thinking_budget(request, limit, tells_effort(self.tokenizer))
         sampling = self._sampling(request, limit, thinking_budget=budget, top_logprobs=alternatives, **demanded)
         if prompt.think is False:
             sampling = self._closed(without_thinking(sampling, self.tokenizer))
@@ -166,7 +176,7 @@ class RequestPreparer:
 
     def _thinks(self, request: ChatRequest) -> tuple[bool | None, tuple[str, ...]]:
         """Whether the model is to think, None if that is up to it; and a note where it cannot."""
-        think = _thinks(request)
+        think = thinks(request)
         if 0 in (request.thinking_budget, request.thinking.budget_tokens if request.thinking else None):
             think = False
         if think and THINK not in self.tokenizer.ids:
@@ -276,24 +286,3 @@ class RequestPreparer:
             ChoiceInput(ids, sampling, (seed + i) % SEEDS, opened, None if i == 0 else place, self.adapter)
             for i in range(n)
         ]
-
-
-def _thinks(request: ChatRequest) -> bool | None:
-    """Whether the request wants a chain of thought; None leaves it to the model."""
-    if request.thinking is not None:
-        return {"enabled": True, "disabled": False, "adaptive": None}[request.thinking.type]
-    switches = request.chat_template_kwargs
-    if switches is not None:
-        for value in (switches.enable_thinking, switches.thinking):
-            if value is not None:
-                return value
-    return None if request.reasoning_effort is None else request.reasoning_effort != "none"
-
-
-def _thinking_budget(request: ChatRequest, limit: int) -> int | None:
-    """The longest chain of thought in tokens, of an answer of `limit`; None: no bound but that."""
-    for budget in (request.thinking_budget, request.thinking.budget_tokens if request.thinking else None):
-        if budget is not None:
-            return budget
-    share = EFFORT.get(request.reasoning_effort or "max")
-    return None if share is None else max(1, int(limit * share))

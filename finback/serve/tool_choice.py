@@ -10,8 +10,9 @@ import re
 from typing import Any
 
 from finback.config import did_you_mean
+from finback.data.prompt_forms import call_example
 from finback.data.tokenizer import Tokenizer
-from finback.data.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, call_example
+from finback.data.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from finback.serve.answer_grammar import AnswerGrammar, readable
 from finback.serve.errors import bad
 from finback.serve.protocol import ChatRequest, FunctionParam, NamedToolParam, small

@@ -8,8 +8,8 @@ from typing import Any
 
 from finback.config import UserError
 from finback.data.decontamination import Decontaminator, grams
-from finback.data.messages import Message
 from finback.data.sources import Document
+from finback.data.turn import Message
 from finback.rollouts.drawing import Window, exam_remark
 from finback.runs.folder import StageRun
 from finback.stages.evaluate import Evaluate, Exam, OfSuite, questions

@@ -11,11 +11,11 @@ from finback.data import pack, tokenizer
 from finback.data.clean import CleaningRules, Quality
 from finback.data.corpus import Corpus, ExecutorConfig, provenance
 from finback.data.decontamination import Decontaminator
-from finback.data.messages import Message
 from finback.data.near_duplicates import MinHashSigner, NearDuplicates, SignatureIndex
 from finback.data.package_sources import PackageSource
 from finback.data.sources import Chitchat, Document, Files, Hub, Source
 from finback.data.tokenizer import Tokenizer
+from finback.data.turn import Message
 from finback.runs.declaration import Declaration
 from finback.runs.files import write_json
 from finback.runs.folder import Interrupted, StageRun

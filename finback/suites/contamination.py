@@ -15,9 +15,9 @@ from typing import Any
 from finback.config import UserError, did_you_mean
 from finback.data import pack
 from finback.data.decontamination import Decontaminator, grams
-from finback.data.messages import Message
 from finback.data.sources import Document
 from finback.data.tokenizer import Tokenizer
+from finback.data.turn import Message
 from finback.runs.files import read_json
 from finback.suites.suite import Suite
 

@@ -1,0 +1,88 @@
+"""DSML, in which DeepSeek V3.2 and V4 write tool calls: an element per call, an element per argument.
+
+Its one special token is ｜DSML｜. Schemas of tools stand in the system text as lines of JSON.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finback.data.tokenizer import END_THINK, THINK, SpecialToken
+from finback.data.tools import Tool, ToolCall
+
+DSML = SpecialToken("｜DSML｜")
+_MARKS = re.compile(f"({DSML}|{THINK}|{END_THINK})")
+
+
+@dataclass(frozen=True)
+class DsmlForm:
+    """One edition: `block` stands around all calls, `space` before every other name, `blank` in place of no arguments."""
+
+    block: str
+    space: str = ""
+    blank: str = "\n"
+
+    @property
+    def opener(self) -> str:
+        """What the first call begins with."""
+        return f"<{DSML}{self.block}>"
+
+    @property
+    def closer(self) -> str:
+        """What the last call ends with."""
+        return f"</{DSML}{self.block}>"
+
+    def calls(self, calls: Sequence[ToolCall]) -> list[str]:
+        """Calls behind a blank line, as the assistant writes them."""
+        if not calls:
+            return []
+        inner = [piece for call in calls for piece in (*self._call(call), "\n")]
+        return ["\n\n<", DSML, f"{self.block}>\n", *inner, "</", DSML, f"{self.block}>"]
+
+    def _call(self, call: ToolCall) -> list[str]:
+        named = [piece for name, value in _arguments(call.arguments) for piece in self._argument(name, value)]
+        head = ["<", DSML, f'{self.space}invoke name="{call.name}">\n']
+        return [*head, *(named or [self.blank]), "</", DSML, f"{self.space}invoke>"]
+
+    def _argument(self, name: str, value: object) -> list[str]:
+        """A text as it is, anything else as JSON."""
+        is_text = isinstance(value, str)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        head = f'{self.space}parameter name="{name}" string="{"true" if is_text else "false"}">'
+        return ["<", DSML, head + text, "</", DSML, f"{self.space}parameter>\n"]
+
+
+def schema_lines(tools: Sequence[Tool]) -> str:
+    """The functions, one a line, as JSON objects."""
+    return "\n".join(
+        f'{{"name": {_quoted(tool.name)}, "description": {_quoted(tool.description)}, "parameters": {tool.parameters}}}'
+        for tool in tools
+    )
+
+
+def reply_section(schema: Mapping[str, Any] | None) -> list[str]:
+    """The section of the system text on the schema that the answer follows."""
+    if schema is None:
+        return []
+    text = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+    return [text + json.dumps(schema, ensure_ascii=False)]
+
+
+def marked(text: str) -> list[str]:
+    """A text of our own whose marks mean what they say, as pieces."""
+    return [SpecialToken(part) if _MARKS.fullmatch(part) else part for part in _MARKS.split(text)]
+
+
+def _arguments(text: str) -> list[tuple[str, object]]:
+    """The arguments by name; all of them as one text if they are no JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    return list(found.items()) if isinstance(found, dict) else [("arguments", text)]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
