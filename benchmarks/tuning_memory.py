@@ -108,7 +108,8 @@ def on_one(case: Case) -> ReplicatedTrainer:
 
 def on_many(case: Case) -> Trainer:
     """As a stage with a layout makes it."""
-    from finback.train.sharded_tuning import Adapter, AdapterTuner, ShardedTuner, TuningOptions
+    from finback.train.sharded_adapter import Adapter, AdapterTuner
+    from finback.train.sharded_tuning import ShardedTuner, TuningOptions
 
     adapter, layout = case.adapter, Layout(dp=case.ranks)
     options = TuningOptions(recompute="block" if adapter else "none", base=adapter.base if adapter else None)

@@ -148,6 +148,12 @@ def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> No
     assert four.optimizer == one.optimizer == 8 * learnt and four.weights == 2 * size / 4 + 4 * learnt
     assert four.served == 2 * size and four.cache == one.cache / 4 and four.reference == 0
     assert four.gathered == 2 * (2 * 152064 * 3584 + 2 * layer)
+    # of V3's adapter 58 layers of 256 experts, which 8 ranks share
+    experts = 58 * 256 * 16 * (2 * 7168 + 3 * 2048)
+    assert tuning.learnt_numbers(V3, tuning.ADAPTER, 8) == tuning.learnt_numbers(V3, tuning.ADAPTER) - experts * 7 / 8
+    rl |= {"objective": {}}
+    split, full = (tuning.memory(V3, rl, 0.0, layout=Layout(dp=8, ep=ep)) for ep in (8, 1))
+    assert (split.served - full.served, full.gradients - split.gradients) == (4 * experts, 4 * experts * 7 / 8)
     whole = rl | {"adapter": None}
     taken, least = tuning.changes(QWEN_7B, whole, 2e9, 50e9, layout=layout)
     assert taken[-1] == "adapter=LoRA()" and least < 50e9

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from finback.checkpoint import models
 from finback.data import tokenizer
@@ -79,8 +79,12 @@ LEARNT = {
     "lora sft": Tuned(SFT, {"adapter": EXACT, "bias_speed": 0.0}),
     "dora sft": Tuned(SFT, {"adapter": replace(EXACT, dora=True, targets=("attention",)), "bias_speed": 0.0}),
     "lora distill": Tuned(Distill, {"adapter": EXACT}),
+    # goes on with what the test of checkpoints has written
+    "lora on lora": Tuned(SFT, {"adapter": EXACT, "start": "moved", "bias_speed": 0.0}),
     "lora grpo": Tuned(GRPO, {"adapter": EXACT, "objective": Objective(beta=0.1), "bias_speed": 0.0}),
 }
+# those that begin with the base
+STEPWISE = tuple(name for name in LEARNT if name != "lora on lora")
 
 
 def prepared(root: Path, config: ModelConfig = SPREAD) -> Path:
@@ -153,12 +157,22 @@ def gradients(trainer: Trainer) -> dict[str, Tensor]:
         [(n, p) for n, p in trainer.model.named_parameters()] if parts is None else [(p.name, p.value) for p in parts]
     )
     there: dict[str, Any] = {n: p.grad for n, p in named if p.requires_grad and p.grad is not None}
-    return {n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in there.items()}
+    return {n: _whole(trainer, n, g) for n, g in there.items()}
+
+
+def _whole(trainer: Trainer, name: str, gradient: Any) -> Tensor:
+    """A gradient of which this rank may have a part."""
+    if name in getattr(trainer, "parted", ()):
+        mesh = trainer.mesh.ep  # type: ignore[attr-defined]
+        gradient = DTensor.from_local(gradient, mesh, [Shard(0)], run_check=False)
+    found: Tensor = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return found.clone()
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
     """What has learnt, whole."""
-    found = adapter_parameters(trainer.model) or list(trainer.gathered().state_dict().items())
+    whole = trainer.gathered()
+    found = adapter_parameters(whole) or list(whole.state_dict().items())
     return {name: tensor.detach().clone() for name, tensor in found}
 
 

@@ -31,7 +31,7 @@ class FrozenLinear(Linear):
 class FrozenMoE(MoE):
     """A mixture of experts whose router and experts are not learnt."""
 
-    # which of its experts lie here, of adapters that have all
+    # which of its experts lie here, with their adapters
     held: slice = slice(None)
 
     def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]

@@ -132,7 +132,7 @@ class LoraMoE(FrozenMoE):
         base, adapter = super().product(name), self.adapter(name)
         if not self.is_adapted:
             return base
-        return lambda rows, blocks: base(rows, blocks) + adapter.per_expert(rows, blocks, self.held)
+        return lambda rows, blocks: base(rows, blocks) + adapter.per_expert(rows, blocks)
 
     def adapter(self, name: str) -> LowRank:
         """That of gate_up or of down."""
@@ -200,12 +200,11 @@ def learn_lengths(module: Linear, adapter: LowRank, lengths: Tensor | None = Non
 
 
 def put_on_experts(module: MoE, ranks: tuple[int, int], scale: float) -> tuple[LowRank, LowRank]:
-    """Give routed experts adapters, zero, for gate_up and for down."""
+    """Give routed experts, of which some may lie here, adapters, zero, for gate_up and for down."""
     hidden, width, experts = module.config.hidden_size, module.config.moe_intermediate_size, len(module.gate_up)
-    places = tuple(range(experts))
-    gate_up = LowRank((2 * width, hidden), ranks[0], scale, places, experts, module.gate_up)
-    down = LowRank((hidden, width), ranks[1], scale, places, experts, module.down)
-    found = recast(module, LoraMoE)
+    found, places = recast(module, LoraMoE), tuple(range(experts))
+    gate_up = LowRank((2 * width, hidden), ranks[0], scale, places, experts, module.gate_up, found.held)
+    down = LowRank((hidden, width), ranks[1], scale, places, experts, module.down, found.held)
     found.gate_up_adapter, found.down_adapter = gate_up, down
     return gate_up, down
 

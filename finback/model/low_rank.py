@@ -13,27 +13,41 @@ from finback.kernels.moe_gemm import Blocks
 class LowRank(nn.Module):
     """scale · B A for n matrices: a (n, rank, in), b (n, out, rank), in fp32 whatever the base is in.
 
-    Of a linear map that is made of `parts` equally high matrices these are the ones at `places`.
+    Of a linear map that is made of `parts` equally high matrices these are the ones at `places`; of experts that lie on several
+    ranks, those that are `held` here.
     """
 
     def __init__(
-        self, sizes: tuple[int, int], rank: int, scale: float, places: tuple[int, ...], parts: int, like: Tensor
+        self,
+        sizes: tuple[int, int],
+        rank: int,
+        scale: float,
+        places: tuple[int, ...],
+        parts: int,
+        like: Tensor,
+        held: slice = slice(None),
     ) -> None:
         """sizes: (out, in) of one matrix. `like` says on which device; a base without values (meta) leaves it on the CPU."""
         super().__init__()
-        n, device = len(places), "cpu" if like.is_meta else like.device
+        n, device = len(places[held]), "cpu" if like.is_meta else like.device
         self.a = nn.Parameter(torch.zeros(n, rank, sizes[1], dtype=torch.float32, device=device))
         self.b = nn.Parameter(torch.zeros(n, sizes[0], rank, dtype=torch.float32, device=device))
         # DoRA's lengths of rows, (n, out)
         self.m: nn.Parameter | None = None
         self.scale, self.is_on = scale, True
-        self.places, self.parts = places, parts
+        self.places, self.parts, self.held = places, parts, held
+
+    @property
+    def is_part(self) -> bool:
+        """Whether other ranks have the rest of it."""
+        return len(self.a) < len(self.places)
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
-        """A as PEFT draws it (Kaiming's uniform with a = sqrt(5): up to 1 / sqrt(in)), B zero."""
+        """A as PEFT draws it (Kaiming's uniform with a = sqrt(5): up to 1 / sqrt(in)), B zero; of all n, here as elsewhere."""
         bound = 1 / math.sqrt(self.a.size(-1))
-        self.a.copy_(torch.empty(self.a.shape).uniform_(-bound, bound, generator=generator))
+        drawn = torch.empty(len(self.places), *self.a.shape[1:]).uniform_(-bound, bound, generator=generator)
+        self.a.copy_(drawn[self.held])
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., parts · out)."""
@@ -44,10 +58,10 @@ class LowRank(nn.Module):
         y = torch.einsum("...nr,nor->...no", h.unflatten(-1, (n, rank)), self.b.to(x.dtype)) * self.scale
         return self.spread(y, -2).flatten(-2)
 
-    def per_expert(self, rows: Tensor, blocks: Blocks, held: slice) -> Tensor:
-        """rows (m, in) laid out by expert, those experts that are `held` here -> (m, out); matrix e is expert e's."""
-        low = frozen.learnt_per_expert(rows, self.a[held], blocks)
-        return frozen.learnt_per_expert(low, self.b[held], blocks) * self.scale
+    def per_expert(self, rows: Tensor, blocks: Blocks) -> Tensor:
+        """rows (m, in) laid out by expert, of those that are held here -> (m, out); matrix e is the e-th one's."""
+        low = frozen.learnt_per_expert(rows, self.a, blocks)
+        return frozen.learnt_per_expert(low, self.b, blocks) * self.scale
 
     def of_expert(self, rows: Tensor, expert: int) -> Tensor:
         """rows (m, in) of one expert -> (m, out)."""

@@ -3,7 +3,7 @@
 Bytes per parameter: learnt ones have fp32 weights, gradients and AdamW's two moments, 16 in all. A frozen base has what its
 format takes, and nothing else. Of activations each policy of memory.py keeps its part.
 
-Under a layout all of it is shared out among its ranks but an adapter, which each has whole. On top come what FSDP puts together
+Under a layout all of it is shared out among its ranks but an adapter, of which each has all but other ranks' experts'. On top come what FSDP puts together
 for a pass, both ends of the model as long as it lasts and two layers at a time, and the whole copy to generate with.
 """
 
@@ -86,7 +86,7 @@ def memory(
     policy: Recompute = knobs.get("recompute") or ("block" if adapter else "none")
     logits = ROWS * c.vocab_size * (4 + 2 * width)
     if adapter:
-        held, learnt = frozen_bytes(c, adapter) / holders, float(learnt_numbers(c, adapter))
+        held, learnt = frozen_bytes(c, adapter) / holders, learnt_numbers(c, adapter, layout.ep if layout else 1)
         working = logits + _dequantized(c, adapter, precision)
     else:
         held, learnt = 0.0, whole / holders
@@ -105,16 +105,22 @@ def memory(
         cache=0.0,
         reserve=reserve,
         gathered=0.0 if layout is None else _gathered(c, layout, adapter),
-        served=copy_bytes(c, knobs) if layout is not None and generates(knobs) else 0.0,
+        served=_served(c, knobs, layout) if layout is not None and generates(knobs) else 0.0,
     )
     each, states = int(knobs.get("max_tokens") or 0) * cache_bytes(c, width), found.total - activations * tokens
     answers = -(-_answers(knobs) // (layout.ranks if layout else 1))
     return dataclasses.replace(found, cache=_cache(answers, each, room - states + found.working))
 
 
-def learnt_numbers(c: ModelConfig, adapter: dict[str, Any]) -> int:
-    """Those of an adapter."""
-    return adapter_size(c, adapter["rank"], adapter["targets"], bool(adapter.get("dora")))
+def learnt_numbers(c: ModelConfig, adapter: dict[str, Any], ep: int = 1) -> float:
+    """Those of an adapter, of whose experts a rank has one in `ep`."""
+    size = adapter_size(c, adapter["rank"], adapter["targets"], bool(adapter.get("dora")))
+    return size - _of_experts(c, adapter) * (1 - 1 / ep)
+
+
+def _of_experts(c: ModelConfig, adapter: dict[str, Any]) -> int:
+    """Numbers of an adapter that are of routed experts."""
+    return adapter_size(c, adapter["rank"], {"experts"} & set(adapter["targets"]))
 
 
 def frozen_bytes(c: ModelConfig, adapter: dict[str, Any]) -> float:
@@ -162,6 +168,12 @@ def copy_bytes(c: ModelConfig, knobs: dict[str, Any]) -> float:
     if adapter := knobs.get("adapter"):
         return frozen_bytes(c, adapter)
     return parameters(c) * (4.0 if knobs.get("compute", "fp32") == "fp32" else 2.0)
+
+
+def _served(c: ModelConfig, knobs: dict[str, Any], layout: Layout) -> float:
+    """Of such a copy, and of the adapters of all experts in fp32 where a rank trains some of them."""
+    adapter = knobs.get("adapter")
+    return copy_bytes(c, knobs) + (4.0 * _of_experts(c, adapter) if adapter and layout.ep > 1 else 0.0)
 
 
 def _answering(c: ModelConfig, knobs: dict[str, Any], reserve: float, room: float) -> TuningMemory:

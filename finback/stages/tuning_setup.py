@@ -59,7 +59,7 @@ def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: 
 def _sharded(
     stage: "SFT | GRPO", run: StageRun, layout: Layout, weight_decay: float, frozen: tuple[str, ...]
 ) -> Trainer:
-    from finback.train import sharded_tuning  # a second of imports that only it needs
+    from finback.train import sharded_adapter, sharded_tuning  # a second of imports that only it needs
 
     world, lora = World.of(run), stage.adapter
     base, begun = adapters.places(run.input(stage.start))
@@ -78,8 +78,8 @@ def _sharded(
     try:
         if lora is None:
             return sharded_tuning.ShardedTuner(config, layout, values, options, world.device.type)
-        adapter = sharded_tuning.Adapter(lora, base, begun, run.seed("adapter"))
-        return sharded_tuning.AdapterTuner(config, layout, values, adapter, options, world.device.type)
+        adapter = sharded_adapter.Adapter(lora, base, begun, run.seed("adapter"))
+        return sharded_adapter.AdapterTuner(config, layout, values, adapter, options, world.device.type)
     except UserError as error:
         raise _of_layout(stage, error) from None
 
@@ -118,6 +118,6 @@ def reference_model(stage: "GRPO", run: StageRun, trainer: Trainer) -> Reference
     if trainer.in_step and stage.adapter is None:
         found = frozen_share(stage, run.input(stage.start), trainer, COMPUTE[stage.compute], "reference")
     else:
-        found = reference_of(trainer.model, "reference")
+        found = reference_of(trainer.model, "reference", World.of(run))
     trainer.extras.append(found)
     return found

@@ -27,11 +27,15 @@ class Gradients:
 
     def finish(self, world: World, max_norm: float) -> float:
         """Sum over ranks, clip to the global norm `max_norm`; returns the norm before clipping."""
-        world.sum_(self.flat)
-        norm = exact_norm(self.flat)
+        norm = self.summed(world)
         if math.isfinite(norm) and norm > max_norm:
             self.flat.mul_(max_norm / norm)
         return norm
+
+    def summed(self, world: World) -> float:
+        """Sum over ranks; the global norm."""
+        world.sum_(self.flat)
+        return exact_norm(self.flat)
 
 
 def exact_norm(flat: Tensor) -> float:

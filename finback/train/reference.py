@@ -9,13 +9,14 @@ from torch import Tensor
 
 from finback.model.lora import AdaptedTransformer, adapter_parameters, without_adapter
 from finback.model.transformer import Transformer
+from finback.parallel.mesh import World
 from finback.train.trainer import Stateful
 
 
-def reference_of(policy: Transformer, prefix: str) -> "Reference":
+def reference_of(policy: Transformer, prefix: str, world: World) -> "Reference":
     """The reference model of a policy that has learnt nothing yet; `prefix` is for its names in a checkpoint."""
     if isinstance(policy, AdaptedTransformer):
-        return FormerAdapter(policy, prefix)
+        return FormerAdapter(policy, prefix, world)
     return Frozen(copy.deepcopy(policy), prefix)
 
 
@@ -57,11 +58,11 @@ class Frozen:
 class FormerAdapter:
     """The reference model of a policy that learns an adapter: its base with the adapter off, or as that was before."""
 
-    def __init__(self, policy: AdaptedTransformer, prefix: str) -> None:
+    def __init__(self, policy: AdaptedTransformer, prefix: str, world: World) -> None:
         self.policy, self.prefix = policy, prefix
         # the adapter as it was, by name; None where it changed nothing yet
         self.kept: dict[str, Tensor] | None = None
-        if any(p.any() for name, p in adapter_parameters(policy) if name.endswith(".b")):
+        if world.any(any(bool(p.any()) for name, p in adapter_parameters(policy) if name.endswith(".b"))):
             self.refresh(policy)
 
     @contextmanager

@@ -1,43 +1,28 @@
-"""SFT, distillation and RL of a model that lies on many ranks by a layout without a pipeline: all its weights, or an adapter.
+"""SFT, distillation and RL of a model that lies on many ranks by a layout without a pipeline; an adapter's are in sharded_adapter.py.
 
 Unlike those of pre-training, a step's rows need not divide among the ranks, and padding fills up what context parallelism cuts.
-Every rank makes as many passes as the others; where it has no rows, on one of which nothing is learnt. An adapter lies
-whole on every rank, its gradients are summed, and its base is shared out.
+Every rank makes as many passes as the others; where it has no rows, on one of which nothing is learnt.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finback.checkpoint import peft
 from finback.checkpoint.shares import Values
 from finback.model.config import ModelConfig
 from finback.model.frozen import BaseFormat, base_dtype, freeze
 from finback.model.logprobs import text_logprobs
-from finback.model.lora import (
-    AdaptedTransformer,
-    DoraLinear,
-    LoRA,
-    LoraLinear,
-    LoraMoE,
-    adapted,
-    adapter_parameters,
-    learnt_parameters,
-    matrices,
-)
+from finback.model.lora import learnt_parameters
 from finback.model.moe import Router
-from finback.model.replace import recast
 from finback.model.transformer import Transformer
 from finback.parallel.build import build
 from finback.parallel.context import in_parts, whole_rows
-from finback.parallel.gather import gather, sampled
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh
 from finback.parallel.served_weights import ServedWeights, whole_copy
@@ -45,14 +30,14 @@ from finback.parallel.shard import ShardedParameter, Sharding, finish, local, ro
 from finback.runs.folder import StageRun
 from finback.train import router_health
 from finback.train.batch import Batch, idle
-from finback.train.lean_adam import Moments, adam_of
+from finback.train.lean_adam import Moments
 from finback.train.loss import LossTerms, training_losses
 from finback.train.optim import BETAS
 from finback.train.router_health import Health
 from finback.train.sharded_optim import ShardedAdam, ShardedLeanAdam
 from finback.train.sharded_options import ShardedOptions
 from finback.train.sharded_trainer import ShardedTrainer
-from finback.train.trainer import ReplicatedTrainer, T, Trainer
+from finback.train.trainer import T, Trainer
 
 
 @dataclass(frozen=True)
@@ -198,67 +183,6 @@ class ShardedTuner(UnevenRows, ShardedTrainer):
             model, fills = whole_copy(self.config, dtype, dtype, self.world)
             self._served = ServedWeights(model, partial(self._gather, fills=fills))
         return self._served
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter that is to learn: its shape, the folders of its base and of itself where it goes on, and a new one's seed."""
-
-    lora: LoRA
-    base: Path
-    begun: Path | None
-    seed: int
-
-
-class AdapterTuner(UnevenRows, ReplicatedTrainer):
-    """An adapter learns, whole on every rank like its checkpoints; its base is shared out and stays as it is."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        layout: Layout,
-        values: Values,
-        adapter: Adapter,
-        options: TuningOptions,
-        device: str = "cpu",
-    ) -> None:
-        layout.check_trainable(config, layout.dp * layout.micro_batches, dist.get_world_size())
-        self.config, self.layout, self.options = config, layout, options
-        self.mesh = Mesh.of(layout, device)
-        made = build(config, layout, self.mesh, values, options.dtype, put_on=options.put_on, dtype=options.param_dtype)
-        self.sharding, base = made.sharding, made.models[0]
-        self.base: dict[str, Tensor] = {part.name: part.value for part in made.sharding.parts[0]}
-        places = adapter.base, adapter.begun
-        model = peft.put_adapter(base, adapter.lora, places, peft.digest(base, sampled), adapter.seed)
-        named = adapter_parameters(model)
-        adam = adam_of(named, options.weight_decay, options.moments)
-        super().__init__(model, self.mesh.world, [adam], named)
-        self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank() // layout.cp, layout.dp
-        self._whole: ServedWeights | None = None
-
-    def gathered(self) -> Transformer:
-        return self.served()()
-
-    def served(self) -> ServedWeights:
-        """The base, which is put together once, under the very adapter that learns."""
-        if self._whole is None:
-            copy, fills = whole_copy(self.config, self.options.dtype, self.options.param_dtype, self.world)
-            received = gather(self.base | router_biases(self.model), self.mesh, copy, fills)
-            self._whole = ServedWeights(_under(self.model, freeze(copy, "bf16")))
-            self._whole.bytes = received
-        return self._whole
-
-
-def _under(learnt: Transformer, whole: Transformer) -> AdaptedTransformer:
-    """A frozen whole base under the adapter of another model, the same memory."""
-    assert isinstance(learnt, AdaptedTransformer), "a model with an adapter"
-    for (_, module, _, _), (_, other, _, _) in zip(matrices(whole), matrices(learnt), strict=True):
-        if isinstance(other, LoraLinear):
-            recast(module, DoraLinear if isinstance(other, DoraLinear) else LoraLinear).adapter = other.adapter
-        elif isinstance(other, LoraMoE):
-            experts = recast(module, LoraMoE)
-            experts.gate_up_adapter, experts.down_adapter = other.gate_up_adapter, other.down_adapter
-    return adapted(whole, learnt.lora)
 
 
 class FrozenShare:

@@ -203,11 +203,20 @@ class ReplicatedTrainer(Trainer):
     def balance(self, speed: float) -> Health:
         return router_health.balance(self.routers, self.world, speed)
 
+    def together(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a checkpoint keeps, whole on the rank that writes it, where ranks have parts of it; for all ranks at once."""
+        return tensors
+
+    def own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank has of a checkpoint's tensors."""
+        return tensors
+
     def save(self, run: StageRun, step: int, meta: dict[str, Any], keep: int = store.KEEP) -> None:
+        tensors = models.tensors_of(self.model)
+        for part in (*self.optimizers, *self.extras):
+            tensors |= part.state()
+        tensors = self.together(tensors)
         if run.is_writer:
-            tensors = models.tensors_of(self.model)
-            for part in (*self.optimizers, *self.extras):
-                tensors |= part.state()
             store.save_step(run.folder, step, tensors, meta, keep)
 
     def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
@@ -220,6 +229,7 @@ class ReplicatedTrainer(Trainer):
             run.say(f"{run.name:10} goes on with whole copies: the same within rounding, no longer to the bit")
             if self.model.config.tie_word_embeddings:
                 tensors["model.head.weight"] = tensors["model.embed"]
+        tensors = self.own(tensors)
         models.restore(self.model, tensors)
         for part in (*self.optimizers, *self.extras):
             part.load_state(tensors)

@@ -1,0 +1,203 @@
+"""SFT, distillation and RL of an adapter whose base is shared out among ranks by a layout.
+
+The adapter lies whole on every rank, but for those of routed experts: a rank has those of the experts that it holds. Files and
+checkpoints are one rank's; the first rank puts them together.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from finback.checkpoint import models, peft
+from finback.checkpoint.shares import Values
+from finback.data.tokenizer import Tokenizer
+from finback.model.config import ModelConfig
+from finback.model.frozen import freeze
+from finback.model.lora import (
+    AdaptedTransformer,
+    DoraLinear,
+    LoRA,
+    LoraLinear,
+    LoraMoE,
+    adapted,
+    adapter_parameters,
+    matrices,
+    put_on_experts,
+)
+from finback.model.low_rank import LowRank
+from finback.model.replace import recast
+from finback.model.transformer import Transformer
+from finback.parallel.build import build
+from finback.parallel.gather import gather, sampled
+from finback.parallel.layout import Layout
+from finback.parallel.mesh import Mesh, World
+from finback.parallel.served_weights import ServedWeights, whole_copy
+from finback.parallel.shard import router_biases
+from finback.runs.folder import StageRun
+from finback.train.lean_adam import adam_of
+from finback.train.optim import Gradients, exact_norm
+from finback.train.sharded_tuning import TuningOptions, UnevenRows
+from finback.train.trainer import ReplicatedTrainer, save
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that is to learn: its shape, the folders of its base and of itself where it goes on, and a new one's seed."""
+
+    lora: LoRA
+    base: Path
+    begun: Path | None
+    seed: int
+
+
+class PartedGradients(Gradients):
+    """Those of parameters that all ranks have, and of those that are parted: the ranks of an edp axis have the same ones."""
+
+    def __init__(self, common: Sequence[nn.Parameter], parted: Sequence[nn.Parameter], mesh: Mesh) -> None:
+        super().__init__([*common, *parted])
+        count = sum(p.numel() for p in common)
+        self.common, self.parted, self.mesh = self.flat[:count], self.flat[count:], mesh
+
+    def summed(self, world: World) -> float:
+        world.sum_(self.common)
+        dist.all_reduce(self.parted, group=self.mesh.edp.get_group())
+        square = torch.tensor(exact_norm(self.parted) ** 2, dtype=torch.float64, device=self.flat.device)
+        dist.all_reduce(square, group=self.mesh.ep.get_group())
+        return math.sqrt(exact_norm(self.common) ** 2 + square.item())
+
+
+class AdapterTuner(UnevenRows, ReplicatedTrainer):
+    """An adapter learns; its base is shared out and stays as it is."""
+
+    model: AdaptedTransformer
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        values: Values,
+        adapter: Adapter,
+        options: TuningOptions,
+        device: str = "cpu",
+    ) -> None:
+        layout.check_trainable(config, layout.dp * layout.micro_batches, dist.get_world_size())
+        self.config, self.layout, self.options = config, layout, options
+        self.mesh = Mesh.of(layout, device)
+        made = build(config, layout, self.mesh, values, options.dtype, put_on=options.put_on, dtype=options.param_dtype)
+        self.sharding, base = made.sharding, made.models[0]
+        self.base: dict[str, Tensor] = {part.name: part.value for part in made.sharding.parts[0]}
+        places = adapter.base, adapter.begun
+        model = peft.put_adapter(base, adapter.lora, places, peft.digest(base, sampled), adapter.seed)
+        named = adapter_parameters(model)
+        super().__init__(model, self.mesh.world, [adam_of(named, options.weight_decay, options.moments)], named)
+        self.parted = _parted(model)
+        if self.parted:
+            common = [p for name, p in named if name not in self.parted]
+            self.gradients = PartedGradients(common, list(self.parted.values()), self.mesh)
+        self.data_rank, self.data_ranks = self.mesh.dp.get_local_rank() // layout.cp, layout.dp
+        self._whole: ServedWeights | None = None
+
+    def update(self, *lrs: float) -> None:
+        super().update(*lrs)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Whoever generates that the weights have changed."""
+        if self._whole is not None:
+            self._whole.learnt()
+
+    # ---- generating ------------------------------------------------------------------------------------------------
+
+    def gathered(self) -> Transformer:
+        return self.served()()
+
+    def served(self) -> ServedWeights:
+        """The base, which is put together once, under the very adapter that learns, and a copy of what of that is parted."""
+        if self._whole is None:
+            copy, fills = whole_copy(self.config, self.options.dtype, self.options.param_dtype, self.world)
+            received = gather(self.base | router_biases(self.model), self.mesh, copy, fills)
+            whole = _under(self.model, freeze(copy, "bf16"))
+            self._whole = ServedWeights(whole, self._take_over if self.parted else None)
+            self._whole.bytes = received
+        return self._whole
+
+    @torch.no_grad()
+    def _take_over(self, whole: Transformer) -> int:
+        """Fill what a whole adapter has of its own from what the ranks hold; bytes that came from others."""
+        received, members = 0, self.mesh.ep.size()
+        targets = dict(adapter_parameters(whole))
+        for name, mine in self.parted.items():
+            parts = [torch.empty_like(mine) for _ in range(members)]
+            dist.all_gather(parts, mine.detach(), group=self.mesh.ep.get_group())
+            targets[name].copy_(torch.cat(parts))
+            received += (members - 1) * mine.nbytes
+        return received
+
+    # ---- files and checkpoints ---------------------------------------------------------------------------------------
+
+    def together(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole, in the host's memory, on the first rank; the others have given it theirs."""
+        if not self.parted:
+            return tensors
+        group, members = self.mesh.ep.get_group(), range(self.mesh.ep.size())
+        found = dict(tensors)
+        for name, tensor in tensors.items() if self.mesh.edp.get_local_rank() == 0 else ():
+            if self._is_parted(name, tensor):
+                mine = tensor.detach().cpu()
+                parts = [torch.empty_like(mine) for _ in members] if self.mesh.ep.get_local_rank() == 0 else None
+                dist.gather(mine, parts, group=group, group_dst=0)
+                if parts is not None:
+                    found[name] = torch.cat(parts)
+        return found
+
+    def own(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        members, member = self.mesh.ep.size(), self.mesh.ep.get_local_rank()
+        return {n: t.chunk(members)[member] if self._is_parted(n, t) else t for n, t in tensors.items()}
+
+    def _is_parted(self, name: str, tensor: Tensor) -> bool:
+        """Whether a checkpoint's tensor has a row for each expert: an adapter's own, its moments, those of the reference model."""
+        ours = name.partition(".")[2]
+        return tensor.ndim > 0 and any(ours.startswith(part) for part in self.parted)
+
+    def resume(self, run: StageRun) -> tuple[int, dict[str, Any]] | None:
+        found = super().resume(run)
+        self._tell()
+        return found
+
+    def export(self, run: StageRun, folder: Path, tokenizer: Tokenizer) -> None:
+        tensors = self.together(models.tensors_of(self.model))
+        if run.is_writer:
+            with torch.device("meta"):
+                bare = Transformer(self.config)
+            whole = _under(self.model, bare)
+            models.restore(whole, tensors)
+            save(folder, whole, tokenizer)
+
+
+def _parted(model: Transformer) -> dict[str, nn.Parameter]:
+    """Those of an adapter's parameters of which other ranks have other rows, by name."""
+    parts = [(name, m) for name, m in model.named_modules() if isinstance(m, LowRank) and m.is_part]
+    return {f"{name}.{leaf}": p for name, module in parts for leaf, p in module.named_parameters()}
+
+
+def _under(learnt: AdaptedTransformer, whole: Transformer) -> AdaptedTransformer:
+    """A whole base under the adapter of another model: the same memory, and zeros where that has a part of an adapter."""
+    for (_, module, _, _), (_, other, _, _) in zip(matrices(whole), matrices(learnt), strict=True):
+        if isinstance(other, LoraLinear):
+            recast(module, DoraLinear if isinstance(other, DoraLinear) else LoraLinear).adapter = other.adapter
+        elif isinstance(other, LoraMoE):
+            ours = other.gate_up_adapter, other.down_adapter
+            experts = recast(module, LoraMoE)
+            if ours[0].is_part:
+                put_on_experts(experts, (ours[0].a.size(1), ours[1].a.size(1)), ours[0].scale)
+            else:
+                experts.gate_up_adapter, experts.down_adapter = ours
+    found = adapted(whole, learnt.lora)
+    found.base, found.base_digest = learnt.base, learnt.base_digest
+    return found
