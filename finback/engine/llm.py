@@ -111,8 +111,8 @@ class LLM:
     def encode(self, messages: Messages, think: bool | None = None) -> tuple[list[int], bool]:
         """Ids that ask for an answer, and whether they end inside the chain of thought."""
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        messages = read_messages(turns, knows_developer(self.tokenizer))
-        return encode_prompt(messages, self.tokenizer, think=think)
+        read = read_messages(turns, knows_developer(self.tokenizer))
+        return encode_prompt(read, self.tokenizer, think=think)
 
     def _prompt(
         self, messages: Messages, params: SamplingParams | None, think: bool | None
