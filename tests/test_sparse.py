@@ -1,18 +1,26 @@
-"""Teaching DSA's indexers: the divergence by hand, and a dense model that becomes a sparse one."""
+"""Teaching indexers: the divergence by hand, and a dense model that becomes a sparse one."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from finback.checkpoint import models
 from finback.config import UserError
 from finback.model.dsa import DSA, pick
-from finback.model.dsa_training import TaughtDSA, divergence, divergences, take_divergences, teach_indexers
+from finback.model.dsa_training import TaughtCSA, TaughtDSA, divergence, divergences, take_divergences, teach_indexers
+from finback.model.rope import rotate_last
+from finback.model.transformer import Transformer
+from finback.model.windows import windows_of
 from finback.stages.sparsify import Sparsify
+from finback.train.rates import Phase
 from tests.test_model import SPARSE, random_model
 from tests.test_pretrain import prepared, pretrain, trained
+from tests.test_v4 import V4
+from tests.toy import CONFIG
 
 __all__ = ["prepared"]
 
@@ -64,6 +72,62 @@ def test_what_an_indexer_learns_is_the_attention(dense: bool) -> None:
     assert not any(".indexer." in name for name, p in model.named_parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("dense", [True, False])
+def test_what_v4s_indexer_learns_is_the_attention_on_entries(dense: bool) -> None:
+    """The loss of a CSA layer against attention spelled out; its gradient reaches the indexer alone, the main loss all else."""
+    model, length = teach_indexers(Transformer(V4).initialise(0), dense).train(), 30
+    attention: TaughtCSA = model.blocks[0].attention
+    tokens = torch.randint(0, 50, (2, length), generator=torch.Generator().manual_seed(0))
+    given: list[Tensor] = []
+    attention.register_forward_pre_hook(lambda _, inputs: given.extend(inputs[:3]))
+    hidden = model(tokens)
+    loss = attention.loss
+    assert loss is not None
+
+    with torch.no_grad():
+        x, *tables = given
+        cos, sin = (table.chunk(2, dim=-1)[attention.own] for table in tables)
+        q_latent = attention.q_norm(attention.q_down(x))
+        query = attention.query_norm(attention.q_up(q_latent).unflatten(-1, (4, 16)))
+        query = rotate_last(query, cos[:, :, None], sin[:, :, None])
+        near = rotate_last(attention.entry_norm(attention.entry(x)), cos, sin)
+        windows, angles = windows_of(None, length, 4, x.device), torch.cat([cos, sin], dim=-1)
+        far, keys = (c(c.record(x), angles, windows) for c in (attention.compressor, attention.indexer.compressor))
+        asked, weight = attention.indexer.queries(x, q_latent, cos, sin)
+        scores = torch.stack(
+            [weight[..., j, None] * (asked[:, :, j] @ keys.transpose(1, 2)).relu() for j in range(asked.size(2))]
+        ).sum(dim=0)
+        place, number = torch.arange(length), torch.arange(length // 4)
+        seen = (number < (place[:, None] + 1) // 4)[None]
+        looked = seen.expand(2, -1, -1) if dense else pick(scores, seen, V4.index_topk)
+        distance = place[:, None] - place
+        is_near = (distance >= 0) & (distance < V4.sliding_window)
+        total = torch.zeros_like(scores)
+        for head in range(4):
+            products = query[:, :, head] @ torch.cat([far, near], dim=1).transpose(1, 2) * attention.scale
+            seen_both = torch.cat([looked, is_near.expand(2, -1, -1)], dim=-1)
+            sink = attention.sink[head].expand(2, length, 1)
+            weights = torch.cat([products.masked_fill(~seen_both, -torch.inf), sink], dim=-1).softmax(-1)
+            total += weights[..., : len(number)]
+        target = total / total.sum(-1, keepdim=True).clamp(min=1e-30)
+        guess = scores.masked_fill(~looked, -torch.inf).softmax(-1)
+        expected = torch.where(looked, target * (target.clamp(min=1e-30) / guess.clamp(min=1e-30)).log(), 0).sum(-1)
+    assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-4)
+
+    losses = take_divergences(model)
+    assert losses is not None
+    losses.backward(retain_graph=True)
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == {n for n, _ in model.named_parameters() if ".indexer." in n}
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    model.zero_grad()
+    hidden.square().sum().backward()
+    assert not any(".indexer." in name for name, p in model.named_parameters() if p.grad is not None)
+    if not dense:
+        plain = Transformer(V4).initialise(0).train()
+        assert torch.equal(plain(tokens), hidden)
+
+
 def test_a_dense_model_becomes_sparse(prepared: Path) -> None:
     """The warm-up moves indexers alone; the sparse stage moves everything; the gap to the attention shrinks."""
     trained(prepared, "dense", weight_decay=0.1)
@@ -85,6 +149,28 @@ def test_a_dense_model_becomes_sparse(prepared: Path) -> None:
     ):
         with pytest.raises(UserError, match=words):
             trained(prepared, "wrong", kind=Sparsify, start=start, **INDEXER | knobs)
+
+
+def test_v4s_indexers_are_taught_where_there_is_something_to_pick(prepared: Path) -> None:
+    """A warm-up that moves them alone, then a sparse stage, in packed rows; not in rows that pick nothing."""
+    short = dataclasses.replace(V4, vocab_size=CONFIG.vocab_size, index_topk=4)
+    phases = (Phase(64, 0.0, 1.0), Phase(256))
+    _, log, _ = trained(prepared, "v4", model=short, phases=phases)
+    assert "indexer_loss" not in log[0]
+    indexer = {"index_topk": 2, "index_n_heads": 16, "index_head_dim": 16}
+    _, log, folder = trained(prepared, "v4-warm", kind=Sparsify, start="v4", adam_lr=3e-2, phases=phases, **indexer)
+    before, after = models.load(prepared / "v4").state_dict(), models.load(folder).state_dict()
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved and all(".indexer." in name for name in moved)
+    assert log[-1]["indexer_loss"] < 0.9 * log[0]["indexer_loss"]
+    _, log, folder = trained(
+        prepared, "v4-sparse", start="v4-warm", document_mask=True, recompute="block", phases=phases
+    )
+    final = models.load(folder)
+    assert final.config.index_topk == 2 and log[-1]["indexer_loss"] > 0
+    assert {n for n, t in final.state_dict().items() if ".indexer." in n and torch.equal(t, after[n])} == set()
+    with pytest.raises(UserError, match=r"wrong\.index_head_dim"):
+        trained(prepared, "wrong", kind=Sparsify, start="v4", **indexer | {"index_head_dim": 8})
 
 
 @pytest.mark.parametrize("knobs", [{"index_topk": 0}, {"bias_speed": 0.1}, {"model": SPARSE, "start": ""}])

@@ -83,11 +83,10 @@ class CSA(HCA):
         if x.size(1) > 1 or count <= most:
             return super().read(x, q_latent, angles, cache, count)
         every = torch.arange(count, device=x.device).expand(len(x), -1)
-        with torch.no_grad():
-            keys = cache.read(every, slice(c.head_dim, None)).to(x.dtype)
-            query, weight = self.indexer.queries(x, q_latent, *angles)
-            picked = pick(self.indexer.scores(query, weight, keys), cache.seen(slice(None), 1, count), most)[:, 0]
-            places = picked.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[:, :most]
+        keys = cache.read(every, slice(c.head_dim, None)).to(x.dtype)
+        one = slice(None)
+        picked = self.picker(x, q_latent, angles, keys, lambda part: cache.seen(part, 1, count))(one)[:, 0]
+        places = picked.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[:, :most]
         entries = cache.read(places, slice(c.head_dim)).to(x.dtype)
         return entries, lambda part: picked.gather(1, places)[:, None]
 
@@ -95,12 +94,16 @@ class CSA(HCA):
         entries, keys = entries.split([self.config.head_dim, self.config.index_head_dim], dim=-1)
         if entries.size(1) <= self.config.index_topk:  # nothing to choose
             return entries, seen
-        with torch.no_grad():
-            query, weight = self.indexer.queries(x, q_latent, *angles)
+        return entries, self.picker(x, q_latent, angles, keys, seen)
+
+    @torch.no_grad()
+    def picker(self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, seen: Seen) -> Seen:
+        """Which of the entries with these keys (b, n, e) the indexer picks among those that are seen."""
+        query, weight = self.indexer.queries(x, q_latent, *angles)
 
         @torch.no_grad()
         def picked(part: slice) -> Tensor:
             scores = self.indexer.scores(query[:, part], weight[:, part], keys)
             return pick(scores, seen(part), self.config.index_topk)
 
-        return entries, picked
+        return picked

@@ -1,7 +1,7 @@
-"""Teaching DSA's indexers, which no loss on tokens reaches (V3.2 2.1.1).
+"""Teaching the indexers of DSA and CSA, which no loss on tokens reaches (V3.2 2.1.1).
 
 An indexer learns where the main attention looks. Its target for a token is the main attention's weights summed over heads
-and divided by their sum; its loss the divergence KL(target || softmax(scores)), summed over layers and averaged over tokens.
+and divided by their sum, in CSA those of the compressed entries; its loss the divergence KL(target || softmax(scores)), summed over layers and averaged over tokens.
 Hidden states come to it without gradient and the target goes out without one, so the loss of tokens and this one share no
 parameter.
 
@@ -9,23 +9,30 @@ parameter.
   sparse  those that are picked alone, as when answering
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finback.kernels.attention import torch_attention
 from finback.kernels.documents import Mask, visible
 from finback.model.cache import LayerCache
+from finback.model.compressed_cache import CompressedLayer
 from finback.model.config import ModelConfig
+from finback.model.csa import CSA
 from finback.model.dsa import DSA, pick
 from finback.model.replace import recast
+from finback.model.swa import Far, Seen
 from finback.model.transformer import Transformer
+from finback.model.windows import windows_of
 
 
 def teach_indexers(model: Transformer, dense: bool = False) -> Transformer:
     """Have a model's training passes leave what its indexers are to learn, in place; answering stays as it is."""
     for module in list(model.modules()):
-        if isinstance(module, DSA):
-            recast(module, TaughtDSA).dense = dense
+        for kind, taught in ((DSA, TaughtDSA), (CSA, TaughtCSA)):
+            if isinstance(module, kind):
+                recast(module, taught).dense = dense
     return model
 
 
@@ -44,33 +51,51 @@ def take_divergences(model: Transformer) -> Tensor | None:
 
     It is taken once; `divergence` keeps the number.
     """
-    taught = [m for m in model.modules() if isinstance(m, TaughtDSA) and m.loss is not None]
+    taught = [m for m in model.modules() if isinstance(m, Taught) and m.loss is not None]
     losses = [m.loss for m in taught if m.loss is not None]
     for module in taught:
         module.loss = None
     return torch.stack(losses).sum() if losses else None
 
 
+def is_taught(model: Transformer) -> bool:
+    """Whether a model's indexers learn."""
+    return any(isinstance(m, Taught) for m in model.modules())
+
+
 def divergence(model: Transformer) -> float:
     """The last training pass's, averaged over layers, in nats per token."""
-    found = [m.measured for m in model.modules() if isinstance(m, TaughtDSA)]
+    found = [m.measured for m in model.modules() if isinstance(m, Taught)]
     return sum(found) / max(len(found), 1)
 
 
-class TaughtDSA(DSA):
-    """DSA whose training passes compare the indexer's scores with the main attention's weights."""
+class Taught(nn.Module):
+    """Attention whose training passes compare the indexer's scores with the main attention's weights."""
 
     dense: bool
     # of the last training pass, with its gradient, until it is taken
     loss: Tensor | None = None
     measured: float = 0.0
 
+    def learns(self, cache: LayerCache | None) -> bool:
+        """Whether a pass is one of training."""
+        return cache is None and self.training and torch.is_grad_enabled()
+
+    def leave(self, total: Tensor, tokens: int) -> None:
+        """Keep a pass's divergences, summed over tokens, until they are taken."""
+        self.loss = total / tokens
+        self.measured = float(self.loss.detach())
+
+
+class TaughtDSA(Taught, DSA):
+    """DSA that is taught."""
+
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None, attention_mask: Mask = None
     ) -> Tensor:
         """As DSA.forward; in training it leaves `loss`."""
-        if cache is not None or not self.training or not torch.is_grad_enabled():
-            return super().forward(x, cos, sin, cache, attention_mask)
+        if not self.learns(cache):
+            return DSA.forward(self, x, cos, sin, cache, attention_mask)
         q_latent, kv = self.inputs(x)
         query = torch.cat(self.queries(self.q_of(q_latent), cos, sin), dim=-1).transpose(1, 2)
         key, value = self.expanded(*self.latents(kv, cos, sin))
@@ -83,8 +108,7 @@ class TaughtDSA(DSA):
             looked = seen if self.dense else pick(scores.detach(), seen, self.config.index_topk)
             read.append(torch_attention(query[:, :, part], key, value, self.scale, looked))
             total = total + divergences(self._target(query[:, :, part], key, looked), scores, looked).sum()
-        self.loss = total / (len(query) * query.size(2))
-        self.measured = float(self.loss.detach())
+        self.leave(total, len(query) * query.size(2))
         return self.out(torch.cat(read, dim=2).transpose(1, 2).flatten(2))
 
     @torch.no_grad()
@@ -95,6 +119,55 @@ class TaughtDSA(DSA):
             scores = (query[:, head] @ key[:, head].transpose(1, 2)).float() * self.scale
             total += scores.masked_fill(~looked, float("-inf")).softmax(dim=-1)
         return total / query.size(1)
+
+
+class TaughtCSA(Taught, CSA):
+    """CSA that is taught; where a token sees no entry there is nothing to learn."""
+
+    # of the pass that runs: the indexer's scores for a part of the queries, with their gradient
+    scored: Callable[[slice], Tensor] | None = None
+
+    def far(
+        self, x: Tensor, q_latent: Tensor, angles: tuple[Tensor, Tensor], mask: Mask, cache: CompressedLayer | None
+    ) -> Far:
+        if not self.learns(cache):
+            return CSA.far(self, x, q_latent, angles, mask, cache)
+        length, turned = x.size(1), torch.cat(angles, dim=-1)
+        windows = windows_of(mask, length, self.compressor.size, x.device)
+        entries = self.compressor(self.compressor.record(x), turned, windows)
+        keys = self.indexer.compressor(self.indexer.compressor.record(x.detach()), turned, windows)
+        query, weight = self.indexer.queries(x.detach(), q_latent.detach(), *angles)
+        self.scored = lambda part: self.indexer.scores(query[:, part], weight[:, part], keys)
+        seen: Seen = lambda part: windows.seen(mask, part, length)  # noqa: E731
+        if self.dense or entries.size(1) <= self.config.index_topk:
+            return entries, seen
+        return entries, self.picker(x, q_latent, angles, keys, seen)
+
+    def attend(self, query: Tensor, entries: Tensor, near: Seen, far: Far) -> Tensor:
+        scored, self.scored = self.scored, None
+        if scored is not None:
+            total = torch.zeros((), device=query.device)
+            for part in self.parts(query, far[0].size(1)):
+                looked = far[1](part).expand(len(query), -1, -1)
+                target = self._target(query, entries, part, near, far[0], looked)
+                total = total + divergences(target, scored(part), looked).sum()
+            self.leave(total, len(query) * query.size(2))
+        return CSA.attend(self, query, entries, near, far)
+
+    @torch.no_grad()
+    def _target(
+        self, query: Tensor, entries: Tensor, part: slice, near: Seen, compressed: Tensor, looked: Tensor
+    ) -> Tensor:
+        """Of a part of the queries (b, h, t, c) the weights on the compressed entries (b, n, c), shared out to 1: (b, part, n)."""
+        window, seen = self.near_of(query.size(2), entries, part, near)
+        total = torch.zeros_like(looked, dtype=torch.float32)
+        for head in range(query.size(1)):  # one matrix at a time
+            asked = query[:, head, part].float() * self.scale
+            scores = (asked @ compressed.float().transpose(1, 2)).masked_fill(~looked, float("-inf"))
+            others = (asked @ entries[:, window].float().transpose(1, 2)).masked_fill(~seen, float("-inf"))
+            sink = self.sink[head].float().expand(*scores.shape[:2], 1)
+            total += torch.cat([scores, others, sink], dim=-1).softmax(dim=-1)[..., : scores.size(-1)]
+        return total / total.sum(dim=-1, keepdim=True).clamp(min=1e-30)
 
 
 def divergences(target: Tensor, scores: Tensor, looked: Tensor) -> Tensor:

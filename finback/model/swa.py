@@ -95,17 +95,20 @@ class SWA(OwnStart):
 
         -> (b, h, t, c).
         """
-        before, read = entries.size(1) - query.size(2), []
-        compressed, seen_far = far
-        index = torch.arange(entries.size(1), device=query.device)
+        read, (compressed, seen_far) = [], far
         for part in self.parts(query, compressed.size(1)):
-            window = slice(max(0, before + part.start + 1 - self.window), before + part.stop)
-            is_near = index[before:][part, None] - index[window] < self.window
-            seen = near(part)[:, :, window] & is_near
+            window, seen = self.near_of(query.size(2), entries, part, near)
             rows = torch.cat([entries[:, window], compressed], dim=1)
             both = torch.cat([seen.expand(len(query), -1, -1), seen_far(part).expand(len(query), -1, -1)], dim=2)
             read.append(sink_attention(query[:, :, part], rows, self.sink, self.scale, both))
         return torch.cat(read, dim=2)
+
+    def near_of(self, queries: int, entries: Tensor, part: slice, near: Seen) -> tuple[slice, Tensor]:
+        """Where the window entries of a part of so many queries lie, and which of them are seen, (b or 1, part, window)."""
+        before, index = entries.size(1) - queries, torch.arange(entries.size(1), device=entries.device)
+        window = slice(max(0, before + part.start + 1 - self.window), before + part.stop)
+        is_near = index[before:][part, None] - index[window] < self.window
+        return window, near(part)[:, :, window] & is_near
 
     def parts(self, query: Tensor, compressed: int) -> Iterator[slice]:
         """Blocks of queries (b, h, t, c) whose scores fit SCORES, no longer than what they see beside themselves."""

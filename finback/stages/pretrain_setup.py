@@ -12,7 +12,7 @@ from finback.checkpoint.shares import Stored
 from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.model import count
-from finback.model.config import ModelConfig
+from finback.model.config import CSA, ModelConfig
 from finback.model.dsa_training import teach_indexers, with_indexers
 from finback.model.recompute import use_recompute
 from finback.model.transformer import Transformer
@@ -81,15 +81,22 @@ def _with_values(
         model = with_indexers(start, config, compute, seed)
     else:
         model = start.with_config(config, compute)
+    teaches = _teaches_indexers(stage, config)
     for name, parameter in model.named_parameters():
-        is_untaught = config.attention == "compressed" and ".indexer." in name  # V4's, which no loss reaches
-        parameter.requires_grad_(stage.learns(name) and not is_untaught)
+        parameter.requires_grad_(stage.learns(name) and (teaches or ".indexer." not in name))
     if config.index_topk or config.attention == "compressed":
         for knob, refused in (("compile", True), ("compute", "fp8")):
             if getattr(stage, knob) == refused:
                 raise stage.wrong(knob, "is not for sparse attention", "Leave it out.")
-        teach_indexers(model, stage.attends_densely)
+        if teaches:
+            teach_indexers(model, stage.attends_densely)
     return model
+
+
+def _teaches_indexers(stage: "Pretrain", config: ModelConfig) -> bool:
+    """Whether indexers learn: V4's only where something is picked in rows of this length, or if the stage is for them."""
+    picks = stage.seq_len // config.compress_rate_csa > config.index_topk
+    return config.attention != "compressed" or stage.attends_densely or (CSA in config.layer_types and picks)
 
 
 def _sharded(stage: "Pretrain", run: StageRun, world: World) -> Pretraining:

@@ -8,7 +8,7 @@ from finback.data.loader import Loader
 from finback.data.tokenizer import Tokenizer
 from finback.engine.request import SamplingParams
 from finback.model.count import recomputed_flops, training_flops_of
-from finback.model.dsa_training import divergence
+from finback.model.dsa_training import divergence, is_taught
 from finback.parallel.served_weights import ServedWeights
 from finback.rollouts.drawing import Window
 from finback.rollouts.here import EngineRollouts
@@ -82,7 +82,7 @@ class Pretraining(Training):
         loss, mtp, balance = losses.tolist()
         metrics = {"tokens": self.tokens, "batch_size": rows, "loss": loss, "mtp_loss": mtp, "balance": balance}
         metrics["grad_norm"] = norm
-        if self.config.index_topk and self.config.attention == "mla":
+        if self.config.index_topk and is_taught(trainer.model):
             metrics["indexer_loss"] = sum(self.world.gather(divergence(trainer.model))) / self.world.size
         verdict = self.spikes.judge(loss, norm)
         if verdict != "learn":

@@ -15,7 +15,8 @@ from finback.train.rates import Level
 class Sparsify(Pretrain):
     """Gives a model of latent attention DSA's indexers, and teaches them alone, on the data of pre-training.
 
-    While it lasts every token looks at all earlier ones. A Pretrain that starts from it goes on sparse: each token looks at
+    A V4 has indexers, which are taught as they are: `index_topk` may become another. While it lasts every token looks at all
+    earlier ones, of V4 at all entries. A Pretrain that starts from it goes on sparse: each token looks at
     `index_topk` of them, the loss of tokens teaches everything else, and indexers go on learning. V3.2 took 1,000 steps
     of 16 rows of 128K at a rate of 1e-3, then 15,000 steps of 480 rows at 7.3e-6.
     """
@@ -48,10 +49,13 @@ class Sparsify(Pretrain):
 
     def adapted(self, config: ModelConfig) -> ModelConfig:
         """`start`'s config with indexers."""
-        if config.index_topk:
+        names = "index_topk", "index_n_heads", "index_head_dim"
+        if config.index_topk and config.attention != "compressed":
             problem = f"{self.start!r} has indexers already"
             raise self.wrong("index_topk", problem, "Go on with Pretrain.")
-        names = "index_topk", "index_n_heads", "index_head_dim"
+        for name in names[1:]:
+            if config.index_topk and getattr(self, name) != (had := getattr(config, name)):
+                raise self.wrong(name, f"the indexers of {self.start!r} have {had}", f"Use {had}.")
         try:
             return dataclasses.replace(config, **{name: getattr(self, name) for name in names})
         except UserError as error:
