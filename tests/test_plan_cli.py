@@ -209,7 +209,7 @@ def test_pictures(name: str, tmp_path: Path) -> None:
 def test_presets_are_found_whatever_their_case() -> None:
     assert presets.find("V2_Lite") is presets.PRESETS["v2-lite"]
     for name, preset in presets.PRESETS.items():
-        values, text = command.preset(PlanOptions(what=name, on="h800:64", rows=4096, price=1.0))
+        values, text = command.preset(PlanOptions(what=name, on="h800:2048", rows=4096, price=1.0))
         assert values["model"]["name"] == preset.name and "GFLOPs to train" in text
 
 

@@ -18,6 +18,7 @@ from finback.parallel.mesh import World
 from finback.train import rates
 from finback.train.loss import cross_entropy
 from finback.train.optim import Adam, Gradients, Muon, exact_norm, is_matrix, newton_schulz
+from tests.many import IMPORTED
 from tests.toy import CONFIG, backward, toy_model
 
 
@@ -255,8 +256,8 @@ def _steps(rank: int, size: int, port: int, out: str) -> None:
 def test_two_ranks_train_like_one(tmp_path: Path) -> None:
     from finback.parallel.launch import free_port
 
-    context = multiprocessing.get_context("spawn")
-    port = free_port()
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(IMPORTED)
     ranks = [context.Process(target=_steps, args=(r, 2, port, str(tmp_path / "two.pt"))) for r in range(2)]
     for process in ranks:
         process.start()
