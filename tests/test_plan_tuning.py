@@ -157,7 +157,10 @@ def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> No
     whole = rl | {"adapter": None}
     taken, least = tuning.changes(QWEN_7B, whole, 2e9, 50e9, layout=layout)
     assert taken[-1] == "adapter=LoRA()" and least < 50e9
-    assert all("nf4" not in t for t in tuning.changes(QWEN_7B, whole, 2e9, 1e9, layout=layout)[0])
+    assert "nf4" in tuning.changes(QWEN_7B, whole, 2e9, 1e9, layout=layout)[0][-2]
+    packed = tuning.memory(QWEN_7B, rl | {"adapter": tuning.ADAPTER | {"base": "nf4"}}, 0.0, layout=layout)
+    assert packed.gathered == 2 * 2 * 152064 * 3584 + 2 * 0.5625 * layer
+    assert packed.served == tuning.frozen_bytes(QWEN_7B, tuning.ADAPTER | {"base": "nf4"}) < 0.4 * four.served
 
 
 def test_a_layout_takes_time_for_what_ranks_send() -> None:

@@ -99,7 +99,14 @@ def test_rows_cut_into_micro_batches_are_those_of_one_pass(ten: Path) -> None:
     [
         ({"layout": Layout(pp=2)}, r"tuned\.layout\.pp = 2: is for pre-training alone\. Use dp, cp and ep"),
         ({"layout": Layout(dp=2, sharding="zero1")}, r"tuned\.layout\.sharding = 'zero1': .* Use \"fsdp\""),
-        ({"layout": Layout(dp=2), "adapter": LoRA(base="nf4")}, r"tuned\.adapter\.base = 'nf4': quantized .* \"bf16\""),
+        (
+            {"layout": Layout(dp=2, gather="bf16"), "adapter": LoRA(base="nf4")},
+            r"tuned\.layout\.gather = 'bf16': nf4 travels as it is stored\. Leave it out\.",
+        ),
+        (
+            {"layout": Layout(dp=2), "adapter": LoRA(base="int8", dora=True, targets=("attention",))},
+            r"tuned\.adapter\.dora = True: the rows of int8 .* Use base=\"bf16\", or leave out layout\.",
+        ),
     ],
 )
 def test_what_a_layout_does_not_do_here_is_refused(knobs: dict[str, Any], words: str) -> None:
@@ -138,7 +145,7 @@ def _continued(root: str, name: str, layouts: list[Layout | None], stops: list[i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "grpo", "lora grpo"])
+@pytest.mark.parametrize("name", ["sft", "grpo", "lora grpo", "qlora sft"])
 def test_a_checkpoint_goes_on_under_another_layout(name: str, tmp_path: Path) -> None:
     """One rank's numbers after a layout of experts, one of parts of rows, and whole copies; and so is the model in files."""
     root = prepared(tmp_path / "runs")
@@ -179,8 +186,8 @@ def _interrupted(root: str, names: tuple[str, ...]) -> None:
 
 @pytest.mark.slow
 def test_an_interrupted_stage_ends_with_the_same_bits(tmp_path: Path) -> None:
-    root, names = prepared(tmp_path / "runs"), ("sft", "grpo", "lora grpo")
-    alone(root, names[1:], 5)
+    root, names = prepared(tmp_path / "runs"), ("sft", "sft on the host", "grpo", "lora grpo")
+    alone(root, names[2:], 5)
     on_ranks(2, _interrupted, str(root), names)
 
 

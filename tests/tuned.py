@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from finback.checkpoint import models
 from finback.data import tokenizer
 from finback.model.config import ModelConfig
+from finback.model.logprobs import text_logprobs
 from finback.model.lora import LoRA, adapter_parameters
 from finback.model.transformer import Transformer
 from finback.parallel.layout import Layout
@@ -78,6 +79,8 @@ LEARNT = {
     "grpo replayed": Tuned(GRPO, {"routing_replay": True}),
     "lora sft": Tuned(SFT, {"adapter": EXACT, "bias_speed": 0.0}),
     "dora sft": Tuned(SFT, {"adapter": replace(EXACT, dora=True, targets=("attention",)), "bias_speed": 0.0}),
+    "qlora sft": Tuned(SFT, {"adapter": replace(EXACT, base="nf4"), "bias_speed": 0.0}),
+    "qlora grpo": Tuned(GRPO, {"adapter": replace(EXACT, base="int8"), "bias_speed": 0.0}),
     "lora distill": Tuned(Distill, {"adapter": EXACT}),
     # goes on with what the test of checkpoints has written
     "lora on lora": Tuned(SFT, {"adapter": EXACT, "start": "moved", "bias_speed": 0.0}),
@@ -134,11 +137,13 @@ def with_records(r: Reinforcement, path: Path) -> Reinforcement:
 
 @dataclass
 class Outcome:
-    """Metrics of each step but for times, the gradient of the last one, and the weights in the end."""
+    """Metrics of each step but for times, the gradient of the last one, the weights in the end, and what is generated with."""
 
     metrics: list[dict[str, Any]]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+    # log-probabilities of a text, by the model that answers
+    text: Tensor
 
 
 def outcome(root: Path, name: str, layout: Layout | None, steps: int) -> Outcome:
@@ -147,7 +152,9 @@ def outcome(root: Path, name: str, layout: Layout | None, steps: int) -> Outcome
     loop = Loop(training)
     metrics = [loop.advance() for _ in range(steps)]
     metrics = [{k: v for k, v in each.items() if k not in TIMED} for each in metrics]
-    return Outcome(metrics, gradients(training.trainer), weights(training.trainer))
+    trainer = training.trainer
+    learnt, answers = (gradients(trainer), weights(trainer)), trainer.gathered().eval()
+    return Outcome(metrics, *learnt, text_logprobs(answers, torch.arange(40).view(2, 20)).detach())
 
 
 def gradients(trainer: Trainer) -> dict[str, Tensor]:
@@ -186,6 +193,7 @@ def compared(found: Outcome, one: Outcome, within: float = 1e-5) -> None:
             size = max(1.0, *theirs.abs().flatten().tolist()) if theirs.numel() else 1.0
             assert not theirs.numel() or (ours - theirs).abs().max() <= within * size, (step, key, line[key], value)
     assert any(gradient.any() for gradient in one.gradients.values())
+    assert (found.text - one.text).abs().max() <= within
     for part in ("gradients", "weights"):
         ours, theirs = getattr(found, part), getattr(one, part)
         assert ours.keys() == theirs.keys()

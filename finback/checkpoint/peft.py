@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -284,12 +285,14 @@ def digest(model: Transformer, some: Some = _every_nth, known: Mapping[str, byte
 
 def samples(name: str, module: Linear | MoE, some: Some = _every_nth) -> bytes:
     """What a digest has of a module's matrices."""
-    found = b""
-    for each in matrix_names(module):
-        matrix = getattr(module, each).detach()
-        values = some(matrix, max(1, matrix.numel() // 256)).to(torch.bfloat16).view(torch.int16)
-        found += name.encode() + values.cpu().numpy().tobytes()
-    return found
+    matrices = [getattr(module, each).detach() for each in matrix_names(module)]
+    return b"".join(sample(name, matrix.numel(), partial(some, matrix)) for matrix in matrices)
+
+
+def sample(name: str, size: int, every: Callable[[int], Tensor]) -> bytes:
+    """What a digest has of a matrix of so many numbers; every(step) are every step-th of them."""
+    values = every(max(1, size // 256)).to(torch.bfloat16).view(torch.int16)
+    return name.encode() + values.cpu().numpy().tobytes()
 
 
 def experts_of(table: dict[str, tuple[str, ...]], name: str) -> str:

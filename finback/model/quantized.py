@@ -1,6 +1,6 @@
 """Weights that stay as they were quantized: products run in the dtype of activations, on one matrix dequantized at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,9 @@ from finback.kernels import fp8, moe_gemm
 from finback.kernels.formats import FP8, Format
 from finback.model.layers import Linear
 from finback.model.moe import MoE
-from finback.model.replace import recast
+from finback.model.replace import Model, recast
+
+FACTORS = "_scale"  # behind the name of what they are of
 
 
 class QuantizedLinear(Linear):
@@ -36,12 +38,17 @@ class QuantizedMoE(MoE):
         return moe_gemm.routed_experts(x, index, weight, gate_up, down)
 
 
-def expert_matrix(moe: MoE, name: str, expert: int, dtype: torch.dtype) -> Tensor:
-    """One expert's gate_up (2m, d) or down (d, m), as `name` says, in the dtype of the arithmetic."""
-    values: Tensor = getattr(moe, name)[expert]
+def expert_matrix(
+    moe: MoE, name: str, expert: int, dtype: torch.dtype, here: Callable[[Tensor], Tensor] = lambda stack: stack
+) -> Tensor:
+    """One expert's gate_up (2m, d) or down (d, m), as `name` says, in the dtype of the arithmetic.
+
+    `here` is what of a stack of all experts `expert` counts in.
+    """
+    values = here(getattr(moe, name))[expert]
     if not isinstance(moe, QuantizedMoE):
         return values.to(dtype)
-    return moe.format.dequantize(values, getattr(moe, f"{name}_scale")[expert], dtype)
+    return moe.format.dequantize(values, here(getattr(moe, name + FACTORS))[expert], dtype)
 
 
 def matrix_names(module: Linear | MoE) -> tuple[str, ...]:
@@ -74,4 +81,15 @@ def store(module: Linear | MoE, name: str, form: Format, values: Tensor, scale: 
     else:
         recast(module, QuantizedLinear).format = form
     setattr(module, name, nn.Parameter(values, requires_grad=False))
-    module.register_buffer(f"{name}_scale", scale)
+    module.register_buffer(name + FACTORS, scale)
+
+
+def factors_as_parameters(model: Model) -> Model:
+    """Have factors be parameters that are not learnt, in place, so that they are shared out as what they are of."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear | QuantizedMoE):
+            for name in matrix_names(module):
+                scale = getattr(module, name + FACTORS)
+                delattr(module, name + FACTORS)
+                setattr(module, name + FACTORS, nn.Parameter(scale, requires_grad=False))
+    return model

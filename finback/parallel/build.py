@@ -76,7 +76,8 @@ def _keep_own_experts(model: Transformer, mesh: Mesh, fsdp: bool) -> None:
     if mesh.ep.size() == 1:
         return
     for moe in [m for m in model.modules() if isinstance(m, MoE)]:
-        for name in ("gate_up", "down"):
+        stacks = [name for name, p in moe.named_parameters(recurse=False) if p.ndim == 3]
+        for name in stacks:
             whole: nn.Parameter = getattr(moe, name)
             start, stop = share(len(whole), mesh.ep.size(), mesh.ep.get_local_rank())
             mine = whole.detach()[start:stop]

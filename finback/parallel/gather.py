@@ -5,6 +5,7 @@ One parameter after the other is put together by the ranks that hold its stage a
 memory for the whole model and its largest parameter while this lasts, and receives about the whole model.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from finback.checkpoint.shares import Share
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import Mesh
-from finback.parallel.shard import router_biases, share_of
+from finback.parallel.shard import router_biases
 
 
 @torch.no_grad()
@@ -49,10 +51,9 @@ def gather(held: dict[str, Tensor], mesh: Mesh, into: Transformer, fills: bool =
 
 
 @torch.no_grad()
-def sampled(tensor: Tensor, step: int) -> Tensor:
+def sampled(share: Share, step: int) -> Tensor:
     """Every step-th number of a tensor of which each rank holds a part of its own, row by row, in fp32, on all ranks."""
-    share = share_of("", tensor)
-    found = torch.zeros(-(-tensor.numel() // step), device=share.local.device)
+    found = torch.zeros(-(-math.prod(share.shape) // step), device=share.local.device)
     for start, view in share.runs():
         skipped = -start % step
         some = view[skipped::step].float()

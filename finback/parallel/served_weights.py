@@ -47,16 +47,23 @@ class ServedWeights:
         self.is_old = self._gathered is not None
 
 
-def whole_copy(config: ModelConfig, compute: torch.dtype, dtype: torch.dtype, world: World) -> tuple[Transformer, bool]:
+def whole_copy(
+    config: ModelConfig,
+    compute: torch.dtype,
+    dtype: torch.dtype,
+    world: World,
+    put_on: Callable[[Transformer], Any] = lambda model: model,
+) -> tuple[Transformer, bool]:
     """A frozen model without values, its matrices in `dtype`, and whether this rank is to fill them in.
 
-    Routers and norms are fp32, as every arithmetic reads them.
+    Routers and norms are fp32, as every arithmetic reads them. `put_on` changes in place how the blank model lies in memory.
     """
     with torch.device("meta"):
         model = Transformer(config, compute, dtype).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, RMSNorm | Router):
             module.float()
+    put_on(model)
     shared = _shared_memory(model, world) if world.device.type == "cpu" else None
     storage, fills = shared or (None, True)
     _lay_out(model, storage, world.device)

@@ -24,7 +24,6 @@ from finback.planner.workload import Precision, Recompute
 WIDTHS = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
 # bytes of both moments of a number on the device (train/lean_adam.py), with a factor for 256 of a row at most
 MOMENTS = {"fp32": 8.0, "int8": 2 + 2 * 4 / 256, "host": 0.0}
-QUANTIZED = ("int8", "nf4")
 ROWS = 256  # of logits at a time, and of an engine's batch
 ADAPTER = {"rank": 16, "targets": ("attention", "mlp", "experts"), "base": "bf16"}
 # what takes less memory, mildest first, as knobs of the stage
@@ -149,13 +148,18 @@ def gathered_width(layout: Layout, adapter: dict[str, Any] | None) -> float:
 
 
 def _gathered(c: ModelConfig, layout: Layout, adapter: dict[str, Any] | None) -> float:
-    """Bytes of the parameters that FSDP puts together on a rank at a time, and of their gradients before they are summed."""
+    """Bytes of the parameters that FSDP puts together on a rank at a time, and of their gradients before they are summed.
+
+    Both ends of the model are not quantized.
+    """
     ends = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
     largest = 0.0
     for n in range(c.num_hidden_layers):
         routed = c.is_moe(n) * c.n_routed_experts * 3 * c.hidden_size * c.moe_intermediate_size
         largest = max(largest, layer_parameters(c, n, active=False) - routed + routed / layout.ep)
-    return (gathered_width(layout, adapter) + (0 if adapter else 4)) * (ends + 2 * largest)
+    width, gradients = gathered_width(layout, adapter), 0 if adapter else 4
+    unpacked = max(width, WIDTHS["bf16"])
+    return (unpacked + gradients) * ends + 2 * (width + gradients) * largest
 
 
 def generates(knobs: dict[str, Any]) -> bool:
@@ -254,8 +258,6 @@ def changes(
     knobs, taken = dict(knobs), list[str]()
     total = memory(c, knobs, reserve, room, teacher, layout).total
     for text, changed in STEPS:
-        if layout is not None and _is_quantized(changed):
-            continue  # what is not shared out
         changed = {k: v for k, v in changed.items() if k in knobs and not (k == "adapter" and _is_smaller(knobs[k], v))}
         less = memory(c, knobs | changed, reserve, room, teacher, layout).total
         if total <= room or less >= total:
@@ -266,10 +268,6 @@ def changes(
             taken = [t for t in taken if not t.startswith("moments")]
         knobs, taken, total = knobs | changed, [*taken, text], less
     return taken, total
-
-
-def _is_quantized(changed: dict[str, Any]) -> bool:
-    return (changed.get("adapter") or {}).get("base") in QUANTIZED
 
 
 def _is_smaller(adapter: dict[str, Any] | None, other: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from finback.checkpoint import models
 from finback.config import UserError
+from finback.kernels.formats import FORMATS
 from finback.model.lora import learnt_parameters
 from finback.model.recompute import use_recompute
 from finback.parallel.layout import Layout
@@ -37,9 +38,13 @@ def check_layout(stage: "SFT | GRPO") -> None:
     ):
         if value != usual:
             raise UserError(f"{stage.name}.layout.{name}", value, "is for pre-training alone", remedy)
-    if adapter is not None and adapter.base not in ("fp32", "bf16"):
-        problem = "quantized weights are not shared out"
-        raise UserError(f"{stage.name}.adapter.base", adapter.base, problem, 'Use "bf16", or leave out layout.')
+    if adapter is not None and adapter.base in FORMATS:
+        if layout.gather != "fp32":
+            problem = f"{adapter.base} travels as it is stored"
+            raise UserError(f"{stage.name}.layout.gather", layout.gather, problem, "Leave it out.")
+        if adapter.dora:
+            problem = f"the rows of {adapter.base} are not measured where they are shared out"
+            raise UserError(f"{stage.name}.adapter.dora", True, problem, 'Use base="bf16", or leave out layout.')
 
 
 def trainer_of(stage: "SFT | GRPO", run: StageRun, weight_decay: float, frozen: tuple[str, ...] = ()) -> Trainer:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from finback.checkpoint import models, peft
 from finback.checkpoint.shares import Values
 from finback.data.tokenizer import Tokenizer
+from finback.kernels.formats import FORMATS
 from finback.model.config import ModelConfig
-from finback.model.frozen import freeze
 from finback.model.lora import (
     AdaptedTransformer,
     DoraLinear,
@@ -37,8 +37,9 @@ from finback.parallel.build import build
 from finback.parallel.gather import gather, sampled
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh, World
+from finback.parallel.quantizing import Quantizing
 from finback.parallel.served_weights import ServedWeights, whole_copy
-from finback.parallel.shard import router_biases
+from finback.parallel.shard import router_biases, share_of
 from finback.runs.folder import StageRun
 from finback.train.lean_adam import adam_of
 from finback.train.optim import Gradients, exact_norm
@@ -89,11 +90,15 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
         layout.check_trainable(config, layout.dp * layout.micro_batches, dist.get_world_size())
         self.config, self.layout, self.options = config, layout, options
         self.mesh = Mesh.of(layout, device)
-        made = build(config, layout, self.mesh, values, options.dtype, put_on=options.put_on, dtype=options.param_dtype)
+        form = None if options.base is None else FORMATS.get(options.base)
+        packing = None if form is None else Quantizing(values, form)
+        filled, dtype = packing or values, options.param_dtype
+        made = build(config, layout, self.mesh, filled, options.dtype, put_on=options.put_on, dtype=dtype)
         self.sharding, base = made.sharding, made.models[0]
         self.base: dict[str, Tensor] = {part.name: part.value for part in made.sharding.parts[0]}
-        places = adapter.base, adapter.begun
-        model = peft.put_adapter(base, adapter.lora, places, peft.digest(base, sampled), adapter.seed)
+        places, known = (adapter.base, adapter.begun), packing.samples if packing else {}
+        digest = peft.digest(base, lambda matrix, step: sampled(share_of("", matrix), step), known)
+        model = peft.put_adapter(base, adapter.lora, places, digest, adapter.seed)
         named = adapter_parameters(model)
         super().__init__(model, self.mesh.world, [adam_of(named, options.weight_decay, options.moments)], named)
         self.parted = _parted(model)
@@ -120,9 +125,10 @@ class AdapterTuner(UnevenRows, ReplicatedTrainer):
     def served(self) -> ServedWeights:
         """The base, which is put together once, under the very adapter that learns, and a copy of what of that is parted."""
         if self._whole is None:
-            copy, fills = whole_copy(self.config, self.options.dtype, self.options.param_dtype, self.world)
+            options = self.options
+            copy, fills = whole_copy(self.config, options.dtype, options.param_dtype, self.world, options.freeze)
             received = gather(self.base | router_biases(self.model), self.mesh, copy, fills)
-            whole = _under(self.model, freeze(copy, "bf16"))
+            whole = _under(self.model, copy)
             self._whole = ServedWeights(whole, self._take_over if self.parted else None)
             self._whole.bytes = received
         return self._whole

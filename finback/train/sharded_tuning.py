@@ -20,6 +20,7 @@ from finback.model.frozen import BaseFormat, base_dtype, freeze
 from finback.model.logprobs import text_logprobs
 from finback.model.lora import learnt_parameters
 from finback.model.moe import Router
+from finback.model.quantized import factors_as_parameters
 from finback.model.transformer import Transformer
 from finback.parallel.build import build
 from finback.parallel.context import in_parts, whole_rows
@@ -48,7 +49,7 @@ class TuningOptions(ShardedOptions):
     weight_decay: float = 0.0
     # beginnings of the names of what stays as it is
     frozen: tuple[str, ...] = ()
-    # an adapter is learnt on a base in this format, which is not quantized; None: the model itself
+    # an adapter is learnt on a base in this format; None: the model itself
     base: BaseFormat | None = None
     moments: Moments = "fp32"
 
@@ -60,12 +61,17 @@ class TuningOptions(ShardedOptions):
     def put_on(self, model: Transformer) -> Transformer:
         super().put_on(model)
         if self.base is not None:
-            freeze(model, self.base)
+            self.freeze(model)
         learnt = dict(learnt_parameters(model))
         for name, parameter in model.named_parameters():
             if name not in learnt or name.startswith(self.frozen):
                 parameter.requires_grad_(False)
         return model
+
+    def freeze(self, model: Transformer) -> Transformer:
+        """Have a blank model be the base of an adapter, in place."""
+        assert self.base is not None, "asked of an adapter alone"
+        return factors_as_parameters(freeze(model, self.base))
 
 
 class UnevenRows(Trainer):
