@@ -116,11 +116,9 @@ def test_what_a_layout_does_not_do_here_is_refused(knobs: dict[str, Any], words:
         GRPO(name="tuned", start="base", task=Chains(), **knobs)
 
 
-def test_rl_cuts_answers_by_tokens_and_not_along_shared_prompts() -> None:
+def test_rl_cuts_answers_by_tokens() -> None:
     with pytest.raises(UserError, match=r"rl\.layout\.micro_batches = 2: answers are cut by micro_tokens"):
         GRPO(name="rl", start="base", task=Chains(), layout=Layout(dp=2, micro_batches=2))
-    with pytest.raises(UserError, match=r"rl\.share_prompts = True: such rows are not cut"):
-        GRPO(name="rl", start="base", task=Chains(), layout=Layout(cp=2), share_prompts=True)
 
 
 def _continued(root: str, name: str, layouts: list[Layout | None], stops: list[int]) -> None:

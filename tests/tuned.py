@@ -76,6 +76,8 @@ LEARNT = {
     "grpo by answer": Tuned(
         GRPO, {"objective": Objective(average="answer", ratio="sequence", beta=0.0), "top_k": 20, "temperature": 0.8}
     ),
+    "grpo shared": Tuned(GRPO, {"share_prompts": True, "objective": Objective(beta=0.1), "top_k": 20}),
+    "grpo shared and replayed": Tuned(GRPO, {"share_prompts": True, "routing_replay": True}),
     "grpo replayed": Tuned(GRPO, {"routing_replay": True}),
     "lora sft": Tuned(SFT, {"adapter": EXACT, "bias_speed": 0.0}),
     "dora sft": Tuned(SFT, {"adapter": replace(EXACT, dora=True, targets=("attention",)), "bias_speed": 0.0}),

@@ -134,6 +134,26 @@ def whole_rows(part: Tensor, axis: DeviceMesh | None) -> Tensor:
     return rows
 
 
+def summed_parts(part: Tensor, axis: DeviceMesh | None) -> Tensor:
+    """The sum of everybody's tensor, of which all ranks make the same; each number is of one of them, and so is its gradient."""
+    if axis is None:
+        return part
+    found: Tensor = _SummedParts.apply(axis.get_group(), part)
+    return found
+
+
+class _SummedParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, part: Tensor) -> Tensor:
+        whole = part.clone()
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, grads[0]
+
+
 class _WholeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, part: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from finback.model.logprobs import token_logprobs
 from finback.model.transformer import Transformer
 from finback.rollouts.rollouts import Rollout, in_parts, padded, routes_of
 from finback.train.batch import Batch, SharedRows
@@ -37,6 +38,22 @@ def predicting(model: Transformer, batch: Batch) -> Tensor:
         return states
     read: Tensor = model(shared.tokens, None, shared.padding_mask, shared.document_ids, shared.prefixes)
     return read.flatten(0, 1)[shared.places]
+
+
+def placed_logprobs(model: Transformer, part: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the labels of a batch of answers and their entropies, both (rows, seq_len).
+
+    0 where nothing is learnt and, of rows that are cut, where another part predicts.
+    """
+    learnt, states = part.learnt, predicting(model, part)
+    labels, mine = part.labels[learnt], None if part.shared is None else part.shared.predicted
+    here = slice(None) if mine is None else mine
+    kept = None if part.kept is None else part.kept[here]
+    found: Sequence[Tensor] = token_logprobs(model, states, labels[here], temperature, kept)
+    if mine is not None:
+        found = [t.new_zeros(len(labels)).index_copy(0, mine, t) for t in found]
+    logprobs, entropy = (torch.zeros(learnt.shape, device=t.device).masked_scatter(learnt, t) for t in found)
+    return logprobs, entropy
 
 
 def _lines(group: list[Pair], micro_tokens: int) -> list[list[Pair]]:

@@ -142,8 +142,6 @@ class GRPO(Stage):
         if self.layout is not None and self.layout.micro_batches > 1:
             problem = "answers are cut by micro_tokens"
             raise UserError(f"{self.name}.layout.micro_batches", self.layout.micro_batches, problem, "Use 1.")
-        if self.layout is not None and self.layout.cp > 1 and self.share_prompts:
-            raise self.wrong("share_prompts", "such rows are not cut along the sequence", "Leave it out, or use cp=1.")
         if not 0 < self.top_p <= 1:
             raise self.wrong("top_p", "not above 0 and up to 1", "Use 1 for all tokens.")
         if self.prompts_per_step % self.updates:

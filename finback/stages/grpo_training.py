@@ -10,14 +10,13 @@ from torch import Tensor
 
 from finback.data.tokenizer import Tokenizer
 from finback.model.count import forward_flops_of, recomputed_flops_of, training_flops_of
-from finback.model.logprobs import token_logprobs
 from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
 from finback.rollouts.generation import PolicyModel
 from finback.rollouts.rl_health import overlap
 from finback.rollouts.rollouts import Rollout, batches
-from finback.rollouts.shared_prompts import predicting, shared_batches
+from finback.rollouts.shared_prompts import placed_logprobs, shared_batches
 from finback.runs.files import METRICS, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.generation_costs import generation_costs
@@ -179,10 +178,7 @@ class Reinforcement(Training):
 
     def logprobs(self, model: Transformer, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the labels (rows, seq_len), 0 elsewhere, and their entropies (labels,)."""
-        part = self.trainer.part(batch)
-        learnt, states = part.learnt, predicting(model, part)
-        found = token_logprobs(model, states, part.labels[learnt], self.stage.temperature, part.kept)
-        placed = (torch.zeros(learnt.shape, device=learnt.device).masked_scatter(learnt, t) for t in found)
+        placed = placed_logprobs(model, self.trainer.part(batch), self.stage.temperature)
         logprobs, entropy = (self.trainer.whole_rows(t, batch) for t in placed)
         return logprobs, entropy[batch.learnt]
 
@@ -195,8 +191,8 @@ class Reinforcement(Training):
         """What is computed within takes the engine's experts, backward passes included."""
         if self.routing is None:
             return nullcontext()
-        read = self.trainer.part(batch) if batch.shared is None else batch.shared
-        return self.routing.replaying(read.routed_experts)
+        part = self.trainer.part(batch)
+        return self.routing.replaying((part.shared or part).routed_experts)
 
     # ---- updates ---------------------------------------------------------------------------------------------------
 

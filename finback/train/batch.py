@@ -28,6 +28,29 @@ class SharedRows:
     places: Tensor
     # (rows, tokens, layers, k), as the batch's
     routed_experts: Tensor | None
+    # (places,) which of the batch's labels these are, of rows that are cut; None: all
+    predicted: Tensor | None = None
+
+    def part(self, member: int, members: int) -> "SharedRows":
+        """The same rows cut along the sequence, with padding behind them that makes the parts equal: this member's."""
+        width = self.tokens.size(1)
+        length = -(-width // members)
+        start, rows, columns = member * length, self.places // width, self.places % width
+        here = ((columns >= start) & (columns < start + length)).nonzero().squeeze(1)
+
+        def cut(t: Tensor, fill: Any) -> Tensor:
+            padding = t.new_zeros(len(t), length * members - width, *t.shape[2:]) + fill
+            return torch.cat([t, padding], dim=1)[:, start : start + length]
+
+        return replace(
+            self,
+            tokens=cut(self.tokens, 0),
+            padding_mask=cut(self.padding_mask, False),
+            document_ids=cut(self.document_ids, int(self.document_ids.max()) + 1),
+            places=(rows * length + columns - start)[here],
+            routed_experts=None if self.routed_experts is None else cut(self.routed_experts, -1),
+            predicted=here,
+        )
 
     def to(self, device: torch.device) -> "SharedRows":
         """The same on another device."""
@@ -82,6 +105,8 @@ class Batch:
 
     def part(self, member: int, members: int) -> "Batch":
         """The same rows cut along the sequence: this member's of as many equal parts, and the tokens behind it that MTP reads."""
+        if self.shared is not None:  # which are read; the answers stay whole
+            return replace(self, shared=self.shared.part(member, members))
         length, rest = divmod(self.seq_len, members)
         assert not rest, "a row's tokens divide among the members"
         start, parts = member * length, self.tensors()
@@ -99,7 +124,7 @@ class Batch:
     def widened(self, members: int) -> "Batch":
         """The same rows with padding behind them, as much as it takes for their tokens to divide among the members."""
         more = -self.seq_len % members
-        if not more:
+        if not more or self.shared is not None:
             return self
         fill: dict[str, Any] = {"labels": IGNORE, "padding_mask": False, "routed_experts": -1}
         parts = self.tensors()

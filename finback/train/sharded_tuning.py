@@ -23,7 +23,7 @@ from finback.model.moe import Router
 from finback.model.quantized import factors_as_parameters
 from finback.model.transformer import Transformer
 from finback.parallel.build import build
-from finback.parallel.context import in_parts, whole_rows
+from finback.parallel.context import in_parts, summed_parts, whole_rows
 from finback.parallel.layout import Layout
 from finback.parallel.mesh import Mesh
 from finback.parallel.served_weights import ServedWeights, whole_copy
@@ -107,6 +107,8 @@ class UnevenRows(Trainer):
         return batch.widened(self.layout.cp).part(self.mesh.cp.get_local_rank(), self.layout.cp)
 
     def whole_rows(self, numbers: Tensor, batch: Batch) -> Tensor:
+        if batch.shared is not None:
+            return summed_parts(numbers, self.mesh.cp)
         return whole_rows(numbers, self.mesh.cp)[:, : batch.seq_len]
 
     def of_same_rows(self, value: T) -> list[T]:

@@ -122,7 +122,8 @@ class Trainer(ABC):
         return batch
 
     def whole_rows(self, numbers: Tensor, batch: Batch) -> Tensor:
-        """Numbers (rows, tokens) of this rank's part of a batch as those of its whole rows."""
+        """Numbers (rows, tokens) of this rank's part of a batch as those of its whole rows; of rows that share prompts the part has
+        zeros for what is predicted elsewhere."""
         return numbers
 
     def of_same_rows(self, value: T) -> list[T]:
