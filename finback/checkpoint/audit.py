@@ -12,7 +12,7 @@ from finback.checkpoint import names, packed_folders, v4_names
 from finback.checkpoint.gguf import GGUF
 from finback.checkpoint.hf_config import model_config, read_config
 from finback.checkpoint.packed_folders import PackedShards
-from finback.checkpoint.shards import SCALE, Shards, Weights, element_type
+from finback.checkpoint.shards import E8M0, SCALE, Shards, Weights, element_type
 from finback.checkpoint.stored_names import as_named
 from finback.config import UserError
 from finback.kernels import fp8
@@ -77,7 +77,10 @@ def examine(path: Path) -> tuple[Weights, Audit]:
     raw = read_config(path)
     config, quantized = model_config(raw), is_fp8(raw)
     files = Shards(path)
-    shards = PackedShards(files, raw["quantization_config"]) if is_packed(raw) else files
+    if quantized and config.attention == "compressed":
+        files.specs = packed_folders.factored(files.specs)
+    has_fp4 = quantized and packed_folders.has_fp4(files.specs)
+    shards = PackedShards(files, raw["quantization_config"]) if is_packed(raw) or has_fp4 else files
     shards.specs = as_named(shards.specs, config)
     result = audit(config, shards, quantized)
     result.notes += [shards.note()] if isinstance(shards, PackedShards) else []
@@ -126,7 +129,7 @@ def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantized: bool
     if spec.shape != shape:
         return f"shape {list(spec.shape)} where config.json calls for {list(shape)}"
     dtype = element_type(spec.dtype)
-    if dtype is None or dtype.is_floating_point == name.endswith(v4_names.TABLE):
+    if dtype is None or spec.dtype == E8M0 or dtype.is_floating_point == name.endswith(v4_names.TABLE):
         return f"dtype {spec.dtype}, which no weight of these families has"
     factors: Any = shards.specs.get(name + SCALE)
     if spec.dtype != "F8_E4M3":
@@ -134,7 +137,7 @@ def _problem(name: str, shape: tuple[int, ...], shards: Weights, quantized: bool
     if factors is None or not quantized:
         return "FP8 without factors, or without quantization_config in config.json"
     if element_type(factors.dtype) is None:
-        return f"FP8 factors of dtype {factors.dtype}; finback reads F32 and BF16"
+        return f"FP8 factors of dtype {factors.dtype}; finback reads F32, BF16 and F8_E8M0"
     expected = tuple(fp8.blocks(n) for n in shape)
     return "" if factors.shape == expected else f"FP8 factors {list(factors.shape)}, not {list(expected)}"
 

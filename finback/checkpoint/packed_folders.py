@@ -12,10 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finback.checkpoint.shards import Shards, Spec, Weights
+from finback.checkpoint.shards import SCALE, Shards, Spec, Weights
 from finback.config import UserError
 from finback.kernels import packings
-from finback.kernels.formats import INT4, INT8, NF4, NF4_BLOCK, NF4_LEVELS, Format
+from finback.kernels.formats import (
+    INT4,
+    INT8,
+    MXFP4,
+    MXFP4_BLOCK,
+    NF4,
+    NF4_BLOCK,
+    NF4_LEVELS,
+    Format,
+    e2m1,
+    powers_of_two,
+)
 from finback.kernels.packings import Grouped
 
 METHODS = ("awq", "gptq", "compressed-tensors", "bitsandbytes")
@@ -31,12 +42,14 @@ _PARTS = {
         *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
         *("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4", "SCB", "weight_format"),
     ),
+    "fp8": ("weight", "scale"),  # of V4's experts, which are FP4
 }
 _MARKS = {  # a layer that has one of these is packed
     "awq": ("qweight",),
     "gptq": ("qweight",),
     "compressed-tensors": ("weight_scale",),
     "bitsandbytes": ("weight.absmax", "SCB"),
+    "fp8": ("scale",),
 }
 Parts = dict[str, Tensor]
 
@@ -47,6 +60,14 @@ class _Layer:
 
     shape: tuple[int, int]
     parts: dict[str, Spec]
+
+
+@dataclass(frozen=True)
+class Mxfp4:
+    """A matrix in the format MXFP4, as formats.mxfp4 packs one."""
+
+    values: Tensor
+    scale: Tensor
 
 
 class PackedShards(Weights):
@@ -79,7 +100,8 @@ class PackedShards(Weights):
 
     def note(self) -> str:
         """What a card says of it."""
-        return f"{self.method}: {len(self.layers):,} matrices are packed; activations are not quantized here"
+        method = MXFP4.name if self.method == "fp8" else self.method
+        return f"{method}: {len(self.layers):,} matrices are packed; activations are not quantized here"
 
     def by_file(self) -> Iterator[str]:
         order = {file: number for number, file in enumerate(self.shards.files)}
@@ -120,6 +142,8 @@ class PackedShards(Weights):
             shape = tuple(json.loads(self.shards.read_spec(state).numpy().tobytes())["shape"])
         elif "weight" in parts:
             shape = parts["weight"].shape
+            if self.method == "fp8":
+                shape = (shape[0], 2 * shape[1])
         if len(shape) != 2:
             raise UserError(
                 stem, str(next(iter(parts.values())).file), "packed in a way that finback does not know", _REMEDY
@@ -137,7 +161,7 @@ class PackedShards(Weights):
             raise _wrong(self.settings, f"{bits!r} bits")
         return int(bits)
 
-    def _contents(self, layer: _Layer) -> Grouped | tuple[Tensor, Tensor] | Parts:
+    def _contents(self, layer: _Layer) -> Grouped | Mxfp4 | tuple[Tensor, Tensor] | Parts:
         """What the parts of a matrix say: whole numbers in groups, values and their factors, or bitsandbytes' parts."""
         parts = {part: self.shards.read_spec(spec) for part, spec in layer.parts.items()}
         if self.method == "awq":
@@ -146,6 +170,8 @@ class PackedShards(Weights):
             return packings.gptq(parts, self._bits(), self.settings.get("checkpoint_format") == "gptq_v2")
         if self.method == "bitsandbytes":
             return (parts["weight"], parts["SCB"].float()[:, None] / 127) if "SCB" in parts else parts
+        if self.method == "fp8":
+            return Mxfp4(parts["weight"].view(torch.uint8), parts["scale"].view(torch.uint8))
         scale = parts["weight_scale"]
         if "weight_packed" not in parts:
             zero = parts.get("weight_zero_point")
@@ -154,16 +180,17 @@ class PackedShards(Weights):
                 values = values.float() - packings.spread(zero.float(), layer.shape)
             return values, scale.float()
         if parts["weight_packed"].dtype == torch.uint8:
-            values = packings.fp4(parts["weight_packed"])
             if "weight_global_scale" in parts:  # NVFP4
-                return values, scale.float() / parts["weight_global_scale"].float()
-            return values, packings.powers_of_two(scale)
+                return e2m1(parts["weight_packed"]), scale.float() / parts["weight_global_scale"].float()
+            return Mxfp4(parts["weight_packed"], scale.view(torch.uint8))
         return _integers(parts, layer.shape, self._bits())
 
     def _dequantized(self, layer: _Layer) -> Tensor:
         found = self._contents(layer)
         if isinstance(found, Grouped):
             return found.matrix()
+        if isinstance(found, Mxfp4):
+            return e2m1(found.values) * packings.spread(powers_of_two(found.scale), layer.shape)
         if isinstance(found, dict):
             return _bitsandbytes(found, layer.shape)
         values, scale = found
@@ -203,9 +230,11 @@ def _largest(parts: Parts) -> tuple[Tensor, int]:
 
 
 def _kept(
-    shape: tuple[int, int], found: Grouped | tuple[Tensor, Tensor] | Parts
+    shape: tuple[int, int], found: Grouped | Mxfp4 | tuple[Tensor, Tensor] | Parts
 ) -> tuple[Format, Tensor, Tensor] | None:
     rows, columns = shape
+    if isinstance(found, Mxfp4):
+        return None if columns % MXFP4_BLOCK else (MXFP4, found.values, found.scale)
     if isinstance(found, Grouped):
         fits = found.group is None and not columns % 2 and int(found.q.max()) < 16
         if not fits or columns % found.scale.size(1):
@@ -242,3 +271,22 @@ def check(settings: dict[str, Any]) -> None:
         raise _wrong(settings, f"version {settings['version']!r}: finback reads gemm")
     if method == "gptq" and settings.get("checkpoint_format", "gptq") not in ("gptq", "gptq_v2"):
         raise _wrong(settings, f"checkpoint_format {settings['checkpoint_format']!r}: finback reads gptq and gptq_v2")
+
+
+def factored(specs: dict[str, Spec]) -> dict[str, Spec]:
+    """The specs of V4's release with the factors of FP8 tensors called as the other families call them; FP4's stay `scale`."""
+    return {
+        f"{stem}.weight{SCALE}" if name.endswith(".scale") and _is_fp8(specs.get(f"{stem}.weight")) else name: spec
+        for name, spec in specs.items()
+        for stem in (name.removesuffix(".scale"),)
+    }
+
+
+def has_fp4(specs: dict[str, Spec]) -> bool:
+    """Whether experts are stored as FP4, two numbers in a byte."""
+    named = (name.removesuffix(".scale") for name in specs if name.endswith(".scale"))
+    return any(spec.dtype in ("I8", "U8") for name in named if (spec := specs.get(f"{name}.weight")) is not None)
+
+
+def _is_fp8(spec: Spec | None) -> bool:
+    return spec is not None and spec.dtype == "F8_E4M3"

@@ -22,6 +22,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BESIDE = "model-mtp.safetensors"  # MTP layers of exports whose layer number transformers does not ignore
 ALL_BESIDE = "model-mtp*.safetensors"  # many ranks write several
 PIECE = 1 << 20  # numbers that are converted at a time
+E8M0 = "F8_E8M0"  # powers of two, of factors alone
 SCALE = "_scale_inv"  # an FP8 tensor's factors carry its name and this ending
 
 
@@ -195,7 +196,8 @@ def _refuse(folder: Path) -> NoReturn:
 
 def element_type(dtype: str) -> torch.dtype | None:
     """torch's dtype for safetensors' word, None for what neither weights, packed or not, nor tables are kept in."""
-    plain = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    plain = {E8M0: torch.float8_e8m0fnu}
+    plain |= {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return (
         plain
         | {"F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8}

@@ -3,6 +3,8 @@
 fp8   E4M3, a factor per block of 128 x 128 (kernels/fp8.py)
 int8  whole numbers of -127..127, a factor per row
 int4  whole numbers of 0..15, two in a byte; groups of a row's numbers share a factor and a zero
+mxfp4 two E2M1 numbers in a byte, the first in the low half; a power of two per 32 numbers of a row, as its E8M0 byte (OCP
+      MX 1.0; DeepSeek-V4's experts)
 nf4   two numbers in a byte: of 16 levels at the quantiles of a normal distribution, a factor per 64 numbers of a row
       (QLoRA, arXiv 2305.14314; the bytes are bitsandbytes' where rows are whole blocks long)
 """
@@ -17,6 +19,8 @@ from torch import Tensor
 from finback.kernels import fp8
 
 NF4_BLOCK = 64
+MXFP4_BLOCK = 32
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 INT4_GROUP = 128
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
@@ -93,8 +97,43 @@ def from_nf4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return numbers.to(dtype)
 
 
+def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (..., rows, columns) -> bytes (..., rows, columns / 2) and E8M0 bytes (..., rows, columns / 32).
+
+    As V4's release quantizes: 2^⌈log2(max(largest, 6 · 2^-126) / 6)⌉ brings a block to at most 6, and ties go to even codes.
+    """
+    assert weight.size(-1) % MXFP4_BLOCK == 0, "blocks of 32 numbers are whole"
+    fp32 = weight.float().unflatten(-1, (-1, MXFP4_BLOCK))
+    scale = fp8.rounded_up(fp32.abs().amax(dim=-1).clamp(min=6 * 2.0**-126) / 6)
+    levels = torch.tensor(E2M1, device=weight.device)
+    middles = (levels[1:] + levels[:-1]) / 2
+    middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(()))  # ties above odd codes go up
+    unit = fp32 / scale[..., None]
+    codes = torch.bucketize(unit.abs(), middles).to(torch.uint8) | unit.signbit().to(torch.uint8) << 3
+    codes = codes.flatten(-2)
+    return codes[..., 1::2] << 4 | codes[..., ::2], torch.frexp(scale).exponent.add_(126).to(torch.uint8)
+
+
+def from_mxfp4(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `mxfp4` packed; the product with a power of two is exact."""
+    numbers = e2m1(values).unflatten(-1, (-1, MXFP4_BLOCK))
+    return numbers.mul_(powers_of_two(scale)[..., None]).flatten(-2).to(dtype)
+
+
+def e2m1(values: Tensor) -> Tensor:
+    """Bytes (..., n) of two E2M1 numbers each, the low half first -> (..., 2 n) in fp32."""
+    levels = torch.tensor((*E2M1, *(-level for level in E2M1)), device=values.device)
+    return levels[torch.stack([values & 15, values >> 4], dim=-1).flatten(-2).int()]
+
+
+def powers_of_two(bytes_: Tensor) -> Tensor:
+    """E8M0: bytes -> 2^(byte - 127) in fp32; 255 is NaN."""
+    return bytes_.view(torch.float8_e8m0fnu).float()
+
+
 FP8 = Format("fp8", fp8.quantize, fp8.dequantize)
 INT8 = Format("int8", int8, from_int8)
 INT4 = Format("int4", int4, from_int4)
+MXFP4 = Format("mxfp4", mxfp4, from_mxfp4)
 NF4 = Format("nf4", nf4, from_nf4)
 FORMATS = {form.name: form for form in (FP8, INT8, NF4)}

@@ -60,8 +60,11 @@ def expand_tiles(scale: Tensor, n: int) -> Tensor:
 def factors(largest: Tensor, top: float, power_of_two: bool) -> Tensor:
     """What brings tiles with these largest magnitudes to at most `top`."""
     scale = largest.clamp(min=SMALLEST) / top
-    if not power_of_two:
-        return scale
+    return rounded_up(scale) if power_of_two else scale
+
+
+def rounded_up(scale: Tensor) -> Tensor:
+    """The least power of two that is no smaller, of positive fp32 numbers; what is not finite stays."""
     mantissa, exponent = torch.frexp(scale)  # scale = mantissa · 2^exponent, 1/2 <= mantissa < 1
     power = exponent - (mantissa == 0.5).int()
     rounded = (power + 127 << 23).view(torch.float32)  # by its bits: a device's pow need not be exact

@@ -1,4 +1,4 @@
-"""Packed weights as other tools write them: whole numbers in words, 4-bit floats in bytes, and what they stand for.
+"""Packed weights as other tools write them: whole numbers in words, and what they stand for.
 
 Numbers lie in a word, or a byte, from its low bits on unless a tool has an order of its own.
 """
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the eight columns of an AWQ word lie in it
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,6 @@ def gptq(parts: dict[str, Tensor], bits: int, is_v2: bool) -> Grouped:
     if index is not None and torch.equal(index.long(), torch.arange(columns) // -(-columns // groups)):
         index = None  # runs of columns after all
     return Grouped(q, scales, zeros.float(), index)
-
-
-def fp4(packed: Tensor) -> Tensor:
-    """Bytes (..., n) of two E2M1 numbers each, the low half first -> (..., 2 n) in fp32."""
-    levels = torch.tensor((*E2M1, *(-level for level in E2M1)))
-    return levels[torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).int()]
-
-
-def powers_of_two(bytes_: Tensor) -> Tensor:
-    """E8M0: bytes -> 2^(byte - 127) in fp32."""
-    return torch.exp2(bytes_.view(torch.uint8).float() - 127)
 
 
 def spread(scale: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -35,7 +35,7 @@ class QuantizedMoE(MoE):
         met, index = index.unique(return_inverse=True)
         gate_up = self.format.dequantize(gate_up[met], self.gate_up_scale[met], x.dtype)
         down = self.format.dequantize(down[met], self.down_scale[met], x.dtype)
-        return moe_gemm.routed_experts(x, index, weight, gate_up, down)
+        return moe_gemm.routed_experts(x, index, weight, gate_up, down, self.config.swiglu_limit)
 
 
 def expert_matrix(
@@ -78,6 +78,7 @@ def store(module: Linear | MoE, name: str, form: Format, values: Tensor, scale: 
     """Values and factors in the place of a parameter."""
     if isinstance(module, MoE):
         recast(module, QuantizedMoE).format = form
+        module.__dict__.pop("experts", None)  # what a clamp has put before the class's
     else:
         recast(module, QuantizedLinear).format = form
     setattr(module, name, nn.Parameter(values, requires_grad=False))
