@@ -43,7 +43,11 @@ DENSE = ModelConfig(
 SPARSE = dataclasses.replace(CONFIG, index_topk=20, index_n_heads=16, index_head_dim=8, initializer_range=0.15)
 MODELS = {"mla": toy_model(), "gqa": Transformer(DENSE).initialise(0).eval()}
 MODELS["dsa"] = Transformer(SPARSE).initialise(0).eval()
-MODELS["v4"] = Transformer(dataclasses.replace(V4, vocab_size=320, max_position_embeddings=256)).initialise(0).eval()
+MODELS["v4"] = (
+    Transformer(dataclasses.replace(V4, vocab_size=320, max_position_embeddings=256, num_nextn_predict_layers=1))
+    .initialise(0)
+    .eval()
+)
 PROMPT = [1, *range(40, 90)]  # four pages
 
 
@@ -133,7 +137,7 @@ WAYS = [alone, in_company, in_pieces, after_the_same_prompt, short_of_memory, dr
 @pytest.mark.parametrize(
     ("way", "kind", "temperature"),
     [
-        # V4, the slowest here, drafts nothing
+        # V4 is the slowest here
         pytest.param(way, kind, t, marks=[pytest.mark.slow] * (kind == "v4" and (t == 0.0 or way in WAYS[-2:])))
         for way, kind, t in itertools.product(WAYS, MODELS, (0.0, 0.9))
     ],
@@ -195,6 +199,38 @@ def test_rows_that_are_more_than_their_pages_begin_where_a_line_is_kept() -> Non
     request = engine.submit(talk, SamplingParams(0.0, 1), 0)
     finish(engine)
     assert request.cached == 0 and engine.pages.free == engine.pages.count
+
+
+@pytest.mark.parametrize("groups", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_v4_drafts_from_its_streams_and_takes_wrong_drafts_back(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight tokens enough guesses are right, and wrong, across every boundary: the answers are those without drafts.
+
+    Among others, in pieces, behind a shared prompt, preempted, and in steps that draft, look on or do neither.
+    """
+    config = dataclasses.replace(V4, vocab_size=8, max_position_embeddings=256, num_nextn_predict_layers=1)
+    model = Transformer(config).initialise(3).eval()
+    turns = itertools.cycle(["draft"] * 4 + ["plain", "draft", "probe"])
+    monkeypatch.setattr(Speculation, "choose", lambda self, rows: next(turns))
+
+    def answers(speculate: bool) -> list[Request]:
+        engine = Engine(model, (), EngineConfig(rows=8, tokens=16 * PAGE, chunk=11, reuse=True, speculate=speculate))
+        asked, rng = [], random.Random(0)
+        for seed in range(groups):
+            prompt = [rng.randrange(8) for _ in range(rng.randrange(1, 40))]
+            sampling = SamplingParams(1.0 - seed % 2, rng.randrange(20, 70) if groups > 1 else 14)
+            leader = engine.submit(prompt, sampling, seed)
+            asked += [leader, engine.submit(prompt, sampling, seed + 50, leader=leader)]
+        finish(engine)
+        assert engine.pages.free == engine.pages.count
+        return asked
+
+    plain, drafted = answers(False), answers(True)
+    assert [r.tokens for r in drafted] == [r.tokens for r in plain]
+    accepted, guesses = (sum(getattr(r, name) for r in drafted) for name in ("accepted", "drafted"))
+    assert 0 < accepted < guesses
+    assert groups == 1 or any(r.preempted for r in drafted)
+    for r, other in zip(drafted, plain, strict=True):
+        assert np.abs(np.array(r.logprobs) - other.logprobs).max() <= 1e-4
 
 
 def test_an_answer_is_found_again_as_the_beginning_of_the_next_prompt() -> None:

@@ -437,7 +437,7 @@ def as_read(given: dict[str, Any], opens: bool) -> Any:
 def test_answers_are_read_back_whole_and_streamed(form: str, made: Any) -> None:
     """`parse` feeds the text at once and character by character."""
     words = made(form)
-    for seed in range(20):
+    for seed in range(8):
         request = dialogue(seed, form)
         _, _, opens = ours(words, request)
         said_ = answered(words, request["answer"], opens)

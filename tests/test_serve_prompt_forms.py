@@ -62,7 +62,10 @@ def responses(client: httpx.Client) -> None:
     client.post("/v1/responses", json=asked | {"input": [USER_SAYS, *output, result]}).raise_for_status()
 
 
-@pytest.mark.parametrize("protocol", [chat, messages, responses])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("protocol", [chat, *(pytest.param(form, marks=SLOW) for form in (messages, responses))])
 def test_the_chain_behind_a_call_comes_back(protocol: Any) -> None:
     engine = Scripted(SAID, words=words("v4"))
     with served(engine) as client:

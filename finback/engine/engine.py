@@ -65,7 +65,7 @@ class Engine:
     ) -> None:
         self.model, self.config, self.tokenizer = use_native(model), config, tokenizer
         self.stops = frozenset(token for token in stops if 0 <= token < model.config.vocab_size)
-        self.speculation = Speculation() if config.speculate and model.can_draft else None
+        self.speculation = Speculation() if config.speculate and len(model.mtp) else None
         self.grammars = Grammars(tokenizer, model.config.vocab_size) if tokenizer else None
         self.sampler = Sampler(self.stops, tokenizer)
         if config.return_routed_experts and not model.config.n_routed_experts:

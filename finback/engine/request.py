@@ -109,8 +109,8 @@ class Prefix:
 
     # held until all of them have begun; each takes a copy of the last one, which it will write to
     pages: list[int]
-    # (d,) the trunk's last state of the prompt's last token
-    hidden: Tensor
+    # of the prompt's last token: the trunk's last hidden state (d,), or where streams are drafted from, those (n, d)
+    state: Tensor
     # what the pool kept of the row beside its pages
     line: Line
 

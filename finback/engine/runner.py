@@ -45,13 +45,13 @@ class Runner:
         tokens = torch.zeros(len(rows), max(counts), dtype=torch.long)
         for line, (r, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
             tokens[line, :count] = torch.tensor(r.slice(start, start + count))
-        hidden = self._forward(rows, tokens, counts)
+        hidden, states = self._forward(rows, tokens, counts)
         for line, (r, start, count) in enumerate(zip(rows, starts, counts, strict=True)):
             r.computed = start + count
             if r.sampling.prompt_logprobs is not None and start < len(r.prompt) - 1:
                 self._prompt_logprobs(r, hidden[line], start, count)
         whole = [line for line, r in enumerate(rows) if r.computed == r.length]
-        self._lead([(rows[line], hidden[line, counts[line] - 1]) for line in whole])
+        self._lead([(rows[line], states[line, counts[line] - 1]) for line in whole])
         done = [rows[line] for line in whole if rows[line].sampling.max_tokens > 0]
         if done:
             last = torch.tensor([line for line in whole if rows[line].sampling.max_tokens > 0], device=hidden.device)
@@ -60,7 +60,7 @@ class Runner:
         for line in whole:
             if rows[line].sampling.max_tokens == 0:
                 self._end_with(rows[line], "length")
-        self._draft(rows, hidden, starts, counts)
+        self._draft(rows, states, starts, counts)
         for r in rows:
             if r.finish_reason is None:
                 self.scheduler.publish(r)
@@ -68,7 +68,7 @@ class Runner:
         return [rows[line] for line in whole]
 
     def _lead(self, read: list[tuple[Request, Tensor]]) -> None:
-        """Keep what followers begin with of those requests that have read their prompts just now, with their states (d,)."""
+        """Keep what followers begin with of those requests that have read their prompts just now, with their last states."""
         for r, state in read:
             if r.followers and not r.tokens:
                 self.scheduler.lead(r, state.clone(), self.pool.line(r.slot))
@@ -83,10 +83,15 @@ class Runner:
         for r, prefix in forked:
             self.pool.continue_from(r.slot, prefix.line)
         known = list(dict.fromkeys(p for _, p in forked))
-        hidden = torch.stack([p.hidden for p in known])
+        states = torch.stack([p.state for p in known])
+        hidden = self.model.hidden_of(states) if self.speculation else states
         each = torch.tensor([known.index(p) for _, p in forked], device=hidden.device)
         self._sample(rows, self.model.logits(hidden)[each])
-        self._draft(rows, hidden[each][:, None], [len(r.prompt) - 1 for r in rows], [1] * len(rows))
+        for r in rows:
+            r.drafts_from = (
+                len(r.prompt) - 1 if self.pool.lined else 0
+            )  # a line is kept before MTP has read what it is of
+        self._draft(rows, states[each][:, None], [len(r.prompt) - 1 for r in rows], [1] * len(rows))
         for r in rows:
             if r.finish_reason is None:
                 self.scheduler.publish(r)
@@ -130,11 +135,11 @@ class Runner:
         if drafting:
             guesses = torch.tensor([[r.draft if n == 2 else 0] for r, n in zip(rows, counts, strict=True)])
             tokens = torch.cat([tokens, guesses], dim=1)
-        hidden = self._forward(rows, tokens, counts)
+        hidden, states = self._forward(rows, tokens, counts)
         logits = self.model.logits(hidden)
         for r in rows:
             r.computed += 1
-        self._lead(list(zip(rows, hidden[:, 0], strict=True)))  # of a prompt the last token may be read here
+        self._lead(list(zip(rows, states[:, 0], strict=True)))  # of a prompt the last token may be read here
         self._sample(rows, logits[:, 0])
         right = [
             line
@@ -152,7 +157,7 @@ class Runner:
         after = time.perf_counter()
         if kind != "plain":
             read = [2 if line in right else 1 for line in range(len(rows))]
-            self._draft(rows, hidden, starts, read)
+            self._draft(rows, states, starts, read)
         if self.speculation is not None:
             took = (time.perf_counter() if kind == "draft" else after) - began
             if kind != "draft" or drafting:
@@ -164,17 +169,19 @@ class Runner:
                 self.scheduler.publish(r)
                 self.scheduler.keep_line(r, self.pool.line)
 
-    def _forward(self, rows: list[Request], tokens: Tensor, counts: list[int]) -> Tensor:
-        """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) behind what each row has computed."""
+    def _forward(self, rows: list[Request], tokens: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Hidden states of the trunk, (rows, new, d), for tokens (rows, new) behind what each row has computed; and what MTP
+        goes on with, which they are made of."""
         cache = self._cache(rows, [r.computed for r in rows], tokens.size(1), counts)
         tokens = tokens.to(self.model.embed.device)
         with adapters_of_rows(self.model, [r.adapter for r in rows]):
             if self.routing is None or self.pool.routes is None:
-                return self.model(tokens, cache)
-            with self.routing.recording(
-                self.pool.routes, cache.slots, self._known_routes(rows, tokens.size(1), counts)
-            ):
-                return self.model(tokens, cache)
+                hidden = self.model(tokens, cache)
+            else:
+                known = self._known_routes(rows, tokens.size(1), counts)
+                with self.routing.recording(self.pool.routes, cache.slots, known):
+                    hidden = self.model(tokens, cache)
+        return hidden, self.model.carried(hidden) if self.speculation else hidden
 
     def _known_routes(self, rows: list[Request], new: int, counts: list[int]) -> Tensor | None:
         """(rows, new, layers, k) the experts of tokens that are read again after preemption, so that they take the same; -1
@@ -204,13 +211,13 @@ class Runner:
         used = -(-(max(lengths) + new) // PAGE)
         table = self.scheduler.table[[r.slot for r in rows], :used].to(self.model.embed.device)
         if isinstance(self.pool, CompressedPool):
-            return CompressedCache(self.pool, table, lengths, new, counts, [r.slot for r in rows])
+            return CompressedCache(self.pool, table, lengths, new, counts, starts, [r.slot for r in rows])
         return Cache(self.pool, table, lengths, new, counts, starts, [r.length for r in rows])
 
-    def _draft(self, rows: list[Request], hidden: Tensor, starts: list[int], counts: list[int]) -> None:
+    def _draft(self, rows: list[Request], states: Tensor, starts: list[int], counts: list[int]) -> None:
         """Bring MTP's entries up to date and guess the token after the last one of each row.
 
-        hidden (rows, new, d) are the trunk's outputs from positions `starts` on, of which `counts` are no padding.
+        states (rows, new, …) are what MTP goes on with, from positions `starts` on, of which `counts` are no padding.
         """
         if self.speculation is None:
             return
@@ -225,15 +232,15 @@ class Runner:
         following = torch.tensor([line + [0] * (new - len(line)) for line in known])
         froms = [min(r.drafts_from, start) for r, start in zip(rows, starts, strict=True)]
         cache = self._cache(rows, starts, new, counts, froms if any(froms) else None)
-        device = hidden.device
-        if len(alive) < len(hidden):
-            hidden = hidden[torch.tensor(alive, device=device)]
-        states = self.model.draft(hidden[:, :new], following.to(device), cache)
+        device = states.device
+        if len(alive) < len(states):
+            states = states[torch.tensor(alive, device=device)]
+        drafted = self.model.draft(states[:, :new], following.to(device), cache)
         ready = [i for i, r in enumerate(rows) if r.computed == r.length - 1]
         if ready:
             at = torch.tensor([i * new + counts[i] - 1 for i in ready], device=device)
             guessers = [rows[i] for i in ready]
-            logits = self.model.logits(states.flatten(0, 1)[at])
+            logits = self.model.logits(drafted.flatten(0, 1)[at])
             # with the very number that the token itself will be drawn with: alike distributions, alike choices
             uniform = torch.tensor([r.uniform() for r in guessers], device=device)
             batch = self.sampler.batch(guessers, logits)

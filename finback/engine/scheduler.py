@@ -133,11 +133,11 @@ class Scheduler:
             request.follows = True
             leader.followers += 1
 
-    def lead(self, request: Request, hidden: Tensor, line: Line) -> None:
-        """Keep for its followers what a request has read, the last state (d,) of its prompt, and its line of the pool."""
+    def lead(self, request: Request, state: Tensor, line: Line) -> None:
+        """Keep for its followers what a request has read, the last state of its prompt, and its line of the pool."""
         pages = request.pages[: self._pages_for(len(request.prompt))]
         self.pages.hold(pages)
-        request.prefix = Prefix(pages, hidden, line)
+        request.prefix = Prefix(pages, state, line)
         self._leaders.append(request)
 
     def stop_following(self, request: Request) -> None:

@@ -36,6 +36,7 @@ class Pool:
         routes: bool = False,
     ) -> None:
         layers, self.size = config.num_hidden_layers + drafts, PAGE
+        self.drafts = drafts
         self.lined = False  # whether a row is more than its pages: see `line`
         # under LongRoPE what is stored of a prefix depends on how much follows it
         self.reusable = not isinstance(config.rope_scaling, LongRope)

@@ -32,16 +32,27 @@ def kept_per_layer(config: ModelConfig, layer: int) -> tuple[int, int, int, int]
 
 
 class CompressedPool(Pool):
-    """Rings for `rows` rows and pages of compressed entries, layer by layer."""
+    """Rings for `rows` rows and pages of compressed entries, layer by layer.
+
+    A token that is read and taken back, as a wrong draft is, spoils nothing: in a ring it has the place of the one that the next
+    token in its stead is the first not to need, and the entry that it completed is written anew.
+    """
 
     def __init__(
-        self, config: ModelConfig, pages: int, rows: int, dtype: torch.dtype, device: torch.device, routes: bool = False
+        self,
+        config: ModelConfig,
+        pages: int,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        drafts: bool = False,
+        routes: bool = False,
     ) -> None:
-        super().__init__(config, pages, dtype, device, routes=routes)
+        super().__init__(config, pages, dtype, device, drafts, routes)
         assert config.sliding_window is not None, "of compressed attention"
         self.lined = True
         self.rates, self.windows, self.records, self.far = [], [], [], []
-        for layer in range(config.num_hidden_layers):
+        for layer in range(config.num_hidden_layers + drafts):
             rate, width, kept, record = kept_per_layer(config, layer)
             self.rates.append(rate)
             self.windows.append(torch.zeros(rows, config.sliding_window, config.head_dim, dtype=dtype, device=device))
@@ -73,7 +84,6 @@ def pool_of(config: ModelConfig, pages: int, rows: int, dtype: torch.dtype, devi
     """The pool that a config's attention needs, for `rows` running rows; drafts and routes as for Pool."""
     if config.attention != "compressed":
         return Pool(config, pages, dtype, device, **more)
-    assert not more.pop("drafts", False), "V4 drafts nothing"
     return CompressedPool(config, pages, rows, dtype, device, **more)
 
 
@@ -89,16 +99,17 @@ class CompressedCache(Cache):
         lengths: Sequence[int],
         new: int,
         counts: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
         lines: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(pool, table, lengths, new, counts)
+        super().__init__(pool, table, lengths, new, counts, starts)
         self.lines = torch.tensor(lines or list(range(len(lengths))), device=table.device)
         self.counts = torch.tensor(counts or [new] * len(lengths), device=table.device)
 
     def layer(self, index: int) -> "CompressedLayer":
         """The view of one layer."""
         pool, far = self.pool, self.pool.far[index].flatten(0, 1)
-        rows = far, self.slots, self.table, self.lengths, None, pool.size, self.fresh, self.few, False
+        rows = far, self.slots, self.table, self.lengths, self.starts, pool.size, self.fresh, self.few, False
         window, records = (
             Ring(ring[index], self.lines, self.lengths, self.counts) for ring in (pool.windows, pool.records)
         )
@@ -145,7 +156,8 @@ class CompressedLayer(LayerCache):
         """(b, part, size + new) True for the tokens before and among the new ones that a query may see, windows apart."""
         size, device = self.window.store.size(1), self.lengths.device
         index = torch.arange(size + new, device=device)
-        is_own = index >= size - self.lengths[:, None]
+        own = self.lengths if self.starts is None else self.lengths - self.starts
+        is_own = index >= size - own[:, None]
         return is_own[:, None] & (index <= size + torch.arange(new, device=device)[part, None])
 
     def compress(self, record: Tensor, entries_of: Callable[[Tensor, CompressedWindows], Tensor]) -> int:

@@ -178,7 +178,7 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.blocks):
             stored = cache.layer(index) if cache is not None else None
             x = block(x, cos, sin, stored, padding_mask, attention_mask, tokens)
-        if cache is None and len(self.mtp):
+        if len(self.mtp) and (cache is None or cache.pool.drafts):
             self.merge.leave(x)
         return self.norm(self.merge(x))
 
@@ -241,21 +241,24 @@ class Transformer(nn.Module):
             outputs.append(module.states(carried))
         return outputs
 
-    def draft(self, hidden: Tensor, tokens: Tensor, cache: Cache) -> Tensor:
+    def carried(self, hidden: Tensor) -> Tensor:
+        """What MTP goes on with behind hidden (b, t, d), which the trunk has just made: that, or its streams (b, t, n, d)."""
+        return self.merge.carried(hidden)
+
+    def hidden_of(self, carried: Tensor) -> Tensor:
+        """The hidden states (b, d) that belong to what `carried` gave of b tokens."""
+        return self.norm(self.merge(carried[None]))[0] if self.config.hc_mult else carried
+
+    def draft(self, carried: Tensor, tokens: Tensor, cache: Cache) -> Tensor:
         """The first MTP module's hidden states, continuing its own entries in the cache's last layer.
 
-        hidden (b, t, d) are the trunk's outputs of the cache's positions, tokens (b, t) the ones that follow each; the
+        carried (b, t, …) is what the trunk made at the cache's positions, tokens (b, t) the ones that follow each; the
         result (b, t, d) predicts the token after those.
         """
         cos, sin, _ = self._positions(tokens.size(1), cache, None)
-        drafted: Tensor = self.mtp[0](hidden, self.embedded(tokens), cos, sin, cache.layer(-1))
-        return drafted
-
-    @property
-    def can_draft(self) -> bool:
-        """Whether an engine may guess with MTP: not from streams, which passes with a cache do not leave, nor where what is
-        cached of a wrong guess cannot be taken back."""
-        return len(self.mtp) > 0 and self.config.attention != "compressed" and not self.config.hc_mult
+        module = self.mtp[0]
+        assert isinstance(module, MTP | StreamMTP), "one of the two"
+        return module.states(module(carried, self.embedded(tokens), cos, sin, cache.layer(-1)))
 
     def with_config(self, config: ModelConfig, compute: torch.dtype) -> "Transformer":
         """The same weights, shared, read by a config that differs in its window and rope scaling alone."""
