@@ -1,7 +1,7 @@
-"""The web page in Chromium: a long answer while it streams, a run with a million metric points, one with 200,000 rollouts.
+"""The web page in Chromium: how soon it is there, a long answer while it streams, runs with a million metric points or 200,000 rollouts.
 
     python benchmarks/page.py [--tokens 40000] [--rate 800] [--points 1000000] [--rollouts 200000] [--rounds 3]
-                              [--parts stream run rollouts] [--chromium PATH]
+                              [--parts open stream run rollouts] [--chromium PATH]
 
 The answer comes through a server of Starlette's that says prepared text at a steady rate, in the chunks of ours; what it
 costs is read from Chromium's own trace: scripting on the page's thread between one frame and the next, all of it. The peer
@@ -32,7 +32,7 @@ from starlette.routing import Route
 
 from finback.serve.page import Page
 
-PARTS = ("stream", "run", "rollouts")
+PARTS = ("open", "stream", "run", "rollouts")
 PARAGRAPH = (
     "Let me take **step {n}** once more: with $a_{n} = 3n + 1$ the sum is `{n}`, which is *not* what [the table](http://x.y) says, "
     "so the earlier bound has to be checked.\n\n"
@@ -142,6 +142,27 @@ def stream(browser: Browser, tokens: int, rate: int) -> dict[str, Any]:
     }
 
 
+# the first frame with something of the page in it, and when a message can be written; milliseconds since the address was asked for
+PAINTED = """() => new Promise((done) => new PerformanceObserver((list) => {
+  const [first] = list.getEntriesByName('first-contentful-paint');
+  if (first) done(first.startTime);
+}).observe({ type: 'paint', buffered: true }))"""
+
+
+def opening(browser: Browser) -> dict[str, Any]:
+    """How soon a page is painted for somebody who has never opened it, and what it sends."""
+    with serving(talker("hello", 100)) as address:
+        context = browser.new_context(viewport={"width": 1200, "height": 800})
+        page = context.new_page()
+        page.goto(address)
+        painted = page.evaluate(PAINTED)
+        page.locator("#say:not([disabled])").wait_for()
+        ready = page.evaluate("performance.now()")
+        sent = page.evaluate("performance.getEntries().reduce((sum, e) => sum + (e.transferSize ?? 0), 0)")
+        context.close()
+    return {"first_paint_ms": painted, "ready_ms": ready, "bytes": sent}
+
+
 def summed(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Median, least and most of every figure over the rounds."""
     return {name: spread([r[name] for r in rounds]) for name in rounds[0]}
@@ -164,6 +185,7 @@ def main() -> None:
         browser = driver.chromium.launch(executable_path=given.chromium, args=["--no-sandbox"])
         results["chromium"] = browser.version
         parts = {
+            "open": lambda: opening(browser),
             "stream": lambda: stream(browser, given.tokens, given.rate),
             "run": lambda: run_page(browser, given.points),
             "rollouts": lambda: rollouts_page(browser, given.rollouts),

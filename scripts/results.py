@@ -265,6 +265,12 @@ def plan(report: Report) -> Rows:
     yield "step times of these two, measured again", f"{again} % off"
 
 
+def page_open(report: Report) -> Rows:
+    found = report["open"]
+    yield "the page, opened for the first time: first paint; limit 1 s", f"{found['first_paint_ms']['median']:.0f} ms"
+    yield "what it sends then, compressed; limit 700 kB", f"{found['bytes']['median'] / 1e3:.0f} kB"
+
+
 def page(report: Report) -> Rows:
     frame = report["stream"]["scripting_wall_ms_p95"]["median"]
     yield "an answer of 40,000 tokens: scripting a frame, 95th percentile", f"{frame:.1f} ms"

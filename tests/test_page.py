@@ -184,6 +184,20 @@ def test_types_caching_and_compression(client: TestClient) -> None:
     assert old.status_code == 200 and old.headers["cache-control"] == "no-cache"
 
 
+LIMIT = 700_000  # bytes of a page, compressed and without fonts
+
+
+def test_a_page_is_light() -> None:
+    page = Page()
+    sent = {name: len(file.packed or file.content) for name, file in page.files.items()}
+    for name in ("chat.html", "runs.html"):
+        linked = re.findall(r'(?:src|href)="/web/\w+/([^"]+)"', page.files[name].content.decode())
+        assert len(linked) > 20 and sent[name] + sum(sent[file] for file in linked) < LIMIT / 2, name
+    # with everything that it may fetch later
+    assert sum(size for name, size in sent.items() if not name.endswith((".woff2", ".txt", ".json"))) < LIMIT
+    assert sum(size for name, size in sent.items() if name.endswith(".woff2")) < 250_000
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -540,8 +554,9 @@ def test_damaged_and_foreign_folders_are_shown_as_far_as_can_be(tmp_path: Path) 
     assert {*Runs(tmp_path).folders()} == {"toy", "deep/deeper/run", HOSTILE}
     with TestClient(watch.build(tmp_path, ListenOptions()), base_url="http://127.0.0.1") as client:
         assert len(client.get("/api/runs").json()["runs"]) == 3
-        base, exam = client.get("/api/run?run=toy").json()["stages"]
-        assert base["state"] == "done" and base["results"] == {}  # the manifest is there: finished
+        base, exam, zero = client.get("/api/run?run=toy").json()["stages"]
+        assert (base["state"], base["torn"], base["results"]) == ("torn", "manifest.json", None)
+        assert (zero["state"], zero["torn"], zero["kind"]) == ("torn", "config.json", "?") and exam["state"] == "done"
         assert exam["results"] == {"loss": None, "worst": None, "large": None, "fine": 0.5}
     assert list(Runs(run).folders()) == ["toy"]  # the run itself may be named
 

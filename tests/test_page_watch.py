@@ -15,9 +15,10 @@ import pytest
 import uvicorn
 
 from finback.serve import http, watch
+from finback.serve.http import digests
 from finback.serve.options import ListenOptions
 from finback.serve.page import Page
-from tests.serving import wait_for
+from tests.serving import KEY, wait_for
 from tests.test_page import HOSTILE, make_run, write
 from tests.test_page_browser import (
     CHROMIUM,
@@ -98,10 +99,10 @@ def test_from_the_list_to_one_prompt_across_training(opened: Opened, root: Path)
         page.click(".fold >> text=base")
         expect(page.locator(".details")).to_contain_text('"max_tokens": 4000')
         page.click(".tabs >> text=Curves")
-        expect(page.locator(".chart h3").first).to_have_text("Reward")
+        expect(page.locator(".chart h2").first).to_have_text("Reward")
         expect(page.locator(".heat canvas")).to_have_count(2)
         page.click(".chip >> text=base")
-        expect(page.locator(".chart h3")).to_contain_text(["Reward", "Loss", "Tokens per second"])
+        expect(page.locator(".chart h2")).to_contain_text(["Reward", "Loss", "Tokens per second"])
         page.select_option(".others", label="second · base")
         expect(page.locator(".chip[aria-pressed=true]")).to_have_count(3)
         expect(chip(page, "toy · base")).to_have_class("mark series-2")
@@ -116,7 +117,7 @@ def test_from_the_list_to_one_prompt_across_training(opened: Opened, root: Path)
         expect(values).to_contain_text(re.compile(r"step \d+toy · base [\d.]+second · base [\d.]+"))
         expect(values.locator(".series-3")).to_have_count(1)
         page.fill("[aria-label='Find a metric']", "tokens per")
-        expect(page.locator(".chart h3")).to_have_text(["Tokens per second"])
+        expect(page.locator(".chart h2")).to_have_text(["Tokens per second"])
         with page.expect_download() as download:
             page.click("[aria-label='Tokens per second as CSV']")
         lines = Path(download.value.path()).read_text().splitlines()
@@ -377,7 +378,7 @@ def test_runs_at_phone_width(opened: Opened, root: Path) -> None:
 
 
 def violations(page: Any) -> list[str]:
-    """What axe finds that is serious or critical, in light and, where only contrast can differ, in dark."""
+    """What axe finds, of any level: in light everything, in dark what contrast alone can change."""
     if not page.evaluate("() => 'axe' in window"):
         page.evaluate(f"() => {{ {AXE} }}")
     found = []
@@ -386,54 +387,117 @@ def violations(page: Any) -> list[str]:
         found += page.evaluate("(options) => axe.run(document, { resultTypes: ['violations'], ...options })", options)[
             "violations"
         ]
-    return [f"{v['id']}: {v['nodes'][0]['html'][:160]}" for v in found if v["impact"] in ("serious", "critical")]
+    return [f"{v['impact']} {v['id']}: {v['nodes'][0]['html'][:160]}" for v in found]
 
 
 EVERYTHING = "# Head\n\n- [x] done\n- item\n\n> quote\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\n# remark\ndef f(x): return 'text' + str(1)\n```\n$$x^2$$ [link](http://a.b) `code`"
+DEVICES = [pytest.param({}, id="desktop"), pytest.param(PHONE, id="phone", marks=pytest.mark.slow)]
 
 
-def test_axe_finds_nothing_serious_in_the_chat(opened: Opened) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_axe_finds_nothing_in_the_chat(opened: Opened, device: dict[str, Any]) -> None:
+    seen: list[str] = []
+
+    def look(state: str) -> None:
+        seen.append(state)
+        assert violations(page) == [], state
+
+    def shelf() -> None:
+        """Phones keep the sidebar behind a button."""
+        if device:
+            page.click("[aria-label='Show the sidebar']")
+
     with talking(f"<think>Let me see.</think>{EVERYTHING}") as client:
-        page = opened(client, reduced_motion="reduce")
+        page = opened(client, reduced_motion="reduce", allowed="status of 4", **device)
         expect(page.locator("h1")).to_have_text("Talk to toy")
-        assert violations(page) == []
+        look("nothing said")
         say(page)
         answered(page)
         page.click(".summary")
+        look("an answer")
         page.click("[aria-label='Answer again']")
         expect(page.locator(".branches")).to_have_text("2/2")
         answered(page)
-        assert violations(page) == []
-        page.click("[aria-label='More for 2+2=?']")
-        assert violations(page) == []
+        look("versions")
+        page.click(".message.user [aria-label=Edit]")
+        look("a message that is edited")
         page.keyboard.press("Escape")
+        shelf()
+        look("chats")
+        page.click("[aria-label='More for 2+2=?']")
+        look("a menu")
+        page.click(".menu >> text=Delete")
+        look("a question")
+        page.click("dialog >> text=Cancel")
+        if device:
+            page.keyboard.press("Escape")
         page.click("[aria-label=Settings]")
+        look("settings")
         page.click("text=Custom")
         page.check("dialog input[type=checkbox]")
-        assert violations(page) == []
+        look("settings of one's own")
         page.click("[aria-label=Close]")
         page.keyboard.press("Control+Shift+O")
         say(page, "with odds")
         expect(page.locator(".tokens")).to_be_visible()
         page.hover(".tokens [data-i='0']")
-        assert violations(page) == []
+        look("tokens")
         bring(page, history(3))
-        page.click("[aria-label=Keyboard]")
-        assert violations(page) == []
+        look("a chat that was brought")
+        if not device:  # phones have no keys
+            page.click("[aria-label=Keyboard]")
+            look("keys")
+            page.keyboard.press("Escape")
+        client.app.state.service.engine.failing = RuntimeError("out of order")
+        say(page, "fail")
+        expect(page.locator(".notice.bad")).to_be_visible()
+        look("a failure")
+    assert len(seen) == (12 if device else 13)
 
 
-def test_axe_finds_nothing_serious_in_the_runs(opened: Opened, root: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_axe_finds_nothing_in_the_runs(opened: Opened, root: Path, device: dict[str, Any]) -> None:
+    (root / "second/zero/config.json").write_text("{")
+    two = "stages=toy%257Cbase%2Csecond%257Cbase"
+    follow = "view=rollouts&question=1%2B1%3D%3F"
+    states: list[tuple[str, str, str]] = [
+        ("", ".card", ""),
+        ("run=toy", ".stages", ".fold"),
+        ("run=second", ".alerts", ""),
+        ("run=toy&view=curves", ".chart canvas", ""),
+        (f"run=toy&view=curves&{two}&x=time&from=10&to=100", ".others", ""),
+        ("run=toy&view=rollouts", ".record", "text=By tokens"),
+        ("run=toy&view=rollouts&source=zero%2Fwatched", ".record", "text=By tokens"),
+        ("run=toy&view=rollouts&source=exam%2Fsums", ".record.wrong", ""),
+        (f"run=toy&{follow}", ".stop", ""),
+        (f"run=toy&{follow}&since=before", "del", ""),
+        ("run=nosuch", ".empty", ""),
+        ("run=empty&view=curves", "main .notice", ""),
+    ]
+    write(root / "empty/recipe.json", {"recipe": "empty", "seed": 0})
     with watching(root) as client:
-        page = opened(client, reduced_motion="reduce")
-        for place, wanted in (
-            ("", ".card"),
-            ("run=toy", ".stages"),
-            ("run=toy&view=curves", ".chart canvas"),
-            ("run=toy&view=rollouts", ".record"),
-            ("run=toy&view=rollouts&question=1%2B1%3D%3F", ".stop"),
-        ):
+        page = opened(client, reduced_motion="reduce", allowed="Failed to load resource", **device)
+        for place, wanted, click in states:
             page.goto(str(client.base_url).rstrip("/") + f"/#{place}")
             page.locator(wanted).first.wait_for()
-            if place == "run=toy":
-                page.click(".fold >> nth=0")
+            if click:
+                page.locator(click).first.click()
             assert violations(page) == [], place
+    page.evaluate(LOOK)
+    expect(page.locator(".notice.bad")).to_contain_text("The server is gone")
+    assert violations(page) == [], "gone"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", [{}, PHONE], ids=["desktop", "phone"])
+def test_axe_finds_nothing_where_little_is_to_be_seen(opened: Opened, tmp_path: Path, device: dict[str, Any]) -> None:
+    with watching(tmp_path) as client:
+        page = opened(client, reduced_motion="reduce", **device)
+        expect(page.locator(".empty h1")).to_have_text("No runs yet")
+        assert violations(page) == []
+    with talking(keys=digests([KEY])) as client:
+        page = opened(client, reduced_motion="reduce", allowed="status of 401", **device)
+        page.fill("#key", "wrong")
+        page.click("text=Open")
+        expect(page.locator("#key-wrong")).to_be_visible()
+        assert violations(page) == []

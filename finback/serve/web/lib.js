@@ -7,6 +7,13 @@ import htm from "./vendor/htm.js";
 export const html = htm.bind(h);
 export { Component, render, useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState };
 
+/** Draw a page in the place of what stood there until its scripts had come. */
+export function mount(view) {
+  const app = document.getElementById("app");
+  app.replaceChildren();
+  render(view, app);
+}
+
 /** A component that is drawn again only when one of its properties is another object or value. */
 export function pure(draw) {
   return class extends Component {

@@ -1,7 +1,7 @@
 // The chat page: a sidebar with the chats, the thread, the composer, and the settings.
 import { ask, locked } from "../api.js";
 import { KeyForm, useNarrow, useRemembered } from "../controls.js";
-import { html, render, useEffect, useLayoutEffect, useRef, useSignal, useState } from "../lib.js";
+import { html, mount, useEffect, useLayoutEffect, useRef, useSignal, useState } from "../lib.js";
 import { Composer } from "./composer.js";
 import { Keys, useKeys } from "./keys.js";
 import { Settings } from "./settings.js";
@@ -76,5 +76,5 @@ function App({ store }) {
 }
 
 const store = new Store();
-render(html`<${App} store=${store} />`, document.getElementById("app"));
+mount(html`<${App} store=${store} />`);
 store.start();

@@ -17,7 +17,7 @@ export function Thread({ store }) {
   return html`
     <main class="thread" ref=${box} onScroll=${scrolled} tabindex="0" aria-label="Messages">
       <div class="column" ref=${inner}>
-        ${!count && html`<${Welcome} store=${store} />`}
+        ${count ? html`<h1 class="sr">${chat.title}</h1>` : html`<${Welcome} store=${store} />`}
         ${shown.map(({ node, place, count: of, branches }, i) => {
           const key = node.pair ?? node.id;
           const last = i === count - 1;

@@ -65,6 +65,17 @@ function element(name, className, ...children) {
   return found;
 }
 
+/** The headings of a text as ranks below the page's own, without gaps, however a model numbers them; they look as they are written. */
+function rank(root) {
+  const above = [];
+  for (const heading of root.querySelectorAll("h1, h2, h3, h4, h5, h6")) {
+    const depth = Number(heading.tagName[1]);
+    while (above.at(-1) >= depth) above.pop();
+    above.push(depth);
+    heading.ariaLevel = String(1 + above.length);
+  }
+}
+
 const DRAWN = new WeakSet(); // formulas
 
 function drawMath(span) {
@@ -220,6 +231,7 @@ export class MarkdownView {
     else this.root.append(box);
     const shown = before?.box ?? box;
     for (const span of shown.querySelectorAll("span[data-tex]")) if (!DRAWN.has(span)) drawMath(span);
+    if (shown.querySelector("h1, h2, h3, h4, h5, h6")) rank(this.root);
     this.#drawn[i] = { raw: group.raw, box: shown, isColoured: false };
     this.#colour(this.#drawn[i], group, final);
   }

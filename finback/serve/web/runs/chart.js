@@ -204,7 +204,7 @@ export function Chart({ title, lines, axis, log, range, onZoom }) {
   }, [lines, range[0], range[1]]);
   return html`
     <section class="chart" aria-label=${title}>
-      <header><h3>${title}</h3><span class="values" ref=${values} aria-live="polite"></span>
+      <header><h2>${title}</h2><span class="values" ref=${values} aria-live="polite"></span>
         <span class="saves"><button type="button" class="button small" onClick=${saveCsv} aria-label=${`${title} as CSV`}>CSV</button><button type="button" class="button small" onClick=${savePng} aria-label=${`${title} as PNG`}>PNG</button></span></header>
       <div ref=${box} class="plot" tabindex="0" role="application" aria-roledescription="chart" aria-label=${`${summary(title, lines)}; ${KEYS}`} onKeyDown=${press}></div>
     </section>`;

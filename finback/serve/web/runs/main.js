@@ -1,7 +1,7 @@
 // The page of the runs: a list, and one run in three views. The address says which.
 import { askJson, locked, query } from "../api.js";
 import { Glyph, KeyForm, Theme } from "../controls.js";
-import { asset, html, render, useEffect, useState } from "../lib.js";
+import { asset, html, mount, useEffect, useState } from "../lib.js";
 import { List } from "./list.js";
 import { Run } from "./run.js";
 
@@ -95,4 +95,4 @@ function Trouble({ error }) {
   return html`<p class="notice bad" role="alert">${error.status === 0 ? "The server is gone. This page tries again every few seconds; what you see is what it said last." : error.message}</p>`;
 }
 
-render(html`<${App} />`, document.getElementById("app"));
+mount(html`<${App} />`);

@@ -108,4 +108,4 @@ function Against({ stage }) {
 }
 
 const Json = ({ title, data }) =>
-  html`<section><h3>${title}</h3><pre tabindex="0" aria-label=${title}>${JSON.stringify(data, null, 2)}</pre></section>`;
+  html`<section><h2>${title}</h2><pre tabindex="0" aria-label=${title}>${JSON.stringify(data, null, 2)}</pre></section>`;
