@@ -25,12 +25,17 @@ from tests.toy import CONFIG, backward, backward_batch, toy_model
 
 __all__ = ["prepared"]  # a fixture
 
-pytestmark = [
-    pytest.mark.skipif(bool(compiling.why_not()), reason="torch.compile does not work here"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch's own, while it traces
-]
+# torch's own, while it traces
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 TOKENS = torch.randint(CONFIG.vocab_size, (4, 16 + 2), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiler() -> None:
+    """Asked here and not while tests are collected: the answer takes seconds."""
+    if compiling.why_not():
+        pytest.skip("torch.compile does not work here")
 
 
 def two(compute: torch.dtype = torch.float32) -> tuple[Transformer, Transformer]:

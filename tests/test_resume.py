@@ -34,8 +34,8 @@ def results(root: Path) -> dict[str, Any]:
     return summary
 
 
-def start(recipe: Path, runs: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "finback", "run", str(recipe), "--runs", str(runs), "--ranks", "2"]
+def start(recipe: Path, runs: Path, ranks: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "finback", "run", str(recipe), "--runs", str(runs), "--ranks", str(ranks)]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command, env=environment(), stdout=quiet, stderr=quiet, start_new_session=True)
 
@@ -48,19 +48,22 @@ def wait_for(runs: Path, stage: str, child: subprocess.Popen[bytes], delay: floa
     time.sleep(delay)
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run on two ranks, where the system lets us in a network namespace that has nothing but lo."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    wrapper = ("unshare", "-rn", "sh", "-c", 'ip link set lo up && "$@"', "sh") if can_unshare() else ()
-    done = finback_process("run", write_recipe(folder), "--runs", folder / "runs", "--ranks", 2, wrapper=wrapper)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on one rank."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = finback("run", write_recipe(folder), "--runs", folder / "runs", "--ranks", 1)
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def can_unshare() -> bool:
-    """Whether this system lets us make a network namespace."""
-    return shutil.which("unshare") is not None and not subprocess.run(["unshare", "-rn", "true"]).returncode
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on two ranks."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    done = finback_process("run", write_recipe(folder), "--runs", folder / "runs", "--ranks", 2)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -89,6 +92,7 @@ def kill_and_finish(
     tear: bool = False,
     order: Sequence[str] = ("prepare", "base", "before", "zero", "after"),
     trained: Sequence[str] = ("base", "zero"),
+    ranks: int = 2,
 ) -> int:
     """End the whole run at each moment, start it again each time, and compare; returns how often it was hit.
 
@@ -106,7 +110,7 @@ def kill_and_finish(
         if not left:
             break
         stage = left[0]
-        child = start(tmp_path / "toy.py", tmp_path / "runs")
+        child = start(tmp_path / "toy.py", tmp_path / "runs", ranks)
         wait_for(tmp_path / "runs", stage, child, delay)
         folder = tmp_path / "runs/toy" / stage
         while tear and len(steps_in(folder)) < 2 and child.poll() is None:
@@ -119,7 +123,8 @@ def kill_and_finish(
         if tear and len(steps) > 1:  # the only one would be reported, not passed over
             steps[-1].write_bytes(steps[-1].read_bytes()[:-1000])
             hits += 1
-    done = finback_process("run", tmp_path / "toy.py", "--runs", tmp_path / "runs", "--ranks", 2)
+    last = finback if ranks == 1 else finback_process
+    done = last("run", tmp_path / "toy.py", "--runs", tmp_path / "runs", "--ranks", ranks)
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
     for stage in trained:
@@ -130,7 +135,13 @@ def kill_and_finish(
     return hits
 
 
-def test_stopped_and_killed_it_ends_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
+def test_stopped_and_killed_it_ends_with_the_same_bits(alone: Path, tmp_path: Path) -> None:
+    moments = [("base", 0.5), ("zero", 0.3)]
+    assert kill_and_finish(alone, tmp_path, moments, [partial(press, 1), kill], ranks=1) == 2
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_and_killed_end_with_the_same_bits(finished: Path, tmp_path: Path) -> None:
     moments = [("base", 0.5), ("zero", 0.3)]
     assert kill_and_finish(finished, tmp_path, moments, [partial(press, 1), kill]) == 2
 
@@ -206,16 +217,16 @@ def test_torchrun_starts_the_ranks_again_when_one_is_killed(finished: Path, tmp_
     assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
 
 
-def test_a_second_run_only_notices_what_is_done(finished: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (finished / "runs").rglob("*.safetensors")}
-    done = finback("run", finished / "toy.py", "--runs", finished / "runs", "--json")
+def test_a_second_run_only_notices_what_is_done(alone: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (alone / "runs").rglob("*.safetensors")}
+    done = finback("run", alone / "toy.py", "--runs", alone / "runs", "--json")
     assert done.returncode == 0
     assert json.loads(done.stdout)["recipe"] == "toy"
-    assert {p: p.stat().st_mtime_ns for p in (finished / "runs").rglob("*.safetensors")} == before
+    assert {p: p.stat().st_mtime_ns for p in (alone / "runs").rglob("*.safetensors")} == before
 
 
-def test_summary_holds_what_is_promised(finished: Path) -> None:
-    stages = json.loads((finished / "runs/toy/summary.json").read_text())["stages"]
+def test_summary_holds_what_is_promised(alone: Path) -> None:
+    stages = json.loads((alone / "runs/toy/summary.json").read_text())["stages"]
     assert list(stages) == ["prepare", "base", "before", "zero", "after"]
     cost = stages["base"]["cost"]
     assert cost["tokens_trained"] == stages["base"]["results"]["tokens"] > 0
@@ -224,12 +235,12 @@ def test_summary_holds_what_is_promised(finished: Path) -> None:
     exam = stages["after"]["results"]["evaluations"][0]
     assert exam["n"] == 24 and exam["interval"][0] <= exam["accuracy"] <= exam["interval"][1]
     assert exam["mean_tokens"] > 0 and 0 <= exam["truncated"] <= 1
-    assert len((finished / "runs/toy/after/sampled.jsonl").read_text().splitlines()) == 24
-    assert (finished / "runs/toy/learning.png").stat().st_size > 5_000
-    gaps = [r["gap_max"] for r in read_lines(finished / "runs/toy/zero/metrics.jsonl")]
+    assert len((alone / "runs/toy/after/sampled.jsonl").read_text().splitlines()) == 24
+    assert (alone / "runs/toy/learning.png").stat().st_size > 5_000
+    gaps = [r["gap_max"] for r in read_lines(alone / "runs/toy/zero/metrics.jsonl")]
     assert len(gaps) == 8 and max(gaps) <= 1e-4
     assert stages["base"]["results"]["probe_reached"] is False  # a toy cannot pass it, and says so
-    assert "DID NOT PASS ITS PROBE" in finback("show", finished / "runs/toy").stdout
+    assert "DID NOT PASS ITS PROBE" in finback("show", alone / "runs/toy").stdout
 
 
 @pytest.mark.slow
@@ -263,23 +274,17 @@ chat.loop(ChatOptions(model=root, max_tokens=16), True, False)
     assert [turn["user"] for turn in json.loads(done.stdout)["dialogue"]] == ["1+2=?", "hello"]
 
 
-def test_two_ranks_need_only_loopback(finished: Path) -> None:
-    if not can_unshare():
-        pytest.skip("this system does not let us make a network namespace")
-    assert (finished / "runs/toy/summary.json").is_file()
-
-
-def test_chat_answers_on_stdout(finished: Path) -> None:
-    done = finback("chat", finished / "runs/toy", "--max-tokens", 8, input="1+2=?\n/new\nhi\n")
+def test_chat_answers_on_stdout(alone: Path) -> None:
+    done = finback("chat", alone / "runs/toy", "--max-tokens", 8, input="1+2=?\n/new\nhi\n")
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 2, done.stderr
-    again = finback("chat", finished / "runs/toy", "--max-tokens", 8, input="1+2=?\n/new\nhi\n")
+    again = finback("chat", alone / "runs/toy", "--max-tokens", 8, input="1+2=?\n/new\nhi\n")
     assert again.stdout == done.stdout
 
 
-def test_a_damaged_model_is_named(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished / "runs", tmp_path / "runs")
+def test_a_damaged_model_is_named(alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone / "runs", tmp_path / "runs")
     weights = tmp_path / "runs/toy/base/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     shutil.rmtree(tmp_path / "runs/toy/before")
-    done = finback("run", finished / "toy.py", "--runs", tmp_path / "runs", "--ranks", 1)
+    done = finback("run", alone / "toy.py", "--runs", tmp_path / "runs", "--ranks", 1)
     assert done.returncode == 2 and "model.safetensors" in done.stderr and "Traceback" not in done.stderr
