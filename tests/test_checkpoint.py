@@ -32,26 +32,22 @@ from tests.families import FAMILIES, OTHERS, build, spell_as_released
 EXAMPLES = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@EXAMPLES
-@given(data=st.data())
-def test_logits_and_greedy_text_are_those_of_transformers(family: str, data: st.DataObject) -> None:
-    agrees(data.draw(FAMILIES[family]), data.draw(st.integers(0, 1000)), data.draw(st.booleans()))
+KNOWN = FAMILIES | OTHERS
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", KNOWN)
 @settings(EXAMPLES, max_examples=3)
 @given(data=st.data())
-def test_other_families_agree_too(family: str, data: st.DataObject) -> None:
-    agrees(data.draw(OTHERS[family]), data.draw(st.integers(0, 1000)), data.draw(st.booleans()))
+def test_logits_and_greedy_text_are_those_of_transformers(family: str, data: st.DataObject) -> None:
+    agrees(data.draw(KNOWN[family]), data.draw(st.integers(0, 1000)), data.draw(st.booleans()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", KNOWN)
 @EXAMPLES
 @given(data=st.data())
-def test_other_families_agree_on_more_configs(family: str, data: st.DataObject) -> None:
-    agrees(data.draw(OTHERS[family]), data.draw(st.integers(0, 1000)), data.draw(st.booleans()))
+def test_they_agree_on_more_configs(family: str, data: st.DataObject) -> None:
+    agrees(data.draw(KNOWN[family]), data.draw(st.integers(0, 1000)), data.draw(st.booleans()))
 
 
 def agrees(config: Any, seed: int, released: bool, model_type: str = "") -> None:
