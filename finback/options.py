@@ -18,7 +18,7 @@ from finback.config import UserError, check_fields, did_you_mean
 
 Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "int8", "kept"],
-    "auto, fp32, bf16, int8 (weights alone, rounded), or kept (packed weights as a quantized folder has them).",
+    "auto, fp32, bf16, int8 (weights alone, rounded), or kept (weights as a GGUF file or packed folder has them).",
 ]
 Settings = Annotated[
     tuple[str, ...], typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change a knob; repeatable.")

@@ -16,6 +16,9 @@ from finback.checkpoint.gguf_names import pieces
 from finback.checkpoint.shards import Spec, Weights
 from finback.config import UserError
 from finback.extras import how_to_install
+from finback.kernels import quants
+from finback.kernels.formats import Format
+from finback.kernels.quants import KINDS
 
 
 def open_gguf(path: Path) -> Any:
@@ -84,11 +87,26 @@ class GGUF(Weights):
         values = self._dequantized(piece.stored, piece.index, None if piece.index is None else rows)
         if piece.values:  # of keys (heads, rank, n) and of values (heads, v, rank)
             return torch.cat([values.transpose(1, 2), self._dequantized(piece.values)], dim=1).flatten(0, 1)
+        return self._in_order(name, values)
+
+    def packed(self, name: str) -> tuple[Format, Tensor, Tensor] | None:
+        """A matrix's bytes and their format; None for one that is plain, or whose rows do not lie there as they are."""
+        piece = self.pieces[name]
+        tensor = self.stored[piece.stored]
+        kind = KINDS.get(tensor.tensor_type.name)
+        if kind is None or piece.values or len(piece.shape) != 2:
+            return None
+        data = tensor.data if piece.index is None else tensor.data[piece.index][piece.start :]
+        rows = self._in_order(name, torch.from_numpy(data[: piece.shape[0]].copy()))
+        return quants.blocks(piece.shape[1], ((kind, len(rows)),)), rows.flatten(), rows.new_empty(0)
+
+    def _in_order(self, name: str, rows: Tensor) -> Tensor:
+        """Rows, or their bytes, as Hugging Face has them."""
         if self.raw["model_type"] in ("llama", "mixtral") and ("q_proj." in name or "k_proj." in name):
             heads = self.raw["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-            # rows were taken from [first halves | second halves] to pairs; take them back
-            return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
-        return values
+            # they were taken from [first halves | second halves] to pairs; take them back
+            return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+        return rows
 
     def _dequantized(self, name: str, index: int | None = None, rows: slice | None = None) -> Tensor:
         """A stored tensor, or rows of one matrix of a stack."""

@@ -9,10 +9,11 @@ import torch
 from finback.checkpoint import peft
 from finback.checkpoint.models import WeightDtype, load
 from finback.config import UserError, did_you_mean
-from finback.kernels import packed
-from finback.model.pack import pack
+from finback.kernels import packed, quants
+from finback.model.pack import is_kept, pack
 from finback.model.transformer import Transformer
 from finback.runs import adapters
+from finback.runs.files import is_gguf
 
 LARGE = 50_000_000  # bytes of weights below which fp32 costs little, and is exact
 InferenceDtype = Literal["auto", "fp32", "bf16", "int8", "kept"]
@@ -23,17 +24,17 @@ def load_for_inference(
 ) -> Transformer:
     """Read the model at a path for answering alone, laid out as this machine reads it fastest.
 
-    "kept" leaves matrices as a quantized folder has them, each dequantized for its products, and the rest in bf16.
-    bf16 and int8 (weights only, for CPUs) are packed: such a model cannot be trained or saved. "auto" is bf16 where the
-    machine computes in it, and fp32 elsewhere and for small models. Adapters of `folders` are put on by their names; UserError
-    where one is not the model's.
+    "kept" leaves matrices as a GGUF file has them, multiplied as they are where the kernels can be had, or as a quantized folder
+    has them, each dequantized for its products, and the rest in bf16. bf16, int8 (weights only, for CPUs) and what a GGUF file
+    kept are packed: such a model cannot be trained or saved. "auto" is kept for a GGUF file, bf16 where the machine
+    computes in it, and fp32 elsewhere and for small models. Adapters of `folders` are put on by their names; UserError where
+    one is not the model's.
     """
     if dtype not in get_args(InferenceDtype):
         raise UserError("dtype", dtype, "not a format", did_you_mean(str(dtype), get_args(InferenceDtype)))
     cuda = torch.cuda.is_available()
     if dtype == "auto":
-        fast = cuda or packed.available("bf16")
-        dtype = "bf16" if fast and _size(path) >= LARGE else "fp32"
+        dtype = _best(path, cuda, bool(folders))
     if dtype in ("bf16", "int8") and not cuda and not packed.available(dtype):
         raise UserError("--dtype", dtype, "this processor has no fast products for it", "Use fp32.")
     if cuda and dtype == "int8":
@@ -41,6 +42,8 @@ def load_for_inference(
     if folders and adapters.places(path)[1] is not None:
         problem = "has an adapter in it already"
         raise UserError("MODEL", str(path), problem, "Name its base, and this one's folder with --adapter too.")
+    if folders and dtype == "kept" and is_gguf(path):
+        raise UserError("--dtype", dtype, "adapters know a GGUF file by its weights in bf16", "Use bf16.")
     weights: WeightDtype = "kept" if dtype == "kept" else "bf16"
     model = (load(path) if dtype == "fp32" else load(path, torch.bfloat16, weights)).eval()
     digest = peft.digest(model) if folders else ""
@@ -48,7 +51,18 @@ def load_for_inference(
         model = model.to("cuda")
     elif dtype in ("bf16", "int8"):
         pack(model, dtype)
+    elif dtype == "kept" and is_gguf(path) and quants.available():
+        pack(model, "kept" if any(map(is_kept, model.modules())) or not packed.available("bf16") else "bf16")
     return peft.attach_all(model, path, digest, folders) if folders else model
+
+
+def _best(path: Path, cuda: bool, has_adapters: bool) -> InferenceDtype:
+    """What "auto" means for a model."""
+    if _size(path) < LARGE:
+        return "fp32"
+    if is_gguf(path) and quants.available() and not (cuda or has_adapters):
+        return "kept"
+    return "bf16" if cuda or packed.available("bf16") else "fp32"
 
 
 def _size(path: Path) -> int:

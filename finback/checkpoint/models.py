@@ -15,6 +15,8 @@ from torch import Tensor
 
 from finback.checkpoint import names, peft, peft_export, store
 from finback.checkpoint.audit import Audit, differs, examine, shapes
+from finback.checkpoint.gguf import GGUF
+from finback.checkpoint.kept import keep
 from finback.checkpoint.packed_folders import PackedShards
 from finback.checkpoint.places import demand_checkpoint
 from finback.checkpoint.quantized_base import load_quantized
@@ -29,7 +31,6 @@ from finback.model.layers import Linear
 from finback.model.lora import AdaptedTransformer, LoRA, adapter_parameters, merge
 from finback.model.moe import MoE
 from finback.model.quantized import make_room_for_fp8, matrix_names
-from finback.model.quantized import store as store_packed
 from finback.model.transformer import Transformer
 from finback.runs import adapters
 from finback.runs.files import is_checkpoint, read_json, write_json
@@ -38,7 +39,7 @@ from finback.runs.reader import finished_stages
 
 NAME_A_MODEL = "Name a stage that trains one, a Hugging Face folder, or a .gguf file."
 READERS = min(4, os.cpu_count() or 1)
-# fp8: FP8 matrices stay as they are, kept: those of other formats too; the rest is bf16
+# fp8: FP8 matrices stay as they are, kept: those of packed folders and GGUF files too; the rest is bf16
 WeightDtype = Literal["fp32", "bf16", "fp8", "kept"]
 
 
@@ -136,7 +137,7 @@ def load_audited(
     model = Transformer(result.config, compute, torch.float32 if weights == "fp32" else torch.bfloat16)
     if weights in ("fp8", "kept"):
         _make_room_for_fp8(model, shards)
-    kept = _keep_packed(model, shards) if weights == "kept" and isinstance(shards, PackedShards) else set()
+    kept = keep(model, shards) if weights == "kept" and isinstance(shards, PackedShards | GGUF) else set()
     fill(model, shards, kept=kept)
     return model, result
 
@@ -241,30 +242,6 @@ def part(whole: Tensor, index: int, parts: int) -> Tensor:
 def scale_name(ours: str) -> str:
     """Our name of the factors of an FP8 tensor."""
     return ours + "_scale"  # see model/quantized.py
-
-
-def _keep_packed(model: Transformer, shards: PackedShards) -> set[str]:
-    """Give modules their packed matrices as they are, where all parts of all their matrices are in one format; their names."""
-    table, done = names.table(model.config), set[str]()
-    for prefix, module in model.named_modules():
-        if not isinstance(module, Linear | MoE):
-            continue
-        matrices = {}
-        for kind in matrix_names(module):
-            found = [shards.packed(name) for name in table.get(f"{prefix}.{kind}", ())]
-            parts = [each for each in found if each is not None]
-            if parts and len(parts) == len(found) and len({(form.name, f.shape[1:]) for form, _, f in parts}) == 1:
-                matrices[kind] = parts
-        if len(matrices) < len(matrix_names(module)) or len({p[0][0].name for p in matrices.values()}) > 1:
-            continue
-        for kind, parts in matrices.items():
-            values, factors = (torch.cat([part[i] for part in parts]) for i in (1, 2))  # type: ignore[misc]
-            if isinstance(module, MoE):
-                experts = (module.config.n_routed_experts, -1)
-                values, factors = values.unflatten(0, experts), factors.unflatten(0, experts)
-            store_packed(module, kind, parts[0][0], values, factors)
-            done.add(f"{prefix}.{kind}")
-    return done
 
 
 def _make_room_for_fp8(model: Transformer, shards: Weights) -> None:

@@ -1,8 +1,8 @@
-"""The C++ kernels of cpu.cpp, compiled once with the machine's own compiler and kept in the user's cache.
+"""The C++ kernels of cpu.cpp and quants.cpp, compiled once with the machine's own compiler and kept in the user's cache.
 
 Each replaces a dozen small operations, whose own cost would be more than half of a small model's decoding step. `ready`
-says whether they serve a tensor; where not, plain lines run. Compiling takes a second or two on first use. Without a compiler, or with FINBACK_NATIVE=0 in the environment, `library` is None and
-callers take the plain form.
+says whether they serve a tensor; where not, plain lines run. Compiling takes some seconds on first use. Without a compiler, or
+with FINBACK_NATIVE=0 in the environment, `library` is None and callers take the plain form.
 """
 
 import ctypes
@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -21,20 +23,13 @@ from torch import Tensor
 from finback.runs import processor
 
 DTYPES = (torch.float32, torch.bfloat16)
-SOURCE = Path(__file__).with_name("cpu.cpp")
 # not -ffast-math: linked into a library it would change how the whole process rounds
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fassociative-math",
-    "-fno-signed-zeros",
-    "-std=c++17",
-    "-fPIC",
-]
-
+FLAGS = ("-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-c")
+# what is added up in vectors may be reordered in the one, and must not be in the other
+SOURCES = {
+    Path(__file__).with_name("cpu.cpp"): ("-O3", "-fassociative-math", "-fno-signed-zeros"),
+    Path(__file__).with_name("quants.cpp"): ("-O2", "-ffp-contract=off"),
+}
 
 # what each kernel takes: p pointer, i whole number, f fraction
 SIGNATURES = {
@@ -45,6 +40,10 @@ SIGNATURES = {
     "swiglu": "ippii",
     "experts": "i" + 7 * "p" + 4 * "i",
     "round_tiles": "ipp" + 4 * "i",
+    "quant_pack": "ippii",
+    "quant_rows": "iipppii",
+    "quant_forms": "p",
+    "quant_product": "iipppip" + 3 * "i",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
 
@@ -80,11 +79,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def _built(compiler: str) -> Path:
-    """The compiled library for this source, these flags and this processor."""
+    """The compiled library for these sources, these flags and this processor."""
     # -march=native depends on the processor, and a cache folder may be shared by machines that differ
     built_of = (
-        SOURCE.read_bytes(),
-        " ".join((compiler, *FLAGS)).encode(),
+        *(source.read_bytes() for source in SOURCES),
+        " ".join((compiler, *FLAGS, *(flag for own in SOURCES.values() for flag in own))).encode(),
         processor.name().encode(),
         *(f.encode() for f in sorted(processor.features())),
     )
@@ -96,8 +95,15 @@ def _built(compiler: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / target.name
+
+        def run(step: list[str]) -> None:
+            subprocess.run([compiler, *step], check=True, capture_output=True, text=True, timeout=300)
+
+        objects = [f"{made}.{source.stem}.o" for source in SOURCES]
+        steps = [[*FLAGS, *own, str(source), "-o"] for source, own in SOURCES.items()]
+        with ThreadPoolExecutor() as pool:
+            deque(pool.map(run, ([*step, to] for step, to in zip(steps, objects, strict=True))), maxlen=0)
         # OpenMP's symbols stay open: torch has loaded its own runtime, and two of them fight for the cores
-        for step in ([*FLAGS, str(SOURCE), "-c", "-o", f"{made}.o"], ["-shared", f"{made}.o", "-o", str(made)]):
-            subprocess.run([compiler, *step], check=True, capture_output=True, text=True, timeout=120)
+        run(["-shared", *objects, "-o", str(made)])
         made.replace(target)  # whole or not at all: several ranks may build at once
     return target

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finback.kernels import fp8
+from finback.kernels import fp8, quants
 from finback.kernels.decode import PagedRows
 
 
@@ -88,6 +88,14 @@ def fp8_product(
         partial = accumulate(a[:, part].float(), b[:, part].float())
         out += partial * left[:, tile, None] * right[:, tile]
     return out
+
+
+def quantized_product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x (..., k) in 8 bits, a factor for each GROUP numbers, times matrix (n, k)^T -> (..., n) in fp32."""
+    groups = x.float().unflatten(-1, (-1, quants.GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    whole = (groups * torch.where(largest > 0, 127 / largest, 0)).round()
+    return (whole * (largest / 127)).flatten(-2) @ matrix.float().T
 
 
 def _per_row(scale: Tensor, rows: int) -> Tensor:

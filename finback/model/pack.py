@@ -1,41 +1,60 @@
 """Lay a model's weights out for answering on a CPU: packed matrices, and one product where several share an input."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
-from finback.kernels.packed import Form, PackedLinear
+from finback.kernels.packed import PackedLinear
+from finback.kernels.quants import BlockLinear, Blocks
 from finback.model.gqa import GQA
 from finback.model.layers import GroupedLinear, Linear, RMSNorm
 from finback.model.mla import MLA
+from finback.model.quantized import QuantizedLinear, QuantizedTransformer
 from finback.model.replace import recast, replace_modules
 from finback.model.transformer import Transformer
 
+# how linear maps are laid out: kept ones are those that stay as a GGUF file has them, and the others of the model remain plain
+Form = Literal["bf16", "int8", "kept"]
+Packed = PackedLinear | BlockLinear
+
 
 def pack(model: Transformer, form: Form) -> Transformer:
-    """Pack a bf16 model's linear maps in place, layer by layer, so that no second copy of the model is needed.
+    """Pack the linear maps of a model that is no longer trained in place, layer by layer, so that no second copy is needed.
 
-    Afterwards it only answers: its weights cannot be trained, saved or read back. Experts, embeddings, the matrix that MLA
-    absorbs and those of V4's groups keep their form.
+    Afterwards it only answers: its weights cannot be trained, saved or read back. Experts, the matrix that MLA
+    absorbs and those of V4's groups keep their form, and so do embeddings but for kept ones.
     """
     for module in list(model.modules()):
         if isinstance(module, GQA):
-            stack_inputs(recast(module, PackedGQA), ["query", "key_value"], form)
+            stack_inputs(module, PackedGQA, ["query", "key_value"], form)
         elif isinstance(module, MLA):
             first = "q_up" if module.config.q_lora_rank is None else "q_down"
-            stack_inputs(recast(module, PackedMLA), [first, "kv_down"], form)
+            stack_inputs(module, PackedMLA, [first, "kv_down"], form)
         elif isinstance(module, RMSNorm):
             module.float()  # as its kernel reads it
 
     def packed(name: str, layer: Linear) -> nn.Module:
-        is_apart = name.endswith("kv_up") or isinstance(layer, GroupedLinear)
+        is_apart = name.endswith("kv_up") or isinstance(layer, GroupedLinear) or not _fits([layer], form)
         return layer if is_apart else _stack([layer], form)
 
-    return replace_modules(model, Linear, packed)
+    replace_modules(model, Linear, packed)
+    if isinstance(model, QuantizedTransformer):
+        table: nn.Module = model.head  # has it where it is tied
+        if not (isinstance(table, BlockLinear) and model.config.tie_word_embeddings):
+            table = BlockLinear([model.embed_format], [model.embed], [None])
+        model.table, model.embed = table, table.weight
+    return model
+
+
+def is_kept(layer: nn.Module) -> bool:
+    """Whether a linear map's weight is as a GGUF file has it."""
+    return isinstance(layer, QuantizedLinear) and isinstance(layer.format, Blocks)
 
 
 class PackedMLA(MLA):
     """MLA that takes queries and latents from x by one product."""
 
-    stacked: PackedLinear
+    stacked: Packed
     # the linear maps that are one product
     names: list[str]
 
@@ -49,7 +68,7 @@ class PackedMLA(MLA):
 class PackedGQA(GQA):
     """GQA that takes queries, keys and values from x by one product."""
 
-    stacked: PackedLinear
+    stacked: Packed
     # the linear maps that are one product
     names: list[str]
 
@@ -60,9 +79,13 @@ class PackedGQA(GQA):
         return query, key, value
 
 
-def stack_inputs(attention: PackedMLA | PackedGQA, names: list[str], form: Form) -> None:
-    """Make one product of the linear maps of these names, which are dropped."""
-    attention.stacked, attention.names = _stack([getattr(attention, name) for name in names], form), names
+def stack_inputs(module: MLA | GQA, to: type[PackedMLA] | type[PackedGQA], names: list[str], form: Form) -> None:
+    """Make one product of the linear maps of these names, which are dropped; nothing is done where the form is not for all."""
+    layers = [getattr(module, name) for name in names]
+    if not _fits(layers, form):
+        return
+    attention = recast(module, to)
+    attention.stacked, attention.names = _stack(layers, form), names
     for name in names:
         delattr(attention, name)
 
@@ -78,5 +101,14 @@ def product_of(model: Transformer, name: str) -> tuple[nn.Module, int]:
     return parent.stacked, sum(outputs[: parent.names.index(leaf)])
 
 
-def _stack(layers: list[Linear], form: Form) -> PackedLinear:
-    return PackedLinear([layer.matrix(layer.weight.dtype) for layer in layers], [layer.bias for layer in layers], form)
+def _fits(layers: list[Linear], form: Form) -> bool:
+    return form != "kept" or all(map(is_kept, layers))
+
+
+def _stack(layers: list[Linear], form: Form) -> Packed:
+    biases = [layer.bias for layer in layers]
+    if form == "kept":
+        kept = [(layer.format, layer.weight) for layer in layers if isinstance(layer, QuantizedLinear)]
+        formats, values = zip(*kept, strict=True)
+        return BlockLinear(formats, values, biases)
+    return PackedLinear([layer.matrix(layer.weight.dtype) for layer in layers], biases, form)

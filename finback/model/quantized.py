@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from finback.kernels import fp8, moe_gemm
 from finback.kernels.formats import FP8, Format
+from finback.kernels.quants import BlockLinear, Blocks, blocks
 from finback.model.layers import Linear
 from finback.model.moe import MoE
 from finback.model.replace import Model, recast
+from finback.model.transformer import Transformer
 
 FACTORS = "_scale"  # behind the name of what they are of
 
@@ -36,6 +38,32 @@ class QuantizedMoE(MoE):
         gate_up = self.format.dequantize(gate_up[met], self.gate_up_scale[met], x.dtype)
         down = self.format.dequantize(down[met], self.down_scale[met], x.dtype)
         return moe_gemm.routed_experts(x, index, weight, gate_up, down, self.config.swiglu_limit)
+
+
+class QuantizedTransformer(Transformer):
+    """A model whose embedding stays as a GGUF file has it: the bytes of its rows, or a matrix laid out for products."""
+
+    embed_format: Blocks
+    # what has the embedding once the model is packed
+    table: BlockLinear | None
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        if self.table is not None:
+            return self.table.rows(tokens, self.compute)
+        ((kind, rows),) = self.embed_format.parts
+        found = self.embed.view(rows, -1)[tokens.flatten()]
+        form = blocks(self.embed_format.columns, ((kind, len(found)),))
+        return form.dequantize(found.flatten(), found, self.compute).view(*tokens.shape, -1)
+
+
+def keep_embedding(model: Transformer, form: Blocks, values: Tensor) -> None:
+    """Give a model its embedding as bytes, and its head too where both are one matrix."""
+    quantized = recast(model, QuantizedTransformer)
+    quantized.embed_format, quantized.table = form, None
+    model.embed = nn.Parameter(values, requires_grad=False)
+    if model.config.tie_word_embeddings:
+        store(model.head, "weight", form, values, values[:0])
+        model.head.weight = model.embed
 
 
 def expert_matrix(

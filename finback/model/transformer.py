@@ -184,9 +184,13 @@ class Transformer(nn.Module):
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """tokens (b, t) -> (b, t, d) in the dtype of activations."""
-        # indexing would add up gradients in whatever order a CPU's threads come; this keeps the tokens', and takes less time
-        found = F.embedding(tokens, self.embed).to(self.compute)
+        found = self.lookup(tokens).to(self.compute)
         return found * found.new_tensor(self.config.hidden_size**0.5) if self.config.scale_embeddings else found
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """The rows of the embedding at tokens (b, t): (b, t, d)."""
+        # indexing would add up gradients in whatever order a CPU's threads come; this keeps the tokens', and takes less time
+        return F.embedding(tokens, self.embed)
 
     def _positions(
         self, length: int, cache: Cache | None, document_ids: Tensor | None, prefixes: Tensor | None = None

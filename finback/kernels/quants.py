@@ -1,0 +1,156 @@
+"""Matrices whose weights stay as a GGUF file has them: blocks of few bits and factors of their own, multiplied by quants.cpp.
+
+Activations get 8 bits, a factor per GROUP numbers, as in llama.cpp. A row's result is the same bits in any company, because
+sums within a block are whole numbers and blocks are added up in one order: a prompt read at once, in pieces or again gives the
+same as its tokens one by one. Twin: reference.quantized_product.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from finback.kernels import native
+from finback.kernels.formats import Format
+
+GROUP = 32  # columns that share a factor of activations
+PANEL = 16  # rows that lie side by side
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of block by ggml's name and number: so many numbers of a row in so many bytes."""
+
+    name: str
+    number: int
+    columns: int
+    bytes: int
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row with so many columns."""
+        return columns // self.columns * self.bytes
+
+
+_KINDS = (
+    *(Kind("Q4_0", 2, 32, 18), Kind("Q4_1", 3, 32, 20), Kind("Q5_0", 6, 32, 22), Kind("Q5_1", 7, 32, 24)),
+    *(Kind("Q8_0", 8, 32, 34), Kind("Q4_K", 12, 256, 144), Kind("Q5_K", 13, 256, 176), Kind("Q6_K", 14, 256, 210)),
+    *(Kind("IQ4_NL", 20, 32, 18), Kind("MXFP4", 39, 32, 17)),
+)
+KINDS = {kind.name: kind for kind in _KINDS}
+
+
+@dataclass(frozen=True)
+class Blocks(Format):
+    """Matrices over one another, each of one kind: values (..., bytes) are the bytes of all their rows, factors are in them."""
+
+    columns: int
+    # kind and rows of each
+    parts: tuple[tuple[Kind, int], ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all of them."""
+        return sum(rows for _, rows in self.parts)
+
+
+def blocks(columns: int, parts: tuple[tuple[Kind, int], ...]) -> Blocks:
+    """The format of such matrices."""
+    return Blocks("gguf", _only_read, partial(_dequantize, columns, parts), columns, parts)
+
+
+def _only_read(weight: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("gguf_types.packed makes blocks")
+
+
+def _dequantize(
+    columns: int, parts: tuple[tuple[Kind, int], ...], values: Tensor, factors: Tensor, dtype: torch.dtype
+) -> Tensor:
+    sizes = [rows * kind.row_bytes(columns) for kind, rows in parts]
+    found = [
+        numbers(kind, part.unflatten(-1, (rows, -1)))
+        for (kind, rows), part in zip(parts, values.split(sizes, dim=-1), strict=True)
+    ]
+    return torch.cat(found, dim=-2).to(dtype)
+
+
+def numbers(kind: Kind, rows: Tensor) -> Tensor:
+    """What rows of blocks (..., bytes) stand for: (..., columns) in fp32, by the gguf library."""
+    from gguf import GGMLQuantizationType, quants
+
+    data = rows.detach().cpu().contiguous().numpy()
+    return torch.from_numpy(quants.dequantize(data, GGMLQuantizationType(kind.number)).copy()).to(rows.device)
+
+
+def available() -> bool:
+    """Whether the kernels can be had here."""
+    return native.library() is not None
+
+
+@cache
+def forms() -> tuple[str, ...]:
+    """How this processor may multiply, the fastest last."""
+    has = torch.zeros(3, dtype=torch.long)
+    native.call("quant_forms", has)
+    return tuple(name for name, there in zip(("plain", "avx2", "avx512"), has.tolist(), strict=True) if there)
+
+
+class BlockLinear(nn.Module):
+    """y = W x (+ b) for matrices over one another that stay as they are in a GGUF file; for inference alone, fp32 or bf16."""
+
+    def __init__(
+        self, formats: Sequence[Blocks], values: Sequence[Tensor], biases: Sequence[Tensor | None], form: str = ""
+    ) -> None:
+        super().__init__()
+        given = [bias for bias in biases if bias is not None]
+        assert len(given) in (0, len(formats)), "all of a stack have a bias, or none has"
+        self.bias = torch.cat(given).detach() if given else None
+        self.columns, self.outputs = formats[0].columns, [form.rows for form in formats]
+        self.form = ("plain", "avx2", "avx512").index(form or forms()[-1])
+        pieces, self.parts, begin = [], [], 0
+        for each, stored in zip(formats, values, strict=True):
+            pieces.append(_panels(each, stored))
+            for kind, rows in each.parts:
+                self.parts.append((kind.number, begin, rows))
+                begin += _panel_rows(rows) * kind.row_bytes(self.columns)
+        self.weight = nn.Parameter(torch.cat(pieces) if len(pieces) > 1 else pieces[0], requires_grad=False)
+        self.table = torch.tensor(self.parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., sum of outputs), in x's dtype."""
+        x, outputs = x.contiguous(), sum(self.outputs)
+        y = x.new_empty(*x.shape[:-1], outputs)
+        rows = x.numel() // self.columns
+        native.call(
+            "quant_product",
+            *(self.form, x.dtype == torch.bfloat16, x, self.weight, self.table, len(self.parts), y),
+            *(rows, self.columns, outputs),
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the first matrix as numbers: index (...) -> (..., in)."""
+        kind, begin, _ = self.parts[0]
+        out = torch.empty(*index.shape, self.columns, dtype=dtype)
+        index = index.contiguous()
+        native.call(
+            "quant_rows", dtype == torch.bfloat16, kind, self.weight[begin:], index, out, index.numel(), self.columns
+        )
+        return out
+
+
+def _panel_rows(rows: int) -> int:
+    """Rows up to which the last panel is filled."""
+    return -(-rows // PANEL) * PANEL
+
+
+def _panels(form: Blocks, values: Tensor) -> Tensor:
+    """Values of matrices as the kernels read them, the same bytes in another order."""
+    sizes = [rows * kind.row_bytes(form.columns) for kind, rows in form.parts]
+    found = []
+    for (kind, rows), part in zip(form.parts, values.detach().split(sizes), strict=True):
+        laid = torch.empty(_panel_rows(rows) * kind.row_bytes(form.columns), dtype=torch.uint8)
+        native.call("quant_pack", kind.number, part.contiguous(), laid, rows, form.columns)
+        found.append(laid)
+    return torch.cat(found) if len(found) > 1 else found[0]
