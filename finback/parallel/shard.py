@@ -158,6 +158,8 @@ def _fully_shard(root: nn.Module, model: Transformer, layout: Layout, mesh: Mesh
             # sums, not means: how many tokens there are is the step's business
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.device.type == "cpu":  # where nothing hides it, the next block's weights are only in the way
+                module.set_modules_to_backward_prefetch([module])
 
 
 def _apart(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -122,6 +122,9 @@ class ShardedAdam(Adam):
             if mine is not p and p.grad is not None:
                 mine.grad = local(p.grad)
         super().step(lr)
+        for (_, p), mine in zip(self.named, self.mine, strict=True):
+            if mine is not p:  # or it would lie here beside the next step's
+                mine.grad = None
 
     def begin(self) -> None:
         """Make the state that the first step would make, so that a checkpoint can be loaded into it."""

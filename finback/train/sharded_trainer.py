@@ -42,7 +42,7 @@ from finback.train.trainer import Stateful, Trainer
 PLAIN = ShardedOptions()
 WHOLE = "whole copies"  # what ranks without a layout hold
 # numbers from which a share counts as large, and bytes of a block then: smaller models would pay for it with time
-LARGE_SHARE, BLOCK = 1 << 25, 1 << 20
+LARGE_SHARE, BLOCK = 1 << 25, 1 << 17
 
 
 class ShardedTrainer(Trainer):
