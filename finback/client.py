@@ -28,11 +28,19 @@ _LONGEST_RETRY_AFTER = 1e6  # seconds
 
 
 class RequestFailed(Exception):
-    """No usable reply. `final`: the same request fails again; `busy`: the server is overloaded; `retry_after`: seconds."""
+    """No usable reply. `final`: the same request fails again; `busy`: the server is overloaded; `retry_after`: seconds;
+    `silent`: nothing came for as long as the client waits."""
 
-    def __init__(self, problem: str, final: bool = False, busy: bool = False, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        problem: str,
+        final: bool = False,
+        busy: bool = False,
+        retry_after: float | None = None,
+        silent: bool = False,
+    ) -> None:
         super().__init__(problem)
-        self.final, self.busy, self.retry_after = final, busy, retry_after
+        self.final, self.busy, self.retry_after, self.silent = final, busy, retry_after, silent
 
 
 def check_url(url: str, field: str, example: str, query: bool = False) -> urllib.parse.SplitResult:
@@ -98,6 +106,14 @@ class Client(AbstractContextManager["Client"]):
             # before any of it is cut for a message, the key is gone from it
             return parse_json(self._bytes_without_key(b"".join(chunks)))
 
+    def has(self, path: str) -> bool:
+        """Whether there is anything at a path, whatever it says."""
+        try:
+            with self._open(path, None):
+                return True
+        except RequestFailed:
+            return False
+
     def stream(self, path: str, body: Any) -> Iterator[bytes]:
         """The data of each server-sent event as it arrives; a reply that is no stream is one event, followed by DONE."""
         with self._open(path, body) as (response, chunks):
@@ -137,12 +153,13 @@ class Client(AbstractContextManager["Client"]):
                 yield response, chunks
         except RequestFailed as error:
             shown = self.without_key(str(error))
-            raise RequestFailed(shown, error.final, error.busy, error.retry_after) from None
+            raise RequestFailed(shown, error.final, error.busy, error.retry_after, error.silent) from None
         except UnicodeError:
             raise RequestFailed(f"InvalidURL: {self._parts.hostname!r} is not the name of a host", final=True) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             cause = _cause(error)
-            raise RequestFailed(self.without_key(f"{type(cause).__name__}: {cause}")) from None
+            silent = isinstance(error, httpx.TimeoutException)
+            raise RequestFailed(self.without_key(f"{type(cause).__name__}: {cause}"), silent=silent) from None
 
     def _refusal(self, response: "httpx.Response", chunks: Iterator[bytes]) -> RequestFailed:
         """What another status means for this request and for the next ones; the key is taken out, then it is cut."""

@@ -3,11 +3,13 @@
 import base64
 import io
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,6 +38,8 @@ class FakeEngineServer:
         # what is done to a reply to a prompt before it is sent
         self.change: Callable[[Reply], None] = lambda reply: None
         self.paused = False
+        # what it has let go of
+        self.released: set[str] = set()
         self.seen: list[tuple[str, Reply]] = []
         self.answered = 0
         self._lock = threading.Lock()
@@ -43,6 +47,7 @@ class FakeEngineServer:
     def reply(self, path: str, body: Reply) -> Reply | None:
         """The reply of a route; None where there is no such route."""
         route = {
+            "/health": lambda body: {},
             "/v1/models": self._models,
             "/tokenize": self._tokenize,
             **(self._vllm if self.kind == "vllm" else self._sglang),
@@ -60,11 +65,19 @@ class FakeEngineServer:
             "/reset_prefix_cache": lambda body: {"success": not self.paused},
             "/resume": self._resume,
             "/weight_info": lambda body: {"weight_version": self.version},
+            "/sleep": lambda body: self._release(["weights", "kv_cache"]),
+            "/wake_up?tags=weights": lambda body: self._take_back(["weights"]),
+            "/wake_up?tags=kv_cache": lambda body: self._take_back(["kv_cache"]),
         }
 
     @property
     def _sglang(self) -> dict[str, Callable[[Reply], Reply]]:
-        return {"/generate": self._sglang_generate, "/update_weights_from_disk": self._update}
+        return {
+            "/generate": self._sglang_generate,
+            "/update_weights_from_disk": self._update,
+            "/release_memory_occupation": lambda body: self._release(body["tags"]),
+            "/resume_memory_occupation": lambda body: self._take_back(body["tags"]),
+        }
 
     # ---- both ------------------------------------------------------------------------------------------------------
 
@@ -77,12 +90,22 @@ class FakeEngineServer:
 
     def _made(self, ids: list[int], sampling: SamplingParams, seed: int) -> Completion:
         with self._lock:
+            assert not self.released, "it sleeps"
             self.answered += 1
             return self.engine.generate([ids], sampling, [seed])[0]
 
     def _load(self, path: str) -> None:
         with self._lock:
+            assert "weights" not in self.released, "there is no room for them"
             self.engine = Engine(models.load(Path(path)), (), EngineConfig(return_routed_experts=True))
+
+    def _release(self, tags: list[str]) -> Reply:
+        self.released |= set(tags)
+        return {}
+
+    def _take_back(self, tags: list[str]) -> Reply:
+        self.released -= set(tags)
+        return {}
 
     # ---- vLLM ------------------------------------------------------------------------------------------------------
 
@@ -184,7 +207,8 @@ def _handler(server: FakeEngineServer) -> type[BaseHTTPRequestHandler]:
             if fault == "drop":
                 self.close_connection = True
                 return
-            found = {"error": "a fault"} if isinstance(fault, int) else server.reply(path, body)
+            full = self.path if path == "/wake_up" else path
+            found = {"error": "a fault"} if isinstance(fault, int) else server.reply(full, body)
             if found is not None and "generate" in path + "completions" and not fault:
                 server.change(found)
             raw = json.dumps(found or {"detail": "Not Found"}).encode()
@@ -202,6 +226,15 @@ def _handler(server: FakeEngineServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+def main(arguments: list[str]) -> None:
+    """Stands for the Python of an engine's environment: `-m MODULE`, and of its flags those that say what and where."""
+    flags = dict(pairwise(arguments))
+    kind = "vllm" if flags["-m"].startswith("vllm") else "sglang"
+    assert flags["--dtype"] == "float32" and "--enable-return-routed-experts" in arguments
+    server = FakeEngineServer(Path(flags["--model" if kind == "vllm" else "--model-path"]), kind)
+    ThreadingHTTPServer((flags["--host"], int(flags["--port"])), _handler(server)).serve_forever()
+
+
 @contextmanager
 def engine_server(folder: Path, kind: str = "vllm") -> Iterator[tuple[str, FakeEngineServer]]:
     """The address of a server on the model in a folder, and the server."""
@@ -216,3 +249,7 @@ def engine_server(folder: Path, kind: str = "vllm") -> Iterator[tuple[str, FakeE
         http.shutdown()
         http.server_close()
         time.sleep(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from finback.checkpoint import models
+from finback.client import Client
 from finback.config import UserError
 from finback.model.lora import LoRA
-from finback.rollouts.fleet import Fleet, FleetRollouts, RayEngine
+from finback.rollouts.fleet import Fleet, FleetRollouts
+from finback.rollouts.fleet_members import RayEngine
 from finback.runs.files import read_lines
 from finback.stages.grpo_training import Reinforcement
 from tests.test_rollouts import OPENED, Asked, agree, asked, base, connected, learning, sampled  # noqa: F401
@@ -127,6 +130,33 @@ def test_random_kills_lose_nothing(asked: Asked, tmp_path: Path) -> None:  # noq
     assert r.take_tally().tokens == rounds * sum(len(c.tokens) for c in asked.answers)
 
 
+def python(folder: Path) -> str:
+    """What stands for the Python of an engine's environment: `-m MODULE` is the test's own server."""
+    script = folder / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m tests.engine_servers "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_programs_on_ray(engine: Any, asked: Asked, tmp_path: Path) -> None:  # noqa: F811
+    """Started on a worker, each in its own process; one whose worker is killed goes with it, and another takes its place."""
+    r = connected(asked, tmp_path, fleet=Fleet(2, engine=engine, python=python(tmp_path), **QUICK))
+    r.update(0)
+    asked.ask(r)
+    first = r.members[0]._server.url
+    os.kill(pid(r.members[0]), signal.SIGKILL)
+    asked.ask(r)
+    r.update(1)
+    asked.ask(r)
+    assert len(r.ready) == 2 and r.members[0]._server.url != first
+    with Client(first, timeout=2) as client:
+        until = time.monotonic() + 30
+        while client.has("/health") and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not client.has("/health"), "it has ended with its worker"
+
+
 def test_a_silent_engine_is_replaced(asked: Asked, tmp_path: Path) -> None:  # noqa: F811
     """A stopped process answers nothing; after `timeout` another takes its place."""
     r = connected(asked, tmp_path, fleet=Fleet(1, **QUICK | {"timeout": 4.0}))
@@ -191,3 +221,33 @@ def test_a_trainer_that_is_killed_goes_on(ray: Any, base: Path, tmp_path: Path) 
     spent = sum(line.get("tokens_generated", 0) for line in lines("ledger.jsonl"))
     assert spent == sum(sample["tokens"] for sample in samples)
     assert not (stage / ".answers").exists()
+
+
+SHARED = """
+from finback.parallel.layout import Layout
+from finback.rollouts.fleet import Fleet
+from finback.rollouts.here import Here
+from finback.stages.grpo import GRPO
+from finback.tasks.math import Chains
+
+knobs = dict(start={base!r}, task=Chains(2, 3), steps=3, prompts_per_step=4, num_generations=4, max_tokens=10, lr=1e-3, patience=0,
+             layout={layout})
+fleet = Fleet(2, dtype="fp32", engine={engine!r}, python={python!r}, backoff=0.05)
+recipe = [GRPO(name="here", **knobs), GRPO(name="there", rollouts=fleet, **knobs)]
+"""
+
+
+@pytest.mark.parametrize(("engine", "layout"), [("finback", "Layout(dp=2)"), ("vllm", "None")])
+def test_trainer_ranks_share_a_fleet(engine: str, layout: str, ray: Any, base: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Two ranks, each of which asks for its own prompts, of one model that is cut in two, or of two copies: as with engines of their own."""
+    given = {"engine": engine, "python": python(tmp_path) if engine == "vllm" else "", "layout": layout}
+    (tmp_path / "r.py").write_text(SHARED.format(base=str(base), **given))
+    command = [sys.executable, "-m", "finback", "run", str(tmp_path / "r.py"), "--runs", str(tmp_path), "--ranks", "2"]
+    command += ["--ray", ray.get_runtime_context().gcs_address]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = [list(read_lines(tmp_path / "r" / name / "samples.jsonl")) for name in ("here", "there")]
+    assert len(made[0]) == 3 * 16 and made[0] == made[1]
+    models_after = [models.load(tmp_path / "r" / name).state_dict() for name in ("here", "there")]
+    for name, tensor in models_after[0].items():
+        torch.testing.assert_close(tensor, models_after[1][name], atol=1e-5, rtol=0)

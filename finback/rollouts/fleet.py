@@ -1,28 +1,26 @@
-"""Answers from a fleet of finback's engines, which Ray places: on this machine, or on a cluster."""
+"""Answers from a fleet of engines, finback's own, vLLM or SGLang, which Ray places: on this machine, or on a cluster."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
-from finback.client import Client, RequestFailed
-from finback.config import check_fields, check_not_negative, check_positive
-from finback.engine.engine import EngineConfig
+from finback.client import RequestFailed
+from finback.config import UserError, check_fields, check_not_negative, check_positive
 from finback.engine.request import SamplingParams
 from finback.model.transformer import Transformer
 from finback.rollouts import ray_cluster
-from finback.rollouts.fleet_engine import FleetEngine, pack
+from finback.rollouts.engine_process import Program
+from finback.rollouts.fleet_engine import pack
+from finback.rollouts.fleet_members import STARTING, FleetMember, ProgramMember, RayEngine
 from finback.rollouts.generation import Backend, PolicyModel, Rollouts
-from finback.rollouts.generation_server import GenerationServer, ServedModel, TokenAnswer, TokenPrompt
-from finback.rollouts.live_engine import SIGNS
 from finback.rollouts.remote import RemoteRollouts
-from finback.rollouts.weight_files import merged
+from finback.rollouts.weight_files import WeightFiles, merged
 from finback.runs import provenance
 
-T = TypeVar("T")
-STARTING = 300.0  # seconds in which an engine has to be there
+SILENT = {"finback": 120.0, "vllm": 1800.0, "sglang": 1800.0}  # seconds
 
 
 @dataclass(frozen=True)
@@ -34,29 +32,64 @@ class Fleet(Backend):
 
     # engines
     n: int
-    # what generates; vLLM and SGLang work as `Servers`
-    engine: Literal["finback"] = "finback"
+    # finback's own; or a program, which is installed in an environment of its own
+    engine: Literal["finback", "vllm", "sglang"] = "finback"
     # of Ray, such as 10.0.0.5:6379, or auto: the one of this machine; "": one of its own, for this run
     address: str = ""
     # of each engine: its threads, and what Ray sets aside for it
     num_cpus: int = 1
     # GPUs that Ray sets aside for each engine
     num_gpus: float = 0.0
+    # engines share their GPUs with the trainer, and let go of their memory while it learns
+    colocated: bool = False
     # of the matrices that are sent; auto: that in which the trainer computes
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     # largest distance from the trainer's log-probabilities before the first step, in nats; None: 1e-3 in fp32, 0.1 in bf16
     probe_gap: float | None = None
-    # seconds that an engine may be silent before it is ended and started anew
-    timeout: float = 120.0
+    # seconds that an engine may be silent before it is ended and started anew; None: 120 of finback's, which says in mid-answer that
+    # it lives, and 1800 of programs, which do not
+    timeout: float | None = None
     # failures in a row after which an engine is asked nothing more in this step
     tries: int = 6
     # seconds before an engine that has failed is asked again, the first time; then twice that
     backoff: float = 1.0
+    # of programs: the Python of their environment
+    python: str = ""
+    # added to their command
+    flags: tuple[str, ...] = ()
+    # NAME=value, of their environment
+    env: tuple[str, ...] = ()
+    # which all nodes see under the same path, for their weights; "": the stage's own
+    folder: str = ""
+    # requests at a time, to each of them
+    concurrency: int = 64
+    # of vLLM's workers, given weights_path
+    reload_method: str = "reload_weights"
 
     def __post_init__(self) -> None:
         check_fields(self, "rollouts")
-        check_positive(self, "rollouts", "n", "num_cpus", "probe_gap", "timeout", "tries")
+        check_positive(self, "rollouts", "n", "num_cpus", "probe_gap", "timeout", "tries", "concurrency")
         check_not_negative(self, "rollouts", "num_gpus", "backoff")
+        if self.engine != "finback":
+            self.program.check("rollouts")
+            return
+        given = [name for name in ("python", "flags", "env", "folder") if getattr(self, name)]
+        if given:
+            problem = "is of programs, and finback's engines run in this environment"
+            raise UserError(
+                f"rollouts.{given[0]}", getattr(self, given[0]), problem, 'Leave it out, or name engine="vllm".'
+            )
+
+    @property
+    def program(self) -> Program:
+        """What each engine starts, where it is not finback's own."""
+        assert self.engine != "finback", "a program"
+        return Program(self.engine, self.python, self.flags, self.env)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that an engine may be silent."""
+        return self.timeout if self.timeout is not None else SILENT[self.engine]
 
     def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
         return FleetRollouts(self, policy, sampling)
@@ -65,135 +98,71 @@ class Fleet(Backend):
 class FleetRollouts(RemoteRollouts):
     """A fleet of one stage; it is rank 0 that starts engines."""
 
+    is_owner = True
+
     def __init__(self, fleet: Fleet, policy: PolicyModel, sampling: SamplingParams) -> None:
         super().__init__(fleet, policy, sampling)
         self.fleet = fleet
+        self.concurrency = None if fleet.engine == "finback" else fleet.concurrency
+        folder = Path(fleet.folder).resolve() if fleet.folder else policy.run.folder / ".weights"
+        self.files = WeightFiles(folder, self.field, policy.tokenizer.export)
         name = f"finback-{self.token}"
         asked = ray_cluster.Room(name, fleet.n, fleet.num_cpus, fleet.num_gpus, fleet.address)
         self.cluster = ray_cluster.join(asked, self.field, self.world)
+        member = RayEngine if fleet.engine == "finback" else ProgramMember
         try:
-            self.servers = [RayEngine(self, number, self.served) for number in range(fleet.n)]
+            self.servers = [member(self, number, self.served) for number in range(fleet.n)]
             if policy.run.is_writer:
                 self._check()
         except BaseException:
             self.close()
             raise
 
+    @property
+    def members(self) -> list[FleetMember]:
+        """The engines, with what only a fleet's have."""
+        return [server for server in self.servers if isinstance(server, FleetMember)]
+
     def _check(self) -> None:
-        """Start all engines at once; UserError where one runs other versions than this process."""
-        engines = [server for server in self.servers if isinstance(server, RayEngine)]
-        calls = [engine.handle().software.remote() for engine in engines]
-        for engine, call in zip(engines, calls, strict=True):
+        """Start all actors at once; UserError where one runs other versions than this process."""
+        calls = [(member, actor, actor.software.remote()) for member in self.members for actor in (member.begun(),)]
+        for member, _, call in calls:
             try:
                 theirs: dict[str, str] = self.cluster.get(call, STARTING)
             except RequestFailed as error:
                 remedy = "See the logs of Ray; finback has to be installed on its nodes, or they see this one's files."
-                raise engine.unfit(f"did not start: {error}", remedy) from None
+                raise member.unfit(f"did not start: {error}", remedy) from None
             for name, version in provenance.software().items():
                 if theirs.get(name) != version:
                     remedy = "Install the same version on all nodes."
-                    raise engine.unfit(f"has {name} {theirs.get(name)}, the trainer {version}", remedy)
+                    raise member.unfit(f"has {name} {theirs.get(name)}, the trainer {version}", remedy)
+
+    def _take_weights(self, version: int) -> int:
+        if self.fleet.colocated and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the trainer only keeps for later
+        return super()._take_weights(version)
 
     def _write(self, model: Transformer, label: str) -> tuple[Any, int]:
-        """In Ray's store: memory that the engines of a machine share, and that Ray sends to others."""
+        """For programs as files; else in Ray's store: memory that the engines of a machine share, and that Ray sends to others."""
+        if self.fleet.engine != "finback":
+            return self.files.write(model, label, self._dtype)
         weights = pack(merged(model, self._dtype), torch.float32 if self._dtype == "fp32" else torch.bfloat16)
         return self.cluster.put(weights), sum(array.nbytes for array in weights.values())
 
+    def _rest(self) -> bool:
+        if not self.fleet.colocated:
+            return False
+        self.world.barrier()  # nobody generates any more
+        if self.policy.run.is_writer:
+            with ThreadPoolExecutor(self.fleet.n) as pool:
+                list(pool.map(lambda member: member.sleep(), self.members))
+        self.world.barrier()
+        return True
+
     def close(self) -> None:
         """End the engines."""
+        for member in self.members:
+            member.close()
         self.cluster.leave()
-
-
-class RayEngine(GenerationServer):
-    """One engine of a fleet, wherever Ray has placed it, and after it was lost the one in its place."""
-
-    kind = "Ray"
-
-    def __init__(self, fleet: FleetRollouts, number: int, model: ServedModel) -> None:
-        # it has no address of its own
-        super().__init__(f"engine {number}", Client("http://ray"), "", fleet.field, model)
-        self.fleet, self.number, self.cluster = fleet, number, fleet.cluster
-        self.drops = fleet.policy.in_flight == "drop"
-        # the weights that one which is started anew has to have, and their version
-        self.weights: Any = None
-        self.newest = ""
-        self._actor: Any = None
-
-    def handle(self) -> Any:
-        """The actor; one that was lost is started anew."""
-        if self._actor is None:
-            policy, knobs = self.fleet.policy, self.fleet.fleet
-            config = replace(policy.config, num_nextn_predict_layers=0)
-            compute, dtype = (torch.bfloat16 if name == "bf16" else torch.float32 for name in self.fleet.dtypes)
-            engine = EngineConfig(return_routed_experts=policy.return_routed_experts)
-            given = config, compute, dtype, engine, knobs.num_cpus
-            self._actor = self.cluster.actor(self.number, FleetEngine, given)
-            if self.weights is not None:
-                self._load(self.weights, self.newest)
-        return self._actor
-
-    def load(self, weights: Any, version: str) -> None:
-        """Each time anew where it is lost meanwhile, as `answer`."""
-        self.weights, self.newest = weights, version
-
-        def load() -> None:
-            if self._actor is None:
-                self.handle()
-            else:
-                self._load(weights, version)
-
-        self._repeated(load)
-
-    def answer(self, prompt: TokenPrompt) -> TokenAnswer:
-        return self._repeated(lambda: super(RayEngine, self).answer(prompt))
-
-    def _repeated(self, work: Callable[[], T]) -> T:
-        retries = self.fleet.retries
-        for turn in range(1, retries.tries):
-            try:
-                return work()
-            except RequestFailed as error:
-                time.sleep(retries.wait(error, turn))
-        return work()
-
-    def _load(self, weights: Any, version: str) -> None:
-        number = self.fleet.sent.get(version, 0)
-        self._get(self._actor.load.remote(weights, number, self.drops), STARTING)
-
-    def _answer(self, prompt: TokenPrompt) -> TokenAnswer:
-        return next(answer for _, answer in self._answers([prompt]))
-
-    def _answers(self, prompts: Sequence[TokenPrompt]) -> Iterator[tuple[int, TokenAnswer]]:
-        first = prompts[0]
-        sampling = SamplingParams(
-            first.temperature,
-            first.max_tokens,
-            first.top_k,
-            first.top_p,
-            stop_token_ids=first.stop_token_ids,
-            ignore_eos=first.ignore_eos,
-            return_sampling_mask=self.model.return_sampling_mask,
-        )
-        asked = [list(prompt.token_ids) for prompt in prompts], sampling, [prompt.seed for prompt in prompts], SIGNS
-        found = self.handle().answers.options(num_returns="streaming").remote(*asked)
-        while (call := self._guarded(lambda: self.cluster.next(found, self.fleet.fleet.timeout))) is not None:
-            news = self._get(call, STARTING)
-            if news is not None:
-                place, made = news
-                spans = [(f"{self.fleet.token}-{version}", start, end) for version, start, end in made.versions]
-                # copies: what lies in Ray's store cannot be written, and would stay there
-                routes = None if made.routed_experts is None else made.routed_experts.copy()
-                mask = None if made.sampling_mask is None else [ids.copy() for ids in made.sampling_mask]
-                yield place, TokenAnswer(made.tokens, made.logprobs, made.finish_reason, routes, mask, spans)
-
-    def _get(self, call: Any, seconds: float) -> Any:
-        return self._guarded(lambda: self.cluster.get(call, seconds))
-
-    def _guarded(self, work: Any) -> Any:
-        """What `work` gives; an actor that does not answer is given up."""
-        try:
-            return work()
-        except RequestFailed:
-            actor, self._actor = self._actor, None
-            self.cluster.end(actor)
-            raise
+        if self.policy.run.is_writer:
+            self.files.clear()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finback.config import UserError
+from finback.client import RequestFailed
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Completion, SamplingParams
 from finback.model.config import ModelConfig
@@ -31,9 +31,9 @@ class FleetEngine:
     ) -> None:
         """compute: of activations. dtype: of the matrices. threads: of the CPU, one less than it has cores at most."""
         torch.set_num_threads(threads)
-        model, _ = whole_copy(config, compute, dtype, World())
-        # what ends an answer comes with each request
-        self.live = LiveEngine(Engine(model, (), engine))
+        self.model, self.engine = (config, compute, dtype), engine
+        # none before the first weights, and while it sleeps
+        self.live: LiveEngine | None = None
 
     def software(self) -> dict[str, str]:
         """Versions that have to be the trainer's."""
@@ -45,14 +45,26 @@ class FleetEngine:
 
     def load(self, weights: Packed, version: int, drop: bool) -> None:
         """Go on with other weights; answers under way with them too, or anew (drop)."""
+        if self.live is None:
+            model, _ = whole_copy(*self.model, World())
+            # what ends an answer comes with each request
+            self.live = LiveEngine(Engine(model, (), self.engine))
         self.live.take(lambda model: unpack(model, weights), version, drop)
+
+    def sleep(self) -> None:
+        """Let go of weights and cache until other weights come."""
+        if self.live is not None:
+            self.live.close()
+            self.live = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def answers(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int], patience: float
     ) -> Iterator[tuple[int, Completion] | None]:
         """Each answer with its place, as it is done; None as a sign of life after `patience` seconds without one."""
-        if self.live.version < 0:  # a worker that Ray has started again
-            raise UserError("weights", None, "the engine has none yet", "Give it some.")
+        if self.live is None or self.live.version < 0:  # another rank asks one that has just been started
+            raise RequestFailed("has no weights yet")
         yield from self.live.answers(prompts, sampling, seeds, patience)
 
 

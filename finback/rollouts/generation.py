@@ -71,6 +71,8 @@ class Rollouts(ABC):
         self.model_config = config
         # after how many updates of the policy its weights are those that answer; -1: before the first look at them
         self.version = -1
+        # whether it has let go of weights and cache
+        self.resting = False
         self._tally = Tally()
         # one thread may generate while another gives weights
         self._counting = threading.Lock()
@@ -80,12 +82,20 @@ class Rollouts(ABC):
 
         Nothing happens where they do already. UserError where what generates cannot have them.
         """
-        if version == self.version:
+        if version == self.version and not self.resting:
             return
         begin = time.perf_counter()
         sent = self._take_weights(version)
         self._count(sync_bytes=sent, sync_seconds=time.perf_counter() - begin)
-        self.version = version
+        self.version, self.resting = version, False
+
+    def rest(self) -> None:
+        """Let go of what generating needs until the next `update`, where others want the room; for all ranks at once."""
+        self.resting = self._rest()
+
+    def _rest(self) -> bool:
+        """Whether there was anything to let go of."""
+        return False
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
@@ -100,6 +110,7 @@ class Rollouts(ABC):
         """The same, each with its place as soon as it is done; every place comes once."""
         if self.version < 0:
             self.update(0)
+        assert not self.resting, "updated before it is asked"
         begin = time.perf_counter()
         for place, completion in self._answers(prompts, sampling, seeds):
             if not completion.versions:

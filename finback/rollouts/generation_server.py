@@ -6,6 +6,7 @@ No torch here.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,8 @@ class GenerationServer(ABC):
         self.expected: str | None = None
         # whether answers under way end where new weights come
         self.drops = False
+        # whether it has let go of its memory since the last weights
+        self.asleep = False
 
     def unfit(self, problem: str, remedy: str) -> UserError:
         """Says that a run cannot use this server as it is."""
@@ -101,6 +104,27 @@ class GenerationServer(ABC):
 
         weights: the folder that they are in, or what stands for it where there are no files.
         """
+
+    def sleep(self) -> None:
+        """Have it let go of weights and cache until the next `load`; nothing is asked before that."""
+        self._sleep()
+        self.asleep = True
+
+    def _sleep(self) -> None:
+        raise self.unfit("does not let go of its memory", "Leave out colocated.")
+
+    @contextmanager
+    def _woken(self) -> Iterator[None]:
+        """Room for weights within, and for its cache behind, where it has none."""
+        if self.asleep:
+            self._wake("weights")
+        yield
+        if self.asleep:
+            self._wake("kv_cache")
+            self.asleep = False
+
+    def _wake(self, tag: str) -> None:  # noqa: B027 - those that never sleep
+        """Take back the memory of one of the two."""
 
     def version(self) -> str | None:
         """What it says of its weights where its answers say nothing; None where it cannot be asked."""

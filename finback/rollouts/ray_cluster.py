@@ -80,15 +80,15 @@ class Cluster:
         return self.ray.put(value)
 
     def get(self, call: Any, seconds: float) -> Any:
-        """What a call returns; RequestFailed where its actor is gone or takes longer. A UserError there is one here."""
+        """What a call returns; RequestFailed where its actor is gone or takes longer, a final one for a UserError there."""
         errors = self.ray.exceptions
         try:
             return self.ray.get(call, timeout=seconds)
         except errors.GetTimeoutError:
             raise RequestFailed(f"silent for {seconds:g} s") from None
         except errors.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise RequestFailed(str(error.cause)) from None
+            if isinstance(error.cause, UserError | RequestFailed):
+                raise RequestFailed(str(error.cause), final=isinstance(error.cause, UserError)) from None
             raise RequestFailed(f"failed with {error.cause!r}") from None
         except errors.RayError as error:
             raise RequestFailed(f"was lost ({type(error).__name__})") from None
@@ -137,6 +137,13 @@ def join(asked: Room, field: str, world: World) -> Cluster:
         cluster.reserve()
     world.barrier()
     return cluster
+
+
+def node_address() -> str:
+    """Of the machine that this worker is on, as others reach it."""
+    import ray.util
+
+    return str(ray.util.get_node_ip_address())
 
 
 def _imported(field: str) -> Any:

@@ -39,6 +39,8 @@ class RemoteRollouts(Rollouts):
 
     # prompts at a time, to each engine; None: its share of them at once
     concurrency: int | None = None
+    # whether engines have no weights but ours, so that they get those of a model that does not learn too
+    is_owner = False
 
     def __init__(self, knobs: Remote, policy: PolicyModel, sampling: SamplingParams) -> None:
         super().__init__(policy.config)
@@ -67,6 +69,11 @@ class RemoteRollouts(Rollouts):
             narrowed,
         )
 
+    @property
+    def sends(self) -> bool:
+        """Whether engines are given weights."""
+        return self.policy.learns or self.is_owner
+
     @abstractmethod
     def _write(self, model: Transformer, label: str) -> tuple[Any, int]:
         """Put weights where engines find them: what their `load` takes, and its bytes."""
@@ -79,7 +86,7 @@ class RemoteRollouts(Rollouts):
         Later a server that does not take them is left out of the step; it gets the next ones.
         """
         model, is_early = self.policy.weights(), self.probes > 0
-        if self.policy.learns:
+        if self.sends:
             self.sent[self._label(version)] = version
         found: tuple[list[str], int] = [], 0
         if self.policy.run.is_writer:
@@ -88,32 +95,28 @@ class RemoteRollouts(Rollouts):
         ready, sent = self.world.gather(found)[0]
         self.ready = [server for server in self.servers if server.url in ready]
         for server in self.ready:
-            server.expected = self._label(version) if self.policy.learns else None
+            server.expected = self._label(version) if self.sends else None
         return sent if self.policy.run.is_writer else 0
 
     def _send(self, model: Transformer, version: int, is_early: bool) -> tuple[list[str], int]:
         """Addresses of the servers that have the weights now, and the bytes that they have read."""
-        weights, size = self._write(model, self._label(version)) if self.policy.learns else (None, 0)
+        weights, size = self._write(model, self._label(version)) if self.sends else (None, 0)
 
         def load(server: GenerationServer) -> str:
+            if not self.sends:
+                return ""
             try:
-                if self.policy.learns:
-                    server.expected = None
-                    server.load(weights, self._label(version))
-                    server.expected = self._label(version)
-                if is_early:
-                    server_checks.check_logprobs(server, self._probe(version), model, self._probe_gap)
+                server.expected = None
+                server.load(weights, self._label(version))
+                server.expected = self._label(version)
             except RequestFailed as error:
-                if is_early:
-                    raise server.unfit(f"failed: {error}", "See its log; correct it and start it again.") from None
                 return str(error)
             return ""
 
-        if is_early:  # one after the other, for the trainer's model looks at itself
-            problems = [load(server) for server in self.servers]
-        else:
-            with ThreadPoolExecutor(len(self.servers)) as pool:
-                problems = list(pool.map(load, self.servers))
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            problems = list(pool.map(load, self.servers))
+        if is_early:
+            self._look(model, version, problems)
         lost = {server.url: problem for server, problem in zip(self.servers, problems, strict=True) if problem}
         for url, problem in lost.items():
             self.policy.run.say(f"{self.policy.run.name:10} warning: {url} has missed new weights: {problem}")
@@ -123,6 +126,16 @@ class RemoteRollouts(Rollouts):
             raise UserError(self.field, ", ".join(lost), f"no server takes the weights: {said}", remedy)
         ready = [server.url for server in self.servers if server.url not in lost]
         return ready, size * len(ready)
+
+    def _look(self, model: Transformer, version: int, problems: Sequence[str]) -> None:
+        """Compare each server's log-probabilities with the model's; UserError where one does not even have the weights."""
+        for server, problem in zip(self.servers, problems, strict=True):
+            try:
+                if problem:
+                    raise RequestFailed(problem)
+                server_checks.check_logprobs(server, self._probe(version), model, self._probe_gap)
+            except RequestFailed as error:
+                raise server.unfit(f"failed: {error}", "See its log; correct it and start it again.") from None
 
     def _label(self, version: int) -> str:
         return f"{self.token}-{version}"

@@ -94,13 +94,20 @@ class VllmServer(GenerationServer):
             remedy = "Start it with VLLM_SERVER_DEV_MODE=1, on a network that nobody else reaches."
             raise self.unfit(f"takes no weights ({error})", remedy) from None
         try:
-            # kwargs travel as text
-            body = {"method": self.reload_method, "kwargs": {"weights_path": str(weights)}}
-            self.client.reply("/collective_rpc", body)
+            with self._woken():
+                # kwargs travel as text
+                body = {"method": self.reload_method, "kwargs": {"weights_path": str(weights)}}
+                self.client.reply("/collective_rpc", body)
             self.client.reply("/update_weight_version", {"new_version": version})
             self.client.reply("/reset_prefix_cache", {})
         finally:
             self.client.reply("/resume", {})
+
+    def _sleep(self) -> None:
+        self.client.reply("/sleep?level=2", {})  # new weights come before anything is asked
+
+    def _wake(self, tag: str) -> None:
+        self.client.reply(f"/wake_up?tags={tag}", {})
 
     def version(self) -> str | None:
         try:
@@ -118,14 +125,15 @@ class DiskUpdates(GenerationServer):
         body: dict[str, Any] = {"model_path": str(weights), "weight_version": version, "flush_cache": True}
         if self.drops:
             body["abort_all_requests"] = True
-        try:
-            reply = self.client.reply("/update_weights_from_disk", body)
-        except RequestFailed as error:
-            if not error.final:
-                raise
-            raise self.unfit(f"takes no weights ({error})", self.refusing) from None
-        if object_of(reply, "success") is not True:
-            raise RequestFailed(f"the weights were not taken: {str(reply.get('message'))[:200]}")
+        with self._woken():
+            try:
+                reply = self.client.reply("/update_weights_from_disk", body)
+            except RequestFailed as error:
+                if not error.final:
+                    raise
+                raise self.unfit(f"takes no weights ({error})", self.refusing) from None
+            if object_of(reply, "success") is not True:
+                raise RequestFailed(f"the weights were not taken: {str(reply.get('message'))[:200]}")
 
     refusing = "See what it says of the folder, which it must see under the same path."
 
@@ -180,6 +188,12 @@ class SglangServer(DiskUpdates):
             None,
             [(str(s["version"]), int(s["start"]), int(s["end"])) for s in spans] if spans else whole,
         )
+
+    def _sleep(self) -> None:
+        self.client.reply("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+
+    def _wake(self, tag: str) -> None:
+        self.client.reply("/resume_memory_occupation", {"tags": [tag]})
 
     def _experts(self, given: str | None, rows: int) -> np.ndarray | None:
         """int32 without a header, for which the model has the shape."""

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -19,17 +20,20 @@ KEEP = 2  # a server may still be reading the one before the newest
 class WeightFiles:
     """The folders within one folder; `field` is the knob that errors name."""
 
-    def __init__(self, folder: Path, field: str) -> None:
-        self.folder, self.field = folder, field
+    def __init__(self, folder: Path, field: str, extras: Callable[[Path], None] | None = None) -> None:
+        """extras: adds what programs need beside the weights that are started on such a folder."""
+        self.folder, self.field, self.extras = folder, field, extras
         self.written: list[Path] = []
 
     def write(self, model: Transformer, name: str, fmt: Literal["fp32", "bf16"]) -> tuple[Path, int]:
-        """The new folder, which appears once it is whole, and its bytes. An adapter is merged into a copy of its base."""
-        model = merged(model, fmt)
+        """The new folder, which appears once it is whole, and its bytes; it may be there already. An adapter is merged into a copy of its base."""
         path = self.folder / name
+        if path in self.written:
+            return path, sum(file.stat().st_size for file in path.iterdir())
+        model = merged(model, fmt)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            files = export(model, path, fmt)
+            files = export(model, path, fmt, self.extras)
         except OSError as error:
             problem = f"weights cannot be written to it ({error.strerror or error})"
             raise UserError(f"{self.field}.folder", str(self.folder), problem, "Name another, or free space.") from None

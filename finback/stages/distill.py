@@ -182,6 +182,7 @@ class OnPolicyBatches(Batches):
         self.rollouts.update(step - 1)
         asked = [problems[i] for i in mine]
         answers = rollout(self.rollouts, self.tokenizer, stage.task, asked, seeds, self.sampling)
+        self.rollouts.rest()
         read = [(r.prompt, r.completion.tokens) for r in answers]
         rows = [row for some in self.trainer.of_same_rows(read) for row in some]
         made = [[Lesson(prompt + tokens, [IGNORE] * len(prompt) + tokens)] for prompt, tokens in rows]

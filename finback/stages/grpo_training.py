@@ -88,6 +88,7 @@ class Reinforcement(Training):
         stage, trainer, lr = self.stage, self.trainer, self.stopping.lr(loop.step)
         self.rollouts.update(loop.step - 1)
         asked, groups = self.sampler.sample(loop.step)
+        self.rollouts.rest()
         watched = self.stopping.watcher.before(groups, loop)
         begin = time.perf_counter()
         rows = [self._learnable(pairs) for pairs in self._of_updates(groups, loop.step)]

@@ -1,0 +1,138 @@
+"""Asking ahead: a thread has the next steps answered while the trainer learns from this one (max_staleness)."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from finback.engine.request import Completion
+from finback.parallel.mesh import World
+from finback.rollouts.answer_journal import FOLDER, AnswerJournal, JournaledRollouts
+from finback.rollouts.generation import Rollouts
+from finback.runs.folder import StageRun
+
+T = TypeVar("T")
+LEAVING = 5.0  # seconds for a thread that has nothing more to ask
+
+
+class AskingAhead(Generic[T]):
+    """Makes steps in their order, each as soon as it may: `max_staleness` updates before the one that its answers are for.
+
+    A token is never older than that when it is learnt from, for none of a step is made by weights from before. Answers go into
+    a journal as they come; a run that was killed finds them there again, those of steps after its checkpoint included.
+    """
+
+    def __init__(self, run: StageRun, steps: int, max_staleness: int, state: dict[str, Any]) -> None:
+        """state: what the questions of the first step depend on."""
+        self.world, self.steps, self.max_staleness = World.of(run), steps, max_staleness
+        self.journal = AnswerJournal(run.folder / FOLDER, self.world.rank)
+        self._changed = threading.Condition()
+        self._made: dict[int, tuple[T, dict[str, Any]]] = {}
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._ended = False
+        # after how many updates the weights are that answer
+        self._version = 0
+        # of the questions behind the step that was taken last, and the steps of this and of the last checkpoint
+        self._state = state
+        self._taken = self._saved = 0
+        # seconds since the last step was taken in which the trainer has waited for answers, and this for the trainer
+        self._waits, self._idles, self._mark = 0.0, 0.0, time.perf_counter()
+
+    def asked(self, rollouts: Rollouts) -> JournaledRollouts:
+        """What steps are to be made with."""
+        return JournaledRollouts(rollouts, self.journal)
+
+    def take(self, step: int, make: Callable[[int], tuple[T, dict[str, Any]]]) -> T:
+        """A step, once it is there; from now on weights after step - 1 updates answer.
+
+        make: in the thread, a step and the state of the questions behind it.
+        """
+        begin = time.perf_counter()
+        with self._changed:
+            self._version = step - 1
+            self._changed.notify_all()
+            if self._thread is None:
+                given = {"target": self._run, "args": (step, make), "name": "asking ahead", "daemon": True}
+                self._thread = threading.Thread(**given)
+                self._thread.start()
+            while step not in self._made and self._failure is None:
+                self._changed.wait()
+            if step not in self._made and self._failure is not None:
+                raise self._failure
+            made, self._state = self._made.pop(step)
+            self._taken = step
+            self._waits += time.perf_counter() - begin
+        return made
+
+    def take_idle(self) -> dict[str, float]:
+        """The shares of the time since the last call in which the trainer and those who answer had nothing to do."""
+        now = time.perf_counter()
+        with self._changed:
+            seconds, waits, idles = now - self._mark, self._waits, self._idles
+            self._waits, self._idles, self._mark = 0.0, 0.0, now
+        most = self.world.gather((waits / seconds, min(idles / seconds, 1.0)))
+        trainer, engines = (sum(shares) / len(most) for shares in zip(*most, strict=True))
+        return {"trainer_idle": trainer, "engines_idle": engines}
+
+    def state(self) -> dict[str, Any]:
+        """That of the questions behind the last step that was taken; what is older than the last checkpoint is let go of."""
+        self.journal.forget(self._saved)
+        self._saved = self._taken
+        return self._state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on behind a step that another one has taken."""
+        self._state = state
+
+    def close(self) -> int:
+        """Ask nothing more; tokens that were made for steps that nobody will take."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        return self.journal.tokens(after=self._taken)
+
+    def join(self) -> None:
+        """Wait a while for the thread, once nothing answers it any more."""
+        if self._thread is not None:
+            self._thread.join(LEAVING)
+
+    def _run(self, step: int, make: Callable[[int], tuple[T, dict[str, Any]]]) -> None:
+        try:
+            while step <= self.steps and self._may_begin(step):
+                self.journal.begin(step)
+                made = make(step)
+                with self._changed:
+                    self._made[step] = made
+                    self._changed.notify_all()
+                step += 1
+        except BaseException as error:  # raised where the step is wanted
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+        self.journal.close()
+
+    def _may_begin(self, step: int) -> bool:
+        """Wait until weights answer that are new enough for a step; False where nobody wants it any more."""
+        begin = time.perf_counter()
+        with self._changed:
+            while not self._ended and self._version < step - 1 - self.max_staleness:
+                self._changed.wait()
+            self._idles += time.perf_counter() - max(begin, self._mark)
+            return not self._ended
+
+
+def staleness(completions: Sequence[Completion], version: int, most: int, world: World) -> dict[str, Any]:
+    """How many updates the weights that have made a step's tokens are behind those that learn: mean, most, and shares of
+    0, 1, …, `most` updates; and how many versions there are among them. Of all ranks' answers."""
+    counts = torch.zeros(most + 1, dtype=torch.float64)
+    for completion in completions:
+        for made, first, end in completion.versions:
+            counts[min(max(version - made, 0), most)] += end - first
+    counts = world.sum_(counts)
+    shares = (counts / counts.sum().clamp(min=1)).tolist()
+    ages = [age for age, share in enumerate(shares) if share]
+    mean = sum(age * share for age, share in enumerate(shares))
+    return {"staleness": mean, "staleness_max": max(ages, default=0), "staleness_shares": shares, "versions": len(ages)}

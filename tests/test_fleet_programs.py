@@ -1,0 +1,168 @@
+"""Fleets of vLLM and SGLang, and engines that sleep: without Ray and without either. tests/test_fleet.py has the rest."""
+
+import gc
+import os
+import signal
+import sys
+import time
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finback.client import RequestFailed
+from finback.config import UserError
+from finback.parallel.launch import free_port
+from finback.rollouts.engine_process import EngineProcess, Program
+from finback.rollouts.fleet import Fleet
+from finback.stages.grpo import GRPO
+from finback.tasks.math import Chains
+from tests.fleets import FakeCluster, cluster  # noqa: F401
+from tests.test_rollouts import OPENED, SAMPLING, Asked, agree, asked, base, closed, connected, here, learning, sampled  # noqa: F401
+
+QUICK: dict[str, Any] = {"backoff": 0.01, "concurrency": 2}
+PROGRAM: dict[str, Any] = {"python": sys.executable, **QUICK}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_programs_answer_sleep_and_come_back(
+    engine: Any,
+    cluster: FakeCluster,  # noqa: F811
+    asked: Asked,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """They get the weights of each version, let go of their memory in between, and one that dies is started on the newest."""
+    r = connected(asked, tmp_path, fleet=Fleet(2, engine=engine, colocated=True, **PROGRAM))
+    for version in range(2):
+        r.update(version)
+        asked.ask(r)
+        r.rest()
+        assert all(server.released == {"weights", "kv_cache"} for server in cluster.servers)
+        with pytest.raises(AssertionError, match="updated before it is asked"):
+            r.generate(asked.prompts, SAMPLING, range(24))
+    r.update(1)
+    assert [server.version for server in cluster.servers] == [f"{r.token}-1"] * 2
+    first = cluster.servers[0]
+    answered = first.answered
+    first.fault = lambda path, body: "drop"
+    cluster.actors[0].made.well = False
+    asked.ask(r)
+    while r.members[0]._server is None:  # it is started beside, and the other one has answered meanwhile
+        time.sleep(0.01)
+    assert len(cluster.servers) == 3 and first.answered == answered and not cluster.actors[0].alive
+    r.update(2)
+    asked.ask(r)
+    assert cluster.servers[2].version == f"{r.token}-2" and cluster.servers[2].answered > 0
+    assert not first.seen[-1][0].startswith("/update"), "nobody asks the lost one"
+    r.close()
+    assert not any((tmp_path / "zero" / ".weights").iterdir())
+
+
+@pytest.mark.slow
+def test_grpo_with_programs_that_sleep_is_grpo_here(
+    cluster: FakeCluster,  # noqa: F811
+    here: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    fleet = Fleet(2, engine="vllm", colocated=True, **PROGRAM)
+    r = learning(tmp_path, routing_replay=True, rollouts=fleet)
+    agree(sampled(r, 3), here)
+    assert all(server.released == {"weights", "kv_cache"} for server in cluster.servers), "while it learns"
+    assert r.stage.inputs() == ("base",) and (tmp_path / "zero" / ".weights").is_dir()
+
+
+def test_a_programs_server_errors_cost_no_engine(cluster: FakeCluster, asked: Asked, tmp_path: Path) -> None:  # noqa: F811
+    """One that says that it is busy, or that fails and is well, is asked again and not ended."""
+    r = connected(asked, tmp_path, fleet=Fleet(1, engine="vllm", **PROGRAM))
+    r.update(0)
+    faults = iter([503, 500, 503, 500])
+    cluster.servers[0].fault = lambda path, body: next(faults, None)
+    asked.ask(r)
+    assert len(cluster.servers) == 1
+
+
+def test_an_engine_that_sleeps_holds_no_weights(cluster: FakeCluster, asked: Asked, tmp_path: Path) -> None:  # noqa: F811
+    """finback's own: the model is gone, and made anew for the next weights; also for a policy that does not learn."""
+    r = connected(asked, tmp_path, fleet=Fleet(1, colocated=True, **QUICK))
+    r.policy = replace(r.policy, learns=False)
+    r.update(0)
+    asked.ask(r)
+    engine = cluster.actors[0].made
+    model = weakref.ref(engine.live.engine.model)
+    r.rest()
+    gc.collect()
+    assert model() is None and engine.live is None
+    r.update(0)
+    asked.ask(r)
+    assert engine.live is not None
+
+
+SERVER = """
+import sys, subprocess
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
+    def log_message(self, *_): pass
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("worker", child.pid, flush=True)
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def test_a_program_ends_with_whoever_started_it() -> None:
+    """All that it has started too: the pipe to it closes, as it does when a process is killed."""
+    port = free_port()
+    process = EngineProcess([sys.executable, "-c", SERVER, str(port)], dict(os.environ), f"http://127.0.0.1:{port}")
+    process.wait(60)
+    worker = int(process.log.read_text().split()[1])
+    os.kill(worker, 0)
+    assert process.is_well()
+    os.kill(process.pid, signal.SIGKILL)  # as Ray does with the children of a worker that it ends
+    process.close()
+    assert not process.is_well() and not process.log.exists()
+    stat = Path(f"/proc/{worker}/stat")
+    while stat.exists() and stat.read_text().split()[2] != "Z":
+        time.sleep(0.01)
+
+
+def test_a_program_that_does_not_start_is_said() -> None:
+    process = EngineProcess([sys.executable, "-c", "raise SystemExit('no CUDA')"], {}, "http://127.0.0.1:9")
+    with pytest.raises(RequestFailed, match=r"ended with code 1: …no CUDA \(/"):
+        process.wait(60)
+    process.close()
+    with pytest.raises(UserError, match="python = '/nowhere': no such program on this machine"):
+        EngineProcess(["/nowhere"], {}, "http://127.0.0.1:9")
+
+
+def test_commands_of_programs() -> None:
+    given = Program("vllm", "/env/bin/python", ("--max-model-len", "99"), ("VLLM_MLA_DISABLE=1", "X=a=b"))
+    command = given.command("/w/1", "10.0.0.5", 8017, ("--dtype", "float32"))
+    assert " ".join(command) == (
+        "/env/bin/python -m vllm.entrypoints.openai.api_server --model /w/1 --host 10.0.0.5 --port 8017 --dtype float32 "
+        "--max-model-len 99"
+    )
+    environment = given.environment({"VLLM_SERVER_DEV_MODE": "1"})
+    assert environment["X"] == "a=b" and environment["VLLM_MLA_DISABLE"] == environment["VLLM_SERVER_DEV_MODE"] == "1"
+    assert "PYTHONPATH" not in environment
+
+
+@pytest.mark.parametrize(
+    ("knobs", "text"),
+    [
+        ({"engine": "vllm"}, r"rollouts\.python = '': vllm lives in an environment of its own"),
+        ({"engine": "sglang", "python": "p", "env": ("X",)}, r"rollouts\.env = 'X': not NAME=value"),
+        ({"python": "p"}, r"rollouts\.python = 'p': is of programs"),
+        ({"engine": "tgi"}, r"rollouts\.engine = 'tgi'"),
+    ],
+)
+def test_wrong_knobs_are_said(knobs: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        Fleet(1, **knobs)
+
+
+def test_engines_that_answer_while_the_trainer_learns_do_not_sleep() -> None:
+    with pytest.raises(UserError, match=r"zero\.rollouts\.colocated = True: the engines answer while"):
+        GRPO(name="zero", start="base", task=Chains(2, 3), max_staleness=1, rollouts=Fleet(1, colocated=True))
