@@ -87,7 +87,9 @@ class FakeCluster:
         return call() if callable(call) else call
 
     def next(self, calls: Iterator[Any], seconds: float) -> Any:
-        return next(calls, None)
+        for value in calls:
+            return lambda: value
+        return None
 
     def end(self, actor: FakeActor | None) -> None:
         if actor is not None:

@@ -15,12 +15,18 @@ import pytest
 from finback.client import RequestFailed
 from finback.config import UserError
 from finback.parallel.launch import free_port
+from finback.parallel.mesh import World
+from finback.rollouts.answer_journal import AnswerJournal
 from finback.rollouts.engine_process import EngineProcess, Program
 from finback.rollouts.fleet import Fleet
+from finback.runs.files import read_lines
+from finback.runs.folder import StageRun
 from finback.stages.grpo import GRPO
+from finback.stages.reject import Reject
 from finback.tasks.math import Chains
 from tests.fleets import FakeCluster, cluster  # noqa: F401
 from tests.test_rollouts import OPENED, SAMPLING, Asked, agree, asked, base, closed, connected, here, learning, sampled  # noqa: F401
+from tests.test_tuning import Echo, stage_folder
 
 QUICK: dict[str, Any] = {"backoff": 0.01, "concurrency": 2}
 PROGRAM: dict[str, Any] = {"python": sys.executable, **QUICK}
@@ -97,6 +103,50 @@ def test_an_engine_that_sleeps_holds_no_weights(cluster: FakeCluster, asked: Ask
     r.update(0)
     asked.ask(r)
     assert engine.live is not None
+
+
+def test_rejection_sampling_pays_no_answer_twice(
+    cluster: FakeCluster,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fleet keeps what the engine here keeps. A run that ended in mid-answer goes on with what was answered; each kept one has its cost."""
+    stage_folder(tmp_path, 1, "base")
+    knobs: dict[str, Any] = {
+        "start": "base",
+        "task": Echo(2, 4),
+        "prompts": 140,
+        "num_generations": 2,
+        "max_tokens": 12,
+    }
+    alone = Reject(name="here", need_chain=False, readable=False, **knobs)
+    there = replace(alone, name="there", rollouts=Fleet(2, **QUICK))
+    runs = [StageRun(tmp_path, name, 0, World(), quiet=True) for name in ("here", "there")]
+    for run in runs:
+        run.folder.mkdir()
+        run.seed = StageRun(tmp_path, "same", 0, World()).seed  # type: ignore[method-assign]
+    expected = alone.run(runs[0])
+    write, seen = AnswerJournal.write, list[int]()
+
+    def broken(journal: AnswerJournal, seed: int, completion: Any) -> None:
+        if len(seen) == 200:
+            raise RuntimeError("killed")
+        seen.append(seed)
+        write(journal, seed, completion)
+
+    monkeypatch.setattr(AnswerJournal, "write", broken)
+    with pytest.raises(RuntimeError, match="killed"):
+        there.run(runs[1])
+    monkeypatch.setattr(
+        AnswerJournal, "write", lambda journal, *given: (seen.append(given[0]), write(journal, *given))[1]
+    )
+    results = there.run(runs[1])
+    assert len(seen) == len({*seen}) == 140 * 2
+    assert (runs[0].folder / "traces.jsonl").read_bytes() == (runs[1].folder / "traces.jsonl").read_bytes()
+    spent = [sum(line.get("tokens_generated", 0) for line in read_lines(run.folder / "ledger.jsonl")) for run in runs]
+    assert spent[0] == spent[1] == results["per_kept"]["tokens"] * results["kept"]
+    assert results["per_kept"]["money_usd"] > 0 and {**results, "per_kept": 0} == {**expected, "per_kept": 0}
+    assert {line["cores"] for line in read_lines(runs[1].folder / "ledger.jsonl")} >= {3}, "the engines' are paid too"
 
 
 SERVER = """

@@ -24,8 +24,7 @@ class AskingAhead(Generic[T]):
     a journal as they come; a run that was killed finds them there again, those of steps after its checkpoint included.
     """
 
-    def __init__(self, run: StageRun, steps: int, max_staleness: int, state: dict[str, Any]) -> None:
-        """state: what the questions of the first step depend on."""
+    def __init__(self, run: StageRun, steps: int, max_staleness: int) -> None:
         self.world, self.steps, self.max_staleness = World.of(run), steps, max_staleness
         self.journal = AnswerJournal(run.folder / FOLDER, self.world.rank)
         self._changed = threading.Condition()
@@ -36,7 +35,7 @@ class AskingAhead(Generic[T]):
         # after how many updates the weights are that answer
         self._version = 0
         # of the questions behind the step that was taken last, and the steps of this and of the last checkpoint
-        self._state = state
+        self._state: dict[str, Any] = {}
         self._taken = self._saved = 0
         # seconds since the last step was taken in which the trainer has waited for answers, and this for the trainer
         self._waits, self._idles, self._mark = 0.0, 0.0, time.perf_counter()
@@ -55,8 +54,7 @@ class AskingAhead(Generic[T]):
             self._version = step - 1
             self._changed.notify_all()
             if self._thread is None:
-                given = {"target": self._run, "args": (step, make), "name": "asking ahead", "daemon": True}
-                self._thread = threading.Thread(**given)
+                self._thread = threading.Thread(target=self._run, args=(step, make), name="asking ahead", daemon=True)
                 self._thread.start()
             while step not in self._made and self._failure is None:
                 self._changed.wait()
@@ -84,7 +82,7 @@ class AskingAhead(Generic[T]):
         return self._state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on behind a step that another one has taken."""
+        """Begin, or go on behind a step that was taken before."""
         self._state = state
 
     def close(self) -> int:

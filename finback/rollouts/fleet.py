@@ -110,6 +110,7 @@ class FleetRollouts(RemoteRollouts):
         asked = ray_cluster.Room(name, fleet.n, fleet.num_cpus, fleet.num_gpus, fleet.address)
         self.cluster = ray_cluster.join(asked, self.field, self.world)
         member = RayEngine if fleet.engine == "finback" else ProgramMember
+        policy.run.hired_cores += fleet.n * fleet.num_cpus
         try:
             self.servers = [member(self, number, self.served) for number in range(fleet.n)]
             if policy.run.is_writer:
@@ -161,6 +162,7 @@ class FleetRollouts(RemoteRollouts):
 
     def close(self) -> None:
         """End the engines."""
+        self.policy.run.hired_cores = 0
         for member in self.members:
             member.close()
         self.cluster.leave()

@@ -79,6 +79,8 @@ class StageRun:
         self.stages: Sequence[Any] = ()
         self.stop_requested = False
         self._mark = time.perf_counter()
+        # of engines that others run for this stage, which cost what ranks cost
+        self.hired_cores = 0
         self._energy: Energy | None = None
         self._cpu: CpuTime | None = None
         self._line: TextIO = sys.stderr
@@ -151,7 +153,7 @@ class StageRun:
         busy = self._cpu.take() if self._cpu is not None else None
         if busy is not None:
             spent["cpu_seconds"] = busy
-        self.append(LEDGER, {"seconds": seconds, "cores": self.ranks.size, **spent})
+        self.append(LEDGER, {"seconds": seconds, "cores": self.ranks.size + self.hired_cores, **spent})
 
     def append(self, name: str, *records: dict[str, Any]) -> None:
         """Append lines to one of the folder's files; those of a step have its number as "step"."""

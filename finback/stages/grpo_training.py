@@ -13,6 +13,7 @@ from finback.model.count import forward_flops_of, recomputed_flops_of, training_
 from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
+from finback.rollouts.asking_ahead import staleness
 from finback.rollouts.generation import PolicyModel
 from finback.rollouts.rl_health import overlap
 from finback.rollouts.rollouts import Rollout, batches
@@ -20,7 +21,7 @@ from finback.rollouts.shared_prompts import placed_logprobs, shared_batches
 from finback.runs.files import METRICS, read_lines
 from finback.runs.folder import StageRun
 from finback.stages.generation_costs import generation_costs
-from finback.stages.grpo_ahead import AheadSampler, staleness
+from finback.stages.grpo_ahead import AheadSampler
 from finback.stages.grpo_sampling import Group, GroupSampler
 from finback.stages.grpo_stopping import Stopping
 from finback.stages.tuning_setup import reference_model, trainer_of
@@ -113,8 +114,9 @@ class Reinforcement(Training):
         if stage.objective.correction.acts:
             metrics |= {"weights_cut": cut / tokens, "answers_masked": masked / tokens}
         if isinstance(self.sampler, AheadSampler):
-            answers = [r for group in groups for r in group.rollouts]
-            metrics |= staleness(answers, loop.step - 1, stage.max_staleness, self.world) | self.sampler.take_idle()
+            answers = [r.completion for group in groups for r in group.rollouts]
+            metrics |= staleness(answers, loop.step - 1, stage.max_staleness, self.world)
+            metrics |= self.sampler.ahead.take_idle()
         seconds = time.perf_counter() - begin
         return metrics | {
             "loss": loss / (stage.epochs * stage.updates),
@@ -294,4 +296,4 @@ class Reinforcement(Training):
         self.sampler.close()
         self.rollouts.close()
         if isinstance(self.sampler, AheadSampler):
-            self.sampler.join()
+            self.sampler.ahead.join()

@@ -8,34 +8,42 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from finback.checkpoint.inference import InferenceDtype
 from finback.config import check_not_negative, check_positive, check_share
+from finback.data.tokenizer import Tokenizer
 from finback.engine.open import load
 from finback.engine.request import SamplingParams
+from finback.model.config import ModelConfig
 from finback.model.count import forward_flops_of
 from finback.parallel.mesh import World
 from finback.parallel.served_weights import ServedWeights
+from finback.rollouts.answer_journal import FOLDER, AnswerJournal, JournaledRollouts
 from finback.rollouts.drawing import Window
 from finback.rollouts.fleet import Fleet
-from finback.rollouts.generation import PolicyModel
+from finback.rollouts.generation import PolicyModel, Rollouts
 from finback.rollouts.here import Here
+from finback.rollouts.in_order import in_order
 from finback.rollouts.rollouts import Rollout, rollout
 from finback.rollouts.servers import Servers
 from finback.runs.declaration import Declaration
 from finback.runs.files import read_json, write_json, write_lines
 from finback.runs.folder import Interrupted, StageRun
-from finback.runs.ledger import spent
+from finback.runs.ledger import cost, spent
 from finback.runs.progress import Progress
 from finback.runs.recipe import Stage, Work
 from finback.stages.exam_questions import askable
 from finback.tasks import task as tasks
 from finback.tasks.language import consistency, known
 from finback.tasks.readable import Readable
-from finback.tasks.task import Task
+from finback.tasks.task import Problem, Task
 
 CHUNK = 128  # questions answered between two files, over all ranks
+AHEAD = 2  # so many of those at once, where others answer: while one is judged, or has long answers left, the next is under way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,51 +98,87 @@ class Reject(Stage):
             ledger=("tokens_generated", "flops", "flops_generation"),
             results=(
                 *("kept", "sampled", "reasons", "questions_by_difficulty", "kept_by_difficulty"),
-                *("too_long", "contaminated"),
+                *("per_kept", "too_long", "contaminated"),
             ),
         )
 
     def describe(self, results: dict[str, Any]) -> str:
         reasons = ", ".join(f"{n:,} {why}" for why, n in results["reasons"].items())
         kept, sampled = results["kept"], results["sampled"]
-        return f"Rejection sampling '{self.name}' kept {kept:,} of {sampled:,} answers: {reasons}."
+        text = f"Rejection sampling '{self.name}' kept {kept:,} of {sampled:,} answers: {reasons}."
+        each = results.get("per_kept")
+        return f"{text} One has cost {each['tokens']:,.0f} tokens and ${each['money_usd']:.2g}." if each else text
 
     def run(self, run: StageRun) -> dict[str, Any]:
         world = World.of(run)
         model, tokenizer = load(run.input(self.start), self.dtype)
         model = model.to(world.device)
         sampling = SamplingParams(self.temperature, self.max_tokens)
-        rollouts = self.rollouts.open(
-            PolicyModel(ServedWeights(model), model.config, tokenizer, run, learns=False), sampling
-        )
-        rollouts.update(0)
-        count = range(self.num_generations)
         drawn = tasks.distinct(self.task, "train", self.prompts, run.seed("questions"))
         window = Window(tokenizer, model.config, self.max_tokens, self.think)
         problems, left_out = askable(self.task, drawn, window, run)
+        compute = "bf16" if model.compute == torch.bfloat16 else "fp32"
+        policy = PolicyModel(ServedWeights(model), model.config, tokenizer, run, compute, learns=False)
+        rollouts = self.rollouts.open(policy, sampling)
+        try:
+            rollouts.update(0)
+            self._answer(run, rollouts, tokenizer, problems, sampling)
+        finally:
+            rollouts.close()
+        return self._collect(run) | left_out if run.is_writer else {}
+
+    def _answer(
+        self,
+        run: StageRun,
+        rollouts: Rollouts,
+        tokenizer: Tokenizer,
+        problems: Sequence[Problem],
+        sampling: SamplingParams,
+    ) -> None:
+        """Have all questions answered and judged, a file for each chunk of them; what another run has answered is known."""
+        world, starts = World.of(run), range(0, len(problems), CHUNK)
         progress = Progress(run, len(problems), "questions", spent(run.folder)["seconds"])
-        for start in range(0, len(problems), CHUNK):
-            path = run.folder / f"part-{start:08}.json"
-            if not path.is_file():
-                mine = range(start + world.rank, min(start + CHUNK, len(problems)), world.size)
-                asked = [problems[i] for i in mine for _ in count]
-                seeds = [run.seed("answer", i, k) for i in mine for k in count]
-                answers = rollout(rollouts, tokenizer, self.task, asked, seeds, sampling, self.think)
-                made = sum(len(r.completion.tokens) for r in answers)
-                spent_here = forward_flops_of(model.config, [r.length for r in answers])
-                judged = dict(zip(mine, self._judge(answers), strict=True))
-                gathered = world.gather((judged, made, spent_here))
-                if run.is_writer:
-                    whole = {i: found for part, _, _ in gathered for i, found in part.items()}
-                    write_json(path, [whole[i] for i in sorted(whole)])
-                total, flops = (sum(numbers) for numbers in zip(*(g[1:] for g in gathered), strict=True))
-                run.account(tokens_generated=total, flops=flops, flops_generation=flops)
-            world.barrier()  # nobody looks for the next file before everybody has looked for this one
+        missing = [start for start in starts if not self._path(run, start).is_file()]
+        world.barrier()  # everybody has looked before the first of them is written
+
+        def mine(start: int) -> range:
+            return range(start + world.rank, min(start + CHUNK, len(problems)), world.size)
+
+        def answered(start: int) -> list[Rollout]:
+            journal, count = AnswerJournal(run.folder / FOLDER, world.rank), range(self.num_generations)
+            asked = [problems[i] for i in mine(start) for _ in count]
+            seeds = [run.seed("answer", i, k) for i in mine(start) for k in count]
+            journal.begin(start)
+            try:
+                given = self.task, asked, seeds, sampling, self.think
+                return rollout(JournaledRollouts(rollouts, journal), tokenizer, *given)
+            finally:
+                journal.close()
+
+        for start, answers in in_order(answered, missing, 1 if isinstance(self.rollouts, Here) else AHEAD):
+            self._keep(
+                run, rollouts.model_config, start, dict(zip(mine(start), self._judge(answers), strict=True)), answers
+            )
+            AnswerJournal(run.folder / FOLDER, world.rank).forget(start)
             progress.show(min(start + CHUNK, len(problems)))
             if run.check_stop():
                 raise Interrupted
-        rollouts.close()
-        return self._collect(run) | left_out if run.is_writer else {}
+
+    def _keep(
+        self, run: StageRun, config: ModelConfig, start: int, judged: dict[int, Any], answers: Sequence[Rollout]
+    ) -> None:
+        """Write what all ranks have of a chunk, and account for it."""
+        made = sum(len(r.completion.tokens) for r in answers)
+        flops = forward_flops_of(config, [r.length for r in answers])
+        gathered = World.of(run).gather((judged, made, flops))
+        if run.is_writer:
+            whole = {i: found for part, _, _ in gathered for i, found in part.items()}
+            write_json(self._path(run, start), [whole[i] for i in sorted(whole)])
+        total, flops = (sum(numbers) for numbers in zip(*(g[1:] for g in gathered), strict=True))
+        run.account(tokens_generated=total, flops=flops, flops_generation=flops)
+
+    def _path(self, run: StageRun, start: int) -> Path:
+        return run.folder / f"part-{start:08}.json"
 
     def _judge(self, answers: list[Rollout]) -> list[dict[str, Any]]:
         """For each question: how many answers were right, which of them are good, and why others are not."""
@@ -182,6 +226,8 @@ class Reject(Stage):
         if not kept:
             problem = f"nothing to keep of {sampled} answers ({dict(reasons)})"
             raise self.wrong("start", problem, "Use a better model, easier questions, or keep more.")
+        run.account()
+        bill = cost(run.folder)
         write_lines(run.folder / "traces.jsonl", [_line(q, t, samples) for q, t in kept])
         why = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
         run.say(f"{self.name:10} kept {len(kept):,} of {sampled:,} answers; {why}")
@@ -189,6 +235,7 @@ class Reject(Stage):
             "kept": len(kept),
             "sampled": sampled,
             "reasons": dict(reasons),
+            "per_kept": {"tokens": bill["tokens_generated"] / len(kept), "money_usd": bill["money_usd"] / len(kept)},
             "questions_by_difficulty": dict(Counter(_difficulty(q["right"], samples) for q in found)),
             "kept_by_difficulty": dict(Counter(_difficulty(q["right"], samples) for q, _ in kept)),
         }
