@@ -254,12 +254,13 @@ class ProgramMember(FleetMember):
     def _answer(self, prompt: TokenPrompt) -> TokenAnswer:
         server, actor = self._server, self._actor
         if server is None or actor is None:
+            problem, self._problem = self._problem, None
             self._begin()
-            raise RequestFailed("is being started", busy=True)
+            raise problem or RequestFailed("is being started", busy=True)
         return self._watched(actor, lambda: server._answer(prompt))
 
     def _begin(self) -> None:
-        """Have it started anew beside, so that others answer meanwhile; RequestFailed where that has failed."""
+        """Have it started anew beside, so that others answer meanwhile."""
 
         def start() -> None:
             try:
@@ -268,9 +269,6 @@ class ProgramMember(FleetMember):
                 self._problem = error
 
         with self._beginning:
-            problem, self._problem = self._problem, None
-            if problem is not None:
-                raise problem
             if self._starter is None or not self._starter.is_alive():
                 self._starter = threading.Thread(target=start, name=f"starting {self.url}", daemon=True)
                 self._starter.start()
@@ -282,6 +280,7 @@ class ProgramMember(FleetMember):
         except RequestFailed as error:
             if not (error.final or error.busy) and (error.silent or not self._is_well(actor)):
                 self._give_up(actor)
+                self._begin()
             raise
 
     def _is_well(self, actor: Any) -> bool:
