@@ -20,6 +20,7 @@ from hypothesis import strategies as some
 from starlette.testclient import TestClient
 
 from finback.config import UserError
+from finback.report.summary import _alerts
 from finback.runs.metrics_table import MetricsTable
 from finback.runs.reader import StageFolder
 from finback.runs.samples import SampleIndex, shown
@@ -519,6 +520,26 @@ def test_alerts(tmp_path: Path) -> None:
     idle = [{"step": s, **sound, "groups_with_gradient": 0.5 * (s < 4)} for s in range(1, 9)]
     assert alerts_of(tmp_path, idle) == [("idle", "groups_with_gradient", 8)]
     assert alerts_of(tmp_path, idle[:7]) == []
+    ages = [{"step": s, "reward": 0.1, "gap_max": 3.0, "staleness_max": min(s, 4)} for s in range(1, 30)]
+    old = [row | {"mismatch_kl": -0.2 * (row["step"] == 9), "weights_cut": 0.4, "trainer_idle": 0.6} for row in ages]
+    uncorrected = {"objective": {"correction": {"mode": "none", "geometric_mask": None}}}
+    expected = [
+        ("mismatch", "mismatch_kl", 9),
+        ("staleness", "staleness_max", 3),
+        ("correction", "weights_cut", 1),
+        ("waiting", "trainer_idle", 29),
+    ]
+    assert alerts_of(tmp_path, old, **uncorrected) == expected
+    assert alerts_of(tmp_path, ages, max_gap=0.1) == [("gap", "gap_max", 1)], (
+        "one that was asked for counts for old tokens"
+    )
+    assert alerts_of(tmp_path, ages, objective={"correction": {"mode": "token_mask"}}) == []
+    stage = StageFolder(tmp_path / "zero", {"rollouts": {"type": "Fleet"}})
+    stage.folder.mkdir()
+    write(stage.folder / "metrics.jsonl", *({"step": s, "engines_idle": 0.8} for s in range(1, 30)))
+    assert _alerts(stage) == [
+        "Look at 'zero': those who answer wait for the trainer 80% of the time in the last 20 steps: take engines away, or raise max_staleness."
+    ]
     assert alerts_of(tmp_path, calm, running=True) == []
     long_ago = time.time() - 3600
     (tmp_path / "x").write_text("")

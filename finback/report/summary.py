@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from finback.report.exams import MANY, accuracy_table, first_exam, first_problem, problem_pairs, scored, share
+from finback.rollouts import rl_alerts
 from finback.runs import reader
 from finback.runs.declaration import DECLARATION
-from finback.runs.files import SUMMARY, is_number
+from finback.runs.files import METRICS, SUMMARY, is_number
+from finback.runs.metrics_table import MetricsTable
 from finback.runs.progress import clock
 from finback.runs.reader import StageFolder
 from finback.runs.terminal import table
@@ -40,6 +42,7 @@ def summarize(root: Path) -> str:
             f"Made by an older finback, so only costs are shown here: {', '.join(older)}. Results: {root / SUMMARY}"
         )
     parts.append("\n".join(entry["text"] for entry in finished.values() if entry.get("text")))
+    parts.append("\n".join(text for stage in learning for text in _alerts(stage)))
     if len(exams) >= MANY:
         parts += [accuracy_table(exams), first_problem(exams)]
     elif len(exams) >= 2:
@@ -58,6 +61,14 @@ def summarize(root: Path) -> str:
     else:
         parts.append(f"Chat with it: finback chat {root}")
     return "\n\n".join(part for part in parts if part)
+
+
+def _alerts(stage: StageFolder) -> list[str]:
+    """What the page calls alerts."""
+    table = MetricsTable(stage.folder / METRICS)
+    while not table.complete and table.tail.path.is_file():
+        table.update(1.0)
+    return [f"Look at '{stage.name}': {text}." for *_, text in rl_alerts.alerts(stage.config, table)]
 
 
 def _costs(stages: dict[str, Any], path: Path) -> str:

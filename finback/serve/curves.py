@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from finback.rollouts import rl_health
+from finback.rollouts import rl_alerts
+from finback.rollouts.rl_alerts import Alert
 from finback.runs.files import LEDGER
 from finback.runs.ledger import dollars
 from finback.runs.metrics_table import MetricsTable
 from finback.runs.reader import StageFolder
 from finback.runs.thinning import Line, smooth, thin
-
-Alert = tuple[str, str, int | None, str]  # its kind, whose values, from which step on, and in words
 
 AXES = ("step", "tokens", "time", "cost")
 RESULTS = "accuracy", "reward", "loss"  # what says how good a model is, where a stage's results do not
@@ -118,8 +117,8 @@ def _left(line: Line, seconds: Line, total: float) -> float | None:
 
 
 def alerts(stage: StageFolder, table: MetricsTable, running: bool) -> list[dict[str, Any]]:
-    """What a person should look at: NaN, spikes, trainer and engine apart, RL that teaches nothing, a stall."""
-    found = [*_non_finite(table), *_gaps(stage, table), *_idle(table)]
+    """What a person should look at: NaN, spikes, what is amiss in RL, a stall."""
+    found = [*_non_finite(table), *rl_alerts.alerts(stage.config, table)]
     for name in () if "reward" in table.columns else ("loss", "grad_norm"):
         found += _spikes(table, name)
     if running:
@@ -167,28 +166,6 @@ def _spikes(table: MetricsTable, name: str) -> Iterator[Alert]:
     for i in over[np.argsort(-size)][:LISTED]:
         step = int(steps[int(rows[first[i] + top[i]])])
         yield "spike", name, step, f"{name} rose to {value[i]:.3g} at step {step}, from about {middle[i]:.3g}"
-
-
-def _gaps(stage: StageFolder, table: MetricsTable) -> Iterator[Alert]:
-    allowed = rl_health.max_gap(stage.config.get("max_gap"), stage.config.get("compute"))
-    rows, values = table.column("gap_max")
-    over = np.flatnonzero(values > allowed)
-    if len(over):
-        step = int(axis(table, "step", 1.0)[int(rows[over[0]])])
-        text = f"trainer and engine disagree by {values[over[0]]:.2g} at step {step}, more than max_gap {allowed:g}"
-        yield "gap", "gap_max", step, text
-
-
-def _idle(table: MetricsTable) -> Iterator[Alert]:
-    """RL whose last steps taught nothing."""
-    names = ("truncated", "groups_with_gradient", "accuracy", "well_formed")
-    columns = [table.column(name)[1][-rl_health.NOTICED :] for name in names]
-    if min(map(len, columns)) < rl_health.NOTICED:
-        return
-    causes = [rl_health.cause(dict(zip(names, map(float, row), strict=True))) for row in zip(*columns, strict=True)]
-    if all(causes):
-        text = f"the last {len(causes)} steps taught nothing: {causes[-1]}"
-        yield "idle", names[1], int(axis(table, "step", 1.0)[-1]), text
 
 
 def _stall(table: MetricsTable) -> Iterator[Alert]:

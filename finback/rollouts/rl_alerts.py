@@ -1,0 +1,96 @@
+"""What a person should look at in a stage of RL, from its metrics: for the page and for `finback show`. No torch here."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from finback.rollouts import rl_health
+from finback.runs.metrics_table import MetricsTable
+from finback.runs.thinning import Line
+
+Alert = tuple[str, str, int | None, str]  # its kind, whose values, from which step on, and in words
+
+# of old tokens, nats per token: beyond, ratios of a few tokens decide an update
+MOST_KL = 0.1
+# updates that tokens may be behind without a correction; others find 0 to 2 harmless
+UNCORRECTED = 2
+WAITED = 20  # steps whose mean says who waits
+MOST_IDLE = 0.5
+MOST_CUT = 0.3  # of tokens that a correction masks or bounds
+
+
+def alerts(config: Mapping[str, Any], table: MetricsTable) -> Iterator[Alert]:
+    """Trainer and engine apart, tokens too old, corrections that take most, who waits for whom, steps that teach nothing.
+
+    config: the stage's knobs as JSON.
+    """
+    steps = np.maximum.accumulate(table.carried("step")) if table.rows else np.zeros(0)
+    yield from _gaps(config, table, steps)
+    yield from _old(config, table, steps)
+    yield from _cut(table, steps)
+    yield from _waiting(config, table, steps)
+    yield from _teaches_nothing(table, steps)
+
+
+def _gaps(config: Mapping[str, Any], table: MetricsTable, steps: Line) -> Iterator[Alert]:
+    """Of steps whose tokens the newest weights have made; or of all where a bound was asked for."""
+    asked = config.get("max_gap")
+    allowed = rl_health.max_gap(asked, config.get("compute"))
+    values, (rows, _) = table.filled("gap_max"), table.column("gap_max")
+    over = np.flatnonzero((values > allowed) & ((table.filled("staleness_max") == 0) | (asked is not None)))
+    if len(rows) and len(over):
+        step = int(steps[over[0]])
+        text = f"trainer and engine disagree by {values[over[0]]:.2g} at step {step}, more than max_gap {allowed:g}"
+        yield "gap", "gap_max", step, text
+
+
+def _old(config: Mapping[str, Any], table: MetricsTable, steps: Line) -> Iterator[Alert]:
+    ages, kl = table.filled("staleness_max"), np.abs(table.filled("mismatch_kl"))
+    over = np.flatnonzero((ages > 0) & (kl > MOST_KL))
+    if len(over):
+        step = int(steps[over[0]])
+        text = f"tokens of older weights are {kl[over[0]]:.2g} nats from those that learn at step {step}, more than {MOST_KL:g}"
+        yield "mismatch", "mismatch_kl", step, f"{text}: lower max_staleness or lr, or add a correction"
+    correction = (config.get("objective") or {}).get("correction") or {}
+    is_corrected = correction.get("mode", "none") != "none" or correction.get("geometric_mask") is not None
+    late = np.flatnonzero(ages > UNCORRECTED)
+    if len(late) and correction and not is_corrected:
+        step = int(steps[late[0]])
+        text = f"tokens are {ages[late[0]]:.0f} updates old from step {step} on, and nothing corrects for it"
+        yield "staleness", "staleness_max", step, f"{text}: give the objective a correction"
+
+
+def _cut(table: MetricsTable, steps: Line) -> Iterator[Alert]:
+    for name, what in (("weights_cut", "bounds"), ("answers_masked", "masks")):
+        values = table.filled(name)
+        over = np.flatnonzero(values > MOST_CUT)
+        if len(over):
+            step = int(steps[over[0]])
+            yield "correction", name, step, f"the correction {what} {values[over[0]]:.0%} of the tokens at step {step}"
+
+
+def _waiting(config: Mapping[str, Any], table: MetricsTable, steps: Line) -> Iterator[Alert]:
+    """Whether trainer or engines do nothing most of the time, of late."""
+    has_fleet = isinstance(config.get("rollouts"), dict) and config["rollouts"].get("type") == "Fleet"
+    more = "add engines" if has_fleet else "have a fleet or more servers answer"
+    fewer = "take engines away" if has_fleet else "fewer servers would do"
+    for name, who, remedy in (
+        ("trainer_idle", "the trainer waits for answers", more),
+        ("engines_idle", "those who answer wait for the trainer", f"{fewer}, or raise max_staleness"),
+    ):
+        _, values = table.column(name)
+        if len(values) >= WAITED and (share := float(np.mean(values[-WAITED:]))) > MOST_IDLE:
+            text = f"{who} {share:.0%} of the time in the last {WAITED} steps: {remedy}"
+            yield "waiting", name, int(steps[-1]), text
+
+
+def _teaches_nothing(table: MetricsTable, steps: Line) -> Iterator[Alert]:
+    names = ("truncated", "groups_with_gradient", "accuracy", "well_formed")
+    columns = [table.column(name)[1][-rl_health.NOTICED :] for name in names]
+    if min(map(len, columns)) < rl_health.NOTICED:
+        return
+    causes = [rl_health.cause(dict(zip(names, map(float, row), strict=True))) for row in zip(*columns, strict=True)]
+    if all(causes):
+        text = f"the last {len(causes)} steps taught nothing: {causes[-1]}"
+        yield "idle", names[1], int(steps[-1]), text
