@@ -17,16 +17,21 @@ from finback.config import UserError
 from finback.parallel.launch import free_port
 from finback.parallel.mesh import World
 from finback.rollouts.answer_journal import AnswerJournal
-from finback.rollouts.engine_process import EngineProcess, Program
+from finback.rollouts.engine_process import EngineProcess, EngineProgram
 from finback.rollouts.fleet import Fleet
+from finback.rollouts.servers import Servers
+from finback.runs import provenance
 from finback.runs.files import read_lines
 from finback.runs.folder import StageRun
+from finback.stages.distill import Distill
 from finback.stages.grpo import GRPO
 from finback.stages.reject import Reject
+from finback.stages.watching import Watch
 from finback.tasks.math import Chains
+from tests.engine_servers import engine_server
 from tests.fleets import FakeCluster, cluster  # noqa: F401
 from tests.test_rollouts import OPENED, SAMPLING, Asked, agree, asked, base, closed, connected, here, learning, sampled  # noqa: F401
-from tests.test_tuning import Echo, stage_folder
+from tests.test_tuning import Echo, stage_folder, tune
 
 QUICK: dict[str, Any] = {"backoff": 0.01, "concurrency": 2}
 PROGRAM: dict[str, Any] = {"python": sys.executable, **QUICK}
@@ -149,6 +154,61 @@ def test_rejection_sampling_pays_no_answer_twice(
     assert {line["cores"] for line in read_lines(runs[1].folder / "ledger.jsonl")} >= {3}, "the engines' are paid too"
 
 
+def test_distillation_asks_ahead_and_goes_on_behind_a_kill(tmp_path: Path) -> None:
+    """Answers are one update old where they may be; a second run takes up what the first one has asked for."""
+    knobs: dict[str, Any] = {"teacher": "other", "task": Chains(2, 3), "traces": (), "steps": 3, "prompts_per_step": 4}
+    first = tune(tmp_path, Distill, max_tokens=6, max_staleness=1, checkpoint_steps=1, **knobs)
+    looped, rows = first.loop(), []
+    rows.append(looped.advance())
+    looped.checkpoint()
+    rows.append(looped.advance())
+    first.close()
+    assert [row["staleness"] for row in rows] == [0.0, 1.0] and 0 <= rows[1]["engines_idle"] <= 1
+    again = tune(tmp_path, Distill, max_tokens=6, max_staleness=1, checkpoint_steps=1, **knobs)
+    journaled = len(list((tmp_path / "tuned" / ".answers").iterdir()))
+    looped = again.loop()
+    state = looped.restore()
+    assert state is not None and looped.step == 1 and journaled >= 1
+    again.load_state(state)
+    row = looped.advance()
+    assert row["loss"] == rows[1]["loss"], "the same answers"
+    again.close()
+
+
+@pytest.mark.parametrize("backend", ["servers", "fleet"])
+def test_watched_prompts_are_answered_elsewhere_too(
+    backend: str,
+    cluster: FakeCluster,  # noqa: F811
+    base: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Greedily, without the stage's own top_k; and while the next step is answered ahead."""
+    watch, watched = Watch(("1+1=?", "hello"), every_steps=1), []
+    with engine_server(base) as (url, _):
+        there = Servers((url,), **QUICK) if backend == "servers" else Fleet(2, **QUICK)
+        for name, knobs in (("here", {}), ("there", {"rollouts": there, "max_staleness": 1, "max_gap": 9.0})):
+            r = learning(tmp_path / name, watch=watch, top_k=8, **knobs)
+            looped = r.loop()
+            r.before(looped)
+            looped.advance()
+            lines = read_lines(r.run.folder / "watched.jsonl")
+            watched.append([[line[name] for name in ("step", "question", "answer", "tokens")] for line in lines])
+            r.close()
+    assert watched[0][:2] == watched[1][:2] and [line[0] for line in watched[1]][:2] == [0, 0]
+
+
+def test_other_versions_on_a_node_are_said(
+    cluster: FakeCluster,  # noqa: F811
+    asked: Asked,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    skewed = provenance.software() | {"torch": "1.0"}
+    monkeypatch.setattr("finback.rollouts.fleet_engine.FleetEngine.software", lambda engine: skewed)
+    with pytest.raises(UserError, match=r"Ray server: has torch 1\.0, the trainer .*Install the same version"):
+        connected(asked, tmp_path, fleet=Fleet(1, **QUICK))
+
+
 SERVER = """
 import sys, subprocess
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -188,7 +248,7 @@ def test_a_program_that_does_not_start_is_said() -> None:
 
 
 def test_commands_of_programs() -> None:
-    given = Program("vllm", "/env/bin/python", ("--max-model-len", "99"), ("VLLM_MLA_DISABLE=1", "X=a=b"))
+    given = EngineProgram("vllm", "/env/bin/python", ("--max-model-len", "99"), ("VLLM_MLA_DISABLE=1", "X=a=b"))
     command = given.command("/w/1", "10.0.0.5", 8017, ("--dtype", "float32"))
     assert " ".join(command) == (
         "/env/bin/python -m vllm.entrypoints.openai.api_server --model /w/1 --host 10.0.0.5 --port 8017 --dtype float32 "

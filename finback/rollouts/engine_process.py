@@ -27,7 +27,7 @@ SHOWN = 1500  # characters of a log
 
 
 @dataclass(frozen=True)
-class Program:
+class EngineProgram:
     """An engine of others, and the environment that it is installed in."""
 
     engine: ProgramName

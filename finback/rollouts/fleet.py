@@ -12,7 +12,7 @@ from finback.config import UserError, check_fields, check_not_negative, check_po
 from finback.engine.request import SamplingParams
 from finback.model.transformer import Transformer
 from finback.rollouts import ray_cluster
-from finback.rollouts.engine_process import Program
+from finback.rollouts.engine_process import EngineProgram
 from finback.rollouts.fleet_engine import pack
 from finback.rollouts.fleet_members import STARTING, FleetMember, ProgramMember, RayEngine
 from finback.rollouts.generation import Backend, PolicyModel, Rollouts
@@ -81,15 +81,20 @@ class Fleet(Backend):
             )
 
     @property
-    def program(self) -> Program:
+    def program(self) -> EngineProgram:
         """What each engine starts, where it is not finback's own."""
         assert self.engine != "finback", "a program"
-        return Program(self.engine, self.python, self.flags, self.env)
+        return EngineProgram(self.engine, self.python, self.flags, self.env)
 
     @property
     def patience(self) -> float:
         """Seconds that an engine may be silent."""
         return self.timeout if self.timeout is not None else SILENT[self.engine]
+
+    def check_ahead(self, field: str, max_staleness: int) -> None:
+        if self.colocated and max_staleness:
+            problem = "the engines answer while the trainer learns"
+            raise UserError(f"{field}.colocated", True, problem, "Leave it out, or use max_staleness=0.")
 
     def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
         return FleetRollouts(self, policy, sampling)

@@ -149,3 +149,6 @@ class Backend(ABC):
     @abstractmethod
     def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
         """What generates for a stage that samples so; UserError where it cannot. Its first `update` is the caller's."""
+
+    def check_ahead(self, field: str, max_staleness: int) -> None:  # noqa: B027 - most can
+        """UserError, in the name of the stage's knob, where it cannot answer so many updates ahead."""

@@ -156,7 +156,8 @@ class GenerationServer(ABC):
             raise self.unfit(f"answers with ids beyond the vocabulary of {m.vocab_size:,}", remedy)
         if len(answer.logprobs) != count or not all(map(math.isfinite, answer.logprobs)):
             raise self.unfit("its answers lack log-probabilities", self.without_logprobs)
-        if m.return_sampling_mask and (answer.sampling_mask is None or len(answer.sampling_mask) != count):
+        narrows = prompt.top_k > 0 or prompt.top_p < 1  # a validation set or watched prompts may be sampled otherwise
+        if m.return_sampling_mask and narrows and (answer.sampling_mask is None or len(answer.sampling_mask) != count):
             raise self.unfit("does not say which tokens top_k and top_p leave", self.without_masks)
         experts, rows = answer.routed_experts, len(prompt.token_ids) + count - 1
         if experts is not None and experts.shape != (rows, m.layers, m.experts_per_token):

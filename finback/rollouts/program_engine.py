@@ -4,7 +4,7 @@ import os
 
 from finback.parallel.launch import free_port
 from finback.rollouts import ray_cluster
-from finback.rollouts.engine_process import TRAINING_ENVIRONMENT, EngineProcess, Program
+from finback.rollouts.engine_process import TRAINING_ENVIRONMENT, EngineProcess, EngineProgram
 from finback.runs import provenance
 
 STARTING = 1800.0  # seconds in which it has to be there: a large model takes minutes to read and to compile
@@ -13,7 +13,7 @@ STARTING = 1800.0  # seconds in which it has to be there: a large model takes mi
 class ProgramEngine:
     """Starts the program on the worker's machine, in the room that Ray has set aside; it ends with the worker."""
 
-    def __init__(self, program: Program, flags: tuple[str, ...]) -> None:
+    def __init__(self, program: EngineProgram, flags: tuple[str, ...]) -> None:
         """flags: what makes it an engine to learn from, before the user's own."""
         self.program, self.flags = program, flags
         self._process: EngineProcess | None = None

@@ -17,14 +17,15 @@ from finback.checkpoint import models
 from finback.config import UserError, check_not_negative, check_positive, check_share
 from finback.data.messages import IGNORE, Lesson
 from finback.data.tokenizer import Tokenizer
-from finback.engine.request import SamplingParams
+from finback.engine.request import Completion, SamplingParams
 from finback.model.logprobs import in_chunks, rows_at_once
 from finback.parallel.mesh import World
+from finback.rollouts.asking_ahead import AskingAhead, staleness
 from finback.rollouts.drawing import Window
 from finback.rollouts.fleet import Fleet
 from finback.rollouts.generation import PolicyModel
 from finback.rollouts.here import Here
-from finback.rollouts.rollouts import rollout
+from finback.rollouts.rollouts import Rollout, rollout
 from finback.rollouts.servers import Servers
 from finback.runs.declaration import Declaration
 from finback.runs.folder import StageRun
@@ -65,12 +66,16 @@ class Distill(SFT):
     max_tokens: int = 96
     # on-policy: where the student's answers are generated, by the engine in each rank or by servers
     rollouts: Here | Servers | Fleet = Here()
+    # on-policy: updates that a token's weights may be behind those that learn from it, as for GRPO
+    max_staleness: int = 0
+    # what becomes of answers under way when there are new weights: they go on with them, or are begun again
+    in_flight: Literal["continue", "drop"] = "continue"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, self.name, "steps", "prompts_per_step", "max_tokens")
         check_share(self, self.name, "hard")
-        check_not_negative(self, self.name, "top_k", "temperature")
+        check_not_negative(self, self.name, "top_k", "temperature", "max_staleness")
         if self.task is not None and (self.traces or self.text):
             problem = "the lessons are the student's answers or given ones, not both"
             raise UserError(f"{self.name}.task", self.task.name, problem, "Leave out task, or traces and text.")
@@ -79,6 +84,8 @@ class Distill(SFT):
             raise self.wrong(
                 "rollouts", "the lessons are given, and nothing is generated", "Give a task, or leave it out."
             )
+
+        self.rollouts.check_ahead(f"{self.name}.rollouts", self.max_staleness)
 
     def inputs(self) -> tuple[str, ...]:
         return (*super().inputs(), self.teacher)
@@ -147,6 +154,10 @@ class DistillationTeacher:
         return (1 - stage.hard) * soft + stage.hard * hard
 
 
+# answers, and questions that were left out so far
+_Answers = tuple[list[Rollout], int]
+
+
 class OnPolicyBatches(Batches):
     """The student's own answers to each step's questions."""
 
@@ -156,35 +167,67 @@ class OnPolicyBatches(Batches):
         super().__init__(stage, run, tokenizer, trainer)
         self.stage, self.student, self.steps = stage, trainer.model, stage.steps
         self.sampling = SamplingParams(stage.temperature, stage.max_tokens)
-        policy = PolicyModel(trainer.served(), trainer.model.config, tokenizer, run, stage.compute)
+        in_flight = stage.in_flight if stage.max_staleness else "none"
+        policy = PolicyModel(trainer.served(), trainer.model.config, tokenizer, run, stage.compute, in_flight=in_flight)
         self.rollouts = stage.rollouts.open(policy, self.sampling)
+        # generates while the student learns; None: in turn with it
+        self.ahead = AskingAhead[_Answers](run, stage.steps, stage.max_staleness) if stage.max_staleness else None
+        self.generator = self.rollouts if self.ahead is None else self.ahead.asked(self.rollouts)
+        # of the step that was taken last
+        self.made: list[Completion] = []
         assert stage.task is not None, "on-policy distillation answers a task"
         window = Window(tokenizer, trainer.model.config, stage.max_tokens)
         self.order = training_questions(stage.task, stage.validation, window, run)
         self.results["contaminated"] = dict(self.order.contaminated)
 
     def state(self) -> dict[str, Any]:
-        return self.order.state()
+        return self.order.state() if self.ahead is None else self.ahead.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.order.load_state(state)
+        if self.ahead is not None:
+            self.ahead.load_state(self.order.state())
 
     def batch(self, step: int) -> tuple[Batch | None, int]:
         """This rank's answers to the questions of a step."""
-        stage, run = self.stage, self.run
-        assert stage.task is not None, "checked at the beginning"
-        rng = random.Random(run.seed("questions", step))
-        problems = [self.order.draw(rng) for _ in range(stage.prompts_per_step)]
-        self.results["too_long"] = self.order.too_long
-        mine = range(self.world.rank, stage.prompts_per_step, self.world.size)
-        seeds = [run.seed("answer", step, i) for i in mine]
         assert self.rollouts is not None, "opened at the beginning"
         self.rollouts.update(step - 1)
-        asked = [problems[i] for i in mine]
-        answers = rollout(self.rollouts, self.tokenizer, stage.task, asked, seeds, self.sampling)
+        answers, self.results["too_long"] = (
+            self._answers(step) if self.ahead is None else self.ahead.take(step, self._made)
+        )
         self.rollouts.rest()
+        self.made = [r.completion for r in answers]
         read = [(r.prompt, r.completion.tokens) for r in answers]
         rows = [row for some in self.trainer.of_same_rows(read) for row in some]
         made = [[Lesson(prompt + tokens, [IGNORE] * len(prompt) + tokens)] for prompt, tokens in rows]
         self.student.train()
-        return of_lessons(made, self.depths) if made else None, stage.prompts_per_step
+        return of_lessons(made, self.depths) if made else None, self.stage.prompts_per_step
+
+    def _made(self, step: int) -> tuple[_Answers, dict[str, Any]]:
+        return self._answers(step), self.order.state()
+
+    def _answers(self, step: int) -> _Answers:
+        """This rank's answers to the questions of a step, and how many questions were too long so far."""
+        stage, run = self.stage, self.run
+        assert stage.task is not None, "checked at the beginning"
+        rng = random.Random(run.seed("questions", step))
+        problems = [self.order.draw(rng) for _ in range(stage.prompts_per_step)]
+        too_long = self.order.too_long
+        mine = range(self.world.rank, stage.prompts_per_step, self.world.size)
+        seeds = [run.seed("answer", step, i) for i in mine]
+        asked = [problems[i] for i in mine]
+        return rollout(self.generator, self.tokenizer, stage.task, asked, seeds, self.sampling), too_long
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        if self.ahead is None:
+            return {}
+        old = staleness(self.made, step - 1, self.stage.max_staleness, self.world)
+        return old | self.ahead.take_idle()
+
+    def close(self) -> int:
+        unused = 0 if self.ahead is None else self.ahead.close()
+        if self.rollouts is not None:
+            self.rollouts.close()
+        if self.ahead is not None:
+            self.ahead.join()
+        return unused

@@ -54,6 +54,14 @@ class Batches(ABC):
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most depend on nothing
         """Go on where another one stopped."""
 
+    def metrics(self, step: int) -> dict[str, Any]:
+        """What there is to say of the rows of a step, beside the loss of them; for all ranks at once."""
+        return {}
+
+    def close(self) -> int:
+        """Let go of what rows are made with; tokens of this rank that were made for steps that nobody will take."""
+        return 0
+
 
 class FineTuning(Training):
     """The state of one fine-tuning run; a Loop calls its steps."""
@@ -101,6 +109,7 @@ class FineTuning(Training):
             trainer.forget_loads()
         loss, mtp, _ = losses.tolist()
         costs = generation_costs(self.batches.rollouts, loop) if self.batches.rollouts is not None else {}
+        costs |= self.batches.metrics(loop.step)
         return {"loss": loss, "mtp_loss": mtp, "grad_norm": norm, "lr": lr, "labels": labels, **costs}
 
     def _account(self, batch: Batch | None, loop: Loop) -> float:
@@ -137,6 +146,11 @@ class FineTuning(Training):
 
     def finish(self, loop: Loop) -> dict[str, Any]:
         written = self.validator.finish(loop)
-        if self.batches.rollouts is not None:
-            self.batches.rollouts.close()
+        if unused := sum(self.world.gather(self.batches.close())):
+            loop.spend(generated=unused)
+            loop.account()
         return {"steps": loop.step, "tokens": self.tokens, **self.batches.results, **written}
+
+    def close(self) -> None:
+        """Let go of what rows are made with, where it has not come to an end."""
+        self.batches.close()

@@ -142,9 +142,7 @@ class GRPO(Stage):
         if self.layout is not None and self.layout.micro_batches > 1:
             problem = "answers are cut by micro_tokens"
             raise UserError(f"{self.name}.layout.micro_batches", self.layout.micro_batches, problem, "Use 1.")
-        if self.max_staleness and isinstance(self.rollouts, Fleet) and self.rollouts.colocated:
-            problem, remedy = "the engines answer while the trainer learns", "Leave it out, or use max_staleness=0."
-            raise UserError(f"{self.name}.rollouts.colocated", True, problem, remedy)
+        self.rollouts.check_ahead(f"{self.name}.rollouts", self.max_staleness)
         if not 0 < self.top_p <= 1:
             raise self.wrong("top_p", "not above 0 and up to 1", "Use 1 for all tokens.")
         if self.prompts_per_step % self.updates:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from finback.data.tokenizer import Tokenizer
 from finback.parallel.mesh import World
-from finback.rollouts.asking_ahead import AskingAhead
+from finback.rollouts.asking_ahead import AskingAhead, staleness
 from finback.rollouts.generation import Rollouts
 from finback.runs.folder import StageRun
 from finback.stages.grpo_sampling import Group, GroupSampler
@@ -41,6 +41,11 @@ class AheadSampler(GroupSampler):
     def load_state(self, state: dict[str, Any]) -> None:
         self.order.load_state(state)
         self.ahead.load_state(self.order.state())
+
+    def ages(self, groups: list[Group], version: int) -> dict[str, Any]:
+        """How old their tokens are for a trainer that has made `version` updates, and who has waited."""
+        answers = [r.completion for group in groups for r in group.rollouts]
+        return staleness(answers, version, self.stage.max_staleness, self.world) | self.ahead.take_idle()
 
     def close(self) -> int:
         """Ask nothing more; tokens that were made for steps that nobody will take."""

@@ -173,6 +173,10 @@ class GroupSampler:
                 )
         self.run.append(SAMPLES, *(r for rank in self.world.gather(mine) for r in rank))
 
+    def ages(self, groups: list[Group], version: int) -> dict[str, Any]:
+        """How old their tokens are, where they may be older than the weights that learn; for all ranks at once."""
+        return {}
+
     def describe(self, asked: list[Group], learnt: list[Group]) -> dict[str, Any]:
         """Means over all ranks' answers of a step, those to replaced questions included."""
         rollouts = [r for group in asked for r in group.rollouts]

@@ -13,7 +13,6 @@ from finback.model.count import forward_flops_of, recomputed_flops_of, training_
 from finback.model.routing import trace_routers
 from finback.model.transformer import Transformer
 from finback.parallel.mesh import World
-from finback.rollouts.asking_ahead import staleness
 from finback.rollouts.generation import PolicyModel
 from finback.rollouts.rl_health import overlap
 from finback.rollouts.rollouts import Rollout, batches
@@ -113,10 +112,7 @@ class Reinforcement(Training):
         self.sampler.write_samples(asked, loop.step, self.stopping.watcher.after(watched, loop))
         if stage.objective.correction.acts:
             metrics |= {"weights_cut": cut / tokens, "answers_masked": masked / tokens}
-        if isinstance(self.sampler, AheadSampler):
-            answers = [r.completion for group in groups for r in group.rollouts]
-            metrics |= staleness(answers, loop.step - 1, stage.max_staleness, self.world)
-            metrics |= self.sampler.ahead.take_idle()
+        metrics |= self.sampler.ages(groups, loop.step - 1)
         seconds = time.perf_counter() - begin
         return metrics | {
             "loss": loss / (stage.epochs * stage.updates),

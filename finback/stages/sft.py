@@ -126,7 +126,11 @@ class SFT(Stage):
         return validation.declared(self.validation, given)
 
     def run(self, run: StageRun) -> dict[str, Any]:
-        return loop.run(self.training(run))
+        training = self.training(run)
+        try:
+            return loop.run(training)
+        finally:
+            training.close()
 
     def training(self, run: StageRun) -> FineTuning:
         """The training that `run` runs."""
