@@ -6,7 +6,7 @@ from typing import Any
 from finback.config import UserError
 from finback.model.config import V3
 from finback.parallel import launch
-from finback.planner import calibration_file, cluster, hardware, picture, presets, published, render
+from finback.planner import calibration_file, cluster, engines, hardware, picture, presets, published, render
 from finback.planner.options import PlanOptions
 from finback.runs import recipe as recipes
 from finback.runs.recipe import Recipe
@@ -64,8 +64,23 @@ def recipe(plan: Recipe, options: PlanOptions, path: Path) -> tuple[dict[str, An
     known = None
     if not options.on and (options.calibration or path.is_file()):  # one that is named must exist
         known = calibration_file.read(path)
+    if options.picture is not None:
+        picture.check(options.picture)
     values = recipe_plan.plan(plan, options, known, options.ranks or launch.default_ranks())
-    return values, render.recipe_text(values)
+    text = render.recipe_text(values)
+    if options.picture is not None:
+        text += "\n\n" + _draw_engines(values, options.picture)
+    return values, text
+
+
+def _draw_engines(values: dict[str, Any], image: Path) -> str:
+    drawn = next(iter(engines.of_plan(values["stages"])), None)
+    if drawn is None:
+        remedy = "Give --measured RUN or --on, and a recipe with RL in it."
+        raise UserError("--picture", str(image), "nothing is known of engines of this recipe", remedy)
+    picture.draw_engines(drawn[1], f"{values['recipe']}, {drawn[0]}: engines and trainer", image)
+    values["picture"] = str(image)
+    return f"Picture: {image}"
 
 
 def measure(rank: int, ranks: int, threads: int, path: Path) -> None:

@@ -39,7 +39,12 @@ class PlanOptions(Options):
     micro_rows: Annotated[int, typer.Option(help="Sequences per micro-batch.")] = 1
     skew: Annotated[float, typer.Option(help="Zipf exponent of how popular experts are.")] = 0.0
     assume: Annotated[tuple[str, ...], typer.Option(metavar="NAME=VALUE", help="Another assumption; repeatable.")] = ()
-    picture: Annotated[Path | None, typer.Option(help="Draw the pipeline's schedule to this file.")] = None
+    measured: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="A run whose RL says how fast engines and trainer are.")
+    ] = None
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the pipeline's schedule, or trainer and engines in turn, to this file.")
+    ] = None
     settings: Settings = ()
     ranks: Annotated[int, typer.Option(help="Processes on this machine; 0 means one per core.")] = 0
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure this machine first, in about a minute.")] = (

@@ -1,8 +1,10 @@
-"""A pipeline schedule as a Gantt picture: one row per rank, time to the right."""
+"""Gantt pictures, time to the right: a pipeline's schedule with one row per rank; a trainer, and the engines that generate for it."""
 
 from pathlib import Path
+from typing import Any
 
 from finback.config import UserError
+from finback.planner.engines import SHOWN, overlapped
 from finback.planner.simulate import Timeline
 
 # one colour for each kind of work, of distinct lightness too; overlapped pairs show both, one above the other
@@ -64,5 +66,30 @@ def draw(timeline: Timeline, title: str, path: Path) -> None:
     axes.set_ylim(ranks - 0.4, -0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10, pad=24)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_engines(found: dict[str, Any], title: str, path: Path) -> None:
+    """Write the picture of a stage of RL, as `engines.planned` has it: in turn, with the engines that it wants, and with its own."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    best, given, asked = found["wanted"], found.get("given"), found["max_staleness"]
+    ways = [("in turn", best, 0), (f"max_staleness={max(1, asked)}", best, max(1, asked))]
+    ways += [(f"the recipe's, max_staleness={asked}", given, asked)] if given else []
+    figure, rows = plt.subplots(len(ways), 1, figsize=(11, 1.5 * len(ways) + 0.6), sharex=True, layout="constrained")
+    for axes, (name, way, staleness) in zip(rows, ways, strict=True):
+        steps = overlapped(way["generating"], found["learning"], staleness, SHOWN)
+        colours = [COLOURS["F"], COLOURS["W"]] * (SHOWN // 2)
+        axes.broken_barh([(s.asked, s.answered - s.asked) for s in steps], (-0.4, 0.8), facecolors=colours)
+        axes.broken_barh([(s.begun, s.learnt - s.begun) for s in steps], (0.6, 0.8), facecolors=colours)
+        axes.set(yticks=(0, 1), yticklabels=(f"{way['engines']:.0f} engines", "trainer"), ylim=(1.6, -0.6))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(name, fontsize=9, loc="left")
+    rows[-1].set(xlabel=f"seconds; {SHOWN} steps", xlim=(0, None))
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -12,8 +12,18 @@ from typing import Any
 from finback.config import UserError
 from finback.model.config import V3, ModelConfig
 from finback.model.count import forward_flops, parameters, training_flops
-from finback.planner import calibration_file, cluster, cost, hardware, remarks, this_machine, tuning, tuning_time
-from finback.planner.hardware import Site
+from finback.planner import (
+    calibration_file,
+    cluster,
+    cost,
+    engines,
+    hardware,
+    remarks,
+    this_machine,
+    tuning,
+    tuning_time,
+)
+from finback.planner.hardware import Machine, Site
 from finback.planner.options import PlanOptions
 from finback.planner.planned_stage import PlannedStage, planned_stages
 from finback.planner.this_machine import Shape
@@ -24,6 +34,7 @@ from finback.runs.recipe import Recipe, config_json
 
 ROUGH = "rough"
 Calibrated = dict[str, Any]
+Met = dict[str, engines.MeasuredStep]
 
 
 def plan(recipe: Recipe, options: PlanOptions, calibration: Calibrated | None, ranks: int) -> dict[str, Any]:
@@ -42,6 +53,9 @@ def plan_configs(
         stages = {stage.name: _on_hardware(stage, site, options) for stage in planned}
     else:
         stages = {stage.name: _here(stage, options, known, ranks) for stage in planned}
+    met = engines.measured(options.measured) if options.measured is not None else {}
+    for stage in planned:
+        _add_engines(stages[stage.name], stage, None if site is None else site.machine, met)
     notes = [] if known is None else calibration_file.doubts(known)
     if known is None and not options.on:
         notes = ["not calibrated: run `finback plan --calibrate` once, and times are known"]
@@ -61,6 +75,15 @@ def plan_configs(
         "basis": None if options.on else basis,
         **({} if site is None else _origins(stages, site)),
     }
+
+
+def _add_engines(values: dict[str, Any], stage: PlannedStage, machine: Machine | None, met: Met) -> None:
+    """Say of a stage of RL how many engines it wants; its learning takes the training's share of its FLOPs."""
+    flops, seconds, model = values["flops"], values.get("seconds"), stage.model
+    learning = seconds * _trained(stage, model) / flops if seconds and flops and model is not None else None
+    if found := engines.planned(stage, learning, machine, met):
+        values["engines"] = found
+        values["notes"] = [*values.get("notes", ()), engines.text(found)]
 
 
 def _notes(stages: dict[str, Any]) -> list[str]:
