@@ -15,6 +15,7 @@ from finback.rollouts.fleet import Fleet
 from finback.runs.declaration import DECLARATION
 from finback.runs.recipe import Recipe, config_json
 from finback.stages.grpo import GRPO
+from finback.stages.prepare import Prepare, TaskText
 from finback.stages.pretrain import Pretrain
 from finback.tasks.math import Chains
 from tests.toy import CONFIG
@@ -53,16 +54,17 @@ def test_engines_by_hand() -> None:
 
 def recipe(**knobs: Any) -> Recipe:
     task: dict[str, Any] = {"start": "base", "task": Chains(2, 3), "steps": 10}
-    return Recipe(
-        "r", (Pretrain(name="base", data="d", model=CONFIG, mixture={"d": 1.0}), GRPO(name="zero", **task | knobs))
-    )
+    text = TaskText(name="sums", tasks=(Chains(2, 3),), documents=9)
+    prepare = Prepare(name="d", tasks=(text,), vocab_size=320)
+    base = Pretrain(name="base", data="d", model=CONFIG, mixture={"sums": 1.0})
+    return Recipe("r", (prepare, base, GRPO(name="zero", **task | knobs)))
 
 
 def ran(root: Path, **rollouts: Any) -> Path:
     """A run whose steps made 6,000 tokens in 4 s by two engines, and learnt from them for 3 s."""
     folder = root / "run" / "zero"
     folder.mkdir(parents=True)
-    stage = recipe(**rollouts).stages[1]
+    stage = recipe(**rollouts).stages[2]
     (folder / "config.json").write_text(json.dumps(config_json(stage)))
     row = {"generating_seconds": 4.0, "generated_per_second": 1500.0, "update_seconds": 3.0}
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": s, **row}) + "\n" for s in range(1, 4)))
@@ -104,4 +106,4 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
         engines.measured(tmp_path)
     with pytest.raises(UserError, match=r"--picture = .*nothing is known of engines"):
         command.recipe(recipe(), PlanOptions(picture=tmp_path / "p.png"), tmp_path / "none")
-    assert DECLARATION in config_json(recipe().stages[1])
+    assert DECLARATION in config_json(recipe().stages[2])
