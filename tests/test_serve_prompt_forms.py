@@ -1,5 +1,6 @@
 """V4's prompts and calls over the wire: the chain of a turn that called comes back in the next request, in all three forms."""
 
+import copy
 import json
 from typing import Any
 
@@ -22,7 +23,7 @@ USER_SAYS = {"role": "user", "content": "q"}
 
 
 def words(form: str) -> Tokenizer:
-    found = small_tokenizer()
+    found = copy.copy(small_tokenizer())  # which others have too
     found.form = form
     return found
 

@@ -1,16 +1,21 @@
 """Calls that a request demands: a model of random weights makes them, in every form, and nothing else."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
+from finback.data.prompt_forms import FORMS
 from finback.data.tokenizer import THINK, Tokenizer
+from finback.data.tools import ToolCall
 from finback.serve.parser import Parser
+from finback.serve.protocol import ChatRequest
 from finback.serve.tool_calls import ToolForm
-from finback.serve.tool_choice import form_of
+from finback.serve.tool_choice import form_of, tool_grammar
 from tests.serving import CHAT, HELLO, Scripted, served, small_tokenizer, streamed, summed
 from tests.test_messages import END_CALL, QWEN3, R1, TOOL_MARKS, V31
 
@@ -79,6 +84,59 @@ def checked(choice: dict[str, Any]) -> list[str]:
             assert arguments["at"] in ("sea", ODD)
     assert len({call["id"] for call in choice["message"]["tool_calls"]}) == len(calls) > 0
     return [call["name"] for call in calls]
+
+
+WRITTEN = {"v3.2": ToolForm.V32, "v4": ToolForm.V4, "v4-april": ToolForm.V4, "v4.1": ToolForm.V41}
+SAIL = {
+    "type": "object",
+    "required": ["to", "days"],
+    "properties": {
+        "to": {"type": "string", "description": "where"},
+        "days": {"$ref": "#/$defs/days"},
+        "rig": {"enum": ["sloop", "ketch"]},
+        "crew": {"type": "array", "items": {"type": "string"}},
+    },
+    "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_demanded_calls_in_dsml_are_as_the_form_writes_them(form: str) -> None:
+    """What fits the schemas is taken, read back as it was, and what does not fit is not; `now` takes nothing, `any` all."""
+    own = copy.copy(small_tokenizer())  # which others have too
+    own.form = form
+    functions = [("sail", SAIL), ("now", None), ("any", {"type": "object"})]
+    tools = [{"type": "function", "function": {"name": n, "parameters": p} if p else {"name": n}} for n, p in functions]
+    asked = ChatRequest.model_validate(HELLO | {"tools": tools, "tool_choice": "required"})
+    found = tool_grammar(asked, own, True, None)
+    assert found.form is WRITTEN[form] and found.grammar is not None
+    byte = LLTokenizer("byte")
+
+    def taken(*calls: tuple[str, dict[str, Any]]) -> bool:
+        made = [ToolCall(name, json.dumps(arguments, ensure_ascii=False)) for name, arguments in calls]
+        text = "".join(FORMS[form].calls(made))
+        matcher = LLMatcher(byte, found.grammar, log_level=0)
+        ids = byte.tokenize_str(text)
+        fits = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+        if fits:
+            parser = Parser(False, True, found.form, constrained=True)
+            parser.push(text)
+            parser.end()
+            assert [(c.name, json.loads(c.arguments)) for c in parser.calls] == list(calls)
+        return fits
+
+    sail = {"to": '</ｐ>\nthe "sea" <｜DSM', "days": 3}
+    assert taken(("sail", sail)) and taken(
+        ("sail", {**sail, "rig": "ketch", "crew": ["é", "b"]}), ("now", {}), ("sail", sail)
+    )
+    assert taken(("any", {})) and taken(("any", {"a": 1, "b": "c", "d": [{"e": None}]}))
+    assert not taken(("sail", {"to": "sea"})) and not taken(("sail", {**sail, "days": 10}))
+    assert not taken(("sail", {**sail, "rig": "brig"})) and not taken(("sail", {"days": 3, "to": "sea"}))
+    assert not taken(("now", {"a": 1})) and not taken(("then", {})) and not taken()
+    exotic = {"anyOf": [{"type": "object", "required": ["a"]}, {"type": "object", "required": ["b"]}]}
+    tools[0]["function"]["parameters"] = exotic
+    asked = ChatRequest.model_validate(HELLO | {"tools": tools, "tool_choice": "required"})
+    assert tool_grammar(asked, own, True, None).form is ToolForm.V31
 
 
 @pytest.mark.parametrize("name", MODELS)

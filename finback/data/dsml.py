@@ -62,6 +62,9 @@ def schema_lines(tools: Sequence[Tool]) -> str:
     )
 
 
+V32, V4, V41 = DsmlForm("function_calls"), DsmlForm("tool_calls", blank=""), DsmlForm(" calls", " ")
+
+
 def reply_section(schema: Mapping[str, Any] | None) -> list[str]:
     """The section of the system text on the schema that the answer follows."""
     if schema is None:

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from finback.data.dsml import DsmlForm, marked, reply_section, schema_lines
+from finback.data.dsml import V32, marked, reply_section, schema_lines
 from finback.data.prompt_form import PromptForm, PromptOptions, chain_mark, last_asked, system_text
 from finback.data.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER
 from finback.data.tools import (
@@ -152,10 +152,9 @@ class V32Form(PromptForm):
     """
 
     has_developer = True
-    dsml: ClassVar[DsmlForm] = DsmlForm("function_calls")
 
     def calls(self, calls: Sequence[ToolCall]) -> list[str]:
-        return self.dsml.calls(calls)
+        return V32.calls(calls)
 
     def prompt(self, messages: Sequence[Message], options: PromptOptions) -> list[str]:
         think = self.mode(options)

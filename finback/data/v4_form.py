@@ -7,9 +7,9 @@ long to think is told in words, which changed in July 2026: what had been the ef
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
-from finback.data.dsml import DsmlForm, marked, reply_section, schema_lines
+from finback.data.dsml import V4, V41, DsmlForm, marked, reply_section, schema_lines
 from finback.data.prompt_form import PromptForm, PromptOptions, chain_mark, system_text
 from finback.data.tokenizer import ASSISTANT, BOS, USER, SpecialToken
 from finback.data.tools import ToolCall
@@ -84,10 +84,10 @@ class V4Form(PromptForm):
     thinks = True
     has_efforts = True
     has_developer = True
+    dsml: ClassVar[DsmlForm] = V4
 
     def __init__(self, efforts: Efforts = Efforts("", MAXIMUM, BEYOND)) -> None:
         self.efforts = efforts
-        self.dsml = DsmlForm("tool_calls", blank="")
 
     def calls(self, calls: Sequence[ToolCall]) -> list[str]:
         return self.dsml.calls(calls)
@@ -129,9 +129,10 @@ class V4Form(PromptForm):
 class V41Form(V4Form):
     """V4.1's: the system's turns have a mark and stand where they were said, and an effort is a number."""
 
+    dsml = V41
+
     def __init__(self) -> None:
         super().__init__(Efforts(OF_100.format(50), OF_100.format(75), OF_100.format(100)))
-        self.dsml = DsmlForm(" calls", " ")
 
     def system(self, messages: Sequence[Message]) -> tuple[str, list[Message]]:
         turns = [m for m in messages if m.role != "system" or m.content]

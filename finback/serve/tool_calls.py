@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from finback.data import dsml
 from finback.data.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from finback.serve import tool_markup
 from finback.serve.deltas import DeltaCollector
@@ -52,16 +53,19 @@ OPENERS = (CALLS_BEGIN, QWEN_BEGIN, KIMI.calls, *DSML_OPENERS, FUNCTION, PYTHON_
 
 
 class ToolForm(StrEnum):
-    """How calls are written; V3 and V3.1 begin alike and are distinguished by each call's head."""
+    """How calls are written; V3 and V3.1 begin alike and are distinguished by each call's head, DSML's by how they begin."""
 
     V3 = "v3"
     V31 = "v3.1"
     QWEN = "qwen"
+    V32 = dsml.V32.opener
+    V4 = dsml.V4.opener
+    V41 = dsml.V41.opener
 
     @property
     def opener(self) -> str:
         """What the first call begins with."""
-        return QWEN_BEGIN if self is ToolForm.QWEN else CALLS_BEGIN
+        return {ToolForm.QWEN: QWEN_BEGIN, ToolForm.V3: CALLS_BEGIN, ToolForm.V31: CALLS_BEGIN}.get(self, self.value)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Marks are tokens where the vocabulary has them. The arguments follow the functio
 parts is limited, since a model that does not want to call may go on with it for ever.
 """
 
+import itertools
 import json
 import re
 from typing import Any
@@ -13,11 +14,12 @@ from finback.config import did_you_mean
 from finback.data.prompt_forms import call_example
 from finback.data.tokenizer import Tokenizer
 from finback.data.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
+from finback.serve import dsml_choice
 from finback.serve.answer_grammar import AnswerGrammar, readable
 from finback.serve.errors import bad
 from finback.serve.protocol import ChatRequest, FunctionParam, NamedToolParam, small
 from finback.serve.tool_calls import ToolForm
-from finback.serve.tool_markup import QWEN_BEGIN, QWEN_END
+from finback.serve.tool_markup import DSML_FORMS, QWEN_BEGIN, QWEN_END
 
 # what stands before all calls, between two, and behind all; and how one is written
 AROUND = {
@@ -45,6 +47,8 @@ def tool_grammar(
     functions = [(function.name, schemas[param]) for param, function in params.items()]
     several = request.tool_choice in ("required", "auto", None) and request.parallel_tool_calls is not False
     form = form_of(tokenizer)
+    if form in DSML_FORMS and not all(dsml_choice.is_plain(json.loads(schema)) for _, schema in functions):
+        form = ToolForm.V31  # which writes the arguments as one JSON object
     grammar = _grammar(form, functions, several, tokenizer, None if is_demanded else answer)
     if answer is None or is_demanded:
         return AnswerGrammar("tools", grammar=grammar, schemas=schemas, form=form)
@@ -55,6 +59,8 @@ def tool_grammar(
 def form_of(tokenizer: Tokenizer) -> ToolForm:
     """The form of the model's calls, by its template; where that shows none that we read, by its vocabulary."""
     shown = call_example(tokenizer)
+    if written := next((opener for opener in DSML_FORMS if opener in shown), None):
+        return ToolForm(written)
     if SEPARATOR in shown:
         return ToolForm.V3 if f"function{SEPARATOR}" in shown else ToolForm.V31
     return ToolForm.V31 if QWEN_BEGIN not in shown and _token(SEPARATOR, tokenizer) else ToolForm.QWEN
@@ -99,18 +105,27 @@ def _grammar(
     form: ToolForm, functions: list[tuple[str, str]], several: bool, tokenizer: Tokenizer, answer: AnswerGrammar | None
 ) -> str:
     """Lark: the newlines that may follow a chain, then one call or more of functions with their schemas, or the answer."""
-    before, between, after = (_terms(text, tokenizer) for text in AROUND[form])
+    written = DSML_FORMS.get(form)
+    around = AROUND[form] if written is None else (f"\n\n{written.opener}\n", "", written.closer)
+    before, between, after = (_terms(text, tokenizer) for text in around)
     calls = f"{before} call ({between} call)* {after}" if several else f"{before} call {after}"
-    head, tail = CALL[form].split("ARGUMENTS")
-    rules = [
-        f"f{i}: {_terms(head.replace('NAME', name), tokenizer)} %json {schema} {_terms(tail, tokenizer)}"
-        for i, (name, schema) in enumerate(functions)
-    ]
+    if written is None:
+        rules = [_call(form, i, name, schema, tokenizer) for i, (name, schema) in enumerate(functions)]
+    else:
+        each = (dsml_choice.rules(written, i, name, json.loads(s)) for i, (name, s) in enumerate(functions))
+        rules = [*itertools.chain(*each), dsml_choice.text_rule(written)]
     if answer is not None:
         calls = f"({calls} | answer)"
         rules.append(f"answer: %json {answer.schema}")
     choice = " | ".join(f"f{i}" for i in range(len(functions)))
-    return "\n".join([f'start: "\\n"? "\\n"? {calls}', f"call: {choice}", *rules])
+    blank = "" if written else '"\\n"? "\\n"? '
+    return "\n".join([f"start: {blank}{calls}", f"call: {choice}", *rules])
+
+
+def _call(form: ToolForm, number: int, name: str, schema: str, tokenizer: Tokenizer) -> str:
+    """The rule of one function whose arguments are one JSON object."""
+    head, tail = CALL[form].split("ARGUMENTS")
+    return f"f{number}: {_terms(head.replace('NAME', name), tokenizer)} %json {schema} {_terms(tail, tokenizer)}"
 
 
 def _terms(text: str, tokenizer: Tokenizer) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from finback.data import dsml
 from finback.serve.deltas import DeltaCollector
 from finback.serve.incremental import IncrementalReader, Wait
 
@@ -14,9 +15,10 @@ FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 KEY, KEY_END = "<arg_key>", "</arg_key>"
 VALUE, VALUE_END = "<arg_value>", "</arg_value>"
-DSML = "<｜DSML｜"
+DSML = f"<{dsml.DSML}"
 INVOKE = f"{DSML}invoke"
-DSML_OPENERS = (INVOKE, *(f"{DSML}{name}>" for name in ("function_calls", "tool_calls", "toolcalls", "tool", " calls")))
+DSML_FORMS = {form.opener: form for form in (dsml.V32, dsml.V4, dsml.V41)}
+DSML_OPENERS = (INVOKE, *DSML_FORMS, f"{DSML}toolcalls>", f"{DSML}tool>")  # the last two are V4's slips
 _NAME = re.compile(r"[\w.:-]{1,128}")
 _ATTRIBUTE = re.compile(r'([a-z]+)="([^"]*)"')
 
