@@ -1,11 +1,14 @@
 """Pictures of the page for the documentation: docs/screens/*.png, from a model and runs that are on this machine.
 
-    python scripts/screenshots.py MODEL RUNS [--run NAME] [--out docs/screens] [--chromium PATH]
+    python scripts/screenshots.py MODEL RUNS [--run NAME] [--out docs/screens] [--parts PART ...] [--all] [--chromium PATH]
 
-MODEL is a stage of a run that has learned to think, such as runs/r1/r1; RUNS holds the run folders.
+MODEL is a stage of a run that has learned to think, such as runs/r1/r1; RUNS holds the run folders. `languages` shows the chats of
+languages.json; fonts for their scripts must be installed (Debian: fonts-noto-core and fonts-noto-cjk). Without --all of these only
+the pictures are taken that the documentation has.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -19,11 +22,24 @@ from urllib.error import URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
+TABLET: dict[str, Any] = {"viewport": {"width": 834, "height": 1112}, "has_touch": True}
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+DEVICES = (("desktop", DESKTOP), ("tablet", TABLET), ("phone", PHONE))
+LANGUAGES: dict[str, dict[str, str]] = json.loads(
+    Path(__file__).with_name("languages.json").read_text(encoding="utf-8")
+)
+SHOWN = (
+    "ar-phone-dark",
+    "zh-desktop-light",
+    "ja-tablet-light",
+    "hi-phone-light",
+    "de-tablet-dark",
+)  # in the documentation
 QUESTIONS = ("8-3+5+4-6=?", "5+9-4+7=?")
+PARTS = ("languages", "chat", "runs")
 STAGES = "zero,dev2,r1"  # shown in the curves where the run has them
 
 
@@ -105,8 +121,47 @@ def runs_page(page: Page, address: str, run: str, name: str, out: Path) -> None:
         changed.click()
     page.click("text=Follow this prompt")
     page.locator(".stop").first.wait_for()
+    page.select_option(".follow select", "before")
     page.wait_for_timeout(300)
     page.screenshot(path=out / f"follow-{name}.png")
+
+
+def exported(said: dict[str, str]) -> dict[str, Any]:
+    """A file of one chat, as the page exports it."""
+    question = {"id": "q", "parent": "root", "role": "user", "content": said["question"], "at": 1, "state": "done"}
+    answer = question | {"id": "a", "parent": "q", "role": "assistant", "content": said["answer"], "at": 2}
+    nodes = {"q": question, "a": answer | {"reasoning": said["thinking"]}}
+    about = {"id": "shown", "title": said["title"], "namedAt": 1, "created": 1, "updated": 2}
+    chat = about | {"settings": {"system": ""}, "nodes": nodes, "chosen": {}}
+    return {"format": "finback-chats", "version": 1, "ai_generated": True, "notice": "", "chats": [chat]}
+
+
+def languages(browser: Browser, address: str, out: Path, everything: bool) -> None:
+    """One chat in each language, at each size, light and dark, as far as they are wanted."""
+    for language, said in LANGUAGES.items():
+        known = subprocess.run(["fc-list", f":lang={language}", "family"], capture_output=True, text=True, check=True)
+        if not known.stdout.strip():
+            raise SystemExit(f"no font for {language}: apt-get install fonts-noto-core fonts-noto-cjk")
+        content = json.dumps(exported(said)).encode()
+        for device, options in DEVICES:
+            for scheme in ("light", "dark"):
+                name = f"{language}-{device}-{scheme}"
+                if not everything and name not in SHOWN:
+                    continue
+                context = browser.new_context(color_scheme=scheme, locale=language, **options)
+                page = context.new_page()
+                page.goto(address)
+                page.locator("#say:not([disabled])").wait_for()
+                file = {"name": "chats.json", "mimeType": "application/json", "buffer": content}
+                page.set_input_files("input[type=file]", file)
+                page.locator(".assistant math").first.wait_for()
+                page.evaluate("document.fonts.ready")
+                page.wait_for_timeout(500)
+                page.locator(".summary").click()
+                page.locator(".thread").evaluate("box => box.scrollTo(0, 0)")
+                page.wait_for_timeout(200)
+                page.screenshot(path=out / f"chat-{name}.png")
+                context.close()
 
 
 def main() -> None:
@@ -116,20 +171,25 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--run", default="", help="the run that is shown; the latest if none is named")
     parser.add_argument("--out", type=Path, default=Path("docs/screens"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--all", action="store_true", help="every size and theme of the languages")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--chromium", default=os.environ.get("FINBACK_CHROMIUM") or shutil.which("chromium"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     with served(given.model, given.runs, given.port) as address, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=given.chromium, args=["--no-sandbox"])
-        for device, options in (("desktop", DESKTOP), ("phone", PHONE)):
+        if "languages" in given.parts:
+            languages(browser, address, given.out, given.all)
+        for device, options in DEVICES[::2]:
             for scheme in ("light", "dark"):
                 context = browser.new_context(
                     color_scheme=scheme, device_scale_factor=2 if device == "phone" else 1, **options
                 )
                 page = context.new_page()
-                chat(page, address, f"{device}-{scheme}", given.out)
-                if scheme == "light" or device == "desktop":
+                if "chat" in given.parts:
+                    chat(page, address, f"{device}-{scheme}", given.out)
+                if "runs" in given.parts and (scheme == "light" or device == "desktop"):
                     runs_page(page, address, given.run, f"{device}-{scheme}", given.out)
                 context.close()
         browser.close()

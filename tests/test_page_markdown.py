@@ -234,6 +234,8 @@ WORLD: list[tuple[str, str, list[str]]] = [
     ("~~旧：~~新 ~~old~~", "del", ["旧：", "old"]),
     ("见 https://a.b/c?d=e，然后（https://f.g/h）。", "a", ["https://a.b/c?d=e", "https://f.g/h"]),
     ("https://a.b/百科/条目。https://c.d/e.", "a", ["https://a.b/百科/条目", "https://c.d/e"]),
+    ("انظر https://a.b/c، ثم https://d.e/f؟", "a", ["https://a.b/c", "https://d.e/f"]),
+    ("देखें https://a.b/c।", "a", ["https://a.b/c"]),
     ("H<sub>2</sub>O and x<SUP>2</SUP>", "sub, sup", ["2", "2"]),
     ("<sub onclick=x>no</sub> <div>no</div>", "sub, div > div > div", []),
     ("one<br>two<br/>three", "br", ["", ""]),
@@ -242,7 +244,7 @@ WORLD: list[tuple[str, str, list[str]]] = [
     ("$$\na\n\n+ b\n$$\nand\n\\[\nc\n\n\\]", ".math:not(.wrong) > math", ["", ""]),
     ("$$ is the PID.\n\nMore words.\n\n$$ again.", ".math", []),
 ]
-DIRECTIONS = "المسافة 3 كم\n\n- أول\n- second\n\nEnglish مع\n\n```\ncode\n```"
+DIRECTIONS = "المسافة 3 كم\n\n- أول\n- second\n\nEnglish مع\n\n```\ncode\n```\n\n| من | كم |\n|---|---|\n| أ | 2 |"
 TALL = "$$\\left(\\begin{matrix}a\\\\b\\\\c\\\\d\\\\e\\end{matrix}\\right] \\left\\{\\sqrt{\\frac{\\frac{1}{2}}{\\frac{3}{4}}}\\right\\rangle$$"
 # whether the font of the page has come, and how high the signs around the matrix are beside it
 GROWN_SIGNS = """async (box) => {
@@ -278,7 +280,7 @@ def test_mathematics_money_and_texts_of_the_world(opened: Opened) -> None:
         sides = answers.last.locator(".prose > div > *").evaluate_all(
             "all => all.map(e => [e.tagName, getComputedStyle(e).direction])"
         )
-        assert sides == [["P", "rtl"], ["UL", "rtl"], ["P", "ltr"], ["DIV", "ltr"]]
+        assert sides == [["P", "rtl"], ["UL", "rtl"], ["P", "ltr"], ["DIV", "ltr"], ["DIV", "rtl"]]
         page.fill("#say", "שלום")
         assert page.evaluate("getComputedStyle(document.getElementById('say')).direction") == "rtl"
         composing(page)

@@ -87,7 +87,10 @@ FORMS = {
     "GLM-4.5": GLM,
     "GLM-4.7": GLM.replace(">\n<", "><").replace("place\n", "place").replace("now\n", "now"),
     "Kimi K2": KIMI,
+    "Qwen3-Coder, torn": CODER.replace("\n</function>", ""),
     "Llama 3.1": LLAMA,
+    "Llama 3.1, by lines": LLAMA.replace("; ", "\n"),
+    "a function's JSON": f"<function=place>{CALLED[0][1]}</function>\n<function=now>{{}}</function>",
     "Llama 3.1, marked": "<|python_tag|>" + LLAMA,
     "Hermes, with parameters": HERMES,
     "DeepSeek V3.2": dsml("function_calls"),
@@ -137,6 +140,7 @@ HARMONY = (
     ("text", "said"),
     [
         (HARMONY, ("4+5=9", "I ask.", [("add", '{"a": 4}')])),
+        (HARMONY.replace("commentary to", "analysis to"), ("4+5=9", "I ask.", [("add", '{"a": 4}')])),
         ("<|channel|>final<|message|>It is 9.<|return|>", ("", "It is 9.", [])),
         ("<|start|>assistant to=functions.now<|channel|>commentary<|message|><|call|>", ("", "", [("now", "{}")])),
         ("<|channel|>analysis<|message|>4+5", ("4+5", "", [])),

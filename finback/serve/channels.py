@@ -25,9 +25,11 @@ def read(reader: IncrementalReader, sink: DeltaCollector, tools: bool) -> Wait[N
             return  # a head that breaks off says nothing
         channel = re.match(r"\s*(\w*)", head.rpartition(CHANNEL)[2])
         kind, recipient = channel[1] if channel else "", _RECIPIENT.search(head)
-        if recipient and tools:
+        is_call = bool(recipient and tools)
+        if recipient and is_call:
             sink.call(recipient[1])
-        answered = yield from _message(reader, sink, answered, kind == "analysis", bool(recipient and tools))
+        is_chain = kind == "analysis" and not is_call  # calls are made there too
+        answered = yield from _message(reader, sink, answered, is_chain, is_call)
 
 
 def _message(

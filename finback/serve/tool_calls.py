@@ -197,7 +197,7 @@ class CallReader:
 
 
 def bare_calls(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[str, Any]) -> Wait[bool]:
-    """Read the objects of Llama 3.1, {"name": …, "parameters": …} joined by ";", and whether there is one.
+    """Read the objects of Llama 3.1, {"name": …, "parameters": …} joined by ";" or each on its line, and whether there is one.
 
     Anything else is left unread: such an object has to name a function that is known. The reader has a mark.
     """
@@ -218,8 +218,8 @@ def _bare_call(reader: IncrementalReader, schemas: Mapping[str, Any], follows: b
     """The name and the arguments of one object, read to its end; None as soon as it cannot be a call."""
     if not schemas:
         return None
-    yield from reader.blank()
-    if follows and not (yield from reader.match((";",))):
+    gap = yield from reader.blank()
+    if follows and not (yield from reader.match((";",))) and "\n" not in gap:
         return None
     yield from reader.blank()
     name, arguments, mark = "", _NOTHING, "{"

@@ -9,6 +9,7 @@ from typing import Any
 from finback.data import dsml
 from finback.serve.deltas import DeltaCollector
 from finback.serve.incremental import IncrementalReader, Wait
+from finback.serve.json_reader import read_value
 
 QWEN_BEGIN, QWEN_END = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
@@ -47,12 +48,18 @@ def tagged(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[str
 
 
 def _function(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[str, Any]) -> Wait[bool]:
-    """Qwen3-Coder's NAME> <parameter=KEY> VALUE </parameter> … </function>."""
+    """Qwen3-Coder's NAME> <parameter=KEY> VALUE </parameter> … </function>, or Llama 3.1's NAME> JSON </function>."""
     name = yield from reader.before((">", "<", "\n"))
     if not _NAME.fullmatch(name.strip()) or not (yield from reader.match((">",))):
         return False
     sink.call(name.strip())
     arguments = Arguments(sink, schemas.get(name.strip()))
+    yield from reader.blank()
+    if (yield from reader.peek()) == "{":
+        if (yield from read_value(reader, sink.arguments, (FUNCTION_END,))):
+            sink.end_call()
+        yield from _closing(reader, FUNCTION_END)
+        return True
     while True:
         yield from reader.blank()
         if not (yield from reader.match((PARAMETER,))):
@@ -63,8 +70,11 @@ def _function(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[
         if not (yield from reader.match((PARAMETER_END,))) and (yield from reader.is_over()):
             break
         arguments.add(key.strip(), _trimmed(value))
-    if (yield from reader.match((FUNCTION_END,))):
+    end = yield from reader.match((FUNCTION_END, QWEN_END))
+    if end:
         arguments.close()
+    if end == QWEN_END:  # the end of the function is missing
+        reader.back(len(end))
     return True
 
 

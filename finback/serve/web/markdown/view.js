@@ -122,6 +122,8 @@ function frameCode(pre) {
 
 function frameTable(table) {
   const box = element("div", "scroll");
+  box.dir = "auto"; // or a table that is read from the right would stand at the left
+  table.removeAttribute("dir"); // what has one of its own does not count
   table.replaceWith(box);
   makeReachable(box, "Table");
   box.append(table);

@@ -26,7 +26,7 @@ const RULES = {
   punctuation: new RegExp(`^((?![*_])(?:\\s|${PC}))`, "u"),
 };
 
-const LINK_END = /(?=[\u3000-\u303f\ufe10-\ufe4f\uff00-\uffef])[\p{P}\p{S}\p{Z}]|[“”‘’…—]/u;
+const LINK_END = /(?=[\u3000-\u303f\ufe10-\ufe4f\uff00-\uffef])[\p{P}\p{S}\p{Z}]|[“”‘’…—،؛؟۔।॥]/u; // Arabic's and Devanagari's too
 // two tildes: one stands for "to" in CJK, as in 3~5
 const GONE = /^~~(?=[^\s~])((?:\\[\s\S]|[^\\])*?(?:\\[\s\S]|[^\s~\\]))~~(?=[^~]|$)/;
 const BREAK = /^<br\s*\/?>/i;
