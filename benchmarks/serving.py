@@ -1,11 +1,12 @@
 """Generation against transformers and llama.cpp, in one run: tokens per second and time to first token at 1, 8, 32 rows.
 
-    python benchmarks/serving.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf [--llama PYTHON] [--rounds 3]
+    python benchmarks/serving.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf [--llama PYTHON] [--large] [--rounds 3] [--minutes 9]
 
-(a) SmolLM2-135M in the same precision: finback, transformers' generate and llama.cpp (from the Python that --llama names,
-which has llama-cpp-python); (b) a V3-style mixture of experts of 115 M parameters against transformers; (c) the share of
-the memory bandwidth measured in the same rounds that finback reaches at one row. Contestants take turns; ratios are
-formed within a round.
+(a) SmolLM2-135M from GGUF files (the one that is named, and Q8_0 and Q4_K_M written here; with --large also Q4_0 and Q8_0 of a model of
+1.5 B random parameters), each as it is: finback and llama.cpp (from the Python that --llama names, which has xllamacpp); (b)
+the same model in the same precision: finback and transformers' generate; (c) a V3-style mixture of experts of 115 M
+parameters against transformers; (d) the share of the memory bandwidth measured in the same rounds that finback reaches at
+one row. Contestants take turns; ratios are formed within a round. No round begins when the minutes are over.
 """
 
 import argparse
@@ -78,8 +79,8 @@ def bandwidth() -> float:
     return block.numel() * 4 / best
 
 
-def race(group: list[Process], options: argparse.Namespace) -> list[float]:
-    """All rounds of one group; the bandwidths seen meanwhile."""
+def race(group: list[Process], options: argparse.Namespace, until: float) -> list[float]:
+    """All rounds of one group, as far as there is time for them, but one at least; the bandwidths seen meanwhile."""
     for process in list(group):
         try:
             process.hear()
@@ -90,6 +91,8 @@ def race(group: list[Process], options: argparse.Namespace) -> list[float]:
             group.remove(process)
     seen = []
     for turn in range(options.rounds):
+        if turn and time.monotonic() > until:
+            break
         seen.append(bandwidth())
         for rows in ROWS:
             for process in group if turn % 2 == 0 else reversed(group):
@@ -140,7 +143,9 @@ def summary(group: list[Process], new: int, failed: list[str]) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct as a GGUF file")
-    parser.add_argument("--llama", help="a Python that has llama-cpp-python")
+    parser.add_argument("--llama", help="a Python that has xllamacpp")
+    parser.add_argument("--large", action="store_true", help="files of 1.5 B random parameters too")
+    parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
@@ -148,16 +153,19 @@ def main() -> None:
     options = parser.parse_args()
     settings = {"rounds": options.rounds, "prompt_tokens": options.prompt, "new_tokens": options.new, "threads": CORES}
     results = header("serving", settings)
+    began, length = time.monotonic(), 60 * options.minutes
     with tempfile.TemporaryDirectory() as scratch:
+        if options.gguf and options.llama:
+            results["gguf"] = files(options, Path(scratch), began + 0.6 * length)
         if options.gguf:
-            results["smollm2"] = smollm2(options, Path(scratch))
+            results["smollm2"] = smollm2(options, Path(scratch), began + 0.8 * length)
         group = [
             Process(sys.executable, kind, "moe", setting)
             for setting in ("bf16", "fp32")
             for kind in ("finback", "transformers")
         ]
         asked = [p.name for p in group]
-        race(group, options)
+        race(group, options, began + length)
         results["v3_style_moe"] = summary(group, options.new, _missing(asked, group))
     write(results, options.out)
 
@@ -167,17 +175,51 @@ def _missing(asked: list[str], group: list[Process]) -> list[str]:
     return [name for name in asked if name not in [p.name for p in group]]
 
 
-def smollm2(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def files(options: argparse.Namespace, scratch: Path, until: float) -> dict[str, Any]:
+    """Each GGUF file by finback, as it is, and by llama.cpp."""
+    from finback.checkpoint import gguf_export, models
+    from finback.data.gguf_vocabulary import keys
+    from finback.data.tokenizer import Tokenizer
+    from finback.model.config import ModelConfig
+    from finback.model.transformer import Transformer
+
+    made, words = {options.gguf.stem: options.gguf.resolve()}, Tokenizer(options.gguf)
+    model = models.load(options.gguf)
+    vocabulary = keys(words, model.config.vocab_size)
+    plain: list[tuple[str, Transformer, Any]] = [("SmolLM2-135M", model, kind) for kind in ("q8_0", "q4_k_m")]
+    if options.large:
+        shape: dict[str, Any] = {"hidden_size": 1536, "num_hidden_layers": 28, "intermediate_size": 8960}
+        heads: dict[str, Any] = {"num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128}
+        sizes: dict[str, Any] = {"vocab_size": model.config.vocab_size, "max_position_embeddings": 2048}
+        config = ModelConfig(**shape, **heads, **sizes, attention="gqa", tie_word_embeddings=True)
+        large = Transformer(config, param_dtype=torch.bfloat16).initialise(0)
+        plain += [("1.5B", large, kind) for kind in ("q4_0", "q8_0")]
+    for name, each, kind in plain:
+        made[f"{name} {kind}"] = scratch / f"{name}-{kind}.gguf"
+        gguf_export.write(each, made[f"{name} {kind}"], kind, vocabulary)
+    found = {}
+    for number, (name, file) in enumerate(made.items()):
+        group = [
+            Process(sys.executable, "finback", str(file), "kept"),
+            Process(options.llama, "llama.cpp", str(file), "same"),
+        ]
+        asked = [p.name for p in group]
+        left = max(0.0, until - time.monotonic()) / (len(made) - number)
+        seen = race(group, options, time.monotonic() + left)
+        found[name] = summary(group, options.new, _missing(asked, group))
+        ours = [speeds(p, 1, options.new) for p in group if p.name == "finback kept"]
+        shares = [file.stat().st_size * s / limit for s, limit in zip(ours[0] if ours else [], seen, strict=False)]
+        found[name]["share_of_bandwidth_at_one_row"] = spread(shares) if shares else None
+    return found
+
+
+def smollm2(options: argparse.Namespace, scratch: Path, until: float) -> dict[str, Any]:
     folder = scratch / "smollm2"
     subprocess.run([sys.executable, "-m", "finback", "export", str(options.gguf), str(folder)], check=True)
-    link = scratch / "model.gguf"
-    link.symlink_to(options.gguf.resolve())
     group = [Process(sys.executable, "finback", str(folder), s) for s in ("bf16", "fp32", "int8")]
     group += [Process(sys.executable, "transformers", str(folder), s) for s in ("bf16", "fp32")]
-    if options.llama:
-        group += [Process(options.llama, "llama.cpp", str(link), s) for s in ("bf16", "f16", "q8_0")]
     asked = [p.name for p in group]
-    seen = race(group, options)
+    seen = race(group, options, until)
     found = summary(group, options.new, _missing(asked, group))
     # at one row every weight is read once per token, and of the embedding one line; tied, so the head is the table
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -4,19 +4,22 @@
 
 A command {"rows", "prompt", "new"} asks for `new` greedy tokens on each of `rows` different prompts of `prompt` tokens; the
 answer has the seconds until every row had its first token, and until all were done. This file runs without finback in
-the path of the others, so that llama.cpp may live in a Python of its own.
+the path of the others, so that llama.cpp (the xllamacpp wheel) may live in a Python of its own.
 """
 
-import ctypes
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 Answer = tuple[float, float]
+MOST = 32  # rows
+VOCABULARY = 49152  # of SmolLM2, and of what is written with its vocabulary
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
@@ -121,66 +124,30 @@ def transformers(model: str, setting: str) -> Callable[[int, int, int], Answer]:
 
 
 def llama(model: str, setting: str) -> Callable[[int, int, int], Answer]:
-    import llama_cpp as lib
-    import numpy as np
+    """llama.cpp's server in this process, asked for all rows at once by as many threads; `setting` only names the file."""
+    import xllamacpp
 
-    form = {"bf16": 32, "f16": 1, "q8_0": 7}[setting]
-    target = f"{model}.{setting}.gguf"
-    if not Path(target).is_file():
-        options = lib.llama_model_quantize_default_params()
-        options.ftype, options.allow_requantize, options.nthread = form, True, THREADS
-        assert lib.llama_model_quantize(model.encode(), target.encode(), ctypes.byref(options)) == 0
-    loaded = lib.llama_model_load_from_file(target.encode(), lib.llama_model_default_params())
-    vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(loaded))
+    options = xllamacpp.CommonParams()
+    options.model.path, options.n_parallel, options.n_ctx = model, MOST, MOST * 256
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = THREADS
+    server = xllamacpp.Server(options)
+
+    def ask(prompt: list[int], new: int) -> Answer:
+        """When the first token was there, by the server's own clock, and the last."""
+        body = {"prompt": prompt, "n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        headers = {"Content-Type": "application/json"}
+        request = Request(f"{server.listening_address}/completion", json.dumps(body).encode(), headers)
+        timings = json.load(urlopen(request))["timings"]
+        assert timings["predicted_n"] == new
+        done = time.perf_counter()
+        return done - timings["predicted_ms"] / 1000, done
 
     def work(rows: int, prompt: int, new: int) -> Answer:
-        options = lib.llama_context_default_params()
-        options.n_ctx, options.n_seq_max, options.kv_unified = rows * (prompt + new + 32), rows, True
-        options.n_batch = options.n_ubatch = 512
-        options.n_threads = options.n_threads_batch = THREADS
-        context = lib.llama_init_from_model(loaded, options)
-        assert context
-        batch = lib.llama_batch_init(max(512, rows), 0, 1)
-
-        def add(token: int, position: int, row: int, wanted: bool) -> None:
-            n = batch.n_tokens
-            batch.token[n], batch.pos[n], batch.n_seq_id[n] = token, position, 1
-            batch.seq_id[n][0], batch.logits[n] = row, wanted
-            batch.n_tokens = n + 1
-
-        def best(place: int) -> int:
-            logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, place), shape=(vocab,))
-            return int(logits.argmax())
-
-        began = time.perf_counter()
-        last = [0] * rows
-        places: dict[int, int] = {}
-
-        def read() -> None:
-            assert lib.llama_decode(context, batch) == 0
-            for row, place in places.items():
-                last[row] = best(place)
-            batch.n_tokens = 0
-            places.clear()
-
-        for row, tokens in enumerate(prompts(rows, prompt, vocab)):
-            for i, token in enumerate(tokens):
-                if batch.n_tokens == 512:
-                    read()
-                if i == prompt - 1:
-                    places[row] = batch.n_tokens
-                add(token, i, row, i == prompt - 1)
-        read()
-        first = time.perf_counter() - began
-        for step in range(new - 1):
-            for row in range(rows):
-                places[row] = batch.n_tokens
-                add(last[row], prompt + step, row, True)
-            read()
-        took = time.perf_counter() - began
-        lib.llama_batch_free(batch)
-        lib.llama_free(context)
-        return first, took
+        asked = prompts(rows, prompt, VOCABULARY)
+        with ThreadPoolExecutor(rows) as pool:
+            began = time.perf_counter()
+            answers = list(pool.map(ask, asked, [new] * rows))
+        return max(first for first, _ in answers) - began, max(done for _, done in answers) - began
 
     return work
 

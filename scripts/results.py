@@ -139,8 +139,14 @@ def serving(report: Report) -> Rows:
         ]
         yield f"SmolLM2-135M in {form}: tokens/s at 1, 8, 32 rows", ", ".join(f"{s:.0f}" for s in speeds)
     yield "the same in bf16 over transformers' generate; target 5 at 32 rows", over("smollm2", "transformers")
-    yield "the same in bf16 over llama.cpp; target 1 at one row", over("smollm2", "llama.cpp")
-    for peer in ("transformers", "llama.cpp"):
+    if "gguf" in report:
+        for name, part in report["gguf"].items():
+            for value, what in (("tokens_per_second", "tokens/s"), ("first_token", "sooner with the first token")):
+                figures = ", ".join(f"{r[value]:.2f}" for r in part["ratios"])
+                yield f"{name} as it is, {what}, over llama.cpp", figures
+    else:
+        yield "the same in bf16 over llama.cpp; target 1 at one row", over("smollm2", "llama.cpp")
+    for peer in ("transformers",) if "gguf" in report else ("transformers", "llama.cpp"):
         yield f"first token after 128 prompt tokens, times sooner than {peer}", over("smollm2", peer, "first_token")
     share = small["bandwidth"]["share_reached_at_one_row"]["median"]
     yield "share of the memory bandwidth at one row; target 60 %", f"{100 * share:.0f} %"
