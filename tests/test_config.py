@@ -31,6 +31,7 @@ class Knobs:
     mixture: dict[str, float] = field(default_factory=dict)
     model: ModelConfig = TINY
     extra: Any = None
+    models: tuple[ModelConfig, ...] = (TINY, TINY)
 
 
 def changed(path: str, text: str) -> Any:
@@ -115,7 +116,9 @@ def test_an_override_changes_one_field_of_a_copy() -> None:
     before = Knobs()
     after = override(before, ["model", "hidden_size"], "64", "base")
     assert before == Knobs() and after != before
-    assert after == dataclasses.replace(before, model=dataclasses.replace(TINY, hidden_size=64))
+    wider = dataclasses.replace(TINY, hidden_size=64)
+    assert after == dataclasses.replace(before, model=wider)
+    assert override(before, ["models", "1", "hidden_size"], "64", "base").models == (TINY, wider)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,9 @@ def test_an_override_changes_one_field_of_a_copy() -> None:
             "base.model = 'tiny': a ModelConfig cannot be given on the command line. Edit the recipe file.",
         ),
         ("steps.more", "1", "base.steps.more = '1': base.steps has no fields. Set base.steps itself."),
+        ("models.2.hidden_size", "64", "base.models.2 = '64': no such entry. They are numbered from 0 to 1."),
+        ("models.x.hidden_size", "64", "base.models.x = '64': no such entry. They are numbered from 0 to 1."),
+        ("models.1", "64", "base.models.1 = '64': base.models has no fields. Set base.models itself."),
         (
             "model.qk_rope_head_dim",
             "7",

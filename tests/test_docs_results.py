@@ -1,6 +1,8 @@
 """docs/results.md says what benchmarks/results says, and the pages name files that are there."""
 
+import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,34 @@ def test_the_readme_is_short() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    """Its shares of right answers are those of the first seed in benchmarks/results/seeds.json."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    seed = json.loads((ROOT / "benchmarks/results/seeds.json").read_text(encoding="utf-8"))["seeds"][0]
+    assert f"{seed['pretraining_tokens']:,}" in text
+    for exam in ("sampled", "greedy", "8 terms"):
+        before, after = (f"{seed[when][exam]['accuracy']:.1%}" for when in ("before", "after"))
+        assert re.search(rf"^{exam} .* {re.escape(before)} .* {re.escape(after)} ", text, re.M), (exam, before, after)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a page's prose: code, tables, headings and comments left out."""
+    for other in (r"^```.*?^```\s*$", r"^<!--.*?-->", r"^\$\$.*?^\$\$", r"^[|#].*?$"):
+        text = re.sub(other, "", text, flags=re.M | re.S)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "x", text))
+    blocks = [" ".join(block.split()) for block in re.split(r"\n\s*\n|\n(?=- |\d+\. )", text)]
+    found = [sentence for block in blocks for sentence in re.split(r"(?<=[.!?:])\s+(?=[A-Z*x])", block)]
+    return [sentence for sentence in found if len(sentence.split()) > 2]
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(ROOT.glob("docs/[gc]*/*.md"))], ids=lambda path: path.stem
+)
+def test_half_of_the_sentences_are_short(page: Path) -> None:
+    words = [len(sentence.split()) for sentence in sentences(page.read_text(encoding="utf-8"))]
+    assert statistics.median(words) <= 20
 
 
 def test_the_site_shows_every_page() -> None:
