@@ -1,7 +1,8 @@
-"""Peak memory of one SFT step by all weights, LoRA and QLoRA on one rank and on several, against `finback plan`'s count.
+"""Peak memory of two SFT steps by all weights, LoRA and QLoRA on one rank and on several, against `finback plan`'s count.
 
-Each case runs in a process of its own, one thread, fp32 arithmetic. `bytes` are those above the process before it has a model, at the step's
+Each case runs in a process of its own, one thread, fp32 arithmetic. `bytes` are those above the process before it has a model, at the steps'
 fullest moment, of several ranks the largest; `start` the same while the model is made, its base quantized and its adapter put on. `planned` is the planner's, without its reserve.
+Where ranks share out all weights, `export` is that moment while they write the model, and `of_states` the largest of the three over what one rank has as states: 16 bytes a weight.
 The cases of SmolLM2-135M's shapes say what LoRA takes beside the weights of what all weights do (rows of 512, 8 of them): `beside_weights`.
 """
 
@@ -11,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch.distributed as dist
 from finback.checkpoint.shares import Share, Values, whole
 from finback.data.messages import Lesson
 from finback.model.config import ModelConfig
+from finback.model.count import parameters
 from finback.model.frozen import base_dtype, freeze
 from finback.model.lora import LoRA, add_lora, learnt_parameters
 from finback.model.recompute import use_recompute
@@ -45,6 +48,7 @@ def dense(vocab: int, hidden: int, layers: int, heads: int, width: int, kv: int,
 
 
 SMOL = dense(49152, 576, 30, 9, 1536, 3, tied=True)
+STEPS = 2  # the second one has what the first has left
 BF16, NF4 = LoRA(), LoRA(base="nf4")
 
 
@@ -62,6 +66,8 @@ class Case:
     moments: Moments = "fp32"
 
 
+# whose layers and ends are small beside the whole
+DEEP = dense(4096, 512, 64, 8, 2048, 8)
 FULL, LARGE = dense(8192, 1024, 4, 16, 4096, 4), dense(8192, 2048, 8, 16, 8192, 4)
 # those of SmolLM2's shapes apart, they have states of 1 GB and more
 CASES = {
@@ -69,6 +75,7 @@ CASES = {
     "full int8": Case(FULL, moments="int8"),
     "full 2 ranks": Case(FULL, rows=2, ranks=2),
     "full 4 ranks": Case(FULL, rows=4, ranks=4),
+    "deep 4 ranks": Case(DEEP, rows=4, ranks=4),
     "lora": Case(LARGE, BF16),
     "lora 2 ranks": Case(LARGE, BF16, rows=2, ranks=2),
     "qlora": Case(dense(65536, 2048, 14, 16, 8192, 4), NF4),
@@ -118,8 +125,8 @@ def on_many(case: Case) -> Trainer:
     return AdapterTuner(case.config, layout, Noise(), Adapter(adapter, Path(), None, 0), options)
 
 
-def measured(name: str, rank: int) -> dict[str, Any]:
-    """One case in this process."""
+def measured(name: str, rank: int, folder: Path) -> dict[str, Any]:
+    """One case in this process; ranks write into the folder."""
     torch.set_num_threads(1)
     case = CASES[name]
     if case.adapter is not None:
@@ -133,32 +140,48 @@ def measured(name: str, rank: int) -> dict[str, Any]:
     start, model = record.resident("VmHWM") - before, trainer.model
     held = sum({t.data_ptr(): t.nbytes for t in map(local, [*model.parameters(), *model.buffers()])}.values())
     forget_peak()
-    batch, begin = of_lessons(row, 0), time.perf_counter()
-    trainer.zero()
-    loss = trainer.backward(batch, LossTerms([float(batch.learnt.sum()) * case.ranks]))[0].item()
-    norm = trainer.finish(1.0)
-    trainer.update(1e-4)
+    batch, loss, norm, begin = of_lessons(row, 0), 0.0, 0.0, 0.0
+    for _ in range(STEPS):
+        begin = time.perf_counter()
+        trainer.zero()
+        loss = trainer.backward(batch, LossTerms([float(batch.learnt.sum()) * case.ranks]))[0].item()
+        norm = trainer.finish(1.0)
+        trainer.update(1e-4)
     seconds, peak = time.perf_counter() - begin, record.resident("VmHWM") - before
-    return {
+    found = {
         **{"bytes": peak, "start": start, "beside_weights": peak - held},
         **{"seconds": seconds, "loss": loss, "grad_norm": norm},
     }
+    if case.ranks > 1 and case.adapter is None:
+        forget_peak()
+        write_out(trainer, folder)
+        found["export"] = record.resident("VmHWM") - before
+    return found
+
+
+def write_out(trainer: Any, folder: Path) -> None:
+    """As a stage on a layout ends."""
+    from finback.parallel.build import shares
+    from finback.parallel.export import save_shares
+
+    save_shares(trainer.config, shares(trainer.models, trainer.mesh), folder)
 
 
 def against_plan(name: str) -> dict[str, Any]:
     """One case in processes of its own, beside what the planner says of it."""
     case = CASES[name]
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--child", name, "--rank", str(rank)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | meet,
-        )
-        for rank in range(case.ranks)
-    ]
-    found = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
+    with tempfile.TemporaryDirectory() as folder:
+        children = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--child", name, "--rank", str(rank), "--folder", folder],
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | meet,
+            )
+            for rank in range(case.ranks)
+        ]
+        found = [json.loads(child.communicate()[0].splitlines()[-1]) for child in children]
     worst: dict[str, Any] = max(found, key=lambda each: float(each["bytes"]))
     knobs = {
         **{"adapter": dataclasses.asdict(case.adapter) if case.adapter else None, "moments": case.moments},
@@ -166,6 +189,9 @@ def against_plan(name: str) -> dict[str, Any]:
     }
     planned = tuning.memory(case.config, knobs, 0.0, layout=Layout(dp=case.ranks) if case.ranks > 1 else None)
     of_plan = {"planned": planned.total, "off": worst["bytes"] / planned.total - 1}
+    if "export" in worst:
+        most = max(each[moment] for each in found for moment in ("start", "bytes", "export"))
+        of_plan["of_states"] = most / (16 * parameters(case.config))
     return {"case": name, **worst, **of_plan, "parts": dataclasses.asdict(planned)}
 
 
@@ -184,10 +210,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--child", choices=list(CASES), help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=Path(), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measured(options.child, options.rank)))
+        print(json.dumps(measured(options.child, options.rank, options.folder)))
         return
     results = record.header("tuning_memory", {"models": {n: dataclasses.asdict(c.config) for n, c in CASES.items()}})
     results["cases"] = []

@@ -260,6 +260,12 @@ def tuning_memory(report: Report) -> Rows:
             where, taught = names[case["case"]].split(", ")
             what = f"peak memory of an SFT step on {where} against its plan, {taught}; limit 15 % off"
             yield what, f"{case['bytes'] / 1e9:.2f} GB, {100 * case['off']:+.1f} %"
+        if case["case"] == "deep 4 ranks":
+            what = "most that a rank of four holds, start and export included, of the states of one (16 bytes a weight); limit 0.3"
+            yield what, f"{case['of_states']:.3f}, {case['bytes'] / 1e9:.2f} GB in a step"
+    if "smol_lora_over_full" in report:
+        what = "peak memory beside the weights of LoRA over all weights, SmolLM2-135M, 8 rows of 512; limit 0.35"
+        yield what, f"{report['smol_lora_over_full']:.2f}"
 
 
 def plan(report: Report) -> Rows:
