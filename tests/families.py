@@ -208,6 +208,17 @@ def grouped(draw: st.DrawFn, family: str) -> Any:
             routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
             num_mtp_layers=0,
         )
+    if family == "gpt_oss":
+        return transformers.GptOssConfig(
+            **fields,
+            num_local_experts=8,
+            num_experts_per_tok=experts["num_experts_per_tok"],
+            layer_types=kinds,
+            sliding_window=window,
+            attention_bias=biased,
+            swiglu_limit=draw(st.sampled_from([0.3, 7.0])),
+            swiglu_alpha=draw(st.sampled_from([1.702, 0.5])),
+        )
     if family == "phi3":
         share = draw(st.sampled_from([1.0, 0.5]))
         return transformers.Phi3Config(
@@ -291,7 +302,10 @@ OTHERS = {
     "qwen3 with windows": grouped("qwen3"),
     **{
         name: grouped(name)
-        for name in ("qwen3_moe", "mixtral", "gemma3_text", "mistral", "smollm3", "glm4_moe", "phi3", "olmo2", "olmo3")
+        for name in (
+            *("qwen3_moe", "mixtral", "gemma3_text", "gpt_oss", "mistral", "smollm3", "glm4_moe", "phi3", "olmo2"),
+            "olmo3",
+        )
     },
 }
 
@@ -318,6 +332,10 @@ def spell_as_released(folder: Path) -> None:
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     if raw["rope_parameters"].keys() & {"full_attention", "compress"}:  # of layers that differ
+        return
+    if (
+        raw["model_type"] == "gpt_oss" and raw["rope_parameters"]["rope_type"] == "default"
+    ):  # it has YaRN where nothing is said
         return
     rope = raw.pop("rope_parameters")
     if "partial_rotary_factor" in rope:

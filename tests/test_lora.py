@@ -45,7 +45,10 @@ EXPERTS = dataclasses.replace(
     GQA, attention_bias="none", qk_norm=True, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
 )
 POST = dataclasses.replace(GQA, norms="post", sliding_window=6, nope_layers=(1,), partial_rotary_factor=0.5)
-CONFIGS = {"mla": MLA, "lite": LITE, "gqa": GQA, "experts": EXPERTS, "post": POST}
+# gpt-oss: sinks, and experts with biases that files have transposed
+OSS = dataclasses.replace(EXPERTS, qk_norm=False, attention_bias="all", attention_sinks=True, sliding_window=6)
+OSS = dataclasses.replace(OSS, scoring_func="softmax", swiglu_alpha=1.702, swiglu_limit=7.0)
+CONFIGS = {"mla": MLA, "lite": LITE, "gqa": GQA, "experts": EXPERTS, "post": POST, "oss": OSS}
 SPARSE = dataclasses.replace(MLA, index_topk=20, index_n_heads=16, index_head_dim=8)
 ROWS = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
 
@@ -124,7 +127,7 @@ def test_gradients_are_those_of_the_merged_weights(family: str, form: BaseFormat
                 for found, wanted in zip((adapter.a.grad, adapter.b.grad), expected, strict=True):
                     torch.testing.assert_close(found, wanted * 5 / 3, atol=1e-5, rtol=1e-4)
                 seen += 1
-    assert seen == {"mla": 16, "lite": 14, "gqa": 10, "experts": 10, "post": 10}[family]
+    assert seen == {"mla": 16, "lite": 14, "gqa": 10, "experts": 10, "post": 10, "oss": 10}[family]
 
 
 def test_gradients_of_dora_by_hand() -> None:

@@ -85,6 +85,19 @@ EXPERTS = dataclasses.replace(
     dense_layers=(1,),
     qk_norm=True,
 )
+# gpt-oss: sinks, windows, experts with biases
+OSS = dataclasses.replace(
+    EXPERTS,
+    tie_word_embeddings=False,
+    dense_layers=(),
+    qk_norm=False,
+    attention_bias="all",
+    attention_sinks=True,
+    sliding_window=7,
+    layer_types=MIXED.layer_types,
+    swiglu_alpha=1.702,
+    swiglu_limit=0.5,
+)
 PARITY = [
     TOY,
     dataclasses.replace(TOY, n_group=1, topk_group=1, q_lora_rank=None),
@@ -156,7 +169,7 @@ def pool_for(config: ModelConfig, rows: int, tokens: int) -> tuple[Pool, torch.T
 
 
 @pytest.mark.parametrize("native_kernels", [True, False])
-@pytest.mark.parametrize("config", [*PARITY, SPARSE, DENSE, MIXED, EXPERTS])
+@pytest.mark.parametrize("config", [*PARITY, SPARSE, DENSE, MIXED, EXPERTS, OSS])
 def test_cached_decoding_equals_the_whole(
     config: ModelConfig, native_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,7 +306,7 @@ def test_name_table_covers_every_tensor() -> None:
         assert set(table(config)) == names
 
 
-@pytest.mark.parametrize("config", [TOY, DENSE, MIXED, EXPERTS], ids=["mla", "gqa", "mixed", "experts"])
+@pytest.mark.parametrize("config", [TOY, DENSE, MIXED, EXPERTS, OSS], ids=["mla", "gqa", "mixed", "experts", "oss"])
 def test_the_closed_form_counts_every_parameter(config: ModelConfig) -> None:
     model = Transformer(config)
     assert parameters(config) == sum(p.numel() for p in model.parameters())
@@ -319,6 +332,33 @@ def test_a_window_is_what_a_mask_says(length: int, monkeypatch: pytest.MonkeyPat
             mask = None if document_ids is None else documents.mask_of(document_ids, prefix)
             found = attention.torch_attention(q, k, v, 0.3, documents.Windowed(mask, 6))
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("longest", [512, 1])
+def test_sinks_take_weight_in_every_form_of_attention(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of documents, of a prefix that they share and of windows, and their gradients: against the softmax spelled out."""
+    monkeypatch.setattr(documents, "LONGEST_MASKED", longest)
+    rng, length = torch.Generator().manual_seed(1), 23
+    q, k, v = (torch.randn(2, heads, length, 8, generator=rng, requires_grad=True) for heads in (4, 2, 2))
+    sink = torch.randn(4, generator=rng, requires_grad=True)
+    ids = torch.tensor([[0] * 4 + [1] * 19, [0] * 4 + [1] * 9 + [2] * 10])
+    near = torch.arange(length)[:, None] - torch.arange(length) < 6
+    for document_ids, prefix in ((None, None), (ids, None), (ids, torch.tensor([4, 4]))):
+        seen = torch.ones(length, length).tril().bool()[None].expand(2, -1, -1)
+        mask: documents.Mask = None
+        if document_ids is not None:
+            seen, mask = documents.masked(document_ids, prefix), documents.mask_of(document_ids, prefix)
+        for window in (False, True):
+            scores = torch.einsum("bhtc,bhsc->bhts", q, k.repeat_interleave(2, dim=1)) * 0.3
+            scores = scores.masked_fill(~(seen & near if window else seen)[:, None], float("-inf"))
+            all_ = torch.cat([scores, sink[None, :, None, None].expand(2, -1, length, 1)], dim=-1).softmax(-1)
+            expected = all_[..., :-1] @ v.repeat_interleave(2, dim=1)
+            asked = documents.Windowed(mask, 6) if window else mask
+            found = attention.with_sinks(attention.torch_attention, q, k, v, 0.3, asked, sink)
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+            made, wanted = (torch.autograd.grad(x.square().sum(), (q, k, v, sink)) for x in (found, expected))
+            for a, b in zip(made, wanted, strict=True):
+                torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("experts", [moe_gemm.routed_experts, moe_gemm.grouped_experts])
@@ -424,7 +464,9 @@ LONG = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("config", [TOY, SPARSE, DENSE, MIXED, LONG], ids=["mla", "dsa", "gqa", "mixed", "long"])
+@pytest.mark.parametrize(
+    "config", [TOY, SPARSE, DENSE, MIXED, LONG, OSS], ids=["mla", "dsa", "gqa", "mixed", "long", "oss"]
+)
 def test_documents_in_one_row_are_read_as_if_alone(config: ModelConfig) -> None:
     """Hidden states, MTP's too, and gradients of two packed documents are those of the two on their own."""
     model = random_model(config).train()

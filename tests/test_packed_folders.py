@@ -256,6 +256,40 @@ def test_experts_stay_packed_too(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), plain.parameters(), strict=True))
 
 
+def test_experts_of_gpt_oss_in_mxfp4_are_what_transformers_makes_of_them(tmp_path: Path) -> None:
+    """Blocks along the rows of gate and up in turn; kept as they are, or widened."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    config = replace(
+        EXPERTS,
+        **{"qk_norm": False, "attention_sinks": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        tie_word_embeddings=False,
+    )
+    model = Transformer(config).initialise(0)
+    export(model, tmp_path, "fp32")
+    stored, wanted = load_file(tmp_path / "model.safetensors"), {}
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        values, scales = formats.mxfp4(stored.pop(name).transpose(1, 2))
+        assert (scales.max() - scales.min()).item() >= 1, "scales that differ"
+        blocks = values.unflatten(-1, (-1, 16))
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        wanted[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "mxfp4"}}))
+    export(load(tmp_path), tmp_path / "out", "fp32")
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert len(wanted) == 2 and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    kept, plain = load_for_inference(tmp_path, "kept"), load(tmp_path, torch.bfloat16, "bf16").eval()
+    assert sum(isinstance(m, QuantizedMoE) for m in kept.modules()) == 1
+    tokens = torch.randint(320, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(kept.logits(kept(tokens)), plain.logits(plain(tokens)))
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": BNB}))
+    with pytest.raises(UserError, match="of this family finback reads bf16 and mxfp4"):
+        load(tmp_path)
+
+
 def test_int4_packs_what_it_reads() -> None:
     weight = torch.randn(6, 256, generator=torch.Generator().manual_seed(0))
     values, scale = formats.int4(weight)

@@ -82,6 +82,7 @@ CASES = {
     "experts alone": ("mla", LoRA(rank=3, alpha=5.0, base="fp32", targets=("experts",))),
     "dora": ("gqa", LoRA(rank=3, alpha=5.0, base="fp32", dora=True)),
     "dora of attention": ("mla", LoRA(rank=4, rs=True, base="fp32", dora=True, targets=("attention",))),
+    "transposed experts": ("oss", LoRA(rank=3, alpha=5.0, base="fp32")),
     "some": ("gqa", LoRA(rank=3, alpha=5.0, base="fp32", targets=("q_proj", "v_proj", "up_proj"))),
 }
 
@@ -117,6 +118,7 @@ MADE: dict[str, tuple[str, dict[str, Any]]] = {
     "fused experts": ("mla", {"r": 3, "lora_alpha": 5, "target_modules": ATTENTION, "target_parameters": FUSED}),
     "gate_up alone": ("mla", {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": FUSED[:1]}),
     "down alone": ("mla", {"r": 3, "lora_alpha": 5, "target_modules": [], "target_parameters": FUSED[1:]}),
+    "transposed experts": ("oss", {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "target_parameters": FUSED}),
     # which peft turns into fused experts of twice the rank
     "experts by old names": (
         "mla",

@@ -13,6 +13,7 @@ from finback.checkpoint.gguf import GGUF
 from finback.checkpoint.hf_config import model_config, read_config
 from finback.checkpoint.packed_folders import PackedShards
 from finback.checkpoint.shards import E8M0, SCALE, Shards, Weights, element_type
+from finback.checkpoint.stacked_experts import StackedExperts
 from finback.checkpoint.stored_names import as_named
 from finback.config import UserError
 from finback.kernels import fp8
@@ -75,8 +76,10 @@ def examine(path: Path) -> tuple[Weights, Audit]:
         result.notes.append(f"GGUF, dequantized from {', '.join(file.kinds)}")
         return file, result
     raw = read_config(path)
-    config, quantized = model_config(raw), is_fp8(raw)
-    files = Shards(path)
+    config, files = model_config(raw), Shards(path)
+    if config.swiglu_alpha is not None:
+        return _stacked(config, files, raw)
+    quantized = is_fp8(raw)
     if quantized and config.attention == "compressed":
         files.specs = packed_folders.factored(files.specs)
     has_fp4 = quantized and packed_folders.has_fp4(files.specs)
@@ -85,6 +88,13 @@ def examine(path: Path) -> tuple[Weights, Audit]:
     result = audit(config, shards, quantized)
     result.notes += [shards.note()] if isinstance(shards, PackedShards) else []
     return shards, result
+
+
+def _stacked(config: ModelConfig, files: Shards, raw: dict[str, Any]) -> tuple[Weights, Audit]:
+    """The same of a family whose experts lie in stacks of their own."""
+    files.specs = as_named(files.specs, config)
+    shards = StackedExperts(files, raw.get("quantization_config"))
+    return shards, audit(config, shards, quantized=False)
 
 
 def audit(config: ModelConfig, shards: Weights, quantized: bool) -> Audit:

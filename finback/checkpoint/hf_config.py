@@ -147,6 +147,14 @@ def _raw_grouped(config: ModelConfig, family: str) -> dict[str, Any]:
     if family == "mixtral":
         raw |= {"num_local_experts": config.n_routed_experts, "num_experts_per_tok": config.num_experts_per_tok}
         raw["intermediate_size"] = config.moe_intermediate_size
+    if family == "gpt_oss":
+        raw |= {"num_local_experts": config.n_routed_experts, "intermediate_size": config.moe_intermediate_size}
+        raw |= {name: getattr(config, name) for name in ("num_experts_per_tok", "swiglu_alpha", "swiglu_limit")}
+        raw["layer_types"] = list(config.layer_types) or [FULL if config.sliding_window is None else SLIDING] * len(
+            layers
+        )
+        if config.rope_scaling is None:  # which its class would take for YaRN
+            raw["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if family == "gemma3_text":
         asked = config.query_pre_attn_scalar
         raw |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": asked or config.head_dim}

@@ -13,6 +13,8 @@ def family_of(config: ModelConfig) -> str:
     """The model_type under which transformers knows such a model; UserError when it knows none."""
     if config.attention == "compressed":
         return check_v4(config)
+    if config.attention_sinks or config.swiglu_alpha is not None:
+        return _gpt_oss_family(config)
     for name, plain in (("hc_mult", 0), ("swiglu_limit", None), ("num_hash_layers", 0)):
         if getattr(config, name) != plain:
             raise _no_family(config, name, "V4 alone has it, with compressed attention")
@@ -100,6 +102,19 @@ def _mixtral_family(config: ModelConfig) -> str:
     plain |= {"first_k_dense_replace": 0, "dense_layers": (), "local_rope_theta": None, "attention_bias": "none"}
     _demand(config, plain, "the family of such experts")
     return "mixtral"
+
+
+def _gpt_oss_family(config: ModelConfig) -> str:
+    wanted: dict[str, Any] = {"attention": "gqa", "attention_sinks": True, "scoring_func": "softmax", "norms": "pre"}
+    wanted |= {"norm_topk_prob": True, "qk_norm": False, "partial_rotary_factor": 1.0, "nope_layers": ()}
+    wanted |= {"local_rope_theta": None, "first_k_dense_replace": 0, "dense_layers": (), "n_group": 1, "hc_mult": 0}
+    wanted |= {"routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0, "num_hash_layers": 0}
+    wanted |= {"query_pre_attn_scalar": None, "scale_embeddings": False}
+    _demand(config, wanted, "gpt-oss, whose other parts it has,")
+    if config.swiglu_alpha is None or config.attention_bias == "qkv":
+        name = "swiglu_alpha" if config.swiglu_alpha is None else "attention_bias"
+        raise _no_family(config, name, "gpt-oss, whose sinks it has, has another")
+    return "gpt_oss"
 
 
 def _gemma_family(config: ModelConfig) -> str:

@@ -57,6 +57,19 @@ FAMILIES: dict[str, Family] = {
         },
         reads_rope=True,
     ),
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        hf_grouped.gpt_oss,
+        {
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "max_position_embeddings": 131072,
+            "attention_bias": True,
+        },
+        reads_rope=True,
+    ),
     "qwen2": Family("Qwen2ForCausalLM", hf_grouped.qwen2),
     "qwen3": Family("Qwen3ForCausalLM", hf_grouped.qwen3, {"head_dim": 128}),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", hf_grouped.qwen3_moe),
@@ -86,7 +99,6 @@ REFUSED = {
     "qwen3_5_text": "three of its four layers are gated delta nets, which keep a state and no keys",
     "qwen3_5_moe": "three of its four layers are gated delta nets, which keep a state and no keys",
     "qwen2_moe": "its shared expert has a gate of its own",
-    "gpt_oss": "its attention has sinks and its experts have biases",
     "gemma3": "it also reads pictures; its text part alone, gemma3_text, is run",
     "gemma2": "its attention caps scores, and its norms add 1 to their gains",
 }

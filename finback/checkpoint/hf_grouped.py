@@ -166,3 +166,32 @@ def mixtral(fields: Fields) -> Found:
             "scoring_func": "softmax",
         }
     )
+
+
+# of gpt-oss, where a config says nothing of rotation
+_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
+
+
+def gpt_oss(fields: Fields) -> Found:
+    """Sinks, a window in every other layer, experts with biases whose gates are clamped; their matrices lie as stacked_experts.py says."""
+    layers = fields.integer("num_hidden_layers")
+    kinds = fields.words("layer_types", (FULL, SLIDING)) or [FULL if i % 2 else SLIDING for i in range(layers)]
+    window = fields.raw.get("sliding_window", 128)
+    raw = fields.raw
+    rope = read_rope(fields, raw.get("rope_scaling") or raw.get("rope_parameters") or _OSS_ROPE)
+    if rope.pop("partial_rotary_factor") != 1.0:
+        fields.refuse("partial_rotary_factor", "gpt_oss rotates whole heads", "Use another checkpoint.")
+    return (
+        grouped(fields)
+        | rope
+        | ({} if window is None else _slide(fields.integer("sliding_window", 128), kinds))
+        | {
+            "attention_sinks": True,
+            "n_routed_experts": fields.integer("num_local_experts", raw.get("num_experts") or 128),
+            "num_experts_per_tok": fields.integer("num_experts_per_tok", 4),
+            "moe_intermediate_size": fields.integer("intermediate_size"),
+            "scoring_func": "softmax",
+            "swiglu_alpha": fields.number("swiglu_alpha", 1.702),
+            "swiglu_limit": fields.number("swiglu_limit", 7.0),
+        }
+    )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from finback.checkpoint import names
 from finback.checkpoint.gguf import GGUF
-from finback.checkpoint.packed_folders import PackedShards
+from finback.checkpoint.shards import Weights
 from finback.kernels import quants
 from finback.kernels.formats import Format
 from finback.kernels.quants import Blocks
@@ -20,7 +20,7 @@ from finback.model.transformer import Transformer
 Stored = tuple[Format, Tensor, Tensor]
 
 
-def keep(model: Transformer, shards: PackedShards | GGUF) -> set[str]:
+def keep(model: Transformer, shards: Weights) -> set[str]:
     """Give modules their matrices as they are stored, where all parts of all their matrices can be joined; their names."""
     table, done = names.table(model.config), set[str]()
     for prefix, module in model.named_modules():

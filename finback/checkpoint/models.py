@@ -15,9 +15,7 @@ from torch import Tensor
 
 from finback.checkpoint import names, peft, peft_export, store
 from finback.checkpoint.audit import Audit, differs, examine, shapes
-from finback.checkpoint.gguf import GGUF
 from finback.checkpoint.kept import keep
-from finback.checkpoint.packed_folders import PackedShards
 from finback.checkpoint.places import demand_checkpoint
 from finback.checkpoint.quantized_base import load_quantized
 from finback.checkpoint.shards import INDEX, SINGLE, Shards, Weights
@@ -137,7 +135,7 @@ def load_audited(
     model = Transformer(result.config, compute, torch.float32 if weights == "fp32" else torch.bfloat16)
     if weights in ("fp8", "kept"):
         _make_room_for_fp8(model, shards)
-    kept = keep(model, shards) if weights == "kept" and isinstance(shards, PackedShards | GGUF) else set()
+    kept = keep(model, shards) if weights == "kept" else set()
     fill(model, shards, kept=kept)
     return model, result
 

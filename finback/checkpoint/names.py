@@ -82,7 +82,7 @@ def table(config: ModelConfig, biases: bool = False) -> dict[str, tuple[str, ...
 def is_mixtral(config: ModelConfig) -> bool:
     """Whether a model's experts are Mixtral's: chosen by softmax, behind attention without norms of queries and keys."""
     by_softmax = config.n_routed_experts > 0 and config.scoring_func == "softmax"
-    return config.attention == "gqa" and by_softmax and not config.qk_norm
+    return config.attention == "gqa" and by_softmax and not config.qk_norm and config.swiglu_alpha is None
 
 
 def copies(config: ModelConfig) -> dict[str, str]:
@@ -110,6 +110,8 @@ def _gqa(config: ModelConfig) -> _Names:
         names["key_value.bias"] = ("self_attn.k_proj.bias", "self_attn.v_proj.bias")
     if config.attention_bias == "all":
         names["out.bias"] = ("self_attn.o_proj.bias",)
+    if config.attention_sinks:
+        names["sink"] = ("self_attn.sinks",)
     if config.qk_norm:
         names["query_norm.weight"] = ("self_attn.q_norm.weight",)
         names["key_norm.weight"] = ("self_attn.k_norm.weight",)
@@ -131,7 +133,13 @@ def _block(config: ModelConfig, ours: str, layer: int, biases: bool) -> dict[str
     if config.is_moe(layer):
         stem, gate, up, down = MIXTRAL if is_mixtral(config) else EXPERTS
         experts = [f"{stem}.experts.{e}." for e in range(config.n_routed_experts)]
-        names[parts[1] + "router.weight"] = (f"{stem}.gate.weight",)
+        router = f"{stem}.gate"
+        if config.swiglu_alpha is not None:
+            router = f"{stem}.router"
+            names[parts[1] + "router.logit_bias"] = (f"{router}.bias",)
+            names[parts[1] + "gate_up_bias"] = tuple(f"{e}{part}.bias" for e in experts for part in (gate, up))
+            names[parts[1] + "down_bias"] = tuple(f"{e}{down}.bias" for e in experts)
+        names[parts[1] + "router.weight"] = (f"{router}.weight",)
         if config.scoring_func == "sigmoid" or biases:
             names[parts[1] + "router.bias"] = (f"{stem}.gate.e_score_correction_bias",)
         names[parts[1] + "gate_up"] = tuple(f"{each}{part}.weight" for each in experts for part in (gate, up))

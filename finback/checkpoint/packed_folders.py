@@ -124,7 +124,6 @@ class PackedShards(Weights):
             self.shards.read_range(name, start, into)
 
     def packed(self, name: str) -> tuple[Format, Tensor, Tensor] | None:
-        """Values and factors of a matrix in one of our formats, exactly as they are stored; None where none of them fits."""
         layer = self.layers.get(name)
         return None if layer is None else _kept(layer.shape, self._contents(layer))
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finback.checkpoint import names
+from finback.checkpoint.stacked_experts import parted
 from finback.config import UserError
 from finback.model.config import ModelConfig
 from finback.model.frozen import BaseFormat
@@ -216,6 +217,8 @@ def _attach_experts(module: MoE, name: str, config: ModelConfig, stored: StoredA
     if inner is None and outer is not None and _targets_only(stored.raw, "gate_up_proj"):
         inner, outer = outer, None
     gate_up = None if inner is None else _unpacked(inner, experts, f"{stem}.gate_up_proj", stored)
+    if gate_up is not None and config.swiglu_alpha is not None:
+        gate_up = gate_up[0], parted(gate_up[1], 1)
     down = None if outer is None else _unpacked(outer, experts, f"{stem}.down_proj", stored)
     single = [[stored.take(f"{stem}.{e}.{part}_proj") for part in ("gate", "up", "down")] for e in range(experts)]
     if any(pair for pairs in single for pair in pairs):

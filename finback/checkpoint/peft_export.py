@@ -8,6 +8,7 @@ from torch import Tensor
 
 from finback.checkpoint import names, store
 from finback.checkpoint.peft import LENGTHS, PREFIX, experts_of
+from finback.checkpoint.stacked_experts import interleaved
 from finback.model.lora import AdaptedTransformer, LoraLinear, LoraMoE, matrices
 from finback.model.low_rank import LowRank
 from finback.model.moe import MoE
@@ -63,6 +64,8 @@ def pairs(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor, Tensor]]:
             stem = experts_of(table, name)
             for suffix, adapter in ((".base_layer", module.gate_up_adapter), ("", module.down_adapter)):
                 a, b = adapter.a.detach(), adapter.b.detach()
+                if suffix and model.config.swiglu_alpha is not None:
+                    b = interleaved(b, 1)
                 yield stem + suffix, a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finback.checkpoint.places import is_pointer
 from finback.config import UserError
+from finback.kernels.formats import Format
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BESIDE = "model-mtp.safetensors"  # MTP layers of exports whose layer number transformers does not ignore
@@ -56,6 +57,10 @@ class Weights(Protocol):
     def scale(self, name: str) -> Tensor | None:
         """The factors of an FP8 tensor; None for a plain tensor."""
         return self.read(name + SCALE).float() if name + SCALE in self.specs else None
+
+    def packed(self, name: str) -> tuple[Format, Tensor, Tensor] | None:
+        """Values and factors of a matrix in one of our formats, exactly as they are stored; None where it is in none."""
+        return None
 
     def by_file(self) -> Iterator[str]:
         """All names, in the order in which they are read fastest."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from finback.checkpoint import v4_names
 from finback.checkpoint.hf_export_as import family_of
 from finback.checkpoint.shards import Spec
+from finback.checkpoint.stacked_experts import stack_names, stacked
 from finback.model.config import ModelConfig
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
@@ -45,7 +46,8 @@ def _untied(found: dict[str, Spec], config: ModelConfig, embedding: str, head: s
 
 def _parts(name: str, spec: Spec, config: ModelConfig) -> Iterator[tuple[str, Spec]]:
     """The tensors that a fused one is made of, each a range of its rows; any other as it is."""
-    if (fused := _EXPERTS.fullmatch(name)) and len(spec.shape) == 3 and spec.dtype in WIDTHS:
+    is_plain = config.swiglu_alpha is None  # see stacked_experts.py
+    if is_plain and (fused := _EXPERTS.fullmatch(name)) and len(spec.shape) == 3 and spec.dtype in WIDTHS:
         kinds = ("gate", "up") if fused[2] == "gate_up_proj" else ("down",)
         height = spec.shape[1] // len(kinds)
         for expert in range(spec.shape[0]):
@@ -72,10 +74,12 @@ def _parts(name: str, spec: Spec, config: ModelConfig) -> Iterator[tuple[str, Sp
 
 def fused(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Tensors that a model's family keeps in one: its name -> the names of its parts, in row order."""
-    if family_of(config) != "phi3":
-        return {}
-    found = {}
-    for layer in range(config.num_hidden_layers):
+    family, layers = family_of(config), range(config.num_hidden_layers)
+    found: dict[str, tuple[str, ...]] = {}
+    if family == "gpt_oss":
+        for layer in layers:
+            found |= stack_names(f"model.layers.{layer}.mlp.experts", config.n_routed_experts)
+    for layer in layers if family == "phi3" else ():
         attention, mlp = (f"model.layers.{layer}.{part}." for part in ("self_attn", "mlp"))
         found[attention + "qkv_proj.weight"] = tuple(f"{attention}{part}_proj.weight" for part in "qkv")
         found[mlp + "gate_up_proj.weight"] = tuple(f"{mlp}{part}_proj.weight" for part in ("gate", "up"))
@@ -93,7 +97,8 @@ def fuse(tensors: Iterator[tuple[str, Tensor]], config: ModelConfig) -> Iterator
             continue
         held.append(tensor)
         if name == whole[place[name]][-1]:
-            yield place[name], torch.cat(held)
+            joined = stacked(place[name], held, config.n_routed_experts) if config.n_routed_experts else torch.cat(held)
+            yield place[name], joined
             held = []
 
 
@@ -102,7 +107,10 @@ def fused_shapes(shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> dic
     found = dict(shapes)
     for name, parts in fused(config).items():
         rows = [found.pop(part) for part in parts]
-        found[name] = (sum(shape[0] for shape in rows), *rows[0][1:])
+        shape = (sum(shape[0] for shape in rows), *rows[0][1:])
+        if experts := config.n_routed_experts:
+            shape = (experts, *reversed((shape[0] // experts, *shape[1:])))
+        found[name] = shape
     return found
 
 

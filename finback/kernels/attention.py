@@ -24,6 +24,7 @@ from finback.kernels.documents import (
 from finback.kernels.prefixes import prefixed_attention
 
 LONGEST = 512
+WIDER = 8  # dimensions more for sinks: kernels like widths that are multiples of it
 SCORES = 2**24  # of all heads, that a block of queries may have in memory at once
 
 # query (b, h, t, d), key (b, kv, t, d), value (b, kv, t, v), scale, mask -> (b, h, t, v)
@@ -65,6 +66,57 @@ def sink_attention(query: Tensor, entries: Tensor, sink: Tensor, scale: float, s
     sinks = sink.float()[None, :, None, None].expand(*scores.shape[:3], 1)
     weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
     return torch.einsum("bhts,bsc->bhtc", weights.to(entries.dtype), entries)
+
+
+def with_sinks(
+    core: Attention, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Mask, sink: Tensor
+) -> Tensor:
+    """Attention of a form `core` whose softmax has one more score per head, sink (h,), that has no value; shapes as above.
+
+    A key without a value stands before each document. Its score comes from one more dimension, in which queries have the sink and
+    the other keys 0, so that no form of attention needs to know of it and no matrix of scores is made. Twin: sink_attention.
+    """
+    if isinstance(mask, Windowed):
+        mask = unwindowed(mask, query.size(2), query.device)
+    asked = (sink / scale).to(query.dtype)[None, :, None, None].expand(*query.shape[:3], 1)
+    query = F.pad(torch.cat([query, asked], dim=-1), (0, WIDER - 1))
+    key, width = F.pad(key, (0, WIDER)), key.size(-1)
+    if isinstance(mask, Documents):
+        return _each_with_sink(core, query, key, value, scale, mask.lengths, width)
+    key, value = _led(key, width), F.pad(value, (0, 0, 1, 0))
+    if isinstance(mask, Tensor):
+        return core(query, key, value, scale, F.pad(mask, (1, 0), value=True))
+    if isinstance(mask, Prefixed):
+        mask = Prefixed(tuple((row[0] + 1, *row[1:]) for row in mask.rows))
+    return core(F.pad(query, (0, 0, 1, 0)), key, value, scale, mask)[:, :, 1:]
+
+
+def _led(key: Tensor, width: int) -> Tensor:
+    """key (b, kv, t, d) with the sinks' before it: 1 in dimension `width`."""
+    first = torch.zeros_like(key[:, :, :1])
+    first[..., width] = 1
+    return torch.cat([first, key], dim=2)
+
+
+def _each_with_sink(
+    core: Attention, query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...], width: int
+) -> Tensor:
+    """The same for documents, all of which become one row: each with a key of its own before it."""
+    rows, tokens = query.size(0), sum(lengths)
+    sizes = torch.tensor(lengths, device=query.device)
+    number = torch.arange(len(lengths), device=query.device).repeat_interleave(sizes)
+    place = torch.arange(tokens, device=query.device) + number + 1
+    first = sizes.cumsum(0) - sizes + torch.arange(len(lengths), device=query.device)
+
+    def spaced(x: Tensor) -> Tensor:
+        flat = x.transpose(1, 2).flatten(0, 1)
+        return flat.new_zeros(tokens + len(lengths), *flat.shape[1:]).index_copy(0, place, flat)
+
+    q, k, v = (spaced(x) for x in (query, key, value))
+    k[first, :, width] = 1
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = core(q, k, v, scale, Documents(tuple(n + 1 for n in lengths)))
+    return out[0].transpose(0, 1)[place].unflatten(0, (rows, -1)).transpose(1, 2)
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -4,7 +4,7 @@ fp8   E4M3, a factor per block of 128 x 128 (kernels/fp8.py)
 int8  whole numbers of -127..127, a factor per row
 int4  whole numbers of 0..15, two in a byte; groups of a row's numbers share a factor and a zero
 mxfp4 two E2M1 numbers in a byte, the first in the low half; a power of two per 32 numbers of a row, as its E8M0 byte (OCP
-      MX 1.0; DeepSeek-V4's experts)
+      MX 1.0; experts of DeepSeek-V4 and gpt-oss)
 nf4   two numbers in a byte: of 16 levels at the quantiles of a normal distribution, a factor per 64 numbers of a row
       (QLoRA, arXiv 2305.14314; the bytes are bitsandbytes' where rows are whole blocks long)
 """

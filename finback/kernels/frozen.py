@@ -37,15 +37,30 @@ class _Linear(torch.autograd.Function):
         return grads[0] @ ctx.matrix(grads[0].dtype), None
 
 
-def routed_experts(x: Tensor, index: Tensor, weight: Tensor, experts: int, gate_up: Product, down: Product) -> Tensor:
-    """As reference.routed_experts, by two products of all experts: x (n, d), index and weight (n, k) -> (n, d)."""
+def routed_experts(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    experts: int,
+    gate_up: Product,
+    down: Product,
+    activation: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """As reference.routed_experts, by two products of all experts: x (n, d), index and weight (n, k) -> (n, d).
+
+    activation makes (m, w) of (m, 2w); None: SwiGLU.
+    """
     n, k = index.shape
     by_shape = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.is_grad_enabled()
     slots, blocks = moe_gemm.layout(index, experts, moe_gemm.BLOCK_MULTIPLE if by_shape else 1)
     rows = x.new_zeros(blocks[-1][2], x.size(1)).index_copy(0, slots, x.repeat_interleave(k, dim=0))
-    gate, up = gate_up(rows, blocks).chunk(2, dim=-1)
-    y = down(F.silu(gate) * up, blocks)[slots].view(n, k, -1)
+    y = down((activation or _swiglu)(gate_up(rows, blocks)), blocks)[slots].view(n, k, -1)
     return (y * weight.to(x.dtype)[:, :, None]).sum(1)
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 def per_expert(rows: Tensor, blocks: Blocks, width: int, matrices: Matrices) -> Tensor:

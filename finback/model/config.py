@@ -20,6 +20,8 @@ _GQA_ONLY = (
     "local_rope_theta",
     "norm_offset",
     "query_pre_attn_scalar",
+    "attention_sinks",
+    "swiglu_alpha",
 )
 SLIDING, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 
@@ -105,6 +107,10 @@ class ModelConfig:
     num_hash_layers: int = 0
     # SwiGLU takes the gate up to this, and what it multiplies between -this and this; None: as they come
     swiglu_limit: float | None = None
+    # gpt-oss: one more score for each head, which takes weight and gives no value; how steep the experts' gates are, which have
+    # biases, as routers do, and whose up side counts from -1; None: plain experts
+    attention_sinks: bool = False
+    swiglu_alpha: float | None = None
     # mHC (V4 2.2): residual streams, 0 for a plain residual; steps of Sinkhorn, and what its divisions add
     hc_mult: int = 0
     hc_sinkhorn_iters: int = 20
@@ -211,6 +217,8 @@ class ModelConfig:
         reachable = experts // groups * self.topk_group
         self._require(0 < k <= reachable, "num_experts_per_tok", f"not in 1..{reachable}", "Lower it.")
         self._require(self.moe_intermediate_size > 0, "moe_intermediate_size", "experts need a width", "Set it > 0.")
+        plain = self.swiglu_alpha is None or (self.swiglu_limit is not None and not self.n_shared_experts)
+        self._require(plain, "swiglu_alpha", "of clamped gates, without shared experts", "Set swiglu_limit.")
         # V3's group score is the sum of a group's two best affinities
         pairs = groups == 1 or experts // groups >= 2
         self._require(pairs, "n_group", "leaves one expert per group", "Use fewer groups.")

@@ -17,7 +17,12 @@ def attention_parameters(c: ModelConfig, layer: int = 0) -> int:
         qkv = c.head_dim * (c.num_attention_heads + kv)
         biases = {"none": 0, "qkv": qkv, "all": qkv + c.hidden_size}
         normed = 2 * c.head_dim if c.qk_norm_over == "head" else qkv - c.num_key_value_heads * c.head_dim
-        return matrices + biases[c.attention_bias] + (normed if c.qk_norm else 0)
+        return (
+            matrices
+            + biases[c.attention_bias]
+            + (normed if c.qk_norm else 0)
+            + c.attention_sinks * c.num_attention_heads
+        )
     heads, d = c.num_attention_heads, c.hidden_size
     query = d * heads * c.qk_head_dim
     if c.q_lora_rank is not None:
@@ -74,7 +79,9 @@ def layer_parameters(c: ModelConfig, layer: int, active: bool) -> int:
     if not c.is_moe(layer):
         return block + 3 * d * c.intermediate_size
     experts = c.num_experts_per_tok if active else c.n_routed_experts
-    return block + 3 * d * c.moe_intermediate_size * (experts + c.n_shared_experts) + c.n_routed_experts * d
+    biases = (experts * (2 * c.moe_intermediate_size + d) + c.n_routed_experts) if c.swiglu_alpha is not None else 0
+    matrices = 3 * d * c.moe_intermediate_size * (experts + c.n_shared_experts) + c.n_routed_experts * d
+    return block + matrices + biases
 
 
 def parameters(c: ModelConfig, active: bool = False, mtp: bool = True) -> int:

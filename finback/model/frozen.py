@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from finback.kernels import frozen
 from finback.kernels.formats import FORMATS
 from finback.kernels.frozen import Product
+from finback.model.biased_experts import BiasedMoE
 from finback.model.config import refuse_compressed
 from finback.model.layers import Linear
 from finback.model.moe import MoE
-from finback.model.quantized import QuantizedLinear, QuantizedMoE, expert_matrix, quantize
+from finback.model.quantized import QuantizedLinear, QuantizedMoE, expert_matrix, matrices_product, quantize
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
 
@@ -38,7 +39,7 @@ class FrozenMoE(MoE):
         if not self.is_adapted and not torch.is_grad_enabled():
             y: Tensor = super().experts(x, index, weight, gate_up, down)
             return y
-        return frozen.routed_experts(x, index, weight, len(gate_up), self.product("gate_up"), self.product("down"))
+        return self.by_products(x, index, weight, len(gate_up), self.product("gate_up"), self.product("down"))
 
     @property
     def is_adapted(self) -> bool:
@@ -47,11 +48,7 @@ class FrozenMoE(MoE):
 
     def product(self, name: str) -> Product:
         """Rows laid out by expert times each expert's gate_up or down."""
-        c = self.config
-        width = 2 * c.moe_intermediate_size if name == "gate_up" else c.hidden_size
-        return lambda rows, blocks: frozen.per_expert(
-            rows, blocks, width, lambda expert, dtype: expert_matrix(self, name, expert, dtype)
-        )
+        return matrices_product(self, name)
 
 
 def freeze(
@@ -96,7 +93,8 @@ def unfreeze(model: Transformer, dtype: torch.dtype) -> Transformer:
                 experts = range(len(module.gate_up))
                 thaw(module, name, torch.stack([expert_matrix(module, name, e, dtype) for e in experts]))
         if isinstance(module, Linear | MoE):
-            module.__class__ = MoE if isinstance(module, MoE) else Linear
+            plain = (BiasedMoE, MoE, Linear)  # what it was made as
+            module.__class__ = next(kind for kind in plain if isinstance(module, kind))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.__class__ = Transformer

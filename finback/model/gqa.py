@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from finback.kernels.attention import Attention, torch_attention
+from finback.kernels.attention import Attention, torch_attention, with_sinks
 from finback.kernels.documents import Mask, Windowed
 from finback.model.cache import LayerCache
 from finback.model.config import ModelConfig
@@ -26,6 +26,8 @@ class GQA(nn.Module):
 
     # another form takes its place where rows are cut among ranks
     core: Attention = staticmethod(torch_attention)
+    # whether a few new tokens may read what is cached in place, by a kernel of its own
+    reads_pages = True
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class GQA(nn.Module):
         if cache is not None:
             mask, core = None, torch_attention
             cache.append(torch.cat([key.flatten(2), value.flatten(2)], dim=-1))
-            if cache.few and not cache.fresh and (window is None or x.size(1) == 1):
+            if self.reads_pages and cache.few and not cache.fresh and (window is None or x.size(1) == 1):
                 cache = cache if window is None else cache.last(window)
                 values_at = c.num_key_value_heads * c.head_dim
                 read = cache.attend(query, c.num_key_value_heads, c.head_dim, values_at, self.scale)
@@ -79,7 +81,11 @@ class GQA(nn.Module):
             assert not isinstance(mask, Windowed), "a window lies in no other"
             mask = Windowed(mask, window)
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        return self.out(core(q, k, v, self.scale, mask).transpose(1, 2).flatten(2))
+        return self.out(self.attend(core, q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def attend(self, core: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+        """(b, heads, t, head_dim) by a form of attention."""
+        return core(query, key, value, self.scale, mask)
 
     def angles(self, table: Tensor) -> Tensor:
         """This layer's part of cos or sin (b or 1, t, ...)."""
@@ -91,3 +97,16 @@ class GQA(nn.Module):
         query = self.query(x).unflatten(-1, (c.num_attention_heads, c.head_dim))
         key, value = self.key_value(x).unflatten(-1, (2 * c.num_key_value_heads, c.head_dim)).chunk(2, dim=2)
         return query, key, value
+
+
+class SinkGQA(GQA):
+    """GQA whose softmax has one more score per head, learnt, that has no value (gpt-oss)."""
+
+    reads_pages = False
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
+        super().__init__(config, layer)
+        self.sink = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def attend(self, core: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+        return with_sinks(core, query, key, value, self.scale, mask, self.sink)

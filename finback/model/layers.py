@@ -152,9 +152,9 @@ class OwnStart(nn.Module, ABC):
 
 
 def first_value(module: nn.Module, name: str) -> float:
-    """Of all numbers of a vector among a module's parameters: 1 in gains, 0 in biases and in what gains are above 1."""
+    """Of all numbers of a vector among a module's parameters: 1 in gains, 0 in biases, sinks and in what gains are above 1."""
     owner = module.get_submodule(name.rpartition(".")[0])
-    return 0.0 if name.endswith("bias") or isinstance(owner, OffsetNorm) else 1.0
+    return 0.0 if name.endswith(("bias", "sink")) or isinstance(owner, OffsetNorm) else 1.0
 
 
 def initialise(module: nn.Module, std: float, generator: torch.Generator) -> None:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finback.kernels import moe_gemm
+from finback.kernels import frozen, moe_gemm
+from finback.kernels.frozen import Product
 from finback.model.config import ModelConfig
 from finback.model.layers import SwiGLU
 
@@ -35,12 +36,16 @@ class Router(nn.Module):
         tokens (n,) are the ids at the trunk's bottom, for routers that go by them.
         """
         c = self.config
-        affinity = affinities(x.float() @ self.weight.float().T, c.scoring_func)  # in fp32 as in V3
+        affinity = affinities(self.logits(x), c.scoring_func)
         index = self.select(affinity.detach(), tokens)
         weight = affinity.gather(1, index)
         if c.norm_topk_prob:
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         return index, weight * c.routed_scaling_factor, affinity
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (n, d) -> (n, experts), in fp32 as in V3."""
+        return x.float() @ self.weight.float().T
 
     def select(self, affinity: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Top-k of affinity + bias among the best topk_group groups of experts: (n, experts) -> (n, k).
@@ -144,7 +149,7 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
         if c.n_shared_experts:
             self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size, c.swiglu_limit)
-        if c.swiglu_limit is not None:
+        if c.swiglu_limit is not None and c.swiglu_alpha is None:
             self.experts = partial(moe_gemm.routed_experts, limit=c.swiglu_limit)
         self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
 
@@ -162,6 +167,15 @@ class MoE(nn.Module):
         y = self.experts(rows, index, weight, self.gate_up, self.down).view_as(x)
         # the sum, not a view of it: what is returned may get hooks
         return y + self.shared(rows).view_as(x) if self.config.n_shared_experts else y
+
+    def by_products(
+        self, x: Tensor, index: Tensor, weight: Tensor, experts: int, gate_up: Product, down: Product
+    ) -> Tensor:
+        """The experts' sum by two products of rows that are laid out by expert; see kernels/frozen.py.
+
+        There may be several blocks for each expert, numbered one after the other.
+        """
+        return frozen.routed_experts(x, index, weight, experts, gate_up, down)
 
     def route(
         self, x: Tensor, padding_mask: Tensor | None, tokens: Tensor | None = None

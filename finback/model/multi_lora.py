@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finback.kernels import frozen
 from finback.kernels.documents import Mask
 from finback.kernels.frozen import Product
 from finback.kernels.moe_gemm import Blocks
@@ -128,7 +127,7 @@ class MultiLoraMoE(FrozenMoE):
             kind[self.selection.each == number] = place
         blocks = index * kinds + kind.repeat_interleave(len(x) // self.selection.rows)[:, None]
         one, other = (self._product([self.pairs[n][name] for n in met], name) for name in ("gate_up", "down"))
-        return frozen.routed_experts(x, blocks, weight, len(gate_up) * kinds, one, other)
+        return self.by_products(x, blocks, weight, len(gate_up) * kinds, one, other)
 
     def _product(self, adapters: Sequence[LowRank], name: str) -> Product:
         """That of rows in blocks numbered expert · (1 + adapters) + adapter, 0 without one."""

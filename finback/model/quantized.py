@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from finback.kernels import fp8, moe_gemm
+from finback.kernels import fp8, frozen, moe_gemm
 from finback.kernels.formats import FP8, Format
+from finback.kernels.frozen import Product
 from finback.kernels.quants import BlockLinear, Blocks, blocks
 from finback.model.layers import Linear
 from finback.model.moe import MoE
@@ -34,6 +35,9 @@ class QuantizedMoE(MoE):
     down_scale: Tensor
 
     def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
+        if self.config.swiglu_alpha is not None:
+            one, other = (matrices_product(self, name) for name in ("gate_up", "down"))
+            return self.by_products(x, index, weight, len(gate_up), one, other)
         met, index = index.unique(return_inverse=True)
         gate_up = self.format.dequantize(gate_up[met], self.gate_up_scale[met], x.dtype)
         down = self.format.dequantize(down[met], self.down_scale[met], x.dtype)
@@ -64,6 +68,14 @@ def keep_embedding(model: Transformer, form: Blocks, values: Tensor) -> None:
     if model.config.tie_word_embeddings:
         store(model.head, "weight", form, values, values[:0])
         model.head.weight = model.embed
+
+
+def matrices_product(moe: MoE, name: str, here: Callable[[Tensor], Tensor] = lambda stack: stack) -> Product:
+    """Rows laid out by expert times each expert's gate_up or down, which are not learnt; `here` as of expert_matrix."""
+    width = 2 * moe.config.moe_intermediate_size if name == "gate_up" else moe.config.hidden_size
+    return lambda rows, blocks: frozen.per_expert(
+        rows, blocks, width, lambda expert, dtype: expert_matrix(moe, name, expert, dtype, here)
+    )
 
 
 def expert_matrix(

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finback.kernels.documents import Mask, mask_of
+from finback.model.biased_experts import BiasedMoE, BiasedRouter
 from finback.model.cache import Cache, LayerCache
 from finback.model.config import CSA as CSA_LAYER
 from finback.model.config import HCA as HCA_LAYER
 from finback.model.config import ModelConfig
 from finback.model.csa import CSA
 from finback.model.dsa import DSA
-from finback.model.gqa import GQA
+from finback.model.gqa import GQA, SinkGQA
 from finback.model.hash_routing import HashRouter
 from finback.model.hca import HCA
 from finback.model.layers import GeGLU, Linear, NoNorm, Normed, OffsetNorm, RMSNorm, SwiGLU, initialise
@@ -30,7 +31,7 @@ from finback.model.swa import SWA
 def attention_of(config: ModelConfig, layer: int) -> MLA | GQA | SWA:
     """The attention that a config asks for."""
     if config.attention == "gqa":
-        return GQA(config, layer)
+        return (SinkGQA if config.attention_sinks else GQA)(config, layer)
     if config.attention == "mla":
         return DSA(config) if config.index_topk else MLA(config)
     kinds: dict[str, type[SWA]] = {CSA_LAYER: CSA, HCA_LAYER: HCA}
@@ -43,6 +44,8 @@ def feed_forward_of(config: ModelConfig, layer: int) -> MoE | SwiGLU | GeGLU:
         return GeGLU(config.hidden_size, config.intermediate_size)
     if not config.is_moe(layer):
         return SwiGLU(config.hidden_size, config.intermediate_size, config.swiglu_limit)
+    if config.swiglu_alpha is not None:
+        return BiasedMoE(config, BiasedRouter(config))
     return MoE(config, HashRouter(config) if layer < config.num_hash_layers else Router(config))
 
 

@@ -17,7 +17,7 @@ from finback.kernels import frozen, moe_gemm
 from finback.kernels.frozen import Product
 from finback.model.frozen import FrozenMoE
 from finback.model.moe import MoE
-from finback.model.quantized import QuantizedMoE, expert_matrix
+from finback.model.quantized import QuantizedMoE, matrices_product
 from finback.model.replace import recast
 from finback.parallel.mesh import Mesh, swap
 
@@ -39,15 +39,11 @@ class FrozenExpertsHere(FrozenMoE):
     """A mixture of experts that is not learnt, and of whose experts this rank has a part."""
 
     def product(self, name: str) -> Product:
-        c = self.config
-        width = 2 * c.moe_intermediate_size if name == "gate_up" else c.hidden_size
-        return lambda rows, blocks: frozen.per_expert(
-            rows, blocks, width, lambda expert, dtype: expert_matrix(self, name, expert, dtype, _here)
-        )
+        return matrices_product(self, name, _here)
 
     def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
         if isinstance(self, QuantizedMoE):  # whose own form takes factors of all experts
-            return frozen.routed_experts(x, index, weight, len(gate_up), self.product("gate_up"), self.product("down"))
+            return self.by_products(x, index, weight, len(gate_up), self.product("gate_up"), self.product("down"))
         return super().experts(x, index, weight, gate_up, down)
 
 

@@ -67,7 +67,7 @@ def export_shares(
     group = dist.new_group(backend="gloo")
     if fused(config):
         raise UserError(
-            "layout", config.attention, "ranks do not join the matrices of Phi-3", "Export it from one rank."
+            "layout", config.attention, "ranks do not join the matrices of this family", "Export it from one rank."
         )
     folder = on_first(lambda: export.check_target(folder), group)
     unfinished = on_first(lambda: export.begin(folder, config, fmt), group)

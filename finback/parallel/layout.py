@@ -114,6 +114,8 @@ class Layout:
         if rows % (self.dp * self.micro_batches):
             problem = f"does not divide among dp = {self.dp} ranks with {self.micro_batches} micro-batches each"
             raise UserError("rows", rows, problem, f"Use a multiple of {self.dp * self.micro_batches}.")
+        if c.attention_sinks and self.cp > 1:
+            raise UserError("layout.cp", self.cp, "heads that are exchanged leave their sinks behind", "Use 1.")
         if c.num_attention_heads % self.cp:
             problem = f"does not divide {c.num_attention_heads} heads, of which each rank attends with its share"
             raise UserError("layout.cp", self.cp, problem, "Use a divisor.")
@@ -143,6 +145,8 @@ class Layout:
 
     def _check_experts(self, c: ModelConfig) -> None:
         experts = c.n_routed_experts
+        if c.swiglu_alpha is not None and self.ep > 1:
+            raise UserError("layout.ep", self.ep, "experts that have biases do not travel", "Use 1.")
         if self.ep > 1 and (experts == 0 or experts % self.ep):
             raise UserError("layout.ep", self.ep, f"does not divide {experts} experts", "Use a divisor.")
         if self.holders % self.ep:

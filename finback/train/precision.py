@@ -66,6 +66,8 @@ def use_fp8(model: Transformer, products: Products | None = None) -> Transformer
     The model's own `compute` is the dtype between operators: bf16 as in the paper. `products` is for comparing forms.
     """
     assert all(p.dtype == torch.float32 for p in model.parameters()), "FP8 training needs fp32 masters"
+    if model.config.swiglu_alpha is not None:
+        raise UserError("compute", "fp8", "experts that have biases do not train in it", "Use bf16.")
     for name, module in model.named_modules():
         if isinstance(module, MoE):
             assert module.experts is moe_gemm.routed_experts, "experts on several ranks do not train in FP8"

@@ -1,0 +1,124 @@
+"""gpt-oss's experts in files: stacks of all of a layer, transposed, gate and up columns in turn, or MXFP4 blocks of the rows.
+
+    experts.gate_up_proj (e, d, 2m), .down_proj (e, m, d)       with biases `_bias` (e, 2m) and (e, d)
+    experts.gate_up_proj_blocks (e, 2m, d / 32, 16), .down_proj_blocks (e, d, m / 32, 16)     bytes of two numbers, with `_scales`
+
+Reading shows each expert's matrices by the table of names; writing joins them.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint.shards import Shards, Spec, Weights
+from finback.config import UserError
+from finback.kernels.formats import MXFP4, Format
+
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias|_blocks|)")
+_ONE = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
+
+
+class StackedExperts(Weights):
+    """A folder's tensors with every expert's matrices apart, MXFP4 dequantized to fp32 or as it is by `packed`."""
+
+    def __init__(self, shards: Shards, quantization: dict[str, Any] | None) -> None:
+        if (quantization or {}).get("quant_method", "mxfp4") != "mxfp4":
+            problem = "of this family finback reads bf16 and mxfp4"
+            raise UserError("config.json quantization_config", quantization, problem, "Use one of these weights.")
+        self.shards, self.specs = shards, dict[str, Spec]()
+        for name, spec in shards.specs.items():
+            stack = _STACK.fullmatch(name)
+            if stack is not None and spec.dtype in WIDTHS:
+                self.specs |= dict(self._experts(stack, spec))
+            elif not name.endswith("_proj_scales"):
+                self.specs[name] = spec
+
+    def _experts(self, stack: re.Match[str], spec: Spec) -> Iterator[tuple[str, Spec]]:
+        """Each expert's parts of a stack; a part's place is that of its expert's whole."""
+        kind = "bias" if stack[3] == "_bias" else "weight"
+        parts = ("gate", "up") if stack[2] == "gate_up_proj" else ("down",)
+        shape = spec.shape[1:]
+        dtype = spec.dtype
+        if stack[3] == "_blocks":
+            shape, dtype = (shape[0], shape[1] * 32), "F32"
+        elif not stack[3]:
+            shape = (shape[1], shape[0])
+        shape = (shape[0] // len(parts), *shape[1:])
+        for expert in range(spec.shape[0]):
+            start = self._row(spec, expert).start
+            for part in parts:
+                yield f"{stack[1]}.{expert}.{part}_proj.{kind}", Spec(dtype, shape, spec.file, start)
+
+    @staticmethod
+    def _row(spec: Spec, index: int) -> Spec:
+        """One entry of the first dimension of a stored tensor."""
+        shape = spec.shape[1:]
+        size = WIDTHS[spec.dtype] * torch.Size(shape).numel()
+        return Spec(spec.dtype, shape, spec.file, spec.start + index * size)
+
+    def by_file(self) -> Iterator[str]:
+        order = {file: number for number, file in enumerate(self.shards.files)}
+        yield from sorted(self.specs, key=lambda n: (order[self.specs[n].file], self.specs[n].start))
+
+    def read(self, name: str) -> Tensor:
+        one = _ONE.fullmatch(name)
+        if one is None:
+            return self.shards.read(name)
+        if (packed := self.packed(name)) is not None:
+            return MXFP4.dequantize(packed[1], packed[2], torch.float32)
+        stem = f"{one[1]}.{'down' if one[3] == 'down' else 'gate_up'}_proj"
+        if one[4] == "bias":
+            return self._part(one, self._stored(f"{stem}_bias", one)).contiguous()
+        return self._part(one, self._stored(stem, one).T).contiguous()
+
+    def packed(self, name: str) -> tuple[Format, Tensor, Tensor] | None:
+        one = _ONE.fullmatch(name)
+        if one is None or one[4] == "bias":
+            return None
+        stem = f"{one[1]}.{'down' if one[3] == 'down' else 'gate_up'}_proj"
+        if f"{stem}_blocks" not in self.shards.specs:
+            return None
+        values, scales = (self._part(one, self._stored(f"{stem}_{each}", one)) for each in ("blocks", "scales"))
+        return MXFP4, values.flatten(1), scales.contiguous()
+
+    def _stored(self, name: str, one: re.Match[str]) -> Tensor:
+        return self.shards.read_spec(self._row(self.shards.specs[name], int(one[2])))
+
+    @staticmethod
+    def _part(one: re.Match[str], rows: Tensor) -> Tensor:
+        """Of gate and up in turn the one that is asked for."""
+        return rows if one[3] == "down" else rows[int(one[3] == "up") :: 2]
+
+
+def interleaved(rows: Tensor, dim: int = 0) -> Tensor:
+    """[gate | up] rows along a dimension as gate and up in turn."""
+    return torch.stack(rows.chunk(2, dim=dim), dim=dim + 1).flatten(dim, dim + 1)
+
+
+def parted(rows: Tensor, dim: int = 0) -> Tensor:
+    """The inverse of `interleaved`."""
+    return rows.unflatten(dim, (-1, 2)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def stack_names(stem: str, experts: int) -> dict[str, tuple[str, ...]]:
+    """The stacks of a layer's experts: their names -> the names of their parts, in the table's order."""
+    parts = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+    return {
+        f"{stem}.{stack}{ending}": tuple(
+            f"{stem}.{e}.{part}_proj.{kind}" for e in range(experts) for part in parts[stack]
+        )
+        for ending, kind in (("_bias", "bias"), ("", "weight"))
+        for stack in parts
+    }
+
+
+def stacked(name: str, parts: list[Tensor], experts: int) -> Tensor:
+    """The stack of this name out of its parts."""
+    rows = torch.stack(parts).unflatten(0, (experts, -1)).flatten(1, 2)
+    if "gate_up_proj" in name:
+        rows = interleaved(rows, 1)
+    return rows if name.endswith("_bias") else rows.transpose(1, 2).contiguous()

@@ -1,0 +1,69 @@
+"""Routed experts whose products have biases, and a router whose logits have: gpt-oss (arXiv 2508.10925).
+
+An expert is down((up + 1) ⊙ gate · sigmoid(alpha · gate)) with gate and up clamped. It always runs by two products of rows that are
+laid out by expert, so that a frozen, a quantized or an adapted one brings its own products and finds its biases here.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from finback.kernels import frozen
+from finback.kernels.frozen import Product
+from finback.kernels.moe_gemm import Blocks
+from finback.kernels.swiglu import clamped
+from finback.model.config import ModelConfig
+from finback.model.moe import MoE, Router
+
+
+class BiasedRouter(Router):
+    """A router whose logits have a learnt bias, beside the one of V3 that is for its choice alone."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.logit_bias = nn.Parameter(torch.empty(config.n_routed_experts))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return super().logits(x) + self.logit_bias.float()
+
+
+class BiasedMoE(MoE):
+    """A mixture of such experts; `gate_up_bias` (e · 2m,) and `down_bias` (e · d,), expert after expert."""
+
+    router: BiasedRouter
+
+    def __init__(self, config: ModelConfig, router: BiasedRouter) -> None:
+        super().__init__(config, router)
+        self.gate_up_bias = nn.Parameter(torch.empty(self.gate_up.shape[:2].numel()))
+        self.down_bias = nn.Parameter(torch.empty(self.down.shape[:2].numel()))
+
+    def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
+        return self.by_products(x, index, weight, len(gate_up), _learnt(gate_up), _learnt(down))
+
+    def by_products(
+        self, x: Tensor, index: Tensor, weight: Tensor, experts: int, gate_up: Product, down: Product
+    ) -> Tensor:
+        stacks = (b.unflatten(0, (self.config.n_routed_experts, -1)) for b in (self.gate_up_bias, self.down_bias))
+        one, other = (_biased(p, b, experts // len(b)) for p, b in zip((gate_up, down), stacks, strict=True))
+        return frozen.routed_experts(x, index, weight, experts, one, other, self.activation)
+
+    def activation(self, x: Tensor) -> Tensor:
+        """x (..., [gate | up]) -> (..., half)."""
+        c = self.config
+        assert c.swiglu_limit is not None and c.swiglu_alpha is not None, "of clamped gates"
+        gate, up = clamped(x, c.swiglu_limit).chunk(2, dim=-1)
+        return (up + 1) * (gate * torch.sigmoid(gate * c.swiglu_alpha))
+
+
+def _learnt(weights: Tensor) -> Product:
+    return lambda rows, blocks: frozen.learnt_per_expert(rows, weights, blocks)
+
+
+def _biased(product: Product, bias: Tensor, blocks_of_each: int) -> Product:
+    """A product of rows in blocks, so many for each expert, with the experts' biases (e, out)."""
+
+    def made(rows: Tensor, blocks: Blocks) -> Tensor:
+        experts = torch.tensor([block // blocks_of_each for block, _, _ in blocks], device=rows.device)
+        heights = torch.tensor([stop - start for _, start, stop in blocks], device=rows.device)
+        return product(rows, blocks) + bias[experts].repeat_interleave(heights, dim=0).to(rows.dtype)
+
+    return made
