@@ -20,7 +20,7 @@ from finback.model.config import ModelConfig
 from finback.model.rope_scaling import LinearRope, Llama3Rope, Yarn
 from finback.model.transformer import Transformer
 from finback.report.gguf_file import export_gguf
-from tests.test_model import DENSE, EXPERTS, TOY, random_model
+from tests.test_model import DENSE, EXPERTS, OSS, TOY, random_model
 from tests.toy import finback
 
 gguf = pytest.importorskip("gguf")
@@ -56,6 +56,27 @@ MODELS: dict[str, ModelConfig] = {
         LATENT, scoring_func="softmax", norm_topk_prob=False, rope_scaling=YARN, n_group=1, topk_group=1
     ),
     "dense latent": dataclasses.replace(LATENT, n_routed_experts=0, n_shared_experts=0, tie_word_embeddings=True),
+    "gpt-oss": dataclasses.replace(
+        OSS,
+        num_hidden_layers=3,
+        layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+        swiglu_limit=7.0,
+        moe_intermediate_size=32,
+        rope_scaling=Yarn(4.0, 16, mscale_all_dim=0.0, truncate=False),
+    ),
+    "glm4moe": dataclasses.replace(
+        EXPERTS,
+        num_hidden_layers=3,
+        dense_layers=(),
+        first_k_dense_replace=1,
+        attention_bias="qkv",
+        scoring_func="sigmoid",
+        n_shared_experts=1,
+        routed_scaling_factor=1.5,
+        partial_rotary_factor=0.5,
+        head_dim=16,
+        rope_scaling=None,
+    ),
     "llama": dataclasses.replace(DENSE, rope_scaling=Llama3Rope(5.0, original_max_position_embeddings=8192)),
     "qwen2": dataclasses.replace(DENSE, attention_bias="qkv", rope_scaling=LinearRope(2.0)),
     "qwen3": dataclasses.replace(DENSE, qk_norm=True, rope_scaling=Yarn(4.0, 16, mscale_all_dim=0.0)),

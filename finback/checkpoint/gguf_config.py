@@ -19,6 +19,8 @@ FAMILIES = {
     "qwen3moe": "qwen3_moe",
     "deepseek2": "deepseek_v3",
     "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
+    "glm4moe": "glm4_moe",
 }
 FREQUENCIES = "rope_freqs.weight"
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
@@ -70,8 +72,23 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
     if arch == "gemma3":
         raw |= {"query_pre_attn_scalar": raw["head_dim"], "sliding_window": get("attention.sliding_window", 4096)}
         raw["rope_local_base_freq"] = get("rope.freq_base_swa", 10000.0)
+    if arch == "gpt-oss":
+        raw |= _experts(get, ("num_local_experts", "num_experts_per_tok"))
+        raw |= {
+            "intermediate_size": raw.pop("moe_intermediate_size"),
+            "sliding_window": get("attention.sliding_window"),
+        }
+    if arch == "glm4moe":
+        raw |= _sigmoid_gate(get) | {
+            "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "partial_rotary_factor": get("rope.dimension_count") / raw["head_dim"],
+            "num_hidden_layers": get("block_count") - get("nextn_predict_layers", 0),
+            "num_nextn_predict_layers": 0,
+        }
     if (scaling := _scaling(get)) is not None:
-        raw["rope_scaling"] = scaling
+        # no key says that the ramp of gpt-oss ends between pairs
+        raw["rope_scaling"] = scaling | ({"truncate": False} if arch == "gpt-oss" else {})
     if FREQUENCIES in tensors:
         raw["rope_scaling"] = _llama3(torch.tensor(tensors[FREQUENCIES].data), raw, path)
     return raw
@@ -92,32 +109,36 @@ def _experts(get: Get, names: tuple[str, str]) -> dict[str, Any]:
     return dict(zip(names, counts, strict=True)) | {"moe_intermediate_size": get("expert_feed_forward_length", 0)}
 
 
+def _sigmoid_gate(get: Get) -> dict[str, Any]:
+    """What is said of DeepSeek's experts, and of those that are chosen like them."""
+    return _experts(get, ("n_routed_experts", "num_experts_per_tok")) | {
+        "n_group": get("expert_group_count", 0) or 1,
+        "topk_group": get("expert_group_used_count", 0) or 1,
+        "n_shared_experts": get("expert_shared_count", 0),
+        "first_k_dense_replace": get("leading_dense_block_count", 0),
+        "routed_scaling_factor": get("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": bool(get("expert_weights_norm", False)),
+    }
+
+
 def _latent(get: Get) -> dict[str, Any]:
     """DeepSeek-V2, V3 and Kimi, by which function their gate uses."""
     rotated, layers = get("rope.dimension_count"), get("block_count")
-    experts = _experts(get, ("n_routed_experts", "num_experts_per_tok"))
+    gate = _sigmoid_gate(get)
     # files from before the key was there are of V2, but for those that have V3's shape, as llama.cpp guesses too
-    guess = SIGMOID if (layers, experts["n_routed_experts"]) == (61, 256) else SOFTMAX
-    is_v3 = not experts["n_routed_experts"] or (get("expert_gating_func", 0) or guess) == SIGMOID
-    groups = {"n_group": get("expert_group_count", 0) or 1, "topk_group": get("expert_group_used_count", 0) or 1}
-    return (
-        experts
-        | groups
-        | {
-            "model_type": "deepseek_v3" if is_v3 else "deepseek_v2",
-            "q_lora_rank": get("attention.q_lora_rank", None),
-            "kv_lora_rank": get("attention.kv_lora_rank"),
-            "qk_rope_head_dim": rotated,
-            "qk_nope_head_dim": get("attention.key_length_mla", get("attention.key_length", 0)) - rotated,
-            "v_head_dim": get("attention.value_length_mla", get("attention.value_length", 0)),
-            "n_shared_experts": get("expert_shared_count", 0),
-            "first_k_dense_replace": get("leading_dense_block_count", 0) if experts["n_routed_experts"] else layers,
-            "routed_scaling_factor": get("expert_weights_scale", 1.0) or 1.0,
-            "norm_topk_prob": bool(get("expert_weights_norm", False)),
-            "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy",
-            "num_nextn_predict_layers": 0,
-        }
-    )
+    guess = SIGMOID if (layers, gate["n_routed_experts"]) == (61, 256) else SOFTMAX
+    is_v3 = not gate["n_routed_experts"] or (get("expert_gating_func", 0) or guess) == SIGMOID
+    return gate | {
+        "model_type": "deepseek_v3" if is_v3 else "deepseek_v2",
+        "q_lora_rank": get("attention.q_lora_rank", None),
+        "kv_lora_rank": get("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": get("attention.key_length_mla", get("attention.key_length", 0)) - rotated,
+        "v_head_dim": get("attention.value_length_mla", get("attention.value_length", 0)),
+        "first_k_dense_replace": gate["first_k_dense_replace"] if gate["n_routed_experts"] else layers,
+        "topk_method": "noaux_tc" if is_v3 else "group_limited_greedy",
+        "num_nextn_predict_layers": 0,
+    }
 
 
 def _scaling(get: Get) -> dict[str, Any] | None:

@@ -46,7 +46,11 @@ def architecture_of(config: ModelConfig) -> str:
             "llama.cpp knows it by five sliding layers to a full one, scores scaled by the width of heads, and no biases",
         ),
         (
-            config.sliding_window is not None and family != "gemma3_text",
+            family == "gpt_oss" and not _is_gpt_oss(config),
+            "llama.cpp knows it by a window in every other layer, biases, and gates of 1.702 up to 7",
+        ),
+        (
+            config.sliding_window is not None and family not in ("gemma3_text", "gpt_oss"),
             "llama.cpp would attend to the whole context, not to windows",
         ),
         (family == "qwen3_moe" and not config.norm_topk_prob, "llama.cpp always normalises the weights of its experts"),
@@ -68,13 +72,20 @@ def _is_gemma3(c: ModelConfig) -> bool:
     return found == kinds and c.query_pre_attn_scalar in (None, c.head_dim) and c.attention_bias == "none"
 
 
+def _is_gpt_oss(c: ModelConfig) -> bool:
+    """Whether llama.cpp's graph is this model's; the ends of its YaRN's ramp, for which there is no key, it rounds to pairs."""
+    kinds = tuple(FULL if layer % 2 else SLIDING for layer in range(c.num_hidden_layers))
+    found = c.layer_types or ((SLIDING if c.sliding_window else FULL),) * c.num_hidden_layers
+    return found == kinds and c.attention_bias == "all" and (c.swiglu_alpha, c.swiglu_limit) == (1.702, 7.0)
+
+
 def _is_plain(config: ModelConfig) -> bool:
     """Whether GGUF's keys of YaRN say all of this one: cos and sin carry its usual factor, or for MLA none."""
     yarn = config.rope_scaling
     assert isinstance(yarn, Yarn), "asked of YaRN alone"
     if config.attention == "mla":
         return yarn.truncate and yarn.gain == 1.0
-    return yarn.truncate and math.isclose(yarn.gain, yarn.stretch(1.0))
+    return (yarn.truncate or config.attention_sinks) and math.isclose(yarn.gain, yarn.stretch(1.0))
 
 
 def write(model: Transformer, path: Path, kind: GgufType, vocabulary: dict[str, Any]) -> None:
@@ -152,6 +163,10 @@ def _settings(c: ModelConfig, arch: str) -> dict[str, Any]:
     if c.n_routed_experts:
         found |= {"expert_count": c.n_routed_experts, "expert_used_count": c.num_experts_per_tok}
         found["expert_feed_forward_length"] = c.moe_intermediate_size
+    if c.attention_sinks:
+        found["attention.sliding_window"] = c.sliding_window
+    if arch == "glm4moe":
+        found |= {"leading_dense_block_count": c.first_k_dense_replace} | _gate_settings(c)
     if arch == "gemma3" and c.sliding_window is not None:
         local = c.rope_theta if c.local_rope_theta is None else c.local_rope_theta
         found |= {"attention.sliding_window": c.sliding_window, "rope.freq_base_swa": local}
@@ -173,15 +188,19 @@ def _latent_settings(c: ModelConfig) -> dict[str, Any]:
     }
     if c.q_lora_rank is not None:
         found["attention.q_lora_rank"] = c.q_lora_rank
-    if c.n_routed_experts:
-        found |= {
-            "expert_weights_scale": float(c.routed_scaling_factor),
-            "expert_weights_norm": c.norm_topk_prob,
-            "expert_gating_func": SIGMOID if c.scoring_func == "sigmoid" else SOFTMAX,
-            "expert_group_count": c.n_group,
-            "expert_group_used_count": c.topk_group,
-        }
-    return found
+    return found | (_gate_settings(c) if c.n_routed_experts else {})
+
+
+def _gate_settings(c: ModelConfig) -> dict[str, Any]:
+    """How experts are chosen, and how much they count."""
+    return {
+        "expert_shared_count": c.n_shared_experts,
+        "expert_weights_scale": float(c.routed_scaling_factor),
+        "expert_weights_norm": c.norm_topk_prob,
+        "expert_gating_func": SIGMOID if c.scoring_func == "sigmoid" else SOFTMAX,
+        "expert_group_count": c.n_group,
+        "expert_group_used_count": c.topk_group,
+    }
 
 
 def _scaling(c: ModelConfig) -> dict[str, Any]:

@@ -41,6 +41,7 @@ BLOCK = {
 # families that call some of these otherwise
 OTHERWISE = {
     "gemma3_text": {"ffn_norm": "pre_feedforward_layernorm"},
+    "gpt_oss": {"ffn_gate_inp": "mlp.router"},
     "mixtral": {"ffn_gate_inp": f"{MIXTRAL[0]}.gate"},
 }
 # stacks of experts, and which of gate, up and down they hold
@@ -70,8 +71,10 @@ def pieces(shapes: dict[str, tuple[int, ...]], family: str) -> Iterator[tuple[st
     block = BLOCK | OTHERWISE.get(family, {})
     for name, shape in shapes.items():
         match name.split("."):
-            case ["blk", layer, part, "weight"] if part in STACKS and len(shape) == 3:
+            case ["blk", layer, part, kind] if part in STACKS and len(shape) == 2 + (kind == "weight"):
                 yield from _experts(name, f"model.layers.{layer}.", family, STACKS[part], shape)
+            case ["blk", layer, "attn_sinks", "weight"]:
+                yield f"model.layers.{layer}.self_attn.sinks", StoredPart(name, shape)
             case ["blk", layer, "exp_probs_b", _]:
                 yield f"model.layers.{layer}.mlp.gate.e_score_correction_bias", StoredPart(name, shape)
             case ["blk", layer, part, "weight"] if part == KEYS and len(shape) == 3:
@@ -90,10 +93,10 @@ def pieces(shapes: dict[str, tuple[int, ...]], family: str) -> Iterator[tuple[st
 def _experts(
     name: str, stem: str, family: str, kinds: tuple[int, ...], shape: tuple[int, ...]
 ) -> Iterator[tuple[str, StoredPart]]:
-    """Each expert's matrices of a stack (experts, rows, columns), equal parts of the rows."""
-    height = shape[1] // len(kinds)
+    """Each expert's matrices of a stack (experts, rows, columns), or biases (experts, rows), equal parts of the rows."""
+    height, ending = shape[1] // len(kinds), name.rpartition(".")[2]
     module, *matrices = MIXTRAL if family == "mixtral" else EXPERTS
     for expert in range(shape[0]):
         for place, kind in enumerate(kinds):
-            theirs = f"{stem}{module}.experts.{expert}.{matrices[kind]}.weight"
-            yield theirs, StoredPart(name, (height, shape[2]), expert, place * height)
+            theirs = f"{stem}{module}.experts.{expert}.{matrices[kind]}.{ending}"
+            yield theirs, StoredPart(name, (height, *shape[2:]), expert, place * height)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from finback.checkpoint.gguf_config import FREQUENCIES
 from finback.checkpoint.hf_export_as import family_of
+from finback.model.biased_experts import BiasedMoE
 from finback.model.config import ModelConfig
-from finback.model.gqa import GQA
+from finback.model.gqa import GQA, SinkGQA
 from finback.model.layers import GeGLU, Normed, RMSNorm, SwiGLU
 from finback.model.moe import MoE
 from finback.model.rope import inverse_frequencies, plain_frequencies
@@ -25,6 +26,8 @@ ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
+    "gpt_oss": "gpt-oss",
+    "glm4_moe": "glm4moe",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
 }
@@ -42,7 +45,7 @@ def tensors(model: Transformer, meta: bool = False) -> Iterator[tuple[str, Tenso
         for name, tensor in _block(block, c):
             yield f"blk.{number}.{name}", tensor
     yield "output_norm.weight", model.norm.gain()
-    if not c.tie_word_embeddings:
+    if not c.tie_word_embeddings or c.attention_sinks:  # without which llama.cpp opens no gpt-oss
         yield "output.weight", model.head.weight
     if isinstance(c.rope_scaling, Llama3Rope):
         yield FREQUENCIES, (plain_frequencies(c.rope_dim, c.rope_theta) / inverse_frequencies(c).double()).float()
@@ -61,7 +64,8 @@ def _block(block: Block, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         attention, ff = attention.inner, ff.inner
     yield "attn_norm.weight", before.gain()
     yield from _grouped(attention, c) if isinstance(attention, GQA) else _latent(attention, c)
-    yield "ffn_norm.weight", between.gain()
+    is_behind = ARCHITECTURES[family_of(c)] in ("gpt-oss", "glm4moe")  # which call it by where it stands
+    yield ("post_attention_norm" if is_behind else "ffn_norm") + ".weight", between.gain()
     if isinstance(ff, SwiGLU | GeGLU):
         yield from _swiglu(ff, "")
         return
@@ -71,6 +75,11 @@ def _block(block: Block, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         yield "exp_probs_b.bias", ff.router.bias
     gate, up = ff.gate_up.chunk(2, dim=1)
     yield from (("ffn_gate_exps.weight", gate), ("ffn_up_exps.weight", up), ("ffn_down_exps.weight", ff.down))
+    if isinstance(ff, BiasedMoE):
+        yield "ffn_gate_inp.bias", ff.router.logit_bias
+        gate, up = ff.gate_up_bias.unflatten(0, (len(gate), -1)).chunk(2, dim=1)
+        yield from (("ffn_gate_exps.bias", gate), ("ffn_up_exps.bias", up))
+        yield "ffn_down_exps.bias", ff.down_bias.unflatten(0, (len(gate), -1))
     if c.n_shared_experts:
         yield from _swiglu(ff.shared, "_shexp")
 
@@ -96,6 +105,8 @@ def _grouped(a: GQA, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     yield "attn_output.weight", a.out.weight
     if a.out.bias is not None:
         yield "attn_output.bias", a.out.bias
+    if isinstance(a, SinkGQA):
+        yield "attn_sinks.weight", a.sink
     if c.qk_norm:
         yield from (("attn_q_norm.weight", a.query_norm.gain()), ("attn_k_norm.weight", a.key_norm.gain()))
 

@@ -20,7 +20,7 @@ def file_type(asked: GgufType) -> str:
 
 def kind_of(name: str, shape: tuple[int, ...], asked: GgufType, layers: int, tied: bool) -> str:
     """The name of a tensor's GGMLQuantizationType: vectors and routers stay in F32."""
-    if len(shape) < 2 or name.endswith("ffn_gate_inp.weight"):
+    if len(shape) < 2 or name.endswith(("ffn_gate_inp.weight", ".bias")):
         return "F32"
     wanted = _mixed(name, layers, tied) if asked == "q4_k_m" else asked.upper()
     if wanted in FALLBACK and shape[-1] % k_quants.BLOCK:
