@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from finback.checkpoint.export import export
+from finback.checkpoint.export import RELEASED_MTP_LAYERS, export
 from finback.checkpoint.hf_config import model_config, raw_config
+from finback.checkpoint.hf_families import FAMILIES as FAMILY_OF
 from finback.checkpoint.models import load_audited as load
 from finback.checkpoint.shards import BESIDE, INDEX, SCALE, Shards
 from finback.config import UserError
@@ -152,6 +153,11 @@ def test_kimi_is_deepseek_under_another_name() -> None:
         ({"model_type": "mistral"}, {"sliding_window": 4096, "max_position_embeddings": 131072}),
         ({"model_type": "mistral", "sliding_window": None}, {"sliding_window": None}),
         (
+            {"model_type": "gpt_oss"},
+            {"head_dim": 64, "sliding_window": 128, "rope_theta": 150000.0, "swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+        ),
+        ({"model_type": "gpt_oss"}, {"rope_scaling": Yarn(32.0, 4096, mscale_all_dim=0.0, truncate=False)}),
+        (
             {"model_type": "olmo3", "rope_theta": 9e3},
             {"rope_theta": 9e3, "local_rope_theta": 5e5, "sliding_window": 4096},
         ),
@@ -237,6 +243,32 @@ def test_mtp_layers_go_out_and_come_back_to_the_bit(shard_bytes: int, tmp_path: 
     tokens = torch.randint(60, (2, 16))
     with torch.no_grad():
         assert (theirs(tokens).logits - back.logits(back(tokens))).abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+def test_the_mtp_layer_of_a_model_as_deep_as_the_release_is_in_the_index(tmp_path: Path) -> None:
+    """As V3's own folders have it: shards, layer 61 among them, which transformers lets be."""
+    thin = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "q_lora_rank": 8, "vocab_size": 40}
+    model = small(num_hidden_layers=61, first_k_dense_replace=60, **thin)
+    export(model, tmp_path / "out", "fp32", shard_bytes=100_000)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
+    assert len(set(index.values())) > 3 and not (tmp_path / "out" / BESIDE).exists()
+    assert {"model.layers.61.eh_proj.weight", "model.layers.61.shared_head.head.weight"} <= index.keys()
+    back, audit = load(tmp_path / "out")
+    assert same(model, back) and audit.holds and audit.config.num_nextn_predict_layers == 1
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(info.values()), info
+    tokens = torch.randint(40, (1, 9))
+    with torch.no_grad():
+        assert (theirs(tokens).logits - back.logits(back(tokens))).abs().max() <= 1e-4
+
+
+def test_the_layers_that_transformers_lets_be_are_those_it_names() -> None:
+    for family, layers in RELEASED_MTP_LAYERS.items():
+        words = getattr(transformers, FAMILY_OF[family].architecture)._keys_to_ignore_on_load_unexpected
+        assert sorted(int(word.split(".layers\\.")[1].split("\\")[0].strip(".*")) for word in words) == list(layers)
 
 
 def test_mtp_is_what_the_paper_says(tmp_path: Path) -> None:

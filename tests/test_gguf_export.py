@@ -69,6 +69,7 @@ MODELS: dict[str, ModelConfig] = {
         num_hidden_layers=3,
         dense_layers=(),
         first_k_dense_replace=1,
+        num_nextn_predict_layers=1,
         attention_bias="qkv",
         scoring_func="sigmoid",
         n_shared_experts=1,
@@ -103,6 +104,8 @@ def test_what_is_written_is_read_back(config: ModelConfig, tmp_path: Path) -> No
     tokens = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (model.logits(model(tokens)) - back.logits(back.eval()(tokens))).abs().max() <= 1e-4
+    for stored, read in zip(model.mtp.parameters(), back.mtp.parameters(), strict=True):
+        assert torch.equal(stored, read)
     rounded = config.rope_scaling if not isinstance(config.rope_scaling, Yarn) else back.config.rope_scaling
     assert back.config.rope_scaling == rounded
 

@@ -5,8 +5,10 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,20 @@ from finback.checkpoint import gguf_export, models
 from finback.data import tokenizer
 from finback.data.gguf_vocabulary import keys
 from finback.data.tokenizer import Tokenizer
+from finback.engine.llm import LLM
+from finback.engine.request import SamplingParams
+from finback.report.gguf_file import export_gguf
 from finback.report.tokenizer_parity import texts
+from finback.tasks.math import Chains
+from finback.tasks.task import distinct
 from tests.test_gguf_export import MODELS, filled
 from tests.test_gguf_sentencepiece import vocabulary
 
 pytest.importorskip("xllamacpp")
 pytestmark = pytest.mark.slow
 ROWS = 320
+# what the quickstart leaves, by its own name or another
+QUICKSTART = Path(os.environ.get("FINBACK_QUICKSTART", "runs/tiny"))
 
 # argv: a file and what to ask; the cache in F32 and no flash attention, else log-probabilities differ by 1e-3
 ASK = """
@@ -47,15 +56,20 @@ for ids in asked["ids"]:
     logprobs.append({t["id"]: t["logprob"] for t in found[0]["top_logprobs"]} if found else {})
 ids = [post("/tokenize", {"content": t, "add_special": False, "parse_special": False})["tokens"] for t in asked["texts"]]
 prompt = post("/apply-template", {"messages": [{"role": "user", "content": "hello 12?"}]})["prompt"]
-print("ANSWER" + json.dumps({"logprobs": logprobs, "ids": ids, "prompt": prompt}), flush=True)
+greedy = {"temperature": 0, "max_tokens": 96, "cache_prompt": False, "reasoning_format": "none"}
+chats = [post("/v1/chat/completions", greedy | {"messages": [{"role": "user", "content": c}]}) for c in asked["chats"]]
+said = [chat["choices"][0]["message"]["content"] for chat in chats]
+print("ANSWER" + json.dumps({"logprobs": logprobs, "ids": ids, "prompt": prompt, "said": said}), flush=True)
 os._exit(0)
 """
 
 
-def ask(file: Path, ids: list[list[int]], said: list[str], rows: int = ROWS) -> dict[str, Any]:
+def ask(
+    file: Path, ids: list[list[int]], said: list[str], rows: int = ROWS, chats: Sequence[str] = ()
+) -> dict[str, Any]:
     question = file.with_suffix(".json")
-    question.write_text(json.dumps({"ids": ids, "rows": rows, "texts": said}))
-    done = subprocess.run([sys.executable, "-c", ASK, file, question], capture_output=True, text=True, timeout=300)
+    question.write_text(json.dumps({"ids": ids, "rows": rows, "texts": said, "chats": list(chats)}))
+    done = subprocess.run([sys.executable, "-c", ASK, file, question], capture_output=True, text=True, timeout=600)
     assert "ANSWER" in done.stdout, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.rpartition("ANSWER")[2])
     return found
@@ -120,3 +134,16 @@ def test_sentencepiece_ids_are_ours(prefix: bool, tmp_path: Path) -> None:
     words = Tokenizer(tmp_path / "m.gguf")
     wrong = [text for text, ids in zip(said, found, strict=True) if words.encode(text) != ids]
     assert not wrong, wrong[:5]
+
+
+def test_the_quickstarts_model_chats_there_as_it_does_here(tmp_path: Path) -> None:
+    """Its greedy answers to 50 sums, thoughts included, by llama.cpp's own reading of the template and the ends."""
+    if not (QUICKSTART / "zero/model.safetensors").is_file():
+        pytest.skip(f"{QUICKSTART} holds no trained model; `finback run recipes/tiny.py` makes it")
+    export_gguf(QUICKSTART / "zero", tmp_path / "m.gguf", "f32")
+    asked = [problem.question for problem in distinct(Chains(2, 7), "held_out", 50, seed=1)]
+    found = ask(tmp_path / "m.gguf", [], [], chats=asked)["said"]
+    here = LLM(QUICKSTART / "zero", "fp32")
+    greedy = SamplingParams(temperature=0.0, max_tokens=96)
+    expected = [out.text for out in here.generate([here.encode(question)[0] for question in asked], greedy)]
+    assert found == expected and sum("<think>" in text for text in found) >= 25

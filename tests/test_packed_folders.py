@@ -247,6 +247,24 @@ def test_what_is_read_is_what_was_packed(kind: str, tmp_path: Path) -> None:
         assert torch.equal(kept.logits(kept(tokens)), plain.logits(plain(tokens)))
 
 
+@pytest.mark.parametrize("kind", ["awq", "gptq by activation", "int8", "nf4"])
+def test_matrices_that_are_packed_as_one_are_read_as_several(kind: str, tmp_path: Path) -> None:
+    """Phi-3's queries, keys and values, and its gate and up."""
+    wanted = packed_folder(tmp_path / "packed", kind, replace(CONFIG, partial_rotary_factor=0.5))
+    assert "model.layers.0.self_attn.qkv_proj.weight" in wanted
+    export(load(tmp_path / "packed"), tmp_path / "out", "fp32")
+    found = load_file(tmp_path / "out/model.safetensors")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor.float(), rtol=1e-6, atol=1e-8, msg=name)
+    kept = load_for_inference(tmp_path / "packed", "kept")
+    packed = [m for m in kept.modules() if isinstance(m, QuantizedLinear)]
+    assert len(packed) == (5 if KINDS[kind][2] else 0)
+    plain = load(tmp_path / "packed", torch.bfloat16, "bf16").eval()
+    tokens = torch.randint(320, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(kept.logits(kept(tokens)), plain.logits(plain(tokens)))
+
+
 def test_experts_stay_packed_too(tmp_path: Path) -> None:
     packed_folder(tmp_path / "packed", "awq", EXPERTS)
     kept, plain = load(tmp_path / "packed", weights="kept"), load(tmp_path / "packed", weights="bf16")

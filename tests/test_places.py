@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from finback import cli
 from finback.checkpoint.export import export
 from finback.checkpoint.models import find_model, load, load_audited
 from finback.checkpoint.shards import INDEX
@@ -175,6 +177,40 @@ def test_a_path_that_holds_no_model_says_where_one_is(
     make(tmp_path)
     with pytest.raises(UserError, match=f"^FOLDER = .*{message}"):
         verify(tmp_path)
+
+
+def test_the_command_line_sends_people_the_right_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line on stderr and exit code 2, whatever lies at the path."""
+
+    def sentencepiece(folder: Path) -> None:
+        export(small(num_nextn_predict_layers=0), folder / "out", "fp32")
+        (folder / "out/tokenizer.model").write_bytes(b"\x0a\x00")
+
+    def unreadable(folder: Path) -> None:
+        (folder / "out").mkdir()
+        (folder / "out/config.json").mkdir()
+
+    for number, (make, command, words) in enumerate(
+        (
+            (sentencepiece, "chat out", "the folder has its tokenizer only as tokenizer.model. Where sentencepiece or"),
+            (adapter, "verify .", "holds an adapter, not a model. Name it where a model runs or trains"),
+            (files_of_gguf, "export . new", "holds 2 GGUF file(s) and no config.json. Name the file: "),
+            (cache, "verify .", "a repository in the hub's cache, not a model's folder. Name the snapshot: "),
+            (within, "export . new", "holds no model itself, but a folder in it does. Name the folder: "),
+            (unreadable, "verify out", "config.json': cannot be read (Is a directory). Give yourself the right"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        make(folder)
+        words_of_line = [str(folder / word) if word in (".", "out", "new") else word for word in command.split()]
+        monkeypatch.setattr(sys, "argv", ["finback", *words_of_line])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr().err
+        assert left.value.code == 2 and said.count("\n") == 1 and words in said, said
 
 
 def test_files_that_cannot_be_read_are_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

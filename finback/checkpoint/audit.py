@@ -83,7 +83,7 @@ def examine(path: Path) -> tuple[Weights, Audit]:
     if quantized and config.attention == "compressed":
         files.specs = packed_folders.factored(files.specs)
     has_fp4 = quantized and packed_folders.has_fp4(files.specs)
-    shards = PackedShards(files, raw["quantization_config"]) if is_packed(raw) or has_fp4 else files
+    shards = PackedShards(files, raw["quantization_config"], config) if is_packed(raw) or has_fp4 else files
     shards.specs = as_named(shards.specs, config)
     result = audit(config, shards, quantized)
     result.notes += [shards.note()] if isinstance(shards, PackedShards) else []

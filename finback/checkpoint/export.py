@@ -17,6 +17,7 @@ from torch import Tensor
 from finback.checkpoint import names, v4_names
 from finback.checkpoint.audit import shapes
 from finback.checkpoint.hf_config import raw_config
+from finback.checkpoint.hf_export_as import family_of
 from finback.checkpoint.models import part, scale_name
 from finback.checkpoint.shards import BESIDE, INDEX, SCALE, SINGLE
 from finback.checkpoint.store import as_os_error
@@ -28,8 +29,14 @@ from finback.model.transformer import Transformer
 
 Format = Literal["bf16", "fp32", "fp8"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-# transformers ignores the MTP layer of the released models by its number, and calls any other unexpected
-RELEASED_MTP_LAYER = 61
+# transformers ignores the MTP layers of the released models by their numbers, and calls any other unexpected
+RELEASED_MTP_LAYERS = {
+    "deepseek_v3": (61,),
+    "deepseek_v32": (61,),
+    "glm4_moe": (46, 92),
+    "glm4_moe_lite": (47,),
+    "glm_moe_dsa": (78,),
+}
 SHARD_BYTES = 5_000_000_000  # of a file at most
 
 
@@ -190,7 +197,8 @@ def size(name: str, shape: tuple[int, ...], fmt: Format) -> int:
 def lies_beside(config: ModelConfig) -> tuple[str, ...]:
     """How the names begin of what transformers would call unexpected: MTP layers, whose files no index names."""
     layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
-    return tuple(f"model.layers.{layer}." for layer in layers if layer != RELEASED_MTP_LAYER)
+    known = RELEASED_MTP_LAYERS.get(family_of(config), ()) if layers else ()
+    return tuple(f"model.layers.{layer}." for layer in layers if layer not in known)
 
 
 def _plan(config: ModelConfig, fmt: Format, shard_bytes: int) -> dict[str, str]:

@@ -65,33 +65,41 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
         "eos_token_id": field(reader, "tokenizer.ggml.eos_token_id", None),
     }
     raw |= _latent(get) if arch == "deepseek2" else _grouped(get, tensors)
-    if arch == "qwen3moe":
-        raw |= _experts(get, ("num_experts", "num_experts_per_tok")) | {"norm_topk_prob": True}
-    if arch == "llama" and get("expert_count", 0):
-        raw |= _experts(get, ("num_local_experts", "num_experts_per_tok")) | {"model_type": "mixtral"}
-    if arch == "gemma3":
-        raw |= {"query_pre_attn_scalar": raw["head_dim"], "sliding_window": get("attention.sliding_window", 4096)}
-        raw["rope_local_base_freq"] = get("rope.freq_base_swa", 10000.0)
-    if arch == "gpt-oss":
-        raw |= _experts(get, ("num_local_experts", "num_experts_per_tok"))
-        raw |= {
-            "intermediate_size": raw.pop("moe_intermediate_size"),
-            "sliding_window": get("attention.sliding_window"),
-        }
-    if arch == "glm4moe":
-        raw |= _sigmoid_gate(get) | {
-            "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
-            "attention_bias": "blk.0.attn_q.bias" in tensors,
-            "partial_rotary_factor": get("rope.dimension_count") / raw["head_dim"],
-            "num_hidden_layers": get("block_count") - get("nextn_predict_layers", 0),
-            "num_nextn_predict_layers": 0,
-        }
+    raw |= _of_family(arch, get, raw, tensors)
     if (scaling := _scaling(get)) is not None:
         # no key says that the ramp of gpt-oss ends between pairs
         raw["rope_scaling"] = scaling | ({"truncate": False} if arch == "gpt-oss" else {})
     if FREQUENCIES in tensors:
         raw["rope_scaling"] = _llama3(torch.tensor(tensors[FREQUENCIES].data), raw, path)
     return raw
+
+
+def _of_family(arch: str, get: Get, raw: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """What one architecture alone says, or does not need to."""
+    if arch == "qwen3moe":
+        return _experts(get, ("num_experts", "num_experts_per_tok")) | {"norm_topk_prob": True}
+    if arch == "llama" and get("expert_count", 0):
+        return _experts(get, ("num_local_experts", "num_experts_per_tok")) | {"model_type": "mixtral"}
+    if arch == "gemma3":
+        return {
+            "query_pre_attn_scalar": raw["head_dim"],
+            "sliding_window": get("attention.sliding_window", 4096),
+            "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
+        }
+    if arch == "gpt-oss":
+        found = _experts(get, ("num_local_experts", "num_experts_per_tok"))
+        width = found.pop("moe_intermediate_size")
+        return found | {"intermediate_size": width, "sliding_window": get("attention.sliding_window")}
+    if arch == "glm4moe":
+        nextn = get("nextn_predict_layers", 0)
+        return _gate(get) | {
+            "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
+            "attention_bias": "blk.0.attn_q.bias" in tensors,
+            "partial_rotary_factor": get("rope.dimension_count") / raw["head_dim"],
+            "num_hidden_layers": get("block_count") - nextn,
+            "num_nextn_predict_layers": nextn,
+        }
+    return {}
 
 
 def _grouped(get: Get, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +117,7 @@ def _experts(get: Get, names: tuple[str, str]) -> dict[str, Any]:
     return dict(zip(names, counts, strict=True)) | {"moe_intermediate_size": get("expert_feed_forward_length", 0)}
 
 
-def _sigmoid_gate(get: Get) -> dict[str, Any]:
+def _gate(get: Get) -> dict[str, Any]:
     """What is said of DeepSeek's experts, and of those that are chosen like them."""
     return _experts(get, ("n_routed_experts", "num_experts_per_tok")) | {
         "n_group": get("expert_group_count", 0) or 1,
@@ -124,7 +132,7 @@ def _sigmoid_gate(get: Get) -> dict[str, Any]:
 def _latent(get: Get) -> dict[str, Any]:
     """DeepSeek-V2, V3 and Kimi, by which function their gate uses."""
     rotated, layers = get("rope.dimension_count"), get("block_count")
-    gate = _sigmoid_gate(get)
+    gate = _gate(get)
     # files from before the key was there are of V2, but for those that have V3's shape, as llama.cpp guesses too
     guess = SIGMOID if (layers, gate["n_routed_experts"]) == (61, 256) else SOFTMAX
     is_v3 = not gate["n_routed_experts"] or (get("expert_gating_func", 0) or guess) == SIGMOID

@@ -167,6 +167,8 @@ def _settings(c: ModelConfig, arch: str) -> dict[str, Any]:
         found["attention.sliding_window"] = c.sliding_window
     if arch == "glm4moe":
         found |= {"leading_dense_block_count": c.first_k_dense_replace} | _gate_settings(c)
+        found |= {"nextn_predict_layers": c.num_nextn_predict_layers}
+        found["block_count"] += c.num_nextn_predict_layers
     if arch == "gemma3" and c.sliding_window is not None:
         local = c.rope_theta if c.local_rope_theta is None else c.local_rope_theta
         found |= {"attention.sliding_window": c.sliding_window, "rope.freq_base_swa": local}

@@ -46,6 +46,15 @@ OTHERWISE = {
 }
 # stacks of experts, and which of gate, up and down they hold
 STACKS = {"ffn_gate_exps": (0,), "ffn_up_exps": (1,), "ffn_down_exps": (2,), "ffn_gate_up_exps": (0, 1)}
+# of MTP layers, behind `nextn`
+NEXTN = {
+    "eh_proj": "eh_proj",
+    "enorm": "enorm",
+    "hnorm": "hnorm",
+    "embed_tokens": "embed_tokens",
+    "shared_head_head": "shared_head.head",
+    "shared_head_norm": "shared_head.norm",
+}
 KEYS, VALUES = "attn_k_b", "attn_v_b"
 
 
@@ -73,6 +82,8 @@ def pieces(shapes: dict[str, tuple[int, ...]], family: str) -> Iterator[tuple[st
         match name.split("."):
             case ["blk", layer, part, kind] if part in STACKS and len(shape) == 2 + (kind == "weight"):
                 yield from _experts(name, f"model.layers.{layer}.", family, STACKS[part], shape)
+            case ["blk", layer, "nextn", part, kind] if part in NEXTN:
+                yield f"model.layers.{layer}.{NEXTN[part]}.{kind}", StoredPart(name, shape)
             case ["blk", layer, "attn_sinks", "weight"]:
                 yield f"model.layers.{layer}.self_attn.sinks", StoredPart(name, shape)
             case ["blk", layer, "exp_probs_b", _]:

@@ -13,6 +13,7 @@ from finback.model.config import ModelConfig
 from finback.model.gqa import GQA, SinkGQA
 from finback.model.layers import GeGLU, Normed, RMSNorm, SwiGLU
 from finback.model.moe import MoE
+from finback.model.mtp import MTP
 from finback.model.rope import inverse_frequencies, plain_frequencies
 from finback.model.rope_scaling import Llama3Rope
 from finback.model.transformer import Block, Transformer
@@ -33,6 +34,11 @@ ARCHITECTURES = {
 }
 
 
+def writes_mtp(c: ModelConfig) -> bool:
+    """Whether MTP layers go into the file: llama.cpp calls those of DeepSeek's too many."""
+    return family_of(c) == "glm4_moe" and c.num_nextn_predict_layers > 0
+
+
 def tensors(model: Transformer, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
     """GGUF's names and tensors, one at a time; with `meta` their shapes alone."""
     if meta:
@@ -43,6 +49,13 @@ def tensors(model: Transformer, meta: bool = False) -> Iterator[tuple[str, Tenso
     for number, block in enumerate(model.blocks):
         assert isinstance(block, Block), "of a plain model"
         for name, tensor in _block(block, c):
+            yield f"blk.{number}.{name}", tensor
+    for number, module in enumerate(model.mtp if writes_mtp(c) else (), start=len(model.blocks)):
+        assert isinstance(module, MTP) and isinstance(module.block, Block), "of a plain model"
+        parts = {"eh_proj": module.project.weight, "enorm": module.embed_norm.gain()}
+        parts |= {"hnorm": module.hidden_norm.gain(), "shared_head_norm": module.norm.gain()}
+        yield from ((f"blk.{number}.nextn.{name}.weight", tensor) for name, tensor in parts.items())
+        for name, tensor in _block(module.block, c):
             yield f"blk.{number}.{name}", tensor
     yield "output_norm.weight", model.norm.gain()
     if not c.tie_word_embeddings or c.attention_sinks:  # without which llama.cpp opens no gpt-oss

@@ -137,31 +137,17 @@ def _raw_grouped(config: ModelConfig, family: str) -> dict[str, Any]:
         raw["layer_types"] = list(config.layer_types) or [SLIDING] * len(layers)
     if family == "smollm3":
         raw["no_rope_layers"] = [int(layer not in config.nope_layers) for layer in layers]
-    if family == "qwen3_moe":
-        raw |= {"num_experts": config.n_routed_experts, "num_experts_per_tok": config.num_experts_per_tok}
-        raw |= {name: getattr(config, name) for name in ("moe_intermediate_size", "norm_topk_prob")}
-        raw |= {"decoder_sparse_step": 1, "mlp_only_layers": [n for n in layers if not config.is_moe(n)]}
-    if family == "glm4_moe":
-        raw |= {name: getattr(config, name) for name in (*MOE, *GATE, *LAYERS, "partial_rotary_factor")}
-        raw |= {"use_qk_norm": config.qk_norm, "topk_method": "noaux_tc"}
-    if family == "mixtral":
-        raw |= {"num_local_experts": config.n_routed_experts, "num_experts_per_tok": config.num_experts_per_tok}
-        raw["intermediate_size"] = config.moe_intermediate_size
-    if family == "gpt_oss":
-        raw |= {"num_local_experts": config.n_routed_experts, "intermediate_size": config.moe_intermediate_size}
-        raw |= {name: getattr(config, name) for name in ("num_experts_per_tok", "swiglu_alpha", "swiglu_limit")}
-        raw["layer_types"] = list(config.layer_types) or [FULL if config.sliding_window is None else SLIDING] * len(
-            layers
-        )
-        if config.rope_scaling is None:  # which its class would take for YaRN
-            raw["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.n_routed_experts:
+        raw |= _raw_experts(config, family)
+    if family in ("gpt_oss", "gemma3_text"):
+        kinds: list[str] = list(config.layer_types)
+        raw["layer_types"] = kinds or [FULL if config.sliding_window is None else SLIDING] * len(layers)
+    if family == "gpt_oss" and config.rope_scaling is None:  # which its class would take for YaRN
+        raw["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if family == "gemma3_text":
         asked = config.query_pre_attn_scalar
         raw |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": asked or config.head_dim}
         raw |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        raw["layer_types"] = list(config.layer_types) or [FULL if config.sliding_window is None else SLIDING] * len(
-            layers
-        )
     if family in ("olmo3", "gemma3_text"):
         full = {"rope_type": "default"} | (raw_rope(config.rope_scaling) if config.rope_scaling else {})
         truncate = full.pop("truncate", True)
@@ -170,4 +156,20 @@ def _raw_grouped(config: ModelConfig, family: str) -> dict[str, Any]:
             FULL: full | {"rope_theta": config.rope_theta},
             SLIDING: {"rope_type": "default", "rope_theta": local},
         } | ({} if truncate else {"truncate": False})
+    return raw
+
+
+def _raw_experts(config: ModelConfig, family: str) -> dict[str, Any]:
+    """Numbers and sizes of experts behind grouped-query attention, as each family calls them."""
+    c, dense = config, [layer for layer in range(config.num_hidden_layers) if not config.is_moe(layer)]
+    if family == "glm4_moe":
+        names = (*MOE, *GATE, *LAYERS, "partial_rotary_factor")
+        return {n: getattr(c, n) for n in names} | {"use_qk_norm": c.qk_norm, "topk_method": "noaux_tc"}
+    raw: dict[str, Any] = {"num_experts_per_tok": c.num_experts_per_tok}
+    if family == "qwen3_moe":
+        raw |= {"num_experts": c.n_routed_experts, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+        return raw | {name: getattr(c, name) for name in ("moe_intermediate_size", "norm_topk_prob")}
+    raw |= {"num_local_experts": c.n_routed_experts, "intermediate_size": c.moe_intermediate_size}
+    if family == "gpt_oss":
+        raw |= {"swiglu_alpha": c.swiglu_alpha, "swiglu_limit": c.swiglu_limit}
     return raw

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from finback.checkpoint.shards import SCALE, Shards, Spec, Weights
+from finback.checkpoint.stored_names import parts_of
 from finback.config import UserError
 from finback.kernels import packings
 from finback.kernels.formats import (
@@ -28,6 +29,7 @@ from finback.kernels.formats import (
     powers_of_two,
 )
 from finback.kernels.packings import Grouped
+from finback.model.config import ModelConfig
 
 METHODS = ("awq", "gptq", "compressed-tensors", "bitsandbytes")
 # of a packed matrix, by the ending of its name behind the layer's
@@ -56,10 +58,11 @@ Parts = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class _Layer:
-    """A packed matrix: its shape and the specs of its parts."""
+    """A packed matrix: its shape and the specs of its parts; of several that are stored as one, these rows."""
 
     shape: tuple[int, int]
     parts: dict[str, Spec]
+    rows: slice
 
 
 @dataclass(frozen=True)
@@ -73,21 +76,22 @@ class Mxfp4:
 class PackedShards(Weights):
     """A folder's tensors, packed ones dequantized to fp32 as they are read, or as they are by `packed`."""
 
-    def __init__(self, shards: Shards, quantization: dict[str, Any]) -> None:
+    def __init__(self, shards: Shards, quantization: dict[str, Any], config: ModelConfig) -> None:
         self.shards, self.settings = shards, quantization
         self.method = str(quantization["quant_method"])
         self.layers: dict[str, _Layer] = {}
         self.specs: dict[str, Spec] = dict(shards.specs)
         for stem in sorted(self._stems()):
-            parts = {
-                part: shards.specs[name] for part in _PARTS[self.method] if (name := f"{stem}.{part}") in shards.specs
-            }
+            endings = [part for part in _PARTS[self.method] if f"{stem}.{part}" in shards.specs]
+            parts = {part: shards.specs[f"{stem}.{part}"] for part in endings}
             for part in parts:
                 del self.specs[f"{stem}.{part}"]
             shape = self._shape(stem, parts)
-            self.layers[f"{stem}.weight"] = _Layer(shape, parts)
             main = min(parts.values(), key=lambda spec: (spec.file, spec.start))
-            self.specs[f"{stem}.weight"] = Spec("F32", shape, main.file, main.start)
+            start = 0
+            for name, spec in parts_of(f"{stem}.weight", Spec("F32", shape, main.file, main.start), config):
+                rows = slice(start, start := start + spec.shape[0])
+                self.layers[name], self.specs[name] = _Layer(shape, parts, rows), spec
         if not self.layers:
             problem = f"no tensor of the files is packed as {self.method} packs"
             raise UserError(
@@ -109,7 +113,7 @@ class PackedShards(Weights):
 
     def read(self, name: str) -> Tensor:
         layer = self.layers.get(name)
-        return self.shards.read(name) if layer is None else self._dequantized(layer)
+        return self.shards.read(name) if layer is None else self._dequantized(layer)[layer.rows]
 
     def read_into(self, name: str, into: Tensor) -> None:
         if name in self.layers:
@@ -125,7 +129,8 @@ class PackedShards(Weights):
 
     def packed(self, name: str) -> tuple[Format, Tensor, Tensor] | None:
         layer = self.layers.get(name)
-        return None if layer is None else _kept(layer.shape, self._contents(layer))
+        kept = None if layer is None else _kept(layer.shape, self._contents(layer))
+        return None if layer is None or kept is None else (kept[0], kept[1][layer.rows], kept[2][layer.rows])
 
     def _shape(self, stem: str, parts: dict[str, Spec]) -> tuple[int, int]:
         shape: tuple[int, ...] = ()

@@ -26,14 +26,14 @@ def as_named(specs: dict[str, Spec], config: ModelConfig) -> dict[str, Spec]:
     """The specs of a folder by the table's names; names that are nobody's habit stay as they are."""
     found: dict[str, Spec] = {}
     if config.attention == "compressed":
-        named = (pair for name, spec in specs.items() for pair in _parts(name, spec, config))
+        named = (pair for name, spec in specs.items() for pair in parts_of(name, spec, config))
         found = {v4_names.released(name): spec for name, spec in named}
         return _untied(found, config, "embed.weight", "head.weight")
     is_bare = not any(name.startswith("model.") for name in specs)
     for name, spec in specs.items():
         if is_bare and name.startswith(_TRUNK):
             name = f"model.{name}"
-        found |= dict(_parts(name, spec, config))
+        found |= dict(parts_of(name, spec, config))
     return _untied(found, config, "model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -44,7 +44,7 @@ def _untied(found: dict[str, Spec], config: ModelConfig, embedding: str, head: s
     return found
 
 
-def _parts(name: str, spec: Spec, config: ModelConfig) -> Iterator[tuple[str, Spec]]:
+def parts_of(name: str, spec: Spec, config: ModelConfig) -> Iterator[tuple[str, Spec]]:
     """The tensors that a fused one is made of, each a range of its rows; any other as it is."""
     is_plain = config.swiglu_alpha is None  # see stacked_experts.py
     if is_plain and (fused := _EXPERTS.fullmatch(name)) and len(spec.shape) == 3 and spec.dtype in WIDTHS:
