@@ -88,11 +88,9 @@ class StoredAdapter:
     def take(self, name: str) -> Pair | None:
         """The pair of a matrix; A with the true scale over the adapter's own in it."""
         a, b = (self.tensors.pop(f"{PREFIX}{name}.lora_{each}.weight", None) for each in "AB")
-        if a is None or b is None:
-            if a is not None or b is not None:
-                raise self.wrong(name, "lacks one of lora_A and lora_B")
-            return None
-        return a.float(), b.float()
+        if (a is None) != (b is None):
+            raise self.wrong(name, "lacks one of lora_A and lora_B")
+        return None if a is None or b is None else (a.float(), b.float())
 
     def correction(self, name: str, rank: int) -> float:
         """The scale of a matrix by the patterns of the config, over the adapter's own."""
@@ -216,9 +214,8 @@ def _attach_experts(module: MoE, name: str, config: ModelConfig, stored: StoredA
     inner, outer = stored.take(f"{stem}.base_layer"), stored.take(stem)
     if inner is None and outer is not None and _targets_only(stored.raw, "gate_up_proj"):
         inner, outer = outer, None
-    gate_up = None if inner is None else _unpacked(inner, experts, f"{stem}.gate_up_proj", stored)
-    if gate_up is not None and config.swiglu_alpha is not None:
-        gate_up = gate_up[0], parted(gate_up[1], 1)
+    in_turn = config.swiglu_alpha is not None  # rows of gate and up
+    gate_up = None if inner is None else _unpacked(inner, experts, f"{stem}.gate_up_proj", stored, in_turn)
     down = None if outer is None else _unpacked(outer, experts, f"{stem}.down_proj", stored)
     single = [[stored.take(f"{stem}.{e}.{part}_proj") for part in ("gate", "up", "down")] for e in range(experts)]
     if any(pair for pairs in single for pair in pairs):
@@ -239,9 +236,9 @@ def _targets_only(raw: dict[str, Any], parameter: str) -> bool:
     return parameter in targets and "down_proj" not in targets
 
 
-def _unpacked(pair: Pair, experts: int, name: str, stored: StoredAdapter) -> Pair:
+def _unpacked(pair: Pair, experts: int, name: str, stored: StoredAdapter, in_turn: bool = False) -> Pair:
     """A (E · r, in) and B (out, E · r) -> (E, r, in) and (E, out, r), B with the correction of its scale."""
-    a, b = pair
+    a, b = pair[0], parted(pair[1]) if in_turn else pair[1]
     if len(a) % experts or b.size(1) != len(a):
         raise stored.wrong(name, f"{tuple(a.shape)} and {tuple(b.shape)} are not those of {experts} experts")
     rank = len(a) // experts

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from finback.kernels import frozen, moe_gemm
+from finback.kernels import moe_gemm
 from finback.kernels.frozen import Product
 from finback.model.frozen import FrozenMoE
 from finback.model.moe import MoE
