@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from finback.stages.sft import SFT as SFT
     from finback.tasks.task import Task as Task
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "api": ("Results", "compare", "plan", "run"),
