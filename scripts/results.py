@@ -292,12 +292,19 @@ def page(report: Report) -> Rows:
     )
 
 
+def newcomer(report: Report) -> Rows:
+    for step in report["steps"]:
+        yield f"a newcomer's clock: {step['step']}", f"{step['seconds']:,.0f} s, {step['bytes'] / 1e6:,.0f} MB"
+
+
 def table(rows: str, file: str, command: str) -> Iterator[str]:
-    """The lines that stand for {rows file command}."""
+    """The lines that stand for {rows file command}; none where nobody has measured it yet."""
+    if not (RESULTS / file).is_file():
+        return
     report = json.loads((RESULTS / file).read_text(encoding="utf-8"))
     source = f"{report.get('date', 'no date')[:10]}, {report['machine'].get('cpu', 'CPU not recorded')}"
     for what, figure in globals()[rows](report):
-        yield f"| {what} | {figure} | `python benchmarks/{command}` | [{source}](../benchmarks/results/{file}) |"
+        yield f"| {what} | {figure} | `python {command if '/' in command else f'benchmarks/{command}'}` | [{source}](../benchmarks/results/{file}) |"
 
 
 def render() -> str:
