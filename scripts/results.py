@@ -303,8 +303,9 @@ def table(rows: str, file: str, command: str) -> Iterator[str]:
         return
     report = json.loads((RESULTS / file).read_text(encoding="utf-8"))
     source = f"{report.get('date', 'no date')[:10]}, {report['machine'].get('cpu', 'CPU not recorded')}"
+    program = command if command.startswith("scripts/") else f"benchmarks/{command}"
     for what, figure in globals()[rows](report):
-        yield f"| {what} | {figure} | `python {command if '/' in command else f'benchmarks/{command}'}` | [{source}](../benchmarks/results/{file}) |"
+        yield f"| {what} | {figure} | `python {program}` | [{source}](../benchmarks/results/{file}) |"
 
 
 def render() -> str:
