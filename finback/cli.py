@@ -41,13 +41,17 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         code = _fail(str(error))
     except typer.Exit as error:
         code = error.exit_code
     except (Interrupted, KeyboardInterrupt, typer.Abort):
         code = launch.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+    except (BrokenPipeError, SystemExit) as error:  # the reader of our output has left, as `| head` does
+        # Typer and rich end the program for it
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:

@@ -160,9 +160,11 @@ def test_no_message_names_a_package_that_nobody_owns() -> None:
 
 def test_version_and_a_reader_that_leaves() -> None:
     assert finback("--version").stdout.strip() == __version__
-    command = f"{sys.executable} -m finback show recipes/tiny.py | head -c 1"
-    piped = subprocess.run(command, shell=True, env=environment(), capture_output=True, text=True, cwd=ROOT)
-    assert piped.stderr == ""
+    for given, unbuffered in (("show recipes/tiny.py", ""), ("help", ""), ("show Questions", "1")):
+        command = f"{sys.executable} -m finback {given} | head -c 1; exit ${{PIPESTATUS[0]}}"
+        values = environment() | {"PYTHONUNBUFFERED": unbuffered}
+        piped = subprocess.run(["bash", "-c", command], env=values, capture_output=True, text=True, cwd=ROOT)
+        assert (piped.returncode, piped.stderr) == (0, ""), given
 
 
 def test_chat_without_a_model(tmp_path: Path) -> None:
