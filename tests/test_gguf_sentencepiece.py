@@ -7,6 +7,7 @@ import gguf
 import pytest
 
 from finback.data import gguf_tokenizer
+from finback.data.gguf_vocabulary import keys
 from finback.data.tokenizer import Tokenizer
 from finback.report.tokenizer_parity import texts
 
@@ -65,6 +66,23 @@ def test_ids_are_those_of_merging_by_score(prefix: bool, tmp_path: Path) -> None
         assert ours.encode(text) == merged(text, pieces, scores, kinds, prefix), repr(text)
     assert ours.decode(ours.encode("hello older wörld é")) == "hello older wörld é"
     assert (ours.bos, ours.eos) == (1, 2) and pieces.index("<|im_end|>") in ours.stops
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_vocabulary_goes_out_as_it_came(prefix: bool, tmp_path: Path) -> None:
+    """As its tokenizer.json, which has merges and no scores."""
+    write(tmp_path / "m.gguf", prefix)
+    (tmp_path / "words").mkdir()
+    Tokenizer(tmp_path / "m.gguf").save(tmp_path / "words")
+    ours, (pieces, _, kinds) = Tokenizer(tmp_path / "words"), vocabulary()
+    found = {name.removeprefix("tokenizer.ggml."): value for name, value in keys(ours, len(pieces)).items()}
+    assert (found["tokens"], found["token_type"]) == (pieces, kinds)
+    assert (found["model"], found["add_space_prefix"], found["bos_token_id"], found["eos_token_id"]) == (
+        *("llama", prefix),
+        *(1, 2),
+    )
+    for text in [text for text in texts([])[:300] if len(text) < 200 and "▁" not in text]:
+        assert ours.encode(text) == merged(text, pieces, found["scores"], kinds, prefix), repr(text)
 
 
 def test_a_file_that_names_no_rules_has_those_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

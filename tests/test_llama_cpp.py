@@ -134,6 +134,10 @@ def test_sentencepiece_ids_are_ours(prefix: bool, tmp_path: Path) -> None:
     words = Tokenizer(tmp_path / "m.gguf")
     wrong = [text for text, ids in zip(said, found, strict=True) if words.encode(text) != ids]
     assert not wrong, wrong[:5]
+    (tmp_path / "words").mkdir()
+    words.save(tmp_path / "words")  # whose tokenizer.json has merges and no scores
+    gguf_export.write(model, tmp_path / "again.gguf", "f32", keys(Tokenizer(tmp_path / "words"), len(pieces)))
+    assert ask(tmp_path / "again.gguf", [], said)["ids"] == found
 
 
 def test_the_quickstarts_model_chats_there_as_it_does_here(tmp_path: Path) -> None:

@@ -57,3 +57,35 @@ def _merges(plain: set[str], scores: dict[str, float], vocabulary: dict[str, int
         if piece[:cut] in plain and piece[cut:] in plain
     ]
     return [pair for *_, pair in sorted(found)]
+
+
+def is_model(text: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is such a vocabulary: BPE of pieces in which spaces are written out, not of bytes."""
+    steps = [*_steps(text.get("normalizer"), "normalizers"), *_steps(text.get("pre_tokenizer"), "pretokenizers")]
+    spaces = [s for s in steps if s.get("content") == SPACE or s.get("replacement") == SPACE]
+    plain = all(s["type"] in ("Prepend", "Replace", "Metaspace") or s.get("pattern") == {"String": " "} for s in steps)
+    return text["model"].get("type") == "BPE" and bool(spaces) and plain
+
+
+def keys(text: dict[str, Any], tokens: list[str], kinds: list[int]) -> dict[str, Any]:
+    """The keys of such a tokenizer.json; kinds of bytes and of the unknown token are set in place.
+
+    A piece has the score of the first merge that makes it, so that llama.cpp merges in the same order.
+    """
+    model, ranks = text["model"], dict[str, int]()
+    for rank, merge in enumerate(model["merges"]):
+        ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
+    bytes_ = {f"<0x{n:02X}>" for n in range(256)} if model.get("byte_fallback") else set()
+    for number, token in enumerate(tokens):
+        if token in bytes_:
+            kinds[number] = BYTE
+        elif token == model.get("unk_token"):
+            kinds[number] = UNKNOWN
+    steps = [*_steps(text.get("normalizer"), "normalizers"), *_steps(text.get("pre_tokenizer"), "pretokenizers")]
+    prefixed = any(s["type"] == "Prepend" or s.get("prepend_scheme", "never") != "never" for s in steps)
+    scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
+    return {"model": "llama", "scores": scores, "add_space_prefix": prefixed}
+
+
+def _steps(given: dict[str, Any] | None, within: str) -> list[dict[str, Any]]:
+    return list(given.get(within, [given])) if given else []

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from finback.config import UserError
+from finback.data import gguf_sentencepiece
 from finback.data.gguf_tokenizer import DEEPSEEK, GPT2, NORMALIZED, RULES, WHOLE_WORDS
 from finback.data.template import OWN
 from finback.data.tokenizer import SPLITS, Tokenizer
@@ -15,15 +16,20 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 def keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """The keys of a tokenizer for a model of so many rows; UserError where GGUF has no name for its rules."""
     text = json.loads(tokenizer.as_json())
-    rules = rules_of(text)
+    is_pieces = gguf_sentencepiece.is_model(text)
+    rules = "" if is_pieces else rules_of(text)
     tokens, kinds = [f"[PAD{n}]" for n in range(rows)], [UNUSED] * rows
     for token, number in text["model"]["vocab"].items():
         tokens[number], kinds[number] = token, NORMAL
     for token in text["added_tokens"]:
         kind = CONTROL if token["special"] else USER_DEFINED
         tokens[token["id"]], kinds[token["id"]] = token["content"], kind
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in text["model"]["merges"]]
-    found: dict[str, Any] = {"model": "gpt2", "pre": rules, "tokens": tokens, "token_type": kinds, "merges": merges}
+    found: dict[str, Any] = {"tokens": tokens, "token_type": kinds}
+    if is_pieces:
+        found |= gguf_sentencepiece.keys(text, tokens, kinds)
+    else:
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in text["model"]["merges"]]
+        found |= {"model": "gpt2", "pre": rules, "merges": merges}
     ends = [n for n in (tokenizer.eos, *tokenizer.ends.get("template", ()), *tokenizer.stops) if n >= 0]
     # llama.cpp reads three, and finds more by their texts
     for name, number in zip(("eos", "eot", "eom"), dict.fromkeys(ends), strict=False):
@@ -52,7 +58,7 @@ def rules_of(text: dict[str, Any]) -> str:
     Names go by rule, never by likeness: a wrong one gives other ids without an error.
     """
     model = text["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
+    if model.get("type") != "BPE":
         raise _unnamed(f"a vocabulary of the kind {model.get('type')}, not byte-level BPE")
     patterns = _patterns(text.get("pre_tokenizer"))
     whole, normal = bool(model.get("ignore_merges")), _normalizer(text.get("normalizer"))
