@@ -1,6 +1,6 @@
 """Optional packages: which belong to which feature, which are here, and the command that brings the missing ones here.
 
-The name finback on PyPI is nobody's, so no message may say `pip install finback[...]`. No torch here.
+Nobody owns the name finback on PyPI, so no message may say `pip install finback[...]`. No torch here.
 """
 
 import importlib.metadata

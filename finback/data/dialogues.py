@@ -51,7 +51,7 @@ _ROLES = {
     "observation": "tool",
 }
 _CALL = "function_call"
-_EXPONENT = re.compile(r"e\+?(-?)0*(\d+)")  # 1e-07 is nobody's way to write 1e-7
+_EXPONENT = re.compile(r"e\+?(-?)0*(\d+)")  # nobody writes 1e-7 as 1e-07
 # how others mark a chain of thought at the beginning of an answer
 _OTHERS = re.compile(
     r"\s*(?:<\s*(think|thinking|thought|thoughts|reasoning)\s*>(.*?)<\s*/\s*\1\s*>|"

@@ -229,7 +229,7 @@ def _international(shown: str) -> str:
         return ""
     code = len(str(number.country_code))
     if groups[0] < code and code not in (sum(groups[:2]), sum(groups[:3])):
-        return ""  # +3.14159265 is no number of the Netherlands
+        return ""  # +3.14159265 is not a Dutch telephone number
     if library.is_valid_number(number):
         return "valid"
     if (

@@ -99,7 +99,7 @@ def _classes(hint: Any) -> Iterator[type[Any]]:
 
 
 def _knobs(cls: type[Any]) -> Iterator[Knob]:
-    """Fields in the order in which they are written, a base's first; the last class that writes one has the say."""
+    """Fields in the order of declaration, a base's first; the most derived class that declares a field wins."""
     written: dict[str, Knob] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base) and base.__module__.startswith("finback."):
@@ -110,14 +110,14 @@ def _knobs(cls: type[Any]) -> Iterator[Knob]:
 
 
 def _with_comment(knob: Knob, before: dict[str, Knob]) -> Knob:
-    """A field that a subclass writes again without a comment means what it meant."""
+    """A field that a subclass declares again without a comment keeps the comment of its base."""
     if knob.comment or knob.name not in before:
         return knob
     return dataclasses.replace(knob, comment=before[knob.name].comment)
 
 
 def _written(cls: type[Any]) -> Iterator[Knob]:
-    """The fields that a class itself writes."""
+    """The fields that a class itself declares."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     (tree,) = ast.parse(source).body

@@ -23,7 +23,7 @@ Log = Callable[[int, dict[str, float]], None]  # takes a step's numbers
 
 
 def _open(to: Viewer, run: str, stage: StageFolder, out: Path) -> tuple[Log, Callable[[], None]]:
-    """What takes a stage's numbers, and what ends it."""
+    """A function that takes a stage's metrics, and one that closes the tracker."""
     try:
         if to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter

@@ -74,7 +74,7 @@ def _tagged(answer: str) -> list[str]:
 
 
 def _at_level(dataset: str, level: str) -> dict[str, Setting]:
-    """What the generator's curriculum sets after so many steps; knobs with fewer steps stay at their last."""
+    """The knobs of the generator's curriculum at a level; those with fewer levels stay at their last."""
     if level not in LEVELS and not (level.isascii() and level.isdecimal() and int(level) <= 100):
         raise UserError("gym.level", level, "no such level", f"{did_you_mean(level, LEVELS)} Or a number from 0.")
     from reasoning_gym.factory import CURRICULA, create_curriculum

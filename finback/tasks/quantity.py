@@ -163,7 +163,7 @@ def _single(text: str, strict: bool = False) -> Number | None:
     if meant is not None and currency:
         meant = _money(currency, meant)
     if meant == known("€") and match and re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", match[0]):
-        value *= 1000  # 1.500 € is no price of half a cent
+        value *= 1000  # 1.500 € is not a price with half a cent in it
     return Number(sign * value, meant, form=form) if meant else None
 
 

@@ -22,7 +22,7 @@ class Reward:
 
     # for a right answer; where the check is graded, times the score
     accuracy: float = 1.0
-    # for a well-formed answer that is wrong; one that earns something for its accuracy has no need of it
+    # for a well-formed answer that earns nothing for its accuracy
     form: float = 0.1
     # for a chain that was opened, closed and has something in it
     think: float = 0.0
