@@ -152,8 +152,9 @@ def languages(browser: Browser, address: str, out: Path, everything: bool) -> No
                 page = context.new_page()
                 page.goto(address)
                 page.locator("#say:not([disabled])").wait_for()
-                file = {"name": "chats.json", "mimeType": "application/json", "buffer": content}
-                page.set_input_files("input[type=file]", file)
+                page.set_input_files(
+                    "input[type=file]", {"name": "chats.json", "mimeType": "application/json", "buffer": content}
+                )
                 page.locator(".assistant math").first.wait_for()
                 page.evaluate("document.fonts.ready")
                 page.wait_for_timeout(500)
