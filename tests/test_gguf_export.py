@@ -56,6 +56,7 @@ MODELS: dict[str, ModelConfig] = {
         LATENT, scoring_func="softmax", norm_topk_prob=False, rope_scaling=YARN, n_group=1, topk_group=1
     ),
     "dense latent": dataclasses.replace(LATENT, n_routed_experts=0, n_shared_experts=0, tie_word_embeddings=True),
+    "smollm3": dataclasses.replace(DENSE, num_hidden_layers=5, nope_layers=(3,)),
     "gpt-oss": dataclasses.replace(
         OSS,
         num_hidden_layers=3,
@@ -198,7 +199,8 @@ def test_a_mixed_file_is_read_as_the_model_up_to_its_rounding(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        (dataclasses.replace(DENSE, nope_layers=(1,)), "no GGUF of smollm3"),
+        (dataclasses.replace(DENSE, norms="post", qk_norm=True, qk_norm_over="projection"), "no GGUF of olmo2"),
+        (dataclasses.replace(DENSE, nope_layers=(1,)), "leaves every fourth layer without rotation"),
         (dataclasses.replace(LATENT, scoring_func="softmax", norm_topk_prob=False), "does not limit V2's experts"),
         (dataclasses.replace(LATENT, q_lora_rank=None), "by its 26 or 27 layers"),
         (dataclasses.replace(DENSE, sliding_window=8), "would attend to the whole context"),

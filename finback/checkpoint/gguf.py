@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finback.checkpoint.gguf_config import FREQUENCIES, field, raw_config
-from finback.checkpoint.gguf_names import pieces
+from finback.checkpoint.gguf_names import PAIRED, pieces
 from finback.checkpoint.shards import Spec, Weights
 from finback.config import UserError
 from finback.extras import how_to_install
@@ -102,7 +102,7 @@ class GGUF(Weights):
 
     def _in_order(self, name: str, rows: Tensor) -> Tensor:
         """Rows, or their bytes, as Hugging Face has them."""
-        if self.raw["model_type"] in ("llama", "mixtral") and ("q_proj." in name or "k_proj." in name):
+        if self.raw["model_type"] in PAIRED and ("q_proj." in name or "k_proj." in name):
             heads = self.raw["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
             # they were taken from [first halves | second halves] to pairs; take them back
             return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)

@@ -14,6 +14,7 @@ from finback.model.rope import inverse_frequencies
 
 FAMILIES = {
     "llama": "llama",
+    "smollm3": "smollm3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",

@@ -18,7 +18,7 @@ from finback.checkpoint.hf_export_as import family_of
 from finback.checkpoint.hf_grouped import FULL, SLIDING
 from finback.config import UserError
 from finback.model.config import ModelConfig
-from finback.model.rope_scaling import LinearRope, Yarn
+from finback.model.rope_scaling import LinearRope, Llama3Rope, Yarn
 from finback.model.transformer import Transformer
 
 LITE = (26, 27)
@@ -46,6 +46,10 @@ def architecture_of(config: ModelConfig) -> str:
             "llama.cpp knows it by five sliding layers to a full one, scores scaled by the width of heads, and no biases",
         ),
         (
+            family == "smollm3" and not _is_smollm3(config),
+            "llama.cpp leaves every fourth layer without rotation, has no biases there, and does not scale as Llama 3 does",
+        ),
+        (
             family == "gpt_oss" and not _is_gpt_oss(config),
             "llama.cpp knows it by a window in every other layer, biases, and gates of 1.702 up to 7",
         ),
@@ -70,6 +74,12 @@ def _is_gemma3(c: ModelConfig) -> bool:
     kinds = tuple(SLIDING if (layer + 1) % GEMMA_STEP else FULL for layer in range(c.num_hidden_layers))
     found = c.layer_types or ((SLIDING if c.sliding_window else FULL),) * c.num_hidden_layers
     return found == kinds and c.query_pre_attn_scalar in (None, c.head_dim) and c.attention_bias == "none"
+
+
+def _is_smollm3(c: ModelConfig) -> bool:
+    """Whether llama.cpp's graph is this model's."""
+    scaled = isinstance(c.rope_scaling, Llama3Rope)
+    return c.nope_layers == tuple(range(3, c.num_hidden_layers, 4)) and c.attention_bias == "none" and not scaled
 
 
 def _is_gpt_oss(c: ModelConfig) -> bool:

@@ -44,6 +44,8 @@ OTHERWISE = {
     "gpt_oss": {"ffn_gate_inp": "mlp.router"},
     "mixtral": {"ffn_gate_inp": f"{MIXTRAL[0]}.gate"},
 }
+# families whose rows of queries and keys lie in pairs for interleaved rotation
+PAIRED = ("llama", "mistral", "mixtral", "smollm3")
 # stacks of experts, and which of gate, up and down they hold
 STACKS = {"ffn_gate_exps": (0,), "ffn_up_exps": (1,), "ffn_down_exps": (2,), "ffn_gate_up_exps": (0, 1)}
 # of MTP layers, behind `nextn`

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from finback.checkpoint.gguf_config import FREQUENCIES
+from finback.checkpoint.gguf_names import PAIRED
 from finback.checkpoint.hf_export_as import family_of
 from finback.model.biased_experts import BiasedMoE
 from finback.model.config import ModelConfig
@@ -23,6 +24,7 @@ ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
     "mixtral": "llama",
+    "smollm3": "smollm3",
     "gemma3_text": "gemma3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
@@ -109,7 +111,7 @@ def _grouped(a: GQA, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     biases = (None, None) if a.key_value.bias is None else a.key_value.bias.chunk(2)
     for name, weight, bias in zip(("attn_k", "attn_v"), a.key_value.weight.chunk(2), biases, strict=True):
         parts.append((name, weight, bias, c.num_key_value_heads))
-    pairs = ARCHITECTURES[family_of(c)] == "llama"
+    pairs = family_of(c) in PAIRED
     for name, weight, bias, heads in parts:
         for ending, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None:
