@@ -264,7 +264,7 @@ def tuning_memory(report: Report) -> Rows:
             what = "most that a rank of four holds, start and export included, of the states of one (16 bytes a weight); limit 0.3"
             yield what, f"{case['of_states']:.3f}, {case['bytes'] / 1e9:.2f} GB in a step"
     if "smol_lora_over_full" in report:
-        what = "peak memory beside the weights of LoRA over all weights, SmolLM2-135M, 8 rows of 512; limit 0.35"
+        what = "peak memory beside the weights, LoRA with recomputed blocks over all weights, SmolLM2-135M, 8 x 512; limit 0.35"
         yield what, f"{report['smol_lora_over_full']:.2f}"
 
 

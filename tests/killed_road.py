@@ -131,7 +131,7 @@ def main(root: Path, kills: int, seed: int) -> dict[str, Any]:
         os._exit(0)
     os.waitpid(child, 0)
     for name in ("killed", "whole"):
-        text = RECIPE.replace("BASE", repr(str(root / "given/base"))).replace("STEPS", str(kills))
+        text = RECIPE.replace("BASE", repr(str(root / "given/base"))).replace("STEPS", str(max(4, kills // 4)))
         (root / f"{name}.py").write_text(text, encoding="utf-8")
     rng, at, begun = random.Random(seed), list[str](), time.monotonic()
     recipe, runs, log = root / "killed.py", root / "runs", root / "log.txt"
