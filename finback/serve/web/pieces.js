@@ -7,8 +7,10 @@ export const percent = (logprob) => {
   return p >= 99.95 ? "100 %" : p >= 10 ? `${p.toFixed(0)} %` : p >= 0.1 ? `${p.toFixed(1)} %` : "< 0.1 %";
 };
 
+const NOTHING = "∅"; // a token without text, as the end of an answer or a part of a character
+
 /** A token's text with its blanks to be seen. */
-export const visible = (text) => text.replace(/\n/g, "⏎").replace(/ /g, "␣") || "∅";
+export const visible = (text) => text.replace(/\n/g, "⏎").replace(/ /g, "␣") || NOTHING;
 
 /** `styles` has a class for each text, `detail` draws what is known of one, `hint` stands there until one is picked. */
 export function Pieces({ texts, styles, label, hint, detail }) {
@@ -26,7 +28,7 @@ export function Pieces({ texts, styles, label, hint, detail }) {
   return html`
     <div class="tokens">
       <div class="text" dir="auto" tabindex="0" role="group" aria-label=${`${label}; arrow keys walk`} onMouseOver=${over} onMouseLeave=${() => setAt(-1)} onKeyDown=${step}>
-        ${texts.map((text, i) => html`<span key=${i} data-i=${i} class=${`${styles[i]} ${i === at ? "at" : ""}`.trim()}>${text}</span>`)}
+        ${texts.map((text, i) => html`<span key=${i} data-i=${i} class=${`${styles[i]} ${i === at ? "at" : ""}`.trim()}>${text || NOTHING}</span>`)}
       </div>
       <div class="odds" aria-live="polite">${at in texts ? html`<b>${visible(texts[at])}</b> ${detail(at)}` : hint}</div>
     </div>`;
