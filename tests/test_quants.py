@@ -125,6 +125,12 @@ def test_a_model_keeps_its_file(file: Path) -> None:
                 )
                 found = module(x)[:, start : start + layer.out_features]
                 assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+        part = plain.blocks[0].feed_forward
+        x = torch.randn(3, kept.config.hidden_size, generator=torch.Generator().manual_seed(3))
+        gate, up = reference.quantized_product(x, part.gate_up.weight).chunk(2, dim=-1)
+        expected = reference.quantized_product(torch.nn.functional.silu(gate) * up, part.down.weight)
+        # what lies between two whole numbers may fall to either
+        assert (kept.blocks[0].feed_forward(x) - expected).abs().max() <= 3e-3 * expected.abs().max()
         assert torch.equal(kept.embedded(tokens), plain.embedded(tokens))
         found, exact = (model.logits(model(tokens)).log_softmax(-1) for model in (kept, plain))
     divergence = (exact.exp() * (exact - found)).sum(-1)

@@ -9,44 +9,9 @@
 #include <cstring>
 #include <vector>
 
+#include "numbers.h"
+
 namespace {
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-
-inline void narrow(float x, float* y) { *y = x; }
-inline void narrow(float x, bf16* y) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  y->bits = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// exp for x <= 0 to about 1e-7 relative (Cephes' polynomial); inline, so that loops over it vectorise.
-inline float exp_(float x) {
-  x = std::max(x, -87.0f);
-  float n = std::nearbyint(x * 1.44269504f);
-  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return p * scale;
-}
 
 // Several sums side by side: with one, every addition would wait for the one before it.
 template <typename T>
@@ -363,8 +328,7 @@ void swiglu(const T* x, T* out, int64_t tokens, int64_t width) {
     const T *gate = x + 2 * t * width, *up = gate + width;
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) {
-      const float g = to_float(gate[i]), e = exp_(-std::fabs(g));  // sigmoid without overflow
-      narrow(g * (g < 0 ? e : 1.0f) / (1.0f + e) * to_float(up[i]), out + t * width + i);
+      narrow(silu(to_float(gate[i])) * to_float(up[i]), out + t * width + i);
     }
   }
 }
@@ -410,18 +374,6 @@ void experts(const float* x, const int64_t* index, const float* weight, const T*
 
 // FP8 training's tiles: 128 numbers share a factor. See fp8_products.round_tiles.
 constexpr int64_t tile = 128;
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
 
 // The bits of magnitudes order as they do, infinity and then NaN at the top.
 inline uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffff; }

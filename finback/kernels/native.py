@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from finback.runs import processor
 DTYPES = (torch.float32, torch.bfloat16)
 # not -ffast-math: linked into a library it would change how the whole process rounds
 FLAGS = ("-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-fPIC", "-c")
+HEADER = Path(__file__).with_name("numbers.h")
 # what is added up in vectors may be reordered in the one, and must not be in the other
 SOURCES = {
     Path(__file__).with_name("cpu.cpp"): ("-O3", "-fassociative-math", "-fno-signed-zeros"),
@@ -44,6 +46,7 @@ SIGNATURES = {
     "quant_rows": "iipppii",
     "quant_forms": "p",
     "quant_product": "iipppip" + 3 * "i",
+    "quant_feed_forward": "iipppippip" + 4 * "i",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_double}
 
@@ -55,8 +58,13 @@ def ready(x: Tensor) -> bool:
 
 def call(name: str, *arguments: Tensor | float | None) -> None:
     """Run a kernel; tensors are passed as their addresses, and have the dtypes and layouts its wrapper made sure of."""
-    function = getattr(library(), f"finback_{name}")
-    function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+    _function(name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+
+
+@cache
+def _function(name: str) -> Callable[..., None]:
+    found: Callable[..., None] = getattr(library(), f"finback_{name}")
+    return found
 
 
 @cache
@@ -82,7 +90,7 @@ def _built(compiler: str) -> Path:
     """The compiled library for these sources, these flags and this processor."""
     # -march=native depends on the processor, and a cache folder may be shared by machines that differ
     built_of = (
-        *(source.read_bytes() for source in SOURCES),
+        *(source.read_bytes() for source in (*SOURCES, HEADER)),
         " ".join((compiler, *FLAGS, *(flag for own in SOURCES.values() for flag in own))).encode(),
         processor.name().encode(),
         *(f.encode() for f in sorted(processor.features())),

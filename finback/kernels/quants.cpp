@@ -16,6 +16,8 @@
 #include <cstring>
 #include <vector>
 
+#include "numbers.h"
+
 // so that what loops of few turns keep lies in registers
 #define UNROLL _Pragma("GCC unroll 8")
 
@@ -28,28 +30,6 @@ namespace {
 constexpr int64_t panel_rows = 16, group = 32;
 // multiplications below which one thread is done before a second one has woken up
 constexpr int64_t little = 1 << 18;
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
-inline void narrow(float x, float* y) { *y = x; }
-inline void narrow(float x, bf16* y) {  // to nearest, ties to even
-  const uint32_t bits = bits_of(x);
-  y->bits = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 inline float half(const uint8_t* at) {
   uint16_t h;
@@ -552,20 +532,55 @@ void multiply(const uint8_t* panels, const Rows& rows, int64_t size, const Outpu
 }
 
 // Matrices over one another with the same columns; parts (n, 3): kind, where its panels begin, its rows.
-template <class V, typename T>
-void product(const T* x, const uint8_t* panels, const int64_t* parts, int64_t n, Output<T> to, int64_t count, int64_t columns) {
+struct Matrices {
+  const uint8_t* panels;
+  const int64_t* parts;
+  int64_t n;
+};
+
+template <class V, typename T, typename U>
+void product(const T* x, const Matrices& w, Output<U> to, int64_t count, int64_t columns) {
   static thread_local Rows rows;
   quantize(x, rows, count, columns);
   const Rows& shared = rows;
 #pragma omp parallel if (count * columns * to.outputs > little)
   {
     int64_t first = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t* part = parts + 3 * i;
-      with_kind(part[0], [&](auto kind) { multiply<V, decltype(kind)>(panels + part[1], shared, part[2], to, first); });
+    for (int64_t i = 0; i < w.n; ++i) {
+      const int64_t* part = w.parts + 3 * i;
+      with_kind(part[0], [&](auto kind) { multiply<V, decltype(kind)>(w.panels + part[1], shared, part[2], to, first); });
       first += part[2];
     }
   }
+}
+
+// down(silu(gate x) * up x), gate and up of `width` rows each; in fp32 between the products.
+template <class V, typename T>
+void feed_forward(const T* x, const Matrices& gate_up, const Matrices& down, Output<T> to, int64_t count, int64_t columns,
+                  int64_t width) {
+  static thread_local std::vector<float> scratch;
+  scratch.resize(3 * count * width);
+  float *both = scratch.data(), *hidden = both + 2 * count * width;
+  product<V>(x, gate_up, Output<float>{both, 2 * width}, count, columns);
+#pragma omp parallel for schedule(static) if (count > 8)
+  for (int64_t row = 0; row < count; ++row) {
+    const float *gate = both + 2 * row * width, *up = gate + width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) hidden[row * width + i] = silu(gate[i]) * up[i];
+  }
+  product<V>(hidden, down, to, count, width);
+}
+
+// Calls f with the form of this number, or the plain one where this processor lacks it.
+template <class F>
+void with_form(int64_t form, F f) {
+#ifdef HAS_AVX512
+  if (form == 2) return f(Avx512{});
+#endif
+#ifdef HAS_AVX2
+  if (form == 1) return f(Avx2{});
+#endif
+  f(Plain{});
 }
 
 }  // namespace
@@ -609,13 +624,19 @@ void finback_quant_product(int64_t form, int64_t is_bf16, const void* x, const u
   BOTH(is_bf16, T, {
     const T* in = static_cast<const T*>(x);
     const Output<T> to{static_cast<T*>(out), outputs};
-#ifdef HAS_AVX512
-    if (form == 2) return product<Avx512>(in, panels, parts, n, to, count, columns);
-#endif
-#ifdef HAS_AVX2
-    if (form == 1) return product<Avx2>(in, panels, parts, n, to, count, columns);
-#endif
-    product<Plain>(in, panels, parts, n, to, count, columns);
+    with_form(form, [&](auto v) { product<decltype(v)>(in, {panels, parts, n}, to, count, columns); });
+  })
+}
+
+void finback_quant_feed_forward(int64_t form, int64_t is_bf16, const void* x, const uint8_t* gate_up,
+                                const int64_t* gate_up_parts, int64_t gate_up_n, const uint8_t* down,
+                                const int64_t* down_parts, int64_t down_n, void* out, int64_t count, int64_t columns,
+                                int64_t width, int64_t outputs) {
+  BOTH(is_bf16, T, {
+    const T* in = static_cast<const T*>(x);
+    const Output<T> to{static_cast<T*>(out), outputs};
+    const Matrices first{gate_up, gate_up_parts, gate_up_n}, second{down, down_parts, down_n};
+    with_form(form, [&](auto v) { feed_forward<decltype(v)>(in, first, second, to, count, columns, width); });
   })
 }
 }

@@ -107,6 +107,7 @@ class BlockLinear(nn.Module):
         assert len(given) in (0, len(formats)), "all of a stack have a bias, or none has"
         self.bias = torch.cat(given).detach() if given else None
         self.columns, self.outputs = formats[0].columns, [form.rows for form in formats]
+        self.height = sum(self.outputs)
         self.form = ("plain", "avx2", "avx512").index(form or forms()[-1])
         pieces, self.parts, begin = [], [], 0
         for each, stored in zip(formats, values, strict=True):
@@ -119,15 +120,20 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., sum of outputs), in x's dtype."""
-        x, outputs = x.contiguous(), sum(self.outputs)
-        y = x.new_empty(*x.shape[:-1], outputs)
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.height)
         rows = x.numel() // self.columns
         native.call(
             "quant_product",
-            *(self.form, x.dtype == torch.bfloat16, x, self.weight, self.table, len(self.parts), y),
-            *(rows, self.columns, outputs),
+            *(self.form, x.dtype == torch.bfloat16, x, *self.matrices, y),
+            *(rows, self.columns, self.height),
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, int]:
+        """As the kernels take them."""
+        return self._parameters["weight"], self.table, len(self.parts)  # type: ignore[return-value]
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the first matrix as numbers: index (...) -> (..., in)."""
@@ -138,6 +144,18 @@ class BlockLinear(nn.Module):
             "quant_rows", dtype == torch.bfloat16, kind, self.weight[begin:], index, out, index.numel(), self.columns
         )
         return out
+
+
+def feed_forward(x: Tensor, gate_up: BlockLinear, down: BlockLinear) -> Tensor:
+    """down(SiLU(gate x) ⊙ up x) for x (..., in) -> (..., out), in one call and in fp32 between the products."""
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], down.height)
+    native.call(
+        "quant_feed_forward",
+        *(gate_up.form, x.dtype == torch.bfloat16, x, *gate_up.matrices, *down.matrices, y),
+        *(x.numel() // gate_up.columns, gate_up.columns, down.columns, down.height),
+    )
+    return y
 
 
 def _panel_rows(rows: int) -> int:

@@ -4,10 +4,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from finback.kernels import quants
 from finback.kernels.packed import PackedLinear
 from finback.kernels.quants import BlockLinear, Blocks
 from finback.model.gqa import GQA
-from finback.model.layers import GroupedLinear, Linear, RMSNorm
+from finback.model.layers import GroupedLinear, Linear, RMSNorm, SwiGLU
 from finback.model.mla import MLA
 from finback.model.quantized import QuantizedLinear, QuantizedTransformer
 from finback.model.replace import recast, replace_modules
@@ -32,6 +33,9 @@ def pack(model: Transformer, form: Form) -> Transformer:
             stack_inputs(module, PackedMLA, [first, "kv_down"], form)
         elif isinstance(module, RMSNorm):
             module.float()  # as its kernel reads it
+
+    if form == "kept":
+        replace_modules(model, SwiGLU, lambda _, part: _one_call(part))
 
     def packed(name: str, layer: Linear) -> nn.Module:
         is_apart = name.endswith("kv_up") or isinstance(layer, GroupedLinear) or not _fits([layer], form)
@@ -77,6 +81,22 @@ class PackedGQA(GQA):
         heads = self.stacked(x).unflatten(-1, (-1, c.head_dim))
         query, key, value = heads.split([c.num_attention_heads] + 2 * [c.num_key_value_heads], dim=2)
         return query, key, value
+
+
+class BlockSwiGLU(SwiGLU):
+    """SwiGLU whose matrices are as a GGUF file has them, in one call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate_up: nn.Module = self.gate_up
+        down: nn.Module = self.down
+        if type(gate_up) is BlockLinear and type(down) is BlockLinear:  # no adapters lie over them
+            return quants.feed_forward(x, gate_up, down)
+        return super().forward(x)
+
+
+def _one_call(part: SwiGLU) -> SwiGLU:
+    is_plain = part.limit is None and is_kept(part.gate_up) and is_kept(part.down)
+    return recast(part, BlockSwiGLU) if is_plain else part
 
 
 def stack_inputs(module: MLA | GQA, to: type[PackedMLA] | type[PackedGQA], names: list[str], form: Form) -> None:
