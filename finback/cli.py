@@ -48,12 +48,8 @@ def main() -> None:
         code = error.exit_code
     except (Interrupted, KeyboardInterrupt, typer.Abort):
         code = launch.INTERRUPTED
-    except (BrokenPipeError, SystemExit) as error:  # the reader of our output has left, as `| head` does
-        # Typer and rich end the program for it
-        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    except (BrokenPipeError, SystemExit) as error:
+        code = front_page.without_reader(error)
     except OSError as error:
         text = disk_trouble(error)
         if not text:

@@ -1,6 +1,8 @@
 """What `finback` says where no command runs: where to begin, what a command is for, what is wrong with a command line. No torch here."""
 
+import os
 import re
+import sys
 from typing import Any
 
 import typer
@@ -51,3 +53,14 @@ def complaint(error: Any) -> str:
     if unknown := re.match(r"No such command '(.*?)'", said):
         return f"{unknown[0]}. {did_you_mean(unknown[1], context.command.commands)} `finback help` explains them."
     return f"{said}. `finback help {context.info_name}` explains it."
+
+
+def without_reader(error: BaseException) -> int:
+    """The exit code where the reader of our output has left, as `| head` does; any other error is raised again.
+
+    Typer and rich make a SystemExit of it. Nothing more is written.
+    """
+    if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+        raise error
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
