@@ -82,7 +82,8 @@ class FakeEngineServer:
     # ---- both ------------------------------------------------------------------------------------------------------
 
     def _models(self, body: Reply) -> Reply:
-        return {"object": "list", "data": [{"id": "toy", "object": "model", "owned_by": self.kind}]}
+        card = {"id": "toy", "object": "model", "owned_by": self.kind, "max_model_len": 256}
+        return {"object": "list", "data": [card]}
 
     def _tokenize(self, body: Reply) -> Reply:
         ids = self.tokenizer.encode(body["prompt"])
@@ -107,14 +108,21 @@ class FakeEngineServer:
         self.released -= set(tags)
         return {}
 
+    def _more(self, given: Reply) -> dict[str, Any]:
+        """Parameters that trainers do not send."""
+        names = "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"
+        bias = tuple((int(token), float(value)) for token, value in (given.get("logit_bias") or {}).items())
+        return {name: given[name] for name in names if name in given} | {"logit_bias": bias}
+
     # ---- vLLM ------------------------------------------------------------------------------------------------------
 
     def _vllm_params(self, given: Reply) -> tuple[SamplingParams, int]:
         narrows = bool(given.get("top_k")) or given.get("top_p", 1.0) < 1
-        assert given["ignore_eos"] is True and given["logprobs"] == 1, given
+        assert given["ignore_eos"] is True and given["logprobs"] >= 1, given
         sampling = SamplingParams(
             *(given["temperature"], given["max_tokens"], given["top_k"], given["top_p"]),
-            stop_token_ids=tuple(given["stop_token_ids"]),
+            stop_token_ids=tuple(given.get("stop_token_ids", ())),
+            **self._more(given),
             return_sampling_mask=narrows,
         )
         return sampling, given["seed"]
@@ -166,10 +174,11 @@ class FakeEngineServer:
     def _sglang_generate(self, body: Reply) -> Reply:
         assert body["return_logprob"] is True and body["logprob_start_len"] == -1
         given = body["sampling_params"]
-        assert given["ignore_eos"] is False or given["stop_token_ids"] == []
+        assert given["ignore_eos"] is False or given.get("stop_token_ids", []) == []
         sampling = SamplingParams(
             *(given["temperature"], given["max_new_tokens"], max(0, given["top_k"]), given["top_p"]),
-            stop_token_ids=tuple(given["stop_token_ids"]),
+            stop_token_ids=tuple(given.get("stop_token_ids", ())),
+            **self._more(given),
         )
         made = self._made(body["input_ids"], sampling, given["sampling_seed"])
         assert made.routed_experts is not None
@@ -211,6 +220,9 @@ def _handler(server: FakeEngineServer) -> type[BaseHTTPRequestHandler]:
             found = {"error": "a fault"} if isinstance(fault, int) else server.reply(full, body)
             if found is not None and "generate" in path + "completions" and not fault:
                 server.change(found)
+            if found is not None and body.get("stream"):
+                self.stream(found)
+                return
             raw = json.dumps(found or {"detail": "Not Found"}).encode()
             self.send_response(fault if isinstance(fault, int) else 200 if found is not None else 404)
             self.send_header("Content-Type", "application/json")
@@ -220,10 +232,40 @@ def _handler(server: FakeEngineServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(raw)
 
+        def stream(self, found: Reply) -> None:
+            """A reply as events of one token each; SGLang's repeat what came before."""
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            for event in streamed(found):
+                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            self.wfile.write(b"data: [DONE]\n\n")
+            self.close_connection = True
+
         def log_message(self, *_: Any) -> None:
             pass
 
     return Handler
+
+
+def streamed(found: Reply) -> Iterator[Reply]:
+    """The events of a whole reply."""
+    if "choices" in found:
+        (choice,) = found["choices"]
+        content, count = choice["logprobs"]["content"], len(choice["token_ids"])
+        for i, token in enumerate(choice["token_ids"]):
+            finish = choice["finish_reason"] if i == count - 1 else None
+            yield {
+                "choices": [
+                    {"index": 0, "token_ids": [token], "logprobs": {"content": [content[i]]}, "finish_reason": finish}
+                ]
+            }
+        return
+    meta = found["meta_info"]
+    drawn = meta["output_token_logprobs"]
+    for i in range(1, len(drawn) + 1):
+        finish = meta["finish_reason"] if i == len(drawn) else None
+        yield {"meta_info": {**meta, "output_token_logprobs": drawn[:i], "finish_reason": finish}}
 
 
 def main(arguments: list[str]) -> None:

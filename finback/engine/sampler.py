@@ -72,7 +72,7 @@ class Sampler:
         now, ended = time.perf_counter(), []
         for r, token, logprob, free in zip(rows, tokens, logprobs, map(operator.not_, forced), strict=True):
             r.append(token, logprob, now)
-            if reason := self._follow(r, token, free):
+            if reason := self.follow(r, token, free):
                 ended.append((r, reason))
         return ended
 
@@ -113,7 +113,7 @@ class Sampler:
             ids, values = zip(*p.logit_bias, strict=True)
             logits[torch.tensor(ids, device=logits.device)] += torch.tensor(values, device=logits.device)
 
-    def _follow(self, r: Request, token: int, free: bool) -> FinishReason | None:
+    def follow(self, r: Request, token: int, free: bool) -> FinishReason | None:
         """What follows from a token: the chain opens or closes, the grammar moves on, the answer ends.
 
         A forced token behind the chain is not `free`: it is no part of what a schema describes.

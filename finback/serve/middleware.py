@@ -23,7 +23,7 @@ from finback.serve.metrics import Metrics
 from finback.serve.options import LOOPBACK, ListenOptions, ServeOptions
 
 if TYPE_CHECKING:
-    from finback.engine.engine import Engine
+    from finback.serve.upstream import ServedEngine
 
 OPEN = frozenset({"/health"})  # the only paths that need no key; beside the page's, where it is on
 ALLOWED = b"authorization, content-type, x-api-key"  # headers of other origins' requests, unless they ask for others
@@ -223,7 +223,7 @@ class Quota:
 class Admission:
     """How many choices one model takes at a time: those that run, and `options.queue` that wait."""
 
-    def __init__(self, engine: "Engine", options: ServeOptions, quota: Quota) -> None:
+    def __init__(self, engine: "ServedEngine", options: ServeOptions, quota: Quota) -> None:
         self.engine, self.quota = engine, quota
         self.room = math.inf if options.queue is None else engine.config.rows + options.queue
         # more than can run and may wait would only wait

@@ -119,6 +119,24 @@ class ServeOptions(ListenOptions):
     allow_weight_updates: Annotated[
         Path | None, Option(metavar="FOLDER", help="Take other weights from within it while running, when asked.")
     ] = None
+    engine: Annotated[
+        Literal["finback", "vllm", "sglang"], "What makes the tokens: this process, or a program behind it."
+    ] = "finback"
+    replicas: Annotated[int, "Programs to start; a prompt goes where its beginning was read."] = 1
+    engine_python: Annotated[
+        str, Option(metavar="PYTHON", help="Of the environment that the program is installed in.")
+    ] = ""
+    engine_flags: Annotated[
+        tuple[str, ...],
+        Option("--engine-flag", metavar="FLAG", help="For the program, as --engine-flag=--x=1; repeatable."),
+    ] = ()
+    engine_env: Annotated[
+        tuple[str, ...], Option("--engine-env", metavar="NAME=VALUE", help="In its environment; repeatable.")
+    ] = ()
+    upstream: Annotated[
+        tuple[str, ...],
+        Option("--upstream", metavar="URL", help="One that runs already, in place of starting any; repeatable."),
+    ] = ()
     runs: Annotated[Path, "Folder of the run folders that the page shows."] = Path("runs")
     # prompts x n of one request
     choices: int = 64
@@ -134,7 +152,8 @@ class ServeOptions(ListenOptions):
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or model_name(Path(self.model)))
         super().__post_init__()
-        check_positive(self, "--", "rows", "chunk", "tokens", "models_max")
+        check_positive(self, "--", "rows", "chunk", "tokens", "models_max", "replicas")
+        self._check_engine()
         if self.models_dir is not None and not self.models_dir.is_dir():
             raise UserError("--models-dir", str(self.models_dir), "no folder", "Name one that holds models.")
         check_not_negative(self, "--", "queue", "rate", "concurrent", "drain")
@@ -151,6 +170,23 @@ class ServeOptions(ListenOptions):
                 remedy = "Name a folder that PEFT or a stage with an adapter has written."
                 raise UserError("--adapter", text, f"{folder} holds no {CONFIG_FILE}", remedy)
             taken.add(name)
+
+    def _check_engine(self) -> None:
+        """UserError for what only one kind of engine has."""
+        own, programs = self.engine == "finback", ("engine_python", "engine_flags", "engine_env", "upstream")
+        built_in = "also", "models_dir", "lora", "allow_weight_updates", "return_routed_experts", "tokens"
+        for name in programs if own else built_in:
+            if value := getattr(self, name):
+                flag = {"lora": "--adapter", "engine_flags": "--engine-flag"}.get(name, f"--{name.replace('_', '-')}")
+                problem = "is for --engine vllm or sglang" if own else "is for finback's own engine"
+                raise UserError(flag, str(value), problem, "Leave it out, or change --engine.")
+        if own and self.replicas > 1:
+            raise UserError("--replicas", self.replicas, "is for --engine vllm or sglang", "Leave it out.")
+        if not own and not self.upstream and not self.engine_python:
+            problem = f"{self.engine} lives in an environment of its own"
+            raise UserError(
+                "--engine-python", "", problem, "Name the Python that it is installed in, or an --upstream."
+            )
 
     @property
     def others(self) -> dict[str, Path]:

@@ -25,7 +25,7 @@ from finback.engine.engine import Engine, EngineConfig
 from finback.engine.open import adapter_tokenizer, open_engine
 from finback.kernels.formats import FORMATS
 from finback.model.multi_lora import MultiLoraTransformer
-from finback.serve import generate, metrics, openapi, vllm_metrics, weights
+from finback.serve import generate, metrics, openapi, programs, vllm_metrics, weights
 from finback.serve.anthropic_reply import MESSAGES, count_tokens
 from finback.serve.body import read
 from finback.serve.completions import CHAT, TEXT
@@ -39,13 +39,14 @@ from finback.serve.responses_reply import RESPONSES, cancel, input_items, input_
 from finback.serve.resumable import until_disconnect
 from finback.serve.service import Service, service_of
 from finback.serve.tokenizing import detokenize, tokenize
+from finback.serve.upstream import ServedEngine
 from finback.serve.watch import Planned, RunsApi
 
 PREFIXES = ("/v1", "", "/beta")  # OpenAI's, and DeepSeek's two
 
 
 def build(
-    engine: Engine,
+    engine: ServedEngine,
     tokenizer: Tokenizer,
     options: ServeOptions,
     others: Mapping[str, tuple[Engine, Tokenizer]] | None = None,
@@ -84,6 +85,10 @@ def run(options: ServeOptions, planned: Planned | None = None) -> None:
     """Serve the models that the options name until a signal ends it."""
     o = secured(options)
     listener = listen_as(o)  # before the model is read: a port that is taken shows at once
+    if o.engine != "finback":
+        with programs.opened(o) as (upstream, tokenizer):
+            serve(build(upstream, tokenizer, o, planned=planned), listener)
+        return
     # Not in this thread: torch keeps threads for each that has used it, and OpenMP, which then counts more threads
     # than cores, lets the engine's sleep after every product. Measured: 45 instead of 29 ms a step.
     config = EngineConfig(o.rows, o.tokens, o.chunk, o.reuse, o.speculate, o.return_routed_experts)

@@ -7,7 +7,6 @@ from starlette.types import Scope
 
 from finback.config import did_you_mean
 from finback.data.tokenizer import Tokenizer
-from finback.engine.engine import Engine
 from finback.engine.open import stops_of
 from finback.serve.errors import ApiError
 from finback.serve.logprobs import TokenTexts
@@ -19,6 +18,7 @@ from finback.serve.prepare import RequestPreparer
 from finback.serve.responses_store import ResponseStore
 from finback.serve.resumable import ResumableStream
 from finback.serve.schema_check import SchemaChecker
+from finback.serve.upstream import ServedEngine
 from finback.serve.worker import OutputStream, Worker
 
 
@@ -31,7 +31,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ServedEngine,
         tokenizer: Tokenizer,
         options: ServeOptions,
         first: "Service | None" = None,

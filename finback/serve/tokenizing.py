@@ -11,6 +11,7 @@ from finback.serve.errors import bad
 from finback.serve.protocol import ChatRequest
 from finback.serve.service import Service, service_of
 from finback.serve.token_form import DetokenizeRequest, TokenizeRequest
+from finback.serve.upstream import UpstreamEngine
 
 
 async def tokenize(request: Request) -> Response:
@@ -44,7 +45,8 @@ async def detokenize(request: Request) -> Response:
     """The text of tokens, special ones by their names."""
     body = await read(request, DetokenizeRequest)
     service = await service_of(request.scope).reach(body.model)
-    vocab = service.engine.model.config.vocab_size
+    engine = service.engine
+    vocab = engine.vocab_size if isinstance(engine, UpstreamEngine) else engine.model_config.vocab_size
     for i, token in enumerate(body.tokens):
         if token >= vocab:
             raise bad(f"tokens[{i}]: not a token id in 0..{vocab - 1}", f"tokens[{i}]")

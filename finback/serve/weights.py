@@ -11,12 +11,14 @@ from starlette.routing import Route
 
 from finback.checkpoint.inference import InferenceDtype, load_for_inference
 from finback.config import UserError
+from finback.engine.engine import Engine
 from finback.model.multi_lora import MultiLoraTransformer
 from finback.model.transformer import Transformer
 from finback.serve.body import read
 from finback.serve.errors import ApiError, bad
 from finback.serve.service import Service, service_of
 from finback.serve.trainer_protocol import UpdateWeightsRequest
+from finback.serve.upstream import UpstreamEngine
 
 
 async def update_weights(request: Request) -> Response:
@@ -33,6 +35,8 @@ async def update_weights(request: Request) -> Response:
     path = Path(body.model_path).resolve()
     if not path.is_relative_to(allowed.resolve()):
         raise bad(f"not within {allowed}, which --allow-weight-updates names", "model_path")
+    if isinstance(service.engine, UpstreamEngine):
+        raise ApiError(403, "the engines elsewhere keep their weights")
     if isinstance(service.engine.model, MultiLoraTransformer):
         raise bad("adapters lie on the weights that are served; serve them without --adapter", "model")
     version = body.weight_version or path.name
@@ -49,7 +53,9 @@ async def _read(path: Path, service: Service) -> Transformer:
             model = await asyncio.wrap_future(reader.submit(load_for_inference, path, _dtype(service)))
         except (UserError, OSError) as error:
             raise bad(f"the weights cannot be read: {error}", "model_path") from None
-    served = service.engine.model
+    engine = service.engine
+    assert isinstance(engine, Engine), "looked at before"
+    served = engine.model
     if model.config != served.config or model.compute != served.compute:
         raise bad("a model of another shape or precision than the one that is served", "model_path")
     return model
@@ -60,7 +66,8 @@ def _dtype(service: Service) -> InferenceDtype:
     asked = service.options.dtype
     if asked != "auto":
         return asked
-    return "bf16" if service.engine.model.compute == torch.bfloat16 else "fp32"
+    engine = service.engine
+    return "bf16" if isinstance(engine, Engine) and engine.model.compute == torch.bfloat16 else "fp32"
 
 
 def routes() -> list[Route]:

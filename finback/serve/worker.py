@@ -16,11 +16,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from finback.engine.engine import Engine
 from finback.engine.request import FinishReason, Request, SamplingParams
 from finback.model.transformer import Transformer
 from finback.serve.errors import ApiError, log, log_failure
 from finback.serve.metrics import Metrics
+from finback.serve.upstream import ServedEngine
 
 T = TypeVar("T")
 DEFAULT_VERSION = "default"  # of the weights that a server began with, as vLLM calls them
@@ -107,7 +107,7 @@ class _Delivered:
 class Worker:
     """Runs `engine` in a thread of its own between `start` and `close`. Its methods belong to the event loop."""
 
-    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, engine: ServedEngine, metrics: Metrics) -> None:
         self.engine, self.metrics = engine, metrics
         self.failure: str | None = None  # why the last step failed, until one succeeds
         self.stepped = time.monotonic()  # when the last step ended, or work came after a pause

@@ -1,0 +1,107 @@
+"""Engines of others behind this server: started beside it, or found where they run, and put together as one."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from finback.checkpoint import models
+from finback.checkpoint.export import export
+from finback.checkpoint.models import find_model
+from finback.client import Client, RequestFailed
+from finback.config import UserError
+from finback.data.tokenizer import Tokenizer
+from finback.engine.open import stops_of
+from finback.parallel import launch
+from finback.rollouts.engine_process import EngineProcess, EngineProgram
+from finback.rollouts.generation_server import object_of
+from finback.serve.options import ServeOptions
+from finback.serve.replicas import KINDS, Replica
+from finback.serve.upstream import UpstreamConfig, UpstreamEngine
+
+STARTING = 1800.0  # seconds
+HOST = "127.0.0.1"  # nobody but this server reaches those that it starts
+
+
+@contextmanager
+def opened(options: ServeOptions) -> Iterator[tuple[UpstreamEngine, Tokenizer]]:
+    """The engines that the options name, as one, for as long as the context; UserError where one is not there or has another model."""
+    source = find_model(options.model)
+    tokenizer = Tokenizer(source)
+    with ExitStack() as stack:
+        urls = list(options.upstream) or _started(options, source, stack)
+        found = [_replica(url, options.engine) for url in urls]
+        for replica, _ in found:
+            stack.callback(replica.client.close)
+            _check(replica, tokenizer)
+        capacity = min(window for _, window in found)
+        config = UpstreamConfig(options.rows * len(found))
+        yield UpstreamEngine([r for r, _ in found], tokenizer, stops_of(tokenizer), capacity, config), tokenizer
+
+
+def _started(options: ServeOptions, source: Path, stack: ExitStack) -> list[str]:
+    """Addresses of new ones, which end with the context or with this process; each has an equal share of the GPUs."""
+    assert options.engine != "finback", "a program"
+    program = EngineProgram(options.engine, options.engine_python, options.engine_flags, options.engine_env)
+    program.check("--engine")
+    model, flags = _folder(source, stack), ("--enable-scale-out",) if options.engine == "vllm" else ()
+    processes = []
+    for number in range(options.replicas):
+        port = launch.free_port()
+        environment = program.environment(_devices(number, options.replicas))
+        command = program.command(str(model), HOST, port, flags)
+        processes.append(EngineProcess(command, environment, f"http://{HOST}:{port}"))
+        stack.callback(processes[-1].close)
+    for process in processes:
+        try:
+            process.wait(STARTING)
+        except RequestFailed as error:
+            raise UserError("--engine", options.engine, f"did not start: {error}", "See its log.") from None
+    return [process.url for process in processes]
+
+
+def _folder(source: Path, stack: ExitStack) -> Path:
+    """A folder that programs read: the model's own in Hugging Face's form, or its export, for as long as the context."""
+    if not (source / "model.json").is_file():
+        return source
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="finback-serve-"))) / source.name
+    export(models.load(source), folder, "bf16", Tokenizer(source).export)
+    return folder
+
+
+def _devices(number: int, replicas: int) -> dict[str, str]:
+    """The GPUs of one of several replicas; {} where each sees all that there are."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    visible = visible or [str(i) for i in range(launch.gpus())]
+    share = len(visible) // replicas
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible[number * share : (number + 1) * share])} if share else {}
+
+
+def _replica(url: str, engine: str) -> tuple[Replica, int]:
+    """The one at an address, and the tokens that it reads."""
+    root = url.rstrip("/").removesuffix("/v1")
+    with Client(root) as client:
+        try:
+            card = object_of(client.reply("/v1/models"), "data", 0)
+            name, window = str(object_of(card, "id")), card.get("max_model_len")
+        except RequestFailed as error:
+            raise UserError(
+                "--upstream", url, f"no {engine} answers: {error}", "Start it, or correct the url."
+            ) from None
+    if not isinstance(window, int):
+        raise UserError("--upstream", url, "does not say how many tokens it reads", "Use vLLM or SGLang.")
+    return KINDS[engine](root, name), window
+
+
+def _check(replica: Replica, tokenizer: Tokenizer) -> None:
+    """UserError where it reads a text otherwise: another model, most likely."""
+    text = "The whale sang: 4+5=9, didn't it? 你好 naïve"
+    body = {"model": replica.name, "prompt": text, "add_special_tokens": False}
+    try:
+        theirs = replica.client.reply("/tokenize", body).get("tokens")
+    except RequestFailed:
+        return  # it has no such route; an answer in another vocabulary is seen
+    if theirs != tokenizer.encode(text):
+        remedy = "Serve the same folder there and here."
+        raise UserError("--upstream", replica.url, "has another tokenizer than the model that was named", remedy)

@@ -1,0 +1,186 @@
+"""Engines that run elsewhere and hold the same model: how each is asked for tokens, and which one is asked. No torch here."""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finback.client import DONE, Client, RequestFailed, parse_json
+from finback.engine.pages import digest
+from finback.engine.request import SamplingParams, TokenLogprobs
+from finback.rollouts.generation_server import object_of
+
+BLOCK = 64  # tokens of a beginning that is looked for
+KNOWN = 1 << 16  # beginnings that are remembered of a replica
+MORE = 8  # requests that one may have beyond the least busy one for the sake of what it has read
+RESTS = 5.0  # seconds for which one that has failed is asked nothing
+SEEDS = 1 << 31
+LONGEST = 256 << 20  # bytes of an answer
+
+
+@dataclass(frozen=True)
+class TokenPiece:
+    """Tokens as they come, each with its log-probability and the likeliest others, if asked for; and why there are no more."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    tops: list[TokenLogprobs]
+    finish: str | None = None
+
+
+class Replica:
+    """One engine, by its interface for tokens; a subclass for each program."""
+
+    def __init__(self, url: str, name: str, key: str = "", timeout: float = 600.0) -> None:
+        """name: what it calls the model."""
+        self.url, self.name = url, name
+        self.client = Client(url, key, timeout, max_bytes=LONGEST)
+        # requests under way, and the time before which it is asked nothing
+        self.active, self.resume = 0, 0.0
+        # of beginnings of prompts that it has read, the newest last
+        self.read: OrderedDict[bytes, None] = OrderedDict()
+
+    def answer(
+        self, ids: Sequence[int], sampling: SamplingParams, room: int, seed: int, salt: str
+    ) -> Iterator[TokenPiece]:
+        """Continue a prompt by `room` tokens at most; RequestFailed where it does not. Closing the iterator ends the request there."""
+        raise NotImplementedError
+
+
+class VllmReplica(Replica):
+    """vLLM's token route, as a stream."""
+
+    def answer(
+        self, ids: Sequence[int], sampling: SamplingParams, room: int, seed: int, salt: str
+    ) -> Iterator[TokenPiece]:
+        s = sampling
+        params: dict[str, Any] = {
+            "max_tokens": room,
+            "temperature": s.temperature,
+            "top_k": s.top_k,
+            "top_p": s.top_p,
+            "min_p": s.min_p,
+            "frequency_penalty": s.frequency_penalty,
+            "presence_penalty": s.presence_penalty,
+            "repetition_penalty": s.repetition_penalty,
+            "seed": seed % SEEDS,
+            "ignore_eos": True,  # what ends an answer is seen here
+            # the sampled token is one of them
+            "logprobs": 1 + (s.top_logprobs or 0),
+        }
+        if s.logit_bias:
+            params["logit_bias"] = {str(token): max(-100.0, min(100.0, value)) for token, value in s.logit_bias}
+        body = {
+            "model": self.name,
+            "token_ids": list(ids),
+            "sampling_params": params,
+            "cache_salt": salt,
+            "stream": True,
+        }
+        for data in self.client.stream("/inference/v1/generate", body):
+            if data == DONE:
+                return
+            choice = object_of(parse_json(data), "choices", 0)
+            tokens = [int(token) for token in choice.get("token_ids") or ()]
+            content = (choice.get("logprobs") or {}).get("content") or []
+            tops = [
+                [(int(t["token_id"]), float(t["logprob"])) for t in each.get("top_logprobs") or ()] for each in content
+            ]
+            finish = choice.get("finish_reason")
+            yield TokenPiece(
+                tokens, [float(each["logprob"]) for each in content], tops, None if finish is None else str(finish)
+            )
+
+
+class SglangReplica(Replica):
+    """SGLang's /generate, whose stream repeats what came before."""
+
+    def answer(
+        self, ids: Sequence[int], sampling: SamplingParams, room: int, seed: int, salt: str
+    ) -> Iterator[TokenPiece]:
+        s = sampling
+        params: dict[str, Any] = {
+            "max_new_tokens": room,
+            "temperature": s.temperature,
+            "top_k": s.top_k or -1,
+            "top_p": s.top_p,
+            "min_p": s.min_p,
+            "frequency_penalty": s.frequency_penalty,
+            "presence_penalty": s.presence_penalty,
+            "repetition_penalty": s.repetition_penalty,
+            "sampling_seed": seed % SEEDS,
+            "ignore_eos": True,
+            "skip_special_tokens": False,
+        }
+        if s.logit_bias:
+            params["logit_bias"] = {str(token): value for token, value in s.logit_bias}
+        body = {
+            "input_ids": list(ids),
+            "sampling_params": params,
+            "return_logprob": True,
+            "return_routed_experts": False,
+            "logprob_start_len": -1,
+            "top_logprobs_num": s.top_logprobs or 0,
+            "cache_salt": salt,
+            "stream": True,
+        }
+        had = 0
+        for data in self.client.stream("/generate", body):
+            if data == DONE:
+                return
+            meta = object_of(parse_json(data), "meta_info")
+            drawn = (meta.get("output_token_logprobs") or [])[had:]
+            likeliest = (meta.get("output_top_logprobs") or [])[had:]
+            had += len(drawn)
+            finish = meta.get("finish_reason")
+            kind = finish.get("type") if isinstance(finish, dict) else finish
+            tops = [[(int(token), float(value)) for value, token, *_ in line or ()] for line in likeliest]
+            yield TokenPiece([int(t) for _, t, *_ in drawn], [float(p) for p, *_ in drawn], tops, kind)
+
+
+KINDS: dict[str, type[Replica]] = {"vllm": VllmReplica, "sglang": SglangReplica}
+
+
+class ReplicaRouter:
+    """Sends a prompt where most of it has been read already, unless that replica has much more to do than another."""
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self.replicas = list(replicas)
+        self._lock = threading.Lock()
+
+    def take(self, ids: Sequence[int], salt: bytes) -> Replica:
+        """The replica for a prompt, which has one request more from now on; `salt` keeps apart what shares no cache."""
+        names: list[bytes] = []
+        for end in range(BLOCK, len(ids) + 1, BLOCK):
+            names.append(digest(names[-1] if names else salt[:64], ids[end - BLOCK : end]))
+        with self._lock:
+            now = time.monotonic()
+            able = [each for each in self.replicas if each.resume <= now] or self.replicas
+            least = min(each.active for each in able)
+            able = [each for each in able if each.active <= least + MORE]
+            best = max(able, key=lambda each: (_known(each, names), -each.active))
+            best.active += 1
+            for name in names:
+                best.read[name] = None
+                best.read.move_to_end(name)
+            while len(best.read) > KNOWN:
+                best.read.popitem(last=False)
+        return best
+
+    def give_back(self, replica: Replica, error: RequestFailed | None = None) -> None:
+        """Say that a request has ended there, and how."""
+        with self._lock:
+            replica.active -= 1
+            if error is not None and not error.final:
+                replica.resume = time.monotonic() + RESTS
+                replica.read.clear()  # it may have been started anew
+
+
+def _known(replica: Replica, names: Sequence[bytes]) -> int:
+    """Blocks of a prompt that a replica has read, from the first on."""
+    for count, name in enumerate(names):
+        if name not in replica.read:
+            return count
+    return len(names)
