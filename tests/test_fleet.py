@@ -231,17 +231,15 @@ from finback.stages.grpo import GRPO
 from finback.tasks.math import Chains
 
 knobs = dict(start={base!r}, task=Chains(2, 3), steps=3, prompts_per_step=4, num_generations=4, max_tokens=10, lr=1e-3, patience=0,
-             layout={layout})
-fleet = Fleet(2, dtype="fp32", engine={engine!r}, python={python!r}, backoff=0.05)
+             layout=Layout(dp=2))
+fleet = Fleet(2, dtype="fp32", backoff=0.05)
 recipe = [GRPO(name="here", **knobs), GRPO(name="there", rollouts=fleet, **knobs)]
 """
 
 
-@pytest.mark.parametrize(("engine", "layout"), [("finback", "Layout(dp=2)"), ("vllm", "None")])
-def test_trainer_ranks_share_a_fleet(engine: str, layout: str, ray: Any, base: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Two ranks, each of which asks for its own prompts, of one model that is cut in two, or of two copies: as with engines of their own."""
-    given = {"engine": engine, "python": python(tmp_path) if engine == "vllm" else "", "layout": layout}
-    (tmp_path / "r.py").write_text(SHARED.format(base=str(base), **given))
+def test_trainer_ranks_share_a_fleet(ray: Any, base: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Two ranks, each of which asks for its own prompts, of one model that is cut in two: as with engines of their own."""
+    (tmp_path / "r.py").write_text(SHARED.format(base=str(base)))
     command = [sys.executable, "-m", "finback", "run", str(tmp_path / "r.py"), "--runs", str(tmp_path), "--ranks", "2"]
     command += ["--ray", ray.get_runtime_context().gcs_address]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)

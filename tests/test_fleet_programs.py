@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 import weakref
 from dataclasses import replace
@@ -19,6 +20,7 @@ from finback.parallel.mesh import World
 from finback.rollouts.answer_journal import AnswerJournal
 from finback.rollouts.engine_process import EngineProcess, EngineProgram
 from finback.rollouts.fleet import Fleet
+from finback.rollouts.fleet_members import ProgramMember
 from finback.rollouts.servers import Servers
 from finback.runs import provenance
 from finback.runs.files import read_lines
@@ -55,18 +57,32 @@ def test_programs_answer_sleep_and_come_back(
             r.generate(asked.prompts, SAMPLING, range(24))
     r.update(1)
     assert [server.version for server in cluster.servers] == [f"{r.token}-1"] * 2
-    first = cluster.servers[0]
+    (first, second), failed = cluster.servers, threading.Event()
     answered = first.answered
-    first.fault = lambda path, body: "drop"
+
+    def drops(path: str, body: dict[str, Any]) -> str:
+        failed.set()
+        return "drop"
+
+    def waits(path: str, body: dict[str, Any]) -> None:
+        assert failed.wait(300), "the first one is asked too"
+
+    first.fault, second.fault = drops, waits
     cluster.actors[0].made.well = False
     asked.ask(r)
-    while r.members[0]._server is None:  # it is started beside, and the other one has answered meanwhile
+    # it is started beside, and the other one has answered meanwhile
+    while len(cluster.servers) < 3 or r.members[0]._server is None or cluster.actors[0].alive:
         time.sleep(0.01)
-    assert len(cluster.servers) == 3 and first.answered == answered and not cluster.actors[0].alive
+    assert first.answered == answered
     r.update(2)
     asked.ask(r)
     assert cluster.servers[2].version == f"{r.token}-2" and cluster.servers[2].answered > 0
     assert not first.seen[-1][0].startswith("/update"), "nobody asks the lost one"
+    # a rank that has not started it finds it by its actor
+    other = ProgramMember(r, 1, r.served)
+    other._start = lambda: cluster.actors[1]  # type: ignore[method-assign]
+    assert other.answer(r._probe(2)).tokens == r.members[1].answer(r._probe(2)).tokens
+    other.close()
     r.close()
     assert not any((tmp_path / "zero" / ".weights").iterdir())
 

@@ -1,4 +1,4 @@
-"""Engines that run elsewhere and hold the same model: how each is asked for tokens, and which one is asked. No torch here."""
+"""Engines that run elsewhere and hold the same model: how each is asked for tokens, and which one is asked."""
 
 import threading
 import time
