@@ -158,7 +158,8 @@ def _stage(folder: Path, lenient: bool) -> StageFolder | None:
         if manifest is not None:
             raise torn(folder / CONFIG, "missing, or not the knobs of a stage")
         return None
-    return StageFolder(folder, config, manifest or None, MANIFEST if manifest == {} else "")
+    is_torn = lenient and manifest == {}
+    return StageFolder(folder, config, None if is_torn else manifest, MANIFEST if is_torn else "")
 
 
 def finished_stages(root: Path) -> Iterator[Path]:
