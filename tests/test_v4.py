@@ -110,7 +110,7 @@ def test_pieces_of_rows_are_the_whole(rates: tuple[int, int]) -> None:
         new = max(1, *counts)
         rows = [tokens[row, done : done + n] for row, (done, n) in enumerate(zip(lengths, counts, strict=True))]
         padded = torch.stack([torch.nn.functional.pad(row, (0, new - len(row))) for row in rows])
-        found = made(padded, CompressedCache(pool, table, lengths, new, counts, [4, 0, 2]))
+        found = made(padded, CompressedCache(pool, table, lengths, new, counts, lines=[4, 0, 2]))
         for row, (done, n) in enumerate(zip(lengths, counts, strict=True)):
             assert torch.allclose(found[row, :n], whole[row, done : done + n], atol=1e-5)
         lengths = [done + n for done, n in zip(lengths, counts, strict=True)]

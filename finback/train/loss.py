@@ -57,8 +57,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
-        # in place, for it is as large as the head
-        return d_hidden * grads[0].to(d_hidden.dtype), None if d_head is None else d_head.mul_(grads[0]), None
+        return d_hidden * grads[0].to(d_hidden.dtype), None if d_head is None else d_head * grads[0], None
 
 
 # The main loss summed over a batch's labels, from the trunk's last states (rows, seq_len, d) and the batch.
