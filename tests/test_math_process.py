@@ -197,7 +197,7 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize("state", ["idle", "busy"])
+@pytest.mark.parametrize("state", ["idle", pytest.param("busy", marks=pytest.mark.slow)])
 def test_the_worker_ends_with_a_killed_parent(state: str) -> None:
     parent = subprocess.run([sys.executable, "-c", PARENT, state], cwd=ROOT, capture_output=True, timeout=60)
     assert parent.returncode == -signal.SIGKILL

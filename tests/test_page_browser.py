@@ -209,6 +209,7 @@ def test_answer_now_closes_the_chain(opened: Opened) -> None:
 GONE = "all => all.length > 0 && all.every(e => getComputedStyle(e).display === 'none')"
 
 
+@pytest.mark.slow
 def test_branches(opened: Opened) -> None:
     with talking() as client:
         page = opened(client)
@@ -277,6 +278,7 @@ def test_a_reload_in_mid_stream_loses_nothing(opened: Opened, said: str) -> None
         assert len(service.engine.seen) == 1
 
 
+@pytest.mark.slow
 def test_stop_works_after_a_reload(opened: Opened) -> None:
     with talking(LONG, pace=0.01) as client:
         page = opened(client)
@@ -333,6 +335,7 @@ def test_nobody_comes_back(opened: Opened) -> None:
         expect(page.locator("text=Continue")).to_be_enabled()
 
 
+@pytest.mark.slow
 def test_two_tabs(opened: Opened) -> None:
     with talking(LONG, pace=0.01) as client:
         one = opened(client)
@@ -525,6 +528,7 @@ def test_rename_and_delete(opened: Opened) -> None:
 NO_DISK = "for (const way of ['put', 'delete']) IDBObjectStore.prototype[way] = () => ({})"
 
 
+@pytest.mark.slow
 def test_what_is_not_yet_on_the_disk_outlives_a_reload(opened: Opened) -> None:
     with talking() as client:
         page = opened(client)
@@ -608,6 +612,7 @@ SMALL = """() => [...document.querySelectorAll('button, select, textarea, input:
   .map(([box, name]) => `${name} ${box.width} x ${box.height}`)"""
 
 
+@pytest.mark.slow
 def test_phone_width(opened: Opened) -> None:
     wide = (
         "| "

@@ -215,6 +215,7 @@ def together(tmp_path: Path, config: ModelConfig, layouts: int) -> Transformer:
     return whole
 
 
+@pytest.mark.slow
 def test_ranks_fill_and_write_together_what_one_does(tmp_path: Path) -> None:
     whole = together(tmp_path, WIDE, 2)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "0-fp32")
