@@ -20,6 +20,8 @@ class FakeActor:
     """Methods of an object, called as Ray calls them; a dead one answers nothing."""
 
     made: Any
+    # of the engine in its fleet
+    number: int
     alive: bool = True
 
     def __getattr__(self, name: str) -> Any:
@@ -48,13 +50,15 @@ class FakeProgram:
     def __init__(self, asked: ProgramEngine, servers: list[FakeEngineServer], stack: ExitStack) -> None:
         self.asked, self.servers, self.stack = asked, servers, stack
         self.well, self._url = True, ""
+        # programs start side by side, in any order
+        self.server: FakeEngineServer | None = None
 
     def software(self) -> dict[str, str]:
         return self.asked.software()
 
     def start(self, model: str) -> str:
-        self._url, server = self.stack.enter_context(engine_server(Path(model), self.asked.program.engine))
-        self.servers.append(server)
+        self._url, self.server = self.stack.enter_context(engine_server(Path(model), self.asked.program.engine))
+        self.servers.append(self.server)
         return self._url
 
     def announce(self) -> None:
@@ -77,7 +81,8 @@ class FakeCluster:
 
     def actor(self, number: int, kind: type, arguments: tuple[Any, ...]) -> FakeActor:
         made = kind(*arguments)
-        self.actors.append(FakeActor(FakeProgram(made, self.servers, self.stack) if kind is ProgramEngine else made))
+        program = FakeProgram(made, self.servers, self.stack) if kind is ProgramEngine else made
+        self.actors.append(FakeActor(program, number))
         return self.actors[-1]
 
     def put(self, value: Any) -> Any:
