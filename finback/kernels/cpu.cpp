@@ -438,15 +438,6 @@ void round_columns(const T* x, float* out, int64_t rows, int64_t columns, bool p
 
 }  // namespace
 
-#define BOTH(is_bf16, T, ...)  \
-  if (is_bf16) {               \
-    using T = bf16;            \
-    __VA_ARGS__;               \
-  } else {                     \
-    using T = float;           \
-    __VA_ARGS__;               \
-  }
-
 extern "C" {
 
 void finback_attend(int64_t is_bf16, const float* query, const void* data, float* out, const int64_t* table,

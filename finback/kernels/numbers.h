@@ -54,3 +54,13 @@ inline float silu(float x) {  // sigmoid without overflow
 }
 
 }  // namespace
+
+// Lines for numbers of the type T that a caller names.
+#define BOTH(is_bf16, T, ...)  \
+  if (is_bf16) {               \
+    using T = bf16;            \
+    __VA_ARGS__;               \
+  } else {                     \
+    using T = float;           \
+    __VA_ARGS__;               \
+  }

@@ -585,15 +585,6 @@ void with_form(int64_t form, F f) {
 
 }  // namespace
 
-#define BOTH(is_bf16, T, ...)  \
-  if (is_bf16) {               \
-    using T = bf16;            \
-    __VA_ARGS__;               \
-  } else {                     \
-    using T = float;           \
-    __VA_ARGS__;               \
-  }
-
 extern "C" {
 
 void finback_quant_pack(int64_t kind, const uint8_t* file, uint8_t* panels, int64_t rows, int64_t columns) {
