@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finback.checkpoint.shards import Shards, Spec, Weights
 from finback.config import UserError
-from finback.kernels.formats import MXFP4, Format
+from finback.kernels.formats import MXFP4, MXFP4_BLOCK, Format
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 _STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)(_bias|_blocks|)")
@@ -44,7 +44,7 @@ class StackedExperts(Weights):
         shape = spec.shape[1:]
         dtype = spec.dtype
         if stack[3] == "_blocks":
-            shape, dtype = (shape[0], shape[1] * 32), "F32"
+            shape, dtype = (shape[0], shape[1] * MXFP4_BLOCK), "F32"
         elif not stack[3]:
             shape = (shape[1], shape[0])
         shape = (shape[0] // len(parts), *shape[1:])
@@ -70,28 +70,32 @@ class StackedExperts(Weights):
             return self.shards.read(name)
         if (packed := self.packed(name)) is not None:
             return MXFP4.dequantize(packed[1], packed[2], torch.float32)
-        stem = f"{one[1]}.{'down' if one[3] == 'down' else 'gate_up'}_proj"
         if one[4] == "bias":
-            return self._part(one, self._stored(f"{stem}_bias", one)).contiguous()
-        return self._part(one, self._stored(stem, one).T).contiguous()
+            return self._part(one, self._stored("_bias", one)).contiguous()
+        return self._part(one, self._stored("", one).T).contiguous()
 
     def packed(self, name: str) -> tuple[Format, Tensor, Tensor] | None:
         one = _ONE.fullmatch(name)
         if one is None or one[4] == "bias":
             return None
-        stem = f"{one[1]}.{'down' if one[3] == 'down' else 'gate_up'}_proj"
-        if f"{stem}_blocks" not in self.shards.specs:
+        if f"{_stack_of(one)}_blocks" not in self.shards.specs:
             return None
-        values, scales = (self._part(one, self._stored(f"{stem}_{each}", one)) for each in ("blocks", "scales"))
+        values, scales = (self._part(one, self._stored(ending, one)) for ending in ("_blocks", "_scales"))
         return MXFP4, values.flatten(1), scales.contiguous()
 
-    def _stored(self, name: str, one: re.Match[str]) -> Tensor:
-        return self.shards.read_spec(self._row(self.shards.specs[name], int(one[2])))
+    def _stored(self, ending: str, one: re.Match[str]) -> Tensor:
+        """An expert's entry of the stack with this ending."""
+        return self.shards.read_spec(self._row(self.shards.specs[_stack_of(one) + ending], int(one[2])))
 
     @staticmethod
     def _part(one: re.Match[str], rows: Tensor) -> Tensor:
         """Of gate and up in turn the one that is asked for."""
         return rows if one[3] == "down" else rows[int(one[3] == "up") :: 2]
+
+
+def _stack_of(one: re.Match[str]) -> str:
+    """The name of the stack that a matrix or a bias of an expert is in, but for its ending."""
+    return f"{one[1]}.{'down' if one[3] == 'down' else 'gate_up'}_proj"
 
 
 def interleaved(rows: Tensor, dim: int = 0) -> Tensor:
