@@ -18,7 +18,7 @@ from finback.planner.hardware import Machine
 from finback.planner.planned_stage import PlannedStage
 from finback.runs import reader
 from finback.runs.files import METRICS, read_lines
-from finback.runs.ledger import sums
+from finback.runs.ledger import spent
 
 # a node of eight H800 decodes so many tokens a second at V3's size (DeepSeek-V3/R1 Inference System Overview, March 2025)
 PUBLISHED = 14_800 / 8
@@ -95,7 +95,7 @@ def measured(root: Path) -> dict[str, MeasuredStep]:
 
 def _ranks(folder: Path) -> int:
     """With engines of their own."""
-    total = sums(read_lines(folder / "ledger.jsonl"))
+    total = spent(folder)
     return max(1, round(total["core_seconds"] / total["seconds"])) if total["seconds"] else 1
 
 
