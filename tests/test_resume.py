@@ -48,22 +48,30 @@ def wait_for(runs: Path, stage: str, child: subprocess.Popen[bytes], delay: floa
     time.sleep(delay)
 
 
+def to_its_end(folder: Path, ranks: int) -> None:
+    """Run a folder's recipe, or what is left of it; one rank in this process."""
+    command = finback if ranks == 1 else finback_process
+    done = command("run", folder / "toy.py", "--runs", folder / "runs", "--ranks", ranks)
+    assert done.returncode == 0, done.stderr
+
+
+def uninterrupted(folder: Path, ranks: int) -> Path:
+    """A folder with a recipe and its run."""
+    write_recipe(folder)
+    to_its_end(folder, ranks)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run on one rank."""
-    folder = tmp_path_factory.mktemp("alone")
-    done = finback("run", write_recipe(folder), "--runs", folder / "runs", "--ranks", 1)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return uninterrupted(tmp_path_factory.mktemp("alone"), 1)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run on two ranks."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    done = finback_process("run", write_recipe(folder), "--runs", folder / "runs", "--ranks", 2)
-    assert done.returncode == 0, done.stderr
-    return folder
+    return uninterrupted(tmp_path_factory.mktemp("uninterrupted"), 2)
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -123,9 +131,7 @@ def kill_and_finish(
         if tear and len(steps) > 1:  # the only one would be reported, not passed over
             steps[-1].write_bytes(steps[-1].read_bytes()[:-1000])
             hits += 1
-    last = finback if ranks == 1 else finback_process
-    done = last("run", tmp_path / "toy.py", "--runs", tmp_path / "runs", "--ranks", ranks)
-    assert done.returncode == 0, done.stderr
+    to_its_end(tmp_path, ranks)
     assert results(tmp_path / "runs/toy") == results(finished / "runs/toy")
     for stage in trained:
         ours, theirs = (read_lines(f / f"runs/toy/{stage}/metrics.jsonl") for f in (tmp_path, finished))
@@ -180,8 +186,7 @@ def test_a_whole_road_killed_at_twenty_random_moments_ends_with_the_same_bits(tm
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir(), killed.mkdir()
     write_road(whole)
-    done = finback_process("run", whole / "toy.py", "--runs", whole / "runs", "--ranks", 2)
-    assert done.returncode == 0, done.stderr
+    to_its_end(whole, 2)
     order = list(json.loads((whole / "runs/toy/summary.json").read_text())["stages"])
     rng = random.Random(0)
     moments = sorted((rng.randrange(len(order)), rng.uniform(0, 0.8)) for _ in range(20))
