@@ -12,7 +12,7 @@ from finback.engine.engine import EngineConfig
 from finback.engine.open import open_engine, stops_of
 from finback.serve.options import ServeOptions
 from finback.serve.programs import opened
-from finback.serve.replicas import BLOCK, KINDS, MORE, Replica, ReplicaRouter
+from finback.serve.replicas import BLOCK, KINDS, MORE, ReplicaRouter, VllmReplica
 from finback.serve.upstream import UpstreamConfig, UpstreamEngine
 from tests.engine_servers import engine_server
 from tests.serving import CHAT, served
@@ -75,7 +75,7 @@ def test_the_api_says_the_same(kind: str, folder: Path) -> None:
 
 def test_prompts_go_where_they_were_read() -> None:
     """Two prompts begin alike and go to one replica, unless it has much more to do; one that fails is left alone for a while."""
-    one, two = (Replica(f"http://127.0.0.1:{port}", "m") for port in (1, 2))
+    one, two = (VllmReplica(f"http://127.0.0.1:{port}", "m") for port in (1, 2))
     router = ReplicaRouter([one, two])
     long = list(range(3 * BLOCK))
     assert router.take(long, b"") is one and router.take([7] * BLOCK, b"") is two

@@ -17,7 +17,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.constrain import Grammars
 from finback.engine.detokenizer import Detokenizer
 from finback.engine.pages import Pages, affordable
-from finback.engine.request import Completion, Request, SamplingParams
+from finback.engine.request import Completion, Request, SamplingParams, check_length
 from finback.engine.runner import Runner
 from finback.engine.sampler import Sampler
 from finback.engine.scheduler import Scheduler
@@ -149,12 +149,8 @@ class Engine:
         return min(self.model.config.max_position_embeddings, self.pages.count * PAGE)
 
     def _check_length(self, prompt: int, answer: int) -> None:
-        window, room = self.model.config.max_position_embeddings, self.pages.count * PAGE
-        if not prompt:
-            raise UserError("prompt", "", "empty", "Give at least one token.")
-        if prompt + answer > window:
-            problem = f"the prompt has {prompt} tokens and the model reads {window}"
-            raise UserError("max_tokens", answer, problem, "Shorten the prompt or ask for fewer tokens.")
+        check_length(prompt, answer, self.model.config.max_position_embeddings)
+        room = self.pages.count * PAGE
         if prompt + answer > room:
             problem = f"with a prompt of {prompt} more than the cache of {room} tokens holds"
             remedy = "Shorten the prompt, ask for fewer tokens, or give the engine a larger cache."

@@ -87,6 +87,15 @@ class SamplingParams:
         return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1)
 
 
+def check_length(prompt: int, answer: int, window: int) -> None:
+    """UserError where a model that reads `window` tokens cannot continue a prompt of so many by an answer of so many."""
+    if not prompt:
+        raise UserError("prompt", "", "empty", "Give at least one token.")
+    if prompt + answer > window:
+        problem = f"the prompt has {prompt} tokens and the model reads {window}"
+        raise UserError("max_tokens", answer, problem, "Shorten the prompt or ask for fewer tokens.")
+
+
 @dataclass(frozen=True)
 class Completion:
     """Generated ids (without prompt; the final eos included) with log-probabilities under the sampling distribution."""

@@ -22,6 +22,7 @@ MODEL_FLAG: dict[ProgramName, str] = {"vllm": "--model", "sglang": "--model-path
 NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OMP_NUM_THREADS")
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 HEALTH = 20.0  # seconds in which one says that it is well
+STARTING = 1800.0  # seconds in which one has to be there: a large model takes minutes to read and to compile
 POLL = 0.2  # seconds between two looks at one that is being started
 SHOWN = 1500  # characters of a log
 

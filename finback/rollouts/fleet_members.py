@@ -14,10 +14,10 @@ from finback.config import UserError
 from finback.engine.engine import EngineConfig
 from finback.engine.request import SamplingParams
 from finback.rollouts.engine_process import HEALTH, training_flags
+from finback.rollouts.engine_process import STARTING as PROGRAM_STARTING
 from finback.rollouts.fleet_engine import FleetEngine
 from finback.rollouts.generation_server import GenerationServer, ServedModel, TokenAnswer, TokenPrompt
 from finback.rollouts.live_engine import SIGNS
-from finback.rollouts.program_engine import STARTING as PROGRAM_STARTING
 from finback.rollouts.program_engine import ProgramEngine
 from finback.rollouts.server_kinds import VllmServer, find_server
 

@@ -15,8 +15,19 @@ import numpy as np
 from finback.client import Client, RequestFailed
 from finback.config import UserError
 
+# scripts, digits, code and spaces: what tokenizers differ in
+TEXTS = (
+    "The whale sang: 4+5=9, didn't it? 3.14159 and 1,024.",
+    "    for i in range(10):\n\t\tprint(i ** 2)\r\n\n",
+    "Ünïcode, naïve café; 鯨が歌う 你好 Привет 🐋",
+)
 # (version, first token, behind the last token) of an answer
 Span = tuple[str, int, int]
+
+
+def tokenized(client: Client, model: str, text: str) -> Any:
+    """What a server replies that is asked for the ids of a text, {"tokens": [...]} where it has the route."""
+    return client.reply("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
 
 
 @dataclass(frozen=True)
@@ -132,9 +143,8 @@ class GenerationServer(ABC):
 
     def tokenize(self, text: str) -> list[int] | None:
         """The ids of a text, None where the server has no tokenizer."""
-        body = {"model": self.name, "prompt": text, "add_special_tokens": False}
         try:
-            found = self.client.reply("/tokenize", body)
+            found = tokenized(self.client, self.name, text)
         except RequestFailed as error:
             if error.final:
                 return None

@@ -4,10 +4,8 @@ import os
 
 from finback.parallel.launch import free_port
 from finback.rollouts import ray_cluster
-from finback.rollouts.engine_process import TRAINING_ENVIRONMENT, EngineProcess, EngineProgram
+from finback.rollouts.engine_process import STARTING, TRAINING_ENVIRONMENT, EngineProcess, EngineProgram
 from finback.runs import provenance
-
-STARTING = 1800.0  # seconds in which it has to be there: a large model takes minutes to read and to compile
 
 
 class ProgramEngine:

@@ -8,15 +8,9 @@ from finback.client import RequestFailed
 from finback.model.logprobs import token_logprobs
 from finback.model.transformer import Transformer
 from finback.rollouts.generation import PolicyModel
-from finback.rollouts.generation_server import GenerationServer, TokenAnswer, TokenPrompt
+from finback.rollouts.generation_server import TEXTS, GenerationServer, TokenAnswer, TokenPrompt
 from finback.rollouts.rollouts import kept_ids
 
-# scripts, digits, code and spaces: what tokenizers differ in
-TEXTS = (
-    "The whale sang: 4+5=9, didn't it? 3.14159 and 1,024.",
-    "    for i in range(10):\n\t\tprint(i ** 2)\r\n\n",
-    "Ünïcode, naïve café; 鯨が歌う 你好 Привет 🐋",
-)
 PROBED = 48, 16  # tokens of the prompt that is probed, and of the answer
 
 

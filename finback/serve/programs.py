@@ -14,13 +14,12 @@ from finback.config import UserError
 from finback.data.tokenizer import Tokenizer
 from finback.engine.open import stops_of
 from finback.parallel import launch
-from finback.rollouts.engine_process import EngineProcess, EngineProgram
-from finback.rollouts.generation_server import object_of
+from finback.rollouts.engine_process import STARTING, EngineProcess, EngineProgram
+from finback.rollouts.generation_server import TEXTS, object_of, tokenized
 from finback.serve.options import ServeOptions
 from finback.serve.replicas import KINDS, Replica
 from finback.serve.upstream import UpstreamConfig, UpstreamEngine
 
-STARTING = 1800.0  # seconds
 HOST = "127.0.0.1"  # nobody but this server reaches those that it starts
 
 
@@ -95,13 +94,11 @@ def _replica(url: str, engine: str) -> tuple[Replica, int]:
 
 
 def _check(replica: Replica, tokenizer: Tokenizer) -> None:
-    """UserError where it reads a text otherwise: another model, most likely."""
-    text = "The whale sang: 4+5=9, didn't it? 你好 naïve"
-    body = {"model": replica.name, "prompt": text, "add_special_tokens": False}
+    """UserError where it reads texts otherwise: another model, most likely."""
     try:
-        theirs = replica.client.reply("/tokenize", body).get("tokens")
+        theirs = [tokenized(replica.client, replica.name, text).get("tokens") for text in TEXTS]
     except RequestFailed:
         return  # it has no such route; an answer in another vocabulary is seen
-    if theirs != tokenizer.encode(text):
+    if theirs != [tokenizer.encode(text) for text in TEXTS]:
         remedy = "Serve the same folder there and here."
         raise UserError("--upstream", replica.url, "has another tokenizer than the model that was named", remedy)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from finback.client import DONE, Client, RequestFailed, parse_json
 from finback.engine.pages import digest
 from finback.engine.request import SamplingParams, TokenLogprobs
 from finback.rollouts.generation_server import object_of
+from finback.rollouts.server_kinds import SEEDS
 
 BLOCK = 64  # tokens of a beginning that is looked for
 KNOWN = 1 << 16  # beginnings that are remembered of a replica
 MORE = 8  # requests that one may have beyond the least busy one for the sake of what it has read
 RESTS = 5.0  # seconds for which one that has failed is asked nothing
-SEEDS = 1 << 31
 LONGEST = 256 << 20  # bytes of an answer
 
 
@@ -30,7 +31,7 @@ class TokenPiece:
     finish: str | None = None
 
 
-class Replica:
+class Replica(ABC):
     """One engine, by its interface for tokens; a subclass for each program."""
 
     def __init__(self, url: str, name: str, key: str = "", timeout: float = 600.0) -> None:
@@ -42,11 +43,11 @@ class Replica:
         # of beginnings of prompts that it has read, the newest last
         self.read: OrderedDict[bytes, None] = OrderedDict()
 
+    @abstractmethod
     def answer(
         self, ids: Sequence[int], sampling: SamplingParams, room: int, seed: int, salt: str
     ) -> Iterator[TokenPiece]:
         """Continue a prompt by `room` tokens at most; RequestFailed where it does not. Closing the iterator ends the request there."""
-        raise NotImplementedError
 
 
 class VllmReplica(Replica):

@@ -15,7 +15,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.detokenizer import Detokenizer
 from finback.engine.engine import Engine
 from finback.engine.pages import Pages
-from finback.engine.request import FinishReason, Request, SamplingParams
+from finback.engine.request import FinishReason, Request, SamplingParams, check_length
 from finback.engine.sampler import Sampler
 from finback.model.transformer import Transformer
 from finback.serve.replicas import Replica, ReplicaRouter, TokenPiece
@@ -83,11 +83,7 @@ class UpstreamEngine:
         adapter: str = "",
     ) -> Request:
         """As Engine.submit; UserError for what engines elsewhere are not asked for."""
-        if not prompt:
-            raise UserError("prompt", "", "empty", "Give at least one token.")
-        if len(prompt) + sampling.max_tokens > self.capacity:
-            problem = f"the prompt has {len(prompt)} tokens and the model reads {self.capacity}"
-            raise UserError("max_tokens", sampling.max_tokens, problem, "Shorten the prompt or ask for fewer tokens.")
+        check_length(len(prompt), sampling.max_tokens, self.capacity)
         for name in ("schema", "grammar", "prompt_logprobs"):
             if getattr(sampling, name) is not None:
                 problem = "engines elsewhere do not do this behind finback"
