@@ -198,12 +198,14 @@ def _frames(content: bytes, nonce: str) -> list[tuple[str, str]]:
 
 def _outcome(seen: ChildOutput, frames: list[tuple[str, str]], limits: Limits) -> Outcome:
     reason: Reason = "ok" if seen.exit_code == 0 else "error" if seen.exit_code < 128 else "killed"
-    if seen.stopped in ("timeout", "output"):
-        reason = "timeout" if seen.stopped == "timeout" else "output"
+    if seen.stopped == "output":
+        reason = "output"
+    elif seen.stopped == "timeout" or ("timeout", "") in frames:
+        reason = "timeout"
     elif ("memory", "") in frames:
         reason = "memory"
     elif seen.exit_code == 128 + signal.SIGKILL and seen.seconds >= limits.cpu:
-        reason = "timeout"  # so the kernel says it; process 1 of a namespace would not hear SIGXCPU
+        reason = "timeout"  # the kernel's own end of what did not listen to SIGXCPU
     return Outcome(
         stdout=seen.streams["stdout"].decode(errors="replace"),
         stderr=seen.streams["stderr"].decode(errors="replace"),
