@@ -60,7 +60,9 @@ KIMI = (
     "<|tool_calls_section_begin|><|tool_call_begin|>functions.place:0<|tool_call_argument_begin|>ARGS<|tool_call_end|>"
     "<|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}<|tool_call_end|><|tool_calls_section_end|>"
 ).replace("ARGS", CALLED[0][1])
+SINGULAR = KIMI.replace("tool_calls_section", "tool_call_section")
 LLAMA = f'{{"name": "place", "parameters": {CALLED[0][1]}}}; {{"name": "now", "parameters": {{}}}}'
+LISTED = f"[{LLAMA.replace('; ', ', ')}]"
 HERMES = (
     f'<tool_call>{{"name": "place", "parameters": {CALLED[0][1]}}}</tool_call><tool_call>{{"name": "now"}}</tool_call>'
 )
@@ -87,11 +89,19 @@ FORMS = {
     "GLM-4.5": GLM,
     "GLM-4.7": GLM.replace(">\n<", "><").replace("place\n", "place").replace("now\n", "now"),
     "Kimi K2": KIMI,
+    "Kimi K2, singular": SINGULAR,
+    "Kimi K2, both": SINGULAR.partition("<|tool_call_end|>")[0] + KIMI[KIMI.index("<|tool_call_end|>") :],
     "Qwen3-Coder, torn": CODER.replace("\n</function>", ""),
     "Llama 3.1": LLAMA,
     "Llama 3.1, by lines": LLAMA.replace("; ", "\n"),
     "a function's JSON": f"<function=place>{CALLED[0][1]}</function>\n<function=now>{{}}</function>",
     "Llama 3.1, marked": "<|python_tag|>" + LLAMA,
+    "Llama 3.1, listed": LISTED,
+    "Llama 3.1, listed by lines": LISTED.replace("[{", "[\n  {")
+    .replace(', {"name', '\n  ,\n{"name')
+    .replace("}]", "},\n]\n"),
+    "Llama 3.1, listed and marked": "<|python_tag|>" + LISTED,
+    "Hermes, listed": f"<tool_call>\n{LISTED}\n</tool_call>",
     "Hermes, with parameters": HERMES,
     "DeepSeek V3.2": dsml("function_calls"),
     "DeepSeek V4": dsml("tool_calls"),
@@ -159,11 +169,19 @@ def test_channels_by_hand(text: str, said: Said) -> None:
         '{"city": "Paris"}',
         '{"name": "place", "parameters": {',
         "{",
+        "[",
+        "[]",
+        "[1, 2]",
+        '["place"]',
+        '[[{"name": "place", "parameters": {}}]]',
+        '[{"name": "unknown", "parameters": {}}, {"name": "place", "parameters": {}}]',
         "The `<tool_call>` tag, and <function=, and <function=place",
         "<tool_call>unknown\n<arg_key>a</arg_key>\n</tool_call>",
         "<｜DSML｜function_calls>\nnothing",
         "<|python_tag|>print(1)",
         "<|tool_calls_section_begin|> is a mark",
+        "<|tool_call_section_begin|><|tool_call_section_end|>",
+        "<tool_call>[1]</tool_call>",
     ],
 )
 def test_what_is_no_call_is_text(text: str) -> None:
@@ -218,6 +236,11 @@ PIECES = st.sampled_from(
             "<|tool_call_end|>",
             "<|python_tag|>",
             '{"name": "place"',
+            "[",
+            "]",
+            ",",
+            "<|tool_call_section_begin|>",
+            "<|tool_call_section_end|>",
             ', "parameters": {}',
             "}",
         ),

@@ -7,7 +7,7 @@ from finback.serve.deltas import DeltaCollector
 from finback.serve.incremental import IncrementalReader, Wait
 
 ARGUMENTS = ("arguments", "parameters")  # what models call them
-_BETWEEN = ", \t\r\n"
+BETWEEN = ", \t\r\n"
 
 
 def is_whole(arguments: str) -> bool:
@@ -22,7 +22,7 @@ def read_members(reader: IncrementalReader, sink: DeltaCollector, ends: Sequence
     early: list[str] = []  # arguments before the name
     named = argued = False
     while True:
-        yield from reader.blank(_BETWEEN)
+        yield from reader.blank(BETWEEN)
         if (yield from reader.match(("}",))):
             return named, argued, True
         if (yield from reader.peek()) != '"':

@@ -16,7 +16,7 @@ from finback.data.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEP
 from finback.serve import tool_markup
 from finback.serve.deltas import DeltaCollector
 from finback.serve.incremental import IncrementalReader, Wait
-from finback.serve.json_reader import ARGUMENTS, read_members, read_value, string_of
+from finback.serve.json_reader import ARGUMENTS, BETWEEN, read_members, read_value, string_of
 from finback.serve.tool_markup import DSML_OPENERS, FUNCTION, QWEN_BEGIN, QWEN_END
 
 PYTHON_TAG = "<|python_tag|>"
@@ -27,29 +27,29 @@ _KIMI_NAME = re.compile(r"(?:functions\.)?(.+?)(?::\d+)?")
 
 @dataclass(frozen=True)
 class Marks:
-    """What stands around calls, around one, and between its head and its arguments."""
+    """What stands around calls, each in all its spellings, around one, and between its head and its arguments."""
 
-    calls: str
+    calls: tuple[str, ...]
     call: str
     separator: str
     end: str
-    ends: str
+    ends: tuple[str, ...]
 
     @property
-    def after(self) -> tuple[str, str, str]:
+    def after(self) -> tuple[str, ...]:
         """Each of these ends a call."""
-        return (self.end, self.call, self.ends)
+        return (self.end, self.call, *self.ends)
 
 
-DEEPSEEK = Marks(CALLS_BEGIN, CALL_BEGIN, SEPARATOR, CALL_END, CALLS_END)
+DEEPSEEK = Marks((CALLS_BEGIN,), CALL_BEGIN, SEPARATOR, CALL_END, (CALLS_END,))
 KIMI = Marks(
-    "<|tool_calls_section_begin|>",
+    ("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>"),  # models write either, in the end mark too
     "<|tool_call_begin|>",
     "<|tool_call_argument_begin|>",
     "<|tool_call_end|>",
-    "<|tool_calls_section_end|>",
+    ("<|tool_calls_section_end|>", "<|tool_call_section_end|>"),
 )
-OPENERS = (CALLS_BEGIN, QWEN_BEGIN, KIMI.calls, *DSML_OPENERS, FUNCTION, PYTHON_TAG)
+OPENERS = (CALLS_BEGIN, QWEN_BEGIN, *KIMI.calls, *DSML_OPENERS, FUNCTION, PYTHON_TAG)
 
 
 class ToolForm(StrEnum):
@@ -82,8 +82,8 @@ class CallReader:
 
     def read(self, reader: IncrementalReader, opener: str, sink: DeltaCollector) -> Wait[None]:
         """Read the calls that begin with `opener`, which has just been read."""
-        if opener in (CALLS_BEGIN, KIMI.calls):
-            yield from self._marked(reader, DEEPSEEK if opener == CALLS_BEGIN else KIMI, sink)
+        if marks := next((marks for marks in (DEEPSEEK, KIMI) if opener in marks.calls), None):
+            yield from self._marked(reader, marks, opener, sink)
         elif opener == QWEN_BEGIN:
             yield from self._tagged(reader, sink)
         elif opener == PYTHON_TAG:
@@ -96,13 +96,13 @@ class CallReader:
             yield from tool_markup.read(reader, opener, sink, self.schemas)
         sink.end_call()
 
-    def _marked(self, reader: IncrementalReader, marks: Marks, sink: DeltaCollector) -> Wait[None]:
+    def _marked(self, reader: IncrementalReader, marks: Marks, opener: str, sink: DeltaCollector) -> Wait[None]:
         """<calls begin> calls <calls end>; where the last mark is missing, what follows is text."""
-        undecided: str = marks.calls  # given back with what follows unless that is a call
+        undecided = opener  # given back with what follows unless that is a call
         called = False
         while True:
             blank = yield from reader.blank()
-            tag = yield from reader.match((marks.call, marks.ends))
+            tag = yield from reader.match((marks.call, *marks.ends))
             if tag != marks.call:
                 break
             reader.mark(len(tag))
@@ -173,11 +173,15 @@ class CallReader:
             sink.end_call()
 
     def _tagged(self, reader: IncrementalReader, sink: DeltaCollector) -> Wait[None]:
-        """One call behind <tool_call>: JSON (Hermes), <function=…> (Qwen3-Coder), or a name and its arguments (GLM)."""
+        """Behind <tool_call> JSON (Hermes), a list of it, <function=…> (Qwen3-Coder), or a name and its arguments (GLM)."""
         reader.mark(len(QWEN_BEGIN))
         yield from reader.blank()
         if not (yield from reader.match(("{",))):
-            is_call = not self.constrained and (yield from tool_markup.tagged(reader, sink, self.schemas))
+            is_call = False
+            if not self.constrained and (is_call := (yield from bare_calls(reader, sink, self.schemas))):
+                yield from tool_markup.closing(reader, QWEN_END)
+            elif not self.constrained:
+                is_call = yield from tool_markup.tagged(reader, sink, self.schemas)
             raw = reader.marked()
             if not is_call:
                 sink.text(raw)  # text about calls
@@ -197,31 +201,39 @@ class CallReader:
 
 
 def bare_calls(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[str, Any]) -> Wait[bool]:
-    """Read the objects of Llama 3.1, {"name": …, "parameters": …} joined by ";" or each on its line, and whether there is one.
+    """Read the objects of Llama 3.1, {"name": …, "parameters": …}, and whether there is one.
 
-    Anything else is left unread: such an object has to name a function that is known. The reader has a mark.
+    They are joined by ";", stand each on its line, or in a JSON list. Anything else is left unread: such an object has to
+    name a function that is known. The reader has a mark.
     """
-    found = False
-    while True:
-        before = reader.position
-        call = yield from _bare_call(reader, schemas, found)
-        if not call:
-            reader.rewind(before)
-            return found
+    if not schemas:
+        return False
+    before = reader.position
+    yield from reader.blank()
+    is_list, found = bool((yield from reader.match(("[",)))), False
+    while (yield from _follows(reader, is_list, found)) and (call := (yield from _bare_call(reader, schemas))):
         sink.call(call[0])
         sink.arguments(call[1])
         sink.end_call()
-        found = True
+        before, found = reader.position, True
+    reader.rewind(before)
+    if found and is_list:
+        yield from reader.blank(BETWEEN)
+        if not (yield from reader.match(("]",))):
+            reader.rewind(before)
+    return found
 
 
-def _bare_call(reader: IncrementalReader, schemas: Mapping[str, Any], follows: bool) -> Wait[tuple[str, str] | None]:
-    """The name and the arguments of one object, read to its end; None as soon as it cannot be a call."""
-    if not schemas:
-        return None
+def _follows(reader: IncrementalReader, is_list: bool, found: bool) -> Wait[bool]:
+    """Whether another object may begin here; what joins it to one that was found is read."""
     gap = yield from reader.blank()
-    if follows and not (yield from reader.match((";",))) and "\n" not in gap:
-        return None
+    joined = yield from reader.match((",",) if is_list else (";",)) if found else ""
     yield from reader.blank()
+    return bool(not found or joined or (not is_list and "\n" in gap))
+
+
+def _bare_call(reader: IncrementalReader, schemas: Mapping[str, Any]) -> Wait[tuple[str, str] | None]:
+    """The name and the arguments of one object, read to its end; None as soon as it cannot be a call."""
     name, arguments, mark = "", _NOTHING, "{"
     argued = False
     while True:

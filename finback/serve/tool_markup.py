@@ -43,7 +43,7 @@ def tagged(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[str
     else:
         is_call = yield from _glm(reader, sink, schemas)
     if is_call:
-        yield from _closing(reader, QWEN_END)
+        yield from closing(reader, QWEN_END)
     return is_call
 
 
@@ -58,7 +58,7 @@ def _function(reader: IncrementalReader, sink: DeltaCollector, schemas: Mapping[
     if (yield from reader.peek()) == "{":
         if (yield from read_value(reader, sink.arguments, (FUNCTION_END,))):
             sink.end_call()
-        yield from _closing(reader, FUNCTION_END)
+        yield from closing(reader, FUNCTION_END)
         return True
     while True:
         yield from reader.blank()
@@ -151,7 +151,7 @@ def _dsml_parameters(reader: IncrementalReader, mark: str, closing: str, argumen
         arguments.close()
 
 
-def _closing(reader: IncrementalReader, end: str) -> Wait[None]:
+def closing(reader: IncrementalReader, end: str) -> Wait[None]:
     """Read an end that may follow, and the whitespace before it."""
     blank = yield from reader.blank()
     if not (yield from reader.match((end,))):
