@@ -26,6 +26,7 @@ from finback.model.lora import (
 )
 from finback.model.transformer import Transformer
 from finback.train.batch import of_windows
+from tests.test_v4 import V4
 from tests.toy import CONFIG, backward_batch
 
 MLA = dataclasses.replace(CONFIG, initializer_range=0.15)
@@ -48,7 +49,8 @@ POST = dataclasses.replace(GQA, norms="post", sliding_window=6, nope_layers=(1,)
 # gpt-oss: sinks, and experts with biases that files have transposed
 OSS = dataclasses.replace(EXPERTS, qk_norm=False, attention_bias="all", attention_sinks=True, sliding_window=6)
 OSS = dataclasses.replace(OSS, scoring_func="softmax", swiglu_alpha=1.702, swiglu_limit=7.0)
-CONFIGS = {"mla": MLA, "lite": LITE, "gqa": GQA, "experts": EXPERTS, "post": POST, "oss": OSS}
+COMPRESSED = dataclasses.replace(V4, vocab_size=320, max_position_embeddings=256)
+CONFIGS = {"mla": MLA, "lite": LITE, "gqa": GQA, "experts": EXPERTS, "post": POST, "oss": OSS, "v4": COMPRESSED}
 SPARSE = dataclasses.replace(MLA, index_topk=20, index_n_heads=16, index_head_dim=8)
 ROWS = torch.randint(0, 320, (3, 24), generator=torch.Generator().manual_seed(1))
 
@@ -88,7 +90,7 @@ DORA = LoRA(rank=3, alpha=5.0, targets=("attention",), dora=True, base="fp32")
 
 
 @pytest.mark.parametrize(
-    ("family", "lora"), [*((f, LoRA(rank=3, alpha=5.0, base="fp32")) for f in CONFIGS), ("mla", DORA), ("gqa", DORA)]
+    ("family", "lora"), [*((f, LoRA(rank=3, alpha=5.0, base="fp32")) for f in CONFIGS), ("mla", DORA), ("v4", DORA)]
 )
 def test_a_fresh_adapter_changes_nothing_and_a_learnt_one_is_the_merged_model(family: str, lora: LoRA) -> None:
     plain = logits(base_of(family))
@@ -127,7 +129,7 @@ def test_gradients_are_those_of_the_merged_weights(family: str, form: BaseFormat
                 for found, wanted in zip((adapter.a.grad, adapter.b.grad), expected, strict=True):
                     torch.testing.assert_close(found, wanted * 5 / 3, atol=1e-5, rtol=1e-4)
                 seen += 1
-    assert seen == {"mla": 16, "lite": 14, "gqa": 10, "experts": 10, "post": 10, "oss": 10}[family]
+    assert seen == {"mla": 16, "lite": 14, "gqa": 10, "experts": 10, "post": 10, "oss": 10, "v4": 31}[family]
 
 
 def test_gradients_of_dora_by_hand() -> None:
@@ -186,6 +188,7 @@ def test_targets_are_groups_or_names_of_matrices() -> None:
 
     assert names("mla", "experts") == {"feed_forward.gate_up_adapter", "feed_forward.down_adapter"}
     assert names("mla", "kv_b_proj", "q_a_proj") == {"attention.kv_up.adapter", "attention.q_down.adapter"}
+    assert names("v4", "o_a_proj", "q_a_proj") == {"attention.out_down.adapter", "attention.q_down.adapter"}
     assert names("gqa", "v_proj", "up_proj") == {"attention.key_value.adapter", "feed_forward.gate_up.adapter"}
     model = adapted("gqa", LoRA(rank=2, targets=("v_proj",), base="fp32"))
     layer = model.blocks[0].attention.key_value

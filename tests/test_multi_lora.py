@@ -65,7 +65,7 @@ def alone(model: Transformer, sampling: SamplingParams, config: EngineConfig) ->
 
 @pytest.mark.parametrize(
     ("family", "chunk"),
-    [("mla", 512), ("sparse", 20), ("lite", 20), ("gqa", 512), ("experts", 20), ("post", 20), ("oss", 20)],
+    [("mla", 512), ("sparse", 20), ("lite", 20), ("gqa", 512), ("experts", 20), ("post", 20), ("oss", 20), ("v4", 512)],
 )
 def test_a_mixed_batch_says_what_each_adapter_says_alone(family: str, chunk: int) -> None:
     """Prompts read whole and in pieces, behind pages found in the cache, and tokens in absorbed form, with drafts."""

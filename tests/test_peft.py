@@ -83,6 +83,8 @@ CASES = {
     "dora": ("gqa", LoRA(rank=3, alpha=5.0, base="fp32", dora=True)),
     "dora of attention": ("mla", LoRA(rank=4, rs=True, base="fp32", dora=True, targets=("attention",))),
     "transposed experts": ("oss", LoRA(rank=3, alpha=5.0, base="fp32")),
+    "v4": ("v4", LoRA(rank=3, alpha=5.0, base="fp32")),
+    "v4 by names": ("v4", LoRA(rank=3, alpha=5.0, base="fp32", targets=("o_a_proj", "q_b_proj", "kv_proj", "experts"))),
     "some": ("gqa", LoRA(rank=3, alpha=5.0, base="fp32", targets=("q_proj", "v_proj", "up_proj"))),
 }
 

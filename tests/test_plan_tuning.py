@@ -8,8 +8,9 @@ import pytest
 
 from finback.checkpoint.hf_config import raw_config
 from finback.config import UserError, as_json
+from finback.model.adaptable import adapter_size
 from finback.model.config import V3, ModelConfig, to_json
-from finback.model.count import adapter_size, parameters
+from finback.model.count import parameters
 from finback.model.lora import LoRA, adapter_parameters
 from finback.parallel.layout import Layout
 from finback.planner import hardware, traffic, tuning, tuning_time
@@ -30,10 +31,10 @@ QWEN_7B = ModelConfig(
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(
-    "targets", [("attention", "mlp", "experts"), ("attention",), ("mlp",), ("q_proj", "kv_b_proj")]
+    "targets", [("attention", "mlp", "experts"), ("attention",), ("mlp",), ("q_proj", "kv_b_proj", "o_b_proj")]
 )
 def test_the_size_of_an_adapter_in_closed_form(family: str, targets: tuple[str, ...]) -> None:
-    if targets == ("q_proj", "kv_b_proj") and family == "mla":
+    if targets == ("q_proj", "kv_b_proj", "o_b_proj") and family == "mla":
         targets = ("kv_b_proj",)
     if targets == ("mlp",) and family in ("experts", "oss"):  # in every layer
         targets = ("experts",)

@@ -22,7 +22,6 @@ from finback.kernels.packed import available
 from finback.model.compressed_cache import CompressedCache, CompressedPool, pool_of
 from finback.model.config import CSA, HCA, SLIDING, V3_2, V4_FLASH, V4_PRO, ModelConfig, from_json, to_json
 from finback.model.count import cache_bytes, forward_flops, parameters, router_biases, token_flops
-from finback.model.frozen import freeze
 from finback.model.mhc import sinkhorn
 from finback.model.pack import pack
 from finback.model.recompute import use_recompute
@@ -343,7 +342,5 @@ def test_packed_matrices_answer_as_bf16_does() -> None:
 
 
 def test_what_leaves_v4_out_says_so(model: Transformer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.attention"):
-        freeze(model, "fp32")
     with pytest.raises(UserError, match="format"):
         export(model, tmp_path / "out", "fp8")

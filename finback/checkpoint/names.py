@@ -79,6 +79,13 @@ def table(config: ModelConfig, biases: bool = False) -> dict[str, tuple[str, ...
     return names
 
 
+def modules(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """The table by the names of transformers' modules, which PEFT goes by: V4's alone differ from its files'."""
+    if config.attention != "compressed":
+        return table(config)
+    return {ours: tuple(map(v4_names.of_modules, theirs)) for ours, theirs in v4_names.table(config).items()}
+
+
 def is_mixtral(config: ModelConfig) -> bool:
     """Whether a model's experts are Mixtral's: chosen by softmax, behind attention without norms of queries and keys."""
     by_softmax = config.n_routed_experts > 0 and config.scoring_func == "softmax"

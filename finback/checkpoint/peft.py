@@ -193,7 +193,7 @@ def attach_all(model: Transformer, base: Path, digest: str, folders: Mapping[str
 
 
 def _attach_linear(module: Linear, name: str, config: ModelConfig, stored: StoredAdapter) -> None:
-    theirs = names.table(config)[f"{name}.weight"]
+    theirs = names.modules(config)[f"{name}.weight"]
     pairs = {place: pair for place, n in enumerate(theirs) if (pair := stored.take(n.removesuffix(".weight")))}
     if not pairs:
         return
@@ -210,7 +210,7 @@ def _attach_linear(module: Linear, name: str, config: ModelConfig, stored: Store
 
 
 def _attach_experts(module: MoE, name: str, config: ModelConfig, stored: StoredAdapter) -> None:
-    experts, stem = len(module.gate_up), experts_of(names.table(config), name)
+    experts, stem = len(module.gate_up), experts_of(names.modules(config), name)
     inner, outer = stored.take(f"{stem}.base_layer"), stored.take(stem)
     if inner is None and outer is not None and _targets_only(stored.raw, "gate_up_proj"):
         inner, outer = outer, None

@@ -54,7 +54,7 @@ def save(folder: Path, model: AdaptedTransformer) -> None:
 
 def pairs(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor, Tensor]]:
     """PEFT's name of each adapted matrix, A and B as its files have them."""
-    table = names.table(model.config)
+    table = names.modules(model.config)
     for name, module, _, _ in matrices(model):
         if isinstance(module, LoraLinear):
             for i, place in enumerate(module.adapter.places):
@@ -71,7 +71,7 @@ def pairs(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def row_lengths(model: AdaptedTransformer) -> Iterator[tuple[str, Tensor]]:
     """PEFT's name of each matrix whose rows' lengths are learnt (DoRA), and these."""
-    table = names.table(model.config)
+    table = names.modules(model.config)
     for name, module, _, _ in matrices(model):
         if isinstance(module, LoraLinear) and module.adapter.m is not None:
             for place, lengths in zip(module.adapter.places, module.adapter.m.detach(), strict=True):
@@ -82,13 +82,15 @@ class Targets:
     """What PEFT must be told to put an adapter on, so that it makes this one's matrices and no others.
 
     In a model with experts PEFT takes a module called gate_proj for the routed experts' matrix of old, wherever it is. So
-    there feed-forwards are named by their parameters.
+    there feed-forwards are named by their parameters, and so is what else is called so, and a map of several groups, which
+    PEFT would multiply as one.
     """
 
     def __init__(self, model: AdaptedTransformer) -> None:
-        table, is_moe = names.table(model.config), bool(model.config.n_routed_experts)
-        # every matrix by its full name, and its adapter if it has one
-        found: list[tuple[str, LowRank | None]] = []
+        table, is_moe = names.modules(model.config), bool(model.config.n_routed_experts)
+        # every matrix by its full name, and its adapter if it has one; an indexer's never has
+        indexers = [theirs for ours, (theirs, *_) in table.items() if ".indexer." in ours]
+        found: list[tuple[str, LowRank | None]] = [(name.removesuffix(".weight"), None) for name in indexers]
         for name, module, group, parts in matrices(model):
             if isinstance(module, MoE):
                 stem = experts_of(table, name)
@@ -98,8 +100,9 @@ class Targets:
                 found += [(f"{stem}.{part}_proj", adapter) for part, adapter in its.items()]
                 continue
             adapter = module.adapter if isinstance(module, LoraLinear) else None
-            ending = ".weight" if is_moe and group == "mlp" else ""
-            for place in range(len(parts)):
+            for place, part in enumerate(parts):
+                by_parameter = is_moe and (group == "mlp" or part == "gate_proj" or module.groups is not None)
+                ending = ".weight" if by_parameter else ""
                 has = adapter is not None and place in adapter.places
                 full = table[f"{name}.weight"][place].removesuffix(".weight") + ending
                 found.append((full, adapter if has else None))

@@ -117,6 +117,27 @@ _WORDS = [
 ]
 
 
+# what of the release's words transformers' modules are called otherwise, where an adapter may be put on
+_MODULES = [
+    (r"^layers\.", "model.layers."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.indexer\.(compressor\.)?", ".compressor.indexer."),
+    (r"\.w(q|o)_(a|b)\b", r".\1_\2_proj"),
+    (r"\.wkv\b", ".kv_proj"),
+    (r"\.w(gate|1)\b", ".gate_proj"),
+    (r"\.w2\b", ".down_proj"),
+    (r"\.w3\b", ".up_proj"),
+]
+
+
+def of_modules(name: str) -> str:
+    """The name that a matrix of a block has in transformers' model, from the release's."""
+    for words, instead in _MODULES:
+        name = re.sub(words, instead, name)
+    return name
+
+
 def released(name: str) -> str:
     """The release's name of a tensor, from any of the spellings."""
     for words, instead in _WORDS:

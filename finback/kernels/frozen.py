@@ -21,20 +21,32 @@ Matrices = Callable[[int, torch.dtype], Tensor]
 Product = Callable[[Tensor, Blocks], Tensor]
 
 
-def linear(x: Tensor, matrix: Matrix) -> Tensor:
-    """x (..., in) times the transpose of matrix(dtype) (out, in) -> (..., out)."""
-    return _Linear.apply(x, matrix)
+def linear(x: Tensor, matrix: Matrix, groups: int | None = None) -> Tensor:
+    """As grouped_linear, of matrix(dtype)."""
+    return _Linear.apply(x, matrix, groups)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, groups: int | None) -> Tensor:
+    """x (..., in) times the transpose of weight (out, in) -> (..., out); x (..., groups, in) each times that of its rows."""
+    if groups is None:
+        return F.linear(x, weight)
+    return torch.einsum("...gi,goi->...go", x, weight.unflatten(0, (groups, -1))).flatten(-2)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Matrix) -> Tensor:
-        ctx.matrix = matrix
-        return F.linear(x, matrix(x.dtype))
+    def forward(ctx: Any, x: Tensor, matrix: Matrix, groups: int | None) -> Tensor:
+        ctx.matrix, ctx.groups = matrix, groups
+        return grouped_linear(x, matrix(x.dtype), groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0] @ ctx.matrix(grads[0].dtype), None
+        grad, groups = grads[0], ctx.groups
+        weight = ctx.matrix(grad.dtype)
+        if groups is None:
+            return grad @ weight, None, None
+        parts, stack = grad.unflatten(-1, (groups, -1)), weight.unflatten(0, (groups, -1))
+        return torch.einsum("...go,goi->...gi", parts, stack), None, None
 
 
 def routed_experts(

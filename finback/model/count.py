@@ -99,43 +99,6 @@ def mtp_parameters(c: ModelConfig, active: bool = False) -> int:
     return sum(layer_parameters(c, layer, active) + extra for layer in layers)
 
 
-def adaptable(c: ModelConfig, layer: int) -> list[tuple[str, str, int, int, int]]:
-    """What an adapter may be put on in a layer: group, PEFT's name, how many matrices, and rows and columns of each.
-
-    Gate and up of a routed expert are one matrix, as in PEFT's fused form.
-    """
-    d, heads, kv = c.hidden_size, c.num_attention_heads, c.num_key_value_heads * c.head_dim
-    if c.attention == "gqa":
-        shapes = {"q_proj": (heads * c.head_dim, d), "k_proj": (kv, d), "v_proj": (kv, d)}
-        shapes["o_proj"] = (d, heads * c.head_dim)
-    else:
-        query = (heads * c.qk_head_dim, c.q_lora_rank or d)
-        shapes = {"q_proj": query} if c.q_lora_rank is None else {"q_a_proj": (c.q_lora_rank, d), "q_b_proj": query}
-        shapes["kv_a_proj_with_mqa"] = (c.kv_lora_rank + c.qk_rope_head_dim, d)
-        shapes["kv_b_proj"] = (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-        shapes["o_proj"] = (d, heads * c.v_head_dim)
-    found = [("attention", name, 1, *shape) for name, shape in shapes.items()]
-    width = c.n_shared_experts * c.moe_intermediate_size if c.is_moe(layer) else c.intermediate_size
-    if width:
-        found += [("mlp", name, 1, width, d) for name in ("gate_proj", "up_proj")]
-        found.append(("mlp", "down_proj", 1, d, width))
-    if c.is_moe(layer):
-        found.append(("experts", "experts", c.n_routed_experts, 2 * c.moe_intermediate_size, d))
-        found.append(("experts", "experts", c.n_routed_experts, d, c.moe_intermediate_size))
-    return found
-
-
-def adapter_size(c: ModelConfig, rank: int, targets: Iterable[str], dora: bool = False) -> int:
-    """Numbers that LoRA learns of a model's trunk, or DoRA, which has the lengths of rows too."""
-    chosen = set(targets)
-    return sum(
-        number * (rank * (rows + columns) + rows * dora)
-        for layer in range(c.num_hidden_layers)
-        for group, name, number, rows, columns in adaptable(c, layer)
-        if group in chosen or name in chosen
-    )
-
-
 def router_biases(c: ModelConfig) -> int:
     """Numbers in the trunk's selection biases: no parameters, but V3's files and its 671,026,419,200 include them."""
     moe = sum(c.is_moe(layer) for layer in range(c.num_hash_layers, c.num_hidden_layers))

@@ -10,9 +10,8 @@ from finback.kernels import frozen
 from finback.kernels.formats import FORMATS
 from finback.kernels.frozen import Product
 from finback.model.biased_experts import BiasedMoE
-from finback.model.config import refuse_compressed
-from finback.model.layers import Linear
-from finback.model.moe import MoE
+from finback.model.layers import GroupedLinear, Linear
+from finback.model.moe import ClampedMoE, MoE
 from finback.model.quantized import QuantizedLinear, QuantizedMoE, expert_matrix, matrices_product, quantize
 from finback.model.replace import recast
 from finback.model.transformer import Transformer
@@ -25,7 +24,7 @@ class FrozenLinear(Linear):
     """A linear map whose weight is not learnt."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = frozen.linear(x, super().matrix)
+        y = frozen.linear(x, super().matrix, self.groups)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
@@ -59,7 +58,6 @@ def freeze(
     Embedding, head, norms and routers are not quantized, nor are MTP modules. `filled` is called for each module with matrices
     before it is frozen: it may only then give them their values, so that no more than one lies here before it is quantized.
     """
-    refuse_compressed(model.config, "a frozen base")
     blocks = set(model.blocks.modules())
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear | MoE):
@@ -93,9 +91,11 @@ def unfreeze(model: Transformer, dtype: torch.dtype) -> Transformer:
                 experts = range(len(module.gate_up))
                 thaw(module, name, torch.stack([expert_matrix(module, name, e, dtype) for e in experts]))
         if isinstance(module, Linear | MoE):
-            plain = (BiasedMoE, MoE, Linear)  # what it was made as
+            plain = (BiasedMoE, ClampedMoE, MoE, GroupedLinear, Linear)  # what it was made as
             module.__class__ = next(kind for kind in plain if isinstance(module, kind))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    with torch.device("meta"):
+        bare = dict(Transformer(model.config, param_dtype=dtype).named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(bare[name].dtype)
     model.__class__ = Transformer
     return model.requires_grad_(True)

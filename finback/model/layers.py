@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finback.kernels.frozen import grouped_linear
 from finback.kernels.norm import add_rms_norm, rms_norm
 from finback.kernels.swiglu import swiglu
 
@@ -81,6 +82,9 @@ class Linear(nn.Module):
     training they are fp32 masters; a model that only answers may have them in bf16.
     """
 
+    # how many matrices are stacked in the weight, each for an input of its own; None: it is one
+    groups: int | None = None
+
     def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = inputs, outputs  # whatever form the weight is stored in
@@ -104,8 +108,7 @@ class GroupedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., groups, in) -> (..., out)."""
-        weight = self.matrix(x.dtype).unflatten(0, (self.groups, -1))
-        return torch.einsum("...gi,goi->...go", x, weight).flatten(-2)
+        return grouped_linear(x, self.matrix(x.dtype), self.groups)
 
 
 class SwiGLU(nn.Module):

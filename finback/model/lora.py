@@ -2,7 +2,7 @@
 
     y = W x + alpha / rank · B A x        A (rank, in) random, B (out, rank) zero
 
-It is put on from outside, on attention, feed-forwards and routed experts, for MLA and GQA alike. Where several matrices of
+It is put on from outside, on attention of every kind, feed-forwards and routed experts. Where several matrices of
 the papers are one here (gate and up, key and value), each has an A of its own, as in PEFT; gate and up of a routed expert,
 which PEFT fuses too, share one.
 """
@@ -26,12 +26,21 @@ from finback.model.replace import recast
 from finback.model.transformer import Transformer
 
 GROUPS = ("attention", "mlp", "experts")
+_Names = dict[str, tuple[str, ...]]
 # PEFT's names of the matrices that a linear map of ours is made of, in row order
-_MLA = {"q_down": ("q_a_proj",), "q_up": ("q_b_proj",), "kv_down": ("kv_a_proj_with_mqa",), "kv_up": ("kv_b_proj",)}
-_GQA = {"query": ("q_proj",), "key_value": ("k_proj", "v_proj")}
-_MLP = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-_OUT = {"out": ("o_proj",)}
-NAMES = sorted({name for table in (_MLA, _GQA, _MLP, _OUT) for names in table.values() for name in names})
+_MLA: _Names = {
+    "q_down": ("q_a_proj",),
+    "q_up": ("q_b_proj",),
+    "kv_down": ("kv_a_proj_with_mqa",),
+    "kv_up": ("kv_b_proj",),
+}
+_GQA: _Names = {"query": ("q_proj",), "key_value": ("k_proj", "v_proj")}
+_MLP: _Names = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+_OUT: _Names = {"out": ("o_proj",)}
+_COMPRESSED: _Names = {"q_down": ("q_a_proj",), "q_up": ("q_b_proj",), "entry": ("kv_proj",), "out_down": ("o_a_proj",)}
+_COMPRESSED |= {"out": ("o_b_proj",), "value": ("kv_proj",), "gate": ("gate_proj",)}  # the last two are a compressor's
+_ATTENTION = {"mla": _MLA | _OUT, "gqa": _GQA | _OUT, "compressed": _COMPRESSED}
+NAMES = sorted({name for table in (*_ATTENTION.values(), _MLP) for names in table.values() for name in names})
 
 
 @dataclass(frozen=True)
@@ -184,6 +193,7 @@ def put_on(module: Linear, places: tuple[int, ...], parts: int, rank: int, scale
     """Give a linear map of so many `parts` an adapter, zero, for those at `places`."""
     size = module.out_features // parts, module.in_features
     adapter = LowRank(size, rank, scale, places, parts, module.weight)
+    adapter.groups = module.groups
     recast(module, LoraLinear).adapter = adapter
     return adapter
 
@@ -222,9 +232,9 @@ def matrices(model: Transformer) -> Iterator[tuple[str, Linear | MoE, str, tuple
     MTP modules are none of it: checkpoints elsewhere have no place for their adapters.
     """
     c = model.config
-    attention = _OUT | (_GQA if c.attention == "gqa" else _MLA)
+    attention = _ATTENTION[c.attention]
     if c.attention == "mla" and c.q_lora_rank is None:
-        attention |= {"q_up": ("q_proj",)}
+        attention = attention | {"q_up": ("q_proj",)}
     for name, module in list(model.blocks.named_modules(prefix="blocks")):
         leaf = name.rpartition(".")[2]
         if isinstance(module, MoE):

@@ -14,8 +14,11 @@ class LowRank(nn.Module):
     """scale · B A for n matrices: a (n, rank, in), b (n, out, rank), in fp32 whatever the base is in.
 
     Of a linear map that is made of `parts` equally high matrices these are the ones at `places`; of experts that lie on several
-    ranks, those that are `held` here.
+    ranks, those that are `held` here. A map of `groups` has one A for all groups and the rows of B that are each group's.
     """
+
+    # as Linear has them
+    groups: int | None = None
 
     def __init__(
         self,
@@ -50,11 +53,11 @@ class LowRank(nn.Module):
         self.a.copy_(drawn[self.held])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., parts · out)."""
+        """x (..., in), or (..., groups, in), -> (..., parts · out)."""
         n, rank, _ = self.a.shape
         h = F.linear(x, self.a.flatten(0, 1).to(x.dtype))
         if self.parts == 1:
-            return F.linear(h, self.b[0].to(x.dtype)) * self.scale
+            return frozen.grouped_linear(h, self.b[0].to(x.dtype), self.groups) * self.scale
         y = torch.einsum("...nr,nor->...no", h.unflatten(-1, (n, rank)), self.b.to(x.dtype)) * self.scale
         return self.spread(y, -2).flatten(-2)
 

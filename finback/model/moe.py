@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from finback.kernels import frozen, moe_gemm
 from finback.kernels.frozen import Product
+from finback.kernels.swiglu import swiglu
 from finback.model.config import ModelConfig
 from finback.model.layers import SwiGLU
 
@@ -149,8 +150,6 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
         if c.n_shared_experts:
             self.shared = SwiGLU(c.hidden_size, c.n_shared_experts * c.moe_intermediate_size, c.swiglu_limit)
-        if c.swiglu_limit is not None and c.swiglu_alpha is None:
-            self.experts = partial(moe_gemm.routed_experts, limit=c.swiglu_limit)
         self.balance: Tensor | None = None  # the last training pass's balance loss, before alpha
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
@@ -187,3 +186,16 @@ class MoE(nn.Module):
             affinity.unflatten(0, shape), index.unflatten(0, shape), self.config.num_experts_per_tok, padding_mask
         )
         return index, weight, balance
+
+
+class ClampedMoE(MoE):
+    """A mixture of experts whose gates and up sides are clamped (V4 2.1)."""
+
+    def experts(self, x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:  # type: ignore[override]
+        return moe_gemm.routed_experts(x, index, weight, gate_up, down, self.config.swiglu_limit)
+
+    def by_products(
+        self, x: Tensor, index: Tensor, weight: Tensor, experts: int, gate_up: Product, down: Product
+    ) -> Tensor:
+        clamped = partial(swiglu, limit=self.config.swiglu_limit)
+        return frozen.routed_experts(x, index, weight, experts, gate_up, down, clamped)

@@ -68,7 +68,8 @@ class MultiLoraLinear(nn.Module):
         count = self.selection.rows
         for number, rows in self.selection.groups:
             for piece in self.pieces.get(number, ()):
-                added = piece.low(x.reshape(count, -1, x.size(-1))[rows])
+                of_token = x.shape[-1:] if piece.low.groups is None else x.shape[-2:]
+                added = piece.low(x.reshape(count, -1, *of_token)[rows])
                 y.view(count, -1, y.size(-1))[rows, :, piece.start : piece.start + added.size(-1)] += added
         return y
 

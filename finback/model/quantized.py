@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from finback.kernels import fp8, frozen, moe_gemm
+from finback.kernels import fp8, frozen
 from finback.kernels.formats import FP8, Format
 from finback.kernels.frozen import Product
 from finback.kernels.quants import BlockLinear, Blocks, blocks
@@ -41,7 +41,8 @@ class QuantizedMoE(MoE):
         met, index = index.unique(return_inverse=True)
         gate_up = self.format.dequantize(gate_up[met], self.gate_up_scale[met], x.dtype)
         down = self.format.dequantize(down[met], self.down_scale[met], x.dtype)
-        return moe_gemm.routed_experts(x, index, weight, gate_up, down, self.config.swiglu_limit)
+        made: Tensor = super().experts(x, index, weight, gate_up, down)
+        return made
 
 
 class QuantizedTransformer(Transformer):
@@ -118,7 +119,6 @@ def store(module: Linear | MoE, name: str, form: Format, values: Tensor, scale: 
     """Values and factors in the place of a parameter."""
     if isinstance(module, MoE):
         recast(module, QuantizedMoE).format = form
-        module.__dict__.pop("experts", None)  # what a clamp has put before the class's
     else:
         recast(module, QuantizedLinear).format = form
     setattr(module, name, nn.Parameter(values, requires_grad=False))

@@ -21,7 +21,7 @@ from finback.model.hca import HCA
 from finback.model.layers import GeGLU, Linear, NoNorm, Normed, OffsetNorm, RMSNorm, SwiGLU, initialise
 from finback.model.mhc import HyperConnection, OneStream, StreamMerge
 from finback.model.mla import MLA
-from finback.model.moe import MoE, Router, take_balance_losses
+from finback.model.moe import ClampedMoE, MoE, Router, take_balance_losses
 from finback.model.mtp import MTP, StreamMTP
 from finback.model.rope import first_row, rotation
 from finback.model.rope_scaling import LongRope
@@ -46,7 +46,8 @@ def feed_forward_of(config: ModelConfig, layer: int) -> MoE | SwiGLU | GeGLU:
         return SwiGLU(config.hidden_size, config.intermediate_size, config.swiglu_limit)
     if config.swiglu_alpha is not None:
         return BiasedMoE(config, BiasedRouter(config))
-    return MoE(config, HashRouter(config) if layer < config.num_hash_layers else Router(config))
+    router = HashRouter(config) if layer < config.num_hash_layers else Router(config)
+    return (MoE if config.swiglu_limit is None else ClampedMoE)(config, router)
 
 
 class Block(nn.Module):

@@ -12,8 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from finback.model.adaptable import adaptable, adapter_size
 from finback.model.config import ModelConfig
-from finback.model.count import adaptable, adapter_size, cache_bytes, layer_parameters, parameters
+from finback.model.count import cache_bytes, layer_parameters, parameters
 from finback.parallel.layout import Layout
 from finback.planner.hardware import Fact
 from finback.planner.memory import layer_activation
