@@ -15,11 +15,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 
 from finback.checkpoint import models
 from finback.data.tokenizer import Tokenizer
 from finback.engine.engine import Engine, EngineConfig
 from finback.engine.request import Completion, SamplingParams
+from finback.engine.sampler import top_logprobs
 
 Reply = dict[str, Any]
 
@@ -145,7 +147,19 @@ class FakeEngineServer:
         }
         return {"request_id": "generate-tokens-1", "choices": [choice], "usage": {}, "prompt_token_ids": None}
 
+    @torch.no_grad()
+    def _scored(self, ids: list[int], k: int) -> list[list[tuple[int, float]]]:
+        """Of each token but the first, itself and the k likeliest."""
+        model = self.engine.model
+        logits = model.logits(model(torch.tensor([ids]))[0, :-1])
+        return top_logprobs(logits, ids[1:], [k] * (len(ids) - 1))
+
     def _complete(self, body: Reply) -> Reply:
+        if "prompt_logprobs" in body:
+            assert body["max_tokens"] == 1
+            lines = self._scored(body["prompt"], body["prompt_logprobs"])
+            said = [{str(t): {"logprob": p, "rank": 1, "decoded_token": "?"} for t, p in line} for line in lines]
+            return {"id": "cmpl-1", "choices": [{"index": 0, "text": "?", "prompt_logprobs": [None, *said]}]}
         assert body["return_token_ids"] is True
         made = self._made(body["prompt"], *self._vllm_params(body))
         logprobs = {"token_logprobs": made.logprobs, "tokens": ["?"] * len(made.tokens), "top_logprobs": None}
@@ -172,6 +186,10 @@ class FakeEngineServer:
     # ---- SGLang ----------------------------------------------------------------------------------------------------
 
     def _sglang_generate(self, body: Reply) -> Reply:
+        if body.get("top_logprobs_num") and body["logprob_start_len"] == 0:
+            lines = self._scored(body["input_ids"], body["top_logprobs_num"])
+            tops = [[[p, t, None] for t, p in line[1:]] or None for line in lines]
+            return {"text": "?", "output_ids": [1], "meta_info": {"id": "1", "input_top_logprobs": [None, *tops]}}
         assert body["return_logprob"] is True and body["logprob_start_len"] == -1
         given = body["sampling_params"]
         assert given["ignore_eos"] is False or given.get("stop_token_ids", []) == []

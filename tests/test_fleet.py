@@ -146,15 +146,15 @@ def test_programs_on_ray(engine: Any, asked: Asked, tmp_path: Path) -> None:  # 
     asked.ask(r)
     first = r.members[0]._server.url
     os.kill(pid(r.members[0]), signal.SIGKILL)
+    with Client(first, timeout=2) as client:
+        until = time.monotonic() + 60
+        while client.has("/health") and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not client.has("/health"), "it has ended with its worker"
     asked.ask(r)
     r.update(1)
     asked.ask(r)
     assert len(r.ready) == 2 and r.members[0]._server.url != first
-    with Client(first, timeout=2) as client:
-        until = time.monotonic() + 30
-        while client.has("/health") and time.monotonic() < until:
-            time.sleep(0.1)
-        assert not client.has("/health"), "it has ended with its worker"
 
 
 def test_a_silent_engine_is_replaced(asked: Asked, tmp_path: Path) -> None:  # noqa: F811

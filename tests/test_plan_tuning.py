@@ -91,7 +91,7 @@ def test_a_7b_on_one_card(tmp_path: Path) -> None:
 def test_teachers_count_and_answers_are_made_as_room_allows() -> None:
     adapter = {"adapter": tuning.ADAPTER | {"base": "nf4"}, "compute": "bf16"}
     sft = adapter | {"batch_size": 1, "seq_len": 512}
-    alone, taught = (tuning.memory(QWEN_7B, sft, 0.0, teacher=t) for t in (None, QWEN_7B))
+    alone, taught = (tuning.memory(QWEN_7B, sft, 0.0, teachers=t) for t in ((), (QWEN_7B,)))
     assert taught.total - alone.total == taught.reference == 4 * parameters(QWEN_7B)
     rl = adapter | {"task": "t", "prompts_per_step": 32, "num_generations": 8, "max_tokens": 2048, "micro_tokens": 4096}
     # by hand: 28 layers of 2 x 4 heads of 128 numbers in bf16
@@ -135,7 +135,7 @@ def test_a_layout_shares_out_all_but_an_adapter_and_what_is_put_together() -> No
     """By hand: Qwen2.5-7B on 4 ranks, 2 data ranks whose rows are cut in two."""
     layout, size = Layout(dp=2, cp=2), parameters(QWEN_7B)
     sft = {"adapter": None, "batch_size": 6, "seq_len": 512}
-    one, four = (tuning.memory(QWEN_7B, sft, 0.0, teacher=QWEN_7B, layout=given) for given in (None, layout))
+    one, four = (tuning.memory(QWEN_7B, sft, 0.0, teachers=(QWEN_7B,), layout=given) for given in (None, layout))
     for part in ("weights", "gradients", "optimizer", "reference"):
         assert getattr(four, part) == getattr(one, part) / 4
     assert four.activations == pytest.approx(one.activations / 4) and four.served == one.gathered == 0

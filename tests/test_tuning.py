@@ -24,10 +24,11 @@ from finback.model import logprobs
 from finback.parallel.mesh import World
 from finback.runs.files import read_lines
 from finback.runs.folder import Interrupted, StageRun
-from finback.stages.distill import Distill, DistillationTeacher
+from finback.stages.distill import Distill
 from finback.stages.fine_tuning import FineTuning
 from finback.stages.reject import Reject, choose
 from finback.stages.sft import SFT, LessonBatches
+from finback.stages.teachers import DistillationTeacher
 from finback.tasks.math import Chains
 from finback.train import loop
 from finback.train.batch import of_lessons

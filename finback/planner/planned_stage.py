@@ -30,8 +30,8 @@ class PlannedStage:
     knobs: dict[str, Any]
     work: Work
     model: ModelConfig | None
-    # the model whose probabilities it learns, if there is one
-    teacher: ModelConfig | None = None
+    # the models whose probabilities it learns, of those that are read here
+    teachers: tuple[ModelConfig, ...] = ()
 
     @property
     def length(self) -> int:
@@ -52,8 +52,8 @@ def planned_stages(configs: Iterable[dict[str, Any]]) -> list[PlannedStage]:
         declared = config[DECLARATION]
         knobs = {k: v for k, v in config.items() if k not in ("type", DECLARATION)}
         work, pretrains = Work(**_fields(declared["work"])), declared["kind"] == "pre-training"
-        model, teacher = _model(knobs, found), _named(knobs.get("teacher"), found)
-        found[knobs["name"]] = PlannedStage(knobs["name"], config["type"], pretrains, knobs, work, model, teacher)
+        model, teachers = _model(knobs, found), _teachers(knobs.get("teacher"), found)
+        found[knobs["name"]] = PlannedStage(knobs["name"], config["type"], pretrains, knobs, work, model, teachers)
     return list(found.values())
 
 
@@ -66,6 +66,12 @@ def _model(knobs: dict[str, Any], earlier: dict[str, PlannedStage]) -> ModelConf
             model = dataclasses.replace(model, vocab_size=data.knobs["vocab_size"])
         return model
     return _named(knobs.get("start"), earlier)
+
+
+def _teachers(named: Any, earlier: dict[str, PlannedStage]) -> tuple[ModelConfig, ...]:
+    """One, or one for each domain; servers are read elsewhere."""
+    every = named.values() if isinstance(named, dict) and "type" not in named else (named,)
+    return tuple(filter(None, (_named(each, earlier) for each in every)))
 
 
 def _named(name: Any, earlier: dict[str, PlannedStage]) -> ModelConfig | None:

@@ -9,6 +9,7 @@ for a pass, both ends of the model as long as it lasts and two layers at a time,
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ class TuningMemory:
     weights: float
     gradients: float
     optimizer: float
-    # a copy of the policy that does not learn, or a teacher
+    # a copy of the policy that does not learn, or teachers
     reference: float
     activations: float
     # logits, one layer made again, one matrix dequantized
@@ -75,10 +76,10 @@ def memory(
     knobs: dict[str, Any],
     reserve: float,
     room: float = math.inf,
-    teacher: ModelConfig | None = None,
+    teachers: Sequence[ModelConfig] = (),
     layout: Layout | None = None,
 ) -> TuningMemory:
-    """What a stage with these knobs, and perhaps a teacher, takes of each device of a layout, or of one, with so much room."""
+    """What a stage with these knobs, and perhaps teachers, takes of each device of a layout, or of one, with so much room."""
     if "dtype" in knobs:
         return _answering(c, knobs, reserve, room)
     adapter, precision = knobs.get("adapter"), knobs.get("compute", "fp32")
@@ -92,7 +93,7 @@ def memory(
         held, learnt = 0.0, whole / holders
         working = logits + 4.0 * c.vocab_size * c.hidden_size
     beta = (knobs.get("objective") or {}).get("beta", 0)
-    beside = (4.0 * whole if beta and not adapter else 0.0) + (4.0 * parameters(teacher) if teacher else 0.0)
+    beside = (4.0 * whole if beta and not adapter else 0.0) + 4.0 * sum(map(parameters, teachers))
     tokens = pass_tokens(knobs, layout)
     activations, again = _activations(c, precision, policy)
     found = TuningMemory(
@@ -229,7 +230,7 @@ def judged(stage: PlannedStage, device: float, reserve: float, known: dict[str, 
     """A stage's memory on each device of so many bytes, whether it fits, and what would make it fit."""
     assert stage.model is not None, "a stage that trains has a model"
     room = device * (1 - known["margin"].value)
-    found = memory(stage.model, stage.knobs, reserve, room, stage.teacher, stage.layout)
+    found = memory(stage.model, stage.knobs, reserve, room, stage.teachers, stage.layout)
     values: dict[str, Any] = {
         "memory": dataclasses.asdict(found) | {"total": found.total},
         "memory_bytes": found.total,
@@ -237,7 +238,7 @@ def judged(stage: PlannedStage, device: float, reserve: float, known: dict[str, 
     }
     if values["fits"]:
         return values
-    taken, least = changes(stage.model, stage.knobs, reserve, room, stage.teacher, stage.layout)
+    taken, least = changes(stage.model, stage.knobs, reserve, room, stage.teachers, stage.layout)
     with_them = f"with {', '.join(taken)} it" if taken else "no knob of it takes less: it"
     change = f"{with_them} {'takes' if least <= room else 'still takes'} {least / 1e9:,.1f} GB"
     if least > room:
@@ -252,15 +253,15 @@ def changes(
     knobs: dict[str, Any],
     reserve: float,
     room: float,
-    teacher: ModelConfig | None = None,
+    teachers: Sequence[ModelConfig] = (),
     layout: Layout | None = None,
 ) -> tuple[list[str], float]:
     """The fewest of STEPS, in their order, that make a stage fit, or all of them; and the bytes that it then takes."""
     knobs, taken = dict(knobs), list[str]()
-    total = memory(c, knobs, reserve, room, teacher, layout).total
+    total = memory(c, knobs, reserve, room, teachers, layout).total
     for text, changed in STEPS:
         changed = {k: v for k, v in changed.items() if k in knobs and not (k == "adapter" and _is_smaller(knobs[k], v))}
-        less = memory(c, knobs | changed, reserve, room, teacher, layout).total
+        less = memory(c, knobs | changed, reserve, room, teachers, layout).total
         if total <= room or less >= total:
             continue
         if "adapter" in changed:  # in the place of what was tried before

@@ -23,6 +23,8 @@ TEXTS = (
 )
 # (version, first token, behind the last token) of an answer
 Span = tuple[str, int, int]
+# (token, log-probability) of the tokens that may come next
+Likeliest = list[tuple[int, float]]
 
 
 def tokenized(client: Client, model: str, text: str) -> Any:
@@ -108,6 +110,22 @@ class GenerationServer(ABC):
     @abstractmethod
     def _answer(self, prompt: TokenPrompt) -> TokenAnswer:
         """What the server says, as it comes."""
+
+    def likeliest(self, token_ids: Sequence[int], k: int) -> list[Likeliest]:
+        """Its k likeliest tokens at each place of a text but the first, at temperature 1; UserError where it does not say so many."""
+        found = [sorted(pairs, key=lambda pair: -pair[1])[:k] for pairs in self._likeliest(token_ids, k)]
+        if len(found) != len(token_ids) - 1 or any(len(pairs) < k for pairs in found):
+            remedy = f"Start it so that it gives {k} (vLLM: --max-logprobs {k}), or lower top_k."
+            raise self.unfit(f"does not say its {k} likeliest tokens at each place of a text", remedy)
+        if not all(0 <= token < self.model.vocab_size for pairs in found for token, _ in pairs):
+            raise self.unfit(
+                f"names ids beyond the vocabulary of {self.model.vocab_size:,}", "Serve a model with this one."
+            )
+        return found
+
+    def _likeliest(self, token_ids: Sequence[int], k: int) -> list[Likeliest]:
+        """At least those, in any order."""
+        raise self.unfit("does not say how likely a text's tokens are", "Use vLLM, SGLang or `finback serve`.")
 
     @abstractmethod
     def load(self, weights: Any, version: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 import torch
 
 from finback.client import RequestFailed
+from finback.data.tokenizer import Tokenizer
 from finback.model.logprobs import token_logprobs
 from finback.model.transformer import Transformer
 from finback.rollouts.generation import PolicyModel
@@ -14,20 +15,19 @@ from finback.rollouts.rollouts import kept_ids
 PROBED = 48, 16  # tokens of the prompt that is probed, and of the answer
 
 
-def check_tokenizer(server: GenerationServer, policy: PolicyModel) -> None:
-    """UserError where a text has other ids there; a server without a tokenizer is told of."""
+def has_tokenizer(server: GenerationServer, tokenizer: Tokenizer, remedy: str) -> bool:
+    """Whether it has one; UserError where a text has other ids there."""
     for text in TEXTS:
         try:
             theirs = server.tokenize(text)
         except RequestFailed as error:
             raise server.unfit(f"does not say how it reads a text: {error}", "See its log.") from None
         if theirs is None:
-            run, said = policy.run, f"{server.url} has no tokenizer to compare; its log-probabilities are"
-            run.say(f"{run.name:10} {said}")
-            return
-        if theirs != (ours := policy.tokenizer.encode(text)):
+            return False
+        if theirs != (ours := tokenizer.encode(text)):
             problem = f"another tokenizer: {text!r} has the ids {_shown(theirs)} there and {_shown(ours)} here"
-            raise server.unfit(problem, "Serve the model that is trained, with the tokenizer that lies beside it.")
+            raise server.unfit(problem, remedy)
+    return True
 
 
 def probe_ids(policy: PolicyModel) -> tuple[list[int], int]:

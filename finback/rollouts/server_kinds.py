@@ -4,13 +4,21 @@ Forms of vLLM 0.32 and SGLang 0.5.23. No torch here.
 """
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finback.client import Client, RequestFailed
-from finback.rollouts.generation_server import GenerationServer, ServedModel, TokenAnswer, TokenPrompt, object_of
+from finback.rollouts.generation_server import (
+    GenerationServer,
+    Likeliest,
+    ServedModel,
+    TokenAnswer,
+    TokenPrompt,
+    object_of,
+)
 from finback.runs import npy
 
 SEEDS = 1 << 31  # of SGLang's
@@ -84,6 +92,12 @@ class VllmServer(GenerationServer):
         logprobs = [float("nan") if value is None else float(value) for value in given]
         experts = _routes(choice)
         return TokenAnswer(choice["token_ids"], logprobs, str(choice.get("finish_reason")), experts)
+
+    def _likeliest(self, token_ids: Sequence[int], k: int) -> list[Likeliest]:
+        body = {"model": self.name, "prompt": list(token_ids), "max_tokens": 1, "prompt_logprobs": k}
+        choice = object_of(self.client.reply("/v1/completions", body), "choices", 0)
+        places = choice.get("prompt_logprobs") or []
+        return [[(int(token), float(said["logprob"])) for token, said in (p or {}).items()] for p in places[1:]]
 
     def load(self, weights: Path, version: str) -> None:
         try:
@@ -188,6 +202,18 @@ class SglangServer(DiskUpdates):
             None,
             [(str(s["version"]), int(s["start"]), int(s["end"])) for s in spans] if spans else whole,
         )
+
+    def _likeliest(self, token_ids: Sequence[int], k: int) -> list[Likeliest]:
+        body = {
+            "input_ids": list(token_ids),
+            "sampling_params": {"max_new_tokens": 1},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "top_logprobs_num": k,
+        }
+        meta = object_of(self.client.reply("/generate", body), "meta_info")
+        places = meta.get("input_top_logprobs") or []
+        return [[(int(token), float(value)) for value, token, *_ in place or ()] for place in places[1:]]
 
     def _sleep(self) -> None:
         self.client.reply("/release_memory_occupation", {"tags": ["kv_cache", "weights"]})

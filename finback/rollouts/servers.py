@@ -10,11 +10,12 @@ from finback.engine.request import SamplingParams
 from finback.model.transformer import Transformer
 from finback.rollouts import server_checks
 from finback.rollouts.generation import Backend, PolicyModel, Rollouts
-from finback.rollouts.generation_server import GenerationServer
+from finback.rollouts.generation_server import GenerationServer, ServedModel
 from finback.rollouts.remote import RemoteRollouts
 from finback.rollouts.server_kinds import FinbackServer, VllmServer, find_server
 from finback.rollouts.weight_files import WeightFiles
 
+SAME = "Serve the model that is trained, with the tokenizer that lies beside it."
 LONGEST_REPLY = 1 << 30  # bytes; the experts of a long answer alone are megabytes
 
 
@@ -55,6 +56,11 @@ class Servers(Backend):
         for url in self.urls:
             check_url(url, "rollouts.urls", "http://127.0.0.1:8000")
 
+    def clients(self, field: str) -> dict[str, Client]:
+        """A client of each server by its url; UserError, in the name of the stage's knob, where the key cannot be read."""
+        key = read_key(self.key_file, f"{field}.key_file")
+        return {url: Client(_root(url), key, self.timeout, max_bytes=LONGEST_REPLY) for url in self.urls}
+
     def open(self, policy: PolicyModel, sampling: SamplingParams) -> Rollouts:
         return ServerRollouts(self, policy, sampling)
 
@@ -65,29 +71,27 @@ class ServerRollouts(RemoteRollouts):
     def __init__(self, knobs: Servers, policy: PolicyModel, sampling: SamplingParams) -> None:
         super().__init__(knobs, policy, sampling)
         self.concurrency = knobs.concurrency
-        key = read_key(knobs.key_file, f"{self.field}.key_file")
-        self.clients = {url: Client(_root(url), key, knobs.timeout, max_bytes=LONGEST_REPLY) for url in knobs.urls}
+        self.clients = knobs.clients(self.field)
         folder = Path(knobs.folder).resolve() if knobs.folder else policy.run.folder / ".weights"
         self.files = WeightFiles(folder, self.field)
         try:
-            self.servers = [self._find(url, client, knobs) for url, client in self.clients.items()]
+            self.servers = connected(self.clients, self.field, self.served)
+            for server in self.servers:
+                self._prepare(server, knobs)
             for server in self.servers if policy.run.is_writer else ():
-                server_checks.check_tokenizer(server, policy)
+                if not server_checks.has_tokenizer(server, policy.tokenizer, SAME):
+                    said = f"{server.url} has no tokenizer to compare; its log-probabilities are"
+                    policy.run.say(f"{policy.run.name:10} {said}")
         except BaseException:
             self.close()
             raise
 
-    def _find(self, url: str, client: Client, knobs: Servers) -> GenerationServer:
-        try:
-            server = find_server(url, client, self.field, self.served)
-        except RequestFailed as error:
-            raise UserError(self.field, url, f"no server answers: {error}", "Start it, or correct the url.") from None
+    def _prepare(self, server: GenerationServer, knobs: Servers) -> None:
         if isinstance(server, VllmServer):
             server.reload_method = knobs.reload_method
         server.drops = self.policy.in_flight == "drop"
         if server.drops and isinstance(server, FinbackServer):
             raise server.unfit("goes on with answers under way when weights come", 'Use in_flight="continue".')
-        return server
 
     def _write(self, model: Transformer, label: str) -> tuple[Path, int]:
         return self.files.write(model, label, self._dtype)
@@ -98,6 +102,17 @@ class ServerRollouts(RemoteRollouts):
             client.close()
         if self.policy.run.is_writer:
             self.files.clear()
+
+
+def connected(clients: dict[str, Client], field: str, model: ServedModel) -> list[GenerationServer]:
+    """The servers at these addresses; UserError where one does not answer or is none that finback knows."""
+    found = []
+    for url, client in clients.items():
+        try:
+            found.append(find_server(url, client, field, model))
+        except RequestFailed as error:
+            raise UserError(field, url, f"no server answers: {error}", "Start it, or correct the url.") from None
+    return found
 
 
 def _root(url: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from finback.engine.request import Request as EngineRequest
 from finback.engine.request import TokenLogprobs
 from finback.serve.chat_output import ChatChoice
-from finback.serve.logprobs import TokenTexts
+from finback.serve.logprobs import TokenTexts, finite
 from finback.serve.metrics import timings, usage
 from finback.serve.prepare import PreparedRequest
 from finback.serve.protocol import ChatRequest, CompletionRequest
@@ -28,10 +28,11 @@ class CompletionReply(Reply):
         super().__init__(service, prepared, outputs, ("chatcmpl-" if self.is_chat else "cmpl-") + secrets.token_hex(12))
         self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
         texts = service.token_texts if prepared.logprobs else None
+        scored = isinstance(body, CompletionRequest) and body.prompt_logprobs is not None
         self.choices: list[ChatChoice | TextChoice] = [
             ChatChoice(i, request, prepared.parser(), service.options.reasoning, texts)
             if self.is_chat
-            else TextChoice(i, request, prepared.echo[i] if prepared.echo else None, texts)
+            else TextChoice(i, request, prepared.echo[i] if prepared.echo else None, texts, scored)
             for i, request in enumerate(outputs.requests)
         ]
 
@@ -80,10 +81,15 @@ class CompletionReply(Reply):
 
 
 class TextChoice:
-    """One choice of a text completion; `echo` is the text of a prompt that its text begins with."""
+    """One choice of a text completion; `echo` is the text of a prompt that its text begins with.
 
-    def __init__(self, index: int, request: EngineRequest, echo: str | None, texts: TokenTexts | None) -> None:
-        self.index, self.request, self.echo, self.texts = index, request, echo, texts
+    `scored`: it says how likely the tokens of the prompt are.
+    """
+
+    def __init__(
+        self, index: int, request: EngineRequest, echo: str | None, texts: TokenTexts | None, scored: bool = False
+    ) -> None:
+        self.index, self.request, self.echo, self.texts, self.scored = index, request, echo, texts, scored
         self.finish: str | None = None
         self._chunks: list[dict[str, Any]] = []
         self._tokens = 0  # whose log-probabilities are sent
@@ -113,7 +119,11 @@ class TextChoice:
         tables = [chunk["logprobs"] for chunk in self._chunks if chunk["logprobs"]]
         logprobs = {name: [x for t in tables for x in t[name]] for name in tables[0]} if tables else None
         text = "".join(chunk["text"] for chunk in self._chunks)
-        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish}
+        choice = {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": self.finish}
+        if not self.scored:
+            return choice
+        places = ({str(t): {"logprob": finite(p)} for t, p in line} for line in self.request.prompt_logprobs)
+        return choice | {"prompt_logprobs": [None, *places]}
 
 
 def _unchanged(

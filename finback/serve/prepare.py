@@ -213,6 +213,8 @@ class RequestPreparer:
         n = request.n or 1
         if request.best_of not in (None, n):
             raise bad("best_of other than n is not supported", "best_of")
+        if request.prompt_logprobs is not None and request.stream:
+            raise bad("prompt_logprobs come whole; leave out stream", "prompt_logprobs")
         if request.echo and request.suffix:
             raise bad("echo and suffix cannot be combined", "echo")
         choices: list[ChoiceInput] = []
@@ -221,9 +223,8 @@ class RequestPreparer:
             ids, text = self._prompt(prompt, request)
             limit = self._limit(len(ids), request.max_tokens, "prompt")
             # a prompt that is only read gets log-probabilities, whether they are asked for or not
-            prompt_logprobs = (
-                (request.logprobs or 0) if (request.echo and request.logprobs is not None) or not limit else None
-            )
+            asked = [request.prompt_logprobs, request.logprobs if request.echo else None, 0 if not limit else None]
+            prompt_logprobs = max((each for each in asked if each is not None), default=None)
             sampling = self._sampling(request, limit, top_logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
             choices += self._choices(ids, sampling, seed, n, len(choices), False)
             echo += [text] * n if request.echo else []

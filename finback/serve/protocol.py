@@ -258,6 +258,10 @@ class CompletionRequest(GenerationRequest):
     suffix: str | None = Field(None, description="what follows: the model fills in between")
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        None,
+        description="vLLM's: of each token of the prompt, and of so many likelier ones, by their ids; not with stream",
+    )
     best_of: Annotated[int, Field(ge=1, le=8)] | None = Field(None, description="n, or nothing")
 
     @property

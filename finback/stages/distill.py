@@ -2,24 +2,20 @@
 
 R1 distilled by SFT on traces alone, which is the SFT stage. Where teacher and student share a tokenizer there is more to
 learn from: the teacher's whole distribution at every token. On-policy (GKD, 2306.13649) the student answers the
-questions of a task and the teacher corrects it where it actually goes.
+questions of a task and the teacher corrects it where it actually goes; of several, as V4 has them, the specialist of
+the question's domain.
 """
 
-import dataclasses
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from finback.checkpoint import models
-from finback.config import UserError, check_not_negative, check_positive, check_share
+from finback.config import UserError, check_not_negative, check_positive, check_share, did_you_mean
 from finback.data.messages import IGNORE, Lesson
 from finback.data.tokenizer import Tokenizer
 from finback.engine.request import Completion, SamplingParams
-from finback.model.logprobs import in_chunks, rows_at_once
-from finback.parallel.mesh import World
 from finback.rollouts.asking_ahead import AskingAhead, staleness
 from finback.rollouts.drawing import Window
 from finback.rollouts.fleet import Fleet
@@ -32,22 +28,21 @@ from finback.runs.folder import StageRun
 from finback.runs.recipe import Work
 from finback.stages.fine_tuning import Batches, FineTuning
 from finback.stages.sft import SFT, LessonBatches
-from finback.stages.tuning_setup import frozen_share, trainer_of
+from finback.stages.teachers import DistillationTeacher
+from finback.stages.tuning_setup import trainer_of
 from finback.stages.validation import training_questions
-from finback.tasks.task import Task
+from finback.tasks.task import Mixture, Problem, Task, part_of
 from finback.train.batch import Batch, of_lessons
-from finback.train.loss import cross_entropy, distillation
 from finback.train.trainer import Trainer
-
-CHUNK = 512  # tokens whose logits, the student's and the teacher's, are held at once, or fewer of a large vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(SFT):
     """SFT's knobs; the labels are the teacher's probabilities. With `task` the student's own answers are the lessons."""
 
-    # a stage, a run, a Hugging Face folder or a .gguf file with the same vocabulary
-    teacher: str
+    # a stage, a run, a Hugging Face folder or a .gguf file with the same vocabulary; servers, which say their top_k likeliest tokens; or,
+    # on-policy, one of those for each domain: by the name of a task that the mixture in `task` is of, whose questions it teaches
+    teacher: str | Servers | dict[str, str | Servers] = field(hash=False)
     # forward: KL(teacher, student), which covers all that the teacher says; reverse: KL(student, teacher), which keeps to its likeliest
     divergence: Literal["forward", "reverse"] = "forward"
     # likeliest tokens that are distinguished; 0: the whole vocabulary
@@ -86,9 +81,36 @@ class Distill(SFT):
             )
 
         self.rollouts.check_ahead(f"{self.name}.rollouts", self.max_staleness)
+        self._check_teachers()
+
+    def _check_teachers(self) -> None:
+        """UserError where a domain has no teacher, or a teacher cannot teach as the other knobs want it."""
+        if isinstance(self.teacher, dict):
+            if self.task is None:
+                raise self.wrong("teacher", "given lessons have no domains", "Name one teacher, or give a task.")
+            names = {part.name for part in (self.task.tasks if isinstance(self.task, Mixture) else (self.task,))}
+            if lacking := sorted(names - {*self.teacher}):
+                problem = f"no teacher for the domain {lacking[0]!r}"
+                raise UserError(f"{self.name}.teacher", sorted(self.teacher), problem, "Name one for each task.")
+            if unknown := sorted({*self.teacher} - names):
+                problem = "no task of that name is learnt"
+                raise UserError(f"{self.name}.teacher", unknown[0], problem, did_you_mean(unknown[0], names))
+        if any(isinstance(teacher, Servers) for teacher in self.teachers.values()):
+            if not self.top_k:
+                problem = "servers say no more than their likeliest tokens"
+                raise self.wrong("top_k", problem, "Say how many; vLLM gives 20 unless --max-logprobs says otherwise.")
+            if self.layout is not None and self.layout.cp > 1:
+                problem = "servers read whole rows"
+                raise UserError(f"{self.name}.layout.cp", self.layout.cp, problem, "Use dp and ep.")
+
+    @property
+    def teachers(self) -> dict[str, str | Servers]:
+        """By their domains; "" where one teaches all."""
+        return self.teacher if isinstance(self.teacher, dict) else {"": self.teacher}
 
     def inputs(self) -> tuple[str, ...]:
-        return (*super().inputs(), self.teacher)
+        folders = (teacher for teacher in self.teachers.values() if isinstance(teacher, str))
+        return (*super().inputs(), *dict.fromkeys(folders))
 
     def work(self) -> Work:
         tokens = self.steps * self.prompts_per_step * self.max_tokens if self.task else 0
@@ -101,7 +123,7 @@ class Distill(SFT):
             spent = (*spent, "tokens_generated", "flops_generation")
             results = ("steps", "tokens", "too_long", "contaminated")
             results += ("validation",) * (self.validation is not None)
-        return dataclasses.replace(given, objective="a teacher's probabilities", ledger=spent, results=results)
+        return replace(given, objective="a teacher's probabilities", ledger=spent, results=results)
 
     def training(self, run: StageRun) -> FineTuning:
         trainer, tokenizer = trainer_of(self, run, self.weight_decay), Tokenizer(run.input(self.start))
@@ -112,46 +134,6 @@ class Distill(SFT):
             else OnPolicyBatches(self, run, tokenizer, trainer)
         )
         return FineTuning(self, trainer, batches, teacher)
-
-
-class DistillationTeacher:
-    """The main loss of a student that learns from a teacher's probabilities."""
-
-    def __init__(self, stage: Distill, run: StageRun, trainer: Trainer, tokenizer: Tokenizer) -> None:
-        self.stage, self.student, self.vocab = stage, trainer.model, tokenizer.vocab_size
-        folder = run.input(stage.teacher)
-        if trainer.in_step:
-            self.model = frozen_share(stage, folder, trainer, torch.float32, "teacher").model
-        else:
-            self.model = models.load(folder).eval().to(World.of(run).device)
-        self.config = self.model.config
-        longest, window = stage.seq_len if stage.task is None else stage.max_tokens, self.config.max_position_embeddings
-        if longest > window:
-            problem = f"reads {window} tokens, lessons may have {longest}"
-            remedy = "Shorten seq_len or max_tokens, or take another teacher."
-            raise stage.wrong("teacher", problem, remedy)
-        if tokenizer.as_json() != Tokenizer(folder).as_json():
-            remedy = "Their probabilities cannot be compared: sample traces with a reject stage and use SFT."
-            raise stage.wrong("teacher", "has another tokenizer than the student", remedy)
-
-    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """The divergence summed over labels, SFT's loss mixed in as asked."""
-        stage, learnt = self.stage, batch.learnt
-        tokens, _, document_ids = batch.inputs
-        with torch.no_grad():
-            theirs = self.model(tokens, document_ids=document_ids)[learnt]
-
-        def summed(ours: Tensor, theirs: Tensor) -> tuple[Tensor]:
-            # heads may be padded, and differently
-            student, teacher = (m.logits(t)[:, : self.vocab] for m, t in ((self.student, ours), (self.model, theirs)))
-            return (distillation(student, teacher, stage.divergence, stage.top_k).sum()[None],)
-
-        rows = min(CHUNK, rows_at_once(self.vocab))
-        soft = in_chunks(summed, rows, hidden[learnt], theirs)[0].sum() if len(theirs) else hidden.sum() * 0
-        if not stage.hard:
-            return soft
-        hard = cross_entropy(hidden.flatten(0, 1), self.student.head.weight, batch.labels_at(0).flatten())
-        return (1 - stage.hard) * soft + stage.hard * hard
 
 
 # answers, and questions that were left out so far
@@ -197,11 +179,20 @@ class OnPolicyBatches(Batches):
         )
         self.rollouts.rest()
         self.made = [r.completion for r in answers]
-        read = [(r.prompt, r.completion.tokens) for r in answers]
+        read = [(r.prompt, r.completion.tokens, self._teacher(r.problem)) for r in answers]
         rows = [row for some in self.trainer.of_same_rows(read) for row in some]
-        made = [[Lesson(prompt + tokens, [IGNORE] * len(prompt) + tokens)] for prompt, tokens in rows]
+        made = [[Lesson(prompt + tokens, [IGNORE] * len(prompt) + tokens)] for prompt, tokens, _ in rows]
         self.student.train()
-        return of_lessons(made, self.depths) if made else None, self.stage.prompts_per_step
+        if not made:
+            return None, self.stage.prompts_per_step
+        numbers = torch.tensor([number for _, _, number in rows]) if len(self.stage.teachers) > 1 else None
+        return replace(of_lessons(made, self.depths), teachers=numbers), self.stage.prompts_per_step
+
+    def _teacher(self, problem: Problem) -> int:
+        """Which of the teachers a problem's domain has."""
+        domains, task = list(self.stage.teachers), self.stage.task
+        assert task is not None, "checked at the beginning"
+        return domains.index(part_of(task, problem).name) if len(domains) > 1 else 0
 
     def _made(self, step: int) -> tuple[_Answers, dict[str, Any]]:
         return self._answers(step), self.order.state()

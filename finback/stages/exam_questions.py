@@ -13,7 +13,17 @@ from finback.data.turn import Message
 from finback.rollouts.drawing import Window, exam_remark
 from finback.runs.folder import StageRun
 from finback.stages.evaluate import Evaluate, Exam, OfSuite, questions
-from finback.tasks.task import Mixture, Problem, Task, canonical, drawn_questions, is_held_out, is_listed, listed
+from finback.tasks.task import (
+    Mixture,
+    Problem,
+    Task,
+    canonical,
+    drawn_questions,
+    is_held_out,
+    is_listed,
+    listed,
+    part_of,
+)
 
 NGRAM = 13  # words in a row, as GPT-3's appendix C
 PROBLEMS = 1000  # of a generated task's training side, whose words are the task's and no exam's
@@ -52,7 +62,7 @@ class ExamQuestions:
         """A task's problems without those of its lists that an exam asks; generated ones are held out by hash."""
         kept = []
         for problem in problems:
-            part = task.tasks[int(problem.tags["part"])] if isinstance(task, Mixture) else task
+            part = part_of(task, problem)
             if is_listed(part) and (exam := self.asks(problem)):
                 self.left_out[exam] += 1
             else:

@@ -20,8 +20,8 @@ from finback.train.precision import COMPUTE
 from finback.train.trainer import Trainer, demand_finite
 
 if TYPE_CHECKING:
-    from finback.stages.distill import DistillationTeacher
     from finback.stages.sft import SFT
+    from finback.stages.teachers import DistillationTeacher
 
 
 class Batches(ABC):
@@ -118,7 +118,7 @@ class FineTuning(Training):
         if batch is not None:
             lengths = batch.lengths()
             forward = forward_flops_of(self.config, lengths) if self.batches.generates else 0.0
-            asked = forward_flops_of(self.teacher.config, lengths) if self.teacher is not None else 0.0
+            asked = self.teacher.flops(batch) if self.teacher is not None else 0.0
             training = training_flops_of(self.config, lengths, self.depths > 0, frozen=self.stage.adapter is not None)
             again = recomputed_flops_of(self.config, lengths, policy or "none", self.depths > 0)
             mine += torch.tensor([int(batch.learnt.sum()), sum(lengths), training, forward, asked, again])
@@ -152,5 +152,7 @@ class FineTuning(Training):
         return {"steps": loop.step, "tokens": self.tokens, **self.batches.results, **written}
 
     def close(self) -> None:
-        """Let go of what rows are made with, where it has not come to an end."""
+        """Let go of what rows are made and taught with, where it has not come to an end."""
         self.batches.close()
+        if self.teacher is not None:
+            self.teacher.close()

@@ -115,6 +115,11 @@ class Mixture:
         return self.tasks[int(problem.tags["part"])].check(problem, answer)
 
 
+def part_of(task: Task, problem: Problem) -> Task:
+    """The task that a problem was drawn from, one of a mixture's."""
+    return task.tasks[int(problem.tags["part"])] if isinstance(task, Mixture) else task
+
+
 def canonical(question: str) -> str:
     """The form by which questions are compared: words, whatever white space lies between them and whatever case."""
     return " ".join(question.split()).lower()

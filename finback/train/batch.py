@@ -60,7 +60,7 @@ class SharedRows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows to learn from. Every tensor but `advantages` is aligned with the positions that are read.
+    """Rows to learn from. Every tensor but those of whole rows is aligned with the positions that are read.
 
     The trunk reads the first `seq_len` tokens of a row; behind them stand those that the MTP modules read.
     """
@@ -82,6 +82,8 @@ class Batch:
     reference_logprobs: Tensor | None = None
     # (rows,) of the answers
     advantages: Tensor | None = None
+    # (rows,) which of several teachers each row is learnt from, None: the only one there is
+    teachers: Tensor | None = None
     # (rows, seq_len, layers, k), -1 where the router chooses itself: the experts that the engine sent each token to
     routed_experts: Tensor | None = None
     # (labels that are learnt, any), filled up with -1: the ids that each was drawn from, None: all
@@ -102,6 +104,15 @@ class Batch:
         """The same rows as `parts` batches of equally many."""
         each: dict[str, Any] = {name: t.chunk(parts) for name, t in self.tensors().items()}
         return [replace(self, **{name: pieces[i] for name, pieces in each.items()}) for i in range(parts)]
+
+    def taught_by(self, teacher: int) -> "Batch":
+        """The rows that are learnt from one of several teachers."""
+        if self.teachers is None:
+            return self
+        assert self.kept is None and self.shared is None, "answers that are distilled stand in rows of their own"
+        mine = self.teachers == teacher
+        each: dict[str, Any] = {name: t[mine] for name, t in self.tensors().items()}
+        return replace(self, **each)
 
     def part(self, member: int, members: int) -> "Batch":
         """The same rows cut along the sequence: this member's of as many equal parts, and the tokens behind it that MTP reads."""

@@ -133,10 +133,23 @@ def distillation(student: Tensor, teacher: Tensor, form: Literal["forward", "rev
     which seeks its modes (MiniLLM, 2306.08543). With `top_k` only the teacher's k likeliest tokens are distinguished and
     all others count as one outcome, which bounds the divergence from below.
     """
-    ours, theirs = student.float().log_softmax(dim=-1), teacher.detach().float().log_softmax(dim=-1)
+    theirs = teacher.detach().float().log_softmax(dim=-1)
     if 0 < top_k < theirs.size(-1):
-        likeliest = theirs.topk(top_k, dim=-1).indices
-        ours, theirs = _with_rest(ours.gather(-1, likeliest)), _with_rest(theirs.gather(-1, likeliest))
+        likeliest = theirs.topk(top_k, dim=-1)
+        return likeliest_distillation(student, likeliest.indices, likeliest.values, form)
+    return _divergence(student.float().log_softmax(dim=-1), theirs, form)
+
+
+def likeliest_distillation(
+    student: Tensor, ids: Tensor, logprobs: Tensor, form: Literal["forward", "reverse"]
+) -> Tensor:
+    """The same with a teacher that says nothing but its k likeliest tokens and their log-probabilities, both (n, k)."""
+    ours = student.float().log_softmax(dim=-1).gather(-1, ids)
+    return _divergence(_with_rest(ours), _with_rest(logprobs.detach().float()), form)
+
+
+def _divergence(ours: Tensor, theirs: Tensor, form: Literal["forward", "reverse"]) -> Tensor:
+    """Between log-probabilities (n, outcomes) of the same outcomes."""
     p, difference = (theirs.exp(), theirs - ours) if form == "forward" else (ours.exp(), ours - theirs)
     return (p * difference).sum(dim=-1)
 

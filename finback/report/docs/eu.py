@@ -132,8 +132,7 @@ def _generating(run: RunFacts) -> list[tuple[str, str]]:
         if stage.declaration.samples:
             source, tokens = stage.config.get("start", MISSING), display(stage.spent("tokens_generated"))
             found.append((display(source), f"answers in stage {stage.name}: {tokens} tokens"))
-        if "teacher" in stage.config:
-            found.append((display(stage.config["teacher"]), f"probabilities in stage {stage.name}"))
+        found += [(display(teacher), f"probabilities in stage {stage.name}") for teacher in stage.teachers]
     return found or [("none", "nothing that the records know of")]
 
 

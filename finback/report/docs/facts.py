@@ -61,6 +61,13 @@ class StageFacts(StageFolder):
         return sum(values) if values else MISSING
 
     @property
+    def teachers(self) -> list[str]:
+        """Models and servers whose probabilities it learnt from."""
+        named = self.config.get("teacher")
+        every = list(named.values()) if isinstance(named, dict) and "type" not in named else [named]
+        return [", ".join(each["urls"]) if isinstance(each, dict) else each for each in every if each is not None]
+
+    @property
     def device_hours(self) -> Any:
         """Hours of all devices; MISSING where a line does not say how long or on how many."""
         if not self.spent_lines or any("seconds" not in line or "cores" not in line for line in self.spent_lines):
@@ -130,7 +137,7 @@ class RunFacts:
         for stage in found:
             for name in stage.inputs:
                 other = self.stage(name)
-                if name != stage.config.get("teacher") and other is not None and other not in found:
+                if name not in stage.teachers and other is not None and other not in found:
                     found.append(other)
         return [s for s in self.stages if s in found]
 

@@ -1,0 +1,189 @@
+"""Those that distillation learns from: models beside the student, or servers that say which tokens they find likeliest."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from finback.checkpoint import models
+from finback.client import RequestFailed, Retries
+from finback.data.tokenizer import Tokenizer
+from finback.model.count import forward_flops_of
+from finback.model.logprobs import in_chunks, rows_at_once
+from finback.parallel.mesh import World
+from finback.rollouts import server_checks
+from finback.rollouts.dispatcher import Dispatcher
+from finback.rollouts.generation_server import GenerationServer, Likeliest, ServedModel
+from finback.rollouts.servers import Servers, connected
+from finback.runs.folder import StageRun
+from finback.stages.tuning_setup import frozen_share
+from finback.train.batch import Batch, idle
+from finback.train.loss import cross_entropy, distillation, likeliest_distillation
+from finback.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from finback.stages.distill import Distill
+
+CHUNK = 512  # tokens whose logits, the student's and the teacher's, are held at once, or fewer of a large vocabulary
+FOREIGN = "Their probabilities cannot be compared: sample traces with a reject stage and use SFT."
+
+
+class Teacher(ABC):
+    """One teacher of a stage. What it says of a batch's labels goes to `divergence` in as many pieces as the student's states."""
+
+    def __init__(self, stage: "Distill", vocab: int) -> None:
+        self.stage, self.vocab = stage, vocab
+
+    @abstractmethod
+    def says(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Of each label that is learnt, row by row; for all ranks at once where the student lies on many."""
+
+    @abstractmethod
+    def divergence(self, logits: Tensor, *said: Tensor) -> Tensor:
+        """(n,) of the student's logits (n, vocab) from what was said of as many labels."""
+
+    def flops(self, lengths: Sequence[int]) -> float:
+        """Of reading documents of these lengths on this machine."""
+        return 0.0
+
+    def close(self) -> None:  # noqa: B027 - models hold nothing
+        """Let go of connections."""
+
+
+class ModelTeacher(Teacher):
+    """A model in this process, whole, or shared out as the student's."""
+
+    def __init__(self, stage: "Distill", run: StageRun, name: str, trainer: Trainer, tokenizer: Tokenizer) -> None:
+        super().__init__(stage, tokenizer.vocab_size)
+        folder, self.in_step = run.input(name), trainer.in_step
+        if trainer.in_step:
+            self.model = frozen_share(stage, folder, trainer, torch.float32, "teacher").model
+        else:
+            self.model = models.load(folder).eval().to(World.of(run).device)
+        self.config = self.model.config
+        longest, window = stage.seq_len if stage.task is None else stage.max_tokens, self.config.max_position_embeddings
+        if longest > window:
+            problem = f"reads {window} tokens, lessons may have {longest}"
+            remedy = "Shorten seq_len or max_tokens, or take another teacher."
+            raise stage.wrong("teacher", problem, remedy)
+        if tokenizer.as_json() != Tokenizer(folder).as_json():
+            raise stage.wrong("teacher", "has another tokenizer than the student", FOREIGN)
+
+    def says(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Its last states (n, hidden)."""
+        device, learnt = batch.tokens.device, batch.learnt
+        if not len(batch.tokens):
+            if not self.in_step:
+                return (torch.empty(0, self.config.hidden_size, device=device),)
+            batch = idle(1).to(device)  # other ranks may have rows of its domain
+        tokens, _, document_ids = batch.inputs
+        with torch.no_grad():
+            states: Tensor = self.model(tokens, document_ids=document_ids)
+        return (states[learnt] if len(learnt) else states[:0, 0],)
+
+    def divergence(self, logits: Tensor, *said: Tensor) -> Tensor:
+        theirs = self.model.logits(said[0])[:, : self.vocab]  # a head may be padded, and otherwise than the student's
+        return distillation(logits, theirs, self.stage.divergence, self.stage.top_k)
+
+    def flops(self, lengths: Sequence[int]) -> float:
+        return forward_flops_of(self.config, lengths)
+
+
+class ServerTeacher(Teacher):
+    """Servers of one model, which share the rows."""
+
+    def __init__(self, stage: "Distill", run: StageRun, knobs: Servers, tokenizer: Tokenizer) -> None:
+        super().__init__(stage, tokenizer.vocab_size)
+        field = f"{stage.name}.teacher"
+        self.knobs, self.retries = knobs, Retries(knobs.tries, backoff=knobs.backoff)
+        self.clients = knobs.clients(field)
+        try:
+            self.servers = connected(self.clients, field, ServedModel(self.vocab, 0, 0))
+            for server in self.servers if run.is_writer else ():
+                self._check(server, tokenizer)
+        except BaseException:
+            self.close()
+            raise
+
+    @staticmethod
+    def _check(server: GenerationServer, tokenizer: Tokenizer) -> None:
+        try:
+            has_one = server_checks.has_tokenizer(server, tokenizer, FOREIGN)
+        except RequestFailed as error:
+            raise server.unfit(f"failed: {error}", "See its log.") from None
+        if not has_one:
+            raise server.unfit("has no tokenizer to compare with the student's", "Start it with one.")
+
+    def says(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Ids of the likeliest tokens, and their log-probabilities, both (n, top_k)."""
+        tokens, padding_mask, _ = batch.inputs
+        assert padding_mask is not None, "answers have rows of their own"
+        texts = [ids[mask].tolist() for ids, mask in zip(tokens, padding_mask, strict=True)]
+
+        def ask(server: GenerationServer, places: Sequence[int]) -> Iterator[tuple[int, list[Likeliest]]]:
+            for place in places:
+                yield place, server.likeliest(texts[place], self.stage.top_k)
+
+        found = dict(Dispatcher(self.servers, ask, len(texts), self.knobs.concurrency, self.retries).results())
+        learnt = [row.nonzero().flatten().tolist() for row in batch.learnt]
+        said = [found[row][place] for row, places in enumerate(learnt) for place in places]
+        pairs = torch.tensor(said, dtype=torch.float64, device=tokens.device).view(-1, self.stage.top_k, 2)
+        return pairs[..., 0].long(), pairs[..., 1].float()
+
+    def divergence(self, logits: Tensor, *said: Tensor) -> Tensor:
+        ids, logprobs = said
+        return likeliest_distillation(logits, ids, logprobs, self.stage.divergence)
+
+    def close(self) -> None:
+        for client in self.clients.values():
+            client.close()
+
+
+class DistillationTeacher:
+    """The main loss of a student that learns from probabilities, of each row those of its teacher."""
+
+    def __init__(self, stage: "Distill", run: StageRun, trainer: Trainer, tokenizer: Tokenizer) -> None:
+        self.stage, self.student, self.vocab = stage, trainer.model, tokenizer.vocab_size
+        self.teachers: list[Teacher] = []
+        try:
+            for named in stage.teachers.values():
+                self.teachers.append(
+                    ModelTeacher(stage, run, named, trainer, tokenizer)
+                    if isinstance(named, str)
+                    else ServerTeacher(stage, run, named, tokenizer)
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The divergence summed over labels, SFT's loss mixed in as asked."""
+        stage, soft = self.stage, list[Tensor]()
+        rows = min(CHUNK, rows_at_once(self.vocab))
+        for number, teacher in enumerate(self.teachers):
+            mine = batch.taught_by(number)
+            ours = hidden if mine is batch else hidden[batch.teachers == number]
+            said = teacher.says(mine)
+
+            def summed(states: Tensor, *said: Tensor, teacher: Teacher = teacher) -> tuple[Tensor]:
+                return (teacher.divergence(self.student.logits(states)[:, : self.vocab], *said).sum()[None],)
+
+            if len(said[0]):
+                soft.append(in_chunks(summed, rows, ours[mine.learnt], *said)[0].sum())
+        divergence = sum(soft[1:], soft[0]) if soft else hidden.sum() * 0
+        if not stage.hard:
+            return divergence
+        hard = cross_entropy(hidden.flatten(0, 1), self.student.head.weight, batch.labels_at(0).flatten())
+        return (1 - stage.hard) * divergence + stage.hard * hard
+
+    def flops(self, batch: Batch) -> float:
+        """Of the teachers' reading, as far as they read here."""
+        taught = [(teacher, batch.taught_by(number)) for number, teacher in enumerate(self.teachers)]
+        return sum(teacher.flops(rows.lengths()) for teacher, rows in taught)
+
+    def close(self) -> None:
+        """Let go of connections."""
+        for teacher in self.teachers:
+            teacher.close()
