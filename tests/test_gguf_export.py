@@ -17,7 +17,7 @@ from finback.data.messages import encode_prompt
 from finback.data.tokenizer import Tokenizer
 from finback.data.turn import Message
 from finback.model.config import ModelConfig
-from finback.model.rope_scaling import LinearRope, Llama3Rope, Yarn
+from finback.model.rope_scaling import LinearRope, Llama3Rope, LongRope, Yarn
 from finback.model.transformer import Transformer
 from finback.report.gguf_file import export_gguf
 from tests.test_model import DENSE, EXPERTS, OSS, TOY, random_model
@@ -28,7 +28,7 @@ YARN = Yarn(4.0, 16, mscale=0.707, mscale_all_dim=0.707)
 LATENT = dataclasses.replace(TOY, num_nextn_predict_layers=0)
 GEMMA = dataclasses.replace(
     DENSE,
-    num_hidden_layers=7,
+    num_hidden_layers=4,
     norms="both",
     norm_offset=True,
     scale_embeddings=True,
@@ -36,10 +36,13 @@ GEMMA = dataclasses.replace(
     qk_norm=True,
     query_pre_attn_scalar=DENSE.head_dim,
     sliding_window=8,
-    layer_types=tuple("full_attention" if layer == 5 else "sliding_attention" for layer in range(7)),
+    layer_types=("sliding_attention", "full_attention", "full_attention", "sliding_attention"),
     local_rope_theta=500.0,
     rope_scaling=LinearRope(4.0),
 )
+# llama.cpp knows it by its layers, and scales its scores by other than the width of heads
+GEMMA_27B = dataclasses.replace(GEMMA, num_hidden_layers=62, head_dim=16, layer_types=())
+OLMO = dataclasses.replace(DENSE, norms="post", qk_norm=True, qk_norm_over="projection")
 MODELS: dict[str, ModelConfig] = {
     "V3": LATENT,
     "V3, YaRN": dataclasses.replace(LATENT, rope_scaling=YARN, n_group=1, topk_group=1),
@@ -81,10 +84,28 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "llama": dataclasses.replace(DENSE, rope_scaling=Llama3Rope(5.0, original_max_position_embeddings=8192)),
     "qwen2": dataclasses.replace(DENSE, attention_bias="qkv", rope_scaling=LinearRope(2.0)),
-    "qwen3": dataclasses.replace(DENSE, qk_norm=True, rope_scaling=Yarn(4.0, 16, mscale_all_dim=0.0)),
+    "qwen3": dataclasses.replace(
+        DENSE, qk_norm=True, rope_scaling=Yarn(4.0, 16, mscale_all_dim=0.0, attention_factor=1.5)
+    ),
     "qwen3_moe": dataclasses.replace(EXPERTS, dense_layers=()),
     "mixtral": dataclasses.replace(EXPERTS, dense_layers=(), qk_norm=False, attention_bias="none"),
     "gemma3": GEMMA,
+    "phi3": dataclasses.replace(
+        DENSE, partial_rotary_factor=0.5, rope_scaling=LongRope((1.0, 1.125, 1.25), (1.5, 2.5, 4.0), 16, 1.25)
+    ),
+    "phi3, short rows": dataclasses.replace(
+        DENSE, rope_scaling=LongRope((1.0, 1.125, 1.25, 1.375, 1.5, 2.0), (2.0,) * 6, 300, 1.125)
+    ),
+    "olmo2": dataclasses.replace(OLMO, rope_scaling=Yarn(4.0, 16, mscale_all_dim=0.0)),
+    "olmo3": dataclasses.replace(
+        OLMO,
+        num_hidden_layers=3,
+        tie_word_embeddings=False,
+        sliding_window=8,
+        layer_types=("full_attention", "sliding_attention", "sliding_attention"),
+        rope_scaling=Yarn(4.0, 16, mscale_all_dim=0.0),
+        local_rope_theta=DENSE.rope_theta,
+    ),
 }
 
 
@@ -138,6 +159,36 @@ def test_other_forms_of_up_projections_and_experts_are_read(tmp_path: Path) -> N
     with torch.no_grad():
         assert audit.holds
         assert (model.logits(model(tokens)) - back.logits(back.eval()(tokens))).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ({"attention.scale": 0.5}, "attention.scale = 0.5: the file says how something is computed"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"expert_shared_count": 1}, "expert_shared_count = 1"),
+        ({"rope.scaling.attn_factor": 1.5}, "rope.scaling.attn_factor = 1.5"),
+        ({"rope.freq_base_swa": 7.0}, "rope.freq_base_swa = 7.0"),
+        ({"attention.value_length": 24}, "attention.value_length = 24"),
+        ({"attention.sliding_window": 8}, "sliding_window = 8: finback knows no windows of this architecture"),
+        ({"rope.dimension_count": 6}, "partial_rotary_factor = 0.5: qwen2 rotates whole heads"),
+        # of no consequence: what is so anyway, and what is not of an architecture
+        ({"attention.causal": True, "rope.freq_base_swa": 10000.0, "expert_shared_count": 0}, ""),
+        ({"attention.sliding_window": 4096, "pooling_type": 3, "rope.scaling.yarn_attn_factor": 2.0}, ""),
+    ],
+)
+def test_keys_that_change_what_is_computed_are_refused(
+    said: dict[str, Any], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(MODELS["qwen2"], rope_scaling=None)
+    settings = gguf_export._settings(config, "qwen2") | {f"qwen2.{name}": value for name, value in said.items()}
+    monkeypatch.setattr(gguf_export, "_settings", lambda config, arch: settings)
+    gguf_export.write(Transformer(config).initialise(0), tmp_path / "m.gguf", "f32", {})
+    if problem:
+        with pytest.raises(UserError, match=problem):
+            load_audited(tmp_path / "m.gguf")
+    else:
+        assert load_audited(tmp_path / "m.gguf")[1].holds
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0"])
@@ -199,7 +250,13 @@ def test_a_mixed_file_is_read_as_the_model_up_to_its_rounding(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        (dataclasses.replace(DENSE, norms="post", qk_norm=True, qk_norm_over="projection"), "no GGUF of olmo2"),
+        (dataclasses.replace(GEMMA_27B, query_pre_attn_scalar=16), "scores scaled by the width of heads"),
+        (dataclasses.replace(MODELS["olmo3"], local_rope_theta=300.0), "layers of one base"),
+        (dataclasses.replace(MODELS["phi3"], hidden_size=64), "together as wide as the hidden state"),
+        (
+            dataclasses.replace(DENSE, qk_norm=True, rope_scaling=Llama3Rope()),
+            "as Llama 3 does in its own family alone",
+        ),
         (dataclasses.replace(DENSE, nope_layers=(1,)), "leaves every fourth layer without rotation"),
         (dataclasses.replace(LATENT, scoring_func="softmax", norm_topk_prob=False), "does not limit V2's experts"),
         (dataclasses.replace(LATENT, q_lora_rank=None), "by its 26 or 27 layers"),
@@ -213,8 +270,10 @@ def test_a_mixed_file_is_read_as_the_model_up_to_its_rounding(tmp_path: Path) ->
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(config: Any, problem: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Transformer(config)
     with pytest.raises(UserError, match=problem):
-        gguf_export.write(random_model(config), tmp_path / "m.gguf", "f32", {})
+        gguf_export.write(model, tmp_path / "m.gguf", "f32", {})
     assert not list(tmp_path.iterdir())
 
 

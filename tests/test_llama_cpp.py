@@ -27,7 +27,7 @@ from finback.report.gguf_file import export_gguf
 from finback.report.tokenizer_parity import texts
 from finback.tasks.math import Chains
 from finback.tasks.task import distinct
-from tests.test_gguf_export import MODELS, filled
+from tests.test_gguf_export import GEMMA_27B, MODELS, filled
 from tests.test_gguf_sentencepiece import vocabulary
 
 pytest.importorskip("xllamacpp")
@@ -81,22 +81,30 @@ def gelu_by_table(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, found))
 
 
-@pytest.mark.parametrize("name", MODELS)
+MODELS_HERE = MODELS | {"gemma3, 27B": GEMMA_27B}
+
+
+@pytest.mark.parametrize("name", MODELS_HERE)
 def test_log_probabilities_and_ids_are_ours(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if name == "gemma3":
+    if name.startswith("gemma3"):
         monkeypatch.setattr(functional, "gelu", gelu_by_table)
-    model = filled(dataclasses.replace(MODELS[name], vocab_size=ROWS, max_position_embeddings=256))
+    model = filled(dataclasses.replace(MODELS_HERE[name], vocab_size=ROWS, max_position_embeddings=256))
+    if "27B" in name:  # whose many layers would add up what that table leaves out
+        for block in model.blocks:
+            block.feed_forward.norm.weight.data -= 0.9
     tokenizer.train(
         ["hello world, 12 + 34 = 46. How are you today? hello hello world"], 290, tmp_path / "tokenizer.json"
     )
     words, said = Tokenizer(tmp_path), [text for text in texts([]) if text] if name == "V3" else ["hello"]
     gguf_export.write(model, tmp_path / "m.gguf", "f32", keys(words, ROWS))
-    ids = torch.randint(0, 288, (1, 60), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 288, (3, 60), generator=torch.Generator().manual_seed(1))
     found = ask(tmp_path / "m.gguf", ids.tolist(), said)
     with torch.no_grad():
-        expected = model.logits(model(ids))[0, -1].log_softmax(-1)
-    theirs = torch.tensor([found["logprobs"][0][str(n)] for n in range(ROWS)])
-    assert (theirs - expected).abs().max() <= 1e-3
+        expected = model.logits(model(ids))[:, -1].log_softmax(-1)
+    compared = [(row, each) for row, each in zip(expected, found["logprobs"], strict=True) if each]
+    assert compared
+    for row, each in compared:
+        assert (torch.tensor([each[str(n)] for n in range(ROWS)]) - row).abs().max() <= 1e-3
     assert found["ids"] == [words.encode(text) for text in said]
     assert found["prompt"] == "<｜User｜>hello 12?<｜Assistant｜>"
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finback.checkpoint.gguf_config import FREQUENCIES, field, raw_config
-from finback.checkpoint.gguf_names import PAIRED, pieces
+from finback.checkpoint.gguf_config import ROTATIONS, raw_config
+from finback.checkpoint.gguf_keys import field
+from finback.checkpoint.gguf_names import PAIRED, StoredPart, pieces
 from finback.checkpoint.shards import Spec, Weights
 from finback.config import UserError
 from finback.extras import how_to_install
@@ -73,21 +74,20 @@ class GGUF(Weights):
         self.stored = {t.name: t for reader in readers for t in reader.tensors}
         self.raw = raw_config(readers[0], self.stored, path)
         shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self.stored.items()}
-        shapes.pop(FREQUENCIES, None)
-        self.pieces = dict(pieces(shapes, self.raw["model_type"]))
+        shapes = {name: shape for name, shape in shapes.items() if name not in ROTATIONS}
+        self.pieces = dict(pieces(shapes, self.raw))
         self.specs = {name: Spec("F32", piece.shape, path) for name, piece in self.pieces.items()}
         self.kinds = sorted({t.tensor_type.name for t in self.stored.values()})
 
     def read(self, name: str) -> Tensor:
         """One tensor, dequantized to fp32."""
         piece = self.pieces[name]
-        rows = slice(piece.start, piece.start + piece.shape[0])
         if self.raw["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
             return self._dequantized(piece.stored) - 1  # files have the gains, and the family what they are above 1
-        values = self._dequantized(piece.stored, piece.index, None if piece.index is None else rows)
         if piece.values:  # of keys (heads, rank, n) and of values (heads, v, rank)
-            return torch.cat([values.transpose(1, 2), self._dequantized(piece.values)], dim=1).flatten(0, 1)
-        return self._in_order(name, values)
+            keys, values = self._dequantized(piece.stored), self._dequantized(piece.values)
+            return torch.cat([keys.transpose(1, 2), values], dim=1).flatten(0, 1)
+        return self._in_order(name, self._dequantized(piece.stored, piece))
 
     def packed(self, name: str) -> tuple[Format, Tensor, Tensor] | None:
         """A matrix's bytes and their format; None for one that is plain, or whose rows do not lie there as they are."""
@@ -96,8 +96,7 @@ class GGUF(Weights):
         kind = KINDS.get(tensor.tensor_type.name)
         if kind is None or piece.values or len(piece.shape) != 2:
             return None
-        data = tensor.data if piece.index is None else tensor.data[piece.index][piece.start :]
-        rows = self._in_order(name, torch.from_numpy(data[: piece.shape[0]].copy()))
+        rows = self._in_order(name, torch.from_numpy(piece.of(tensor.data).copy()))
         return quants.blocks(piece.shape[1], ((kind, len(rows)),)), rows.flatten(), rows.new_empty(0)
 
     def _in_order(self, name: str, rows: Tensor) -> Tensor:
@@ -108,12 +107,12 @@ class GGUF(Weights):
             return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
         return rows
 
-    def _dequantized(self, name: str, index: int | None = None, rows: slice | None = None) -> Tensor:
-        """A stored tensor, or rows of one matrix of a stack."""
+    def _dequantized(self, name: str, piece: StoredPart | None = None) -> Tensor:
+        """A stored tensor, or a part of it."""
         from gguf import quants
 
         tensor = self.stored[name]
-        data = tensor.data if index is None else tensor.data[index][rows]
+        data = tensor.data if piece is None else piece.of(tensor.data)
         try:
             return torch.from_numpy(quants.dequantize(data, tensor.tensor_type).copy())
         except NotImplementedError:

@@ -1,16 +1,19 @@
 """GGUF's metadata as the config.json that it amounts to."""
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finback.checkpoint.gguf_keys import ArchitectureKeys as Get
+from finback.checkpoint.gguf_keys import field
 from finback.checkpoint.hf_config import model_config
+from finback.checkpoint.hf_grouped import FULL, SLIDING
 from finback.config import UserError
 from finback.model.rope import inverse_frequencies
+from finback.model.rope_scaling import Yarn
 
 FAMILIES = {
     "llama": "llama",
@@ -22,19 +25,17 @@ FAMILIES = {
     "gemma3": "gemma3_text",
     "gpt-oss": "gpt_oss",
     "glm4moe": "glm4_moe",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
 }
-FREQUENCIES = "rope_freqs.weight"
+# what rotations are divided by: Llama 3's, and LongRoPE's of long and short rows
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROTATIONS = (FREQUENCIES, LONG, SHORT)
+# every so manieth layer of these is a full one and the others slide, where the file does not say it
+STEPS = {"gemma3": 6, "gpt-oss": 2, "olmo2": 4}
+PARTLY_ROTATED = ("glm4moe", "phi3")
+GEMMA_27B = 62  # layers; its scores are scaled by the width of the hidden state over its heads
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
-Get = Callable[..., Any]
-
-
-def field(reader: Any, name: str, *default: Any) -> Any:
-    """A metadata value of a GGUF file; UserError where it is missing and there is no default."""
-    if (found := reader.fields.get(name)) is not None:
-        return found.contents()
-    if not default:
-        raise UserError("GGUF", name, "missing from the file's metadata", "Use a complete file.")
-    return default[0]
 
 
 def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -44,10 +45,7 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
         raise UserError(
             "model", str(path), f"a GGUF file of the family {arch!r}", f"finback reads GGUF of {', '.join(FAMILIES)}."
         )
-
-    def get(name: str, *default: Any) -> Any:
-        return field(reader, f"{arch}.{name}", *default)
-
+    get = Get(reader, arch)
     embedding = tensors.get("token_embd.weight")
     if embedding is None:
         raise UserError("model", str(path), "has no token_embd.weight", "Use a complete file.")
@@ -66,13 +64,35 @@ def raw_config(reader: Any, tensors: dict[str, Any], path: Path) -> dict[str, An
         "eos_token_id": field(reader, "tokenizer.ggml.eos_token_id", None),
     }
     raw |= _latent(get) if arch == "deepseek2" else _grouped(get, tensors)
+    raw |= _windows(get, raw)
     raw |= _of_family(arch, get, raw, tensors)
     if (scaling := _scaling(get)) is not None:
         # no key says that the ramp of gpt-oss ends between pairs
         raw["rope_scaling"] = scaling | ({"truncate": False} if arch == "gpt-oss" else {})
     if FREQUENCIES in tensors:
         raw["rope_scaling"] = _llama3(torch.tensor(tensors[FREQUENCIES].data), raw, path)
+    if LONG in tensors and SHORT in tensors:
+        raw["rope_scaling"] = _long(get, tensors)
+    # what may be said again of the sliding layers, or of values
+    heads = dict.fromkeys(("value_length", "key_length_swa", "value_length_swa"), raw.get("head_dim"))
+    repeated = {f"attention.{name}": width for name, width in heads.items()} | {"rope.freq_base_swa": raw["rope_theta"]}
+    get.refuse_unread(repeated | {"rope.dimension_count_swa": get("rope.dimension_count", None)})
     return raw
+
+
+def _windows(get: Get, raw: dict[str, Any]) -> dict[str, Any]:
+    """Sliding layers, of all kinds of files that have them; a window of no tokens is none."""
+    window, layers = get("attention.sliding_window", 0), range(raw["num_hidden_layers"])
+    if (step := STEPS.get(get.arch)) and (window or get.arch == "gemma3"):
+        found = get("attention.sliding_window_pattern", step)
+        slides = found if isinstance(found, list) else [bool((layer + 1) % found) for layer in layers]
+        return {"sliding_window": window or 4096, "layer_types": [SLIDING if kind else FULL for kind in slides]}
+    if window and get.arch in ("llama", "phi3"):
+        return {"sliding_window": window} | ({"model_type": "mistral"} if get.arch == "llama" else {})
+    if 0 < window < raw["max_position_embeddings"]:
+        problem = "finback knows no windows of this architecture, nor does llama.cpp"
+        raise UserError("GGUF attention.sliding_window", window, problem, "Use the model's safetensors files.")
+    return {}
 
 
 def _of_family(arch: str, get: Get, raw: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
@@ -82,32 +102,39 @@ def _of_family(arch: str, get: Get, raw: dict[str, Any], tensors: dict[str, Any]
     if arch == "llama" and get("expert_count", 0):
         return _experts(get, ("num_local_experts", "num_experts_per_tok")) | {"model_type": "mixtral"}
     if arch == "gemma3":
+        scaled = raw["hidden_size"] // raw["num_attention_heads"]
         return {
-            "query_pre_attn_scalar": raw["head_dim"],
-            "sliding_window": get("attention.sliding_window", 4096),
+            "query_pre_attn_scalar": scaled if raw["num_hidden_layers"] == GEMMA_27B else raw["head_dim"],
             "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
         }
     if arch == "gpt-oss":
         found = _experts(get, ("num_local_experts", "num_experts_per_tok"))
         width = found.pop("moe_intermediate_size")
-        return found | {"intermediate_size": width, "sliding_window": get("attention.sliding_window")}
+        return found | {"intermediate_size": width}
     if arch == "glm4moe":
         nextn = get("nextn_predict_layers", 0)
+        if (gate := get("expert_gating_func", 0) or SIGMOID) != SIGMOID:
+            raise UserError("GGUF expert_gating_func", gate, "glm4moe has sigmoid (2)", "Use a complete file.")
         return _gate(get) | {
             "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
             "attention_bias": "blk.0.attn_q.bias" in tensors,
-            "partial_rotary_factor": get("rope.dimension_count") / raw["head_dim"],
             "num_hidden_layers": get("block_count") - nextn,
             "num_nextn_predict_layers": nextn,
         }
+    if arch == "olmo2" and "sliding_window" in raw:
+        return {"model_type": "olmo3", "rope_parameters": {SLIDING: {"rope_theta": raw["rope_theta"]}}}
     return {}
 
 
 def _grouped(get: Get, tensors: dict[str, Any]) -> dict[str, Any]:
-    heads, width = get("attention.head_count"), get("embedding_length")
+    heads = get("attention.head_count")
+    usual = get("embedding_length") // heads
+    rotated = get("rope.dimension_count", usual)
+    width = get("attention.key_length", usual if get.arch in PARTLY_ROTATED else rotated)
     return {
         "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", get("rope.dimension_count", width // heads)),
+        "head_dim": width,
+        "partial_rotary_factor": get("rope.dimension_count", width) / width,
         "attention_bias": "blk.0.attn_output.bias" in tensors,
     }
 
@@ -153,7 +180,7 @@ def _latent(get: Get) -> dict[str, Any]:
 def _scaling(get: Get) -> dict[str, Any] | None:
     """`rope_scaling`; files of long ago say linear by its factor alone."""
     kind, linear = get("rope.scaling.type", "none"), get("rope.scale_linear", None)
-    if kind == "none":
+    if kind in ("none", "longrope"):
         return {"rope_type": "linear", "factor": linear} if linear not in (None, 1.0) else None
     found = {
         "rope_type": kind,
@@ -164,9 +191,24 @@ def _scaling(get: Get) -> dict[str, Any] | None:
         if (value := get(f"rope.scaling.{theirs}", None)) is not None:
             found[ours] = value
     # DeepSeek's: 0.1 times mscale_all_dim, and mscale is the same in all releases
-    if multiplier := get("rope.scaling.yarn_log_multiplier", 0.0):
-        found["mscale"] = found["mscale_all_dim"] = round(10 * multiplier, 6)
+    if get.arch == "deepseek2":
+        if multiplier := get("rope.scaling.yarn_log_multiplier", 0.0):
+            found["mscale"] = found["mscale_all_dim"] = round(10 * multiplier, 6)
+    elif (gain := get("rope.scaling.attn_factor", 1.0)) != 1.0 and kind == "yarn":
+        # of cos and sin, times what YaRN has by itself
+        found["attention_factor"] = gain * Yarn(found["factor"], mscale_all_dim=0.0).gain
     return found
+
+
+def _long(get: Get, tensors: dict[str, Any]) -> dict[str, Any]:
+    """LongRoPE; what cos and sin are multiplied with is written out."""
+    return {
+        "rope_type": "longrope",
+        "short_factor": tensors[SHORT].data.tolist(),
+        "long_factor": tensors[LONG].data.tolist(),
+        "original_max_position_embeddings": get("rope.scaling.original_context_length", get("context_length")),
+        "attention_factor": get("rope.scaling.attn_factor", 1.0),
+    }
 
 
 def _llama3(divisors: Tensor, raw: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from finback.checkpoint.gguf_config import SIGMOID, SOFTMAX
+from finback.checkpoint.gguf_config import GEMMA_27B, SIGMOID, SOFTMAX, STEPS
 from finback.checkpoint.gguf_tensors import ARCHITECTURES, tensors
 from finback.checkpoint.gguf_types import GgufType, file_type, kind_of, packed
 from finback.checkpoint.hf_export_as import family_of
-from finback.checkpoint.hf_grouped import FULL, SLIDING
+from finback.checkpoint.hf_grouped import SLIDING
 from finback.config import UserError
 from finback.model.config import ModelConfig
-from finback.model.rope_scaling import LinearRope, Llama3Rope, Yarn
+from finback.model.rope_scaling import LinearRope, Llama3Rope, LongRope, Yarn
 from finback.model.transformer import Transformer
 
 LITE = (26, 27)
-GEMMA_STEP = 6  # every such layer of Gemma 3 is a full one
 
 
 def architecture_of(config: ModelConfig) -> str:
@@ -43,18 +42,30 @@ def architecture_of(config: ModelConfig) -> str:
         ),
         (
             family == "gemma3_text" and not _is_gemma3(config),
-            "llama.cpp knows it by five sliding layers to a full one, scores scaled by the width of heads, and no biases",
+            "llama.cpp knows it by scores scaled by the width of heads, no biases, and full layers alone scaled",
+        ),
+        (
+            family in ("phi3", "olmo2", "olmo3") and not _is_square(config),
+            "llama.cpp knows it with heads that are together as wide as the hidden state, and no biases",
+        ),
+        (
+            family == "olmo3" and not _is_olmo3(config),
+            "llama.cpp knows it by layers of one base, of which the full ones alone are scaled",
+        ),
+        (
+            isinstance(config.rope_scaling, Llama3Rope) and ARCHITECTURES[family] != "llama",
+            "llama.cpp scales as Llama 3 does in its own family alone",
         ),
         (
             family == "smollm3" and not _is_smollm3(config),
-            "llama.cpp leaves every fourth layer without rotation, has no biases there, and does not scale as Llama 3 does",
+            "llama.cpp leaves every fourth layer without rotation, and has no biases there",
         ),
         (
             family == "gpt_oss" and not _is_gpt_oss(config),
-            "llama.cpp knows it by a window in every other layer, biases, and gates of 1.702 up to 7",
+            "llama.cpp knows it by windows, biases, and gates of 1.702 up to 7",
         ),
         (
-            config.sliding_window is not None and family not in ("gemma3_text", "gpt_oss"),
+            (config.sliding_window or math.inf) < config.max_position_embeddings and ARCHITECTURES[family] not in STEPS,
             "llama.cpp would attend to the whole context, not to windows",
         ),
         (family == "qwen3_moe" and not config.norm_topk_prob, "llama.cpp always normalises the weights of its experts"),
@@ -71,31 +82,39 @@ def architecture_of(config: ModelConfig) -> str:
 
 def _is_gemma3(c: ModelConfig) -> bool:
     """Whether llama.cpp's graph is this model's."""
-    kinds = tuple(SLIDING if (layer + 1) % GEMMA_STEP else FULL for layer in range(c.num_hidden_layers))
-    found = c.layer_types or ((SLIDING if c.sliding_window else FULL),) * c.num_hidden_layers
-    return found == kinds and c.query_pre_attn_scalar in (None, c.head_dim) and c.attention_bias == "none"
+    width = c.hidden_size // c.num_attention_heads if c.num_hidden_layers == GEMMA_27B else c.head_dim
+    is_scaled = (c.query_pre_attn_scalar or c.head_dim) == width
+    return is_scaled and c.attention_bias == "none" and (c.local_rope_theta is not None or not c.rope_scaling)
 
 
 def _is_smollm3(c: ModelConfig) -> bool:
     """Whether llama.cpp's graph is this model's."""
-    scaled = isinstance(c.rope_scaling, Llama3Rope)
-    return c.nope_layers == tuple(range(3, c.num_hidden_layers, 4)) and c.attention_bias == "none" and not scaled
+    return c.nope_layers == tuple(range(3, c.num_hidden_layers, 4)) and c.attention_bias == "none"
+
+
+def _is_square(c: ModelConfig) -> bool:
+    """Whether a model has the shapes that llama.cpp expects of Phi-3 and OLMo."""
+    return c.num_attention_heads * c.head_dim == c.hidden_size and c.attention_bias == "none"
+
+
+def _is_olmo3(c: ModelConfig) -> bool:
+    """Whether llama.cpp's graph is this model's."""
+    return c.local_rope_theta == c.rope_theta if c.rope_scaling else c.local_rope_theta in (None, c.rope_theta)
 
 
 def _is_gpt_oss(c: ModelConfig) -> bool:
     """Whether llama.cpp's graph is this model's; the ends of its YaRN's ramp, for which there is no key, it rounds to pairs."""
-    kinds = tuple(FULL if layer % 2 else SLIDING for layer in range(c.num_hidden_layers))
-    found = c.layer_types or ((SLIDING if c.sliding_window else FULL),) * c.num_hidden_layers
-    return found == kinds and c.attention_bias == "all" and (c.swiglu_alpha, c.swiglu_limit) == (1.702, 7.0)
+    return (
+        c.sliding_window is not None and c.attention_bias == "all" and (c.swiglu_alpha, c.swiglu_limit) == (1.702, 7.0)
+    )
 
 
 def _is_plain(config: ModelConfig) -> bool:
-    """Whether GGUF's keys of YaRN say all of this one: cos and sin carry its usual factor, or for MLA none."""
+    """Whether GGUF's keys of YaRN say all of this one; cos and sin of MLA carry no factor there."""
     yarn = config.rope_scaling
     assert isinstance(yarn, Yarn), "asked of YaRN alone"
-    if config.attention == "mla":
-        return yarn.truncate and yarn.gain == 1.0
-    return (yarn.truncate or config.attention_sinks) and math.isclose(yarn.gain, yarn.stretch(1.0))
+    is_cut = yarn.truncate or config.attention_sinks
+    return is_cut and (config.attention == "gqa" or yarn.gain == 1.0)
 
 
 def write(model: Transformer, path: Path, kind: GgufType, vocabulary: dict[str, Any]) -> None:
@@ -173,15 +192,19 @@ def _settings(c: ModelConfig, arch: str) -> dict[str, Any]:
     if c.n_routed_experts:
         found |= {"expert_count": c.n_routed_experts, "expert_used_count": c.num_experts_per_tok}
         found["expert_feed_forward_length"] = c.moe_intermediate_size
-    if c.attention_sinks:
+    if arch in STEPS and c.sliding_window is not None:
+        kinds = c.layer_types or (SLIDING,) * c.num_hidden_layers
         found["attention.sliding_window"] = c.sliding_window
+        found["attention.sliding_window_pattern"] = [kind == SLIDING for kind in kinds[: c.num_hidden_layers]]
+    if arch == "phi3":  # which says of no window that it is of no tokens
+        found["attention.sliding_window"] = c.sliding_window or 0
     if arch == "glm4moe":
         found |= {"leading_dense_block_count": c.first_k_dense_replace} | _gate_settings(c)
         found |= {"nextn_predict_layers": c.num_nextn_predict_layers}
         found["block_count"] += c.num_nextn_predict_layers
     if arch == "gemma3" and c.sliding_window is not None:
         local = c.rope_theta if c.local_rope_theta is None else c.local_rope_theta
-        found |= {"attention.sliding_window": c.sliding_window, "rope.freq_base_swa": local}
+        found["rope.freq_base_swa"] = local
     return {f"{arch}.{name}": value for name, value in (found | _scaling(c)).items()}
 
 
@@ -219,6 +242,12 @@ def _scaling(c: ModelConfig) -> dict[str, Any]:
     scaling = c.rope_scaling
     if isinstance(scaling, LinearRope):
         return {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+    if isinstance(scaling, LongRope):
+        return {
+            "rope.scaling.type": "longrope",
+            "rope.scaling.attn_factor": scaling.attention_factor,
+            "rope.scaling.original_context_length": scaling.original_max_position_embeddings,
+        }
     if not isinstance(scaling, Yarn):
         return {}
     found = {
@@ -232,4 +261,6 @@ def _scaling(c: ModelConfig) -> dict[str, Any]:
         c.attention == "mla" and scaling.mscale_all_dim
     ):  # a tenth of what other architectures write (llama.cpp PR 17945)
         found["rope.scaling.yarn_log_multiplier"] = 0.1 * scaling.mscale_all_dim
+    if c.attention == "gqa" and not math.isclose(scaling.gain, scaling.stretch(1.0)):  # which llama.cpp has by itself
+        found["rope.scaling.attn_factor"] = scaling.gain / scaling.stretch(1.0)
     return found

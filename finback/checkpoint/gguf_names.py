@@ -5,6 +5,7 @@ GGUF keeps the experts of a layer in one tensor, and DeepSeek's up-projection of
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from finback.checkpoint.names import EXPERTS, MIXTRAL
 
@@ -38,6 +39,9 @@ BLOCK = {
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
     "ffn_down_shexp": "mlp.shared_experts.down_proj",
 }
+# parts of attention and feed-forward that one tensor may hold over one another
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 # families that call some of these otherwise
 OTHERWISE = {
     "gemma3_text": {"ffn_norm": "pre_feedforward_layernorm"},
@@ -68,17 +72,23 @@ class StoredPart:
     shape: tuple[int, ...]
     # which matrix of a stack
     index: int | None = None
-    # its first row in that matrix
+    # its first row there
     start: int = 0
     # the stored values' part of an up-projection of which `stored` is the keys' part
     values: str = ""
 
+    def of(self, data: Any) -> Any:
+        """Its rows, or their bytes, of what is stored."""
+        matrix = data if self.index is None else data[self.index]
+        return matrix[self.start : self.start + self.shape[0]]
 
-def pieces(shapes: dict[str, tuple[int, ...]], family: str) -> Iterator[tuple[str, StoredPart]]:
-    """Hugging Face's names of all tensors of a file, whose names and shapes (outermost first) are given.
+
+def pieces(shapes: dict[str, tuple[int, ...]], raw: dict[str, Any]) -> Iterator[tuple[str, StoredPart]]:
+    """Hugging Face's names of all tensors of a file, whose names, shapes (outermost first) and config.json are given.
 
     Unknown ones keep their names and are then reported as unexpected.
     """
+    family = raw["model_type"]
     block = BLOCK | OTHERWISE.get(family, {})
     for name, shape in shapes.items():
         match name.split("."):
@@ -97,10 +107,28 @@ def pieces(shapes: dict[str, tuple[int, ...]], family: str) -> Iterator[tuple[st
                 yield f"model.layers.{layer}.{BLOCK['attn_kv_b']}.weight", StoredPart(name, joined, values=values)
             case ["blk", _, part, "weight"] if part == VALUES and name.replace(VALUES, KEYS) in shapes:
                 continue
+            case ["blk", layer, "attn_qkv", kind] if raw.get("head_dim"):
+                query, shared = (raw["head_dim"] * raw[f"num_{heads}_heads"] for heads in ("attention", "key_value"))
+                yield from _over_one_another(name, layer, QKV, (query, shared, shared), shape)
+            case ["blk", layer, "ffn_up", kind] if shape[0] == 2 * raw["intermediate_size"]:
+                yield from _over_one_another(name, layer, GATE_UP, (shape[0] // 2,) * 2, shape)
             case ["blk", layer, part, kind] if part in block:
                 yield f"model.layers.{layer}.{block[part]}.{kind}", StoredPart(name, shape)
             case _:
                 yield TOP.get(name, name), StoredPart(name, shape)
+
+
+def _over_one_another(
+    name: str, layer: str, parts: tuple[str, ...], rows: tuple[int, ...], shape: tuple[int, ...]
+) -> Iterator[tuple[str, StoredPart]]:
+    """The parts of a tensor, each so many of its rows."""
+    start = 0
+    for part, height in zip(parts, rows, strict=True):
+        yield (
+            f"model.layers.{layer}.{part}.{name.rpartition('.')[2]}",
+            StoredPart(name, (height, *shape[1:]), start=start),
+        )
+        start += height
 
 
 def _experts(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finback.checkpoint.gguf_config import FREQUENCIES
+from finback.checkpoint.gguf_config import FREQUENCIES, LONG, SHORT
 from finback.checkpoint.gguf_names import PAIRED
 from finback.checkpoint.hf_export_as import family_of
 from finback.model.biased_experts import BiasedMoE
@@ -16,7 +16,7 @@ from finback.model.layers import GeGLU, Normed, RMSNorm, SwiGLU
 from finback.model.moe import MoE
 from finback.model.mtp import MTP
 from finback.model.rope import inverse_frequencies, plain_frequencies
-from finback.model.rope_scaling import Llama3Rope
+from finback.model.rope_scaling import Llama3Rope, LongRope
 from finback.model.transformer import Block, Transformer
 
 # by transformers' family
@@ -31,9 +31,16 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe",
     "gpt_oss": "gpt-oss",
     "glm4_moe": "glm4moe",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
 }
+
+
+# of which llama.cpp opens no file without a head, tied or not
+HEADED = ("gpt-oss", "olmo2")
 
 
 def writes_mtp(c: ModelConfig) -> bool:
@@ -60,10 +67,15 @@ def tensors(model: Transformer, meta: bool = False) -> Iterator[tuple[str, Tenso
         for name, tensor in _block(module.block, c):
             yield f"blk.{number}.{name}", tensor
     yield "output_norm.weight", model.norm.gain()
-    if not c.tie_word_embeddings or c.attention_sinks:  # without which llama.cpp opens no gpt-oss
+    if not c.tie_word_embeddings or ARCHITECTURES[family_of(c)] in HEADED:
         yield "output.weight", model.head.weight
     if isinstance(c.rope_scaling, Llama3Rope):
         yield FREQUENCIES, (plain_frequencies(c.rope_dim, c.rope_theta) / inverse_frequencies(c).double()).float()
+    if isinstance(c.rope_scaling, LongRope):
+        yield from (
+            (LONG, torch.tensor(c.rope_scaling.long_factor)),
+            (SHORT, torch.tensor(c.rope_scaling.short_factor)),
+        )
 
 
 def _block(block: Block, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -73,16 +85,16 @@ def _block(block: Block, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         block.attention,
         block.feed_forward,
     )
-    assert isinstance(before, RMSNorm) and isinstance(between, RMSNorm), "of a family that GGUF knows"
-    if isinstance(attention, Normed) and isinstance(ff, Normed):  # Gemma
+    if isinstance(attention, Normed) and isinstance(ff, Normed):  # Gemma, and OLMo, which has no others
         yield from (("post_attention_norm.weight", attention.norm.gain()), ("post_ffw_norm.weight", ff.norm.gain()))
         attention, ff = attention.inner, ff.inner
-    yield "attn_norm.weight", before.gain()
     yield from _grouped(attention, c) if isinstance(attention, GQA) else _latent(attention, c)
-    is_behind = ARCHITECTURES[family_of(c)] in ("gpt-oss", "glm4moe")  # which call it by where it stands
-    yield ("post_attention_norm" if is_behind else "ffn_norm") + ".weight", between.gain()
+    if isinstance(before, RMSNorm) and isinstance(between, RMSNorm):
+        yield "attn_norm.weight", before.gain()
+        is_behind = ARCHITECTURES[family_of(c)] in ("gpt-oss", "glm4moe")  # which call it by where it stands
+        yield ("post_attention_norm" if is_behind else "ffn_norm") + ".weight", between.gain()
     if isinstance(ff, SwiGLU | GeGLU):
-        yield from _swiglu(ff, "")
+        yield from _swiglu(ff, "", fused=family_of(c) == "phi3")
         return
     assert isinstance(ff, MoE), "a feed-forward is one of the two"
     yield "ffn_gate_inp.weight", ff.router.weight
@@ -99,9 +111,12 @@ def _block(block: Block, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
         yield from _swiglu(ff.shared, "_shexp")
 
 
-def _swiglu(ff: SwiGLU | GeGLU, ending: str) -> Iterator[tuple[str, Tensor]]:
+def _swiglu(ff: SwiGLU | GeGLU, ending: str, fused: bool = False) -> Iterator[tuple[str, Tensor]]:
     gate, up = ff.gate_up.weight.chunk(2)
-    yield from ((f"ffn_gate{ending}.weight", gate), (f"ffn_up{ending}.weight", up))
+    if fused:
+        yield "ffn_up.weight", ff.gate_up.weight
+    else:
+        yield from ((f"ffn_gate{ending}.weight", gate), (f"ffn_up{ending}.weight", up))
     yield f"ffn_down{ending}.weight", ff.down.weight
 
 
@@ -112,6 +127,9 @@ def _grouped(a: GQA, c: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     for name, weight, bias in zip(("attn_k", "attn_v"), a.key_value.weight.chunk(2), biases, strict=True):
         parts.append((name, weight, bias, c.num_key_value_heads))
     pairs = family_of(c) in PAIRED
+    if family_of(c) == "phi3":  # whose files have them in one
+        yield "attn_qkv.weight", torch.cat([a.query.weight, a.key_value.weight])
+        parts = []
     for name, weight, bias, heads in parts:
         for ending, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None:

@@ -29,9 +29,9 @@ def kind_of(name: str, shape: tuple[int, ...], asked: GgufType, layers: int, tie
 
 
 def _mixed(name: str, layers: int, tied: bool) -> str:
-    """llama.cpp's Q4_K_M: six bits for the head, and for values and down-projections in the first and last eighth of
+    """llama.cpp's Q4_K_M: six bits for the head, for what holds values beside queries (five there), and for values and down-projections in the first and last eighth of
     the layers and in every third between."""
-    if name == "output.weight" or (tied and name == "token_embd.weight"):
+    if name == "output.weight" or (tied and name == "token_embd.weight") or name.endswith("attn_qkv.weight"):
         return "Q6_K"
     if not name.endswith(DIVIDED):
         return "Q4_K"

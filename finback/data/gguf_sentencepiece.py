@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
-from finback.checkpoint.gguf_config import field
+from finback.checkpoint.gguf_keys import field
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # gguf.TokenType
 SPACE = "▁"

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from finback.checkpoint.gguf import open_gguf
-from finback.checkpoint.gguf_config import field
+from finback.checkpoint.gguf_keys import field
 from finback.config import UserError
 from finback.data import gguf_sentencepiece
 from finback.data.gguf_sentencepiece import added_tokens

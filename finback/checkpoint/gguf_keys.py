@@ -1,0 +1,71 @@
+"""Values of a GGUF file's metadata, and a look at those that say what is computed and that nobody asked for."""
+
+import re
+from typing import Any
+
+from finback.config import UserError
+
+# keys of an architecture by which a model computes something else, behind its name
+_COUNTS = re.compile(
+    r"(attention|rope|ssm|wkv|hyper_connection|altup|adapters)\..*|.*(expert|softcapping|clamp|_scale$|interval|parallel|moe_|loops|activation).*"
+)
+# and what they say where nothing comes of them; None: whatever they say
+_NOTHING: dict[str, tuple[Any, ...] | None] = {
+    "attention.causal": (True,),
+    "attention.head_count_kv": None,  # of latents
+    "hidden_activation": ("silu", "gelu_pytorch_tanh"),
+    "attention.layer_norm_epsilon": None,
+    "attention.group_norm_epsilon": None,
+    "attention.group_norm_groups": None,
+    "attention.sliding_window_pattern": None,  # of no window
+    "rope.scaling.finetuned": None,
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": None,  # llama.cpp computes it from the factor
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.original_context_length": None,  # of no scaling
+    "rope.scaling.yarn_beta_fast": None,
+    "rope.scaling.yarn_beta_slow": None,
+    "expert_used_count": None,  # of no experts
+    "expert_feed_forward_length": None,  # tensors have their shapes
+    "expert_shared_feed_forward_length": None,
+    "expert_group_used_count": None,  # of no groups
+    "expert_weights_norm": (True,),
+}
+# 1 means nothing too
+_ONES = ("_scale", "group_count", "gating_func", "_step", "_n_layers")
+
+
+def field(reader: Any, name: str, *default: Any) -> Any:
+    """A metadata value of a GGUF file; UserError where it is missing and there is no default."""
+    if (found := reader.fields.get(name)) is not None:
+        return found.contents()
+    if not default:
+        raise UserError("GGUF", name, "missing from the file's metadata", "Use a complete file.")
+    return default[0]
+
+
+class ArchitectureKeys:
+    """The keys of a file's architecture; it remembers which were asked for."""
+
+    def __init__(self, reader: Any, arch: str) -> None:
+        self.reader, self.arch = reader, arch
+        self.asked: set[str] = set()
+
+    def __call__(self, name: str, *default: Any) -> Any:
+        """A value by its name behind the architecture's; one that is the same for each layer is that of all."""
+        self.asked.add(name)
+        found = field(self.reader, f"{self.arch}.{name}", *default)
+        is_counts = isinstance(found, list) and found and type(found[0]) is int
+        return found[0] if is_counts and len(set(found)) == 1 else found
+
+    def refuse_unread(self, repeated: dict[str, Any]) -> None:
+        """UserError for the first key that says what is computed, was not asked for, and is not what it may repeat."""
+        for key, value in self.reader.fields.items():
+            name = key.removeprefix(f"{self.arch}.")
+            if name == key or name in self.asked or not _COUNTS.fullmatch(name):
+                continue
+            usual = (0, 1) if name.endswith(_ONES) else (0,)
+            nothing = _NOTHING.get(name, (repeated[name],) if name in repeated else usual)
+            if nothing is not None and (said := value.contents()) not in nothing:
+                problem = "the file says how something is computed that this architecture is not known for"
+                raise UserError(f"GGUF {key}", said, problem, "Use the model's safetensors files.")
